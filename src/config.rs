@@ -1,0 +1,400 @@
+//! Flags of `imagegpt serve`, each also an environment variable.
+//!
+//! The comments here are the operator's manual: `--help` prints them.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+
+use crate::engine::onnx::Provider;
+
+/// Serve a model over gRPC.
+#[derive(Debug, Clone, Args)]
+pub struct ServeConfig {
+    #[command(flatten)]
+    pub model: ModelConfig,
+    #[command(flatten)]
+    pub network: NetworkConfig,
+    #[command(flatten)]
+    pub batching: BatchingConfig,
+    #[command(flatten)]
+    pub limits: LimitsConfig,
+    #[command(flatten)]
+    pub log: LogConfig,
+}
+
+/// What runs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelConfig {
+    /// Model directory: model.onnx and/or model_classification.onnx, at the
+    /// top or in model/ or onnx/, beside preprocessor_config.json and, if
+    /// there, config.json
+    #[arg(long, env = "IMAGEGPT_MODEL", value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// Name that clients see [default: the directory's name]
+    #[arg(long, env = "IMAGEGPT_MODEL_NAME", value_name = "NAME")]
+    pub model_name: Option<String>,
+
+    /// ONNX Runtime's shared library, version 1.24 or newer [default: the copy
+    /// beside the program, then the system's]
+    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    pub onnxruntime: Option<PathBuf>,
+
+    /// What runs the model. auto takes CUDA if it can and says in the log and
+    /// in GetModel what it took
+    #[arg(
+        long,
+        env = "IMAGEGPT_EXECUTION_PROVIDER",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub execution_provider: Provider,
+
+    /// Which GPU, counted from 0
+    #[arg(
+        long,
+        env = "IMAGEGPT_DEVICE_ID",
+        default_value_t = 0,
+        value_name = "N",
+        value_parser = clap::value_parser!(i32).range(0..1024)
+    )]
+    pub device_id: i32,
+
+    /// Threads of one model run on the CPU; 0 takes one a physical core. Lower
+    /// it when several workers share a machine
+    #[arg(
+        long,
+        env = "IMAGEGPT_INTRA_OP_THREADS",
+        default_value_t = 0,
+        value_name = "N"
+    )]
+    pub intra_op_threads: usize,
+
+    /// Threads that decode and quantize images; 0 takes one a core. An image
+    /// costs about a millisecond, so few are enough on a CPU; on a GPU raise
+    /// it until the queue is never empty
+    #[arg(
+        long,
+        env = "IMAGEGPT_PREPROCESS_THREADS",
+        default_value_t = 0,
+        value_name = "N"
+    )]
+    pub preprocess_threads: usize,
+}
+
+/// Where it listens and how it ends.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkConfig {
+    /// Address for gRPC
+    #[arg(
+        long,
+        env = "IMAGEGPT_LISTEN",
+        default_value = "127.0.0.1:50051",
+        value_name = "ADDRESS"
+    )]
+    pub listen: SocketAddr,
+
+    /// Address for /metrics, /livez and /readyz over HTTP
+    #[arg(
+        long,
+        env = "IMAGEGPT_METRICS_LISTEN",
+        default_value = "127.0.0.1:9090",
+        value_name = "ADDRESS"
+    )]
+    pub metrics_listen: SocketAddr,
+
+    /// After SIGTERM or SIGINT, time to finish what was admitted; then the
+    /// worker ends hard, with exit code 1. Keep it under Kubernetes'
+    /// terminationGracePeriodSeconds
+    #[arg(
+        long,
+        env = "IMAGEGPT_SHUTDOWN_GRACE_PERIOD",
+        default_value = "25s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub shutdown_grace_period: Duration,
+
+    /// Time between HTTP/2 pings to quiet clients; one that does not answer
+    /// within 20 s is cut off
+    #[arg(
+        long,
+        env = "IMAGEGPT_KEEPALIVE_INTERVAL",
+        default_value = "30s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub keepalive_interval: Duration,
+
+    /// Turn gRPC server reflection off
+    #[arg(long, env = "IMAGEGPT_NO_REFLECTION")]
+    pub no_reflection: bool,
+}
+
+/// How images share runs of the model.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Batching")]
+pub struct BatchingConfig {
+    /// Images in one run at most. On a CPU more than a few only adds latency;
+    /// on a GPU raise it until images per second stop rising
+    #[arg(
+        long,
+        env = "IMAGEGPT_MAX_BATCH_SIZE",
+        default_value_t = 8,
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=1024)
+    )]
+    pub max_batch_size: u16,
+
+    /// How long an image may wait for others while the model is free. While
+    /// the model is busy images gather anyway
+    #[arg(
+        long,
+        env = "IMAGEGPT_MAX_QUEUE_DELAY",
+        default_value = "2ms",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub max_queue_delay: Duration,
+}
+
+/// Bounds on what comes in.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitsConfig {
+    /// Images in the worker at once, over all calls; past it calls get
+    /// RESOURCE_EXHAUSTED. Bounds how long an image can wait
+    #[arg(
+        long,
+        env = "IMAGEGPT_IMAGES_IN_FLIGHT_MAX",
+        default_value_t = 1024,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub images_in_flight_max: u32,
+
+    /// Bytes in the worker at once: requests and the answers they will get.
+    /// Bounds memory
+    #[arg(
+        long,
+        env = "IMAGEGPT_BYTES_IN_FLIGHT_MAX",
+        default_value = "1GiB",
+        value_name = "SIZE"
+    )]
+    pub bytes_in_flight_max: ByteSize,
+
+    /// Images in one call
+    #[arg(
+        long,
+        env = "IMAGEGPT_IMAGES_PER_CALL_MAX",
+        default_value_t = 256,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=65_536)
+    )]
+    pub images_per_call_max: u32,
+
+    /// Bytes of one request message, after decompression
+    #[arg(
+        long,
+        env = "IMAGEGPT_REQUEST_BYTES_MAX",
+        default_value = "64MiB",
+        value_name = "SIZE"
+    )]
+    pub request_bytes_max: ByteSize,
+
+    /// Bytes of all tensors in one response
+    #[arg(
+        long,
+        env = "IMAGEGPT_RESPONSE_BYTES_MAX",
+        default_value = "256MiB",
+        value_name = "SIZE"
+    )]
+    pub response_bytes_max: ByteSize,
+
+    /// Bytes of one encoded image
+    #[arg(
+        long,
+        env = "IMAGEGPT_IMAGE_BYTES_MAX",
+        default_value = "32MiB",
+        value_name = "SIZE"
+    )]
+    pub image_bytes_max: ByteSize,
+
+    /// Pixels of one image, by its header, before anything is decoded
+    #[arg(
+        long,
+        env = "IMAGEGPT_IMAGE_PIXELS_MAX",
+        default_value_t = 64_000_000,
+        value_name = "N",
+        value_parser = clap::value_parser!(u64).range(1..=4_000_000_000)
+    )]
+    pub image_pixels_max: u64,
+
+    /// Memory that decoding one image may take; there are as many at once as
+    /// preprocess threads
+    #[arg(
+        long,
+        env = "IMAGEGPT_DECODE_BYTES_MAX",
+        default_value = "512MiB",
+        value_name = "SIZE"
+    )]
+    pub decode_bytes_max: ByteSize,
+}
+
+/// What it writes to standard error.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Log")]
+pub struct LogConfig {
+    /// Filter: error, warn, info, debug, trace, or by module, such as
+    /// info,imagegpt=debug
+    #[arg(
+        long,
+        env = "IMAGEGPT_LOG",
+        default_value = "info,ort=warn",
+        value_name = "FILTER"
+    )]
+    pub log: String,
+
+    /// One line of text, or one JSON object, an event
+    #[arg(
+        long,
+        env = "IMAGEGPT_LOG_FORMAT",
+        value_enum,
+        default_value = "text"
+    )]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A combination of flags that cannot work.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl ServeConfig {
+    /// Checks what no flag can check by itself.
+    ///
+    /// # Errors
+    ///
+    /// One sentence that names the flags and says what to change.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let limits = &self.limits;
+        let refuse = |text: String| Err(ConfigError(text));
+        if limits.images_per_call_max > limits.images_in_flight_max {
+            return refuse(format!(
+                "--images-per-call-max is {}, over --images-in-flight-max {}: such a call could \
+                 never be admitted; raise the latter",
+                limits.images_per_call_max, limits.images_in_flight_max
+            ));
+        }
+        if u32::from(self.batching.max_batch_size) > limits.images_in_flight_max {
+            return refuse(format!(
+                "--max-batch-size is {}, over --images-in-flight-max {}: such a batch could never \
+                 fill; raise the latter",
+                self.batching.max_batch_size, limits.images_in_flight_max
+            ));
+        }
+        let one_call = limits.request_bytes_max.as_u64() + limits.response_bytes_max.as_u64();
+        if one_call > limits.bytes_in_flight_max.as_u64() {
+            return refuse(format!(
+                "--request-bytes-max {} and --response-bytes-max {} together are over \
+                 --bytes-in-flight-max {}: such a call could never be admitted; raise the latter",
+                limits.request_bytes_max, limits.response_bytes_max, limits.bytes_in_flight_max
+            ));
+        }
+        for (flag, size, max) in [
+            ("--bytes-in-flight-max", limits.bytes_in_flight_max, 1 << 40),
+            // A call's bytes are taken as one permit of 32 bits.
+            ("--request-bytes-max", limits.request_bytes_max, 1 << 31),
+            ("--response-bytes-max", limits.response_bytes_max, 1 << 31),
+            ("--image-bytes-max", limits.image_bytes_max, 1 << 31),
+            ("--decode-bytes-max", limits.decode_bytes_max, 1 << 40),
+        ] {
+            if !(1024..=max).contains(&size.as_u64()) {
+                return refuse(format!(
+                    "{flag} is {size}; it must be 1 KiB to {}",
+                    ByteSize(max)
+                ));
+            }
+        }
+        if self.keepalive_interval_is_zero() {
+            return refuse("--keepalive-interval is 0; it must be at least 1s".to_owned());
+        }
+        if self.batching.max_queue_delay > Duration::from_secs(60) {
+            return refuse(
+                "--max-queue-delay is over 60s; images would only wait; milliseconds are usual"
+                    .to_owned(),
+            );
+        }
+        if !self.model.model.is_dir() {
+            return refuse(format!(
+                "--model {} is not a directory",
+                self.model.model.display()
+            ));
+        }
+        Ok(())
+    }
+
+    fn keepalive_interval_is_zero(&self) -> bool {
+        self.network.keepalive_interval < Duration::from_secs(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        serve: ServeConfig,
+    }
+
+    fn check(flags: &[&str], expected: &str) {
+        let args = ["imagegpt", "--model", "."].iter().chain(flags);
+        let got = match Cli::try_parse_from(args) {
+            Ok(cli) => match cli.serve.validate() {
+                Ok(()) => "fine".to_owned(),
+                Err(error) => error.to_string(),
+            },
+            Err(error) => error.to_string(),
+        };
+        assert!(got.contains(expected), "{flags:?}: {got}");
+    }
+
+    #[test]
+    fn flags() {
+        check(&[], "fine");
+        check(
+            &["--images-per-call-max", "2000"],
+            "--images-per-call-max is 2000, over --images-in-flight-max 1024",
+        );
+        check(
+            &["--images-in-flight-max", "4", "--images-per-call-max", "4"],
+            "--max-batch-size is 8, over --images-in-flight-max 4",
+        );
+        check(
+            &["--bytes-in-flight-max", "10MiB"],
+            "together are over --bytes-in-flight-max 10.0 MiB",
+        );
+        check(&["--request-bytes-max", "10"], "--request-bytes-max is 10 B");
+        check(&["--max-batch-size", "0"], "0 is not in 1..=1024");
+        check(&["--max-queue-delay", "5"], "invalid value '5'");
+        check(&["--max-queue-delay", "2h"], "--max-queue-delay is over 60s");
+        check(&["--keepalive-interval", "0s"], "--keepalive-interval is 0");
+        check(&["--execution-provider", "tpu"], "[possible values: auto, cpu, cuda]");
+        check(&["--listen", "localhost"], "invalid value 'localhost'");
+    }
+}

@@ -1,0 +1,492 @@
+//! ONNX Runtime behind the [`Engine`] trait; the only file that knows `ort`.
+//!
+//! The runtime is a shared library that is loaded when the worker starts, so
+//! one binary serves CPU and GPU. Graphs are taken as exporters left them:
+//! inputs are bound by name and in the integer type that the graph declares,
+//! an attention mask is filled with ones and position ids with 0, 1, 2 and so
+//! on. After loading, one warm-up run with every token id in it proves that
+//! the graph takes the model's vocabulary and returns the shape it promised.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use ort::environment::Environment;
+use ort::ep;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{Session, SessionInputValue};
+use ort::value::{DynTensor, Shape, Tensor, TensorElementType, ValueType};
+
+use super::{Engine, EngineError, Facts, Graph, Row};
+use crate::job::Want;
+
+/// The library's file name as distributors install it.
+pub const LIBRARY: &str = "libonnxruntime.so";
+/// Where the project's own set-up puts it, beside the build.
+pub const LIBRARY_FOLDER: &str = "onnxruntime";
+
+/// What runs the graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Provider {
+    /// CUDA if it can be had, else the CPU, and the log says which.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU; the worker does not start without one.
+    Cuda,
+}
+
+/// All that an engine is made from.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where the runtime's library is.
+    pub library: PathBuf,
+    pub provider: Provider,
+    /// Which GPU.
+    pub device_id: i32,
+    /// Threads of one run; 0 lets the runtime take one a physical core.
+    pub intra_op_threads: usize,
+    pub graphs: BTreeMap<Graph, PathBuf>,
+    /// Tokens of one row.
+    pub positions: usize,
+    /// Colors of the palette; the start token is the next id.
+    pub n_colors: usize,
+    /// Classes that config.json names; 0 if it names none.
+    pub n_labels: usize,
+    /// Largest batch; the warm-up runs at this size, so that the first full
+    /// batch finds its memory allocated.
+    pub max_batch_size: usize,
+}
+
+/// See the module.
+pub struct OnnxEngine {
+    facts: Facts,
+    graphs: BTreeMap<Graph, Loaded>,
+    positions: usize,
+}
+
+/// A graph with what binding it needs.
+struct Loaded {
+    file: String,
+    session: Session,
+    inputs: Vec<Input>,
+    output: String,
+}
+
+struct Input {
+    name: String,
+    role: Role,
+    integer: Integer,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    InputIds,
+    AttentionMask,
+    PositionIds,
+}
+
+#[derive(Clone, Copy)]
+enum Integer {
+    Int32,
+    Int64,
+}
+
+/// ONNX Runtime allows one environment a process and forgets it when its last
+/// user goes, after which no other can be made: so the first stays.
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+fn environment(library: &Path) -> Result<Environment, EngineError> {
+    let mut environment = ENVIRONMENT
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(environment) = &*environment {
+        return Ok(environment.clone());
+    }
+    let built = ort::init_from(library)
+        .map_err(|error| {
+            EngineError::Library(format!(
+                "{} cannot be used as ONNX Runtime: {error}; give the path of a \
+                 libonnxruntime.so of version 1.{} or newer by --onnxruntime or ORT_DYLIB_PATH, \
+                 or run `make setup`",
+                library.display(),
+                ort::MINOR_VERSION
+            ))
+        })?
+        .with_name("imagegpt")
+        .with_telemetry(false)
+        .build()
+        .map_err(runtime)?;
+    Ok(environment.insert(built).clone())
+}
+
+fn runtime(error: impl std::fmt::Display) -> EngineError {
+    EngineError::Runtime(error.to_string())
+}
+
+/// Finds the library: `given`, else beside the running program or up to two
+/// folders above it (where a build and its tests run), else by its bare name,
+/// which leaves the search to the dynamic linker.
+#[must_use]
+pub fn find_library(given: Option<&Path>) -> PathBuf {
+    if let Some(path) = given {
+        return path.to_owned();
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    program
+        .ancestors()
+        .skip(1)
+        .take(3)
+        .flat_map(|folder| {
+            [
+                folder.join(LIBRARY),
+                folder.join(LIBRARY_FOLDER).join(LIBRARY),
+            ]
+        })
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| PathBuf::from(LIBRARY))
+}
+
+impl OnnxEngine {
+    /// Loads every graph and runs each once.
+    ///
+    /// # Errors
+    ///
+    /// When the library, the execution provider or a graph cannot be used;
+    /// each text says what to change.
+    pub fn load(options: &Options) -> Result<Self, EngineError> {
+        let environment = environment(&options.library)?;
+        let provider = match options.provider {
+            Provider::Cpu => Provider::Cpu,
+            Provider::Cuda => Provider::Cuda,
+            Provider::Auto => match cuda_builder(&environment, options) {
+                Ok(_) => Provider::Cuda,
+                Err(error) => {
+                    tracing::info!(%error, "no CUDA execution provider; running on the CPU");
+                    Provider::Cpu
+                }
+            },
+        };
+        let mut engine = Self {
+            facts: Facts {
+                provider: if provider == Provider::Cuda { "cuda" } else { "cpu" },
+                runtime_version: version(),
+                dimension: 0,
+                n_classes: 0,
+            },
+            graphs: BTreeMap::new(),
+            positions: options.positions,
+        };
+        for (&graph, path) in &options.graphs {
+            let builder = match provider {
+                Provider::Cuda => cuda_builder(&environment, options)?,
+                Provider::Cpu | Provider::Auto => builder(&environment, options)?,
+            };
+            engine.graphs.insert(graph, Loaded::open(builder, graph, path)?);
+            engine.warm_up(graph, options)?;
+        }
+        Ok(engine)
+    }
+
+    /// Proves that the graph takes every token id and learns its width.
+    fn warm_up(&mut self, graph: Graph, options: &Options) -> Result<(), EngineError> {
+        let n_ids = options.n_colors + 1;
+        let tokens: Vec<u16> = (0..options.positions)
+            .map(|position| u16::try_from(position % n_ids).unwrap_or(0))
+            .collect();
+        let want = match graph {
+            Graph::Hidden => Want::Mean,
+            Graph::Logits => Want::Logits,
+        };
+        let row = Row {
+            tokens: &tokens,
+            want,
+        };
+        let file = self.graphs.get(&graph).map_or_else(String::new, |loaded| loaded.file.clone());
+        let refuse = |reason: String| EngineError::Graph {
+            file: file.clone(),
+            reason,
+        };
+        let mut width = 0;
+        for size in [1, options.max_batch_size] {
+            let values = self.run(graph, &vec![row; size]).map_err(|error| {
+                refuse(format!(
+                    "a trial run with every token id (0 to {}) failed, so the graph does not fit \
+                     the palette or the positions: {error}",
+                    n_ids - 1
+                ))
+            })?;
+            width = values.first().map_or(0, Vec::len);
+        }
+        match graph {
+            Graph::Hidden => self.facts.dimension = width,
+            Graph::Logits => {
+                if options.n_labels != 0 && options.n_labels != width {
+                    return Err(refuse(format!(
+                        "the head has {width} classes, but config.json names {}",
+                        options.n_labels
+                    )));
+                }
+                self.facts.n_classes = width;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilder, EngineError> {
+    let builder = Session::builder(environment)
+        .map_err(runtime)?
+        .with_optimization_level(GraphOptimizationLevel::Level3)
+        .map_err(runtime)?
+        // Spinning threads would take the cores that preprocessing needs.
+        .with_intra_op_spinning(false)
+        .map_err(runtime)?;
+    if options.intra_op_threads == 0 {
+        return Ok(builder);
+    }
+    builder
+        .with_intra_threads(options.intra_op_threads)
+        .map_err(runtime)
+}
+
+fn cuda_builder(
+    environment: &Environment,
+    options: &Options,
+) -> Result<SessionBuilder, EngineError> {
+    let cuda = ep::CUDA::default()
+        .with_device_id(options.device_id)
+        .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
+        // Embeddings must not depend on a hidden change of precision.
+        .with_tf32(false)
+        .build()
+        .error_on_failure();
+    builder(environment, options)?
+        .with_execution_providers([cuda])
+        .map_err(|error| {
+            EngineError::Provider(format!(
+                "the CUDA execution provider cannot be used: {error}; it needs onnxruntime-gpu's \
+                 library by --onnxruntime and CUDA's libraries on LD_LIBRARY_PATH; or choose \
+                 --execution-provider cpu"
+            ))
+        })
+}
+
+/// The version that the loaded library says it is.
+fn version() -> String {
+    let info = ort::info();
+    info.split([' ', ','])
+        .find_map(|word| word.strip_prefix("git-branch=rel-").or_else(|| word.strip_prefix("rel-")))
+        .map_or_else(|| info.to_owned(), ToOwned::to_owned)
+}
+
+impl Loaded {
+    fn open(mut builder: SessionBuilder, graph: Graph, path: &Path) -> Result<Self, EngineError> {
+        let file = path.display().to_string();
+        let refuse = |reason: String| EngineError::Graph {
+            file: file.clone(),
+            reason,
+        };
+        let session = builder
+            .commit_from_file(path)
+            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let mut inputs = Vec::new();
+        for outlet in session.inputs() {
+            let role = match outlet.name() {
+                "input_ids" => Role::InputIds,
+                "attention_mask" => Role::AttentionMask,
+                "position_ids" => Role::PositionIds,
+                other => {
+                    return Err(refuse(format!(
+                        "has an input {other:?}; input_ids, attention_mask and position_ids are \
+                         known"
+                    )));
+                }
+            };
+            let integer = match outlet.dtype() {
+                ValueType::Tensor { ty: TensorElementType::Int64, .. } => Integer::Int64,
+                ValueType::Tensor { ty: TensorElementType::Int32, .. } => Integer::Int32,
+                other => {
+                    return Err(refuse(format!(
+                        "input {:?} is {other:?}; int32 and int64 tensors are supported",
+                        outlet.name()
+                    )));
+                }
+            };
+            inputs.push(Input {
+                name: outlet.name().to_owned(),
+                role,
+                integer,
+            });
+        }
+        if !inputs.iter().any(|input| input.role == Role::InputIds) {
+            return Err(refuse("has no input \"input_ids\"".to_owned()));
+        }
+        let wanted = match graph {
+            Graph::Hidden => "last_hidden_state",
+            Graph::Logits => "logits",
+        };
+        let Some(output) = session.outputs().iter().find(|outlet| outlet.name() == wanted) else {
+            let names: Vec<&str> = session.outputs().iter().map(|outlet| outlet.name()).collect();
+            return Err(refuse(format!(
+                "has no output {wanted:?}; it has {}",
+                names.join(", ")
+            )));
+        };
+        if output.dtype().tensor_type() != Some(TensorElementType::Float32) {
+            return Err(refuse(format!(
+                "output {wanted:?} is {:?}; a float32 tensor is supported",
+                output.dtype()
+            )));
+        }
+        let output = wanted.to_owned();
+        Ok(Self {
+            file,
+            session,
+            inputs,
+            output,
+        })
+    }
+}
+
+impl Engine for OnnxEngine {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn run(&mut self, graph: Graph, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let positions = self.positions;
+        let loaded = self
+            .graphs
+            .get_mut(&graph)
+            .ok_or_else(|| EngineError::Runtime(format!("no graph {} is loaded", graph.label())))?;
+        let mut feeds = Vec::with_capacity(loaded.inputs.len());
+        for input in &loaded.inputs {
+            feeds.push((input.name.as_str(), feed(input, rows, positions)?));
+        }
+        let outputs = loaded.session.run(feeds).map_err(runtime)?;
+        let output = outputs
+            .get(&loaded.output)
+            .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
+        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
+        answers(graph, rows, positions, shape, values)
+    }
+}
+
+/// One input tensor of [rows, positions].
+fn feed(
+    input: &Input,
+    rows: &[Row<'_>],
+    positions: usize,
+) -> Result<SessionInputValue<'static>, EngineError> {
+    let shape = [rows.len(), positions];
+    let values = rows.iter().flat_map(|row| {
+        (0..positions).map(move |position| match input.role {
+            Role::InputIds => i32::from(row.tokens[position]),
+            Role::AttentionMask => 1,
+            Role::PositionIds => i32::try_from(position).unwrap_or(i32::MAX),
+        })
+    });
+    let tensor: DynTensor = match input.integer {
+        Integer::Int32 => Tensor::from_array((shape, values.collect::<Vec<i32>>()))
+            .map_err(runtime)?
+            .upcast(),
+        Integer::Int64 => {
+            let values = values.map(i64::from).collect::<Vec<i64>>();
+            Tensor::from_array((shape, values)).map_err(runtime)?.upcast()
+        }
+    };
+    Ok(tensor.into())
+}
+
+/// Cuts a run's output into the wanted numbers of each row. Pooling happens
+/// here, next to the runtime's memory, so that of a row's states (2 MiB for
+/// imagegpt-small) only the vector is copied out.
+fn answers(
+    graph: Graph,
+    rows: &[Row<'_>],
+    positions: usize,
+    shape: &Shape,
+    values: &[f32],
+) -> Result<Vec<Vec<f32>>, EngineError> {
+    let dims: Vec<usize> = shape
+        .iter()
+        .map(|&dim| usize::try_from(dim).unwrap_or(0))
+        .collect();
+    let row_len = match (graph, dims.as_slice()) {
+        (Graph::Hidden, &[n_rows, n_positions, width])
+            if n_rows == rows.len() && n_positions == positions && width > 0 =>
+        {
+            n_positions * width
+        }
+        (Graph::Logits, &[n_rows, n_classes]) if n_rows == rows.len() && n_classes > 0 => n_classes,
+        _ => {
+            return Err(EngineError::Output {
+                got: format!("shape {dims:?}"),
+                expected: match graph {
+                    Graph::Hidden => format!("[{}, {positions}, width]", rows.len()),
+                    Graph::Logits => format!("[{}, classes]", rows.len()),
+                },
+            });
+        }
+    };
+    Ok(rows
+        .iter()
+        .zip(values.chunks_exact(row_len))
+        .map(|(row, values)| match row.want {
+            Want::States | Want::Logits => values.to_vec(),
+            Want::Last => values[row_len - row_len / positions..].to_vec(),
+            Want::Mean => mean(values, row_len / positions),
+        })
+        .collect())
+}
+
+/// Mean over positions, summed in f64 so that the order of summation does not
+/// show in f32.
+fn mean(states: &[f32], width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0_f64; width];
+    let states = states.chunks_exact(width);
+    #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^16")]
+    let n_states = states.len() as f64;
+    for state in states {
+        for (sum, &value) in sums.iter_mut().zip(state) {
+            *sum += f64::from(value);
+        }
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the answer is f32, rounded once"
+    )]
+    sums.iter().map(|sum| (sum / n_states) as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mean_is_over_positions() {
+        assert_eq!(mean(&[1.0, 10.0, 3.0, 30.0], 2), [2.0, 20.0]);
+    }
+
+    #[test]
+    fn answers_are_cut_by_what_each_row_wants() {
+        let rows = [Want::Mean, Want::Last, Want::States].map(|want| Row { tokens: &[0, 1], want });
+        let values: Vec<f32> = (0..12_u8).map(f32::from).collect();
+        let got = answers(Graph::Hidden, &rows, 2, &Shape::new([3, 2, 2]), &values).expect("fits");
+        assert_eq!(got, [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]);
+    }
+
+    #[test]
+    fn another_shape_is_refused() {
+        let rows = [Row { tokens: &[0, 1], want: Want::Mean }];
+        let error = answers(Graph::Hidden, &rows, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
+            .expect_err("three positions are not two");
+        assert_eq!(error.to_string(), "the model returned shape [1, 3, 2], not [1, 2, width]");
+    }
+
+    #[test]
+    fn a_given_library_is_taken_as_it_is() {
+        assert_eq!(find_library(Some(Path::new("/x/y.so"))), Path::new("/x/y.so"));
+    }
+}

@@ -1,0 +1,140 @@
+//! Everything that can end a request other than its answer.
+//!
+//! The stages know nothing of gRPC: `rpc/status.rs` alone turns an [`Error`]
+//! into a code. Texts are written for the caller and say what to change; what
+//! only an operator should read goes to the log where it happens.
+
+use std::sync::Arc;
+
+use crate::engine::EngineError;
+use crate::model::Task;
+use crate::preprocess::PreprocessError;
+
+/// Why a call, or one image of a call, has no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// One image could not become tokens.
+    #[error(transparent)]
+    Image(Arc<PreprocessError>),
+    /// An image of the call has none of the three forms set.
+    #[error("image: none of encoded, rgb8 and tokens is set; set exactly one")]
+    ImageMissing,
+    /// The call has no image at all.
+    #[error("images: the call has none; send at least one")]
+    CallEmpty,
+    /// The call has more images than one call may have.
+    #[error(
+        "images: {given} in one call, over the limit of {max} (--images-per-call-max); split the call"
+    )]
+    CallTooLarge { given: usize, max: usize },
+    /// The answer would be larger than one response may be.
+    #[error(
+        "images: the answer would take {given} bytes, over the limit of {max} \
+         (--response-bytes-max); send fewer images a call, or pool"
+    )]
+    ResponseTooLarge { given: u64, max: u64 },
+    /// An option has a value that the contract does not define.
+    #[error("{field}: {value} is not a value of this enum")]
+    OptionUnknown { field: &'static str, value: i32 },
+    /// The loaded model has no graph for the task.
+    #[error("the loaded model cannot {task}: it has no {file}")]
+    TaskMissing {
+        task: Task,
+        file: &'static str,
+    },
+    /// The queue is full.
+    #[error("the worker is full: {what} in flight would pass the limit of {max} ({flag}); retry with backoff")]
+    Full {
+        what: &'static str,
+        max: u64,
+        flag: &'static str,
+    },
+    /// The caller's deadline passed before the answer was ready.
+    #[error("the deadline passed {stage}")]
+    DeadlineExceeded { stage: Stage },
+    /// The caller went away; nobody reads this.
+    #[error("the caller went away {stage}")]
+    Cancelled { stage: Stage },
+    /// The worker is shutting down.
+    #[error("the worker is draining and takes no new work; retry on another one")]
+    Draining,
+    /// The model is not loaded, or its engine has failed.
+    #[error("the model is not ready; retry on another worker")]
+    NotReady,
+    /// The model run failed.
+    #[error("the model run failed; the worker's log has the cause")]
+    Engine(Arc<EngineError>),
+    /// A stage dropped the request without answering: a defect of the worker.
+    #[error("the worker lost the request; please report this with the worker's log")]
+    Lost,
+}
+
+impl Error {
+    /// Whether one image with this error ends its whole call: the trouble is
+    /// the worker's or the clock's, so the other images would fare no better,
+    /// and a client retries by the call's code.
+    #[must_use]
+    pub fn ends_call(&self) -> bool {
+        match self {
+            Self::DeadlineExceeded { .. }
+            | Self::Cancelled { .. }
+            | Self::Draining
+            | Self::NotReady
+            | Self::Full { .. } => true,
+            Self::Image(_)
+            | Self::ImageMissing
+            | Self::CallEmpty
+            | Self::CallTooLarge { .. }
+            | Self::ResponseTooLarge { .. }
+            | Self::OptionUnknown { .. }
+            | Self::TaskMissing { .. }
+            | Self::Engine(_)
+            | Self::Lost => false,
+        }
+    }
+}
+
+/// Where a request was when it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Waiting for a preprocessing thread.
+    Preprocess,
+    /// Waiting for the engine.
+    Queue,
+    /// Handed to the engine.
+    Engine,
+}
+
+impl Stage {
+    /// The stage's label in metrics.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Preprocess => "preprocess",
+            Self::Queue => "queue",
+            Self::Engine => "engine",
+        }
+    }
+}
+
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Preprocess => "before the image was decoded",
+            Self::Queue => "while the image waited for the engine",
+            Self::Engine => "while the model ran",
+        })
+    }
+}
+
+impl From<PreprocessError> for Error {
+    fn from(error: PreprocessError) -> Self {
+        Self::Image(Arc::new(error))
+    }
+}
+
+impl From<EngineError> for Error {
+    fn from(error: EngineError) -> Self {
+        Self::Engine(Arc::new(error))
+    }
+}

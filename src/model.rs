@@ -1,0 +1,448 @@
+//! Reads a model directory as published: graphs, palette, labels.
+//!
+//! Nothing here runs a model. What the files say is checked against itself, so
+//! that a directory that cannot be served is refused with the reason before
+//! anything listens; what only a run can show, `engine/onnx.rs` checks.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::engine::Graph;
+
+/// A kind of call that a model can serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    Embed,
+    Classify,
+}
+
+impl Task {
+    pub const ALL: [Self; 2] = [Self::Embed, Self::Classify];
+
+    /// The graph that serves the task.
+    #[must_use]
+    pub fn graph(self) -> Graph {
+        match self {
+            Self::Embed => Graph::Hidden,
+            Self::Classify => Graph::Logits,
+        }
+    }
+
+    /// The file that holds that graph in published directories.
+    #[must_use]
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Embed => "model.onnx",
+            Self::Classify => "model_classification.onnx",
+        }
+    }
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Embed => "embed",
+            Self::Classify => "classify",
+        })
+    }
+}
+
+/// From logits to scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Over all classes.
+    Softmax,
+    /// For each class by itself.
+    Sigmoid,
+}
+
+/// A model directory that has passed its checks.
+#[derive(Debug, Clone)]
+pub struct Model {
+    pub name: String,
+    /// "sha256:" and hexadecimal digits, over every file that was read.
+    pub digest: String,
+    pub graphs: BTreeMap<Graph, PathBuf>,
+    /// Centers in [-1, 1], red, green, blue, in token order.
+    pub clusters: Vec<[f64; 3]>,
+    /// Side of the square that tokens are made from.
+    pub side: u32,
+    /// Transformer blocks, if config.json says.
+    pub n_layers: Option<u32>,
+    /// Class names by index; empty if config.json has none.
+    pub labels: Vec<String>,
+    pub activation: Activation,
+    /// What the publisher wants users to know, from config.json.
+    pub notice: String,
+}
+
+/// Why a directory cannot be served. Each text names the file.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {reason}")]
+pub struct ModelError {
+    file: String,
+    reason: String,
+}
+
+impl ModelError {
+    fn new(file: &Path, reason: impl fmt::Display) -> Self {
+        Self {
+            file: file.display().to_string(),
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// Where published directories keep their graphs.
+const GRAPH_FOLDERS: [&str; 3] = ["", "model", "onnx"];
+const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
+const CONFIG: &str = "config.json";
+/// Pillow's number for its bilinear filter, the one that is implemented.
+const BILINEAR: u32 = 2;
+/// Sides that make sense: below 1 there is no pixel, above 256 an attention
+/// over all of them no longer fits a machine.
+const SIDE_MAX: u32 = 256;
+/// Config files are small; a larger one is something else.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
+
+#[derive(Deserialize)]
+struct PreprocessorConfig {
+    clusters: Option<Vec<Vec<f64>>>,
+    size: Option<Size>,
+    resample: Option<u32>,
+    do_resize: Option<bool>,
+    do_normalize: Option<bool>,
+    do_color_quantize: Option<bool>,
+}
+
+/// `32` in old files, `{"height": 32, "width": 32}` in new ones.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Side(u32),
+    Edges { height: u32, width: u32 },
+    Shortest { shortest_edge: u32 },
+}
+
+#[derive(Deserialize, Default)]
+struct Config {
+    model_type: Option<String>,
+    n_positions: Option<u64>,
+    vocab_size: Option<u64>,
+    n_layer: Option<u32>,
+    id2label: Option<BTreeMap<String, String>>,
+    problem_type: Option<String>,
+    #[serde(default)]
+    notice: String,
+}
+
+impl Model {
+    /// Reads the directory at `dir`, and calls the model `name` or else what
+    /// the directory is called.
+    ///
+    /// # Errors
+    ///
+    /// When a needed file is missing or says something that cannot be served.
+    pub fn open(dir: &Path, name: Option<&str>) -> Result<Self, ModelError> {
+        if !dir.is_dir() {
+            return Err(ModelError::new(
+                dir,
+                "not a directory; --model takes a folder with model.onnx or \
+                 model_classification.onnx and preprocessor_config.json",
+            ));
+        }
+        let mut digest = Sha256::new();
+        let graphs = find_graphs(dir)?;
+        let preprocessor_path = find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
+            ModelError::new(
+                &dir.join(PREPROCESSOR_CONFIG),
+                "missing; it holds the palette (clusters), without which images have no tokens",
+            )
+        })?;
+        let preprocessor: PreprocessorConfig = read_json(&preprocessor_path, &mut digest)?;
+        let (clusters, side) = palette(&preprocessor_path, preprocessor)?;
+        let config_path = find_config(dir, &graphs, CONFIG);
+        let config: Config = match &config_path {
+            Some(path) => read_json(path, &mut digest)?,
+            None => Config::default(),
+        };
+        let config_path = config_path.unwrap_or_else(|| dir.join(CONFIG));
+        check_config(&config_path, &config, clusters.len(), side)?;
+        let labels = labels(&config_path, config.id2label)?;
+        let activation = activation(&config_path, config.problem_type.as_deref())?;
+        for path in graphs.values() {
+            hash_file(path, &mut digest)?;
+            // Weights beside a graph, where exporters put what protobuf's
+            // 2 GiB limit keeps out of it.
+            for sibling in external_data(path) {
+                hash_file(&sibling, &mut digest)?;
+            }
+        }
+        Ok(Self {
+            name: name.map_or_else(|| directory_name(dir), ToOwned::to_owned),
+            digest: format!("sha256:{}", hex(&digest.finalize())),
+            graphs,
+            clusters,
+            side,
+            n_layers: config.n_layer,
+            labels,
+            activation,
+            notice: config.notice,
+        })
+    }
+
+    /// Tokens an image.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        (self.side * self.side) as usize
+    }
+
+    /// The palette as displayable colors, three bytes a token.
+    #[must_use]
+    pub fn palette_rgb8(&self) -> Vec<u8> {
+        let byte = |value: f64| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "clamped to 0..=255"
+            )]
+            {
+                (127.5 * (value + 1.0)).round_ties_even().clamp(0.0, 255.0) as u8
+            }
+        };
+        self.clusters.iter().flatten().map(|&value| byte(value)).collect()
+    }
+
+    /// Whether the model has a graph for the task.
+    #[must_use]
+    pub fn can(&self, task: Task) -> bool {
+        self.graphs.contains_key(&task.graph())
+    }
+}
+
+fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
+    let mut graphs = BTreeMap::new();
+    for task in Task::ALL {
+        let found = GRAPH_FOLDERS
+            .iter()
+            .map(|folder| dir.join(folder).join(task.file()))
+            .find(|path| path.is_file());
+        if let Some(path) = found {
+            graphs.insert(task.graph(), path);
+        }
+    }
+    if graphs.is_empty() {
+        return Err(ModelError::new(
+            dir,
+            "has neither model.onnx nor model_classification.onnx, at the top or in model/ or onnx/",
+        ));
+    }
+    Ok(graphs)
+}
+
+/// A config file at the top, or else beside a graph.
+fn find_config(dir: &Path, graphs: &BTreeMap<Graph, PathBuf>, file: &str) -> Option<PathBuf> {
+    let beside_graphs = graphs.values().filter_map(|path| path.parent());
+    std::iter::once(dir)
+        .chain(beside_graphs)
+        .map(|folder| folder.join(file))
+        .find(|path| path.is_file())
+}
+
+/// Files beside a graph that may hold its weights.
+fn external_data(graph: &Path) -> Vec<PathBuf> {
+    let Some(name) = graph.file_name().and_then(|name| name.to_str()) else {
+        return Vec::new();
+    };
+    ["_data", ".data"]
+        .iter()
+        .map(|suffix| graph.with_file_name(format!("{name}{suffix}")))
+        .filter(|path| path.is_file())
+        .collect()
+}
+
+fn palette(path: &Path, config: PreprocessorConfig) -> Result<(Vec<[f64; 3]>, u32), ModelError> {
+    let refuse = |reason: String| Err(ModelError::new(path, reason));
+    for (key, value) in [
+        ("do_resize", config.do_resize),
+        ("do_normalize", config.do_normalize),
+        ("do_color_quantize", config.do_color_quantize),
+    ] {
+        if value == Some(false) {
+            return refuse(format!("{key} is false; only true is supported"));
+        }
+    }
+    if let Some(resample) = config.resample
+        && resample != BILINEAR
+    {
+        return refuse(format!(
+            "resample is {resample}; only 2 (bilinear) is supported"
+        ));
+    }
+    let side = match config.size {
+        Some(Size::Side(side) | Size::Shortest { shortest_edge: side }) => side,
+        Some(Size::Edges { height, width }) if height == width => height,
+        Some(Size::Edges { height, width }) => {
+            return refuse(format!("size is {height} x {width}; it must be square"));
+        }
+        None => return refuse("size is missing; ImageGPT's is 32".to_owned()),
+    };
+    if !(1..=SIDE_MAX).contains(&side) {
+        return refuse(format!("size is {side}; it must be 1 to {SIDE_MAX}"));
+    }
+    let rows = config.clusters.unwrap_or_default();
+    if rows.is_empty() {
+        return refuse("clusters is missing; it is the palette that tokens point into".to_owned());
+    }
+    // Token ids travel as 16 bits, and one more is the start token.
+    if rows.len() >= usize::from(u16::MAX) {
+        return refuse(format!(
+            "clusters has {} rows; at most {} fit",
+            rows.len(),
+            u16::MAX - 1
+        ));
+    }
+    let mut clusters = Vec::with_capacity(rows.len());
+    for (idx, row) in rows.iter().enumerate() {
+        let Ok(color) = <[f64; 3]>::try_from(row.as_slice()) else {
+            return refuse(format!(
+                "clusters[{idx}] has {} numbers; a color has 3",
+                row.len()
+            ));
+        };
+        if color.iter().any(|value| !(-1.5..=1.5).contains(value)) {
+            return refuse(format!(
+                "clusters[{idx}] is {color:?}; colors are normalized to -1 to 1"
+            ));
+        }
+        clusters.push(color);
+    }
+    Ok((clusters, side))
+}
+
+fn check_config(
+    path: &Path,
+    config: &Config,
+    n_colors: usize,
+    side: u32,
+) -> Result<(), ModelError> {
+    if let Some(model_type) = &config.model_type
+        && model_type != "imagegpt"
+    {
+        return Err(ModelError::new(
+            path,
+            format!("model_type is {model_type:?}; this worker serves \"imagegpt\""),
+        ));
+    }
+    if let Some(vocab_size) = config.vocab_size
+        && vocab_size != n_colors as u64 + 1
+    {
+        return Err(ModelError::new(
+            path,
+            format!(
+                "vocab_size is {vocab_size}, but the palette has {n_colors} colors, which with \
+                 the start token makes {}",
+                n_colors + 1
+            ),
+        ));
+    }
+    let positions = u64::from(side) * u64::from(side);
+    if let Some(n_positions) = config.n_positions
+        && n_positions != positions
+    {
+        return Err(ModelError::new(
+            path,
+            format!(
+                "n_positions is {n_positions}, but images of {side} x {side} have {positions} tokens"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Names in index order, or none.
+fn labels(
+    path: &Path,
+    id2label: Option<BTreeMap<String, String>>,
+) -> Result<Vec<String>, ModelError> {
+    let id2label = id2label.unwrap_or_default();
+    let mut labels = vec![None; id2label.len()];
+    for (id, label) in id2label {
+        let slot = id.parse::<usize>().ok().and_then(|id| labels.get_mut(id));
+        match slot {
+            Some(slot @ None) => *slot = Some(label),
+            _ => {
+                return Err(ModelError::new(
+                    path,
+                    format!("id2label has the key {id:?}; keys must be 0, 1, 2 and so on"),
+                ));
+            }
+        }
+    }
+    Ok(labels.into_iter().flatten().collect())
+}
+
+fn activation(path: &Path, problem_type: Option<&str>) -> Result<Activation, ModelError> {
+    match problem_type {
+        None | Some("single_label_classification") => Ok(Activation::Softmax),
+        Some("multi_label_classification") => Ok(Activation::Sigmoid),
+        Some(other) => Err(ModelError::new(
+            path,
+            format!(
+                "problem_type is {other:?}; single_label_classification and \
+                 multi_label_classification are supported"
+            ),
+        )),
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    digest: &mut Sha256,
+) -> Result<T, ModelError> {
+    let mut text = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_end(&mut text))
+        .map_err(|error| ModelError::new(path, error))?;
+    mix(digest, path, &Sha256::digest(&text));
+    serde_json::from_slice(&text).map_err(|error| ModelError::new(path, error))
+}
+
+fn hash_file(path: &Path, digest: &mut Sha256) -> Result<(), ModelError> {
+    let mut content = Sha256::new();
+    std::fs::File::open(path)
+        .and_then(|mut file| std::io::copy(&mut file, &mut content))
+        .map_err(|error| ModelError::new(path, error))?;
+    mix(digest, path, &content.finalize());
+    Ok(())
+}
+
+/// Adds a file by its name and its own digest, so that neither where the
+/// directory lies nor where one file ends and the next begins matters.
+fn mix(digest: &mut Sha256, path: &Path, content: &[u8]) {
+    let name = path.file_name().map(|name| name.to_string_lossy());
+    digest.update(name.as_deref().unwrap_or_default());
+    digest.update([0]);
+    digest.update(content);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn directory_name(dir: &Path) -> String {
+    dir.canonicalize()
+        .ok()
+        .as_deref()
+        .and_then(Path::file_name)
+        .map_or_else(|| "imagegpt".to_owned(), |name| name.to_string_lossy().into_owned())
+}

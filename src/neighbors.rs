@@ -1,0 +1,315 @@
+//! `imagegpt neighbors`: embeds a folder through a worker and shows, as a
+//! table and as a picture, which images its features place together.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::Args;
+use image::{Rgb, RgbImage, imageops};
+
+use crate::pb;
+use crate::rpc::client::Client;
+
+/// Embed a folder of images through a worker and show who looks like whom.
+#[derive(Debug, Clone, Args)]
+pub struct NeighborsConfig {
+    /// Folder of images (PNG, JPEG, WebP, GIF, BMP, TIFF); its subfolders too
+    pub folder: PathBuf,
+
+    /// Where the worker listens
+    #[arg(
+        long,
+        env = "IMAGEGPT_ENDPOINT",
+        default_value = "http://127.0.0.1:50051"
+    )]
+    pub endpoint: String,
+
+    /// Write a PNG with one row an image: the image, what the model sees of
+    /// it, and its nearest neighbors
+    #[arg(long, value_name = "FILE")]
+    pub picture: Option<PathBuf>,
+
+    /// Neighbors of each image
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub neighbors: u8,
+
+    /// Images at most; of more, an even sample by name is taken
+    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u16).range(2..=4096))]
+    pub images_max: u16,
+
+    /// Show transparent pixels as white instead of the color stored under them
+    #[arg(long)]
+    pub white: bool,
+}
+
+/// Side of a picture's cells in pixels: twice the published models' 32, so
+/// that palette pixels show.
+const CELL: u32 = 64;
+const GAP: u32 = 8;
+/// Gap between the tokens' column and the neighbors' columns.
+const WIDE_GAP: u32 = 24;
+const EXTENSIONS: [&str; 9] = [
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
+];
+
+/// An image with all that is shown of it.
+struct Item {
+    name: String,
+    encoded: Bytes,
+    embedding: Vec<f32>,
+    tokens: Vec<u32>,
+}
+
+/// Runs the command, with its table going to `out`.
+///
+/// # Errors
+///
+/// When the folder or the worker cannot be read, or the picture not written.
+pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<()> {
+    let paths = sample(find_images(&config.folder)?, config.images_max.into());
+    anyhow::ensure!(
+        paths.len() >= 2,
+        "{} has {} images; neighbors need at least 2",
+        config.folder.display(),
+        paths.len()
+    );
+    let mut client = Client::connect(&config.endpoint).await?;
+    let model = client.model().await?;
+    writeln!(
+        out,
+        "model {} ({}), {} dimensions, on {}",
+        model.name, model.digest, model.dimension, model.execution_provider
+    )?;
+    if !model.notice.is_empty() {
+        writeln!(out, "notice: {}", model.notice)?;
+    }
+    let items = embed(config, &mut client, &model, &paths, out).await?;
+    let nearest: Vec<Vec<(usize, f32)>> = (0..items.len())
+        .map(|idx| nearest(&items, idx, config.neighbors.into()))
+        .collect();
+    let width = items.iter().map(|item| item.name.len()).max().unwrap_or(0);
+    for (item, nearest) in items.iter().zip(&nearest) {
+        write!(out, "{:width$} ", item.name)?;
+        for &(idx, similarity) in nearest {
+            write!(out, "  {} {similarity:.4}", items[idx].name)?;
+        }
+        writeln!(out)?;
+    }
+    if let Some(path) = &config.picture {
+        picture(&items, &nearest, &model)
+            .save(path)
+            .with_context(|| format!("--picture {} cannot be written", path.display()))?;
+        writeln!(
+            out,
+            "wrote {}: image, its {}x{} tokens, then neighbors, nearest first",
+            path.display(),
+            model.side,
+            model.side
+        )?;
+    }
+    Ok(())
+}
+
+/// Every image below `folder`, by name.
+fn find_images(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let entries = std::fs::read_dir(&folder)
+            .with_context(|| format!("{} cannot be read", folder.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            let extension = path
+                .extension()
+                .map(|extension| extension.to_string_lossy().to_lowercase());
+            if path.is_dir() {
+                folders.push(path);
+            } else if extension.is_some_and(|ext| EXTENSIONS.contains(&ext.as_str())) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// `n` of the paths at most, evenly spread.
+fn sample(paths: Vec<PathBuf>, n: usize) -> Vec<PathBuf> {
+    let total = paths.len();
+    if total <= n {
+        return paths;
+    }
+    (0..n).map(|idx| paths[idx * total / n].clone()).collect()
+}
+
+async fn embed(
+    config: &NeighborsConfig,
+    client: &mut Client,
+    model: &pb::GetModelResponse,
+    paths: &[PathBuf],
+    out: &mut impl Write,
+) -> anyhow::Result<Vec<Item>> {
+    let preprocess = pb::Preprocess {
+        alpha: if config.white {
+            pb::Alpha::White
+        } else {
+            pb::Alpha::Drop
+        }
+        .into(),
+        ..Default::default()
+    };
+    // Small calls keep both ends' memory small; a worker batches over calls.
+    let per_call = model
+        .limits
+        .as_ref()
+        .map_or(1, |limits| limits.images_per_call_max.clamp(1, 16));
+    let mut items = Vec::with_capacity(paths.len());
+    for paths in paths.chunks(per_call as usize) {
+        let mut encoded = Vec::with_capacity(paths.len());
+        for path in paths {
+            let bytes = std::fs::read(path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+            encoded.push(Bytes::from(bytes));
+        }
+        let embeddings = client.embed(encoded.clone(), preprocess).await?;
+        let tokens = client.tokenize(encoded.clone(), preprocess).await?;
+        for (((path, encoded), embedding), tokens) in
+            paths.iter().zip(encoded).zip(embeddings).zip(tokens)
+        {
+            let name = path
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            match (embedding, tokens) {
+                (Ok(embedding), Ok(tokens)) => items.push(Item {
+                    name,
+                    encoded,
+                    embedding,
+                    tokens,
+                }),
+                (Err(reason), _) | (_, Err(reason)) => {
+                    writeln!(out, "{name}: left out: {reason}")?;
+                }
+            }
+        }
+    }
+    Ok(items)
+}
+
+/// The items most like `items[of]`, by cosine similarity (embeddings come
+/// with length 1), best first.
+fn nearest(items: &[Item], of: usize, n: usize) -> Vec<(usize, f32)> {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let mut others: Vec<(usize, f32)> = items
+        .iter()
+        .enumerate()
+        .filter(|&(idx, _)| idx != of)
+        .map(|(idx, item)| (idx, dot(&items[of].embedding, &item.embedding)))
+        .collect();
+    others.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    others.truncate(n);
+    others
+}
+
+fn picture(
+    items: &[Item],
+    nearest: &[Vec<(usize, f32)>],
+    model: &pb::GetModelResponse,
+) -> RgbImage {
+    let n_neighbors = nearest.iter().map(Vec::len).max().unwrap_or(0);
+    let column = |idx: usize| {
+        let idx = u32::try_from(idx).unwrap_or(0);
+        GAP + idx * (CELL + GAP) + if idx >= 2 { WIDE_GAP } else { 0 }
+    };
+    let height = GAP + u32::try_from(items.len()).unwrap_or(0) * (CELL + GAP);
+    let mut sheet = RgbImage::from_pixel(column(2 + n_neighbors), height, Rgb([255; 3]));
+    let thumbnails: Vec<RgbImage> = items.iter().map(thumbnail).collect();
+    for (row, (item, nearest)) in items.iter().zip(nearest).enumerate() {
+        let y = GAP + u32::try_from(row).unwrap_or(0) * (CELL + GAP);
+        let tokens = imageops::resize(
+            &from_tokens(item, model),
+            CELL,
+            CELL,
+            imageops::FilterType::Nearest,
+        );
+        let cells = [&thumbnails[row], &tokens]
+            .into_iter()
+            .chain(nearest.iter().map(|&(idx, _)| &thumbnails[idx]));
+        for (idx, cell) in cells.enumerate() {
+            imageops::replace(&mut sheet, cell, column(idx).into(), y.into());
+        }
+    }
+    sheet
+}
+
+/// The image itself, small, on white. Only the worker's verdict decides
+/// whether an image is good; one that cannot be drawn here shows as grey.
+fn thumbnail(item: &Item) -> RgbImage {
+    let Ok(decoded) = image::load_from_memory(&item.encoded) else {
+        return RgbImage::from_pixel(CELL, CELL, Rgb([200; 3]));
+    };
+    let mut cell = image::RgbaImage::from_pixel(CELL, CELL, image::Rgba([255; 4]));
+    let small = decoded
+        .resize_exact(CELL, CELL, imageops::FilterType::Triangle)
+        .to_rgba8();
+    imageops::overlay(&mut cell, &small, 0, 0);
+    image::DynamicImage::ImageRgba8(cell).to_rgb8()
+}
+
+/// What the model sees: each token in its palette's color.
+fn from_tokens(item: &Item, model: &pb::GetModelResponse) -> RgbImage {
+    RgbImage::from_fn(model.side, model.side, |x, y| {
+        let token = item.tokens.get((y * model.side + x) as usize).copied();
+        let color = token.and_then(|token| {
+            let start = token as usize * 3;
+            model.palette_rgb8.get(start..start + 3)
+        });
+        color.map_or(Rgb([0; 3]), |color| Rgb([color[0], color[1], color[2]]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(embedding: &[f32]) -> Item {
+        Item {
+            name: String::new(),
+            encoded: Bytes::new(),
+            embedding: embedding.to_vec(),
+            tokens: vec![1, 0, 0, 1],
+        }
+    }
+
+    #[test]
+    fn the_nearest_comes_first_and_never_the_image_itself() {
+        let items = [item(&[1.0, 0.0]), item(&[0.0, 1.0]), item(&[0.6, 0.8])];
+        let order = |of| nearest(&items, of, 9).iter().map(|n| n.0).collect::<Vec<_>>();
+        assert_eq!(order(0), [2, 1]);
+        assert_eq!(order(1), [2, 0]);
+        assert_eq!(nearest(&items, 2, 1), [(1, 0.8)]);
+    }
+
+    #[test]
+    fn a_sample_is_spread_evenly() {
+        let paths = |n: usize| (0..n).map(|i| PathBuf::from(i.to_string())).collect::<Vec<_>>();
+        let names = |paths: Vec<PathBuf>| {
+            paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(names(sample(paths(10), 3)), "0 3 6");
+        assert_eq!(names(sample(paths(2), 3)), "0 1");
+    }
+
+    #[test]
+    fn tokens_are_drawn_in_palette_colors() {
+        let model = pb::GetModelResponse {
+            side: 2,
+            palette_rgb8: vec![1, 2, 3, 4, 5, 6].into(),
+            ..Default::default()
+        };
+        let drawn = from_tokens(&item(&[]), &model);
+        assert_eq!(drawn.get_pixel(0, 0), &Rgb([4, 5, 6]));
+        assert_eq!(drawn.get_pixel(1, 0), &Rgb([1, 2, 3]));
+    }
+}

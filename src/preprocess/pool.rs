@@ -1,0 +1,87 @@
+//! The threads that turn pictures into tokens.
+//!
+//! Preprocessing is plain CPU work, so it runs on its own named threads and
+//! not on the async runtime. A job whose caller has gone or whose deadline has
+//! passed is dropped before it is decoded.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use super::{ImageInput, PreprocessOptions, Preprocessor};
+use crate::error::{Error, Stage};
+use crate::job::{Answer, Context, Job, Work};
+use crate::metrics::Metrics;
+
+/// An image and how it becomes tokens.
+#[derive(Debug)]
+pub struct Picture {
+    pub input: ImageInput,
+    pub options: PreprocessOptions,
+}
+
+/// The life of one preprocessing thread: until the door is closed.
+pub(crate) fn run(
+    preprocessor: &Arc<Preprocessor>,
+    pictures: &Receiver<Job<Picture>>,
+    batcher: &Sender<Job<Box<[u16]>>>,
+    metrics: &Metrics,
+) {
+    for job in pictures {
+        if let Some(error) = job.ticket.dead(Instant::now(), Stage::Preprocess) {
+            metrics.dead(&error);
+            job.ticket.finish(Err(error));
+            continue;
+        }
+        let outcome = preprocessor.tokenize(&job.payload.input, job.payload.options);
+        let tokenized = match outcome {
+            Ok(tokenized) => tokenized,
+            Err(error) => {
+                job.ticket.finish(Err(error.into()));
+                continue;
+            }
+        };
+        let encoded = matches!(job.payload.input, ImageInput::Encoded(_));
+        let given = matches!(job.payload.input, ImageInput::Tokens(_));
+        metrics.preprocessed(
+            encoded.then_some(tokenized.timings.decode),
+            (!given).then_some(tokenized.timings.quantize),
+        );
+        let mut tokens = tokenized.tokens;
+        match job.work {
+            Work::Tokenize => job.ticket.finish(Ok(Answer::Tokens(tokens))),
+            Work::Infer { context, .. } => {
+                if context == Context::SosShifted {
+                    shift(&mut tokens, preprocessor.start_token());
+                }
+                let mut job = job.with_payload(tokens);
+                job.ticket.entered_at = Instant::now();
+                // The batcher's queue holds as many jobs as there are permits.
+                if let Err(refused) = batcher.try_send(job) {
+                    refused.into_inner().ticket.finish(Err(Error::NotReady));
+                }
+            }
+        }
+    }
+}
+
+/// The start token first, the last pixel dropped.
+fn shift(tokens: &mut [u16], start: u16) {
+    tokens.rotate_right(1);
+    if let Some(first) = tokens.first_mut() {
+        *first = start;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shift;
+
+    #[test]
+    fn a_shift_drops_the_last_pixel() {
+        let mut tokens = [1, 2, 3, 4];
+        shift(&mut tokens, 512);
+        assert_eq!(tokens, [512, 1, 2, 3]);
+    }
+}

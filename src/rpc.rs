@@ -1,0 +1,427 @@
+//! The gRPC surface; with its submodules, the only part that knows tonic.
+//!
+//! A handler decodes, submits to admission, awaits the outcomes and encodes.
+
+pub mod client;
+mod convert;
+mod deadline;
+mod health;
+mod observe;
+mod status;
+
+pub use health::LIVENESS;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tonic::codec::CompressionEncoding;
+use tonic::metadata::MetadataMap;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use crate::admission::{Admission, Call};
+use crate::config::LimitsConfig;
+use crate::engine::Facts;
+use crate::error::{Error, Stage};
+use crate::job::{Answer, Want, Work};
+use crate::metrics::Metrics;
+use crate::model::{Activation, Model, Task};
+use crate::pb;
+use crate::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
+use crate::preprocess::PreprocessOptions;
+use crate::readiness::{Readiness, Unready};
+
+/// What a client may take to answer an HTTP/2 ping.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Bytes that a client may send before it must wait for us: one stream may
+/// hold a large image without a round trip for every 64 KiB.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// What the surface needs of the worker.
+#[derive(Debug)]
+pub struct Service {
+    pub model: Arc<Model>,
+    pub labels: Arc<[String]>,
+    pub admission: Admission,
+    pub readiness: Readiness,
+    pub limits: LimitsConfig,
+    pub max_batch_size: u16,
+    pub metrics: Metrics,
+}
+
+/// How the server listens.
+#[derive(Debug)]
+pub struct Options {
+    pub reflection: bool,
+    pub keepalive_interval: Duration,
+}
+
+/// Serves until `stop` resolves, then lets calls in progress end.
+///
+/// # Errors
+///
+/// When the descriptors or the transport cannot be set up.
+pub async fn serve(
+    service: Service,
+    listener: TcpListener,
+    options: Options,
+    stop: impl Future<Output = ()> + Send,
+) -> anyhow::Result<()> {
+    let reporter = health::reporter().await;
+    let health_server = tonic_health::pb::health_server::HealthServer::new(
+        tonic_health::server::HealthService::from_health_reporter(reporter.clone()),
+    );
+    let follower = tokio::spawn(health::follow(reporter, service.readiness.clone()));
+    let observe = observe::Observe {
+        metrics: service.metrics.clone(),
+        request_bytes_max: service.limits.request_bytes_max.as_u64(),
+    };
+    let request_bytes_max =
+        usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
+    let imagegpt = ImageGptServiceServer::new(service)
+        .max_decoding_message_size(request_bytes_max)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .send_compressed(CompressionEncoding::Gzip);
+    let mut server = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(options.keepalive_interval))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .layer(observe);
+    let mut router = server.add_service(imagegpt).add_service(health_server);
+    if options.reflection {
+        let builder = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        router = router
+            .add_service(builder().build_v1()?)
+            .add_service(builder().build_v1alpha()?);
+    }
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let served = router.serve_with_incoming_shutdown(incoming, stop).await;
+    follower.abort();
+    served?;
+    Ok(())
+}
+
+impl Service {
+    /// The engine's facts, or why nothing is served now.
+    fn facts(&self) -> Result<Facts, Error> {
+        self.readiness.get().map_err(|unready| match unready {
+            Unready::Draining => Error::Draining,
+            Unready::Loading | Unready::Failed => Error::NotReady,
+        })
+    }
+
+    fn require(&self, task: Task) -> Result<(), Error> {
+        if self.model.can(task) {
+            Ok(())
+        } else {
+            Err(Error::TaskMissing {
+                task,
+                file: task.file(),
+            })
+        }
+    }
+
+    /// Sends the images of a call down the line and awaits what becomes of
+    /// each, in the call's order.
+    async fn outcomes(
+        &self,
+        images: Vec<pb::Image>,
+        preprocess: PreprocessOptions,
+        work: Work,
+        answer_bytes: usize,
+        metadata: &MetadataMap,
+    ) -> Result<Vec<Result<Answer, Error>>, Error> {
+        let deadline = deadline::of(metadata, Instant::now());
+        if images.is_empty() {
+            return Err(Error::CallEmpty);
+        }
+        let n_images = images.len();
+        let n_images_max = self.limits.images_per_call_max as usize;
+        if n_images > n_images_max {
+            return Err(Error::CallTooLarge {
+                given: n_images,
+                max: n_images_max,
+            });
+        }
+        let response_bytes = answer_bytes as u64 * n_images as u64;
+        let response_bytes_max = self.limits.response_bytes_max.as_u64();
+        if response_bytes > response_bytes_max {
+            return Err(Error::ResponseTooLarge {
+                given: response_bytes,
+                max: response_bytes_max,
+            });
+        }
+        let mut outcomes = Vec::with_capacity(n_images);
+        let mut pictures = Vec::with_capacity(n_images);
+        let mut bytes = answer_bytes * n_images;
+        for picture in convert::pictures(images, preprocess) {
+            outcomes.push(match picture {
+                Ok(picture) => {
+                    bytes += convert::picture_bytes(&picture);
+                    pictures.push(picture);
+                    None
+                }
+                Err(error) => Some(Err(error)),
+            });
+        }
+        let pending = self.admission.submit(Call {
+            pictures,
+            work,
+            bytes,
+            deadline,
+            span: tracing::Span::current(),
+        })?;
+        let mut arriving = pending.outcomes.into_iter();
+        for outcome in &mut outcomes {
+            if outcome.is_none()
+                && let Some(arriving) = arriving.next()
+            {
+                let answer = until(deadline, arriving).await?;
+                *outcome = Some(answer.unwrap_or(Err(Error::Lost)));
+            }
+        }
+        outcomes
+            .into_iter()
+            .map(|outcome| {
+                let outcome = outcome.unwrap_or(Err(Error::Lost));
+                let code = outcome.as_ref().map_or_else(status::code, |_| tonic::Code::Ok);
+                self.metrics.image(status::name(code));
+                match outcome {
+                    Err(error) if error.ends_call() => Err(error),
+                    outcome => Ok(outcome),
+                }
+            })
+            .collect()
+    }
+
+    async fn embed(&self, request: Request<pb::EmbedRequest>) -> Result<pb::EmbedResponse, Error> {
+        let facts = self.facts()?;
+        self.require(Task::Embed)?;
+        let (metadata, _, request) = request.into_parts();
+        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
+        let context = convert::context(request.context)?;
+        let want = convert::pooling(request.pooling)?;
+        let dtype = convert::dtype(request.dtype)?;
+        let width = facts.dimension;
+        let shape = match want {
+            Want::States => vec![self.model.positions(), width],
+            Want::Mean | Want::Last | Want::Logits => vec![width],
+        };
+        let n_values: usize = shape.iter().product();
+        let outcomes = self
+            .outcomes(
+                request.images,
+                preprocess,
+                Work::Infer { context, want },
+                n_values * convert::dtype_bytes(dtype),
+                &metadata,
+            )
+            .await?;
+        let result = |outcome| {
+            let outcome = match outcome {
+                Ok(Answer::Values(mut values)) => {
+                    if request.normalize {
+                        convert::normalize(&mut values, width);
+                    }
+                    pb::embed_result::Outcome::Embedding(convert::tensor(&values, &shape, dtype))
+                }
+                Ok(Answer::Tokens(_)) => {
+                    pb::embed_result::Outcome::Error(status::of_image(&Error::Lost))
+                }
+                Err(error) => pb::embed_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::EmbedResult {
+                outcome: Some(outcome),
+            }
+        };
+        Ok(pb::EmbedResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: Some(convert::preprocess_applied(preprocess)),
+            context: convert::context_applied(context),
+            pooling: convert::pooling_applied(want),
+            normalize: request.normalize,
+        })
+    }
+
+    async fn classify(
+        &self,
+        request: Request<pb::ClassifyRequest>,
+    ) -> Result<pb::ClassifyResponse, Error> {
+        let facts = self.facts()?;
+        self.require(Task::Classify)?;
+        let (metadata, _, request) = request.into_parts();
+        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
+        let context = convert::context(request.context)?;
+        let work = Work::Infer {
+            context,
+            want: Want::Logits,
+        };
+        let answer_bytes = facts.n_classes * convert::dtype_bytes(pb::DataType::F32);
+        let outcomes = self
+            .outcomes(request.images, preprocess, work, answer_bytes, &metadata)
+            .await?;
+        let with_logits = request.logits || self.labels.is_empty();
+        let result = |outcome| {
+            let outcome = match outcome {
+                Ok(Answer::Values(logits)) => {
+                    let activation = self.model.activation;
+                    pb::classify_result::Outcome::Classification(pb::Classification {
+                        classes: convert::classes(
+                            &logits,
+                            &self.labels,
+                            activation,
+                            request.top_k,
+                        ),
+                        logits: with_logits.then(|| {
+                            convert::tensor(&logits, &[logits.len()], pb::DataType::F32)
+                        }),
+                    })
+                }
+                Ok(Answer::Tokens(_)) => {
+                    pb::classify_result::Outcome::Error(status::of_image(&Error::Lost))
+                }
+                Err(error) => pb::classify_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::ClassifyResult {
+                outcome: Some(outcome),
+            }
+        };
+        Ok(pb::ClassifyResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: Some(convert::preprocess_applied(preprocess)),
+            context: convert::context_applied(context),
+        })
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<pb::TokenizeRequest>,
+    ) -> Result<pb::TokenizeResponse, Error> {
+        self.facts()?;
+        let (metadata, _, request) = request.into_parts();
+        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
+        let answer_bytes = self.model.positions() * size_of::<u32>();
+        let outcomes = self
+            .outcomes(request.images, preprocess, Work::Tokenize, answer_bytes, &metadata)
+            .await?;
+        let result = |outcome| {
+            let outcome = match outcome {
+                Ok(Answer::Tokens(tokens)) => pb::tokenize_result::Outcome::Tokens(pb::Tokens {
+                    ids: tokens.iter().copied().map(u32::from).collect(),
+                }),
+                Ok(Answer::Values(_)) => {
+                    pb::tokenize_result::Outcome::Error(status::of_image(&Error::Lost))
+                }
+                Err(error) => pb::tokenize_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::TokenizeResult {
+                outcome: Some(outcome),
+            }
+        };
+        Ok(pb::TokenizeResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: Some(convert::preprocess_applied(preprocess)),
+        })
+    }
+
+    fn get_model(&self) -> Result<pb::GetModelResponse, Error> {
+        let facts = self.facts()?;
+        let model = &self.model;
+        let limits = &self.limits;
+        let tasks = [(Task::Embed, pb::Task::Embed), (Task::Classify, pb::Task::Classify)];
+        Ok(pb::GetModelResponse {
+            name: model.name.clone(),
+            digest: model.digest.clone(),
+            tasks: tasks
+                .into_iter()
+                .filter(|&(task, _)| model.can(task))
+                .map(|(_, task)| task.into())
+                .collect(),
+            layers: model.n_layers.unwrap_or(0),
+            dimension: u32::try_from(facts.dimension).unwrap_or(u32::MAX),
+            positions: u32::try_from(model.positions()).unwrap_or(u32::MAX),
+            side: model.side,
+            palette_rgb8: model.palette_rgb8().into(),
+            labels: self.labels.to_vec(),
+            activation: match (self.labels.is_empty(), model.activation) {
+                (true, _) => pb::Activation::Unspecified,
+                (false, Activation::Softmax) => pb::Activation::Softmax,
+                (false, Activation::Sigmoid) => pb::Activation::Sigmoid,
+            }
+            .into(),
+            execution_provider: facts.provider.to_owned(),
+            onnxruntime_version: facts.runtime_version,
+            worker_version: env!("CARGO_PKG_VERSION").to_owned(),
+            limits: Some(pb::Limits {
+                images_per_call_max: limits.images_per_call_max,
+                request_bytes_max: limits.request_bytes_max.as_u64(),
+                response_bytes_max: limits.response_bytes_max.as_u64(),
+                image_pixels_max: limits.image_pixels_max,
+                image_bytes_max: limits.image_bytes_max.as_u64(),
+                images_in_flight_max: limits.images_in_flight_max,
+                batch_size_max: self.max_batch_size.into(),
+            }),
+            notice: model.notice.clone(),
+        })
+    }
+}
+
+/// Awaits `outcome` until the deadline, if there is one.
+async fn until<F: Future>(deadline: Option<Instant>, outcome: F) -> Result<F::Output, Error> {
+    let Some(deadline) = deadline else {
+        return Ok(outcome.await);
+    };
+    tokio::time::timeout_at(deadline.into(), outcome)
+        .await
+        .map_err(|_| Error::DeadlineExceeded {
+            stage: Stage::Queue,
+        })
+}
+
+fn respond<T>(outcome: Result<T, Error>) -> Result<Response<T>, Status> {
+    outcome
+        .map(Response::new)
+        .map_err(|error| status::of_call(&error))
+}
+
+#[tonic::async_trait]
+impl ImageGptService for Service {
+    async fn embed(
+        &self,
+        request: Request<pb::EmbedRequest>,
+    ) -> Result<Response<pb::EmbedResponse>, Status> {
+        respond(Self::embed(self, request).await)
+    }
+
+    async fn classify(
+        &self,
+        request: Request<pb::ClassifyRequest>,
+    ) -> Result<Response<pb::ClassifyResponse>, Status> {
+        respond(Self::classify(self, request).await)
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<pb::TokenizeRequest>,
+    ) -> Result<Response<pb::TokenizeResponse>, Status> {
+        respond(Self::tokenize(self, request).await)
+    }
+
+    async fn get_model(
+        &self,
+        _request: Request<pb::GetModelRequest>,
+    ) -> Result<Response<pb::GetModelResponse>, Status> {
+        respond(Self::get_model(self))
+    }
+}

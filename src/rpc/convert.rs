@@ -1,0 +1,253 @@
+//! Between the contract's types and the worker's own.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::error::Error;
+use crate::job::{Context, Want};
+use crate::pb;
+use crate::preprocess::pool::Picture;
+use crate::preprocess::{Alpha, Fit, ImageInput, PreprocessOptions};
+
+/// The images of a call: what can be tried, and what cannot with the reason.
+pub(super) fn pictures(
+    images: Vec<pb::Image>,
+    options: PreprocessOptions,
+) -> Vec<Result<Picture, Error>> {
+    let picture = |image: pb::Image| {
+        let input = match image.source.ok_or(Error::ImageMissing)? {
+            pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
+            pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
+                width: raw.width,
+                height: raw.height,
+                pixels: raw.pixels,
+            },
+            pb::image::Source::Tokens(tokens) => ImageInput::Tokens(tokens.ids),
+        };
+        Ok(Picture { input, options })
+    };
+    images.into_iter().map(picture).collect()
+}
+
+/// Bytes that the image holds while it is in the worker.
+pub(super) fn picture_bytes(picture: &Picture) -> usize {
+    match &picture.input {
+        ImageInput::Encoded(bytes) => bytes.len(),
+        ImageInput::Rgb8 { pixels, .. } => pixels.len(),
+        ImageInput::Tokens(ids) => std::mem::size_of_val(ids.as_slice()),
+    }
+}
+
+/// An enum of the contract, or what is wrong with its number.
+fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, Error> {
+    T::try_from(value).map_err(|_| Error::OptionUnknown { field, value })
+}
+
+pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessOptions, Error> {
+    let options = options.copied().unwrap_or_default();
+    Ok(PreprocessOptions {
+        fit: match known("preprocess.fit", options.fit)? {
+            pb::Fit::Unspecified | pb::Fit::Squash => Fit::Squash,
+            pb::Fit::CenterCrop => Fit::CenterCrop,
+        },
+        alpha: match known("preprocess.alpha", options.alpha)? {
+            pb::Alpha::Unspecified | pb::Alpha::Drop => Alpha::Drop,
+            pb::Alpha::White => Alpha::White,
+        },
+    })
+}
+
+/// The options as they were applied, for the response.
+pub(super) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
+    pb::Preprocess {
+        fit: match options.fit {
+            Fit::Squash => pb::Fit::Squash,
+            Fit::CenterCrop => pb::Fit::CenterCrop,
+        }
+        .into(),
+        alpha: match options.alpha {
+            Alpha::Drop => pb::Alpha::Drop,
+            Alpha::White => pb::Alpha::White,
+        }
+        .into(),
+    }
+}
+
+pub(super) fn context(value: i32) -> Result<Context, Error> {
+    Ok(match known("context", value)? {
+        pb::Context::Unspecified | pb::Context::Raw => Context::Raw,
+        pb::Context::SosShifted => Context::SosShifted,
+    })
+}
+
+pub(super) fn context_applied(context: Context) -> i32 {
+    match context {
+        Context::Raw => pb::Context::Raw,
+        Context::SosShifted => pb::Context::SosShifted,
+    }
+    .into()
+}
+
+pub(super) fn pooling(value: i32) -> Result<Want, Error> {
+    Ok(match known("pooling", value)? {
+        pb::Pooling::Unspecified | pb::Pooling::Mean => Want::Mean,
+        pb::Pooling::None => Want::States,
+        pb::Pooling::Last => Want::Last,
+    })
+}
+
+pub(super) fn pooling_applied(want: Want) -> i32 {
+    match want {
+        Want::Mean | Want::Logits => pb::Pooling::Mean,
+        Want::States => pb::Pooling::None,
+        Want::Last => pb::Pooling::Last,
+    }
+    .into()
+}
+
+/// The element type of an answer, never unspecified.
+pub(super) fn dtype(value: i32) -> Result<pb::DataType, Error> {
+    Ok(match known("dtype", value)? {
+        pb::DataType::Unspecified | pb::DataType::F32 => pb::DataType::F32,
+        pb::DataType::F16 => pb::DataType::F16,
+    })
+}
+
+pub(super) fn dtype_bytes(dtype: pb::DataType) -> usize {
+    match dtype {
+        pb::DataType::F16 => 2,
+        pb::DataType::F32 | pb::DataType::Unspecified => 4,
+    }
+}
+
+/// Numbers as they travel: little-endian, row-major.
+pub(super) fn tensor(values: &[f32], shape: &[usize], dtype: pb::DataType) -> pb::Tensor {
+    let data = match dtype {
+        pb::DataType::F16 => values
+            .iter()
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        // On the usual little-endian machine the numbers are the bytes.
+        _ if cfg!(target_endian = "little") => {
+            Bytes::copy_from_slice(bytemuck::cast_slice(values))
+        }
+        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    };
+    pb::Tensor {
+        dtype: dtype.into(),
+        shape: shape
+            .iter()
+            .map(|&extent| u32::try_from(extent).unwrap_or(u32::MAX))
+            .collect(),
+        data,
+    }
+}
+
+/// Scales each row of `width` numbers to Euclidean length 1. A row of zeros
+/// has no direction and stays as it is.
+pub(super) fn normalize(values: &mut [f32], width: usize) {
+    for row in values.chunks_exact_mut(width.max(1)) {
+        let square: f64 = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        if square > 0.0 {
+            let length = square.sqrt();
+            for value in row {
+                #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+                {
+                    *value = (f64::from(*value) / length) as f32;
+                }
+            }
+        }
+    }
+}
+
+/// The `top_k` best classes (0: five), best first, equal ones in index order.
+pub(super) fn classes(
+    logits: &[f32],
+    labels: &Arc<[String]>,
+    activation: crate::model::Activation,
+    top_k: u32,
+) -> Vec<pb::ClassScore> {
+    let scores = scores(logits, activation);
+    let mut order: Vec<usize> = (0..scores.len().min(labels.len())).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    let n_wanted = if top_k == 0 { 5 } else { top_k as usize };
+    order
+        .into_iter()
+        .take(n_wanted)
+        .map(|idx| pb::ClassScore {
+            index: u32::try_from(idx).unwrap_or(u32::MAX),
+            label: labels[idx].clone(),
+            score: scores[idx],
+        })
+        .collect()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+fn scores(logits: &[f32], activation: crate::model::Activation) -> Vec<f32> {
+    match activation {
+        crate::model::Activation::Sigmoid => logits
+            .iter()
+            .map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32)
+            .collect(),
+        crate::model::Activation::Softmax => {
+            // Shifted by the largest, so that no exponential overflows.
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let weights: Vec<f64> = logits
+                .iter()
+                .map(|&logit| (f64::from(logit) - f64::from(max)).exp())
+                .collect();
+            let sum: f64 = weights.iter().sum();
+            weights.iter().map(|weight| (weight / sum) as f32).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Activation;
+
+    #[test]
+    fn tensors_are_little_endian() {
+        let f32s = tensor(&[1.0, -2.0], &[2], pb::DataType::F32);
+        assert_eq!(&f32s.data[..], [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0]);
+        let f16s = tensor(&[1.0, -2.0], &[2], pb::DataType::F16);
+        assert_eq!(&f16s.data[..], [0, 0x3c, 0, 0xc0]);
+        assert_eq!(f16s.shape, [2]);
+    }
+
+    #[test]
+    fn rows_are_normalized_one_by_one() {
+        let mut values = [3.0, 4.0, 0.0, 0.0];
+        normalize(&mut values, 2);
+        assert_eq!(values, [0.6, 0.8, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn softmax_sums_to_one_and_does_not_overflow() {
+        let labels: Arc<[String]> = ["a", "b", "c"].map(String::from).into();
+        let got = classes(&[1000.0, 999.0, 1000.0], &labels, Activation::Softmax, 0);
+        let sum: f32 = got.iter().map(|class| class.score).sum();
+        assert!((sum - 1.0).abs() < 1e-6);
+        let order: Vec<&str> = got.iter().map(|class| class.label.as_str()).collect();
+        assert_eq!(order, ["a", "c", "b"], "equal scores in index order");
+    }
+
+    #[test]
+    fn sigmoid_scores_are_independent() {
+        let labels: Arc<[String]> = ["a", "b"].map(String::from).into();
+        let got = classes(&[0.0, 0.0], &labels, Activation::Sigmoid, 1);
+        assert_eq!(got.len(), 1);
+        assert!((got[0].score - 0.5).abs() < 1e-7);
+    }
+
+    #[test]
+    fn unknown_enum_values_are_named() {
+        let options = pb::Preprocess { fit: 7, alpha: 0 };
+        let error = preprocess(Some(&options)).expect_err("7 is no fit");
+        assert_eq!(error.to_string(), "preprocess.fit: 7 is not a value of this enum");
+        assert!(context(3).is_err() && pooling(4).is_err() && dtype(3).is_err());
+        assert_eq!(preprocess(None).expect("defaults").fit, Fit::Squash);
+    }
+}

@@ -1,0 +1,79 @@
+//! Reads `grpc-timeout`, so that a late call ends as DEADLINE_EXCEEDED.
+//!
+//! tonic reads the header too, but answers CANCELLED when it passes. So the
+//! worker's own deadline lies a little before the caller's: late enough to
+//! use the time given, early enough to answer first.
+
+use std::time::{Duration, Instant};
+
+use tonic::metadata::MetadataMap;
+
+/// How much earlier than the caller's deadline the worker gives up, at most;
+/// never more than a tenth of the time given.
+const MARGIN_MAX: Duration = Duration::from_millis(5);
+
+/// When the worker must have answered, if the caller set a time.
+pub(super) fn of(metadata: &MetadataMap, now: Instant) -> Option<Instant> {
+    let timeout = parse(metadata.get("grpc-timeout")?.to_str().ok()?)?;
+    let margin = MARGIN_MAX.min(timeout / 10);
+    // A timeout too long to represent is none.
+    now.checked_add(timeout - margin)
+}
+
+/// At most eight digits and a unit, by the gRPC specification.
+fn parse(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(value * 3600)),
+        "M" => Some(Duration::from_secs(value * 60)),
+        "S" => Some(Duration::from_secs(value)),
+        "m" => Some(Duration::from_millis(value)),
+        "u" => Some(Duration::from_micros(value)),
+        "n" => Some(Duration::from_nanos(value)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts() {
+        let check = |text, expected: Option<u64>| {
+            assert_eq!(parse(text), expected.map(Duration::from_nanos), "{text:?}");
+        };
+        check("1H", Some(3_600_000_000_000));
+        check("2M", Some(120_000_000_000));
+        check("3S", Some(3_000_000_000));
+        check("250m", Some(250_000_000));
+        check("7u", Some(7_000));
+        check("8n", Some(8));
+        check("", None);
+        check("S", None);
+        check("1", None);
+        check("123456789S", None);
+        check("-1S", None);
+        check("1s", None);
+        check("1µ", None);
+    }
+
+    #[test]
+    fn the_worker_gives_up_a_little_earlier() {
+        let now = Instant::now();
+        let deadline = |text: &'static str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().expect("ascii"));
+            of(&metadata, now).map(|at| at - now)
+        };
+        assert_eq!(deadline("1S"), Some(Duration::from_millis(995)));
+        assert_eq!(deadline("10m"), Some(Duration::from_millis(9)));
+        assert_eq!(deadline("0S"), Some(Duration::ZERO));
+        assert_eq!(deadline("soon"), None);
+        assert_eq!(of(&MetadataMap::new(), now), None);
+    }
+}

@@ -1,0 +1,144 @@
+//! The one table from errors to gRPC codes.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::error::Error;
+use crate::preprocess::PreprocessError;
+
+/// Who may act on the reasons below, as `google.rpc.ErrorInfo` asks.
+const DOMAIN: &str = "imagegpt.v1";
+
+/// The code and the machine-readable reason of each error.
+fn row(error: &Error) -> (Code, &'static str) {
+    match error {
+        Error::Image(cause) => match &**cause {
+            PreprocessError::Panicked { .. } => (Code::Internal, "DECODER_PANICKED"),
+            _ => (Code::InvalidArgument, "IMAGE_INVALID"),
+        },
+        Error::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
+        Error::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
+        Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
+        Error::ResponseTooLarge { .. } => (Code::InvalidArgument, "RESPONSE_TOO_LARGE"),
+        Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
+        Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
+        Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
+        Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
+        Error::Draining => (Code::Unavailable, "DRAINING"),
+        Error::NotReady => (Code::Unavailable, "NOT_READY"),
+        Error::Engine(_) => (Code::Internal, "INFERENCE_FAILED"),
+        Error::Lost => (Code::Internal, "REQUEST_LOST"),
+    }
+}
+
+/// The gRPC code of an error.
+pub(super) fn code(error: &Error) -> Code {
+    row(error).0
+}
+
+/// The status that ends a whole call.
+pub(super) fn of_call(error: &Error) -> Status {
+    let (code, reason) = row(error);
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    Status::with_error_details(code, error.to_string(), details)
+}
+
+/// The status of one image.
+pub(super) fn of_image(error: &Error) -> tonic_types::Status {
+    tonic_types::Status {
+        code: code(error) as i32,
+        message: error.to_string(),
+        details: Vec::new(),
+    }
+}
+
+/// A code's name as the gRPC specification spells it.
+pub(super) fn name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::EngineError;
+    use crate::error::Stage;
+    use crate::metrics::CODES;
+    use crate::model::Task;
+
+    #[test]
+    fn each_error_has_its_code_and_reason() {
+        let stage = Stage::Queue;
+        let engine = || EngineError::Runtime("secret path".to_owned());
+        let rows: [(Error, Code, &str); 14] = [
+            (PreprocessError::Empty.into(), Code::InvalidArgument, "IMAGE_INVALID"),
+            (Error::ImageMissing, Code::InvalidArgument, "IMAGE_MISSING"),
+            (Error::CallEmpty, Code::InvalidArgument, "CALL_EMPTY"),
+            (Error::CallTooLarge { given: 2, max: 1 }, Code::InvalidArgument, "CALL_TOO_LARGE"),
+            (
+                Error::ResponseTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "RESPONSE_TOO_LARGE",
+            ),
+            (
+                Error::OptionUnknown { field: "fit", value: 9 },
+                Code::InvalidArgument,
+                "OPTION_UNKNOWN",
+            ),
+            (
+                Error::TaskMissing { task: Task::Embed, file: "model.onnx" },
+                Code::Unimplemented,
+                "TASK_MISSING",
+            ),
+            (
+                Error::Full { what: "images", max: 1, flag: "--images-in-flight-max" },
+                Code::ResourceExhausted,
+                "WORKER_FULL",
+            ),
+            (Error::DeadlineExceeded { stage }, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (Error::Cancelled { stage }, Code::Cancelled, "CANCELLED"),
+            (Error::Draining, Code::Unavailable, "DRAINING"),
+            (Error::NotReady, Code::Unavailable, "NOT_READY"),
+            (engine().into(), Code::Internal, "INFERENCE_FAILED"),
+            (Error::Lost, Code::Internal, "REQUEST_LOST"),
+        ];
+        for (error, code, reason) in rows {
+            let status = of_call(&error);
+            assert_eq!(status.code(), code, "{error:?}");
+            let info = status.get_details_error_info().expect("an ErrorInfo");
+            assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason, DOMAIN));
+            assert_eq!(of_image(&error).code, code as i32);
+            assert!(CODES.contains(&name(code)), "{code:?} is counted");
+        }
+    }
+
+    #[test]
+    fn a_decoder_panic_is_internal() {
+        let error = Error::from(PreprocessError::Panicked { format: crate::preprocess::Format::Png });
+        assert_eq!(code(&error), Code::Internal);
+    }
+
+    #[test]
+    fn a_runtime_message_stays_in_the_log() {
+        let error = Error::from(EngineError::Runtime("/secret/path".to_owned()));
+        assert!(!of_call(&error).message().contains("secret"));
+    }
+}
