@@ -1,0 +1,219 @@
+//! Starts a whole worker inside the test, on ports that the system chooses.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use imagegpt::config::ServeConfig;
+use imagegpt::engine::fake::{FakeEngine, Script};
+use imagegpt::engine::{Engine, EngineFactory};
+use imagegpt::model::Model;
+use imagegpt::pb;
+use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::worker::{Ended, Worker, onnx_factory};
+use tonic::transport::Channel;
+
+pub type Client = ImageGptServiceClient<Channel>;
+
+/// How long anything may take before a test gives up; generous, because CI
+/// shares two cores.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    serve: ServeConfig,
+}
+
+/// A folder below tests/data/models, or `untrained`.
+pub fn model_dir(name: &str) -> PathBuf {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    match name {
+        "untrained" => root.join("models/untrained"),
+        _ => root.join("tests/data/models").join(name),
+    }
+}
+
+/// The config that these flags make, for the model in `dir`.
+pub fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
+    let dir = dir.to_str().expect("an UTF-8 path");
+    let fixed = [
+        "imagegpt",
+        "--model",
+        dir,
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics-listen",
+        "127.0.0.1:0",
+        "--execution-provider",
+        "cpu",
+        "--intra-op-threads",
+        "1",
+    ];
+    let cli = Cli::try_parse_from(fixed.iter().chain(flags)).expect("flags that parse");
+    cli.serve.validate().expect("flags that fit together");
+    cli.serve
+}
+
+pub struct Running {
+    pub worker: Worker,
+    pub client: Client,
+}
+
+/// A worker on the micro model's files with a scripted engine.
+pub async fn fake(script: Script, flags: &[&str]) -> Running {
+    let factory: EngineFactory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+    start(&model_dir("micro"), flags, Some(factory)).await
+}
+
+/// A worker that runs the model in a test folder.
+pub async fn onnx(name: &str, flags: &[&str]) -> Running {
+    start(&model_dir(name), flags, None).await
+}
+
+pub async fn start(
+    dir: &std::path::Path,
+    flags: &[&str],
+    factory: Option<EngineFactory>,
+) -> Running {
+    let config = config(dir, flags);
+    let model = Model::open(dir, None).expect("a model");
+    let factory = factory.unwrap_or_else(|| onnx_factory(&config, &model));
+    let mut worker = Worker::start(&config, model, factory)
+        .await
+        .expect("a worker");
+    worker.ready().await.expect("a ready engine");
+    let client = connect(&worker).await;
+    Running { worker, client }
+}
+
+pub async fn connect(worker: &Worker) -> Client {
+    Client::connect(format!("http://{}", worker.grpc_addr))
+        .await
+        .expect("a connection")
+}
+
+impl Running {
+    /// Ends the worker in good order.
+    pub async fn end(self) {
+        drop(self.client);
+        assert_eq!(self.worker.shutdown(PATIENCE).await, Ended::Clean);
+    }
+
+    /// The metrics page.
+    pub async fn metrics(&self) -> String {
+        get(self.worker.metrics_addr, "/metrics").await.1
+    }
+
+    /// One sample of the metrics page, by its name and labels as printed.
+    pub async fn sample(&self, series: &str) -> f64 {
+        sample(&self.metrics().await, series)
+    }
+
+    /// Waits until `n` images are in flight.
+    pub async fn until_in_flight(&self, n: usize) {
+        until(&format!("{n} images in flight"), || {
+            self.worker.images_in_flight() == n
+        })
+        .await;
+    }
+}
+
+/// The value of a series on a metrics page.
+pub fn sample(page: &str, series: &str) -> f64 {
+    page.lines()
+        .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
+        .unwrap_or_else(|| panic!("no series {series} in:\n{page}"))
+        .parse()
+        .expect("a number")
+}
+
+/// Waits until a condition holds.
+pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < PATIENCE, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// GET over HTTP/1.1: status and body.
+pub async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(addr).await.expect("a connection");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("sent");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.expect("a response");
+    let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+    (status.expect("a status"), body.to_owned())
+}
+
+/// An image of the micro model's 64 tokens, each `token`.
+pub fn flat(token: u32) -> pb::Image {
+    tokens(vec![token; 64])
+}
+
+/// An image of the micro model, different for each seed.
+pub fn seeded(seed: u32) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+    (0..64)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % 16
+        })
+        .collect()
+}
+
+pub fn tokens(ids: Vec<u32>) -> pb::Image {
+    pb::Image {
+        source: Some(pb::image::Source::Tokens(pb::Tokens { ids })),
+    }
+}
+
+pub fn encoded(bytes: impl Into<bytes::Bytes>) -> pb::Image {
+    pb::Image {
+        source: Some(pb::image::Source::Encoded(bytes.into())),
+    }
+}
+
+pub fn embed(images: Vec<pb::Image>) -> pb::EmbedRequest {
+    pb::EmbedRequest {
+        images,
+        ..Default::default()
+    }
+}
+
+/// The vector of a result, or its error's code and sentence.
+pub fn vector(result: &pb::EmbedResult) -> Result<Vec<f32>, (tonic::Code, String)> {
+    match result.outcome.as_ref().expect("an outcome") {
+        pb::embed_result::Outcome::Embedding(tensor) => Ok(f32s(tensor)),
+        pb::embed_result::Outcome::Error(status) => Err((status.code.into(), status.message.clone())),
+    }
+}
+
+pub fn f32s(tensor: &pb::Tensor) -> Vec<f32> {
+    assert_eq!(tensor.dtype, i32::from(pb::DataType::F32));
+    let values: Vec<f32> = tensor
+        .data
+        .chunks_exact(4)
+        .map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four bytes")))
+        .collect();
+    assert_eq!(values.len(), tensor.shape.iter().product::<u32>() as usize);
+    values
+}
+
+/// ‖a − b‖ / ‖b‖.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let difference = square(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    (difference / square(&mut b.iter().map(|&b| f64::from(b)))).sqrt()
+}
+
+/// What the fake engine answers for these tokens.
+pub fn fake_answer(ids: &[u32]) -> Vec<f32> {
+    let tokens: Vec<u16> = ids.iter().map(|&id| id.try_into().expect("16 bits")).collect();
+    FakeEngine::answer(&tokens, imagegpt::job::Want::Mean)
+}

@@ -1,0 +1,138 @@
+//! What probes, proxies and tools see.
+
+use std::time::Duration;
+
+use imagegpt::engine::fake::{FakeEngine, Script};
+use imagegpt::engine::{Engine, EngineFactory};
+use imagegpt::model::Model;
+use imagegpt::pb;
+use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::worker::Worker;
+use tonic::transport::Channel;
+use tonic::{Code, Request};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use crate::harness::{self, embed};
+
+const SERVICE: &str = "imagegpt.v1.ImageGptService";
+
+async fn channel(worker: &Worker) -> Channel {
+    Channel::from_shared(format!("http://{}", worker.grpc_addr))
+        .expect("a URL")
+        .connect()
+        .await
+        .expect("a connection")
+}
+
+async fn status(channel: &Channel, service: &str) -> ServingStatus {
+    let request = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    HealthClient::new(channel.clone())
+        .check(request)
+        .await
+        .expect("a status")
+        .into_inner()
+        .status()
+}
+
+#[tokio::test]
+async fn serving_begins_when_the_model_is_warm() {
+    let (open, gate) = crossbeam_channel::bounded::<()>(1);
+    let factory: EngineFactory = Box::new(move || {
+        let _ = gate.recv();
+        Ok(Box::new(FakeEngine::new(Script::default())) as Box<dyn Engine>)
+    });
+    let dir = harness::model_dir("micro");
+    let config = harness::config(&dir, &[]);
+    let model = Model::open(&dir, None).expect("a model");
+    let mut worker = Worker::start(&config, model, factory).await.expect("a worker");
+    let channel = channel(&worker).await;
+    let mut client = ImageGptServiceClient::new(channel.clone());
+
+    for service in ["", SERVICE] {
+        assert_eq!(status(&channel, service).await, ServingStatus::NotServing, "{service:?}");
+    }
+    assert_eq!(status(&channel, "liveness").await, ServingStatus::Serving);
+    assert_eq!(harness::get(worker.metrics_addr, "/livez").await.0, 200);
+    let (code, body) = harness::get(worker.metrics_addr, "/readyz").await;
+    assert_eq!((code, body.as_str()), (503, "loading\n"));
+    let error = client.embed(embed(vec![harness::flat(1)])).await.expect_err("loading");
+    assert_eq!(error.code(), Code::Unavailable);
+
+    open.send(()).expect("the engine waits");
+    worker.ready().await.expect("a ready engine");
+    for service in ["", SERVICE] {
+        // The health service follows a moment later.
+        for _ in 0..1000 {
+            if status(&channel, service).await == ServingStatus::Serving {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(status(&channel, service).await, ServingStatus::Serving, "{service:?}");
+    }
+    assert_eq!(harness::get(worker.metrics_addr, "/readyz").await.0, 200);
+    client.embed(embed(vec![harness::flat(1)])).await.expect("serving");
+    drop((client, channel));
+    worker.shutdown(harness::PATIENCE).await;
+}
+
+#[tokio::test]
+async fn reflection_lists_the_service_and_can_be_turned_off() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let channel = channel(&running.worker).await;
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = ServerReflectionClient::new(channel.clone())
+        .server_reflection_info(tokio_stream::once(request.clone()))
+        .await
+        .expect("reflection")
+        .into_inner();
+    let answer = answers.message().await.expect("a message").expect("not the end");
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}");
+    };
+    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&SERVICE) && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+    running.end().await;
+
+    let running = harness::fake(Script::default(), &["--no-reflection"]).await;
+    let channel = self::channel(&running.worker).await;
+    let error = ServerReflectionClient::new(channel)
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .expect_err("off");
+    assert_eq!(error.code(), Code::Unimplemented);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_request_id_comes_back() {
+    let mut running = harness::fake(Script::default(), &[]).await;
+    let mut request = Request::new(pb::GetModelRequest {});
+    request.metadata_mut().insert("x-request-id", "abc-123".parse().expect("ascii"));
+    let response = running.client.get_model(request).await.expect("a model");
+    assert_eq!(response.metadata().get("x-request-id").expect("an id"), "abc-123");
+    let response = running.client.get_model(pb::GetModelRequest {}).await.expect("a model");
+    assert!(!response.metadata().get("x-request-id").expect("an id").is_empty());
+    running.end().await;
+}
+
+#[tokio::test]
+async fn gzip_is_taken_and_given() {
+    use tonic::codec::CompressionEncoding::Gzip;
+    let running = harness::fake(Script::default(), &[]).await;
+    let mut client = running.client.clone().send_compressed(Gzip).accept_compressed(Gzip);
+    let response = client.embed(embed(vec![harness::flat(1)])).await.expect("a response");
+    assert_eq!(response.get_ref().results.len(), 1);
+    drop(client);
+    running.end().await;
+}

@@ -1,0 +1,115 @@
+//! How it ends: in the process, and as a process under signals.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use imagegpt::engine::fake::Script;
+use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::worker::Ended;
+use tonic::Code;
+
+use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
+
+#[tokio::test]
+async fn what_was_admitted_is_finished() {
+    let (open, gate) = crossbeam_channel::bounded(64);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    let running = harness::fake(script, &["--max-batch-size", "2"]).await;
+    let mut client = running.client.clone();
+    let images: Vec<Vec<u32>> = (0..9).map(seeded).collect();
+    let request = embed(images.iter().cloned().map(tokens).collect());
+    let call = tokio::spawn(async move { client.embed(request).await });
+    running.until_in_flight(9).await;
+    let metrics_addr = running.worker.metrics_addr;
+    let readiness = running.worker.readiness().clone();
+    let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
+    harness::until("draining", || readiness.get().is_err()).await;
+    assert_eq!(harness::get(metrics_addr, "/readyz").await, (503, "draining\n".to_owned()));
+    // On the connection that is still open, new work is refused.
+    let late = running.client.clone().embed(embed(vec![harness::flat(1)])).await;
+    assert_eq!(late.expect_err("draining").code(), Code::Unavailable);
+    drop(open);
+    let response = call.await.expect("no panic").expect("an answer").into_inner();
+    for (result, ids) in response.results.iter().zip(&images) {
+        assert_eq!(vector(result).expect("a vector"), fake_answer(ids));
+    }
+    drop(running.client);
+    assert_eq!(shutdown.await.expect("no panic"), Ended::Clean);
+}
+
+#[tokio::test]
+async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
+    let (open, gate) = crossbeam_channel::bounded::<()>(1);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    let running = harness::fake(script, &[]).await;
+    let mut client = running.client.clone();
+    let call = tokio::spawn(async move { client.embed(embed(vec![harness::flat(1); 3])).await });
+    running.until_in_flight(3).await;
+    let ended = running.worker.shutdown(Duration::from_millis(100)).await;
+    assert_eq!(ended, Ended::Hard { images: 3 });
+    drop(open);
+    drop(call);
+}
+
+/// The program itself on the micro model, with the address that it logged.
+fn process() -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        .args(["serve", "--execution-provider", "cpu", "--log-format", "json"])
+        .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+        .arg("--model")
+        .arg(harness::model_dir("micro"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program");
+    let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut addr = None;
+    let mut line = String::new();
+    while log.read_line(&mut line).expect("a log line") > 0 {
+        let event: serde_json::Value = serde_json::from_str(&line).expect("one JSON object a line");
+        match event["message"].as_str() {
+            Some("listening") => {
+                let text = event["grpc"].as_str().expect("an address");
+                addr = Some(text.parse().expect("an address"));
+            }
+            Some("ready") => return (child, addr.expect("listening comes first"), log),
+            _ => {}
+        }
+        line.clear();
+    }
+    panic!("never ready");
+}
+
+fn kill(child: &Child, signal: &str) {
+    let status = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status()
+        .expect("kill");
+    assert!(status.success());
+}
+
+#[tokio::test]
+async fn sigterm_and_sigint_end_the_program_with_0() {
+    for signal in ["-TERM", "-INT"] {
+        let (mut child, addr, log) = process();
+        let mut client = ImageGptServiceClient::connect(format!("http://{addr}"))
+            .await
+            .expect("a connection");
+        let response = client.embed(embed(vec![tokens(seeded(3))])).await.expect("a response");
+        vector(&response.get_ref().results[0]).expect("a vector");
+        let started = Instant::now();
+        kill(&child, signal);
+        let rest: Vec<String> = log.lines().map_while(Result::ok).collect();
+        let status = child.wait().expect("an end");
+        assert_eq!(status.code(), Some(0), "{signal}: {rest:#?}");
+        assert!(started.elapsed() < Duration::from_secs(10), "an open connection holds nothing");
+        assert!(rest.iter().any(|line| line.contains("draining")), "{rest:#?}");
+    }
+}
