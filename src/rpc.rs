@@ -39,6 +39,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// hold a large image without a round trip for every 64 KiB.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Calls on one connection that may be cancelled before a handler took them;
+/// past it the connection is closed as an attack. The library's own limit of
+/// 20 would cut off a client that gives up on a burst of calls.
+const PENDING_RESETS_MAX: usize = 1024;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
@@ -90,6 +94,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
         .layer(observe);
     let mut router = server.add_service(imagegpt).add_service(health_server);
     if options.reflection {

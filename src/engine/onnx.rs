@@ -170,7 +170,7 @@ impl OnnxEngine {
         let mut engine = Self {
             facts: Facts {
                 provider: if provider == Provider::Cuda { "cuda" } else { "cpu" },
-                runtime_version: version(),
+                runtime_version: version(&options.library),
                 dimension: 0,
                 n_classes: 0,
             },
@@ -272,12 +272,16 @@ fn cuda_builder(
         })
 }
 
-/// The version that the loaded library says it is.
-fn version() -> String {
-    let info = ort::info();
-    info.split([' ', ','])
-        .find_map(|word| word.strip_prefix("git-branch=rel-").or_else(|| word.strip_prefix("rel-")))
-        .map_or_else(|| info.to_owned(), ToOwned::to_owned)
+/// The library's version: from its file's name (`libonnxruntime.so.1.31.1`),
+/// where links lead to it, else as far as the library itself tells.
+fn version(library: &Path) -> String {
+    let file = std::fs::canonicalize(library).unwrap_or_default();
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    match name.split_once(".so.") {
+        Some((_, version)) => version.to_owned(),
+        None => ort::util::probe(library)
+            .map_or_else(|| "unknown".to_owned(), |minor| format!("1.{minor}")),
+    }
 }
 
 impl Loaded {

@@ -30,9 +30,11 @@ async fn what_was_admitted_is_finished() {
     let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
     harness::until("draining", || readiness.get().is_err()).await;
     assert_eq!(harness::get(metrics_addr, "/readyz").await, (503, "draining\n".to_owned()));
-    // On the connection that is still open, new work is refused.
+    // New work is refused: by the worker, or by the client itself once it has
+    // been told that the connection takes no more.
     let late = running.client.clone().embed(embed(vec![harness::flat(1)])).await;
-    assert_eq!(late.expect_err("draining").code(), Code::Unavailable);
+    let code = late.expect_err("draining").code();
+    assert!(matches!(code, Code::Unavailable | Code::Cancelled), "{code:?}");
     drop(open);
     let response = call.await.expect("no panic").expect("an answer").into_inner();
     for (result, ids) in response.results.iter().zip(&images) {
@@ -95,7 +97,9 @@ fn kill(child: &Child, signal: &str) {
     assert!(status.success());
 }
 
-#[tokio::test]
+// Several threads, because the test blocks while its client must answer the
+// server's goodbye.
+#[tokio::test(flavor = "multi_thread")]
 async fn sigterm_and_sigint_end_the_program_with_0() {
     for signal in ["-TERM", "-INT"] {
         let (mut child, addr, log) = process();

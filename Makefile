@@ -1,0 +1,65 @@
+# `make help` lists what there is.
+
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Where `make demo` listens; any free ports.
+DEMO_PORT ?= 50151
+DEMO_METRICS_PORT ?= 9190
+PARITY_VENV ?= target/parity-venv
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+.PHONY: setup
+setup: ## Bring ONNX Runtime's library (pinned, checksummed) to target/onnxruntime
+	@scripts/onnxruntime.sh
+
+.PHONY: build
+build: setup ## Build the optimized binary: target/release/imagegpt
+	cargo build --release --locked
+
+.PHONY: demo
+demo: build ## Serve a small model and show which pictures look alike to it
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo.sh
+
+.PHONY: test
+test: setup ## Run all tests
+	cargo test --locked
+
+.PHONY: check
+check: setup ## All that CI checks: format, lints, documentation, tests
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	cargo test --locked
+
+.PHONY: deny
+deny: target/tools/bin/cargo-deny ## Check licenses and sources of all dependencies (builds cargo-deny first)
+	target/tools/bin/cargo-deny --locked check bans licenses sources
+
+target/tools/bin/cargo-deny:
+	cargo install --locked --version 0.20.2 --root target/tools cargo-deny
+
+.PHONY: bench
+bench: setup ## Measure decode, resize and quantize on one core (images per second)
+	cargo bench --locked --bench preprocess
+
+.PHONY: bench-overhead
+bench-overhead: build ## Measure images per second through gRPC against the bare engine
+	@scripts/bench-overhead.sh
+
+.PHONY: parity
+parity: build $(PARITY_VENV)/.done ## Compare a running worker with transformers (brings PyTorch: several GB)
+	@PARITY_VENV=$(PARITY_VENV) scripts/parity.sh
+
+$(PARITY_VENV)/.done: tests/parity/requirements.txt
+	python3 -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: golden
+golden: $(PARITY_VENV)/.done ## Remake the golden data of the preprocessing tests
+	$(PARITY_VENV)/bin/python tests/golden/make_golden.py
