@@ -48,8 +48,8 @@ bench: setup ## Measure decode, resize and quantize on one core (images per seco
 	cargo bench --locked --bench preprocess
 
 .PHONY: bench-overhead
-bench-overhead: build ## Measure images per second through gRPC against the bare engine
-	@scripts/bench-overhead.sh
+bench-overhead: setup ## Measure images per second through gRPC against the bare engine
+	cargo bench --locked --bench overhead
 
 .PHONY: parity
 parity: build $(PARITY_VENV)/.done ## Compare a running worker with transformers (brings PyTorch: several GB)

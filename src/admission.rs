@@ -207,7 +207,10 @@ mod tests {
         drop(first);
         // The caller has gone, but its job still holds the image: no room yet.
         assert!(admission.submit(call(1, 30)).is_err());
-        jobs.recv().expect("the job").ticket.finish(Err(Error::Lost));
+        jobs.recv()
+            .expect("the job")
+            .ticket
+            .finish(Err(Error::Lost));
         assert!(admission.submit(call(1, 30)).is_ok());
     }
 

@@ -103,7 +103,11 @@ fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Insta
     let never_jobs = crossbeam_channel::never();
     let never_slots = crossbeam_channel::never();
     let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
-    let jobs = if draining { &never_jobs } else { &channels.jobs };
+    let jobs = if draining {
+        &never_jobs
+    } else {
+        &channels.jobs
+    };
     let slots = if want_slot {
         &channels.slots
     } else {
@@ -151,7 +155,10 @@ impl Queue {
             debug_assert!(false, "a tokenize job reached the batcher");
             return;
         };
-        self.lanes.entry(Graph::of(want)).or_default().push_back(job);
+        self.lanes
+            .entry(Graph::of(want))
+            .or_default()
+            .push_back(job);
         self.len += 1;
     }
 

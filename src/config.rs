@@ -262,12 +262,7 @@ pub struct LogConfig {
     pub log: String,
 
     /// One line of text, or one JSON object, an event
-    #[arg(
-        long,
-        env = "IMAGEGPT_LOG_FORMAT",
-        value_enum,
-        default_value = "text"
-    )]
+    #[arg(long, env = "IMAGEGPT_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
 }
 
@@ -331,7 +326,7 @@ impl ServeConfig {
         if self.keepalive_interval_is_zero() {
             return refuse("--keepalive-interval is 0; it must be at least 1s".to_owned());
         }
-        if self.batching.max_queue_delay > Duration::from_secs(60) {
+        if self.batching.max_queue_delay > Duration::from_mins(1) {
             return refuse(
                 "--max-queue-delay is over 60s; images would only wait; milliseconds are usual"
                     .to_owned(),
@@ -389,12 +384,21 @@ mod tests {
             &["--bytes-in-flight-max", "10MiB"],
             "together are over --bytes-in-flight-max 10.0 MiB",
         );
-        check(&["--request-bytes-max", "10"], "--request-bytes-max is 10 B");
+        check(
+            &["--request-bytes-max", "10"],
+            "--request-bytes-max is 10 B",
+        );
         check(&["--max-batch-size", "0"], "0 is not in 1..=1024");
         check(&["--max-queue-delay", "5"], "invalid value '5'");
-        check(&["--max-queue-delay", "2h"], "--max-queue-delay is over 60s");
+        check(
+            &["--max-queue-delay", "2h"],
+            "--max-queue-delay is over 60s",
+        );
         check(&["--keepalive-interval", "0s"], "--keepalive-interval is 0");
-        check(&["--execution-provider", "tpu"], "[possible values: auto, cpu, cuda]");
+        check(
+            &["--execution-provider", "tpu"],
+            "[possible values: auto, cpu, cuda]",
+        );
         check(&["--listen", "localhost"], "invalid value 'localhost'");
     }
 }

@@ -219,7 +219,9 @@ fn serve(
                 other => EngineError::Runtime(other.to_string()),
             });
             for job in batch {
-                job.ticket.span.in_scope(|| tracing::warn!("an image of this call was in it"));
+                job.ticket
+                    .span
+                    .in_scope(|| tracing::warn!("an image of this call was in it"));
                 job.ticket.finish(Err(shared.clone()));
             }
             Err(error)

@@ -38,12 +38,11 @@ pub enum Error {
     OptionUnknown { field: &'static str, value: i32 },
     /// The loaded model has no graph for the task.
     #[error("the loaded model cannot {task}: it has no {file}")]
-    TaskMissing {
-        task: Task,
-        file: &'static str,
-    },
+    TaskMissing { task: Task, file: &'static str },
     /// The queue is full.
-    #[error("the worker is full: {what} in flight would pass the limit of {max} ({flag}); retry with backoff")]
+    #[error(
+        "the worker is full: {what} in flight would pass the limit of {max} ({flag}); retry with backoff"
+    )]
     Full {
         what: &'static str,
         max: u64,

@@ -73,7 +73,10 @@ fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
             reason = worker.failed() => Some(reason),
         };
         if let Some(reason) = reason {
-            tracing::error!(reason, "the engine failed; ending so that a restart can help");
+            tracing::error!(
+                reason,
+                "the engine failed; ending so that a restart can help"
+            );
             worker.shutdown(std::time::Duration::from_secs(1)).await;
             return Ok(ExitCode::from(EXIT_ENGINE));
         }

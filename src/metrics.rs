@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_exporter_prometheus::{
+    Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
 
 use crate::engine::Graph;
 use crate::error::{Error, Stage};
@@ -37,7 +39,9 @@ const BUILD_INFO: &str = "imagegpt_build_info";
 /// orders of magnitude between a 2 KiB token request on a GPU and a batch of
 /// imagegpt-large on a CPU, and a factor of two locates a change well enough.
 fn duration_buckets() -> Vec<f64> {
-    (0..25).map(|exponent| 15e-6 * f64::from(1 << exponent)).collect()
+    (0..25)
+        .map(|exponent| 15e-6 * f64::from(1 << exponent))
+        .collect()
 }
 
 /// Powers of two up to the largest batch that a flag may ask for.
@@ -162,10 +166,7 @@ impl Registry<'_> {
     fn describe(&self) {
         let counters = [
             (REQUESTS, "Calls answered, by method and gRPC code."),
-            (
-                IMAGES,
-                "Images answered, by the code of their own outcome.",
-            ),
+            (IMAGES, "Images answered, by the code of their own outcome."),
             (
                 IMAGES_DROPPED,
                 "Images dropped before they cost engine time, by reason and the stage they had reached.",

@@ -158,12 +158,13 @@ impl Model {
         }
         let mut digest = Sha256::new();
         let graphs = find_graphs(dir)?;
-        let preprocessor_path = find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
-            ModelError::new(
-                &dir.join(PREPROCESSOR_CONFIG),
-                "missing; it holds the palette (clusters), without which images have no tokens",
-            )
-        })?;
+        let preprocessor_path =
+            find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
+                ModelError::new(
+                    &dir.join(PREPROCESSOR_CONFIG),
+                    "missing; it holds the palette (clusters), without which images have no tokens",
+                )
+            })?;
         let preprocessor: PreprocessorConfig = read_json(&preprocessor_path, &mut digest)?;
         let (clusters, side) = palette(&preprocessor_path, preprocessor)?;
         let config_path = find_config(dir, &graphs, CONFIG);
@@ -215,7 +216,11 @@ impl Model {
                 (127.5 * (value + 1.0)).round_ties_even().clamp(0.0, 255.0) as u8
             }
         };
-        self.clusters.iter().flatten().map(|&value| byte(value)).collect()
+        self.clusters
+            .iter()
+            .flatten()
+            .map(|&value| byte(value))
+            .collect()
     }
 
     /// Whether the model has a graph for the task.
@@ -285,7 +290,12 @@ fn palette(path: &Path, config: PreprocessorConfig) -> Result<(Vec<[f64; 3]>, u3
         ));
     }
     let side = match config.size {
-        Some(Size::Side(side) | Size::Shortest { shortest_edge: side }) => side,
+        Some(
+            Size::Side(side)
+            | Size::Shortest {
+                shortest_edge: side,
+            },
+        ) => side,
         Some(Size::Edges { height, width }) if height == width => height,
         Some(Size::Edges { height, width }) => {
             return refuse(format!("size is {height} x {width}; it must be square"));
@@ -444,5 +454,8 @@ fn directory_name(dir: &Path) -> String {
         .ok()
         .as_deref()
         .and_then(Path::file_name)
-        .map_or_else(|| "imagegpt".to_owned(), |name| name.to_string_lossy().into_owned())
+        .map_or_else(
+            || "imagegpt".to_owned(),
+            |name| name.to_string_lossy().into_owned(),
+        )
 }

@@ -32,7 +32,7 @@ pub struct NeighborsConfig {
     pub picture: Option<PathBuf>,
 
     /// Neighbors of each image
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub neighbors: u8,
 
     /// Images at most; of more, an even sample by name is taken
@@ -50,6 +50,7 @@ const CELL: u32 = 64;
 const GAP: u32 = 8;
 /// Gap between the tokens' column and the neighbors' columns.
 const WIDE_GAP: u32 = 24;
+const ROWS_PER_BLOCK: u32 = 16;
 const EXTENSIONS: [&str; 9] = [
     "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
 ];
@@ -89,14 +90,7 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
     let nearest: Vec<Vec<(usize, f32)>> = (0..items.len())
         .map(|idx| nearest(&items, idx, config.neighbors.into()))
         .collect();
-    let width = items.iter().map(|item| item.name.len()).max().unwrap_or(0);
-    for (item, nearest) in items.iter().zip(&nearest) {
-        write!(out, "{:width$} ", item.name)?;
-        for &(idx, similarity) in nearest {
-            write!(out, "  {} {similarity:.4}", items[idx].name)?;
-        }
-        writeln!(out)?;
-    }
+    table(&items, &nearest, out)?;
     if let Some(path) = &config.picture {
         picture(&items, &nearest, &model)
             .save(path)
@@ -108,6 +102,26 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
             model.side,
             model.side
         )?;
+    }
+    Ok(())
+}
+
+/// One row an image; its neighbors in columns, with their cosine similarity.
+fn table(
+    items: &[Item],
+    nearest: &[Vec<(usize, f32)>],
+    out: &mut impl Write,
+) -> std::io::Result<()> {
+    let width = items.iter().map(|item| item.name.chars().count()).max();
+    let width = width.unwrap_or(0).max("image".len());
+    writeln!(out, "{:width$}  nearest (cosine similarity)", "image")?;
+    for (item, nearest) in items.iter().zip(nearest) {
+        use std::fmt::Write as _;
+        let mut row = format!("{:width$}", item.name);
+        for &(idx, similarity) in nearest {
+            let _ = write!(row, "  {:width$} {similarity:.3}", items[idx].name);
+        }
+        writeln!(out, "{}", row.trim_end())?;
     }
     Ok(())
 }
@@ -179,7 +193,7 @@ async fn embed(
             paths.iter().zip(encoded).zip(embeddings).zip(tokens)
         {
             let name = path
-                .file_name()
+                .file_stem()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             match (embedding, tokens) {
                 (Ok(embedding), Ok(tokens)) => items.push(Item {
@@ -217,30 +231,39 @@ fn picture(
     nearest: &[Vec<(usize, f32)>],
     model: &pb::GetModelResponse,
 ) -> RgbImage {
-    let n_neighbors = nearest.iter().map(Vec::len).max().unwrap_or(0);
-    let column = |idx: usize| {
-        let idx = u32::try_from(idx).unwrap_or(0);
-        GAP + idx * (CELL + GAP) + if idx >= 2 { WIDE_GAP } else { 0 }
-    };
-    let height = GAP + u32::try_from(items.len()).unwrap_or(0) * (CELL + GAP);
-    let mut sheet = RgbImage::from_pixel(column(2 + n_neighbors), height, Rgb([255; 3]));
+    let n_neighbors = to_u32(nearest.iter().map(Vec::len).max().unwrap_or(0));
+    // Side by side in blocks, so that the sheet is no ribbon.
+    let n_blocks = to_u32(items.len()).div_ceil(ROWS_PER_BLOCK);
+    let n_rows = to_u32(items.len()).div_ceil(n_blocks.max(1));
+    let block_width = (2 + n_neighbors) * (CELL + GAP) + 2 * WIDE_GAP;
+    let mut sheet = RgbImage::from_pixel(
+        GAP + n_blocks * block_width - WIDE_GAP.min(n_blocks * block_width),
+        GAP + n_rows * (CELL + GAP),
+        Rgb([255; 3]),
+    );
     let thumbnails: Vec<RgbImage> = items.iter().map(thumbnail).collect();
-    for (row, (item, nearest)) in items.iter().zip(nearest).enumerate() {
-        let y = GAP + u32::try_from(row).unwrap_or(0) * (CELL + GAP);
+    for (idx, (item, nearest)) in items.iter().zip(nearest).enumerate() {
+        let (block, row) = (to_u32(idx) / n_rows, to_u32(idx) % n_rows);
         let tokens = imageops::resize(
             &from_tokens(item, model),
             CELL,
             CELL,
             imageops::FilterType::Nearest,
         );
-        let cells = [&thumbnails[row], &tokens]
-            .into_iter()
-            .chain(nearest.iter().map(|&(idx, _)| &thumbnails[idx]));
-        for (idx, cell) in cells.enumerate() {
-            imageops::replace(&mut sheet, cell, column(idx).into(), y.into());
+        let neighbors = nearest.iter().map(|&(idx, _)| &thumbnails[idx]);
+        let cells = [&thumbnails[idx], &tokens].into_iter().chain(neighbors);
+        for (column, cell) in (0..).zip(cells) {
+            let gap = if column >= 2 { WIDE_GAP } else { 0 };
+            let x = GAP + block * block_width + column * (CELL + GAP) + gap;
+            let y = GAP + row * (CELL + GAP);
+            imageops::replace(&mut sheet, cell, x.into(), y.into());
         }
     }
     sheet
+}
+
+fn to_u32(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
 }
 
 /// The image itself, small, on white. Only the worker's verdict decides
@@ -285,7 +308,12 @@ mod tests {
     #[test]
     fn the_nearest_comes_first_and_never_the_image_itself() {
         let items = [item(&[1.0, 0.0]), item(&[0.0, 1.0]), item(&[0.6, 0.8])];
-        let order = |of| nearest(&items, of, 9).iter().map(|n| n.0).collect::<Vec<_>>();
+        let order = |of| {
+            nearest(&items, of, 9)
+                .iter()
+                .map(|n| n.0)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(order(0), [2, 1]);
         assert_eq!(order(1), [2, 0]);
         assert_eq!(nearest(&items, 2, 1), [(1, 0.8)]);
@@ -293,9 +321,17 @@ mod tests {
 
     #[test]
     fn a_sample_is_spread_evenly() {
-        let paths = |n: usize| (0..n).map(|i| PathBuf::from(i.to_string())).collect::<Vec<_>>();
+        let paths = |n: usize| {
+            (0..n)
+                .map(|i| PathBuf::from(i.to_string()))
+                .collect::<Vec<_>>()
+        };
         let names = |paths: Vec<PathBuf>| {
-            paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" ")
+            paths
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(names(sample(paths(10), 3)), "0 3 6");
         assert_eq!(names(sample(paths(2), 3)), "0 1");

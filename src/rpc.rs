@@ -197,7 +197,9 @@ impl Service {
             .into_iter()
             .map(|outcome| {
                 let outcome = outcome.unwrap_or(Err(Error::Lost));
-                let code = outcome.as_ref().map_or_else(status::code, |_| tonic::Code::Ok);
+                let code = outcome
+                    .as_ref()
+                    .map_or_else(status::code, |_| tonic::Code::Ok);
                 self.metrics.image(status::name(code));
                 match outcome {
                     Err(error) if error.ends_call() => Err(error),
@@ -280,15 +282,9 @@ impl Service {
                 Ok(Answer::Values(logits)) => {
                     let activation = self.model.activation;
                     pb::classify_result::Outcome::Classification(pb::Classification {
-                        classes: convert::classes(
-                            &logits,
-                            &self.labels,
-                            activation,
-                            request.top_k,
-                        ),
-                        logits: with_logits.then(|| {
-                            convert::tensor(&logits, &[logits.len()], pb::DataType::F32)
-                        }),
+                        classes: convert::classes(&logits, &self.labels, activation, request.top_k),
+                        logits: with_logits
+                            .then(|| convert::tensor(&logits, &[logits.len()], pb::DataType::F32)),
                     })
                 }
                 Ok(Answer::Tokens(_)) => {
@@ -317,7 +313,13 @@ impl Service {
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         let answer_bytes = self.model.positions() * size_of::<u32>();
         let outcomes = self
-            .outcomes(request.images, preprocess, Work::Tokenize, answer_bytes, &metadata)
+            .outcomes(
+                request.images,
+                preprocess,
+                Work::Tokenize,
+                answer_bytes,
+                &metadata,
+            )
             .await?;
         let result = |outcome| {
             let outcome = match outcome {
@@ -344,7 +346,10 @@ impl Service {
         let facts = self.facts()?;
         let model = &self.model;
         let limits = &self.limits;
-        let tasks = [(Task::Embed, pb::Task::Embed), (Task::Classify, pb::Task::Classify)];
+        let tasks = [
+            (Task::Embed, pb::Task::Embed),
+            (Task::Classify, pb::Task::Classify),
+        ];
         Ok(pb::GetModelResponse {
             name: model.name.clone(),
             digest: model.digest.clone(),

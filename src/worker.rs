@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use crossbeam_channel::Sender;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
@@ -21,9 +22,11 @@ use crate::config::ServeConfig;
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::{self, Engine, EngineError, EngineFactory, Facts, State};
 use crate::http::{self, Pages};
+use crate::job::Job;
 use crate::metrics::Metrics;
 use crate::model::Model;
-use crate::preprocess::{ImageLimits, Palette, Preprocessor, pool};
+use crate::preprocess::pool::{self, Picture};
+use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
 use crate::rpc;
 
@@ -46,6 +49,75 @@ pub struct Worker {
     threads: Vec<JoinHandle<()>>,
     /// Metrics pages and upkeep, which end with the worker.
     side_tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// The stages that have threads of their own, wired up.
+struct Stages {
+    /// Where admission puts its jobs.
+    pictures: Sender<Job<Picture>>,
+    engine: watch::Receiver<State>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Stages {
+    fn start(
+        config: &ServeConfig,
+        model: &Model,
+        factory: EngineFactory,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Self> {
+        let limits = &config.limits;
+        let palette = Palette::new(model.clusters.clone()).context("the palette")?;
+        let preprocessor = Arc::new(Preprocessor::new(
+            &palette,
+            model.side,
+            ImageLimits {
+                image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
+                image_pixels_max: limits.image_pixels_max,
+                decode_bytes_max: limits.decode_bytes_max.as_u64(),
+            },
+        ));
+        // Each queue holds as many jobs as may be in flight, and a job holds
+        // its permit: no queue can be full when a job arrives.
+        let images_max = limits.images_in_flight_max as usize;
+        let (pictures_in, pictures) = crossbeam_channel::bounded(images_max);
+        let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
+        // One engine, so one slot and one batch.
+        let (slots_in, slots) = crossbeam_channel::bounded(1);
+        let (batches_in, batches) = crossbeam_channel::bounded(1);
+        let (state_in, engine) = watch::channel(State::Loading);
+
+        let mut threads = Vec::new();
+        let engine_metrics = metrics.clone();
+        threads.push(spawn("engine", move || {
+            engine::run(factory, &slots_in, &batches, &state_in, &engine_metrics);
+        })?);
+        let policy = Policy {
+            max_batch_size: config.batching.max_batch_size.into(),
+            max_queue_delay: config.batching.max_queue_delay,
+        };
+        let channels = batcher::Channels {
+            jobs: tokens,
+            slots,
+            batches: batches_in,
+        };
+        let batcher_metrics = metrics.clone();
+        threads.push(spawn("batcher", move || {
+            batcher::run(policy, &channels, &batcher_metrics);
+        })?);
+        for idx in 0..n_preprocess_threads(config) {
+            let (preprocessor, pictures) = (Arc::clone(&preprocessor), pictures.clone());
+            let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
+            threads.push(spawn(&format!("preprocess-{idx}"), move || {
+                pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
+            })?);
+        }
+        Ok(Self {
+            pictures: pictures_in,
+            engine,
+            threads,
+        })
+    }
 }
 
 /// How a worker ended.
@@ -96,59 +168,14 @@ impl Worker {
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
 
         let metrics = Metrics::new()?;
+        let stages = Stages::start(config, &model, factory, &metrics)?;
+        let (readiness, drain) = Readiness::new(stages.engine.clone());
         let limits = &config.limits;
-        let preprocessor = Arc::new(Preprocessor::new(
-            &Palette::new(model.clusters.clone()).context("the palette")?,
-            model.side,
-            ImageLimits {
-                image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
-                image_pixels_max: limits.image_pixels_max,
-                decode_bytes_max: limits.decode_bytes_max.as_u64(),
-            },
-        ));
-
-        // Each queue holds as many jobs as may be in flight, and a job holds
-        // its permit: no queue can be full when a job arrives.
-        let images_max = limits.images_in_flight_max as usize;
-        let (pictures_in, pictures) = crossbeam_channel::bounded(images_max);
-        let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
-        // One engine, so one slot and one batch.
-        let (slots_in, slots) = crossbeam_channel::bounded(1);
-        let (batches_in, batches) = crossbeam_channel::bounded(1);
-        let (state_in, engine) = watch::channel(State::Loading);
-        let (readiness, drain) = Readiness::new(engine.clone());
-
-        let mut threads = Vec::new();
-        let engine_metrics = metrics.clone();
-        threads.push(spawn("engine", move || {
-            engine::run(factory, &slots_in, &batches, &state_in, &engine_metrics);
-        })?);
-        let policy = Policy {
-            max_batch_size: config.batching.max_batch_size.into(),
-            max_queue_delay: config.batching.max_queue_delay,
-        };
-        let channels = batcher::Channels {
-            jobs: tokens,
-            slots,
-            batches: batches_in,
-        };
-        let batcher_metrics = metrics.clone();
-        threads.push(spawn("batcher", move || {
-            batcher::run(policy, &channels, &batcher_metrics);
-        })?);
-        for idx in 0..n_preprocess_threads(config) {
-            let (preprocessor, pictures) = (Arc::clone(&preprocessor), pictures.clone());
-            let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
-            threads.push(spawn(&format!("preprocess-{idx}"), move || {
-                pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
-            })?);
-        }
-
         let capacity = Capacity {
-            images: images_max,
+            images: limits.images_in_flight_max as usize,
             bytes: to_usize(limits.bytes_in_flight_max.as_u64()),
         };
-        let admission = Admission::new(capacity, pictures_in);
+        let admission = Admission::new(capacity, stages.pictures);
         let occupancy = admission.occupancy();
         let pages = Pages {
             metrics: metrics.clone(),
@@ -159,7 +186,12 @@ impl Worker {
         let side_tasks = vec![
             tokio::spawn(serve_pages(metrics_listener, pages)),
             tokio::spawn(keep_metrics(metrics.clone())),
-            tokio::spawn(announce(engine.clone(), Arc::clone(&model), metrics.clone(), started)),
+            tokio::spawn(announce(
+                stages.engine.clone(),
+                Arc::clone(&model),
+                metrics.clone(),
+                started,
+            )),
         ];
         let service = rpc::Service {
             labels: model.labels.clone().into(),
@@ -184,10 +216,10 @@ impl Worker {
             readiness,
             drain,
             occupancy,
-            engine,
+            engine: stages.engine,
             server,
             stop,
-            threads,
+            threads: stages.threads,
             side_tasks,
         })
     }

@@ -15,7 +15,7 @@ use ort::environment::Environment;
 use ort::ep;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynTensor, Shape, Tensor, TensorElementType, ValueType};
+use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
 use super::{Engine, EngineError, Facts, Graph, Row};
 use crate::job::Want;
@@ -169,7 +169,11 @@ impl OnnxEngine {
         };
         let mut engine = Self {
             facts: Facts {
-                provider: if provider == Provider::Cuda { "cuda" } else { "cpu" },
+                provider: if provider == Provider::Cuda {
+                    "cuda"
+                } else {
+                    "cpu"
+                },
                 runtime_version: version(&options.library),
                 dimension: 0,
                 n_classes: 0,
@@ -182,7 +186,9 @@ impl OnnxEngine {
                 Provider::Cuda => cuda_builder(&environment, options)?,
                 Provider::Cpu | Provider::Auto => builder(&environment, options)?,
             };
-            engine.graphs.insert(graph, Loaded::open(builder, graph, path)?);
+            engine
+                .graphs
+                .insert(graph, Loaded::open(builder, graph, path)?);
             engine.warm_up(graph, options)?;
         }
         Ok(engine)
@@ -202,7 +208,10 @@ impl OnnxEngine {
             tokens: &tokens,
             want,
         };
-        let file = self.graphs.get(&graph).map_or_else(String::new, |loaded| loaded.file.clone());
+        let file = self
+            .graphs
+            .get(&graph)
+            .map_or_else(String::new, |loaded| loaded.file.clone());
         let refuse = |reason: String| EngineError::Graph {
             file: file.clone(),
             reason,
@@ -308,8 +317,14 @@ impl Loaded {
                 }
             };
             let integer = match outlet.dtype() {
-                ValueType::Tensor { ty: TensorElementType::Int64, .. } => Integer::Int64,
-                ValueType::Tensor { ty: TensorElementType::Int32, .. } => Integer::Int32,
+                ValueType::Tensor {
+                    ty: TensorElementType::Int64,
+                    ..
+                } => Integer::Int64,
+                ValueType::Tensor {
+                    ty: TensorElementType::Int32,
+                    ..
+                } => Integer::Int32,
                 other => {
                     return Err(refuse(format!(
                         "input {:?} is {other:?}; int32 and int64 tensors are supported",
@@ -330,8 +345,12 @@ impl Loaded {
             Graph::Hidden => "last_hidden_state",
             Graph::Logits => "logits",
         };
-        let Some(output) = session.outputs().iter().find(|outlet| outlet.name() == wanted) else {
-            let names: Vec<&str> = session.outputs().iter().map(|outlet| outlet.name()).collect();
+        let Some(output) = session
+            .outputs()
+            .iter()
+            .find(|outlet| outlet.name() == wanted)
+        else {
+            let names: Vec<&str> = session.outputs().iter().map(Outlet::name).collect();
             return Err(refuse(format!(
                 "has no output {wanted:?}; it has {}",
                 names.join(", ")
@@ -397,7 +416,9 @@ fn feed(
             .upcast(),
         Integer::Int64 => {
             let values = values.map(i64::from).collect::<Vec<i64>>();
-            Tensor::from_array((shape, values)).map_err(runtime)?.upcast()
+            Tensor::from_array((shape, values))
+                .map_err(runtime)?
+                .upcast()
         }
     };
     Ok(tensor.into())
@@ -475,22 +496,37 @@ mod tests {
 
     #[test]
     fn answers_are_cut_by_what_each_row_wants() {
-        let rows = [Want::Mean, Want::Last, Want::States].map(|want| Row { tokens: &[0, 1], want });
+        let rows = [Want::Mean, Want::Last, Want::States].map(|want| Row {
+            tokens: &[0, 1],
+            want,
+        });
         let values: Vec<f32> = (0..12_u8).map(f32::from).collect();
         let got = answers(Graph::Hidden, &rows, 2, &Shape::new([3, 2, 2]), &values).expect("fits");
-        assert_eq!(got, [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]);
+        assert_eq!(
+            got,
+            [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]
+        );
     }
 
     #[test]
     fn another_shape_is_refused() {
-        let rows = [Row { tokens: &[0, 1], want: Want::Mean }];
+        let rows = [Row {
+            tokens: &[0, 1],
+            want: Want::Mean,
+        }];
         let error = answers(Graph::Hidden, &rows, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
             .expect_err("three positions are not two");
-        assert_eq!(error.to_string(), "the model returned shape [1, 3, 2], not [1, 2, width]");
+        assert_eq!(
+            error.to_string(),
+            "the model returned shape [1, 3, 2], not [1, 2, width]"
+        );
     }
 
     #[test]
     fn a_given_library_is_taken_as_it_is() {
-        assert_eq!(find_library(Some(Path::new("/x/y.so"))), Path::new("/x/y.so"));
+        assert_eq!(
+            find_library(Some(Path::new("/x/y.so"))),
+            Path::new("/x/y.so")
+        );
     }
 }

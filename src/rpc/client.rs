@@ -43,7 +43,9 @@ impl Client {
     /// The call's status.
     pub async fn model(&mut self) -> anyhow::Result<pb::GetModelResponse> {
         let response = self.0.get_model(pb::GetModelRequest {}).await;
-        Ok(response.map_err(call_failed)?.into_inner())
+        Ok(response
+            .map_err(|status| call_failed(&status))?
+            .into_inner())
     }
 
     /// Mean-pooled f32 embeddings of encoded images; an image's own failure is
@@ -63,7 +65,12 @@ impl Client {
             normalize: true,
             ..Default::default()
         };
-        let response = self.0.embed(request).await.map_err(call_failed)?.into_inner();
+        let response = self
+            .0
+            .embed(request)
+            .await
+            .map_err(|status| call_failed(&status))?
+            .into_inner();
         Ok(response
             .results
             .into_iter()
@@ -89,7 +96,12 @@ impl Client {
             images: encoded.into_iter().map(image).collect(),
             preprocess: Some(preprocess),
         };
-        let response = self.0.tokenize(request).await.map_err(call_failed)?.into_inner();
+        let response = self
+            .0
+            .tokenize(request)
+            .await
+            .map_err(|status| call_failed(&status))?
+            .into_inner();
         Ok(response
             .results
             .into_iter()
@@ -115,6 +127,10 @@ fn f32s(data: &[u8]) -> Vec<f32> {
 }
 
 /// A call's status as one line for a person.
-fn call_failed(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}: {}", super::status::name(status.code()), status.message())
+fn call_failed(status: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!(
+        "{}: {}",
+        super::status::name(status.code()),
+        status.message()
+    )
 }

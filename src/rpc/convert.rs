@@ -129,10 +129,11 @@ pub(super) fn tensor(values: &[f32], shape: &[usize], dtype: pb::DataType) -> pb
             .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
             .collect(),
         // On the usual little-endian machine the numbers are the bytes.
-        _ if cfg!(target_endian = "little") => {
-            Bytes::copy_from_slice(bytemuck::cast_slice(values))
-        }
-        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        _ if cfg!(target_endian = "little") => Bytes::copy_from_slice(bytemuck::cast_slice(values)),
+        _ => values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
     };
     pb::Tensor {
         dtype: dtype.into(),
@@ -221,7 +222,10 @@ mod tests {
     fn rows_are_normalized_one_by_one() {
         let mut values = [3.0, 4.0, 0.0, 0.0];
         normalize(&mut values, 2);
-        assert_eq!(values, [0.6, 0.8, 0.0, 0.0]);
+        assert_eq!(
+            values.map(f32::to_bits),
+            [0.6_f32, 0.8, 0.0, 0.0].map(f32::to_bits)
+        );
     }
 
     #[test]
@@ -246,7 +250,10 @@ mod tests {
     fn unknown_enum_values_are_named() {
         let options = pb::Preprocess { fit: 7, alpha: 0 };
         let error = preprocess(Some(&options)).expect_err("7 is no fit");
-        assert_eq!(error.to_string(), "preprocess.fit: 7 is not a value of this enum");
+        assert_eq!(
+            error.to_string(),
+            "preprocess.fit: 7 is not a value of this enum"
+        );
         assert!(context(3).is_err() && pooling(4).is_err() && dtype(3).is_err());
         assert_eq!(preprocess(None).expect("defaults").fit, Fit::Squash);
     }

@@ -17,7 +17,7 @@ pub(super) fn of(metadata: &MetadataMap, now: Instant) -> Option<Instant> {
     let timeout = parse(metadata.get("grpc-timeout")?.to_str().ok()?)?;
     let margin = MARGIN_MAX.min(timeout / 10);
     // A timeout too long to represent is none.
-    now.checked_add(timeout - margin)
+    now.checked_add(timeout.saturating_sub(margin))
 }
 
 /// At most eight digits and a unit, by the gRPC specification.

@@ -216,14 +216,33 @@ mod tests {
     #[test]
     fn trace_ids() {
         let check = |value, expected| {
-            assert_eq!(trace_id(&headers("traceparent", value)), expected, "{value}");
+            assert_eq!(
+                trace_id(&headers("traceparent", value)),
+                expected,
+                "{value}"
+            );
         };
         let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
-        check("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", Some(trace));
-        check("00-00000000000000000000000000000000-00f067aa0ba902b7-01", None);
-        check("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", None);
-        check("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None);
-        check("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", None);
+        check(
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            Some(trace),
+        );
+        check(
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            None,
+        );
+        check(
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            None,
+        );
+        check(
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            None,
+        );
+        check(
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            None,
+        );
         check("nonsense", None);
     }
 

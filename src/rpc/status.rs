@@ -89,31 +89,53 @@ mod tests {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
         let rows: [(Error, Code, &str); 14] = [
-            (PreprocessError::Empty.into(), Code::InvalidArgument, "IMAGE_INVALID"),
+            (
+                PreprocessError::Empty.into(),
+                Code::InvalidArgument,
+                "IMAGE_INVALID",
+            ),
             (Error::ImageMissing, Code::InvalidArgument, "IMAGE_MISSING"),
             (Error::CallEmpty, Code::InvalidArgument, "CALL_EMPTY"),
-            (Error::CallTooLarge { given: 2, max: 1 }, Code::InvalidArgument, "CALL_TOO_LARGE"),
+            (
+                Error::CallTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "CALL_TOO_LARGE",
+            ),
             (
                 Error::ResponseTooLarge { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "RESPONSE_TOO_LARGE",
             ),
             (
-                Error::OptionUnknown { field: "fit", value: 9 },
+                Error::OptionUnknown {
+                    field: "fit",
+                    value: 9,
+                },
                 Code::InvalidArgument,
                 "OPTION_UNKNOWN",
             ),
             (
-                Error::TaskMissing { task: Task::Embed, file: "model.onnx" },
+                Error::TaskMissing {
+                    task: Task::Embed,
+                    file: "model.onnx",
+                },
                 Code::Unimplemented,
                 "TASK_MISSING",
             ),
             (
-                Error::Full { what: "images", max: 1, flag: "--images-in-flight-max" },
+                Error::Full {
+                    what: "images",
+                    max: 1,
+                    flag: "--images-in-flight-max",
+                },
                 Code::ResourceExhausted,
                 "WORKER_FULL",
             ),
-            (Error::DeadlineExceeded { stage }, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (
+                Error::DeadlineExceeded { stage },
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
+            ),
             (Error::Cancelled { stage }, Code::Cancelled, "CANCELLED"),
             (Error::Draining, Code::Unavailable, "DRAINING"),
             (Error::NotReady, Code::Unavailable, "NOT_READY"),
@@ -124,7 +146,10 @@ mod tests {
             let status = of_call(&error);
             assert_eq!(status.code(), code, "{error:?}");
             let info = status.get_details_error_info().expect("an ErrorInfo");
-            assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason, DOMAIN));
+            assert_eq!(
+                (info.reason.as_str(), info.domain.as_str()),
+                (reason, DOMAIN)
+            );
             assert_eq!(of_image(&error).code, code as i32);
             assert!(CODES.contains(&name(code)), "{code:?} is counted");
         }
@@ -132,7 +157,9 @@ mod tests {
 
     #[test]
     fn a_decoder_panic_is_internal() {
-        let error = Error::from(PreprocessError::Panicked { format: crate::preprocess::Format::Png });
+        let error = Error::from(PreprocessError::Panicked {
+            format: crate::preprocess::Format::Png,
+        });
         assert_eq!(code(&error), Code::Internal);
     }
 

@@ -28,7 +28,10 @@ async fn a_bad_image_fails_alone_and_says_why() {
     let cases: Vec<(pb::Image, &[&str])> = vec![
         (pb::Image { source: None }, &["encoded", "rgb8", "tokens"]),
         (encoded(vec![]), &["encoded"]),
-        (encoded(&b"<html>not an image</html>"[..]), &["encoded", "PNG", "JPEG"]),
+        (
+            encoded(&b"<html>not an image</html>"[..]),
+            &["encoded", "PNG", "JPEG"],
+        ),
         (encoded(truncated), &["encoded", "PNG"]),
         (encoded(huge), &["60000", "--image-pixels-max"]),
         (raw(0, 5, 0), &["rgb8", "0 x 5"]),
@@ -46,7 +49,12 @@ async fn a_bad_image_fails_alone_and_says_why() {
         .iter()
         .flat_map(|(bad, _)| [bad.clone(), tokens(good.clone())])
         .collect();
-    let response = running.client.embed(embed(images)).await.expect("a response").into_inner();
+    let response = running
+        .client
+        .embed(embed(images))
+        .await
+        .expect("a response")
+        .into_inner();
     for (pair, (_, words)) in response.results.chunks(2).zip(&cases) {
         let (code, sentence) = vector(&pair[0]).expect_err("a bad image");
         assert_eq!(code, Code::InvalidArgument, "{sentence}");
@@ -57,7 +65,10 @@ async fn a_bad_image_fails_alone_and_says_why() {
     }
     let invalid = "imagegpt_images_total{code=\"INVALID_ARGUMENT\"}";
     assert_eq!(running.sample(invalid).await, 14.0);
-    assert_eq!(running.sample("imagegpt_images_total{code=\"OK\"}").await, 14.0);
+    assert_eq!(
+        running.sample("imagegpt_images_total{code=\"OK\"}").await,
+        14.0
+    );
     running.end().await;
 }
 
@@ -98,7 +109,14 @@ fn crc32(bytes: &[u8]) -> u32 {
 
 #[tokio::test]
 async fn a_bad_call_fails_whole_and_says_why() {
-    let flags = ["--images-per-call-max", "100", "--request-bytes-max", "1MiB", "--response-bytes-max", "4KiB"];
+    let flags = [
+        "--images-per-call-max",
+        "100",
+        "--request-bytes-max",
+        "1MiB",
+        "--response-bytes-max",
+        "4KiB",
+    ];
     let mut running = harness::fake(Script::default(), &flags).await;
     let cases: Vec<(pb::EmbedRequest, Code, &[&str])> = vec![
         (embed(vec![]), Code::InvalidArgument, &["images"]),
@@ -153,8 +171,15 @@ async fn a_bad_call_fails_whole_and_says_why() {
         }
     }
     assert_eq!(running.worker.images_in_flight(), 0, "nothing is held");
-    let good = running.client.embed(embed(vec![tokens(seeded(1))])).await.expect("serves on");
-    assert_eq!(vector(&good.get_ref().results[0]).expect("a vector"), fake_answer(&seeded(1)));
+    let good = running
+        .client
+        .embed(embed(vec![tokens(seeded(1))]))
+        .await
+        .expect("serves on");
+    assert_eq!(
+        vector(&good.get_ref().results[0]).expect("a vector"),
+        fake_answer(&seeded(1))
+    );
     running.end().await;
 }
 
@@ -165,7 +190,10 @@ async fn many_callers_with_good_and_bad_images_each_get_their_own() {
     let mut one_by_one = running.client.clone();
     let mut expected = Vec::new();
     for seed in 0..200 {
-        let response = one_by_one.embed(embed(vec![tokens(seeded(seed))])).await.expect("alone");
+        let response = one_by_one
+            .embed(embed(vec![tokens(seeded(seed))]))
+            .await
+            .expect("alone");
         expected.push(vector(&response.get_ref().results[0]).expect("a vector"));
     }
     let calls: Vec<_> = (0..200_u32)
@@ -178,12 +206,18 @@ async fn many_callers_with_good_and_bad_images_each_get_their_own() {
                 _ => tokens(vec![]),
             };
             tokio::spawn(async move {
-                client.embed(embed(vec![tokens(seeded(seed)), bad, tokens(seeded(seed))])).await
+                client
+                    .embed(embed(vec![tokens(seeded(seed)), bad, tokens(seeded(seed))]))
+                    .await
             })
         })
         .collect();
     for (call, expected) in calls.into_iter().zip(&expected) {
-        let response = call.await.expect("no panic").expect("an answer").into_inner();
+        let response = call
+            .await
+            .expect("no panic")
+            .expect("an answer")
+            .into_inner();
         assert_eq!(response.results.len(), 3);
         for good in [0, 2] {
             let got = vector(&response.results[good]).expect("a vector");
@@ -195,8 +229,14 @@ async fn many_callers_with_good_and_bad_images_each_get_their_own() {
         assert_eq!(code, Code::InvalidArgument);
     }
     let page = running.metrics().await;
-    assert_eq!(harness::sample(&page, "imagegpt_images_total{code=\"OK\"}"), 600.0);
-    assert_eq!(harness::sample(&page, "imagegpt_images_total{code=\"INVALID_ARGUMENT\"}"), 200.0);
+    assert_eq!(
+        harness::sample(&page, "imagegpt_images_total{code=\"OK\"}"),
+        600.0
+    );
+    assert_eq!(
+        harness::sample(&page, "imagegpt_images_total{code=\"INVALID_ARGUMENT\"}"),
+        200.0
+    );
     let calls = "imagegpt_requests_total{method=\"Embed\",code=\"OK\"}";
     assert_eq!(harness::sample(&page, calls), 400.0);
     running.end().await;

@@ -97,7 +97,11 @@ async fn a_call_larger_than_a_batch_is_split_and_comes_back_in_order() {
     }
     let page = running.metrics().await;
     let series = "imagegpt_batch_size_bucket{graph=\"hidden\",le=\"4\"}";
-    assert_eq!(harness::sample(&page, series), batches(&page), "none above 4");
+    assert_eq!(
+        harness::sample(&page, series),
+        batches(&page),
+        "none above 4"
+    );
     running.end().await;
 }
 
@@ -106,7 +110,12 @@ async fn an_engine_that_is_free_waits_the_queue_delay_for_company() {
     let running = harness::fake(Script::default(), &["--max-queue-delay", "300ms"]).await;
     let call = |seed: u32| {
         let mut client = running.client.clone();
-        async move { client.embed(embed(vec![tokens(seeded(seed))])).await.expect("a response") }
+        async move {
+            client
+                .embed(embed(vec![tokens(seeded(seed))]))
+                .await
+                .expect("a response")
+        }
     };
     tokio::join!(call(1), call(2), call(3));
     assert_eq!(batches(&running.metrics().await), 1.0);
@@ -124,7 +133,12 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
     wait_for_batches(&running, 1.0).await;
     let mut request = Request::new(embed(vec![harness::flat(2), harness::flat(3)]));
     request.set_timeout(Duration::from_millis(200));
-    let error = running.client.clone().embed(request).await.expect_err("late");
+    let error = running
+        .client
+        .clone()
+        .embed(request)
+        .await
+        .expect_err("late");
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
     // The places of the dead are free before the engine is.
     running.until_in_flight(1).await;
@@ -135,9 +149,8 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
     let dropped: f64 = ["deadline", "cancelled"]
         .iter()
         .map(|reason| {
-            let series = format!(
-                "imagegpt_images_dropped_total{{reason=\"{reason}\",stage=\"queue\"}}"
-            );
+            let series =
+                format!("imagegpt_images_dropped_total{{reason=\"{reason}\",stage=\"queue\"}}");
             harness::sample(&page, &series)
         })
         .sum();
@@ -182,9 +195,16 @@ async fn a_full_worker_refuses_at_once_and_serves_on() {
     let filling =
         tokio::spawn(async move { filling.embed(embed(vec![harness::flat(1); 8])).await });
     running.until_in_flight(8).await;
-    let error = running.client.embed(embed(vec![harness::flat(2)])).await.expect_err("full");
+    let error = running
+        .client
+        .embed(embed(vec![harness::flat(2)]))
+        .await
+        .expect_err("full");
     assert_eq!(error.code(), Code::ResourceExhausted);
-    assert!(error.message().contains("--images-in-flight-max"), "{error}");
+    assert!(
+        error.message().contains("--images-in-flight-max"),
+        "{error}"
+    );
     open.send(()).expect("the first run");
     filling.await.expect("no panic").expect("an answer");
     open.send(()).expect("the second run");
@@ -207,7 +227,12 @@ async fn graphs_do_not_share_a_batch() {
     let one = tokio::spawn(async move { one.embed(embed(vec![harness::flat(2); 2])).await });
     let other = tokio::spawn(async move {
         let images = vec![harness::flat(3); 2];
-        other.classify(pb::ClassifyRequest { images, ..Default::default() }).await
+        other
+            .classify(pb::ClassifyRequest {
+                images,
+                ..Default::default()
+            })
+            .await
     });
     wait_for_depth(&running, 4.0).await;
     for _ in 0..3 {

@@ -48,7 +48,10 @@ async fn check_embed(folder: &str) {
     let expected = expected();
     let within = |got: &[f32], want: &[f32], what: &str| {
         let error = relative_error(got, want);
-        assert!(error <= expected.relative_error_max, "{folder} {what}: {error:e}");
+        assert!(
+            error <= expected.relative_error_max,
+            "{folder} {what}: {error:e}"
+        );
     };
     for case in &expected.cases {
         for (context, answers) in [
@@ -151,11 +154,19 @@ async fn classes_are_named_best_first() {
         assert!(relative_error(&logits, &case.raw.logits) <= 1e-5);
         let exps: Vec<f32> = case.raw.logits.iter().map(|logit| logit.exp()).collect();
         let sum: f32 = exps.iter().sum();
-        assert_eq!(classification.classes.len(), 3, "fewer classes than the default of 5");
+        assert_eq!(
+            classification.classes.len(),
+            3,
+            "fewer classes than the default of 5"
+        );
         for pair in classification.classes.windows(2) {
             assert!(pair[0].score >= pair[1].score);
         }
-        let labels = running.client.get_model(pb::GetModelRequest {}).await.expect("a model");
+        let labels = running
+            .client
+            .get_model(pb::GetModelRequest {})
+            .await
+            .expect("a model");
         for class in &classification.classes {
             let idx = class.index as usize;
             assert_eq!(class.label, labels.get_ref().labels[idx]);
@@ -202,11 +213,22 @@ async fn multi_label_scores_are_sigmoids() {
         let logit = case.raw.logits[class.index as usize];
         assert!((class.score - 1.0 / (1.0 + (-logit).exp())).abs() < 1e-5);
     }
-    let model = running.client.get_model(pb::GetModelRequest {}).await.expect("a model");
-    assert_eq!(model.get_ref().activation, i32::from(pb::Activation::Sigmoid));
+    let model = running
+        .client
+        .get_model(pb::GetModelRequest {})
+        .await
+        .expect("a model");
+    assert_eq!(
+        model.get_ref().activation,
+        i32::from(pb::Activation::Sigmoid)
+    );
     assert_eq!(model.get_ref().tasks, [i32::from(pb::Task::Classify)]);
     // The folder has no model.onnx, so nothing can be embedded.
-    let error = running.client.embed(embed(vec![harness::flat(1)])).await.expect_err("no graph");
+    let error = running
+        .client
+        .embed(embed(vec![harness::flat(1)]))
+        .await
+        .expect_err("no graph");
     assert_eq!(error.code(), Code::Unimplemented);
     assert!(error.message().contains("model.onnx"), "{error}");
     running.end().await;
@@ -229,9 +251,16 @@ async fn without_labels_there_are_only_logits() {
     assert!(classification.classes.is_empty());
     let logits = f32s(classification.logits.as_ref().expect("logits unasked"));
     assert!(relative_error(&logits, &case.raw.logits) <= 1e-5);
-    let model = running.client.get_model(pb::GetModelRequest {}).await.expect("a model");
+    let model = running
+        .client
+        .get_model(pb::GetModelRequest {})
+        .await
+        .expect("a model");
     assert!(model.get_ref().labels.is_empty());
-    assert_eq!(model.get_ref().activation, i32::from(pb::Activation::Unspecified));
+    assert_eq!(
+        model.get_ref().activation,
+        i32::from(pb::Activation::Unspecified)
+    );
     running.end().await;
 }
 
@@ -263,10 +292,12 @@ async fn the_three_forms_of_an_image_agree() {
     let ids: Vec<Vec<u32>> = response
         .results
         .iter()
-        .map(|result| match result.outcome.as_ref().expect("an outcome") {
-            pb::tokenize_result::Outcome::Tokens(tokens) => tokens.ids.clone(),
-            pb::tokenize_result::Outcome::Error(status) => panic!("{status:?}"),
-        })
+        .map(
+            |result| match result.outcome.as_ref().expect("an outcome") {
+                pb::tokenize_result::Outcome::Tokens(tokens) => tokens.ids.clone(),
+                pb::tokenize_result::Outcome::Error(status) => panic!("{status:?}"),
+            },
+        )
         .collect();
     assert_eq!(ids[0].len(), 1024);
     assert_eq!(ids[0], ids[1]);
@@ -284,8 +315,11 @@ async fn the_three_forms_of_an_image_agree() {
         .await
         .expect("a response")
         .into_inner();
-    let vectors: Vec<Vec<f32>> =
-        response.results.iter().map(|result| vector(result).expect("a vector")).collect();
+    let vectors: Vec<Vec<f32>> = response
+        .results
+        .iter()
+        .map(|result| vector(result).expect("a vector"))
+        .collect();
     assert_eq!(vectors[0], vectors[1]);
     assert_eq!(vectors[0], vectors[2]);
     running.end().await;
@@ -294,9 +328,18 @@ async fn the_three_forms_of_an_image_agree() {
 #[tokio::test]
 async fn get_model_tells_what_is_loaded() {
     let mut running = harness::onnx("untrained", &["--max-batch-size", "4"]).await;
-    let model = running.client.get_model(pb::GetModelRequest {}).await.expect("a model").into_inner();
+    let model = running
+        .client
+        .get_model(pb::GetModelRequest {})
+        .await
+        .expect("a model")
+        .into_inner();
     assert_eq!(model.name, "untrained");
-    assert!(model.digest.starts_with("sha256:") && model.digest.len() == 71, "{}", model.digest);
+    assert!(
+        model.digest.starts_with("sha256:") && model.digest.len() == 71,
+        "{}",
+        model.digest
+    );
     assert_eq!(
         model.tasks,
         [i32::from(pb::Task::Embed), i32::from(pb::Task::Classify)]
@@ -305,10 +348,17 @@ async fn get_model_tells_what_is_loaded() {
     assert!(model.dimension > 0 && model.layers > 0);
     assert_eq!(model.palette_rgb8.len(), 512 * 3);
     assert_eq!(model.execution_provider, "cpu");
-    assert!(model.onnxruntime_version.starts_with("1."), "{}", model.onnxruntime_version);
+    assert!(
+        model.onnxruntime_version.starts_with("1."),
+        "{}",
+        model.onnxruntime_version
+    );
     assert_eq!(model.worker_version, env!("CARGO_PKG_VERSION"));
     assert!(model.notice.contains("untrained"), "{}", model.notice);
     let limits = model.limits.expect("limits");
-    assert_eq!((limits.batch_size_max, limits.images_per_call_max), (4, 256));
+    assert_eq!(
+        (limits.batch_size_max, limits.images_per_call_max),
+        (4, 256)
+    );
     running.end().await;
 }

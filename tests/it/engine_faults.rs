@@ -13,11 +13,22 @@ async fn a_failed_run_fails_its_images_and_the_worker_serves_on() {
         ..Default::default()
     };
     let mut running = harness::fake(script, &[]).await;
-    let response = running.client.embed(embed(vec![harness::flat(13)])).await.expect("a response");
+    let response = running
+        .client
+        .embed(embed(vec![harness::flat(13)]))
+        .await
+        .expect("a response");
     let (code, sentence) = vector(&response.get_ref().results[0]).expect_err("the run failed");
     assert_eq!(code, Code::Internal);
-    assert!(!sentence.contains("scripted"), "the cause is for the log: {sentence}");
-    let response = running.client.embed(embed(vec![tokens(seeded(1))])).await.expect("serves on");
+    assert!(
+        !sentence.contains("scripted"),
+        "the cause is for the log: {sentence}"
+    );
+    let response = running
+        .client
+        .embed(embed(vec![tokens(seeded(1))]))
+        .await
+        .expect("serves on");
     vector(&response.get_ref().results[0]).expect("a vector");
     running.end().await;
 }
@@ -29,12 +40,20 @@ async fn a_panic_answers_everyone_and_ends_readiness() {
         ..Default::default()
     };
     let mut running = harness::fake(script, &[]).await;
-    let response = running.client.embed(embed(vec![harness::flat(13)])).await.expect("a response");
+    let response = running
+        .client
+        .embed(embed(vec![harness::flat(13)]))
+        .await
+        .expect("a response");
     let (code, _) = vector(&response.get_ref().results[0]).expect_err("the run panicked");
     assert_eq!(code, Code::Internal);
     let reason = running.worker.failed().await;
     assert!(reason.contains("scripted panic"), "{reason}");
-    let error = running.client.embed(embed(vec![harness::flat(1)])).await.expect_err("failed");
+    let error = running
+        .client
+        .embed(embed(vec![harness::flat(1)]))
+        .await
+        .expect_err("failed");
     assert_eq!(error.code(), Code::Unavailable);
     let addr = running.worker.metrics_addr;
     assert_eq!(harness::get(addr, "/livez").await.0, 503);
@@ -58,13 +77,20 @@ impl Engine for Odd {
 
 #[tokio::test]
 async fn numbers_that_are_none_are_an_error() {
-    for odd in [vec![vec![1.0, f32::NAN, 0.0, 0.0]], vec![vec![f32::INFINITY; 4]], vec![]] {
+    for odd in [
+        vec![vec![1.0, f32::NAN, 0.0, 0.0]],
+        vec![vec![f32::INFINITY; 4]],
+        vec![],
+    ] {
         let factory = Box::new(move || {
             Ok(Box::new(Odd(FakeEngine::new(Script::default()), odd)) as Box<dyn Engine>)
         });
         let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
-        let response =
-            running.client.embed(embed(vec![harness::flat(1)])).await.expect("a response");
+        let response = running
+            .client
+            .embed(embed(vec![harness::flat(1)]))
+            .await
+            .expect("a response");
         let (code, _) = vector(&response.get_ref().results[0]).expect_err("not finite");
         assert_eq!(code, Code::Internal);
         running.end().await;

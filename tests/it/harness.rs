@@ -13,11 +13,11 @@ use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::{Ended, Worker, onnx_factory};
 use tonic::transport::Channel;
 
-pub type Client = ImageGptServiceClient<Channel>;
+pub(crate) type Client = ImageGptServiceClient<Channel>;
 
 /// How long anything may take before a test gives up; generous, because CI
 /// shares two cores.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 #[derive(Parser)]
 struct Cli {
@@ -26,7 +26,7 @@ struct Cli {
 }
 
 /// A folder below tests/data/models, or `untrained`.
-pub fn model_dir(name: &str) -> PathBuf {
+pub(crate) fn model_dir(name: &str) -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     match name {
         "untrained" => root.join("models/untrained"),
@@ -35,7 +35,7 @@ pub fn model_dir(name: &str) -> PathBuf {
 }
 
 /// The config that these flags make, for the model in `dir`.
-pub fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
+pub(crate) fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
     let dir = dir.to_str().expect("an UTF-8 path");
     let fixed = [
         "imagegpt",
@@ -55,23 +55,24 @@ pub fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
     cli.serve
 }
 
-pub struct Running {
-    pub worker: Worker,
-    pub client: Client,
+pub(crate) struct Running {
+    pub(crate) worker: Worker,
+    pub(crate) client: Client,
 }
 
 /// A worker on the micro model's files with a scripted engine.
-pub async fn fake(script: Script, flags: &[&str]) -> Running {
-    let factory: EngineFactory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+pub(crate) async fn fake(script: Script, flags: &[&str]) -> Running {
+    let factory: EngineFactory =
+        Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
     start(&model_dir("micro"), flags, Some(factory)).await
 }
 
 /// A worker that runs the model in a test folder.
-pub async fn onnx(name: &str, flags: &[&str]) -> Running {
+pub(crate) async fn onnx(name: &str, flags: &[&str]) -> Running {
     start(&model_dir(name), flags, None).await
 }
 
-pub async fn start(
+pub(crate) async fn start(
     dir: &std::path::Path,
     flags: &[&str],
     factory: Option<EngineFactory>,
@@ -87,7 +88,7 @@ pub async fn start(
     Running { worker, client }
 }
 
-pub async fn connect(worker: &Worker) -> Client {
+pub(crate) async fn connect(worker: &Worker) -> Client {
     Client::connect(format!("http://{}", worker.grpc_addr))
         .await
         .expect("a connection")
@@ -95,23 +96,23 @@ pub async fn connect(worker: &Worker) -> Client {
 
 impl Running {
     /// Ends the worker in good order.
-    pub async fn end(self) {
+    pub(crate) async fn end(self) {
         drop(self.client);
         assert_eq!(self.worker.shutdown(PATIENCE).await, Ended::Clean);
     }
 
     /// The metrics page.
-    pub async fn metrics(&self) -> String {
+    pub(crate) async fn metrics(&self) -> String {
         get(self.worker.metrics_addr, "/metrics").await.1
     }
 
     /// One sample of the metrics page, by its name and labels as printed.
-    pub async fn sample(&self, series: &str) -> f64 {
+    pub(crate) async fn sample(&self, series: &str) -> f64 {
         sample(&self.metrics().await, series)
     }
 
     /// Waits until `n` images are in flight.
-    pub async fn until_in_flight(&self, n: usize) {
+    pub(crate) async fn until_in_flight(&self, n: usize) {
         until(&format!("{n} images in flight"), || {
             self.worker.images_in_flight() == n
         })
@@ -120,7 +121,7 @@ impl Running {
 }
 
 /// The value of a series on a metrics page.
-pub fn sample(page: &str, series: &str) -> f64 {
+pub(crate) fn sample(page: &str, series: &str) -> f64 {
     page.lines()
         .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
         .unwrap_or_else(|| panic!("no series {series} in:\n{page}"))
@@ -129,7 +130,7 @@ pub fn sample(page: &str, series: &str) -> f64 {
 }
 
 /// Waits until a condition holds.
-pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         assert!(started.elapsed() < PATIENCE, "never: {what}");
@@ -138,9 +139,11 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// GET over HTTP/1.1: status and body.
-pub async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
+pub(crate) async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(addr).await.expect("a connection");
+    let mut stream = tokio::net::TcpStream::connect(addr)
+        .await
+        .expect("a connection");
     let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut text = String::new();
@@ -151,12 +154,12 @@ pub async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
 }
 
 /// An image of the micro model's 64 tokens, each `token`.
-pub fn flat(token: u32) -> pb::Image {
+pub(crate) fn flat(token: u32) -> pb::Image {
     tokens(vec![token; 64])
 }
 
 /// An image of the micro model, different for each seed.
-pub fn seeded(seed: u32) -> Vec<u32> {
+pub(crate) fn seeded(seed: u32) -> Vec<u32> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
     (0..64)
         .map(|_| {
@@ -166,19 +169,19 @@ pub fn seeded(seed: u32) -> Vec<u32> {
         .collect()
 }
 
-pub fn tokens(ids: Vec<u32>) -> pb::Image {
+pub(crate) fn tokens(ids: Vec<u32>) -> pb::Image {
     pb::Image {
         source: Some(pb::image::Source::Tokens(pb::Tokens { ids })),
     }
 }
 
-pub fn encoded(bytes: impl Into<bytes::Bytes>) -> pb::Image {
+pub(crate) fn encoded(bytes: impl Into<bytes::Bytes>) -> pb::Image {
     pb::Image {
         source: Some(pb::image::Source::Encoded(bytes.into())),
     }
 }
 
-pub fn embed(images: Vec<pb::Image>) -> pb::EmbedRequest {
+pub(crate) fn embed(images: Vec<pb::Image>) -> pb::EmbedRequest {
     pb::EmbedRequest {
         images,
         ..Default::default()
@@ -186,14 +189,16 @@ pub fn embed(images: Vec<pb::Image>) -> pb::EmbedRequest {
 }
 
 /// The vector of a result, or its error's code and sentence.
-pub fn vector(result: &pb::EmbedResult) -> Result<Vec<f32>, (tonic::Code, String)> {
+pub(crate) fn vector(result: &pb::EmbedResult) -> Result<Vec<f32>, (tonic::Code, String)> {
     match result.outcome.as_ref().expect("an outcome") {
         pb::embed_result::Outcome::Embedding(tensor) => Ok(f32s(tensor)),
-        pb::embed_result::Outcome::Error(status) => Err((status.code.into(), status.message.clone())),
+        pb::embed_result::Outcome::Error(status) => {
+            Err((status.code.into(), status.message.clone()))
+        }
     }
 }
 
-pub fn f32s(tensor: &pb::Tensor) -> Vec<f32> {
+pub(crate) fn f32s(tensor: &pb::Tensor) -> Vec<f32> {
     assert_eq!(tensor.dtype, i32::from(pb::DataType::F32));
     let values: Vec<f32> = tensor
         .data
@@ -205,7 +210,7 @@ pub fn f32s(tensor: &pb::Tensor) -> Vec<f32> {
 }
 
 /// ‖a − b‖ / ‖b‖.
-pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let difference = square(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
@@ -213,7 +218,10 @@ pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// What the fake engine answers for these tokens.
-pub fn fake_answer(ids: &[u32]) -> Vec<f32> {
-    let tokens: Vec<u16> = ids.iter().map(|&id| id.try_into().expect("16 bits")).collect();
+pub(crate) fn fake_answer(ids: &[u32]) -> Vec<f32> {
+    let tokens: Vec<u16> = ids
+        .iter()
+        .map(|&id| id.try_into().expect("16 bits"))
+        .collect();
     FakeEngine::answer(&tokens, imagegpt::job::Want::Mean)
 }

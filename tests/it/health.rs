@@ -51,18 +51,27 @@ async fn serving_begins_when_the_model_is_warm() {
     let dir = harness::model_dir("micro");
     let config = harness::config(&dir, &[]);
     let model = Model::open(&dir, None).expect("a model");
-    let mut worker = Worker::start(&config, model, factory).await.expect("a worker");
+    let mut worker = Worker::start(&config, model, factory)
+        .await
+        .expect("a worker");
     let channel = channel(&worker).await;
     let mut client = ImageGptServiceClient::new(channel.clone());
 
     for service in ["", SERVICE] {
-        assert_eq!(status(&channel, service).await, ServingStatus::NotServing, "{service:?}");
+        assert_eq!(
+            status(&channel, service).await,
+            ServingStatus::NotServing,
+            "{service:?}"
+        );
     }
     assert_eq!(status(&channel, "liveness").await, ServingStatus::Serving);
     assert_eq!(harness::get(worker.metrics_addr, "/livez").await.0, 200);
     let (code, body) = harness::get(worker.metrics_addr, "/readyz").await;
     assert_eq!((code, body.as_str()), (503, "loading\n"));
-    let error = client.embed(embed(vec![harness::flat(1)])).await.expect_err("loading");
+    let error = client
+        .embed(embed(vec![harness::flat(1)]))
+        .await
+        .expect_err("loading");
     assert_eq!(error.code(), Code::Unavailable);
 
     open.send(()).expect("the engine waits");
@@ -75,10 +84,17 @@ async fn serving_begins_when_the_model_is_warm() {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(status(&channel, service).await, ServingStatus::Serving, "{service:?}");
+        assert_eq!(
+            status(&channel, service).await,
+            ServingStatus::Serving,
+            "{service:?}"
+        );
     }
     assert_eq!(harness::get(worker.metrics_addr, "/readyz").await.0, 200);
-    client.embed(embed(vec![harness::flat(1)])).await.expect("serving");
+    client
+        .embed(embed(vec![harness::flat(1)]))
+        .await
+        .expect("serving");
     drop((client, channel));
     worker.shutdown(harness::PATIENCE).await;
 }
@@ -96,12 +112,23 @@ async fn reflection_lists_the_service_and_can_be_turned_off() {
         .await
         .expect("reflection")
         .into_inner();
-    let answer = answers.message().await.expect("a message").expect("not the end");
+    let answer = answers
+        .message()
+        .await
+        .expect("a message")
+        .expect("not the end");
     let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
         panic!("{answer:?}");
     };
-    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
-    assert!(names.contains(&SERVICE) && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+    let names: Vec<&str> = list
+        .service
+        .iter()
+        .map(|service| service.name.as_str())
+        .collect();
+    assert!(
+        names.contains(&SERVICE) && names.contains(&"grpc.health.v1.Health"),
+        "{names:?}"
+    );
     running.end().await;
 
     let running = harness::fake(Script::default(), &["--no-reflection"]).await;
@@ -118,11 +145,26 @@ async fn reflection_lists_the_service_and_can_be_turned_off() {
 async fn a_request_id_comes_back() {
     let mut running = harness::fake(Script::default(), &[]).await;
     let mut request = Request::new(pb::GetModelRequest {});
-    request.metadata_mut().insert("x-request-id", "abc-123".parse().expect("ascii"));
+    request
+        .metadata_mut()
+        .insert("x-request-id", "abc-123".parse().expect("ascii"));
     let response = running.client.get_model(request).await.expect("a model");
-    assert_eq!(response.metadata().get("x-request-id").expect("an id"), "abc-123");
-    let response = running.client.get_model(pb::GetModelRequest {}).await.expect("a model");
-    assert!(!response.metadata().get("x-request-id").expect("an id").is_empty());
+    assert_eq!(
+        response.metadata().get("x-request-id").expect("an id"),
+        "abc-123"
+    );
+    let response = running
+        .client
+        .get_model(pb::GetModelRequest {})
+        .await
+        .expect("a model");
+    assert!(
+        !response
+            .metadata()
+            .get("x-request-id")
+            .expect("an id")
+            .is_empty()
+    );
     running.end().await;
 }
 
@@ -130,8 +172,15 @@ async fn a_request_id_comes_back() {
 async fn gzip_is_taken_and_given() {
     use tonic::codec::CompressionEncoding::Gzip;
     let running = harness::fake(Script::default(), &[]).await;
-    let mut client = running.client.clone().send_compressed(Gzip).accept_compressed(Gzip);
-    let response = client.embed(embed(vec![harness::flat(1)])).await.expect("a response");
+    let mut client = running
+        .client
+        .clone()
+        .send_compressed(Gzip)
+        .accept_compressed(Gzip);
+    let response = client
+        .embed(embed(vec![harness::flat(1)]))
+        .await
+        .expect("a response");
     assert_eq!(response.get_ref().results.len(), 1);
     drop(client);
     running.end().await;

@@ -15,7 +15,12 @@ async fn cancels_and_deadlines_at_random_moments() {
         delay: Duration::from_millis(2),
         ..Default::default()
     };
-    let flags = ["--images-in-flight-max", "256", "--images-per-call-max", "16"];
+    let flags = [
+        "--images-in-flight-max",
+        "256",
+        "--images-per-call-max",
+        "16",
+    ];
     let running = harness::fake(script, &flags).await;
     let calls: Vec<_> = (0..400_u32)
         .map(|seed| {

@@ -3,6 +3,11 @@
 //! One binary, because linking ONNX Runtime's bindings and tonic once is
 //! cheaper than once a file.
 
+#![expect(
+    clippy::float_cmp,
+    reason = "counts in metrics are whole numbers, and the fake engine is exact"
+)]
+
 mod bad_input;
 mod batching;
 mod embed;

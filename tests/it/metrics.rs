@@ -22,14 +22,21 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
         assert_eq!(harness::sample(&page, series), 0.0, "{series}");
     }
     assert_eq!(harness::sample(&page, "imagegpt_ready"), 1.0);
-    assert_eq!(harness::sample(&page, "imagegpt_images_in_flight_max"), 1024.0);
+    assert_eq!(
+        harness::sample(&page, "imagegpt_images_in_flight_max"),
+        1024.0
+    );
 
     let mut png = Vec::new();
     image::RgbImage::new(9, 9)
         .write_to(&mut std::io::Cursor::new(&mut png), image::ImageFormat::Png)
         .expect("a PNG");
     let images = vec![harness::flat(1), encoded(png)];
-    running.client.embed(embed(images)).await.expect("a response");
+    running
+        .client
+        .embed(embed(images))
+        .await
+        .expect("a response");
     let page = running.metrics().await;
     for (histogram, count) in [
         ("imagegpt_request_duration_seconds{method=\"Embed\"}", 1.0),
@@ -38,13 +45,22 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
         ("imagegpt_queue_duration_seconds", 2.0),
     ] {
         let (name, labels) = histogram.split_at(histogram.find('{').unwrap_or(histogram.len()));
-        assert_eq!(harness::sample(&page, &format!("{name}_count{labels}")), count, "{name}");
+        assert_eq!(
+            harness::sample(&page, &format!("{name}_count{labels}")),
+            count,
+            "{name}"
+        );
         let inside = labels.trim_matches(['{', '}']);
         let comma = if inside.is_empty() { "" } else { "," };
         let bucket = format!("{name}_bucket{{{inside}{comma}le=\"+Inf\"}}");
         assert_eq!(harness::sample(&page, &bucket), count, "{bucket}");
     }
-    assert!(harness::sample(&page, "imagegpt_inference_duration_seconds_count{graph=\"hidden\"}") >= 1.0);
+    assert!(
+        harness::sample(
+            &page,
+            "imagegpt_inference_duration_seconds_count{graph=\"hidden\"}"
+        ) >= 1.0
+    );
     running.end().await;
 }
 
@@ -55,23 +71,17 @@ async fn promtool_finds_nothing_to_complain_about() {
     let running = harness::fake(Script::default(), &[]).await;
     let page = running.metrics().await;
     running.end().await;
-    let promtool = Command::new("promtool")
+    let installed = Command::new("promtool").arg("--version").output().is_ok();
+    if !installed && std::env::var_os("CI").is_none() {
+        return;
+    }
+    let mut promtool = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .spawn();
-    let mut promtool = match promtool {
-        Ok(promtool) => promtool,
-        Err(error) => {
-            assert!(
-                std::env::var_os("CI").is_none(),
-                "CI must install promtool (Debian's package prometheus): {error}"
-            );
-            eprintln!("skipped: promtool is not installed (Debian's package prometheus)");
-            return;
-        }
-    };
+        .spawn()
+        .expect("promtool, from Debian's package prometheus");
     let mut stdin = promtool.stdin.take().expect("a pipe");
     std::io::Write::write_all(&mut stdin, page.as_bytes()).expect("written");
     drop(stdin);

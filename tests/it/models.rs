@@ -24,7 +24,9 @@ fn complaint(dir: &Path) -> Option<String> {
         graphs: model.graphs,
         max_batch_size: 2,
     };
-    OnnxEngine::load(&options).err().map(|error| error.to_string())
+    OnnxEngine::load(&options)
+        .err()
+        .map(|error| error.to_string())
 }
 
 #[test]
@@ -32,14 +34,20 @@ fn folders_that_cannot_be_served() {
     let check = |folder: &str, words: &[&str]| {
         let complaint = complaint(&harness::model_dir(folder)).expect(folder);
         for word in words {
-            assert!(complaint.contains(word), "{folder}: {complaint:?} lacks {word:?}");
+            assert!(
+                complaint.contains(word),
+                "{folder}: {complaint:?} lacks {word:?}"
+            );
         }
     };
     check("unknown-input", &["model.onnx", "temperature"]);
     check("wrong-output", &["model.onnx", "last_hidden_state", "foo"]);
     check("vocab-too-small", &["vocab_size is 10", "16 colors"]);
     check("palette-short", &["vocab_size is 17", "15 colors"]);
-    check("palette-wrong", &["preprocessor_config.json", "clusters[4] has 2 numbers"]);
+    check(
+        "palette-wrong",
+        &["preprocessor_config.json", "clusters[4] has 2 numbers"],
+    );
     check("no-such-folder", &["no-such-folder", "not a directory"]);
 }
 
@@ -75,24 +83,54 @@ fn configs_that_do_not_fit() {
         assert!(complaint.contains(words), "{complaint:?} lacks {words:?}");
     };
     check(set(preprocessor, "resample", 3.into()), "resample is 3");
-    check(set(preprocessor, "do_normalize", false.into()), "do_normalize is false");
+    check(
+        set(preprocessor, "do_normalize", false.into()),
+        "do_normalize is false",
+    );
     check(set(preprocessor, "size", 0.into()), "size is 0");
     check(set(preprocessor, "size", 16.into()), "n_positions is 64");
     check(
-        set(preprocessor, "size", serde_json::json!({"height": 8, "width": 9})),
+        set(
+            preprocessor,
+            "size",
+            serde_json::json!({"height": 8, "width": 9}),
+        ),
         "size is 8 x 9",
     );
-    check(set(preprocessor, "clusters", serde_json::Value::Null), "clusters is missing");
-    check(set(preprocessor, "clusters", serde_json::json!([[9, 0, 0]])), "clusters[0] is");
-    check(set("config.json", "model_type", "gpt2".into()), "model_type is \"gpt2\"");
-    check(set("config.json", "n_positions", 1024.into()), "n_positions is 1024");
-    check(set("config.json", "problem_type", "regression".into()), "problem_type is");
     check(
-        set("config.json", "id2label", serde_json::json!({"0": "a", "2": "b"})),
+        set(preprocessor, "clusters", serde_json::Value::Null),
+        "clusters is missing",
+    );
+    check(
+        set(preprocessor, "clusters", serde_json::json!([[9, 0, 0]])),
+        "clusters[0] is",
+    );
+    check(
+        set("config.json", "model_type", "gpt2".into()),
+        "model_type is \"gpt2\"",
+    );
+    check(
+        set("config.json", "n_positions", 1024.into()),
+        "n_positions is 1024",
+    );
+    check(
+        set("config.json", "problem_type", "regression".into()),
+        "problem_type is",
+    );
+    check(
+        set(
+            "config.json",
+            "id2label",
+            serde_json::json!({"0": "a", "2": "b"}),
+        ),
         "id2label has the key \"2\"",
     );
     check(
-        set("config.json", "id2label", serde_json::json!({"0": "a", "1": "b"})),
+        set(
+            "config.json",
+            "id2label",
+            serde_json::json!({"0": "a", "1": "b"}),
+        ),
         "the head has 3 classes, but config.json names 2",
     );
     check(set("config.json", "n_layer", 2.into()), "none");
@@ -108,15 +146,33 @@ fn files_that_are_missing_or_broken() {
             None => std::fs::remove_file(&path).expect("removed"),
         }
         let complaint = complaint(dir.path()).unwrap_or_else(|| "none".to_owned());
-        assert!(complaint.contains(words), "{file}: {complaint:?} lacks {words:?}");
+        assert!(
+            complaint.contains(words),
+            "{file}: {complaint:?} lacks {words:?}"
+        );
     };
-    check("preprocessor_config.json", None, "missing; it holds the palette");
-    check("preprocessor_config.json", Some(b"{"), "preprocessor_config.json: EOF");
-    check("model.onnx", Some(b"not a graph"), "not a graph that ONNX Runtime can load");
+    check(
+        "preprocessor_config.json",
+        None,
+        "missing; it holds the palette",
+    );
+    check(
+        "preprocessor_config.json",
+        Some(b"{"),
+        "preprocessor_config.json: EOF",
+    );
+    check(
+        "model.onnx",
+        Some(b"not a graph"),
+        "not a graph that ONNX Runtime can load",
+    );
     check("config.json", None, "none");
     let empty = tempfile::tempdir().expect("a folder");
     let complaint = complaint(empty.path()).expect("nothing is there");
-    assert!(complaint.contains("neither model.onnx nor model_classification.onnx"), "{complaint}");
+    assert!(
+        complaint.contains("neither model.onnx nor model_classification.onnx"),
+        "{complaint}"
+    );
 }
 
 /// Without config.json nothing names the vocabulary; the trial run finds out.
@@ -125,7 +181,10 @@ fn a_vocabulary_that_does_not_fit_shows_in_the_trial_run() {
     let dir = copy_of("vocab-too-small");
     std::fs::remove_file(dir.path().join("config.json")).expect("removed");
     let complaint = complaint(dir.path()).expect("ids 10 to 16 have no row");
-    assert!(complaint.contains("every token id (0 to 16)"), "{complaint}");
+    assert!(
+        complaint.contains("every token id (0 to 16)"),
+        "{complaint}"
+    );
 }
 
 #[test]
@@ -134,19 +193,31 @@ fn a_digest_follows_content_and_not_place() {
     let dir = copy_of("micro");
     let copy = Model::open(dir.path(), Some("copy")).expect("a model");
     assert_eq!(copy.digest, original.digest);
-    assert_eq!((original.name.as_str(), copy.name.as_str()), ("micro", "copy"));
+    assert_eq!(
+        (original.name.as_str(), copy.name.as_str()),
+        ("micro", "copy")
+    );
     let path = dir.path().join("model.onnx");
     let mut graph = std::fs::read(&path).expect("a graph");
     *graph.last_mut().expect("not empty") ^= 1;
     std::fs::write(&path, graph).expect("written");
-    assert_ne!(Model::open(dir.path(), None).expect("a model").digest, original.digest);
+    assert_ne!(
+        Model::open(dir.path(), None).expect("a model").digest,
+        original.digest
+    );
 }
 
 #[test]
 fn a_missing_library_is_one_clear_sentence() {
     // In a process of its own: the runtime is loaded once a process.
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics-listen",
+            "127.0.0.1:0",
+        ])
         .arg("--model")
         .arg(harness::model_dir("micro"))
         .args(["--onnxruntime", "/nowhere/libonnxruntime.so"])

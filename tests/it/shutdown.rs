@@ -29,14 +29,28 @@ async fn what_was_admitted_is_finished() {
     let readiness = running.worker.readiness().clone();
     let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
     harness::until("draining", || readiness.get().is_err()).await;
-    assert_eq!(harness::get(metrics_addr, "/readyz").await, (503, "draining\n".to_owned()));
+    assert_eq!(
+        harness::get(metrics_addr, "/readyz").await,
+        (503, "draining\n".to_owned())
+    );
     // New work is refused: by the worker, or by the client itself once it has
     // been told that the connection takes no more.
-    let late = running.client.clone().embed(embed(vec![harness::flat(1)])).await;
+    let late = running
+        .client
+        .clone()
+        .embed(embed(vec![harness::flat(1)]))
+        .await;
     let code = late.expect_err("draining").code();
-    assert!(matches!(code, Code::Unavailable | Code::Cancelled), "{code:?}");
+    assert!(
+        matches!(code, Code::Unavailable | Code::Cancelled),
+        "{code:?}"
+    );
     drop(open);
-    let response = call.await.expect("no panic").expect("an answer").into_inner();
+    let response = call
+        .await
+        .expect("no panic")
+        .expect("an answer")
+        .into_inner();
     for (result, ids) in response.results.iter().zip(&images) {
         assert_eq!(vector(result).expect("a vector"), fake_answer(ids));
     }
@@ -64,7 +78,13 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
 /// The program itself on the micro model, with the address that it logged.
 fn process() -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-        .args(["serve", "--execution-provider", "cpu", "--log-format", "json"])
+        .args([
+            "serve",
+            "--execution-provider",
+            "cpu",
+            "--log-format",
+            "json",
+        ])
         .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
         .arg("--model")
         .arg(harness::model_dir("micro"))
@@ -106,14 +126,23 @@ async fn sigterm_and_sigint_end_the_program_with_0() {
         let mut client = ImageGptServiceClient::connect(format!("http://{addr}"))
             .await
             .expect("a connection");
-        let response = client.embed(embed(vec![tokens(seeded(3))])).await.expect("a response");
+        let response = client
+            .embed(embed(vec![tokens(seeded(3))]))
+            .await
+            .expect("a response");
         vector(&response.get_ref().results[0]).expect("a vector");
         let started = Instant::now();
         kill(&child, signal);
         let rest: Vec<String> = log.lines().map_while(Result::ok).collect();
         let status = child.wait().expect("an end");
         assert_eq!(status.code(), Some(0), "{signal}: {rest:#?}");
-        assert!(started.elapsed() < Duration::from_secs(10), "an open connection holds nothing");
-        assert!(rest.iter().any(|line| line.contains("draining")), "{rest:#?}");
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "an open connection holds nothing"
+        );
+        assert!(
+            rest.iter().any(|line| line.contains("draining")),
+            "{rest:#?}"
+        );
     }
 }
