@@ -1,0 +1,233 @@
+//! From the bytes of an image file to RGB pixels, upright.
+//!
+//! Promises Pillow's pixels: `ImageOps.exif_transpose(image).convert("RGB")`,
+//! or with [`Alpha::White`] the composite that transformers' `convert_to_rgb`
+//! makes. The format is found by content. Size and memory are checked from the
+//! header before any pixel is decoded; of an animation only the first frame is.
+//! A file that is cut short is an error, what follows a whole one is not, and
+//! color profiles and gamma are ignored.
+//!
+//! Where Pillow is not followed:
+//!
+//! - JPEG and lossy WebP decoders round differently, by a level or two.
+//! - 16-bit gray keeps its high byte, as 16-bit color does. Pillow clips it, so
+//!   that all but the darkest pixels turn white.
+//! - A PNG's orientation is read from eXIf and from plain XMP, not from
+//!   compressed text chunks: those are skipped, not inflated.
+//! - TIFF in YCbCr or L*a*b* is refused, and associated alpha is not divided
+//!   out.
+//! - PNG data with a wrong checksum is refused.
+
+use std::fmt;
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use image::ImageError;
+use image::metadata::Orientation;
+
+use self::pixels::turn;
+use super::{Alpha, ImageLimits, PreprocessError, RgbImage};
+
+mod gif;
+mod jpeg;
+mod pixels;
+mod png;
+mod tiff;
+mod webp;
+mod wrapped;
+
+/// What the decoders that [`image`] wraps read from.
+type Source<'a> = Cursor<&'a [u8]>;
+
+/// The accepted file formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    Png,
+    Jpeg,
+    WebP,
+    Gif,
+    Bmp,
+    Tiff,
+}
+
+impl Format {
+    /// The format whose signature the bytes start with.
+    #[must_use]
+    pub fn guess(bytes: &[u8]) -> Option<Self> {
+        match bytes {
+            [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
+            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [
+                b'R',
+                b'I',
+                b'F',
+                b'F',
+                _,
+                _,
+                _,
+                _,
+                b'W',
+                b'E',
+                b'B',
+                b'P',
+                ..,
+            ] => Some(Self::WebP),
+            [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => Some(Self::Gif),
+            [b'B', b'M', ..] => Some(Self::Bmp),
+            [b'I', b'I', 42 | 43, 0, ..] | [b'M', b'M', 0, 42 | 43, ..] => Some(Self::Tiff),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::WebP => "WebP",
+            Self::Gif => "GIF",
+            Self::Bmp => "BMP",
+            Self::Tiff => "TIFF",
+        })
+    }
+}
+
+/// Decodes an image file.
+///
+/// # Errors
+///
+/// When the file is empty, of no accepted format, over a limit or damaged, and
+/// when a decoder panics.
+pub fn decode(
+    bytes: &[u8],
+    alpha: Alpha,
+    limits: &ImageLimits,
+) -> Result<RgbImage, PreprocessError> {
+    if bytes.is_empty() {
+        return Err(PreprocessError::Empty);
+    }
+    if bytes.len() > limits.image_bytes_max {
+        return Err(PreprocessError::BytesOverLimit {
+            bytes: bytes.len(),
+            bytes_max: limits.image_bytes_max,
+        });
+    }
+    let format = Format::guess(bytes).ok_or(PreprocessError::NotAnImage)?;
+    let header = Header { format, limits };
+    // Nothing is shared with the decoders, so a panic leaves nothing half done.
+    catch_unwind(AssertUnwindSafe(|| {
+        let (pixels, orientation) = match format {
+            Format::Png => png::decode(bytes, header),
+            Format::Jpeg => jpeg::decode(bytes, header),
+            Format::WebP => webp::decode(bytes, header),
+            Format::Gif => gif::decode(bytes, header),
+            Format::Bmp => wrapped::bmp(bytes, header),
+            Format::Tiff => tiff::decode(bytes, header),
+        }?;
+        Ok(turn(pixels.into_rgb(alpha), orientation))
+    }))
+    .unwrap_or(Err(PreprocessError::Panicked { format }))
+}
+
+/// The orientation in EXIF data, or else in XMP.
+///
+/// JPEG puts "Exif" before the data, and some writers carry it over to other
+/// formats. XMP is searched as text, as Pillow does.
+fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Orientation {
+    exif.map(|exif| exif.strip_prefix(b"Exif\0\0").unwrap_or(exif))
+        .and_then(Orientation::from_exif_chunk)
+        .or_else(|| xmp_orientation(xmp?))
+        .unwrap_or(Orientation::NoTransforms)
+}
+
+fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
+    const NAME: &[u8] = b"tiff:Orientation";
+    let digit = xmp
+        .windows(NAME.len() + 3)
+        .filter_map(|window| window.strip_prefix(NAME))
+        .find_map(|after| match after {
+            [b'=', b'"', digit @ b'0'..=b'9'] | [b'>', digit @ b'0'..=b'9', _] => Some(*digit),
+            _ => None,
+        })?;
+    Orientation::from_exif(digit - b'0')
+}
+
+/// What a decoder checks its header against, and how it says that it failed.
+#[derive(Clone, Copy)]
+struct Header<'a> {
+    format: Format,
+    limits: &'a ImageLimits,
+}
+
+impl Header<'_> {
+    /// Refuses an image that is too large.
+    ///
+    /// `pixel_bytes` is the most that the decoder holds for a pixel, with its
+    /// own output but without what follows it here: the pixels as RGB, and
+    /// while they are turned once more.
+    fn admit(self, width: u32, height: u32, pixel_bytes: u64) -> Result<(), PreprocessError> {
+        let format = self.format;
+        let pixels = u64::from(width) * u64::from(height);
+        if pixels == 0 {
+            return Err(self.damaged(format!("{width} x {height} has no pixels")));
+        }
+        let pixels_max = self.limits.image_pixels_max;
+        if pixels > pixels_max {
+            return Err(PreprocessError::EncodedPixelsOverLimit {
+                format,
+                width,
+                height,
+                pixels_max,
+            });
+        }
+        let bytes = pixels.saturating_mul(pixel_bytes.saturating_add(3).max(6));
+        let bytes_max = self.limits.decode_bytes_max;
+        if bytes > bytes_max {
+            return Err(PreprocessError::DecodeOverLimit {
+                format,
+                width,
+                height,
+                bytes,
+                bytes_max,
+            });
+        }
+        Ok(())
+    }
+
+    /// Bytes that a decoder with a limit of its own may use.
+    fn decode_bytes_max(self) -> usize {
+        usize::try_from(self.limits.decode_bytes_max).unwrap_or(usize::MAX)
+    }
+
+    fn damaged(self, detail: impl fmt::Display) -> PreprocessError {
+        PreprocessError::Damaged {
+            format: self.format,
+            detail: sentence(&detail),
+        }
+    }
+
+    fn unsupported(self, detail: impl fmt::Display) -> PreprocessError {
+        PreprocessError::Unsupported {
+            format: self.format,
+            detail: sentence(&detail),
+        }
+    }
+
+    fn image_error(self, error: &ImageError) -> PreprocessError {
+        match error {
+            ImageError::Unsupported(error) => self.unsupported(error),
+            error => self.damaged(error),
+        }
+    }
+}
+
+/// A decoder's message as the end of a sentence of ours, on one line.
+fn sentence(detail: &impl fmt::Display) -> String {
+    let text = detail.to_string();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,93 @@
+//! GIF, its first frame.
+//!
+//! The `gif` crate itself, not `image`'s wrapper: the wrapper makes transparent
+//! pixels black, and Pillow shows the palette's color.
+
+use gif::{DecodeOptions, DecodingError, MemoryLimit};
+use image::metadata::Orientation;
+
+use super::pixels::{Layout, Pixels};
+use super::{Header, PreprocessError, orientation};
+
+pub(super) fn decode(
+    bytes: &[u8],
+    header: Header<'_>,
+) -> Result<(Pixels, Orientation), PreprocessError> {
+    let fail = |error: DecodingError| header.damaged(error);
+    let mut options = DecodeOptions::new();
+    // The frame's size is checked below; this bounds the rest.
+    options.set_memory_limit(
+        u64::try_from(header.decode_bytes_max())
+            .ok()
+            .and_then(std::num::NonZeroU64::new)
+            .map_or(MemoryLimit::Unlimited, MemoryLimit::Bytes),
+    );
+    let mut decoder = options.read_info(bytes).map_err(fail)?;
+    let screen = (decoder.width(), decoder.height());
+    header.admit(screen.0.into(), screen.1.into(), 5)?;
+    let Some(frame) = decoder.next_frame_info().map_err(fail)? else {
+        return Err(header.damaged("no frame"));
+    };
+    let (left, top) = (usize::from(frame.left), usize::from(frame.top));
+    let (frame_width, frame_height) = (usize::from(frame.width), usize::from(frame.height));
+    let transparent = frame.transparent;
+
+    // A frame that reaches beyond the screen enlarges it, as in Pillow.
+    let width = usize::from(screen.0).max(left + frame_width);
+    let height = usize::from(screen.1).max(top + frame_height);
+    header.admit(side(width), side(height), 5)?;
+    if frame_width == 0 || frame_height == 0 {
+        return Err(header.damaged("a frame without pixels"));
+    }
+    let mut frame = vec![0; frame_width * frame_height];
+    decoder.read_into_buffer(&mut frame).map_err(fail)?;
+
+    let colors = colors(decoder.palette().map_err(fail)?, transparent);
+    let layout = if transparent.is_some() {
+        Layout::Rgba
+    } else {
+        Layout::Rgb
+    };
+    let channels = layout.channels();
+    // Around the frame, Pillow has the transparent color or else the first.
+    let around = &colors[usize::from(transparent.unwrap_or(0))][..channels];
+    let mut data = Vec::with_capacity(width * height * channels);
+    for row in 0..height {
+        let inside = row.checked_sub(top).filter(|&row| row < frame_height);
+        match inside {
+            None => data.extend(around.iter().cycle().take(width * channels)),
+            Some(row) => {
+                data.extend(around.iter().cycle().take(left * channels));
+                for &index in &frame[row * frame_width..][..frame_width] {
+                    data.extend_from_slice(&colors[usize::from(index)][..channels]);
+                }
+                let right = width - left - frame_width;
+                data.extend(around.iter().cycle().take(right * channels));
+            }
+        }
+    }
+    let pixels = Pixels {
+        width: side(width),
+        height: side(height),
+        layout,
+        data,
+    };
+    Ok((pixels, orientation(None, decoder.xmp_metadata())))
+}
+
+/// The palette as RGBA, black where it has no color.
+fn colors(palette: &[u8], transparent: Option<u8>) -> [[u8; 4]; 256] {
+    let mut colors = [[0, 0, 0, 255]; 256];
+    let (entries, _) = palette.as_chunks::<3>();
+    for (color, entry) in colors.iter_mut().zip(entries) {
+        color[..3].copy_from_slice(entry);
+    }
+    if let Some(index) = transparent {
+        colors[usize::from(index)][3] = 0;
+    }
+    colors
+}
+
+fn side(pixels: usize) -> u32 {
+    u32::try_from(pixels).expect("a sum of two 16-bit numbers")
+}

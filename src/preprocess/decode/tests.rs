@@ -1,0 +1,134 @@
+use super::*;
+
+const LIMITS: ImageLimits = ImageLimits {
+    image_bytes_max: 1 << 20,
+    image_pixels_max: 10_000,
+    decode_bytes_max: 1 << 20,
+};
+
+fn error(bytes: &[u8]) -> String {
+    decode(bytes, Alpha::Drop, &LIMITS).unwrap_err().to_string()
+}
+
+/// A PNG of one chunk after another, with right checksums.
+fn png(chunks: &[(&[u8; 4], &[u8])]) -> Vec<u8> {
+    let mut bytes = b"\x89PNG\r\n\x1a\n".to_vec();
+    for (kind, body) in chunks {
+        bytes.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
+        let checked = [kind.as_slice(), body].concat();
+        bytes.extend(&checked);
+        bytes.extend(crc32(&checked).to_be_bytes());
+    }
+    bytes
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            crc >> 1 ^ 0xedb8_8320 * (crc & 1)
+        })
+    })
+}
+
+fn header_of(width: u32, height: u32) -> Vec<u8> {
+    let size = [width.to_be_bytes(), height.to_be_bytes()].concat();
+    [size.as_slice(), &[8, 2, 0, 0, 0]].concat()
+}
+
+#[test]
+fn formats_are_known_by_content() {
+    let check = |bytes: &[u8], expected| assert_eq!(Format::guess(bytes), expected, "{bytes:x?}");
+    check(b"\x89PNG\r\n\x1a\n", Some(Format::Png));
+    check(b"\xff\xd8\xff\xe0", Some(Format::Jpeg));
+    check(b"RIFF\0\0\0\0WEBP", Some(Format::WebP));
+    check(b"RIFF\0\0\0\0WAVE", None);
+    check(b"GIF87a", Some(Format::Gif));
+    check(b"GIF89a", Some(Format::Gif));
+    check(b"GIF88a", None);
+    check(b"BM", Some(Format::Bmp));
+    check(b"II*\0", Some(Format::Tiff));
+    check(b"MM\0*", Some(Format::Tiff));
+    check(b"", None);
+}
+
+#[test]
+fn what_is_no_image_is_told_so() {
+    assert_eq!(error(b""), "encoded: no bytes");
+    assert_eq!(
+        error(b"<!DOCTYPE html><html></html>"),
+        "encoded: not an image in an accepted format (PNG, JPEG, WebP, GIF, BMP or TIFF)"
+    );
+    let limits = ImageLimits {
+        image_bytes_max: 4,
+        ..LIMITS
+    };
+    assert_eq!(
+        decode(b"12345", Alpha::Drop, &limits)
+            .unwrap_err()
+            .to_string(),
+        "encoded: 5 bytes are over the limit of 4 (--image-bytes-max)"
+    );
+}
+
+#[test]
+fn size_is_checked_before_pixels() {
+    let header = header_of(60_000, 60_000);
+    let claim = png(&[(b"IHDR", &header), (b"IDAT", b""), (b"IEND", b"")]);
+    assert_eq!(claim.len(), 57);
+    assert_eq!(
+        error(&claim),
+        "encoded: the PNG claims 60000 x 60000 = 3600000000 pixels, over the limit of 10000 \
+         (--image-pixels-max)"
+    );
+    let limits = ImageLimits {
+        image_pixels_max: u64::MAX,
+        ..LIMITS
+    };
+    assert_eq!(
+        decode(&claim, Alpha::Drop, &limits)
+            .unwrap_err()
+            .to_string(),
+        "encoded: decoding the 60000 x 60000 PNG takes up to 25200000000 bytes, over the limit \
+         of 1048576 (--decode-bytes-max)"
+    );
+}
+
+#[test]
+fn a_whole_file_may_be_followed_by_anything() {
+    // One black pixel: a stored deflate block of filter 0 and three zeros.
+    let data = b"\x78\x01\x01\x04\0\xfb\xff\0\0\0\0\0\x04\0\x01";
+    let mut bytes = png(&[(b"IHDR", &header_of(1, 1)), (b"IDAT", data), (b"IEND", b"")]);
+    let expected = RgbImage {
+        width: 1,
+        height: 1,
+        pixels: vec![0; 3],
+    };
+    assert_eq!(decode(&bytes, Alpha::Drop, &LIMITS).unwrap(), expected);
+    bytes.extend(b"trailing garbage");
+    assert_eq!(decode(&bytes, Alpha::Drop, &LIMITS).unwrap(), expected);
+}
+
+#[test]
+fn orientation_comes_from_exif_or_else_xmp() {
+    let exif = |orientation: u8| {
+        let mut bytes = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
+        bytes.extend([orientation, 0, 0, 0]);
+        bytes
+    };
+    let check = |exif: Option<&[u8]>, xmp: Option<&[u8]>, expected| {
+        assert_eq!(
+            orientation(exif, xmp).to_exif(),
+            expected,
+            "{exif:?} {xmp:?}"
+        );
+    };
+    check(None, None, 1);
+    check(Some(&exif(6)), None, 6);
+    check(Some(&[b"Exif\0\0".as_slice(), &exif(8)].concat()), None, 8);
+    check(Some(&exif(9)), None, 1);
+    check(Some(b"II*"), None, 1);
+    check(None, Some(b"<a tiff:Orientation=\"3\"/>"), 3);
+    check(None, Some(b"<tiff:Orientation>5</tiff:Orientation>"), 5);
+    check(None, Some(b"tiff:Orientation="), 1);
+    check(Some(&exif(1)), Some(b"tiff:Orientation=\"3\""), 1);
+}
