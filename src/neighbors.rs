@@ -10,6 +10,8 @@ use clap::Args;
 use image::{Rgb, RgbImage, imageops};
 
 use crate::pb;
+use crate::preprocess::decode::decode;
+use crate::preprocess::{Alpha, ImageLimits};
 use crate::rpc::client::Client;
 
 /// Embed a folder of images through a worker and show who looks like whom.
@@ -50,6 +52,12 @@ const CELL: u32 = 64;
 const GAP: u32 = 8;
 /// Gap between the tokens' column and the neighbors' columns.
 const WIDE_GAP: u32 = 24;
+/// What drawing one image may cost this side.
+const THUMBNAIL_LIMITS: ImageLimits = ImageLimits {
+    image_bytes_max: 64 << 20,
+    image_pixels_max: 100_000_000,
+    decode_bytes_max: 1 << 30,
+};
 const ROWS_PER_BLOCK: u32 = 16;
 const EXTENSIONS: [&str; 9] = [
     "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
@@ -269,15 +277,13 @@ fn to_u32(n: usize) -> u32 {
 /// The image itself, small, on white. Only the worker's verdict decides
 /// whether an image is good; one that cannot be drawn here shows as grey.
 fn thumbnail(item: &Item) -> RgbImage {
-    let Ok(decoded) = image::load_from_memory(&item.encoded) else {
-        return RgbImage::from_pixel(CELL, CELL, Rgb([200; 3]));
-    };
-    let mut cell = image::RgbaImage::from_pixel(CELL, CELL, image::Rgba([255; 4]));
-    let small = decoded
-        .resize_exact(CELL, CELL, imageops::FilterType::Triangle)
-        .to_rgba8();
-    imageops::overlay(&mut cell, &small, 0, 0);
-    image::DynamicImage::ImageRgba8(cell).to_rgb8()
+    let decoded = decode(&item.encoded, Alpha::White, &THUMBNAIL_LIMITS).ok();
+    decoded
+        .and_then(|image| RgbImage::from_raw(image.width, image.height, image.pixels))
+        .map_or_else(
+            || RgbImage::from_pixel(CELL, CELL, Rgb([200; 3])),
+            |image| imageops::resize(&image, CELL, CELL, imageops::FilterType::Triangle),
+        )
 }
 
 /// What the model sees: each token in its palette's color.
