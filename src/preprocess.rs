@@ -15,14 +15,15 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use thiserror::Error;
 
 pub mod decode;
+mod error;
 pub mod pool;
 pub mod quantize;
 pub mod resize;
 
 pub use decode::Format;
+pub use error::PreprocessError;
 pub use quantize::{Palette, PaletteError, Quantizer};
 
 /// One image, as the caller sent it.
@@ -94,80 +95,6 @@ pub struct StageTimings {
     pub decode: Duration,
     /// From pixels to tokens: the resize and the nearest colors.
     pub quantize: Duration,
-}
-
-/// Why an image has no tokens. The caller can mend all of these but
-/// [`Panicked`](Self::Panicked), which is a defect on this side.
-#[derive(Debug, Error)]
-pub enum PreprocessError {
-    #[error("encoded: no bytes")]
-    Empty,
-    #[error("encoded: {bytes} bytes are over the limit of {bytes_max} (--image-bytes-max)")]
-    BytesOverLimit { bytes: usize, bytes_max: usize },
-    #[error("encoded: not an image in an accepted format (PNG, JPEG, WebP, GIF, BMP or TIFF)")]
-    NotAnImage,
-    #[error(
-        "encoded: the {format} claims {width} x {height} = {} pixels, \
-         over the limit of {pixels_max} (--image-pixels-max)",
-        u64::from(*.width) * u64::from(*.height)
-    )]
-    EncodedPixelsOverLimit {
-        format: Format,
-        width: u32,
-        height: u32,
-        pixels_max: u64,
-    },
-    #[error(
-        "encoded: decoding the {width} x {height} {format} takes up to {bytes} bytes, \
-         over the limit of {bytes_max} (--decode-bytes-max)"
-    )]
-    DecodeOverLimit {
-        format: Format,
-        width: u32,
-        height: u32,
-        bytes: u64,
-        bytes_max: u64,
-    },
-    #[error("encoded: the {format} uses a feature that is not supported: {detail}")]
-    Unsupported { format: Format, detail: String },
-    #[error("encoded: the {format} is damaged or cut short: {detail}")]
-    Damaged { format: Format, detail: String },
-    #[error("encoded: the {format} decoder failed on these bytes; this is a defect of the worker")]
-    Panicked { format: Format },
-    #[error("rgb8: {width} x {height} has no pixels; width and height must be at least 1")]
-    Rgb8Empty { width: u32, height: u32 },
-    #[error(
-        "rgb8: {width} x {height} = {} pixels are over the limit of {pixels_max} \
-         (--image-pixels-max)",
-        u64::from(*.width) * u64::from(*.height)
-    )]
-    Rgb8PixelsOverLimit {
-        width: u32,
-        height: u32,
-        pixels_max: u64,
-    },
-    #[error(
-        "rgb8.pixels: {bytes} bytes where {width} x {height} x 3 needs {}",
-        u128::from(*.width) * u128::from(*.height) * 3
-    )]
-    Rgb8Length {
-        width: u32,
-        height: u32,
-        bytes: usize,
-    },
-    #[error("tokens.ids: {count} tokens where the model takes {expected}")]
-    TokenCount { count: usize, expected: usize },
-    #[error(
-        "tokens.ids: index {index} is {id}, the start token, which is not a color; \
-         the context SOS_SHIFTED adds it"
-    )]
-    StartToken { index: usize, id: u32 },
-    #[error("tokens.ids: index {index} is {id}, outside the palette (0 to {id_max})")]
-    TokenOutsidePalette {
-        index: usize,
-        id: u32,
-        id_max: usize,
-    },
 }
 
 /// Everything that turns images into tokens for one model.

@@ -86,7 +86,7 @@ pub struct Quantizer {
     /// `x / 127.5 - 1` of each byte.
     levels: [f64; 256],
     /// Where each cell's candidates end; they start where the last cell's end.
-    ends: Box<[u32]>,
+    ends: Box<[usize]>,
     /// The candidates of all cells, in token order within each.
     candidates: Box<[u16]>,
 }
@@ -112,7 +112,7 @@ impl Quantizer {
             let parent = cell.map(|axis| axis * COARSE / FINE);
             let parent = &coarse[cell_index(parent, COARSE)];
             candidates.extend(near(&clusters, &levels, cell, FINE_STEP, parent));
-            ends.push(u32::try_from(candidates.len()).expect("32768 cells of 65535 at most"));
+            ends.push(candidates.len());
         }
         Self {
             clusters,
@@ -133,7 +133,7 @@ impl Quantizer {
     pub fn nearest(&self, rgb: [u8; 3]) -> u16 {
         let cell = cell_index(rgb.map(|byte| usize::from(byte) / FINE_STEP), FINE);
         let start = cell.checked_sub(1).map_or(0, |last| self.ends[last]);
-        let candidates = &self.candidates[start as usize..self.ends[cell] as usize];
+        let candidates = &self.candidates[start..self.ends[cell]];
         let color = rgb.map(|byte| self.levels[usize::from(byte)]);
         let mut best = (f64::INFINITY, 0);
         for &token in candidates {

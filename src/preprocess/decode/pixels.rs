@@ -77,6 +77,10 @@ fn on_white(level: u8, alpha: u8) -> u8 {
     u8::try_from((sum + (sum >> 8)) >> 8).unwrap_or(u8::MAX)
 }
 
+/// Side of the squares that are turned one after another: going along whole rows
+/// of one image would miss the cache at every pixel of the other.
+const TILE: usize = 32;
+
 /// Turns and mirrors an image as its EXIF orientation says.
 pub(super) fn turn(image: RgbImage, orientation: Orientation) -> RgbImage {
     use Orientation as O;
@@ -101,9 +105,6 @@ pub(super) fn turn(image: RgbImage, orientation: Orientation) -> RgbImage {
     let (source, _) = image.pixels.as_chunks::<3>();
     let mut pixels = vec![0; image.pixels.len()];
     let (result, _) = pixels.as_chunks_mut::<3>();
-    // In tiles: a transposition that goes along whole rows misses the cache at
-    // every pixel.
-    const TILE: usize = 32;
     for top in (0..result_height).step_by(TILE) {
         for left in (0..result_width).step_by(TILE) {
             let right = result_width.min(left + TILE);

@@ -39,7 +39,7 @@ pub(super) fn decode(
     };
     let mut data = vec![0; width as usize * height as usize * layout.channels()];
     reader.next_frame(&mut data).map_err(fail)?;
-    let orientation = orientation(chunk(bytes, b"eXIf"), chunk(bytes, b"iTXt").and_then(xmp));
+    let orientation = orientation(chunk(bytes, *b"eXIf"), chunk(bytes, *b"iTXt").and_then(xmp));
     let pixels = Pixels {
         width,
         height,
@@ -51,13 +51,13 @@ pub(super) fn decode(
 
 /// The body of the first chunk of a kind, before the pixels or after them. Of
 /// text chunks, the first with XMP.
-fn chunk<'a>(bytes: &'a [u8], kind: &[u8; 4]) -> Option<&'a [u8]> {
+fn chunk(bytes: &[u8], kind: [u8; 4]) -> Option<&[u8]> {
     let mut rest = bytes.get(8..)?;
     loop {
         let (len, after) = rest.split_first_chunk::<4>()?;
         let (found, after) = after.split_first_chunk::<4>()?;
         let (body, after) = after.split_at_checked(u32::from_be_bytes(*len) as usize)?;
-        if found == kind && (kind != b"iTXt" || xmp(body).is_some()) {
+        if *found == kind && (kind != *b"iTXt" || xmp(body).is_some()) {
             return Some(body);
         }
         rest = after.get(4..)?;

@@ -25,7 +25,7 @@ fn png(chunks: &[(&[u8; 4], &[u8])]) -> Vec<u8> {
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            crc >> 1 ^ 0xedb8_8320 * (crc & 1)
+            (crc >> 1) ^ (0xedb8_8320 * (crc & 1))
         })
     })
 }

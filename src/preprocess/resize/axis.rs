@@ -1,0 +1,129 @@
+//! Where the pixels of a result come from, and with what weight, along one
+//! direction.
+
+use std::ops::Range;
+
+use super::WEIGHT_BITS;
+
+const ONE: f64 = (1 << WEIGHT_BITS) as f64;
+
+/// One direction of a resize: which part of the result is wanted.
+#[derive(Clone, Debug)]
+pub(super) struct Axis {
+    pub(super) source_len: usize,
+    pub(super) result_len: u64,
+    pub(super) window: Range<u64>,
+}
+
+impl Axis {
+    pub(super) fn whole(source_len: usize, result_len: usize) -> Self {
+        Self::part(source_len, result_len as u64, 0..result_len as u64)
+    }
+
+    /// The middle `crop` pixels after the shorter side has become `crop` long.
+    /// The arithmetic is Python's: true division, truncation, and an offset
+    /// rounded half to even.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "lengths are positive and far below 2^53"
+    )]
+    pub(super) fn centered(source_len: usize, shorter: usize, crop: u64) -> Self {
+        let result_len = ((crop * source_len as u64) as f64 / shorter as f64) as u64;
+        let start = ((result_len - crop) as f64 / 2.0).round_ties_even() as u64;
+        Self::part(source_len, result_len, start..start + crop)
+    }
+
+    pub(super) fn part(source_len: usize, result_len: u64, window: Range<u64>) -> Self {
+        Self {
+            source_len,
+            result_len,
+            window,
+        }
+    }
+
+    /// Every pixel as it is.
+    pub(super) fn identity(source_len: usize) -> Self {
+        Self::whole(source_len, source_len)
+    }
+
+    /// Whether the length stays, so that Pillow skips the pass.
+    pub(super) fn is_identity(&self) -> bool {
+        self.source_len as u64 == self.result_len
+    }
+
+    /// By how much the length shrinks; negative when it grows.
+    pub(super) fn shrinkage(&self) -> i128 {
+        self.source_len as i128 - i128::from(self.result_len)
+    }
+
+    pub(super) fn taps(&self) -> Vec<Taps> {
+        self.window
+            .clone()
+            .map(|position| Taps::new(self, position))
+            .collect()
+    }
+}
+
+/// The source pixels that one result pixel is a weighted mean of.
+///
+/// The weights themselves are computed when they are needed: keeping all of
+/// them would take memory in proportion to the longest side.
+#[derive(Clone, Debug)]
+pub(super) struct Taps {
+    pub(super) source: Range<usize>,
+    center: f64,
+    /// One over the filter's half width in source pixels.
+    sharpness: f64,
+    total: f64,
+}
+
+impl Taps {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "positions are clamped to the source, which is far below 2^53"
+    )]
+    pub(super) fn new(axis: &Axis, position: u64) -> Self {
+        if axis.is_identity() {
+            let index = position as usize;
+            return Self {
+                source: index..index + 1,
+                center: index as f64 + 0.5,
+                sharpness: 1.0,
+                total: 1.0,
+            };
+        }
+        let scale = axis.source_len as f64 / axis.result_len as f64;
+        let support = scale.max(1.0);
+        let center = (position as f64 + 0.5) * scale;
+        let first = (center - support + 0.5).max(0.0) as usize;
+        let end = ((center + support + 0.5) as usize).min(axis.source_len);
+        let mut taps = Self {
+            source: first..end,
+            center,
+            sharpness: 1.0 / support,
+            total: 1.0,
+        };
+        taps.total = (first..end).map(|index| taps.raw(index)).sum();
+        taps
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "indexes are far below 2^53")]
+    pub(super) fn raw(&self, index: usize) -> f64 {
+        let distance = (index as f64 - self.center + 0.5) * self.sharpness;
+        (1.0 - distance.abs()).max(0.0)
+    }
+
+    /// The weight of one source pixel in fixed point, rounded half up.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a weight lies between 0 and 1, so it fits"
+    )]
+    pub(super) fn weight(&self, index: usize) -> u32 {
+        (0.5 + self.raw(index) / self.total * ONE) as u32
+    }
+}
