@@ -1,6 +1,11 @@
 //! The preprocess stage against what Pillow and transformers made of the same
 //! files (`make_golden.py`).
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that meets a surprise should stop there"
+)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

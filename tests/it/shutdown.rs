@@ -76,6 +76,10 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
 }
 
 /// The program itself on the micro model, with the address that it logged.
+#[expect(
+    clippy::zombie_processes,
+    reason = "the test that gets the child waits for it"
+)]
 fn process() -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
         .args([
