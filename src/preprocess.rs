@@ -9,8 +9,8 @@
 //!
 //! Does not: read files, start threads, know of requests or record metrics. The
 //! functions are pure, so the caller chooses where they run and what is timed.
-//! [`decode`](decode::decode), [`resize`](resize::resize) and
-//! [`Quantizer`](quantize::Quantizer) also stand alone.
+//! [`decode`](decode::decode), [`resize`](resize::resize) and [`Quantizer`] also
+//! stand alone.
 
 use std::time::{Duration, Instant};
 
