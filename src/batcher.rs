@@ -3,7 +3,7 @@
 //! Late binding: a batch is formed only when the engine has said that it is
 //! free, from everything that waits at that moment. Jobs whose caller has gone
 //! or whose deadline has passed are dropped before they cost engine time, and
-//! never hold their place for longer than [`SWEEP_INTERVAL`]. Jobs of one
+//! never hold their place for longer than `SWEEP_INTERVAL`. Jobs of one
 //! graph leave in the order in which they came.
 
 pub mod policy;

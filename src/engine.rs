@@ -53,7 +53,7 @@ impl Graph {
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Row<'a> {
-    /// Exactly [`Facts::positions`] token ids.
+    /// As many token ids as the model has positions.
     pub tokens: &'a [u16],
     pub want: Want,
 }

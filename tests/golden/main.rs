@@ -3,7 +3,8 @@
 
 #![expect(
     clippy::unwrap_used,
-    reason = "a test that meets a surprise should stop there"
+    clippy::print_stdout,
+    reason = "a test that meets a surprise should stop there, and measured rates are printed"
 )]
 
 use std::fs;
