@@ -1,0 +1,3 @@
+//! imagegpt-worker.
+
+pub mod attention;
