@@ -1,3 +1,4 @@
 //! imagegpt-worker.
 
 pub mod attention;
+pub mod attention_op;
