@@ -6,6 +6,7 @@
 //! free (a [`Slot`] sent to the batcher) and never before, so a batch is
 //! formed at the last moment. Nothing here awaits.
 
+pub mod attention;
 pub mod fake;
 pub mod onnx;
 

@@ -22,6 +22,7 @@ pub mod engine;
 pub mod preprocess;
 pub mod rpc;
 
+pub mod attention;
 pub mod config;
 pub mod http;
 pub mod metrics;
