@@ -1,0 +1,3 @@
+//! A gRPC batch-processing worker that serves ImageGPT through ONNX Runtime.
+
+pub mod compile;
