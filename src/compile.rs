@@ -240,6 +240,10 @@ impl Progress for Silent {
 ///
 /// When the source is not an ImageGPT that fits `options`, when a graph does
 /// not do what it should, or when `output` exists or cannot be written.
+///
+/// # Panics
+///
+/// If the manifest cannot be turned into JSON, which it always can.
 pub fn compile(
     source: &Source,
     output: &Path,

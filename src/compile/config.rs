@@ -221,8 +221,8 @@ mod tests {
     use serde_json::json;
 
     #[track_caller]
-    fn refused(config: Value, word: &str) {
-        let reason = Architecture::parse(&config).unwrap_err();
+    fn refused(config: &Value, word: &str) {
+        let reason = Architecture::parse(config).unwrap_err();
         assert!(reason.contains(word), "{reason}");
     }
 
@@ -237,9 +237,9 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        refused(json!({"model_type": "gpt2"}), "gpt2");
-        refused(json!({}), "model_type");
-        refused(json!([]), "object");
+        refused(&json!({"model_type": "gpt2"}), "gpt2");
+        refused(&json!({}), "model_type");
+        refused(&json!([]), "object");
         let with = |name: &str, value: Value| json!({"model_type": "imagegpt", name: value});
         refused(
             with("add_cross_attention", json!(true)),
@@ -253,11 +253,14 @@ mod tests {
             with("tie_word_embeddings", json!(true)),
             "tie_word_embeddings",
         );
-        refused(with("activation_function", json!("mish")), "mish");
-        refused(with("activation_function", json!(7)), "activation_function");
-        refused(with("n_head", json!(7)), "n_head");
-        refused(with("n_layer", json!(0)), "n_layer");
-        refused(with("n_embd", json!(-1)), "n_embd");
+        refused(&with("activation_function", json!("mish")), "mish");
+        refused(
+            &with("activation_function", json!(7)),
+            "activation_function",
+        );
+        refused(&with("n_head", json!(7)), "n_head");
+        refused(&with("n_layer", json!(0)), "n_layer");
+        refused(&with("n_embd", json!(-1)), "n_embd");
         refused(
             with("layer_norm_epsilon", json!("small")),
             "layer_norm_epsilon",

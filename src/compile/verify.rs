@@ -160,7 +160,7 @@ impl Trial {
         let tolerance = plan.precision.tolerance();
         for (idx, error) in nearness.errors.iter().enumerate() {
             // Not a number is not near either.
-            if !(*error <= tolerance) {
+            if error.is_nan() || *error > tolerance {
                 let output = match kind {
                     Kind::Embed(_) => format!("{} of layer {idx}", kind.output()),
                     _ => kind.output().to_owned(),

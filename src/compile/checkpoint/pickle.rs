@@ -84,30 +84,14 @@ impl<'p> Machine<'p> {
         loop {
             let [operation] = self.take()?;
             match operation {
+                b'.' => return self.pop(),
                 // PROTO, FRAME: what follows is the same to us.
                 0x80 => drop(self.take::<1>()?),
                 0x95 => drop(self.take::<8>()?),
-                b'.' => return self.pop(),
                 b'(' => self.stack.push(Value::Mark),
                 b'N' => self.stack.push(Value::None),
                 0x88 | 0x89 => self.stack.push(Value::Bool),
-                b'J' => {
-                    let value = i32::from_le_bytes(self.take()?);
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'K' => {
-                    let [value] = self.take()?;
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'M' => {
-                    let value = u16::from_le_bytes(self.take()?);
-                    self.stack.push(Value::Int(value.into()));
-                }
-                0x8a => self.long()?,
-                b'G' => {
-                    self.take::<8>()?;
-                    self.stack.push(Value::None);
-                }
+                b'J' | b'K' | b'M' | 0x8a | b'G' => self.number(operation)?,
                 b'X' => {
                     let length = u32::from_le_bytes(self.take()?);
                     self.text(length as usize)?;
@@ -116,76 +100,98 @@ impl<'p> Machine<'p> {
                     let [length] = self.take()?;
                     self.text(length.into())?;
                 }
-                b'}' => self.stack.push(Value::Dict(Vec::new())),
-                b']' => self.stack.push(Value::List),
-                b')' => self.stack.push(Value::Tuple(Rc::new([]))),
-                b't' => {
-                    let items = self.pop_to_mark()?;
-                    self.stack.push(Value::Tuple(items.into()));
-                }
-                0x85..=0x87 => self.tuple(usize::from(operation - 0x84))?,
-                b'q' => {
-                    let [slot] = self.take()?;
-                    self.remember(slot.into())?;
-                }
-                b'r' => {
-                    let slot = u32::from_le_bytes(self.take()?);
-                    self.remember(slot)?;
-                }
-                0x94 => {
-                    let slot = u32::try_from(self.memo.len()).map_err(|_| "it is too long")?;
-                    self.remember(slot)?;
-                }
-                b'h' => {
-                    let [slot] = self.take()?;
-                    self.recall(slot.into())?;
-                }
-                b'j' => {
-                    let slot = u32::from_le_bytes(self.take()?);
-                    self.recall(slot)?;
-                }
-                b'c' => {
-                    let module = self.line()?;
-                    let name = self.line()?;
-                    self.stack.push(Value::Global(global(module, name)?));
-                }
-                0x93 => {
-                    let name = self.pop_text()?;
-                    let module = self.pop_text()?;
-                    self.stack.push(Value::Global(global(&module, &name)?));
-                }
-                b'Q' => {
-                    let id = self.pop()?;
-                    self.stack.push(storage(&id)?);
-                }
-                b'R' => {
-                    let arguments = self.pop()?;
-                    let callee = self.pop()?;
-                    self.stack.push(call(&callee, &arguments)?);
-                }
-                // BUILD, APPEND, APPENDS: attributes and lists, dropped.
-                b'b' | b'a' => drop(self.pop()?),
-                b'e' => drop(self.pop_to_mark()?),
-                b's' => {
-                    let value = self.pop()?;
-                    let key = self.pop()?;
-                    self.dict()?.push((key, value));
-                }
-                b'u' => {
-                    let items = self.pop_to_mark()?;
-                    let (pairs, []) = items.as_chunks::<2>() else {
-                        return Err("it has a key without a value".to_owned());
-                    };
-                    let pairs = pairs.iter().cloned().map(|[key, value]| (key, value));
-                    self.dict()?.extend(pairs);
-                }
-                other => {
-                    return Err(format!(
-                        "operation 0x{other:02x} is none that a state dict needs"
-                    ));
-                }
+                b'q' | b'r' | 0x94 | b'h' | b'j' => self.memo(operation)?,
+                b'c' | 0x93 | b'Q' | b'R' => self.call(operation)?,
+                _ => self.container(operation)?,
             }
         }
+    }
+
+    fn number(&mut self, operation: u8) -> Result<(), String> {
+        let value = match operation {
+            b'J' => i64::from(i32::from_le_bytes(self.take()?)),
+            b'K' => i64::from(u8::from_le_bytes(self.take()?)),
+            b'M' => i64::from(u16::from_le_bytes(self.take()?)),
+            0x8a => self.long()?,
+            _ => {
+                self.take::<8>()?;
+                self.stack.push(Value::None);
+                return Ok(());
+            }
+        };
+        self.stack.push(Value::Int(value));
+        Ok(())
+    }
+
+    fn memo(&mut self, operation: u8) -> Result<(), String> {
+        let slot = match operation {
+            b'q' | b'h' => u32::from(u8::from_le_bytes(self.take()?)),
+            b'r' | b'j' => u32::from_le_bytes(self.take()?),
+            _ => u32::try_from(self.memo.len()).map_err(|_| "it is too long")?,
+        };
+        if matches!(operation, b'h' | b'j') {
+            self.recall(slot)
+        } else {
+            self.remember(slot)
+        }
+    }
+
+    fn call(&mut self, operation: u8) -> Result<(), String> {
+        let value = match operation {
+            b'c' => {
+                let module = self.line()?;
+                let name = self.line()?;
+                Value::Global(global(module, name)?)
+            }
+            0x93 => {
+                let name = self.pop_text()?;
+                let module = self.pop_text()?;
+                Value::Global(global(&module, &name)?)
+            }
+            b'Q' => storage(&self.pop()?)?,
+            _ => {
+                let arguments = self.pop()?;
+                let callee = self.pop()?;
+                call(&callee, &arguments)?
+            }
+        };
+        self.stack.push(value);
+        Ok(())
+    }
+
+    fn container(&mut self, operation: u8) -> Result<(), String> {
+        match operation {
+            b'}' => self.stack.push(Value::Dict(Vec::new())),
+            b']' => self.stack.push(Value::List),
+            b')' => self.stack.push(Value::Tuple(Rc::new([]))),
+            b't' => {
+                let items = self.pop_to_mark()?;
+                self.stack.push(Value::Tuple(items.into()));
+            }
+            0x85..=0x87 => self.tuple(usize::from(operation - 0x84))?,
+            // BUILD, APPEND, APPENDS: attributes and lists, dropped.
+            b'b' | b'a' => drop(self.pop()?),
+            b'e' => drop(self.pop_to_mark()?),
+            b's' => {
+                let value = self.pop()?;
+                let key = self.pop()?;
+                self.dict()?.push((key, value));
+            }
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                let (pairs, []) = items.as_chunks::<2>() else {
+                    return Err("it has a key without a value".to_owned());
+                };
+                let pairs = pairs.iter().cloned().map(|[key, value]| (key, value));
+                self.dict()?.extend(pairs);
+            }
+            other => {
+                return Err(format!(
+                    "operation 0x{other:02x} is none that a state dict needs"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], String> {
@@ -219,7 +225,7 @@ impl<'p> Machine<'p> {
 
     /// LONG1: a little-endian integer of any length; longer than 8 bytes is
     /// no size.
-    fn long(&mut self) -> Result<(), String> {
+    fn long(&mut self) -> Result<i64, String> {
         let [length] = self.take()?;
         let bytes = self.bytes(length.into())?;
         if bytes.len() > 8 {
@@ -232,8 +238,7 @@ impl<'p> Machine<'p> {
         };
         let mut wide = [fill; 8];
         wide[..bytes.len()].copy_from_slice(bytes);
-        self.stack.push(Value::Int(i64::from_le_bytes(wide)));
-        Ok(())
+        Ok(i64::from_le_bytes(wide))
     }
 
     fn pop(&mut self) -> Result<Value, String> {
