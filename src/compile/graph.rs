@@ -1,0 +1,121 @@
+//! The graphs: one for each task, all over the same backbone and weights.
+//!
+//! Between layers activations lie as rows, `(batch * sequence, width)`, so
+//! that every dense product is one `Gemm` that adds its bias or the residual
+//! as it goes. RMS norm, quick-gelu and attention are written as ONNX
+//! Runtime's fused operators, not as patterns that an optimizer might fuse.
+//! Batch and sequence are open: one file serves any batch.
+
+mod backbone;
+mod builder;
+mod tasks;
+
+use super::config::Architecture;
+use super::onnx::Model;
+use super::store::Store;
+use super::{Precision, Task};
+
+pub use self::tasks::Norm;
+
+/// The operator that computes causal attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// `com.microsoft.MultiHeadAttention`, which every execution provider has.
+    MultiHead,
+    /// `imagegpt.CausalAttention`, the worker's own kernel for the CPU.
+    Causal,
+    /// `com.microsoft.GroupQueryAttention`, which keeps keys and values.
+    GroupQuery,
+}
+
+impl Attention {
+    /// The operator's name, as profiles show it.
+    #[must_use]
+    pub fn operator(self) -> &'static str {
+        match self {
+            Self::MultiHead => "MultiHeadAttention",
+            Self::Causal => "CausalAttention",
+            Self::GroupQuery => "GroupQueryAttention",
+        }
+    }
+}
+
+/// All that a graph depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan<'a> {
+    pub architecture: &'a Architecture,
+    pub store: &'a Store,
+    pub precision: Precision,
+    pub attention: Attention,
+    /// Where `embed` ends.
+    pub feature_layer: usize,
+}
+
+/// One graph file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Embed(Norm),
+    Hidden,
+    Classify,
+    Score,
+    Generate,
+}
+
+impl Kind {
+    /// The files that a task needs.
+    #[must_use]
+    pub fn of(task: Task) -> &'static [Self] {
+        match task {
+            Task::Embed => &[Self::Embed(Norm::PreAttnRms), Self::Embed(Norm::None)],
+            Task::Hidden => &[Self::Hidden],
+            Task::Classify => &[Self::Classify],
+            Task::Score => &[Self::Score],
+            Task::Generate => &[Self::Generate],
+        }
+    }
+
+    /// The name that its file begins with.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embed(Norm::PreAttnRms) => "embed-pre_attn_rms",
+            Self::Embed(Norm::None) => "embed-none",
+            Self::Hidden => "hidden",
+            Self::Classify => "classify",
+            Self::Score => "score",
+            Self::Generate => "generate",
+        }
+    }
+
+    /// The name of its output, other than the cache.
+    #[must_use]
+    pub fn output(self) -> &'static str {
+        match self {
+            Self::Embed(_) => "features",
+            Self::Hidden => "last_hidden_state",
+            Self::Classify | Self::Generate => "logits",
+            Self::Score => "nll",
+        }
+    }
+
+    /// Layers that it runs.
+    #[must_use]
+    pub fn n_layers(self, architecture: &Architecture, feature_layer: usize) -> usize {
+        match self {
+            Self::Embed(_) => feature_layer,
+            _ => architecture.n_layers,
+        }
+    }
+
+    /// The graph itself.
+    #[must_use]
+    pub fn build(self, plan: &Plan<'_>) -> Model {
+        match self {
+            Self::Embed(norm) => tasks::embed(plan, norm),
+            Self::Hidden => tasks::hidden(plan),
+            Self::Classify => tasks::classify(plan),
+            Self::Score => tasks::score(plan),
+            Self::Generate => tasks::generate(plan),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The layers that all tasks share.
+
+use super::Attention;
+use super::builder::Builder;
+use crate::compile::Precision;
+use crate::compile::config::Activation;
+use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
+
+/// How quick-gelu got its name: this factor.
+const QUICK_GELU_ALPHA: f32 = 1.702;
+
+/// Where token ids enter, and the shapes that follow from them.
+pub(super) struct Tokens {
+    pub(super) ids: String,
+    /// `[batch, sequence]`, known when the graph runs.
+    pub(super) shape: String,
+    /// `[sequence]`.
+    pub(super) sequence: String,
+}
+
+/// What tells attention where the keys of the past are.
+pub(super) struct Cache {
+    pub(super) seqlens_k: String,
+    pub(super) total_sequence_length: String,
+}
+
+impl Builder<'_> {
+    pub(super) fn tokens(&mut self) -> Tokens {
+        let dims = [Dim::Name("batch"), Dim::Name("sequence")];
+        let ids = self.input(ValueInfo::tensor("input_ids", DataType::Int32, &dims));
+        let shape = self.standard("Shape", &[&ids], Vec::new());
+        let from = vec![Attribute::int("start", 1)];
+        let sequence = self.standard("Shape", &[&ids], from);
+        Tokens {
+            ids,
+            shape,
+            sequence,
+        }
+    }
+
+    /// Rows of embedded tokens at positions 0, 1, 2 and so on.
+    pub(super) fn embedded(&mut self, tokens: &Tokens) -> String {
+        let table = self.weight("wpe");
+        let zero = self.int64s("zero", &[0]);
+        let positions = self.standard("Slice", &[&table, &zero, &tokens.sequence, &zero], vec![]);
+        self.embedded_at(tokens, &positions)
+    }
+
+    /// Rows of embedded tokens plus embedded positions.
+    pub(super) fn embedded_at(&mut self, tokens: &Tokens, positions: &str) -> String {
+        let table = self.weight("wte");
+        let embedded = self.standard("Gather", &[&table, &tokens.ids], Vec::new());
+        let sum = self.standard("Add", &[&embedded, positions], Vec::new());
+        self.rows(&sum)
+    }
+
+    /// `(batch, sequence, width)` as `(batch * sequence, width)`.
+    pub(super) fn rows(&mut self, value: &str) -> String {
+        let width = as_i64(self.plan.architecture.width);
+        let shape = self.int64s("rows", &[-1, width]);
+        self.standard("Reshape", &[value, &shape], Vec::new())
+    }
+
+    /// Rows of `width` as `(batch, sequence, width)`.
+    pub(super) fn sequences(&mut self, tokens: &Tokens, rows: &str, width: usize) -> String {
+        let last = self.int64s(&format!("width.{width}"), &[as_i64(width)]);
+        let axis = vec![Attribute::int("axis", 0)];
+        let shape = self.standard("Concat", &[&tokens.shape, &last], axis);
+        self.standard("Reshape", &[rows, &shape], Vec::new())
+    }
+
+    /// RMS norm of each row.
+    pub(super) fn norm(&mut self, rows: &str, weight: &str) -> String {
+        let weight = self.weight(weight);
+        let attributes = vec![
+            Attribute::int("axis", -1),
+            Attribute::float("epsilon", self.plan.architecture.epsilon),
+            Attribute::int("stash_type", i32::from(DataType::Float).into()),
+        ];
+        self.standard("SimplifiedLayerNormalization", &[rows, &weight], attributes)
+    }
+
+    /// Layer `idx`, from its input to the next one's; `normed` is its input
+    /// after the norm.
+    pub(super) fn layer(
+        &mut self,
+        idx: usize,
+        tokens: &Tokens,
+        rows: &str,
+        normed: &str,
+        cache: Option<&Cache>,
+    ) -> String {
+        let width = self.plan.architecture.width;
+        self.scope = format!("h.{idx}");
+        let name = |part: &str| format!("h.{idx}.{part}");
+        let qkv = self.dense(normed, &name("qkv"), None);
+        let qkv = self.sequences(tokens, &qkv, 3 * width);
+        let attended = self.attention(idx, &qkv, cache);
+        let attended = self.rows(&attended);
+        let rows = self.dense(&attended, &name("projection"), Some(rows));
+        let normed = self.norm(&rows, &name("inner_norm"));
+        let inner = self.dense(&normed, &name("expand"), None);
+        let inner = self.activation(&inner);
+        self.dense(&inner, &name("contract"), Some(&rows))
+    }
+
+    /// `x W + b + residual`.
+    fn dense(&mut self, input: &str, name: &str, residual: Option<&str>) -> String {
+        let bias_name = format!("{name}.bias");
+        let has_bias = self.plan.store.contains(&bias_name);
+        let bias = has_bias.then(|| self.weight(&bias_name));
+        let weight = self.weight(name);
+        if self.plan.precision == Precision::Int8 {
+            let scale = self.weight(&format!("{name}.scale"));
+            // An absent zero point is zero.
+            let mut inputs = vec![input, &weight, &scale];
+            if let Some(bias) = &bias {
+                inputs.extend(["", bias]);
+            }
+            let product = self.fused("DynamicQuantizeMatMul", &inputs, Vec::new());
+            return match residual {
+                Some(residual) => self.standard("Add", &[&product, residual], Vec::new()),
+                None => product,
+            };
+        }
+        match (bias, residual) {
+            (None, None) => self.standard("Gemm", &[input, &weight], Vec::new()),
+            (Some(addend), None) => self.standard("Gemm", &[input, &weight, &addend], Vec::new()),
+            (None, Some(addend)) => self.standard("Gemm", &[input, &weight, addend], Vec::new()),
+            (Some(bias), Some(residual)) => {
+                let product = self.standard("Gemm", &[input, &weight, &bias], Vec::new());
+                self.standard("Add", &[&product, residual], Vec::new())
+            }
+        }
+    }
+
+    fn activation(&mut self, input: &str) -> String {
+        match self.plan.architecture.activation {
+            Activation::QuickGelu => {
+                let alpha = vec![Attribute::float("alpha", QUICK_GELU_ALPHA)];
+                self.fused("QuickGelu", &[input], alpha)
+            }
+            Activation::Gelu => self.fused("Gelu", &[input], Vec::new()),
+            Activation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
+            Activation::Relu => self.standard("Relu", &[input], Vec::new()),
+        }
+    }
+
+    /// `(batch, sequence, 3 * width)` to `(batch, sequence, width)`.
+    fn attention(&mut self, idx: usize, qkv: &str, cache: Option<&Cache>) -> String {
+        let architecture = self.plan.architecture;
+        let n_heads = as_i64(architecture.n_heads);
+        #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
+        let scale = architecture.attention_scale(idx) as f32;
+        let mut attributes = vec![
+            Attribute::int("num_heads", n_heads),
+            Attribute::float("scale", scale),
+        ];
+        if let Some(cache) = cache {
+            attributes.push(Attribute::int("kv_num_heads", n_heads));
+            return self.cached_attention(idx, qkv, cache, attributes);
+        }
+        if self.plan.attention == Attention::Causal {
+            let output = self.fresh("CausalAttention");
+            let outputs = vec![output.clone()];
+            self.push("CausalAttention", IMAGEGPT, &[qkv], outputs, attributes);
+            return output;
+        }
+        attributes.push(Attribute::int("unidirectional", 1));
+        let width = as_i64(architecture.width);
+        let sizes = self.int64s("qkv_widths", &[width, width, width]);
+        let parts = ["query", "key", "value"].map(|part| self.fresh(part));
+        let axis = vec![Attribute::int("axis", 2)];
+        self.push("Split", "", &[qkv, &sizes], parts.to_vec(), axis);
+        let [query, key, value] = parts;
+        self.fused("MultiHeadAttention", &[&query, &key, &value], attributes)
+    }
+
+    /// Attention over a cache that the caller binds as input and as output:
+    /// if both are one buffer, keys and values are appended in place.
+    fn cached_attention(
+        &mut self,
+        idx: usize,
+        qkv: &str,
+        cache: &Cache,
+        attributes: Vec<Attribute>,
+    ) -> String {
+        let architecture = self.plan.architecture;
+        let dims = [
+            Dim::Name("batch"),
+            Dim::Size(architecture.n_heads),
+            Dim::Name("capacity"),
+            Dim::Size(architecture.head_dim()),
+        ];
+        let info = |name: String| ValueInfo::tensor(&name, self.plan.precision.activation(), &dims);
+        let [past_key, past_value, key, value] =
+            ["past_key", "past_value", "key", "value"].map(|part| info(format!("{part}.{idx}")));
+        let present = [key.name.clone(), value.name.clone()];
+        let past_key = self.input(past_key);
+        let past_value = self.input(past_value);
+        self.declare_output(key);
+        self.declare_output(value);
+        let output = self.fresh("GroupQueryAttention");
+        let [key, value] = present;
+        self.push(
+            "GroupQueryAttention",
+            MICROSOFT,
+            &[
+                qkv,
+                "",
+                "",
+                &past_key,
+                &past_value,
+                &cache.seqlens_k,
+                &cache.total_sequence_length,
+            ],
+            vec![output.clone(), key, value],
+            attributes,
+        );
+        output
+    }
+}
+
+/// Sizes come from an [`Architecture`](crate::compile::config::Architecture),
+/// which bounds them.
+fn as_i64(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,140 @@
+//! Nodes one after another, each named by what it is for.
+
+use std::collections::BTreeSet;
+
+use super::Plan;
+use crate::compile::onnx::{
+    Attribute, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet, Tensor,
+    ValueInfo,
+};
+
+/// See the module.
+pub(super) struct Builder<'p> {
+    pub(super) plan: &'p Plan<'p>,
+    graph: Graph,
+    initializers: BTreeSet<String>,
+    /// What nodes are named after: the layer, mostly.
+    pub(super) scope: String,
+}
+
+impl<'p> Builder<'p> {
+    pub(super) fn new(plan: &'p Plan<'p>, name: &str) -> Self {
+        Self {
+            plan,
+            graph: Graph {
+                name: name.to_owned(),
+                ..Graph::default()
+            },
+            initializers: BTreeSet::new(),
+            scope: "in".to_owned(),
+        }
+    }
+
+    pub(super) fn input(&mut self, info: ValueInfo) -> String {
+        let name = info.name.clone();
+        self.graph.input.push(info);
+        name
+    }
+
+    /// Declares `value` to be an output. The last node that made it is made to
+    /// write under the output's name.
+    pub(super) fn output(&mut self, value: &str, info: ValueInfo) {
+        let name = info.name.clone();
+        self.graph.output.push(info);
+        self.push("Identity", "", &[value], vec![name], Vec::new());
+    }
+
+    /// Declares an output that a node already writes by its name.
+    pub(super) fn declare_output(&mut self, info: ValueInfo) {
+        self.graph.output.push(info);
+    }
+
+    /// A tensor of `weights.bin`.
+    pub(super) fn weight(&mut self, name: &str) -> String {
+        let tensor = self
+            .plan
+            .store
+            .get(name)
+            .expect("weights are written before graphs, and for all of them");
+        if self.initializers.insert(name.to_owned()) {
+            self.graph.initializer.push(tensor.clone());
+        }
+        name.to_owned()
+    }
+
+    /// A small constant; `name` must say its value.
+    pub(super) fn int64s(&mut self, name: &str, values: &[i64]) -> String {
+        if self.initializers.insert(name.to_owned()) {
+            self.graph.initializer.push(Tensor::int64s(name, values));
+        }
+        name.to_owned()
+    }
+
+    /// A standard operator with one output.
+    pub(super) fn standard(
+        &mut self,
+        operator: &str,
+        inputs: &[&str],
+        attributes: Vec<Attribute>,
+    ) -> String {
+        let output = self.fresh(operator);
+        self.push(operator, "", inputs, vec![output.clone()], attributes);
+        output
+    }
+
+    /// A fused operator with one output.
+    pub(super) fn fused(
+        &mut self,
+        operator: &str,
+        inputs: &[&str],
+        attributes: Vec<Attribute>,
+    ) -> String {
+        let output = self.fresh(operator);
+        self.push(
+            operator,
+            MICROSOFT,
+            inputs,
+            vec![output.clone()],
+            attributes,
+        );
+        output
+    }
+
+    pub(super) fn push(
+        &mut self,
+        operator: &str,
+        domain: &str,
+        inputs: &[&str],
+        outputs: Vec<String>,
+        attributes: Vec<Attribute>,
+    ) {
+        let name = format!("{}/{operator}.{}", self.scope, self.graph.node.len());
+        self.graph.node.push(Node {
+            input: inputs.iter().map(|name| (*name).to_owned()).collect(),
+            output: outputs,
+            name,
+            op_type: operator.to_owned(),
+            domain: domain.to_owned(),
+            attribute: attributes,
+        });
+    }
+
+    /// A name that no value has yet.
+    pub(super) fn fresh(&self, what: &str) -> String {
+        format!("{}/{what}:{}", self.scope, self.graph.node.len())
+    }
+
+    pub(super) fn finish(self) -> Model {
+        let domain = |domain: &str, version| OperatorSet {
+            domain: domain.to_owned(),
+            version,
+        };
+        Model {
+            ir_version: IR_VERSION,
+            opset_import: vec![domain("", OPSET), domain(MICROSOFT, 1), domain(IMAGEGPT, 1)],
+            producer_name: env!("CARGO_PKG_NAME").to_owned(),
+            producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+            graph: Some(self.graph),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! What each task takes from the backbone.
+
+use super::backbone::{Cache, Tokens};
+use super::builder::Builder;
+use super::{Kind, Plan};
+use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
+
+/// What is pooled of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Norm {
+    /// The paper's features: what the next layer's attention sees.
+    PreAttnRms,
+    /// The residual stream itself; for the last layer it is what `ln_f` leaves,
+    /// as in transformers' `hidden_states`.
+    None,
+}
+
+const BATCH: Dim = Dim::Name("batch");
+const SEQUENCE: Dim = Dim::Name("sequence");
+
+/// `features`: of every layer from the embedding to the feature layer, the
+/// mean over positions, `(batch, feature_layer + 1, width)`.
+pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
+    let architecture = plan.architecture;
+    let mut builder = Builder::new(plan, Kind::Embed(norm).name());
+    let tokens = builder.tokens();
+    let mean = builder.mean_row(&tokens);
+    let mut rows = builder.embedded(&tokens);
+    let mut pooled = Vec::new();
+    for idx in 0..=plan.feature_layer {
+        builder.scope = format!("h.{idx}");
+        let is_last = idx == architecture.n_layers;
+        // The raw features of the layer that ends the graph need no norm.
+        let normed = (norm == Norm::PreAttnRms || idx < plan.feature_layer || is_last)
+            .then(|| builder.norm_before(idx, &rows));
+        let feature = match &normed {
+            Some(normed) if norm == Norm::PreAttnRms || is_last => normed,
+            _ => &rows,
+        };
+        let feature = builder.pooled(&tokens, feature, &mean);
+        pooled.push(feature);
+        if let Some(normed) = normed.filter(|_| idx < plan.feature_layer) {
+            rows = builder.layer(idx, &tokens, &rows, &normed, None);
+        }
+    }
+    let inputs: Vec<&str> = pooled.iter().map(String::as_str).collect();
+    let features = builder.standard("Concat", &inputs, vec![Attribute::int("axis", 1)]);
+    let dims = [
+        BATCH,
+        Dim::Size(pooled.len()),
+        Dim::Size(architecture.width),
+    ];
+    builder.output(
+        &features,
+        ValueInfo::tensor("features", DataType::Float, &dims),
+    );
+    builder.finish()
+}
+
+/// `last_hidden_state`, `(batch, sequence, width)`.
+pub(super) fn hidden(plan: &Plan<'_>) -> Model {
+    let width = plan.architecture.width;
+    let mut builder = Builder::new(plan, Kind::Hidden.name());
+    let tokens = builder.tokens();
+    let rows = builder.final_rows(&tokens);
+    let rows = builder.float(&rows);
+    let hidden = builder.sequences(&tokens, &rows, width);
+    let dims = [BATCH, SEQUENCE, Dim::Size(width)];
+    builder.output(
+        &hidden,
+        ValueInfo::tensor("last_hidden_state", DataType::Float, &dims),
+    );
+    builder.finish()
+}
+
+/// `logits` of a fine-tuned head over the mean, `(batch, classes)`.
+pub(super) fn classify(plan: &Plan<'_>) -> Model {
+    let mut builder = Builder::new(plan, Kind::Classify.name());
+    let tokens = builder.tokens();
+    let mean = builder.mean_row(&tokens);
+    let rows = builder.final_rows(&tokens);
+    let pooled = builder.pooled(&tokens, &rows, &mean);
+    let pooled = builder.rows(&pooled);
+    let pooled = builder.activation_type(&pooled);
+    let logits = builder.head(&pooled, "classification_head");
+    let logits = builder.float(&logits);
+    let dims = [BATCH, Dim::Name("classes")];
+    builder.output(&logits, ValueInfo::tensor("logits", DataType::Float, &dims));
+    builder.finish()
+}
+
+/// `nll`: how unlikely each of `targets` is after the `input_ids` up to its
+/// position, in nats, `(batch, sequence)`. To score an image, `input_ids` are
+/// the start token and all tokens but the last, and `targets` all tokens.
+pub(super) fn score(plan: &Plan<'_>) -> Model {
+    let mut builder = Builder::new(plan, Kind::Score.name());
+    let tokens = builder.tokens();
+    let info = ValueInfo::tensor("targets", DataType::Int32, &[BATCH, SEQUENCE]);
+    let targets = builder.input(info);
+    let rows = builder.final_rows(&tokens);
+    let logits = builder.head(&rows, "language_head");
+    let logits = builder.float(&logits);
+    let axis = || vec![Attribute::int("axis", 1)];
+    let log_likelihoods = builder.standard("LogSoftmax", &[&logits], axis());
+    let column = builder.int64s("column", &[-1, 1]);
+    let targets = builder.standard("Reshape", &[&targets, &column], Vec::new());
+    let picked = builder.standard("GatherElements", &[&log_likelihoods, &targets], axis());
+    let nll = builder.standard("Neg", &[&picked], Vec::new());
+    let nll = builder.standard("Reshape", &[&nll, &tokens.shape], Vec::new());
+    let info = ValueInfo::tensor("nll", DataType::Float, &[BATCH, SEQUENCE]);
+    builder.output(&nll, info);
+    builder.finish()
+}
+
+/// `logits` of what follows the last of `input_ids`, `(batch, colors)`.
+///
+/// `position_ids` say where each token stands. `seqlens_k` and
+/// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
+/// has after this step, less one, and the most that any has. `past_key.N` and `key.N`, and the same of values, should be one
+/// buffer of `(batch, heads, capacity, head_dim)`. With more than one token
+/// at once (a primer), all sequences must begin.
+pub(super) fn generate(plan: &Plan<'_>) -> Model {
+    let mut builder = Builder::new(plan, Kind::Generate.name());
+    let tokens = builder.tokens();
+    let int32 = |name, dims: &[Dim]| ValueInfo::tensor(name, DataType::Int32, dims);
+    let positions = builder.input(int32("position_ids", &[BATCH, SEQUENCE]));
+    let cache = Cache {
+        seqlens_k: builder.input(int32("seqlens_k", &[BATCH])),
+        total_sequence_length: builder.input(int32("total_sequence_length", &[])),
+    };
+    let table = builder.weight("wpe");
+    let positions = builder.standard("Gather", &[&table, &positions], Vec::new());
+    let rows = builder.embedded_at(&tokens, &positions);
+    let rows = builder.through_layers(&tokens, rows, Some(&cache));
+    let width = plan.architecture.width;
+    let sequences = builder.sequences(&tokens, &rows, width);
+    let last = builder.int64s("last", &[-1]);
+    let axis = vec![Attribute::int("axis", 1)];
+    let rows = builder.standard("Gather", &[&sequences, &last], axis);
+    let rows = builder.rows(&rows);
+    let normed = builder.norm(&rows, "final_norm");
+    let logits = builder.head(&normed, "language_head");
+    let logits = builder.float(&logits);
+    let dims = [BATCH, Dim::Size(plan.architecture.n_colors())];
+    builder.output(&logits, ValueInfo::tensor("logits", DataType::Float, &dims));
+    builder.finish()
+}
+
+impl Builder<'_> {
+    /// Rows after all layers and the final norm.
+    fn final_rows(&mut self, tokens: &Tokens) -> String {
+        let rows = self.embedded(tokens);
+        let rows = self.through_layers(tokens, rows, None);
+        self.norm(&rows, "final_norm")
+    }
+
+    fn through_layers(
+        &mut self,
+        tokens: &Tokens,
+        mut rows: String,
+        cache: Option<&Cache>,
+    ) -> String {
+        for idx in 0..self.plan.architecture.n_layers {
+            self.scope = format!("h.{idx}");
+            let normed = self.norm_before(idx, &rows);
+            rows = self.layer(idx, tokens, &rows, &normed, cache);
+        }
+        "out".clone_into(&mut self.scope);
+        rows
+    }
+
+    /// What attention of layer `idx` sees; after the last layer, the final
+    /// norm.
+    fn norm_before(&mut self, idx: usize, rows: &str) -> String {
+        if idx == self.plan.architecture.n_layers {
+            self.norm(rows, "final_norm")
+        } else {
+            self.norm(rows, &format!("h.{idx}.attention_norm"))
+        }
+    }
+
+    /// `(1, sequence)` of `1 / sequence`: a product with it is a mean over
+    /// positions. `ReduceMean` over the middle axis takes 1.6 ms a layer and
+    /// image where this takes a few tenths.
+    fn mean_row(&mut self, tokens: &Tokens) -> String {
+        let one = self.int64s("one", &[1]);
+        let axis = vec![Attribute::int("axis", 0)];
+        let shape = self.standard("Concat", &[&one, &tokens.sequence], axis);
+        let value = Tensor {
+            dims: vec![1],
+            data_type: DataType::Float.into(),
+            raw_data: 1.0_f32.to_le_bytes().to_vec(),
+            ..Tensor::default()
+        };
+        let value = vec![Attribute::tensor("value", value)];
+        let ones = self.standard("ConstantOfShape", &[&shape], value);
+        let length = self.float(&tokens.sequence);
+        self.standard("Div", &[&ones, &length], Vec::new())
+    }
+
+    /// Mean over positions, `(batch, 1, width)`, always in f32.
+    fn pooled(&mut self, tokens: &Tokens, rows: &str, mean: &str) -> String {
+        let width = self.plan.architecture.width;
+        let rows = if self.plan.precision.activation() == DataType::Float {
+            rows.to_owned()
+        } else {
+            self.float(rows)
+        };
+        let sequences = self.sequences(tokens, &rows, width);
+        self.standard("MatMul", &[mean, &sequences], Vec::new())
+    }
+
+    /// `x H^T` with a head that lies `(outputs, width)`.
+    fn head(&mut self, rows: &str, name: &str) -> String {
+        let head = self.weight(name);
+        let attributes = vec![Attribute::int("transB", 1)];
+        self.standard("Gemm", &[rows, &head], attributes)
+    }
+
+    /// As f32; ONNX Runtime removes a cast that changes nothing.
+    fn float(&mut self, value: &str) -> String {
+        let to = vec![Attribute::int("to", i64::from(i32::from(DataType::Float)))];
+        self.standard("Cast", &[value], to)
+    }
+
+    fn activation_type(&mut self, value: &str) -> String {
+        let to = i32::from(self.plan.precision.activation());
+        let to = vec![Attribute::int("to", to.into())];
+        self.standard("Cast", &[value], to)
+    }
+}

@@ -1,0 +1,253 @@
+//! The part of ONNX's file format that the graphs need.
+//!
+//! Field numbers are those of `onnx.proto`; the rest of that file would only
+//! add code that nothing runs.
+
+use prost::{Enumeration, Message};
+
+/// Which version of the standard operators graphs are written in; 18 is the
+/// first where reductions take their axes as an input.
+pub const OPSET: i64 = 18;
+/// Goes with the opset: the file format's own version.
+pub const IR_VERSION: i64 = 9;
+/// The domain of ONNX Runtime's fused operators.
+pub const MICROSOFT: &str = "com.microsoft";
+/// The domain of the worker's own operators.
+pub const IMAGEGPT: &str = "imagegpt";
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Model {
+    #[prost(int64, tag = "1")]
+    pub ir_version: i64,
+    #[prost(message, repeated, tag = "8")]
+    pub opset_import: Vec<OperatorSet>,
+    #[prost(string, tag = "2")]
+    pub producer_name: String,
+    #[prost(string, tag = "3")]
+    pub producer_version: String,
+    #[prost(message, optional, tag = "7")]
+    pub graph: Option<Graph>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct OperatorSet {
+    #[prost(string, tag = "1")]
+    pub domain: String,
+    #[prost(int64, tag = "2")]
+    pub version: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Graph {
+    #[prost(message, repeated, tag = "1")]
+    pub node: Vec<Node>,
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(message, repeated, tag = "5")]
+    pub initializer: Vec<Tensor>,
+    #[prost(message, repeated, tag = "11")]
+    pub input: Vec<ValueInfo>,
+    #[prost(message, repeated, tag = "12")]
+    pub output: Vec<ValueInfo>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Node {
+    #[prost(string, repeated, tag = "1")]
+    pub input: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    pub output: Vec<String>,
+    #[prost(string, tag = "3")]
+    pub name: String,
+    #[prost(string, tag = "4")]
+    pub op_type: String,
+    #[prost(string, tag = "7")]
+    pub domain: String,
+    #[prost(message, repeated, tag = "5")]
+    pub attribute: Vec<Attribute>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Attribute {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(enumeration = "AttributeType", tag = "20")]
+    pub r#type: i32,
+    #[prost(float, tag = "2")]
+    pub f: f32,
+    #[prost(int64, tag = "3")]
+    pub i: i64,
+    #[prost(message, optional, tag = "5")]
+    pub t: Option<Tensor>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
+#[repr(i32)]
+pub enum AttributeType {
+    Undefined = 0,
+    Float = 1,
+    Int = 2,
+    Tensor = 4,
+}
+
+impl Attribute {
+    #[must_use]
+    pub fn float(name: &str, value: f32) -> Self {
+        Self {
+            name: name.to_owned(),
+            r#type: AttributeType::Float.into(),
+            f: value,
+            ..Self::default()
+        }
+    }
+
+    #[must_use]
+    pub fn int(name: &str, value: i64) -> Self {
+        Self {
+            name: name.to_owned(),
+            r#type: AttributeType::Int.into(),
+            i: value,
+            ..Self::default()
+        }
+    }
+
+    #[must_use]
+    pub fn tensor(name: &str, value: Tensor) -> Self {
+        Self {
+            name: name.to_owned(),
+            r#type: AttributeType::Tensor.into(),
+            t: Some(value),
+            ..Self::default()
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Tensor {
+    #[prost(int64, repeated, tag = "1")]
+    pub dims: Vec<i64>,
+    #[prost(enumeration = "DataType", tag = "2")]
+    pub data_type: i32,
+    #[prost(string, tag = "8")]
+    pub name: String,
+    #[prost(bytes = "vec", tag = "9")]
+    pub raw_data: Vec<u8>,
+    #[prost(message, repeated, tag = "13")]
+    pub external_data: Vec<StringEntry>,
+    /// 1 if the bytes are in another file.
+    #[prost(int32, tag = "14")]
+    pub data_location: i32,
+}
+
+impl Tensor {
+    /// A small constant that lies in the graph itself.
+    #[must_use]
+    pub fn int64s(name: &str, values: &[i64]) -> Self {
+        Self {
+            dims: vec![i64::try_from(values.len()).unwrap_or(i64::MAX)],
+            data_type: DataType::Int64.into(),
+            name: name.to_owned(),
+            raw_data: values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+            ..Self::default()
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
+#[repr(i32)]
+pub enum DataType {
+    Undefined = 0,
+    Float = 1,
+    Int8 = 3,
+    Int32 = 6,
+    Int64 = 7,
+    Float16 = 10,
+    Bfloat16 = 16,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct StringEntry {
+    #[prost(string, tag = "1")]
+    pub key: String,
+    #[prost(string, tag = "2")]
+    pub value: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ValueInfo {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(message, optional, tag = "2")]
+    pub r#type: Option<Type>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Type {
+    #[prost(message, optional, tag = "1")]
+    pub tensor_type: Option<TensorType>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct TensorType {
+    #[prost(enumeration = "DataType", tag = "1")]
+    pub elem_type: i32,
+    #[prost(message, optional, tag = "2")]
+    pub shape: Option<Shape>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Shape {
+    #[prost(message, repeated, tag = "1")]
+    pub dim: Vec<Dimension>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Dimension {
+    #[prost(oneof = "DimensionValue", tags = "1, 2")]
+    pub value: Option<DimensionValue>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum DimensionValue {
+    #[prost(int64, tag = "1")]
+    Size(i64),
+    #[prost(string, tag = "2")]
+    Name(String),
+}
+
+/// A dimension of a graph's input or output.
+#[derive(Clone, Copy, Debug)]
+pub enum Dim {
+    Name(&'static str),
+    Size(usize),
+}
+
+impl ValueInfo {
+    /// A tensor that enters or leaves a graph.
+    #[must_use]
+    pub fn tensor(name: &str, data_type: DataType, dims: &[Dim]) -> Self {
+        let dim = dims
+            .iter()
+            .map(|dim| Dimension {
+                value: Some(match dim {
+                    Dim::Name(name) => DimensionValue::Name((*name).to_owned()),
+                    Dim::Size(size) => {
+                        DimensionValue::Size(i64::try_from(*size).unwrap_or(i64::MAX))
+                    }
+                }),
+            })
+            .collect();
+        Self {
+            name: name.to_owned(),
+            r#type: Some(Type {
+                tensor_type: Some(TensorType {
+                    elem_type: data_type.into(),
+                    shape: Some(Shape { dim }),
+                }),
+            }),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Sessions to try graphs in, and what ran in them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use ort::environment::Environment;
+use ort::ep;
+use ort::operator::OperatorDomain;
+use ort::session::Session;
+use ort::session::builder::GraphOptimizationLevel;
+use serde::Deserialize;
+
+use super::Provider;
+
+/// What graphs are tried with. A process has one environment, so the caller
+/// brings it.
+#[derive(Clone)]
+pub struct Runtime {
+    pub environment: Environment,
+    /// Where graphs run while they are tried.
+    pub provider: Provider,
+    /// The worker's own operators. Without them graphs for the CPU use
+    /// ONNX Runtime's attention.
+    pub operators: Option<Arc<OperatorDomain>>,
+    /// Threads of one run; 0 lets the runtime take one a physical core.
+    pub n_threads: usize,
+}
+
+/// Kernels that ran, by execution provider and operator.
+pub type Operators = BTreeMap<String, BTreeMap<String, usize>>;
+
+impl Runtime {
+    /// Opens a graph, recording what runs if `profile` says where to.
+    ///
+    /// # Errors
+    ///
+    /// When ONNX Runtime does not take it.
+    pub fn open(&self, graph: &Path, profile: Option<&Path>) -> ort::Result<Session> {
+        let mut builder = Session::builder(&self.environment)?
+            .with_optimization_level(GraphOptimizationLevel::Level3)?
+            .with_intra_op_spinning(false)?;
+        if self.n_threads != 0 {
+            builder = builder.with_intra_threads(self.n_threads)?;
+        }
+        if let Some(operators) = &self.operators {
+            builder = builder.with_operators(Arc::clone(operators))?;
+        }
+        if self.provider == Provider::Cuda {
+            let cuda = ep::CUDA::default()
+                .with_tf32(false)
+                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
+                .build()
+                .error_on_failure();
+            builder = builder.with_execution_providers([cuda])?;
+        }
+        if let Some(profile) = profile {
+            builder = builder.with_profiling(profile)?;
+        }
+        builder.commit_from_file(graph)
+    }
+}
+
+#[derive(Deserialize)]
+struct Event {
+    #[serde(default)]
+    cat: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    args: Arguments,
+}
+
+#[derive(Default, Deserialize)]
+struct Arguments {
+    #[serde(default)]
+    op_name: String,
+    #[serde(default)]
+    provider: String,
+    #[serde(default)]
+    node_index: String,
+}
+
+/// Ends the profile of `session`, removes its file and counts the kernels
+/// that ran, each once however often the graph did.
+///
+/// What ran says more than an optimized graph read back: it also tells where,
+/// and costs no copy of the weights.
+///
+/// # Errors
+///
+/// When the profile cannot be read.
+pub fn operators(session: &mut Session) -> Result<Operators, String> {
+    let file = session.end_profiling().map_err(|error| error.to_string())?;
+    let text = std::fs::read(&file).map_err(|error| format!("{file}: {error}"));
+    // A profile that stays behind would only take space.
+    let _ = std::fs::remove_file(&file);
+    let events: Vec<Event> = serde_json::from_slice(&text?)
+        .map_err(|error| format!("the profile is not what ONNX Runtime used to write: {error}"))?;
+    let mut nodes = BTreeMap::new();
+    for event in events {
+        if event.cat == "Node" && event.name.ends_with("_kernel_time") {
+            let place = (event.args.provider, event.args.op_name);
+            nodes.insert((event.args.node_index, event.name), place);
+        }
+    }
+    let mut operators = Operators::new();
+    for (provider, operator) in nodes.into_values() {
+        *operators
+            .entry(provider)
+            .or_default()
+            .entry(operator)
+            .or_default() += 1;
+    }
+    Ok(operators)
+}

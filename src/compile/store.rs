@@ -1,0 +1,265 @@
+//! `weights.bin`: the one file that all graphs of a folder point into.
+//!
+//! ONNX Runtime maps it, so graphs that run in one process share its pages.
+//! Tensors start at multiples of a page, which is what mapping asks for.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+
+use super::error::CompileError;
+use super::onnx::{DataType, StringEntry, Tensor};
+use super::weights::Dense;
+use super::{Precision, config::Architecture, weights::Weights};
+
+/// The file's name.
+pub const FILE: &str = "weights.bin";
+const ALIGNMENT: u64 = 4096;
+
+/// The tensors of `weights.bin`, as graphs refer to them.
+#[derive(Debug, Default)]
+pub struct Store {
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Store {
+    /// What a graph declares to use the tensor `name`, if it was written.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+}
+
+/// Which parts of the model the graphs will need.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts {
+    /// Layers to write; the norm in front of the next one comes with them.
+    pub n_layers: usize,
+    pub language_head: bool,
+    pub classification_head: bool,
+}
+
+/// Writes what `parts` ask for, one tensor in memory at a time; `advance` is
+/// told of parameters as they pass.
+///
+/// # Errors
+///
+/// When a tensor does not fit the configuration or cannot be written.
+pub fn write(
+    weights: &Weights<'_>,
+    precision: Precision,
+    parts: Parts,
+    folder: &Path,
+    mut advance: impl FnMut(u64),
+) -> Result<Store, CompileError> {
+    let Architecture {
+        width,
+        vocabulary,
+        n_positions,
+        n_layers,
+        ..
+    } = weights.architecture;
+    let mut writer = Writer::create(folder.join(FILE))?;
+    let float = precision.activation();
+    writer.floats(
+        "wte",
+        float,
+        &[vocabulary, width],
+        &weights.token_embedding()?,
+    )?;
+    writer.floats(
+        "wpe",
+        float,
+        &[n_positions, width],
+        &weights.position_embedding()?,
+    )?;
+    advance(((vocabulary + n_positions) * width) as u64);
+    for idx in 0..parts.n_layers {
+        let layer = weights.layer(idx)?;
+        let name = |part: &str| format!("h.{idx}.{part}");
+        writer.floats(
+            &name("attention_norm"),
+            float,
+            &[width],
+            &layer.attention_norm,
+        )?;
+        writer.dense(&name("qkv"), precision, &layer.qkv)?;
+        writer.dense(&name("projection"), precision, &layer.projection)?;
+        writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
+        writer.dense(&name("expand"), precision, &layer.expand)?;
+        writer.dense(&name("contract"), precision, &layer.contract)?;
+        advance(weights.architecture.layer_parameters() as u64);
+    }
+    if parts.n_layers == n_layers {
+        writer.floats("final_norm", float, &[width], &weights.final_norm()?)?;
+    } else {
+        let name = format!("h.{}.attention_norm", parts.n_layers);
+        let norm = weights.attention_norm(parts.n_layers)?;
+        writer.floats(&name, float, &[width], &norm)?;
+    }
+    // Heads are small and what they feed is compared closely, so they are
+    // never narrower than the activations.
+    if parts.language_head {
+        let shape = [weights.architecture.n_colors(), width];
+        writer.floats("language_head", float, &shape, &weights.language_head()?)?;
+    }
+    if parts.classification_head {
+        let shape = [weights.n_classes.unwrap_or_default(), width];
+        let head = weights.classification_head()?;
+        writer.floats("classification_head", float, &shape, &head)?;
+    }
+    writer.finish()
+}
+
+struct Writer {
+    path: PathBuf,
+    file: BufWriter<File>,
+    position: u64,
+    store: Store,
+}
+
+impl Writer {
+    fn create(path: PathBuf) -> Result<Self, CompileError> {
+        let file = File::create(&path).map_err(|error| CompileError::write(&path, &error))?;
+        Ok(Self {
+            path,
+            file: BufWriter::with_capacity(1 << 20, file),
+            position: 0,
+            store: Store::default(),
+        })
+    }
+
+    fn dense(
+        &mut self,
+        name: &str,
+        precision: Precision,
+        dense: &Dense,
+    ) -> Result<(), CompileError> {
+        let shape = [dense.inputs, dense.outputs];
+        if precision == Precision::Int8 {
+            let (values, scales) = quantize(dense);
+            let bytes: Vec<u8> = values.iter().map(|value| value.cast_unsigned()).collect();
+            self.bytes(name, DataType::Int8, &shape, &bytes)?;
+            self.floats(
+                &format!("{name}.scale"),
+                DataType::Float,
+                &[dense.outputs],
+                &scales,
+            )?;
+        } else {
+            self.floats(name, precision.activation(), &shape, &dense.weight)?;
+        }
+        match &dense.bias {
+            None => Ok(()),
+            Some(bias) => {
+                let name = format!("{name}.bias");
+                self.floats(&name, precision.activation(), &[dense.outputs], bias)
+            }
+        }
+    }
+
+    fn floats(
+        &mut self,
+        name: &str,
+        data_type: DataType,
+        shape: &[usize],
+        values: &[f32],
+    ) -> Result<(), CompileError> {
+        let bytes: Vec<u8> = match data_type {
+            DataType::Float16 => values
+                .iter()
+                .flat_map(|value| f16::from_f32(*value).to_le_bytes())
+                .collect(),
+            DataType::Bfloat16 => values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+                .collect(),
+            _ => values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        };
+        self.bytes(name, data_type, shape, &bytes)
+    }
+
+    fn bytes(
+        &mut self,
+        name: &str,
+        data_type: DataType,
+        shape: &[usize],
+        bytes: &[u8],
+    ) -> Result<(), CompileError> {
+        let offset = self.position.next_multiple_of(ALIGNMENT);
+        let gap = usize::try_from(offset - self.position).unwrap_or_default();
+        self.file
+            .write_all(&vec![0; gap])
+            .and_then(|()| self.file.write_all(bytes))
+            .map_err(|error| CompileError::write(&self.path, &error))?;
+        self.position = offset + bytes.len() as u64;
+        let entry = |key: &str, value: String| StringEntry {
+            key: key.to_owned(),
+            value,
+        };
+        let tensor = Tensor {
+            dims: shape
+                .iter()
+                .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
+                .collect(),
+            data_type: data_type.into(),
+            name: name.to_owned(),
+            raw_data: Vec::new(),
+            external_data: vec![
+                entry("location", FILE.to_owned()),
+                entry("offset", offset.to_string()),
+                entry("length", bytes.len().to_string()),
+            ],
+            data_location: 1,
+        };
+        self.store.tensors.insert(name.to_owned(), tensor);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Store, CompileError> {
+        let write = |error: &std::io::Error| CompileError::write(&self.path, error);
+        let file = self
+            .file
+            .into_inner()
+            .map_err(|error| write(error.error()))?;
+        file.sync_all().map_err(|error| write(&error))?;
+        Ok(self.store)
+    }
+}
+
+/// Symmetric 8-bit weights with a scale for each output, rounded to nearest.
+fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
+    let mut largest = vec![0.0_f32; dense.outputs];
+    for row in dense.weight.chunks_exact(dense.outputs) {
+        for (largest, value) in largest.iter_mut().zip(row) {
+            *largest = largest.max(value.abs());
+        }
+    }
+    // A column of zeros has any scale.
+    let scales: Vec<f32> = largest
+        .iter()
+        .map(|largest| if *largest > 0.0 { largest / 127.0 } else { 1.0 })
+        .collect();
+    let values = dense
+        .weight
+        .chunks_exact(dense.outputs)
+        .flat_map(|row| row.iter().zip(&scales))
+        .map(|(value, scale)| {
+            #[expect(clippy::cast_possible_truncation, reason = "at most 127 by the scale")]
+            let value = (value / scale).round_ties_even() as i8;
+            value
+        })
+        .collect();
+    (values, scales)
+}

@@ -1,0 +1,349 @@
+//! Every graph is run and judged before anything is kept.
+//!
+//! The trial is on fixed pseudo-random tokens, in a batch, against the
+//! float64 [`reference`](super::reference); and on what ONNX Runtime says that
+//! it ran, which must be the fused operators that the graph was written with.
+
+mod generate;
+
+use std::path::{Path, PathBuf};
+
+use ort::session::SessionInputValue;
+use ort::value::Tensor;
+
+use super::config::Architecture;
+use super::error::CompileError;
+use super::graph::{Kind, Norm, Plan};
+use super::manifest::GraphFacts;
+use super::onnx::Model;
+use super::reference::{self, Trace};
+use super::runtime::{self, Operators, Runtime};
+use super::weights::Weights;
+use super::{Provider, Task};
+
+/// Sequences in the trial: two show that rows do not mix.
+pub const N_SEQUENCES: usize = 2;
+/// What the reference may take: about ten seconds on two cores.
+const REFERENCE_FLOP_MAX: usize = 20_000_000_000;
+/// Fewer tokens would not tell much about attention.
+const N_POSITIONS_MIN: usize = 16;
+
+/// The fixed input, and what must come out.
+pub struct Trial {
+    sequences: Vec<Vec<i32>>,
+    targets: Vec<usize>,
+    trace: Trace,
+    n_layers: usize,
+    language_logits: Vec<f64>,
+    class_logits: Vec<f64>,
+    architecture: Architecture,
+    n_classes: usize,
+}
+
+/// How near a graph came.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nearness {
+    pub errors: Vec<f64>,
+    pub cosine: f64,
+}
+
+/// Positions that a trial of this model has.
+#[must_use]
+pub fn n_positions(architecture: &Architecture, n_layers: usize) -> usize {
+    let token_flop = 2 * N_SEQUENCES * architecture.layer_parameters() * n_layers.max(1);
+    (REFERENCE_FLOP_MAX / token_flop)
+        .max(N_POSITIONS_MIN)
+        .min(architecture.n_positions)
+}
+
+impl Trial {
+    /// Computes what graphs of up to `n_layers` are judged by.
+    ///
+    /// # Errors
+    ///
+    /// When a tensor does not fit the configuration.
+    pub fn new(
+        weights: &Weights<'_>,
+        tasks: &[Task],
+        n_layers: usize,
+        advance: impl FnMut(u64),
+    ) -> Result<Self, CompileError> {
+        let architecture = weights.architecture.clone();
+        let length = n_positions(&architecture, n_layers);
+        let mut random = Random(0x1234_5678_9abc_def0);
+        let mut sequences = Vec::new();
+        for _ in 0..N_SEQUENCES {
+            // The start token comes first, as in training.
+            let tokens = (0..length).map(|position| match position {
+                0 => architecture.n_colors(),
+                _ => random.below(architecture.vocabulary),
+            });
+            sequences.push(
+                tokens
+                    .map(|token| i32::try_from(token).unwrap_or(0))
+                    .collect(),
+            );
+        }
+        let targets = (0..N_SEQUENCES * length)
+            .map(|_| random.below(architecture.n_colors()))
+            .collect();
+        let trace = reference::trace(weights, &sequences, n_layers, advance)?;
+        let width = architecture.width;
+        let mut language_logits = Vec::new();
+        if tasks.contains(&Task::Score) || tasks.contains(&Task::Generate) {
+            language_logits = reference::head(&trace.hidden, &weights.language_head()?, width);
+        }
+        let mut class_logits = Vec::new();
+        if tasks.contains(&Task::Classify) {
+            let pooled = reference::means(&trace.hidden, length, width);
+            class_logits = reference::head(&pooled, &weights.classification_head()?, width);
+        }
+        Ok(Self {
+            sequences,
+            targets,
+            trace,
+            n_layers,
+            language_logits,
+            class_logits,
+            n_classes: weights.n_classes.unwrap_or_default(),
+            architecture,
+        })
+    }
+
+    /// Tokens of each sequence.
+    #[must_use]
+    pub fn n_positions(&self) -> usize {
+        self.sequences[0].len()
+    }
+
+    /// Runs the graph in `file` and judges it.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run, is off by more than `tolerance`, or ran without
+    /// the fused operators of `model`.
+    pub fn judge(
+        &self,
+        kind: Kind,
+        plan: &Plan<'_>,
+        model: &Model,
+        file: &Path,
+        runtime: &Runtime,
+    ) -> Result<(Nearness, Operators), CompileError> {
+        let failed = |reason: String| CompileError::Runtime {
+            graph: kind.name().to_owned(),
+            reason,
+        };
+        let profile: PathBuf = file.with_extension("profile");
+        let mut session = runtime
+            .open(file, Some(&profile))
+            .map_err(|error| failed(error.to_string()))?;
+        let nearness = if kind == Kind::Generate {
+            generate::nearness(self, &mut session, plan, runtime.provider)
+                .map_err(|error| failed(error.to_string()))?
+        } else {
+            let inputs = self
+                .inputs(kind)
+                .map_err(|error| failed(error.to_string()))?;
+            let outputs = session
+                .run(inputs)
+                .map_err(|error| failed(error.to_string()))?;
+            let (shape, values) = outputs
+                .get(kind.output())
+                .ok_or_else(|| failed("it has no output".to_owned()))?
+                .try_extract_tensor::<f32>()
+                .map_err(|error| failed(error.to_string()))?;
+            let width = shape.last().and_then(|size| usize::try_from(*size).ok());
+            self.nearness(kind, values, width.unwrap_or(1))
+        };
+        let operators = runtime::operators(&mut session).map_err(failed)?;
+        let tolerance = plan.precision.tolerance();
+        for (idx, error) in nearness.errors.iter().enumerate() {
+            // Not a number is not near either.
+            if error.is_nan() || *error > tolerance {
+                let output = match kind {
+                    Kind::Embed(_) => format!("{} of layer {idx}", kind.output()),
+                    _ => kind.output().to_owned(),
+                };
+                return Err(CompileError::Tolerance {
+                    graph: kind.name().to_owned(),
+                    output,
+                    precision: plan.precision.name(),
+                    error: *error,
+                    tolerance,
+                });
+            }
+        }
+        check_fused(kind, model, &operators, runtime.provider)?;
+        Ok((nearness, operators))
+    }
+
+    fn inputs(&self, kind: Kind) -> ort::Result<Vec<(&'static str, SessionInputValue<'static>)>> {
+        let shape = [self.sequences.len(), self.n_positions()];
+        let ids = Tensor::from_array((shape, self.sequences.concat()))?;
+        let mut inputs = vec![("input_ids", ids.into())];
+        if kind == Kind::Score {
+            let targets = self
+                .targets
+                .iter()
+                .map(|id| i32::try_from(*id).unwrap_or(0));
+            let targets = Tensor::from_array((shape, targets.collect::<Vec<i32>>()))?;
+            inputs.push(("targets", targets.into()));
+        }
+        Ok(inputs)
+    }
+
+    fn nearness(&self, kind: Kind, values: &[f32], row_width: usize) -> Nearness {
+        let width = self.architecture.width;
+        match kind {
+            Kind::Embed(norm) => {
+                let layers = match norm {
+                    Norm::PreAttnRms => &self.trace.normed,
+                    Norm::None => &self.trace.raw,
+                };
+                // (batch, layers, width) to the reference's order.
+                let n_features = values.len() / (width * self.sequences.len());
+                let mut errors = Vec::new();
+                let mut cosine = 1.0_f64;
+                for (idx, expected) in layers.iter().enumerate().take(n_features) {
+                    let found: Vec<f32> = values
+                        .chunks_exact(n_features * width)
+                        .flat_map(|sequence| sequence[idx * width..][..width].iter().copied())
+                        .collect();
+                    errors.push(relative_error(&found, expected));
+                    cosine = cosine.min(smallest_cosine(&found, expected, width));
+                }
+                Nearness { errors, cosine }
+            }
+            Kind::Hidden => Nearness::of(values, &self.trace.hidden, row_width),
+            Kind::Classify => Nearness::of(values, &self.class_logits, self.n_classes),
+            Kind::Score => {
+                let n_colors = self.architecture.n_colors();
+                let expected = reference::nll(&self.language_logits, &self.targets, n_colors);
+                Nearness::of(values, &expected, row_width)
+            }
+            Kind::Generate => Nearness::of(values, &self.language_logits, row_width),
+        }
+    }
+
+    /// What the graph takes of the manifest.
+    #[must_use]
+    pub fn facts(
+        &self,
+        kind: Kind,
+        task: Task,
+        plan: &Plan<'_>,
+        (nearness, operators): (Nearness, Operators),
+    ) -> GraphFacts {
+        let n_layers = kind.n_layers(plan.architecture, plan.feature_layer);
+        debug_assert!(
+            n_layers <= self.n_layers,
+            "the reference ran as far as any graph"
+        );
+        GraphFacts {
+            file: format!("{}.onnx", kind.name()),
+            task,
+            n_layers,
+            flop: plan
+                .architecture
+                .flop(n_layers, plan.architecture.n_positions),
+            errors: nearness.errors,
+            cosine: nearness.cosine,
+            operators,
+        }
+    }
+}
+
+impl Nearness {
+    fn of(found: &[f32], expected: &[f64], width: usize) -> Self {
+        Self {
+            errors: vec![relative_error(found, expected)],
+            cosine: smallest_cosine(found, expected, width),
+        }
+    }
+}
+
+/// Norm of the difference to norm of the reference; infinite if the sizes
+/// differ.
+fn relative_error(found: &[f32], expected: &[f64]) -> f64 {
+    if found.len() != expected.len() {
+        return f64::INFINITY;
+    }
+    let difference: f64 = found
+        .iter()
+        .zip(expected)
+        .map(|(found, expected)| (f64::from(*found) - expected).powi(2))
+        .sum();
+    let norm: f64 = expected.iter().map(|value| value * value).sum();
+    (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
+}
+
+fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
+    let rows = found
+        .chunks_exact(width.max(1))
+        .zip(expected.chunks_exact(width.max(1)));
+    rows.map(|(found, expected)| {
+        let pairs = || found.iter().map(|value| f64::from(*value)).zip(expected);
+        let product: f64 = pairs().map(|(a, b)| a * b).sum();
+        let lengths: (f64, f64) = pairs().fold((0.0, 0.0), |(x, y), (a, b)| (x + a * a, y + b * b));
+        product / (lengths.0 * lengths.1).sqrt().max(f64::MIN_POSITIVE)
+    })
+    .fold(1.0, f64::min)
+}
+
+/// Operators that stand for a whole pattern: the graph is slow without them.
+const FUSED: [&str; 8] = [
+    "SimplifiedLayerNormalization",
+    "QuickGelu",
+    "Gelu",
+    "FastGelu",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "CausalAttention",
+    "DynamicQuantizeMatMul",
+];
+
+fn check_fused(
+    kind: Kind,
+    model: &Model,
+    operators: &Operators,
+    provider: Provider,
+) -> Result<(), CompileError> {
+    let nodes = model.graph.iter().flat_map(|graph| &graph.node);
+    let provider = provider.runtime_name();
+    for operator in FUSED {
+        let expected = nodes
+            .clone()
+            .filter(|node| node.op_type == operator)
+            .count();
+        let found = operators
+            .get(provider)
+            .and_then(|operators| operators.get(operator))
+            .copied()
+            .unwrap_or(0);
+        if found < expected {
+            return Err(CompileError::NotFused {
+                graph: kind.name().to_owned(),
+                operator: operator.to_owned(),
+                provider: provider.to_owned(),
+                found,
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// `SplitMix64`: the same tokens for everyone, forever.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^= mixed >> 31;
+        usize::try_from(mixed % end as u64).unwrap_or(0)
+    }
+}
