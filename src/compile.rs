@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod graph;
+pub mod hub;
 pub mod manifest;
 pub mod onnx;
 pub mod reference;
@@ -293,6 +294,7 @@ pub fn compile(
             architecture: &weights.architecture,
             store: &store,
             precision: options.precision,
+            provider: options.provider,
             attention: attention(kind, options.provider, runtime),
             feature_layer,
         };

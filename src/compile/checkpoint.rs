@@ -62,8 +62,8 @@ pub struct Checkpoint {
 }
 
 /// What published folders call their weights, the first found is taken.
-const SINGLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
-const INDEX: [&str; 2] = [
+pub(super) const SINGLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+pub(super) const INDEX: [&str; 2] = [
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 ];
@@ -313,3 +313,6 @@ fn decode(bytes: &[u8], element: Element) -> Option<Vec<f32>> {
         Element::Other(_) => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

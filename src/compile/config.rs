@@ -242,15 +242,15 @@ mod tests {
         refused(&json!([]), "object");
         let with = |name: &str, value: Value| json!({"model_type": "imagegpt", name: value});
         refused(
-            with("add_cross_attention", json!(true)),
+            &with("add_cross_attention", json!(true)),
             "add_cross_attention",
         );
         refused(
-            with("reorder_and_upcast_attn", json!(true)),
+            &with("reorder_and_upcast_attn", json!(true)),
             "reorder_and_upcast_attn",
         );
         refused(
-            with("tie_word_embeddings", json!(true)),
+            &with("tie_word_embeddings", json!(true)),
             "tie_word_embeddings",
         );
         refused(&with("activation_function", json!("mish")), "mish");
@@ -262,7 +262,7 @@ mod tests {
         refused(&with("n_layer", json!(0)), "n_layer");
         refused(&with("n_embd", json!(-1)), "n_embd");
         refused(
-            with("layer_norm_epsilon", json!("small")),
+            &with("layer_norm_epsilon", json!("small")),
             "layer_norm_epsilon",
         );
     }

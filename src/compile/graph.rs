@@ -13,7 +13,7 @@ mod tasks;
 use super::config::Architecture;
 use super::onnx::Model;
 use super::store::Store;
-use super::{Precision, Task};
+use super::{Precision, Provider, Task};
 
 pub use self::tasks::Norm;
 
@@ -46,6 +46,7 @@ pub struct Plan<'a> {
     pub architecture: &'a Architecture,
     pub store: &'a Store,
     pub precision: Precision,
+    pub provider: Provider,
     pub attention: Attention,
     /// Where `embed` ends.
     pub feature_layer: usize,

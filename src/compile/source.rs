@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::Progress;
 use super::error::CompileError;
+use super::hub::Hub;
 
 /// The preprocessor's settings and palette, which `serve` needs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
@@ -14,6 +15,12 @@ pub const PREPROCESSOR: &str = "preprocessor_config.json";
 pub enum Source {
     /// On this machine.
     Folder(PathBuf),
+    /// On a hub, for instance `openai/imagegpt-small`.
+    Hub {
+        repository: String,
+        /// A branch, tag or commit; `None` for `main`.
+        revision: Option<String>,
+    },
 }
 
 /// A source as files on this machine.
@@ -28,36 +35,83 @@ impl fmt::Display for Source {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Folder(folder) => write!(formatter, "{}", folder.display()),
+            Self::Hub { repository, .. } => write!(formatter, "{repository}"),
         }
     }
 }
 
 impl Source {
-    /// Takes what a user wrote: a folder if there is one by that name.
+    /// Takes what a user wrote: a folder if there is one by that name, else a
+    /// hub's id if it looks like one.
     #[must_use]
-    pub fn parse(text: &str, _revision: Option<&str>) -> Self {
-        Self::Folder(PathBuf::from(text))
+    pub fn parse(text: &str, revision: Option<&str>) -> Self {
+        let folder = PathBuf::from(text);
+        if folder.exists() || !is_repository(text) {
+            return Self::Folder(folder);
+        }
+        Self::Hub {
+            repository: text.to_owned(),
+            revision: revision.map(str::to_owned),
+        }
     }
 
     /// Makes the files available.
     ///
     /// # Errors
     ///
-    /// When the folder is not there.
-    pub fn fetch(&self, _progress: &mut dyn Progress) -> Result<Local, CompileError> {
+    /// When the folder is not there or the hub does not give the files.
+    pub fn fetch(&self, progress: &mut dyn Progress) -> Result<Local, CompileError> {
         match self {
-            Self::Folder(folder) => {
-                if !folder.is_dir() {
-                    return Err(CompileError::Read {
-                        path: folder.clone(),
-                        reason: "there is no such folder".to_owned(),
-                    });
-                }
-                Ok(Local {
-                    folder: folder.clone(),
-                    revision: None,
-                })
-            }
+            Self::Folder(folder) if folder.is_dir() => Ok(Local {
+                folder: folder.clone(),
+                revision: None,
+            }),
+            Self::Folder(folder) => Err(CompileError::Read {
+                path: folder.clone(),
+                reason: "there is no such folder, and it is no hub id like \
+                         openai/imagegpt-small"
+                    .to_owned(),
+            }),
+            Self::Hub {
+                repository,
+                revision,
+            } => Hub::from_env()?.fetch(repository, revision.as_deref(), progress),
+        }
+    }
+}
+
+/// `owner/name`, of the characters that hubs allow.
+fn is_repository(text: &str) -> bool {
+    let is_name = |name: &str| {
+        !name.is_empty()
+            && !name.starts_with(['.', '-'])
+            && name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
+    };
+    text.split_once('/')
+        .is_some_and(|(owner, name)| is_name(owner) && is_name(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_and_folders_are_told_apart() {
+        let is_hub = |text| matches!(Source::parse(text, None), Source::Hub { .. });
+        assert!(is_hub("openai/imagegpt-small"));
+        // This package has such a folder.
+        assert!(!is_hub("src/compile"));
+        for text in [
+            "models",
+            "/models/small",
+            "./models/small",
+            "../small",
+            "a/b/c",
+            "a/",
+        ] {
+            assert!(!is_hub(text), "{text}");
         }
     }
 }

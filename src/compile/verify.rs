@@ -174,7 +174,11 @@ impl Trial {
                 });
             }
         }
-        check_fused(kind, model, &operators, runtime.provider)?;
+        // On the CPU, graphs for GPUs are only judged by what they compute:
+        // it has no fused operators in fp16.
+        if runtime.provider == plan.provider {
+            check_fused(kind, model, &operators, runtime.provider)?;
+        }
         Ok((nearness, operators))
     }
 

@@ -1,0 +1,184 @@
+//! Downloads from a hub into the cache that Hugging Face's own tools use.
+//!
+//! `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` mean here what they mean there. Of
+//! a repository only the weights of one format are taken, and all files from
+//! one commit. Without a connection, what the cache holds is used.
+
+use std::path::PathBuf;
+
+use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use super::error::CompileError;
+use super::source::{Local, PREPROCESSOR};
+use super::{Progress, Step, checkpoint, config};
+
+/// Attempts to go on with a download that broke off.
+const N_RETRIES: usize = 3;
+const MAIN: &str = "main";
+
+/// Where to ask, as whom, and where to keep the answers.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    pub endpoint: Option<String>,
+    pub token: Option<String>,
+    pub cache: PathBuf,
+}
+
+impl Hub {
+    /// As `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` say, else as a login left
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// When there is no place for a cache.
+    pub fn from_env() -> Result<Self, CompileError> {
+        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        if set("HF_HOME").is_none() && std::env::home_dir().is_none() {
+            return Err(CompileError::Options(
+                "there is no home folder to cache downloads in; set HF_HOME".to_owned(),
+            ));
+        }
+        let cache = Cache::from_env();
+        Ok(Self {
+            endpoint: set("HF_ENDPOINT"),
+            token: set("HF_TOKEN").or_else(|| cache.token()),
+            cache: cache.path().clone(),
+        })
+    }
+
+    /// Makes the files of `repository` at `revision` (`main` if `None`)
+    /// available.
+    ///
+    /// # Errors
+    ///
+    /// When the hub does not have it, or does not answer and the cache does
+    /// not have it either.
+    pub fn fetch(
+        &self,
+        repository: &str,
+        revision: Option<&str>,
+        progress: &mut dyn Progress,
+    ) -> Result<Local, CompileError> {
+        let revision = revision.unwrap_or(MAIN);
+        let failed = |reason: String| CompileError::Hub {
+            repository: repository.to_owned(),
+            reason,
+        };
+        let api = self.api().map_err(|error| failed(error.to_string()))?;
+        let at = |revision: &str| {
+            Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned())
+        };
+        let info = match api.repo(at(revision)).info() {
+            Ok(info) => info,
+            Err(error) => {
+                let local = self.cached(at(revision));
+                if let Some(local) = &local {
+                    let folder = local.folder.display();
+                    tracing::warn!(%error, %folder, "the hub does not answer; using its cache");
+                }
+                return local.ok_or_else(|| failed(error.to_string()));
+            }
+        };
+        let mut download = Download {
+            repo: api.repo(at(&info.sha)),
+            cache: Cache::new(self.cache.clone()),
+            at: at(&info.sha),
+            progress,
+        };
+        let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
+        let mut folder = PathBuf::new();
+        for name in [config::FILE, PREPROCESSOR] {
+            let path = download.file(name).map_err(&failed)?;
+            folder = path.parent().unwrap_or(&path).to_owned();
+        }
+        for (single, index) in checkpoint::SINGLE.iter().zip(checkpoint::INDEX) {
+            if has(single) {
+                download.file(single).map_err(&failed)?;
+            } else if has(index) {
+                let path = download.file(index).map_err(&failed)?;
+                for name in checkpoint::indexed_files(&path)? {
+                    download.file(&name).map_err(&failed)?;
+                }
+            } else {
+                continue;
+            }
+            // So that the cache can answer for this name, too.
+            let cache = Cache::new(self.cache.clone()).repo(at(revision));
+            cache
+                .create_ref(&info.sha)
+                .map_err(|error| failed(error.to_string()))?;
+            return Ok(Local {
+                folder,
+                revision: Some(info.sha),
+            });
+        }
+        Err(failed(
+            "it has neither safetensors nor pytorch_model.bin".to_owned(),
+        ))
+    }
+
+    fn api(&self) -> Result<Api, hf_hub::api::sync::ApiError> {
+        let mut builder = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
+            .with_token(self.token.clone())
+            .with_progress(false)
+            .with_retries(N_RETRIES)
+            .with_user_agent(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+        if let Some(endpoint) = &self.endpoint {
+            let endpoint = endpoint.trim_end_matches('/').to_owned();
+            builder = builder.with_endpoint(endpoint);
+        }
+        builder.build()
+    }
+
+    fn cached(&self, at: Repo) -> Option<Local> {
+        let cache = Cache::new(self.cache.clone()).repo(at);
+        cache.get(PREPROCESSOR)?;
+        let folder = cache.get(config::FILE)?.parent()?.to_owned();
+        let revision = folder.file_name()?.to_string_lossy().into_owned();
+        // Weights may be missing from an unfinished download.
+        checkpoint::weight_files(&folder).ok()?;
+        Some(Local {
+            folder,
+            revision: Some(revision),
+        })
+    }
+}
+
+/// The files of one commit.
+struct Download<'p> {
+    repo: ApiRepo,
+    cache: Cache,
+    at: Repo,
+    progress: &'p mut dyn Progress,
+}
+
+impl Download<'_> {
+    fn file(&mut self, name: &str) -> Result<PathBuf, String> {
+        if let Some(path) = self.cache.repo(self.at.clone()).get(name) {
+            return Ok(path);
+        }
+        let bar = Bar {
+            progress: &mut *self.progress,
+        };
+        self.repo
+            .download_with_progress(name, bar)
+            .map_err(|error| format!("{name}: {error}"))
+    }
+}
+
+struct Bar<'p> {
+    progress: &'p mut dyn Progress,
+}
+
+impl hf_hub::api::Progress for Bar<'_> {
+    fn init(&mut self, size: usize, _filename: &str) {
+        self.progress.begin(Step::Download, size as u64);
+    }
+
+    fn update(&mut self, size: usize) {
+        self.progress.advance(size as u64);
+    }
+
+    fn finish(&mut self) {}
+}

@@ -1,0 +1,305 @@
+//! `imagegpt::compile` from a checkpoint to a folder, and everything that must
+//! leave no folder. Needs ONNX Runtime in `ORT_DYLIB_PATH`; without it only
+//! what fails before a graph runs is tested.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use imagegpt::compile::{
+    CompileError, CompileOptions, Manifest, Precision, Provider, Runtime, Silent, Source, Task,
+    compile,
+};
+use ort::environment::Environment;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use tempfile::TempDir;
+
+const WIDTH: usize = 16;
+const POSITIONS: usize = 12;
+const VOCABULARY: usize = 9;
+const LAYERS: usize = 3;
+
+type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+/// Weights that look random and are the same everywhere.
+fn tensors() -> Tensors {
+    let mut state = 1_u32;
+    let mut values = |n: usize, scale: f32| -> Vec<f32> {
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let byte = u16::try_from(state >> 16).unwrap();
+                (f32::from(byte) / 32768.0 - 1.0) * scale
+            })
+            .collect()
+    };
+    let mut tensors = Vec::new();
+    let mut add = |name: String, shape: &[usize], scale: f32| {
+        let values = values(shape.iter().product(), scale);
+        tensors.push((name, shape.to_vec(), values));
+    };
+    add("transformer.wte.weight".into(), &[VOCABULARY, WIDTH], 1.0);
+    add("transformer.wpe.weight".into(), &[POSITIONS, WIDTH], 1.0);
+    add("transformer.ln_f.weight".into(), &[WIDTH], 1.0);
+    add("lm_head.weight".into(), &[VOCABULARY - 1, WIDTH], 1.0);
+    add("score.weight".into(), &[5, WIDTH], 1.0);
+    for layer in 0..LAYERS {
+        let mut add = |part: &str, shape: &[usize], scale| {
+            add(format!("transformer.h.{layer}.{part}"), shape, scale);
+        };
+        add("ln_1.weight", &[WIDTH], 1.0);
+        add("ln_2.weight", &[WIDTH], 1.0);
+        for (part, inputs, outputs) in [
+            ("attn.c_attn", WIDTH, 3 * WIDTH),
+            ("attn.c_proj", WIDTH, WIDTH),
+            ("mlp.c_fc", WIDTH, 4 * WIDTH),
+            ("mlp.c_proj", 4 * WIDTH, WIDTH),
+        ] {
+            add(&format!("{part}.weight"), &[inputs, outputs], 0.3);
+            // Layer 1 has no biases to speak of, as in published weights.
+            let scale = if layer == 1 { 0.0 } else { 0.1 };
+            add(&format!("{part}.bias"), &[outputs], scale);
+        }
+    }
+    tensors
+}
+
+fn write(folder: &Path, tensors: &Tensors) {
+    let bytes: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(_, _, values)| {
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        })
+        .collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap();
+        (name.as_str(), view)
+    });
+    fs::write(
+        folder.join("model.safetensors"),
+        serialize(views, None).unwrap(),
+    )
+    .unwrap();
+    let config = format!(
+        r#"{{"model_type": "imagegpt", "n_embd": {WIDTH}, "n_head": 2, "n_layer": {LAYERS},
+            "n_positions": {POSITIONS}, "vocab_size": {VOCABULARY}}}"#
+    );
+    fs::write(folder.join("config.json"), config).unwrap();
+    fs::write(folder.join("preprocessor_config.json"), "{}").unwrap();
+}
+
+fn checkpoint(change: impl FnOnce(&mut Tensors)) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let mut tensors = tensors();
+    change(&mut tensors);
+    write(folder.path(), &tensors);
+    folder
+}
+
+fn runtime() -> Option<Runtime> {
+    static ENVIRONMENT: OnceLock<Option<Environment>> = OnceLock::new();
+    let environment = ENVIRONMENT.get_or_init(|| {
+        let library = std::env::var_os("ORT_DYLIB_PATH")?;
+        Some(ort::init_from(library).unwrap().build().unwrap())
+    });
+    let Some(environment) = environment.clone() else {
+        eprintln!("ORT_DYLIB_PATH is not set: not tested");
+        return None;
+    };
+    Some(Runtime {
+        environment,
+        provider: Provider::Cpu,
+        operators: None,
+        n_threads: 1,
+    })
+}
+
+fn run(
+    source: &Path,
+    output: &Path,
+    options: &CompileOptions,
+) -> Option<Result<Manifest, CompileError>> {
+    let source = Source::Folder(source.to_owned());
+    Some(compile(&source, output, options, &runtime()?, &mut Silent))
+}
+
+/// What compiling fails with; the output and all traces of it must be absent.
+#[track_caller]
+fn refused(source: &Path, options: &CompileOptions, word: &str) {
+    let parent = TempDir::new().unwrap();
+    let Some(result) = run(source, &parent.path().join("out"), options) else {
+        return;
+    };
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains(word), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn every_task_is_compiled_and_described() {
+    let source = checkpoint(|_| {});
+    let parent = TempDir::new().unwrap();
+    // What a killed compilation left; process 4 million does not exist.
+    let abandoned = parent.path().join(".out.partial-4194304-0");
+    fs::create_dir(&abandoned).unwrap();
+    let output = parent.path().join("out");
+    let Some(result) = run(source.path(), &output, &CompileOptions::default()) else {
+        return;
+    };
+    let manifest = result.unwrap();
+    assert_eq!(manifest, Manifest::read(&output).unwrap());
+    assert!(!abandoned.exists());
+    assert_eq!(manifest.tasks, Task::ALL);
+    assert_eq!(manifest.graphs.len(), 6);
+    assert_eq!(manifest.feature_layer, 2);
+    assert_eq!(manifest.verification.n_positions, POSITIONS);
+    assert_eq!(manifest.graphs["embed-none"].errors.len(), 3);
+    assert_eq!(manifest.n_classes, Some(5));
+    for graph in manifest.graphs.values() {
+        assert!(graph.cosine > 0.999_999);
+    }
+    let ran = &manifest.graphs["hidden"].operators["CPUExecutionProvider"];
+    assert_eq!(ran["MultiHeadAttention"], LAYERS);
+    assert_eq!(ran["SimplifiedLayerNormalization"], 2 * LAYERS + 1);
+
+    fs::remove_file(output.join("hidden.onnx")).unwrap();
+    let error = Manifest::read(&output).unwrap_err().to_string();
+    assert!(error.contains("hidden.onnx"), "{error}");
+}
+
+#[test]
+fn every_feature_layer_can_end_the_graph() {
+    let source = checkpoint(|_| {});
+    for layer in 0..=LAYERS {
+        for precision in [Precision::Fp32, Precision::Int8] {
+            let parent = TempDir::new().unwrap();
+            let options = CompileOptions {
+                precision,
+                feature_layer: Some(layer),
+                tasks: Some(BTreeSet::from([Task::Embed])),
+                ..CompileOptions::default()
+            };
+            let Some(result) = run(source.path(), &parent.path().join("out"), &options) else {
+                return;
+            };
+            let manifest = result.unwrap();
+            assert_eq!(manifest.graphs["embed-none"].n_layers, layer);
+            assert_eq!(
+                manifest.graphs["embed-pre_attn_rms"].errors.len(),
+                layer + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn a_backbone_alone_has_fewer_tasks() {
+    let source = checkpoint(|tensors| {
+        tensors.retain(|(name, _, _)| name.starts_with("transformer."));
+        for (name, _, _) in tensors {
+            *name = name["transformer.".len()..].to_owned();
+        }
+    });
+    let parent = TempDir::new().unwrap();
+    let options = CompileOptions::default();
+    let Some(result) = run(source.path(), &parent.path().join("out"), &options) else {
+        return;
+    };
+    assert_eq!(result.unwrap().tasks, [Task::Embed, Task::Hidden]);
+    let options = CompileOptions {
+        tasks: Some(BTreeSet::from([Task::Score])),
+        ..CompileOptions::default()
+    };
+    refused(source.path(), &options, "lm_head.weight");
+}
+
+#[test]
+fn bad_weights_leave_nothing() {
+    let options = CompileOptions::default();
+    let name = "transformer.h.1.mlp.c_fc.weight";
+    let source = checkpoint(|tensors| tensors.retain(|tensor| tensor.0 != name));
+    refused(
+        source.path(),
+        &options,
+        "has no tensor transformer.h.1.mlp.c_fc.weight",
+    );
+    let source = checkpoint(|tensors| {
+        let tensor = tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap();
+        tensor.1.reverse();
+    });
+    refused(source.path(), &options, "of shape [64, 16]");
+    let source = checkpoint(|tensors| tensors[0].2[3] = f32::NAN);
+    refused(source.path(), &options, "not finite");
+    let source = checkpoint(|_| {});
+    let weights = source.path().join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    refused(source.path(), &options, "truncated");
+    fs::remove_file(&weights).unwrap();
+    refused(source.path(), &options, "has no weights");
+}
+
+#[test]
+fn graphs_that_are_off_leave_nothing() {
+    // One huge weight leaves its column few of the 8-bit steps.
+    let source = checkpoint(|tensors| {
+        let projections = tensors
+            .iter_mut()
+            .filter(|tensor| tensor.0.contains("c_proj.weight"));
+        for (_, shape, values) in projections {
+            values[..shape[1]].fill(40.0);
+        }
+    });
+    let options = CompileOptions {
+        precision: Precision::Int8,
+        ..CompileOptions::default()
+    };
+    refused(
+        source.path(),
+        &options,
+        "above the tolerance of 5e-2 for int8; nothing was written",
+    );
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let source = checkpoint(|_| {});
+    let beyond = CompileOptions {
+        feature_layer: Some(LAYERS + 1),
+        ..CompileOptions::default()
+    };
+    refused(source.path(), &beyond, "beyond the model's 3 layers");
+    let half = CompileOptions {
+        precision: Precision::Fp16,
+        ..CompileOptions::default()
+    };
+    refused(source.path(), &half, "compile for CUDA");
+    refused(
+        Path::new("/nowhere"),
+        &CompileOptions::default(),
+        "no such folder",
+    );
+}
+
+#[test]
+fn an_output_in_use_is_left_alone() {
+    let source = checkpoint(|_| {});
+    let output = TempDir::new().unwrap();
+    let mine = output.path().join("mine");
+    fs::write(&mine, "precious").unwrap();
+    let Some(result) = run(source.path(), output.path(), &CompileOptions::default()) else {
+        return;
+    };
+    assert!(
+        result
+            .unwrap_err()
+            .to_string()
+            .contains("not an empty folder")
+    );
+    assert_eq!(fs::read(&mine).unwrap(), b"precious");
+}
