@@ -9,7 +9,9 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 
+use crate::compile::Precision;
 use crate::engine::onnx::Provider;
+use crate::head::HeadFlag;
 
 /// Serve a model over gRPC.
 #[derive(Debug, Clone, Args)]
@@ -30,11 +32,27 @@ pub struct ServeConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelConfig {
-    /// Model directory: model.onnx and/or model_classification.onnx, at the
-    /// top or in model/ or onnx/, beside preprocessor_config.json and, if
-    /// there, config.json
-    #[arg(long, env = "IMAGEGPT_MODEL", value_name = "DIR")]
-    pub model: PathBuf,
+    /// A directory or a hub id. A compiled directory (see `imagegpt compile`);
+    /// a published ONNX directory (model.onnx and/or
+    /// model_classification.onnx, at the top or in model/ or onnx/, beside
+    /// preprocessor_config.json); a Hugging Face directory with weights, or a
+    /// hub id such as openai/imagegpt-small, either of which is compiled once
+    /// into --cache-dir
+    #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
+    pub model: String,
+
+    #[command(flatten)]
+    pub compile: CompileConfig,
+
+    /// A linear head for Classify, as often as there are heads: a name that
+    /// calls use, and a safetensors file (see README)
+    #[arg(
+        long = "head",
+        env = "IMAGEGPT_HEADS",
+        value_name = "NAME=FILE",
+        value_delimiter = ','
+    )]
+    pub heads: Vec<HeadFlag>,
 
     /// Name that clients see [default: the directory's name]
     #[arg(long, env = "IMAGEGPT_MODEL_NAME", value_name = "NAME")]
@@ -85,6 +103,33 @@ pub struct ModelConfig {
         value_name = "N"
     )]
     pub preprocess_threads: usize,
+}
+
+/// How a model is compiled that has to be.
+#[derive(Debug, Clone, Args)]
+pub struct CompileConfig {
+    /// Branch, tag or commit of a hub id [default: main]
+    #[arg(long, env = "IMAGEGPT_REVISION", value_name = "REVISION")]
+    pub revision: Option<String>,
+
+    /// How weights are kept and computed when --model has to be compiled
+    #[arg(
+        long,
+        env = "IMAGEGPT_PRECISION",
+        value_enum,
+        default_value = "fp32"
+    )]
+    pub precision: Precision,
+
+    /// Layer that pooled features come from when --model has to be compiled
+    /// [default: two thirds of the depth]
+    #[arg(long, env = "IMAGEGPT_FEATURE_LAYER", value_name = "N")]
+    pub feature_layer: Option<usize>,
+
+    /// Where compiled models are kept [default: imagegpt/ in XDG_CACHE_HOME or
+    /// ~/.cache]
+    #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
 }
 
 /// Where it listens and how it ends.
@@ -332,10 +377,12 @@ impl ServeConfig {
                     .to_owned(),
             );
         }
-        if !self.model.model.is_dir() {
+        let mut names: Vec<&str> = self.model.heads.iter().map(|h| h.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return refuse(format!(
-                "--model {} is not a directory",
-                self.model.model.display()
+                "--head {} is given twice; names must differ",
+                pair[0]
             ));
         }
         Ok(())

@@ -17,12 +17,14 @@ use crossbeam_channel::{Receiver, Sender};
 use tokio::sync::watch;
 
 use crate::error::{Error, Stage};
-use crate::job::{Answer, Job, Want};
+use crate::job::{Answer, Job, Norm, Want};
 use crate::metrics::Metrics;
 
 /// A computation that the model offers. Jobs of one batch share a graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Graph {
+    /// Tokens to pooled features of every layer up to the feature layer.
+    Features(Norm),
     /// Tokens to last hidden states.
     Hidden,
     /// Tokens to scores of the classification head.
@@ -30,12 +32,18 @@ pub enum Graph {
 }
 
 impl Graph {
-    pub const ALL: [Self; 2] = [Self::Hidden, Self::Logits];
+    pub const ALL: [Self; 4] = [
+        Self::Features(Norm::PreAttnRms),
+        Self::Features(Norm::None),
+        Self::Hidden,
+        Self::Logits,
+    ];
 
     /// The graph that computes what is wanted.
     #[must_use]
     pub fn of(want: Want) -> Self {
         match want {
+            Want::Features { norm, .. } => Self::Features(norm),
             Want::Mean | Want::Last | Want::States => Self::Hidden,
             Want::Logits => Self::Logits,
         }
@@ -45,6 +53,8 @@ impl Graph {
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
+            Self::Features(Norm::PreAttnRms) => "features",
+            Self::Features(Norm::None) => "features_raw",
             Self::Hidden => "hidden",
             Self::Logits => "logits",
         }
@@ -66,7 +76,7 @@ pub struct Facts {
     pub provider: &'static str,
     /// Version of the runtime underneath.
     pub runtime_version: String,
-    /// Width of a hidden state; 0 without [`Graph::Hidden`].
+    /// Width of features and hidden states; 0 for classification alone.
     pub dimension: usize,
     /// Rows of the classification head; 0 without [`Graph::Logits`].
     pub n_classes: usize,

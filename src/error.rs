@@ -39,6 +39,24 @@ pub enum Error {
     /// The loaded model has no graph for the task.
     #[error("the loaded model cannot {task}: it has no {file}")]
     TaskMissing { task: Task, file: &'static str },
+    /// Embed was asked for layers that the model does not have pooled.
+    #[error(
+        "layers: {given:?} with this norm and pooling are not served; the model serves {served}, \
+         ascending and in one run"
+    )]
+    LayersMissing { given: Vec<u32>, served: String },
+    /// Pooling needs the states of all positions, and there are none.
+    #[error(
+        "pooling: the model has pooled features only; compile it with the task hidden for the \
+         states of the last layer"
+    )]
+    StatesMissing,
+    /// There is no linear head of that name.
+    #[error("head: {given:?} is not loaded; the worker has {known}")]
+    HeadUnknown { given: String, known: String },
+    /// A linear head was trained with another context.
+    #[error("context: the head {head} was trained with another one; leave it unset")]
+    HeadContext { head: String },
     /// The queue is full.
     #[error(
         "the worker is full: {what} in flight would pass the limit of {max} ({flag}); retry with backoff"
@@ -87,6 +105,10 @@ impl Error {
             | Self::ResponseTooLarge { .. }
             | Self::OptionUnknown { .. }
             | Self::TaskMissing { .. }
+            | Self::LayersMissing { .. }
+            | Self::StatesMissing
+            | Self::HeadUnknown { .. }
+            | Self::HeadContext { .. }
             | Self::Engine(_)
             | Self::Lost => false,
         }

@@ -25,6 +25,7 @@ pub mod rpc;
 pub mod attention;
 pub mod compile;
 pub mod config;
+pub mod head;
 pub mod http;
 pub mod metrics;
 pub mod model;

@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::compile::graph::Kind;
+use crate::compile::{self, Manifest, Precision, manifest};
 use crate::engine::Graph;
+use crate::job::{Layers, Norm, Want};
 
 /// A kind of call that a model can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,9 +27,8 @@ pub enum Task {
 impl Task {
     pub const ALL: [Self; 2] = [Self::Embed, Self::Classify];
 
-    /// The graph that serves the task.
-    #[must_use]
-    pub fn graph(self) -> Graph {
+    /// The graph that serves the task in published directories.
+    fn graph(self) -> Graph {
         match self {
             Self::Embed => Graph::Hidden,
             Self::Classify => Graph::Logits,
@@ -61,6 +63,24 @@ pub enum Activation {
     Sigmoid,
 }
 
+impl Activation {
+    /// The activation of a problem type, as transformers names them.
+    ///
+    /// # Errors
+    ///
+    /// When classes are not what the type is about.
+    pub fn of(problem_type: Option<&str>) -> Result<Self, String> {
+        match problem_type {
+            None | Some("single_label_classification") => Ok(Self::Softmax),
+            Some("multi_label_classification") => Ok(Self::Sigmoid),
+            Some(other) => Err(format!(
+                "problem_type is {other:?}; single_label_classification and \
+                 multi_label_classification are supported"
+            )),
+        }
+    }
+}
+
 /// A model directory that has passed its checks.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -74,6 +94,8 @@ pub struct Model {
     pub side: u32,
     /// Transformer blocks, if config.json says.
     pub n_layers: Option<u32>,
+    /// How it was compiled; `None` for a published export.
+    pub compiled: Option<CompiledFacts>,
     /// Class names by index; empty if config.json has none.
     pub labels: Vec<String>,
     pub activation: Activation,
@@ -157,7 +179,11 @@ impl Model {
             ));
         }
         let mut digest = Sha256::new();
-        let graphs = find_graphs(dir)?;
+        let compiled = Compiled::find(dir)?;
+        let graphs = match &compiled {
+            Some(compiled) => compiled.graphs.clone(),
+            None => find_graphs(dir)?,
+        };
         let preprocessor_path =
             find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
                 ModelError::new(
@@ -175,14 +201,13 @@ impl Model {
         let config_path = config_path.unwrap_or_else(|| dir.join(CONFIG));
         check_config(&config_path, &config, clusters.len(), side)?;
         let labels = labels(&config_path, config.id2label)?;
-        let activation = activation(&config_path, config.problem_type.as_deref())?;
-        for path in graphs.values() {
-            hash_file(path, &mut digest)?;
-            // Weights beside a graph, where exporters put what protobuf's
-            // 2 GiB limit keeps out of it.
-            for sibling in external_data(path) {
-                hash_file(&sibling, &mut digest)?;
-            }
+        let activation = Activation::of(config.problem_type.as_deref())
+            .map_err(|reason| ModelError::new(&config_path, reason))?;
+        match &compiled {
+            // The manifest vouches for what was made from which weights, and
+            // hashing gigabytes at every start would say no more.
+            Some(compiled) => mix(&mut digest, Path::new("compiled"), compiled.identity.as_bytes()),
+            None => hash_graphs(&graphs, &mut digest)?,
         }
         Ok(Self {
             name: name.map_or_else(|| directory_name(dir), ToOwned::to_owned),
@@ -191,6 +216,7 @@ impl Model {
             clusters,
             side,
             n_layers: config.n_layer,
+            compiled: compiled.map(|compiled| compiled.facts),
             labels,
             activation,
             notice: config.notice,
@@ -226,8 +252,152 @@ impl Model {
     /// Whether the model has a graph for the task.
     #[must_use]
     pub fn can(&self, task: Task) -> bool {
-        self.graphs.contains_key(&task.graph())
+        match task {
+            Task::Embed => self.graphs.keys().any(|&graph| graph != Graph::Logits),
+            Task::Classify => self.graphs.contains_key(&Graph::Logits),
+        }
     }
+
+    /// The layers whose pooled features it has, ascending.
+    #[must_use]
+    pub fn layers_served(&self, norm: Norm) -> Vec<u32> {
+        let mut layers = Vec::new();
+        if let Some(compiled) = self.compiled
+            && self.graphs.contains_key(&Graph::Features(norm))
+        {
+            layers.extend(0..=compiled.feature_layer);
+        }
+        if let Some(last) = self.n_layers
+            && self.graphs.contains_key(&Graph::Hidden)
+            && layers.last() != Some(&last)
+        {
+            layers.push(last);
+        }
+        layers
+    }
+
+    /// The layer that is meant when none is named; `None` if that is the last
+    /// one of a model that does not say how many it has.
+    #[must_use]
+    pub fn layer_default(&self) -> Option<u32> {
+        match self.compiled {
+            Some(compiled) if !self.layers_served(Norm::PreAttnRms).is_empty() => {
+                let has_features = |&graph: &Graph| matches!(graph, Graph::Features(_));
+                if self.graphs.keys().any(has_features) {
+                    Some(compiled.feature_layer)
+                } else {
+                    self.n_layers
+                }
+            }
+            _ => self.n_layers,
+        }
+    }
+
+    /// What to compute for the pooled features of some layers (none: of the
+    /// default one), or `None` if the model does not have them.
+    #[must_use]
+    pub fn features(&self, layers: &[u32], norm: Norm) -> Option<Want> {
+        let default;
+        let layers = match (layers, self.layer_default()) {
+            ([], Some(layer)) => {
+                default = [layer];
+                &default
+            }
+            // A model that does not count its layers has its last one only.
+            ([], None) => return self.graphs.contains_key(&Graph::Hidden).then_some(Want::Mean),
+            (layers, _) => layers,
+        };
+        let served = self.layers_served(norm);
+        if !layers.iter().all(|layer| served.contains(layer)) {
+            return None;
+        }
+        let pooled_in_graph = self.compiled.is_some_and(|compiled| {
+            self.graphs.contains_key(&Graph::Features(norm))
+                && layers.iter().all(|&layer| layer <= compiled.feature_layer)
+        });
+        if pooled_in_graph {
+            let layers = Layers::ascending(layers)?;
+            Some(Want::Features { layers, norm })
+        } else if let &[_last] = layers {
+            Some(Want::Mean)
+        } else {
+            // Layers of two graphs would take two runs.
+            None
+        }
+    }
+}
+
+/// What the worker's own compiler made of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompiledFacts {
+    pub precision: Precision,
+    /// What its graphs are made for.
+    pub provider: compile::Provider,
+    /// Pooled features are of layers 0 to this one.
+    pub feature_layer: u32,
+}
+
+/// A compiled directory.
+struct Compiled {
+    facts: CompiledFacts,
+    graphs: BTreeMap<Graph, PathBuf>,
+    /// What its numbers follow from.
+    identity: String,
+}
+
+impl Compiled {
+    /// The manifest in `dir`, if there is one.
+    fn find(dir: &Path) -> Result<Option<Self>, ModelError> {
+        let path = dir.join(manifest::FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let manifest =
+            Manifest::read(dir).map_err(|error| ModelError::new(dir, error.to_string()))?;
+        let mut graphs = BTreeMap::new();
+        for (kind, graph) in [
+            (Kind::Embed(Norm::PreAttnRms), Graph::Features(Norm::PreAttnRms)),
+            (Kind::Embed(Norm::None), Graph::Features(Norm::None)),
+            (Kind::Hidden, Graph::Hidden),
+            (Kind::Classify, Graph::Logits),
+        ] {
+            if let Some(facts) = manifest.graphs.get(kind.name()) {
+                graphs.insert(graph, dir.join(&facts.file));
+            }
+        }
+        if graphs.is_empty() {
+            return Err(ModelError::new(
+                &path,
+                "has no graph that can be served; compile with the tasks embed, hidden or classify",
+            ));
+        }
+        Ok(Some(Self {
+            facts: CompiledFacts {
+                precision: manifest.precision,
+                provider: manifest.provider,
+                feature_layer: u32::try_from(manifest.feature_layer).unwrap_or(u32::MAX),
+            },
+            graphs,
+            identity: format!(
+                "{} {} {}",
+                manifest.source.sha256,
+                manifest.precision.name(),
+                manifest.tool_version
+            ),
+        }))
+    }
+}
+
+fn hash_graphs(graphs: &BTreeMap<Graph, PathBuf>, digest: &mut Sha256) -> Result<(), ModelError> {
+    for path in graphs.values() {
+        hash_file(path, digest)?;
+        // Weights beside a graph, where exporters put what protobuf's 2 GiB
+        // limit keeps out of it.
+        for sibling in external_data(path) {
+            hash_file(&sibling, digest)?;
+        }
+    }
+    Ok(())
 }
 
 fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
@@ -395,20 +565,6 @@ fn labels(
         }
     }
     Ok(labels.into_iter().flatten().collect())
-}
-
-fn activation(path: &Path, problem_type: Option<&str>) -> Result<Activation, ModelError> {
-    match problem_type {
-        None | Some("single_label_classification") => Ok(Activation::Softmax),
-        Some("multi_label_classification") => Ok(Activation::Sigmoid),
-        Some(other) => Err(ModelError::new(
-            path,
-            format!(
-                "problem_type is {other:?}; single_label_classification and \
-                 multi_label_classification are supported"
-            ),
-        )),
-    }
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(

@@ -25,9 +25,10 @@ use crate::admission::{Admission, Call};
 use crate::config::LimitsConfig;
 use crate::engine::Facts;
 use crate::error::{Error, Stage};
-use crate::job::{Answer, Want, Work};
+use crate::head::Head;
+use crate::job::{Answer, Norm, Want, Work};
 use crate::metrics::Metrics;
-use crate::model::{Activation, Model, Task};
+use crate::model::{Model, Task};
 use crate::pb;
 use crate::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
 use crate::preprocess::PreprocessOptions;
@@ -48,7 +49,7 @@ const PENDING_RESETS_MAX: usize = 1024;
 #[derive(Debug)]
 pub struct Service {
     pub model: Arc<Model>,
-    pub labels: Arc<[String]>,
+    pub heads: Vec<Head>,
     pub admission: Admission,
     pub readiness: Readiness,
     pub limits: LimitsConfig,
@@ -215,12 +216,14 @@ impl Service {
         let (metadata, _, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         let context = convert::context(request.context)?;
-        let want = convert::pooling(request.pooling)?;
+        let norm = convert::norm(request.norm)?;
+        let want = convert::want(&self.model, request.pooling, &request.layers, norm)?;
         let dtype = convert::dtype(request.dtype)?;
         let width = facts.dimension;
         let shape = match want {
             Want::States => vec![self.model.positions(), width],
-            Want::Mean | Want::Last | Want::Logits => vec![width],
+            Want::Features { layers, .. } if layers.len() > 1 => vec![layers.len(), width],
+            Want::Features { .. } | Want::Mean | Want::Last | Want::Logits => vec![width],
         };
         let n_values: usize = shape.iter().product();
         let outcomes = self
@@ -256,6 +259,8 @@ impl Service {
             context: convert::context_applied(context),
             pooling: convert::pooling_applied(want),
             normalize: request.normalize,
+            layers: convert::layers_applied(&self.model, want),
+            norm: convert::norm_applied(norm).into(),
         })
     }
 
@@ -264,25 +269,39 @@ impl Service {
         request: Request<pb::ClassifyRequest>,
     ) -> Result<pb::ClassifyResponse, Error> {
         let facts = self.facts()?;
-        self.require(Task::Classify)?;
         let (metadata, _, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-        let context = convert::context(request.context)?;
-        let work = Work::Infer {
-            context,
-            want: Want::Logits,
+        let head = convert::head(&self.heads, &request.head, &self.model)?;
+        let (work, context) = match head {
+            Some(head) => (
+                convert::head_work(head, request.context, &self.model)?,
+                head.context,
+            ),
+            None => {
+                let context = convert::context(request.context)?;
+                let want = Want::Logits;
+                (Work::Infer { context, want }, context)
+            }
         };
-        let answer_bytes = facts.n_classes * convert::dtype_bytes(pb::DataType::F32);
+        let (labels, activation) = match head {
+            Some(head) => (head.labels.as_slice(), head.activation),
+            None => (self.model.labels.as_slice(), self.model.activation),
+        };
+        let n_classes = head.map_or(facts.n_classes, |head| head.labels.len());
+        let answer_bytes = n_classes * convert::dtype_bytes(pb::DataType::F32);
         let outcomes = self
             .outcomes(request.images, preprocess, work, answer_bytes, &metadata)
             .await?;
-        let with_logits = request.logits || self.labels.is_empty();
+        let with_logits = request.logits || labels.is_empty();
         let result = |outcome| {
             let outcome = match outcome {
-                Ok(Answer::Values(logits)) => {
-                    let activation = self.model.activation;
+                Ok(Answer::Values(values)) => {
+                    let logits = match head {
+                        Some(head) => head.logits(&values),
+                        None => values,
+                    };
                     pb::classify_result::Outcome::Classification(pb::Classification {
-                        classes: convert::classes(&logits, &self.labels, activation, request.top_k),
+                        classes: convert::classes(&logits, labels, activation, request.top_k),
                         logits: with_logits
                             .then(|| convert::tensor(&logits, &[logits.len()], pb::DataType::F32)),
                     })
@@ -301,6 +320,7 @@ impl Service {
             model_digest: self.model.digest.clone(),
             preprocess: Some(convert::preprocess_applied(preprocess)),
             context: convert::context_applied(context),
+            head: head.map(|head| head.name.clone()).unwrap_or_default(),
         })
     }
 
@@ -355,7 +375,9 @@ impl Service {
             digest: model.digest.clone(),
             tasks: tasks
                 .into_iter()
-                .filter(|&(task, _)| model.can(task))
+                .filter(|&(task, _)| {
+                    model.can(task) || task == Task::Classify && !self.heads.is_empty()
+                })
                 .map(|(_, task)| task.into())
                 .collect(),
             layers: model.n_layers.unwrap_or(0),
@@ -363,11 +385,11 @@ impl Service {
             positions: u32::try_from(model.positions()).unwrap_or(u32::MAX),
             side: model.side,
             palette_rgb8: model.palette_rgb8().into(),
-            labels: self.labels.to_vec(),
-            activation: match (self.labels.is_empty(), model.activation) {
-                (true, _) => pb::Activation::Unspecified,
-                (false, Activation::Softmax) => pb::Activation::Softmax,
-                (false, Activation::Sigmoid) => pb::Activation::Sigmoid,
+            labels: model.labels.clone(),
+            activation: if model.labels.is_empty() {
+                pb::Activation::Unspecified
+            } else {
+                convert::activation(model.activation)
             }
             .into(),
             execution_provider: facts.provider.to_owned(),
@@ -383,6 +405,13 @@ impl Service {
                 batch_size_max: self.max_batch_size.into(),
             }),
             notice: model.notice.clone(),
+            layers_served: model.layers_served(Norm::PreAttnRms),
+            layer_default: model.layer_default().unwrap_or(0),
+            precision: model
+                .compiled
+                .map(|compiled| compiled.precision.name().to_owned())
+                .unwrap_or_default(),
+            heads: self.heads.iter().map(convert::head_info).collect(),
         })
     }
 }

@@ -21,6 +21,7 @@ use crate::batcher::policy::Policy;
 use crate::config::ServeConfig;
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::{self, Engine, EngineError, EngineFactory, Facts, State};
+use crate::head::Head;
 use crate::http::{self, Pages};
 use crate::job::Job;
 use crate::metrics::Metrics;
@@ -134,7 +135,7 @@ pub enum Ended {
 
 /// An engine for the model at hand, as the flags say.
 #[must_use]
-pub fn onnx_factory(config: &ServeConfig, model: &Model) -> EngineFactory {
+pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
     let options = onnx::Options {
         library: onnx::find_library(config.model.onnxruntime.as_deref()),
         provider: config.model.execution_provider,
@@ -144,6 +145,8 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model) -> EngineFactory {
         positions: model.positions(),
         n_colors: model.clusters.len(),
         n_labels: model.labels.len(),
+        head_width: heads.first().map(|head| (head.width, head.name.clone())),
+        compiled_for: model.compiled.map(|compiled| compiled.provider),
         max_batch_size: config.batching.max_batch_size.into(),
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
@@ -159,6 +162,7 @@ impl Worker {
     pub async fn start(
         config: &ServeConfig,
         model: Model,
+        heads: Vec<Head>,
         factory: EngineFactory,
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
@@ -194,7 +198,7 @@ impl Worker {
             )),
         ];
         let service = rpc::Service {
-            labels: model.labels.clone().into(),
+            heads,
             model,
             admission,
             readiness: readiness.clone(),

@@ -55,6 +55,7 @@ impl FakeEngine {
     #[must_use]
     pub fn answer(tokens: &[u16], want: Want) -> Vec<f32> {
         let n_values = match want {
+            Want::Features { layers, .. } => Self::DIMENSION * layers.len(),
             Want::Mean | Want::Last => Self::DIMENSION,
             Want::States => Self::DIMENSION * tokens.len(),
             Want::Logits => Self::CLASSES,

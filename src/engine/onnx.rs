@@ -18,7 +18,8 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
 use super::{Engine, EngineError, Facts, Graph, Row};
-use crate::job::Want;
+use crate::compile;
+use crate::job::{Layers, Want};
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";
@@ -53,6 +54,11 @@ pub struct Options {
     pub n_colors: usize,
     /// Classes that config.json names; 0 if it names none.
     pub n_labels: usize,
+    /// Width of the features that linear heads were trained on, and a head's
+    /// name to say if it does not fit.
+    pub head_width: Option<(usize, String)>,
+    /// What the graphs were compiled for; `None` for a published export.
+    pub compiled_for: Option<compile::Provider>,
     /// Largest batch; the warm-up runs at this size, so that the first full
     /// batch finds its memory allocated.
     pub max_batch_size: usize,
@@ -167,6 +173,7 @@ impl OnnxEngine {
                 }
             },
         };
+        check_compiled_for(options.compiled_for, provider)?;
         let mut engine = Self {
             facts: Facts {
                 provider: if provider == Provider::Cuda {
@@ -201,6 +208,10 @@ impl OnnxEngine {
             .map(|position| u16::try_from(position % n_ids).unwrap_or(0))
             .collect();
         let want = match graph {
+            Graph::Features(norm) => Want::Features {
+                layers: Layers::FIRST,
+                norm,
+            },
             Graph::Hidden => Want::Mean,
             Graph::Logits => Want::Logits,
         };
@@ -228,7 +239,17 @@ impl OnnxEngine {
             width = values.first().map_or(0, Vec::len);
         }
         match graph {
-            Graph::Hidden => self.facts.dimension = width,
+            Graph::Features(_) | Graph::Hidden => {
+                if let Some((expected, head)) = &options.head_width
+                    && *expected != width
+                {
+                    return Err(refuse(format!(
+                        "features have {width} numbers, but the head {head} was trained on \
+                         {expected}"
+                    )));
+                }
+                self.facts.dimension = width;
+            }
             Graph::Logits => {
                 if options.n_labels != 0 && options.n_labels != width {
                     return Err(refuse(format!(
@@ -243,6 +264,23 @@ impl OnnxEngine {
     }
 }
 
+/// Graphs that were compiled for one provider are slow on another or do not
+/// run there.
+fn check_compiled_for(
+    compiled_for: Option<compile::Provider>,
+    provider: Provider,
+) -> Result<(), EngineError> {
+    let (made, given) = match (compiled_for, provider) {
+        (Some(compile::Provider::Cpu), Provider::Cuda) => ("cpu", "cuda"),
+        (Some(compile::Provider::Cuda), Provider::Cpu | Provider::Auto) => ("cuda", "cpu"),
+        _ => return Ok(()),
+    };
+    Err(EngineError::Provider(format!(
+        "the model was compiled for {made} and cannot run on {given}; compile it with --provider \
+         {given}, or serve it with --execution-provider {made}"
+    )))
+}
+
 fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilder, EngineError> {
     let builder = Session::builder(environment)
         .map_err(runtime)?
@@ -251,6 +289,17 @@ fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilde
         // Spinning threads would take the cores that preprocessing needs.
         .with_intra_op_spinning(false)
         .map_err(runtime)?;
+    let builder = if options.compiled_for.is_some() {
+        builder
+            .with_operators(super::attention::domain().map_err(runtime)?)
+            .map_err(runtime)?
+            // Compiled graphs share one file of weights and compute from
+            // where it is mapped; packing would copy them for every graph.
+            .with_prepacking(false)
+            .map_err(runtime)?
+    } else {
+        builder
+    };
     if options.intra_op_threads == 0 {
         return Ok(builder);
     }
@@ -342,6 +391,7 @@ impl Loaded {
             return Err(refuse("has no input \"input_ids\"".to_owned()));
         }
         let wanted = match graph {
+            Graph::Features(_) => "features",
             Graph::Hidden => "last_hidden_state",
             Graph::Logits => "logits",
         };
@@ -444,26 +494,46 @@ fn answers(
         {
             n_positions * width
         }
+        (Graph::Features(_), &[n_rows, n_layers, width])
+            if n_rows == rows.len() && n_layers > 0 && width > 0 =>
+        {
+            n_layers * width
+        }
         (Graph::Logits, &[n_rows, n_classes]) if n_rows == rows.len() && n_classes > 0 => n_classes,
         _ => {
             return Err(EngineError::Output {
                 got: format!("shape {dims:?}"),
                 expected: match graph {
+                    Graph::Features(_) => format!("[{}, layers, width]", rows.len()),
                     Graph::Hidden => format!("[{}, {positions}, width]", rows.len()),
                     Graph::Logits => format!("[{}, classes]", rows.len()),
                 },
             });
         }
     };
-    Ok(rows
-        .iter()
+    let width = dims.last().copied().unwrap_or(0);
+    rows.iter()
         .zip(values.chunks_exact(row_len))
         .map(|(row, values)| match row.want {
-            Want::States | Want::Logits => values.to_vec(),
-            Want::Last => values[row_len - row_len / positions..].to_vec(),
-            Want::Mean => mean(values, row_len / positions),
+            Want::Features { layers, .. } => pick(values, width, layers),
+            Want::States | Want::Logits => Ok(values.to_vec()),
+            Want::Last => Ok(values[row_len - width..].to_vec()),
+            Want::Mean => Ok(mean(values, width)),
         })
-        .collect())
+        .collect()
+}
+
+/// The features of some layers out of those of all.
+fn pick(values: &[f32], width: usize, layers: Layers) -> Result<Vec<f32>, EngineError> {
+    let mut picked = Vec::with_capacity(layers.len() * width);
+    for layer in layers.iter() {
+        let features = values.get(layer * width..(layer + 1) * width);
+        picked.extend_from_slice(features.ok_or_else(|| EngineError::Output {
+            got: format!("{} layers", values.len() / width),
+            expected: format!("layer {layer}"),
+        })?);
+    }
+    Ok(picked)
 }
 
 /// Mean over positions, summed in f64 so that the order of summation does not

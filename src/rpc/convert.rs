@@ -1,11 +1,12 @@
 //! Between the contract's types and the worker's own.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 
+use crate::engine::Graph;
 use crate::error::Error;
-use crate::job::{Context, Want};
+use crate::head::Head;
+use crate::job::{Context, Norm, Want, Work};
+use crate::model::{Activation, Model, Task};
 use crate::pb;
 use crate::preprocess::pool::Picture;
 use crate::preprocess::{Alpha, Fit, ImageInput, PreprocessOptions};
@@ -89,21 +90,162 @@ pub(super) fn context_applied(context: Context) -> i32 {
     .into()
 }
 
-pub(super) fn pooling(value: i32) -> Result<Want, Error> {
-    Ok(match known("pooling", value)? {
-        pb::Pooling::Unspecified | pb::Pooling::Mean => Want::Mean,
+/// What to compute for these options, if the model has it.
+pub(super) fn want(
+    model: &Model,
+    pooling: i32,
+    layers: &[u32],
+    norm: Norm,
+) -> Result<Want, Error> {
+    let want = match known("pooling", pooling)? {
+        pb::Pooling::Unspecified | pb::Pooling::Mean => {
+            return model.features(layers, norm).ok_or_else(|| Error::LayersMissing {
+                given: layers.to_vec(),
+                served: ranges(&model.layers_served(norm)),
+            });
+        }
         pb::Pooling::None => Want::States,
         pb::Pooling::Last => Want::Last,
+    };
+    if !model.graphs.contains_key(&Graph::Hidden) {
+        return Err(Error::StatesMissing);
+    }
+    // Only the last layer's states exist.
+    match (layers, model.n_layers) {
+        ([], _) => Ok(want),
+        (&[layer], Some(last)) if layer == last => Ok(want),
+        (layers, last) => Err(Error::LayersMissing {
+            given: layers.to_vec(),
+            served: last.map_or("its last layer only".to_owned(), |last| last.to_string()),
+        }),
+    }
+}
+
+/// Ascending numbers in words: "0 to 16 and 24".
+fn ranges(layers: &[u32]) -> String {
+    let mut words: Vec<String> = Vec::new();
+    let chunks = layers.chunk_by(|a, b| a + 1 == *b);
+    for chunk in chunks {
+        words.push(match chunk {
+            [first, .., last] => format!("{first} to {last}"),
+            [only] => only.to_string(),
+            [] => continue,
+        });
+    }
+    if words.is_empty() {
+        "its last layer only".to_owned()
+    } else {
+        words.join(" and ")
+    }
+}
+
+pub(super) fn norm(value: i32) -> Result<Norm, Error> {
+    Ok(match known("norm", value)? {
+        pb::Norm::Unspecified | pb::Norm::PreAttnRms => Norm::PreAttnRms,
+        pb::Norm::None => Norm::None,
     })
+}
+
+pub(super) fn norm_applied(norm: Norm) -> pb::Norm {
+    match norm {
+        Norm::PreAttnRms => pb::Norm::PreAttnRms,
+        Norm::None => pb::Norm::None,
+    }
 }
 
 pub(super) fn pooling_applied(want: Want) -> i32 {
     match want {
-        Want::Mean | Want::Logits => pb::Pooling::Mean,
+        Want::Features { .. } | Want::Mean | Want::Logits => pb::Pooling::Mean,
         Want::States => pb::Pooling::None,
         Want::Last => pb::Pooling::Last,
     }
     .into()
+}
+
+/// The layers that were computed, as far as the model counts them.
+pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
+    match want {
+        Want::Features { layers, .. } => layers
+            .iter()
+            .map(|layer| u32::try_from(layer).unwrap_or(u32::MAX))
+            .collect(),
+        Want::Mean | Want::Last | Want::States | Want::Logits => {
+            model.n_layers.into_iter().collect()
+        }
+    }
+}
+
+/// The linear head that a call means: `None` for the checkpoint's own.
+pub(super) fn head<'a>(
+    heads: &'a [Head],
+    given: &str,
+    model: &Model,
+) -> Result<Option<&'a Head>, Error> {
+    if given.is_empty() {
+        return match heads {
+            _ if model.can(Task::Classify) => Ok(None),
+            [only] => Ok(Some(only)),
+            [] => Err(Error::TaskMissing {
+                task: Task::Classify,
+                file: Task::Classify.file(),
+            }),
+            _ => Err(head_unknown(heads, given)),
+        };
+    }
+    match heads.iter().find(|head| head.name == given) {
+        Some(head) => Ok(Some(head)),
+        None => Err(head_unknown(heads, given)),
+    }
+}
+
+fn head_unknown(heads: &[Head], given: &str) -> Error {
+    let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
+    Error::HeadUnknown {
+        given: given.to_owned(),
+        known: if known.is_empty() {
+            "no heads".to_owned()
+        } else {
+            known.join(", ")
+        },
+    }
+}
+
+/// What a linear head needs to be computed.
+pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work, Error> {
+    let unset = context == pb::Context::Unspecified as i32;
+    if !unset && self::context(context)? != head.context {
+        return Err(Error::HeadContext {
+            head: head.name.clone(),
+        });
+    }
+    let want = model
+        .features(&[head.layer], head.norm)
+        .ok_or_else(|| Error::LayersMissing {
+            given: vec![head.layer],
+            served: ranges(&model.layers_served(head.norm)),
+        })?;
+    Ok(Work::Infer {
+        context: head.context,
+        want,
+    })
+}
+
+pub(super) fn head_info(head: &Head) -> pb::Head {
+    pb::Head {
+        name: head.name.clone(),
+        labels: head.labels.clone(),
+        activation: activation(head.activation).into(),
+        layer: head.layer,
+        norm: norm_applied(head.norm).into(),
+        context: context_applied(head.context),
+    }
+}
+
+pub(super) fn activation(activation: Activation) -> pb::Activation {
+    match activation {
+        Activation::Softmax => pb::Activation::Softmax,
+        Activation::Sigmoid => pb::Activation::Sigmoid,
+    }
 }
 
 /// The element type of an answer, never unspecified.
@@ -165,8 +307,8 @@ pub(super) fn normalize(values: &mut [f32], width: usize) {
 /// The `top_k` best classes (0: five), best first, equal ones in index order.
 pub(super) fn classes(
     logits: &[f32],
-    labels: &Arc<[String]>,
-    activation: crate::model::Activation,
+    labels: &[String],
+    activation: Activation,
     top_k: u32,
 ) -> Vec<pb::ClassScore> {
     let scores = scores(logits, activation);
@@ -185,13 +327,13 @@ pub(super) fn classes(
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
-fn scores(logits: &[f32], activation: crate::model::Activation) -> Vec<f32> {
+fn scores(logits: &[f32], activation: Activation) -> Vec<f32> {
     match activation {
-        crate::model::Activation::Sigmoid => logits
+        Activation::Sigmoid => logits
             .iter()
             .map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32)
             .collect(),
-        crate::model::Activation::Softmax => {
+        Activation::Softmax => {
             // Shifted by the largest, so that no exponential overflows.
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let weights: Vec<f64> = logits
@@ -207,7 +349,6 @@ fn scores(logits: &[f32], activation: crate::model::Activation) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Activation;
 
     #[test]
     fn tensors_are_little_endian() {
@@ -230,7 +371,7 @@ mod tests {
 
     #[test]
     fn softmax_sums_to_one_and_does_not_overflow() {
-        let labels: Arc<[String]> = ["a", "b", "c"].map(String::from).into();
+        let labels = ["a", "b", "c"].map(String::from);
         let got = classes(&[1000.0, 999.0, 1000.0], &labels, Activation::Softmax, 0);
         let sum: f32 = got.iter().map(|class| class.score).sum();
         assert!((sum - 1.0).abs() < 1e-6);
@@ -240,10 +381,17 @@ mod tests {
 
     #[test]
     fn sigmoid_scores_are_independent() {
-        let labels: Arc<[String]> = ["a", "b"].map(String::from).into();
+        let labels = ["a", "b"].map(String::from);
         let got = classes(&[0.0, 0.0], &labels, Activation::Sigmoid, 1);
         assert_eq!(got.len(), 1);
         assert!((got[0].score - 0.5).abs() < 1e-7);
+    }
+
+    #[test]
+    fn layers_in_words() {
+        assert_eq!(ranges(&[0, 1, 2, 24]), "0 to 2 and 24");
+        assert_eq!(ranges(&[3]), "3");
+        assert_eq!(ranges(&[]), "its last layer only");
     }
 
     #[test]
@@ -254,7 +402,7 @@ mod tests {
             error.to_string(),
             "preprocess.fit: 7 is not a value of this enum"
         );
-        assert!(context(3).is_err() && pooling(4).is_err() && dtype(3).is_err());
+        assert!(context(3).is_err() && norm(4).is_err() && dtype(3).is_err());
         assert_eq!(preprocess(None).expect("defaults").fit, Fit::Squash);
     }
 }

@@ -22,6 +22,10 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::ResponseTooLarge { .. } => (Code::InvalidArgument, "RESPONSE_TOO_LARGE"),
         Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
         Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
+        Error::LayersMissing { .. } => (Code::InvalidArgument, "LAYERS_MISSING"),
+        Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
+        Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
+        Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
@@ -88,7 +92,7 @@ mod tests {
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 14] = [
+        let rows: [(Error, Code, &str); 18] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -121,6 +125,34 @@ mod tests {
                 },
                 Code::Unimplemented,
                 "TASK_MISSING",
+            ),
+            (
+                Error::LayersMissing {
+                    given: vec![9],
+                    served: "0 to 4".to_owned(),
+                },
+                Code::InvalidArgument,
+                "LAYERS_MISSING",
+            ),
+            (
+                Error::StatesMissing,
+                Code::InvalidArgument,
+                "STATES_MISSING",
+            ),
+            (
+                Error::HeadUnknown {
+                    given: "a".to_owned(),
+                    known: "none".to_owned(),
+                },
+                Code::NotFound,
+                "HEAD_UNKNOWN",
+            ),
+            (
+                Error::HeadContext {
+                    head: "a".to_owned(),
+                },
+                Code::InvalidArgument,
+                "HEAD_CONTEXT",
             ),
             (
                 Error::Full {

@@ -6,7 +6,7 @@ use super::{Kind, Plan};
 use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
 
 /// What is pooled of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Norm {
     /// The paper's features: what the next layer's attention sees.
     PreAttnRms,
