@@ -2,14 +2,15 @@
 //! process: `cargo bench --bench graphs -- RECIPE.onnx FOLDER...`, where
 //! folders are compiled from the checkpoint that RECIPE was exported from
 //! (tests/parity/card_recipe.py), with ONNX Runtime in `ORT_DYLIB_PATH`.
-//! `THREADS` (2), `BATCH` (1) and `ROUNDS` (7) are read from the environment.
+//! `THREADS` (2), `BATCH` (1), `ROUNDS` (7) and `RESIDENCE` (mapped, or packed)
+//! are read from the environment.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
-use imagegpt::compile::{Manifest, Provider, Runtime};
+use imagegpt::compile::{Manifest, Provider, Residence, Runtime};
 use ort::session::Session;
 use ort::value::{Tensor, TensorElementType};
 
@@ -44,11 +45,12 @@ fn main() -> anyhow::Result<()> {
         setting("ROUNDS", 7),
     );
     let library = std::env::var_os("ORT_DYLIB_PATH").context("no ORT_DYLIB_PATH")?;
-    let runtime = Runtime {
+    let mut runtime = Runtime {
         environment: ort::init_from(library)?.with_telemetry(false).build()?,
         provider: Provider::Cpu,
         operators: None,
         n_threads: threads,
+        residence: Residence::Packed,
     };
 
     let mut contenders = vec![contender(
@@ -56,6 +58,11 @@ fn main() -> anyhow::Result<()> {
         &runtime,
         Path::new(&recipe),
     )?];
+    // The recipe runs as ONNX Runtime runs it by default.
+    runtime.residence = match std::env::var("RESIDENCE").as_deref() {
+        Ok("packed") => Residence::Packed,
+        _ => Residence::Mapped,
+    };
     let mut positions = 1024;
     let mut vocabulary = 512;
     for folder in &folders {

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use clap::ValueEnum;
 use imagegpt::compile::{
-    CompileOptions, Precision, Progress, Provider, Runtime, Source, Step, compile,
+    CompileOptions, Precision, Progress, Provider, Residence, Runtime, Source, Step, compile,
 };
 
 struct Steps(Option<(Step, std::time::Instant)>);
@@ -48,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         provider: Provider::from_str(&trial, true).map_err(anyhow::Error::msg)?,
         operators: None,
         n_threads: 2,
+        residence: Residence::Mapped,
     };
     let mut steps = Steps(None);
     let manifest = compile(&source, output, &options, &runtime, &mut steps)?;

@@ -42,7 +42,7 @@ use self::weights::Weights;
 
 pub use self::error::CompileError;
 pub use self::manifest::Manifest;
-pub use self::runtime::Runtime;
+pub use self::runtime::{Residence, Runtime};
 pub use self::source::Source;
 
 /// How numbers are kept and computed.

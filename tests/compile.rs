@@ -1,6 +1,10 @@
 //! `imagegpt::compile` from a checkpoint to a folder, and everything that must
 //! leave no folder. Needs ONNX Runtime in `ORT_DYLIB_PATH`; without it only
 //! what fails before a graph runs is tested.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failure in a test's own work is a failed test"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,8 +12,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use imagegpt::compile::{
-    CompileError, CompileOptions, Manifest, Precision, Provider, Runtime, Silent, Source, Task,
-    compile,
+    CompileError, CompileOptions, Manifest, Precision, Provider, Residence, Runtime, Silent,
+    Source, Task, compile,
 };
 use ort::environment::Environment;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -115,6 +119,7 @@ fn runtime() -> Option<Runtime> {
         provider: Provider::Cpu,
         operators: None,
         n_threads: 1,
+        residence: Residence::Mapped,
     })
 }
 

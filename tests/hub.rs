@@ -1,5 +1,9 @@
 //! Downloading from a server that speaks the hub's protocol: one thread with
 //! a few files, which writes down what it was asked.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failure in a test's own work is a failed test"
+)]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

@@ -87,11 +87,9 @@ impl Hub {
             progress,
         };
         let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
-        let mut folder = PathBuf::new();
-        for name in [config::FILE, PREPROCESSOR] {
-            let path = download.file(name).map_err(&failed)?;
-            folder = path.parent().unwrap_or(&path).to_owned();
-        }
+        download.file(PREPROCESSOR).map_err(&failed)?;
+        let config = download.file(config::FILE).map_err(&failed)?;
+        let folder = config.parent().unwrap_or(&config).to_owned();
         for (single, index) in checkpoint::SINGLE.iter().zip(checkpoint::INDEX) {
             if has(single) {
                 download.file(single).map_err(&failed)?;

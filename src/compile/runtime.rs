@@ -13,6 +13,17 @@ use serde::Deserialize;
 
 use super::Provider;
 
+/// What sessions do with `weights.bin`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residence {
+    /// They compute from the mapped file, so all graphs together take the
+    /// weights' size once: with five tasks of imagegpt-small in fp32, 350 MB.
+    Mapped,
+    /// Each session copies its weights into the order that its kernels like
+    /// best: a few percent faster, 1.3 GB for the same five.
+    Packed,
+}
+
 /// What graphs are tried with. A process has one environment, so the caller
 /// brings it.
 #[derive(Clone)]
@@ -25,6 +36,7 @@ pub struct Runtime {
     pub operators: Option<Arc<OperatorDomain>>,
     /// Threads of one run; 0 lets the runtime take one a physical core.
     pub n_threads: usize,
+    pub residence: Residence,
 }
 
 /// Kernels that ran, by execution provider and operator.
@@ -39,7 +51,8 @@ impl Runtime {
     pub fn open(&self, graph: &Path, profile: Option<&Path>) -> ort::Result<Session> {
         let mut builder = Session::builder(&self.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
-            .with_intra_op_spinning(false)?;
+            .with_intra_op_spinning(false)?
+            .with_prepacking(self.residence == Residence::Packed)?;
         if self.n_threads != 0 {
             builder = builder.with_intra_threads(self.n_threads)?;
         }
