@@ -70,6 +70,8 @@ fn main() -> anyhow::Result<()> {
         positions: model.positions(),
         n_colors: model.clusters.len(),
         n_labels: model.labels.len(),
+        head_width: None,
+        compiled_for: model.compiled.map(|compiled| compiled.provider),
         max_batch_size: BATCH_SIZE,
     })?;
     println!("machine: {}", machine());
@@ -81,8 +83,8 @@ fn main() -> anyhow::Result<()> {
         .map(|seed| image(seed, model.positions(), model.clusters.len()))
         .collect();
     let runtime = tokio::runtime::Runtime::new()?;
-    let factory = onnx_factory(&config, &model);
-    let mut worker = runtime.block_on(Worker::start(&config, model, factory))?;
+    let factory = onnx_factory(&config, &model, &[]);
+    let mut worker = runtime.block_on(Worker::start(&config, model, Vec::new(), factory))?;
     runtime.block_on(worker.ready())?;
 
     let (mut bare, mut served) = (Vec::new(), Vec::new());

@@ -9,7 +9,9 @@
 //! into place at once; so a folder with a manifest is whole and was tried.
 //! Nothing here knows of requests, and no Python runs.
 
+pub mod cache;
 pub mod checkpoint;
+pub mod command;
 pub mod config;
 pub mod error;
 pub mod graph;

@@ -113,12 +113,7 @@ pub struct CompileConfig {
     pub revision: Option<String>,
 
     /// How weights are kept and computed when --model has to be compiled
-    #[arg(
-        long,
-        env = "IMAGEGPT_PRECISION",
-        value_enum,
-        default_value = "fp32"
-    )]
+    #[arg(long, env = "IMAGEGPT_PRECISION", value_enum, default_value = "fp32")]
     pub precision: Precision,
 
     /// Layer that pooled features come from when --model has to be compiled

@@ -91,7 +91,10 @@ impl Head {
             .chunks_exact(self.width)
             .zip(&self.bias)
             .map(|(row, &bias)| {
-                let products = row.iter().zip(features).map(|(&w, &x)| f64::from(w) * f64::from(x));
+                let products = row
+                    .iter()
+                    .zip(features)
+                    .map(|(&w, &x)| f64::from(w) * f64::from(x));
                 #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
                 {
                     (products.sum::<f64>() + f64::from(bias)) as f32
@@ -102,7 +105,9 @@ impl Head {
 }
 
 fn read(name: &str, file: &Path) -> Result<Head, String> {
-    let size = std::fs::metadata(file).map_err(|error| error.to_string())?.len();
+    let size = std::fs::metadata(file)
+        .map_err(|error| error.to_string())?
+        .len();
     if size > FILE_BYTES_MAX {
         return Err(format!("{size} bytes are more than a head has"));
     }
@@ -115,10 +120,15 @@ fn read(name: &str, file: &Path) -> Result<Head, String> {
         let value = metadata.get(key).map(String::as_str);
         value.ok_or_else(|| format!("its metadata has no {key}"))
     };
-    let weight = tensors.tensor("weight").map_err(|_| "has no tensor weight")?;
+    let weight = tensors
+        .tensor("weight")
+        .map_err(|_| "has no tensor weight")?;
     let bias = tensors.tensor("bias").map_err(|_| "has no tensor bias")?;
     let &[n_classes, width] = weight.shape() else {
-        return Err(format!("weight has the shape {:?}; it must be (classes, width)", weight.shape()));
+        return Err(format!(
+            "weight has the shape {:?}; it must be (classes, width)",
+            weight.shape()
+        ));
     };
     if bias.shape() != [n_classes] || n_classes == 0 || width == 0 {
         return Err(format!(
@@ -137,16 +147,26 @@ fn read(name: &str, file: &Path) -> Result<Head, String> {
         name: name.to_owned(),
         labels,
         activation: Activation::of(metadata.get("problem_type").map(String::as_str))?,
-        layer: layer.parse().map_err(|_| format!("layer is {layer:?}, which is no number"))?,
+        layer: layer
+            .parse()
+            .map_err(|_| format!("layer is {layer:?}, which is no number"))?,
         norm: match entry("norm")? {
             "PRE_ATTN_RMS" => Norm::PreAttnRms,
             "NONE" => Norm::None,
-            other => return Err(format!("norm is {other:?}; it must be PRE_ATTN_RMS or NONE")),
+            other => {
+                return Err(format!(
+                    "norm is {other:?}; it must be PRE_ATTN_RMS or NONE"
+                ));
+            }
         },
         context: match entry("context")? {
             "RAW" => Context::Raw,
             "SOS_SHIFTED" => Context::SosShifted,
-            other => return Err(format!("context is {other:?}; it must be RAW or SOS_SHIFTED")),
+            other => {
+                return Err(format!(
+                    "context is {other:?}; it must be RAW or SOS_SHIFTED"
+                ));
+            }
         },
         width,
         weight: f32s("weight", &weight)?,
@@ -189,25 +209,47 @@ mod tests {
         .into();
         let mut shape = vec![2, 3];
         change(&mut metadata, &mut shape);
-        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let bytes = |values: &[f32]| {
+            values
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
         let weight = bytes(&[1.0, 0.0, 2.0, 0.0, -1.0, 0.5]);
         let bias = bytes(&[0.25, -0.25]);
         let tensors = [
-            ("weight", TensorView::new(Dtype::F32, shape, &weight).unwrap()),
+            (
+                "weight",
+                TensorView::new(Dtype::F32, shape, &weight).unwrap(),
+            ),
             ("bias", TensorView::new(Dtype::F32, vec![2], &bias).unwrap()),
         ];
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("head.safetensors");
-        std::fs::write(&file, safetensors::serialize(tensors, Some(metadata)).unwrap()).unwrap();
-        Head::open(&HeadFlag { name: "pets".to_owned(), file }).map_err(|error| error.to_string())
+        std::fs::write(
+            &file,
+            safetensors::serialize(tensors, Some(metadata)).unwrap(),
+        )
+        .unwrap();
+        Head::open(&HeadFlag {
+            name: "pets".to_owned(),
+            file,
+        })
+        .map_err(|error| error.to_string())
     }
 
     #[test]
     fn a_head_is_a_product_plus_a_bias() {
         let head = head(|_, _| {}).unwrap();
-        assert_eq!((head.layer, head.norm, head.context), (4, Norm::None, Context::SosShifted));
+        assert_eq!(
+            (head.layer, head.norm, head.context),
+            (4, Norm::None, Context::SosShifted)
+        );
         assert_eq!(head.labels, ["cat", "dog"]);
-        assert_eq!(head.logits(&[1.0, 2.0, 4.0]).map_bits(), [9.25_f32, -0.25].map_bits());
+        assert_eq!(
+            head.logits(&[1.0, 2.0, 4.0]).map_bits(),
+            [9.25_f32, -0.25].map_bits()
+        );
     }
 
     trait MapBits {
@@ -227,14 +269,21 @@ mod tests {
                 metadata.insert(key.to_owned(), value.to_owned());
             })
             .unwrap_err();
-            assert!(error.contains("--head pets=") && error.contains(words), "{error}");
+            assert!(
+                error.contains("--head pets=") && error.contains(words),
+                "{error}"
+            );
         };
         check("labels", "[\"cat\"]", "1 labels for 2 classes");
         check("labels", "cat", "labels are not a JSON array");
         check("layer", "last", "layer is \"last\"");
         check("norm", "L2", "norm is \"L2\"");
         check("context", "", "context is \"\"");
-        check("problem_type", "regression", "problem_type is \"regression\"");
+        check(
+            "problem_type",
+            "regression",
+            "problem_type is \"regression\"",
+        );
         let error = head(|metadata, _| drop(metadata.remove("norm"))).unwrap_err();
         assert!(error.contains("its metadata has no norm"), "{error}");
         let error = head(|_, shape| *shape = vec![3, 2]).unwrap_err();
@@ -244,7 +293,10 @@ mod tests {
     #[test]
     fn flags_are_name_and_file() {
         let flag: HeadFlag = "a=b/c=d".parse().unwrap();
-        assert_eq!((flag.name.as_str(), flag.file), ("a", PathBuf::from("b/c=d")));
+        assert_eq!(
+            (flag.name.as_str(), flag.file),
+            ("a", PathBuf::from("b/c=d"))
+        );
         for text in ["", "a", "=b", "a="] {
             assert!(text.parse::<HeadFlag>().is_err(), "{text:?}");
         }

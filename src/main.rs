@@ -1,11 +1,16 @@
 //! The life of the process.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
+use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::ServeConfig;
+use imagegpt::engine::onnx;
+use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::worker::{Ended, Worker, onnx_factory};
@@ -29,6 +34,10 @@ struct Cli {
 enum Command {
     /// Serve a model over gRPC
     Serve(Box<ServeConfig>),
+    /// Make graphs that run several times faster than a published export
+    Compile(CompileArgs),
+    /// Show what a compiled directory holds
+    Inspect(InspectArgs),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
 }
@@ -36,6 +45,8 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Serve(config) => serve(&config),
+        Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
+        Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
         Command::Neighbors(config) => show_neighbors(&config),
     };
     outcome.unwrap_or_else(|error| {
@@ -43,6 +54,13 @@ fn main() -> ExitCode {
         let _ = writeln!(std::io::stderr(), "imagegpt: {error:#}");
         ExitCode::from(EXIT_USAGE)
     })
+}
+
+fn to_stdout(
+    command: impl FnOnce(&mut std::io::Stdout) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
+    command(&mut std::io::stdout())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -55,12 +73,16 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     config.validate()?;
     imagegpt::telemetry::init(&config.log)?;
-    let model = Model::open(&config.model.model, config.model.model_name.as_deref())?;
-    let factory = onnx_factory(config, &model);
+    let folder = locate(config)?;
+    let name = config.model.model_name.as_deref();
+    let model = Model::open(&folder, name)?;
+    let heads = config.model.heads.iter().map(Head::open);
+    let heads = heads.collect::<Result<Vec<_>, _>>()?;
+    let factory = onnx_factory(config, &model, &heads);
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut worker = Worker::start(config, model, factory).await?;
+        let mut worker = Worker::start(config, model, heads, factory).await?;
         tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
         tokio::select! {
             ready = worker.ready() => { ready.context("the model cannot be served")?; }
@@ -93,6 +115,27 @@ fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
             }
         })
     })
+}
+
+/// The directory to serve, compiled if it has to be.
+fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
+    let library = onnx::find_library(config.model.onnxruntime.as_deref());
+    let provider = match config.model.execution_provider {
+        onnx::Provider::Cuda => compile::Provider::Cuda,
+        // A GPU that is there by chance is no reason to compile for it.
+        onnx::Provider::Cpu | onnx::Provider::Auto => compile::Provider::Cpu,
+    };
+    let runtime = || Ok(Runtime::new(onnx::environment(&library)?, provider)?);
+    let mut bars = Bars::new();
+    let folder = cache::locate(
+        &config.model.model,
+        &config.model.compile,
+        provider,
+        runtime,
+        &mut bars,
+    );
+    bars.end();
+    folder
 }
 
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<ExitCode> {

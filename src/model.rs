@@ -206,7 +206,11 @@ impl Model {
         match &compiled {
             // The manifest vouches for what was made from which weights, and
             // hashing gigabytes at every start would say no more.
-            Some(compiled) => mix(&mut digest, Path::new("compiled"), compiled.identity.as_bytes()),
+            Some(compiled) => mix(
+                &mut digest,
+                Path::new("compiled"),
+                compiled.identity.as_bytes(),
+            ),
             None => hash_graphs(&graphs, &mut digest)?,
         }
         Ok(Self {
@@ -304,7 +308,12 @@ impl Model {
                 &default
             }
             // A model that does not count its layers has its last one only.
-            ([], None) => return self.graphs.contains_key(&Graph::Hidden).then_some(Want::Mean),
+            ([], None) => {
+                return self
+                    .graphs
+                    .contains_key(&Graph::Hidden)
+                    .then_some(Want::Mean);
+            }
             (layers, _) => layers,
         };
         let served = self.layers_served(norm);
@@ -356,7 +365,10 @@ impl Compiled {
             Manifest::read(dir).map_err(|error| ModelError::new(dir, error.to_string()))?;
         let mut graphs = BTreeMap::new();
         for (kind, graph) in [
-            (Kind::Embed(Norm::PreAttnRms), Graph::Features(Norm::PreAttnRms)),
+            (
+                Kind::Embed(Norm::PreAttnRms),
+                Graph::Features(Norm::PreAttnRms),
+            ),
             (Kind::Embed(Norm::None), Graph::Features(Norm::None)),
             (Kind::Hidden, Graph::Hidden),
             (Kind::Classify, Graph::Logits),
@@ -398,6 +410,12 @@ fn hash_graphs(graphs: &BTreeMap<Graph, PathBuf>, digest: &mut Sha256) -> Result
         }
     }
     Ok(())
+}
+
+/// Whether a directory has a published graph.
+#[must_use]
+pub fn has_graphs(dir: &Path) -> bool {
+    find_graphs(dir).is_ok()
 }
 
 fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {

@@ -43,6 +43,21 @@ pub struct Runtime {
 pub type Operators = BTreeMap<String, BTreeMap<String, usize>>;
 
 impl Runtime {
+    /// A runtime with the worker's own operators.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be registered.
+    pub fn new(environment: Environment, provider: Provider) -> ort::Result<Self> {
+        Ok(Self {
+            environment,
+            provider,
+            operators: Some(Arc::new(crate::engine::attention::domain()?)),
+            n_threads: 0,
+            residence: Residence::Mapped,
+        })
+    }
+
     /// Opens a graph, recording what runs if `profile` says where to.
     ///
     /// # Errors

@@ -102,7 +102,13 @@ enum Integer {
 /// user goes, after which no other can be made: so the first stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-fn environment(library: &Path) -> Result<Environment, EngineError> {
+/// The process's environment, made from `library` the first time.
+///
+/// # Errors
+///
+/// When the library is missing or of another version; the text says what to
+/// do.
+pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     let mut environment = ENVIRONMENT
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -91,18 +91,15 @@ pub(super) fn context_applied(context: Context) -> i32 {
 }
 
 /// What to compute for these options, if the model has it.
-pub(super) fn want(
-    model: &Model,
-    pooling: i32,
-    layers: &[u32],
-    norm: Norm,
-) -> Result<Want, Error> {
+pub(super) fn want(model: &Model, pooling: i32, layers: &[u32], norm: Norm) -> Result<Want, Error> {
     let want = match known("pooling", pooling)? {
         pb::Pooling::Unspecified | pb::Pooling::Mean => {
-            return model.features(layers, norm).ok_or_else(|| Error::LayersMissing {
-                given: layers.to_vec(),
-                served: ranges(&model.layers_served(norm)),
-            });
+            return model
+                .features(layers, norm)
+                .ok_or_else(|| Error::LayersMissing {
+                    given: layers.to_vec(),
+                    served: ranges(&model.layers_served(norm)),
+                });
         }
         pb::Pooling::None => Want::States,
         pb::Pooling::Last => Want::Last,

@@ -7,6 +7,7 @@ use clap::Parser;
 use imagegpt::config::ServeConfig;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
+use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::pb;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
@@ -79,8 +80,14 @@ pub(crate) async fn start(
 ) -> Running {
     let config = config(dir, flags);
     let model = Model::open(dir, None).expect("a model");
-    let factory = factory.unwrap_or_else(|| onnx_factory(&config, &model));
-    let mut worker = Worker::start(&config, model, factory)
+    let heads: Vec<Head> = config
+        .model
+        .heads
+        .iter()
+        .map(|flag| Head::open(flag).expect("a head"))
+        .collect();
+    let factory = factory.unwrap_or_else(|| onnx_factory(&config, &model, &heads));
+    let mut worker = Worker::start(&config, model, heads, factory)
         .await
         .expect("a worker");
     worker.ready().await.expect("a ready engine");

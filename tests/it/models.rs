@@ -21,6 +21,8 @@ fn complaint(dir: &Path) -> Option<String> {
         positions: model.positions(),
         n_colors: model.clusters.len(),
         n_labels: model.labels.len(),
+        head_width: None,
+        compiled_for: None,
         graphs: model.graphs,
         max_batch_size: 2,
     };
