@@ -1,7 +1,7 @@
 //! Compiled graphs against the model card's recipe, interleaved in one
 //! process: `cargo bench --bench graphs -- RECIPE.onnx FOLDER...`, where
 //! folders are compiled from the checkpoint that RECIPE was exported from
-//! (tests/parity/card_recipe.py), with ONNX Runtime in `ORT_DYLIB_PATH`.
+//! (`tests/parity/card_recipe.py`), with ONNX Runtime in `ORT_DYLIB_PATH`.
 //! `THREADS` (2), `BATCH` (1), `ROUNDS` (7) and `RESIDENCE` (mapped, or packed)
 //! are read from the environment.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]

@@ -18,6 +18,7 @@ pub mod graph;
 pub mod hub;
 pub mod manifest;
 pub mod onnx;
+pub mod options;
 pub mod reference;
 pub mod runtime;
 pub mod source;
@@ -26,17 +27,15 @@ pub mod store;
 pub mod verify;
 pub mod weights;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use prost::Message;
-use serde::{Deserialize, Serialize};
 
 use self::checkpoint::Checkpoint;
 use self::config::Architecture;
 use self::graph::{Attention, Kind, Plan};
 use self::manifest::SourceFacts;
-use self::onnx::DataType;
 use self::stage::Stage;
 use self::store::Parts;
 use self::verify::Trial;
@@ -44,167 +43,9 @@ use self::weights::Weights;
 
 pub use self::error::CompileError;
 pub use self::manifest::Manifest;
+pub use self::options::{CompileOptions, Precision, Provider, Task};
 pub use self::runtime::{Residence, Runtime};
 pub use self::source::Source;
-
-/// How numbers are kept and computed.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    PartialOrd,
-    Ord,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// All in 32-bit floats.
-    Fp32,
-    /// All in 16-bit floats, for GPUs.
-    Fp16,
-    /// All in bfloat16, for GPUs: less exact than fp16, but never too large.
-    Bf16,
-    /// Dense products in 8-bit integers, the rest in 32-bit floats, for CPUs.
-    Int8,
-}
-
-impl Precision {
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fp32 => "fp32",
-            Self::Fp16 => "fp16",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-
-    /// Relative error against the reference above which nothing is written.
-    #[must_use]
-    pub fn tolerance(self) -> f64 {
-        match self {
-            Self::Fp32 => 1e-5,
-            Self::Fp16 | Self::Bf16 => 1e-2,
-            Self::Int8 => 5e-2,
-        }
-    }
-
-    /// What flows between operators.
-    pub(crate) fn activation(self) -> DataType {
-        match self {
-            Self::Fp32 | Self::Int8 => DataType::Float,
-            Self::Fp16 => DataType::Float16,
-            Self::Bf16 => DataType::Bfloat16,
-        }
-    }
-}
-
-/// What a compiled folder can do.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    PartialOrd,
-    Ord,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Task {
-    /// Features of each layer up to the feature layer, pooled over positions.
-    Embed,
-    /// The last hidden state of every position.
-    Hidden,
-    /// Scores of a fine-tuned classification head.
-    Classify,
-    /// How unlikely each token of an image is.
-    Score,
-    /// New images, token by token.
-    Generate,
-}
-
-impl Task {
-    pub const ALL: [Self; 5] = [
-        Self::Embed,
-        Self::Hidden,
-        Self::Classify,
-        Self::Score,
-        Self::Generate,
-    ];
-
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Embed => "embed",
-            Self::Hidden => "hidden",
-            Self::Classify => "classify",
-            Self::Score => "score",
-            Self::Generate => "generate",
-        }
-    }
-}
-
-/// What graphs are made for.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    PartialOrd,
-    Ord,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Provider {
-    Cpu,
-    Cuda,
-}
-
-impl Provider {
-    /// ONNX Runtime's name of it.
-    #[must_use]
-    pub fn runtime_name(self) -> &'static str {
-        match self {
-            Self::Cpu => "CPUExecutionProvider",
-            Self::Cuda => "CUDAExecutionProvider",
-        }
-    }
-}
-
-/// What to make of a source.
-#[derive(Debug, Clone)]
-pub struct CompileOptions {
-    pub precision: Precision,
-    pub provider: Provider,
-    /// `None` for all that the checkpoint has heads for.
-    pub tasks: Option<BTreeSet<Task>>,
-    /// Where `embed` ends; `None` for two thirds of the depth.
-    pub feature_layer: Option<usize>,
-}
-
-impl Default for CompileOptions {
-    fn default() -> Self {
-        Self {
-            precision: Precision::Fp32,
-            provider: Provider::Cpu,
-            tasks: None,
-            feature_layer: None,
-        }
-    }
-}
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -260,7 +101,7 @@ pub fn compile(
     let weights = Weights::new(&checkpoint, architecture);
     let tasks = tasks(&weights, options)?;
     let feature_layer = feature_layer(&weights.architecture, options)?;
-    check_provider(options, runtime)?;
+    options.check(runtime)?;
     let mut kinds: Vec<(Task, Kind)> = Vec::new();
     for task in &tasks {
         kinds.extend(Kind::of(*task).iter().map(|kind| (*task, *kind)));
@@ -344,6 +185,40 @@ pub fn compile(
     Ok(manifest)
 }
 
+/// The compiled folder of `source` in the folder `cache`, made if it is not
+/// there: for serving a source as it is.
+///
+/// It is found again by the weights' digest, the options and this version.
+/// Two processes may make it at once; the one that ends later takes what the
+/// other made.
+///
+/// # Errors
+///
+/// As for [`compile`].
+pub fn compile_cached(
+    source: &Source,
+    cache: &Path,
+    options: &CompileOptions,
+    runtime: &Runtime,
+    progress: &mut dyn Progress,
+) -> Result<(PathBuf, Manifest), CompileError> {
+    let local = source.fetch(progress)?;
+    let checkpoint = Checkpoint::open(&local.folder)?;
+    progress.begin(Step::Digest, checkpoint.bytes()?);
+    let sha256 = checkpoint.digest(|bytes| progress.advance(bytes))?;
+    let folder = cache.join(options.cache_key(&sha256, runtime));
+    if let Ok(manifest) = Manifest::read(&folder) {
+        return Ok((folder, manifest));
+    }
+    match compile(source, &folder, options, runtime, progress) {
+        Ok(manifest) => Ok((folder, manifest)),
+        Err(error) => match Manifest::read(&folder) {
+            Ok(manifest) => Ok((folder, manifest)),
+            Err(_) => Err(error),
+        },
+    }
+}
+
 /// What is asked for, or all that the checkpoint has heads for.
 fn tasks(weights: &Weights<'_>, options: &CompileOptions) -> Result<Vec<Task>, CompileError> {
     let missing = |task| match task {
@@ -385,26 +260,6 @@ fn feature_layer(
         "feature layer {layer} is beyond the model's {} layers",
         architecture.n_layers
     )))
-}
-
-fn check_provider(options: &CompileOptions, runtime: &Runtime) -> Result<(), CompileError> {
-    let refuse = |text: &str| Err(CompileError::Options(text.to_owned()));
-    match (options.precision, options.provider) {
-        (Precision::Int8, Provider::Cuda) => {
-            refuse("int8 is for the CPU, ONNX Runtime has no such product for CUDA; use bf16")
-        }
-        (Precision::Fp16 | Precision::Bf16, Provider::Cpu) => refuse(
-            "ONNX Runtime computes fp16 and bf16 on the CPU slowly or not at all; use int8, or \
-             compile for CUDA",
-        ),
-        (Precision::Bf16, Provider::Cuda) if runtime.provider == Provider::Cpu => {
-            refuse("bf16 can only be tried on a GPU, so compile where there is one")
-        }
-        (_, Provider::Cpu) if runtime.provider == Provider::Cuda => {
-            refuse("graphs for the CPU are tried on the CPU")
-        }
-        _ => Ok(()),
-    }
 }
 
 fn attention(kind: Kind, provider: Provider, runtime: &Runtime) -> Attention {

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 
 use imagegpt::compile::{
     CompileError, CompileOptions, Manifest, Precision, Provider, Residence, Runtime, Silent,
-    Source, Task, compile,
+    Source, Task, compile, compile_cached,
 };
 use ort::environment::Environment;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -307,4 +307,26 @@ fn an_output_in_use_is_left_alone() {
             .contains("not an empty folder")
     );
     assert_eq!(fs::read(&mine).unwrap(), b"precious");
+}
+
+#[test]
+fn a_cached_folder_is_found_again() {
+    let Some(runtime) = runtime() else {
+        return;
+    };
+    let source = checkpoint(|_| {});
+    let source = Source::Folder(source.path().to_owned());
+    let cache = TempDir::new().unwrap();
+    let get = |options: &CompileOptions| {
+        compile_cached(&source, cache.path(), options, &runtime, &mut Silent).unwrap()
+    };
+    let (folder, manifest) = get(&CompileOptions::default());
+    let made = fs::metadata(&folder).unwrap().created().unwrap();
+    assert_eq!(get(&CompileOptions::default()), (folder.clone(), manifest));
+    assert_eq!(fs::metadata(&folder).unwrap().created().unwrap(), made);
+    let int8 = CompileOptions {
+        precision: Precision::Int8,
+        ..CompileOptions::default()
+    };
+    assert_ne!(get(&int8).0, folder);
 }
