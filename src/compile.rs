@@ -20,7 +20,6 @@ pub mod manifest;
 pub mod onnx;
 pub mod options;
 pub mod reference;
-pub mod runtime;
 pub mod source;
 mod stage;
 pub mod store;
@@ -44,8 +43,8 @@ use self::weights::Weights;
 pub use self::error::CompileError;
 pub use self::manifest::Manifest;
 pub use self::options::{CompileOptions, Precision, Provider, Task};
-pub use self::runtime::{Residence, Runtime};
 pub use self::source::Source;
+pub use crate::engine::runtime::{Residence, Runtime};
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

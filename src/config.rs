@@ -372,13 +372,14 @@ impl ServeConfig {
                     .to_owned(),
             );
         }
-        let mut names: Vec<&str> = self.model.heads.iter().map(|h| h.name.as_str()).collect();
-        names.sort_unstable();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return refuse(format!(
-                "--head {} is given twice; names must differ",
-                pair[0]
-            ));
+        let heads = &self.model.heads;
+        for (idx, head) in heads.iter().enumerate() {
+            if heads[..idx].iter().any(|other| other.name == head.name) {
+                return refuse(format!(
+                    "--head {} is given twice; names must differ",
+                    head.name
+                ));
+            }
         }
         Ok(())
     }

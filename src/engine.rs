@@ -9,6 +9,7 @@
 pub mod attention;
 pub mod fake;
 pub mod onnx;
+pub mod runtime;
 
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;

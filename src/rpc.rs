@@ -272,16 +272,13 @@ impl Service {
         let (metadata, _, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         let head = convert::head(&self.heads, &request.head, &self.model)?;
-        let (work, context) = match head {
-            Some(head) => (
-                convert::head_work(head, request.context, &self.model)?,
-                head.context,
-            ),
-            None => {
-                let context = convert::context(request.context)?;
-                let want = Want::Logits;
-                (Work::Infer { context, want }, context)
-            }
+        let (work, context) = if let Some(head) = head {
+            let work = convert::head_work(head, request.context, &self.model)?;
+            (work, head.context)
+        } else {
+            let context = convert::context(request.context)?;
+            let want = Want::Logits;
+            (Work::Infer { context, want }, context)
         };
         let (labels, activation) = match head {
             Some(head) => (head.labels.as_slice(), head.activation),

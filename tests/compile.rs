@@ -1,6 +1,6 @@
 //! `imagegpt::compile` from a checkpoint to a folder, and everything that must
-//! leave no folder. Needs ONNX Runtime in `ORT_DYLIB_PATH`; without it only
-//! what fails before a graph runs is tested.
+//! leave no folder. Needs ONNX Runtime: what `make setup` brought, or
+//! `ORT_DYLIB_PATH`.
 #![allow(
     clippy::unwrap_used,
     reason = "a failure in a test's own work is a failed test"
@@ -8,13 +8,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use imagegpt::compile::{
-    CompileError, CompileOptions, Manifest, Precision, Provider, Residence, Runtime, Silent,
-    Source, Task, compile, compile_cached,
+    CompileError, CompileOptions, Manifest, Precision, Provider, Runtime, Silent, Source, Task,
+    compile, compile_cached,
 };
+use imagegpt::engine::onnx;
 use ort::environment::Environment;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
@@ -104,41 +105,28 @@ fn checkpoint(change: impl FnOnce(&mut Tensors)) -> TempDir {
     folder
 }
 
-fn runtime() -> Option<Runtime> {
-    static ENVIRONMENT: OnceLock<Option<Environment>> = OnceLock::new();
+fn runtime() -> Runtime {
+    static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
     let environment = ENVIRONMENT.get_or_init(|| {
-        let library = std::env::var_os("ORT_DYLIB_PATH")?;
-        Some(ort::init_from(library).unwrap().build().unwrap())
+        let given = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from);
+        onnx::environment(&onnx::find_library(given.as_deref())).unwrap()
     });
-    let Some(environment) = environment.clone() else {
-        eprintln!("ORT_DYLIB_PATH is not set: not tested");
-        return None;
-    };
-    Some(Runtime {
-        environment,
-        provider: Provider::Cpu,
-        operators: None,
+    Runtime {
         n_threads: 1,
-        residence: Residence::Mapped,
-    })
+        ..Runtime::new(environment.clone(), Provider::Cpu).unwrap()
+    }
 }
 
-fn run(
-    source: &Path,
-    output: &Path,
-    options: &CompileOptions,
-) -> Option<Result<Manifest, CompileError>> {
+fn run(source: &Path, output: &Path, options: &CompileOptions) -> Result<Manifest, CompileError> {
     let source = Source::Folder(source.to_owned());
-    Some(compile(&source, output, options, &runtime()?, &mut Silent))
+    compile(&source, output, options, &runtime(), &mut Silent)
 }
 
 /// What compiling fails with; the output and all traces of it must be absent.
 #[track_caller]
 fn refused(source: &Path, options: &CompileOptions, word: &str) {
     let parent = TempDir::new().unwrap();
-    let Some(result) = run(source, &parent.path().join("out"), options) else {
-        return;
-    };
+    let result = run(source, &parent.path().join("out"), options);
     let error = result.unwrap_err().to_string();
     assert!(error.contains(word), "{error}");
     assert!(!error.contains('\n'), "{error}");
@@ -153,9 +141,7 @@ fn every_task_is_compiled_and_described() {
     let abandoned = parent.path().join(".out.partial-4194304-0");
     fs::create_dir(&abandoned).unwrap();
     let output = parent.path().join("out");
-    let Some(result) = run(source.path(), &output, &CompileOptions::default()) else {
-        return;
-    };
+    let result = run(source.path(), &output, &CompileOptions::default());
     let manifest = result.unwrap();
     assert_eq!(manifest, Manifest::read(&output).unwrap());
     assert!(!abandoned.exists());
@@ -169,7 +155,7 @@ fn every_task_is_compiled_and_described() {
         assert!(graph.cosine > 0.999_999);
     }
     let ran = &manifest.graphs["hidden"].operators["CPUExecutionProvider"];
-    assert_eq!(ran["MultiHeadAttention"], LAYERS);
+    assert_eq!(ran["CausalAttention"], LAYERS);
     assert_eq!(ran["SimplifiedLayerNormalization"], 2 * LAYERS + 1);
 
     fs::remove_file(output.join("hidden.onnx")).unwrap();
@@ -189,9 +175,7 @@ fn every_feature_layer_can_end_the_graph() {
                 tasks: Some(BTreeSet::from([Task::Embed])),
                 ..CompileOptions::default()
             };
-            let Some(result) = run(source.path(), &parent.path().join("out"), &options) else {
-                return;
-            };
+            let result = run(source.path(), &parent.path().join("out"), &options);
             let manifest = result.unwrap();
             assert_eq!(manifest.graphs["embed-none"].n_layers, layer);
             assert_eq!(
@@ -212,9 +196,7 @@ fn a_backbone_alone_has_fewer_tasks() {
     });
     let parent = TempDir::new().unwrap();
     let options = CompileOptions::default();
-    let Some(result) = run(source.path(), &parent.path().join("out"), &options) else {
-        return;
-    };
+    let result = run(source.path(), &parent.path().join("out"), &options);
     assert_eq!(result.unwrap().tasks, [Task::Embed, Task::Hidden]);
     let options = CompileOptions {
         tasks: Some(BTreeSet::from([Task::Score])),
@@ -297,9 +279,7 @@ fn an_output_in_use_is_left_alone() {
     let output = TempDir::new().unwrap();
     let mine = output.path().join("mine");
     fs::write(&mine, "precious").unwrap();
-    let Some(result) = run(source.path(), output.path(), &CompileOptions::default()) else {
-        return;
-    };
+    let result = run(source.path(), output.path(), &CompileOptions::default());
     assert!(
         result
             .unwrap_err()
@@ -311,9 +291,7 @@ fn an_output_in_use_is_left_alone() {
 
 #[test]
 fn a_cached_folder_is_found_again() {
-    let Some(runtime) = runtime() else {
-        return;
-    };
+    let runtime = runtime();
     let source = checkpoint(|_| {});
     let source = Source::Folder(source.path().to_owned());
     let cache = TempDir::new().unwrap();

@@ -3,10 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{Checkpoint, weight_files};
-use super::{
-    CompileOptions, Manifest, Progress, Provider, Runtime, Source, Step, compile, manifest,
-};
+use super::checkpoint::weight_files;
+use super::{CompileOptions, Progress, Provider, Runtime, Source, compile_cached, manifest};
 use crate::config::CompileConfig;
 use crate::model;
 
@@ -31,64 +29,19 @@ pub fn locate(
         // complain about.
         return Ok(folder.clone());
     }
-    let local = source.fetch(progress)?;
-    let checkpoint = Checkpoint::open(&local.folder)?;
-    progress.begin(Step::Digest, checkpoint.bytes()?);
-    let digest = checkpoint.digest(|bytes| progress.advance(bytes))?;
     let options = CompileOptions {
         precision: config.precision,
         provider,
         tasks: None,
         feature_layer: config.feature_layer,
     };
-    let folder = cache(config)?.join(key(&source, &digest, &options));
-    if Manifest::read(&folder).is_ok() {
-        return Ok(folder);
-    }
-    let compiled = compile(
-        &Source::Folder(local.folder),
-        &folder,
-        &options,
-        &runtime()?,
-        progress,
-    );
-    match compiled {
-        Ok(_) => Ok(folder),
-        // Another worker may have compiled the same meanwhile.
-        Err(_) if Manifest::read(&folder).is_ok() => Ok(folder),
-        Err(error) => Err(error.into()),
-    }
+    let cache = cache(config)?;
+    let (folder, _) = compile_cached(&source, &cache, &options, &runtime()?, progress)?;
+    Ok(folder)
 }
 
 fn is_servable(folder: &Path) -> bool {
     folder.join(manifest::FILE).is_file() || model::has_graphs(folder)
-}
-
-/// A name that says what it is to a person, and all that the graphs follow
-/// from to a machine.
-fn key(source: &Source, digest: &str, options: &CompileOptions) -> String {
-    let name: String = source
-        .to_string()
-        .trim_end_matches('/')
-        .rsplit('/')
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-        .collect();
-    let layer = options
-        .feature_layer
-        .map_or_else(|| "default".to_owned(), |layer| layer.to_string());
-    format!(
-        "{name}-{}-{}-{}-layer-{layer}-v{}",
-        digest.get(..16).unwrap_or(digest),
-        options.precision.name(),
-        match options.provider {
-            Provider::Cpu => "cpu",
-            Provider::Cuda => "cuda",
-        },
-        env!("CARGO_PKG_VERSION"),
-    )
 }
 
 /// `--cache-dir`, else where the user's caches are.

@@ -48,6 +48,11 @@ pub struct CompileArgs {
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
 
+    /// Use ONNX Runtime's own operators only, so that the graphs run without
+    /// this worker too; on a CPU attention is then several times slower
+    #[arg(long)]
+    pub portable: bool,
+
     /// ONNX Runtime's shared library, as for serve
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     pub onnxruntime: Option<PathBuf>,
@@ -67,7 +72,10 @@ pub struct InspectArgs {
 /// One sentence that says what to change.
 pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let library = onnx::find_library(args.onnxruntime.as_deref());
-    let runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
+    let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
+    if args.portable {
+        runtime.operators = None;
+    }
     let options = CompileOptions {
         precision: args.precision,
         provider: args.provider,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::CompileError;
 use super::onnx::DataType;
-use super::runtime::Runtime;
+use crate::engine::runtime::Runtime;
 
 /// How numbers are kept and computed.
 #[derive(

@@ -17,9 +17,9 @@ use super::graph::{Kind, Norm, Plan};
 use super::manifest::GraphFacts;
 use super::onnx::Model;
 use super::reference::{self, Trace};
-use super::runtime::{self, Operators, Runtime};
 use super::weights::Weights;
 use super::{Provider, Task};
+use crate::engine::runtime::{Operators, Runtime, what_ran};
 
 /// Sequences in the trial: two show that rows do not mix.
 pub const N_SEQUENCES: usize = 2;
@@ -156,7 +156,7 @@ impl Trial {
             let width = shape.last().and_then(|size| usize::try_from(*size).ok());
             self.nearness(kind, values, width.unwrap_or(1))
         };
-        let operators = runtime::operators(&mut session).map_err(failed)?;
+        let operators = what_ran(&mut session).map_err(failed)?;
         let tolerance = plan.precision.tolerance();
         for (idx, error) in nearness.errors.iter().enumerate() {
             // Not a number is not near either.

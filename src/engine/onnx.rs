@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use ort::environment::Environment;
-use ort::ep;
-use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
+use super::runtime::{Residence, Runtime, operators};
 use super::{Engine, EngineError, Facts, Graph, Row};
 use crate::compile;
 use crate::job::{Layers, Want};
@@ -168,25 +168,23 @@ impl OnnxEngine {
     /// each text says what to change.
     pub fn load(options: &Options) -> Result<Self, EngineError> {
         let environment = environment(&options.library)?;
-        let provider = match options.provider {
-            Provider::Cpu => Provider::Cpu,
-            Provider::Cuda => Provider::Cuda,
-            Provider::Auto => match cuda_builder(&environment, options) {
-                Ok(_) => Provider::Cuda,
+        let cuda = runtime_of(environment.clone(), options, compile::Provider::Cuda)?;
+        let cpu = runtime_of(environment, options, compile::Provider::Cpu)?;
+        let runtime = match (options.provider, options.compiled_for) {
+            (Provider::Cpu, _) | (Provider::Auto, Some(compile::Provider::Cpu)) => cpu,
+            (Provider::Cuda, _) => cuda,
+            (Provider::Auto, _) => match builder(&cuda) {
+                Ok(_) => cuda,
                 Err(error) => {
                     tracing::info!(%error, "no CUDA execution provider; running on the CPU");
-                    Provider::Cpu
+                    cpu
                 }
             },
         };
-        check_compiled_for(options.compiled_for, provider)?;
+        check_compiled_for(options.compiled_for, runtime.provider)?;
         let mut engine = Self {
             facts: Facts {
-                provider: if provider == Provider::Cuda {
-                    "cuda"
-                } else {
-                    "cpu"
-                },
+                provider: provider_name(runtime.provider),
                 runtime_version: version(&options.library),
                 dimension: 0,
                 n_classes: 0,
@@ -195,13 +193,8 @@ impl OnnxEngine {
             positions: options.positions,
         };
         for (&graph, path) in &options.graphs {
-            let builder = match provider {
-                Provider::Cuda => cuda_builder(&environment, options)?,
-                Provider::Cpu | Provider::Auto => builder(&environment, options)?,
-            };
-            engine
-                .graphs
-                .insert(graph, Loaded::open(builder, graph, path)?);
+            let loaded = Loaded::open(builder(&runtime)?, graph, path)?;
+            engine.graphs.insert(graph, loaded);
             engine.warm_up(graph, options)?;
         }
         Ok(engine)
@@ -274,66 +267,60 @@ impl OnnxEngine {
 /// run there.
 fn check_compiled_for(
     compiled_for: Option<compile::Provider>,
-    provider: Provider,
+    provider: compile::Provider,
 ) -> Result<(), EngineError> {
-    let (made, given) = match (compiled_for, provider) {
-        (Some(compile::Provider::Cpu), Provider::Cuda) => ("cpu", "cuda"),
-        (Some(compile::Provider::Cuda), Provider::Cpu | Provider::Auto) => ("cuda", "cpu"),
-        _ => return Ok(()),
-    };
-    Err(EngineError::Provider(format!(
-        "the model was compiled for {made} and cannot run on {given}; compile it with --provider \
-         {given}, or serve it with --execution-provider {made}"
-    )))
-}
-
-fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilder, EngineError> {
-    let builder = Session::builder(environment)
-        .map_err(runtime)?
-        .with_optimization_level(GraphOptimizationLevel::Level3)
-        .map_err(runtime)?
-        // Spinning threads would take the cores that preprocessing needs.
-        .with_intra_op_spinning(false)
-        .map_err(runtime)?;
-    let builder = if options.compiled_for.is_some() {
-        builder
-            .with_operators(super::attention::domain().map_err(runtime)?)
-            .map_err(runtime)?
-            // Compiled graphs share one file of weights and compute from
-            // where it is mapped; packing would copy them for every graph.
-            .with_prepacking(false)
-            .map_err(runtime)?
-    } else {
-        builder
-    };
-    if options.intra_op_threads == 0 {
-        return Ok(builder);
+    match compiled_for {
+        Some(made) if made != provider => {
+            let (made, given) = (provider_name(made), provider_name(provider));
+            Err(EngineError::Provider(format!(
+                "the model was compiled for {made} and cannot run on {given}; compile it with \
+                 --provider {given}, or serve it with --execution-provider {made}"
+            )))
+        }
+        _ => Ok(()),
     }
-    builder
-        .with_intra_threads(options.intra_op_threads)
-        .map_err(runtime)
 }
 
-fn cuda_builder(
-    environment: &Environment,
+fn provider_name(provider: compile::Provider) -> &'static str {
+    match provider {
+        compile::Provider::Cpu => "cpu",
+        compile::Provider::Cuda => "cuda",
+    }
+}
+
+/// How sessions are opened for these options.
+fn runtime_of(
+    environment: Environment,
     options: &Options,
-) -> Result<SessionBuilder, EngineError> {
-    let cuda = ep::CUDA::default()
-        .with_device_id(options.device_id)
-        .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
-        // Embeddings must not depend on a hidden change of precision.
-        .with_tf32(false)
-        .build()
-        .error_on_failure();
-    builder(environment, options)?
-        .with_execution_providers([cuda])
-        .map_err(|error| {
-            EngineError::Provider(format!(
-                "the CUDA execution provider cannot be used: {error}; it needs onnxruntime-gpu's \
-                 library by --onnxruntime and CUDA's libraries on LD_LIBRARY_PATH; or choose \
-                 --execution-provider cpu"
-            ))
-        })
+    provider: compile::Provider,
+) -> Result<Runtime, EngineError> {
+    let (operators, residence) = if options.compiled_for.is_some() {
+        // Compiled graphs share one file of weights and compute from where it
+        // is mapped; packing would copy them for every graph.
+        (Some(operators().map_err(runtime)?), Residence::Mapped)
+    } else {
+        (None, Residence::Packed)
+    };
+    Ok(Runtime {
+        environment,
+        provider,
+        device_id: options.device_id,
+        operators,
+        n_threads: options.intra_op_threads,
+        residence,
+    })
+}
+
+/// A session's options, or what to do when the provider cannot be had.
+fn builder(runtime: &Runtime) -> Result<SessionBuilder, EngineError> {
+    runtime.builder().map_err(|error| match runtime.provider {
+        compile::Provider::Cpu => self::runtime(error),
+        compile::Provider::Cuda => EngineError::Provider(format!(
+            "the CUDA execution provider cannot be used: {error}; it needs onnxruntime-gpu's \
+             library by --onnxruntime and CUDA's libraries on LD_LIBRARY_PATH; or choose \
+             --execution-provider cpu"
+        )),
+    })
 }
 
 /// The library's version: from its file's name (`libonnxruntime.so.1.31.1`),

@@ -2,7 +2,7 @@
 
     compile_parity.py COMPILER [CASE...]
 
-COMPILER is the binary of examples/compile.rs; ORT_DYLIB_PATH names the library
+COMPILER is the imagegpt binary; ORT_DYLIB_PATH names the library
 that it uses. Every case is a head shape of a released model at reduced depth
 and width, with norms and biases that are not the defaults, saved in one of the
 published layouts; every task and every layer is compared, in fp32 and int8.
@@ -194,7 +194,10 @@ def main():
             for precision in TOLERANCE:
                 output = work / precision
                 layers = str(model.config.n_layer)
-                command = [compiler, str(work / "source"), str(output), precision, "cpu", layers]
+                command = [
+                    compiler, "compile", str(work / "source"), "--output", str(output),
+                    "--precision", precision, "--feature-layer", layers, "--portable",
+                ]
                 subprocess.run(command, check=True, capture_output=True, env=os.environ)
                 errors = dict(compare(model, output, precision))
                 worst = max(errors, key=errors.get)

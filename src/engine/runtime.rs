@@ -1,4 +1,5 @@
-//! Sessions to try graphs in, and what ran in them.
+//! How sessions are opened, to serve graphs or to try them, and what ran in
+//! them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,10 +9,10 @@ use ort::environment::Environment;
 use ort::ep;
 use ort::operator::OperatorDomain;
 use ort::session::Session;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use serde::Deserialize;
 
-use super::Provider;
+use crate::compile::Provider;
 
 /// What sessions do with `weights.bin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,13 +25,15 @@ pub enum Residence {
     Packed,
 }
 
-/// What graphs are tried with. A process has one environment, so the caller
-/// brings it.
+/// What graphs run with. A process has one environment, so the caller brings
+/// it.
 #[derive(Clone)]
 pub struct Runtime {
     pub environment: Environment,
-    /// Where graphs run while they are tried.
+    /// Where graphs run.
     pub provider: Provider,
+    /// Which GPU.
+    pub device_id: i32,
     /// The worker's own operators. Without them graphs for the CPU use
     /// ONNX Runtime's attention.
     pub operators: Option<Arc<OperatorDomain>>,
@@ -52,20 +55,22 @@ impl Runtime {
         Ok(Self {
             environment,
             provider,
-            operators: Some(Arc::new(crate::engine::attention::domain()?)),
+            device_id: 0,
+            operators: Some(operators()?),
             n_threads: 0,
             residence: Residence::Mapped,
         })
     }
 
-    /// Opens a graph, recording what runs if `profile` says where to.
+    /// A session's options, before it has a graph.
     ///
     /// # Errors
     ///
-    /// When ONNX Runtime does not take it.
-    pub fn open(&self, graph: &Path, profile: Option<&Path>) -> ort::Result<Session> {
+    /// When the provider cannot be had.
+    pub fn builder(&self) -> ort::Result<SessionBuilder> {
         let mut builder = Session::builder(&self.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
+            // Spinning threads would take the cores that preprocessing needs.
             .with_intra_op_spinning(false)?
             .with_prepacking(self.residence == Residence::Packed)?;
         if self.n_threads != 0 {
@@ -76,17 +81,42 @@ impl Runtime {
         }
         if self.provider == Provider::Cuda {
             let cuda = ep::CUDA::default()
+                .with_device_id(self.device_id)
+                // Features must not depend on a hidden change of precision.
                 .with_tf32(false)
                 .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
                 .build()
                 .error_on_failure();
             builder = builder.with_execution_providers([cuda])?;
         }
+        Ok(builder)
+    }
+
+    /// Opens a graph, recording what runs if `profile` says where to.
+    ///
+    /// # Errors
+    ///
+    /// When ONNX Runtime does not take it.
+    pub fn open(&self, graph: &Path, profile: Option<&Path>) -> ort::Result<Session> {
+        let mut builder = self.builder()?;
         if let Some(profile) = profile {
             builder = builder.with_profiling(profile)?;
         }
         builder.commit_from_file(graph)
     }
+}
+
+/// The worker's own operators.
+///
+/// # Errors
+///
+/// When ONNX Runtime does not take them.
+#[expect(
+    clippy::arc_with_non_send_sync,
+    reason = "it is the type that sessions share operators by"
+)]
+pub fn operators() -> ort::Result<Arc<OperatorDomain>> {
+    Ok(Arc::new(super::attention::domain()?))
 }
 
 #[derive(Deserialize)]
@@ -118,7 +148,7 @@ struct Arguments {
 /// # Errors
 ///
 /// When the profile cannot be read.
-pub fn operators(session: &mut Session) -> Result<Operators, String> {
+pub fn what_ran(session: &mut Session) -> Result<Operators, String> {
     let file = session.end_profiling().map_err(|error| error.to_string())?;
     let text = std::fs::read(&file).map_err(|error| format!("{file}: {error}"));
     // A profile that stays behind would only take space.
