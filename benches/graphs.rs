@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use imagegpt::compile::{Manifest, Provider, Residence, Runtime};
+use imagegpt::engine::onnx;
 use ort::session::Session;
 use ort::value::{Tensor, TensorElementType};
 
@@ -44,13 +45,12 @@ fn main() -> anyhow::Result<()> {
         setting("BATCH", 1),
         setting("ROUNDS", 7),
     );
-    let library = std::env::var_os("ORT_DYLIB_PATH").context("no ORT_DYLIB_PATH")?;
+    let given = std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from);
+    let environment = onnx::environment(&onnx::find_library(given.as_deref()))?;
     let mut runtime = Runtime {
-        environment: ort::init_from(library)?.with_telemetry(false).build()?,
-        provider: Provider::Cpu,
-        operators: None,
         n_threads: threads,
         residence: Residence::Packed,
+        ..Runtime::new(environment, Provider::Cpu)?
     };
 
     let mut contenders = vec![contender(

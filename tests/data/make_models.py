@@ -178,6 +178,22 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
     onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
+def layer_features(model, input_ids) -> dict:
+    """The mean over positions of each layer, embedding first: `raw` as
+    transformers' hidden_states, `normed` as the next layer's attention sees
+    it; after the last layer both are what ln_f leaves."""
+    with torch.no_grad():
+        states = model.transformer(
+            input_ids, output_hidden_states=True, use_cache=False, return_dict=True
+        ).hidden_states
+        norms = [block.ln_1 for block in model.transformer.h] + [torch.nn.Identity()]
+        normed = [norm(state) for norm, state in zip(norms, states, strict=True)]
+    return {
+        "layers_raw": [state[0].mean(dim=0).tolist() for state in states],
+        "layers_normed": [state[0].mean(dim=0).tolist() for state in normed],
+    }
+
+
 def expected(model) -> dict:
     """What every whole folder must answer for these tokens, by PyTorch."""
     random = np.random.RandomState(SEED)
@@ -195,6 +211,7 @@ def expected(model) -> dict:
                 "first": states[0].tolist(),
                 "last": states[-1].tolist(),
                 "logits": logits.tolist(),
+                **layer_features(model, input_ids),
             }
         cases.append(case)
     return {"relative_error_max": 1e-5, "cases": cases}
@@ -223,6 +240,10 @@ def main() -> None:
     export(Logits(model).eval(), "logits", micro / "model_classification.onnx")
     graph = onnx.load(micro / "model.onnx")
     write_json(FOLDER / "expected.json", expected(model))
+
+    checkpoint = folder("micro-checkpoint", labeled, preprocessor(clusters))
+    model.save_pretrained(checkpoint)
+    write_json(checkpoint / "config.json", labeled)
 
     multilabel = labeled | {"problem_type": "multi_label_classification"}
     path = folder("micro-multilabel", multilabel, preprocessor(clusters))
