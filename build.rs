@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Images and tensors are handed on as they came off the wire.
         .bytes(".imagegpt.v1")
+        .codec_path("crate::rpc::codec::ScanningCodec")
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .compile_fds(descriptors)?;
     Ok(())

@@ -69,6 +69,7 @@ fn main() -> anyhow::Result<()> {
         graphs: model.graphs.clone(),
         positions: model.positions(),
         n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
         head_width: None,
         compiled_for: model.compiled.map(|compiled| compiled.provider),

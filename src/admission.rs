@@ -37,7 +37,7 @@ pub struct Call {
 #[derive(Debug)]
 pub struct Pending {
     pub outcomes: Vec<oneshot::Receiver<Result<Answer, Error>>>,
-    /// Keeps the answer's bytes accounted for until it is encoded.
+    /// Keeps the answer's bytes accounted for until the caller has taken it.
     pub bytes: Arc<OwnedSemaphorePermit>,
 }
 
@@ -71,6 +71,12 @@ impl Admission {
         }
     }
 
+    /// Where bytes of requests that are still arriving are counted.
+    #[must_use]
+    pub fn bytes(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.bytes)
+    }
+
     /// Sends every image of the call down the line.
     ///
     /// # Errors
@@ -79,12 +85,10 @@ impl Admission {
     pub fn submit(&self, call: Call) -> Result<Pending, Error> {
         let mut images = take(&self.images, call.pictures.len()).ok_or(Error::Full {
             what: "images",
-            max: self.capacity.images as u64,
             flag: "--images-in-flight-max",
         })?;
         let bytes = Arc::new(take(&self.bytes, call.bytes).ok_or(Error::Full {
             what: "bytes",
-            max: self.capacity.bytes as u64,
             flag: "--bytes-in-flight-max",
         })?);
         let now = Instant::now();
@@ -116,7 +120,6 @@ impl Admission {
                 Ok(()) => {}
                 Err(TrySendError::Full(job)) => job.ticket.finish(Err(Error::Full {
                     what: "images",
-                    max: self.capacity.images as u64,
                     flag: "--images-in-flight-max",
                 })),
                 Err(TrySendError::Disconnected(job)) => job.ticket.finish(Err(Error::Draining)),

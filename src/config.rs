@@ -55,7 +55,12 @@ pub struct ModelConfig {
     pub heads: Vec<HeadFlag>,
 
     /// Name that clients see [default: the directory's name]
-    #[arg(long, env = "IMAGEGPT_MODEL_NAME", value_name = "NAME")]
+    #[arg(
+        long,
+        env = "IMAGEGPT_MODEL_NAME",
+        value_name = "NAME",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
     pub model_name: Option<String>,
 
     /// ONNX Runtime's shared library, version 1.24 or newer [default: the copy
@@ -89,9 +94,10 @@ pub struct ModelConfig {
         long,
         env = "IMAGEGPT_INTRA_OP_THREADS",
         default_value_t = 0,
-        value_name = "N"
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(0..=1024)
     )]
-    pub intra_op_threads: usize,
+    pub intra_op_threads: u16,
 
     /// Threads that decode and quantize images; 0 takes one a core. An image
     /// costs about a millisecond, so few are enough on a CPU; on a GPU raise
@@ -100,9 +106,10 @@ pub struct ModelConfig {
         long,
         env = "IMAGEGPT_PREPROCESS_THREADS",
         default_value_t = 0,
-        value_name = "N"
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(0..=1024)
     )]
-    pub preprocess_threads: usize,
+    pub preprocess_threads: u16,
 }
 
 /// How a model is compiled that has to be.
@@ -136,7 +143,8 @@ pub struct NetworkConfig {
         long,
         env = "IMAGEGPT_LISTEN",
         default_value = "127.0.0.1:50051",
-        value_name = "ADDRESS"
+        value_name = "ADDRESS",
+        value_parser = address
     )]
     pub listen: SocketAddr,
 
@@ -145,7 +153,8 @@ pub struct NetworkConfig {
         long,
         env = "IMAGEGPT_METRICS_LISTEN",
         default_value = "127.0.0.1:9090",
-        value_name = "ADDRESS"
+        value_name = "ADDRESS",
+        value_parser = address
     )]
     pub metrics_listen: SocketAddr,
 
@@ -173,7 +182,11 @@ pub struct NetworkConfig {
     pub keepalive_interval: Duration,
 
     /// Turn gRPC server reflection off
-    #[arg(long, env = "IMAGEGPT_NO_REFLECTION")]
+    #[arg(
+        long,
+        env = "IMAGEGPT_NO_REFLECTION",
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
     pub no_reflection: bool,
 }
 
@@ -225,7 +238,8 @@ pub struct LimitsConfig {
         long,
         env = "IMAGEGPT_BYTES_IN_FLIGHT_MAX",
         default_value = "1GiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = size
     )]
     pub bytes_in_flight_max: ByteSize,
 
@@ -244,7 +258,8 @@ pub struct LimitsConfig {
         long,
         env = "IMAGEGPT_REQUEST_BYTES_MAX",
         default_value = "64MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = size
     )]
     pub request_bytes_max: ByteSize,
 
@@ -252,8 +267,9 @@ pub struct LimitsConfig {
     #[arg(
         long,
         env = "IMAGEGPT_RESPONSE_BYTES_MAX",
-        default_value = "256MiB",
-        value_name = "SIZE"
+        default_value = "128MiB",
+        value_name = "SIZE",
+        value_parser = size
     )]
     pub response_bytes_max: ByteSize,
 
@@ -262,7 +278,8 @@ pub struct LimitsConfig {
         long,
         env = "IMAGEGPT_IMAGE_BYTES_MAX",
         default_value = "32MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = size
     )]
     pub image_bytes_max: ByteSize,
 
@@ -282,7 +299,8 @@ pub struct LimitsConfig {
         long,
         env = "IMAGEGPT_DECODE_BYTES_MAX",
         default_value = "512MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = size
     )]
     pub decode_bytes_max: ByteSize,
 }
@@ -310,6 +328,18 @@ pub struct LogConfig {
 pub enum LogFormat {
     Text,
     Json,
+}
+
+const DAY: Duration = Duration::from_hours(24);
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "it must be an IP address and a port, such as 127.0.0.1:50051".to_owned())
+}
+
+fn size(text: &str) -> Result<ByteSize, String> {
+    text.parse()
+        .map_err(|_| "it must be a size such as 64MiB".to_owned())
 }
 
 /// A combination of flags that cannot work.
@@ -340,10 +370,12 @@ impl ServeConfig {
                 self.batching.max_batch_size, limits.images_in_flight_max
             ));
         }
-        let one_call = limits.request_bytes_max.as_u64() + limits.response_bytes_max.as_u64();
+        // An answer is counted as it was computed (f32), as a tensor and as the
+        // message that carries it: up to four times its own size for f16.
+        let one_call = limits.request_bytes_max.as_u64() + 4 * limits.response_bytes_max.as_u64();
         if one_call > limits.bytes_in_flight_max.as_u64() {
             return refuse(format!(
-                "--request-bytes-max {} and --response-bytes-max {} together are over \
+                "--request-bytes-max {} and four times --response-bytes-max {} are over \
                  --bytes-in-flight-max {}: such a call could never be admitted; raise the latter",
                 limits.request_bytes_max, limits.response_bytes_max, limits.bytes_in_flight_max
             ));
@@ -363,8 +395,28 @@ impl ServeConfig {
                 ));
             }
         }
-        if self.keepalive_interval_is_zero() {
-            return refuse("--keepalive-interval is 0; it must be at least 1s".to_owned());
+        for (flag, time, min, max) in [
+            (
+                "--keepalive-interval",
+                self.network.keepalive_interval,
+                Duration::from_secs(1),
+                DAY,
+            ),
+            (
+                "--shutdown-grace-period",
+                self.network.shutdown_grace_period,
+                Duration::ZERO,
+                DAY,
+            ),
+        ] {
+            if !(min..=max).contains(&time) {
+                return refuse(format!(
+                    "{flag} is {}; it must be {} to {}",
+                    humantime::format_duration(time),
+                    humantime::format_duration(min),
+                    humantime::format_duration(max)
+                ));
+            }
         }
         if self.batching.max_queue_delay > Duration::from_mins(1) {
             return refuse(
@@ -382,10 +434,6 @@ impl ServeConfig {
             }
         }
         Ok(())
-    }
-
-    fn keepalive_interval_is_zero(&self) -> bool {
-        self.network.keepalive_interval < Duration::from_secs(1)
     }
 }
 
@@ -425,7 +473,7 @@ mod tests {
         );
         check(
             &["--bytes-in-flight-max", "10MiB"],
-            "together are over --bytes-in-flight-max 10.0 MiB",
+            "are over --bytes-in-flight-max 10.0 MiB",
         );
         check(
             &["--request-bytes-max", "10"],
@@ -437,11 +485,20 @@ mod tests {
             &["--max-queue-delay", "2h"],
             "--max-queue-delay is over 60s",
         );
-        check(&["--keepalive-interval", "0s"], "--keepalive-interval is 0");
+        check(
+            &["--keepalive-interval", "500ms"],
+            "--keepalive-interval is 500ms; it must be 1s to 1day",
+        );
+        check(
+            &["--shutdown-grace-period", "584000000000years"],
+            "--shutdown-grace-period",
+        );
+        check(&["--preprocess-threads", "10000000"], "0..=1024");
+        check(&["--request-bytes-max", "abc"], "a size such as 64MiB");
+        check(&["--listen", "localhost:80"], "an IP address and a port");
         check(
             &["--execution-provider", "tpu"],
             "[possible values: auto, cpu, cuda]",
         );
-        check(&["--listen", "localhost"], "invalid value 'localhost'");
     }
 }

@@ -107,6 +107,9 @@ pub enum EngineError {
     /// A graph is not one that this worker can serve.
     #[error("{file}: {reason}")]
     Graph { file: String, reason: String },
+    /// The engine could not be loaded, for a reason that says it all.
+    #[error("{0}")]
+    NotLoaded(String),
     /// The runtime failed.
     #[error("onnx runtime: {0}")]
     Runtime(String),
@@ -173,7 +176,14 @@ pub(crate) fn run(
             return;
         }
     }
-    state.send_replace(State::Stopped);
+    // Unless another stage has failed meanwhile.
+    state.send_if_modified(|state| {
+        let ready = matches!(state, State::Ready(_));
+        if ready {
+            *state = State::Stopped;
+        }
+        ready
+    });
 }
 
 /// Runs one batch and answers its jobs.

@@ -58,14 +58,17 @@ pub enum Error {
     #[error("context: the head {head} was trained with another one; leave it unset")]
     HeadContext { head: String },
     /// The queue is full.
-    #[error(
-        "the worker is full: {what} in flight would pass the limit of {max} ({flag}); retry with backoff"
-    )]
+    #[error("the worker is full: {what} in flight would pass {flag}; retry with backoff")]
     Full {
         what: &'static str,
-        max: u64,
         flag: &'static str,
     },
+    /// The request message is larger than one may be.
+    #[error(
+        "request: the message is over the limit of {max} bytes (--request-bytes-max); send fewer \
+         or smaller images a call"
+    )]
+    MessageTooLarge { max: u64 },
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
     DeadlineExceeded { stage: Stage },
@@ -100,6 +103,7 @@ impl Error {
             | Self::Full { .. } => true,
             Self::Image(_)
             | Self::ImageMissing
+            | Self::MessageTooLarge { .. }
             | Self::CallEmpty
             | Self::CallTooLarge { .. }
             | Self::ResponseTooLarge { .. }

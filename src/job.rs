@@ -141,10 +141,11 @@ impl Ticket {
     /// Why the job is no longer worth any work, if so.
     #[must_use]
     pub fn dead(&self, now: Instant, stage: Stage) -> Option<Error> {
-        if self.reply.is_closed() {
-            Some(Error::Cancelled { stage })
-        } else if self.deadline.is_some_and(|deadline| deadline <= now) {
+        // The deadline first: a caller whose time is up leaves, too.
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
             Some(Error::DeadlineExceeded { stage })
+        } else if self.reply.is_closed() {
+            Some(Error::Cancelled { stage })
         } else {
             None
         }

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -14,12 +15,15 @@ use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::worker::{Ended, Worker, onnx_factory};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Flags or files are wrong: what clap exits with, too.
 const EXIT_USAGE: u8 = 2;
 /// The engine failed while the worker served: only a restart helps.
 const EXIT_ENGINE: u8 = 3;
+
+/// Time for the answers that are left when the worker has failed.
+const FAILED_GRACE: Duration = Duration::from_secs(1);
 
 /// ImageGPT over gRPC: images become color tokens, tokens become features and
 /// class scores, through ONNX Runtime
@@ -73,48 +77,97 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     config.validate()?;
     imagegpt::telemetry::init(&config.log)?;
-    let folder = locate(config)?;
-    let name = config.model.model_name.as_deref();
-    let model = Model::open(&folder, name)?;
-    let heads = config.model.heads.iter().map(Head::open);
-    let heads = heads.collect::<Result<Vec<_>, _>>()?;
-    let factory = onnx_factory(config, &model, &heads);
-    runtime()?.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut worker = Worker::start(config, model, heads, factory).await?;
-        tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
+    let runtime = runtime()?;
+    let code = runtime.block_on(async {
+        let mut signals = Signals::new()?;
         tokio::select! {
-            ready = worker.ready() => { ready.context("the model cannot be served")?; }
-            _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
-            _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+            // Reading and compiling a model takes seconds to minutes.
+            started = load_and_start(config) => serve_until(started?, &mut signals, config).await,
+            () = signals.recv() => Ok(ExitCode::SUCCESS),
         }
-        let reason = tokio::select! {
-            _ = terminate.recv() => None,
-            _ = interrupt.recv() => None,
-            reason = worker.failed() => Some(reason),
-        };
-        if let Some(reason) = reason {
-            tracing::error!(
-                reason,
-                "the engine failed; ending so that a restart can help"
-            );
-            worker.shutdown(std::time::Duration::from_secs(1)).await;
-            return Ok(ExitCode::from(EXIT_ENGINE));
+    });
+    // A run that does not end must not hold the process.
+    runtime.shutdown_background();
+    code
+}
+
+async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
+    let owned = config.clone();
+    let load = move || -> anyhow::Result<_> {
+        let folder = locate(&owned)?;
+        tracing::info!(folder = %folder.display(), "reading the model");
+        let model = Model::open(&folder, owned.model.model_name.as_deref())?;
+        let heads = owned.model.heads.iter().map(Head::open);
+        Ok((model, heads.collect::<Result<Vec<_>, _>>()?))
+    };
+    let (model, heads) = tokio::task::spawn_blocking(load).await??;
+    let factory = onnx_factory(config, &model, &heads);
+    let mut worker = Worker::start(config, model, heads, factory).await?;
+    tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
+    worker.ready().await.context("the model cannot be served")?;
+    Ok(worker)
+}
+
+/// Serves until a signal or a failure, then drains; a second signal ends the
+/// process at once.
+async fn serve_until(
+    mut worker: Worker,
+    signals: &mut Signals,
+    config: &ServeConfig,
+) -> anyhow::Result<ExitCode> {
+    let reason = tokio::select! {
+        () = signals.recv() => None,
+        reason = worker.failed() => Some(reason),
+    };
+    if let Some(reason) = reason {
+        tracing::error!(
+            reason,
+            "the worker failed; ending so that a restart can help"
+        );
+        worker.shutdown(FAILED_GRACE).await;
+        return Ok(ExitCode::from(EXIT_ENGINE));
+    }
+    let grace = config.network.shutdown_grace_period;
+    tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
+    let ended = tokio::select! {
+        ended = worker.shutdown(grace) => ended,
+        () = signals.recv() => {
+            tracing::error!("ended hard: a second signal");
+            return Ok(ExitCode::FAILURE);
         }
-        let grace = config.network.shutdown_grace_period;
-        tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
-        Ok(match worker.shutdown(grace).await {
-            Ended::Clean => {
-                tracing::info!("ended");
-                ExitCode::SUCCESS
-            }
-            Ended::Hard { images } => {
-                tracing::error!(images, "ended hard: the grace period ran out");
-                ExitCode::FAILURE
-            }
-        })
+    };
+    Ok(match ended {
+        Ended::Clean => {
+            tracing::info!("ended");
+            ExitCode::SUCCESS
+        }
+        Ended::Hard { calls } => {
+            tracing::error!(calls, "ended hard: the grace period ran out");
+            ExitCode::FAILURE
+        }
     })
+}
+
+/// SIGTERM, as Kubernetes sends it, and SIGINT, as a terminal does.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// The directory to serve, compiled if it has to be.

@@ -92,6 +92,9 @@ pub struct Model {
     pub clusters: Vec<[f64; 3]>,
     /// Side of the square that tokens are made from.
     pub side: u32,
+    /// Whether config.json gave the vocabulary and the positions, so that they
+    /// have been compared.
+    pub sizes_are_given: bool,
     /// Transformer blocks, if config.json says.
     pub n_layers: Option<u32>,
     /// How it was compiled; `None` for a published export.
@@ -159,8 +162,7 @@ struct Config {
     n_layer: Option<u32>,
     id2label: Option<BTreeMap<String, String>>,
     problem_type: Option<String>,
-    #[serde(default)]
-    notice: String,
+    notice: Option<String>,
 }
 
 impl Model {
@@ -219,11 +221,12 @@ impl Model {
             graphs,
             clusters,
             side,
+            sizes_are_given: config.vocab_size.is_some() && config.n_positions.is_some(),
             n_layers: config.n_layer,
             compiled: compiled.map(|compiled| compiled.facts),
             labels,
             activation,
-            notice: config.notice,
+            notice: config.notice.unwrap_or_default(),
         })
     }
 

@@ -3,6 +3,7 @@
 //! A handler decodes, submits to admission, awaits the outcomes and encodes.
 
 pub mod client;
+pub(crate) mod codec;
 mod convert;
 mod deadline;
 mod health;
@@ -10,6 +11,7 @@ mod observe;
 mod status;
 
 pub use health::LIVENESS;
+pub use observe::Calls;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -17,14 +19,14 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding;
-use tonic::metadata::MetadataMap;
 use tonic::transport::server::TcpIncoming;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
+use self::observe::{Deadline, Held};
 use crate::admission::{Admission, Call};
 use crate::config::LimitsConfig;
 use crate::engine::Facts;
-use crate::error::{Error, Stage};
+use crate::error::Error;
 use crate::head::Head;
 use crate::job::{Answer, Norm, Want, Work};
 use crate::metrics::Metrics;
@@ -40,6 +42,8 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// hold a large image without a round trip for every 64 KiB.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Calls on one connection at once; more wait on the client's side.
+const STREAMS_MAX: u32 = 1024;
 /// Calls on one connection that may be cancelled before a handler took them;
 /// past it the connection is closed as an attack. The library's own limit of
 /// 20 would cut off a client that gives up on a burst of calls.
@@ -62,6 +66,8 @@ pub struct Service {
 pub struct Options {
     pub reflection: bool,
     pub keepalive_interval: Duration,
+    /// Counts calls in progress, for whoever waits for their end.
+    pub calls: Calls,
 }
 
 /// Serves until `stop` resolves, then lets calls in progress end.
@@ -83,18 +89,22 @@ pub async fn serve(
     let observe = observe::Observe {
         metrics: service.metrics.clone(),
         request_bytes_max: service.limits.request_bytes_max.as_u64(),
+        bytes: service.admission.bytes(),
+        calls: options.calls.clone(),
     };
     let request_bytes_max =
         usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
     let imagegpt = ImageGptServiceServer::new(service)
         .max_decoding_message_size(request_bytes_max)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .send_compressed(CompressionEncoding::Gzip);
+        // Taken but not given: vectors hardly shrink, and most clients accept
+        // gzip without wanting to wait for it.
+        .accept_compressed(CompressionEncoding::Gzip);
     let mut server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(options.keepalive_interval))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(STREAMS_MAX)
         .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
         .layer(observe);
     let mut router = server.add_service(imagegpt).add_service(health_server);
@@ -142,10 +152,12 @@ impl Service {
         images: Vec<pb::Image>,
         preprocess: PreprocessOptions,
         work: Work,
-        answer_bytes: usize,
-        metadata: &MetadataMap,
-    ) -> Result<Vec<Result<Answer, Error>>, Error> {
-        let deadline = deadline::of(metadata, Instant::now());
+        n_values: usize,
+        dtype: pb::DataType,
+        extensions: &tonic::Extensions,
+    ) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+        let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
+        let answer_bytes = n_values * convert::dtype_bytes(dtype);
         if images.is_empty() {
             return Err(Error::CallEmpty);
         }
@@ -167,7 +179,9 @@ impl Service {
         }
         let mut outcomes = Vec::with_capacity(n_images);
         let mut pictures = Vec::with_capacity(n_images);
-        let mut bytes = answer_bytes * n_images;
+        // The numbers as they were computed, as a tensor, and as the message
+        // that carries it.
+        let mut bytes = (n_values * size_of::<f32>() + 2 * answer_bytes) * n_images;
         for picture in convert::pictures(images, preprocess) {
             outcomes.push(match picture {
                 Ok(picture) => {
@@ -178,42 +192,57 @@ impl Service {
                 Err(error) => Some(Err(error)),
             });
         }
-        let pending = self.admission.submit(Call {
+        let mut tally = Tally {
+            metrics: &self.metrics,
+            n_uncounted: n_images,
+            deadline,
+        };
+        let call = Call {
             pictures,
             work,
             bytes,
             deadline,
             span: tracing::Span::current(),
+        };
+        let pending = self.admission.submit(call).inspect_err(|error| {
+            tally.rest(status::code(error));
         })?;
         let mut arriving = pending.outcomes.into_iter();
-        for outcome in &mut outcomes {
-            if outcome.is_none()
-                && let Some(arriving) = arriving.next()
-            {
-                let answer = until(deadline, arriving).await?;
-                *outcome = Some(answer.unwrap_or(Err(Error::Lost)));
+        let mut results = Vec::with_capacity(n_images);
+        for outcome in outcomes {
+            let outcome = match outcome {
+                Some(outcome) => outcome,
+                None => match arriving.next() {
+                    Some(arriving) => arriving.await.unwrap_or(Err(Error::Lost)),
+                    None => Err(Error::Lost),
+                },
+            };
+            match outcome {
+                Err(error) if error.ends_call() => {
+                    tally.rest(status::code(&error));
+                    return Err(error);
+                }
+                outcome => {
+                    tally.one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
+                    results.push(outcome);
+                }
             }
         }
-        outcomes
-            .into_iter()
-            .map(|outcome| {
-                let outcome = outcome.unwrap_or(Err(Error::Lost));
-                let code = outcome
-                    .as_ref()
-                    .map_or_else(status::code, |_| tonic::Code::Ok);
-                self.metrics.image(status::name(code));
-                match outcome {
-                    Err(error) if error.ends_call() => Err(error),
-                    outcome => Ok(outcome),
-                }
-            })
-            .collect()
+        Ok((
+            results,
+            Held {
+                _bytes: pending.bytes,
+            },
+        ))
     }
 
-    async fn embed(&self, request: Request<pb::EmbedRequest>) -> Result<pb::EmbedResponse, Error> {
+    async fn embed(
+        &self,
+        request: Request<pb::EmbedRequest>,
+    ) -> Result<(pb::EmbedResponse, Held), Error> {
         let facts = self.facts()?;
         self.require(Task::Embed)?;
-        let (metadata, _, request) = request.into_parts();
+        let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         let context = convert::context(request.context)?;
         let norm = convert::norm(request.norm)?;
@@ -226,13 +255,15 @@ impl Service {
             Want::Features { .. } | Want::Mean | Want::Last | Want::Logits => vec![width],
         };
         let n_values: usize = shape.iter().product();
-        let outcomes = self
+        let work = Work::Infer { context, want };
+        let (outcomes, held) = self
             .outcomes(
                 request.images,
                 preprocess,
-                Work::Infer { context, want },
-                n_values * convert::dtype_bytes(dtype),
-                &metadata,
+                work,
+                n_values,
+                dtype,
+                &extensions,
             )
             .await?;
         let result = |outcome| {
@@ -252,7 +283,7 @@ impl Service {
                 outcome: Some(outcome),
             }
         };
-        Ok(pb::EmbedResponse {
+        let response = pb::EmbedResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
             preprocess: Some(convert::preprocess_applied(preprocess)),
@@ -261,15 +292,16 @@ impl Service {
             normalize: request.normalize,
             layers: convert::layers_applied(&self.model, want),
             norm: convert::norm_applied(norm).into(),
-        })
+        };
+        Ok((response, held))
     }
 
     async fn classify(
         &self,
         request: Request<pb::ClassifyRequest>,
-    ) -> Result<pb::ClassifyResponse, Error> {
+    ) -> Result<(pb::ClassifyResponse, Held), Error> {
         let facts = self.facts()?;
-        let (metadata, _, request) = request.into_parts();
+        let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         let head = convert::head(&self.heads, &request.head, &self.model)?;
         let (work, context) = if let Some(head) = head {
@@ -285,9 +317,16 @@ impl Service {
             None => (self.model.labels.as_slice(), self.model.activation),
         };
         let n_classes = head.map_or(facts.n_classes, |head| head.labels.len());
-        let answer_bytes = n_classes * convert::dtype_bytes(pb::DataType::F32);
-        let outcomes = self
-            .outcomes(request.images, preprocess, work, answer_bytes, &metadata)
+        let dtype = pb::DataType::F32;
+        let (outcomes, held) = self
+            .outcomes(
+                request.images,
+                preprocess,
+                work,
+                n_classes,
+                dtype,
+                &extensions,
+            )
             .await?;
         let with_logits = request.logits || labels.is_empty();
         let result = |outcome| {
@@ -312,31 +351,27 @@ impl Service {
                 outcome: Some(outcome),
             }
         };
-        Ok(pb::ClassifyResponse {
+        let response = pb::ClassifyResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
             preprocess: Some(convert::preprocess_applied(preprocess)),
             context: convert::context_applied(context),
             head: head.map(|head| head.name.clone()).unwrap_or_default(),
-        })
+        };
+        Ok((response, held))
     }
 
     async fn tokenize(
         &self,
         request: Request<pb::TokenizeRequest>,
-    ) -> Result<pb::TokenizeResponse, Error> {
+    ) -> Result<(pb::TokenizeResponse, Held), Error> {
         self.facts()?;
-        let (metadata, _, request) = request.into_parts();
+        let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-        let answer_bytes = self.model.positions() * size_of::<u32>();
-        let outcomes = self
-            .outcomes(
-                request.images,
-                preprocess,
-                Work::Tokenize,
-                answer_bytes,
-                &metadata,
-            )
+        // An id takes as much as a number.
+        let (n_ids, dtype, work) = (self.model.positions(), pb::DataType::F32, Work::Tokenize);
+        let (outcomes, held) = self
+            .outcomes(request.images, preprocess, work, n_ids, dtype, &extensions)
             .await?;
         let result = |outcome| {
             let outcome = match outcome {
@@ -352,11 +387,12 @@ impl Service {
                 outcome: Some(outcome),
             }
         };
-        Ok(pb::TokenizeResponse {
+        let response = pb::TokenizeResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
             preprocess: Some(convert::preprocess_applied(preprocess)),
-        })
+        };
+        Ok((response, held))
     }
 
     fn get_model(&self) -> Result<pb::GetModelResponse, Error> {
@@ -413,22 +449,51 @@ impl Service {
     }
 }
 
-/// Awaits `outcome` until the deadline, if there is one.
-async fn until<F: Future>(deadline: Option<Instant>, outcome: F) -> Result<F::Output, Error> {
-    let Some(deadline) = deadline else {
-        return Ok(outcome.await);
-    };
-    tokio::time::timeout_at(deadline.into(), outcome)
-        .await
-        .map_err(|_| Error::DeadlineExceeded {
-            stage: Stage::Queue,
-        })
+/// Counts each image of a call by its outcome, also when the call is dropped
+/// because its time is up or its caller has gone.
+struct Tally<'a> {
+    metrics: &'a Metrics,
+    n_uncounted: usize,
+    deadline: Option<Instant>,
 }
 
-fn respond<T>(outcome: Result<T, Error>) -> Result<Response<T>, Status> {
-    outcome
-        .map(Response::new)
-        .map_err(|error| status::of_call(&error))
+impl Tally<'_> {
+    fn one(&mut self, code: Code) {
+        self.metrics.image(status::name(code));
+        self.n_uncounted -= 1;
+    }
+
+    fn rest(&mut self, code: Code) {
+        while self.n_uncounted > 0 {
+            self.one(code);
+        }
+    }
+}
+
+impl Drop for Tally<'_> {
+    fn drop(&mut self) {
+        let late = self
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now());
+        self.rest(if late {
+            Code::DeadlineExceeded
+        } else {
+            Code::Cancelled
+        });
+    }
+}
+
+/// An answer with its share of the worker's bytes, which it keeps until the
+/// caller has taken it.
+fn respond<T>(outcome: Result<(T, Held), Error>) -> Result<Response<T>, Status> {
+    match outcome {
+        Ok((answer, held)) => {
+            let mut response = Response::new(answer);
+            response.extensions_mut().insert(held);
+            Ok(response)
+        }
+        Err(error) => Err(status::of_call(&error)),
+    }
 }
 
 #[tonic::async_trait]
@@ -458,6 +523,8 @@ impl ImageGptService for Service {
         &self,
         _request: Request<pb::GetModelRequest>,
     ) -> Result<Response<pb::GetModelResponse>, Status> {
-        respond(Self::get_model(self))
+        Self::get_model(self)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
     }
 }

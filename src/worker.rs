@@ -6,6 +6,7 @@
 //! batcher hands on what waits and hangs up on the engine; the engine ends.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,6 +32,9 @@ use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
 use crate::rpc;
 
+/// After the last call's answer has been handed to its connection, time for
+/// the connections to write it out and to close.
+const LINGER: Duration = Duration::from_secs(1);
 /// How often histograms are folded when nobody scrapes; they would otherwise
 /// grow with every observation.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -44,8 +48,9 @@ pub struct Worker {
     readiness: Readiness,
     drain: Drain,
     occupancy: Occupancy,
+    calls: rpc::Calls,
     engine: watch::Receiver<State>,
-    server: tokio::task::JoinHandle<anyhow::Result<()>>,
+    server: tokio::task::JoinHandle<()>,
     stop: oneshot::Sender<()>,
     threads: Vec<JoinHandle<()>>,
     /// Metrics pages and upkeep, which end with the worker.
@@ -57,6 +62,7 @@ struct Stages {
     /// Where admission puts its jobs.
     pictures: Sender<Job<Picture>>,
     engine: watch::Receiver<State>,
+    state: Arc<watch::Sender<State>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -86,12 +92,15 @@ impl Stages {
         // One engine, so one slot and one batch.
         let (slots_in, slots) = crossbeam_channel::bounded(1);
         let (batches_in, batches) = crossbeam_channel::bounded(1);
-        let (state_in, engine) = watch::channel(State::Loading);
+        let (state, engine) = watch::channel(State::Loading);
+        // Whichever thread ends before its time ends the worker's readiness.
+        let state = Arc::new(state);
 
         let mut threads = Vec::new();
         let engine_metrics = metrics.clone();
-        threads.push(spawn("engine", move || {
-            engine::run(factory, &slots_in, &batches, &state_in, &engine_metrics);
+        let engine_state = Arc::clone(&state);
+        threads.push(spawn("engine", &state, move || {
+            engine::run(factory, &slots_in, &batches, &engine_state, &engine_metrics);
         })?);
         let policy = Policy {
             max_batch_size: config.batching.max_batch_size.into(),
@@ -103,19 +112,20 @@ impl Stages {
             batches: batches_in,
         };
         let batcher_metrics = metrics.clone();
-        threads.push(spawn("batcher", move || {
+        threads.push(spawn("batcher", &state, move || {
             batcher::run(policy, &channels, &batcher_metrics);
         })?);
         for idx in 0..n_preprocess_threads(config) {
             let (preprocessor, pictures) = (Arc::clone(&preprocessor), pictures.clone());
             let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
-            threads.push(spawn(&format!("preprocess-{idx}"), move || {
+            threads.push(spawn(&format!("preprocess-{idx}"), &state, move || {
                 pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
             })?);
         }
         Ok(Self {
             pictures: pictures_in,
             engine,
+            state,
             threads,
         })
     }
@@ -124,12 +134,12 @@ impl Stages {
 /// How a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// All that was admitted was answered.
+    /// Every call in progress was answered and its answer taken.
     Clean,
     /// The grace period ran out first.
     Hard {
-        /// Images that were admitted and not answered.
-        images: usize,
+        /// Calls that were in progress.
+        calls: usize,
     },
 }
 
@@ -140,10 +150,11 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
         library: onnx::find_library(config.model.onnxruntime.as_deref()),
         provider: config.model.execution_provider,
         device_id: config.model.device_id,
-        intra_op_threads: config.model.intra_op_threads,
+        intra_op_threads: config.model.intra_op_threads.into(),
         graphs: model.graphs.clone(),
         positions: model.positions(),
         n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
         head_width: heads.first().map(|head| (head.width, head.name.clone())),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
@@ -206,20 +217,29 @@ impl Worker {
             max_batch_size: config.batching.max_batch_size,
             metrics,
         };
+        let calls = rpc::Calls::new();
         let options = rpc::Options {
             reflection: !network.no_reflection,
             keepalive_interval: network.keepalive_interval,
+            calls: calls.clone(),
         };
         let (stop, stopped) = oneshot::channel();
-        let server = tokio::spawn(rpc::serve(service, listener, options, async {
-            let _ = stopped.await;
-        }));
+        let state = stages.state;
+        let server = tokio::spawn(async move {
+            let stopped = async {
+                let _ = stopped.await;
+            };
+            if let Err(error) = rpc::serve(service, listener, options, stopped).await {
+                state.send_replace(State::Failed(format!("the gRPC server ended: {error:#}")));
+            }
+        });
         Ok(Self {
             grpc_addr,
             metrics_addr,
             readiness,
             drain,
             occupancy,
+            calls,
             engine: stages.engine,
             server,
             stop,
@@ -241,9 +261,9 @@ impl Worker {
             .map(|state| state.clone());
         match state {
             Ok(State::Ready(facts)) => Ok(facts),
-            Ok(State::Failed(reason)) => Err(EngineError::Runtime(reason)),
+            Ok(State::Failed(reason)) => Err(EngineError::NotLoaded(reason)),
             Ok(State::Loading | State::Stopped) | Err(_) => {
-                Err(EngineError::Runtime("the engine ended".to_owned()))
+                Err(EngineError::NotLoaded("the engine ended".to_owned()))
             }
         }
     }
@@ -269,47 +289,63 @@ impl Worker {
         self.occupancy.images()
     }
 
-    /// Stops taking calls and finishes what was admitted, within `grace`.
+    /// Stops taking calls and finishes those in progress, within `grace`.
     pub async fn shutdown(mut self, grace: Duration) -> Ended {
         let deadline = tokio::time::Instant::now() + grace;
         self.drain.begin();
         let _ = self.stop.send(());
-        match tokio::time::timeout_at(deadline, &mut self.server).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::error!(%error, "the server ended badly"),
-            Ok(Err(error)) => tracing::error!(%error, "the server task ended badly"),
-            Err(_) => {
-                // The service, and with it the door to the stages, may live on
-                // in connections that do not close; there is no waiting for it.
-                self.server.abort();
-                let images = self.occupancy.images();
-                return if images == 0 {
-                    tracing::info!("clients kept idle connections open past the grace period");
-                    Ended::Clean
-                } else {
-                    Ended::Hard { images }
-                };
-            }
-        }
-        let threads = std::mem::take(&mut self.threads);
-        let joined = tokio::task::spawn_blocking(move || {
-            for thread in threads {
-                if let Err(panic) = thread.join() {
-                    let panic = engine::panic_text(&*panic);
-                    tracing::error!(panic, "a stage's thread had panicked");
+        let ended = tokio::time::timeout_at(deadline, async {
+            tokio::select! {
+                _ = &mut self.server => true,
+                // Connections without calls may never close: a health watch, a
+                // client that does not answer. Nobody waits for them.
+                () = self.calls.none() => {
+                    tokio::time::timeout(LINGER, &mut self.server).await.is_ok()
                 }
             }
-        });
+        })
+        .await;
         for task in &self.side_tasks {
             task.abort();
         }
+        let Ok(server_ended) = ended else {
+            self.server.abort();
+            return Ended::Hard {
+                calls: self.calls.count(),
+            };
+        };
+        if !server_ended {
+            // The service, and with it the door to the stages, lives on in the
+            // connections that are left, so the threads do not end by
+            // themselves; but they have nothing to do.
+            tracing::info!("clients keep idle connections open; ending without them");
+            self.server.abort();
+            return Ended::Clean;
+        }
+        let joined = join(std::mem::take(&mut self.threads));
         match tokio::time::timeout_at(deadline, joined).await {
             Ok(_) => Ended::Clean,
-            Err(_) => Ended::Hard {
-                images: self.occupancy.images(),
-            },
+            Err(_) => Ended::Hard { calls: 0 },
         }
     }
+}
+
+/// Resolves when all stages have ended. On a thread of its own: a runtime waits
+/// for its own blocking threads when it ends, however long they take.
+fn join(threads: Vec<JoinHandle<()>>) -> oneshot::Receiver<()> {
+    let (done, joined) = oneshot::channel();
+    let join = move || {
+        for thread in threads {
+            // Its panic has been reported where it happened.
+            let _ = thread.join();
+        }
+        let _ = done.send(());
+    };
+    // Without a thread to wait on there is only the grace period.
+    let _ = std::thread::Builder::new()
+        .name("join".to_owned())
+        .spawn(join);
+    joined
 }
 
 async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
@@ -318,10 +354,25 @@ async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("{flag} {addr} cannot be listened on"))
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
+/// Starts a stage's thread. A panic there ends readiness: without one of its
+/// stages the line does not move.
+fn spawn(
+    name: &str,
+    state: &Arc<watch::Sender<State>>,
+    body: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
+    let (state, thread_name) = (Arc::clone(state), name.to_owned());
+    let supervised = move || {
+        if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(body)) {
+            let panic = engine::panic_text(&*panic);
+            state.send_replace(State::Failed(format!(
+                "the {thread_name} thread panicked: {panic}"
+            )));
+        }
+    };
     std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn(body)
+        .spawn(supervised)
         .with_context(|| format!("the thread {name} cannot be started"))
 }
 
@@ -372,7 +423,7 @@ async fn announce(
 fn n_preprocess_threads(config: &ServeConfig) -> usize {
     match config.model.preprocess_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
-        n => n,
+        n => n.into(),
     }
 }
 

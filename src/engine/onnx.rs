@@ -52,6 +52,10 @@ pub struct Options {
     pub positions: usize,
     /// Colors of the palette; the start token is the next id.
     pub n_colors: usize,
+    /// Whether config.json gives the vocabulary and the positions. If not,
+    /// trial runs find out whether the graph has more than the palette and the
+    /// size say.
+    pub sizes_are_given: bool,
     /// Classes that config.json names; 0 if it names none.
     pub n_labels: usize,
     /// Width of the features that linear heads were trained on, and a head's
@@ -102,6 +106,10 @@ enum Integer {
 /// user goes, after which no other can be made: so the first stays.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
+/// What to do about the library.
+const LIBRARY_HINT: &str = "give the path of a libonnxruntime.so of version 1.24 or newer by \
+                            --onnxruntime or ORT_DYLIB_PATH, or run `make setup`";
+
 /// The process's environment, made from `library` the first time.
 ///
 /// # Errors
@@ -115,14 +123,18 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     if let Some(environment) = &*environment {
         return Ok(environment.clone());
     }
+    // The dynamic linker's own complaint does not get through.
+    if library.components().count() > 1 && !library.is_file() {
+        return Err(EngineError::Library(format!(
+            "{} is not there; {LIBRARY_HINT}",
+            library.display()
+        )));
+    }
     let built = ort::init_from(library)
         .map_err(|error| {
             EngineError::Library(format!(
-                "{} cannot be used as ONNX Runtime: {error}; give the path of a \
-                 libonnxruntime.so of version 1.{} or newer by --onnxruntime or ORT_DYLIB_PATH, \
-                 or run `make setup`",
-                library.display(),
-                ort::MINOR_VERSION
+                "{} cannot be used as ONNX Runtime: {error}; {LIBRARY_HINT}",
+                library.display()
             ))
         })?
         .with_name("imagegpt")
@@ -237,6 +249,9 @@ impl OnnxEngine {
             })?;
             width = values.first().map_or(0, Vec::len);
         }
+        if !options.sizes_are_given && self.facts.provider == "cpu" {
+            self.check_sizes(graph, options.n_colors)?;
+        }
         match graph {
             Graph::Features(_) | Graph::Hidden => {
                 if let Some((expected, head)) = &options.head_width
@@ -261,6 +276,49 @@ impl OnnxEngine {
         }
         Ok(())
     }
+
+    /// Refuses a graph that takes a token id beyond the start token, or a
+    /// position beyond the last: then the palette or the size is another
+    /// model's, and answers would look right and be wrong. A CPU says so by
+    /// failing; a GPU would not.
+    fn check_sizes(&mut self, graph: Graph, n_colors: usize) -> Result<(), EngineError> {
+        let positions = self.positions;
+        let loaded = self.graphs.get_mut(&graph).ok_or_else(|| no_graph(graph))?;
+        let beyond = u16::try_from(n_colors + 1).unwrap_or(u16::MAX);
+        for (tokens, what) in [
+            (
+                vec![beyond; positions],
+                format!("token id {beyond}, which the palette lacks"),
+            ),
+            (
+                vec![0; positions + 1],
+                format!("{} positions, more than the size has", positions + 1),
+            ),
+        ] {
+            let row = Row {
+                tokens: &tokens,
+                want: Want::Mean,
+            };
+            let mut feeds = Vec::new();
+            for input in &loaded.inputs {
+                feeds.push((input.name.as_str(), feed(input, &[row], tokens.len())?));
+            }
+            if loaded.session.run(feeds).is_ok() {
+                return Err(EngineError::Graph {
+                    file: loaded.file.clone(),
+                    reason: format!(
+                        "takes {what}, so preprocessor_config.json is another model's; put the \
+                         model's config.json beside it if that is meant"
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn no_graph(graph: Graph) -> EngineError {
+    EngineError::Runtime(format!("no graph {} is loaded", graph.label()))
 }
 
 /// Graphs that were compiled for one provider are slow on another or do not
@@ -422,10 +480,7 @@ impl Engine for OnnxEngine {
 
     fn run(&mut self, graph: Graph, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
         let positions = self.positions;
-        let loaded = self
-            .graphs
-            .get_mut(&graph)
-            .ok_or_else(|| EngineError::Runtime(format!("no graph {} is loaded", graph.label())))?;
+        let loaded = self.graphs.get_mut(&graph).ok_or_else(|| no_graph(graph))?;
         let mut feeds = Vec::with_capacity(loaded.inputs.len());
         for input in &loaded.inputs {
             feeds.push((input.name.as_str(), feed(input, rows, positions)?));

@@ -4,12 +4,13 @@
 //! not on the async runtime. A job whose caller has gone or whose deadline has
 //! passed is dropped before it is decoded.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::{ImageInput, PreprocessOptions, Preprocessor};
+use super::{ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
 use crate::error::{Error, Stage};
 use crate::job::{Answer, Context, Job, Work};
 use crate::metrics::Metrics;
@@ -34,11 +35,17 @@ pub(crate) fn run(
             job.ticket.finish(Err(error));
             continue;
         }
-        let outcome = preprocessor.tokenize(&job.payload.input, job.payload.options);
+        // Decoders' panics are contained where they happen; one from anywhere
+        // else must not take the thread along.
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            preprocessor.tokenize(&job.payload.input, job.payload.options)
+        }))
+        .map_or(Err(Error::Lost), |outcome| outcome.map_err(Error::from));
         let tokenized = match outcome {
             Ok(tokenized) => tokenized,
             Err(error) => {
-                job.ticket.finish(Err(error.into()));
+                job.ticket.span.in_scope(|| report(&error));
+                job.ticket.finish(Err(error));
                 continue;
             }
         };
@@ -63,6 +70,17 @@ pub(crate) fn run(
                 }
             }
         }
+    }
+}
+
+/// Leaves a word in the log where the fault is the worker's.
+fn report(error: &Error) {
+    match error {
+        Error::Image(cause) if matches!(**cause, PreprocessError::Panicked { .. }) => {
+            tracing::error!(%error, "a decoder panicked");
+        }
+        Error::Lost => tracing::error!("preprocessing panicked"),
+        _ => {}
     }
 }
 

@@ -6,15 +6,15 @@
 
 use std::time::{Duration, Instant};
 
-use tonic::metadata::MetadataMap;
+use http::HeaderMap;
 
 /// How much earlier than the caller's deadline the worker gives up, at most;
 /// never more than a tenth of the time given.
 const MARGIN_MAX: Duration = Duration::from_millis(5);
 
 /// When the worker must have answered, if the caller set a time.
-pub(super) fn of(metadata: &MetadataMap, now: Instant) -> Option<Instant> {
-    let timeout = parse(metadata.get("grpc-timeout")?.to_str().ok()?)?;
+pub(super) fn of(headers: &HeaderMap, now: Instant) -> Option<Instant> {
+    let timeout = parse(headers.get("grpc-timeout")?.to_str().ok()?)?;
     let margin = MARGIN_MAX.min(timeout / 10);
     // A timeout too long to represent is none.
     now.checked_add(timeout.saturating_sub(margin))
@@ -66,14 +66,14 @@ mod tests {
     fn the_worker_gives_up_a_little_earlier() {
         let now = Instant::now();
         let deadline = |text: &'static str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().expect("ascii"));
-            of(&metadata, now).map(|at| at - now)
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().expect("ascii"));
+            of(&headers, now).map(|at| at - now)
         };
         assert_eq!(deadline("1S"), Some(Duration::from_millis(995)));
         assert_eq!(deadline("10m"), Some(Duration::from_millis(9)));
         assert_eq!(deadline("0S"), Some(Duration::ZERO));
         assert_eq!(deadline("soon"), None);
-        assert_eq!(of(&MetadataMap::new(), now), None);
+        assert_eq!(of(&HeaderMap::new(), now), None);
     }
 }

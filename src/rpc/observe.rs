@@ -1,18 +1,25 @@
-//! Sees every call from outside its handler: request id, span, duration and
-//! code, for calls that never reach a handler too.
+//! Sees every call from outside its handler: request id, span, duration, code
+//! and deadline, for calls that never reach a handler too; and counts what a
+//! call holds while it arrives and while its answer leaves.
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
-use super::status;
+use super::{deadline, status};
+use crate::error::{Error, Stage};
 use crate::metrics::{METHODS, Metrics};
 
 /// Names a call in logs and in its response; taken from the caller if given.
@@ -25,6 +32,64 @@ const REQUEST_ID_LEN_MAX: usize = 128;
 pub(super) struct Observe {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
+    /// Where bytes that are arriving are counted.
+    pub(super) bytes: Arc<Semaphore>,
+    pub(super) calls: Calls,
+}
+
+/// How many calls are in progress, from their arrival until their answer has
+/// been taken.
+#[derive(Debug, Clone)]
+pub struct Calls(Arc<watch::Sender<usize>>);
+
+impl Calls {
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(0)))
+    }
+
+    /// How many there are now.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        *self.0.borrow()
+    }
+
+    /// Waits until there are none.
+    pub async fn none(&self) {
+        // The sender lives in self, so waiting cannot fail.
+        let _ = self.0.subscribe().wait_for(|&count| count == 0).await;
+    }
+
+    fn enter(&self) -> InProgress {
+        self.0.send_modify(|count| *count += 1);
+        InProgress(self.clone())
+    }
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One call in progress.
+#[derive(Debug)]
+struct InProgress(Calls);
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// When a call must be answered; handlers find it in the request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadline(pub(super) Option<Instant>);
+
+/// An answer's share of the worker's bytes; handlers leave it in the response.
+#[derive(Debug, Clone)]
+pub(super) struct Held {
+    pub(super) _bytes: Arc<OwnedSemaphorePermit>,
 }
 
 impl<S> Layer<S> for Observe {
@@ -44,9 +109,9 @@ pub(super) struct Observed<S> {
     observe: Observe,
 }
 
-impl<S, B, R> Service<Request<B>> for Observed<S>
+impl<S> Service<Request<Body>> for Observed<S>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<Body>, Response = Response<Body>>,
     S::Future: Send + 'static,
 {
     type Response = S::Response;
@@ -57,11 +122,12 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         let Some(method) = method(request.uri().path()) else {
             // Health checks and reflection are not the worker's work.
             return Box::pin(self.inner.call(request));
         };
+        let started = Instant::now();
         let id = request_id(request.headers());
         let trace_id = trace_id(request.headers()).unwrap_or_default();
         let span = tracing::info_span!(
@@ -73,24 +139,133 @@ where
         let ending = Ending {
             metrics: self.observe.metrics.clone(),
             method,
-            started: Instant::now(),
+            started,
             code: Code::Cancelled,
         };
+        let deadline = deadline::of(request.headers(), started);
+        let in_progress = self.observe.calls.enter();
         let request_bytes_max = self.observe.request_bytes_max;
+        let mut request = request.map(|body| arriving(body, Arc::clone(&self.observe.bytes)));
+        request.extensions_mut().insert(Deadline(deadline));
         let call = span.in_scope(|| self.inner.call(request));
         Box::pin(
             async move {
                 // Named whole, so that the future owns all of it and its drop
                 // counts the call.
                 let mut ending = ending;
-                let mut response = call.await?;
+                let mut response = until(deadline, call).await?;
                 correct(response.headers_mut(), request_bytes_max);
                 ending.code = code(response.headers());
                 response.headers_mut().insert(REQUEST_ID, id);
-                Ok(response)
+                let held = response.extensions_mut().remove::<Held>();
+                Ok(response.map(|body| {
+                    Body::new(Leaving {
+                        body,
+                        _held: held,
+                        _in_progress: in_progress,
+                    })
+                }))
             }
             .instrument(span),
         )
+    }
+}
+
+/// The call's response, or DEADLINE_EXCEEDED when its time is up, be it that
+/// the request was still arriving.
+async fn until<F, E>(deadline: Option<Instant>, call: F) -> Result<Response<Body>, E>
+where
+    F: Future<Output = Result<Response<Body>, E>>,
+{
+    let Some(deadline) = deadline else {
+        return call.await;
+    };
+    tokio::time::timeout_at(deadline.into(), call)
+        .await
+        .unwrap_or_else(|_| {
+            let error = Error::DeadlineExceeded {
+                stage: Stage::Queue,
+            };
+            Ok(status::of_call(&error).into_http())
+        })
+}
+
+/// A request's body that counts its bytes while they gather in memory.
+fn arriving(body: Body, bytes: Arc<Semaphore>) -> Body {
+    Body::new(Arriving {
+        body,
+        bytes,
+        held: None,
+    })
+}
+
+struct Arriving {
+    body: Body,
+    bytes: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+}
+
+impl http_body::Body for Arriving {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            let n_bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
+            let Ok(permit) = Arc::clone(&self.bytes).try_acquire_many_owned(n_bytes) else {
+                let error = Error::Full {
+                    what: "bytes",
+                    flag: "--bytes-in-flight-max",
+                };
+                return Poll::Ready(Some(Err(status::of_call(&error))));
+            };
+            match &mut self.held {
+                Some(held) => held.merge(permit),
+                held @ None => *held = Some(permit),
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A response's body that keeps the call in progress until it has been taken.
+struct Leaving {
+    body: Body,
+    _held: Option<Held>,
+    _in_progress: InProgress,
+}
+
+impl http_body::Body for Leaving {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -131,20 +306,30 @@ fn code(headers: &HeaderMap) -> Code {
 }
 
 /// tonic answers a message over the limit with OUT_OF_RANGE, where gRPC's own
-/// libraries say RESOURCE_EXHAUSTED; no handler of ours uses the former.
+/// libraries say RESOURCE_EXHAUSTED, or with the latter and no word on what to
+/// change when it was compressed. No handler of ours answers either like that.
 fn correct(headers: &mut HeaderMap, request_bytes_max: u64) {
-    if code(headers) != Code::OutOfRange {
+    let message = headers
+        .get("grpc-message")
+        .map_or(&b""[..], HeaderValue::as_bytes);
+    let inflated = message.starts_with(b"Error%20decompressing")
+        || message.starts_with(b"Error decompressing");
+    let over = match code(headers) {
+        Code::OutOfRange => true,
+        Code::ResourceExhausted => inflated,
+        _ => false,
+    };
+    if !over {
         return;
     }
-    let status = Status::resource_exhausted(format!(
-        "request: the message is over the limit of {request_bytes_max} bytes \
-         (--request-bytes-max); send fewer or smaller images a call"
-    ));
-    for name in ["grpc-status", "grpc-message"] {
+    let error = Error::MessageTooLarge {
+        max: request_bytes_max,
+    };
+    for name in ["grpc-status", "grpc-message", "grpc-status-details-bin"] {
         headers.remove(name);
     }
     // Fails only for metadata that is not ASCII, of which there is none.
-    if status.add_header(headers).is_err() {
+    if status::of_call(&error).add_header(headers).is_err() {
         headers.insert("grpc-status", HeaderValue::from_static("8"));
     }
 }

@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::preprocess::PreprocessError;
 
 /// Who may act on the reasons below, as `google.rpc.ErrorInfo` asks.
-const DOMAIN: &str = "imagegpt.v1";
+pub(super) const DOMAIN: &str = "imagegpt.v1";
 
 /// The code and the machine-readable reason of each error.
 fn row(error: &Error) -> (Code, &'static str) {
@@ -26,6 +26,7 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
         Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
         Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
+        Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
@@ -92,7 +93,7 @@ mod tests {
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 18] = [
+        let rows: [(Error, Code, &str); 19] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -155,9 +156,13 @@ mod tests {
                 "HEAD_CONTEXT",
             ),
             (
+                Error::MessageTooLarge { max: 1 },
+                Code::ResourceExhausted,
+                "MESSAGE_TOO_LARGE",
+            ),
+            (
                 Error::Full {
                     what: "images",
-                    max: 1,
                     flag: "--images-in-flight-max",
                 },
                 Code::ResourceExhausted,

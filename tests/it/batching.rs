@@ -146,15 +146,12 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
     blocking.await.expect("no panic").expect("an answer");
     let page = running.metrics().await;
     assert_eq!(batches(&page), 1.0, "the late images were never run");
-    let dropped: f64 = ["deadline", "cancelled"]
-        .iter()
-        .map(|reason| {
-            let series =
-                format!("imagegpt_images_dropped_total{{reason=\"{reason}\",stage=\"queue\"}}");
-            harness::sample(&page, &series)
-        })
-        .sum();
-    assert_eq!(dropped, 2.0);
+    let dropped = "imagegpt_images_dropped_total{reason=\"deadline\",stage=\"queue\"}";
+    assert_eq!(harness::sample(&page, dropped), 2.0);
+    let late = "imagegpt_images_total{code=\"DEADLINE_EXCEEDED\"}";
+    assert_eq!(harness::sample(&page, late), 2.0);
+    let calls = "imagegpt_requests_total{method=\"Embed\",code=\"DEADLINE_EXCEEDED\"}";
+    assert_eq!(harness::sample(&page, calls), 1.0);
     running.end().await;
 }
 

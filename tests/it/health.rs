@@ -169,7 +169,7 @@ async fn a_request_id_comes_back() {
 }
 
 #[tokio::test]
-async fn gzip_is_taken_and_given() {
+async fn gzip_is_taken() {
     use tonic::codec::CompressionEncoding::Gzip;
     let running = harness::fake(Script::default(), &[]).await;
     let mut client = running

@@ -20,6 +20,7 @@ fn complaint(dir: &Path) -> Option<String> {
         intra_op_threads: 1,
         positions: model.positions(),
         n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
         head_width: None,
         compiled_for: None,
@@ -189,6 +190,28 @@ fn a_vocabulary_that_does_not_fit_shows_in_the_trial_run() {
     );
 }
 
+/// Nor the palette: one that is too small, or a size, of another model.
+#[test]
+fn a_palette_of_another_model_shows_in_the_trial_run() {
+    let check = |key: &str, value: serde_json::Value, words: &str| {
+        let dir = copy_of("micro");
+        std::fs::remove_file(dir.path().join("config.json")).expect("removed");
+        let path = dir.path().join("preprocessor_config.json");
+        let text = std::fs::read(&path).expect("a config");
+        let mut config: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        config[key] = value;
+        std::fs::write(&path, config.to_string()).expect("written");
+        let complaint = complaint(dir.path()).expect(key);
+        assert!(complaint.contains(words), "{complaint}");
+    };
+    check(
+        "clusters",
+        serde_json::json!([[0, 0, 0], [1, 1, 1]]),
+        "takes token id 3, which the palette lacks",
+    );
+    check("size", 4.into(), "takes 17 positions");
+}
+
 #[test]
 fn a_digest_follows_content_and_not_place() {
     let original = Model::open(&harness::model_dir("micro"), None).expect("a model");
@@ -228,7 +251,7 @@ fn a_missing_library_is_one_clear_sentence() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(
-        text.contains("/nowhere/libonnxruntime.so") && text.contains("--onnxruntime"),
+        text.contains("/nowhere/libonnxruntime.so is not there") && text.contains("--onnxruntime"),
         "{text}"
     );
     assert!(!text.contains("panicked"), "{text}");

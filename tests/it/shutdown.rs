@@ -70,7 +70,7 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
     let call = tokio::spawn(async move { client.embed(embed(vec![harness::flat(1); 3])).await });
     running.until_in_flight(3).await;
     let ended = running.worker.shutdown(Duration::from_millis(100)).await;
-    assert_eq!(ended, Ended::Hard { images: 3 });
+    assert_eq!(ended, Ended::Hard { calls: 1 });
     drop(open);
     drop(call);
 }

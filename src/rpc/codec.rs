@@ -1,0 +1,269 @@
+//! Looks at a request's bytes before they become values.
+//!
+//! A protobuf message of two bytes an image would become a vector of a hundred
+//! bytes an image, so limits that are checked after decoding come too late:
+//! a small compressed request could take gigabytes. What is counted here is
+//! only what multiplies; everything else keeps its size when it is decoded.
+
+use std::marker::PhantomData;
+
+use tonic::codec::{Codec, DecodeBuf, Decoder};
+use tonic::{Code, Status};
+use tonic_prost::ProstEncoder;
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::pb;
+
+/// No flag allows more images a call.
+pub(crate) const IMAGES_MAX: usize = 65_536;
+/// Far more than all other fields of a request take.
+const OTHER_BYTES_MAX: usize = 4096;
+/// Tokens of the largest square that a model may have (256 x 256), at the most
+/// bytes that an id takes on the wire.
+const TOKENS_BYTES_MAX: usize = 65_536 * 6;
+
+/// A message that may be looked at before it is decoded.
+pub(crate) trait Scan {
+    /// Refuses what would grow out of bounds.
+    fn scan(_message: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl Scan for pb::EmbedRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        scan_images(message)
+    }
+}
+
+impl Scan for pb::ClassifyRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        scan_images(message)
+    }
+}
+
+impl Scan for pb::TokenizeRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        scan_images(message)
+    }
+}
+
+impl Scan for pb::GetModelRequest {}
+// A client trusts the worker that it chose.
+impl Scan for pb::EmbedResponse {}
+impl Scan for pb::ClassifyResponse {}
+impl Scan for pb::TokenizeResponse {}
+impl Scan for pb::GetModelResponse {}
+
+/// All requests with images have them in field 1.
+const IMAGES: u64 = 1;
+/// `Image.tokens`.
+const TOKENS: u64 = 3;
+
+fn scan_images(message: &[u8]) -> Result<(), String> {
+    let (mut n_images, mut n_other_bytes) = (0, 0);
+    for field in Fields(message) {
+        let (number, content, size) = field?;
+        if number != IMAGES {
+            n_other_bytes += size;
+            if n_other_bytes > OTHER_BYTES_MAX {
+                return Err(format!(
+                    "request: options take more than {OTHER_BYTES_MAX} bytes"
+                ));
+            }
+            continue;
+        }
+        n_images += 1;
+        if n_images > IMAGES_MAX {
+            return Err(format!(
+                "images: more than {IMAGES_MAX} in one call; split the call"
+            ));
+        }
+        for field in Fields(content) {
+            let (number, content, _) = field?;
+            if number == TOKENS && content.len() > TOKENS_BYTES_MAX {
+                return Err(format!(
+                    "tokens.ids: {} bytes of ids, more than any model takes",
+                    content.len()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The fields of a message: number, content if it has a length, and bytes on
+/// the wire.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<(u64, &'a [u8], usize), String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.field();
+        if field.is_none() {
+            // Nothing after a broken field can be trusted.
+            self.0 = &[];
+        }
+        Some(field.ok_or_else(|| "request: not a protobuf message of this method".to_owned()))
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn field(&mut self) -> Option<(u64, &'a [u8], usize)> {
+        let start = self.0.len();
+        let tag = self.varint()?;
+        let content = match tag & 7 {
+            0 => {
+                self.varint()?;
+                &[]
+            }
+            1 => self.take(8)?,
+            2 => {
+                let len = usize::try_from(self.varint()?).ok()?;
+                self.take(len)?
+            }
+            5 => self.take(4)?,
+            // Groups, which proto3 does not have.
+            _ => return None,
+        };
+        Some((tag >> 3, content, start - self.0.len()))
+    }
+
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0_u64;
+        for idx in 0..10 {
+            let (&byte, rest) = self.0.split_first()?;
+            self.0 = rest;
+            value |= u64::from(byte & 0x7f) << (7 * idx).min(63);
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (content, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(content)
+    }
+}
+
+/// The codec that generated code uses.
+#[derive(Debug, Clone)]
+pub(crate) struct ScanningCodec<T, U>(PhantomData<(T, U)>);
+
+impl<T, U> Default for ScanningCodec<T, U> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T, U> Codec for ScanningCodec<T, U>
+where
+    T: prost::Message + Send + 'static,
+    U: prost::Message + Scan + Default + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = ProstEncoder<T>;
+    type Decoder = ScanningDecoder<U>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstEncoder::default()
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ScanningDecoder(PhantomData)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct ScanningDecoder<U>(PhantomData<U>);
+
+impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
+    type Item = U;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
+        use bytes::Buf as _;
+        // tonic gathers a message in one piece before it asks to decode it.
+        U::scan(buffer.chunk()).map_err(|reason| malformed(&reason))?;
+        U::decode(buffer)
+            .map(Some)
+            .map_err(|error| malformed(&format!("request: {error}")))
+    }
+}
+
+fn malformed(reason: &str) -> Status {
+    let details = ErrorDetails::with_error_info("REQUEST_MALFORMED", super::status::DOMAIN, []);
+    Status::with_error_details(Code::InvalidArgument, reason, details)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+
+    fn check(message: &[u8], expected: Result<(), &str>) {
+        match (pb::EmbedRequest::scan(message), expected) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(words)) => assert!(error.contains(words), "{error}"),
+            (got, _) => panic!("{got:?}"),
+        }
+    }
+
+    #[test]
+    fn ordinary_requests_pass() {
+        let tokens = pb::Tokens {
+            ids: (0..1024).collect(),
+        };
+        let image = pb::Image {
+            source: Some(pb::image::Source::Tokens(tokens)),
+        };
+        let request = pb::EmbedRequest {
+            images: vec![image; 256],
+            layers: (0..64).collect(),
+            normalize: true,
+            ..Default::default()
+        };
+        check(&request.encode_to_vec(), Ok(()));
+        check(&[], Ok(()));
+    }
+
+    #[test]
+    fn what_would_grow_is_refused() {
+        check(&[0x0a, 0x00].repeat(IMAGES_MAX), Ok(()));
+        check(&[0x0a, 0x00].repeat(IMAGES_MAX + 1), Err("more than 65536"));
+        let ids = pb::Tokens {
+            ids: vec![1; TOKENS_BYTES_MAX + 1],
+        };
+        let image = pb::Image {
+            source: Some(pb::image::Source::Tokens(ids)),
+        };
+        let request = pb::EmbedRequest {
+            images: vec![image],
+            ..Default::default()
+        };
+        check(&request.encode_to_vec(), Err("more than any model takes"));
+        let request = pb::EmbedRequest {
+            layers: vec![1; 5000],
+            ..Default::default()
+        };
+        check(&request.encode_to_vec(), Err("options take more than"));
+        // The same list, each id with a tag of its own.
+        check(&[0x38, 0x01].repeat(3000), Err("options take more than"));
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        for bytes in [&[0x0a, 0x05, 0x00][..], &[0x0a], &[0xff; 12], &[0x0b]] {
+            check(bytes, Err("not a protobuf message"));
+        }
+    }
+}
