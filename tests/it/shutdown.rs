@@ -75,6 +75,36 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
     drop(call);
 }
 
+/// A health watch, as clients with health checking keep one open, and a
+/// connection that says nothing are no calls; nobody waits for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_do_not_hold_the_end() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let channel = tonic::transport::Channel::from_shared(endpoint)
+        .expect("a URL")
+        .connect()
+        .await
+        .expect("a connection");
+    let request = tonic_health::pb::HealthCheckRequest::default();
+    let mut watch = tonic_health::pb::health_client::HealthClient::new(channel)
+        .watch(request)
+        .await
+        .expect("a watch")
+        .into_inner();
+    watch.message().await.expect("a status");
+    let silent = tokio::net::TcpStream::connect(running.worker.grpc_addr)
+        .await
+        .expect("a connection");
+    let started = Instant::now();
+    assert_eq!(
+        running.worker.shutdown(harness::PATIENCE).await,
+        Ended::Clean
+    );
+    assert!(started.elapsed() < Duration::from_secs(5));
+    drop((watch, silent));
+}
+
 /// The program itself on the micro model, with the address that it logged.
 #[expect(
     clippy::zombie_processes,
