@@ -51,9 +51,19 @@ bench: setup ## Measure decode, resize and quantize on one core (images per seco
 bench-overhead: setup ## Measure images per second through gRPC against the bare engine
 	cargo bench --locked --bench overhead
 
+.PHONY: bench-attention
+bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
+	cargo bench --locked --bench attention -- 2 40
+
+.PHONY: bench-graphs
+bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)
+	@PARITY_VENV=$(PARITY_VENV) scripts/bench-graphs.sh
+
 .PHONY: parity
-parity: build $(PARITY_VENV)/.done ## Compare a running worker with transformers (brings PyTorch: several GB)
+parity: build $(PARITY_VENV)/.done ## Compare a running worker and compiled graphs with transformers (brings PyTorch: several GB)
 	@PARITY_VENV=$(PARITY_VENV) scripts/parity.sh
+	ORT_DYLIB_PATH=$(CURDIR)/target/onnxruntime/libonnxruntime.so \
+	    $(PARITY_VENV)/bin/python tests/parity/compile_parity.py target/release/imagegpt
 
 $(PARITY_VENV)/.done: tests/parity/requirements.txt
 	python3 -m venv $(PARITY_VENV)

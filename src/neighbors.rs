@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
+use font8x8::{BASIC_FONTS, UnicodeFonts as _};
 use image::{Rgb, RgbImage, imageops};
 
 use crate::pb;
@@ -52,6 +53,9 @@ const CELL: u32 = 64;
 const GAP: u32 = 8;
 /// Gap between the tokens' column and the neighbors' columns.
 const WIDE_GAP: u32 = 24;
+/// Height of a line of text, and of the two lines on top.
+const LINE: u32 = 12;
+const HEADER: u32 = GAP + 2 * LINE;
 /// What drawing one image may cost this side.
 const THUMBNAIL_LIMITS: ImageLimits = ImageLimits {
     image_bytes_max: 64 << 20,
@@ -246,9 +250,16 @@ fn picture(
     let block_width = (2 + n_neighbors) * (CELL + GAP) + 2 * WIDE_GAP;
     let mut sheet = RgbImage::from_pixel(
         GAP + n_blocks * block_width - WIDE_GAP.min(n_blocks * block_width),
-        GAP + n_rows * (CELL + GAP),
+        HEADER + GAP + n_rows * (CELL + GAP),
         Rgb([255; 3]),
     );
+    // A picture travels without its table, so it says itself what it shows.
+    write_line(
+        &mut sheet,
+        0,
+        &format!("{} - image, tokens, neighbors", model.name),
+    );
+    write_line(&mut sheet, 1, &model.notice);
     let thumbnails: Vec<RgbImage> = items.iter().map(thumbnail).collect();
     for (idx, (item, nearest)) in items.iter().zip(nearest).enumerate() {
         let (block, row) = (to_u32(idx) / n_rows, to_u32(idx) % n_rows);
@@ -263,11 +274,28 @@ fn picture(
         for (column, cell) in (0..).zip(cells) {
             let gap = if column >= 2 { WIDE_GAP } else { 0 };
             let x = GAP + block * block_width + column * (CELL + GAP) + gap;
-            let y = GAP + row * (CELL + GAP);
+            let y = HEADER + GAP + row * (CELL + GAP);
             imageops::replace(&mut sheet, cell, x.into(), y.into());
         }
     }
     sheet
+}
+
+/// One line of 8 x 8 letters in the header; what does not fit is cut off.
+fn write_line(sheet: &mut RgbImage, line: u32, text: &str) {
+    for (column, letter) in (0..).zip(text.chars()) {
+        let Some(glyph) = BASIC_FONTS.get(letter) else {
+            continue;
+        };
+        for (dy, bits) in (0..).zip(glyph) {
+            for dx in (0..8).filter(|dx| bits >> dx & 1 == 1) {
+                let (x, y) = (GAP + column * 8 + dx, GAP + line * LINE + dy);
+                if let Some(pixel) = sheet.get_pixel_mut_checked(x, y) {
+                    *pixel = Rgb([60; 3]);
+                }
+            }
+        }
+    }
 }
 
 fn to_u32(n: usize) -> u32 {
