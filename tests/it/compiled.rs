@@ -10,39 +10,9 @@ use imagegpt::engine::onnx;
 use imagegpt::pb;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use serde::Deserialize;
 use tonic::Code;
 
-use crate::harness::{self, Running, f32s, relative_error, tokens, vector};
-
-#[derive(Deserialize)]
-struct Expected {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    tokens: Vec<u32>,
-    raw: Answers,
-    sos_shifted: Answers,
-}
-
-/// What transformers answered, by layer from the embedding on.
-#[derive(Deserialize)]
-struct Answers {
-    layers_raw: Vec<Vec<f32>>,
-    layers_normed: Vec<Vec<f32>>,
-    last: Vec<f32>,
-    logits: Vec<f32>,
-}
-
-fn expected() -> Vec<Case> {
-    let path = harness::model_dir("expected.json");
-    let text = std::fs::read(path).expect("expected.json");
-    serde_json::from_slice::<Expected>(&text)
-        .expect("its shape")
-        .cases
-}
+use crate::harness::{self, Case, Running, expected, f32s, relative_error, tokens, vector};
 
 fn runtime() -> Runtime {
     let library = onnx::find_library(None);

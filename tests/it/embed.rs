@@ -1,37 +1,9 @@
 //! Every option of every call, on real graphs.
 
 use imagegpt::pb;
-use serde::Deserialize;
 use tonic::Code;
 
-use crate::harness::{self, embed, encoded, f32s, relative_error, tokens, vector};
-
-#[derive(Deserialize)]
-struct Expected {
-    relative_error_max: f64,
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    tokens: Vec<u32>,
-    raw: Answers,
-    sos_shifted: Answers,
-}
-
-#[derive(Deserialize)]
-struct Answers {
-    mean: Vec<f32>,
-    last: Vec<f32>,
-    first: Vec<f32>,
-    logits: Vec<f32>,
-}
-
-/// What PyTorch answered for the same weights; see tests/data/models.
-fn expected() -> Expected {
-    let path = harness::model_dir("expected.json");
-    serde_json::from_slice(&std::fs::read(path).expect("expected.json")).expect("its shape")
-}
+use crate::harness::{self, Case, embed, encoded, expected, f32s, relative_error, tokens, vector};
 
 fn request(case: &Case, context: pb::Context, pooling: pb::Pooling) -> pb::EmbedRequest {
     pb::EmbedRequest {
@@ -45,15 +17,12 @@ fn request(case: &Case, context: pb::Context, pooling: pb::Pooling) -> pb::Embed
 /// All poolings and contexts of one published folder.
 async fn check_embed(folder: &str) {
     let mut running = harness::onnx(folder, &[]).await;
-    let expected = expected();
+    let cases = expected();
     let within = |got: &[f32], want: &[f32], what: &str| {
         let error = relative_error(got, want);
-        assert!(
-            error <= expected.relative_error_max,
-            "{folder} {what}: {error:e}"
-        );
+        assert!(error <= 1e-5, "{folder} {what}: {error:e}");
     };
-    for case in &expected.cases {
+    for case in &cases {
         for (context, answers) in [
             (pb::Context::Raw, &case.raw),
             (pb::Context::SosShifted, &case.sos_shifted),
@@ -107,7 +76,7 @@ async fn a_new_style_preprocessor_config_is_read() {
 #[tokio::test]
 async fn f16_and_normalize() {
     let mut running = harness::onnx("micro", &[]).await;
-    let case = &expected().cases[0];
+    let case = &expected()[0];
     let plain = &case.raw.mean;
     let length = plain.iter().map(|v| v * v).sum::<f32>().sqrt();
     let response = running
@@ -138,7 +107,7 @@ async fn f16_and_normalize() {
 #[tokio::test]
 async fn classes_are_named_best_first() {
     let mut running = harness::onnx("micro", &[]).await;
-    for case in &expected().cases {
+    for case in &expected() {
         let response = running
             .client
             .classify(pb::ClassifyRequest {
@@ -199,7 +168,7 @@ fn classification(result: &pb::ClassifyResult) -> &pb::Classification {
 #[tokio::test]
 async fn multi_label_scores_are_sigmoids() {
     let mut running = harness::onnx("micro-multilabel", &[]).await;
-    let case = &expected().cases[0];
+    let case = &expected()[0];
     let response = running
         .client
         .classify(pb::ClassifyRequest {
@@ -237,7 +206,7 @@ async fn multi_label_scores_are_sigmoids() {
 #[tokio::test]
 async fn without_labels_there_are_only_logits() {
     let mut running = harness::onnx("no-labels", &[]).await;
-    let case = &expected().cases[0];
+    let case = &expected()[0];
     let response = running
         .client
         .classify(pb::ClassifyRequest {

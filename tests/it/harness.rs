@@ -12,6 +12,7 @@ use imagegpt::model::Model;
 use imagegpt::pb;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::{Ended, Worker, onnx_factory};
+use serde::Deserialize;
 use tonic::transport::Channel;
 
 pub(crate) type Client = ImageGptServiceClient<Channel>;
@@ -222,6 +223,37 @@ pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let difference = square(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
     (difference / square(&mut b.iter().map(|&b| f64::from(b)))).sqrt()
+}
+
+/// Tokens of an image of the micro model, with what PyTorch answered for its
+/// weights; see tests/data/models.
+#[derive(Deserialize)]
+pub(crate) struct Case {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) raw: Answers,
+    pub(crate) sos_shifted: Answers,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct Answers {
+    pub(crate) mean: Vec<f32>,
+    pub(crate) last: Vec<f32>,
+    pub(crate) first: Vec<f32>,
+    pub(crate) logits: Vec<f32>,
+    /// By layer from the embedding on.
+    pub(crate) layers_raw: Vec<Vec<f32>>,
+    pub(crate) layers_normed: Vec<Vec<f32>>,
+}
+
+pub(crate) fn expected() -> Vec<Case> {
+    #[derive(Deserialize)]
+    struct File {
+        cases: Vec<Case>,
+    }
+    let text = std::fs::read(model_dir("expected.json")).expect("expected.json");
+    serde_json::from_slice::<File>(&text)
+        .expect("its shape")
+        .cases
 }
 
 /// What the fake engine answers for these tokens.
