@@ -1,7 +1,7 @@
 //! Every graph is run and judged before anything is kept.
 //!
 //! The trial is on fixed pseudo-random tokens, in a batch, against the
-//! float64 [`reference`]; and on what ONNX Runtime says that
+//! float64 [`reference`](mod@super::reference); and on what ONNX Runtime says that
 //! it ran, which must be the fused operators that the graph was written with.
 
 mod generate;
