@@ -71,7 +71,7 @@ fn main() -> anyhow::Result<()> {
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
-        head_width: None,
+        head_widths: Vec::new(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
         max_batch_size: BATCH_SIZE,
     })?;

@@ -30,6 +30,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use prost::Message;
+use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::config::Architecture;
@@ -205,9 +206,28 @@ pub fn compile_cached(
     let checkpoint = Checkpoint::open(&local.folder)?;
     progress.begin(Step::Digest, checkpoint.bytes()?);
     let sha256 = checkpoint.digest(|bytes| progress.advance(bytes))?;
-    let folder = cache.join(options.cache_key(&sha256, runtime));
+    // The palette is copied into the folder, so another one is another folder.
+    let preprocessor = local.folder.join(source::PREPROCESSOR);
+    let preprocessor =
+        std::fs::read(&preprocessor).map_err(|error| CompileError::read(&preprocessor, &error))?;
+    let mut hash = Sha256::new();
+    hash.update(&sha256);
+    hash.update(&preprocessor);
+    let key: String = hash
+        .finalize()
+        .iter()
+        .fold(String::new(), |mut text, byte| {
+            use std::fmt::Write as _;
+            let _ = write!(text, "{byte:02x}");
+            text
+        });
+    let folder = cache.join(options.cache_key(&key, runtime));
     if let Ok(manifest) = Manifest::read(&folder) {
         return Ok((folder, manifest));
+    }
+    // Folders appear whole, so what cannot be read has been damaged since.
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).map_err(|error| CompileError::write(&folder, &error))?;
     }
     match compile(source, &folder, options, runtime, progress) {
         Ok(manifest) => Ok((folder, manifest)),

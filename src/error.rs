@@ -10,6 +10,9 @@ use crate::engine::EngineError;
 use crate::model::Task;
 use crate::preprocess::PreprocessError;
 
+/// A caller's list of layers is echoed this far.
+const LAYERS_SHOWN: usize = 64;
+
 /// Why a call, or one image of a call, has no answer.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -41,8 +44,9 @@ pub enum Error {
     TaskMissing { task: Task, file: &'static str },
     /// Embed was asked for layers that the model does not have pooled.
     #[error(
-        "layers: {given:?} with this norm and pooling are not served; the model serves {served}, \
-         ascending and in one run"
+        "layers: {:?} with this norm and pooling are not served; the model serves {served}, \
+         ascending and in one run",
+        &given[..given.len().min(LAYERS_SHOWN)]
     )]
     LayersMissing { given: Vec<u32>, served: String },
     /// Pooling needs the states of all positions, and there are none.

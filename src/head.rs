@@ -19,7 +19,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::job::{Context, Norm};
-use crate::model::Activation;
+use crate::model::{Activation, Model};
 
 /// A head file is small; a larger one is something else.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -49,6 +49,8 @@ impl FromStr for HeadFlag {
 #[derive(Debug, Clone)]
 pub struct Head {
     pub name: String,
+    /// Where it was read from.
+    pub file: PathBuf,
     pub labels: Vec<String>,
     pub activation: Activation,
     pub layer: u32,
@@ -81,6 +83,26 @@ impl Head {
             name: flag.name.clone(),
             file: flag.file.clone(),
             reason,
+        })
+    }
+
+    /// Whether the model has the features that the head was trained on.
+    ///
+    /// # Errors
+    ///
+    /// When it does not have them.
+    pub fn check(&self, model: &Model) -> Result<(), HeadError> {
+        if model.features(&[self.layer], self.norm).is_some() {
+            return Ok(());
+        }
+        Err(HeadError {
+            name: self.name.clone(),
+            file: self.file.clone(),
+            reason: format!(
+                "it was trained on layer {}, which the model does not serve pooled; it serves {:?}",
+                self.layer,
+                model.layers_served(self.norm)
+            ),
         })
     }
 
@@ -145,6 +167,7 @@ fn read(name: &str, file: &Path) -> Result<Head, String> {
     let layer = entry("layer")?;
     Ok(Head {
         name: name.to_owned(),
+        file: file.to_owned(),
         labels,
         activation: Activation::of(metadata.get("problem_type").map(String::as_str))?,
         layer: layer

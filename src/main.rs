@@ -98,7 +98,11 @@ async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         tracing::info!(folder = %folder.display(), "reading the model");
         let model = Model::open(&folder, owned.model.model_name.as_deref())?;
         let heads = owned.model.heads.iter().map(Head::open);
-        Ok((model, heads.collect::<Result<Vec<_>, _>>()?))
+        let heads = heads.collect::<Result<Vec<_>, _>>()?;
+        for head in &heads {
+            head.check(&model)?;
+        }
+        Ok((model, heads))
     };
     let (model, heads) = tokio::task::spawn_blocking(load).await??;
     let factory = onnx_factory(config, &model, &heads);

@@ -276,7 +276,7 @@ impl Model {
         }
         if let Some(last) = self.n_layers
             && self.graphs.contains_key(&Graph::Hidden)
-            && layers.last() != Some(&last)
+            && layers.last() < Some(&last)
         {
             layers.push(last);
         }

@@ -156,7 +156,10 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
-        head_width: heads.first().map(|head| (head.width, head.name.clone())),
+        head_widths: heads
+            .iter()
+            .map(|head| (head.width, head.name.clone()))
+            .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
         max_batch_size: config.batching.max_batch_size.into(),
     };

@@ -100,6 +100,20 @@ impl Manifest {
                 manifest.format
             )));
         }
+        if manifest.feature_layer > manifest.architecture.n_layers {
+            return Err(refuse(format!(
+                "names feature layer {} of a model of {} layers; compile the model again",
+                manifest.feature_layer, manifest.architecture.n_layers
+            )));
+        }
+        let graphs = manifest.graphs.values().map(|graph| graph.file.as_str());
+        for needed in graphs.chain([super::store::FILE]) {
+            if !manifest.files.contains_key(needed) {
+                return Err(refuse(format!(
+                    "does not list {needed}; compile the model again"
+                )));
+            }
+        }
         for (name, bytes) in &manifest.files {
             let found = std::fs::metadata(folder.join(name))
                 .map(|file| file.len())

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::CompileError;
 
@@ -16,6 +15,9 @@ pub(super) struct Stage {
     folder: PathBuf,
     output: PathBuf,
     is_committed: bool,
+    /// Held for as long as somebody works here; the system lets go of it when
+    /// the process ends, however it ends.
+    _lock: File,
 }
 
 impl Stage {
@@ -37,15 +39,18 @@ impl Stage {
             .to_string_lossy();
         let parent = parent(output);
         fs::create_dir_all(parent).map_err(|error| CompileError::write(parent, &error))?;
-        let prefix = format!(".{name}.partial-");
-        let idx = COUNT.fetch_add(1, Ordering::Relaxed);
-        remove_abandoned(parent, &prefix, idx == 0);
-        let folder = parent.join(format!("{prefix}{}-{idx}", std::process::id()));
+        remove_abandoned(parent);
+        let folder = parent.join(format!(".{name}{INFIX}{:016x}", random()));
+        let lock_path = lock_path(&folder);
+        let written = |error: &std::io::Error| CompileError::write(&lock_path, error);
+        let lock = File::create_new(&lock_path).map_err(|error| written(&error))?;
+        lock.lock().map_err(|error| written(&error))?;
         fs::create_dir(&folder).map_err(|error| CompileError::write(&folder, &error))?;
         Ok(Self {
             folder,
             output: output.to_owned(),
             is_committed: false,
+            _lock: lock,
         })
     }
 
@@ -70,13 +75,16 @@ impl Stage {
         Ok(())
     }
 
-    /// Bytes of each file so far.
+    /// Bytes of each file so far, but for a profile that is being read.
     pub(super) fn files(&self) -> Result<BTreeMap<String, u64>, CompileError> {
         let read = |error| CompileError::read(&self.folder, &error);
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(&self.folder).map_err(read)? {
             let entry = entry.map_err(read)?;
             let name = entry.file_name().to_string_lossy().into_owned();
+            if name.contains(".profile_") {
+                continue;
+            }
             files.insert(name, entry.metadata().map_err(read)?.len());
         }
         Ok(files)
@@ -99,10 +107,11 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        // There is nobody left to tell.
         if !self.is_committed {
-            // There is nobody left to tell.
             let _ = fs::remove_dir_all(&self.folder);
         }
+        let _ = fs::remove_file(lock_path(&self.folder));
     }
 }
 
@@ -113,26 +122,41 @@ fn parent(output: &Path) -> &Path {
     }
 }
 
-/// Stages that this process began.
-static COUNT: AtomicU64 = AtomicU64::new(0);
+/// What marks the name of a stage.
+const INFIX: &str = ".partial-";
 
-/// Removes what compilations that are no more left behind. In a container a
-/// process often has the id of the one before it: if this is its first stage,
-/// whatever bears its id is not its own.
-fn remove_abandoned(parent: &Path, prefix: &str, is_first: bool) {
+/// Not a process's id: in containers that share a volume, all have the same.
+fn random() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(std::process::id())
+}
+
+/// Beside the folder, since the folder becomes the output.
+fn lock_path(folder: &Path) -> PathBuf {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(".lock");
+    name.into()
+}
+
+/// Removes what compilations that are no more left behind: stages whose lock
+/// nobody holds.
+fn remove_abandoned(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let path = entry.path();
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(prefix));
-        let Some((pid, _)) = pid.and_then(|pid| pid.split_once('-')) else {
+        let is_stage = name
+            .to_str()
+            .is_some_and(|name| name.starts_with('.') && name.contains(INFIX));
+        if !is_stage || !path.is_dir() {
             continue;
-        };
-        let is_dead = match pid.parse::<u32>() {
-            Ok(pid) if pid == std::process::id() => is_first,
-            Ok(pid) => !Path::new("/proc").join(pid.to_string()).exists(),
-            Err(_) => false,
-        };
-        if is_dead {
-            let _ = fs::remove_dir_all(entry.path());
+        }
+        let lock = lock_path(&path);
+        // A lock is made before its folder and removed after it, so a folder
+        // without one is nobody's.
+        let is_held = File::open(&lock).is_ok_and(|lock| lock.try_lock().is_err());
+        if !is_held {
+            let _ = fs::remove_dir_all(&path);
+            let _ = fs::remove_file(&lock);
         }
     }
 }

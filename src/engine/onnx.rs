@@ -58,9 +58,9 @@ pub struct Options {
     pub sizes_are_given: bool,
     /// Classes that config.json names; 0 if it names none.
     pub n_labels: usize,
-    /// Width of the features that linear heads were trained on, and a head's
+    /// Width of the features that each linear head was trained on, with its
     /// name to say if it does not fit.
-    pub head_width: Option<(usize, String)>,
+    pub head_widths: Vec<(usize, String)>,
     /// What the graphs were compiled for; `None` for a published export.
     pub compiled_for: Option<compile::Provider>,
     /// Largest batch; the warm-up runs at this size, so that the first full
@@ -254,9 +254,8 @@ impl OnnxEngine {
         }
         match graph {
             Graph::Features(_) | Graph::Hidden => {
-                if let Some((expected, head)) = &options.head_width
-                    && *expected != width
-                {
+                let mut heads = options.head_widths.iter();
+                if let Some((expected, head)) = heads.find(|(expected, _)| *expected != width) {
                     return Err(refuse(format!(
                         "features have {width} numbers, but the head {head} was trained on \
                          {expected}"

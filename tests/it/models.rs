@@ -22,7 +22,7 @@ fn complaint(dir: &Path) -> Option<String> {
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
-        head_width: None,
+        head_widths: Vec::new(),
         compiled_for: None,
         graphs: model.graphs,
         max_batch_size: 2,

@@ -29,7 +29,9 @@ enum Value {
     Bool,
     Int(i64),
     Text(Rc<str>),
-    Tuple(Rc<[Value]>),
+    /// With how deep tuples lie in it, which is bounded: values are dropped by
+    /// recursion.
+    Tuple(Rc<[Value]>, usize),
     /// A list; what it holds is of no use here.
     List,
     Dict(Vec<(Value, Value)>),
@@ -46,9 +48,20 @@ enum Global {
     Storage(Element),
 }
 
+/// A tensor's arguments lie two deep.
+const TUPLE_DEPTH_MAX: usize = 8;
 /// No weight has more dimensions, and no storage more elements.
 const DIMENSIONS_MAX: usize = 8;
 const ELEMENTS_MAX: usize = 1 << 40;
+
+/// A value inside another one. A dict there holds nothing that is needed, and
+/// keeping it would let dicts nest and multiply.
+fn nested(value: Value) -> Value {
+    match value {
+        Value::Dict(_) => Value::None,
+        other => other,
+    }
+}
 
 /// The tensors of a state dict by name.
 pub(super) fn state_dict(program: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
@@ -163,10 +176,10 @@ impl<'p> Machine<'p> {
         match operation {
             b'}' => self.stack.push(Value::Dict(Vec::new())),
             b']' => self.stack.push(Value::List),
-            b')' => self.stack.push(Value::Tuple(Rc::new([]))),
+            b')' => self.push_tuple(Vec::new())?,
             b't' => {
                 let items = self.pop_to_mark()?;
-                self.stack.push(Value::Tuple(items.into()));
+                self.push_tuple(items)?;
             }
             0x85..=0x87 => self.tuple(usize::from(operation - 0x84))?,
             // BUILD, APPEND, APPENDS: attributes and lists, dropped.
@@ -175,14 +188,15 @@ impl<'p> Machine<'p> {
             b's' => {
                 let value = self.pop()?;
                 let key = self.pop()?;
-                self.dict()?.push((key, value));
+                self.dict()?.push((key, nested(value)));
             }
             b'u' => {
                 let items = self.pop_to_mark()?;
                 let (pairs, []) = items.as_chunks::<2>() else {
                     return Err("it has a key without a value".to_owned());
                 };
-                let pairs = pairs.iter().cloned().map(|[key, value]| (key, value));
+                let pairs = pairs.iter().cloned();
+                let pairs = pairs.map(|[key, value]| (key, nested(value)));
                 self.dict()?.extend(pairs);
             }
             other => {
@@ -272,7 +286,20 @@ impl<'p> Machine<'p> {
             .checked_sub(length)
             .ok_or("it takes more than it has")?;
         let items = self.stack.split_off(start);
-        self.stack.push(Value::Tuple(items.into()));
+        self.push_tuple(items)
+    }
+
+    fn push_tuple(&mut self, items: Vec<Value>) -> Result<(), String> {
+        let items: Rc<[Value]> = items.into_iter().map(nested).collect();
+        let inner = items.iter().map(|item| match item {
+            Value::Tuple(_, depth) => *depth,
+            _ => 0,
+        });
+        let depth = 1 + inner.max().unwrap_or(0);
+        if depth > TUPLE_DEPTH_MAX {
+            return Err("it has tuples in tuples deeper than a state dict's".to_owned());
+        }
+        self.stack.push(Value::Tuple(items, depth));
         Ok(())
     }
 
@@ -328,7 +355,7 @@ fn global(module: &str, name: &str) -> Result<Global, String> {
 
 /// `("storage", type, key, device, length)`.
 fn storage(id: &Value) -> Result<Value, String> {
-    if let Value::Tuple(parts) = id
+    if let Value::Tuple(parts, _) = id
         && let [
             Value::Text(kind),
             Value::Global(Global::Storage(element)),
@@ -343,7 +370,7 @@ fn storage(id: &Value) -> Result<Value, String> {
 }
 
 fn call(callee: &Value, arguments: &Value) -> Result<Value, String> {
-    let (Value::Global(global), Value::Tuple(arguments)) = (callee, arguments) else {
+    let (Value::Global(global), Value::Tuple(arguments, _)) = (callee, arguments) else {
         return Err("it calls something that is not a function".to_owned());
     };
     match (global, &**arguments) {
@@ -354,8 +381,8 @@ fn call(callee: &Value, arguments: &Value) -> Result<Value, String> {
             [
                 Value::Storage(storage, element),
                 Value::Int(offset),
-                Value::Tuple(shape),
-                Value::Tuple(strides),
+                Value::Tuple(shape, _),
+                Value::Tuple(strides, _),
                 ..,
             ],
         ) => {
