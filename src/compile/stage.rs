@@ -1,8 +1,8 @@
 //! The folder that an output is made in before it takes its place.
 //!
 //! It lies beside the output, so that moving it is one rename. If a
-//! compilation fails it is removed; if it is killed, the next one for the same
-//! output removes it.
+//! compilation fails it is removed; if it is killed, the next one in the same
+//! folder removes it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use imagegpt::compile::{CompileOptions, Provider, Runtime, Silent, Source, cache, compile};
 use imagegpt::config::CompileConfig;
 use imagegpt::engine::onnx;
+use imagegpt::head::Head;
+use imagegpt::model::Model;
 use imagegpt::pb;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -292,6 +294,20 @@ async fn several_heads_share_a_backbone() {
     running.end().await;
 }
 
+#[test]
+fn a_head_of_a_layer_that_is_not_served_is_refused_at_start() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = head(folder.path(), "deep", 16, "7");
+    let flag = format!("deep={}", file.display()).parse().expect("a flag");
+    let head = Head::open(&flag).expect("a head");
+    let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
+    let error = head.check(&model).expect_err("2 layers").to_string();
+    assert!(
+        error.contains("--head deep=") && error.contains("layer 7"),
+        "{error}"
+    );
+}
+
 #[tokio::test]
 async fn a_checkpoint_is_compiled_once() {
     let cache_dir = tempfile::tempdir().expect("a folder");
@@ -315,6 +331,21 @@ async fn a_checkpoint_is_compiled_once() {
     assert_eq!(entries(), 1);
     assert_eq!(locate(source_text).expect("found"), first);
     assert_eq!(entries(), 1);
+    // A damaged folder is made again, and another palette is another folder.
+    std::fs::write(first.join("weights.bin"), "damaged").expect("written");
+    assert_eq!(locate(source_text).expect("made again"), first);
+    imagegpt::compile::Manifest::read(&first).expect("whole again");
+    let changed = tempfile::tempdir().expect("a folder");
+    for entry in std::fs::read_dir(&source).expect("the source") {
+        let entry = entry.expect("an entry");
+        std::fs::copy(entry.path(), changed.path().join(entry.file_name())).expect("a copy");
+    }
+    let palette = changed.path().join("preprocessor_config.json");
+    let mut text = std::fs::read_to_string(&palette).expect("a palette");
+    text.push('\n');
+    std::fs::write(&palette, text).expect("written");
+    let changed = changed.path().to_str().expect("an UTF-8 path");
+    assert_ne!(locate(changed).expect("compiled"), first);
     // What can be served is served where it lies.
     let compiled = first.to_str().expect("an UTF-8 path");
     assert_eq!(locate(compiled).expect("as it is"), first);

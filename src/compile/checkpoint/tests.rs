@@ -153,6 +153,10 @@ fn hostile_pickles_are_refused() {
     refused(b"\x80\x02h\x07.", "never had");
     refused(b"\x80\x02i", "0x69");
     refused(b"\x80\x02X\xff\xff\xff\xffa", "truncated");
+    // A million tuples, each in the next.
+    let mut deep = b"\x80\x02)".to_vec();
+    deep.resize(1_000_000, 0x85);
+    refused(&deep, "tuples in tuples");
     // Any byte in place of any other, as far as it goes: never a panic.
     let program = b"\x80\x02ccollections\nOrderedDict\nq\x00)Rq\x01(X\x01\x00\x00\x00aK\x01u.";
     assert!(pickle::state_dict(program).unwrap().is_empty());
