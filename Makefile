@@ -27,14 +27,14 @@ demo: build ## Serve a small model and show which pictures look alike to it
 
 .PHONY: test
 test: setup ## Run all tests
-	cargo test --locked
+	cargo test --locked --lib --bins --tests
 
 .PHONY: check
 check: setup ## All that CI checks: format, lints, documentation, tests
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
-	cargo test --locked
+	cargo test --locked --lib --bins --tests
 
 .PHONY: deny
 deny: target/tools/bin/cargo-deny ## Check licenses and sources of all dependencies (builds cargo-deny first)
