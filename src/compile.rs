@@ -213,14 +213,7 @@ pub fn compile_cached(
     let mut hash = Sha256::new();
     hash.update(&sha256);
     hash.update(&preprocessor);
-    let key: String = hash
-        .finalize()
-        .iter()
-        .fold(String::new(), |mut text, byte| {
-            use std::fmt::Write as _;
-            let _ = write!(text, "{byte:02x}");
-            text
-        });
+    let key = checkpoint::hex(&hash.finalize());
     let folder = cache.join(options.cache_key(&key, runtime));
     if let Ok(manifest) = Manifest::read(&folder) {
         return Ok((folder, manifest));

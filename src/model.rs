@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::compile::checkpoint::hex;
 use crate::compile::graph::Kind;
 use crate::compile::{self, Manifest, Precision, manifest};
 use crate::engine::Graph;
@@ -616,14 +617,6 @@ fn mix(digest: &mut Sha256, path: &Path, content: &[u8]) {
     digest.update(name.as_deref().unwrap_or_default());
     digest.update([0]);
     digest.update(content);
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn directory_name(dir: &Path) -> String {
