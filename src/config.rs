@@ -253,6 +253,18 @@ pub struct LimitsConfig {
     )]
     pub images_per_call_max: u32,
 
+    /// Items of one EmbedStream in the worker at once; past it the stream is
+    /// not read on until the client takes answers. A few batches keep the model
+    /// busy from one stream
+    #[arg(
+        long,
+        env = "IMAGEGPT_STREAM_WINDOW_MAX",
+        default_value_t = 64,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=65_536)
+    )]
+    pub stream_window_max: u32,
+
     /// Bytes of one request message, after decompression
     #[arg(
         long,

@@ -53,7 +53,14 @@ const BATCH_SIZE_BUCKETS: [f64; 11] = [
 const FILL_BUCKETS: [f64; 8] = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0];
 
 /// The RPC methods that are counted; anything else is `other`.
-pub const METHODS: [&str; 5] = ["Embed", "Classify", "Tokenize", "GetModel", "other"];
+pub const METHODS: [&str; 6] = [
+    "Embed",
+    "EmbedStream",
+    "Classify",
+    "Tokenize",
+    "GetModel",
+    "other",
+];
 
 /// The codes that the worker or its gRPC library can answer with.
 pub const CODES: [&str; 12] = [

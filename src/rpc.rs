@@ -436,6 +436,7 @@ impl Service {
                 image_bytes_max: limits.image_bytes_max.as_u64(),
                 images_in_flight_max: limits.images_in_flight_max,
                 batch_size_max: self.max_batch_size.into(),
+                stream_window_max: self.limits.stream_window_max,
             }),
             notice: model.notice.clone(),
             layers_served: model.layers_served(Norm::PreAttnRms),
@@ -503,6 +504,17 @@ impl ImageGptService for Service {
         request: Request<pb::EmbedRequest>,
     ) -> Result<Response<pb::EmbedResponse>, Status> {
         respond(Self::embed(self, request).await)
+    }
+
+    type EmbedStreamStream = std::pin::Pin<
+        Box<dyn tokio_stream::Stream<Item = Result<pb::EmbedStreamResponse, Status>> + Send>,
+    >;
+
+    async fn embed_stream(
+        &self,
+        _request: Request<tonic::Streaming<pb::EmbedStreamRequest>>,
+    ) -> Result<Response<Self::EmbedStreamStream>, Status> {
+        Err(Status::unimplemented("in progress"))
     }
 
     async fn classify(

@@ -48,9 +48,25 @@ impl Scan for pb::TokenizeRequest {
     }
 }
 
+impl Scan for pb::EmbedStreamRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        // An opening holds options only, an item at most one image.
+        for field in Fields(message) {
+            let (number, content, size) = field?;
+            match number {
+                STREAM_ITEM => scan_item(content)?,
+                _ if size > OTHER_BYTES_MAX => return Err(too_many_options()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Scan for pb::GetModelRequest {}
 // A client trusts the worker that it chose.
 impl Scan for pb::EmbedResponse {}
+impl Scan for pb::EmbedStreamResponse {}
 impl Scan for pb::ClassifyResponse {}
 impl Scan for pb::TokenizeResponse {}
 impl Scan for pb::GetModelResponse {}
@@ -59,6 +75,10 @@ impl Scan for pb::GetModelResponse {}
 const IMAGES: u64 = 1;
 /// `Image.tokens`.
 const TOKENS: u64 = 3;
+/// `EmbedStreamRequest.item`.
+const STREAM_ITEM: u64 = 2;
+/// `EmbedStreamItem.image`.
+const ITEM_IMAGE: u64 = 2;
 
 fn scan_images(message: &[u8]) -> Result<(), String> {
     let (mut n_images, mut n_other_bytes) = (0, 0);
@@ -67,9 +87,7 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
         if number != IMAGES {
             n_other_bytes += size;
             if n_other_bytes > OTHER_BYTES_MAX {
-                return Err(format!(
-                    "request: options take more than {OTHER_BYTES_MAX} bytes"
-                ));
+                return Err(too_many_options());
             }
             continue;
         }
@@ -79,17 +97,36 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
                 "images: more than {IMAGES_MAX} in one call; split the call"
             ));
         }
-        for field in Fields(content) {
-            let (number, content, _) = field?;
-            if number == TOKENS && content.len() > TOKENS_BYTES_MAX {
-                return Err(format!(
-                    "tokens.ids: {} bytes of ids, more than any model takes",
-                    content.len()
-                ));
-            }
+        scan_image(content)?;
+    }
+    Ok(())
+}
+
+fn scan_image(image: &[u8]) -> Result<(), String> {
+    for field in Fields(image) {
+        let (number, content, _) = field?;
+        if number == TOKENS && content.len() > TOKENS_BYTES_MAX {
+            return Err(format!(
+                "tokens.ids: {} bytes of ids, more than any model takes",
+                content.len()
+            ));
         }
     }
     Ok(())
+}
+
+fn scan_item(item: &[u8]) -> Result<(), String> {
+    for field in Fields(item) {
+        let (number, content, _) = field?;
+        if number == ITEM_IMAGE {
+            scan_image(content)?;
+        }
+    }
+    Ok(())
+}
+
+fn too_many_options() -> String {
+    format!("request: options take more than {OTHER_BYTES_MAX} bytes")
 }
 
 /// The fields of a message: number, content if it has a length, and bytes on
