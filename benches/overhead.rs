@@ -21,7 +21,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use imagegpt::config::ServeConfig;
 use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
-use imagegpt::engine::{Engine, Graph, Row};
+use imagegpt::engine::{Engine, Graph, Row, Run, Stop};
 use imagegpt::job::Want;
 use imagegpt::model::Model;
 use imagegpt::pb;
@@ -73,7 +73,7 @@ fn main() -> anyhow::Result<()> {
         n_labels: model.labels.len(),
         head_widths: Vec::new(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
-        max_batch_size: BATCH_SIZE,
+        buckets: config.batching.buckets(),
     })?;
     println!("machine: {}", machine());
     println!("model: {dir} {}", model.digest);
@@ -122,7 +122,12 @@ fn bare_loop(engine: &mut OnnxEngine, images: &[Vec<u16>]) -> anyhow::Result<f64
                 want: Want::Mean,
             })
             .collect();
-        let answers = engine.run(Graph::Hidden, &rows)?;
+        let run = Run {
+            graph: Graph::Hidden,
+            bucket: BATCH_SIZE,
+            rows: &rows,
+        };
+        let answers = engine.run(&run, &Stop::default())?;
         anyhow::ensure!(answers.len() == batch.len(), "an answer is missing");
     }
     Ok(as_f64(images.len()) / started.elapsed().as_secs_f64())

@@ -2,23 +2,37 @@
 //!
 //! Capacity has two measures: images, which bound the queues, and bytes,
 //! which bound memory (what arrived plus what the answer will take). A call
-//! gets all it needs at once or is refused at once: it never waits here.
+//! gets all it needs at once or is refused at once, with the time after which
+//! a retry makes sense. Only a stream waits here: it is not read on until
+//! there is room for its next item.
+
+pub mod pool;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
+pub use self::pool::{Pool, Share};
 use crate::error::Error;
-use crate::job::{Answer, Job, Permit, Reply, Ticket, Work};
+use crate::job::{Answer, Class, Job, Permit, Reply, Ticket, Work};
 use crate::preprocess::pool::Picture;
+use crate::preprocess::queue::Door;
+
+/// What a refused caller is told to wait before any batch was measured.
+const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
+/// Shorter than this a retry is a busy loop, longer than this it is a guess.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// Bounds on what may be in the worker at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
     pub images: usize,
     pub bytes: usize,
+    /// How much of both bulk work cannot take, in percent.
+    pub interactive_reserve: u8,
 }
 
 /// One call, as admission sees it.
@@ -26,6 +40,7 @@ pub struct Capacity {
 pub struct Call {
     pub pictures: Vec<Picture>,
     pub work: Work,
+    pub class: Class,
     /// What the call holds in memory until it is answered.
     pub bytes: usize,
     pub deadline: Option<Instant>,
@@ -33,32 +48,72 @@ pub struct Call {
     pub span: tracing::Span,
 }
 
-/// The outcomes of a call's images, in the call's order, as they arrive.
+/// One item of a stream, as admission sees it.
+#[derive(Debug)]
+pub struct Item {
+    pub picture: Picture,
+    pub work: Work,
+    pub class: Class,
+    /// What the item holds in memory until its answer has been taken.
+    pub bytes: usize,
+    pub deadline: Option<Instant>,
+    /// Where the stream's log lines belong.
+    pub span: tracing::Span,
+}
+
+type Outcome = Result<Answer, Error>;
+
+/// The outcomes of a call's images. Dropped before all have come, it tells the
+/// stages that nobody waits for the rest.
 #[derive(Debug)]
 pub struct Pending {
-    pub outcomes: Vec<oneshot::Receiver<Result<Answer, Error>>>,
+    /// In the call's order.
+    outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
     /// Keeps the answer's bytes accounted for until the caller has taken it.
-    pub bytes: Arc<OwnedSemaphorePermit>,
+    pub bytes: Arc<Share>,
+    door: Arc<Door>,
+}
+
+impl Pending {
+    /// The outcome of the next image, in the call's order; `None` after the
+    /// last.
+    pub async fn next(&mut self) -> Option<Outcome> {
+        // Looked at first and taken once it is there: if this future is
+        // dropped while it waits, the image still counts as waited for.
+        let outcome = self.outcomes.as_mut_slice().first_mut()?;
+        let outcome = outcome.await.unwrap_or(Err(Error::Lost));
+        self.outcomes.next();
+        Some(outcome)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if self.outcomes.len() > 0 {
+            // Their replies see it from now on.
+            self.outcomes = Vec::new().into_iter();
+            self.door.sweep();
+        }
+    }
 }
 
 /// The door of the worker.
 #[derive(Debug)]
 pub struct Admission {
-    capacity: Capacity,
-    images: Arc<Semaphore>,
-    bytes: Arc<Semaphore>,
-    jobs: Sender<Job<Picture>>,
+    images: Pool,
+    bytes: Pool,
+    drain: DrainRate,
+    door: Arc<Door>,
 }
 
 impl Admission {
-    /// A door to `jobs`, whose capacity is at least `capacity.images`.
     #[must_use]
-    pub fn new(capacity: Capacity, jobs: Sender<Job<Picture>>) -> Self {
+    pub fn new(capacity: Capacity, drain: DrainRate, door: Door) -> Self {
         Self {
-            capacity,
-            images: Arc::new(Semaphore::new(capacity.images)),
-            bytes: Arc::new(Semaphore::new(capacity.bytes)),
-            jobs,
+            images: Pool::new(capacity.images, capacity.interactive_reserve),
+            bytes: Pool::new(capacity.bytes, capacity.interactive_reserve),
+            drain,
+            door: Arc::new(door),
         }
     }
 
@@ -66,137 +121,271 @@ impl Admission {
     #[must_use]
     pub fn occupancy(&self) -> Occupancy {
         Occupancy {
-            images_max: self.capacity.images,
-            images: Arc::clone(&self.images),
+            images: self.images.clone(),
+            bytes: self.bytes.clone(),
         }
     }
 
     /// Where bytes of requests that are still arriving are counted.
     #[must_use]
-    pub fn bytes(&self) -> Arc<Semaphore> {
-        Arc::clone(&self.bytes)
+    pub fn bytes(&self) -> Pool {
+        self.bytes.clone()
     }
 
     /// Sends every image of the call down the line.
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] when there is no room for the whole call.
+    /// [`Error::Full`] when there is no room for the whole call now,
+    /// [`Error::NeverFits`] when there never is.
     pub fn submit(&self, call: Call) -> Result<Pending, Error> {
-        let mut images = take(&self.images, call.pictures.len()).ok_or(Error::Full {
-            what: "images",
-            flag: "--images-in-flight-max",
-        })?;
-        let bytes = Arc::new(take(&self.bytes, call.bytes).ok_or(Error::Full {
-            what: "bytes",
-            flag: "--bytes-in-flight-max",
-        })?);
+        let n_images = call.pictures.len();
+        for (pool, n, what, flag) in [
+            (&self.images, n_images, "images", "--images-in-flight-max"),
+            (&self.bytes, call.bytes, "bytes", "--bytes-in-flight-max"),
+        ] {
+            let max = pool.size_for(call.class);
+            if n > max {
+                return Err(Error::NeverFits {
+                    given: n,
+                    max,
+                    what,
+                    flag,
+                });
+            }
+        }
+        let mut images = self
+            .images
+            .try_take(call.class, n_images)
+            .ok_or_else(|| self.full("images", "--images-in-flight-max"))?;
+        let bytes = self
+            .bytes
+            .try_take(call.class, call.bytes)
+            .ok_or_else(|| self.full("bytes", "--bytes-in-flight-max"))?;
+        let bytes = Arc::new(bytes);
         let now = Instant::now();
-        let mut outcomes = Vec::with_capacity(call.pictures.len());
+        let mut outcomes = Vec::with_capacity(n_images);
         for picture in call.pictures {
             let (reply, outcome) = Reply::new();
             outcomes.push(outcome);
-            let Some(image) = images.split(1) else {
-                // One permit a picture was taken above.
-                continue;
-            };
-            let job = Job {
-                payload: picture,
-                work: call.work,
-                ticket: Ticket {
-                    deadline: call.deadline,
-                    entered_at: now,
-                    span: call.span.clone(),
-                    reply,
-                    permit: Permit {
-                        image,
-                        bytes: Arc::clone(&bytes),
-                    },
+            let ticket = Ticket {
+                class: call.class,
+                deadline: call.deadline,
+                entered_at: now,
+                span: call.span.clone(),
+                reply,
+                permit: Permit {
+                    // One was taken for each picture.
+                    image: images.split_one().unwrap_or_default(),
+                    bytes: Arc::clone(&bytes),
                 },
             };
-            // The queue holds as many jobs as there are permits, so it has
-            // room for whoever holds one; it is closed once stages have ended.
-            match self.jobs.try_send(job) {
-                Ok(()) => {}
-                Err(TrySendError::Full(job)) => job.ticket.finish(Err(Error::Full {
-                    what: "images",
-                    flag: "--images-in-flight-max",
-                })),
-                Err(TrySendError::Disconnected(job)) => job.ticket.finish(Err(Error::Draining)),
-            }
+            self.door.push(Job {
+                payload: picture,
+                work: call.work,
+                ticket,
+            });
         }
-        Ok(Pending { outcomes, bytes })
+        Ok(Pending {
+            outcomes: outcomes.into_iter(),
+            bytes,
+            door: Arc::clone(&self.door),
+        })
+    }
+
+    /// Sends one item of a stream down the line, once there is room for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NeverFits`] when there never is.
+    pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
+        let max = self.bytes.size_for(item.class);
+        if item.bytes > max {
+            return Err(Error::NeverFits {
+                given: item.bytes,
+                max,
+                what: "bytes",
+                flag: "--bytes-in-flight-max",
+            });
+        }
+        // Always in this order, and whoever holds both is in the line and
+        // ends: so nobody waits for somebody who waits.
+        let image = self.images.take(item.class, 1).await;
+        let bytes = Arc::new(self.bytes.take(item.class, item.bytes).await);
+        let (reply, outcome) = Reply::new();
+        let ticket = Ticket {
+            class: item.class,
+            deadline: item.deadline,
+            entered_at: Instant::now(),
+            span: item.span,
+            reply,
+            permit: Permit {
+                image,
+                bytes: Arc::clone(&bytes),
+            },
+        };
+        self.door.push(Job {
+            payload: item.picture,
+            work: item.work,
+            ticket,
+        });
+        Ok(Pending {
+            outcomes: vec![outcome].into_iter(),
+            bytes,
+            door: Arc::clone(&self.door),
+        })
+    }
+
+    /// The refusal of a call that may fit later.
+    fn full(&self, what: &'static str, flag: &'static str) -> Error {
+        Error::Full {
+            what,
+            flag,
+            retry_after: self.drain.retry_after(self.images.taken(), jitter()),
+        }
+    }
+}
+
+/// A number from 0 to 1 that differs from call to call, so that those who were
+/// refused together do not come back together.
+fn jitter() -> f64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    // Each has keys of its own.
+    let hash = RandomState::new().hash_one(0_u8);
+    #[expect(clippy::cast_precision_loss, reason = "32 bits fit")]
+    {
+        (hash >> 32) as f64 / f64::from(u32::MAX)
+    }
+}
+
+/// Images per second that the engine answers while it is busy, as the batcher
+/// last measured it.
+#[derive(Debug, Clone, Default)]
+pub struct DrainRate(Arc<AtomicU64>);
+
+impl DrainRate {
+    /// Replaces the rate.
+    pub fn set(&self, images_per_second: f64) {
+        self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
+    }
+
+    /// The rate, once there is one.
+    #[must_use]
+    pub fn get(&self) -> Option<f64> {
+        let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
+        (rate > 0.0).then_some(rate)
+    }
+
+    /// When a refused caller should try again: when half to all of what is in
+    /// the worker now has been answered.
+    fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
+        let Some(rate) = self.get() else {
+            return RETRY_UNMEASURED;
+        };
+        #[expect(clippy::cast_precision_loss, reason = "images are at most a million")]
+        let seconds = n_images as f64 / rate * (0.5 + 0.5 * jitter);
+        Duration::try_from_secs_f64(seconds)
+            .unwrap_or(RETRY_MAX)
+            .clamp(RETRY_MIN, RETRY_MAX)
     }
 }
 
 /// How full the worker is.
 #[derive(Debug, Clone)]
 pub struct Occupancy {
-    /// The limit on images in flight.
-    pub images_max: usize,
-    images: Arc<Semaphore>,
+    images: Pool,
+    bytes: Pool,
 }
 
 impl Occupancy {
     /// Images admitted and not yet answered.
     #[must_use]
     pub fn images(&self) -> usize {
-        self.images_max
-            .saturating_sub(self.images.available_permits())
+        self.images.taken()
     }
-}
 
-/// `n` permits at once, or none.
-fn take(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit> {
-    let n = u32::try_from(n).ok()?;
-    Arc::clone(semaphore).try_acquire_many_owned(n).ok()
+    /// The limit on images in flight.
+    #[must_use]
+    pub fn images_max(&self) -> usize {
+        self.images.size()
+    }
+
+    /// Bytes that requests and answers hold.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.taken()
+    }
+
+    /// The limit on bytes in flight.
+    #[must_use]
+    pub fn bytes_max(&self) -> usize {
+        self.bytes.size()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Metrics;
+    use crate::preprocess::queue::{Queue, queue};
     use crate::preprocess::{ImageInput, PreprocessOptions};
+
+    fn picture() -> Picture {
+        Picture {
+            input: ImageInput::Tokens(Vec::new()),
+            options: PreprocessOptions::default(),
+        }
+    }
 
     fn call(n_images: usize, bytes: usize) -> Call {
         Call {
-            pictures: (0..n_images)
-                .map(|_| Picture {
-                    input: ImageInput::Tokens(Vec::new()),
-                    options: PreprocessOptions::default(),
-                })
-                .collect(),
+            pictures: (0..n_images).map(|_| picture()).collect(),
             work: Work::Tokenize,
+            class: Class::Interactive,
             bytes,
             deadline: None,
             span: tracing::Span::none(),
         }
     }
 
-    fn admission() -> (Admission, crossbeam_channel::Receiver<Job<Picture>>) {
-        let (sender, receiver) = crossbeam_channel::bounded(4);
+    fn item(bytes: usize) -> Item {
+        Item {
+            picture: picture(),
+            work: Work::Tokenize,
+            class: Class::Bulk,
+            bytes,
+            deadline: None,
+            span: tracing::Span::none(),
+        }
+    }
+
+    fn admission() -> (Admission, Arc<Queue>, DrainRate) {
+        let (bell, _) = crossbeam_channel::bounded(1);
+        let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
         let capacity = Capacity {
             images: 4,
             bytes: 100,
+            interactive_reserve: 25,
         };
-        (Admission::new(capacity, sender), receiver)
+        let drain = DrainRate::default();
+        (Admission::new(capacity, drain.clone(), door), queue, drain)
     }
 
     #[test]
     fn a_call_is_admitted_whole_or_not_at_all() {
-        let (admission, jobs) = admission();
+        let (admission, _queue, _) = admission();
         let first = admission.submit(call(3, 10)).expect("there is room for 3");
-        assert_eq!(first.outcomes.len(), 3);
         assert!(matches!(
             admission.submit(call(2, 10)),
             Err(Error::Full { what: "images", .. })
         ));
         assert_eq!(admission.occupancy().images(), 3);
-        assert_eq!(jobs.len(), 3);
+        drop(first);
     }
 
     #[test]
     fn bytes_bound_a_call_too_and_come_back() {
-        let (admission, jobs) = admission();
+        let (admission, queue, _) = admission();
         let first = admission.submit(call(1, 80)).expect("there is room");
         assert!(matches!(
             admission.submit(call(1, 30)),
@@ -205,27 +394,95 @@ mod tests {
         assert_eq!(
             admission.occupancy().images(),
             1,
-            "a refused call leaves no image permit behind"
+            "a refusal keeps no images"
+        );
+        let job = queue.next().expect("a job");
+        job.ticket.finish(Err(Error::Lost));
+        assert_eq!(admission.occupancy().images(), 0);
+        assert_eq!(
+            admission.occupancy().bytes(),
+            80,
+            "until the answer is taken"
         );
         drop(first);
-        // The caller has gone, but its job still holds the image: no room yet.
-        assert!(admission.submit(call(1, 30)).is_err());
-        jobs.recv()
-            .expect("the job")
-            .ticket
-            .finish(Err(Error::Lost));
-        assert!(admission.submit(call(1, 30)).is_ok());
+        assert_eq!(admission.occupancy().bytes(), 0);
     }
 
     #[test]
-    fn stages_that_have_ended_say_draining() {
-        let (admission, jobs) = admission();
-        drop(jobs);
-        let mut pending = admission.submit(call(1, 1)).expect("admitted");
+    fn what_never_fits_is_not_told_to_retry() {
+        let (admission, _queue, _) = admission();
         assert!(matches!(
-            pending.outcomes[0].try_recv(),
-            Ok(Err(Error::Draining))
+            admission.submit(call(5, 1)),
+            Err(Error::NeverFits { max: 4, .. })
         ));
+        let bulk = Call {
+            class: Class::Bulk,
+            ..call(4, 1)
+        };
+        assert!(matches!(
+            admission.submit(bulk),
+            Err(Error::NeverFits { max: 3, .. })
+        ));
+    }
+
+    #[test]
+    fn callers_who_leave_free_their_places_at_once() {
+        let (admission, queue, _) = admission();
+        let pending = admission.submit(call(3, 10)).expect("room");
+        drop(pending);
         assert_eq!(admission.occupancy().images(), 0);
+        drop(admission);
+        assert!(queue.next().is_none());
+    }
+
+    #[tokio::test]
+    async fn outcomes_come_in_the_order_of_the_call() {
+        let (admission, queue, _) = admission();
+        let mut pending = admission.submit(call(2, 10)).expect("room");
+        let (first, second) = (queue.next().expect("one"), queue.next().expect("two"));
+        second.ticket.finish(Ok(Answer::Values(vec![2.0])));
+        first.ticket.finish(Ok(Answer::Values(vec![1.0])));
+        for expected in [1.0, 2.0] {
+            let outcome = pending.next().await.expect("an outcome");
+            assert!(matches!(outcome, Ok(Answer::Values(v)) if v == [expected]));
+        }
+        assert!(pending.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_stream_waits_for_room() {
+        let (admission, queue, _) = admission();
+        let mut items = Vec::new();
+        for _ in 0..3 {
+            items.push(admission.submit_when_room(item(10)).await.expect("room"));
+        }
+        let waiting = admission.submit_when_room(item(10));
+        tokio::pin!(waiting);
+        assert!(futures_pending(waiting.as_mut()).await);
+        queue.next().expect("a job").ticket.finish(Err(Error::Lost));
+        assert!(waiting.await.is_ok());
+        let error = admission.submit_when_room(item(76)).await;
+        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+    }
+
+    /// Whether the future has nothing yet.
+    async fn futures_pending<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> bool {
+        tokio::select! {
+            biased;
+            _ = future => false,
+            () = std::future::ready(()) => true,
+        }
+    }
+
+    #[test]
+    fn retry_times_follow_the_measured_rate() {
+        let drain = DrainRate::default();
+        assert_eq!(drain.retry_after(100, 0.5), RETRY_UNMEASURED);
+        drain.set(50.0);
+        assert_eq!(drain.retry_after(100, 0.0), Duration::from_secs(1));
+        assert_eq!(drain.retry_after(100, 1.0), Duration::from_secs(2));
+        assert_eq!(drain.retry_after(0, 1.0), RETRY_MIN);
+        assert_eq!(drain.retry_after(1_000_000, 1.0), RETRY_MAX);
+        assert!((0.0..=1.0).contains(&jitter()));
     }
 }

@@ -1,88 +1,106 @@
 //! Gathers jobs into batches, on a thread of its own.
 //!
 //! Late binding: a batch is formed only when the engine has said that it is
-//! free, from everything that waits at that moment. Jobs whose caller has gone
-//! or whose deadline has passed are dropped before they cost engine time, and
-//! never hold their place for longer than `SWEEP_INTERVAL`. Jobs of one
-//! graph leave in the order in which they came.
+//! free, from everything that waits at that moment. Identical work stands in
+//! the queue once, with everybody who waits for it. Whoever has gone or is late
+//! leaves at once: the door rings when a caller goes, and a timer runs to the
+//! next deadline. A run that nobody waits for any more is stopped.
 
+pub mod pace;
 pub mod policy;
+pub mod queue;
+pub mod scheduler;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
-use crate::engine::{Batch, Graph, Slot};
+use crate::admission::DrainRate;
+use crate::cache::{Cache, Key};
+use crate::engine::{Batch, Graph, Slot, Stop, Unit};
 use crate::error::{Error, Stage};
-use crate::job::{Job, Work};
+use crate::job::{Answer, Class, Crowd, Job, Work};
 use crate::metrics::Metrics;
-use policy::{Decision, Lane, Policy};
+use policy::Policy;
+use queue::{Entry, Place};
+use scheduler::{Next, Picked, Scheduler};
 
-/// How long a dead job may hold its place in the queue. Short against any
-/// deadline worth setting, long against a sweep of a full queue (about 10 µs).
-const SWEEP_INTERVAL: Duration = Duration::from_millis(10);
+type TokenJob = Job<Arc<[u16]>>;
 
-type TokenJob = Job<Box<[u16]>>;
+/// Deadlines within this of each other are dealt with at one time.
+const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
     /// From preprocessing.
     pub(crate) jobs: Receiver<TokenJob>,
+    /// From admission, when callers have gone.
+    pub(crate) bell: Receiver<()>,
     /// From the engine, when it is free.
     pub(crate) slots: Receiver<Slot>,
     /// To the engine. Capacity 1, and sent to only after a slot: never full.
-    pub(crate) batches: Sender<(Graph, Batch)>,
+    pub(crate) batches: Sender<Batch>,
+}
+
+/// What the batcher shares with others.
+pub(crate) struct Shared {
+    pub(crate) stop: Arc<Stop>,
+    pub(crate) cache: Cache,
+    pub(crate) drain: DrainRate,
+    pub(crate) metrics: Metrics,
 }
 
 /// The life of the batcher thread: until preprocessing has ended and all that
 /// waits has been handed on.
-pub(crate) fn run(policy: Policy, channels: &Channels, metrics: &Metrics) {
-    let mut queue = Queue::default();
-    let mut slot: Option<Slot> = None;
-    let mut draining = false;
-    let mut swept_at = Instant::now();
+pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
+    let mut batcher = Batcher {
+        scheduler: Scheduler::new(policy),
+        known: HashMap::new(),
+        running: None,
+        batch_id: 0,
+        shared,
+    };
+    let (mut free, mut draining) = (false, false);
     loop {
         let now = Instant::now();
-        if now.duration_since(swept_at) >= SWEEP_INTERVAL {
-            queue.sweep(now, metrics);
-            swept_at = now;
-        }
-        let mut wake = (queue.len > 0).then(|| now + SWEEP_INTERVAL);
-        if slot.is_some() {
-            match policy.decide(&queue.lanes(), now, draining) {
-                Decision::Flush(graph, close) => {
-                    let batch = queue.take(graph, policy.max_batch_size, now, metrics);
-                    metrics.queue_depth(queue.len);
-                    if !batch.is_empty() {
-                        metrics.batch(graph, batch.len(), policy.max_batch_size, close);
-                        slot = None;
-                        if let Err(refused) = channels.batches.send((graph, batch)) {
-                            refuse(refused.into_inner().1);
+        batcher.expire(now);
+        let mut wake = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
+        if free {
+            match batcher.scheduler.next(now, draining) {
+                Next::Run(picked) => {
+                    if let Some(batch) = batcher.form(picked, now) {
+                        free = false;
+                        if let Err(refused) = channels.batches.send(batch) {
+                            for unit in refused.into_inner().units {
+                                unit.crowd.refuse(&Error::NotReady);
+                            }
                         }
                     }
                     continue;
                 }
-                Decision::WaitUntil(at) => wake = wake.map(|wake| wake.min(at)),
-                Decision::Idle if draining => return,
-                Decision::Idle => {}
+                Next::WaitUntil(at) => wake = Some(wake.map_or(at, |wake| wake.min(at))),
+                Next::Idle if draining => return,
+                Next::Idle => {}
             }
         }
-        match wait(channels, slot.is_none(), draining, wake) {
+        match wait(channels, !free, draining, wake) {
             Event::Job(job) => {
-                queue.push(job);
+                batcher.push(job);
                 // Everything that has arrived by now belongs in the decision.
                 while let Ok(job) = channels.jobs.try_recv() {
-                    queue.push(job);
+                    batcher.push(job);
                 }
-                metrics.queue_depth(queue.len);
+                batcher.show();
             }
-            Event::Slot(free) => slot = Some(free),
+            Event::Slot(slot) => {
+                batcher.ended(slot);
+                free = true;
+            }
+            Event::Bell => batcher.sweep(Instant::now()),
             Event::NoMoreJobs => draining = true,
-            Event::EngineGone => {
-                metrics.queue_depth(0);
-                return refuse_all(queue, channels);
-            }
+            Event::EngineGone => return batcher.refuse_all(channels),
             Event::Tick => {}
         }
     }
@@ -92,6 +110,7 @@ pub(crate) fn run(policy: Policy, channels: &Channels, metrics: &Metrics) {
 enum Event {
     Job(TokenJob),
     Slot(Slot),
+    Bell,
     NoMoreJobs,
     EngineGone,
     Tick,
@@ -102,11 +121,13 @@ enum Event {
 fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Instant>) -> Event {
     let never_jobs = crossbeam_channel::never();
     let never_slots = crossbeam_channel::never();
+    let never_bell = crossbeam_channel::never();
     let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
-    let jobs = if draining {
-        &never_jobs
+    let (jobs, bell) = if draining {
+        // The door, and the bell with it, has gone.
+        (&never_jobs, &never_bell)
     } else {
-        &channels.jobs
+        (&channels.jobs, &channels.bell)
     };
     let slots = if want_slot {
         &channels.slots
@@ -116,101 +137,327 @@ fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Insta
     select! {
         recv(jobs) -> job => job.map_or(Event::NoMoreJobs, Event::Job),
         recv(slots) -> slot => slot.map_or(Event::EngineGone, Event::Slot),
+        recv(bell) -> ring => ring.map_or(Event::Tick, |()| Event::Bell),
         recv(tick) -> _ => Event::Tick,
     }
 }
 
-/// The engine has ended before its time: whoever waits, and whoever still
-/// comes, is told.
-fn refuse_all(queue: Queue, channels: &Channels) {
-    for (_, lane) in queue.lanes {
-        refuse(lane.into());
-    }
-    loop {
-        match channels.jobs.recv_timeout(Duration::from_secs(1)) {
-            Ok(job) => refuse(vec![job]),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-    }
+/// Work that waits.
+#[derive(Debug)]
+struct Waiting {
+    key: Key,
+    crowd: Arc<Crowd>,
 }
 
-fn refuse(jobs: Vec<TokenJob>) {
-    for job in jobs {
-        job.ticket.finish(Err(Error::NotReady));
-    }
+/// Where work is that others may join.
+struct Known {
+    crowd: Arc<Crowd>,
+    /// `None` while it runs.
+    place: Option<Place>,
 }
 
-/// What waits, by graph, each in order of arrival.
-#[derive(Default)]
-struct Queue {
-    lanes: BTreeMap<Graph, VecDeque<TokenJob>>,
-    len: usize,
+/// A batch at the engine.
+struct Running {
+    id: u64,
+    units: Vec<(Key, Arc<Crowd>)>,
+    stopping: bool,
+    /// The earliest deadline among its callers.
+    deadline: Option<Instant>,
 }
 
-impl Queue {
+struct Batcher {
+    scheduler: Scheduler<Waiting>,
+    /// By what it is, so that identical work is found.
+    known: HashMap<Key, Known>,
+    running: Option<Running>,
+    batch_id: u64,
+    shared: Shared,
+}
+
+impl Batcher {
     fn push(&mut self, job: TokenJob) {
         let Work::Infer { want, .. } = job.work else {
             // Preprocessing answers Tokenize itself.
             debug_assert!(false, "a tokenize job reached the batcher");
             return;
         };
-        self.lanes
-            .entry(Graph::of(want))
-            .or_default()
-            .push_back(job);
-        self.len += 1;
-    }
-
-    fn lanes(&self) -> Vec<Lane> {
-        self.lanes
-            .iter()
-            .filter_map(|(&graph, lane)| {
-                let oldest = lane.front()?.ticket.entered_at;
-                Some(Lane {
-                    graph,
-                    len: lane.len(),
-                    oldest,
-                })
-            })
-            .collect()
-    }
-
-    /// The next live jobs of a graph, at most `n`.
-    fn take(&mut self, graph: Graph, n: usize, now: Instant, metrics: &Metrics) -> Batch {
-        let mut batch = Vec::with_capacity(n);
-        let lane = self.lanes.entry(graph).or_default();
-        while batch.len() < n {
-            let Some(job) = lane.pop_front() else { break };
-            self.len -= 1;
-            if let Some(error) = job.ticket.dead(now, Stage::Queue) {
-                metrics.dead(&error);
-                job.ticket.finish(Err(error));
-            } else {
-                metrics.queued(now.saturating_duration_since(job.ticket.entered_at));
-                batch.push(job);
+        let metrics = &self.shared.metrics;
+        let now = Instant::now();
+        let mut ticket = job.ticket;
+        if let Some(error) = ticket.dead(now, Stage::Queue) {
+            metrics.dead(&error);
+            return ticket.finish(Err(error));
+        }
+        let key = Key {
+            want,
+            tokens: job.payload,
+        };
+        if self.shared.cache.is_on() {
+            let found = self.shared.cache.get(&key);
+            metrics.cache(found.is_some());
+            if let Some(values) = found {
+                return ticket.finish(Ok(Answer::Values(values.to_vec())));
             }
         }
-        batch
+        let (class, deadline) = (ticket.class, ticket.deadline);
+        if let Some(known) = self.known.get_mut(&key) {
+            match known.crowd.join(ticket) {
+                Ok(()) => {
+                    metrics.coalesced();
+                    self.urge(&key, class, deadline);
+                    return;
+                }
+                // Answered this moment: it runs once more.
+                Err(refused) => ticket = refused,
+            }
+        }
+        let graph = Graph::of(want);
+        let needed =
+            deadline.and_then(|deadline| self.scheduler.too_late(class, graph, deadline, now));
+        if let Some(needed) = needed {
+            let error = Error::DeadlineTooShort { needed };
+            metrics.dead(&error);
+            return ticket.finish(Err(error));
+        }
+        let entry = Entry {
+            arrived: ticket.entered_at,
+            deadline,
+            item: Waiting {
+                key: key.clone(),
+                crowd: Arc::new(Crowd::new(ticket)),
+            },
+        };
+        let crowd = Arc::clone(&entry.item.crowd);
+        let place = Some(self.scheduler.queue.push(class, graph, entry));
+        self.known.insert(key, Known { crowd, place });
     }
 
-    /// Drops the dead, wherever they stand.
-    fn sweep(&mut self, now: Instant, metrics: &Metrics) {
-        for lane in self.lanes.values_mut() {
-            let alive = |job: &TokenJob| job.ticket.dead(now, Stage::Queue).is_none();
-            if lane.iter().all(alive) {
+    /// Somebody more urgent has joined: the work moves up to where they would
+    /// stand.
+    fn urge(&mut self, key: &Key, class: Class, deadline: Option<Instant>) {
+        let Some(known) = self.known.get_mut(key) else {
+            return;
+        };
+        let Some(place) = known.place else {
+            // It runs already; whoever joined must be told in time all the same.
+            if let (Some(running), Some(deadline)) = (&mut self.running, deadline) {
+                running.deadline = Some(running.deadline.map_or(deadline, |at| at.min(deadline)));
+            }
+            return;
+        };
+        let Some(entry) = self.scheduler.queue.get(&place) else {
+            return;
+        };
+        let class = class.min(place.class);
+        let deadline = match (entry.deadline, deadline) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+        if class != place.class || deadline != entry.deadline {
+            known.place = self.scheduler.promote(&place, class, deadline);
+        }
+    }
+
+    /// Makes the batch that was picked, without those who are late or gone.
+    fn form(&mut self, picked: Picked<Waiting>, now: Instant) -> Option<Batch> {
+        let metrics = &self.shared.metrics;
+        for entry in picked.late {
+            self.known.remove(&entry.item.key);
+            let stage = Stage::Queue;
+            for ticket in entry.item.crowd.close() {
+                let error = ticket
+                    .dead(now, stage)
+                    .unwrap_or(Error::DeadlineExceeded { stage });
+                metrics.dead(&error);
+                ticket.finish(Err(error));
+            }
+        }
+        let mut units = Vec::with_capacity(picked.rows.len());
+        let mut running = Vec::with_capacity(picked.rows.len());
+        let mut deadline: Option<Instant> = None;
+        for entry in picked.rows {
+            let Waiting { key, crowd } = entry.item;
+            let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
+            if left.n_tickets == 0 {
+                // Nobody can join it: only this thread lets anybody join.
+                self.known.remove(&key);
                 continue;
             }
-            for job in std::mem::take(lane) {
-                if let Some(error) = job.ticket.dead(now, Stage::Queue) {
-                    metrics.dead(&error);
-                    job.ticket.finish(Err(error));
-                    self.len -= 1;
-                } else {
-                    lane.push_back(job);
+            metrics.queued(picked.class, now.saturating_duration_since(entry.arrived));
+            if let Some(known) = self.known.get_mut(&key) {
+                known.place = None;
+            }
+            deadline = match (deadline, left.deadline) {
+                (Some(one), Some(other)) => Some(one.min(other)),
+                (one, other) => one.or(other),
+            };
+            units.push(Unit {
+                tokens: Arc::clone(&key.tokens),
+                want: key.want,
+                crowd: Arc::clone(&crowd),
+            });
+            running.push((key, crowd));
+        }
+        self.show();
+        if units.is_empty() {
+            self.scheduler.ended(now);
+            return None;
+        }
+        self.batch_id += 1;
+        self.shared
+            .metrics
+            .batch(picked.graph, units.len(), picked.bucket, picked.close);
+        self.running = Some(Running {
+            id: self.batch_id,
+            units: running,
+            stopping: false,
+            deadline,
+        });
+        Some(Batch {
+            id: self.batch_id,
+            graph: picked.graph,
+            bucket: picked.bucket,
+            units,
+        })
+    }
+
+    /// The engine is free: it is done with what ran.
+    fn ended(&mut self, slot: Slot) {
+        let now = Instant::now();
+        if let Some(running) = self.running.take() {
+            for (key, crowd) in running.units {
+                // Unless the same work waits again, for those who came after
+                // the answer.
+                if let Some(known) = self.known.get(&key)
+                    && Arc::ptr_eq(&known.crowd, &crowd)
+                {
+                    self.known.remove(&key);
+                }
+            }
+            self.scheduler.ended(now);
+        }
+        let pace = &mut self.scheduler.pace;
+        for warm in slot.warm {
+            pace.warmed(warm.graph, warm.bucket, warm.elapsed);
+        }
+        for ran in slot.runs {
+            pace.ran(ran.graph, ran.bucket, ran.n_rows, ran.elapsed, now);
+        }
+        if let Some(rate) = pace.rate() {
+            self.shared.drain.set(rate);
+            self.shared.metrics.drain_rate(rate);
+        }
+        if slot.largest < self.scheduler.largest() {
+            self.scheduler.limit(slot.largest);
+        }
+    }
+
+    /// The next deadline, in the queue or at the engine.
+    fn next_deadline(&self) -> Option<Instant> {
+        let running = self.running.as_ref().and_then(|running| running.deadline);
+        match (self.scheduler.next_deadline(), running) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        }
+    }
+
+    /// Answers those whose time is up.
+    fn expire(&mut self, now: Instant) {
+        let expired = self.scheduler.queue.expired(now);
+        if !expired.is_empty() {
+            for place in expired {
+                self.sweep_place(&place, now);
+            }
+            self.show();
+        }
+        let late = |running: &Running| running.deadline.is_some_and(|deadline| deadline <= now);
+        if self.running.as_ref().is_some_and(late) {
+            self.sweep_running(now);
+        }
+    }
+
+    /// Callers have gone: gives their places free, wherever they stand.
+    fn sweep(&mut self, now: Instant) {
+        for place in self.scheduler.queue.places() {
+            self.sweep_place(&place, now);
+        }
+        self.show();
+        self.sweep_running(now);
+    }
+
+    fn sweep_place(&mut self, place: &Place, now: Instant) {
+        let Some(entry) = self.scheduler.queue.get(place) else {
+            return;
+        };
+        let metrics = &self.shared.metrics;
+        let crowd = &entry.item.crowd;
+        let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
+        if left.n_tickets == 0 {
+            if let Some(entry) = self.scheduler.queue.remove(place) {
+                self.known.remove(&entry.item.key);
+            }
+        } else if entry.deadline != left.deadline {
+            // Whoever was the most urgent has gone; the rest is not so urgent,
+            // but keeps its class.
+            let key = entry.item.key.clone();
+            let moved = self.scheduler.promote(place, place.class, left.deadline);
+            if let Some(known) = self.known.get_mut(&key) {
+                known.place = moved;
+            }
+        }
+    }
+
+    fn sweep_running(&mut self, now: Instant) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let metrics = &self.shared.metrics;
+        let (mut n_tickets, mut deadline) = (0, None);
+        for (_, crowd) in &running.units {
+            let left = crowd.sweep(now, Stage::Engine, |error| metrics.dead(error));
+            n_tickets += left.n_tickets;
+            deadline = match (deadline, left.deadline) {
+                (Some(one), Some(other)) => Some(std::cmp::min(one, other)),
+                (one, other) => one.or(other),
+            };
+        }
+        running.deadline = deadline;
+        if n_tickets == 0 && !running.stopping {
+            running.stopping = true;
+            self.shared.stop.request(running.id);
+            // Whoever comes now wants a run that is not stopped.
+            for (key, crowd) in &running.units {
+                if let Some(known) = self.known.get(key)
+                    && Arc::ptr_eq(&known.crowd, crowd)
+                {
+                    self.known.remove(key);
                 }
             }
         }
-        metrics.queue_depth(self.len);
+    }
+
+    fn show(&self) {
+        for class in Class::ALL {
+            let depth = self.scheduler.queue.len_of(class);
+            self.shared.metrics.queue_depth(class, depth);
+        }
+    }
+
+    /// The engine has ended before its time: whoever waits, and whoever still
+    /// comes, is told.
+    fn refuse_all(mut self, channels: &Channels) {
+        for place in self.scheduler.queue.places() {
+            if let Some(entry) = self.scheduler.queue.remove(&place) {
+                entry.item.crowd.refuse(&Error::NotReady);
+            }
+        }
+        self.show();
+        loop {
+            match channels.jobs.recv_timeout(Duration::from_secs(1)) {
+                Ok(job) => job.ticket.finish(Err(Error::NotReady)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 
 use crate::compile::Precision;
+use crate::engine::Buckets;
 use crate::engine::onnx::Provider;
 use crate::head::HeadFlag;
 
@@ -215,6 +216,98 @@ pub struct BatchingConfig {
         value_parser = humantime::parse_duration
     )]
     pub max_queue_delay: Duration,
+
+    /// The batch sizes that are run, ascending, the last one --max-batch-size;
+    /// each is warmed before the worker is ready, and a batch is padded up to
+    /// one of them where that pays [default: powers of two]
+    #[arg(
+        long,
+        env = "IMAGEGPT_BATCH_SIZES",
+        value_name = "N,N",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(u16).range(1..=1024)
+    )]
+    pub batch_sizes: Vec<u16>,
+
+    /// Percent of the model's time that bulk work gets at least while
+    /// interactive work waits too. Interactive work goes first in the rest;
+    /// whatever it leaves is bulk's
+    #[arg(
+        long,
+        env = "IMAGEGPT_BULK_SHARE",
+        default_value_t = 10,
+        value_name = "PERCENT",
+        value_parser = clap::value_parser!(u8).range(0..=90)
+    )]
+    pub bulk_share: u8,
+
+    /// The longest that bulk work goes without a batch while it waits, whatever
+    /// its share
+    #[arg(
+        long,
+        env = "IMAGEGPT_BULK_WAIT_MAX",
+        default_value = "10s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub bulk_wait_max: Duration,
+
+    /// Memory for answers that were given before; the same image under the same
+    /// options is then answered without a run. 0 keeps none. Identical images
+    /// that are in the worker at one time share a run in any case
+    #[arg(
+        long,
+        env = "IMAGEGPT_CACHE_BYTES",
+        default_value = "0",
+        value_name = "SIZE",
+        value_parser = size
+    )]
+    pub cache_bytes: ByteSize,
+
+    /// When the model has been idle so long, it is run once on an image whose
+    /// answer is known; a device that fails is noticed before a caller does. 0s
+    /// turns that off
+    #[arg(
+        long,
+        env = "IMAGEGPT_CANARY_INTERVAL",
+        default_value = "30s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub canary_interval: Duration,
+}
+
+impl BatchingConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |text: String| Err(ConfigError(text));
+        if self.max_queue_delay > Duration::from_mins(1) {
+            return refuse(
+                "--max-queue-delay is over 60s; images would only wait; milliseconds are usual"
+                    .to_owned(),
+            );
+        }
+        let sizes = &self.batch_sizes;
+        if !sizes.is_empty() {
+            if !sizes.windows(2).all(|pair| pair[0] < pair[1]) {
+                return refuse(format!("--batch-sizes {sizes:?} do not ascend"));
+            }
+            if sizes.last() != Some(&self.max_batch_size) {
+                return refuse(format!(
+                    "--batch-sizes {sizes:?} do not end with --max-batch-size {}",
+                    self.max_batch_size
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The batch sizes, given or not.
+    #[must_use]
+    pub fn buckets(&self) -> Buckets {
+        let sizes = self.batch_sizes.iter().copied().map(usize::from).collect();
+        Buckets::ascending(sizes)
+            .unwrap_or_else(|| Buckets::powers_of_two(self.max_batch_size.into()))
+    }
 }
 
 /// Bounds on what comes in.
@@ -252,6 +345,17 @@ pub struct LimitsConfig {
         value_parser = clap::value_parser!(u32).range(1..=65_536)
     )]
     pub images_per_call_max: u32,
+
+    /// Percent of the images and bytes in flight that bulk work cannot take, so
+    /// that interactive calls find room while a bulk job fills the rest
+    #[arg(
+        long,
+        env = "IMAGEGPT_INTERACTIVE_RESERVE",
+        default_value_t = 25,
+        value_name = "PERCENT",
+        value_parser = clap::value_parser!(u8).range(0..=90)
+    )]
+    pub interactive_reserve: u8,
 
     /// Items of one EmbedStream in the worker at once; past it the stream is
     /// not read on until the client takes answers. A few batches keep the model
@@ -420,6 +524,18 @@ impl ServeConfig {
                 Duration::ZERO,
                 DAY,
             ),
+            (
+                "--bulk-wait-max",
+                self.batching.bulk_wait_max,
+                Duration::from_millis(1),
+                DAY,
+            ),
+            (
+                "--canary-interval",
+                self.batching.canary_interval,
+                Duration::ZERO,
+                DAY,
+            ),
         ] {
             if !(min..=max).contains(&time) {
                 return refuse(format!(
@@ -430,12 +546,7 @@ impl ServeConfig {
                 ));
             }
         }
-        if self.batching.max_queue_delay > Duration::from_mins(1) {
-            return refuse(
-                "--max-queue-delay is over 60s; images would only wait; milliseconds are usual"
-                    .to_owned(),
-            );
-        }
+        self.batching.validate()?;
         let heads = &self.model.heads;
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
@@ -492,6 +603,15 @@ mod tests {
             "--request-bytes-max is 10 B",
         );
         check(&["--max-batch-size", "0"], "0 is not in 1..=1024");
+        check(
+            &["--batch-sizes", "4,2", "--max-batch-size", "2"],
+            "do not ascend",
+        );
+        check(
+            &["--batch-sizes", "1,6"],
+            "--batch-sizes [1, 6] do not end with --max-batch-size 8",
+        );
+        check(&["--batch-sizes", "1,6,8"], "fine");
         check(&["--max-queue-delay", "5"], "invalid value '5'");
         check(
             &["--max-queue-delay", "2h"],

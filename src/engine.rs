@@ -1,25 +1,23 @@
-//! Runs batches: the [`Engine`] trait, its thread, and what implements it.
+//! Runs batches: the [`Engine`] trait and what implements it.
 //!
-//! The engine lives on one named thread that owns it, because ONNX Runtime's
-//! `Session::run` takes `&mut self`: a lock around it would only move the
-//! queue to where nothing can see it. The thread asks for a batch when it is
-//! free (a [`Slot`] sent to the batcher) and never before, so a batch is
-//! formed at the last moment. Nothing here awaits.
+//! The engine lives on one named thread that owns it (`runner.rs`), because
+//! ONNX Runtime's `Session::run` takes `&mut self`: a lock around it would only
+//! move the queue to where nothing can see it.
 
 pub mod attention;
+mod buckets;
 pub mod fake;
 pub mod onnx;
+pub(crate) mod runner;
 pub mod runtime;
+mod stop;
 
-use std::panic::AssertUnwindSafe;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender};
-use tokio::sync::watch;
-
-use crate::error::{Error, Stage};
-use crate::job::{Answer, Job, Norm, Want};
-use crate::metrics::Metrics;
+pub use self::buckets::Buckets;
+pub use self::stop::{Hook, Stop};
+use crate::job::{Crowd, Norm, Want};
 
 /// A computation that the model offers. Jobs of one batch share a graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -83,16 +81,46 @@ pub struct Facts {
     pub n_classes: usize,
 }
 
+/// One run of a graph.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    pub graph: Graph,
+    /// The size to run at: at least as many as there are rows. What is missing
+    /// is padding, which has no answer.
+    pub bucket: usize,
+    /// Never empty.
+    pub rows: &'a [Row<'a>],
+}
+
+/// How long a graph took at a size, when the engine warmed up.
+#[derive(Debug, Clone, Copy)]
+pub struct Warm {
+    pub graph: Graph,
+    pub bucket: usize,
+    pub elapsed: Duration,
+}
+
 /// Computes batches. Built and used on the engine thread alone.
 pub trait Engine {
     fn facts(&self) -> &Facts;
+
+    /// What the warm-up took.
+    fn warm(&self) -> &[Warm];
 
     /// Runs one batch and returns the wanted numbers of each row, in order.
     ///
     /// # Errors
     ///
-    /// When the run failed; then no row has an answer.
-    fn run(&mut self, graph: Graph, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError>;
+    /// When the run failed or was stopped; then no row has an answer.
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError>;
+
+    /// Computes something whose answer is known, to see that the device still
+    /// does.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    fn canary(&mut self) -> Result<(), EngineError>;
 }
 
 /// Why an engine could not be loaded, or a batch not run.
@@ -113,6 +141,15 @@ pub enum EngineError {
     /// The runtime failed.
     #[error("onnx runtime: {0}")]
     Runtime(String),
+    /// There was not enough memory for a batch of this size.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// The device is gone or in a state that only a new process leaves.
+    #[error("the device has failed: {0}")]
+    Device(String),
+    /// The run was stopped because nobody waited for it any more.
+    #[error("the run was stopped")]
+    Stopped,
     /// The run's numbers are not what the graph promised.
     #[error("the model returned {got}, not {expected}")]
     Output { got: String, expected: String },
@@ -127,12 +164,46 @@ pub enum EngineError {
 /// Makes the engine, on the engine's own thread.
 pub type EngineFactory = Box<dyn FnOnce() -> Result<Box<dyn Engine>, EngineError> + Send>;
 
-/// A batch on its way to the engine. Never empty.
-pub type Batch = Vec<Job<Box<[u16]>>>;
-
-/// The engine's word that it is free for one batch.
+/// A batch on its way to the engine.
 #[derive(Debug)]
-pub struct Slot;
+pub struct Batch {
+    /// Counted from 1, for [`Stop`].
+    pub id: u64,
+    pub graph: Graph,
+    /// The size to run at, at least as many as there are units.
+    pub bucket: usize,
+    /// Never empty.
+    pub units: Vec<Unit>,
+}
+
+/// One row of a batch with everybody who waits for it.
+#[derive(Debug)]
+pub struct Unit {
+    pub tokens: Arc<[u16]>,
+    pub want: Want,
+    pub crowd: Arc<Crowd>,
+}
+
+/// The engine's word that it is free for one batch, and what it did since the
+/// last one.
+#[derive(Debug)]
+pub struct Slot {
+    /// Runs of the warm-up; in the first slot only.
+    pub warm: Vec<Warm>,
+    /// Runs that succeeded.
+    pub runs: Vec<Ran>,
+    /// The largest batch that the engine takes from now on.
+    pub largest: usize,
+}
+
+/// One run that succeeded.
+#[derive(Debug, Clone, Copy)]
+pub struct Ran {
+    pub graph: Graph,
+    pub bucket: usize,
+    pub n_rows: usize,
+    pub elapsed: Duration,
+}
 
 /// Where the engine is in its life.
 #[derive(Debug, Clone)]
@@ -143,112 +214,24 @@ pub enum State {
     Ready(Facts),
     /// Ended in good order after the last batch.
     Stopped,
-    /// Never started, or ended by a panic; the process should end too.
-    Failed(String),
+    /// Never started, or ended before its time; the process should end too.
+    Failed(Failure),
 }
 
-/// The life of the engine thread: load, then ask for batches until the
-/// batcher hangs up.
-pub(crate) fn run(
-    factory: EngineFactory,
-    slots: &Sender<Slot>,
-    batches: &Receiver<(Graph, Batch)>,
-    state: &watch::Sender<State>,
-    metrics: &Metrics,
-) {
-    let loaded = std::panic::catch_unwind(AssertUnwindSafe(factory))
-        .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
-    let mut engine = match loaded {
-        Ok(engine) => engine,
-        Err(error) => {
-            state.send_replace(State::Failed(error.to_string()));
-            return;
-        }
-    };
-    state.send_replace(State::Ready(engine.facts().clone()));
-    while slots.send(Slot).is_ok() {
-        let Ok((graph, batch)) = batches.recv() else {
-            break;
-        };
-        if let Err(error @ EngineError::Panicked(_)) = serve(&mut *engine, graph, batch, metrics) {
-            // What the engine's memory holds after a panic is unknown.
-            state.send_replace(State::Failed(error.to_string()));
-            return;
-        }
-    }
-    // Unless another stage has failed meanwhile.
-    state.send_if_modified(|state| {
-        let ready = matches!(state, State::Ready(_));
-        if ready {
-            *state = State::Stopped;
-        }
-        ready
-    });
+/// Why a worker cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub reason: String,
 }
 
-/// Runs one batch and answers its jobs.
-fn serve(
-    engine: &mut dyn Engine,
-    graph: Graph,
-    batch: Batch,
-    metrics: &Metrics,
-) -> Result<(), EngineError> {
-    let rows: Vec<Row<'_>> = batch
-        .iter()
-        .filter_map(|job| match job.work {
-            crate::job::Work::Infer { want, .. } => Some(Row {
-                tokens: &job.payload,
-                want,
-            }),
-            crate::job::Work::Tokenize => None,
-        })
-        .collect();
-    let started = Instant::now();
-    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| engine.run(graph, &rows)))
-        .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))
-        .and_then(|values| {
-            if values.len() == rows.len() {
-                Ok(values)
-            } else {
-                Err(EngineError::Output {
-                    got: format!("{} rows", values.len()),
-                    expected: format!("{}", rows.len()),
-                })
-            }
-        });
-    metrics.inference(graph, started.elapsed());
-    match outcome {
-        Ok(values) => {
-            let now = Instant::now();
-            for (job, values) in batch.into_iter().zip(values) {
-                let late = job.ticket.deadline.is_some_and(|deadline| deadline <= now);
-                job.ticket.finish(if late {
-                    Err(Error::DeadlineExceeded {
-                        stage: Stage::Engine,
-                    })
-                } else if values.iter().all(|value| value.is_finite()) {
-                    Ok(Answer::Values(values))
-                } else {
-                    Err(EngineError::NotFinite.into())
-                });
-            }
-            Ok(())
-        }
-        Err(error) => {
-            tracing::error!(graph = graph.label(), batch_size = batch.len(), %error, "inference failed");
-            let shared = Error::from(match &error {
-                EngineError::Panicked(text) => EngineError::Panicked(text.clone()),
-                other => EngineError::Runtime(other.to_string()),
-            });
-            for job in batch {
-                job.ticket
-                    .span
-                    .in_scope(|| tracing::warn!("an image of this call was in it"));
-                job.ticket.finish(Err(shared.clone()));
-            }
-            Err(error)
-        }
-    }
+/// Who is to blame for a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// One of the worker's own stages.
+    Worker,
+    /// The device or the runtime on it: a restart elsewhere may be better.
+    Device,
 }
 
 /// What a panic said, if it said it in words.

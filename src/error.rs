@@ -5,6 +5,7 @@
 //! only an operator should read goes to the log where it happens.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::EngineError;
 use crate::model::Task;
@@ -61,9 +62,28 @@ pub enum Error {
     /// A linear head was trained with another context.
     #[error("context: the head {head} was trained with another one; leave it unset")]
     HeadContext { head: String },
+    /// The metadata names a class that there is not.
+    #[error("imagegpt-priority: {given:?} is not a class; use \"interactive\" or \"bulk\"")]
+    PriorityUnknown { given: String },
     /// The queue is full.
-    #[error("the worker is full: {what} in flight would pass {flag}; retry with backoff")]
+    #[error(
+        "the worker is full: {what} in flight would pass {flag}; retry after {}",
+        humantime::format_duration(whole_ms(*retry_after))
+    )]
     Full {
+        what: &'static str,
+        flag: &'static str,
+        /// When a retry makes sense, by the rate at which work is done now.
+        retry_after: Duration,
+    },
+    /// The call needs more than its class can ever have.
+    #[error(
+        "images: the call needs {given} {what}, but {max} are all that a call of its class can \
+         have ({flag}, less --interactive-reserve for bulk); send less a call"
+    )]
+    NeverFits {
+        given: usize,
+        max: usize,
         what: &'static str,
         flag: &'static str,
     },
@@ -76,6 +96,13 @@ pub enum Error {
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
     DeadlineExceeded { stage: Stage },
+    /// The model cannot be run in the time that is left, by how long its runs
+    /// take now.
+    #[error(
+        "the deadline is too short: the answer would take at least {}",
+        humantime::format_duration(whole_ms(*needed))
+    )]
+    DeadlineTooShort { needed: Duration },
     /// The caller went away; nobody reads this.
     #[error("the caller went away {stage}")]
     Cancelled { stage: Stage },
@@ -101,10 +128,13 @@ impl Error {
     pub fn ends_call(&self) -> bool {
         match self {
             Self::DeadlineExceeded { .. }
+            | Self::DeadlineTooShort { .. }
             | Self::Cancelled { .. }
             | Self::Draining
             | Self::NotReady
-            | Self::Full { .. } => true,
+            | Self::Full { .. }
+            | Self::NeverFits { .. }
+            | Self::PriorityUnknown { .. } => true,
             Self::Image(_)
             | Self::ImageMissing
             | Self::MessageTooLarge { .. }
@@ -122,6 +152,13 @@ impl Error {
         }
     }
 }
+
+/// A time as a person reads it: nobody needs the microseconds.
+fn whole_ms(time: Duration) -> Duration {
+    Duration::from_millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)).max(MS)
+}
+
+const MS: Duration = Duration::from_millis(1);
 
 /// Where a request was when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

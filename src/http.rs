@@ -8,6 +8,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 
 use crate::admission::Occupancy;
+use crate::cache::Cache;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 
@@ -16,6 +17,7 @@ use crate::readiness::Readiness;
 pub(crate) struct Pages {
     pub(crate) metrics: Metrics,
     pub(crate) occupancy: Occupancy,
+    pub(crate) cache: Cache,
     pub(crate) readiness: Readiness,
 }
 
@@ -33,9 +35,13 @@ pub(crate) async fn serve(listener: TcpListener, pages: Pages) -> std::io::Resul
 async fn metrics(State(pages): State<Pages>) -> impl IntoResponse {
     // Read when asked for, from where the truth is, so that no path can
     // forget to count down.
-    pages
-        .metrics
-        .in_flight(pages.occupancy.images(), pages.occupancy.images_max);
+    let (metrics, occupancy) = (&pages.metrics, &pages.occupancy);
+    metrics.in_flight(occupancy.images(), occupancy.images_max());
+    metrics.bytes(
+        occupancy.bytes(),
+        occupancy.bytes_max(),
+        pages.cache.bytes(),
+    );
     pages.metrics.ready(pages.readiness.get().is_ok());
     (
         [(
@@ -50,9 +56,9 @@ async fn metrics(State(pages): State<Pages>) -> impl IntoResponse {
 async fn livez(State(pages): State<Pages>) -> impl IntoResponse {
     match pages.readiness.failure() {
         None => (StatusCode::OK, "alive\n".to_owned()),
-        Some(reason) => (
+        Some(failure) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("engine failed: {reason}\n"),
+            format!("engine failed: {}\n", failure.reason),
         ),
     }
 }

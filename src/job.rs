@@ -6,11 +6,15 @@
 //! caller. Because the capacity travels inside the job, queues sized by that
 //! capacity cannot overflow, even when callers vanish.
 
+mod crowd;
+
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 
+pub use self::crowd::{Crowd, Left};
+use crate::admission::Share;
 use crate::error::{Error, Stage};
 
 /// One image of one call, in the form that the next stage takes.
@@ -41,6 +45,29 @@ pub enum Work {
     Infer { context: Context, want: Want },
 }
 
+/// How urgent a call is. Ordered by urgency.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// Somebody waits for the answer: goes first.
+    Interactive,
+    /// A job over many images: fills what is left, and gets its share of the
+    /// engine when there is nothing left.
+    Bulk,
+}
+
+impl Class {
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
+
+    /// The class's name in metadata, metrics and logs.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Interactive => "interactive",
+            Self::Bulk => "bulk",
+        }
+    }
+}
+
 /// Which tokens the model sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Context {
@@ -55,7 +82,7 @@ pub enum Context {
 pub use crate::compile::graph::Norm;
 
 /// Which numbers of a run are the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Want {
     /// Pooled features of these layers, one after the other.
     Features { layers: Layers, norm: Norm },
@@ -125,6 +152,7 @@ pub enum Answer {
 /// What stays with a job from admission to reply.
 #[derive(Debug)]
 pub struct Ticket {
+    pub class: Class,
     /// When the answer stops being useful.
     pub deadline: Option<Instant>,
     /// When the job entered the stage it is in.
@@ -164,10 +192,21 @@ impl Ticket {
 #[derive(Debug)]
 pub struct Permit {
     /// One image of `--images-in-flight-max`.
-    pub image: OwnedSemaphorePermit,
+    pub image: Share,
     /// The call's bytes of `--bytes-in-flight-max`, shared by all its images
     /// and held until the last of them ends.
-    pub bytes: Arc<OwnedSemaphorePermit>,
+    pub bytes: Arc<Share>,
+}
+
+impl Permit {
+    /// For work that takes none of the worker's capacity.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            image: Share::default(),
+            bytes: Arc::new(Share::default()),
+        }
+    }
 }
 
 /// The way back to the caller. Used exactly once: sending consumes it, and

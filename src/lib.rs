@@ -23,6 +23,7 @@ pub mod preprocess;
 pub mod rpc;
 
 pub mod attention;
+pub mod cache;
 pub mod compile;
 pub mod config;
 pub mod head;

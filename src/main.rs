@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::ServeConfig;
-use imagegpt::engine::onnx;
+use imagegpt::engine::{FailureKind, onnx};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
@@ -19,8 +19,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Flags or files are wrong: what clap exits with, too.
 const EXIT_USAGE: u8 = 2;
-/// The engine failed while the worker served: only a restart helps.
-const EXIT_ENGINE: u8 = 3;
+/// A stage of the worker failed while it served: only a restart helps.
+const EXIT_WORKER: u8 = 3;
+/// The device failed: a restart helps, perhaps only on another node.
+const EXIT_DEVICE: u8 = 4;
 
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
@@ -119,17 +121,20 @@ async fn serve_until(
     signals: &mut Signals,
     config: &ServeConfig,
 ) -> anyhow::Result<ExitCode> {
-    let reason = tokio::select! {
+    let failure = tokio::select! {
         () = signals.recv() => None,
-        reason = worker.failed() => Some(reason),
+        failure = worker.failed() => Some(failure),
     };
-    if let Some(reason) = reason {
+    if let Some(failure) = failure {
         tracing::error!(
-            reason,
+            reason = failure.reason,
             "the worker failed; ending so that a restart can help"
         );
         worker.shutdown(FAILED_GRACE).await;
-        return Ok(ExitCode::from(EXIT_ENGINE));
+        return Ok(ExitCode::from(match failure.kind {
+            FailureKind::Worker => EXIT_WORKER,
+            FailureKind::Device => EXIT_DEVICE,
+        }));
     }
     let grace = config.network.shutdown_grace_period;
     tracing::info!(images = worker.images_in_flight(), ?grace, "draining");

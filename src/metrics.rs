@@ -15,6 +15,7 @@ use metrics_exporter_prometheus::{
 
 use crate::engine::Graph;
 use crate::error::{Error, Stage};
+use crate::job::Class;
 
 const REQUESTS: &str = "imagegpt_requests_total";
 const REQUEST_DURATION: &str = "imagegpt_request_duration_seconds";
@@ -30,6 +31,17 @@ const INFERENCE_DURATION: &str = "imagegpt_inference_duration_seconds";
 const BATCH_SIZE: &str = "imagegpt_batch_size";
 const BATCH_FILL: &str = "imagegpt_batch_fill_ratio";
 const BATCHES: &str = "imagegpt_batches_total";
+const BATCH_SIZE_MAX: &str = "imagegpt_batch_size_max";
+const BATCH_PADDING: &str = "imagegpt_batch_padding_images_total";
+const COALESCED: &str = "imagegpt_images_coalesced_total";
+const CACHE_LOOKUPS: &str = "imagegpt_cache_lookups_total";
+const CACHE_BYTES: &str = "imagegpt_cache_bytes";
+const BYTES_IN_FLIGHT: &str = "imagegpt_bytes_in_flight";
+const BYTES_IN_FLIGHT_MAX: &str = "imagegpt_bytes_in_flight_max";
+const DRAIN_RATE: &str = "imagegpt_drain_rate_images_per_second";
+const ENGINE_FAULTS: &str = "imagegpt_engine_faults_total";
+const RUNS_STOPPED: &str = "imagegpt_runs_stopped_total";
+const CANARIES: &str = "imagegpt_canary_runs_total";
 const READY: &str = "imagegpt_ready";
 const MODEL_LOAD_DURATION: &str = "imagegpt_model_load_duration_seconds";
 const MODEL_INFO: &str = "imagegpt_model_info";
@@ -85,18 +97,48 @@ pub enum Close {
     Full,
     /// Its oldest image had waited the queue delay.
     Delay,
+    /// The engine was about to run something anyway, so waiting for company
+    /// would have meant waiting for that.
+    Turn,
     /// The worker is shutting down and waits for nobody.
     Drain,
 }
 
 impl Close {
-    const ALL: [Self; 3] = [Self::Full, Self::Delay, Self::Drain];
+    const ALL: [Self; 4] = [Self::Full, Self::Delay, Self::Turn, Self::Drain];
 
     fn label(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::Delay => "delay",
+            Self::Turn => "turn",
             Self::Drain => "drain",
+        }
+    }
+}
+
+/// What went wrong in the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// A run failed.
+    Run,
+    /// Memory did not suffice for a batch.
+    OutOfMemory,
+    /// The device can do no more.
+    Device,
+    /// The engine panicked.
+    Panic,
+}
+
+impl Fault {
+    const ALL: [Self; 4] = [Self::Run, Self::OutOfMemory, Self::Device, Self::Panic];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::OutOfMemory => "out_of_memory",
+            Self::Device => "device",
+            Self::Panic => "panic",
         }
     }
 }
@@ -116,8 +158,19 @@ struct Handles {
     images_in_flight_max: Gauge,
     decode_duration: Histogram,
     quantize_duration: Histogram,
-    queue_depth: Gauge,
-    queue_duration: Histogram,
+    bytes_in_flight: Gauge,
+    bytes_in_flight_max: Gauge,
+    queue_depth: BTreeMap<Class, Gauge>,
+    queue_duration: BTreeMap<Class, Histogram>,
+    batch_size_max: Gauge,
+    batch_padding: Counter,
+    coalesced: Counter,
+    cache_lookups: BTreeMap<bool, Counter>,
+    cache_bytes: Gauge,
+    drain_rate: Gauge,
+    engine_faults: BTreeMap<Fault, Counter>,
+    runs_stopped: Counter,
+    canaries: BTreeMap<bool, Counter>,
     inference_duration: BTreeMap<Graph, Histogram>,
     batch_size: BTreeMap<Graph, Histogram>,
     batch_fill: Histogram,
@@ -139,7 +192,7 @@ impl Registry<'_> {
     const METADATA: Metadata<'static> =
         Metadata::new("imagegpt", Level::INFO, Some(module_path!()));
 
-    fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
+    fn key(name: &'static str, labels: &Labels) -> Key {
         let labels: Vec<Label> = labels
             .iter()
             .map(|&(key, value)| Label::from_static_parts(key, value))
@@ -147,7 +200,7 @@ impl Registry<'_> {
         Key::from_parts(name, labels)
     }
 
-    fn counter(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> Counter {
+    fn counter(&self, name: &'static str, labels: &Labels) -> Counter {
         let counter = self
             .0
             .register_counter(&Self::key(name, labels), &Self::METADATA);
@@ -157,15 +210,15 @@ impl Registry<'_> {
         counter
     }
 
-    fn gauge(&self, name: &'static str) -> Gauge {
+    fn gauge(&self, name: &'static str, labels: &Labels) -> Gauge {
         let gauge = self
             .0
-            .register_gauge(&Self::key(name, &[]), &Self::METADATA);
+            .register_gauge(&Self::key(name, labels), &Self::METADATA);
         gauge.set(0.0);
         gauge
     }
 
-    fn histogram(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> Histogram {
+    fn histogram(&self, name: &'static str, labels: &Labels) -> Histogram {
         self.0
             .register_histogram(&Self::key(name, labels), &Self::METADATA)
     }
@@ -176,9 +229,21 @@ impl Registry<'_> {
             (IMAGES, "Images answered, by the code of their own outcome."),
             (
                 IMAGES_DROPPED,
-                "Images dropped before they cost engine time, by reason and the stage they had reached.",
+                "Images dropped before they had an answer, by reason and the stage they had reached.",
             ),
             (BATCHES, "Batches formed, by what closed them."),
+            (BATCH_PADDING, "Rows that were run to fill a batch size."),
+            (
+                COALESCED,
+                "Images that shared another one's run because they were the same.",
+            ),
+            (CACHE_LOOKUPS, "Images looked for in the cache, by result."),
+            (ENGINE_FAULTS, "Runs of the model that failed, by kind."),
+            (
+                RUNS_STOPPED,
+                "Runs that were stopped because nobody waited for them any more.",
+            ),
+            (CANARIES, "Checks of an idle engine, by result."),
         ];
         for (name, text) in counters {
             self.0
@@ -187,7 +252,18 @@ impl Registry<'_> {
         let gauges = [
             (IMAGES_IN_FLIGHT, "Images admitted and not yet answered."),
             (IMAGES_IN_FLIGHT_MAX, "The limit on images in flight."),
-            (QUEUE_DEPTH, "Images that wait for the engine."),
+            (BYTES_IN_FLIGHT, "Bytes that requests and answers hold."),
+            (BYTES_IN_FLIGHT_MAX, "The limit on bytes in flight."),
+            (QUEUE_DEPTH, "Images that wait for the engine, by class."),
+            (
+                BATCH_SIZE_MAX,
+                "The largest batch that is formed; below --max-batch-size after memory ran out.",
+            ),
+            (CACHE_BYTES, "Bytes of answers that are kept."),
+            (
+                DRAIN_RATE,
+                "Images per second that the engine answers while it is busy.",
+            ),
             (READY, "1 while the worker serves, else 0."),
             (
                 MODEL_LOAD_DURATION,
@@ -230,7 +306,7 @@ impl Registry<'_> {
             (
                 BATCH_FILL,
                 Unit::Count,
-                "Images in one run divided by the largest batch size.",
+                "Images in one run divided by the size that it ran at.",
             ),
         ];
         for (name, unit, text) in histograms {
@@ -263,7 +339,7 @@ impl Metrics {
         }
         let mut dropped = BTreeMap::new();
         for reason in ["cancelled", "deadline"] {
-            for stage in [Stage::Preprocess, Stage::Queue] {
+            for stage in [Stage::Preprocess, Stage::Queue, Stage::Engine] {
                 let labels = [("reason", reason), ("stage", stage.label())];
                 dropped.insert(
                     (reason, stage.label()),
@@ -271,6 +347,15 @@ impl Metrics {
                 );
             }
         }
+        // Refused as it comes to the queue, so there is no other stage.
+        let labels = [
+            ("reason", "deadline_too_short"),
+            ("stage", Stage::Queue.label()),
+        ];
+        dropped.insert(
+            ("deadline_too_short", Stage::Queue.label()),
+            registry.counter(IMAGES_DROPPED, &labels),
+        );
         let by_graph = |name| {
             Graph::ALL
                 .iter()
@@ -299,12 +384,32 @@ impl Metrics {
                 .map(|&code| (code, registry.counter(IMAGES, &[("code", code)])))
                 .collect(),
             dropped,
-            images_in_flight: registry.gauge(IMAGES_IN_FLIGHT),
-            images_in_flight_max: registry.gauge(IMAGES_IN_FLIGHT_MAX),
+            images_in_flight: registry.gauge(IMAGES_IN_FLIGHT, &[]),
+            images_in_flight_max: registry.gauge(IMAGES_IN_FLIGHT_MAX, &[]),
             decode_duration: registry.histogram(DECODE_DURATION, &[]),
             quantize_duration: registry.histogram(QUANTIZE_DURATION, &[]),
-            queue_depth: registry.gauge(QUEUE_DEPTH),
-            queue_duration: registry.histogram(QUEUE_DURATION, &[]),
+            bytes_in_flight: registry.gauge(BYTES_IN_FLIGHT, &[]),
+            bytes_in_flight_max: registry.gauge(BYTES_IN_FLIGHT_MAX, &[]),
+            queue_depth: by_class(&|labels| registry.gauge(QUEUE_DEPTH, labels)),
+            queue_duration: by_class(&|labels| registry.histogram(QUEUE_DURATION, labels)),
+            batch_size_max: registry.gauge(BATCH_SIZE_MAX, &[]),
+            batch_padding: registry.counter(BATCH_PADDING, &[]),
+            coalesced: registry.counter(COALESCED, &[]),
+            cache_lookups: [(true, "hit"), (false, "miss")]
+                .map(|(hit, label)| (hit, registry.counter(CACHE_LOOKUPS, &[("result", label)])))
+                .into(),
+            cache_bytes: registry.gauge(CACHE_BYTES, &[]),
+            drain_rate: registry.gauge(DRAIN_RATE, &[]),
+            engine_faults: Fault::ALL
+                .map(|fault| {
+                    let counter = registry.counter(ENGINE_FAULTS, &[("kind", fault.label())]);
+                    (fault, counter)
+                })
+                .into(),
+            runs_stopped: registry.counter(RUNS_STOPPED, &[]),
+            canaries: [(true, "ok"), (false, "failed")]
+                .map(|(ok, label)| (ok, registry.counter(CANARIES, &[("result", label)])))
+                .into(),
             inference_duration: by_graph(INFERENCE_DURATION),
             batch_size: by_graph(BATCH_SIZE),
             batch_fill: registry.histogram(BATCH_FILL, &[]),
@@ -315,8 +420,8 @@ impl Metrics {
                     (close, counter)
                 })
                 .collect(),
-            ready: registry.gauge(READY),
-            model_load_duration: registry.gauge(MODEL_LOAD_DURATION),
+            ready: registry.gauge(READY, &[]),
+            model_load_duration: registry.gauge(MODEL_LOAD_DURATION, &[]),
             recorder,
         };
         Ok(Self(Arc::new(handles)))
@@ -351,11 +456,12 @@ impl Metrics {
         }
     }
 
-    /// An image was dropped before it cost any work, for this error.
+    /// An image was dropped, for this error and where it had got to.
     pub fn dead(&self, error: &Error) {
         match error {
             Error::Cancelled { stage } => self.dropped("cancelled", *stage),
             Error::DeadlineExceeded { stage } => self.dropped("deadline", *stage),
+            Error::DeadlineTooShort { .. } => self.dropped("deadline_too_short", Stage::Queue),
             _ => {}
         }
     }
@@ -382,22 +488,79 @@ impl Metrics {
         }
     }
 
-    /// Images now wait for the engine.
-    pub fn queue_depth(&self, images: usize) {
-        self.0.queue_depth.set(as_f64(images));
+    /// How much memory requests, answers and the cache hold.
+    pub fn bytes(&self, in_flight: usize, max: usize, cache: u64) {
+        self.0.bytes_in_flight.set(as_f64(in_flight));
+        self.0.bytes_in_flight_max.set(as_f64(max));
+        self.0
+            .cache_bytes
+            .set(as_f64(usize::try_from(cache).unwrap_or(usize::MAX)));
+    }
+
+    /// Images of this class now wait for the engine.
+    pub fn queue_depth(&self, class: Class, images: usize) {
+        if let Some(gauge) = self.0.queue_depth.get(&class) {
+            gauge.set(as_f64(images));
+        }
     }
 
     /// One image left the queue for the engine.
-    pub fn queued(&self, waited: Duration) {
-        self.0.queue_duration.record(waited);
+    pub fn queued(&self, class: Class, waited: Duration) {
+        if let Some(histogram) = self.0.queue_duration.get(&class) {
+            histogram.record(waited);
+        }
     }
 
-    /// A batch was formed.
-    pub fn batch(&self, graph: Graph, size: usize, size_max: usize, close: Close) {
+    /// An image shares another one's run.
+    pub fn coalesced(&self) {
+        self.0.coalesced.increment(1);
+    }
+
+    /// An image was looked for in the cache.
+    pub fn cache(&self, hit: bool) {
+        if let Some(counter) = self.0.cache_lookups.get(&hit) {
+            counter.increment(1);
+        }
+    }
+
+    /// The engine answers so many images a second while it is busy.
+    pub fn drain_rate(&self, images_per_second: f64) {
+        self.0.drain_rate.set(images_per_second);
+    }
+
+    /// The largest batch that is formed from now on.
+    pub fn batch_size_max(&self, images: usize) {
+        self.0.batch_size_max.set(as_f64(images));
+    }
+
+    /// A run failed.
+    pub fn fault(&self, fault: Fault) {
+        if let Some(counter) = self.0.engine_faults.get(&fault) {
+            counter.increment(1);
+        }
+    }
+
+    /// A run was stopped.
+    pub fn stopped(&self) {
+        self.0.runs_stopped.increment(1);
+    }
+
+    /// An idle engine was checked.
+    pub fn canary(&self, ok: bool) {
+        if let Some(counter) = self.0.canaries.get(&ok) {
+            counter.increment(1);
+        }
+    }
+
+    /// A batch of `size` images was formed, to run at the size `bucket`.
+    pub fn batch(&self, graph: Graph, size: usize, bucket: usize, close: Close) {
         if let Some(histogram) = self.0.batch_size.get(&graph) {
             histogram.record(as_f64(size));
         }
-        self.0.batch_fill.record(as_f64(size) / as_f64(size_max));
+        self.0.batch_fill.record(as_f64(size) / as_f64(bucket));
+        self.0
+            .batch_padding
+            .increment(bucket.saturating_sub(size) as u64);
         if let Some(counter) = self.0.batches.get(&close) {
             counter.increment(1);
         }
@@ -428,6 +591,16 @@ impl Metrics {
             .register_gauge(&Key::from_parts(MODEL_INFO, labels), &Registry::METADATA)
             .set(1.0);
     }
+}
+
+/// Names and values of labels.
+type Labels = [(&'static str, &'static str)];
+
+/// One handle for each class.
+fn by_class<T>(register: &dyn Fn(&Labels) -> T) -> BTreeMap<Class, T> {
+    Class::ALL
+        .map(|class| (class, register(&[("class", class.label())])))
+        .into()
 }
 
 #[expect(

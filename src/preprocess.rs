@@ -20,6 +20,7 @@ pub mod decode;
 mod error;
 pub mod pool;
 pub mod quantize;
+pub mod queue;
 pub mod resize;
 
 pub use decode::Format;

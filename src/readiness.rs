@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::engine::{Facts, State};
+use crate::engine::{Facts, Failure, State};
 
 /// A view of the worker's state that any part may hold.
 #[derive(Debug, Clone)]
@@ -72,9 +72,9 @@ impl Readiness {
 
     /// Why the engine has failed, if it has.
     #[must_use]
-    pub fn failure(&self) -> Option<String> {
+    pub fn failure(&self) -> Option<Failure> {
         match &*self.engine.borrow() {
-            State::Failed(reason) => Some(reason.clone()),
+            State::Failed(failure) => Some(failure.clone()),
             _ => None,
         }
     }

@@ -28,7 +28,7 @@ use crate::config::LimitsConfig;
 use crate::engine::Facts;
 use crate::error::Error;
 use crate::head::Head;
-use crate::job::{Answer, Norm, Want, Work};
+use crate::job::{Answer, Class, Norm, Want, Work};
 use crate::metrics::Metrics;
 use crate::model::{Model, Task};
 use crate::pb;
@@ -157,6 +157,7 @@ impl Service {
         extensions: &tonic::Extensions,
     ) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
         let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
+        let class = extensions.get().copied().unwrap_or(Class::Interactive);
         let answer_bytes = n_values * convert::dtype_bytes(dtype);
         if images.is_empty() {
             return Err(Error::CallEmpty);
@@ -200,22 +201,19 @@ impl Service {
         let call = Call {
             pictures,
             work,
+            class,
             bytes,
             deadline,
             span: tracing::Span::current(),
         };
-        let pending = self.admission.submit(call).inspect_err(|error| {
+        let mut pending = self.admission.submit(call).inspect_err(|error| {
             tally.rest(status::code(error));
         })?;
-        let mut arriving = pending.outcomes.into_iter();
         let mut results = Vec::with_capacity(n_images);
         for outcome in outcomes {
             let outcome = match outcome {
                 Some(outcome) => outcome,
-                None => match arriving.next() {
-                    Some(arriving) => arriving.await.unwrap_or(Err(Error::Lost)),
-                    None => Err(Error::Lost),
-                },
+                None => pending.next().await.unwrap_or(Err(Error::Lost)),
             };
             match outcome {
                 Err(error) if error.ends_call() => {
@@ -231,7 +229,7 @@ impl Service {
         Ok((
             results,
             Held {
-                _bytes: pending.bytes,
+                _bytes: Arc::clone(&pending.bytes),
             },
         ))
     }

@@ -12,22 +12,25 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use crossbeam_channel::Sender;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
-use crate::admission::{Admission, Capacity, Occupancy};
+use crate::admission::{Admission, Capacity, DrainRate, Occupancy};
 use crate::batcher;
 use crate::batcher::policy::Policy;
+use crate::cache::Cache;
 use crate::config::ServeConfig;
 use crate::engine::onnx::{self, OnnxEngine};
-use crate::engine::{self, Engine, EngineError, EngineFactory, Facts, State};
+use crate::engine::runner::{self, Runner};
+use crate::engine::{
+    self, Engine, EngineError, EngineFactory, Facts, Failure, FailureKind, State, Stop,
+};
 use crate::head::Head;
 use crate::http::{self, Pages};
-use crate::job::Job;
 use crate::metrics::Metrics;
 use crate::model::Model;
-use crate::preprocess::pool::{self, Picture};
+use crate::preprocess::pool;
+use crate::preprocess::queue::{self, Door};
 use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
 use crate::rpc;
@@ -60,7 +63,9 @@ pub struct Worker {
 /// The stages that have threads of their own, wired up.
 struct Stages {
     /// Where admission puts its jobs.
-    pictures: Sender<Job<Picture>>,
+    door: Door,
+    drain: DrainRate,
+    cache: Cache,
     engine: watch::Receiver<State>,
     state: Arc<watch::Sender<State>>,
     threads: Vec<JoinHandle<()>>,
@@ -84,46 +89,70 @@ impl Stages {
                 decode_bytes_max: limits.decode_bytes_max.as_u64(),
             },
         ));
-        // Each queue holds as many jobs as may be in flight, and a job holds
-        // its permit: no queue can be full when a job arrives.
+        // The queue holds as many jobs as may be in flight, and a job holds its
+        // permit: it cannot be full when a job arrives.
         let images_max = limits.images_in_flight_max as usize;
-        let (pictures_in, pictures) = crossbeam_channel::bounded(images_max);
         let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
+        // One ring, because two mean the same.
+        let (bell_in, bell) = crossbeam_channel::bounded(1);
+        let (door, pictures) = queue::queue(bell_in, metrics.clone());
         // One engine, so one slot and one batch.
         let (slots_in, slots) = crossbeam_channel::bounded(1);
         let (batches_in, batches) = crossbeam_channel::bounded(1);
         let (state, engine) = watch::channel(State::Loading);
         // Whichever thread ends before its time ends the worker's readiness.
         let state = Arc::new(state);
+        let batching = &config.batching;
+        let buckets = batching.buckets();
+        let (stop, drain) = (Arc::new(Stop::default()), DrainRate::default());
+        let cache = Cache::new(batching.cache_bytes.as_u64());
 
         let mut threads = Vec::new();
-        let engine_metrics = metrics.clone();
-        let engine_state = Arc::clone(&state);
+        let runner = Runner {
+            slots: slots_in,
+            batches,
+            buckets: buckets.clone(),
+            canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
+            stop: Arc::clone(&stop),
+            cache: cache.clone(),
+            metrics: metrics.clone(),
+            state: Arc::clone(&state),
+        };
         threads.push(spawn("engine", &state, move || {
-            engine::run(factory, &slots_in, &batches, &engine_state, &engine_metrics);
+            runner::run(factory, runner)
         })?);
         let policy = Policy {
-            max_batch_size: config.batching.max_batch_size.into(),
-            max_queue_delay: config.batching.max_queue_delay,
+            buckets,
+            max_queue_delay: batching.max_queue_delay,
+            bulk_share: batching.bulk_share,
+            bulk_wait_max: batching.bulk_wait_max,
         };
         let channels = batcher::Channels {
             jobs: tokens,
+            bell,
             slots,
             batches: batches_in,
         };
-        let batcher_metrics = metrics.clone();
+        let shared = batcher::Shared {
+            stop,
+            cache: cache.clone(),
+            drain: drain.clone(),
+            metrics: metrics.clone(),
+        };
         threads.push(spawn("batcher", &state, move || {
-            batcher::run(policy, &channels, &batcher_metrics);
+            batcher::run(policy, &channels, shared);
         })?);
         for idx in 0..n_preprocess_threads(config) {
-            let (preprocessor, pictures) = (Arc::clone(&preprocessor), pictures.clone());
+            let (preprocessor, pictures) = (Arc::clone(&preprocessor), Arc::clone(&pictures));
             let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
             threads.push(spawn(&format!("preprocess-{idx}"), &state, move || {
                 pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
             })?);
         }
         Ok(Self {
-            pictures: pictures_in,
+            door,
+            drain,
+            cache,
             engine,
             state,
             threads,
@@ -161,7 +190,7 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
             .map(|head| (head.width, head.name.clone()))
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
-        max_batch_size: config.batching.max_batch_size.into(),
+        buckets: config.batching.buckets(),
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }
@@ -192,12 +221,14 @@ impl Worker {
         let capacity = Capacity {
             images: limits.images_in_flight_max as usize,
             bytes: to_usize(limits.bytes_in_flight_max.as_u64()),
+            interactive_reserve: limits.interactive_reserve,
         };
-        let admission = Admission::new(capacity, stages.pictures);
+        let admission = Admission::new(capacity, stages.drain, stages.door);
         let occupancy = admission.occupancy();
         let pages = Pages {
             metrics: metrics.clone(),
             occupancy: occupancy.clone(),
+            cache: stages.cache,
             readiness: readiness.clone(),
         };
         let model = Arc::new(model);
@@ -233,7 +264,7 @@ impl Worker {
                 let _ = stopped.await;
             };
             if let Err(error) = rpc::serve(service, listener, options, stopped).await {
-                state.send_replace(State::Failed(format!("the gRPC server ended: {error:#}")));
+                fail(&state, format!("the gRPC server ended: {error:#}"));
             }
         });
         Ok(Self {
@@ -264,7 +295,7 @@ impl Worker {
             .map(|state| state.clone());
         match state {
             Ok(State::Ready(facts)) => Ok(facts),
-            Ok(State::Failed(reason)) => Err(EngineError::NotLoaded(reason)),
+            Ok(State::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
             Ok(State::Loading | State::Stopped) | Err(_) => {
                 Err(EngineError::NotLoaded("the engine ended".to_owned()))
             }
@@ -272,10 +303,10 @@ impl Worker {
     }
 
     /// Resolves with the reason when the engine fails; pends otherwise.
-    pub async fn failed(&mut self) -> String {
+    pub async fn failed(&mut self) -> Failure {
         let failed = |state: &State| matches!(state, State::Failed(_));
         match self.engine.wait_for(failed).await.as_deref() {
-            Ok(State::Failed(reason)) => reason.clone(),
+            Ok(State::Failed(failure)) => failure.clone(),
             _ => std::future::pending().await,
         }
     }
@@ -368,15 +399,22 @@ fn spawn(
     let supervised = move || {
         if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(body)) {
             let panic = engine::panic_text(&*panic);
-            state.send_replace(State::Failed(format!(
-                "the {thread_name} thread panicked: {panic}"
-            )));
+            fail(
+                &state,
+                format!("the {thread_name} thread panicked: {panic}"),
+            );
         }
     };
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(supervised)
         .with_context(|| format!("the thread {name} cannot be started"))
+}
+
+/// One of the worker's own parts has ended before its time.
+fn fail(state: &watch::Sender<State>, reason: String) {
+    let kind = FailureKind::Worker;
+    state.send_replace(State::Failed(Failure { kind, reason }));
 }
 
 async fn serve_pages(listener: TcpListener, pages: Pages) {

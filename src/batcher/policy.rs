@@ -1,27 +1,25 @@
-//! When to close a batch: a pure function of what waits and of the time.
+//! When to close a batch, of whom, and how large: pure functions of what waits,
+//! of the time, and of what was measured.
 
 use std::time::{Duration, Instant};
 
-use crate::engine::Graph;
+use super::pace::Pace;
+use super::queue::Lane;
+use crate::engine::{Buckets, Graph};
+use crate::job::Class;
 use crate::metrics::Close;
 
-/// The operator's choice between latency and fill.
-#[derive(Debug, Clone, Copy)]
+/// The operator's choices.
+#[derive(Debug, Clone)]
 pub struct Policy {
-    /// Images in one run at most. At least 1.
-    pub max_batch_size: usize,
+    pub buckets: Buckets,
     /// How long an image may wait for others while the engine is free.
     pub max_queue_delay: Duration,
-}
-
-/// The jobs that wait for one graph.
-#[derive(Debug, Clone, Copy)]
-pub struct Lane {
-    pub graph: Graph,
-    /// Jobs that wait. At least 1.
-    pub len: usize,
-    /// When the first of them arrived.
-    pub oldest: Instant,
+    /// The share of engine time that bulk gets at least while both classes
+    /// wait, in percent.
+    pub bulk_share: u8,
+    /// The longest that bulk goes without a batch while it waits.
+    pub bulk_wait_max: Duration,
 }
 
 /// What to do while the engine is free.
@@ -31,83 +29,264 @@ pub enum Decision {
     Idle,
     /// A batch may still fill up until then.
     WaitUntil(Instant),
-    /// Form a batch of this graph now.
-    Flush(Graph, Close),
+    /// Form a batch of this lane now.
+    Flush(Class, Graph, Close),
 }
 
 impl Policy {
-    /// Decides among lanes, for a worker that drains (and so waits for
-    /// nobody) or not. The lane whose head has waited longest goes first, so
-    /// that no graph starves another.
+    /// Decides among lanes, for a worker that drains (and so waits for nobody)
+    /// or not. `largest` is the largest batch that the engine takes now,
+    /// `bulk_owed` whether bulk has waited for its share.
     #[must_use]
-    pub fn decide(&self, lanes: &[Lane], now: Instant, draining: bool) -> Decision {
-        let mut due: Option<(Lane, Close)> = None;
-        let mut wake: Option<Instant> = None;
-        for &lane in lanes {
-            let expires = lane.oldest + self.max_queue_delay;
-            let close = if lane.len >= self.max_batch_size {
-                Close::Full
-            } else if expires <= now {
-                Close::Delay
-            } else if draining {
-                Close::Drain
+    pub fn decide(
+        &self,
+        lanes: &[Lane],
+        largest: usize,
+        now: Instant,
+        draining: bool,
+        bulk_owed: bool,
+    ) -> Decision {
+        let reason = |lane: &Lane| {
+            if lane.len >= largest {
+                Some(Close::Full)
+            } else if lane.oldest + self.max_queue_delay <= now {
+                Some(Close::Delay)
             } else {
-                wake = Some(wake.map_or(expires, |wake| wake.min(expires)));
-                continue;
-            };
-            if due.is_none_or(|(first, _)| lane.oldest < first.oldest) {
-                due = Some((lane, close));
+                draining.then_some(Close::Drain)
+            }
+        };
+        // While nobody's time is up the engine may stay idle for company.
+        if lanes.iter().all(|lane| reason(lane).is_none()) {
+            let wake = lanes.iter().map(|lane| lane.oldest + self.max_queue_delay);
+            return wake.min().map_or(Decision::Idle, Decision::WaitUntil);
+        }
+        // Once it starts something anyway, the most urgent goes first, though
+        // it might have waited a little longer: else it waits for a batch.
+        let waits = |class| lanes.iter().any(|lane| lane.class == class);
+        let class = if waits(Class::Interactive) && !(bulk_owed && waits(Class::Bulk)) {
+            Class::Interactive
+        } else {
+            Class::Bulk
+        };
+        // Among graphs, whoever's first image is the most urgent, so that no
+        // graph starves another.
+        lanes
+            .iter()
+            .filter(|lane| lane.class == class)
+            .min_by_key(|lane| lane.first)
+            .map_or(Decision::Idle, |lane| {
+                let close = reason(lane).unwrap_or(Close::Turn);
+                Decision::Flush(class, lane.graph, close)
+            })
+    }
+
+    /// How large a batch to form of `n` images that wait: the size at which
+    /// the engine answers the most images a second. Where padding is free (a
+    /// GPU that is not full) that is the next size up, where every row costs
+    /// (a CPU) it is the next size down, and the rest goes with the next batch.
+    #[must_use]
+    pub fn bucket(&self, graph: Graph, n: usize, largest: usize, pace: &Pace) -> usize {
+        let up = self.buckets.at_least(n.min(largest)).min(largest);
+        let down = self.buckets.at_most(n.min(largest));
+        if up == down {
+            return up;
+        }
+        match (pace.typical(graph, up), pace.typical(graph, down)) {
+            (Some(time_up), Some(time_down)) => {
+                let rate = |n: usize, time: Duration| {
+                    f64::from(u32::try_from(n).unwrap_or(u32::MAX)) / time.as_secs_f64().max(1e-9)
+                };
+                if rate(n, time_up) >= rate(down, time_down) {
+                    up
+                } else {
+                    down
+                }
+            }
+            // Nothing was measured, as with a scripted engine that is free.
+            _ => up,
+        }
+    }
+}
+
+/// Keeps account of what bulk is owed. Interactive work goes first; for the
+/// engine time that it takes while bulk waits, bulk earns its share.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// Engine time that bulk has earned and not had.
+    credit: Duration,
+    /// When bulk last had a batch.
+    served_at: Option<Instant>,
+}
+
+impl Ledger {
+    /// A batch of this class took this long; bulk work waited meanwhile or not.
+    pub fn ran(&mut self, policy: &Policy, class: Class, elapsed: Duration, bulk_waited: bool) {
+        match class {
+            Class::Bulk => self.credit = self.credit.saturating_sub(elapsed),
+            // What nobody waits for is not owed later.
+            Class::Interactive if !bulk_waited => self.credit = Duration::ZERO,
+            Class::Interactive => {
+                let share = u32::from(policy.bulk_share.min(99));
+                let earned = elapsed * share / (100 - share);
+                self.credit = (self.credit + earned).min(policy.bulk_wait_max);
             }
         }
-        match (due, wake) {
-            (Some((lane, close)), _) => Decision::Flush(lane.graph, close),
-            (None, Some(wake)) => Decision::WaitUntil(wake),
-            (None, None) => Decision::Idle,
+    }
+
+    /// A batch of this class was formed.
+    pub fn served(&mut self, class: Class, now: Instant) {
+        if class == Class::Bulk {
+            self.served_at = Some(now);
         }
+    }
+
+    /// Whether bulk has earned a batch that takes `cost`, or has waited too
+    /// long. `oldest` is when the bulk work that waits came.
+    #[must_use]
+    pub fn bulk_is_owed(
+        &self,
+        policy: &Policy,
+        cost: Duration,
+        oldest: Instant,
+        now: Instant,
+    ) -> bool {
+        let since = self.served_at.map_or(oldest, |at| at.max(oldest));
+        self.credit > Duration::ZERO && self.credit >= cost.min(policy.bulk_wait_max)
+            || now.saturating_duration_since(since) >= policy.bulk_wait_max
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::queue::{Entry, Queue};
     use super::*;
+    use Class::{Bulk, Interactive};
+    use Graph::{Hidden, Logits};
 
-    const DELAY: Duration = Duration::from_millis(10);
+    const MS: fn(u64) -> Duration = Duration::from_millis;
 
-    fn check(lanes: &[(Graph, usize, u64)], now_ms: u64, draining: bool, expected: &str) {
-        let policy = Policy {
-            max_batch_size: 4,
-            max_queue_delay: DELAY,
-        };
+    fn policy() -> Policy {
+        Policy {
+            buckets: Buckets::powers_of_two(4),
+            max_queue_delay: MS(10),
+            bulk_share: 20,
+            bulk_wait_max: MS(5000),
+        }
+    }
+
+    /// Each lane: class, graph, how many wait, when they came.
+    fn check(
+        lanes: &[(Class, Graph, usize, u64)],
+        now_ms: u64,
+        draining: bool,
+        owed: bool,
+        expected: &str,
+    ) {
         let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let lanes: Vec<Lane> = lanes
-            .iter()
-            .map(|&(graph, len, oldest_ms)| Lane {
-                graph,
-                len,
-                oldest: at(oldest_ms),
-            })
-            .collect();
-        let got = match policy.decide(&lanes, at(now_ms), draining) {
+        let at = |ms| start + MS(ms);
+        let mut queue = Queue::default();
+        for &(class, graph, len, came) in lanes {
+            for _ in 0..len {
+                let entry = Entry {
+                    item: (),
+                    arrived: at(came),
+                    deadline: None,
+                };
+                queue.push(class, graph, entry);
+            }
+        }
+        let got = match policy().decide(&queue.lanes(), 4, at(now_ms), draining, owed) {
             Decision::Idle => "idle".to_owned(),
             Decision::WaitUntil(wake) => format!("wait {}", (wake - start).as_millis()),
-            Decision::Flush(graph, close) => format!("{} {close:?}", graph.label()),
+            Decision::Flush(class, graph, close) => {
+                format!("{} {} {close:?}", class.label(), graph.label())
+            }
         };
-        assert_eq!(got, expected, "lanes {lanes:?} at {now_ms} ms");
+        assert_eq!(got, expected, "{lanes:?} at {now_ms} ms");
     }
 
     #[test]
-    fn decisions() {
-        use Graph::{Hidden, Logits};
-        check(&[], 0, false, "idle");
-        check(&[(Hidden, 1, 0)], 3, false, "wait 10");
-        check(&[(Hidden, 1, 0)], 10, false, "hidden Delay");
-        check(&[(Hidden, 4, 9)], 9, false, "hidden Full");
-        check(&[(Hidden, 9, 9)], 9, false, "hidden Full");
-        check(&[(Hidden, 1, 9)], 9, true, "hidden Drain");
-        // Two graphs: whoever is due, and of those the one that waited longer.
-        check(&[(Hidden, 1, 5), (Logits, 1, 2)], 6, false, "wait 12");
-        check(&[(Hidden, 4, 5), (Logits, 1, 2)], 6, false, "hidden Full");
-        check(&[(Hidden, 4, 5), (Logits, 1, 2)], 13, false, "logits Delay");
+    fn decisions_in_one_lane() {
+        check(&[], 0, false, false, "idle");
+        check(&[(Interactive, Hidden, 1, 0)], 3, false, false, "wait 10");
+        let delay = "interactive hidden Delay";
+        check(&[(Interactive, Hidden, 1, 0)], 10, false, false, delay);
+        let full = "bulk hidden Full";
+        check(&[(Bulk, Hidden, 4, 9)], 9, false, false, full);
+        check(&[(Bulk, Hidden, 9, 9)], 9, false, false, full);
+        check(&[(Bulk, Hidden, 1, 9)], 9, true, false, "bulk hidden Drain");
+    }
+
+    #[test]
+    fn decisions_among_graphs() {
+        let two = [(Bulk, Hidden, 1, 5), (Bulk, Logits, 1, 2)];
+        check(&two, 6, false, false, "wait 12");
+        let full = [(Bulk, Hidden, 4, 5), (Bulk, Logits, 1, 2)];
+        check(&full, 6, false, false, "bulk logits Turn");
+        check(&full, 13, false, false, "bulk logits Delay");
+    }
+
+    #[test]
+    fn interactive_goes_first_unless_bulk_is_owed() {
+        let both = [(Bulk, Hidden, 4, 0), (Interactive, Hidden, 1, 8)];
+        check(&both, 9, false, false, "interactive hidden Turn");
+        check(&both, 9, false, true, "bulk hidden Full");
+        check(&both[1..], 18, false, true, "interactive hidden Delay");
+    }
+
+    #[test]
+    fn sizes_follow_what_was_measured() {
+        let policy = policy();
+        let mut pace = Pace::default();
+        let bucket = |pace: &Pace, n| policy.bucket(Hidden, n, 4, pace);
+        assert_eq!(bucket(&pace, 3), 4, "nothing is known");
+        // A CPU: every row costs.
+        for size in [1, 2, 4] {
+            pace.warmed(Hidden, size, MS(10 * size as u64));
+        }
+        assert_eq!([1, 2, 3, 4, 9].map(|n| bucket(&pace, n)), [1, 2, 2, 4, 4]);
+        // A GPU: a larger batch costs little more.
+        let mut pace = Pace::default();
+        for size in [1, 2, 4] {
+            pace.warmed(Hidden, size, MS(10 + size as u64));
+        }
+        assert_eq!([1, 2, 3, 4, 9].map(|n| bucket(&pace, n)), [1, 2, 4, 4, 4]);
+        assert_eq!(
+            policy.bucket(Hidden, 9, 2, &pace),
+            2,
+            "what the engine takes"
+        );
+    }
+
+    #[test]
+    fn bulk_earns_its_share() {
+        let policy = policy();
+        let mut ledger = Ledger::default();
+        let start = Instant::now();
+        let owed = |ledger: &Ledger| ledger.bulk_is_owed(&policy, MS(100), start, start);
+        for _ in 0..3 {
+            ledger.ran(&policy, Interactive, MS(100), true);
+            assert!(!owed(&ledger));
+        }
+        ledger.ran(&policy, Interactive, MS(100), true);
+        assert!(owed(&ledger), "four to one");
+        ledger.ran(&policy, Bulk, MS(100), true);
+        assert!(!owed(&ledger));
+        ledger.ran(&policy, Interactive, MS(300), true);
+        ledger.ran(&policy, Interactive, MS(1), false);
+        assert!(!owed(&ledger), "nobody waited");
+    }
+
+    #[test]
+    fn bulk_does_not_wait_for_ever() {
+        let policy = policy();
+        let mut ledger = Ledger::default();
+        let start = Instant::now();
+        let owed =
+            |ledger: &Ledger, ms| ledger.bulk_is_owed(&policy, MS(100), start, start + MS(ms));
+        assert!(!owed(&ledger, 4999));
+        assert!(owed(&ledger, 5000));
+        ledger.served(Bulk, start + MS(5000));
+        assert!(!owed(&ledger, 9000));
     }
 }

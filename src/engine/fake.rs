@@ -1,20 +1,25 @@
 //! A scripted engine for tests and for pricing the server alone.
 //!
 //! Its answers are a pure function of a row's tokens, so that a test can tell
-//! whether each caller got its own.
+//! whether each caller got its own. Its faults are those of a real engine.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::{Engine, EngineError, Facts, Graph, Row};
+use super::{Engine, EngineError, Facts, Run, Stop, Warm};
 use crate::job::Want;
+
+/// How often a run that takes long looks whether it should stop.
+const STOP_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What the engine does with a batch.
 #[derive(Debug, Default)]
 pub struct Script {
     /// Time that each run takes.
     pub delay: Duration,
+    /// Time that each row of a run takes besides, padding too.
+    pub delay_per_row: Duration,
     /// If set, each run waits for one message first; a test holds the engine
     /// busy by sending none.
     pub gate: Option<Receiver<()>>,
@@ -22,6 +27,12 @@ pub struct Script {
     pub fail_on: Option<u16>,
     /// A row that begins with this token makes the run panic.
     pub panic_on: Option<u16>,
+    /// A row that begins with this token makes the device fail.
+    pub device_fails_on: Option<u16>,
+    /// Memory suffices for batches of this size.
+    pub memory_for: Option<usize>,
+    /// The idle check fails once this many were made.
+    pub canaries_until_failure: Option<usize>,
 }
 
 /// See the module.
@@ -78,28 +89,81 @@ impl Engine for FakeEngine {
         &self.facts
     }
 
-    fn run(&mut self, _graph: Graph, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn warm(&self) -> &[Warm] {
+        // It would tell what the script says, and a test wants to see what is
+        // measured.
+        &[]
+    }
+
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
         if let Some(gate) = &self.script.gate {
             // A closed gate lets everything through, so that a test that ends
             // early does not hang the worker's shutdown.
-            let _ = gate.recv();
+            while gate.recv_timeout(STOP_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if stop.requested() {
+                    return Err(EngineError::Stopped);
+                }
+            }
         }
-        if !self.script.delay.is_zero() {
-            std::thread::sleep(self.script.delay);
-        }
+        let n_rows = u32::try_from(run.bucket).unwrap_or(u32::MAX);
+        take_time(self.script.delay + self.script.delay_per_row * n_rows, stop)?;
         let begins_with = |token: Option<u16>| {
-            token.is_some() && rows.iter().any(|row| row.tokens.first().copied() == token)
+            token.is_some()
+                && run
+                    .rows
+                    .iter()
+                    .any(|row| row.tokens.first().copied() == token)
         };
         assert!(
             !begins_with(self.script.panic_on),
             "scripted panic in the fake engine"
         );
+        if begins_with(self.script.device_fails_on) {
+            return Err(EngineError::Device("scripted device failure".to_owned()));
+        }
+        if self.script.memory_for.is_some_and(|max| run.bucket > max) {
+            return Err(EngineError::OutOfMemory("scripted".to_owned()));
+        }
         if begins_with(self.script.fail_on) {
             return Err(EngineError::Runtime("scripted failure".to_owned()));
         }
-        Ok(rows
+        Ok(run
+            .rows
             .iter()
             .map(|row| Self::answer(row.tokens, row.want))
             .collect())
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        match &mut self.script.canaries_until_failure {
+            Some(0) => Err(EngineError::NotFinite),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Passes time as a run does, until it is stopped. Sleeping is coarse to about
+/// a tenth of a millisecond; shorter times are spun.
+fn take_time(time: Duration, stop: &Stop) -> Result<(), EngineError> {
+    let until = Instant::now() + time;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        if stop.requested() {
+            return Err(EngineError::Stopped);
+        }
+        // The rest of a sleep is spun, so that it does not end late.
+        let sleep = left.min(STOP_INTERVAL).saturating_sub(STOP_INTERVAL / 4);
+        if sleep > STOP_INTERVAL / 4 {
+            std::thread::sleep(sleep);
+        } else {
+            std::hint::spin_loop();
+        }
     }
 }

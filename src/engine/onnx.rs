@@ -9,15 +9,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use ort::environment::Environment;
 use ort::session::builder::SessionBuilder;
-use ort::session::{Session, SessionInputValue};
+use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
 use super::runtime::{Residence, Runtime, operators};
-use super::{Engine, EngineError, Facts, Graph, Row};
+use super::{Buckets, Engine, EngineError, Facts, Graph, Row, Run, Stop, Warm};
 use crate::compile;
 use crate::job::{Layers, Want};
 
@@ -63,9 +64,9 @@ pub struct Options {
     pub head_widths: Vec<(usize, String)>,
     /// What the graphs were compiled for; `None` for a published export.
     pub compiled_for: Option<compile::Provider>,
-    /// Largest batch; the warm-up runs at this size, so that the first full
-    /// batch finds its memory allocated.
-    pub max_batch_size: usize,
+    /// The batch sizes; the warm-up runs at each, so that no caller's batch is
+    /// the first of its size.
+    pub buckets: Buckets,
 }
 
 /// See the module.
@@ -73,7 +74,22 @@ pub struct OnnxEngine {
     facts: Facts,
     graphs: BTreeMap<Graph, Loaded>,
     positions: usize,
+    warm: Vec<Warm>,
+    canary: Option<Canary>,
 }
+
+/// A row whose answer is known.
+struct Canary {
+    graph: Graph,
+    bucket: usize,
+    want: Want,
+    tokens: Vec<u16>,
+    answer: Vec<f32>,
+}
+
+/// How far a known answer may move: a device may add in another order from run
+/// to run, but not more than that.
+const CANARY_TOLERANCE: f64 = 1e-2;
 
 /// A graph with what binding it needs.
 struct Loaded {
@@ -203,6 +219,8 @@ impl OnnxEngine {
             },
             graphs: BTreeMap::new(),
             positions: options.positions,
+            warm: Vec::new(),
+            canary: None,
         };
         for (&graph, path) in &options.graphs {
             let loaded = Loaded::open(builder(&runtime)?, graph, path)?;
@@ -238,16 +256,38 @@ impl OnnxEngine {
             file: file.clone(),
             reason,
         };
-        let mut width = 0;
-        for size in [1, options.max_batch_size] {
-            let values = self.run(graph, &vec![row; size]).map_err(|error| {
+        let mut answer = Vec::new();
+        for bucket in options.buckets.iter() {
+            let started = Instant::now();
+            let run = Run {
+                graph,
+                bucket,
+                rows: &[row],
+            };
+            let values = self.run(&run, &Stop::default()).map_err(|error| {
                 refuse(format!(
-                    "a trial run with every token id (0 to {}) failed, so the graph does not fit \
-                     the palette or the positions: {error}",
+                    "a trial run of {bucket} images with every token id (0 to {}) failed, so the \
+                     graph does not fit the palette or the positions, or memory does not suffice: \
+                     {error}",
                     n_ids - 1
                 ))
             })?;
-            width = values.first().map_or(0, Vec::len);
+            self.warm.push(Warm {
+                graph,
+                bucket,
+                elapsed: started.elapsed(),
+            });
+            answer = values.into_iter().next().unwrap_or_default();
+        }
+        let width = answer.len();
+        if self.canary.is_none() {
+            self.canary = Some(Canary {
+                graph,
+                bucket: options.buckets.smallest(),
+                want,
+                tokens: tokens.clone(),
+                answer,
+            });
         }
         if !options.sizes_are_given && self.facts.provider == "cpu" {
             self.check_sizes(graph, options.n_colors)?;
@@ -300,7 +340,7 @@ impl OnnxEngine {
             };
             let mut feeds = Vec::new();
             for input in &loaded.inputs {
-                feeds.push((input.name.as_str(), feed(input, &[row], tokens.len())?));
+                feeds.push((input.name.as_str(), feed(input, &[row], 1, tokens.len())?));
             }
             if loaded.session.run(feeds).is_ok() {
                 return Err(EngineError::Graph {
@@ -477,30 +517,139 @@ impl Engine for OnnxEngine {
         &self.facts
     }
 
-    fn run(&mut self, graph: Graph, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn warm(&self) -> &[Warm] {
+        &self.warm
+    }
+
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
         let positions = self.positions;
-        let loaded = self.graphs.get_mut(&graph).ok_or_else(|| no_graph(graph))?;
+        let loaded = self
+            .graphs
+            .get_mut(&run.graph)
+            .ok_or_else(|| no_graph(run.graph))?;
         let mut feeds = Vec::with_capacity(loaded.inputs.len());
         for input in &loaded.inputs {
-            feeds.push((input.name.as_str(), feed(input, rows, positions)?));
+            let feed = feed(input, run.rows, run.bucket, positions)?;
+            feeds.push((input.name.as_str(), feed));
         }
-        let outputs = loaded.session.run(feeds).map_err(runtime)?;
+        let options = Arc::new(RunOptions::new().map_err(runtime)?);
+        let terminate = Arc::clone(&options);
+        stop.arm(Box::new(move || {
+            // It fails for options that have gone, and these have not.
+            let _ = terminate.terminate();
+        }));
+        let outputs = loaded
+            .session
+            .run_with_options(feeds, &*options)
+            .map_err(|error| run_failed(&error.to_string()))?;
         let output = outputs
             .get(&loaded.output)
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
         let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
-        answers(graph, rows, positions, shape, values)
+        answers(run, positions, shape, values)
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        let Some(canary) = self.canary.take() else {
+            return Ok(());
+        };
+        let row = Row {
+            tokens: &canary.tokens,
+            want: canary.want,
+        };
+        let run = Run {
+            graph: canary.graph,
+            bucket: canary.bucket,
+            rows: &[row],
+        };
+        let got = self.run(&run, &Stop::default());
+        let expected = canary.answer.clone();
+        self.canary = Some(canary);
+        let got = got?.into_iter().next().unwrap_or_default();
+        let moved = distance(&got, &expected);
+        if moved <= CANARY_TOLERANCE {
+            Ok(())
+        } else {
+            Err(EngineError::Output {
+                got: format!("an answer {moved:.3} of its length from the known one"),
+                expected: "the known one".to_owned(),
+            })
+        }
     }
 }
 
-/// One input tensor of [rows, positions].
+/// ‖a − b‖ / ‖b‖; infinite where an answer is unusable.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    if a.len() != b.len() {
+        return f64::INFINITY;
+    }
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let difference = square(&mut a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    let length = square(&mut b.iter().map(|&b| f64::from(b)));
+    let distance = if length > 0.0 {
+        (difference / length).sqrt()
+    } else {
+        difference.sqrt()
+    };
+    if distance.is_nan() {
+        f64::INFINITY
+    } else {
+        distance
+    }
+}
+
+/// What the runtime says when memory does not suffice, in lower case.
+const OUT_OF_MEMORY: [&str; 6] = [
+    "out of memory",
+    "failed to allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "smaller than requested bytes",
+    "alloc_failed",
+];
+
+/// What it says when the device or its context is lost: CUDA's errors that
+/// every later call repeats.
+const DEVICE_FAILED: [&str; 11] = [
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+    "device-side assert",
+    "uncorrectable",
+    "device is lost",
+    "gpu is lost",
+    "execution_failed",
+    "driver shutting down",
+];
+
+/// What kind of failure a run's error text tells of; the runtime has no codes
+/// for them.
+fn run_failed(text: &str) -> EngineError {
+    let lower = text.to_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    if says(&DEVICE_FAILED) {
+        EngineError::Device(text.to_owned())
+    } else if says(&OUT_OF_MEMORY) {
+        EngineError::OutOfMemory(text.to_owned())
+    } else {
+        EngineError::Runtime(text.to_owned())
+    }
+}
+
+/// One input tensor of [bucket, positions]; rows that are missing repeat the
+/// last one, which is as cheap as any and has valid tokens.
 fn feed(
     input: &Input,
     rows: &[Row<'_>],
+    bucket: usize,
     positions: usize,
 ) -> Result<SessionInputValue<'static>, EngineError> {
-    let shape = [rows.len(), positions];
-    let values = rows.iter().flat_map(|row| {
+    let shape = [bucket, positions];
+    let padding = rows.last().into_iter().cycle();
+    let padded = rows.iter().chain(padding).take(bucket);
+    let values = padded.flat_map(|row| {
         (0..positions).map(move |position| match input.role {
             Role::InputIds => i32::from(row.tokens[position]),
             Role::AttentionMask => 1,
@@ -525,8 +674,7 @@ fn feed(
 /// here, next to the runtime's memory, so that of a row's states (2 MiB for
 /// imagegpt-small) only the vector is copied out.
 fn answers(
-    graph: Graph,
-    rows: &[Row<'_>],
+    run: &Run<'_>,
     positions: usize,
     shape: &Shape,
     values: &[f32],
@@ -535,25 +683,30 @@ fn answers(
         .iter()
         .map(|&dim| usize::try_from(dim).unwrap_or(0))
         .collect();
+    let &Run {
+        graph,
+        bucket,
+        rows,
+    } = run;
     let row_len = match (graph, dims.as_slice()) {
         (Graph::Hidden, &[n_rows, n_positions, width])
-            if n_rows == rows.len() && n_positions == positions && width > 0 =>
+            if n_rows == bucket && n_positions == positions && width > 0 =>
         {
             n_positions * width
         }
         (Graph::Features(_), &[n_rows, n_layers, width])
-            if n_rows == rows.len() && n_layers > 0 && width > 0 =>
+            if n_rows == bucket && n_layers > 0 && width > 0 =>
         {
             n_layers * width
         }
-        (Graph::Logits, &[n_rows, n_classes]) if n_rows == rows.len() && n_classes > 0 => n_classes,
+        (Graph::Logits, &[n_rows, n_classes]) if n_rows == bucket && n_classes > 0 => n_classes,
         _ => {
             return Err(EngineError::Output {
                 got: format!("shape {dims:?}"),
                 expected: match graph {
-                    Graph::Features(_) => format!("[{}, layers, width]", rows.len()),
-                    Graph::Hidden => format!("[{}, {positions}, width]", rows.len()),
-                    Graph::Logits => format!("[{}, classes]", rows.len()),
+                    Graph::Features(_) => format!("[{bucket}, layers, width]"),
+                    Graph::Hidden => format!("[{bucket}, {positions}, width]"),
+                    Graph::Logits => format!("[{bucket}, classes]"),
                 },
             });
         }
@@ -617,8 +770,14 @@ mod tests {
             tokens: &[0, 1],
             want,
         });
-        let values: Vec<f32> = (0..12_u8).map(f32::from).collect();
-        let got = answers(Graph::Hidden, &rows, 2, &Shape::new([3, 2, 2]), &values).expect("fits");
+        let values: Vec<f32> = (0..16_u8).map(f32::from).collect();
+        // The fourth row is padding.
+        let run = Run {
+            graph: Graph::Hidden,
+            bucket: 4,
+            rows: &rows,
+        };
+        let got = answers(&run, 2, &Shape::new([4, 2, 2]), &values).expect("fits");
         assert_eq!(
             got,
             [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]
@@ -631,12 +790,58 @@ mod tests {
             tokens: &[0, 1],
             want: Want::Mean,
         }];
-        let error = answers(Graph::Hidden, &rows, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
+        let run = Run {
+            graph: Graph::Hidden,
+            bucket: 1,
+            rows: &rows,
+        };
+        let error = answers(&run, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
             .expect_err("three positions are not two");
         assert_eq!(
             error.to_string(),
             "the model returned shape [1, 3, 2], not [1, 2, width]"
         );
+    }
+
+    #[test]
+    fn failures_are_told_apart_by_their_words() {
+        let check = |text, expected: &str| {
+            let kind = match run_failed(text) {
+                EngineError::Device(_) => "device",
+                EngineError::OutOfMemory(_) => "memory",
+                EngineError::Runtime(_) => "run",
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(kind, expected, "{text}");
+        };
+        check(
+            "CUDA failure 700: an illegal memory access was encountered ; GPU=0",
+            "device",
+        );
+        check("CUDA failure 719: unspecified launch failure", "device");
+        check(
+            "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED",
+            "device",
+        );
+        check("CUDA failure 2: out of memory ; GPU=0", "memory");
+        check(
+            "Available memory of 12 is smaller than requested bytes of 999",
+            "memory",
+        );
+        check(
+            "Failed to allocate memory for requested buffer of size 1",
+            "memory",
+        );
+        check("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "memory");
+        check("Non-zero status code returned while running Gather", "run");
+    }
+
+    #[test]
+    fn an_answer_that_moved_is_noticed() {
+        assert!(distance(&[1.0, 2.0], &[1.0, 2.0]) <= CANARY_TOLERANCE);
+        assert!(distance(&[1.0, 2.1], &[1.0, 2.0]) > CANARY_TOLERANCE);
+        assert!(distance(&[f32::NAN], &[1.0]).is_infinite());
+        assert!(distance(&[], &[1.0]).is_infinite());
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Sender;
 
+use super::queue::Queue;
 use super::{ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
 use crate::error::{Error, Stage};
 use crate::job::{Answer, Context, Job, Work};
@@ -25,11 +26,11 @@ pub struct Picture {
 /// The life of one preprocessing thread: until the door is closed.
 pub(crate) fn run(
     preprocessor: &Arc<Preprocessor>,
-    pictures: &Receiver<Job<Picture>>,
-    batcher: &Sender<Job<Box<[u16]>>>,
+    pictures: &Queue,
+    batcher: &Sender<Job<Arc<[u16]>>>,
     metrics: &Metrics,
 ) {
-    for job in pictures {
+    while let Some(job) = pictures.next() {
         if let Some(error) = job.ticket.dead(Instant::now(), Stage::Preprocess) {
             metrics.dead(&error);
             job.ticket.finish(Err(error));
@@ -62,7 +63,7 @@ pub(crate) fn run(
                 if context == Context::SosShifted {
                     shift(&mut tokens, preprocessor.start_token());
                 }
-                let mut job = job.with_payload(tokens);
+                let mut job = job.with_payload(Arc::from(tokens));
                 job.ticket.entered_at = Instant::now();
                 // The batcher's queue holds as many jobs as there are permits.
                 if let Err(refused) = batcher.try_send(job) {

@@ -7,23 +7,32 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::{deadline, status};
+use crate::admission::{Pool, Share};
 use crate::error::{Error, Stage};
+use crate::job::Class;
 use crate::metrics::{METHODS, Metrics};
 
+/// When a request that did not fit while it arrived should come again.
+const RETRY_ARRIVING: Duration = Duration::from_secs(1);
 /// Names a call in logs and in its response; taken from the caller if given.
 const REQUEST_ID: &str = "x-request-id";
+/// The class of a call, by its name.
+const PRIORITY: &str = "imagegpt-priority";
+/// The one method whose request has no end: its messages are counted one by
+/// one, by its handler.
+const STREAM: &str = "EmbedStream";
 /// A caller's request id longer than this is replaced: it goes into every log
 /// line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -33,7 +42,7 @@ pub(super) struct Observe {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
     /// Where bytes that are arriving are counted.
-    pub(super) bytes: Arc<Semaphore>,
+    pub(super) bytes: Pool,
     pub(super) calls: Calls,
 }
 
@@ -89,7 +98,7 @@ pub(super) struct Deadline(pub(super) Option<Instant>);
 /// An answer's share of the worker's bytes; handlers leave it in the response.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
-    pub(super) _bytes: Arc<OwnedSemaphorePermit>,
+    pub(super) _bytes: Arc<Share>,
 }
 
 impl<S> Layer<S> for Observe {
@@ -145,15 +154,25 @@ where
         let deadline = deadline::of(request.headers(), started);
         let in_progress = self.observe.calls.enter();
         let request_bytes_max = self.observe.request_bytes_max;
-        let mut request = request.map(|body| arriving(body, Arc::clone(&self.observe.bytes)));
-        request.extensions_mut().insert(Deadline(deadline));
-        let call = span.in_scope(|| self.inner.call(request));
+        let call = class(request.headers(), method).map(|class| {
+            let bytes = self.observe.bytes.clone();
+            let mut request = request.map(|body| match method {
+                STREAM => body,
+                _ => arriving(body, bytes, class),
+            });
+            request.extensions_mut().insert(Deadline(deadline));
+            request.extensions_mut().insert(class);
+            span.in_scope(|| self.inner.call(request))
+        });
         Box::pin(
             async move {
                 // Named whole, so that the future owns all of it and its drop
                 // counts the call.
                 let mut ending = ending;
-                let mut response = until(deadline, call).await?;
+                let mut response = match call {
+                    Ok(call) => until(deadline, call).await?,
+                    Err(error) => status::of_call(&error).into_http(),
+                };
                 correct(response.headers_mut(), request_bytes_max);
                 ending.code = code(response.headers());
                 response.headers_mut().insert(REQUEST_ID, id);
@@ -190,19 +209,37 @@ where
         })
 }
 
+/// The class that a call belongs to: as its metadata says, else by its method.
+fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
+    let Some(given) = headers.get(PRIORITY) else {
+        return Ok(match method {
+            STREAM => Class::Bulk,
+            _ => Class::Interactive,
+        });
+    };
+    Class::ALL
+        .into_iter()
+        .find(|class| given == class.label())
+        .ok_or_else(|| Error::PriorityUnknown {
+            given: String::from_utf8_lossy(given.as_bytes()).into_owned(),
+        })
+}
+
 /// A request's body that counts its bytes while they gather in memory.
-fn arriving(body: Body, bytes: Arc<Semaphore>) -> Body {
+fn arriving(body: Body, bytes: Pool, class: Class) -> Body {
     Body::new(Arriving {
         body,
         bytes,
-        held: None,
+        class,
+        held: Share::default(),
     })
 }
 
 struct Arriving {
     body: Body,
-    bytes: Arc<Semaphore>,
-    held: Option<OwnedSemaphorePermit>,
+    bytes: Pool,
+    class: Class,
+    held: Share,
 }
 
 impl http_body::Body for Arriving {
@@ -217,18 +254,16 @@ impl http_body::Body for Arriving {
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
         {
-            let n_bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
-            let Ok(permit) = Arc::clone(&self.bytes).try_acquire_many_owned(n_bytes) else {
+            let Some(share) = self.bytes.try_take(self.class, data.len()) else {
                 let error = Error::Full {
                     what: "bytes",
                     flag: "--bytes-in-flight-max",
+                    // What arrives is not yet in line, so no rate tells when.
+                    retry_after: RETRY_ARRIVING,
                 };
                 return Poll::Ready(Some(Err(status::of_call(&error))));
             };
-            match &mut self.held {
-                Some(held) => held.merge(permit),
-                held @ None => *held = Some(permit),
-            }
+            self.held.merge(share);
         }
         Poll::Ready(frame)
     }
@@ -396,6 +431,24 @@ mod tests {
         assert_eq!(method("/imagegpt.v1.ImageGptService/Embed"), Some("Embed"));
         assert_eq!(method("/imagegpt.v1.ImageGptService/Nope"), Some("other"));
         assert_eq!(method("/grpc.health.v1.Health/Check"), None);
+    }
+
+    #[test]
+    fn classes() {
+        let check = |headers: &HeaderMap, method, expected: Result<Class, &str>| match (
+            class(headers, method),
+            expected,
+        ) {
+            (Ok(got), Ok(expected)) => assert_eq!(got, expected),
+            (Err(error), Err(words)) => assert!(error.to_string().contains(words)),
+            (got, _) => panic!("{got:?}"),
+        };
+        check(&HeaderMap::new(), "Embed", Ok(Class::Interactive));
+        check(&HeaderMap::new(), "EmbedStream", Ok(Class::Bulk));
+        check(&headers(PRIORITY, "bulk"), "Embed", Ok(Class::Bulk));
+        let interactive = headers(PRIORITY, "interactive");
+        check(&interactive, "EmbedStream", Ok(Class::Interactive));
+        check(&headers(PRIORITY, "urgent"), "Embed", Err("\"urgent\""));
     }
 
     #[test]

@@ -27,8 +27,11 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
         Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
         Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
+        Error::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
+        Error::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        Error::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
         Error::Draining => (Code::Unavailable, "DRAINING"),
         Error::NotReady => (Code::Unavailable, "NOT_READY"),
@@ -45,7 +48,10 @@ pub(super) fn code(error: &Error) -> Code {
 /// The status that ends a whole call.
 pub(super) fn of_call(error: &Error) -> Status {
     let (code, reason) = row(error);
-    let details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    if let Error::Full { retry_after, .. } = error {
+        details.set_retry_info(Some(*retry_after));
+    }
     Status::with_error_details(code, error.to_string(), details)
 }
 
@@ -83,6 +89,8 @@ pub(super) fn name(code: Code) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::engine::EngineError;
     use crate::error::Stage;
@@ -90,10 +98,11 @@ mod tests {
     use crate::model::Task;
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one row an error")]
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 19] = [
+        let rows: [(Error, Code, &str); 22] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -161,12 +170,37 @@ mod tests {
                 "MESSAGE_TOO_LARGE",
             ),
             (
+                Error::PriorityUnknown {
+                    given: "urgent".to_owned(),
+                },
+                Code::InvalidArgument,
+                "PRIORITY_UNKNOWN",
+            ),
+            (
                 Error::Full {
                     what: "images",
                     flag: "--images-in-flight-max",
+                    retry_after: Duration::from_millis(1500),
                 },
                 Code::ResourceExhausted,
                 "WORKER_FULL",
+            ),
+            (
+                Error::NeverFits {
+                    given: 2,
+                    max: 1,
+                    what: "images",
+                    flag: "--images-in-flight-max",
+                },
+                Code::InvalidArgument,
+                "NEVER_FITS",
+            ),
+            (
+                Error::DeadlineTooShort {
+                    needed: Duration::from_millis(400),
+                },
+                Code::DeadlineExceeded,
+                "DEADLINE_TOO_SHORT",
             ),
             (
                 Error::DeadlineExceeded { stage },
@@ -190,6 +224,20 @@ mod tests {
             assert_eq!(of_image(&error).code, code as i32);
             assert!(CODES.contains(&name(code)), "{code:?} is counted");
         }
+    }
+
+    #[test]
+    fn a_full_worker_says_when_to_come_back() {
+        let full = Error::Full {
+            what: "images",
+            flag: "--images-in-flight-max",
+            retry_after: Duration::from_millis(1500),
+        };
+        let status = of_call(&full);
+        let retry = status.get_details_retry_info().expect("a RetryInfo");
+        assert_eq!(retry.retry_delay, Some(Duration::from_millis(1500)));
+        assert!(status.message().ends_with("retry after 1s 500ms"));
+        assert!(of_call(&Error::Draining).get_details_retry_info().is_none());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! An engine that fails: callers are told, and so is the world.
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineError, Facts, Graph, Row};
+use imagegpt::engine::{Engine, EngineError, Facts, FailureKind, Run, Stop, Warm};
 use tonic::Code;
 
 use crate::harness::{self, embed, seeded, tokens, vector};
@@ -47,8 +47,9 @@ async fn a_panic_answers_everyone_and_ends_readiness() {
         .expect("a response");
     let (code, _) = vector(&response.get_ref().results[0]).expect_err("the run panicked");
     assert_eq!(code, Code::Internal);
-    let reason = running.worker.failed().await;
-    assert!(reason.contains("scripted panic"), "{reason}");
+    let failure = running.worker.failed().await;
+    assert_eq!(failure.kind, FailureKind::Worker);
+    assert!(failure.reason.contains("scripted panic"), "{failure:?}");
     let error = running
         .client
         .embed(embed(vec![harness::flat(1)]))
@@ -70,8 +71,16 @@ impl Engine for Odd {
         self.0.facts()
     }
 
-    fn run(&mut self, _graph: Graph, _rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn warm(&self) -> &[Warm] {
+        &[]
+    }
+
+    fn run(&mut self, _run: &Run<'_>, _stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
         Ok(self.1.clone())
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use imagegpt::engine::Buckets;
 use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
 use imagegpt::model::Model;
 
@@ -25,7 +26,7 @@ fn complaint(dir: &Path) -> Option<String> {
         head_widths: Vec::new(),
         compiled_for: None,
         graphs: model.graphs,
-        max_batch_size: 2,
+        buckets: Buckets::powers_of_two(2),
     };
     OnnxEngine::load(&options)
         .err()

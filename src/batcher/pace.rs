@@ -1,0 +1,141 @@
+//! How fast the engine is, by what it was seen to do.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::engine::Graph;
+
+/// Runs of a graph at one size that are remembered: enough that one slow run
+/// does not decide, few enough that a change shows within a second.
+const RUNS: usize = 8;
+/// Runs of any kind that the rate is taken over.
+const RATE_RUNS: usize = 32;
+/// Nobody is refused by a measurement older than this: refusing ends the runs
+/// that would correct it.
+const STALE: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Pace {
+    sizes: BTreeMap<(Graph, usize), Recent>,
+    runs: VecDeque<(usize, Duration)>,
+}
+
+#[derive(Debug)]
+struct Recent {
+    times: VecDeque<Duration>,
+    /// When the last one ended; `None` while there is only the warm-up, whose
+    /// first run of a size is slower than those to come.
+    at: Option<Instant>,
+}
+
+impl Pace {
+    /// A warm-up run: good enough to choose among sizes by.
+    pub fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration) {
+        let times = VecDeque::from([elapsed]);
+        let recent = Recent { times, at: None };
+        self.sizes.entry((graph, bucket)).or_insert(recent);
+    }
+
+    /// A run of `n_rows` in a batch of `bucket` that succeeded.
+    pub fn ran(
+        &mut self,
+        graph: Graph,
+        bucket: usize,
+        n_rows: usize,
+        elapsed: Duration,
+        now: Instant,
+    ) {
+        let recent = self.sizes.entry((graph, bucket)).or_insert(Recent {
+            times: VecDeque::new(),
+            at: None,
+        });
+        if recent.at.is_none() || recent.times.len() == RUNS {
+            recent.times.pop_front();
+        }
+        recent.times.push_back(elapsed);
+        recent.at = Some(now);
+        if self.runs.len() == RATE_RUNS {
+            self.runs.pop_front();
+        }
+        self.runs.push_back((n_rows, elapsed));
+    }
+
+    /// How long a batch of this size usually takes.
+    #[must_use]
+    pub fn typical(&self, graph: Graph, bucket: usize) -> Option<Duration> {
+        let times = &self.sizes.get(&(graph, bucket))?.times;
+        let mut sorted: Vec<Duration> = times.iter().copied().collect();
+        sorted.sort_unstable();
+        sorted.get(sorted.len() / 2).copied()
+    }
+
+    /// How long a batch of this size takes at least, if that was measured
+    /// lately.
+    #[must_use]
+    pub fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
+        let recent = self.sizes.get(&(graph, bucket))?;
+        if now.saturating_duration_since(recent.at?) > STALE {
+            return None;
+        }
+        recent.times.iter().min().copied()
+    }
+
+    /// How long any batch of this graph takes at least.
+    #[must_use]
+    pub fn floor(&self, graph: Graph, now: Instant) -> Option<Duration> {
+        let sizes = self.sizes.keys().filter(|(of, _)| *of == graph);
+        sizes
+            .filter_map(|&(_, bucket)| self.at_least(graph, bucket, now))
+            .min()
+    }
+
+    /// Images per second while the engine is busy.
+    #[must_use]
+    pub fn rate(&self) -> Option<f64> {
+        let (mut images, mut busy) = (0.0, 0.0);
+        for &(n_rows, elapsed) in &self.runs {
+            images += f64::from(u32::try_from(n_rows).unwrap_or(u32::MAX));
+            busy += elapsed.as_secs_f64();
+        }
+        (busy > 0.0 && images > 0.0).then(|| images / busy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRAPH: Graph = Graph::Hidden;
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    #[test]
+    fn what_was_seen_is_what_is_said() {
+        let now = Instant::now();
+        let mut pace = Pace::default();
+        assert_eq!(pace.typical(GRAPH, 1), None);
+        pace.warmed(GRAPH, 1, MS(100));
+        assert_eq!(pace.typical(GRAPH, 1), Some(MS(100)));
+        assert_eq!(
+            pace.at_least(GRAPH, 1, now),
+            None,
+            "a warm-up refuses nobody"
+        );
+        for time in [10, 12, 11, 90] {
+            pace.ran(GRAPH, 1, 1, MS(time), now);
+        }
+        assert_eq!(pace.typical(GRAPH, 1), Some(MS(12)));
+        assert_eq!(pace.at_least(GRAPH, 1, now), Some(MS(10)));
+        assert_eq!(pace.floor(GRAPH, now), Some(MS(10)));
+        assert_eq!(pace.floor(Graph::Logits, now), None);
+        let later = now + STALE + MS(1);
+        assert_eq!(pace.at_least(GRAPH, 1, later), None, "it may have changed");
+        let rate = pace.rate().expect("four runs");
+        assert!((rate - 4.0 / 0.123).abs() < 1e-6, "{rate}");
+        // A change shows once the old runs are forgotten.
+        for _ in 0..RUNS {
+            pace.ran(GRAPH, 1, 1, MS(50), later);
+        }
+        assert_eq!(pace.at_least(GRAPH, 1, later), Some(MS(50)));
+    }
+}

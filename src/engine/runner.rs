@@ -1,0 +1,329 @@
+//! The engine's thread: load, then ask for batches until the batcher hangs up.
+//!
+//! It asks for a batch when it is free (a [`Slot`] sent to the batcher) and
+//! never before, so a batch is formed at the last moment. Nothing here awaits.
+//!
+//! A batch that fails is split and tried again, so that one row that cannot be
+//! computed fails alone. A batch that memory does not suffice for lowers the
+//! largest size. A device that has failed ends the worker.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use tokio::sync::watch;
+
+use super::{
+    Batch, Buckets, Engine, EngineError, EngineFactory, Failure, FailureKind, Graph, Ran, Row, Run,
+    Slot, State, Stop, Unit, panic_text,
+};
+use crate::cache::{Cache, Key};
+use crate::error::{Error, Stage};
+use crate::job::Answer;
+use crate::metrics::{Fault, Metrics};
+
+/// What the thread needs besides the engine.
+pub(crate) struct Runner {
+    pub(crate) slots: Sender<Slot>,
+    pub(crate) batches: Receiver<Batch>,
+    pub(crate) buckets: Buckets,
+    /// How long the engine may be idle before it is tried.
+    pub(crate) canary_interval: Option<Duration>,
+    pub(crate) stop: Arc<Stop>,
+    pub(crate) cache: Cache,
+    pub(crate) metrics: Metrics,
+    pub(crate) state: Arc<watch::Sender<State>>,
+}
+
+/// The life of the engine thread.
+pub(crate) fn run(factory: EngineFactory, runner: Runner) {
+    let loaded = std::panic::catch_unwind(AssertUnwindSafe(factory))
+        .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+    let state = Arc::clone(&runner.state);
+    let engine = match loaded {
+        Ok(engine) => engine,
+        Err(error) => {
+            fail(&state, &error);
+            return;
+        }
+    };
+    state.send_replace(State::Ready(engine.facts().clone()));
+    let largest = runner.buckets.largest();
+    runner.metrics.batch_size_max(largest);
+    let mut life = Life {
+        engine,
+        runner,
+        largest,
+        runs: Vec::new(),
+    };
+    match life.live() {
+        Ok(()) => {
+            // Unless another stage has failed meanwhile.
+            state.send_if_modified(|state| {
+                let ready = matches!(state, State::Ready(_));
+                if ready {
+                    *state = State::Stopped;
+                }
+                ready
+            });
+        }
+        Err(error) => fail(&state, &error),
+    }
+}
+
+fn fail(state: &watch::Sender<State>, error: &EngineError) {
+    let kind = match error {
+        EngineError::Device(_) => FailureKind::Device,
+        _ => FailureKind::Worker,
+    };
+    let reason = error.to_string();
+    state.send_replace(State::Failed(Failure { kind, reason }));
+}
+
+/// A loaded engine at work.
+struct Life {
+    engine: Box<dyn Engine>,
+    runner: Runner,
+    /// The largest batch that memory suffices for.
+    largest: usize,
+    /// Runs since the last slot.
+    runs: Vec<Ran>,
+}
+
+impl Life {
+    /// Until the batcher hangs up, or the engine can do no more.
+    fn live(&mut self) -> Result<(), EngineError> {
+        let mut warm = self.engine.warm().to_vec();
+        loop {
+            let slot = Slot {
+                warm: std::mem::take(&mut warm),
+                runs: std::mem::take(&mut self.runs),
+                largest: self.largest,
+            };
+            if self.runner.slots.send(slot).is_err() {
+                return Ok(());
+            }
+            let Some(batch) = self.receive()? else {
+                return Ok(());
+            };
+            self.runner.stop.begin(batch.id);
+            let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
+            if self.runner.stop.end() {
+                self.runner.metrics.stopped();
+            }
+            if let Err(error) = outcome {
+                tracing::error!(%error, "the engine can do no more");
+                // What a panic leaves behind is unknown, and it is the worker's
+                // own fault; from a device that has failed another worker may
+                // be better.
+                let told = match &error {
+                    EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),
+                    _ => Error::NotReady,
+                };
+                for unit in &batch.units {
+                    unit.crowd.refuse(&told);
+                }
+                return Err(error);
+            }
+        }
+    }
+
+    /// The next batch; meanwhile, if it takes long, the canary is run.
+    fn receive(&mut self) -> Result<Option<Batch>, EngineError> {
+        let Some(interval) = self.runner.canary_interval else {
+            return Ok(self.runner.batches.recv().ok());
+        };
+        loop {
+            match self.runner.batches.recv_timeout(interval) {
+                Ok(batch) => return Ok(Some(batch)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => self.canary()?,
+            }
+        }
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.engine.canary()))
+            .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+        self.runner.metrics.canary(outcome.is_ok());
+        outcome.map_err(|error| match error {
+            EngineError::Panicked(_) => error,
+            // Nothing but the device can be wrong with an input that was right
+            // before.
+            error => EngineError::Device(format!("the idle check failed: {error}")),
+        })
+    }
+
+    /// Runs units of one graph and answers them; splits them if that fails.
+    /// Recursion halves, so it is as deep as the size has bits.
+    ///
+    /// # Errors
+    ///
+    /// What ends the engine.
+    fn attempt(&mut self, graph: Graph, bucket: usize, units: &[Unit]) -> Result<(), EngineError> {
+        if self.runner.stop.requested() {
+            self.leave(units);
+            return Ok(());
+        }
+        let rows: Vec<Row<'_>> = units
+            .iter()
+            .map(|unit| Row {
+                tokens: &unit.tokens,
+                want: unit.want,
+            })
+            .collect();
+        let run = Run {
+            graph,
+            bucket,
+            rows: &rows,
+        };
+        let started = Instant::now();
+        let (engine, stop) = (&mut self.engine, &self.runner.stop);
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| engine.run(&run, stop)))
+            .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))
+            .and_then(|values| {
+                if values.len() == rows.len() {
+                    Ok(values)
+                } else {
+                    Err(EngineError::Output {
+                        got: format!("{} rows", values.len()),
+                        expected: format!("{}", rows.len()),
+                    })
+                }
+            });
+        let elapsed = started.elapsed();
+        self.runner.metrics.inference(graph, elapsed);
+        match outcome {
+            Ok(values) => {
+                self.runs.push(Ran {
+                    graph,
+                    bucket,
+                    n_rows: units.len(),
+                    elapsed,
+                });
+                for (unit, values) in units.iter().zip(values) {
+                    self.answer(unit, values);
+                }
+                Ok(())
+            }
+            Err(EngineError::Stopped) => {
+                self.leave(units);
+                Ok(())
+            }
+            Err(error @ (EngineError::Device(_) | EngineError::Panicked(_))) => {
+                self.runner.metrics.fault(match error {
+                    EngineError::Device(_) => Fault::Device,
+                    _ => Fault::Panic,
+                });
+                Err(error)
+            }
+            // The runtime may say what it likes when it was told to stop.
+            Err(_) if self.runner.stop.requested() => {
+                self.leave(units);
+                Ok(())
+            }
+            Err(error) => self.again(graph, bucket, units, error),
+        }
+    }
+
+    /// Deals with a run that failed: smaller pieces, until what cannot be
+    /// computed is alone.
+    fn again(
+        &mut self,
+        graph: Graph,
+        bucket: usize,
+        units: &[Unit],
+        error: EngineError,
+    ) -> Result<(), EngineError> {
+        let out_of_memory = matches!(error, EngineError::OutOfMemory(_));
+        let smaller = self.runner.buckets.at_most(bucket - 1);
+        self.runner.metrics.fault(if out_of_memory {
+            Fault::OutOfMemory
+        } else {
+            Fault::Run
+        });
+        tracing::error!(
+            graph = graph.label(),
+            n_images = units.len(),
+            bucket,
+            %error,
+            "inference failed"
+        );
+        if out_of_memory && smaller < self.largest && smaller < bucket {
+            self.largest = smaller;
+            self.runner.metrics.batch_size_max(smaller);
+            tracing::warn!(
+                largest = smaller,
+                "memory does not suffice for larger batches; lower --max-batch-size to this"
+            );
+        }
+        match units {
+            // At a smaller size it may fit.
+            [_] if out_of_memory && smaller < bucket => self.attempt(graph, smaller, units),
+            [unit] => {
+                let tickets = unit.crowd.close();
+                let error = Error::from(error);
+                for ticket in tickets {
+                    let failed = || tracing::warn!("the model run of an image of this call failed");
+                    ticket.span.in_scope(failed);
+                    ticket.finish(Err(error.clone()));
+                }
+                Ok(())
+            }
+            units => {
+                let half = units.len().div_ceil(2).min(self.largest);
+                for piece in units.chunks(half) {
+                    let bucket = self.runner.buckets.at_least(piece.len());
+                    self.attempt(graph, bucket.min(self.largest), piece)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives a row's numbers to everybody who waits for them.
+    fn answer(&self, unit: &Unit, values: Vec<f32>) {
+        let finite = values.iter().all(|value| value.is_finite());
+        if finite && self.runner.cache.is_on() {
+            let key = Key {
+                want: unit.want,
+                tokens: Arc::clone(&unit.tokens),
+            };
+            self.runner.cache.put(key, &values);
+        }
+        let mut tickets = unit.crowd.close();
+        let last = tickets.pop();
+        let now = Instant::now();
+        let outcome = |ticket: &crate::job::Ticket, values: Vec<f32>| {
+            if ticket.deadline.is_some_and(|deadline| deadline <= now) {
+                Err(Error::DeadlineExceeded {
+                    stage: Stage::Engine,
+                })
+            } else if finite {
+                Ok(Answer::Values(values))
+            } else {
+                Err(EngineError::NotFinite.into())
+            }
+        };
+        for ticket in tickets {
+            let outcome = outcome(&ticket, values.clone());
+            ticket.finish(outcome);
+        }
+        if let Some(ticket) = last {
+            let outcome = outcome(&ticket, values);
+            ticket.finish(outcome);
+        }
+    }
+
+    /// Nobody waited any more when the run was stopped; says so to whoever the
+    /// batcher has not told yet.
+    fn leave(&self, units: &[Unit]) {
+        let stage = Stage::Engine;
+        for unit in units {
+            let dropped = |error: &Error| self.runner.metrics.dead(error);
+            unit.crowd.sweep(Instant::now(), stage, dropped);
+            unit.crowd.refuse(&Error::Cancelled { stage });
+        }
+    }
+}

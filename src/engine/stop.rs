@@ -1,0 +1,126 @@
+//! Stops a run whose every caller has gone.
+//!
+//! The engine thread is inside the runtime then, so somebody else has to say
+//! it: the batcher, which knows the run by its number. A request that comes
+//! late finds another number and does nothing, so it can never stop the next
+//! run.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Tells the runtime to stop; cheap, and harmless when it has ended.
+pub type Hook = Box<dyn Fn() + Send>;
+
+/// See the module.
+#[derive(Default)]
+pub struct Stop(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// The run in progress; 0 between runs.
+    run: u64,
+    requested: bool,
+    hook: Option<Hook>,
+}
+
+impl std::fmt::Debug for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stop")
+    }
+}
+
+impl Stop {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing below can panic halfway through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The engine begins a run.
+    pub fn begin(&self, run: u64) {
+        *self.lock() = State {
+            run,
+            requested: false,
+            hook: None,
+        };
+    }
+
+    /// The run has ended; returns whether it was to be stopped.
+    pub fn end(&self) -> bool {
+        std::mem::take(&mut *self.lock()).requested
+    }
+
+    /// The engine says how the run in progress is stopped; called at once if
+    /// that was asked for already.
+    pub fn arm(&self, hook: Hook) {
+        let mut state = self.lock();
+        if state.requested {
+            hook();
+        }
+        state.hook = Some(hook);
+    }
+
+    /// Stops the run of this number, if it is the one in progress.
+    pub fn request(&self, run: u64) -> bool {
+        let mut state = self.lock();
+        if run == 0 || state.run != run || state.requested {
+            return false;
+        }
+        state.requested = true;
+        if let Some(hook) = &state.hook {
+            hook();
+        }
+        true
+    }
+
+    /// Whether the run in progress should stop.
+    #[must_use]
+    pub fn requested(&self) -> bool {
+        self.lock().requested
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn counting() -> (Arc<AtomicUsize>, Hook) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let hook = {
+            let count = Arc::clone(&count);
+            Box::new(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            })
+        };
+        (count, hook)
+    }
+
+    #[test]
+    fn only_the_run_that_was_meant_is_stopped() {
+        let stop = Stop::default();
+        assert!(!stop.request(0), "nothing runs");
+        stop.begin(1);
+        let (count, hook) = counting();
+        stop.arm(hook);
+        assert!(!stop.request(2));
+        assert!(!stop.requested());
+        assert!(stop.request(1));
+        assert!(!stop.request(1), "once is enough");
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+        assert!(stop.end());
+        stop.begin(2);
+        assert!(!stop.request(1), "too late");
+        assert!(!stop.end());
+    }
+
+    #[test]
+    fn a_request_before_the_hook_is_not_lost() {
+        let stop = Stop::default();
+        stop.begin(7);
+        assert!(stop.request(7));
+        let (count, hook) = counting();
+        stop.arm(hook);
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+    }
+}
