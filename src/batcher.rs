@@ -338,7 +338,7 @@ impl Batcher {
         }
         let pace = &mut self.scheduler.pace;
         for warm in slot.warm {
-            pace.warmed(warm.graph, warm.bucket, warm.elapsed);
+            pace.warmed(warm.graph, warm.bucket, warm.elapsed, now);
         }
         for ran in slot.runs {
             pace.ran(ran.graph, ran.bucket, ran.n_rows, ran.elapsed, now);

@@ -119,7 +119,7 @@ impl Stages {
             state: Arc::clone(&state),
         };
         threads.push(spawn("engine", &state, move || {
-            runner::run(factory, runner)
+            runner::run(factory, runner);
         })?);
         let policy = Policy {
             buckets,

@@ -24,17 +24,22 @@ pub struct Pace {
 #[derive(Debug)]
 struct Recent {
     times: VecDeque<Duration>,
-    /// When the last one ended; `None` while there is only the warm-up, whose
-    /// first run of a size is slower than those to come.
-    at: Option<Instant>,
+    /// Whether there is only the warm-up, whose first run of a size may be
+    /// slower than those to come.
+    warm: bool,
+    /// When the last one ended.
+    at: Instant,
 }
 
 impl Pace {
     /// A warm-up run: good enough to choose among sizes by.
-    pub fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration) {
+    pub fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration, now: Instant) {
         let times = VecDeque::from([elapsed]);
-        let recent = Recent { times, at: None };
-        self.sizes.entry((graph, bucket)).or_insert(recent);
+        self.sizes.entry((graph, bucket)).or_insert(Recent {
+            times,
+            warm: true,
+            at: now,
+        });
     }
 
     /// A run of `n_rows` in a batch of `bucket` that succeeded.
@@ -48,13 +53,17 @@ impl Pace {
     ) {
         let recent = self.sizes.entry((graph, bucket)).or_insert(Recent {
             times: VecDeque::new(),
-            at: None,
+            warm: false,
+            at: now,
         });
-        if recent.at.is_none() || recent.times.len() == RUNS {
+        if recent.warm || now.saturating_duration_since(recent.at) > STALE {
+            recent.times.clear();
+        } else if recent.times.len() == RUNS {
             recent.times.pop_front();
         }
         recent.times.push_back(elapsed);
-        recent.at = Some(now);
+        recent.warm = false;
+        recent.at = now;
         if self.runs.len() == RATE_RUNS {
             self.runs.pop_front();
         }
@@ -75,10 +84,17 @@ impl Pace {
     #[must_use]
     pub fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;
-        if now.saturating_duration_since(recent.at?) > STALE {
+        if recent.warm || now.saturating_duration_since(recent.at) > STALE {
             return None;
         }
         recent.times.iter().min().copied()
+    }
+
+    /// How long ago a batch of this size was last seen, if ever.
+    #[must_use]
+    pub fn age(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
+        let recent = self.sizes.get(&(graph, bucket))?;
+        Some(now.saturating_duration_since(recent.at))
     }
 
     /// How long any batch of this graph takes at least.
@@ -114,7 +130,7 @@ mod tests {
         let now = Instant::now();
         let mut pace = Pace::default();
         assert_eq!(pace.typical(GRAPH, 1), None);
-        pace.warmed(GRAPH, 1, MS(100));
+        pace.warmed(GRAPH, 1, MS(100), now);
         assert_eq!(pace.typical(GRAPH, 1), Some(MS(100)));
         assert_eq!(
             pace.at_least(GRAPH, 1, now),

@@ -80,40 +80,67 @@ impl Policy {
             })
     }
 
-    /// How large a batch to form of `n` images that wait: the size at which
-    /// the engine answers the most images a second. Where padding is free (a
-    /// GPU that is not full) that is the next size up, where every row costs
-    /// (a CPU) it is the next size down, and the rest goes with the next batch.
+    /// How large a batch to form of `n` images that wait: the smallest size at
+    /// which the engine answers nearly the most images a second. Where padding
+    /// is free (a GPU that is not full) that is a large one, where every row
+    /// costs the same (a CPU) it is one image: then the others are answered no
+    /// later, this one sooner, and whoever is more urgent need not wait for all
+    /// of them.
     #[must_use]
-    pub fn bucket(&self, graph: Graph, n: usize, largest: usize, pace: &Pace) -> usize {
+    pub fn bucket(
+        &self,
+        graph: Graph,
+        n: usize,
+        largest: usize,
+        pace: &Pace,
+        now: Instant,
+    ) -> usize {
         let up = self.buckets.at_least(n.min(largest)).min(largest);
-        let down = self.buckets.at_most(n.min(largest));
-        if up == down {
-            return up;
-        }
-        match (pace.typical(graph, up), pace.typical(graph, down)) {
-            (Some(time_up), Some(time_down)) => {
-                let rate = |n: usize, time: Duration| {
-                    f64::from(u32::try_from(n).unwrap_or(u32::MAX)) / time.as_secs_f64().max(1e-9)
-                };
-                if rate(n, time_up) >= rate(down, time_down) {
-                    up
-                } else {
-                    down
-                }
+        let mut rates = Vec::new();
+        for bucket in self.buckets.iter().take_while(|&bucket| bucket <= up) {
+            let (Some(time), Some(age)) =
+                (pace.typical(graph, bucket), pace.age(graph, bucket, now))
+            else {
+                // Nothing to choose by.
+                return up;
+            };
+            if age >= REMEASURE && bucket <= n {
+                return bucket;
             }
-            // Nothing was measured, as with a scripted engine that is free.
-            _ => up,
+            let n_rows = f64::from(u32::try_from(bucket.min(n)).unwrap_or(u32::MAX));
+            rates.push((bucket, n_rows / (time + HANDOVER).as_secs_f64()));
         }
+        let best = rates.iter().map(|&(_, rate)| rate).fold(0.0, f64::max);
+        rates
+            .into_iter()
+            .find(|&(_, rate)| rate >= NEARLY * best)
+            .map_or(up, |(bucket, _)| bucket)
     }
 }
+
+/// What a batch costs besides its run: the way to the engine and back, about.
+const HANDOVER: Duration = Duration::from_micros(100);
+/// How much of the best rate a smaller batch is worth.
+const NEARLY: f64 = 0.98;
+/// A size that was not run for so long is run once: a measurement that was
+/// wrong, or is no longer right, would else keep a size from being used for
+/// ever.
+const REMEASURE: Duration = Duration::from_mins(1);
+
+/// How many of its own batches bulk may have had ahead of its share: what it had
+/// while the engine was not needed otherwise is soon forgotten, but not at once,
+/// or it would be owed a batch as soon as a few interactive ones have run.
+const AHEAD_MAX: u32 = 4;
 
 /// Keeps account of what bulk is owed. Interactive work goes first; for the
 /// engine time that it takes while bulk waits, bulk earns its share.
 #[derive(Debug, Default)]
 pub struct Ledger {
     /// Engine time that bulk has earned and not had.
-    credit: Duration,
+    earned: Duration,
+    /// Engine time that bulk has had beyond what it earned. One of the two is
+    /// zero.
+    ahead: Duration,
     /// When bulk last had a batch.
     served_at: Option<Instant>,
 }
@@ -122,13 +149,19 @@ impl Ledger {
     /// A batch of this class took this long; bulk work waited meanwhile or not.
     pub fn ran(&mut self, policy: &Policy, class: Class, elapsed: Duration, bulk_waited: bool) {
         match class {
-            Class::Bulk => self.credit = self.credit.saturating_sub(elapsed),
+            Class::Bulk => {
+                let paid = elapsed.min(self.earned);
+                self.earned -= paid;
+                self.ahead = (self.ahead + elapsed.saturating_sub(paid)).min(elapsed * AHEAD_MAX);
+            }
             // What nobody waits for is not owed later.
-            Class::Interactive if !bulk_waited => self.credit = Duration::ZERO,
+            Class::Interactive if !bulk_waited => self.earned = Duration::ZERO,
             Class::Interactive => {
                 let share = u32::from(policy.bulk_share.min(99));
                 let earned = elapsed * share / (100 - share);
-                self.credit = (self.credit + earned).min(policy.bulk_wait_max);
+                let paid = earned.min(self.ahead);
+                self.ahead -= paid;
+                self.earned = (self.earned + earned.saturating_sub(paid)).min(policy.bulk_wait_max);
             }
         }
     }
@@ -151,7 +184,7 @@ impl Ledger {
         now: Instant,
     ) -> bool {
         let since = self.served_at.map_or(oldest, |at| at.max(oldest));
-        self.credit > Duration::ZERO && self.credit >= cost.min(policy.bulk_wait_max)
+        self.earned > Duration::ZERO && self.earned >= cost.min(policy.bulk_wait_max)
             || now.saturating_duration_since(since) >= policy.bulk_wait_max
     }
 }
@@ -237,25 +270,36 @@ mod tests {
     #[test]
     fn sizes_follow_what_was_measured() {
         let policy = policy();
+        let now = Instant::now();
         let mut pace = Pace::default();
-        let bucket = |pace: &Pace, n| policy.bucket(Hidden, n, 4, pace);
-        assert_eq!(bucket(&pace, 3), 4, "nothing is known");
+        let sizes =
+            |pace: &Pace, at| [1, 2, 3, 4, 9].map(|n| policy.bucket(Hidden, n, 4, pace, at));
+        assert_eq!(sizes(&pace, now), [1, 2, 4, 4, 4], "nothing is known");
         // A CPU: every row costs.
         for size in [1, 2, 4] {
-            pace.warmed(Hidden, size, MS(10 * size as u64));
+            pace.warmed(Hidden, size, MS(10 * size as u64), now);
         }
-        assert_eq!([1, 2, 3, 4, 9].map(|n| bucket(&pace, n)), [1, 2, 2, 4, 4]);
+        assert_eq!(sizes(&pace, now), [1; 5]);
+        // What was not seen for long is tried once, where enough wait for it.
+        let later = now + REMEASURE;
+        pace.ran(Hidden, 1, 1, MS(10), later);
+        assert_eq!(sizes(&pace, later), [1, 2, 2, 2, 2]);
+        pace.ran(Hidden, 2, 2, MS(20), later);
+        assert_eq!(sizes(&pace, later), [1, 1, 1, 4, 4]);
         // A GPU: a larger batch costs little more.
         let mut pace = Pace::default();
         for size in [1, 2, 4] {
-            pace.warmed(Hidden, size, MS(10 + size as u64));
+            pace.warmed(Hidden, size, MS(10 + size as u64), now);
         }
-        assert_eq!([1, 2, 3, 4, 9].map(|n| bucket(&pace, n)), [1, 2, 4, 4, 4]);
-        assert_eq!(
-            policy.bucket(Hidden, 9, 2, &pace),
-            2,
-            "what the engine takes"
-        );
+        assert_eq!(sizes(&pace, now), [1, 2, 4, 4, 4]);
+        let limited = policy.bucket(Hidden, 9, 2, &pace, now);
+        assert_eq!(limited, 2, "what the engine takes");
+        // Something between: padding costs more than it brings.
+        let mut pace = Pace::default();
+        for (size, ms) in [(1, 10), (2, 16), (4, 28)] {
+            pace.warmed(Hidden, size, MS(ms), now);
+        }
+        assert_eq!(sizes(&pace, now), [1, 2, 2, 4, 4]);
     }
 
     #[test]
@@ -272,6 +316,14 @@ mod tests {
         assert!(owed(&ledger), "four to one");
         ledger.ran(&policy, Bulk, MS(100), true);
         assert!(!owed(&ledger));
+        for _ in 0..9 {
+            ledger.ran(&policy, Bulk, MS(100), true);
+        }
+        ledger.ran(&policy, Interactive, MS(1900), true);
+        assert!(!owed(&ledger), "it has had four batches ahead");
+        ledger.ran(&policy, Interactive, MS(100), true);
+        assert!(owed(&ledger));
+        ledger.ran(&policy, Bulk, MS(100), true);
         ledger.ran(&policy, Interactive, MS(300), true);
         ledger.ran(&policy, Interactive, MS(1), false);
         assert!(!owed(&ledger), "nobody waited");

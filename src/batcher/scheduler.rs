@@ -86,7 +86,7 @@ impl<T> Scheduler<T> {
         let lanes = self.queue.lanes();
         let bulk = lanes.iter().filter(|lane| lane.class == Class::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
-            let bucket = self.bucket(lane.graph, lane.len);
+            let bucket = self.bucket(lane.graph, lane.len, now);
             let cost = self.pace.typical(lane.graph, bucket).unwrap_or_default();
             self.ledger
                 .bulk_is_owed(&self.policy, cost, lane.oldest, now)
@@ -107,8 +107,8 @@ impl<T> Scheduler<T> {
         }
     }
 
-    fn bucket(&self, graph: Graph, n: usize) -> usize {
-        self.policy.bucket(graph, n, self.largest, &self.pace)
+    fn bucket(&self, graph: Graph, n: usize, now: Instant) -> usize {
+        self.policy.bucket(graph, n, self.largest, &self.pace, now)
     }
 
     fn pick(
@@ -119,7 +119,7 @@ impl<T> Scheduler<T> {
         len: usize,
         now: Instant,
     ) -> Picked<T> {
-        let mut bucket = self.bucket(graph, len);
+        let mut bucket = self.bucket(graph, len, now);
         // The most urgent decides: a smaller batch if only that is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)
@@ -230,3 +230,6 @@ impl<T> Scheduler<T> {
         Some(self.queue.push(class, place.graph, entry))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use super::{Engine, EngineError, Facts, Run, Stop, Warm};
+use super::{Engine, EngineError, Facts, Graph, Run, Stop, Warm};
 use crate::job::Want;
 
 /// How often a run that takes long looks whether it should stop.
@@ -40,6 +40,7 @@ pub struct Script {
 pub struct FakeEngine {
     facts: Facts,
     script: Script,
+    warm: Vec<Warm>,
 }
 
 impl FakeEngine {
@@ -50,7 +51,19 @@ impl FakeEngine {
 
     #[must_use]
     pub fn new(script: Script) -> Self {
+        let warm = Graph::ALL.into_iter().flat_map(|graph| {
+            // Sizes that nobody asks for do no harm.
+            (0..11).map(move |power| (graph, 1_u32 << power))
+        });
+        let warm = warm
+            .map(|(graph, bucket)| Warm {
+                graph,
+                bucket: bucket as usize,
+                elapsed: script.delay + script.delay_per_row * bucket,
+            })
+            .collect();
         Self {
+            warm,
             facts: Facts {
                 provider: "fake",
                 runtime_version: "none".to_owned(),
@@ -90,9 +103,7 @@ impl Engine for FakeEngine {
     }
 
     fn warm(&self) -> &[Warm] {
-        // It would tell what the script says, and a test wants to see what is
-        // measured.
-        &[]
+        &self.warm
     }
 
     fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {

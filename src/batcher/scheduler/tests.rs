@@ -1,0 +1,611 @@
+//! The scheduler under a clock of its own: invariants under random traffic, and
+//! what its rules gain.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::super::policy::Policy;
+use super::super::queue::Entry;
+use super::{Next, Picked, Scheduler};
+use crate::engine::{Buckets, Graph};
+use crate::job::Class;
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+const GRAPHS: [Graph; 2] = [Graph::Hidden, Graph::Logits];
+const DELAY: Duration = Duration::from_millis(5);
+
+fn policy(largest: usize) -> Policy {
+    Policy {
+        buckets: Buckets::powers_of_two(largest),
+        max_queue_delay: DELAY,
+        bulk_share: 10,
+        bulk_wait_max: Duration::from_secs(10),
+    }
+}
+
+/// A generator of random numbers that is the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 33) % n
+    }
+
+    /// From 0 to 1, without either.
+    fn unit(&mut self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
+        let bits = (self.next() >> 11) as f64;
+        (bits + 0.5) / (1_u64 << 53) as f64
+    }
+
+    /// A time between arrivals of a Poisson process.
+    fn gap(&mut self, per_second: f64) -> Duration {
+        Duration::from_secs_f64(-self.unit().ln() / per_second)
+    }
+}
+
+/// What can happen to a scheduler.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Push {
+        class: Class,
+        graph: Graph,
+        deadline_ms: Option<u64>,
+    },
+    /// Some item that waits leaves.
+    Cancel(u64),
+    /// Time passes.
+    Pass(u64),
+    /// The engine is done and asks for more.
+    Free,
+    /// Memory does not suffice for the largest size.
+    Shrink,
+}
+
+/// Runs steps and checks after each of them what must always hold.
+struct Checked {
+    scheduler: Scheduler<u64>,
+    now: Instant,
+    next_item: u64,
+    /// Items that are in the queue by what happened to them.
+    waiting: BTreeMap<u64, (Class, Graph, super::super::queue::Place, Option<Instant>)>,
+    n_pushed: u64,
+    n_gone: u64,
+    busy: bool,
+}
+
+impl Checked {
+    fn new(largest: usize) -> Self {
+        Self {
+            scheduler: Scheduler::new(policy(largest)),
+            now: Instant::now(),
+            next_item: 0,
+            waiting: BTreeMap::new(),
+            n_pushed: 0,
+            n_gone: 0,
+            busy: false,
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Push {
+                class,
+                graph,
+                deadline_ms,
+            } => {
+                let deadline = deadline_ms.map(|ms| self.now + MS(ms));
+                let item = self.next_item;
+                self.next_item += 1;
+                self.n_pushed += 1;
+                let entry = Entry {
+                    item,
+                    arrived: self.now,
+                    deadline,
+                };
+                let place = self.scheduler.queue.push(class, graph, entry);
+                self.waiting.insert(item, (class, graph, place, deadline));
+            }
+            Step::Cancel(nth) => {
+                let n = self.waiting.len() as u64;
+                if n == 0 {
+                    return;
+                }
+                let nth = usize::try_from(nth % n).expect("small");
+                let (&item, &(_, _, place, _)) = self.waiting.iter().nth(nth).expect("one of them");
+                let entry = self.scheduler.queue.remove(&place).expect("it waits");
+                assert_eq!(entry.item, item);
+                self.gone(item);
+            }
+            Step::Pass(ms) => self.now += MS(ms),
+            Step::Free => self.free(),
+            Step::Shrink => {
+                let smaller = (self.scheduler.largest() / 2).max(1);
+                self.scheduler.limit(smaller);
+            }
+        }
+    }
+
+    fn gone(&mut self, item: u64) {
+        self.waiting.remove(&item).expect("an item leaves once");
+        self.n_gone += 1;
+    }
+
+    fn free(&mut self) {
+        if self.busy {
+            self.scheduler.ended(self.now);
+        }
+        self.busy = false;
+        let due =
+            self.scheduler.queue.lanes().iter().any(|lane| {
+                lane.oldest + DELAY <= self.now || lane.len >= self.scheduler.largest()
+            });
+        match self.scheduler.next(self.now, false) {
+            Next::Idle => assert!(self.waiting.is_empty(), "idle while something waits"),
+            Next::WaitUntil(at) => {
+                assert!(
+                    !due,
+                    "nothing waits past its delay while the engine is free"
+                );
+                assert!(at > self.now && at <= self.now + DELAY);
+            }
+            Next::Run(picked) => self.picked(&picked),
+        }
+        assert_eq!(
+            self.n_pushed - self.n_gone,
+            self.waiting.len() as u64,
+            "each item is in one place"
+        );
+    }
+
+    fn picked(&mut self, picked: &Picked<u64>) {
+        assert!(picked.bucket <= self.scheduler.largest());
+        assert!(picked.rows.len() <= picked.bucket, "never above the size");
+        assert!(!picked.rows.is_empty() || !picked.late.is_empty());
+        for class in Class::ALL {
+            let of_class = |entry: &&Entry<u64>| self.waiting[&entry.item].0 == class;
+            let rows: Vec<&Entry<u64>> = picked.rows.iter().filter(of_class).collect();
+            // Order of arrival among equals.
+            let mut without: Vec<u64> = Vec::new();
+            for entry in &rows {
+                assert_eq!(self.waiting[&entry.item].1, picked.graph);
+                if entry.deadline.is_none() {
+                    without.push(entry.item);
+                }
+            }
+            assert!(without.is_sorted(), "{without:?}");
+            if let (Some(last), false) = (without.last(), rows.is_empty()) {
+                let older = self
+                    .waiting
+                    .iter()
+                    .find(|&(item, &(of, graph, _, deadline))| {
+                        item < last
+                            && (of, graph, deadline) == (class, picked.graph, None)
+                            && !without.contains(item)
+                    });
+                assert_eq!(older, None, "an older equal was passed over");
+            }
+        }
+        let items: Vec<u64> = picked
+            .rows
+            .iter()
+            .chain(&picked.late)
+            .map(|entry| entry.item)
+            .collect();
+        for item in items {
+            self.gone(item);
+        }
+        if !picked.rows.is_empty() {
+            self.busy = true;
+            let took = MS(1 + picked.bucket as u64);
+            let (graph, bucket) = (picked.graph, picked.bucket);
+            self.now += took;
+            self.scheduler
+                .pace
+                .ran(graph, bucket, picked.rows.len(), took, self.now);
+        }
+    }
+
+    /// Everything that waits leaves in the end.
+    fn drain(mut self) {
+        while !self.waiting.is_empty() {
+            self.now += DELAY;
+            self.free();
+        }
+        assert_eq!(self.n_pushed, self.n_gone);
+    }
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    let class = prop_oneof![Just(Class::Interactive), Just(Class::Bulk)];
+    let graph = prop_oneof![Just(GRAPHS[0]), Just(GRAPHS[1])];
+    prop_oneof![
+        6 => (class, graph, proptest::option::of(0_u64..100)).prop_map(
+            |(class, graph, deadline_ms)| Step::Push { class, graph, deadline_ms }
+        ),
+        2 => any::<u64>().prop_map(Step::Cancel),
+        2 => (0_u64..20).prop_map(Step::Pass),
+        3 => Just(Step::Free),
+        1 => Just(Step::Shrink),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold(largest in 1_usize..20, steps in prop::collection::vec(steps(), 1..200)) {
+        let mut checked = Checked::new(largest);
+        for step in steps {
+            checked.step(step);
+        }
+        checked.drain();
+    }
+}
+
+#[test]
+fn invariants_hold_for_a_million_steps() {
+    let mut random = Random(7);
+    let mut checked = Checked::new(8);
+    for _ in 0..1_000_000 {
+        let step = match random.below(16) {
+            0..=5 => Step::Push {
+                class: Class::ALL[usize::try_from(random.below(2)).expect("small")],
+                graph: GRAPHS[usize::try_from(random.below(2)).expect("small")],
+                deadline_ms: (random.below(2) == 0).then(|| random.below(100)),
+            },
+            6..=9 => Step::Cancel(random.next()),
+            10..=11 => Step::Pass(random.below(8)),
+            _ => Step::Free,
+        };
+        checked.step(step);
+    }
+    checked.drain();
+}
+
+/// How the next batch is formed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Binding {
+    /// When the engine is free.
+    Late,
+    /// When the engine begins the batch before it, or, if nothing waited then,
+    /// with the first that comes.
+    Early,
+}
+
+/// Poisson arrivals at an engine whose batches take 10 ms and 1 ms an image;
+/// the mean time from arrival to answer, and images a batch.
+fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
+    const IMAGES: usize = 20_000;
+    let batch_time = |bucket: usize| MS(10 + bucket as u64);
+    let mut scheduler = Scheduler::new(Policy {
+        max_queue_delay: Duration::ZERO,
+        ..policy(8)
+    });
+    let start = Instant::now();
+    for bucket in Buckets::powers_of_two(8).iter() {
+        scheduler
+            .pace
+            .warmed(GRAPHS[0], bucket, batch_time(bucket), start);
+    }
+    let mut random = Random(42);
+    let mut at = start;
+    let arrivals: Vec<Instant> = (0..IMAGES)
+        .map(|_| {
+            at += random.gap(per_second);
+            at
+        })
+        .collect();
+    let mut arrivals = arrivals.into_iter().peekable();
+    let mut push = |scheduler: &mut Scheduler<Instant>, until: Instant| {
+        let mut n = 0;
+        while let Some(&arrived) = arrivals.peek()
+            && arrived <= until
+        {
+            arrivals.next();
+            let entry = Entry {
+                item: arrived,
+                arrived,
+                deadline: None,
+            };
+            scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+            n += 1;
+        }
+        (n, arrivals.peek().copied())
+    };
+    let (mut waited, mut n_batches) = (Duration::ZERO, 0_u32);
+    let mut free_at = start;
+    let mut prepared: Option<Picked<Instant>> = None;
+    loop {
+        // The batch that runs next, and when it starts.
+        let (picked, starts) = match prepared.take() {
+            Some(picked) => {
+                // Frozen: what has arrived since waits for the one after it.
+                let formed = picked.rows.iter().map(|row| row.arrived).max();
+                (picked, formed.map_or(free_at, |formed| formed.max(free_at)))
+            }
+            None => {
+                let (_, next) = push(&mut scheduler, free_at);
+                let now = match scheduler.next(free_at, false) {
+                    Next::Run(picked) => {
+                        prepared = Some(picked);
+                        continue_with(&mut prepared, free_at)
+                    }
+                    _ => match next {
+                        Some(next) => {
+                            free_at = next;
+                            continue;
+                        }
+                        None => break,
+                    },
+                };
+                now
+            }
+        };
+        let took = batch_time(picked.bucket);
+        let ends = starts + took;
+        let n_rows = picked.rows.len();
+        scheduler
+            .pace
+            .ran(GRAPHS[0], picked.bucket, n_rows, took, ends);
+        waited += picked
+            .rows
+            .iter()
+            .map(|row| ends - row.item)
+            .sum::<Duration>();
+        n_batches += 1;
+        scheduler.ended(ends);
+        if binding == Binding::Early {
+            // The next one is formed now that this one has started.
+            let (_, next) = push(&mut scheduler, starts);
+            prepared = match scheduler.next(starts, false) {
+                Next::Run(picked) => Some(picked),
+                _ => next.filter(|&next| next < ends).and_then(|next| {
+                    push(&mut scheduler, next);
+                    match scheduler.next(next, false) {
+                        Next::Run(picked) => Some(picked),
+                        _ => None,
+                    }
+                }),
+            };
+        }
+        push(&mut scheduler, ends);
+        free_at = ends;
+    }
+    let n_images = u32::try_from(IMAGES).expect("fits");
+    (
+        waited / n_images,
+        f64::from(n_images) / f64::from(n_batches),
+    )
+}
+
+/// A batch that starts as soon as it is formed.
+fn continue_with(
+    prepared: &mut Option<Picked<Instant>>,
+    free_at: Instant,
+) -> (Picked<Instant>, Instant) {
+    let picked = prepared.take().expect("just put there");
+    (picked, free_at)
+}
+
+#[test]
+fn late_binding_answers_sooner_than_early_commitment() {
+    let mut table = String::new();
+    for per_second in [50.0, 100.0, 200.0, 300.0, 400.0] {
+        let (late, late_size) = simulate(Binding::Late, per_second);
+        let (early, early_size) = simulate(Binding::Early, per_second);
+        table += &format!(
+            "{per_second:>4} images/s: late {late:>9.2?}, {late_size:.2} a batch; \
+             early {early:>9.2?}, {early_size:.2} a batch\n"
+        );
+        assert!(late < early, "\n{table}");
+        assert!(late_size >= 0.99 * early_size, "\n{table}");
+    }
+    println!("{table}");
+    // At three quarters of what the engine can do it is worth a third of the
+    // time.
+    let (late, _) = simulate(Binding::Late, 300.0);
+    let (early, _) = simulate(Binding::Early, 300.0);
+    assert!(late * 4 < early * 3, "{late:?} against {early:?}");
+}
+
+/// What a run of two classes came to.
+#[derive(Debug)]
+struct Mixed {
+    interactive_p99: Duration,
+    interactive_per_second: f64,
+    bulk_per_second: f64,
+}
+
+/// 10 ms an image at any size.
+fn like_a_cpu(bucket: usize) -> Duration {
+    MS(10 * bucket as u64)
+}
+
+/// 8 images in 80 ms, and one in 45.
+fn like_a_gpu(bucket: usize) -> Duration {
+    MS(40 + 5 * bucket as u64)
+}
+
+/// Interactive Poisson arrivals, and bulk that always has 64 images waiting.
+fn mixed(
+    batch_time: fn(usize) -> Duration,
+    interactive_per_second: f64,
+    with_bulk: bool,
+    bulk_share: u8,
+) -> Mixed {
+    let start = Instant::now();
+    let mut scheduler = Scheduler::new(Policy {
+        bulk_share,
+        max_queue_delay: Duration::ZERO,
+        ..policy(8)
+    });
+    for bucket in Buckets::powers_of_two(8).iter() {
+        scheduler
+            .pace
+            .warmed(GRAPHS[0], bucket, batch_time(bucket), start);
+    }
+    let mut random = Random(3);
+    let end = start + Duration::from_secs(300);
+    let (mut now, mut next_arrival) = (start, start + random.gap(interactive_per_second));
+    let mut latencies = Vec::new();
+    let (mut n_bulk, mut n_interactive) = (0_u32, 0_u32);
+    while now < end {
+        while next_arrival <= now {
+            let entry = Entry {
+                item: Class::Interactive,
+                arrived: next_arrival,
+                deadline: None,
+            };
+            scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+            next_arrival += random.gap(interactive_per_second);
+        }
+        while with_bulk && scheduler.queue.len_of(Class::Bulk) < 64 {
+            let entry = Entry {
+                item: Class::Bulk,
+                arrived: now,
+                deadline: None,
+            };
+            scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
+        }
+        match scheduler.next(now, false) {
+            Next::Run(picked) => {
+                let took = batch_time(picked.bucket);
+                now += took;
+                let n_rows = picked.rows.len();
+                scheduler
+                    .pace
+                    .ran(GRAPHS[0], picked.bucket, n_rows, took, now);
+                for row in picked.rows {
+                    match row.item {
+                        Class::Bulk => n_bulk += 1,
+                        Class::Interactive => {
+                            n_interactive += 1;
+                            latencies.push(now - row.arrived);
+                        }
+                    }
+                }
+                scheduler.ended(now);
+            }
+            Next::WaitUntil(at) => now = at,
+            Next::Idle => now = next_arrival,
+        }
+    }
+    latencies.sort_unstable();
+    let seconds = (now - start).as_secs_f64();
+    Mixed {
+        interactive_p99: latencies[latencies.len() * 99 / 100],
+        interactive_per_second: f64::from(n_interactive) / seconds,
+        bulk_per_second: f64::from(n_bulk) / seconds,
+    }
+}
+
+#[test]
+fn bulk_moves_interactive_latency_by_little_and_takes_what_is_left() {
+    // Either engine does 100 images a second, and its largest batch takes 80 ms.
+    let (capacity, one_batch) = (100.0, MS(80));
+    for batch_time in [like_a_cpu, like_a_gpu] {
+        for interactive in [5.0, 10.0, 20.0, 40.0] {
+            let alone = mixed(batch_time, interactive, false, 10);
+            let both = mixed(batch_time, interactive, true, 10);
+            println!("{interactive} images/s: alone {alone:.1?}, with bulk {both:.1?}");
+            assert!(
+                both.interactive_p99 <= alone.interactive_p99.mul_f64(1.2) + one_batch,
+                "{alone:?} {both:?}"
+            );
+            // What is left of engine time: a small batch takes more of it than
+            // its images are of a full one.
+            let left =
+                capacity - both.interactive_per_second * capacity * batch_time(1).as_secs_f64();
+            assert!(both.bulk_per_second >= 0.8 * left, "{both:?} {left}");
+        }
+    }
+}
+
+#[test]
+fn bulk_has_its_share_when_interactive_work_would_take_all() {
+    for share in [10, 50] {
+        let got = mixed(like_a_cpu, 200.0, true, share);
+        let expected = f64::from(share);
+        assert!(
+            (got.bulk_per_second - expected).abs() < 0.15 * expected,
+            "{share} %: {got:?}"
+        );
+    }
+}
+
+#[test]
+fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let start = Instant::now();
+    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let at = |ms| start + MS(ms);
+    let too_late = |scheduler: &Scheduler<u32>, deadline_ms| {
+        scheduler.too_late(class, graph, at(deadline_ms), start)
+    };
+    assert_eq!(too_late(&scheduler, 0), None, "nothing was measured");
+    for (bucket, ms) in [(1, 100), (4, 250)] {
+        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+    }
+    assert_eq!(too_late(&scheduler, 99), Some(MS(100)));
+    assert_eq!(too_late(&scheduler, 100), None);
+    // Eight that go before it take two batches.
+    for item in 0..8 {
+        let entry = Entry {
+            item,
+            arrived: start,
+            deadline: Some(at(300)),
+        };
+        scheduler.queue.push(class, graph, entry);
+    }
+    assert_eq!(too_late(&scheduler, 290), None, "it goes before them");
+    assert_eq!(too_late(&scheduler, 599), Some(MS(600)));
+    // One of them runs, and the rest of its time counts.
+    let Next::Run(picked) = scheduler.next(start, false) else {
+        panic!("a full batch waits");
+    };
+    assert_eq!(picked.rows.len(), 4);
+    assert_eq!(too_late(&scheduler, 300), Some(MS(250 + 250 + 100)));
+}
+
+#[test]
+fn a_batch_is_made_small_enough_for_the_most_urgent() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let start = Instant::now();
+    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    for (bucket, ms) in [(1, 100), (2, 150), (4, 250)] {
+        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+    }
+    for (item, deadline_ms) in [(0, 160), (1, 1000), (2, 1000), (3, 1000)] {
+        let entry = Entry {
+            item,
+            arrived: start,
+            deadline: Some(start + MS(deadline_ms)),
+        };
+        scheduler.queue.push(class, graph, entry);
+    }
+    let Next::Run(picked) = scheduler.next(start, false) else {
+        panic!("a full batch waits");
+    };
+    assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
+    assert!(picked.late.is_empty());
+    // What no size can serve is late and costs no run.
+    let late = Entry {
+        item: 9,
+        arrived: start,
+        deadline: Some(start + MS(50)),
+    };
+    scheduler.queue.push(class, graph, late);
+    let Next::Run(picked) = scheduler.next(start + MS(10), false) else {
+        panic!("its delay has passed");
+    };
+    assert_eq!(picked.late.len(), 1);
+}
