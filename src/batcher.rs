@@ -461,3 +461,6 @@ impl Batcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

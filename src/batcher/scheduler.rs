@@ -87,7 +87,9 @@ impl<T> Scheduler<T> {
         let bulk = lanes.iter().filter(|lane| lane.class == Class::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
             let bucket = self.bucket(lane.graph, lane.len, now);
-            let cost = self.pace.typical(lane.graph, bucket).unwrap_or_default();
+            // What was never seen to run is not owed on account.
+            let cost = self.pace.typical(lane.graph, bucket);
+            let cost = cost.unwrap_or(self.policy.bulk_wait_max);
             self.ledger
                 .bulk_is_owed(&self.policy, cost, lane.oldest, now)
         });

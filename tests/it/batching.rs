@@ -9,7 +9,7 @@ use tonic::{Code, Request};
 use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
 
 /// An engine that runs one batch for each message.
-fn gated() -> (crossbeam_channel::Sender<()>, Script) {
+pub(crate) fn gated() -> (crossbeam_channel::Sender<()>, Script) {
     let (open, gate) = crossbeam_channel::bounded(64);
     let script = Script {
         gate: Some(gate),
@@ -57,11 +57,18 @@ async fn what_arrives_while_the_engine_is_busy_shares_the_next_batch() {
     running.end().await;
 }
 
-fn batches(page: &str) -> f64 {
+/// Images that share no run.
+pub(crate) fn distinct(first_seed: u32, n: u32) -> Vec<pb::Image> {
+    (first_seed..first_seed + n)
+        .map(|seed| tokens(seeded(seed)))
+        .collect()
+}
+
+pub(crate) fn batches(page: &str) -> f64 {
     harness::sample(page, "imagegpt_batch_size_count{graph=\"hidden\"}")
 }
 
-async fn wait_for_batches(running: &harness::Running, n: f64) {
+pub(crate) async fn wait_for_batches(running: &harness::Running, n: f64) {
     for _ in 0..10_000 {
         if batches(&running.metrics().await) >= n {
             return;
@@ -71,9 +78,12 @@ async fn wait_for_batches(running: &harness::Running, n: f64) {
     panic!("never {n} batches");
 }
 
-async fn wait_for_depth(running: &harness::Running, n: f64) {
+pub(crate) async fn wait_for_depth(running: &harness::Running, n: f64) {
     for _ in 0..10_000 {
-        if running.sample("imagegpt_queue_depth").await >= n {
+        let page = running.metrics().await;
+        let of =
+            |class| harness::sample(&page, &format!("imagegpt_queue_depth{{class=\"{class}\"}}"));
+        if of("interactive") + of("bulk") >= n {
             return;
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -163,8 +173,7 @@ async fn a_caller_who_leaves_frees_its_place() {
     let blocking = tokio::spawn(async move { blocking.embed(embed(vec![harness::flat(1)])).await });
     wait_for_batches(&running, 1.0).await;
     let mut leaving = running.client.clone();
-    let leaving =
-        tokio::spawn(async move { leaving.embed(embed(vec![harness::flat(2); 7])).await });
+    let leaving = tokio::spawn(async move { leaving.embed(embed(distinct(10, 7))).await });
     wait_for_depth(&running, 7.0).await;
     leaving.abort();
     running.until_in_flight(1).await;
@@ -221,9 +230,9 @@ async fn graphs_do_not_share_a_batch() {
     let blocking = tokio::spawn(async move { blocking.embed(embed(vec![harness::flat(1)])).await });
     wait_for_batches(&running, 1.0).await;
     let (mut one, mut other) = (running.client.clone(), running.client.clone());
-    let one = tokio::spawn(async move { one.embed(embed(vec![harness::flat(2); 2])).await });
+    let one = tokio::spawn(async move { one.embed(embed(distinct(30, 2))).await });
     let other = tokio::spawn(async move {
-        let images = vec![harness::flat(3); 2];
+        let images = distinct(20, 2);
         other
             .classify(pb::ClassifyRequest {
                 images,

@@ -18,4 +18,5 @@ mod health;
 mod load;
 mod metrics;
 mod models;
+mod scheduling;
 mod shutdown;

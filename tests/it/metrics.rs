@@ -16,7 +16,11 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
         "imagegpt_images_total{code=\"INVALID_ARGUMENT\"}",
         "imagegpt_images_dropped_total{reason=\"deadline\",stage=\"queue\"}",
         "imagegpt_batches_total{close_reason=\"full\"}",
-        "imagegpt_queue_depth",
+        "imagegpt_queue_depth{class=\"bulk\"}",
+        "imagegpt_engine_faults_total{kind=\"out_of_memory\"}",
+        "imagegpt_cache_lookups_total{result=\"hit\"}",
+        "imagegpt_images_coalesced_total",
+        "imagegpt_runs_stopped_total",
         "imagegpt_images_in_flight",
     ] {
         assert_eq!(harness::sample(&page, series), 0.0, "{series}");
@@ -42,7 +46,10 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
         ("imagegpt_request_duration_seconds{method=\"Embed\"}", 1.0),
         ("imagegpt_decode_duration_seconds", 1.0),
         ("imagegpt_quantize_duration_seconds", 1.0),
-        ("imagegpt_queue_duration_seconds", 2.0),
+        (
+            "imagegpt_queue_duration_seconds{class=\"interactive\"}",
+            2.0,
+        ),
     ] {
         let (name, labels) = histogram.split_at(histogram.find('{').unwrap_or(histogram.len()));
         assert_eq!(
