@@ -5,6 +5,7 @@
 //! only an operator should read goes to the log where it happens.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::EngineError;
 use crate::model::Task;
@@ -73,6 +74,16 @@ pub enum Error {
          or smaller images a call"
     )]
     MessageTooLarge { max: u64 },
+    /// The call brought no bearer token, or one that is not accepted.
+    #[error("authorization: {problem}")]
+    Unauthenticated { problem: &'static str },
+    /// The request took too long to arrive.
+    #[error(
+        "request: it did not arrive within {} (--request-timeout); send fewer or smaller images a \
+         call",
+        humantime::format_duration(*.max)
+    )]
+    RequestSlow { max: Duration },
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
     DeadlineExceeded { stage: Stage },
@@ -104,7 +115,9 @@ impl Error {
             | Self::Cancelled { .. }
             | Self::Draining
             | Self::NotReady
-            | Self::Full { .. } => true,
+            | Self::Full { .. }
+            | Self::Unauthenticated { .. }
+            | Self::RequestSlow { .. } => true,
             Self::Image(_)
             | Self::ImageMissing
             | Self::MessageTooLarge { .. }

@@ -4,6 +4,8 @@
 //! up and no name is written twice. Every series exists from the start, at
 //! zero, and no label value comes from a request: cardinality is fixed.
 
+pub mod access;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +65,7 @@ pub const METHODS: [&str; 6] = [
 ];
 
 /// The codes that the worker or its gRPC library can answer with.
-pub const CODES: [&str; 12] = [
+pub const CODES: [&str; 13] = [
     "OK",
     "CANCELLED",
     "UNKNOWN",
@@ -76,6 +78,7 @@ pub const CODES: [&str; 12] = [
     "UNIMPLEMENTED",
     "INTERNAL",
     "UNAVAILABLE",
+    "UNAUTHENTICATED",
 ];
 
 /// Why a batch was formed.
@@ -124,6 +127,7 @@ struct Handles {
     batches: BTreeMap<Close, Counter>,
     ready: Gauge,
     model_load_duration: Gauge,
+    access: access::AccessMetrics,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -180,7 +184,7 @@ impl Registry<'_> {
             ),
             (BATCHES, "Batches formed, by what closed them."),
         ];
-        for (name, text) in counters {
+        for (name, text) in counters.into_iter().chain(access::COUNTERS) {
             self.0
                 .describe_counter(KeyName::from_const_str(name), None, text.into());
         }
@@ -196,7 +200,7 @@ impl Registry<'_> {
             (MODEL_INFO, "1, labeled with the model that is served."),
             (BUILD_INFO, "1, labeled with the worker's version."),
         ];
-        for (name, text) in gauges {
+        for (name, text) in gauges.into_iter().chain(access::GAUGES) {
             self.0
                 .describe_gauge(KeyName::from_const_str(name), None, text.into());
         }
@@ -317,9 +321,16 @@ impl Metrics {
                 .collect(),
             ready: registry.gauge(READY),
             model_load_duration: registry.gauge(MODEL_LOAD_DURATION),
+            access: access::AccessMetrics::new(&registry),
             recorder,
         };
         Ok(Self(Arc::new(handles)))
+    }
+
+    /// Connections, certificates and tokens.
+    #[must_use]
+    pub fn access(&self) -> &access::AccessMetrics {
+        &self.0.access
     }
 
     /// The exposition format that Prometheus scrapes.

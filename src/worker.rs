@@ -181,6 +181,7 @@ impl Worker {
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let network = &config.network;
+        let access = rpc::Access::open(&config.access)?;
         let listener = bind(network.listen, "--listen").await?;
         let metrics_listener = bind(network.metrics_listen, "--metrics-listen").await?;
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
@@ -202,7 +203,7 @@ impl Worker {
         };
         let model = Arc::new(model);
         let side_tasks = vec![
-            tokio::spawn(serve_pages(metrics_listener, pages)),
+            tokio::spawn(http::serve(metrics_listener, pages)),
             tokio::spawn(keep_metrics(metrics.clone())),
             tokio::spawn(announce(
                 stages.engine.clone(),
@@ -225,6 +226,8 @@ impl Worker {
             reflection: !network.no_reflection,
             keepalive_interval: network.keepalive_interval,
             calls: calls.clone(),
+            access,
+            connections: config.connections.clone(),
         };
         let (stop, stopped) = oneshot::channel();
         let state = stages.state;
@@ -377,12 +380,6 @@ fn spawn(
         .name(name.to_owned())
         .spawn(supervised)
         .with_context(|| format!("the thread {name} cannot be started"))
-}
-
-async fn serve_pages(listener: TcpListener, pages: Pages) {
-    if let Err(error) = http::serve(listener, pages).await {
-        tracing::error!(%error, "the metrics port ended");
-    }
 }
 
 async fn keep_metrics(metrics: Metrics) {

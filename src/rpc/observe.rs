@@ -7,12 +7,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Sleep;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
@@ -32,6 +33,8 @@ const REQUEST_ID_LEN_MAX: usize = 128;
 pub(super) struct Observe {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
+    /// How long a request may take to arrive.
+    pub(super) request_timeout: Duration,
     /// Where bytes that are arriving are counted.
     pub(super) bytes: Arc<Semaphore>,
     pub(super) calls: Calls,
@@ -145,7 +148,10 @@ where
         let deadline = deadline::of(request.headers(), started);
         let in_progress = self.observe.calls.enter();
         let request_bytes_max = self.observe.request_bytes_max;
-        let mut request = request.map(|body| arriving(body, Arc::clone(&self.observe.bytes)));
+        // A stream may stay open for as long as its client likes.
+        let timeout = (method != "EmbedStream").then_some(self.observe.request_timeout);
+        let mut request =
+            request.map(|body| arriving(body, Arc::clone(&self.observe.bytes), timeout));
         request.extensions_mut().insert(Deadline(deadline));
         let call = span.in_scope(|| self.inner.call(request));
         Box::pin(
@@ -190,12 +196,17 @@ where
         })
 }
 
-/// A request's body that counts its bytes while they gather in memory.
-fn arriving(body: Body, bytes: Arc<Semaphore>) -> Body {
+/// A request's body that counts its bytes while they gather in memory, and
+/// that ends when it takes too long: else a client that sends a byte now and
+/// then would hold them for ever.
+fn arriving(body: Body, bytes: Arc<Semaphore>, timeout: Option<Duration>) -> Body {
     Body::new(Arriving {
         body,
         bytes,
         held: None,
+        started: Instant::now(),
+        timeout,
+        late: None,
     })
 }
 
@@ -203,6 +214,24 @@ struct Arriving {
     body: Body,
     bytes: Arc<Semaphore>,
     held: Option<OwnedSemaphorePermit>,
+    started: Instant,
+    timeout: Option<Duration>,
+    /// Only once it has to be waited for: most requests are here at once.
+    late: Option<Pin<Box<Sleep>>>,
+}
+
+impl Arriving {
+    /// The end of a request that has not arrived in time.
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
+        let (Some(max), started) = (self.timeout, self.started) else {
+            return Poll::Pending;
+        };
+        let late = self
+            .late
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until((started + max).into())));
+        std::task::ready!(late.as_mut().poll(cx));
+        Poll::Ready(status::of_call(&Error::RequestSlow { max }))
+    }
 }
 
 impl http_body::Body for Arriving {
@@ -213,7 +242,9 @@ impl http_body::Body for Arriving {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            return self.poll_late(cx).map(|status| Some(Err(status)));
+        };
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
         {

@@ -28,6 +28,8 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
         Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
+        Error::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
+        Error::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
         Error::Draining => (Code::Unavailable, "DRAINING"),
@@ -93,7 +95,7 @@ mod tests {
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 19] = [
+        let rows: [(Error, Code, &str); 21] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -167,6 +169,18 @@ mod tests {
                 },
                 Code::ResourceExhausted,
                 "WORKER_FULL",
+            ),
+            (
+                Error::Unauthenticated { problem: "a" },
+                Code::Unauthenticated,
+                "UNAUTHENTICATED",
+            ),
+            (
+                Error::RequestSlow {
+                    max: std::time::Duration::from_secs(1),
+                },
+                Code::DeadlineExceeded,
+                "REQUEST_SLOW",
             ),
             (
                 Error::DeadlineExceeded { stage },
