@@ -21,19 +21,23 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Large enough for any response that a worker may be told to send.
 const RESPONSE_BYTES_MAX: usize = 1 << 31;
 
+/// By argument, since a heading of the whole struct would go on over what the
+/// command has after it.
+const ACCESS: &str = "Access";
+
 /// How to be let in by a worker: flags of every command that talks to one.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Access")]
 pub struct ConnectConfig {
     /// Certificates in PEM of those who sign the worker's, for https://
     /// endpoints [default: the public ones]
-    #[arg(long, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
+    #[arg(long, help_heading = ACCESS, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
 
     /// This client's own certificate chain in PEM, for workers that ask for
     /// one
     #[arg(
         long,
+        help_heading = ACCESS,
         env = "IMAGEGPT_CLIENT_TLS_CERT",
         value_name = "FILE",
         requires = "tls_client_key"
@@ -43,6 +47,7 @@ pub struct ConnectConfig {
     /// Private key of --tls-client-cert in PEM
     #[arg(
         long,
+        help_heading = ACCESS,
         env = "IMAGEGPT_CLIENT_TLS_KEY",
         value_name = "FILE",
         requires = "tls_client_cert"
@@ -51,7 +56,7 @@ pub struct ConnectConfig {
 
     /// A file with the bearer token for every call; of several lines the first
     /// that is no comment
-    #[arg(long, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, help_heading = ACCESS, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
 

@@ -18,9 +18,8 @@ use tokio::sync::watch;
 use crate::metrics::Metrics;
 use crate::metrics::access::AccessFile;
 
-/// How often the files are read again. They are small, and a certificate is
-/// replaced days before its end.
-const INTERVAL: Duration = Duration::from_secs(2);
+/// How often the files are read again: a few KiB, which cost microseconds.
+const INTERVAL: Duration = Duration::from_secs(1);
 /// A chain of certificates takes a few KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -289,7 +288,7 @@ mod tests {
             "{text}"
         );
         let path = dir.path().join("large");
-        std::fs::write(&path, vec![b'a'; (FILE_BYTES_MAX + 1) as usize]).expect("written");
+        std::fs::write(&path, "a".repeat((1 << 20) + 1)).expect("written");
         let error = Source::new("--tls-cert", &path).read().expect_err("large");
         assert!(error.to_string().contains("over 1048576 bytes"), "{error}");
         let error = Source::new("--tls-key", &dir.path().join("none")).read();

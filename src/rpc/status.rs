@@ -92,6 +92,7 @@ mod tests {
     use crate::model::Task;
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
