@@ -54,6 +54,8 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 /// past it the connection is closed as an attack. The library's own limit of
 /// 20 would cut off a client that gives up on a burst of calls.
 const PENDING_RESETS_MAX: usize = 1024;
+/// A question of reflection is a name.
+const REFLECTION_BYTES_MAX: usize = 16 << 10;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
@@ -169,8 +171,16 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         routes = routes
-            .add_service(builder().build_v1()?)
-            .add_service(builder().build_v1alpha()?);
+            .add_service(
+                builder()
+                    .build_v1()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            )
+            .add_service(
+                builder()
+                    .build_v1alpha()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            );
     }
     Ok(routes.prepare())
 }

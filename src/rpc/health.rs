@@ -5,9 +5,10 @@
 //! and keeps a copy of what readiness already knows. Only its generated code
 //! is used.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
@@ -25,13 +26,20 @@ const SERVER: &str = "";
 /// only when the engine has failed: what a liveness probe should ask for.
 pub const LIVENESS: &str = "liveness";
 
+/// Watches at once: a client has one a connection, and it needs no token.
+const WATCHES_MAX: usize = 4096;
+/// A request is the name of a service.
+const REQUEST_BYTES_MAX: usize = 4096;
+
 pub(super) fn server(readiness: Readiness) -> HealthServer<impl Health> {
-    HealthServer::new(Service { readiness })
+    let watches = Arc::new(Semaphore::new(WATCHES_MAX));
+    HealthServer::new(Service { readiness, watches }).max_decoding_message_size(REQUEST_BYTES_MAX)
 }
 
 #[derive(Debug)]
 struct Service {
     readiness: Readiness,
+    watches: Arc<Semaphore>,
 }
 
 /// What a name stands for; nothing for one that is not served.
@@ -92,9 +100,18 @@ impl Health for Service {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let leaves_at = request.extensions().get::<Peer>().and_then(Peer::leaves_at);
         let subject = Subject::of(&request.get_ref().service);
+        let Ok(place) = Arc::clone(&self.watches).try_acquire_owned() else {
+            return Err(Status::resource_exhausted(
+                "too many watches; check instead",
+            ));
+        };
         // Whoever does not read has one status waiting, and then the newest.
         let (updates, stream) = mpsc::channel(1);
-        tokio::spawn(follow(subject, self.readiness.clone(), updates, leaves_at));
+        let readiness = self.readiness.clone();
+        tokio::spawn(async move {
+            follow(subject, readiness, updates, leaves_at).await;
+            drop(place);
+        });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }

@@ -127,8 +127,13 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let Some(method) = method(request.uri().path()) else {
-            // Health checks and reflection are not the worker's work.
-            return Box::pin(self.inner.call(request));
+            // Health checks and reflection are not the worker's work. Their
+            // messages are small, but may trickle in as well.
+            let timeout = Some(self.observe.request_timeout);
+            return Box::pin(
+                self.inner
+                    .call(request.map(|body| arriving(body, None, timeout))),
+            );
         };
         let started = Instant::now();
         let id = request_id(request.headers());
@@ -151,7 +156,7 @@ where
         // A stream may stay open for as long as its client likes.
         let timeout = (method != "EmbedStream").then_some(self.observe.request_timeout);
         let mut request =
-            request.map(|body| arriving(body, Arc::clone(&self.observe.bytes), timeout));
+            request.map(|body| arriving(body, Some(Arc::clone(&self.observe.bytes)), timeout));
         request.extensions_mut().insert(Deadline(deadline));
         let call = span.in_scope(|| self.inner.call(request));
         Box::pin(
@@ -199,7 +204,7 @@ where
 /// A request's body that counts its bytes while they gather in memory, and
 /// that ends when it takes too long: else a client that sends a byte now and
 /// then would hold them for ever.
-fn arriving(body: Body, bytes: Arc<Semaphore>, timeout: Option<Duration>) -> Body {
+fn arriving(body: Body, bytes: Option<Arc<Semaphore>>, timeout: Option<Duration>) -> Body {
     Body::new(Arriving {
         body,
         bytes,
@@ -212,7 +217,8 @@ fn arriving(body: Body, bytes: Arc<Semaphore>, timeout: Option<Duration>) -> Bod
 
 struct Arriving {
     body: Body,
-    bytes: Arc<Semaphore>,
+    /// Where they are counted, if they are.
+    bytes: Option<Arc<Semaphore>>,
     held: Option<OwnedSemaphorePermit>,
     started: Instant,
     timeout: Option<Duration>,
@@ -247,9 +253,10 @@ impl http_body::Body for Arriving {
         };
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
+            && let Some(bytes) = &self.bytes
         {
             let n_bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
-            let Ok(permit) = Arc::clone(&self.bytes).try_acquire_many_owned(n_bytes) else {
+            let Ok(permit) = Arc::clone(bytes).try_acquire_many_owned(n_bytes) else {
                 let error = Error::Full {
                     what: "bytes",
                     flag: "--bytes-in-flight-max",
