@@ -2,6 +2,10 @@
 //!
 //! The comments here are the operator's manual: `--help` prints them.
 
+mod access;
+
+pub use access::{AccessConfig, ConnectionsConfig};
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,6 +25,10 @@ pub struct ServeConfig {
     pub model: ModelConfig,
     #[command(flatten)]
     pub network: NetworkConfig,
+    #[command(flatten)]
+    pub access: AccessConfig,
+    #[command(flatten)]
+    pub connections: ConnectionsConfig,
     #[command(flatten)]
     pub batching: BatchingConfig,
     #[command(flatten)]
@@ -470,6 +478,8 @@ impl ServeConfig {
     ///
     /// One sentence that names the flags and says what to change.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        self.access.validate(self.network.listen)?;
+        self.connections.validate()?;
         let limits = &self.limits;
         let refuse = |text: String| Err(ConfigError(text));
         if limits.images_per_call_max > limits.images_in_flight_max {
@@ -621,6 +631,30 @@ mod tests {
             &["--keepalive-interval", "500ms"],
             "--keepalive-interval is 500ms; it must be 1s to 1day",
         );
+        check(
+            &["--listen", "0.0.0.0:1"],
+            "--listen 0.0.0.0:1 is not loopback",
+        );
+        for way_out in [
+            &["--insecure"][..],
+            &["--tls-cert", "a", "--tls-key", "b"],
+            &["--auth-tokens-file", "a"],
+        ] {
+            check(&[&["--listen", "[::]:1"], way_out].concat(), "fine");
+        }
+        check(&["--listen", "[::ffff:127.0.0.1]:1"], "fine");
+        check(&["--tls-cert", "a"], "--tls-key <FILE>");
+        check(&["--tls-client-ca", "a"], "--tls-cert <FILE>");
+        check(
+            &["--header-bytes-max", "2MiB"],
+            "--header-bytes-max is 2.0 MiB; it must be 1.0 KiB to 1.0 MiB",
+        );
+        check(
+            &["--max-connection-age", "10ms"],
+            "--max-connection-age is 10ms; it must be 1s to 1day",
+        );
+        check(&["--request-timeout", "0s"], "--request-timeout is 0s");
+        check(&["--connections-max", "0"], "1..=1000000");
         check(
             &["--shutdown-grace-period", "584000000000years"],
             "--shutdown-grace-period",

@@ -93,6 +93,16 @@ pub enum Error {
          or smaller images a call"
     )]
     MessageTooLarge { max: u64 },
+    /// The call brought no bearer token, or one that is not accepted.
+    #[error("authorization: {problem}")]
+    Unauthenticated { problem: &'static str },
+    /// The request took too long to arrive.
+    #[error(
+        "request: it did not arrive within {} (--request-timeout); send fewer or smaller images a \
+         call",
+        humantime::format_duration(*.max)
+    )]
+    RequestSlow { max: Duration },
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
     DeadlineExceeded { stage: Stage },
@@ -134,7 +144,9 @@ impl Error {
             | Self::NotReady
             | Self::Full { .. }
             | Self::NeverFits { .. }
-            | Self::PriorityUnknown { .. } => true,
+            | Self::PriorityUnknown { .. }
+            | Self::Unauthenticated { .. }
+            | Self::RequestSlow { .. } => true,
             Self::Image(_)
             | Self::ImageMissing
             | Self::MessageTooLarge { .. }

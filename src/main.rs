@@ -14,6 +14,7 @@ use imagegpt::engine::{FailureKind, onnx};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
+use imagegpt::rpc;
 use imagegpt::worker::{Ended, Worker, onnx_factory};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -94,6 +95,14 @@ fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
 }
 
 async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
+    // What is wrong with them is told before a model is compiled.
+    rpc::Access::open(&config.access)?;
+    if config.access.tokens_in_the_clear(config.network.listen) {
+        tracing::warn!(
+            "bearer tokens will cross the network unencrypted; give --tls-cert and --tls-key, or \
+             let a proxy on this machine do TLS"
+        );
+    }
     let owned = config.clone();
     let load = move || -> anyhow::Result<_> {
         let folder = locate(&owned)?;

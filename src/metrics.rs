@@ -4,6 +4,8 @@
 //! up and no name is written twice. Every series exists from the start, at
 //! zero, and no label value comes from a request: cardinality is fixed.
 
+pub mod access;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,7 +77,7 @@ pub const METHODS: [&str; 6] = [
 ];
 
 /// The codes that the worker or its gRPC library can answer with.
-pub const CODES: [&str; 12] = [
+pub const CODES: [&str; 13] = [
     "OK",
     "CANCELLED",
     "UNKNOWN",
@@ -88,6 +90,7 @@ pub const CODES: [&str; 12] = [
     "UNIMPLEMENTED",
     "INTERNAL",
     "UNAVAILABLE",
+    "UNAUTHENTICATED",
 ];
 
 /// Why a batch was formed.
@@ -177,6 +180,7 @@ struct Handles {
     batches: BTreeMap<Close, Counter>,
     ready: Gauge,
     model_load_duration: Gauge,
+    access: access::AccessMetrics,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -245,7 +249,7 @@ impl Registry<'_> {
             ),
             (CANARIES, "Checks of an idle engine, by result."),
         ];
-        for (name, text) in counters {
+        for (name, text) in counters.into_iter().chain(access::COUNTERS) {
             self.0
                 .describe_counter(KeyName::from_const_str(name), None, text.into());
         }
@@ -272,7 +276,7 @@ impl Registry<'_> {
             (MODEL_INFO, "1, labeled with the model that is served."),
             (BUILD_INFO, "1, labeled with the worker's version."),
         ];
-        for (name, text) in gauges {
+        for (name, text) in gauges.into_iter().chain(access::GAUGES) {
             self.0
                 .describe_gauge(KeyName::from_const_str(name), None, text.into());
         }
@@ -337,25 +341,7 @@ impl Metrics {
                 requests.insert((method, code), registry.counter(REQUESTS, &labels));
             }
         }
-        let mut dropped = BTreeMap::new();
-        for reason in ["cancelled", "deadline"] {
-            for stage in [Stage::Preprocess, Stage::Queue, Stage::Engine] {
-                let labels = [("reason", reason), ("stage", stage.label())];
-                dropped.insert(
-                    (reason, stage.label()),
-                    registry.counter(IMAGES_DROPPED, &labels),
-                );
-            }
-        }
-        // Refused as it comes to the queue, so there is no other stage.
-        let labels = [
-            ("reason", "deadline_too_short"),
-            ("stage", Stage::Queue.label()),
-        ];
-        dropped.insert(
-            ("deadline_too_short", Stage::Queue.label()),
-            registry.counter(IMAGES_DROPPED, &labels),
-        );
+        let dropped = dropped_counters(&registry);
         let by_graph = |name| {
             Graph::ALL
                 .iter()
@@ -422,9 +408,16 @@ impl Metrics {
                 .collect(),
             ready: registry.gauge(READY, &[]),
             model_load_duration: registry.gauge(MODEL_LOAD_DURATION, &[]),
+            access: access::AccessMetrics::new(&registry),
             recorder,
         };
         Ok(Self(Arc::new(handles)))
+    }
+
+    /// Connections, certificates and tokens.
+    #[must_use]
+    pub fn access(&self) -> &access::AccessMetrics {
+        &self.0.access
     }
 
     /// The exposition format that Prometheus scrapes.
@@ -591,6 +584,30 @@ impl Metrics {
             .register_gauge(&Key::from_parts(MODEL_INFO, labels), &Registry::METADATA)
             .set(1.0);
     }
+}
+
+/// Images that were dropped, by reason and stage.
+fn dropped_counters(registry: &Registry<'_>) -> BTreeMap<(&'static str, &'static str), Counter> {
+    let mut dropped = BTreeMap::new();
+    for reason in ["cancelled", "deadline"] {
+        for stage in [Stage::Preprocess, Stage::Queue, Stage::Engine] {
+            let labels = [("reason", reason), ("stage", stage.label())];
+            dropped.insert(
+                (reason, stage.label()),
+                registry.counter(IMAGES_DROPPED, &labels),
+            );
+        }
+    }
+    // Refused as it comes to the queue, so there is no other stage.
+    let labels = [
+        ("reason", "deadline_too_short"),
+        ("stage", Stage::Queue.label()),
+    ];
+    dropped.insert(
+        ("deadline_too_short", Stage::Queue.label()),
+        registry.counter(IMAGES_DROPPED, &labels),
+    );
+    dropped
 }
 
 /// Names and values of labels.

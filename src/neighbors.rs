@@ -13,7 +13,7 @@ use image::{Rgb, RgbImage, imageops};
 use crate::pb;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{Alpha, ImageLimits};
-use crate::rpc::client::Client;
+use crate::rpc::client::{Client, ConnectConfig};
 
 /// Embed a folder of images through a worker and show who looks like whom.
 #[derive(Debug, Clone, Args)]
@@ -28,6 +28,9 @@ pub struct NeighborsConfig {
         default_value = "http://127.0.0.1:50051"
     )]
     pub endpoint: String,
+
+    #[command(flatten)]
+    pub connect: ConnectConfig,
 
     /// Write a PNG with one row an image: the image, what the model sees of
     /// it, and its nearest neighbors
@@ -88,7 +91,7 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
         config.folder.display(),
         paths.len()
     );
-    let mut client = Client::connect(&config.endpoint).await?;
+    let mut client = Client::connect(&config.endpoint, &config.connect).await?;
     let model = client.model().await?;
     writeln!(
         out,

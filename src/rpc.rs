@@ -2,29 +2,37 @@
 //!
 //! A handler decodes, submits to admission, awaits the outcomes and encodes.
 
+mod access;
+mod auth;
 pub mod client;
 pub(crate) mod codec;
 mod convert;
 mod deadline;
 mod health;
+mod listen;
 mod observe;
+mod reload;
 mod status;
+mod tls;
 
+pub use access::Access;
 pub use health::LIVENESS;
 pub use observe::Calls;
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
+use tokio_stream::StreamExt as _;
 use tonic::codec::CompressionEncoding;
-use tonic::transport::server::TcpIncoming;
+use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 
 use self::observe::{Deadline, Held};
 use crate::admission::{Admission, Call};
-use crate::config::LimitsConfig;
+use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
 use crate::head::Head;
@@ -42,12 +50,12 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// hold a large image without a round trip for every 64 KiB.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-/// Calls on one connection at once; more wait on the client's side.
-const STREAMS_MAX: u32 = 1024;
 /// Calls on one connection that may be cancelled before a handler took them;
 /// past it the connection is closed as an attack. The library's own limit of
 /// 20 would cut off a client that gives up on a burst of calls.
 const PENDING_RESETS_MAX: usize = 1024;
+/// A question of reflection is a name.
+const REFLECTION_BYTES_MAX: usize = 16 << 10;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
@@ -68,6 +76,9 @@ pub struct Options {
     pub keepalive_interval: Duration,
     /// Counts calls in progress, for whoever waits for their end.
     pub calls: Calls,
+    /// Certificates and tokens.
+    pub access: Access,
+    pub connections: ConnectionsConfig,
 }
 
 /// Serves until `stop` resolves, then lets calls in progress end.
@@ -81,17 +92,70 @@ pub async fn serve(
     options: Options,
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    let reporter = health::reporter().await;
-    let health_server = tonic_health::pb::health_server::HealthServer::new(
-        tonic_health::server::HealthService::from_health_reporter(reporter.clone()),
-    );
-    let follower = tokio::spawn(health::follow(reporter, service.readiness.clone()));
+    let Options {
+        access,
+        connections,
+        ..
+    } = options;
+    let metrics = service.metrics.clone();
     let observe = observe::Observe {
-        metrics: service.metrics.clone(),
+        metrics: metrics.clone(),
         request_bytes_max: service.limits.request_bytes_max.as_u64(),
+        request_timeout: connections.request_timeout,
         bytes: service.admission.bytes(),
-        calls: options.calls.clone(),
+        calls: options.calls,
     };
+    let routes = routes(service, options.reflection)?;
+    let (guards, followers) = access.follow(&metrics);
+    let auth = auth::Auth(guards.tokens);
+    let door = listen::Door {
+        tls: guards.tls,
+        connections_max: connections.connections_max as usize,
+        max_connection_age: connections.max_connection_age,
+        metrics,
+    };
+    let header_bytes_max = u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX);
+    // Each connection has a server of its own, since tonic's has one age for
+    // all and would send them away together. Making one is a few copies of
+    // handles.
+    let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
+        let mut server = tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(options.keepalive_interval))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_concurrent_streams(connections.streams_per_connection_max)
+            .http2_max_header_list_size(header_bytes_max)
+            .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX));
+        // Without tonic's grace period, which sends no GOAWAY but cuts.
+        if let Some(age) = connection.peer.age {
+            server = server.max_connection_age(age);
+        }
+        // The outermost first: calls that are refused are counted, too.
+        let router = server
+            .layer(observe.clone())
+            .layer(auth.clone())
+            .add_routes(routes.clone());
+        let incoming = tokio_stream::once(Ok::<_, Infallible>(connection))
+            // Its end would be the farewell.
+            .chain(tokio_stream::pending());
+        async move {
+            let farewell = farewell.wait();
+            if let Err(error) = router
+                .serve_with_incoming_shutdown(incoming, farewell)
+                .await
+            {
+                tracing::debug!(%error, "a connection could not be served");
+            }
+        }
+    };
+    listen::run(listener, door, serve, stop).await;
+    drop(followers);
+    Ok(())
+}
+
+fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
+    let health = health::server(service.readiness.clone());
     let request_bytes_max =
         usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
     let imagegpt = ImageGptServiceServer::new(service)
@@ -99,30 +163,26 @@ pub async fn serve(
         // Taken but not given: vectors hardly shrink, and most clients accept
         // gzip without wanting to wait for it.
         .accept_compressed(CompressionEncoding::Gzip);
-    let mut server = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(options.keepalive_interval))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_concurrent_streams(STREAMS_MAX)
-        .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX))
-        .layer(observe);
-    let mut router = server.add_service(imagegpt).add_service(health_server);
-    if options.reflection {
+    let mut routes = Routes::new(imagegpt).add_service(health);
+    if reflection {
         let builder = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
-        router = router
-            .add_service(builder().build_v1()?)
-            .add_service(builder().build_v1alpha()?);
+        routes = routes
+            .add_service(
+                builder()
+                    .build_v1()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            )
+            .add_service(
+                builder()
+                    .build_v1alpha()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            );
     }
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let served = router.serve_with_incoming_shutdown(incoming, stop).await;
-    follower.abort();
-    served?;
-    Ok(())
+    Ok(routes.prepare())
 }
 
 impl Service {

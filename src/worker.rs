@@ -210,6 +210,7 @@ impl Worker {
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let network = &config.network;
+        let access = rpc::Access::open(&config.access)?;
         let listener = bind(network.listen, "--listen").await?;
         let metrics_listener = bind(network.metrics_listen, "--metrics-listen").await?;
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
@@ -233,7 +234,7 @@ impl Worker {
         };
         let model = Arc::new(model);
         let side_tasks = vec![
-            tokio::spawn(serve_pages(metrics_listener, pages)),
+            tokio::spawn(http::serve(metrics_listener, pages)),
             tokio::spawn(keep_metrics(metrics.clone())),
             tokio::spawn(announce(
                 stages.engine.clone(),
@@ -256,6 +257,8 @@ impl Worker {
             reflection: !network.no_reflection,
             keepalive_interval: network.keepalive_interval,
             calls: calls.clone(),
+            access,
+            connections: config.connections.clone(),
         };
         let (stop, stopped) = oneshot::channel();
         let state = stages.state;
@@ -415,12 +418,6 @@ fn spawn(
 fn fail(state: &watch::Sender<State>, reason: String) {
     let kind = FailureKind::Worker;
     state.send_replace(State::Failed(Failure { kind, reason }));
-}
-
-async fn serve_pages(listener: TcpListener, pages: Pages) {
-    if let Err(error) = http::serve(listener, pages).await {
-        tracing::error!(%error, "the metrics port ended");
-    }
 }
 
 async fn keep_metrics(metrics: Metrics) {

@@ -18,6 +18,8 @@ use crate::error::Error;
 use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
 use crate::metrics::Metrics;
 
+type Outcome = oneshot::Receiver<Result<Answer, Error>>;
+
 const WORK: [Want; 2] = [Want::Mean, Want::Logits];
 
 fn job(
@@ -26,7 +28,7 @@ fn job(
     class: Class,
     deadline: Option<Instant>,
     permit: Permit,
-) -> (Job<Arc<[u16]>>, oneshot::Receiver<Result<Answer, Error>>) {
+) -> (Job<Arc<[u16]>>, Outcome) {
     let (reply, outcome) = Reply::new();
     let job = Job {
         payload: vec![token; 4].into(),
@@ -107,7 +109,7 @@ fn everyone_is_answered_once_whoever_leaves() {
             runner::run(
                 Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>)),
                 runner,
-            )
+            );
         };
         scope.spawn(engine);
         // With its channels, so that the engine sees it end.
@@ -169,12 +171,12 @@ fn caller(
         let class = Class::ALL[usize::from(bits >> 9 & 1 == 1)];
         let deadline = match bits >> 10 & 7 {
             0 => Some(Instant::now() + Duration::from_micros(bits >> 20 & 0xff)),
-            1 => Some(Instant::now() + Duration::from_secs(60)),
+            1 => Some(Instant::now() + Duration::from_mins(1)),
             _ => None,
         };
         let (job, outcome) = job(token, want, class, deadline, permit);
         jobs_in.try_send(job).expect("as much room as permits");
-        if bits >> 13 & 3 == 0 {
+        if (bits >> 13) % 4 == 0 {
             // Gone, now or a little later.
             if bits >> 15 & 1 == 0 {
                 std::thread::yield_now();
@@ -192,10 +194,7 @@ fn caller(
     tally
 }
 
-fn settle(
-    (token, want, outcome): (u16, Want, oneshot::Receiver<Result<Answer, Error>>),
-    tally: &mut Tally,
-) {
+fn settle((token, want, outcome): (u16, Want, Outcome), tally: &mut Tally) {
     match outcome.blocking_recv() {
         Ok(Ok(Answer::Values(values))) => {
             if values == FakeEngine::answer(&[token; 4], want) {

@@ -1,9 +1,22 @@
-//! grpc.health.v1, kept equal to the worker's readiness.
+//! grpc.health.v1: what readiness says, in that contract's words.
+//!
+//! tonic-health's own service answers a watch of an unknown name with
+//! NOT_FOUND, where the contract asks for SERVICE_UNKNOWN on an open stream,
+//! and keeps a copy of what readiness already knows. Only its generated code
+//! is used.
 
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::NamedService;
-use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
+use super::listen::Peer;
 use crate::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::readiness::Readiness;
 
@@ -13,33 +26,129 @@ const SERVER: &str = "";
 /// only when the engine has failed: what a liveness probe should ask for.
 pub const LIVENESS: &str = "liveness";
 
-/// Follows readiness for as long as the server lives.
-pub(super) async fn follow(reporter: HealthReporter, mut readiness: Readiness) {
-    loop {
-        let alive = readiness.failure().is_none();
-        publish(&reporter, readiness.get().is_ok(), alive).await;
-        readiness.changed().await;
-    }
+/// Watches at once: a client has one a connection, and it needs no token.
+const WATCHES_MAX: usize = 4096;
+/// A request is the name of a service.
+const REQUEST_BYTES_MAX: usize = 4096;
+
+pub(super) fn server(readiness: Readiness) -> HealthServer<impl Health> {
+    let watches = Arc::new(Semaphore::new(WATCHES_MAX));
+    HealthServer::new(Service { readiness, watches }).max_decoding_message_size(REQUEST_BYTES_MAX)
 }
 
-async fn publish(reporter: &HealthReporter, ready: bool, alive: bool) {
-    let status = |up| {
+#[derive(Debug)]
+struct Service {
+    readiness: Readiness,
+    watches: Arc<Semaphore>,
+}
+
+/// What a name stands for; nothing for one that is not served.
+#[derive(Debug, Clone, Copy)]
+enum Subject {
+    Readiness,
+    Liveness,
+    Unknown,
+}
+
+impl Subject {
+    fn of(name: &str) -> Self {
+        const SERVICE: &str = <ImageGptServiceServer<super::Service> as NamedService>::NAME;
+        match name {
+            SERVER | SERVICE => Self::Readiness,
+            LIVENESS => Self::Liveness,
+            _ => Self::Unknown,
+        }
+    }
+
+    fn status(self, readiness: &Readiness) -> ServingStatus {
+        let up = match self {
+            Self::Readiness => readiness.get().is_ok(),
+            Self::Liveness => readiness.failure().is_none(),
+            Self::Unknown => return ServingStatus::ServiceUnknown,
+        };
         if up {
             ServingStatus::Serving
         } else {
             ServingStatus::NotServing
         }
-    };
-    let service = <ImageGptServiceServer<super::Service> as NamedService>::NAME;
-    reporter.set_service_status(SERVER, status(ready)).await;
-    reporter.set_service_status(service, status(ready)).await;
-    reporter.set_service_status(LIVENESS, status(alive)).await;
+    }
 }
 
-/// A reporter that says NOT_SERVING until it is told otherwise; tonic's own
-/// begins with SERVING.
-pub(super) async fn reporter() -> HealthReporter {
-    let reporter = HealthReporter::new();
-    publish(&reporter, false, true).await;
-    reporter
+fn answer(status: ServingStatus) -> HealthCheckResponse {
+    HealthCheckResponse {
+        status: status.into(),
+    }
+}
+
+#[tonic::async_trait]
+impl Health for Service {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        match Subject::of(&request.get_ref().service).status(&self.readiness) {
+            ServingStatus::ServiceUnknown => Err(Status::not_found("no service of that name")),
+            status => Ok(Response::new(answer(status))),
+        }
+    }
+
+    type WatchStream = ReceiverStream<Result<HealthCheckResponse, Status>>;
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let leaves_at = request.extensions().get::<Peer>().and_then(Peer::leaves_at);
+        let subject = Subject::of(&request.get_ref().service);
+        let Ok(place) = Arc::clone(&self.watches).try_acquire_owned() else {
+            return Err(Status::resource_exhausted(
+                "too many watches; check instead",
+            ));
+        };
+        // Whoever does not read has one status waiting, and then the newest.
+        let (updates, stream) = mpsc::channel(1);
+        let readiness = self.readiness.clone();
+        tokio::spawn(async move {
+            follow(subject, readiness, updates, leaves_at).await;
+            drop(place);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Sends a name's status now and each time that it changes, until the watcher
+/// has gone or its connection is told to go away: a watch has no end of its
+/// own, and would hold the connection for ever.
+async fn follow(
+    subject: Subject,
+    mut readiness: Readiness,
+    updates: mpsc::Sender<Result<HealthCheckResponse, Status>>,
+    leaves_at: Option<Instant>,
+) {
+    let follow = async {
+        let mut last = None;
+        loop {
+            let status = subject.status(&readiness);
+            if last.replace(status) != Some(status)
+                && updates.send(Ok(answer(status))).await.is_err()
+            {
+                return;
+            }
+            readiness.changed().await;
+        }
+    };
+    let old = async {
+        match leaves_at {
+            Some(leaves_at) => tokio::time::sleep_until(leaves_at.into()).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = follow => {}
+        () = updates.closed() => {}
+        () = old => {
+            let goodbye = Status::unavailable("the connection has reached its age; watch again");
+            let _ = updates.try_send(Err(goodbye));
+        }
+    }
 }

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use tokio::sync::watch;
+use tokio::time::Sleep;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
@@ -41,6 +42,8 @@ const REQUEST_ID_LEN_MAX: usize = 128;
 pub(super) struct Observe {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
+    /// How long a request may take to arrive.
+    pub(super) request_timeout: Duration,
     /// Where bytes that are arriving are counted.
     pub(super) bytes: Pool,
     pub(super) calls: Calls,
@@ -133,8 +136,13 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let Some(method) = method(request.uri().path()) else {
-            // Health checks and reflection are not the worker's work.
-            return Box::pin(self.inner.call(request));
+            // Health checks and reflection are not the worker's work. Their
+            // messages are small, but may trickle in as well.
+            let timeout = Some(self.observe.request_timeout);
+            return Box::pin(
+                self.inner
+                    .call(request.map(|body| arriving(body, None, Class::Interactive, timeout))),
+            );
         };
         let started = Instant::now();
         let id = request_id(request.headers());
@@ -155,10 +163,12 @@ where
         let in_progress = self.observe.calls.enter();
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
-            let bytes = self.observe.bytes.clone();
+            // A stream may stay open for as long as its client likes.
+            let bytes = Some(self.observe.bytes.clone());
+            let timeout = Some(self.observe.request_timeout);
             let mut request = request.map(|body| match method {
                 STREAM => body,
-                _ => arriving(body, bytes, class),
+                _ => arriving(body, bytes, class, timeout),
             });
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
@@ -225,21 +235,45 @@ fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
         })
 }
 
-/// A request's body that counts its bytes while they gather in memory.
-fn arriving(body: Body, bytes: Pool, class: Class) -> Body {
+/// A request's body that counts its bytes while they gather in memory, and
+/// that ends when it takes too long: else a client that sends a byte now and
+/// then would hold them for ever.
+fn arriving(body: Body, bytes: Option<Pool>, class: Class, timeout: Option<Duration>) -> Body {
     Body::new(Arriving {
         body,
         bytes,
         class,
         held: Share::default(),
+        started: Instant::now(),
+        timeout,
+        late: None,
     })
 }
 
 struct Arriving {
     body: Body,
-    bytes: Pool,
+    /// Where they are counted, if they are.
+    bytes: Option<Pool>,
     class: Class,
     held: Share,
+    started: Instant,
+    timeout: Option<Duration>,
+    /// Only once it has to be waited for: most requests are here at once.
+    late: Option<Pin<Box<Sleep>>>,
+}
+
+impl Arriving {
+    /// The end of a request that has not arrived in time.
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
+        let (Some(max), started) = (self.timeout, self.started) else {
+            return Poll::Pending;
+        };
+        let late = self
+            .late
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until((started + max).into())));
+        std::task::ready!(late.as_mut().poll(cx));
+        Poll::Ready(status::of_call(&Error::RequestSlow { max }))
+    }
 }
 
 impl http_body::Body for Arriving {
@@ -250,11 +284,14 @@ impl http_body::Body for Arriving {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            return self.poll_late(cx).map(|status| Some(Err(status)));
+        };
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
+            && let Some(bytes) = &self.bytes
         {
-            let Some(share) = self.bytes.try_take(self.class, data.len()) else {
+            let Some(share) = bytes.try_take(self.class, data.len()) else {
                 let error = Error::Full {
                     what: "bytes",
                     flag: "--bytes-in-flight-max",

@@ -30,6 +30,8 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
         Error::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
+        Error::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
+        Error::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Error::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
@@ -98,11 +100,11 @@ mod tests {
     use crate::model::Task;
 
     #[test]
-    #[expect(clippy::too_many_lines, reason = "one row an error")]
+    #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 22] = [
+        let rows: [(Error, Code, &str); 24] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -201,6 +203,18 @@ mod tests {
                 },
                 Code::DeadlineExceeded,
                 "DEADLINE_TOO_SHORT",
+            ),
+            (
+                Error::Unauthenticated { problem: "a" },
+                Code::Unauthenticated,
+                "UNAUTHENTICATED",
+            ),
+            (
+                Error::RequestSlow {
+                    max: std::time::Duration::from_secs(1),
+                },
+                Code::DeadlineExceeded,
+                "REQUEST_SLOW",
             ),
             (
                 Error::DeadlineExceeded { stage },

@@ -88,12 +88,31 @@ pub(crate) async fn start(
         .map(|flag| Head::open(flag).expect("a head"))
         .collect();
     let factory = factory.unwrap_or_else(|| onnx_factory(&config, &model, &heads));
-    let mut worker = Worker::start(&config, model, heads, factory)
+    let worker = start_worker(&config, model, heads, factory).await;
+    let client = connect(&worker).await;
+    Running { worker, client }
+}
+
+/// A worker on the micro model's files, without a client.
+pub(crate) async fn fake_worker(script: Script, flags: &[&str]) -> Worker {
+    let dir = model_dir("micro");
+    let factory: EngineFactory =
+        Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+    let model = Model::open(&dir, None).expect("a model");
+    start_worker(&config(&dir, flags), model, Vec::new(), factory).await
+}
+
+async fn start_worker(
+    config: &ServeConfig,
+    model: Model,
+    heads: Vec<Head>,
+    factory: EngineFactory,
+) -> Worker {
+    let mut worker = Worker::start(config, model, heads, factory)
         .await
         .expect("a worker");
     worker.ready().await.expect("a ready engine");
-    let client = connect(&worker).await;
-    Running { worker, client }
+    worker
 }
 
 pub(crate) async fn connect(worker: &Worker) -> Client {
@@ -148,11 +167,16 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// GET over HTTP/1.1: status and body.
 pub(crate) async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
+    ask(addr, "GET", path).await
+}
+
+/// A request over HTTP/1.1: status and body.
+pub(crate) async fn ask(addr: std::net::SocketAddr, method: &str, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
         .expect("a connection");
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut text = String::new();
     stream.read_to_string(&mut text).await.expect("a response");

@@ -9,10 +9,10 @@ use imagegpt::pb;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::Worker;
 use tonic::transport::Channel;
-use tonic::{Code, Request};
-use tonic_health::pb::HealthCheckRequest;
+use tonic::{Code, Request, Streaming};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
@@ -97,6 +97,52 @@ async fn serving_begins_when_the_model_is_warm() {
         .expect("serving");
     drop((client, channel));
     worker.shutdown(harness::PATIENCE).await;
+}
+
+/// The next status of a watch.
+async fn next(watch: &mut Streaming<HealthCheckResponse>) -> ServingStatus {
+    let update = watch.message().await.expect("a status");
+    update.expect("not the end").status()
+}
+
+#[tokio::test]
+async fn a_watch_follows_and_stays_open_for_an_unknown_name() {
+    let (open, gate) = crossbeam_channel::bounded::<()>(1);
+    let factory: EngineFactory = Box::new(move || {
+        let _ = gate.recv();
+        Ok(Box::new(FakeEngine::new(Script::default())) as Box<dyn Engine>)
+    });
+    let dir = harness::model_dir("micro");
+    let config = harness::config(&dir, &[]);
+    let model = Model::open(&dir, None).expect("a model");
+    let mut worker = Worker::start(&config, model, Vec::new(), factory)
+        .await
+        .expect("a worker");
+    let mut health = HealthClient::new(channel(&worker).await);
+    let mut watches = Vec::new();
+    for service in [SERVICE, "liveness", "nobody"] {
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        let watch = health.watch(request).await.expect("a stream");
+        watches.push(watch.into_inner());
+    }
+    assert_eq!(next(&mut watches[0]).await, ServingStatus::NotServing);
+    assert_eq!(next(&mut watches[1]).await, ServingStatus::Serving);
+    assert_eq!(next(&mut watches[2]).await, ServingStatus::ServiceUnknown);
+    let request = HealthCheckRequest {
+        service: "nobody".to_owned(),
+    };
+    let error = health.check(request).await.expect_err("unknown");
+    assert_eq!(error.code(), Code::NotFound);
+
+    open.send(()).expect("the engine waits");
+    worker.ready().await.expect("a ready engine");
+    assert_eq!(next(&mut watches[0]).await, ServingStatus::Serving);
+    let shutdown = tokio::spawn(worker.shutdown(harness::PATIENCE));
+    assert_eq!(next(&mut watches[0]).await, ServingStatus::NotServing);
+    drop((watches, health));
+    shutdown.await.expect("no panic");
 }
 
 #[tokio::test]

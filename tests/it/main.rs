@@ -8,6 +8,7 @@
     reason = "counts in metrics are whole numbers, and the fake engine is exact"
 )]
 
+mod access;
 mod bad_input;
 mod batching;
 mod compiled;

@@ -71,6 +71,41 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
     running.end().await;
 }
 
+#[tokio::test]
+async fn the_port_serves_nothing_else() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let addr = running.worker.metrics_addr;
+    for path in ["/", "/metrics/", "/metricsx", "/debug/pprof", "/livez/x"] {
+        assert_eq!(harness::get(addr, path).await.0, 404, "{path}");
+    }
+    for method in ["POST", "PUT", "DELETE", "OPTIONS"] {
+        let (status, body) = harness::ask(addr, method, "/metrics").await;
+        assert_eq!((status, body.as_str()), (405, ""), "{method}");
+    }
+    assert_eq!(harness::get(addr, "/metrics?x=1").await.0, 200);
+    running.end().await;
+}
+
+/// Clients that connect and say nothing take every place, but not for long.
+#[tokio::test]
+async fn silent_connections_are_cut() {
+    use tokio::io::AsyncReadExt as _;
+    let running = harness::fake(Script::default(), &[]).await;
+    let addr = running.worker.metrics_addr;
+    let mut silent = Vec::new();
+    for _ in 0..64 {
+        silent.push(tokio::net::TcpStream::connect(addr).await.expect("a place"));
+    }
+    let started = std::time::Instant::now();
+    assert_eq!(harness::get(addr, "/livez").await.0, 200);
+    let elapsed = started.elapsed();
+    assert!(elapsed < harness::PATIENCE / 2, "{elapsed:?}");
+    for mut stream in silent {
+        assert_eq!(stream.read(&mut [0]).await.expect("an end"), 0);
+    }
+    running.end().await;
+}
+
 /// The Prometheus project's own linter, where it is installed (`make test`
 /// installs nothing; CI does).
 #[tokio::test]

@@ -1,0 +1,180 @@
+//! Who may connect, and how much of the worker a client may hold.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::{ConfigError, DAY, size};
+
+/// Who is let in.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Access")]
+pub struct AccessConfig {
+    /// Certificate chain in PEM; with it gRPC is served over TLS only. The
+    /// files of this section are read again when their contents change; new
+    /// ones that cannot be used are logged and leave the old ones in force.
+    /// Open connections live on
+    #[arg(
+        long,
+        env = "IMAGEGPT_TLS_CERT",
+        value_name = "FILE",
+        requires = "tls_key"
+    )]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of --tls-cert in PEM (PKCS#8, PKCS#1 or SEC1)
+    #[arg(
+        long,
+        env = "IMAGEGPT_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_key: Option<PathBuf>,
+
+    /// Certificates in PEM of those who sign clients' certificates; with it
+    /// every client must have one (mutual TLS)
+    #[arg(
+        long,
+        env = "IMAGEGPT_TLS_CLIENT_CA",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// Bearer tokens that calls may bring (metadata `authorization: Bearer
+    /// TOKEN`), one a line, of 16 characters or more; lines with # are
+    /// comments. Without one of them a call is UNAUTHENTICATED; only
+    /// grpc.health.v1 stays open, for probes
+    #[arg(long, env = "IMAGEGPT_AUTH_TOKENS_FILE", value_name = "FILE")]
+    pub auth_tokens_file: Option<PathBuf>,
+
+    /// Serve on an address that is not loopback with neither TLS nor tokens,
+    /// where the network itself keeps strangers out
+    #[arg(
+        long,
+        env = "IMAGEGPT_INSECURE",
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
+    pub insecure: bool,
+}
+
+/// What clients' connections may hold.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connections")]
+pub struct ConnectionsConfig {
+    /// Open gRPC connections; one more is closed at once, so that its client
+    /// goes elsewhere instead of waiting. A client needs one, and each may
+    /// hold 4 MiB that no call has taken yet. Lowered to what the limit on
+    /// open files allows (ulimit -n)
+    #[arg(
+        long,
+        env = "IMAGEGPT_CONNECTIONS_MAX",
+        default_value_t = 1024,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub connections_max: u32,
+
+    /// Calls on one connection at once; more wait on the client's side
+    #[arg(
+        long,
+        env = "IMAGEGPT_STREAMS_PER_CONNECTION_MAX",
+        default_value_t = 1024,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=65_536)
+    )]
+    pub streams_per_connection_max: u32,
+
+    /// Bytes of one call's headers, counted as HTTP/2 does: 32 more for each.
+    /// A token and a trace take less than 1 KiB
+    #[arg(
+        long,
+        env = "IMAGEGPT_HEADER_BYTES_MAX",
+        default_value = "16KiB",
+        value_name = "SIZE",
+        value_parser = size
+    )]
+    pub header_bytes_max: ByteSize,
+
+    /// Age at which a connection is told to go away: calls on it end in their
+    /// own time, new ones go to a new connection, and so to workers that were
+    /// added since, and through certificates that were replaced. Each
+    /// connection's age is up to 10 % shorter or longer, so that clients do
+    /// not come back all at once [default: none]
+    #[arg(
+        long,
+        env = "IMAGEGPT_MAX_CONNECTION_AGE",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub max_connection_age: Option<Duration>,
+
+    /// Time for the whole of one request to arrive; then the call is
+    /// DEADLINE_EXCEEDED. A request holds its share of --bytes-in-flight-max
+    /// while it arrives. The default is enough for the largest request (64
+    /// MiB) at 9 Mbit/s. EmbedStream, which may stay open, is exempt
+    #[arg(
+        long,
+        env = "IMAGEGPT_REQUEST_TIMEOUT",
+        default_value = "60s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub request_timeout: Duration,
+}
+
+impl AccessConfig {
+    /// Whether strangers are kept out by the network alone, and nobody said
+    /// that they are.
+    pub(super) fn validate(&self, listen: SocketAddr) -> Result<(), ConfigError> {
+        let guarded = self.tls_cert.is_some() || self.auth_tokens_file.is_some();
+        if guarded || self.insecure || is_loopback(listen) {
+            return Ok(());
+        }
+        Err(ConfigError(format!(
+            "--listen {listen} is not loopback, and anyone who reaches it could use the worker: \
+             give --tls-cert and --tls-key (and --tls-client-ca, so that clients need a \
+             certificate), or --auth-tokens-file, or --insecure if the network keeps strangers out"
+        )))
+    }
+
+    /// Whether tokens cross a network that others may read.
+    #[must_use]
+    pub fn tokens_in_the_clear(&self, listen: SocketAddr) -> bool {
+        self.auth_tokens_file.is_some() && self.tls_cert.is_none() && !is_loopback(listen)
+    }
+}
+
+fn is_loopback(addr: SocketAddr) -> bool {
+    // ::ffff:127.0.0.1 is loopback too.
+    addr.ip().to_canonical().is_loopback()
+}
+
+impl ConnectionsConfig {
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        let bytes = self.header_bytes_max;
+        let (bytes_min, bytes_max) = (ByteSize::kib(1), ByteSize::mib(1));
+        if !(bytes_min..=bytes_max).contains(&bytes) {
+            return Err(ConfigError(format!(
+                "--header-bytes-max is {bytes}; it must be {bytes_min} to {bytes_max}"
+            )));
+        }
+        let times = [
+            ("--max-connection-age", self.max_connection_age),
+            ("--request-timeout", Some(self.request_timeout)),
+        ];
+        for (flag, time) in times {
+            let Some(time) = time else { continue };
+            if !(Duration::from_secs(1)..=DAY).contains(&time) {
+                return Err(ConfigError(format!(
+                    "{flag} is {}; it must be 1s to 1day",
+                    humantime::format_duration(time)
+                )));
+            }
+        }
+        Ok(())
+    }
+}

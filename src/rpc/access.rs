@@ -1,0 +1,66 @@
+//! Certificates and tokens, and that they are followed when they change.
+
+use tokio::task::JoinSet;
+
+use super::auth::Tokens;
+use super::reload::{Follower, Latest, Source};
+use super::tls::Tls;
+use crate::config::AccessConfig;
+use crate::metrics::Metrics;
+
+/// The files that say who is let in, read once.
+#[derive(Debug, Default)]
+pub struct Access {
+    tls: Option<(Latest<Tls>, Follower<Tls>)>,
+    tokens: Option<(Latest<Tokens>, Follower<Tokens>)>,
+}
+
+/// Who is let in now.
+pub(super) struct Guards {
+    pub(super) tls: Option<Latest<Tls>>,
+    pub(super) tokens: Option<Latest<Tokens>>,
+}
+
+impl Access {
+    /// Reads the files that the flags name.
+    ///
+    /// # Errors
+    ///
+    /// One sentence on the file that is wrong.
+    pub fn open(config: &AccessConfig) -> anyhow::Result<Self> {
+        let tls = match (&config.tls_cert, &config.tls_key) {
+            (Some(certificate), Some(key)) => Some(Tls::open(
+                Source::new("--tls-cert", certificate),
+                Source::new("--tls-key", key),
+                config
+                    .tls_client_ca
+                    .as_ref()
+                    .map(|ca| Source::new("--tls-client-ca", ca)),
+            )?),
+            _ => None,
+        };
+        let tokens = match &config.auth_tokens_file {
+            Some(path) => Some(Tokens::open(Source::new("--auth-tokens-file", path))?),
+            None => None,
+        };
+        Ok(Self { tls, tokens })
+    }
+
+    /// Follows the files until the returned tasks are dropped.
+    pub(super) fn follow(self, metrics: &Metrics) -> (Guards, JoinSet<()>) {
+        let mut followers = JoinSet::new();
+        let tls = self.tls.map(|(latest, follower)| {
+            latest.get().report(metrics.access());
+            let reported = metrics.clone();
+            followers.spawn(follower.run(metrics.clone(), move |tls| {
+                tls.report(reported.access());
+            }));
+            latest
+        });
+        let tokens = self.tokens.map(|(latest, follower)| {
+            followers.spawn(follower.run(metrics.clone(), |_| {}));
+            latest
+        });
+        (Guards { tls, tokens }, followers)
+    }
+}

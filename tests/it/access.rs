@@ -1,0 +1,568 @@
+//! Who is let in, and how much of the worker one client may hold.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::{Command, Stdio};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use imagegpt::engine::fake::Script;
+use imagegpt::pb;
+use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::rpc::client::{Client, ConnectConfig};
+use imagegpt::worker::{Ended, Worker};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_types::StatusExt as _;
+use tower::{Service as _, ServiceExt as _};
+
+use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
+
+const TOKEN: &str = "0123456789abcdef";
+
+/// Someone who signs certificates, and a folder for them.
+struct Authority {
+    dir: tempfile::TempDir,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut params = CertificateParams::new(Vec::new()).expect("no names");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        std::fs::write(dir.path().join("ca.crt"), certificate.pem()).expect("written");
+        let issuer = Issuer::new(params, key);
+        let authority = Self { dir, issuer };
+        authority.sign("server", 2031);
+        authority.sign("client", 2031);
+        authority
+    }
+
+    /// Writes NAME.crt and NAME.key, good until that year.
+    fn sign(&self, name: &str, until: i32) {
+        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let mut params = CertificateParams::new(names).expect("names");
+        params.not_after = rcgen::date_time_ymd(until, 1, 1);
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.issuer).expect("signed");
+        std::fs::write(self.path(&format!("{name}.crt")), certificate.pem()).expect("written");
+        std::fs::write(self.path(&format!("{name}.key")), key.serialize_pem()).expect("written");
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A client that trusts it.
+    fn trusted(&self) -> ConnectConfig {
+        ConnectConfig {
+            tls_ca: Some(self.path("ca.crt")),
+            ..Default::default()
+        }
+    }
+
+    fn server_flags(&self) -> Vec<String> {
+        let path = |name| self.path(name).display().to_string();
+        [
+            "--tls-cert",
+            &path("server.crt"),
+            "--tls-key",
+            &path("server.key"),
+        ]
+        .map(str::to_owned)
+        .to_vec()
+    }
+}
+
+async fn start(flags: &[impl AsRef<str>]) -> Worker {
+    start_with(Script::default(), flags).await
+}
+
+async fn start_with(script: Script, flags: &[impl AsRef<str>]) -> Worker {
+    let flags: Vec<&str> = flags.iter().map(AsRef::as_ref).collect();
+    harness::fake_worker(script, &flags).await
+}
+
+async fn end(worker: Worker) {
+    assert_eq!(worker.shutdown(harness::PATIENCE).await, Ended::Clean);
+}
+
+/// What GetModel says over a new connection: the model's name, or all that
+/// went wrong.
+async fn call(worker: &Worker, scheme: &str, config: &ConnectConfig) -> Result<String, String> {
+    let url = format!("{scheme}://{}", worker.grpc_addr);
+    let call = async {
+        let mut client = Client::connect(&url, config).await?;
+        anyhow::Ok(client.model().await?.name)
+    };
+    call.await.map_err(|error| format!("{error:#}"))
+}
+
+async fn sample(worker: &Worker, series: &str) -> f64 {
+    harness::sample(
+        &harness::get(worker.metrics_addr, "/metrics").await.1,
+        series,
+    )
+}
+
+async fn until_sample(worker: &Worker, series: &str, expected: f64) {
+    let started = Instant::now();
+    while sample(worker, series).await != expected {
+        assert!(
+            started.elapsed() < harness::PATIENCE,
+            "never: {series} {expected}"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn channel(worker: &Worker) -> Channel {
+    Channel::from_shared(format!("http://{}", worker.grpc_addr))
+        .expect("a URL")
+        .connect()
+        .await
+        .expect("a connection")
+}
+
+#[tokio::test]
+async fn tls_works_and_nothing_else_does() {
+    let (ours, others) = (Authority::new(), Authority::new());
+    let worker = start(&ours.server_flags()).await;
+    call(&worker, "https", &ours.trusted())
+        .await
+        .expect("a call");
+    call(&worker, "http", &ConnectConfig::default())
+        .await
+        .expect_err("plaintext");
+    call(&worker, "https", &others.trusted())
+        .await
+        .expect_err("a certificate of someone else");
+    call(&worker, "https", &ConnectConfig::default())
+        .await
+        .expect_err("a certificate of nobody known");
+    assert_eq!(
+        sample(
+            &worker,
+            "imagegpt_connections_total{outcome=\"handshake_failed\"}"
+        )
+        .await,
+        3.0
+    );
+    // 2031-01-01.
+    let expiry = sample(&worker, "imagegpt_tls_certificate_expiry_timestamp_seconds").await;
+    assert_eq!(expiry, 1_924_992_000.0);
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn mutual_tls_asks_clients_for_a_certificate() {
+    let (ours, others) = (Authority::new(), Authority::new());
+    let mut flags = ours.server_flags();
+    flags.extend([
+        "--tls-client-ca".to_owned(),
+        ours.path("ca.crt").display().to_string(),
+    ]);
+    let worker = start(&flags).await;
+    let with = |authority: &Authority| ConnectConfig {
+        tls_client_cert: Some(authority.path("client.crt")),
+        tls_client_key: Some(authority.path("client.key")),
+        ..ours.trusted()
+    };
+    call(&worker, "https", &with(&ours)).await.expect("a call");
+    call(&worker, "https", &ours.trusted())
+        .await
+        .expect_err("no certificate");
+    call(&worker, "https", &with(&others))
+        .await
+        .expect_err("a certificate of someone else");
+    end(worker).await;
+}
+
+/// As Kubernetes replaces a secret: by a link to a folder.
+#[tokio::test]
+async fn a_replaced_certificate_meets_new_connections_and_leaves_old_ones() {
+    let (old, new) = (Authority::new(), Authority::new());
+    new.sign("server", 2032);
+    let mount = tempfile::tempdir().expect("a folder");
+    let swap = |to: &Path| {
+        symlink(to, mount.path().join("next")).expect("a link");
+        std::fs::rename(mount.path().join("next"), mount.path().join("now")).expect("swapped");
+    };
+    swap(old.dir.path());
+    let path = |name: &str| mount.path().join("now").join(name).display().to_string();
+    let flags = [
+        "--tls-cert",
+        &path("server.crt"),
+        "--tls-key",
+        &path("server.key"),
+    ];
+    let worker = start(&flags).await;
+    let url = format!("https://{}", worker.grpc_addr);
+    let mut before = Client::connect(&url, &old.trusted())
+        .await
+        .expect("a connection");
+    before.model().await.expect("a call");
+
+    // One that cannot be used changes nothing.
+    let broken = tempfile::tempdir().expect("a folder");
+    std::fs::write(broken.path().join("server.crt"), "nothing").expect("written");
+    swap(broken.path());
+    let failed = "imagegpt_reload_failed{file=\"certificate\"}";
+    until_sample(&worker, failed, 1.0).await;
+    call(&worker, "https", &old.trusted())
+        .await
+        .expect("the old one");
+
+    swap(new.dir.path());
+    until_sample(&worker, "imagegpt_reloads_total{file=\"certificate\"}", 1.0).await;
+    assert_eq!(sample(&worker, failed).await, 0.0);
+    call(&worker, "https", &new.trusted())
+        .await
+        .expect("the new one");
+    call(&worker, "https", &old.trusted())
+        .await
+        .expect_err("the old one is gone");
+    before.model().await.expect("the old connection lives on");
+    // 2032-01-01.
+    let expiry = sample(&worker, "imagegpt_tls_certificate_expiry_timestamp_seconds").await;
+    assert_eq!(expiry, 1_956_528_000.0);
+    drop(before);
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn calls_need_a_token_and_probes_do_not() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, content: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).expect("written");
+        path
+    };
+    let accepted = file("tokens", &format!("# ours\nanother-{TOKEN}\n{TOKEN}\n"));
+    let worker = start(&["--auth-tokens-file", accepted.to_str().expect("UTF-8")]).await;
+    let with = |name: &str, token: &str| ConnectConfig {
+        token_file: Some(file(name, token)),
+        ..Default::default()
+    };
+    let right = with("right", TOKEN);
+    call(&worker, "http", &right).await.expect("a call");
+    let refusal = |outcome: Result<String, String>| outcome.expect_err("a refusal");
+    let wrong = refusal(call(&worker, "http", &with("wrong", "0123456789abcdeF")).await);
+    assert_eq!(
+        wrong,
+        "UNAUTHENTICATED: authorization: the bearer token is not one that the worker accepts"
+    );
+    let missing = refusal(call(&worker, "http", &ConnectConfig::default()).await);
+    assert!(
+        missing.starts_with("UNAUTHENTICATED: authorization: the call has no"),
+        "{missing}"
+    );
+    let refused = "imagegpt_requests_total{method=\"GetModel\",code=\"UNAUTHENTICATED\"}";
+    assert_eq!(sample(&worker, refused).await, 2.0);
+
+    let channel = channel(&worker).await;
+    HealthClient::new(channel.clone())
+        .check(HealthCheckRequest::default())
+        .await
+        .expect("probes need none");
+    let error = ServerReflectionClient::new(channel.clone())
+        .server_reflection_info(tokio_stream::pending())
+        .await
+        .expect_err("reflection needs one");
+    assert_eq!(error.code(), Code::Unauthenticated);
+    // The request never ends: whoever waited for it would wait for ever.
+    let error = ImageGptServiceClient::new(channel)
+        .embed_stream(tokio_stream::pending())
+        .await
+        .expect_err("no token");
+    assert_eq!(error.code(), Code::Unauthenticated);
+    let info = error.get_details_error_info().expect("an ErrorInfo");
+    assert_eq!(
+        (info.reason.as_str(), info.domain.as_str()),
+        ("UNAUTHENTICATED", "imagegpt.v1")
+    );
+
+    // A replaced token counts at once for open connections, too.
+    let url = format!("http://{}", worker.grpc_addr);
+    let mut open = Client::connect(&url, &right).await.expect("a connection");
+    open.model().await.expect("a call");
+    file("tokens", &format!("{TOKEN}-new"));
+    until_sample(&worker, "imagegpt_reloads_total{file=\"tokens\"}", 1.0).await;
+    open.model().await.expect_err("not a token any more");
+    call(&worker, "http", &with("new", &format!("{TOKEN}-new")))
+        .await
+        .expect("the new one");
+    drop(open);
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn one_connection_too_many_is_closed_at_once() {
+    let worker = start(&["--connections-max", "2"]).await;
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = ImageGptServiceClient::new(channel(&worker).await);
+        client
+            .get_model(pb::GetModelRequest {})
+            .await
+            .expect("a call");
+        clients.push(client);
+    }
+    let mut third = TcpStream::connect(worker.grpc_addr)
+        .await
+        .expect("accepted");
+    let read = third.read(&mut [0]).await;
+    assert!(matches!(read, Ok(0) | Err(_)), "closed: {read:?}");
+    let series = "imagegpt_connections_total{outcome=\"refused\"}";
+    assert_eq!(sample(&worker, series).await, 1.0);
+    assert_eq!(sample(&worker, "imagegpt_connections_open").await, 2.0);
+    assert_eq!(sample(&worker, "imagegpt_connections_max").await, 2.0);
+
+    clients.pop();
+    until_sample(&worker, "imagegpt_connections_open", 1.0).await;
+    call(&worker, "http", &ConnectConfig::default())
+        .await
+        .expect("there is a place again");
+    drop(clients);
+    end(worker).await;
+}
+
+/// Clients that connect and say nothing take half of the places at most, and
+/// not for long; who is in stays in.
+async fn silence(scheme: &str, config: &ConnectConfig, flags: &[String]) {
+    let flags = [flags, &["--connections-max".to_owned(), "4".to_owned()]].concat();
+    let worker = start(&flags).await;
+    let url = format!("{scheme}://{}", worker.grpc_addr);
+    let mut inside = Client::connect(&url, config).await.expect("a connection");
+    inside.model().await.expect("a call");
+    let mut silent = Vec::new();
+    for _ in 0..2 {
+        let stream = TcpStream::connect(worker.grpc_addr).await;
+        silent.push(stream.expect("accepted"));
+    }
+    until_sample(&worker, "imagegpt_connections_open", 3.0).await;
+    call(&worker, scheme, config)
+        .await
+        .expect_err("no place to shake hands");
+    inside.model().await.expect("a call");
+    let failed = "imagegpt_connections_total{outcome=\"handshake_failed\"}";
+    until_sample(&worker, failed, 2.0).await;
+    call(&worker, scheme, config)
+        .await
+        .expect("there are places again");
+    for mut stream in silent {
+        // After what the server had to say, which ends by an end or an error.
+        let mut said = Vec::new();
+        let read = stream.read_to_end(&mut said);
+        let ended = tokio::time::timeout(harness::PATIENCE, read).await;
+        let _ = ended.expect("it was cut");
+    }
+    drop(inside);
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn silent_connections_are_cut() {
+    let ours = Authority::new();
+    let (plain, trusted, flags) = (
+        ConnectConfig::default(),
+        ours.trusted(),
+        ours.server_flags(),
+    );
+    // Together, since each waits for the ten seconds of a handshake.
+    tokio::join!(
+        silence("http", &plain, &[]),
+        silence("https", &trusted, &flags),
+    );
+}
+
+#[tokio::test]
+async fn headers_have_a_limit() {
+    let worker = start(&["--header-bytes-max", "1KiB"]).await;
+    let mut client = ImageGptServiceClient::new(channel(&worker).await);
+    let request = |n_bytes: usize| {
+        let mut request = Request::new(pb::GetModelRequest {});
+        let value = "x".repeat(n_bytes).parse().expect("ascii");
+        request.metadata_mut().insert("x-long", value);
+        request
+    };
+    client.get_model(request(100)).await.expect("a call");
+    client.get_model(request(2000)).await.expect_err("too long");
+    client
+        .get_model(request(100))
+        .await
+        .expect("the connection lives on");
+    drop(client);
+    end(worker).await;
+}
+
+/// A call is in progress when its connection is told to go away; another
+/// client calls all the while.
+#[tokio::test]
+async fn an_aged_connection_goes_away_and_no_call_is_lost() {
+    let (open, gate) = crossbeam_channel::bounded(1);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    let flags = ["--max-connection-age", "1s", "--max-batch-size", "1"];
+    let worker = start_with(script, &flags).await;
+    let channel = channel(&worker).await;
+    let mut client = ImageGptServiceClient::new(channel.clone());
+    let ids = seeded(7);
+    let request = embed(vec![tokens(ids.clone())]);
+    let held = tokio::spawn(async move { client.embed(request).await });
+    harness::until("a call in progress", || worker.images_in_flight() == 1).await;
+    let mut watch = HealthClient::new(channel)
+        .watch(HealthCheckRequest::default())
+        .await
+        .expect("a watch")
+        .into_inner();
+    watch.message().await.expect("a status");
+    let goodbye = watch.message().await.expect_err("the connection's age");
+    assert_eq!(goodbye.code(), Code::Unavailable);
+
+    // Its connection has gone away, but for the call.
+    let mut client = harness::connect(&worker).await;
+    let closed = "imagegpt_connections_total{outcome=\"closed\"}";
+    let mut n_calls = 0;
+    while sample(&worker, closed).await < 2.0 {
+        client
+            .get_model(pb::GetModelRequest {})
+            .await
+            .expect("no call is lost");
+        n_calls += 1;
+        assert!(n_calls < 1_000_000, "connections never age");
+    }
+    open.send(()).expect("the engine waits");
+    let response = held
+        .await
+        .expect("no panic")
+        .expect("an answer")
+        .into_inner();
+    assert_eq!(
+        vector(&response.results[0]).expect("a vector"),
+        fake_answer(&ids)
+    );
+    drop((client, watch, open));
+    end(worker).await;
+}
+
+/// A message of 1,000 bytes of which no more than the first few come.
+struct Trickle(Vec<u8>);
+
+impl Body for Trickle {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match self.0.pop() {
+            Some(byte) => Poll::Ready(Some(Ok(Frame::data(vec![byte].into())))),
+            None => Poll::Pending,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_trickles_in_is_ended() {
+    let worker = start(&["--request-timeout", "1s"]).await;
+    let channel = channel(&worker).await;
+    // Probes need no token, so they must not be a way in for this either.
+    tokio::join!(
+        trickle(channel.clone(), "/imagegpt.v1.ImageGptService/Embed"),
+        trickle(channel.clone(), "/grpc.health.v1.Health/Check"),
+    );
+    let error = HealthClient::new(channel)
+        .check(HealthCheckRequest {
+            service: "x".repeat(5000),
+        })
+        .await
+        .expect_err("no name is so long");
+    assert_eq!(error.code(), Code::OutOfRange);
+    end(worker).await;
+}
+
+async fn trickle(mut channel: Channel, path: &str) {
+    // Reversed: a frame that is not compressed and has 1,000 bytes.
+    let body = Trickle(vec![0, 0, 0, 0xe8, 3, 0, 0, 0]);
+    let request = http::Request::post(path)
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::new(body))
+        .expect("a request");
+    let started = Instant::now();
+    let response = channel
+        .ready()
+        .await
+        .expect("a connection")
+        .call(request)
+        .await
+        .expect("a response");
+    let status = Status::from_header_map(response.headers()).expect("a status");
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    assert!(
+        status.message().contains("within 1s (--request-timeout)"),
+        "{status:?}"
+    );
+    let info = status.get_details_error_info().expect("an ErrorInfo");
+    assert_eq!(info.reason, "REQUEST_SLOW");
+    assert!(started.elapsed() >= Duration::from_secs(1));
+}
+
+/// Flags and files that are wrong end the program with 2 and one sentence.
+#[test]
+fn what_is_wrong_is_told_at_start() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let short = dir.path().join("short");
+    std::fs::write(&short, "hunter2").expect("written");
+    let short = short.to_str().expect("UTF-8");
+    let check = |flags: &[&str], expected: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+            .args(["serve", "--metrics-listen", "127.0.0.1:0", "--model"])
+            .arg(harness::model_dir("micro"))
+            .args(flags)
+            .stdin(Stdio::null())
+            .output()
+            .expect("the program");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {text}");
+        assert!(text.contains(expected), "{flags:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{flags:?}: {text}");
+        assert!(!text.contains("hunter2"), "{text}");
+    };
+    check(
+        &["--listen", "0.0.0.0:0"],
+        "give --tls-cert and --tls-key (and --tls-client-ca, so that clients need a certificate), \
+         or --auth-tokens-file, or --insecure",
+    );
+    check(
+        &[
+            "--listen",
+            "127.0.0.1:0",
+            "--tls-cert",
+            "none",
+            "--tls-key",
+            "none",
+        ],
+        "imagegpt: --tls-cert none cannot be read: No such file or directory",
+    );
+    check(
+        &["--listen", "127.0.0.1:0", "--auth-tokens-file", short],
+        "line 1: the token has 7 characters; make it 16 or more",
+    );
+}
