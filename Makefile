@@ -36,6 +36,10 @@ check: setup ## All that CI checks: format, lints, documentation, tests
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	cargo test --locked --lib --bins --tests
 
+.PHONY: loom
+loom: ## Try every order in which the worker's threads may meet (loom)
+	cargo run --locked --manifest-path tests/loom/Cargo.toml
+
 .PHONY: deny
 deny: target/tools/bin/cargo-deny ## Check licenses and sources of all dependencies (builds cargo-deny first)
 	target/tools/bin/cargo-deny --locked check bans licenses sources

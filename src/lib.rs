@@ -31,6 +31,7 @@ pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod readiness;
+mod sync;
 pub mod telemetry;
 pub mod worker;
 

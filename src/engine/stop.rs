@@ -5,7 +5,7 @@
 //! late finds another number and does nothing, so it can never stop the next
 //! run.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Tells the runtime to stop; cheap, and harmless when it has ended.
 pub type Hook = Box<dyn Fn() + Send>;

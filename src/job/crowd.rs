@@ -5,11 +5,11 @@
 //! waits or runs; the engine closes the crowd and answers whoever is in it. The
 //! lock is held for a few pointer moves, never while anything runs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Ticket;
 use crate::error::{Error, Stage};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See the module.
 #[derive(Debug)]

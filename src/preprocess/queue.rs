@@ -5,7 +5,6 @@
 //! its own: a job holds its permit, so there are at most as many as permits.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
@@ -14,6 +13,7 @@ use super::pool::Picture;
 use crate::error::{Error, Stage};
 use crate::job::{Class, Job};
 use crate::metrics::Metrics;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// While both classes wait, every so many pictures a bulk one goes first, so
 /// that interactive ones alone cannot fill the queue before the engine and bulk
