@@ -14,7 +14,7 @@ use imagegpt::engine::onnx;
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
-use imagegpt::worker::{Ended, Worker, onnx_factory};
+use imagegpt::worker::{Ended, Worker, engine_factory};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Flags or files are wrong: what clap exits with, too.
@@ -105,7 +105,7 @@ async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         Ok((model, heads))
     };
     let (model, heads) = tokio::task::spawn_blocking(load).await??;
-    let factory = onnx_factory(config, &model, &heads);
+    let factory = engine_factory(config, &model, &heads);
     let mut worker = Worker::start(config, model, heads, factory).await?;
     tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
     worker.ready().await.context("the model cannot be served")?;

@@ -20,6 +20,7 @@ use crate::admission::{Admission, Capacity, Occupancy};
 use crate::batcher;
 use crate::batcher::policy::Policy;
 use crate::config::ServeConfig;
+use crate::engine::fake::FakeEngine;
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::{self, Engine, EngineError, EngineFactory, Facts, State};
 use crate::head::Head;
@@ -141,6 +142,16 @@ pub enum Ended {
         /// Calls that were in progress.
         calls: usize,
     },
+}
+
+/// The engine that the flags ask for.
+#[must_use]
+pub fn engine_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
+    let Some(cost) = config.model.fake_engine else {
+        return onnx_factory(config, model, heads);
+    };
+    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    Box::new(move || Ok(Box::new(FakeEngine::new(cost.into())) as Box<dyn Engine>))
 }
 
 /// An engine for the model at hand, as the flags say.
