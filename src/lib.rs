@@ -33,6 +33,7 @@ pub mod readiness;
 pub mod telemetry;
 pub mod worker;
 
+pub mod bench;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use imagegpt::bench::flags::BenchArgs;
+use imagegpt::bench::{self, Verdict};
 use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::ServeConfig;
@@ -44,6 +46,8 @@ enum Command {
     Inspect(InspectArgs),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
+    /// Load a worker and measure what it does
+    Bench(Box<BenchArgs>),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
         Command::Neighbors(config) => show_neighbors(&config),
+        Command::Bench(args) => run_bench(&args),
     };
     outcome.unwrap_or_else(|error| {
         // Before the log is set up, and for commands that have none.
@@ -198,4 +203,11 @@ fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<ExitCode> {
     runtime()?.block_on(neighbors::run(config, &mut std::io::stdout()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    Ok(match bench::run(args, &mut std::io::stdout())? {
+        Verdict::Fine => ExitCode::SUCCESS,
+        Verdict::Broken => ExitCode::FAILURE,
+    })
 }

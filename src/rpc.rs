@@ -7,6 +7,7 @@ pub(crate) mod codec;
 mod convert;
 mod deadline;
 mod health;
+pub mod load;
 mod observe;
 mod status;
 
