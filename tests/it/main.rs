@@ -10,6 +10,7 @@
 
 mod bad_input;
 mod batching;
+mod bench;
 mod compiled;
 mod embed;
 mod engine_faults;
