@@ -290,6 +290,7 @@ impl Bench {
             let ended = Instant::now();
             let done = Done {
                 due,
+                sent: None,
                 ended,
                 n_images,
                 retries,
@@ -398,10 +399,12 @@ impl Generator {
             runtime.spawn(async move {
                 let lane = bench.lane();
                 let body = bench.body();
-                recorder.lateness(lane, due, Instant::now());
+                let sent = Instant::now();
+                recorder.lateness(lane, due, sent);
                 let (outcome, retries) = bench.call(lane, manner, body).await;
                 let done = Done {
                     due,
+                    sent: Some(sent),
                     ended: Instant::now(),
                     n_images,
                     retries,
@@ -497,25 +500,24 @@ async fn watch(
 ) -> Observed {
     let begun = Instant::now();
     let bulk_now = || bulk.as_ref().map(|count| count.load(Ordering::Relaxed));
-    tokio::select! {
-        () = tokio::time::sleep_until(from.into()) => {}
-        _ = &mut ended => {}
-    }
+    let mut is_ended = tokio::select! {
+        () = tokio::time::sleep_until(from.into()) => false,
+        _ = &mut ended => true,
+    };
     let started = Instant::now();
     let (bulk_start, cpu_start) = (bulk_now(), process::own_cpu_seconds());
     let mut samples: Vec<Usage> = process::usage(&pids).into_iter().collect();
-    let mut is_ended = false;
-    loop {
+    while !is_ended {
         let tick = Instant::now() + SAMPLE_INTERVAL;
         let tick = until.map_or(tick, |until| until.min(tick));
         tokio::select! {
             () = tokio::time::sleep_until(tick.into()) => {}
-            _ = &mut ended, if !is_ended => is_ended = true,
+            _ = &mut ended => is_ended = true,
         }
         samples.extend(process::usage(&pids));
         let now = Instant::now();
         line.update(now - begun, recorder.glance());
-        if is_ended || until.is_some_and(|until| now >= until) {
+        if until.is_some_and(|until| now >= until) {
             break;
         }
     }

@@ -9,7 +9,7 @@ use super::flags::{BulkKind, LoadArgs, MixedArgs, OverloadArgs};
 use super::load::{Bench, Phase};
 use super::progress::note;
 use super::report::{milliseconds, rate};
-use super::stats::as_f64;
+use super::stats::{Percentiles, as_f64};
 use crate::rpc::load::Priority;
 
 /// What a mode found out.
@@ -130,20 +130,21 @@ pub(super) async fn overload(
             .values()
             .map(|code| code.with_retry_info)
             .sum();
-        let p99 = counts
-            .rejected
-            .values()
-            .filter_map(|code| code.latency)
-            .map(|latency| latency.p99_ms)
-            .fold(None, |max: Option<f64>, p99| {
-                Some(max.map_or(p99, |max| max.max(p99)))
-            });
+        let rejected = || counts.rejected.values();
+        let p99 = worst_p99(rejected().map(|code| code.latency));
+        let p99_from_send = worst_p99(rejected().map(|code| code.latency_from_send));
         let retry_percent = 100.0 * as_f64(with_retry) / as_f64(rejects).max(1.0);
         let refused = match p99 {
             Some(p99) => format!(
-                "{rejects} rejects in p99 {}, {retry_percent:.1} % with RetryInfo",
-                milliseconds(p99)
+                "{rejects} rejects in p99 {} ({} from when they were sent), {retry_percent:.1} % \
+                 with RetryInfo",
+                milliseconds(p99),
+                p99_from_send.map_or_else(|| "?".to_owned(), milliseconds)
             ),
+            None if *times > 1.0 => {
+                "no rejects: the worker's queue was still filling; take a longer --warm-up"
+                    .to_owned()
+            }
             None => "no rejects".to_owned(),
         };
         findings.line(format!(
@@ -154,11 +155,20 @@ pub(super) async fn overload(
             "goodput_percent_of_saturation": percent,
             "rejects": rejects,
             "reject_p99_ms": p99,
+            "reject_p99_from_send_ms": p99_from_send,
             "rejects_with_retry_info_percent": (rejects > 0).then_some(retry_percent),
         }));
     }
     findings.number("overload", rows);
     findings
+}
+
+/// The worst code's 99th percentile.
+fn worst_p99(latencies: impl Iterator<Item = Option<Percentiles>>) -> Option<f64> {
+    let p99s = latencies.flatten().map(|latency| latency.p99_ms);
+    p99s.fold(None, |worst: Option<f64>, p99| {
+        Some(worst.map_or(p99, |worst| worst.max(p99)))
+    })
 }
 
 pub(super) async fn mixed(

@@ -91,8 +91,8 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         points.flat_map(|(_, l)| LINES.map(|(_, of, _)| of(l)))
     };
     // A logarithm has no zero; a microsecond is below all that is measured.
-    let y_min = all().fold(f64::INFINITY, f64::min).max(1e-3);
-    let y_max = all().fold(y_min, f64::max);
+    let y_min = all().fold(f64::INFINITY, f64::min).max(1e-3) / 1.5;
+    let y_max = all().fold(y_min, f64::max) * 1.5;
     let canvas = SVGBackend::new(path, SIZE).into_drawing_area();
     canvas.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&canvas)
@@ -100,7 +100,7 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(72)
-        .build_cartesian_2d(0.0..x_max * 1.05, (y_min / 1.5..y_max * 1.5).log_scale())?;
+        .build_cartesian_2d(0.0..x_max * 1.05, (y_min..y_max).log_scale())?;
     chart
         .configure_mesh()
         .x_desc(picture.x_name)
@@ -110,10 +110,12 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         .light_line_style(WHITE)
         .bold_line_style(RGBColor(225, 225, 225))
         .x_label_formatter(&|x| format!("{x:.0}"))
+        // Many, because a logarithm's ticks thin out within one decade.
+        .y_labels(16)
         .y_label_formatter(&|y| significant(*y))
         .draw()?;
     if let Some((x, name)) = &picture.x_mark {
-        let line = [(*x, y_min / 1.5), (*x, y_max * 1.5)];
+        let line = [(*x, y_min), (*x, y_max)];
         chart
             .draw_series(LineSeries::new(line, GRAY.stroke_width(1)))?
             .label(name)

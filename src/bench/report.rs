@@ -141,13 +141,22 @@ fn remarks(phase: &Phase, out: &mut impl Write) -> std::io::Result<()> {
         lines.push(format!("bulk meanwhile: {} images/s", short(bulk)));
     }
     if let Some(late) = counts.lateness {
+        let from_send = counts
+            .latency_from_send
+            .map_or_else(String::new, |latency| {
+                format!(
+                    "; from when calls were sent: p50 {} p99 {}",
+                    milliseconds(latency.p50_ms),
+                    milliseconds(latency.p99_ms)
+                )
+            });
         let verdict = if is_client_bound(phase) {
-            ": THE TOOL WAS THE LIMIT, so these latencies are too long"
+            ": THE TOOL OR ITS MACHINE WAS LATE, so these latencies are too long"
         } else {
             ""
         };
         lines.push(format!(
-            "the generator was late by p50 {} p99 {} max {}{verdict}",
+            "the generator was late by p50 {} p99 {} max {}{verdict}{from_send}",
             milliseconds(late.p50_ms),
             milliseconds(late.p99_ms),
             milliseconds(late.max_ms)
@@ -194,6 +203,11 @@ fn refusals(code: &str, refused: &CodeCounts) -> String {
             milliseconds(latency.max_ms)
         )
     });
+    let from_send = refused
+        .latency_from_send
+        .map_or_else(String::new, |latency| {
+            format!(" (p99 {} from when sent)", milliseconds(latency.p99_ms))
+        });
     let retry = if refused.with_retry_info > 0 {
         format!(
             ", {:.1} % with RetryInfo (up to {})",
@@ -204,7 +218,7 @@ fn refusals(code: &str, refused: &CodeCounts) -> String {
         String::new()
     };
     format!(
-        "{} {code}{latency}{retry}: {:?}",
+        "{} {code}{latency}{from_send}{retry}: {:?}",
         refused.calls, refused.message
     )
 }

@@ -82,6 +82,8 @@ pub(super) struct Percentiles {
 #[derive(Debug, Clone, Default)]
 struct Tally {
     answered: Latencies,
+    /// The same from when they were sent; open loop only.
+    answered_from_send: Latencies,
     refused: BTreeMap<&'static str, Refused>,
     lateness: Latencies,
     retries: u64,
@@ -96,6 +98,7 @@ struct Tally {
 struct Refused {
     is_reject: bool,
     latencies: Latencies,
+    latencies_from_send: Latencies,
     images: u64,
     with_retry_info: u64,
     retry_after_max: Duration,
@@ -128,6 +131,8 @@ pub(super) struct Recorder {
 pub(super) struct Done {
     /// When it should have been sent.
     pub(super) due: Instant,
+    /// When it was, if that may differ.
+    pub(super) sent: Option<Instant>,
     pub(super) ended: Instant,
     pub(super) n_images: u64,
     pub(super) retries: u64,
@@ -180,6 +185,9 @@ impl Recorder {
 
     pub(super) fn done(&self, of: usize, call: Done) {
         let latency = call.ended.saturating_duration_since(call.due);
+        let from_send = call
+            .sent
+            .map(|sent| call.ended.saturating_duration_since(sent));
         let within_slo = self.slo.is_none_or(|slo| latency <= slo);
         let in_window = call.ended >= self.from && self.until.is_none_or(|end| call.ended < end);
         let measured = self.measures(call.due);
@@ -197,6 +205,9 @@ impl Recorder {
                 }
                 if measured {
                     tally.answered.record(latency);
+                    if let Some(time) = from_send {
+                        tally.answered_from_send.record(time);
+                    }
                     tally.images_answered += n_good;
                     for code in images.iter().filter_map(|image| image.as_ref().err()) {
                         *tally.images_failed.entry(code).or_default() += 1;
@@ -207,6 +218,9 @@ impl Recorder {
                 let refused = tally.refused.entry(refusal.code).or_default();
                 refused.is_reject = refusal.is_reject();
                 refused.latencies.record(latency);
+                if let Some(time) = from_send {
+                    refused.latencies_from_send.record(time);
+                }
                 refused.images += call.n_images;
                 if let Some(after) = refusal.retry_after {
                     refused.with_retry_info += 1;
@@ -258,6 +272,7 @@ impl Recorder {
                     calls,
                     images: refused.images,
                     latency: refused.latencies.percentiles(),
+                    latency_from_send: refused.latencies_from_send.percentiles(),
                     with_retry_info: refused.with_retry_info,
                     retry_after_max_ms: 1e3 * refused.retry_after_max.as_secs_f64(),
                     message: refused.message.clone(),
@@ -279,6 +294,7 @@ impl Recorder {
             images_per_second: as_f64(sum.window.images) / seconds,
             goodput_images_per_second: as_f64(sum.window.images_within_slo) / seconds,
             latency: sum.answered.percentiles(),
+            latency_from_send: sum.answered_from_send.percentiles(),
             lateness: sum.lateness.percentiles(),
         }
     }
@@ -287,6 +303,7 @@ impl Recorder {
 impl Tally {
     fn add(&mut self, other: &Self) {
         self.answered.add(&other.answered);
+        self.answered_from_send.add(&other.answered_from_send);
         self.lateness.add(&other.lateness);
         self.retries += other.retries;
         self.images_answered += other.images_answered;
@@ -297,6 +314,7 @@ impl Tally {
             let sum = self.refused.entry(code).or_default();
             sum.is_reject = refused.is_reject;
             sum.latencies.add(&refused.latencies);
+            sum.latencies_from_send.add(&refused.latencies_from_send);
             sum.images += refused.images;
             sum.with_retry_info += refused.with_retry_info;
             sum.retry_after_max = sum.retry_after_max.max(refused.retry_after_max);
@@ -338,6 +356,9 @@ pub(super) struct Counts {
     pub goodput_images_per_second: f64,
     /// Of answered calls, from the time they were due.
     pub latency: Option<Percentiles>,
+    /// The same from when they left the tool; open loop only. Where this is
+    /// much less, the tool or its machine was late, not the worker.
+    pub latency_from_send: Option<Percentiles>,
     /// How much later than due calls left the tool; open loop only.
     pub lateness: Option<Percentiles>,
 }
@@ -366,6 +387,8 @@ pub(super) struct CodeCounts {
     pub calls: u64,
     pub images: u64,
     pub latency: Option<Percentiles>,
+    /// The same from when they left the tool; open loop only.
+    pub latency_from_send: Option<Percentiles>,
     /// Those whose status carries a `google.rpc.RetryInfo`.
     pub with_retry_info: u64,
     pub retry_after_max_ms: f64,
@@ -395,6 +418,7 @@ mod tests {
             recorder.sent(at(due), 2);
             let done = Done {
                 due: at(due),
+                sent: None,
                 ended: at(ended),
                 n_images: 2,
                 retries: 0,

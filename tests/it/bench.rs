@@ -8,6 +8,7 @@ use imagegpt::bench::{self, Verdict};
 use imagegpt::engine::fake::Script;
 use serde_json::Value;
 
+use crate::bench_stub::{self, Lie};
 use crate::harness::{self, Running};
 
 #[derive(Parser)]
@@ -361,4 +362,53 @@ async fn retries_go_to_the_next_worker() {
     assert!(number(&measurement["retries"]) > 0.0, "{measurement:#}");
     assert_eq!(measurement["failed"], Value::Object(serde_json::Map::new()));
     running.end().await;
+}
+
+/// Streams, against a stub that is honest and then lies.
+#[tokio::test(flavor = "multi_thread")]
+async fn soak_sees_lost_doubled_and_swapped_items() {
+    for (lie, broke) in [
+        (Lie::None, None),
+        (Lie::Double, Some("doubled")),
+        (Lie::Lose, Some("lost")),
+        (Lie::Swap, Some("wrong")),
+    ] {
+        let endpoint = format!("http://{}", bench_stub::start(lie).await);
+        let arguments = ["soak", "--callers", "2", "--streams", "4"];
+        let said = run_at(&[&endpoint], &arguments).await;
+        let ledger = said.finding("ledger");
+        assert!(number(&ledger["stream_items"]) > 0.0, "{ledger:#}");
+        for count in ["wrong", "lost", "doubled"] {
+            let expected = broke == Some(count);
+            assert_eq!(
+                number(&ledger[count]) > 0.0,
+                expected,
+                "{lie:?}: {ledger:#}"
+            );
+        }
+        let expected = match broke {
+            None => Verdict::Fine,
+            Some(_) => Verdict::Broken,
+        };
+        assert_eq!(said.verdict, expected, "{lie:?}: {}", said.table);
+    }
+}
+
+/// The tool's side of a stream: it stops reading, then reads all; and as a bulk
+/// load it counts what it gets.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_stall_and_recover() {
+    let endpoint = format!("http://{}", bench_stub::start(Lie::None).await);
+    let arguments = ["slow-reader", "--readers", "2", "--rate", "50"];
+    let said = run_at(&[&endpoint], &arguments).await;
+    check(&said);
+    assert_eq!(said.verdict, Verdict::Fine, "{}", said.table);
+    let taken = number(said.finding("items_taken_while_stalled"));
+    assert!(taken > 16.0, "{taken}");
+    assert!(number(said.finding("items_answered_in_the_end")) >= taken);
+
+    let said = run_at(&[&endpoint], &["mixed", "--rate", "50"]).await;
+    check(&said);
+    assert_eq!(said.finding("bulk_kind"), "stream");
+    assert!(number(said.finding("bulk_images_per_second")) > 100.0);
 }

@@ -11,6 +11,7 @@
 mod bad_input;
 mod batching;
 mod bench;
+mod bench_stub;
 mod compiled;
 mod embed;
 mod engine_faults;
