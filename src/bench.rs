@@ -84,6 +84,7 @@ async fn measure(
     out: &mut impl Write,
 ) -> anyhow::Result<Verdict> {
     let (stop_in, stop) = watch::channel(false);
+    let interrupted = stop.clone();
     tokio::spawn(stop_on_interrupt(stop_in));
     let started = SystemTime::now();
     let mut phases = Phases::new();
@@ -95,7 +96,7 @@ async fn measure(
         }
         mode => {
             let bench = Bench::connect(flags, stop).await?;
-            header(&bench, out)?;
+            header(&bench, mode, out)?;
             let findings = match mode {
                 Mode::Saturate => Ok(modes::saturate(&bench, &mut phases).await),
                 Mode::Load(args) => Ok(modes::load(&bench, args, &mut phases).await),
@@ -121,6 +122,7 @@ async fn measure(
                 .as_secs(),
             "machine": machine(),
             "mode": args.mode.name(),
+            "interrupted": *interrupted.borrow(),
             "command_line": std::env::args().collect::<Vec<_>>(),
             "flags": flags_row(flags),
             "client_threads": n_threads,
@@ -166,7 +168,7 @@ fn draw(
 }
 
 /// What the numbers below depend on.
-fn header(bench: &Bench, out: &mut impl Write) -> std::io::Result<()> {
+fn header(bench: &Bench, mode: &Mode, out: &mut impl Write) -> std::io::Result<()> {
     let (model, flags) = (&bench.model, &bench.flags);
     let machine = machine();
     writeln!(
@@ -195,6 +197,10 @@ fn header(bench: &Bench, out: &mut impl Write) -> std::io::Result<()> {
         bench.lanes.len(),
         flags.endpoints.join(", ")
     )?;
+    if matches!(mode, Mode::Soak(_)) {
+        let time = humantime::format_duration(flags.duration);
+        return writeln!(out, "soaking for {time}; every answer is verified");
+    }
     writeln!(
         out,
         "measurements of {} after {}; latency counts from when a call was due",

@@ -93,6 +93,9 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
     // A logarithm has no zero; a microsecond is below all that is measured.
     let y_min = all().fold(f64::INFINITY, f64::min).max(1e-3) / 1.5;
     let y_max = all().fold(y_min, f64::max) * 1.5;
+    let y_axis = (y_min..y_max)
+        .log_scale()
+        .with_key_points(ticks(y_min, y_max));
     let canvas = SVGBackend::new(path, SIZE).into_drawing_area();
     canvas.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&canvas)
@@ -100,7 +103,7 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(72)
-        .build_cartesian_2d(0.0..x_max * 1.05, (y_min..y_max).log_scale())?;
+        .build_cartesian_2d(0.0..x_max * 1.05, y_axis)?;
     chart
         .configure_mesh()
         .x_desc(picture.x_name)
@@ -110,8 +113,6 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         .light_line_style(WHITE)
         .bold_line_style(RGBColor(225, 225, 225))
         .x_label_formatter(&|x| format!("{x:.0}"))
-        // Many, because a logarithm's ticks thin out within one decade.
-        .y_labels(16)
         .y_label_formatter(&|y| significant(*y))
         .draw()?;
     if let Some((x, name)) = &picture.x_mark {
@@ -143,12 +144,22 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
     Ok(())
 }
 
+/// 1, 2 and 5 of each decade. A logarithm's own ticks are gone where there is no
+/// power of ten.
+fn ticks(min: f64, max: f64) -> Vec<f64> {
+    let decades = (-6..=9).map(|power| 10_f64.powi(power));
+    decades
+        .flat_map(|decade| [decade, 2.0 * decade, 5.0 * decade])
+        .filter(|tick| (min..=max).contains(tick))
+        .collect()
+}
+
 /// As few digits as tell ticks of a logarithmic axis apart.
 fn significant(number: f64) -> String {
     match number {
-        _ if number >= 10.0 => format!("{number:.0}"),
-        _ if number >= 1.0 => format!("{number:.1}"),
-        _ if number >= 0.1 => format!("{number:.2}"),
+        _ if number >= 1.0 => format!("{number:.0}"),
+        _ if number >= 0.1 => format!("{number:.1}"),
+        _ if number >= 0.01 => format!("{number:.2}"),
         _ => format!("{number:.3}"),
     }
 }
