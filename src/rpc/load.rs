@@ -142,8 +142,13 @@ pub struct Refusal {
 
 impl Refusal {
     fn new(status: &Status) -> Self {
+        let code = if never_left(status) {
+            Code::Unavailable
+        } else {
+            status.code()
+        };
         Self {
-            code: super::status::name(status.code()),
+            code: super::status::name(code),
             message: status.message().to_owned(),
             retry_after: status
                 .get_details_retry_info()
@@ -169,6 +174,18 @@ impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.code, self.message)
     }
+}
+
+/// Whether a call was dropped before it was sent, because its connection was
+/// just closing: what a draining worker's clients meet. tonic makes CANCELLED of
+/// it, but nobody cancelled; gRPC's own clients try such a call again. Only
+/// statuses that were made on this side have a source.
+fn never_left(status: &Status) -> bool {
+    status.code() == Code::Cancelled
+        && std::error::Error::source(status).is_some()
+        // The text of hyper's error for a request that was dropped before it
+        // was processed; its type is not within reach.
+        && status.message() == "operation was canceled"
 }
 
 /// A connection to one worker.
