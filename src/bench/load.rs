@@ -36,9 +36,11 @@ const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// needed to use its cores.
 const CONNECTIONS_MIN: usize = 8;
 const CONNECTIONS_MAX: usize = 64;
-/// A connection carries 200 calls at once by the usual default of HTTP/2
-/// servers; calls above it wait where nobody sees them. Half leaves room.
-const CALLS_PER_CONNECTION: usize = 100;
+/// A connection carries this many calls at once by the usual default of HTTP/2
+/// servers; calls above it wait in the tool's own library.
+const CALLS_PER_CONNECTION_MAX: usize = 200;
+/// Half of that leaves room for refusals that are on their way.
+const CALLS_PER_CONNECTION: usize = CALLS_PER_CONNECTION_MAX / 2;
 /// Four full batches: one runs, one is ready, two are on their way.
 const CALLERS_BATCHES: usize = 4;
 const CALLERS_MIN: usize = 16;
@@ -78,10 +80,20 @@ pub(super) struct Phase {
     pub counts: Counts,
     /// With `--pid`.
     pub server: Option<ServerUse>,
+    pub connections: usize,
     /// Cores that this tool itself used.
     pub client_cores: Option<f64>,
     /// What a bulk load got meanwhile.
     pub bulk_images_per_second: Option<f64>,
+}
+
+impl Phase {
+    /// Whether more calls were in flight than connections usually carry: some
+    /// then waited in the tool, and count as the worker's latency.
+    pub(super) fn is_crowded(&self) -> bool {
+        let room = self.connections.saturating_mul(CALLS_PER_CONNECTION_MAX);
+        usize::try_from(self.counts.in_flight_peak).is_ok_and(|peak| peak > room)
+    }
 }
 
 /// What the worker's processes used during a measurement.
@@ -361,6 +373,7 @@ impl Bench {
             seconds,
             interrupted: self.is_stopped(),
             server,
+            connections: self.lanes.len(),
             client_cores: observed.client_cpu_seconds.map(|cpu| cpu / seconds),
             bulk_images_per_second: observed.bulk_images.map(|n| as_f64(n) / seconds),
             counts,
@@ -394,6 +407,9 @@ impl Generator {
                 continue;
             };
             self.recorder.sent(due, n_images);
+            let n_free = u32::try_from(self.places.available_permits()).unwrap_or(0);
+            let n_in_flight = self.bench.flags.in_flight_max.saturating_sub(n_free);
+            self.recorder.in_flight(n_in_flight.into());
             let (bench, recorder) = (Arc::clone(&self.bench), Arc::clone(&self.recorder));
             let manner = self.manner;
             runtime.spawn(async move {

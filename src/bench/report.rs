@@ -177,6 +177,13 @@ fn remarks(phase: &Phase, out: &mut impl Write) -> std::io::Result<()> {
             lines.push(format!("{count} {what}"));
         }
     }
+    if phase.is_crowded() {
+        lines.push(format!(
+            "up to {} calls in flight on {} connections, which usually carry 200 each: some waited \
+             in this tool; raise --connections",
+            counts.in_flight_peak, phase.connections
+        ));
+    }
     if phase.interrupted {
         lines.push("interrupted".to_owned());
     }

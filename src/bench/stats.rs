@@ -121,6 +121,7 @@ pub(super) struct Recorder {
     sent: AtomicU64,
     images_sent: AtomicU64,
     unsent: AtomicU64,
+    in_flight_peak: AtomicU64,
     slo: Option<Duration>,
     from: Instant,
     /// `None` while nobody knows when the measurement ends.
@@ -146,6 +147,7 @@ impl Recorder {
             sent: AtomicU64::new(0),
             images_sent: AtomicU64::new(0),
             unsent: AtomicU64::new(0),
+            in_flight_peak: AtomicU64::new(0),
             slo,
             from,
             until,
@@ -168,6 +170,11 @@ impl Recorder {
     /// Counts a call that was due but never sent.
     pub(super) fn unsent(&self) {
         self.unsent.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many calls are in flight now.
+    pub(super) fn in_flight(&self, n_calls: u64) {
+        self.in_flight_peak.fetch_max(n_calls, Ordering::Relaxed);
     }
 
     fn shard(&self, of: usize) -> MutexGuard<'_, Tally> {
@@ -284,6 +291,7 @@ impl Recorder {
             answered,
             abandoned: sent.saturating_sub(answered + n_refused),
             unsent: self.unsent.load(Ordering::Relaxed),
+            in_flight_peak: self.in_flight_peak.load(Ordering::Relaxed),
             retries: sum.retries,
             rejected,
             failed,
@@ -341,6 +349,8 @@ pub(super) struct Counts {
     /// Calls that were due while `--in-flight-max` were in flight, until the
     /// end.
     pub unsent: u64,
+    /// Most calls in flight at once; open loop only.
+    pub in_flight_peak: u64,
     pub retries: u64,
     /// Calls that the worker had no room for, by code.
     pub rejected: BTreeMap<&'static str, CodeCounts>,
