@@ -4,7 +4,7 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Where `make demo` listens; any free ports.
+# Where `make demo` and `make bench-server` listen; any free ports.
 DEMO_PORT ?= 50151
 DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
@@ -54,6 +54,10 @@ bench: setup ## Measure decode, resize and quantize on one core (images per seco
 .PHONY: bench-overhead
 bench-overhead: setup ## Measure images per second through gRPC against the bare engine
 	cargo bench --locked --bench overhead
+
+.PHONY: bench-server
+bench-server: build ## Measure the server alone, with an engine that costs nothing: requests per second and core
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-server.sh
 
 .PHONY: bench-attention
 bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's

@@ -15,6 +15,7 @@ use clap::{Args, ValueEnum};
 
 use crate::compile::Precision;
 use crate::engine::Buckets;
+use crate::engine::fake;
 use crate::engine::onnx::Provider;
 use crate::head::HeadFlag;
 
@@ -76,6 +77,12 @@ pub struct ModelConfig {
     /// beside the program, then the system's]
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     pub onnxruntime: Option<PathBuf>,
+
+    /// Run no model: each run takes TIME, or with TIME+TIME also so much an
+    /// image (100ms, 2ms+1ms), and the answers are made up. Prices the server
+    /// alone, for `imagegpt bench`; needs no ONNX Runtime
+    #[arg(long, env = "IMAGEGPT_FAKE_ENGINE", value_name = "TIME[+TIME]")]
+    pub fake_engine: Option<fake::Cost>,
 
     /// What runs the model. auto takes CUDA if it can and says in the log and
     /// in GetModel what it took
@@ -558,6 +565,12 @@ impl ServeConfig {
         }
         self.batching.validate()?;
         let heads = &self.model.heads;
+        if self.model.fake_engine.is_some() && !heads.is_empty() {
+            return refuse(
+                "--fake-engine has no features that a --head could score; drop one of them"
+                    .to_owned(),
+            );
+        }
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
                 return refuse(format!(
@@ -661,6 +674,12 @@ mod tests {
         );
         check(&["--preprocess-threads", "10000000"], "0..=1024");
         check(&["--request-bytes-max", "abc"], "a size such as 64MiB");
+        check(&["--fake-engine", "2ms+1ms"], "fine");
+        check(&["--fake-engine", "fast"], "a time of up to 60s");
+        check(
+            &["--fake-engine", "0s", "--head", "a=b"],
+            "--fake-engine has no features",
+        );
         check(&["--listen", "localhost:80"], "an IP address and a port");
         check(
             &["--execution-provider", "tpu"],

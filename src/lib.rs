@@ -35,6 +35,7 @@ mod sync;
 pub mod telemetry;
 pub mod worker;
 
+pub mod bench;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use imagegpt::bench::flags::BenchArgs;
+use imagegpt::bench::{self, Verdict};
 use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::ServeConfig;
@@ -15,7 +17,7 @@ use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::rpc;
-use imagegpt::worker::{Ended, Worker, onnx_factory};
+use imagegpt::worker::{Ended, Worker, engine_factory};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Flags or files are wrong: what clap exits with, too.
@@ -47,6 +49,8 @@ enum Command {
     Inspect(InspectArgs),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
+    /// Load a worker and measure what it does
+    Bench(Box<BenchArgs>),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
         Command::Neighbors(config) => show_neighbors(&config),
+        Command::Bench(args) => run_bench(&args),
     };
     outcome.unwrap_or_else(|error| {
         // Before the log is set up, and for commands that have none.
@@ -116,7 +121,7 @@ async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         Ok((model, heads))
     };
     let (model, heads) = tokio::task::spawn_blocking(load).await??;
-    let factory = onnx_factory(config, &model, &heads);
+    let factory = engine_factory(config, &model, &heads);
     let mut worker = Worker::start(config, model, heads, factory).await?;
     tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
     worker.ready().await.context("the model cannot be served")?;
@@ -212,4 +217,11 @@ fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<ExitCode> {
     runtime()?.block_on(neighbors::run(config, &mut std::io::stdout()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    Ok(match bench::run(args, &mut std::io::stdout())? {
+        Verdict::Fine => ExitCode::SUCCESS,
+        Verdict::Broken => ExitCode::FAILURE,
+    })
 }

@@ -142,7 +142,7 @@ fn table(
 }
 
 /// Every image below `folder`, by name.
-fn find_images(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -165,7 +165,7 @@ fn find_images(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// `n` of the paths at most, evenly spread.
-fn sample(paths: Vec<PathBuf>, n: usize) -> Vec<PathBuf> {
+pub(crate) fn sample(paths: Vec<PathBuf>, n: usize) -> Vec<PathBuf> {
     let total = paths.len();
     if total <= n {
         return paths;

@@ -10,6 +10,7 @@ mod convert;
 mod deadline;
 mod health;
 mod listen;
+pub mod load;
 mod observe;
 mod reload;
 mod status;

@@ -20,6 +20,7 @@ use crate::batcher;
 use crate::batcher::policy::Policy;
 use crate::cache::Cache;
 use crate::config::ServeConfig;
+use crate::engine::fake::FakeEngine;
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
 use crate::engine::{
@@ -170,6 +171,16 @@ pub enum Ended {
         /// Calls that were in progress.
         calls: usize,
     },
+}
+
+/// The engine that the flags ask for.
+#[must_use]
+pub fn engine_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
+    let Some(cost) = config.model.fake_engine else {
+        return onnx_factory(config, model, heads);
+    };
+    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    Box::new(move || Ok(Box::new(FakeEngine::new(cost.into())) as Box<dyn Engine>))
 }
 
 /// An engine for the model at hand, as the flags say.

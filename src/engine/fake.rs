@@ -3,10 +3,13 @@
 //! Its answers are a pure function of a row's tokens, so that a test can tell
 //! whether each caller got its own. Its faults are those of a real engine.
 
+mod cost;
+
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+pub use self::cost::Cost;
 use super::{Engine, EngineError, Facts, Graph, Run, Stop, Warm};
 use crate::job::Want;
 

@@ -11,6 +11,8 @@
 mod access;
 mod bad_input;
 mod batching;
+mod bench;
+mod bench_stub;
 mod compiled;
 mod embed;
 mod engine_faults;

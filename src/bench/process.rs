@@ -1,0 +1,130 @@
+//! What the worker's processes use, from /proc.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+
+/// Linux's USER_HZ: the unit of times in /proc/PID/stat, 100 on every platform
+/// that the worker runs on.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// What the processes use at one moment, summed over them.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Usage {
+    #[serde(skip)]
+    pub at: Instant,
+    /// Since each process began.
+    pub cpu_seconds: f64,
+    pub rss_kib: u64,
+    pub threads: u64,
+    /// `None` if another user's.
+    pub file_descriptors: Option<u64>,
+}
+
+/// What the processes use now; `None` if there are none or one is gone.
+#[must_use]
+pub(super) fn usage(pids: &[u32]) -> Option<Usage> {
+    let mut sum: Option<Usage> = None;
+    for pid in pids {
+        let one = usage_of(&Path::new("/proc").join(pid.to_string()))?;
+        sum = Some(match sum {
+            None => one,
+            Some(sum) => Usage {
+                at: sum.at,
+                cpu_seconds: sum.cpu_seconds + one.cpu_seconds,
+                rss_kib: sum.rss_kib + one.rss_kib,
+                threads: sum.threads + one.threads,
+                file_descriptors: sum
+                    .file_descriptors
+                    .zip(one.file_descriptors)
+                    .map(|(a, b)| a + b),
+            },
+        });
+    }
+    sum
+}
+
+/// CPU seconds of the tool itself.
+pub(super) fn own_cpu_seconds() -> Option<f64> {
+    Some(usage_of(Path::new("/proc/self"))?.cpu_seconds)
+}
+
+fn usage_of(folder: &Path) -> Option<Usage> {
+    let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
+    // The name, in parentheses, may hold anything; times come after it.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    let ticks = |idx: usize| fields.get(idx)?.parse::<f64>().ok();
+    let status = std::fs::read_to_string(folder.join("status")).ok()?;
+    let number = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let descriptors = std::fs::read_dir(folder.join("fd")).ok();
+    Some(Usage {
+        at: Instant::now(),
+        // utime and stime; fields count from 1 in proc(5), the name is the 2nd.
+        cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
+        rss_kib: number("VmRSS:")?,
+        threads: number("Threads:")?,
+        file_descriptors: descriptors.map(|entries| entries.count() as u64),
+    })
+}
+
+/// The slope of the least-squares line through points (x, y); `None` if they do
+/// not spread over x.
+#[must_use]
+pub(super) fn slope(points: &[(f64, f64)]) -> Option<f64> {
+    let n = points.iter().fold(0.0, |n, _| n + 1.0);
+    let mean_x = points.iter().map(|point| point.0).sum::<f64>() / n;
+    let mean_y = points.iter().map(|point| point.1).sum::<f64>() / n;
+    let (mut products, mut squares) = (0.0, 0.0);
+    for (x, y) in points {
+        products += (x - mean_x) * (y - mean_y);
+        squares += (x - mean_x).powi(2);
+    }
+    (squares > 0.0).then(|| products / squares)
+}
+
+/// KiB a minute that memory grows by, from `since` on.
+#[must_use]
+pub(super) fn rss_slope(samples: &[Usage], since: Instant) -> Option<f64> {
+    let points: Vec<(f64, f64)> = samples
+        .iter()
+        .filter(|usage| usage.at >= since)
+        .map(|usage| {
+            let minutes = usage.at.duration_since(since).as_secs_f64() / 60.0;
+            (minutes, super::stats::as_f64(usage.rss_kib))
+        })
+        .collect();
+    slope(&points)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slopes() {
+        let check = |points: &[(f64, f64)], expected: Option<f64>| match (slope(points), expected) {
+            (Some(got), Some(expected)) => assert!((got - expected).abs() < 1e-9, "{got}"),
+            (got, expected) => assert_eq!(got, expected),
+        };
+        check(&[], None);
+        check(&[(1.0, 5.0)], None);
+        check(&[(1.0, 5.0), (1.0, 7.0)], None);
+        check(&[(0.0, 7.0), (1.0, 7.0), (5.0, 7.0)], Some(0.0));
+        check(&[(0.0, 100.0), (1.0, 130.0), (2.0, 160.0)], Some(30.0));
+        // Noise that is the same on both sides does not tilt the line.
+        check(&[(0.0, 1.0), (0.0, 3.0), (2.0, 5.0), (2.0, 7.0)], Some(2.0));
+    }
+
+    #[test]
+    fn this_process_uses_something() {
+        let usage = usage(&[std::process::id()]).unwrap();
+        assert!(usage.rss_kib > 0 && usage.threads > 0);
+        assert!(usage.file_descriptors.is_some_and(|count| count > 0));
+        assert!(super::usage(&[]).is_none());
+    }
+}

@@ -1,0 +1,72 @@
+//! The flag `serve --fake-engine`.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::Script;
+
+/// What a fake run costs: `serve --fake-engine`. Written as a time a run, or
+/// as a time a run and one a row: `100ms`, `2ms+1ms`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    pub fixed: Duration,
+    pub per_row: Duration,
+}
+
+/// Longer runs are a typing error.
+const COST_MAX: Duration = Duration::from_mins(1);
+
+impl FromStr for Cost {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let time = |text: &str| match humantime::parse_duration(text.trim()) {
+            Ok(time) if time <= COST_MAX => Ok(time),
+            _ => Err(
+                "it must be a time of up to 60s, such as 100ms, or two of them, a run's and \
+                      an image's, such as 2ms+1ms"
+                    .to_owned(),
+            ),
+        };
+        let (fixed, per_row) = match text.split_once('+') {
+            Some((fixed, per_row)) => (time(fixed)?, time(per_row)?),
+            None => (time(text)?, Duration::ZERO),
+        };
+        Ok(Self { fixed, per_row })
+    }
+}
+
+impl From<Cost> for Script {
+    fn from(cost: Cost) -> Self {
+        Self {
+            delay: cost.fixed,
+            delay_per_row: cost.per_row,
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs() {
+        let check = |text: &str, expected: Option<(u64, u64)>| {
+            let cost = text.parse::<Cost>().ok();
+            let micros = |time| Duration::from_micros(time);
+            assert_eq!(
+                cost.map(|cost| (cost.fixed, cost.per_row)),
+                expected.map(|(fixed, per_row)| (micros(fixed), micros(per_row))),
+                "{text:?}"
+            );
+        };
+        check("0s", Some((0, 0)));
+        check("100ms", Some((100_000, 0)));
+        check("2ms+150us", Some((2_000, 150)));
+        check("2ms + 1ms", Some((2_000, 1_000)));
+        for text in ["", "5", "2h", "1ms+", "+1ms", "1ms+2ms+3ms"] {
+            check(text, None);
+        }
+    }
+}
