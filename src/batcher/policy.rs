@@ -118,6 +118,38 @@ impl Policy {
     }
 }
 
+impl Policy {
+    /// How large to make a batch of interactive work, for which `bucket` is
+    /// enough, when `n` images of it and of bulk wait: larger where that costs
+    /// the interactive ones little time and spares bulk most of a run.
+    #[must_use]
+    pub fn shared_bucket(
+        &self,
+        graph: Graph,
+        bucket: usize,
+        n: usize,
+        largest: usize,
+        pace: &Pace,
+    ) -> usize {
+        let Some(enough) = pace.typical(graph, bucket) else {
+            return bucket;
+        };
+        self.buckets
+            .iter()
+            .take_while(|&size| size <= largest.min(n))
+            .filter(|&size| {
+                let time = pace.typical(graph, size);
+                size > bucket && time.is_some_and(|time| time <= enough.mul_f64(STRETCH))
+            })
+            .last()
+            .unwrap_or(bucket)
+    }
+}
+
+/// How much longer an interactive batch may take so that bulk rides along: less
+/// than twice, which is what two images take where every row costs.
+const STRETCH: f64 = 1.9;
+
 /// What a batch costs besides its run: the way to the engine and back, about.
 const HANDOVER: Duration = Duration::from_micros(100);
 /// How much of the best rate a smaller batch is worth.
@@ -300,6 +332,23 @@ mod tests {
             pace.warmed(Hidden, size, MS(ms), now);
         }
         assert_eq!(sizes(&pace, now), [1, 2, 2, 4, 4]);
+    }
+
+    #[test]
+    fn bulk_rides_along_where_that_is_cheap() {
+        let policy = policy();
+        let now = Instant::now();
+        let sizes = |times: [u64; 3]| {
+            let mut pace = Pace::default();
+            for (size, ms) in [1, 2, 4].into_iter().zip(times) {
+                pace.warmed(Hidden, size, MS(ms), now);
+            }
+            [1, 2, 3, 9].map(|n| policy.shared_bucket(Hidden, 1, n, 4, &pace))
+        };
+        assert_eq!(sizes([10, 20, 40]), [1, 1, 1, 1]);
+        assert_eq!(sizes([10, 11, 13]), [1, 2, 2, 4]);
+        assert_eq!(sizes([10, 14, 20]), [1, 2, 2, 2]);
+        assert_eq!(sizes([45, 50, 60]), [1, 2, 2, 4]);
     }
 
     #[test]

@@ -87,6 +87,14 @@ impl<T> Queue<T> {
         lanes.map(|(_, entries)| entries.by_rank.len()).sum()
     }
 
+    /// How many wait in one lane.
+    #[must_use]
+    pub fn len_in(&self, class: Class, graph: Graph) -> usize {
+        self.lanes
+            .get(&(class, graph))
+            .map_or(0, |lane| lane.by_rank.len())
+    }
+
     /// Whether nothing waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {

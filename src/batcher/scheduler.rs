@@ -122,6 +122,12 @@ impl<T> Scheduler<T> {
         now: Instant,
     ) -> Picked<T> {
         let mut bucket = self.bucket(graph, len, now);
+        if class == Class::Interactive {
+            let bulk = self.queue.len_in(Class::Bulk, graph);
+            bucket = self
+                .policy
+                .shared_bucket(graph, bucket, len + bulk, self.largest, &self.pace);
+        }
         // The most urgent decides: a smaller batch if only that is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)

@@ -507,10 +507,7 @@ fn bulk_moves_interactive_latency_by_little_and_takes_what_is_left() {
                 both.interactive_p99 <= alone.interactive_p99.mul_f64(1.2) + one_batch,
                 "{alone:?} {both:?}"
             );
-            // What is left of engine time: a small batch takes more of it than
-            // its images are of a full one.
-            let left =
-                capacity - both.interactive_per_second * capacity * batch_time(1).as_secs_f64();
+            let left = capacity - both.interactive_per_second;
             assert!(both.bulk_per_second >= 0.8 * left, "{both:?} {left}");
         }
     }
