@@ -283,7 +283,9 @@ impl Batcher {
                 self.known.remove(&key);
                 continue;
             }
-            metrics.queued(picked.class, now.saturating_duration_since(entry.arrived));
+            // A row may be of the other class, where it would have been padding.
+            let class = left.class.unwrap_or(picked.class);
+            metrics.queued(class, now.saturating_duration_since(entry.arrived));
             if let Some(known) = self.known.get_mut(&key) {
                 known.place = None;
             }
