@@ -159,8 +159,20 @@ pub struct NetworkConfig {
     )]
     pub metrics_listen: SocketAddr,
 
-    /// After SIGTERM or SIGINT, time to finish what was admitted; then the
-    /// worker ends hard, with exit code 1. Keep it under Kubernetes'
+    /// After SIGTERM or SIGINT the worker is at once not ready, and serves on for
+    /// so long, so that load balancers stop sending before it stops taking. 5s
+    /// suits Kubernetes; 0s where nothing looks at readiness
+    #[arg(
+        long,
+        env = "IMAGEGPT_SHUTDOWN_DELAY",
+        default_value = "0s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub shutdown_delay: Duration,
+
+    /// After --shutdown-delay, time to finish what was admitted; then the worker
+    /// ends hard, with exit code 1. Keep the sum of both under Kubernetes'
     /// terminationGracePeriodSeconds
     #[arg(
         long,
@@ -170,6 +182,17 @@ pub struct NetworkConfig {
         value_parser = humantime::parse_duration
     )]
     pub shutdown_grace_period: Duration,
+
+    /// Connections are closed, and streams ended so that their client can go on
+    /// in another, when they are this old; clients then spread over workers that
+    /// were added since [default: never]
+    #[arg(
+        long,
+        env = "IMAGEGPT_MAX_CONNECTION_AGE",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub max_connection_age: Option<Duration>,
 
     /// Time between HTTP/2 pings to quiet clients; one that does not answer
     /// within 20 s is cut off
@@ -369,6 +392,19 @@ pub struct LimitsConfig {
     )]
     pub stream_window_max: u32,
 
+    /// A stream in which the client neither sends nor takes anything for so long,
+    /// while the worker has nothing to do for it, is ended so that the client
+    /// can go on in another. Longer than a client pauses, or forgotten streams
+    /// and readers that stall would hold their places for ever
+    #[arg(
+        long,
+        env = "IMAGEGPT_STREAM_IDLE_TIMEOUT",
+        default_value = "10m",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub stream_idle_timeout: Duration,
+
     /// Bytes of one request message, after decompression
     #[arg(
         long,
@@ -525,6 +561,24 @@ impl ServeConfig {
                 DAY,
             ),
             (
+                "--shutdown-delay",
+                self.network.shutdown_delay,
+                Duration::ZERO,
+                DAY,
+            ),
+            (
+                "--max-connection-age",
+                self.network.max_connection_age.unwrap_or(DAY),
+                Duration::from_secs(1),
+                400 * DAY,
+            ),
+            (
+                "--stream-idle-timeout",
+                limits.stream_idle_timeout,
+                Duration::from_millis(100),
+                DAY,
+            ),
+            (
                 "--bulk-wait-max",
                 self.batching.bulk_wait_max,
                 Duration::from_millis(1),
@@ -547,13 +601,19 @@ impl ServeConfig {
             }
         }
         self.batching.validate()?;
-        let heads = &self.model.heads;
+        self.model.validate()
+    }
+}
+
+impl ModelConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let heads = &self.heads;
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
-                return refuse(format!(
+                return Err(ConfigError(format!(
                     "--head {} is given twice; names must differ",
                     head.name
-                ));
+                )));
             }
         }
         Ok(())

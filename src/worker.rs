@@ -119,7 +119,7 @@ impl Stages {
             state: Arc::clone(&state),
         };
         threads.push(spawn("engine", &state, move || {
-            runner::run(factory, runner)
+            runner::run(factory, runner);
         })?);
         let policy = Policy {
             buckets,
@@ -250,6 +250,8 @@ impl Worker {
             limits: limits.clone(),
             max_batch_size: config.batching.max_batch_size,
             metrics,
+            max_stream_age: network.max_connection_age,
+            shutdown_grace_period: network.shutdown_grace_period,
         };
         let calls = rpc::Calls::new();
         let options = rpc::Options {
@@ -321,6 +323,11 @@ impl Worker {
     #[must_use]
     pub fn images_in_flight(&self) -> usize {
         self.occupancy.images()
+    }
+
+    /// Not ready from now on, so that nobody new comes; whoever comes is served.
+    pub fn leave(&self) {
+        self.drain.leave();
     }
 
     /// Stops taking calls and finishes those in progress, within `grace`.
