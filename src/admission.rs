@@ -97,8 +97,8 @@ impl Drop for Pending {
     }
 }
 
-/// The door of the worker.
-#[derive(Debug)]
+/// The door of the worker. Cheap to clone.
+#[derive(Debug, Clone)]
 pub struct Admission {
     images: Pool,
     bytes: Pool,
@@ -209,9 +209,11 @@ impl Admission {
             });
         }
         // Always in this order, and whoever holds both is in the line and
-        // ends: so nobody waits for somebody who waits.
-        let image = self.images.take(item.class, 1).await;
+        // ends: so nobody waits for somebody who waits. Bytes first: they come
+        // back when readers take their answers, which may be never, and an
+        // image's place held meanwhile would be idle.
         let bytes = Arc::new(self.bytes.take(item.class, item.bytes).await);
+        let image = self.images.take(item.class, 1).await;
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
             class: item.class,

@@ -174,8 +174,20 @@ pub struct NetworkConfig {
     )]
     pub metrics_listen: SocketAddr,
 
-    /// After SIGTERM or SIGINT, time to finish what was admitted; then the
-    /// worker ends hard, with exit code 1. Keep it under Kubernetes'
+    /// After SIGTERM or SIGINT the worker is at once not ready, and serves on for
+    /// so long, so that load balancers stop sending before it stops taking. 5s
+    /// suits Kubernetes; 0s where nothing looks at readiness
+    #[arg(
+        long,
+        env = "IMAGEGPT_SHUTDOWN_DELAY",
+        default_value = "0s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub shutdown_delay: Duration,
+
+    /// After --shutdown-delay, time to finish what was admitted; then the worker
+    /// ends hard, with exit code 1. Keep the sum of both under Kubernetes'
     /// terminationGracePeriodSeconds
     #[arg(
         long,
@@ -384,6 +396,19 @@ pub struct LimitsConfig {
     )]
     pub stream_window_max: u32,
 
+    /// A stream in which the client neither sends nor takes anything for so long,
+    /// while the worker has nothing to do for it, is ended so that the client
+    /// can go on in another. Longer than a client pauses, or forgotten streams
+    /// and readers that stall would hold their places for ever
+    #[arg(
+        long,
+        env = "IMAGEGPT_STREAM_IDLE_TIMEOUT",
+        default_value = "10m",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub stream_idle_timeout: Duration,
+
     /// Bytes of one request message, after decompression
     #[arg(
         long,
@@ -542,6 +567,18 @@ impl ServeConfig {
                 DAY,
             ),
             (
+                "--shutdown-delay",
+                self.network.shutdown_delay,
+                Duration::ZERO,
+                DAY,
+            ),
+            (
+                "--stream-idle-timeout",
+                limits.stream_idle_timeout,
+                Duration::from_millis(100),
+                DAY,
+            ),
+            (
                 "--bulk-wait-max",
                 self.batching.bulk_wait_max,
                 Duration::from_millis(1),
@@ -564,19 +601,25 @@ impl ServeConfig {
             }
         }
         self.batching.validate()?;
-        let heads = &self.model.heads;
-        if self.model.fake_engine.is_some() && !heads.is_empty() {
-            return refuse(
+        self.model.validate()
+    }
+}
+
+impl ModelConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let heads = &self.heads;
+        if self.fake_engine.is_some() && !heads.is_empty() {
+            return Err(ConfigError(
                 "--fake-engine has no features that a --head could score; drop one of them"
                     .to_owned(),
-            );
+            ));
         }
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
-                return refuse(format!(
+                return Err(ConfigError(format!(
                     "--head {} is given twice; names must differ",
                     head.name
-                ));
+                )));
             }
         }
         Ok(())

@@ -119,6 +119,20 @@ pub enum Error {
     /// The worker is shutting down.
     #[error("the worker is draining and takes no new work; retry on another one")]
     Draining,
+    /// A message of a stream does not fit where it came.
+    #[error("stream: {problem}")]
+    StreamMisused { problem: &'static str },
+    /// The id of a stream's item is too long to come back.
+    #[error("id: it has {given} bytes, over the limit of {max}; it is cut here")]
+    IdTooLong { given: usize, max: usize },
+    /// A stream was ended before its client ended it.
+    #[error("{cause}; {}", fate(*items_read, *items_answered))]
+    StreamEnded {
+        cause: StreamEnd,
+        items_read: u64,
+        /// Items whose answers were handed to the connection.
+        items_answered: u64,
+    },
     /// The model is not loaded, or its engine has failed.
     #[error("the model is not ready; retry on another worker")]
     NotReady,
@@ -143,12 +157,15 @@ impl Error {
             | Self::Draining
             | Self::NotReady
             | Self::Full { .. }
+            | Self::StreamMisused { .. }
+            | Self::StreamEnded { .. }
             | Self::NeverFits { .. }
             | Self::PriorityUnknown { .. }
             | Self::Unauthenticated { .. }
             | Self::RequestSlow { .. } => true,
             Self::Image(_)
             | Self::ImageMissing
+            | Self::IdTooLong { .. }
             | Self::MessageTooLarge { .. }
             | Self::CallEmpty
             | Self::CallTooLarge { .. }
@@ -162,6 +179,44 @@ impl Error {
             | Self::Engine(_)
             | Self::Lost => false,
         }
+    }
+}
+
+/// Why a stream was ended before its client ended it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamEnd {
+    /// The worker is shutting down.
+    Draining,
+    /// The connection is to be made anew, perhaps to another worker.
+    ConnectionAge,
+    /// The client neither sent nor took anything for long.
+    Idle,
+    /// The caller's deadline passed.
+    Deadline,
+}
+
+impl std::fmt::Display for StreamEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Draining => "the worker is draining",
+            Self::ConnectionAge => "the stream is as old as one may be (--max-connection-age)",
+            Self::Idle => "nothing was sent or taken for --stream-idle-timeout",
+            Self::Deadline => "the deadline passed",
+        })
+    }
+}
+
+/// What a client can rely on when it goes on elsewhere.
+fn fate(items_read: u64, items_answered: u64) -> String {
+    if items_read == items_answered {
+        "every item that was read was answered; go on in another stream with the ids that have no \
+         answer"
+            .to_owned()
+    } else {
+        format!(
+            "of {items_read} items that were read {items_answered} were answered; go on in another \
+             stream with the ids that have no answer"
+        )
     }
 }
 

@@ -11,8 +11,8 @@ use imagegpt::bench::flags::BenchArgs;
 use imagegpt::bench::{self, Verdict};
 use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
-use imagegpt::config::ServeConfig;
-use imagegpt::engine::{FailureKind, onnx};
+use imagegpt::config::{NetworkConfig, ServeConfig};
+use imagegpt::engine::{Failure, FailureKind, onnx};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::neighbors::{self, NeighborsConfig};
@@ -128,38 +128,54 @@ async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
     Ok(worker)
 }
 
-/// Serves until a signal or a failure, then drains; a second signal ends the
-/// process at once.
+/// Serves until a signal or a failure, then ends in good order; a second signal
+/// ends the process at once.
 async fn serve_until(
     mut worker: Worker,
     signals: &mut Signals,
     config: &ServeConfig,
 ) -> anyhow::Result<ExitCode> {
-    let failure = tokio::select! {
-        () = signals.recv() => None,
-        failure = worker.failed() => Some(failure),
-    };
-    if let Some(failure) = failure {
-        tracing::error!(
-            reason = failure.reason,
-            "the worker failed; ending so that a restart can help"
-        );
-        worker.shutdown(FAILED_GRACE).await;
-        return Ok(ExitCode::from(match failure.kind {
-            FailureKind::Worker => EXIT_WORKER,
-            FailureKind::Device => EXIT_DEVICE,
-        }));
+    tokio::select! {
+        () = signals.recv() => {}
+        failure = worker.failed() => return Ok(give_up(worker, &failure).await),
     }
-    let grace = config.network.shutdown_grace_period;
-    tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
-    let ended = tokio::select! {
-        ended = worker.shutdown(grace) => ended,
+    Ok(tokio::select! {
+        code = leave(worker, &config.network) => code,
         () = signals.recv() => {
             tracing::error!("ended hard: a second signal");
-            return Ok(ExitCode::FAILURE);
+            ExitCode::FAILURE
         }
-    };
-    Ok(match ended {
+    })
+}
+
+async fn give_up(worker: Worker, failure: &Failure) -> ExitCode {
+    tracing::error!(
+        reason = failure.reason,
+        "the worker failed; ending so that a restart can help"
+    );
+    worker.shutdown(FAILED_GRACE).await;
+    ExitCode::from(match failure.kind {
+        FailureKind::Worker => EXIT_WORKER,
+        FailureKind::Device => EXIT_DEVICE,
+    })
+}
+
+/// Lets load balancers notice, then drains.
+async fn leave(mut worker: Worker, network: &NetworkConfig) -> ExitCode {
+    let (delay, grace) = (network.shutdown_delay, network.shutdown_grace_period);
+    if !delay.is_zero() {
+        worker.leave();
+        tracing::info!(
+            ?delay,
+            "not ready any more; serving whoever has not noticed"
+        );
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            failure = worker.failed() => return give_up(worker, &failure).await,
+        }
+    }
+    tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
+    match worker.shutdown(grace).await {
         Ended::Clean => {
             tracing::info!("ended");
             ExitCode::SUCCESS
@@ -168,7 +184,7 @@ async fn serve_until(
             tracing::error!(calls, "ended hard: the grace period ran out");
             ExitCode::FAILURE
         }
-    })
+    }
 }
 
 /// SIGTERM, as Kubernetes sends it, and SIGINT, as a terminal does.

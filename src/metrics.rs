@@ -38,6 +38,7 @@ const BATCH_PADDING: &str = "imagegpt_batch_padding_images_total";
 const COALESCED: &str = "imagegpt_images_coalesced_total";
 const CACHE_LOOKUPS: &str = "imagegpt_cache_lookups_total";
 const CACHE_BYTES: &str = "imagegpt_cache_bytes";
+const STREAMS: &str = "imagegpt_streams";
 const BYTES_IN_FLIGHT: &str = "imagegpt_bytes_in_flight";
 const BYTES_IN_FLIGHT_MAX: &str = "imagegpt_bytes_in_flight_max";
 const DRAIN_RATE: &str = "imagegpt_drain_rate_images_per_second";
@@ -161,6 +162,7 @@ struct Handles {
     images_in_flight_max: Gauge,
     decode_duration: Histogram,
     quantize_duration: Histogram,
+    streams: Gauge,
     bytes_in_flight: Gauge,
     bytes_in_flight_max: Gauge,
     queue_depth: BTreeMap<Class, Gauge>,
@@ -258,6 +260,7 @@ impl Registry<'_> {
             (IMAGES_IN_FLIGHT_MAX, "The limit on images in flight."),
             (BYTES_IN_FLIGHT, "Bytes that requests and answers hold."),
             (BYTES_IN_FLIGHT_MAX, "The limit on bytes in flight."),
+            (STREAMS, "Streams that are open."),
             (QUEUE_DEPTH, "Images that wait for the engine, by class."),
             (
                 BATCH_SIZE_MAX,
@@ -348,13 +351,8 @@ impl Metrics {
                 .map(|&graph| (graph, registry.histogram(name, &[("graph", graph.label())])))
                 .collect()
         };
-        registry
-            .0
-            .register_gauge(
-                &Registry::key(BUILD_INFO, &[("version", env!("CARGO_PKG_VERSION"))]),
-                &Registry::METADATA,
-            )
-            .set(1.0);
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        registry.gauge(BUILD_INFO, &version).set(1.0);
         let handles = Handles {
             prometheus: recorder.handle(),
             requests,
@@ -374,6 +372,7 @@ impl Metrics {
             images_in_flight_max: registry.gauge(IMAGES_IN_FLIGHT_MAX, &[]),
             decode_duration: registry.histogram(DECODE_DURATION, &[]),
             quantize_duration: registry.histogram(QUANTIZE_DURATION, &[]),
+            streams: registry.gauge(STREAMS, &[]),
             bytes_in_flight: registry.gauge(BYTES_IN_FLIGHT, &[]),
             bytes_in_flight_max: registry.gauge(BYTES_IN_FLIGHT_MAX, &[]),
             queue_depth: by_class(&|labels| registry.gauge(QUEUE_DEPTH, labels)),
@@ -440,6 +439,13 @@ impl Metrics {
         if let Some(histogram) = self.0.request_duration.get(method) {
             histogram.record(elapsed);
         }
+    }
+
+    /// A stream was opened; it counts as open until what this gives is dropped.
+    #[must_use]
+    pub fn stream(&self) -> StreamOpen {
+        self.0.streams.increment(1.0);
+        StreamOpen(self.0.streams.clone())
     }
 
     /// An image of a call has its outcome.
@@ -608,6 +614,21 @@ fn dropped_counters(registry: &Registry<'_>) -> BTreeMap<(&'static str, &'static
         registry.counter(IMAGES_DROPPED, &labels),
     );
     dropped
+}
+
+/// One open stream.
+pub struct StreamOpen(Gauge);
+
+impl std::fmt::Debug for StreamOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StreamOpen")
+    }
+}
+
+impl Drop for StreamOpen {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
 }
 
 /// Names and values of labels.

@@ -1,4 +1,6 @@
-//! Whether the worker serves: the engine is ready and nobody asked it to end.
+//! Whether the worker is ready and whether it serves, which differ for a while
+//! at its end: a load balancer needs time to see that a worker is not ready any
+//! more, and what it sends in that time is still served.
 
 use std::sync::Arc;
 
@@ -10,15 +12,28 @@ use crate::engine::{Facts, Failure, State};
 #[derive(Debug, Clone)]
 pub struct Readiness {
     engine: watch::Receiver<State>,
-    draining: watch::Receiver<bool>,
+    phase: watch::Receiver<Phase>,
 }
 
-/// Why the worker does not serve.
+/// How far the worker's end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Nobody asked it to end.
+    Staying,
+    /// Not ready, so that nobody new comes; whoever comes is served.
+    Leaving,
+    /// No new work is taken.
+    Draining,
+}
+
+/// Why the worker is not ready, or does not serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unready {
     /// The engine loads and warms up.
     Loading,
-    /// The worker was asked to end.
+    /// The worker was asked to end, and still serves whoever has not noticed.
+    Leaving,
+    /// The worker was asked to end and takes no new work.
     Draining,
     /// The engine has ended before its time.
     Failed,
@@ -28,20 +43,32 @@ impl std::fmt::Display for Unready {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Loading => "loading",
+            Self::Leaving => "leaving",
             Self::Draining => "draining",
             Self::Failed => "failed",
         })
     }
 }
 
-/// The end that says that the worker drains.
+/// The end that says that the worker ends. Nothing of it can be undone.
 #[derive(Debug, Clone)]
-pub struct Drain(Arc<watch::Sender<bool>>);
+pub struct Drain(Arc<watch::Sender<Phase>>);
 
 impl Drain {
-    /// From now on nothing is ready. Cannot be undone.
+    /// From now on the worker is not ready, but serves.
+    pub fn leave(&self) {
+        self.0.send_if_modified(|phase| {
+            let staying = *phase == Phase::Staying;
+            if staying {
+                *phase = Phase::Leaving;
+            }
+            staying
+        });
+    }
+
+    /// From now on no new work is taken.
     pub fn begin(&self) {
-        self.0.send_replace(true);
+        self.0.send_replace(Phase::Draining);
     }
 }
 
@@ -49,17 +76,31 @@ impl Readiness {
     /// Readiness of the engine with this state, and the means to end it.
     #[must_use]
     pub fn new(engine: watch::Receiver<State>) -> (Self, Drain) {
-        let (drain, draining) = watch::channel(false);
-        (Self { engine, draining }, Drain(Arc::new(drain)))
+        let (drain, phase) = watch::channel(Phase::Staying);
+        (Self { engine, phase }, Drain(Arc::new(drain)))
     }
 
-    /// What the engine told of itself.
+    /// Whether the worker is ready, as probes and load balancers ask, with what
+    /// the engine told of itself.
     ///
     /// # Errors
     ///
-    /// Why the worker does not serve.
+    /// Why it is not.
     pub fn get(&self) -> Result<Facts, Unready> {
-        if *self.draining.borrow() {
+        match *self.phase.borrow() {
+            Phase::Leaving => Err(Unready::Leaving),
+            Phase::Staying | Phase::Draining => self.serving(),
+        }
+    }
+
+    /// Whether the worker takes work, as handlers ask; one that is leaving
+    /// still does.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not.
+    pub fn serving(&self) -> Result<Facts, Unready> {
+        if *self.phase.borrow() == Phase::Draining {
             return Err(Unready::Draining);
         }
         match &*self.engine.borrow() {
@@ -79,23 +120,76 @@ impl Readiness {
         }
     }
 
+    /// Waits until no new work is taken because the worker ends; for ever if
+    /// that can no longer be.
+    pub async fn drained(&mut self) {
+        let draining = |phase: &Phase| *phase == Phase::Draining;
+        if self.phase.wait_for(draining).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Waits until readiness may have changed. Pends for ever once nothing
     /// can change any more.
     pub async fn changed(&mut self) {
-        let (engine, draining) = (&mut self.engine, &mut self.draining);
+        let (engine, phase) = (&mut self.engine, &mut self.phase);
         let engine = async {
             if engine.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
-        let draining = async {
-            if draining.changed().await.is_err() {
+        let phase = async {
+            if phase.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
         tokio::select! {
             () = engine => {}
-            () = draining => {}
+            () = phase => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        Facts {
+            provider: "fake",
+            runtime_version: String::new(),
+            dimension: 4,
+            n_classes: 3,
+        }
+    }
+
+    #[test]
+    fn a_worker_that_leaves_serves_on_until_it_drains() {
+        let (engine, state) = watch::channel(State::Loading);
+        let (readiness, drain) = Readiness::new(state);
+        assert_eq!(readiness.get().err(), Some(Unready::Loading));
+        engine.send_replace(State::Ready(facts()));
+        assert!(readiness.get().is_ok() && readiness.serving().is_ok());
+        drain.leave();
+        assert_eq!(readiness.get().err(), Some(Unready::Leaving));
+        assert!(readiness.serving().is_ok());
+        drain.begin();
+        drain.leave();
+        assert_eq!(readiness.get().err(), Some(Unready::Draining));
+        assert_eq!(readiness.serving().err(), Some(Unready::Draining));
+    }
+
+    #[tokio::test]
+    async fn drained_waits_for_the_drain_alone() {
+        let (_engine, state) = watch::channel(State::Ready(facts()));
+        let (mut readiness, drain) = Readiness::new(state);
+        drain.leave();
+        tokio::select! {
+            biased;
+            () = readiness.drained() => panic!("it only leaves"),
+            () = std::future::ready(()) => {}
+        }
+        drain.begin();
+        readiness.drained().await;
     }
 }

@@ -8,12 +8,15 @@ pub mod client;
 pub(crate) mod codec;
 mod convert;
 mod deadline;
+mod embedding;
 mod health;
 mod listen;
 pub mod load;
 mod observe;
 mod reload;
 mod status;
+mod stream;
+mod tally;
 mod tls;
 
 pub use access::Access;
@@ -23,7 +26,7 @@ pub use observe::Calls;
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt as _;
@@ -31,7 +34,9 @@ use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
 
+use self::embedding::Embedding;
 use self::observe::{Deadline, Held};
+use self::tally::Tally;
 use crate::admission::{Admission, Call};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
@@ -68,6 +73,8 @@ pub struct Service {
     pub limits: LimitsConfig,
     pub max_batch_size: u16,
     pub metrics: Metrics,
+    /// What calls are given to end when the worker does.
+    pub shutdown_grace_period: Duration,
 }
 
 /// How the server listens.
@@ -189,8 +196,8 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
 impl Service {
     /// The engine's facts, or why nothing is served now.
     fn facts(&self) -> Result<Facts, Error> {
-        self.readiness.get().map_err(|unready| match unready {
-            Unready::Draining => Error::Draining,
+        self.readiness.serving().map_err(|unready| match unready {
+            Unready::Leaving | Unready::Draining => Error::Draining,
             Unready::Loading | Unready::Failed => Error::NotReady,
         })
     }
@@ -241,9 +248,7 @@ impl Service {
         }
         let mut outcomes = Vec::with_capacity(n_images);
         let mut pictures = Vec::with_capacity(n_images);
-        // The numbers as they were computed, as a tensor, and as the message
-        // that carries it.
-        let mut bytes = (n_values * size_of::<f32>() + 2 * answer_bytes) * n_images;
+        let mut bytes = convert::answer_bytes(n_values, dtype) * n_images;
         for picture in convert::pictures(images, preprocess) {
             outcomes.push(match picture {
                 Ok(picture) => {
@@ -254,11 +259,8 @@ impl Service {
                 Err(error) => Some(Err(error)),
             });
         }
-        let mut tally = Tally {
-            metrics: &self.metrics,
-            n_uncounted: n_images,
-            deadline,
-        };
+        let mut tally = Tally::new(self.metrics.clone(), deadline);
+        tally.expect(n_images);
         let call = Call {
             pictures,
             work,
@@ -302,55 +304,46 @@ impl Service {
         let facts = self.facts()?;
         self.require(Task::Embed)?;
         let (_, extensions, request) = request.into_parts();
-        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-        let context = convert::context(request.context)?;
-        let norm = convert::norm(request.norm)?;
-        let want = convert::want(&self.model, request.pooling, &request.layers, norm)?;
-        let dtype = convert::dtype(request.dtype)?;
-        let width = facts.dimension;
-        let shape = match want {
-            Want::States => vec![self.model.positions(), width],
-            Want::Features { layers, .. } if layers.len() > 1 => vec![layers.len(), width],
-            Want::Features { .. } | Want::Mean | Want::Last | Want::Logits => vec![width],
+        let options = pb::EmbedStreamOptions {
+            preprocess: request.preprocess,
+            context: request.context,
+            pooling: request.pooling,
+            normalize: request.normalize,
+            dtype: request.dtype,
+            layers: request.layers,
+            norm: request.norm,
+            ..Default::default()
         };
-        let n_values: usize = shape.iter().product();
-        let work = Work::Infer { context, want };
+        let embedding = Embedding::new(&options, &self.model, &facts)?;
         let (outcomes, held) = self
             .outcomes(
                 request.images,
-                preprocess,
-                work,
-                n_values,
-                dtype,
+                embedding.preprocess,
+                embedding.work(),
+                embedding.n_values(),
+                embedding.dtype,
                 &extensions,
             )
             .await?;
-        let result = |outcome| {
-            let outcome = match outcome {
-                Ok(Answer::Values(mut values)) => {
-                    if request.normalize {
-                        convert::normalize(&mut values, width);
-                    }
-                    pb::embed_result::Outcome::Embedding(convert::tensor(&values, &shape, dtype))
-                }
-                Ok(Answer::Tokens(_)) => {
-                    pb::embed_result::Outcome::Error(status::of_image(&Error::Lost))
-                }
+        let result = |outcome: Result<Answer, Error>| {
+            let outcome = match outcome.and_then(|answer| embedding.tensor(answer)) {
+                Ok(tensor) => pb::embed_result::Outcome::Embedding(tensor),
                 Err(error) => pb::embed_result::Outcome::Error(status::of_image(&error)),
             };
             pb::EmbedResult {
                 outcome: Some(outcome),
             }
         };
+        let applied = embedding.applied(&self.model);
         let response = pb::EmbedResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
-            preprocess: Some(convert::preprocess_applied(preprocess)),
-            context: convert::context_applied(context),
-            pooling: convert::pooling_applied(want),
-            normalize: request.normalize,
-            layers: convert::layers_applied(&self.model, want),
-            norm: convert::norm_applied(norm).into(),
+            preprocess: applied.preprocess,
+            context: applied.context,
+            pooling: applied.pooling,
+            normalize: applied.normalize,
+            layers: applied.layers,
+            norm: applied.norm,
         };
         Ok((response, held))
     }
@@ -509,40 +502,6 @@ impl Service {
     }
 }
 
-/// Counts each image of a call by its outcome, also when the call is dropped
-/// because its time is up or its caller has gone.
-struct Tally<'a> {
-    metrics: &'a Metrics,
-    n_uncounted: usize,
-    deadline: Option<Instant>,
-}
-
-impl Tally<'_> {
-    fn one(&mut self, code: Code) {
-        self.metrics.image(status::name(code));
-        self.n_uncounted -= 1;
-    }
-
-    fn rest(&mut self, code: Code) {
-        while self.n_uncounted > 0 {
-            self.one(code);
-        }
-    }
-}
-
-impl Drop for Tally<'_> {
-    fn drop(&mut self) {
-        let late = self
-            .deadline
-            .is_some_and(|deadline| deadline <= Instant::now());
-        self.rest(if late {
-            Code::DeadlineExceeded
-        } else {
-            Code::Cancelled
-        });
-    }
-}
-
 /// An answer with its share of the worker's bytes, which it keeps until the
 /// caller has taken it.
 fn respond<T>(outcome: Result<(T, Held), Error>) -> Result<Response<T>, Status> {
@@ -565,15 +524,15 @@ impl ImageGptService for Service {
         respond(Self::embed(self, request).await)
     }
 
-    type EmbedStreamStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<pb::EmbedStreamResponse, Status>> + Send>,
-    >;
+    type EmbedStreamStream = stream::Answers;
 
     async fn embed_stream(
         &self,
-        _request: Request<tonic::Streaming<pb::EmbedStreamRequest>>,
+        request: Request<tonic::Streaming<pb::EmbedStreamRequest>>,
     ) -> Result<Response<Self::EmbedStreamStream>, Status> {
-        Err(Status::unimplemented("in progress"))
+        stream::open(self, request)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
     }
 
     async fn classify(

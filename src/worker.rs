@@ -262,6 +262,7 @@ impl Worker {
             limits: limits.clone(),
             max_batch_size: config.batching.max_batch_size,
             metrics,
+            shutdown_grace_period: network.shutdown_grace_period,
         };
         let calls = rpc::Calls::new();
         let options = rpc::Options {
@@ -335,6 +336,11 @@ impl Worker {
     #[must_use]
     pub fn images_in_flight(&self) -> usize {
         self.occupancy.images()
+    }
+
+    /// Not ready from now on, so that nobody new comes; whoever comes is served.
+    pub fn leave(&self) {
+        self.drain.leave();
     }
 
     /// Stops taking calls and finishes those in progress, within `grace`.

@@ -16,19 +16,25 @@ pub(super) fn pictures(
     images: Vec<pb::Image>,
     options: PreprocessOptions,
 ) -> Vec<Result<Picture, Error>> {
-    let picture = |image: pb::Image| {
-        let input = match image.source.ok_or(Error::ImageMissing)? {
-            pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
-            pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
-                width: raw.width,
-                height: raw.height,
-                pixels: raw.pixels,
-            },
-            pb::image::Source::Tokens(tokens) => ImageInput::Tokens(tokens.ids),
-        };
-        Ok(Picture { input, options })
-    };
+    let picture = |image: pb::Image| picture(image.source, options);
     images.into_iter().map(picture).collect()
+}
+
+/// One image, in whichever form it has.
+pub(super) fn picture(
+    source: Option<pb::image::Source>,
+    options: PreprocessOptions,
+) -> Result<Picture, Error> {
+    let input = match source.ok_or(Error::ImageMissing)? {
+        pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
+        pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
+            width: raw.width,
+            height: raw.height,
+            pixels: raw.pixels,
+        },
+        pb::image::Source::Tokens(tokens) => ImageInput::Tokens(tokens.ids),
+    };
+    Ok(Picture { input, options })
 }
 
 /// Bytes that the image holds while it is in the worker.
@@ -245,6 +251,11 @@ pub(super) fn activation(activation: Activation) -> pb::Activation {
     }
 }
 
+/// The order of a stream's answers.
+pub(super) fn order(value: i32) -> Result<pb::Order, Error> {
+    known("order", value)
+}
+
 /// The element type of an answer, never unspecified.
 pub(super) fn dtype(value: i32) -> Result<pb::DataType, Error> {
     Ok(match known("dtype", value)? {
@@ -258,6 +269,12 @@ pub(super) fn dtype_bytes(dtype: pb::DataType) -> usize {
         pb::DataType::F16 => 2,
         pb::DataType::F32 | pb::DataType::Unspecified => 4,
     }
+}
+
+/// What an answer holds until it has left: the numbers as they were computed,
+/// as a tensor, and as the message that carries it.
+pub(super) fn answer_bytes(n_values: usize, dtype: pb::DataType) -> usize {
+    n_values * (size_of::<f32>() + 2 * dtype_bytes(dtype))
 }
 
 /// Numbers as they travel: little-endian, row-major.

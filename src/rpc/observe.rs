@@ -4,8 +4,8 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -86,7 +86,7 @@ impl Default for Calls {
 
 /// One call in progress.
 #[derive(Debug)]
-struct InProgress(Calls);
+pub(super) struct InProgress(Calls);
 
 impl Drop for InProgress {
     fn drop(&mut self) {
@@ -97,6 +97,23 @@ impl Drop for InProgress {
 /// When a call must be answered; handlers find it in the request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(pub(super) Option<Instant>);
+
+/// A call's count and its place among those in progress. Observed calls end
+/// with their response; a stream, whose code comes last, takes both over and
+/// ends them itself.
+#[derive(Debug, Clone)]
+pub(super) struct Course(Arc<Mutex<Option<(Ending, InProgress)>>>);
+
+impl Course {
+    fn new(ending: Ending, in_progress: InProgress) -> Self {
+        Self(Arc::new(Mutex::new(Some((ending, in_progress)))))
+    }
+
+    /// From now on the caller's, if nobody took it before.
+    pub(super) fn take(&self) -> Option<(Ending, InProgress)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
 
 /// An answer's share of the worker's bytes; handlers leave it in the response.
 #[derive(Debug, Clone)]
@@ -160,16 +177,19 @@ where
             code: Code::Cancelled,
         };
         let deadline = deadline::of(request.headers(), started);
-        let in_progress = self.observe.calls.enter();
+        let course = Course::new(ending, self.observe.calls.enter());
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
-            // A stream may stay open for as long as its client likes.
-            let bytes = Some(self.observe.bytes.clone());
-            let timeout = Some(self.observe.request_timeout);
-            let mut request = request.map(|body| match method {
-                STREAM => body,
-                _ => arriving(body, bytes, class, timeout),
-            });
+            let mut request = if method == STREAM {
+                // It may stay open for as long as its client likes.
+                let mut request = request;
+                request.extensions_mut().insert(course.clone());
+                request
+            } else {
+                let bytes = Some(self.observe.bytes.clone());
+                let timeout = Some(self.observe.request_timeout);
+                request.map(|body| arriving(body, bytes, class, timeout))
+            };
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
             span.in_scope(|| self.inner.call(request))
@@ -178,13 +198,16 @@ where
             async move {
                 // Named whole, so that the future owns all of it and its drop
                 // counts the call.
-                let mut ending = ending;
+                let course = course;
                 let mut response = match call {
                     Ok(call) => until(deadline, call).await?,
                     Err(error) => status::of_call(&error).into_http(),
                 };
                 correct(response.headers_mut(), request_bytes_max);
-                ending.code = code(response.headers());
+                let in_progress = course.take().map(|(mut ending, in_progress)| {
+                    ending.code = code(response.headers());
+                    in_progress
+                });
                 response.headers_mut().insert(REQUEST_ID, id);
                 let held = response.extensions_mut().remove::<Held>();
                 Ok(response.map(|body| {
@@ -318,7 +341,7 @@ impl http_body::Body for Arriving {
 struct Leaving {
     body: Body,
     _held: Option<Held>,
-    _in_progress: InProgress,
+    _in_progress: Option<InProgress>,
 }
 
 impl http_body::Body for Leaving {
@@ -343,11 +366,12 @@ impl http_body::Body for Leaving {
 
 /// Counts the call when it ends, also when its future is dropped because the
 /// caller went away.
-struct Ending {
+#[derive(Debug)]
+pub(super) struct Ending {
     metrics: Metrics,
     method: &'static str,
     started: Instant,
-    code: Code,
+    pub(super) code: Code,
 }
 
 impl Drop for Ending {
@@ -377,21 +401,12 @@ fn code(headers: &HeaderMap) -> Code {
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-/// tonic answers a message over the limit with OUT_OF_RANGE, where gRPC's own
-/// libraries say RESOURCE_EXHAUSTED, or with the latter and no word on what to
-/// change when it was compressed. No handler of ours answers either like that.
+/// A message over the limit is refused in our words.
 fn correct(headers: &mut HeaderMap, request_bytes_max: u64) {
     let message = headers
         .get("grpc-message")
         .map_or(&b""[..], HeaderValue::as_bytes);
-    let inflated = message.starts_with(b"Error%20decompressing")
-        || message.starts_with(b"Error decompressing");
-    let over = match code(headers) {
-        Code::OutOfRange => true,
-        Code::ResourceExhausted => inflated,
-        _ => false,
-    };
-    if !over {
+    if !status::is_over_limit(code(headers), message) {
         return;
     }
     let error = Error::MessageTooLarge {

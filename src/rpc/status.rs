@@ -1,9 +1,11 @@
 //! The one table from errors to gRPC codes.
 
+use std::collections::HashMap;
+
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::error::Error;
+use crate::error::{Error, StreamEnd};
 use crate::preprocess::PreprocessError;
 
 /// Who may act on the reasons below, as `google.rpc.ErrorInfo` asks.
@@ -35,6 +37,14 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         Error::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
         Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
+        Error::StreamMisused { .. } => (Code::InvalidArgument, "STREAM_MISUSED"),
+        Error::IdTooLong { .. } => (Code::InvalidArgument, "ID_TOO_LONG"),
+        Error::StreamEnded { cause, .. } => match cause {
+            StreamEnd::Draining => (Code::Unavailable, "DRAINING"),
+            StreamEnd::ConnectionAge => (Code::Unavailable, "CONNECTION_AGE"),
+            StreamEnd::Idle => (Code::Unavailable, "STREAM_IDLE"),
+            StreamEnd::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        },
         Error::Draining => (Code::Unavailable, "DRAINING"),
         Error::NotReady => (Code::Unavailable, "NOT_READY"),
         Error::Engine(_) => (Code::Internal, "INFERENCE_FAILED"),
@@ -50,11 +60,42 @@ pub(super) fn code(error: &Error) -> Code {
 /// The status that ends a whole call.
 pub(super) fn of_call(error: &Error) -> Status {
     let (code, reason) = row(error);
-    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(error));
     if let Error::Full { retry_after, .. } = error {
         details.set_retry_info(Some(*retry_after));
     }
     Status::with_error_details(code, error.to_string(), details)
+}
+
+/// Numbers for a program that reads the status.
+fn metadata(error: &Error) -> HashMap<String, String> {
+    match error {
+        Error::StreamEnded {
+            items_read,
+            items_answered,
+            ..
+        } => HashMap::from([
+            ("items_read".to_owned(), items_read.to_string()),
+            ("items_answered".to_owned(), items_answered.to_string()),
+        ]),
+        _ => HashMap::new(),
+    }
+}
+
+/// Whether the library says, in its own words, that a message is over the
+/// limit: OUT_OF_RANGE, where gRPC's own libraries say RESOURCE_EXHAUSTED, or
+/// the latter and no word on what to change when the message was compressed. No
+/// handler of ours answers either like that.
+pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
+    match code {
+        Code::OutOfRange => true,
+        Code::ResourceExhausted => {
+            // As it is, and as it is in a header.
+            message.starts_with(b"Error decompressing")
+                || message.starts_with(b"Error%20decompressing")
+        }
+        _ => false,
+    }
 }
 
 /// The status of one image.
@@ -103,8 +144,13 @@ mod tests {
     #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
     fn each_error_has_its_code_and_reason() {
         let stage = Stage::Queue;
+        let ended = |cause| Error::StreamEnded {
+            cause,
+            items_read: 3,
+            items_answered: 3,
+        };
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 24] = [
+        let rows: [(Error, Code, &str); 30] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -222,6 +268,28 @@ mod tests {
                 "DEADLINE_EXCEEDED",
             ),
             (Error::Cancelled { stage }, Code::Cancelled, "CANCELLED"),
+            (
+                Error::StreamMisused { problem: "twice" },
+                Code::InvalidArgument,
+                "STREAM_MISUSED",
+            ),
+            (
+                Error::IdTooLong { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "ID_TOO_LONG",
+            ),
+            (ended(StreamEnd::Draining), Code::Unavailable, "DRAINING"),
+            (
+                ended(StreamEnd::ConnectionAge),
+                Code::Unavailable,
+                "CONNECTION_AGE",
+            ),
+            (ended(StreamEnd::Idle), Code::Unavailable, "STREAM_IDLE"),
+            (
+                ended(StreamEnd::Deadline),
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
+            ),
             (Error::Draining, Code::Unavailable, "DRAINING"),
             (Error::NotReady, Code::Unavailable, "NOT_READY"),
             (engine().into(), Code::Internal, "INFERENCE_FAILED"),
@@ -252,6 +320,30 @@ mod tests {
         assert_eq!(retry.retry_delay, Some(Duration::from_millis(1500)));
         assert!(status.message().ends_with("retry after 1s 500ms"));
         assert!(of_call(&Error::Draining).get_details_retry_info().is_none());
+    }
+
+    #[test]
+    fn a_stream_that_was_ended_says_how_far_it_came() {
+        let ended = |items_answered| {
+            of_call(&Error::StreamEnded {
+                cause: StreamEnd::Draining,
+                items_read: 7,
+                items_answered,
+            })
+        };
+        let info = ended(7).get_details_error_info().expect("an ErrorInfo");
+        assert_eq!(info.metadata["items_read"], "7");
+        assert_eq!(info.metadata["items_answered"], "7");
+        assert!(
+            ended(7)
+                .message()
+                .contains("every item that was read was answered")
+        );
+        assert!(
+            ended(5)
+                .message()
+                .contains("of 7 items that were read 5 were answered")
+        );
     }
 
     #[test]
