@@ -19,3 +19,4 @@ mod load;
 mod metrics;
 mod models;
 mod shutdown;
+mod stream;
