@@ -23,3 +23,4 @@ mod metrics;
 mod models;
 mod scheduling;
 mod shutdown;
+mod stream;
