@@ -377,7 +377,7 @@ async fn a_client_that_vanishes_frees_its_places_at_once() {
     let (open, script) = gated();
     let running = harness::fake(script, &["--max-queue-delay", "0s"]).await;
     // By a reset of the stream.
-    let conversation = Conversation::open(&running.client, Default::default()).await;
+    let conversation = Conversation::open(&running.client, pb::EmbedStreamOptions::default()).await;
     conversation.flood(20).await;
     running.until_in_flight(20).await;
     assert_eq!(running.sample("imagegpt_streams").await, 1.0);
@@ -392,7 +392,7 @@ async fn a_client_that_vanishes_frees_its_places_at_once() {
     let endpoint = format!("http://{}", running.worker.grpc_addr);
     let conversation = runtime.spawn(async move {
         let client = Client::connect(endpoint).await.expect("a connection");
-        let conversation = Conversation::open(&client, Default::default()).await;
+        let conversation = Conversation::open(&client, pb::EmbedStreamOptions::default()).await;
         conversation.flood(20).await;
         (client, conversation)
     });
@@ -413,12 +413,16 @@ async fn the_deadline_ends_a_stream() {
     let (open, script) = gated();
     let running = harness::fake(script, &["--max-queue-delay", "0s"]).await;
     let started = Instant::now();
-    let mut conversation = Conversation::open_as(&running.client, Default::default(), |request| {
-        // As a header, so that this client does not enforce it itself.
-        request
-            .metadata_mut()
-            .insert("grpc-timeout", "500m".parse().expect("ascii"));
-    })
+    let mut conversation = Conversation::open_as(
+        &running.client,
+        pb::EmbedStreamOptions::default(),
+        |request| {
+            // As a header, so that this client does not enforce it itself.
+            request
+                .metadata_mut()
+                .insert("grpc-timeout", "500m".parse().expect("ascii"));
+        },
+    )
     .await;
     conversation.flood(5).await;
     running.until_in_flight(5).await;
@@ -617,7 +621,8 @@ async fn bytes_that_are_no_message_end_the_stream() {
 #[tokio::test]
 async fn a_stream_ends_at_its_age_and_when_nothing_happens() {
     let running = harness::fake(Script::default(), &["--max-connection-age", "1s"]).await;
-    let mut conversation = Conversation::open(&running.client, Default::default()).await;
+    let mut conversation =
+        Conversation::open(&running.client, pb::EmbedStreamOptions::default()).await;
     conversation.item("a", flat(1)).await;
     let (answers, end) = conversation.rest().await;
     let status = end.expect("an end");
@@ -632,7 +637,8 @@ async fn a_stream_ends_at_its_age_and_when_nothing_happens() {
     running.end().await;
 
     let running = harness::fake(Script::default(), &["--stream-idle-timeout", "300ms"]).await;
-    let mut conversation = Conversation::open(&running.client, Default::default()).await;
+    let mut conversation =
+        Conversation::open(&running.client, pb::EmbedStreamOptions::default()).await;
     // Life in it keeps it open.
     for _ in 0..6 {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -659,7 +665,8 @@ async fn a_stream_that_fills_the_worker_leaves_room_for_interactive_calls() {
         "0s",
     ];
     let running = harness::fake(script, &flags).await;
-    let mut conversation = Conversation::open(&running.client, Default::default()).await;
+    let mut conversation =
+        Conversation::open(&running.client, pb::EmbedStreamOptions::default()).await;
     let sending = conversation.sender.clone();
     let sending = tokio::spawn(async move {
         for idx in 0..60_u32 {
@@ -709,7 +716,8 @@ async fn a_client_goes_on_elsewhere_with_what_has_no_answer() {
         }
     };
 
-    let mut conversation = Conversation::open(&first.client, Default::default()).await;
+    let mut conversation =
+        Conversation::open(&first.client, pb::EmbedStreamOptions::default()).await;
     let sender = conversation.sender.clone();
     let sending = tokio::spawn(async move {
         for idx in 0..n_items {
@@ -745,7 +753,8 @@ async fn a_client_goes_on_elsewhere_with_what_has_no_answer() {
     let ended = shutdown.await.expect("no panic");
     assert_eq!(ended, imagegpt::worker::Ended::Clean);
 
-    let mut conversation = Conversation::open(&second.client, Default::default()).await;
+    let mut conversation =
+        Conversation::open(&second.client, pb::EmbedStreamOptions::default()).await;
     let left: Vec<u32> = (0..n_items)
         .filter(|idx| !answered.contains_key(idx))
         .collect();

@@ -277,11 +277,11 @@ mod tests {
         outbox.poll_take(&mut Context::from_waker(Waker::noop()))
     }
 
-    fn place(bytes: usize) -> Option<Place> {
-        Some(Place {
+    fn place(bytes: usize) -> Place {
+        Place {
             bytes,
             ..Default::default()
-        })
+        }
     }
 
     #[tokio::test]
@@ -291,7 +291,7 @@ mod tests {
         outbox.credit(1).await;
         outbox.hold();
         outbox.room(10, 15).await;
-        outbox.push(response("a"), place(10));
+        outbox.push(response("a"), Some(place(10)));
         for _ in 0..2 {
             let full = tokio::time::timeout(Duration::from_millis(5), outbox.credit(1)).await;
             assert!(full.is_err(), "held until the answer has left");
@@ -309,7 +309,7 @@ mod tests {
     async fn the_end_comes_after_the_answers_or_instead_of_them() {
         let outbox = Outbox::new();
         outbox.hold();
-        outbox.push(response("a"), place(1));
+        outbox.push(response("a"), Some(place(1)));
         outbox.finish(Ok(()));
         assert!(matches!(take(&outbox), Poll::Ready(Some(Ok(_)))));
         assert!(matches!(take(&outbox), Poll::Ready(None)));
@@ -317,7 +317,7 @@ mod tests {
 
         let outbox = Outbox::new();
         outbox.hold();
-        outbox.push(response("a"), place(1));
+        outbox.push(response("a"), Some(place(1)));
         outbox.abandon(Status::unavailable("gone"));
         outbox.credit(1).await;
         assert!(matches!(take(&outbox), Poll::Ready(Some(Err(_)))));
@@ -325,14 +325,14 @@ mod tests {
         outbox.ended().await;
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn idle_is_only_who_could_do_something() {
         let outbox = Outbox::new();
         let timeout = Duration::from_millis(20);
         outbox.hold();
         let busy = tokio::time::timeout(3 * timeout, outbox.idle(timeout)).await;
         assert!(busy.is_err(), "the worker has the item");
-        outbox.push(response("a"), place(1));
+        outbox.push(response("a"), Some(place(1)));
         std::thread::sleep(timeout);
         outbox.idle(timeout).await;
         outbox.stalled(timeout).await;
