@@ -59,6 +59,14 @@ bench-overhead: setup ## Measure images per second through gRPC against the bare
 bench-server: build ## Measure the server alone, with an engine that costs nothing: requests per second and core
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-server.sh
 
+.PHONY: bench-scheduler
+bench-scheduler: build ## Measure overload, interactive calls beside bulk, and slow readers
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh
+
+.PHONY: soak
+soak: build ## Ten minutes of mixed load with cancels and garbage, every answer verified
+	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh soak
+
 .PHONY: bench-attention
 bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::rpc::client::ConnectConfig;
 use crate::rpc::load::{Method, Priority};
 
 /// Load a worker and measure what it does.
@@ -32,6 +33,9 @@ pub struct Flags {
         value_name = "URL"
     )]
     pub endpoints: Vec<String>,
+
+    #[command(flatten)]
+    pub connect: ConnectConfig,
 
     /// What is asked for
     #[arg(long, global = true, value_enum, default_value = "embed")]

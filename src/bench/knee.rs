@@ -21,6 +21,7 @@ use super::load::{Bench, Phase};
 use super::modes::{Findings, Phases, saturation};
 use super::report::{milliseconds, rate};
 use super::stats::as_f64;
+use crate::rpc::client::ConnectConfig;
 use crate::rpc::load::Lane;
 
 /// The search ends when the interval is this part of the saturation.
@@ -273,7 +274,9 @@ impl Served {
     async fn ready(&mut self, stop: &watch::Receiver<bool>) -> anyhow::Result<()> {
         let started = Instant::now();
         loop {
-            if let Ok(lane) = Lane::connect(&self.endpoint, None).await
+            // Its own worker, on loopback, asks nobody.
+            let connect = ConnectConfig::default();
+            if let Ok(lane) = Lane::connect(&self.endpoint, &connect, None).await
                 && lane.model().await.is_ok()
             {
                 return Ok(());

@@ -120,7 +120,7 @@ impl Bench {
     ) -> anyhow::Result<Arc<Self>> {
         let endpoints = &flags.endpoints;
         let first = endpoints.first().context("--endpoint has no URL")?;
-        let probe = Lane::connect(first, None).await?;
+        let probe = Lane::connect(first, &flags.connect, None).await?;
         let model = probe
             .model()
             .await
@@ -143,7 +143,7 @@ impl Bench {
         let mut lanes = Vec::with_capacity(connections * endpoints.len());
         for _ in 0..connections {
             for endpoint in endpoints {
-                lanes.push(Lane::connect(endpoint, None).await?);
+                lanes.push(Lane::connect(endpoint, &flags.connect, None).await?);
             }
         }
         let input = match &flags.images {

@@ -49,7 +49,7 @@ pub(super) async fn run(
     let mut readers = Vec::new();
     for idx in 0..usize::from(args.readers) {
         let endpoint = &bench.flags.endpoints[idx % bench.n_endpoints()];
-        let lane = Lane::connect(endpoint, Some(STREAM_WINDOW)).await?;
+        let lane = Lane::connect(endpoint, &bench.flags.connect, Some(STREAM_WINDOW)).await?;
         let (writer, reader) = lane
             .stream(None, 0)
             .await

@@ -19,7 +19,7 @@ use crate::pb::image_gpt_service_client::ImageGptServiceClient;
 /// How long to look for the worker before giving up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Large enough for any response that a worker may be told to send.
-const RESPONSE_BYTES_MAX: usize = 1 << 31;
+pub(super) const RESPONSE_BYTES_MAX: usize = 1 << 31;
 
 /// By argument, since a heading of the whole struct would go on over what the
 /// command has after it.
@@ -30,13 +30,14 @@ const ACCESS: &str = "Access";
 pub struct ConnectConfig {
     /// Certificates in PEM of those who sign the worker's, for https://
     /// endpoints [default: the public ones]
-    #[arg(long, help_heading = ACCESS, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
 
     /// This client's own certificate chain in PEM, for workers that ask for
     /// one
     #[arg(
         long,
+        global = true,
         help_heading = ACCESS,
         env = "IMAGEGPT_CLIENT_TLS_CERT",
         value_name = "FILE",
@@ -47,6 +48,7 @@ pub struct ConnectConfig {
     /// Private key of --tls-client-cert in PEM
     #[arg(
         long,
+        global = true,
         help_heading = ACCESS,
         env = "IMAGEGPT_CLIENT_TLS_KEY",
         value_name = "FILE",
@@ -56,7 +58,7 @@ pub struct ConnectConfig {
 
     /// A file with the bearer token for every call; of several lines the first
     /// that is no comment
-    #[arg(long, help_heading = ACCESS, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
 

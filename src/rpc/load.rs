@@ -16,16 +16,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder, Streaming};
 use tonic::metadata::MetadataValue;
-use tonic::transport::{Channel, Endpoint};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
+use super::client::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
 use crate::pb;
 
-/// How long to look for a worker before giving up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Large enough for any response that a worker may be told to send.
-const RESPONSE_BYTES_MAX: usize = 1 << 31;
 /// Items of a stream between its writer and its connection; the worker's window
 /// is what bounds a stream.
 const STREAM_QUEUE: usize = 16;
@@ -34,20 +32,6 @@ const STREAM_QUEUE: usize = 16;
 pub const CLIENT_TIMEOUT: &str = "CLIENT_TIMEOUT";
 /// An image of an answer that has neither a result nor an error.
 pub const NO_OUTCOME: &str = "NO_OUTCOME";
-
-/// The only place where the tool opens a connection.
-///
-/// `stream_window` bounds the answers that the connection takes from the worker
-/// before somebody reads them; `None` leaves it at the library's default.
-async fn open(endpoint: &str, stream_window: Option<u32>) -> anyhow::Result<Channel> {
-    Endpoint::from_shared(endpoint.to_owned())
-        .with_context(|| format!("--endpoint {endpoint} is not a URL"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .initial_stream_window_size(stream_window)
-        .connect()
-        .await
-        .with_context(|| format!("no worker answers at {endpoint}"))
-}
 
 /// What is asked of the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -190,19 +174,34 @@ fn never_left(status: &Status) -> bool {
 
 /// A connection to one worker.
 #[derive(Debug, Clone)]
-pub struct Lane(Grpc<Channel>);
+pub struct Lane(Grpc<InterceptedService<Channel, Token>>);
 
 impl Lane {
-    /// Connects to `endpoint`, such as `http://127.0.0.1:50051`.
+    /// Connects to `url`, such as `http://127.0.0.1:50051`.
+    ///
+    /// `stream_window` bounds the answers that the connection takes from the
+    /// worker before somebody reads them; `None` leaves it at the library's
+    /// default.
     ///
     /// # Errors
     ///
-    /// When the address is malformed or nothing answers there.
-    pub async fn connect(endpoint: &str, stream_window: Option<u32>) -> anyhow::Result<Self> {
-        let channel = open(endpoint, stream_window).await?;
-        Ok(Self(
-            Grpc::new(channel).max_decoding_message_size(RESPONSE_BYTES_MAX),
-        ))
+    /// When the address is malformed, a file cannot be used, or nothing
+    /// answers there.
+    pub async fn connect(
+        url: &str,
+        config: &ConnectConfig,
+        stream_window: Option<u32>,
+    ) -> anyhow::Result<Self> {
+        let token = config.token()?;
+        let channel = config
+            .endpoint(url)?
+            .initial_stream_window_size(stream_window)
+            .connect()
+            .await
+            .with_context(|| format!("no worker answers at {url}"))?;
+        let service = InterceptedService::new(channel, token);
+        let grpc = Grpc::new(service).max_decoding_message_size(RESPONSE_BYTES_MAX);
+        Ok(Self(grpc))
     }
 
     /// What the worker serves.
