@@ -233,8 +233,8 @@ pub struct BatchingConfig {
     )]
     pub max_batch_size: u16,
 
-    /// How long an image may wait for others while the model is free. While
-    /// the model is busy images gather anyway
+    /// How long an image may wait for others while the model is free, where
+    /// larger batches are faster. While the model is busy images gather anyway
     #[arg(
         long,
         env = "IMAGEGPT_MAX_QUEUE_DELAY",

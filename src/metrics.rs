@@ -97,7 +97,7 @@ pub const CODES: [&str; 13] = [
 /// Why a batch was formed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Close {
-    /// It had reached the largest size.
+    /// It had reached the size that the engine is fastest at.
     Full,
     /// Its oldest image had waited the queue delay.
     Delay,

@@ -35,19 +35,19 @@ pub enum Decision {
 
 impl Policy {
     /// Decides among lanes, for a worker that drains (and so waits for nobody)
-    /// or not. `largest` is the largest batch that the engine takes now,
-    /// `bulk_owed` whether bulk has waited for its share.
+    /// or not. `full` says how many images of a graph gain nothing from more
+    /// company, `bulk_owed` whether bulk has waited for its share.
     #[must_use]
     pub fn decide(
         &self,
         lanes: &[Lane],
-        largest: usize,
+        full: impl Fn(Graph) -> usize,
         now: Instant,
         draining: bool,
         bulk_owed: bool,
     ) -> Decision {
         let reason = |lane: &Lane| {
-            if lane.len >= largest {
+            if lane.len >= full(lane.graph) {
                 Some(Close::Full)
             } else if lane.oldest + self.max_queue_delay <= now {
                 Some(Close::Delay)
@@ -260,7 +260,7 @@ mod tests {
                 queue.push(class, graph, entry);
             }
         }
-        let got = match policy().decide(&queue.lanes(), 4, at(now_ms), draining, owed) {
+        let got = match policy().decide(&queue.lanes(), |_| 4, at(now_ms), draining, owed) {
             Decision::Idle => "idle".to_owned(),
             Decision::WaitUntil(wake) => format!("wait {}", (wake - start).as_millis()),
             Decision::Flush(class, graph, close) => {

@@ -93,10 +93,10 @@ impl<T> Scheduler<T> {
             self.ledger
                 .bulk_is_owed(&self.policy, cost, lane.oldest, now)
         });
-        match self
-            .policy
-            .decide(&lanes, self.largest, now, draining, bulk_owed)
-        {
+        // The size that a full queue would run at: where it is one image, as on
+        // a CPU, nobody waits for company.
+        let full = |graph| self.bucket(graph, self.largest, now);
+        match self.policy.decide(&lanes, full, now, draining, bulk_owed) {
             Decision::Idle => Next::Idle,
             Decision::WaitUntil(at) => Next::WaitUntil(at),
             Decision::Flush(class, graph, close) => {

@@ -11,6 +11,7 @@ use super::super::queue::Entry;
 use super::{Next, Picked, Scheduler};
 use crate::engine::{Buckets, Graph};
 use crate::job::Class;
+use crate::metrics::Close;
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const GRAPHS: [Graph; 2] = [Graph::Hidden, Graph::Logits];
@@ -557,6 +558,35 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     };
     assert_eq!(picked.rows.len(), 4);
     assert_eq!(too_late(&scheduler, 300), Some(MS(250 + 250 + 100)));
+}
+
+#[test]
+fn nobody_waits_for_company_that_would_not_help() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let start = Instant::now();
+    let push = |scheduler: &mut Scheduler<u32>| {
+        let entry = Entry {
+            item: 0,
+            arrived: start,
+            deadline: None,
+        };
+        scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+    };
+    push(&mut scheduler);
+    assert!(matches!(scheduler.next(start, false), Next::WaitUntil(_)));
+    for bucket in [1, 2, 4] {
+        scheduler
+            .pace
+            .warmed(GRAPHS[0], bucket, like_a_cpu(bucket), start);
+    }
+    let Next::Run(picked) = scheduler.next(start, false) else {
+        panic!("one at a time is as fast as four");
+    };
+    assert_eq!((picked.bucket, picked.close), (1, Close::Full));
+    scheduler.ended(start);
+    push(&mut scheduler);
+    scheduler.pace.ran(GRAPHS[0], 4, 4, MS(11), start);
+    assert!(matches!(scheduler.next(start, false), Next::WaitUntil(_)));
 }
 
 #[test]
