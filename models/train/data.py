@@ -15,6 +15,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class Emoji:
     # RGBA, 64x64: the base first, then its skin tones.
     pictures: tuple[Image.Image, ...]
     files: tuple[str, ...]
+    # The base's file as it came.
+    png: bytes
 
 
 def bring() -> Path:
@@ -117,6 +120,7 @@ def load() -> list[Emoji]:
                 flips=flips(entry),
                 pictures=pictures,
                 files=tuple(names),
+                png=files[names[0]],
             )
         )
     check(emoji, groups)
@@ -230,8 +234,8 @@ def plain(picture: Image.Image) -> np.ndarray:
     return to_pixels(on_white(picture))
 
 
-def augment(one: Emoji, random: np.random.Generator) -> np.ndarray:
-    """A random view: skin tone, mirror, place, size and background."""
+def augment(one: Emoji, random: np.random.Generator, soft_share: float = 0.4) -> np.ndarray:
+    """A random view: skin tone, mirror, place, size, and white or a soft ground."""
     picture = one.pictures[0]
     if len(one.pictures) > 1 and random.random() < 0.5:
         picture = one.pictures[random.integers(1, len(one.pictures))]
@@ -240,7 +244,7 @@ def augment(one: Emoji, random: np.random.Generator) -> np.ndarray:
     # Twice the size around, so that the window may leave the picture.
     canvas = Image.new("RGBA", (128, 128))
     canvas.paste(picture, (32, 32))
-    soft = random.random() < 0.4
+    soft = random.random() < soft_share
     ground = background(random) if soft else Image.new("RGBA", canvas.size, "white")
     ground.alpha_composite(canvas)
     window = 64 / random.uniform(0.85, 1.15)
@@ -330,6 +334,32 @@ def write_palette(emoji: list[Emoji]) -> None:
     print(f"wrote {path.relative_to(ROOT)}")
 
 
+def write_pictures(emoji: list[Emoji]) -> None:
+    """The demo's pictures: five of the test split for each category.
+
+    Three are of its largest subcategory and two of its next, so that there are
+    look-alikes to find; which ones, the seed says, and never a result.
+    """
+    random = np.random.RandomState(SEED)
+    for path in PICTURES.glob("**/*.png"):
+        path.unlink()
+    test = [one for one in emoji if one.split == "test"]
+    for category in sorted({one.category for one in test} - {"Component"}):
+        folder = PICTURES / slug(category)
+        folder.mkdir(parents=True, exist_ok=True)
+        by_size = Counter(one.subcategory for one in test if one.category == category).most_common(2)
+        for (subcategory, _), n in zip(by_size, (3, 2), strict=False):
+            chosen = [one for one in test if one.subcategory == subcategory]
+            for idx in sorted(random.permutation(len(chosen))[:n]):
+                (folder / f"{slug(chosen[idx].short_name)}.png").write_bytes(chosen[idx].png)
+    print(f"wrote {len(list(PICTURES.glob('**/*.png')))} pictures to {PICTURES.relative_to(ROOT)}")
+
+
+def slug(name: str) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower())
+    return "-".join(words.split())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--palette", action="store_true", help="make the palette again")
@@ -342,6 +372,8 @@ def main() -> None:
         print(f"{name}: {len(chosen)} emoji, {n_pictures} pictures with skin tones")
     if arguments.palette:
         write_palette(emoji)
+    if arguments.pictures:
+        write_pictures(emoji)
 
 
 if __name__ == "__main__":

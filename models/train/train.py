@@ -5,8 +5,9 @@
 
 Progress goes to target/train/log.jsonl, checkpoints to target/train, and the
 finished model to models/emoji. A killed run goes on from its last checkpoint
-when it is started again with the same flags; only --steps and --decay may
-differ, as long as the learning rate has not begun to fall.
+when it is started again with the same flags; only how long it is to train may
+differ, as long as the learning rate has not begun to fall. With --minutes the
+learning rate falls by the clock, so that a run on a busy machine ends in time.
 """
 
 import argparse
@@ -32,6 +33,8 @@ CURVE_STEPS = 25
 MUON_RATE = 0.02
 ADAM_RATE = 0.002
 WARM_UP_STEPS = 50
+# More than any run with --minutes gets to.
+STEPS_MAX = 1_000_000
 
 
 class Muon(torch.optim.Optimizer):
@@ -101,10 +104,9 @@ class Batches(torch.utils.data.Dataset):
         return torch.from_numpy(self.quantizer(np.stack(views)))
 
 
-def rate(step: int, steps: int, decay: float) -> float:
+def rate(step: int, done: float, decay: float) -> float:
     """Share of the learning rate: a short rise, a plateau, a fall to zero."""
-    n_falling = max(1, round(steps * decay))
-    return min(1.0, (step + 1) / WARM_UP_STEPS, (steps - step) / n_falling)
+    return min(1.0, (step + 1) / WARM_UP_STEPS, max(0.0, 1 - done) / decay)
 
 
 @torch.no_grad()
@@ -155,43 +157,48 @@ def train(arguments: argparse.Namespace) -> None:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{n_parameters / 1e6:.2f} M parameters on {device}", flush=True)
 
+    steps = arguments.steps if arguments.minutes is None else STEPS_MAX
     batches = torch.utils.data.DataLoader(
-        Batches(emoji, first, arguments.steps, arguments.batch, data.SEED),
+        Batches(emoji, first, steps, arguments.batch, data.SEED),
         batch_size=None,
         num_workers=0 if device == "cpu" else 12,
     )
     started = time.monotonic() - seconds
     for step, ids in enumerate(batches, start=first):
+        done = step / steps if arguments.minutes is None else seconds / (60 * arguments.minutes)
         for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = base * rate(step, arguments.steps, arguments.decay)
+                group["lr"] = base * rate(step, done, arguments.decay)
         value = network.loss(model, ids.to(device), torch.bfloat16, forward)
         value.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        done = step + 1
+        n_done = step + 1
         seconds = time.monotonic() - started
-        entry = {"step": done, "train": round(value.item(), 4), "seconds": round(seconds, 1)}
+        last = n_done == steps or arguments.minutes is not None and seconds >= 60 * arguments.minutes
+        entry = {"step": n_done, "train": round(value.item(), 4), "seconds": round(seconds, 1)}
         if not math.isfinite(entry["train"]):
-            raise SystemExit(f"the loss is {entry['train']} at step {done}")
-        if done % EVALUATE_EVERY == 0 or done == arguments.steps:
+            raise SystemExit(f"the loss is {entry['train']} at step {n_done}")
+        if n_done % EVALUATE_EVERY == 0 or last:
             entry["validation"] = round(held_out_loss(model, validation, device, torch.bfloat16, forward), 4)
         with LOG.open("a") as log:
             log.write(json.dumps(entry) + "\n")
-        if done % 10 == 0:
-            speed = (done - first) * arguments.batch / (seconds - (state["seconds"] if first else 0.0))
+        if n_done % 10 == 0:
+            speed = (n_done - first) * arguments.batch / (seconds - (state["seconds"] if first else 0.0))
             print(f"{entry} {speed:.2f} pictures/s", flush=True)
-        if done % CHECKPOINT_EVERY == 0 or done == arguments.steps:
+        if n_done % CHECKPOINT_EVERY == 0 or last:
             stored = [optimizer.state_dict() for optimizer in optimizers]
             save({
                 "model": model.state_dict(),
                 "optimizers": stored,
-                "step": done,
+                "step": n_done,
                 "seconds": seconds,
                 "shape": (arguments.width, arguments.layers, arguments.heads),
                 "batch": arguments.batch,
             })
+        if last:
+            break
 
 
 def export() -> None:
@@ -252,7 +259,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
     parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of the steps, in which the rate falls")
+    parser.add_argument("--minutes", type=float, help="train this long instead, stops not counted")
+    parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls")
     arguments = parser.parse_args()
     if not arguments.export:
         train(arguments)
