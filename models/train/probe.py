@@ -197,6 +197,7 @@ def probe(worker: Worker, emoji: list[data.Emoji], views: int) -> None:
         }
     (data.MODEL / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result)
+    print_card(result)
 
 
 def log_loss_of(entry: dict) -> float:
@@ -233,6 +234,23 @@ def layers(
         entries.append(where | figures | {"probe": fitted})
         show("", entries[-1])
     return entries
+
+
+def print_card(result: dict) -> None:
+    """The table of the model card."""
+    print("| features | category: validation, test | subcategory: validation, test |\n|---|---|---|")
+    tasks = [result["category"], result["subcategory"]]
+
+    def row(name: str, entries: list[dict]) -> None:
+        cells = [f"{100 * entry['validation']:.1f} %, {100 * entry['test']:.1f} %" for entry in entries]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+    for layer, entries in enumerate(zip(*(task["layers"] for task in tasks), strict=True)):
+        row(f"layer {layer}", list(entries))
+    row("all layers together", [task["layers_together"] for task in tasks])
+    row("raw pixels", [task["raw_pixels"] for task in tasks])
+    for name in ("majority", "chance"):
+        print(f"| {name} | {' | '.join(f'{100 * task[name]:.1f} %' for task in tasks)} |")
 
 
 def write_head(fitted: Probe, context: str, norm: str, layer: int) -> None:
