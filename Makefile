@@ -8,6 +8,12 @@ SHELL := /usr/bin/env bash
 DEMO_PORT ?= 50151
 DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
+TRAIN_VENV ?= target/train-venv
+# What models/emoji was trained with; see models/train/train.py --help.
+TRAIN_FLAGS ?= --minutes 100
+# Where `make probe` listens.
+PROBE_PORT ?= 50153
+PROBE_METRICS_PORT ?= 9193
 
 .PHONY: help
 help: ## List the targets
@@ -22,8 +28,8 @@ build: setup ## Build the optimized binary: target/release/imagegpt
 	cargo build --release --locked
 
 .PHONY: demo
-demo: build ## Serve a small model and show which pictures look alike to it
-	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo.sh
+demo: build ## Serve the trained model: what it takes pictures for, and which look alike to it
+	@PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo.sh
 
 .PHONY: test
 test: setup ## Run all tests
@@ -84,6 +90,23 @@ parity: build $(PARITY_VENV)/.done ## Compare a running worker and compiled grap
 	@PARITY_VENV=$(PARITY_VENV) scripts/parity.sh
 	ORT_DYLIB_PATH=$(CURDIR)/target/onnxruntime/libonnxruntime.so \
 	    $(PARITY_VENV)/bin/python tests/parity/compile_parity.py target/release/imagegpt
+
+.PHONY: train
+train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)
+	OMP_WAIT_POLICY=PASSIVE $(TRAIN_VENV)/bin/python models/train/train.py $(TRAIN_FLAGS)
+
+.PHONY: baselines
+baselines: $(TRAIN_VENV)/.done ## Print the held-out loss of models/emoji beside those of counting colors
+	$(TRAIN_VENV)/bin/python models/train/baselines.py
+
+.PHONY: probe
+probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers for every layer; writes the head
+	@TRAIN_VENV=$(TRAIN_VENV) PORT=$(PROBE_PORT) METRICS_PORT=$(PROBE_METRICS_PORT) scripts/probe.sh
+
+$(TRAIN_VENV)/.done: models/train/requirements.txt
+	python3 -m venv $(TRAIN_VENV)
+	$(TRAIN_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 $(PARITY_VENV)/.done: tests/parity/requirements.txt
 	python3 -m venv $(PARITY_VENV)

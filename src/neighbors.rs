@@ -1,5 +1,6 @@
 //! `imagegpt neighbors`: embeds a folder through a worker and shows, as a
-//! table and as a picture, which images its features place together.
+//! table and as a picture, which images its features place together, and as
+//! which class a linear head takes each.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,11 @@ pub struct NeighborsConfig {
     /// Show transparent pixels as white instead of the color stored under them
     #[arg(long)]
     pub white: bool,
+
+    /// Classify too, by this linear head of the worker. An image whose folder
+    /// is named like a class (only letters and digits count) is right or wrong
+    #[arg(long, value_name = "NAME")]
+    pub head: Option<String>,
 }
 
 /// Side of a picture's cells in pixels: twice the published models' 32, so
@@ -76,6 +82,22 @@ struct Item {
     encoded: Bytes,
     embedding: Vec<f32>,
     tokens: Vec<u32>,
+    /// With `--head` only.
+    class: Option<Class>,
+}
+
+/// What a head says of an image.
+struct Class {
+    label: String,
+    score: f32,
+    /// What the folder says, if it is one of the head's classes.
+    truth: Option<String>,
+}
+
+impl Class {
+    fn is_right(&self) -> Option<bool> {
+        self.truth.as_ref().map(|truth| *truth == self.label)
+    }
 }
 
 /// Runs the command, with its table going to `out`.
@@ -106,6 +128,7 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
         .map(|idx| nearest(&items, idx, config.neighbors.into()))
         .collect();
     table(&items, &nearest, out)?;
+    share_right(&items, out)?;
     if let Some(path) = &config.picture {
         picture(&items, &nearest, &model)
             .save(path)
@@ -121,24 +144,73 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
     Ok(())
 }
 
-/// One row an image; its neighbors in columns, with their cosine similarity.
+/// One row an image: its class, and its neighbors in columns with their cosine
+/// similarity.
 fn table(
     items: &[Item],
     nearest: &[Vec<(usize, f32)>],
     out: &mut impl Write,
 ) -> std::io::Result<()> {
-    let width = items.iter().map(|item| item.name.chars().count()).max();
-    let width = width.unwrap_or(0).max("image".len());
-    writeln!(out, "{:width$}  nearest (cosine similarity)", "image")?;
-    for (item, nearest) in items.iter().zip(nearest) {
+    let longest = |texts: &mut dyn Iterator<Item = usize>| texts.max().unwrap_or(0);
+    let width = longest(&mut items.iter().map(|item| item.name.chars().count()));
+    let width = width.max("image".len());
+    let classes: Vec<String> = items.iter().map(class_text).collect();
+    let class_width = longest(&mut classes.iter().map(|class| class.chars().count()));
+    let class_header = if class_width > 0 { "class" } else { "" };
+    // Without classes there is no column for them, not even an empty one.
+    let gap = if class_width > 0 { "  " } else { "" };
+    writeln!(
+        out,
+        "{:width$}{gap}{class_header:class_width$}  nearest (cosine similarity)",
+        "image"
+    )?;
+    for ((item, class), nearest) in items.iter().zip(&classes).zip(nearest) {
         use std::fmt::Write as _;
-        let mut row = format!("{:width$}", item.name);
+        let mut row = format!("{:width$}{gap}{class:class_width$}", item.name);
         for &(idx, similarity) in nearest {
             let _ = write!(row, "  {:width$} {similarity:.3}", items[idx].name);
         }
         writeln!(out, "{}", row.trim_end())?;
     }
     Ok(())
+}
+
+/// An image's class with its score; a wrong one is marked as such.
+fn class_text(item: &Item) -> String {
+    item.class.as_ref().map_or_else(String::new, |class| {
+        let mark = match class.is_right() {
+            Some(false) => " wrong",
+            Some(true) | None => "",
+        };
+        format!("{} {:.2}{mark}", class.label, class.score)
+    })
+}
+
+/// How many classes are those of the images' folders, if any folder is one.
+fn share_right(items: &[Item], out: &mut impl Write) -> std::io::Result<()> {
+    let verdicts: Vec<bool> = items
+        .iter()
+        .filter_map(|item| item.class.as_ref()?.is_right())
+        .collect();
+    if verdicts.is_empty() {
+        return Ok(());
+    }
+    let n_right = verdicts.iter().filter(|&&right| right).count();
+    writeln!(
+        out,
+        "{n_right} of {} classes are right, by the folders' names",
+        verdicts.len()
+    )
+}
+
+/// The class that an image's folder is named like, if there is one.
+fn truth(path: &Path, labels: &[String]) -> Option<String> {
+    let bare = |text: &str| -> String {
+        let kept = text.chars().filter(|letter| letter.is_alphanumeric());
+        kept.flat_map(char::to_lowercase).collect()
+    };
+    let folder = bare(&path.parent()?.file_name()?.to_string_lossy());
+    labels.iter().find(|label| bare(label) == folder).cloned()
 }
 
 /// Every image below `folder`, by name.
@@ -189,6 +261,7 @@ async fn embed(
         .into(),
         ..Default::default()
     };
+    let labels = head_labels(config, model)?;
     // Small calls keep both ends' memory small; a worker batches over calls.
     let per_call = model
         .limits
@@ -204,26 +277,55 @@ async fn embed(
         }
         let embeddings = client.embed(encoded.clone(), preprocess).await?;
         let tokens = client.tokenize(encoded.clone(), preprocess).await?;
-        for (((path, encoded), embedding), tokens) in
-            paths.iter().zip(encoded).zip(embeddings).zip(tokens)
+        let classes = match &config.head {
+            Some(head) => {
+                let scores = client.classify(encoded.clone(), preprocess, head).await?;
+                scores.into_iter().map(|score| score.map(Some)).collect()
+            }
+            None => vec![Ok(None); paths.len()],
+        };
+        let answers = embeddings.into_iter().zip(tokens).zip(classes);
+        for ((path, encoded), ((embedding, tokens), class)) in
+            paths.iter().zip(encoded).zip(answers)
         {
             let name = path
                 .file_stem()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-            match (embedding, tokens) {
-                (Ok(embedding), Ok(tokens)) => items.push(Item {
+            match (embedding, tokens, class) {
+                (Ok(embedding), Ok(tokens), Ok(class)) => items.push(Item {
                     name,
                     encoded,
                     embedding,
                     tokens,
+                    class: class.map(|class| Class {
+                        label: class.label,
+                        score: class.score,
+                        truth: truth(path, &labels),
+                    }),
                 }),
-                (Err(reason), _) | (_, Err(reason)) => {
+                (Err(reason), ..) | (_, Err(reason), _) | (.., Err(reason)) => {
                     writeln!(out, "{name}: left out: {reason}")?;
                 }
             }
         }
     }
     Ok(items)
+}
+
+/// The classes of the head that `--head` names; none without the flag.
+fn head_labels(
+    config: &NeighborsConfig,
+    model: &pb::GetModelResponse,
+) -> anyhow::Result<Vec<String>> {
+    let Some(name) = &config.head else {
+        return Ok(Vec::new());
+    };
+    let head = model.heads.iter().find(|head| head.name == *name);
+    let head = head.with_context(|| {
+        let names: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
+        format!("--head {name}: the worker has no such head; it has {names:?}")
+    })?;
+    Ok(head.labels.clone())
 }
 
 /// The items most like `items[of]`, by cosine similarity (embeddings come
@@ -339,6 +441,7 @@ mod tests {
             encoded: Bytes::new(),
             embedding: embedding.to_vec(),
             tokens: vec![1, 0, 0, 1],
+            class: None,
         }
     }
 
@@ -372,6 +475,50 @@ mod tests {
         };
         assert_eq!(names(sample(paths(10), 3)), "0 3 6");
         assert_eq!(names(sample(paths(2), 3)), "0 1");
+    }
+
+    #[test]
+    fn a_folder_named_like_a_class_is_the_truth() {
+        let labels = ["Food & Drink".to_owned(), "Flags".to_owned()];
+        let truth = |path: &str| truth(Path::new(path), &labels);
+        assert_eq!(
+            truth("pictures/food-drink/bread.png").as_deref(),
+            Some("Food & Drink")
+        );
+        assert_eq!(truth("Flags/is.png").as_deref(), Some("Flags"));
+        assert_eq!(truth("pictures/bread.png"), None);
+        assert_eq!(truth("bread.png"), None);
+    }
+
+    #[test]
+    fn classes_stand_in_the_table_and_are_counted() {
+        let mut items = [item(&[1.0, 0.0]), item(&[0.0, 1.0])];
+        let print = |items: &[Item]| {
+            let mut out = Vec::new();
+            table(items, &[vec![], vec![]], &mut out).unwrap();
+            share_right(items, &mut out).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        items[0].name = "flag".to_owned();
+        items[1].name = "bread".to_owned();
+        assert_eq!(
+            print(&items),
+            "image  nearest (cosine similarity)\nflag\nbread\n"
+        );
+        for (item, truth) in items.iter_mut().zip(["Flags", "Food"]) {
+            item.class = Some(Class {
+                label: "Flags".to_owned(),
+                score: 0.5,
+                truth: Some(truth.to_owned()),
+            });
+        }
+        assert_eq!(
+            print(&items),
+            "image  class             nearest (cosine similarity)\n\
+             flag   Flags 0.50\n\
+             bread  Flags 0.50 wrong\n\
+             1 of 2 classes are right, by the folders' names\n"
+        );
     }
 
     #[test]

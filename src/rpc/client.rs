@@ -206,6 +206,44 @@ impl Client {
             .collect())
     }
 
+    /// The best class of encoded images by a linear head, with its score.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn classify(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+        head: &str,
+    ) -> anyhow::Result<Vec<Result<pb::ClassScore, String>>> {
+        let request = pb::ClassifyRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+            top_k: 1,
+            head: head.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .0
+            .classify(request)
+            .await
+            .map_err(|status| call_failed(&status))?
+            .into_inner();
+        Ok(response
+            .results
+            .into_iter()
+            .map(|result| match result.outcome {
+                Some(pb::classify_result::Outcome::Classification(mut found)) => {
+                    let best = found.classes.drain(..).next();
+                    best.ok_or_else(|| "the worker sent no class".to_owned())
+                }
+                Some(pb::classify_result::Outcome::Error(status)) => Err(status.message),
+                None => Err("the worker sent no outcome".to_owned()),
+            })
+            .collect())
+    }
+
     /// Tokens of encoded images.
     ///
     /// # Errors
