@@ -9,7 +9,7 @@ worker=target/release/imagegpt
 mkdir -p target/bench
 log=target/bench/scheduler.log
 "$worker" serve --model "$MODEL" --fake-engine 5ms+1ms --max-queue-delay 0ms \
-    --images-in-flight-max 256 --images-per-call-max 64 --max-connection-age 1m \
+    --images-in-flight-max 256 --images-per-call-max 64 \
     --listen "127.0.0.1:$PORT" --metrics-listen "127.0.0.1:$METRICS_PORT" 2>"$log" &
 pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
