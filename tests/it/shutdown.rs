@@ -9,8 +9,10 @@ use imagegpt::engine::fake::Script;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::Ended;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
+use crate::stream::Conversation;
 
 #[tokio::test]
 async fn what_was_admitted_is_finished() {
@@ -110,7 +112,7 @@ async fn idle_connections_do_not_hold_the_end() {
     clippy::zombie_processes,
     reason = "the test that gets the child waits for it"
 )]
-fn process() -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
+fn process(flags: &[&str]) -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
         .args([
             "serve",
@@ -120,6 +122,7 @@ fn process() -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
             "json",
         ])
         .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+        .args(flags)
         .arg("--model")
         .arg(harness::model_dir("micro"))
         .stderr(Stdio::piped())
@@ -156,7 +159,7 @@ fn kill(child: &Child, signal: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_and_sigint_end_the_program_with_0() {
     for signal in ["-TERM", "-INT"] {
-        let (mut child, addr, log) = process();
+        let (mut child, addr, log) = process(&[]);
         let mut client = ImageGptServiceClient::connect(format!("http://{addr}"))
             .await
             .expect("a connection");
@@ -179,4 +182,92 @@ async fn sigterm_and_sigint_end_the_program_with_0() {
             "{rest:#?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_worker_that_leaves_serves_on_and_one_that_drains_does_not() {
+    let (open, gate) = crossbeam_channel::bounded(64);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    let running = harness::fake(script, &[]).await;
+    let metrics_addr = running.worker.metrics_addr;
+    running.worker.leave();
+    let page = harness::get(metrics_addr, "/readyz").await;
+    assert_eq!(page, (503, "leaving\n".to_owned()));
+    let channel =
+        tonic::transport::Channel::from_shared(format!("http://{}", running.worker.grpc_addr));
+    let channel = channel.expect("a URL").connect().await;
+    let mut health = tonic_health::pb::health_client::HealthClient::new(
+        channel.expect("new connections are taken, too"),
+    );
+    let check = health.check(tonic_health::pb::HealthCheckRequest::default());
+    let status = check.await.expect("an answer").into_inner().status;
+    assert_eq!(
+        status,
+        i32::from(tonic_health::pb::health_check_response::ServingStatus::NotServing)
+    );
+    open.send(()).expect("a run");
+    let mut client = running.client.clone();
+    let response = client.embed(embed(vec![tokens(seeded(1))])).await;
+    let response = response.expect("it still serves").into_inner();
+    let got = vector(&response.results[0]).expect("a vector");
+    assert_eq!(got, fake_answer(&seeded(1)));
+
+    // A call in progress keeps the connection open, on which a late one comes.
+    let blocking = {
+        let mut client = running.client.clone();
+        tokio::spawn(async move { client.embed(embed(vec![harness::flat(2)])).await })
+    };
+    running.until_in_flight(1).await;
+    let readiness = running.worker.readiness().clone();
+    let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
+    harness::until("draining", || readiness.serving().is_err()).await;
+    let late = client.embed(embed(vec![harness::flat(3)])).await;
+    let late = late.expect_err("draining");
+    // By the worker, or by the client's own library once it knows that the
+    // connection takes no more.
+    match late.code() {
+        Code::Unavailable => {
+            let reason = late.get_details_error_info().map(|info| info.reason);
+            assert_eq!(reason.as_deref(), Some("DRAINING"), "{late}");
+        }
+        code => assert_eq!(code, Code::Cancelled, "{late}"),
+    }
+    drop(open);
+    blocking.await.expect("no panic").expect("an answer");
+    drop((client, running.client, health));
+    assert_eq!(shutdown.await.expect("no panic"), Ended::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_the_delay_and_the_program() {
+    let (mut child, _, log) = process(&["--shutdown-delay", "1h"]);
+    let started = Instant::now();
+    kill(&child, "-TERM");
+    let mut lines = log.lines().map_while(Result::ok);
+    let leaving = lines.find(|line| line.contains("not ready"));
+    assert!(leaving.is_some(), "it says so");
+    kill(&child, "-TERM");
+    assert_eq!(child.wait().expect("an end").code(), Some(1));
+    assert!(started.elapsed() < Duration::from_secs(30));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_reader_does_not_hold_the_program() {
+    let (mut child, addr, log) = process(&["--shutdown-grace-period", "20s"]);
+    let client = ImageGptServiceClient::connect(format!("http://{addr}"))
+        .await
+        .expect("a connection");
+    let options = imagegpt::pb::EmbedStreamOptions::default();
+    let conversation = Conversation::open(&client, options).await;
+    conversation.item("never read", tokens(seeded(1))).await;
+    let started = Instant::now();
+    kill(&child, "-TERM");
+    let rest: Vec<String> = log.lines().map_while(Result::ok).collect();
+    let status = child.wait().expect("an end");
+    assert_eq!(status.code(), Some(0), "{rest:#?}");
+    assert!(started.elapsed() < Duration::from_secs(19), "{rest:#?}");
+    drop(conversation);
 }
