@@ -522,14 +522,7 @@ impl Soak {
         let asked = Mutex::new(HashMap::new());
         let items = self.send_items(writer, &asked, &mut picture_random);
         let answers = self.take_answers(reader, &asked, leave_after);
-        let patience = self.bench.flags.timeout;
-        let both = async { tokio::join!(items, answers).1 };
-        tokio::time::timeout(patience, both)
-            .await
-            .unwrap_or_else(|_| {
-                lock(&self.ledger).lost += lock(&asked).len() as u64;
-                Ok(())
-            })
+        tokio::join!(items, answers).1
     }
 
     /// Numbers of the items are their ids here; garbage has none of its own.
@@ -570,10 +563,13 @@ impl Soak {
                 lock(&self.ledger).streams_left += 1;
                 return Ok(());
             }
-            let (id, outcome) = match reader.next().await {
-                StreamEvent::Answer(id, outcome) => (id, outcome),
-                StreamEvent::End(None) => break,
-                StreamEvent::End(Some(refusal)) => return Err(refusal),
+            // A stream of bulk work beside a saturating load may take long;
+            // lost is what has no answer while none at all comes.
+            let event = tokio::time::timeout(self.bench.flags.timeout, reader.next());
+            let (id, outcome) = match event.await {
+                Ok(StreamEvent::Answer(id, outcome)) => (id, outcome),
+                Ok(StreamEvent::End(None)) | Err(_) => break,
+                Ok(StreamEvent::End(Some(refusal))) => return Err(refusal),
             };
             n_answers += 1;
             let number = id.and_then(|id| lock(asked).remove(&id));
