@@ -30,9 +30,6 @@ HEAD = data.MODEL / "category.safetensors"
 CONTEXTS = ("RAW", "SOS_SHIFTED")
 NORMS = ("PRE_ATTN_RMS", "NONE")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# Moved and mirrored views of each training emoji beside the plain one, all on
-# white, since the held-out pictures are. Validation decides whether they help.
-VIEWS = 2
 # What a subcategory needs to be a class of the second task.
 SUBCATEGORY_TRAIN_MIN = 15
 SUBCATEGORY_TEST_MIN = 4
@@ -257,7 +254,8 @@ def write_head(fitted: Probe, context: str, norm: str, layer: int) -> None:
     weight, bias = fitted.folded()
     labels = json.dumps(fitted.regression.classes_.tolist())
     metadata = {"labels": labels, "layer": str(layer), "norm": norm, "context": context}
-    save_file({"weight": weight, "bias": bias}, HEAD, metadata)
+    # save_file writes memory as it lies, and scikit-learn's lies by columns.
+    save_file({"weight": np.ascontiguousarray(weight), "bias": bias}, HEAD, metadata)
     HEAD.chmod(0o644)
 
 
@@ -298,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--endpoint", required=True, help="host:port of a running worker")
     parser.add_argument("--check", action="store_true", help="only try the head that the worker has loaded")
-    parser.add_argument("--views", type=int, default=VIEWS, help="moved views of each training picture")
+    parser.add_argument("--views", type=int, default=0, help="moved views of each training picture, too")
     arguments = parser.parse_args()
     # A probe at the weakest regularization may stop early; validation decides.
     warnings.simplefilter("ignore", ConvergenceWarning)
