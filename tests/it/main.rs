@@ -12,6 +12,7 @@ mod bad_input;
 mod batching;
 mod compiled;
 mod embed;
+mod emoji;
 mod engine_faults;
 mod harness;
 mod health;
