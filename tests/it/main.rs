@@ -15,6 +15,7 @@ mod bench;
 mod bench_stub;
 mod compiled;
 mod embed;
+mod emoji;
 mod engine_faults;
 mod harness;
 mod health;

@@ -1,0 +1,110 @@
+//! The trained model in models/emoji, as the demo shows it: its head on
+//! pictures that neither it nor the head was trained on.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use imagegpt::compile::{CompileOptions, Provider, Runtime, Silent, Source, Task, compile};
+use imagegpt::engine::onnx;
+use imagegpt::head::Head;
+use imagegpt::pb;
+
+use crate::harness::{self, Running};
+
+/// Every third picture by name: without optimization each takes a second.
+const EVERY: usize = 3;
+/// How many of those `make demo` calls right, of 15.
+const RIGHT: usize = 10;
+/// Other processors round differently, and a picture or two may tip over.
+const MARGIN: usize = 2;
+
+async fn emoji(folder: &Path) -> Running {
+    let library = onnx::find_library(None);
+    let environment = onnx::environment(&library).expect("the library");
+    let runtime = Runtime::new(environment, Provider::Cpu).expect("a runtime");
+    let models = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models");
+    let head = models.join("emoji/category.safetensors");
+    let flag = format!("category={}", head.display());
+    let layer = Head::open(&flag.parse().expect("a flag"))
+        .expect("a head")
+        .layer;
+    let options = CompileOptions {
+        tasks: Some(BTreeSet::from([Task::Embed])),
+        feature_layer: Some(layer as usize),
+        ..Default::default()
+    };
+    let source = Source::Folder(models.join("emoji"));
+    let output = folder.join("emoji");
+    compile(&source, &output, &options, &runtime, &mut Silent).expect("compiled");
+    harness::start(&output, &["--head", &flag], None).await
+}
+
+/// Pictures with the names of their folders, which are their classes'.
+fn pictures() -> Vec<(String, pb::Image)> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/pictures");
+    let entries = |folder: &Path| -> Vec<PathBuf> {
+        let found = std::fs::read_dir(folder).expect("a folder");
+        let mut paths: Vec<PathBuf> = found.map(|entry| entry.expect("an entry").path()).collect();
+        paths.sort();
+        paths
+    };
+    let classes = entries(&folder).into_iter().filter(|path| path.is_dir());
+    let paths: Vec<PathBuf> = classes.flat_map(|class| entries(&class)).collect();
+    paths
+        .iter()
+        .step_by(EVERY)
+        .map(|path| {
+            let class = path.parent().and_then(Path::file_name).expect("a folder");
+            let bytes = std::fs::read(path).expect("a picture");
+            let image = pb::Image {
+                source: Some(pb::image::Source::Encoded(bytes.into())),
+            };
+            (class.to_string_lossy().into_owned(), image)
+        })
+        .collect()
+}
+
+/// "Food & Drink" is the folder food-drink.
+fn folder_of(label: &str) -> String {
+    let words = label.split(|letter: char| !letter.is_alphanumeric());
+    let words: Vec<String> = words
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
+        .collect();
+    words.join("-")
+}
+
+#[tokio::test]
+async fn the_shipped_head_knows_pictures_it_has_not_seen() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut running = emoji(folder.path()).await;
+    let (classes, images): (Vec<String>, Vec<pb::Image>) = pictures().into_iter().unzip();
+    let mut n_right = 0;
+    for (classes, images) in classes.chunks(16).zip(images.chunks(16)) {
+        let request = pb::ClassifyRequest {
+            images: images.to_vec(),
+            preprocess: Some(pb::Preprocess {
+                alpha: pb::Alpha::White.into(),
+                ..Default::default()
+            }),
+            top_k: 1,
+            head: "category".to_owned(),
+            ..Default::default()
+        };
+        let response = running.client.classify(request).await.expect("an answer");
+        let results = response.into_inner().results;
+        assert_eq!(results.len(), classes.len());
+        for (class, result) in classes.iter().zip(results) {
+            let Some(pb::classify_result::Outcome::Classification(found)) = result.outcome else {
+                panic!("no classes for a picture of {class}");
+            };
+            n_right += usize::from(folder_of(&found.classes[0].label) == *class);
+        }
+    }
+    assert!(
+        n_right + MARGIN >= RIGHT,
+        "{n_right} of {} are right, where {RIGHT} were",
+        classes.len()
+    );
+    running.end().await;
+}
