@@ -262,14 +262,28 @@ impl Batcher {
     fn form(&mut self, picked: Picked<Waiting>, now: Instant) -> Option<Batch> {
         let metrics = &self.shared.metrics;
         for entry in picked.late {
-            self.known.remove(&entry.item.key);
+            let Waiting { key, crowd } = entry.item;
             let stage = Stage::Queue;
-            for ticket in entry.item.crowd.close() {
-                let error = ticket
-                    .dead(now, stage)
-                    .unwrap_or(Error::DeadlineExceeded { stage });
-                metrics.dead(&error);
-                ticket.finish(Err(error));
+            crowd.sweep(now, stage, |error| metrics.dead(error));
+            // Only those whose deadline it is; it may be in time for the rest.
+            let limit = entry.deadline.unwrap_or(now);
+            let error = Error::DeadlineExceeded { stage };
+            let left = crowd.late(limit, &error, |error| metrics.dead(error));
+            let Some(class) = left.class else {
+                self.known.remove(&key);
+                continue;
+            };
+            let entry = Entry {
+                item: Waiting {
+                    key: key.clone(),
+                    crowd,
+                },
+                arrived: entry.arrived,
+                deadline: left.deadline,
+            };
+            let place = self.scheduler.queue.push(class, picked.graph, entry);
+            if let Some(known) = self.known.get_mut(&key) {
+                known.place = Some(place);
             }
         }
         let mut units = Vec::with_capacity(picked.rows.len());

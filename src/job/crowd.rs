@@ -61,7 +61,25 @@ impl Crowd {
     }
 
     /// Answers those whom nothing helps any more, telling `dropped` why.
-    pub fn sweep(&self, now: Instant, stage: Stage, mut dropped: impl FnMut(&Error)) -> Left {
+    pub fn sweep(&self, now: Instant, stage: Stage, dropped: impl FnMut(&Error)) -> Left {
+        self.drop_if(|ticket| ticket.dead(now, stage), dropped)
+    }
+
+    /// Answers those whose own deadline is not after `limit`, for whom the work
+    /// comes too late; it may be in time for the others.
+    pub fn late(&self, limit: Instant, error: &Error, dropped: impl FnMut(&Error)) -> Left {
+        let late = |ticket: &Ticket| {
+            let late = ticket.deadline.is_some_and(|deadline| deadline <= limit);
+            late.then(|| error.clone())
+        };
+        self.drop_if(late, dropped)
+    }
+
+    fn drop_if(
+        &self,
+        reason: impl Fn(&Ticket) -> Option<Error>,
+        mut dropped: impl FnMut(&Error),
+    ) -> Left {
         let mut dead = Vec::new();
         let left = match &mut *self.lock() {
             State::Closed => Left {
@@ -72,7 +90,7 @@ impl Crowd {
             State::Open(tickets) => {
                 let mut idx = 0;
                 while let Some(ticket) = tickets.get(idx) {
-                    match ticket.dead(now, stage) {
+                    match reason(ticket) {
                         Some(error) => dead.push((tickets.swap_remove(idx), error)),
                         None => idx += 1,
                     }

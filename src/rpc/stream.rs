@@ -306,12 +306,15 @@ impl Session {
                     }
                 }
             };
-            // The first reason to close is the reason. Dropping the rest of the
-            // request lets HTTP/2 discard what the client goes on to send.
-            if let Some(closed) = closed
-                && requests.take().is_some()
-            {
-                close = closed;
+            // The first reason to close is the reason, unless it is only that the
+            // client has sent all: an item that has no answer must show. Dropping
+            // the rest of the request lets HTTP/2 discard what the client goes on
+            // to send.
+            if let Some(closed) = closed {
+                requests = None;
+                if matches!(close, Close::Sent) {
+                    close = closed;
+                }
             }
         }
         self.close(close).await;

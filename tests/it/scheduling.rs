@@ -332,3 +332,25 @@ async fn what_cannot_be_done_in_time_is_refused_at_once() {
     assert_eq!(batches(&running.metrics().await), 1.0);
     running.end().await;
 }
+
+#[tokio::test]
+async fn a_twin_that_is_late_takes_nobody_along() {
+    let script = Script {
+        delay: Duration::from_millis(400),
+        ..Default::default()
+    };
+    let running = harness::fake(script, &["--max-queue-delay", "0s"]).await;
+    answered(call(&running, Request::new(embed(distinct(0, 1))))).await;
+    let blocking = call(&running, Request::new(embed(distinct(1, 1))));
+    wait_for_batches(&running, 2.0).await;
+    // The same image: one caller has time, the other one has not.
+    let patient = call(&running, Request::new(embed(distinct(2, 1))));
+    wait_for_depth(&running, 1.0).await;
+    let mut request = Request::new(embed(distinct(2, 1)));
+    request.set_timeout(Duration::from_millis(600));
+    let hasty = call(&running, request).await.expect("no panic");
+    assert_eq!(hasty.expect_err("late").code(), Code::DeadlineExceeded);
+    answered(blocking).await;
+    assert_eq!(answered(patient).await, [fake_answer(&seeded(2))]);
+    running.end().await;
+}
