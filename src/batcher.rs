@@ -80,7 +80,7 @@ pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
                     }
                     continue;
                 }
-                Next::WaitUntil(at) => wake = Some(wake.map_or(at, |wake| wake.min(at))),
+                Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
                 Next::Idle if draining => return,
                 Next::Idle => {}
             }
@@ -140,6 +140,11 @@ fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Insta
         recv(bell) -> ring => ring.map_or(Event::Tick, |()| Event::Bell),
         recv(tick) -> _ => Event::Tick,
     }
+}
+
+/// The earlier of two times that may not be.
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
 }
 
 /// Work that waits.
@@ -240,8 +245,8 @@ impl Batcher {
         };
         let Some(place) = known.place else {
             // It runs already; whoever joined must be told in time all the same.
-            if let (Some(running), Some(deadline)) = (&mut self.running, deadline) {
-                running.deadline = Some(running.deadline.map_or(deadline, |at| at.min(deadline)));
+            if let Some(running) = &mut self.running {
+                running.deadline = earlier(running.deadline, deadline);
             }
             return;
         };
@@ -249,10 +254,7 @@ impl Batcher {
             return;
         };
         let class = class.min(place.class);
-        let deadline = match (entry.deadline, deadline) {
-            (Some(one), Some(other)) => Some(one.min(other)),
-            (one, other) => one.or(other),
-        };
+        let deadline = earlier(entry.deadline, deadline);
         if class != place.class || deadline != entry.deadline {
             known.place = self.scheduler.promote(&place, class, deadline);
         }
@@ -303,10 +305,7 @@ impl Batcher {
             if let Some(known) = self.known.get_mut(&key) {
                 known.place = None;
             }
-            deadline = match (deadline, left.deadline) {
-                (Some(one), Some(other)) => Some(one.min(other)),
-                (one, other) => one.or(other),
-            };
+            deadline = earlier(deadline, left.deadline);
             units.push(Unit {
                 tokens: Arc::clone(&key.tokens),
                 want: key.want,
@@ -371,10 +370,7 @@ impl Batcher {
     /// The next deadline, in the queue or at the engine.
     fn next_deadline(&self) -> Option<Instant> {
         let running = self.running.as_ref().and_then(|running| running.deadline);
-        match (self.scheduler.next_deadline(), running) {
-            (Some(one), Some(other)) => Some(one.min(other)),
-            (one, other) => one.or(other),
-        }
+        earlier(self.scheduler.next_deadline(), running)
     }
 
     /// Answers those whose time is up.
@@ -432,10 +428,7 @@ impl Batcher {
         for (_, crowd) in &running.units {
             let left = crowd.sweep(now, Stage::Engine, |error| metrics.dead(error));
             n_tickets += left.n_tickets;
-            deadline = match (deadline, left.deadline) {
-                (Some(one), Some(other)) => Some(std::cmp::min(one, other)),
-                (one, other) => one.or(other),
-            };
+            deadline = earlier(deadline, left.deadline);
         }
         running.deadline = deadline;
         if n_tickets == 0 && !running.stopping {
