@@ -269,7 +269,14 @@ impl Batcher {
             crowd.sweep(now, stage, |error| metrics.dead(error));
             // Only those whose deadline it is; it may be in time for the rest.
             let limit = entry.deadline.unwrap_or(now);
-            let error = Error::DeadlineExceeded { stage };
+            let error = if limit > now {
+                // It is not over yet, but the run would end after it.
+                Error::DeadlineTooShort {
+                    needed: picked.needed,
+                }
+            } else {
+                Error::DeadlineExceeded { stage }
+            };
             let left = crowd.late(limit, &error, |error| metrics.dead(error));
             let Some(class) = left.class else {
                 self.known.remove(&key);

@@ -54,6 +54,8 @@ pub struct Picked<T> {
     pub rows: Vec<Entry<T>>,
     /// Whose deadline comes before the run can end.
     pub late: Vec<Entry<T>>,
+    /// What the run takes at least, by what was measured.
+    pub needed: Duration,
 }
 
 impl<T> Scheduler<T> {
@@ -153,6 +155,7 @@ impl<T> Scheduler<T> {
                 ends: now + least.unwrap_or_default(),
             });
         }
+        let needed = self.pace.at_least(graph, bucket, now).unwrap_or_default();
         Picked {
             class,
             graph,
@@ -160,6 +163,7 @@ impl<T> Scheduler<T> {
             close,
             rows,
             late,
+            needed,
         }
     }
 
