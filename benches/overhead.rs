@@ -62,6 +62,8 @@ fn main() -> anyhow::Result<()> {
     ])?
     .serve;
     let mut engine = OnnxEngine::load(&Options {
+        generate_slots: 0,
+        generate_bytes_max: 0,
         library: find_library(None),
         provider: Provider::Cpu,
         device_id: 0,

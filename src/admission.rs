@@ -38,8 +38,8 @@ pub struct Capacity {
 /// One call, as admission sees it.
 #[derive(Debug)]
 pub struct Call {
-    pub pictures: Vec<Picture>,
-    pub work: Work,
+    /// Each image with what is wanted of it.
+    pub images: Vec<(Picture, Work)>,
     pub class: Class,
     /// What the call holds in memory until it is answered.
     pub bytes: usize,
@@ -139,7 +139,7 @@ impl Admission {
     /// [`Error::Full`] when there is no room for the whole call now,
     /// [`Error::NeverFits`] when there never is.
     pub fn submit(&self, call: Call) -> Result<Pending, Error> {
-        let n_images = call.pictures.len();
+        let n_images = call.images.len();
         for (pool, n, what, flag) in [
             (&self.images, n_images, "images", "--images-in-flight-max"),
             (&self.bytes, call.bytes, "bytes", "--bytes-in-flight-max"),
@@ -165,7 +165,7 @@ impl Admission {
         let bytes = Arc::new(bytes);
         let now = Instant::now();
         let mut outcomes = Vec::with_capacity(n_images);
-        for picture in call.pictures {
+        for (picture, work) in call.images {
             let (reply, outcome) = Reply::new();
             outcomes.push(outcome);
             let ticket = Ticket {
@@ -182,7 +182,7 @@ impl Admission {
             };
             self.door.push(Job {
                 payload: picture,
-                work: call.work,
+                work,
                 ticket,
             });
         }
@@ -341,8 +341,7 @@ mod tests {
 
     fn call(n_images: usize, bytes: usize) -> Call {
         Call {
-            pictures: (0..n_images).map(|_| picture()).collect(),
-            work: Work::Tokenize,
+            images: (0..n_images).map(|_| (picture(), Work::Tokenize)).collect(),
             class: Class::Interactive,
             bytes,
             deadline: None,

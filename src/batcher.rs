@@ -10,6 +10,7 @@ pub mod pace;
 pub mod policy;
 pub mod queue;
 pub mod scheduler;
+mod sequences;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,15 +20,26 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
 use crate::admission::DrainRate;
 use crate::cache::{Cache, Key};
-use crate::engine::{Batch, Graph, Slot, Stop, Unit};
+use crate::engine::{Batch, Graph, Slot, Stop, Turn, Unit};
 use crate::error::{Error, Stage};
+use crate::generation::Sequence;
 use crate::job::{Answer, Class, Crowd, Job, Work};
 use crate::metrics::Metrics;
 use policy::Policy;
 use queue::{Entry, Place};
 use scheduler::{Next, Picked, Scheduler};
+use sequences::Waiting as WaitingSequences;
 
 type TokenJob = Job<Arc<[u16]>>;
+
+/// What preprocessing hands on.
+#[derive(Debug)]
+pub(crate) enum Arrival {
+    /// One row of a run.
+    Row(TokenJob),
+    /// An image to generate.
+    Sequence(Sequence),
+}
 
 /// Deadlines within this of each other are dealt with at one time.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
@@ -35,13 +47,13 @@ const TIMER_GRAIN: Duration = Duration::from_millis(1);
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
     /// From preprocessing.
-    pub(crate) jobs: Receiver<TokenJob>,
+    pub(crate) jobs: Receiver<Arrival>,
     /// From admission, when callers have gone.
     pub(crate) bell: Receiver<()>,
     /// From the engine, when it is free.
     pub(crate) slots: Receiver<Slot>,
     /// To the engine. Capacity 1, and sent to only after a slot: never full.
-    pub(crate) batches: Sender<Batch>,
+    pub(crate) turns: Sender<Turn>,
 }
 
 /// What the batcher shares with others.
@@ -49,6 +61,8 @@ pub(crate) struct Shared {
     pub(crate) stop: Arc<Stop>,
     pub(crate) cache: Cache,
     pub(crate) drain: DrainRate,
+    /// Percent of the sequences that bulk cannot have.
+    pub(crate) interactive_reserve: u8,
     pub(crate) metrics: Metrics,
 }
 
@@ -57,6 +71,7 @@ pub(crate) struct Shared {
 pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
     let mut batcher = Batcher {
         scheduler: Scheduler::new(policy),
+        sequences: WaitingSequences::new(shared.interactive_reserve),
         known: HashMap::new(),
         running: None,
         batch_id: 0,
@@ -68,16 +83,19 @@ pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
         batcher.expire(now);
         let mut wake = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
         if free {
-            match batcher.scheduler.next(now, draining) {
+            let steps = batcher.sequences.steps();
+            match batcher.scheduler.next(now, draining, steps) {
                 Next::Run(picked) => {
                     if let Some(batch) = batcher.form(picked, now) {
                         free = false;
-                        if let Err(refused) = channels.batches.send(batch) {
-                            for unit in refused.into_inner().units {
-                                unit.crowd.refuse(&Error::NotReady);
-                            }
-                        }
+                        hand_over(channels, Turn::Batch(batch));
                     }
+                    continue;
+                }
+                Next::Step => {
+                    free = false;
+                    let joining = batcher.join(now);
+                    hand_over(channels, Turn::Step(joining));
                     continue;
                 }
                 Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
@@ -106,9 +124,28 @@ pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
     }
 }
 
+/// Gives the engine its turn; if it has ended, says so to whoever was in it.
+fn hand_over(channels: &Channels, turn: Turn) {
+    let Err(refused) = channels.turns.send(turn) else {
+        return;
+    };
+    match refused.into_inner() {
+        Turn::Batch(batch) => {
+            for unit in batch.units {
+                unit.crowd.refuse(&Error::NotReady);
+            }
+        }
+        Turn::Step(joining) => {
+            for sequence in joining {
+                sequence.finish(Err(Error::NotReady));
+            }
+        }
+    }
+}
+
 /// All that can happen to the batcher.
 enum Event {
-    Job(TokenJob),
+    Job(Arrival),
     Slot(Slot),
     Bell,
     NoMoreJobs,
@@ -172,6 +209,7 @@ struct Running {
 
 struct Batcher {
     scheduler: Scheduler<Waiting>,
+    sequences: WaitingSequences,
     /// By what it is, so that identical work is found.
     known: HashMap<Key, Known>,
     running: Option<Running>,
@@ -180,7 +218,41 @@ struct Batcher {
 }
 
 impl Batcher {
-    fn push(&mut self, job: TokenJob) {
+    fn push(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Row(job) => self.push_row(job),
+            Arrival::Sequence(sequence) => self.push_sequence(sequence),
+        }
+    }
+
+    fn push_sequence(&mut self, sequence: Sequence) {
+        let now = Instant::now();
+        let ticket = &sequence.ticket;
+        let too_late = || {
+            let step = self.scheduler.pace.floor(Graph::Generate, now)?;
+            let n_steps = u32::try_from(sequence.n_steps_left()).unwrap_or(u32::MAX);
+            let needed = step.saturating_mul(n_steps);
+            (now + needed > ticket.deadline?).then_some(Error::DeadlineTooShort { needed })
+        };
+        if let Some(error) = ticket.dead(now, Stage::Queue).or_else(too_late) {
+            self.shared.metrics.dead(&error);
+            return sequence.finish(Err(error));
+        }
+        self.sequences.push(sequence, now);
+    }
+
+    /// The sequences that join the next step.
+    fn join(&mut self, now: Instant) -> Vec<Sequence> {
+        let joining = self.sequences.join(now);
+        for sequence in &joining {
+            let waited = now.saturating_duration_since(sequence.ticket.entered_at);
+            self.shared.metrics.queued(sequence.ticket.class, waited);
+        }
+        self.show();
+        joining
+    }
+
+    fn push_row(&mut self, job: TokenJob) {
         let Work::Infer { want, .. } = job.work else {
             // Preprocessing answers Tokenize itself.
             debug_assert!(false, "a tokenize job reached the batcher");
@@ -201,7 +273,7 @@ impl Batcher {
             let found = self.shared.cache.get(&key);
             metrics.cache(found.is_some());
             if let Some(values) = found {
-                return ticket.finish(Ok(Answer::Values(values.to_vec())));
+                return ticket.finish(Ok(Answer::of(want, &key.tokens, values.to_vec())));
             }
         }
         let (class, deadline) = (ticket.class, ticket.deadline);
@@ -356,8 +428,9 @@ impl Batcher {
                     self.known.remove(&key);
                 }
             }
-            self.scheduler.ended(now);
         }
+        self.scheduler.ended(now);
+        self.sequences.at_engine(slot.sequences);
         let pace = &mut self.scheduler.pace;
         for warm in slot.warm {
             pace.warmed(warm.graph, warm.bucket, warm.elapsed, now);
@@ -377,7 +450,11 @@ impl Batcher {
     /// The next deadline, in the queue or at the engine.
     fn next_deadline(&self) -> Option<Instant> {
         let running = self.running.as_ref().and_then(|running| running.deadline);
-        earlier(self.scheduler.next_deadline(), running)
+        let waiting = earlier(
+            self.scheduler.next_deadline(),
+            self.sequences.next_deadline(),
+        );
+        earlier(waiting, running)
     }
 
     /// Answers those whose time is up.
@@ -389,6 +466,8 @@ impl Batcher {
             }
             self.show();
         }
+        self.sequences
+            .expire(now, |error| self.shared.metrics.dead(error));
         let late = |running: &Running| running.deadline.is_some_and(|deadline| deadline <= now);
         if self.running.as_ref().is_some_and(late) {
             self.sweep_running(now);
@@ -400,6 +479,8 @@ impl Batcher {
         for place in self.scheduler.queue.places() {
             self.sweep_place(&place, now);
         }
+        self.sequences
+            .sweep(now, |error| self.shared.metrics.dead(error));
         self.show();
         self.sweep_running(now);
     }
@@ -454,7 +535,7 @@ impl Batcher {
 
     fn show(&self) {
         for class in Class::ALL {
-            let depth = self.scheduler.queue.len_of(class);
+            let depth = self.scheduler.queue.len_of(class) + self.sequences.len_of(class);
             self.shared.metrics.queue_depth(class, depth);
         }
     }
@@ -467,10 +548,12 @@ impl Batcher {
                 entry.item.crowd.refuse(&Error::NotReady);
             }
         }
+        self.sequences.refuse(&Error::NotReady);
         self.show();
         loop {
             match channels.jobs.recv_timeout(Duration::from_secs(1)) {
-                Ok(job) => job.ticket.finish(Err(Error::NotReady)),
+                Ok(Arrival::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
+                Ok(Arrival::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }

@@ -33,6 +33,8 @@ pub struct ServeConfig {
     #[command(flatten)]
     pub batching: BatchingConfig,
     #[command(flatten)]
+    pub generation: GenerationConfig,
+    #[command(flatten)]
     pub limits: LimitsConfig,
     #[command(flatten)]
     pub log: LogConfig,
@@ -337,6 +339,36 @@ impl BatchingConfig {
     }
 }
 
+/// How images are generated.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Generation")]
+pub struct GenerationConfig {
+    /// Images that are generated at one time; more wait for a place. A step of
+    /// all of them takes little longer than one of a single image while reading
+    /// the weights is most of it. 0 turns generation off and saves the memory of
+    /// its graph
+    #[arg(
+        long,
+        env = "IMAGEGPT_GENERATE_SLOTS",
+        default_value_t = 8,
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(0..=1024)
+    )]
+    pub generate_slots: u16,
+
+    /// What the keys and values of these images may take; there are fewer places
+    /// if it does not suffice. imagegpt-small keeps 96 MiB an image in fp32, half
+    /// of that in fp16. On a CPU memory is taken as it is used
+    #[arg(
+        long,
+        env = "IMAGEGPT_GENERATE_CACHE_BYTES",
+        default_value = "2GiB",
+        value_name = "SIZE",
+        value_parser = size
+    )]
+    pub generate_cache_bytes: ByteSize,
+}
+
 /// Bounds on what comes in.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Limits")]
@@ -372,6 +404,16 @@ pub struct LimitsConfig {
         value_parser = clap::value_parser!(u32).range(1..=65_536)
     )]
     pub images_per_call_max: u32,
+
+    /// Samples of one Generate call
+    #[arg(
+        long,
+        env = "IMAGEGPT_SAMPLES_PER_CALL_MAX",
+        default_value_t = 64,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1024)
+    )]
+    pub samples_per_call_max: u32,
 
     /// Percent of the images and bytes in flight that bulk work cannot take, so
     /// that interactive calls find room while a bulk job fills the rest

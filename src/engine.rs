@@ -6,6 +6,7 @@
 
 pub mod attention;
 mod buckets;
+mod decoder;
 pub mod fake;
 pub mod onnx;
 pub(crate) mod runner;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
+use crate::generation::Sequence;
 use crate::job::{Crowd, Norm, Want};
 
 /// A computation that the model offers. Jobs of one batch share a graph.
@@ -28,14 +30,20 @@ pub enum Graph {
     Hidden,
     /// Tokens to scores of the classification head.
     Logits,
+    /// Tokens to how unlikely each of them is.
+    Score,
+    /// Tokens of sequences to logits of what follows: run by [`Engine::feed`].
+    Generate,
 }
 
 impl Graph {
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self::Features(Norm::PreAttnRms),
         Self::Features(Norm::None),
         Self::Hidden,
         Self::Logits,
+        Self::Score,
+        Self::Generate,
     ];
 
     /// The graph that computes what is wanted.
@@ -45,6 +53,7 @@ impl Graph {
             Want::Features { norm, .. } => Self::Features(norm),
             Want::Mean | Want::Last | Want::States => Self::Hidden,
             Want::Logits => Self::Logits,
+            Want::Nll => Self::Score,
         }
     }
 
@@ -56,6 +65,8 @@ impl Graph {
             Self::Features(Norm::None) => "features_raw",
             Self::Hidden => "hidden",
             Self::Logits => "logits",
+            Self::Score => "score",
+            Self::Generate => "generate",
         }
     }
 }
@@ -79,6 +90,40 @@ pub struct Facts {
     pub dimension: usize,
     /// Rows of the classification head; 0 without [`Graph::Logits`].
     pub n_classes: usize,
+    /// What it has for sequences, if the model has [`Graph::Generate`].
+    pub sequences: Option<SequenceFacts>,
+}
+
+/// What an engine has for sequences that are generated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceFacts {
+    /// How many there may be at one time, each with keys and values of its own.
+    pub n_slots: usize,
+    /// Bytes of keys and values that one keeps.
+    pub slot_bytes: usize,
+    /// Tokens of one sequence that are fed in one run at most.
+    pub chunk: usize,
+}
+
+/// Tokens to feed to some sequences, in one run.
+///
+/// Sequences live in slots. What the runtime keeps of a slot is its first
+/// `past` tokens' keys and values; feeding adds to them.
+#[derive(Debug, Clone, Copy)]
+pub struct Feed<'a> {
+    /// The slot of the first row; the others follow it.
+    pub first_slot: usize,
+    /// Never empty. Several rows have one token each; one row may have as many
+    /// as [`SequenceFacts::chunk`].
+    pub rows: &'a [FeedRow<'a>],
+}
+
+/// The tokens of one sequence in a [`Feed`].
+#[derive(Debug, Clone, Copy)]
+pub struct FeedRow<'a> {
+    pub tokens: &'a [u16],
+    /// Tokens that were fed before.
+    pub past: usize,
 }
 
 /// One run of a graph.
@@ -113,6 +158,20 @@ pub trait Engine {
     ///
     /// When the run failed or was stopped; then no row has an answer.
     fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError>;
+
+    /// Feeds tokens and puts the logits of what follows each row's last one into
+    /// `logits`, row after row.
+    ///
+    /// What a row gets does not depend on the other rows.
+    ///
+    /// # Errors
+    ///
+    /// When the run failed; then each row may be fed once more.
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError>;
+
+    /// Makes slot `to` keep what slot `from` keeps of its first `n` tokens.
+    /// Whether the engine can do that; if not, they have to be fed again.
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool;
 
     /// Computes something whose answer is known, to see that the device still
     /// does.
@@ -184,6 +243,26 @@ pub struct Unit {
     pub crowd: Arc<Crowd>,
 }
 
+/// What the engine is given to do when it is free.
+#[derive(Debug)]
+pub enum Turn {
+    /// One run of a graph.
+    Batch(Batch),
+    /// One step of the sequences that it has, and of these, which join them.
+    Step(Vec<Sequence>),
+}
+
+/// The sequences that an engine has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sequences {
+    /// How many more there may be.
+    pub n_free: usize,
+    /// Those of interactive callers.
+    pub interactive: usize,
+    /// Those of bulk callers.
+    pub bulk: usize,
+}
+
 /// The engine's word that it is free for one batch, and what it did since the
 /// last one.
 #[derive(Debug)]
@@ -194,6 +273,7 @@ pub struct Slot {
     pub runs: Vec<Ran>,
     /// The largest batch that the engine takes from now on.
     pub largest: usize,
+    pub sequences: Sequences,
 }
 
 /// One run that succeeded.

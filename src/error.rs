@@ -40,6 +40,12 @@ pub enum Error {
     /// An option has a value that the contract does not define.
     #[error("{field}: {value} is not a value of this enum")]
     OptionUnknown { field: &'static str, value: i32 },
+    /// An option has a value that makes no sense.
+    #[error("{field}: {problem}")]
+    OptionInvalid {
+        field: &'static str,
+        problem: String,
+    },
     /// The loaded model has no graph for the task.
     #[error("the loaded model cannot {task}: it has no {file}")]
     TaskMissing { task: Task, file: &'static str },
@@ -171,6 +177,7 @@ impl Error {
             | Self::CallTooLarge { .. }
             | Self::ResponseTooLarge { .. }
             | Self::OptionUnknown { .. }
+            | Self::OptionInvalid { .. }
             | Self::TaskMissing { .. }
             | Self::LayersMissing { .. }
             | Self::StatesMissing

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 pub use self::crowd::{Crowd, Left};
 use crate::admission::Share;
 use crate::error::{Error, Stage};
+use crate::generation::Generate;
 
 /// One image of one call, in the form that the next stage takes.
 #[derive(Debug)]
@@ -37,12 +38,14 @@ impl<P> Job<P> {
 }
 
 /// What the caller wants of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Work {
     /// Only its tokens.
     Tokenize,
     /// A run of the model.
     Infer { context: Context, want: Want },
+    /// What is not known of it, pixel by pixel.
+    Generate(Box<Generate>),
 }
 
 /// How urgent a call is. Ordered by urgency.
@@ -94,6 +97,8 @@ pub enum Want {
     States,
     /// Scores of the classification head.
     Logits,
+    /// How unlikely each token is after those before it, in nats.
+    Nll,
 }
 
 /// Some of a model's layers, in ascending order. Never empty.
@@ -147,6 +152,31 @@ pub enum Answer {
     Tokens(Box<[u16]>),
     /// The wanted numbers, row-major.
     Values(Vec<f32>),
+    /// How unlikely each of the tokens is, in nats.
+    Nll {
+        tokens: Arc<[u16]>,
+        nll: Vec<f32>,
+    },
+    /// An image that was made.
+    Generated {
+        tokens: Box<[u16]>,
+        /// ln p of each token that was drawn.
+        log_probs: Vec<f32>,
+    },
+}
+
+impl Answer {
+    /// The answer for tokens of which this was wanted and computed.
+    #[must_use]
+    pub fn of(want: Want, tokens: &Arc<[u16]>, values: Vec<f32>) -> Self {
+        match want {
+            Want::Nll => Self::Nll {
+                tokens: Arc::clone(tokens),
+                nll: values,
+            },
+            _ => Self::Values(values),
+        }
+    }
 }
 
 /// What stays with a job from admission to reply.

@@ -14,6 +14,7 @@
 //! `ARCHITECTURE.md` has the invariants and the reasons.
 
 pub mod error;
+pub mod generation;
 pub mod job;
 
 pub mod admission;
@@ -30,6 +31,7 @@ pub mod head;
 pub mod http;
 pub mod metrics;
 pub mod model;
+pub mod picture;
 pub mod readiness;
 mod sync;
 pub mod telemetry;

@@ -5,6 +5,7 @@
 //! zero, and no label value comes from a request: cardinality is fixed.
 
 pub mod access;
+pub mod generation;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -68,10 +69,12 @@ const BATCH_SIZE_BUCKETS: [f64; 11] = [
 const FILL_BUCKETS: [f64; 8] = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0];
 
 /// The RPC methods that are counted; anything else is `other`.
-pub const METHODS: [&str; 6] = [
+pub const METHODS: [&str; 8] = [
     "Embed",
     "EmbedStream",
     "Classify",
+    "Score",
+    "Generate",
     "Tokenize",
     "GetModel",
     "other",
@@ -183,6 +186,7 @@ struct Handles {
     ready: Gauge,
     model_load_duration: Gauge,
     access: access::AccessMetrics,
+    generation: generation::GenerationMetrics,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -251,7 +255,11 @@ impl Registry<'_> {
             ),
             (CANARIES, "Checks of an idle engine, by result."),
         ];
-        for (name, text) in counters.into_iter().chain(access::COUNTERS) {
+        let counters = counters
+            .into_iter()
+            .chain(access::COUNTERS)
+            .chain(generation::COUNTERS);
+        for (name, text) in counters {
             self.0
                 .describe_counter(KeyName::from_const_str(name), None, text.into());
         }
@@ -279,7 +287,11 @@ impl Registry<'_> {
             (MODEL_INFO, "1, labeled with the model that is served."),
             (BUILD_INFO, "1, labeled with the worker's version."),
         ];
-        for (name, text) in gauges.into_iter().chain(access::GAUGES) {
+        let gauges = gauges
+            .into_iter()
+            .chain(access::GAUGES)
+            .chain(generation::GAUGES);
+        for (name, text) in gauges {
             self.0
                 .describe_gauge(KeyName::from_const_str(name), None, text.into());
         }
@@ -408,6 +420,7 @@ impl Metrics {
             ready: registry.gauge(READY, &[]),
             model_load_duration: registry.gauge(MODEL_LOAD_DURATION, &[]),
             access: access::AccessMetrics::new(&registry),
+            generation: generation::GenerationMetrics::new(&registry),
             recorder,
         };
         Ok(Self(Arc::new(handles)))

@@ -23,16 +23,22 @@ use crate::job::{Layers, Norm, Want};
 pub enum Task {
     Embed,
     Classify,
+    Score,
+    Generate,
 }
 
 impl Task {
-    pub const ALL: [Self; 2] = [Self::Embed, Self::Classify];
+    /// Those that published directories have graphs for.
+    const PUBLISHED: [Self; 2] = [Self::Embed, Self::Classify];
 
-    /// The graph that serves the task in published directories.
+    /// The graph that serves the task, in published directories where they have
+    /// one.
     fn graph(self) -> Graph {
         match self {
             Self::Embed => Graph::Hidden,
             Self::Classify => Graph::Logits,
+            Self::Score => Graph::Score,
+            Self::Generate => Graph::Generate,
         }
     }
 
@@ -42,6 +48,10 @@ impl Task {
         match self {
             Self::Embed => "model.onnx",
             Self::Classify => "model_classification.onnx",
+            Self::Score => "score.onnx, which only `imagegpt compile` makes",
+            Self::Generate => {
+                "generate.onnx, which only `imagegpt compile` makes, or --generate-slots is 0"
+            }
         }
     }
 }
@@ -51,6 +61,8 @@ impl fmt::Display for Task {
         f.write_str(match self {
             Self::Embed => "embed",
             Self::Classify => "classify",
+            Self::Score => "score",
+            Self::Generate => "generate",
         })
     }
 }
@@ -261,8 +273,13 @@ impl Model {
     #[must_use]
     pub fn can(&self, task: Task) -> bool {
         match task {
-            Task::Embed => self.graphs.keys().any(|&graph| graph != Graph::Logits),
-            Task::Classify => self.graphs.contains_key(&Graph::Logits),
+            Task::Embed => self
+                .graphs
+                .keys()
+                .any(|graph| matches!(graph, Graph::Features(_) | Graph::Hidden)),
+            Task::Classify | Task::Score | Task::Generate => {
+                self.graphs.contains_key(&task.graph())
+            }
         }
     }
 
@@ -376,6 +393,8 @@ impl Compiled {
             (Kind::Embed(Norm::None), Graph::Features(Norm::None)),
             (Kind::Hidden, Graph::Hidden),
             (Kind::Classify, Graph::Logits),
+            (Kind::Score, Graph::Score),
+            (Kind::Generate, Graph::Generate),
         ] {
             if let Some(facts) = manifest.graphs.get(kind.name()) {
                 graphs.insert(graph, dir.join(&facts.file));
@@ -424,7 +443,7 @@ pub fn has_graphs(dir: &Path) -> bool {
 
 fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
     let mut graphs = BTreeMap::new();
-    for task in Task::ALL {
+    for task in Task::PUBLISHED {
         let found = GRAPH_FOLDERS
             .iter()
             .map(|folder| dir.join(folder).join(task.file()))

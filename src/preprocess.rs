@@ -40,6 +40,8 @@ pub enum ImageInput {
     },
     /// Tokens made before with the same palette.
     Tokens(Vec<u32>),
+    /// The first tokens of an image, less than all of them.
+    Prefix(Vec<u32>),
 }
 
 /// How an image that is not square becomes square.
@@ -122,6 +124,12 @@ impl Preprocessor {
         }
     }
 
+    /// Side in pixels of the square that tokens are made from.
+    #[must_use]
+    pub fn side(&self) -> usize {
+        self.side as usize
+    }
+
     /// Tokens an image: `side * side`.
     #[must_use]
     pub fn positions(&self) -> usize {
@@ -161,10 +169,24 @@ impl Preprocessor {
                 let view = self.check_rgb8(*width, *height, pixels)?;
                 Ok(self.tokenize_pixels(view, options.fit))
             }
-            ImageInput::Tokens(ids) => Ok(Tokenized {
-                tokens: self.check_tokens(ids)?,
-                timings: StageTimings::default(),
-            }),
+            ImageInput::Tokens(ids) => {
+                if ids.len() != self.positions() {
+                    return Err(PreprocessError::TokenCount {
+                        count: ids.len(),
+                        expected: self.positions(),
+                    });
+                }
+                self.check_tokens(ids)
+            }
+            ImageInput::Prefix(ids) => {
+                if ids.len() >= self.positions() {
+                    return Err(PreprocessError::PrefixLong {
+                        count: ids.len(),
+                        max: self.positions() - 1,
+                    });
+                }
+                self.check_tokens(ids)
+            }
         }
     }
 
@@ -205,15 +227,10 @@ impl Preprocessor {
         })
     }
 
-    fn check_tokens(&self, ids: &[u32]) -> Result<Box<[u16]>, PreprocessError> {
-        if ids.len() != self.positions() {
-            return Err(PreprocessError::TokenCount {
-                count: ids.len(),
-                expected: self.positions(),
-            });
-        }
+    fn check_tokens(&self, ids: &[u32]) -> Result<Tokenized, PreprocessError> {
         let colors = self.quantizer.colors();
-        ids.iter()
+        let tokens = ids
+            .iter()
             .enumerate()
             .map(|(index, &id)| match u16::try_from(id) {
                 Ok(token) if usize::from(token) < colors => Ok(token),
@@ -226,7 +243,11 @@ impl Preprocessor {
                     id_max: colors - 1,
                 }),
             })
-            .collect()
+            .collect::<Result<_, _>>()?;
+        Ok(Tokenized {
+            tokens,
+            timings: StageTimings::default(),
+        })
     }
 }
 

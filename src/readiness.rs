@@ -160,6 +160,7 @@ mod tests {
             runtime_version: String::new(),
             dimension: 4,
             n_classes: 3,
+            sequences: None,
         }
     }
 

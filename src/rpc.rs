@@ -9,11 +9,13 @@ pub(crate) mod codec;
 mod convert;
 mod deadline;
 mod embedding;
+mod generate;
 mod health;
 mod listen;
 pub mod load;
 mod observe;
 mod reload;
+mod score;
 mod status;
 mod stream;
 mod tally;
@@ -247,13 +249,13 @@ impl Service {
             });
         }
         let mut outcomes = Vec::with_capacity(n_images);
-        let mut pictures = Vec::with_capacity(n_images);
+        let mut admitted = Vec::with_capacity(n_images);
         let mut bytes = convert::answer_bytes(n_values, dtype) * n_images;
         for picture in convert::pictures(images, preprocess) {
             outcomes.push(match picture {
                 Ok(picture) => {
                     bytes += convert::picture_bytes(&picture);
-                    pictures.push(picture);
+                    admitted.push((picture, work.clone()));
                     None
                 }
                 Err(error) => Some(Err(error)),
@@ -262,8 +264,7 @@ impl Service {
         let mut tally = Tally::new(self.metrics.clone(), deadline);
         tally.expect(n_images);
         let call = Call {
-            pictures,
-            work,
+            images: admitted,
             class,
             bytes,
             deadline,
@@ -394,9 +395,7 @@ impl Service {
                             .then(|| convert::tensor(&logits, &[logits.len()], pb::DataType::F32)),
                     })
                 }
-                Ok(Answer::Tokens(_)) => {
-                    pb::classify_result::Outcome::Error(status::of_image(&Error::Lost))
-                }
+                Ok(_) => pb::classify_result::Outcome::Error(status::of_image(&Error::Lost)),
                 Err(error) => pb::classify_result::Outcome::Error(status::of_image(&error)),
             };
             pb::ClassifyResult {
@@ -430,9 +429,7 @@ impl Service {
                 Ok(Answer::Tokens(tokens)) => pb::tokenize_result::Outcome::Tokens(pb::Tokens {
                     ids: tokens.iter().copied().map(u32::from).collect(),
                 }),
-                Ok(Answer::Values(_)) => {
-                    pb::tokenize_result::Outcome::Error(status::of_image(&Error::Lost))
-                }
+                Ok(_) => pb::tokenize_result::Outcome::Error(status::of_image(&Error::Lost)),
                 Err(error) => pb::tokenize_result::Outcome::Error(status::of_image(&error)),
             };
             pb::TokenizeResult {
@@ -454,14 +451,19 @@ impl Service {
         let tasks = [
             (Task::Embed, pb::Task::Embed),
             (Task::Classify, pb::Task::Classify),
+            (Task::Score, pb::Task::Score),
+            (Task::Generate, pb::Task::Generate),
         ];
+        let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
         Ok(pb::GetModelResponse {
             name: model.name.clone(),
             digest: model.digest.clone(),
             tasks: tasks
                 .into_iter()
-                .filter(|&(task, _)| {
-                    model.can(task) || task == Task::Classify && !self.heads.is_empty()
+                .filter(|&(task, _)| match task {
+                    Task::Classify => model.can(task) || !self.heads.is_empty(),
+                    Task::Generate => generate_slots > 0,
+                    Task::Embed | Task::Score => model.can(task),
                 })
                 .map(|(_, task)| task.into())
                 .collect(),
@@ -489,6 +491,8 @@ impl Service {
                 images_in_flight_max: limits.images_in_flight_max,
                 batch_size_max: self.max_batch_size.into(),
                 stream_window_max: self.limits.stream_window_max,
+                generate_slots: u32::try_from(generate_slots).unwrap_or(u32::MAX),
+                samples_per_call_max: limits.samples_per_call_max,
             }),
             notice: model.notice.clone(),
             layers_served: model.layers_served(Norm::PreAttnRms),
@@ -540,6 +544,24 @@ impl ImageGptService for Service {
         request: Request<pb::ClassifyRequest>,
     ) -> Result<Response<pb::ClassifyResponse>, Status> {
         respond(Self::classify(self, request).await)
+    }
+
+    async fn score(
+        &self,
+        request: Request<pb::ScoreRequest>,
+    ) -> Result<Response<pb::ScoreResponse>, Status> {
+        respond(score::score(self, request).await)
+    }
+
+    type GenerateStream = generate::Samples;
+
+    async fn generate(
+        &self,
+        request: Request<pb::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        generate::open(self, request)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
     }
 
     async fn tokenize(

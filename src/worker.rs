@@ -20,7 +20,7 @@ use crate::batcher;
 use crate::batcher::policy::Policy;
 use crate::cache::Cache;
 use crate::config::ServeConfig;
-use crate::engine::fake::FakeEngine;
+use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
 use crate::engine::{
@@ -99,7 +99,7 @@ impl Stages {
         let (door, pictures) = queue::queue(bell_in, metrics.clone());
         // One engine, so one slot and one batch.
         let (slots_in, slots) = crossbeam_channel::bounded(1);
-        let (batches_in, batches) = crossbeam_channel::bounded(1);
+        let (turns_in, turns) = crossbeam_channel::bounded(1);
         let (state, engine) = watch::channel(State::Loading);
         // Whichever thread ends before its time ends the worker's readiness.
         let state = Arc::new(state);
@@ -111,7 +111,7 @@ impl Stages {
         let mut threads = Vec::new();
         let runner = Runner {
             slots: slots_in,
-            batches,
+            turns,
             buckets: buckets.clone(),
             canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
             stop: Arc::clone(&stop),
@@ -132,12 +132,13 @@ impl Stages {
             jobs: tokens,
             bell,
             slots,
-            batches: batches_in,
+            turns: turns_in,
         };
         let shared = batcher::Shared {
             stop,
             cache: cache.clone(),
             drain: drain.clone(),
+            interactive_reserve: limits.interactive_reserve,
             metrics: metrics.clone(),
         };
         threads.push(spawn("batcher", &state, move || {
@@ -180,7 +181,18 @@ pub fn engine_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> En
         return onnx_factory(config, model, heads);
     };
     tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
-    Box::new(move || Ok(Box::new(FakeEngine::new(cost.into())) as Box<dyn Engine>))
+    let n_slots = usize::from(config.generation.generate_slots);
+    let sequences = FakeSequences {
+        n_slots,
+        n_colors: model.clusters.len(),
+        delay: cost.fixed,
+        can_copy: true,
+    };
+    let script = Script {
+        sequences: (n_slots > 0).then_some(sequences),
+        ..cost.into()
+    };
+    Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>))
 }
 
 /// An engine for the model at hand, as the flags say.
@@ -202,6 +214,8 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
         buckets: config.batching.buckets(),
+        generate_slots: config.generation.generate_slots.into(),
+        generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::policy::{Decision, Ledger, Policy};
-use super::queue::{Entry, Place, Queue};
+use super::queue::{Entry, Lane, Place, Queue};
 use crate::engine::Graph;
 use crate::job::Class;
 use crate::metrics::Close;
@@ -24,15 +24,30 @@ pub struct Scheduler<T> {
     /// not suffice for more.
     largest: usize,
     running: Option<Running>,
+    /// The class in which both a batch and a step wait, and by how much engine
+    /// time, in seconds, batches are ahead of steps since then.
+    contended: Option<(Class, f64)>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Running {
     class: Class,
+    is_step: bool,
     bulk_waits: bool,
     started: Instant,
     /// When it ends at the earliest, by what was measured.
     ends: Instant,
+}
+
+/// The sequences that a step would take further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Steps {
+    /// The most urgent class among them.
+    pub class: Class,
+    /// Whether there are any of bulk.
+    pub bulk: bool,
+    /// When the last step was made, or the first of them came.
+    pub since: Instant,
 }
 
 /// What to do while the engine is free.
@@ -41,6 +56,8 @@ pub enum Next<T> {
     Idle,
     WaitUntil(Instant),
     Run(Picked<T>),
+    /// A step of the sequences.
+    Step,
 }
 
 /// A batch, and those for whom it came too late.
@@ -69,6 +86,7 @@ impl<T> Scheduler<T> {
             ledger: Ledger::default(),
             largest,
             running: None,
+            contended: None,
         }
     }
 
@@ -84,7 +102,7 @@ impl<T> Scheduler<T> {
     }
 
     /// What to run now that the engine is free.
-    pub fn next(&mut self, now: Instant, draining: bool) -> Next<T> {
+    pub fn next(&mut self, now: Instant, draining: bool, steps: Option<Steps>) -> Next<T> {
         let lanes = self.queue.lanes();
         let bulk = lanes.iter().filter(|lane| lane.class == Class::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
@@ -95,10 +113,21 @@ impl<T> Scheduler<T> {
             self.ledger
                 .bulk_is_owed(&self.policy, cost, lane.oldest, now)
         });
-        // The size that a full queue would run at: where it is one image, as on
-        // a CPU, nobody waits for company.
-        let full = |graph| self.bucket(graph, self.largest, now);
-        match self.policy.decide(&lanes, full, now, draining, bulk_owed) {
+        let decision = self.decide(&lanes, now, draining, bulk_owed);
+        self.contended = match (steps, decision) {
+            (Some(steps), Decision::Flush(class, ..)) if steps.class == class => {
+                let before = self.contended.filter(|(before, _)| *before == class);
+                Some(before.unwrap_or((class, 0.0)))
+            }
+            _ => None,
+        };
+        if let Some(steps) = steps
+            && self.step_goes_first(decision, steps, bulk_owed, now)
+        {
+            self.begin_step(steps, now);
+            return Next::Step;
+        }
+        match decision {
             Decision::Idle => Next::Idle,
             Decision::WaitUntil(at) => Next::WaitUntil(at),
             Decision::Flush(class, graph, close) => {
@@ -106,9 +135,54 @@ impl<T> Scheduler<T> {
                     .iter()
                     .find(|lane| (lane.class, lane.graph) == (class, graph))
                     .map_or(1, |lane| lane.len);
-                Next::Run(self.pick(class, graph, close, len, now))
+                let bulk_steps = steps.is_some_and(|steps| steps.bulk);
+                Next::Run(self.pick(class, graph, close, len, bulk_steps, now))
             }
         }
+    }
+
+    fn decide(&self, lanes: &[Lane], now: Instant, draining: bool, bulk_owed: bool) -> Decision {
+        // The size that a full queue would run at: where it is one image, as on
+        // a CPU, nobody waits for company.
+        let full = |graph| self.bucket(graph, self.largest, now);
+        self.policy.decide(lanes, full, now, draining, bulk_owed)
+    }
+
+    /// Whether a step goes before the batch that could be run. A step is short,
+    /// so it never waits for a batch to fill up; between classes the rules are
+    /// those of batches; within one, both get the same time.
+    fn step_goes_first(
+        &self,
+        decision: Decision,
+        steps: Steps,
+        bulk_owed: bool,
+        now: Instant,
+    ) -> bool {
+        let Decision::Flush(class, ..) = decision else {
+            return true;
+        };
+        match (steps.class, class) {
+            (Class::Interactive, Class::Bulk) => !bulk_owed,
+            (Class::Bulk, Class::Interactive) => {
+                let cost = self.pace.floor(Graph::Generate, now).unwrap_or_default();
+                self.ledger
+                    .bulk_is_owed(&self.policy, cost, steps.since, now)
+            }
+            _ => self.contended.is_none_or(|(_, ahead)| ahead >= 0.0),
+        }
+    }
+
+    fn begin_step(&mut self, steps: Steps, now: Instant) {
+        self.ledger.served(steps.class, now);
+        let least = self.pace.floor(Graph::Generate, now);
+        self.running = Some(Running {
+            class: steps.class,
+            is_step: true,
+            bulk_waits: steps.bulk && steps.class != Class::Bulk
+                || self.queue.len_of(Class::Bulk) > 0,
+            started: now,
+            ends: now + least.unwrap_or_default(),
+        });
     }
 
     fn bucket(&self, graph: Graph, n: usize, now: Instant) -> usize {
@@ -121,6 +195,7 @@ impl<T> Scheduler<T> {
         graph: Graph,
         close: Close,
         len: usize,
+        bulk_steps: bool,
         now: Instant,
     ) -> Picked<T> {
         let mut bucket = self.bucket(graph, len, now);
@@ -150,7 +225,8 @@ impl<T> Scheduler<T> {
             let least = self.pace.at_least(graph, bucket, now);
             self.running = Some(Running {
                 class,
-                bulk_waits: self.queue.len_of(Class::Bulk) > 0,
+                is_step: false,
+                bulk_waits: bulk_steps || self.queue.len_of(Class::Bulk) > 0,
                 started: now,
                 ends: now + least.unwrap_or_default(),
             });
@@ -198,6 +274,12 @@ impl<T> Scheduler<T> {
             let bulk_waits = running.bulk_waits || self.queue.len_of(Class::Bulk) > 0;
             self.ledger
                 .ran(&self.policy, running.class, elapsed, bulk_waits);
+            if let Some((class, ahead)) = &mut self.contended
+                && *class == running.class
+            {
+                let seconds = elapsed.as_secs_f64();
+                *ahead += if running.is_step { -seconds } else { seconds };
+            }
         }
     }
 

@@ -8,44 +8,59 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Channels, Shared};
+use super::{Arrival, Channels, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
-use crate::engine::fake::{FakeEngine, Script};
+use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::runner::{self, Runner};
 use crate::engine::{Buckets, Engine, State, Stop};
 use crate::error::Error;
+use crate::generation::{Generate, Keep, Sampling, Sequence};
 use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
 use crate::metrics::Metrics;
 
 type Outcome = oneshot::Receiver<Result<Answer, Error>>;
 
 const WORK: [Want; 2] = [Want::Mean, Want::Logits];
+/// Of images to generate; the next id starts.
+const COLORS: u16 = 64;
 
+/// A row of this want, or an image of 2 by 2 that begins with the token.
 fn job(
     token: u16,
-    want: Want,
+    want: Option<Want>,
     class: Class,
     deadline: Option<Instant>,
     permit: Permit,
-) -> (Job<Arc<[u16]>>, Outcome) {
+) -> (Arrival, Outcome) {
     let (reply, outcome) = Reply::new();
+    let ticket = Ticket {
+        class,
+        deadline,
+        entered_at: Instant::now(),
+        span: tracing::Span::none(),
+        reply,
+        permit,
+    };
+    let Some(want) = want else {
+        let generate = Generate {
+            keep: Keep::All,
+            sampling: Sampling::greedy(),
+            sample: 0,
+            rows: None,
+        };
+        let sequence = Sequence::new(ticket, Box::new(generate), &[token], 2, COLORS);
+        return (Arrival::Sequence(sequence), outcome);
+    };
     let job = Job {
         payload: vec![token; 4].into(),
         work: Work::Infer {
             context: Context::Raw,
             want,
         },
-        ticket: Ticket {
-            class,
-            deadline,
-            entered_at: Instant::now(),
-            span: tracing::Span::none(),
-            reply,
-            permit,
-        },
+        ticket,
     };
-    (job, outcome)
+    (Arrival::Row(job), outcome)
 }
 
 /// How the callers of one thread fared.
@@ -67,13 +82,13 @@ fn everyone_is_answered_once_whoever_leaves() {
     let (jobs_in, jobs) = crossbeam_channel::bounded(256);
     let (bell_in, bell) = crossbeam_channel::bounded(1);
     let (slots_in, slots) = crossbeam_channel::bounded(1);
-    let (batches_in, batches) = crossbeam_channel::bounded(1);
+    let (turns_in, turns) = crossbeam_channel::bounded(1);
     let (state, engine_state) = watch::channel(State::Loading);
     let (stop, metrics) = (Arc::new(Stop::default()), Metrics::new().expect("metrics"));
     let buckets = Buckets::powers_of_two(8);
     let runner = Runner {
         slots: slots_in,
-        batches,
+        turns,
         buckets: buckets.clone(),
         canary_interval: None,
         stop: Arc::clone(&stop),
@@ -91,16 +106,23 @@ fn everyone_is_answered_once_whoever_leaves() {
         jobs,
         bell,
         slots,
-        batches: batches_in,
+        turns: turns_in,
     };
     let shared = Shared {
         stop,
         cache: Cache::new(0),
         drain: DrainRate::default(),
+        interactive_reserve: 25,
         metrics,
     };
     let script = Script {
         fail_on: Some(13),
+        sequences: Some(FakeSequences {
+            n_slots: 4,
+            n_colors: COLORS.into(),
+            delay: Duration::ZERO,
+            can_copy: true,
+        }),
         ..Default::default()
     };
     let n_left_unread = AtomicUsize::new(0);
@@ -138,7 +160,7 @@ fn everyone_is_answered_once_whoever_leaves() {
 fn caller(
     seed: u64,
     n_jobs: u64,
-    jobs_in: &crossbeam_channel::Sender<Job<Arc<[u16]>>>,
+    jobs_in: &crossbeam_channel::Sender<Arrival>,
     bell: &crossbeam_channel::Sender<()>,
     pool: &Pool,
 ) -> Tally {
@@ -168,6 +190,7 @@ fn caller(
         let bits = next();
         let token = u16::try_from(bits % 64).expect("small");
         let want = WORK[usize::from(bits >> 8 & 1 == 1)];
+        let want = (bits >> 32 & 15 != 0).then_some(want);
         let class = Class::ALL[usize::from(bits >> 9 & 1 == 1)];
         let deadline = match bits >> 10 & 7 {
             0 => Some(Instant::now() + Duration::from_micros(bits >> 20 & 0xff)),
@@ -194,10 +217,23 @@ fn caller(
     tally
 }
 
-fn settle((token, want, outcome): (u16, Want, Outcome), tally: &mut Tally) {
+fn settle((token, want, outcome): (u16, Option<Want>, Outcome), tally: &mut Tally) {
+    let image = FakeEngine::greedy(COLORS, &[token], COLORS.into(), 4);
+    // The last one is never fed.
+    let fails = match want {
+        Some(_) => token == 13,
+        None => image[..3].contains(&13),
+    };
     match outcome.blocking_recv() {
+        Ok(Ok(Answer::Generated { tokens, .. })) => {
+            if want.is_none() && *tokens == *image {
+                tally.right += 1;
+            } else {
+                tally.wrong += 1;
+            }
+        }
         Ok(Ok(Answer::Values(values))) => {
-            if values == FakeEngine::answer(&[token; 4], want) {
+            if want.is_some_and(|want| values == FakeEngine::answer(&[token; 4], want)) {
                 tally.right += 1;
             } else {
                 tally.wrong += 1;
@@ -206,7 +242,7 @@ fn settle((token, want, outcome): (u16, Want, Outcome), tally: &mut Tally) {
         Ok(Err(Error::DeadlineExceeded { .. } | Error::DeadlineTooShort { .. })) => {
             tally.late += 1;
         }
-        Ok(Err(Error::Engine(_))) if token == 13 => tally.failed += 1,
+        Ok(Err(Error::Engine(_))) if fails => tally.failed += 1,
         _ => tally.lost += 1,
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 pub use self::cost::Cost;
-use super::{Engine, EngineError, Facts, Graph, Run, Stop, Warm};
+use super::{Engine, EngineError, Facts, Feed, Graph, Run, SequenceFacts, Stop, Warm};
 use crate::job::Want;
 
 /// How often a run that takes long looks whether it should stop.
@@ -36,6 +36,20 @@ pub struct Script {
     pub memory_for: Option<usize>,
     /// The idle check fails once this many were made.
     pub canaries_until_failure: Option<usize>,
+    /// Images that are generated at one time. Tokens are those of the palette
+    /// that a test's model has.
+    pub sequences: Option<FakeSequences>,
+}
+
+/// What a fake engine has for sequences.
+#[derive(Debug, Clone, Copy)]
+pub struct FakeSequences {
+    pub n_slots: usize,
+    pub n_colors: usize,
+    /// Time that a step takes.
+    pub delay: Duration,
+    /// Whether it can copy what a slot keeps.
+    pub can_copy: bool,
 }
 
 /// See the module.
@@ -44,6 +58,8 @@ pub struct FakeEngine {
     facts: Facts,
     script: Script,
     warm: Vec<Warm>,
+    /// What each slot keeps: after each token, a hash of all up to it.
+    kept: Vec<Vec<u32>>,
 }
 
 impl FakeEngine {
@@ -74,7 +90,13 @@ impl FakeEngine {
                 runtime_version: "none".to_owned(),
                 dimension: Self::DIMENSION,
                 n_classes: Self::CLASSES,
+                sequences: script.sequences.map(|sequences| SequenceFacts {
+                    n_slots: sequences.n_slots,
+                    slot_bytes: 1 << 10,
+                    chunk: 8,
+                }),
             },
+            kept: vec![Vec::new(); script.sequences.map_or(0, |sequences| sequences.n_slots)],
             script,
         }
     }
@@ -87,11 +109,10 @@ impl FakeEngine {
             Want::Features { layers, .. } => Self::DIMENSION * layers.len(),
             Want::Mean | Want::Last => Self::DIMENSION,
             Want::States => Self::DIMENSION * tokens.len(),
+            Want::Nll => tokens.len(),
             Want::Logits => Self::CLASSES,
         };
-        let hash = tokens.iter().fold(17_u32, |hash, &token| {
-            hash.wrapping_mul(31).wrapping_add(u32::from(token))
-        });
+        let hash = tokens.iter().fold(SEED, |hash, &token| mix(hash, token));
         (0..n_values)
             .map(|idx| {
                 let mixed = hash.rotate_left(u32::try_from(idx % 32).unwrap_or(0));
@@ -100,6 +121,46 @@ impl FakeEngine {
             })
             .collect()
     }
+}
+
+impl FakeEngine {
+    /// The logits after tokens of this hash: small numbers that differ.
+    fn next_logits(hash: u32, n_colors: usize) -> impl Iterator<Item = f32> {
+        (0..n_colors).map(move |color| {
+            let mixed = mix(hash, u16::try_from(color).unwrap_or(u16::MAX));
+            f32::from(u16::try_from(mixed.wrapping_mul(2_654_435_761) >> 16).unwrap_or(0)) / 16384.0
+        })
+    }
+
+    /// The likeliest tokens after the start token and these, up to `n_tokens`
+    /// in all.
+    #[must_use]
+    pub fn greedy(start: u16, primer: &[u16], n_colors: usize, n_tokens: usize) -> Vec<u16> {
+        let mut tokens = primer.to_vec();
+        let mut hash = primer
+            .iter()
+            .fold(mix(SEED, start), |hash, &token| mix(hash, token));
+        while tokens.len() < n_tokens {
+            let logits: Vec<f32> = Self::next_logits(hash, n_colors).collect();
+            let mut best = 0;
+            for (color, logit) in logits.iter().enumerate() {
+                if *logit > logits[best] {
+                    best = color;
+                }
+            }
+            let token = u16::try_from(best).unwrap_or(u16::MAX);
+            tokens.push(token);
+            hash = mix(hash, token);
+        }
+        tokens
+    }
+}
+
+/// Where a hash of tokens begins.
+const SEED: u32 = 17;
+
+fn mix(hash: u32, token: u16) -> u32 {
+    hash.wrapping_mul(31).wrapping_add(u32::from(token))
 }
 
 impl Engine for FakeEngine {
@@ -148,6 +209,57 @@ impl Engine for FakeEngine {
             .iter()
             .map(|row| Self::answer(row.tokens, row.want))
             .collect())
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        let sequences = self
+            .script
+            .sequences
+            .ok_or_else(|| EngineError::Runtime("no sequences were scripted".to_owned()))?;
+        if let Some(gate) = &self.script.gate {
+            let _ = gate.recv();
+        }
+        take_time(sequences.delay, &Stop::default())?;
+        let begins_with = |token: Option<u16>| {
+            token.is_some()
+                && feed
+                    .rows
+                    .iter()
+                    .any(|row| row.tokens.last().copied() == token)
+        };
+        assert!(
+            !begins_with(self.script.panic_on),
+            "scripted panic in the fake engine"
+        );
+        if begins_with(self.script.device_fails_on) {
+            return Err(EngineError::Device("scripted device failure".to_owned()));
+        }
+        if begins_with(self.script.fail_on) {
+            return Err(EngineError::Runtime("scripted failure".to_owned()));
+        }
+        logits.clear();
+        for (row, kept) in feed.rows.iter().zip(&mut self.kept[feed.first_slot..]) {
+            kept.truncate(row.past);
+            assert_eq!(kept.len(), row.past, "a slot keeps what it was fed");
+            for &token in row.tokens {
+                let hash = kept.last().copied().unwrap_or(SEED);
+                kept.push(mix(hash, token));
+            }
+            let hash = kept.last().copied().unwrap_or(SEED);
+            logits.extend(Self::next_logits(hash, sequences.n_colors));
+        }
+        Ok(())
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        let can = self
+            .script
+            .sequences
+            .is_some_and(|sequences| sequences.can_copy);
+        if can {
+            self.kept[to] = self.kept[from][..n].to_vec();
+        }
+        can
     }
 
     fn canary(&mut self) -> Result<(), EngineError> {

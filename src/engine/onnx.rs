@@ -1,4 +1,4 @@
-//! ONNX Runtime behind the [`Engine`] trait; the only file that knows `ort`.
+//! ONNX Runtime behind the [`Engine`] trait.
 //!
 //! The runtime is a shared library that is loaded when the worker starts, so
 //! one binary serves CPU and GPU. Graphs are taken as exporters left them:
@@ -6,6 +6,8 @@
 //! an attention mask is filled with ones and position ids with 0, 1, 2 and so
 //! on. After loading, one warm-up run with every token id in it proves that
 //! the graph takes the model's vocabulary and returns the shape it promised.
+
+mod sequences;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,8 +19,9 @@ use ort::session::builder::SessionBuilder;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
+use self::sequences::SequenceEngine;
 use super::runtime::{Residence, Runtime, operators};
-use super::{Buckets, Engine, EngineError, Facts, Graph, Row, Run, Stop, Warm};
+use super::{Buckets, Engine, EngineError, Facts, Feed, Graph, Row, Run, Stop, Warm};
 use crate::compile;
 use crate::job::{Layers, Want};
 
@@ -67,6 +70,10 @@ pub struct Options {
     /// The batch sizes; the warm-up runs at each, so that no caller's batch is
     /// the first of its size.
     pub buckets: Buckets,
+    /// Images that are generated at one time; 0 for none.
+    pub generate_slots: usize,
+    /// What their keys and values may take.
+    pub generate_bytes_max: usize,
 }
 
 /// See the module.
@@ -74,6 +81,9 @@ pub struct OnnxEngine {
     facts: Facts,
     graphs: BTreeMap<Graph, Loaded>,
     positions: usize,
+    /// The id after the last color.
+    start: u16,
+    sequences: Option<SequenceEngine>,
     warm: Vec<Warm>,
     canary: Option<Canary>,
 }
@@ -113,6 +123,7 @@ enum Role {
     InputIds,
     AttentionMask,
     PositionIds,
+    Targets,
 }
 
 #[derive(Clone, Copy)]
@@ -219,13 +230,20 @@ impl OnnxEngine {
                 runtime_version: version(&options.library),
                 dimension: 0,
                 n_classes: 0,
+                sequences: None,
             },
             graphs: BTreeMap::new(),
             positions: options.positions,
+            start: u16::try_from(options.n_colors).unwrap_or(u16::MAX),
+            sequences: None,
             warm: Vec::new(),
             canary: None,
         };
         for (&graph, path) in &options.graphs {
+            if graph == Graph::Generate {
+                engine.load_sequences(&runtime, path, options)?;
+                continue;
+            }
             let loaded = Loaded::open(builder(&runtime)?, graph, path)?;
             engine.graphs.insert(graph, loaded);
             engine.warm_up(graph, options)?;
@@ -233,9 +251,32 @@ impl OnnxEngine {
         Ok(engine)
     }
 
+    fn load_sequences(
+        &mut self,
+        runtime: &Runtime,
+        path: &Path,
+        options: &Options,
+    ) -> Result<(), EngineError> {
+        if options.generate_slots == 0 {
+            return Ok(());
+        }
+        let sizes = sequences::Options {
+            n_slots: options.generate_slots,
+            bytes_max: options.generate_bytes_max,
+            positions: options.positions,
+            n_colors: options.n_colors,
+        };
+        let mut sequences = SequenceEngine::load(runtime, path, sizes)?;
+        self.warm.extend(sequences.warm_up()?);
+        self.facts.sequences = Some(sequences.facts);
+        self.sequences = Some(sequences);
+        Ok(())
+    }
+
     /// Proves that the graph takes every token id and learns its width.
     fn warm_up(&mut self, graph: Graph, options: &Options) -> Result<(), EngineError> {
-        let n_ids = options.n_colors + 1;
+        // The start token is never what comes next.
+        let n_ids = options.n_colors + usize::from(graph != Graph::Score);
         let tokens: Vec<u16> = (0..options.positions)
             .map(|position| u16::try_from(position % n_ids).unwrap_or(0))
             .collect();
@@ -246,6 +287,7 @@ impl OnnxEngine {
             },
             Graph::Hidden => Want::Mean,
             Graph::Logits => Want::Logits,
+            Graph::Score | Graph::Generate => Want::Nll,
         };
         let row = Row {
             tokens: &tokens,
@@ -326,6 +368,7 @@ impl OnnxEngine {
                 }
                 self.facts.n_classes = width;
             }
+            Graph::Score | Graph::Generate => {}
         }
         Ok(())
     }
@@ -354,7 +397,8 @@ impl OnnxEngine {
             };
             let mut feeds = Vec::new();
             for input in &loaded.inputs {
-                feeds.push((input.name.as_str(), feed(input, &[row], 1, tokens.len())?));
+                let feed = feed(input, &[row], 1, tokens.len(), None)?;
+                feeds.push((input.name.as_str(), feed));
             }
             if loaded.session.run(feeds).is_ok() {
                 return Err(EngineError::Graph {
@@ -462,6 +506,7 @@ impl Loaded {
                 "input_ids" => Role::InputIds,
                 "attention_mask" => Role::AttentionMask,
                 "position_ids" => Role::PositionIds,
+                "targets" if graph == Graph::Score => Role::Targets,
                 other => {
                     return Err(refuse(format!(
                         "has an input {other:?}; input_ids, attention_mask and position_ids are \
@@ -497,7 +542,8 @@ impl Loaded {
         let wanted = match graph {
             Graph::Features(_) => "features",
             Graph::Hidden => "last_hidden_state",
-            Graph::Logits => "logits",
+            Graph::Logits | Graph::Generate => "logits",
+            Graph::Score => "nll",
         };
         let Some(output) = session
             .outputs()
@@ -543,7 +589,8 @@ impl Engine for OnnxEngine {
             .ok_or_else(|| no_graph(run.graph))?;
         let mut feeds = Vec::with_capacity(loaded.inputs.len());
         for input in &loaded.inputs {
-            let feed = feed(input, run.rows, run.bucket, positions)?;
+            let start = (run.graph == Graph::Score).then_some(self.start);
+            let feed = feed(input, run.rows, run.bucket, positions, start)?;
             feeds.push((input.name.as_str(), feed));
         }
         let options = Arc::new(RunOptions::new().map_err(runtime)?);
@@ -561,6 +608,18 @@ impl Engine for OnnxEngine {
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
         let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
         answers(run, positions, shape, values)
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.sequences
+            .as_mut()
+            .ok_or_else(|| no_graph(Graph::Generate))?
+            .feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        let sequences = self.sequences.as_mut();
+        sequences.is_some_and(|sequences| sequences.copy_slot(from, to, n))
     }
 
     fn canary(&mut self) -> Result<(), EngineError> {
@@ -653,19 +712,26 @@ fn run_failed(text: &str) -> EngineError {
 }
 
 /// One input tensor of [bucket, positions]; rows that are missing repeat the
-/// last one, which is as cheap as any and has valid tokens.
+/// last one, which is as cheap as any and has valid tokens. With a start token
+/// it comes first, and the last token is not fed: it is only a target.
 fn feed(
     input: &Input,
     rows: &[Row<'_>],
     bucket: usize,
     positions: usize,
+    start: Option<u16>,
 ) -> Result<SessionInputValue<'static>, EngineError> {
     let shape = [bucket, positions];
     let padding = rows.last().into_iter().cycle();
     let padded = rows.iter().chain(padding).take(bucket);
     let values = padded.flat_map(|row| {
         (0..positions).map(move |position| match input.role {
-            Role::InputIds => i32::from(row.tokens[position]),
+            Role::InputIds => i32::from(match (start, position) {
+                (Some(start), 0) => start,
+                (Some(_), position) => row.tokens[position - 1],
+                (None, position) => row.tokens[position],
+            }),
+            Role::Targets => i32::from(row.tokens[position]),
             Role::AttentionMask => 1,
             Role::PositionIds => i32::try_from(position).unwrap_or(i32::MAX),
         })
@@ -714,6 +780,9 @@ fn answers(
             n_layers * width
         }
         (Graph::Logits, &[n_rows, n_classes]) if n_rows == bucket && n_classes > 0 => n_classes,
+        (Graph::Score, &[n_rows, n_positions]) if n_rows == bucket && n_positions == positions => {
+            n_positions
+        }
         _ => {
             return Err(EngineError::Output {
                 got: format!("shape {dims:?}"),
@@ -721,6 +790,7 @@ fn answers(
                     Graph::Features(_) => format!("[{bucket}, layers, width]"),
                     Graph::Hidden => format!("[{bucket}, {positions}, width]"),
                     Graph::Logits => format!("[{bucket}, classes]"),
+                    Graph::Score | Graph::Generate => format!("[{bucket}, {positions}]"),
                 },
             });
         }
@@ -730,7 +800,7 @@ fn answers(
         .zip(values.chunks_exact(row_len))
         .map(|(row, values)| match row.want {
             Want::Features { layers, .. } => pick(values, width, layers),
-            Want::States | Want::Logits => Ok(values.to_vec()),
+            Want::States | Want::Logits | Want::Nll => Ok(values.to_vec()),
             Want::Last => Ok(values[row_len - width..].to_vec()),
             Want::Mean => Ok(mean(values, width)),
         })

@@ -14,19 +14,21 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use tokio::sync::watch;
 
+use super::decoder::Decoder;
 use super::{
     Batch, Buckets, Engine, EngineError, EngineFactory, Failure, FailureKind, Graph, Ran, Row, Run,
-    Slot, State, Stop, Unit, panic_text,
+    Slot, State, Stop, Turn, Unit, panic_text,
 };
 use crate::cache::{Cache, Key};
 use crate::error::{Error, Stage};
-use crate::job::Answer;
+use crate::generation::Sequence;
+use crate::job::{Answer, Ticket};
 use crate::metrics::{Fault, Metrics};
 
 /// What the thread needs besides the engine.
 pub(crate) struct Runner {
     pub(crate) slots: Sender<Slot>,
-    pub(crate) batches: Receiver<Batch>,
+    pub(crate) turns: Receiver<Turn>,
     pub(crate) buckets: Buckets,
     /// How long the engine may be idle before it is tried.
     pub(crate) canary_interval: Option<Duration>,
@@ -52,6 +54,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let largest = runner.buckets.largest();
     runner.metrics.batch_size_max(largest);
     let mut life = Life {
+        decoder: Decoder::new(engine.facts().sequences, runner.metrics.clone()),
         engine,
         runner,
         largest,
@@ -84,6 +87,7 @@ fn fail(state: &watch::Sender<State>, error: &EngineError) {
 /// A loaded engine at work.
 struct Life {
     engine: Box<dyn Engine>,
+    decoder: Decoder,
     runner: Runner,
     /// The largest batch that memory suffices for.
     largest: usize,
@@ -100,43 +104,65 @@ impl Life {
                 warm: std::mem::take(&mut warm),
                 runs: std::mem::take(&mut self.runs),
                 largest: self.largest,
+                sequences: self.decoder.sequences(),
             };
             if self.runner.slots.send(slot).is_err() {
                 return Ok(());
             }
-            let Some(batch) = self.receive()? else {
-                return Ok(());
+            let outcome = match self.receive()? {
+                Some(Turn::Batch(batch)) => self.run(&batch),
+                Some(Turn::Step(joining)) => self.step(joining),
+                None => return Ok(()),
             };
-            self.runner.stop.begin(batch.id);
-            let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
-            if self.runner.stop.end() {
-                self.runner.metrics.stopped();
-            }
+            // A caller who has gone frees the slot also while no step is made.
+            self.decoder.sweep(Instant::now());
             if let Err(error) = outcome {
                 tracing::error!(%error, "the engine can do no more");
-                // What a panic leaves behind is unknown, and it is the worker's
-                // own fault; from a device that has failed another worker may
-                // be better.
-                let told = match &error {
-                    EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),
-                    _ => Error::NotReady,
-                };
-                for unit in &batch.units {
-                    unit.crowd.refuse(&told);
-                }
+                self.decoder.refuse(&last_words(&error));
                 return Err(error);
             }
         }
     }
 
-    /// The next batch; meanwhile, if it takes long, the canary is run.
-    fn receive(&mut self) -> Result<Option<Batch>, EngineError> {
+    fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        self.runner.stop.begin(batch.id);
+        let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
+        if self.runner.stop.end() {
+            self.runner.metrics.stopped();
+        }
+        outcome.inspect_err(|error| {
+            for unit in &batch.units {
+                unit.crowd.refuse(&last_words(error));
+            }
+        })
+    }
+
+    fn step(&mut self, joining: Vec<Sequence>) -> Result<(), EngineError> {
+        self.decoder.join(joining);
+        let started = Instant::now();
+        let step = self.decoder.step(&mut *self.engine)?;
+        let elapsed = started.elapsed();
+        let graph = Graph::Generate;
+        self.runner.metrics.inference(graph, elapsed);
+        if step.size > 0 {
+            self.runs.push(Ran {
+                graph,
+                bucket: step.size,
+                n_rows: step.n_done,
+                elapsed,
+            });
+        }
+        Ok(())
+    }
+
+    /// The next turn; meanwhile, if it takes long, the canary is run.
+    fn receive(&mut self) -> Result<Option<Turn>, EngineError> {
         let Some(interval) = self.runner.canary_interval else {
-            return Ok(self.runner.batches.recv().ok());
+            return Ok(self.runner.turns.recv().ok());
         };
         loop {
-            match self.runner.batches.recv_timeout(interval) {
-                Ok(batch) => return Ok(Some(batch)),
+            match self.runner.turns.recv_timeout(interval) {
+                Ok(turn) => return Ok(Some(turn)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => self.canary()?,
             }
@@ -295,13 +321,13 @@ impl Life {
         let mut tickets = unit.crowd.close();
         let last = tickets.pop();
         let now = Instant::now();
-        let outcome = |ticket: &crate::job::Ticket, values: Vec<f32>| {
+        let outcome = |ticket: &Ticket, values: Vec<f32>| {
             if ticket.deadline.is_some_and(|deadline| deadline <= now) {
                 Err(Error::DeadlineExceeded {
                     stage: Stage::Engine,
                 })
             } else if finite {
-                Ok(Answer::Values(values))
+                Ok(Answer::of(unit.want, &unit.tokens, values))
             } else {
                 Err(EngineError::NotFinite.into())
             }
@@ -325,5 +351,15 @@ impl Life {
             unit.crowd.sweep(Instant::now(), stage, dropped);
             unit.crowd.refuse(&Error::Cancelled { stage });
         }
+    }
+}
+
+/// What those are told who were being served when the engine ended. What a
+/// panic leaves behind is unknown, and it is the worker's own fault; from a
+/// device that has failed another worker may be better.
+fn last_words(error: &EngineError) -> Error {
+    match error {
+        EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),
+        _ => Error::NotReady,
     }
 }

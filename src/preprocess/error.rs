@@ -66,6 +66,8 @@ pub enum PreprocessError {
     },
     #[error("tokens.ids: {count} tokens where the model takes {expected}")]
     TokenCount { count: usize, expected: usize },
+    #[error("prefix.ids: {count} tokens, but at most {max} leave something to generate")]
+    PrefixLong { count: usize, max: usize },
     #[error(
         "tokens.ids: index {index} is {id}, the start token, which is not a color; \
          the context SOS_SHIFTED adds it"

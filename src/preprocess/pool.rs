@@ -12,7 +12,9 @@ use crossbeam_channel::Sender;
 
 use super::queue::Queue;
 use super::{ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
+use crate::batcher::Arrival;
 use crate::error::{Error, Stage};
+use crate::generation::Sequence;
 use crate::job::{Answer, Context, Job, Work};
 use crate::metrics::Metrics;
 
@@ -27,7 +29,7 @@ pub struct Picture {
 pub(crate) fn run(
     preprocessor: &Arc<Preprocessor>,
     pictures: &Queue,
-    batcher: &Sender<Job<Arc<[u16]>>>,
+    batcher: &Sender<Arrival>,
     metrics: &Metrics,
 ) {
     while let Some(job) = pictures.next() {
@@ -51,25 +53,56 @@ pub(crate) fn run(
             }
         };
         let encoded = matches!(job.payload.input, ImageInput::Encoded(_));
-        let given = matches!(job.payload.input, ImageInput::Tokens(_));
+        let given = matches!(
+            job.payload.input,
+            ImageInput::Tokens(_) | ImageInput::Prefix(_)
+        );
         metrics.preprocessed(
             encoded.then_some(tokenized.timings.decode),
             (!given).then_some(tokenized.timings.quantize),
         );
+        let Job {
+            work, mut ticket, ..
+        } = job;
+        ticket.entered_at = Instant::now();
         let mut tokens = tokenized.tokens;
-        match job.work {
-            Work::Tokenize => job.ticket.finish(Ok(Answer::Tokens(tokens))),
+        match work {
+            Work::Tokenize => ticket.finish(Ok(Answer::Tokens(tokens))),
             Work::Infer { context, .. } => {
                 if context == Context::SosShifted {
                     shift(&mut tokens, preprocessor.start_token());
                 }
-                let mut job = job.with_payload(Arc::from(tokens));
-                job.ticket.entered_at = Instant::now();
-                // The batcher's queue holds as many jobs as there are permits.
-                if let Err(refused) = batcher.try_send(job) {
-                    refused.into_inner().ticket.finish(Err(Error::NotReady));
+                let payload = Arc::from(tokens);
+                hand_on(
+                    batcher,
+                    Arrival::Row(Job {
+                        payload,
+                        work,
+                        ticket,
+                    }),
+                );
+            }
+            Work::Generate(generate) => {
+                let (side, start) = (preprocessor.side(), preprocessor.start_token());
+                let mut sequence = Sequence::new(ticket, generate, &tokens, side, start);
+                // Known rows are complete before anything is drawn.
+                sequence.send_rows();
+                if sequence.is_done() {
+                    sequence.finish(Ok(()));
+                } else {
+                    hand_on(batcher, Arrival::Sequence(sequence));
                 }
             }
+        }
+    }
+}
+
+fn hand_on(batcher: &Sender<Arrival>, arrival: Arrival) {
+    // The batcher's queue holds as many as there are permits.
+    if let Err(refused) = batcher.try_send(arrival) {
+        match refused.into_inner() {
+            Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
+            Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
         }
     }
 }

@@ -48,6 +48,30 @@ impl Scan for pb::TokenizeRequest {
     }
 }
 
+impl Scan for pb::ScoreRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        scan_images(message)
+    }
+}
+
+impl Scan for pb::GenerateRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        // A prefix, or one image with a byte for each of its pixels, and a few
+        // numbers.
+        for field in Fields(message) {
+            let (number, content, size) = field?;
+            match number {
+                PREFIX if size <= TOKENS_BYTES_MAX => {}
+                PREFIX => return Err("prefix.ids: more ids than any model takes".to_owned()),
+                PRIMER_IMAGE => scan_primer(content)?,
+                _ if size > OTHER_BYTES_MAX => return Err(too_many_options()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Scan for pb::EmbedStreamRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         // An opening holds options only, an item at most one image.
@@ -69,6 +93,8 @@ impl Scan for pb::EmbedResponse {}
 impl Scan for pb::EmbedStreamResponse {}
 impl Scan for pb::ClassifyResponse {}
 impl Scan for pb::TokenizeResponse {}
+impl Scan for pb::ScoreResponse {}
+impl Scan for pb::GenerateResponse {}
 impl Scan for pb::GetModelResponse {}
 
 /// All requests with images have them in field 1.
@@ -79,6 +105,22 @@ const TOKENS: u64 = 3;
 const STREAM_ITEM: u64 = 2;
 /// `EmbedStreamItem.image`.
 const ITEM_IMAGE: u64 = 2;
+
+/// `GenerateRequest.prefix` and `GenerateRequest.image`.
+const PREFIX: u64 = 1;
+const PRIMER_IMAGE: u64 = 2;
+/// `ImagePrimer.image`.
+const IMAGE_OF_PRIMER: u64 = 1;
+
+fn scan_primer(primer: &[u8]) -> Result<(), String> {
+    for field in Fields(primer) {
+        let (number, content, _) = field?;
+        if number == IMAGE_OF_PRIMER {
+            scan_image(content)?;
+        }
+    }
+    Ok(())
+}
 
 fn scan_images(message: &[u8]) -> Result<(), String> {
     let (mut n_images, mut n_other_bytes) = (0, 0);

@@ -42,7 +42,7 @@ pub(super) fn picture_bytes(picture: &Picture) -> usize {
     match &picture.input {
         ImageInput::Encoded(bytes) => bytes.len(),
         ImageInput::Rgb8 { pixels, .. } => pixels.len(),
-        ImageInput::Tokens(ids) => std::mem::size_of_val(ids.as_slice()),
+        ImageInput::Tokens(ids) | ImageInput::Prefix(ids) => std::mem::size_of_val(ids.as_slice()),
     }
 }
 
@@ -158,7 +158,7 @@ pub(super) fn norm_applied(norm: Norm) -> pb::Norm {
 
 pub(super) fn pooling_applied(want: Want) -> i32 {
     match want {
-        Want::Features { .. } | Want::Mean | Want::Logits => pb::Pooling::Mean,
+        Want::Features { .. } | Want::Mean | Want::Logits | Want::Nll => pb::Pooling::Mean,
         Want::States => pb::Pooling::None,
         Want::Last => pb::Pooling::Last,
     }
@@ -172,7 +172,7 @@ pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
             .iter()
             .map(|layer| u32::try_from(layer).unwrap_or(u32::MAX))
             .collect(),
-        Want::Mean | Want::Last | Want::States | Want::Logits => {
+        Want::Mean | Want::Last | Want::States | Want::Logits | Want::Nll => {
             model.n_layers.into_iter().collect()
         }
     }

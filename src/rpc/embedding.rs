@@ -39,7 +39,9 @@ impl Embedding {
         let shape = match want {
             Want::States => vec![model.positions(), width],
             Want::Features { layers, .. } if layers.len() > 1 => vec![layers.len(), width],
-            Want::Features { .. } | Want::Mean | Want::Last | Want::Logits => vec![width],
+            Want::Features { .. } | Want::Mean | Want::Last | Want::Logits | Want::Nll => {
+                vec![width]
+            }
         };
         Ok(Self {
             preprocess,
@@ -74,7 +76,7 @@ impl Embedding {
                 }
                 Ok(convert::tensor(&values, &self.shape, self.dtype))
             }
-            Answer::Tokens(_) => Err(Error::Lost),
+            _ => Err(Error::Lost),
         }
     }
 

@@ -34,6 +34,8 @@ const PRIORITY: &str = "imagegpt-priority";
 /// The one method whose request has no end: its messages are counted one by
 /// one, by its handler.
 const STREAM: &str = "EmbedStream";
+/// Its response is a stream, its request is not.
+const GENERATE: &str = "Generate";
 /// A caller's request id longer than this is replaced: it goes into every log
 /// line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -190,6 +192,9 @@ where
                 let timeout = Some(self.observe.request_timeout);
                 request.map(|body| arriving(body, bytes, class, timeout))
             };
+            if method == GENERATE {
+                request.extensions_mut().insert(course.clone());
+            }
             request.extensions_mut().insert(Deadline(deadline));
             request.extensions_mut().insert(class);
             span.in_scope(|| self.inner.call(request))

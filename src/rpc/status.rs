@@ -23,6 +23,7 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
         Error::ResponseTooLarge { .. } => (Code::InvalidArgument, "RESPONSE_TOO_LARGE"),
         Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
+        Error::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
         Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
         Error::LayersMissing { .. } => (Code::InvalidArgument, "LAYERS_MISSING"),
         Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
@@ -150,7 +151,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 30] = [
+        let rows: [(Error, Code, &str); 31] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -175,6 +176,14 @@ mod tests {
                 },
                 Code::InvalidArgument,
                 "OPTION_UNKNOWN",
+            ),
+            (
+                Error::OptionInvalid {
+                    field: "top_p",
+                    problem: "7 is not above 0 and at most 1".to_owned(),
+                },
+                Code::InvalidArgument,
+                "OPTION_INVALID",
             ),
             (
                 Error::TaskMissing {

@@ -152,6 +152,22 @@ impl ImageGptService for Stub {
         Err(Status::unimplemented("a stub"))
     }
 
+    async fn score(
+        &self,
+        _request: Request<pb::ScoreRequest>,
+    ) -> Result<Response<pb::ScoreResponse>, Status> {
+        Err(Status::unimplemented("a stub"))
+    }
+
+    type GenerateStream = tokio_stream::Empty<Result<pb::GenerateResponse, Status>>;
+
+    async fn generate(
+        &self,
+        _request: Request<pb::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        Err(Status::unimplemented("a stub"))
+    }
+
     async fn tokenize(
         &self,
         _request: Request<pb::TokenizeRequest>,

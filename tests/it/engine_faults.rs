@@ -1,7 +1,7 @@
 //! An engine that fails: callers are told, and so is the world.
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineError, Facts, FailureKind, Run, Stop, Warm};
+use imagegpt::engine::{Engine, EngineError, Facts, FailureKind, Feed, Run, Stop, Warm};
 use tonic::Code;
 
 use crate::harness::{self, embed, seeded, tokens, vector};
@@ -77,6 +77,14 @@ impl Engine for Odd {
 
     fn run(&mut self, _run: &Run<'_>, _stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
         Ok(self.1.clone())
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.0.feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        self.0.copy_slot(from, to, n)
     }
 
     fn canary(&mut self) -> Result<(), EngineError> {

@@ -17,6 +17,7 @@ mod compiled;
 mod embed;
 mod emoji;
 mod engine_faults;
+mod generate;
 mod harness;
 mod health;
 mod load;

@@ -27,6 +27,8 @@ fn complaint(dir: &Path) -> Option<String> {
         compiled_for: None,
         graphs: model.graphs,
         buckets: Buckets::powers_of_two(2),
+        generate_slots: 0,
+        generate_bytes_max: 0,
     };
     OnnxEngine::load(&options)
         .err()

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::super::policy::Policy;
 use super::super::queue::Entry;
-use super::{Next, Picked, Scheduler};
+use super::{Next, Picked, Scheduler, Steps};
 use crate::engine::{Buckets, Graph};
 use crate::job::Class;
 use crate::metrics::Close;
@@ -150,7 +150,7 @@ impl Checked {
             self.scheduler.queue.lanes().iter().any(|lane| {
                 lane.oldest + DELAY <= self.now || lane.len >= self.scheduler.largest()
             });
-        match self.scheduler.next(self.now, false) {
+        match self.scheduler.next(self.now, false, None) {
             Next::Idle => assert!(self.waiting.is_empty(), "idle while something waits"),
             Next::WaitUntil(at) => {
                 assert!(
@@ -160,6 +160,7 @@ impl Checked {
                 assert!(at > self.now && at <= self.now + DELAY);
             }
             Next::Run(picked) => self.picked(&picked),
+            Next::Step => panic!("there are no sequences"),
         }
         assert_eq!(
             self.n_pushed - self.n_gone,
@@ -330,7 +331,7 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
             (picked, formed.map_or(free_at, |formed| formed.max(free_at)))
         } else {
             let next = push(&mut scheduler, free_at);
-            match (scheduler.next(free_at, false), next) {
+            match (scheduler.next(free_at, false, None), next) {
                 (Next::Run(picked), _) => (picked, free_at),
                 (_, Some(next)) => {
                     free_at = next;
@@ -355,11 +356,11 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
         if binding == Binding::Early {
             // The next one is formed now that this one has started.
             let next = push(&mut scheduler, starts);
-            prepared = match scheduler.next(starts, false) {
+            prepared = match scheduler.next(starts, false, None) {
                 Next::Run(picked) => Some(picked),
                 _ => next.filter(|&next| next < ends).and_then(|next| {
                     push(&mut scheduler, next);
-                    match scheduler.next(next, false) {
+                    match scheduler.next(next, false, None) {
                         Next::Run(picked) => Some(picked),
                         _ => None,
                     }
@@ -461,7 +462,7 @@ fn mixed(
             };
             scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
         }
-        match scheduler.next(now, false) {
+        match scheduler.next(now, false, None) {
             Next::Run(picked) => {
                 let took = batch_time(picked.bucket);
                 now += took;
@@ -482,6 +483,7 @@ fn mixed(
             }
             Next::WaitUntil(at) => now = at,
             Next::Idle => now = next_arrival,
+            Next::Step => panic!("there are no sequences"),
         }
     }
     latencies.sort_unstable();
@@ -553,7 +555,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     assert_eq!(too_late(&scheduler, 290), None, "it goes before them");
     assert_eq!(too_late(&scheduler, 599), Some(MS(600)));
     // One of them runs, and the rest of its time counts.
-    let Next::Run(picked) = scheduler.next(start, false) else {
+    let Next::Run(picked) = scheduler.next(start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!(picked.rows.len(), 4);
@@ -573,20 +575,26 @@ fn nobody_waits_for_company_that_would_not_help() {
         scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
     };
     push(&mut scheduler);
-    assert!(matches!(scheduler.next(start, false), Next::WaitUntil(_)));
+    assert!(matches!(
+        scheduler.next(start, false, None),
+        Next::WaitUntil(_)
+    ));
     for bucket in [1, 2, 4] {
         scheduler
             .pace
             .warmed(GRAPHS[0], bucket, like_a_cpu(bucket), start);
     }
-    let Next::Run(picked) = scheduler.next(start, false) else {
+    let Next::Run(picked) = scheduler.next(start, false, None) else {
         panic!("one at a time is as fast as four");
     };
     assert_eq!((picked.bucket, picked.close), (1, Close::Full));
     scheduler.ended(start);
     push(&mut scheduler);
     scheduler.pace.ran(GRAPHS[0], 4, 4, MS(11), start);
-    assert!(matches!(scheduler.next(start, false), Next::WaitUntil(_)));
+    assert!(matches!(
+        scheduler.next(start, false, None),
+        Next::WaitUntil(_)
+    ));
 }
 
 #[test]
@@ -605,7 +613,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
         };
         scheduler.queue.push(class, graph, entry);
     }
-    let Next::Run(picked) = scheduler.next(start, false) else {
+    let Next::Run(picked) = scheduler.next(start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
@@ -617,8 +625,95 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
         deadline: Some(start + MS(50)),
     };
     scheduler.queue.push(class, graph, late);
-    let Next::Run(picked) = scheduler.next(start + MS(10), false) else {
+    let Next::Run(picked) = scheduler.next(start + MS(10), false, None) else {
         panic!("its delay has passed");
     };
     assert_eq!(picked.late.len(), 1);
+}
+
+/// Engine time of batches and of steps in ten seconds in which bulk rows of
+/// 100 ms and sequences of this class always wait, with steps of 10 ms.
+fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
+    let mut scheduler = Scheduler::<()>::new(policy(1));
+    let start = Instant::now();
+    scheduler.pace.warmed(GRAPHS[0], 1, MS(100), start);
+    let mut now = start;
+    let (mut batches, mut steps) = (Duration::ZERO, Duration::ZERO);
+    let mut since = start;
+    while now < start + Duration::from_secs(10) {
+        while scheduler.queue.len_of(rows) < 2 {
+            let entry = Entry {
+                item: (),
+                arrived: now,
+                deadline: None,
+            };
+            scheduler.queue.push(rows, GRAPHS[0], entry);
+        }
+        let waiting = Steps {
+            class: sequences,
+            bulk: sequences == Class::Bulk,
+            since,
+        };
+        match scheduler.next(now, false, Some(waiting)) {
+            Next::Run(picked) => {
+                let took = MS(100);
+                scheduler
+                    .pace
+                    .ran(GRAPHS[0], picked.bucket, 1, took, now + took);
+                batches += took;
+                now += took;
+            }
+            Next::Step => {
+                let took = MS(10);
+                scheduler.pace.ran(Graph::Generate, 1, 0, took, now + took);
+                steps += took;
+                now += took;
+                since = now;
+            }
+            Next::Idle | Next::WaitUntil(_) => panic!("something waits"),
+        }
+        scheduler.ended(now);
+    }
+    (batches, steps)
+}
+
+#[test]
+fn steps_and_batches_share_the_engine_by_class() {
+    let seconds = |time: Duration| time.as_secs_f64();
+    for class in Class::ALL {
+        let (batches, steps) = shared_time(class, class);
+        assert!(
+            (seconds(batches) - seconds(steps)).abs() <= 0.2,
+            "{class:?}: half of the time each, {batches:?} and {steps:?}"
+        );
+    }
+    // Bulk has its share and no more, whichever of the two it is.
+    let share = f64::from(policy(1).bulk_share) / 100.0;
+    let (batches, steps) = shared_time(Class::Bulk, Class::Interactive);
+    let got = seconds(batches) / seconds(batches + steps);
+    assert!((got - share).abs() < 0.05, "{got} of {share}");
+    let (batches, steps) = shared_time(Class::Interactive, Class::Bulk);
+    let got = seconds(steps) / seconds(batches + steps);
+    assert!((got - share).abs() < 0.05, "{got} of {share}");
+}
+
+#[test]
+fn a_step_does_not_wait_for_a_batch_to_fill() {
+    let mut scheduler = Scheduler::<()>::new(policy(4));
+    let now = Instant::now();
+    let entry = Entry {
+        item: (),
+        arrived: now,
+        deadline: None,
+    };
+    scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+    let waiting = Steps {
+        class: Class::Bulk,
+        bulk: true,
+        since: now,
+    };
+    assert!(matches!(
+        scheduler.next(now, false, Some(waiting)),
+        Next::Step
+    ));
 }

@@ -1,0 +1,398 @@
+//! Sequences in ONNX Runtime: the graph `generate` and the memory where their
+//! keys and values stay.
+//!
+//! Each layer's keys, and its values, are one buffer of `(slots, heads,
+//! positions, head_dim)` that is made once. A run sees the rows of some slots of
+//! it, as past and as present, so what it adds it writes in place and nothing is
+//! copied. These views are bound once for each range of slots that is ever run;
+//! what changes from step to step is a few integers.
+#![expect(
+    unsafe_code,
+    reason = "ONNX Runtime has no safe way to bind a part of a buffer as input and as output"
+)]
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ort::AsPointer as _;
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::{IoBinding, Session};
+use ort::value::{
+    DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, TensorRefMut,
+    ValueType,
+};
+
+use super::{run_failed, runtime};
+use crate::compile;
+use crate::engine::runtime::{Residence, Runtime};
+use crate::engine::{Buckets, EngineError, Feed, Graph, SequenceFacts, Warm};
+
+/// Tokens of a primer that are fed in one run. On a CPU about as long as a few
+/// steps of imagegpt-small, so that those who are being drawn hardly notice.
+const CHUNK_CPU: usize = 64;
+/// A GPU is not full with less.
+const CHUNK_CUDA: usize = 256;
+
+/// What sequences are made from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Options {
+    /// How many there may be; fewer if `bytes_max` does not suffice.
+    pub(super) n_slots: usize,
+    /// What all keys and values may take.
+    pub(super) bytes_max: usize,
+    pub(super) positions: usize,
+    pub(super) n_colors: usize,
+}
+
+/// See the module.
+pub(super) struct SequenceEngine {
+    pub(super) facts: SequenceFacts,
+    /// The bindings refer to the buffers, so they go first.
+    bound: BTreeMap<(usize, usize), IoBinding>,
+    session: Session,
+    buffers: Vec<Buffer>,
+    memory: MemoryInfo<'static>,
+    element: TensorElementType,
+    /// Of one slot in one buffer: heads, positions, numbers.
+    slot: [usize; 3],
+    n_colors: usize,
+}
+
+/// The keys or values of one layer.
+struct Buffer {
+    past: String,
+    present: String,
+    tensor: DynTensor,
+}
+
+impl SequenceEngine {
+    pub(super) fn load(
+        runtime_: &Runtime,
+        path: &Path,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        let file = path.display().to_string();
+        let refuse = |reason: String| EngineError::Graph {
+            file: file.clone(),
+            reason,
+        };
+        let is_cuda = runtime_.provider == compile::Provider::Cuda;
+        // A step reads every weight for a few rows: packed ones are twice as
+        // fast, and give each row the same bits in whatever company.
+        let packed = Runtime {
+            residence: Residence::Packed,
+            ..runtime_.clone()
+        };
+        let session = super::builder(&packed)?
+            .commit_from_file(path)
+            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let (n_layers, element, slot) = layout(&session, options.positions)
+            .ok_or_else(|| refuse("its keys and values are not laid out as expected".to_owned()))?;
+        let slot_bytes = 2 * n_layers * slot.iter().product::<usize>() * element_bytes(element);
+        let n_slots = options.n_slots.min(options.bytes_max / slot_bytes.max(1));
+        if n_slots == 0 {
+            return Err(EngineError::NotLoaded(format!(
+                "one image that is generated keeps {slot_bytes} bytes of keys and values, over \
+                 --generate-cache-bytes {}; raise it, or turn generation off with \
+                 --generate-slots 0",
+                options.bytes_max
+            )));
+        }
+        let (device, device_id) = if is_cuda {
+            (AllocationDevice::CUDA, runtime_.device_id)
+        } else {
+            (AllocationDevice::CPU, 0)
+        };
+        let memory = MemoryInfo::new(
+            device,
+            device_id,
+            AllocatorType::Device,
+            MemoryType::Default,
+        )
+        .map_err(runtime)?;
+        let mut engine = Self {
+            facts: SequenceFacts {
+                n_slots,
+                slot_bytes,
+                chunk: if is_cuda { CHUNK_CUDA } else { CHUNK_CPU },
+            },
+            bound: BTreeMap::new(),
+            session,
+            buffers: Vec::new(),
+            memory,
+            element,
+            slot,
+            n_colors: options.n_colors,
+        };
+        engine.allocate(n_layers)?;
+        Ok(engine)
+    }
+
+    fn allocate(&mut self, n_layers: usize) -> Result<(), EngineError> {
+        let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
+        let [heads, positions, head_dim] = self.slot;
+        let shape = [self.facts.n_slots, heads, positions, head_dim];
+        for layer in 0..n_layers {
+            for part in ["key", "value"] {
+                let tensor = DynTensor::new(&allocator, self.element, shape)
+                    .map_err(|error| run_failed(&error.to_string()))?;
+                self.buffers.push(Buffer {
+                    past: format!("past_{part}.{layer}"),
+                    present: format!("{part}.{layer}"),
+                    tensor,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs each size of step, and a primer, before anybody waits for them.
+    pub(super) fn warm_up(&mut self) -> Result<Vec<Warm>, EngineError> {
+        let mut warm = Vec::new();
+        let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.slot[1])];
+        let primer = crate::engine::FeedRow {
+            tokens: &chunk,
+            past: 0,
+        };
+        let mut logits = Vec::new();
+        let feed = Feed {
+            first_slot: 0,
+            rows: &[primer],
+        };
+        self.feed(&feed, &mut logits)?;
+        let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
+        let sizes: Vec<usize> = Buckets::powers_of_two(self.facts.n_slots).iter().collect();
+        for size in sizes {
+            let row = crate::engine::FeedRow {
+                tokens: &[start],
+                past: 0,
+            };
+            let rows = vec![row; size];
+            let feed = Feed {
+                first_slot: 0,
+                rows: &rows,
+            };
+            let mut elapsed = Duration::ZERO;
+            // The first run of a size allocates.
+            for _ in 0..2 {
+                let started = Instant::now();
+                self.feed(&feed, &mut logits)?;
+                elapsed = started.elapsed();
+            }
+            warm.push(Warm {
+                graph: Graph::Generate,
+                bucket: size,
+                elapsed,
+            });
+        }
+        Ok(warm)
+    }
+
+    pub(super) fn feed(
+        &mut self,
+        feed: &Feed<'_>,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        let range = (feed.first_slot, feed.rows.len());
+        if !self.bound.contains_key(&range) {
+            let binding = self.bind(feed.first_slot, feed.rows.len())?;
+            self.bound.insert(range, binding);
+        }
+        let binding = self
+            .bound
+            .get_mut(&range)
+            .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
+        bind_tokens(binding, feed).map_err(runtime)?;
+        let outputs = self
+            .session
+            .run_binding(binding)
+            .map_err(|error| run_failed(&error.to_string()))?;
+        let output = outputs
+            .get("logits")
+            .ok_or_else(|| EngineError::Runtime("the run returned no logits".to_owned()))?;
+        let (_, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
+        if values.len() != feed.rows.len() * self.n_colors {
+            return Err(EngineError::Output {
+                got: format!("{} logits", values.len()),
+                expected: format!("{} x {}", feed.rows.len(), self.n_colors),
+            });
+        }
+        logits.clear();
+        logits.extend_from_slice(values);
+        Ok(())
+    }
+
+    /// A binding that sees `n` slots from `first` on.
+    fn bind(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
+        if first + n > self.facts.n_slots {
+            return Err(EngineError::Runtime(format!(
+                "slots {first} to {} of {} were asked for",
+                first + n,
+                self.facts.n_slots
+            )));
+        }
+        let mut binding = self.session.create_binding().map_err(runtime)?;
+        for buffer in &mut self.buffers {
+            let view = View {
+                memory: &self.memory,
+                first,
+                shape: [n, self.slot[0], self.slot[1], self.slot[2]],
+            };
+            match self.element {
+                TensorElementType::Float16 => view.bind::<half::f16>(&mut binding, buffer),
+                TensorElementType::Bfloat16 => view.bind::<half::bf16>(&mut binding, buffer),
+                _ => view.bind::<f32>(&mut binding, buffer),
+            }
+            .map_err(runtime)?;
+        }
+        let host = MemoryInfo::new(
+            AllocationDevice::CPU,
+            0,
+            AllocatorType::Device,
+            MemoryType::CPUOutput,
+        )
+        .map_err(runtime)?;
+        binding
+            .bind_output_to_device("logits", &host)
+            .map_err(runtime)?;
+        Ok(binding)
+    }
+
+    /// Copies the first `n` positions of a slot; false where the memory is not
+    /// the CPU's.
+    pub(super) fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        let (slot, element) = (self.slot, self.element);
+        self.buffers.iter_mut().all(|buffer| match element {
+            TensorElementType::Float16 => copy::<half::f16>(&mut buffer.tensor, slot, from, to, n),
+            TensorElementType::Bfloat16 => {
+                copy::<half::bf16>(&mut buffer.tensor, slot, from, to, n)
+            }
+            _ => copy::<f32>(&mut buffer.tensor, slot, from, to, n),
+        })
+    }
+}
+
+fn copy<T: PrimitiveTensorElementType + Copy>(
+    tensor: &mut DynTensor,
+    [heads, positions, head_dim]: [usize; 3],
+    from: usize,
+    to: usize,
+    n: usize,
+) -> bool {
+    let Ok((_, numbers)) = tensor.try_extract_tensor_mut::<T>() else {
+        return false;
+    };
+    for head in 0..heads {
+        let start = |slot: usize| (slot * heads + head) * positions * head_dim;
+        let source = start(from)..start(from) + n * head_dim;
+        if source.end > numbers.len() || start(to) + n * head_dim > numbers.len() {
+            return false;
+        }
+        numbers.copy_within(source, start(to));
+    }
+    true
+}
+
+fn element_bytes(element: TensorElementType) -> usize {
+    match element {
+        TensorElementType::Float16 | TensorElementType::Bfloat16 => 2,
+        _ => 4,
+    }
+}
+
+/// How many layers keep keys and values, of what type, and how many heads,
+/// positions and numbers there are of one image.
+fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementType, [usize; 3])> {
+    let mut keys = session
+        .inputs()
+        .iter()
+        .filter(|input| input.name().starts_with("past_key."));
+    let ValueType::Tensor { ty, shape, .. } = keys.next()?.dtype() else {
+        return None;
+    };
+    let &[_, heads, _, head_dim] = &**shape else {
+        return None;
+    };
+    let size = |extent: i64| usize::try_from(extent).ok().filter(|size| *size > 0);
+    Some((
+        1 + keys.count(),
+        *ty,
+        [size(heads)?, positions, size(head_dim)?],
+    ))
+}
+
+/// Some slots of a buffer.
+struct View<'a> {
+    memory: &'a MemoryInfo<'static>,
+    first: usize,
+    shape: [usize; 4],
+}
+
+impl View<'_> {
+    /// Binds it as past and as present.
+    fn bind<T: PrimitiveTensorElementType + std::fmt::Debug>(
+        &self,
+        binding: &mut IoBinding,
+        buffer: &mut Buffer,
+    ) -> ort::Result<()> {
+        let [_, heads, positions, head_dim] = self.shape;
+        let offset = self.first * heads * positions * head_dim * size_of::<T>();
+        let data = buffer.tensor.data_ptr_mut().wrapping_byte_add(offset);
+        let shape = Shape::new(
+            self.shape
+                .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
+        );
+        // SAFETY: `bind` above has checked that the slots are within the buffer,
+        // which `self.memory` describes and which `SequenceEngine` keeps, where
+        // it is, for as long as any binding.
+        let view: TensorRefMut<'_, T> =
+            unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape)? };
+        let name = CString::new(buffer.past.as_str()).map_err(ort::Error::wrap)?;
+        // SAFETY: all three pointers are of values that live during the call;
+        // ONNX Runtime keeps a reference to the tensor of its own. The safe
+        // `bind_input` would bind a copy of it.
+        unsafe {
+            ort::Error::result_from_status((ort::api().BindInput)(
+                binding.ptr_mut(),
+                name.as_ptr(),
+                view.ptr(),
+            ))?;
+        }
+        binding.bind_output(buffer.present.as_str(), view)
+    }
+}
+
+/// Binds what changes from run to run.
+fn bind_tokens(binding: &mut IoBinding, feed: &Feed<'_>) -> ort::Result<()> {
+    let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
+    let n_rows = feed.rows.len();
+    let length = feed
+        .rows
+        .iter()
+        .map(|row| row.tokens.len())
+        .max()
+        .unwrap_or(0);
+    let mut ids = Vec::with_capacity(n_rows * length);
+    let mut positions = Vec::with_capacity(n_rows * length);
+    let mut ends = Vec::with_capacity(n_rows);
+    for row in feed.rows {
+        ids.extend(row.tokens.iter().map(|&token| i32::from(token)));
+        positions.extend((row.past..row.past + row.tokens.len()).map(int32));
+        // ONNX Runtime's convention: tokens after the run, less one.
+        ends.push(int32(row.past + row.tokens.len() - 1));
+    }
+    let most = ends.iter().max().map_or(1, |end| end + 1);
+    let scalar: [usize; 0] = [];
+    binding.bind_input("input_ids", &Tensor::from_array(([n_rows, length], ids))?)?;
+    binding.bind_input(
+        "position_ids",
+        &Tensor::from_array(([n_rows, length], positions))?,
+    )?;
+    binding.bind_input("seqlens_k", &Tensor::from_array(([n_rows], ends))?)?;
+    binding.bind_input(
+        "total_sequence_length",
+        &Tensor::from_array((scalar, vec![most]))?,
+    )
+}

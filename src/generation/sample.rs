@@ -1,0 +1,299 @@
+//! Draws a color from logits.
+//!
+//! The number that decides is a pure function of the seed, the sample and the
+//! pixel, not of what was drawn before or beside it: a `ChaCha` stream is read at
+//! a place of its own. So the same logits give the same color in whichever
+//! batch and step they come.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
+
+/// How colors are drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest color.
+    pub temperature: f32,
+    /// Of how many of the likeliest colors; 0 of all.
+    pub top_k: u32,
+    /// Of the fewest likeliest colors that together have this probability.
+    pub top_p: f32,
+    pub seed: u64,
+}
+
+/// Where a color is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    pub sample: u32,
+    pub pixel: u32,
+}
+
+/// A color that was drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Drawn {
+    pub token: u16,
+    /// ln p under the model itself: temperature 1, all colors.
+    pub log_prob: f32,
+}
+
+/// Logits are not numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotFinite;
+
+/// The largest temperature: logits are then as good as equal.
+pub const TEMPERATURE_MAX: f32 = 100.0;
+
+impl Sampling {
+    /// The likeliest color every time.
+    #[must_use]
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+        }
+    }
+
+    /// One color out of as many as there are logits.
+    ///
+    /// # Errors
+    ///
+    /// When a logit is not finite.
+    pub fn draw(&self, logits: &[f32], place: Draw) -> Result<Drawn, NotFinite> {
+        if logits.is_empty() || !logits.iter().all(|logit| logit.is_finite()) {
+            return Err(NotFinite);
+        }
+        let best = argmax(logits);
+        let color = if self.temperature <= 0.0 {
+            best
+        } else {
+            self.pick(logits, f64::from(logits[best]), place)
+        };
+        Ok(Drawn {
+            token: u16::try_from(color).unwrap_or(u16::MAX),
+            log_prob: log_prob(logits, best, color),
+        })
+    }
+
+    fn pick(&self, logits: &[f32], max: f64, place: Draw) -> usize {
+        let temperature = f64::from(self.temperature);
+        // In the order of colors, so that sums have one order.
+        let mut weights: Vec<f64> = logits
+            .iter()
+            .map(|&logit| ((f64::from(logit) - max) / temperature).exp())
+            .collect();
+        let top_k = self.top_k as usize;
+        if (1..weights.len()).contains(&top_k) {
+            let mut sorted = weights.clone();
+            let (_, &mut least, _) =
+                sorted.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a));
+            keep_from(&mut weights, least);
+        }
+        if self.top_p < 1.0 {
+            let least = nucleus(&weights, f64::from(self.top_p));
+            keep_from(&mut weights, least);
+        }
+        let sum: f64 = weights.iter().sum();
+        let mut left = uniform(self.seed, place) * sum;
+        let mut last = 0;
+        for (color, &weight) in weights.iter().enumerate() {
+            if weight > 0.0 {
+                if left < weight {
+                    return color;
+                }
+                left -= weight;
+                last = color;
+            }
+        }
+        // Rounding may leave a little at the end.
+        last
+    }
+}
+
+/// The likeliest color; the first of equals.
+fn argmax(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (color, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = color;
+        }
+    }
+    best
+}
+
+/// Colors whose weight is below `least` are not drawn; equal ones are kept
+/// together.
+fn keep_from(weights: &mut [f64], least: f64) {
+    for weight in weights {
+        if *weight < least {
+            *weight = 0.0;
+        }
+    }
+}
+
+/// The least weight among the fewest largest that make up `part` of the sum.
+fn nucleus(weights: &[f64], part: f64) -> f64 {
+    let mut sorted: Vec<f64> = weights.iter().copied().filter(|w| *w > 0.0).collect();
+    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+    let enough = part * sorted.iter().sum::<f64>();
+    let mut so_far = 0.0;
+    for weight in sorted {
+        so_far += weight;
+        if so_far >= enough {
+            return weight;
+        }
+    }
+    0.0
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+fn log_prob(logits: &[f32], best: usize, color: usize) -> f32 {
+    let max = f64::from(logits[best]);
+    let sum: f64 = logits
+        .iter()
+        .map(|&logit| (f64::from(logit) - max).exp())
+        .sum();
+    (f64::from(logits[color]) - max - sum.ln()) as f32
+}
+
+/// A number from 0 to less than 1 that belongs to the place alone.
+fn uniform(seed: u64, place: Draw) -> f64 {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    let mut random = ChaCha8Rng::from_seed(key);
+    random.set_stream(place.sample.into());
+    // Two words of 32 bits make one number.
+    random.set_word_pos(u128::from(place.pixel) * 2);
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
+    {
+        (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 8] = [0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1.5, 0.25];
+
+    fn sampling(temperature: f32, top_k: u32, top_p: f32) -> Sampling {
+        Sampling {
+            temperature,
+            top_k,
+            top_p,
+            seed: 7,
+        }
+    }
+
+    fn counts(sampling: Sampling, n: u32) -> [u32; 8] {
+        let mut counts = [0; 8];
+        for idx in 0..n {
+            // Both parts of a place must give independent numbers.
+            let place = Draw {
+                sample: idx % 16,
+                pixel: idx / 16,
+            };
+            let drawn = sampling.draw(&LOGITS, place).expect("finite");
+            counts[usize::from(drawn.token)] += 1;
+        }
+        counts
+    }
+
+    /// Pearson's statistic of counts against weights.
+    fn chi_square(counts: &[u32], weights: &[f64]) -> f64 {
+        let sum: f64 = weights.iter().sum();
+        let n: f64 = counts.iter().map(|&count| f64::from(count)).sum();
+        counts
+            .iter()
+            .zip(weights)
+            .filter(|(_, weight)| **weight > 0.0)
+            .map(|(&count, weight)| {
+                let expected = n * weight / sum;
+                (f64::from(count) - expected).powi(2) / expected
+            })
+            .sum()
+    }
+
+    #[test]
+    fn draws_are_distributed_as_softmax_says() {
+        for temperature in [0.5, 1.0, 2.0] {
+            let weights = LOGITS.map(|logit| (f64::from(logit) / f64::from(temperature)).exp());
+            let statistic = chi_square(&counts(sampling(temperature, 0, 1.0), 100_000), &weights);
+            // 7 degrees of freedom: larger once in 10,000 seeds.
+            assert!(statistic < 29.9, "{temperature}: {statistic}");
+        }
+    }
+
+    #[test]
+    fn only_the_likeliest_are_drawn_from() {
+        let mut weights = LOGITS.map(|logit| f64::from(logit).exp());
+        let top = counts(sampling(1.0, 3, 1.0), 20_000);
+        for color in [0, 2, 4, 5, 7] {
+            assert_eq!(top[color], 0);
+            weights[color] = 0.0;
+        }
+        // 2 degrees of freedom: larger once in 10,000 seeds.
+        assert!(chi_square(&top, &weights) < 18.4);
+        // The three likeliest have 0.42, 0.26 and 0.16.
+        let nucleus = counts(sampling(1.0, 0, 0.6), 20_000);
+        let drawn: Vec<usize> = (0..8).filter(|&color| nucleus[color] > 0).collect();
+        assert_eq!(drawn, [3, 6]);
+        assert_eq!(counts(sampling(1.0, 0, 1e-9), 10)[3], 10);
+        assert_eq!(counts(sampling(1.0, 1, 1.0), 10)[3], 10);
+        assert_eq!(counts(sampling(0.0, 0, 1.0), 10)[3], 10);
+    }
+
+    #[test]
+    fn a_place_and_a_seed_decide() {
+        let draw = |seed, sample, pixel| {
+            let sampling = Sampling {
+                seed,
+                ..sampling(1.0, 0, 1.0)
+            };
+            let place = Draw { sample, pixel };
+            sampling.draw(&LOGITS, place).expect("finite").token
+        };
+        let row = |seed, sample| {
+            (0..64)
+                .map(|pixel| draw(seed, sample, pixel))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(row(1, 0), row(1, 0));
+        assert_ne!(row(1, 0), row(2, 0));
+        assert_ne!(row(1, 0), row(1, 1));
+        // Pinned: a seed must mean the same in every version.
+        let places = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1)];
+        let pinned = places.map(|(seed, sample, pixel)| uniform(seed, Draw { sample, pixel }));
+        let distinct: std::collections::BTreeSet<u64> =
+            pinned.iter().map(|number| number.to_bits()).collect();
+        assert_eq!(distinct.len(), 4);
+        assert_eq!(row(1, 0)[..8], [3, 3, 6, 6, 6, 1, 6, 6]);
+    }
+
+    #[test]
+    fn log_probabilities_are_the_models_own() {
+        let hot = sampling(50.0, 2, 0.9);
+        let drawn = hot
+            .draw(
+                &LOGITS,
+                Draw {
+                    sample: 0,
+                    pixel: 0,
+                },
+            )
+            .expect("finite");
+        let sum: f64 = LOGITS.iter().map(|&logit| f64::from(logit).exp()).sum();
+        let expected = f64::from(LOGITS[usize::from(drawn.token)]) - sum.ln();
+        assert!((f64::from(drawn.log_prob) - expected).abs() < 1e-6);
+        assert_eq!(
+            hot.draw(
+                &[0.0, f32::INFINITY],
+                Draw {
+                    sample: 0,
+                    pixel: 0
+                }
+            ),
+            Err(NotFinite)
+        );
+    }
+}
