@@ -122,6 +122,7 @@ pub fn compile(
         n_layers,
         language_head: tasks.contains(&Task::Score) || tasks.contains(&Task::Generate),
         classification_head: tasks.contains(&Task::Classify),
+        blocks: options.precision == Precision::Int8 && tasks.contains(&Task::Generate),
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;

@@ -52,6 +52,19 @@ pub struct Plan<'a> {
     pub feature_layer: usize,
 }
 
+impl Plan<'_> {
+    /// Outputs and inputs of a layer's product by the name of its weight.
+    fn product(&self, name: &str) -> [usize; 2] {
+        let (width, inner) = (self.architecture.width, self.architecture.inner_width);
+        match name.rsplit('.').next() {
+            Some("qkv") => [3 * width, width],
+            Some("expand") => [inner, width],
+            Some("contract") => [width, inner],
+            _ => [width, width],
+        }
+    }
+}
+
 /// One graph file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {

@@ -45,6 +45,20 @@ pub struct Parts {
     pub n_layers: usize,
     pub language_head: bool,
     pub classification_head: bool,
+    /// Also 8-bit weights in blocks, for products that treat each row by itself.
+    pub blocks: bool,
+}
+
+/// Inputs of a block of 8-bit weights that share a scale, at most. Fewer are more
+/// exact, more are faster.
+const BLOCK_MAX: usize = 128;
+/// The operator takes no smaller ones.
+const BLOCK_MIN: usize = 16;
+
+/// Inputs of a block, for a product of so many.
+#[must_use]
+pub fn block_size(inputs: usize) -> usize {
+    inputs.next_power_of_two().clamp(BLOCK_MIN, BLOCK_MAX)
 }
 
 /// Writes what `parts` ask for, one tensor in memory at a time; `advance` is
@@ -96,6 +110,16 @@ pub fn write(
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
         writer.dense(&name("expand"), precision, &layer.expand)?;
         writer.dense(&name("contract"), precision, &layer.contract)?;
+        if parts.blocks {
+            for (part, dense) in [
+                ("qkv", &layer.qkv),
+                ("projection", &layer.projection),
+                ("expand", &layer.expand),
+                ("contract", &layer.contract),
+            ] {
+                writer.blocks(&name(part), dense)?;
+            }
+        }
         advance(weights.architecture.layer_parameters() as u64);
     }
     if parts.n_layers == n_layers {
@@ -164,6 +188,26 @@ impl Writer {
                 self.floats(&name, precision.activation(), &[dense.outputs], bias)
             }
         }
+    }
+
+    /// As `MatMulNBits` takes them: `(outputs, blocks, block)` bytes about 128,
+    /// and a scale for each block. The bias is that of the other form.
+    fn blocks(&mut self, name: &str, dense: &Dense) -> Result<(), CompileError> {
+        let block = block_size(dense.inputs);
+        let n_blocks = dense.inputs.div_ceil(block);
+        let (bytes, scales) = quantize_blocks(dense, block);
+        self.bytes(
+            &format!("{name}.blocks"),
+            DataType::Uint8,
+            &[dense.outputs, n_blocks, block],
+            &bytes,
+        )?;
+        self.floats(
+            &format!("{name}.block_scales"),
+            DataType::Float,
+            &[dense.outputs * n_blocks],
+            &scales,
+        )
     }
 
     fn floats(
@@ -238,6 +282,35 @@ impl Writer {
     }
 }
 
+/// Symmetric 8-bit weights about 128 with a scale for each block of an output's
+/// inputs, rounded to nearest. What is missing to a whole block counts zero.
+fn quantize_blocks(dense: &Dense, block: usize) -> (Vec<u8>, Vec<f32>) {
+    let n_blocks = dense.inputs.div_ceil(block);
+    let mut bytes = Vec::with_capacity(dense.outputs * n_blocks * block);
+    let mut scales = Vec::with_capacity(dense.outputs * n_blocks);
+    for output in 0..dense.outputs {
+        for first in (0..dense.inputs).step_by(block) {
+            let last = (first + block).min(dense.inputs);
+            let weights =
+                || (first..last).map(|input| dense.weight[input * dense.outputs + output]);
+            let largest = weights().fold(0.0_f32, |largest, weight| largest.max(weight.abs()));
+            let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
+            scales.push(scale);
+            bytes.extend(weights().map(|weight| {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "within 127 of 128 by the scale"
+                )]
+                let byte = ((weight / scale).round_ties_even() + 128.0) as u8;
+                byte
+            }));
+            bytes.resize(bytes.len() + block - (last - first), 128);
+        }
+    }
+    (bytes, scales)
+}
+
 /// Symmetric 8-bit weights with a scale for each output, rounded to nearest.
 fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
     let mut largest = vec![0.0_f32; dense.outputs];
@@ -262,4 +335,41 @@ fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
         })
         .collect();
     (values, scales)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_stand_for_the_weights() {
+        // Two outputs of 20 inputs: a whole block of 16 and one of 4.
+        let weight: Vec<f32> = (0..40_u8).map(|n| (f32::from(n) - 20.0) / 7.0).collect();
+        let dense = Dense {
+            weight,
+            bias: None,
+            inputs: 20,
+            outputs: 2,
+        };
+        let (bytes, scales) = quantize_blocks(&dense, 16);
+        assert_eq!((bytes.len(), scales.len()), (64, 4));
+        for output in 0..2 {
+            for input in 0..20 {
+                let block = output * 2 + input / 16;
+                let byte = bytes[block * 16 + input % 16];
+                let got = (f32::from(byte) - 128.0) * scales[block];
+                let expected = dense.weight[input * 2 + output];
+                assert!((got - expected).abs() <= scales[block] / 2.0);
+            }
+        }
+        assert!(
+            bytes[20..32].iter().all(|&byte| byte == 128),
+            "padding is zero"
+        );
+    }
+
+    #[test]
+    fn blocks_fit_the_inputs() {
+        assert_eq!([1, 16, 17, 96, 512].map(block_size), [16, 16, 32, 128, 128]);
+    }
 }

@@ -19,7 +19,7 @@ use super::onnx::Model;
 use super::reference::{self, Trace};
 use super::weights::Weights;
 use super::{Provider, Task};
-use crate::engine::runtime::{Operators, Runtime, what_ran};
+use crate::engine::runtime::{Operators, Residence, Runtime, what_ran};
 
 /// Sequences in the trial: two show that rows do not mix.
 pub const N_SEQUENCES: usize = 2;
@@ -135,7 +135,17 @@ impl Trial {
             reason,
         };
         let profile: PathBuf = file.with_extension("profile");
-        let mut session = runtime
+        // Steps are served from packed weights, so they are tried with them.
+        let packed = Runtime {
+            residence: Residence::Packed,
+            ..runtime.clone()
+        };
+        let served = if kind == Kind::Generate {
+            &packed
+        } else {
+            runtime
+        };
+        let mut session = served
             .open(file, Some(&profile))
             .map_err(|error| failed(error.to_string()))?;
         let nearness = if kind == Kind::Generate {
@@ -296,7 +306,7 @@ fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
 }
 
 /// Operators that stand for a whole pattern: the graph is slow without them.
-const FUSED: [&str; 8] = [
+const FUSED: [&str; 9] = [
     "SimplifiedLayerNormalization",
     "QuickGelu",
     "Gelu",
@@ -305,6 +315,7 @@ const FUSED: [&str; 8] = [
     "GroupQueryAttention",
     "CausalAttention",
     "DynamicQuantizeMatMul",
+    "MatMulNBits",
 ];
 
 fn check_fused(

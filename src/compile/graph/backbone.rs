@@ -5,6 +5,7 @@ use super::builder::Builder;
 use crate::compile::Precision;
 use crate::compile::config::Activation;
 use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
+use crate::compile::store::block_size;
 
 /// How quick-gelu got its name: this factor.
 const QUICK_GELU_ALPHA: f32 = 1.702;
@@ -16,6 +17,13 @@ pub(super) struct Tokens {
     pub(super) shape: String,
     /// `[sequence]`.
     pub(super) sequence: String,
+}
+
+/// Whether a row is computed beside the same rows every time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Company {
+    Fixed,
+    Changing,
 }
 
 /// What tells attention where the keys of the past are.
@@ -93,22 +101,43 @@ impl Builder<'_> {
         let width = self.plan.architecture.width;
         self.scope = format!("h.{idx}");
         let name = |part: &str| format!("h.{idx}.{part}");
-        let qkv = self.dense(normed, &name("qkv"), None);
+        // Whoever has a cache is in company that changes from step to step.
+        let company = if cache.is_some() {
+            Company::Changing
+        } else {
+            Company::Fixed
+        };
+        let qkv = self.dense(normed, &name("qkv"), None, company);
         let qkv = self.sequences(tokens, &qkv, 3 * width);
         let attended = self.attention(idx, &qkv, cache);
         let attended = self.rows(&attended);
-        let rows = self.dense(&attended, &name("projection"), Some(rows));
+        let rows = self.dense(&attended, &name("projection"), Some(rows), company);
         let normed = self.norm(&rows, &name("inner_norm"));
-        let inner = self.dense(&normed, &name("expand"), None);
+        let inner = self.dense(&normed, &name("expand"), None, company);
         let inner = self.activation(&inner);
-        self.dense(&inner, &name("contract"), Some(&rows))
+        self.dense(&inner, &name("contract"), Some(&rows), company)
     }
 
     /// `x W + b + residual`.
-    fn dense(&mut self, input: &str, name: &str, residual: Option<&str>) -> String {
+    fn dense(
+        &mut self,
+        input: &str,
+        name: &str,
+        residual: Option<&str>,
+        company: Company,
+    ) -> String {
         let bias_name = format!("{name}.bias");
         let has_bias = self.plan.store.contains(&bias_name);
         let bias = has_bias.then(|| self.weight(&bias_name));
+        if self.plan.precision == Precision::Int8 && company == Company::Changing {
+            let product = self.by_row(input, name);
+            return [bias.as_deref(), residual]
+                .into_iter()
+                .flatten()
+                .fold(product, |sum, addend| {
+                    self.standard("Add", &[&sum, addend], Vec::new())
+                });
+        }
         let weight = self.weight(name);
         if self.plan.precision == Precision::Int8 {
             let scale = self.weight(&format!("{name}.scale"));
@@ -132,6 +161,24 @@ impl Builder<'_> {
                 self.standard("Add", &[&product, residual], Vec::new())
             }
         }
+    }
+
+    /// `x W` in 8 bits, where the scale of each row is its own. The operator that
+    /// is fast for whole images takes one scale for all rows, so that a row's
+    /// result would depend on the others.
+    fn by_row(&mut self, input: &str, name: &str) -> String {
+        let blocks = self.weight(&format!("{name}.blocks"));
+        let scales = self.weight(&format!("{name}.block_scales"));
+        let [outputs, inputs] = self.plan.product(name);
+        let attributes = vec![
+            Attribute::int("K", as_i64(inputs)),
+            Attribute::int("N", as_i64(outputs)),
+            Attribute::int("bits", 8),
+            Attribute::int("block_size", as_i64(block_size(inputs))),
+            // Rows are rounded to 8 bits as well.
+            Attribute::int("accuracy_level", 4),
+        ];
+        self.fused("MatMulNBits", &[input, &blocks, &scales], attributes)
     }
 
     fn activation(&mut self, input: &str) -> String {

@@ -27,7 +27,7 @@ use ort::value::{
 use super::{run_failed, runtime};
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};
-use crate::engine::{Buckets, EngineError, Feed, Graph, SequenceFacts, Warm};
+use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, Warm};
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.
@@ -58,6 +58,9 @@ pub(super) struct SequenceEngine {
     /// Of one slot in one buffer: heads, positions, numbers.
     slot: [usize; 3],
     n_colors: usize,
+    /// With a single slot, one more that is run beside it: a product of one row
+    /// may add in another order than one of several.
+    has_scratch: bool,
 }
 
 /// The keys or values of one layer.
@@ -125,15 +128,21 @@ impl SequenceEngine {
             element,
             slot,
             n_colors: options.n_colors,
+            has_scratch: n_slots == 1,
         };
         engine.allocate(n_layers)?;
         Ok(engine)
     }
 
+    /// Slots that there is memory for.
+    fn n_buffers(&self) -> usize {
+        self.facts.n_slots + usize::from(self.has_scratch)
+    }
+
     fn allocate(&mut self, n_layers: usize) -> Result<(), EngineError> {
         let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
         let [heads, positions, head_dim] = self.slot;
-        let shape = [self.facts.n_slots, heads, positions, head_dim];
+        let shape = [self.n_buffers(), heads, positions, head_dim];
         for layer in 0..n_layers {
             for part in ["key", "value"] {
                 let tensor = DynTensor::new(&allocator, self.element, shape)
@@ -152,7 +161,7 @@ impl SequenceEngine {
     pub(super) fn warm_up(&mut self) -> Result<Vec<Warm>, EngineError> {
         let mut warm = Vec::new();
         let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.slot[1])];
-        let primer = crate::engine::FeedRow {
+        let primer = FeedRow {
             tokens: &chunk,
             past: 0,
         };
@@ -165,7 +174,7 @@ impl SequenceEngine {
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
         let sizes: Vec<usize> = Buckets::powers_of_two(self.facts.n_slots).iter().collect();
         for size in sizes {
-            let row = crate::engine::FeedRow {
+            let row = FeedRow {
                 tokens: &[start],
                 past: 0,
             };
@@ -195,16 +204,26 @@ impl SequenceEngine {
         feed: &Feed<'_>,
         logits: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
-        let range = (feed.first_slot, feed.rows.len());
+        let beside;
+        let mut rows = feed.rows;
+        if self.has_scratch
+            && let [row] = rows
+            && row.tokens.len() == 1
+        {
+            let nobody = FeedRow { past: 0, ..*row };
+            beside = [*row, nobody];
+            rows = &beside;
+        }
+        let range = (feed.first_slot, rows.len());
         if !self.bound.contains_key(&range) {
-            let binding = self.bind(feed.first_slot, feed.rows.len())?;
+            let binding = self.bind(feed.first_slot, rows.len())?;
             self.bound.insert(range, binding);
         }
         let binding = self
             .bound
             .get_mut(&range)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
-        bind_tokens(binding, feed).map_err(runtime)?;
+        bind_tokens(binding, rows).map_err(runtime)?;
         let outputs = self
             .session
             .run_binding(binding)
@@ -213,24 +232,24 @@ impl SequenceEngine {
             .get("logits")
             .ok_or_else(|| EngineError::Runtime("the run returned no logits".to_owned()))?;
         let (_, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
-        if values.len() != feed.rows.len() * self.n_colors {
+        if values.len() != rows.len() * self.n_colors {
             return Err(EngineError::Output {
                 got: format!("{} logits", values.len()),
-                expected: format!("{} x {}", feed.rows.len(), self.n_colors),
+                expected: format!("{} x {}", rows.len(), self.n_colors),
             });
         }
         logits.clear();
-        logits.extend_from_slice(values);
+        logits.extend_from_slice(&values[..feed.rows.len() * self.n_colors]);
         Ok(())
     }
 
     /// A binding that sees `n` slots from `first` on.
     fn bind(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
-        if first + n > self.facts.n_slots {
+        if first + n > self.n_buffers() {
             return Err(EngineError::Runtime(format!(
                 "slots {first} to {} of {} were asked for",
                 first + n,
-                self.facts.n_slots
+                self.n_buffers()
             )));
         }
         let mut binding = self.session.create_binding().map_err(runtime)?;
@@ -365,19 +384,14 @@ impl View<'_> {
 }
 
 /// Binds what changes from run to run.
-fn bind_tokens(binding: &mut IoBinding, feed: &Feed<'_>) -> ort::Result<()> {
+fn bind_tokens(binding: &mut IoBinding, rows: &[FeedRow<'_>]) -> ort::Result<()> {
     let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
-    let n_rows = feed.rows.len();
-    let length = feed
-        .rows
-        .iter()
-        .map(|row| row.tokens.len())
-        .max()
-        .unwrap_or(0);
+    let n_rows = rows.len();
+    let length = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(n_rows * length);
     let mut positions = Vec::with_capacity(n_rows * length);
     let mut ends = Vec::with_capacity(n_rows);
-    for row in feed.rows {
+    for row in rows {
         ids.extend(row.tokens.iter().map(|&token| i32::from(token)));
         positions.extend((row.past..row.past + row.tokens.len()).map(int32));
         // ONNX Runtime's convention: tokens after the run, less one.
