@@ -81,6 +81,10 @@ bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)
 	@PARITY_VENV=$(PARITY_VENV) scripts/bench-graphs.sh
 
+.PHONY: bench-generate
+bench-generate: build $(PARITY_VENV)/.done ## Measure generation beside transformers and the bare graph (brings PyTorch)
+	@PARITY_VENV=$(PARITY_VENV) scripts/bench-generate.sh
+
 .PHONY: bench-memory
 bench-memory: build $(PARITY_VENV)/.done ## Measure the memory of a worker with all tasks of imagegpt-small (brings PyTorch)
 	@PARITY_VENV=$(PARITY_VENV) scripts/bench-memory.sh

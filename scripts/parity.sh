@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Serves models/untrained as published, and models/emoji compiled in fp32 and
-# int8, and holds each worker's answers against transformers'.
+# int8, and holds each worker's answers against transformers'; then what it
+# generates and how it scores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
@@ -10,19 +11,21 @@ mkdir -p target/parity
 log=target/parity/worker.log
 pid=
 trap '[ -z "$pid" ] || kill "$pid" 2>/dev/null || true' EXIT
-# compare MODEL [ARGUMENT...]: the arguments go to parity.py.
+# compare MODEL SCRIPT [ARGUMENT...]: the arguments go to the script.
 compare() {
-    echo "== $1"
-    "$worker" serve --model "$1" --execution-provider cpu \
+    local model=$1 script=$2
+    shift 2
+    echo "== $model"
+    "$worker" serve --model "$model" --execution-provider cpu \
         --listen "127.0.0.1:$port" --metrics-listen "127.0.0.1:$metrics_port" 2>"$log" &
     pid=$!
     scripts/await-ready.sh "$pid" "$metrics_port" "$log"
-    "$PARITY_VENV/bin/python" tests/parity/parity.py --endpoint "127.0.0.1:$port" --model "$@"
+    "$PARITY_VENV/bin/python" "tests/parity/$script" --endpoint "127.0.0.1:$port" "$@"
     kill "$pid"
     wait "$pid"
     pid=
 }
-compare models/untrained
+compare models/untrained parity.py --model models/untrained
 layers=$(grep -oE '"n_layer": [0-9]+' models/emoji/config.json | grep -oE '[0-9]+')
 for precision in fp32 int8; do
     model=target/parity/emoji-$precision
@@ -30,5 +33,9 @@ for precision in fp32 int8; do
     "$worker" compile models/emoji --output "$model" --precision "$precision" \
         --tasks embed,hidden --feature-layer "$layers" >"$log"
     # Every fourth picture or so: transformers' own attention is slow.
-    compare "$model" --checkpoint models/emoji --images 32
+    compare "$model" parity.py --model "$model" --checkpoint models/emoji --images 32
 done
+model=target/parity/emoji-causal
+rm -rf "$model"
+"$worker" compile models/emoji --output "$model" --tasks score,generate >"$log"
+compare "$model" generate_parity.py --checkpoint models/emoji

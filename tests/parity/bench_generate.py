@@ -1,0 +1,197 @@
+"""Measures generation beside transformers with its cache, interleaved.
+
+    bench_generate.py WORKER WORK_FOLDER
+
+WORK_FOLDER holds imagegpt-small's architecture with random weights: `small` as
+transformers saves it, `fp32` and `int8` compiled. For 1, 4, 8 and 16 sequences
+at a past of about 1, 512 and 1023 tokens it prints the tokens a second of
+
+- transformers' forward with a cache of that length, two threads;
+- the decode graph alone, in a loop over IoBinding;
+- the worker, through gRPC: as many calls as sequences, which begin with the
+  tokens of their past, over the 64 tokens between two rows;
+
+medians of ROUNDS rounds (5), in each of which all are measured one after the
+other, and the fraction of the roofline: the bytes that a step must read, weights and
+past, divided by the measured bandwidth, over the step's time.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import grpc
+import numpy as np
+import onnxruntime
+import torch
+from transformers import DynamicCache, ImageGPTForCausalImageModeling
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parity import ROOT, load_stubs  # noqa: E402
+
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+THREADS = int(os.environ.get("THREADS", "2"))
+SEQUENCES = [int(n) for n in os.environ.get("SEQUENCES", "1 4 8 16").split()]
+PRECISIONS = os.environ.get("PRECISIONS", "fp32 int8").split()
+LAYERS, HEADS, HEAD_DIM, SIDE, COLORS = 24, 8, 64, 32, 512
+POSITIONS = SIDE * SIDE
+# The row whose end begins the measurement; it takes two rows.
+ROWS = {1: 0, 512: 15, 1023: 29}
+STEPS = 8
+PORT, METRICS_PORT = 50154, 9194
+
+
+class Transformers:
+    def __init__(self, folder: Path):
+        torch.set_num_threads(THREADS)
+        self.model = ImageGPTForCausalImageModeling.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def rate(self, n: int, past: int) -> float:
+        shape = (n, HEADS, past, HEAD_DIM)
+        cache = DynamicCache()
+        for layer in range(LAYERS):
+            cache.update(torch.randn(shape), torch.randn(shape), layer)
+        ids = torch.randint(0, COLORS, (n, 1))
+        times = []
+        with torch.no_grad():
+            for step in range(3):
+                position = torch.tensor([[min(past + step, POSITIONS - 1)]])
+                started = time.perf_counter()
+                if past + step < POSITIONS:
+                    self.model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+                    times.append(time.perf_counter() - started)
+        return n / min(times)
+
+
+class Graph:
+    """The decode graph in a loop, its cache in place."""
+
+    def __init__(self, folder: Path, n: int):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = str(folder / "generate.onnx")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.n = n
+        shape = (2 * LAYERS, n, HEADS, POSITIONS, HEAD_DIM)
+        self.cache = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+    def rate(self, past: int) -> float:
+        n, binding = self.n, self.session.io_binding()
+        for layer in range(LAYERS):
+            for part, name in enumerate(("key", "value")):
+                array = self.cache[2 * layer + part]
+                binding.bind_input(f"past_{name}.{layer}", "cpu", 0, np.float32, array.shape, array.ctypes.data)
+                binding.bind_output(f"{name}.{layer}", "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        binding.bind_output("logits", "cpu")
+        binding.bind_cpu_input("input_ids", np.full((n, 1), 7, np.int32))
+        binding.bind_cpu_input("position_ids", np.full((n, 1), past, np.int32))
+        binding.bind_cpu_input("seqlens_k", np.full((n,), past, np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(past + 1, np.int32))
+        self.session.run_with_iobinding(binding)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            self.session.run_with_iobinding(binding)
+        return n * STEPS / (time.perf_counter() - started)
+
+
+class Worker:
+    def __init__(self, program: str, folder: Path, n: int, pb, services):
+        self.n, self.pb = n, pb
+        log = open(folder / "worker.log", "w")
+        self.process = subprocess.Popen(
+            [program, "serve", "--model", str(folder), "--execution-provider", "cpu", "--batch-sizes", "1"]
+            + ["--max-batch-size", "1", "--listen", f"127.0.0.1:{PORT}"]
+            + ["--metrics-listen", f"127.0.0.1:{METRICS_PORT}", "--generate-slots", str(n)]
+            + ["--generate-cache-bytes", "4GiB", "--intra-op-threads", str(THREADS)],
+            stderr=log,
+        )
+        script = ROOT / "scripts" / "await-ready.sh"
+        subprocess.run([script, str(self.process.pid), str(METRICS_PORT), log.name], check=True)
+        self.stub = services.ImageGptServiceStub(grpc.insecure_channel(f"127.0.0.1:{PORT}"))
+
+    def rate(self, past: int) -> float:
+        """One primer for all, so that it is computed once and all go in step."""
+        first = ROWS[past]
+        ids = np.random.default_rng(0).integers(0, COLORS, first * SIDE).tolist()
+        seen, lock = [[], []], threading.Lock()
+
+        def call(sequence: int) -> None:
+            request = self.pb.GenerateRequest(prefix=self.pb.Tokens(ids=ids), seed=sequence)
+            stream = self.stub.Generate(request)
+            for response in stream:
+                if response.WhichOneof("message") != "row":
+                    continue
+                for which, row in enumerate((first, first + 2)):
+                    if response.row.row == row:
+                        with lock:
+                            seen[which].append(time.perf_counter())
+                if response.row.row >= first + 2:
+                    # The others must find it in their step until they are there.
+                    both.wait()
+                    stream.cancel()
+                    return
+
+        both = threading.Barrier(self.n)
+        threads = [threading.Thread(target=call, args=(sequence,)) for sequence in range(self.n)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        spans = [end - begin for begin, end in zip(sorted(seen[0]), sorted(seen[1]))]
+        return self.n * 2 * SIDE / median(spans)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def bandwidth() -> float:
+    """Bytes a second that the threads read from memory."""
+    data = torch.ones(1 << 28)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+def main() -> None:
+    program, work = sys.argv[1], Path(sys.argv[2]).absolute()
+    with tempfile.TemporaryDirectory() as scratch:
+        pb, services = load_stubs(Path(scratch))
+    reference = Transformers(work / "small")
+    read = bandwidth()
+    cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    print(f"{cpu}, {THREADS} threads, {ROUNDS} rounds; memory read {read / 1e9:.1f} GB/s")
+    print(f"{'':>5} {'seqs':>4} {'past':>5} {'transformers':>12} {'graph':>7} {'gRPC':>7}   "
+          f"{'gRPC/tr.':>8} {'gRPC/graph':>10} {'of roofline':>11}   tokens a second", flush=True)
+    for precision in PRECISIONS:
+        weights = 76_682_240 * (4 if precision == "fp32" else 1)
+        for n in SEQUENCES:
+            worker = Worker(program, work / precision, n, pb, services)
+            graph = Graph(work / precision, n)
+            for past in ROWS:
+                rates = [[], [], []]
+                for _ in range(ROUNDS):
+                    # Middle of what the worker is measured over.
+                    middle = min((ROWS[past] + 2) * SIDE, POSITIONS - 1)
+                    rates[0].append(reference.rate(n, min(middle, POSITIONS - 3)))
+                    rates[1].append(graph.rate(middle))
+                    rates[2].append(worker.rate(past))
+                theirs, bare, ours = (median(values) for values in rates)
+                bytes_read = weights + n * middle * LAYERS * 2 * HEADS * HEAD_DIM * 4
+                roofline = bytes_read / read / (n / ours)
+                print(f"{precision:>5} {n:>4} {past:>5} {theirs:>12.1f} {bare:>7.1f} {ours:>7.1f}   "
+                      f"{ours / theirs:>7.2f}x {ours / bare:>9.0%} {roofline:>11.0%}", flush=True)
+            worker.end()
+
+
+if __name__ == "__main__":
+    main()
