@@ -73,6 +73,10 @@ bench-scheduler: build ## Measure overload, interactive calls beside bulk, and s
 soak: build ## Ten minutes of mixed load with cancels and garbage, every answer verified
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh soak
 
+.PHONY: soak-generate
+soak-generate: build $(PARITY_VENV)/.done ## Five minutes of callers that start, cancel and finish images at random (brings PyTorch)
+	@PARITY_VENV=$(PARITY_VENV) scripts/soak-generate.sh
+
 .PHONY: bench-attention
 bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40

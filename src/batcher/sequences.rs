@@ -88,15 +88,13 @@ impl Waiting {
             (false, true) => Class::Bulk,
             (false, false) => return None,
         };
-        let arrived = oldest(class);
+        // Whoever is at the engine waits since the last step.
+        let at_engine = self.at_engine.interactive + self.at_engine.bulk > 0;
+        let stepped = self.stepped_at.filter(|_| at_engine);
         Some(Steps {
             class,
             bulk,
-            // Whoever is at the engine waits since the last step.
-            since: self
-                .stepped_at
-                .or(arrived)
-                .or_else(|| lanes.iter().map(|lane| lane.oldest).min())?,
+            since: stepped.or(oldest(class))?,
         })
     }
 

@@ -136,6 +136,16 @@ async fn an_engine_that_is_free_waits_the_queue_delay_for_company() {
 
 #[tokio::test]
 async fn a_late_call_is_told_so_and_costs_no_run() {
+    for _ in 0..10 {
+        if late_call().await {
+            return;
+        }
+    }
+    panic!("the client's own timer came first every time");
+}
+
+/// Whether it was the worker that told the caller.
+async fn late_call() -> bool {
     let (open, script) = gated();
     let running = harness::fake(script, &["--max-queue-delay", "0s"]).await;
     let mut blocking = running.client.clone();
@@ -149,6 +159,9 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
         .embed(request)
         .await
         .expect_err("late");
+    if harness::is_clients_timer(&error) {
+        return false;
+    }
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
     // The places of the dead are free before the engine is.
     running.until_in_flight(1).await;
@@ -163,6 +176,7 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
     let calls = "imagegpt_requests_total{method=\"Embed\",code=\"DEADLINE_EXCEEDED\"}";
     assert_eq!(harness::sample(&page, calls), 1.0);
     running.end().await;
+    true
 }
 
 #[tokio::test]

@@ -40,10 +40,12 @@ fn greedy() -> pb::GenerateRequest {
     }
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as requests have it")]
 fn prefix(ids: &[u32]) -> Option<Primer> {
     Some(Primer::Prefix(pb::Tokens { ids: ids.to_vec() }))
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as requests have it")]
 fn primer(keep: pb::image_primer::Keep) -> Option<Primer> {
     Some(Primer::Image(pb::ImagePrimer {
         image: Some(tokens(seeded(1))),
@@ -350,18 +352,18 @@ async fn whoever_goes_frees_the_place_at_once() {
 
 #[tokio::test]
 async fn a_deadline_ends_the_stream() {
-    let running = fake(1, Duration::from_millis(20), &[]).await;
+    let running = fake(1, Duration::from_millis(50), &[]).await;
     let mut request = Request::new(greedy());
     request.set_timeout(Duration::from_millis(300));
     let started = Instant::now();
     let status = generate(&running.client, request)
         .await
-        .expect_err("64 steps of 20 ms");
-    assert_eq!(status.code(), Code::DeadlineExceeded);
-    assert!(started.elapsed() < Duration::from_secs(1));
+        .expect_err("64 steps of 50 ms");
+    assert!(harness::is_late(&status), "{status}");
+    assert!(started.elapsed() < Duration::from_secs(3));
     // By now it is known what a step takes.
     let mut request = Request::new(greedy());
-    request.set_timeout(Duration::from_millis(700));
+    request.set_timeout(Duration::from_millis(1500));
     let status = generate(&running.client, request)
         .await
         .expect_err("too short");
@@ -373,7 +375,7 @@ async fn a_deadline_ends_the_stream() {
 
 #[tokio::test]
 async fn more_than_there_are_places_wait_and_embeds_go_on() {
-    let running = fake(2, Duration::from_millis(1), &[]).await;
+    let running = fake(2, Duration::from_millis(3), &[]).await;
     let mut calls = tokio::task::JoinSet::new();
     for idx in 0..6_u32 {
         let client = running.client.clone();
@@ -385,15 +387,11 @@ async fn more_than_there_are_places_wait_and_embeds_go_on() {
         calls.spawn(async move { (idx, generate(&client, request).await) });
     }
     running.until_in_flight(12).await;
-    let started = Instant::now();
     for _ in 0..10 {
         let response = running.client.clone().embed(embed(vec![flat(3)])).await;
         assert_eq!(response.expect("a response").get_ref().results.len(), 1);
     }
-    assert!(
-        started.elapsed() < Duration::from_millis(250),
-        "not after them"
-    );
+    assert!(running.worker.images_in_flight() > 0, "not after them");
     while let Some(call) = calls.join_next().await {
         let (idx, sent) = call.expect("no panic");
         let expected = likeliest(&seeded(idx)[..20]);

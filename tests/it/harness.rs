@@ -147,6 +147,17 @@ impl Running {
     }
 }
 
+/// Whether a call ended because its time was up: by the worker, or on a busy
+/// machine by tonic's own timer in the client, a few milliseconds later.
+pub(crate) fn is_late(status: &tonic::Status) -> bool {
+    status.code() == tonic::Code::DeadlineExceeded || is_clients_timer(status)
+}
+
+/// Whether the client's own timer came first.
+pub(crate) fn is_clients_timer(status: &tonic::Status) -> bool {
+    status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
+}
+
 /// The value of a series on a metrics page.
 pub(crate) fn sample(page: &str, series: &str) -> f64 {
     page.lines()

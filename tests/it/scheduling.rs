@@ -297,7 +297,7 @@ async fn a_run_whose_callers_are_late_is_stopped() {
     let mut request = Request::new(embed(vec![flat(1)]));
     request.set_timeout(Duration::from_millis(100));
     let error = running.client.clone().embed(request).await;
-    assert_eq!(error.expect_err("late").code(), Code::DeadlineExceeded);
+    assert!(harness::is_late(&error.expect_err("late")));
     while running.sample("imagegpt_runs_stopped_total").await < 1.0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -349,7 +349,7 @@ async fn a_twin_that_is_late_takes_nobody_along() {
     let mut request = Request::new(embed(distinct(2, 1)));
     request.set_timeout(Duration::from_millis(600));
     let hasty = call(&running, request).await.expect("no panic");
-    assert_eq!(hasty.expect_err("late").code(), Code::DeadlineExceeded);
+    assert!(harness::is_late(&hasty.expect_err("late")));
     answered(blocking).await;
     assert_eq!(answered(patient).await, [fake_answer(&seeded(2))]);
     running.end().await;
