@@ -582,3 +582,60 @@ async fn a_seed_and_its_score_hold_at_every_batch_size_and_precision() {
         }
     }
 }
+
+#[tokio::test]
+async fn samples_are_distributed_as_the_model_says() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let running = causal(folder.path(), Precision::Fp32, &[]).await;
+    // One pixel is left, so that its probabilities are those of 16 images.
+    let known = &seeded(4)[..63];
+    let images = (0..u32::from(COLORS)).map(|color| {
+        let ids = known.iter().copied().chain([color]);
+        tokens(ids.collect())
+    });
+    let scores = score(&running, images.collect()).await;
+    let probability = |score: &pb::Score| {
+        let map = f32s(score.map.as_ref().expect("a map"));
+        (-f64::from(map[63])).exp()
+    };
+    let probabilities: Vec<f64> = scores.iter().map(probability).collect();
+    assert!((probabilities.iter().sum::<f64>() - 1.0).abs() < 1e-4);
+    let mut counts = [0_u32; 16];
+    for seed in 0..50 {
+        let request = pb::GenerateRequest {
+            primer: prefix(known),
+            samples: 64,
+            seed: Some(seed),
+            no_rows: true,
+            ..Default::default()
+        };
+        let sent = generate(&running.client, request).await.expect("images");
+        for sample in 0..64 {
+            counts[sent.ids(sample)[63] as usize] += 1;
+        }
+    }
+    let n: f64 = counts.iter().map(|&count| f64::from(count)).sum();
+    // Colors that come less than five times are counted as one.
+    let (mut rare, mut statistic, mut freedom) = ((0.0, 0.0), 0.0, 0.0);
+    for (&count, probability) in counts.iter().zip(&probabilities) {
+        let expected = n * probability;
+        if expected < 5.0 {
+            rare = (rare.0 + f64::from(count), rare.1 + expected);
+        } else {
+            statistic += (f64::from(count) - expected).powi(2) / expected;
+            freedom += 1.0;
+        }
+    }
+    statistic += (rare.0 - rare.1).powi(2) / rare.1.max(1.0);
+    // Larger once in ten thousand: about mean and four standard deviations.
+    assert!(
+        freedom > 4.0,
+        "a model that knows too well: {probabilities:?}"
+    );
+    let limit = freedom + 4.0 * (2.0_f64 * freedom).sqrt() + 4.0;
+    assert!(
+        statistic < limit,
+        "{statistic} of {freedom}: {counts:?} {probabilities:?}"
+    );
+    running.end().await;
+}
