@@ -57,15 +57,14 @@ impl Scan for pb::ScoreRequest {
 impl Scan for pb::GenerateRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         // A prefix, or one image with a byte for each of its pixels, and a few
-        // numbers.
+        // numbers. What is given several times is put together.
+        let (mut n_token_bytes, mut n_other_bytes) = (0, 0);
         for field in Fields(message) {
             let (number, content, size) = field?;
             match number {
-                PREFIX if size <= TOKENS_BYTES_MAX => {}
-                PREFIX => return Err("prefix.ids: more ids than any model takes".to_owned()),
-                PRIMER_IMAGE => scan_primer(content)?,
-                _ if size > OTHER_BYTES_MAX => return Err(too_many_options()),
-                _ => {}
+                PREFIX => count_tokens(content, &mut n_token_bytes)?,
+                PRIMER_IMAGE => scan_primer(content, &mut n_token_bytes)?,
+                _ => count_other(size, &mut n_other_bytes)?,
             }
         }
         Ok(())
@@ -74,13 +73,14 @@ impl Scan for pb::GenerateRequest {
 
 impl Scan for pb::EmbedStreamRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
-        // An opening holds options only, an item at most one image.
+        // An opening holds options only, an item at most one image. What is given
+        // several times is put together.
+        let (mut n_token_bytes, mut n_other_bytes) = (0, 0);
         for field in Fields(message) {
             let (number, content, size) = field?;
             match number {
-                STREAM_ITEM => scan_item(content)?,
-                _ if size > OTHER_BYTES_MAX => return Err(too_many_options()),
-                _ => {}
+                STREAM_ITEM => scan_item(content, &mut n_token_bytes)?,
+                _ => count_other(size, &mut n_other_bytes)?,
             }
         }
         Ok(())
@@ -112,12 +112,22 @@ const PRIMER_IMAGE: u64 = 2;
 /// `ImagePrimer.image`.
 const IMAGE_OF_PRIMER: u64 = 1;
 
-fn scan_primer(primer: &[u8]) -> Result<(), String> {
+fn scan_primer(primer: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     for field in Fields(primer) {
         let (number, content, _) = field?;
         if number == IMAGE_OF_PRIMER {
-            scan_image(content)?;
+            scan_image(content, n_token_bytes)?;
         }
+    }
+    Ok(())
+}
+
+fn count_tokens(ids: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
+    *n_token_bytes += ids.len();
+    if *n_token_bytes > TOKENS_BYTES_MAX {
+        return Err(format!(
+            "ids: {n_token_bytes} bytes of ids, more than any model takes"
+        ));
     }
     Ok(())
 }
@@ -127,10 +137,7 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
     for field in Fields(message) {
         let (number, content, size) = field?;
         if number != IMAGES {
-            n_other_bytes += size;
-            if n_other_bytes > OTHER_BYTES_MAX {
-                return Err(too_many_options());
-            }
+            count_other(size, &mut n_other_bytes)?;
             continue;
         }
         n_images += 1;
@@ -139,36 +146,40 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
                 "images: more than {IMAGES_MAX} in one call; split the call"
             ));
         }
-        scan_image(content)?;
+        scan_image(content, &mut 0)?;
     }
     Ok(())
 }
 
-fn scan_image(image: &[u8]) -> Result<(), String> {
+/// Counts the image's tokens to those before.
+fn scan_image(image: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     for field in Fields(image) {
         let (number, content, _) = field?;
-        if number == TOKENS && content.len() > TOKENS_BYTES_MAX {
-            return Err(format!(
-                "tokens.ids: {} bytes of ids, more than any model takes",
-                content.len()
-            ));
+        if number == TOKENS {
+            count_tokens(content, n_token_bytes)?;
         }
     }
     Ok(())
 }
 
-fn scan_item(item: &[u8]) -> Result<(), String> {
+fn scan_item(item: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     for field in Fields(item) {
         let (number, content, _) = field?;
         if number == ITEM_IMAGE {
-            scan_image(content)?;
+            scan_image(content, n_token_bytes)?;
         }
     }
     Ok(())
 }
 
-fn too_many_options() -> String {
-    format!("request: options take more than {OTHER_BYTES_MAX} bytes")
+fn count_other(size: usize, n_other_bytes: &mut usize) -> Result<(), String> {
+    *n_other_bytes += size;
+    if *n_other_bytes > OTHER_BYTES_MAX {
+        return Err(format!(
+            "request: options take more than {OTHER_BYTES_MAX} bytes"
+        ));
+    }
+    Ok(())
 }
 
 /// The fields of a message: number, content if it has a length, and bytes on
@@ -335,6 +346,26 @@ mod tests {
             ..Default::default()
         };
         check(&request.encode_to_vec(), Err("options take more than"));
+        // Tokens that come in pieces, which decoding puts together.
+        let ids = pb::Tokens {
+            ids: vec![1; TOKENS_BYTES_MAX / 2 + 1],
+        };
+        let image = pb::Image {
+            source: Some(pb::image::Source::Tokens(ids.clone())),
+        };
+        let once = image.encode_to_vec();
+        let twice = [&once[..], &once[..]].concat();
+        let mut request = vec![0x0a];
+        prost::encode_length_delimiter(twice.len(), &mut request).expect("room");
+        request.extend(twice);
+        check(&request, Err("more than any model takes"));
+        let generate = pb::GenerateRequest {
+            primer: Some(pb::generate_request::Primer::Prefix(ids)),
+            ..Default::default()
+        };
+        let once = generate.encode_to_vec();
+        assert!(pb::GenerateRequest::scan(&once).is_ok());
+        assert!(pb::GenerateRequest::scan(&[&once[..], &once[..]].concat()).is_err());
         // The same list, each id with a tag of its own.
         check(&[0x38, 0x01].repeat(3000), Err("options take more than"));
     }
