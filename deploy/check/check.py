@@ -6,6 +6,7 @@ Run by scripts/deploy-check.sh, which brings the tools.
 """
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import json
@@ -114,6 +115,21 @@ def custom_problems(tools, resources):
                          capture_output=True, text=True)
     if run.returncode:
         yield from run.stderr.strip().splitlines() or ["node failed"]
+
+
+def schema_self_problems(tools, built):
+    """The schemas find mistakes."""
+    deployment = copy.deepcopy(kinds(built["overlays/cpu"], "Deployment")[0])
+    deployment["spec"]["replica"] = 2
+    if not list(schema_problems([deployment])):
+        yield "a Deployment may have an unknown field"
+    for overlay, kind, path, value in [("keda", "ScaledObject", ("spec", "triggers"), "none"),
+                                       ("keda", "PodMonitor", ("spec", "podMetricsEndpoints"), [{"interval": 15}]),
+                                       ("keda", "PrometheusRule", ("spec", "groups"), [{"rules": []}])]:
+        resource = copy.deepcopy(kinds(built[f"overlays/{overlay}"], kind)[0])
+        resource[path[0]][path[1]] = value
+        if not list(custom_problems(tools, [resource])):
+            yield f"nothing was found wrong with {kind} {path[1]} {value}"
 
 
 # Against itself.
@@ -496,6 +512,7 @@ def main():
           (f"{name}: {problem}" for name, resources in combined.items() for problem in schema_problems(resources)))
     distinct = {json.dumps(r, sort_keys=True): r for resources in built.values() for r in resources}
     check("custom resources", custom_problems(args.tools, distinct.values()))
+    check("schemas find mistakes", schema_self_problems(args.tools, built))
     for name, problems in [("pods are restricted", restricted_problems),
                            ("selectors, ports and names lead somewhere", reference_problems),
                            ("times and memory add up", arithmetic_problems)]:

@@ -1,13 +1,14 @@
 // Validates custom resources (a JSON array on standard input) against the
 // schemas of their operators, which Kubernetes' own do not have.
-import { createRequire } from "node:module";
 import path from "node:path";
+import { pathToFileURL } from "node:url";
 
 // The packages lie in target/deploy-tools, not beside this file.
-const require = createRequire(path.resolve(process.argv[2], "package.json"));
+const models = path.resolve(process.argv[2], "node_modules/@kubernetes-models");
+const load = (file) => import(pathToFileURL(path.join(models, file)));
 const classes = {
-  "monitoring.coreos.com/v1": require("@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1"),
-  "keda.sh/v1alpha1": require("@kubernetes-models/keda/keda.sh/v1alpha1"),
+  "monitoring.coreos.com/v1": await load("prometheus-operator/monitoring.coreos.com/v1/index.js"),
+  "keda.sh/v1alpha1": await load("keda/keda.sh/v1alpha1/index.js"),
 };
 
 let text = "";
