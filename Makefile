@@ -124,3 +124,7 @@ deploy-check: ## Check deploy/: manifests, images, rules, dashboard, and that a 
 .PHONY: deploy-image
 deploy-image: build ## Serve from the root of the CPU image, read-only and without a shell (needs root)
 	@scripts/deploy-image.sh
+
+.PHONY: deploy-pool
+deploy-pool: build ## Run pools as deploy/ says: rolling update under load, scaling, autoscaling (15 minutes)
+	@scripts/deploy-pool.sh
