@@ -272,21 +272,21 @@ def job_problems(built):
     embed = kinds(built["jobs/embed"], "Job")
     service = next(s for s in kinds(built["overlays/cpu"], "Service") if s["spec"].get("clusterIP") == "None")
     metadata, port = service["metadata"], service["spec"]["ports"][0]["port"]
-    address = f"dns:///{metadata['name']}.{metadata['namespace']}.svc.cluster.local:{port}"
+    address = f"http://{metadata['name']}.{metadata['namespace']}.svc.cluster.local:{port}"
     indexed = next(job for job in embed if job["spec"].get("completionMode") == "Indexed")
+    finish = next(job for job in embed if job is not indexed)
     if "backoffLimitPerIndex" not in indexed["spec"]:
         yield "the job has no backoffLimitPerIndex"
-    for job in embed:
-        args = job["spec"]["template"]["spec"]["containers"][0]["args"]
-        shards = args[args.index("--shards") + 1]
-        if int(shards) != indexed["spec"]["completions"]:
-            yield f"{job['metadata']['name']}: --shards {shards}, but {indexed['spec']['completions']} completions"
-        if "--endpoint" in args and args[args.index("--endpoint") + 1] != address:
-            yield f"{job['metadata']['name']}: the headless service is {address}"
-        for place in (1, args.index("--output") + 1):
-            first = indexed["spec"]["template"]["spec"]["containers"][0]["args"]
-            if args[place] != first[place]:
-                yield f"{job['metadata']['name']}: another dataset than {indexed['metadata']['name']}"
+    args, finish_args = (job["spec"]["template"]["spec"]["containers"][0]["args"] for job in (indexed, finish))
+    shards = args[args.index("--shards") + 1]
+    if int(shards) != indexed["spec"]["completions"]:
+        yield f"--shards {shards}, but {indexed['spec']['completions']} completions"
+    if args[args.index("--endpoint") + 1] != address:
+        yield f"the headless service is {address}"
+    if args[args.index("--output") + 1] != finish_args[finish_args.index("--output") + 1]:
+        yield "the finishing job finishes another output"
+    if not finish["spec"]["suspend"] or "--finish" not in finish_args:
+        yield "the finishing job does not wait, or does not finish"
     labels = indexed["spec"]["template"]["metadata"]["labels"]
     policy = next(p for p in kinds(built["overlays/cpu"], "NetworkPolicy"))
     if not any(labels_match(peer.get("podSelector", {}).get("matchLabels", {"": ""}), labels)
@@ -299,12 +299,33 @@ def job_problems(built):
 def environment_problems(binary, built):
     """Variables that no flag has."""
     manual = subprocess.run([binary, "serve", "--help"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"\[env: ([A-Z_]+)", manual))
+    known = set(re.findall(r"\[env:\s+([A-Z_]+)", manual))
     for name, resources in built.items():
         for _, _, environment in settings(resources):
             for variable in environment:
                 if variable.startswith("IMAGEGPT_") and variable not in known:
                     yield f"{name}: no flag has {variable}"
+
+
+def command_problems(binary, built):
+    """Jobs whose commands the program does not know."""
+    for name, resources in built.items():
+        for job in kinds(resources, "Job"):
+            container = job["spec"]["template"]["spec"]["containers"][0]
+            command, *args = container["args"]
+            manual = subprocess.run([binary, command, "--help"], capture_output=True, text=True)
+            where = f"{name}: {job['metadata']['name']}"
+            if manual.returncode:
+                # A worker built before the command was there has nothing to compare.
+                print(f"NOTE   {where}: this program has no `imagegpt {command}`; the job's flags were not compared")
+                continue
+            words = set(re.findall(r"(--[a-z-]+|\[env: [A-Z_]+)", re.sub(r"\s+", " ", manual.stdout)))
+            wanted = [arg for arg in args if arg.startswith("--")]
+            wanted += [f"[env: {variable['name']}" for variable in container.get("env", [])
+                       if variable["name"].startswith("IMAGEGPT_")]
+            for word in wanted:
+                if word not in words:
+                    yield f"{where}: `imagegpt {command}` knows no {word.removeprefix('[env: ')}"
 
 
 def certificates(folder):
@@ -519,6 +540,7 @@ def main():
         check(name, (f"{where}: {problem}" for where, resources in built.items() for problem in problems(resources)))
     check("the dataset job fits itself and the pool", job_problems(built))
     check("each variable is a flag of the worker", environment_problems(args.worker, built))
+    check("each job's command is one of the program's", command_problems(args.worker, built))
     check("the worker starts with each overlay's settings and answers its probes",
           start_problems(args.worker, built))
     monitoring(args.worker, built)
