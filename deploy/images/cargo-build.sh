@@ -3,13 +3,13 @@
 # With `dependencies`, builds an empty program with the same dependencies.
 set -eu
 if [ "${1:-}" = dependencies ]; then
-    # All files that Cargo.toml names.
-    mkdir -p src benches tests/it tests/golden
-    touch src/lib.rs
-    for file in src/main.rs benches/preprocess.rs benches/overhead.rs benches/graphs.rs benches/attention.rs \
-        tests/it/main.rs tests/golden/main.rs; do
-        echo 'fn main() {}' >"$file"
-    done
+    # Every file that Cargo.toml names, by its path or, as benches, by its name.
+    sed -n -e 's/^path = "\(.*\.rs\)"/\1/p' \
+        -e '/^\[\[bench\]\]/,/^$/s/^name = "\(.*\)"/benches\/\1.rs/p' Cargo.toml |
+        while read -r file; do
+            mkdir -p "$(dirname "$file")"
+            echo 'fn main() {}' >"$file"
+        done
 else
     # cargo goes by times, and those of a checkout are older than the empty
     # program's.
@@ -21,4 +21,4 @@ if [ -d /vendor/crates ]; then
         --config 'source.crates-io.replace-with="vendored"' \
         --config 'source.vendored.directory="/vendor/crates"'
 fi
-exec cargo build --release --locked --bin imagegpt "$@"
+exec "${CARGO:-cargo}" build --release --locked --bin imagegpt "$@"
