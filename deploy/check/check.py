@@ -263,6 +263,8 @@ def arithmetic_problems(resources):
         decoders = int(environment["IMAGEGPT_PREPROCESS_THREADS"])
         memory = (WORKER_MIB + mebibytes(environment["IMAGEGPT_BYTES_IN_FLIGHT_MAX"])
                   + decoders * mebibytes(environment["IMAGEGPT_DECODE_BYTES_MAX"]))
+        if environment.get("IMAGEGPT_EXECUTION_PROVIDER") != "cuda":
+            memory += mebibytes(environment["IMAGEGPT_GENERATE_CACHE_BYTES"])
         if mebibytes(container["resources"]["limits"]["memory"]) < memory:
             yield f"memory is {container['resources']['limits']['memory']}, under the {memory} MiB that flags allow"
 

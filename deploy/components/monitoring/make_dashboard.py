@@ -53,7 +53,9 @@ ROWS = {
     ],
     "Latency by stage": [
         ("Calls, from arrival to answer", "EmbedStream lasts as long as its client wants and is left out.",
-         "s", quantiles("imagegpt_request_duration_seconds", "call", 'method=~"Embed|Classify|Tokenize"')),
+         "s", quantiles("imagegpt_request_duration_seconds", "call", 'method=~"Embed|Classify|Tokenize|Score"')),
+        ("Generate calls", "From arrival to the last image; 1,024 steps an image.", "s",
+         quantiles("imagegpt_request_duration_seconds", "call", 'method="Generate"')),
         ("Decode", "One encoded image.", "s", quantiles("imagegpt_decode_duration_seconds", "decode")),
         ("Resize and quantize", "One image.", "s",
          quantiles("imagegpt_quantize_duration_seconds", "quantize")),
@@ -95,6 +97,14 @@ ROWS = {
           (total("imagegpt_batch_padding_images_total"), "padding")]),
         ("Largest batch", "Falls when the engine's memory runs out.", "short",
          [(f"min by (pod) (imagegpt_batch_size_max{{{WORKER}}})", "{{pod}}")]),
+    ],
+    "Generation": [
+        ("Images being made", "At the limit more wait for a place.", "short",
+         [(gauge("imagegpt_sequences"), "being made"), (gauge("imagegpt_sequences_max"), "limit")]),
+        ("Tokens", "Steps of images that are made, and primers.", "ops",
+         [(total("imagegpt_tokens_total", "kind"), "{{kind}}")]),
+        ("Keys and values", "What they take when all places are.", "bytes",
+         [(gauge("imagegpt_sequence_cache_bytes_max", "pod"), "{{pod}}")]),
     ],
     "Engine": [
         ("Engines at work", "Seconds of inference a second; the autoscaler keeps it at 0.7 a worker.", "short",
