@@ -126,5 +126,5 @@ deploy-image: build ## Serve from the root of the CPU image, read-only and witho
 	@scripts/deploy-image.sh
 
 .PHONY: deploy-pool
-deploy-pool: build ## Run pools as deploy/ says: rolling update under load, scaling, autoscaling (15 minutes)
+deploy-pool: build ## Run pools as deploy/ says: rolling update, scaling, autoscaling, a job under faults (20 minutes)
 	@scripts/deploy-pool.sh

@@ -2,7 +2,7 @@
 # Runs pools of real workers on this machine by what deploy/ says, and measures
 # them. Not in CI: it takes some ten minutes.
 #
-#   deploy-pool.sh [rolling] [scaling] [autoscale] [arithmetic]     all of them without arguments
+#   deploy-pool.sh [rolling] [scaling] [autoscale] [job] [arithmetic]    all of them without arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Brings kubectl.
@@ -20,7 +20,7 @@ if [ "$(cat "$pool/.done" 2>/dev/null)" != "$locks" ]; then
         imagegpt/v1/imagegpt.proto google/rpc/status.proto
     echo "$locks" >"$pool/.done"
 fi
-[ $# -gt 0 ] || set -- rolling scaling autoscale arithmetic
+[ $# -gt 0 ] || set -- rolling scaling autoscale job arithmetic
 for part; do
     "$pool/venv/bin/python" "deploy/pool/$part.py" --kubectl target/deploy-tools/layer/kubectl/kubectl \
         --worker "${WORKER:-target/release/imagegpt}" --stubs "$pool/stubs"

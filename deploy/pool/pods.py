@@ -60,8 +60,23 @@ class Pod:
                            manifest.environment["IMAGEGPT_METRICS_LISTEN"].replace("0.0.0.0", self.address),
                        "IMAGEGPT_MODEL": MODEL, "IMAGEGPT_FAKE_ENGINE": cost}
         self.log = open(f"target/deploy-pool/pod-{number}.log", "w")
-        self.process = subprocess.Popen([binary, *manifest.container["args"]], env=environment, stderr=self.log)
+        self.command, self.environment = [binary, *manifest.container["args"]], environment
+        self.restarts = []
+        # Else a pod that its liveness probe would restart is an error.
+        self.may_restart = False
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, env=self.environment, stderr=self.log)
         self.task = asyncio.ensure_future(self.run_probes())
+
+    def restart(self):
+        """The container again, in the same pod: at once, as the kubelet does the
+        first time."""
+        self.ready = False
+        self.restarts.append(time.monotonic())
+        self.kill()
+        self.start()
 
     async def probe(self, probe):
         check = probe["grpc"]
@@ -89,12 +104,13 @@ class Pod:
     async def follow(self, probe, tell):
         failures = 0
         while not self.terminating:
+            due = time.monotonic() + probe["periodSeconds"]
             failures = 0 if await self.probe(probe) else failures + 1
             if failures == 0:
                 tell(True)
             elif failures >= probe["failureThreshold"]:
                 tell(False)
-            await asyncio.sleep(probe["periodSeconds"])
+            await asyncio.sleep(max(0, due - time.monotonic()))
 
     def set_ready(self, ready):
         if ready and not self.ready:
@@ -102,7 +118,11 @@ class Pod:
         self.ready = ready
 
     def set_live(self, live):
-        if not live:
+        if live:
+            return
+        if self.may_restart:
+            asyncio.get_running_loop().call_soon(self.restart)
+        else:
             raise RuntimeError(f"pod {self.number} would be restarted by its liveness probe")
 
     def available(self):
