@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs pools of real workers on this machine by what deploy/ says, and measures
-# them. Not in CI: it takes some ten minutes.
+# them. Not in CI: it takes some twenty minutes.
 #
 #   deploy-pool.sh [rolling] [scaling] [autoscale] [job] [arithmetic]    all of them without arguments
 set -euo pipefail
