@@ -83,6 +83,17 @@ def combinations(scratch):
         yield "+".join(components), folder
 
 
+def documented(scratch):
+    """The overlay that deploy/README.md shows."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (DEPLOY / "README.md").read_text(), re.M | re.S)
+    text = next(block for block in blocks if "kind: Kustomization" in block)
+    folder = scratch / "documented"
+    folder.mkdir()
+    text = text.replace("imagegpt-worker/deploy/", "../../../../deploy/").replace("sha256:…", "sha256:" + 64 * "0")
+    (folder / "kustomization.yaml").write_text(text)
+    return folder
+
+
 def build(tools):
     """Everything that can be applied: name -> resources."""
     kubectl = tools / "layer/kubectl/kubectl"
@@ -90,6 +101,7 @@ def build(tools):
                for group in ("overlays", "jobs") for path in sorted(DEPLOY.glob(f"{group}/*/kustomization.yaml"))}
     with tempfile.TemporaryDirectory(dir=tools) as scratch:
         folders |= {f"combination {name}": folder for name, folder in combinations(pathlib.Path(scratch))}
+        folders["deploy/README.md's overlay"] = documented(pathlib.Path(scratch))
         with ThreadPoolExecutor(2) as pool:
             return dict(zip(folders, pool.map(lambda folder: kustomize(kubectl, folder), folders.values())))
 
@@ -213,6 +225,16 @@ def reference_problems(resources):
             for mount in container.get("volumeMounts", []):
                 if mount["name"] not in volumes:
                     yield f"{resource['metadata']['name']} mounts {mount['name']}, which is not there"
+
+
+def documented_problems(built):
+    """The README's overlay changes what it says it changes."""
+    resources = built["deploy/README.md's overlay"]
+    _, container, environment = next(settings(resources))
+    if environment["IMAGEGPT_MODEL"] != "/models/imagegpt-small-2":
+        yield f"the model is {environment['IMAGEGPT_MODEL']}"
+    if not container["image"].startswith("REGISTRY/imagegpt-worker@sha256:"):
+        yield f"the image is {container['image']}"
 
 
 def seconds(text):
@@ -540,6 +562,7 @@ def main():
                            ("selectors, ports and names lead somewhere", reference_problems),
                            ("times and memory add up", arithmetic_problems)]:
         check(name, (f"{where}: {problem}" for where, resources in built.items() for problem in problems(resources)))
+    check("deploy/README.md's overlay does what it says", documented_problems(built))
     check("the dataset job fits itself and the pool", job_problems(built))
     check("each variable is a flag of the worker", environment_problems(args.worker, built))
     check("each job's command is one of the program's", command_problems(args.worker, built))
