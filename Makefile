@@ -124,3 +124,15 @@ $(PARITY_VENV)/.done: tests/parity/requirements.txt
 .PHONY: golden
 golden: $(PARITY_VENV)/.done ## Remake the golden data of the preprocessing tests
 	$(PARITY_VENV)/bin/python tests/golden/make_golden.py
+
+.PHONY: deploy-check
+deploy-check: ## Check deploy/: manifests, images, rules, dashboard, and that a worker exports what they name
+	@scripts/deploy-check.sh
+
+.PHONY: deploy-image
+deploy-image: build ## Serve from the root of the CPU image, read-only and without a shell (needs root)
+	@scripts/deploy-image.sh
+
+.PHONY: deploy-pool
+deploy-pool: build ## Run pools as deploy/ says: rolling update, scaling, autoscaling, a job under faults (20 minutes)
+	@scripts/deploy-pool.sh

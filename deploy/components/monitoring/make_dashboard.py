@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Writes dashboard.json, which is too repetitive to be kept by hand.
+
+`make deploy-check` fails when the file is not what this writes.
+"""
+
+import json
+import pathlib
+
+WORKER = 'namespace="$namespace"'
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def total(metric, by="", labels=""):
+    """The rate of a counter over the pool."""
+    by = f" by ({by})" if by else ""
+    labels = f",{labels}" if labels else ""
+    return f"sum{by} (rate({metric}{{{WORKER}{labels}}}[$__rate_interval]))"
+
+
+def gauge(metric, by=""):
+    by = f" by ({by})" if by else ""
+    return f"sum{by} ({metric}{{{WORKER}}})"
+
+
+def quantile(q, metric, by="", labels=""):
+    """A quantile over the pool: of summed buckets, never a mean of quantiles."""
+    by = f"le, {by}" if by else "le"
+    return f"histogram_quantile({q}, {total(metric + '_bucket', by, labels)})"
+
+
+def quantiles(metric, name, labels=""):
+    return [(quantile(q, metric, labels=labels), f"{name} p{q * 100:g}") for q in (0.5, 0.99)]
+
+
+# Title, what it shows, unit, queries with their legends.
+ROWS = {
+    "Throughput": [
+        ("Images answered", "By the code of each image's own outcome.", "ops",
+         [(total("imagegpt_images_total", "code") + " > 0", "{{code}}")]),
+        ("Calls", "By method.", "ops",
+         [(total("imagegpt_requests_total", "method") + " > 0", "{{method}}")]),
+        ("Images by worker", "Lines apart mean a pool out of balance.", "ops",
+         [(total("imagegpt_images_total", "pod"), "{{pod}}")]),
+        ("Calls that were not OK", "By code: RESOURCE_EXHAUSTED is a full pool, UNAVAILABLE a drain, "
+         "DEADLINE_EXCEEDED late.", "ops",
+         [(total("imagegpt_requests_total", "code", 'code!="OK"') + " > 0", "{{code}}")]),
+        ("Share of calls refused", "RESOURCE_EXHAUSTED over all.", "percentunit",
+         [(total("imagegpt_requests_total", labels='code="RESOURCE_EXHAUSTED"') + " / "
+           + total("imagegpt_requests_total"), "refused")]),
+        ("Images dropped", "Because their caller left or their time was up, by how far they had got.",
+         "ops", [(total("imagegpt_images_dropped_total", "reason, stage"), "{{reason}} in {{stage}}")]),
+    ],
+    "Latency by stage": [
+        ("Calls, from arrival to answer", "EmbedStream lasts as long as its client wants and is left out.",
+         "s", quantiles("imagegpt_request_duration_seconds", "call", 'method=~"Embed|Classify|Tokenize|Score"')),
+        ("Generate calls", "From arrival to the last image; 1,024 steps an image.", "s",
+         quantiles("imagegpt_request_duration_seconds", "call", 'method="Generate"')),
+        ("Decode", "One encoded image.", "s", quantiles("imagegpt_decode_duration_seconds", "decode")),
+        ("Resize and quantize", "One image.", "s",
+         quantiles("imagegpt_quantize_duration_seconds", "quantize")),
+        ("Wait for an engine", "By class; bulk work may wait.", "s",
+         quantiles("imagegpt_queue_duration_seconds", "interactive", 'class="interactive"')
+         + quantiles("imagegpt_queue_duration_seconds", "bulk", 'class="bulk"')),
+        ("Run of the model", "One batch, by graph.", "s",
+         [(quantile(0.5, "imagegpt_inference_duration_seconds", "graph"), "{{graph}} p50"),
+          (quantile(0.99, "imagegpt_inference_duration_seconds", "graph"), "{{graph}} p99")]),
+    ],
+    "Queue": [
+        ("Images that wait for an engine", "By class.", "short",
+         [(gauge("imagegpt_queue_depth", "class"), "{{class}}")]),
+        ("Images in flight", "At the limit callers are refused.", "short",
+         [(gauge("imagegpt_images_in_flight"), "in flight"),
+          (gauge("imagegpt_images_in_flight_max"), "limit")]),
+        ("Bytes in flight", "Requests and answers.", "bytes",
+         [(gauge("imagegpt_bytes_in_flight"), "in flight"),
+          (gauge("imagegpt_bytes_in_flight_max"), "limit"),
+          (gauge("imagegpt_cache_bytes"), "cached answers")]),
+        ("Streams and connections", "", "short",
+         [(gauge("imagegpt_streams"), "streams"),
+          (gauge("imagegpt_connections_open"), "connections"),
+          (total("imagegpt_connections_total", "outcome", 'outcome!="closed"') + " > 0", "{{outcome}} a second")]),
+    ],
+    "Batches": [
+        ("Mean images in a run", "All images over all runs.", "short",
+         [(total("imagegpt_batch_size_sum", "graph") + " / " + total("imagegpt_batch_size_count", "graph"),
+           "{{graph}}")]),
+        ("Fill", "Images over the size that they ran at; below 1 the rest was padding.", "percentunit",
+         [(total("imagegpt_batch_fill_ratio_sum") + " / " + total("imagegpt_batch_fill_ratio_count"), "fill")]),
+        ("What closed batches", "full: the fastest size was reached; turn: the engine was about to run "
+         "anyway; delay: the oldest had waited its time.", "ops",
+         [(total("imagegpt_batches_total", "close_reason"), "{{close_reason}}")]),
+        ("Runs saved and padding", "", "ops",
+         [(total("imagegpt_images_coalesced_total"), "images that shared a run"),
+          (total("imagegpt_cache_lookups_total", labels='result="hit"'), "answers from the cache"),
+          (total("imagegpt_runs_stopped_total"), "runs stopped"),
+          (total("imagegpt_batch_padding_images_total"), "padding")]),
+        ("Largest batch", "Falls when the engine's memory runs out.", "short",
+         [(f"min by (pod) (imagegpt_batch_size_max{{{WORKER}}})", "{{pod}}")]),
+    ],
+    "Generation": [
+        ("Images being made", "At the limit more wait for a place.", "short",
+         [(gauge("imagegpt_sequences"), "being made"), (gauge("imagegpt_sequences_max"), "limit")]),
+        ("Tokens", "Steps of images that are made, and primers.", "ops",
+         [(total("imagegpt_tokens_total", "kind"), "{{kind}}")]),
+        ("Keys and values", "What they take when all places are.", "bytes",
+         [(gauge("imagegpt_sequence_cache_bytes_max", "pod"), "{{pod}}")]),
+    ],
+    "Engine": [
+        ("Engines at work", "Seconds of inference a second; the autoscaler keeps it at 0.7 a worker.", "short",
+         [(total("imagegpt_inference_duration_seconds_sum"), "busy"),
+          (gauge("imagegpt_ready"), "ready workers")]),
+        ("Images a second that a busy engine does", "As measured by the workers.", "ops",
+         [(gauge("imagegpt_drain_rate_images_per_second", "pod"), "{{pod}}")]),
+        ("Faults", "", "ops",
+         [(total("imagegpt_engine_faults_total", "kind"), "{{kind}}"),
+          (total("imagegpt_canary_runs_total", labels='result="failed"'), "idle check failed")]),
+        ("GPU at work", "Of NVIDIA's DCGM exporter, where it runs.", "percent",
+         [(f"avg by (pod) (DCGM_FI_DEV_GPU_UTIL{{{WORKER}}})", "{{pod}}")]),
+        ("GPU memory", "Of NVIDIA's DCGM exporter, where it runs.", "decmbytes",
+         [(f"sum by (pod) (DCGM_FI_DEV_FB_USED{{{WORKER}}})", "{{pod}}")]),
+    ],
+    "Starts and drains": [
+        ("Ready", "0 while a worker loads or drains.", "short", [(gauge("imagegpt_ready", "pod"), "{{pod}}")]),
+        ("Left to do by workers that drain", "Images in flight of workers that are not ready: falls to "
+         "0 within the grace period.", "short",
+         [(f"imagegpt_images_in_flight{{{WORKER}}} and on (pod) imagegpt_ready{{{WORKER}}} == 0", "{{pod}}")]),
+        ("Calls told to go elsewhere", "UNAVAILABLE: their clients' retry policy moves them.", "ops",
+         [(total("imagegpt_requests_total", "pod", 'code="UNAVAILABLE"'), "{{pod}}")]),
+        ("Time to load", "From start to a warmed model.", "s",
+         [(f"imagegpt_model_load_duration_seconds{{{WORKER}}}", "{{pod}}")]),
+        ("Models and versions", "More than one of a kind outside a rollout: ImageGptMixedModels.", "short",
+         [(f"count by (name, digest, execution_provider) (imagegpt_model_info{{{WORKER}}})",
+           "{{name}} {{digest}} {{execution_provider}}"),
+          (f"count by (version) (imagegpt_build_info{{{WORKER}}})", "worker {{version}}")]),
+        ("Certificate ends in", "Where the worker has one.", "s",
+         [(f"imagegpt_tls_certificate_expiry_timestamp_seconds{{{WORKER}}} - time() "
+           f"and imagegpt_tls_certificate_expiry_timestamp_seconds{{{WORKER}}} > 0", "{{pod}}"),
+          ]),
+        ("Replaced files", "", "short",
+         [(f"sum by (file) (increase(imagegpt_reloads_total{{{WORKER}}}[$__rate_interval]))", "{{file}} taken"),
+          (gauge("imagegpt_reload_failed", "file"), "{{file}} cannot be used")]),
+    ],
+}
+
+COLUMNS = 3
+WIDTH = 24 // COLUMNS
+HEIGHT = 8
+
+
+def panels():
+    made, y = [], 0
+    for row, contents in ROWS.items():
+        made.append({"type": "row", "title": row, "collapsed": False, "panels": [],
+                     "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}})
+        y += 1
+        for idx, (title, description, unit, queries) in enumerate(contents):
+            made.append({
+                "type": "timeseries",
+                "title": title,
+                "description": description,
+                "datasource": DATASOURCE,
+                "gridPos": {"x": idx % COLUMNS * WIDTH, "y": y + idx // COLUMNS * HEIGHT,
+                            "w": WIDTH, "h": HEIGHT},
+                "fieldConfig": {"defaults": {"unit": unit, "min": 0 if "ends" not in title else None},
+                                "overrides": []},
+                "options": {"legend": {"displayMode": "list", "placement": "bottom"},
+                            "tooltip": {"mode": "multi", "sort": "desc"}},
+                "targets": [{"refId": chr(ord("A") + n), "expr": expr, "legendFormat": legend,
+                             "datasource": DATASOURCE} for n, (expr, legend) in enumerate(queries)],
+            })
+        y += -(-len(contents) // COLUMNS) * HEIGHT
+    for number, panel in enumerate(made, start=1):
+        panel["id"] = number
+    return made
+
+
+def dashboard():
+    return {
+        "uid": "imagegpt-worker",
+        "title": "ImageGPT workers",
+        "tags": ["imagegpt"],
+        "schemaVersion": 39,
+        "timezone": "browser",
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "templating": {"list": [
+            {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+            {"name": "namespace", "label": "Namespace", "type": "query", "datasource": DATASOURCE,
+             "query": "label_values(imagegpt_build_info, namespace)", "refresh": 2},
+        ]},
+        "annotations": {"list": []},
+        "panels": panels(),
+    }
+
+
+if __name__ == "__main__":
+    path = pathlib.Path(__file__).with_name("dashboard.json")
+    path.write_text(json.dumps(dashboard(), indent=1) + "\n")
