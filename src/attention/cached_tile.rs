@@ -27,9 +27,9 @@ use super::vector::Vector;
 /// Positions in a block of keys. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
 
-/// Bytes ahead of what is read that are asked for: the CPU's own guesses end
-/// with each page, and wait at each new head.
-const AHEAD: usize = 2048;
+/// Bytes ahead of a value that are asked for, about as many as come while what
+/// is there is added up: the CPU's own guesses are half as fast.
+const AHEAD: usize = 8192;
 
 /// One head of one sequence, and what it reads and writes.
 pub(super) struct CachedHead {
@@ -185,16 +185,24 @@ impl CachedHead {
                     .keys
                     .add(block * BLOCK * self.head_dim + position % BLOCK);
             }
-            // One token reads all keys from memory; the tokens of a group that
-            // follow find them near.
-            let ahead = N * V::LANES * self.head_dim;
+            // One token reads from memory, so it asks for what comes next: the
+            // keys of another tile, then values. Several together compute
+            // longer than they wait.
+            let end = (vector + N) * V::LANES;
+            let next = if end <= self.past {
+                self.keys.wrapping_add(end * self.head_dim)
+            } else {
+                self.values
+            };
+            let ahead = next.addr().wrapping_sub(keys[0].addr());
             let mut sums = [[V::splat(0.0); N]; Q];
             for d in 0..self.head_dim {
                 let mut k = [V::splat(0.0); N];
                 for j in 0..N {
                     let at = keys[j].add(d * BLOCK);
-                    if Q == 1 && d % 2 == 0 {
-                        V::prefetch(at.wrapping_add(ahead).cast());
+                    // Once a line.
+                    if Q == 1 && (j * V::LANES).is_multiple_of(BLOCK) && d % 2 == 0 {
+                        V::prefetch_far(at.wrapping_byte_add(ahead));
                     }
                     k[j] = V::load_bf16(at);
                 }
@@ -295,41 +303,14 @@ impl<const Q: usize> Mix<'_, Q> {
     /// As [`CachedHead::group`]; the dimensions are the head's.
     #[inline(always)]
     unsafe fn tile<V: Vector, const N: usize>(&self, d: usize, lanes: usize) {
-        let CachedHead {
-            head_dim,
-            output_stride,
-            past,
-            ..
-        } = *self.head;
-        let values = self.head.values.cast_const().wrapping_add(d);
-        let load = |position: usize| {
-            // SAFETY: the position is one that a token sees, so within the
-            // cache, and the caller vouches for the dimensions.
-            unsafe {
-                let row = values.add(position * head_dim);
-                let mut v = [V::splat(0.0); N];
-                for j in 0..N {
-                    let at = row.add(j * V::LANES);
-                    if Q == 1 && j % 2 == 0 {
-                        V::prefetch(at.wrapping_byte_add(AHEAD).cast());
-                    }
-                    v[j] = if j + 1 == N && lanes < V::LANES {
-                        V::load_bf16_partial(at, lanes)
-                    } else {
-                        V::load_bf16(at)
-                    };
-                }
-                v
-            }
-        };
         // SAFETY: positions are those that the token sees, whose probabilities
         // its row has; the output's rows are the tokens'.
         unsafe {
             let mut sums = [[V::splat(0.0); N]; Q];
             // What all tokens see.
-            let n_common = past + self.first + 1;
+            let n_common = self.head.past + self.first + 1;
             for position in 0..n_common {
-                let v = load(position);
+                let v = self.load::<V, N>(position, d, lanes);
                 for i in 0..Q {
                     let p = V::splat(*self.scores.add(i * self.stride + position));
                     for j in 0..N {
@@ -340,14 +321,15 @@ impl<const Q: usize> Mix<'_, Q> {
             // What only the later ones do: no token touches what it may not see.
             for i in 0..Q {
                 for position in n_common..n_common + i {
-                    let v = load(position);
+                    let v = self.load::<V, N>(position, d, lanes);
                     let p = V::splat(*self.scores.add(i * self.stride + position));
                     for j in 0..N {
                         sums[i][j] = v[j].mul_add(p, sums[i][j]);
                     }
                 }
                 let factor = V::splat(self.factors[i]);
-                let to = self.head.output.add((self.first + i) * output_stride + d);
+                let row = (self.first + i) * self.head.output_stride;
+                let to = self.head.output.add(row + d);
                 for j in 0..N {
                     let sum = sums[i][j].mul(factor);
                     if j + 1 == N && lanes < V::LANES {
@@ -357,6 +339,39 @@ impl<const Q: usize> Mix<'_, Q> {
                     }
                 }
             }
+        }
+    }
+
+    /// The values of a position that [`Mix::tile`] adds up. Not a closure there:
+    /// those are compiled without the instructions of their surroundings.
+    ///
+    /// # Safety
+    /// As [`Mix::tile`], and a token sees the position.
+    #[inline(always)]
+    unsafe fn load<V: Vector, const N: usize>(
+        &self,
+        position: usize,
+        d: usize,
+        lanes: usize,
+    ) -> [V; N] {
+        // SAFETY: the position is within the cache, and the caller vouches for
+        // the dimensions.
+        unsafe {
+            let row = self.head.values.add(position * self.head.head_dim + d);
+            let mut v = [V::splat(0.0); N];
+            for j in 0..N {
+                let at = row.cast_const().add(j * V::LANES);
+                // Once a line, where rows are lines.
+                if Q == 1 && (j * V::LANES).is_multiple_of(32) {
+                    V::prefetch_far(at.wrapping_byte_add(AHEAD));
+                }
+                v[j] = if j + 1 == N && lanes < V::LANES {
+                    V::load_bf16_partial(at, lanes)
+                } else {
+                    V::load_bf16(at)
+                };
+            }
+            v
         }
     }
 }

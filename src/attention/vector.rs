@@ -65,6 +65,11 @@ pub(super) unsafe trait Vector: Copy {
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
 
+    /// The same for what lies kilobytes ahead: the second level of the cache,
+    /// which can wait for more at once than the first.
+    #[inline(always)]
+    fn prefetch_far(_at: *const u16) {}
+
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
