@@ -118,12 +118,7 @@ fn bound(
     past: usize,
     n_threads: usize,
 ) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<()>>> {
-    let mut session = Session::builder(environment)?
-        .with_intra_threads(n_threads)?
-        // Threads that spin after their share is done would slow the next in turn.
-        .with_intra_op_spinning(false)?
-        .with_operators(attention_op::domain()?)?
-        .commit_from_memory(&model(operator).encode_to_vec())?;
+    let mut session = session(environment, &model(operator), n_threads)?;
     let CacheShape { batch, length, .. } = shape;
     let mut binding = session.create_binding()?;
     let qkv = noise(batch * length * 3 * shape.width());
@@ -163,6 +158,15 @@ fn bound(
         session.run_binding(&binding)?;
         Ok(())
     }))
+}
+
+fn session(environment: &Environment, model: &Model, n_threads: usize) -> ort::Result<Session> {
+    Session::builder(environment)?
+        .with_intra_threads(n_threads)?
+        // Threads that spin after their share is done would slow the next in turn.
+        .with_intra_op_spinning(false)?
+        .with_operators(attention_op::domain()?)?
+        .commit_from_memory(&model.encode_to_vec())
 }
 
 fn model(operator: &str) -> Model {
