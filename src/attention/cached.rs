@@ -269,7 +269,7 @@ impl CachedJob<'_> {
                         Kernel::Avx2 => super::avx2::attend_cached(&head, scratch),
                         #[cfg(target_arch = "x86_64")]
                         Kernel::Avx512 => super::avx512::attend_cached(&head, scratch),
-                        _ => cached_tile::attend::<Portable, 2, 4>(&head, scratch),
+                        _ => cached_tile::attend::<Portable, 4, 2>(&head, scratch),
                     }
                 }
             }
