@@ -158,11 +158,12 @@ impl CachedAttention {
             heads,
             ..
         } = self.shape;
+        let Cache { keys, values } = cache;
         for (name, expected, actual) in [
             ("qkv", 3 * self.output_len, qkv.len()),
             ("past", batch, past.len()),
-            ("keys", self.cache_len, cache.keys.len()),
-            ("values", self.cache_len, cache.values.len()),
+            ("keys", self.cache_len, keys.len()),
+            ("values", self.cache_len, values.len()),
             ("output", self.output_len, output.len()),
         ] {
             if expected != actual {
@@ -187,8 +188,8 @@ impl CachedAttention {
             attention: *self,
             qkv,
             past,
-            keys: cache.keys.as_mut_ptr().cast(),
-            values: cache.values.as_mut_ptr().cast(),
+            keys: keys.as_mut_ptr().cast(),
+            values: values.as_mut_ptr().cast(),
             output: output.as_mut_ptr(),
             borrow: PhantomData,
             next_head: AtomicUsize::new(0),

@@ -19,6 +19,8 @@ struct Call {
     values: Vec<bf16>,
 }
 
+type Change = fn(&mut Call);
+
 /// What a call leaves.
 #[derive(Clone, Debug, PartialEq)]
 struct Done {
@@ -392,7 +394,7 @@ fn refuses_what_it_cannot_do() {
         head_dim: 8,
     };
     let good = Call::random(shape, vec![3], 1);
-    let run = |change: &dyn Fn(&mut Call)| {
+    let run = |change: Change| {
         let mut call = good.clone();
         change(&mut call);
         let cache = Cache {
@@ -404,22 +406,22 @@ fn refuses_what_it_cannot_do() {
             .and_then(|attention| attention.run(&call.qkv, &call.past, cache, &mut output, 1))
             .map_err(|error| error.to_string())
     };
-    let refused: [(&dyn Fn(&mut Call), &str); 9] = [
-        (&|call| call.shape.heads = 0, "at least one"),
-        (&|call| call.shape.capacity = 24, "whole blocks of 16"),
-        (&|call| call.shape.batch = usize::MAX / 64, "too large"),
-        (&|call| call.shape.length = 1, "qkv has 96 numbers, not 48"),
-        (&|call| call.past.push(0), "past has 2 numbers, not 1"),
-        (&|call| call.keys.truncate(255), "keys has 255"),
-        (&|call| call.values.push(bf16::ZERO), "values has 257"),
-        (&|call| call.past[0] = 15, "15 tokens and 2 more outgrows"),
-        (&|call| call.past[0] = usize::MAX, "outgrows"),
+    let refused: [(Change, &str); 9] = [
+        (|call| call.shape.heads = 0, "at least one"),
+        (|call| call.shape.capacity = 24, "whole blocks of 16"),
+        (|call| call.shape.batch = usize::MAX / 64, "too large"),
+        (|call| call.shape.length = 1, "qkv has 96 numbers, not 48"),
+        (|call| call.past.push(0), "past has 2 numbers, not 1"),
+        (|call| call.keys.truncate(255), "keys has 255"),
+        (|call| call.values.push(bf16::ZERO), "values has 257"),
+        (|call| call.past[0] = 15, "15 tokens and 2 more outgrows"),
+        (|call| call.past[0] = usize::MAX, "outgrows"),
     ];
     for (change, expected) in refused {
         let error = run(change).unwrap_err();
         assert!(error.contains(expected), "{error}");
     }
-    assert_eq!(run(&|call| call.past[0] = 14), Ok(()));
+    assert_eq!(run(|call| call.past[0] = 14), Ok(()));
     let amx = CachedAttention::with_kernel(shape, 1.0, Kernel::Amx).unwrap_err();
     assert_eq!(amx, AttentionError::Kernel(Kernel::Amx));
     let scale = CachedAttention::new(shape, f32::NAN).unwrap_err();
