@@ -74,8 +74,9 @@ soak: build ## Ten minutes of mixed load with cancels and garbage, every answer 
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh soak
 
 .PHONY: bench-attention
-bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
+bench-attention: setup ## Measure the attention kernels beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40
+	cargo bench --locked --bench cached_attention -- 2 25
 
 .PHONY: bench-graphs
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)
