@@ -78,8 +78,9 @@ soak-generate: build $(PARITY_VENV)/.done ## Five minutes of callers that start,
 	@PARITY_VENV=$(PARITY_VENV) scripts/soak-generate.sh
 
 .PHONY: bench-attention
-bench-attention: setup ## Measure the attention kernel beside ONNX Runtime's
+bench-attention: setup ## Measure the attention kernels beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40
+	cargo bench --locked --bench cached_attention -- 2 25
 
 .PHONY: bench-graphs
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)

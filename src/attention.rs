@@ -4,7 +4,8 @@
 //! floats, queries, keys and values side by side, each `d = heads * head_dim`
 //! with head `h` at `h * head_dim`. Output is `(batch, positions, d)`, laid out
 //! the same way. Position `i` attends to positions `0..=i`. Nothing else is
-//! offered: no mask, no cache, no dropout.
+//! offered, no mask and no dropout, but the same over a cache for generation:
+//! [`CachedAttention`].
 //!
 //! Work is cut into blocks of a few queries of one head; a [`Job`] hands them
 //! out to however many threads come to [`Job::work`], so it runs in whatever
@@ -28,6 +29,8 @@ use self::scratch::Scratch;
 use self::tile::{Block, Head};
 use self::vector::Portable;
 
+pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob};
+
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +41,8 @@ mod avx512;
 mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod cached;
+mod cached_tile;
 mod scratch;
 #[cfg(test)]
 mod tests;
@@ -208,7 +213,7 @@ pub enum AttentionError {
     Empty { heads: usize, head_dim: usize },
     #[error("attention scale {0} is not a finite number above zero")]
     Scale(f32),
-    #[error("this cpu cannot run the {0:?} attention kernel")]
+    #[error("this cpu, or this kind of attention, has no {0:?} kernel")]
     Kernel(Kernel),
     #[error("attention over {0:?} is too large to address")]
     TooLarge(Shape),
@@ -218,6 +223,23 @@ pub enum AttentionError {
         name: &'static str,
         expected: usize,
         actual: usize,
+    },
+    #[error("a cache of {0} positions: it must be whole blocks of {BLOCK}")]
+    Capacity(usize),
+    #[error("attention over {0:?} is too large to address")]
+    CacheTooLarge(CacheShape),
+    #[error("attention over {shape:?}: {name} has {actual} numbers, not {expected}")]
+    CacheLength {
+        shape: CacheShape,
+        name: &'static str,
+        expected: usize,
+        actual: usize,
+    },
+    #[error("a sequence of {past} tokens and {length} more outgrows its cache of {capacity}")]
+    Full {
+        past: usize,
+        length: usize,
+        capacity: usize,
     },
 }
 

@@ -139,7 +139,7 @@ pub fn compile(
             store: &store,
             precision: options.precision,
             provider: options.provider,
-            attention: attention(kind, options.provider, runtime),
+            attention: attention(kind, options, runtime),
             feature_layer,
         };
         let model = kind.build(&plan);
@@ -275,10 +275,13 @@ fn feature_layer(
     )))
 }
 
-fn attention(kind: Kind, provider: Provider, runtime: &Runtime) -> Attention {
-    match (kind, provider, &runtime.operators) {
-        (Kind::Generate, _, _) => Attention::GroupQuery,
-        (_, Provider::Cpu, Some(_)) => Attention::Causal,
+fn attention(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Attention {
+    let is_ours = options.provider == Provider::Cpu && runtime.operators.is_some();
+    match kind {
+        // Its cache rounds to 8 bits of mantissa, as the products do.
+        Kind::Generate if is_ours && options.precision == Precision::Int8 => Attention::Cached,
+        Kind::Generate => Attention::GroupQuery,
+        _ if is_ours => Attention::Causal,
         _ => Attention::MultiHead,
     }
 }

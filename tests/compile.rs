@@ -163,6 +163,40 @@ fn every_task_is_compiled_and_described() {
     assert!(error.contains("hidden.onnx"), "{error}");
 }
 
+/// In 8 bits the cache may be rounded too; a portable graph has no operator of
+/// ours that would.
+#[test]
+fn the_cache_is_kept_as_the_precision_allows() {
+    let source = checkpoint(|_| {});
+    let source = Source::Folder(source.path().to_owned());
+    let ours = runtime();
+    let portable = Runtime {
+        operators: None,
+        ..ours.clone()
+    };
+    for (precision, runtime, expected) in [
+        (Precision::Int8, &ours, "CachedAttention"),
+        (Precision::Int8, &portable, "GroupQueryAttention"),
+        (Precision::Fp32, &ours, "GroupQueryAttention"),
+    ] {
+        let parent = TempDir::new().unwrap();
+        let options = CompileOptions {
+            precision,
+            tasks: Some(BTreeSet::from([Task::Generate])),
+            ..CompileOptions::default()
+        };
+        let output = parent.path().join("out");
+        let manifest = compile(&source, &output, &options, runtime, &mut Silent).unwrap();
+        let ran = &manifest.graphs["generate"].operators["CPUExecutionProvider"];
+        let attention: Vec<_> = ran
+            .iter()
+            .filter(|(operator, _)| operator.ends_with("Attention"))
+            .map(|(operator, n)| (operator.as_str(), *n))
+            .collect();
+        assert_eq!(attention, [(expected, LAYERS)], "{precision:?}");
+    }
+}
+
 #[test]
 fn every_feature_layer_can_end_the_graph() {
     let source = checkpoint(|_| {});

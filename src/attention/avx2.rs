@@ -9,14 +9,15 @@
 )]
 
 use std::arch::x86_64::{
-    __m256, __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps,
-    _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmpgt_epi32, _mm256_div_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps,
-    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
-    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmpgt_epi32,
+    _mm256_cvtepu16_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_maskload_ps,
+    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32,
+    _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
+use super::cached_tile::{self, CachedHead};
 use super::scratch::Scratch;
 use super::tile::{self, Block, Head};
 use super::vector::{EXP2, EXP2_MIN, ROUND, Vector};
@@ -31,6 +32,14 @@ pub(super) unsafe fn attend(
 ) {
     // SAFETY: the caller vouches for the instructions and the rows.
     unsafe { tile::attend::<Avx2, 6, 2>(head, next, scratch) }
+}
+
+/// # Safety
+/// The CPU has AVX2 and FMA; and as [`cached_tile::attend`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn attend_cached(head: &CachedHead, scratch: &mut Scratch) {
+    // SAFETY: the caller vouches for the instructions and the head.
+    unsafe { cached_tile::attend::<Avx2, 2, 4>(head, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -80,6 +89,15 @@ unsafe impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the instructions and 8 numbers.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: `self` proves the instructions, the caller vouches for 8 floats.
         unsafe { _mm256_storeu_ps(to, self.0) }
@@ -95,6 +113,12 @@ unsafe impl Vector for Avx2 {
     fn prefetch(at: *const f32) {
         // SAFETY: a hint, without effect where nothing is mapped.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far(at: *const u16) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 
     #[inline(always)]

@@ -9,13 +9,15 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_div_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-    _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps, _mm512_sub_ps,
-    _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps,
+    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_mov_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
+    _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+    _mm512_shuffle_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_ps,
+    _mm512_unpacklo_ps,
 };
 
+use super::cached_tile::{self, CachedHead};
 use super::scratch::Scratch;
 use super::tile::{self, Block, Head};
 use super::vector::Vector;
@@ -30,6 +32,14 @@ pub(super) unsafe fn attend(
 ) {
     // SAFETY: the caller vouches for the instructions and the rows.
     unsafe { tile::attend::<Avx512, 6, 4>(head, next, scratch) }
+}
+
+/// # Safety
+/// The CPU has AVX-512 F and DQ; and as [`cached_tile::attend`].
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn attend_cached(head: &CachedHead, scratch: &mut Scratch) {
+    // SAFETY: the caller vouches for the instructions and the head.
+    unsafe { cached_tile::attend::<Avx512, 4, 4>(head, scratch) }
 }
 
 /// Coefficients of a minimax polynomial for `2^r` on [0, 1], constant term
@@ -81,6 +91,15 @@ unsafe impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the instructions and 16 numbers.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: `self` proves the instructions, the caller vouches for 16 floats.
         unsafe { _mm512_storeu_ps(to, self.0) }
@@ -96,6 +115,12 @@ unsafe impl Vector for Avx512 {
     fn prefetch(at: *const f32) {
         // SAFETY: a hint, without effect where nothing is mapped.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far(at: *const u16) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 
     #[inline(always)]

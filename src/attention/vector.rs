@@ -11,6 +11,9 @@
     reason = "intrinsics only become instructions inside a function that has them"
 )]
 
+/// The most lanes that a vector has.
+const LANES_MAX: usize = 16;
+
 /// A vector of `LANES` floats, one query in each lane.
 ///
 /// # Safety
@@ -18,8 +21,8 @@
 /// A value may exist only where the CPU has the instructions its methods use:
 /// the constructors (`splat`, `load`, `load_partial`) demand that of their
 /// caller, so the methods that take `self` may rely on it.
-/// `load` and `store` must touch exactly `LANES` floats, the partial forms
-/// exactly `len`, which is at most `LANES`.
+/// `load` and `store` must touch exactly `LANES` numbers, which are at most
+/// `LANES_MAX`; the partial forms exactly `len`, which is at most `LANES`.
 pub(super) unsafe trait Vector: Copy {
     const LANES: usize;
 
@@ -33,6 +36,24 @@ pub(super) unsafe trait Vector: Copy {
     /// # Safety
     /// As [`Vector::splat`], and `len <= LANES` floats at `from` are readable.
     unsafe fn load_partial(from: *const f32, len: usize) -> Self;
+    /// Reads bfloat16, of which the bits are at `from`.
+    /// # Safety
+    /// As [`Vector::splat`], and `LANES` of them are readable.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Reads `len` of them; the other lanes are zero.
+    /// # Safety
+    /// As [`Vector::splat`], and `len <= LANES` of them are readable.
+    #[inline(always)]
+    unsafe fn load_bf16_partial(from: *const u16, len: usize) -> Self {
+        let mut bits = [0_u16; LANES_MAX];
+        for (lane, bits) in bits.iter_mut().enumerate().take(len) {
+            // SAFETY: the caller vouches for `len` of them.
+            *bits = unsafe { *from.add(lane) };
+        }
+        // SAFETY: the caller vouches for the instructions; no vector has more
+        // lanes than there are bits.
+        unsafe { Self::load_bf16(bits.as_ptr()) }
+    }
     /// # Safety
     /// `LANES` floats at `to` are writable.
     unsafe fn store(self, to: *mut f32);
@@ -43,6 +64,11 @@ pub(super) unsafe trait Vector: Copy {
     /// Says that what lies `at` will be wanted soon; it need not be valid.
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
+
+    /// The same for what lies kilobytes ahead: the second level of the cache,
+    /// which can wait for more at once than the first.
+    #[inline(always)]
+    fn prefetch_far(_at: *const u16) {}
 
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -139,6 +165,13 @@ unsafe impl Vector for Portable {
             *to = unsafe { *from.add(lane) };
         }
         Self(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for four of them.
+        let bits = unsafe { from.cast::<[u16; 4]>().read() };
+        Self(bits.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
 
     #[inline(always)]

@@ -177,8 +177,9 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
 }
 
 /// Operators that stand for several of ONNX's own.
-const FUSED: [&str; 9] = [
+const FUSED: [&str; 10] = [
     "CausalAttention",
+    "CachedAttention",
     "MultiHeadAttention",
     "GroupQueryAttention",
     "SimplifiedLayerNormalization",

@@ -11,7 +11,7 @@ mod builder;
 mod tasks;
 
 use super::config::Architecture;
-use super::onnx::Model;
+use super::onnx::{DataType, Model};
 use super::store::Store;
 use super::{Precision, Provider, Task};
 
@@ -26,6 +26,9 @@ pub enum Attention {
     Causal,
     /// `com.microsoft.GroupQueryAttention`, which keeps keys and values.
     GroupQuery,
+    /// `imagegpt.CachedAttention`, the worker's own kernel over keys and values
+    /// in bfloat16.
+    Cached,
 }
 
 impl Attention {
@@ -36,6 +39,7 @@ impl Attention {
             Self::MultiHead => "MultiHeadAttention",
             Self::Causal => "CausalAttention",
             Self::GroupQuery => "GroupQueryAttention",
+            Self::Cached => "CachedAttention",
         }
     }
 }
@@ -53,6 +57,15 @@ pub struct Plan<'a> {
 }
 
 impl Plan<'_> {
+    /// What keys and values are kept in.
+    #[must_use]
+    pub fn cache_type(&self) -> DataType {
+        match self.attention {
+            Attention::Cached => DataType::Bfloat16,
+            _ => self.precision.activation(),
+        }
+    }
+
     /// Outputs and inputs of a layer's product by the name of its weight.
     fn product(&self, name: &str) -> [usize; 2] {
         let (width, inner) = (self.architecture.width, self.architecture.inner_width);

@@ -306,7 +306,7 @@ fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
 }
 
 /// Operators that stand for a whole pattern: the graph is slow without them.
-const FUSED: [&str; 9] = [
+const FUSED: [&str; 10] = [
     "SimplifiedLayerNormalization",
     "QuickGelu",
     "Gelu",
@@ -314,6 +314,7 @@ const FUSED: [&str; 9] = [
     "MultiHeadAttention",
     "GroupQueryAttention",
     "CausalAttention",
+    "CachedAttention",
     "DynamicQuantizeMatMul",
     "MatMulNBits",
 ];

@@ -204,7 +204,6 @@ impl Builder<'_> {
             Attribute::float("scale", scale),
         ];
         if let Some(cache) = cache {
-            attributes.push(Attribute::int("kv_num_heads", n_heads));
             return self.cached_attention(idx, qkv, cache, attributes);
         }
         if self.plan.attention == Attention::Causal {
@@ -228,13 +227,14 @@ impl Builder<'_> {
     }
 
     /// Attention over a cache that the caller binds as input and as output:
-    /// if both are one buffer, keys and values are appended in place.
+    /// if both are one buffer, keys and values are appended in place. In what
+    /// order the numbers of a head lie there is the operator's.
     fn cached_attention(
         &mut self,
         idx: usize,
         qkv: &str,
         cache: &Cache,
-        attributes: Vec<Attribute>,
+        mut attributes: Vec<Attribute>,
     ) -> String {
         let architecture = self.plan.architecture;
         let dims = [
@@ -243,7 +243,7 @@ impl Builder<'_> {
             Dim::Name("capacity"),
             Dim::Size(architecture.head_dim()),
         ];
-        let info = |name: String| ValueInfo::tensor(&name, self.plan.precision.activation(), &dims);
+        let info = |name: String| ValueInfo::tensor(&name, self.plan.cache_type(), &dims);
         let [past_key, past_value, key, value] =
             ["past_key", "past_value", "key", "value"].map(|part| info(format!("{part}.{idx}")));
         let present = [key.name.clone(), value.name.clone()];
@@ -251,23 +251,20 @@ impl Builder<'_> {
         let past_value = self.input(past_value);
         self.declare_output(key);
         self.declare_output(value);
-        let output = self.fresh("GroupQueryAttention");
+        let operator = self.plan.attention.operator();
+        let output = self.fresh(operator);
         let [key, value] = present;
-        self.push(
-            "GroupQueryAttention",
-            MICROSOFT,
-            &[
-                qkv,
-                "",
-                "",
-                &past_key,
-                &past_value,
-                &cache.seqlens_k,
-                &cache.total_sequence_length,
-            ],
-            vec![output.clone(), key, value],
-            attributes,
-        );
+        let outputs = vec![output.clone(), key, value];
+        let (past, seqlens_k) = ([&past_key, &past_value], &cache.seqlens_k);
+        if self.plan.attention == Attention::Cached {
+            let inputs = [qkv, past[0], past[1], seqlens_k];
+            self.push(operator, IMAGEGPT, &inputs, outputs, attributes);
+            return output;
+        }
+        attributes.push(Attribute::int("kv_num_heads", as_i64(architecture.n_heads)));
+        let total = &cache.total_sequence_length;
+        let inputs = [qkv, "", "", past[0], past[1], seqlens_k, total];
+        self.push(operator, MICROSOFT, &inputs, outputs, attributes);
         output
     }
 }

@@ -116,9 +116,11 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
 ///
 /// `position_ids` say where each token stands. `seqlens_k` and
 /// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
-/// has after this step, less one, and the most that any has. `past_key.N` and `key.N`, and the same of values, should be one
-/// buffer of `(batch, heads, capacity, head_dim)`. With more than one token
-/// at once (a primer), all sequences must begin.
+/// has after this step, less one, and the most that any has (which
+/// `CachedAttention` does not ask for). `past_key.N` and `key.N`, and the same
+/// of values, should be one buffer of `(batch, heads, capacity, head_dim)`, the
+/// capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With more than
+/// one token at once (a primer), all sequences must begin.
 pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let mut builder = Builder::new(plan, Kind::Generate.name());
     let tokens = builder.tokens();

@@ -6,6 +6,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{Nearness, Trial};
+use crate::attention::BLOCK;
 use crate::compile::Provider;
 use crate::compile::graph::Plan;
 use crate::compile::onnx::DataType;
@@ -66,10 +67,10 @@ fn bind_cache(
     let shape = [
         trial.sequences.len(),
         architecture.n_heads,
-        trial.n_positions(),
+        trial.n_positions().next_multiple_of(BLOCK),
         architecture.head_dim(),
     ];
-    let element = match plan.precision.activation() {
+    let element = match plan.cache_type() {
         DataType::Float16 => TensorElementType::Float16,
         DataType::Bfloat16 => TensorElementType::Bfloat16,
         _ => TensorElementType::Float32,

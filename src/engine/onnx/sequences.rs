@@ -6,6 +6,9 @@
 //! it, as past and as present, so what it adds it writes in place and nothing is
 //! copied. These views are bound once for each range of slots that is ever run;
 //! what changes from step to step is a few integers.
+//!
+//! In which order numbers lie within a head is the graph's attention operator's;
+//! all of them keep whole blocks of [`BLOCK`] positions one after another.
 #![expect(
     unsafe_code,
     reason = "ONNX Runtime has no safe way to bind a part of a buffer as input and as output"
@@ -25,6 +28,7 @@ use ort::value::{
 };
 
 use super::{run_failed, runtime};
+use crate::attention::BLOCK;
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};
 use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, Warm};
@@ -55,8 +59,9 @@ pub(super) struct SequenceEngine {
     buffers: Vec<Buffer>,
     memory: MemoryInfo<'static>,
     element: TensorElementType,
-    /// Of one slot in one buffer: heads, positions, numbers.
+    /// Of one slot in one buffer: heads, positions in whole blocks, numbers.
     slot: [usize; 3],
+    positions: usize,
     n_colors: usize,
     /// With a single slot, one more that is run beside it: a product of one row
     /// may add in another order than one of several.
@@ -127,6 +132,7 @@ impl SequenceEngine {
             memory,
             element,
             slot,
+            positions: options.positions,
             n_colors: options.n_colors,
             has_scratch: n_slots == 1,
         };
@@ -160,7 +166,7 @@ impl SequenceEngine {
     /// Runs each size of step, and a primer, before anybody waits for them.
     pub(super) fn warm_up(&mut self) -> Result<Vec<Warm>, EngineError> {
         let mut warm = Vec::new();
-        let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.slot[1])];
+        let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.positions)];
         let primer = FeedRow {
             tokens: &chunk,
             past: 0,
@@ -279,10 +285,11 @@ impl SequenceEngine {
         Ok(binding)
     }
 
-    /// Copies the first `n` positions of a slot; false where the memory is not
-    /// the CPU's.
+    /// Copies the first `n` positions of a slot, and what else is in their last
+    /// block; false where the memory is not the CPU's.
     pub(super) fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
         let (slot, element) = (self.slot, self.element);
+        let n = n.next_multiple_of(BLOCK);
         self.buffers.iter_mut().all(|buffer| match element {
             TensorElementType::Float16 => copy::<half::f16>(&mut buffer.tensor, slot, from, to, n),
             TensorElementType::Bfloat16 => {
@@ -338,7 +345,11 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
     Some((
         1 + keys.count(),
         *ty,
-        [size(heads)?, positions, size(head_dim)?],
+        [
+            size(heads)?,
+            positions.next_multiple_of(BLOCK),
+            size(head_dim)?,
+        ],
     ))
 }
 

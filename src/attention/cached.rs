@@ -1,0 +1,304 @@
+//! Attention of a few new tokens over the keys and values of all before them,
+//! which are kept in bfloat16: what a step of generation does.
+//!
+//! Input is as for [`CausalAttention`](super::CausalAttention), of the new
+//! tokens only. Their keys and values are rounded to bfloat16 and put into the
+//! cache behind what the sequence has; then each attends to the cache up to
+//! itself. A step reads the whole cache once and computes next to nothing, so
+//! half the bytes are half the time. Sums and softmax are `f32`.
+//!
+//! The cache of a sequence's head is `capacity` positions in the order in which
+//! they are read: keys as blocks of [`BLOCK`] positions, in each a row of
+//! [`BLOCK`] numbers for each dimension, so that scores of a block are sums of
+//! whole vectors; values as a row for each position.
+//!
+//! A token's result depends on its sequence alone, to the last bit: not on how
+//! many sequences or new tokens run with it, not on the threads, and not on
+//! what the cache or the input holds after it, finite or not.
+#![expect(
+    unsafe_code,
+    reason = "hands disjoint parts of the cache and the output to several threads"
+)]
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::bf16;
+
+use super::cached_tile::{self, CachedHead};
+use super::vector::Portable;
+use super::{AttentionError, Kernel, Precision, SCRATCH};
+
+pub use super::cached_tile::BLOCK;
+
+#[cfg(test)]
+mod tests;
+
+/// The sizes of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    pub batch: usize,
+    /// New tokens of each sequence.
+    pub length: usize,
+    /// Positions that the cache has room for: a multiple of [`BLOCK`].
+    pub capacity: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+}
+
+impl CacheShape {
+    /// Floats in a row of the output.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Floats of the output, and numbers of the keys, which the values have too.
+    fn lens(&self) -> Option<(usize, usize)> {
+        let width = self.heads.checked_mul(self.head_dim)?;
+        let rows = |each: usize| self.batch.checked_mul(each)?.checked_mul(width);
+        // Three times as many bytes as an allocation can hold are too many, so
+        // that no offset overflows.
+        let fits = |len: &usize| *len <= isize::MAX as usize / 12;
+        Some((
+            rows(self.length).filter(fits)?,
+            rows(self.capacity).filter(fits)?,
+        ))
+    }
+}
+
+/// All sequences' keys and values, of `(batch, heads, capacity, head_dim)`
+/// numbers each, in the order that the module describes.
+#[derive(Debug)]
+pub struct Cache<'a> {
+    pub keys: &'a mut [bf16],
+    pub values: &'a mut [bf16],
+}
+
+/// Attention over a cache, for one shape, checked, with its kernel chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedAttention {
+    shape: CacheShape,
+    scale: f32,
+    kernel: Kernel,
+    output_len: usize,
+    cache_len: usize,
+}
+
+impl CachedAttention {
+    /// `scale` is what scores are multiplied with, in these models
+    /// `1 / sqrt(head_dim)`.
+    ///
+    /// # Errors
+    /// If there is no head or dimension, the scale is not above zero, or the
+    /// capacity is not whole blocks.
+    pub fn new(shape: CacheShape, scale: f32) -> Result<Self, AttentionError> {
+        Self::with_kernel(shape, scale, Kernel::fastest(Precision::F32))
+    }
+
+    /// The same on a kernel of the caller's choice, for tests and benchmarks:
+    /// one of those whose products are `f32`.
+    ///
+    /// # Errors
+    /// As [`CachedAttention::new`], and if this CPU cannot run the kernel or it
+    /// is none of those.
+    pub fn with_kernel(
+        shape: CacheShape,
+        scale: f32,
+        kernel: Kernel,
+    ) -> Result<Self, AttentionError> {
+        let CacheShape {
+            heads, head_dim, ..
+        } = shape;
+        if heads == 0 || head_dim == 0 {
+            return Err(AttentionError::Empty { heads, head_dim });
+        }
+        if !scale.is_finite() || scale <= 0.0 {
+            return Err(AttentionError::Scale(scale));
+        }
+        if !kernel.is_available() || kernel.precision() != Precision::F32 {
+            return Err(AttentionError::Kernel(kernel));
+        }
+        if !shape.capacity.is_multiple_of(BLOCK) {
+            return Err(AttentionError::Capacity(shape.capacity));
+        }
+        let (output_len, cache_len) = shape.lens().ok_or(AttentionError::CacheTooLarge(shape))?;
+        Ok(Self {
+            shape,
+            scale,
+            kernel,
+            output_len,
+            cache_len,
+        })
+    }
+
+    #[must_use]
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// Gets ready to put the new tokens of `qkv` into `cache`, where sequence
+    /// `i` has `past[i]` tokens, and to compute `output`; [`CachedJob::work`]
+    /// does it.
+    ///
+    /// # Errors
+    /// If a length is not what the shape says, or a sequence would outgrow the
+    /// cache.
+    pub fn job<'a>(
+        &self,
+        qkv: &'a [f32],
+        past: &'a [usize],
+        cache: Cache<'a>,
+        output: &'a mut [f32],
+    ) -> Result<CachedJob<'a>, AttentionError> {
+        let CacheShape {
+            batch,
+            length,
+            capacity,
+            heads,
+            ..
+        } = self.shape;
+        let Cache { keys, values } = cache;
+        for (name, expected, actual) in [
+            ("qkv", 3 * self.output_len, qkv.len()),
+            ("past", batch, past.len()),
+            ("keys", self.cache_len, keys.len()),
+            ("values", self.cache_len, values.len()),
+            ("output", self.output_len, output.len()),
+        ] {
+            if expected != actual {
+                return Err(AttentionError::CacheLength {
+                    shape: self.shape,
+                    name,
+                    expected,
+                    actual,
+                });
+            }
+        }
+        for &past in past {
+            if past.checked_add(length).is_none_or(|end| end > capacity) {
+                return Err(AttentionError::Full {
+                    past,
+                    length,
+                    capacity,
+                });
+            }
+        }
+        Ok(CachedJob {
+            attention: *self,
+            qkv,
+            past,
+            keys: keys.as_mut_ptr().cast(),
+            values: values.as_mut_ptr().cast(),
+            output: output.as_mut_ptr(),
+            borrow: PhantomData,
+            next_head: AtomicUsize::new(0),
+            n_heads: if length == 0 { 0 } else { batch * heads },
+        })
+    }
+
+    /// Computes `output` on `n_threads` threads, this one among them, as
+    /// [`CausalAttention::run`](super::CausalAttention::run) does.
+    ///
+    /// # Errors
+    /// As [`CachedAttention::job`].
+    pub fn run(
+        &self,
+        qkv: &[f32],
+        past: &[usize],
+        cache: Cache<'_>,
+        output: &mut [f32],
+        n_threads: usize,
+    ) -> Result<(), AttentionError> {
+        let job = self.job(qkv, past, cache, output)?;
+        std::thread::scope(|scope| {
+            for _ in 1..n_threads.min(job.n_heads()) {
+                scope.spawn(|| job.work());
+            }
+            job.work();
+        });
+        Ok(())
+    }
+}
+
+/// One call's heads, to be worked on by any number of threads.
+#[derive(Debug)]
+pub struct CachedJob<'a> {
+    attention: CachedAttention,
+    qkv: &'a [f32],
+    past: &'a [usize],
+    keys: *mut u16,
+    values: *mut u16,
+    output: *mut f32,
+    borrow: PhantomData<(&'a mut [bf16], &'a mut [f32])>,
+    /// The first head of all sequences that no thread has begun.
+    next_head: AtomicUsize,
+    n_heads: usize,
+}
+
+// SAFETY: a head of a sequence is given to one thread only, and no two of them
+// share a number of the cache or of `output`; nobody else has either while the
+// job borrows them.
+unsafe impl Sync for CachedJob<'_> {}
+// SAFETY: the same; a job is borrows of numbers and a counter.
+unsafe impl Send for CachedJob<'_> {}
+
+impl CachedJob<'_> {
+    /// How many heads there are in all sequences: more threads than this have
+    /// nothing to do.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
+    }
+
+    /// Computes heads until none is left to begin. The output is complete when
+    /// this has returned on every thread that called it, at least one.
+    pub fn work(&self) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            loop {
+                // Nothing is passed from thread to thread through the counter.
+                let idx = self.next_head.fetch_add(1, Ordering::Relaxed);
+                if idx >= self.n_heads {
+                    break;
+                }
+                let head = self.head(idx);
+                // SAFETY: the kernel is available, `with_kernel` has asked; the
+                // head is this thread's.
+                unsafe {
+                    match self.attention.kernel {
+                        #[cfg(target_arch = "x86_64")]
+                        Kernel::Avx2 => super::avx2::attend_cached(&head, scratch),
+                        #[cfg(target_arch = "x86_64")]
+                        Kernel::Avx512 => super::avx512::attend_cached(&head, scratch),
+                        _ => cached_tile::attend::<Portable, 4, 2>(&head, scratch),
+                    }
+                }
+            }
+        });
+    }
+
+    fn head(&self, idx: usize) -> CachedHead {
+        let CachedAttention { shape, scale, .. } = self.attention;
+        let width = shape.width();
+        let (sequence, column) = (idx / shape.heads, idx % shape.heads * shape.head_dim);
+        let rows = self.qkv[sequence * shape.length * 3 * width..].as_ptr();
+        let cached = idx * shape.capacity * shape.head_dim;
+        // SAFETY: `job` has checked all lengths; sequence and column are within.
+        unsafe {
+            CachedHead {
+                queries: rows.add(column),
+                new_keys: rows.add(width + column),
+                new_values: rows.add(2 * width + column),
+                row_stride: 3 * width,
+                keys: self.keys.add(cached),
+                values: self.values.add(cached),
+                output: self.output.add(sequence * shape.length * width + column),
+                output_stride: width,
+                head_dim: shape.head_dim,
+                past: self.past[sequence],
+                length: shape.length,
+                scale_log2: scale * std::f32::consts::LOG2_E,
+            }
+        }
+    }
+}
