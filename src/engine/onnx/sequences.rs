@@ -15,10 +15,11 @@
 )]
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CString, c_void};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use memmap2::MmapMut;
 use ort::AsPointer as _;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
@@ -58,6 +59,7 @@ pub(super) struct SequenceEngine {
     session: Session,
     buffers: Vec<Buffer>,
     memory: MemoryInfo<'static>,
+    is_cuda: bool,
     element: TensorElementType,
     /// Of one slot in one buffer: heads, positions in whole blocks, numbers.
     slot: [usize; 3],
@@ -72,7 +74,25 @@ pub(super) struct SequenceEngine {
 struct Buffer {
     past: String,
     present: String,
-    tensor: DynTensor,
+    place: Place,
+}
+
+/// Where a buffer is.
+enum Place {
+    /// In huge pages, where the system has them: a step reads a little at the
+    /// beginning of thousands of places, and with small pages would wait for
+    /// their addresses as long as for the numbers.
+    Host(MmapMut),
+    Device(DynTensor),
+}
+
+impl Place {
+    fn data(&mut self) -> *mut c_void {
+        match self {
+            Self::Host(memory) => memory.as_mut_ptr().cast(),
+            Self::Device(tensor) => tensor.data_ptr_mut(),
+        }
+    }
 }
 
 impl SequenceEngine {
@@ -130,6 +150,7 @@ impl SequenceEngine {
             session,
             buffers: Vec::new(),
             memory,
+            is_cuda,
             element,
             slot,
             positions: options.positions,
@@ -146,21 +167,42 @@ impl SequenceEngine {
     }
 
     fn allocate(&mut self, n_layers: usize) -> Result<(), EngineError> {
-        let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
-        let [heads, positions, head_dim] = self.slot;
-        let shape = [self.n_buffers(), heads, positions, head_dim];
         for layer in 0..n_layers {
             for part in ["key", "value"] {
-                let tensor = DynTensor::new(&allocator, self.element, shape)
-                    .map_err(|error| run_failed(&error.to_string()))?;
+                let place = self.place()?;
                 self.buffers.push(Buffer {
                     past: format!("past_{part}.{layer}"),
                     present: format!("{part}.{layer}"),
-                    tensor,
+                    place,
                 });
             }
         }
         Ok(())
+    }
+
+    /// Memory for one buffer.
+    fn place(&self) -> Result<Place, EngineError> {
+        if self.is_cuda {
+            let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
+            let [heads, positions, head_dim] = self.slot;
+            let shape = [self.n_buffers(), heads, positions, head_dim];
+            return DynTensor::new(&allocator, self.element, shape)
+                .map(Place::Device)
+                .map_err(|error| run_failed(&error.to_string()));
+        }
+        let bytes = self.n_buffers() * self.buffer_bytes();
+        let memory = MmapMut::map_anon(bytes).map_err(|error| {
+            EngineError::OutOfMemory(format!("{bytes} bytes of keys or values: {error}"))
+        })?;
+        // Where there are none, small pages have to do.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        Ok(Place::Host(memory))
+    }
+
+    /// Bytes of one slot in one buffer.
+    fn buffer_bytes(&self) -> usize {
+        self.slot.iter().product::<usize>() * element_bytes(self.element)
     }
 
     /// Runs each size of step, and a primer, before anybody waits for them.
@@ -288,37 +330,25 @@ impl SequenceEngine {
     /// Copies the first `n` positions of a slot, and what else is in their last
     /// block; false where the memory is not the CPU's.
     pub(super) fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        let (slot, element) = (self.slot, self.element);
-        let n = n.next_multiple_of(BLOCK);
-        self.buffers.iter_mut().all(|buffer| match element {
-            TensorElementType::Float16 => copy::<half::f16>(&mut buffer.tensor, slot, from, to, n),
-            TensorElementType::Bfloat16 => {
-                copy::<half::bf16>(&mut buffer.tensor, slot, from, to, n)
+        let [heads, positions, head_dim] = self.slot;
+        let position_bytes = head_dim * element_bytes(self.element);
+        let head_bytes = positions * position_bytes;
+        let n_bytes = n.next_multiple_of(BLOCK).min(positions) * position_bytes;
+        self.buffers.iter_mut().all(|buffer| {
+            let Place::Host(memory) = &mut buffer.place else {
+                return false;
+            };
+            for head in 0..heads {
+                let start = |slot: usize| (slot * heads + head) * head_bytes;
+                let fits = start(from.max(to)) + n_bytes <= memory.len();
+                if !fits {
+                    return false;
+                }
+                memory.copy_within(start(from)..start(from) + n_bytes, start(to));
             }
-            _ => copy::<f32>(&mut buffer.tensor, slot, from, to, n),
+            true
         })
     }
-}
-
-fn copy<T: PrimitiveTensorElementType + Copy>(
-    tensor: &mut DynTensor,
-    [heads, positions, head_dim]: [usize; 3],
-    from: usize,
-    to: usize,
-    n: usize,
-) -> bool {
-    let Ok((_, numbers)) = tensor.try_extract_tensor_mut::<T>() else {
-        return false;
-    };
-    for head in 0..heads {
-        let start = |slot: usize| (slot * heads + head) * positions * head_dim;
-        let source = start(from)..start(from) + n * head_dim;
-        if source.end > numbers.len() || start(to) + n * head_dim > numbers.len() {
-            return false;
-        }
-        numbers.copy_within(source, start(to));
-    }
-    true
 }
 
 fn element_bytes(element: TensorElementType) -> usize {
@@ -369,7 +399,7 @@ impl View<'_> {
     ) -> ort::Result<()> {
         let [_, heads, positions, head_dim] = self.shape;
         let offset = self.first * heads * positions * head_dim * size_of::<T>();
-        let data = buffer.tensor.data_ptr_mut().wrapping_byte_add(offset);
+        let data = buffer.place.data().wrapping_byte_add(offset);
         let shape = Shape::new(
             self.shape
                 .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
