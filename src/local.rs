@@ -33,11 +33,23 @@ pub fn own_worker(
         #[command(flatten)]
         config: ServeConfig,
     }
-    let own = ["serve", "--model", model].into_iter();
+    // Its folder in the cache has a name that says nothing to a person.
+    let name = model.rsplit('/').find(|part| !part.is_empty());
+    let own = [
+        "serve",
+        "--model",
+        model,
+        "--model-name",
+        name.unwrap_or(model),
+    ];
     // Any free port, so that it is in nobody's way; and nobody else's business.
     let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
     let more = more.unwrap_or_default().split_whitespace();
-    let all = own.chain(ports).chain(defaults.iter().copied()).chain(more);
+    let all = own
+        .into_iter()
+        .chain(ports)
+        .chain(defaults.iter().copied())
+        .chain(more);
     let mut config = Serve::try_parse_from(all).context("--serve")?.config;
     // What the environment says of access is for a worker that others reach.
     let access = &mut config.access;

@@ -349,3 +349,140 @@ impl<I: Iterator<Item = Item>> Iterator for Batches<I> {
         (!batch.is_empty()).then_some(Batch(batch))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> CallLimits {
+        CallLimits {
+            images: 3,
+            bytes: 100,
+            image_bytes: 90,
+        }
+    }
+
+    #[test]
+    fn calls_are_within_the_limits_and_in_order() {
+        let item = |(idx, size): (usize, &usize)| Item {
+            name: idx.to_string(),
+            bytes: match size {
+                0 => Err("bad".to_owned()),
+                size => Ok(vec![0; *size].into()),
+            },
+        };
+        // Each image is 16 bytes more.
+        let sizes = [10, 10, 10, 10, 60, 8, 84, 200, 0, 1];
+        let items = sizes.iter().enumerate().map(item);
+        let batches = Batches {
+            items,
+            next: None,
+            limits: limits(),
+        };
+        let names = batches.map(|Batch(items)| {
+            let names: Vec<String> = items.into_iter().map(|item| item.name).collect();
+            names.join(" ")
+        });
+        let names: Vec<String> = names.collect();
+        assert_eq!(names, ["0 1 2", "3", "4 5", "6", "7", "8 9"]);
+    }
+
+    #[test]
+    fn outcomes_find_their_images() {
+        let bytes = Bytes::from_static(b"image");
+        let good = |name: &str| Item {
+            name: name.to_owned(),
+            bytes: Ok(bytes.clone()),
+        };
+        let bad = Item::failed("b".to_owned(), "unread".to_owned());
+        let batch = Batch(vec![good("a"), bad, good("c"), good("d")]);
+        assert_eq!(batch.images().len(), 3);
+        let answered = batch.answered(vec![Ok(1), Err("refused".to_owned())]);
+        let reason = |text: &str| Err(text.to_owned());
+        let expected = [
+            ("a".to_owned(), Ok(1)),
+            ("b".to_owned(), reason("unread")),
+            ("c".to_owned(), reason("refused")),
+            ("d".to_owned(), reason("it has no answer")),
+        ];
+        assert_eq!(answered, expected);
+    }
+
+    #[test]
+    fn a_call_is_a_run_of_the_model_or_less() {
+        let limits = pb::Limits {
+            images_per_call_max: 256,
+            request_bytes_max: 1 << 20,
+            image_bytes_max: 1 << 25,
+            images_in_flight_max: 1024,
+            batch_size_max: 8,
+            ..Default::default()
+        };
+        let got = CallLimits::new(&limits);
+        assert_eq!(got.images, 8);
+        assert!(got.image_bytes + IMAGE_OVERHEAD + MESSAGE_OVERHEAD <= 1 << 20);
+        let few = pb::Limits {
+            images_in_flight_max: 2,
+            ..limits
+        };
+        assert_eq!(CallLimits::new(&few).images, 2);
+        // A worker that says nothing is asked for one at a time.
+        assert_eq!(CallLimits::new(&pb::Limits::default()).images, 1);
+    }
+
+    #[test]
+    fn files_are_read_up_to_the_limit() {
+        assert_eq!(read(&mut &[1_u8; 9][..], 9).unwrap().len(), 9);
+        let error = read(&mut &[1_u8; 10][..], 9).unwrap_err();
+        assert!(error.to_string().contains("9 B an image"), "{error}");
+    }
+
+    #[test]
+    fn lists_folders_and_files_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(path("in/deep")).unwrap();
+        std::fs::create_dir(path("empty")).unwrap();
+        for name in ["in/b.png", "in/a.JPG", "in/deep/c.webp", "in/notes.txt"] {
+            std::fs::write(path(name), b"").unwrap();
+        }
+        let list =
+            [path("empty"), path("in"), path("none.png")].map(|path| path.display().to_string());
+        std::fs::write(
+            path("list"),
+            format!("{}\r\n\n{}\n{}", list[0], list[1], list[2]),
+        )
+        .unwrap();
+        let config = InputConfig {
+            inputs: vec![STDIN.into(), path("in/notes.txt")],
+            list: Some(path("list")),
+        };
+        let found: Vec<String> = Inputs::new(&config)
+            .unwrap()
+            .sources
+            .map(|source| match source {
+                Ok(Source::Stdin) => "stdin".to_owned(),
+                Ok(Source::File(found)) => {
+                    let inside = found.strip_prefix(folder.path()).unwrap();
+                    inside.display().to_string()
+                }
+                Err(item) => item.bytes.unwrap_err(),
+            })
+            .collect();
+        let expected = [
+            "stdin",
+            "in/notes.txt",
+            "no images are in this folder",
+            "in/a.JPG",
+            "in/b.png",
+            "in/deep/c.webp",
+            "none.png",
+        ];
+        assert_eq!(found, expected);
+        let config = InputConfig {
+            inputs: vec![STDIN.into()],
+            list: Some(STDIN.into()),
+        };
+        assert!(config.validate().is_err());
+    }
+}

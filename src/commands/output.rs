@@ -72,3 +72,23 @@ impl Folder {
         Ok(path)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_one_name_are_numbered() {
+        let parent = tempfile::tempdir().unwrap();
+        let mut folder = Folder::make("--map", &parent.path().join("a/b")).unwrap();
+        let mut name = |of: &str| {
+            let path = folder.write(of, b"png").unwrap();
+            path.file_name().unwrap().to_str().unwrap().to_owned()
+        };
+        assert_eq!(name("x/cat.jpg"), "cat.png");
+        assert_eq!(name("y/cat.png"), "cat-2.png");
+        assert_eq!(name("cat-2.gif"), "cat-2-2.png");
+        assert_eq!(name("z/cat"), "cat-3.png");
+        assert_eq!(name("-"), "stdin.png");
+    }
+}
