@@ -151,6 +151,8 @@ async fn a_full_worker_is_asked_again() {
     let flags = [
         "--images-in-flight-max",
         "2",
+        "--images-per-call-max",
+        "2",
         "--max-batch-size",
         "1",
         "--generate-slots",
