@@ -23,9 +23,10 @@ echo
 echo
 inputs=()
 for picture in animals-nature/rooster flags/rainbow-flag food-drink/cherries food-drink/bread \
-    objects/shirt smileys-emotion/flushed travel-places/racing-car people-body/haircut; do
+    objects/shirt smileys-emotion/flushed travel-places/snowman-without-snow people-body/haircut; do
     inputs+=(--input "models/pictures/$picture.png")
 done
-"$worker" generate "${inputs[@]}" --alpha white --samples 8 --seed 1 --output target/demo/completions.png
+"$worker" generate "${inputs[@]}" --alpha white --samples 8 --seed 1 \
+    --output target/demo/completions.png | tail -n 1
 kill "$pid"
 wait "$pid"

@@ -49,10 +49,10 @@ const QUIET: [&str; 2] = ["--log", "error"];
 pub enum Ask {
     /// Make images, or the rest of given ones, and draw a contact sheet
     Generate(Box<GenerateArgs>),
-    /// Show how likely the model finds images
+    /// Show how likely the model finds images: a score, not a verdict that one is
+    /// an anomaly
     ///
-    /// It is a score of this model's, not a verdict that an image is an anomaly:
-    /// simple images are likelier than rich ones, whatever the model was trained
+    /// Simple images are likelier than rich ones, whatever the model was trained
     /// on. --complexity prints how rich an image is, to compare with.
     Score(Box<ScoreArgs>),
     /// Show the likeliest classes of images
@@ -198,7 +198,11 @@ pub async fn run(
     }
     outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
         Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Outcome::Interrupted),
-        _ if error.is::<CallError>() => {
+        // What the flags ask for and the worker does not have is the flags' fault.
+        _ if error
+            .downcast_ref()
+            .is_some_and(|error: &CallError| !error.is_of_request()) =>
+        {
             complain(&format!("{error:#}"));
             Ok(Outcome::Failed)
         }

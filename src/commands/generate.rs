@@ -53,7 +53,12 @@ pub struct GenerateArgs {
 
     /// Below 1 likelier colors are preferred, above 1 there is more variety; 0
     /// takes the likeliest every time
-    #[arg(long, default_value_t = 1.0, value_name = "T")]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "T",
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
 
     /// Draw from the so many likeliest colors only; 0 draws from all
@@ -62,7 +67,12 @@ pub struct GenerateArgs {
 
     /// Draw only from the fewest likeliest colors that together have this
     /// probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
     pub top_p: f32,
 
     /// What the draws follow from: the same seed repeats the images [default: one

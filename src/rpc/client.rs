@@ -450,6 +450,17 @@ pub struct CallError {
     pub message: String,
 }
 
+impl CallError {
+    /// Whether the same call would fail on a worker in good health, too.
+    #[must_use]
+    pub fn is_of_request(&self) -> bool {
+        matches!(
+            self.code,
+            "INVALID_ARGUMENT" | "NOT_FOUND" | "UNIMPLEMENTED" | "UNAUTHENTICATED"
+        )
+    }
+}
+
 fn call_failed(status: &Status) -> anyhow::Error {
     anyhow::Error::new(CallError {
         code: super::status::name(status.code()),
