@@ -136,7 +136,7 @@ pub(super) async fn run(
         });
         let line = Line {
             file,
-            head,
+            head: &found.head,
             classes: classes.collect(),
             logits: found.logits,
             model_digest: &session.model.digest,

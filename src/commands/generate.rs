@@ -488,7 +488,6 @@ impl Line<'_> {
 /// the end elsewhere. On standard error, so that what is printed stays clean.
 struct Bar {
     shown: Option<ProgressBar>,
-    n_samples: u64,
     begun: Instant,
 }
 
@@ -501,13 +500,11 @@ impl Bar {
             ProgressBar::new(n_samples * positions).with_style(style)
         });
         if shown.is_none() {
-            complain(&format!(
-                "making {n_samples} images of {positions} pixels each"
-            ));
+            let n_pixels = n_samples * positions;
+            complain(&format!("making {n_pixels} pixels, {positions} an image"));
         }
         Self {
             shown,
-            n_samples,
             begun: Instant::now(),
         }
     }
@@ -530,7 +527,7 @@ impl Bar {
         let seconds = self.begun.elapsed().as_secs_f64();
         match &self.shown {
             Some(bar) => bar.finish_and_clear(),
-            None => complain(&format!("made {} images in {seconds:.1} s", self.n_samples)),
+            None => complain(&format!("done in {seconds:.1} s")),
         }
     }
 }

@@ -240,11 +240,13 @@ impl Client {
         let response = self.call(request, async |client, request| {
             client.classify(request).await
         });
-        let results = response.await?.results.into_iter();
+        let response = response.await?;
+        let (results, head) = (response.results.into_iter(), response.head);
         complete(
             n_images,
             results.map(|result| match result.outcome {
                 Some(pb::classify_result::Outcome::Classification(found)) => Ok(Classes {
+                    head: head.clone(),
                     best: found.classes,
                     logits: found
                         .logits
@@ -367,6 +369,8 @@ fn retry_after(status: &Status) -> Option<Duration> {
 /// What Classify says of one image.
 #[derive(Debug, Clone, Default)]
 pub struct Classes {
+    /// The linear head that scored; empty for the checkpoint's own.
+    pub head: String,
     /// Best first; empty when the model names no classes.
     pub best: Vec<pb::ClassScore>,
     /// Only when the model names no classes.
