@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Compiles models/emoji once, serves it with its head, embeds, classifies and
 # tokenizes the pictures in models/pictures over gRPC, prints who looks like
-# whom and draws it; then ends the worker. The model was trained on none of
-# these pictures.
+# whom and draws it; scores some of them, and has the upper halves of others
+# completed; then ends the worker. The model was trained on none of these
+# pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
@@ -14,7 +15,18 @@ log=target/demo/worker.log
 pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 scripts/await-ready.sh "$pid" "$METRICS_PORT" "$log"
-"$worker" neighbors models/pictures --white --head category \
-    --endpoint "http://127.0.0.1:$PORT" --picture target/demo/neighbors.png
+export IMAGEGPT_ENDPOINT="http://127.0.0.1:$PORT"
+"$worker" neighbors models/pictures --white --head category --picture target/demo/neighbors.png
+echo
+"$worker" score models/pictures/flags models/pictures/food-drink --alpha white --complexity --sort \
+    --map target/demo/maps
+echo
+inputs=()
+for picture in animals-nature/rooster flags/rainbow-flag food-drink/cherries food-drink/bread \
+    objects/shirt smileys-emotion/flushed travel-places/snowman-without-snow people-body/haircut; do
+    inputs+=(--input "models/pictures/$picture.png")
+done
+"$worker" generate "${inputs[@]}" --alpha white --samples 8 --seed 1 \
+    --output target/demo/completions.png | tail -n 1
 kill "$pid"
 wait "$pid"

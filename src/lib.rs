@@ -29,6 +29,7 @@ pub mod compile;
 pub mod config;
 pub mod head;
 pub mod http;
+pub mod local;
 pub mod metrics;
 pub mod model;
 pub mod picture;
@@ -38,6 +39,7 @@ pub mod telemetry;
 pub mod worker;
 
 pub mod bench;
+pub mod commands;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

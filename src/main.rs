@@ -1,7 +1,6 @@
 //! The life of the process.
 
 use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,19 +8,19 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use imagegpt::bench::flags::BenchArgs;
 use imagegpt::bench::{self, Verdict};
-use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
-use imagegpt::compile::{self, Runtime, cache};
+use imagegpt::commands::{self, Ask, Outcome};
+use imagegpt::compile::command::{self, CompileArgs, InspectArgs};
 use imagegpt::config::{NetworkConfig, ServeConfig};
-use imagegpt::engine::{Failure, FailureKind, onnx};
-use imagegpt::head::Head;
-use imagegpt::model::Model;
+use imagegpt::engine::{Failure, FailureKind};
+use imagegpt::local::load_and_start;
 use imagegpt::neighbors::{self, NeighborsConfig};
-use imagegpt::rpc;
-use imagegpt::worker::{Ended, Worker, engine_factory};
+use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Flags or files are wrong: what clap exits with, too.
 const EXIT_USAGE: u8 = 2;
+/// A command was told to end: what a shell takes SIGINT for.
+const EXIT_INTERRUPTED: u8 = 130;
 /// A stage of the worker failed while it served: only a restart helps.
 const EXIT_WORKER: u8 = 3;
 /// The device failed: a restart helps, perhaps only on another node.
@@ -47,6 +46,8 @@ enum Command {
     Compile(CompileArgs),
     /// Show what a compiled directory holds
     Inspect(InspectArgs),
+    #[command(flatten)]
+    Ask(Ask),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
     /// Load a worker and measure what it does
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Command::Serve(config) => serve(&config),
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
+        Command::Ask(command) => ask(&command),
         Command::Neighbors(config) => show_neighbors(&config),
         Command::Bench(args) => run_bench(&args),
     };
@@ -97,35 +99,6 @@ fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     // A run that does not end must not hold the process.
     runtime.shutdown_background();
     code
-}
-
-async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
-    // What is wrong with them is told before a model is compiled.
-    rpc::Access::open(&config.access)?;
-    if config.access.tokens_in_the_clear(config.network.listen) {
-        tracing::warn!(
-            "bearer tokens will cross the network unencrypted; give --tls-cert and --tls-key, or \
-             let a proxy on this machine do TLS"
-        );
-    }
-    let owned = config.clone();
-    let load = move || -> anyhow::Result<_> {
-        let folder = locate(&owned)?;
-        tracing::info!(folder = %folder.display(), "reading the model");
-        let model = Model::open(&folder, owned.model.model_name.as_deref())?;
-        let heads = owned.model.heads.iter().map(Head::open);
-        let heads = heads.collect::<Result<Vec<_>, _>>()?;
-        for head in &heads {
-            head.check(&model)?;
-        }
-        Ok((model, heads))
-    };
-    let (model, heads) = tokio::task::spawn_blocking(load).await??;
-    let factory = engine_factory(config, &model, &heads);
-    let mut worker = Worker::start(config, model, heads, factory).await?;
-    tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
-    worker.ready().await.context("the model cannot be served")?;
-    Ok(worker)
 }
 
 /// Serves until a signal or a failure, then ends in good order; a second signal
@@ -209,25 +182,19 @@ impl Signals {
     }
 }
 
-/// The directory to serve, compiled if it has to be.
-fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
-    let library = onnx::find_library(config.model.onnxruntime.as_deref());
-    let provider = match config.model.execution_provider {
-        onnx::Provider::Cuda => compile::Provider::Cuda,
-        // A GPU that is there by chance is no reason to compile for it.
-        onnx::Provider::Cpu | onnx::Provider::Auto => compile::Provider::Cpu,
-    };
-    let runtime = || Ok(Runtime::new(onnx::environment(&library)?, provider)?);
-    let mut bars = Bars::new();
-    let folder = cache::locate(
-        &config.model.model,
-        &config.model.compile,
-        provider,
-        runtime,
-        &mut bars,
-    );
-    bars.end();
-    folder
+fn ask(command: &Ask) -> anyhow::Result<ExitCode> {
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        commands::run(command, signals.recv(), &mut std::io::stdout()).await
+    });
+    // A read that does not end must not hold the process.
+    runtime.shutdown_background();
+    Ok(match outcome? {
+        Outcome::Done => ExitCode::SUCCESS,
+        Outcome::Failed => ExitCode::FAILURE,
+        Outcome::Interrupted => ExitCode::from(EXIT_INTERRUPTED),
+    })
 }
 
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<ExitCode> {

@@ -14,7 +14,7 @@ use image::{Rgb, RgbImage, imageops};
 use crate::pb;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{Alpha, ImageLimits};
-use crate::rpc::client::{Client, ConnectConfig};
+use crate::rpc::client::{Classes, Client, ConnectConfig};
 
 /// Embed a folder of images through a worker and show who looks like whom.
 #[derive(Debug, Clone, Args)]
@@ -65,8 +65,8 @@ const WIDE_GAP: u32 = 24;
 /// Height of a line of text, and of the two lines on top.
 const LINE: u32 = 12;
 const HEADER: u32 = GAP + 2 * LINE;
-/// What drawing one image may cost this side.
-const THUMBNAIL_LIMITS: ImageLimits = ImageLimits {
+/// What decoding one image may cost this side.
+pub(crate) const PICTURE_LIMITS: ImageLimits = ImageLimits {
     image_bytes_max: 64 << 20,
     image_pixels_max: 100_000_000,
     decode_bytes_max: 1 << 30,
@@ -279,8 +279,13 @@ async fn embed(
         let tokens = client.tokenize(encoded.clone(), preprocess).await?;
         let classes = match &config.head {
             Some(head) => {
-                let scores = client.classify(encoded.clone(), preprocess, head).await?;
-                scores.into_iter().map(|score| score.map(Some)).collect()
+                let found = client
+                    .classify(encoded.clone(), preprocess, head, 1)
+                    .await?;
+                let best = |found: Result<Classes, String>| {
+                    found.map(|found| found.best.into_iter().next())
+                };
+                found.into_iter().map(best).collect()
             }
             None => vec![Ok(None); paths.len()],
         };
@@ -410,7 +415,7 @@ fn to_u32(n: usize) -> u32 {
 /// The image itself, small, on white. Only the worker's verdict decides
 /// whether an image is good; one that cannot be drawn here shows as grey.
 fn thumbnail(item: &Item) -> RgbImage {
-    let decoded = decode(&item.encoded, Alpha::White, &THUMBNAIL_LIMITS).ok();
+    let decoded = decode(&item.encoded, Alpha::White, &PICTURE_LIMITS).ok();
     decoded
         .and_then(|image| RgbImage::from_raw(image.width, image.height, image.pixels))
         .map_or_else(

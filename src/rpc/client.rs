@@ -1,7 +1,9 @@
 //! A client of the worker, for the commands that talk to one.
+//!
+//! A call that a full worker refuses is made again after the time it says.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -10,7 +12,8 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use super::reload::Source;
 use crate::pb;
@@ -20,6 +23,14 @@ use crate::pb::image_gpt_service_client::ImageGptServiceClient;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Large enough for any response that a worker may be told to send.
 pub(super) const RESPONSE_BYTES_MAX: usize = 1 << 31;
+
+/// How long a worker may go on refusing one call before it is given up: by then
+/// the rest would hardly fare better.
+const PATIENCE: Duration = Duration::from_mins(5);
+/// The least and the most that is waited before a refused call is made again. A
+/// worker measures what it says, and measurements may be off.
+const RETRY_MIN: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// By argument, since a heading of the whole struct would go on over what the
 /// command has after it.
@@ -137,9 +148,11 @@ impl Interceptor for Token {
     }
 }
 
+type Inner = ImageGptServiceClient<InterceptedService<Channel, Token>>;
+
 /// A connection to one worker.
 #[derive(Debug, Clone)]
-pub struct Client(ImageGptServiceClient<InterceptedService<Channel, Token>>);
+pub struct Client(Inner);
 
 impl Client {
     /// Connects to `url`, such as `http://127.0.0.1:50051`.
@@ -166,10 +179,11 @@ impl Client {
     ///
     /// The call's status.
     pub async fn model(&mut self) -> anyhow::Result<pb::GetModelResponse> {
-        let response = self.0.get_model(pb::GetModelRequest {}).await;
-        Ok(response
-            .map_err(|status| call_failed(&status))?
-            .into_inner())
+        let request = pb::GetModelRequest {};
+        self.call(request, async |client, request| {
+            client.get_model(request).await
+        })
+        .await
     }
 
     /// Mean-pooled f32 embeddings of encoded images; an image's own failure is
@@ -183,30 +197,27 @@ impl Client {
         encoded: Vec<Bytes>,
         preprocess: pb::Preprocess,
     ) -> anyhow::Result<Vec<Result<Vec<f32>, String>>> {
+        let n_images = encoded.len();
         let request = pb::EmbedRequest {
             images: encoded.into_iter().map(image).collect(),
             preprocess: Some(preprocess),
             normalize: true,
             ..Default::default()
         };
-        let response = self
-            .0
-            .embed(request)
-            .await
-            .map_err(|status| call_failed(&status))?
-            .into_inner();
-        Ok(response
-            .results
-            .into_iter()
-            .map(|result| match result.outcome {
+        let response = self.call(request, async |client, request| client.embed(request).await);
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
                 Some(pb::embed_result::Outcome::Embedding(tensor)) => Ok(f32s(&tensor.data)),
                 Some(pb::embed_result::Outcome::Error(status)) => Err(status.message),
-                None => Err("the worker sent no outcome".to_owned()),
-            })
-            .collect())
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
     }
 
-    /// The best class of encoded images by a linear head, with its score.
+    /// The classes of encoded images, `top_k` of them, best first. `head` is a
+    /// linear head, or empty for the worker's default.
     ///
     /// # Errors
     ///
@@ -216,32 +227,71 @@ impl Client {
         encoded: Vec<Bytes>,
         preprocess: pb::Preprocess,
         head: &str,
-    ) -> anyhow::Result<Vec<Result<pb::ClassScore, String>>> {
+        top_k: u32,
+    ) -> anyhow::Result<Vec<Result<Classes, String>>> {
+        let n_images = encoded.len();
         let request = pb::ClassifyRequest {
             images: encoded.into_iter().map(image).collect(),
             preprocess: Some(preprocess),
-            top_k: 1,
+            top_k,
             head: head.to_owned(),
             ..Default::default()
         };
-        let response = self
-            .0
-            .classify(request)
-            .await
-            .map_err(|status| call_failed(&status))?
-            .into_inner();
-        Ok(response
-            .results
-            .into_iter()
-            .map(|result| match result.outcome {
-                Some(pb::classify_result::Outcome::Classification(mut found)) => {
-                    let best = found.classes.drain(..).next();
-                    best.ok_or_else(|| "the worker sent no class".to_owned())
-                }
+        let response = self.call(request, async |client, request| {
+            client.classify(request).await
+        });
+        let response = response.await?;
+        let (results, head) = (response.results.into_iter(), response.head);
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::classify_result::Outcome::Classification(found)) => Ok(Classes {
+                    head: head.clone(),
+                    best: found.classes,
+                    logits: found
+                        .logits
+                        .map_or_else(Vec::new, |logits| f32s(&logits.data)),
+                }),
                 Some(pb::classify_result::Outcome::Error(status)) => Err(status.message),
-                None => Err("the worker sent no outcome".to_owned()),
-            })
-            .collect())
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
+    }
+
+    /// How likely the model finds encoded images.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn score(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+        options: ScoreOptions,
+    ) -> anyhow::Result<Vec<Result<Score, String>>> {
+        let n_images = encoded.len();
+        let request = pb::ScoreRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+            map: options.map,
+            complexity: options.complexity,
+        };
+        let response = self.call(request, async |client, request| client.score(request).await);
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::score_result::Outcome::Score(score)) => Ok(Score {
+                    nats: score.nats,
+                    nats_per_token: score.nats_per_token,
+                    bits_per_token: score.bits_per_token,
+                    map: score.map.map_or_else(Vec::new, |map| f32s(&map.data)),
+                    complexity_bits_per_token: score.complexity_bits_per_token,
+                }),
+                Some(pb::score_result::Outcome::Error(status)) => Err(status.message),
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
     }
 
     /// Tokens of encoded images.
@@ -254,26 +304,133 @@ impl Client {
         encoded: Vec<Bytes>,
         preprocess: pb::Preprocess,
     ) -> anyhow::Result<Vec<Result<Vec<u32>, String>>> {
+        let n_images = encoded.len();
         let request = pb::TokenizeRequest {
             images: encoded.into_iter().map(image).collect(),
             preprocess: Some(preprocess),
         };
-        let response = self
-            .0
-            .tokenize(request)
-            .await
-            .map_err(|status| call_failed(&status))?
-            .into_inner();
-        Ok(response
-            .results
-            .into_iter()
-            .map(|result| match result.outcome {
+        let response = self.call(request, async |client, request| {
+            client.tokenize(request).await
+        });
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
                 Some(pb::tokenize_result::Outcome::Tokens(tokens)) => Ok(tokens.ids),
                 Some(pb::tokenize_result::Outcome::Error(status)) => Err(status.message),
-                None => Err("the worker sent no outcome".to_owned()),
-            })
-            .collect())
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
     }
+
+    /// Begins to make images. Dropping what comes back ends that.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn generate(&mut self, request: pb::GenerateRequest) -> anyhow::Result<Generation> {
+        let response = self.call(request, async |client, request| {
+            client.generate(request).await
+        });
+        Ok(Generation(response.await?))
+    }
+
+    /// Makes a call, and makes it again for as long as the worker says when
+    /// there will be room.
+    async fn call<Q: Clone, R>(
+        &mut self,
+        request: Q,
+        call: impl AsyncFn(&mut Inner, Q) -> Result<Response<R>, Status>,
+    ) -> anyhow::Result<R> {
+        let begun = Instant::now();
+        loop {
+            let status = match call(&mut self.0, request.clone()).await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) => status,
+            };
+            match retry_after(&status) {
+                Some(wait) if begun.elapsed() + wait < PATIENCE => tokio::time::sleep(wait).await,
+                _ => return Err(call_failed(&status)),
+            }
+        }
+    }
+}
+
+/// What a worker that has no room asks to wait. Without such a time it is the
+/// call itself that is too large, now and later.
+fn retry_after(status: &Status) -> Option<Duration> {
+    if status.code() != Code::ResourceExhausted {
+        return None;
+    }
+    let wait = status.get_details_retry_info()?.retry_delay?;
+    Some(wait.clamp(RETRY_MIN, RETRY_MAX))
+}
+
+/// What Classify says of one image.
+#[derive(Debug, Clone, Default)]
+pub struct Classes {
+    /// The linear head that scored; empty for the checkpoint's own.
+    pub head: String,
+    /// Best first; empty when the model names no classes.
+    pub best: Vec<pb::ClassScore>,
+    /// Only when the model names no classes.
+    pub logits: Vec<f32>,
+}
+
+/// What Score is asked for besides the sums.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreOptions {
+    pub map: bool,
+    pub complexity: bool,
+}
+
+/// What Score says of one image.
+#[derive(Debug, Clone)]
+pub struct Score {
+    pub nats: f64,
+    pub nats_per_token: f64,
+    pub bits_per_token: f64,
+    /// Each pixel's nats in raster order; empty unless asked for.
+    pub map: Vec<f32>,
+    pub complexity_bits_per_token: Option<f64>,
+}
+
+/// Images that are being made.
+#[derive(Debug)]
+pub struct Generation(Streaming<pb::GenerateResponse>);
+
+impl Generation {
+    /// The next message; `None` when all images are there.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn next(&mut self) -> anyhow::Result<Option<pb::generate_response::Message>> {
+        loop {
+            match self.0.message().await {
+                // What a newer worker adds.
+                Ok(Some(pb::GenerateResponse { message: None })) => {}
+                Ok(response) => return Ok(response.and_then(|response| response.message)),
+                Err(status) => return Err(call_failed(&status)),
+            }
+        }
+    }
+}
+
+const NO_OUTCOME: &str = "the worker sent no outcome";
+
+/// One outcome for each image, or answers would be taken for those of other
+/// images.
+fn complete<T>(
+    n_images: usize,
+    outcomes: impl ExactSizeIterator<Item = Result<T, String>>,
+) -> anyhow::Result<Vec<Result<T, String>>> {
+    anyhow::ensure!(
+        outcomes.len() == n_images,
+        "the worker sent {} results for {n_images} images",
+        outcomes.len()
+    );
+    Ok(outcomes.collect())
 }
 
 fn image(encoded: Bytes) -> pb::Image {
@@ -288,11 +445,29 @@ fn f32s(data: &[u8]) -> Vec<f32> {
         .collect()
 }
 
-/// A call's status as one line for a person.
+/// A call that the worker did not do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct CallError {
+    /// The gRPC code's name.
+    pub code: &'static str,
+    pub message: String,
+}
+
+impl CallError {
+    /// Whether the same call would fail on a worker in good health, too.
+    #[must_use]
+    pub fn is_of_request(&self) -> bool {
+        matches!(
+            self.code,
+            "INVALID_ARGUMENT" | "NOT_FOUND" | "UNIMPLEMENTED" | "UNAUTHENTICATED"
+        )
+    }
+}
+
 fn call_failed(status: &Status) -> anyhow::Error {
-    anyhow::anyhow!(
-        "{}: {}",
-        super::status::name(status.code()),
-        status.message()
-    )
+    anyhow::Error::new(CallError {
+        code: super::status::name(status.code()),
+        message: status.message().to_owned(),
+    })
 }

@@ -20,7 +20,7 @@ const SIDE: u32 = 8;
 const COLORS: u16 = 16;
 
 /// A fake worker that draws so many at a time, each step taking so long.
-async fn fake(n_slots: usize, delay: Duration, flags: &[&str]) -> Running {
+pub(crate) async fn fake(n_slots: usize, delay: Duration, flags: &[&str]) -> Running {
     let script = Script {
         sequences: Some(FakeSequences {
             n_slots,
@@ -103,7 +103,7 @@ async fn generate(
 }
 
 /// What the fake engine takes for the likeliest.
-fn likeliest(primer: &[u32]) -> Vec<u32> {
+pub(crate) fn likeliest(primer: &[u32]) -> Vec<u32> {
     let primer: Vec<u16> = primer
         .iter()
         .map(|&id| id.try_into().expect("small"))
@@ -412,7 +412,7 @@ async fn what_was_begun_is_finished_when_the_worker_drains() {
 }
 
 /// The causal micro model, compiled.
-async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
+pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
     let output = folder.join(precision.name());
     if !output.is_dir() {
         let library = onnx::find_library(None);
@@ -430,25 +430,25 @@ async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running 
 
 /// What transformers computes; see tests/data/models.
 #[derive(Deserialize)]
-struct Expected {
-    images: Vec<Image>,
+pub(crate) struct Expected {
+    pub(crate) images: Vec<Image>,
     primers: Vec<Completion>,
 }
 
 #[derive(Deserialize)]
-struct Image {
-    tokens: Vec<u32>,
-    nll: Vec<f64>,
+pub(crate) struct Image {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) nll: Vec<f64>,
 }
 
 #[derive(Deserialize)]
-struct Completion {
+pub(crate) struct Completion {
     primer: Vec<u32>,
     tokens: Vec<u32>,
     log_probs: Vec<f64>,
 }
 
-fn transformers() -> Expected {
+pub(crate) fn transformers() -> Expected {
     let path = harness::model_dir("micro-causal").join("expected.json");
     let text = std::fs::read(path).expect("expected.json");
     serde_json::from_slice(&text).expect("its shape")

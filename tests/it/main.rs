@@ -13,6 +13,7 @@ mod bad_input;
 mod batching;
 mod bench;
 mod bench_stub;
+mod commands;
 mod compiled;
 mod embed;
 mod emoji;

@@ -1,0 +1,305 @@
+//! Commands that ask a worker about images: `imagegpt generate`, `score`,
+//! `classify` and `tokenize`.
+//!
+//! What they have in common is here: which worker, how images reach it in calls
+//! that fit, and what becomes of those that fail. A command says what to ask and
+//! how to show the answer.
+
+mod classify;
+mod generate;
+mod input;
+mod output;
+mod score;
+mod sheet;
+mod tokenize;
+
+use std::io::{ErrorKind, Write};
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::{Args, Subcommand};
+use futures_util::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+
+pub use self::classify::ClassifyArgs;
+pub use self::generate::GenerateArgs;
+use self::input::{Batch, CallLimits, Inputs};
+pub use self::input::{InputConfig, PreprocessConfig};
+use self::output::complain;
+pub use self::score::ScoreArgs;
+pub use self::tokenize::TokenizeArgs;
+use crate::config::ServeConfig;
+use crate::rpc::client::{CallError, Client, ConnectConfig};
+use crate::worker::Worker;
+use crate::{local, pb, telemetry};
+
+/// Time for the last answers of a worker of one's own: nobody waits for them.
+const GRACE: Duration = Duration::from_secs(1);
+/// Calls in flight: while one is answered and another decoded, the next is on
+/// its way.
+const CALLS: usize = 4;
+/// A worker of one's own says only what keeps it from serving; whoever wants more
+/// says so with `--serve "--log info"`.
+const QUIET: [&str; 2] = ["--log", "error"];
+
+/// Commands that ask a worker about images.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Ask {
+    /// Make images, or the rest of given ones, and draw a contact sheet
+    Generate(Box<GenerateArgs>),
+    /// Show how likely the model finds images: a score, not a verdict that one is
+    /// an anomaly
+    ///
+    /// Simple images are likelier than rich ones, whatever the model was trained
+    /// on. --complexity prints how rich an image is, to compare with.
+    Score(Box<ScoreArgs>),
+    /// Show the likeliest classes of images
+    Classify(Box<ClassifyArgs>),
+    /// Show the color tokens that the model sees of images
+    Tokenize(Box<TokenizeArgs>),
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every image has its answer.
+    Done,
+    /// Some have none, or the worker failed; standard error says which and why.
+    Failed,
+    /// It was told to end, or nobody reads what it prints.
+    Interrupted,
+}
+
+/// Which worker is asked.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Worker")]
+pub struct WorkerConfig {
+    /// Where the worker listens
+    #[arg(
+        long,
+        env = "IMAGEGPT_ENDPOINT",
+        default_value = "http://127.0.0.1:50051",
+        value_name = "URL",
+        conflicts_with = "model"
+    )]
+    pub endpoint: String,
+
+    // IMAGEGPT_MODEL is not read: in a worker's container it names what that
+    // worker serves, and these commands are there to ask it.
+    /// Serve this model within this process instead; what `imagegpt serve
+    /// --model` takes
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+
+    /// More flags of `imagegpt serve` for --model, split at spaces
+    #[arg(
+        long,
+        value_name = "FLAGS",
+        requires = "model",
+        allow_hyphen_values = true
+    )]
+    pub serve: Option<String>,
+
+    #[command(flatten)]
+    pub connect: ConnectConfig,
+}
+
+impl WorkerConfig {
+    /// The flags of a worker of one's own, where one is asked for.
+    fn own(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
+        let Some(model) = &self.model else {
+            return Ok(None);
+        };
+        let defaults = [&QUIET, defaults].concat();
+        local::own_worker(model, &defaults, self.serve.as_deref()).map(Some)
+    }
+}
+
+impl Ask {
+    fn worker(&self) -> &WorkerConfig {
+        match self {
+            Self::Generate(args) => &args.worker,
+            Self::Score(args) => &args.worker,
+            Self::Classify(args) => &args.worker,
+            Self::Tokenize(args) => &args.worker,
+        }
+    }
+
+    /// The flags of a worker of one's own, with nothing in it that the command
+    /// does not need.
+    fn own_worker(&self) -> anyhow::Result<Option<ServeConfig>> {
+        let no_slots = ["--generate-slots", "0"];
+        let mut own = self.worker().own(match self {
+            Self::Generate(_) => &[],
+            Self::Score(_) | Self::Classify(_) => &no_slots,
+            // Tokens are made without the model, so none is loaded.
+            Self::Tokenize(_) => &["--fake-engine", "0s"],
+        })?;
+        if let Self::Classify(args) = self {
+            args.add_head(own.as_mut())?;
+        }
+        Ok(own)
+    }
+
+    async fn run(&self, session: &Session, out: &mut impl Write) -> anyhow::Result<Outcome> {
+        match self {
+            Self::Generate(args) => generate::run(args, session, out).await,
+            Self::Score(args) => score::run(args, session, out).await,
+            Self::Classify(args) => classify::run(args, session, out).await,
+            Self::Tokenize(args) => tokenize::run(args, session, out).await,
+        }
+    }
+
+    fn validate(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Generate(args) => args.validate(),
+            Self::Score(args) => args.input.validate(),
+            Self::Classify(args) => args.input.validate(),
+            Self::Tokenize(args) => args.input.validate(),
+        }
+    }
+}
+
+/// Runs a command, with its table or JSON going to `out`, until it is done or
+/// `stop` comes.
+///
+/// # Errors
+///
+/// Flags, files or a worker that cannot be used.
+pub async fn run(
+    command: &Ask,
+    stop: impl Future<Output = ()>,
+    out: &mut impl Write,
+) -> anyhow::Result<Outcome> {
+    let mut stop = pin!(stop);
+    command.validate()?;
+    let own = match command.own_worker()? {
+        None => None,
+        Some(config) => {
+            telemetry::init(&config.log)?;
+            tokio::select! {
+                worker = local::load_and_start(&config) => Some(worker?),
+                () = &mut stop => return Ok(Outcome::Interrupted),
+            }
+        }
+    };
+    let asked = async {
+        let session = Session::open(command.worker(), own.as_ref()).await?;
+        command.run(&session, out).await
+    };
+    let outcome = tokio::select! {
+        outcome = asked => outcome,
+        () = stop => Ok(Outcome::Interrupted),
+    };
+    if let Some(worker) = own {
+        worker.shutdown(GRACE).await;
+    }
+    outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
+        Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Outcome::Interrupted),
+        // What the flags ask for and the worker does not have is the flags' fault.
+        _ if error
+            .downcast_ref()
+            .is_some_and(|error: &CallError| !error.is_of_request()) =>
+        {
+            complain(&format!("{error:#}"));
+            Ok(Outcome::Failed)
+        }
+        _ => Err(error),
+    })
+}
+
+/// A worker that answers, and what it serves.
+struct Session {
+    client: Client,
+    model: pb::GetModelResponse,
+    limits: CallLimits,
+}
+
+impl Session {
+    async fn open(config: &WorkerConfig, own: Option<&Worker>) -> anyhow::Result<Self> {
+        let mut client = match own {
+            // It is let in by being in the same process.
+            Some(worker) => {
+                let endpoint = format!("http://{}", worker.grpc_addr);
+                Client::connect(&endpoint, &ConnectConfig::default()).await?
+            }
+            None => Client::connect(&config.endpoint, &config.connect).await?,
+        };
+        let model = client.model().await?;
+        let limits = CallLimits::new(&model.limits.unwrap_or_default());
+        Ok(Self {
+            client,
+            model,
+            limits,
+        })
+    }
+
+    /// Says to a person who answers.
+    fn introduce(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let model = &self.model;
+        writeln!(
+            out,
+            "model {} ({}), on {}",
+            model.name, model.digest, model.execution_provider
+        )?;
+        if !model.notice.is_empty() {
+            writeln!(out, "notice: {}", model.notice)?;
+        }
+        Ok(())
+    }
+
+    /// Asks about each image by `call`, and gives the answers to `take` in the
+    /// order of the inputs. What has no answer is a line on standard error.
+    async fn each<T, F>(
+        &self,
+        inputs: Inputs,
+        call: impl Fn(Client, Vec<Bytes>) -> F,
+        mut take: impl FnMut(&str, T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Outcome>
+    where
+        F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
+    {
+        let batches = ReceiverStream::new(inputs.batches(self.limits)?);
+        let calls = batches.map(|batch: Batch| {
+            let images = batch.images();
+            let call = (!images.is_empty()).then(|| call(self.client.clone(), images));
+            async move {
+                let outcomes = match call {
+                    Some(call) => call.await?,
+                    None => Vec::new(),
+                };
+                anyhow::Ok(batch.answered(outcomes))
+            }
+        });
+        let mut answers = pin!(calls.buffered(CALLS));
+        let mut outcome = Outcome::Done;
+        while let Some(answers) = answers.next().await {
+            for (name, answer) in answers? {
+                match answer {
+                    Ok(answer) => take(&name, answer)?,
+                    Err(reason) => {
+                        complain(&format!("{name}: {reason}"));
+                        outcome = Outcome::Failed;
+                    }
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Tokens as this crate has them.
+    fn tokens(&self, ids: &[u32]) -> anyhow::Result<Vec<u16>> {
+        let n_colors = self.model.palette_rgb8.len() / 3;
+        let token = |&id: &u32| {
+            u16::try_from(id)
+                .ok()
+                .filter(|&id| usize::from(id) < n_colors)
+        };
+        let tokens: Option<Vec<u16>> = ids.iter().map(token).collect();
+        tokens
+            .filter(|tokens| tokens.len() == self.model.positions as usize)
+            .context("the worker sent tokens that do not fit its model")
+    }
+}

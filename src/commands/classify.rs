@@ -1,0 +1,196 @@
+//! `imagegpt classify`: the likeliest classes of images.
+
+use std::convert::Infallible;
+use std::io::Write;
+use std::str::FromStr;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::input::Inputs;
+use super::output::json;
+use super::{InputConfig, Outcome, PreprocessConfig, Session, WorkerConfig};
+use crate::config::ServeConfig;
+use crate::head::HeadFlag;
+use crate::rpc::client::{Classes, Client};
+
+/// Columns that a class's name takes in the table; the rest of a longer one
+/// pushes what follows.
+const LABEL_WIDTH_MAX: usize = 24;
+
+#[derive(Debug, Clone, Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub input: InputConfig,
+
+    /// Which linear head: one of the worker's, or with --model NAME=FILE, which
+    /// loads one [default: the checkpoint's own, or the only one]
+    #[arg(long, value_name = "NAME[=FILE]")]
+    pub head: Option<HeadChoice>,
+
+    /// Classes of each image
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub top_k: u32,
+
+    #[command(flatten)]
+    pub preprocess: PreprocessConfig,
+
+    /// Print one JSON object an image instead of a table
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub worker: WorkerConfig,
+}
+
+/// What `--head` takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeadChoice {
+    /// One that the worker has.
+    Name(String),
+    /// One that a worker of one's own shall load.
+    File(HeadFlag),
+}
+
+impl FromStr for HeadChoice {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text.parse() {
+            Ok(flag) => Self::File(flag),
+            Err(_) => Self::Name(text.to_owned()),
+        })
+    }
+}
+
+impl HeadChoice {
+    fn name(&self) -> &str {
+        match self {
+            Self::Name(name) => name,
+            Self::File(flag) => &flag.name,
+        }
+    }
+}
+
+impl ClassifyArgs {
+    /// Has a worker of one's own load the head.
+    pub(super) fn add_head(&self, own: Option<&mut ServeConfig>) -> anyhow::Result<()> {
+        let Some(HeadChoice::File(flag)) = &self.head else {
+            return Ok(());
+        };
+        let Some(own) = own else {
+            anyhow::bail!(
+                "--head {}={}: a worker that runs elsewhere loads no files; write --head {}, or \
+                 give --model",
+                flag.name,
+                flag.file.display(),
+                flag.name
+            );
+        };
+        own.model.heads.push(flag.clone());
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    file: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    head: &'a str,
+    classes: Vec<Class>,
+    /// Of a model that names no classes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    logits: Vec<f32>,
+    model_digest: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Class {
+    index: u32,
+    label: String,
+    score: f32,
+}
+
+pub(super) async fn run(
+    args: &ClassifyArgs,
+    session: &Session,
+    out: &mut impl Write,
+) -> anyhow::Result<Outcome> {
+    let preprocess = args.preprocess.to_pb();
+    let (head, top_k) = (args.head.as_ref().map_or("", HeadChoice::name), args.top_k);
+    let call = |mut client: Client, images| async move {
+        client.classify(images, preprocess, head, top_k).await
+    };
+    let width = label_width(session, head);
+    if !args.json {
+        session.introduce(out)?;
+        // As wide as the columns below it.
+        let column = format!("score {:width$}  ", "class");
+        writeln!(out, "{}file", column.repeat(columns(session, head, top_k)))?;
+    }
+    let take = |file: &str, found: Classes| {
+        let classes = found.best.into_iter().map(|class| Class {
+            index: class.index,
+            label: class.label,
+            score: class.score,
+        });
+        let line = Line {
+            file,
+            head: &found.head,
+            classes: classes.collect(),
+            logits: found.logits,
+            model_digest: &session.model.digest,
+        };
+        if args.json {
+            return json(out, &line);
+        }
+        for class in &line.classes {
+            write!(out, "{:.3} {:width$}  ", class.score, class.label)?;
+        }
+        for (index, logit) in best(&line.logits, top_k) {
+            write!(out, "{logit:5.2} {:width$}  ", format!("#{index}"))?;
+        }
+        writeln!(out, "{file}")?;
+        Ok(())
+    };
+    session.each(Inputs::new(&args.input)?, call, take).await
+}
+
+/// The names of the classes that will be shown; none of a model without.
+fn labels<'a>(session: &'a Session, head: &str) -> &'a [String] {
+    let heads = &session.model.heads;
+    let found = heads.iter().find(|found| found.name == head);
+    // Without a name it is the checkpoint's own, or the only one.
+    match (found, heads.as_slice()) {
+        (Some(head), _) => &head.labels,
+        (None, [only]) if session.model.labels.is_empty() => &only.labels,
+        _ => &session.model.labels,
+    }
+}
+
+fn label_width(session: &Session, head: &str) -> usize {
+    let widths = labels(session, head)
+        .iter()
+        .map(|label| label.chars().count());
+    widths
+        .max()
+        .unwrap_or(0)
+        .clamp("class".len(), LABEL_WIDTH_MAX)
+}
+
+fn columns(session: &Session, head: &str, top_k: u32) -> usize {
+    let top_k = top_k as usize;
+    match labels(session, head).len() {
+        0 => top_k,
+        n => top_k.min(n),
+    }
+}
+
+/// The highest logits with their rows: a model without names has no more to
+/// say.
+fn best(logits: &[f32], top_k: u32) -> Vec<(usize, f32)> {
+    let mut all: Vec<(usize, f32)> = logits.iter().copied().enumerate().collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1));
+    all.truncate(top_k as usize);
+    all
+}

@@ -1,0 +1,541 @@
+//! `imagegpt generate`: images pixel by pixel, from nothing or from a part of
+//! given ones, on a contact sheet.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal as _, Write};
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use clap::Args;
+use futures_util::StreamExt as _;
+use image::{RgbImage, imageops};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::input::{Inputs, only_one_stdin};
+use super::output::{Folder, complain, json, stem};
+use super::sheet::{Cell, Sheet};
+use super::{Outcome, PreprocessConfig, Session, WorkerConfig};
+use crate::neighbors::PICTURE_LIMITS;
+use crate::pb;
+use crate::pb::generate_response::Message;
+use crate::preprocess::Alpha;
+use crate::preprocess::decode::decode;
+use crate::rpc::client::Client;
+
+/// Pictures side by side on a sheet where no input gives it its rows.
+const COLUMNS: usize = 8;
+/// Calls in flight at most, whatever the worker has places for.
+const CALLS_MAX: usize = 64;
+
+#[derive(Debug, Clone, Args)]
+pub struct GenerateArgs {
+    /// An image that is completed, or a folder of them, as often as there are; -
+    /// is standard input. A row of the sheet shows it as the model sees it, what
+    /// is kept of it, and the samples. Without it images are made from nothing
+    #[arg(long = "input", value_name = "IMAGE")]
+    pub inputs: Vec<PathBuf>,
+
+    /// Rows that are kept, from the top [default: the upper half]
+    #[arg(long, value_name = "N", requires = "inputs", conflicts_with = "mask")]
+    pub rows: Option<u32>,
+
+    /// An image that is light where inputs are kept and dark where they are made
+    /// anew. A kept pixel is seen by those after it in raster order only
+    #[arg(long, value_name = "FILE", requires = "inputs")]
+    pub mask: Option<PathBuf>,
+
+    /// Images to make, of each input
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub samples: u32,
+
+    /// Below 1 likelier colors are preferred, above 1 there is more variety; 0
+    /// takes the likeliest every time
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "T",
+        allow_negative_numbers = true
+    )]
+    pub temperature: f32,
+
+    /// Draw from the so many likeliest colors only; 0 draws from all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: u32,
+
+    /// Draw only from the fewest likeliest colors that together have this
+    /// probability
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "P",
+        allow_negative_numbers = true
+    )]
+    pub top_p: f32,
+
+    /// What the draws follow from: the same seed repeats the images [default: one
+    /// that is drawn and printed]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+
+    /// The contact sheet, a PNG
+    #[arg(long, default_value = "sheet.png", value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// Write a PNG of each sample into this folder, too
+    #[arg(long, value_name = "DIR")]
+    pub save_samples: Option<PathBuf>,
+
+    /// Pixels of the files for one of the model's, without smoothing
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub scale: u8,
+
+    #[command(flatten)]
+    pub preprocess: PreprocessConfig,
+
+    /// Print one JSON object a sample instead of a table
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub worker: WorkerConfig,
+}
+
+impl GenerateArgs {
+    /// Checks what no flag can check by itself; the rest is the worker's to say.
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        only_one_stdin(self.inputs.iter().map(PathBuf::as_path))
+    }
+}
+
+/// What all samples of a row of the sheet begin with.
+#[derive(Debug)]
+struct Primer {
+    /// The input's; `None` without an input.
+    file: Option<String>,
+    request: Option<pb::generate_request::Primer>,
+    /// What the sheet shows before the samples.
+    shown: Vec<Cell>,
+}
+
+/// The samples of one call.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    primer_idx: usize,
+    first_sample: u32,
+    n_samples: u32,
+    seed: u64,
+}
+
+/// A sample that is done.
+#[derive(Debug)]
+struct Drawn {
+    tokens: Vec<u16>,
+    /// Of each pixel that was not given.
+    log_probs: Vec<f32>,
+}
+
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    input: Option<&'a str>,
+    sample: u32,
+    seed: u64,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    /// Pixels that were drawn; the others were given.
+    pixels_drawn: usize,
+    /// Mean of ln p of the drawn pixels, under the model itself.
+    log_prob_mean: Option<f64>,
+    log_prob_sum: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<PathBuf>,
+    sheet: &'a Path,
+    model_digest: &'a str,
+}
+
+pub(super) async fn run(
+    args: &GenerateArgs,
+    session: &Session,
+    out: &mut impl Write,
+) -> anyhow::Result<Outcome> {
+    let (primers, outcome) = primers(args, session).await?;
+    anyhow::ensure!(
+        !primers.is_empty() || outcome == Outcome::Failed,
+        "--input: there is no image"
+    );
+    if primers.is_empty() {
+        return Ok(outcome);
+    }
+    let save = args.save_samples.as_deref();
+    let folder = save
+        .map(|path| Folder::make("--save-samples", path))
+        .transpose()?;
+    let seed = args.seed.unwrap_or_else(any_seed);
+    if !args.json {
+        session.introduce(out)?;
+        writeln!(out, "seed {seed}")?;
+        writeln!(out, "sample  ln p/pixel  pixels drawn  file")?;
+    }
+    let n_samples = primers.len() as u64 * u64::from(args.samples);
+    let bar = Bar::begin(n_samples, session.model.positions.into());
+    let mut report = Report {
+        args,
+        session,
+        bar: &bar,
+        folder,
+        seed,
+        cells: primers.iter().map(|primer| primer.shown.clone()).collect(),
+        outcome,
+    };
+    let parts = parts(args, session, primers.len(), seed);
+    let (primers, bar) = (&primers, &bar);
+    let calls = futures_util::stream::iter(parts).map(|part| async move {
+        let request = request(args, &primers[part.primer_idx], part);
+        let drawn = draw(session, request, bar).await?;
+        anyhow::Ok((part, drawn))
+    });
+    let mut calls = pin!(calls.buffered(calls_in_flight(args, session)));
+    while let Some(call) = calls.next().await {
+        let (part, drawn) = call?;
+        let input = primers[part.primer_idx].file.as_deref();
+        report.part(input, part, drawn, out)?;
+    }
+    bar.end();
+    report.save(out)
+}
+
+/// What comes of the samples: lines, files, and their places on the sheet.
+struct Report<'a> {
+    args: &'a GenerateArgs,
+    session: &'a Session,
+    bar: &'a Bar,
+    folder: Option<Folder>,
+    seed: u64,
+    /// By primer.
+    cells: Vec<Vec<Cell>>,
+    outcome: Outcome,
+}
+
+impl Report<'_> {
+    fn part(
+        &mut self,
+        input: Option<&str>,
+        part: Part,
+        mut drawn: BTreeMap<u32, Result<Drawn, String>>,
+        out: &mut impl Write,
+    ) -> anyhow::Result<()> {
+        for idx in 0..part.n_samples {
+            let sample = part.first_sample + idx;
+            let drawn = drawn
+                .remove(&idx)
+                .unwrap_or_else(|| Err("it has no outcome".to_owned()));
+            let cell = match drawn {
+                Ok(drawn) => {
+                    self.sample(input, sample, &drawn, out)?;
+                    drawn.tokens.into_iter().map(Some).collect()
+                }
+                Err(reason) => {
+                    let of = input.map_or_else(String::new, |input| format!("{input}: "));
+                    let line = format!("{of}sample {sample}: {reason}");
+                    self.bar.aside(|| complain(&line));
+                    self.outcome = Outcome::Failed;
+                    vec![None; self.session.model.positions as usize]
+                }
+            };
+            self.cells[part.primer_idx].push(cell);
+        }
+        Ok(())
+    }
+
+    fn sample(
+        &mut self,
+        input: Option<&str>,
+        sample: u32,
+        drawn: &Drawn,
+        out: &mut impl Write,
+    ) -> anyhow::Result<()> {
+        let args = self.args;
+        let file = match &mut self.folder {
+            Some(folder) => {
+                let png = self.session.png(&drawn.tokens, args.scale)?;
+                let stem = input.map_or_else(|| "sample".to_owned(), stem);
+                // As a path, of which the ending is left out.
+                Some(folder.write(&format!("{stem}-{sample}.png"), &png)?)
+            }
+            None => None,
+        };
+        let n = drawn.log_probs.len();
+        let sum: f64 = drawn.log_probs.iter().copied().map(f64::from).sum();
+        #[expect(clippy::cast_precision_loss, reason = "an image has few pixels")]
+        let mean = (n > 0).then(|| sum / n as f64);
+        let line = Line {
+            input,
+            sample,
+            seed: self.seed,
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            pixels_drawn: n,
+            log_prob_mean: mean,
+            log_prob_sum: sum,
+            file,
+            sheet: &args.output,
+            model_digest: &self.session.model.digest,
+        };
+        self.bar.aside(|| line.show(args.json, out))
+    }
+
+    fn save(self, out: &mut impl Write) -> anyhow::Result<Outcome> {
+        let args = self.args;
+        let rows = if args.inputs.is_empty() {
+            let cells = self.cells.concat();
+            cells.chunks(COLUMNS).map(<[Cell]>::to_vec).collect()
+        } else {
+            self.cells
+        };
+        let sheet = Sheet {
+            side: self.session.model.side as usize,
+            palette: &self.session.model.palette_rgb8,
+            scale: args.scale.into(),
+            rows,
+        };
+        sheet.save(&args.output)?;
+        if !args.json {
+            writeln!(out, "wrote {}", args.output.display())?;
+        }
+        Ok(self.outcome)
+    }
+}
+
+/// The inputs' known parts, and whether all inputs could be used.
+async fn primers(args: &GenerateArgs, session: &Session) -> anyhow::Result<(Vec<Primer>, Outcome)> {
+    if args.inputs.is_empty() {
+        let nothing = Primer {
+            file: None,
+            request: None,
+            shown: Vec::new(),
+        };
+        return Ok((vec![nothing], Outcome::Done));
+    }
+    let kept = kept(args, session.model.side)?;
+    let keep = if args.mask.is_some() {
+        let mask: Vec<u8> = kept.iter().copied().map(u8::from).collect();
+        pb::image_primer::Keep::Mask(mask.into())
+    } else {
+        pb::image_primer::Keep::Rows(rows(args, session.model.side))
+    };
+    let preprocess = args.preprocess.to_pb();
+    let call =
+        |mut client: Client, images| async move { client.tokenize(images, preprocess).await };
+    let mut primers = Vec::new();
+    let take = |file: &str, ids: Vec<u32>| {
+        let tokens = session.tokens(&ids)?;
+        let given: Cell = tokens.into_iter().map(Some).collect();
+        let known = given.iter().zip(&kept);
+        let known = known.map(|(token, kept)| token.filter(|_| *kept)).collect();
+        let image = pb::Image {
+            source: Some(pb::image::Source::Tokens(pb::Tokens { ids })),
+        };
+        primers.push(Primer {
+            file: Some(file.to_owned()),
+            request: Some(pb::generate_request::Primer::Image(pb::ImagePrimer {
+                image: Some(image),
+                keep: Some(keep.clone()),
+                ..Default::default()
+            })),
+            shown: vec![given, known],
+        });
+        Ok(())
+    };
+    let inputs = Inputs::of(args.inputs.clone());
+    let outcome = session.each(inputs, call, take).await?;
+    Ok((primers, outcome))
+}
+
+/// Which pixels of an input are kept, in raster order.
+fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
+    let Some(path) = &args.mask else {
+        let rows = rows(args, side);
+        anyhow::ensure!(
+            rows <= side,
+            "--rows {rows} are more than the {side} that the model's images have"
+        );
+        return Ok((0..side * side).map(|pixel| pixel / side < rows).collect());
+    };
+    let mask = std::fs::read(path)
+        .map_err(anyhow::Error::from)
+        .and_then(|bytes| Ok(decode(&bytes, Alpha::White, &PICTURE_LIMITS)?))
+        .with_context(|| format!("--mask {} cannot be read", path.display()))?;
+    let mask = RgbImage::from_raw(mask.width, mask.height, mask.pixels)
+        .with_context(|| format!("--mask {} has no pixels", path.display()))?;
+    let mask = imageops::resize(&mask, side, side, imageops::FilterType::Nearest);
+    let light = imageops::grayscale(&mask);
+    Ok(light.pixels().map(|pixel| pixel.0[0] >= 128).collect())
+}
+
+/// How many rows of an input are kept, without a mask.
+fn rows(args: &GenerateArgs, side: u32) -> u32 {
+    args.rows.unwrap_or(side / 2)
+}
+
+/// Calls of no more samples than the worker takes in one. A sample is drawn by
+/// the seed and its number in its call, so each further call has a seed of its
+/// own.
+fn parts(args: &GenerateArgs, session: &Session, n_primers: usize, seed: u64) -> Vec<Part> {
+    let per_call = samples_per_call(args, session);
+    let of_primer = |primer_idx| {
+        let firsts = (0..args.samples).step_by(per_call as usize);
+        firsts
+            .enumerate()
+            .map(move |(call_idx, first_sample)| Part {
+                primer_idx,
+                first_sample,
+                n_samples: per_call.min(args.samples - first_sample),
+                seed: seed.wrapping_add(call_idx as u64),
+            })
+    };
+    (0..n_primers).flat_map(of_primer).collect()
+}
+
+fn samples_per_call(args: &GenerateArgs, session: &Session) -> u32 {
+    let limits = session.model.limits.unwrap_or_default();
+    let most = limits.samples_per_call_max.min(limits.images_in_flight_max);
+    args.samples.min(most).max(1)
+}
+
+/// As many calls as fill the worker's places, and one more that is there when a
+/// place becomes free.
+fn calls_in_flight(args: &GenerateArgs, session: &Session) -> usize {
+    let n_slots = session.model.limits.unwrap_or_default().generate_slots;
+    let calls = n_slots.div_ceil(samples_per_call(args, session)) as usize + 1;
+    calls.min(CALLS_MAX)
+}
+
+fn request(args: &GenerateArgs, primer: &Primer, part: Part) -> pb::GenerateRequest {
+    pb::GenerateRequest {
+        primer: primer.request.clone(),
+        samples: part.n_samples,
+        temperature: Some(args.temperature),
+        top_k: args.top_k,
+        top_p: Some(args.top_p),
+        seed: Some(part.seed),
+        log_probs: true,
+        // Files are drawn here, of the tokens.
+        scale: 1,
+        no_rows: false,
+    }
+}
+
+/// Makes a call, and gives its samples by number.
+async fn draw(
+    session: &Session,
+    request: pb::GenerateRequest,
+    bar: &Bar,
+) -> anyhow::Result<BTreeMap<u32, Result<Drawn, String>>> {
+    let mut generation = session.client.clone().generate(request).await?;
+    let mut drawn = BTreeMap::new();
+    while let Some(message) = generation.next().await? {
+        match message {
+            Message::Started(_) => {}
+            Message::Row(row) => bar.advance(row.ids.len() as u64),
+            Message::Result(result) => {
+                let outcome = match result.outcome {
+                    Some(pb::generate_result::Outcome::Image(image)) => Ok(Drawn {
+                        tokens: session.tokens(&image.tokens.unwrap_or_default().ids)?,
+                        log_probs: image.log_probs,
+                    }),
+                    Some(pb::generate_result::Outcome::Error(status)) => Err(status.message),
+                    None => Err("the worker sent no outcome".to_owned()),
+                };
+                drawn.insert(result.sample, outcome);
+            }
+        }
+    }
+    Ok(drawn)
+}
+
+/// A seed that nobody asked for, short enough to type.
+fn any_seed() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    // Each has keys of its own.
+    RandomState::new().hash_one(0_u8) & u64::from(u32::MAX)
+}
+
+impl Line<'_> {
+    fn show(&self, as_json: bool, out: &mut impl Write) -> anyhow::Result<()> {
+        if as_json {
+            return json(out, self);
+        }
+        let mean = self
+            .log_prob_mean
+            .map_or_else(|| "-".to_owned(), |mean| format!("{mean:.4}"));
+        let file = match (&self.file, self.input) {
+            (Some(file), _) => file.display().to_string(),
+            (None, Some(input)) => input.to_owned(),
+            (None, None) => "-".to_owned(),
+        };
+        let (sample, n) = (self.sample, self.pixels_drawn);
+        writeln!(out, "{sample:>6}  {mean:>10}  {n:>12}  {file}")?;
+        Ok(())
+    }
+}
+
+/// Progress over pixels: a bar on a terminal, a line at the beginning and one at
+/// the end elsewhere. On standard error, so that what is printed stays clean.
+struct Bar {
+    shown: Option<ProgressBar>,
+    begun: Instant,
+}
+
+impl Bar {
+    fn begin(n_samples: u64, positions: u64) -> Self {
+        let shown = std::io::stderr().is_terminal().then(|| {
+            let template = "{wide_bar} {pos}/{len} pixels, {per_sec}, {eta}";
+            let style = ProgressStyle::with_template(template)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::new(n_samples * positions).with_style(style)
+        });
+        if shown.is_none() {
+            let n_pixels = n_samples * positions;
+            complain(&format!("making {n_pixels} pixels, {positions} an image"));
+        }
+        Self {
+            shown,
+            begun: Instant::now(),
+        }
+    }
+
+    fn advance(&self, n_pixels: u64) {
+        if let Some(bar) = &self.shown {
+            bar.inc(n_pixels);
+        }
+    }
+
+    /// Prints something while the bar is out of the way.
+    fn aside<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &self.shown {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    fn end(&self) {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        match &self.shown {
+            Some(bar) => bar.finish_and_clear(),
+            None => complain(&format!("done in {seconds:.1} s")),
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.shown {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! Where images come from, and how many of them go into a call.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+use tokio::sync::mpsc;
+
+use crate::neighbors::find_images;
+use crate::pb;
+
+/// What stands for standard input.
+const STDIN: &str = "-";
+/// Bytes of files that go into one call, unless a single file is larger: so much
+/// a call is what this side holds in memory.
+const CALL_BYTES_MAX: u64 = 16 << 20;
+/// What a message has besides an image's bytes, and besides its images.
+const IMAGE_OVERHEAD: u64 = 16;
+const MESSAGE_OVERHEAD: u64 = 1024;
+
+/// Which images.
+#[derive(Debug, Clone, Args)]
+pub struct InputConfig {
+    /// Images (PNG, JPEG, WebP, GIF, BMP, TIFF), folders of images with their
+    /// subfolders, or - for the bytes of one image on standard input
+    #[arg(value_name = "INPUT", required_unless_present = "list")]
+    pub inputs: Vec<PathBuf>,
+
+    /// A file that names more inputs, one a line; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub list: Option<PathBuf>,
+}
+
+impl InputConfig {
+    /// Checks what no flag can check by itself.
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        let list = self.list.as_deref().into_iter();
+        only_one_stdin(self.inputs.iter().map(PathBuf::as_path).chain(list))
+    }
+}
+
+/// Standard input is read once, so only one input may be it.
+pub(super) fn only_one_stdin<'a>(inputs: impl Iterator<Item = &'a Path>) -> anyhow::Result<()> {
+    let n = inputs.filter(|path| *path == Path::new(STDIN)).count();
+    anyhow::ensure!(n < 2, "- is standard input, which can be read only once");
+    Ok(())
+}
+
+/// From files to tokens.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct PreprocessConfig {
+    /// How an image becomes square: resized straight to the model's side, or its
+    /// center cut out
+    #[arg(long, value_enum, default_value = "squash")]
+    pub fit: Fit,
+
+    /// What transparent pixels show: the color stored under them, or white
+    #[arg(long, value_enum, default_value = "drop")]
+    pub alpha: Alpha,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Fit {
+    Squash,
+    CenterCrop,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Alpha {
+    Drop,
+    White,
+}
+
+impl PreprocessConfig {
+    pub(super) fn to_pb(self) -> pb::Preprocess {
+        let fit = match self.fit {
+            Fit::Squash => pb::Fit::Squash,
+            Fit::CenterCrop => pb::Fit::CenterCrop,
+        };
+        let alpha = match self.alpha {
+            Alpha::Drop => pb::Alpha::Drop,
+            Alpha::White => pb::Alpha::White,
+        };
+        pb::Preprocess {
+            fit: fit.into(),
+            alpha: alpha.into(),
+        }
+    }
+}
+
+/// What fits into a call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CallLimits {
+    pub(super) images: usize,
+    /// Of a call's images together.
+    pub(super) bytes: u64,
+    /// Of one image.
+    pub(super) image_bytes: u64,
+}
+
+impl CallLimits {
+    /// A run's images a call, so that answers come as they are there: the worker
+    /// makes batches over calls.
+    pub(super) fn new(limits: &pb::Limits) -> Self {
+        let images = [
+            limits.batch_size_max,
+            limits.images_per_call_max,
+            limits.images_in_flight_max,
+        ];
+        let images = images.into_iter().min().unwrap_or_default().max(1);
+        let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
+        Self {
+            images: images as usize,
+            bytes: message.min(CALL_BYTES_MAX),
+            image_bytes: message
+                .saturating_sub(IMAGE_OVERHEAD)
+                .min(limits.image_bytes_max),
+        }
+    }
+}
+
+/// All inputs of a command, found and read one after the other as they are
+/// needed.
+pub(super) struct Inputs {
+    sources: Box<dyn Iterator<Item = Result<Source, Item>> + Send>,
+}
+
+/// A file that was found.
+#[derive(Debug, PartialEq, Eq)]
+enum Source {
+    Stdin,
+    File(PathBuf),
+}
+
+/// One image of a call: its bytes, or why there are none.
+#[derive(Debug)]
+pub(super) struct Item {
+    name: String,
+    bytes: Result<Bytes, String>,
+}
+
+impl Inputs {
+    /// # Errors
+    ///
+    /// When the list cannot be opened.
+    pub(super) fn new(config: &InputConfig) -> anyhow::Result<Self> {
+        let list = config.list.as_deref().map(lines).transpose()?;
+        let listed = list.into_iter().flatten().flat_map(|line| match line {
+            Ok(path) => expand(path),
+            Err(item) => vec![Err(item)].into(),
+        });
+        Ok(Self {
+            sources: Box::new(given(config.inputs.clone()).chain(listed)),
+        })
+    }
+
+    pub(super) fn of(inputs: Vec<PathBuf>) -> Self {
+        Self {
+            sources: Box::new(given(inputs)),
+        }
+    }
+
+    /// Reads them on a thread, a call's worth at a time and one ahead.
+    pub(super) fn batches(self, limits: CallLimits) -> anyhow::Result<mpsc::Receiver<Batch>> {
+        let (batches_in, batches) = mpsc::channel(1);
+        let read = move || {
+            let items = self.sources.map(|source| match source {
+                Ok(source) => source.read(limits.image_bytes),
+                Err(item) => item,
+            });
+            for batch in (Batches {
+                items,
+                next: None,
+                limits,
+            }) {
+                // Whoever took them has gone.
+                if batches_in.blocking_send(batch).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("read".to_owned())
+            .spawn(read)
+            .context("a thread to read images cannot be started")?;
+        Ok(batches)
+    }
+}
+
+/// The images behind what stands on the command line.
+fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, Item>> + Send {
+    inputs.into_iter().flat_map(|path| {
+        if path == Path::new(STDIN) {
+            VecDeque::from([Ok(Source::Stdin)])
+        } else {
+            expand(path)
+        }
+    })
+}
+
+/// A file as it is, a folder as the images in it.
+fn expand(path: PathBuf) -> VecDeque<Result<Source, Item>> {
+    if !path.is_dir() {
+        return VecDeque::from([Ok(Source::File(path))]);
+    }
+    match find_images(&path) {
+        Ok(found) if found.is_empty() => {
+            let name = path.display().to_string();
+            VecDeque::from([Err(Item::failed(
+                name,
+                "no images are in this folder".to_owned(),
+            ))])
+        }
+        Ok(found) => found
+            .into_iter()
+            .map(|path| Ok(Source::File(path)))
+            .collect(),
+        Err(error) => {
+            let name = path.display().to_string();
+            VecDeque::from([Err(Item::failed(name, format!("{error:#}")))])
+        }
+    }
+}
+
+/// Paths, one a line, whatever bytes they are of.
+fn lines(
+    list: &Path,
+) -> anyhow::Result<impl Iterator<Item = Result<PathBuf, Item>> + Send + use<>> {
+    let name = list.display().to_string();
+    let reader: Box<dyn Read + Send> = if list == Path::new(STDIN) {
+        Box::new(io::stdin())
+    } else {
+        let file = File::open(list).with_context(|| format!("--list {name} cannot be read"))?;
+        Box::new(file)
+    };
+    let lines = BufReader::new(reader).split(b'\n');
+    Ok(lines.filter_map(move |line| match line {
+        Ok(mut line) => {
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            (!line.is_empty()).then(|| Ok(OsString::from_vec(line).into()))
+        }
+        Err(error) => Some(Err(Item::failed(name.clone(), error.to_string()))),
+    }))
+}
+
+impl Source {
+    fn read(self, bytes_max: u64) -> Item {
+        let (name, bytes) = match self {
+            Self::Stdin => (STDIN.to_owned(), read(&mut io::stdin().lock(), bytes_max)),
+            Self::File(path) => {
+                let bytes = File::open(&path).and_then(|mut file| read(&mut file, bytes_max));
+                (path.display().to_string(), bytes)
+            }
+        };
+        Item {
+            name,
+            bytes: bytes.map_err(|error| error.to_string()),
+        }
+    }
+}
+
+/// No more of a file than the worker takes.
+fn read(file: &mut impl Read, bytes_max: u64) -> io::Result<Bytes> {
+    let mut bytes = Vec::new();
+    file.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        let max = ByteSize(bytes_max);
+        return Err(io::Error::other(format!(
+            "over the worker's limit of {max} an image (--image-bytes-max, --request-bytes-max)"
+        )));
+    }
+    Ok(bytes.into())
+}
+
+impl Item {
+    fn failed(name: String, reason: String) -> Self {
+        Self {
+            name,
+            bytes: Err(reason),
+        }
+    }
+}
+
+/// What goes into one call, with what failed in between.
+#[derive(Debug)]
+pub(super) struct Batch(Vec<Item>);
+
+impl Batch {
+    pub(super) fn images(&self) -> Vec<Bytes> {
+        let read = |item: &Item| item.bytes.as_ref().ok().cloned();
+        self.0.iter().filter_map(read).collect()
+    }
+
+    /// Each item's name with its outcome, one of which there is for each of
+    /// [`Self::images`].
+    pub(super) fn answered<T>(
+        self,
+        outcomes: Vec<Result<T, String>>,
+    ) -> Vec<(String, Result<T, String>)> {
+        let mut outcomes = outcomes.into_iter();
+        let answered = self.0.into_iter().map(|item| {
+            let outcome = match item.bytes {
+                Ok(_) => outcomes
+                    .next()
+                    .unwrap_or_else(|| Err("it has no answer".to_owned())),
+                Err(reason) => Err(reason),
+            };
+            (item.name, outcome)
+        });
+        answered.collect()
+    }
+}
+
+/// Items cut into batches within the limits.
+struct Batches<I> {
+    items: I,
+    /// What the last batch had no room for.
+    next: Option<Item>,
+    limits: CallLimits,
+}
+
+impl<I: Iterator<Item = Item>> Iterator for Batches<I> {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        let mut batch = Vec::new();
+        let mut n_bytes = 0;
+        while batch.len() < self.limits.images {
+            let Some(item) = self.next.take().or_else(|| self.items.next()) else {
+                break;
+            };
+            let size = item.bytes.as_ref().map_or(0, Bytes::len) as u64 + IMAGE_OVERHEAD;
+            if n_bytes + size > self.limits.bytes && !batch.is_empty() {
+                self.next = Some(item);
+                break;
+            }
+            n_bytes += size;
+            batch.push(item);
+        }
+        (!batch.is_empty()).then_some(Batch(batch))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> CallLimits {
+        CallLimits {
+            images: 3,
+            bytes: 100,
+            image_bytes: 90,
+        }
+    }
+
+    #[test]
+    fn calls_are_within_the_limits_and_in_order() {
+        let item = |(idx, size): (usize, &usize)| Item {
+            name: idx.to_string(),
+            bytes: match size {
+                0 => Err("bad".to_owned()),
+                size => Ok(vec![0; *size].into()),
+            },
+        };
+        // Each image is 16 bytes more.
+        let sizes = [10, 10, 10, 10, 60, 8, 84, 200, 0, 1];
+        let items = sizes.iter().enumerate().map(item);
+        let batches = Batches {
+            items,
+            next: None,
+            limits: limits(),
+        };
+        let names = batches.map(|Batch(items)| {
+            let names: Vec<String> = items.into_iter().map(|item| item.name).collect();
+            names.join(" ")
+        });
+        let names: Vec<String> = names.collect();
+        assert_eq!(names, ["0 1 2", "3", "4 5", "6", "7", "8 9"]);
+    }
+
+    #[test]
+    fn outcomes_find_their_images() {
+        let bytes = Bytes::from_static(b"image");
+        let good = |name: &str| Item {
+            name: name.to_owned(),
+            bytes: Ok(bytes.clone()),
+        };
+        let bad = Item::failed("b".to_owned(), "unread".to_owned());
+        let batch = Batch(vec![good("a"), bad, good("c"), good("d")]);
+        assert_eq!(batch.images().len(), 3);
+        let answered = batch.answered(vec![Ok(1), Err("refused".to_owned())]);
+        let reason = |text: &str| Err(text.to_owned());
+        let expected = [
+            ("a".to_owned(), Ok(1)),
+            ("b".to_owned(), reason("unread")),
+            ("c".to_owned(), reason("refused")),
+            ("d".to_owned(), reason("it has no answer")),
+        ];
+        assert_eq!(answered, expected);
+    }
+
+    #[test]
+    fn a_call_is_a_run_of_the_model_or_less() {
+        let limits = pb::Limits {
+            images_per_call_max: 256,
+            request_bytes_max: 1 << 20,
+            image_bytes_max: 1 << 25,
+            images_in_flight_max: 1024,
+            batch_size_max: 8,
+            ..Default::default()
+        };
+        let got = CallLimits::new(&limits);
+        assert_eq!(got.images, 8);
+        assert!(got.image_bytes + IMAGE_OVERHEAD + MESSAGE_OVERHEAD <= 1 << 20);
+        let few = pb::Limits {
+            images_in_flight_max: 2,
+            ..limits
+        };
+        assert_eq!(CallLimits::new(&few).images, 2);
+        // A worker that says nothing is asked for one at a time.
+        assert_eq!(CallLimits::new(&pb::Limits::default()).images, 1);
+    }
+
+    #[test]
+    fn files_are_read_up_to_the_limit() {
+        assert_eq!(read(&mut &[1_u8; 9][..], 9).unwrap().len(), 9);
+        let error = read(&mut &[1_u8; 10][..], 9).unwrap_err();
+        assert!(error.to_string().contains("9 B an image"), "{error}");
+    }
+
+    #[test]
+    fn lists_folders_and_files_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(path("in/deep")).unwrap();
+        std::fs::create_dir(path("empty")).unwrap();
+        for name in ["in/b.png", "in/a.JPG", "in/deep/c.webp", "in/notes.txt"] {
+            std::fs::write(path(name), b"").unwrap();
+        }
+        let list =
+            [path("empty"), path("in"), path("none.png")].map(|path| path.display().to_string());
+        std::fs::write(
+            path("list"),
+            format!("{}\r\n\n{}\n{}", list[0], list[1], list[2]),
+        )
+        .unwrap();
+        let config = InputConfig {
+            inputs: vec![STDIN.into(), path("in/notes.txt")],
+            list: Some(path("list")),
+        };
+        let found: Vec<String> = Inputs::new(&config)
+            .unwrap()
+            .sources
+            .map(|source| match source {
+                Ok(Source::Stdin) => "stdin".to_owned(),
+                Ok(Source::File(found)) => {
+                    let inside = found.strip_prefix(folder.path()).unwrap();
+                    inside.display().to_string()
+                }
+                Err(item) => item.bytes.unwrap_err(),
+            })
+            .collect();
+        let expected = [
+            "stdin",
+            "in/notes.txt",
+            "no images are in this folder",
+            "in/a.JPG",
+            "in/b.png",
+            "in/deep/c.webp",
+            "none.png",
+        ];
+        assert_eq!(found, expected);
+        let config = InputConfig {
+            inputs: vec![STDIN.into()],
+            list: Some(STDIN.into()),
+        };
+        assert!(config.validate().is_err());
+    }
+}

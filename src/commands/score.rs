@@ -1,0 +1,158 @@
+//! `imagegpt score`: how likely the model finds images.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use plotters::style::colors::colormaps::ViridisRGB;
+use serde::Serialize;
+
+use super::input::Inputs;
+use super::output::{Folder, json};
+use super::{InputConfig, Outcome, PreprocessConfig, Session, WorkerConfig};
+use crate::rpc::client::{Client, Score, ScoreOptions};
+
+#[derive(Debug, Clone, Args)]
+pub struct ScoreArgs {
+    #[command(flatten)]
+    pub input: InputConfig,
+
+    /// Also show how far the tokens compress without the model, in bits a token:
+    /// what is unlikely and complex may be merely complex
+    #[arg(long)]
+    pub complexity: bool,
+
+    /// Write a PNG for each image into this folder that shows how unlikely each
+    /// pixel was: from dark, certain, to yellow, as unlikely as by chance or more
+    #[arg(long, value_name = "DIR")]
+    pub map: Option<PathBuf>,
+
+    /// Pixels of a map for one of the model's, without smoothing
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub scale: u8,
+
+    /// Unlikeliest first, when all are there, instead of in the inputs' order
+    #[arg(long)]
+    pub sort: bool,
+
+    #[command(flatten)]
+    pub preprocess: PreprocessConfig,
+
+    /// Print one JSON object an image instead of a table
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub worker: WorkerConfig,
+}
+
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    file: String,
+    nats_per_token: f64,
+    bits_per_token: f64,
+    nats: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    complexity_bits_per_token: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    map: Option<PathBuf>,
+    model_digest: &'a str,
+}
+
+pub(super) async fn run(
+    args: &ScoreArgs,
+    session: &Session,
+    out: &mut impl Write,
+) -> anyhow::Result<Outcome> {
+    let preprocess = args.preprocess.to_pb();
+    let options = ScoreOptions {
+        map: args.map.is_some(),
+        complexity: args.complexity,
+    };
+    let map = args.map.as_deref();
+    let mut folder = map.map(|path| Folder::make("--map", path)).transpose()?;
+    let call =
+        |mut client: Client, images| async move { client.score(images, preprocess, options).await };
+    let mut sorted = Vec::new();
+    if !args.json {
+        session.introduce(out)?;
+        header(args, out)?;
+    }
+    let take = |file: &str, score: Score| {
+        let map = match &mut folder {
+            Some(folder) => Some(folder.write(file, &session.heat(&score.map, args.scale)?)?),
+            None => None,
+        };
+        let line = Line {
+            file: file.to_owned(),
+            nats_per_token: score.nats_per_token,
+            bits_per_token: score.bits_per_token,
+            nats: score.nats,
+            complexity_bits_per_token: score.complexity_bits_per_token,
+            map,
+            model_digest: &session.model.digest,
+        };
+        if args.sort {
+            sorted.push(line);
+            return Ok(());
+        }
+        show(args, &line, out)
+    };
+    let outcome = session.each(Inputs::new(&args.input)?, call, take).await?;
+    sorted.sort_by(|a, b| b.nats_per_token.total_cmp(&a.nats_per_token));
+    for line in &sorted {
+        show(args, line, out)?;
+    }
+    Ok(outcome)
+}
+
+fn header(args: &ScoreArgs, out: &mut impl Write) -> std::io::Result<()> {
+    // The file stands last, so that no width has to be known before all are
+    // there.
+    let complexity = if args.complexity { "  complexity" } else { "" };
+    writeln!(out, "nats/token  bits/token       nats{complexity}  file")
+}
+
+fn show(args: &ScoreArgs, line: &Line<'_>, out: &mut impl Write) -> anyhow::Result<()> {
+    if args.json {
+        return json(out, line);
+    }
+    let complexity = match line.complexity_bits_per_token {
+        Some(bits) => format!("  {bits:>10.4}"),
+        None => String::new(),
+    };
+    let Line {
+        nats_per_token,
+        bits_per_token,
+        nats,
+        file,
+        ..
+    } = line;
+    writeln!(
+        out,
+        "{nats_per_token:>10.4}  {bits_per_token:>10.4}  {nats:>9.1}{complexity}  {file}"
+    )?;
+    Ok(())
+}
+
+impl Session {
+    /// Each pixel's nats as a PNG file. All maps of a model have one scale, so
+    /// that they compare: to the nats of a guess among all colors.
+    fn heat(&self, nats: &[f32], scale: u8) -> anyhow::Result<Vec<u8>> {
+        let n_colors = u16::try_from(self.model.palette_rgb8.len() / 3).unwrap_or(u16::MAX);
+        let chance = f32::from(n_colors.max(2)).ln();
+        let color = |&nats: &f32| {
+            let color = ViridisRGB::get_color_normalized(nats, 0.0, chance);
+            [color.0, color.1, color.2]
+        };
+        let side = self.model.side;
+        let pixels = nats.iter().flat_map(color).collect();
+        let map = image::RgbImage::from_raw(side, side, pixels)
+            .ok_or_else(|| anyhow::anyhow!("the worker sent a map of another size"))?;
+        let edge = side * u32::from(scale);
+        let map = image::imageops::resize(&map, edge, edge, image::imageops::FilterType::Nearest);
+        let mut file = std::io::Cursor::new(Vec::new());
+        map.write_to(&mut file, image::ImageFormat::Png)?;
+        Ok(file.into_inner())
+    }
+}

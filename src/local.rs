@@ -1,0 +1,115 @@
+//! A worker within this process, from its flags to its readiness: for `imagegpt
+//! serve`, and for commands that are given a model instead of an endpoint. They
+//! reach theirs over gRPC too, so that both are one pipeline.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+use crate::compile::command::Bars;
+use crate::compile::{Provider, Runtime, cache};
+use crate::config::ServeConfig;
+use crate::engine::onnx;
+use crate::head::Head;
+use crate::model::Model;
+use crate::rpc;
+use crate::worker::{Worker, engine_factory};
+
+/// The flags of a worker for this process alone. `defaults` hold unless `more`,
+/// flags of `imagegpt serve` that are split at spaces, says otherwise.
+///
+/// # Errors
+///
+/// When `more` is not such flags.
+pub fn own_worker(
+    model: &str,
+    defaults: &[&str],
+    more: Option<&str>,
+) -> anyhow::Result<ServeConfig> {
+    #[derive(Parser)]
+    #[command(args_override_self = true)]
+    struct Serve {
+        #[command(flatten)]
+        config: ServeConfig,
+    }
+    // Its folder in the cache has a name that says nothing to a person.
+    let name = model.rsplit('/').find(|part| !part.is_empty());
+    let own = [
+        "serve",
+        "--model",
+        model,
+        "--model-name",
+        name.unwrap_or(model),
+    ];
+    // Any free port, so that it is in nobody's way; and nobody else's business.
+    let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
+    let more = more.unwrap_or_default().split_whitespace();
+    let all = own
+        .into_iter()
+        .chain(ports)
+        .chain(defaults.iter().copied())
+        .chain(more);
+    let mut config = Serve::try_parse_from(all).context("--serve")?.config;
+    // What the environment says of access is for a worker that others reach.
+    let access = &mut config.access;
+    (access.tls_cert, access.tls_key, access.tls_client_ca) = (None, None, None);
+    access.auth_tokens_file = None;
+    config.validate().context("--serve")?;
+    Ok(config)
+}
+
+/// A worker that is ready, of a model that is compiled first if it has to be.
+///
+/// # Errors
+///
+/// When the model or the addresses cannot be used.
+pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
+    // What is wrong with them is told before a model is compiled.
+    rpc::Access::open(&config.access)?;
+    if config.access.tokens_in_the_clear(config.network.listen) {
+        tracing::warn!(
+            "bearer tokens will cross the network unencrypted; give --tls-cert and --tls-key, or \
+             let a proxy on this machine do TLS"
+        );
+    }
+    let owned = config.clone();
+    let load = move || -> anyhow::Result<_> {
+        let folder = locate(&owned)?;
+        tracing::info!(folder = %folder.display(), "reading the model");
+        let model = Model::open(&folder, owned.model.model_name.as_deref())?;
+        let heads = owned.model.heads.iter().map(Head::open);
+        let heads = heads.collect::<Result<Vec<_>, _>>()?;
+        for head in &heads {
+            head.check(&model)?;
+        }
+        Ok((model, heads))
+    };
+    let (model, heads) = tokio::task::spawn_blocking(load).await??;
+    let factory = engine_factory(config, &model, &heads);
+    let mut worker = Worker::start(config, model, heads, factory).await?;
+    tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
+    worker.ready().await.context("the model cannot be served")?;
+    Ok(worker)
+}
+
+/// The directory to serve, compiled if it has to be.
+fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
+    let library = onnx::find_library(config.model.onnxruntime.as_deref());
+    let provider = match config.model.execution_provider {
+        onnx::Provider::Cuda => Provider::Cuda,
+        // A GPU that is there by chance is no reason to compile for it.
+        onnx::Provider::Cpu | onnx::Provider::Auto => Provider::Cpu,
+    };
+    let runtime = || Ok(Runtime::new(onnx::environment(&library)?, provider)?);
+    let mut bars = Bars::new();
+    let folder = cache::locate(
+        &config.model.model,
+        &config.model.compile,
+        provider,
+        runtime,
+        &mut bars,
+    );
+    bars.end();
+    folder
+}
