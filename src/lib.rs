@@ -36,6 +36,7 @@ pub mod telemetry;
 pub mod worker;
 
 pub mod bench;
+pub mod dataset;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

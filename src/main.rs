@@ -12,6 +12,8 @@ use imagegpt::bench::{self, Verdict};
 use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::{NetworkConfig, ServeConfig};
+use imagegpt::dataset::flags::EmbedArgs;
+use imagegpt::dataset::{self, Ended as JobEnded};
 use imagegpt::engine::{Failure, FailureKind, onnx};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
@@ -26,6 +28,11 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_WORKER: u8 = 3;
 /// The device failed: a restart helps, perhaps only on another node.
 const EXIT_DEVICE: u8 = 4;
+
+/// A job was told to end: the same command goes on.
+const EXIT_INTERRUPTED: u8 = 5;
+/// Too many images of a dataset failed: the same command would end so again.
+const EXIT_ERRORS: u8 = 6;
 
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
@@ -49,6 +56,9 @@ enum Command {
     Inspect(InspectArgs),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
+    /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,
+    /// Parquet out; killed at any moment, the same command goes on
+    Embed(Box<EmbedArgs>),
     /// Load a worker and measure what it does
     Bench(Box<BenchArgs>),
 }
@@ -59,6 +69,7 @@ fn main() -> ExitCode {
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
         Command::Neighbors(config) => show_neighbors(&config),
+        Command::Embed(args) => embed(&args),
         Command::Bench(args) => run_bench(&args),
     };
     outcome.unwrap_or_else(|error| {
@@ -240,4 +251,50 @@ fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         Verdict::Fine => ExitCode::SUCCESS,
         Verdict::Broken => ExitCode::FAILURE,
     })
+}
+
+fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
+    imagegpt::telemetry::init(&args.log)?;
+    let runtime = runtime()?;
+    let ended = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        let Some(model) = &args.workers.model else {
+            let endpoints = args.workers.endpoints.clone();
+            return dataset::run(args, endpoints, signals.recv(), &mut std::io::stdout()).await;
+        };
+        // The same pipeline, with a worker of its own at the other end.
+        let config = own_worker(model, args.workers.serve.as_deref())?;
+        let worker = tokio::select! {
+            worker = load_and_start(&config) => worker?,
+            () = signals.recv() => return Ok(JobEnded::Interrupted),
+        };
+        let endpoints = vec![format!("http://{}", worker.grpc_addr)];
+        let ended = dataset::run(args, endpoints, signals.recv(), &mut std::io::stdout()).await;
+        worker.shutdown(FAILED_GRACE).await;
+        ended
+    });
+    // A read that does not end must not hold the process.
+    runtime.shutdown_background();
+    Ok(match ended? {
+        JobEnded::Done => ExitCode::SUCCESS,
+        JobEnded::Failed => ExitCode::FAILURE,
+        JobEnded::Interrupted => ExitCode::from(EXIT_INTERRUPTED),
+        JobEnded::TooManyErrors => ExitCode::from(EXIT_ERRORS),
+    })
+}
+
+/// The flags of a worker for this process alone.
+fn own_worker(model: &str, more: Option<&str>) -> anyhow::Result<ServeConfig> {
+    #[derive(Parser)]
+    struct Serve {
+        #[command(flatten)]
+        config: ServeConfig,
+    }
+    let own = ["serve", "--model", model];
+    let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
+    let more = more.unwrap_or_default().split_whitespace();
+    let parsed = Serve::try_parse_from(own.into_iter().chain(ports).chain(more));
+    let config = parsed.context("--serve")?.config;
+    config.validate()?;
+    Ok(config)
 }

@@ -13,6 +13,7 @@ mod health;
 mod listen;
 pub mod load;
 mod observe;
+pub mod pool;
 mod reload;
 mod status;
 mod stream;

@@ -1,0 +1,660 @@
+//! `imagegpt embed`: a table of embeddings or classes of a dataset of any size,
+//! made by a pool of workers.
+//!
+//! The input is cut into parts, runs of images as they follow each other. A part
+//! is written, then recorded; a job that is killed goes on with the first part
+//! that has no record, and since a part's files depend on nothing but its images,
+//! the model and the options, the end is the same to the byte.
+
+pub mod flags;
+mod input;
+mod journal;
+mod location;
+mod pipeline;
+mod plan;
+mod progress;
+mod ranged;
+mod sink;
+mod table;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use self::flags::{
+    Alpha, Context, Dtype, EmbedArgs, Fit, Format, Norm, Pooling, Share, Task, TaskConfig,
+};
+use self::input::Reading;
+use self::journal::{Manifest, ModelFact, PartId, Record};
+use self::location::Stores;
+use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
+use self::plan::{Plan, plan};
+use self::progress::Counts;
+use self::sink::Sink;
+use self::table::{OWN_COLUMNS, Shape, Values};
+use crate::pb;
+use crate::rpc::pool::{self, Pool, PoolConfig};
+
+/// A summary of all parts, once they are there.
+const SUMMARY: &str = "_imagegpt/summary.json";
+/// What a message has besides its image.
+const MESSAGE_OVERHEAD: u64 = 2048;
+/// Parts that `--finish` names when they are missing.
+const MISSING_SHOWN: usize = 10;
+
+/// How the command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// All that this job has to do is done.
+    Done,
+    /// It was told to end; the same command goes on.
+    Interrupted,
+    /// Over `--max-errors`: trying again alone does not help.
+    TooManyErrors,
+    /// Something failed that may be mended; the same command goes on.
+    Failed,
+}
+
+/// The JSON at the end.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    outcome: Ended,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    output: String,
+    share: String,
+    model: &'a ModelFact,
+    /// Of this share, in this run and those before.
+    images: u64,
+    errors: u64,
+    parts: usize,
+    /// Images that have an outcome in this run; of parts that were not written,
+    /// they will be done again.
+    images_this_run: u64,
+    seconds: f64,
+    images_per_second: f64,
+    /// Whether all shares are done and the dataset's summary is written.
+    finished: bool,
+}
+
+/// What is known of a whole dataset; the same however it came about.
+#[derive(Debug, Serialize)]
+struct Summary {
+    model: ModelFact,
+    options: BTreeMap<String, String>,
+    images: u64,
+    rows: u64,
+    errors: u64,
+    parts: usize,
+    /// Over the digests of all files, by name.
+    sha256: String,
+}
+
+/// Runs the command; the JSON goes to `out`.
+///
+/// # Errors
+///
+/// Flags, inputs or an output that cannot be used: trying again does not help.
+pub async fn run(
+    args: &EmbedArgs,
+    endpoints: Vec<String>,
+    stop: impl Future<Output = ()>,
+    out: &mut impl Write,
+) -> anyhow::Result<Ended> {
+    let stores = Arc::new(Stores::default());
+    let sink = Sink::open(&args.output, &stores)?;
+    if args.share.finish {
+        return finish_alone(&sink, out).await;
+    }
+    args.validate()?;
+    tokio::pin!(stop);
+    let prepared = tokio::select! {
+        prepared = Prepared::new(args, endpoints, &stores, sink) => prepared,
+        () = &mut stop => return Ok(Ended::Interrupted),
+    };
+    match prepared {
+        Ok(prepared) => prepared.run(args, stop, out).await,
+        Err(Unprepared::Refused(error)) => Err(error),
+        Err(Unprepared::Failed(error)) => {
+            tracing::error!("{error:#}");
+            Ok(Ended::Failed)
+        }
+    }
+}
+
+impl EmbedArgs {
+    fn validate(&self) -> anyhow::Result<()> {
+        let (task, table) = (&self.task, &self.table);
+        for (name, time) in [
+            ("--item-timeout", self.workers.item_timeout),
+            ("--resolve-interval", self.workers.resolve_interval),
+            ("--give-up-after", self.workers.give_up_after),
+        ] {
+            anyhow::ensure!(
+                (Duration::from_millis(100)..=Duration::from_hours(24)).contains(&time),
+                "{name} is {}; it must be 100ms to 1day",
+                humantime::format_duration(time)
+            );
+        }
+        anyhow::ensure!(
+            (1 << 20..=1 << 30).contains(&self.workers.image_memory.as_u64()),
+            "--image-memory is {}; it must be 1 MiB to 1 GiB",
+            self.workers.image_memory
+        );
+        if let Some(name) = table
+            .keep
+            .iter()
+            .find(|name| OWN_COLUMNS.contains(&name.as_str()))
+        {
+            anyhow::bail!("--keep {name}: the table has a column of that name itself");
+        }
+        let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
+        match task.task {
+            Task::Embed if task.head.is_some() => Err(unfit("--head", "classify")),
+            Task::Classify if task.layer.is_some() => Err(unfit("--layer", "embed")),
+            Task::Classify if task.context != Context::Raw => Err(unfit("--context", "embed")),
+            Task::Classify if task.norm != Norm::PreAttnRms => Err(unfit("--norm", "embed")),
+            Task::Classify if task.normalize => Err(unfit("--normalize", "embed")),
+            Task::Classify if table.format == Format::Npy => Err(unfit("--format npy", "embed")),
+            _ => Ok(()),
+        }
+    }
+}
+
+enum Unprepared {
+    Refused(anyhow::Error),
+    Failed(anyhow::Error),
+}
+
+/// Everything that is settled before the first image is read.
+struct Prepared {
+    share: Share,
+    plan: Plan,
+    manifest: Manifest,
+    model: pb::GetModelResponse,
+    pool: PoolConfig,
+    sink: Sink,
+    records: BTreeMap<PartId, Record>,
+}
+
+impl Prepared {
+    async fn new(
+        args: &EmbedArgs,
+        endpoints: Vec<String>,
+        stores: &Arc<Stores>,
+        sink: Sink,
+    ) -> Result<Self, Unprepared> {
+        let share = args.share.share().map_err(Unprepared::Refused)?;
+        let plan = plan(
+            &args.inputs,
+            stores,
+            &plan::Options {
+                part_items: args.table.part_items as usize,
+                keep: &args.table.keep,
+                image_column: args.table.image_column.as_deref(),
+            },
+        )
+        .await
+        .map_err(Unprepared::Refused)?;
+        let pool = PoolConfig {
+            endpoints,
+            connect: args.connect.clone(),
+            window: args.workers.window,
+            item_timeout: args.workers.item_timeout,
+            resolve_interval: args.workers.resolve_interval,
+        };
+        // What is wrong with the flags shows at once, whoever answers later.
+        pool.check().map_err(Unprepared::Refused)?;
+        let model = pool::first_model(&pool, args.workers.give_up_after)
+            .await
+            .map_err(Unprepared::Failed)?;
+        check_model(&model, args.task.task).map_err(Unprepared::Refused)?;
+        let manifest = Manifest::new(
+            ModelFact {
+                name: model.name.clone(),
+                digest: model.digest.clone(),
+            },
+            options(args, &model),
+            plan.shards.len(),
+            plan.facts.clone(),
+        );
+        manifest.settle(&sink).await.map_err(|error| {
+            if error.is::<journal::Differs>() {
+                Unprepared::Refused(error)
+            } else {
+                Unprepared::Failed(error)
+            }
+        })?;
+        let is_ours = |shard: usize| shard % share.of as usize == share.index as usize;
+        let records = Record::read_all(&sink, is_ours)
+            .await
+            .map_err(Unprepared::Failed)?;
+        let records = only_with_files(&sink, records)
+            .await
+            .map_err(Unprepared::Failed)?;
+        Ok(Self {
+            share,
+            plan,
+            manifest,
+            model,
+            pool,
+            sink,
+            records,
+        })
+    }
+
+    /// The shards of this share that are not done, and where to go on in each.
+    fn work(&self) -> Vec<Work> {
+        let (index, of) = (self.share.index as usize, self.share.of as usize);
+        let ours = self.plan.shards.iter().enumerate().skip(index).step_by(of);
+        ours.filter_map(|(idx, shard)| {
+            let done = journal::done(&self.records, idx);
+            let cursor = match done.last() {
+                None => 0,
+                Some(last) => last.next?,
+            };
+            Some(Work {
+                idx,
+                shard: shard.clone(),
+                part: done.len(),
+                cursor,
+            })
+        })
+        .collect()
+    }
+
+    async fn run(
+        self,
+        args: &EmbedArgs,
+        stop: impl Future<Output = ()>,
+        out: &mut impl Write,
+    ) -> anyhow::Result<Ended> {
+        let started = Instant::now();
+        let work = self.work();
+        let n_shards = work.len();
+        let before: Vec<&Record> = (0..self.plan.shards.len())
+            .flat_map(|shard| journal::done(&self.records, shard))
+            .collect();
+        let images_before: u64 = before.iter().map(|record| record.images).sum();
+        tracing::info!(
+            model = self.model.name,
+            digest = self.model.digest,
+            shards_left = n_shards,
+            parts_done = before.len(),
+            images_done = images_before,
+            "{}",
+            if before.is_empty() {
+                "beginning"
+            } else {
+                "going on"
+            }
+        );
+        let counts = Arc::new(Counts::default());
+        let result = if work.is_empty() {
+            Ok(None)
+        } else {
+            let job = self.job(args, work, &before)?;
+            let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
+            let asked = asked(&args.task, &self.model);
+            let digest = self.model.digest.clone();
+            let (pool, answers) = Pool::start(self.pool.clone(), asked, digest, tasks)?;
+            tokio::select! {
+                result = pipeline::run(job, pool, tasks_in, answers, &counts) => result.map(|()| None),
+                () = stop => Ok(Some(Ended::Interrupted)),
+            }
+        };
+        let (outcome, reason) = match result {
+            Ok(outcome) => (outcome.unwrap_or(Ended::Done), None),
+            Err(error) => {
+                let outcome = match error.downcast_ref() {
+                    Some(Stopped::TooManyErrors { .. }) => Ended::TooManyErrors,
+                    _ => Ended::Failed,
+                };
+                (outcome, Some(format!("{error:#}")))
+            }
+        };
+        self.report(outcome, reason, &counts, started, out).await
+    }
+
+    fn job(&self, args: &EmbedArgs, work: Vec<Work>, before: &[&Record]) -> anyhow::Result<Job> {
+        let limits = self.model.limits.unwrap_or_default();
+        // Less than what the worker takes, or the whole stream would end.
+        let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
+        let values = match args.task.task {
+            Task::Embed => Values::Embedding {
+                dimension: self.model.dimension as usize,
+                dtype: args.task.dtype,
+            },
+            Task::Classify => Values::Classes,
+        };
+        let about = serde_json::json!({
+            "model": self.manifest.model,
+            "options": self.manifest.options,
+        });
+        Ok(Job {
+            work,
+            reading: Reading {
+                runtime: tokio::runtime::Handle::current(),
+                image_bytes_max: limits.image_bytes_max.min(message),
+                keep: args.table.keep.clone(),
+                image_column: args.table.image_column.clone(),
+                id_column: args.table.id_column.clone(),
+            },
+            part_items: args.table.part_items as usize,
+            image_memory: usize::try_from(args.workers.image_memory.as_u64())
+                .context("--image-memory")?,
+            give_up_after: args.workers.give_up_after,
+            errors_before: before.iter().map(|record| record.errors).sum(),
+            errors_max: args.table.max_errors,
+            sink: self.sink.clone(),
+            shape: Shape {
+                format: args.table.format,
+                values,
+                metadata: about.to_string(),
+            },
+        })
+    }
+
+    async fn report(
+        &self,
+        outcome: Ended,
+        reason: Option<String>,
+        counts: &Counts,
+        started: Instant,
+        out: &mut impl Write,
+    ) -> anyhow::Result<Ended> {
+        let (index, of) = (self.share.index, self.share.of);
+        let is_ours = |shard: usize| shard % of as usize == index as usize;
+        let records = Record::read_all(&self.sink, is_ours).await?;
+        let done: Vec<&Record> = (0..self.plan.shards.len())
+            .flat_map(|shard| journal::done(&records, shard))
+            .collect();
+        // Of several shares none knows when the others are done.
+        let finished = outcome == Ended::Done && of == 1;
+        if finished {
+            finish(&self.sink).await?;
+        }
+        match (&reason, outcome) {
+            (Some(reason), _) => tracing::error!("{reason}"),
+            (None, Ended::Interrupted) => tracing::warn!("told to end"),
+            (None, _) => {}
+        }
+        match outcome {
+            Ended::Done if !finished => tracing::info!(
+                "share {index}/{of} is done; when all are, run `imagegpt embed --finish --output {}`",
+                self.sink
+            ),
+            Ended::Done => tracing::info!("done: {}", self.sink),
+            Ended::TooManyErrors => tracing::error!(
+                "see {}/errors; the same command with a higher --max-errors goes on",
+                self.sink
+            ),
+            Ended::Interrupted | Ended::Failed => tracing::warn!(
+                "{} parts are done and stay; the same command goes on after them",
+                done.len()
+            ),
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let images_this_run = counts.images.load(Ordering::Relaxed);
+        let report = Report {
+            outcome,
+            reason,
+            output: self.sink.to_string(),
+            share: format!("{index}/{of}"),
+            model: &self.manifest.model,
+            images: done.iter().map(|record| record.images).sum(),
+            errors: done.iter().map(|record| record.errors).sum(),
+            parts: done.len(),
+            images_this_run,
+            seconds,
+            #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
+            images_per_second: images_this_run as f64 / seconds.max(1e-3),
+            finished,
+        };
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        Ok(outcome)
+    }
+}
+
+fn check_model(model: &pb::GetModelResponse, task: Task) -> anyhow::Result<()> {
+    let (wanted, name) = match task {
+        Task::Embed => (pb::Task::Embed, "embed"),
+        Task::Classify => (pb::Task::Classify, "classify"),
+    };
+    let can = model.tasks.contains(&wanted.into());
+    // A head makes classes of features.
+    anyhow::ensure!(
+        can || task == Task::Classify && !model.heads.is_empty(),
+        "--task {name}: the workers' model {} cannot do that",
+        model.name
+    );
+    anyhow::ensure!(
+        task == Task::Classify || model.dimension > 0,
+        "the workers' model {} does not say how long its vectors are",
+        model.name
+    );
+    Ok(())
+}
+
+fn preprocess(task: &TaskConfig) -> pb::Preprocess {
+    let fit = match task.fit {
+        Fit::Squash => pb::Fit::Squash,
+        Fit::CenterCrop => pb::Fit::CenterCrop,
+    };
+    let alpha = match task.alpha {
+        Alpha::Drop => pb::Alpha::Drop,
+        Alpha::White => pb::Alpha::White,
+    };
+    pb::Preprocess {
+        fit: fit.into(),
+        alpha: alpha.into(),
+    }
+}
+
+/// The layer that is asked for, if the pooling has a choice.
+fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
+    match task.pooling {
+        Pooling::Mean => Some(task.layer.unwrap_or(model.layer_default)),
+        Pooling::Last => task.layer,
+    }
+}
+
+/// What workers are asked, with every default written out: they are to apply
+/// exactly this.
+fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Job {
+    match task.task {
+        Task::Embed => pool::Job::Embed(pb::EmbedStreamOptions {
+            preprocess: Some(preprocess(task)),
+            context: match task.context {
+                Context::Raw => pb::Context::Raw,
+                Context::SosShifted => pb::Context::SosShifted,
+            }
+            .into(),
+            pooling: match task.pooling {
+                Pooling::Mean => pb::Pooling::Mean,
+                Pooling::Last => pb::Pooling::Last,
+            }
+            .into(),
+            normalize: task.normalize,
+            dtype: match task.dtype {
+                Dtype::F32 => pb::DataType::F32,
+                Dtype::F16 => pb::DataType::F16,
+            }
+            .into(),
+            layers: layer(task, model).into_iter().collect(),
+            norm: match task.norm {
+                Norm::PreAttnRms => pb::Norm::PreAttnRms,
+                Norm::None => pb::Norm::None,
+            }
+            .into(),
+            order: pb::Order::AsDone.into(),
+            window: 0,
+        }),
+        Task::Classify => pool::Job::Classify(pb::ClassifyRequest {
+            images: Vec::new(),
+            preprocess: Some(preprocess(task)),
+            // The checkpoint's own head takes the image alone, as Hugging Face's
+            // classes do; a linear head knows its own.
+            context: pb::Context::Unspecified.into(),
+            top_k: task.top_k,
+            logits: false,
+            head: task.head.clone().unwrap_or_default(),
+        }),
+    }
+}
+
+/// All that the output's bytes depend on, besides the model and the input.
+fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMap<String, String> {
+    let (task, table) = (&args.task, &args.table);
+    let mut options = BTreeMap::new();
+    let mut set = |name: &str, value: String| options.insert(name.to_owned(), value);
+    set("--task", value_name(&task.task));
+    set("--fit", value_name(&task.fit));
+    set("--alpha", value_name(&task.alpha));
+    match task.task {
+        Task::Embed => {
+            set("--pooling", value_name(&task.pooling));
+            if let Some(layer) = layer(task, model) {
+                set("--layer", layer.to_string());
+            }
+            set("--context", value_name(&task.context));
+            set("--norm", value_name(&task.norm));
+            set("--normalize", task.normalize.to_string());
+            set("--dtype", value_name(&task.dtype));
+        }
+        Task::Classify => {
+            set("--head", task.head.clone().unwrap_or_default());
+            set("--top-k", task.top_k.to_string());
+        }
+    }
+    set("--format", value_name(&table.format));
+    set("--keep", table.keep.join(","));
+    set(
+        "--image-column",
+        table.image_column.clone().unwrap_or_default(),
+    );
+    set("--id-column", table.id_column.clone().unwrap_or_default());
+    set("--part-items", table.part_items.to_string());
+    options
+}
+
+/// As it stands on the command line.
+fn value_name(value: &impl clap::ValueEnum) -> String {
+    let name = value.to_possible_value();
+    name.map_or_else(String::new, |name| name.get_name().to_owned())
+}
+
+/// Records whose files are all there, as large as they were written. Whatever
+/// somebody has deleted is done again.
+async fn only_with_files(
+    sink: &Sink,
+    mut records: BTreeMap<PartId, Record>,
+) -> anyhow::Result<BTreeMap<PartId, Record>> {
+    let there = files(sink).await?;
+    records.retain(|id, record| {
+        let whole = record
+            .files
+            .iter()
+            .all(|file| there.get(&file.name) == Some(&file.bytes));
+        if !whole {
+            tracing::warn!("files of part {id} are missing or were changed; it is done again");
+        }
+        whole
+    });
+    Ok(records)
+}
+
+/// All files of the output, with their sizes.
+async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
+    let mut files = BTreeMap::new();
+    for folder in ["", "errors", "img_emb", "metadata"] {
+        for (name, bytes) in sink.list(folder).await? {
+            let name = if folder.is_empty() {
+                name
+            } else {
+                format!("{folder}/{name}")
+            };
+            files.insert(name, bytes);
+        }
+    }
+    Ok(files)
+}
+
+async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<Ended> {
+    match finish(sink).await {
+        Ok(summary) => {
+            writeln!(out, "{}", serde_json::to_string(&summary)?)?;
+            Ok(Ended::Done)
+        }
+        Err(error) if error.is::<Incomplete>() => {
+            tracing::error!("{error}");
+            Ok(Ended::Failed)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Parts are missing.
+#[derive(Debug, thiserror::Error)]
+#[error("{output} is not whole: {}; run their jobs again", missing.join(", "))]
+struct Incomplete {
+    output: String,
+    missing: Vec<String>,
+}
+
+/// Checks that all parts are there, and writes the summary.
+async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
+    let manifest = Manifest::read(sink)
+        .await?
+        .with_context(|| format!("{sink} has no manifest: no `imagegpt embed` has begun there"))?;
+    let records = Record::read_all(sink, |_| true).await?;
+    let records = only_with_files(sink, records).await?;
+    let mut missing = Vec::new();
+    let mut whole = Vec::new();
+    for shard in 0..manifest.shards {
+        let done = journal::done(&records, shard);
+        if done.last().is_none_or(|last| last.next.is_some()) {
+            let part = done.len();
+            missing.push(format!("part {} and what follows", PartId { shard, part }));
+        }
+        whole.extend(done);
+    }
+    if !missing.is_empty() {
+        let more = missing.len().saturating_sub(MISSING_SHOWN);
+        missing.truncate(MISSING_SHOWN);
+        if more > 0 {
+            missing.push(format!("and {more} more shards"));
+        }
+        return Err(Incomplete {
+            output: sink.to_string(),
+            missing,
+        }
+        .into());
+    }
+    let images: u64 = whole.iter().map(|record| record.images).sum();
+    let errors: u64 = whole.iter().map(|record| record.errors).sum();
+    let mut digest = <sha2::Sha256 as sha2::Digest>::new();
+    for file in whole.iter().flat_map(|record| &record.files) {
+        sha2::Digest::update(&mut digest, format!("{} {}\n", file.sha256, file.name));
+    }
+    let summary = Summary {
+        model: manifest.model,
+        options: manifest.options,
+        images,
+        rows: images - errors,
+        errors,
+        parts: whole.len(),
+        sha256: plan::hex(&sha2::Digest::finalize(digest)),
+    };
+    let mut text = serde_json::to_string_pretty(&summary)?;
+    text.push('\n');
+    sink.write(SUMMARY, text.into()).await?;
+    Ok(summary)
+}
