@@ -219,13 +219,16 @@ impl Location {
         }
     }
 
-    /// All files below it, by name.
+    /// All files below it, by name; none where there is nothing.
     pub(super) async fn list(&self) -> anyhow::Result<Vec<Entry>> {
         let mut entries = match self {
             Self::Local(folder) => {
                 let folder = folder.clone();
                 tokio::task::spawn_blocking(move || {
                     let mut entries = Vec::new();
+                    if !folder.exists() {
+                        return Ok(entries);
+                    }
                     walk(&folder, "", DEPTH_MAX, &mut entries)?;
                     Ok::<_, anyhow::Error>(entries)
                 })
