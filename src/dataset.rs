@@ -36,6 +36,7 @@ use self::location::Stores;
 use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
 use self::plan::{Plan, plan};
 use self::progress::Counts;
+pub use self::progress::Terminal;
 use self::sink::Sink;
 use self::table::{OWN_COLUMNS, Shape, Values};
 use crate::pb;
@@ -105,6 +106,7 @@ struct Summary {
 pub async fn run(
     args: &EmbedArgs,
     endpoints: Vec<String>,
+    terminal: &Terminal,
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
 ) -> anyhow::Result<Ended> {
@@ -120,7 +122,7 @@ pub async fn run(
         () = &mut stop => return Ok(Ended::Interrupted),
     };
     match prepared {
-        Ok(prepared) => prepared.run(args, stop, out).await,
+        Ok(prepared) => prepared.run(args, terminal, stop, out).await,
         Err(Unprepared::Refused(error)) => Err(error),
         Err(Unprepared::Failed(error)) => {
             tracing::error!("{error:#}");
@@ -273,6 +275,7 @@ impl Prepared {
     async fn run(
         self,
         args: &EmbedArgs,
+        terminal: &Terminal,
         stop: impl Future<Output = ()>,
         out: &mut impl Write,
     ) -> anyhow::Result<Ended> {
@@ -300,7 +303,7 @@ impl Prepared {
         let result = if work.is_empty() {
             Ok(None)
         } else {
-            let job = self.job(args, work, &before)?;
+            let job = self.job(args, work, &before, terminal)?;
             let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
             let asked = asked(&args.task, &self.model);
             let digest = self.model.digest.clone();
@@ -323,7 +326,13 @@ impl Prepared {
         self.report(outcome, reason, &counts, started, out).await
     }
 
-    fn job(&self, args: &EmbedArgs, work: Vec<Work>, before: &[&Record]) -> anyhow::Result<Job> {
+    fn job(
+        &self,
+        args: &EmbedArgs,
+        work: Vec<Work>,
+        before: &[&Record],
+        terminal: &Terminal,
+    ) -> anyhow::Result<Job> {
         let limits = self.model.limits.unwrap_or_default();
         // Less than what the worker takes, or the whole stream would end.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
@@ -359,6 +368,7 @@ impl Prepared {
                 values,
                 metadata: about.to_string(),
             },
+            terminal: terminal.clone(),
         })
     }
 

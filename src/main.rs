@@ -13,7 +13,7 @@ use imagegpt::compile::command::{self, Bars, CompileArgs, InspectArgs};
 use imagegpt::compile::{self, Runtime, cache};
 use imagegpt::config::{NetworkConfig, ServeConfig};
 use imagegpt::dataset::flags::EmbedArgs;
-use imagegpt::dataset::{self, Ended as JobEnded};
+use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
 use imagegpt::engine::{Failure, FailureKind, onnx};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
@@ -254,13 +254,15 @@ fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
-    imagegpt::telemetry::init(&args.log)?;
+    let terminal = Terminal::default();
+    imagegpt::telemetry::init_to(&args.log, terminal.clone())?;
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let mut signals = Signals::new()?;
         let Some(model) = &args.workers.model else {
             let endpoints = args.workers.endpoints.clone();
-            return dataset::run(args, endpoints, signals.recv(), &mut std::io::stdout()).await;
+            let out = &mut std::io::stdout();
+            return dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
         };
         // The same pipeline, with a worker of its own at the other end.
         let config = own_worker(model, args.workers.serve.as_deref())?;
@@ -269,7 +271,8 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
             () = signals.recv() => return Ok(JobEnded::Interrupted),
         };
         let endpoints = vec![format!("http://{}", worker.grpc_addr)];
-        let ended = dataset::run(args, endpoints, signals.recv(), &mut std::io::stdout()).await;
+        let out = &mut std::io::stdout();
+        let ended = dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
         worker.shutdown(FAILED_GRACE).await;
         ended
     });

@@ -25,7 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use super::input::{self, Broken, Reading, Seen};
 use super::journal::{File, PartId, Record};
 use super::plan::{Shard, hex};
-use super::progress::{Counts, Progress};
+use super::progress::{Counts, Progress, Terminal};
 use super::sink::Sink;
 use super::table::{self, Row, Shape};
 use crate::rpc::pool::{Answer, Done, Fault, Pool, Task};
@@ -65,6 +65,7 @@ pub(super) struct Job {
     pub(super) errors_max: Option<u64>,
     pub(super) sink: Sink,
     pub(super) shape: Shape,
+    pub(super) terminal: Terminal,
 }
 
 /// How it went on, other than to the end.
@@ -144,6 +145,7 @@ pub(super) async fn run(
         first: 0,
         last_answer: Instant::now(),
         writer: parts_in,
+        terminal: job.terminal,
         counts: Arc::clone(counts),
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
@@ -285,6 +287,7 @@ impl Reader {
             image,
             room,
             failures: 0,
+            lost: 0,
         };
         match self.tasks.blocking_send(task) {
             Ok(()) => ControlFlow::Continue(()),
@@ -369,6 +372,7 @@ struct Collector {
     first: u64,
     last_answer: Instant,
     writer: mpsc::Sender<WholePart>,
+    terminal: Terminal,
     counts: Arc<Counts>,
 }
 
@@ -380,7 +384,7 @@ impl Collector {
         pool: &Pool,
         give_up_after: Duration,
     ) -> anyhow::Result<()> {
-        let mut progress = Progress::begin();
+        let mut progress = Progress::begin(&self.terminal);
         let mut tick = tokio::time::interval(TICK);
         let mut all_read = false;
         while !(all_read && self.open.is_empty()) {

@@ -1,11 +1,12 @@
 //! What a person sees while it runs: a bar on a terminal, a line from time to
 //! time elsewhere.
 
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tracing_subscriber::fmt::MakeWriter;
 
 /// How often a line is written where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -13,6 +14,29 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 /// Parts of the whole that the bar and the time left know.
 const STEPS: u64 = 1_000_000;
+
+/// The terminal, which the bar and the log share: a line of the log is written
+/// above the bar.
+#[derive(Debug, Clone, Default)]
+pub struct Terminal(MultiProgress);
+
+impl Write for Terminal {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl MakeWriter<'_> for Terminal {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
 
 /// Counts that the pipeline's tasks share.
 #[derive(Debug, Default)]
@@ -53,12 +77,12 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn begin() -> Self {
+    pub(super) fn begin(terminal: &Terminal) -> Self {
         let now = Instant::now();
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {msg}")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(STEPS).with_style(style)
+            terminal.0.add(ProgressBar::new(STEPS).with_style(style))
         });
         Self {
             bar,

@@ -94,16 +94,17 @@ pub(super) fn files(
                     format!("img_emb/img_emb_{id}.npy"),
                     npy(&answers, dimension, dtype)?,
                 ));
-                let index = batch(&ids, Vec::new(), kept)?;
+                let index = batch(&ids, Vec::new(), kept, &shape.metadata)?;
                 let index = parquet(&index, &shape.metadata)?;
                 files.push((format!("metadata/metadata_{id}.parquet"), index));
             }
             (format, values) => {
-                let table = batch(&ids, columns(&answers, values)?, kept)?;
+                let table = columns(&answers, values)?;
+                let table = batch(&ids, table, kept, &shape.metadata)?;
                 files.push(match format {
                     Format::Arrow => {
                         let name = format!("part-{id}.arrow");
-                        (name, arrow(table, &shape.metadata)?)
+                        (name, arrow(&table)?)
                     }
                     Format::Parquet | Format::Npy => {
                         let name = format!("part-{id}.parquet");
@@ -132,6 +133,7 @@ fn batch(
     ids: &[String],
     values: Vec<(FieldRef, ArrayRef)>,
     kept: Option<RecordBatch>,
+    metadata: &str,
 ) -> anyhow::Result<RecordBatch> {
     let id = Arc::new(Field::new("id", DataType::Utf8, false));
     let ids: ArrayRef = Arc::new(StringArray::from_iter_values(ids));
@@ -144,10 +146,10 @@ fn batch(
         fields.extend(kept.schema().fields().iter().cloned());
         columns.extend(kept.columns().iter().cloned());
     }
-    Ok(RecordBatch::try_new(
-        Arc::new(Schema::new(fields)),
-        columns,
-    )?)
+    // One key, since a map has no order that would be the same every time.
+    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata.to_owned())]);
+    let schema = Schema::new_with_metadata(fields, metadata);
+    Ok(RecordBatch::try_new(Arc::new(schema), columns)?)
 }
 
 fn columns(answers: &[Answer], values: Values) -> anyhow::Result<Vec<(FieldRef, ArrayRef)>> {
@@ -262,6 +264,7 @@ fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
         "list".to_owned(),
         "item".to_owned(),
     ]);
+    // Readers that know Arrow's schema look there; the others look here.
     let about = KeyValue::new(METADATA_KEY.to_owned(), metadata.to_owned());
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
@@ -275,12 +278,9 @@ fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
     Ok(writer.into_inner()?.into())
 }
 
-fn arrow(table: RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
-    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata.to_owned())]);
-    let schema = table.schema().as_ref().clone().with_metadata(metadata);
-    let table = table.with_schema(Arc::new(schema))?;
+fn arrow(table: &RecordBatch) -> anyhow::Result<Bytes> {
     let mut writer = arrow_ipc::writer::FileWriter::try_new(Vec::new(), &table.schema())?;
-    writer.write(&table)?;
+    writer.write(table)?;
     writer.finish()?;
     Ok(writer.into_inner()?.into())
 }

@@ -78,6 +78,8 @@ pub struct Task {
     pub room: OwnedSemaphorePermit,
     /// How often a worker has failed at it with a code that may pass.
     pub failures: u32,
+    /// How often a worker has ended, or hung, that had it.
+    pub lost: u32,
 }
 
 /// What a worker said of an image.

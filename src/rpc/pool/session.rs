@@ -20,6 +20,7 @@ use tonic_types::StatusExt as _;
 
 use super::super::client::{RESPONSE_BYTES_MAX, Token};
 use super::super::status;
+use super::feed::{Taken, is_guilty};
 use super::{Address, Answer, Done, Fault, Job, PoolConfig, Shared, Task};
 use crate::pb;
 use crate::pb::embed_stream_request::Message as Out;
@@ -194,13 +195,17 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
         Ok(client) => client,
         Err(lost) => return End::Lost(lost),
     };
+    let mut outstanding = Outstanding::new(shared);
     let result = match &shared.job {
-        Job::Embed(options) => stream(address, client, options, shared, answered).await,
-        Job::Classify(request) => calls(address, client, request, shared, answered).await,
+        Job::Embed(options) => stream(address, client, options, &mut outstanding, answered).await,
+        Job::Classify(request) => calls(address, client, request, &mut outstanding, answered).await,
     };
     match result {
         Ok(()) => End::Finished,
-        Err(lost) => End::Lost(lost),
+        Err(lost) => {
+            outstanding.lost(&lost).await;
+            End::Lost(lost)
+        }
     }
 }
 
@@ -222,9 +227,32 @@ fn same_model(shared: &Shared, digest: &str) -> Result<(), Lost> {
 struct Outstanding<'a> {
     shared: &'a Shared,
     tasks: HashMap<u64, (Task, Instant)>,
+    /// One of them must have no company.
+    alone: bool,
 }
 
-impl Outstanding<'_> {
+impl<'a> Outstanding<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self {
+            shared,
+            tasks: HashMap::new(),
+            alone: false,
+        }
+    }
+
+    fn insert(&mut self, task: Task) {
+        self.tasks.insert(task.id, (task, Instant::now()));
+    }
+
+    /// Images that may be added, of `window` in all.
+    fn room(&self, window: usize) -> usize {
+        if self.alone {
+            0
+        } else {
+            window.saturating_sub(self.tasks.len())
+        }
+    }
+
     fn oldest(&self) -> Option<Instant> {
         self.tasks.values().map(|(_, since)| *since).min()
     }
@@ -235,29 +263,60 @@ impl Outstanding<'_> {
         let Some((mut task, _)) = self.tasks.remove(&id) else {
             return Err(Lost::new("it answered an image that it did not have"));
         };
+        self.alone = false;
         if let Err(fault) = &outcome
             && may_pass(fault.code)
             && task.failures + 1 < FAILURES_MAX
         {
             task.failures += 1;
-            self.shared.feed.give_back([task]);
+            self.shared.feed.give_back(task);
             return Ok(());
         }
+        self.finish(task, outcome).await
+    }
+
+    async fn finish(&self, task: Task, outcome: Result<Answer, Fault>) -> Result<(), Lost> {
+        let done = Done {
+            id: task.id,
+            outcome,
+        };
+        // Its memory is free before whoever collects has taken it.
         drop(task);
-        let done = Done { id, outcome };
         // Nobody collects any more: the job is being given up.
-        self.shared
-            .done
-            .send(done)
-            .await
-            .map_err(|_| Lost::new("the job ends"))
+        let sent = self.shared.done.send(done).await;
+        sent.map_err(|_| Lost::new("the job ends"))
+    }
+
+    /// The worker has ended, or is taken to have, with these images.
+    async fn lost(&mut self, lost: &Lost) {
+        if lost.orderly {
+            return;
+        }
+        let tasks: Vec<Task> = self.tasks.drain().map(|(_, (task, _))| task).collect();
+        for mut task in tasks {
+            task.lost += 1;
+            if is_guilty(&task) {
+                let fault = Fault {
+                    code: "ABORTED",
+                    message: format!(
+                        "image: {} workers ended or hung while they had it, the last ones while \
+                         they had nothing else",
+                        task.lost
+                    ),
+                };
+                let _ = self.finish(task, Err(fault)).await;
+            } else {
+                self.shared.feed.give_back(task);
+            }
+        }
     }
 }
 
 impl Drop for Outstanding<'_> {
     fn drop(&mut self) {
-        let tasks = self.tasks.drain().map(|(_, (task, _))| task);
-        self.shared.feed.give_back(tasks);
+        for (_, (task, _)) in self.tasks.drain() {
+            self.shared.feed.give_back(task);
+        }
     }
 }
 
@@ -275,23 +334,21 @@ async fn stream(
     address: &Address,
     mut client: Client,
     options: &pb::EmbedStreamOptions,
-    shared: &Shared,
+    outstanding: &mut Outstanding<'_>,
     answered: &mut u64,
 ) -> Result<(), Lost> {
+    let shared = outstanding.shared;
     let patience = shared.config.item_timeout;
     let (mut answers, out, window) = open(&mut client, options, shared).await?;
     shared.well(address);
     let mut out = Some(out);
     let mut finished = shared.finished.clone();
-    let mut outstanding = Outstanding {
-        shared,
-        tasks: HashMap::with_capacity(window),
-    };
     let mut last_answer = Instant::now();
     // Looking a few times in its patience is exact enough, and costs nothing.
     let mut look = tokio::time::interval(patience / 4);
     loop {
-        let has_room = outstanding.tasks.len() < window;
+        let has_room = outstanding.room(window) > 0;
+        let is_idle = outstanding.tasks.is_empty();
         tokio::select! {
             message = answers.message() => {
                 let message = match message {
@@ -308,15 +365,16 @@ async fn stream(
                 *answered += 1;
                 outstanding.settle(id, embedding(result.outcome)).await?;
             }
-            task = shared.feed.take(), if has_room && out.is_some() => {
+            Taken { task, alone } = shared.feed.take(is_idle), if has_room && out.is_some() => {
+                // A worker that had nothing to do has not been silent.
+                if is_idle {
+                    last_answer = Instant::now();
+                }
+                outstanding.alone = alone;
                 let mut next = Some(task);
                 while let Some(task) = next {
-                    // A worker that had nothing to do has not been silent.
-                    if outstanding.tasks.is_empty() {
-                        last_answer = Instant::now();
-                    }
                     let message = item(&task);
-                    outstanding.tasks.insert(task.id, (task, Instant::now()));
+                    outstanding.insert(task);
                     // It holds as many as may be outstanding, so it is not full.
                     let sent = out.as_ref().is_some_and(|out| out.try_send(message).is_ok());
                     if !sent {
@@ -324,9 +382,8 @@ async fn stream(
                         out = None;
                         break;
                     }
-                    next = (outstanding.tasks.len() < window)
-                        .then(|| shared.feed.try_take())
-                        .flatten();
+                    let room = outstanding.room(window) > 0;
+                    next = room.then(|| shared.feed.try_take()).flatten();
                 }
             }
             () = end(&mut finished), if out.is_some() => {
@@ -476,16 +533,15 @@ async fn calls(
     address: &Address,
     client: Client,
     request: &pb::ClassifyRequest,
-    shared: &Shared,
+    outstanding: &mut Outstanding<'_>,
     answered: &mut u64,
 ) -> Result<(), Lost> {
+    let shared = outstanding.shared;
     let mut finished = shared.finished.clone();
-    let mut outstanding = Outstanding {
-        shared,
-        tasks: HashMap::new(),
-    };
     let mut calls = FuturesUnordered::new();
     loop {
+        let has_room = calls.len() < CALLS && !outstanding.alone;
+        let is_idle = outstanding.tasks.is_empty();
         tokio::select! {
             Some((ids, response)) = calls.next(), if !calls.is_empty() => {
                 let ids: Vec<u64> = ids;
@@ -501,14 +557,16 @@ async fn calls(
                     outstanding.settle(id, classes(result)).await?;
                 }
             }
-            task = shared.feed.take(), if calls.len() < CALLS => {
+            Taken { task, alone } = shared.feed.take(is_idle), if has_room => {
+                outstanding.alone = alone;
                 let (mut ids, mut images) = (Vec::new(), Vec::new());
                 let mut next = Some(task);
                 while let Some(task) = next {
                     ids.push(task.id);
                     images.push(image(&task));
-                    outstanding.tasks.insert(task.id, (task, Instant::now()));
-                    next = (ids.len() < CALL_IMAGES).then(|| shared.feed.try_take()).flatten();
+                    outstanding.insert(task);
+                    let room = outstanding.room(usize::MAX) > 0 && ids.len() < CALL_IMAGES;
+                    next = room.then(|| shared.feed.try_take()).flatten();
                 }
                 let call = pb::ClassifyRequest { images, ..request.clone() };
                 calls.push(classify(client.clone(), call, ids, shared.config.item_timeout));
