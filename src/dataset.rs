@@ -175,6 +175,21 @@ enum Unprepared {
     Failed(anyhow::Error),
 }
 
+impl Unprepared {
+    /// An input that is wrong stays wrong; one that could not be looked at may be
+    /// there the next time.
+    fn of_input(error: anyhow::Error) -> Self {
+        let away = |cause: &(dyn std::error::Error + 'static)| {
+            cause.is::<object_store::Error>() || cause.is::<std::io::Error>()
+        };
+        if error.chain().any(away) {
+            Self::Failed(error)
+        } else {
+            Self::Refused(error)
+        }
+    }
+}
+
 /// Everything that is settled before the first image is read.
 struct Prepared {
     share: Share,
@@ -201,10 +216,11 @@ impl Prepared {
                 part_items: args.table.part_items as usize,
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
+                output: &sink.to_string(),
             },
         )
         .await
-        .map_err(Unprepared::Refused)?;
+        .map_err(Unprepared::of_input)?;
         let pool = PoolConfig {
             endpoints,
             connect: args.connect.clone(),
@@ -217,7 +233,7 @@ impl Prepared {
         let model = pool::first_model(&pool, args.workers.give_up_after)
             .await
             .map_err(Unprepared::Failed)?;
-        check_model(&model, args.task.task).map_err(Unprepared::Refused)?;
+        check_model(&model, &args.task).map_err(Unprepared::Refused)?;
         let manifest = Manifest::new(
             ModelFact {
                 name: model.name.clone(),
@@ -433,23 +449,39 @@ impl Prepared {
     }
 }
 
-fn check_model(model: &pb::GetModelResponse, task: Task) -> anyhow::Result<()> {
-    let (wanted, name) = match task {
-        Task::Embed => (pb::Task::Embed, "embed"),
-        Task::Classify => (pb::Task::Classify, "classify"),
-    };
-    let can = model.tasks.contains(&wanted.into());
-    // A head makes classes of features.
-    anyhow::ensure!(
-        can || task == Task::Classify && !model.heads.is_empty(),
-        "--task {name}: the workers' model {} cannot do that",
-        model.name
-    );
-    anyhow::ensure!(
-        task == Task::Classify || model.dimension > 0,
-        "the workers' model {} does not say how long its vectors are",
-        model.name
-    );
+/// Whether the model can do what is asked, and says what it means.
+fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
+    let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
+    match (task.task, &task.head) {
+        (Task::Embed, _) => anyhow::ensure!(
+            can(pb::Task::Embed) && model.dimension > 0,
+            "--task embed: the workers' model {} gives no vectors",
+            model.name
+        ),
+        (Task::Classify, Some(name)) => {
+            let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
+            anyhow::ensure!(
+                heads.contains(&name.as_str()),
+                "--head {name}: the workers' model {} has {}",
+                model.name,
+                if heads.is_empty() {
+                    "none".to_owned()
+                } else {
+                    heads.join(", ")
+                }
+            );
+        }
+        (Task::Classify, None) => {
+            let own = can(pb::Task::Classify) && !model.labels.is_empty();
+            // Without a head of its own the only loaded one is meant.
+            let only = !can(pb::Task::Classify) && model.heads.len() == 1;
+            anyhow::ensure!(
+                own || only,
+                "--task classify: the workers' model {} has no classes with names; give --head",
+                model.name
+            );
+        }
+    }
     Ok(())
 }
 

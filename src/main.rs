@@ -34,6 +34,9 @@ const EXIT_INTERRUPTED: u8 = 5;
 /// Too many images of a dataset failed: the same command would end so again.
 const EXIT_ERRORS: u8 = 6;
 
+/// Time for a job's own worker to end: its only client is done with it.
+const OWN_GRACE: Duration = Duration::from_secs(1);
+
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
 
@@ -273,7 +276,7 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
         let endpoints = vec![format!("http://{}", worker.grpc_addr)];
         let out = &mut std::io::stdout();
         let ended = dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
-        worker.shutdown(FAILED_GRACE).await;
+        worker.shutdown(OWN_GRACE).await;
         ended
     });
     // A read that does not end must not hold the process.

@@ -496,6 +496,10 @@ fn what_has_changed_is_refused_by_name() {
         embed(&input, &output, &workers).args(["--keep", "label"]),
         "a folder of images, which has no columns",
     );
+    refused(
+        &mut embed(&input, &input.join("output"), &workers),
+        "the next run would find it there",
+    );
     std::fs::write(input.join("99999.png"), image(7)).expect("a file");
     refused(
         &mut embed(&input, &output, &workers),

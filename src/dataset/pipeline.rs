@@ -393,7 +393,13 @@ impl Collector {
                     Some(event) => self.hear(event)?,
                     None => all_read = true,
                 },
-                Some(done) = answers.recv() => self.answered(done)?,
+                Some(done) = answers.recv() => {
+                    // Its row was told before it was asked, but in another queue.
+                    while let Ok(event) = events.try_recv() {
+                        self.hear(event)?;
+                    }
+                    self.answered(done)?;
+                }
                 _ = tick.tick() => {
                     let troubles = pool.troubles();
                     progress.update(&self.counts, &troubles);

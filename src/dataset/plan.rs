@@ -72,6 +72,8 @@ pub(super) struct Options<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
+    /// Where the output goes, which must not become input.
+    pub(super) output: &'a str,
 }
 
 /// Looks at all inputs.
@@ -161,6 +163,13 @@ impl Plan {
     }
 
     async fn folder(&mut self, folder: &Location, options: &Options<'_>) -> anyhow::Result<()> {
+        let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
+        anyhow::ensure!(
+            !inside.starts_with(&outside),
+            "--output {} lies in {folder}, which is read: the next run would find it there; write \
+             elsewhere",
+            options.output
+        );
         let mut by_kind: BTreeMap<&str, Vec<Entry>> = BTreeMap::new();
         for entry in folder.list().await? {
             let extension = extension(&entry.name);
@@ -359,6 +368,7 @@ mod tests {
             part_items: 2,
             keep,
             image_column: None,
+            output: "/output",
         };
         plan(inputs, &Arc::default(), &options).await
     }
