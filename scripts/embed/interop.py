@@ -119,21 +119,21 @@ def probe() -> None:
     expected = json.loads((data.MODEL / "probe.json").read_text())["category"]["chosen"]
     emoji = data.load()
     source, out, classes = FOLDER / "emoji.parquet", FOLDER / "emoji", FOLDER / "classes"
-    for folder in (out, classes):
-        shutil.rmtree(folder, ignore_errors=True)
     columns = {
         "image": pyarrow.array([one.png for one in emoji], pyarrow.binary()),
         "name": [one.short_name for one in emoji],
         "split": [one.split for one in emoji],
         "category": [one.category for one in emoji],
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), source)
+    # What a run before has done is not done again: that is what resuming is for.
+    if not source.exists():
+        pyarrow.parquet.write_table(pyarrow.table(columns), source)
     worker = common.Worker(
         *("--model", str(data.MODEL), "--feature-layer", str(expected["layer"])),
         *("--execution-provider", "cpu", "--cache-dir", str(FOLDER / "models")),
         *("--head", f"category={data.MODEL / 'category.safetensors'}"),
     )
-    flags = ("--id-column", "name", "--keep", "split,category", "--alpha", "white")
+    flags = ("--id-column", "name", "--keep", "split,category", "--alpha", "white", "--part-items", "256")
     try:
         report = common.run(
             str(source), str(out), [worker], *flags, "--layer", str(expected["layer"]), "--item-timeout", "5m"
