@@ -36,6 +36,9 @@ def digests(output: Path) -> dict[str, str]:
 
 
 class Disk:
+    # From a client's start to its first image.
+    start_seconds = 0.1
+
     def __init__(self, tars: list[Path]):
         self.source = str(tars[0].parent)
         self.env = dict(os.environ)
@@ -57,6 +60,8 @@ class Disk:
 
 class S3:
     """moto's server, with a bucket for each run."""
+
+    start_seconds = 0.5
 
     def __init__(self, tars: list[Path]):
         import boto3
@@ -150,8 +155,8 @@ def main() -> None:
             )
             disturbance = threading.Thread(target=store.disturb)
             disturbance.start()
-            # A start takes 0.1 s or so; the kills are spread over the whole job.
-            time.sleep(0.1 + random.uniform(0, 2.5) * took / arguments.kills)
+            # So that the kills are spread over the whole job.
+            time.sleep(store.start_seconds + random.uniform(0, 2) * took / arguments.kills)
             if turn % 2:
                 victim = random.choice(workers)
                 victim.kill()
