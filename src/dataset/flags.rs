@@ -57,13 +57,14 @@ pub struct WorkersConfig {
 
     /// Serve this model within this process instead; what `imagegpt serve
     /// --model` takes
-    #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
+    // Without an environment variable: a job's container may be the workers'
+    // own, where IMAGEGPT_MODEL says what they serve.
+    #[arg(long, value_name = "SOURCE")]
     pub model: Option<String>,
 
     /// More flags of `imagegpt serve` for --model, split at spaces
     #[arg(
         long,
-        env = "IMAGEGPT_SERVE_FLAGS",
         value_name = "FLAGS",
         requires = "model",
         allow_hyphen_values = true
@@ -215,8 +216,9 @@ pub struct TableConfig {
     #[arg(long, env = "IMAGEGPT_ID_COLUMN", value_name = "COLUMN")]
     pub id_column: Option<String>,
 
-    /// Images a part, as they follow each other in the input. A part is what is
-    /// done again after a kill: take fewer for slow models
+    /// Images a part, as they follow each other in the input. Parts that are not
+    /// finished, four at most, are done again after a kill and are in memory
+    /// until then: take fewer for slow models and long vectors
     #[arg(
         long,
         env = "IMAGEGPT_PART_ITEMS",
