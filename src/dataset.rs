@@ -6,6 +6,8 @@
 //! that has no record, and since a part's files depend on nothing but its images,
 //! the model and the options, the end is the same to the byte.
 
+mod asked;
+mod finish;
 pub mod flags;
 mod input;
 mod journal;
@@ -27,9 +29,9 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use self::flags::{
-    Alpha, Context, Dtype, EmbedArgs, Fit, Format, Norm, Pooling, Share, Task, TaskConfig,
-};
+use self::asked::{asked, check_model, options};
+use self::finish::{finish, finish_alone, only_with_files};
+use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
 use self::input::Reading;
 use self::journal::{Manifest, ModelFact, PartId, Record};
 use self::location::Stores;
@@ -42,13 +44,8 @@ use self::table::{OWN_COLUMNS, Shape, Values};
 use crate::pb;
 use crate::rpc::pool::{self, Pool, PoolConfig};
 
-/// A summary of all parts, once they are there.
-const SUMMARY: &str = "_imagegpt/summary.json";
 /// What a message has besides its image.
 const MESSAGE_OVERHEAD: u64 = 2048;
-/// Parts that `--finish` names when they are missing.
-const MISSING_SHOWN: usize = 10;
-
 /// How the command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -83,19 +80,6 @@ struct Report<'a> {
     images_per_second: f64,
     /// Whether all shares are done and the dataset's summary is written.
     finished: bool,
-}
-
-/// What is known of a whole dataset; the same however it came about.
-#[derive(Debug, Serialize)]
-struct Summary {
-    model: ModelFact,
-    options: BTreeMap<String, String>,
-    images: u64,
-    rows: u64,
-    errors: u64,
-    parts: usize,
-    /// Over the digests of all files, by name.
-    sha256: String,
 }
 
 /// Runs the command; the JSON goes to `out`.
@@ -447,256 +431,4 @@ impl Prepared {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
         Ok(outcome)
     }
-}
-
-/// Whether the model can do what is asked, and says what it means.
-fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
-    let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
-    match (task.task, &task.head) {
-        (Task::Embed, _) => anyhow::ensure!(
-            can(pb::Task::Embed) && model.dimension > 0,
-            "--task embed: the workers' model {} gives no vectors",
-            model.name
-        ),
-        (Task::Classify, Some(name)) => {
-            let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
-            anyhow::ensure!(
-                heads.contains(&name.as_str()),
-                "--head {name}: the workers' model {} has {}",
-                model.name,
-                if heads.is_empty() {
-                    "none".to_owned()
-                } else {
-                    heads.join(", ")
-                }
-            );
-        }
-        (Task::Classify, None) => {
-            let own = can(pb::Task::Classify) && !model.labels.is_empty();
-            // Without a head of its own the only loaded one is meant.
-            let only = !can(pb::Task::Classify) && model.heads.len() == 1;
-            anyhow::ensure!(
-                own || only,
-                "--task classify: the workers' model {} has no classes with names; give --head",
-                model.name
-            );
-        }
-    }
-    Ok(())
-}
-
-fn preprocess(task: &TaskConfig) -> pb::Preprocess {
-    let fit = match task.fit {
-        Fit::Squash => pb::Fit::Squash,
-        Fit::CenterCrop => pb::Fit::CenterCrop,
-    };
-    let alpha = match task.alpha {
-        Alpha::Drop => pb::Alpha::Drop,
-        Alpha::White => pb::Alpha::White,
-    };
-    pb::Preprocess {
-        fit: fit.into(),
-        alpha: alpha.into(),
-    }
-}
-
-/// The layer that is asked for, if the pooling has a choice.
-fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
-    match task.pooling {
-        Pooling::Mean => Some(task.layer.unwrap_or(model.layer_default)),
-        Pooling::Last => task.layer,
-    }
-}
-
-/// What workers are asked, with every default written out: they are to apply
-/// exactly this.
-fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Job {
-    match task.task {
-        Task::Embed => pool::Job::Embed(pb::EmbedStreamOptions {
-            preprocess: Some(preprocess(task)),
-            context: match task.context {
-                Context::Raw => pb::Context::Raw,
-                Context::SosShifted => pb::Context::SosShifted,
-            }
-            .into(),
-            pooling: match task.pooling {
-                Pooling::Mean => pb::Pooling::Mean,
-                Pooling::Last => pb::Pooling::Last,
-            }
-            .into(),
-            normalize: task.normalize,
-            dtype: match task.dtype {
-                Dtype::F32 => pb::DataType::F32,
-                Dtype::F16 => pb::DataType::F16,
-            }
-            .into(),
-            layers: layer(task, model).into_iter().collect(),
-            norm: match task.norm {
-                Norm::PreAttnRms => pb::Norm::PreAttnRms,
-                Norm::None => pb::Norm::None,
-            }
-            .into(),
-            order: pb::Order::AsDone.into(),
-            window: 0,
-        }),
-        Task::Classify => pool::Job::Classify(pb::ClassifyRequest {
-            images: Vec::new(),
-            preprocess: Some(preprocess(task)),
-            // The checkpoint's own head takes the image alone, as Hugging Face's
-            // classes do; a linear head knows its own.
-            context: pb::Context::Unspecified.into(),
-            top_k: task.top_k,
-            logits: false,
-            head: task.head.clone().unwrap_or_default(),
-        }),
-    }
-}
-
-/// All that the output's bytes depend on, besides the model and the input.
-fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMap<String, String> {
-    let (task, table) = (&args.task, &args.table);
-    let mut options = BTreeMap::new();
-    let mut set = |name: &str, value: String| options.insert(name.to_owned(), value);
-    set("--task", value_name(&task.task));
-    set("--fit", value_name(&task.fit));
-    set("--alpha", value_name(&task.alpha));
-    match task.task {
-        Task::Embed => {
-            set("--pooling", value_name(&task.pooling));
-            if let Some(layer) = layer(task, model) {
-                set("--layer", layer.to_string());
-            }
-            set("--context", value_name(&task.context));
-            set("--norm", value_name(&task.norm));
-            set("--normalize", task.normalize.to_string());
-            set("--dtype", value_name(&task.dtype));
-        }
-        Task::Classify => {
-            set("--head", task.head.clone().unwrap_or_default());
-            set("--top-k", task.top_k.to_string());
-        }
-    }
-    set("--format", value_name(&table.format));
-    set("--keep", table.keep.join(","));
-    set(
-        "--image-column",
-        table.image_column.clone().unwrap_or_default(),
-    );
-    set("--id-column", table.id_column.clone().unwrap_or_default());
-    set("--part-items", table.part_items.to_string());
-    options
-}
-
-/// As it stands on the command line.
-fn value_name(value: &impl clap::ValueEnum) -> String {
-    let name = value.to_possible_value();
-    name.map_or_else(String::new, |name| name.get_name().to_owned())
-}
-
-/// Records whose files are all there, as large as they were written. Whatever
-/// somebody has deleted is done again.
-async fn only_with_files(
-    sink: &Sink,
-    mut records: BTreeMap<PartId, Record>,
-) -> anyhow::Result<BTreeMap<PartId, Record>> {
-    let there = files(sink).await?;
-    records.retain(|id, record| {
-        let whole = record
-            .files
-            .iter()
-            .all(|file| there.get(&file.name) == Some(&file.bytes));
-        if !whole {
-            tracing::warn!("files of part {id} are missing or were changed; it is done again");
-        }
-        whole
-    });
-    Ok(records)
-}
-
-/// All files of the output, with their sizes.
-async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
-    let mut files = BTreeMap::new();
-    for folder in ["", "errors", "img_emb", "metadata"] {
-        for (name, bytes) in sink.list(folder).await? {
-            let name = if folder.is_empty() {
-                name
-            } else {
-                format!("{folder}/{name}")
-            };
-            files.insert(name, bytes);
-        }
-    }
-    Ok(files)
-}
-
-async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<Ended> {
-    match finish(sink).await {
-        Ok(summary) => {
-            writeln!(out, "{}", serde_json::to_string(&summary)?)?;
-            Ok(Ended::Done)
-        }
-        Err(error) if error.is::<Incomplete>() => {
-            tracing::error!("{error}");
-            Ok(Ended::Failed)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Parts are missing.
-#[derive(Debug, thiserror::Error)]
-#[error("{output} is not whole: {}; run their jobs again", missing.join(", "))]
-struct Incomplete {
-    output: String,
-    missing: Vec<String>,
-}
-
-/// Checks that all parts are there, and writes the summary.
-async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
-    let manifest = Manifest::read(sink)
-        .await?
-        .with_context(|| format!("{sink} has no manifest: no `imagegpt embed` has begun there"))?;
-    let records = Record::read_all(sink, |_| true).await?;
-    let records = only_with_files(sink, records).await?;
-    let mut missing = Vec::new();
-    let mut whole = Vec::new();
-    for shard in 0..manifest.shards {
-        let done = journal::done(&records, shard);
-        if done.last().is_none_or(|last| last.next.is_some()) {
-            let part = done.len();
-            missing.push(format!("part {} and what follows", PartId { shard, part }));
-        }
-        whole.extend(done);
-    }
-    if !missing.is_empty() {
-        let more = missing.len().saturating_sub(MISSING_SHOWN);
-        missing.truncate(MISSING_SHOWN);
-        if more > 0 {
-            missing.push(format!("and {more} more shards"));
-        }
-        return Err(Incomplete {
-            output: sink.to_string(),
-            missing,
-        }
-        .into());
-    }
-    let images: u64 = whole.iter().map(|record| record.images).sum();
-    let errors: u64 = whole.iter().map(|record| record.errors).sum();
-    let mut digest = <sha2::Sha256 as sha2::Digest>::new();
-    for file in whole.iter().flat_map(|record| &record.files) {
-        sha2::Digest::update(&mut digest, format!("{} {}\n", file.sha256, file.name));
-    }
-    let summary = Summary {
-        model: manifest.model,
-        options: manifest.options,
-        images,
-        rows: images - errors,
-        errors,
-        parts: whole.len(),
-        sha256: plan::hex(&sha2::Digest::finalize(digest)),
-    };
-    let mut text = serde_json::to_string_pretty(&summary)?;
-    text.push('\n');
-    sink.write(SUMMARY, text.into()).await?;
-    Ok(summary)
 }
