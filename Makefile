@@ -9,6 +9,7 @@ DEMO_PORT ?= 50151
 DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
 TRAIN_VENV ?= target/train-venv
+EMBED_VENV ?= target/embed-venv
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
 # Where `make probe` listens.
@@ -99,6 +100,24 @@ parity: build $(PARITY_VENV)/.done ## Compare a running worker and compiled grap
 	@PARITY_VENV=$(PARITY_VENV) scripts/parity.sh
 	ORT_DYLIB_PATH=$(CURDIR)/target/onnxruntime/libonnxruntime.so \
 	    $(PARITY_VENV)/bin/python tests/parity/compile_parity.py target/release/imagegpt
+
+.PHONY: bench-embed
+bench-embed: build $(EMBED_VENV)/.done ## Measure dataset jobs: images/s at 1k, 10k and 100k, memory, and what the client costs
+	$(EMBED_VENV)/bin/python scripts/embed/bench.py
+
+.PHONY: embed-chaos
+embed-chaos: build $(EMBED_VENV)/.done ## Kill dataset jobs at 20 moments, on a disk and with S3 (moto), and compare every byte
+	$(EMBED_VENV)/bin/python scripts/embed/chaos.py
+	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --s3
+
+.PHONY: interop-embed
+interop-embed: build $(EMBED_VENV)/.done ## Read tables with pyarrow, pandas, polars, DuckDB and datasets, and fit a probe from one
+	$(EMBED_VENV)/bin/python scripts/embed/interop.py
+
+$(EMBED_VENV)/.done: scripts/embed/requirements.txt
+	python3 -m venv $(EMBED_VENV)
+	$(EMBED_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: train
 train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)

@@ -11,8 +11,10 @@ use imagegpt::bench::{self, Verdict};
 use imagegpt::commands::{self, Ask, Outcome};
 use imagegpt::compile::command::{self, CompileArgs, InspectArgs};
 use imagegpt::config::{NetworkConfig, ServeConfig};
+use imagegpt::dataset::flags::EmbedArgs;
+use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
 use imagegpt::engine::{Failure, FailureKind};
-use imagegpt::local::load_and_start;
+use imagegpt::local::{load_and_start, own_worker};
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -25,6 +27,14 @@ const EXIT_INTERRUPTED: u8 = 130;
 const EXIT_WORKER: u8 = 3;
 /// The device failed: a restart helps, perhaps only on another node.
 const EXIT_DEVICE: u8 = 4;
+
+/// A job was told to end: the same command goes on.
+const EXIT_RESUMABLE: u8 = 5;
+/// Too many images of a dataset failed: the same command would end so again.
+const EXIT_ERRORS: u8 = 6;
+
+/// Time for a job's own worker to end: its only client is done with it.
+const OWN_GRACE: Duration = Duration::from_secs(1);
 
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
@@ -50,6 +60,9 @@ enum Command {
     Ask(Ask),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
+    /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,
+    /// Parquet out; killed at any moment, the same command goes on
+    Embed(Box<EmbedArgs>),
     /// Load a worker and measure what it does
     Bench(Box<BenchArgs>),
 }
@@ -61,6 +74,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
         Command::Ask(command) => ask(&command),
         Command::Neighbors(config) => show_neighbors(&config),
+        Command::Embed(args) => embed(&args),
         Command::Bench(args) => run_bench(&args),
     };
     outcome.unwrap_or_else(|error| {
@@ -206,5 +220,38 @@ fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     Ok(match bench::run(args, &mut std::io::stdout())? {
         Verdict::Fine => ExitCode::SUCCESS,
         Verdict::Broken => ExitCode::FAILURE,
+    })
+}
+
+fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
+    let terminal = Terminal::default();
+    imagegpt::telemetry::init_to(&args.log, terminal.clone())?;
+    let runtime = runtime()?;
+    let ended = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        let Some(model) = &args.workers.model else {
+            let endpoints = args.workers.endpoints.clone();
+            let out = &mut std::io::stdout();
+            return dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
+        };
+        // The same pipeline, with a worker of its own at the other end.
+        let config = own_worker(model, &[], args.workers.serve.as_deref())?;
+        let worker = tokio::select! {
+            worker = load_and_start(&config) => worker?,
+            () = signals.recv() => return Ok(JobEnded::Interrupted),
+        };
+        let endpoints = vec![format!("http://{}", worker.grpc_addr)];
+        let out = &mut std::io::stdout();
+        let ended = dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
+        worker.shutdown(OWN_GRACE).await;
+        ended
+    });
+    // A read that does not end must not hold the process.
+    runtime.shutdown_background();
+    Ok(match ended? {
+        JobEnded::Done => ExitCode::SUCCESS,
+        JobEnded::Failed => ExitCode::FAILURE,
+        JobEnded::Interrupted => ExitCode::from(EXIT_RESUMABLE),
+        JobEnded::TooManyErrors => ExitCode::from(EXIT_ERRORS),
     })
 }

@@ -14,6 +14,7 @@ mod health;
 mod listen;
 pub mod load;
 mod observe;
+pub mod pool;
 mod reload;
 mod score;
 mod status;

@@ -24,6 +24,7 @@ mod health;
 mod load;
 mod metrics;
 mod models;
+mod pool;
 mod scheduling;
 mod shutdown;
 mod stream;

@@ -1,0 +1,192 @@
+"""Kills a dataset job at random moments and compares what comes out.
+
+    chaos.py           # on a disk
+    chaos.py --s3      # with an S3-compatible server (moto) on loopback, which is
+                       # stopped and slowed in between
+
+A job runs undisturbed once. Then the same job is begun again and again, and at
+a random moment the client or a worker is killed (SIGKILL), in turn; workers
+come back. At last it runs to its end, and every file must be the same to the
+byte. `make embed-chaos` does both.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import common
+
+FOLDER = common.ROOT / "target" / "embed-chaos"
+FLAGS = ("--part-items", "100", "--keep", "cls", "--item-timeout", "5s")
+
+
+def digests(output: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and not path.name.startswith(common.TEMPORARY)
+    }
+
+
+class Disk:
+    # From a client's start to its first image.
+    start_seconds = 0.1
+
+    def __init__(self, tars: list[Path]):
+        self.source = str(tars[0].parent)
+        self.env = dict(os.environ)
+        for name in ("whole", "killed"):
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
+
+    def output(self, name: str) -> str:
+        return str(FOLDER / name)
+
+    def digests(self, name: str) -> dict[str, str]:
+        return digests(FOLDER / name)
+
+    def disturb(self) -> None:
+        """A disk is not disturbed."""
+
+    def end(self) -> None:
+        pass
+
+
+class S3:
+    """moto's server, with a bucket for each run."""
+
+    start_seconds = 0.5
+
+    def __init__(self, tars: list[Path]):
+        import boto3
+
+        self.source = "s3://images/shards"
+        port = common.free_port()
+        server = Path(sys.executable).with_name("moto_server")
+        self.process = subprocess.Popen(
+            [server, "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        url = f"http://127.0.0.1:{port}"
+        common.await_page(f"{url}/moto-api/", self.process)
+        self.env = os.environ | {
+            "AWS_ENDPOINT": url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+        }
+        self.s3 = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        for bucket in ("images", "whole", "killed"):
+            self.s3.create_bucket(Bucket=bucket)
+        for path in tars:
+            self.s3.upload_file(str(path), "images", f"shards/{path.name}")
+
+    def output(self, name: str) -> str:
+        return f"s3://{name}/table"
+
+    def digests(self, name: str) -> dict[str, str]:
+        found = {}
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=name):
+            for entry in page.get("Contents", []):
+                content = self.s3.get_object(Bucket=name, Key=entry["Key"])["Body"].read()
+                found[entry["Key"]] = hashlib.sha256(content).hexdigest()
+        return found
+
+    def disturb(self) -> None:
+        """Stops it for up to two seconds, or slows it to a fifth for as long."""
+        if random.random() < 0.5:
+            common.stop(self.process)
+            time.sleep(random.uniform(0.2, 2))
+        else:
+            until = time.monotonic() + random.uniform(0.2, 2)
+            while time.monotonic() < until:
+                common.stop(self.process)
+                time.sleep(0.08)
+                common.go_on(self.process)
+                time.sleep(0.02)
+        common.go_on(self.process)
+
+    def end(self) -> None:
+        self.process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--s3", action="store_true", help="read from and write to moto's S3")
+    parser.add_argument("--images", type=int, default=12_000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    tars = common.make_tars(FOLDER / f"tars-{arguments.images}", arguments.images, 1500)
+    store = (S3 if arguments.s3 else Disk)(tars)
+    engine = ("--model", str(common.ROOT / "models" / "untrained"), "--fake-engine", "1ms+1ms")
+    workers = [common.Worker(*engine) for _ in range(2)]
+    try:
+        began = time.monotonic()
+        whole = common.run(store.source, store.output("whole"), workers, *FLAGS, env=store.env)
+        took = time.monotonic() - began
+        print(
+            f"{'S3' if arguments.s3 else 'disk'}, seed {arguments.seed}: undisturbed"
+            f" {whole['images']} images, {whole['errors']} errors, {whole['parts']} parts in {took:.1f} s"
+        )
+        killed = {"client": 0, "worker": 0}
+        ends = 0
+        for turn in range(arguments.kills):
+            client = subprocess.Popen(
+                common.command(store.source, store.output("killed"), workers, *FLAGS),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=store.env,
+            )
+            disturbance = threading.Thread(target=store.disturb)
+            disturbance.start()
+            # So that the kills are spread over the whole job.
+            time.sleep(store.start_seconds + random.uniform(0, 2) * took / arguments.kills)
+            if turn % 2:
+                victim = random.choice(workers)
+                victim.kill()
+                killed["worker"] += 1
+                victim.start()
+                time.sleep(random.uniform(0.01, 0.2))
+            ends += client.poll() is not None
+            client.kill()
+            client.wait()
+            killed["client"] += 1
+            disturbance.join()
+        last = common.run(store.source, store.output("killed"), workers, *FLAGS, env=store.env)
+        expected, found = store.digests("whole"), store.digests("killed")
+        differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        print(
+            f"killed the client {killed['client']} times and a worker {killed['worker']} times"
+            f" ({ends} runs had ended before); the last run did {last['images_this_run']} images"
+        )
+        if differing:
+            raise SystemExit(f"{len(differing)} of {len(expected)} files differ: {sorted(differing)[:5]}")
+        broken = sum(common.is_broken(number) for number in range(arguments.images))
+        if last["images"] != arguments.images or last["errors"] != broken:
+            raise SystemExit(f"{last['images']} images with {last['errors']} errors")
+        together = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+        print(f"all {len(found)} files are the same to the byte; together sha256 {together}")
+    finally:
+        for worker in workers:
+            worker.kill()
+        store.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+//! Whether all parts are there, and what they are together.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use anyhow::Context as _;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use super::Ended;
+use super::journal::{self, Manifest, ModelFact, PartId, Record};
+use super::plan::hex;
+use super::sink::Sink;
+
+/// A summary of all parts, once they are there.
+const SUMMARY: &str = "_imagegpt/summary.json";
+/// Parts that `--finish` names when they are missing.
+const MISSING_SHOWN: usize = 10;
+
+/// What is known of a whole dataset; the same however it came about.
+#[derive(Debug, Serialize)]
+pub(super) struct Summary {
+    model: ModelFact,
+    options: BTreeMap<String, String>,
+    images: u64,
+    rows: u64,
+    errors: u64,
+    parts: usize,
+    /// Over the digests of all files, by name.
+    sha256: String,
+}
+
+/// Records whose files are all there, as large as they were written. Whatever
+/// somebody has deleted is done again.
+pub(super) async fn only_with_files(
+    sink: &Sink,
+    mut records: BTreeMap<PartId, Record>,
+) -> anyhow::Result<BTreeMap<PartId, Record>> {
+    let there = files(sink).await?;
+    records.retain(|id, record| {
+        let whole = record
+            .files
+            .iter()
+            .all(|file| there.get(&file.name) == Some(&file.bytes));
+        if !whole {
+            tracing::warn!("files of part {id} are missing or were changed; it is done again");
+        }
+        whole
+    });
+    Ok(records)
+}
+
+/// All files of the output, with their sizes.
+async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
+    let mut files = BTreeMap::new();
+    for folder in ["", "errors", "img_emb", "metadata"] {
+        for (name, bytes) in sink.list(folder).await? {
+            let name = if folder.is_empty() {
+                name
+            } else {
+                format!("{folder}/{name}")
+            };
+            files.insert(name, bytes);
+        }
+    }
+    Ok(files)
+}
+
+pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<Ended> {
+    match finish(sink).await {
+        Ok(summary) => {
+            writeln!(out, "{}", serde_json::to_string(&summary)?)?;
+            Ok(Ended::Done)
+        }
+        Err(error) if error.is::<Incomplete>() => {
+            tracing::error!("{error}");
+            Ok(Ended::Failed)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Parts are missing.
+#[derive(Debug, thiserror::Error)]
+#[error("{output} is not whole: {}; run their jobs again", missing.join(", "))]
+struct Incomplete {
+    output: String,
+    missing: Vec<String>,
+}
+
+/// Checks that all parts are there, and writes the summary.
+pub(super) async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
+    let manifest = Manifest::read(sink)
+        .await?
+        .with_context(|| format!("{sink} has no manifest: no `imagegpt embed` has begun there"))?;
+    let records = Record::read_all(sink, |_| true).await?;
+    let records = only_with_files(sink, records).await?;
+    let mut missing = Vec::new();
+    let mut whole = Vec::new();
+    for shard in 0..manifest.shards {
+        let done = journal::done(&records, shard);
+        if done.last().is_none_or(|last| last.next.is_some()) {
+            let part = done.len();
+            missing.push(format!("part {} and what follows", PartId { shard, part }));
+        }
+        whole.extend(done);
+    }
+    if !missing.is_empty() {
+        let more = missing.len().saturating_sub(MISSING_SHOWN);
+        missing.truncate(MISSING_SHOWN);
+        if more > 0 {
+            missing.push(format!("and {more} more shards"));
+        }
+        return Err(Incomplete {
+            output: sink.to_string(),
+            missing,
+        }
+        .into());
+    }
+    let images: u64 = whole.iter().map(|record| record.images).sum();
+    let errors: u64 = whole.iter().map(|record| record.errors).sum();
+    let mut digest = Sha256::new();
+    for file in whole.iter().flat_map(|record| &record.files) {
+        digest.update(format!("{} {}\n", file.sha256, file.name));
+    }
+    let summary = Summary {
+        model: manifest.model,
+        options: manifest.options,
+        images,
+        rows: images - errors,
+        errors,
+        parts: whole.len(),
+        sha256: hex(&digest.finalize()),
+    };
+    let mut text = serde_json::to_string_pretty(&summary)?;
+    text.push('\n');
+    sink.write(SUMMARY, text.into()).await?;
+    Ok(summary)
+}

@@ -1,0 +1,155 @@
+//! What comes in: shards of a dataset, one sample after the other.
+//!
+//! A reader is plain code that runs on the reader's thread and hands each sample
+//! to a visitor, together with a cursor: where to begin so that this sample is
+//! the first. That is all that resuming needs to know of a format.
+
+mod columns;
+mod files;
+mod webdataset;
+
+use std::ops::ControlFlow;
+
+use arrow_array::RecordBatch;
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use super::location::Location;
+use super::plan::{Kind, Shard};
+use super::ranged::Ranged;
+use crate::rpc::pool::Fault;
+
+pub(super) use self::files::{Listing, Row};
+
+/// Extensions of images, in lower case.
+pub(super) const IMAGES: [&str; 9] = [
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
+];
+
+/// One image, with what goes with it.
+#[derive(Debug)]
+pub(super) struct Sample {
+    pub(super) id: String,
+    /// The encoded file, or why there is none.
+    pub(super) image: Result<Bytes, Fault>,
+    /// One row of the columns that are kept; `None` when none are.
+    pub(super) kept: Option<RecordBatch>,
+}
+
+/// A sample and its place.
+#[derive(Debug)]
+pub(super) struct Seen {
+    /// Where to begin so that this sample is the first.
+    pub(super) cursor: u64,
+    /// How much of the shard lies before it, 0 to 1.
+    pub(super) share: f64,
+    pub(super) sample: Sample,
+}
+
+/// What readers must know besides the shard.
+#[derive(Debug, Clone)]
+pub(super) struct Reading {
+    pub(super) runtime: Handle,
+    /// Larger images are not read.
+    pub(super) image_bytes_max: u64,
+    /// Columns, or kinds of sidecar files.
+    pub(super) keep: Vec<String>,
+    pub(super) image_column: Option<String>,
+    pub(super) id_column: Option<String>,
+}
+
+/// Why a shard cannot be read to its end.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// Its content is damaged, and will be the next time: an error of the
+    /// dataset, like an image that cannot be decoded.
+    Damaged(String),
+    /// It could not be read this time, or the flags do not fit it: the job ends.
+    Failed(anyhow::Error),
+}
+
+type Visitor<'a> = dyn FnMut(Seen) -> ControlFlow<()> + 'a;
+
+/// Visits a shard's samples from `cursor` on (0 is its beginning), until the
+/// visitor breaks.
+pub(super) fn read(
+    shard: &Shard,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let ranged =
+        |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
+    let (file, result) = match &shard.kind {
+        Kind::Files { listing, range } => {
+            return files::read(listing, range.clone(), cursor, reading, visit);
+        }
+        Kind::WebDataset(location) => {
+            let file = ranged(location);
+            let result = webdataset::read(&file, cursor, reading, visit);
+            (file, result)
+        }
+        Kind::Parquet(location) => {
+            let file = ranged(location);
+            let result = columns::read_parquet(&file, location, cursor, reading, visit);
+            (file, result)
+        }
+        Kind::Arrow(location) => {
+            let file = ranged(location);
+            let result = columns::read_arrow(&file, location, cursor, reading, visit);
+            (file, result)
+        }
+    };
+    match (result, file.failure()) {
+        // Whatever the format's reader made of it: the bytes did not come.
+        (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
+        (result, _) => result,
+    }
+}
+
+/// What an image over the limit has as its outcome.
+fn too_large(bytes: u64, max: u64) -> Fault {
+    Fault::invalid(format!(
+        "image: {bytes} bytes, over the limit of {max} (--image-bytes-max of the worker); it was \
+         not sent"
+    ))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::dataset::location::Stores;
+
+    pub(in crate::dataset) fn reading(keep: &[&str]) -> Reading {
+        Reading {
+            runtime: Handle::current(),
+            image_bytes_max: 1000,
+            keep: keep.iter().map(|&name| name.to_owned()).collect(),
+            image_column: None,
+            id_column: None,
+        }
+    }
+
+    /// Reads a shard on a thread of its own, as the pipeline does: each sample as
+    /// its cursor, its id and its image.
+    pub(in crate::dataset) async fn read_all(
+        shard: Shard,
+        cursor: u64,
+        reading: Reading,
+    ) -> (Vec<(u64, Sample)>, Result<(), Broken>) {
+        tokio::task::spawn_blocking(move || {
+            let mut seen = Vec::new();
+            let result = read(&shard, cursor, &reading, &mut |one| {
+                seen.push((one.cursor, one.sample));
+                ControlFlow::Continue(())
+            });
+            (seen, result)
+        })
+        .await
+        .unwrap()
+    }
+
+    pub(in crate::dataset) fn local(path: &std::path::Path) -> Location {
+        Stores::default().locate(path.to_str().unwrap()).unwrap()
+    }
+}

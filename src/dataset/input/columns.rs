@@ -1,0 +1,467 @@
+//! Tables: Parquet and Arrow, with images in a column of bytes or, as Hugging
+//! Face's datasets have it, in a struct of bytes and path.
+
+use std::ops::ControlFlow;
+
+use arrow_array::cast::AsArray as _;
+use arrow_array::types::{
+    Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow_array::{Array, RecordBatch};
+use arrow_schema::{ArrowError, DataType, Schema};
+use bytes::Bytes;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
+use crate::dataset::location::Location;
+use crate::dataset::ranged::Ranged;
+use crate::rpc::pool::Fault;
+
+/// Rows that are decoded together. Each may be an image of megabytes.
+const BATCH_ROWS: usize = 16;
+/// Names of columns of plain bytes that are images without being asked for.
+const IMAGE_COLUMNS: [&str; 8] = [
+    "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
+];
+
+/// Which columns are what, by their places in a schema.
+#[derive(Debug)]
+struct Columns {
+    image: usize,
+    id: Option<usize>,
+    keep: Vec<usize>,
+}
+
+impl Columns {
+    fn find(schema: &Schema, reading: &Reading) -> anyhow::Result<Self> {
+        let place = |flag: &str, name: &str| {
+            schema.index_of(name).map_err(|_| {
+                let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+                anyhow::anyhow!(
+                    "{flag} {name}: there is no such column; there are {}",
+                    names.join(", ")
+                )
+            })
+        };
+        let image = match &reading.image_column {
+            Some(name) => {
+                let image = place("--image-column", name)?;
+                anyhow::ensure!(
+                    is_image(schema.field(image).data_type()),
+                    "--image-column {name}: it is neither bytes nor a struct with bytes"
+                );
+                image
+            }
+            None => guess_image(schema)?,
+        };
+        let id = reading.id_column.as_ref();
+        let keep = reading.keep.iter();
+        Ok(Self {
+            image,
+            id: id.map(|name| place("--id-column", name)).transpose()?,
+            keep: keep
+                .map(|name| place("--keep", name))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// All of them, ascending and once each.
+    fn places(&self) -> Vec<usize> {
+        let mut places: Vec<usize> = self.keep.iter().copied().chain(self.id).collect();
+        places.push(self.image);
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+
+    /// The same columns in a table that has only [`Self::places`].
+    fn projected(&self) -> Self {
+        let places = self.places();
+        let new = |old: &usize| places.binary_search(old).unwrap_or_default();
+        Self {
+            image: new(&self.image),
+            id: self.id.as_ref().map(new),
+            keep: self.keep.iter().map(new).collect(),
+        }
+    }
+}
+
+fn is_bytes(kind: &DataType) -> bool {
+    matches!(
+        kind,
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView
+    )
+}
+
+fn is_image(kind: &DataType) -> bool {
+    match kind {
+        // By name: older files have the path first.
+        DataType::Struct(fields) => fields
+            .iter()
+            .any(|field| field.name() == "bytes" && is_bytes(field.data_type())),
+        kind => is_bytes(kind),
+    }
+}
+
+fn guess_image(schema: &Schema) -> anyhow::Result<usize> {
+    let fields = schema.fields().iter().enumerate();
+    let structs: Vec<usize> = fields
+        .clone()
+        .filter(|(_, field)| {
+            matches!(field.data_type(), DataType::Struct(_)) && is_image(field.data_type())
+        })
+        .map(|(place, _)| place)
+        .collect();
+    let named: Vec<usize> = fields
+        .filter(|(_, field)| {
+            is_bytes(field.data_type()) && IMAGE_COLUMNS.contains(&field.name().as_str())
+        })
+        .map(|(place, _)| place)
+        .collect();
+    match (&structs[..], &named[..]) {
+        (&[one], _) | (&[], &[one]) => Ok(one),
+        _ => {
+            let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+            anyhow::bail!(
+                "which column has the images? there are {}; say it with --image-column",
+                names.join(", ")
+            )
+        }
+    }
+}
+
+fn bytes_at(column: &dyn Array, row: usize) -> Option<&[u8]> {
+    if column.is_null(row) {
+        return None;
+    }
+    match column.data_type() {
+        DataType::Binary => Some(column.as_binary::<i32>().value(row)),
+        DataType::LargeBinary => Some(column.as_binary::<i64>().value(row)),
+        DataType::BinaryView => Some(column.as_binary_view().value(row)),
+        _ => None,
+    }
+}
+
+/// Text, or a whole number as text.
+fn text_at(column: &dyn Array, row: usize) -> Option<String> {
+    if column.is_null(row) {
+        return None;
+    }
+    Some(match column.data_type() {
+        DataType::Utf8 => column.as_string::<i32>().value(row).to_owned(),
+        DataType::LargeUtf8 => column.as_string::<i64>().value(row).to_owned(),
+        DataType::Utf8View => column.as_string_view().value(row).to_owned(),
+        DataType::Int8 => column.as_primitive::<Int8Type>().value(row).to_string(),
+        DataType::Int16 => column.as_primitive::<Int16Type>().value(row).to_string(),
+        DataType::Int32 => column.as_primitive::<Int32Type>().value(row).to_string(),
+        DataType::Int64 => column.as_primitive::<Int64Type>().value(row).to_string(),
+        DataType::UInt8 => column.as_primitive::<UInt8Type>().value(row).to_string(),
+        DataType::UInt16 => column.as_primitive::<UInt16Type>().value(row).to_string(),
+        DataType::UInt32 => column.as_primitive::<UInt32Type>().value(row).to_string(),
+        DataType::UInt64 => column.as_primitive::<UInt64Type>().value(row).to_string(),
+        _ => return None,
+    })
+}
+
+fn image_at(column: &dyn Array, row: usize, max: u64) -> Result<Bytes, Fault> {
+    let bytes = match column.data_type() {
+        DataType::Struct(_) if column.is_null(row) => None,
+        DataType::Struct(_) => column
+            .as_struct()
+            .column_by_name("bytes")
+            .and_then(|bytes| bytes_at(bytes.as_ref(), row)),
+        _ => bytes_at(column, row),
+    };
+    match bytes {
+        None => Err(Fault::invalid(
+            "image: the row has no bytes; only what is stored in the file itself is read"
+                .to_owned(),
+        )),
+        Some(bytes) if bytes.len() as u64 > max => Err(too_large(bytes.len() as u64, max)),
+        Some(bytes) => Ok(Bytes::copy_from_slice(bytes)),
+    }
+}
+
+/// Where in a table of how many rows.
+struct Place<'a> {
+    location: &'a Location,
+    row: u64,
+    n_rows: u64,
+}
+
+fn visit_batch(
+    batch: &RecordBatch,
+    columns: &Columns,
+    reading: &Reading,
+    place: &mut Place<'_>,
+    visit: &mut Visitor<'_>,
+) -> Result<ControlFlow<()>, Broken> {
+    let failed = |error: ArrowError| Broken::Failed(error.into());
+    let kept = if columns.keep.is_empty() {
+        None
+    } else {
+        Some(batch.project(&columns.keep).map_err(failed)?)
+    };
+    for row in 0..batch.num_rows() {
+        let id = columns
+            .id
+            .and_then(|id| text_at(batch.column(id).as_ref(), row));
+        let seen = Seen {
+            cursor: place.row,
+            #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
+            share: place.row as f64 / place.n_rows.max(1) as f64,
+            sample: Sample {
+                id: id.unwrap_or_else(|| format!("{}#{}", place.location.file_name(), place.row)),
+                image: image_at(
+                    batch.column(columns.image).as_ref(),
+                    row,
+                    reading.image_bytes_max,
+                ),
+                kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
+            },
+        };
+        if visit(seen) == ControlFlow::Break(()) {
+            return Ok(ControlFlow::Break(()));
+        }
+        place.row += 1;
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// `cursor` is a row.
+pub(super) fn read_parquet(
+    file: &Ranged,
+    location: &Location,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let damaged = |error: parquet::errors::ParquetError| Broken::Damaged(error.to_string());
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file.from(0)).map_err(damaged)?;
+    let columns = Columns::find(builder.schema(), reading)
+        .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
+    let metadata = std::sync::Arc::clone(builder.metadata());
+    // Groups that lie before the cursor are not even looked at.
+    let (mut group, mut before) = (0, 0_u64);
+    while let Some(rows) = metadata
+        .row_groups()
+        .get(group)
+        .map(|group| u64::try_from(group.num_rows()).unwrap_or(0))
+        && before + rows <= cursor
+    {
+        before += rows;
+        group += 1;
+    }
+    let offset = usize::try_from(cursor - before).unwrap_or(usize::MAX);
+    let mask = ProjectionMask::roots(builder.parquet_schema(), columns.places());
+    let batches = builder
+        .with_projection(mask)
+        .with_row_groups((group..metadata.num_row_groups()).collect())
+        .with_offset(offset)
+        .with_batch_size(BATCH_ROWS)
+        .build()
+        .map_err(damaged)?;
+    let columns = columns.projected();
+    let mut place = Place {
+        location,
+        row: cursor,
+        n_rows: u64::try_from(metadata.file_metadata().num_rows()).unwrap_or(0),
+    };
+    for batch in batches {
+        let batch = batch.map_err(|error| Broken::Damaged(error.to_string()))?;
+        if visit_batch(&batch, &columns, reading, &mut place, visit)?.is_break() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Both of Arrow's formats: a file, or a stream as Hugging Face's cache has it.
+/// `cursor` is a row.
+pub(super) fn read_arrow(
+    file: &Ranged,
+    location: &Location,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    const MAGIC: &[u8] = b"ARROW1";
+    let damaged = |error: ArrowError| Broken::Damaged(error.to_string());
+    let mut first = [0; MAGIC.len()];
+    std::io::Read::read_exact(&mut file.from(0), &mut first)
+        .map_err(|error| Broken::Damaged(error.to_string()))?;
+    let bytes = parquet::file::reader::Length::len(file);
+    if first == MAGIC {
+        let batches = arrow_ipc::reader::FileReader::try_new(file.from(0), None);
+        let batches = batches.map_err(damaged)?;
+        let schema = batches.schema();
+        read_batches(batches, &schema, (location, cursor, bytes), reading, visit)
+    } else {
+        let batches = arrow_ipc::reader::StreamReader::try_new(file.from(0), None);
+        let batches = batches.map_err(damaged)?;
+        let schema = batches.schema();
+        read_batches(batches, &schema, (location, cursor, bytes), reading, visit)
+    }
+}
+
+fn read_batches(
+    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    schema: &Schema,
+    (location, cursor, bytes): (&Location, u64, u64),
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let columns = Columns::find(schema, reading)
+        .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
+    // How many rows there are is written nowhere; bytes are as good for the eye.
+    let mut place = Place {
+        location,
+        row: 0,
+        n_rows: bytes,
+    };
+    for batch in batches {
+        let mut batch = batch.map_err(|error| Broken::Damaged(error.to_string()))?;
+        let n_rows = batch.num_rows() as u64;
+        if place.row + n_rows <= cursor {
+            place.row += n_rows;
+            continue;
+        }
+        if let Some(skipped) = cursor.checked_sub(place.row).filter(|&skipped| skipped > 0) {
+            let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
+            batch = batch.slice(skipped, batch.num_rows() - skipped);
+            place.row = cursor;
+        }
+        if visit_batch(&batch, &columns, reading, &mut place, visit)?.is_break() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::{ArrayRef, BinaryArray, Int64Array, StringArray, StructArray};
+    use arrow_schema::Field;
+
+    use super::super::tests::{local, read_all, reading};
+    use super::*;
+    use crate::dataset::plan::{Kind, Shard};
+
+    /// Images of one byte, their row's number; row 3 has none.
+    fn table(n_rows: u8) -> RecordBatch {
+        let rows: Vec<[u8; 1]> = (0..n_rows).map(|n| [n]).collect();
+        let bytes: BinaryArray = rows
+            .iter()
+            .map(|row| (row[0] != 3).then_some(&row[..]))
+            .collect();
+        let path: StringArray = rows.iter().map(|_| None::<&str>).collect();
+        let image = StructArray::from(vec![
+            (
+                Arc::new(Field::new("path", DataType::Utf8, true)),
+                Arc::new(path) as ArrayRef,
+            ),
+            (
+                Arc::new(Field::new("bytes", DataType::Binary, true)),
+                Arc::new(bytes) as ArrayRef,
+            ),
+        ]);
+        let label: Int64Array = (0..i64::from(n_rows)).map(|n| Some(n * 10)).collect();
+        RecordBatch::try_from_iter([
+            ("label", Arc::new(label) as ArrayRef),
+            ("image", Arc::new(image) as ArrayRef),
+        ])
+        .unwrap()
+    }
+
+    fn shard(name: &str, content: &[u8]) -> (tempfile::TempDir, Shard) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let kind = if name == "t.parquet" {
+            Kind::Parquet(local(&path))
+        } else {
+            Kind::Arrow(local(&path))
+        };
+        let shard = Shard {
+            name: name.to_owned(),
+            bytes: content.len() as u64,
+            kind,
+        };
+        (dir, shard)
+    }
+
+    fn parquet(batch: &RecordBatch) -> Vec<u8> {
+        let properties = parquet::file::properties::WriterProperties::builder()
+            .set_max_row_group_row_count(Some(7))
+            .build();
+        let mut writer =
+            parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties))
+                .unwrap();
+        writer.write(batch).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn arrow_file(batch: &RecordBatch) -> Vec<u8> {
+        let mut writer =
+            arrow_ipc::writer::FileWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        writer.write(&batch.slice(0, 9)).unwrap();
+        writer.write(&batch.slice(9, batch.num_rows() - 9)).unwrap();
+        writer.finish().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn arrow_stream(batch: &RecordBatch) -> Vec<u8> {
+        let mut writer =
+            arrow_ipc::writer::StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        writer.write(batch).unwrap();
+        writer.finish().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_row_can_be_begun_at() {
+        let table = table(20);
+        for (name, content) in [
+            ("t.parquet", parquet(&table)),
+            ("t.arrow", arrow_file(&table)),
+            ("s.arrow", arrow_stream(&table)),
+        ] {
+            let (_dir, shard) = shard(name, &content);
+            for start in [0_u8, 6, 7, 8, 13, 19, 20] {
+                let mut reading = reading(&["label"]);
+                reading.id_column = Some("label".to_owned());
+                let (seen, result) = read_all(shard.clone(), start.into(), reading).await;
+                assert!(result.is_ok(), "{result:?}");
+                assert_eq!(seen.len(), usize::from(20 - start), "{name} from {start}");
+                for (row, (cursor, sample)) in (start..).zip(seen) {
+                    assert_eq!(cursor, u64::from(row));
+                    assert_eq!(sample.id, (u32::from(row) * 10).to_string());
+                    assert_eq!(sample.image.is_ok(), row != 3);
+                    if let Ok(image) = sample.image {
+                        assert_eq!(image, [row][..]);
+                    }
+                    let kept = sample.kept.unwrap();
+                    let label = kept.column(0).as_primitive::<Int64Type>();
+                    assert_eq!(label.value(0), i64::from(row) * 10);
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn flags_that_do_not_fit_are_told_with_the_columns() {
+        let (_dir, shard) = shard("t.parquet", &parquet(&table(3)));
+        let (_, result) = read_all(shard, 0, reading(&["caption"])).await;
+        let Err(Broken::Failed(error)) = result else {
+            panic!("{result:?}");
+        };
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("--keep caption: there is no such column; there are label, image"),
+            "{text}"
+        );
+    }
+}

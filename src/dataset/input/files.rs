@@ -1,0 +1,147 @@
+//! Images that are files: of a folder tree, or named by a list.
+
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, RecordBatch, StringArray};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+
+use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
+use crate::dataset::location::{Entry, Location, ReadError, Stores};
+use crate::rpc::pool::Fault;
+
+/// Files that are read at once, each up to the largest image: enough for a disk,
+/// and to hide a bucket's latency.
+const AT_ONCE: usize = 16;
+
+/// Names of files, in memory: 100 bytes or so each.
+#[derive(Debug)]
+pub(in crate::dataset) enum Listing {
+    /// What lies below a folder.
+    Tree { base: Location, entries: Vec<Entry> },
+    /// What a list names, relative to its own folder.
+    List {
+        stores: Arc<Stores>,
+        base: Location,
+        rows: Vec<Row>,
+    },
+}
+
+/// A line of a list.
+#[derive(Debug)]
+pub(in crate::dataset) struct Row {
+    pub(in crate::dataset) name: String,
+    /// In the order of `--keep`.
+    pub(in crate::dataset) kept: Vec<String>,
+}
+
+impl Listing {
+    fn name(&self, idx: usize) -> Option<&str> {
+        match self {
+            Self::Tree { entries, .. } => Some(entries.get(idx)?.name.as_str()),
+            Self::List { rows, .. } => Some(rows.get(idx)?.name.as_str()),
+        }
+    }
+
+    fn locate(&self, name: &str) -> anyhow::Result<Location> {
+        match self {
+            Self::Tree { base, .. } => Ok(base.join(name)),
+            Self::List { stores, base, .. } => {
+                if name.contains("://") || name.starts_with('/') {
+                    stores.locate(name)
+                } else {
+                    Ok(base.join(name))
+                }
+            }
+        }
+    }
+
+    fn kept(&self, idx: usize, names: &[String]) -> Result<Option<RecordBatch>, Broken> {
+        let Self::List { rows, .. } = self else {
+            return Ok(None);
+        };
+        let Some(row) = rows.get(idx).filter(|_| !names.is_empty()) else {
+            return Ok(None);
+        };
+        let columns = names.iter().zip(&row.kept).map(|(name, value)| {
+            let column: ArrayRef = Arc::new(StringArray::from(vec![Some(value.as_str())]));
+            (name, column, true)
+        });
+        let batch = RecordBatch::try_from_iter_with_nullable(columns);
+        batch
+            .map(Some)
+            .map_err(|error| Broken::Failed(error.into()))
+    }
+}
+
+/// `cursor` counts from the beginning of `range`.
+pub(super) fn read(
+    listing: &Arc<Listing>,
+    range: Range<usize>,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let length = range.len();
+    let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
+    let max = reading.image_bytes_max;
+    let mut files = futures_util::stream::iter(range.skip(skipped))
+        .map(|idx| {
+            let listing = Arc::clone(listing);
+            async move { (idx, file(&listing, idx, max).await) }
+        })
+        .buffered(AT_ONCE);
+    let mut place = skipped as u64;
+    while let Some((idx, image)) = reading.runtime.block_on(files.next()) {
+        let seen = Seen {
+            cursor: place,
+            #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
+            share: place as f64 / length as f64,
+            sample: Sample {
+                id: listing.name(idx).unwrap_or_default().to_owned(),
+                image: image.map_err(Broken::Failed)?,
+                kept: listing.kept(idx, &reading.keep)?,
+            },
+        };
+        if visit(seen) == ControlFlow::Break(()) {
+            break;
+        }
+        place += 1;
+    }
+    Ok(())
+}
+
+/// A file's bytes, or what is wrong with it; an error when the store cannot be
+/// read.
+async fn file(listing: &Listing, idx: usize, max: u64) -> anyhow::Result<Result<Bytes, Fault>> {
+    let name = listing.name(idx).unwrap_or_default();
+    let location = match listing.locate(name) {
+        Ok(location) => location,
+        Err(error) => return Ok(Err(Fault::invalid(format!("image: {error:#}")))),
+    };
+    let missing = |code, message: &str| {
+        Ok(Err(Fault {
+            code,
+            message: format!("image: {message}"),
+        }))
+    };
+    match location.read(max).await {
+        Ok(Some(bytes)) => Ok(Ok(bytes)),
+        Ok(None) => {
+            let entry = location.stat().await?;
+            Ok(Err(too_large(entry.map_or(0, |entry| entry.bytes), max)))
+        }
+        Err(ReadError::Missing) => missing("NOT_FOUND", "there is no such file"),
+        Err(ReadError::Io(error)) => match error.kind() {
+            std::io::ErrorKind::PermissionDenied => {
+                missing("PERMISSION_DENIED", "the file may not be read")
+            }
+            std::io::ErrorKind::IsADirectory => missing("NOT_FOUND", "it is a folder"),
+            _ => Err(anyhow::Error::new(error).context(location.to_string())),
+        },
+        Err(error @ ReadError::Store(_)) => {
+            Err(anyhow::Error::new(error).context(location.to_string()))
+        }
+    }
+}

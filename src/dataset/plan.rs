@@ -1,0 +1,431 @@
+//! From what the command line names to shards, in an order that is the same
+//! every time.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::input::{IMAGES, Listing, Row};
+use super::location::{Entry, Location, Stores, expand};
+
+/// A list of files is read whole; more lines are more memory than a job should
+/// take, and a folder or Parquet does as well.
+const LIST_BYTES_MAX: u64 = 4 << 30;
+/// Columns of a CSV that may hold the paths.
+const PATH_COLUMNS: [&str; 7] = [
+    "path",
+    "image",
+    "file",
+    "filename",
+    "file_name",
+    "image_path",
+    "url",
+];
+
+/// Something that is read from one end to the other by one job.
+#[derive(Debug, Clone)]
+pub(super) struct Shard {
+    /// For people and for the error file.
+    pub(super) name: String,
+    /// How much it is beside the others.
+    pub(super) bytes: u64,
+    pub(super) kind: Kind,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Kind {
+    /// A run of files: as many as one part of the output has.
+    Files {
+        listing: Arc<Listing>,
+        range: Range<usize>,
+    },
+    WebDataset(Location),
+    Parquet(Location),
+    Arrow(Location),
+}
+
+/// What the manifest remembers of an input, so that a change shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Fact {
+    pub(super) name: String,
+    pub(super) kind: String,
+    /// Files of a folder, lines of a list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) items: Option<u64>,
+    pub(super) bytes: u64,
+    /// An entity tag, a time of change, or a digest over those of many files.
+    pub(super) version: String,
+}
+
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) shards: Vec<Shard>,
+    pub(super) facts: Vec<Fact>,
+}
+
+/// How inputs are to be read.
+pub(super) struct Options<'a> {
+    pub(super) part_items: usize,
+    pub(super) keep: &'a [String],
+    pub(super) image_column: Option<&'a str>,
+    /// Where the output goes, which must not become input.
+    pub(super) output: &'a str,
+}
+
+/// Looks at all inputs.
+///
+/// # Errors
+///
+/// When one is missing or is nothing that can be read; it is named.
+pub(super) async fn plan(
+    inputs: &[String],
+    stores: &Arc<Stores>,
+    options: &Options<'_>,
+) -> anyhow::Result<Plan> {
+    let mut plan = Plan {
+        shards: Vec::new(),
+        facts: Vec::new(),
+    };
+    for input in inputs {
+        for name in expand(input)? {
+            let location = stores.locate(&name)?;
+            match location.stat().await? {
+                Some(entry) => plan.file(&location, &entry, stores, options).await?,
+                None => plan.folder(&location, options).await?,
+            }
+        }
+    }
+    anyhow::ensure!(
+        !plan.shards.is_empty(),
+        "the inputs have no images: {}",
+        inputs.join(" ")
+    );
+    Ok(plan)
+}
+
+fn extension(name: &str) -> String {
+    let extension = name.rsplit_once('.').map_or("", |(_, last)| last);
+    extension.to_ascii_lowercase()
+}
+
+impl Plan {
+    async fn file(
+        &mut self,
+        location: &Location,
+        entry: &Entry,
+        stores: &Arc<Stores>,
+        options: &Options<'_>,
+    ) -> anyhow::Result<()> {
+        let extension = extension(&entry.name);
+        if let Some(kind) = shard_kind(&extension, location) {
+            self.shard(location, entry, &extension, kind);
+            return Ok(());
+        }
+        let rows = match extension.as_str() {
+            "csv" => {
+                let text = list(location).await?;
+                csv_rows(&text, options).with_context(|| location.to_string())?
+            }
+            "txt" | "lst" | "list" => {
+                anyhow::ensure!(
+                    options.keep.is_empty(),
+                    "--keep: {location} is a list of names alone; give a CSV with columns"
+                );
+                lines(&list(location).await?)
+            }
+            _ => anyhow::bail!(
+                "{location} is nothing that can be read: give a folder, .tar, .parquet, .arrow, \
+                 or a list of images in .txt or .csv"
+            ),
+        };
+        self.facts.push(Fact {
+            name: location.to_string(),
+            kind: "list".to_owned(),
+            items: Some(rows.len() as u64),
+            bytes: entry.bytes,
+            version: entry.version.clone(),
+        });
+        let n_rows = rows.len();
+        let listing = Arc::new(Listing::List {
+            stores: Arc::clone(stores),
+            base: location.parent(),
+            rows,
+        });
+        // How large the files are is not known: each counts as one.
+        self.files(&listing, n_rows, location, options, |range| {
+            range.len() as u64
+        });
+        Ok(())
+    }
+
+    async fn folder(&mut self, folder: &Location, options: &Options<'_>) -> anyhow::Result<()> {
+        let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
+        anyhow::ensure!(
+            !inside.starts_with(&outside),
+            "--output {} lies in {folder}, which is read: the next run would find it there; write \
+             elsewhere",
+            options.output
+        );
+        let mut by_kind: BTreeMap<&str, Vec<Entry>> = BTreeMap::new();
+        for entry in folder.list().await? {
+            let extension = extension(&entry.name);
+            let kind = match extension.as_str() {
+                "tar" => "tar",
+                "parquet" => "parquet",
+                "arrow" | "feather" | "ipc" => "arrow",
+                other if IMAGES.contains(&other) => "image",
+                _ => continue,
+            };
+            by_kind.entry(kind).or_default().push(entry);
+        }
+        let kinds: Vec<&str> = by_kind.keys().copied().collect();
+        anyhow::ensure!(
+            kinds.len() <= 1,
+            "{folder} holds files of several kinds ({}); name those to read",
+            kinds.join(", ")
+        );
+        let Some((kind, entries)) = by_kind.pop_first() else {
+            anyhow::bail!("{folder}: there is no such file, and no folder with images or shards");
+        };
+        if kind != "image" {
+            for entry in entries {
+                let location = folder.join(&entry.name);
+                let extension = extension(&entry.name);
+                if let Some(kind) = shard_kind(&extension, &location) {
+                    self.shard(&location, &entry, &extension, kind);
+                }
+            }
+            return Ok(());
+        }
+        anyhow::ensure!(
+            options.keep.is_empty(),
+            "--keep: {folder} is a folder of images, which has no columns"
+        );
+        let mut digest = Sha256::new();
+        for entry in &entries {
+            digest.update(format!(
+                "{}\0{}\0{}\n",
+                entry.name, entry.bytes, entry.version
+            ));
+        }
+        self.facts.push(Fact {
+            name: folder.to_string(),
+            kind: "folder".to_owned(),
+            items: Some(entries.len() as u64),
+            bytes: entries.iter().map(|entry| entry.bytes).sum(),
+            version: format!("sha256:{}", hex(&digest.finalize())),
+        });
+        let n_entries = entries.len();
+        let listing = Arc::new(Listing::Tree {
+            base: folder.clone(),
+            entries,
+        });
+        let counted = Arc::clone(&listing);
+        self.files(
+            &listing,
+            n_entries,
+            folder,
+            options,
+            |range| match counted.as_ref() {
+                Listing::Tree { entries, .. } => entries[range].iter().map(|e| e.bytes).sum(),
+                Listing::List { .. } => 0,
+            },
+        );
+        Ok(())
+    }
+
+    fn shard(&mut self, location: &Location, entry: &Entry, kind_name: &str, kind: Kind) {
+        self.facts.push(Fact {
+            name: location.to_string(),
+            kind: kind_name.to_owned(),
+            items: None,
+            bytes: entry.bytes,
+            version: entry.version.clone(),
+        });
+        self.shards.push(Shard {
+            name: location.to_string(),
+            bytes: entry.bytes,
+            kind,
+        });
+    }
+
+    /// Files are cut into shards of one part each, so that several jobs can
+    /// share them.
+    fn files(
+        &mut self,
+        listing: &Arc<Listing>,
+        length: usize,
+        of: &Location,
+        options: &Options<'_>,
+        bytes: impl Fn(Range<usize>) -> u64,
+    ) {
+        for start in (0..length).step_by(options.part_items) {
+            let range = start..(start + options.part_items).min(length);
+            self.shards.push(Shard {
+                name: format!("{of} [{}..{}]", range.start, range.end),
+                bytes: bytes(range.clone()),
+                kind: Kind::Files {
+                    listing: Arc::clone(listing),
+                    range,
+                },
+            });
+        }
+    }
+}
+
+fn shard_kind(extension: &str, location: &Location) -> Option<Kind> {
+    let location = location.clone();
+    match extension {
+        "tar" => Some(Kind::WebDataset(location)),
+        "parquet" => Some(Kind::Parquet(location)),
+        "arrow" | "feather" | "ipc" => Some(Kind::Arrow(location)),
+        _ => None,
+    }
+}
+
+async fn list(location: &Location) -> anyhow::Result<String> {
+    let content = location
+        .read(LIST_BYTES_MAX)
+        .await
+        .with_context(|| location.to_string())?
+        .with_context(|| format!("{location} is over {LIST_BYTES_MAX} bytes; split it"))?;
+    String::from_utf8(content.into()).with_context(|| format!("{location} is not UTF-8"))
+}
+
+fn lines(text: &str) -> Vec<Row> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines
+        .map(|line| Row {
+            name: line.to_owned(),
+            kept: Vec::new(),
+        })
+        .collect()
+}
+
+fn csv_rows(text: &str, options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let header = reader.headers()?.clone();
+    let names = || header.iter().collect::<Vec<_>>().join(", ");
+    let place = |name: &str| header.iter().position(|column| column == name);
+    let path = match options.image_column {
+        Some(name) => place(name).with_context(|| {
+            format!(
+                "--image-column {name}: there is no such column; there are {}",
+                names()
+            )
+        })?,
+        None => PATH_COLUMNS
+            .iter()
+            .find_map(|name| place(name))
+            .with_context(|| {
+                format!(
+                    "which column has the paths? there are {}; say it with --image-column",
+                    names()
+                )
+            })?,
+    };
+    let keep = options.keep.iter().map(|name| {
+        place(name).with_context(|| {
+            format!(
+                "--keep {name}: there is no such column; there are {}",
+                names()
+            )
+        })
+    });
+    let keep = keep.collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record?;
+        let field = |place| record.get(place).unwrap_or_default().to_owned();
+        rows.push(Row {
+            name: field(path),
+            kept: keep.iter().map(|&place| field(place)).collect(),
+        });
+    }
+    Ok(rows)
+}
+
+/// A digest as it is written.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn planned(inputs: &[String], keep: &[String]) -> anyhow::Result<Plan> {
+        let options = Options {
+            part_items: 2,
+            keep,
+            image_column: None,
+            output: "/output",
+        };
+        plan(inputs, &Arc::default(), &options).await
+    }
+
+    #[tokio::test]
+    async fn what_an_input_is_shows_by_its_name_and_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, content: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, content).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        for name in ["tree/a/1.png", "tree/b/2.JPG", "tree/3.png", "tree/x.txt"] {
+            write(name, "x");
+        }
+        write("shards/00.tar", "x");
+        write("shards/01.tar", "x");
+        write("mixed/00.tar", "x");
+        write("mixed/0.png", "x");
+        let folder = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let shards = |plan: &Plan| {
+            let last = |shard: &Shard| shard.name.rsplit('/').next().unwrap().to_owned();
+            plan.shards.iter().map(last).collect::<Vec<_>>().join("; ")
+        };
+
+        let tree = planned(&[folder("tree")], &[]).await.unwrap();
+        assert_eq!(shards(&tree), "tree [0..2]; tree [2..3]");
+        assert_eq!(tree.facts[0].items, Some(3));
+        write("tree/3.png", "xy");
+        let changed = planned(&[folder("tree")], &[]).await.unwrap();
+        assert_ne!(changed.facts, tree.facts);
+
+        let tars = planned(&[folder("shards/{00..01}.tar")], &[])
+            .await
+            .unwrap();
+        assert_eq!(shards(&tars), "00.tar; 01.tar");
+        let tars = planned(&[folder("shards")], &[]).await.unwrap();
+        assert_eq!(shards(&tars), "00.tar; 01.tar");
+
+        let list = write("l.csv", "label,path\n1,a.png\n2,\"b,c.png\"\n3,d.png\n");
+        let list = planned(&[list], &["label".to_owned()]).await.unwrap();
+        assert_eq!(shards(&list), "l.csv [0..2]; l.csv [2..3]");
+
+        let refused = async |input: String, keep: &[String], why: &str| {
+            let error = planned(&[input], keep).await.unwrap_err();
+            assert!(format!("{error:#}").contains(why), "{error:#}");
+        };
+        refused(folder("mixed"), &[], "several kinds (image, tar)").await;
+        refused(folder("nowhere"), &[], "there is no such file").await;
+        refused(write("a.zip", "x"), &[], "nothing that can be read").await;
+        refused(folder("tree"), &["label".to_owned()], "has no columns").await;
+        refused(
+            write("m.csv", "a,b\n1,2\n"),
+            &[],
+            "which column has the paths",
+        )
+        .await;
+    }
+}

@@ -1,0 +1,170 @@
+//! What a person sees while it runs: a bar on a terminal, a line from time to
+//! time elsewhere.
+
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// How often a line is written where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// The rate is that of the last few seconds, so that a stall shows.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+/// Parts of the whole that the bar and the time left know.
+const STEPS: u64 = 1_000_000;
+
+/// The terminal, which the bar and the log share: a line of the log is written
+/// above the bar.
+#[derive(Debug, Clone, Default)]
+pub struct Terminal(MultiProgress);
+
+impl Write for Terminal {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl MakeWriter<'_> for Terminal {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// Counts that the pipeline's tasks share.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    /// Images that have an outcome, in this run.
+    pub(super) images: AtomicU64,
+    /// Of those, how many failed.
+    pub(super) errors: AtomicU64,
+    /// How much has been read, of [`STEPS`].
+    read: AtomicU64,
+}
+
+impl Counts {
+    /// `share` of everything has been read, 0 to 1.
+    pub(super) fn has_read(&self, share: f64) {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "between 0 and a million"
+        )]
+        let steps = (share.clamp(0.0, 1.0) * STEPS as f64) as u64;
+        self.read.store(steps, Ordering::Relaxed);
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Progress {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    /// What had been read when it started.
+    began_at: Option<u64>,
+    last_line: Instant,
+    /// The rate's window: when it began, and how many images there were.
+    window: (Instant, u64),
+    rate: f64,
+}
+
+impl Progress {
+    pub(super) fn begin(terminal: &Terminal) -> Self {
+        let now = Instant::now();
+        let bar = io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            terminal.0.add(ProgressBar::new(STEPS).with_style(style))
+        });
+        Self {
+            bar,
+            started: now,
+            began_at: None,
+            last_line: now,
+            window: (now, 0),
+            rate: 0.0,
+        }
+    }
+
+    /// Called every second or so.
+    pub(super) fn update(&mut self, counts: &Counts, trouble: &[String]) {
+        let images = counts.images.load(Ordering::Relaxed);
+        let errors = counts.errors.load(Ordering::Relaxed);
+        let read = counts.read.load(Ordering::Relaxed);
+        let began_at = *self.began_at.get_or_insert(read);
+        let (since, before) = self.window;
+        let elapsed = since.elapsed();
+        if elapsed >= RATE_WINDOW || self.rate == 0.0 {
+            #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
+            let rate = images.saturating_sub(before) as f64 / elapsed.as_secs_f64().max(1e-3);
+            self.rate = rate;
+            self.window = (Instant::now(), images);
+        }
+        let left = left(self.started.elapsed(), began_at, read);
+        let left = left.map_or_else(String::new, |left| {
+            format!(", {} left", humantime::format_duration(left))
+        });
+        let trouble = if trouble.is_empty() {
+            String::new()
+        } else {
+            format!(", {} workers left out", trouble.len())
+        };
+        let text = format!(
+            "{images} images, {:.1}/s, {errors} errors{left}{trouble}",
+            self.rate
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_position(read);
+            bar.set_message(text);
+        } else if self.last_line.elapsed() >= LINE_INTERVAL {
+            self.last_line = Instant::now();
+            tracing::info!("{:.1} %: {text}", percent(read));
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "up to a million")]
+fn percent(read: u64) -> f64 {
+    100.0 * read as f64 / STEPS as f64
+}
+
+/// In whole seconds, once enough is done to tell.
+fn left(elapsed: Duration, began_at: u64, read: u64) -> Option<Duration> {
+    let done = read.saturating_sub(began_at);
+    if done < STEPS / 1000 || elapsed < Duration::from_secs(2) {
+        return None;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "up to a million")]
+    let factor = (STEPS - read) as f64 / done as f64;
+    Some(Duration::from_secs(elapsed.mul_f64(factor).as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_left_counts_from_where_this_run_began() {
+        let ten = Duration::from_secs(10);
+        assert_eq!(left(ten, 0, 500_000), Some(ten));
+        assert_eq!(left(ten, 500_000, 750_000), Some(ten));
+        assert_eq!(left(ten, 0, 0), None);
+        assert_eq!(left(ten, 0, STEPS), Some(Duration::ZERO));
+    }
+}

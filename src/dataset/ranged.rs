@@ -1,0 +1,241 @@
+//! A large file, read in blocks that are asked for ahead of time.
+//!
+//! Readers of tar, Parquet and Arrow are plain code on a thread of its own; here
+//! is what makes a bucket look like a file to them, in bounded memory.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use object_store::ObjectStoreExt as _;
+use parquet::file::reader::{ChunkReader, Length};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use super::location::Location;
+
+/// Large enough that a request's latency is small beside its transfer.
+const BLOCK_BYTES: u64 = 4 << 20;
+/// Blocks that are asked for before they are needed: at 50 ms a request this
+/// is 160 MB/s or so.
+const AHEAD: u64 = 2;
+/// Blocks that are kept. Parquet's columns are read side by side, each at its
+/// own place.
+const KEPT: usize = 12;
+
+/// See the module. Clones share their blocks, and have a position each.
+#[derive(Debug, Clone)]
+pub(super) struct Ranged {
+    blocks: Arc<Blocks>,
+    at: u64,
+}
+
+#[derive(Debug)]
+struct Blocks {
+    location: Location,
+    bytes: u64,
+    runtime: Handle,
+    kept: Mutex<VecDeque<(u64, Block)>>,
+    /// Why a block did not come. Readers of formats make texts of their own of
+    /// it, which do not tell a damaged file from a bucket that is away.
+    failure: Mutex<Option<String>>,
+}
+
+#[derive(Debug)]
+enum Block {
+    Asked(JoinHandle<io::Result<Bytes>>),
+    There(Bytes),
+}
+
+impl Ranged {
+    /// `bytes` is how long the file is.
+    pub(super) fn new(location: Location, bytes: u64, runtime: Handle) -> Self {
+        let blocks = Arc::new(Blocks {
+            location,
+            bytes,
+            runtime,
+            kept: Mutex::new(VecDeque::new()),
+            failure: Mutex::new(None),
+        });
+        Self { blocks, at: 0 }
+    }
+
+    /// Why a block did not come, if one did not.
+    pub(super) fn failure(&self) -> Option<anyhow::Error> {
+        let failure = self.blocks.failure.lock();
+        let reason = failure.unwrap_or_else(PoisonError::into_inner).take()?;
+        Some(anyhow::anyhow!("{}: {reason}", self.blocks.location))
+    }
+
+    /// The same file from `at` on.
+    pub(super) fn from(&self, at: u64) -> Self {
+        Self {
+            blocks: Arc::clone(&self.blocks),
+            at: at.min(self.blocks.bytes),
+        }
+    }
+}
+
+impl Blocks {
+    fn ask(&self, idx: u64) -> Block {
+        let start = idx * BLOCK_BYTES;
+        let range = start..(start + BLOCK_BYTES).min(self.bytes);
+        let location = self.location.clone();
+        Block::Asked(self.runtime.spawn(fetch(location, range)))
+    }
+
+    fn get(&self, idx: u64) -> io::Result<Bytes> {
+        let n_blocks = self.bytes.div_ceil(BLOCK_BYTES);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let has = |kept: &VecDeque<(u64, Block)>, idx| kept.iter().any(|(other, _)| *other == idx);
+        // Whoever reads the first block, or goes on from another, will go on.
+        let goes_on = idx == 0 || has(&kept, idx - 1);
+        let last = if goes_on { idx + AHEAD } else { idx };
+        for idx in idx..=last.min(n_blocks.saturating_sub(1)) {
+            if !has(&kept, idx) {
+                kept.push_back((idx, self.ask(idx)));
+            }
+        }
+        let Some(place) = kept.iter().position(|(other, _)| *other == idx) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        let bytes = match &mut kept[place].1 {
+            Block::There(bytes) => Ok(bytes.clone()),
+            Block::Asked(asked) => match self.runtime.block_on(asked) {
+                Ok(fetched) => fetched,
+                Err(error) => Err(io::Error::other(error)),
+            },
+        };
+        match &bytes {
+            Ok(bytes) => {
+                kept[place].1 = Block::There(bytes.clone());
+                while kept.len() > KEPT {
+                    kept.pop_front();
+                }
+            }
+            // It may be asked for again.
+            Err(error) => {
+                kept.remove(place);
+                let failure = self.failure.lock();
+                *failure.unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            }
+        }
+        bytes
+    }
+}
+
+async fn fetch(location: Location, range: std::ops::Range<u64>) -> io::Result<Bytes> {
+    match location {
+        Location::Local(path) => tokio::task::spawn_blocking(move || {
+            let mut file = std::fs::File::open(path)?;
+            file.seek(SeekFrom::Start(range.start))?;
+            let length = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+            let mut bytes = vec![0; length];
+            file.read_exact(&mut bytes)?;
+            Ok(bytes.into())
+        })
+        .await
+        .map_err(io::Error::other)?,
+        Location::Remote { store, path, .. } => store
+            .get_range(&path, range)
+            .await
+            .map_err(io::Error::other),
+    }
+}
+
+impl Read for Ranged {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.at >= self.blocks.bytes || buffer.is_empty() {
+            return Ok(0);
+        }
+        let block = self.blocks.get(self.at / BLOCK_BYTES)?;
+        // Less than a block, so it fits any machine's word.
+        let start = usize::try_from(self.at % BLOCK_BYTES).map_err(io::Error::other)?;
+        let there = block.get(start..).unwrap_or_default();
+        let n = there.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&there[..n]);
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Ranged {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let (base, by) = match to {
+            SeekFrom::Start(at) => (at, 0),
+            SeekFrom::End(by) => (self.blocks.bytes, by),
+            SeekFrom::Current(by) => (self.at, by),
+        };
+        self.at = base
+            .checked_add_signed(by)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
+
+impl Length for Ranged {
+    fn len(&self) -> u64 {
+        self.blocks.bytes
+    }
+}
+
+impl ChunkReader for Ranged {
+    type T = Self;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self> {
+        Ok(self.from(start))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        // Within a block nothing has to be copied.
+        let offset = usize::try_from(start % BLOCK_BYTES).map_err(io::Error::other)?;
+        let block = self.blocks.get(start / BLOCK_BYTES)?;
+        if let Some(end) = offset.checked_add(length)
+            && end <= block.len()
+        {
+            return Ok(block.slice(offset..end));
+        }
+        let wanted = (self.blocks.bytes.saturating_sub(start)).min(length as u64);
+        let mut bytes = BytesMut::zeroed(usize::try_from(wanted).map_err(io::Error::other)?);
+        self.from(start).read_exact(&mut bytes)?;
+        if bytes.len() < length {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        Ok(bytes.freeze())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn blocks_read_as_the_file_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let length = 2 * usize::try_from(BLOCK_BYTES).unwrap() + 12345;
+        let content: Vec<u8> = (0..length)
+            .map(|n| u8::try_from(n % 251).unwrap())
+            .collect();
+        std::fs::write(&path, &content).unwrap();
+        let ranged = Ranged::new(Location::Local(path), length as u64, Handle::current());
+        tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            ranged.from(0).read_to_end(&mut all).unwrap();
+            assert!(all == content);
+            let over_an_edge = BLOCK_BYTES - 10;
+            let at = usize::try_from(over_an_edge).unwrap();
+            let chunk = ranged.get_bytes(over_an_edge, 20).unwrap();
+            assert_eq!(chunk, content[at..at + 20]);
+            assert!(ranged.get_bytes(length as u64 - 5, 6).is_err());
+            let mut sought = ranged.clone();
+            sought.seek(SeekFrom::End(-3)).unwrap();
+            let mut last = Vec::new();
+            sought.read_to_end(&mut last).unwrap();
+            assert_eq!(last, content[length - 3..]);
+        })
+        .await
+        .unwrap();
+    }
+}

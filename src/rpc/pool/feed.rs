@@ -1,0 +1,194 @@
+//! Where sessions take images from: those that came back first, then new ones.
+//!
+//! An image that was with several workers when they ended is a suspect: it is
+//! given to a worker that has nothing else, so that it shows whether it is the
+//! cause, and takes nobody else along if it is.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc};
+
+use super::Task;
+
+/// Workers that may end with an image before it is a suspect. Ordinary trouble,
+/// a rolling restart or a spot machine that goes, meets an image once or twice.
+const LOST_BEFORE_SUSPECT: u32 = 3;
+/// Workers that may end with an image that they have alone.
+const LOST_ALONE: u32 = 3;
+
+/// See the module. What came back is bounded by what was taken.
+#[derive(Debug)]
+pub struct Feed {
+    returned: Mutex<Returned>,
+    bell: Notify,
+    fresh: AsyncMutex<mpsc::Receiver<Task>>,
+}
+
+#[derive(Debug, Default)]
+struct Returned {
+    /// By id: the oldest first, since a part waits for it.
+    innocent: VecDeque<Task>,
+    suspects: VecDeque<Task>,
+}
+
+/// What a session was given.
+#[derive(Debug)]
+pub(super) struct Taken {
+    pub(super) task: Task,
+    /// It must have its worker to itself.
+    pub(super) alone: bool,
+}
+
+/// What came back, for a session that asks.
+enum CameBack {
+    This(Taken),
+    /// Suspects, which only an idle worker is given.
+    NotYet,
+    Nothing,
+}
+
+impl Feed {
+    pub(super) fn new(fresh: mpsc::Receiver<Task>) -> Self {
+        Self {
+            returned: Mutex::default(),
+            bell: Notify::new(),
+            fresh: AsyncMutex::new(fresh),
+        }
+    }
+
+    /// The next image; pends when there is none, and for ever when there will
+    /// be none: the pool's end is not the feed's to say, since images that are
+    /// with a worker may come back. While a suspect waits, only a session whose
+    /// worker has nothing is given something. Nothing is lost when it is
+    /// dropped.
+    pub(super) async fn take(&self, worker_is_idle: bool) -> Taken {
+        loop {
+            match self.came_back(worker_is_idle) {
+                CameBack::This(taken) => return taken,
+                // Asked again after the worker's next answer.
+                CameBack::NotYet => return std::future::pending().await,
+                CameBack::Nothing => {}
+            }
+            let fresh = async {
+                match self.fresh.lock().await.recv().await {
+                    Some(task) => task,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = self.bell.notified() => {}
+                task = fresh => return Taken { task, alone: false },
+            }
+        }
+    }
+
+    fn came_back(&self, worker_is_idle: bool) -> CameBack {
+        let mut returned = self.returned();
+        if returned.suspects.is_empty() {
+            let task = returned.innocent.pop_front();
+            return task.map_or(CameBack::Nothing, |task| {
+                CameBack::This(Taken { task, alone: false })
+            });
+        }
+        let idle = worker_is_idle.then(|| returned.suspects.pop_front());
+        idle.flatten().map_or(CameBack::NotYet, |task| {
+            CameBack::This(Taken { task, alone: true })
+        })
+    }
+
+    /// One that is there already and may have company.
+    pub(super) fn try_take(&self) -> Option<Task> {
+        match self.came_back(false) {
+            CameBack::This(taken) => return Some(taken.task),
+            CameBack::NotYet => return None,
+            CameBack::Nothing => {}
+        }
+        self.fresh.try_lock().ok()?.try_recv().ok()
+    }
+
+    /// Takes an image back that has no answer.
+    pub(super) fn give_back(&self, task: Task) {
+        let mut returned = self.returned();
+        if is_suspect(&task) {
+            returned.suspects.push_back(task);
+        } else {
+            let queue = &mut returned.innocent;
+            let place = queue.partition_point(|other| other.id < task.id);
+            queue.insert(place, task);
+        }
+        drop(returned);
+        self.bell.notify_one();
+    }
+
+    fn returned(&self) -> MutexGuard<'_, Returned> {
+        self.returned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_suspect(task: &Task) -> bool {
+    task.lost >= LOST_BEFORE_SUSPECT
+}
+
+/// Whether an image has ended so many workers that it must not have another.
+pub(super) fn is_guilty(task: &Task) -> bool {
+    task.lost >= LOST_BEFORE_SUSPECT + LOST_ALONE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    fn task(id: u64, lost: u32) -> Task {
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Task {
+            id,
+            image: bytes::Bytes::new(),
+            room,
+            failures: 0,
+            lost,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_came_back_goes_first_and_in_order() {
+        let (fresh, tasks) = mpsc::channel(4);
+        let feed = Feed::new(tasks);
+        fresh.send(task(7, 0)).await.unwrap();
+        feed.give_back(task(5, 1));
+        feed.give_back(task(3, 2));
+        assert_eq!(feed.take(false).await.task.id, 3);
+        assert_eq!(feed.take(false).await.task.id, 5);
+        assert_eq!(feed.take(false).await.task.id, 7);
+        // A sleeper is woken by what comes back, also when nothing new comes.
+        drop(fresh);
+        let (taken, ()) = tokio::join!(feed.take(false), async {
+            tokio::task::yield_now().await;
+            feed.give_back(task(8, 0));
+        });
+        assert_eq!(taken.task.id, 8);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_suspect_has_its_worker_to_itself() {
+        let (_fresh, tasks) = mpsc::channel(4);
+        let feed = Feed::new(tasks);
+        feed.give_back(task(1, 0));
+        feed.give_back(task(2, LOST_BEFORE_SUSPECT));
+        // Whoever is busy is to become idle first.
+        let busy = tokio::time::timeout(Duration::from_secs(1), feed.take(false));
+        assert!(busy.await.is_err());
+        assert!(feed.try_take().is_none());
+        let taken = feed.take(true).await;
+        assert!(taken.alone && taken.task.id == 2);
+        assert!(!is_guilty(&taken.task));
+        let taken = feed.take(true).await;
+        assert!(!taken.alone && taken.task.id == 1);
+    }
+}

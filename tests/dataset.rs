@@ -1,0 +1,563 @@
+//! `imagegpt embed` with real processes: workers with the fake engine, whose
+//! answers are a function of the image's tokens, and clients that are killed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow_array::cast::AsArray as _;
+use arrow_array::types::{Float32Type, Int64Type};
+use arrow_array::{ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray};
+use arrow_schema::{DataType, Field};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::Value;
+
+/// How long anything may take before a test gives up; generous, because CI
+/// shares two cores.
+const PATIENCE: Duration = Duration::from_mins(1);
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/untrained");
+
+/// Exit codes of the command.
+const REFUSED: i32 = 2;
+const INTERRUPTED: i32 = 5;
+const TOO_MANY_ERRORS: i32 = 6;
+
+struct Worker {
+    child: Child,
+    grpc: SocketAddr,
+    metrics: SocketAddr,
+    cost: &'static str,
+}
+
+impl Worker {
+    fn start(cost: &'static str) -> Self {
+        let free = || {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            listener.local_addr().expect("its address")
+        };
+        Self::at(free(), free(), cost)
+    }
+
+    fn at(grpc: SocketAddr, metrics: SocketAddr, cost: &'static str) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+            .args(["serve", "--model", MODEL, "--fake-engine", cost])
+            .args(["--listen", &grpc.to_string()])
+            .args(["--metrics-listen", &metrics.to_string()])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a worker");
+        let worker = Self {
+            child,
+            grpc,
+            metrics,
+            cost,
+        };
+        until("a worker is ready", || {
+            get(worker.metrics, "/readyz").contains("200 OK")
+        });
+        worker
+    }
+
+    fn signal(&self, name: &str) {
+        signal(&self.child, name);
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.grpc)
+    }
+
+    /// Images that it has embedded.
+    fn answered(&self) -> u64 {
+        let page = get(self.metrics, "/metrics");
+        let series = "imagegpt_images_total{code=\"OK\"} ";
+        let line = page.lines().find_map(|line| line.strip_prefix(series));
+        line.map_or(0, |count| count.parse().expect("a count"))
+    }
+
+    /// SIGKILL, and another one in its place.
+    fn kill_and_replace(mut self) -> Self {
+        self.child.kill().expect("a kill");
+        self.child.wait().expect("its end");
+        Self::at(self.grpc, self.metrics, self.cost)
+    }
+}
+
+/// A test that fails must not leave its workers behind.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args([name, &pid]).status();
+    assert!(sent.expect("kill").success());
+}
+
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < PATIENCE, "never: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A whole response over HTTP/1.1, empty while nobody listens.
+fn get(addr: SocketAddr, path: &str) -> String {
+    let mut text = String::new();
+    let Ok(mut stream) = TcpStream::connect(addr) else {
+        return text;
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    if std::io::Write::write_all(&mut stream, request.as_bytes()).is_ok() {
+        let _ = stream.read_to_string(&mut text);
+    }
+    text
+}
+
+/// `imagegpt embed INPUT --output OUTPUT`, against these workers.
+fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
+    let urls: Vec<String> = workers.iter().map(Worker::url).collect();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+    command
+        .args(["embed", "--part-items", "100"])
+        .arg(input)
+        .arg("--output")
+        .arg(output)
+        .args(["--endpoint", &urls.join(",")])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn said(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+/// Runs it to a good end; what it printed.
+fn done(command: &mut Command) -> Value {
+    let output = command.output().expect("a run");
+    assert!(output.status.success(), "{}", said(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// One image, in a few colors, no two alike; every hundredth is none.
+fn image(n: usize) -> Vec<u8> {
+    if is_broken(n) {
+        return b"no image".to_vec();
+    }
+    let mut state = u32::try_from(n).expect("few").wrapping_mul(2_654_435_761) + 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        [state.to_le_bytes()[3], state.to_le_bytes()[2], 0]
+    };
+    let picture = image::RgbImage::from_fn(8, 8, |_, _| image::Rgb(next()));
+    let mut file = std::io::Cursor::new(Vec::new());
+    picture
+        .write_to(&mut file, image::ImageFormat::Png)
+        .expect("a PNG");
+    file.into_inner()
+}
+
+fn is_broken(n: usize) -> bool {
+    n % 100 == 42
+}
+
+fn id(n: usize) -> String {
+    format!("{n:05}")
+}
+
+/// Images as files.
+fn tree(folder: &Path, n_images: usize) -> PathBuf {
+    let tree = folder.join("tree");
+    std::fs::create_dir(&tree).expect("a folder");
+    for n in 0..n_images {
+        let path = tree.join(format!("{}.png", id(n)));
+        std::fs::write(path, image(n)).expect("a file");
+    }
+    tree
+}
+
+/// The same as WebDataset shards of `per_shard` images.
+fn tars(folder: &Path, n_images: usize, per_shard: usize) -> PathBuf {
+    let tars = folder.join("tars");
+    std::fs::create_dir(&tars).expect("a folder");
+    for (shard, start) in (0..n_images).step_by(per_shard).enumerate() {
+        let file = std::fs::File::create(tars.join(format!("{shard:03}.tar"))).expect("a file");
+        let mut builder = tar::Builder::new(file);
+        for n in start..(start + per_shard).min(n_images) {
+            let mut put = |kind: &str, content: &[u8]| {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(content.len() as u64);
+                header.set_mode(0o644);
+                let name = format!("{}.{kind}", id(n));
+                builder
+                    .append_data(&mut header, name, content)
+                    .expect("an entry");
+            };
+            put("cls", (n % 7).to_string().as_bytes());
+            put("png", &image(n));
+        }
+        builder.finish().expect("a tar");
+    }
+    tars
+}
+
+/// The same as a table of Hugging Face's layout.
+fn table(folder: &Path, n_images: usize) -> PathBuf {
+    let images: Vec<Vec<u8>> = (0..n_images).map(image).collect();
+    let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
+    let path: StringArray = images.iter().map(|_| None::<&str>).collect();
+    let image = StructArray::from(vec![
+        (
+            Arc::new(Field::new("bytes", DataType::Binary, true)),
+            Arc::new(bytes) as ArrayRef,
+        ),
+        (
+            Arc::new(Field::new("path", DataType::Utf8, true)),
+            Arc::new(path) as ArrayRef,
+        ),
+    ]);
+    let name: StringArray = (0..n_images).map(|n| Some(id(n))).collect();
+    let label = (0..n_images).map(|n| i64::try_from(n % 7).expect("few"));
+    let label = Int64Array::from_iter_values(label);
+    let batch = RecordBatch::try_from_iter([
+        ("image", Arc::new(image) as ArrayRef),
+        ("name", Arc::new(name) as ArrayRef),
+        ("label", Arc::new(label) as ArrayRef),
+    ])
+    .expect("a table");
+    let at = folder.join("table.parquet");
+    let file = std::fs::File::create(&at).expect("a file");
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), None).expect("a writer");
+    writer.write(&batch).expect("rows");
+    writer.close().expect("an end");
+    at
+}
+
+/// All files below a folder, by name, but for what a kill may leave.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    fn walk(folder: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let entry = entry.expect("an entry");
+            let name = entry.file_name().into_string().expect("UTF-8");
+            if name.starts_with('.') {
+                continue;
+            }
+            let path = entry.path();
+            if path.is_dir() {
+                walk(&path, &format!("{prefix}{name}/"), found);
+            } else {
+                let content = std::fs::read(path).expect("a file");
+                found.insert(format!("{prefix}{name}"), content);
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    walk(folder, "", &mut found);
+    found
+}
+
+/// Rows of the output by id: the vector, and the last column if it is a number.
+fn rows(output: &Path) -> BTreeMap<String, (Vec<f32>, Option<i64>)> {
+    let mut rows = BTreeMap::new();
+    for (name, content) in files(output) {
+        if !name.starts_with("part-") {
+            continue;
+        }
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(content));
+        for batch in reader.expect("Parquet").build().expect("a reader") {
+            let batch = batch.expect("rows");
+            let vectors = batch.column(1).as_fixed_size_list();
+            let last = batch.columns().last().expect("columns");
+            for row in 0..batch.num_rows() {
+                let vector = vectors.value(row);
+                let vector = vector.as_primitive::<Float32Type>().values().to_vec();
+                let label = last.as_primitive_opt::<Int64Type>();
+                let label = label.map(|labels| labels.value(row));
+                let id = batch.column(0).as_string::<i32>().value(row).to_owned();
+                let twice = rows.insert(id, (vector, label));
+                assert!(twice.is_none(), "an id is there twice");
+            }
+        }
+    }
+    rows
+}
+
+/// Ids in the error files.
+fn failed(output: &Path) -> BTreeSet<String> {
+    let files = files(output).into_iter();
+    let errors = files.filter(|(name, _)| name.starts_with("errors/"));
+    errors
+        .flat_map(|(_, content)| {
+            let text = String::from_utf8(content).expect("UTF-8");
+            let lines = text.lines().map(|line| {
+                let line: Value = serde_json::from_str(line).expect("JSON");
+                assert_eq!(line["code"], "INVALID_ARGUMENT", "{line}");
+                line["id"].as_str().expect("an id").to_owned()
+            });
+            lines.collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[test]
+fn every_layout_gives_the_same_table_and_names_what_is_broken() {
+    const IMAGES: usize = 250;
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let workers = [Worker::start("0s"), Worker::start("0s")];
+    let tree = tree(dir.path(), IMAGES);
+    let summary = done(&mut embed(&tree, &at("o-tree"), &workers));
+    assert_eq!(summary["images"], IMAGES);
+    assert_eq!(summary["errors"], 3);
+    assert_eq!(summary["finished"], true);
+    let from_tree = rows(&at("o-tree"));
+    assert_eq!(from_tree.len(), IMAGES - 3);
+    let vectors: BTreeSet<Vec<u32>> = from_tree
+        .values()
+        .map(|(vector, _)| vector.iter().map(|value| value.to_bits()).collect())
+        .collect();
+    assert_eq!(vectors.len(), IMAGES - 3, "no two images are alike");
+    let broken: Vec<String> = (0..IMAGES).filter(|&n| is_broken(n)).map(id).collect();
+    let named: Vec<String> = failed(&at("o-tree")).into_iter().collect();
+    assert_eq!(
+        named,
+        broken
+            .iter()
+            .map(|id| format!("{id}.png"))
+            .collect::<Vec<_>>()
+    );
+
+    // As a list, as shards, as a table, with labels carried over.
+    let lines = (0..IMAGES).map(|n| format!("{},tree/{}.png\n", n % 7, id(n)));
+    let list = "label,path\n".to_owned() + &lines.collect::<String>();
+    std::fs::write(at("list.csv"), list).expect("a list");
+    tars(dir.path(), IMAGES, 120);
+    let table = table(dir.path(), IMAGES);
+    for (name, input, flags) in [
+        ("list", at("list.csv"), &["--keep", "label"][..]),
+        ("tar", at("tars/{000..002}.tar"), &["--keep", "cls"]),
+        ("table", table, &["--keep", "label", "--id-column", "name"]),
+    ] {
+        let output = at(&format!("o-{name}"));
+        done(embed(&input, &output, &workers).args(flags));
+        let rows = rows(&output);
+        assert_eq!(rows.len(), from_tree.len(), "{name}");
+        for n in (0..IMAGES).filter(|&n| !is_broken(n)) {
+            let key = match name {
+                "list" => format!("tree/{}.png", id(n)),
+                _ => id(n),
+            };
+            let (vector, label) = &rows[&key];
+            assert_eq!(
+                vector,
+                &from_tree[&format!("{}.png", id(n))].0,
+                "{name} {n}"
+            );
+            // What stands in a CSV is text.
+            let expected = (name != "list").then(|| i64::try_from(n % 7).expect("few"));
+            assert_eq!(*label, expected, "{name} {n}");
+        }
+        assert_eq!(failed(&output).len(), 3, "{name}");
+    }
+    for worker in &workers {
+        assert!(worker.answered() > 100, "both work");
+    }
+}
+
+#[test]
+fn killed_at_any_moment_the_output_is_the_same_to_the_byte() {
+    const IMAGES: usize = 1500;
+    const KILLS: u64 = 6;
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tars(dir.path(), IMAGES, 600);
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    let mut workers = vec![Worker::start("1ms+1ms"), Worker::start("1ms+1ms")];
+    let flags = ["--item-timeout", "5s", "--keep", "cls"];
+    done(embed(&input, &whole, &workers).args(flags));
+    let mut random = std::process::id().into();
+    for kill in 0..KILLS {
+        let mut client = embed(&input, &killed, &workers).args(flags).spawn();
+        let client = client.as_mut().expect("a client");
+        random = next_random(random);
+        std::thread::sleep(Duration::from_millis(50 + random % 300));
+        if kill % 2 == 0 {
+            let worker = workers.remove(0);
+            workers.push(worker.kill_and_replace());
+            std::thread::sleep(Duration::from_millis(random % 200));
+        }
+        client.kill().expect("a kill");
+        client.wait().expect("its end");
+    }
+    let summary = done(embed(&input, &killed, &workers).args(flags));
+    assert_eq!(summary["images"], IMAGES);
+    let (whole, killed) = (files(&whole), files(&killed));
+    assert!(
+        whole.keys().eq(killed.keys()),
+        "{:?} {:?}",
+        whole.keys(),
+        killed.keys()
+    );
+    for (name, content) in &whole {
+        assert!(*content == killed[name], "{name} differs");
+    }
+}
+
+/// As good as any for moments of kills.
+fn next_random(state: u64) -> u64 {
+    let state = state.wrapping_mul(6_364_136_223_846_793_005);
+    state.wrapping_add(1_442_695_040_888_963_407) >> 1
+}
+
+#[test]
+fn shares_write_different_files_and_finish_looks_for_all_of_them() {
+    const IMAGES: usize = 450;
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), IMAGES);
+    let (whole, shared) = (dir.path().join("whole"), dir.path().join("shared"));
+    let workers = [Worker::start("0s")];
+    done(&mut embed(&input, &whole, &workers));
+    let finish = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        command.args(["embed", "--finish", "--output"]).arg(&shared);
+        command.output().expect("a run")
+    };
+    assert_eq!(finish().status.code(), Some(REFUSED), "nothing has begun");
+
+    let first = done(embed(&input, &shared, &workers).args(["--shard", "0/2"]));
+    assert_eq!(
+        (&first["images"], &first["finished"]),
+        (&250.into(), &false.into())
+    );
+    let written: BTreeSet<String> = files(&shared).into_keys().collect();
+    let early = finish();
+    assert_eq!(early.status.code(), Some(1));
+    assert!(
+        said(&early).contains("part 00001-00000 and what follows, part 00003-00000"),
+        "{}",
+        said(&early)
+    );
+    let second = done(
+        embed(&input, &shared, &workers)
+            .args(["--shards", "2"])
+            .env("JOB_COMPLETION_INDEX", "1"),
+    );
+    assert_eq!(second["images"], 200);
+    let finished = finish();
+    assert!(finished.status.success(), "{}", said(&finished));
+    let all = files(&shared);
+    assert_eq!(
+        written
+            .iter()
+            .filter(|name| !all.contains_key(*name))
+            .count(),
+        0
+    );
+    assert_eq!(all, files(&whole));
+
+    // What somebody deletes is made again.
+    std::fs::remove_file(shared.join("part-00001-00000.parquet")).expect("a file");
+    assert_eq!(finish().status.code(), Some(1));
+    let again = done(&mut embed(&input, &shared, &workers));
+    assert_eq!(again["images_this_run"], 100);
+    assert_eq!(files(&shared), files(&whole));
+}
+
+#[test]
+fn what_has_changed_is_refused_by_name() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 120);
+    let output = dir.path().join("output");
+    let workers = [Worker::start("0s")];
+    done(&mut embed(&input, &output, &workers));
+    let before = files(&output);
+    let refused = |command: &mut Command, why: &str| {
+        let output = command.output().expect("a run");
+        assert_eq!(output.status.code(), Some(REFUSED), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+    };
+    refused(
+        embed(&input, &output, &workers).args(["--fit", "center-crop"]),
+        "--fit was squash, is center-crop",
+    );
+    refused(
+        embed(&input, &output, &workers).args(["--keep", "label"]),
+        "a folder of images, which has no columns",
+    );
+    refused(
+        &mut embed(&input, &input.join("output"), &workers),
+        "the next run would find it there",
+    );
+    std::fs::write(input.join("99999.png"), image(7)).expect("a file");
+    refused(
+        &mut embed(&input, &output, &workers),
+        "has changed: it was 120 images",
+    );
+    assert_eq!(files(&output), before);
+}
+
+#[test]
+fn a_worker_that_hangs_is_left_out() {
+    const IMAGES: usize = 600;
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), IMAGES);
+    let output = dir.path().join("output");
+    let workers = [Worker::start("1ms+1ms"), Worker::start("1ms+1ms")];
+    let mut command = embed(&input, &output, &workers);
+    command.args(["--item-timeout", "1s"]);
+    let client = command.spawn().expect("a client");
+    until("both work", || {
+        workers.iter().all(|worker| worker.answered() > 0)
+    });
+    workers[0].signal("-STOP");
+    let ended = client.wait_with_output().expect("its end");
+    workers[0].signal("-CONT");
+    assert!(ended.status.success(), "{}", said(&ended));
+    assert!(said(&ended).contains("no answer in"), "{}", said(&ended));
+    assert_eq!(rows(&output).len(), IMAGES - 6);
+}
+
+#[test]
+fn told_to_end_it_says_how_to_go_on() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 600);
+    let output = dir.path().join("output");
+    let workers = [Worker::start("5ms+5ms")];
+    let client = embed(&input, &output, &workers).spawn().expect("a client");
+    until("a part is there", || {
+        output.join("part-00000-00000.parquet").exists()
+    });
+    signal(&client, "-TERM");
+    let ended = client.wait_with_output().expect("its end");
+    assert_eq!(ended.status.code(), Some(INTERRUPTED), "{}", said(&ended));
+    assert!(
+        said(&ended).contains("the same command goes on"),
+        "{}",
+        said(&ended)
+    );
+    let report: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
+    assert_eq!(report["outcome"], "interrupted");
+
+    let command = &mut embed(&input, &output, &workers);
+    let ended = command.args(["--max-errors", "2"]).output().expect("a run");
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
+    let summary = done(&mut embed(&input, &output, &workers));
+    assert_eq!(summary["errors"], 6);
+}
