@@ -143,12 +143,18 @@ impl EmbedArgs {
         }
         let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
         match task.task {
-            Task::Embed if task.head.is_some() => Err(unfit("--head", "classify")),
-            Task::Classify if task.layer.is_some() => Err(unfit("--layer", "embed")),
-            Task::Classify if task.context != Context::Raw => Err(unfit("--context", "embed")),
-            Task::Classify if task.norm != Norm::PreAttnRms => Err(unfit("--norm", "embed")),
-            Task::Classify if task.normalize => Err(unfit("--normalize", "embed")),
-            Task::Classify if table.format == Format::Npy => Err(unfit("--format npy", "embed")),
+            Task::Embed | Task::Score if task.head.is_some() => Err(unfit("--head", "classify")),
+            Task::Classify | Task::Score if task.layer.is_some() => Err(unfit("--layer", "embed")),
+            Task::Classify | Task::Score if task.context != Context::Raw => {
+                Err(unfit("--context", "embed"))
+            }
+            Task::Classify | Task::Score if task.norm != Norm::PreAttnRms => {
+                Err(unfit("--norm", "embed"))
+            }
+            Task::Classify | Task::Score if task.normalize => Err(unfit("--normalize", "embed")),
+            Task::Classify | Task::Score if table.format == Format::Npy => {
+                Err(unfit("--format npy", "embed"))
+            }
             _ => Ok(()),
         }
     }
@@ -342,6 +348,7 @@ impl Prepared {
                 dtype: args.task.dtype,
             },
             Task::Classify => Values::Classes,
+            Task::Score => Values::Scores,
         };
         let about = serde_json::json!({
             "model": self.manifest.model,

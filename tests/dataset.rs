@@ -561,3 +561,69 @@ fn told_to_end_it_says_how_to_go_on() {
     let summary = done(&mut embed(&input, &output, &workers));
     assert_eq!(summary["errors"], 6);
 }
+
+/// In process, with a real model, which is small: the table has what `imagegpt
+/// score` says of each image.
+#[test]
+fn scores_are_those_of_the_command_for_a_few_images() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let tree = tree(folder.path(), 20);
+    let model = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/data/models/micro-causal"
+    );
+    let output = folder.path().join("scores");
+    let program = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        command
+            .env("IMAGEGPT_CACHE_DIR", folder.path().join("cache"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    };
+    let mut embed = program();
+    embed
+        .args(["embed", "--task", "score", "--model", model])
+        .arg(&tree)
+        .arg("--output")
+        .arg(&output);
+    done(&mut embed);
+    let mut table = BTreeMap::new();
+    for (name, content) in files(&output) {
+        if !name.starts_with("part-") {
+            continue;
+        }
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(content));
+        for batch in reader.expect("Parquet").build().expect("a reader") {
+            let batch = batch.expect("rows");
+            let ids = batch.column(0).as_string::<i32>();
+            let nats = batch.column_by_name("nats").expect("nats");
+            let nats = nats.as_primitive::<arrow_array::types::Float64Type>();
+            for row in 0..batch.num_rows() {
+                table.insert(ids.value(row).to_owned(), nats.value(row));
+            }
+        }
+    }
+    assert_eq!(table.len(), 20);
+    let score = program()
+        .args(["score", "--json", "--model", model])
+        .arg(&tree)
+        .output()
+        .expect("a run");
+    let lines = String::from_utf8(score.stdout).expect("UTF-8");
+    let mut n_lines = 0;
+    for line in lines.lines() {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        let file = Path::new(line["file"].as_str().expect("a file"));
+        let id = file.file_name().expect("a name").to_str().expect("UTF-8");
+        let expected = line["nats"].as_f64().expect("a number");
+        let found = table.iter().find(|(known, _)| known.ends_with(id));
+        let (_, nats) = found.expect("the same image");
+        assert!(
+            (nats - expected).abs() <= 1e-4 * expected,
+            "{nats} {expected}"
+        );
+        n_lines += 1;
+    }
+    assert_eq!(n_lines, 20);
+}

@@ -10,6 +10,11 @@ use crate::rpc::pool;
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
     let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
     match (task.task, &task.head) {
+        (Task::Score, _) => anyhow::ensure!(
+            can(pb::Task::Score),
+            "--task score: the workers' model {} gives no likelihoods",
+            model.name
+        ),
         (Task::Embed, _) => anyhow::ensure!(
             can(pb::Task::Embed) && model.dimension > 0,
             "--task embed: the workers' model {} gives no vectors",
@@ -96,6 +101,12 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Jo
             order: pb::Order::AsDone.into(),
             window: 0,
         }),
+        Task::Score => pool::Job::Score(pb::ScoreRequest {
+            images: Vec::new(),
+            preprocess: Some(preprocess(task)),
+            map: false,
+            complexity: true,
+        }),
         Task::Classify => pool::Job::Classify(pb::ClassifyRequest {
             images: Vec::new(),
             preprocess: Some(preprocess(task)),
@@ -128,6 +139,7 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
             set("--normalize", task.normalize.to_string());
             set("--dtype", value_name(&task.dtype));
         }
+        Task::Score => {}
         Task::Classify => {
             set("--head", task.head.clone().unwrap_or_default());
             set("--top-k", task.top_k.to_string());

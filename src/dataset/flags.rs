@@ -128,7 +128,8 @@ pub struct WorkersConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Task")]
 pub struct TaskConfig {
-    /// embed gives a vector an image, classify its best classes
+    /// embed gives a vector an image, classify its best classes, score how
+    /// likely the model finds it
     #[arg(long, env = "IMAGEGPT_TASK", value_enum, default_value = "embed")]
     pub task: Task,
 
@@ -303,6 +304,7 @@ impl ShareConfig {
 pub enum Task {
     Embed,
     Classify,
+    Score,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

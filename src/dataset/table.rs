@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use arrow_array::builder::{FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder};
 use arrow_array::builder::{StringBuilder, UInt32Builder};
-use arrow_array::{ArrayRef, RecordBatch, StringArray};
+use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, FieldRef, Schema};
 use bytes::Bytes;
 use half::f16;
@@ -19,12 +19,23 @@ use serde::Serialize;
 
 use super::flags::{Dtype, Format};
 use super::journal::PartId;
+use crate::pb;
 use crate::rpc::pool::{Answer, Fault};
 
 /// The key of what a file says of itself, as JSON.
 const METADATA_KEY: &str = "imagegpt";
 /// Columns that are the table's own.
-pub(super) const OWN_COLUMNS: [&str; 5] = ["id", "embedding", "classes", "labels", "scores"];
+pub(super) const OWN_COLUMNS: [&str; 9] = [
+    "id",
+    "embedding",
+    "classes",
+    "labels",
+    "scores",
+    "nats",
+    "nats_per_token",
+    "bits_per_token",
+    "complexity_bits_per_token",
+];
 
 /// What all parts have in common.
 #[derive(Debug, Clone)]
@@ -40,6 +51,7 @@ pub(super) struct Shape {
 pub(super) enum Values {
     Embedding { dimension: usize, dtype: Dtype },
     Classes,
+    Scores,
 }
 
 /// An image and what became of it.
@@ -156,6 +168,7 @@ fn columns(answers: &[Answer], values: Values) -> anyhow::Result<Vec<(FieldRef, 
     match values {
         Values::Embedding { dimension, dtype } => Ok(vec![embeddings(answers, dimension, dtype)?]),
         Values::Classes => Ok(classes(answers)),
+        Values::Scores => Ok(scores(answers)),
     }
 }
 
@@ -168,7 +181,9 @@ fn vector(answer: &Answer, dimension: usize, dtype: Dtype) -> anyhow::Result<&By
             "a worker answered {} bytes where the model's dimension makes {wanted}",
             bytes.len()
         ),
-        Answer::Classes(_) => anyhow::bail!("a worker answered classes where a vector was asked"),
+        Answer::Classes(_) | Answer::Score(_) => {
+            anyhow::bail!("a worker answered something else where a vector was asked")
+        }
     }
 }
 
@@ -253,6 +268,27 @@ fn classes(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
             field("scores", DataType::Float32),
             Arc::new(scores.finish()) as ArrayRef,
         ),
+    ]
+}
+
+/// The likelihood, and how far the tokens compress without the model.
+fn scores(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
+    let column = |name: &str, number: fn(&pb::Score) -> f64| {
+        let numbers = answers.iter().map(|answer| match answer {
+            Answer::Score(score) => number(score),
+            _ => f64::NAN,
+        });
+        let field = Arc::new(Field::new(name, DataType::Float64, false));
+        let column: ArrayRef = Arc::new(Float64Array::from_iter_values(numbers));
+        (field, column)
+    };
+    vec![
+        column("nats", |score| score.nats),
+        column("nats_per_token", |score| score.nats_per_token),
+        column("bits_per_token", |score| score.bits_per_token),
+        column("complexity_bits_per_token", |score| {
+            score.complexity_bits_per_token.unwrap_or(f64::NAN)
+        }),
     ]
 }
 

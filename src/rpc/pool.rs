@@ -65,6 +65,7 @@ impl PoolConfig {
 pub enum Job {
     Embed(pb::EmbedStreamOptions),
     Classify(pb::ClassifyRequest),
+    Score(pb::ScoreRequest),
 }
 
 /// An image that waits for its answer.
@@ -88,6 +89,7 @@ pub enum Answer {
     /// The numbers, little-endian, as the job's options ask for them.
     Embedding(Bytes),
     Classes(Vec<pb::ClassScore>),
+    Score(pb::Score),
 }
 
 /// Why an image has no answer.

@@ -198,7 +198,9 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
     let mut outstanding = Outstanding::new(shared);
     let result = match &shared.job {
         Job::Embed(options) => stream(address, client, options, &mut outstanding, answered).await,
-        Job::Classify(request) => calls(address, client, request, &mut outstanding, answered).await,
+        Job::Classify(_) | Job::Score(_) => {
+            calls(address, client, &shared.job, &mut outstanding, answered).await
+        }
     };
     match result {
         Ok(()) => End::Finished,
@@ -527,12 +529,20 @@ fn classes(result: pb::ClassifyResult) -> Result<Answer, Fault> {
     }
 }
 
+fn score(result: pb::ScoreResult) -> Result<Answer, Fault> {
+    match result.outcome {
+        Some(pb::score_result::Outcome::Score(score)) => Ok(Answer::Score(score)),
+        Some(pb::score_result::Outcome::Error(error)) => Err(fault(error)),
+        None => Err(no_outcome()),
+    }
+}
+
 /// Asks in calls of several images, a few calls at a time: what there is for
 /// tasks that have no stream.
 async fn calls(
     address: &Address,
     client: Client,
-    request: &pb::ClassifyRequest,
+    job: &Job,
     outstanding: &mut Outstanding<'_>,
     answered: &mut u64,
 ) -> Result<(), Lost> {
@@ -545,16 +555,16 @@ async fn calls(
         tokio::select! {
             Some((ids, response)) = calls.next(), if !calls.is_empty() => {
                 let ids: Vec<u64> = ids;
-                let response: Result<pb::ClassifyResponse, Lost> = response;
+                let response: Result<Response, Lost> = response;
                 let response = response?;
                 same_model(shared, &response.model_digest)?;
-                if response.results.len() != ids.len() {
+                if response.outcomes.len() != ids.len() {
                     return Err(Lost::new("it answered another number of images than it was sent"));
                 }
                 shared.well(address);
-                for (id, result) in ids.into_iter().zip(response.results) {
+                for (id, outcome) in ids.into_iter().zip(response.outcomes) {
                     *answered += 1;
-                    outstanding.settle(id, classes(result)).await?;
+                    outstanding.settle(id, outcome).await?;
                 }
             }
             Taken { task, alone } = shared.feed.take(is_idle), if has_room => {
@@ -568,26 +578,59 @@ async fn calls(
                     let room = outstanding.room(usize::MAX) > 0 && ids.len() < CALL_IMAGES;
                     next = room.then(|| shared.feed.try_take()).flatten();
                 }
-                let call = pb::ClassifyRequest { images, ..request.clone() };
-                calls.push(classify(client.clone(), call, ids, shared.config.item_timeout));
+                let call = ask(client.clone(), job.clone(), images);
+                calls.push(answer(call, ids, shared.config.item_timeout));
             }
             () = end(&mut finished) => return Ok(()),
         }
     }
 }
 
-async fn classify(
-    mut client: Client,
-    request: pb::ClassifyRequest,
-    ids: Vec<u64>,
-    patience: Duration,
-) -> (Vec<u64>, Result<pb::ClassifyResponse, Lost>) {
-    let mut request = tonic::Request::new(request);
-    // A table is not made for somebody who waits for one picture.
+/// What a call was answered.
+struct Response {
+    model_digest: String,
+    /// One for each image, in the call's order.
+    outcomes: Vec<Result<Answer, Fault>>,
+}
+
+/// One call of these images.
+async fn ask(mut client: Client, job: Job, images: Vec<pb::Image>) -> Result<Response, Status> {
+    Ok(match job {
+        Job::Embed(_) => return Err(Status::internal("embeds have a stream")),
+        Job::Classify(request) => {
+            let request = bulk(pb::ClassifyRequest { images, ..request });
+            let response = client.classify(request).await?.into_inner();
+            Response {
+                model_digest: response.model_digest,
+                outcomes: response.results.into_iter().map(classes).collect(),
+            }
+        }
+        Job::Score(request) => {
+            let request = bulk(pb::ScoreRequest { images, ..request });
+            let response = client.score(request).await?.into_inner();
+            Response {
+                model_digest: response.model_digest,
+                outcomes: response.results.into_iter().map(score).collect(),
+            }
+        }
+    })
+}
+
+/// A table is not made for somebody who waits for one picture.
+fn bulk<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
     let bulk = tonic::metadata::MetadataValue::from_static("bulk");
     request.metadata_mut().insert("imagegpt-priority", bulk);
-    let response = match timeout(patience, client.classify(request)).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
+    request
+}
+
+async fn answer(
+    call: impl Future<Output = Result<Response, Status>>,
+    ids: Vec<u64>,
+    patience: Duration,
+) -> (Vec<u64>, Result<Response, Lost>) {
+    let response = match timeout(patience, call).await {
+        Ok(Ok(response)) => Ok(response),
         Ok(Err(status)) => Err(Lost::status(&status)),
         Err(_) => Err(Lost::new(format!(
             "no answer in {} (--item-timeout); its images go elsewhere",
