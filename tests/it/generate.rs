@@ -412,7 +412,7 @@ async fn what_was_begun_is_finished_when_the_worker_drains() {
 }
 
 /// The causal micro model, compiled.
-async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
+pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
     let output = folder.join(precision.name());
     if !output.is_dir() {
         let library = onnx::find_library(None);

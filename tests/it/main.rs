@@ -23,6 +23,7 @@ mod health;
 mod load;
 mod metrics;
 mod models;
+mod oip;
 mod scheduling;
 mod shutdown;
 mod stream;
