@@ -21,11 +21,13 @@ mod status;
 mod stream;
 mod tally;
 mod tls;
+mod web;
 
 pub use access::Access;
 pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;
+pub(crate) use web::check_origin;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -122,6 +124,7 @@ pub async fn serve(
     let routes = routes(service, options.reflection)?;
     let (guards, followers) = access.follow(&metrics);
     let auth = auth::Auth(guards.tokens);
+    let web = guards.web;
     let door = listen::Door {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
@@ -134,6 +137,7 @@ pub async fn serve(
     // handles.
     let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
         let mut server = tonic::transport::Server::builder()
+            .accept_http1(web.calls.is_some())
             .http2_keepalive_interval(Some(options.keepalive_interval))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -147,6 +151,8 @@ pub async fn serve(
         }
         // The outermost first: calls that are refused are counted, too.
         let router = server
+            .layer(tower::util::option_layer(web.cors.clone()))
+            .layer(tower::util::option_layer(web.calls.clone()))
             .layer(observe.clone())
             .layer(auth.clone())
             .add_routes(routes.clone());
@@ -589,7 +595,7 @@ impl Submitted {
         Ok((
             results,
             Held {
-                _bytes: Arc::clone(&self.pending.bytes),
+                bytes: Arc::clone(&self.pending.bytes),
             },
         ))
     }

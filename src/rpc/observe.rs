@@ -123,7 +123,7 @@ impl Course {
 /// An answer's share of the worker's bytes; handlers leave it in the response.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
-    pub(super) _bytes: Arc<Share>,
+    pub(super) bytes: Arc<Share>,
 }
 
 impl<S> Layer<S> for Observe {

@@ -27,3 +27,4 @@ mod oip;
 mod scheduling;
 mod shutdown;
 mod stream;
+mod web;

@@ -290,7 +290,7 @@ async fn images_come_in_every_form() {
 
     // Pixels, two images of one size.
     let pixels: Vec<u8> = (0..2 * 5 * 7 * 3)
-        .map(|n: u32| (n * 11 % 256) as u8)
+        .map(|n: u32| u8::try_from(n * 11 % 256).expect("a byte"))
         .collect();
     let natives = pixels.chunks(5 * 7 * 3).map(|pixels| pb::Image {
         source: Some(pb::image::Source::Rgb8(pb::RawImage {
@@ -331,7 +331,7 @@ async fn images_come_in_every_form() {
     let mut typed32 = int32.clone();
     typed32.raw_input_contents.clear();
     typed32.inputs[0].contents = Some(oip::InferTensorContents {
-        int_contents: flat_ids.iter().map(|&id| id as i32).collect(),
+        int_contents: flat_ids.iter().map(|id| id.cast_signed()).collect(),
         ..Default::default()
     });
     for request in [int32, typed64, typed32] {
@@ -426,6 +426,7 @@ async fn classification_names_the_best_classes() {
 }
 
 /// A request that is wrong in one place, and what is said about it.
+#[expect(clippy::too_many_lines, reason = "a table, a fault a row")]
 fn wrong() -> Vec<(Asked, Code, &'static str)> {
     let good = || ids(&[seeded(1), seeded(2)]);
     let with = |change: &dyn Fn(&mut Asked)| {
@@ -439,28 +440,28 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
     let invalid = Code::InvalidArgument;
     vec![
         (
-            with(&|r| r.model_name = "other".to_owned()),
+            with(&|r| r.model_name = "other".into()),
             Code::NotFound,
             "\"other\" is not found; the worker serves \"micro\"",
         ),
         (
-            with(&|r| r.model_version = "2".to_owned()),
+            with(&|r| r.model_version = "2".into()),
             Code::NotFound,
             "micro, version 2",
         ),
         (
-            with(&|r| r.model_version = "new".to_owned()),
+            with(&|r| r.model_version = "new".into()),
             invalid,
             "model_version: \"new\" is not a whole number",
         ),
         (with(&|r| r.inputs.clear()), invalid, "inputs: there are 0"),
         (
-            with(&|r| r.inputs[0].name = "pixel_values".to_owned()),
+            with(&|r| r.inputs[0].name = "pixel_values".into()),
             invalid,
             "\"pixel_values\" is none; send one of image",
         ),
         (
-            with(&|r| r.inputs[0].datatype = "FP32".to_owned()),
+            with(&|r| r.inputs[0].datatype = "FP32".into()),
             invalid,
             "input_ids: its datatype is \"FP32\"; it must be INT64 or INT32",
         ),
@@ -688,7 +689,7 @@ async fn a_stream_answers_in_order_and_outlives_errors() {
         let mut request = ids(&[seeded(idx)]);
         request.id = format!("r{idx}");
         if idx % 5 == 3 {
-            request.inputs[0].datatype = "FP32".to_owned();
+            request.inputs[0].datatype = "FP32".into();
         }
         if idx % 5 == 4 {
             request.parameters = parameters(&[(

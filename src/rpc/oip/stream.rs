@@ -233,7 +233,7 @@ impl Session {
             let (response, held) = answer(&oip, ready.id, outcome);
             let place = Place {
                 bytes: ready.bytes,
-                _share: held.map(|held| held._bytes),
+                _share: held.map(|held| held.bytes),
             };
             Done { response, place }
         })
