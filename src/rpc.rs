@@ -186,7 +186,9 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
         .accept_compressed(CompressionEncoding::Gzip);
     let inference = GrpcInferenceServiceServer::new(Oip(service))
         .max_decoding_message_size(request_bytes_max)
-        .accept_compressed(CompressionEncoding::Gzip);
+        .accept_compressed(CompressionEncoding::Gzip)
+        // Triton's clients know both.
+        .accept_compressed(CompressionEncoding::Deflate);
     let mut routes = Routes::new(imagegpt)
         .add_service(inference)
         .add_service(health);
