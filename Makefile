@@ -9,6 +9,7 @@ DEMO_PORT ?= 50151
 DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
 TRAIN_VENV ?= target/train-venv
+INTEROP_VENV ?= target/interop-venv
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
 # Where `make probe` listens.
@@ -99,6 +100,10 @@ parity: build $(PARITY_VENV)/.done ## Compare a running worker and compiled grap
 	ORT_DYLIB_PATH=$(CURDIR)/target/onnxruntime/libonnxruntime.so \
 	    $(PARITY_VENV)/bin/python tests/parity/compile_parity.py target/release/imagegpt
 
+.PHONY: interop
+interop: build $(INTEROP_VENV)/.done ## Call the worker as clients of Triton and KServe do (brings them: half a GB)
+	@INTEROP_VENV=$(INTEROP_VENV) scripts/interop.sh
+
 .PHONY: train
 train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)
 	OMP_WAIT_POLICY=PASSIVE $(TRAIN_VENV)/bin/python models/train/train.py $(TRAIN_FLAGS)
@@ -114,6 +119,11 @@ probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers f
 $(TRAIN_VENV)/.done: models/train/requirements.txt
 	python3 -m venv $(TRAIN_VENV)
 	$(TRAIN_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(INTEROP_VENV)/.done: tests/interop/requirements.txt
+	python3 -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 $(PARITY_VENV)/.done: tests/parity/requirements.txt

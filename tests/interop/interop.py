@@ -3,8 +3,7 @@
     python tests/interop/interop.py --endpoint 127.0.0.1:50051 --model micro
 
 Every method and every output that the model has, through tritonclient's
-synchronous, asyncio and streaming clients and through KServe's; answers must
-equal those of the native service bit for bit, so the worker must run every image
+synchronous, asyncio and streaming clients; answers must equal those of the native service bit for bit, so the worker must run every image
 alone (--max-batch-size 1). Faults must be told in words. Prints a row a check;
 ends with "N passed, N failed" and exits 1 when one failed.
 """
@@ -22,22 +21,14 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 sys.path.insert(0, str(Path(__file__).parent))
-from native import ROOT, contract  # noqa: E402
+from common import ROOT, Report, contract, same  # noqa: E402
 
 pb, pb_grpc = contract()
 FILES = [ROOT / "tests/golden/images" / name for name in ("jpeg-photo.jpg", "png-la.png")]
 
 
-class Report:
-    """Prints one row a check, and counts."""
-
-    def __init__(self):
-        self.passed = self.failed = 0
-
-    def check(self, name, good, detail=""):
-        self.passed += bool(good)
-        self.failed += not good
-        print(f"{'ok  ' if good else 'FAIL'}  {name}{'  ' + str(detail) if detail != '' else ''}")
+class Refusals(Report):
+    """With checks of what must be refused."""
 
     def refused(self, name, call, code, words):
         try:
@@ -47,10 +38,6 @@ class Report:
             self.check(name, good, f"{error.status()} {error.message()}")
         else:
             self.check(name, False, "it was answered")
-
-
-def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 class Native:
@@ -309,32 +296,6 @@ async def asyncio_client(report, endpoint, model, ids, wanted):
         report.check("aio get_inference_statistics", len(statistics.model_stats) == 1)
 
 
-async def kserve_client(report, endpoint, model, ids, wanted):
-    from kserve import InferenceGRPCClient, InferInput, InferRequest
-
-    client = InferenceGRPCClient(url=endpoint)
-    report.check("kserve is_server_live", await client.is_server_live())
-    report.check("kserve is_server_ready", await client.is_server_ready())
-    report.check("kserve is_model_ready", await client.is_model_ready(model))
-    name = next(iter(wanted))
-    for form in ("raw", "typed"):
-        given = InferInput("input_ids", list(ids.shape), "INT64")
-        if form == "raw":
-            given.set_data_from_numpy(ids.astype(np.int64), binary_data=True)
-        else:
-            given.set_data_from_numpy(ids.astype(np.int64), binary_data=False)
-        answer = await client.infer(InferRequest(model_name=model, infer_inputs=[given], request_id="k"))
-        got = next(output for output in answer.outputs if output.name == name).as_numpy()
-        report.check(f"kserve infer, {form}", same(got, wanted[name]) and answer.id == "k")
-    try:
-        await client.infer(InferRequest(model_name="other", infer_inputs=[given]))
-    except grpc.RpcError as error:
-        report.check("kserve unknown model", error.code() == grpc.StatusCode.NOT_FOUND, error.details())
-    else:
-        report.check("kserve unknown model", False)
-    await client.close()
-
-
 def statistics(report, client, model):
     stats = client.get_inference_statistics(model).model_stats[0]
     sums = stats.inference_stats
@@ -351,7 +312,7 @@ def main():
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--model", required=True)
     arguments = parser.parse_args()
-    report, native = Report(), Native(arguments.endpoint)
+    report, native = Refusals(), Native(arguments.endpoint)
     client = triton.InferenceServerClient(arguments.endpoint)
     model = arguments.model
     outputs = describe(report, client, model, native)
@@ -364,11 +325,9 @@ def main():
     stream(report, client, model, ids, wanted)
     asynchronous(report, client, model, ids, wanted)
     asyncio.run(asyncio_client(report, arguments.endpoint, model, ids, wanted))
-    asyncio.run(kserve_client(report, arguments.endpoint, model, ids, wanted))
     statistics(report, client, model)
     client.close()
-    print(f"{report.passed} passed, {report.failed} failed")
-    sys.exit(report.failed > 0)
+    report.end()
 
 
 if __name__ == "__main__":

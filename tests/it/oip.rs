@@ -969,7 +969,7 @@ async fn the_server_and_the_model_describe_themselves() {
     assert_eq!(
         listed(&model.inputs),
         [
-            "image BYTES [-1]",
+            "image BYTES [-1, 1]",
             "input_ids INT64 [-1, 64]",
             "pixels UINT8 [-1, -1, -1, 3]"
         ]

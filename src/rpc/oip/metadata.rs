@@ -66,7 +66,8 @@ impl Tensor {
 
 fn inputs(service: &Service) -> Vec<Tensor> {
     vec![
-        Tensor::new(IMAGE, DataType::TypeString, &[]),
+        // perf_analyzer cannot do with an image of no extents; [-1] is taken, too.
+        Tensor::new(IMAGE, DataType::TypeString, &[1]),
         Tensor::new(INPUT_IDS, DataType::TypeInt64, &[service.model.positions()]),
         Tensor {
             name: PIXELS,

@@ -1,4 +1,5 @@
-"""The worker's own contract, compiled from proto/ for these scripts."""
+"""What these scripts share: the worker's own contract, compiled from proto/, and
+how checks are reported."""
 
 import importlib
 import sys
@@ -29,3 +30,23 @@ def contract():
         importlib.import_module("imagegpt.v1.imagegpt_pb2"),
         importlib.import_module("imagegpt.v1.imagegpt_pb2_grpc"),
     )
+
+
+class Report:
+    """Prints one row a check, and counts."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def check(self, name, good, detail=""):
+        self.passed += bool(good)
+        self.failed += not good
+        print(f"{'ok  ' if good else 'FAIL'}  {name}{'  ' + str(detail) if detail != '' else ''}")
+
+    def end(self):
+        print(f"{self.passed} passed, {self.failed} failed")
+        sys.exit(self.failed > 0)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
