@@ -10,6 +10,7 @@ DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
 TRAIN_VENV ?= target/train-venv
 EMBED_VENV ?= target/embed-venv
+INTEROP_VENV ?= target/interop-venv
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
 # Where `make probe` listens.
@@ -119,6 +120,10 @@ $(EMBED_VENV)/.done: scripts/embed/requirements.txt
 	$(EMBED_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+.PHONY: interop
+interop: build $(INTEROP_VENV)/.done ## Call the worker as clients of Triton and KServe do (brings them: half a GB)
+	@INTEROP_VENV=$(INTEROP_VENV) scripts/interop.sh
+
 .PHONY: train
 train: $(TRAIN_VENV)/.done ## Train models/emoji again, or go on (brings PyTorch and the emoji; 100 minutes)
 	OMP_WAIT_POLICY=PASSIVE $(TRAIN_VENV)/bin/python models/train/train.py $(TRAIN_FLAGS)
@@ -134,6 +139,11 @@ probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers f
 $(TRAIN_VENV)/.done: models/train/requirements.txt
 	python3 -m venv $(TRAIN_VENV)
 	$(TRAIN_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(INTEROP_VENV)/.done: tests/interop/requirements.txt
+	python3 -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 $(PARITY_VENV)/.done: tests/parity/requirements.txt

@@ -380,7 +380,9 @@ impl Batcher {
             }
             // A row may be of the other class, where it would have been padding.
             let class = left.class.unwrap_or(picked.class);
-            metrics.queued(class, now.saturating_duration_since(entry.arrived));
+            let waited = now.saturating_duration_since(entry.arrived);
+            metrics.queued(class, waited);
+            metrics.totals().waited(waited);
             if let Some(known) = self.known.get_mut(&key) {
                 known.place = None;
             }

@@ -68,6 +68,15 @@ pub enum Error {
     /// A linear head was trained with another context.
     #[error("context: the head {head} was trained with another one; leave it unset")]
     HeadContext { head: String },
+    /// A model, or a version of it, that is not the one that is served.
+    #[error("model: {given:?} is not found; the worker serves {served:?}, version 1")]
+    ModelUnknown { given: String, served: String },
+    /// A tensor of a request is not one that the model takes or gives.
+    #[error("{tensor}: {problem}")]
+    TensorInvalid { tensor: String, problem: String },
+    /// One image has no answer, and its call takes all or nothing.
+    #[error("image {index}: {cause}")]
+    OfImage { index: usize, cause: Box<Error> },
     /// The metadata names a class that there is not.
     #[error("imagegpt-priority: {given:?} is not a class; use \"interactive\" or \"bulk\"")]
     PriorityUnknown { given: String },
@@ -167,6 +176,7 @@ impl Error {
             | Self::StreamEnded { .. }
             | Self::NeverFits { .. }
             | Self::PriorityUnknown { .. }
+            | Self::OfImage { .. }
             | Self::Unauthenticated { .. }
             | Self::RequestSlow { .. } => true,
             Self::Image(_)
@@ -183,6 +193,8 @@ impl Error {
             | Self::StatesMissing
             | Self::HeadUnknown { .. }
             | Self::HeadContext { .. }
+            | Self::ModelUnknown { .. }
+            | Self::TensorInvalid { .. }
             | Self::Engine(_)
             | Self::Lost => false,
         }

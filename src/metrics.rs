@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod generation;
+pub mod totals;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -69,7 +70,7 @@ const BATCH_SIZE_BUCKETS: [f64; 11] = [
 const FILL_BUCKETS: [f64; 8] = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0];
 
 /// The RPC methods that are counted; anything else is `other`.
-pub const METHODS: [&str; 8] = [
+pub const METHODS: [&str; 18] = [
     "Embed",
     "EmbedStream",
     "Classify",
@@ -77,8 +78,22 @@ pub const METHODS: [&str; 8] = [
     "Generate",
     "Tokenize",
     "GetModel",
+    // The Open Inference Protocol's.
+    "ServerLive",
+    "ServerReady",
+    "ServerMetadata",
+    "ModelReady",
+    "ModelMetadata",
+    "ModelInfer",
+    "ModelStreamInfer",
+    "ModelConfig",
+    "ModelStatistics",
+    "RepositoryIndex",
     "other",
 ];
+
+/// Those whose calls are inference, answered one by one.
+const INFERENCE: [&str; 5] = ["Embed", "Classify", "Score", "Tokenize", "ModelInfer"];
 
 /// The codes that the worker or its gRPC library can answer with.
 pub const CODES: [&str; 13] = [
@@ -187,6 +202,7 @@ struct Handles {
     model_load_duration: Gauge,
     access: access::AccessMetrics,
     generation: generation::GenerationMetrics,
+    totals: totals::Totals,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -421,6 +437,7 @@ impl Metrics {
             model_load_duration: registry.gauge(MODEL_LOAD_DURATION, &[]),
             access: access::AccessMetrics::new(&registry),
             generation: generation::GenerationMetrics::new(&registry),
+            totals: totals::Totals::default(),
             recorder,
         };
         Ok(Self(Arc::new(handles)))
@@ -430,6 +447,12 @@ impl Metrics {
     #[must_use]
     pub fn access(&self) -> &access::AccessMetrics {
         &self.0.access
+    }
+
+    /// Sums that the worker itself can read.
+    #[must_use]
+    pub fn totals(&self) -> &totals::Totals {
+        &self.0.totals
     }
 
     /// The exposition format that Prometheus scrapes.
@@ -451,6 +474,9 @@ impl Metrics {
         }
         if let Some(histogram) = self.0.request_duration.get(method) {
             histogram.record(elapsed);
+        }
+        if INFERENCE.contains(&method) {
+            self.0.totals.call(code == "OK", elapsed);
         }
     }
 
@@ -498,6 +524,8 @@ impl Metrics {
         if let Some(quantize) = quantize {
             self.0.quantize_duration.record(quantize);
         }
+        let both = decode.unwrap_or_default() + quantize.unwrap_or_default();
+        self.0.totals.preprocessed(both);
     }
 
     /// How much memory requests, answers and the cache hold.
@@ -530,6 +558,7 @@ impl Metrics {
 
     /// An image was looked for in the cache.
     pub fn cache(&self, hit: bool) {
+        self.0.totals.cache(hit);
         if let Some(counter) = self.0.cache_lookups.get(&hit) {
             counter.increment(1);
         }

@@ -14,6 +14,7 @@ mod health;
 mod listen;
 pub mod load;
 mod observe;
+mod oip;
 pub mod pool;
 mod reload;
 mod score;
@@ -21,15 +22,18 @@ mod status;
 mod stream;
 mod tally;
 mod tls;
+mod web;
 
 pub use access::Access;
 pub use health::LIVENESS;
 pub use observe::Calls;
+use oip::Oip;
+pub(crate) use web::check_origin;
 
 use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt as _;
@@ -40,17 +44,19 @@ use tonic::{Code, Request, Response, Status};
 use self::embedding::Embedding;
 use self::observe::{Deadline, Held};
 use self::tally::Tally;
-use crate::admission::{Admission, Call};
+use crate::admission::{Admission, Call, Pending};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
 use crate::head::Head;
+use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::job::{Answer, Class, Norm, Want, Work};
 use crate::metrics::Metrics;
 use crate::model::{Model, Task};
 use crate::pb;
 use crate::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
 use crate::preprocess::PreprocessOptions;
+use crate::preprocess::pool::Picture;
 use crate::readiness::{Readiness, Unready};
 
 /// What a client may take to answer an HTTP/2 ping.
@@ -119,6 +125,7 @@ pub async fn serve(
     let routes = routes(service, options.reflection)?;
     let (guards, followers) = access.follow(&metrics);
     let auth = auth::Auth(guards.tokens);
+    let web = guards.web;
     let door = listen::Door {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
@@ -131,6 +138,7 @@ pub async fn serve(
     // handles.
     let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
         let mut server = tonic::transport::Server::builder()
+            .accept_http1(web.calls.is_some())
             .http2_keepalive_interval(Some(options.keepalive_interval))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -144,6 +152,8 @@ pub async fn serve(
         }
         // The outermost first: calls that are refused are counted, too.
         let router = server
+            .layer(tower::util::option_layer(web.cors.clone()))
+            .layer(tower::util::option_layer(web.calls.clone()))
             .layer(observe.clone())
             .layer(auth.clone())
             .add_routes(routes.clone());
@@ -169,12 +179,20 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
     let health = health::server(service.readiness.clone());
     let request_bytes_max =
         usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
-    let imagegpt = ImageGptServiceServer::new(service)
+    let service = Arc::new(service);
+    let imagegpt = ImageGptServiceServer::from_arc(Arc::clone(&service))
         .max_decoding_message_size(request_bytes_max)
         // Taken but not given: vectors hardly shrink, and most clients accept
         // gzip without wanting to wait for it.
         .accept_compressed(CompressionEncoding::Gzip);
-    let mut routes = Routes::new(imagegpt).add_service(health);
+    let inference = GrpcInferenceServiceServer::new(Oip(service))
+        .max_decoding_message_size(request_bytes_max)
+        .accept_compressed(CompressionEncoding::Gzip)
+        // Triton's clients know both.
+        .accept_compressed(CompressionEncoding::Deflate);
+    let mut routes = Routes::new(imagegpt)
+        .add_service(inference)
+        .add_service(health);
     if reflection {
         let builder = || {
             tonic_reflection::server::Builder::configure()
@@ -229,11 +247,23 @@ impl Service {
     ) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
         let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
         let class = extensions.get().copied().unwrap_or(Class::Interactive);
-        let answer_bytes = n_values * convert::dtype_bytes(dtype);
-        if images.is_empty() {
+        let ask = Ask {
+            work,
+            n_values,
+            dtype,
+        };
+        self.check_size(images.len(), std::slice::from_ref(&ask))?;
+        let pictures = convert::pictures(images, preprocess);
+        self.submit(pictures, &[ask], class, deadline)?
+            .outcomes()
+            .await
+    }
+
+    /// Whether a call may have so many images with so large an answer.
+    fn check_size(&self, n_images: usize, asks: &[Ask]) -> Result<(), Error> {
+        if n_images == 0 {
             return Err(Error::CallEmpty);
         }
-        let n_images = images.len();
         let n_images_max = self.limits.images_per_call_max as usize;
         if n_images > n_images_max {
             return Err(Error::CallTooLarge {
@@ -241,6 +271,10 @@ impl Service {
                 max: n_images_max,
             });
         }
+        let answer_bytes: usize = asks
+            .iter()
+            .map(|ask| ask.n_values * convert::dtype_bytes(ask.dtype))
+            .sum();
         let response_bytes = answer_bytes as u64 * n_images as u64;
         let response_bytes_max = self.limits.response_bytes_max.as_u64();
         if response_bytes > response_bytes_max {
@@ -249,21 +283,43 @@ impl Service {
                 max: response_bytes_max,
             });
         }
-        let mut outcomes = Vec::with_capacity(n_images);
-        let mut admitted = Vec::with_capacity(n_images);
-        let mut bytes = convert::answer_bytes(n_values, dtype) * n_images;
-        for picture in convert::pictures(images, preprocess) {
-            outcomes.push(match picture {
-                Ok(picture) => {
-                    bytes += convert::picture_bytes(&picture);
-                    admitted.push((picture, work.clone()));
-                    None
-                }
-                Err(error) => Some(Err(error)),
-            });
+        Ok(())
+    }
+
+    /// Sends the images of a call down the line, each with everything that is
+    /// asked of it.
+    fn submit(
+        &self,
+        pictures: Vec<Result<Picture, Error>>,
+        asks: &[Ask],
+        class: Class,
+        deadline: Option<Instant>,
+    ) -> Result<Submitted, Error> {
+        let n_outcomes = pictures.len() * asks.len();
+        let bytes = call_bytes(&pictures, asks);
+        let mut known = Vec::with_capacity(n_outcomes);
+        let mut admitted = Vec::with_capacity(n_outcomes);
+        for picture in pictures {
+            let mut picture = Some(picture);
+            for (idx, ask) in asks.iter().enumerate() {
+                // The last one takes it: most calls ask for one thing.
+                let picture = if idx + 1 == asks.len() {
+                    picture.take()
+                } else {
+                    picture.clone()
+                };
+                known.push(match picture {
+                    Some(Ok(picture)) => {
+                        admitted.push((picture, ask.work.clone()));
+                        None
+                    }
+                    Some(Err(error)) => Some(error),
+                    None => Some(Error::Lost),
+                });
+            }
         }
         let mut tally = Tally::new(self.metrics.clone(), deadline);
-        tally.expect(n_images);
+        tally.expect(n_outcomes);
         let call = Call {
             images: admitted,
             class,
@@ -271,32 +327,14 @@ impl Service {
             deadline,
             span: tracing::Span::current(),
         };
-        let mut pending = self.admission.submit(call).inspect_err(|error| {
+        let pending = self.admission.submit(call).inspect_err(|error| {
             tally.rest(status::code(error));
         })?;
-        let mut results = Vec::with_capacity(n_images);
-        for outcome in outcomes {
-            let outcome = match outcome {
-                Some(outcome) => outcome,
-                None => pending.next().await.unwrap_or(Err(Error::Lost)),
-            };
-            match outcome {
-                Err(error) if error.ends_call() => {
-                    tally.rest(status::code(&error));
-                    return Err(error);
-                }
-                outcome => {
-                    tally.one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
-                    results.push(outcome);
-                }
-            }
-        }
-        Ok((
-            results,
-            Held {
-                _bytes: Arc::clone(&pending.bytes),
-            },
-        ))
+        Ok(Submitted {
+            known,
+            pending,
+            tally,
+        })
     }
 
     async fn embed(
@@ -504,6 +542,65 @@ impl Service {
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
         })
+    }
+}
+
+/// What is asked of each image of a call.
+#[derive(Debug, Clone)]
+struct Ask {
+    work: Work,
+    /// Numbers in the answer.
+    n_values: usize,
+    dtype: pb::DataType,
+}
+
+/// What a call holds while it is in the worker.
+fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask]) -> usize {
+    let answers: usize = asks
+        .iter()
+        .map(|ask| convert::answer_bytes(ask.n_values, ask.dtype))
+        .sum();
+    let pictures_bytes: usize = pictures.iter().flatten().map(convert::picture_bytes).sum();
+    answers * pictures.len() + pictures_bytes * asks.len()
+}
+
+/// A call in the worker. Dropped before its end, it leaves the line.
+#[derive(Debug)]
+struct Submitted {
+    /// What never went down the line, by its place.
+    known: Vec<Option<Error>>,
+    pending: Pending,
+    tally: Tally,
+}
+
+impl Submitted {
+    /// What becomes of each image, in the call's order, and of what is asked of
+    /// it, in that order.
+    async fn outcomes(mut self) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+        let mut results = Vec::with_capacity(self.known.len());
+        for known in self.known {
+            let outcome = match known {
+                Some(error) => Err(error),
+                None => self.pending.next().await.unwrap_or(Err(Error::Lost)),
+            };
+            match outcome {
+                Err(error) if error.ends_call() => {
+                    self.tally.rest(status::code(&error));
+                    return Err(error);
+                }
+                outcome => {
+                    self.tally
+                        .one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
+                    results.push(outcome);
+                }
+            }
+        }
+        Ok((
+            results,
+            Held {
+                bytes: Arc::clone(&self.pending.bytes),
+            },
+        ))
     }
 }
 

@@ -8,6 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 
 use super::{ConfigError, DAY, size};
+use crate::rpc::check_origin;
 
 /// Who is let in.
 #[derive(Debug, Clone, Args)]
@@ -59,6 +60,27 @@ pub struct AccessConfig {
         value_parser = clap::builder::FalseyValueParser::new()
     )]
     pub insecure: bool,
+
+    /// Serve gRPC-Web too, and HTTP/1.1 for it, to browsers and gateways that
+    /// cannot speak gRPC's HTTP/2. A connection that speaks HTTP/1.1 has one
+    /// call at a time, and is closed when it has none for 30 s
+    #[arg(
+        long,
+        env = "IMAGEGPT_GRPC_WEB",
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
+    pub grpc_web: bool,
+
+    /// Pages that may call over gRPC-Web from a browser, by their origin
+    /// (https://app.example), as often as there are origins; * is any page.
+    /// Whoever may call is still the business of tokens and certificates
+    #[arg(
+        long = "cors-origin",
+        env = "IMAGEGPT_CORS_ORIGINS",
+        value_name = "ORIGIN",
+        value_delimiter = ','
+    )]
+    pub cors_origins: Vec<String>,
 }
 
 /// What clients' connections may hold.
@@ -130,6 +152,7 @@ impl AccessConfig {
     /// Whether strangers are kept out by the network alone, and nobody said
     /// that they are.
     pub(super) fn validate(&self, listen: SocketAddr) -> Result<(), ConfigError> {
+        self.validate_web()?;
         let guarded = self.tls_cert.is_some() || self.auth_tokens_file.is_some();
         if guarded || self.insecure || is_loopback(listen) {
             return Ok(());
@@ -139,6 +162,24 @@ impl AccessConfig {
              give --tls-cert and --tls-key (and --tls-client-ca, so that clients need a \
              certificate), or --auth-tokens-file, or --insecure if the network keeps strangers out"
         )))
+    }
+
+    fn validate_web(&self) -> Result<(), ConfigError> {
+        let origins = &self.cors_origins;
+        if !origins.is_empty() && !self.grpc_web {
+            return Err(ConfigError(
+                "--cors-origin is for browsers, which speak gRPC-Web: add --grpc-web".to_owned(),
+            ));
+        }
+        for origin in origins {
+            let problem = match check_origin(origin) {
+                Ok(()) if origin == "*" && origins.len() > 1 => "any page is allowed already",
+                Ok(()) => continue,
+                Err(problem) => problem,
+            };
+            return Err(ConfigError(format!("--cors-origin {origin:?}: {problem}")));
+        }
+        Ok(())
     }
 
     /// Whether tokens cross a network that others may read.

@@ -222,6 +222,7 @@ impl Life {
         self.runner.metrics.inference(graph, elapsed);
         match outcome {
             Ok(values) => {
+                self.runner.metrics.totals().ran(units.len(), elapsed);
                 self.runs.push(Ran {
                     graph,
                     bucket,

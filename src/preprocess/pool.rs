@@ -19,7 +19,7 @@ use crate::job::{Answer, Context, Job, Work};
 use crate::metrics::Metrics;
 
 /// An image and how it becomes tokens.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Picture {
     pub input: ImageInput,
     pub options: PreprocessOptions,

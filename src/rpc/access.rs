@@ -5,20 +5,23 @@ use tokio::task::JoinSet;
 use super::auth::Tokens;
 use super::reload::{Follower, Latest, Source};
 use super::tls::Tls;
+use super::web::Web;
 use crate::config::AccessConfig;
 use crate::metrics::Metrics;
 
-/// The files that say who is let in, read once.
+/// Who is let in and how, with the files that say so read once.
 #[derive(Debug, Default)]
 pub struct Access {
     tls: Option<(Latest<Tls>, Follower<Tls>)>,
     tokens: Option<(Latest<Tokens>, Follower<Tokens>)>,
+    web: Web,
 }
 
 /// Who is let in now.
 pub(super) struct Guards {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) tokens: Option<Latest<Tokens>>,
+    pub(super) web: Web,
 }
 
 impl Access {
@@ -36,6 +39,7 @@ impl Access {
                     .tls_client_ca
                     .as_ref()
                     .map(|ca| Source::new("--tls-client-ca", ca)),
+                config.grpc_web,
             )?),
             _ => None,
         };
@@ -43,7 +47,8 @@ impl Access {
             Some(path) => Some(Tokens::open(Source::new("--auth-tokens-file", path))?),
             None => None,
         };
-        Ok(Self { tls, tokens })
+        let web = Web::new(config);
+        Ok(Self { tls, tokens, web })
     }
 
     /// Follows the files until the returned tasks are dropped.
@@ -61,6 +66,13 @@ impl Access {
             followers.spawn(follower.run(metrics.clone(), |_| {}));
             latest
         });
-        (Guards { tls, tokens }, followers)
+        (
+            Guards {
+                tls,
+                tokens,
+                web: self.web,
+            },
+            followers,
+        )
     }
 }

@@ -12,7 +12,7 @@ use tonic::{Code, Status};
 use tonic_prost::ProstEncoder;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::pb;
+use crate::{inference, pb};
 
 /// No flag allows more images a call.
 pub(crate) const IMAGES_MAX: usize = 65_536;
@@ -21,6 +21,13 @@ const OTHER_BYTES_MAX: usize = 4096;
 /// Tokens of the largest square that a model may have (256 x 256), at the most
 /// bytes that an id takes on the wire.
 const TOKENS_BYTES_MAX: usize = 65_536 * 6;
+
+/// Tensors of an inference request, of any kind: there is one input and there
+/// are few outputs.
+const TENSORS_MAX: usize = 64;
+/// Numbers of a tensor that are not in raw form, as they are on the wire. A byte
+/// there may be eight in memory; 2 Mi tokens and more fit.
+const NUMBERS_BYTES_MAX: usize = 4 << 20;
 
 /// A message that may be looked at before it is decoded.
 pub(crate) trait Scan {
@@ -87,7 +94,74 @@ impl Scan for pb::EmbedStreamRequest {
     }
 }
 
+impl Scan for inference::ModelInferRequest {
+    fn scan(message: &[u8]) -> Result<(), String> {
+        let (mut n_tensors, mut n_other_bytes) = (0, 0);
+        for field in Fields(message) {
+            let (number, content, size) = field?;
+            let n_bytes = match number {
+                // Without the contents, which are looked at by themselves.
+                INFER_INPUT => scan_tensor(content)?,
+                RAW_CONTENTS => 0,
+                _ => size,
+            };
+            count_other(n_bytes, &mut n_other_bytes)?;
+            if matches!(number, INFER_INPUT | INFER_OUTPUT | RAW_CONTENTS) {
+                n_tensors += 1;
+                if n_tensors > TENSORS_MAX {
+                    return Err(format!("request: more than {TENSORS_MAX} tensors"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An input with its name, shape and parameters; how many bytes these take.
+fn scan_tensor(tensor: &[u8]) -> Result<usize, String> {
+    let mut n_other_bytes = 0;
+    let mut n_numbers = 0;
+    let mut n_elements = 0;
+    for field in Fields(tensor) {
+        let (number, contents, size) = field?;
+        if number != TENSOR_CONTENTS {
+            n_other_bytes += size;
+            continue;
+        }
+        for field in Fields(contents) {
+            let (number, numbers, size) = field?;
+            if number == BYTES_CONTENTS {
+                n_elements += 1;
+            } else {
+                // Packed, a number has a byte or more; by itself a tag, too.
+                n_numbers += numbers.len().max(size / 2);
+            }
+        }
+    }
+    if n_elements > IMAGES_MAX {
+        return Err(format!(
+            "inputs: more than {IMAGES_MAX} images in one call; split the call"
+        ));
+    }
+    if n_numbers > NUMBERS_BYTES_MAX {
+        return Err(format!(
+            "inputs: the contents have more than {NUMBERS_BYTES_MAX} bytes; send them as \
+             raw_input_contents"
+        ));
+    }
+    Ok(n_other_bytes)
+}
+
 impl Scan for pb::GetModelRequest {}
+// A few names, which keep their size.
+impl Scan for inference::ServerLiveRequest {}
+impl Scan for inference::ServerReadyRequest {}
+impl Scan for inference::ModelReadyRequest {}
+impl Scan for inference::ServerMetadataRequest {}
+impl Scan for inference::ModelMetadataRequest {}
+impl Scan for inference::ModelConfigRequest {}
+impl Scan for inference::ModelStatisticsRequest {}
+impl Scan for inference::RepositoryIndexRequest {}
 // A client trusts the worker that it chose.
 impl Scan for pb::EmbedResponse {}
 impl Scan for pb::EmbedStreamResponse {}
@@ -96,6 +170,16 @@ impl Scan for pb::TokenizeResponse {}
 impl Scan for pb::ScoreResponse {}
 impl Scan for pb::GenerateResponse {}
 impl Scan for pb::GetModelResponse {}
+impl Scan for inference::ServerLiveResponse {}
+impl Scan for inference::ServerReadyResponse {}
+impl Scan for inference::ModelReadyResponse {}
+impl Scan for inference::ServerMetadataResponse {}
+impl Scan for inference::ModelMetadataResponse {}
+impl Scan for inference::ModelInferResponse {}
+impl Scan for inference::ModelStreamInferResponse {}
+impl Scan for inference::ModelConfigResponse {}
+impl Scan for inference::ModelStatisticsResponse {}
+impl Scan for inference::RepositoryIndexResponse {}
 
 /// All requests with images have them in field 1.
 const IMAGES: u64 = 1;
@@ -111,6 +195,15 @@ const PREFIX: u64 = 1;
 const PRIMER_IMAGE: u64 = 2;
 /// `ImagePrimer.image`.
 const IMAGE_OF_PRIMER: u64 = 1;
+
+/// `ModelInferRequest.inputs`, `outputs` and `raw_input_contents`.
+const INFER_INPUT: u64 = 5;
+const INFER_OUTPUT: u64 = 6;
+const RAW_CONTENTS: u64 = 7;
+/// `InferInputTensor.contents`.
+const TENSOR_CONTENTS: u64 = 5;
+/// `InferTensorContents.bytes_contents`.
+const BYTES_CONTENTS: u64 = 8;
 
 fn scan_primer(primer: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     for field in Fields(primer) {
@@ -368,6 +461,60 @@ mod tests {
         assert!(pb::GenerateRequest::scan(&[&once[..], &once[..]].concat()).is_err());
         // The same list, each id with a tag of its own.
         check(&[0x38, 0x01].repeat(3000), Err("options take more than"));
+    }
+
+    #[test]
+    fn inference_requests_are_looked_through() {
+        use inference::ModelInferRequest;
+        use inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
+        let check = |request: &ModelInferRequest, expected: Result<(), &str>| match (
+            ModelInferRequest::scan(&request.encode_to_vec()),
+            expected,
+        ) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(words)) => assert!(error.contains(words), "{error}"),
+            (got, _) => panic!("{got:?}"),
+        };
+        let with = |contents| ModelInferRequest {
+            inputs: vec![InferInputTensor {
+                name: "input_ids".to_owned(),
+                shape: vec![1024, 1024],
+                contents: Some(contents),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let ids = |n| inference::InferTensorContents {
+            int64_contents: vec![1; n],
+            ..Default::default()
+        };
+        check(&with(ids(NUMBERS_BYTES_MAX)), Ok(()));
+        check(&with(ids(NUMBERS_BYTES_MAX + 1)), Err("raw_input_contents"));
+        let images = |n| inference::InferTensorContents {
+            bytes_contents: vec![bytes::Bytes::new(); n],
+            ..Default::default()
+        };
+        check(&with(images(IMAGES_MAX)), Ok(()));
+        check(&with(images(IMAGES_MAX + 1)), Err("more than 65536 images"));
+        let outputs = |n| ModelInferRequest {
+            outputs: vec![InferRequestedOutputTensor::default(); n],
+            ..Default::default()
+        };
+        check(&outputs(TENSORS_MAX), Ok(()));
+        check(&outputs(TENSORS_MAX + 1), Err("more than 64 tensors"));
+        let raw = ModelInferRequest {
+            raw_input_contents: vec![bytes::Bytes::new(); TENSORS_MAX + 1],
+            ..Default::default()
+        };
+        check(&raw, Err("more than 64 tensors"));
+        let shape = ModelInferRequest {
+            inputs: vec![InferInputTensor {
+                shape: vec![1; OTHER_BYTES_MAX + 1],
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        check(&shape, Err("options take more than"));
     }
 
     #[test]

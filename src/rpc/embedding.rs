@@ -67,6 +67,11 @@ impl Embedding {
         self.shape.iter().product()
     }
 
+    /// The extents of one answer.
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
     /// What one answer becomes.
     pub(super) fn tensor(&self, answer: Answer) -> Result<pb::Tensor, Error> {
         match answer {

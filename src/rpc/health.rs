@@ -17,6 +17,7 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use super::listen::Peer;
+use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::readiness::Readiness;
 
@@ -53,8 +54,9 @@ enum Subject {
 impl Subject {
     fn of(name: &str) -> Self {
         const SERVICE: &str = <ImageGptServiceServer<super::Service> as NamedService>::NAME;
+        const INFERENCE: &str = <GrpcInferenceServiceServer<super::Oip> as NamedService>::NAME;
         match name {
-            SERVER | SERVICE => Self::Readiness,
+            SERVER | SERVICE | INFERENCE => Self::Readiness,
             LIVENESS => Self::Liveness,
             _ => Self::Unknown,
         }

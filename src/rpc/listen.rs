@@ -33,7 +33,8 @@ use crate::metrics::access::Outcome;
 /// Time for a client to finish its TLS handshake and to say that it speaks
 /// HTTP/2. It takes a few round trips; after it, pings find out who is gone.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// `PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n`, with which a client begins.
+/// `PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n`, with which a client begins; a head of
+/// HTTP/1.1, where that is served, is longer.
 const PREFACE_LEN: usize = 24;
 /// Rest after the system could not give a connection. It is still there, in
 /// the kernel's queue, so asking again at once would only burn a core.

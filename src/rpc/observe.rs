@@ -31,9 +31,12 @@ const RETRY_ARRIVING: Duration = Duration::from_secs(1);
 const REQUEST_ID: &str = "x-request-id";
 /// The class of a call, by its name.
 const PRIORITY: &str = "imagegpt-priority";
-/// The one method whose request has no end: its messages are counted one by
-/// one, by its handler.
-const STREAM: &str = "EmbedStream";
+/// The methods whose request has no end: its messages are counted one by one,
+/// by its handler.
+const STREAMS: [&str; 2] = [BULK_STREAM, "ModelStreamInfer"];
+/// The one whose calls are bulk unless they say otherwise: a job over many
+/// images.
+const BULK_STREAM: &str = "EmbedStream";
 /// Its response is a stream, its request is not.
 const GENERATE: &str = "Generate";
 /// A caller's request id longer than this is replaced: it goes into every log
@@ -120,7 +123,7 @@ impl Course {
 /// An answer's share of the worker's bytes; handlers leave it in the response.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
-    pub(super) _bytes: Arc<Share>,
+    pub(super) bytes: Arc<Share>,
 }
 
 impl<S> Layer<S> for Observe {
@@ -182,7 +185,7 @@ where
         let course = Course::new(ending, self.observe.calls.enter());
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
-            let mut request = if method == STREAM {
+            let mut request = if STREAMS.contains(&method) {
                 // It may stay open for as long as its client likes.
                 let mut request = request;
                 request.extensions_mut().insert(course.clone());
@@ -251,7 +254,7 @@ where
 fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
     let Some(given) = headers.get(PRIORITY) else {
         return Ok(match method {
-            STREAM => Class::Bulk,
+            BULK_STREAM => Class::Bulk,
             _ => Class::Interactive,
         });
     };
@@ -391,9 +394,17 @@ impl Drop for Ending {
     }
 }
 
-/// The method of our service that a path names, `other` for one it lacks.
+/// The services whose calls are observed.
+const SERVICES: [&str; 2] = [
+    "/imagegpt.v1.ImageGptService/",
+    "/inference.GRPCInferenceService/",
+];
+
+/// The method of our services that a path names, `other` for one they lack.
 fn method(path: &str) -> Option<&'static str> {
-    let method = path.strip_prefix("/imagegpt.v1.ImageGptService/")?;
+    let method = SERVICES
+        .iter()
+        .find_map(|&service| path.strip_prefix(service))?;
     let known = METHODS.iter().find(|&&known| known == method);
     Some(known.copied().unwrap_or("other"))
 }
@@ -487,6 +498,8 @@ mod tests {
     fn methods() {
         assert_eq!(method("/imagegpt.v1.ImageGptService/Embed"), Some("Embed"));
         assert_eq!(method("/imagegpt.v1.ImageGptService/Nope"), Some("other"));
+        let infer = "/inference.GRPCInferenceService/ModelInfer";
+        assert_eq!(method(infer), Some("ModelInfer"));
         assert_eq!(method("/grpc.health.v1.Health/Check"), None);
     }
 

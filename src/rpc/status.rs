@@ -29,6 +29,9 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
         Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
         Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
+        Error::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
+        Error::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
+        Error::OfImage { cause, .. } => row(cause),
         Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
         Error::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
         Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
@@ -151,7 +154,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 31] = [
+        let rows: [(Error, Code, &str); 34] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -220,6 +223,30 @@ mod tests {
                 },
                 Code::InvalidArgument,
                 "HEAD_CONTEXT",
+            ),
+            (
+                Error::ModelUnknown {
+                    given: "a".to_owned(),
+                    served: "b".to_owned(),
+                },
+                Code::NotFound,
+                "MODEL_UNKNOWN",
+            ),
+            (
+                Error::TensorInvalid {
+                    tensor: "image".to_owned(),
+                    problem: "two".to_owned(),
+                },
+                Code::InvalidArgument,
+                "TENSOR_INVALID",
+            ),
+            (
+                Error::OfImage {
+                    index: 3,
+                    cause: Box::new(engine().into()),
+                },
+                Code::Internal,
+                "INFERENCE_FAILED",
             ),
             (
                 Error::MessageTooLarge { max: 1 },

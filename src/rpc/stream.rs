@@ -13,7 +13,7 @@
 //! control stops it. An item that finds the worker full waits in the session,
 //! one a stream; nothing is refused for lack of room.
 
-mod outbox;
+pub(super) mod outbox;
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -47,15 +47,15 @@ use crate::readiness::Readiness;
 const ID_BYTES_MAX: usize = 1024;
 /// One stream's part of the bytes that its class can have: so many readers that
 /// stall must come together before other streams wait for them.
-const STREAM_BYTES_PART: usize = 8;
+pub(super) const STREAM_BYTES_PART: usize = 8;
 /// While the worker drains, how long a client may take no answer before it is
 /// given up; never more than half of the grace period.
-const DRAIN_PATIENCE_MAX: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_PATIENCE_MAX: Duration = Duration::from_secs(5);
 /// After a stream was ended at once, time for its status to be taken.
-const END_PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const END_PATIENCE: Duration = Duration::from_secs(1);
 
 type Requests = Streaming<pb::EmbedStreamRequest>;
-type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+pub(super) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Answers a request for a stream; its options come later.
 ///
@@ -101,7 +101,7 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
 /// The response of a stream.
 #[derive(Debug)]
 pub struct Answers {
-    outbox: Arc<Outbox>,
+    outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
     session: tokio::task::AbortHandle,
 }
 
@@ -134,7 +134,7 @@ struct Session {
     leaves_at: Option<Instant>,
     class: Class,
     deadline: Option<Instant>,
-    outbox: Arc<Outbox>,
+    outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
     /// Items that were read.
     n_read: u64,
     /// Of those, how many will have no answer.
@@ -515,7 +515,7 @@ fn ends_stream(error: &Error) -> bool {
 }
 
 /// What is in there, once it is; for ever if nothing is.
-async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
+pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
     match future {
         Some(future) => future.await,
         None => std::future::pending().await,
@@ -523,11 +523,11 @@ async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
 }
 
 /// The next message, once there is a place for an item.
-async fn read(
-    requests: &mut Option<Requests>,
-    outbox: &Outbox,
+pub(super) async fn read<Q, T>(
+    requests: &mut Option<Streaming<Q>>,
+    outbox: &Outbox<T>,
     window: usize,
-) -> Result<Option<pb::EmbedStreamRequest>, Status> {
+) -> Result<Option<Q>, Status> {
     outbox.credit(window).await;
     match requests {
         Some(requests) => requests.message().await,
@@ -536,7 +536,7 @@ async fn read(
 }
 
 /// Resolves when the client should go on in another stream.
-async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> StreamEnd {
+pub(super) async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> StreamEnd {
     tokio::select! {
         () = readiness.drained() => StreamEnd::Draining,
         () = at(leaves_at) => StreamEnd::ConnectionAge,
@@ -544,8 +544,8 @@ async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> Stre
 }
 
 /// Resolves when the stream must end at once, whatever is in it.
-async fn hurry(
-    outbox: Arc<Outbox>,
+pub(super) async fn hurry<T>(
+    outbox: Arc<Outbox<T>>,
     deadline: Option<Instant>,
     idle_timeout: Duration,
     (mut readiness, drain_patience): (Readiness, Duration),

@@ -14,8 +14,9 @@ use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
 use super::reload::{Follower, Latest, Source, open};
 use crate::metrics::access::{AccessFile, AccessMetrics};
 
-/// All that gRPC speaks.
+/// What gRPC speaks, and what gRPC-Web may speak besides.
 const ALPN: &[u8] = b"h2";
+const ALPN_WEB: &[u8] = b"http/1.1";
 
 /// What a new connection is met with.
 #[derive(Debug)]
@@ -32,6 +33,7 @@ impl Tls {
         certificate: Source,
         key: Source,
         client_ca: Option<Source>,
+        grpc_web: bool,
     ) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let sources: Vec<Source> = [certificate.clone(), key.clone()]
             .into_iter()
@@ -70,6 +72,9 @@ impl Tls {
                         }
                     })?;
             config.alpn_protocols = vec![ALPN.to_vec()];
+            if grpc_web {
+                config.alpn_protocols.push(ALPN_WEB.to_vec());
+            }
             Ok(Self {
                 config: Arc::new(config),
                 expiry,
@@ -155,6 +160,7 @@ mod tests {
                 files.source("--tls-cert", cert),
                 files.source("--tls-key", key),
                 ca.map(|ca| files.source("--tls-client-ca", ca)),
+                false,
             );
             let got = match opened {
                 Ok(_) => "fine".to_owned(),

@@ -172,7 +172,9 @@ async fn reflection_lists_the_service_and_can_be_turned_off() {
         .map(|service| service.name.as_str())
         .collect();
     assert!(
-        names.contains(&SERVICE) && names.contains(&"grpc.health.v1.Health"),
+        names.contains(&SERVICE)
+            && names.contains(&"inference.GRPCInferenceService")
+            && names.contains(&"grpc.health.v1.Health"),
         "{names:?}"
     );
     running.end().await;

@@ -14,19 +14,18 @@ use tokio::sync::Notify;
 use tonic::Status;
 
 use crate::admission::Share;
-use crate::pb;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Outbox {
-    state: Mutex<State>,
+pub(in crate::rpc) struct Outbox<T> {
+    state: Mutex<State<T>>,
     /// Rung for the session, the only one who waits, when something was taken.
     taken: Notify,
 }
 
 #[derive(Debug)]
-struct State {
-    queue: VecDeque<(pb::EmbedStreamResponse, Option<Place>)>,
+struct State<T> {
+    queue: VecDeque<(T, Option<Place>)>,
     end: End,
     /// Whoever takes answers, while there are none.
     taker: Option<Waker>,
@@ -52,13 +51,13 @@ enum End {
 
 /// An item's place in the window and its share of the worker's bytes.
 #[derive(Debug, Default)]
-pub(super) struct Place {
+pub(in crate::rpc) struct Place {
     /// What it counts in the stream's own share.
-    pub(super) bytes: usize,
-    pub(super) _share: Option<Arc<Share>>,
+    pub(in crate::rpc) bytes: usize,
+    pub(in crate::rpc) _share: Option<Arc<Share>>,
 }
 
-impl State {
+impl<T> State<T> {
     fn leave(&mut self, place: &Place) {
         self.n_held = self.n_held.saturating_sub(1);
         self.bytes_held = self.bytes_held.saturating_sub(place.bytes);
@@ -71,8 +70,8 @@ impl State {
     }
 }
 
-impl Outbox {
-    pub(super) fn new() -> Self {
+impl<T> Outbox<T> {
+    pub(in crate::rpc) fn new() -> Self {
         Self {
             state: Mutex::new(State {
                 queue: VecDeque::new(),
@@ -88,13 +87,13 @@ impl Outbox {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
         // Nothing below can panic halfway through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the condition holds, which only taking can bring about.
-    async fn once<T>(&self, mut condition: impl FnMut(&mut State) -> Option<T>) -> T {
+    async fn once<V>(&self, mut condition: impl FnMut(&mut State<T>) -> Option<V>) -> V {
         loop {
             // A ring that comes before the wait is kept.
             if let Some(value) = condition(&mut self.lock()) {
@@ -105,13 +104,13 @@ impl Outbox {
     }
 
     /// Waits until fewer than `window` items are held.
-    pub(super) async fn credit(&self, window: usize) {
+    pub(in crate::rpc) async fn credit(&self, window: usize) {
         self.once(|state| (state.n_held < window).then_some(()))
             .await;
     }
 
     /// An item was read.
-    pub(super) fn hold(&self) {
+    pub(in crate::rpc) fn hold(&self) {
         let mut state = self.lock();
         state.n_held += 1;
         state.active_at = Instant::now();
@@ -119,7 +118,7 @@ impl Outbox {
 
     /// Waits until the stream's items together hold no more than `max` with
     /// these bytes added; a single item may hold more.
-    pub(super) async fn room(&self, bytes: usize, max: usize) {
+    pub(in crate::rpc) async fn room(&self, bytes: usize, max: usize) {
         self.once(|state| {
             let fits = state.bytes_held == 0 || state.bytes_held.saturating_add(bytes) <= max;
             fits.then(|| state.bytes_held += bytes)
@@ -128,13 +127,13 @@ impl Outbox {
     }
 
     /// An item leaves without an answer.
-    pub(super) fn forget(&self, place: &Place) {
+    pub(in crate::rpc) fn forget(&self, place: &Place) {
         self.lock().leave(place);
     }
 
     /// Puts a response in line: an item's answer with its place, or what
     /// answers no item.
-    pub(super) fn push(&self, response: pb::EmbedStreamResponse, place: Option<Place>) {
+    pub(in crate::rpc) fn push(&self, response: T, place: Option<Place>) {
         let mut state = self.lock();
         state.queue.push_back((response, place));
         state.active_at = Instant::now();
@@ -146,12 +145,12 @@ impl Outbox {
     }
 
     /// Nothing more comes after what is in line.
-    pub(super) fn finish(&self, end: Result<(), Status>) {
+    pub(in crate::rpc) fn finish(&self, end: Result<(), Status>) {
         self.set_end(end, false);
     }
 
     /// Nothing more comes, not even what is in line; what it holds is free.
-    pub(super) fn abandon(&self, status: Status) {
+    pub(in crate::rpc) fn abandon(&self, status: Status) {
         self.set_end(Err(status), true);
     }
 
@@ -177,27 +176,27 @@ impl Outbox {
     }
 
     /// Answers that were taken.
-    pub(super) fn n_taken(&self) -> u64 {
+    pub(in crate::rpc) fn n_taken(&self) -> u64 {
         self.lock().n_taken
     }
 
     /// Waits until the end has been taken.
-    pub(super) async fn ended(&self) {
+    pub(in crate::rpc) async fn ended(&self) {
         self.once(|state| matches!(state.end, End::Taken).then_some(()))
             .await;
     }
 
     /// Waits until the client has done nothing for so long, though the next
     /// move was its own.
-    pub(super) async fn idle(&self, timeout: Duration) {
+    pub(in crate::rpc) async fn idle(&self, timeout: Duration) {
         self.silent(timeout, Instant::now(), State::waits_for_client)
             .await;
     }
 
     /// Waits until the client, from now on, has taken nothing for so long,
     /// though there was something to take.
-    pub(super) async fn stalled(&self, timeout: Duration) {
-        let has_something = |state: &State| {
+    pub(in crate::rpc) async fn stalled(&self, timeout: Duration) {
+        let has_something = |state: &State<T>| {
             let ends = matches!(state.end, End::Set(_));
             ends || !state.queue.is_empty() || state.leaving.is_some()
         };
@@ -208,7 +207,7 @@ impl Outbox {
         &self,
         timeout: Duration,
         mut since: Instant,
-        is_to_blame: impl Fn(&State) -> bool,
+        is_to_blame: impl Fn(&State<T>) -> bool,
     ) {
         loop {
             tokio::time::sleep_until((since + timeout).into()).await;
@@ -228,10 +227,10 @@ impl Outbox {
     /// The next response. Asking for one says that the connection has room, and
     /// so that the one before has left: until then its place is taken, or a
     /// reader that stalls would hold one more than its window.
-    pub(super) fn poll_take(
+    pub(in crate::rpc) fn poll_take(
         &self,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<pb::EmbedStreamResponse, Status>>> {
+    ) -> Poll<Option<Result<T, Status>>> {
         let mut state = self.lock();
         let left = state.leaving.take();
         if let Some(place) = &left {
@@ -262,6 +261,7 @@ impl Outbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pb;
 
     fn response(id: &str) -> pb::EmbedStreamResponse {
         let result = pb::EmbedStreamResult {
@@ -273,7 +273,9 @@ mod tests {
         }
     }
 
-    fn take(outbox: &Outbox) -> Poll<Option<Result<pb::EmbedStreamResponse, Status>>> {
+    fn take(
+        outbox: &Outbox<pb::EmbedStreamResponse>,
+    ) -> Poll<Option<Result<pb::EmbedStreamResponse, Status>>> {
         outbox.poll_take(&mut Context::from_waker(Waker::noop()))
     }
 

@@ -1,0 +1,149 @@
+//! Sums since the start, for whoever asks the worker itself: the exporter's
+//! histograms can be rendered, but not read.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// How often, and how long together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sum {
+    pub count: u64,
+    pub ns: u64,
+}
+
+impl Sum {
+    fn add(&mut self, elapsed: Duration) {
+        self.count += 1;
+        self.ns = self.ns.saturating_add(ns(elapsed));
+    }
+}
+
+/// What was done since the start, whoever asked for it.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Decoding, resizing and quantizing.
+    input_ns: AtomicU64,
+    /// Waiting for the engine.
+    queue_ns: AtomicU64,
+    /// Making tensors of answers, where it is measured.
+    output_ns: AtomicU64,
+    cache_hits: AtomicU64,
+    cache_misses: AtomicU64,
+    /// Together, so that no reader sees one without the others.
+    sums: Mutex<Sums>,
+}
+
+/// What changes together.
+#[derive(Debug, Clone, Default)]
+pub struct Sums {
+    /// Calls that were answered, and that were not.
+    pub success: Sum,
+    pub fail: Sum,
+    /// Images that were run; each takes as long as its run.
+    pub images: Sum,
+    /// Runs by the images in them: as many sizes as batches may have.
+    pub runs: BTreeMap<usize, Sum>,
+    /// Milliseconds since 1970, of the last run.
+    pub last_run_ms: u64,
+}
+
+/// A look at all of it.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    pub sums: Sums,
+    pub input_ns: u64,
+    pub queue_ns: u64,
+    pub output_ns: u64,
+    pub cache_hits: u64,
+    pub cache_misses: u64,
+}
+
+impl Totals {
+    /// A call for inference has ended.
+    pub fn call(&self, ok: bool, elapsed: Duration) {
+        let mut sums = self.lock();
+        if ok {
+            sums.success.add(elapsed);
+        } else {
+            sums.fail.add(elapsed);
+        }
+    }
+
+    /// The engine has run so many images.
+    pub fn ran(&self, n_images: usize, elapsed: Duration) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let mut sums = self.lock();
+        sums.images.count += n_images as u64;
+        let all = ns(elapsed).saturating_mul(n_images as u64);
+        sums.images.ns = sums.images.ns.saturating_add(all);
+        sums.runs.entry(n_images).or_default().add(elapsed);
+        let now = now.unwrap_or_default().as_millis();
+        sums.last_run_ms = u64::try_from(now).unwrap_or(u64::MAX);
+    }
+
+    /// An image became tokens.
+    pub fn preprocessed(&self, elapsed: Duration) {
+        self.input_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
+    }
+
+    /// An image waited for the engine.
+    pub fn waited(&self, elapsed: Duration) {
+        self.queue_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
+    }
+
+    /// An answer was made.
+    pub fn answered(&self, elapsed: Duration) {
+        self.output_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
+    }
+
+    /// An image was looked for in the cache.
+    pub fn cache(&self, hit: bool) {
+        let counter = if hit {
+            &self.cache_hits
+        } else {
+            &self.cache_misses
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let load = |value: &AtomicU64| value.load(Ordering::Relaxed);
+        Snapshot {
+            sums: self.lock().clone(),
+            input_ns: load(&self.input_ns),
+            queue_ns: load(&self.queue_ns),
+            output_ns: load(&self.output_ns),
+            cache_hits: load(&self.cache_hits),
+            cache_misses: load(&self.cache_misses),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Sums> {
+        // Nothing below can panic halfway through a change.
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn ns(elapsed: Duration) -> u64 {
+    u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_takes_as_long_as_its_run() {
+        let totals = Totals::default();
+        totals.ran(4, Duration::from_nanos(10));
+        totals.ran(1, Duration::from_nanos(3));
+        totals.ran(4, Duration::from_nanos(20));
+        let sums = totals.snapshot().sums;
+        assert_eq!(sums.images, Sum { count: 9, ns: 123 });
+        assert_eq!(sums.runs[&4], Sum { count: 2, ns: 30 });
+        assert_eq!(sums.runs[&1], Sum { count: 1, ns: 3 });
+    }
+}
