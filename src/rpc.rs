@@ -27,7 +27,6 @@ pub use access::Access;
 pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;
-pub(crate) use web::check_origin;
 
 use std::convert::Infallible;
 use std::future::Future;
