@@ -34,6 +34,6 @@ for mode in "" --streaming; do
     "$tools/bin/perf_analyzer" -m "$model" -u "$endpoint" -i grpc $mode -b 1 \
         --input-data "$out/perf.json" --concurrency-range 8 --percentile 99 -p 2000 -s 50 -r 3 \
         ${mode:+--async} >"$out/perf.log" 2>&1 || { cat "$out/perf.log"; exit 1; }
-    grep -E 'Inference count|Execution count|Successful request count|Request count|Throughput|Avg request|p99' "$out/perf.log" |
+    grep -E '^ +(Inference count|Execution count|Successful request count|Throughput|Avg request|p99 latency)' "$out/perf.log" |
         sed "s/^ */perf_analyzer ${mode:-unary}: /"
 done

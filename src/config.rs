@@ -4,6 +4,7 @@
 
 mod access;
 
+pub(crate) use access::ANY_ORIGIN;
 pub use access::{AccessConfig, ConnectionsConfig};
 
 use std::net::SocketAddr;

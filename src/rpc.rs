@@ -28,7 +28,6 @@ pub use access::Access;
 pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;
-pub(crate) use web::check_origin;
 
 use std::convert::Infallible;
 use std::future::Future;

@@ -8,7 +8,9 @@ use bytesize::ByteSize;
 use clap::Args;
 
 use super::{ConfigError, DAY, size};
-use crate::rpc::check_origin;
+
+/// Any page.
+pub(crate) const ANY_ORIGIN: &str = "*";
 
 /// Who is let in.
 #[derive(Debug, Clone, Args)]
@@ -173,7 +175,9 @@ impl AccessConfig {
         }
         for origin in origins {
             let problem = match check_origin(origin) {
-                Ok(()) if origin == "*" && origins.len() > 1 => "any page is allowed already",
+                Ok(()) if origin == ANY_ORIGIN && origins.len() > 1 => {
+                    "any page is allowed already"
+                }
                 Ok(()) => continue,
                 Err(problem) => problem,
             };
@@ -217,5 +221,48 @@ impl ConnectionsConfig {
             }
         }
         Ok(())
+    }
+}
+
+/// What is wrong with an origin as a flag has it.
+fn check_origin(origin: &str) -> Result<(), &'static str> {
+    if origin == ANY_ORIGIN {
+        return Ok(());
+    }
+    let host = origin
+        .strip_prefix("https://")
+        .or_else(|| origin.strip_prefix("http://"))
+        .ok_or("it must begin with https:// or http://, or be *")?;
+    let is_host = |byte: u8| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte);
+    if host.is_empty() || !host.bytes().all(is_host) {
+        return Err("after the scheme it has a host and perhaps a port, and no path");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins() {
+        for good in [
+            "*",
+            "https://a.example",
+            "http://localhost:8080",
+            "http://[::1]:3",
+        ] {
+            assert_eq!(check_origin(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "a.example",
+            "https://",
+            "https://a.example/",
+            "null",
+            "http://a b",
+        ] {
+            assert!(check_origin(bad).is_err(), "{bad}");
+        }
     }
 }

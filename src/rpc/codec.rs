@@ -97,11 +97,12 @@ impl Scan for pb::EmbedStreamRequest {
 impl Scan for inference::ModelInferRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         let (mut n_tensors, mut n_other_bytes) = (0, 0);
+        let mut contents = ContentsSize::default();
         for field in Fields(message) {
             let (number, content, size) = field?;
             let n_bytes = match number {
                 // Without the contents, which are looked at by themselves.
-                INFER_INPUT => scan_tensor(content)?,
+                INFER_INPUT => contents.scan(content)?,
                 RAW_CONTENTS => 0,
                 _ => size,
             };
@@ -117,39 +118,47 @@ impl Scan for inference::ModelInferRequest {
     }
 }
 
-/// An input with its name, shape and parameters; how many bytes these take.
-fn scan_tensor(tensor: &[u8]) -> Result<usize, String> {
-    let mut n_other_bytes = 0;
-    let mut n_numbers = 0;
-    let mut n_elements = 0;
-    for field in Fields(tensor) {
-        let (number, contents, size) = field?;
-        if number != TENSOR_CONTENTS {
-            n_other_bytes += size;
-            continue;
-        }
-        for field in Fields(contents) {
-            let (number, numbers, size) = field?;
-            if number == BYTES_CONTENTS {
-                n_elements += 1;
-            } else {
-                // Packed, a number has a byte or more; by itself a tag, too.
-                n_numbers += numbers.len().max(size / 2);
+/// What is in a request's tensors, all together.
+#[derive(Default)]
+struct ContentsSize {
+    n_elements: usize,
+    n_number_bytes: usize,
+}
+
+impl ContentsSize {
+    /// Looks through one input; how many bytes its name, shape and parameters
+    /// take.
+    fn scan(&mut self, tensor: &[u8]) -> Result<usize, String> {
+        let mut n_other_bytes = 0;
+        for field in Fields(tensor) {
+            let (number, contents, size) = field?;
+            if number != TENSOR_CONTENTS {
+                n_other_bytes += size;
+                continue;
+            }
+            for field in Fields(contents) {
+                let (number, numbers, size) = field?;
+                if number == BYTES_CONTENTS {
+                    self.n_elements += 1;
+                } else {
+                    // Packed, a number has a byte or more; by itself a tag, too.
+                    self.n_number_bytes += numbers.len().max(size / 2);
+                }
             }
         }
+        if self.n_elements > IMAGES_MAX {
+            return Err(format!(
+                "inputs: more than {IMAGES_MAX} images in one call; split the call"
+            ));
+        }
+        if self.n_number_bytes > NUMBERS_BYTES_MAX {
+            return Err(format!(
+                "inputs: the contents have more than {NUMBERS_BYTES_MAX} bytes; send them as \
+                 raw_input_contents"
+            ));
+        }
+        Ok(n_other_bytes)
     }
-    if n_elements > IMAGES_MAX {
-        return Err(format!(
-            "inputs: more than {IMAGES_MAX} images in one call; split the call"
-        ));
-    }
-    if n_numbers > NUMBERS_BYTES_MAX {
-        return Err(format!(
-            "inputs: the contents have more than {NUMBERS_BYTES_MAX} bytes; send them as \
-             raw_input_contents"
-        ));
-    }
-    Ok(n_other_bytes)
 }
 
 impl Scan for pb::GetModelRequest {}
@@ -490,6 +499,9 @@ mod tests {
         };
         check(&with(ids(NUMBERS_BYTES_MAX)), Ok(()));
         check(&with(ids(NUMBERS_BYTES_MAX + 1)), Err("raw_input_contents"));
+        let mut several = with(ids(NUMBERS_BYTES_MAX / 2 + 1));
+        several.inputs.push(several.inputs[0].clone());
+        check(&several, Err("raw_input_contents"));
         let images = |n| inference::InferTensorContents {
             bytes_contents: vec![bytes::Bytes::new(); n],
             ..Default::default()

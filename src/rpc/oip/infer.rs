@@ -25,6 +25,8 @@ pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
 pub(super) const LOGITS: &str = "logits";
 pub(super) const NLL: &str = "nll";
 pub(super) const TOKENS: &str = "tokens";
+/// Of a class that is named, besides its label: length, value and index.
+const NAMED_CLASS_BYTES: usize = 64;
 /// With the parameter `partial` only.
 const STATUS: &str = "status";
 /// What a stream's answer is marked with where that is asked for.
@@ -316,10 +318,16 @@ fn logits(
         let want = Want::Logits;
         (Work::Infer { context, want }, facts.n_classes)
     };
+    let labels = head.map_or(&service.model.labels, |head| &head.labels);
+    // Text is counted as if it were numbers, before it is made.
+    let n_text = options.n_classes.map_or(0, |n_named| {
+        let longest = labels.iter().map(String::len).max().unwrap_or(0);
+        n_named.min(n_computed) * (longest + NAMED_CLASS_BYTES) / size_of::<f32>()
+    });
     let place = |name: &str| service.heads.iter().position(|head| head.name == name);
     Ok(Output {
         name: LOGITS,
-        ask: ask(work, n_computed),
+        ask: ask(work, n_computed.max(n_text)),
         kind: Kind::Logits {
             head: head.and_then(|head| place(&head.name)),
             n_named: options.n_classes,
