@@ -74,7 +74,7 @@ pub struct AccessConfig {
     pub grpc_web: bool,
 
     /// Pages that may call over gRPC-Web from a browser, by their origin
-    /// (https://app.example), as often as there are origins; * is any page.
+    /// (`https://app.example`), as often as there are origins; * is any page.
     /// Whoever may call is still the business of tokens and certificates
     #[arg(
         long = "cors-origin",

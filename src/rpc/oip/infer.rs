@@ -193,7 +193,7 @@ fn outputs(
     manner: &Manner,
 ) -> Result<(Vec<Output>, Option<usize>), Error> {
     if request.outputs.is_empty() {
-        let name = metadata::default_output(service, facts);
+        let name = metadata::default_output(service);
         return Ok((vec![output(service, facts, manner, name, options)?], None));
     }
     let invalid = |problem: String| Error::TensorInvalid {

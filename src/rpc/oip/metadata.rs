@@ -108,11 +108,19 @@ fn outputs(service: &Service, facts: &Facts) -> Vec<Tensor> {
     outputs
 }
 
-/// The output that is meant when none is named.
-pub(super) fn default_output(service: &Service, facts: &Facts) -> &'static str {
-    outputs(service, facts)
-        .first()
-        .map_or(TOKENS, |output| output.name)
+/// The output that is meant when none is named: the first of [`outputs`].
+pub(super) fn default_output(service: &Service) -> &'static str {
+    // Not by making the list, which every call would pay for.
+    let model = &service.model;
+    if model.can(Task::Embed) {
+        EMBEDDING
+    } else if model.can(Task::Classify) || !service.heads.is_empty() {
+        LOGITS
+    } else if model.can(Task::Score) {
+        NLL
+    } else {
+        TOKENS
+    }
 }
 
 pub(super) fn server() -> oip::ServerMetadataResponse {
