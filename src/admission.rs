@@ -31,6 +31,9 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 pub struct Capacity {
     pub images: usize,
     pub bytes: usize,
+    /// Images that are generated or wait for it: each keeps its place for as
+    /// long as a thousand steps take, so they must not take all of them.
+    pub samples: usize,
     /// How much of both bulk work cannot take, in percent.
     pub interactive_reserve: u8,
 }
@@ -102,6 +105,7 @@ impl Drop for Pending {
 pub struct Admission {
     images: Pool,
     bytes: Pool,
+    samples: Pool,
     drain: DrainRate,
     door: Arc<Door>,
 }
@@ -112,6 +116,7 @@ impl Admission {
         Self {
             images: Pool::new(capacity.images, capacity.interactive_reserve),
             bytes: Pool::new(capacity.bytes, capacity.interactive_reserve),
+            samples: Pool::new(capacity.samples, capacity.interactive_reserve),
             drain,
             door: Arc::new(door),
         }
@@ -130,6 +135,28 @@ impl Admission {
     #[must_use]
     pub fn bytes(&self) -> Pool {
         self.bytes.clone()
+    }
+
+    /// Places for the samples of a call that generates images, besides those that
+    /// [`Admission::submit`] takes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Admission::submit`].
+    pub fn samples(&self, class: Class, n: usize) -> Result<Share, Error> {
+        let (what, flag) = ("samples", "--samples-in-flight-max");
+        let max = self.samples.size_for(class);
+        if n > max {
+            return Err(Error::NeverFits {
+                given: n,
+                max,
+                what,
+                flag,
+            });
+        }
+        self.samples
+            .try_take(class, n)
+            .ok_or_else(|| self.full(what, flag))
     }
 
     /// Sends every image of the call down the line.
@@ -366,6 +393,7 @@ mod tests {
         let capacity = Capacity {
             images: 4,
             bytes: 100,
+            samples: 4,
             interactive_reserve: 25,
         };
         let drain = DrainRate::default();

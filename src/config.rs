@@ -406,6 +406,18 @@ pub struct LimitsConfig {
     )]
     pub images_per_call_max: u32,
 
+    /// Images that are generated or wait for it, over all calls. They keep their
+    /// places for long, so this is well under --images-in-flight-max: whatever
+    /// else the worker does finds room beside them
+    #[arg(
+        long,
+        env = "IMAGEGPT_SAMPLES_IN_FLIGHT_MAX",
+        default_value_t = 128,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub samples_in_flight_max: u32,
+
     /// Samples of one Generate call
     #[arg(
         long,

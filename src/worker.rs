@@ -247,6 +247,7 @@ impl Worker {
         let capacity = Capacity {
             images: limits.images_in_flight_max as usize,
             bytes: to_usize(limits.bytes_in_flight_max.as_u64()),
+            samples: limits.samples_in_flight_max as usize,
             interactive_reserve: limits.interactive_reserve,
         };
         let admission = Admission::new(capacity, stages.drain, stages.door);

@@ -71,8 +71,12 @@ pub(super) struct Job {
 /// How it went on, other than to the end.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Stopped {
-    #[error("more than {max} images failed (--max-errors)")]
-    TooManyErrors { max: u64 },
+    #[error("more than {max} images failed (--max-errors), such as {id}: {message}")]
+    TooManyErrors {
+        max: u64,
+        id: String,
+        message: String,
+    },
     #[error("no worker has answered anything for {}; {troubles}", humantime::format_duration(*after))]
     Standstill { after: Duration, troubles: String },
 }
@@ -539,7 +543,13 @@ impl Writer {
         if let Some(max) = self.errors_max
             && self.errors > max
         {
-            return Err(Stopped::TooManyErrors { max }.into());
+            // It is not written any more, so its first trouble is told here.
+            let failed = part.rows.iter().find_map(|row| {
+                let fault = row.outcome.as_ref().err()?;
+                Some((row.id.clone(), fault.message.clone()))
+            });
+            let (id, message) = failed.unwrap_or_default();
+            return Err(Stopped::TooManyErrors { max, id, message }.into());
         }
         let (id, shape) = (part.id, self.shape.clone());
         let encode = move || {

@@ -124,6 +124,8 @@ impl Decoder {
         self.gather(engine);
         self.share_primers(engine);
         self.feed_primer(engine)?;
+        // Once more before anybody with the same primer may be done and gone.
+        self.share_primers(engine);
         let ready: Vec<usize> = self
             .occupied()
             .filter(|(_, sequence)| sequence.n_to_feed() == 1)

@@ -82,6 +82,7 @@ pub(super) fn open(
             (picture, Work::Generate(Box::new(generate)))
         })
         .collect();
+    let places = service.admission.samples(class, n_samples)?;
     let mut tally = Tally::new(service.metrics.clone(), deadline);
     tally.expect(n_samples);
     let call = Call {
@@ -104,6 +105,7 @@ pub(super) fn open(
         deadline,
         messages: messages_in,
         tally,
+        _places: places,
     };
     let session = session.run(pending, rows).in_current_span();
     Ok(Samples {
@@ -292,6 +294,8 @@ struct Session {
     deadline: Option<Instant>,
     messages: mpsc::Sender<Message>,
     tally: Tally,
+    /// Until all samples have their outcomes.
+    _places: Share,
 }
 
 impl Session {

@@ -639,3 +639,35 @@ async fn samples_are_distributed_as_the_model_says() {
     );
     running.end().await;
 }
+
+#[tokio::test]
+async fn samples_that_wait_leave_room_for_everybody_else() {
+    let flags = [
+        "--samples-in-flight-max",
+        "4",
+        "--images-in-flight-max",
+        "8",
+    ];
+    let running = fake(1, Duration::from_millis(5), &flags).await;
+    let request = |samples| pb::GenerateRequest {
+        samples,
+        ..greedy()
+    };
+    let client = running.client.clone();
+    let call = tokio::spawn(async move { generate(&client, request(4)).await });
+    running.until_in_flight(4).await;
+    let status = generate(&running.client, request(1))
+        .await
+        .expect_err("full");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("samples in flight"), "{status}");
+    let status = generate(&running.client, request(5))
+        .await
+        .expect_err("never");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let response = running.client.clone().embed(embed(vec![flat(3); 4])).await;
+    assert_eq!(response.expect("room").get_ref().results.len(), 4);
+    assert!(call.await.expect("no panic").is_ok());
+    assert!(generate(&running.client, request(4)).await.is_ok());
+    running.end().await;
+}
