@@ -103,9 +103,9 @@ pub(super) fn open(
         model: Arc::clone(&service.model),
         plan,
         deadline,
-        messages: messages_in,
         tally,
         _places: places,
+        messages: messages_in,
     };
     let session = session.run(pending, rows).in_current_span();
     Ok(Samples {
@@ -292,10 +292,11 @@ struct Session {
     model: Arc<Model>,
     plan: Plan,
     deadline: Option<Instant>,
-    messages: mpsc::Sender<Message>,
     tally: Tally,
-    /// Until all samples have their outcomes.
+    /// Before the last message is the last, so that a caller who has it can rely
+    /// on the room it left: fields are dropped in this order.
     _places: Share,
+    messages: mpsc::Sender<Message>,
 }
 
 impl Session {

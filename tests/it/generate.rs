@@ -647,6 +647,8 @@ async fn samples_that_wait_leave_room_for_everybody_else() {
         "4",
         "--images-in-flight-max",
         "8",
+        "--images-per-call-max",
+        "8",
     ];
     let running = fake(1, Duration::from_millis(5), &flags).await;
     let request = |samples| pb::GenerateRequest {
