@@ -145,15 +145,7 @@ impl Admission {
     /// As [`Admission::submit`].
     pub fn samples(&self, class: Class, n: usize) -> Result<Share, Error> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
-        let max = self.samples.size_for(class);
-        if n > max {
-            return Err(Error::NeverFits {
-                given: n,
-                max,
-                what,
-                flag,
-            });
-        }
+        fits(&self.samples, class, n, what, flag)?;
         self.samples
             .try_take(class, n)
             .ok_or_else(|| self.full(what, flag))
@@ -171,15 +163,7 @@ impl Admission {
             (&self.images, n_images, "images", "--images-in-flight-max"),
             (&self.bytes, call.bytes, "bytes", "--bytes-in-flight-max"),
         ] {
-            let max = pool.size_for(call.class);
-            if n > max {
-                return Err(Error::NeverFits {
-                    given: n,
-                    max,
-                    what,
-                    flag,
-                });
-            }
+            fits(pool, call.class, n, what, flag)?;
         }
         let mut images = self
             .images
@@ -226,15 +210,8 @@ impl Admission {
     ///
     /// [`Error::NeverFits`] when there never is.
     pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
-        let max = self.bytes.size_for(item.class);
-        if item.bytes > max {
-            return Err(Error::NeverFits {
-                given: item.bytes,
-                max,
-                what: "bytes",
-                flag: "--bytes-in-flight-max",
-            });
-        }
+        let (what, flag) = ("bytes", "--bytes-in-flight-max");
+        fits(&self.bytes, item.class, item.bytes, what, flag)?;
         // Always in this order, and whoever holds both is in the line and
         // ends: so nobody waits for somebody who waits. Bytes first: they come
         // back when readers take their answers, which may be never, and an
@@ -273,6 +250,26 @@ impl Admission {
             retry_after: self.drain.retry_after(self.images.taken(), jitter()),
         }
     }
+}
+
+/// Refuses what a class can never have of a pool.
+fn fits(
+    pool: &Pool,
+    class: Class,
+    n: usize,
+    what: &'static str,
+    flag: &'static str,
+) -> Result<(), Error> {
+    let max = pool.size_for(class);
+    if n > max {
+        return Err(Error::NeverFits {
+            given: n,
+            max,
+            what,
+            flag,
+        });
+    }
+    Ok(())
 }
 
 /// A number from 0 to 1 that differs from call to call, so that those who were

@@ -145,11 +145,9 @@ impl Sequence {
     /// as `n`.
     #[must_use]
     pub fn shares(&self, other: &Self, n: usize) -> bool {
-        let tokens = |sequence: &Self| -> Option<Vec<u16>> {
-            let pixels = sequence.pixels.get(..n.saturating_sub(1))?;
-            Some(pixels.to_vec())
-        };
-        self.start == other.start && tokens(self).is_some_and(|own| Some(own) == tokens(other))
+        let own = self.pixels.get(..n.saturating_sub(1));
+        let others = other.pixels.get(..n.saturating_sub(1));
+        self.start == other.start && own.is_some() && own == others
     }
 
     /// `n` more tokens have their keys and values kept.

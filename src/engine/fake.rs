@@ -26,7 +26,8 @@ pub struct Script {
     /// If set, each run waits for one message first; a test holds the engine
     /// busy by sending none.
     pub gate: Option<Receiver<()>>,
-    /// A row that begins with this token makes the run fail.
+    /// A row that begins with this token makes the run fail, and a step in which
+    /// a sequence is fed it last.
     pub fail_on: Option<u16>,
     /// A row that begins with this token makes the run panic.
     pub panic_on: Option<u16>,
@@ -39,6 +40,25 @@ pub struct Script {
     /// Images that are generated at one time. Tokens are those of the palette
     /// that a test's model has.
     pub sequences: Option<FakeSequences>,
+}
+
+impl Script {
+    /// What goes wrong with rows that these tokens stand for.
+    fn faults<'a>(&self, tokens: impl Iterator<Item = &'a u16>) -> Result<(), EngineError> {
+        let tokens: Vec<u16> = tokens.copied().collect();
+        let are_there = |token: Option<u16>| token.is_some_and(|token| tokens.contains(&token));
+        assert!(
+            !are_there(self.panic_on),
+            "scripted panic in the fake engine"
+        );
+        if are_there(self.device_fails_on) {
+            return Err(EngineError::Device("scripted device failure".to_owned()));
+        }
+        if are_there(self.fail_on) {
+            return Err(EngineError::Runtime("scripted failure".to_owned()));
+        }
+        Ok(())
+    }
 }
 
 /// What a fake engine has for sequences.
@@ -184,26 +204,11 @@ impl Engine for FakeEngine {
         }
         let n_rows = u32::try_from(run.bucket).unwrap_or(u32::MAX);
         take_time(self.script.delay + self.script.delay_per_row * n_rows, stop)?;
-        let begins_with = |token: Option<u16>| {
-            token.is_some()
-                && run
-                    .rows
-                    .iter()
-                    .any(|row| row.tokens.first().copied() == token)
-        };
-        assert!(
-            !begins_with(self.script.panic_on),
-            "scripted panic in the fake engine"
-        );
-        if begins_with(self.script.device_fails_on) {
-            return Err(EngineError::Device("scripted device failure".to_owned()));
-        }
         if self.script.memory_for.is_some_and(|max| run.bucket > max) {
             return Err(EngineError::OutOfMemory("scripted".to_owned()));
         }
-        if begins_with(self.script.fail_on) {
-            return Err(EngineError::Runtime("scripted failure".to_owned()));
-        }
+        self.script
+            .faults(run.rows.iter().filter_map(|row| row.tokens.first()))?;
         Ok(run
             .rows
             .iter()
@@ -220,23 +225,8 @@ impl Engine for FakeEngine {
             let _ = gate.recv();
         }
         take_time(sequences.delay, &Stop::default())?;
-        let begins_with = |token: Option<u16>| {
-            token.is_some()
-                && feed
-                    .rows
-                    .iter()
-                    .any(|row| row.tokens.last().copied() == token)
-        };
-        assert!(
-            !begins_with(self.script.panic_on),
-            "scripted panic in the fake engine"
-        );
-        if begins_with(self.script.device_fails_on) {
-            return Err(EngineError::Device("scripted device failure".to_owned()));
-        }
-        if begins_with(self.script.fail_on) {
-            return Err(EngineError::Runtime("scripted failure".to_owned()));
-        }
+        self.script
+            .faults(feed.rows.iter().filter_map(|row| row.tokens.last()))?;
         logits.clear();
         for (row, kept) in feed.rows.iter().zip(&mut self.kept[feed.first_slot..]) {
             kept.truncate(row.past);

@@ -20,6 +20,14 @@ pub(super) fn of(headers: &HeaderMap, now: Instant) -> Option<Instant> {
     now.checked_add(timeout.saturating_sub(margin))
 }
 
+/// Resolves at that time; never, if there is none.
+pub(super) async fn passed(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// At most eight digits and a unit, by the gRPC specification.
 fn parse(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;

@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use super::observe::{Course, Deadline, Ending, InProgress};
 use super::tally::Tally;
-use super::{Service, convert, status};
+use super::{Service, convert, deadline, status};
 use crate::admission::{Call, Pending, Share};
 use crate::error::{Error, Stage};
 use crate::generation::sample::TEMPERATURE_MAX;
@@ -75,14 +75,9 @@ pub(super) fn open(
                 sample,
                 rows: plan.rows.then(|| rows_in.clone()),
             };
-            let picture = Picture {
-                input: plan.picture.input.clone(),
-                options: plan.picture.options,
-            };
-            (picture, Work::Generate(Box::new(generate)))
+            (plan.picture.clone(), Work::Generate(Box::new(generate)))
         })
         .collect();
-    let places = service.admission.samples(class, n_samples)?;
     let mut tally = Tally::new(service.metrics.clone(), deadline);
     tally.expect(n_samples);
     let call = Call {
@@ -92,9 +87,11 @@ pub(super) fn open(
         deadline,
         span: tracing::Span::current(),
     };
-    let pending = service.admission.submit(call).inspect_err(|error| {
-        tally.rest(status::code(error));
-    })?;
+    let admission = &service.admission;
+    let (places, pending) = admission
+        .samples(class, n_samples)
+        .and_then(|places| Ok((places, admission.submit(call)?)))
+        .inspect_err(|error| tally.rest(status::code(error)))?;
     // One first message, all rows, all results, one status.
     let (messages_in, messages) = mpsc::channel(2 + n_samples * (side + 1));
     let share = Arc::clone(&pending.bytes);
@@ -307,7 +304,7 @@ impl Session {
         let outcome = tokio::select! {
             biased;
             outcome = self.gather(&mut pending, &mut rows) => outcome,
-            () = at(deadline) => Err(Error::DeadlineExceeded { stage: Stage::Engine }),
+            () = deadline::passed(deadline) => Err(Error::DeadlineExceeded { stage: Stage::Engine }),
         };
         if let Err(error) = outcome {
             self.tally.rest(status::code(&error));
@@ -400,12 +397,5 @@ impl Session {
         };
         // There is room for all there can be; a client who has gone misses it.
         let _ = self.messages.try_send(Ok(response));
-    }
-}
-
-async fn at(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => tokio::time::sleep_until(instant.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -139,16 +139,10 @@ async fn follow(
             readiness.changed().await;
         }
     };
-    let old = async {
-        match leaves_at {
-            Some(leaves_at) => tokio::time::sleep_until(leaves_at.into()).await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         () = follow => {}
         () = updates.closed() => {}
-        () = old => {
+        () = super::deadline::passed(leaves_at) => {
             let goodbye = Status::unavailable("the connection has reached its age; watch again");
             let _ = updates.try_send(Err(goodbye));
         }

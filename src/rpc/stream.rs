@@ -18,11 +18,10 @@ pub(super) mod outbox;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesOrdered, FuturesUnordered};
-use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
@@ -31,7 +30,7 @@ use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{Course, Deadline, Ending, InProgress};
 use super::tally::Tally;
-use super::{Service, convert, status};
+use super::{Service, convert, deadline, status};
 use crate::admission::{Admission, Item, Pending};
 use crate::config::LimitsConfig;
 use crate::engine::Facts;
@@ -92,35 +91,11 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
         course,
     };
     let session = session.run(requests, hurry).in_current_span();
-    Ok(Answers {
-        outbox,
-        session: tokio::spawn(session).abort_handle(),
-    })
+    Ok(Answers::new(outbox, session))
 }
 
 /// The response of a stream.
-#[derive(Debug)]
-pub struct Answers {
-    outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
-    session: tokio::task::AbortHandle,
-}
-
-impl Stream for Answers {
-    type Item = Result<pb::EmbedStreamResponse, Status>;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.outbox.poll_take(cx)
-    }
-}
-
-impl Drop for Answers {
-    fn drop(&mut self) {
-        self.session.abort();
-        // Answers that nobody takes any more hold bytes.
-        self.outbox
-            .abandon(Status::cancelled("the caller went away"));
-    }
-}
+pub(super) type Answers = outbox::Answers<pb::EmbedStreamResponse>;
 
 /// The other end of [`Answers`].
 #[derive(Debug)]
@@ -539,7 +514,7 @@ pub(super) async fn read<Q, T>(
 pub(super) async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> StreamEnd {
     tokio::select! {
         () = readiness.drained() => StreamEnd::Draining,
-        () = at(leaves_at) => StreamEnd::ConnectionAge,
+        () = deadline::passed(leaves_at) => StreamEnd::ConnectionAge,
     }
 }
 
@@ -555,15 +530,8 @@ pub(super) async fn hurry<T>(
         outbox.stalled(drain_patience).await;
     };
     tokio::select! {
-        () = at(deadline) => StreamEnd::Deadline,
+        () = deadline::passed(deadline) => StreamEnd::Deadline,
         () = outbox.idle(idle_timeout) => StreamEnd::Idle,
         () = stalled => StreamEnd::Draining,
-    }
-}
-
-async fn at(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => tokio::time::sleep_until(instant.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -7,13 +7,12 @@
 //! would be by ModelInfer, and a request that fails does not end the stream.
 
 use std::future::Future;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures_util::stream::FuturesOrdered;
-use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
@@ -25,7 +24,7 @@ use crate::metrics::StreamOpen;
 use crate::rpc::listen::Peer;
 use crate::rpc::observe::{Course, Ending, Held, InProgress};
 use crate::rpc::status;
-use crate::rpc::stream::outbox::{Outbox, Place};
+use crate::rpc::stream::outbox::{self, Outbox, Place};
 use crate::rpc::stream::{
     BoxFuture, DRAIN_PATIENCE_MAX, END_PATIENCE, STREAM_BYTES_PART, elsewhere, hurry, present, read,
 };
@@ -58,35 +57,11 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Err
         oip: oip.clone(),
     };
     let session = session.run(requests, hurry).in_current_span();
-    Ok(Answers {
-        outbox,
-        session: tokio::spawn(session).abort_handle(),
-    })
+    Ok(Answers::new(outbox, session))
 }
 
 /// The response of a stream.
-#[derive(Debug)]
-pub(in crate::rpc) struct Answers {
-    outbox: Arc<Outbox<ModelStreamInferResponse>>,
-    session: tokio::task::AbortHandle,
-}
-
-impl Stream for Answers {
-    type Item = Result<ModelStreamInferResponse, Status>;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.outbox.poll_take(cx)
-    }
-}
-
-impl Drop for Answers {
-    fn drop(&mut self) {
-        self.session.abort();
-        // Answers that nobody takes any more hold bytes.
-        self.outbox
-            .abandon(Status::cancelled("the caller went away"));
-    }
-}
+pub(in crate::rpc) type Answers = outbox::Answers<ModelStreamInferResponse>;
 
 /// The other end of [`Answers`].
 #[derive(Debug)]

@@ -6,6 +6,8 @@
 //! while fewer than its window are held.
 
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -255,6 +257,41 @@ impl<T> Outbox<T> {
         // Also after a poll that only gave a place back.
         self.taken.notify_one();
         polled
+    }
+}
+
+/// The response of a stream, from its session's outbox.
+#[derive(Debug)]
+pub struct Answers<T> {
+    outbox: Arc<Outbox<T>>,
+    session: tokio::task::AbortHandle,
+}
+
+impl<T> Answers<T> {
+    /// What the outbox holds, which this session fills.
+    pub(in crate::rpc) fn new(
+        outbox: Arc<Outbox<T>>,
+        session: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
+        let session = tokio::spawn(session).abort_handle();
+        Self { outbox, session }
+    }
+}
+
+impl<T> tokio_stream::Stream for Answers<T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.outbox.poll_take(cx)
+    }
+}
+
+impl<T> Drop for Answers<T> {
+    fn drop(&mut self) {
+        self.session.abort();
+        // Answers that nobody takes any more hold bytes.
+        self.outbox
+            .abandon(Status::cancelled("the caller went away"));
     }
 }
 
