@@ -45,7 +45,7 @@ pub enum ImageInput {
 }
 
 /// How an image that is not square becomes square.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Fit {
     /// Straight to the model's side, whatever the aspect ratio.
     #[default]
@@ -56,7 +56,7 @@ pub enum Fit {
 }
 
 /// What happens to transparency.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Alpha {
     /// Ignored: a transparent pixel shows the color stored under it.
     #[default]

@@ -25,6 +25,7 @@ mod tls;
 mod web;
 
 pub use access::Access;
+pub(crate) use convert::preprocess_applied;
 pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;

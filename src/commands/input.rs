@@ -10,11 +10,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use bytes::Bytes;
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use tokio::sync::mpsc;
 
 use crate::neighbors::find_images;
 use crate::pb;
+use crate::preprocess::{Alpha, Fit, PreprocessOptions};
+use crate::rpc::preprocess_applied;
 
 /// What stands for standard input.
 const STDIN: &str = "-";
@@ -66,32 +68,12 @@ pub struct PreprocessConfig {
     pub alpha: Alpha,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Fit {
-    Squash,
-    CenterCrop,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Alpha {
-    Drop,
-    White,
-}
-
 impl PreprocessConfig {
     pub(super) fn to_pb(self) -> pb::Preprocess {
-        let fit = match self.fit {
-            Fit::Squash => pb::Fit::Squash,
-            Fit::CenterCrop => pb::Fit::CenterCrop,
-        };
-        let alpha = match self.alpha {
-            Alpha::Drop => pb::Alpha::Drop,
-            Alpha::White => pb::Alpha::White,
-        };
-        pb::Preprocess {
-            fit: fit.into(),
-            alpha: alpha.into(),
-        }
+        preprocess_applied(PreprocessOptions {
+            fit: self.fit,
+            alpha: self.alpha,
+        })
     }
 }
 

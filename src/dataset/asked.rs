@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::flags::{Alpha, Context, Dtype, EmbedArgs, Fit, Norm, Pooling, Task, TaskConfig};
+use super::flags::{Context, Dtype, EmbedArgs, Norm, Pooling, Task, TaskConfig};
 use crate::pb;
-use crate::rpc::pool;
+use crate::preprocess::PreprocessOptions;
+use crate::rpc::{pool, preprocess_applied};
 
 /// Whether the model can do what is asked, and says what it means.
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
@@ -48,18 +49,10 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
 }
 
 fn preprocess(task: &TaskConfig) -> pb::Preprocess {
-    let fit = match task.fit {
-        Fit::Squash => pb::Fit::Squash,
-        Fit::CenterCrop => pb::Fit::CenterCrop,
-    };
-    let alpha = match task.alpha {
-        Alpha::Drop => pb::Alpha::Drop,
-        Alpha::White => pb::Alpha::White,
-    };
-    pb::Preprocess {
-        fit: fit.into(),
-        alpha: alpha.into(),
-    }
+    preprocess_applied(PreprocessOptions {
+        fit: task.fit,
+        alpha: task.alpha,
+    })
 }
 
 /// The layer that is asked for, if the pooling has a choice.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::config::LogConfig;
+use crate::preprocess::{Alpha, Fit};
 use crate::rpc::client::ConnectConfig;
 
 /// Embed or classify a dataset of any size; killed at any moment, the same
@@ -305,18 +306,6 @@ pub enum Task {
     Embed,
     Classify,
     Score,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Fit {
-    Squash,
-    CenterCrop,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Alpha {
-    Drop,
-    White,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

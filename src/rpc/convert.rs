@@ -65,8 +65,8 @@ pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessO
     })
 }
 
-/// The options as they were applied, for the response.
-pub(super) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
+/// The options as the contract has them.
+pub(crate) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
     pb::Preprocess {
         fit: match options.fit {
             Fit::Squash => pb::Fit::Squash,
