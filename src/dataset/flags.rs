@@ -9,7 +9,7 @@ use crate::config::LogConfig;
 use crate::preprocess::{Alpha, Fit};
 use crate::rpc::client::ConnectConfig;
 
-/// Embed or classify a dataset of any size; killed at any moment, the same
+/// Embed, classify or score a dataset of any size; killed at any moment, the same
 /// command goes on where it was.
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
