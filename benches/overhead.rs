@@ -64,6 +64,8 @@ fn main() -> anyhow::Result<()> {
     let mut engine = OnnxEngine::load(&Options {
         generate_slots: 0,
         generate_bytes_max: 0,
+        gpu_memory_limit: None,
+        cuda_graphs: false,
         library: find_library(None),
         provider: Provider::Cpu,
         device_id: 0,

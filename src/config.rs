@@ -107,6 +107,23 @@ pub struct ModelConfig {
     )]
     pub device_id: i32,
 
+    /// What the model may take of a GPU's memory, weights included; 0 for all.
+    /// Generation's keys and values count too
+    #[arg(
+        long,
+        env = "IMAGEGPT_GPU_MEMORY_LIMIT",
+        default_value = "0",
+        value_name = "SIZE",
+        value_parser = size
+    )]
+    pub gpu_memory_limit: ByteSize,
+
+    /// Capture runs on a GPU as CUDA graphs, one a batch size, so that a run is
+    /// launched at once and not kernel by kernel. auto does without where it
+    /// cannot be done, and says so in the log, in GetModel and in a metric
+    #[arg(long, env = "IMAGEGPT_CUDA_GRAPHS", value_enum, default_value = "auto")]
+    pub cuda_graphs: CudaGraphs,
+
     /// Threads of one model run on the CPU; 0 takes one a physical core. Lower
     /// it when several workers share a machine
     #[arg(
@@ -129,6 +146,14 @@ pub struct ModelConfig {
         value_parser = clap::value_parser!(u16).range(0..=1024)
     )]
     pub preprocess_threads: u16,
+}
+
+/// Whether runs on a GPU are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CudaGraphs {
+    /// Where it works.
+    Auto,
+    Off,
 }
 
 /// How a model is compiled that has to be.

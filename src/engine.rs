@@ -92,6 +92,37 @@ pub struct Facts {
     pub n_classes: usize,
     /// What it has for sequences, if the model has [`Graph::Generate`].
     pub sequences: Option<SequenceFacts>,
+    /// What it does without.
+    pub fallbacks: Vec<Fallback>,
+}
+
+/// Something faster that could not be had, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fallback {
+    pub kind: FallbackKind,
+    pub reason: String,
+}
+
+/// What an engine can do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FallbackKind {
+    /// A GPU, where any execution provider will do.
+    Cuda,
+    /// Runs that are captured, and launched as one.
+    CudaGraphs,
+}
+
+impl FallbackKind {
+    pub const ALL: [Self; 2] = [Self::Cuda, Self::CudaGraphs];
+
+    /// Its label in metrics.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Cuda => "cuda",
+            Self::CudaGraphs => "cuda_graphs",
+        }
+    }
 }
 
 /// What an engine has for sequences that are generated.

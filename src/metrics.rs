@@ -17,7 +17,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::engine::Graph;
+use crate::engine::{FallbackKind, Graph};
 use crate::error::{Error, Stage};
 use crate::job::Class;
 
@@ -36,6 +36,7 @@ const BATCH_SIZE: &str = "imagegpt_batch_size";
 const BATCH_FILL: &str = "imagegpt_batch_fill_ratio";
 const BATCHES: &str = "imagegpt_batches_total";
 const BATCH_SIZE_MAX: &str = "imagegpt_batch_size_max";
+const ENGINE_FALLBACK: &str = "imagegpt_engine_fallback";
 const BATCH_PADDING: &str = "imagegpt_batch_padding_images_total";
 const COALESCED: &str = "imagegpt_images_coalesced_total";
 const CACHE_LOOKUPS: &str = "imagegpt_cache_lookups_total";
@@ -186,6 +187,7 @@ struct Handles {
     queue_depth: BTreeMap<Class, Gauge>,
     queue_duration: BTreeMap<Class, Histogram>,
     batch_size_max: Gauge,
+    engine_fallback: BTreeMap<&'static str, Gauge>,
     batch_padding: Counter,
     coalesced: Counter,
     cache_lookups: BTreeMap<bool, Counter>,
@@ -279,38 +281,7 @@ impl Registry<'_> {
             self.0
                 .describe_counter(KeyName::from_const_str(name), None, text.into());
         }
-        let gauges = [
-            (IMAGES_IN_FLIGHT, "Images admitted and not yet answered."),
-            (IMAGES_IN_FLIGHT_MAX, "The limit on images in flight."),
-            (BYTES_IN_FLIGHT, "Bytes that requests and answers hold."),
-            (BYTES_IN_FLIGHT_MAX, "The limit on bytes in flight."),
-            (STREAMS, "Streams that are open."),
-            (QUEUE_DEPTH, "Images that wait for the engine, by class."),
-            (
-                BATCH_SIZE_MAX,
-                "The largest batch that is formed; below --max-batch-size after memory ran out.",
-            ),
-            (CACHE_BYTES, "Bytes of answers that are kept."),
-            (
-                DRAIN_RATE,
-                "Images per second that the engine answers while it is busy.",
-            ),
-            (READY, "1 while the worker serves, else 0."),
-            (
-                MODEL_LOAD_DURATION,
-                "Seconds from start to a loaded and warmed model.",
-            ),
-            (MODEL_INFO, "1, labeled with the model that is served."),
-            (BUILD_INFO, "1, labeled with the worker's version."),
-        ];
-        let gauges = gauges
-            .into_iter()
-            .chain(access::GAUGES)
-            .chain(generation::GAUGES);
-        for (name, text) in gauges {
-            self.0
-                .describe_gauge(KeyName::from_const_str(name), None, text.into());
-        }
+        self.describe_gauges();
         let histograms = [
             (
                 REQUEST_DURATION,
@@ -347,6 +318,45 @@ impl Registry<'_> {
         for (name, unit, text) in histograms {
             self.0
                 .describe_histogram(KeyName::from_const_str(name), Some(unit), text.into());
+        }
+    }
+
+    fn describe_gauges(&self) {
+        let gauges = [
+            (IMAGES_IN_FLIGHT, "Images admitted and not yet answered."),
+            (IMAGES_IN_FLIGHT_MAX, "The limit on images in flight."),
+            (BYTES_IN_FLIGHT, "Bytes that requests and answers hold."),
+            (BYTES_IN_FLIGHT_MAX, "The limit on bytes in flight."),
+            (STREAMS, "Streams that are open."),
+            (QUEUE_DEPTH, "Images that wait for the engine, by class."),
+            (
+                BATCH_SIZE_MAX,
+                "The largest batch that is formed; below --max-batch-size after memory ran out.",
+            ),
+            (CACHE_BYTES, "Bytes of answers that are kept."),
+            (
+                DRAIN_RATE,
+                "Images per second that the engine answers while it is busy.",
+            ),
+            (READY, "1 while the worker serves, else 0."),
+            (
+                ENGINE_FALLBACK,
+                "1 if the engine does without this kind of thing, which could not be had.",
+            ),
+            (
+                MODEL_LOAD_DURATION,
+                "Seconds from start to a loaded and warmed model.",
+            ),
+            (MODEL_INFO, "1, labeled with the model that is served."),
+            (BUILD_INFO, "1, labeled with the worker's version."),
+        ];
+        let gauges = gauges
+            .into_iter()
+            .chain(access::GAUGES)
+            .chain(generation::GAUGES);
+        for (name, text) in gauges {
+            self.0
+                .describe_gauge(KeyName::from_const_str(name), None, text.into());
         }
     }
 }
@@ -406,6 +416,12 @@ impl Metrics {
             queue_depth: by_class(&|labels| registry.gauge(QUEUE_DEPTH, labels)),
             queue_duration: by_class(&|labels| registry.histogram(QUEUE_DURATION, labels)),
             batch_size_max: registry.gauge(BATCH_SIZE_MAX, &[]),
+            engine_fallback: FallbackKind::ALL
+                .map(|kind| {
+                    let label = kind.label();
+                    (label, registry.gauge(ENGINE_FALLBACK, &[("kind", label)]))
+                })
+                .into(),
             batch_padding: registry.counter(BATCH_PADDING, &[]),
             coalesced: registry.counter(COALESCED, &[]),
             cache_lookups: [(true, "hit"), (false, "miss")]
@@ -604,6 +620,13 @@ impl Metrics {
             .increment(bucket.saturating_sub(size) as u64);
         if let Some(counter) = self.0.batches.get(&close) {
             counter.increment(1);
+        }
+    }
+
+    /// The engine does without something.
+    pub fn fell_back(&self, kind: FallbackKind) {
+        if let Some(gauge) = self.0.engine_fallback.get(kind.label()) {
+            gauge.set(1.0);
         }
     }
 

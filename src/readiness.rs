@@ -161,6 +161,7 @@ mod tests {
             dimension: 4,
             n_classes: 3,
             sequences: None,
+            fallbacks: Vec::new(),
         }
     }
 

@@ -541,6 +541,7 @@ impl Service {
                 .map(|compiled| compiled.precision.name().to_owned())
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
+            fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
         })
     }
 }

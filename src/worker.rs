@@ -19,7 +19,7 @@ use crate::admission::{Admission, Capacity, DrainRate, Occupancy};
 use crate::batcher;
 use crate::batcher::policy::Policy;
 use crate::cache::Cache;
-use crate::config::ServeConfig;
+use crate::config::{CudaGraphs, ServeConfig};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
@@ -216,6 +216,9 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
         buckets: config.batching.buckets(),
         generate_slots: config.generation.generate_slots.into(),
         generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),
+        gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
+            .filter(|&limit| limit > 0),
+        cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }
@@ -476,6 +479,9 @@ async fn announce(
     };
     let elapsed = started.elapsed();
     metrics.model_loaded(&model.name, &model.digest, facts.provider, elapsed);
+    for fallback in &facts.fallbacks {
+        metrics.fell_back(fallback.kind);
+    }
     tracing::info!(
         model = model.name,
         digest = model.digest,

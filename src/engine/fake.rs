@@ -115,6 +115,7 @@ impl FakeEngine {
                     slot_bytes: 1 << 10,
                     chunk: 8,
                 }),
+                fallbacks: Vec::new(),
             },
             kept: vec![Vec::new(); script.sequences.map_or(0, |sequences| sequences.n_slots)],
             script,

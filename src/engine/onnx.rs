@@ -7,28 +7,34 @@
 //! on. After loading, one warm-up run with every token id in it proves that
 //! the graph takes the model's vocabulary and returns the shape it promised.
 
+mod answers;
+mod arena;
+mod failure;
+mod library;
+mod placement;
+mod probe;
 mod sequences;
+mod whole;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ort::environment::Environment;
 use ort::session::builder::SessionBuilder;
-use ort::session::{RunOptions, Session, SessionInputValue};
-use ort::value::{DynTensor, Outlet, Shape, Tensor, TensorElementType, ValueType};
 
+use self::failure::runtime;
 use self::sequences::SequenceEngine;
+use self::whole::{Batch, WholeGraph};
 use super::runtime::{Residence, Runtime, operators};
-use super::{Buckets, Engine, EngineError, Facts, Feed, Graph, Row, Run, Stop, Warm};
+use super::{
+    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Stop, Warm,
+};
 use crate::compile;
 use crate::job::{Layers, Want};
 
-/// The library's file name as distributors install it.
-pub const LIBRARY: &str = "libonnxruntime.so";
-/// Where the project's own set-up puts it, beside the build.
-pub const LIBRARY_FOLDER: &str = "onnxruntime";
+pub use self::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 
 /// What runs the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -74,12 +80,16 @@ pub struct Options {
     pub generate_slots: usize,
     /// What their keys and values may take.
     pub generate_bytes_max: usize,
+    /// Bytes of the GPU that graphs may take, weights included; `None` for all.
+    pub gpu_memory_limit: Option<usize>,
+    /// Whether runs on a GPU are captured as CUDA graphs, where that works.
+    pub cuda_graphs: bool,
 }
 
 /// See the module.
 pub struct OnnxEngine {
     facts: Facts,
-    graphs: BTreeMap<Graph, Loaded>,
+    graphs: BTreeMap<Graph, WholeGraph>,
     positions: usize,
     /// The id after the last color.
     start: u16,
@@ -104,103 +114,6 @@ const CANARY_TOLERANCE: f64 = 1e-2;
 /// A warm-up run that takes less than this is done twice.
 const WARM_TWICE: Duration = Duration::from_millis(500);
 
-/// A graph with what binding it needs.
-struct Loaded {
-    file: String,
-    session: Session,
-    inputs: Vec<Input>,
-    output: String,
-}
-
-struct Input {
-    name: String,
-    role: Role,
-    integer: Integer,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Role {
-    InputIds,
-    AttentionMask,
-    PositionIds,
-    Targets,
-}
-
-#[derive(Clone, Copy)]
-enum Integer {
-    Int32,
-    Int64,
-}
-
-/// ONNX Runtime allows one environment a process and forgets it when its last
-/// user goes, after which no other can be made: so the first stays.
-static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
-
-/// What to do about the library.
-const LIBRARY_HINT: &str = "give the path of a libonnxruntime.so of version 1.24 or newer by \
-                            --onnxruntime or ORT_DYLIB_PATH, or run `make setup`";
-
-/// The process's environment, made from `library` the first time.
-///
-/// # Errors
-///
-/// When the library is missing or of another version; the text says what to
-/// do.
-pub fn environment(library: &Path) -> Result<Environment, EngineError> {
-    let mut environment = ENVIRONMENT
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(environment) = &*environment {
-        return Ok(environment.clone());
-    }
-    // The dynamic linker's own complaint does not get through.
-    if library.components().count() > 1 && !library.is_file() {
-        return Err(EngineError::Library(format!(
-            "{} is not there; {LIBRARY_HINT}",
-            library.display()
-        )));
-    }
-    let built = ort::init_from(library)
-        .map_err(|error| {
-            EngineError::Library(format!(
-                "{} cannot be used as ONNX Runtime: {error}; {LIBRARY_HINT}",
-                library.display()
-            ))
-        })?
-        .with_name("imagegpt")
-        .with_telemetry(false)
-        .build()
-        .map_err(runtime)?;
-    Ok(environment.insert(built).clone())
-}
-
-fn runtime(error: impl std::fmt::Display) -> EngineError {
-    EngineError::Runtime(error.to_string())
-}
-
-/// Finds the library: `given`, else beside the running program or up to two
-/// folders above it (where a build and its tests run), else by its bare name,
-/// which leaves the search to the dynamic linker.
-#[must_use]
-pub fn find_library(given: Option<&Path>) -> PathBuf {
-    if let Some(path) = given {
-        return path.to_owned();
-    }
-    let program = std::env::current_exe().unwrap_or_default();
-    program
-        .ancestors()
-        .skip(1)
-        .take(3)
-        .flat_map(|folder| {
-            [
-                folder.join(LIBRARY),
-                folder.join(LIBRARY_FOLDER).join(LIBRARY),
-            ]
-        })
-        .find(|path| path.is_file())
-        .unwrap_or_else(|| PathBuf::from(LIBRARY))
-}
-
 impl OnnxEngine {
     /// Loads every graph and runs each once.
     ///
@@ -210,27 +123,17 @@ impl OnnxEngine {
     /// each text says what to change.
     pub fn load(options: &Options) -> Result<Self, EngineError> {
         let environment = environment(&options.library)?;
-        let cuda = runtime_of(environment.clone(), options, compile::Provider::Cuda)?;
-        let cpu = runtime_of(environment, options, compile::Provider::Cpu)?;
-        let runtime = match (options.provider, options.compiled_for) {
-            (Provider::Cpu, _) | (Provider::Auto, Some(compile::Provider::Cpu)) => cpu,
-            (Provider::Cuda, _) => cuda,
-            (Provider::Auto, _) => match builder(&cuda) {
-                Ok(_) => cuda,
-                Err(error) => {
-                    tracing::info!(%error, "no CUDA execution provider; running on the CPU");
-                    cpu
-                }
-            },
-        };
+        let mut fallbacks = Vec::new();
+        let runtime = choose(&environment, options, &mut fallbacks)?;
         check_compiled_for(options.compiled_for, runtime.provider)?;
         let mut engine = Self {
             facts: Facts {
                 provider: provider_name(runtime.provider),
-                runtime_version: version(&options.library),
+                runtime_version: library::version(&options.library),
                 dimension: 0,
                 n_classes: 0,
                 sequences: None,
+                fallbacks,
             },
             graphs: BTreeMap::new(),
             positions: options.positions,
@@ -244,11 +147,46 @@ impl OnnxEngine {
                 engine.load_sequences(&runtime, path, options)?;
                 continue;
             }
-            let loaded = Loaded::open(builder(&runtime)?, graph, path)?;
-            engine.graphs.insert(graph, loaded);
-            engine.warm_up(graph, options)?;
+            engine.load_graph(&runtime, graph, path, options)?;
         }
         Ok(engine)
+    }
+
+    /// Loads and warms a graph; without CUDA graphs, where it cannot be
+    /// captured.
+    fn load_graph(
+        &mut self,
+        runtime: &Runtime,
+        graph: Graph,
+        path: &Path,
+        options: &Options,
+    ) -> Result<(), EngineError> {
+        let is_compiled = options.compiled_for.is_some();
+        let n_warm = self.warm.len();
+        let mut load = |runtime: &Runtime| {
+            let whole = WholeGraph::open(runtime, graph, path, is_compiled)?;
+            self.graphs.insert(graph, whole);
+            self.warm_up(graph, options)
+        };
+        let error = match load(runtime) {
+            Err(error) if runtime.cuda_graphs && !matches!(error, EngineError::Device(_)) => error,
+            outcome => return outcome,
+        };
+        let uncaptured = Runtime {
+            cuda_graphs: false,
+            ..runtime.clone()
+        };
+        self.warm.truncate(n_warm);
+        // The memory of the first try is needed for the second.
+        self.graphs.remove(&graph);
+        self.load_graph(&uncaptured, graph, path, options)?;
+        // It is worse than nothing only if it works without.
+        tracing::warn!(graph = graph.label(), %error, "no CUDA graphs; launching kernels one by one");
+        self.facts.fallbacks.push(Fallback {
+            kind: FallbackKind::CudaGraphs,
+            reason: format!("graph {}: {error}", graph.label()),
+        });
+        Ok(())
     }
 
     fn load_sequences(
@@ -395,12 +333,13 @@ impl OnnxEngine {
                 tokens: &tokens,
                 want: Want::Mean,
             };
-            let mut feeds = Vec::new();
-            for input in &loaded.inputs {
-                let feed = feed(input, &[row], 1, tokens.len(), None)?;
-                feeds.push((input.name.as_str(), feed));
-            }
-            if loaded.session.run(feeds).is_ok() {
+            let batch = Batch {
+                rows: &[row],
+                size: 1,
+                positions: tokens.len(),
+                start: None,
+            };
+            if loaded.takes(batch)? {
                 return Err(EngineError::Graph {
                     file: loaded.file.clone(),
                     reason: format!(
@@ -443,6 +382,46 @@ fn provider_name(provider: compile::Provider) -> &'static str {
     }
 }
 
+/// What runs the graphs; what could not be had is added to `fallbacks`.
+fn choose(
+    environment: &Environment,
+    options: &Options,
+    fallbacks: &mut Vec<Fallback>,
+) -> Result<Runtime, EngineError> {
+    let of = |provider| runtime_of(environment.clone(), options, provider);
+    let provider = match (options.provider, options.compiled_for) {
+        (Provider::Cpu, _) | (Provider::Auto, Some(compile::Provider::Cpu)) => {
+            compile::Provider::Cpu
+        }
+        // Graphs for CUDA have nowhere to fall back to.
+        (Provider::Cuda, _) | (Provider::Auto, Some(compile::Provider::Cuda)) => {
+            probe::probe(&of(compile::Provider::Cuda)?)?;
+            compile::Provider::Cuda
+        }
+        (Provider::Auto, None) => match probe::probe(&of(compile::Provider::Cuda)?) {
+            Ok(()) => compile::Provider::Cuda,
+            Err(error) => {
+                tracing::info!(%error, "no CUDA execution provider; running on the CPU");
+                fallbacks.push(Fallback {
+                    kind: FallbackKind::Cuda,
+                    reason: error.to_string(),
+                });
+                compile::Provider::Cpu
+            }
+        },
+    };
+    let mut runtime = of(provider)?;
+    // Without a limit a GPU's sessions have arenas of their own, as is usual.
+    if provider == compile::Provider::Cpu || options.gpu_memory_limit.is_some() {
+        let limit = runtime.gpu_memory_limit;
+        arena::share(environment, provider, runtime.device_id, limit).map_err(|error| {
+            EngineError::NotLoaded(format!("no arena for {}: {error}", provider_name(provider)))
+        })?;
+        runtime.shares_arena = true;
+    }
+    Ok(runtime)
+}
+
 /// How sessions are opened for these options.
 fn runtime_of(
     environment: Environment,
@@ -456,119 +435,38 @@ fn runtime_of(
     } else {
         (None, Residence::Packed)
     };
+    let is_cuda = provider == compile::Provider::Cuda;
     Ok(Runtime {
         environment,
         provider,
-        device_id: options.device_id,
+        device_id: if is_cuda { options.device_id } else { 0 },
         operators,
         n_threads: options.intra_op_threads,
         residence,
+        shares_arena: false,
+        gpu_memory_limit: options.gpu_memory_limit.filter(|_| is_cuda),
+        cuda_graphs: options.cuda_graphs && is_cuda,
     })
 }
 
 /// A session's options, or what to do when the provider cannot be had.
 fn builder(runtime: &Runtime) -> Result<SessionBuilder, EngineError> {
-    runtime.builder().map_err(|error| match runtime.provider {
-        compile::Provider::Cpu => self::runtime(error),
+    let recording =
+        |builder: SessionBuilder| Ok(builder.with_config_entry(placement::RECORD, "1")?);
+    runtime
+        .builder()
+        .and_then(recording)
+        .map_err(|error| cannot_be_had(runtime.provider, &error))
+}
+
+fn cannot_be_had(provider: compile::Provider, error: &ort::Error) -> EngineError {
+    match provider {
+        compile::Provider::Cpu => runtime(error),
         compile::Provider::Cuda => EngineError::Provider(format!(
-            "the CUDA execution provider cannot be used: {error}; it needs onnxruntime-gpu's \
-             library by --onnxruntime and CUDA's libraries on LD_LIBRARY_PATH; or choose \
-             --execution-provider cpu"
+            "the CUDA execution provider cannot be used: {error}; `imagegpt doctor` says what is \
+             missing; it needs a GPU, onnxruntime-gpu's library by --onnxruntime and CUDA's \
+             libraries on LD_LIBRARY_PATH; or choose --execution-provider cpu"
         )),
-    })
-}
-
-/// The library's version: from its file's name (`libonnxruntime.so.1.31.1`),
-/// where links lead to it, else as far as the library itself tells.
-fn version(library: &Path) -> String {
-    let file = std::fs::canonicalize(library).unwrap_or_default();
-    let name = file.file_name().unwrap_or_default().to_string_lossy();
-    match name.split_once(".so.") {
-        Some((_, version)) => version.to_owned(),
-        None => ort::util::probe(library)
-            .map_or_else(|| "unknown".to_owned(), |minor| format!("1.{minor}")),
-    }
-}
-
-impl Loaded {
-    fn open(mut builder: SessionBuilder, graph: Graph, path: &Path) -> Result<Self, EngineError> {
-        let file = path.display().to_string();
-        let refuse = |reason: String| EngineError::Graph {
-            file: file.clone(),
-            reason,
-        };
-        let session = builder
-            .commit_from_file(path)
-            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
-        let mut inputs = Vec::new();
-        for outlet in session.inputs() {
-            let role = match outlet.name() {
-                "input_ids" => Role::InputIds,
-                "attention_mask" => Role::AttentionMask,
-                "position_ids" => Role::PositionIds,
-                "targets" if graph == Graph::Score => Role::Targets,
-                other => {
-                    return Err(refuse(format!(
-                        "has an input {other:?}; input_ids, attention_mask and position_ids are \
-                         known"
-                    )));
-                }
-            };
-            let integer = match outlet.dtype() {
-                ValueType::Tensor {
-                    ty: TensorElementType::Int64,
-                    ..
-                } => Integer::Int64,
-                ValueType::Tensor {
-                    ty: TensorElementType::Int32,
-                    ..
-                } => Integer::Int32,
-                other => {
-                    return Err(refuse(format!(
-                        "input {:?} is {other:?}; int32 and int64 tensors are supported",
-                        outlet.name()
-                    )));
-                }
-            };
-            inputs.push(Input {
-                name: outlet.name().to_owned(),
-                role,
-                integer,
-            });
-        }
-        if !inputs.iter().any(|input| input.role == Role::InputIds) {
-            return Err(refuse("has no input \"input_ids\"".to_owned()));
-        }
-        let wanted = match graph {
-            Graph::Features(_) => "features",
-            Graph::Hidden => "last_hidden_state",
-            Graph::Logits | Graph::Generate => "logits",
-            Graph::Score => "nll",
-        };
-        let Some(output) = session
-            .outputs()
-            .iter()
-            .find(|outlet| outlet.name() == wanted)
-        else {
-            let names: Vec<&str> = session.outputs().iter().map(Outlet::name).collect();
-            return Err(refuse(format!(
-                "has no output {wanted:?}; it has {}",
-                names.join(", ")
-            )));
-        };
-        if output.dtype().tensor_type() != Some(TensorElementType::Float32) {
-            return Err(refuse(format!(
-                "output {wanted:?} is {:?}; a float32 tensor is supported",
-                output.dtype()
-            )));
-        }
-        let output = wanted.to_owned();
-        Ok(Self {
-            file,
-            session,
-            inputs,
-            output,
-        })
     }
 }
 
@@ -582,32 +480,23 @@ impl Engine for OnnxEngine {
     }
 
     fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
-        let positions = self.positions;
         let loaded = self
             .graphs
             .get_mut(&run.graph)
             .ok_or_else(|| no_graph(run.graph))?;
-        let mut feeds = Vec::with_capacity(loaded.inputs.len());
-        for input in &loaded.inputs {
-            let start = (run.graph == Graph::Score).then_some(self.start);
-            let feed = feed(input, run.rows, run.bucket, positions, start)?;
-            feeds.push((input.name.as_str(), feed));
-        }
-        let options = Arc::new(RunOptions::new().map_err(runtime)?);
+        let batch = Batch {
+            rows: run.rows,
+            size: run.bucket,
+            positions: self.positions,
+            start: (run.graph == Graph::Score).then_some(self.start),
+        };
+        let options = Arc::new(loaded.options(run.bucket).map_err(runtime)?);
         let terminate = Arc::clone(&options);
         stop.arm(Box::new(move || {
             // It fails for options that have gone, and these have not.
             let _ = terminate.terminate();
         }));
-        let outputs = loaded
-            .session
-            .run_with_options(feeds, &*options)
-            .map_err(|error| run_failed(&error.to_string()))?;
-        let output = outputs
-            .get(&loaded.output)
-            .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
-        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
-        answers(run, positions, shape, values)
+        loaded.run(run, batch, &options)
     }
 
     fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
@@ -671,254 +560,9 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     }
 }
 
-/// What the runtime says when memory does not suffice, in lower case.
-const OUT_OF_MEMORY: [&str; 6] = [
-    "out of memory",
-    "failed to allocate memory",
-    "bad_alloc",
-    "bad allocation",
-    "smaller than requested bytes",
-    "alloc_failed",
-];
-
-/// What it says when the device or its context is lost: CUDA's errors that
-/// every later call repeats.
-const DEVICE_FAILED: [&str; 11] = [
-    "illegal memory access",
-    "illegal address",
-    "illegal instruction",
-    "misaligned address",
-    "unspecified launch failure",
-    "device-side assert",
-    "uncorrectable",
-    "device is lost",
-    "gpu is lost",
-    "execution_failed",
-    "driver shutting down",
-];
-
-/// What kind of failure a run's error text tells of; the runtime has no codes
-/// for them.
-fn run_failed(text: &str) -> EngineError {
-    let lower = text.to_lowercase();
-    let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
-    if says(&DEVICE_FAILED) {
-        EngineError::Device(text.to_owned())
-    } else if says(&OUT_OF_MEMORY) {
-        EngineError::OutOfMemory(text.to_owned())
-    } else {
-        EngineError::Runtime(text.to_owned())
-    }
-}
-
-/// One input tensor of [bucket, positions]; rows that are missing repeat the
-/// last one, which is as cheap as any and has valid tokens. With a start token
-/// it comes first, and the last token is not fed: it is only a target.
-fn feed(
-    input: &Input,
-    rows: &[Row<'_>],
-    bucket: usize,
-    positions: usize,
-    start: Option<u16>,
-) -> Result<SessionInputValue<'static>, EngineError> {
-    let shape = [bucket, positions];
-    let padding = rows.last().into_iter().cycle();
-    let padded = rows.iter().chain(padding).take(bucket);
-    let values = padded.flat_map(|row| {
-        (0..positions).map(move |position| match input.role {
-            Role::InputIds => i32::from(match (start, position) {
-                (Some(start), 0) => start,
-                (Some(_), position) => row.tokens[position - 1],
-                (None, position) => row.tokens[position],
-            }),
-            Role::Targets => i32::from(row.tokens[position]),
-            Role::AttentionMask => 1,
-            Role::PositionIds => i32::try_from(position).unwrap_or(i32::MAX),
-        })
-    });
-    let tensor: DynTensor = match input.integer {
-        Integer::Int32 => Tensor::from_array((shape, values.collect::<Vec<i32>>()))
-            .map_err(runtime)?
-            .upcast(),
-        Integer::Int64 => {
-            let values = values.map(i64::from).collect::<Vec<i64>>();
-            Tensor::from_array((shape, values))
-                .map_err(runtime)?
-                .upcast()
-        }
-    };
-    Ok(tensor.into())
-}
-
-/// Cuts a run's output into the wanted numbers of each row. Pooling happens
-/// here, next to the runtime's memory, so that of a row's states (2 MiB for
-/// imagegpt-small) only the vector is copied out.
-fn answers(
-    run: &Run<'_>,
-    positions: usize,
-    shape: &Shape,
-    values: &[f32],
-) -> Result<Vec<Vec<f32>>, EngineError> {
-    let dims: Vec<usize> = shape
-        .iter()
-        .map(|&dim| usize::try_from(dim).unwrap_or(0))
-        .collect();
-    let &Run {
-        graph,
-        bucket,
-        rows,
-    } = run;
-    let row_len = match (graph, dims.as_slice()) {
-        (Graph::Hidden, &[n_rows, n_positions, width])
-            if n_rows == bucket && n_positions == positions && width > 0 =>
-        {
-            n_positions * width
-        }
-        (Graph::Features(_), &[n_rows, n_layers, width])
-            if n_rows == bucket && n_layers > 0 && width > 0 =>
-        {
-            n_layers * width
-        }
-        (Graph::Logits, &[n_rows, n_classes]) if n_rows == bucket && n_classes > 0 => n_classes,
-        (Graph::Score, &[n_rows, n_positions]) if n_rows == bucket && n_positions == positions => {
-            n_positions
-        }
-        _ => {
-            return Err(EngineError::Output {
-                got: format!("shape {dims:?}"),
-                expected: match graph {
-                    Graph::Features(_) => format!("[{bucket}, layers, width]"),
-                    Graph::Hidden => format!("[{bucket}, {positions}, width]"),
-                    Graph::Logits => format!("[{bucket}, classes]"),
-                    Graph::Score | Graph::Generate => format!("[{bucket}, {positions}]"),
-                },
-            });
-        }
-    };
-    let width = dims.last().copied().unwrap_or(0);
-    rows.iter()
-        .zip(values.chunks_exact(row_len))
-        .map(|(row, values)| match row.want {
-            Want::Features { layers, .. } => pick(values, width, layers),
-            Want::States | Want::Logits | Want::Nll => Ok(values.to_vec()),
-            Want::Last => Ok(values[row_len - width..].to_vec()),
-            Want::Mean => Ok(mean(values, width)),
-        })
-        .collect()
-}
-
-/// The features of some layers out of those of all.
-fn pick(values: &[f32], width: usize, layers: Layers) -> Result<Vec<f32>, EngineError> {
-    let mut picked = Vec::with_capacity(layers.len() * width);
-    for layer in layers.iter() {
-        let features = values.get(layer * width..(layer + 1) * width);
-        picked.extend_from_slice(features.ok_or_else(|| EngineError::Output {
-            got: format!("{} layers", values.len() / width),
-            expected: format!("layer {layer}"),
-        })?);
-    }
-    Ok(picked)
-}
-
-/// Mean over positions, summed in f64 so that the order of summation does not
-/// show in f32.
-fn mean(states: &[f32], width: usize) -> Vec<f32> {
-    let mut sums = vec![0.0_f64; width];
-    let states = states.chunks_exact(width);
-    #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^16")]
-    let n_states = states.len() as f64;
-    for state in states {
-        for (sum, &value) in sums.iter_mut().zip(state) {
-            *sum += f64::from(value);
-        }
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "the answer is f32, rounded once"
-    )]
-    sums.iter().map(|sum| (sum / n_states) as f32).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mean_is_over_positions() {
-        assert_eq!(mean(&[1.0, 10.0, 3.0, 30.0], 2), [2.0, 20.0]);
-    }
-
-    #[test]
-    fn answers_are_cut_by_what_each_row_wants() {
-        let rows = [Want::Mean, Want::Last, Want::States].map(|want| Row {
-            tokens: &[0, 1],
-            want,
-        });
-        let values: Vec<f32> = (0..16_u8).map(f32::from).collect();
-        // The fourth row is padding.
-        let run = Run {
-            graph: Graph::Hidden,
-            bucket: 4,
-            rows: &rows,
-        };
-        let got = answers(&run, 2, &Shape::new([4, 2, 2]), &values).expect("fits");
-        assert_eq!(
-            got,
-            [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]
-        );
-    }
-
-    #[test]
-    fn another_shape_is_refused() {
-        let rows = [Row {
-            tokens: &[0, 1],
-            want: Want::Mean,
-        }];
-        let run = Run {
-            graph: Graph::Hidden,
-            bucket: 1,
-            rows: &rows,
-        };
-        let error = answers(&run, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
-            .expect_err("three positions are not two");
-        assert_eq!(
-            error.to_string(),
-            "the model returned shape [1, 3, 2], not [1, 2, width]"
-        );
-    }
-
-    #[test]
-    fn failures_are_told_apart_by_their_words() {
-        let check = |text, expected: &str| {
-            let kind = match run_failed(text) {
-                EngineError::Device(_) => "device",
-                EngineError::OutOfMemory(_) => "memory",
-                EngineError::Runtime(_) => "run",
-                other => panic!("{other:?}"),
-            };
-            assert_eq!(kind, expected, "{text}");
-        };
-        check(
-            "CUDA failure 700: an illegal memory access was encountered ; GPU=0",
-            "device",
-        );
-        check("CUDA failure 719: unspecified launch failure", "device");
-        check(
-            "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED",
-            "device",
-        );
-        check("CUDA failure 2: out of memory ; GPU=0", "memory");
-        check(
-            "Available memory of 12 is smaller than requested bytes of 999",
-            "memory",
-        );
-        check(
-            "Failed to allocate memory for requested buffer of size 1",
-            "memory",
-        );
-        check("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "memory");
-        check("Non-zero status code returned while running Gather", "run");
-    }
 
     #[test]
     fn an_answer_that_moved_is_noticed() {
@@ -926,13 +570,5 @@ mod tests {
         assert!(distance(&[1.0, 2.1], &[1.0, 2.0]) > CANARY_TOLERANCE);
         assert!(distance(&[f32::NAN], &[1.0]).is_infinite());
         assert!(distance(&[], &[1.0]).is_infinite());
-    }
-
-    #[test]
-    fn a_given_library_is_taken_as_it_is() {
-        assert_eq!(
-            find_library(Some(Path::new("/x/y.so"))),
-            Path::new("/x/y.so")
-        );
     }
 }

@@ -40,6 +40,12 @@ pub struct Runtime {
     /// Threads of one run; 0 lets the runtime take one a physical core.
     pub n_threads: usize,
     pub residence: Residence,
+    /// Whether sessions take the arena that their device has in common.
+    pub shares_arena: bool,
+    /// Bytes of a GPU that the arena of a session may take; `None` for all.
+    pub gpu_memory_limit: Option<usize>,
+    /// Whether runs are captured as CUDA graphs.
+    pub cuda_graphs: bool,
 }
 
 /// Kernels that ran, by execution provider and operator.
@@ -59,6 +65,9 @@ impl Runtime {
             operators: Some(operators()?),
             n_threads: 0,
             residence: Residence::Mapped,
+            shares_arena: false,
+            gpu_memory_limit: None,
+            cuda_graphs: false,
         })
     }
 
@@ -79,15 +88,20 @@ impl Runtime {
         if let Some(operators) = &self.operators {
             builder = builder.with_operators(Arc::clone(operators))?;
         }
+        if self.shares_arena {
+            builder = builder.with_env_allocators()?;
+        }
         if self.provider == Provider::Cuda {
-            let cuda = ep::CUDA::default()
+            let mut cuda = ep::CUDA::default()
                 .with_device_id(self.device_id)
                 // Features must not depend on a hidden change of precision.
                 .with_tf32(false)
-                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
-                .build()
-                .error_on_failure();
-            builder = builder.with_execution_providers([cuda])?;
+                .with_cuda_graph(self.cuda_graphs)
+                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested);
+            if let Some(limit) = self.gpu_memory_limit {
+                cuda = cuda.with_memory_limit(limit);
+            }
+            builder = builder.with_execution_providers([cuda.build().error_on_failure()])?;
         }
         Ok(builder)
     }

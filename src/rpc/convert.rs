@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::engine::Graph;
+use crate::engine::{self, Graph};
 use crate::error::Error;
 use crate::head::Head;
 use crate::job::{Context, Norm, Want, Work};
@@ -231,6 +231,14 @@ pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work
         context: head.context,
         want,
     })
+}
+
+/// What GetModel tells of something that could not be had.
+pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
+    pb::Fallback {
+        kind: fallback.kind.label().to_owned(),
+        reason: fallback.reason.clone(),
+    }
 }
 
 pub(super) fn head_info(head: &Head) -> pb::Head {

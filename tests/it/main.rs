@@ -26,6 +26,7 @@ mod metrics;
 mod models;
 mod oip;
 mod pool;
+mod provider;
 mod scheduling;
 mod shutdown;
 mod stream;

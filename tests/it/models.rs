@@ -29,6 +29,8 @@ fn complaint(dir: &Path) -> Option<String> {
         buckets: Buckets::powers_of_two(2),
         generate_slots: 0,
         generate_bytes_max: 0,
+        gpu_memory_limit: None,
+        cuda_graphs: false,
     };
     OnnxEngine::load(&options)
         .err()

@@ -28,7 +28,7 @@ use ort::value::{
     ValueType,
 };
 
-use super::{run_failed, runtime};
+use super::failure::{run_failed, runtime};
 use crate::attention::BLOCK;
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};

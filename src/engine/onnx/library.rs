@@ -1,0 +1,104 @@
+//! The shared library, found and loaded once a process.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use ort::environment::Environment;
+
+use super::failure::runtime;
+use crate::engine::EngineError;
+
+/// The library's file name as distributors install it.
+pub const LIBRARY: &str = "libonnxruntime.so";
+/// Where the project's own set-up puts it, beside the build.
+pub const LIBRARY_FOLDER: &str = "onnxruntime";
+
+/// ONNX Runtime allows one environment a process and forgets it when its last
+/// user goes, after which no other can be made: so the first stays.
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// What to do about the library.
+const LIBRARY_HINT: &str = "give the path of a libonnxruntime.so of version 1.24 or newer by \
+                            --onnxruntime or ORT_DYLIB_PATH, or run `make setup`";
+
+/// The process's environment, made from `library` the first time.
+///
+/// # Errors
+///
+/// When the library is missing or of another version; the text says what to
+/// do.
+pub fn environment(library: &Path) -> Result<Environment, EngineError> {
+    let mut environment = ENVIRONMENT
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(environment) = &*environment {
+        return Ok(environment.clone());
+    }
+    // The dynamic linker's own complaint does not get through.
+    if library.components().count() > 1 && !library.is_file() {
+        return Err(EngineError::Library(format!(
+            "{} is not there; {LIBRARY_HINT}",
+            library.display()
+        )));
+    }
+    let built = ort::init_from(library)
+        .map_err(|error| {
+            EngineError::Library(format!(
+                "{} cannot be used as ONNX Runtime: {error}; {LIBRARY_HINT}",
+                library.display()
+            ))
+        })?
+        .with_name("imagegpt")
+        .with_telemetry(false)
+        .build()
+        .map_err(runtime)?;
+    Ok(environment.insert(built).clone())
+}
+
+/// Finds the library: `given`, else beside the running program or up to two
+/// folders above it (where a build and its tests run), else by its bare name,
+/// which leaves the search to the dynamic linker.
+#[must_use]
+pub fn find_library(given: Option<&Path>) -> PathBuf {
+    if let Some(path) = given {
+        return path.to_owned();
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    program
+        .ancestors()
+        .skip(1)
+        .take(3)
+        .flat_map(|folder| {
+            [
+                folder.join(LIBRARY),
+                folder.join(LIBRARY_FOLDER).join(LIBRARY),
+            ]
+        })
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| PathBuf::from(LIBRARY))
+}
+
+/// The library's version: from its file's name (`libonnxruntime.so.1.31.1`),
+/// where links lead to it, else as far as the library itself tells.
+pub(super) fn version(library: &Path) -> String {
+    let file = std::fs::canonicalize(library).unwrap_or_default();
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    match name.split_once(".so.") {
+        Some((_, version)) => version.to_owned(),
+        None => ort::util::probe(library)
+            .map_or_else(|| "unknown".to_owned(), |minor| format!("1.{minor}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_given_library_is_taken_as_it_is() {
+        assert_eq!(
+            find_library(Some(Path::new("/x/y.so"))),
+            Path::new("/x/y.so")
+        );
+    }
+}

@@ -1,0 +1,453 @@
+//! Graphs over whole images: tokens in, features, states, scores out.
+//!
+//! What a run of one size reads and writes is made once and bound once. On a GPU
+//! it is pinned memory, which the device copies without the CPU's help; or, where
+//! runs are captured as a CUDA graph, memory of the device itself, because a
+//! captured run reads and writes where it did when it was captured. Only the
+//! tokens change from run to run.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
+use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
+
+use super::answers::answers;
+use super::failure::{run_failed, runtime};
+use super::placement;
+use crate::compile::Provider;
+use crate::engine::runtime::Runtime;
+use crate::engine::{EngineError, Graph, Row, Run};
+
+/// The key by which a run says which captured graph it is.
+const GRAPH_ID: &str = "gpu_graph_id";
+/// The run that is never captured.
+const NO_GRAPH: &str = "-1";
+
+/// See the module.
+pub(super) struct WholeGraph {
+    pub(super) file: String,
+    /// The bindings refer to the session, so they go first.
+    bound: BTreeMap<usize, Bound>,
+    session: Session,
+    inputs: Vec<Input>,
+    output: String,
+    memory: Memory,
+    /// Sizes of one row of the output, once a run has shown them.
+    row: Option<Vec<usize>>,
+    captures: bool,
+}
+
+struct Input {
+    name: String,
+    role: Role,
+    integer: TensorElementType,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    InputIds,
+    AttentionMask,
+    PositionIds,
+    Targets,
+}
+
+impl Role {
+    /// Whether its numbers differ from image to image.
+    fn varies(self) -> bool {
+        matches!(self, Self::InputIds | Self::Targets)
+    }
+}
+
+/// What is run, and at which size.
+#[derive(Clone, Copy)]
+pub(super) struct Batch<'a> {
+    pub(super) rows: &'a [Row<'a>],
+    pub(super) size: usize,
+    /// Tokens of one row.
+    pub(super) positions: usize,
+    /// What comes before the first token, where the last one is only a target.
+    pub(super) start: Option<u16>,
+}
+
+impl WholeGraph {
+    pub(super) fn open(
+        runtime_: &Runtime,
+        graph: Graph,
+        path: &Path,
+        is_compiled: bool,
+    ) -> Result<Self, EngineError> {
+        let file = path.display().to_string();
+        let refuse = |reason: String| EngineError::Graph {
+            file: file.clone(),
+            reason,
+        };
+        let session = super::builder(runtime_)?
+            .commit_from_file(path)
+            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let placement = placement::placement(&session).map_err(runtime)?;
+        placement::check(&placement, runtime_.provider, is_compiled).map_err(refuse)?;
+        let inputs: Result<Vec<Input>, String> = session
+            .inputs()
+            .iter()
+            .map(|outlet| input(outlet, graph))
+            .collect();
+        let inputs = inputs.map_err(refuse)?;
+        if !inputs.iter().any(|input| input.role == Role::InputIds) {
+            return Err(refuse("has no input \"input_ids\"".to_owned()));
+        }
+        let output = output(&session, graph).map_err(refuse)?;
+        Ok(Self {
+            file,
+            bound: BTreeMap::new(),
+            session,
+            inputs,
+            output,
+            memory: Memory {
+                provider: runtime_.provider,
+                device_id: runtime_.device_id,
+            },
+            row: None,
+            captures: runtime_.cuda_graphs,
+        })
+    }
+
+    /// The options of a run of `size` images.
+    pub(super) fn options(&self, size: usize) -> ort::Result<RunOptions> {
+        let mut options = RunOptions::new()?;
+        if self.captures {
+            let id = match self.row {
+                Some(_) => size.to_string(),
+                None => NO_GRAPH.to_owned(),
+            };
+            options.set(GRAPH_ID, id)?;
+        }
+        Ok(options)
+    }
+
+    /// Runs a batch and cuts out what its rows want.
+    pub(super) fn run(
+        &mut self,
+        run: &Run<'_>,
+        batch: Batch<'_>,
+        options: &RunOptions,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        // Who made the graph may have left open what it returns; the first run
+        // shows it, and then there can be memory for it.
+        let Some(row) = &self.row else {
+            return self.first_run(run, batch, options);
+        };
+        if !self.bound.contains_key(&batch.size) {
+            let bound = Bound::new(self, row, batch)?;
+            self.bound.insert(batch.size, bound);
+        }
+        let bound = self
+            .bound
+            .get_mut(&batch.size)
+            .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
+        bound.feed(&self.inputs, batch)?;
+        self.session
+            .run_binding_with_options(&bound.binding, options)
+            .map_err(|error| run_failed(&error.to_string()))?;
+        let output = bound.output()?;
+        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
+        answers(run, batch.positions, shape, values)
+    }
+
+    fn first_run(
+        &mut self,
+        run: &Run<'_>,
+        batch: Batch<'_>,
+        options: &RunOptions,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let feeds = self.feeds(batch)?;
+        let outputs = self
+            .session
+            .run_with_options(feeds, options)
+            .map_err(|error| run_failed(&error.to_string()))?;
+        let output = outputs
+            .get(&self.output)
+            .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
+        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
+        let answers = answers(run, batch.positions, shape, values)?;
+        let sizes = shape.iter().skip(1);
+        let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(0));
+        self.row = Some(sizes.collect());
+        Ok(answers)
+    }
+
+    /// Whether a batch can be run at all.
+    pub(super) fn takes(&mut self, batch: Batch<'_>) -> Result<bool, EngineError> {
+        let feeds = self.feeds(batch)?;
+        Ok(self.session.run(feeds).is_ok())
+    }
+
+    fn feeds(
+        &self,
+        batch: Batch<'_>,
+    ) -> Result<Vec<(String, SessionInputValue<'static>)>, EngineError> {
+        let allocator = Allocator::default();
+        let feeds = self.inputs.iter().map(|input| {
+            let mut tensor = input.tensor(&allocator, batch)?;
+            input.fill(&mut tensor, batch)?;
+            Ok((input.name.clone(), tensor.into()))
+        });
+        feeds.collect()
+    }
+}
+
+/// What an input of the graph is for.
+fn input(outlet: &Outlet, graph: Graph) -> Result<Input, String> {
+    let name = outlet.name();
+    let role = match name {
+        "input_ids" => Role::InputIds,
+        "attention_mask" => Role::AttentionMask,
+        "position_ids" => Role::PositionIds,
+        "targets" if graph == Graph::Score => Role::Targets,
+        _ => {
+            return Err(format!(
+                "has an input {name:?}; input_ids, attention_mask and position_ids are known"
+            ));
+        }
+    };
+    match outlet.dtype() {
+        ValueType::Tensor { ty, .. }
+            if matches!(ty, TensorElementType::Int64 | TensorElementType::Int32) =>
+        {
+            Ok(Input {
+                name: name.to_owned(),
+                role,
+                integer: *ty,
+            })
+        }
+        other => Err(format!(
+            "input {name:?} is {other:?}; int32 and int64 tensors are supported"
+        )),
+    }
+}
+
+/// The output that a graph is there for.
+fn output(session: &Session, graph: Graph) -> Result<String, String> {
+    let wanted = match graph {
+        Graph::Features(_) => "features",
+        Graph::Hidden => "last_hidden_state",
+        Graph::Logits | Graph::Generate => "logits",
+        Graph::Score => "nll",
+    };
+    let mut outputs = session.outputs().iter();
+    let Some(output) = outputs.find(|outlet| outlet.name() == wanted) else {
+        let names: Vec<&str> = session.outputs().iter().map(Outlet::name).collect();
+        return Err(format!(
+            "has no output {wanted:?}; it has {}",
+            names.join(", ")
+        ));
+    };
+    if output.dtype().tensor_type() != Some(TensorElementType::Float32) {
+        return Err(format!(
+            "output {wanted:?} is {:?}; a float32 tensor is supported",
+            output.dtype()
+        ));
+    }
+    Ok(wanted.to_owned())
+}
+
+impl Input {
+    fn tensor(&self, allocator: &Allocator, batch: Batch<'_>) -> Result<DynTensor, EngineError> {
+        DynTensor::new(allocator, self.integer, [batch.size, batch.positions])
+            .map_err(|error| run_failed(&error.to_string()))
+    }
+
+    /// Writes the numbers of each row; rows that are missing repeat the last
+    /// one, which is as cheap as any and has valid tokens. With a start token it
+    /// comes first, and the last token is not fed: it is only a target.
+    fn fill(&self, tensor: &mut DynTensor, batch: Batch<'_>) -> Result<(), EngineError> {
+        let Batch {
+            rows,
+            size,
+            positions,
+            start,
+        } = batch;
+        let padding = rows.last().into_iter().cycle();
+        let values = rows.iter().chain(padding).take(size).flat_map(|row| {
+            (0..positions).map(move |position| match self.role {
+                Role::InputIds => i32::from(match (start, position) {
+                    (Some(start), 0) => start,
+                    (Some(_), position) => row.tokens[position - 1],
+                    (None, position) => row.tokens[position],
+                }),
+                Role::Targets => i32::from(row.tokens[position]),
+                Role::AttentionMask => 1,
+                Role::PositionIds => i32::try_from(position).unwrap_or(i32::MAX),
+            })
+        });
+        if self.integer == TensorElementType::Int64 {
+            let (_, places) = tensor.try_extract_tensor_mut::<i64>().map_err(runtime)?;
+            for (place, value) in places.iter_mut().zip(values) {
+                *place = i64::from(value);
+            }
+        } else {
+            let (_, places) = tensor.try_extract_tensor_mut::<i32>().map_err(runtime)?;
+            for (place, value) in places.iter_mut().zip(values) {
+                *place = value;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where memory is made.
+#[derive(Clone, Copy)]
+struct Memory {
+    provider: Provider,
+    device_id: i32,
+}
+
+impl Memory {
+    /// For what the host writes or reads, and the device reads or writes.
+    fn host(self, session: &Session, memory_type: MemoryType) -> Result<Allocator, EngineError> {
+        match self.provider {
+            Provider::Cpu => self.device(session),
+            Provider::Cuda => {
+                let device = AllocationDevice::CUDA_PINNED;
+                allocator(session, device, self.device_id, memory_type)
+            }
+        }
+    }
+
+    fn device(self, session: &Session) -> Result<Allocator, EngineError> {
+        let (device, device_id) = match self.provider {
+            Provider::Cpu => (AllocationDevice::CPU, 0),
+            Provider::Cuda => (AllocationDevice::CUDA, self.device_id),
+        };
+        allocator(session, device, device_id, MemoryType::Default)
+    }
+}
+
+fn allocator(
+    session: &Session,
+    device: AllocationDevice<'static>,
+    device_id: i32,
+    memory_type: MemoryType,
+) -> Result<Allocator, EngineError> {
+    MemoryInfo::new(device, device_id, AllocatorType::Device, memory_type)
+        .and_then(|memory| Allocator::new(session, memory))
+        .map_err(runtime)
+}
+
+/// What runs of one size read and write.
+struct Bound {
+    /// It refers to what follows, so it goes first.
+    binding: IoBinding,
+    /// What the host writes, as the graph's inputs.
+    inputs: Vec<DynTensor>,
+    /// What the host reads.
+    output: DynTensor,
+    /// What a captured run reads and writes instead.
+    on_device: Option<OnDevice>,
+}
+
+struct OnDevice {
+    inputs: Vec<DynTensor>,
+    output: DynTensor,
+}
+
+impl Bound {
+    fn new(graph: &WholeGraph, row: &[usize], batch: Batch<'_>) -> Result<Self, EngineError> {
+        let session = &graph.session;
+        let new = |allocator: &Allocator| -> Result<(Vec<DynTensor>, DynTensor), EngineError> {
+            let inputs: Result<Vec<_>, _> = graph
+                .inputs
+                .iter()
+                .map(|input| input.tensor(allocator, batch))
+                .collect();
+            let shape: Vec<usize> = std::iter::once(batch.size)
+                .chain(row.iter().copied())
+                .collect();
+            let output = DynTensor::new(allocator, TensorElementType::Float32, shape)
+                .map_err(|error| run_failed(&error.to_string()))?;
+            Ok((inputs?, output))
+        };
+        let (mut inputs, output) = new(&graph.memory.host(session, MemoryType::CPUOutput)?)?;
+        let mut on_device = None;
+        if graph.captures {
+            let (inputs, output) = new(&graph.memory.device(session)?)?;
+            on_device = Some(OnDevice { inputs, output });
+        }
+        let mut binding = session.create_binding().map_err(runtime)?;
+        for (input, tensor) in graph.inputs.iter().zip(&mut inputs) {
+            input.fill(tensor, batch)?;
+            if on_device.is_none() {
+                binding.bind_input(&input.name, tensor).map_err(runtime)?;
+            }
+        }
+        let mut bound = Self {
+            binding,
+            inputs,
+            output,
+            on_device,
+        };
+        bound.place(graph)?;
+        Ok(bound)
+    }
+
+    /// Binds what stays where it is.
+    fn place(&mut self, graph: &WholeGraph) -> Result<(), EngineError> {
+        let output = match &mut self.on_device {
+            Some(on_device) => {
+                let inputs = graph.inputs.iter().zip(&self.inputs);
+                for ((input, host), tensor) in inputs.zip(&mut on_device.inputs) {
+                    host.copy_into(&mut *tensor).map_err(runtime)?;
+                    self.binding
+                        .bind_input(&input.name, tensor)
+                        .map_err(runtime)?;
+                }
+                &mut on_device.output
+            }
+            None => &mut self.output,
+        };
+        self.binding
+            .bind_output(&graph.output, output)
+            .map_err(runtime)
+    }
+
+    /// Brings the tokens of a batch to where the run reads them.
+    fn feed(&mut self, inputs: &[Input], batch: Batch<'_>) -> Result<(), EngineError> {
+        for (idx, input) in inputs.iter().enumerate() {
+            if !input.role.varies() {
+                continue;
+            }
+            let Some(tensor) = self.inputs.get_mut(idx) else {
+                continue;
+            };
+            input.fill(tensor, batch)?;
+            match &mut self.on_device {
+                Some(on_device) => {
+                    if let Some(target) = on_device.inputs.get_mut(idx) {
+                        tensor.copy_into(target).map_err(runtime)?;
+                    }
+                }
+                // Binding is what copies to another device.
+                None => self
+                    .binding
+                    .bind_input(&input.name, tensor)
+                    .map_err(runtime)?,
+            }
+        }
+        self.binding.synchronize_inputs().map_err(runtime)
+    }
+
+    /// What the last run returned, where the host can read it.
+    fn output(&mut self) -> Result<&DynTensor, EngineError> {
+        if let Some(on_device) = &self.on_device {
+            on_device
+                .output
+                .copy_into(&mut self.output)
+                .map_err(|error| run_failed(&error.to_string()))?;
+        }
+        Ok(&self.output)
+    }
+}
+
+#[cfg(test)]
+mod tests;

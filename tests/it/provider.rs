@@ -1,0 +1,87 @@
+//! What runs the model, and what a worker says where something faster could not
+//! be had. These tests run where there is no GPU, as CI does; on a machine with
+//! one they have nothing to show.
+
+use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
+use imagegpt::engine::{Buckets, Engine, EngineError, EngineFactory, FallbackKind};
+use imagegpt::model::Model;
+use imagegpt::pb;
+
+use crate::harness;
+
+fn load(provider: Provider) -> Result<OnnxEngine, EngineError> {
+    let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
+    OnnxEngine::load(&Options {
+        library: find_library(None),
+        provider,
+        device_id: 0,
+        intra_op_threads: 1,
+        positions: model.positions(),
+        n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
+        n_labels: model.labels.len(),
+        head_widths: Vec::new(),
+        compiled_for: None,
+        graphs: model.graphs,
+        buckets: Buckets::powers_of_two(2),
+        generate_slots: 0,
+        generate_bytes_max: 0,
+        gpu_memory_limit: Some(1 << 30),
+        cuda_graphs: true,
+    })
+}
+
+fn has_gpu() -> bool {
+    load(Provider::Cuda).is_ok()
+}
+
+#[test]
+fn auto_takes_the_cpu_and_tells_why() {
+    if has_gpu() {
+        return;
+    }
+    let engine = load(Provider::Auto).expect("the CPU is always there");
+    let facts = engine.facts();
+    assert_eq!(facts.provider, "cpu");
+    let [fallback] = facts.fallbacks.as_slice() else {
+        panic!("{:?}", facts.fallbacks);
+    };
+    assert_eq!(fallback.kind, FallbackKind::Cuda);
+    assert!(
+        fallback.reason.contains("imagegpt doctor"),
+        "{}",
+        fallback.reason
+    );
+    let asked_for = load(Provider::Cpu).expect("the CPU");
+    assert_eq!(asked_for.facts().fallbacks, []);
+}
+
+#[test]
+fn cuda_is_had_or_an_error() {
+    match load(Provider::Cuda) {
+        Ok(engine) => assert_eq!(engine.facts().provider, "cuda"),
+        Err(EngineError::Provider(text)) => {
+            assert!(text.contains("--execution-provider cpu"), "{text}");
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[tokio::test]
+async fn a_fallback_is_told_to_clients_and_to_prometheus() {
+    if has_gpu() {
+        return;
+    }
+    let factory: EngineFactory =
+        Box::new(|| Ok(Box::new(load(Provider::Auto)?) as Box<dyn Engine>));
+    let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
+    let model = running.client.get_model(pb::GetModelRequest {}).await;
+    let model = model.expect("an answer").into_inner();
+    assert_eq!(model.execution_provider, "cpu");
+    assert_eq!(model.fallbacks.len(), 1);
+    assert_eq!(model.fallbacks[0].kind, "cuda");
+    let sample = |kind| format!("imagegpt_engine_fallback{{kind=\"{kind}\"}}");
+    assert_eq!(running.sample(&sample("cuda")).await, 1.0);
+    assert_eq!(running.sample(&sample("cuda_graphs")).await, 0.0);
+    running.end().await;
+}
