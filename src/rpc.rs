@@ -541,6 +541,12 @@ impl Service {
                 .map(|compiled| compiled.precision.name().to_owned())
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
+            devices: self
+                .readiness
+                .devices()
+                .iter()
+                .map(convert::device)
+                .collect(),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The batcher and the engine's thread together, with callers that come, go and
+//! The batcher and two engines' threads together, with callers that come, go and
 //! are late at random.
 
 use std::sync::Arc;
@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Channels, Shared};
+use super::{Arrival, Channels, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
+use crate::engine::devices::{Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{Buckets, Engine, State, Stop};
+use crate::engine::{Buckets, DeviceIdx, Engine, State, Stop};
 use crate::error::Error;
 use crate::generation::{Generate, Keep, Sampling, Sequence};
 use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
@@ -74,28 +75,62 @@ struct Tally {
     left: usize,
 }
 
-#[test]
-fn everyone_is_answered_once_whoever_leaves() {
-    const THREADS: u64 = 2;
-    const JOBS: u64 = 250_000;
-    let pool = Pool::new(256, 0);
+/// A batcher with an engine for each script; gives its ends, the devices and the
+/// threads.
+struct Running {
+    jobs: crossbeam_channel::Sender<Arrival>,
+    bell: crossbeam_channel::Sender<()>,
+    devices: watch::Receiver<Devices>,
+    drain: DrainRate,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Running {
+    /// In good order.
+    fn end(self) -> watch::Receiver<Devices> {
+        drop((self.jobs, self.bell));
+        for thread in self.threads {
+            thread.join().expect("no panic");
+        }
+        self.devices
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::thread::JoinHandle<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(body).expect("a thread")
+}
+
+fn start(scripts: Vec<Script>) -> Running {
     let (jobs_in, jobs) = crossbeam_channel::bounded(256);
     let (bell_in, bell) = crossbeam_channel::bounded(1);
-    let (slots_in, slots) = crossbeam_channel::bounded(1);
-    let (turns_in, turns) = crossbeam_channel::bounded(1);
-    let (state, engine_state) = watch::channel(State::Loading);
-    let (stop, metrics) = (Arc::new(Stop::default()), Metrics::new().expect("metrics"));
+    let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
+    let metrics = Metrics::new().expect("metrics");
+    let ids = (0..).take(scripts.len());
+    let (reports, devices) = Reports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
-    let runner = Runner {
-        slots: slots_in,
-        turns,
-        buckets: buckets.clone(),
-        canary_interval: None,
-        stop: Arc::clone(&stop),
-        cache: Cache::new(0),
-        metrics: metrics.clone(),
-        state: Arc::new(state),
-    };
+    let (mut lines, mut threads) = (Vec::new(), Vec::new());
+    for (idx, script) in scripts.into_iter().enumerate() {
+        let (turns_in, turns) = crossbeam_channel::bounded(1);
+        let stop = Arc::new(Stop::default());
+        let runner = Runner {
+            device: DeviceIdx(idx),
+            notices: notices_in.clone(),
+            turns,
+            buckets: buckets.clone(),
+            canary_interval: None,
+            stop: Arc::clone(&stop),
+            cache: Cache::new(0),
+            metrics: metrics.clone(),
+            reports: reports.clone(),
+        };
+        let factory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        threads.push(spawn("engine", || runner::run(factory, runner)));
+        lines.push(Line {
+            turns: turns_in,
+            stop,
+        });
+    }
     let policy = Policy {
         buckets,
         max_queue_delay: Duration::from_micros(50),
@@ -105,18 +140,30 @@ fn everyone_is_answered_once_whoever_leaves() {
     let channels = Channels {
         jobs,
         bell,
-        slots,
-        turns: turns_in,
+        notices,
     };
+    let drain = DrainRate::default();
     let shared = Shared {
-        stop,
         cache: Cache::new(0),
-        drain: DrainRate::default(),
+        drain: drain.clone(),
         interactive_reserve: 25,
         metrics,
     };
-    let script = Script {
-        fail_on: Some(13),
+    // With its channels, so that the engines see it end.
+    threads.push(spawn("batcher", move || {
+        super::run(policy, &channels, lines, shared);
+    }));
+    Running {
+        jobs: jobs_in,
+        bell: bell_in,
+        devices,
+        drain,
+        threads,
+    }
+}
+
+fn with_sequences() -> Script {
+    Script {
         sequences: Some(FakeSequences {
             n_slots: 4,
             n_colors: COLORS.into(),
@@ -124,23 +171,26 @@ fn everyone_is_answered_once_whoever_leaves() {
             can_copy: true,
         }),
         ..Default::default()
+    }
+}
+
+#[test]
+fn everyone_is_answered_once_whoever_leaves() {
+    const THREADS: u64 = 2;
+    const JOBS: u64 = 250_000;
+    let pool = Pool::new(256, 0);
+    let script = || Script {
+        fail_on: Some(13),
+        ..with_sequences()
     };
+    let running = start(vec![script(), script()]);
     let n_left_unread = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        let engine = move || {
-            runner::run(
-                Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>)),
-                runner,
-            );
-        };
-        scope.spawn(engine);
-        // With its channels, so that the engine sees it end.
-        scope.spawn(move || super::run(policy, &channels, shared));
         for seed in 0..THREADS {
-            let (jobs_in, bell_in, pool) = (jobs_in.clone(), bell_in.clone(), pool.clone());
-            let n_left_unread = &n_left_unread;
+            let pool = pool.clone();
+            let (running, n_left_unread) = (&running, &n_left_unread);
             scope.spawn(move || {
-                let tally = caller(seed, JOBS, &jobs_in, &bell_in, &pool);
+                let tally = caller(seed, JOBS, &running.jobs, &running.bell, &pool);
                 assert_eq!((tally.wrong, tally.lost), (0, 0), "{tally:?}");
                 assert!(
                     tally.right > 0 && tally.failed > 0 && tally.late > 0,
@@ -149,11 +199,107 @@ fn everyone_is_answered_once_whoever_leaves() {
                 n_left_unread.fetch_add(tally.left, Ordering::Relaxed);
             });
         }
-        drop((jobs_in, bell_in));
     });
+    let devices = running.end();
     assert!(n_left_unread.into_inner() > 0);
     assert_eq!(pool.taken(), 0, "every place is free again");
-    assert!(matches!(*engine_state.borrow(), State::Stopped));
+    assert!(matches!(devices.borrow().state(), State::Stopped));
+}
+
+fn row(token: u16) -> (Arrival, Outcome) {
+    job(token, Some(Want::Mean), Class::Bulk, None, Permit::none())
+}
+
+/// Sends rows of these tokens one by one, each after the one before was answered,
+/// and says how it went.
+fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<bool> {
+    let ask = |token| {
+        let (job, outcome) = row(token);
+        running.jobs.send(job).expect("a batcher");
+        match outcome.blocking_recv().expect("an answer") {
+            Ok(answer) => {
+                let values = FakeEngine::answer(&[token; 4], Want::Mean);
+                assert_eq!(answer, Answer::Values(values));
+                true
+            }
+            Err(Error::NotReady) => false,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    tokens.into_iter().map(ask).collect()
+}
+
+#[test]
+fn what_ends_an_engine_is_not_given_to_the_next_one() {
+    let script = || Script {
+        device_fails_on: Some(13),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script(), script()]);
+    let got = one_by_one(&running, [1, 2, 3, 13, 4, 5, 6, 13, 7]);
+    let expected = [true, true, true, false, true, true, true, false, true];
+    assert_eq!(got, expected);
+    assert_eq!(running.devices.borrow().n_serving(), 1);
+    assert!(matches!(running.devices.borrow().state(), State::Ready(_)));
+    // The last one goes, and with it everything.
+    assert_eq!(one_by_one(&running, [13, 8, 9]), [false; 3]);
+    let devices = running.end();
+    assert!(matches!(devices.borrow().state(), State::Failed(_)));
+}
+
+#[test]
+fn callers_join_what_either_engine_runs() {
+    let (open, gate) = crossbeam_channel::bounded(8);
+    let script = || Script {
+        gate: Some(gate.clone()),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script()]);
+    let mut outcomes = Vec::new();
+    // Each of the first two keeps an engine busy; the others join them.
+    for token in [1, 2, 1, 2, 2] {
+        let (job, outcome) = row(token);
+        running.jobs.send(job).expect("a batcher");
+        outcomes.push((token, outcome));
+        if outcomes.len() <= 2 {
+            // Gates and queue are empty: it has gone to an engine.
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    for _ in 0..2 {
+        open.send(()).expect("an engine");
+    }
+    for (token, outcome) in outcomes {
+        let answer = outcome.blocking_recv().expect("an answer");
+        let values = FakeEngine::answer(&[token; 4], Want::Mean);
+        assert_eq!(
+            answer.expect("two runs are enough for all"),
+            Answer::Values(values)
+        );
+    }
+    running.end();
+}
+
+#[test]
+fn the_rate_is_that_of_all_engines_that_live() {
+    let script = || Script {
+        delay: Duration::from_millis(20),
+        device_fails_on: Some(13),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script()]);
+    let rate = |token| {
+        one_by_one(&running, token..token + 3);
+        running.drain.get().expect("some runs")
+    };
+    // One image a run of 20 ms.
+    let two = rate(1);
+    assert!((70.0..=100.0).contains(&two), "{two}");
+    assert_eq!(one_by_one(&running, [13]), [false]);
+    let one = rate(20);
+    assert!((35.0..=50.0).contains(&one), "{one}");
+    running.end();
 }
 
 /// Sends jobs, leaves some of them, and waits for the rest.

@@ -12,6 +12,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use serde::Deserialize;
 
+use super::{EngineError, onnx};
 use crate::compile::Provider;
 
 /// What sessions do with `weights.bin`.
@@ -104,6 +105,35 @@ impl Runtime {
         }
         builder.commit_from_file(graph)
     }
+}
+
+/// What `--execution-provider auto` takes for several GPUs, of which this is
+/// one: what the graphs were compiled for, else CUDA if it can be had.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn auto(
+    library: &Path,
+    device_id: i32,
+    compiled_for: Option<Provider>,
+) -> Result<Provider, EngineError> {
+    if compiled_for == Some(Provider::Cpu) {
+        return Ok(Provider::Cpu);
+    }
+    let failed = |error: ort::Error| EngineError::Runtime(error.to_string());
+    let runtime = Runtime::new(onnx::environment(library)?, Provider::Cuda).map_err(failed)?;
+    let runtime = Runtime {
+        device_id,
+        ..runtime
+    };
+    Ok(match runtime.builder() {
+        Ok(_) => Provider::Cuda,
+        Err(error) => {
+            tracing::info!(%error, "no CUDA execution provider");
+            Provider::Cpu
+        }
+    })
 }
 
 /// The worker's own operators.

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::engine::Graph;
+use crate::engine::devices::Device;
 use crate::error::Error;
 use crate::head::Head;
 use crate::job::{Context, Norm, Want, Work};
@@ -231,6 +232,15 @@ pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work
         context: head.context,
         want,
     })
+}
+
+pub(super) fn device(device: &Device) -> pb::Device {
+    let facts = device.facts.as_ref();
+    pb::Device {
+        id: device.id,
+        execution_provider: facts.map_or("", |facts| facts.provider).to_owned(),
+        serving: device.serves(),
+    }
 }
 
 pub(super) fn head_info(head: &Head) -> pb::Head {
