@@ -2,7 +2,6 @@
 //! are late at random.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
@@ -71,21 +70,34 @@ struct Tally {
     wrong: usize,
     late: usize,
     failed: usize,
+    /// Because a device died.
+    refused: usize,
     lost: usize,
     left: usize,
 }
 
-/// A batcher with an engine for each script; gives its ends, the devices and the
-/// threads.
+/// A batcher with an engine for each script.
 struct Running {
     jobs: crossbeam_channel::Sender<Arrival>,
     bell: crossbeam_channel::Sender<()>,
     devices: watch::Receiver<Devices>,
     drain: DrainRate,
+    metrics: Metrics,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Running {
+    /// Waits until a series of the metrics page has come to so much.
+    fn until(&self, series: &str, value: f64) {
+        let is_there = |line: &str| {
+            let shown = line.strip_prefix(series);
+            shown.is_some_and(|shown| shown.trim().parse() == Ok(value))
+        };
+        while !self.metrics.render().lines().any(is_there) {
+            std::thread::yield_now();
+        }
+    }
+
     /// In good order.
     fn end(self) -> watch::Receiver<Devices> {
         drop((self.jobs, self.bell));
@@ -102,7 +114,8 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::thread::JoinH
 }
 
 fn start(scripts: Vec<Script>) -> Running {
-    let (jobs_in, jobs) = crossbeam_channel::bounded(256);
+    // As many as there are permits, and one that has none.
+    let (jobs_in, jobs) = crossbeam_channel::bounded(257);
     let (bell_in, bell) = crossbeam_channel::bounded(1);
     let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
     let metrics = Metrics::new().expect("metrics");
@@ -147,7 +160,7 @@ fn start(scripts: Vec<Script>) -> Running {
         cache: Cache::new(0),
         drain: drain.clone(),
         interactive_reserve: 25,
-        metrics,
+        metrics: metrics.clone(),
     };
     // With its channels, so that the engines see it end.
     threads.push(spawn("batcher", move || {
@@ -158,6 +171,7 @@ fn start(scripts: Vec<Script>) -> Running {
         bell: bell_in,
         devices,
         drain,
+        metrics,
         threads,
     }
 }
@@ -174,36 +188,84 @@ fn with_sequences() -> Script {
     }
 }
 
-#[test]
-fn everyone_is_answered_once_whoever_leaves() {
-    const THREADS: u64 = 2;
-    const JOBS: u64 = 250_000;
+/// How all fared while two threads of callers had so many jobs each, and `also`
+/// happened; and the devices at the end.
+fn storm(
+    scripts: Vec<Script>,
+    n_jobs: u64,
+    also: impl FnOnce(&Running) + Send,
+) -> (Tally, watch::Receiver<Devices>) {
     let pool = Pool::new(256, 0);
-    let script = || Script {
-        fail_on: Some(13),
-        ..with_sequences()
-    };
-    let running = start(vec![script(), script()]);
-    let n_left_unread = AtomicUsize::new(0);
+    let running = start(scripts);
+    let mut all = Tally::default();
     std::thread::scope(|scope| {
-        for seed in 0..THREADS {
-            let pool = pool.clone();
-            let (running, n_left_unread) = (&running, &n_left_unread);
-            scope.spawn(move || {
-                let tally = caller(seed, JOBS, &running.jobs, &running.bell, &pool);
-                assert_eq!((tally.wrong, tally.lost), (0, 0), "{tally:?}");
-                assert!(
-                    tally.right > 0 && tally.failed > 0 && tally.late > 0,
-                    "{tally:?}"
-                );
-                n_left_unread.fetch_add(tally.left, Ordering::Relaxed);
-            });
+        let threads = [0, 1].map(|seed| {
+            let (running, pool) = (&running, pool.clone());
+            scope.spawn(move || caller(seed, n_jobs, &running.jobs, &running.bell, &pool))
+        });
+        also(&running);
+        for thread in threads {
+            let tally = thread.join().expect("no panic");
+            all.right += tally.right;
+            all.wrong += tally.wrong;
+            all.late += tally.late;
+            all.failed += tally.failed;
+            all.refused += tally.refused;
+            all.lost += tally.lost;
+            all.left += tally.left;
         }
     });
     let devices = running.end();
-    assert!(n_left_unread.into_inner() > 0);
+    assert_eq!((all.wrong, all.lost), (0, 0), "{all:?}");
+    assert!(all.right > 0 && all.failed > 0, "{all:?}");
+    assert!(all.late > 0 && all.left > 0, "{all:?}");
     assert_eq!(pool.taken(), 0, "every place is free again");
-    assert!(matches!(devices.borrow().state(), State::Stopped));
+    (all, devices)
+}
+
+#[test]
+fn everyone_is_answered_once_whoever_leaves() {
+    for n_engines in [1, 2] {
+        let script = || Script {
+            fail_on: Some(13),
+            ..with_sequences()
+        };
+        let scripts = std::iter::repeat_with(script).take(n_engines).collect();
+        let (all, devices) = storm(scripts, 125_000, |_| {});
+        assert_eq!(all.refused, 0, "{all:?}");
+        assert!(matches!(devices.borrow().state(), State::Stopped));
+    }
+}
+
+#[test]
+fn everyone_is_answered_once_whichever_engine_dies() {
+    // No other job has this token.
+    const POISON: u16 = 99;
+    const DEATHS: usize = 3;
+    for _ in 0..10 {
+        let script = || Script {
+            fail_on: Some(13),
+            device_fails_on: Some(POISON),
+            ..with_sequences()
+        };
+        let scripts = std::iter::repeat_with(script).take(DEATHS + 1).collect();
+        let (all, devices) = storm(scripts, 5_000, |running| {
+            for n_dead in 1..=DEATHS {
+                // Under load, and not before it.
+                std::thread::sleep(Duration::from_millis(20));
+                assert_eq!(one_by_one(running, [POISON]), [false]);
+                while running.devices.borrow().n_serving() > DEATHS + 1 - n_dead {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        // Those only who were being served: rows or sequences, of a few callers
+        // each; what waited went to the others.
+        assert!(all.refused <= DEATHS * 64, "{all:?}");
+        let devices = devices.borrow();
+        assert_eq!(devices.failure(), None);
+        assert!(matches!(devices.state(), State::Stopped));
+    }
 }
 
 fn row(token: u16) -> (Arrival, Outcome) {
@@ -256,17 +318,20 @@ fn callers_join_what_either_engine_runs() {
     };
     let running = start(vec![script(), script()]);
     let mut outcomes = Vec::new();
-    // Each of the first two keeps an engine busy; the others join them.
-    for token in [1, 2, 1, 2, 2] {
+    let mut send = |token| {
         let (job, outcome) = row(token);
         running.jobs.send(job).expect("a batcher");
         outcomes.push((token, outcome));
-        if outcomes.len() <= 2 {
-            // Gates and queue are empty: it has gone to an engine.
-            std::thread::sleep(Duration::from_millis(50));
-        }
+    };
+    // Each of them keeps an engine busy.
+    for (token, n_batches) in [(1, 1.0), (2, 2.0)] {
+        send(token);
+        running.until("imagegpt_batch_size_count{graph=\"hidden\"}", n_batches);
     }
-    std::thread::sleep(Duration::from_millis(50));
+    for token in [1, 2, 2] {
+        send(token);
+    }
+    running.until("imagegpt_images_coalesced_total", 3.0);
     for _ in 0..2 {
         open.send(()).expect("an engine");
     }
@@ -284,7 +349,7 @@ fn callers_join_what_either_engine_runs() {
 #[test]
 fn the_rate_is_that_of_all_engines_that_live() {
     let script = || Script {
-        delay: Duration::from_millis(20),
+        delay: Duration::from_millis(50),
         device_fails_on: Some(13),
         ..Default::default()
     };
@@ -293,12 +358,13 @@ fn the_rate_is_that_of_all_engines_that_live() {
         one_by_one(&running, token..token + 3);
         running.drain.get().expect("some runs")
     };
-    // One image a run of 20 ms.
+    // One image a run, which takes 50 ms or on a busy machine a little more.
     let two = rate(1);
-    assert!((70.0..=100.0).contains(&two), "{two}");
+    assert!(two <= 40.0, "{two}");
     assert_eq!(one_by_one(&running, [13]), [false]);
     let one = rate(20);
-    assert!((35.0..=50.0).contains(&one), "{one}");
+    assert!(one <= 20.0, "{one}");
+    assert!((1.4..=2.8).contains(&(two / one)), "{two} and {one}");
     running.end();
 }
 
@@ -389,6 +455,7 @@ fn settle((token, want, outcome): (u16, Option<Want>, Outcome), tally: &mut Tall
             tally.late += 1;
         }
         Ok(Err(Error::Engine(_))) if fails => tally.failed += 1,
+        Ok(Err(Error::NotReady)) => tally.refused += 1,
         _ => tally.lost += 1,
     }
 }
