@@ -26,7 +26,7 @@ use imagegpt::job::Want;
 use imagegpt::model::Model;
 use imagegpt::pb;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::{Worker, onnx_factory};
+use imagegpt::worker::{Worker, onnx_engines};
 
 const ROUNDS: usize = 5;
 const BATCH_SIZE: usize = 8;
@@ -88,8 +88,8 @@ fn main() -> anyhow::Result<()> {
         .map(|seed| image(seed, model.positions(), model.clusters.len()))
         .collect();
     let runtime = tokio::runtime::Runtime::new()?;
-    let factory = onnx_factory(&config, &model, &[]);
-    let mut worker = runtime.block_on(Worker::start(&config, model, Vec::new(), factory))?;
+    let engines = onnx_engines(&config, &model, &[])?;
+    let mut worker = runtime.block_on(Worker::start(&config, model, Vec::new(), engines))?;
     runtime.block_on(worker.ready())?;
 
     // The scheduler chooses among the sizes, so the bare loop may, too.

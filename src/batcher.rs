@@ -1,11 +1,13 @@
 //! Gathers jobs into batches, on a thread of its own.
 //!
-//! Late binding: a batch is formed only when the engine has said that it is
-//! free, from everything that waits at that moment. Identical work stands in
+//! Late binding: a batch is formed only when an engine has said that it is free,
+//! from everything that waits at that moment; several engines take from the one
+//! queue, whoever has been free longest first. Identical work stands in
 //! the queue once, with everybody who waits for it. Whoever has gone or is late
 //! leaves at once: the door rings when a caller goes, and a timer runs to the
 //! next deadline. A run that nobody waits for any more is stopped.
 
+mod engines;
 pub mod pace;
 pub mod policy;
 pub mod queue;
@@ -16,15 +18,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, select};
 
 use crate::admission::DrainRate;
 use crate::cache::{Cache, Key};
-use crate::engine::{Batch, Graph, Slot, Stop, Turn, Unit};
+use crate::engine::{Batch, DeviceIdx, Graph, Notice, Slot, Turn, Unit};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::{Answer, Class, Crowd, Job, Work};
 use crate::metrics::Metrics;
+pub(crate) use engines::Line;
+use engines::{Engines, Running};
 use policy::Policy;
 use queue::{Entry, Place};
 use scheduler::{Next, Picked, Scheduler};
@@ -50,15 +54,12 @@ pub(crate) struct Channels {
     pub(crate) jobs: Receiver<Arrival>,
     /// From admission, when callers have gone.
     pub(crate) bell: Receiver<()>,
-    /// From the engine, when it is free.
-    pub(crate) slots: Receiver<Slot>,
-    /// To the engine. Capacity 1, and sent to only after a slot: never full.
-    pub(crate) turns: Sender<Turn>,
+    /// From the engines, when they are free and when they have ended.
+    pub(crate) notices: Receiver<Notice>,
 }
 
 /// What the batcher shares with others.
 pub(crate) struct Shared {
-    pub(crate) stop: Arc<Stop>,
     pub(crate) cache: Cache,
     pub(crate) drain: DrainRate,
     /// Percent of the sequences that bulk cannot have.
@@ -68,42 +69,27 @@ pub(crate) struct Shared {
 
 /// The life of the batcher thread: until preprocessing has ended and all that
 /// waits has been handed on.
-pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
+pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, shared: Shared) {
     let mut batcher = Batcher {
-        scheduler: Scheduler::new(policy),
+        scheduler: Scheduler::new(policy, engines.len()),
         sequences: WaitingSequences::new(shared.interactive_reserve),
         known: HashMap::new(),
-        running: None,
+        engines: Engines::new(engines),
         batch_id: 0,
         shared,
     };
-    let (mut free, mut draining) = (false, false);
+    let mut draining = false;
     loop {
         let now = Instant::now();
         batcher.expire(now);
-        let mut wake = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
-        if free {
-            let steps = batcher.sequences.steps();
-            match batcher.scheduler.next(now, draining, steps) {
-                Next::Run(picked) => {
-                    if let Some(batch) = batcher.form(picked, now) {
-                        free = false;
-                        hand_over(channels, Turn::Batch(batch));
-                    }
-                    continue;
-                }
-                Next::Step => {
-                    free = false;
-                    let joining = batcher.join(now);
-                    hand_over(channels, Turn::Step(joining));
-                    continue;
-                }
-                Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
-                Next::Idle if draining => return,
-                Next::Idle => {}
-            }
-        }
-        match wait(channels, !free, draining, wake) {
+        let wake = match batcher.feed(now, draining) {
+            Fed::Given => continue,
+            Fed::Nothing if draining && batcher.engines.all_free() => return,
+            Fed::Nothing => None,
+            Fed::WaitUntil(at) => Some(at),
+        };
+        let deadline = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
+        match wait(channels, draining, earlier(deadline, wake)) {
             Event::Job(job) => {
                 batcher.push(job);
                 // Everything that has arrived by now belongs in the decision.
@@ -112,52 +98,44 @@ pub(crate) fn run(policy: Policy, channels: &Channels, shared: Shared) {
                 }
                 batcher.show();
             }
-            Event::Slot(slot) => {
-                batcher.ended(slot);
-                free = true;
+            Event::Notice(Notice::Free(slot)) => batcher.ended(slot),
+            Event::Notice(Notice::Gone(device)) => {
+                batcher.gone(device);
+                if batcher.engines.is_empty() {
+                    return batcher.refuse_all(channels);
+                }
             }
             Event::Bell => batcher.sweep(Instant::now()),
             Event::NoMoreJobs => draining = true,
-            Event::EngineGone => return batcher.refuse_all(channels),
+            Event::EnginesGone => return batcher.refuse_all(channels),
             Event::Tick => {}
         }
     }
 }
 
-/// Gives the engine its turn; if it has ended, says so to whoever was in it.
-fn hand_over(channels: &Channels, turn: Turn) {
-    let Err(refused) = channels.turns.send(turn) else {
-        return;
-    };
-    match refused.into_inner() {
-        Turn::Batch(batch) => {
-            for unit in batch.units {
-                unit.crowd.refuse(&Error::NotReady);
-            }
-        }
-        Turn::Step(joining) => {
-            for sequence in joining {
-                sequence.finish(Err(Error::NotReady));
-            }
-        }
-    }
+/// What came of looking for work for the engines that are free.
+enum Fed {
+    /// One of them has its turn, or what waits has changed: look again.
+    Given,
+    /// A batch may still fill up until then.
+    WaitUntil(Instant),
+    /// Nothing waits, or no engine is free.
+    Nothing,
 }
 
 /// All that can happen to the batcher.
 enum Event {
     Job(Arrival),
-    Slot(Slot),
+    Notice(Notice),
     Bell,
     NoMoreJobs,
-    EngineGone,
+    EnginesGone,
     Tick,
 }
 
-/// Waits for the next event. A channel is listened to only while it can say
-/// something new: slots while there is none, jobs until they have ended.
-fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Instant>) -> Event {
+/// Waits for the next event. Jobs are listened to until they have ended.
+fn wait(channels: &Channels, draining: bool, wake: Option<Instant>) -> Event {
     let never_jobs = crossbeam_channel::never();
-    let never_slots = crossbeam_channel::never();
     let never_bell = crossbeam_channel::never();
     let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
     let (jobs, bell) = if draining {
@@ -166,14 +144,9 @@ fn wait(channels: &Channels, want_slot: bool, draining: bool, wake: Option<Insta
     } else {
         (&channels.jobs, &channels.bell)
     };
-    let slots = if want_slot {
-        &channels.slots
-    } else {
-        &never_slots
-    };
     select! {
         recv(jobs) -> job => job.map_or(Event::NoMoreJobs, Event::Job),
-        recv(slots) -> slot => slot.map_or(Event::EngineGone, Event::Slot),
+        recv(channels.notices) -> notice => notice.map_or(Event::EnginesGone, Event::Notice),
         recv(bell) -> ring => ring.map_or(Event::Tick, |()| Event::Bell),
         recv(tick) -> _ => Event::Tick,
     }
@@ -194,17 +167,13 @@ struct Waiting {
 /// Where work is that others may join.
 struct Known {
     crowd: Arc<Crowd>,
-    /// `None` while it runs.
-    place: Option<Place>,
+    at: At,
 }
 
-/// A batch at the engine.
-struct Running {
-    id: u64,
-    units: Vec<(Key, Arc<Crowd>)>,
-    stopping: bool,
-    /// The earliest deadline among its callers.
-    deadline: Option<Instant>,
+#[derive(Clone, Copy)]
+enum At {
+    Queue(Place),
+    Engine(DeviceIdx),
 }
 
 struct Batcher {
@@ -212,12 +181,38 @@ struct Batcher {
     sequences: WaitingSequences,
     /// By what it is, so that identical work is found.
     known: HashMap<Key, Known>,
-    running: Option<Running>,
+    engines: Engines,
     batch_id: u64,
     shared: Shared,
 }
 
 impl Batcher {
+    /// Gives the engine that has been free longest and has something to do its
+    /// turn.
+    fn feed(&mut self, now: Instant, draining: bool) -> Fed {
+        let mut wake = None;
+        for device in self.engines.free() {
+            let steps = self.sequences.steps(device);
+            match self.scheduler.next(device, now, draining, steps) {
+                Next::Run(picked) => {
+                    if let Some((batch, running)) = self.form(device, picked, now) {
+                        let turn = Turn::Batch(batch);
+                        self.engines.give(device, turn, Some(running));
+                    }
+                    return Fed::Given;
+                }
+                Next::Step => {
+                    let joining = self.join(device, now);
+                    self.engines.give(device, Turn::Step(joining), None);
+                    return Fed::Given;
+                }
+                Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
+                Next::Idle => {}
+            }
+        }
+        wake.map_or(Fed::Nothing, Fed::WaitUntil)
+    }
+
     fn push(&mut self, arrival: Arrival) {
         match arrival {
             Arrival::Row(job) => self.push_row(job),
@@ -241,9 +236,9 @@ impl Batcher {
         self.sequences.push(sequence, now);
     }
 
-    /// The sequences that join the next step.
-    fn join(&mut self, now: Instant) -> Vec<Sequence> {
-        let joining = self.sequences.join(now);
+    /// The sequences that join the engine's next step.
+    fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
+        let joining = self.sequences.join(device, now);
         for sequence in &joining {
             let waited = now.saturating_duration_since(sequence.ticket.entered_at);
             self.shared.metrics.queued(sequence.ticket.class, waited);
@@ -305,8 +300,8 @@ impl Batcher {
             },
         };
         let crowd = Arc::clone(&entry.item.crowd);
-        let place = Some(self.scheduler.queue.push(class, graph, entry));
-        self.known.insert(key, Known { crowd, place });
+        let at = At::Queue(self.scheduler.queue.push(class, graph, entry));
+        self.known.insert(key, Known { crowd, at });
     }
 
     /// Somebody more urgent has joined: the work moves up to where they would
@@ -315,25 +310,35 @@ impl Batcher {
         let Some(known) = self.known.get_mut(key) else {
             return;
         };
-        let Some(place) = known.place else {
-            // It runs already; whoever joined must be told in time all the same.
-            if let Some(running) = &mut self.running {
-                running.deadline = earlier(running.deadline, deadline);
+        let place = match known.at {
+            At::Queue(place) => place,
+            At::Engine(device) => {
+                // It runs already; whoever joined must be told in time all the same.
+                if let Some(running) = self.engines.running(device) {
+                    running.deadline = earlier(running.deadline, deadline);
+                }
+                return;
             }
-            return;
         };
         let Some(entry) = self.scheduler.queue.get(&place) else {
             return;
         };
         let class = class.min(place.class);
         let deadline = earlier(entry.deadline, deadline);
-        if class != place.class || deadline != entry.deadline {
-            known.place = self.scheduler.promote(&place, class, deadline);
+        if (class != place.class || deadline != entry.deadline)
+            && let Some(moved) = self.scheduler.promote(&place, class, deadline)
+        {
+            known.at = At::Queue(moved);
         }
     }
 
     /// Makes the batch that was picked, without those who are late or gone.
-    fn form(&mut self, picked: Picked<Waiting>, now: Instant) -> Option<Batch> {
+    fn form(
+        &mut self,
+        device: DeviceIdx,
+        picked: Picked<Waiting>,
+        now: Instant,
+    ) -> Option<(Batch, Running)> {
         let metrics = &self.shared.metrics;
         for entry in picked.late {
             let Waiting { key, crowd } = entry.item;
@@ -364,7 +369,7 @@ impl Batcher {
             };
             let place = self.scheduler.queue.push(class, picked.graph, entry);
             if let Some(known) = self.known.get_mut(&key) {
-                known.place = Some(place);
+                known.at = At::Queue(place);
             }
         }
         let mut units = Vec::with_capacity(picked.rows.len());
@@ -384,7 +389,7 @@ impl Batcher {
             metrics.queued(class, waited);
             metrics.totals().waited(waited);
             if let Some(known) = self.known.get_mut(&key) {
-                known.place = None;
+                known.at = At::Engine(device);
             }
             deadline = earlier(deadline, left.deadline);
             units.push(Unit {
@@ -396,43 +401,36 @@ impl Batcher {
         }
         self.show();
         if units.is_empty() {
-            self.scheduler.ended(now);
+            self.scheduler.ended(device, now);
             return None;
         }
         self.batch_id += 1;
         self.shared
             .metrics
             .batch(picked.graph, units.len(), picked.bucket, picked.close);
-        self.running = Some(Running {
+        let running = Running {
             id: self.batch_id,
             units: running,
             stopping: false,
             deadline,
-        });
-        Some(Batch {
+        };
+        let batch = Batch {
             id: self.batch_id,
             graph: picked.graph,
             bucket: picked.bucket,
             units,
-        })
+        };
+        Some((batch, running))
     }
 
-    /// The engine is free: it is done with what ran.
+    /// An engine is free: it is done with what it ran.
     fn ended(&mut self, slot: Slot) {
-        let now = Instant::now();
-        if let Some(running) = self.running.take() {
-            for (key, crowd) in running.units {
-                // Unless the same work waits again, for those who came after
-                // the answer.
-                if let Some(known) = self.known.get(&key)
-                    && Arc::ptr_eq(&known.crowd, &crowd)
-                {
-                    self.known.remove(&key);
-                }
-            }
+        let (device, now) = (slot.device, Instant::now());
+        if let Some(running) = self.engines.freed(device, now) {
+            forget(&mut self.known, &running);
         }
-        self.scheduler.ended(now);
-        self.sequences.at_engine(slot.sequences);
+        self.scheduler.ended(device, now);
+        self.sequences.at_engine(device, slot.sequences);
         let pace = &mut self.scheduler.pace;
         for warm in slot.warm {
             pace.warmed(warm.graph, warm.bucket, warm.elapsed, now);
@@ -440,23 +438,40 @@ impl Batcher {
         for ran in slot.runs {
             pace.ran(ran.graph, ran.bucket, ran.n_rows, ran.elapsed, now);
         }
-        if let Some(rate) = pace.rate() {
-            self.shared.drain.set(rate);
-            self.shared.metrics.drain_rate(rate);
-        }
-        if slot.largest < self.scheduler.largest() {
-            self.scheduler.limit(slot.largest);
+        self.show_rate();
+        if slot.largest < self.scheduler.largest(device) {
+            self.scheduler.limit(device, slot.largest);
         }
     }
 
-    /// The next deadline, in the queue or at the engine.
+    /// An engine takes no more turns. What waits is for the others.
+    fn gone(&mut self, device: DeviceIdx) {
+        if let Some(running) = self.engines.remove(device) {
+            forget(&mut self.known, &running);
+            // Those whom it had not begun to serve; all others it has told.
+            for (_, crowd) in running.units {
+                crowd.refuse(&Error::NotReady);
+            }
+        }
+        self.scheduler.gone(device);
+        self.sequences.gone(device);
+        self.show_rate();
+    }
+
+    fn show_rate(&self) {
+        if let Some(rate) = self.scheduler.rate() {
+            self.shared.drain.set(rate);
+            self.shared.metrics.drain_rate(rate);
+        }
+    }
+
+    /// The next deadline, in the queue or at an engine.
     fn next_deadline(&self) -> Option<Instant> {
-        let running = self.running.as_ref().and_then(|running| running.deadline);
         let waiting = earlier(
             self.scheduler.next_deadline(),
             self.sequences.next_deadline(),
         );
-        earlier(waiting, running)
+        earlier(waiting, self.engines.next_deadline())
     }
 
     /// Answers those whose time is up.
@@ -470,8 +485,7 @@ impl Batcher {
         }
         self.sequences
             .expire(now, |error| self.shared.metrics.dead(error));
-        let late = |running: &Running| running.deadline.is_some_and(|deadline| deadline <= now);
-        if self.running.as_ref().is_some_and(late) {
+        if self.engines.next_deadline().is_some_and(|at| at <= now) {
             self.sweep_running(now);
         }
     }
@@ -503,34 +517,27 @@ impl Batcher {
             // but keeps its class.
             let key = entry.item.key.clone();
             let moved = self.scheduler.promote(place, place.class, left.deadline);
-            if let Some(known) = self.known.get_mut(&key) {
-                known.place = moved;
+            if let (Some(known), Some(moved)) = (self.known.get_mut(&key), moved) {
+                known.at = At::Queue(moved);
             }
         }
     }
 
     fn sweep_running(&mut self, now: Instant) {
-        let Some(running) = &mut self.running else {
-            return;
-        };
         let metrics = &self.shared.metrics;
-        let (mut n_tickets, mut deadline) = (0, None);
-        for (_, crowd) in &running.units {
-            let left = crowd.sweep(now, Stage::Engine, |error| metrics.dead(error));
-            n_tickets += left.n_tickets;
-            deadline = earlier(deadline, left.deadline);
-        }
-        running.deadline = deadline;
-        if n_tickets == 0 && !running.stopping {
-            running.stopping = true;
-            self.shared.stop.request(running.id);
-            // Whoever comes now wants a run that is not stopped.
-            for (key, crowd) in &running.units {
-                if let Some(known) = self.known.get(key)
-                    && Arc::ptr_eq(&known.crowd, crowd)
-                {
-                    self.known.remove(key);
-                }
+        for (running, stop) in self.engines.all_running() {
+            let (mut n_tickets, mut deadline) = (0, None);
+            for (_, crowd) in &running.units {
+                let left = crowd.sweep(now, Stage::Engine, |error| metrics.dead(error));
+                n_tickets += left.n_tickets;
+                deadline = earlier(deadline, left.deadline);
+            }
+            running.deadline = deadline;
+            if n_tickets == 0 && !running.stopping {
+                running.stopping = true;
+                stop.request(running.id);
+                // Whoever comes now wants a run that is not stopped.
+                forget(&mut self.known, running);
             }
         }
     }
@@ -542,7 +549,7 @@ impl Batcher {
         }
     }
 
-    /// The engine has ended before its time: whoever waits, and whoever still
+    /// The last engine has ended before its time: whoever waits, and whoever still
     /// comes, is told.
     fn refuse_all(mut self, channels: &Channels) {
         for place in self.scheduler.queue.places() {
@@ -559,6 +566,18 @@ impl Batcher {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+        }
+    }
+}
+
+/// Nobody can join this run any more. The same work may be known elsewhere: for
+/// those who came after the answer, or after all others had gone.
+fn forget(known: &mut HashMap<Key, Known>, running: &Running) {
+    for (key, crowd) in &running.units {
+        if let Some(found) = known.get(key)
+            && Arc::ptr_eq(&found.crowd, crowd)
+        {
+            known.remove(key);
         }
     }
 }

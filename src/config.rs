@@ -97,15 +97,20 @@ pub struct ModelConfig {
     )]
     pub execution_provider: Provider,
 
-    /// Which GPU, counted from 0
+    /// Which GPUs, counted from 0, at most 16. Each has the whole model and an
+    /// engine of its own, and all take from the one queue; a GPU that fails is
+    /// taken out while the others go on. On the CPU each number is one more
+    /// engine with --intra-op-threads, for tests and for machines with several
+    /// sockets; auto takes one engine where it takes the CPU
     #[arg(
-        long,
+        long = "device-id",
         env = "IMAGEGPT_DEVICE_ID",
-        default_value_t = 0,
-        value_name = "N",
+        default_value = "0",
+        value_name = "N,N",
+        value_delimiter = ',',
         value_parser = clap::value_parser!(i32).range(0..1024)
     )]
-    pub device_id: i32,
+    pub device_ids: Vec<i32>,
 
     /// What the model may take of a GPU's memory, weights included; 0 for all.
     /// Generation's keys and values count too
@@ -125,7 +130,7 @@ pub struct ModelConfig {
     pub cuda_graphs: CudaGraphs,
 
     /// Threads of one model run on the CPU; 0 takes one a physical core. Lower
-    /// it when several workers share a machine
+    /// it when several workers share a machine, or several engines a worker
     #[arg(
         long,
         env = "IMAGEGPT_INTRA_OP_THREADS",
@@ -369,10 +374,10 @@ impl BatchingConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
 pub struct GenerationConfig {
-    /// Images that are generated at one time; more wait for a place. A step of
-    /// all of them takes little longer than one of a single image while reading
-    /// the weights is most of it. 0 turns generation off and saves the memory of
-    /// its graph
+    /// Images that each device generates at one time; more wait for a place. A
+    /// step of all of them takes little longer than one of a single image while
+    /// reading the weights is most of it. 0 turns generation off and saves the
+    /// memory of its graph
     #[arg(
         long,
         env = "IMAGEGPT_GENERATE_SLOTS",
@@ -382,9 +387,9 @@ pub struct GenerationConfig {
     )]
     pub generate_slots: u16,
 
-    /// What the keys and values of these images may take; there are fewer places
-    /// if it does not suffice. imagegpt-small keeps 96 MiB an image in fp32, half
-    /// of that in fp16. On a CPU memory is taken as it is used
+    /// What the keys and values of these images may take on each device; there
+    /// are fewer places if it does not suffice. imagegpt-small keeps 96 MiB an
+    /// image in fp32, half of that in fp16. On a CPU memory is taken as it is used
     #[arg(
         long,
         env = "IMAGEGPT_GENERATE_CACHE_BYTES",
@@ -567,6 +572,9 @@ pub enum LogFormat {
 }
 
 const DAY: Duration = Duration::from_hours(24);
+/// As many GPUs as the largest machines have; each is a thread and a copy of the
+/// model.
+const DEVICES_MAX: usize = 16;
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
@@ -694,6 +702,20 @@ impl ModelConfig {
                     .to_owned(),
             ));
         }
+        let ids = &self.device_ids;
+        if ids.len() > DEVICES_MAX {
+            return Err(ConfigError(format!(
+                "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several",
+                ids.len()
+            )));
+        }
+        for (idx, id) in ids.iter().enumerate() {
+            if ids[..idx].contains(id) {
+                return Err(ConfigError(format!(
+                    "--device-id has {id} twice; one engine is what a device can do"
+                )));
+            }
+        }
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
                 return Err(ConfigError(format!(
@@ -804,6 +826,14 @@ mod tests {
             "--fake-engine has no features",
         );
         check(&["--listen", "localhost:80"], "an IP address and a port");
+        check(&["--device-id", "0,3"], "fine");
+        check(&["--device-id", "1,0,1"], "--device-id has 1 twice");
+        check(&["--device-id", "0,1024"], "1024 is not in 0..1024");
+        let many: Vec<String> = (0..17).map(|id| id.to_string()).collect();
+        check(
+            &["--device-id", &many.join(",")],
+            "--device-id has 17 devices; a worker has at most 16",
+        );
         check(
             &["--execution-provider", "tpu"],
             "[possible values: auto, cpu, cuda]",

@@ -2,11 +2,13 @@
 //!
 //! The engine lives on one named thread that owns it (`runner.rs`), because
 //! ONNX Runtime's `Session::run` takes `&mut self`: a lock around it would only
-//! move the queue to where nothing can see it.
+//! move the queue to where nothing can see it. Several devices are several such
+//! threads, which one batcher feeds.
 
 pub mod attention;
 mod buckets;
 mod decoder;
+pub mod devices;
 pub mod fake;
 pub mod onnx;
 pub(crate) mod runner;
@@ -18,6 +20,7 @@ use std::time::Duration;
 
 pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
+use crate::error::Error;
 use crate::generation::Sequence;
 use crate::job::{Crowd, Norm, Want};
 
@@ -254,6 +257,10 @@ pub enum EngineError {
 /// Makes the engine, on the engine's own thread.
 pub type EngineFactory = Box<dyn FnOnce() -> Result<Box<dyn Engine>, EngineError> + Send>;
 
+/// Which of a worker's engines: its place in `--device-id`, counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DeviceIdx(pub usize);
+
 /// A batch on its way to the engine.
 #[derive(Debug)]
 pub struct Batch {
@@ -283,6 +290,24 @@ pub enum Turn {
     Step(Vec<Sequence>),
 }
 
+impl Turn {
+    /// Gives everybody in it the same bad news.
+    pub(crate) fn refuse(self, error: &Error) {
+        match self {
+            Self::Batch(batch) => {
+                for unit in batch.units {
+                    unit.crowd.refuse(error);
+                }
+            }
+            Self::Step(joining) => {
+                for sequence in joining {
+                    sequence.finish(Err(error.clone()));
+                }
+            }
+        }
+    }
+}
+
 /// The sequences that an engine has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sequences {
@@ -294,10 +319,19 @@ pub struct Sequences {
     pub bulk: usize,
 }
 
-/// The engine's word that it is free for one batch, and what it did since the
+/// What engines tell the batcher.
+#[derive(Debug)]
+pub enum Notice {
+    Free(Slot),
+    /// The engine takes no more turns. The last thing that it says.
+    Gone(DeviceIdx),
+}
+
+/// An engine's word that it is free for one batch, and what it did since the
 /// last one.
 #[derive(Debug)]
 pub struct Slot {
+    pub device: DeviceIdx,
     /// Runs of the warm-up; in the first slot only.
     pub warm: Vec<Warm>,
     /// Runs that succeeded.
@@ -316,16 +350,17 @@ pub struct Ran {
     pub elapsed: Duration,
 }
 
-/// Where the engine is in its life.
+/// Where a worker's engines are in their life, all taken together.
 #[derive(Debug, Clone)]
 pub enum State {
     /// Loading and warming up.
     Loading,
-    /// Serving.
+    /// All were loaded, and one at least still serves.
     Ready(Facts),
     /// Ended in good order after the last batch.
     Stopped,
-    /// Never started, or ended before its time; the process should end too.
+    /// One was never started, or the last has ended before its time; the process
+    /// should end too.
     Failed(Failure),
 }
 

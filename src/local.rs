@@ -14,7 +14,7 @@ use crate::engine::onnx;
 use crate::head::Head;
 use crate::model::Model;
 use crate::rpc;
-use crate::worker::{Worker, engine_factory};
+use crate::worker::{Worker, engines};
 
 /// The flags of a worker for this process alone. `defaults` hold unless `more`,
 /// flags of `imagegpt serve` that are split at spaces, says otherwise.
@@ -83,11 +83,11 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         for head in &heads {
             head.check(&model)?;
         }
-        Ok((model, heads))
+        let engines = engines(&owned, &model, &heads)?;
+        Ok((model, heads, engines))
     };
-    let (model, heads) = tokio::task::spawn_blocking(load).await??;
-    let factory = engine_factory(config, &model, &heads);
-    let mut worker = Worker::start(config, model, heads, factory).await?;
+    let (model, heads, engines) = tokio::task::spawn_blocking(load).await??;
+    let mut worker = Worker::start(config, model, heads, engines).await?;
     tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
     worker.ready().await.context("the model cannot be served")?;
     Ok(worker)

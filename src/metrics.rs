@@ -10,6 +10,7 @@ pub mod totals;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
@@ -48,6 +49,7 @@ const DRAIN_RATE: &str = "imagegpt_drain_rate_images_per_second";
 const ENGINE_FAULTS: &str = "imagegpt_engine_faults_total";
 const RUNS_STOPPED: &str = "imagegpt_runs_stopped_total";
 const CANARIES: &str = "imagegpt_canary_runs_total";
+const DEVICE_UP: &str = "imagegpt_device_up";
 const READY: &str = "imagegpt_ready";
 const MODEL_LOAD_DURATION: &str = "imagegpt_model_load_duration_seconds";
 const MODEL_INFO: &str = "imagegpt_model_info";
@@ -188,6 +190,8 @@ struct Handles {
     queue_duration: BTreeMap<Class, Histogram>,
     batch_size_max: Gauge,
     engine_fallback: BTreeMap<&'static str, Gauge>,
+    /// What that gauge shows, since gauges cannot be read.
+    batch_size_smallest: AtomicUsize,
     batch_padding: Counter,
     coalesced: Counter,
     cache_lookups: BTreeMap<bool, Counter>,
@@ -331,13 +335,14 @@ impl Registry<'_> {
             (QUEUE_DEPTH, "Images that wait for the engine, by class."),
             (
                 BATCH_SIZE_MAX,
-                "The largest batch that is formed; below --max-batch-size after memory ran out.",
+                "The largest batch that every device takes; below --max-batch-size after memory ran out.",
             ),
             (CACHE_BYTES, "Bytes of answers that are kept."),
             (
                 DRAIN_RATE,
-                "Images per second that the engine answers while it is busy.",
+                "Images per second that all engines answer while they are busy.",
             ),
+            (DEVICE_UP, "1 while a device takes work, else 0."),
             (READY, "1 while the worker serves, else 0."),
             (
                 ENGINE_FALLBACK,
@@ -422,6 +427,7 @@ impl Metrics {
                     (label, registry.gauge(ENGINE_FALLBACK, &[("kind", label)]))
                 })
                 .into(),
+            batch_size_smallest: AtomicUsize::new(usize::MAX),
             batch_padding: registry.counter(BATCH_PADDING, &[]),
             coalesced: registry.counter(COALESCED, &[]),
             cache_lookups: [(true, "hit"), (false, "miss")]
@@ -580,14 +586,31 @@ impl Metrics {
         }
     }
 
-    /// The engine answers so many images a second while it is busy.
+    /// All engines answer so many images a second while they are busy.
     pub fn drain_rate(&self, images_per_second: f64) {
         self.0.drain_rate.set(images_per_second);
     }
 
-    /// The largest batch that is formed from now on.
+    /// The largest batch that every device takes.
     pub fn batch_size_max(&self, images: usize) {
+        self.0.batch_size_smallest.store(images, Ordering::Relaxed);
         self.0.batch_size_max.set(as_f64(images));
+    }
+
+    /// A device takes no larger batches any more.
+    pub fn batch_size_lowered(&self, images: usize) {
+        let smallest = &self.0.batch_size_smallest;
+        let before = smallest.fetch_min(images, Ordering::Relaxed);
+        self.0.batch_size_max.set(as_f64(before.min(images)));
+    }
+
+    /// A device began or ceased to take work.
+    pub fn device_up(&self, id: i32, up: bool) {
+        let labels = vec![Label::new("device", id.to_string())];
+        self.0
+            .recorder
+            .register_gauge(&Key::from_parts(DEVICE_UP, labels), &Registry::METADATA)
+            .set(if up { 1.0 } else { 0.0 });
     }
 
     /// A run failed.

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::engine::devices::{Device, Devices};
 use crate::engine::{Facts, Failure, State};
 
 /// A view of the worker's state that any part may hold.
 #[derive(Debug, Clone)]
 pub struct Readiness {
-    engine: watch::Receiver<State>,
+    devices: watch::Receiver<Devices>,
     phase: watch::Receiver<Phase>,
 }
 
@@ -29,13 +30,13 @@ enum Phase {
 /// Why the worker is not ready, or does not serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unready {
-    /// The engine loads and warms up.
+    /// The engines load and warm up.
     Loading,
     /// The worker was asked to end, and still serves whoever has not noticed.
     Leaving,
     /// The worker was asked to end and takes no new work.
     Draining,
-    /// The engine has ended before its time.
+    /// The last engine, or a stage, has ended before its time.
     Failed,
 }
 
@@ -73,11 +74,11 @@ impl Drain {
 }
 
 impl Readiness {
-    /// Readiness of the engine with this state, and the means to end it.
+    /// Readiness of a worker with these devices, and the means to end it.
     #[must_use]
-    pub fn new(engine: watch::Receiver<State>) -> (Self, Drain) {
+    pub fn new(devices: watch::Receiver<Devices>) -> (Self, Drain) {
         let (drain, phase) = watch::channel(Phase::Staying);
-        (Self { engine, phase }, Drain(Arc::new(drain)))
+        (Self { devices, phase }, Drain(Arc::new(drain)))
     }
 
     /// Whether the worker is ready, as probes and load balancers ask, with what
@@ -103,21 +104,24 @@ impl Readiness {
         if *self.phase.borrow() == Phase::Draining {
             return Err(Unready::Draining);
         }
-        match &*self.engine.borrow() {
-            State::Ready(facts) => Ok(facts.clone()),
+        match self.devices.borrow().state() {
+            State::Ready(facts) => Ok(facts),
             State::Loading => Err(Unready::Loading),
             State::Stopped => Err(Unready::Draining),
             State::Failed(_) => Err(Unready::Failed),
         }
     }
 
-    /// Why the engine has failed, if it has.
+    /// Why the worker can do no more, if so.
     #[must_use]
     pub fn failure(&self) -> Option<Failure> {
-        match &*self.engine.borrow() {
-            State::Failed(failure) => Some(failure.clone()),
-            _ => None,
-        }
+        self.devices.borrow().failure().cloned()
+    }
+
+    /// The devices one by one.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Device> {
+        self.devices.borrow().each().to_vec()
     }
 
     /// Waits until no new work is taken because the worker ends; for ever if
@@ -132,9 +136,9 @@ impl Readiness {
     /// Waits until readiness may have changed. Pends for ever once nothing
     /// can change any more.
     pub async fn changed(&mut self) {
-        let (engine, phase) = (&mut self.engine, &mut self.phase);
-        let engine = async {
-            if engine.changed().await.is_err() {
+        let (devices, phase) = (&mut self.devices, &mut self.phase);
+        let devices = async {
+            if devices.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
@@ -144,7 +148,7 @@ impl Readiness {
             }
         };
         tokio::select! {
-            () = engine => {}
+            () = devices => {}
             () = phase => {}
         }
     }
@@ -153,6 +157,7 @@ impl Readiness {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::DeviceIdx;
 
     fn facts() -> Facts {
         Facts {
@@ -167,10 +172,10 @@ mod tests {
 
     #[test]
     fn a_worker_that_leaves_serves_on_until_it_drains() {
-        let (engine, state) = watch::channel(State::Loading);
-        let (readiness, drain) = Readiness::new(state);
+        let (engine, devices) = watch::channel(Devices::loading([0]));
+        let (readiness, drain) = Readiness::new(devices);
         assert_eq!(readiness.get().err(), Some(Unready::Loading));
-        engine.send_replace(State::Ready(facts()));
+        engine.send_modify(|devices| devices.loaded(DeviceIdx(0), &facts()));
         assert!(readiness.get().is_ok() && readiness.serving().is_ok());
         drain.leave();
         assert_eq!(readiness.get().err(), Some(Unready::Leaving));
@@ -183,8 +188,8 @@ mod tests {
 
     #[tokio::test]
     async fn drained_waits_for_the_drain_alone() {
-        let (_engine, state) = watch::channel(State::Ready(facts()));
-        let (mut readiness, drain) = Readiness::new(state);
+        let (_engine, devices) = watch::channel(Devices::loading([0]));
+        let (mut readiness, drain) = Readiness::new(devices);
         drain.leave();
         tokio::select! {
             biased;

@@ -542,6 +542,12 @@ impl Service {
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
             fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
+            devices: self
+                .readiness
+                .devices()
+                .iter()
+                .map(convert::device)
+                .collect(),
         })
     }
 }

@@ -20,11 +20,12 @@ use crate::batcher;
 use crate::batcher::policy::Policy;
 use crate::cache::Cache;
 use crate::config::{CudaGraphs, ServeConfig};
+use crate::engine::devices::{DeviceEngine, Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
 use crate::engine::{
-    self, Engine, EngineError, EngineFactory, Facts, Failure, FailureKind, State, Stop,
+    self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State, Stop, runtime,
 };
 use crate::head::Head;
 use crate::http::{self, Pages};
@@ -53,7 +54,7 @@ pub struct Worker {
     drain: Drain,
     occupancy: Occupancy,
     calls: rpc::Calls,
-    engine: watch::Receiver<State>,
+    devices: watch::Receiver<Devices>,
     server: tokio::task::JoinHandle<()>,
     stop: oneshot::Sender<()>,
     threads: Vec<JoinHandle<()>>,
@@ -67,8 +68,8 @@ struct Stages {
     door: Door,
     drain: DrainRate,
     cache: Cache,
-    engine: watch::Receiver<State>,
-    state: Arc<watch::Sender<State>>,
+    devices: watch::Receiver<Devices>,
+    reports: Reports,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -76,7 +77,7 @@ impl Stages {
     fn start(
         config: &ServeConfig,
         model: &Model,
-        factory: EngineFactory,
+        engines: Vec<DeviceEngine>,
         metrics: &Metrics,
     ) -> anyhow::Result<Self> {
         let limits = &config.limits;
@@ -97,31 +98,46 @@ impl Stages {
         // One ring, because two mean the same.
         let (bell_in, bell) = crossbeam_channel::bounded(1);
         let (door, pictures) = queue::queue(bell_in, metrics.clone());
-        // One engine, so one slot and one batch.
-        let (slots_in, slots) = crossbeam_channel::bounded(1);
-        let (turns_in, turns) = crossbeam_channel::bounded(1);
-        let (state, engine) = watch::channel(State::Loading);
-        // Whichever thread ends before its time ends the worker's readiness.
-        let state = Arc::new(state);
+        // An engine says at most that it is free and that it has ended.
+        let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
+        // Whichever thread ends before its time ends the worker's readiness; what
+        // becomes of devices they decide together.
+        let ids = engines.iter().map(|engine| engine.id);
+        let (reports, devices) = Reports::new(ids, metrics.clone());
         let batching = &config.batching;
         let buckets = batching.buckets();
-        let (stop, drain) = (Arc::new(Stop::default()), DrainRate::default());
+        metrics.batch_size_max(buckets.largest());
+        let drain = DrainRate::default();
         let cache = Cache::new(batching.cache_bytes.as_u64());
 
         let mut threads = Vec::new();
-        let runner = Runner {
-            slots: slots_in,
-            turns,
-            buckets: buckets.clone(),
-            canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
-            stop: Arc::clone(&stop),
-            cache: cache.clone(),
-            metrics: metrics.clone(),
-            state: Arc::clone(&state),
-        };
-        threads.push(spawn("engine", &state, move || {
-            runner::run(factory, runner);
-        })?);
+        let mut lines = Vec::new();
+        for (idx, engine) in engines.into_iter().enumerate() {
+            // One batch, after each slot.
+            let (turns_in, turns) = crossbeam_channel::bounded(1);
+            let stop = Arc::new(Stop::default());
+            let runner = Runner {
+                device: DeviceIdx(idx),
+                notices: notices_in.clone(),
+                turns,
+                buckets: buckets.clone(),
+                canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
+                stop: Arc::clone(&stop),
+                cache: cache.clone(),
+                metrics: metrics.clone(),
+                reports: reports.clone(),
+            };
+            let (name, factory) = (format!("engine-{}", engine.id), engine.factory);
+            threads.push(spawn(&name, &reports, move || {
+                runner::run(factory, runner);
+            })?);
+            lines.push(batcher::Line {
+                turns: turns_in,
+                stop,
+            });
+        }
+        // So that the batcher sees the last of them go.
+        drop(notices_in);
         let policy = Policy {
             buckets,
             max_queue_delay: batching.max_queue_delay,
@@ -131,23 +147,21 @@ impl Stages {
         let channels = batcher::Channels {
             jobs: tokens,
             bell,
-            slots,
-            turns: turns_in,
+            notices,
         };
         let shared = batcher::Shared {
-            stop,
             cache: cache.clone(),
             drain: drain.clone(),
             interactive_reserve: limits.interactive_reserve,
             metrics: metrics.clone(),
         };
-        threads.push(spawn("batcher", &state, move || {
-            batcher::run(policy, &channels, shared);
+        threads.push(spawn("batcher", &reports, move || {
+            batcher::run(policy, &channels, lines, shared);
         })?);
         for idx in 0..n_preprocess_threads(config) {
             let (preprocessor, pictures) = (Arc::clone(&preprocessor), Arc::clone(&pictures));
             let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
-            threads.push(spawn(&format!("preprocess-{idx}"), &state, move || {
+            threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
                 pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
             })?);
         }
@@ -155,8 +169,8 @@ impl Stages {
             door,
             drain,
             cache,
-            engine,
-            state,
+            devices,
+            reports,
             threads,
         })
     }
@@ -174,11 +188,18 @@ pub enum Ended {
     },
 }
 
-/// The engine that the flags ask for.
-#[must_use]
-pub fn engine_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
+/// The engines that the flags ask for, one a device.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[Head],
+) -> Result<Vec<DeviceEngine>, EngineError> {
     let Some(cost) = config.model.fake_engine else {
-        return onnx_factory(config, model, heads);
+        return onnx_engines(config, model, heads);
     };
     tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
     let n_slots = usize::from(config.generation.generate_slots);
@@ -188,20 +209,70 @@ pub fn engine_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> En
         delay: cost.fixed,
         can_copy: true,
     };
-    let script = Script {
-        sequences: (n_slots > 0).then_some(sequences),
-        ..cost.into()
+    let engine = |&id| {
+        let script = Script {
+            sequences: (n_slots > 0).then_some(sequences),
+            ..cost.into()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
     };
-    Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>))
+    Ok(config.model.device_ids.iter().map(engine).collect())
 }
 
-/// An engine for the model at hand, as the flags say.
-#[must_use]
-pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
-    let options = onnx::Options {
+/// Engines for the model at hand, as the flags say.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn onnx_engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[Head],
+) -> Result<Vec<DeviceEngine>, EngineError> {
+    let ids = &config.model.device_ids;
+    let options = onnx_options(config, model, heads);
+    let (provider, ids) = match (options.provider, ids.as_slice()) {
+        // Each engine would find out for itself, and a machine without GPUs would
+        // run its CPU several times over.
+        (onnx::Provider::Auto, [first, _, ..]) => {
+            let of_first = onnx::Options {
+                device_id: *first,
+                ..options.clone()
+            };
+            if onnx::auto_takes_cuda(&of_first)? {
+                (onnx::Provider::Cuda, ids.as_slice())
+            } else {
+                tracing::info!(
+                    device_ids = ?ids,
+                    "--execution-provider auto takes the CPU, which is one device"
+                );
+                (onnx::Provider::Auto, &ids[..1])
+            }
+        }
+        (provider, ids) => (provider, ids),
+    };
+    let engine = |&id| {
+        let options = onnx::Options {
+            provider,
+            device_id: id,
+            ..options.clone()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
+    };
+    Ok(ids.iter().map(engine).collect())
+}
+
+/// What all of the model's engines are made from.
+fn onnx_options(config: &ServeConfig, model: &Model, heads: &[Head]) -> onnx::Options {
+    onnx::Options {
         library: onnx::find_library(config.model.onnxruntime.as_deref()),
         provider: config.model.execution_provider,
-        device_id: config.model.device_id,
+        // Each engine has one of them.
+        device_id: 0,
         intra_op_threads: config.model.intra_op_threads.into(),
         graphs: model.graphs.clone(),
         positions: model.positions(),
@@ -219,13 +290,12 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
         gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
             .filter(|&limit| limit > 0),
         cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
-    };
-    Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
+    }
 }
 
 impl Worker {
-    /// Binds both ports and starts every stage. The engine loads on its own
-    /// thread meanwhile: see [`Worker::ready`].
+    /// Binds both ports and starts every stage. The engines load on their own
+    /// threads meanwhile: see [`Worker::ready`].
     ///
     /// # Errors
     ///
@@ -234,7 +304,7 @@ impl Worker {
         config: &ServeConfig,
         model: Model,
         heads: Vec<Head>,
-        factory: EngineFactory,
+        engines: Vec<DeviceEngine>,
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let network = &config.network;
@@ -244,8 +314,8 @@ impl Worker {
         let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
 
         let metrics = Metrics::new()?;
-        let stages = Stages::start(config, &model, factory, &metrics)?;
-        let (readiness, drain) = Readiness::new(stages.engine.clone());
+        let stages = Stages::start(config, &model, engines, &metrics)?;
+        let (readiness, drain) = Readiness::new(stages.devices.clone());
         let limits = &config.limits;
         let capacity = Capacity {
             images: limits.images_in_flight_max as usize,
@@ -266,7 +336,7 @@ impl Worker {
             tokio::spawn(http::serve(metrics_listener, pages)),
             tokio::spawn(keep_metrics(metrics.clone())),
             tokio::spawn(announce(
-                stages.engine.clone(),
+                stages.devices.clone(),
                 Arc::clone(&model),
                 metrics.clone(),
                 started,
@@ -291,13 +361,13 @@ impl Worker {
             connections: config.connections.clone(),
         };
         let (stop, stopped) = oneshot::channel();
-        let state = stages.state;
+        let reports = stages.reports;
         let server = tokio::spawn(async move {
             let stopped = async {
                 let _ = stopped.await;
             };
             if let Err(error) = rpc::serve(service, listener, options, stopped).await {
-                fail(&state, format!("the gRPC server ended: {error:#}"));
+                reports.fail(format!("the gRPC server ended: {error:#}"));
             }
         });
         Ok(Self {
@@ -307,7 +377,7 @@ impl Worker {
             drain,
             occupancy,
             calls,
-            engine: stages.engine,
+            devices: stages.devices,
             server,
             stop,
             threads: stages.threads,
@@ -322,10 +392,10 @@ impl Worker {
     /// Why it could not be loaded.
     pub async fn ready(&mut self) -> Result<Facts, EngineError> {
         let state = self
-            .engine
-            .wait_for(|state| !matches!(state, State::Loading))
+            .devices
+            .wait_for(|devices| !matches!(devices.state(), State::Loading))
             .await
-            .map(|state| state.clone());
+            .map(|devices| devices.state());
         match state {
             Ok(State::Ready(facts)) => Ok(facts),
             Ok(State::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
@@ -335,12 +405,14 @@ impl Worker {
         }
     }
 
-    /// Resolves with the reason when the engine fails; pends otherwise.
+    /// Resolves with the reason when the worker can do no more; pends otherwise.
     pub async fn failed(&mut self) -> Failure {
-        let failed = |state: &State| matches!(state, State::Failed(_));
-        match self.engine.wait_for(failed).await.as_deref() {
-            Ok(State::Failed(failure)) => failure.clone(),
-            _ => std::future::pending().await,
+        let failed = |devices: &Devices| devices.failure().is_some();
+        let devices = self.devices.wait_for(failed).await;
+        let failure = devices.ok().and_then(|devices| devices.failure().cloned());
+        match failure {
+            Some(failure) => failure,
+            None => std::future::pending().await,
         }
     }
 
@@ -430,29 +502,20 @@ async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 /// stages the line does not move.
 fn spawn(
     name: &str,
-    state: &Arc<watch::Sender<State>>,
+    reports: &Reports,
     body: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<JoinHandle<()>> {
-    let (state, thread_name) = (Arc::clone(state), name.to_owned());
+    let (reports, thread_name) = (reports.clone(), name.to_owned());
     let supervised = move || {
         if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(body)) {
             let panic = engine::panic_text(&*panic);
-            fail(
-                &state,
-                format!("the {thread_name} thread panicked: {panic}"),
-            );
+            reports.fail(format!("the {thread_name} thread panicked: {panic}"));
         }
     };
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(supervised)
         .with_context(|| format!("the thread {name} cannot be started"))
-}
-
-/// One of the worker's own parts has ended before its time.
-fn fail(state: &watch::Sender<State>, reason: String) {
-    let kind = FailureKind::Worker;
-    state.send_replace(State::Failed(Failure { kind, reason }));
 }
 
 async fn keep_metrics(metrics: Metrics) {
@@ -465,16 +528,16 @@ async fn keep_metrics(metrics: Metrics) {
 
 /// Tells the operator what was loaded, once it is.
 async fn announce(
-    mut engine: watch::Receiver<State>,
+    mut devices: watch::Receiver<Devices>,
     model: Arc<Model>,
     metrics: Metrics,
     started: Instant,
 ) {
-    let loaded = engine
-        .wait_for(|state| !matches!(state, State::Loading))
+    let loaded = devices
+        .wait_for(|devices| !matches!(devices.state(), State::Loading))
         .await
-        .map(|state| state.clone());
-    let Ok(State::Ready(facts)) = loaded else {
+        .map(|devices| (devices.state(), devices.n_serving()));
+    let Ok((State::Ready(facts), n_devices)) = loaded else {
         return;
     };
     let elapsed = started.elapsed();
@@ -486,6 +549,7 @@ async fn announce(
         model = model.name,
         digest = model.digest,
         execution_provider = facts.provider,
+        n_devices,
         onnxruntime = facts.runtime_version,
         dimension = facts.dimension,
         ?elapsed,

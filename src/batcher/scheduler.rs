@@ -1,15 +1,16 @@
-//! The queue, the policy and the measurements together: what the engine should
-//! run next.
+//! The queue, the policy and the measurements together: what an engine that is
+//! free should run next.
 //!
 //! Nothing here waits, answers or reads a clock, so that tests run days of
 //! traffic in a moment; `batcher.rs` gives it a thread.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::policy::{Decision, Ledger, Policy};
 use super::queue::{Entry, Lane, Place, Queue};
-use crate::engine::Graph;
+use crate::engine::{DeviceIdx, Graph};
 use crate::job::Class;
 use crate::metrics::Close;
 
@@ -19,13 +20,21 @@ pub struct Scheduler<T> {
     pub queue: Queue<T>,
     pub pace: Pace,
     policy: Policy,
+    /// What bulk is owed of the time of all engines together.
     ledger: Ledger,
-    /// The largest batch that the engine takes; lowered when its memory does
-    /// not suffice for more.
+    /// Those that live.
+    engines: BTreeMap<DeviceIdx, Engine>,
+}
+
+/// An engine, as far as it matters to what is run next.
+#[derive(Debug)]
+struct Engine {
+    /// The largest batch that it takes; lowered when its memory does not suffice
+    /// for more.
     largest: usize,
     running: Option<Running>,
-    /// The class in which both a batch and a step wait, and by how much engine
-    /// time, in seconds, batches are ahead of steps since then.
+    /// The class in which both a batch and a step wait for it, and by how much of
+    /// its time, in seconds, batches are ahead of steps since then.
     contended: Option<(Class, f64)>,
 }
 
@@ -35,6 +44,8 @@ struct Running {
     is_step: bool,
     bulk_waits: bool,
     started: Instant,
+    /// What it usually takes; nothing if that is not known.
+    typical: Duration,
     /// When it ends at the earliest, by what was measured.
     ends: Instant,
 }
@@ -50,7 +61,7 @@ pub struct Steps {
     pub since: Instant,
 }
 
-/// What to do while the engine is free.
+/// What to do with an engine that is free.
 #[derive(Debug)]
 pub enum Next<T> {
     Idle,
@@ -77,54 +88,78 @@ pub struct Picked<T> {
 
 impl<T> Scheduler<T> {
     #[must_use]
-    pub fn new(policy: Policy) -> Self {
+    pub fn new(policy: Policy, n_engines: usize) -> Self {
         let largest = policy.buckets.largest();
+        let engine = |idx| {
+            let engine = Engine {
+                largest,
+                running: None,
+                contended: None,
+            };
+            (DeviceIdx(idx), engine)
+        };
         Self {
             queue: Queue::default(),
             pace: Pace::default(),
             policy,
             ledger: Ledger::default(),
-            largest,
-            running: None,
-            contended: None,
+            engines: (0..n_engines).map(engine).collect(),
         }
     }
 
-    /// The largest batch that is formed now.
+    /// The largest batch that is formed now for an engine.
     #[must_use]
-    pub fn largest(&self) -> usize {
-        self.largest
+    pub fn largest(&self, device: DeviceIdx) -> usize {
+        self.engines.get(&device).map_or(1, |engine| engine.largest)
     }
 
     /// The engine takes no more than this from now on.
-    pub fn limit(&mut self, largest: usize) {
-        self.largest = self.policy.buckets.at_most(largest);
+    pub fn limit(&mut self, device: DeviceIdx, largest: usize) {
+        if let Some(engine) = self.engines.get_mut(&device) {
+            engine.largest = self.policy.buckets.at_most(largest);
+        }
     }
 
-    /// What to run now that the engine is free.
-    pub fn next(&mut self, now: Instant, draining: bool, steps: Option<Steps>) -> Next<T> {
+    /// The engine takes no more work.
+    pub fn gone(&mut self, device: DeviceIdx) {
+        self.engines.remove(&device);
+    }
+
+    /// Images per second while all engines are busy: they take from one queue, so
+    /// each had as many of the runs that were measured as it is fast.
+    #[must_use]
+    pub fn rate(&self) -> Option<f64> {
+        let n_engines = u32::try_from(self.engines.len()).unwrap_or(u32::MAX);
+        Some(self.pace.rate()? * f64::from(n_engines))
+    }
+
+    /// What this engine, which is free, should run.
+    pub fn next(
+        &mut self,
+        device: DeviceIdx,
+        now: Instant,
+        draining: bool,
+        steps: Option<Steps>,
+    ) -> Next<T> {
+        let largest = self.largest(device);
+        // What bulk is having elsewhere is paid when that ends.
+        let in_advance = self.bulk_at_engines();
         let lanes = self.queue.lanes();
         let bulk = lanes.iter().filter(|lane| lane.class == Class::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
-            let bucket = self.bucket(lane.graph, lane.len, now);
+            let bucket = self.bucket(lane.graph, lane.len, largest, now);
             // What was never seen to run is not owed on account.
             let cost = self.pace.typical(lane.graph, bucket);
             let cost = cost.unwrap_or(self.policy.bulk_wait_max);
             self.ledger
-                .bulk_is_owed(&self.policy, cost, lane.oldest, now)
+                .bulk_is_owed(&self.policy, in_advance + cost, lane.oldest, now)
         });
-        let decision = self.decide(&lanes, now, draining, bulk_owed);
-        self.contended = match (steps, decision) {
-            (Some(steps), Decision::Flush(class, ..)) if steps.class == class => {
-                let before = self.contended.filter(|(before, _)| *before == class);
-                Some(before.unwrap_or((class, 0.0)))
-            }
-            _ => None,
-        };
+        let decision = self.decide(&lanes, largest, now, draining, bulk_owed);
+        self.contend(device, steps, decision);
         if let Some(steps) = steps
-            && self.step_goes_first(decision, steps, bulk_owed, now)
+            && self.step_goes_first(device, decision, steps, bulk_owed, now)
         {
-            self.begin_step(steps, now);
+            self.begin_step(device, steps, now);
             return Next::Step;
         }
         match decision {
@@ -136,16 +171,45 @@ impl<T> Scheduler<T> {
                     .find(|lane| (lane.class, lane.graph) == (class, graph))
                     .map_or(1, |lane| lane.len);
                 let bulk_steps = steps.is_some_and(|steps| steps.bulk);
-                Next::Run(self.pick(class, graph, close, len, bulk_steps, now))
+                Next::Run(self.pick(device, class, graph, close, len, bulk_steps, now))
             }
         }
     }
 
-    fn decide(&self, lanes: &[Lane], now: Instant, draining: bool, bulk_owed: bool) -> Decision {
+    fn decide(
+        &self,
+        lanes: &[Lane],
+        largest: usize,
+        now: Instant,
+        draining: bool,
+        bulk_owed: bool,
+    ) -> Decision {
         // The size that a full queue would run at: where it is one image, as on
         // a CPU, nobody waits for company.
-        let full = |graph| self.bucket(graph, self.largest, now);
+        let full = |graph| self.bucket(graph, largest, largest, now);
         self.policy.decide(lanes, full, now, draining, bulk_owed)
+    }
+
+    /// Engine time that runs of bulk are about to take.
+    fn bulk_at_engines(&self) -> Duration {
+        let running = self.engines.values().filter_map(|engine| engine.running);
+        let bulk = running.filter(|running| running.class == Class::Bulk);
+        bulk.map(|running| running.typical).sum()
+    }
+
+    /// Keeps account for an engine for which both a batch and a step of one class
+    /// wait.
+    fn contend(&mut self, device: DeviceIdx, steps: Option<Steps>, decision: Decision) {
+        let Some(engine) = self.engines.get_mut(&device) else {
+            return;
+        };
+        engine.contended = match (steps, decision) {
+            (Some(steps), Decision::Flush(class, ..)) if steps.class == class => {
+                let before = engine.contended.filter(|(before, _)| *before == class);
+                Some(before.unwrap_or((class, 0.0)))
+            }
+            _ => None,
+        };
     }
 
     /// Whether a step goes before the batch that could be run. A step is short,
@@ -153,6 +217,7 @@ impl<T> Scheduler<T> {
     /// those of batches; within one, both get the same time.
     fn step_goes_first(
         &self,
+        device: DeviceIdx,
         decision: Decision,
         steps: Steps,
         bulk_owed: bool,
@@ -165,32 +230,48 @@ impl<T> Scheduler<T> {
             (Class::Interactive, Class::Bulk) => !bulk_owed,
             (Class::Bulk, Class::Interactive) => {
                 let cost = self.pace.floor(Graph::Generate, now).unwrap_or_default();
+                let cost = self.bulk_at_engines() + cost;
                 self.ledger
                     .bulk_is_owed(&self.policy, cost, steps.since, now)
             }
-            _ => self.contended.is_none_or(|(_, ahead)| ahead >= 0.0),
+            _ => {
+                let contended = self
+                    .engines
+                    .get(&device)
+                    .and_then(|engine| engine.contended);
+                contended.is_none_or(|(_, ahead)| ahead >= 0.0)
+            }
         }
     }
 
-    fn begin_step(&mut self, steps: Steps, now: Instant) {
+    fn begin_step(&mut self, device: DeviceIdx, steps: Steps, now: Instant) {
         self.ledger.served(steps.class, now);
-        let least = self.pace.floor(Graph::Generate, now);
-        self.running = Some(Running {
-            class: steps.class,
-            is_step: true,
-            bulk_waits: steps.bulk && steps.class != Class::Bulk
-                || self.queue.len_of(Class::Bulk) > 0,
-            started: now,
-            ends: now + least.unwrap_or_default(),
-        });
+        let least = self.pace.floor(Graph::Generate, now).unwrap_or_default();
+        let bulk_waits =
+            steps.bulk && steps.class != Class::Bulk || self.queue.len_of(Class::Bulk) > 0;
+        if let Some(engine) = self.engines.get_mut(&device) {
+            engine.running = Some(Running {
+                class: steps.class,
+                is_step: true,
+                bulk_waits,
+                started: now,
+                typical: least,
+                ends: now + least,
+            });
+        }
     }
 
-    fn bucket(&self, graph: Graph, n: usize, now: Instant) -> usize {
-        self.policy.bucket(graph, n, self.largest, &self.pace, now)
+    fn bucket(&self, graph: Graph, n: usize, largest: usize, now: Instant) -> usize {
+        self.policy.bucket(graph, n, largest, &self.pace, now)
     }
 
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "all that was found out on the way here"
+    )]
     fn pick(
         &mut self,
+        device: DeviceIdx,
         class: Class,
         graph: Graph,
         close: Close,
@@ -198,12 +279,13 @@ impl<T> Scheduler<T> {
         bulk_steps: bool,
         now: Instant,
     ) -> Picked<T> {
-        let mut bucket = self.bucket(graph, len, now);
+        let largest = self.largest(device);
+        let mut bucket = self.bucket(graph, len, largest, now);
         if class == Class::Interactive {
             let bulk = self.queue.len_in(Class::Bulk, graph);
             bucket = self
                 .policy
-                .shared_bucket(graph, bucket, len + bulk, self.largest, &self.pace);
+                .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
         }
         // The most urgent decides: a smaller batch if only that is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
@@ -222,14 +304,19 @@ impl<T> Scheduler<T> {
             };
             self.fill(other, graph, bucket, now, &mut rows, &mut late);
             self.ledger.served(class, now);
-            let least = self.pace.at_least(graph, bucket, now);
-            self.running = Some(Running {
-                class,
-                is_step: false,
-                bulk_waits: bulk_steps || self.queue.len_of(Class::Bulk) > 0,
-                started: now,
-                ends: now + least.unwrap_or_default(),
-            });
+            let bulk_waits = bulk_steps || self.queue.len_of(Class::Bulk) > 0;
+            let least = self.pace.at_least(graph, bucket, now).unwrap_or_default();
+            let typical = self.pace.typical(graph, bucket).unwrap_or_default();
+            if let Some(engine) = self.engines.get_mut(&device) {
+                engine.running = Some(Running {
+                    class,
+                    is_step: false,
+                    bulk_waits,
+                    started: now,
+                    typical,
+                    ends: now + least,
+                });
+            }
         }
         let needed = self.pace.at_least(graph, bucket, now).unwrap_or_default();
         Picked {
@@ -267,14 +354,17 @@ impl<T> Scheduler<T> {
         now + least <= deadline
     }
 
-    /// The engine has ended the batch that was picked last.
-    pub fn ended(&mut self, now: Instant) {
-        if let Some(running) = self.running.take() {
+    /// The engine has ended the batch that was picked for it last.
+    pub fn ended(&mut self, device: DeviceIdx, now: Instant) {
+        let Some(engine) = self.engines.get_mut(&device) else {
+            return;
+        };
+        if let Some(running) = engine.running.take() {
             let elapsed = now.saturating_duration_since(running.started);
             let bulk_waits = running.bulk_waits || self.queue.len_of(Class::Bulk) > 0;
             self.ledger
                 .ran(&self.policy, running.class, elapsed, bulk_waits);
-            if let Some((class, ahead)) = &mut self.contended
+            if let Some((class, ahead)) = &mut engine.contended
                 && *class == running.class
             {
                 let seconds = elapsed.as_secs_f64();
@@ -284,9 +374,9 @@ impl<T> Scheduler<T> {
     }
 
     /// How long work that comes now needs at least, if that is longer than its
-    /// deadline leaves: the rest of the present run, what goes before it, its
-    /// own run. By the shortest times that were measured lately, so that nobody
-    /// is refused who might have been served.
+    /// deadline leaves: the rest of the run that ends first, what goes before it,
+    /// shared out among the engines, its own run. By the shortest times that were
+    /// measured lately, so that nobody is refused who might have been served.
     #[must_use]
     pub fn too_late(
         &self,
@@ -296,13 +386,17 @@ impl<T> Scheduler<T> {
         now: Instant,
     ) -> Option<Duration> {
         let own = self.pace.floor(graph, now)?;
-        let present = self.running.map_or(Duration::ZERO, |running| {
-            running.ends.saturating_duration_since(now)
-        });
+        let rest = |engine: &Engine| {
+            engine.running.map_or(Duration::ZERO, |running| {
+                running.ends.saturating_duration_since(now)
+            })
+        };
+        let rests: Vec<Duration> = self.engines.values().map(rest).collect();
+        let largest = self.engines.values().map(|engine| engine.largest).max()?;
         let ahead = self.queue.ahead(class, graph, now, Some(deadline));
-        let batches = u32::try_from(ahead / self.largest.max(1)).unwrap_or(u32::MAX);
-        let each = self.pace.at_least(graph, self.largest, now);
-        let needed = present + each.unwrap_or_default() * batches + own;
+        let batches = u32::try_from(ahead / largest.max(1)).unwrap_or(u32::MAX);
+        let each = self.pace.at_least(graph, largest, now).unwrap_or_default();
+        let needed = begins_in(&rests, each, batches) + own;
         (now + needed > deadline).then_some(needed)
     }
 
@@ -323,6 +417,34 @@ impl<T> Scheduler<T> {
         let entry = Entry { deadline, ..entry };
         Some(self.queue.push(class, place.graph, entry))
     }
+}
+
+/// When a batch begins that comes after so many others, which take `each` and go
+/// to whichever engine is free first. The engines are busy for `rests`, of which
+/// there is one at least.
+fn begins_in(rests: &[Duration], each: Duration, batches: u32) -> Duration {
+    let first = rests.iter().min().copied().unwrap_or_default();
+    // Batches that have begun by then, where one engine would begin them all.
+    let begun = |within: Duration| -> u128 {
+        let on =
+            |rest: &Duration| Some((within.checked_sub(*rest)?).as_nanos() / each.as_nanos() + 1);
+        rests.iter().filter_map(on).sum()
+    };
+    if each.is_zero() {
+        return first;
+    }
+    // The earliest time by which it is one of them. The first engine alone is
+    // never sooner than all of them.
+    let (mut low, mut high) = (first, first + each * batches);
+    while low < high {
+        let middle = (low + high) / 2;
+        if begun(middle) > u128::from(batches) {
+            high = middle;
+        } else {
+            low = middle + Duration::from_nanos(1);
+        }
+    }
+    low
 }
 
 #[cfg(test)]

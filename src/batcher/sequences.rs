@@ -1,15 +1,16 @@
-//! Images to generate that wait for a slot at the engine, and how many are
-//! there.
+//! Images to generate that wait for a slot at an engine, and how many are where.
 //!
 //! Interactive ones go first, by deadline and arrival as rows do. Bulk leaves a
 //! part of the slots alone: an image keeps its slot for a thousand steps, which
-//! nobody who waits should have to wait for.
+//! nobody who waits should have to wait for. An image stays with the engine that
+//! it joined; among several engines those that wait are shared out evenly.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::queue::{Entry, Queue};
 use super::scheduler::Steps;
-use crate::engine::{Graph, Sequences};
+use crate::engine::{DeviceIdx, Graph, Sequences};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::Class;
@@ -18,9 +19,15 @@ use crate::job::Class;
 #[derive(Debug)]
 pub(super) struct Waiting {
     queue: Queue<Sequence>,
-    at_engine: Sequences,
+    engines: BTreeMap<DeviceIdx, AtEngine>,
     reserve_percent: u8,
-    /// When the last step was decided on.
+}
+
+/// Those that an engine has.
+#[derive(Debug, Default)]
+struct AtEngine {
+    sequences: Sequences,
+    /// When its last step was decided on.
     stepped_at: Option<Instant>,
 }
 
@@ -28,9 +35,8 @@ impl Waiting {
     pub(super) fn new(reserve_percent: u8) -> Self {
         Self {
             queue: Queue::default(),
-            at_engine: Sequences::default(),
+            engines: BTreeMap::new(),
             reserve_percent,
-            stepped_at: None,
         }
     }
 
@@ -44,9 +50,14 @@ impl Waiting {
         self.queue.push(class, Graph::Generate, entry);
     }
 
-    /// The engine has told whom it has.
-    pub(super) fn at_engine(&mut self, sequences: Sequences) {
-        self.at_engine = sequences;
+    /// An engine has told whom it has.
+    pub(super) fn at_engine(&mut self, device: DeviceIdx, sequences: Sequences) {
+        self.engines.entry(device).or_default().sequences = sequences;
+    }
+
+    /// The engine takes no more, and whom it had it has answered.
+    pub(super) fn gone(&mut self, device: DeviceIdx) {
+        self.engines.remove(&device);
     }
 
     /// How many of a class wait.
@@ -54,43 +65,60 @@ impl Waiting {
         self.queue.len_of(class)
     }
 
-    /// How many of a class may join.
-    fn room(&self, class: Class) -> usize {
-        let Sequences {
-            n_free,
-            interactive,
-            bulk,
-        } = self.at_engine;
+    /// How many of a class there is room for at an engine.
+    fn room(&self, class: Class, at: Sequences) -> usize {
         match class {
-            Class::Interactive => n_free,
+            Class::Interactive => at.n_free,
             Class::Bulk => {
-                let n_slots = n_free + interactive + bulk;
+                let n_slots = at.n_free + at.interactive + at.bulk;
                 // All but the reserve, but one at least.
                 let reserved = n_slots * usize::from(self.reserve_percent) / 100;
                 let most = (n_slots - reserved).max(1);
-                most.saturating_sub(bulk).min(n_free)
+                most.saturating_sub(at.bulk).min(at.n_free)
             }
         }
     }
 
-    /// What a step would be for, if there is anybody.
-    pub(super) fn steps(&self) -> Option<Steps> {
+    /// How many of a class that wait are this engine's: what brings it up to the
+    /// mean of those that have room. One of them is below it, so nobody waits
+    /// though there is room, except until that engine is free.
+    fn share(&self, class: Class, device: DeviceIdx) -> usize {
+        let Some(engine) = self.engines.get(&device) else {
+            return 0;
+        };
+        let n_there = |at: Sequences| at.interactive + at.bulk;
+        let with_room = || {
+            let all = self.engines.values().map(|engine| engine.sequences);
+            all.filter(|&at| self.room(class, at) > 0)
+        };
+        let n_all = self.queue.len_of(class) + with_room().map(n_there).sum::<usize>();
+        let mean = n_all.div_ceil(with_room().count().max(1));
+        let at = engine.sequences;
+        mean.saturating_sub(n_there(at)).min(self.room(class, at))
+    }
+
+    /// What a step of this engine would be for, if there is anybody.
+    pub(super) fn steps(&self, device: DeviceIdx) -> Option<Steps> {
+        let AtEngine {
+            sequences,
+            stepped_at,
+        } = self.engines.get(&device)?;
         let lanes = self.queue.lanes();
         let oldest = |class| {
             let mut lanes = lanes.iter();
             let lane = lanes.find(|lane| lane.class == class)?;
-            (self.room(class) > 0).then_some(lane.oldest)
+            (self.share(class, device) > 0).then_some(lane.oldest)
         };
-        let interactive = self.at_engine.interactive > 0 || oldest(Class::Interactive).is_some();
-        let bulk = self.at_engine.bulk > 0 || oldest(Class::Bulk).is_some();
+        let interactive = sequences.interactive > 0 || oldest(Class::Interactive).is_some();
+        let bulk = sequences.bulk > 0 || oldest(Class::Bulk).is_some();
         let class = match (interactive, bulk) {
             (true, _) => Class::Interactive,
             (false, true) => Class::Bulk,
             (false, false) => return None,
         };
         // Whoever is at the engine waits since the last step.
-        let at_engine = self.at_engine.interactive + self.at_engine.bulk > 0;
-        let stepped = self.stepped_at.filter(|_| at_engine);
+        let at_engine = sequences.interactive + sequences.bulk > 0;
+        let stepped = stepped_at.filter(|_| at_engine);
         Some(Steps {
             class,
             bulk,
@@ -98,21 +126,28 @@ impl Waiting {
         })
     }
 
-    /// Takes out those who join the next step.
-    pub(super) fn join(&mut self, now: Instant) -> Vec<Sequence> {
-        self.stepped_at = Some(now);
+    /// Takes out those who join this engine's next step.
+    pub(super) fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
         let mut joining = Vec::new();
         for class in Class::ALL {
-            while self.room(class) > 0
-                && let Some(entry) = self.queue.pop(class, Graph::Generate)
-            {
-                self.at_engine.n_free -= 1;
+            for _ in 0..self.share(class, device) {
+                let Some(engine) = self.engines.get_mut(&device) else {
+                    break;
+                };
+                let Some(entry) = self.queue.pop(class, Graph::Generate) else {
+                    break;
+                };
+                let at = &mut engine.sequences;
+                at.n_free -= 1;
                 match class {
-                    Class::Interactive => self.at_engine.interactive += 1,
-                    Class::Bulk => self.at_engine.bulk += 1,
+                    Class::Interactive => at.interactive += 1,
+                    Class::Bulk => at.bulk += 1,
                 }
                 joining.push(entry.item);
             }
+        }
+        if let Some(engine) = self.engines.get_mut(&device) {
+            engine.stepped_at = Some(now);
         }
         joining
     }
@@ -157,5 +192,92 @@ impl Waiting {
                 entry.item.finish(Err(error.clone()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generation::{Generate, Keep, Sampling};
+    use crate::job::{Permit, Reply, Ticket};
+
+    const ONE: DeviceIdx = DeviceIdx(0);
+    const OTHER: DeviceIdx = DeviceIdx(1);
+
+    fn push(waiting: &mut Waiting, class: Class, n: usize) {
+        let now = Instant::now();
+        for _ in 0..n {
+            let ticket = Ticket {
+                class,
+                deadline: None,
+                entered_at: now,
+                span: tracing::Span::none(),
+                reply: Reply::new().0,
+                permit: Permit::none(),
+            };
+            let generate = Generate {
+                keep: Keep::All,
+                sampling: Sampling::greedy(),
+                sample: 0,
+                rows: None,
+            };
+            let sequence = Sequence::new(ticket, Box::new(generate), &[], 2, 4);
+            waiting.push(sequence, now);
+        }
+    }
+
+    fn at(n_free: usize, interactive: usize) -> Sequences {
+        Sequences {
+            n_free,
+            interactive,
+            bulk: 0,
+        }
+    }
+
+    #[test]
+    fn those_that_wait_are_shared_out_among_engines_with_room() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(25);
+        push(&mut waiting, Class::Interactive, 3);
+        assert!(waiting.steps(ONE).is_none(), "it has not said what it has");
+        waiting.at_engine(ONE, at(4, 0));
+        waiting.at_engine(OTHER, at(4, 0));
+        assert_eq!(waiting.join(ONE, now).len(), 2);
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        // The one with fewer takes the next.
+        push(&mut waiting, Class::Interactive, 1);
+        assert_eq!(waiting.join(ONE, now).len(), 0);
+        assert!(waiting.steps(ONE).is_some(), "for those that it has");
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        // The one that is full leaves all to the other.
+        waiting.at_engine(OTHER, at(0, 4));
+        push(&mut waiting, Class::Interactive, 5);
+        assert_eq!(waiting.join(OTHER, now).len(), 0);
+        assert_eq!(
+            waiting.join(ONE, now).len(),
+            2,
+            "as many as it has room for"
+        );
+        // With one gone there are no fewer for those that are left.
+        waiting.gone(ONE);
+        assert!(waiting.steps(ONE).is_none());
+        waiting.at_engine(OTHER, at(4, 0));
+        assert_eq!(waiting.join(OTHER, now).len(), 3);
+    }
+
+    #[test]
+    fn bulk_leaves_a_part_of_each_engine_alone() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(25);
+        push(&mut waiting, Class::Bulk, 9);
+        for device in [ONE, OTHER] {
+            waiting.at_engine(device, at(4, 0));
+        }
+        for device in [ONE, OTHER] {
+            assert_eq!(waiting.join(device, now).len(), 3);
+        }
+        push(&mut waiting, Class::Interactive, 1);
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        assert_eq!(waiting.len_of(Class::Bulk), 3);
     }
 }

@@ -1,19 +1,19 @@
-//! The batcher and the engine's thread together, with callers that come, go and
+//! The batcher and two engines' threads together, with callers that come, go and
 //! are late at random.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Channels, Shared};
+use super::{Arrival, Channels, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
+use crate::engine::devices::{Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{Buckets, Engine, State, Stop};
+use crate::engine::{Buckets, DeviceIdx, Engine, State, Stop};
 use crate::error::Error;
 use crate::generation::{Generate, Keep, Sampling, Sequence};
 use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
@@ -70,32 +70,80 @@ struct Tally {
     wrong: usize,
     late: usize,
     failed: usize,
+    /// Because a device died.
+    refused: usize,
     lost: usize,
     left: usize,
 }
 
-#[test]
-fn everyone_is_answered_once_whoever_leaves() {
-    const THREADS: u64 = 2;
-    const JOBS: u64 = 250_000;
-    let pool = Pool::new(256, 0);
-    let (jobs_in, jobs) = crossbeam_channel::bounded(256);
+/// A batcher with an engine for each script.
+struct Running {
+    jobs: crossbeam_channel::Sender<Arrival>,
+    bell: crossbeam_channel::Sender<()>,
+    devices: watch::Receiver<Devices>,
+    drain: DrainRate,
+    metrics: Metrics,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Running {
+    /// Waits until a series of the metrics page has come to so much.
+    fn until(&self, series: &str, value: f64) {
+        let is_there = |line: &str| {
+            let shown = line.strip_prefix(series);
+            shown.is_some_and(|shown| shown.trim().parse() == Ok(value))
+        };
+        while !self.metrics.render().lines().any(is_there) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// In good order.
+    fn end(self) -> watch::Receiver<Devices> {
+        drop((self.jobs, self.bell));
+        for thread in self.threads {
+            thread.join().expect("no panic");
+        }
+        self.devices
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::thread::JoinHandle<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(body).expect("a thread")
+}
+
+fn start(scripts: Vec<Script>) -> Running {
+    // As many as there are permits, and one that has none.
+    let (jobs_in, jobs) = crossbeam_channel::bounded(257);
     let (bell_in, bell) = crossbeam_channel::bounded(1);
-    let (slots_in, slots) = crossbeam_channel::bounded(1);
-    let (turns_in, turns) = crossbeam_channel::bounded(1);
-    let (state, engine_state) = watch::channel(State::Loading);
-    let (stop, metrics) = (Arc::new(Stop::default()), Metrics::new().expect("metrics"));
+    let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
+    let metrics = Metrics::new().expect("metrics");
+    let ids = (0..).take(scripts.len());
+    let (reports, devices) = Reports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
-    let runner = Runner {
-        slots: slots_in,
-        turns,
-        buckets: buckets.clone(),
-        canary_interval: None,
-        stop: Arc::clone(&stop),
-        cache: Cache::new(0),
-        metrics: metrics.clone(),
-        state: Arc::new(state),
-    };
+    let (mut lines, mut threads) = (Vec::new(), Vec::new());
+    for (idx, script) in scripts.into_iter().enumerate() {
+        let (turns_in, turns) = crossbeam_channel::bounded(1);
+        let stop = Arc::new(Stop::default());
+        let runner = Runner {
+            device: DeviceIdx(idx),
+            notices: notices_in.clone(),
+            turns,
+            buckets: buckets.clone(),
+            canary_interval: None,
+            stop: Arc::clone(&stop),
+            cache: Cache::new(0),
+            metrics: metrics.clone(),
+            reports: reports.clone(),
+        };
+        let factory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        threads.push(spawn("engine", || runner::run(factory, runner)));
+        lines.push(Line {
+            turns: turns_in,
+            stop,
+        });
+    }
     let policy = Policy {
         buckets,
         max_queue_delay: Duration::from_micros(50),
@@ -105,18 +153,31 @@ fn everyone_is_answered_once_whoever_leaves() {
     let channels = Channels {
         jobs,
         bell,
-        slots,
-        turns: turns_in,
+        notices,
     };
+    let drain = DrainRate::default();
     let shared = Shared {
-        stop,
         cache: Cache::new(0),
-        drain: DrainRate::default(),
+        drain: drain.clone(),
         interactive_reserve: 25,
-        metrics,
+        metrics: metrics.clone(),
     };
-    let script = Script {
-        fail_on: Some(13),
+    // With its channels, so that the engines see it end.
+    threads.push(spawn("batcher", move || {
+        super::run(policy, &channels, lines, shared);
+    }));
+    Running {
+        jobs: jobs_in,
+        bell: bell_in,
+        devices,
+        drain,
+        metrics,
+        threads,
+    }
+}
+
+fn with_sequences() -> Script {
+    Script {
         sequences: Some(FakeSequences {
             n_slots: 4,
             n_colors: COLORS.into(),
@@ -124,36 +185,187 @@ fn everyone_is_answered_once_whoever_leaves() {
             can_copy: true,
         }),
         ..Default::default()
-    };
-    let n_left_unread = AtomicUsize::new(0);
+    }
+}
+
+/// How all fared while two threads of callers had so many jobs each, and `also`
+/// happened; and the devices at the end.
+fn storm(
+    scripts: Vec<Script>,
+    n_jobs: u64,
+    also: impl FnOnce(&Running) + Send,
+) -> (Tally, watch::Receiver<Devices>) {
+    let pool = Pool::new(256, 0);
+    let running = start(scripts);
+    let mut all = Tally::default();
     std::thread::scope(|scope| {
-        let engine = move || {
-            runner::run(
-                Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>)),
-                runner,
-            );
-        };
-        scope.spawn(engine);
-        // With its channels, so that the engine sees it end.
-        scope.spawn(move || super::run(policy, &channels, shared));
-        for seed in 0..THREADS {
-            let (jobs_in, bell_in, pool) = (jobs_in.clone(), bell_in.clone(), pool.clone());
-            let n_left_unread = &n_left_unread;
-            scope.spawn(move || {
-                let tally = caller(seed, JOBS, &jobs_in, &bell_in, &pool);
-                assert_eq!((tally.wrong, tally.lost), (0, 0), "{tally:?}");
-                assert!(
-                    tally.right > 0 && tally.failed > 0 && tally.late > 0,
-                    "{tally:?}"
-                );
-                n_left_unread.fetch_add(tally.left, Ordering::Relaxed);
-            });
+        let threads = [0, 1].map(|seed| {
+            let (running, pool) = (&running, pool.clone());
+            scope.spawn(move || caller(seed, n_jobs, &running.jobs, &running.bell, &pool))
+        });
+        also(&running);
+        for thread in threads {
+            let tally = thread.join().expect("no panic");
+            all.right += tally.right;
+            all.wrong += tally.wrong;
+            all.late += tally.late;
+            all.failed += tally.failed;
+            all.refused += tally.refused;
+            all.lost += tally.lost;
+            all.left += tally.left;
         }
-        drop((jobs_in, bell_in));
     });
-    assert!(n_left_unread.into_inner() > 0);
+    let devices = running.end();
+    assert_eq!((all.wrong, all.lost), (0, 0), "{all:?}");
+    assert!(all.right > 0 && all.failed > 0, "{all:?}");
+    assert!(all.late > 0 && all.left > 0, "{all:?}");
     assert_eq!(pool.taken(), 0, "every place is free again");
-    assert!(matches!(*engine_state.borrow(), State::Stopped));
+    (all, devices)
+}
+
+#[test]
+fn everyone_is_answered_once_whoever_leaves() {
+    for n_engines in [1, 2] {
+        let script = || Script {
+            fail_on: Some(13),
+            ..with_sequences()
+        };
+        let scripts = std::iter::repeat_with(script).take(n_engines).collect();
+        let (all, devices) = storm(scripts, 125_000, |_| {});
+        assert_eq!(all.refused, 0, "{all:?}");
+        assert!(matches!(devices.borrow().state(), State::Stopped));
+    }
+}
+
+#[test]
+fn everyone_is_answered_once_whichever_engine_dies() {
+    // No other job has this token.
+    const POISON: u16 = 99;
+    const DEATHS: usize = 3;
+    for _ in 0..10 {
+        let script = || Script {
+            fail_on: Some(13),
+            device_fails_on: Some(POISON),
+            ..with_sequences()
+        };
+        let scripts = std::iter::repeat_with(script).take(DEATHS + 1).collect();
+        let (all, devices) = storm(scripts, 5_000, |running| {
+            for n_dead in 1..=DEATHS {
+                // Under load, and not before it.
+                std::thread::sleep(Duration::from_millis(20));
+                assert_eq!(one_by_one(running, [POISON]), [false]);
+                while running.devices.borrow().n_serving() > DEATHS + 1 - n_dead {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        // Those only who were being served: rows or sequences, of a few callers
+        // each; what waited went to the others.
+        assert!(all.refused <= DEATHS * 64, "{all:?}");
+        let devices = devices.borrow();
+        assert_eq!(devices.failure(), None);
+        assert!(matches!(devices.state(), State::Stopped));
+    }
+}
+
+fn row(token: u16) -> (Arrival, Outcome) {
+    job(token, Some(Want::Mean), Class::Bulk, None, Permit::none())
+}
+
+/// Sends rows of these tokens one by one, each after the one before was answered,
+/// and says how it went.
+fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<bool> {
+    let ask = |token| {
+        let (job, outcome) = row(token);
+        running.jobs.send(job).expect("a batcher");
+        match outcome.blocking_recv().expect("an answer") {
+            Ok(answer) => {
+                let values = FakeEngine::answer(&[token; 4], Want::Mean);
+                assert_eq!(answer, Answer::Values(values));
+                true
+            }
+            Err(Error::NotReady) => false,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    tokens.into_iter().map(ask).collect()
+}
+
+#[test]
+fn what_ends_an_engine_is_not_given_to_the_next_one() {
+    let script = || Script {
+        device_fails_on: Some(13),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script(), script()]);
+    let got = one_by_one(&running, [1, 2, 3, 13, 4, 5, 6, 13, 7]);
+    let expected = [true, true, true, false, true, true, true, false, true];
+    assert_eq!(got, expected);
+    assert_eq!(running.devices.borrow().n_serving(), 1);
+    assert!(matches!(running.devices.borrow().state(), State::Ready(_)));
+    // The last one goes, and with it everything.
+    assert_eq!(one_by_one(&running, [13, 8, 9]), [false; 3]);
+    let devices = running.end();
+    assert!(matches!(devices.borrow().state(), State::Failed(_)));
+}
+
+#[test]
+fn callers_join_what_either_engine_runs() {
+    let (open, gate) = crossbeam_channel::bounded(8);
+    let script = || Script {
+        gate: Some(gate.clone()),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script()]);
+    let mut outcomes = Vec::new();
+    let mut send = |token| {
+        let (job, outcome) = row(token);
+        running.jobs.send(job).expect("a batcher");
+        outcomes.push((token, outcome));
+    };
+    // Each of them keeps an engine busy.
+    for (token, n_batches) in [(1, 1.0), (2, 2.0)] {
+        send(token);
+        running.until("imagegpt_batch_size_count{graph=\"hidden\"}", n_batches);
+    }
+    for token in [1, 2, 2] {
+        send(token);
+    }
+    running.until("imagegpt_images_coalesced_total", 3.0);
+    for _ in 0..2 {
+        open.send(()).expect("an engine");
+    }
+    for (token, outcome) in outcomes {
+        let answer = outcome.blocking_recv().expect("an answer");
+        let values = FakeEngine::answer(&[token; 4], Want::Mean);
+        assert_eq!(
+            answer.expect("two runs are enough for all"),
+            Answer::Values(values)
+        );
+    }
+    running.end();
+}
+
+#[test]
+fn the_rate_is_that_of_all_engines_that_live() {
+    let script = || Script {
+        delay: Duration::from_millis(50),
+        device_fails_on: Some(13),
+        ..Default::default()
+    };
+    let running = start(vec![script(), script()]);
+    let rate = |token| {
+        one_by_one(&running, token..token + 3);
+        running.drain.get().expect("some runs")
+    };
+    // One image a run, which takes 50 ms or on a busy machine a little more.
+    let two = rate(1);
+    assert!(two <= 40.0, "{two}");
+    assert_eq!(one_by_one(&running, [13]), [false]);
+    let one = rate(20);
+    assert!(one <= 20.0, "{one}");
+    assert!((1.4..=2.8).contains(&(two / one)), "{two} and {one}");
+    running.end();
 }
 
 /// Sends jobs, leaves some of them, and waits for the rest.
@@ -243,6 +455,7 @@ fn settle((token, want, outcome): (u16, Option<Want>, Outcome), tally: &mut Tall
             tally.late += 1;
         }
         Ok(Err(Error::Engine(_))) if fails => tally.failed += 1,
+        Ok(Err(Error::NotReady)) => tally.refused += 1,
         _ => tally.lost += 1,
     }
 }

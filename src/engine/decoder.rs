@@ -30,6 +30,9 @@ pub(super) struct Decoder {
     can_copy: bool,
     /// Of the last run.
     logits: Vec<f32>,
+    slot_bytes: usize,
+    /// How many the metric counts.
+    n_shown: usize,
     metrics: Metrics,
 }
 
@@ -46,7 +49,7 @@ impl Decoder {
     pub(super) fn new(facts: Option<SequenceFacts>, metrics: Metrics) -> Self {
         let n_slots = facts.map_or(0, |facts| facts.n_slots);
         if let Some(facts) = facts {
-            metrics.sequences_max(facts.n_slots, facts.slot_bytes);
+            metrics.slots_added(facts.n_slots, facts.slot_bytes);
         }
         let from_min = Buckets::powers_of_two(n_slots)
             .iter()
@@ -58,6 +61,8 @@ impl Decoder {
             chunk: facts.map_or(1, |facts| facts.chunk.max(1)),
             can_copy: true,
             logits: Vec::new(),
+            slot_bytes: facts.map_or(0, |facts| facts.slot_bytes),
+            n_shown: 0,
             metrics,
         }
     }
@@ -102,9 +107,13 @@ impl Decoder {
                 sequence.finish(Err(error));
             }
         }
-        let sequences = self.sequences();
-        self.metrics
-            .sequences(sequences.interactive + sequences.bulk);
+        self.show();
+    }
+
+    fn show(&mut self) {
+        let there = self.slots.iter().flatten().count();
+        self.metrics.sequences(self.n_shown, there);
+        self.n_shown = there;
     }
 
     /// Gives everybody the same bad news.
@@ -112,6 +121,7 @@ impl Decoder {
         for sequence in self.slots.iter_mut().filter_map(Option::take) {
             sequence.finish(Err(error.clone()));
         }
+        self.show();
     }
 
     /// One step of all that are here.
@@ -313,6 +323,14 @@ impl Decoder {
     fn fatal(&self, error: EngineError) -> EngineError {
         self.metrics.fault(fault(&error));
         error
+    }
+}
+
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        self.metrics.sequences(self.n_shown, 0);
+        self.metrics
+            .slots_removed(self.slots.len(), self.slot_bytes);
     }
 }
 

@@ -422,6 +422,22 @@ fn choose(
     Ok(runtime)
 }
 
+/// Whether `auto` takes CUDA for these options.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
+    Ok(match options.compiled_for {
+        Some(compiled_for) => compiled_for == compile::Provider::Cuda,
+        None => {
+            let environment = environment(&options.library)?;
+            let cuda = runtime_of(environment, options, compile::Provider::Cuda)?;
+            probe::probe(&cuda).is_ok()
+        }
+    })
+}
+
 /// How sessions are opened for these options.
 fn runtime_of(
     environment: Environment,

@@ -5,19 +5,20 @@
 //!
 //! A batch that fails is split and tried again, so that one row that cannot be
 //! computed fails alone. A batch that memory does not suffice for lowers the
-//! largest size. A device that has failed ends the worker.
+//! largest size. A device that has failed ends its engine, and with the last one
+//! the worker.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use tokio::sync::watch;
 
 use super::decoder::Decoder;
+use super::devices::Reports;
 use super::{
-    Batch, Buckets, Engine, EngineError, EngineFactory, Failure, FailureKind, Graph, Ran, Row, Run,
-    Slot, State, Stop, Turn, Unit, panic_text,
+    Batch, Buckets, DeviceIdx, Engine, EngineError, EngineFactory, Graph, Notice, Ran, Row, Run,
+    Slot, Stop, Turn, Unit, panic_text,
 };
 use crate::cache::{Cache, Key};
 use crate::error::{Error, Stage};
@@ -27,7 +28,8 @@ use crate::metrics::{Fault, Metrics};
 
 /// What the thread needs besides the engine.
 pub(crate) struct Runner {
-    pub(crate) slots: Sender<Slot>,
+    pub(crate) device: DeviceIdx,
+    pub(crate) notices: Sender<Notice>,
     pub(crate) turns: Receiver<Turn>,
     pub(crate) buckets: Buckets,
     /// How long the engine may be idle before it is tried.
@@ -35,24 +37,25 @@ pub(crate) struct Runner {
     pub(crate) stop: Arc<Stop>,
     pub(crate) cache: Cache,
     pub(crate) metrics: Metrics,
-    pub(crate) state: Arc<watch::Sender<State>>,
+    pub(crate) reports: Reports,
 }
 
 /// The life of the engine thread.
 pub(crate) fn run(factory: EngineFactory, runner: Runner) {
+    let farewell = Farewell {
+        device: runner.device,
+        notices: runner.notices.clone(),
+        turns: runner.turns.clone(),
+    };
+    let (device, reports) = (runner.device, runner.reports.clone());
     let loaded = std::panic::catch_unwind(AssertUnwindSafe(factory))
         .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
-    let state = Arc::clone(&runner.state);
     let engine = match loaded {
         Ok(engine) => engine,
-        Err(error) => {
-            fail(&state, &error);
-            return;
-        }
+        Err(error) => return reports.failed(device, &error),
     };
-    state.send_replace(State::Ready(engine.facts().clone()));
+    reports.loaded(device, engine.facts());
     let largest = runner.buckets.largest();
-    runner.metrics.batch_size_max(largest);
     let mut life = Life {
         decoder: Decoder::new(engine.facts().sequences, runner.metrics.clone()),
         engine,
@@ -61,27 +64,33 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         runs: Vec::new(),
     };
     match life.live() {
-        Ok(()) => {
-            // Unless another stage has failed meanwhile.
-            state.send_if_modified(|state| {
-                let ready = matches!(state, State::Ready(_));
-                if ready {
-                    *state = State::Stopped;
-                }
-                ready
-            });
+        Ok(()) => reports.ended(device),
+        Err(error) => {
+            reports.failed(device, &error);
+            drop(farewell);
+            // What the runtime does when it frees memory of a device that has
+            // failed is unknown, and other devices serve on in this process.
+            std::mem::forget(life.engine);
         }
-        Err(error) => fail(&state, &error),
     }
 }
 
-fn fail(state: &watch::Sender<State>, error: &EngineError) {
-    let kind = match error {
-        EngineError::Device(_) => FailureKind::Device,
-        _ => FailureKind::Worker,
-    };
-    let reason = error.to_string();
-    state.send_replace(State::Failed(Failure { kind, reason }));
+/// Tells the batcher that the engine is gone, however its thread ends.
+struct Farewell {
+    device: DeviceIdx,
+    notices: Sender<Notice>,
+    turns: Receiver<Turn>,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        // There is room for it: see the channel.
+        let _ = self.notices.send(Notice::Gone(self.device));
+        // Until the batcher has heard it and hangs up, a turn may still come.
+        for turn in &self.turns {
+            turn.refuse(&Error::NotReady);
+        }
+    }
 }
 
 /// A loaded engine at work.
@@ -101,18 +110,20 @@ impl Life {
         let mut warm = self.engine.warm().to_vec();
         loop {
             let slot = Slot {
+                device: self.runner.device,
                 warm: std::mem::take(&mut warm),
                 runs: std::mem::take(&mut self.runs),
                 largest: self.largest,
                 sequences: self.decoder.sequences(),
             };
-            if self.runner.slots.send(slot).is_err() {
+            if self.runner.notices.send(Notice::Free(slot)).is_err() {
                 return Ok(());
             }
-            let outcome = match self.receive()? {
-                Some(Turn::Batch(batch)) => self.run(&batch),
-                Some(Turn::Step(joining)) => self.step(joining),
-                None => return Ok(()),
+            let outcome = match self.receive() {
+                Ok(Some(Turn::Batch(batch))) => self.run(&batch),
+                Ok(Some(Turn::Step(joining))) => self.step(joining),
+                Ok(None) => return Ok(()),
+                Err(error) => Err(error),
             };
             // A caller who has gone frees the slot also while no step is made.
             self.decoder.sweep(Instant::now());
@@ -131,6 +142,8 @@ impl Life {
             self.runner.metrics.stopped();
         }
         outcome.inspect_err(|error| {
+            // None of it goes to another device: what has just failed this one may
+            // be an input that would fail every device in turn.
             for unit in &batch.units {
                 unit.crowd.refuse(&last_words(error));
             }
@@ -279,8 +292,9 @@ impl Life {
         );
         if out_of_memory && smaller < self.largest && smaller < bucket {
             self.largest = smaller;
-            self.runner.metrics.batch_size_max(smaller);
+            self.runner.metrics.batch_size_lowered(smaller);
             tracing::warn!(
+                device = self.runner.device.0,
                 largest = smaller,
                 "memory does not suffice for larger batches; lower --max-batch-size to this"
             );

@@ -48,18 +48,27 @@ impl GenerationMetrics {
 }
 
 impl Metrics {
-    /// So many images are being generated.
-    pub fn sequences(&self, n: usize) {
-        self.0.generation.sequences.set(as_f64(n));
+    /// An engine generates so many images, after so many before.
+    pub fn sequences(&self, before: usize, n: usize) {
+        // A sum over engines, of which each knows its own part alone.
+        let gauge = &self.0.generation.sequences;
+        gauge.increment(as_f64(n) - as_f64(before));
     }
 
-    /// So many may be, each keeping so many bytes.
-    pub fn sequences_max(&self, n: usize, bytes: usize) {
-        self.0.generation.sequences_max.set(as_f64(n));
-        self.0
-            .generation
-            .cache_bytes_max
-            .set(as_f64(n.saturating_mul(bytes)));
+    /// An engine may generate so many, each keeping so many bytes.
+    pub fn slots_added(&self, n: usize, bytes: usize) {
+        let metrics = &self.0.generation;
+        metrics.sequences_max.increment(as_f64(n));
+        let all = as_f64(n.saturating_mul(bytes));
+        metrics.cache_bytes_max.increment(all);
+    }
+
+    /// That engine has ended.
+    pub fn slots_removed(&self, n: usize, bytes: usize) {
+        let metrics = &self.0.generation;
+        metrics.sequences_max.decrement(as_f64(n));
+        let all = as_f64(n.saturating_mul(bytes));
+        metrics.cache_bytes_max.decrement(all);
     }
 
     /// A step took so many sequences a pixel further.

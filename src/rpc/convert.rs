@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use crate::engine::devices::Device;
 use crate::engine::{self, Graph};
 use crate::error::Error;
 use crate::head::Head;
@@ -238,6 +239,15 @@ pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
     pb::Fallback {
         kind: fallback.kind.label().to_owned(),
         reason: fallback.reason.clone(),
+    }
+}
+
+pub(super) fn device(device: &Device) -> pb::Device {
+    let facts = device.facts.as_ref();
+    pb::Device {
+        id: device.id,
+        execution_provider: facts.map_or("", |facts| facts.provider).to_owned(),
+        serving: device.serves(),
     }
 }
 

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use imagegpt::config::ServeConfig;
+use imagegpt::engine::devices::DeviceEngine;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::pb;
 use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::{Ended, Worker, onnx_factory};
+use imagegpt::worker::{Ended, Worker, onnx_engines};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
@@ -64,9 +65,30 @@ pub(crate) struct Running {
 
 /// A worker on the micro model's files with a scripted engine.
 pub(crate) async fn fake(script: Script, flags: &[&str]) -> Running {
-    let factory: EngineFactory =
-        Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
-    start(&model_dir("micro"), flags, Some(factory)).await
+    start(&model_dir("micro"), flags, Some(fake_factory(script))).await
+}
+
+pub(crate) fn fake_factory(script: Script) -> EngineFactory {
+    Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>))
+}
+
+/// Device 0 and no other.
+pub(crate) fn one(factory: EngineFactory) -> Vec<DeviceEngine> {
+    vec![DeviceEngine { id: 0, factory }]
+}
+
+/// A worker on the micro model's files with a scripted engine for each device.
+pub(crate) async fn fake_devices(scripts: Vec<Script>, flags: &[&str]) -> Running {
+    let dir = model_dir("micro");
+    let engine = |(id, script)| DeviceEngine {
+        id,
+        factory: fake_factory(script),
+    };
+    let engines = (0..).zip(scripts).map(engine).collect();
+    let model = Model::open(&dir, None).expect("a model");
+    let worker = start_worker(&config(&dir, flags), model, Vec::new(), engines).await;
+    let client = connect(&worker).await;
+    Running { worker, client }
 }
 
 /// A worker that runs the model in a test folder.
@@ -87,8 +109,11 @@ pub(crate) async fn start(
         .iter()
         .map(|flag| Head::open(flag).expect("a head"))
         .collect();
-    let factory = factory.unwrap_or_else(|| onnx_factory(&config, &model, &heads));
-    let worker = start_worker(&config, model, heads, factory).await;
+    let engines = factory.map_or_else(
+        || onnx_engines(&config, &model, &heads).expect("ONNX Runtime"),
+        one,
+    );
+    let worker = start_worker(&config, model, heads, engines).await;
     let client = connect(&worker).await;
     Running { worker, client }
 }
@@ -96,19 +121,18 @@ pub(crate) async fn start(
 /// A worker on the micro model's files, without a client.
 pub(crate) async fn fake_worker(script: Script, flags: &[&str]) -> Worker {
     let dir = model_dir("micro");
-    let factory: EngineFactory =
-        Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
     let model = Model::open(&dir, None).expect("a model");
-    start_worker(&config(&dir, flags), model, Vec::new(), factory).await
+    let engines = one(fake_factory(script));
+    start_worker(&config(&dir, flags), model, Vec::new(), engines).await
 }
 
 async fn start_worker(
     config: &ServeConfig,
     model: Model,
     heads: Vec<Head>,
-    factory: EngineFactory,
+    engines: Vec<DeviceEngine>,
 ) -> Worker {
-    let mut worker = Worker::start(config, model, heads, factory)
+    let mut worker = Worker::start(config, model, heads, engines)
         .await
         .expect("a worker");
     worker.ready().await.expect("a ready engine");

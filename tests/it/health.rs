@@ -51,7 +51,7 @@ async fn serving_begins_when_the_model_is_warm() {
     let dir = harness::model_dir("micro");
     let config = harness::config(&dir, &[]);
     let model = Model::open(&dir, None).expect("a model");
-    let mut worker = Worker::start(&config, model, Vec::new(), factory)
+    let mut worker = Worker::start(&config, model, Vec::new(), harness::one(factory))
         .await
         .expect("a worker");
     let channel = channel(&worker).await;
@@ -115,7 +115,7 @@ async fn a_watch_follows_and_stays_open_for_an_unknown_name() {
     let dir = harness::model_dir("micro");
     let config = harness::config(&dir, &[]);
     let model = Model::open(&dir, None).expect("a model");
-    let mut worker = Worker::start(&config, model, Vec::new(), factory)
+    let mut worker = Worker::start(&config, model, Vec::new(), harness::one(factory))
         .await
         .expect("a worker");
     let mut health = HealthClient::new(channel(&worker).await);

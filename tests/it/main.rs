@@ -15,6 +15,7 @@ mod bench;
 mod bench_stub;
 mod commands;
 mod compiled;
+mod devices;
 mod embed;
 mod emoji;
 mod engine_faults;

@@ -109,7 +109,9 @@ ROWS = {
     "Engine": [
         ("Engines at work", "Seconds of inference a second; the autoscaler keeps it at 0.7 a worker.", "short",
          [(total("imagegpt_inference_duration_seconds_sum"), "busy"),
-          (gauge("imagegpt_ready"), "ready workers")]),
+          (gauge("imagegpt_ready"), "ready workers"), (gauge("imagegpt_device_up"), "devices")]),
+        ("Devices that are up", "Below what --device-id names one has failed: ImageGptDeviceDown.", "short",
+         [(gauge("imagegpt_device_up", "pod"), "{{pod}}")]),
         ("Images a second that a busy engine does", "As measured by the workers.", "ops",
          [(gauge("imagegpt_drain_rate_images_per_second", "pod"), "{{pod}}")]),
         ("Faults", "", "ops",

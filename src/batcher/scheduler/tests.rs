@@ -9,12 +9,13 @@ use proptest::prelude::*;
 use super::super::policy::Policy;
 use super::super::queue::Entry;
 use super::{Next, Picked, Scheduler, Steps};
-use crate::engine::{Buckets, Graph};
+use crate::engine::{Buckets, DeviceIdx, Graph};
 use crate::job::Class;
 use crate::metrics::Close;
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const GRAPHS: [Graph; 2] = [Graph::Hidden, Graph::Logits];
+const ONE: DeviceIdx = DeviceIdx(0);
 const DELAY: Duration = Duration::from_millis(5);
 
 fn policy(largest: usize) -> Policy {
@@ -87,7 +88,7 @@ struct Checked {
 impl Checked {
     fn new(largest: usize) -> Self {
         Self {
-            scheduler: Scheduler::new(policy(largest)),
+            scheduler: Scheduler::new(policy(largest), 1),
             now: Instant::now(),
             next_item: 0,
             waiting: BTreeMap::new(),
@@ -130,8 +131,8 @@ impl Checked {
             Step::Pass(ms) => self.now += MS(ms),
             Step::Free => self.free(),
             Step::Shrink => {
-                let smaller = (self.scheduler.largest() / 2).max(1);
-                self.scheduler.limit(smaller);
+                let smaller = (self.scheduler.largest(ONE) / 2).max(1);
+                self.scheduler.limit(ONE, smaller);
             }
         }
     }
@@ -143,14 +144,14 @@ impl Checked {
 
     fn free(&mut self) {
         if self.busy {
-            self.scheduler.ended(self.now);
+            self.scheduler.ended(ONE, self.now);
         }
         self.busy = false;
         let due =
             self.scheduler.queue.lanes().iter().any(|lane| {
-                lane.oldest + DELAY <= self.now || lane.len >= self.scheduler.largest()
+                lane.oldest + DELAY <= self.now || lane.len >= self.scheduler.largest(ONE)
             });
-        match self.scheduler.next(self.now, false, None) {
+        match self.scheduler.next(ONE, self.now, false, None) {
             Next::Idle => assert!(self.waiting.is_empty(), "idle while something waits"),
             Next::WaitUntil(at) => {
                 assert!(
@@ -170,7 +171,7 @@ impl Checked {
     }
 
     fn picked(&mut self, picked: &Picked<u64>) {
-        assert!(picked.bucket <= self.scheduler.largest());
+        assert!(picked.bucket <= self.scheduler.largest(ONE));
         assert!(picked.rows.len() <= picked.bucket, "never above the size");
         assert!(!picked.rows.is_empty() || !picked.late.is_empty());
         for class in Class::ALL {
@@ -287,10 +288,13 @@ enum Binding {
 fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
     const IMAGES: usize = 20_000;
     let batch_time = |bucket: usize| MS(10 + bucket as u64);
-    let mut scheduler = Scheduler::new(Policy {
-        max_queue_delay: Duration::ZERO,
-        ..policy(8)
-    });
+    let mut scheduler = Scheduler::new(
+        Policy {
+            max_queue_delay: Duration::ZERO,
+            ..policy(8)
+        },
+        1,
+    );
     let start = Instant::now();
     for bucket in Buckets::powers_of_two(8).iter() {
         scheduler
@@ -331,7 +335,7 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
             (picked, formed.map_or(free_at, |formed| formed.max(free_at)))
         } else {
             let next = push(&mut scheduler, free_at);
-            match (scheduler.next(free_at, false, None), next) {
+            match (scheduler.next(ONE, free_at, false, None), next) {
                 (Next::Run(picked), _) => (picked, free_at),
                 (_, Some(next)) => {
                     free_at = next;
@@ -352,15 +356,15 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
             .map(|row| ends - row.item)
             .sum::<Duration>();
         n_batches += 1;
-        scheduler.ended(ends);
+        scheduler.ended(ONE, ends);
         if binding == Binding::Early {
             // The next one is formed now that this one has started.
             let next = push(&mut scheduler, starts);
-            prepared = match scheduler.next(starts, false, None) {
+            prepared = match scheduler.next(ONE, starts, false, None) {
                 Next::Run(picked) => Some(picked),
                 _ => next.filter(|&next| next < ends).and_then(|next| {
                     push(&mut scheduler, next);
-                    match scheduler.next(next, false, None) {
+                    match scheduler.next(ONE, next, false, None) {
                         Next::Run(picked) => Some(picked),
                         _ => None,
                     }
@@ -429,11 +433,14 @@ fn mixed(
     bulk_share: u8,
 ) -> Mixed {
     let start = Instant::now();
-    let mut scheduler = Scheduler::new(Policy {
-        bulk_share,
-        max_queue_delay: Duration::ZERO,
-        ..policy(8)
-    });
+    let mut scheduler = Scheduler::new(
+        Policy {
+            bulk_share,
+            max_queue_delay: Duration::ZERO,
+            ..policy(8)
+        },
+        1,
+    );
     for bucket in Buckets::powers_of_two(8).iter() {
         scheduler
             .pace
@@ -462,7 +469,7 @@ fn mixed(
             };
             scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
         }
-        match scheduler.next(now, false, None) {
+        match scheduler.next(ONE, now, false, None) {
             Next::Run(picked) => {
                 let took = batch_time(picked.bucket);
                 now += took;
@@ -479,7 +486,7 @@ fn mixed(
                         }
                     }
                 }
-                scheduler.ended(now);
+                scheduler.ended(ONE, now);
             }
             Next::WaitUntil(at) => now = at,
             Next::Idle => now = next_arrival,
@@ -530,7 +537,7 @@ fn bulk_has_its_share_when_interactive_work_would_take_all() {
 
 #[test]
 fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
-    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
     let (class, graph) = (Class::Interactive, GRAPHS[0]);
     let at = |ms| start + MS(ms);
@@ -555,7 +562,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     assert_eq!(too_late(&scheduler, 290), None, "it goes before them");
     assert_eq!(too_late(&scheduler, 599), Some(MS(600)));
     // One of them runs, and the rest of its time counts.
-    let Next::Run(picked) = scheduler.next(start, false, None) else {
+    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!(picked.rows.len(), 4);
@@ -564,7 +571,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
 
 #[test]
 fn nobody_waits_for_company_that_would_not_help() {
-    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
     let push = |scheduler: &mut Scheduler<u32>| {
         let entry = Entry {
@@ -576,7 +583,7 @@ fn nobody_waits_for_company_that_would_not_help() {
     };
     push(&mut scheduler);
     assert!(matches!(
-        scheduler.next(start, false, None),
+        scheduler.next(ONE, start, false, None),
         Next::WaitUntil(_)
     ));
     for bucket in [1, 2, 4] {
@@ -584,22 +591,22 @@ fn nobody_waits_for_company_that_would_not_help() {
             .pace
             .warmed(GRAPHS[0], bucket, like_a_cpu(bucket), start);
     }
-    let Next::Run(picked) = scheduler.next(start, false, None) else {
+    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("one at a time is as fast as four");
     };
     assert_eq!((picked.bucket, picked.close), (1, Close::Full));
-    scheduler.ended(start);
+    scheduler.ended(ONE, start);
     push(&mut scheduler);
     scheduler.pace.ran(GRAPHS[0], 4, 4, MS(11), start);
     assert!(matches!(
-        scheduler.next(start, false, None),
+        scheduler.next(ONE, start, false, None),
         Next::WaitUntil(_)
     ));
 }
 
 #[test]
 fn a_batch_is_made_small_enough_for_the_most_urgent() {
-    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4));
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
     let (class, graph) = (Class::Interactive, GRAPHS[0]);
     for (bucket, ms) in [(1, 100), (2, 150), (4, 250)] {
@@ -613,7 +620,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
         };
         scheduler.queue.push(class, graph, entry);
     }
-    let Next::Run(picked) = scheduler.next(start, false, None) else {
+    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
@@ -625,7 +632,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
         deadline: Some(start + MS(50)),
     };
     scheduler.queue.push(class, graph, late);
-    let Next::Run(picked) = scheduler.next(start + MS(10), false, None) else {
+    let Next::Run(picked) = scheduler.next(ONE, start + MS(10), false, None) else {
         panic!("its delay has passed");
     };
     assert_eq!(picked.late.len(), 1);
@@ -634,7 +641,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
 /// Engine time of batches and of steps in ten seconds in which bulk rows of
 /// 100 ms and sequences of this class always wait, with steps of 10 ms.
 fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
-    let mut scheduler = Scheduler::<()>::new(policy(1));
+    let mut scheduler = Scheduler::<()>::new(policy(1), 1);
     let start = Instant::now();
     scheduler.pace.warmed(GRAPHS[0], 1, MS(100), start);
     let mut now = start;
@@ -654,7 +661,7 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
             bulk: sequences == Class::Bulk,
             since,
         };
-        match scheduler.next(now, false, Some(waiting)) {
+        match scheduler.next(ONE, now, false, Some(waiting)) {
             Next::Run(picked) => {
                 let took = MS(100);
                 scheduler
@@ -672,7 +679,7 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
             }
             Next::Idle | Next::WaitUntil(_) => panic!("something waits"),
         }
-        scheduler.ended(now);
+        scheduler.ended(ONE, now);
     }
     (batches, steps)
 }
@@ -699,7 +706,7 @@ fn steps_and_batches_share_the_engine_by_class() {
 
 #[test]
 fn a_step_does_not_wait_for_a_batch_to_fill() {
-    let mut scheduler = Scheduler::<()>::new(policy(4));
+    let mut scheduler = Scheduler::<()>::new(policy(4), 1);
     let now = Instant::now();
     let entry = Entry {
         item: (),
@@ -713,7 +720,186 @@ fn a_step_does_not_wait_for_a_batch_to_fill() {
         since: now,
     };
     assert!(matches!(
-        scheduler.next(now, false, Some(waiting)),
+        scheduler.next(ONE, now, false, Some(waiting)),
         Next::Step
     ));
+}
+
+/// An engine that shares the queue with the first.
+const OTHER: DeviceIdx = DeviceIdx(1);
+
+fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> Entry<T> {
+    Entry {
+        item,
+        arrived,
+        deadline,
+    }
+}
+
+#[test]
+fn two_engines_take_from_one_queue_half_as_long() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 2);
+    let start = Instant::now();
+    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let too_late = |scheduler: &Scheduler<u32>, deadline_ms, now| {
+        scheduler.too_late(class, graph, start + MS(deadline_ms), now)
+    };
+    for (bucket, ms) in [(1, 100), (4, 250)] {
+        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+    }
+    let rate = scheduler.pace.rate().expect("two runs");
+    assert!((scheduler.rate().expect("two runs") - 2.0 * rate).abs() < 1e-9);
+    // Twelve that go before it take three batches: the third begins when the first
+    // has ended, and it when the second has.
+    for item in 0..12 {
+        let deadline = Some(start + MS(300));
+        scheduler
+            .queue
+            .push(class, graph, entry(item, start, deadline));
+    }
+    assert_eq!(too_late(&scheduler, 349, start), Some(MS(250 + 100)));
+    // One of them runs at each engine, and one waits.
+    for (device, at) in [(ONE, MS(0)), (OTHER, MS(50))] {
+        let Next::Run(picked) = scheduler.next(device, start + at, false, None) else {
+            panic!("a full batch waits");
+        };
+        assert_eq!(picked.rows.len(), 4);
+    }
+    let now = start + MS(50);
+    // The batch that waits begins after 200 ms, and it when the other ends: 250.
+    assert_eq!(too_late(&scheduler, 399, now), Some(MS(250 + 100)));
+    assert_eq!(too_late(&scheduler, 400, now), None);
+    // With one engine left it comes after that batch.
+    scheduler.gone(OTHER);
+    assert_eq!(too_late(&scheduler, 400, now), Some(MS(200 + 250 + 100)));
+    assert!((scheduler.rate().expect("two runs") - rate).abs() < 1e-9);
+    // What its memory suffices for holds for it alone.
+    scheduler.limit(ONE, 2);
+    scheduler.ended(ONE, start + MS(250));
+    let Next::Run(picked) = scheduler.next(ONE, start + MS(250), false, None) else {
+        panic!("a full batch waits");
+    };
+    assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
+}
+
+#[test]
+fn a_batch_begins_when_the_first_of_several_engines_is_free_for_it() {
+    let check = |rests: &[u64], each, batches, expected| {
+        let rests: Vec<Duration> = rests.iter().copied().map(MS).collect();
+        let got = super::begins_in(&rests, MS(each), batches);
+        assert_eq!(got, MS(expected), "{rests:?} {each} {batches}");
+    };
+    check(&[0], 10, 3, 30);
+    check(&[7], 10, 0, 7);
+    check(&[0, 0], 10, 1, 0);
+    check(&[0, 0], 10, 2, 10);
+    check(&[0, 0], 10, 5, 20);
+    check(&[0, 5], 10, 1, 5);
+    check(&[0, 5], 10, 2, 10);
+    // It ends long after the others; nobody waits for it.
+    check(&[0, 1000], 10, 3, 30);
+    check(&[0, 15], 10, 2, 15);
+    check(&[3, 4], 0, 9, 3);
+}
+
+#[test]
+fn random_traffic_on_several_engines_keeps_every_item_once() {
+    const ENGINES: usize = 3;
+    let mut scheduler: Scheduler<u64> = Scheduler::new(policy(8), ENGINES);
+    let mut random = Random(11);
+    let mut now = Instant::now();
+    // When each engine ends what it runs.
+    let mut ends: [Option<Instant>; ENGINES] = [None; ENGINES];
+    let (mut n_pushed, mut n_gone, mut busiest) = (0_u64, 0_u64, 0);
+    let mut step = |scheduler: &mut Scheduler<u64>, now: Instant, draining: bool| {
+        let mut n_taken = 0;
+        for (idx, end) in ends.iter_mut().enumerate() {
+            let device = DeviceIdx(idx);
+            if end.is_some_and(|end| end > now) {
+                continue;
+            }
+            if end.take().is_some() {
+                scheduler.ended(device, now);
+            }
+            match scheduler.next(device, now, draining, None) {
+                Next::Run(picked) => {
+                    assert!(picked.rows.len() <= picked.bucket.min(scheduler.largest(device)));
+                    n_taken += (picked.rows.len() + picked.late.len()) as u64;
+                    if !picked.rows.is_empty() {
+                        let took = MS(1 + picked.bucket as u64);
+                        let (graph, bucket) = (picked.graph, picked.bucket);
+                        scheduler
+                            .pace
+                            .ran(graph, bucket, picked.rows.len(), took, now + took);
+                        *end = Some(now + took);
+                    }
+                }
+                Next::Idle => assert!(scheduler.queue.is_empty(), "idle while something waits"),
+                Next::WaitUntil(at) => assert!(at > now && at <= now + DELAY),
+                Next::Step => panic!("there are no sequences"),
+            }
+        }
+        busiest = busiest.max(ends.iter().flatten().count());
+        n_taken
+    };
+    for _ in 0..100_000 {
+        if random.below(2) == 0 {
+            let class = Class::ALL[usize::try_from(random.below(2)).expect("small")];
+            let graph = GRAPHS[usize::try_from(random.below(2)).expect("small")];
+            let deadline = (random.below(2) == 0).then(|| now + MS(random.below(100)));
+            scheduler
+                .queue
+                .push(class, graph, entry(n_pushed, now, deadline));
+            n_pushed += 1;
+        }
+        now += MS(random.below(2));
+        n_gone += step(&mut scheduler, now, false);
+        let waiting = Class::ALL.map(|class| scheduler.queue.len_of(class) as u64);
+        assert_eq!(n_pushed - n_gone, waiting.iter().sum::<u64>());
+    }
+    while !scheduler.queue.is_empty() {
+        now += DELAY;
+        n_gone += step(&mut scheduler, now, true);
+    }
+    assert_eq!(n_pushed, n_gone);
+    assert_eq!(busiest, ENGINES, "all of them were busy at one time");
+}
+
+/// Engine time of bulk in a minute in which both classes always wait for this
+/// many engines, as a part of all.
+fn share_of_bulk(n_engines: usize) -> f64 {
+    let mut scheduler = Scheduler::<()>::new(policy(1), n_engines);
+    let start = Instant::now();
+    scheduler.pace.warmed(GRAPHS[0], 1, MS(10), start);
+    let mut free_at = vec![start; n_engines];
+    let (mut n_bulk, mut n_all) = (0_u32, 0_u32);
+    // Whoever is free first.
+    while let Some((idx, &now)) = free_at.iter().enumerate().min_by_key(|&(_, &at)| at)
+        && now < start + Duration::from_mins(1)
+    {
+        let device = DeviceIdx(idx);
+        for class in Class::ALL {
+            while scheduler.queue.len_of(class) < 2 {
+                scheduler.queue.push(class, GRAPHS[0], entry((), now, None));
+            }
+        }
+        scheduler.ended(device, now);
+        let Next::Run(picked) = scheduler.next(device, now, false, None) else {
+            panic!("both classes wait");
+        };
+        n_bulk += u32::from(picked.class == Class::Bulk);
+        n_all += 1;
+        free_at[idx] = now + MS(10);
+    }
+    f64::from(n_bulk) / f64::from(n_all)
+}
+
+#[test]
+fn bulk_has_its_share_of_all_engines_together() {
+    let share = f64::from(policy(1).bulk_share) / 100.0;
+    for n_engines in [1, 2, 16] {
+        let got = share_of_bulk(n_engines);
+        show(&format!("{n_engines} engines: bulk has {got:.3}"));
+        assert!((got - share).abs() < 0.02, "{n_engines}: {got} of {share}");
+    }
 }
