@@ -27,6 +27,7 @@ pub mod attention;
 pub mod cache;
 pub mod compile;
 pub mod config;
+pub mod gpu;
 pub mod head;
 pub mod http;
 pub mod local;

@@ -48,6 +48,7 @@ use crate::admission::{Admission, Call, Pending};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
+use crate::gpu;
 use crate::head::Head;
 use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::job::{Answer, Class, Norm, Want, Work};
@@ -81,6 +82,10 @@ pub struct Service {
     pub readiness: Readiness,
     pub limits: LimitsConfig,
     pub max_batch_size: u16,
+    /// --device-id.
+    pub device_ids: Vec<i32>,
+    /// What is known of GPUs that the model runs on.
+    pub gpus: gpu::Known,
     pub metrics: Metrics,
     /// What calls are given to end when the worker does.
     pub shutdown_grace_period: Duration,
@@ -494,6 +499,12 @@ impl Service {
             (Task::Generate, pb::Task::Generate),
         ];
         let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
+        let is_serving = self.readiness.get().is_ok();
+        let device = |&id: &i32| convert::device(id, facts.provider, is_serving, self.gpus.get());
+        let devices = match facts.provider {
+            "cuda" => self.device_ids.iter().map(device).collect(),
+            _ => vec![device(&0)],
+        };
         Ok(pb::GetModelResponse {
             name: model.name.clone(),
             digest: model.digest.clone(),
@@ -541,6 +552,7 @@ impl Service {
                 .map(|compiled| compiled.precision.name().to_owned())
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
+            devices,
         })
     }
 }

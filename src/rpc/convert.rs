@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use crate::engine::Graph;
 use crate::error::Error;
+use crate::gpu::Gpus;
 use crate::head::Head;
 use crate::job::{Context, Norm, Want, Work};
 use crate::model::{Activation, Model, Task};
@@ -244,6 +245,32 @@ pub(super) fn head_info(head: &Head) -> pb::Head {
     }
 }
 
+/// A device of the model's, with what is known of it by now.
+pub(super) fn device(
+    id: i32,
+    execution_provider: &str,
+    is_serving: bool,
+    gpus: Option<&Gpus>,
+) -> pb::Device {
+    let named = pb::Device {
+        id,
+        execution_provider: execution_provider.to_owned(),
+        serving: is_serving,
+        ..pb::Device::default()
+    };
+    let Some((gpus, gpu)) = gpus.and_then(|gpus| Some((gpus, gpus.device(id)?))) else {
+        return named;
+    };
+    pb::Device {
+        name: gpu.name.clone(),
+        uuid: gpu.uuid.clone(),
+        memory_bytes: gpu.memory_bytes,
+        driver_version: gpus.driver_version.clone().unwrap_or_default(),
+        cuda_version: gpus.cuda_version.map(String::from).unwrap_or_default(),
+        ..named
+    }
+}
+
 pub(super) fn activation(activation: Activation) -> pb::Activation {
     match activation {
         Activation::Softmax => pb::Activation::Softmax,
@@ -363,6 +390,46 @@ fn scores(logits: &[f32], activation: Activation) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::{Gpu, Version};
+
+    #[test]
+    fn a_device_has_what_the_driver_says() {
+        let gpus = Gpus {
+            devices: vec![Gpu {
+                id: 0,
+                name: "A".to_owned(),
+                uuid: "GPU-a".to_owned(),
+                memory_bytes: 80,
+                compute_capability: Version { major: 9, minor: 0 },
+            }],
+            driver_version: Some("580.1".to_owned()),
+            cuda_version: Some(Version {
+                major: 13,
+                minor: 2,
+            }),
+            absent: None,
+        };
+        let known = device(0, "cuda", true, Some(&gpus));
+        let expected = pb::Device {
+            id: 0,
+            execution_provider: "cuda".to_owned(),
+            serving: true,
+            name: "A".to_owned(),
+            uuid: "GPU-a".to_owned(),
+            memory_bytes: 80,
+            driver_version: "580.1".to_owned(),
+            cuda_version: "13.2".to_owned(),
+        };
+        assert_eq!(known, expected);
+        // Not looked at yet, or not seen by the driver.
+        let bare = pb::Device {
+            id: 1,
+            execution_provider: "cuda".to_owned(),
+            ..pb::Device::default()
+        };
+        assert_eq!(device(1, "cuda", false, None), bare);
+        assert_eq!(device(1, "cuda", false, Some(&gpus)), bare);
+    }
 
     #[test]
     fn tensors_are_little_endian() {
