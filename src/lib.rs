@@ -42,6 +42,7 @@ pub mod worker;
 pub mod bench;
 pub mod commands;
 pub mod dataset;
+pub mod doctor;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

@@ -53,8 +53,7 @@ impl Functions {
         // it does on loading is its own affair.
         let library = unsafe { Library::new(LIBRARY) }.map_err(|error| {
             let words = std::error::Error::source(&error).map(ToString::to_string);
-            let words = words.unwrap_or_else(|| error.to_string());
-            format!("the NVIDIA driver's library cannot be loaded: {words}")
+            absence(&words.unwrap_or_else(|| error.to_string()))
         })?;
         // SAFETY: the types are those of cuda.h, which the driver keeps for good:
         // functions that change get another name.
@@ -162,6 +161,15 @@ impl Functions {
     }
 }
 
+/// Why the driver's library was not loaded, from the dynamic linker's words.
+fn absence(words: &str) -> String {
+    if words.contains("No such file") {
+        format!("there is no NVIDIA driver ({LIBRARY})")
+    } else {
+        format!("the NVIDIA driver's library cannot be loaded: {words}")
+    }
+}
+
 /// # Safety
 /// `T` is the type of the function with this name, and what is returned is not
 /// called after `library` has gone.
@@ -171,4 +179,21 @@ unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
     found
         .map(|symbol| *symbol)
         .map_err(|error| format!("{LIBRARY} has no {name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_is_not_there_is_told_from_one_that_is_broken() {
+        assert_eq!(
+            absence("libcuda.so.1: cannot open shared object file: No such file or directory"),
+            "there is no NVIDIA driver (libcuda.so.1)"
+        );
+        assert_eq!(
+            absence("libcuda.so.1: file too short"),
+            "the NVIDIA driver's library cannot be loaded: libcuda.so.1: file too short"
+        );
+    }
 }
