@@ -27,6 +27,7 @@ pub mod attention;
 pub mod cache;
 pub mod compile;
 pub mod config;
+pub mod gpu;
 pub mod head;
 pub mod http;
 pub mod local;
@@ -41,6 +42,7 @@ pub mod worker;
 pub mod bench;
 pub mod commands;
 pub mod dataset;
+pub mod doctor;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

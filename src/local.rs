@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::Parser;
 
 use crate::compile::command::Bars;
-use crate::compile::{Provider, Runtime, cache};
+use crate::compile::{Progress, Provider, Runtime, cache};
 use crate::config::ServeConfig;
 use crate::engine::onnx;
 use crate::head::Head;
@@ -75,7 +75,10 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
     }
     let owned = config.clone();
     let load = move || -> anyhow::Result<_> {
-        let folder = locate(&owned)?;
+        let mut bars = Bars::new();
+        let folder = locate(&owned, &mut bars);
+        bars.end();
+        let folder = folder?;
         tracing::info!(folder = %folder.display(), "reading the model");
         let model = Model::open(&folder, owned.model.model_name.as_deref())?;
         let heads = owned.model.heads.iter().map(Head::open);
@@ -94,7 +97,11 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
 }
 
 /// The directory to serve, compiled if it has to be.
-fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+///
+/// When there is no such model, or it cannot be compiled.
+pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Result<PathBuf> {
     let library = onnx::find_library(config.model.onnxruntime.as_deref());
     let provider = match config.model.execution_provider {
         onnx::Provider::Cuda => Provider::Cuda,
@@ -102,14 +109,11 @@ fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
         onnx::Provider::Cpu | onnx::Provider::Auto => Provider::Cpu,
     };
     let runtime = || Ok(Runtime::new(onnx::environment(&library)?, provider)?);
-    let mut bars = Bars::new();
-    let folder = cache::locate(
+    cache::locate(
         &config.model.model,
         &config.model.compile,
         provider,
         runtime,
-        &mut bars,
-    );
-    bars.end();
-    folder
+        progress,
+    )
 }

@@ -13,6 +13,7 @@ use imagegpt::compile::command::{self, CompileArgs, InspectArgs};
 use imagegpt::config::{NetworkConfig, ServeConfig};
 use imagegpt::dataset::flags::EmbedArgs;
 use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
+use imagegpt::doctor::{self, DoctorArgs, Verdict as Diagnosis};
 use imagegpt::engine::{Failure, FailureKind};
 use imagegpt::local::{load_and_start, own_worker};
 use imagegpt::neighbors::{self, NeighborsConfig};
@@ -65,6 +66,12 @@ enum Command {
     Embed(Box<EmbedArgs>),
     /// Load a worker and measure what it does
     Bench(Box<BenchArgs>),
+    /// Check whether this machine can serve, and say what to install
+    ///
+    /// Looks at CPU, memory, ONNX Runtime, the NVIDIA driver and CUDA's
+    /// libraries, and runs a tiny model on each provider. Exit code 0 if a
+    /// worker can serve with what was asked for, 1 if not.
+    Doctor(DoctorArgs),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +83,7 @@ fn main() -> ExitCode {
         Command::Neighbors(config) => show_neighbors(&config),
         Command::Embed(args) => embed(&args),
         Command::Bench(args) => run_bench(&args),
+        Command::Doctor(args) => diagnose(&args),
     };
     outcome.unwrap_or_else(|error| {
         // Before the log is set up, and for commands that have none.
@@ -220,6 +228,13 @@ fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     Ok(match bench::run(args, &mut std::io::stdout())? {
         Verdict::Fine => ExitCode::SUCCESS,
         Verdict::Broken => ExitCode::FAILURE,
+    })
+}
+
+fn diagnose(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    Ok(match doctor::run(args, &mut std::io::stdout())? {
+        Diagnosis::CanServe => ExitCode::SUCCESS,
+        Diagnosis::CannotServe => ExitCode::FAILURE,
     })
 }
 

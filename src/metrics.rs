@@ -2,10 +2,12 @@
 //!
 //! Stages get handles, made once here, so that a hot path never looks a name
 //! up and no name is written twice. Every series exists from the start, at
-//! zero, and no label value comes from a request: cardinality is fixed.
+//! zero, but for the model's and the GPUs', and no label value comes from a
+//! request: cardinality is fixed.
 
 pub mod access;
 pub mod generation;
+pub mod gpu;
 pub mod totals;
 
 use std::collections::BTreeMap;
@@ -358,7 +360,8 @@ impl Registry<'_> {
         let gauges = gauges
             .into_iter()
             .chain(access::GAUGES)
-            .chain(generation::GAUGES);
+            .chain(generation::GAUGES)
+            .chain(gpu::GAUGES);
         for (name, text) in gauges {
             self.0
                 .describe_gauge(KeyName::from_const_str(name), None, text.into());

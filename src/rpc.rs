@@ -48,6 +48,7 @@ use crate::admission::{Admission, Call, Pending};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
+use crate::gpu;
 use crate::head::Head;
 use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::job::{Answer, Class, Norm, Want, Work};
@@ -81,6 +82,8 @@ pub struct Service {
     pub readiness: Readiness,
     pub limits: LimitsConfig,
     pub max_batch_size: u16,
+    /// What is known of GPUs that the model runs on.
+    pub gpus: gpu::Known,
     pub metrics: Metrics,
     /// What calls are given to end when the worker does.
     pub shutdown_grace_period: Duration,
@@ -494,6 +497,9 @@ impl Service {
             (Task::Generate, pb::Task::Generate),
         ];
         let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
+        let devices = self.readiness.devices();
+        let device = |device| convert::device(device, self.gpus.get());
+        let devices = devices.iter().map(device).collect();
         Ok(pb::GetModelResponse {
             name: model.name.clone(),
             digest: model.digest.clone(),
@@ -542,12 +548,7 @@ impl Service {
                 .unwrap_or_default(),
             heads: self.heads.iter().map(convert::head_info).collect(),
             fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
-            devices: self
-                .readiness
-                .devices()
-                .iter()
-                .map(convert::device)
-                .collect(),
+            devices,
         })
     }
 }

@@ -27,6 +27,7 @@ use crate::engine::runner::{self, Runner};
 use crate::engine::{
     self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State, Stop, runtime,
 };
+use crate::gpu;
 use crate::head::Head;
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
@@ -43,6 +44,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How often histograms are folded when nobody scrapes; they would otherwise
 /// grow with every observation.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// How often GPUs are asked how they are: as fresh as any scrape needs, and NVML
+/// answers within milliseconds.
+const GPU_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A worker that listens.
 pub struct Worker {
@@ -332,7 +336,14 @@ impl Worker {
             readiness: readiness.clone(),
         };
         let model = Arc::new(model);
+        let gpus = gpu::Known::default();
         let side_tasks = vec![
+            tokio::spawn(watch_gpus(
+                stages.devices.clone(),
+                config.model.device_ids.clone(),
+                gpus.clone(),
+                metrics.clone(),
+            )),
             tokio::spawn(http::serve(metrics_listener, pages)),
             tokio::spawn(keep_metrics(metrics.clone())),
             tokio::spawn(announce(
@@ -349,6 +360,7 @@ impl Worker {
             readiness: readiness.clone(),
             limits: limits.clone(),
             max_batch_size: config.batching.max_batch_size,
+            gpus,
             metrics,
             shutdown_grace_period: network.shutdown_grace_period,
         };
@@ -526,18 +538,71 @@ async fn keep_metrics(metrics: Metrics) {
     }
 }
 
+/// What was loaded, and on how many devices, once it is.
+async fn loaded(mut devices: watch::Receiver<Devices>) -> Option<(Facts, usize)> {
+    let devices = devices
+        .wait_for(|devices| !matches!(devices.state(), State::Loading))
+        .await
+        .ok()?;
+    match devices.state() {
+        State::Ready(facts) => Some((facts, devices.n_serving())),
+        _ => None,
+    }
+}
+
+/// Finds out what GPUs the model runs on, once it does, and from then on how they
+/// are. A driver may hang; then only this waits, and nobody asks it again.
+async fn watch_gpus(
+    devices: watch::Receiver<Devices>,
+    ids: Vec<i32>,
+    known: gpu::Known,
+    metrics: Metrics,
+) {
+    match loaded(devices).await {
+        Some((facts, _)) if facts.provider == "cuda" => {}
+        _ => return,
+    }
+    let Ok(monitor) = tokio::task::spawn_blocking(gpu::Monitor::open).await else {
+        return;
+    };
+    let gpus = &monitor.gpus;
+    for gpu in ids.iter().filter_map(|&id| gpus.device(id)) {
+        tracing::info!(
+            device_id = gpu.id,
+            name = gpu.name,
+            uuid = gpu.uuid,
+            memory_bytes = gpu.memory_bytes,
+            compute_capability = %gpu.compute_capability,
+            driver = gpus.driver_version,
+            "runs on a GPU"
+        );
+    }
+    known.set(gpus.clone());
+    if let Some(reason) = &gpus.absent {
+        tracing::warn!(reason, "nothing is known of the GPU; it has no metrics");
+        return;
+    }
+    let monitor = Arc::new(monitor);
+    let mut interval = tokio::time::interval(GPU_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let (monitor, ids) = (Arc::clone(&monitor), ids.clone());
+        let look = tokio::task::spawn_blocking(move || monitor.usage(&ids));
+        for (id, usage) in look.await.unwrap_or_default() {
+            metrics.gpu(id, usage);
+        }
+    }
+}
+
 /// Tells the operator what was loaded, once it is.
 async fn announce(
-    mut devices: watch::Receiver<Devices>,
+    devices: watch::Receiver<Devices>,
     model: Arc<Model>,
     metrics: Metrics,
     started: Instant,
 ) {
-    let loaded = devices
-        .wait_for(|devices| !matches!(devices.state(), State::Loading))
-        .await
-        .map(|devices| (devices.state(), devices.n_serving()));
-    let Ok((State::Ready(facts), n_devices)) = loaded else {
+    let Some((facts, n_devices)) = loaded(devices).await else {
         return;
     };
     let elapsed = started.elapsed();

@@ -496,6 +496,17 @@ def unseen_problems(exported, named):
             yield f"neither dashboard nor rules show {name}"
 
 
+def gpu_only_problems(exported):
+    """What is taken on trust of a worker on a GPU is in its source, all of it, and
+    is not what every worker exports."""
+    source = pathlib.Path("src/metrics/gpu.rs").read_text()
+    made = set(re.findall(r'const [A-Z_]+: &str = "(imagegpt_\w+)";', source))
+    for name in sorted(made ^ set(queries.GPU_ONLY)):
+        yield f"{name} is not both in src/metrics/gpu.rs and in queries.py"
+    for name in sorted(set(exported) & set(queries.GPU_ONLY)):
+        yield f"{name} is exported without a GPU"
+
+
 def self_problems(exported):
     """The check finds what it looks for."""
     wrong = ["imagegpt_request_total", 'imagegpt_requests_total{code="EXHAUSTED"}', "sum by (clas) (imagegpt_ready)",
@@ -535,6 +546,8 @@ def monitoring(binary, built):
                         "models/pictures/animals-nature", "--requests", "20", "--warm-up", "0s"],
                        check=True, capture_output=True)
         exported = worker.exported()
+    check("metrics that only a worker on a GPU has are those of its source", gpu_only_problems(exported))
+    exported |= queries.GPU_ONLY
     named = rules + shown + scaled
     check(f"what {len(named)} queries name is exported by a live worker", metric_problems(exported, named))
     check("every metric of the worker is on the dashboard or in a rule", unseen_problems(exported, named))

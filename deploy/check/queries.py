@@ -9,6 +9,14 @@ FOREIGN = {
     "kube_pod_container_status_restarts_total", "kube_pod_container_status_last_terminated_exitcode",
     "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED",
 }
+# Series that only a worker on a GPU exports, with label values as one has them:
+# the worker that this is held against has none. check.py
+# holds the names against src/metrics/gpu.rs.
+GPU_ONLY = {
+    "imagegpt_gpu_memory_used_bytes": {"device": {"0"}},
+    "imagegpt_gpu_memory_total_bytes": {"device": {"0"}},
+    "imagegpt_gpu_utilization_ratio": {"device": {"0"}},
+}
 # Labels that Prometheus adds when it scrapes a pod.
 TARGET_LABELS = {"namespace", "pod", "container", "job", "instance"}
 

@@ -35,7 +35,7 @@ pub fn locate(
         tasks: None,
         feature_layer: config.feature_layer,
     };
-    let cache = cache(config)?;
+    let cache = self::folder(config.cache_dir.as_deref())?;
     let (folder, _) = compile_cached(&source, &cache, &options, &runtime()?, progress)?;
     Ok(folder)
 }
@@ -45,9 +45,13 @@ fn is_servable(folder: &Path) -> bool {
 }
 
 /// `--cache-dir`, else where the user's caches are.
-fn cache(config: &CompileConfig) -> anyhow::Result<PathBuf> {
-    if let Some(folder) = &config.cache_dir {
-        return Ok(folder.clone());
+///
+/// # Errors
+///
+/// When the user has no home.
+pub fn folder(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(folder) = given {
+        return Ok(folder.to_owned());
     }
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     set("XDG_CACHE_HOME")

@@ -120,6 +120,30 @@ impl Runtime {
     }
 }
 
+/// The oldest version of the library that is taken: 1 and this.
+pub const MINOR_VERSION_MIN: u32 = ort::MINOR_VERSION;
+
+/// Loads a shared library as ONNX Runtime's and its provider's are loaded, and
+/// keeps it.
+///
+/// # Errors
+///
+/// In the dynamic linker's words, when it is not there, or what it is linked
+/// with is not, or both are of another system.
+pub fn load(library: &Path) -> Result<(), String> {
+    ort::util::preload_dylib(library).map_err(|error| {
+        let words = std::error::Error::source(&error).map(ToString::to_string);
+        words.unwrap_or_else(|| error.to_string())
+    })
+}
+
+/// The second number of a library's version (31 of 1.31), as it says itself;
+/// `None` if it is not ONNX Runtime 1.
+#[must_use]
+pub fn minor_version(library: &Path) -> Option<u32> {
+    ort::util::probe(library)
+}
+
 /// The worker's own operators.
 ///
 /// # Errors

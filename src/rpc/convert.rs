@@ -5,6 +5,7 @@ use bytes::Bytes;
 use crate::engine::devices::Device;
 use crate::engine::{self, Graph};
 use crate::error::Error;
+use crate::gpu::Gpus;
 use crate::head::Head;
 use crate::job::{Context, Norm, Want, Work};
 use crate::model::{Activation, Model, Task};
@@ -242,15 +243,6 @@ pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
     }
 }
 
-pub(super) fn device(device: &Device) -> pb::Device {
-    let facts = device.facts.as_ref();
-    pb::Device {
-        id: device.id,
-        execution_provider: facts.map_or("", |facts| facts.provider).to_owned(),
-        serving: device.serves(),
-    }
-}
-
 pub(super) fn head_info(head: &Head) -> pb::Head {
     pb::Head {
         name: head.name.clone(),
@@ -259,6 +251,28 @@ pub(super) fn head_info(head: &Head) -> pb::Head {
         layer: head.layer,
         norm: norm_applied(head.norm).into(),
         context: context_applied(head.context),
+    }
+}
+
+/// A device of the model's, with what is known of it by now.
+pub(super) fn device(device: &Device, gpus: Option<&Gpus>) -> pb::Device {
+    let facts = device.facts.as_ref();
+    let named = pb::Device {
+        id: device.id,
+        execution_provider: facts.map_or("", |facts| facts.provider).to_owned(),
+        serving: device.serves(),
+        ..pb::Device::default()
+    };
+    let Some((gpus, gpu)) = gpus.and_then(|gpus| Some((gpus, gpus.device(device.id)?))) else {
+        return named;
+    };
+    pb::Device {
+        name: gpu.name.clone(),
+        uuid: gpu.uuid.clone(),
+        memory_bytes: gpu.memory_bytes,
+        driver_version: gpus.driver_version.clone().unwrap_or_default(),
+        cuda_version: gpus.cuda_version.map(String::from).unwrap_or_default(),
+        ..named
     }
 }
 
@@ -381,6 +395,58 @@ fn scores(logits: &[f32], activation: Activation) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::{Gpu, Version};
+
+    #[test]
+    fn a_device_has_what_the_driver_says() {
+        let gpus = Gpus {
+            devices: vec![Gpu {
+                id: 0,
+                name: "A".to_owned(),
+                uuid: "GPU-a".to_owned(),
+                memory_bytes: 80,
+                compute_capability: Version { major: 9, minor: 0 },
+            }],
+            driver_version: Some("580.1".to_owned()),
+            cuda_version: Some(Version {
+                major: 13,
+                minor: 2,
+            }),
+            absent: None,
+        };
+        let of = |id, ended| Device {
+            id,
+            facts: Some(engine::Facts {
+                provider: "cuda",
+                runtime_version: String::new(),
+                dimension: 0,
+                n_classes: 0,
+                sequences: None,
+                fallbacks: Vec::new(),
+            }),
+            ended,
+        };
+        let known = device(&of(0, false), Some(&gpus));
+        let expected = pb::Device {
+            id: 0,
+            execution_provider: "cuda".to_owned(),
+            serving: true,
+            name: "A".to_owned(),
+            uuid: "GPU-a".to_owned(),
+            memory_bytes: 80,
+            driver_version: "580.1".to_owned(),
+            cuda_version: "13.2".to_owned(),
+        };
+        assert_eq!(known, expected);
+        // Not looked at yet, or not seen by the driver.
+        let bare = pb::Device {
+            id: 1,
+            execution_provider: "cuda".to_owned(),
+            ..pb::Device::default()
+        };
+        assert_eq!(device(&of(1, true), None), bare);
+        assert_eq!(device(&of(1, true), Some(&gpus)), bare);
+    }
 
     #[test]
     fn tensors_are_little_endian() {

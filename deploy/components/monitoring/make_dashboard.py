@@ -117,9 +117,15 @@ ROWS = {
         ("Faults", "", "ops",
          [(total("imagegpt_engine_faults_total", "kind"), "{{kind}}"),
           (total("imagegpt_canary_runs_total", labels='result="failed"'), "idle check failed")]),
-        ("GPU at work", "Of NVIDIA's DCGM exporter, where it runs.", "percent",
+        ("GPU memory", "As the worker's driver says, by whomever it is used. What the runtime has taken it "
+         "keeps, so a level line is good.", "bytes",
+         [(gauge("imagegpt_gpu_memory_used_bytes", "pod, device"), "{{pod}} {{device}}"),
+          (f"max by (device) (imagegpt_gpu_memory_total_bytes{{{WORKER}}})", "all of device {{device}}")]),
+        ("GPU at work", "Time with a kernel on it, as the worker's driver says; a part of a GPU (MIG) has none.",
+         "percentunit", [(gauge("imagegpt_gpu_utilization_ratio", "pod, device"), "{{pod}} {{device}}")]),
+        ("GPU at work, by DCGM", "Of NVIDIA's DCGM exporter, where it runs.", "percent",
          [(f"avg by (pod) (DCGM_FI_DEV_GPU_UTIL{{{WORKER}}})", "{{pod}}")]),
-        ("GPU memory", "Of NVIDIA's DCGM exporter, where it runs.", "decmbytes",
+        ("GPU memory, by DCGM", "Of NVIDIA's DCGM exporter, where it runs.", "decmbytes",
          [(f"sum by (pod) (DCGM_FI_DEV_FB_USED{{{WORKER}}})", "{{pod}}")]),
     ],
     "Starts and drains": [

@@ -1,0 +1,147 @@
+//! `imagegpt doctor`: whether this machine can serve, on what, and if not, what
+//! to install.
+//!
+//! Three steps: look (`machine`, `library`, `gpu`), judge (`judge`, which is told
+//! what was seen and touches nothing) and show (`report`). What is seen is only
+//! half of it, so the judge has each provider tried (`trial`), in a process of
+//! its own: a driver that takes its process with it must not take the report.
+
+mod judge;
+mod library;
+mod machine;
+mod report;
+mod tiny;
+mod trial;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+
+use self::judge::{Asked, Cache, Found};
+use self::library::{CudaProvider, Library};
+use self::machine::Machine;
+use crate::compile::{self, Source};
+use crate::engine::onnx::Provider;
+use crate::gpu::{Gpus, Monitor};
+
+/// Check this machine.
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    /// A folder to try, as for serve; what has to be compiled is compiled into
+    /// --cache-dir. Nothing is downloaded [default: a tiny model of random
+    /// weights, made on the spot]
+    // IMAGEGPT_MODEL is not read: beside a worker that serves it, a second copy
+    // might not fit.
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+
+    /// ONNX Runtime's shared library, as for serve
+    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    pub onnxruntime: Option<PathBuf>,
+
+    /// What is to run the model. With auto it suffices that something can
+    #[arg(
+        long,
+        env = "IMAGEGPT_EXECUTION_PROVIDER",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub execution_provider: Provider,
+
+    /// Which GPUs, counted from 0 among those that CUDA shows this process
+    #[arg(
+        long,
+        env = "IMAGEGPT_DEVICE_ID",
+        default_value = "0",
+        value_name = "N,N",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(i32).range(0..1024)
+    )]
+    pub device_id: Vec<i32>,
+
+    /// Where compiled models are kept, as for serve
+    #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// A table for a person, or one JSON object
+    #[arg(long, value_enum, default_value = "table")]
+    pub format: Format,
+
+    /// Only run a model on this provider, and say how it went; what the command
+    /// starts itself by
+    #[arg(long, hide = true, value_enum, value_name = "PROVIDER")]
+    pub trial: Option<compile::Provider>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+/// Whether a worker could serve with what was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    CanServe,
+    CannotServe,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// When the flags cannot be used, or nobody takes what is printed.
+pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
+    if let Some(model) = &args.model
+        && let Source::Hub { repository, .. } = Source::parse(model, None)
+    {
+        bail!("--model {repository} is no folder; the doctor downloads nothing");
+    }
+    let id = args.device_id.first().copied().unwrap_or_default();
+    if let Some(provider) = args.trial {
+        trial::answer(&trial::here(args, provider, id), out)?;
+        return Ok(Verdict::CanServe);
+    }
+    let asked = Asked {
+        provider: args.execution_provider,
+        device_ids: args.device_id.clone(),
+    };
+    let found = look(args);
+    let report = judge::judge(&asked, &found, &mut |provider, id| {
+        trial::in_a_process(args, provider, id)
+    });
+    match args.format {
+        Format::Table => report.table(out)?,
+        Format::Json => report.json(out)?,
+    }
+    Ok(if report.can_serve {
+        Verdict::CanServe
+    } else {
+        Verdict::CannotServe
+    })
+}
+
+/// Sees all that the judge wants to know.
+fn look(args: &DoctorArgs) -> Found {
+    let library = Library::find(args.onnxruntime.as_deref());
+    let mut found = Found {
+        machine: Machine::read(Path::new("/")),
+        cache: Cache::find(args.cache_dir.as_deref()),
+        library,
+        cuda: None,
+        gpus: Gpus::default(),
+        usage: Vec::new(),
+        visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
+    };
+    if args.execution_provider == Provider::Cpu {
+        return found;
+    }
+    found.cuda = found.library.folder.as_deref().map(CudaProvider::find);
+    let monitor = Monitor::open();
+    let ids: Vec<i32> = monitor.gpus.devices.iter().map(|gpu| gpu.id).collect();
+    found.usage = monitor.usage(&ids);
+    found.gpus = monitor.gpus;
+    found
+}

@@ -1,0 +1,153 @@
+//! What the doctor says: a table with a sentence at its end, or JSON.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use serde::Serialize;
+
+use crate::gpu::{Gpu, Usage};
+
+/// One line of the report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Check {
+    pub(super) name: String,
+    pub(super) result: Outcome,
+    /// What was found.
+    pub(super) found: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) todo: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(super) enum Outcome {
+    #[serde(rename = "ok")]
+    Ok,
+    /// It serves, but worse than it could.
+    #[serde(rename = "warning")]
+    Warning,
+    #[serde(rename = "failed")]
+    Failed,
+    /// It is missing, and nothing that was asked for needs it.
+    #[serde(rename = "not needed")]
+    NotNeeded,
+}
+
+impl Outcome {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Failed => "failed",
+            Self::NotNeeded => "not needed",
+        }
+    }
+}
+
+/// A GPU, and how it is.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Device {
+    #[serde(flatten)]
+    pub(super) gpu: Gpu,
+    #[serde(flatten)]
+    pub(super) usage: Usage,
+}
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Report {
+    /// Whether a worker could serve with what was asked for.
+    pub(super) can_serve: bool,
+    /// The providers that it could serve on, out of those asked for.
+    pub(super) providers: Vec<&'static str>,
+    /// Why it could not on the others.
+    pub(super) obstacles: BTreeMap<&'static str, String>,
+    pub(super) checks: Vec<Check>,
+    pub(super) gpus: Vec<Device>,
+}
+
+impl Report {
+    /// # Errors
+    ///
+    /// When nobody takes it.
+    pub(super) fn json(&self, out: &mut impl Write) -> anyhow::Result<()> {
+        writeln!(out, "{}", serde_json::to_string(self)?)?;
+        Ok(())
+    }
+
+    /// # Errors
+    ///
+    /// When nobody takes it.
+    pub(super) fn table(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let width = |of: fn(&Check) -> &str| {
+            let lengths = self.checks.iter().map(|check| of(check).len());
+            lengths.max().unwrap_or_default()
+        };
+        let (name, result) = (
+            width(|check| &check.name),
+            width(|check| check.result.text()),
+        );
+        for check in &self.checks {
+            writeln!(
+                out,
+                "{:name$}  {:result$}  {}",
+                check.name,
+                check.result.text(),
+                check.found
+            )?;
+            let is_urgent = matches!(check.result, Outcome::Warning | Outcome::Failed);
+            if let Some(todo) = check.todo.as_ref().filter(|_| is_urgent) {
+                writeln!(out, "{:1$}→ {todo}", "", name + result + 4)?;
+            }
+        }
+        writeln!(out, "\n{}", self.summary())
+    }
+
+    /// One sentence.
+    fn summary(&self) -> String {
+        let providers = match self.providers.as_slice() {
+            [] => "nothing".to_owned(),
+            some => some.join(", "),
+        };
+        let obstacles = self.obstacles.iter();
+        let obstacles =
+            obstacles.map(|(provider, reason)| format!("; not on {provider}: {reason}"));
+        format!("can serve on: {providers}{}", obstacles.collect::<String>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_aligned_and_ends_in_a_sentence() {
+        let check = |name: &str, result, found: &str, todo: Option<&str>| Check {
+            name: name.to_owned(),
+            result,
+            found: found.to_owned(),
+            todo: todo.map(str::to_owned),
+        };
+        let report = Report {
+            can_serve: true,
+            providers: vec!["cpu"],
+            obstacles: BTreeMap::from([("cuda", "no driver: install one".to_owned())]),
+            checks: vec![
+                check("memory", Outcome::Ok, "2 GiB", None),
+                check("open files", Outcome::Warning, "10", Some("raise it")),
+                check("GPUs", Outcome::NotNeeded, "none", Some("buy one")),
+            ],
+            gpus: Vec::new(),
+        };
+        let mut out = Vec::new();
+        report.table(&mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "memory      ok          2 GiB\n\
+             open files  warning     10\n                        \
+             → raise it\n\
+             GPUs        not needed  none\n\n\
+             can serve on: cpu; not on cuda: no driver: install one\n"
+        );
+    }
+}

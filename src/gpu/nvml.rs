@@ -1,0 +1,52 @@
+//! NVML, libnvidia-ml.so.1: the driver's version, and how devices are.
+
+use std::ffi::OsStr;
+
+use nvml_wrapper::{Device, Nvml};
+
+use super::{Management, MemoryUse, Usage};
+
+/// As the driver installs it; the name without a version is only there for
+/// those who compile.
+const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// Loads and starts NVML, if it is there.
+pub(super) fn open() -> Option<Box<dyn Management>> {
+    match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
+        Ok(nvml) => Some(Box::new(nvml)),
+        Err(error) => {
+            tracing::debug!(%error, "no NVML");
+            None
+        }
+    }
+}
+
+impl Management for Nvml {
+    fn driver_version(&self) -> Option<String> {
+        self.sys_driver_version().ok()
+    }
+
+    fn knows(&self, uuid: &str) -> bool {
+        self.device_by_uuid(uuid).is_ok()
+    }
+
+    fn usage(&self, uuid: &str) -> Usage {
+        self.device_by_uuid(uuid)
+            .map_or_else(|_| Usage::default(), |device| usage_of(&device))
+    }
+}
+
+/// Each for itself: what one kind of device cannot say, another can.
+fn usage_of(device: &Device<'_>) -> Usage {
+    let memory = device.memory_info().ok();
+    let rates = device.utilization_rates().ok();
+    let milliwatts = device.power_usage().ok();
+    Usage {
+        memory: memory.map(|memory| MemoryUse {
+            used_bytes: memory.used,
+            total_bytes: memory.total,
+        }),
+        utilization: rates.map(|rates| f64::from(rates.gpu) / 100.0),
+        power_watts: milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0),
+    }
+}

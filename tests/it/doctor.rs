@@ -1,0 +1,114 @@
+//! `imagegpt doctor` as a process, on whatever machine this is, with the real
+//! ONNX Runtime: its build for CPUs, so CUDA is never had.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::harness::model_dir;
+
+fn doctor(arguments: &[&str]) -> Output {
+    let library = imagegpt::engine::onnx::find_library(None);
+    Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        .arg("doctor")
+        .args(arguments)
+        .env("ORT_DYLIB_PATH", library)
+        .env_remove("IMAGEGPT_EXECUTION_PROVIDER")
+        // A worker's, which the tiny model is none of.
+        .env("IMAGEGPT_PRECISION", "int8")
+        .env("IMAGEGPT_FEATURE_LAYER", "16")
+        .output()
+        .expect("the program runs")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn check<'r>(report: &'r Value, name: &str) -> &'r Value {
+    let checks = report["checks"].as_array().expect("checks");
+    let found = checks.iter().find(|check| check["name"] == name);
+    found.unwrap_or_else(|| panic!("no check {name}: {report}"))
+}
+
+#[test]
+fn the_cpu_serves_and_the_report_says_so() {
+    let output = doctor(&["--format", "json"]);
+    let report = json(&output);
+    assert_eq!(output.status.code(), Some(0), "{report}");
+    assert_eq!(report["can_serve"], true);
+    assert_eq!(report["providers"], serde_json::json!(["cpu"]));
+    let inference = check(&report, "inference on cpu");
+    assert_eq!(inference["result"], "ok", "{inference}");
+    let found = inference["found"].as_str().expect("text");
+    assert!(found.contains("tiny, graph features"), "{found}");
+    assert_eq!(check(&report, "ONNX Runtime")["result"], "ok");
+    assert_eq!(
+        check(&report, "inference on cuda:0")["found"],
+        "not tried: see above"
+    );
+    assert!(report["obstacles"]["cuda"].is_string(), "{report}");
+}
+
+#[test]
+fn cuda_does_not_serve_and_the_report_says_why() {
+    let output = doctor(&["--execution-provider", "cuda", "--format", "json"]);
+    let report = json(&output);
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    assert_eq!(report["can_serve"], false);
+    let provider = check(&report, "CUDA provider");
+    assert_eq!(provider["result"], "failed");
+    let todo = provider["todo"].as_str().expect("what to do");
+    assert!(todo.contains("pip install onnxruntime-gpu"), "{todo}");
+    let checks = report["checks"].as_array().expect("checks");
+    assert!(
+        checks
+            .iter()
+            .all(|check| check["name"] != "inference on cpu")
+    );
+}
+
+#[test]
+fn a_given_model_is_tried_and_said_in_a_table() {
+    let model = model_dir("micro");
+    let model = model.to_str().expect("UTF-8");
+    let output = doctor(&["--execution-provider", "cpu", "--model", model]);
+    let table = String::from_utf8(output.stdout).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(0), "{table}");
+    let row = |name: &str| {
+        let mut lines = table.lines();
+        let line = lines.find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("no row {name}: {table}"))
+    };
+    assert!(row("inference on cpu").contains("ok"), "{table}");
+    assert!(row("inference on cpu").contains("micro"), "{table}");
+    assert!(row("CUDA").contains("not needed"), "{table}");
+    assert_eq!(table.lines().last(), Some("can serve on: cpu"));
+}
+
+#[test]
+fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
+    let empty = tempfile::tempdir().expect("a folder");
+    let empty = empty.path().to_str().expect("UTF-8");
+    let output = doctor(&["--model", empty, "--format", "json"]);
+    let report = json(&output);
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    let inference = check(&report, "inference on cpu");
+    assert_eq!(inference["result"], "failed");
+    let found = inference["found"].as_str().expect("text");
+    assert!(found.contains(empty), "{found}");
+
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let text = text.to_str().expect("UTF-8");
+    let output = doctor(&["--onnxruntime", text, "--format", "json"]);
+    let report = json(&output);
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    assert_eq!(check(&report, "ONNX Runtime")["result"], "failed");
+
+    // What would have to be downloaded is refused before anything is looked at.
+    let output = doctor(&["--model", "openai/imagegpt-small"]);
+    assert_eq!(output.status.code(), Some(2));
+    let complaint = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(complaint.contains("is no folder"), "{complaint}");
+}

@@ -1,0 +1,185 @@
+//! What a worker and the doctor say of GPUs, with a driver of our own: two small
+//! libraries in C that answer as NVIDIA's would, compiled by the C compiler that
+//! Rust links with. What the functions do is made up; that they are called as
+//! declared, and that every answer lands where it belongs, is not.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use imagegpt::engine::fake::{FakeEngine, Script};
+use imagegpt::engine::{Engine, EngineError, EngineFactory, Facts, Feed, Run, Stop, Warm, runtime};
+use imagegpt::pb;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{self, model_dir};
+
+const WHOLE: &str = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f";
+const PART: &str = "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f";
+
+/// The folder with the libraries, made once.
+fn driver() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (source, library) in [("cuda.c", "libcuda.so.1"), ("nvml.c", "libnvidia-ml.so.1")] {
+            let status = Command::new("cc")
+                .args(["-shared", "-fPIC", "-Wall", "-Werror"])
+                .arg(format!("-Wl,-soname,{library}"))
+                .arg("-o")
+                .arg(folder.path().join(library))
+                .arg(sources().join(source))
+                .status();
+            assert!(status.expect("a C compiler").success(), "{source}");
+        }
+        folder
+    });
+    folder.path()
+}
+
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/driver")
+}
+
+fn doctor(arguments: &[&str]) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        .args(["doctor", "--format", "json"])
+        .args(arguments)
+        .env("ORT_DYLIB_PATH", imagegpt::engine::onnx::find_library(None))
+        .env("LD_LIBRARY_PATH", driver())
+        .env("CUDA_VISIBLE_DEVICES", "1,MIG-10111213")
+        .output()
+        .expect("the program runs");
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[test]
+fn the_doctor_sees_the_devices_that_cuda_shows() {
+    let report = doctor(&["--device-id", "0,1"]);
+    let whole = json!({
+        "id": 0,
+        "name": "Fake GPU",
+        "uuid": WHOLE,
+        "memory_bytes": 80_u64 << 30,
+        "compute_capability": "9.0",
+        "memory": {"used_bytes": 8_u64 << 30, "total_bytes": 80_u64 << 30},
+        "utilization": 0.75,
+        "power_watts": 350.0,
+    });
+    let part = json!({
+        "id": 1,
+        "name": "Fake GPU MIG 1g.10gb",
+        "uuid": PART,
+        "memory_bytes": 10_u64 << 30,
+        "compute_capability": "9.0",
+        "memory": {"used_bytes": 1_u64 << 30, "total_bytes": 10_u64 << 30},
+        "utilization": null,
+        "power_watts": null,
+    });
+    assert_eq!(report["gpus"], json!([whole, part]));
+    let check = |name: &str| {
+        let checks = report["checks"].as_array().expect("checks");
+        let check = checks.iter().find(|check| check["name"] == name);
+        check.expect("a check").clone()
+    };
+    assert_eq!(
+        check("NVIDIA driver"),
+        json!({
+            "name": "NVIDIA driver",
+            "result": "ok",
+            "found": "version 580.82.07, for CUDA up to 13.2",
+        })
+    );
+    assert_eq!(check("GPUs")["result"], "ok");
+    // There is a GPU, so its provider is missed; auto serves without.
+    assert_eq!(check("CUDA provider")["result"], "warning");
+    assert_eq!(report["providers"], json!(["cpu"]));
+
+    let report = doctor(&["--device-id", "2"]);
+    let obstacle = report["obstacles"]["cuda"].as_str().expect("text");
+    assert!(
+        obstacle.starts_with(
+            "there is no GPU 2: CUDA sees 2 (CUDA_VISIBLE_DEVICES=1,MIG-10111213): --device-id"
+        ),
+        "{obstacle}"
+    );
+}
+
+/// A fake engine that says it is on a GPU.
+struct OnCuda(FakeEngine, Facts);
+
+impl Engine for OnCuda {
+    fn facts(&self) -> &Facts {
+        &self.1
+    }
+
+    fn warm(&self) -> &[Warm] {
+        self.0.warm()
+    }
+
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.0.run(run, stop)
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.0.feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        self.0.copy_slot(from, to, n)
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        self.0.canary()
+    }
+}
+
+#[tokio::test]
+async fn a_worker_on_a_gpu_says_which_and_how_it_is() {
+    for library in ["libcuda.so.1", "libnvidia-ml.so.1"] {
+        // What has been loaded from a path is found by its bare name too.
+        runtime::load(&driver().join(library)).expect("loaded");
+    }
+    let factory: EngineFactory = Box::new(|| {
+        let engine = FakeEngine::new(Script::default());
+        let facts = Facts {
+            provider: "cuda",
+            ..engine.facts().clone()
+        };
+        Ok(Box::new(OnCuda(engine, facts)) as Box<dyn Engine>)
+    });
+    let flags = ["--device-id", "1"];
+    let mut running = harness::start(&model_dir("micro"), &flags, Some(factory)).await;
+    let series = format!(
+        "imagegpt_gpu_memory_used_bytes{{device=\"1\"}} {}\n",
+        1 << 30
+    );
+    let started = std::time::Instant::now();
+    let page = loop {
+        let page = running.metrics().await;
+        if page.contains(&series) {
+            break page;
+        }
+        assert!(started.elapsed() < harness::PATIENCE, "never: {series}");
+        tokio::task::yield_now().await;
+    };
+    assert!(page.contains("imagegpt_gpu_memory_total_bytes{device=\"1\"} 10737418240\n"));
+    // A part of a GPU has no utilization, and the other device is not ours.
+    assert!(!page.contains("imagegpt_gpu_utilization_ratio{"), "{page}");
+    assert!(!page.contains("{device=\"0\"}"), "{page}");
+
+    let model = running.client.get_model(pb::GetModelRequest {}).await;
+    let expected = pb::Device {
+        id: 1,
+        execution_provider: "cuda".to_owned(),
+        serving: true,
+        name: "Fake GPU MIG 1g.10gb".to_owned(),
+        uuid: PART.to_owned(),
+        memory_bytes: 10 << 30,
+        driver_version: "580.82.07".to_owned(),
+        cuda_version: "13.2".to_owned(),
+    };
+    assert_eq!(model.expect("a model").into_inner().devices, [expected]);
+    running.end().await;
+}
