@@ -9,6 +9,7 @@ mod buckets;
 mod decoder;
 pub mod fake;
 pub mod onnx;
+pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;
 mod stop;

@@ -94,7 +94,7 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
 }
 
 /// The directory to serve, compiled if it has to be.
-fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
+pub(crate) fn locate(config: &ServeConfig) -> anyhow::Result<PathBuf> {
     let library = onnx::find_library(config.model.onnxruntime.as_deref());
     let provider = match config.model.execution_provider {
         onnx::Provider::Cuda => Provider::Cuda,
