@@ -24,6 +24,8 @@
 #   SERVE_FLAGS      more flags of `imagegpt serve`
 #
 # For the five minutes of a soak that is reported: STEPS=soak SHAPES=small SOAK=300.
+# Errors against fp32 need fp32 among PRECISIONS, before the others. Loading and warming
+# up the largest models takes most of a minute each: give large a call of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec python3 -u scripts/bench-gpu/bench.py

@@ -334,8 +334,13 @@ fn steps(loaded: &Loaded) -> Vec<Stepped> {
         .collect()
 }
 
-/// Gives every sequence the keys and values of an image, so that steps read
-/// what they would read.
+/// Sequences that get keys and values one by one where they cannot be copied.
+/// A GPU would take a minute for hundreds, and steps read as many bytes of the
+/// others, whatever is in them.
+const PREFILLED_MAX: usize = 16;
+
+/// Gives sequences the keys and values of an image, so that steps read what they
+/// would read.
 fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
     let Some(sequences) = loaded
         .engine
@@ -351,6 +356,9 @@ fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
     for slot in 0..sequences.n_slots {
         if slot > 0 && loaded.engine.copy_slot(0, slot, image.len()) {
             continue;
+        }
+        if slot == PREFILLED_MAX {
+            break;
         }
         let mut past = 0;
         for tokens in image.chunks(sequences.chunk.max(1)) {
