@@ -14,7 +14,8 @@
 #   PRECISIONS       of fp32 fp16 bf16, and int8 on a CPU [fp32 fp16 bf16; fp32 on a CPU]
 #   STEPS            of engine grpc latency generate cores graphs soak torch [all]
 #   BUDGET           seconds for all of it [600]; what does not fit is left out, and the
-#                    report says so
+#                    report says so. Loading may take it over by half a minute: where a
+#                    command is ended after 600 s, say 540
 #   SOAK             seconds of the soak [a quarter of BUDGET, 300 at most]
 #   BATCHES          batch sizes [1,2,4,8,16,32,64]
 #   SLOTS            images generated at one time, at most [256]

@@ -282,7 +282,7 @@ class Bench:
                 )  # fmt: skip
                 took = time.monotonic() - started
                 rows.append({"images": n, "seconds": took, "tokens_per_second": n * POSITIONS / took})
-                n = 4 * n if n > 1 else 8
+                n *= 4
         return rows
 
     def cores(self, shape: str, precision: str, seconds: float) -> list:
@@ -322,6 +322,8 @@ class Bench:
 
     def torch(self, shape: str, precision: str, seconds: float) -> dict:
         """PyTorch between two measurements of ours."""
+        if precision == "int8":
+            raise StepFailed("the model in PyTorch has no int8")
         try:
             run(self.log, sys.executable, "-c", "import torch", seconds=120)
         except StepFailed:
@@ -352,7 +354,7 @@ class Bench:
                         plan.append((step, shape, precision))
             # What differs little between precisions is measured in the last, and what
             # differs little between shapes in the first, which answers the most images.
-            for step in ("cores", "graphs", "torch", "soak"):
+            for step in ("cores", "graphs", "soak", "torch"):
                 is_once = step in ("cores", "soak")
                 is_possible = step != "graphs" or self.has_cuda_graphs
                 if step in asked and is_possible and (not is_once or shape == SHAPES[0]):
@@ -396,6 +398,8 @@ class Bench:
 
 
 def main() -> None:
+    if not shutil.which(PROGRAM):
+        sys.exit(f"bench-gpu: there is no program {PROGRAM}; run `make build` or set IMAGEGPT")
     OUT.mkdir(parents=True, exist_ok=True)
     kept = os.environ.get("WORK")
     work = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="bench-gpu-"))
