@@ -4,13 +4,14 @@
 //! closed and the open loop, `arrivals` says when calls of the latter are due,
 //! `bulk` is a load beside them; `stats` counts; `process` reads /proc; `modes`,
 //! `slow`, `soak` and `knee` are what can be measured; `report` and `plot` show
-//! it. The connection itself is `crate::rpc::load`.
+//! it. `engine` measures without a worker. The connection itself is `crate::rpc::load`.
 //!
 //! What it promises: latency counts from when a call was due, refusals are never
 //! mixed with answers, and where the tool itself was the limit it says so.
 
 mod arrivals;
 mod bulk;
+pub mod engine;
 pub mod flags;
 mod input;
 mod knee;
@@ -59,6 +60,10 @@ pub enum Verdict {
 /// When flags do not fit, a worker does not answer, or a file cannot be written.
 pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
     args.flags.validate(&args.mode)?;
+    if let Mode::Engine(engine_args) = &args.mode {
+        engine::run(&args.flags, engine_args, out)?;
+        return Ok(Verdict::Fine);
+    }
     let n_threads = args.flags.client_threads.map_or_else(
         || {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -105,6 +110,8 @@ async fn measure(
                 Mode::SlowReader(args) => slow::run(&bench, args, &mut phases).await,
                 Mode::Soak(args) => soak::run(&bench, args).await,
                 Mode::Knee(args) => Ok(knee::of_endpoint(&bench, args, &mut phases).await),
+                // Needs no worker, and has been done.
+                Mode::Engine(_) => Ok(Findings::default()),
             };
             (Some(bench.model.clone()), Some(bench.lanes.len()), findings)
         }

@@ -19,6 +19,7 @@ pub mod hub;
 pub mod manifest;
 pub mod onnx;
 pub mod options;
+pub mod random;
 pub mod reference;
 pub mod source;
 mod stage;

@@ -48,9 +48,10 @@ pub struct ModelConfig {
     /// A directory or a hub id. A compiled directory (see `imagegpt compile`);
     /// a published ONNX directory (model.onnx and/or
     /// model_classification.onnx, at the top or in model/ or onnx/, beside
-    /// preprocessor_config.json); a Hugging Face directory with weights, or a
-    /// hub id such as openai/imagegpt-small, either of which is compiled once
-    /// into --cache-dir
+    /// preprocessor_config.json); a Hugging Face directory with weights, a hub
+    /// id such as openai/imagegpt-small, or random:small, random:medium,
+    /// random:large or random:tiny (random weights, to measure speed), all of
+    /// which are compiled once into --cache-dir
     #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
     pub model: String,
 

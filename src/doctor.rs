@@ -10,7 +10,6 @@ mod judge;
 mod library;
 mod machine;
 mod report;
-mod tiny;
 mod trial;
 
 use std::io::Write;

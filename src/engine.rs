@@ -11,6 +11,7 @@ mod decoder;
 pub mod devices;
 pub mod fake;
 pub mod onnx;
+pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;
 mod stop;

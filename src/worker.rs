@@ -25,7 +25,7 @@ use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
 use crate::engine::{
-    self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State, Stop, runtime,
+    self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State, Stop,
 };
 use crate::gpu;
 use crate::head::Head;
@@ -268,6 +268,16 @@ pub fn onnx_engines(
         DeviceEngine { id, factory }
     };
     Ok(ids.iter().map(engine).collect())
+}
+
+/// An engine for the model on the first device alone, as it would be served.
+#[must_use]
+pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
+    let options = onnx::Options {
+        device_id: config.model.device_ids.first().copied().unwrap_or(0),
+        ..onnx_options(config, model, heads)
+    };
+    Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }
 
 /// What all of the model's engines are made from.

@@ -288,6 +288,75 @@ fn graphs_that_are_off_leave_nothing() {
 }
 
 #[test]
+fn random_models_are_the_same_every_time() {
+    let folder = TempDir::new().unwrap();
+    let source = Source::parse("random:tiny", None);
+    let compiled = |name: &str| {
+        let output = folder.path().join(name);
+        let manifest = compile(
+            &source,
+            &output,
+            &CompileOptions::default(),
+            &runtime(),
+            &mut Silent,
+        );
+        let weights = fs::read(output.join("weights.bin")).unwrap();
+        (manifest.unwrap(), weights)
+    };
+    let (one, one_weights) = compiled("one");
+    let (other, other_weights) = compiled("other");
+    assert_eq!(one.source.name, "random:tiny");
+    assert_eq!(one.source.sha256, other.source.sha256);
+    assert_eq!(one_weights, other_weights);
+    let graphs: Vec<&str> = one.graphs.keys().map(String::as_str).collect();
+    assert_eq!(
+        graphs,
+        [
+            "embed-none",
+            "embed-pre_attn_rms",
+            "generate",
+            "hidden",
+            "score"
+        ]
+    );
+    let kept = fs::read_to_string(folder.path().join("one/config.json")).unwrap();
+    assert!(kept.contains("random weights"), "{kept}");
+}
+
+#[test]
+fn unknown_random_models_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let output = folder.path().join("output");
+    let source = Source::parse("random:xyz", None);
+    let error = compile(
+        &source,
+        &output,
+        &CompileOptions::default(),
+        &runtime(),
+        &mut Silent,
+    );
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("random:xyz") && error.contains("random:small"));
+    assert!(!output.exists());
+}
+
+#[test]
+fn recipes_of_other_generators_are_refused() {
+    let folder = TempDir::new().unwrap();
+    fs::write(
+        folder.path().join("config.json"),
+        r#"{"model_type": "imagegpt"}"#,
+    )
+    .unwrap();
+    let recipe = |text: &str| fs::write(folder.path().join("random_weights.json"), text).unwrap();
+    let options = CompileOptions::default();
+    recipe(r#"{"generator": 9, "seed": 0, "standard_deviation": 0.02}"#);
+    refused(folder.path(), &options, "generator 9");
+    recipe("{}");
+    refused(folder.path(), &options, "no recipe");
+}
+
+#[test]
 fn options_that_do_not_fit_are_refused() {
     let source = checkpoint(|_| {});
     let beyond = CompileOptions {

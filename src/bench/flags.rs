@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use super::engine::EngineArgs;
 use crate::rpc::client::ConnectConfig;
 use crate::rpc::load::{Method, Priority};
 
@@ -183,6 +184,10 @@ pub enum Mode {
     Soak(SoakArgs),
     /// The highest load, or the best flags, for a given p99
     Knee(KneeArgs),
+    /// No worker: each graph of a model in a bare loop, against the rate of a
+    /// large matrix product. Of the flags of the other modes only --json and
+    /// --seed mean something here
+    Engine(EngineArgs),
 }
 
 impl Mode {
@@ -196,6 +201,7 @@ impl Mode {
             Self::SlowReader(_) => "slow-reader",
             Self::Soak(_) => "soak",
             Self::Knee(_) => "knee",
+            Self::Engine(_) => "engine",
         }
     }
 }
@@ -309,7 +315,7 @@ pub struct KneeArgs {
 
 const DAY: Duration = Duration::from_hours(24);
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(super) fn time(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(time) if time <= DAY => Ok(time),
         _ => Err("it must be a time of up to a day, such as 10s".to_owned()),

@@ -23,7 +23,7 @@ pub(super) fn rate(rate: f64) -> String {
 }
 
 /// Three digits or more.
-fn short(number: f64) -> String {
+pub(super) fn short(number: f64) -> String {
     match number {
         _ if number >= 100.0 => format!("{number:.0}"),
         _ if number >= 10.0 => format!("{number:.1}"),
@@ -33,10 +33,18 @@ fn short(number: f64) -> String {
 }
 
 /// Right-aligned columns, the first one left-aligned.
-struct Table(Vec<Vec<String>>);
+pub(super) struct Table(Vec<Vec<String>>);
 
 impl Table {
-    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
+    pub(super) fn new(header: &[&str]) -> Self {
+        Self(vec![header.iter().map(ToString::to_string).collect()])
+    }
+
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        self.0.push(cells);
+    }
+
+    pub(super) fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
         let n_columns = self.0.first().map_or(0, Vec::len);
         let width = |column: usize| {
             let cells = self.0.iter().filter_map(|row| row.get(column));
@@ -59,7 +67,7 @@ impl Table {
     }
 }
 
-const NONE: &str = "-";
+pub(super) const NONE: &str = "-";
 
 /// One row a measurement; refusals, lateness and cores below.
 pub(super) fn table(phases: &[Phase], out: &mut impl Write) -> std::io::Result<()> {

@@ -19,6 +19,7 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::error::CompileError;
+use super::random::{self, Drawn};
 
 /// Where a tensor lies and what it is made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,6 +60,8 @@ pub struct Checkpoint {
     folder: PathBuf,
     files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
+    /// Where tensors are drawn and not read; then there are no entries.
+    drawn: Option<Drawn>,
 }
 
 /// What published folders call their weights, the first found is taken.
@@ -82,6 +85,9 @@ pub fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
         if path.is_file() {
             return indexed_files(&path);
         }
+    }
+    if folder.join(random::FILE).is_file() {
+        return Ok(vec![random::FILE.to_owned()]);
     }
     Err(CompileError::weights(
         folder,
@@ -128,10 +134,16 @@ impl Checkpoint {
             folder: folder.to_owned(),
             files: Vec::new(),
             entries: BTreeMap::new(),
+            drawn: None,
         };
         for name in weight_files(folder)? {
             let path = folder.join(&name);
             let file = File::open(&path).map_err(|error| CompileError::read(&path, &error))?;
+            if name == random::FILE {
+                checkpoint.drawn = Some(Drawn::open(folder, &path)?);
+                checkpoint.files.push((path, file));
+                continue;
+            }
             let idx = checkpoint.files.len();
             let is_torch = Path::new(&name)
                 .extension()
@@ -150,7 +162,10 @@ impl Checkpoint {
     /// The shape of the tensor `name`, if there is one.
     #[must_use]
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.entries.get(name).map(|entry| entry.shape.as_slice())
+        match &self.drawn {
+            Some(drawn) => drawn.shape(name),
+            None => self.entries.get(name).map(|entry| entry.shape.as_slice()),
+        }
     }
 
     /// Reads a tensor whose shape must be `shape`, in row-major order.
@@ -160,6 +175,12 @@ impl Checkpoint {
     /// When it is not there, has another shape, is not made of floats or
     /// cannot be read.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CompileError> {
+        // Their shapes are of the same configuration as what is asked for.
+        if let Some(drawn) = &self.drawn
+            && drawn.shape(name) == Some(shape)
+        {
+            return Ok(drawn.read(name));
+        }
         let Some(entry) = self.entries.get(name) else {
             return Err(CompileError::weights(
                 &self.folder,

@@ -17,9 +17,10 @@ use crate::engine::onnx;
 #[derive(Debug, Clone, Args)]
 pub struct CompileArgs {
     /// A Hugging Face directory (config.json, preprocessor_config.json, and
-    /// model.safetensors, sharded safetensors or pytorch_model.bin) or a hub
-    /// id such as openai/imagegpt-small. Downloads honor HF_HOME, HF_TOKEN
-    /// and HF_ENDPOINT
+    /// model.safetensors, sharded safetensors or pytorch_model.bin); a hub id
+    /// such as openai/imagegpt-small (downloads honor HF_HOME, HF_TOKEN and
+    /// HF_ENDPOINT); or random:small, random:medium, random:large or
+    /// random:tiny, which are shapes with random weights, to measure speed
     pub source: String,
 
     /// Directory to make; it must not exist, or be empty

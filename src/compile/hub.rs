@@ -109,6 +109,7 @@ impl Hub {
             return Ok(Local {
                 folder,
                 revision: Some(info.sha),
+                scratch: None,
             });
         }
         Err(failed(
@@ -139,6 +140,7 @@ impl Hub {
         Some(Local {
             folder,
             revision: Some(revision),
+            scratch: None,
         })
     }
 }

@@ -50,7 +50,11 @@ impl Precision {
     pub fn tolerance(self) -> f64 {
         match self {
             Self::Fp32 => 1e-5,
-            Self::Fp16 | Self::Bf16 => 1e-2,
+            Self::Fp16 => 1e-2,
+            // It has three bits less than fp16, and the residual stream rounds
+            // twice a layer: 1.9e-2 over 48 layers in PyTorch, which
+            // scripts/bench-gpu/rounding.py prints.
+            Self::Bf16 => 3e-2,
             Self::Int8 => 5e-2,
         }
     }

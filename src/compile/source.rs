@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::Progress;
 use super::error::CompileError;
 use super::hub::Hub;
+use super::random::{self, PREFIX, Scratch};
 
 /// The preprocessor's settings and palette, which `serve` needs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
@@ -21,6 +23,8 @@ pub enum Source {
         /// A branch, tag or commit; `None` for `main`.
         revision: Option<String>,
     },
+    /// A shape with random weights, for instance `small`.
+    Random(String),
 }
 
 /// A source as files on this machine.
@@ -29,6 +33,8 @@ pub struct Local {
     pub folder: PathBuf,
     /// The commit, if a hub named one.
     pub revision: Option<String>,
+    /// Keeps the folder where it is ours alone.
+    pub scratch: Option<Arc<Scratch>>,
 }
 
 impl fmt::Display for Source {
@@ -36,16 +42,22 @@ impl fmt::Display for Source {
         match self {
             Self::Folder(folder) => write!(formatter, "{}", folder.display()),
             Self::Hub { repository, .. } => write!(formatter, "{repository}"),
+            Self::Random(shape) => write!(formatter, "{PREFIX}{shape}"),
         }
     }
 }
 
 impl Source {
     /// Takes what a user wrote: a folder if there is one by that name, else a
-    /// hub's id if it looks like one.
+    /// shape with random weights or a hub's id if it looks like one.
     #[must_use]
     pub fn parse(text: &str, revision: Option<&str>) -> Self {
         let folder = PathBuf::from(text);
+        if let Some(shape) = text.strip_prefix(PREFIX)
+            && !folder.exists()
+        {
+            return Self::Random(shape.to_owned());
+        }
         if folder.exists() || !is_repository(text) {
             return Self::Folder(folder);
         }
@@ -65,6 +77,7 @@ impl Source {
             Self::Folder(folder) if folder.is_dir() => Ok(Local {
                 folder: folder.clone(),
                 revision: None,
+                scratch: None,
             }),
             Self::Folder(folder) => Err(CompileError::Read {
                 path: folder.clone(),
@@ -76,6 +89,7 @@ impl Source {
                 repository,
                 revision,
             } => Hub::from_env()?.fetch(repository, revision.as_deref(), progress),
+            Self::Random(shape) => random::fetch(shape),
         }
     }
 }
@@ -98,11 +112,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hub_ids_and_folders_are_told_apart() {
+    fn kinds_of_sources_are_told_apart() {
         let is_hub = |text| matches!(Source::parse(text, None), Source::Hub { .. });
         assert!(is_hub("openai/imagegpt-small"));
         // This package has such a folder.
         assert!(!is_hub("src/compile"));
+        let random = Source::Random("small".to_owned());
+        assert_eq!(Source::parse("random:small", None), random);
+        assert_eq!(random.to_string(), "random:small");
         for text in [
             "models",
             "/models/small",

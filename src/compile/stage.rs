@@ -126,7 +126,7 @@ fn parent(output: &Path) -> &Path {
 const INFIX: &str = ".partial-";
 
 /// Not a process's id: in containers that share a volume, all have the same.
-fn random() -> u64 {
+pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
     RandomState::new().hash_one(std::process::id())
 }

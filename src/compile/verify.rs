@@ -25,7 +25,8 @@ use crate::engine::runtime::{Operators, Residence, Runtime, what_ran};
 pub const N_SEQUENCES: usize = 2;
 /// What the reference may take: about ten seconds on two cores.
 const REFERENCE_FLOP_MAX: usize = 20_000_000_000;
-/// Fewer tokens would not tell much about attention.
+/// Fewer tokens would not tell much about attention. With so many, imagegpt-large
+/// takes the reference four times as long; `imagegpt.json` says how many there were.
 const N_POSITIONS_MIN: usize = 16;
 
 /// The fixed input, and what must come out.

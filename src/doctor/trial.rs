@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{DoctorArgs, tiny};
+use super::DoctorArgs;
 use crate::compile::command::Bars;
 use crate::compile::{self, Precision, Progress, Silent};
 use crate::config::ServeConfig;
@@ -25,6 +25,8 @@ use crate::worker::onnx_factory;
 /// A trial that takes longer hangs: a tiny model takes seconds, and one of
 /// --model that has to be compiled first minutes.
 const TIME_MAX: Duration = Duration::from_mins(15);
+/// What is run if --model says nothing else.
+const TINY: &str = "random:tiny";
 /// How often it is looked at; a trial takes a second at least.
 const POLL: Duration = Duration::from_millis(20);
 /// How far two answers to one question may lie apart: a GPU may add in another
@@ -161,17 +163,15 @@ fn config(
     Ok(config)
 }
 
-/// The same for a tiny model, which is made in the folder `scratch`.
+/// The same for a tiny model, which is compiled in the folder `scratch`.
 fn tiny_config(
     args: &DoctorArgs,
     provider: compile::Provider,
     id: i32,
     scratch: &Path,
 ) -> anyhow::Result<ServeConfig> {
-    let checkpoint = scratch.join("tiny");
-    tiny::write(&checkpoint)?;
-    let checkpoint = checkpoint.to_str().context("TMPDIR is not UTF-8")?;
-    let mut config = config(args, provider, id, checkpoint)?;
+    let mut config = config(args, provider, id, TINY)?;
+    config.model.model_name = Some("tiny".to_owned());
     // What the environment says of compiling is about another model.
     let compile = &mut config.model.compile;
     (compile.revision, compile.feature_layer) = (None, None);

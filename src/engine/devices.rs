@@ -219,6 +219,7 @@ mod tests {
                 slot_bytes: 1,
                 chunk: 1,
             }),
+            fallbacks: Vec::new(),
         }
     }
 

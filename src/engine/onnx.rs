@@ -428,14 +428,12 @@ fn choose(
 ///
 /// When ONNX Runtime cannot be used.
 pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
-    Ok(match options.compiled_for {
-        Some(compiled_for) => compiled_for == compile::Provider::Cuda,
-        None => {
-            let environment = environment(&options.library)?;
-            let cuda = runtime_of(environment, options, compile::Provider::Cuda)?;
-            probe::probe(&cuda).is_ok()
-        }
-    })
+    if let Some(compiled_for) = options.compiled_for {
+        return Ok(compiled_for == compile::Provider::Cuda);
+    }
+    let environment = environment(&options.library)?;
+    let cuda = runtime_of(environment, options, compile::Provider::Cuda)?;
+    Ok(probe::probe(&cuda).is_ok())
 }
 
 /// How sessions are opened for these options.

@@ -12,6 +12,7 @@ mod access;
 mod bad_input;
 mod batching;
 mod bench;
+mod bench_engine;
 mod bench_stub;
 mod commands;
 mod compiled;

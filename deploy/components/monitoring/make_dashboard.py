@@ -114,6 +114,9 @@ ROWS = {
          [(gauge("imagegpt_device_up", "pod"), "{{pod}}")]),
         ("Images a second that a busy engine does", "As measured by the workers.", "ops",
          [(gauge("imagegpt_drain_rate_images_per_second", "pod"), "{{pod}}")]),
+        ("Does without", "cuda: auto took the CPU; cuda_graphs: kernels are launched one by one. "
+         "GetModel says why.", "short",
+         [(f"max by (pod, kind) (imagegpt_engine_fallback{{{WORKER}}}) > 0", "{{pod}} {{kind}}")]),
         ("Faults", "", "ops",
          [(total("imagegpt_engine_faults_total", "kind"), "{{kind}}"),
           (total("imagegpt_canary_runs_total", labels='result="failed"'), "idle check failed")]),

@@ -1,0 +1,424 @@
+"""Runs the measurements of scripts/bench-gpu.sh, whose comment is the manual.
+
+A step that fails or does not fit into the time that is left is a line of the
+report; the others go on.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def setting(name: str, default: str) -> str:
+    return os.environ.get(name) or default
+
+
+PROGRAM = setting("IMAGEGPT", str(ROOT / "target/release/imagegpt"))
+OUT = Path(setting("OUT", str(ROOT / "target/bench-gpu")))
+PROVIDER = setting("PROVIDER", "cuda")
+SHAPES = setting("SHAPES", "small medium large").split()
+PRECISIONS = setting("PRECISIONS", "fp32 fp16 bf16" if PROVIDER == "cuda" else "fp32").split()
+STEPS = setting("STEPS", "engine grpc latency generate cores graphs soak torch").split()
+BUDGET = float(setting("BUDGET", "600"))
+SOAK = float(setting("SOAK", str(min(300.0, BUDGET / 4))))
+BATCHES = setting("BATCHES", "1,2,4,8,16,32,64")
+SLOTS = int(setting("SLOTS", "256"))
+CACHE = setting("CACHE", "24GiB")
+IMAGES = setting("IMAGES", str(ROOT / "models/pictures"))
+SERVE_FLAGS = os.environ.get("SERVE_FLAGS", "").split()
+
+# Parts of the time that is left, against each other.
+WEIGHTS = {"compile": 1, "engine": 3, "grpc": 3, "generate": 2, "cores": 2, "graphs": 1, "torch": 3}
+# Under this many seconds no step says anything.
+LEAST = 3.0
+# A process that is asked to end gets so long.
+GRACE = 20.0
+POSITIONS = 1024
+START = time.monotonic()
+
+
+def left() -> float:
+    return BUDGET - (time.monotonic() - START)
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+
+
+class StepFailed(Exception):
+    """With a line for the report."""
+
+
+def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = False) -> str:
+    """Runs a command to its end and returns what it printed; of one that takes too
+    long what it had printed, if that is of use."""
+    line = " ".join(arguments)
+    print(f"$ {line}", file=log, flush=True)
+    limit = max(left(), LEAST) + GRACE if seconds is None else seconds
+    try:
+        done = subprocess.run(
+            arguments, stdout=subprocess.PIPE, stderr=log, text=True, timeout=limit, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired as expired:
+        if is_partial and expired.stdout:
+            return expired.stdout.decode()
+        raise StepFailed(f"ended after {limit:.0f} s: {line}") from None
+    print(done.stdout, file=log, flush=True)
+    # 1 is a soak that found something broken, which its numbers say.
+    if done.returncode not in (0, 1) or not done.stdout and done.returncode:
+        raise StepFailed(f"exit code {done.returncode}: {line}; log.txt has what it said")
+    return done.stdout
+
+
+def imagegpt_json(log, *arguments: str) -> dict:
+    """Runs `imagegpt bench` and returns its numbers."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        run(log, PROGRAM, "bench", *arguments, "--json", file.name)
+        try:
+            return json.loads(Path(file.name).read_text())
+        except ValueError:
+            raise StepFailed(f"no numbers of bench {arguments[0]}; see log.txt") from None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Worker:
+    """`imagegpt serve`, from its start to its end."""
+
+    def __init__(self, log, model: Path, *flags: str):
+        self.port, self.metrics_port = free_port(), free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        command = [
+            PROGRAM, "serve", "--model", str(model), "--execution-provider", PROVIDER,
+            "--listen", f"127.0.0.1:{self.port}",
+            "--metrics-listen", f"127.0.0.1:{self.metrics_port}", *flags, *SERVE_FLAGS,
+        ]  # fmt: skip
+        print("$ " + " ".join(command), file=log, flush=True)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+
+    def __enter__(self):
+        until = time.monotonic() + max(left(), LEAST) + GRACE
+        while self.process.poll() is None and time.monotonic() < until:
+            try:
+                self.page("readyz")
+                return self
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        self.__exit__()
+        raise StepFailed("the worker was not ready; log.txt has what it said")
+
+    def page(self, name: str) -> str:
+        url = f"http://127.0.0.1:{self.metrics_port}/{name}"
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.read().decode()
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def gpu_bytes(worker: Worker) -> int | None:
+    """Memory in use on the first GPU, as nvidia-smi says, or the worker."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        return int(answer.stdout.split()[0]) << 20
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        pass
+    try:
+        for line in worker.page("metrics").splitlines():
+            if line.startswith("imagegpt_gpu_memory_used_bytes"):
+                return int(float(line.split()[-1]))
+    except (urllib.error.URLError, OSError):
+        pass
+    return None
+
+
+class Readings:
+    """Memory of the GPU every second, until it is left."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.bytes, self.stop = worker, [], threading.Event()
+        self.thread = threading.Thread(target=self.read)
+
+    def read(self) -> None:
+        while not self.stop.wait(1.0):
+            value = gpu_bytes(self.worker)
+            if value is not None:
+                self.bytes.append(value)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+
+class Bench:
+    def __init__(self, work: Path, log):
+        self.work, self.log = work, log
+        self.facts, self.results, self.missing = self.read_facts(), [], []
+        help_text = run(log, PROGRAM, "serve", "--help", seconds=60)
+        self.has_cuda_graphs = "--cuda-graphs" in help_text
+
+    def read_facts(self) -> dict:
+        def first_line(*command: str) -> str | None:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+                return done.stdout.strip().splitlines()[0]
+            except (OSError, IndexError, subprocess.TimeoutExpired):
+                return None
+
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        cpu = [line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
+        gpu = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+        return {
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "gpu": first_line(*gpu) if PROVIDER == "cuda" else None,
+            "cpu": cpu[0] if cpu else "unknown",
+            "cores": os.cpu_count(),
+            "program": first_line(PROGRAM, "--version"),
+            "commit": first_line("git", "rev-parse", "HEAD"),
+            "command": "scripts/bench-gpu.sh",
+            "settings": {
+                name: globals()[name]
+                for name in ("PROVIDER", "SHAPES", "PRECISIONS", "STEPS", "BUDGET", "SOAK")
+            } | {"BATCHES": BATCHES, "SLOTS": SLOTS, "CACHE": CACHE, "IMAGES": IMAGES, "SERVE_FLAGS": SERVE_FLAGS},
+        }
+
+    def model(self, shape: str, precision: str) -> Path:
+        return self.work / f"{shape}-{precision}"
+
+    # Each step takes about the seconds that it is given, without what it costs to
+    # load a model, and returns what the report needs.
+
+    def compile(self, shape: str, precision: str, _seconds: float) -> dict:
+        output = self.model(shape, precision)
+        if not output.exists():
+            run(
+                self.log, PROGRAM, "compile", f"random:{shape}", "--output", str(output),
+                "--precision", precision, "--provider", PROVIDER,
+            )  # fmt: skip
+        return json.loads((output / "imagegpt.json").read_text())
+
+    def engine(self, shape: str, precision: str, seconds: float) -> dict:
+        arguments = ["--batch-sizes", BATCHES, "--generate-slots", str(SLOTS)]
+        reference = self.model(shape, "fp32")
+        if precision != "fp32" and reference.exists():
+            arguments += ["--reference", str(reference)]
+        n_sizes = 4 * len(BATCHES.split(",")) + 3 * SLOTS.bit_length()
+        return self.bare(shape, precision, 0.6 * seconds / n_sizes, *arguments)
+
+    def bare(self, shape: str, precision: str, each: float, *arguments: str) -> dict:
+        """`imagegpt bench engine` with so many seconds for each graph and size."""
+        serve = ["--generate-cache-bytes", CACHE, *SERVE_FLAGS]
+        serve += [flag for flag in arguments if flag.startswith("--cuda-graphs")]
+        arguments = [flag for flag in arguments if not flag.startswith("--cuda-graphs")]
+        return imagegpt_json(
+            self.log, "engine", "--model", str(self.model(shape, precision)),
+            "--execution-provider", PROVIDER, "--rounds", "5",
+            "--seconds", f"{max(1, round(1000 * each))}ms", "--serve", " ".join(serve), *arguments,
+        )  # fmt: skip
+
+    def worker(self, shape: str, precision: str, *flags: str) -> Worker:
+        batches = ("--batch-sizes", BATCHES, "--max-batch-size", BATCHES.split(",")[-1])
+        return Worker(self.log, self.model(shape, precision), *batches, *flags)
+
+    def grpc(self, shape: str, precision: str, seconds: float) -> dict:
+        """Saturation, and with `latency` open loops at parts of it."""
+        modes = ["load", "--of-saturation", "50,80,95"] if "latency" in STEPS else ["saturate"]
+        each = 0.8 * seconds / (4 if "latency" in STEPS else 1)
+        with self.worker(shape, precision, "--generate-slots", "0") as worker:
+            return self.load(worker, each, *modes)
+
+    def load(self, worker: Worker, each: float, *arguments: str) -> dict:
+        return imagegpt_json(
+            self.log, *arguments, "--endpoint", worker.endpoint, "--pid", str(worker.process.pid),
+            "--warm-up", f"{max(100, round(200 * each))}ms",
+            "--duration", f"{max(500, round(800 * each))}ms",
+        )  # fmt: skip
+
+    def generate(self, shape: str, precision: str, seconds: float) -> list:
+        """Whole images through gRPC, as many at one time as there are."""
+        flags = (
+            "--generate-slots", str(SLOTS), "--generate-cache-bytes", CACHE,
+            "--samples-in-flight-max", str(max(SLOTS, 128)),
+        )  # fmt: skip
+        rows, until = [], time.monotonic() + seconds
+        with self.worker(shape, precision, *flags) as worker:
+            sheet = str(self.work / "sheet.png")
+            n = 1
+            # The next one takes longer than the last did.
+            while n <= SLOTS and (not rows or time.monotonic() + rows[-1]["seconds"] < until):
+                started = time.monotonic()
+                run(
+                    self.log, PROGRAM, "generate", "--endpoint", worker.endpoint, "--json",
+                    "--samples", str(n), "--seed", "1", "--output", sheet,
+                )  # fmt: skip
+                took = time.monotonic() - started
+                rows.append({"images": n, "seconds": took, "tokens_per_second": n * POSITIONS / took})
+                n *= 4
+        return rows
+
+    def cores(self, shape: str, precision: str, seconds: float) -> list:
+        """Encoded images at saturation, by the threads that decode them."""
+        counts = [n for n in (1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]
+        rows = []
+        for n in counts:
+            flags = ("--generate-slots", "0", "--preprocess-threads", str(n))
+            with self.worker(shape, precision, *flags) as worker:
+                each = 0.6 * seconds / len(counts)
+                said = self.load(worker, each, "saturate", "--images", IMAGES)
+            phase = said["measurements"][0]
+            cores = (phase["server"] or {}).get("cores")
+            rows.append({"threads": n, "images_per_second": phase["images_per_second"], "cores": cores})
+        return rows
+
+    def graphs(self, shape: str, precision: str, seconds: float) -> dict:
+        """CUDA graphs at the sizes where launches cost most."""
+        if not self.has_cuda_graphs or PROVIDER != "cuda":
+            raise StepFailed("imagegpt serve has no --cuda-graphs, or this is no GPU")
+        rows = {}
+        for mode in ("auto", "off"):
+            rows[mode] = self.bare(
+                shape, precision, 0.1 * seconds, f"--cuda-graphs={mode}",
+                "--graphs", "features,hidden", "--batch-sizes", "1,2", "--generate-slots", "0",
+            )  # fmt: skip
+        return rows
+
+    def soak(self, shape: str, precision: str, seconds: float) -> dict:
+        with self.worker(shape, precision, "--generate-slots", "0") as worker:
+            with Readings(worker) as readings:
+                said = imagegpt_json(
+                    self.log, "soak", "--endpoint", worker.endpoint,
+                    "--pid", str(worker.process.pid), "--duration", f"{round(seconds)}s",
+                )  # fmt: skip
+        return {"soak": said, "gpu_bytes": readings.bytes}
+
+    def torch(self, shape: str, precision: str, seconds: float) -> dict:
+        """PyTorch between two measurements of ours."""
+        if precision == "int8":
+            raise StepFailed("the model in PyTorch has no int8")
+        try:
+            run(self.log, sys.executable, "-c", "import torch", seconds=120)
+        except StepFailed:
+            raise StepFailed("python3 has no torch") from None
+        batches = BATCHES.split(",")
+        sizes = ",".join(sorted({batches[0], batches[len(batches) // 2], batches[-1]}, key=int))
+        ours = lambda: self.bare(  # noqa: E731
+            shape, precision, 0.04 * seconds,
+            "--graphs", "features,hidden", "--batch-sizes", sizes, "--generate-slots", "0",
+        )  # fmt: skip
+        before = ours()
+        script = str(Path(__file__).parent / "torch_imagegpt.py")
+        device = "cuda" if PROVIDER == "cuda" else "cpu"
+        theirs = run(
+            self.log, sys.executable, script, shape, precision, device, sizes, str(0.4 * seconds),
+            seconds=max(seconds, 30.0), is_partial=True,
+        )  # fmt: skip
+        return {"ours": [before, ours()], "torch": json.loads(theirs.splitlines()[-1])}
+
+    def plan(self) -> list:
+        """Steps in the order of what is worth most if time runs out."""
+        asked, plan = set(STEPS), []
+        for shape in SHAPES:
+            for precision in PRECISIONS:
+                plan.append(("compile", shape, precision))
+                for step in ("engine", "grpc", "generate"):
+                    if step in asked or (step == "grpc" and "latency" in asked):
+                        plan.append((step, shape, precision))
+            # What differs little between precisions is measured in the last, and what
+            # differs little between shapes in the first, which answers the most images.
+            for step in ("cores", "graphs", "soak", "torch"):
+                is_once = step in ("cores", "soak")
+                is_possible = step != "graphs" or self.has_cuda_graphs
+                if step in asked and is_possible and (not is_once or shape == SHAPES[0]):
+                    plan.append((step, shape, PRECISIONS[-1]))
+        return plan
+
+    def all(self) -> None:
+        plan = self.plan()
+        for idx, (step, shape, precision) in enumerate(plan):
+            later = [name for name, _, _ in plan[idx:]]
+            reserved = SOAK * later.count("soak")
+            weights = sum(WEIGHTS.get(name, 0) for name in later)
+            if step == "soak":
+                seconds = min(SOAK, left() - GRACE)
+            else:
+                seconds = (left() - reserved) * WEIGHTS[step] / weights
+            what = f"{step} {shape} {precision}"
+            # Why there is no model has been said.
+            if step != "compile" and not self.model(shape, precision).exists():
+                continue
+            if seconds < LEAST:
+                self.missing.append(f"{what}: no time was left of BUDGET={BUDGET:.0f}")
+                say(self.missing[-1])
+                continue
+            say(f"{what}: {seconds:.0f} s")
+            try:
+                found = getattr(self, step)(shape, precision, seconds)
+            except StepFailed as failed:
+                self.missing.append(f"{what}: {failed}")
+                say(self.missing[-1])
+                continue
+            self.results.append(
+                {"step": step, "shape": shape, "precision": precision, "found": found}
+            )
+            self.write()
+
+    def write(self) -> None:
+        everything = {"facts": self.facts, "results": self.results, "missing": self.missing}
+        (OUT / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+        (OUT / "bench-gpu.md").write_text(report.markdown(everything))
+
+
+def main() -> None:
+    if not shutil.which(PROGRAM):
+        sys.exit(f"bench-gpu: there is no program {PROGRAM}; run `make build` or set IMAGEGPT")
+    OUT.mkdir(parents=True, exist_ok=True)
+    kept = os.environ.get("WORK")
+    work = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="bench-gpu-"))
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(OUT / "log.txt", "w") as log:
+            bench = Bench(work, log)
+            try:
+                bench.all()
+            finally:
+                bench.write()
+    finally:
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
+    say("wrote")
+    print(OUT / "bench-gpu.md")
+    if not any(result["step"] != "compile" for result in bench.results):
+        sys.exit("bench-gpu: nothing was measured; see log.txt")
+
+
+if __name__ == "__main__":
+    main()
