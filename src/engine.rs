@@ -275,7 +275,7 @@ pub struct Batch {
 }
 
 /// One row of a batch with everybody who waits for it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Unit {
     pub tokens: Arc<[u16]>,
     pub want: Want,

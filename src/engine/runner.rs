@@ -62,6 +62,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         runner,
         largest,
         runs: Vec::new(),
+        owed: Vec::new(),
     };
     match life.live() {
         Ok(()) => reports.ended(device),
@@ -102,6 +103,9 @@ struct Life {
     largest: usize,
     /// Runs since the last slot.
     runs: Vec<Ran>,
+    /// Answers that are there and not yet given: while they are, the batcher
+    /// forms the next batch.
+    owed: Vec<(Unit, Vec<f32>)>,
 }
 
 impl Life {
@@ -116,7 +120,9 @@ impl Life {
                 largest: self.largest,
                 sequences: self.decoder.sequences(),
             };
-            if self.runner.notices.send(Notice::Free(slot)).is_err() {
+            let sent = self.runner.notices.send(Notice::Free(slot));
+            self.pay();
+            if sent.is_err() {
                 return Ok(());
             }
             let outcome = match self.receive() {
@@ -142,6 +148,8 @@ impl Life {
             self.runner.metrics.stopped();
         }
         outcome.inspect_err(|error| {
+            // Pieces of it that were run before.
+            self.pay();
             // None of it goes to another device: what has just failed this one may
             // be an input that would fail every device in turn.
             for unit in &batch.units {
@@ -242,9 +250,7 @@ impl Life {
                     n_rows: units.len(),
                     elapsed,
                 });
-                for (unit, values) in units.iter().zip(values) {
-                    self.answer(unit, values);
-                }
+                self.owed.extend(units.iter().cloned().zip(values));
                 Ok(())
             }
             Err(EngineError::Stopped) => {
@@ -320,6 +326,13 @@ impl Life {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Gives the answers that are owed.
+    fn pay(&mut self) {
+        for (unit, values) in std::mem::take(&mut self.owed) {
+            self.answer(&unit, values);
         }
     }
 
