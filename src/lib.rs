@@ -41,6 +41,7 @@ pub mod worker;
 pub mod bench;
 pub mod commands;
 pub mod dataset;
+mod files;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.
