@@ -158,10 +158,21 @@ impl Admission {
     /// [`Error::Full`] when there is no room for the whole call now,
     /// [`Error::NeverFits`] when there never is.
     pub fn submit(&self, call: Call) -> Result<Pending, Error> {
+        self.submit_with(call, 0).map(|(pending, _)| pending)
+    }
+
+    /// The same for a call that may hold so many bytes more: as a share of their
+    /// own, to give back what it turns out not to need.
+    ///
+    /// # Errors
+    ///
+    /// As [`Admission::submit`].
+    pub fn submit_with(&self, call: Call, spare: usize) -> Result<(Pending, Share), Error> {
         let n_images = call.images.len();
+        let n_bytes = call.bytes + spare;
         for (pool, n, what, flag) in [
             (&self.images, n_images, "images", "--images-in-flight-max"),
-            (&self.bytes, call.bytes, "bytes", "--bytes-in-flight-max"),
+            (&self.bytes, n_bytes, "bytes", "--bytes-in-flight-max"),
         ] {
             fits(pool, call.class, n, what, flag)?;
         }
@@ -169,10 +180,11 @@ impl Admission {
             .images
             .try_take(call.class, n_images)
             .ok_or_else(|| self.full("images", "--images-in-flight-max"))?;
-        let bytes = self
+        let mut bytes = self
             .bytes
-            .try_take(call.class, call.bytes)
+            .try_take(call.class, n_bytes)
             .ok_or_else(|| self.full("bytes", "--bytes-in-flight-max"))?;
+        let spare = bytes.split(spare);
         let bytes = Arc::new(bytes);
         let now = Instant::now();
         let mut outcomes = Vec::with_capacity(n_images);
@@ -197,11 +209,12 @@ impl Admission {
                 ticket,
             });
         }
-        Ok(Pending {
+        let pending = Pending {
             outcomes: outcomes.into_iter(),
             bytes,
             door: Arc::clone(&self.door),
-        })
+        };
+        Ok((pending, spare))
     }
 
     /// Sends one item of a stream down the line, once there is room for it.

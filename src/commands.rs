@@ -57,7 +57,8 @@ pub enum Ask {
     Score(Box<ScoreArgs>),
     /// Show the likeliest classes of images
     Classify(Box<ClassifyArgs>),
-    /// Show the color tokens that the model sees of images
+    /// Show the color tokens that the model sees of images: a line is the file, a
+    /// tab and the token ids
     Tokenize(Box<TokenizeArgs>),
 }
 
@@ -106,6 +107,23 @@ pub struct WorkerConfig {
     pub connect: ConnectConfig,
 }
 
+/// What commands that ask about each image by itself have in common.
+#[derive(Debug, Clone, Args)]
+pub struct EachConfig {
+    #[command(flatten)]
+    pub input: InputConfig,
+
+    #[command(flatten)]
+    pub preprocess: PreprocessConfig,
+
+    /// Print one JSON object an image instead of a table
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub worker: WorkerConfig,
+}
+
 impl WorkerConfig {
     /// The flags of a worker of one's own, where one is asked for.
     fn own(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
@@ -121,9 +139,9 @@ impl Ask {
     fn worker(&self) -> &WorkerConfig {
         match self {
             Self::Generate(args) => &args.worker,
-            Self::Score(args) => &args.worker,
-            Self::Classify(args) => &args.worker,
-            Self::Tokenize(args) => &args.worker,
+            Self::Score(args) => &args.each.worker,
+            Self::Classify(args) => &args.each.worker,
+            Self::Tokenize(args) => &args.each.worker,
         }
     }
 
@@ -155,9 +173,9 @@ impl Ask {
     fn validate(&self) -> anyhow::Result<()> {
         match self {
             Self::Generate(args) => args.validate(),
-            Self::Score(args) => args.input.validate(),
-            Self::Classify(args) => args.input.validate(),
-            Self::Tokenize(args) => args.input.validate(),
+            Self::Score(args) => args.each.input.validate(),
+            Self::Classify(args) => args.each.input.validate(),
+            Self::Tokenize(args) => args.each.input.validate(),
         }
     }
 }
@@ -250,6 +268,21 @@ impl Session {
         Ok(())
     }
 
+    /// Says who answers and what the columns are, unless it is JSON that is
+    /// printed.
+    fn head(
+        &self,
+        config: &EachConfig,
+        columns: &str,
+        out: &mut impl Write,
+    ) -> std::io::Result<()> {
+        if config.json {
+            return Ok(());
+        }
+        self.introduce(out)?;
+        writeln!(out, "{columns}")
+    }
+
     /// Asks about each image by `call`, and gives the answers to `take` in the
     /// order of the inputs. What has no answer is a line on standard error.
     async fn each<T, F>(
@@ -287,6 +320,21 @@ impl Session {
             }
         }
         Ok(outcome)
+    }
+
+    /// [`Self::each`] for the inputs and the preprocessing that the flags say.
+    async fn each_input<T, F>(
+        &self,
+        config: &EachConfig,
+        call: impl Fn(Client, Vec<Bytes>, pb::Preprocess) -> F,
+        take: impl FnMut(&str, T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Outcome>
+    where
+        F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
+    {
+        let preprocess = config.preprocess.to_pb();
+        let call = |client, images| call(client, images, preprocess);
+        self.each(Inputs::new(&config.input)?, call, take).await
     }
 
     /// Tokens as this crate has them.

@@ -68,7 +68,8 @@ pub struct ModelConfig {
     )]
     pub heads: Vec<HeadFlag>,
 
-    /// Name that clients see [default: the directory's name]
+    /// Name that clients see [default: the name of the directory, or of what was
+    /// compiled]
     #[arg(
         long,
         env = "IMAGEGPT_MODEL_NAME",

@@ -34,7 +34,7 @@ use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
 use self::input::Reading;
 use self::journal::{Manifest, ModelFact, PartId, Record};
-use self::location::Stores;
+use self::location::{ReadError, Stores};
 use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
 use self::plan::{Plan, plan};
 use self::progress::Counts;
@@ -82,7 +82,22 @@ struct Report<'a> {
     finished: bool,
 }
 
-/// Runs the command; the JSON goes to `out`.
+/// Checks what can be checked before a model is loaded or a worker is asked: the
+/// flags, and that the output can be written.
+///
+/// # Errors
+///
+/// When they cannot be used.
+pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
+    let sink = Sink::open(&args.output, &Stores::default())?;
+    if args.share.finish {
+        return Ok(());
+    }
+    args.validate()?;
+    sink.check().await
+}
+
+/// Runs the command, which was [`check`]ed; the JSON goes to `out`.
 ///
 /// # Errors
 ///
@@ -99,7 +114,6 @@ pub async fn run(
     if args.share.finish {
         return finish_alone(&sink, out).await;
     }
-    args.validate()?;
     tokio::pin!(stop);
     let prepared = tokio::select! {
         prepared = Prepared::new(args, endpoints, &stores, sink) => prepared,
@@ -170,7 +184,10 @@ impl Unprepared {
     /// there the next time.
     fn of_input(error: anyhow::Error) -> Self {
         let away = |cause: &(dyn std::error::Error + 'static)| {
-            cause.is::<object_store::Error>() || cause.is::<std::io::Error>()
+            let unread = cause.downcast_ref();
+            cause.is::<object_store::Error>()
+                || cause.is::<std::io::Error>()
+                || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
         if error.chain().any(away) {
             Self::Failed(error)
@@ -241,6 +258,9 @@ impl Prepared {
             }
         })?;
         let is_ours = |shard: usize| shard % share.of as usize == share.index as usize;
+        pipeline::forget_unfinished(&sink, is_ours)
+            .await
+            .map_err(Unprepared::Failed)?;
         let records = Record::read_all(&sink, is_ours)
             .await
             .map_err(Unprepared::Failed)?;
@@ -329,7 +349,11 @@ impl Prepared {
                 (outcome, Some(format!("{error:#}")))
             }
         };
-        self.report(outcome, reason, &counts, started, out).await
+        let reported = self.report(outcome, reason, &counts, started, out).await;
+        Ok(reported.unwrap_or_else(|error| {
+            tracing::error!("{error:#}");
+            Ended::Failed
+        }))
     }
 
     fn job(
@@ -410,7 +434,8 @@ impl Prepared {
             ),
             Ended::Done => tracing::info!("done: {}", self.sink),
             Ended::TooManyErrors => tracing::error!(
-                "see {}/errors; the same command with a higher --max-errors goes on",
+                "see {}/errors, of parts that were not finished in unfinished-*.jsonl; the same \
+                 command with a higher --max-errors goes on",
                 self.sink
             ),
             Ended::Interrupted | Ended::Failed => tracing::warn!(
@@ -435,7 +460,16 @@ impl Prepared {
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
             finished,
         };
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        say(&report, out)?;
         Ok(outcome)
     }
+}
+
+/// Prints the line of JSON. What was done is done, whoever reads of it.
+fn say(report: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
+    let line = serde_json::to_string(report)?;
+    if let Err(error) = writeln!(out, "{line}") {
+        tracing::warn!("standard output cannot be written: {error}");
+    }
+    Ok(())
 }

@@ -37,6 +37,12 @@ pub enum Error {
          (--response-bytes-max); send fewer images a call, or pool"
     )]
     ResponseTooLarge { given: u64, max: u64 },
+    /// The samples of a call would be larger than one response may be.
+    #[error(
+        "samples: the answer may take {given} bytes, over the limit of {max} \
+         (--response-bytes-max); ask for fewer samples a call, or for a lower scale"
+    )]
+    SamplesTooLarge { given: u64, max: u64 },
     /// An option has a value that the contract does not define.
     #[error("{field}: {value} is not a value of this enum")]
     OptionUnknown { field: &'static str, value: i32 },
@@ -186,6 +192,7 @@ impl Error {
             | Self::CallEmpty
             | Self::CallTooLarge { .. }
             | Self::ResponseTooLarge { .. }
+            | Self::SamplesTooLarge { .. }
             | Self::OptionUnknown { .. }
             | Self::OptionInvalid { .. }
             | Self::TaskMissing { .. }

@@ -43,6 +43,7 @@ pub mod bench;
 pub mod commands;
 pub mod dataset;
 pub mod doctor;
+mod files;
 pub mod neighbors;
 
 /// The contract as Rust types; see `proto/imagegpt/v1/imagegpt.proto`.

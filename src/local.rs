@@ -2,14 +2,14 @@
 //! serve`, and for commands that are given a model instead of an endpoint. They
 //! reach theirs over gRPC too, so that both are one pipeline.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Parser;
 
 use crate::compile::command::Bars;
 use crate::compile::{Progress, Provider, Runtime, cache};
-use crate::config::ServeConfig;
+use crate::config::{ModelConfig, ServeConfig};
 use crate::engine::onnx;
 use crate::head::Head;
 use crate::model::Model;
@@ -33,15 +33,7 @@ pub fn own_worker(
         #[command(flatten)]
         config: ServeConfig,
     }
-    // Its folder in the cache has a name that says nothing to a person.
-    let name = model.rsplit('/').find(|part| !part.is_empty());
-    let own = [
-        "serve",
-        "--model",
-        model,
-        "--model-name",
-        name.unwrap_or(model),
-    ];
+    let own = ["serve", "--model", model];
     // Any free port, so that it is in nobody's way; and nobody else's business.
     let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
     let more = more.unwrap_or_default().split_whitespace();
@@ -65,6 +57,27 @@ pub fn own_worker(
 ///
 /// When the model or the addresses cannot be used.
 pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
+    let mut worker = start(config).await?;
+    is_ready(&mut worker).await?;
+    Ok(worker)
+}
+
+/// Resolves when the worker is ready.
+///
+/// # Errors
+///
+/// When its model cannot be served.
+pub async fn is_ready(worker: &mut Worker) -> anyhow::Result<()> {
+    let ready = worker.ready().await;
+    ready.map(drop).context("the model cannot be served")
+}
+
+/// A worker that listens, and will be ready once its engine has loaded the model.
+///
+/// # Errors
+///
+/// When the model or the addresses cannot be used.
+pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     // What is wrong with them is told before a model is compiled.
     rpc::Access::open(&config.access)?;
     if config.access.tokens_in_the_clear(config.network.listen) {
@@ -80,7 +93,8 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         bars.end();
         let folder = folder?;
         tracing::info!(folder = %folder.display(), "reading the model");
-        let model = Model::open(&folder, owned.model.model_name.as_deref())?;
+        let name = name(&owned.model, &folder);
+        let model = Model::open(&folder, name.as_deref())?;
         let heads = owned.model.heads.iter().map(Head::open);
         let heads = heads.collect::<Result<Vec<_>, _>>()?;
         for head in &heads {
@@ -90,10 +104,26 @@ pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
         Ok((model, heads, engines))
     };
     let (model, heads, engines) = tokio::task::spawn_blocking(load).await??;
-    let mut worker = Worker::start(config, model, heads, engines).await?;
+    let worker = Worker::start(config, model, heads, engines).await?;
     tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
-    worker.ready().await.context("the model cannot be served")?;
     Ok(worker)
+}
+
+/// What the model is called: as the flag says, or like what was compiled, whose
+/// folder in the cache has a name that says nothing to a person. Otherwise the
+/// model's own folder names it.
+fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
+    let given = config.model_name.clone();
+    let source = Path::new(&config.model);
+    if given.is_some() || source == folder {
+        return given;
+    }
+    let name = source.file_name().map(ToOwned::to_owned).or_else(|| {
+        // Such as `.`.
+        let folder = source.canonicalize().ok()?;
+        folder.file_name().map(ToOwned::to_owned)
+    });
+    name.map(|name| name.to_string_lossy().into_owned())
 }
 
 /// The directory to serve, compiled if it has to be.
@@ -116,4 +146,28 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Resu
         runtime,
         progress,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_compiled_model_is_called_like_its_source() {
+        let called = |flags: &[&str], folder: &str| {
+            let config = own_worker(flags[0], &flags[1..], None).unwrap();
+            name(&config.model, Path::new(folder))
+        };
+        let cached = "/cache/models/0123456789abcdef";
+        let is = |given: Option<String>, wanted: &str| assert_eq!(given.as_deref(), Some(wanted));
+        is(called(&["openai/imagegpt-small"], cached), "imagegpt-small");
+        is(called(&["models/emoji/"], cached), "emoji");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .canonicalize()
+            .unwrap();
+        let root = root.file_name().unwrap().to_str().unwrap().to_owned();
+        is(called(&["src/.."], cached), &root);
+        is(called(&["a/b", "--model-name", "c"], cached), "c");
+        assert_eq!(called(&["models/emoji"], "models/emoji"), None);
+    }
 }

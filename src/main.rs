@@ -1,8 +1,7 @@
 //! The life of the process.
 
 use std::io::Write as _;
-use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -15,27 +14,34 @@ use imagegpt::dataset::flags::EmbedArgs;
 use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
 use imagegpt::doctor::{self, DoctorArgs, Verdict as Diagnosis};
 use imagegpt::engine::{Failure, FailureKind};
-use imagegpt::local::{load_and_start, own_worker};
+use imagegpt::local::{is_ready, load_and_start, own_worker, start};
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+/// All was done that was asked for.
+const EXIT_DONE: i32 = 0;
+/// Some of it was not.
+const EXIT_FAILED: i32 = 1;
 /// Flags or files are wrong: what clap exits with, too.
-const EXIT_USAGE: u8 = 2;
-/// A command was told to end: what a shell takes SIGINT for.
-const EXIT_INTERRUPTED: u8 = 130;
+const EXIT_USAGE: i32 = 2;
 /// A stage of the worker failed while it served: only a restart helps.
-const EXIT_WORKER: u8 = 3;
+const EXIT_WORKER: i32 = 3;
 /// The device failed: a restart helps, perhaps only on another node.
-const EXIT_DEVICE: u8 = 4;
-
+const EXIT_DEVICE: i32 = 4;
 /// A job was told to end: the same command goes on.
-const EXIT_RESUMABLE: u8 = 5;
+const EXIT_RESUMABLE: i32 = 5;
 /// Too many images of a dataset failed: the same command would end so again.
-const EXIT_ERRORS: u8 = 6;
+const EXIT_ERRORS: i32 = 6;
+/// A command was told to end: what a shell takes SIGINT for.
+const EXIT_INTERRUPTED: i32 = 130;
 
 /// Time for a job's own worker to end: its only client is done with it.
 const OWN_GRACE: Duration = Duration::from_secs(1);
+
+/// Signals that follow another one so soon are the same request: `timeout` and
+/// process managers send one to the process and one to its group.
+const SAME_REQUEST: Duration = Duration::from_secs(1);
 
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
@@ -74,7 +80,7 @@ enum Command {
     Doctor(DoctorArgs),
 }
 
-fn main() -> ExitCode {
+fn main() {
     let outcome = match Cli::parse().command {
         Command::Serve(config) => serve(&config),
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
@@ -85,18 +91,22 @@ fn main() -> ExitCode {
         Command::Bench(args) => run_bench(&args),
         Command::Doctor(args) => diagnose(&args),
     };
-    outcome.unwrap_or_else(|error| {
+    let code = outcome.unwrap_or_else(|error| {
         // Before the log is set up, and for commands that have none.
         let _ = writeln!(std::io::stderr(), "imagegpt: {error:#}");
-        ExitCode::from(EXIT_USAGE)
-    })
+        EXIT_USAGE
+    });
+    let _ = std::io::stdout().flush();
+    // Without what C and C++ libraries do at the end of a process: a thread may
+    // be in a run of the model, whose runtime would be torn down under it.
+    signal_hook::low_level::exit(code);
 }
 
 fn to_stdout(
     command: impl FnOnce(&mut std::io::Stdout) -> anyhow::Result<()>,
-) -> anyhow::Result<ExitCode> {
+) -> anyhow::Result<i32> {
     command(&mut std::io::stdout())?;
-    Ok(ExitCode::SUCCESS)
+    Ok(EXIT_DONE)
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -106,57 +116,69 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("the async runtime cannot be started")
 }
 
-fn serve(config: &ServeConfig) -> anyhow::Result<ExitCode> {
+fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
     config.validate()?;
     imagegpt::telemetry::init(&config.log)?;
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
-        tokio::select! {
+        let mut worker = tokio::select! {
+            biased;
+            worker = start(config) => worker?,
             // Reading and compiling a model takes seconds to minutes.
-            started = load_and_start(config) => serve_until(started?, &mut signals, config).await,
-            () = signals.recv() => Ok(ExitCode::SUCCESS),
+            () = signals.recv() => return Ok(EXIT_DONE),
+        };
+        tokio::select! {
+            biased;
+            ready = is_ready(&mut worker) => ready?,
+            // A worker that serves already, though it was not heard of yet, ends
+            // in good order.
+            () = signals.recv() => return Ok(match worker.readiness().get() {
+                Ok(_) => end(worker, &mut signals, config).await,
+                Err(_) => EXIT_DONE,
+            }),
         }
+        Ok(serve_until(worker, &mut signals, config).await)
     });
     // A run that does not end must not hold the process.
     runtime.shutdown_background();
     code
 }
 
-/// Serves until a signal or a failure, then ends in good order; a second signal
-/// ends the process at once.
-async fn serve_until(
-    mut worker: Worker,
-    signals: &mut Signals,
-    config: &ServeConfig,
-) -> anyhow::Result<ExitCode> {
+/// Serves until a signal or a failure, then ends in good order.
+async fn serve_until(mut worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32 {
     tokio::select! {
-        () = signals.recv() => {}
-        failure = worker.failed() => return Ok(give_up(worker, &failure).await),
+        () = signals.recv() => end(worker, signals, config).await,
+        failure = worker.failed() => give_up(worker, &failure).await,
     }
-    Ok(tokio::select! {
-        code = leave(worker, &config.network) => code,
-        () = signals.recv() => {
-            tracing::error!("ended hard: a second signal");
-            ExitCode::FAILURE
-        }
-    })
 }
 
-async fn give_up(worker: Worker, failure: &Failure) -> ExitCode {
+/// Ends in good order; another signal, [`SAME_REQUEST`] after the first or later,
+/// ends the process at once.
+async fn end(worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32 {
+    tokio::select! {
+        code = leave(worker, &config.network) => code,
+        () = signals.another() => {
+            tracing::error!("ended hard: a second signal");
+            EXIT_FAILED
+        }
+    }
+}
+
+async fn give_up(worker: Worker, failure: &Failure) -> i32 {
     tracing::error!(
         reason = failure.reason,
         "the worker failed; ending so that a restart can help"
     );
     worker.shutdown(FAILED_GRACE).await;
-    ExitCode::from(match failure.kind {
+    match failure.kind {
         FailureKind::Worker => EXIT_WORKER,
         FailureKind::Device => EXIT_DEVICE,
-    })
+    }
 }
 
 /// Lets load balancers notice, then drains.
-async fn leave(mut worker: Worker, network: &NetworkConfig) -> ExitCode {
+async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     let (delay, grace) = (network.shutdown_delay, network.shutdown_grace_period);
     if !delay.is_zero() {
         worker.leave();
@@ -173,11 +195,11 @@ async fn leave(mut worker: Worker, network: &NetworkConfig) -> ExitCode {
     match worker.shutdown(grace).await {
         Ended::Clean => {
             tracing::info!("ended");
-            ExitCode::SUCCESS
+            EXIT_DONE
         }
         Ended::Hard { calls } => {
             tracing::error!(calls, "ended hard: the grace period ran out");
-            ExitCode::FAILURE
+            EXIT_FAILED
         }
     }
 }
@@ -202,9 +224,20 @@ impl Signals {
             _ = self.interrupt.recv() => {}
         }
     }
+
+    /// After one has come: one that is a request of its own.
+    async fn another(&mut self) {
+        let first = Instant::now();
+        loop {
+            self.recv().await;
+            if first.elapsed() >= SAME_REQUEST {
+                return;
+            }
+        }
+    }
 }
 
-fn ask(command: &Ask) -> anyhow::Result<ExitCode> {
+fn ask(command: &Ask) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -213,36 +246,37 @@ fn ask(command: &Ask) -> anyhow::Result<ExitCode> {
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
     Ok(match outcome? {
-        Outcome::Done => ExitCode::SUCCESS,
-        Outcome::Failed => ExitCode::FAILURE,
-        Outcome::Interrupted => ExitCode::from(EXIT_INTERRUPTED),
+        Outcome::Done => EXIT_DONE,
+        Outcome::Failed => EXIT_FAILED,
+        Outcome::Interrupted => EXIT_INTERRUPTED,
     })
 }
 
-fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<ExitCode> {
+fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
     runtime()?.block_on(neighbors::run(config, &mut std::io::stdout()))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(EXIT_DONE)
 }
 
-fn run_bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
     Ok(match bench::run(args, &mut std::io::stdout())? {
-        Verdict::Fine => ExitCode::SUCCESS,
-        Verdict::Broken => ExitCode::FAILURE,
+        Verdict::Fine => EXIT_DONE,
+        Verdict::Broken => EXIT_FAILED,
     })
 }
 
-fn diagnose(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+fn diagnose(args: &DoctorArgs) -> anyhow::Result<i32> {
     Ok(match doctor::run(args, &mut std::io::stdout())? {
-        Diagnosis::CanServe => ExitCode::SUCCESS,
-        Diagnosis::CannotServe => ExitCode::FAILURE,
+        Diagnosis::CanServe => EXIT_DONE,
+        Diagnosis::CannotServe => EXIT_FAILED,
     })
 }
 
-fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
+fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let terminal = Terminal::default();
     imagegpt::telemetry::init_to(&args.log, terminal.clone())?;
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
+        dataset::check(args).await?;
         let mut signals = Signals::new()?;
         let Some(model) = &args.workers.model else {
             let endpoints = args.workers.endpoints.clone();
@@ -264,9 +298,9 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
     Ok(match ended? {
-        JobEnded::Done => ExitCode::SUCCESS,
-        JobEnded::Failed => ExitCode::FAILURE,
-        JobEnded::Interrupted => ExitCode::from(EXIT_RESUMABLE),
-        JobEnded::TooManyErrors => ExitCode::from(EXIT_ERRORS),
+        JobEnded::Done => EXIT_DONE,
+        JobEnded::Failed => EXIT_FAILED,
+        JobEnded::Interrupted => EXIT_RESUMABLE,
+        JobEnded::TooManyErrors => EXIT_ERRORS,
     })
 }

@@ -11,6 +11,7 @@ use clap::Args;
 use font8x8::{BASIC_FONTS, UnicodeFonts as _};
 use image::{Rgb, RgbImage, imageops};
 
+use crate::files::{self, Found, printable};
 use crate::pb;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{Alpha, ImageLimits};
@@ -72,9 +73,6 @@ pub(crate) const PICTURE_LIMITS: ImageLimits = ImageLimits {
     decode_bytes_max: 1 << 30,
 };
 const ROWS_PER_BLOCK: u32 = 16;
-const EXTENSIONS: [&str; 9] = [
-    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
-];
 
 /// An image with all that is shown of it.
 struct Item {
@@ -106,7 +104,7 @@ impl Class {
 ///
 /// When the folder or the worker cannot be read, or the picture not written.
 pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<()> {
-    let paths = sample(find_images(&config.folder)?, config.images_max.into());
+    let paths = sample(images(config, out)?, config.images_max.into());
     anyhow::ensure!(
         paths.len() >= 2,
         "{} has {} images; neighbors need at least 2",
@@ -213,27 +211,30 @@ fn truth(path: &Path, labels: &[String]) -> Option<String> {
     labels.iter().find(|label| bare(label) == folder).cloned()
 }
 
-/// Every image below `folder`, by name.
-pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        let entries = std::fs::read_dir(&folder)
-            .with_context(|| format!("{} cannot be read", folder.display()))?;
-        for entry in entries {
-            let path = entry?.path();
-            let extension = path
-                .extension()
-                .map(|extension| extension.to_string_lossy().to_lowercase());
-            if path.is_dir() {
-                folders.push(path);
-            } else if extension.is_some_and(|ext| EXTENSIONS.contains(&ext.as_str())) {
-                found.push(path);
+/// Every image below `folder`, by name, and what may be one and cannot be read.
+///
+/// # Errors
+///
+/// When the folder cannot be read.
+pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<Found>> {
+    let mut found = files::below(folder)?;
+    found.retain(Found::may_be_image);
+    Ok(found)
+}
+
+/// The images of a folder; what cannot be read is a line for the person.
+fn images(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for found in find_images(&config.folder)? {
+        match found.file {
+            Ok(_) => paths.push(found.path),
+            Err(trouble) => {
+                let name = found.path.to_string_lossy();
+                writeln!(out, "{}: left out: {trouble}", printable(&name))?;
             }
         }
     }
-    found.sort();
-    Ok(found)
+    Ok(paths)
 }
 
 /// `n` of the paths at most, evenly spread.
@@ -296,6 +297,7 @@ async fn embed(
             let name = path
                 .file_stem()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            let name = printable(&name).into_owned();
             match (embedding, tokens, class) {
                 (Ok(embedding), Ok(tokens), Ok(class)) => items.push(Item {
                     name,

@@ -176,16 +176,16 @@ impl Preprocessor {
                         expected: self.positions(),
                     });
                 }
-                self.check_tokens(ids)
+                self.check_tokens("tokens", ids)
             }
             ImageInput::Prefix(ids) => {
-                if ids.len() >= self.positions() {
+                if ids.len() > self.positions() {
                     return Err(PreprocessError::PrefixLong {
                         count: ids.len(),
-                        max: self.positions() - 1,
+                        max: self.positions(),
                     });
                 }
-                self.check_tokens(ids)
+                self.check_tokens(error::PREFIX, ids)
             }
         }
     }
@@ -227,7 +227,8 @@ impl Preprocessor {
         })
     }
 
-    fn check_tokens(&self, ids: &[u32]) -> Result<Tokenized, PreprocessError> {
+    /// `field` is what the caller knows them by.
+    fn check_tokens(&self, field: &'static str, ids: &[u32]) -> Result<Tokenized, PreprocessError> {
         let colors = self.quantizer.colors();
         let tokens = ids
             .iter()
@@ -235,9 +236,10 @@ impl Preprocessor {
             .map(|(index, &id)| match u16::try_from(id) {
                 Ok(token) if usize::from(token) < colors => Ok(token),
                 Ok(token) if usize::from(token) == colors => {
-                    Err(PreprocessError::StartToken { index, id })
+                    Err(PreprocessError::StartToken { field, index, id })
                 }
                 _ => Err(PreprocessError::TokenOutsidePalette {
+                    field,
                     index,
                     id,
                     id_max: colors - 1,

@@ -23,6 +23,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/untrained");
 
 /// Exit codes of the command.
+const FAILED: i32 = 1;
 const REFUSED: i32 = 2;
 const INTERRUPTED: i32 = 5;
 const TOO_MANY_ERRORS: i32 = 6;
@@ -99,6 +100,15 @@ fn signal(child: &Child, name: &str) {
     let pid = child.id().to_string();
     let sent = Command::new("kill").args([name, &pid]).status();
     assert!(sent.expect("kill").success());
+}
+
+/// Whether SIGINT has a handler.
+fn handles_interrupt(child: &Child) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()));
+    let status = status.expect("a process");
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = u64::from_str_radix(caught.expect("a mask").trim(), 16);
+    caught.expect("hexadecimal") & 2 != 0
 }
 
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -506,6 +516,194 @@ fn what_has_changed_is_refused_by_name() {
         "has changed: it was 120 images",
     );
     assert_eq!(files(&output), before);
+}
+
+/// Id and code of each line in the error files, those of unfinished parts too.
+fn error_lines(output: &Path) -> Vec<(String, String)> {
+    let mut lines = Vec::new();
+    for (name, content) in files(output) {
+        if !name.starts_with("errors/") {
+            continue;
+        }
+        for line in String::from_utf8(content).expect("UTF-8").lines() {
+            let line: Value = serde_json::from_str(line).expect("JSON");
+            let text = |key: &str| line[key].as_str().expect("text").to_owned();
+            assert!(!text("message").is_empty());
+            lines.push((text("id"), text("code")));
+        }
+    }
+    lines.sort();
+    lines
+}
+
+/// A pipe that nobody writes to.
+fn pipe(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status();
+    assert!(made.expect("mkfifo").success());
+}
+
+#[test]
+fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::symlink;
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 20);
+    let workers = [Worker::start("0s")];
+    symlink("gone.png", input.join("nowhere.png")).expect("a link");
+    symlink("self.png", input.join("self.png")).expect("a link");
+    std::fs::create_dir(input.join("sub")).expect("a folder");
+    symlink("..", input.join("sub/up")).expect("a link");
+    pipe(&input.join("pipe.png"));
+    let unnamed = std::ffi::OsStr::from_bytes(b"\xff.png");
+    std::fs::write(input.join(unnamed), image(1)).expect("a file");
+    let output = dir.path().join("output");
+    let summary = done(&mut embed(&input, &output, &workers));
+    assert_eq!(summary["images"], 25);
+    assert_eq!(rows(&output).len(), 20);
+    let lines = error_lines(&output);
+    let lines: Vec<(&str, &str)> = lines.iter().map(|(id, code)| (&**id, &**code)).collect();
+    assert_eq!(
+        lines,
+        [
+            ("nowhere.png", "NOT_FOUND"),
+            ("pipe.png", "FAILED_PRECONDITION"),
+            ("self.png", "FAILED_PRECONDITION"),
+            ("sub/up", "FAILED_PRECONDITION"),
+            ("\u{fffd}.png", "INVALID_ARGUMENT"),
+        ]
+    );
+
+    let list = dir.path().join("list.txt");
+    let names = [
+        "00001.png",
+        "nowhere.png",
+        "pipe.png",
+        "self.png",
+        "sub",
+        "00002.png",
+        "00003.png/x.png",
+    ];
+    let names = names.map(|name| format!("tree/{name}\n"));
+    std::fs::write(&list, names.concat()).expect("a list");
+    let listed = dir.path().join("listed");
+    done(&mut embed(&list, &listed, &workers));
+    assert_eq!(rows(&listed).len(), 2);
+    assert_eq!(error_lines(&listed).len(), 5);
+
+    let shards = tars(dir.path(), 20, 10);
+    symlink("gone.tar", shards.join("002.tar")).expect("a link");
+    let output = dir.path().join("shards");
+    done(&mut embed(&shards, &output, &workers));
+    assert_eq!(rows(&output).len(), 20);
+    let lines = error_lines(&output);
+    assert_eq!(lines.len(), 1);
+    assert!(lines[0].0.ends_with("tars/002.tar") && lines[0].1 == "NOT_FOUND");
+    // One that is named itself is wanted.
+    let named = dir.path().join("named");
+    let ended = embed(&shards.join("002.tar"), &named, &workers).output();
+    assert_eq!(ended.expect("a run").status.code(), Some(REFUSED));
+    let ended = embed(&input.join("pipe.png"), &named, &workers).output();
+    assert_eq!(ended.expect("a run").status.code(), Some(REFUSED));
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_told_before_any_work() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 2);
+    let file = dir.path().join("file");
+    std::fs::write(&file, b"").expect("a file");
+    // With a worker that is not there, and a model that is not: neither is asked
+    // for.
+    for worker in [
+        ["--endpoint", "http://127.0.0.1:1"],
+        ["--model", "/nowhere"],
+    ] {
+        let ended = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+            .arg("embed")
+            .arg(&input)
+            .arg("--output")
+            .arg(file.join("output"))
+            .args(worker)
+            .output()
+            .expect("a run");
+        assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+        assert!(said(&ended).contains("--output"), "{}", said(&ended));
+    }
+    // What may be mended while the output is as it was begun.
+    let workers = [Worker::start("0s")];
+    let output = dir.path().join("output");
+    std::fs::create_dir(&output).expect("a folder");
+    std::fs::write(output.join("errors"), b"").expect("a file");
+    let ended = embed(&input, &output, &workers).output().expect("a run");
+    assert_eq!(ended.status.code(), Some(FAILED), "{}", said(&ended));
+    std::fs::remove_file(output.join("errors")).expect("a file");
+    done(&mut embed(&input, &output, &workers));
+}
+
+#[test]
+fn without_a_worker_it_fails_and_may_be_told_to_end() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 2);
+    let output = dir.path().join("output");
+    let job = |patience: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        command
+            .arg("embed")
+            .arg(&input)
+            .arg("--output")
+            .arg(&output);
+        command.args(["--endpoint", "http://127.0.0.1:1"]);
+        command.args(["--give-up-after", patience]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let ended = job("1s").output().expect("a run");
+    assert_eq!(ended.status.code(), Some(FAILED), "{}", said(&ended));
+    let client = job("1h").spawn().expect("a client");
+    until("it handles the signal", || handles_interrupt(&client));
+    signal(&client, "-INT");
+    let ended = client.wait_with_output().expect("its end");
+    assert_eq!(ended.status.code(), Some(INTERRUPTED), "{}", said(&ended));
+    let finish = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        .args(["embed", "--finish", "--output"])
+        .arg(&output)
+        .output()
+        .expect("a run");
+    assert_eq!(finish.status.code(), Some(REFUSED), "{}", said(&finish));
+}
+
+#[test]
+fn too_many_errors_are_all_to_be_read() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 250);
+    let workers = [Worker::start("0s")];
+    let whole = dir.path().join("whole");
+    done(&mut embed(&input, &whole, &workers));
+    let output = dir.path().join("output");
+    let mut limited = embed(&input, &output, &workers);
+    let ended = limited.args(["--max-errors", "1"]).output().expect("a run");
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
+    assert!(said(&ended).contains("at last 00"), "{}", said(&ended));
+    let ids: BTreeSet<String> = error_lines(&output).into_iter().map(|(id, _)| id).collect();
+    assert!(ids.len() >= 2, "{ids:?}");
+    let known: BTreeSet<String> = [42, 142, 242].map(|n| format!("{}.png", id(n))).into();
+    assert!(ids.is_subset(&known), "{ids:?}");
+    // The same command ends so again; a higher limit goes on, to the same bytes.
+    let ended = limited.output().expect("a run");
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
+    done(&mut embed(&input, &output, &workers));
+    assert_eq!(files(&output), files(&whole));
 }
 
 #[test]

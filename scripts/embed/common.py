@@ -123,6 +123,18 @@ def await_page(url: str, process: subprocess.Popen, seconds: float = 120) -> Non
             time.sleep(0.02)
 
 
+def await_port(port: int, process: subprocess.Popen, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"nobody listens on {port}") from None
+            time.sleep(0.05)
+
+
 class Worker:
     """`imagegpt serve` on ports of its own, which it keeps when it is replaced."""
 

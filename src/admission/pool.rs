@@ -122,11 +122,25 @@ impl Share {
         Some(one)
     }
 
+    /// `n` of it as a share of their own, or as many as there are.
+    #[must_use]
+    pub fn split(&mut self, n: usize) -> Self {
+        let shared = split(self.shared.as_mut(), n);
+        let n_shared = shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let reserved = split(self.reserved.as_mut(), n - n_shared);
+        Self { shared, reserved }
+    }
+
     /// Puts another share of the same pool to this one.
     pub fn merge(&mut self, other: Self) {
         merge(&mut self.shared, other.shared);
         merge(&mut self.reserved, other.reserved);
     }
+}
+
+fn split(permit: Option<&mut OwnedSemaphorePermit>, n: usize) -> Option<OwnedSemaphorePermit> {
+    let permit = permit?;
+    permit.split(n.min(permit.num_permits()))
 }
 
 fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePermit>) {
@@ -179,6 +193,18 @@ mod tests {
             one.merge(other);
         }
         drop(one);
+        assert_eq!(pool.taken(), 0);
+    }
+
+    #[test]
+    fn a_part_of_a_share_is_given_back_alone() {
+        let pool = Pool::new(10, 50);
+        let mut share = pool.try_take(Interactive, 7).expect("7");
+        drop(share.split(4));
+        assert_eq!(pool.taken(), 3);
+        drop(share.split(9));
+        assert_eq!(pool.taken(), 0);
+        drop(share);
         assert_eq!(pool.taken(), 0);
     }
 

@@ -82,7 +82,9 @@ impl Input {
     ///
     /// When there is none, or one cannot be read.
     pub(super) fn folder(folder: &Path, seed: u64, repeat_share: f64) -> anyhow::Result<Self> {
-        let paths = neighbors::sample(neighbors::find_images(folder)?, FILES_MAX);
+        let found = neighbors::find_images(folder)?.into_iter();
+        let found = found.filter(|found| found.file.is_ok());
+        let paths = neighbors::sample(found.map(|found| found.path).collect(), FILES_MAX);
         anyhow::ensure!(
             !paths.is_empty(),
             "--images {} has no image",

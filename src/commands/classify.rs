@@ -7,10 +7,10 @@ use std::str::FromStr;
 use clap::Args;
 use serde::Serialize;
 
-use super::input::Inputs;
 use super::output::json;
-use super::{InputConfig, Outcome, PreprocessConfig, Session, WorkerConfig};
+use super::{EachConfig, Outcome, Session};
 use crate::config::ServeConfig;
+use crate::files::printable;
 use crate::head::HeadFlag;
 use crate::rpc::client::{Classes, Client};
 
@@ -20,9 +20,6 @@ const LABEL_WIDTH_MAX: usize = 24;
 
 #[derive(Debug, Clone, Args)]
 pub struct ClassifyArgs {
-    #[command(flatten)]
-    pub input: InputConfig,
-
     /// Which linear head: one of the worker's, or with --model NAME=FILE, which
     /// loads one [default: the checkpoint's own, or the only one]
     #[arg(long, value_name = "NAME[=FILE]")]
@@ -33,14 +30,7 @@ pub struct ClassifyArgs {
     pub top_k: u32,
 
     #[command(flatten)]
-    pub preprocess: PreprocessConfig,
-
-    /// Print one JSON object an image instead of a table
-    #[arg(long)]
-    pub json: bool,
-
-    #[command(flatten)]
-    pub worker: WorkerConfig,
+    pub each: EachConfig,
 }
 
 /// What `--head` takes.
@@ -116,18 +106,15 @@ pub(super) async fn run(
     session: &Session,
     out: &mut impl Write,
 ) -> anyhow::Result<Outcome> {
-    let preprocess = args.preprocess.to_pb();
     let (head, top_k) = (args.head.as_ref().map_or("", HeadChoice::name), args.top_k);
-    let call = |mut client: Client, images| async move {
+    let call = |mut client: Client, images, preprocess| async move {
         client.classify(images, preprocess, head, top_k).await
     };
     let width = label_width(session, head);
-    if !args.json {
-        session.introduce(out)?;
-        // As wide as the columns below it.
-        let column = format!("score {:width$}  ", "class");
-        writeln!(out, "{}file", column.repeat(columns(session, head, top_k)))?;
-    }
+    // As wide as the columns below it.
+    let column = format!("score {:width$}  ", "class");
+    let header = column.repeat(columns(session, head, top_k)) + "file";
+    session.head(&args.each, &header, out)?;
     let take = |file: &str, found: Classes| {
         let classes = found.best.into_iter().map(|class| Class {
             index: class.index,
@@ -141,7 +128,7 @@ pub(super) async fn run(
             logits: found.logits,
             model_digest: &session.model.digest,
         };
-        if args.json {
+        if args.each.json {
             return json(out, &line);
         }
         for class in &line.classes {
@@ -150,10 +137,10 @@ pub(super) async fn run(
         for (index, logit) in best(&line.logits, top_k) {
             write!(out, "{logit:5.2} {:width$}  ", format!("#{index}"))?;
         }
-        writeln!(out, "{file}")?;
+        writeln!(out, "{}", printable(file))?;
         Ok(())
     };
-    session.each(Inputs::new(&args.input)?, call, take).await
+    session.each_input(&args.each, call, take).await
 }
 
 /// The names of the classes that will be shown; none of a model without.

@@ -18,15 +18,17 @@ use super::input::{Inputs, only_one_stdin};
 use super::output::{Folder, complain, json, stem};
 use super::sheet::{Cell, Sheet};
 use super::{Outcome, PreprocessConfig, Session, WorkerConfig};
+use crate::files::{self, printable};
 use crate::neighbors::PICTURE_LIMITS;
 use crate::pb;
 use crate::pb::generate_response::Message;
-use crate::preprocess::Alpha;
 use crate::preprocess::decode::decode;
+use crate::preprocess::{self, Alpha};
 use crate::rpc::client::Client;
 
 /// Pictures side by side on a sheet where no input gives it its rows.
 const COLUMNS: usize = 8;
+const SAVE_SAMPLES: &str = "--save-samples";
 /// Calls in flight at most, whatever the worker has places for.
 const CALLS_MAX: usize = 64;
 
@@ -106,7 +108,11 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Checks what no flag can check by itself; the rest is the worker's to say.
     pub(super) fn validate(&self) -> anyhow::Result<()> {
-        only_one_stdin(self.inputs.iter().map(PathBuf::as_path))
+        only_one_stdin(self.inputs.iter().map(PathBuf::as_path))?;
+        // How large it will be is known later; where it goes is known now.
+        Sheet::check(&self.output, (0, 0), 0, 1)?;
+        let save = self.save_samples.as_deref();
+        save.map_or(Ok(()), |path| Folder::make(SAVE_SAMPLES, path).map(drop))
     }
 }
 
@@ -172,8 +178,15 @@ pub(super) async fn run(
     }
     let save = args.save_samples.as_deref();
     let folder = save
-        .map(|path| Folder::make("--save-samples", path))
+        .map(|path| Folder::make(SAVE_SAMPLES, path))
         .transpose()?;
+    let side = session.model.side as usize;
+    Sheet::check(
+        &args.output,
+        shape(args, primers.len()),
+        side,
+        args.scale.into(),
+    )?;
     let seed = args.seed.unwrap_or_else(any_seed);
     if !args.json {
         session.introduce(out)?;
@@ -356,6 +369,16 @@ async fn primers(args: &GenerateArgs, session: &Session) -> anyhow::Result<(Vec<
     Ok((primers, outcome))
 }
 
+/// Columns and rows of the sheet.
+fn shape(args: &GenerateArgs, n_primers: usize) -> (usize, usize) {
+    let n_samples = args.samples as usize;
+    if args.inputs.is_empty() {
+        return (n_samples.min(COLUMNS), n_samples.div_ceil(COLUMNS));
+    }
+    // The input itself and what is kept of it stand before the samples.
+    (2 + n_samples, n_primers)
+}
+
 /// Which pixels of an input are kept, in raster order.
 fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
     let Some(path) = &args.mask else {
@@ -366,15 +389,20 @@ fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
         );
         return Ok((0..side * side).map(|pixel| pixel / side < rows).collect());
     };
-    let mask = std::fs::read(path)
-        .map_err(anyhow::Error::from)
-        .and_then(|bytes| Ok(decode(&bytes, Alpha::White, &PICTURE_LIMITS)?))
-        .with_context(|| format!("--mask {} cannot be read", path.display()))?;
+    let mask =
+        mask_pixels(path).with_context(|| format!("--mask {} cannot be read", path.display()))?;
     let mask = RgbImage::from_raw(mask.width, mask.height, mask.pixels)
         .with_context(|| format!("--mask {} has no pixels", path.display()))?;
     let mask = imageops::resize(&mask, side, side, imageops::FilterType::Nearest);
     let light = imageops::grayscale(&mask);
     Ok(light.pixels().map(|pixel| pixel.0[0] >= 128).collect())
+}
+
+fn mask_pixels(path: &Path) -> anyhow::Result<preprocess::RgbImage> {
+    let bytes_max = PICTURE_LIMITS.image_bytes_max;
+    let bytes = files::read(path, bytes_max as u64)??;
+    let bytes = bytes.with_context(|| format!("it has more than {bytes_max} bytes"))?;
+    Ok(decode(&bytes, Alpha::White, &PICTURE_LIMITS)?)
 }
 
 /// How many rows of an input are kept, without a mask.
@@ -478,6 +506,7 @@ impl Line<'_> {
             (None, Some(input)) => input.to_owned(),
             (None, None) => "-".to_owned(),
         };
+        let file = printable(&file);
         let (sample, n) = (self.sample, self.pixels_drawn);
         writeln!(out, "{sample:>6}  {mean:>10}  {n:>12}  {file}")?;
         Ok(())

@@ -13,6 +13,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use tokio::sync::mpsc;
 
+use crate::files::{self, Trouble};
 use crate::neighbors::find_images;
 use crate::pb;
 use crate::preprocess::{Alpha, Fit, PreprocessOptions};
@@ -200,10 +201,16 @@ fn expand(path: PathBuf) -> VecDeque<Result<Source, Item>> {
                 "no images are in this folder".to_owned(),
             ))])
         }
-        Ok(found) => found
-            .into_iter()
-            .map(|path| Ok(Source::File(path)))
-            .collect(),
+        Ok(found) => {
+            let source = |found: files::Found| match found.file {
+                Ok(_) => Ok(Source::File(found.path)),
+                Err(trouble) => Err(Item::failed(
+                    found.path.display().to_string(),
+                    trouble.to_string(),
+                )),
+            };
+            found.into_iter().map(source).collect()
+        }
         Err(error) => {
             let name = path.display().to_string();
             VecDeque::from([Err(Item::failed(name, format!("{error:#}")))])
@@ -236,31 +243,34 @@ fn lines(
 
 impl Source {
     fn read(self, bytes_max: u64) -> Item {
-        let (name, bytes) = match self {
-            Self::Stdin => (STDIN.to_owned(), read(&mut io::stdin().lock(), bytes_max)),
-            Self::File(path) => {
-                let bytes = File::open(&path).and_then(|mut file| read(&mut file, bytes_max));
-                (path.display().to_string(), bytes)
+        let (name, read) = match self {
+            Self::Stdin => {
+                let read = read(&mut io::stdin().lock(), bytes_max);
+                (STDIN.to_owned(), read.map(Ok))
             }
+            Self::File(path) => (path.display().to_string(), files::read(&path, bytes_max)),
         };
-        Item {
-            name,
-            bytes: bytes.map_err(|error| error.to_string()),
-        }
+        let bytes = match read {
+            Ok(Ok(Some(bytes))) => Ok(bytes.into()),
+            Ok(Ok(None)) => Err(format!(
+                "over the worker's limit of {} an image (--image-bytes-max, --request-bytes-max)",
+                ByteSize(bytes_max)
+            )),
+            Ok(Err(trouble @ Trouble::Special)) => {
+                Err(format!("{trouble}; of a pipe - takes what is in it"))
+            }
+            Ok(Err(trouble)) => Err(trouble.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        Item { name, bytes }
     }
 }
 
-/// No more of a file than the worker takes.
-fn read(file: &mut impl Read, bytes_max: u64) -> io::Result<Bytes> {
+/// No more than the worker takes; `None` where there is more.
+fn read(input: &mut impl Read, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
-    file.take(bytes_max + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > bytes_max {
-        let max = ByteSize(bytes_max);
-        return Err(io::Error::other(format!(
-            "over the worker's limit of {max} an image (--image-bytes-max, --request-bytes-max)"
-        )));
-    }
-    Ok(bytes.into())
+    input.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64 <= bytes_max).then_some(bytes))
 }
 
 impl Item {
@@ -414,9 +424,15 @@ mod tests {
 
     #[test]
     fn files_are_read_up_to_the_limit() {
-        assert_eq!(read(&mut &[1_u8; 9][..], 9).unwrap().len(), 9);
-        let error = read(&mut &[1_u8; 10][..], 9).unwrap_err();
-        assert!(error.to_string().contains("9 B an image"), "{error}");
+        assert_eq!(read(&mut &[1_u8; 9][..], 9).unwrap().unwrap().len(), 9);
+        assert_eq!(read(&mut &[1_u8; 10][..], 9).unwrap(), None);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("10.png");
+        std::fs::write(&path, [1; 10]).unwrap();
+        let error = Source::File(path).read(9).bytes.unwrap_err();
+        assert!(error.contains("9 B an image"), "{error}");
+        let error = Source::File("/dev/zero".into()).read(9).bytes.unwrap_err();
+        assert!(error.contains("neither a file nor a folder"), "{error}");
     }
 
     #[test]

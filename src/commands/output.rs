@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde::Serialize;
 
-/// A line for the person.
+use crate::files::printable;
+
+/// A line for the person, whatever names and reasons are in it.
 pub(super) fn complain(text: &str) {
     // Without standard error there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "imagegpt: {text}");
+    let _ = writeln!(std::io::stderr(), "imagegpt: {}", printable(text));
 }
 
 /// One JSON object, on a line of its own.
@@ -41,10 +43,12 @@ pub(super) struct Folder {
 impl Folder {
     /// # Errors
     ///
-    /// When it is not there and cannot be made.
+    /// When it is not there and cannot be made, or cannot be written into.
     pub(super) fn make(flag: &'static str, folder: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("{flag} {} cannot be made", folder.display()))?;
+        probe(&folder.join(format!(".imagegpt.{}.part", std::process::id())))
+            .with_context(|| format!("{flag} {} cannot be written into", folder.display()))?;
         Ok(Self {
             flag,
             path: folder.to_owned(),
@@ -73,6 +77,13 @@ impl Folder {
     }
 }
 
+/// Makes the file and removes it again, so that what cannot be written is told
+/// before there is something to write.
+pub(super) fn probe(path: &Path) -> std::io::Result<()> {
+    std::fs::File::create(path)?;
+    std::fs::remove_file(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,5 +101,8 @@ mod tests {
         assert_eq!(name("cat-2.gif"), "cat-2-2.png");
         assert_eq!(name("z/cat"), "cat-3.png");
         assert_eq!(name("-"), "stdin.png");
+        std::fs::write(parent.path().join("file"), b"").unwrap();
+        let error = Folder::make("--map", &parent.path().join("file"));
+        assert!(error.unwrap_err().to_string().contains("--map"));
     }
 }

@@ -7,16 +7,13 @@ use clap::Args;
 use plotters::style::colors::colormaps::ViridisRGB;
 use serde::Serialize;
 
-use super::input::Inputs;
 use super::output::{Folder, json};
-use super::{InputConfig, Outcome, PreprocessConfig, Session, WorkerConfig};
+use super::{EachConfig, Outcome, Session};
+use crate::files::printable;
 use crate::rpc::client::{Client, Score, ScoreOptions};
 
 #[derive(Debug, Clone, Args)]
 pub struct ScoreArgs {
-    #[command(flatten)]
-    pub input: InputConfig,
-
     /// Also show how far the tokens compress without the model, in bits a token:
     /// what is unlikely and complex may be merely complex
     #[arg(long)]
@@ -36,14 +33,7 @@ pub struct ScoreArgs {
     pub sort: bool,
 
     #[command(flatten)]
-    pub preprocess: PreprocessConfig,
-
-    /// Print one JSON object an image instead of a table
-    #[arg(long)]
-    pub json: bool,
-
-    #[command(flatten)]
-    pub worker: WorkerConfig,
+    pub each: EachConfig,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,20 +54,21 @@ pub(super) async fn run(
     session: &Session,
     out: &mut impl Write,
 ) -> anyhow::Result<Outcome> {
-    let preprocess = args.preprocess.to_pb();
     let options = ScoreOptions {
         map: args.map.is_some(),
         complexity: args.complexity,
     };
     let map = args.map.as_deref();
     let mut folder = map.map(|path| Folder::make("--map", path)).transpose()?;
-    let call =
-        |mut client: Client, images| async move { client.score(images, preprocess, options).await };
+    let call = |mut client: Client, images, preprocess| async move {
+        client.score(images, preprocess, options).await
+    };
     let mut sorted = Vec::new();
-    if !args.json {
-        session.introduce(out)?;
-        header(args, out)?;
-    }
+    // The file stands last, so that no width has to be known before all are
+    // there.
+    let complexity = if args.complexity { "  complexity" } else { "" };
+    let columns = format!("nats/token  bits/token       nats{complexity}  file");
+    session.head(&args.each, &columns, out)?;
     let take = |file: &str, score: Score| {
         let map = match &mut folder {
             Some(folder) => Some(folder.write(file, &session.heat(&score.map, args.scale)?)?),
@@ -98,7 +89,7 @@ pub(super) async fn run(
         }
         show(args, &line, out)
     };
-    let outcome = session.each(Inputs::new(&args.input)?, call, take).await?;
+    let outcome = session.each_input(&args.each, call, take).await?;
     sorted.sort_by(|a, b| b.nats_per_token.total_cmp(&a.nats_per_token));
     for line in &sorted {
         show(args, line, out)?;
@@ -106,15 +97,8 @@ pub(super) async fn run(
     Ok(outcome)
 }
 
-fn header(args: &ScoreArgs, out: &mut impl Write) -> std::io::Result<()> {
-    // The file stands last, so that no width has to be known before all are
-    // there.
-    let complexity = if args.complexity { "  complexity" } else { "" };
-    writeln!(out, "nats/token  bits/token       nats{complexity}  file")
-}
-
 fn show(args: &ScoreArgs, line: &Line<'_>, out: &mut impl Write) -> anyhow::Result<()> {
-    if args.json {
+    if args.each.json {
         return json(out, line);
     }
     let complexity = match line.complexity_bits_per_token {
@@ -128,6 +112,7 @@ fn show(args: &ScoreArgs, line: &Line<'_>, out: &mut impl Write) -> anyhow::Resu
         file,
         ..
     } = line;
+    let file = printable(file);
     writeln!(
         out,
         "{nats_per_token:>10.4}  {bits_per_token:>10.4}  {nats:>9.1}{complexity}  {file}"

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+use super::output::probe;
+
 /// Between pictures, and around all, in pixels of the model.
 const GAP: usize = 2;
 const PAPER: [u8; 3] = [255, 255, 255];
@@ -28,15 +30,34 @@ pub(super) struct Sheet<'a> {
 }
 
 impl Sheet<'_> {
+    /// Checks that a sheet of so many pictures in so many rows can be written
+    /// there, before there are any.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::save`], as far as it can be known.
+    pub(super) fn check(
+        path: &Path,
+        (n_columns, n_rows): (usize, usize),
+        side: usize,
+        scale: usize,
+    ) -> anyhow::Result<()> {
+        let checked = extent(n_columns, side, scale)
+            .and_then(|_| extent(n_rows, side, scale))
+            .and_then(|_| {
+                anyhow::ensure!(!path.is_dir(), "it is a folder");
+                Ok(probe(&part(path))?)
+            });
+        checked.with_context(|| format!("--output {} cannot be written", path.display()))
+    }
+
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
     ///
     /// When it cannot be written, or would be larger than a PNG may be.
     pub(super) fn save(&self, path: &Path) -> anyhow::Result<()> {
-        let mut part = path.as_os_str().to_owned();
-        part.push(".part");
-        let part = PathBuf::from(part);
+        let part = part(path);
         let written = self
             .write(&part)
             .and_then(|()| Ok(std::fs::rename(&part, path)?));
@@ -49,10 +70,7 @@ impl Sheet<'_> {
 
     fn write(&self, path: &Path) -> anyhow::Result<()> {
         let n_columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let extent = |n: usize| {
-            let pixels = (n * (self.side + GAP) + GAP) * self.scale;
-            u32::try_from(pixels).context("it would be too large; lower --scale")
-        };
+        let extent = |n: usize| extent(n, self.side, self.scale);
         let (width, height) = (extent(n_columns)?, extent(self.rows.len())?);
         let mut encoder = png::Encoder::new(BufWriter::new(File::create(path)?), width, height);
         encoder.set_color(png::ColorType::Rgb);
@@ -108,6 +126,22 @@ impl Sheet<'_> {
     }
 }
 
+/// Where a sheet is while it is written.
+fn part(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    part.into()
+}
+
+/// Pixels of the file that `n` pictures take, with their gaps.
+fn extent(n: usize, side: usize, scale: usize) -> anyhow::Result<u32> {
+    /// What a PNG may have.
+    const EXTENT_MAX: u32 = i32::MAX.unsigned_abs();
+    let pixels = (n * (side + GAP) + GAP) * scale;
+    let pixels = u32::try_from(pixels).ok().filter(|&n| n <= EXTENT_MAX);
+    pixels.context("it would be too large; lower --scale")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,7 +174,16 @@ mod tests {
         assert_eq!(at(6, 18), [0, 0, 255]);
         assert_eq!(at(18, 18), PAPER, "a row with fewer pictures");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-        let error = sheet.save(&folder.path().join("none/sheet.png"));
-        assert!(error.unwrap_err().to_string().contains("--output"));
+        let save = |path: &str| sheet.save(&folder.path().join(path));
+        let check = |path: &str, n| Sheet::check(&folder.path().join(path), (n, 2), 2, 3);
+        check("sheet.png", 2).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        for path in ["none/sheet.png", ""] {
+            for error in [save(path), check(path, 2)] {
+                assert!(error.unwrap_err().to_string().contains("--output"));
+            }
+        }
+        let error = check("sheet.png", 1 << 30).unwrap_err();
+        assert!(format!("{error:#}").contains("lower --scale"));
     }
 }

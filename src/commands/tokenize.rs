@@ -6,16 +6,14 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::input::Inputs;
 use super::output::{Folder, json};
-use super::{InputConfig, Outcome, PreprocessConfig, Session, WorkerConfig};
+use super::{EachConfig, Outcome, Session};
+use crate::files::printable;
 use crate::picture;
+use crate::rpc::client::Client;
 
 #[derive(Debug, Clone, Args)]
 pub struct TokenizeArgs {
-    #[command(flatten)]
-    pub input: InputConfig,
-
     /// Write a PNG of each image's tokens in the palette's colors into this
     /// folder
     #[arg(long, value_name = "DIR")]
@@ -26,15 +24,7 @@ pub struct TokenizeArgs {
     pub scale: u8,
 
     #[command(flatten)]
-    pub preprocess: PreprocessConfig,
-
-    /// Print one JSON object an image. Otherwise a line is the file, a tab and
-    /// the token ids
-    #[arg(long)]
-    pub json: bool,
-
-    #[command(flatten)]
-    pub worker: WorkerConfig,
+    pub each: EachConfig,
 }
 
 #[derive(Serialize)]
@@ -51,12 +41,11 @@ pub(super) async fn run(
     session: &Session,
     out: &mut impl Write,
 ) -> anyhow::Result<Outcome> {
-    let preprocess = args.preprocess.to_pb();
     let preview = args.preview.as_deref();
     let mut folder = preview
         .map(|path| Folder::make("--preview", path))
         .transpose()?;
-    let call = |mut client: crate::rpc::client::Client, images| async move {
+    let call = |mut client: Client, images, preprocess| async move {
         client.tokenize(images, preprocess).await
     };
     let take = |file: &str, ids: Vec<u32>| {
@@ -65,7 +54,7 @@ pub(super) async fn run(
             Some(folder) => Some(folder.write(file, &session.png(&ids, args.scale)?)?),
             None => None,
         };
-        if args.json {
+        if args.each.json {
             return json(
                 out,
                 &Line {
@@ -77,10 +66,10 @@ pub(super) async fn run(
             );
         }
         let ids: Vec<String> = ids.iter().map(u16::to_string).collect();
-        writeln!(out, "{file}\t{}", ids.join(" "))?;
+        writeln!(out, "{}\t{}", printable(file), ids.join(" "))?;
         Ok(())
     };
-    session.each(Inputs::new(&args.input)?, call, take).await
+    session.each_input(&args.each, call, take).await
 }
 
 impl Session {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use anyhow::Context as _;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
@@ -69,15 +68,23 @@ async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
 pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<Ended> {
     match finish(sink).await {
         Ok(summary) => {
-            writeln!(out, "{}", serde_json::to_string(&summary)?)?;
+            super::say(&summary, out)?;
             Ok(Ended::Done)
         }
-        Err(error) if error.is::<Incomplete>() => {
-            tracing::error!("{error}");
+        Err(error) if error.is::<NotBegun>() => Err(error),
+        // Parts that are missing, or a bucket that is away.
+        Err(error) => {
+            tracing::error!("{error:#}");
             Ok(Ended::Failed)
         }
-        Err(error) => Err(error),
     }
+}
+
+/// There is nothing to finish.
+#[derive(Debug, thiserror::Error)]
+#[error("{output} has no manifest: no `imagegpt embed` has begun there")]
+struct NotBegun {
+    output: String,
 }
 
 /// Parts are missing.
@@ -90,9 +97,9 @@ struct Incomplete {
 
 /// Checks that all parts are there, and writes the summary.
 pub(super) async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
-    let manifest = Manifest::read(sink)
-        .await?
-        .with_context(|| format!("{sink} has no manifest: no `imagegpt embed` has begun there"))?;
+    let manifest = Manifest::read(sink).await?.ok_or_else(|| NotBegun {
+        output: sink.to_string(),
+    })?;
     let records = Record::read_all(sink, |_| true).await?;
     let records = only_with_files(sink, records).await?;
     let mut missing = Vec::new();

@@ -21,11 +21,6 @@ use crate::rpc::pool::Fault;
 
 pub(super) use self::files::{Listing, Row};
 
-/// Extensions of images, in lower case.
-pub(super) const IMAGES: [&str; 9] = [
-    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
-];
-
 /// One image, with what goes with it.
 #[derive(Debug)]
 pub(super) struct Sample {
@@ -81,6 +76,12 @@ pub(super) fn read(
     let ranged =
         |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
     let (file, result) = match &shard.kind {
+        Kind::Lost(fault) => {
+            if cursor == 0 {
+                let _ = visit(lost(shard, fault));
+            }
+            return Ok(());
+        }
         Kind::Files { listing, range } => {
             return files::read(listing, range.clone(), cursor, reading, visit);
         }
@@ -104,6 +105,19 @@ pub(super) fn read(
         // Whatever the format's reader made of it: the bytes did not come.
         (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
         (result, _) => result,
+    }
+}
+
+/// What stands for all samples of a shard that cannot be read.
+fn lost(shard: &Shard, fault: &Fault) -> Seen {
+    Seen {
+        cursor: 0,
+        share: 0.0,
+        sample: Sample {
+            id: shard.name.clone(),
+            image: Err(fault.clone()),
+            kept: None,
+        },
     }
 }
 

@@ -14,6 +14,9 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _, RetryConfig};
 
+use crate::files::{self, Found, Trouble};
+use crate::rpc::pool::Fault;
+
 /// Requests to a store are repeated for so long; longer, and credentials may
 /// run out while they are. The job is begun again by the same command.
 const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
@@ -21,8 +24,6 @@ const RETRIES_MAX: usize = 60;
 /// A block of 4 MiB takes a second or so; a bucket that stalls is asked again.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Folders within folders; deeper is a loop of links.
-const DEPTH_MAX: usize = 64;
 
 /// A file, a folder, or a prefix of a bucket.
 #[derive(Debug, Clone)]
@@ -53,6 +54,10 @@ pub(super) struct Entry {
     pub(super) bytes: u64,
     /// Differs when the content does: an entity tag, or when it was changed.
     pub(super) version: String,
+    /// Why it cannot be read, where that shows already.
+    pub(super) trouble: Option<Fault>,
+    /// Whether it cannot be read and may be a folder of anything.
+    pub(super) may_be_folder: bool,
 }
 
 /// Clients of object stores, one for each bucket or host.
@@ -80,10 +85,20 @@ impl Stores {
             stores.insert(root, Arc::clone(&store));
             store
         };
+        let key = key.trim_end_matches('/');
+        // Keys of buckets are written as they are, paths of URLs with escapes.
+        let path = if scheme.starts_with("http") {
+            anyhow::ensure!(
+                !key.contains(['?', '#']),
+                "{text}: what follows ? or # cannot be asked for; give a URL without it"
+            );
+            object_store::path::Path::from_url_path(key)
+        } else {
+            object_store::path::Path::parse(key)
+        };
         Ok(Location::Remote {
             store,
-            path: object_store::path::Path::parse(key.trim_end_matches('/'))
-                .with_context(|| format!("{text} is not a path that can be used"))?,
+            path: path.with_context(|| format!("{text} is not a path that can be used"))?,
             url: text.trim_end_matches('/').to_owned(),
         })
     }
@@ -163,10 +178,14 @@ impl Location {
             Self::Local(folder) => Self::Local(folder.join(name)),
             Self::Remote { store, path, url } => Self::Remote {
                 store: Arc::clone(store),
-                // Names that come from a listing are paths already.
-                path: name
-                    .split('/')
-                    .fold(path.clone(), object_store::path::Path::join),
+                // As it is: escapes would be part of the name. What cannot be so,
+                // such as .., is escaped, and found nowhere.
+                path: object_store::path::Path::parse(format!("{path}/{name}")).unwrap_or_else(
+                    |_| {
+                        name.split('/')
+                            .fold(path.clone(), object_store::path::Path::join)
+                    },
+                ),
                 url: format!("{url}/{name}"),
             },
         }
@@ -225,12 +244,12 @@ impl Location {
             Self::Local(folder) => {
                 let folder = folder.clone();
                 tokio::task::spawn_blocking(move || {
-                    let mut entries = Vec::new();
-                    if !folder.exists() {
-                        return Ok(entries);
+                    if !folder.is_dir() {
+                        return Ok(Vec::new());
                     }
-                    walk(&folder, "", DEPTH_MAX, &mut entries)?;
-                    Ok::<_, anyhow::Error>(entries)
+                    let found = files::below(&folder)?;
+                    let entries = found.into_iter().map(|found| found_entry(&folder, found));
+                    Ok::<_, anyhow::Error>(entries.collect())
                 })
                 .await??
             }
@@ -250,20 +269,25 @@ impl Location {
         Ok(entries)
     }
 
+    /// Why a file on a disk cannot be opened; a bucket says so when it is asked.
+    pub(super) fn trouble(&self) -> anyhow::Result<Option<Trouble>> {
+        let Self::Local(path) = self else {
+            return Ok(None);
+        };
+        let found = files::read(path, 0).with_context(|| self.to_string())?;
+        Ok(found.err())
+    }
+
     /// A whole file, or `None` in the place of one that is larger than `max`.
     pub(super) async fn read(&self, max: u64) -> Result<Option<Bytes>, ReadError> {
         match self {
             Self::Local(path) => {
                 let path = path.clone();
-                tokio::task::spawn_blocking(move || {
-                    if std::fs::metadata(&path)?.len() > max {
-                        return Ok(None);
-                    }
-                    Ok::<_, std::io::Error>(Some(std::fs::read(&path)?.into()))
-                })
-                .await
-                .map_err(std::io::Error::other)?
-                .map_err(ReadError::from)
+                let read = tokio::task::spawn_blocking(move || files::read(&path, max));
+                Ok(read
+                    .await
+                    .map_err(std::io::Error::other)???
+                    .map(Bytes::from))
             }
             Self::Remote { store, path, .. } => {
                 let found = store.get(path).await?;
@@ -279,27 +303,19 @@ impl Location {
 /// Why something could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReadError {
-    #[error("there is no such file")]
-    Missing,
+    /// It cannot be, today or tomorrow.
     #[error(transparent)]
-    Io(std::io::Error),
+    Trouble(#[from] Trouble),
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
     #[error(transparent)]
     Store(object_store::Error),
-}
-
-impl From<std::io::Error> for ReadError {
-    fn from(error: std::io::Error) -> Self {
-        match error.kind() {
-            std::io::ErrorKind::NotFound => Self::Missing,
-            _ => Self::Io(error),
-        }
-    }
 }
 
 impl From<object_store::Error> for ReadError {
     fn from(error: object_store::Error) -> Self {
         match error {
-            object_store::Error::NotFound { .. } => Self::Missing,
+            object_store::Error::NotFound { .. } => Trouble::Missing.into(),
             error => Self::Store(error),
         }
     }
@@ -312,6 +328,8 @@ fn entry(name: String, metadata: &std::fs::Metadata) -> Entry {
         name,
         bytes: metadata.len(),
         version: changed.unwrap_or_default().as_nanos().to_string(),
+        trouble: None,
+        may_be_folder: false,
     }
 }
 
@@ -322,40 +340,40 @@ fn remote_entry(name: String, meta: object_store::ObjectMeta) -> Entry {
         version: meta
             .e_tag
             .unwrap_or_else(|| meta.last_modified.timestamp_micros().to_string()),
+        trouble: None,
+        may_be_folder: false,
     }
 }
 
-fn walk(folder: &Path, prefix: &str, depth: usize, entries: &mut Vec<Entry>) -> anyhow::Result<()> {
-    let unreadable = || format!("{} cannot be read", folder.display());
-    anyhow::ensure!(
-        depth > 0,
-        "{} is more than {DEPTH_MAX} folders deep; is there a link in a circle?",
-        folder.display()
-    );
-    for found in std::fs::read_dir(folder).with_context(unreadable)? {
-        let found = found.with_context(unreadable)?;
-        let path = found.path();
-        let name = found.file_name().into_string().map_err(|name| {
-            anyhow::anyhow!(
-                "{}: the name {} is not UTF-8, and ids are text; rename it",
-                folder.display(),
-                name.display()
-            )
-        })?;
-        // As most tools do: what begins with a point is not data.
-        if name.starts_with('.') {
-            continue;
-        }
-        let metadata = std::fs::metadata(&path)
-            .with_context(|| format!("{} cannot be read", path.display()))?;
-        let name = format!("{prefix}{name}");
-        if metadata.is_dir() {
-            walk(&path, &format!("{name}/"), depth - 1, entries)?;
-        } else if metadata.is_file() {
-            entries.push(entry(name, &metadata));
-        }
+fn found_entry(folder: &Path, found: Found) -> Entry {
+    let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
+    let name = below.to_string_lossy().into_owned();
+    let unnamed = below.to_str().is_none().then(|| Fault {
+        code: "INVALID_ARGUMENT",
+        message: "its name is not UTF-8, and ids are text; rename it".to_owned(),
+    });
+    let may_be_folder = found.may_be_folder();
+    match found.file {
+        Ok(metadata) => Entry {
+            trouble: unnamed,
+            ..entry(name, &metadata)
+        },
+        Err(trouble) => Entry {
+            name,
+            bytes: 0,
+            version: String::new(),
+            trouble: Some(unnamed.unwrap_or_else(|| fault(&trouble))),
+            may_be_folder,
+        },
     }
-    Ok(())
+}
+
+/// What a file's trouble is for whoever reads the error file.
+pub(super) fn fault(trouble: &Trouble) -> Fault {
+    Fault {
+        code: trouble.code(),
+        message: trouble.to_string(),
+    }
 }
 
 /// `{a,b}` and `{000..012}` written out, as shells and WebDataset do.
@@ -440,7 +458,7 @@ mod tests {
         assert_eq!(location.join("a/c.png").read(2).await.unwrap(), None);
         assert!(matches!(
             location.join("nowhere").read(2).await,
-            Err(ReadError::Missing)
+            Err(ReadError::Trouble(Trouble::Missing))
         ));
     }
 
@@ -456,6 +474,14 @@ mod tests {
             at.parent().join("c/d").to_string(),
             "http://127.0.0.1:1/a/c/d"
         );
-        assert!(Stores::default().locate("ftp://x/y").is_err());
+        let Location::Remote { path, .. } = at.parent().join("#1/50 %?.png") else {
+            unreachable!("it is a URL");
+        };
+        assert_eq!(path.as_ref(), "a/#1/50 %?.png");
+        let escaped = Stores::default().locate("http://127.0.0.1:1/a%20b.tar");
+        assert_eq!(escaped.unwrap().file_name(), "a b.tar");
+        for wrong in ["ftp://x/y", "https://x/y.tar?token=1"] {
+            assert!(Stores::default().locate(wrong).is_err(), "{wrong}");
+        }
     }
 }

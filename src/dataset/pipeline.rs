@@ -71,14 +71,43 @@ pub(super) struct Job {
 /// How it went on, other than to the end.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Stopped {
-    #[error("more than {max} images failed (--max-errors), such as {id}: {message}")]
+    #[error("more than {max} images failed (--max-errors){}", such_as(last.as_ref()))]
     TooManyErrors {
         max: u64,
-        id: String,
-        message: String,
+        /// The id and why, unless all were in runs before.
+        last: Option<(String, String)>,
+        /// Of the parts that were not finished: error files of what has an
+        /// outcome so far.
+        unfinished: Vec<(PartId, Vec<u8>)>,
     },
     #[error("no worker has answered anything for {}; {troubles}", humantime::format_duration(*after))]
     Standstill { after: Duration, troubles: String },
+}
+
+fn such_as(last: Option<&(String, String)>) -> String {
+    last.map_or_else(String::new, |(id, message)| {
+        format!(", at last {id}: {message}")
+    })
+}
+
+/// Where the errors of a part stand that was not finished. A run that goes on
+/// removes them: it finds its own.
+const UNFINISHED: &str = "unfinished-";
+
+/// Removes what an earlier run, which had too many errors, left of these shards.
+pub(super) async fn forget_unfinished(
+    sink: &Sink,
+    is_ours: impl Fn(usize) -> bool,
+) -> anyhow::Result<()> {
+    for (name, _) in sink.list("errors").await? {
+        let shard = name
+            .strip_prefix(UNFINISHED)
+            .and_then(|id| id.split_once('-'));
+        if shard.is_some_and(|(shard, _)| shard.parse().is_ok_and(&is_ours)) {
+            sink.remove(&format!("errors/{name}")).await?;
+        }
+    }
+    Ok(())
 }
 
 /// How a part ends.
@@ -138,11 +167,10 @@ pub(super) async fn run(
         .context("the reader's thread cannot be started")?;
     // It holds as many parts as may be open, so it is never full.
     let (parts_in, parts_out) = mpsc::channel(PARTS_OPEN);
+    let sink = job.sink;
     let writer = Writer {
-        sink: job.sink,
+        sink: sink.clone(),
         shape: job.shape,
-        errors: job.errors_before,
-        errors_max: job.errors_max,
     };
     let collector = Collector {
         open: VecDeque::new(),
@@ -151,6 +179,9 @@ pub(super) async fn run(
         writer: parts_in,
         terminal: job.terminal,
         counts: Arc::clone(counts),
+        errors_before: job.errors_before,
+        errors_max: job.errors_max,
+        last_error: None,
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
     let result = {
@@ -160,7 +191,18 @@ pub(super) async fn run(
         tokio::select! {
             result = &mut collected => match result {
                 Ok(()) => written.await,
-                Err(error) => Err(error),
+                Err(error) => match error.downcast_ref() {
+                    // Parts that are whole have their errors in their own files.
+                    Some(Stopped::TooManyErrors { unfinished, .. }) => {
+                        written.await?;
+                        for (id, lines) in unfinished {
+                            let name = format!("errors/{UNFINISHED}{id}.jsonl");
+                            sink.write(&name, lines.clone().into()).await?;
+                        }
+                        Err(error)
+                    }
+                    _ => Err(error),
+                }
             },
             // It ends before the collector only when it cannot go on.
             result = &mut written => result,
@@ -378,6 +420,10 @@ struct Collector {
     writer: mpsc::Sender<WholePart>,
     terminal: Terminal,
     counts: Arc<Counts>,
+    errors_before: u64,
+    errors_max: Option<u64>,
+    /// The id of an image, and why it has no row.
+    last_error: Option<(String, String)>,
 }
 
 impl Collector {
@@ -411,8 +457,36 @@ impl Collector {
                 }
             }
             self.close_parts()?;
+            self.has_too_many_errors()?;
         }
         Ok(())
+    }
+
+    /// Ends the job as soon as there are more errors than there may be: all of
+    /// those before are in this run's files, or in those of runs before.
+    fn has_too_many_errors(&self) -> anyhow::Result<()> {
+        let errors = self.errors_before + self.counts.errors.load(Ordering::Relaxed);
+        let Some(max) = self.errors_max.filter(|&max| errors > max) else {
+            return Ok(());
+        };
+        let mut unfinished = Vec::new();
+        for part in &self.open {
+            let mut lines = Vec::new();
+            for row in &part.rows {
+                if let Some(Err(fault)) = &row.outcome {
+                    table::error_line(&mut lines, &row.id, fault)?;
+                }
+            }
+            if !lines.is_empty() {
+                unfinished.push((part.id, lines));
+            }
+        }
+        Err(Stopped::TooManyErrors {
+            max,
+            last: self.last_error.clone(),
+            unfinished,
+        }
+        .into())
     }
 
     fn hear(&mut self, event: Event) -> anyhow::Result<()> {
@@ -425,8 +499,8 @@ impl Collector {
                 end: None,
             }),
             Event::Row { id, kept, fault } => {
-                if fault.is_some() {
-                    self.count(true);
+                if let Some(fault) = &fault {
+                    self.count(Some((id.clone(), fault.message.clone())));
                 } else if self.open.iter().all(|part| part.unanswered == 0) {
                     // Nobody was silent before there was something to say.
                     self.last_answer = Instant::now();
@@ -454,25 +528,26 @@ impl Collector {
 
     fn answered(&mut self, done: Done) -> anyhow::Result<()> {
         self.last_answer = Instant::now();
-        self.count(done.outcome.is_err());
         let part = (done.id >> ROW_BITS).checked_sub(self.first);
         let part = part.and_then(|place| self.open.get_mut(usize::try_from(place).ok()?));
         let part = part.context("an answer for a part that is closed")?;
         let row = usize::try_from(done.id & u64::from(u32::MAX))?;
         let row = part.rows.get_mut(row).context("an answer for no row")?;
-        anyhow::ensure!(
-            row.outcome.replace(done.outcome).is_none(),
-            "{} was answered twice",
-            row.id
-        );
+        anyhow::ensure!(row.outcome.is_none(), "{} was answered twice", row.id);
+        let failed = done.outcome.as_ref().err();
+        let failed = failed.map(|fault| (row.id.clone(), fault.message.clone()));
+        row.outcome = Some(done.outcome);
         part.unanswered -= 1;
+        self.count(failed);
         Ok(())
     }
 
-    fn count(&self, failed: bool) {
+    /// Counts an outcome; of one that failed with its id and why.
+    fn count(&mut self, failed: Option<(String, String)>) {
         self.counts.images.fetch_add(1, Ordering::Relaxed);
-        if failed {
+        if failed.is_some() {
             self.counts.errors.fetch_add(1, Ordering::Relaxed);
+            self.last_error = failed;
         }
     }
 
@@ -524,33 +599,19 @@ impl Collector {
 struct Writer {
     sink: Sink,
     shape: Shape,
-    errors: u64,
-    errors_max: Option<u64>,
 }
 
 impl Writer {
-    async fn run(mut self, mut parts: mpsc::Receiver<WholePart>) -> anyhow::Result<()> {
+    async fn run(self, mut parts: mpsc::Receiver<WholePart>) -> anyhow::Result<()> {
         while let Some(part) = parts.recv().await {
             self.write(part).await?;
         }
         Ok(())
     }
 
-    async fn write(&mut self, part: WholePart) -> anyhow::Result<()> {
+    async fn write(&self, part: WholePart) -> anyhow::Result<()> {
         let images = part.rows.len() as u64;
         let errors = part.rows.iter().filter(|row| row.outcome.is_err()).count() as u64;
-        self.errors += errors;
-        if let Some(max) = self.errors_max
-            && self.errors > max
-        {
-            // It is not written any more, so its first trouble is told here.
-            let failed = part.rows.iter().find_map(|row| {
-                let fault = row.outcome.as_ref().err()?;
-                Some((row.id.clone(), fault.message.clone()))
-            });
-            let (id, message) = failed.unwrap_or_default();
-            return Err(Stopped::TooManyErrors { max, id, message }.into());
-        }
         let (id, shape) = (part.id, self.shape.clone());
         let encode = move || {
             let files = table::files(id, part.rows, &shape)?;

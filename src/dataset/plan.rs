@@ -9,8 +9,10 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::input::{IMAGES, Listing, Row};
-use super::location::{Entry, Location, Stores, expand};
+use super::input::{Listing, Row};
+use super::location::{Entry, Location, Stores, expand, fault};
+use crate::files::IMAGES;
+use crate::rpc::pool::Fault;
 
 /// A list of files is read whole; more lines are more memory than a job should
 /// take, and a folder or Parquet does as well.
@@ -46,6 +48,9 @@ pub(super) enum Kind {
     WebDataset(Location),
     Parquet(Location),
     Arrow(Location),
+    /// It lies in a folder of shards and cannot be read: one error for all that
+    /// it may hold.
+    Lost(Fault),
 }
 
 /// What the manifest remembers of an input, so that a change shows.
@@ -122,6 +127,10 @@ impl Plan {
     ) -> anyhow::Result<()> {
         let extension = extension(&entry.name);
         if let Some(kind) = shard_kind(&extension, location) {
+            // Whoever names a shard wants it, and not an error in its place.
+            if let Some(trouble) = location.trouble()? {
+                anyhow::bail!("{location}: {trouble}");
+            }
             self.shard(location, entry, &extension, kind);
             return Ok(());
         }
@@ -171,7 +180,12 @@ impl Plan {
             options.output
         );
         let mut by_kind: BTreeMap<&str, Vec<Entry>> = BTreeMap::new();
+        let mut may_be_folders = Vec::new();
         for entry in folder.list().await? {
+            if entry.may_be_folder {
+                may_be_folders.push(entry);
+                continue;
+            }
             let extension = extension(&entry.name);
             let kind = match extension.as_str() {
                 "tar" => "tar",
@@ -188,18 +202,15 @@ impl Plan {
             "{folder} holds files of several kinds ({}); name those to read",
             kinds.join(", ")
         );
-        let Some((kind, entries)) = by_kind.pop_first() else {
+        let Some((kind, mut entries)) = by_kind.pop_first() else {
             anyhow::bail!("{folder}: there is no such file, and no folder with images or shards");
         };
+        if !may_be_folders.is_empty() {
+            entries.append(&mut may_be_folders);
+            entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        }
         if kind != "image" {
-            for entry in entries {
-                let location = folder.join(&entry.name);
-                let extension = extension(&entry.name);
-                if let Some(kind) = shard_kind(&extension, &location) {
-                    self.shard(&location, &entry, &extension, kind);
-                }
-            }
-            return Ok(());
+            return self.shards(folder, &entries);
         }
         anyhow::ensure!(
             options.keep.is_empty(),
@@ -235,6 +246,29 @@ impl Plan {
                 Listing::List { .. } => 0,
             },
         );
+        Ok(())
+    }
+
+    /// Shards of a folder; of one that cannot be read there is an error.
+    fn shards(&mut self, folder: &Location, entries: &[Entry]) -> anyhow::Result<()> {
+        for entry in entries {
+            let location = folder.join(&entry.name);
+            let extension = extension(&entry.name);
+            let trouble = match &entry.trouble {
+                Some(trouble) => Some(trouble.clone()),
+                None => location.trouble()?.as_ref().map(fault),
+            };
+            let kind = match trouble {
+                Some(fault) => Some(Kind::Lost(Fault {
+                    message: format!("nothing of the file is read: {}", fault.message),
+                    ..fault
+                })),
+                None => shard_kind(&extension, &location),
+            };
+            if let Some(kind) = kind {
+                self.shard(&location, entry, &extension, kind);
+            }
+        }
         Ok(())
     }
 

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use object_store::{ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
 
-use super::location::{Location, Stores};
+use super::location::{Location, ReadError, Stores};
+use crate::files::Trouble;
 
 /// Larger objects are uploaded in pieces, since a request has to fit into its
 /// time.
@@ -38,6 +39,33 @@ impl Sink {
             "--output {text}: nothing can be written over HTTP; give a folder, s3://, gs:// or az://"
         );
         Ok(Self(stores.locate(text)?))
+    }
+
+    /// Checks that a folder on a disk can be written into, or made where it is not
+    /// there yet; whether a bucket can be shows when the manifest is written.
+    pub(super) async fn check(&self) -> anyhow::Result<()> {
+        let Location::Local(folder) = &self.0 else {
+            return Ok(());
+        };
+        let folder = folder.clone();
+        let probed = tokio::task::spawn_blocking(move || probe(&folder)).await?;
+        probed.with_context(|| format!("--output {self} cannot be written"))
+    }
+
+    /// Removes a file; there may be none.
+    pub(super) async fn remove(&self, name: &str) -> anyhow::Result<()> {
+        let at = self.0.join(name);
+        let result: anyhow::Result<()> = match &at {
+            Location::Local(path) => match std::fs::remove_file(path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                result => result.map_err(Into::into),
+            },
+            Location::Remote { store, path, .. } => match store.delete(path).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(()),
+                result => result.map_err(Into::into),
+            },
+        };
+        result.with_context(|| format!("{at} cannot be removed"))
     }
 
     /// Writes a file, or replaces it: before, there is the old one or none;
@@ -97,7 +125,7 @@ impl Sink {
         let at = self.0.join(name);
         match at.read(NOTE_BYTES_MAX).await {
             Ok(found) => Ok(found),
-            Err(super::location::ReadError::Missing) => Ok(None),
+            Err(ReadError::Trouble(Trouble::Missing)) => Ok(None),
             Err(error) => Err(error).with_context(|| format!("{at} cannot be read")),
         }
     }
@@ -127,6 +155,17 @@ impl Sink {
             .await
             .with_context(|| format!("{at} cannot be read"))
     }
+}
+
+/// Writes into the folder, or into the one that it would be made in.
+fn probe(folder: &Path) -> anyhow::Result<()> {
+    let there = folder.ancestors().find(|folder| folder.exists());
+    let there = there.context("nothing of its path is there")?;
+    anyhow::ensure!(there.is_dir(), "{} is no folder", there.display());
+    let file = there.join(format!(".imagegpt.{}.tmp", std::process::id()));
+    std::fs::write(&file, b"probe")?;
+    std::fs::remove_file(&file)?;
+    Ok(())
 }
 
 fn list_folder(path: &Path) -> std::io::Result<Vec<(String, u64)>> {

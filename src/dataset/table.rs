@@ -70,6 +70,18 @@ struct ErrorLine<'a> {
     message: &'a str,
 }
 
+/// Appends a line to an error file.
+pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &Fault) -> anyhow::Result<()> {
+    let line = ErrorLine {
+        id,
+        code: fault.code,
+        message: &fault.message,
+    };
+    serde_json::to_writer(&mut *errors, &line)?;
+    errors.push(b'\n');
+    Ok(())
+}
+
 /// Names and contents. Rows that failed are in the error file only; what would
 /// be empty is not written.
 pub(super) fn files(
@@ -86,15 +98,7 @@ pub(super) fn files(
                 answers.push(answer);
                 kept.extend(row.kept);
             }
-            Err(fault) => {
-                let line = ErrorLine {
-                    id: &row.id,
-                    code: fault.code,
-                    message: &fault.message,
-                };
-                serde_json::to_writer(&mut errors, &line)?;
-                errors.push(b'\n');
-            }
+            Err(fault) => error_line(&mut errors, &row.id, &fault)?,
         }
     }
     let mut files = Vec::new();

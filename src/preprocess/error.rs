@@ -5,6 +5,9 @@ use thiserror::Error;
 
 use super::Format;
 
+/// The first tokens of an image that is generated, as callers know them.
+pub(super) const PREFIX: &str = "prefix";
+
 /// Why an image has no tokens. The caller can mend all of these but
 /// [`Panicked`](Self::Panicked), which is a defect on this side.
 #[derive(Debug, Error)]
@@ -66,15 +69,21 @@ pub enum PreprocessError {
     },
     #[error("tokens.ids: {count} tokens where the model takes {expected}")]
     TokenCount { count: usize, expected: usize },
-    #[error("prefix.ids: {count} tokens, but at most {max} leave something to generate")]
+    #[error("prefix.ids: {count} tokens where an image has {max}")]
     PrefixLong { count: usize, max: usize },
     #[error(
-        "tokens.ids: index {index} is {id}, the start token, which is not a color; \
-         the context SOS_SHIFTED adds it"
+        "{field}.ids: index {index} is {id}, the start token, which is not a color; {}",
+        if *.field == PREFIX { "every image that is generated begins with it" }
+        else { "the context SOS_SHIFTED adds it" }
     )]
-    StartToken { index: usize, id: u32 },
-    #[error("tokens.ids: index {index} is {id}, outside the palette (0 to {id_max})")]
+    StartToken {
+        field: &'static str,
+        index: usize,
+        id: u32,
+    },
+    #[error("{field}.ids: index {index} is {id}, outside the palette (0 to {id_max})")]
     TokenOutsidePalette {
+        field: &'static str,
         index: usize,
         id: u32,
         id_max: usize,

@@ -8,7 +8,7 @@
 //! the engine before the next step.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
@@ -65,7 +65,7 @@ pub(super) fn open(
     let plan = Plan::new(request, service)?;
     let n_samples = plan.n_samples as usize;
     let side = service.model.side as usize;
-    let bytes = plan.bytes(service)?;
+    let (bytes, png_bytes) = plan.bytes(service)?;
     let (rows_in, rows) = mpsc::channel((n_samples * side).max(1));
     let images = (0..plan.n_samples)
         .map(|sample| {
@@ -88,19 +88,22 @@ pub(super) fn open(
         span: tracing::Span::current(),
     };
     let admission = &service.admission;
-    let (places, pending) = admission
+    let (places, (pending, pngs)) = admission
         .samples(class, n_samples)
-        .and_then(|places| Ok((places, admission.submit(call)?)))
+        .and_then(|places| Ok((places, admission.submit_with(call, n_samples * png_bytes)?)))
         .inspect_err(|error| tally.rest(status::code(error)))?;
     // One first message, all rows, all results, one status.
     let (messages_in, messages) = mpsc::channel(2 + n_samples * (side + 1));
     let share = Arc::clone(&pending.bytes);
+    let pngs = Arc::new(Mutex::new(pngs));
     let course = extensions.get::<Course>().and_then(Course::take);
     let session = Session {
         model: Arc::clone(&service.model),
         plan,
         deadline,
         tally,
+        png_bytes,
+        pngs: Arc::clone(&pngs),
         _places: places,
         messages: messages_in,
     };
@@ -110,6 +113,7 @@ pub(super) fn open(
         session: tokio::spawn(session).abort_handle(),
         course,
         _share: share,
+        _pngs: pngs,
     })
 }
 
@@ -164,22 +168,23 @@ impl Plan {
     }
 
     /// What the call holds until its answer has been taken: the primer, and for
-    /// each sample its tokens in the worker, in rows and in the result, its
-    /// numbers, and its picture at worst.
-    fn bytes(&self, service: &Service) -> Result<usize, Error> {
+    /// each sample its tokens in the worker, in rows and in the result, and its
+    /// numbers; and what the picture of each sample takes at worst.
+    fn bytes(&self, service: &Service) -> Result<(usize, usize), Error> {
         let n_samples = self.n_samples as usize;
         let positions = service.model.positions();
         let png = 3 * positions * (self.scale * self.scale) as usize;
         let response = (n_samples * (png + 8 * positions)) as u64;
         let max = service.limits.response_bytes_max.as_u64();
         if response > max {
-            return Err(Error::ResponseTooLarge {
+            return Err(Error::SamplesTooLarge {
                 given: response,
                 max,
             });
         }
         let numbers = positions * (size_of::<u16>() * 3 + size_of::<u32>() * 2 + size_of::<f32>());
-        Ok(convert::picture_bytes(&self.picture) + n_samples * (png + numbers))
+        let held = convert::picture_bytes(&self.picture) + n_samples * numbers;
+        Ok((held, png))
     }
 
     fn started(&self, model: &Model) -> pb::GenerateStarted {
@@ -258,6 +263,8 @@ pub struct Samples {
     /// Counts the call when its last message has been taken.
     course: Option<(Ending, InProgress)>,
     _share: Arc<Share>,
+    /// Of the pictures that were not taken yet.
+    _pngs: Arc<Mutex<Share>>,
 }
 
 impl Stream for Samples {
@@ -290,6 +297,9 @@ struct Session {
     plan: Plan,
     deadline: Option<Instant>,
     tally: Tally,
+    /// What a picture takes at worst, and what all of them hold.
+    png_bytes: usize,
+    pngs: Arc<Mutex<Share>>,
     /// Before the last message is the last, so that a caller who has it can rely
     /// on the room it left: fields are dropped in this order.
     _places: Share,
@@ -349,6 +359,12 @@ impl Session {
             Ok(answer) => self.image(answer).await,
             Err(error) => Err(error),
         };
+        // Now it is known how large the picture is: a small part, since a palette
+        // packs well.
+        let n_bytes = outcome.as_ref().map_or(0, |image| image.png.len());
+        let mut pngs = self.pngs.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(pngs.split(self.png_bytes.saturating_sub(n_bytes)));
+        drop(pngs);
         self.tally
             .one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
         let outcome = match outcome {

@@ -21,7 +21,9 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
         Error::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
         Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
-        Error::ResponseTooLarge { .. } => (Code::InvalidArgument, "RESPONSE_TOO_LARGE"),
+        Error::ResponseTooLarge { .. } | Error::SamplesTooLarge { .. } => {
+            (Code::InvalidArgument, "RESPONSE_TOO_LARGE")
+        }
         Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
         Error::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
         Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
@@ -154,7 +156,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 34] = [
+        let rows: [(Error, Code, &str); 35] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -169,6 +171,11 @@ mod tests {
             ),
             (
                 Error::ResponseTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "RESPONSE_TOO_LARGE",
+            ),
+            (
+                Error::SamplesTooLarge { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "RESPONSE_TOO_LARGE",
             ),

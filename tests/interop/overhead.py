@@ -4,15 +4,18 @@
 
 One image a call, 32 calls at once, requests that were encoded before, in turns
 of each protocol; the worker should cost nothing itself (--fake-engine 0s
---max-queue-delay 0s). What is compared is the time that the worker's process is
-on a core for a call (from /proc), in which the client has no part, and the mean
-time of a call, of which it is most. Prints both and exits 1 when the first is
-over --max-percent.
+--max-queue-delay 0s). What is compared is the time that the worker's threads are
+on a core for a call, in which the client has no part, and the mean time of a
+call, of which it is most. The time on a core is the scheduler's own, in
+nanoseconds: the clock ticks of /proc/PID/stat are 2 % of a turn. Each turn is
+compared with the one beside it, since a machine's speed drifts by more than
+what is looked for. Prints the median with the range that holds it with 95 %
+confidence, and exits 1 when all of that range is over --max-percent;
+instructions.py tells smaller differences.
 """
 
 import argparse
 import asyncio
-import os
 import statistics
 import sys
 import time
@@ -31,8 +34,8 @@ AT_ONCE = 32
 
 
 def core_seconds(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 def inference(model, name, array, datatype):
@@ -76,8 +79,15 @@ async def turn(call, requests, pid):
     return core / len(requests) * 1e6, statistics.mean(times) * 1e6
 
 
+def median_range(values):
+    """Order statistics that hold the median with 95 % confidence."""
+    values = sorted(values)
+    first = max(0, int(len(values) / 2 - 0.98 * len(values) ** 0.5))
+    return values[first], values[-1 - first]
+
+
 async def measure(arguments):
-    worst = 0.0
+    worst = -100.0
     async with grpc.aio.insecure_channel(arguments.endpoint) as channel:
         facts = await pb_grpc.ImageGptServiceStub(channel).GetModel(pb.GetModelRequest())
         methods = ("/imagegpt.v1.ImageGptService/Embed", "/inference.GRPCInferenceService/ModelInfer")
@@ -95,10 +105,14 @@ async def measure(arguments):
             native, oip = [
                 [statistics.median(column) for column in zip(*of_protocol)] for of_protocol in turns
             ]
-            core, call = [100 * (b / a - 1) for a, b in zip(native, oip)]
-            worst = max(worst, core)
+            # Turn by turn: core time, time of a call.
+            ratios = [[100 * (b / a - 1) for a, b in zip(*pair)] for pair in zip(*turns)]
+            core, call = [statistics.median(column) for column in zip(*ratios)]
+            low, high = median_range([ratio[0] for ratio in ratios])
+            worst = max(worst, low)
             print(
-                f"{form}: core time a call {native[0]:.0f} us natively, {oip[0]:.0f} us ({core:+.1f} %);"
+                f"{form}: core time a call {native[0]:.0f} us natively, {oip[0]:.0f} us"
+                f" ({core:+.1f} %, {low:+.1f} to {high:+.1f});"
                 f" a call takes {native[1]:.0f} us, {oip[1]:.0f} us ({call:+.1f} %)"
             )
     return worst
@@ -110,11 +124,11 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--requests", type=int, default=4000)
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--max-percent", type=float, default=5.0)
     arguments = parser.parse_args()
     worst = asyncio.run(measure(arguments))
-    print(f"overhead {worst:+.1f} %, of {arguments.max_percent:.0f} % allowed")
+    print(f"overhead at least {worst:+.1f} %, of {arguments.max_percent:.0f} % allowed")
     sys.exit(worst > arguments.max_percent)
 
 

@@ -432,6 +432,72 @@ async fn whoever_is_told_to_end_leaves_neither_files_nor_work() {
     running.end().await;
 }
 
+#[tokio::test]
+async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
+    use std::os::unix::fs::symlink;
+
+    let running = harness::fake(Script::default(), &[]).await;
+    let pictures = Pictures::new(&running, &[seeded(1), seeded(2)]).await;
+    symlink(".", pictures.path("up")).expect("a link");
+    symlink("gone.png", pictures.path("nowhere.png")).expect("a link");
+    let made = Command::new("mkfifo")
+        .arg(pictures.path("pipe.png"))
+        .status();
+    assert!(made.expect("mkfifo").success());
+    std::fs::create_dir(pictures.path("deep")).expect("a folder");
+    symlink("..", pictures.path("deep/loop")).expect("a link");
+    std::fs::rename(pictures.path("01.png"), pictures.path("a\nb\t.png")).expect("renamed");
+    for command in ["tokenize", "classify"] {
+        let said = run(&running, &[command, pictures.folder()]).await;
+        let said = said.expect("a run");
+        assert_eq!(said.outcome, Outcome::Failed);
+        let lines: Vec<&str> = said.text.lines().collect();
+        let names = &lines[lines.len() - 2..];
+        assert!(names[0].contains("00.png"), "{lines:?}");
+        assert!(names[1].contains("a\\nb\\t.png"), "{lines:?}");
+    }
+    let said = run(&running, &["tokenize", &pictures.text("pipe.png")]).await;
+    let said = said.expect("a run");
+    assert_eq!((said.outcome, said.text.as_str()), (Outcome::Failed, ""));
+    let cli = ["neighbors", pictures.folder(), "--endpoint"];
+    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let output = tokio::task::spawn_blocking({
+        let cli = cli.map(str::to_owned);
+        move || imagegpt(&[&cli[0], &cli[1], &cli[2], &endpoint], b"")
+    });
+    let output = output.await.expect("no panic");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert_eq!(text.matches("left out").count(), 4, "{text}");
+    assert!(text.contains("a\\nb\\t"), "{text}");
+    running.end().await;
+}
+
+/// Neither the worker, which is not there, nor anything else is asked before.
+#[test]
+fn a_sheet_that_cannot_be_written_is_told_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
+    std::fs::write(at("file"), b"").expect("a file");
+    for flags in [
+        ["--output", &at("none/sheet.png")],
+        ["--output", &at("")],
+        ["--output", &at("file/sheet.png")],
+        ["--save-samples", &at("file")],
+    ] {
+        let sheet = at("sheet.png");
+        let mut arguments = vec!["generate", "--endpoint", "http://127.0.0.1:1"];
+        if flags[0] != "--output" {
+            arguments.extend(["--output", &sheet]);
+        }
+        arguments.extend(flags);
+        let output = imagegpt(&arguments, b"");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(flags[0]), "{said}");
+    }
+}
+
 /// Runs the program with these bytes on standard input.
 fn imagegpt(arguments: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
@@ -474,7 +540,7 @@ fn standard_input_standard_error_and_exit_codes() {
     let complaint = text(&output.stderr);
     assert_eq!(complaint.lines().count(), 1, "{complaint}");
     assert!(
-        complaint.contains("/nowhere.png: No such file"),
+        complaint.contains("/nowhere.png: there is no such file"),
         "{complaint}"
     );
     assert_eq!(output.status.code(), Some(1));

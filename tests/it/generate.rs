@@ -2,7 +2,7 @@
 //! compiled model what transformers computes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use imagegpt::compile::{CompileOptions, Precision, Provider, Runtime, Silent, Source, compile};
@@ -122,6 +122,7 @@ async fn images_from_nothing_a_prefix_rows_and_a_mask() {
         (prefix(&[]), known(0)),
         (prefix(&image[..13]), known(13)),
         (prefix(&image[..63]), known(63)),
+        (prefix(&image), image.clone()),
         (primer(pb::image_primer::Keep::Rows(4)), known(32)),
         (primer(pb::image_primer::Keep::Rows(8)), image.clone()),
         (
@@ -232,7 +233,13 @@ async fn a_seed_gives_the_same_whoever_else_is_there() {
 
 #[tokio::test]
 async fn what_makes_no_sense_is_refused_with_its_name() {
-    let running = fake(2, Duration::ZERO, &["--samples-per-call-max", "4"]).await;
+    let flags = [
+        "--samples-per-call-max",
+        "4",
+        "--response-bytes-max",
+        "512KiB",
+    ];
+    let running = fake(2, Duration::ZERO, &flags).await;
     let with = |change: fn(&mut pb::GenerateRequest)| {
         let mut request = greedy();
         change(&mut request);
@@ -256,16 +263,20 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
         (with(|request| request.top_p = Some(1.5)), "top_p: 1.5"),
         (with(|request| request.scale = 33), "scale: 33"),
         (
-            with(|request| request.primer = prefix(&[0; 64])),
-            "prefix.ids: 64 tokens",
+            with(|request| (request.samples, request.scale) = (4, 32)),
+            "samples: the answer may take",
+        ),
+        (
+            with(|request| request.primer = prefix(&[0; 65])),
+            "prefix.ids: 65 tokens where an image has 64",
         ),
         (
             with(|request| request.primer = prefix(&[1, 16])),
-            "index 1 is 16, the start token",
+            "prefix.ids: index 1 is 16, the start token",
         ),
         (
             with(|request| request.primer = prefix(&[17])),
-            "index 0 is 17, outside",
+            "prefix.ids: index 0 is 17, outside",
         ),
     ];
     let mut request = greedy();
@@ -295,7 +306,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
         assert!(status.message().contains(words), "{status}");
     }
     let requests = "imagegpt_requests_total{method=\"Generate\",code=\"INVALID_ARGUMENT\"}";
-    assert_eq!(running.sample(requests).await, 14.0);
+    assert_eq!(running.sample(requests).await, 15.0);
     running.end().await;
 
     let without = harness::fake(Script::default(), &[]).await;
@@ -347,6 +358,28 @@ async fn whoever_goes_frees_the_place_at_once() {
     }
     assert_eq!(running.sample("imagegpt_sequences").await, 0.0);
     assert!(generate(&running.client, greedy()).await.is_ok());
+    running.end().await;
+}
+
+/// What a client has not read counts as large as it is, not as it might have been.
+#[tokio::test]
+async fn pictures_that_wait_to_be_read_hold_their_own_size() {
+    let running = fake(4, Duration::ZERO, &[]).await;
+    let request = pb::GenerateRequest {
+        samples: 8,
+        scale: 32,
+        ..greedy()
+    };
+    let stream = running.client.clone().generate(request).await;
+    let stream = stream.expect("a stream").into_inner();
+    running.until_in_flight(0).await;
+    // 8 pictures of 256 pixels a side, of 3 bytes at worst.
+    let started = std::time::Instant::now();
+    let at_worst = f64::from(8 * 256 * 256 * 3);
+    while running.sample("imagegpt_bytes_in_flight").await > at_worst / 10.0 {
+        assert!(started.elapsed() < harness::PATIENCE, "they hold all of it");
+    }
+    drop(stream);
     running.end().await;
 }
 
@@ -413,6 +446,11 @@ async fn what_was_begun_is_finished_when_the_worker_drains() {
 
 /// The causal micro model, compiled.
 pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
+    harness::start(&compiled(folder, precision), flags, None).await
+}
+
+/// Its folder.
+pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
     let output = folder.join(precision.name());
     if !output.is_dir() {
         let library = onnx::find_library(None);
@@ -425,7 +463,7 @@ pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) 
         let source = Source::Folder(harness::model_dir("micro-causal"));
         compile(&source, &output, &options, &runtime, &mut Silent).expect("compiled");
     }
-    harness::start(&output, flags, None).await
+    output
 }
 
 /// What transformers computes; see tests/data/models.

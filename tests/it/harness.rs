@@ -109,10 +109,13 @@ pub(crate) async fn start(
         .iter()
         .map(|flag| Head::open(flag).expect("a head"))
         .collect();
-    let engines = factory.map_or_else(
-        || onnx_engines(&config, &model, &heads).expect("ONNX Runtime"),
-        one,
-    );
+    let engines = match factory {
+        Some(factory) => {
+            let id = config.model.device_ids[0];
+            vec![DeviceEngine { id, factory }]
+        }
+        None => onnx_engines(&config, &model, &heads).expect("ONNX Runtime"),
+    };
     let worker = start_worker(&config, model, heads, engines).await;
     let client = connect(&worker).await;
     Running { worker, client }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 
 use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
-use crate::dataset::location::{Entry, Location, ReadError, Stores};
+use crate::dataset::location::{Entry, Location, ReadError, Stores, fault};
 use crate::rpc::pool::Fault;
 
 /// Files that are read at once, each up to the largest image: enough for a disk,
@@ -41,6 +41,14 @@ impl Listing {
         match self {
             Self::Tree { entries, .. } => Some(entries.get(idx)?.name.as_str()),
             Self::List { rows, .. } => Some(rows.get(idx)?.name.as_str()),
+        }
+    }
+
+    /// What showed already when it was listed.
+    fn trouble(&self, idx: usize) -> Option<Fault> {
+        match self {
+            Self::Tree { entries, .. } => entries.get(idx)?.trouble.clone(),
+            Self::List { .. } => None,
         }
     }
 
@@ -115,16 +123,17 @@ pub(super) fn read(
 /// A file's bytes, or what is wrong with it; an error when the store cannot be
 /// read.
 async fn file(listing: &Listing, idx: usize, max: u64) -> anyhow::Result<Result<Bytes, Fault>> {
+    let of_image = |fault: Fault| Fault {
+        message: format!("image: {}", fault.message),
+        ..fault
+    };
+    if let Some(fault) = listing.trouble(idx) {
+        return Ok(Err(of_image(fault)));
+    }
     let name = listing.name(idx).unwrap_or_default();
     let location = match listing.locate(name) {
         Ok(location) => location,
         Err(error) => return Ok(Err(Fault::invalid(format!("image: {error:#}")))),
-    };
-    let missing = |code, message: &str| {
-        Ok(Err(Fault {
-            code,
-            message: format!("image: {message}"),
-        }))
     };
     match location.read(max).await {
         Ok(Some(bytes)) => Ok(Ok(bytes)),
@@ -132,16 +141,7 @@ async fn file(listing: &Listing, idx: usize, max: u64) -> anyhow::Result<Result<
             let entry = location.stat().await?;
             Ok(Err(too_large(entry.map_or(0, |entry| entry.bytes), max)))
         }
-        Err(ReadError::Missing) => missing("NOT_FOUND", "there is no such file"),
-        Err(ReadError::Io(error)) => match error.kind() {
-            std::io::ErrorKind::PermissionDenied => {
-                missing("PERMISSION_DENIED", "the file may not be read")
-            }
-            std::io::ErrorKind::IsADirectory => missing("NOT_FOUND", "it is a folder"),
-            _ => Err(anyhow::Error::new(error).context(location.to_string())),
-        },
-        Err(error @ ReadError::Store(_)) => {
-            Err(anyhow::Error::new(error).context(location.to_string()))
-        }
+        Err(ReadError::Trouble(trouble)) => Ok(Err(of_image(fault(&trouble)))),
+        Err(error) => Err(anyhow::Error::new(error).context(location.to_string())),
     }
 }

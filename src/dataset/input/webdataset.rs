@@ -8,8 +8,9 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use bytes::Bytes;
 
-use super::{Broken, IMAGES, Reading, Sample, Seen, Visitor, too_large};
+use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
 use crate::dataset::ranged::Ranged;
+use crate::files::IMAGES;
 use crate::rpc::pool::Fault;
 
 /// A tar is made of blocks of this size.

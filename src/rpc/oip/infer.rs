@@ -89,6 +89,8 @@ struct Plan {
 #[derive(Debug)]
 pub(super) struct Prepared {
     plan: Plan,
+    /// Of each output, in their order.
+    asks: Vec<Ask>,
     pictures: Vec<Result<Picture, Error>>,
 }
 
@@ -125,6 +127,7 @@ impl Prepared {
             (call, request) => call.or(request),
         };
         Ok(Self {
+            asks,
             plan: Plan {
                 id: request.id,
                 facts,
@@ -140,23 +143,17 @@ impl Prepared {
         })
     }
 
-    fn asks(&self) -> Vec<Ask> {
-        let ask = |output: &Output| output.ask.clone();
-        self.plan.outputs.iter().map(ask).collect()
-    }
-
     /// What it will hold while it is in the worker.
     pub(super) fn bytes(&self) -> usize {
-        call_bytes(&self.pictures, &self.asks())
+        call_bytes(&self.pictures, &self.asks)
     }
 
     /// Sends it down the line.
     pub(super) fn submit(self, oip: &Oip) -> Result<Running, Error> {
-        let asks = self.asks();
         let plan = self.plan;
         let submitted = oip
             .0
-            .submit(self.pictures, &asks, plan.class, plan.deadline)?;
+            .submit(self.pictures, &self.asks, plan.class, plan.deadline)?;
         Ok(Running { plan, submitted })
     }
 }
@@ -342,6 +339,9 @@ struct Tensor {
     /// Of one image.
     shape: Vec<usize>,
     raw: BytesMut,
+    /// The only row, as it came: most requests have one image.
+    only: Option<Bytes>,
+    n_images: usize,
     row: Row,
 }
 
@@ -380,7 +380,13 @@ impl Tensor {
         Self {
             name: output.name,
             datatype,
-            raw: BytesMut::with_capacity(n_images * n_each * width),
+            raw: BytesMut::with_capacity(match &output.kind {
+                // It is the row itself.
+                Kind::Features(_) if n_images == 1 => 0,
+                _ => n_images * n_each * width,
+            }),
+            only: None,
+            n_images,
             shape,
             row,
         }
@@ -390,7 +396,12 @@ impl Tensor {
     fn put(&mut self, kind: &Kind, service: &Service, answer: Answer) -> Result<(), Error> {
         match (kind, answer) {
             (Kind::Features(embedding), answer) => {
-                self.raw.put(embedding.tensor(answer)?.data);
+                let row = embedding.tensor(answer)?.data;
+                if self.n_images == 1 {
+                    self.only = Some(row);
+                } else {
+                    self.raw.put(row);
+                }
             }
             (Kind::Logits { head, n_named }, Answer::Values(values)) => {
                 let head = head.map(|idx| &service.heads[idx]);
@@ -446,7 +457,8 @@ impl Tensor {
         }
     }
 
-    fn finish(self, n_images: usize) -> (InferOutputTensor, Bytes) {
+    fn finish(self) -> (InferOutputTensor, Bytes) {
+        let n_images = self.n_images;
         let tensor = InferOutputTensor {
             name: self.name.to_owned(),
             datatype: self.datatype.to_owned(),
@@ -456,7 +468,7 @@ impl Tensor {
                 .collect(),
             ..Default::default()
         };
-        (tensor, self.raw.freeze())
+        (tensor, self.only.unwrap_or_else(|| self.raw.freeze()))
     }
 }
 
@@ -496,13 +508,16 @@ impl Plan {
                     let code = status::name(status::code(&cause));
                     put_element(&mut statuses, &format!("{code}: {cause}"));
                 }
-                None => put_element(&mut statuses, ""),
+                None if self.partial => put_element(&mut statuses, ""),
+                None => {}
             }
         }
-        let mut outputs: Vec<(InferOutputTensor, Bytes)> = tensors
-            .into_iter()
-            .map(|tensor| tensor.finish(n_images))
-            .collect();
+        let (mut outputs, mut raw_output_contents) = (Vec::new(), Vec::new());
+        for tensor in tensors {
+            let (output, raw) = tensor.finish();
+            outputs.push(output);
+            raw_output_contents.push(raw);
+        }
         if self.partial {
             let status = InferOutputTensor {
                 name: STATUS.to_owned(),
@@ -511,9 +526,9 @@ impl Plan {
                 ..Default::default()
             };
             let at = self.status_at.unwrap_or(outputs.len());
-            outputs.insert(at, (status, statuses.freeze()));
+            outputs.insert(at, status);
+            raw_output_contents.insert(at, statuses.freeze());
         }
-        let (outputs, raw_output_contents) = outputs.into_iter().unzip();
         let mut response = ModelInferResponse {
             model_name: service.model.name.clone(),
             model_version: VERSION.to_owned(),
