@@ -7,8 +7,9 @@ transformers saves it, `fp32` and `int8` compiled. For 1, 4, 8 and 16 sequences
 at a past of about 1, 512 and 1023 tokens it prints the tokens a second of
 
 - transformers' forward with a cache of that length, two threads;
-- the decode graph alone, in a loop over IoBinding; nan where it has the worker's
-  own attention, which Python does not have (int8, unless compiled --portable);
+- the decode graph alone, in a loop over IoBinding; where it has the worker's own
+  attention, which Python does not have (int8, unless compiled --portable), in
+  the loop of `imagegpt bench engine`, at a past of 1, 512 and 1023;
 - the worker, through gRPC: as many calls as sequences, which begin with the
   tokens of their past, over the 64 tokens between two rows;
 
@@ -17,6 +18,7 @@ other, and the fraction of the roofline: the bytes that a step must read, weight
 past, divided by the measured bandwidth, over the step's time.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -109,6 +111,20 @@ class Graph:
         return n * STEPS / (time.perf_counter() - started)
 
 
+def bare_loop(program: str, folder: Path, n: int) -> dict[int, float]:
+    """Tokens a second of n sequences by past, by the worker's program without a server."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "engine.json"
+        subprocess.run(
+            [program, "bench", "engine", "--model", str(folder), "--execution-provider", "cpu"]
+            + ["--graphs", "generate", "--generate-slots", str(n), "--rounds", "1", "--json", str(path)]
+            + ["--serve", f"--generate-cache-bytes 4GiB --intra-op-threads {THREADS}"],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        rows = json.loads(path.read_text())["findings"]["generate"]
+    return {row["past"]: row["tokens_per_second"] for row in rows if row["slots"] == n}
+
+
 class Worker:
     def __init__(self, program: str, folder: Path, n: int, pb, services):
         self.n, self.pb = n, pb
@@ -186,13 +202,16 @@ def main() -> None:
         for n in SEQUENCES:
             worker = Worker(program, work / precision, n, pb, services)
             graph = Graph(work / precision, n)
+            loops = []
+            if graph.session is None:
+                loops = [bare_loop(program, work / precision, n) for _ in range(ROUNDS)]
             for past in ROWS:
                 rates = [[], [], []]
-                for _ in range(ROUNDS):
+                for round in range(ROUNDS):
                     # Middle of what the worker is measured over.
                     middle = min((ROWS[past] + 2) * SIDE, POSITIONS - 1)
                     rates[0].append(reference.rate(n, min(middle, POSITIONS - 3)))
-                    rates[1].append(graph.rate(middle))
+                    rates[1].append(loops[round][past] if loops else graph.rate(middle))
                     rates[2].append(worker.rate(past))
                 theirs, bare, ours = (median(values) for values in rates)
                 cached = 2 if own_attention(work / precision) else 4
