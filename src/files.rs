@@ -283,7 +283,13 @@ mod tests {
         std::fs::create_dir_all(&deep).unwrap();
         std::fs::write(deep.join("1.png"), b"1").unwrap();
         let found = below(dir.path()).unwrap();
-        assert!(matches!(found[..], [Found { file: Err(Trouble::Deep), .. }]));
+        assert!(matches!(
+            found[..],
+            [Found {
+                file: Err(Trouble::Deep),
+                ..
+            }]
+        ));
     }
 
     #[test]

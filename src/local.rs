@@ -158,7 +158,9 @@ mod tests {
         let is = |given: Option<String>, wanted: &str| assert_eq!(given.as_deref(), Some(wanted));
         is(called(&["openai/imagegpt-small"], cached), "imagegpt-small");
         is(called(&["models/emoji/"], cached), "emoji");
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).canonicalize().unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .canonicalize()
+            .unwrap();
         let root = root.file_name().unwrap().to_str().unwrap().to_owned();
         is(called(&["src/.."], cached), &root);
         is(called(&["a/b", "--model-name", "c"], cached), "c");

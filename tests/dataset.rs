@@ -615,7 +615,10 @@ fn an_output_that_cannot_be_written_is_told_before_any_work() {
     std::fs::write(&file, b"").expect("a file");
     // With a worker that is not there, and a model that is not: neither is asked
     // for.
-    for worker in [["--endpoint", "http://127.0.0.1:1"], ["--model", "/nowhere"]] {
+    for worker in [
+        ["--endpoint", "http://127.0.0.1:1"],
+        ["--model", "/nowhere"],
+    ] {
         let ended = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
             .arg("embed")
             .arg(&input)
@@ -645,7 +648,11 @@ fn without_a_worker_it_fails_and_may_be_told_to_end() {
     let output = dir.path().join("output");
     let job = |patience: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
-        command.arg("embed").arg(&input).arg("--output").arg(&output);
+        command
+            .arg("embed")
+            .arg(&input)
+            .arg("--output")
+            .arg(&output);
         command.args(["--endpoint", "http://127.0.0.1:1"]);
         command.args(["--give-up-after", patience]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -676,7 +683,12 @@ fn too_many_errors_are_all_to_be_read() {
     let output = dir.path().join("output");
     let mut limited = embed(&input, &output, &workers);
     let ended = limited.args(["--max-errors", "1"]).output().expect("a run");
-    assert_eq!(ended.status.code(), Some(TOO_MANY_ERRORS), "{}", said(&ended));
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
     assert!(said(&ended).contains("at last 00"), "{}", said(&ended));
     let ids: BTreeSet<String> = error_lines(&output).into_iter().map(|(id, _)| id).collect();
     assert!(ids.len() >= 2, "{ids:?}");
@@ -684,7 +696,12 @@ fn too_many_errors_are_all_to_be_read() {
     assert!(ids.is_subset(&known), "{ids:?}");
     // The same command ends so again; a higher limit goes on, to the same bytes.
     let ended = limited.output().expect("a run");
-    assert_eq!(ended.status.code(), Some(TOO_MANY_ERRORS), "{}", said(&ended));
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
     done(&mut embed(&input, &output, &workers));
     assert_eq!(files(&output), files(&whole));
 }

@@ -22,8 +22,8 @@ use crate::files::{self, printable};
 use crate::neighbors::PICTURE_LIMITS;
 use crate::pb;
 use crate::pb::generate_response::Message;
-use crate::preprocess::{self, Alpha};
 use crate::preprocess::decode::decode;
+use crate::preprocess::{self, Alpha};
 use crate::rpc::client::Client;
 
 /// Pictures side by side on a sheet where no input gives it its rows.
@@ -181,7 +181,12 @@ pub(super) async fn run(
         .map(|path| Folder::make(SAVE_SAMPLES, path))
         .transpose()?;
     let side = session.model.side as usize;
-    Sheet::check(&args.output, shape(args, primers.len()), side, args.scale.into())?;
+    Sheet::check(
+        &args.output,
+        shape(args, primers.len()),
+        side,
+        args.scale.into(),
+    )?;
     let seed = args.seed.unwrap_or_else(any_seed);
     if !args.json {
         session.introduce(out)?;
@@ -384,8 +389,8 @@ fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
         );
         return Ok((0..side * side).map(|pixel| pixel / side < rows).collect());
     };
-    let mask = mask_pixels(path)
-        .with_context(|| format!("--mask {} cannot be read", path.display()))?;
+    let mask =
+        mask_pixels(path).with_context(|| format!("--mask {} cannot be read", path.display()))?;
     let mask = RgbImage::from_raw(mask.width, mask.height, mask.pixels)
         .with_context(|| format!("--mask {} has no pixels", path.display()))?;
     let mask = imageops::resize(&mask, side, side, imageops::FilterType::Nearest);

@@ -97,11 +97,9 @@ struct Incomplete {
 
 /// Checks that all parts are there, and writes the summary.
 pub(super) async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
-    let manifest = Manifest::read(sink)
-        .await?
-        .ok_or_else(|| NotBegun {
-            output: sink.to_string(),
-        })?;
+    let manifest = Manifest::read(sink).await?.ok_or_else(|| NotBegun {
+        output: sink.to_string(),
+    })?;
     let records = Record::read_all(sink, |_| true).await?;
     let records = only_with_files(sink, records).await?;
     let mut missing = Vec::new();

@@ -284,7 +284,10 @@ impl Location {
             Self::Local(path) => {
                 let path = path.clone();
                 let read = tokio::task::spawn_blocking(move || files::read(&path, max));
-                Ok(read.await.map_err(std::io::Error::other)???.map(Bytes::from))
+                Ok(read
+                    .await
+                    .map_err(std::io::Error::other)???
+                    .map(Bytes::from))
             }
             Self::Remote { store, path, .. } => {
                 let found = store.get(path).await?;

@@ -85,7 +85,9 @@ pub(super) enum Stopped {
 }
 
 fn such_as(last: Option<&(String, String)>) -> String {
-    last.map_or_else(String::new, |(id, message)| format!(", at last {id}: {message}"))
+    last.map_or_else(String::new, |(id, message)| {
+        format!(", at last {id}: {message}")
+    })
 }
 
 /// Where the errors of a part stand that was not finished. A run that goes on
@@ -98,7 +100,9 @@ pub(super) async fn forget_unfinished(
     is_ours: impl Fn(usize) -> bool,
 ) -> anyhow::Result<()> {
     for (name, _) in sink.list("errors").await? {
-        let shard = name.strip_prefix(UNFINISHED).and_then(|id| id.split_once('-'));
+        let shard = name
+            .strip_prefix(UNFINISHED)
+            .and_then(|id| id.split_once('-'));
         if shard.is_some_and(|(shard, _)| shard.parse().is_ok_and(&is_ours)) {
             sink.remove(&format!("errors/{name}")).await?;
         }

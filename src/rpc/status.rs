@@ -21,7 +21,9 @@ fn row(error: &Error) -> (Code, &'static str) {
         Error::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
         Error::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
         Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
-        Error::ResponseTooLarge { .. } | Error::SamplesTooLarge { .. } => (Code::InvalidArgument, "RESPONSE_TOO_LARGE"),
+        Error::ResponseTooLarge { .. } | Error::SamplesTooLarge { .. } => {
+            (Code::InvalidArgument, "RESPONSE_TOO_LARGE")
+        }
         Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
         Error::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
         Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),

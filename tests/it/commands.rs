@@ -440,7 +440,9 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     let pictures = Pictures::new(&running, &[seeded(1), seeded(2)]).await;
     symlink(".", pictures.path("up")).expect("a link");
     symlink("gone.png", pictures.path("nowhere.png")).expect("a link");
-    let made = Command::new("mkfifo").arg(pictures.path("pipe.png")).status();
+    let made = Command::new("mkfifo")
+        .arg(pictures.path("pipe.png"))
+        .status();
     assert!(made.expect("mkfifo").success());
     std::fs::create_dir(pictures.path("deep")).expect("a folder");
     symlink("..", pictures.path("deep/loop")).expect("a link");

@@ -233,7 +233,12 @@ async fn a_seed_gives_the_same_whoever_else_is_there() {
 
 #[tokio::test]
 async fn what_makes_no_sense_is_refused_with_its_name() {
-    let flags = ["--samples-per-call-max", "4", "--response-bytes-max", "512KiB"];
+    let flags = [
+        "--samples-per-call-max",
+        "4",
+        "--response-bytes-max",
+        "512KiB",
+    ];
     let running = fake(2, Duration::ZERO, &flags).await;
     let with = |change: fn(&mut pb::GenerateRequest)| {
         let mut request = greedy();
