@@ -11,6 +11,7 @@ rm -rf "$work/all"
 target/release/imagegpt compile "$work/small" --output "$work/all" >/dev/null
 measure() {
     target/release/imagegpt serve --model "$1" --execution-provider cpu --max-batch-size 1 \
+        --generate-slots "$3" \
         --listen 127.0.0.1:50163 --metrics-listen 127.0.0.1:9193 2>"$work/memory.log" &
     local pid=$!
     scripts/await-ready.sh "$pid" 9193 "$work/memory.log"
@@ -20,6 +21,8 @@ measure() {
     kill "$pid"
     wait "$pid"
 }
-measure tests/data/models/micro "a micro model"
-measure "$work/all" "imagegpt-small"
+measure tests/data/models/micro "a micro model" 0
+measure "$work/all" "imagegpt-small without generation" 0
+measure "$work/all" "imagegpt-small with one image at a time" 1
+measure "$work/all" "imagegpt-small with eight" 8
 echo "weights.bin: $(($(stat -c %s "$work/all/weights.bin") / 1000000)) MB"

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Serves what tests need, and calls it as clients of Triton and KServe do:
 # every method and output against the native service, 64 callers of each beside
-# each other, what the protocol costs (in instructions, too, where there is
-# valgrind), and perf_analyzer where it can be run.
+# each other, what the protocol costs, and perf_analyzer where it can be run.
 # $WORKER is the binary, $INTEROP_VENV has the clients (see Makefile).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +57,3 @@ stop
 start models/untrained --fake-engine 0s --max-queue-delay 0s --no-reflection
 "$python" tests/interop/overhead.py --endpoint "$endpoint" --model untrained --pid "$pid"
 stop
-if command -v valgrind >/dev/null; then
-    "$python" tests/interop/instructions.py --worker "$worker" --port "$port" \
-        --metrics-port "$metrics_port"
-fi

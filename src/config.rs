@@ -391,7 +391,8 @@ pub struct GenerationConfig {
 
     /// What the keys and values of these images may take on each device; there
     /// are fewer places if it does not suffice. imagegpt-small keeps 96 MiB an
-    /// image in fp32, half of that in fp16. On a CPU memory is taken as it is used
+    /// image in fp32, half of that in fp16. On a CPU memory is taken at the start
+    /// where the system gives huge pages, elsewhere as it is used
     #[arg(
         long,
         env = "IMAGEGPT_GENERATE_CACHE_BYTES",

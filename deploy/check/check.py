@@ -33,8 +33,8 @@ CUSTOM = {"monitoring.coreos.com/v1", "keda.sh/v1alpha1"}
 AXES = [["cpu", "gpu"], [[], ["monitoring", "hpa"], ["monitoring", "keda"]],
         [[], "model-from-hub", "model-from-pvc"], [[], "mtls"]]
 # From a README figure: MiB that a worker of imagegpt-small has mapped and has of
-# its own (`make bench-memory`).
-WORKER_MIB = 326 + 286
+# its own beside keys and values (`make bench-memory`).
+WORKER_MIB = 329 + 390
 # Left for the process to exit and the kubelet to see it.
 EXIT_SECONDS = 5
 

@@ -10,8 +10,7 @@ call, of which it is most. The time on a core is the scheduler's own, in
 nanoseconds: the clock ticks of /proc/PID/stat are 2 % of a turn. Each turn is
 compared with the one beside it, since a machine's speed drifts by more than
 what is looked for. Prints the median with the range that holds it with 95 %
-confidence, and exits 1 when all of that range is over --max-percent;
-instructions.py tells smaller differences.
+confidence, and exits 1 when all of that range is over --max-percent.
 """
 
 import argparse
