@@ -29,6 +29,7 @@ use ort::value::{
 };
 
 use super::failure::{run_failed, runtime};
+use super::placement;
 use crate::attention::BLOCK;
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};
@@ -111,11 +112,16 @@ impl SequenceEngine {
         // fast, and give each row the same bits in whatever company.
         let packed = Runtime {
             residence: Residence::Packed,
+            // How many tokens there are is read on the host in each step, so a
+            // step that was captured would be run again as it was.
+            cuda_graphs: false,
             ..runtime_.clone()
         };
         let session = super::builder(&packed)?
             .commit_from_file(path)
             .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let placement = placement::placement(&session).map_err(runtime)?;
+        placement::check(&placement, runtime_.provider, true).map_err(refuse)?;
         let (n_layers, element, slot) = layout(&session, options.positions)
             .ok_or_else(|| refuse("its keys and values are not laid out as expected".to_owned()))?;
         let slot_bytes = 2 * n_layers * slot.iter().product::<usize>() * element_bytes(element);

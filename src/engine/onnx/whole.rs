@@ -309,8 +309,9 @@ impl Memory {
         match self.provider {
             Provider::Cpu => self.device(session),
             Provider::Cuda => {
-                let device = AllocationDevice::CUDA_PINNED;
-                allocator(session, device, self.device_id, memory_type)
+                let of = |id| allocator(session, AllocationDevice::CUDA_PINNED, id, memory_type);
+                // Not every version of the runtime counts it by device.
+                of(self.device_id).or_else(|_| of(0))
             }
         }
     }
