@@ -140,6 +140,10 @@ baselines: $(TRAIN_VENV)/.done ## Print the held-out loss of models/emoji beside
 probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers for every layer; writes the head
 	@TRAIN_VENV=$(TRAIN_VENV) PORT=$(PROBE_PORT) METRICS_PORT=$(PROBE_METRICS_PORT) scripts/probe.sh
 
+.PHONY: depth
+depth: $(TRAIN_VENV)/.done ## Find out which layers of models/emoji are best, and why (40 minutes of one core)
+	OMP_NUM_THREADS=1 $(TRAIN_VENV)/bin/python models/train/depth.py
+
 $(TRAIN_VENV)/.done: models/train/requirements.txt
 	python3 -m venv $(TRAIN_VENV)
 	$(TRAIN_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
