@@ -1,9 +1,10 @@
-"""Why the middle of models/emoji is not its best layer: small models that are
-trained for longer, and probes that can tell layers apart.
+"""Why the middle of models/emoji is not its best layer: probes that can tell
+layers apart, and small models that are trained for shorter and longer.
 
-    depth.py
+    depth.py              # both parts: the shipped model, the proxies
+    depth.py --proxies    # the second, and keeps the figures of the first
 
-`make depth` runs it, in about 40 minutes of one core, and prints what it writes
+`make depth` runs it, in about half an hour of one core, and prints what it writes
 to models/emoji/depth.json. The proxies are models of pictures of 16 x 16, trained as
 train.py trains, for more and more rounds over the training emoji. Up to the fall
 of the learning rate a longer run is the same run as a shorter one, so all share
@@ -16,6 +17,7 @@ emoji, have an error small enough to tell. The strength of regularization of a
 fold is the one with the least log loss on the other folds.
 """
 
+import argparse
 import hashlib
 import json
 import time
@@ -36,15 +38,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from transformers import ImageGPTForCausalImageModeling
 
+FIGURES = data.MODEL / "depth.json"
 CACHE = data.ROOT / "target" / "depth"
-# A quarter of the tokens and less than an eighth of the parameters: a round of
-# training takes a core 20 seconds and not four minutes.
+# A quarter of the tokens and less than an eighth of the parameters, so that one
+# core trains a round in well under a minute.
 SIDE = 16
 WIDTH = 64
 LAYERS = 8
 HEADS = 2
-# Of which the shipped model had 13.
-ROUNDS = (3, 13, 39)
+# Of which the shipped model had 13. More would tell more: see --rounds.
+ROUNDS = (3, 13)
 # As the shipped model: see train.py.
 BATCH = 8
 DECAY = 0.4
@@ -61,13 +64,13 @@ def make_proxy() -> torch.nn.Module:
     return network.make_model(WIDTH, LAYERS, HEADS, data.Quantizer().clusters, data.SEED, SIDE)
 
 
-def train_proxies(emoji: list[data.Emoji]) -> Iterator[tuple[int, torch.nn.Module]]:
+def train_proxies(emoji: list[data.Emoji], all_rounds: list[int]) -> Iterator[tuple[int, torch.nn.Module]]:
     """A proxy for each number of rounds, trained unless it is there already."""
     model = make_proxy()
     network.check_against_transformers(model)
     optimizers = train.make_optimizers(model)
     first = 0
-    for rounds in ROUNDS:
+    for rounds in all_rounds:
         batches = train.Batches(emoji, 0, rounds * n_train(emoji) // BATCH, BATCH, data.SEED, SIDE)
         fall = round(len(batches) * (1 - DECAY))
         trunk, finished = CACHE / f"trunk-{rounds}.pt", CACHE / f"rounds-{rounds}.pt"
@@ -265,19 +268,13 @@ def probe_beyond_colors(tasks: dict[str, Task], tokens: np.ndarray, found: np.nd
     return figures
 
 
-def probe_pictures(tasks: dict[str, Task], tokens: np.ndarray, pixels: np.ndarray | None = None) -> dict:
-    """What needs no model: how often each color is, and the pixels."""
-    sets = {"colors": colors(tokens)}
-    if pixels is not None:
-        sets["pixels"] = pixels.reshape(len(pixels), -1) / 127.5 - 1
+def probe_colors(tasks: dict[str, Task], tokens: np.ndarray) -> dict:
+    """What needs no model."""
     figures = {}
-    for name, values in sets.items():
-        figures[name] = {}
-        for task_name, task in tasks.items():
-            scores = task.score(values, standardize=False)
-            entry = {"log_loss": task.mean(scores.log_loss), "accuracy": task.mean(scores.right)}
-            show(f"{name} of {tokens.shape[1]} pixels", task_name, entry)
-            figures[name][task_name] = entry
+    for name, task in tasks.items():
+        scores = task.score(colors(tokens), standardize=False)
+        figures[name] = {"log_loss": task.mean(scores.log_loss), "accuracy": task.mean(scores.right)}
+        show(f"colors of {tokens.shape[1]} pixels", name, figures[name])
     return figures
 
 
@@ -287,20 +284,19 @@ def change(task: Task, early: list[Scores], late: list[Scores], layer: int) -> l
     return task.mean(ahead[1] - ahead[0])
 
 
-def plain(emoji: list[data.Emoji], side: int) -> tuple[np.ndarray, np.ndarray]:
-    pixels = np.stack([data.plain(one.pictures[0], side) for one in emoji])
-    return pixels, data.Quantizer()(pixels)
+def plain_tokens(emoji: list[data.Emoji], side: int) -> np.ndarray:
+    return data.Quantizer()(np.stack([data.plain(one.pictures[0], side) for one in emoji]))
 
 
-def probe_proxies(emoji: list[data.Emoji], tasks: dict[str, Task]) -> dict:
-    pixels, tokens = plain(emoji, SIDE)
+def probe_proxies(emoji: list[data.Emoji], tasks: dict[str, Task], all_rounds: list[int]) -> dict:
+    tokens = plain_tokens(emoji, SIDE)
     result = {"side": SIDE, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "batch": BATCH}
-    result["pictures"] = probe_pictures(tasks, tokens, pixels)
+    result["colors"] = probe_colors(tasks, tokens)
     result["untrained"], _ = probe_layers("untrained proxy", tasks, features(untrained(make_proxy()), tokens))
     trained = {"train": np.array([one.split == "train" for one in emoji])}
     trained["validation and test"] = ~trained["train"]
     scores, result["rounds"] = {}, {}
-    for rounds, model in train_proxies(emoji):
+    for rounds, model in train_proxies(emoji, all_rounds):
         losses = {
             name: round(train.held_out_loss(model, tokens[rows], "cpu", torch.float32, network.block_forward), 4)
             for name, rows in trained.items()
@@ -311,18 +307,18 @@ def probe_proxies(emoji: list[data.Emoji], tasks: dict[str, Task]) -> dict:
     result["change"] = {}
     for name, task in tasks.items():
         changes = [
-            change(task, scores[ROUNDS[0]][name], scores[ROUNDS[-1]][name], layer) for layer in range(LAYERS)
+            change(task, scores[all_rounds[0]][name], scores[all_rounds[-1]][name], layer) for layer in range(LAYERS)
         ]
         result["change"][name] = changes
-        print(f"{name}: lead over the last layer, {ROUNDS[-1]} rounds minus {ROUNDS[0]}, by layer: {changes}")
+        print(f"{name}: lead over the last layer, {all_rounds[-1]} rounds minus {all_rounds[0]}, by layer: {changes}")
     return result
 
 
 def probe_shipped(emoji: list[data.Emoji], tasks: dict[str, Task]) -> dict:
-    _, tokens = plain(emoji, data.SIDE)
+    tokens = plain_tokens(emoji, data.SIDE)
     model = ImageGPTForCausalImageModeling.from_pretrained(data.MODEL, dtype=torch.float32).eval()
     check_features(model, tokens[:1])
-    result = {"pictures": probe_pictures(tasks, tokens)}
+    result = {"colors": probe_colors(tasks, tokens)}
     found = kept(model, tokens)
     result["layers"], _ = probe_layers("shipped", tasks, found)
     result["beyond_colors"] = probe_beyond_colors(tasks, tokens, found)
@@ -340,22 +336,26 @@ def check_features(model: torch.nn.Module, tokens: np.ndarray) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--proxies", action="store_true", help="only the proxies")
+    parser.add_argument("--rounds", type=int, nargs="+", default=ROUNDS, help="how long to train them")
+    arguments = parser.parse_args()
     # The same sums in the same order everywhere, and room for others.
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    emoji = data.load()
     CACHE.mkdir(parents=True, exist_ok=True)
+    emoji = data.load()
     tasks = {name: Task(name, emoji) for name in ("category", "subcategory")}
-    result = {
-        name: {"emoji": len(task.labels), "groups": int(task.groups.max()) + 1, "classes": task.classes.tolist()}
-        for name, task in tasks.items()
-    }
-    for name, entry in result.items():
-        print(f"{name}: {entry['emoji']} emoji, {entry['groups']} groups, {len(entry['classes'])} classes", flush=True)
-    result = {"tasks": result, "folds": FOLDS, "repeats": REPEATS}
-    result["shipped"] = probe_shipped(emoji, tasks)
-    result["proxies"] = probe_proxies(emoji, tasks)
-    (data.MODEL / "depth.json").write_text(json.dumps(result) + "\n")
+    result = json.loads(FIGURES.read_text()) if arguments.proxies else {"folds": FOLDS, "repeats": REPEATS}
+    for name, task in tasks.items():
+        n_groups = int(task.groups.max()) + 1
+        print(f"{name}: {len(task.labels)} emoji, {n_groups} groups, {len(task.classes)} classes", flush=True)
+        result[name] = {"emoji": len(task.labels), "groups": n_groups, "classes": task.classes.tolist()}
+    if not arguments.proxies:
+        result["shipped"] = probe_shipped(emoji, tasks)
+        FIGURES.write_text(json.dumps(result) + "\n")
+    result["proxies"] = probe_proxies(emoji, tasks, sorted(arguments.rounds))
+    FIGURES.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
