@@ -13,6 +13,8 @@ EMBED_VENV ?= target/embed-venv
 INTEROP_VENV ?= target/interop-venv
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
+# `--proxies --rounds 3 13 60` trains small models longer; see models/train/depth.py --help.
+DEPTH_FLAGS ?=
 # Where `make probe` listens.
 PROBE_PORT ?= 50153
 PROBE_METRICS_PORT ?= 9193
@@ -144,6 +146,10 @@ baselines: $(TRAIN_VENV)/.done ## Print the held-out loss of models/emoji beside
 .PHONY: probe
 probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers for every layer; writes the head
 	@TRAIN_VENV=$(TRAIN_VENV) PORT=$(PROBE_PORT) METRICS_PORT=$(PROBE_METRICS_PORT) scripts/probe.sh
+
+.PHONY: depth
+depth: $(TRAIN_VENV)/.done ## Find out which layers of models/emoji are best, and why (half an hour of one core)
+	OMP_NUM_THREADS=1 $(TRAIN_VENV)/bin/python models/train/depth.py $(DEPTH_FLAGS)
 
 $(TRAIN_VENV)/.done: models/train/requirements.txt
 	python3 -m venv $(TRAIN_VENV)

@@ -74,6 +74,8 @@ class Emoji:
     category: str
     subcategory: str
     split: str
+    # The first emoji that it must share a split with.
+    group: int
     flips: bool
     # RGBA, 64x64: the base first, then its skin tones.
     pictures: tuple[Image.Image, ...]
@@ -107,7 +109,7 @@ def load() -> list[Emoji]:
     groups = group(entries, files)
     splits = split(entries, groups)
     emoji = []
-    for entry, chosen in zip(entries, splits, strict=True):
+    for entry, chosen, first in zip(entries, splits, groups, strict=True):
         names = [entry["image"], *(tone["image"] for tone in entry.get("skin_variations", {}).values())]
         pictures = tuple(Image.open(io.BytesIO(files[name])).convert("RGBA") for name in names)
         emoji.append(
@@ -117,6 +119,7 @@ def load() -> list[Emoji]:
                 category=entry["category"],
                 subcategory=entry["subcategory"],
                 split=chosen,
+                group=first,
                 flips=flips(entry),
                 pictures=pictures,
                 files=tuple(names),
@@ -225,16 +228,16 @@ def on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def to_pixels(picture: Image.Image) -> np.ndarray:
+def to_pixels(picture: Image.Image, side: int = SIDE) -> np.ndarray:
     """As the worker's default fit: straight to 32x32."""
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
 
 
-def plain(picture: Image.Image) -> np.ndarray:
-    return to_pixels(on_white(picture))
+def plain(picture: Image.Image, side: int = SIDE) -> np.ndarray:
+    return to_pixels(on_white(picture), side)
 
 
-def augment(one: Emoji, random: np.random.Generator, soft_share: float = 0.4) -> np.ndarray:
+def augment(one: Emoji, random: np.random.Generator, soft_share: float = 0.4, side: int = SIDE) -> np.ndarray:
     """A random view: skin tone, mirror, place, size, and white or a soft ground."""
     picture = one.pictures[0]
     if len(one.pictures) > 1 and random.random() < 0.5:
@@ -251,7 +254,7 @@ def augment(one: Emoji, random: np.random.Generator, soft_share: float = 0.4) ->
     slack = 4.0
     left, top = 64 - window / 2 + random.uniform(-slack, slack, size=2)
     box = (left, top, left + window, top + window)
-    view = ground.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+    view = ground.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box)
     return np.asarray(view)
 
 
@@ -314,7 +317,7 @@ class Quantizer:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         ids = self.tree.query(pixels.reshape(-1, 3) / 127.5 - 1)[1]
-        return ids.reshape(*pixels.shape[:-3], SIDE * SIDE).astype(np.int64)
+        return ids.reshape(*pixels.shape[:-3], -1).astype(np.int64)
 
 
 def plain_tokens(emoji: list[Emoji], name: str, quantizer: Quantizer) -> np.ndarray:

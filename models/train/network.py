@@ -21,11 +21,13 @@ SIDE = 32
 PIECE = 128
 
 
-def make_model(width: int, layers: int, heads: int, clusters: np.ndarray, seed: int) -> ImageGPTForCausalImageModeling:
+def make_model(
+    width: int, layers: int, heads: int, clusters: np.ndarray, seed: int, side: int = SIDE
+) -> ImageGPTForCausalImageModeling:
     torch.manual_seed(seed)
     config = ImageGPTConfig(
         vocab_size=START + 1,
-        n_positions=POSITIONS,
+        n_positions=side * side,
         n_embd=width,
         n_layer=layers,
         n_head=heads,
@@ -44,8 +46,8 @@ def make_model(width: int, layers: int, heads: int, clusters: np.ndarray, seed: 
         colors = fourier_features(clusters, width, 1.5, random)
         model.transformer.wte.weight[:START] = colors
         model.transformer.wte.weight[START] = torch.randn(width)
-        rows, columns = np.divmod(np.arange(POSITIONS), SIDE)
-        places = np.concatenate([waves(rows, width // 2), waves(columns, width // 2)], axis=1)
+        rows, columns = np.divmod(np.arange(side * side), side)
+        places = np.concatenate([waves(rows, width // 2, side), waves(columns, width // 2, side)], axis=1)
         model.transformer.wpe.weight.copy_(torch.from_numpy(places).float())
         model.lm_head.weight.copy_(colors * (0.5 / math.sqrt(width)))
         for block in model.transformer.h:
@@ -72,9 +74,9 @@ def fourier_features(points: np.ndarray, width: int, scale: float, random: np.ra
     return torch.from_numpy(np.sqrt(2) * np.cos(points @ directions + phases)).float()
 
 
-def waves(places: np.ndarray, width: int) -> np.ndarray:
+def waves(places: np.ndarray, width: int, side: int) -> np.ndarray:
     """Sines and cosines of a coordinate, from one pixel's wave to the side's."""
-    frequencies = math.pi * np.geomspace(1 / SIDE, 0.5, width // 2)
+    frequencies = math.pi * np.geomspace(1 / side, 0.5, width // 2)
     angles = places[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
@@ -155,7 +157,7 @@ def check_against_transformers(model: ImageGPTForCausalImageModeling) -> None:
                 parameter.zero_()
             else:
                 parameter.normal_(0, 0.08)
-        ids = torch.randint(0, START, (1, POSITIONS))
+        ids = torch.randint(0, START, (1, config.n_positions))
         ours = logits(other, shifted(ids), torch.float32)
         theirs = other(input_ids=shifted(ids), use_cache=False).logits
         error = ((ours - theirs).norm() / theirs.norm()).item()

@@ -84,10 +84,12 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
 class Batches(torch.utils.data.Dataset):
     """The batch of each step, which depends on the seed and the step alone."""
 
-    def __init__(self, emoji: list[data.Emoji], first: int, steps: int, size: int, seed: int):
+    def __init__(
+        self, emoji: list[data.Emoji], first: int, steps: int, size: int, seed: int, side: int = data.SIDE
+    ):
         self.emoji = [one for one in emoji if one.split == "train"]
         self.quantizer = data.Quantizer()
-        self.first, self.steps, self.size, self.seed = first, steps, size, seed
+        self.first, self.steps, self.size, self.seed, self.side = first, steps, size, seed, side
 
     def __len__(self) -> int:
         return self.steps - self.first
@@ -100,13 +102,37 @@ class Batches(torch.utils.data.Dataset):
             # Every emoji once in each round, in another order each time.
             round_idx, place = divmod(n, len(self.emoji))
             order = np.random.default_rng((self.seed, round_idx, 1)).permutation(len(self.emoji))
-            views.append(data.augment(self.emoji[order[place]], random))
+            views.append(data.augment(self.emoji[order[place]], random, side=self.side))
         return torch.from_numpy(self.quantizer(np.stack(views)))
 
 
 def rate(step: int, done: float, decay: float) -> float:
     """Share of the learning rate: a short rise, a plateau, a fall to zero."""
     return min(1.0, (step + 1) / WARM_UP_STEPS, max(0.0, 1 - done) / decay)
+
+
+def make_optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".h." in name]
+    chosen = {id(parameter) for parameter in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    return [
+        Muon(matrices, lr=MUON_RATE),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learn(model, optimizers: list[torch.optim.Optimizer], ids: torch.Tensor, share: float, forward) -> float:
+    """One step at a share of the learning rates; the loss before it."""
+    for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = base * share
+    value = network.loss(model, ids, torch.bfloat16, forward)
+    value.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return value.item()
 
 
 @torch.no_grad()
@@ -139,13 +165,7 @@ def train(arguments: argparse.Namespace) -> None:
     model = network.make_model(arguments.width, arguments.layers, arguments.heads, quantizer.clusters, data.SEED)
     network.check_against_transformers(model)
     model.to(device)
-    matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".h." in name]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=MUON_RATE),
-        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = make_optimizers(model)
     first, seconds = 0, 0.0
     if CHECKPOINT.exists():
         state = torch.load(CHECKPOINT, map_location=device, weights_only=True)
@@ -166,18 +186,11 @@ def train(arguments: argparse.Namespace) -> None:
     started = time.monotonic() - seconds
     for step, ids in enumerate(batches, start=first):
         done = step / steps if arguments.minutes is None else seconds / (60 * arguments.minutes)
-        for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate(step, done, arguments.decay)
-        value = network.loss(model, ids.to(device), torch.bfloat16, forward)
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        value = learn(model, optimizers, ids.to(device), rate(step, done, arguments.decay), forward)
         n_done = step + 1
         seconds = time.monotonic() - started
         last = n_done == steps or arguments.minutes is not None and seconds >= 60 * arguments.minutes
-        entry = {"step": n_done, "train": round(value.item(), 4), "seconds": round(seconds, 1)}
+        entry = {"step": n_done, "train": round(value, 4), "seconds": round(seconds, 1)}
         if not math.isfinite(entry["train"]):
             raise SystemExit(f"the loss is {entry['train']} at step {n_done}")
         if n_done % EVALUATE_EVERY == 0 or last:
