@@ -138,7 +138,14 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Resu
         // A GPU that is there by chance is no reason to compile for it.
         onnx::Provider::Cpu | onnx::Provider::Auto => Provider::Cpu,
     };
-    let runtime = || Ok(Runtime::new(onnx::environment(&library)?, provider)?);
+    let runtime = || {
+        let runtime = Runtime::new(onnx::environment(&library)?, provider)?;
+        // Better now than when everything but the last trial is done.
+        if provider == Provider::Cuda {
+            onnx::probe(&runtime)?;
+        }
+        Ok(runtime)
+    };
     cache::locate(
         &config.model.model,
         &config.model.compile,

@@ -35,6 +35,7 @@ use crate::compile;
 use crate::job::{Layers, Want};
 
 pub use self::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
+pub use self::probe::probe;
 
 /// What runs the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -395,10 +396,10 @@ fn choose(
         }
         // Graphs for CUDA have nowhere to fall back to.
         (Provider::Cuda, _) | (Provider::Auto, Some(compile::Provider::Cuda)) => {
-            probe::probe(&of(compile::Provider::Cuda)?)?;
+            probe(&of(compile::Provider::Cuda)?)?;
             compile::Provider::Cuda
         }
-        (Provider::Auto, None) => match probe::probe(&of(compile::Provider::Cuda)?) {
+        (Provider::Auto, None) => match probe(&of(compile::Provider::Cuda)?) {
             Ok(()) => compile::Provider::Cuda,
             Err(error) => {
                 tracing::info!(%error, "no CUDA execution provider; running on the CPU");
@@ -433,7 +434,7 @@ pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
     }
     let environment = environment(&options.library)?;
     let cuda = runtime_of(environment, options, compile::Provider::Cuda)?;
-    Ok(probe::probe(&cuda).is_ok())
+    Ok(probe(&cuda).is_ok())
 }
 
 /// How sessions are opened for these options.

@@ -31,7 +31,6 @@ pub struct EngineArgs {
     /// Which GPU, counted from 0
     #[arg(
         long,
-        env = "IMAGEGPT_DEVICE_ID",
         default_value_t = 0,
         value_name = "N",
         value_parser = clap::value_parser!(i32).range(0..1024)

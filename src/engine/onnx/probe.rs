@@ -4,7 +4,7 @@
 use ort::value::Tensor;
 use prost::Message as _;
 
-use super::{builder, cannot_be_had};
+use super::cannot_be_had;
 use crate::compile::onnx::{
     DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, ValueInfo,
 };
@@ -17,7 +17,7 @@ use crate::engine::runtime::Runtime;
 /// # Errors
 ///
 /// Why it cannot be had.
-pub(super) fn probe(runtime: &Runtime) -> Result<(), EngineError> {
+pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
     let plain = Runtime {
         shares_arena: false,
         cuda_graphs: false,
@@ -46,9 +46,7 @@ pub(super) fn probe(runtime: &Runtime) -> Result<(), EngineError> {
         ..Model::default()
     };
     let run = |text: &[u8]| -> ort::Result<()> {
-        let mut session = builder(&plain)
-            .map_err(|error| ort::Error::new(error.to_string()))?
-            .commit_from_memory(text)?;
+        let mut session = plain.builder()?.commit_from_memory(text)?;
         session.run(ort::inputs!["x" => Tensor::from_array(([1], vec![1.0_f32]))?])?;
         Ok(())
     };
