@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves what tests need, and calls it as clients of Triton and KServe do:
 # every method and output against the native service, 64 callers of each beside
-# each other, what the protocol costs, and perf_analyzer where it can be run.
+# each other, what the protocol costs, locust, and perf_analyzer where it can be run.
 # $WORKER is the binary, $INTEROP_VENV has the clients (see Makefile).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -52,6 +52,8 @@ stop
 
 start models/untrained --fake-engine 2ms
 scripts/perf-analyzer.sh "$endpoint" untrained
+"$INTEROP_VENV/bin/locust" -f tests/interop/locustfile.py --headless -u 16 -r 16 -t 8s \
+    --host "$endpoint" --only-summary
 stop
 
 start models/untrained --fake-engine 0s --max-queue-delay 0s --no-reflection
