@@ -289,8 +289,9 @@ impl Location {
                     .map_err(std::io::Error::other)???
                     .map(Bytes::from))
             }
-            Self::Remote { store, path, .. } => {
-                let found = store.get(path).await?;
+            Self::Remote { store, path, url } => {
+                let found = store.get(path).await;
+                let found = found.map_err(|error| refused(url, error))?;
                 if found.meta.size > max {
                     return Ok(None);
                 }
@@ -318,6 +319,19 @@ impl From<object_store::Error> for ReadError {
             object_store::Error::NotFound { .. } => Trouble::Missing.into(),
             error => Self::Store(error),
         }
+    }
+}
+
+/// Why a file could not be read. On a web server each address is a matter of its
+/// own, so one that may not be read says nothing of the others; in a bucket it is
+/// credentials that have run out, and a job that went on would fail every image.
+fn refused(url: &str, error: object_store::Error) -> ReadError {
+    use object_store::Error::{PermissionDenied, Unauthenticated};
+    match error {
+        PermissionDenied { .. } | Unauthenticated { .. } if url.starts_with("http") => {
+            Trouble::Denied.into()
+        }
+        error => error.into(),
     }
 }
 
@@ -483,5 +497,19 @@ mod tests {
         for wrong in ["ftp://x/y", "https://x/y.tar?token=1"] {
             assert!(Stores::default().locate(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_address_that_is_forbidden_is_one_file_and_a_bucket_is_all() {
+        let forbidden = || object_store::Error::PermissionDenied {
+            path: "a.png".to_owned(),
+            source: "403".into(),
+        };
+        let of = |url| refused(url, forbidden());
+        assert!(matches!(
+            of("https://example.org/a.png"),
+            ReadError::Trouble(Trouble::Denied)
+        ));
+        assert!(matches!(of("s3://bucket/a.png"), ReadError::Store(_)));
     }
 }
