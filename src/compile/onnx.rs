@@ -3,6 +3,7 @@
 //! Field numbers are those of `onnx.proto`; the rest of that file would only
 //! add code that nothing runs.
 
+use half::{bf16, f16};
 use prost::{Enumeration, Message};
 
 /// Which version of the standard operators graphs are written in; 18 is the
@@ -167,6 +168,28 @@ pub enum DataType {
     Int64 = 7,
     Float16 = 10,
     Bfloat16 = 16,
+}
+
+impl DataType {
+    /// Numbers as tensors of this type keep them; as float where it is none of
+    /// the narrower ones.
+    #[must_use]
+    pub fn bytes(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::Float16 => values
+                .iter()
+                .flat_map(|value| f16::from_f32(*value).to_le_bytes())
+                .collect(),
+            Self::Bfloat16 => values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+                .collect(),
+            _ => values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        }
+    }
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -139,6 +139,15 @@ pub enum Provider {
 }
 
 impl Provider {
+    /// As flags and answers have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+
     /// ONNX Runtime's name of it.
     #[must_use]
     pub fn runtime_name(self) -> &'static str {

@@ -73,6 +73,26 @@ const SHAPES: [Shape; 4] = [
 #[derive(Debug, PartialEq, Eq)]
 pub struct Scratch(PathBuf);
 
+impl Scratch {
+    /// A folder of a name that nobody has, or else somebody could have put
+    /// something into it.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made.
+    pub fn new(purpose: &str) -> Result<Self, CompileError> {
+        let name = format!("imagegpt-{purpose}-{:016x}", super::stage::random());
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir(&folder).map_err(|error| CompileError::write(&folder, &error))?;
+        Ok(Self(folder))
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         // There is nobody left to tell.
@@ -94,13 +114,9 @@ pub fn fetch(name: &str) -> Result<Local, CompileError> {
             known.join(", ")
         )));
     };
-    let folder = std::env::temp_dir().join(format!(
-        "imagegpt-random-{name}-{:016x}",
-        super::stage::random()
-    ));
+    let scratch = Scratch::new(&format!("random-{name}"))?;
+    let folder = scratch.path().to_owned();
     let written = |error: &std::io::Error| CompileError::write(&folder, error);
-    fs::create_dir(&folder).map_err(|error| written(&error))?;
-    let scratch = Scratch(folder.clone());
     for (file, text) in [
         (config::FILE, config_json(shape)),
         (PREPROCESSOR, preprocessor_json()),

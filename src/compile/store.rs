@@ -8,8 +8,6 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
-
 use super::error::CompileError;
 use super::onnx::{DataType, StringEntry, Tensor};
 use super::weights::Dense;
@@ -217,21 +215,7 @@ impl Writer {
         shape: &[usize],
         values: &[f32],
     ) -> Result<(), CompileError> {
-        let bytes: Vec<u8> = match data_type {
-            DataType::Float16 => values
-                .iter()
-                .flat_map(|value| f16::from_f32(*value).to_le_bytes())
-                .collect(),
-            DataType::Bfloat16 => values
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-                .collect(),
-            _ => values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-        };
-        self.bytes(name, data_type, shape, &bytes)
+        self.bytes(name, data_type, shape, &data_type.bytes(values))
     }
 
     fn bytes(

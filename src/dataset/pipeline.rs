@@ -24,10 +24,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::input::{self, Broken, Reading, Seen};
 use super::journal::{File, PartId, Record};
-use super::plan::{Shard, hex};
+use super::plan::Shard;
 use super::progress::{Counts, Progress, Terminal};
 use super::sink::Sink;
 use super::table::{self, Row, Shape};
+use crate::compile::checkpoint::hex;
 use crate::rpc::pool::{Answer, Done, Fault, Pool, Task};
 
 /// Parts that are begun and not yet written: one that is read, one whose last

@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::input::{Listing, Row};
 use super::location::{Entry, Location, Stores, expand, fault};
+use crate::compile::checkpoint::hex;
 use crate::files::IMAGES;
 use crate::rpc::pool::Fault;
 
@@ -381,16 +382,6 @@ fn csv_rows(text: &str, options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
         });
     }
     Ok(rows)
-}
-
-/// A digest as it is written.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -3,9 +3,8 @@
 //! It is run in a process of its own, which says in JSON how it went: what a
 //! broken driver does to that one is then part of the report.
 
-use std::fs;
 use std::io::{Read as _, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DoctorArgs;
 use crate::compile::command::Bars;
+use crate::compile::random::Scratch;
 use crate::compile::{self, Precision, Progress, Silent};
 use crate::config::ServeConfig;
 use crate::engine::{Engine, Graph, Row, Run, Stop};
@@ -61,7 +61,7 @@ fn start_and_wait(
     let program = std::env::current_exe().context("this program's own file")?;
     let mut command = Command::new(program);
     command
-        .args(["doctor", "--trial", name(provider)])
+        .args(["doctor", "--trial", provider.name()])
         .args(["--device-id", &id.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
@@ -119,7 +119,7 @@ pub(super) fn answer(tried: &Tried, out: &mut impl Write) -> anyhow::Result<()> 
 pub(super) fn here(args: &DoctorArgs, provider: compile::Provider, id: i32) -> Tried {
     let scratch = match &args.model {
         Some(_) => None,
-        None => match Scratch::new() {
+        None => match Scratch::new("doctor").context("TMPDIR names it") {
             Ok(scratch) => Some(scratch),
             Err(error) => {
                 return Tried::Untried(format!("no place for a tiny model: {error:#}"));
@@ -127,7 +127,7 @@ pub(super) fn here(args: &DoctorArgs, provider: compile::Provider, id: i32) -> T
         },
     };
     let tried = match (&args.model, &scratch) {
-        (None, Some(scratch)) => tiny_config(args, provider, id, &scratch.0)
+        (None, Some(scratch)) => tiny_config(args, provider, id, scratch.path())
             .and_then(|config| run(&config, provider, &mut Silent)),
         (model, _) => config(args, provider, id, model.as_deref().unwrap_or_default())
             .and_then(|config| run(&config, provider, &mut Bars::new())),
@@ -148,7 +148,7 @@ fn config(
     let id = id.to_string();
     let flags = [
         "--execution-provider",
-        name(provider),
+        provider.name(),
         "--device-id",
         &id,
         "--generate-slots",
@@ -190,7 +190,7 @@ fn run(
     let mut engine = onnx_factory(config, &model, &[])()?;
     let facts = engine.facts().clone();
     ensure!(
-        facts.provider == name(provider),
+        facts.provider == provider.name(),
         "it ran on {} instead",
         facts.provider
     );
@@ -260,33 +260,6 @@ fn compare(first: &[f32], second: &[f32]) -> anyhow::Result<()> {
         "the same image had another answer the second time, {apart:.3} of its length away"
     );
     Ok(())
-}
-
-fn name(provider: compile::Provider) -> &'static str {
-    match provider {
-        compile::Provider::Cpu => "cpu",
-        compile::Provider::Cuda => "cuda",
-    }
-}
-
-/// A folder that goes when the trial is over.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> anyhow::Result<Self> {
-        let name = format!("imagegpt-doctor-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        // Not there yet, or somebody else could have put something into it.
-        fs::create_dir(&path).with_context(|| format!("{}; TMPDIR names it", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What stays is small, and in a folder for what may go.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 #[cfg(test)]

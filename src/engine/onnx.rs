@@ -129,7 +129,7 @@ impl OnnxEngine {
         check_compiled_for(options.compiled_for, runtime.provider)?;
         let mut engine = Self {
             facts: Facts {
-                provider: provider_name(runtime.provider),
+                provider: runtime.provider.name(),
                 runtime_version: library::version(&options.library),
                 dimension: 0,
                 n_classes: 0,
@@ -366,20 +366,13 @@ fn check_compiled_for(
 ) -> Result<(), EngineError> {
     match compiled_for {
         Some(made) if made != provider => {
-            let (made, given) = (provider_name(made), provider_name(provider));
+            let (made, given) = (made.name(), provider.name());
             Err(EngineError::Provider(format!(
                 "the model was compiled for {made} and cannot run on {given}; compile it with \
                  --provider {given}, or serve it with --execution-provider {made}"
             )))
         }
         _ => Ok(()),
-    }
-}
-
-fn provider_name(provider: compile::Provider) -> &'static str {
-    match provider {
-        compile::Provider::Cpu => "cpu",
-        compile::Provider::Cuda => "cuda",
     }
 }
 
@@ -416,7 +409,7 @@ fn choose(
     if provider == compile::Provider::Cpu || options.gpu_memory_limit.is_some() {
         let limit = runtime.gpu_memory_limit;
         arena::share(environment, provider, runtime.device_id, limit).map_err(|error| {
-            EngineError::NotLoaded(format!("no arena for {}: {error}", provider_name(provider)))
+            EngineError::NotLoaded(format!("no arena for {}: {error}", provider.name()))
         })?;
         runtime.shares_arena = true;
     }

@@ -151,7 +151,7 @@ fn chain(side: usize, n_products: usize, data_type: DataType, factor: &[f32]) ->
         dims: vec![i64::try_from(side).unwrap_or(i64::MAX); 2],
         data_type: data_type.into(),
         name: "w".to_owned(),
-        raw_data: bytes(data_type, factor),
+        raw_data: data_type.bytes(factor),
         ..Constant::default()
     };
     Model {
@@ -192,23 +192,6 @@ fn numbers(side: usize) -> Vec<f32> {
             (f32::from(bits) / 32767.5 - 1.0) * scale
         })
         .collect()
-}
-
-fn bytes(data_type: DataType, values: &[f32]) -> Vec<u8> {
-    match data_type {
-        DataType::Float16 => values
-            .iter()
-            .flat_map(|value| f16::from_f32(*value).to_le_bytes())
-            .collect(),
-        DataType::Bfloat16 => values
-            .iter()
-            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-            .collect(),
-        _ => values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect(),
-    }
 }
 
 fn tensor(side: usize, data_type: DataType, values: Vec<f32>) -> ort::Result<DynTensor> {
