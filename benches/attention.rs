@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use imagegpt::attention::{CausalAttention, Kernel, Shape};
-use imagegpt::engine::attention as attention_op;
 use imagegpt::engine::onnx::find_library;
+use imagegpt::engine::operators;
 use ort::environment::Environment;
 use ort::session::Session;
 use ort::value::Tensor;
@@ -142,7 +142,7 @@ fn session(environment: &Environment, model: &str, n_threads: usize) -> ort::Res
         .with_intra_threads(n_threads)?
         // Threads that spin after their share is done would slow the next in turn.
         .with_intra_op_spinning(false)?
-        .with_operators(attention_op::domain()?)?
+        .with_operators(operators::domain()?)?
         .commit_from_file(data.join(model).with_extension("onnx"))
 }
 

@@ -17,8 +17,8 @@ use imagegpt::compile::onnx::{
     Attribute, DataType, Dim, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET,
     OperatorSet, ValueInfo,
 };
-use imagegpt::engine::attention as attention_op;
 use imagegpt::engine::onnx::find_library;
+use imagegpt::engine::operators;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<()> {
     let mut contestants: Vec<Contestant> = Vec::new();
     for (operator, element) in [
         ("GroupQueryAttention", TensorElementType::Float32),
-        (attention_op::CACHED_ATTENTION, TensorElementType::Bfloat16),
+        (operators::CACHED_ATTENTION, TensorElementType::Bfloat16),
     ] {
         let bytes = if element == TensorElementType::Float32 {
             4
@@ -165,12 +165,12 @@ fn session(environment: &Environment, model: &Model, n_threads: usize) -> ort::R
         .with_intra_threads(n_threads)?
         // Threads that spin after their share is done would slow the next in turn.
         .with_intra_op_spinning(false)?
-        .with_operators(attention_op::domain()?)?
+        .with_operators(operators::domain()?)?
         .commit_from_memory(&model.encode_to_vec())
 }
 
 fn model(operator: &str) -> Model {
-    let is_ours = operator == attention_op::CACHED_ATTENTION;
+    let is_ours = operator == operators::CACHED_ATTENTION;
     let element = if is_ours {
         DataType::Bfloat16
     } else {

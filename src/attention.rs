@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::scratch::Scratch;
 use self::tile::{Block, Head};
-use self::vector::Portable;
+use crate::vector::Portable;
 
 pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob};
 
@@ -47,7 +47,6 @@ mod scratch;
 #[cfg(test)]
 mod tests;
 mod tile;
-mod vector;
 
 /// The sizes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,7 +35,7 @@ use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::config::Architecture;
-use self::graph::{Attention, Kind, Plan};
+use self::graph::{Attention, Kind, Plan, Products};
 use self::manifest::SourceFacts;
 use self::stage::Stage;
 use self::store::Parts;
@@ -141,6 +141,7 @@ pub fn compile(
             precision: options.precision,
             provider: options.provider,
             attention: attention(kind, options, runtime),
+            products: products(kind, options, runtime),
             feature_layer,
         };
         let model = kind.build(&plan);
@@ -276,8 +277,23 @@ fn feature_layer(
     )))
 }
 
+/// Whether a graph may have the worker's own operators.
+fn is_ours(options: &CompileOptions, runtime: &Runtime) -> bool {
+    options.provider == Provider::Cpu && runtime.operators.is_some()
+}
+
+fn products(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Products {
+    // Only steps have few rows.
+    let is_step = kind == Kind::Generate && options.precision == Precision::Fp32;
+    if is_step && is_ours(options, runtime) {
+        Products::Dense
+    } else {
+        Products::Gemm
+    }
+}
+
 fn attention(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Attention {
-    let is_ours = options.provider == Provider::Cpu && runtime.operators.is_some();
+    let is_ours = is_ours(options, runtime);
     match kind {
         // Its cache rounds to 8 bits of mantissa, as the products do.
         Kind::Generate if is_ours && options.precision == Precision::Int8 => Attention::Cached,

@@ -5,12 +5,12 @@
 //! move the queue to where nothing can see it. Several devices are several such
 //! threads, which one batcher feeds.
 
-pub mod attention;
 mod buckets;
 mod decoder;
 pub mod devices;
 pub mod fake;
 pub mod onnx;
+pub mod operators;
 pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;

@@ -27,6 +27,7 @@ pub mod attention;
 pub mod cache;
 pub mod compile;
 pub mod config;
+pub mod dense;
 pub mod gpu;
 pub mod head;
 pub mod http;
@@ -37,6 +38,7 @@ pub mod picture;
 pub mod readiness;
 mod sync;
 pub mod telemetry;
+mod vector;
 pub mod worker;
 
 pub mod bench;

@@ -14,8 +14,8 @@ use std::sync::OnceLock;
 use half::bf16;
 use imagegpt::attention::{Cache, CacheShape, CachedAttention, CausalAttention, Precision, Shape};
 use imagegpt::compile::onnx as format;
-use imagegpt::engine::attention as attention_op;
 use imagegpt::engine::onnx::find_library;
+use imagegpt::engine::operators;
 use ort::environment::Environment;
 use ort::memory::Allocator;
 use ort::session::Session;
@@ -34,7 +34,7 @@ fn environment() -> &'static Environment {
 fn session(environment: &Environment, model: &str, n_threads: usize) -> ort::Result<Session> {
     Session::builder(environment)?
         .with_intra_threads(n_threads)?
-        .with_operators(attention_op::domain()?)?
+        .with_operators(operators::domain()?)?
         .commit_from_file(Path::new("tests/data").join(model))
 }
 
@@ -169,22 +169,22 @@ fn cached_session(n_threads: usize) -> Session {
         input: names(&["qkv", "past_key", "past_value", "seqlens_k"]),
         output: names(&["output", "key", "value"]),
         name: "node".to_owned(),
-        op_type: attention_op::CACHED_ATTENTION.to_owned(),
-        domain: attention_op::DOMAIN.to_owned(),
+        op_type: operators::CACHED_ATTENTION.to_owned(),
+        domain: operators::DOMAIN.to_owned(),
         attribute: vec![
             format::Attribute::int("num_heads", 2),
             format::Attribute::float("scale", 0.3),
         ],
     };
-    let operators = |domain: &str, version| format::OperatorSet {
+    let version_of = |domain: &str, version| format::OperatorSet {
         domain: domain.to_owned(),
         version,
     };
     let model = format::Model {
         ir_version: format::IR_VERSION,
         opset_import: vec![
-            operators("", format::OPSET),
-            operators(attention_op::DOMAIN, 1),
+            version_of("", format::OPSET),
+            version_of(operators::DOMAIN, 1),
         ],
         graph: Some(format::Graph {
             node: vec![node],
@@ -208,7 +208,7 @@ fn cached_session(n_threads: usize) -> Session {
         .unwrap()
         .with_intra_threads(n_threads)
         .unwrap()
-        .with_operators(attention_op::domain().unwrap())
+        .with_operators(operators::domain().unwrap())
         .unwrap()
         .commit_from_memory(&model.encode_to_vec())
         .unwrap()

@@ -26,8 +26,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::bf16;
 
 use super::cached_tile::{self, CachedHead};
-use super::vector::Portable;
 use super::{AttentionError, Kernel, Precision, SCRATCH};
+use crate::vector::Portable;
 
 pub use super::cached_tile::BLOCK;
 

@@ -22,7 +22,7 @@
 use half::bf16;
 
 use super::scratch::Scratch;
-use super::vector::Vector;
+use crate::vector::Vector;
 
 /// Positions in a block of keys. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;

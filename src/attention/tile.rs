@@ -27,7 +27,7 @@
 use std::ops::Range;
 
 use super::scratch::Scratch;
-use super::vector::Vector;
+use crate::vector::Vector;
 
 /// One head of one image, and what it reads and writes. Rows begin at
 /// position 0 and hold `head_dim` floats.

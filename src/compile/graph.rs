@@ -44,6 +44,15 @@ impl Attention {
     }
 }
 
+/// The operator that computes dense products in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// `Gemm`, which every execution provider has.
+    Gemm,
+    /// `imagegpt.Dense`, the worker's own kernel for a few rows on the CPU.
+    Dense,
+}
+
 /// All that a graph depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {
@@ -52,6 +61,7 @@ pub struct Plan<'a> {
     pub precision: Precision,
     pub provider: Provider,
     pub attention: Attention,
+    pub products: Products,
     /// Where `embed` ends.
     pub feature_layer: usize,
 }

@@ -154,7 +154,7 @@ pub fn minor_version(library: &Path) -> Option<u32> {
     reason = "it is the type that sessions share operators by"
 )]
 pub fn operators() -> ort::Result<Arc<OperatorDomain>> {
-    Ok(Arc::new(super::attention::domain()?))
+    Ok(Arc::new(super::operators::domain()?))
 }
 
 #[derive(Deserialize)]

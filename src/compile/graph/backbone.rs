@@ -1,7 +1,7 @@
 //! The layers that all tasks share.
 
-use super::Attention;
 use super::builder::Builder;
+use super::{Attention, Products};
 use crate::compile::Precision;
 use crate::compile::config::Activation;
 use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
@@ -151,6 +151,19 @@ impl Builder<'_> {
                 Some(residual) => self.standard("Add", &[&product, residual], Vec::new()),
                 None => product,
             };
+        }
+        if self.plan.products == Products::Dense {
+            let mut inputs = vec![input, &weight];
+            match (&bias, residual) {
+                (None, None) => {}
+                (bias, residual) => {
+                    inputs.push(bias.as_deref().unwrap_or(""));
+                    inputs.extend(residual);
+                }
+            }
+            let output = self.fresh("Dense");
+            self.push("Dense", IMAGEGPT, &inputs, vec![output.clone()], Vec::new());
+            return output;
         }
         match (bias, residual) {
             (None, None) => self.standard("Gemm", &[input, &weight], Vec::new()),

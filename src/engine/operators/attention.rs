@@ -1,4 +1,4 @@
-//! The kernels of [`crate::attention`] as operators of ONNX Runtime.
+//! The kernels of [`crate::attention`] as operators.
 //!
 //! `imagegpt.CausalAttention`, for whole sequences:
 //!
@@ -24,42 +24,23 @@
 //! The order of numbers within a head of the cache is the kernel's. An output
 //! that is bound to the memory of its past is changed in place; the past is
 //! copied to any other.
-//!
-//! They run on the threads of the session that calls them, as many as its
-//! `intra_threads`, and on no others. They are for the CPU; where a session has
-//! another execution provider, the graph should have other operators.
 
 use std::ops::Range;
 
 use half::bf16;
 use ort::operator::{
-    ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
+    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
 };
-use ort::value::{
-    DynTensor, DynTensorRef, DynTensorRefMut, IntoShape, TensorElementType, ValueType,
-};
+use ort::value::{DynTensor, DynTensorRefMut, TensorElementType, ValueType};
 
 use crate::attention::{Cache, CacheShape, CachedAttention, CausalAttention, Precision, Shape};
 
-/// The domain of this worker's operators.
-pub const DOMAIN: &str = "imagegpt";
-
-/// The name of an operator within [`DOMAIN`].
+/// The name of an operator within [`DOMAIN`](super::DOMAIN).
 pub const CAUSAL_ATTENTION: &str = "CausalAttention";
 
 /// The name of the other.
 pub const CACHED_ATTENTION: &str = "CachedAttention";
-
-/// The domain with its operators, for `SessionBuilder::with_operators`.
-///
-/// # Errors
-/// If ONNX Runtime cannot make a domain.
-pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
-        .add(CausalAttentionOp)?
-        .add(CachedAttentionOp)
-}
 
 fn heads(context: &KernelContext<'_>) -> ort::Result<usize> {
     context
@@ -77,7 +58,7 @@ fn default_scale(head_dim: usize) -> f32 {
     1.0 / (head_dim as f32).sqrt()
 }
 
-struct CausalAttentionOp;
+pub(super) struct CausalAttentionOp;
 
 impl Operator for CausalAttentionOp {
     type Kernel<'attr> = CausalAttentionKernel;
@@ -142,7 +123,7 @@ fn infer_output(context: &mut ShapeInferenceContext, qkv: ValueType) -> ort::Res
     )
 }
 
-struct CausalAttentionKernel {
+pub(super) struct CausalAttentionKernel {
     heads: usize,
     scale: Option<f32>,
     precision: Precision,
@@ -193,7 +174,7 @@ impl Kernel for CausalAttentionKernel {
     }
 }
 
-struct CachedAttentionOp;
+pub(super) struct CachedAttentionOp;
 
 impl Operator for CachedAttentionOp {
     type Kernel<'attr> = CachedAttentionKernel;
@@ -237,7 +218,7 @@ impl Operator for CachedAttentionOp {
     }
 }
 
-struct CachedAttentionKernel {
+pub(super) struct CachedAttentionKernel {
     heads: usize,
     scale: Option<f32>,
 }
@@ -268,7 +249,7 @@ impl CachedAttentionKernel {
 
 impl Kernel for CachedAttentionKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        let [qkv, past_key, past_value, seqlens_k] = inputs(context)?;
+        let [qkv, past_key, past_value, seqlens_k] = super::inputs(context)?;
         let (qkv_dims, qkv) = qkv.try_extract_tensor::<f32>()?;
         let cache_dims = past_key.shape();
         let shape = self
@@ -300,9 +281,9 @@ impl Kernel for CachedAttentionKernel {
 
         let dims = cache_dims.to_vec();
         let output_dims = [qkv_dims[0], qkv_dims[1], qkv_dims[2] / 3];
-        let mut output = self::output(context, 0, output_dims)?;
-        let mut key = self::output(context, 1, dims.clone())?;
-        let mut value = self::output(context, 2, dims)?;
+        let mut output = super::output(context, 0, output_dims)?;
+        let mut key = super::output(context, 1, dims.clone())?;
+        let mut value = super::output(context, 2, dims)?;
         keep(&past_key, &mut key)?;
         keep(&past_value, &mut value)?;
         // From here on nobody looks at the past, which may be what is written.
@@ -322,28 +303,6 @@ impl Kernel for CachedAttentionKernel {
         // As above: the first call of each thread does its share.
         context.par_for(job.n_heads(), 0, |_| job.work())
     }
-}
-
-fn inputs<const N: usize>(context: &ComputeContext) -> ort::Result<[DynTensorRef<'_>; N]> {
-    let mut inputs = Vec::with_capacity(N);
-    for idx in 0..N {
-        let input = context.input(idx)?;
-        let input = input.ok_or_else(|| ort::Error::new(format!("input {idx} is missing")))?;
-        inputs.push(input.downcast()?);
-    }
-    inputs
-        .try_into()
-        .map_err(|_| ort::Error::new("inputs are missing"))
-}
-
-fn output(
-    context: &ComputeContext,
-    idx: usize,
-    dims: impl IntoShape,
-) -> ort::Result<DynTensorRefMut<'_>> {
-    let output = context.output(idx, dims)?;
-    let output = output.ok_or_else(|| ort::Error::new(format!("output {idx} is missing")))?;
-    output.downcast()
 }
 
 /// Makes `present` what `past` is; it may be the same memory already, but

@@ -1,6 +1,6 @@
-//! The vector arithmetic the tile is written in, and its portable form.
+//! The vector arithmetic that kernels are written in, and its portable form.
 //!
-//! One trait, so that the tile's pointer arithmetic exists once: Miri checks it
+//! One trait, so that a kernel's pointer arithmetic exists once: Miri checks it
 //! through [`Portable`], and the wide forms only exchange the arithmetic.
 #![expect(
     unsafe_code,
@@ -10,6 +10,11 @@
     clippy::inline_always,
     reason = "intrinsics only become instructions inside a function that has them"
 )]
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 
 /// The most lanes that a vector has.
 const LANES_MAX: usize = 16;
@@ -23,7 +28,7 @@ const LANES_MAX: usize = 16;
 /// caller, so the methods that take `self` may rely on it.
 /// `load` and `store` must touch exactly `LANES` numbers, which are at most
 /// `LANES_MAX`; the partial forms exactly `len`, which is at most `LANES`.
-pub(super) unsafe trait Vector: Copy {
+pub(crate) unsafe trait Vector: Copy {
     const LANES: usize;
 
     /// # Safety
@@ -110,7 +115,7 @@ pub(super) unsafe trait Vector: Copy {
 
 /// Coefficients of a minimax polynomial for `2^r` on [-0.5, 0.5], constant term
 /// first. Largest relative error 1.6e-8, before rounding.
-pub(super) const EXP2: [f32; 7] = [
+pub(crate) const EXP2: [f32; 7] = [
     1.0,
     std::f32::consts::LN_2,
     0.240_226_46,
@@ -121,15 +126,15 @@ pub(super) const EXP2: [f32; 7] = [
 ];
 
 /// Below this, `2^x` is zero: the exponent leaves the normal range of `f32`.
-pub(super) const EXP2_MIN: f32 = -127.0;
+pub(crate) const EXP2_MIN: f32 = -127.0;
 
 /// Adding this rounds a float to the nearest integer, which is then in the low
 /// bits of its mantissa.
-pub(super) const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// Four lanes: what every 64-bit CPU has, so the compiler can use its vectors.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([f32; 4]);
+pub(crate) struct Portable([f32; 4]);
 
 impl Portable {
     #[inline(always)]

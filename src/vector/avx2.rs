@@ -1,0 +1,206 @@
+//! AVX2 and FMA: 8 lanes.
+#![expect(
+    unsafe_code,
+    reason = "vector intrinsics and raw pointers; see the contract of `Vector`"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "intrinsics only become instructions inside a function that has them"
+)]
+
+use std::arch::x86_64::{
+    __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cmpgt_epi32,
+    _mm256_cvtepu16_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_maskload_ps,
+    _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32,
+    _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+};
+
+use super::{EXP2, EXP2_MIN, ROUND, Vector};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256);
+
+/// All ones in the first `len` lanes, zero in the others.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn first_lanes(len: usize) -> __m256i {
+    debug_assert!(len <= 8);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        reason = "at most eight"
+    )]
+    let len = len as i32;
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(len), lanes)
+    }
+}
+
+// SAFETY: constructors demand AVX2 and FMA of their caller, and a value proves
+// that one was called; loads and stores touch exactly the floats named.
+unsafe impl Vector for Avx2 {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm256_set1_ps(x) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and 8 floats.
+        Self(unsafe { _mm256_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, len: usize) -> Self {
+        // SAFETY: the caller vouches for the instructions; masked lanes are not read.
+        Self(unsafe { _mm256_maskload_ps(from, first_lanes(len)) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for the instructions and 8 numbers.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves the instructions, the caller vouches for 8 floats.
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_partial(self, to: *mut f32, len: usize) {
+        // SAFETY: `self` proves the instructions; masked lanes are not written.
+        unsafe { _mm256_maskstore_ps(to, first_lanes(len), self.0) }
+    }
+
+    #[inline(always)]
+    fn prefetch(at: *const f32) {
+        // SAFETY: a hint, without effect where nothing is mapped.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far(at: *const u16) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_div_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, addend.0) })
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            // The bound first, so that a lane that is not a number stays itself.
+            let x = _mm256_max_ps(_mm256_set1_ps(EXP2_MIN), self.0);
+            let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));
+            let r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, _mm256_set1_ps(ROUND)));
+            let mut p = _mm256_set1_ps(EXP2[6]);
+            for c in EXP2[..6].iter().rev() {
+                p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+            }
+            // The exponent of a float made from its integer part; -127 makes zero.
+            let biased = _mm256_add_epi32(_mm256_castps_si256(rounded), _mm256_set1_epi32(127));
+            let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased));
+            Self(_mm256_mul_ps(p, power))
+        }
+    }
+
+    #[inline(always)]
+    fn mask_before(self, first: usize) -> Self {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let masked = _mm256_set1_ps(f32::NEG_INFINITY);
+            let mask = _mm256_castsi256_ps(first_lanes(first));
+            Self(_mm256_blendv_ps(self.0, masked, mask))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        from_stride: usize,
+        to: *mut f32,
+        to_stride: usize,
+        rows: usize,
+        cols: usize,
+    ) {
+        // SAFETY: the caller vouches for the instructions; rows past `rows` are
+        // not read, columns past `cols` neither read nor written.
+        unsafe {
+            let mut r = [_mm256_setzero_ps(); 8];
+            for (row, r) in r.iter_mut().enumerate() {
+                if row < rows {
+                    *r = Self::load_partial(from.add(row * from_stride), cols).0;
+                }
+            }
+            let mut t = r;
+            for i in (0..8).step_by(2) {
+                t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+                t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+            }
+            for i in (0..8).step_by(4) {
+                r[i] = _mm256_shuffle_ps::<0x44>(t[i], t[i + 2]);
+                r[i + 1] = _mm256_shuffle_ps::<0xEE>(t[i], t[i + 2]);
+                r[i + 2] = _mm256_shuffle_ps::<0x44>(t[i + 1], t[i + 3]);
+                r[i + 3] = _mm256_shuffle_ps::<0xEE>(t[i + 1], t[i + 3]);
+            }
+            for i in 0..4 {
+                t[i] = _mm256_permute2f128_ps::<0x20>(r[i], r[i + 4]);
+                t[i + 4] = _mm256_permute2f128_ps::<0x31>(r[i], r[i + 4]);
+            }
+            for (col, t) in t.iter().enumerate() {
+                if col < cols {
+                    Self(*t).store_partial(to.add(col * to_stride), rows);
+                }
+            }
+        }
+    }
+}
