@@ -624,9 +624,8 @@ fn web() -> SocketAddr {
             let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
             let is_new = seen.insert(path.clone());
             let status = match path.split('/').nth(1).unwrap_or_default() {
-                "good" => "200 OK",
                 "later" if is_new => "503 Busy",
-                "later" => "200 OK",
+                "good" | "later" => "200 OK",
                 code => code,
             };
             let content = match status {
