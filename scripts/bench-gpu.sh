@@ -16,13 +16,17 @@
 #   BUDGET           seconds for all of it [600]; what does not fit is left out, and the
 #                    report says so. Loading may take it over by half a minute: where a
 #                    command is ended after 600 s, say 540
-#   SOAK             seconds of the soak [a quarter of BUDGET, 300 at most]
+#   SOAK             seconds of the soak [a quarter of BUDGET, 300 at most]; growth of
+#                    memory a minute needs 90
 #   BATCHES          batch sizes [1,2,4,8,16,32,64]
 #   SLOTS            images generated at one time, at most [256]
 #   CACHE            memory for their keys and values [24GiB]
 #   IMAGES           folder of images for `cores` [models/pictures]
 #   WORK             where models are compiled to and kept [a temporary folder]
 #   SERVE_FLAGS      more flags of `imagegpt serve`
+#
+# A setting that cannot be used ends it with exit code 2 before any work. Begin on a quiet
+# machine: one that is busy (load average over half of its cores) is noted in the report.
 #
 # For the five minutes of a soak that is reported: STEPS=soak SHAPES=small SOAK=300.
 # Errors against fp32 need fp32 among PRECISIONS, before the others. Loading and warming

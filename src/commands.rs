@@ -27,7 +27,7 @@ pub use self::classify::ClassifyArgs;
 pub use self::generate::GenerateArgs;
 use self::input::{Batch, CallLimits, Inputs};
 pub use self::input::{InputConfig, PreprocessConfig};
-use self::output::complain;
+pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
 pub use self::tokenize::TokenizeArgs;
 use crate::config::ServeConfig;

@@ -102,8 +102,9 @@ pub struct ModelConfig {
     /// Which GPUs, counted from 0, at most 16. Each has the whole model and an
     /// engine of its own, and all take from the one queue; a GPU that fails is
     /// taken out while the others go on. On the CPU each number is one more
-    /// engine with --intra-op-threads, for tests and for machines with several
-    /// sockets; auto takes one engine where it takes the CPU
+    /// engine, for tests and for machines with several sockets, and
+    /// --intra-op-threads is an engine's: divide the cores by their number; auto
+    /// takes one engine where it takes the CPU
     #[arg(
         long = "device-id",
         env = "IMAGEGPT_DEVICE_ID",
@@ -696,6 +697,28 @@ impl ServeConfig {
     }
 }
 
+/// Whether a worker can have these devices.
+///
+/// # Errors
+///
+/// When they are too many, or one is named twice.
+pub fn check_devices(ids: &[i32]) -> Result<(), ConfigError> {
+    if ids.len() > DEVICES_MAX {
+        return Err(ConfigError(format!(
+            "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several",
+            ids.len()
+        )));
+    }
+    for (idx, id) in ids.iter().enumerate() {
+        if ids[..idx].contains(id) {
+            return Err(ConfigError(format!(
+                "--device-id has {id} twice; one engine is what a device can do"
+            )));
+        }
+    }
+    Ok(())
+}
+
 impl ModelConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let heads = &self.heads;
@@ -705,20 +728,7 @@ impl ModelConfig {
                     .to_owned(),
             ));
         }
-        let ids = &self.device_ids;
-        if ids.len() > DEVICES_MAX {
-            return Err(ConfigError(format!(
-                "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several",
-                ids.len()
-            )));
-        }
-        for (idx, id) in ids.iter().enumerate() {
-            if ids[..idx].contains(id) {
-                return Err(ConfigError(format!(
-                    "--device-id has {id} twice; one engine is what a device can do"
-                )));
-            }
-        }
+        check_devices(&self.device_ids)?;
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
                 return Err(ConfigError(format!(

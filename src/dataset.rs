@@ -18,6 +18,7 @@ mod progress;
 mod ranged;
 mod sink;
 mod table;
+mod web;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -69,13 +70,16 @@ struct Report<'a> {
     output: String,
     share: String,
     model: &'a ModelFact,
-    /// Of this share, in this run and those before.
+    /// Of the parts of this share that are done, in this run and those before.
     images: u64,
+    /// The same; after too many errors all that are to be read, also those of
+    /// parts that are not done.
     errors: u64,
     parts: usize,
     /// Images that have an outcome in this run; of parts that were not written,
     /// they will be done again.
     images_this_run: u64,
+    errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
     /// Whether all shares are done and the dataset's summary is written.
@@ -136,6 +140,7 @@ impl EmbedArgs {
             ("--item-timeout", self.workers.item_timeout),
             ("--resolve-interval", self.workers.resolve_interval),
             ("--give-up-after", self.workers.give_up_after),
+            ("--url-patience", table.url_patience),
         ] {
             anyhow::ensure!(
                 (Duration::from_millis(100)..=Duration::from_hours(24)).contains(&time),
@@ -278,6 +283,18 @@ impl Prepared {
         })
     }
 
+    /// Parts that were done when this run began.
+    fn before(&self) -> Vec<&Record> {
+        let shards = 0..self.plan.shards.len();
+        shards
+            .flat_map(|shard| journal::done(&self.records, shard))
+            .collect()
+    }
+
+    fn errors_before(&self) -> u64 {
+        self.before().iter().map(|record| record.errors).sum()
+    }
+
     /// The shards of this share that are not done, and where to go on in each.
     fn work(&self) -> Vec<Work> {
         let (index, of) = (self.share.index as usize, self.share.of as usize);
@@ -308,9 +325,7 @@ impl Prepared {
         let started = Instant::now();
         let work = self.work();
         let n_shards = work.len();
-        let before: Vec<&Record> = (0..self.plan.shards.len())
-            .flat_map(|shard| journal::done(&self.records, shard))
-            .collect();
+        let before = self.before();
         let images_before: u64 = before.iter().map(|record| record.images).sum();
         tracing::info!(
             model = self.model.name,
@@ -329,7 +344,7 @@ impl Prepared {
         let result = if work.is_empty() {
             Ok(None)
         } else {
-            let job = self.job(args, work, &before, terminal)?;
+            let job = self.job(args, work, terminal)?;
             let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
             let asked = asked(&args.task, &self.model);
             let digest = self.model.digest.clone();
@@ -356,13 +371,7 @@ impl Prepared {
         }))
     }
 
-    fn job(
-        &self,
-        args: &EmbedArgs,
-        work: Vec<Work>,
-        before: &[&Record],
-        terminal: &Terminal,
-    ) -> anyhow::Result<Job> {
+    fn job(&self, args: &EmbedArgs, work: Vec<Work>, terminal: &Terminal) -> anyhow::Result<Job> {
         let limits = self.model.limits.unwrap_or_default();
         // Less than what the worker takes, or the whole stream would end.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
@@ -386,12 +395,13 @@ impl Prepared {
                 keep: args.table.keep.clone(),
                 image_column: args.table.image_column.clone(),
                 id_column: args.table.id_column.clone(),
+                url_patience: args.table.url_patience,
             },
             part_items: args.table.part_items as usize,
             image_memory: usize::try_from(args.workers.image_memory.as_u64())
                 .context("--image-memory")?,
             give_up_after: args.workers.give_up_after,
-            errors_before: before.iter().map(|record| record.errors).sum(),
+            errors_before: self.errors_before(),
             errors_max: args.table.max_errors,
             sink: self.sink.clone(),
             shape: Shape {
@@ -445,6 +455,12 @@ impl Prepared {
         }
         let seconds = started.elapsed().as_secs_f64();
         let images_this_run = counts.images.load(Ordering::Relaxed);
+        let errors_this_run = counts.errors.load(Ordering::Relaxed);
+        let errors = if outcome == Ended::TooManyErrors {
+            self.errors_before() + errors_this_run
+        } else {
+            done.iter().map(|record| record.errors).sum()
+        };
         let report = Report {
             outcome,
             reason,
@@ -452,9 +468,10 @@ impl Prepared {
             share: format!("{index}/{of}"),
             model: &self.manifest.model,
             images: done.iter().map(|record| record.images).sum(),
-            errors: done.iter().map(|record| record.errors).sum(),
+            errors,
             parts: done.len(),
             images_this_run,
+            errors_this_run,
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),

@@ -1,11 +1,15 @@
 //! `imagegpt doctor`: whether this machine can serve, on what, and if not, what
 //! to install.
 //!
-//! Three steps: look (`machine`, `library`, `gpu`), judge (`judge`, which is told
-//! what was seen and touches nothing) and show (`report`). What is seen is only
-//! half of it, so the judge has each provider tried (`trial`), in a process of
-//! its own: a driver that takes its process with it must not take the report.
+//! Three steps: look (`machine`, `cache`, `library`, `gpu`), judge (`judge`, which
+//! is told what was seen and touches nothing) and show (`report`). What is seen is
+//! only half of it, so the judge has each provider tried (`trial`). Whatever calls
+//! a driver or loads a library does so in a process of its own, with a limit in
+//! time (`child`): a driver that takes its process with it, or never answers, must
+//! not take the report.
 
+mod cache;
+mod child;
 mod judge;
 mod library;
 mod machine;
@@ -14,16 +18,19 @@ mod trial;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 
-use self::judge::{Asked, Cache, Found};
+use self::cache::Cache;
+use self::judge::{Asked, Found, Seen};
 use self::library::{CudaProvider, Library};
 use self::machine::Machine;
 use crate::compile::{self, Source};
+use crate::config;
 use crate::engine::onnx::Provider;
-use crate::gpu::{Gpus, Monitor};
+use crate::gpu::Monitor;
 
 /// Check this machine.
 #[derive(Debug, Clone, Args)]
@@ -64,6 +71,17 @@ pub struct DoctorArgs {
     #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
 
+    /// How long ONNX Runtime's library, CUDA's and NVIDIA's driver may take to
+    /// answer, each. Raise it where many GPUs have to wake up
+    #[arg(
+        long,
+        env = "IMAGEGPT_LOOK_TIMEOUT",
+        default_value = "1min",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub look_timeout: Duration,
+
     /// A table for a person, or one JSON object
     #[arg(long, value_enum, default_value = "table")]
     pub format: Format,
@@ -72,6 +90,21 @@ pub struct DoctorArgs {
     /// starts itself by
     #[arg(long, hide = true, value_enum, value_name = "PROVIDER")]
     pub trial: Option<compile::Provider>,
+
+    /// Only look at this, and say in JSON what there is; as --trial
+    #[arg(long, hide = true, value_enum, value_name = "PART")]
+    pub look: Option<Part>,
+}
+
+/// What is looked at in a process of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// ONNX Runtime's library.
+    Library,
+    /// What its CUDA provider is linked with.
+    Cuda,
+    /// NVIDIA's driver, and NVML.
+    Gpus,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -100,9 +133,14 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
     }
     let id = args.device_id.first().copied().unwrap_or_default();
     if let Some(provider) = args.trial {
-        trial::answer(&trial::here(args, provider, id), out)?;
+        child::answer(&trial::here(args, provider, id), out)?;
         return Ok(Verdict::CanServe);
     }
+    if let Some(part) = args.look {
+        look_here(args, part, out)?;
+        return Ok(Verdict::CanServe);
+    }
+    config::check_devices(&args.device_id)?;
     let asked = Asked {
         provider: args.execution_provider,
         device_ids: args.device_id.clone(),
@@ -124,23 +162,43 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
 
 /// Sees all that the judge wants to know.
 fn look(args: &DoctorArgs) -> Found {
-    let library = Library::find(args.onnxruntime.as_deref());
+    let library = child::ask(args, &["--look", "library"], args.look_timeout);
+    let library = library.unwrap_or_else(|lost| Library::lost(args.onnxruntime.as_deref(), &lost));
     let mut found = Found {
         machine: Machine::read(Path::new("/")),
         cache: Cache::find(args.cache_dir.as_deref()),
         library,
         cuda: None,
-        gpus: Gpus::default(),
-        usage: Vec::new(),
+        gpus: Ok(Seen::default()),
         visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
     };
     if args.execution_provider == Provider::Cpu {
         return found;
     }
-    found.cuda = found.library.folder.as_deref().map(CudaProvider::find);
-    let monitor = Monitor::open();
-    let ids: Vec<i32> = monitor.gpus.devices.iter().map(|gpu| gpu.id).collect();
-    found.usage = monitor.usage(&ids);
-    found.gpus = monitor.gpus;
+    if found.library.folder.is_some() {
+        let cuda = child::ask(args, &["--look", "cuda"], args.look_timeout);
+        found.cuda = cuda.unwrap_or_else(|lost| Some(CudaProvider::lost(&lost)));
+    }
+    let gpus = child::ask(args, &["--look", "gpus"], args.look_timeout);
+    found.gpus = gpus.map_err(|lost| lost.to_string());
     found
+}
+
+/// Looks at one part in this process.
+fn look_here(args: &DoctorArgs, part: Part, out: &mut impl Write) -> anyhow::Result<()> {
+    let library = || Library::find(args.onnxruntime.as_deref());
+    match part {
+        Part::Library => child::answer(&library(), out),
+        Part::Cuda => {
+            let folder = library().folder;
+            child::answer(&folder.as_deref().map(CudaProvider::find), out)
+        }
+        Part::Gpus => {
+            let monitor = Monitor::open();
+            let ids: Vec<i32> = monitor.gpus.devices.iter().map(|gpu| gpu.id).collect();
+            let usage = monitor.usage(&ids);
+            let gpus = monitor.gpus;
+            child::answer(&Seen { gpus, usage }, out)
+        }
+    }
 }

@@ -68,6 +68,13 @@ impl Trouble {
             _ => Err(error),
         }
     }
+
+    fn of_folder(error: io::Error) -> io::Result<Self> {
+        Ok(match Self::of(error)? {
+            Self::Denied => Self::FolderDenied,
+            trouble => trouble,
+        })
+    }
 }
 
 /// Something below a folder.
@@ -108,6 +115,10 @@ pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<Found>> {
     let whole = std::fs::metadata(folder).and_then(|metadata| {
         walk.above.push(place(&metadata));
         walk.folder(folder)
+    });
+    let whole = whole.map_err(|error| match Trouble::of_folder(error) {
+        Ok(trouble) => anyhow::Error::new(trouble),
+        Err(error) => error.into(),
     });
     whole.with_context(|| format!("{} cannot be read", folder.display()))?;
     walk.found.sort_unstable_by(|a, b| a.path.cmp(&b.path));
@@ -160,10 +171,7 @@ impl Walk {
         self.above.pop();
         match read {
             Ok(()) => Ok(Ok(())),
-            Err(error) => Ok(Err(match Trouble::of(error)? {
-                Trouble::Denied => Trouble::FolderDenied,
-                trouble => trouble,
-            })),
+            Err(error) => Trouble::of_folder(error).map(Err),
         }
     }
 }

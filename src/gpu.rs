@@ -12,12 +12,12 @@ mod nvml;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::compile::checkpoint::hex;
 
 /// A GPU, or a part of one (MIG), that this process sees.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
     /// As --device-id counts.
     pub id: i32,
@@ -31,7 +31,7 @@ pub struct Gpu {
 
 /// How a GPU is at a moment. What it does not tell is `None`: a part of a GPU
 /// has no utilization, and one that shares the host's memory has none to fill.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
     pub memory: Option<MemoryUse>,
     /// Share of the last moments in which it was computing, 0 to 1.
@@ -39,7 +39,7 @@ pub struct Usage {
     pub power_watts: Option<f64>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryUse {
     /// By everybody who uses the GPU.
     pub used_bytes: u64,
@@ -47,8 +47,8 @@ pub struct MemoryUse {
 }
 
 /// Major and minor number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Version {
     pub major: i32,
     pub minor: i32,
@@ -77,7 +77,7 @@ impl From<Version> for String {
 }
 
 /// What was found.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpus {
     /// In the order that --device-id counts in.
     pub devices: Vec<Gpu>,
@@ -87,6 +87,19 @@ pub struct Gpus {
     pub cuda_version: Option<Version>,
     /// Why there are no devices.
     pub absent: Option<String>,
+}
+
+impl TryFrom<String> for Version {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = |part: &str| part.parse().ok();
+        let parts = text.split_once('.');
+        parts
+            .and_then(|(major, minor)| Some((number(major)?, number(minor)?)))
+            .map(|(major, minor)| Self { major, minor })
+            .ok_or_else(|| format!("{text} is no version"))
+    }
 }
 
 impl Gpus {

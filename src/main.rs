@@ -76,7 +76,8 @@ enum Command {
     ///
     /// Looks at CPU, memory, ONNX Runtime, the NVIDIA driver and CUDA's
     /// libraries, and runs a tiny model on each provider. Exit code 0 if a
-    /// worker can serve with what was asked for, 1 if not.
+    /// worker can serve with what was asked for, 1 if not, 2 if the flags are
+    /// wrong.
     Doctor(DoctorArgs),
 }
 

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::compile::checkpoint::hex;
 use crate::compile::graph::Kind;
+use crate::compile::source::ACCEPTED;
 use crate::compile::{self, Manifest, Precision, manifest};
 use crate::engine::Graph;
 use crate::job::{Layers, Norm, Want};
@@ -187,11 +188,12 @@ impl Model {
     /// When a needed file is missing or says something that cannot be served.
     pub fn open(dir: &Path, name: Option<&str>) -> Result<Self, ModelError> {
         if !dir.is_dir() {
-            return Err(ModelError::new(
-                dir,
-                "not a directory; --model takes a folder with model.onnx or \
-                 model_classification.onnx and preprocessor_config.json",
-            ));
+            let what = if dir.exists() {
+                "it is a file, and no folder"
+            } else {
+                "there is no such folder"
+            };
+            return Err(ModelError::new(dir, format!("{what}; {ACCEPTED}")));
         }
         let mut digest = Sha256::new();
         let compiled = Compiled::find(dir)?;
@@ -455,7 +457,10 @@ fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
     if graphs.is_empty() {
         return Err(ModelError::new(
             dir,
-            "has neither model.onnx nor model_classification.onnx, at the top or in model/ or onnx/",
+            format!(
+                "has neither weights nor graphs (model.onnx, model_classification.onnx, at the top \
+                 or in model/ or onnx/); {ACCEPTED}"
+            ),
         ));
     }
     Ok(graphs)

@@ -9,8 +9,9 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use font8x8::{BASIC_FONTS, UnicodeFonts as _};
-use image::{Rgb, RgbImage, imageops};
+use image::{ImageFormat, Rgb, RgbImage, imageops};
 
+use crate::commands::{check_output, complain};
 use crate::files::{self, Found, printable};
 use crate::pb;
 use crate::preprocess::decode::decode;
@@ -98,13 +99,17 @@ impl Class {
     }
 }
 
-/// Runs the command, with its table going to `out`.
+/// Runs the command, with its table going to `out` and what is left out to
+/// standard error.
 ///
 /// # Errors
 ///
 /// When the folder or the worker cannot be read, or the picture not written.
 pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<()> {
-    let paths = sample(images(config, out)?, config.images_max.into());
+    if let Some(path) = &config.picture {
+        check_output("--picture", path)?;
+    }
+    let paths = sample(images(config)?, config.images_max.into());
     anyhow::ensure!(
         paths.len() >= 2,
         "{} has {} images; neighbors need at least 2",
@@ -121,7 +126,7 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
     if !model.notice.is_empty() {
         writeln!(out, "notice: {}", model.notice)?;
     }
-    let items = embed(config, &mut client, &model, &paths, out).await?;
+    let items = embed(config, &mut client, &model, &paths).await?;
     let nearest: Vec<Vec<(usize, f32)>> = (0..items.len())
         .map(|idx| nearest(&items, idx, config.neighbors.into()))
         .collect();
@@ -129,7 +134,7 @@ pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Resu
     share_right(&items, out)?;
     if let Some(path) = &config.picture {
         picture(&items, &nearest, &model)
-            .save(path)
+            .save_with_format(path, ImageFormat::Png)
             .with_context(|| format!("--picture {} cannot be written", path.display()))?;
         writeln!(
             out,
@@ -223,14 +228,13 @@ pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<Found>> {
 }
 
 /// The images of a folder; what cannot be read is a line for the person.
-fn images(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<Vec<PathBuf>> {
+fn images(config: &NeighborsConfig) -> anyhow::Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for found in find_images(&config.folder)? {
         match found.file {
             Ok(_) => paths.push(found.path),
             Err(trouble) => {
-                let name = found.path.to_string_lossy();
-                writeln!(out, "{}: left out: {trouble}", printable(&name))?;
+                complain(&format!("{}: left out: {trouble}", found.path.display()));
             }
         }
     }
@@ -251,7 +255,6 @@ async fn embed(
     client: &mut Client,
     model: &pb::GetModelResponse,
     paths: &[PathBuf],
-    out: &mut impl Write,
 ) -> anyhow::Result<Vec<Item>> {
     let preprocess = pb::Preprocess {
         alpha: if config.white {
@@ -311,7 +314,7 @@ async fn embed(
                     }),
                 }),
                 (Err(reason), ..) | (_, Err(reason), _) | (.., Err(reason)) => {
-                    writeln!(out, "{name}: left out: {reason}")?;
+                    complain(&format!("{}: left out: {reason}", path.display()));
                 }
             }
         }

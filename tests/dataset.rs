@@ -135,13 +135,15 @@ fn get(addr: SocketAddr, path: &str) -> String {
 /// `imagegpt embed INPUT --output OUTPUT`, against these workers.
 fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
     let urls: Vec<String> = workers.iter().map(Worker::url).collect();
+    let urls = urls.join(",");
+    let endpoints = ["--endpoint", &urls];
     let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
     command
         .args(["embed", "--part-items", "100"])
         .arg(input)
         .arg("--output")
         .arg(output)
-        .args(["--endpoint", &urls.join(",")])
+        .args(&endpoints[..if workers.is_empty() { 0 } else { 2 }])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
@@ -607,6 +609,130 @@ fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
     assert_eq!(ended.expect("a run").status.code(), Some(REFUSED));
 }
 
+/// A server of images that answers what the first part of a path says, with 503
+/// the first time for those of `/later`.
+fn web() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let addr = listener.local_addr().expect("its address");
+    let serve = move || {
+        let mut seen = BTreeSet::new();
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut request = [0; 4096];
+            let n = stream.read(&mut request).expect("a request");
+            let request = String::from_utf8_lossy(&request[..n]);
+            let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+            let is_new = seen.insert(path.clone());
+            let status = match path.split('/').nth(1).unwrap_or_default() {
+                "later" if is_new => "503 Busy",
+                "good" | "later" => "200 OK",
+                code => code,
+            };
+            let content = match status {
+                "200 OK" => image(1),
+                _ => Vec::new(),
+            };
+            let head = format!(
+                "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                content.len()
+            );
+            let answer = [head.as_bytes(), &content].concat();
+            std::io::Write::write_all(&mut stream, &answer).expect("a reader");
+        }
+    };
+    std::thread::Builder::new().spawn(serve).expect("a thread");
+    addr
+}
+
+#[test]
+fn an_address_is_an_error_of_its_own_and_a_busy_server_is_asked_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let workers = [Worker::start("0s")];
+    let (web, nobody) = (web(), {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.local_addr().expect("its address")
+    });
+    let lines = [
+        format!("http://{web}/good/1.png?size=large"),
+        format!("http://{web}/400/1.png"),
+        format!("http://{web}/410/1.png"),
+        format!("http://{web}/500/1.png"),
+        format!("http://{web}/later/1.png"),
+        format!("http://{nobody}/1.png"),
+        "http://nowhere.invalid/1.png".to_owned(),
+    ];
+    let list = dir.path().join("list.txt");
+    let mut text = lines.join("\n").into_bytes();
+    text.extend(b"\nhttp://\xff/1.png\n");
+    std::fs::write(&list, text).expect("a list");
+    let output = dir.path().join("output");
+    let summary = done(embed(&list, &output, &workers).args(["--url-patience", "2s"]));
+    assert_eq!(
+        (&summary["images"], &summary["errors"]),
+        (&8.into(), &6.into())
+    );
+    let read: Vec<String> = rows(&output).into_keys().collect();
+    assert_eq!(read, [lines[0].clone(), lines[4].clone()]);
+    let codes: BTreeMap<String, String> = error_lines(&output).into_iter().collect();
+    let code = |line: &str| codes[line].as_str();
+    assert_eq!(code(&lines[1]), "FAILED_PRECONDITION");
+    assert_eq!(code(&lines[2]), "NOT_FOUND");
+    assert_eq!(code(&lines[3]), "UNAVAILABLE");
+    assert_eq!(code(&lines[5]), "UNAVAILABLE");
+    // Where there is no name server it may be there the next time.
+    assert!(["NOT_FOUND", "UNAVAILABLE"].contains(&code(&lines[6])));
+    assert_eq!(code("http://\u{fffd}/1.png"), "INVALID_ARGUMENT");
+    // They count as other errors do.
+    let few = dir.path().join("few");
+    let flags = ["--url-patience", "100ms", "--max-errors", "5"];
+    let ended = embed(&list, &few, &workers).args(flags).output();
+    let ended = ended.expect("a run");
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
+}
+
+/// Somebody who may not read what this test makes; root may read anything.
+fn as_nobody(command: &mut Command) -> &mut Command {
+    use std::os::unix::fs::MetadataExt as _;
+    use std::os::unix::process::CommandExt as _;
+
+    const NOBODY: u32 = 65534;
+    let own = std::fs::metadata("/proc/self").expect("this process");
+    if own.uid() == 0 {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command
+}
+
+#[test]
+fn inputs_that_can_never_be_read_end_with_exit_code_2() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let mode = |path: &Path, mode| {
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(path, mode).expect("permissions");
+    };
+    mode(dir.path(), 0o777);
+    let input = tree(dir.path(), 2);
+    mode(&input, 0);
+    let endpoint = ["--endpoint", "http://127.0.0.1:1", "--give-up-after", "1s"];
+    let run = |input: &Path, expected: &str| {
+        let mut command = embed(input, &dir.path().join("output"), &[]);
+        let ended = as_nobody(command.args(endpoint)).output().expect("a run");
+        assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+        assert!(said(&ended).contains(expected), "{}", said(&ended));
+    };
+    run(&input, "it is a folder that may not be read");
+    run(&input.join("00001.png"), "it may not be read");
+    run(Path::new(""), "'' is no path");
+    mode(&input, 0o700);
+}
+
 #[test]
 fn an_output_that_cannot_be_written_is_told_before_any_work() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -690,6 +816,9 @@ fn too_many_errors_are_all_to_be_read() {
         said(&ended)
     );
     assert!(said(&ended).contains("at last 00"), "{}", said(&ended));
+    let summary: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
+    assert_eq!(summary["errors"], error_lines(&output).len(), "{summary}");
+    assert_eq!(summary["errors_this_run"], summary["errors"], "{summary}");
     let ids: BTreeSet<String> = error_lines(&output).into_iter().map(|(id, _)| id).collect();
     assert!(ids.len() >= 2, "{ids:?}");
     let known: BTreeSet<String> = [42, 142, 242].map(|n| format!("{}.png", id(n))).into();

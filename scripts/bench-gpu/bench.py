@@ -19,27 +19,16 @@ import urllib.request
 from pathlib import Path
 
 import report
+import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def setting(name: str, default: str) -> str:
-    return os.environ.get(name) or default
-
-
-PROGRAM = setting("IMAGEGPT", str(ROOT / "target/release/imagegpt"))
-OUT = Path(setting("OUT", str(ROOT / "target/bench-gpu")))
-PROVIDER = setting("PROVIDER", "cuda")
-SHAPES = setting("SHAPES", "small medium large").split()
-PRECISIONS = setting("PRECISIONS", "fp32 fp16 bf16" if PROVIDER == "cuda" else "fp32").split()
-STEPS = setting("STEPS", "engine grpc latency generate cores graphs soak torch").split()
-BUDGET = float(setting("BUDGET", "600"))
-SOAK = float(setting("SOAK", str(min(300.0, BUDGET / 4))))
-BATCHES = setting("BATCHES", "1,2,4,8,16,32,64")
-SLOTS = int(setting("SLOTS", "256"))
-CACHE = setting("CACHE", "24GiB")
-IMAGES = setting("IMAGES", str(ROOT / "models/pictures"))
-SERVE_FLAGS = os.environ.get("SERVE_FLAGS", "").split()
+try:
+    SET = settings.read(os.environ)
+except settings.Wrong as wrong:
+    print(f"bench-gpu: {wrong}", file=sys.stderr)
+    sys.exit(2)
 
 # Parts of the time that is left, against each other.
 WEIGHTS = {"compile": 1, "engine": 3, "grpc": 3, "generate": 2, "cores": 2, "graphs": 1, "torch": 3}
@@ -49,14 +38,21 @@ LEAST = 3.0
 GRACE = 20.0
 POSITIONS = 1024
 START = time.monotonic()
+CORES = len(os.sched_getaffinity(0))
+# Of the last minute, before anything of ours runs.
+LOAD = os.getloadavg()[0]
 
 
 def left() -> float:
-    return BUDGET - (time.monotonic() - START)
+    return SET.budget - (time.monotonic() - START)
 
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+
+
+def sizes(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 class StepFailed(Exception):
@@ -87,7 +83,7 @@ def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = F
 def imagegpt_json(log, *arguments: str) -> dict:
     """Runs `imagegpt bench` and returns its numbers."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        run(log, PROGRAM, "bench", *arguments, "--json", file.name)
+        run(log, SET.program, "bench", *arguments, "--json", file.name)
         try:
             return json.loads(Path(file.name).read_text())
         except ValueError:
@@ -107,9 +103,9 @@ class Worker:
         self.port, self.metrics_port = free_port(), free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         command = [
-            PROGRAM, "serve", "--model", str(model), "--execution-provider", PROVIDER,
+            SET.program, "serve", "--model", str(model), "--execution-provider", SET.provider,
             "--listen", f"127.0.0.1:{self.port}",
-            "--metrics-listen", f"127.0.0.1:{self.metrics_port}", *flags, *SERVE_FLAGS,
+            "--metrics-listen", f"127.0.0.1:{self.metrics_port}", *flags, *SET.serve_flags,
         ]  # fmt: skip
         print("$ " + " ".join(command), file=log, flush=True)
         self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
@@ -183,8 +179,6 @@ class Bench:
     def __init__(self, work: Path, log):
         self.work, self.log = work, log
         self.facts, self.results, self.missing = self.read_facts(), [], []
-        help_text = run(log, PROGRAM, "serve", "--help", seconds=60)
-        self.has_cuda_graphs = "--cuda-graphs" in help_text
 
     def read_facts(self) -> dict:
         def first_line(*command: str) -> str | None:
@@ -199,16 +193,14 @@ class Bench:
         gpu = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
         return {
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "gpu": first_line(*gpu) if PROVIDER == "cuda" else None,
+            "gpu": first_line(*gpu) if SET.provider == "cuda" else None,
             "cpu": cpu[0] if cpu else "unknown",
-            "cores": os.cpu_count(),
-            "program": first_line(PROGRAM, "--version"),
+            "cores": CORES,
+            "load": LOAD,
+            "program": first_line(SET.program, "--version"),
             "commit": first_line("git", "rev-parse", "HEAD"),
             "command": "scripts/bench-gpu.sh",
-            "settings": {
-                name: globals()[name]
-                for name in ("PROVIDER", "SHAPES", "PRECISIONS", "STEPS", "BUDGET", "SOAK")
-            } | {"BATCHES": BATCHES, "SLOTS": SLOTS, "CACHE": CACHE, "IMAGES": IMAGES, "SERVE_FLAGS": SERVE_FLAGS},
+            "settings": SET.named(),
         }
 
     def model(self, shape: str, precision: str) -> Path:
@@ -221,38 +213,38 @@ class Bench:
         output = self.model(shape, precision)
         if not output.exists():
             run(
-                self.log, PROGRAM, "compile", f"random:{shape}", "--output", str(output),
-                "--precision", precision, "--provider", PROVIDER,
+                self.log, SET.program, "compile", f"random:{shape}", "--output", str(output),
+                "--precision", precision, "--provider", SET.provider,
             )  # fmt: skip
         return json.loads((output / "imagegpt.json").read_text())
 
     def engine(self, shape: str, precision: str, seconds: float) -> dict:
-        arguments = ["--batch-sizes", BATCHES, "--generate-slots", str(SLOTS)]
+        arguments = ["--batch-sizes", sizes(SET.batches), "--generate-slots", str(SET.slots)]
         reference = self.model(shape, "fp32")
         if precision != "fp32" and reference.exists():
             arguments += ["--reference", str(reference)]
-        n_sizes = 4 * len(BATCHES.split(",")) + 3 * SLOTS.bit_length()
+        n_sizes = 4 * len(SET.batches) + 3 * SET.slots.bit_length()
         return self.bare(shape, precision, 0.6 * seconds / n_sizes, *arguments)
 
     def bare(self, shape: str, precision: str, each: float, *arguments: str) -> dict:
         """`imagegpt bench engine` with so many seconds for each graph and size."""
-        serve = ["--generate-cache-bytes", CACHE, *SERVE_FLAGS]
+        serve = ["--generate-cache-bytes", SET.cache, *SET.serve_flags]
         serve += [flag for flag in arguments if flag.startswith("--cuda-graphs")]
         arguments = [flag for flag in arguments if not flag.startswith("--cuda-graphs")]
         return imagegpt_json(
             self.log, "engine", "--model", str(self.model(shape, precision)),
-            "--execution-provider", PROVIDER, "--rounds", "5",
+            "--execution-provider", SET.provider, "--rounds", "5",
             "--seconds", f"{max(1, round(1000 * each))}ms", "--serve", " ".join(serve), *arguments,
         )  # fmt: skip
 
     def worker(self, shape: str, precision: str, *flags: str) -> Worker:
-        batches = ("--batch-sizes", BATCHES, "--max-batch-size", BATCHES.split(",")[-1])
+        batches = ("--batch-sizes", sizes(SET.batches), "--max-batch-size", str(SET.batches[-1]))
         return Worker(self.log, self.model(shape, precision), *batches, *flags)
 
     def grpc(self, shape: str, precision: str, seconds: float) -> dict:
         """Saturation, and with `latency` open loops at parts of it."""
-        modes = ["load", "--of-saturation", "50,80,95"] if "latency" in STEPS else ["saturate"]
-        each = 0.8 * seconds / (4 if "latency" in STEPS else 1)
+        modes = ["load", "--of-saturation", "50,80,95"] if "latency" in SET.steps else ["saturate"]
+        each = 0.8 * seconds / (4 if "latency" in SET.steps else 1)
         with self.worker(shape, precision, "--generate-slots", "0") as worker:
             return self.load(worker, each, *modes)
 
@@ -266,18 +258,18 @@ class Bench:
     def generate(self, shape: str, precision: str, seconds: float) -> list:
         """Whole images through gRPC, as many at one time as there are."""
         flags = (
-            "--generate-slots", str(SLOTS), "--generate-cache-bytes", CACHE,
-            "--samples-in-flight-max", str(max(SLOTS, 128)),
+            "--generate-slots", str(SET.slots), "--generate-cache-bytes", SET.cache,
+            "--samples-in-flight-max", str(max(SET.slots, 128)),
         )  # fmt: skip
         rows, until = [], time.monotonic() + seconds
         with self.worker(shape, precision, *flags) as worker:
             sheet = str(self.work / "sheet.png")
             n = 1
             # The next one takes longer than the last did.
-            while n <= SLOTS and (not rows or time.monotonic() + rows[-1]["seconds"] < until):
+            while n <= SET.slots and (not rows or time.monotonic() + rows[-1]["seconds"] < until):
                 started = time.monotonic()
                 run(
-                    self.log, PROGRAM, "generate", "--endpoint", worker.endpoint, "--json",
+                    self.log, SET.program, "generate", "--endpoint", worker.endpoint, "--json",
                     "--samples", str(n), "--seed", "1", "--output", sheet,
                 )  # fmt: skip
                 took = time.monotonic() - started
@@ -287,22 +279,22 @@ class Bench:
 
     def cores(self, shape: str, precision: str, seconds: float) -> list:
         """Encoded images at saturation, by the threads that decode them."""
-        counts = [n for n in (1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]
+        counts = [n for n in (1, 2, 4, 8, 16) if n <= CORES]
         rows = []
         for n in counts:
             flags = ("--generate-slots", "0", "--preprocess-threads", str(n))
             with self.worker(shape, precision, *flags) as worker:
                 each = 0.6 * seconds / len(counts)
-                said = self.load(worker, each, "saturate", "--images", IMAGES)
+                said = self.load(worker, each, "saturate", "--images", SET.images)
             phase = said["measurements"][0]
             cores = (phase["server"] or {}).get("cores")
             rows.append({"threads": n, "images_per_second": phase["images_per_second"], "cores": cores})
         return rows
 
     def graphs(self, shape: str, precision: str, seconds: float) -> dict:
-        """CUDA graphs at the sizes where launches cost most."""
-        if not self.has_cuda_graphs or PROVIDER != "cuda":
-            raise StepFailed("imagegpt serve has no --cuda-graphs, or this is no GPU")
+        """With CUDA graphs and without, at the sizes where launches cost most."""
+        if SET.provider != "cuda":
+            raise StepFailed("CUDA graphs are a GPU's, and PROVIDER is cpu")
         rows = {}
         for mode in ("auto", "off"):
             rows[mode] = self.bare(
@@ -328,26 +320,26 @@ class Bench:
             run(self.log, sys.executable, "-c", "import torch", seconds=120)
         except StepFailed:
             raise StepFailed("python3 has no torch") from None
-        batches = BATCHES.split(",")
-        sizes = ",".join(sorted({batches[0], batches[len(batches) // 2], batches[-1]}, key=int))
+        asked = SET.batches
+        few = sizes(sorted({asked[0], asked[len(asked) // 2], asked[-1]}))
         ours = lambda: self.bare(  # noqa: E731
             shape, precision, 0.04 * seconds,
-            "--graphs", "features,hidden", "--batch-sizes", sizes, "--generate-slots", "0",
+            "--graphs", "features,hidden", "--batch-sizes", few, "--generate-slots", "0",
         )  # fmt: skip
         before = ours()
         script = str(Path(__file__).parent / "torch_imagegpt.py")
-        device = "cuda" if PROVIDER == "cuda" else "cpu"
+        device = "cuda" if SET.provider == "cuda" else "cpu"
         theirs = run(
-            self.log, sys.executable, script, shape, precision, device, sizes, str(0.4 * seconds),
+            self.log, sys.executable, script, shape, precision, device, few, str(0.4 * seconds),
             seconds=max(seconds, 30.0), is_partial=True,
         )  # fmt: skip
         return {"ours": [before, ours()], "torch": json.loads(theirs.splitlines()[-1])}
 
     def plan(self) -> list:
         """Steps in the order of what is worth most if time runs out."""
-        asked, plan = set(STEPS), []
-        for shape in SHAPES:
-            for precision in PRECISIONS:
+        asked, plan = set(SET.steps), []
+        for shape in SET.shapes:
+            for precision in SET.precisions:
                 plan.append(("compile", shape, precision))
                 for step in ("engine", "grpc", "generate"):
                     if step in asked or (step == "grpc" and "latency" in asked):
@@ -356,19 +348,18 @@ class Bench:
             # differs little between shapes in the first, which answers the most images.
             for step in ("cores", "graphs", "soak", "torch"):
                 is_once = step in ("cores", "soak")
-                is_possible = step != "graphs" or self.has_cuda_graphs
-                if step in asked and is_possible and (not is_once or shape == SHAPES[0]):
-                    plan.append((step, shape, PRECISIONS[-1]))
+                if step in asked and (not is_once or shape == SET.shapes[0]):
+                    plan.append((step, shape, SET.precisions[-1]))
         return plan
 
     def all(self) -> None:
         plan = self.plan()
         for idx, (step, shape, precision) in enumerate(plan):
             later = [name for name, _, _ in plan[idx:]]
-            reserved = SOAK * later.count("soak")
+            reserved = SET.soak * later.count("soak")
             weights = sum(WEIGHTS.get(name, 0) for name in later)
             if step == "soak":
-                seconds = min(SOAK, left() - GRACE)
+                seconds = min(SET.soak, left() - GRACE)
             else:
                 seconds = (left() - reserved) * WEIGHTS[step] / weights
             what = f"{step} {shape} {precision}"
@@ -376,7 +367,7 @@ class Bench:
             if step != "compile" and not self.model(shape, precision).exists():
                 continue
             if seconds < LEAST:
-                self.missing.append(f"{what}: no time was left of BUDGET={BUDGET:.0f}")
+                self.missing.append(f"{what}: no time was left of BUDGET={SET.budget:.0f}")
                 say(self.missing[-1])
                 continue
             say(f"{what}: {seconds:.0f} s")
@@ -393,29 +384,26 @@ class Bench:
 
     def write(self) -> None:
         everything = {"facts": self.facts, "results": self.results, "missing": self.missing}
-        (OUT / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
-        (OUT / "bench-gpu.md").write_text(report.markdown(everything))
+        (SET.out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+        (SET.out / "bench-gpu.md").write_text(report.markdown(everything))
 
 
 def main() -> None:
-    if not shutil.which(PROGRAM):
-        sys.exit(f"bench-gpu: there is no program {PROGRAM}; run `make build` or set IMAGEGPT")
-    OUT.mkdir(parents=True, exist_ok=True)
-    kept = os.environ.get("WORK")
-    work = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="bench-gpu-"))
-    work.mkdir(parents=True, exist_ok=True)
+    if report.is_loaded(LOAD, CORES):
+        say(report.loaded(LOAD, CORES))
+    work = SET.work or Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     try:
-        with open(OUT / "log.txt", "w") as log:
+        with open(SET.out / "log.txt", "w") as log:
             bench = Bench(work, log)
             try:
                 bench.all()
             finally:
                 bench.write()
     finally:
-        if not kept:
+        if not SET.work:
             shutil.rmtree(work, ignore_errors=True)
     say("wrote")
-    print(OUT / "bench-gpu.md")
+    print(SET.out / "bench-gpu.md")
     if not any(result["step"] != "compile" for result in bench.results):
         sys.exit("bench-gpu: nothing was measured; see log.txt")
 

@@ -29,6 +29,17 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
 
 
+def is_loaded(load: float, n_cores: int) -> bool:
+    return load > n_cores / 2
+
+
+def loaded(load: float, n_cores: int) -> str:
+    return (
+        f"The machine was busy when this began (load average {load:.1f} on {n_cores} cores): what the "
+        "CPU does, such as launching kernels, may be slower here than it is"
+    )
+
+
 class Results:
     def __init__(self, everything: dict):
         self.all = everything["results"]
@@ -192,8 +203,11 @@ def generate(results: Results) -> list[str]:
 
 
 def graphs(results: Results) -> list[str]:
-    rows = []
+    rows, without = [], []
     for shape, precision, found in results.of("graphs"):
+        # `auto` goes without where it has to; its gain is then chance.
+        if reason := found["auto"]["model"]["fallbacks"].get("cuda_graphs"):
+            without.append(f"{shape} {precision} could not be captured ({reason}); both columns are runs without.")
         pairs = zip(found["auto"]["findings"]["graphs"], found["off"]["findings"]["graphs"])
         for auto, off in pairs:
             rows.append(
@@ -206,8 +220,17 @@ def graphs(results: Results) -> list[str]:
                     f"{off['median_ms'] / auto['median_ms']:.2f} ×",
                 ]
             )
-    header = ["model", "graph", "batch", "auto ms", "off ms", "gain"]
-    return ["## CUDA graphs", "", *table(header, rows)]
+    header = ["model", "graph", "batch", "captured ms", "kernel by kernel ms", "gain"]
+    return [
+        "## CUDA graphs",
+        "",
+        "Medians of the bare engine with `--cuda-graphs auto`, where a run of a batch size is captured "
+        "while the engine warms up and then launched as one, and with `off`, where its kernels are "
+        "launched one by one. Small batches only: there launches are most of a run.",
+        "",
+        *[line for reason in without for line in (reason, "")],
+        *table(header, rows),
+    ]
 
 
 def nearness(results: Results) -> list[str]:
@@ -227,6 +250,7 @@ def soak(results: Results) -> list[str]:
         findings = said["findings"]
         broken = said["broken"]
         rss = [(findings.get(name) or {}).get("rss_kib") for name in SERVER]
+        slope = findings.get("rss_slope_kib_per_minute")
         # A quarter in, what is taken once has been taken.
         settled = gpu[len(gpu) // 4 :]
         mebibytes = [f"{value / 2**20:,.0f}" for value in (settled[:1] + settled[-1:])]
@@ -237,12 +261,20 @@ def soak(results: Results) -> list[str]:
                 str(findings["ledger"]["verified"]),
                 "; ".join(broken) if broken else "nothing",
                 " → ".join("–" if kib is None else f"{kib / 1024:,.0f}" for kib in rss),
-                short(findings.get("rss_slope_kib_per_minute")),
+                # The soak says none of readings that span less than a minute.
+                short(slope) if slope is not None else "too short",
                 " → ".join(mebibytes) + f" (most {max(gpu) / 2**20:,.0f})" if gpu else "–",
             ]
         )
     header = ["model", "s", "answers verified", "broke", "RSS MiB", "KiB/min", "GPU MiB"]
-    return ["## Soak", "", *table(header, rows)]
+    return [
+        "## Soak",
+        "",
+        "RSS and the GPU's memory from a quarter of the time to its end. Growth a minute is not said of "
+        "readings that span less than one (`SOAK` under 90).",
+        "",
+        *table(header, rows),
+    ]
 
 
 SERVER = ("server_after_warm_up", "server_at_the_end")
@@ -294,12 +326,13 @@ def markdown(everything: dict) -> str:
         f'{name}="{" ".join(value) if isinstance(value, list) else value}"'
         for name, value in facts["settings"].items()
     )
-    device = facts["gpu"] or "no GPU"
+    device, load, n_cores = facts["gpu"] or "no GPU", facts["load"], facts["cores"]
     lines = [
         "# GPU measurements" if facts["gpu"] else "# Measurements on a CPU",
         "",
         f"- {facts['date']}, {facts['program']}, commit {facts['commit'] or 'unknown'}",
-        f"- {device}; {facts['cpu']}, {facts['cores']} cores",
+        f"- {device}; {facts['cpu']}, {n_cores} cores",
+        *([f"- **{loaded(load, n_cores)}**"] if is_loaded(load, n_cores) else []),
         f"- `{settings} {facts['command']}`",
         "- Weights are random (`random:small` and the like): speed follows from the shape; answers "
         "mean nothing.",

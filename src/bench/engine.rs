@@ -10,6 +10,7 @@ mod flop;
 mod nearness;
 mod report;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -173,6 +174,9 @@ fn model_row(loaded: &Loaded) -> serde_json::Value {
     );
     add("provider", json!(facts.provider));
     add("onnxruntime_version", json!(facts.runtime_version));
+    let fallbacks = facts.fallbacks.iter();
+    let fallbacks = fallbacks.map(|one| (one.kind.label(), &one.reason));
+    add("fallbacks", json!(fallbacks.collect::<BTreeMap<_, _>>()));
     add("load_seconds", json!(loaded.elapsed.as_secs_f64()));
     row.into()
 }

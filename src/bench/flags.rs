@@ -276,8 +276,8 @@ pub struct SoakArgs {
     pub streams: u16,
 
     /// Growth of the worker's memory that counts as broken, in KiB a minute
-    /// after the first quarter of the time; needs --pid [default: it is only
-    /// reported]
+    /// after the first quarter of the time; needs --pid and a --duration of 90s
+    /// or more [default: it is only reported]
     #[arg(long, value_name = "KIB", value_parser = rate)]
     pub rss_slope_max: Option<f64>,
 }
@@ -314,6 +314,8 @@ pub struct KneeArgs {
 }
 
 const DAY: Duration = Duration::from_hours(24);
+/// The quarter that warms up, and then a minute of readings and some to spare.
+const SLOPE_SOAK_MIN: Duration = Duration::from_secs(90);
 
 pub(super) fn time(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
@@ -364,6 +366,14 @@ impl Flags {
             self.task == Method::Embed || !matches!(mode, Mode::Soak(_)),
             "soak verifies embeddings; drop --task"
         );
+        if let Mode::Soak(args) = mode {
+            anyhow::ensure!(
+                args.rss_slope_max.is_none() || self.duration >= SLOPE_SOAK_MIN,
+                "--rss-slope-max: growth a minute is not to be had in so short a --duration; it \
+                 must be {} or more",
+                humantime::format_duration(SLOPE_SOAK_MIN)
+            );
+        }
         if let Mode::Knee(args) = mode {
             anyhow::ensure!(
                 args.serve.is_none() || self.pids.is_empty(),
@@ -411,6 +421,9 @@ mod tests {
         );
         check(&["load", "--rate", "5,7"], Ok("rate: [5.0, 7.0]"));
         check(&["load", "--endpoint", "a,b"], Ok("[\"a\", \"b\"]"));
+        let slope = ["soak", "--rss-slope-max", "9", "--duration"];
+        check(&[&slope[..], &["89s"]].concat(), Err("--rss-slope-max: "));
+        check(&[&slope[..], &["90s"]].concat(), Ok("Soak"));
         check(&["load"], Ok("of_saturation: [50.0, 80.0, 95.0]"));
         check(
             &["load", "--rate", "5", "--of-saturation", "50"],

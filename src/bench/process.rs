@@ -1,7 +1,7 @@
 //! What the worker's processes use, from /proc.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -87,9 +87,18 @@ pub(super) fn slope(points: &[(f64, f64)]) -> Option<f64> {
     (squares > 0.0).then(|| products / squares)
 }
 
-/// KiB a minute that memory grows by, from `since` on.
+/// Readings over less time say what an allocator did at the moment, and nothing
+/// of a minute.
+pub(super) const SLOPE_TIME_MIN: Duration = Duration::from_mins(1);
+
+/// KiB a minute that memory grows by, from `since` on; `None` if the readings
+/// span less than [`SLOPE_TIME_MIN`].
 #[must_use]
 pub(super) fn rss_slope(samples: &[Usage], since: Instant) -> Option<f64> {
+    let last = samples.last()?.at;
+    if last.saturating_duration_since(since) < SLOPE_TIME_MIN {
+        return None;
+    }
     let points: Vec<(f64, f64)> = samples
         .iter()
         .filter(|usage| usage.at >= since)
@@ -118,6 +127,26 @@ mod tests {
         check(&[(0.0, 100.0), (1.0, 130.0), (2.0, 160.0)], Some(30.0));
         // Noise that is the same on both sides does not tilt the line.
         check(&[(0.0, 1.0), (0.0, 3.0), (2.0, 5.0), (2.0, 7.0)], Some(2.0));
+    }
+
+    #[test]
+    fn growth_a_minute_needs_a_minute() {
+        let began = Instant::now();
+        let grown = |seconds: u64| -> Vec<Usage> {
+            let at = |second| Usage {
+                at: began + Duration::from_secs(second),
+                cpu_seconds: 0.0,
+                rss_kib: 1000 + 2 * second,
+                threads: 1,
+                file_descriptors: None,
+            };
+            (0..=seconds).map(at).collect()
+        };
+        let warm = began + Duration::from_secs(20);
+        assert_eq!(rss_slope(&grown(79), warm), None);
+        let slope = rss_slope(&grown(80), warm).unwrap();
+        assert!((slope - 120.0).abs() < 1e-6, "{slope}");
+        assert_eq!(rss_slope(&[], warm), None);
     }
 
     #[test]

@@ -214,10 +214,13 @@ fn judge_growth(
         files.map_or_else(|| "?".to_owned(), |count| count.to_string())
     };
     findings.line(format!(
-        "worker: memory {} to {} KiB, slope {} KiB/min; threads {} to {}; files {} to {}",
+        "worker: memory {} to {} KiB, {}; threads {} to {}; files {} to {}",
         first.rss_kib,
         last.rss_kib,
-        slope.map_or_else(|| "?".to_owned(), |slope| format!("{slope:.1}")),
+        slope.map_or_else(
+            || "under a minute of readings, too short for a slope".to_owned(),
+            |slope| format!("slope {slope:.1} KiB/min")
+        ),
         first.threads,
         last.threads,
         files(first),

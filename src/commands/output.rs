@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::files::printable;
 
 /// A line for the person, whatever names and reasons are in it.
-pub(super) fn complain(text: &str) {
+pub(crate) fn complain(text: &str) {
     // Without standard error there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "imagegpt: {}", printable(text));
 }
@@ -77,9 +77,31 @@ impl Folder {
     }
 }
 
+/// Checks that the file that `flag` names can be written, before there is
+/// anything to write.
+///
+/// # Errors
+///
+/// When it cannot.
+pub(crate) fn check(flag: &str, path: &Path) -> anyhow::Result<()> {
+    let checked = if path.is_dir() {
+        Err(anyhow::anyhow!("it is a folder"))
+    } else {
+        probe(&part(path)).map_err(Into::into)
+    };
+    checked.with_context(|| format!("{flag} {} cannot be written", path.display()))
+}
+
+/// Where a file is while it is written.
+pub(super) fn part(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    part.into()
+}
+
 /// Makes the file and removes it again, so that what cannot be written is told
 /// before there is something to write.
-pub(super) fn probe(path: &Path) -> std::io::Result<()> {
+fn probe(path: &Path) -> std::io::Result<()> {
     std::fs::File::create(path)?;
     std::fs::remove_file(path)
 }

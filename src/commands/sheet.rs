@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context as _;
 
-use super::output::probe;
+use super::output::{check, part};
 
 /// Between pictures, and around all, in pixels of the model.
 const GAP: usize = 2;
@@ -42,13 +42,10 @@ impl Sheet<'_> {
         side: usize,
         scale: usize,
     ) -> anyhow::Result<()> {
-        let checked = extent(n_columns, side, scale)
+        extent(n_columns, side, scale)
             .and_then(|_| extent(n_rows, side, scale))
-            .and_then(|_| {
-                anyhow::ensure!(!path.is_dir(), "it is a folder");
-                Ok(probe(&part(path))?)
-            });
-        checked.with_context(|| format!("--output {} cannot be written", path.display()))
+            .with_context(|| format!("--output {} cannot be written", path.display()))?;
+        check("--output", path)
     }
 
     /// Writes the file, whole or not at all.
@@ -124,13 +121,6 @@ impl Sheet<'_> {
             None => UNKNOWN,
         }
     }
-}
-
-/// Where a sheet is while it is written.
-fn part(path: &Path) -> PathBuf {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    part.into()
 }
 
 /// Pixels of the file that `n` pictures take, with their gaps.

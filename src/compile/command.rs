@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Source, Step, Task, compile,
+    manifest,
 };
 use crate::engine::onnx;
 
@@ -101,7 +102,20 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
 ///
 /// When the directory is not a whole compiled one.
 pub fn inspect(args: &InspectArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    Ok(show(&Manifest::read(&args.folder)?, out)?)
+    let folder = &args.folder;
+    if !folder.join(manifest::FILE).is_file() {
+        let text = folder.to_string_lossy();
+        let what = match Source::parse(&text, None) {
+            Source::Folder(_) if !folder.exists() => "there is no such folder".to_owned(),
+            Source::Folder(_) => format!("it has no {}", manifest::FILE),
+            Source::Hub { .. } | Source::Random(_) => "it is a source, not yet compiled".to_owned(),
+        };
+        anyhow::bail!(
+            "{text}: {what}; inspect shows a folder that `imagegpt compile SOURCE --output FOLDER` \
+             made"
+        );
+    }
+    Ok(show(&Manifest::read(folder)?, out)?)
 }
 
 fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {

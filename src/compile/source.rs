@@ -12,6 +12,13 @@ use super::random::{self, PREFIX, Scratch};
 /// The preprocessor's settings and palette, which `serve` needs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 
+/// What can be served, for whoever named something else.
+pub const ACCEPTED: &str = "--model takes a folder that `imagegpt compile` made, a Hugging Face folder \
+                            with weights (model.safetensors or pytorch_model.bin), a folder of ONNX \
+                            graphs (model.onnx or model_classification.onnx, beside \
+                            preprocessor_config.json), a hub id such as openai/imagegpt-small, or \
+                            random:small";
+
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {

@@ -230,6 +230,19 @@ pub struct TableConfig {
     )]
     pub part_items: u32,
 
+    /// How long the URL of one image in a list is asked for again while its server
+    /// is busy, away or slow (5xx, 408, 429, timeouts, connections that are
+    /// refused); after that it is an error of this image, as one that is gone
+    /// or forbidden is at once
+    #[arg(
+        long,
+        env = "IMAGEGPT_URL_PATIENCE",
+        default_value = "1min",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub url_patience: Duration,
+
     /// End when more images than this have failed [default: never]
     #[arg(long, env = "IMAGEGPT_MAX_ERRORS", value_name = "N")]
     pub max_errors: Option<u64>,

@@ -9,6 +9,7 @@ mod files;
 mod webdataset;
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
@@ -51,6 +52,8 @@ pub(super) struct Reading {
     pub(super) keep: Vec<String>,
     pub(super) image_column: Option<String>,
     pub(super) id_column: Option<String>,
+    /// How long a URL of a list is asked for again.
+    pub(super) url_patience: Duration,
 }
 
 /// Why a shard cannot be read to its end.
@@ -141,6 +144,7 @@ pub(super) mod tests {
             keep: keep.iter().map(|&name| name.to_owned()).collect(),
             image_column: None,
             id_column: None,
+            url_patience: Duration::from_secs(1),
         }
     }
 

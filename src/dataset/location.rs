@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -14,6 +14,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _, RetryConfig};
 
+use super::web;
 use crate::files::{self, Found, Trouble};
 use crate::rpc::pool::Fault;
 
@@ -60,24 +61,28 @@ pub(super) struct Entry {
     pub(super) may_be_folder: bool,
 }
 
-/// Clients of object stores, one for each bucket or host.
+/// Clients of object stores, one for each bucket or host, and one of all servers
+/// of single images.
 #[derive(Debug, Default)]
-pub(super) struct Stores(Mutex<HashMap<String, Arc<dyn ObjectStore>>>);
+pub(super) struct Stores {
+    by_root: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
+    web: OnceLock<reqwest::Client>,
+}
 
 impl Stores {
     /// What `text` names: a URL if it has a scheme, a path otherwise.
     pub(super) fn locate(&self, text: &str) -> anyhow::Result<Location> {
-        let Some((scheme, rest)) = text.split_once("://") else {
-            let path = std::path::absolute(text)
-                .with_context(|| format!("{text} is not a path that can be used"))?;
-            return Ok(Location::Local(path));
-        };
+        let (scheme, rest) = text.split_once("://").unwrap_or(("file", text));
+        anyhow::ensure!(!rest.is_empty(), "'{text}' is no path and no URL");
         if scheme == "file" {
-            return Ok(Location::Local(PathBuf::from(rest)));
+            // Whatever is wrong with it will be so the next time.
+            let path = std::path::absolute(rest)
+                .map_err(|error| anyhow::anyhow!("{text} is not a path: {error}"))?;
+            return Ok(Location::Local(path));
         }
         let (host, key) = rest.split_once('/').unwrap_or((rest, ""));
         let root = format!("{scheme}://{host}");
-        let mut stores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stores = self.by_root.lock().unwrap_or_else(PoisonError::into_inner);
         let store = if let Some(store) = stores.get(&root) {
             Arc::clone(store)
         } else {
@@ -101,6 +106,19 @@ impl Stores {
             path: path.with_context(|| format!("{text} is not a path that can be used"))?,
             url: text.trim_end_matches('/').to_owned(),
         })
+    }
+
+    /// The client that reads single images from the web.
+    ///
+    /// # Errors
+    ///
+    /// When there can be none.
+    pub(super) fn web(&self) -> anyhow::Result<&reqwest::Client> {
+        if let Some(client) = self.web.get() {
+            return Ok(client);
+        }
+        let client = web::client(CONNECT_TIMEOUT, REQUEST_TIMEOUT)?;
+        Ok(self.web.get_or_init(|| client))
     }
 }
 
@@ -210,6 +228,26 @@ impl Location {
         }
     }
 
+    /// Its address, if it lies on a web server.
+    pub(super) fn web_url(&self) -> Option<reqwest::Url> {
+        let Self::Remote { path, url, .. } = self else {
+            return None;
+        };
+        let mut address = reqwest::Url::parse(url).ok()?;
+        if !address.scheme().starts_with("http") {
+            return None;
+        }
+        // The path is as names are; here what cannot stand in a URL is escaped.
+        address
+            .path_segments_mut()
+            .ok()?
+            .clear()
+            .extend(path.parts());
+        address.set_query(None);
+        address.set_fragment(None);
+        Some(address)
+    }
+
     /// The last part of its path.
     pub(super) fn file_name(&self) -> &str {
         match self {
@@ -226,9 +264,8 @@ impl Location {
         match self {
             Self::Local(path) => match std::fs::metadata(path) {
                 Ok(metadata) if metadata.is_file() => Ok(Some(entry(name, &metadata))),
-                Ok(_) => Ok(None),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(error).with_context(|| self.to_string()),
+                // What it is instead, or why not, is `trouble`'s affair.
+                Ok(_) | Err(_) => Ok(None),
             },
             Self::Remote { store, path, .. } => match store.head(path).await {
                 Ok(meta) => Ok(Some(remote_entry(name, meta))),
@@ -494,6 +531,17 @@ mod tests {
         assert_eq!(path.as_ref(), "a/#1/50 %?.png");
         let escaped = Stores::default().locate("http://127.0.0.1:1/a%20b.tar");
         assert_eq!(escaped.unwrap().file_name(), "a b.tar");
+        let list = Stores::default().locate("http://127.0.0.1:1/a%20b/l.txt");
+        let image = list.unwrap().parent().join("#1/50 %?.png");
+        let address = image.web_url().unwrap();
+        assert_eq!(
+            address.as_str(),
+            "http://127.0.0.1:1/a%20b/%231/50%20%25%3F.png"
+        );
+        assert_eq!(Stores::default().locate("/a.png").unwrap().web_url(), None);
+        for empty in ["", "file://", "http://"] {
+            assert!(Stores::default().locate(empty).is_err(), "{empty}");
+        }
         for wrong in ["ftp://x/y", "https://x/y.tar?token=1"] {
             assert!(Stores::default().locate(wrong).is_err(), "{wrong}");
         }

@@ -1,18 +1,20 @@
 //! From what the command line names to shards, in an order that is the same
 //! every time.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::input::{Listing, Row};
 use super::location::{Entry, Location, Stores, expand, fault};
 use crate::compile::checkpoint::hex;
-use crate::files::IMAGES;
+use crate::files::{IMAGES, Trouble};
 use crate::rpc::pool::Fault;
 
 /// A list of files is read whole; more lines are more memory than a job should
@@ -101,7 +103,10 @@ pub(super) async fn plan(
             let location = stores.locate(&name)?;
             match location.stat().await? {
                 Some(entry) => plan.file(&location, &entry, stores, options).await?,
-                None => plan.folder(&location, options).await?,
+                None => match location.trouble()? {
+                    None | Some(Trouble::Folder) => plan.folder(&location, options).await?,
+                    Some(trouble) => anyhow::bail!("{location}: {trouble}"),
+                },
             }
         }
     }
@@ -137,8 +142,8 @@ impl Plan {
         }
         let rows = match extension.as_str() {
             "csv" => {
-                let text = list(location).await?;
-                csv_rows(&text, options).with_context(|| location.to_string())?
+                let text = &list(location).await?;
+                csv_rows(text, options).with_context(|| location.to_string())?
             }
             "txt" | "lst" | "list" => {
                 anyhow::ensure!(
@@ -204,6 +209,9 @@ impl Plan {
             kinds.join(", ")
         );
         let Some((kind, mut entries)) = by_kind.pop_first() else {
+            if matches!(folder, Location::Local(_)) {
+                anyhow::bail!("{folder} is a folder without images or shards");
+            }
             anyhow::bail!("{folder}: there is no such file, and no folder with images or shards");
         };
         if !may_be_folders.is_empty() {
@@ -322,27 +330,44 @@ fn shard_kind(extension: &str, location: &Location) -> Option<Kind> {
     }
 }
 
-async fn list(location: &Location) -> anyhow::Result<String> {
-    let content = location
-        .read(LIST_BYTES_MAX)
-        .await
+async fn list(location: &Location) -> anyhow::Result<Bytes> {
+    let content = location.read(LIST_BYTES_MAX).await;
+    content
         .with_context(|| location.to_string())?
-        .with_context(|| format!("{location} is over {LIST_BYTES_MAX} bytes; split it"))?;
-    String::from_utf8(content.into()).with_context(|| format!("{location} is not UTF-8"))
+        .with_context(|| format!("{location} is over {LIST_BYTES_MAX} bytes; split it"))
 }
 
-fn lines(text: &str) -> Vec<Row> {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+/// What some editors begin a text with.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+fn lines(text: &[u8]) -> Vec<Row> {
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
+    let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
     lines
-        .map(|line| Row {
-            name: line.to_owned(),
-            kept: Vec::new(),
-        })
+        .filter(|line| !line.is_empty())
+        .map(|line| row(line, std::iter::empty()))
         .collect()
 }
 
-fn csv_rows(text: &str, options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
-    let mut reader = csv::Reader::from_reader(text.as_bytes());
+/// A line, of which one that is no text is an error.
+fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> Row {
+    let mut is_text = true;
+    let mut text = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        is_text &= matches!(text, Cow::Borrowed(_));
+        text.into_owned()
+    };
+    let (name, kept) = (text(name), kept.map(&mut text).collect());
+    let fault = || Fault::invalid("its line is not UTF-8; write the list in UTF-8".to_owned());
+    Row {
+        name,
+        kept,
+        trouble: (!is_text).then(fault),
+    }
+}
+
+fn csv_rows(text: &[u8], options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
+    let mut reader = csv::Reader::from_reader(text);
     let header = reader.headers()?.clone();
     let names = || header.iter().collect::<Vec<_>>().join(", ");
     let place = |name: &str| header.iter().position(|column| column == name);
@@ -373,13 +398,10 @@ fn csv_rows(text: &str, options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
     });
     let keep = keep.collect::<anyhow::Result<Vec<_>>>()?;
     let mut rows = Vec::new();
-    for record in reader.records() {
+    for record in reader.byte_records() {
         let record = record?;
-        let field = |place| record.get(place).unwrap_or_default().to_owned();
-        rows.push(Row {
-            name: field(path),
-            kept: keep.iter().map(|&place| field(place)).collect(),
-        });
+        let field = |place| record.get(place).unwrap_or_default();
+        rows.push(row(field(path), keep.iter().map(|&place| field(place))));
     }
     Ok(rows)
 }
@@ -444,6 +466,15 @@ mod tests {
         };
         refused(folder("mixed"), &[], "several kinds (image, tar)").await;
         refused(folder("nowhere"), &[], "there is no such file").await;
+        std::os::unix::fs::symlink("gone", dir.path().join("link")).unwrap();
+        refused(folder("link"), &[], "it is a link that leads nowhere").await;
+        let pipe = folder("pipe.txt");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        refused(pipe, &[], "it is neither a file nor a folder").await;
+        refused(String::new(), &[], "'' is no path").await;
+        std::fs::create_dir(dir.path().join("empty")).unwrap();
+        refused(folder("empty"), &[], "a folder without images").await;
         refused(write("a.zip", "x"), &[], "nothing that can be read").await;
         refused(folder("tree"), &["label".to_owned()], "has no columns").await;
         refused(
@@ -452,5 +483,28 @@ mod tests {
             "which column has the paths",
         )
         .await;
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_is_a_row_with_its_trouble() {
+        let of = |rows: &[Row]| -> Vec<(String, bool)> {
+            let one = |row: &Row| (row.name.clone(), row.trouble.is_some());
+            rows.iter().map(one).collect()
+        };
+        let list = lines(b"\xef\xbb\xbfa.png\r\n\n b\xff.png\nc.png");
+        let expected = [("a.png", false), ("b\u{fffd}.png", true), ("c.png", false)];
+        let expected = expected.map(|(name, is_bad)| (name.to_owned(), is_bad));
+        assert_eq!(of(&list), expected);
+        let options = Options {
+            part_items: 2,
+            keep: &["label".to_owned()],
+            image_column: None,
+            output: "/output",
+        };
+        let table = b"path,label\na.png,x\nb\xff.png,y\nc.png,\xff\n";
+        let rows = csv_rows(table, &options).unwrap();
+        assert_eq!(rows[1].kept, ["y"]);
+        let is_bad: Vec<bool> = of(&rows).into_iter().map(|(_, is_bad)| is_bad).collect();
+        assert_eq!(is_bad, [false, true, true]);
     }
 }

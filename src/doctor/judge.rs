@@ -4,15 +4,16 @@
 mod cuda;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
 
+use super::cache::Cache;
 use super::library::{CudaProvider, Library};
 use super::machine::Machine;
 use super::report::{Check, Device, Outcome, Report};
 use super::trial::Tried;
-use crate::compile::{self, cache};
+use crate::compile;
 use crate::engine::onnx::Provider;
 use crate::engine::runtime::MINOR_VERSION_MIN;
 use crate::gpu::{Gpus, Usage};
@@ -42,38 +43,17 @@ pub(super) struct Found {
     pub(super) library: Library,
     /// `None` if there is no library to be beside of, or nobody asks for CUDA.
     pub(super) cuda: Option<CudaProvider>,
-    pub(super) gpus: Gpus,
-    pub(super) usage: Vec<(i32, Usage)>,
+    /// What the driver and NVML said, or why they said nothing.
+    pub(super) gpus: Result<Seen, String>,
     /// `CUDA_VISIBLE_DEVICES`.
     pub(super) visible_devices: Option<String>,
 }
 
-/// The folder for compiled models.
-#[derive(Debug, Clone)]
-pub(super) struct Cache {
-    /// Or why there is none.
-    pub(super) folder: Result<PathBuf, String>,
-    /// Bytes that are free, or why it cannot be written.
-    pub(super) space: Result<u64, String>,
-}
-
-impl Cache {
-    /// Where `serve` would keep them; the folder need not be there yet.
-    pub(super) fn find(given: Option<&Path>) -> Self {
-        let folder = cache::folder(given).map_err(|error| error.to_string());
-        let space = folder.as_deref().map_err(Clone::clone).and_then(space);
-        Self { folder, space }
-    }
-}
-
-/// What is free where `folder` is or will be.
-fn space(folder: &Path) -> Result<u64, String> {
-    let absolute = std::path::absolute(folder).map_err(|error| error.to_string())?;
-    let there = absolute.ancestors().find(|folder| folder.exists());
-    let there = there.unwrap_or(&absolute);
-    rustix::fs::access(there, rustix::fs::Access::WRITE_OK).map_err(|error| error.to_string())?;
-    let volume = rustix::fs::statvfs(there).map_err(|error| error.to_string())?;
-    Ok(volume.f_bavail * volume.f_frsize)
+/// What the driver and NVML said.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Seen {
+    pub(super) gpus: Gpus,
+    pub(super) usage: Vec<(i32, Usage)>,
 }
 
 /// What one check found, before it is known who needs it.
@@ -206,7 +186,10 @@ pub(super) fn judge(
     };
     checks.extend(cpu.checks(bad(true)));
     if wants_cuda {
-        let has_gpu = !found.gpus.devices.is_empty() || found.gpus.driver_version.is_some();
+        // A driver that is broken is there.
+        let has_gpu = found.gpus.as_ref().map_or(true, |Seen { gpus, .. }| {
+            !gpus.devices.is_empty() || gpus.driver_version.is_some()
+        });
         let is_asked = asked.provider == Provider::Cuda;
         checks.extend(cuda.checks(bad(has_gpu || is_asked)));
     } else {
@@ -227,8 +210,11 @@ pub(super) fn judge(
 }
 
 fn devices(found: &Found) -> Vec<Device> {
-    let usage = |id| found.usage.iter().find(|(other, _)| *other == id);
-    let devices = found.gpus.devices.iter();
+    let Ok(Seen { gpus, usage }) = &found.gpus else {
+        return Vec::new();
+    };
+    let usage = |id| usage.iter().find(|(other, _)| *other == id);
+    let devices = gpus.devices.iter();
     devices
         .map(|gpu| Device {
             gpu: gpu.clone(),

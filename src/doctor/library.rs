@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, FileHeader64};
+use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, EM_AARCH64, EM_X86_64, FileHeader64, Machine};
 use object::read::elf::{Dyn as _, FileHeader as _};
 use object::{Endianness, ReadCache};
+use serde::{Deserialize, Serialize};
 
+use super::child::Lost;
 use crate::engine::onnx::{self, LIBRARY};
 use crate::engine::runtime;
 
@@ -21,7 +23,7 @@ pub(super) const PROVIDER_FILES: [&str; 2] = [
 const DRIVER: &str = "libcuda.so.1";
 
 /// The library as it was found.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Library {
     pub(super) path: PathBuf,
     /// Its version's second number (31 of 1.31), or why it cannot be used.
@@ -31,19 +33,21 @@ pub(super) struct Library {
 }
 
 /// The CUDA provider beside it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct CudaProvider {
     /// Files of the provider that are not there.
-    pub(super) missing_files: Vec<&'static str>,
+    pub(super) missing_files: Vec<String>,
     /// Libraries that it is linked with, but for the driver's; empty if it could
     /// not be read.
     pub(super) needed: Vec<Needed>,
-    /// Why it could not be read.
+    /// Why it is no library for this machine.
     pub(super) unreadable: Option<String>,
+    /// What became of the process that loaded the libraries.
+    pub(super) lost: Option<String>,
 }
 
 /// A library that another one is linked with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Needed {
     pub(super) name: String,
     /// Why it cannot be loaded, in the dynamic linker's words.
@@ -68,6 +72,17 @@ impl Library {
             path,
             minor,
             folder,
+        }
+    }
+}
+
+impl Library {
+    /// The process that looked at it did not say anything.
+    pub(super) fn lost(given: Option<&Path>, lost: &Lost) -> Self {
+        Self {
+            path: onnx::find_library(given),
+            minor: Err(lost.to_string()),
+            folder: None,
         }
     }
 }
@@ -97,9 +112,10 @@ impl CudaProvider {
     /// Looks at the provider's files in `folder`, and loads what they need from
     /// where the dynamic linker finds it.
     pub(super) fn find(folder: &Path) -> Self {
-        let missing_files: Vec<&str> = PROVIDER_FILES
+        let missing_files: Vec<String> = PROVIDER_FILES
             .into_iter()
             .filter(|name| !folder.join(name).is_file())
+            .map(str::to_owned)
             .collect();
         if !missing_files.is_empty() {
             return Self {
@@ -107,7 +123,8 @@ impl CudaProvider {
                 ..Self::default()
             };
         }
-        match needed(&folder.join(PROVIDER_FILES[1])) {
+        let [shared, cuda] = PROVIDER_FILES.map(|name| needed(&folder.join(name)));
+        match shared.and(cuda) {
             Ok(Linked {
                 names,
                 looks_beside,
@@ -124,6 +141,20 @@ impl CudaProvider {
                 ..Self::default()
             },
         }
+    }
+
+    /// The process that looked at it did not say anything. Its files are there,
+    /// or it would not have begun to load what they need.
+    pub(super) fn lost(lost: &Lost) -> Self {
+        Self {
+            lost: Some(lost.to_string()),
+            ..Self::default()
+        }
+    }
+
+    /// Whether its files are there and are libraries.
+    pub(super) fn is_whole(&self) -> bool {
+        self.missing_files.is_empty() && self.unreadable.is_none()
     }
 
     /// The CUDA that it was made for, by the libraries that are numbered like it.
@@ -170,13 +201,18 @@ struct Linked {
 fn needed(file: &Path) -> Result<Linked, String> {
     let opened = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let data = ReadCache::new(opened);
-    let linked = || -> object::Result<Linked> {
+    let linked = || -> anyhow::Result<Linked> {
         let mut linked = Linked {
             names: Vec::new(),
             looks_beside: false,
         };
         let header = FileHeader64::<Endianness>::parse(&data)?;
         let endian = header.endian()?;
+        if let Some(machine) = machine()
+            && header.e_machine(endian) != machine
+        {
+            anyhow::bail!("made for another kind of processor");
+        }
         let sections = header.sections(endian, &data)?;
         let Some((entries, strings)) = sections.dynamic(endian, &data)? else {
             return Ok(linked);
@@ -195,7 +231,16 @@ fn needed(file: &Path) -> Result<Linked, String> {
         }
         Ok(linked)
     };
-    linked().map_err(|error| format!("{}: not a library: {error}", file.display()))
+    linked().map_err(|error| format!("{} is no library: {error}", file.display()))
+}
+
+/// How libraries for this machine are marked.
+fn machine() -> Option<Machine> {
+    match std::env::consts::ARCH {
+        "x86_64" => Some(EM_X86_64),
+        "aarch64" => Some(EM_AARCH64),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -217,7 +262,27 @@ mod tests {
         )
         .unwrap();
         let reason = needed(text.path()).map(|linked| linked.names).unwrap_err();
-        assert!(reason.contains("not a library"), "{reason}");
+        assert!(reason.contains("is no library"), "{reason}");
+    }
+
+    #[test]
+    fn what_is_named_like_the_provider_and_is_none_is_told() {
+        let program = std::env::current_exe().unwrap();
+        for junk in PROVIDER_FILES {
+            let folder = tempfile::tempdir().unwrap();
+            for name in PROVIDER_FILES {
+                std::fs::copy(&program, folder.path().join(name)).unwrap();
+            }
+            std::fs::write(folder.path().join(junk), "junk").unwrap();
+            let reason = CudaProvider::find(folder.path()).unreadable.unwrap();
+            assert!(reason.contains(junk), "{reason}");
+            // Of its header only the processor (at 18) is another one.
+            let mut foreign = std::fs::read(&program).unwrap();
+            foreign[18..20].copy_from_slice(&8_u16.to_le_bytes());
+            std::fs::write(folder.path().join(junk), foreign).unwrap();
+            let reason = CudaProvider::find(folder.path()).unreadable.unwrap();
+            assert!(reason.contains("another kind of processor"), "{reason}");
+        }
     }
 
     #[test]

@@ -1,17 +1,13 @@
-//! One model run on one provider, through the engine that would serve it.
-//!
-//! It is run in a process of its own, which says in JSON how it went: what a
-//! broken driver does to that one is then part of the report.
+//! One model run on one provider, through the engine that would serve it, in a
+//! process of its own.
 
-use std::io::{Read as _, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::DoctorArgs;
+use super::{DoctorArgs, child};
 use crate::compile::command::Bars;
 use crate::compile::random::Scratch;
 use crate::compile::{self, Precision, Progress, Silent};
@@ -27,8 +23,6 @@ use crate::worker::onnx_factory;
 const TIME_MAX: Duration = Duration::from_mins(15);
 /// What is run if --model says nothing else.
 const TINY: &str = "random:tiny";
-/// How often it is looked at; a trial takes a second at least.
-const POLL: Duration = Duration::from_millis(20);
 /// How far two answers to one question may lie apart: a GPU may add in another
 /// order from run to run.
 const TOLERANCE: f64 = 1e-2;
@@ -45,74 +39,11 @@ pub(super) enum Tried {
     Untried(String),
 }
 
-/// Starts this program once more for the trial.
+/// Has another process try it.
 pub(super) fn in_a_process(args: &DoctorArgs, provider: compile::Provider, id: i32) -> Tried {
-    match start_and_wait(args, provider, id) {
-        Ok(tried) => tried,
-        Err(error) => Tried::Failed(format!("{error:#}")),
-    }
-}
-
-fn start_and_wait(
-    args: &DoctorArgs,
-    provider: compile::Provider,
-    id: i32,
-) -> anyhow::Result<Tried> {
-    let program = std::env::current_exe().context("this program's own file")?;
-    let mut command = Command::new(program);
-    command
-        .args(["doctor", "--trial", provider.name()])
-        .args(["--device-id", &id.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
-    let paths = [
-        ("--onnxruntime", &args.onnxruntime),
-        ("--cache-dir", &args.cache_dir),
-    ];
-    for (flag, path) in paths {
-        if let Some(path) = path {
-            command.arg(flag).arg(path);
-        }
-    }
-    if let Some(model) = &args.model {
-        command.args(["--model", model]);
-    }
-    let mut child = command.spawn().context("a process to try in")?;
-    let started = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if started.elapsed() > TIME_MAX {
-            child.kill()?;
-            child.wait()?;
-            return Ok(Tried::Failed(format!(
-                "it was not done after {} minutes",
-                TIME_MAX.as_secs() / 60
-            )));
-        }
-        std::thread::sleep(POLL);
-    };
-    // What it says fits the pipe, so it never waited for a reader.
-    let mut said = String::new();
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_string(&mut said)?;
-    }
-    let tried = said.lines().last().map(serde_json::from_str);
-    Ok(match tried {
-        Some(Ok(tried)) => tried,
-        _ => Tried::Failed(format!("the process that tried it ended with {status}")),
-    })
-}
-
-/// What the other process says.
-///
-/// # Errors
-///
-/// When nobody takes it.
-pub(super) fn answer(tried: &Tried, out: &mut impl Write) -> anyhow::Result<()> {
-    writeln!(out, "{}", serde_json::to_string(tried)?)?;
-    Ok(())
+    let id = id.to_string();
+    let question = ["--trial", provider.name(), "--device-id", &id];
+    child::ask(args, &question, TIME_MAX).unwrap_or_else(|lost| Tried::Failed(lost.to_string()))
 }
 
 /// Tries it in this process.

@@ -17,6 +17,8 @@ use tempfile::TempDir;
 use crate::generate::{causal, fake, likeliest, transformers};
 use crate::harness::{self, Running, seeded};
 
+const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/pictures");
+
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
@@ -468,9 +470,26 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     let output = output.await.expect("no panic");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(0), "{text}");
-    assert_eq!(text.matches("left out").count(), 4, "{text}");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(told.matches("left out").count(), 4, "{told}");
+    assert_eq!(text.matches("left out").count(), 0, "{text}");
     assert!(text.contains("a\\nb\\t"), "{text}");
     running.end().await;
+}
+
+#[test]
+fn inspect_says_what_it_shows() {
+    for (source, expected) in [
+        ("random:tiny", "it is a source, not yet compiled"),
+        ("openai/imagegpt-small", "it is a source, not yet compiled"),
+        ("/nowhere", "there is no such folder"),
+        (PICTURES, "it has no imagegpt.json"),
+    ] {
+        let output = imagegpt(&["inspect", source], b"");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("{source}: {expected}; ")), "{said}");
+    }
 }
 
 /// Neither the worker, which is not there, nor anything else is asked before.
@@ -484,10 +503,16 @@ fn a_sheet_that_cannot_be_written_is_told_at_once() {
         ["--output", &at("")],
         ["--output", &at("file/sheet.png")],
         ["--save-samples", &at("file")],
+        ["--picture", &at("none/neighbors.png")],
+        ["--picture", &at("")],
     ] {
         let sheet = at("sheet.png");
-        let mut arguments = vec!["generate", "--endpoint", "http://127.0.0.1:1"];
-        if flags[0] != "--output" {
+        let mut arguments = match flags[0] {
+            "--picture" => vec!["neighbors", PICTURES],
+            _ => vec!["generate"],
+        };
+        arguments.extend(["--endpoint", "http://127.0.0.1:1"]);
+        if flags[0] == "--save-samples" {
             arguments.extend(["--output", &sheet]);
         }
         arguments.extend(flags);

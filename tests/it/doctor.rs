@@ -8,6 +8,11 @@ use serde_json::Value;
 
 use crate::harness::model_dir;
 
+/// A library that takes its process with it when it is loaded.
+const CRASH: &str = "#include <stdlib.h>
+__attribute__((constructor)) static void crash(void) { abort(); }
+";
+
 fn doctor(arguments: &[&str]) -> Output {
     let library = imagegpt::engine::onnx::find_library(None);
     Command::new(env!("CARGO_BIN_EXE_imagegpt"))
@@ -90,7 +95,8 @@ fn a_given_model_is_tried_and_said_in_a_table() {
 #[test]
 fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
     let empty = tempfile::tempdir().expect("a folder");
-    let empty = empty.path().to_str().expect("UTF-8");
+    let empty_path = empty.path();
+    let empty = empty_path.to_str().expect("UTF-8");
     let output = doctor(&["--model", empty, "--format", "json"]);
     let report = json(&output);
     assert_eq!(output.status.code(), Some(1), "{report}");
@@ -106,9 +112,49 @@ fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
     assert_eq!(output.status.code(), Some(1), "{report}");
     assert_eq!(check(&report, "ONNX Runtime")["result"], "failed");
 
+    // A library that ends its process ends that one, and not the report.
+    let source = empty_path.join("crash.c");
+    std::fs::write(&source, CRASH).expect("written");
+    let library = empty_path.join("libcrash.so");
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status();
+    assert!(compiled.expect("a C compiler").success());
+    let library = library.to_str().expect("UTF-8");
+    let output = doctor(&["--onnxruntime", library, "--format", "json"]);
+    let report = json(&output);
+    let found = check(&report, "ONNX Runtime")["found"].to_string();
+    assert!(found.contains("signal: 6 (SIGABRT)"), "{found}");
+    assert_eq!(output.status.code(), Some(1), "{report}");
+
     // What would have to be downloaded is refused before anything is looked at.
     let output = doctor(&["--model", "openai/imagegpt-small"]);
     assert_eq!(output.status.code(), Some(2));
     let complaint = String::from_utf8(output.stderr).expect("UTF-8");
     assert!(complaint.contains("is no folder"), "{complaint}");
+}
+
+#[test]
+fn a_cache_that_cannot_be_made_is_told_and_devices_are_checked_as_by_serve() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").expect("written");
+    let cache = |path: &str| {
+        let cpu = ["--execution-provider", "cpu", "--format", "json"];
+        let output = doctor(&[&cpu[..], &["--cache-dir", path]].concat());
+        let report = json(&output);
+        let check = check(&report, "compiled models");
+        assert_eq!(check["result"], "warning", "{check}");
+        check["found"].as_str().expect("text").to_owned()
+    };
+    let found = cache(file.to_str().expect("UTF-8"));
+    assert!(found.contains("is no folder"), "{found}");
+    let found = cache("/proc/nope");
+    assert!(found.contains("cannot be written (/proc: "), "{found}");
+
+    let output = doctor(&["--device-id", "0,0"]);
+    assert_eq!(output.status.code(), Some(2));
+    let complaint = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(complaint.contains("--device-id has 0 twice"), "{complaint}");
 }

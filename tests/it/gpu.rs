@@ -21,21 +21,24 @@ const PART: &str = "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f";
 /// The folder with the libraries, made once.
 fn driver() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| {
-        let folder = tempfile::tempdir().expect("a folder");
-        for (source, library) in [("cuda.c", "libcuda.so.1"), ("nvml.c", "libnvidia-ml.so.1")] {
-            let status = Command::new("cc")
-                .args(["-shared", "-fPIC", "-Wall", "-Werror"])
-                .arg(format!("-Wl,-soname,{library}"))
-                .arg("-o")
-                .arg(folder.path().join(library))
-                .arg(sources().join(source))
-                .status();
-            assert!(status.expect("a C compiler").success(), "{source}");
-        }
-        folder
-    });
-    folder.path()
+    FOLDER.get_or_init(|| compile(None)).path()
+}
+
+/// Compiles the libraries, with a macro that breaks them.
+fn compile(broken: Option<&str>) -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (source, library) in [("cuda.c", "libcuda.so.1"), ("nvml.c", "libnvidia-ml.so.1")] {
+        let status = Command::new("cc")
+            .args(["-shared", "-fPIC", "-Wall", "-Werror"])
+            .args(broken.map(|name| format!("-D{name}")))
+            .arg(format!("-Wl,-soname,{library}"))
+            .arg("-o")
+            .arg(folder.path().join(library))
+            .arg(sources().join(source))
+            .status();
+        assert!(status.expect("a C compiler").success(), "{source}");
+    }
+    folder
 }
 
 fn sources() -> PathBuf {
@@ -43,15 +46,25 @@ fn sources() -> PathBuf {
 }
 
 fn doctor(arguments: &[&str]) -> Value {
+    doctor_with(driver(), arguments)
+}
+
+fn doctor_with(driver: &Path, arguments: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
         .args(["doctor", "--format", "json"])
         .args(arguments)
         .env("ORT_DYLIB_PATH", imagegpt::engine::onnx::find_library(None))
-        .env("LD_LIBRARY_PATH", driver())
+        .env("LD_LIBRARY_PATH", driver)
         .env("CUDA_VISIBLE_DEVICES", "1,MIG-10111213")
         .output()
         .expect("the program runs");
     serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn check(report: &Value, name: &str) -> Value {
+    let checks = report["checks"].as_array().expect("checks");
+    let check = checks.iter().find(|check| check["name"] == name);
+    check.expect("a check").clone()
 }
 
 #[test]
@@ -78,22 +91,17 @@ fn the_doctor_sees_the_devices_that_cuda_shows() {
         "power_watts": null,
     });
     assert_eq!(report["gpus"], json!([whole, part]));
-    let check = |name: &str| {
-        let checks = report["checks"].as_array().expect("checks");
-        let check = checks.iter().find(|check| check["name"] == name);
-        check.expect("a check").clone()
-    };
     assert_eq!(
-        check("NVIDIA driver"),
+        check(&report, "NVIDIA driver"),
         json!({
             "name": "NVIDIA driver",
             "result": "ok",
             "found": "version 580.82.07, for CUDA up to 13.2",
         })
     );
-    assert_eq!(check("GPUs")["result"], "ok");
+    assert_eq!(check(&report, "GPUs")["result"], "ok");
     // There is a GPU, so its provider is missed; auto serves without.
-    assert_eq!(check("CUDA provider")["result"], "warning");
+    assert_eq!(check(&report, "CUDA provider")["result"], "warning");
     assert_eq!(report["providers"], json!(["cpu"]));
 
     let report = doctor(&["--device-id", "2"]);
@@ -104,6 +112,39 @@ fn the_doctor_sees_the_devices_that_cuda_shows() {
         ),
         "{obstacle}"
     );
+}
+
+#[test]
+fn a_driver_that_hangs_or_aborts_is_a_line_of_the_report() {
+    // Long enough for the other looks on a busy machine.
+    let time = ["--look-timeout", "10s"];
+    let hung = "there was no answer within 10s";
+    let aborted = "ended with signal: 6 (SIGABRT)";
+    let cases = [
+        ("CUDA_HANGS", hung),
+        ("CUDA_ABORTS", aborted),
+        ("NVML_HANGS", hung),
+        ("NVML_ABORTS", aborted),
+    ];
+    std::thread::scope(|scope| {
+        for (broken, expected) in cases {
+            scope.spawn(move || {
+                let driver = compile(Some(broken));
+                let report = doctor_with(driver.path(), &time);
+                let line = check(&report, "NVIDIA driver");
+                assert_eq!(line["result"], "warning", "{broken}: {report}");
+                let found = line["found"].as_str().expect("text");
+                assert!(found.contains(expected), "{broken}: {found}");
+                let todo = line["todo"].as_str().expect("text");
+                assert!(todo.contains("nvidia-smi"), "{broken}: {todo}");
+                // The rest of the report is there.
+                assert_eq!(report["providers"], json!(["cpu"]), "{broken}: {report}");
+                assert_eq!(report["gpus"], json!([]));
+                let trial = check(&report, "inference on cuda:0");
+                assert_eq!(trial["found"], "not tried: see above");
+            });
+        }
+    });
 }
 
 /// A fake engine that says it is on a GPU.

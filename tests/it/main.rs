@@ -32,6 +32,7 @@ mod oip;
 mod pool;
 mod provider;
 mod scheduling;
+mod scripts;
 mod shutdown;
 mod stream;
 mod web;

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use reqwest::Url;
 
 use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
 use crate::dataset::location::{Entry, Location, ReadError, Stores, fault};
+use crate::dataset::web;
 use crate::rpc::pool::Fault;
 
 /// Files that are read at once, each up to the largest image: enough for a disk,
@@ -34,6 +36,8 @@ pub(in crate::dataset) struct Row {
     pub(in crate::dataset) name: String,
     /// In the order of `--keep`.
     pub(in crate::dataset) kept: Vec<String>,
+    /// What is wrong with the line itself.
+    pub(in crate::dataset) trouble: Option<Fault>,
 }
 
 impl Listing {
@@ -48,8 +52,24 @@ impl Listing {
     fn trouble(&self, idx: usize) -> Option<Fault> {
         match self {
             Self::Tree { entries, .. } => entries.get(idx)?.trouble.clone(),
-            Self::List { .. } => None,
+            Self::List { rows, .. } => rows.get(idx)?.trouble.clone(),
         }
+    }
+
+    /// The address of an image on a web server, and who asks there.
+    fn on_the_web(&self, name: &str) -> anyhow::Result<Option<(&reqwest::Client, Url)>> {
+        let Self::List { stores, base, .. } = self else {
+            return Ok(None);
+        };
+        let url = if name.starts_with("http://") || name.starts_with("https://") {
+            // One that is none is refused where it is located.
+            Url::parse(name).ok()
+        } else if name.contains("://") || name.starts_with('/') {
+            None
+        } else {
+            base.join(name).web_url()
+        };
+        url.map(|url| Ok((stores.web()?, url))).transpose()
     }
 
     fn locate(&self, name: &str) -> anyhow::Result<Location> {
@@ -93,12 +113,8 @@ pub(super) fn read(
 ) -> Result<(), Broken> {
     let length = range.len();
     let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
-    let max = reading.image_bytes_max;
     let mut files = futures_util::stream::iter(range.skip(skipped))
-        .map(|idx| {
-            let listing = Arc::clone(listing);
-            async move { (idx, file(&listing, idx, max).await) }
-        })
+        .map(|idx| async move { (idx, file(listing, idx, reading).await) })
         .buffered(AT_ONCE);
     let mut place = skipped as u64;
     while let Some((idx, image)) = reading.runtime.block_on(files.next()) {
@@ -122,7 +138,12 @@ pub(super) fn read(
 
 /// A file's bytes, or what is wrong with it; an error when the store cannot be
 /// read.
-async fn file(listing: &Listing, idx: usize, max: u64) -> anyhow::Result<Result<Bytes, Fault>> {
+async fn file(
+    listing: &Listing,
+    idx: usize,
+    reading: &Reading,
+) -> anyhow::Result<Result<Bytes, Fault>> {
+    let max = reading.image_bytes_max;
     let of_image = |fault: Fault| Fault {
         message: format!("image: {}", fault.message),
         ..fault
@@ -131,6 +152,15 @@ async fn file(listing: &Listing, idx: usize, max: u64) -> anyhow::Result<Result<
         return Ok(Err(of_image(fault)));
     }
     let name = listing.name(idx).unwrap_or_default();
+    if let Some((client, url)) = listing.on_the_web(name)? {
+        return Ok(
+            match web::read(client, &url, max, reading.url_patience).await {
+                Ok(web::Answer::Image(bytes)) => Ok(bytes),
+                Ok(web::Answer::TooLarge(bytes)) => Err(too_large(bytes, max)),
+                Err(fault) => Err(of_image(fault)),
+            },
+        );
+    }
     let location = match listing.locate(name) {
         Ok(location) => location,
         Err(error) => return Ok(Err(Fault::invalid(format!("image: {error:#}")))),

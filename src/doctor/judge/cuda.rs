@@ -3,9 +3,9 @@
 
 use bytesize::ByteSize;
 
-use super::{Asked, Finding, Found};
+use super::{Asked, Finding, Found, Seen};
 use crate::doctor::library::{CudaProvider, Needed};
-use crate::gpu::{Gpu, Version};
+use crate::gpu::{Gpu, Usage, Version};
 
 /// Compute capabilities, from and to, that the provider of the package
 /// onnxruntime-gpu 1.31.1 has all its kernels for: by the headers of its section
@@ -52,7 +52,16 @@ fn driver_wanted(major: i32) -> String {
 }
 
 fn driver(found: &Found, major: i32) -> Finding {
-    let gpus = &found.gpus;
+    let gpus = match &found.gpus {
+        Ok(seen) => &seen.gpus,
+        Err(reason) => {
+            return Finding::bad(
+                format!("NVIDIA's driver (libcuda.so.1, libnvidia-ml.so.1) was asked and {reason}"),
+                "see whether nvidia-smi answers and what dmesg says of NVRM and Xid, then restart \
+                 the machine or its driver; if GPUs only wake up slowly, raise --look-timeout",
+            );
+        }
+    };
     let Some(cuda) = gpus.cuda_version else {
         let reason = gpus.absent.clone();
         return Finding::bad(
@@ -83,7 +92,9 @@ fn driver(found: &Found, major: i32) -> Finding {
 }
 
 fn gpus(asked: &Asked, found: &Found) -> Finding {
-    let gpus = &found.gpus;
+    let Ok(Seen { gpus, usage }) = &found.gpus else {
+        return Finding::Bad("not known without an answer of the driver".to_owned(), None);
+    };
     let visible = match &found.visible_devices {
         Some(list) => format!(" (CUDA_VISIBLE_DEVICES={list})"),
         None => String::new(),
@@ -110,7 +121,7 @@ fn gpus(asked: &Asked, found: &Found) -> Finding {
             format!("--device-id counts from 0 to {}", n_devices - 1),
         );
     }
-    let list: Vec<String> = gpus.devices.iter().map(|gpu| line(gpu, found)).collect();
+    let list: Vec<String> = gpus.devices.iter().map(|gpu| line(gpu, usage)).collect();
     let text = format!("{}{visible}", list.join("; "));
     let asked = asked.device_ids.iter().filter_map(|&id| gpus.device(id));
     let mut without = asked.filter(|gpu| !has_kernels(gpu.compute_capability));
@@ -128,8 +139,8 @@ fn gpus(asked: &Asked, found: &Found) -> Finding {
     }
 }
 
-fn line(gpu: &Gpu, found: &Found) -> String {
-    let usage = found.usage.iter().find(|(id, _)| *id == gpu.id);
+fn line(gpu: &Gpu, usage: &[(i32, Usage)]) -> String {
+    let usage = usage.iter().find(|(id, _)| *id == gpu.id);
     let memory = usage.and_then(|(_, usage)| usage.memory);
     let used = match memory {
         Some(memory) => format!(", {} in use", ByteSize(memory.used_bytes)),
@@ -169,6 +180,12 @@ fn provider_files(found: &Found) -> Finding {
         );
     };
     let folder = folder.display();
+    if let Some(reason) = &provider.unreadable {
+        return Finding::bad(
+            reason,
+            "install it again: pip install --force-reinstall onnxruntime-gpu",
+        );
+    }
     if provider.missing_files.is_empty() {
         return Finding::Fine(format!("in {folder}"));
     }
@@ -181,14 +198,17 @@ fn provider_files(found: &Found) -> Finding {
 
 fn libraries(found: &Found, major: i32) -> Finding {
     let provider = match &found.cuda {
-        Some(provider) if provider.missing_files.is_empty() => provider,
+        Some(provider) if provider.is_whole() => provider,
         _ => {
             let text = "not known without the provider, which is linked with them";
             return Finding::Bad(text.to_owned(), None);
         }
     };
-    if let Some(reason) = &provider.unreadable {
-        return Finding::Doubt(format!("not known: {reason}"), None);
+    if let Some(reason) = &provider.lost {
+        return Finding::bad(
+            format!("what the provider is linked with was loaded and {reason}"),
+            "install CUDA's libraries again, or take other ones off LD_LIBRARY_PATH",
+        );
     }
     let (missing, there): (Vec<&Needed>, Vec<&Needed>) = provider
         .needed

@@ -1,7 +1,7 @@
 use super::*;
 use crate::doctor::library::Needed;
 use crate::doctor::machine::{Cpu, Memory};
-use crate::gpu::{Gpu, MemoryUse, Version};
+use crate::gpu::{Gpu, Gpus, MemoryUse, Version};
 
 /// A machine with everything: two H100s, CUDA 13, ONNX Runtime for them.
 fn complete() -> Found {
@@ -54,26 +54,29 @@ fn complete() -> Found {
                 })
                 .into(),
             unreadable: None,
+            lost: None,
         }),
-        gpus: Gpus {
-            devices: vec![gpu(0), gpu(1)],
-            driver_version: Some("580.82.07".to_owned()),
-            cuda_version: Some(Version {
-                major: 13,
-                minor: 0,
-            }),
-            absent: None,
-        },
-        usage: vec![(
-            0,
-            Usage {
-                memory: Some(MemoryUse {
-                    used_bytes: 1 << 30,
-                    total_bytes: 80 << 30,
+        gpus: Ok(Seen {
+            gpus: Gpus {
+                devices: vec![gpu(0), gpu(1)],
+                driver_version: Some("580.82.07".to_owned()),
+                cuda_version: Some(Version {
+                    major: 13,
+                    minor: 0,
                 }),
-                ..Usage::default()
+                absent: None,
             },
-        )],
+            usage: vec![(
+                0,
+                Usage {
+                    memory: Some(MemoryUse {
+                        used_bytes: 1 << 30,
+                        total_bytes: 80 << 30,
+                    }),
+                    ..Usage::default()
+                },
+            )],
+        }),
         visible_devices: None,
     }
 }
@@ -81,16 +84,22 @@ fn complete() -> Found {
 /// The same without anything of NVIDIA's.
 fn without_gpu() -> Found {
     let mut found = complete();
-    found.gpus = Gpus {
-        absent: Some("the NVIDIA driver's library cannot be loaded: libcuda.so.1".to_owned()),
-        ..Gpus::default()
-    };
-    found.usage.clear();
+    found.gpus = Ok(Seen {
+        gpus: Gpus {
+            absent: Some("the NVIDIA driver's library cannot be loaded: libcuda.so.1".to_owned()),
+            ..Gpus::default()
+        },
+        usage: Vec::new(),
+    });
     found.cuda = Some(CudaProvider {
-        missing_files: vec!["libonnxruntime_providers_cuda.so"],
+        missing_files: vec!["libonnxruntime_providers_cuda.so".to_owned()],
         ..CudaProvider::default()
     });
     found
+}
+
+fn gpus_of(found: &mut Found) -> &mut Gpus {
+    &mut found.gpus.as_mut().unwrap().gpus
 }
 
 fn missing_library(name: &str, words: &str) -> Found {
@@ -251,8 +260,8 @@ fn packages_of_cuda_12_are_named_after_it() {
 #[test]
 fn an_old_driver() {
     let mut found = complete();
-    found.gpus.driver_version = Some("550.54.15".to_owned());
-    found.gpus.cuda_version = Some(Version {
+    gpus_of(&mut found).driver_version = Some("550.54.15".to_owned());
+    gpus_of(&mut found).cuda_version = Some(Version {
         major: 12,
         minor: 4,
     });
@@ -288,8 +297,9 @@ fn gpus_that_cannot_be_used() {
 
     // The driver is there and its devices are not.
     found.visible_devices = Some("-1".to_owned());
-    found.gpus.devices.clear();
-    found.gpus.absent = Some("cuInit failed: no CUDA-capable device is detected".to_owned());
+    gpus_of(&mut found).devices.clear();
+    gpus_of(&mut found).absent =
+        Some("cuInit failed: no CUDA-capable device is detected".to_owned());
     let (can_serve, gpus) = verdict(&found, &[0]);
     assert!(!can_serve);
     assert_eq!(
@@ -299,7 +309,7 @@ fn gpus_that_cannot_be_used() {
 
     // Another build may have kernels for it, so only the trial knows.
     let mut found = complete();
-    found.gpus.devices[1].compute_capability = Version {
+    gpus_of(&mut found).devices[1].compute_capability = Version {
         major: 10,
         minor: 0,
     };
@@ -309,6 +319,47 @@ fn gpus_that_cannot_be_used() {
     let todo = gpus.todo.unwrap();
     assert!(todo.contains("8.0 to 8.9, 9.0, 12.0; "), "{todo}");
     assert_eq!(verdict(&found, &[0]).1.result, Outcome::Ok);
+}
+
+#[test]
+fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
+    let mut found = complete();
+    found.gpus = Err("there was no answer within 1m".to_owned());
+    let (report, tried) = judged(&asked(Provider::Auto, &[0]), &found);
+    assert_eq!(report.providers, ["cpu"]);
+    assert_eq!(tried, [(CPU, 0)], "what hung once is not tried");
+    // It is there, so it is no machine without a GPU.
+    assert_eq!(result(&report, "NVIDIA driver"), Outcome::Warning);
+    let obstacle = &report.obstacles["cuda"];
+    assert!(
+        obstacle.contains("no answer within 1m: see whether nvidia-smi"),
+        "{obstacle}"
+    );
+    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    assert!(!report.can_serve);
+    assert_eq!(result(&report, "NVIDIA driver"), Outcome::Failed);
+}
+
+#[test]
+fn a_provider_that_is_none_or_ends_its_process_is_told() {
+    let mut found = complete();
+    let provider = found.cuda.as_mut().unwrap();
+    provider.unreadable = Some("/ort/x.so is no library: junk".to_owned());
+    let (report, tried) = judged(&asked(Provider::Cuda, &[0]), &found);
+    assert!(!report.can_serve);
+    assert_eq!(tried, []);
+    assert_eq!(result(&report, "CUDA provider"), Outcome::Failed);
+    assert!(
+        report.obstacles["cuda"].starts_with("/ort/x.so is no library: junk: install it again")
+    );
+
+    found.cuda = Some(CudaProvider {
+        lost: Some("the process that tried it ended with signal: 11".to_owned()),
+        ..CudaProvider::default()
+    });
+    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    assert_eq!(result(&report, "CUDA libraries"), Outcome::Failed);
+    assert!(report.obstacles["cuda"].contains("signal: 11"));
 }
 
 #[test]
@@ -406,12 +457,4 @@ fn a_small_machine_is_warned_of_and_serves() {
     let (report, _) = judged(&asked(Provider::Cpu, &[0]), &found);
     let cache = &check(&report, "compiled models").found;
     assert_eq!(cache, "/cache cannot be written (Read-only file system)");
-}
-
-#[test]
-fn space_is_that_of_the_nearest_folder_that_is_there() {
-    let folder = tempfile::tempdir().unwrap();
-    let free = space(&folder.path().join("not/there/yet")).unwrap();
-    assert!(free > 0);
-    assert!(!folder.path().join("not").exists(), "nothing is made");
 }

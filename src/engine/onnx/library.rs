@@ -55,13 +55,17 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     Ok(environment.insert(built).clone())
 }
 
-/// Finds the library: `given`, else beside the running program or up to two
-/// folders above it (where a build and its tests run), else by its bare name,
-/// which leaves the search to the dynamic linker.
+/// Finds the library. A bare name that is given is a file in the current folder,
+/// or else one for the dynamic linker to find; if none is given, it lies beside
+/// the running program or up to two folders above it (where a build and its tests
+/// run), or the dynamic linker finds it.
 #[must_use]
 pub fn find_library(given: Option<&Path>) -> PathBuf {
     if let Some(path) = given {
-        return path.to_owned();
+        // The dynamic linker looks for a bare name everywhere but here.
+        let is_bare = path.components().count() == 1 && path.is_file();
+        let here = is_bare.then(|| std::path::absolute(path).ok()).flatten();
+        return here.unwrap_or_else(|| path.to_owned());
     }
     let program = std::env::current_exe().unwrap_or_default();
     program
@@ -96,9 +100,11 @@ mod tests {
 
     #[test]
     fn a_given_library_is_taken_as_it_is() {
-        assert_eq!(
-            find_library(Some(Path::new("/x/y.so"))),
-            Path::new("/x/y.so")
-        );
+        let found = |given| find_library(Some(Path::new(given)));
+        assert_eq!(found("/x/y.so"), Path::new("/x/y.so"));
+        assert_eq!(found("y.so"), Path::new("y.so"), "for the linker");
+        // Tests run where this is.
+        let here = std::path::absolute("Cargo.toml").unwrap();
+        assert_eq!(found("Cargo.toml"), here);
     }
 }

@@ -1,8 +1,11 @@
 /* What src/gpu/driver.rs calls of NVIDIA's libcuda.so.1, of a machine with a
  * whole GPU and a part of one (MIG), in the order that CUDA counts in.
- * tests/it/gpu.rs compiles it. */
+ * tests/it/gpu.rs compiles it, also as one that never answers (CUDA_HANGS) and
+ * one that takes its process with it (CUDA_ABORTS). */
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { N_DEVICES = 2, BAD_VALUE = 1, NOT_INITIALIZED = 3, BAD_DEVICE = 101 };
 
@@ -10,6 +13,12 @@ static int initialized;
 
 int cuInit(unsigned flags) {
     if (flags != 0) return BAD_VALUE;
+#ifdef CUDA_HANGS
+    for (;;) pause();
+#endif
+#ifdef CUDA_ABORTS
+    abort();
+#endif
     initialized = 1;
     return 0;
 }

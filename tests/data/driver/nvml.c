@@ -1,8 +1,11 @@
 /* What src/gpu/nvml.rs calls of NVIDIA's libnvidia-ml.so.1, of the devices in
- * cuda.c and one more that CUDA does not show. tests/it/gpu.rs compiles it. */
+ * cuda.c and one more that CUDA does not show. tests/it/gpu.rs compiles it,
+ * also as one that hangs or aborts, as cuda.c. */
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { NOT_SUPPORTED = 3, NOT_FOUND = 6 };
 
@@ -18,7 +21,16 @@ static const struct device DEVICES[] = {
     {"GPU-00010203-0405-0607-0809-0a0b0c0d0e0f", 80ULL << 30, 8ULL << 30, 0},
 };
 
-int nvmlInit_v2(void) { return 0; }
+int nvmlInit_v2(void) {
+#ifdef NVML_HANGS
+    for (;;) pause();
+#endif
+#ifdef NVML_ABORTS
+    abort();
+#endif
+    return 0;
+}
+
 int nvmlShutdown(void) { return 0; }
 
 int nvmlSystemGetDriverVersion(char *version, unsigned length) {

@@ -1,0 +1,51 @@
+//! Scripts that have settings refuse what they cannot use, before any work.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn in_scripts(path: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("scripts")
+        .join(path)
+}
+
+/// `scripts/bench-gpu.sh`, which finds the program of this build.
+fn bench_gpu(out: &Path, setting: (&str, &str)) -> Output {
+    Command::new(in_scripts("bench-gpu.sh"))
+        .env("IMAGEGPT", env!("CARGO_BIN_EXE_imagegpt"))
+        .env("PROVIDER", "cpu")
+        .env("OUT", out)
+        .env(setting.0, setting.1)
+        .output()
+        .expect("bash")
+}
+
+#[test]
+fn settings_of_bench_gpu_are_read_as_its_own_test_says() {
+    let output = Command::new("python3")
+        .arg(in_scripts("bench-gpu/settings.py"))
+        .arg("test")
+        .output()
+        .expect("Python 3");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
+#[test]
+fn a_wrong_setting_of_bench_gpu_is_one_line_and_exit_code_2() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("out");
+    for (name, value) in [
+        ("STEPS", "nope"),
+        ("BUDGET", "x"),
+        ("PROVIDER", "tpu"),
+        ("SHAPES", "nope"),
+    ] {
+        let output = bench_gpu(&out, (name, value));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(name) && said.contains(value), "{said}");
+        assert!(output.stdout.is_empty() && !out.exists());
+    }
+}
