@@ -203,7 +203,11 @@ impl Batcher {
                 }
                 Next::Step => {
                     let joining = self.join(device, now);
-                    self.engines.give(device, Turn::Step(joining), None);
+                    let turn = Turn::Step {
+                        joining,
+                        possible_since: steps.map_or(now, |steps| steps.since),
+                    };
+                    self.engines.give(device, turn, None);
                     return Fed::Given;
                 }
                 Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
@@ -419,6 +423,7 @@ impl Batcher {
             graph: picked.graph,
             bucket: picked.bucket,
             units,
+            possible_since: picked.possible_since,
         };
         Some((batch, running))
     }

@@ -129,6 +129,7 @@ impl Stages {
                 stop: Arc::clone(&stop),
                 cache: cache.clone(),
                 metrics: metrics.clone(),
+                gap: metrics.engine_gap(engine.id),
                 reports: reports.clone(),
             };
             let (name, factory) = (format!("engine-{}", engine.id), engine.factory);

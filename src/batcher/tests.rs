@@ -123,7 +123,7 @@ fn start(scripts: Vec<Script>) -> Running {
     let (reports, devices) = Reports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
     let (mut lines, mut threads) = (Vec::new(), Vec::new());
-    for (idx, script) in scripts.into_iter().enumerate() {
+    for ((idx, script), id) in scripts.into_iter().enumerate().zip(0..) {
         let (turns_in, turns) = crossbeam_channel::bounded(1);
         let stop = Arc::new(Stop::default());
         let runner = Runner {
@@ -135,6 +135,7 @@ fn start(scripts: Vec<Script>) -> Running {
             stop: Arc::clone(&stop),
             cache: Cache::new(0),
             metrics: metrics.clone(),
+            gap: metrics.engine_gap(id),
             reports: reports.clone(),
         };
         let factory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));

@@ -29,7 +29,8 @@ use self::sequences::SequenceEngine;
 use self::whole::{Batch, WholeGraph};
 use super::runtime::{Residence, Runtime, operators};
 use super::{
-    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Stop, Warm,
+    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Span, Stop,
+    Warm,
 };
 use crate::compile;
 use crate::job::{Layers, Want};
@@ -97,6 +98,8 @@ pub struct OnnxEngine {
     sequences: Option<SequenceEngine>,
     warm: Vec<Warm>,
     canary: Option<Canary>,
+    /// Of the last run that the runtime was given.
+    span: Option<Span>,
 }
 
 /// A row whose answer is known.
@@ -142,6 +145,7 @@ impl OnnxEngine {
             sequences: None,
             warm: Vec::new(),
             canary: None,
+            span: None,
         };
         for (&graph, path) in &options.graphs {
             if graph == Graph::Generate {
@@ -504,14 +508,14 @@ impl Engine for OnnxEngine {
             // It fails for options that have gone, and these have not.
             let _ = terminate.terminate();
         }));
-        loaded.run(run, batch, &options)
+        loaded.run(run, batch, &options, &mut self.span)
     }
 
     fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.sequences
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
-            .feed(feed, logits)
+            .feed(feed, logits, &mut self.span)
     }
 
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
@@ -545,6 +549,10 @@ impl Engine for OnnxEngine {
                 expected: "the known one".to_owned(),
             })
         }
+    }
+
+    fn last_span(&self) -> Option<Span> {
+        self.span
     }
 }
 

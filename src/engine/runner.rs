@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::decoder::Decoder;
 use super::devices::Reports;
+use super::gap::Metered;
 use super::{
     Batch, Buckets, DeviceIdx, Engine, EngineError, EngineFactory, Graph, Notice, Ran, Row, Run,
     Slot, Stop, Turn, Unit, panic_text,
@@ -24,7 +25,7 @@ use crate::cache::{Cache, Key};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::{Answer, Ticket};
-use crate::metrics::{Fault, Metrics};
+use crate::metrics::{EngineGap, Fault, Metrics};
 
 /// What the thread needs besides the engine.
 pub(crate) struct Runner {
@@ -37,6 +38,7 @@ pub(crate) struct Runner {
     pub(crate) stop: Arc<Stop>,
     pub(crate) cache: Cache,
     pub(crate) metrics: Metrics,
+    pub(crate) gap: EngineGap,
     pub(crate) reports: Reports,
 }
 
@@ -58,7 +60,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let largest = runner.buckets.largest();
     let mut life = Life {
         decoder: Decoder::new(engine.facts().sequences, runner.metrics.clone()),
-        engine,
+        engine: Metered::new(engine, runner.gap.clone()),
         runner,
         largest,
         runs: Vec::new(),
@@ -96,7 +98,7 @@ impl Drop for Farewell {
 
 /// A loaded engine at work.
 struct Life {
-    engine: Box<dyn Engine>,
+    engine: Metered,
     decoder: Decoder,
     runner: Runner,
     /// The largest batch that memory suffices for.
@@ -127,7 +129,10 @@ impl Life {
             }
             let outcome = match self.receive() {
                 Ok(Some(Turn::Batch(batch))) => self.run(&batch),
-                Ok(Some(Turn::Step(joining))) => self.step(joining),
+                Ok(Some(Turn::Step {
+                    joining,
+                    possible_since,
+                })) => self.step(joining, possible_since),
                 Ok(None) => return Ok(()),
                 Err(error) => Err(error),
             };
@@ -142,6 +147,7 @@ impl Life {
     }
 
     fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        self.engine.turn(batch.possible_since);
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
         if self.runner.stop.end() {
@@ -158,10 +164,11 @@ impl Life {
         })
     }
 
-    fn step(&mut self, joining: Vec<Sequence>) -> Result<(), EngineError> {
+    fn step(&mut self, joining: Vec<Sequence>, possible_since: Instant) -> Result<(), EngineError> {
+        self.engine.turn(possible_since);
         self.decoder.join(joining);
         let started = Instant::now();
-        let step = self.decoder.step(&mut *self.engine)?;
+        let step = self.decoder.step(&mut self.engine)?;
         let elapsed = started.elapsed();
         let graph = Graph::Generate;
         self.runner.metrics.inference(graph, elapsed);

@@ -18,7 +18,7 @@ use super::failure::{run_failed, runtime};
 use super::placement;
 use crate::compile::Provider;
 use crate::engine::runtime::Runtime;
-use crate::engine::{EngineError, Graph, Row, Run};
+use crate::engine::{EngineError, Graph, Row, Run, Span};
 
 /// The key by which a run says which captured graph it is.
 const GRAPH_ID: &str = "gpu_graph_id";
@@ -132,10 +132,12 @@ impl WholeGraph {
         run: &Run<'_>,
         batch: Batch<'_>,
         options: &RunOptions,
+        span: &mut Option<Span>,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         // Who made the graph may have left open what it returns; the first run
         // shows it, and then there can be memory for it.
         let Some(row) = &self.row else {
+            *span = None;
             return self.first_run(run, batch, options);
         };
         if !self.bound.contains_key(&batch.size) {
@@ -147,9 +149,13 @@ impl WholeGraph {
             .get_mut(&batch.size)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bound.feed(&self.inputs, batch)?;
-        self.session
-            .run_binding_with_options(&bound.binding, options)
-            .map_err(|error| run_failed(&error.to_string()))?;
+        let session = &mut self.session;
+        let (outcome, ran) = Span::of(|| {
+            let outcome = session.run_binding_with_options(&bound.binding, options);
+            outcome.map(drop)
+        });
+        *span = Some(ran);
+        outcome.map_err(|error| run_failed(&error.to_string()))?;
         let output = bound.output()?;
         let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
         answers(run, batch.positions, shape, values)

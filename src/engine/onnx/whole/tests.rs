@@ -47,7 +47,7 @@ fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>
         start: None,
     };
     let options = graph.options(size).expect("options");
-    graph.run(&run, batch, &options).expect("a run")
+    graph.run(&run, batch, &options, &mut None).expect("a run")
 }
 
 fn near(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
