@@ -12,6 +12,7 @@ pub mod devices;
 pub mod fake;
 mod gap;
 pub mod onnx;
+pub(crate) mod owed;
 pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;
@@ -351,10 +352,13 @@ pub struct Sequences {
     pub bulk: usize,
 }
 
-/// What engines tell the batcher.
+/// What engines tell the batcher's thread.
 #[derive(Debug)]
-pub enum Notice {
-    Free(Slot),
+pub(crate) enum Notice {
+    /// An engine is free, and there was nothing for it yet.
+    Free,
+    /// Answers that the thread should give, since the engine runs on.
+    Ran(Vec<owed::Owed>),
     /// The engine takes no more turns. The last thing that it says.
     Gone(DeviceIdx),
 }

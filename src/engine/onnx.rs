@@ -502,7 +502,7 @@ impl Engine for OnnxEngine {
             positions: self.positions,
             start: (run.graph == Graph::Score).then_some(self.start),
         };
-        let options = Arc::new(loaded.options(run.bucket).map_err(runtime)?);
+        let options = loaded.options(run.bucket).map_err(runtime)?;
         let terminate = Arc::clone(&options);
         stop.arm(Box::new(move || {
             // It fails for options that have gone, and these have not.
