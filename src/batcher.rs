@@ -125,20 +125,28 @@ impl Drop for HangUp<'_> {
 /// waits has been handed on.
 pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     let _hang_up = HangUp(batcher);
+    let cache = batcher.lock().shared.cache.clone();
+    let pay = |notice| {
+        if let Notice::Ran(owed) = notice {
+            for owed in owed {
+                owed.pay(&cache);
+            }
+        }
+    };
     let mut draining = false;
     let mut outlook = batcher.lock().look();
     loop {
         let wake = match outlook {
-            Outlook::Done => return,
+            Outlook::Done => {
+                // Of runs that ended since this thread looked last.
+                return channels.notices.try_iter().for_each(pay);
+            }
             Outlook::At(wake) => wake,
         };
         let event = match wait(channels, draining, wake) {
-            Event::Notice(Notice::Ran(owed)) => {
-                // Without the lock, for which an engine may wait.
-                let cache = batcher.lock().shared.cache.clone();
-                for owed in owed {
-                    owed.pay(&cache);
-                }
+            // Without the lock, for which an engine may wait.
+            Event::Notice(notice @ Notice::Ran(_)) => {
+                pay(notice);
                 Event::Tick
             }
             event => event,
@@ -474,7 +482,7 @@ impl State {
             let Waiting { key, crowd } = entry.item;
             let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
             if left.n_tickets == 0 {
-                // Nobody can join it: only this thread lets anybody join.
+                // Nobody can join it without the lock.
                 self.known.remove(&key);
                 continue;
             }
