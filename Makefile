@@ -65,6 +65,10 @@ bench: setup ## Measure decode, resize and quantize on one core (images per seco
 bench-overhead: setup ## Measure images per second through gRPC against the bare engine
 	cargo bench --locked --bench overhead
 
+.PHONY: bench-gap
+bench-gap: setup ## Measure how long an engine has nothing to run between two batches
+	cargo bench --locked --bench gap
+
 .PHONY: bench-server
 bench-server: build ## Measure the server alone, with an engine that costs nothing: requests per second and core
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-server.sh

@@ -1,8 +1,11 @@
-//! Gathers jobs into batches, on a thread of its own.
+//! Gathers jobs into batches, under one lock and with a thread of its own.
 //!
 //! Late binding: a batch is formed only when an engine has said that it is free,
 //! from everything that waits at that moment; several engines take from the one
-//! queue, whoever has been free longest first. Identical work stands in
+//! queue, whoever has been free longest first. The engine's thread forms it
+//! itself where something waits; this thread does so when something comes to an
+//! engine that is idle, keeps the time, and gives the answers of engines that
+//! run on. Identical work stands in
 //! the queue once, with everybody who waits for it. Whoever has gone or is late
 //! leaves at once: the door rings when a caller goes, and a timer runs to the
 //! next deadline. A run that nobody waits for any more is stopped.
@@ -18,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
 use crate::admission::DrainRate;
 use crate::cache::{Cache, Key};
@@ -27,6 +30,7 @@ use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::{Answer, Class, Crowd, Job, Work};
 use crate::metrics::Metrics;
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) use engines::Line;
 use engines::{Engines, Running};
 use policy::Policy;
@@ -45,6 +49,10 @@ pub(crate) enum Arrival {
     Sequence(Sequence),
 }
 
+/// Jobs that are taken in at one time: an engine may wait for the lock meanwhile,
+/// about a tenth of a millisecond.
+const PUSHED_AT_ONCE: usize = 64;
+
 /// Deadlines within this of each other are dealt with at one time.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
@@ -54,7 +62,7 @@ pub(crate) struct Channels {
     pub(crate) jobs: Receiver<Arrival>,
     /// From admission, when callers have gone.
     pub(crate) bell: Receiver<()>,
-    /// From the engines, when they are free and when they have ended.
+    /// From the engines.
     pub(crate) notices: Receiver<Notice>,
 }
 
@@ -67,50 +75,122 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
 }
 
-/// The life of the batcher thread: until preprocessing has ended and all that
-/// waits has been handed on.
-pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, shared: Shared) {
-    let mut batcher = Batcher {
-        scheduler: Scheduler::new(policy, engines.len()),
-        sequences: WaitingSequences::new(shared.interactive_reserve),
-        known: HashMap::new(),
-        engines: Engines::new(engines),
-        batch_id: 0,
-        shared,
-    };
-    let mut draining = false;
-    loop {
-        let now = Instant::now();
-        batcher.expire(now);
-        let wake = match batcher.feed(now, draining) {
-            Fed::Given => continue,
-            Fed::Nothing if draining && batcher.engines.all_free() => return,
-            Fed::Nothing => None,
-            Fed::WaitUntil(at) => Some(at),
-        };
-        let deadline = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
-        match wait(channels, draining, earlier(deadline, wake)) {
-            Event::Job(job) => {
-                batcher.push(job);
-                // Everything that has arrived by now belongs in the decision.
-                while let Ok(job) = channels.jobs.try_recv() {
-                    batcher.push(job);
-                }
-                batcher.show();
-            }
-            Event::Notice(Notice::Free(slot)) => batcher.ended(slot),
-            Event::Notice(Notice::Gone(device)) => {
-                batcher.gone(device);
-                if batcher.engines.is_empty() {
-                    return batcher.refuse_all(channels);
-                }
-            }
-            Event::Bell => batcher.sweep(Instant::now()),
-            Event::NoMoreJobs => draining = true,
-            Event::EnginesGone => return batcher.refuse_all(channels),
-            Event::Tick => {}
+/// Where batches are formed, for the batcher's thread and the engines'. Cheap to
+/// clone.
+#[derive(Clone)]
+pub(crate) struct Batcher(Arc<Mutex<State>>);
+
+impl Batcher {
+    pub(crate) fn new(policy: Policy, engines: Vec<Line>, shared: Shared) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            scheduler: Scheduler::new(policy, engines.len()),
+            sequences: WaitingSequences::new(shared.interactive_reserve),
+            known: HashMap::new(),
+            engines: Engines::new(engines),
+            draining: false,
+            batch_id: 0,
+            shared,
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that has panicked here ends the worker.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An engine is free. When this returns it has its turn, if there is one for
+    /// it already; if not, the batcher's thread is told.
+    pub(crate) fn free(&self, slot: Slot, notices: &Sender<Notice>) {
+        let device = slot.device;
+        let mut state = self.lock();
+        state.ended(slot);
+        state.look();
+        if state.engines.is_free(device) {
+            // Where there is no room, the thread is still to look.
+            let _ = notices.try_send(Notice::Free);
         }
     }
+}
+
+/// Hangs up on the engines, however the batcher's thread ends.
+struct HangUp<'a>(&'a Batcher);
+
+impl Drop for HangUp<'_> {
+    fn drop(&mut self) {
+        self.0.lock().engines.hang_up();
+    }
+}
+
+/// The life of the batcher thread: until preprocessing has ended and all that
+/// waits has been handed on.
+pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
+    let _hang_up = HangUp(batcher);
+    let cache = batcher.lock().shared.cache.clone();
+    let pay = |notice| {
+        if let Notice::Ran(owed) = notice {
+            for owed in owed {
+                owed.pay(&cache);
+            }
+        }
+    };
+    let mut draining = false;
+    let mut outlook = batcher.lock().look();
+    loop {
+        let wake = match outlook {
+            Outlook::Done => {
+                // Of runs that ended since this thread looked last.
+                return channels.notices.try_iter().for_each(pay);
+            }
+            Outlook::At(wake) => wake,
+        };
+        let event = match wait(channels, draining, wake) {
+            // Without the lock, for which an engine may wait.
+            Event::Notice(notice @ Notice::Ran(_)) => {
+                pay(notice);
+                Event::Tick
+            }
+            event => event,
+        };
+        let mut state = batcher.lock();
+        match event {
+            Event::Job(job) => {
+                state.push(job);
+                // Everything that has arrived by now belongs in the decision.
+                for job in channels.jobs.try_iter().take(PUSHED_AT_ONCE) {
+                    state.push(job);
+                }
+                state.show();
+            }
+            Event::Notice(Notice::Gone(device)) => {
+                state.gone(device);
+                if state.engines.is_empty() {
+                    state.refuse_all();
+                    drop(state);
+                    return refuse_arrivals(channels);
+                }
+            }
+            Event::Bell => state.sweep(Instant::now()),
+            Event::NoMoreJobs => {
+                draining = true;
+                state.draining = true;
+            }
+            Event::EnginesGone => {
+                state.refuse_all();
+                drop(state);
+                return refuse_arrivals(channels);
+            }
+            Event::Notice(Notice::Free | Notice::Ran(_)) | Event::Tick => {}
+        }
+        outlook = state.look();
+    }
+}
+
+/// What is to come once all engines that are free have what there is for them.
+enum Outlook {
+    /// The worker ends, and nothing waits or runs.
+    Done,
+    /// Nothing is to be done before this, if there is such a time.
+    At(Option<Instant>),
 }
 
 /// What came of looking for work for the engines that are free.
@@ -124,6 +204,10 @@ enum Fed {
 }
 
 /// All that can happen to the batcher.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, on the stack"
+)]
 enum Event {
     Job(Arrival),
     Notice(Notice),
@@ -176,24 +260,42 @@ enum At {
     Engine(DeviceIdx),
 }
 
-struct Batcher {
+struct State {
     scheduler: Scheduler<Waiting>,
     sequences: WaitingSequences,
     /// By what it is, so that identical work is found.
     known: HashMap<Key, Known>,
     engines: Engines,
+    /// Whether the worker shuts down and waits for nobody.
+    draining: bool,
     batch_id: u64,
     shared: Shared,
 }
 
-impl Batcher {
+impl State {
+    /// Gives every engine that is free what there is for it.
+    fn look(&mut self) -> Outlook {
+        loop {
+            let now = Instant::now();
+            self.expire(now);
+            let wake = match self.feed(now) {
+                Fed::Given => continue,
+                Fed::Nothing if self.draining && self.engines.all_free() => return Outlook::Done,
+                Fed::Nothing => None,
+                Fed::WaitUntil(at) => Some(at),
+            };
+            let deadline = self.next_deadline().map(|at| at + TIMER_GRAIN);
+            return Outlook::At(earlier(deadline, wake));
+        }
+    }
+
     /// Gives the engine that has been free longest and has something to do its
     /// turn.
-    fn feed(&mut self, now: Instant, draining: bool) -> Fed {
+    fn feed(&mut self, now: Instant) -> Fed {
         let mut wake = None;
         for device in self.engines.free() {
             let steps = self.sequences.steps(device);
-            match self.scheduler.next(device, now, draining, steps) {
+            match self.scheduler.next(device, now, self.draining, steps) {
                 Next::Run(picked) => {
                     if let Some((batch, running)) = self.form(device, picked, now) {
                         let turn = Turn::Batch(batch);
@@ -203,7 +305,11 @@ impl Batcher {
                 }
                 Next::Step => {
                     let joining = self.join(device, now);
-                    self.engines.give(device, Turn::Step(joining), None);
+                    let turn = Turn::Step {
+                        joining,
+                        possible_since: steps.map_or(now, |steps| steps.since),
+                    };
+                    self.engines.give(device, turn, None);
                     return Fed::Given;
                 }
                 Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
@@ -260,10 +366,7 @@ impl Batcher {
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
-        let key = Key {
-            want,
-            tokens: job.payload,
-        };
+        let key = Key::new(want, job.payload);
         if self.shared.cache.is_on() {
             let found = self.shared.cache.get(&key);
             metrics.cache(found.is_some());
@@ -379,7 +482,7 @@ impl Batcher {
             let Waiting { key, crowd } = entry.item;
             let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
             if left.n_tickets == 0 {
-                // Nobody can join it: only this thread lets anybody join.
+                // Nobody can join it without the lock.
                 self.known.remove(&key);
                 continue;
             }
@@ -419,6 +522,7 @@ impl Batcher {
             graph: picked.graph,
             bucket: picked.bucket,
             units,
+            possible_since: picked.possible_since,
         };
         Some((batch, running))
     }
@@ -549,9 +653,8 @@ impl Batcher {
         }
     }
 
-    /// The last engine has ended before its time: whoever waits, and whoever still
-    /// comes, is told.
-    fn refuse_all(mut self, channels: &Channels) {
+    /// The last engine has ended before its time: whoever waits is told.
+    fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
             if let Some(entry) = self.scheduler.queue.remove(&place) {
                 entry.item.crowd.refuse(&Error::NotReady);
@@ -559,13 +662,17 @@ impl Batcher {
         }
         self.sequences.refuse(&Error::NotReady);
         self.show();
-        loop {
-            match channels.jobs.recv_timeout(Duration::from_secs(1)) {
-                Ok(Arrival::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
-                Ok(Arrival::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
+    }
+}
+
+/// And so is whoever still comes.
+fn refuse_arrivals(channels: &Channels) {
+    loop {
+        match channels.jobs.recv_timeout(Duration::from_secs(1)) {
+            Ok(Arrival::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
+            Ok(Arrival::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }

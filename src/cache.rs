@@ -4,7 +4,8 @@
 //! pictures can never be taken for one another. A worker serves one model, so
 //! the model is not in the key.
 
-use std::sync::Arc;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::sync::{Arc, LazyLock};
 
 use moka::sync::Cache as Moka;
 
@@ -14,12 +15,40 @@ use crate::job::Want;
 /// reference counts, the cache's own book-keeping.
 const ENTRY_OVERHEAD_BYTES: usize = 256;
 
+/// Of this process, so that nobody can send images that collide.
+static HASHES: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
 /// Work that has the same answer whoever asks.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone)]
 pub struct Key {
     pub want: Want,
     /// As the model sees them, so the context is in them.
     pub tokens: Arc<[u16]>,
+    /// Of both, since the tokens are long and the work is looked up several
+    /// times on its way.
+    hash: u64,
+}
+
+impl Key {
+    #[must_use]
+    pub fn new(want: Want, tokens: Arc<[u16]>) -> Self {
+        let hash = HASHES.hash_one((want, &tokens));
+        Self { want, tokens, hash }
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        (self.hash, self.want) == (other.hash, other.want) && self.tokens == other.tokens
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
 }
 
 /// A bounded cache of answers. Cheap to clone; without a size it keeps
@@ -75,10 +104,7 @@ mod tests {
     use super::*;
 
     fn key(token: u16, want: Want) -> Key {
-        Key {
-            want,
-            tokens: vec![token; 64].into(),
-        }
+        Key::new(want, vec![token; 64].into())
     }
 
     #[test]

@@ -9,15 +9,17 @@ mod buckets;
 mod decoder;
 pub mod devices;
 pub mod fake;
+mod gap;
 pub mod onnx;
 pub mod operators;
+pub(crate) mod owed;
 pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;
 mod stop;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
@@ -180,6 +182,23 @@ pub struct Warm {
     pub elapsed: Duration,
 }
 
+/// When something was run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    pub started: Instant,
+    pub ended: Instant,
+}
+
+impl Span {
+    /// Runs something, and says when.
+    pub fn of<T>(run: impl FnOnce() -> T) -> (T, Self) {
+        let started = Instant::now();
+        let outcome = run();
+        let ended = Instant::now();
+        (outcome, Self { started, ended })
+    }
+}
+
 /// Computes batches. Built and used on the engine thread alone.
 pub trait Engine {
     fn facts(&self) -> &Facts;
@@ -215,6 +234,13 @@ pub trait Engine {
     ///
     /// What is wrong with it.
     fn canary(&mut self) -> Result<(), EngineError>;
+
+    /// When the runtime was at work in the last [`Engine::run`] or
+    /// [`Engine::feed`]; the rest of the call goes by while the device has
+    /// nothing to do. `None` stands for all of the call.
+    fn last_span(&self) -> Option<Span> {
+        None
+    }
 }
 
 /// Why an engine could not be loaded, or a batch not run.
@@ -272,6 +298,8 @@ pub struct Batch {
     pub bucket: usize,
     /// Never empty.
     pub units: Vec<Unit>,
+    /// Since when an engine that was free could have run something.
+    pub possible_since: Instant,
 }
 
 /// One row of a batch with everybody who waits for it.
@@ -288,7 +316,11 @@ pub enum Turn {
     /// One run of a graph.
     Batch(Batch),
     /// One step of the sequences that it has, and of these, which join them.
-    Step(Vec<Sequence>),
+    Step {
+        joining: Vec<Sequence>,
+        /// As of a batch.
+        possible_since: Instant,
+    },
 }
 
 impl Turn {
@@ -300,7 +332,7 @@ impl Turn {
                     unit.crowd.refuse(error);
                 }
             }
-            Self::Step(joining) => {
+            Self::Step { joining, .. } => {
                 for sequence in joining {
                     sequence.finish(Err(error.clone()));
                 }
@@ -320,10 +352,13 @@ pub struct Sequences {
     pub bulk: usize,
 }
 
-/// What engines tell the batcher.
+/// What engines tell the batcher's thread.
 #[derive(Debug)]
-pub enum Notice {
-    Free(Slot),
+pub(crate) enum Notice {
+    /// An engine is free, and there was nothing for it yet.
+    Free,
+    /// Answers that the thread should give, since the engine runs on.
+    Ran(Vec<owed::Owed>),
     /// The engine takes no more turns. The last thing that it says.
     Gone(DeviceIdx),
 }

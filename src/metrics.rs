@@ -35,6 +35,7 @@ const QUANTIZE_DURATION: &str = "imagegpt_quantize_duration_seconds";
 const QUEUE_DEPTH: &str = "imagegpt_queue_depth";
 const QUEUE_DURATION: &str = "imagegpt_queue_duration_seconds";
 const INFERENCE_DURATION: &str = "imagegpt_inference_duration_seconds";
+const ENGINE_GAP: &str = "imagegpt_engine_gap_seconds";
 const BATCH_SIZE: &str = "imagegpt_batch_size";
 const BATCH_FILL: &str = "imagegpt_batch_fill_ratio";
 const BATCHES: &str = "imagegpt_batches_total";
@@ -313,6 +314,11 @@ impl Registry<'_> {
                 INFERENCE_DURATION,
                 Unit::Seconds,
                 "Time of one run of the model, by graph.",
+            ),
+            (
+                ENGINE_GAP,
+                Unit::Seconds,
+                "Time a device had nothing to run before a run that was already possible.",
             ),
             (BATCH_SIZE, Unit::Count, "Images in one run, by graph."),
             (
@@ -663,6 +669,18 @@ impl Metrics {
         }
     }
 
+    /// Where the gaps between the runs of a device are counted.
+    #[must_use]
+    pub fn engine_gap(&self, id: i32) -> EngineGap {
+        let labels = vec![Label::new("device", id.to_string())];
+        let key = Key::from_parts(ENGINE_GAP, labels);
+        let histogram = self
+            .0
+            .recorder
+            .register_histogram(&key, &Registry::METADATA);
+        EngineGap(histogram)
+    }
+
     /// The worker began or ceased to serve.
     pub fn ready(&self, ready: bool) {
         self.0.ready.set(if ready { 1.0 } else { 0.0 });
@@ -719,6 +737,23 @@ impl std::fmt::Debug for StreamOpen {
 impl Drop for StreamOpen {
     fn drop(&mut self) {
         self.0.decrement(1.0);
+    }
+}
+
+/// The gaps between the runs of one device.
+#[derive(Clone)]
+pub struct EngineGap(Histogram);
+
+impl EngineGap {
+    /// The device had nothing to run for so long, though something waited.
+    pub fn record(&self, gap: Duration) {
+        self.0.record(gap);
+    }
+}
+
+impl std::fmt::Debug for EngineGap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EngineGap")
     }
 }
 

@@ -16,17 +16,15 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use crate::admission::{Admission, Capacity, DrainRate, Occupancy};
-use crate::batcher;
 use crate::batcher::policy::Policy;
+use crate::batcher::{self, Batcher};
 use crate::cache::Cache;
 use crate::config::{CudaGraphs, ServeConfig};
 use crate::engine::devices::{DeviceEngine, Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{
-    self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State, Stop,
-};
+use crate::engine::{self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State};
 use crate::gpu;
 use crate::head::Head;
 use crate::http::{self, Pages};
@@ -102,7 +100,8 @@ impl Stages {
         // One ring, because two mean the same.
         let (bell_in, bell) = crossbeam_channel::bounded(1);
         let (door, pictures) = queue::queue(bell_in, metrics.clone());
-        // An engine says at most that it is free and that it has ended.
+        // An engine says at most what its last run answered, and that it is free
+        // or has ended; where there is no room, it waits or need not say it.
         let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
         // Whichever thread ends before its time ends the worker's readiness; what
         // becomes of devices they decide together.
@@ -114,44 +113,14 @@ impl Stages {
         let drain = DrainRate::default();
         let cache = Cache::new(batching.cache_bytes.as_u64());
 
-        let mut threads = Vec::new();
-        let mut lines = Vec::new();
-        for (idx, engine) in engines.into_iter().enumerate() {
-            // One batch, after each slot.
-            let (turns_in, turns) = crossbeam_channel::bounded(1);
-            let stop = Arc::new(Stop::default());
-            let runner = Runner {
-                device: DeviceIdx(idx),
-                notices: notices_in.clone(),
-                turns,
-                buckets: buckets.clone(),
-                canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
-                stop: Arc::clone(&stop),
-                cache: cache.clone(),
-                metrics: metrics.clone(),
-                reports: reports.clone(),
-            };
-            let (name, factory) = (format!("engine-{}", engine.id), engine.factory);
-            threads.push(spawn(&name, &reports, move || {
-                runner::run(factory, runner);
-            })?);
-            lines.push(batcher::Line {
-                turns: turns_in,
-                stop,
-            });
-        }
-        // So that the batcher sees the last of them go.
-        drop(notices_in);
+        // One batch, after each slot.
+        let lines = engines.iter().map(|_| batcher::Line::new());
+        let (lines, ends): (Vec<_>, Vec<_>) = lines.unzip();
         let policy = Policy {
-            buckets,
+            buckets: buckets.clone(),
             max_queue_delay: batching.max_queue_delay,
             bulk_share: batching.bulk_share,
             bulk_wait_max: batching.bulk_wait_max,
-        };
-        let channels = batcher::Channels {
-            jobs: tokens,
-            bell,
-            notices,
         };
         let shared = batcher::Shared {
             cache: cache.clone(),
@@ -159,8 +128,36 @@ impl Stages {
             interactive_reserve: limits.interactive_reserve,
             metrics: metrics.clone(),
         };
+        let batcher = Batcher::new(policy, lines, shared);
+        let mut threads = Vec::new();
+        for ((idx, engine), (turns, stop)) in engines.into_iter().enumerate().zip(ends) {
+            let runner = Runner {
+                device: DeviceIdx(idx),
+                batcher: batcher.clone(),
+                notices: notices_in.clone(),
+                turns,
+                buckets: buckets.clone(),
+                canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
+                stop,
+                cache: cache.clone(),
+                metrics: metrics.clone(),
+                gap: metrics.engine_gap(engine.id),
+                reports: reports.clone(),
+            };
+            let (name, factory) = (format!("engine-{}", engine.id), engine.factory);
+            threads.push(spawn(&name, &reports, move || {
+                runner::run(factory, runner);
+            })?);
+        }
+        // So that the batcher sees the last of them go.
+        drop(notices_in);
+        let channels = batcher::Channels {
+            jobs: tokens,
+            bell,
+            notices,
+        };
         threads.push(spawn("batcher", &reports, move || {
-            batcher::run(policy, &channels, lines, shared);
+            batcher::run(&batcher, &channels);
         })?);
         for idx in 0..n_preprocess_threads(config) {
             let (preprocessor, pictures) = (Arc::clone(&preprocessor), Arc::clone(&pictures));

@@ -11,12 +11,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use imagegpt::compile::onnx::{DataType, Dim, Model, TensorType, ValueInfo};
 use imagegpt::compile::{
     CompileError, CompileOptions, Manifest, Precision, Provider, Runtime, Silent, Source, Task,
     compile, compile_cached,
 };
 use imagegpt::engine::onnx;
 use ort::environment::Environment;
+use prost::Message as _;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
 
@@ -195,6 +197,48 @@ fn the_cache_is_kept_as_the_precision_allows() {
             .collect();
         assert_eq!(attention, [(expected, LAYERS)], "{precision:?}");
     }
+}
+
+/// What a GPU is given: tokens of four bytes, attention in one operator a layer,
+/// and of embeddings no more back than the means.
+#[test]
+fn graphs_for_a_gpu_take_and_give_little() {
+    let source = checkpoint(|_| {});
+    for precision in [Precision::Fp32, Precision::Fp16] {
+        let parent = TempDir::new().unwrap();
+        let output = parent.path().join("out");
+        let options = CompileOptions {
+            precision,
+            provider: Provider::Cuda,
+            ..CompileOptions::default()
+        };
+        let manifest = run(source.path(), &output, &options).unwrap();
+        assert_eq!(manifest.provider, Provider::Cuda);
+        for (name, facts) in &manifest.graphs {
+            let bytes = fs::read(output.join(&facts.file)).unwrap();
+            let graph = Model::decode(&*bytes).unwrap().graph.unwrap();
+            let fused = graph.node.iter();
+            let fused = fused.filter(|node| node.op_type.ends_with("Attention"));
+            assert_eq!(fused.count(), facts.n_layers, "{name}");
+            let tokens = ["input_ids", "targets", "position_ids"];
+            for input in &graph.input {
+                if tokens.contains(&input.name.as_str()) {
+                    let element = tensor(input).elem_type();
+                    assert_eq!(element, DataType::Int32, "{name}: {}", input.name);
+                }
+            }
+            if name.starts_with("embed-") {
+                let means = [Dim::Size(manifest.feature_layer + 1), Dim::Size(WIDTH)];
+                let dims = [&[Dim::Name("batch")], &means[..]].concat();
+                let expected = ValueInfo::tensor("features", DataType::Float, &dims);
+                assert_eq!(graph.output, [expected], "{name}");
+            }
+        }
+    }
+}
+
+fn tensor(value: &ValueInfo) -> &TensorType {
+    value.r#type.as_ref().unwrap().tensor_type.as_ref().unwrap()
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 
 use crate::cache::Key;
 use crate::engine::{DeviceIdx, Stop, Turn};
@@ -14,9 +14,22 @@ use crate::job::Crowd;
 
 /// The batcher's end of one engine.
 pub(crate) struct Line {
-    /// Capacity 1, and sent to only after a slot: never full.
-    pub(crate) turns: Sender<Turn>,
-    pub(crate) stop: Arc<Stop>,
+    /// Room for one, and sent to only after a slot: never full.
+    turns: Sender<Turn>,
+    stop: Arc<Stop>,
+}
+
+impl Line {
+    /// And the engine's end.
+    pub(crate) fn new() -> (Self, (Receiver<Turn>, Arc<Stop>)) {
+        let (turns, of_engine) = crossbeam_channel::bounded(1);
+        let stop = Arc::new(Stop::default());
+        let line = Self {
+            turns,
+            stop: Arc::clone(&stop),
+        };
+        (line, (of_engine, stop))
+    }
 }
 
 /// A batch at an engine.
@@ -64,6 +77,17 @@ impl Engines {
             .collect();
         free.sort_unstable();
         free.into_iter().map(|(_, device)| device).collect()
+    }
+
+    /// Whether an engine has no turn.
+    pub(super) fn is_free(&self, device: DeviceIdx) -> bool {
+        let engine = self.0.get(&device);
+        engine.is_some_and(|engine| engine.free_since.is_some())
+    }
+
+    /// Forgets all of them, who see it.
+    pub(super) fn hang_up(&mut self) {
+        self.0.clear();
     }
 
     /// Whether none runs anything.

@@ -78,6 +78,8 @@ pub struct Picked<T> {
     pub graph: Graph,
     pub bucket: usize,
     pub close: Close,
+    /// Since when an engine that was free could have run something.
+    pub possible_since: Instant,
     /// At most `bucket`; none if all were too late.
     pub rows: Vec<Entry<T>>,
     /// Whose deadline comes before the run can end.
@@ -171,9 +173,30 @@ impl<T> Scheduler<T> {
                     .find(|lane| (lane.class, lane.graph) == (class, graph))
                     .map_or(1, |lane| lane.len);
                 let bulk_steps = steps.is_some_and(|steps| steps.bulk);
-                Next::Run(self.pick(device, class, graph, close, len, bulk_steps, now))
+                let mut picked = self.pick(device, class, graph, close, len, bulk_steps, now);
+                picked.possible_since = self.possible_since(&lanes, steps, &picked, now);
+                Next::Run(picked)
             }
         }
+    }
+
+    /// Since when something could have been run: since the queue delay of some
+    /// image was over, or a step waited, or the last image came of a batch that
+    /// is full.
+    fn possible_since(
+        &self,
+        lanes: &[Lane],
+        steps: Option<Steps>,
+        picked: &Picked<T>,
+        now: Instant,
+    ) -> Instant {
+        let delayed = lanes.iter();
+        let delayed = delayed.map(|lane| lane.oldest + self.policy.max_queue_delay);
+        let stepped = steps.map(|steps| steps.since);
+        let last = picked.rows.iter().map(|row| row.arrived).max();
+        let full = last.filter(|_| picked.close == Close::Full);
+        let first = delayed.chain(stepped).chain(full).min();
+        first.map_or(now, |since| since.min(now))
     }
 
     fn decide(
@@ -324,6 +347,7 @@ impl<T> Scheduler<T> {
             graph,
             bucket,
             close,
+            possible_since: now,
             rows,
             late,
             needed,

@@ -1,19 +1,18 @@
 //! The batcher and two engines' threads together, with callers that come, go and
 //! are late at random.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Channels, Line, Shared};
+use super::{Arrival, Batcher, Channels, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
 use crate::engine::devices::{Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{Buckets, DeviceIdx, Engine, State, Stop};
+use crate::engine::{Buckets, DeviceIdx, Engine, State};
 use crate::error::Error;
 use crate::generation::{Generate, Keep, Sampling, Sequence};
 use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
@@ -122,38 +121,11 @@ fn start(scripts: Vec<Script>) -> Running {
     let ids = (0..).take(scripts.len());
     let (reports, devices) = Reports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
-    let (mut lines, mut threads) = (Vec::new(), Vec::new());
-    for (idx, script) in scripts.into_iter().enumerate() {
-        let (turns_in, turns) = crossbeam_channel::bounded(1);
-        let stop = Arc::new(Stop::default());
-        let runner = Runner {
-            device: DeviceIdx(idx),
-            notices: notices_in.clone(),
-            turns,
-            buckets: buckets.clone(),
-            canary_interval: None,
-            stop: Arc::clone(&stop),
-            cache: Cache::new(0),
-            metrics: metrics.clone(),
-            reports: reports.clone(),
-        };
-        let factory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
-        threads.push(spawn("engine", || runner::run(factory, runner)));
-        lines.push(Line {
-            turns: turns_in,
-            stop,
-        });
-    }
     let policy = Policy {
-        buckets,
+        buckets: buckets.clone(),
         max_queue_delay: Duration::from_micros(50),
         bulk_share: 10,
         bulk_wait_max: Duration::from_secs(1),
-    };
-    let channels = Channels {
-        jobs,
-        bell,
-        notices,
     };
     let drain = DrainRate::default();
     let shared = Shared {
@@ -162,9 +134,35 @@ fn start(scripts: Vec<Script>) -> Running {
         interactive_reserve: 25,
         metrics: metrics.clone(),
     };
+    let (lines, ends): (Vec<_>, Vec<_>) = scripts.iter().map(|_| Line::new()).unzip();
+    let batcher = Batcher::new(policy, lines, shared);
+    let mut threads = Vec::new();
+    for (((idx, script), id), (turns, stop)) in scripts.into_iter().enumerate().zip(0..).zip(ends) {
+        let runner = Runner {
+            device: DeviceIdx(idx),
+            batcher: batcher.clone(),
+            notices: notices_in.clone(),
+            turns,
+            buckets: buckets.clone(),
+            canary_interval: None,
+            stop,
+            cache: Cache::new(0),
+            metrics: metrics.clone(),
+            gap: metrics.engine_gap(id),
+            reports: reports.clone(),
+        };
+        let factory = Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        threads.push(spawn("engine", || runner::run(factory, runner)));
+    }
+    drop(notices_in);
+    let channels = Channels {
+        jobs,
+        bell,
+        notices,
+    };
     // With its channels, so that the engines see it end.
     threads.push(spawn("batcher", move || {
-        super::run(policy, &channels, lines, shared);
+        super::run(&batcher, &channels);
     }));
     Running {
         jobs: jobs_in,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 pub use self::cost::Cost;
-use super::{Engine, EngineError, Facts, Feed, Graph, Run, SequenceFacts, Stop, Warm};
+use super::{Engine, EngineError, Facts, Feed, Graph, Run, SequenceFacts, Span, Stop, Warm};
 use crate::job::Want;
 
 /// How often a run that takes long looks whether it should stop.
@@ -43,6 +43,21 @@ pub struct Script {
 }
 
 impl Script {
+    /// Passes the time of a run of so many rows.
+    fn pass(&self, n_rows: usize, stop: &Stop) -> Result<(), EngineError> {
+        if let Some(gate) = &self.gate {
+            // A closed gate lets everything through, so that a test that ends
+            // early does not hang the worker's shutdown.
+            while gate.recv_timeout(STOP_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if stop.requested() {
+                    return Err(EngineError::Stopped);
+                }
+            }
+        }
+        let n_rows = u32::try_from(n_rows).unwrap_or(u32::MAX);
+        take_time(self.delay + self.delay_per_row * n_rows, stop)
+    }
+
     /// What goes wrong with rows that these tokens stand for.
     fn faults<'a>(&self, tokens: impl Iterator<Item = &'a u16>) -> Result<(), EngineError> {
         let tokens: Vec<u16> = tokens.copied().collect();
@@ -80,6 +95,8 @@ pub struct FakeEngine {
     warm: Vec<Warm>,
     /// What each slot keeps: after each token, a hash of all up to it.
     kept: Vec<Vec<u32>>,
+    /// When it last passed time as a device would.
+    span: Option<Span>,
 }
 
 impl FakeEngine {
@@ -119,6 +136,7 @@ impl FakeEngine {
             },
             kept: vec![Vec::new(); script.sequences.map_or(0, |sequences| sequences.n_slots)],
             script,
+            span: None,
         }
     }
 
@@ -194,17 +212,9 @@ impl Engine for FakeEngine {
     }
 
     fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
-        if let Some(gate) = &self.script.gate {
-            // A closed gate lets everything through, so that a test that ends
-            // early does not hang the worker's shutdown.
-            while gate.recv_timeout(STOP_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if stop.requested() {
-                    return Err(EngineError::Stopped);
-                }
-            }
-        }
-        let n_rows = u32::try_from(run.bucket).unwrap_or(u32::MAX);
-        take_time(self.script.delay + self.script.delay_per_row * n_rows, stop)?;
+        let (outcome, span) = Span::of(|| self.script.pass(run.bucket, stop));
+        self.span = Some(span);
+        outcome?;
         if self.script.memory_for.is_some_and(|max| run.bucket > max) {
             return Err(EngineError::OutOfMemory("scripted".to_owned()));
         }
@@ -222,10 +232,14 @@ impl Engine for FakeEngine {
             .script
             .sequences
             .ok_or_else(|| EngineError::Runtime("no sequences were scripted".to_owned()))?;
-        if let Some(gate) = &self.script.gate {
-            let _ = gate.recv();
-        }
-        take_time(sequences.delay, &Stop::default())?;
+        let (outcome, span) = Span::of(|| {
+            if let Some(gate) = &self.script.gate {
+                let _ = gate.recv();
+            }
+            take_time(sequences.delay, &Stop::default())
+        });
+        self.span = Some(span);
+        outcome?;
         self.script
             .faults(feed.rows.iter().filter_map(|row| row.tokens.last()))?;
         logits.clear();
@@ -262,6 +276,10 @@ impl Engine for FakeEngine {
             }
             None => Ok(()),
         }
+    }
+
+    fn last_span(&self) -> Option<Span> {
+        self.span
     }
 }
 

@@ -29,7 +29,8 @@ use self::sequences::SequenceEngine;
 use self::whole::{Batch, WholeGraph};
 use super::runtime::{Residence, Runtime, operators};
 use super::{
-    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Stop, Warm,
+    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Span, Stop,
+    Warm,
 };
 use crate::compile;
 use crate::job::{Layers, Want};
@@ -97,6 +98,8 @@ pub struct OnnxEngine {
     sequences: Option<SequenceEngine>,
     warm: Vec<Warm>,
     canary: Option<Canary>,
+    /// Of the last run that the runtime was given.
+    span: Option<Span>,
 }
 
 /// A row whose answer is known.
@@ -142,6 +145,7 @@ impl OnnxEngine {
             sequences: None,
             warm: Vec::new(),
             canary: None,
+            span: None,
         };
         for (&graph, path) in &options.graphs {
             if graph == Graph::Generate {
@@ -164,29 +168,25 @@ impl OnnxEngine {
     ) -> Result<(), EngineError> {
         let is_compiled = options.compiled_for.is_some();
         let n_warm = self.warm.len();
-        let mut load = |runtime: &Runtime| {
-            let whole = WholeGraph::open(runtime, graph, path, is_compiled)?;
+        let load = |cuda_graphs| {
+            // What a first try has left, its memory above all.
+            self.warm.truncate(n_warm);
+            self.graphs.remove(&graph);
+            let runtime = Runtime {
+                cuda_graphs,
+                ..runtime.clone()
+            };
+            let whole = WholeGraph::open(&runtime, graph, path, is_compiled)?;
             self.graphs.insert(graph, whole);
             self.warm_up(graph, options)
         };
-        let error = match load(runtime) {
-            Err(error) if runtime.cuda_graphs && !matches!(error, EngineError::Device(_)) => error,
-            outcome => return outcome,
-        };
-        let uncaptured = Runtime {
-            cuda_graphs: false,
-            ..runtime.clone()
-        };
-        self.warm.truncate(n_warm);
-        // The memory of the first try is needed for the second.
-        self.graphs.remove(&graph);
-        self.load_graph(&uncaptured, graph, path, options)?;
-        // It is worse than nothing only if it works without.
-        tracing::warn!(graph = graph.label(), %error, "no CUDA graphs; launching kernels one by one");
-        self.facts.fallbacks.push(Fallback {
-            kind: FallbackKind::CudaGraphs,
-            reason: format!("graph {}: {error}", graph.label()),
-        });
+        if let Some(error) = captured_or_not(runtime.cuda_graphs, load)? {
+            tracing::warn!(graph = graph.label(), %error, "no CUDA graphs; launching kernels one by one");
+            self.facts.fallbacks.push(Fallback {
+                kind: FallbackKind::CudaGraphs,
+                reason: format!("graph {}: {error}", graph.label()),
+            });
+        }
         Ok(())
     }
 
@@ -354,6 +354,21 @@ impl OnnxEngine {
     }
 }
 
+/// Loads something so that its runs are captured, if that is wanted, or else so
+/// that they are not; gives why it could not be captured.
+fn captured_or_not(
+    wanted: bool,
+    mut load: impl FnMut(bool) -> Result<(), EngineError>,
+) -> Result<Option<EngineError>, EngineError> {
+    match load(wanted) {
+        // It is worse than nothing only if it works without.
+        Err(error) if wanted && !matches!(error, EngineError::Device(_)) => {
+            load(false).map(|()| Some(error))
+        }
+        outcome => outcome.map(|()| None),
+    }
+}
+
 fn no_graph(graph: Graph) -> EngineError {
     EngineError::Runtime(format!("no graph {} is loaded", graph.label()))
 }
@@ -498,20 +513,20 @@ impl Engine for OnnxEngine {
             positions: self.positions,
             start: (run.graph == Graph::Score).then_some(self.start),
         };
-        let options = Arc::new(loaded.options(run.bucket).map_err(runtime)?);
+        let options = loaded.options(run.bucket).map_err(runtime)?;
         let terminate = Arc::clone(&options);
         stop.arm(Box::new(move || {
             // It fails for options that have gone, and these have not.
             let _ = terminate.terminate();
         }));
-        loaded.run(run, batch, &options)
+        loaded.run(run, batch, &options, &mut self.span)
     }
 
     fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.sequences
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
-            .feed(feed, logits)
+            .feed(feed, logits, &mut self.span)
     }
 
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
@@ -546,6 +561,10 @@ impl Engine for OnnxEngine {
             })
         }
     }
+
+    fn last_span(&self) -> Option<Span> {
+        self.span
+    }
 }
 
 /// ‖a − b‖ / ‖b‖; infinite where an answer is unusable.
@@ -571,6 +590,40 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What loading came to, and how it was tried, where it fails with these.
+    fn tried(
+        wanted: bool,
+        failures: Vec<EngineError>,
+    ) -> (Result<Option<String>, String>, Vec<bool>) {
+        let mut failures = failures.into_iter();
+        let mut tries = Vec::new();
+        let outcome = captured_or_not(wanted, |captured| {
+            tries.push(captured);
+            failures.next().map_or(Ok(()), Err)
+        });
+        let outcome = outcome.map(|refused| refused.map(|error| error.to_string()));
+        (outcome.map_err(|error| error.to_string()), tries)
+    }
+
+    #[test]
+    fn a_graph_that_cannot_be_captured_is_loaded_without() {
+        let refusal = || EngineError::Runtime("no".to_owned());
+        let text = refusal().to_string();
+        assert_eq!(tried(true, vec![]), (Ok(None), vec![true]));
+        assert_eq!(tried(false, vec![]), (Ok(None), vec![false]));
+        let without = (Ok(Some(text.clone())), vec![true, false]);
+        assert_eq!(tried(true, vec![refusal()]), without);
+        // What fails without, too, has another reason, and that is told.
+        let other = EngineError::Runtime("never".to_owned());
+        let never = (Err(other.to_string()), vec![true, false]);
+        assert_eq!(tried(true, vec![refusal(), other]), never);
+        assert_eq!(tried(false, vec![refusal()]), (Err(text), vec![false]));
+        // A device that has failed fails again.
+        let lost = || EngineError::Device("lost".to_owned());
+        let told = (Err(lost().to_string()), vec![true]);
+        assert_eq!(tried(true, vec![lost()]), told);
+    }
 
     #[test]
     fn an_answer_that_moved_is_noticed() {

@@ -1,7 +1,9 @@
 //! The engine's thread: load, then ask for batches until the batcher hangs up.
 //!
-//! It asks for a batch when it is free (a [`Slot`] sent to the batcher) and
-//! never before, so a batch is formed at the last moment. Nothing here awaits.
+//! It asks for a batch when it is free (a [`Slot`] for the batcher) and never
+//! before, so a batch is formed at the last moment: by this thread, if something
+//! waits, because the way to another one and back would take longer. Nothing
+//! here awaits.
 //!
 //! A batch that fails is split and tried again, so that one row that cannot be
 //! computed fails alone. A batch that memory does not suffice for lowers the
@@ -16,19 +18,22 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::decoder::Decoder;
 use super::devices::Reports;
+use super::gap::Metered;
+use super::owed::Owed;
 use super::{
     Batch, Buckets, DeviceIdx, Engine, EngineError, EngineFactory, Graph, Notice, Ran, Row, Run,
     Slot, Stop, Turn, Unit, panic_text,
 };
-use crate::cache::{Cache, Key};
+use crate::batcher::Batcher;
+use crate::cache::Cache;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
-use crate::job::{Answer, Ticket};
-use crate::metrics::{Fault, Metrics};
+use crate::metrics::{EngineGap, Fault, Metrics};
 
 /// What the thread needs besides the engine.
 pub(crate) struct Runner {
     pub(crate) device: DeviceIdx,
+    pub(crate) batcher: Batcher,
     pub(crate) notices: Sender<Notice>,
     pub(crate) turns: Receiver<Turn>,
     pub(crate) buckets: Buckets,
@@ -37,6 +42,7 @@ pub(crate) struct Runner {
     pub(crate) stop: Arc<Stop>,
     pub(crate) cache: Cache,
     pub(crate) metrics: Metrics,
+    pub(crate) gap: EngineGap,
     pub(crate) reports: Reports,
 }
 
@@ -58,7 +64,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let largest = runner.buckets.largest();
     let mut life = Life {
         decoder: Decoder::new(engine.facts().sequences, runner.metrics.clone()),
-        engine,
+        engine: Metered::new(engine, runner.gap.clone()),
         runner,
         largest,
         runs: Vec::new(),
@@ -96,16 +102,15 @@ impl Drop for Farewell {
 
 /// A loaded engine at work.
 struct Life {
-    engine: Box<dyn Engine>,
+    engine: Metered,
     decoder: Decoder,
     runner: Runner,
     /// The largest batch that memory suffices for.
     largest: usize,
     /// Runs since the last slot.
     runs: Vec<Ran>,
-    /// Answers that are there and not yet given: while they are, the batcher
-    /// forms the next batch.
-    owed: Vec<(Unit, Vec<f32>)>,
+    /// Answers of the runs since then.
+    owed: Vec<Owed>,
 }
 
 impl Life {
@@ -120,14 +125,13 @@ impl Life {
                 largest: self.largest,
                 sequences: self.decoder.sequences(),
             };
-            let sent = self.runner.notices.send(Notice::Free(slot));
-            self.pay();
-            if sent.is_err() {
-                return Ok(());
-            }
-            let outcome = match self.receive() {
+            self.runner.batcher.free(slot, &self.runner.notices);
+            let outcome = match self.next() {
                 Ok(Some(Turn::Batch(batch))) => self.run(&batch),
-                Ok(Some(Turn::Step(joining))) => self.step(joining),
+                Ok(Some(Turn::Step {
+                    joining,
+                    possible_since,
+                })) => self.step(joining, possible_since),
                 Ok(None) => return Ok(()),
                 Err(error) => Err(error),
             };
@@ -142,6 +146,7 @@ impl Life {
     }
 
     fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        self.engine.turn(batch.possible_since);
         self.runner.stop.begin(batch.id);
         let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
         if self.runner.stop.end() {
@@ -158,10 +163,11 @@ impl Life {
         })
     }
 
-    fn step(&mut self, joining: Vec<Sequence>) -> Result<(), EngineError> {
+    fn step(&mut self, joining: Vec<Sequence>, possible_since: Instant) -> Result<(), EngineError> {
+        self.engine.turn(possible_since);
         self.decoder.join(joining);
         let started = Instant::now();
-        let step = self.decoder.step(&mut *self.engine)?;
+        let step = self.decoder.step(&mut self.engine)?;
         let elapsed = started.elapsed();
         let graph = Graph::Generate;
         self.runner.metrics.inference(graph, elapsed);
@@ -176,7 +182,17 @@ impl Life {
         Ok(())
     }
 
-    /// The next turn; meanwhile, if it takes long, the canary is run.
+    /// The next turn. What is owed is given, or on its way, when it comes.
+    fn next(&mut self) -> Result<Option<Turn>, EngineError> {
+        if let Ok(turn) = self.runner.turns.try_recv() {
+            self.hand_over();
+            return Ok(Some(turn));
+        }
+        self.pay();
+        self.receive()
+    }
+
+    /// Waits for a turn; meanwhile, if it takes long, the canary is run.
     fn receive(&mut self) -> Result<Option<Turn>, EngineError> {
         let Some(interval) = self.runner.canary_interval else {
             return Ok(self.runner.turns.recv().ok());
@@ -250,7 +266,9 @@ impl Life {
                     n_rows: units.len(),
                     elapsed,
                 });
-                self.owed.extend(units.iter().cloned().zip(values));
+                let owed = units.iter().cloned().zip(values);
+                let owed = owed.map(|(unit, values)| Owed { unit, values });
+                self.owed.extend(owed);
                 Ok(())
             }
             Err(EngineError::Stopped) => {
@@ -331,43 +349,23 @@ impl Life {
 
     /// Gives the answers that are owed.
     fn pay(&mut self) {
-        for (unit, values) in std::mem::take(&mut self.owed) {
-            self.answer(&unit, values);
+        for owed in self.owed.drain(..) {
+            owed.pay(&self.runner.cache);
         }
     }
 
-    /// Gives a row's numbers to everybody who waits for them.
-    fn answer(&self, unit: &Unit, values: Vec<f32>) {
-        let finite = values.iter().all(|value| value.is_finite());
-        if finite && self.runner.cache.is_on() {
-            let key = Key {
-                want: unit.want,
-                tokens: Arc::clone(&unit.tokens),
-            };
-            self.runner.cache.put(key, &values);
-        }
-        let mut tickets = unit.crowd.close();
-        let last = tickets.pop();
-        let now = Instant::now();
-        let outcome = |ticket: &Ticket, values: Vec<f32>| {
-            if ticket.deadline.is_some_and(|deadline| deadline <= now) {
-                Err(Error::DeadlineExceeded {
-                    stage: Stage::Engine,
-                })
-            } else if finite {
-                Ok(Answer::of(unit.want, &unit.tokens, values))
-            } else {
-                Err(EngineError::NotFinite.into())
+    /// Has them given while the device runs. One is given as soon as another
+    /// thread is woken.
+    fn hand_over(&mut self) {
+        if self.owed.len() > 1 {
+            let notice = Notice::Ran(std::mem::take(&mut self.owed));
+            if let Err(error) = self.runner.notices.send(notice)
+                && let Notice::Ran(owed) = error.0
+            {
+                self.owed = owed;
             }
-        };
-        for ticket in tickets {
-            let outcome = outcome(&ticket, values.clone());
-            ticket.finish(outcome);
         }
-        if let Some(ticket) = last {
-            let outcome = outcome(&ticket, values);
-            ticket.finish(outcome);
-        }
+        self.pay();
     }
 
     /// Nobody waited any more when the run was stopped; says so to whoever the

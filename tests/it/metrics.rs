@@ -1,8 +1,10 @@
 //! The operator's page.
 
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use imagegpt::engine::fake::Script;
+use imagegpt::engine::fake::{FakeEngine, Script};
+use imagegpt::engine::{Engine, EngineError, EngineFactory, Facts, Feed, Run, Span, Stop, Warm};
 
 use crate::harness::{self, embed, encoded};
 
@@ -68,6 +70,70 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
             "imagegpt_inference_duration_seconds_count{graph=\"hidden\"}"
         ) >= 1.0
     );
+    running.end().await;
+}
+
+/// An engine that is outside of its runs for as long as within.
+struct Slow(FakeEngine, Option<Span>);
+
+const EACH: Duration = Duration::from_millis(10);
+
+impl Engine for Slow {
+    fn facts(&self) -> &Facts {
+        self.0.facts()
+    }
+
+    fn warm(&self) -> &[Warm] {
+        &[]
+    }
+
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+        std::thread::sleep(EACH / 2);
+        let ((), span) = Span::of(|| std::thread::sleep(EACH));
+        self.1 = Some(span);
+        std::thread::sleep(EACH / 2);
+        self.0.run(run, stop)
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.0.feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        self.0.copy_slot(from, to, n)
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn last_span(&self) -> Option<Span> {
+        self.1
+    }
+}
+
+#[tokio::test]
+async fn what_a_device_waits_for_the_worker_is_a_gap_and_idleness_is_none() {
+    let factory: EngineFactory = Box::new(|| {
+        let engine = FakeEngine::new(Script::default());
+        Ok(Box::new(Slow(engine, None)) as Box<dyn Engine>)
+    });
+    let flags = ["--max-batch-size", "1", "--max-queue-delay", "0s"];
+    let micro = harness::model_dir("micro");
+    let mut running = harness::start(&micro, &flags, Some(factory)).await;
+    // Long, measured by what a gap is; a busy machine makes it longer.
+    tokio::time::sleep(EACH * 50).await;
+    let images = (0..8).map(harness::flat).collect();
+    let response = running.client.embed(embed(images)).await;
+    assert_eq!(response.expect("a response").get_ref().results.len(), 8);
+    let count = "imagegpt_engine_gap_seconds_count{device=\"0\"}";
+    let sum = "imagegpt_engine_gap_seconds_sum{device=\"0\"}";
+    let page = running.metrics().await;
+    assert_eq!(harness::sample(&page, count), 8.0);
+    let gaps = harness::sample(&page, sum);
+    // Half of one before the first run, and seven between runs.
+    assert!(gaps >= EACH.as_secs_f64() * 7.5, "{gaps}");
+    assert!(gaps < EACH.as_secs_f64() * 40.0, "{gaps}");
     running.end().await;
 }
 

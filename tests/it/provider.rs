@@ -2,8 +2,12 @@
 //! be had. These tests run where there is no GPU, as CI does; on a machine with
 //! one they have nothing to show.
 
+use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
-use imagegpt::engine::{Buckets, Engine, EngineError, EngineFactory, FallbackKind};
+use imagegpt::engine::{
+    Buckets, Engine, EngineError, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop,
+    Warm,
+};
 use imagegpt::model::Model;
 use imagegpt::pb;
 
@@ -83,5 +87,99 @@ async fn a_fallback_is_told_to_clients_and_to_prometheus() {
     let sample = |kind| format!("imagegpt_engine_fallback{{kind=\"{kind}\"}}");
     assert_eq!(running.sample(&sample("cuda")).await, 1.0);
     assert_eq!(running.sample(&sample("cuda_graphs")).await, 0.0);
+    running.end().await;
+}
+
+#[test]
+fn auto_says_in_the_log_that_it_takes_the_cpu() {
+    if has_gpu() {
+        return;
+    }
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || load(Provider::Auto)).expect("the CPU");
+    let lines = log.0.lock().expect("no panic").clone();
+    let lines = String::from_utf8(lines).expect("text");
+    let told = lines
+        .lines()
+        .find(|line| line.contains("no CUDA execution provider; running on the CPU"));
+    let told = told.unwrap_or_else(|| panic!("{lines}"));
+    assert!(
+        told.contains(" INFO ") && told.contains("imagegpt doctor"),
+        "{told}"
+    );
+}
+
+/// What was logged.
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("no panic").write(text)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A fake engine that could not have something.
+struct Without(FakeEngine, Facts);
+
+impl Engine for Without {
+    fn facts(&self) -> &Facts {
+        &self.1
+    }
+
+    fn warm(&self) -> &[Warm] {
+        self.0.warm()
+    }
+
+    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.0.run(run, stop)
+    }
+
+    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.0.feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        self.0.copy_slot(from, to, n)
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        self.0.canary()
+    }
+}
+
+#[tokio::test]
+async fn a_refused_capture_is_told_to_clients_and_to_prometheus() {
+    let factory: EngineFactory = Box::new(|| {
+        let engine = FakeEngine::new(Script::default());
+        let refused = Fallback {
+            kind: FallbackKind::CudaGraphs,
+            reason: "graph hidden: capture was refused".to_owned(),
+        };
+        let facts = Facts {
+            fallbacks: vec![refused],
+            ..engine.facts().clone()
+        };
+        Ok(Box::new(Without(engine, facts)) as Box<dyn Engine>)
+    });
+    let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
+    let model = running.client.get_model(pb::GetModelRequest {}).await;
+    let [fallback] = &model.expect("an answer").into_inner().fallbacks[..] else {
+        panic!("one fallback");
+    };
+    assert_eq!(fallback.kind, "cuda_graphs");
+    assert_eq!(fallback.reason, "graph hidden: capture was refused");
+    let sample = |kind| format!("imagegpt_engine_fallback{{kind=\"{kind}\"}}");
+    assert_eq!(running.sample(&sample("cuda_graphs")).await, 1.0);
+    assert_eq!(running.sample(&sample("cuda")).await, 0.0);
     running.end().await;
 }

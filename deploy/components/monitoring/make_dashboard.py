@@ -110,6 +110,11 @@ ROWS = {
         ("Engines at work", "Seconds of inference a second; the autoscaler keeps it at 0.7 a worker.", "short",
          [(total("imagegpt_inference_duration_seconds_sum"), "busy"),
           (gauge("imagegpt_ready"), "ready workers"), (gauge("imagegpt_device_up"), "devices")]),
+        ("Devices that wait for the worker", "Seconds a second in which a device had nothing to run though "
+         "something waited for it; idleness and the queue delay do not count.", "percentunit",
+         [(total("imagegpt_engine_gap_seconds_sum", "pod, device"), "{{pod}} {{device}}")]),
+        ("Gap before a run", "The same before one run.", "s",
+         quantiles("imagegpt_engine_gap_seconds", "gap")),
         ("Devices that are up", "Below what --device-id names one has failed: ImageGptDeviceDown.", "short",
          [(gauge("imagegpt_device_up", "pod"), "{{pod}}")]),
         ("Images a second that a busy engine does", "As measured by the workers.", "ops",

@@ -903,3 +903,41 @@ fn bulk_has_its_share_of_all_engines_together() {
         assert!((got - share).abs() < 0.02, "{n_engines}: {got} of {share}");
     }
 }
+
+#[test]
+fn a_batch_knows_since_when_it_was_possible() {
+    let start = Instant::now();
+    let at = |ms| start + MS(ms);
+    let push = |scheduler: &mut Scheduler<u32>, arrived| {
+        let entry = Entry {
+            item: 0,
+            arrived,
+            deadline: None,
+        };
+        scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+    };
+    let check = |arrived: &[u64], steps, now, expected| {
+        let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
+        for &ms in arrived {
+            push(&mut scheduler, at(ms));
+        }
+        let Next::Run(picked) = scheduler.next(ONE, at(now), false, steps) else {
+            panic!("{arrived:?} at {now}");
+        };
+        assert_eq!(picked.possible_since, at(expected), "{arrived:?} at {now}");
+    };
+    // Full: with the last that it takes, and not with those that come after.
+    check(&[0, 1, 2, 3, 4], None, 4, 3);
+    // The queue delay of five was over before it was full.
+    check(&[0, 1, 2, 9], None, 10, 5);
+    // Not full: with the delay of the first.
+    check(&[0, 3], None, 5, 5);
+    check(&[0, 3], None, 20, 5);
+    // A step was possible earlier.
+    let waiting = Steps {
+        class: Class::Bulk,
+        bulk: true,
+        since: at(2),
+    };
+    check(&[0, 3], Some(waiting), 20, 2);
+}

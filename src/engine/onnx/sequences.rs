@@ -33,7 +33,7 @@ use super::placement;
 use crate::attention::BLOCK;
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};
-use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, Warm};
+use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, Span, Warm};
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.
@@ -224,7 +224,7 @@ impl SequenceEngine {
             first_slot: 0,
             rows: &[primer],
         };
-        self.feed(&feed, &mut logits)?;
+        self.feed(&feed, &mut logits, &mut None)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
         let sizes: Vec<usize> = Buckets::powers_of_two(self.facts.n_slots).iter().collect();
         for size in sizes {
@@ -241,7 +241,7 @@ impl SequenceEngine {
             // The first run of a size allocates.
             for _ in 0..2 {
                 let started = Instant::now();
-                self.feed(&feed, &mut logits)?;
+                self.feed(&feed, &mut logits, &mut None)?;
                 elapsed = started.elapsed();
             }
             warm.push(Warm {
@@ -257,6 +257,7 @@ impl SequenceEngine {
         &mut self,
         feed: &Feed<'_>,
         logits: &mut Vec<f32>,
+        span: &mut Option<Span>,
     ) -> Result<(), EngineError> {
         let beside;
         let mut rows = feed.rows;
@@ -278,10 +279,10 @@ impl SequenceEngine {
             .get_mut(&range)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bind_tokens(binding, rows).map_err(runtime)?;
-        let outputs = self
-            .session
-            .run_binding(binding)
-            .map_err(|error| run_failed(&error.to_string()))?;
+        let session = &mut self.session;
+        let (outputs, ran) = Span::of(|| session.run_binding(binding));
+        *span = Some(ran);
+        let outputs = outputs.map_err(|error| run_failed(&error.to_string()))?;
         let output = outputs
             .get("logits")
             .ok_or_else(|| EngineError::Runtime("the run returned no logits".to_owned()))?;

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
@@ -18,7 +19,7 @@ use super::failure::{run_failed, runtime};
 use super::placement;
 use crate::compile::Provider;
 use crate::engine::runtime::Runtime;
-use crate::engine::{EngineError, Graph, Row, Run};
+use crate::engine::{EngineError, Graph, Row, Run, Span};
 
 /// The key by which a run says which captured graph it is.
 const GRAPH_ID: &str = "gpu_graph_id";
@@ -34,6 +35,8 @@ pub(super) struct WholeGraph {
     inputs: Vec<Input>,
     output: String,
     memory: Memory,
+    /// What runs of a size are told; made once, as the buffers are.
+    options: BTreeMap<usize, Arc<RunOptions>>,
     /// Sizes of one row of the output, once a run has shown them.
     row: Option<Vec<usize>>,
     captures: bool,
@@ -57,6 +60,45 @@ impl Role {
     /// Whether its numbers differ from image to image.
     fn varies(self) -> bool {
         matches!(self, Self::InputIds | Self::Targets)
+    }
+
+    /// Writes a batch into an input's memory.
+    fn fill<T: From<i32> + Copy>(self, places: &mut [T], batch: Batch<'_>) {
+        let row_len = batch.positions.max(1);
+        for (row, places) in batch.rows.iter().zip(places.chunks_exact_mut(row_len)) {
+            self.fill_row(places, row.tokens, batch.start);
+        }
+        let filled = (batch.rows.len() * row_len).min(places.len());
+        for padding in (filled..places.len()).step_by(row_len) {
+            places.copy_within(filled - row_len..filled, padding);
+        }
+    }
+
+    /// With a start token it comes first, and the last token is not fed: it is
+    /// only a target.
+    fn fill_row<T: From<i32> + Copy>(self, places: &mut [T], tokens: &[u16], start: Option<u16>) {
+        match (self, start) {
+            (Self::InputIds, Some(start)) => {
+                if let Some((first, rest)) = places.split_first_mut() {
+                    *first = T::from(start.into());
+                    widen(rest, &tokens[..rest.len()]);
+                }
+            }
+            (Self::InputIds, None) | (Self::Targets, _) => widen(places, &tokens[..places.len()]),
+            (Self::AttentionMask, _) => places.fill(T::from(1)),
+            (Self::PositionIds, _) => {
+                for (place, position) in places.iter_mut().zip(0..) {
+                    *place = T::from(position);
+                }
+            }
+        }
+    }
+}
+
+/// A loop that is as fast as memory; the device waits for it.
+fn widen<T: From<i32>>(places: &mut [T], tokens: &[u16]) {
+    for (place, &token) in places.iter_mut().zip(tokens) {
+        *place = T::from(i32::from(token));
     }
 }
 
@@ -108,13 +150,19 @@ impl WholeGraph {
                 provider: runtime_.provider,
                 device_id: runtime_.device_id,
             },
+            options: BTreeMap::new(),
             row: None,
             captures: runtime_.cuda_graphs,
         })
     }
 
-    /// The options of a run of `size` images.
-    pub(super) fn options(&self, size: usize) -> ort::Result<RunOptions> {
+    /// The options of the next run of `size` images, which nobody has told to
+    /// stop yet.
+    pub(super) fn options(&mut self, size: usize) -> ort::Result<Arc<RunOptions>> {
+        if let Some(options) = self.options.get(&size) {
+            options.unterminate()?;
+            return Ok(Arc::clone(options));
+        }
         let mut options = RunOptions::new()?;
         if self.captures {
             let id = match self.row {
@@ -122,6 +170,11 @@ impl WholeGraph {
                 None => NO_GRAPH.to_owned(),
             };
             options.set(GRAPH_ID, id)?;
+        }
+        let options = Arc::new(options);
+        // The first run is like no other.
+        if self.row.is_some() {
+            self.options.insert(size, Arc::clone(&options));
         }
         Ok(options)
     }
@@ -132,10 +185,12 @@ impl WholeGraph {
         run: &Run<'_>,
         batch: Batch<'_>,
         options: &RunOptions,
+        span: &mut Option<Span>,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         // Who made the graph may have left open what it returns; the first run
         // shows it, and then there can be memory for it.
         let Some(row) = &self.row else {
+            *span = None;
             return self.first_run(run, batch, options);
         };
         if !self.bound.contains_key(&batch.size) {
@@ -147,9 +202,13 @@ impl WholeGraph {
             .get_mut(&batch.size)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bound.feed(&self.inputs, batch)?;
-        self.session
-            .run_binding_with_options(&bound.binding, options)
-            .map_err(|error| run_failed(&error.to_string()))?;
+        let session = &mut self.session;
+        let (outcome, ran) = Span::of(|| {
+            let outcome = session.run_binding_with_options(&bound.binding, options);
+            outcome.map(drop)
+        });
+        *span = Some(ran);
+        outcome.map_err(|error| run_failed(&error.to_string()))?;
         let output = bound.output()?;
         let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
         answers(run, batch.positions, shape, values)
@@ -259,38 +318,14 @@ impl Input {
     }
 
     /// Writes the numbers of each row; rows that are missing repeat the last
-    /// one, which is as cheap as any and has valid tokens. With a start token it
-    /// comes first, and the last token is not fed: it is only a target.
+    /// one, which is as cheap as any and has valid tokens.
     fn fill(&self, tensor: &mut DynTensor, batch: Batch<'_>) -> Result<(), EngineError> {
-        let Batch {
-            rows,
-            size,
-            positions,
-            start,
-        } = batch;
-        let padding = rows.last().into_iter().cycle();
-        let values = rows.iter().chain(padding).take(size).flat_map(|row| {
-            (0..positions).map(move |position| match self.role {
-                Role::InputIds => i32::from(match (start, position) {
-                    (Some(start), 0) => start,
-                    (Some(_), position) => row.tokens[position - 1],
-                    (None, position) => row.tokens[position],
-                }),
-                Role::Targets => i32::from(row.tokens[position]),
-                Role::AttentionMask => 1,
-                Role::PositionIds => i32::try_from(position).unwrap_or(i32::MAX),
-            })
-        });
         if self.integer == TensorElementType::Int64 {
             let (_, places) = tensor.try_extract_tensor_mut::<i64>().map_err(runtime)?;
-            for (place, value) in places.iter_mut().zip(values) {
-                *place = i64::from(value);
-            }
+            self.role.fill(places, batch);
         } else {
             let (_, places) = tensor.try_extract_tensor_mut::<i32>().map_err(runtime)?;
-            for (place, value) in places.iter_mut().zip(values) {
-                *place = value;
-            }
+            self.role.fill(places, batch);
         }
         Ok(())
     }

@@ -47,7 +47,7 @@ fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>
         start: None,
     };
     let options = graph.options(size).expect("options");
-    graph.run(&run, batch, &options).expect("a run")
+    graph.run(&run, batch, &options, &mut None).expect("a run")
 }
 
 fn near(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
@@ -91,15 +91,95 @@ fn buffers_are_made_once_and_hold_each_batch_in_turn() {
 #[test]
 fn captured_runs_have_a_name_for_each_size() {
     let mut graph = graph(true);
-    let id = |graph: &WholeGraph, size| graph.options(size).expect("options").get(GRAPH_ID);
+    let id = |graph: &mut WholeGraph, size| {
+        let options = graph.options(size).expect("options");
+        graph.options.clear();
+        let mut options = Arc::into_inner(options).expect("nobody else's");
+        options.get(GRAPH_ID)
+    };
     assert_eq!(
-        id(&graph, 4).as_deref(),
+        id(&mut graph, 4).as_deref(),
         Some(NO_GRAPH),
         "its shape is unknown"
     );
     run(&mut graph, &[image(0)], 1);
-    assert_eq!(id(&graph, 4).as_deref(), Some("4"));
-    assert_eq!(id(&graph, 1).as_deref(), Some("1"));
+    assert_eq!(id(&mut graph, 4).as_deref(), Some("4"));
+    assert_eq!(id(&mut graph, 1).as_deref(), Some("1"));
+}
+
+#[test]
+fn a_run_that_was_stopped_does_not_stop_the_next() {
+    let mut graph = graph(false);
+    let images = [image(0)];
+    let expected = run(&mut graph, &images, 1);
+    run(&mut graph, &images, 1);
+    let options = graph.options(1).expect("options");
+    options.terminate().expect("told to stop");
+    let rows = [Row {
+        tokens: &images[0],
+        want: Want::Mean,
+    }];
+    let stopped = Run {
+        graph: Graph::Hidden,
+        bucket: 1,
+        rows: &rows,
+    };
+    let batch = Batch {
+        rows: &rows,
+        size: 1,
+        positions: POSITIONS,
+        start: None,
+    };
+    let outcome = graph.run(&stopped, batch, &options, &mut None);
+    outcome.expect_err("it was told to stop");
+    assert!(near(&run(&mut graph, &images, 1), &expected));
+    assert!(Arc::ptr_eq(&options, &graph.options(1).expect("options")));
+}
+
+/// What an input's memory holds after a batch of two, and then of one.
+fn filled<T: From<i32> + Copy>(role: Role, start: Option<u16>) -> [Vec<T>; 2] {
+    let images: [&[u16]; 2] = [&[1, 2, 3], &[4, 5, 65535]];
+    let rows = images.map(|tokens| Row {
+        tokens,
+        want: Want::Mean,
+    });
+    let mut places = vec![T::from(-1); 9];
+    let mut fill = |rows: &[Row<'_>]| {
+        let batch = Batch {
+            rows,
+            size: 3,
+            positions: 3,
+            start,
+        };
+        role.fill(&mut places, batch);
+        places.clone()
+    };
+    [fill(&rows), fill(&rows[..1])]
+}
+
+#[test]
+fn inputs_hold_each_row_and_repeat_the_last() {
+    assert_eq!(
+        filled::<i64>(Role::InputIds, None),
+        [
+            [1, 2, 3, 4, 5, 65535, 4, 5, 65535],
+            [1, 2, 3, 1, 2, 3, 1, 2, 3]
+        ]
+    );
+    assert_eq!(
+        filled::<i32>(Role::InputIds, Some(9)),
+        [[9, 1, 2, 9, 4, 5, 9, 4, 5], [9, 1, 2, 9, 1, 2, 9, 1, 2]]
+    );
+    assert_eq!(
+        filled::<i32>(Role::Targets, Some(9)),
+        filled::<i32>(Role::InputIds, None)
+    );
+    assert_eq!(filled::<i64>(Role::AttentionMask, None), [[1; 9], [1; 9]]);
+    let positions = [0, 1, 2, 0, 1, 2, 0, 1, 2];
+    assert_eq!(
+        filled::<i64>(Role::PositionIds, None),
+        [positions, positions]
+    );
 }
 
 #[test]
