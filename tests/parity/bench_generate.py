@@ -7,9 +7,8 @@ transformers saves it, `fp32` and `int8` compiled. For 1, 4, 8 and 16 sequences
 at a past of about 1, 512 and 1023 tokens it prints the tokens a second of
 
 - transformers' forward with a cache of that length, two threads;
-- the decode graph alone, in a loop over IoBinding; where it has the worker's own
-  attention, which Python does not have (int8, unless compiled --portable), in
-  the loop of `imagegpt bench engine`, at a past of 1, 512 and 1023;
+- the decode graph alone, in the loop of `imagegpt bench engine`, at a past of 1,
+  512 and 1023 (Python does not have the worker's own operators);
 - the worker, through gRPC: as many calls as sequences, which begin with the
   tokens of their past, over the 64 tokens between two rows;
 
@@ -30,7 +29,6 @@ from statistics import median
 
 import grpc
 import numpy as np
-import onnxruntime
 import torch
 from transformers import DynamicCache, ImageGPTForCausalImageModeling
 
@@ -45,7 +43,6 @@ LAYERS, HEADS, HEAD_DIM, SIDE, COLORS = 24, 8, 64, 32, 512
 POSITIONS = SIDE * SIDE
 # The row whose end begins the measurement; it takes two rows.
 ROWS = {1: 0, 512: 15, 1023: 29}
-STEPS = 8
 PORT, METRICS_PORT = 50154, 9194
 
 
@@ -69,46 +66,6 @@ class Transformers:
                     self.model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
                     times.append(time.perf_counter() - started)
         return n / min(times)
-
-
-def own_attention(folder: Path) -> bool:
-    return b"CachedAttention" in (folder / "generate.onnx").read_bytes()
-
-
-class Graph:
-    """The decode graph in a loop, its cache in place."""
-
-    def __init__(self, folder: Path, n: int):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path, self.n = folder / "generate.onnx", n
-        self.session = None
-        if own_attention(folder):
-            return
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        shape = (2 * LAYERS, n, HEADS, POSITIONS, HEAD_DIM)
-        self.cache = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-
-    def rate(self, past: int) -> float:
-        if self.session is None:
-            return float("nan")
-        n, binding = self.n, self.session.io_binding()
-        for layer in range(LAYERS):
-            for part, name in enumerate(("key", "value")):
-                array = self.cache[2 * layer + part]
-                binding.bind_input(f"past_{name}.{layer}", "cpu", 0, np.float32, array.shape, array.ctypes.data)
-                binding.bind_output(f"{name}.{layer}", "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu")
-        binding.bind_cpu_input("input_ids", np.full((n, 1), 7, np.int32))
-        binding.bind_cpu_input("position_ids", np.full((n, 1), past, np.int32))
-        binding.bind_cpu_input("seqlens_k", np.full((n,), past, np.int32))
-        binding.bind_cpu_input("total_sequence_length", np.array(past + 1, np.int32))
-        self.session.run_with_iobinding(binding)
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            self.session.run_with_iobinding(binding)
-        return n * STEPS / (time.perf_counter() - started)
 
 
 def bare_loop(program: str, folder: Path, n: int) -> dict[int, float]:
@@ -201,20 +158,18 @@ def main() -> None:
         weights = 76_682_240 * (4 if precision == "fp32" else 1)
         for n in SEQUENCES:
             worker = Worker(program, work / precision, n, pb, services)
-            graph = Graph(work / precision, n)
-            loops = []
-            if graph.session is None:
-                loops = [bare_loop(program, work / precision, n) for _ in range(ROUNDS)]
+            loops = [bare_loop(program, work / precision, n) for _ in range(ROUNDS)]
             for past in ROWS:
                 rates = [[], [], []]
                 for round in range(ROUNDS):
                     # Middle of what the worker is measured over.
                     middle = min((ROWS[past] + 2) * SIDE, POSITIONS - 1)
                     rates[0].append(reference.rate(n, min(middle, POSITIONS - 3)))
-                    rates[1].append(loops[round][past] if loops else graph.rate(middle))
+                    rates[1].append(loops[round][past])
                     rates[2].append(worker.rate(past))
                 theirs, bare, ours = (median(values) for values in rates)
-                cached = 2 if own_attention(work / precision) else 4
+                # Steps in int8 keep the past in bfloat16.
+                cached = 4 if precision == "fp32" else 2
                 bytes_read = weights + n * middle * LAYERS * 2 * HEADS * HEAD_DIM * cached
                 roofline = bytes_read / read / (n / ours)
                 print(f"{precision:>5} {n:>4} {past:>5} {theirs:>12.1f} {bare:>7.1f} {ours:>7.1f}   "
