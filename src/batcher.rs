@@ -52,7 +52,7 @@ const TIMER_GRAIN: Duration = Duration::from_millis(1);
 pub(crate) struct Channels {
     /// From preprocessing.
     pub(crate) jobs: Receiver<Arrival>,
-    /// From admission, when callers have gone.
+    /// From admission, when callers have gone, and from engines that have.
     pub(crate) bell: Receiver<()>,
     /// From the engines, when they are free and when they have ended.
     pub(crate) notices: Receiver<Notice>,
@@ -89,8 +89,13 @@ pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, share
             Fed::WaitUntil(at) => Some(at),
         };
         let deadline = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
-        match wait(channels, draining, earlier(deadline, wake)) {
+        let listen = Listen {
+            to_jobs: !draining,
+            to_engines: draining || batcher.is_waited_for(),
+        };
+        match wait(channels, listen, earlier(deadline, wake)) {
             Event::Job(job) => {
+                batcher.hear(channels);
                 batcher.push(job);
                 // Everything that has arrived by now belongs in the decision.
                 while let Ok(job) = channels.jobs.try_recv() {
@@ -98,19 +103,30 @@ pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, share
                 }
                 batcher.show();
             }
-            Event::Notice(Notice::Free(slot)) => batcher.ended(slot),
-            Event::Notice(Notice::Gone(device)) => {
-                batcher.gone(device);
-                if batcher.engines.is_empty() {
-                    return batcher.refuse_all(channels);
-                }
+            Event::Notice(notice) => batcher.heed(notice),
+            Event::Bell => {
+                batcher.hear(channels);
+                batcher.sweep(Instant::now());
             }
-            Event::Bell => batcher.sweep(Instant::now()),
             Event::NoMoreJobs => draining = true,
             Event::EnginesGone => return batcher.refuse_all(channels),
             Event::Tick => {}
         }
+        if batcher.engines.is_empty() {
+            return batcher.refuse_all(channels);
+        }
     }
+}
+
+/// What the batcher wants to be woken for, besides the bell and the time.
+#[derive(Clone, Copy)]
+struct Listen {
+    /// Until they have ended.
+    to_jobs: bool,
+    /// While nothing waits, an engine that gets free is no news: it is heard
+    /// with the next job, and this thread wakes once a batch and not twice. One
+    /// that has gone rings the bell.
+    to_engines: bool,
 }
 
 /// What came of looking for work for the engines that are free.
@@ -133,20 +149,26 @@ enum Event {
     Tick,
 }
 
-/// Waits for the next event. Jobs are listened to until they have ended.
-fn wait(channels: &Channels, draining: bool, wake: Option<Instant>) -> Event {
+/// Waits for the next event.
+fn wait(channels: &Channels, listen: Listen, wake: Option<Instant>) -> Event {
     let never_jobs = crossbeam_channel::never();
     let never_bell = crossbeam_channel::never();
+    let never_notices = crossbeam_channel::never();
     let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
-    let (jobs, bell) = if draining {
-        // The door, and the bell with it, has gone.
-        (&never_jobs, &never_bell)
-    } else {
+    let (jobs, bell) = if listen.to_jobs {
         (&channels.jobs, &channels.bell)
+    } else {
+        // The door has gone, and nobody is left who could leave.
+        (&never_jobs, &never_bell)
+    };
+    let notices = if listen.to_engines {
+        &channels.notices
+    } else {
+        &never_notices
     };
     select! {
         recv(jobs) -> job => job.map_or(Event::NoMoreJobs, Event::Job),
-        recv(channels.notices) -> notice => notice.map_or(Event::EnginesGone, Event::Notice),
+        recv(notices) -> notice => notice.map_or(Event::EnginesGone, Event::Notice),
         recv(bell) -> ring => ring.map_or(Event::Tick, |()| Event::Bell),
         recv(tick) -> _ => Event::Tick,
     }
@@ -187,6 +209,26 @@ struct Batcher {
 }
 
 impl Batcher {
+    /// Whether somebody has to know at once that an engine is free.
+    fn is_waited_for(&self) -> bool {
+        let anything_waits = !self.scheduler.queue.is_empty() || self.sequences.any();
+        anything_waits || self.engines.any_loads_or_steps()
+    }
+
+    /// All that the engines have said since they were last listened to.
+    fn hear(&mut self, channels: &Channels) {
+        while let Ok(notice) = channels.notices.try_recv() {
+            self.heed(notice);
+        }
+    }
+
+    fn heed(&mut self, notice: Notice) {
+        match notice {
+            Notice::Free(slot) => self.ended(slot),
+            Notice::Gone(device) => self.gone(device),
+        }
+    }
+
     /// Gives the engine that has been free longest and has something to do its
     /// turn.
     fn feed(&mut self, now: Instant, draining: bool) -> Fed {
@@ -260,10 +302,7 @@ impl Batcher {
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
-        let key = Key {
-            want,
-            tokens: job.payload,
-        };
+        let key = Key::new(want, job.payload);
         if self.shared.cache.is_on() {
             let found = self.shared.cache.get(&key);
             metrics.cache(found.is_some());

@@ -4,7 +4,8 @@
 //! pictures can never be taken for one another. A worker serves one model, so
 //! the model is not in the key.
 
-use std::sync::Arc;
+use std::hash::{BuildHasher as _, Hash, Hasher, RandomState};
+use std::sync::{Arc, LazyLock};
 
 use moka::sync::Cache as Moka;
 
@@ -15,11 +16,30 @@ use crate::job::Want;
 const ENTRY_OVERHEAD_BYTES: usize = 256;
 
 /// Work that has the same answer whoever asks.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
+    /// Of both below, made once: work is looked up several times on its way,
+    /// and has two kilobytes of tokens. First, so that it is compared first.
+    hash: u64,
     pub want: Want,
     /// As the model sees them, so the context is in them.
     pub tokens: Arc<[u16]>,
+}
+
+impl Key {
+    #[must_use]
+    pub fn new(want: Want, tokens: Arc<[u16]>) -> Self {
+        /// Nobody outside knows them, so nobody can send work that collides.
+        static SECRETS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        let hash = SECRETS.hash_one((&want, &tokens));
+        Self { hash, want, tokens }
+    }
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
 }
 
 /// A bounded cache of answers. Cheap to clone; without a size it keeps
@@ -75,10 +95,7 @@ mod tests {
     use super::*;
 
     fn key(token: u16, want: Want) -> Key {
-        Key {
-            want,
-            tokens: vec![token; 64].into(),
-        }
+        Key::new(want, vec![token; 64].into())
     }
 
     #[test]

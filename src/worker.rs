@@ -32,7 +32,7 @@ use crate::head::Head;
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::model::Model;
-use crate::preprocess::pool;
+use crate::preprocess::pool::{self, Desk};
 use crate::preprocess::queue::{self, Door};
 use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
@@ -70,6 +70,8 @@ pub struct Worker {
 struct Stages {
     /// Where admission puts its jobs.
     door: Door,
+    /// Where it puts those that need no thread.
+    desk: Desk,
     drain: DrainRate,
     cache: Cache,
     devices: watch::Receiver<Devices>,
@@ -101,7 +103,7 @@ impl Stages {
         let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
         // One ring, because two mean the same.
         let (bell_in, bell) = crossbeam_channel::bounded(1);
-        let (door, pictures) = queue::queue(bell_in, metrics.clone());
+        let (door, pictures) = queue::queue(bell_in.clone(), metrics.clone());
         // An engine says at most that it is free and that it has ended.
         let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
         // Whichever thread ends before its time ends the worker's readiness; what
@@ -123,6 +125,7 @@ impl Stages {
             let runner = Runner {
                 device: DeviceIdx(idx),
                 notices: notices_in.clone(),
+                bell: bell_in.clone(),
                 turns,
                 buckets: buckets.clone(),
                 canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
@@ -162,15 +165,20 @@ impl Stages {
         threads.push(spawn("batcher", &reports, move || {
             batcher::run(policy, &channels, lines, shared);
         })?);
+        let desk = Desk {
+            preprocessor,
+            batcher: tokens_in,
+            metrics: metrics.clone(),
+        };
         for idx in 0..n_preprocess_threads(config) {
-            let (preprocessor, pictures) = (Arc::clone(&preprocessor), Arc::clone(&pictures));
-            let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
+            let (desk, pictures) = (desk.clone(), Arc::clone(&pictures));
             threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
-                pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
+                pool::run(&desk, &pictures);
             })?);
         }
         Ok(Self {
             door,
+            desk,
             drain,
             cache,
             devices,
@@ -337,7 +345,7 @@ impl Worker {
             samples: limits.samples_in_flight_max as usize,
             interactive_reserve: limits.interactive_reserve,
         };
-        let admission = Admission::new(capacity, stages.drain, stages.door);
+        let admission = Admission::new(capacity, stages.drain, stages.door, stages.desk);
         let occupancy = admission.occupancy();
         let pages = Pages {
             metrics: metrics.clone(),

@@ -66,6 +66,12 @@ impl Engines {
         free.into_iter().map(|(_, device)| device).collect()
     }
 
+    /// Whether one of them loads, or makes a step, after which comes the next.
+    pub(super) fn any_loads_or_steps(&self) -> bool {
+        let mut engines = self.0.values();
+        engines.any(|engine| engine.free_since.is_none() && engine.running.is_none())
+    }
+
     /// Whether none runs anything.
     pub(super) fn all_free(&self) -> bool {
         self.0.values().all(|engine| engine.free_since.is_some())

@@ -60,6 +60,12 @@ impl Waiting {
         self.engines.remove(&device);
     }
 
+    /// Whether there are any, waiting or at an engine.
+    pub(super) fn any(&self) -> bool {
+        let at_engine = |at: &AtEngine| at.sequences.interactive + at.sequences.bulk > 0;
+        !self.queue.is_empty() || self.engines.values().any(at_engine)
+    }
+
     /// How many of a class wait.
     pub(super) fn len_of(&self, class: Class) -> usize {
         self.queue.len_of(class)

@@ -129,6 +129,7 @@ fn start(scripts: Vec<Script>) -> Running {
         let runner = Runner {
             device: DeviceIdx(idx),
             notices: notices_in.clone(),
+            bell: bell_in.clone(),
             turns,
             buckets: buckets.clone(),
             canary_interval: None,

@@ -30,6 +30,8 @@ use crate::metrics::{Fault, Metrics};
 pub(crate) struct Runner {
     pub(crate) device: DeviceIdx,
     pub(crate) notices: Sender<Notice>,
+    /// Wakes the batcher, which does not listen to notices while nothing waits.
+    pub(crate) bell: Sender<()>,
     pub(crate) turns: Receiver<Turn>,
     pub(crate) buckets: Buckets,
     /// How long the engine may be idle before it is tried.
@@ -45,6 +47,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let farewell = Farewell {
         device: runner.device,
         notices: runner.notices.clone(),
+        bell: runner.bell.clone(),
         turns: runner.turns.clone(),
     };
     let (device, reports) = (runner.device, runner.reports.clone());
@@ -80,6 +83,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
 struct Farewell {
     device: DeviceIdx,
     notices: Sender<Notice>,
+    bell: Sender<()>,
     turns: Receiver<Turn>,
 }
 
@@ -87,6 +91,8 @@ impl Drop for Farewell {
     fn drop(&mut self) {
         // There is room for it: see the channel.
         let _ = self.notices.send(Notice::Gone(self.device));
+        // Full means that the batcher has a ring to hear yet.
+        let _ = self.bell.try_send(());
         // Until the batcher has heard it and hangs up, a turn may still come.
         for turn in &self.turns {
             turn.refuse(&Error::NotReady);
@@ -340,10 +346,7 @@ impl Life {
     fn answer(&self, unit: &Unit, values: Vec<f32>) {
         let finite = values.iter().all(|value| value.is_finite());
         if finite && self.runner.cache.is_on() {
-            let key = Key {
-                want: unit.want,
-                tokens: Arc::clone(&unit.tokens),
-            };
+            let key = Key::new(unit.want, Arc::clone(&unit.tokens));
             self.runner.cache.put(key, &values);
         }
         let mut tickets = unit.crowd.close();

@@ -166,4 +166,22 @@ fn what_cannot_be_measured_is_refused() {
         &["--model", "random:tiny", "--graphs", "pixels"],
         "no graph pixels",
     );
+    // Before anything is loaded: there is no such model either.
+    refused(
+        &["--model", "random:xyz", "--json", "/nowhere/result.json"],
+        "--json /nowhere/result.json cannot be written",
+    );
+    refused(
+        &["--model", "random:xyz", "--plot", "latency.svg"],
+        "--plot is for modes that load a worker",
+    );
+    let nothing = ["--graphs", "generate", "--generate-slots", "0"];
+    let checkpoint = harness::model_dir("micro-checkpoint");
+    let cache = tempfile::tempdir().expect("a folder");
+    let serve = format!("--cache-dir {}", cache.path().display());
+    let model = checkpoint.to_str().expect("UTF-8");
+    refused(
+        &[&["--model", model, "--serve", &serve], &nothing[..]].concat(),
+        "leaves nothing to measure",
+    );
 }

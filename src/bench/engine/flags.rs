@@ -146,6 +146,12 @@ impl EngineArgs {
             "the model has none of the graphs {}",
             self.graphs.join(", ")
         );
+        let only_steps = model.graphs.keys().all(|graph| *graph == Graph::Generate);
+        anyhow::ensure!(
+            self.generate_slots > 0 || !only_steps,
+            "--generate-slots 0 leaves nothing to measure of the graph generate; raise it, or ask \
+             for other --graphs"
+        );
         Ok(())
     }
 }
