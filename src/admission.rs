@@ -379,7 +379,8 @@ impl Occupancy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batcher::Arrival;
+    use crate::batcher::alarm::Alarm;
+    use crate::batcher::{Arrival, Inlet};
     use crate::job::{Context, Want};
     use crate::metrics::Metrics;
     use crate::preprocess::queue::{Queue, queue};
@@ -402,7 +403,7 @@ mod tests {
         };
         Desk {
             preprocessor: Arc::new(Preprocessor::new(&palette, 1, limits)),
-            batcher,
+            batcher: Inlet::new(batcher, Arc::default()),
             metrics: Metrics::new().expect("metrics"),
         }
     }
@@ -436,8 +437,7 @@ mod tests {
     fn admission_before(
         batcher: crossbeam_channel::Sender<Arrival>,
     ) -> (Admission, Arc<Queue>, DrainRate) {
-        let (bell, _) = crossbeam_channel::bounded(1);
-        let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
+        let (door, queue) = queue(Arc::new(Alarm::default()), Metrics::new().expect("metrics"));
         let capacity = Capacity {
             images: 4,
             bytes: 100,

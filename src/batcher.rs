@@ -4,9 +4,10 @@
 //! from everything that waits at that moment; several engines take from the one
 //! queue, whoever has been free longest first. Identical work stands in
 //! the queue once, with everybody who waits for it. Whoever has gone or is late
-//! leaves at once: the door rings when a caller goes, and a timer runs to the
+//! leaves at once: the alarm rings when a caller goes, and a timer runs to the
 //! next deadline. A run that nobody waits for any more is stopped.
 
+pub mod alarm;
 mod engines;
 pub mod pace;
 pub mod policy;
@@ -18,7 +19,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 
 use crate::admission::DrainRate;
 use crate::cache::{Cache, Key};
@@ -27,6 +28,7 @@ use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::{Answer, Class, Crowd, Job, Work};
 use crate::metrics::Metrics;
+use alarm::{Alarm, Heed};
 pub(crate) use engines::Line;
 use engines::{Engines, Running};
 use policy::Policy;
@@ -48,14 +50,52 @@ pub(crate) enum Arrival {
 /// Deadlines within this of each other are dealt with at one time.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
+/// The way into the batcher. Once all of them are dropped no more comes.
+#[derive(Debug, Clone)]
+pub(crate) struct Inlet {
+    /// There until it is dropped.
+    jobs: Option<Sender<Arrival>>,
+    alarm: Arc<Alarm>,
+}
+
+impl Inlet {
+    pub(crate) fn new(jobs: Sender<Arrival>, alarm: Arc<Alarm>) -> Self {
+        let jobs = Some(jobs);
+        Self { jobs, alarm }
+    }
+
+    /// Fails when it is full, or when the batcher has ended.
+    #[expect(
+        clippy::result_large_err,
+        reason = "whoever is refused must be answered"
+    )]
+    pub(crate) fn try_send(&self, arrival: Arrival) -> Result<(), Arrival> {
+        let Some(jobs) = &self.jobs else {
+            return Err(arrival);
+        };
+        jobs.try_send(arrival)
+            .map_err(crossbeam_channel::TrySendError::into_inner)?;
+        self.alarm.news();
+        Ok(())
+    }
+}
+
+impl Drop for Inlet {
+    fn drop(&mut self) {
+        // First, so that the batcher sees the end when it looks.
+        self.jobs = None;
+        self.alarm.news();
+    }
+}
+
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
     /// From preprocessing.
     pub(crate) jobs: Receiver<Arrival>,
-    /// From admission, when callers have gone, and from engines that have.
-    pub(crate) bell: Receiver<()>,
     /// From the engines, when they are free and when they have ended.
     pub(crate) notices: Receiver<Notice>,
+    /// Says that there is something in them, or that callers have gone.
+    pub(crate) alarm: Arc<Alarm>,
 }
 
 /// What the batcher shares with others.
@@ -80,6 +120,10 @@ pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, share
     };
     let mut draining = false;
     loop {
+        draining |= batcher.take(channels) == Jobs::Ended;
+        if batcher.engines.is_empty() {
+            return batcher.refuse_all(channels);
+        }
         let now = Instant::now();
         batcher.expire(now);
         let wake = match batcher.feed(now, draining) {
@@ -89,44 +133,15 @@ pub(crate) fn run(policy: Policy, channels: &Channels, engines: Vec<Line>, share
             Fed::WaitUntil(at) => Some(at),
         };
         let deadline = batcher.next_deadline().map(|at| at + TIMER_GRAIN);
-        let listen = Listen {
-            to_jobs: !draining,
-            to_engines: draining || batcher.is_waited_for(),
+        let heed = if draining || batcher.is_waited_for() {
+            Heed::Engines
+        } else {
+            Heed::OnlyNews
         };
-        match wait(channels, listen, earlier(deadline, wake)) {
-            Event::Job(job) => {
-                batcher.hear(channels);
-                batcher.push(job);
-                // Everything that has arrived by now belongs in the decision.
-                while let Ok(job) = channels.jobs.try_recv() {
-                    batcher.push(job);
-                }
-                batcher.show();
-            }
-            Event::Notice(notice) => batcher.heed(notice),
-            Event::Bell => {
-                batcher.hear(channels);
-                batcher.sweep(Instant::now());
-            }
-            Event::NoMoreJobs => draining = true,
-            Event::EnginesGone => return batcher.refuse_all(channels),
-            Event::Tick => {}
-        }
-        if batcher.engines.is_empty() {
-            return batcher.refuse_all(channels);
+        if channels.alarm.sleep(heed, earlier(deadline, wake)) {
+            batcher.sweep(Instant::now());
         }
     }
-}
-
-/// What the batcher wants to be woken for, besides the bell and the time.
-#[derive(Clone, Copy)]
-struct Listen {
-    /// Until they have ended.
-    to_jobs: bool,
-    /// While nothing waits, an engine that gets free is no news: it is heard
-    /// with the next job, and this thread wakes once a batch and not twice. One
-    /// that has gone rings the bell.
-    to_engines: bool,
 }
 
 /// What came of looking for work for the engines that are free.
@@ -139,39 +154,11 @@ enum Fed {
     Nothing,
 }
 
-/// All that can happen to the batcher.
-enum Event {
-    Job(Arrival),
-    Notice(Notice),
-    Bell,
-    NoMoreJobs,
-    EnginesGone,
-    Tick,
-}
-
-/// Waits for the next event.
-fn wait(channels: &Channels, listen: Listen, wake: Option<Instant>) -> Event {
-    let never_jobs = crossbeam_channel::never();
-    let never_bell = crossbeam_channel::never();
-    let never_notices = crossbeam_channel::never();
-    let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
-    let (jobs, bell) = if listen.to_jobs {
-        (&channels.jobs, &channels.bell)
-    } else {
-        // The door has gone, and nobody is left who could leave.
-        (&never_jobs, &never_bell)
-    };
-    let notices = if listen.to_engines {
-        &channels.notices
-    } else {
-        &never_notices
-    };
-    select! {
-        recv(jobs) -> job => job.map_or(Event::NoMoreJobs, Event::Job),
-        recv(notices) -> notice => notice.map_or(Event::EnginesGone, Event::Notice),
-        recv(bell) -> ring => ring.map_or(Event::Tick, |()| Event::Bell),
-        recv(tick) -> _ => Event::Tick,
-    }
+/// Whether more may come.
+#[derive(PartialEq, Eq)]
+enum Jobs {
+    Open,
+    Ended,
 }
 
 /// The earlier of two times that may not be.
@@ -215,18 +202,30 @@ impl Batcher {
         anything_waits || self.engines.any_loads_or_steps()
     }
 
-    /// All that the engines have said since they were last listened to.
-    fn hear(&mut self, channels: &Channels) {
+    /// Takes everything that has arrived by now, which belongs in the decision:
+    /// first from the engines, since it tells what new work may join.
+    fn take(&mut self, channels: &Channels) -> Jobs {
         while let Ok(notice) = channels.notices.try_recv() {
-            self.heed(notice);
+            match notice {
+                Notice::Free(slot) => self.ended(slot),
+                Notice::Gone(device) => self.gone(device),
+            }
         }
-    }
-
-    fn heed(&mut self, notice: Notice) {
-        match notice {
-            Notice::Free(slot) => self.ended(slot),
-            Notice::Gone(device) => self.gone(device),
+        let mut has_come = false;
+        let jobs = loop {
+            match channels.jobs.try_recv() {
+                Ok(job) => {
+                    self.push(job);
+                    has_come = true;
+                }
+                Err(TryRecvError::Empty) => break Jobs::Open,
+                Err(TryRecvError::Disconnected) => break Jobs::Ended,
+            }
+        };
+        if has_come {
+            self.show();
         }
+        jobs
     }
 
     /// Gives the engine that has been free longest and has something to do its

@@ -16,8 +16,9 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use crate::admission::{Admission, Capacity, DrainRate, Occupancy};
-use crate::batcher;
+use crate::batcher::alarm::Alarm;
 use crate::batcher::policy::Policy;
+use crate::batcher::{self, Inlet};
 use crate::cache::Cache;
 use crate::config::{CudaGraphs, ServeConfig};
 use crate::engine::devices::{DeviceEngine, Devices, Reports};
@@ -101,9 +102,8 @@ impl Stages {
         // permit: it cannot be full when a job arrives.
         let images_max = limits.images_in_flight_max as usize;
         let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
-        // One ring, because two mean the same.
-        let (bell_in, bell) = crossbeam_channel::bounded(1);
-        let (door, pictures) = queue::queue(bell_in.clone(), metrics.clone());
+        let alarm = Arc::new(Alarm::default());
+        let (door, pictures) = queue::queue(Arc::clone(&alarm), metrics.clone());
         // An engine says at most that it is free and that it has ended.
         let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
         // Whichever thread ends before its time ends the worker's readiness; what
@@ -125,7 +125,7 @@ impl Stages {
             let runner = Runner {
                 device: DeviceIdx(idx),
                 notices: notices_in.clone(),
-                bell: bell_in.clone(),
+                alarm: Arc::clone(&alarm),
                 turns,
                 buckets: buckets.clone(),
                 canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
@@ -153,8 +153,8 @@ impl Stages {
         };
         let channels = batcher::Channels {
             jobs: tokens,
-            bell,
             notices,
+            alarm: Arc::clone(&alarm),
         };
         let shared = batcher::Shared {
             cache: cache.clone(),
@@ -167,7 +167,7 @@ impl Stages {
         })?);
         let desk = Desk {
             preprocessor,
-            batcher: tokens_in,
+            batcher: Inlet::new(tokens_in, alarm),
             metrics: metrics.clone(),
         };
         for idx in 0..n_preprocess_threads(config) {

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Channels, Line, Shared};
+use super::alarm::Alarm;
+use super::{Arrival, Channels, Inlet, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
 use crate::engine::devices::{Devices, Reports};
@@ -78,8 +79,8 @@ struct Tally {
 
 /// A batcher with an engine for each script.
 struct Running {
-    jobs: crossbeam_channel::Sender<Arrival>,
-    bell: crossbeam_channel::Sender<()>,
+    jobs: Inlet,
+    alarm: Arc<Alarm>,
     devices: watch::Receiver<Devices>,
     drain: DrainRate,
     metrics: Metrics,
@@ -100,7 +101,7 @@ impl Running {
 
     /// In good order.
     fn end(self) -> watch::Receiver<Devices> {
-        drop((self.jobs, self.bell));
+        drop(self.jobs);
         for thread in self.threads {
             thread.join().expect("no panic");
         }
@@ -116,7 +117,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::thread::JoinH
 fn start(scripts: Vec<Script>) -> Running {
     // As many as there are permits, and one that has none.
     let (jobs_in, jobs) = crossbeam_channel::bounded(257);
-    let (bell_in, bell) = crossbeam_channel::bounded(1);
+    let alarm = Arc::new(Alarm::default());
     let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
     let metrics = Metrics::new().expect("metrics");
     let ids = (0..).take(scripts.len());
@@ -129,7 +130,7 @@ fn start(scripts: Vec<Script>) -> Running {
         let runner = Runner {
             device: DeviceIdx(idx),
             notices: notices_in.clone(),
-            bell: bell_in.clone(),
+            alarm: Arc::clone(&alarm),
             turns,
             buckets: buckets.clone(),
             canary_interval: None,
@@ -153,8 +154,8 @@ fn start(scripts: Vec<Script>) -> Running {
     };
     let channels = Channels {
         jobs,
-        bell,
         notices,
+        alarm: Arc::clone(&alarm),
     };
     let drain = DrainRate::default();
     let shared = Shared {
@@ -168,8 +169,8 @@ fn start(scripts: Vec<Script>) -> Running {
         super::run(policy, &channels, lines, shared);
     }));
     Running {
-        jobs: jobs_in,
-        bell: bell_in,
+        jobs: Inlet::new(jobs_in, Arc::clone(&alarm)),
+        alarm,
         devices,
         drain,
         metrics,
@@ -202,7 +203,7 @@ fn storm(
     std::thread::scope(|scope| {
         let threads = [0, 1].map(|seed| {
             let (running, pool) = (&running, pool.clone());
-            scope.spawn(move || caller(seed, n_jobs, &running.jobs, &running.bell, &pool))
+            scope.spawn(move || caller(seed, n_jobs, &running.jobs, &running.alarm, &pool))
         });
         also(&running);
         for thread in threads {
@@ -278,7 +279,7 @@ fn row(token: u16) -> (Arrival, Outcome) {
 fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<bool> {
     let ask = |token| {
         let (job, outcome) = row(token);
-        running.jobs.send(job).expect("a batcher");
+        running.jobs.try_send(job).expect("a batcher");
         match outcome.blocking_recv().expect("an answer") {
             Ok(answer) => {
                 let values = FakeEngine::answer(&[token; 4], Want::Mean);
@@ -321,7 +322,7 @@ fn callers_join_what_either_engine_runs() {
     let mut outcomes = Vec::new();
     let mut send = |token| {
         let (job, outcome) = row(token);
-        running.jobs.send(job).expect("a batcher");
+        running.jobs.try_send(job).expect("a batcher");
         outcomes.push((token, outcome));
     };
     // Each of them keeps an engine busy.
@@ -373,8 +374,8 @@ fn the_rate_is_that_of_all_engines_that_live() {
 fn caller(
     seed: u64,
     n_jobs: u64,
-    jobs_in: &crossbeam_channel::Sender<Arrival>,
-    bell: &crossbeam_channel::Sender<()>,
+    jobs_in: &Inlet,
+    alarm: &Alarm,
     pool: &Pool,
 ) -> Tally {
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -418,7 +419,7 @@ fn caller(
                 std::thread::yield_now();
             }
             drop(outcome);
-            let _ = bell.try_send(());
+            alarm.callers_left();
             tally.left += 1;
         } else {
             open.push_back((token, want, outcome));

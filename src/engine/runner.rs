@@ -20,6 +20,7 @@ use super::{
     Batch, Buckets, DeviceIdx, Engine, EngineError, EngineFactory, Graph, Notice, Ran, Row, Run,
     Slot, Stop, Turn, Unit, panic_text,
 };
+use crate::batcher::alarm::Alarm;
 use crate::cache::{Cache, Key};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
@@ -30,8 +31,8 @@ use crate::metrics::{Fault, Metrics};
 pub(crate) struct Runner {
     pub(crate) device: DeviceIdx,
     pub(crate) notices: Sender<Notice>,
-    /// Wakes the batcher, which does not listen to notices while nothing waits.
-    pub(crate) bell: Sender<()>,
+    /// Wakes the batcher for them.
+    pub(crate) alarm: Arc<Alarm>,
     pub(crate) turns: Receiver<Turn>,
     pub(crate) buckets: Buckets,
     /// How long the engine may be idle before it is tried.
@@ -47,7 +48,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let farewell = Farewell {
         device: runner.device,
         notices: runner.notices.clone(),
-        bell: runner.bell.clone(),
+        alarm: Arc::clone(&runner.alarm),
         turns: runner.turns.clone(),
     };
     let (device, reports) = (runner.device, runner.reports.clone());
@@ -83,7 +84,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
 struct Farewell {
     device: DeviceIdx,
     notices: Sender<Notice>,
-    bell: Sender<()>,
+    alarm: Arc<Alarm>,
     turns: Receiver<Turn>,
 }
 
@@ -91,8 +92,7 @@ impl Drop for Farewell {
     fn drop(&mut self) {
         // There is room for it: see the channel.
         let _ = self.notices.send(Notice::Gone(self.device));
-        // Full means that the batcher has a ring to hear yet.
-        let _ = self.bell.try_send(());
+        self.alarm.news();
         // Until the batcher has heard it and hangs up, a turn may still come.
         for turn in &self.turns {
             turn.refuse(&Error::NotReady);
@@ -127,6 +127,7 @@ impl Life {
                 sequences: self.decoder.sequences(),
             };
             let sent = self.runner.notices.send(Notice::Free(slot));
+            self.runner.alarm.engine_free();
             self.pay();
             if sent.is_err() {
                 return Ok(());

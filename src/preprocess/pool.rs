@@ -9,11 +9,9 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::Sender;
-
 use super::queue::Queue;
 use super::{ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
-use crate::batcher::Arrival;
+use crate::batcher::{Arrival, Inlet};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::{Answer, Context, Job, Work};
@@ -47,7 +45,7 @@ pub(crate) fn run(desk: &Desk, pictures: &Queue) {
 #[derive(Debug, Clone)]
 pub(crate) struct Desk {
     pub(crate) preprocessor: Arc<Preprocessor>,
-    pub(crate) batcher: Sender<Arrival>,
+    pub(crate) batcher: Inlet,
     pub(crate) metrics: Metrics,
 }
 
@@ -116,7 +114,7 @@ impl Desk {
     fn hand_on(&self, arrival: Arrival) {
         // The batcher's queue holds as many as there are permits.
         if let Err(refused) = self.batcher.try_send(arrival) {
-            match refused.into_inner() {
+            match refused {
                 Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
                 Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
             }

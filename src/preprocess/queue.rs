@@ -7,9 +7,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use crossbeam_channel::Sender;
-
 use super::pool::Picture;
+use crate::batcher::alarm::Alarm;
 use crate::error::{Error, Stage};
 use crate::job::{Class, Job};
 use crate::metrics::Metrics;
@@ -30,7 +29,7 @@ pub struct Queue {
     state: Mutex<State>,
     arrived: Condvar,
     /// Rung when callers have gone, for the batcher to look at its own queue.
-    bell: Sender<()>,
+    alarm: Arc<Alarm>,
     metrics: Metrics,
 }
 
@@ -68,13 +67,13 @@ impl State {
     }
 }
 
-/// A queue and its door. `bell` has room for one ring; more mean the same.
+/// A queue and its door.
 #[must_use]
-pub fn queue(bell: Sender<()>, metrics: Metrics) -> (Door, Arc<Queue>) {
+pub fn queue(alarm: Arc<Alarm>, metrics: Metrics) -> (Door, Arc<Queue>) {
     let queue = Arc::new(Queue {
         state: Mutex::default(),
         arrived: Condvar::new(),
-        bell,
+        alarm,
         metrics,
     });
     (Door(Arc::clone(&queue)), queue)
@@ -138,8 +137,7 @@ impl Door {
             self.0.metrics.dead(&error);
             job.ticket.finish(Err(error));
         }
-        // Full means that the batcher has a ring to hear yet.
-        let _ = self.0.bell.try_send(());
+        self.0.alarm.callers_left();
     }
 }
 
@@ -163,6 +161,7 @@ impl Drop for Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batcher::alarm::Heed;
     use crate::job::{Answer, Permit, Reply, Ticket, Work};
     use crate::preprocess::{ImageInput, PreprocessOptions};
 
@@ -195,15 +194,16 @@ mod tests {
         }
     }
 
-    fn new() -> (Door, Arc<Queue>, crossbeam_channel::Receiver<()>) {
-        let (bell, rings) = crossbeam_channel::bounded(1);
-        let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
-        (door, queue, rings)
+    fn new() -> (Door, Arc<Queue>, Arc<Alarm>) {
+        let alarm = Arc::new(Alarm::default());
+        let metrics = Metrics::new().expect("metrics");
+        let (door, queue) = queue(Arc::clone(&alarm), metrics);
+        (door, queue, alarm)
     }
 
     #[test]
     fn interactive_pictures_overtake_and_bulk_has_its_turn() {
-        let (door, queue, _rings) = new();
+        let (door, queue, _alarm) = new();
         let mut outcomes = Vec::new();
         for id in 0..3 {
             let (job, outcome) = job(Class::Bulk, id);
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn those_who_have_gone_leave_at_once() {
-        let (door, queue, rings) = new();
+        let (door, queue, alarm) = new();
         let (stays, _outcome) = job(Class::Bulk, 1);
         let (leaves, gone) = job(Class::Bulk, 2);
         door.push(leaves);
@@ -232,7 +232,9 @@ mod tests {
         drop(gone);
         door.sweep();
         door.sweep();
-        assert_eq!(rings.try_iter().count(), 1, "two rings mean the same");
+        let rang = || alarm.sleep(Heed::OnlyNews, Some(Instant::now()));
+        assert!(rang());
+        assert!(!rang(), "two rings mean the same");
         assert_eq!(queue.next().map(|job| id(&job)), Some(1));
         drop(door);
         assert!(queue.next().is_none());
@@ -240,7 +242,7 @@ mod tests {
 
     #[test]
     fn whoever_is_left_is_told() {
-        let (door, queue, _rings) = new();
+        let (door, queue, _alarm) = new();
         let (job, mut outcome) = job(Class::Bulk, 1);
         door.push(job);
         drop(queue);

@@ -176,12 +176,8 @@ fn what_cannot_be_measured_is_refused() {
         "--plot is for modes that load a worker",
     );
     let nothing = ["--graphs", "generate", "--generate-slots", "0"];
-    let checkpoint = harness::model_dir("micro-checkpoint");
-    let cache = tempfile::tempdir().expect("a folder");
-    let serve = format!("--cache-dir {}", cache.path().display());
-    let model = checkpoint.to_str().expect("UTF-8");
     refused(
-        &[&["--model", model, "--serve", &serve], &nothing[..]].concat(),
+        &[&["--model", "random:xyz"], &nothing[..]].concat(),
         "leaves nothing to measure",
     );
 }

@@ -1,4 +1,4 @@
-//! Tries every order in which threads may meet in the worker's three meeting
+//! Tries every order in which threads may meet in the worker's four meeting
 //! places, with loom's locks in place of the standard library's.
 //!
 //! The files under test are the worker's own, included as they are; what they
@@ -97,7 +97,13 @@ mod pool {
     pub struct Picture;
 }
 
+mod batcher {
+    pub(crate) use crate::alarm;
+}
+
 // The files under test.
+#[path = "../../../src/batcher/alarm.rs"]
+mod alarm;
 #[path = "../../../src/job/crowd.rs"]
 mod crowd;
 #[path = "../../../src/preprocess/queue.rs"]
@@ -111,6 +117,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
+use alarm::{Alarm, Heed};
 use crowd::Crowd;
 use error::Stage;
 use job::{Class, Job, Ticket};
@@ -176,8 +183,8 @@ fn a_run_is_stopped() {
 /// once, and both threads see the end.
 fn pictures_pass() {
     let answers: [Arc<AtomicUsize>; 2] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
-    let (bell, _rings) = crossbeam_channel::bounded(1);
-    let (door, queue) = queue::queue(bell, Metrics);
+    let alarm = Arc::new(Alarm::default());
+    let (door, queue) = queue::queue(Arc::clone(&alarm), Metrics);
     let threads: Vec<_> = (0..2)
         .map(|_| {
             let queue = Arc::clone(&queue);
@@ -203,18 +210,60 @@ fn pictures_pass() {
     for thread in threads {
         thread.join().expect("no panic");
     }
+    assert!(alarm.sleep(Heed::OnlyNews, None), "the batcher is told");
     for answered in answers {
         assert_eq!(answered.load(Ordering::Relaxed), 1);
     }
 }
 
+/// The batcher sleeps until there is work and an engine for it, each of which
+/// comes from a thread of its own, and hears of callers who leave.
+fn the_batcher_wakes() {
+    let alarm = Arc::new(Alarm::default());
+    let (jobs, free) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let caller = {
+        let (alarm, jobs) = (Arc::clone(&alarm), Arc::clone(&jobs));
+        thread::spawn(move || {
+            jobs.fetch_add(1, Ordering::Relaxed);
+            alarm.news();
+            alarm.callers_left();
+        })
+    };
+    let engine = {
+        let (alarm, free) = (Arc::clone(&alarm), Arc::clone(&free));
+        thread::spawn(move || {
+            free.fetch_add(1, Ordering::Relaxed);
+            alarm.engine_free();
+        })
+    };
+    let mut callers_left = false;
+    loop {
+        // As the batcher looks: at the engines first.
+        let is_free = free.load(Ordering::Relaxed) == 1;
+        let waits = jobs.load(Ordering::Relaxed) == 1;
+        if waits && is_free && callers_left {
+            break;
+        }
+        // Where work waits for an engine, that is what must wake it.
+        let heed = if waits && !is_free {
+            Heed::Engines
+        } else {
+            Heed::OnlyNews
+        };
+        callers_left |= alarm.sleep(heed, None);
+    }
+    caller.join().expect("no panic");
+    engine.join().expect("no panic");
+}
+
 fn main() {
     // The queue has three threads and so millions of orders; bugs that need
     // more than two preemptions are rare.
-    let models: [(&str, fn(), Option<usize>); 3] = [
+    let models: [(&str, fn(), Option<usize>); 4] = [
         ("callers join and leave", callers_join_and_leave, None),
         ("a run is stopped", a_run_is_stopped, None),
         ("pictures pass", pictures_pass, Some(2)),
+        ("the batcher wakes", the_batcher_wakes, None),
     ];
     for (name, model, preemption_bound) in models {
         let n_orders = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
