@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-use super::policy::Policy;
 use super::alarm::Alarm;
+use super::policy::Policy;
 use super::{Arrival, Channels, Inlet, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
@@ -371,13 +371,7 @@ fn the_rate_is_that_of_all_engines_that_live() {
 }
 
 /// Sends jobs, leaves some of them, and waits for the rest.
-fn caller(
-    seed: u64,
-    n_jobs: u64,
-    jobs_in: &Inlet,
-    alarm: &Alarm,
-    pool: &Pool,
-) -> Tally {
+fn caller(seed: u64, n_jobs: u64, jobs_in: &Inlet, alarm: &Alarm, pool: &Pool) -> Tally {
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         random ^= random << 13;
