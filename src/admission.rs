@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 pub use self::pool::{Pool, Share};
 use crate::error::Error;
 use crate::job::{Answer, Class, Job, Permit, Reply, Ticket, Work};
-use crate::preprocess::pool::Picture;
+use crate::preprocess::pool::{Desk, Picture};
 use crate::preprocess::queue::Door;
 
 /// What a refused caller is told to wait before any batch was measured.
@@ -108,17 +108,31 @@ pub struct Admission {
     samples: Pool,
     drain: DrainRate,
     door: Arc<Door>,
+    desk: Desk,
 }
 
 impl Admission {
     #[must_use]
-    pub fn new(capacity: Capacity, drain: DrainRate, door: Door) -> Self {
+    pub(crate) fn new(capacity: Capacity, drain: DrainRate, door: Door, desk: Desk) -> Self {
         Self {
             images: Pool::new(capacity.images, capacity.interactive_reserve),
             bytes: Pool::new(capacity.bytes, capacity.interactive_reserve),
             samples: Pool::new(capacity.samples, capacity.interactive_reserve),
             drain,
             door: Arc::new(door),
+            desk,
+        }
+    }
+
+    /// The way of an image from here on: to a preprocessing thread, or straight
+    /// to the batcher where there is nothing to decode.
+    fn enter(&self, job: Job<Picture>) {
+        match job.work {
+            Work::Infer { .. } | Work::Tokenize if job.payload.is_tokens() => {
+                self.desk.tokenize(job);
+            }
+            // Rows of an image to generate are encoded as it begins.
+            _ => self.door.push(job),
         }
     }
 
@@ -203,7 +217,7 @@ impl Admission {
                     bytes: Arc::clone(&bytes),
                 },
             };
-            self.door.push(Job {
+            self.enter(Job {
                 payload: picture,
                 work,
                 ticket,
@@ -243,7 +257,7 @@ impl Admission {
                 bytes: Arc::clone(&bytes),
             },
         };
-        self.door.push(Job {
+        self.enter(Job {
             payload: item.picture,
             work: item.work,
             ticket,
@@ -365,14 +379,31 @@ impl Occupancy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batcher::Arrival;
+    use crate::job::{Context, Want};
     use crate::metrics::Metrics;
     use crate::preprocess::queue::{Queue, queue};
-    use crate::preprocess::{ImageInput, PreprocessOptions};
+    use crate::preprocess::{ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor};
 
     fn picture() -> Picture {
         Picture {
-            input: ImageInput::Tokens(Vec::new()),
+            input: ImageInput::Encoded(bytes::Bytes::new()),
             options: PreprocessOptions::default(),
+        }
+    }
+
+    /// For models of one pixel and two colors.
+    fn desk(batcher: crossbeam_channel::Sender<Arrival>) -> Desk {
+        let palette = Palette::new(vec![[-1.0; 3], [1.0; 3]]).expect("a palette");
+        let limits = ImageLimits {
+            image_bytes_max: 1,
+            image_pixels_max: 1,
+            decode_bytes_max: 1,
+        };
+        Desk {
+            preprocessor: Arc::new(Preprocessor::new(&palette, 1, limits)),
+            batcher,
+            metrics: Metrics::new().expect("metrics"),
         }
     }
 
@@ -398,6 +429,13 @@ mod tests {
     }
 
     fn admission() -> (Admission, Arc<Queue>, DrainRate) {
+        let (batcher, _) = crossbeam_channel::bounded(1);
+        admission_before(batcher)
+    }
+
+    fn admission_before(
+        batcher: crossbeam_channel::Sender<Arrival>,
+    ) -> (Admission, Arc<Queue>, DrainRate) {
         let (bell, _) = crossbeam_channel::bounded(1);
         let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
         let capacity = Capacity {
@@ -407,7 +445,8 @@ mod tests {
             interactive_reserve: 25,
         };
         let drain = DrainRate::default();
-        (Admission::new(capacity, drain.clone(), door), queue, drain)
+        let admission = Admission::new(capacity, drain.clone(), door, desk(batcher));
+        (admission, queue, drain)
     }
 
     #[test]
@@ -472,6 +511,44 @@ mod tests {
         assert_eq!(admission.occupancy().images(), 0);
         drop(admission);
         assert!(queue.next().is_none());
+    }
+
+    #[test]
+    fn tokens_go_straight_to_the_batcher() {
+        let (batcher, arrivals) = crossbeam_channel::bounded(1);
+        let (admission, queue, _) = admission_before(batcher);
+        let infer = Work::Infer {
+            context: Context::Raw,
+            want: Want::Mean,
+        };
+        let tokens = |id| Picture {
+            input: ImageInput::Tokens(vec![id]),
+            options: PreprocessOptions::default(),
+        };
+        let images = vec![
+            (tokens(1), infer.clone()),
+            (tokens(7), infer.clone()),
+            (tokens(0), Work::Tokenize),
+            (picture(), infer),
+        ];
+        let mut pending = admission
+            .submit(Call {
+                images,
+                ..call(0, 10)
+            })
+            .expect("room");
+        let Ok(Arrival::Row(row)) = arrivals.try_recv() else {
+            panic!("the first is at the batcher");
+        };
+        assert_eq!(*row.payload, [1]);
+        assert!(arrivals.try_recv().is_err(), "and no other");
+        let mut said = || pending.outcomes.next().map(|mut one| one.try_recv());
+        assert!(said().is_some_and(|waits| waits.is_err()));
+        assert!(matches!(said(), Some(Ok(Err(Error::Image(_))))));
+        assert!(matches!(said(), Some(Ok(Ok(Answer::Tokens(ids)))) if *ids == [0]));
+        assert!(said().is_some_and(|waits| waits.is_err()));
+        let job = queue.next().expect("the last waits for a thread");
+        assert!(!job.payload.is_tokens());
     }
 
     #[tokio::test]

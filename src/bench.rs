@@ -34,8 +34,9 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use self::flags::{BenchArgs, Flags, Mode};
-use self::load::Bench;
+use self::load::{Bench, Phase};
 use self::modes::{Findings, Phases};
+use crate::files::can_write;
 use crate::pb;
 
 /// More threads than this send no more calls; they only take cores.
@@ -59,7 +60,15 @@ pub enum Verdict {
 ///
 /// When flags do not fit, a worker does not answer, or a file cannot be written.
 pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
-    args.flags.validate(&args.mode)?;
+    args.validate()?;
+    // What would fail at the end is told before the work.
+    for (flag, path) in [("--json", &args.flags.json), ("--plot", &args.flags.plot)] {
+        if let Some(path) = path {
+            can_write(path)
+                .with_context(|| format!("{flag} {} cannot be written", path.display()))?;
+        }
+    }
+    process::are_there(&args.flags.pids)?;
     if let Mode::Engine(engine_args) = &args.mode {
         engine::run(&args.flags, engine_args, out)?;
         return Ok(Verdict::Fine);
@@ -118,7 +127,10 @@ async fn measure(
     };
     // What was measured before a failure is shown too.
     report::table(&phases, out)?;
-    let findings = findings?;
+    let mut findings = findings?;
+    findings
+        .broken
+        .extend(phases.iter().filter_map(Phase::broken));
     report::findings(&findings, out)?;
     if let Some(path) = &flags.json {
         let text = serde_json::to_string_pretty(&json!({

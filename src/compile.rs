@@ -37,6 +37,7 @@ use self::checkpoint::Checkpoint;
 use self::config::Architecture;
 use self::graph::{Attention, Kind, Plan, Products};
 use self::manifest::SourceFacts;
+use self::source::Local;
 use self::stage::Stage;
 use self::store::Parts;
 use self::verify::Trial;
@@ -96,7 +97,34 @@ pub fn compile(
     runtime: &Runtime,
     progress: &mut dyn Progress,
 ) -> Result<Manifest, CompileError> {
-    let local = source.fetch(progress)?;
+    let fetched = Fetched {
+        source,
+        local: source.fetch(progress)?,
+        sha256: None,
+    };
+    compile_fetched(fetched, output, options, runtime, progress)
+}
+
+/// A source that is on this machine.
+struct Fetched<'a> {
+    source: &'a Source,
+    local: Local,
+    /// The weights' digest, where they have been read already.
+    sha256: Option<String>,
+}
+
+fn compile_fetched(
+    fetched: Fetched<'_>,
+    output: &Path,
+    options: &CompileOptions,
+    runtime: &Runtime,
+    progress: &mut dyn Progress,
+) -> Result<Manifest, CompileError> {
+    let Fetched {
+        source,
+        local,
+        sha256,
+    } = fetched;
     let architecture = Architecture::read(&local.folder)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
     let weights = Weights::new(&checkpoint, architecture);
@@ -114,8 +142,10 @@ pub fn compile(
         .unwrap_or(0);
     let stage = Stage::new(output)?;
 
-    progress.begin(Step::Digest, checkpoint.bytes()?);
-    let sha256 = checkpoint.digest(|bytes| progress.advance(bytes))?;
+    let sha256 = match sha256 {
+        Some(known) => known,
+        None => digest(&checkpoint, progress)?,
+    };
 
     let layer_parameters = weights.architecture.layer_parameters() * n_layers;
     progress.begin(Step::Write, layer_parameters as u64);
@@ -207,8 +237,7 @@ pub fn compile_cached(
 ) -> Result<(PathBuf, Manifest), CompileError> {
     let local = source.fetch(progress)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
-    progress.begin(Step::Digest, checkpoint.bytes()?);
-    let sha256 = checkpoint.digest(|bytes| progress.advance(bytes))?;
+    let sha256 = digest(&checkpoint, progress)?;
     // The palette is copied into the folder, so another one is another folder.
     let preprocessor = local.folder.join(source::PREPROCESSOR);
     let preprocessor =
@@ -225,13 +254,24 @@ pub fn compile_cached(
     if folder.exists() {
         std::fs::remove_dir_all(&folder).map_err(|error| CompileError::write(&folder, &error))?;
     }
-    match compile(source, &folder, options, runtime, progress) {
+    let fetched = Fetched {
+        source,
+        local,
+        sha256: Some(sha256),
+    };
+    match compile_fetched(fetched, &folder, options, runtime, progress) {
         Ok(manifest) => Ok((folder, manifest)),
         Err(error) => match Manifest::read(&folder) {
             Ok(manifest) => Ok((folder, manifest)),
             Err(_) => Err(error),
         },
     }
+}
+
+/// Reads all of the weights.
+fn digest(checkpoint: &Checkpoint, progress: &mut dyn Progress) -> Result<String, CompileError> {
+    progress.begin(Step::Digest, checkpoint.bytes()?);
+    checkpoint.digest(|bytes| progress.advance(bytes))
 }
 
 /// What is asked for, or all that the checkpoint has heads for.

@@ -13,6 +13,25 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+/// Whether a file can be written, before there is anything to write. Changes
+/// nothing; of what is no file, such as a pipe, only the writing itself tells.
+///
+/// # Errors
+///
+/// Why it cannot.
+pub(crate) fn can_write(path: &Path) -> io::Result<()> {
+    match std::fs::metadata(path) {
+        Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
+        Ok(there) if !there.is_file() => Ok(()),
+        Ok(_) => std::fs::OpenOptions::new().write(true).open(path).map(drop),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            std::fs::File::create_new(path)?;
+            std::fs::remove_file(path)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Folders within folders; what lies deeper is not looked at.
 const DEPTH_MAX: usize = 64;
 
@@ -316,6 +335,22 @@ mod tests {
             super::read(Path::new("/dev/zero"), 3).unwrap(),
             Err(Trouble::Special)
         ));
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_known_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("old"), b"123").unwrap();
+        pipe(&at("pipe"));
+        for name in ["new", "old", "pipe"] {
+            can_write(&at(name)).unwrap();
+        }
+        for name in ["no/such/folder", "old/below", ""] {
+            assert!(can_write(&at(name)).is_err(), "{name}");
+        }
+        assert!(!at("new").exists(), "nothing is left");
+        assert_eq!(std::fs::read(at("old")).unwrap(), b"123");
     }
 
     #[test]

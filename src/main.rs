@@ -305,3 +305,58 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
         JobEnded::TooManyErrors => EXIT_ERRORS,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use imagegpt::engine::devices::DeviceEngine;
+    use imagegpt::engine::fake::{FakeEngine, Script};
+    use imagegpt::engine::{Engine, EngineFactory};
+    use imagegpt::model::Model;
+    use imagegpt::pb;
+    use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+
+    use super::*;
+
+    /// How a process ends whose engine meets a row that begins with a 3.
+    async fn code_after(script: Script) -> i32 {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
+        let config = own_worker(dir.to_str().unwrap(), &[], None).unwrap();
+        let factory: EngineFactory =
+            Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        let engines = vec![DeviceEngine { id: 0, factory }];
+        let model = Model::open(&dir, None).unwrap();
+        let mut worker = Worker::start(&config, model, Vec::new(), engines)
+            .await
+            .unwrap();
+        worker.ready().await.unwrap();
+        let url = format!("http://{}", worker.grpc_addr);
+        let mut client = ImageGptServiceClient::connect(url).await.unwrap();
+        let tokens = pb::Tokens { ids: vec![3; 64] };
+        let request = pb::EmbedRequest {
+            images: vec![pb::Image {
+                source: Some(pb::image::Source::Tokens(tokens)),
+            }],
+            ..Default::default()
+        };
+        let mut signals = Signals::new().unwrap();
+        let ended = serve_until(worker, &mut signals, &config);
+        let (code, _) = tokio::join!(ended, client.embed(request));
+        code
+    }
+
+    #[tokio::test]
+    async fn a_failed_device_and_a_failed_worker_have_codes_of_their_own() {
+        let device = Script {
+            device_fails_on: Some(3),
+            ..Default::default()
+        };
+        assert_eq!(code_after(device).await, EXIT_DEVICE);
+        let panics = Script {
+            panic_on: Some(3),
+            ..Default::default()
+        };
+        assert_eq!(code_after(panics).await, EXIT_WORKER);
+    }
+}

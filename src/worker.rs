@@ -30,7 +30,7 @@ use crate::head::Head;
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::model::Model;
-use crate::preprocess::pool;
+use crate::preprocess::pool::{self, Desk};
 use crate::preprocess::queue::{self, Door};
 use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
@@ -68,6 +68,8 @@ pub struct Worker {
 struct Stages {
     /// Where admission puts its jobs.
     door: Door,
+    /// Where it puts those that need no thread.
+    desk: Desk,
     drain: DrainRate,
     cache: Cache,
     devices: watch::Receiver<Devices>,
@@ -159,15 +161,20 @@ impl Stages {
         threads.push(spawn("batcher", &reports, move || {
             batcher::run(&batcher, &channels);
         })?);
+        let desk = Desk {
+            preprocessor,
+            batcher: tokens_in,
+            metrics: metrics.clone(),
+        };
         for idx in 0..n_preprocess_threads(config) {
-            let (preprocessor, pictures) = (Arc::clone(&preprocessor), Arc::clone(&pictures));
-            let (tokens_in, metrics) = (tokens_in.clone(), metrics.clone());
+            let (desk, pictures) = (desk.clone(), Arc::clone(&pictures));
             threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
-                pool::run(&preprocessor, &pictures, &tokens_in, &metrics);
+                pool::run(&desk, &pictures);
             })?);
         }
         Ok(Self {
             door,
+            desk,
             drain,
             cache,
             devices,
@@ -334,7 +341,7 @@ impl Worker {
             samples: limits.samples_in_flight_max as usize,
             interactive_reserve: limits.interactive_reserve,
         };
-        let admission = Admission::new(capacity, stages.drain, stages.door);
+        let admission = Admission::new(capacity, stages.drain, stages.door, stages.desk);
         let occupancy = admission.occupancy();
         let pages = Pages {
             metrics: metrics.clone(),

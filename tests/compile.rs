@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 
 use imagegpt::compile::onnx::{DataType, Dim, Model, TensorType, ValueInfo};
 use imagegpt::compile::{
-    CompileError, CompileOptions, Manifest, Precision, Provider, Runtime, Silent, Source, Task,
-    compile, compile_cached,
+    CompileError, CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Silent, Source,
+    Step, Task, compile, compile_cached,
 };
 use imagegpt::engine::onnx;
 use ort::environment::Environment;
@@ -454,4 +454,35 @@ fn a_cached_folder_is_found_again() {
         ..CompileOptions::default()
     };
     assert_ne!(get(&int8).0, folder);
+}
+
+/// The weights of a large model take a minute to read.
+#[test]
+fn weights_are_read_once_for_the_cache() {
+    #[derive(Default)]
+    struct Steps(Vec<Step>);
+    impl Progress for Steps {
+        fn begin(&mut self, step: Step, _total: u64) {
+            self.0.push(step);
+        }
+        fn advance(&mut self, _units: u64) {}
+    }
+
+    let source = checkpoint(|_| {});
+    let source = Source::Folder(source.path().to_owned());
+    let cache = TempDir::new().unwrap();
+    let (runtime, options) = (runtime(), CompileOptions::default());
+    let get = || {
+        let mut steps = Steps::default();
+        let (_, manifest) =
+            compile_cached(&source, cache.path(), &options, &runtime, &mut steps).unwrap();
+        (manifest.source.sha256, steps.0)
+    };
+    let all = [Step::Digest, Step::Write, Step::Reference, Step::Verify];
+    let (sha256, steps) = get();
+    assert_eq!(steps, all);
+    assert_eq!(get(), (sha256.clone(), vec![Step::Digest]));
+    let apart = TempDir::new().unwrap().path().join("apart");
+    let manifest = compile(&source, &apart, &options, &runtime, &mut Silent).unwrap();
+    assert_eq!(manifest.source.sha256, sha256);
 }

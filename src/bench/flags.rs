@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use super::engine::EngineArgs;
@@ -14,10 +15,48 @@ use crate::rpc::load::{Method, Priority};
 #[derive(Debug, Clone, Args)]
 #[command(subcommand_precedence_over_arg = true)]
 pub struct BenchArgs {
+    // First: parsing the others takes their values away.
+    #[command(flatten)]
+    given: Given,
     #[command(flatten)]
     pub flags: Flags,
     #[command(subcommand)]
     pub mode: Mode,
+}
+
+/// Which of [`Flags`] are on the command line: one that has a default does not
+/// tell by its value.
+#[derive(Debug, Clone, Default)]
+struct Given(Vec<String>);
+
+impl FromArgMatches for Given {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let flags = Flags::augment_args(Command::new("bench"));
+        let is_given = |arg: &&Arg| {
+            matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine)
+        };
+        let given = flags.get_arguments().filter(is_given);
+        Ok(Self(
+            given
+                .filter_map(|arg| arg.get_long().map(ToOwned::to_owned))
+                .collect(),
+        ))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Given {
+    fn augment_args(command: Command) -> Command {
+        command
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        command
+    }
 }
 
 /// What holds for every mode.
@@ -185,8 +224,8 @@ pub enum Mode {
     /// The highest load, or the best flags, for a given p99
     Knee(KneeArgs),
     /// No worker: each graph of a model in a bare loop, against the rate of a
-    /// large matrix product. Of the flags of the other modes only --json and
-    /// --seed mean something here
+    /// large matrix product. Of the flags of the other modes it takes --json and
+    /// --seed
     Engine(EngineArgs),
 }
 
@@ -347,13 +386,38 @@ fn share(text: &str) -> Result<f64, String> {
     number(text, 0.0, 1.0)
 }
 
-impl Flags {
+/// What `engine` takes of the flags of the other modes.
+const OF_ENGINE: [&str; 2] = ["json", "seed"];
+
+impl BenchArgs {
     /// Checks what no flag can check by itself.
     ///
     /// # Errors
     ///
     /// One sentence that names the flags and says what to change.
-    pub fn validate(&self, mode: &Mode) -> anyhow::Result<()> {
+    pub fn validate(&self) -> anyhow::Result<()> {
+        if let Mode::Engine(_) = self.mode {
+            let strange = self
+                .given
+                .0
+                .iter()
+                .find(|flag| !OF_ENGINE.contains(&flag.as_str()));
+            if let Some(flag) = strange {
+                anyhow::bail!(
+                    "--{flag} is for modes that load a worker, and engine has none; drop it"
+                );
+            }
+        }
+        anyhow::ensure!(
+            self.flags.plot.is_none() || !matches!(self.mode, Mode::Soak(_)),
+            "--plot draws latency against load, and soak has one load; drop it"
+        );
+        self.flags.validate(&self.mode)
+    }
+}
+
+impl Flags {
+    fn validate(&self, mode: &Mode) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.duration > Duration::ZERO && self.timeout > Duration::ZERO,
             "--duration and --timeout must be over 0"
@@ -398,7 +462,7 @@ mod tests {
     fn check(args: &[&str], expected: Result<&str, &str>) {
         let parsed = Cli::try_parse_from(std::iter::once(&"bench").chain(args));
         let got = match parsed {
-            Ok(Cli { bench }) => match bench.flags.validate(&bench.mode) {
+            Ok(Cli { bench }) => match bench.validate() {
                 Ok(()) => Ok(format!("{:?} {:?}", bench.mode, bench.flags.endpoints)),
                 Err(error) => Err(error.to_string()),
             },
@@ -432,7 +496,23 @@ mod tests {
         check(&["load", "--requests", "5"], Err("only saturate is"));
         check(&["soak", "--task", "classify"], Err("verifies embeddings"));
         check(&["saturate", "--repeat-share", "2"], Err("from 0 to 1"));
+        check(&["soak", "--plot", "a.svg"], Err("drop it"));
         check(&["knee"], Err("--p99"));
+        // On either side of the mode; also with the value that it has anyway.
+        let engine = |flags: &[&'static str], expected| {
+            let after = [&["engine", "--model", "x"], flags].concat();
+            let before = [flags, &["engine", "--model", "x"]].concat();
+            check(&after, expected);
+            check(&before, expected);
+        };
+        engine(&["--json", "a", "--seed", "5"], Ok("Engine"));
+        engine(&["--plot", "a.svg"], Err("--plot is for modes that load"));
+        engine(&["--pid", "1"], Err("--pid is for modes"));
+        engine(&["--callers", "4"], Err("--callers is for modes"));
+        engine(&["--images", "a"], Err("--images is for modes"));
+        engine(&["--warm-up", "2s"], Err("--warm-up is for modes"));
+        engine(&["--constant"], Err("--constant is for modes"));
+        engine(&["--token-file", "a"], Err("--token-file is for modes"));
         check(&[], Err("Usage"));
     }
 }

@@ -85,6 +85,9 @@ pub(super) async fn of_endpoint(
 ) -> Findings {
     let mut findings = Findings::default();
     let found = find(bench, "", args.p99, phases).await;
+    if phases.iter().any(|phase| phase.worker_gone) {
+        return findings;
+    }
     findings.number("p99_target_ms", 1e3 * args.p99.as_secs_f64());
     findings.number("saturation_images_per_second", found.saturation);
     findings.number("knee_images_per_second", found.knee);
@@ -129,7 +132,7 @@ async fn find(bench: &Arc<Bench>, prefix: &str, target: Duration, phases: &mut P
     };
     let mut points = Vec::new();
     while let Some(share) = next_share(&points) {
-        if bench.is_stopped() || at_most <= 0.0 {
+        if bench.is_over(phases) || at_most <= 0.0 {
             break;
         }
         let name = format!("{prefix}{:.1} %", 100.0 * share);
@@ -185,7 +188,7 @@ pub(super) async fn of_settings(
             let bench = Bench::connect(&flags, stop.clone()).await?;
             let prefix = format!("batch {max_batch_size}, delay {delay}: ");
             let found = find(&bench, &prefix, args.p99, phases).await;
-            if bench.is_stopped() {
+            if bench.is_over(phases) {
                 break;
             }
             findings.line(format!("{prefix}{}", found.sentence(args.p99)));

@@ -23,7 +23,7 @@ use super::process::{self, Usage};
 use super::progress::Line;
 use super::stats::{Counts, Done, Recorder, as_f64};
 use crate::pb;
-use crate::rpc::load::{Lane, Manner, Outcomes, Priority, Refusal};
+use crate::rpc::load::{Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal};
 
 /// How often the worker's processes are looked at.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
@@ -85,9 +85,45 @@ pub(super) struct Phase {
     pub client_cores: Option<f64>,
     /// What a bulk load got meanwhile.
     pub bulk_images_per_second: Option<f64>,
+    /// Whether calls found no worker, and there was none at the end either.
+    pub worker_gone: bool,
 }
 
 impl Phase {
+    /// Whether it says something of a worker: one was there, and answered.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.worker_gone && self.counts.answered > 0
+    }
+
+    /// What was not as it must be, whatever is measured.
+    pub(super) fn broken(&self) -> Option<String> {
+        let counts = &self.counts;
+        let name = &self.name;
+        if let Some(lost) = counts.failed.get(NO_WORKER) {
+            let (calls, reason) = (lost.calls, &lost.message);
+            let now = if self.worker_gone {
+                "the worker went away"
+            } else {
+                "the worker was away for a time"
+            };
+            return Some(format!(
+                "{name}: {now}; {calls} calls found none ({reason})"
+            ));
+        }
+        if self.worker_gone {
+            return Some(format!("{name}: the worker went away"));
+        }
+        if counts.answered > 0 || counts.sent == 0 || self.interrupted {
+            return None;
+        }
+        let mut refused = counts.failed.iter().chain(&counts.rejected);
+        let why = refused.next().map_or_else(
+            || "none came back".to_owned(),
+            |(code, refused)| format!("{code}: {}", refused.message),
+        );
+        Some(format!("{name}: no call was answered ({why})"))
+    }
+
     /// Whether more calls were in flight than connections usually carry: some
     /// then waited in the tool, and count as the worker's latency.
     pub(super) fn is_crowded(&self) -> bool {
@@ -198,6 +234,23 @@ impl Bench {
         *self.stop.borrow()
     }
 
+    /// Whether nothing more is to be measured: somebody stopped it, or there is
+    /// no worker any more.
+    pub(super) fn is_over(&self, phases: &[Phase]) -> bool {
+        self.is_stopped() || phases.last().is_some_and(|phase| phase.worker_gone)
+    }
+
+    /// Whether one of the endpoints has no worker now.
+    pub(super) async fn is_worker_gone(&self) -> bool {
+        // The first connections are to each of them in turn.
+        for lane in self.lanes.iter().take(self.n_endpoints()) {
+            if matches!(lane.model().await, Err(refusal) if refusal.code == NO_WORKER) {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Resolves when the run should end.
     pub(super) async fn stopped(&self) {
         let mut stop = self.stop.clone();
@@ -233,9 +286,7 @@ impl Bench {
             let at = lane.wrapping_add(usize::try_from(retries).unwrap_or(0));
             let lane = &self.lanes[at % self.lanes.len()];
             match lane.call(manner, body.clone()).await {
-                Err(refusal)
-                    if refusal.code == "UNAVAILABLE" && retries < self.flags.retries.into() =>
-                {
+                Err(refusal) if refusal.is_elsewhere() && retries < self.flags.retries.into() => {
                     retries += 1;
                     let pause = RETRY_PAUSE.saturating_mul(u32::try_from(retries).unwrap_or(1));
                     tokio::time::sleep(pause).await;
@@ -279,6 +330,7 @@ impl Bench {
         while loops.join_next().await.is_some() {}
         let observed = watch.end().await;
         self.phase(name, Shape::Closed { callers }, &recorder, &observed)
+            .await
     }
 
     async fn call_over_and_over(
@@ -300,6 +352,7 @@ impl Bench {
             recorder.sent(due, n_images);
             let (outcome, retries) = self.call(caller, self.manner(), self.body()).await;
             let ended = Instant::now();
+            let is_lost = matches!(&outcome, Err(refusal) if refusal.code == NO_WORKER);
             let done = Done {
                 due,
                 sent: None,
@@ -309,6 +362,10 @@ impl Bench {
                 outcome,
             };
             recorder.done(caller, done);
+            if is_lost {
+                // It would try again as fast as this machine can.
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
         }
     }
 
@@ -360,11 +417,19 @@ impl Bench {
         let shape = Shape::Open {
             offered_images_per_second: images_per_second,
         };
-        self.phase(name, shape, &recorder, &observed)
+        self.phase(name, shape, &recorder, &observed).await
     }
 
-    fn phase(&self, name: &str, shape: Shape, recorder: &Recorder, observed: &Observed) -> Phase {
+    async fn phase(
+        &self,
+        name: &str,
+        shape: Shape,
+        recorder: &Recorder,
+        observed: &Observed,
+    ) -> Phase {
         let counts = recorder.counts(observed.elapsed);
+        let unmet = counts.answered == 0 || counts.n_failed() > 0;
+        let worker_gone = unmet && self.is_worker_gone().await;
         let server = observed.server_use(&counts);
         let seconds = observed.elapsed.as_secs_f64();
         Phase {
@@ -376,6 +441,7 @@ impl Bench {
             connections: self.lanes.len(),
             client_cores: observed.client_cpu_seconds.map(|cpu| cpu / seconds),
             bulk_images_per_second: observed.bulk_images.map(|n| as_f64(n) / seconds),
+            worker_gone,
             counts,
         }
     }

@@ -43,25 +43,32 @@ pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> Finding
         callers.push(bench.callers_default());
     }
     for callers in callers {
-        if !bench.is_stopped() {
+        if !bench.is_over(phases) {
             let name = format!("saturate, {callers} callers");
             phases.push(bench.closed(&name, callers, None).await);
         }
     }
-    let best = phases
-        .iter()
+    let whole = phases.iter().filter(|phase| phase.is_whole());
+    let best = whole
         .map(|phase| phase.counts.images_per_second)
         .fold(0.0, f64::max);
     let mut findings = Findings::default();
-    findings.number("saturation_images_per_second", best);
-    findings.line(format!("saturation: {} images/s", rate(best)));
+    if best > 0.0 {
+        findings.number("saturation_images_per_second", best);
+        findings.line(format!("saturation: {} images/s", rate(best)));
+    }
     findings
 }
 
-/// Images a second that the worker does at most, measured now.
+/// Images a second that the worker does at most, measured now; 0 if there was
+/// none that answered.
 pub(super) async fn saturation(bench: &Arc<Bench>, name: &str, phases: &mut Phases) -> f64 {
     let phase = bench.closed(name, bench.callers(), None).await;
-    let rate = phase.counts.images_per_second;
+    let rate = if phase.is_whole() {
+        phase.counts.images_per_second
+    } else {
+        0.0
+    };
     phases.push(phase);
     rate
 }
@@ -70,7 +77,9 @@ pub(super) async fn load(bench: &Arc<Bench>, args: &LoadArgs, phases: &mut Phase
     let mut findings = Findings::default();
     let steps: Vec<(String, f64)> = if args.rate.is_empty() {
         let at_most = saturation(bench, "saturation", phases).await;
-        findings.number("saturation_images_per_second", at_most);
+        if at_most > 0.0 {
+            findings.number("saturation_images_per_second", at_most);
+        }
         args.of_saturation
             .iter()
             .map(|percent| (format!("{percent} %"), at_most * percent / 100.0))
@@ -80,7 +89,7 @@ pub(super) async fn load(bench: &Arc<Bench>, args: &LoadArgs, phases: &mut Phase
         args.rate.iter().map(named).collect()
     };
     for (name, images_per_second) in steps {
-        if bench.is_stopped() || images_per_second <= 0.0 {
+        if bench.is_over(phases) || images_per_second <= 0.0 {
             break;
         }
         let priority = bench.flags.priority;
@@ -99,7 +108,7 @@ pub(super) async fn overload(
     let before = saturation(bench, "saturation", phases).await;
     let mut measured = Vec::new();
     for times in &args.times {
-        if bench.is_stopped() || before <= 0.0 {
+        if bench.is_over(phases) || before <= 0.0 {
             break;
         }
         let name = format!("{times} x saturation");
@@ -108,11 +117,14 @@ pub(super) async fn overload(
         measured.push((*times, phase.clone()));
         phases.push(phase);
     }
-    if bench.is_stopped() {
+    if bench.is_over(phases) {
         return findings;
     }
     // On a shared machine the base moves; so it is taken on both sides.
     let after = saturation(bench, "saturation again", phases).await;
+    if bench.is_over(phases) {
+        return findings;
+    }
     let base = f64::midpoint(before, after);
     findings.number("saturation_images_per_second", base);
     findings.line(format!(
@@ -186,7 +198,7 @@ pub(super) async fn mixed(
     };
     let at_most = saturation(bench, "saturation", phases).await;
     let interactive = args.rate.unwrap_or(at_most * args.of_saturation / 100.0);
-    if bench.is_stopped() || interactive <= 0.0 {
+    if bench.is_over(phases) || interactive <= 0.0 {
         return Ok(findings);
     }
     let priority = Some(Priority::Interactive);
@@ -194,7 +206,7 @@ pub(super) async fn mixed(
         .open("interactive alone", interactive, priority, None)
         .await;
     phases.push(alone.clone());
-    if bench.is_stopped() {
+    if bench.is_over(phases) {
         return Ok(findings);
     }
     let bulk = Bulk::start(bench, kind, args.bulk_clients);
@@ -207,13 +219,16 @@ pub(super) async fn mixed(
         )
         .await;
     let (kind, clients) = (bulk.kind, bulk.clients);
+    phases.push(beside.clone());
     if let Some(refusal) = bulk.end().await {
         findings.line(format!(
             "a bulk client ended before its time: {refusal}; its share is too low"
         ));
         findings.number("bulk_ended", refusal.to_string());
     }
-    phases.push(beside.clone());
+    if beside.worker_gone {
+        return Ok(findings);
+    }
 
     let bulk_rate = beside.bulk_images_per_second.unwrap_or(0.0);
     let left = at_most - beside.counts.images_per_second;

@@ -45,6 +45,21 @@ pub(super) fn usage(pids: &[u32]) -> Option<Usage> {
     sum
 }
 
+/// Checks that each process is there.
+///
+/// # Errors
+///
+/// Names the first that is not.
+pub(super) fn are_there(pids: &[u32]) -> anyhow::Result<()> {
+    for pid in pids {
+        anyhow::ensure!(
+            usage(&[*pid]).is_some(),
+            "--pid {pid}: there is no such process on this machine"
+        );
+    }
+    Ok(())
+}
+
 /// CPU seconds of the tool itself.
 pub(super) fn own_cpu_seconds() -> Option<f64> {
     Some(usage_of(Path::new("/proc/self"))?.cpu_seconds)
@@ -155,5 +170,9 @@ mod tests {
         assert!(usage.rss_kib > 0 && usage.threads > 0);
         assert!(usage.file_descriptors.is_some_and(|count| count > 0));
         assert!(super::usage(&[]).is_none());
+        assert!(are_there(&[std::process::id()]).is_ok());
+        // No pid is as large as this.
+        let error = are_there(&[std::process::id(), u32::MAX]).unwrap_err();
+        assert!(error.to_string().contains("--pid 4294967295"), "{error}");
     }
 }

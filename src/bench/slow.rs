@@ -35,7 +35,7 @@ pub(super) async fn run(
         Some(rate) => rate,
         None => saturation(bench, "saturation", phases).await * args.of_saturation / 100.0,
     };
-    if bench.is_stopped() || images_per_second <= 0.0 {
+    if bench.is_over(phases) || images_per_second <= 0.0 {
         return Ok(findings);
     }
     let priority = bench.flags.priority;
@@ -43,6 +43,9 @@ pub(super) async fn run(
         .open("callers alone", images_per_second, priority, None)
         .await;
     phases.push(alone.clone());
+    if bench.is_over(phases) {
+        return Ok(findings);
+    }
     let rss_before = process::usage(&bench.flags.pids).map(|usage| usage.rss_kib);
     let mut stalled = JoinSet::new();
     let accepted = Arc::new(AtomicU64::new(0));

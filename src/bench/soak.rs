@@ -27,8 +27,8 @@ use crate::engine::fake::FakeEngine;
 use crate::job::Want;
 use crate::pb;
 use crate::rpc::load::{
-    CLIENT_TIMEOUT, Lane, Manner, Outcomes, Priority, Refusal, StreamEvent, StreamReader,
-    StreamWriter,
+    CLIENT_TIMEOUT, Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal, StreamEvent,
+    StreamReader, StreamWriter,
 };
 
 /// Images of a real model whose answers are asked first.
@@ -69,6 +69,8 @@ struct Ledger {
     garbage_taken: u64,
     /// Codes that the call gave no reason for.
     unexpected: BTreeMap<String, u64>,
+    /// The soak ended because nobody was left to ask.
+    worker_gone: bool,
 
     calls: u64,
     verified: u64,
@@ -86,6 +88,17 @@ impl Ledger {
         *self.unexpected.entry(what.to_owned()).or_default() += 1;
     }
 
+    /// A few words for the progress line, and whether a call found no worker.
+    fn glance(&self) -> (String, bool) {
+        let message = format!(
+            "{} calls, {} answers verified, {} broken",
+            self.calls,
+            self.verified,
+            self.broken().len()
+        );
+        (message, self.unexpected.contains_key(NO_WORKER))
+    }
+
     fn broken(&self) -> Vec<String> {
         let counts = [
             ("wrong answers", self.wrong),
@@ -96,11 +109,13 @@ impl Ledger {
         let counts = counts.map(|(what, count)| (what.to_owned(), count));
         let unexpected = self.unexpected.iter();
         let unexpected = unexpected.map(|(what, &count)| (format!("unexpected {what}"), count));
+        let gone = "the worker went away before the time was over";
         counts
             .into_iter()
             .chain(unexpected)
             .filter(|(_, count)| *count > 0)
             .map(|(what, count)| format!("{what}: {count}"))
+            .chain(self.worker_gone.then(|| gone.to_owned()))
             .collect()
     }
 }
@@ -352,15 +367,13 @@ impl Soak {
                 }
             }
             samples.extend(process::usage(&flags.pids));
-            let ledger = lock(&self.ledger);
-            let message = format!(
-                "{} calls, {} answers verified, {} broken",
-                ledger.calls,
-                ledger.verified,
-                ledger.broken().len()
-            );
-            drop(ledger);
+            let (message, found_none) = lock(&self.ledger).glance();
             line.update(started.elapsed(), message);
+            if found_none && self.bench.is_worker_gone().await {
+                clients.shutdown().await;
+                lock(&self.ledger).worker_gone = true;
+                break;
+            }
         }
         tokio::time::sleep(SETTLE).await;
         samples.extend(process::usage(&flags.pids));

@@ -1,8 +1,9 @@
 //! The threads that turn pictures into tokens.
 //!
 //! Preprocessing is plain CPU work, so it runs on its own named threads and
-//! not on the async runtime. A job whose caller has gone or whose deadline has
-//! passed is dropped before it is decoded.
+//! not on the async runtime. Images that are tokens already have nothing to be
+//! decoded, and are only checked, where they arrive. A job whose caller has gone
+//! or whose deadline has passed is dropped before it is decoded.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -25,18 +26,38 @@ pub struct Picture {
     pub options: PreprocessOptions,
 }
 
+impl Picture {
+    /// Whether it takes a few microseconds to check and nothing else, which a
+    /// thread of its own would take longer to wake up for.
+    #[must_use]
+    pub fn is_tokens(&self) -> bool {
+        matches!(self.input, ImageInput::Tokens(_))
+    }
+}
+
 /// The life of one preprocessing thread: until the door is closed.
-pub(crate) fn run(
-    preprocessor: &Arc<Preprocessor>,
-    pictures: &Queue,
-    batcher: &Sender<Arrival>,
-    metrics: &Metrics,
-) {
+pub(crate) fn run(desk: &Desk, pictures: &Queue) {
     while let Some(job) = pictures.next() {
+        desk.tokenize(job);
+    }
+}
+
+/// Turns pictures into tokens and hands them on to the batcher, on whatever
+/// thread it is asked to.
+#[derive(Debug, Clone)]
+pub(crate) struct Desk {
+    pub(crate) preprocessor: Arc<Preprocessor>,
+    pub(crate) batcher: Sender<Arrival>,
+    pub(crate) metrics: Metrics,
+}
+
+impl Desk {
+    /// Answers the job, or hands it on.
+    pub(crate) fn tokenize(&self, job: Job<Picture>) {
+        let (preprocessor, metrics) = (&self.preprocessor, &self.metrics);
         if let Some(error) = job.ticket.dead(Instant::now(), Stage::Preprocess) {
             metrics.dead(&error);
-            job.ticket.finish(Err(error));
-            continue;
+            return job.ticket.finish(Err(error));
         }
         // Decoders' panics are contained where they happen; one from anywhere
         // else must not take the thread along.
@@ -48,8 +69,7 @@ pub(crate) fn run(
             Ok(tokenized) => tokenized,
             Err(error) => {
                 job.ticket.span.in_scope(|| report(&error));
-                job.ticket.finish(Err(error));
-                continue;
+                return job.ticket.finish(Err(error));
             }
         };
         let encoded = matches!(job.payload.input, ImageInput::Encoded(_));
@@ -73,14 +93,11 @@ pub(crate) fn run(
                     shift(&mut tokens, preprocessor.start_token());
                 }
                 let payload = Arc::from(tokens);
-                hand_on(
-                    batcher,
-                    Arrival::Row(Job {
-                        payload,
-                        work,
-                        ticket,
-                    }),
-                );
+                self.hand_on(Arrival::Row(Job {
+                    payload,
+                    work,
+                    ticket,
+                }));
             }
             Work::Generate(generate) => {
                 let (side, start) = (preprocessor.side(), preprocessor.start_token());
@@ -90,19 +107,19 @@ pub(crate) fn run(
                 if sequence.is_done() {
                     sequence.finish(Ok(()));
                 } else {
-                    hand_on(batcher, Arrival::Sequence(sequence));
+                    self.hand_on(Arrival::Sequence(sequence));
                 }
             }
         }
     }
-}
 
-fn hand_on(batcher: &Sender<Arrival>, arrival: Arrival) {
-    // The batcher's queue holds as many as there are permits.
-    if let Err(refused) = batcher.try_send(arrival) {
-        match refused.into_inner() {
-            Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
-            Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
+    fn hand_on(&self, arrival: Arrival) {
+        // The batcher's queue holds as many as there are permits.
+        if let Err(refused) = self.batcher.try_send(arrival) {
+            match refused.into_inner() {
+                Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
+                Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder, Streaming};
 use tonic::metadata::MetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, ConnectError, Status};
 use tonic_types::StatusExt as _;
 
 use super::client::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
@@ -30,6 +30,8 @@ const STREAM_QUEUE: usize = 16;
 
 /// A call that did not come back in the tool's own patience.
 pub const CLIENT_TIMEOUT: &str = "CLIENT_TIMEOUT";
+/// A call for which there was no worker to connect to.
+pub const NO_WORKER: &str = "NO_WORKER";
 /// An image of an answer that has neither a result nor an error.
 pub const NO_OUTCOME: &str = "NO_OUTCOME";
 
@@ -117,7 +119,7 @@ pub type Outcomes = Vec<ImageOutcome>;
 /// Why a call or a stream ended without an answer.
 #[derive(Debug, Clone)]
 pub struct Refusal {
-    /// The gRPC code's name, or [`CLIENT_TIMEOUT`].
+    /// The gRPC code's name, or [`CLIENT_TIMEOUT`] or [`NO_WORKER`].
     pub code: &'static str,
     pub message: String,
     /// What `google.rpc.RetryInfo` asks to wait, if the status carries one.
@@ -126,14 +128,15 @@ pub struct Refusal {
 
 impl Refusal {
     fn new(status: &Status) -> Self {
-        let code = if never_left(status) {
-            Code::Unavailable
-        } else {
-            status.code()
+        let unconnected = unconnected(status);
+        let code = match &unconnected {
+            Some(_) => NO_WORKER,
+            None if never_left(status) => super::status::name(Code::Unavailable),
+            None => super::status::name(status.code()),
         };
         Self {
-            code: super::status::name(code),
-            message: status.message().to_owned(),
+            code,
+            message: unconnected.unwrap_or_else(|| status.message().to_owned()),
             retry_after: status
                 .get_details_retry_info()
                 .and_then(|info| info.retry_delay),
@@ -147,6 +150,12 @@ impl Refusal {
         matches!(self.code, "RESOURCE_EXHAUSTED" | "UNAVAILABLE")
     }
 
+    /// Whether a client with round robin would try the next worker.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        matches!(self.code, "UNAVAILABLE" | NO_WORKER)
+    }
+
     /// Whether the worker does not have the call at all.
     #[must_use]
     pub fn is_unimplemented(&self) -> bool {
@@ -158,6 +167,19 @@ impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.code, self.message)
     }
+}
+
+/// Why no connection could be made, where that is what ended the call: tonic
+/// makes UNAVAILABLE of it, which is also what a worker says that drains.
+fn unconnected(status: &Status) -> Option<String> {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<ConnectError>() {
+            return Some(error.to_string());
+        }
+        source = error.source();
+    }
+    None
 }
 
 /// Whether a call was dropped before it was sent, because its connection was
@@ -250,7 +272,7 @@ impl Lane {
         let mut grpc = self.0.clone();
         grpc.ready()
             .await
-            .map_err(|error| Status::unavailable(format!("not connected: {error}")))?;
+            .map_err(|error| Status::from_error(Box::new(error)))?;
         Ok(grpc.unary(request, path, RawCodec).await?.into_inner())
     }
 
@@ -281,7 +303,7 @@ impl Lane {
         let mut grpc = self.0.clone();
         grpc.ready()
             .await
-            .map_err(|error| Refusal::new(&Status::unavailable(error.to_string())))?;
+            .map_err(|error| Refusal::new(&Status::from_error(Box::new(error))))?;
         let path = PathAndQuery::from_static("/imagegpt.v1.ImageGptService/EmbedStream");
         let answers = grpc
             .streaming(request, path, RawCodec)

@@ -399,6 +399,133 @@ async fn soak_sees_lost_doubled_and_swapped_items() {
     }
 }
 
+/// What a run with these arguments complains of, before it has asked for a
+/// worker, of which there is none.
+async fn refused(arguments: &[&str]) -> String {
+    let all = ["bench", "--endpoint", "http://127.0.0.1:1"].iter();
+    let args = Cli::try_parse_from(all.chain(arguments))
+        .expect("arguments that parse")
+        .bench;
+    let ran = tokio::task::spawn_blocking(move || bench::run(&args, &mut Vec::new()));
+    let error = ran.await.expect("no panic").expect_err("a refusal");
+    format!("{error:#}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_end_well_is_told_before_the_load() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().to_str().expect("UTF-8");
+    for (arguments, words) in [
+        (["saturate", "--json", "/nowhere/a.json"], "--json /nowhere"),
+        (["load", "--plot", folder], "is a directory"),
+        (["soak", "--pid", "4294967295"], "there is no such process"),
+        // What all of them would come to.
+        (["saturate", "--seed", "1"], "no worker answers"),
+    ] {
+        let error = refused(&arguments).await;
+        assert!(error.contains(words), "{arguments:?}: {error}");
+    }
+}
+
+/// Every mode says that its worker has gone, and takes nothing that it saw for
+/// what the worker can do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_goes_away_is_told() {
+    let mut modes = tokio::task::JoinSet::new();
+    for arguments in [
+        &["saturate", "--callers", "2,4"][..],
+        &["load", "--rate", "50,60"],
+        &["load"],
+        &["overload"],
+        &["mixed", "--rate", "20"],
+        &["slow-reader", "--rate", "50"],
+        &["soak"],
+        &["knee", "--p99", "1s"],
+    ] {
+        modes.spawn(async move {
+            let running = harness::fake(millis(5), &SMALL).await;
+            let endpoint = format!("http://{}", running.worker.grpc_addr);
+            let arguments = [arguments, &["--duration", "1500ms"]].concat();
+            let leave = async {
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                running.end().await;
+            };
+            let endpoints = [endpoint.as_str()];
+            let (said, ()) = tokio::join!(run_at(&endpoints, &arguments), leave);
+            assert_eq!(
+                said.verdict,
+                Verdict::Broken,
+                "{arguments:?}: {}",
+                said.table
+            );
+            assert!(
+                said.table.contains("the worker went away"),
+                "{arguments:?}: {}",
+                said.table
+            );
+            let findings = said.json["findings"].as_object().expect("findings");
+            let none = [
+                "saturation_images_per_second",
+                "knee_images_per_second",
+                "overload",
+            ];
+            for number in none {
+                assert!(
+                    !findings.contains_key(number),
+                    "{arguments:?}: {findings:#?}"
+                );
+            }
+            // Remarks on measurements are indented.
+            let is_finding = |line: &str| line.starts_with("saturation: ");
+            assert!(!said.table.lines().any(is_finding), "{}", said.table);
+        });
+    }
+    modes.join_all().await;
+}
+
+/// The same for whoever sees only the exit code; and calls that a worker refuses,
+/// all of them, are no measurement either.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_exit_code_tells_of_calls_without_answers() {
+    let exit_code = |endpoint: String, task: &'static str| {
+        tokio::task::spawn_blocking(move || {
+            let ran = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+                .args(["bench", "saturate", "--endpoint", &endpoint, "--task", task])
+                .args(["--warm-up", "0s", "--duration", "1s", "--callers", "2"])
+                .output()
+                .expect("the program");
+            let text = String::from_utf8_lossy(&ran.stdout).into_owned();
+            (ran.status.code(), text)
+        })
+    };
+    let running = harness::fake(millis(5), &SMALL).await;
+    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let (code, text) = exit_code(endpoint.clone(), "embed")
+        .await
+        .expect("no panic");
+    assert_eq!(code, Some(0), "{text}");
+    let leave = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        running.end().await;
+    };
+    let (ran, ()) = tokio::join!(exit_code(endpoint, "embed"), leave);
+    let (code, text) = ran.expect("no panic");
+    assert_eq!(code, Some(1), "{text}");
+
+    // It can only classify.
+    let dir = harness::model_dir("no-labels");
+    let engine = harness::fake_factory(Script::default());
+    let only_classify = harness::start(&dir, &SMALL, Some(engine)).await;
+    let endpoint = format!("http://{}", only_classify.worker.grpc_addr);
+    let (code, text) = exit_code(endpoint, "embed").await.expect("no panic");
+    assert_eq!(code, Some(1), "{text}");
+    assert!(
+        text.contains("no call was answered (UNIMPLEMENTED"),
+        "{text}"
+    );
+    only_classify.end().await;
+}
+
 /// The tool's side of a stream: it stops reading, then reads all; and as a bulk
 /// load it counts what it gets.
 #[tokio::test(flavor = "multi_thread")]

@@ -166,4 +166,18 @@ fn what_cannot_be_measured_is_refused() {
         &["--model", "random:tiny", "--graphs", "pixels"],
         "no graph pixels",
     );
+    // Before anything is loaded: there is no such model either.
+    refused(
+        &["--model", "random:xyz", "--json", "/nowhere/result.json"],
+        "--json /nowhere/result.json cannot be written",
+    );
+    refused(
+        &["--model", "random:xyz", "--plot", "latency.svg"],
+        "--plot is for modes that load a worker",
+    );
+    let nothing = ["--graphs", "generate", "--generate-slots", "0"];
+    refused(
+        &[&["--model", "random:xyz"], &nothing[..]].concat(),
+        "leaves nothing to measure",
+    );
 }

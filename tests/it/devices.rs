@@ -55,15 +55,22 @@ async fn devices(running: &Running) -> Vec<pb::Device> {
 
 /// Whether each device is up, as GetModel and the metrics page say.
 async fn up(running: &Running) -> Vec<bool> {
-    let devices = devices(running).await;
-    let page = running.metrics().await;
-    for device in &devices {
-        let series = format!("imagegpt_device_up{{device=\"{}\"}}", device.id);
-        let expected = if device.serving { 1.0 } else { 0.0 };
-        assert_eq!(sample(&page, &series), expected);
-        assert_eq!(device.execution_provider, "fake");
+    let started = Instant::now();
+    loop {
+        let devices = devices(running).await;
+        let page = running.metrics().await;
+        let agrees = |device: &pb::Device| {
+            assert_eq!(device.execution_provider, "fake");
+            let series = format!("imagegpt_device_up{{device=\"{}\"}}", device.id);
+            let expected = if device.serving { "1" } else { "0" };
+            sample(&page, &series).to_string() == expected
+        };
+        if devices.iter().all(agrees) {
+            return devices.iter().map(|device| device.serving).collect();
+        }
+        // One may have failed between the two looks.
+        assert!(started.elapsed() < harness::PATIENCE, "they never agree");
     }
-    devices.iter().map(|device| device.serving).collect()
 }
 
 /// Waits until so many serve; GetModel answers for as long as one does.

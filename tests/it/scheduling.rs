@@ -290,6 +290,50 @@ async fn a_run_that_nobody_waits_for_is_stopped() {
     running.end().await;
 }
 
+/// The same of ONNX Runtime, which ends in the middle when it is told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_of_onnx_runtime_is_stopped() {
+    const SECONDS: &str = "imagegpt_inference_duration_seconds_sum{graph=\"hidden\"}";
+    const STOPPED: &str = "imagegpt_runs_stopped_total";
+    let flags = ["--batch-sizes", "16", "--max-batch-size", "16"];
+    let running = harness::onnx("untrained", &flags).await;
+    let images = |seed: u32| -> Vec<pb::Image> {
+        let image = |idx: u32| (0..1024_u32).map(move |at| (seed + idx * 31 + at) % 512);
+        (0..16).map(|idx| tokens(image(idx).collect())).collect()
+    };
+    let ask = |seed| call(&running, Request::new(embed(images(seed))));
+    answered(ask(0)).await;
+    let whole = running.sample(SECONDS).await;
+    // On a machine that is busy a run may be over before its caller has left.
+    for seed in 1.. {
+        let page = running.metrics().await;
+        let (before, n_stopped) = (sample(&page, SECONDS), sample(&page, STOPPED));
+        let n_batches = batches(&page);
+        let one = ask(seed);
+        while batches(&running.metrics().await) == n_batches {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        one.abort();
+        running.until_in_flight(0).await;
+        while running.sample(SECONDS).await <= before {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let page = running.metrics().await;
+        if sample(&page, STOPPED) > n_stopped {
+            let stopped = sample(&page, SECONDS) - before;
+            assert!(stopped < 0.8 * whole, "{stopped} s of {whole} s");
+            break;
+        }
+        assert!(seed < 20, "no run was stopped");
+    }
+    assert_eq!(
+        answered(ask(100)).await.len(),
+        16,
+        "and the next one is whole"
+    );
+    running.end().await;
+}
+
 #[tokio::test]
 async fn a_run_whose_callers_are_late_is_stopped() {
     let (open, script) = gated();

@@ -105,6 +105,21 @@ impl EngineArgs {
                 Graph::ALL.map(Graph::label).join(", ")
             );
         }
+        match self.graphs.as_slice() {
+            // What there is shows once the model is loaded.
+            [] => Ok(()),
+            graphs => self.check_steps(graphs.iter().map(String::as_str)),
+        }
+    }
+
+    /// Refuses what would measure nothing.
+    fn check_steps<'a>(&self, mut graphs: impl Iterator<Item = &'a str>) -> anyhow::Result<()> {
+        let only_steps = graphs.all(|graph| graph == Graph::Generate.label());
+        anyhow::ensure!(
+            self.generate_slots > 0 || !only_steps,
+            "--generate-slots 0 leaves nothing to measure of the graph generate; raise it, or ask \
+             for other --graphs"
+        );
         Ok(())
     }
 
@@ -146,6 +161,6 @@ impl EngineArgs {
             "the model has none of the graphs {}",
             self.graphs.join(", ")
         );
-        Ok(())
+        self.check_steps(model.graphs.keys().map(|graph| graph.label()))
     }
 }
