@@ -231,7 +231,13 @@ impl<T> Scheduler<T> {
                 let before = engine.contended.filter(|(before, _)| *before == class);
                 Some(before.unwrap_or((class, 0.0)))
             }
-            _ => None,
+            // What batches have had too much is still to be made up for when their
+            // callers come back, as those do who wait for each answer.
+            (Some(steps), _) => {
+                let before = engine.contended;
+                before.filter(|(class, ahead)| *class == steps.class && *ahead > 0.0)
+            }
+            (None, _) => None,
         };
     }
 

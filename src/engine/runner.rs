@@ -338,9 +338,14 @@ impl Life {
             }
             units => {
                 let half = units.len().div_ceil(2).min(self.largest);
-                for piece in units.chunks(half) {
-                    let bucket = self.runner.buckets.at_least(piece.len());
+                let mut rest = units;
+                while !rest.is_empty() {
+                    // An earlier piece may have found that even less fits.
+                    let n = half.min(self.largest).min(rest.len());
+                    let (piece, after) = rest.split_at(n);
+                    let bucket = self.runner.buckets.at_least(n);
                     self.attempt(graph, bucket.min(self.largest), piece)?;
+                    rest = after;
                 }
                 Ok(())
             }

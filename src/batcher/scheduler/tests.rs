@@ -684,6 +684,50 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
     (batches, steps)
 }
 
+/// A caller who waits for each answer and comes back one step later: the queue is
+/// empty whenever a batch ends.
+#[test]
+fn steps_get_their_share_beside_a_caller_that_comes_back() {
+    let mut scheduler = Scheduler::<()>::new(policy(1), 1);
+    let start = Instant::now();
+    scheduler.pace.warmed(GRAPHS[0], 1, MS(100), start);
+    let mut now = start;
+    let (mut batches, mut steps) = (Duration::ZERO, Duration::ZERO);
+    let mut is_back = true;
+    while now < start + Duration::from_secs(10) {
+        if is_back && scheduler.queue.len_of(Class::Bulk) == 0 {
+            let entry = Entry {
+                item: (),
+                arrived: now,
+                deadline: None,
+            };
+            scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
+        }
+        let waiting = Steps {
+            class: Class::Bulk,
+            bulk: true,
+            since: now,
+        };
+        let took = match scheduler.next(ONE, now, false, Some(waiting)) {
+            Next::Run(_) => {
+                is_back = false;
+                batches += MS(100);
+                MS(100)
+            }
+            Next::Step => {
+                is_back = true;
+                steps += MS(10);
+                MS(10)
+            }
+            Next::Idle | Next::WaitUntil(_) => panic!("a sequence waits"),
+        };
+        now += took;
+        scheduler.ended(ONE, now);
+    }
+    let share = steps.as_secs_f64() / (steps + batches).as_secs_f64();
+    assert!((0.45..0.55).contains(&share), "steps had {share} of the time");
+}
+
 #[test]
 fn steps_and_batches_share_the_engine_by_class() {
     let seconds = |time: Duration| time.as_secs_f64();

@@ -94,7 +94,7 @@ impl<T> Outbox<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the condition holds, which only taking can bring about.
+    /// Waits until the condition holds, which taking or forgetting brings about.
     async fn once<V>(&self, mut condition: impl FnMut(&mut State<T>) -> Option<V>) -> V {
         loop {
             // A ring that comes before the wait is kept.
@@ -131,6 +131,7 @@ impl<T> Outbox<T> {
     /// An item leaves without an answer.
     pub(in crate::rpc) fn forget(&self, place: &Place) {
         self.lock().leave(place);
+        self.taken.notify_one();
     }
 
     /// Puts a response in line: an item's answer with its place, or what
@@ -342,6 +343,20 @@ mod tests {
         outbox.hold();
         let full = tokio::time::timeout(Duration::from_millis(5), outbox.room(1, 15)).await;
         assert!(full.is_err(), "one may hold more than all, two may not");
+    }
+
+    #[tokio::test]
+    async fn room_is_there_when_an_item_leaves_without_an_answer() {
+        let outbox = Outbox::<pb::EmbedStreamResponse>::new();
+        outbox.hold();
+        outbox.room(10, 15).await;
+        outbox.hold();
+        let waits = outbox.room(10, 15);
+        let leaves = async { outbox.forget(&place(10)) };
+        // In this order: the wait begins before the item leaves.
+        let both = async { tokio::join!(waits, leaves) };
+        let in_time = tokio::time::timeout(Duration::from_secs(5), both).await;
+        assert!(in_time.is_ok(), "nobody was told");
     }
 
     #[tokio::test]
