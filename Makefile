@@ -90,10 +90,6 @@ bench-attention: setup ## Measure the attention kernels beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40
 	cargo bench --locked --bench cached_attention -- 2 25
 
-.PHONY: bench-dense
-bench-dense: setup ## Measure the dense products of a step beside ONNX Runtime's
-	cargo bench --locked --bench dense -- 2 15
-
 .PHONY: bench-graphs
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)
 	@PARITY_VENV=$(PARITY_VENV) scripts/bench-graphs.sh

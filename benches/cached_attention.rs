@@ -12,19 +12,19 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, CacheShape, CachedAttention, Kernel};
+use imagegpt::attention::{BLOCK, Cache, CacheShape, CachedAttention, Kept, Kernel};
 use imagegpt::compile::onnx::{
-    Attribute, DataType, Dim, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET,
-    OperatorSet, ValueInfo,
+    Attribute, DataType, Dim, Graph, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
+    ValueInfo,
 };
 use imagegpt::engine::onnx::find_library;
-use imagegpt::engine::operators;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::value::{DynTensor, Tensor, TensorElementType};
 use prost::Message as _;
 
+const GROUP_QUERY: &str = "GroupQueryAttention";
 const LAYERS: usize = 8;
 const CAPACITY: usize = 1024;
 const HEADS: usize = 8;
@@ -52,22 +52,14 @@ fn main() -> anyhow::Result<()> {
     let environment = ort::init_from(find_library(given.as_deref()))?.build()?;
 
     let mut contestants: Vec<Contestant> = Vec::new();
-    for (operator, element) in [
-        ("GroupQueryAttention", TensorElementType::Float32),
-        (operators::CACHED_ATTENTION, TensorElementType::Bfloat16),
-    ] {
-        let bytes = if element == TensorElementType::Float32 {
-            4
-        } else {
-            2
-        };
-        let run = bound(&environment, operator, element, shape, past, n_threads)?;
-        contestants.push((format!("op {operator}"), bytes, run));
-    }
+    let run = bound(&environment, shape, past, n_threads)?;
+    contestants.push((format!("op {GROUP_QUERY}"), 4, run));
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
-            let run = direct(kernel, shape, past, n_threads)?;
-            contestants.push((format!("direct {kernel:?}"), 2, run));
+            let run = direct(kernel, 1.0_f32, shape, past, n_threads)?;
+            contestants.push((format!("direct {kernel:?} f32"), 4, run));
+            let run = direct(kernel, bf16::ONE, shape, past, n_threads)?;
+            contestants.push((format!("direct {kernel:?} bf16"), 2, run));
         }
     }
 
@@ -112,13 +104,11 @@ fn median(times: &mut [f64]) -> f64 {
 /// Runs of a session with `LAYERS` of the operator, its caches bound in place.
 fn bound(
     environment: &Environment,
-    operator: &str,
-    element: TensorElementType,
     shape: CacheShape,
     past: usize,
     n_threads: usize,
 ) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<()>>> {
-    let mut session = session(environment, &model(operator), n_threads)?;
+    let mut session = session(environment, &model(), n_threads)?;
     let CacheShape { batch, length, .. } = shape;
     let mut binding = session.create_binding()?;
     let qkv = noise(batch * length * 3 * shape.width());
@@ -139,14 +129,8 @@ fn bound(
     let dims = [batch, HEADS, shape.capacity, HEAD_DIM];
     for layer in 0..LAYERS {
         for part in ["key", "value"] {
-            let mut cache = DynTensor::new(&allocator, element, dims)?;
-            match element {
-                TensorElementType::Float32 => cache.try_extract_tensor_mut::<f32>()?.1.fill(0.5),
-                _ => cache
-                    .try_extract_tensor_mut::<bf16>()?
-                    .1
-                    .fill(bf16::from_f32(0.5)),
-            }
+            let mut cache = DynTensor::new(&allocator, TensorElementType::Float32, dims)?;
+            cache.try_extract_tensor_mut::<f32>()?.1.fill(0.5);
             binding.bind_input(format!("past_{part}.{layer}"), &cache)?;
             binding.bind_output(format!("{part}.{layer}"), cache)?;
         }
@@ -165,21 +149,14 @@ fn session(environment: &Environment, model: &Model, n_threads: usize) -> ort::R
         .with_intra_threads(n_threads)?
         // Threads that spin after their share is done would slow the next in turn.
         .with_intra_op_spinning(false)?
-        .with_operators(operators::domain()?)?
         .commit_from_memory(&model.encode_to_vec())
 }
 
-fn model(operator: &str) -> Model {
-    let is_ours = operator == operators::CACHED_ATTENTION;
-    let element = if is_ours {
-        DataType::Bfloat16
-    } else {
-        DataType::Float
-    };
+fn model() -> Model {
     let [batch, length] = ["batch", "length"].map(Dim::Name);
     let qkv = [batch, length, Dim::Size(3 * HEADS * HEAD_DIM)];
     let mut graph = Graph {
-        name: operator.to_owned(),
+        name: GROUP_QUERY.to_owned(),
         input: vec![
             ValueInfo::tensor("qkv", DataType::Float, &qkv),
             ValueInfo::tensor("seqlens_k", DataType::Int32, &[batch]),
@@ -198,31 +175,30 @@ fn model(operator: &str) -> Model {
             ["past_key", "past_value", "key", "value", "output"]
                 .map(|part| format!("{part}.{layer}"));
         for name in [&past_key, &past_value] {
-            graph.input.push(ValueInfo::tensor(name, element, &cache));
+            graph
+                .input
+                .push(ValueInfo::tensor(name, DataType::Float, &cache));
         }
         for name in [&key, &value] {
-            graph.output.push(ValueInfo::tensor(name, element, &cache));
+            graph
+                .output
+                .push(ValueInfo::tensor(name, DataType::Float, &cache));
         }
         let dims = [batch, length, Dim::Size(HEADS * HEAD_DIM)];
         let info = ValueInfo::tensor(&output, DataType::Float, &dims);
         graph.output.push(info);
         let heads = i64::try_from(HEADS).unwrap_or(i64::MAX);
-        let mut attributes = vec![Attribute::int("num_heads", heads)];
+        let attributes = ["num_heads", "kv_num_heads"].map(|name| Attribute::int(name, heads));
         let mut input = vec!["qkv".to_owned()];
-        if is_ours {
-            input.extend([past_key, past_value, "seqlens_k".to_owned()]);
-        } else {
-            attributes.push(Attribute::int("kv_num_heads", heads));
-            input.extend([String::new(), String::new(), past_key, past_value]);
-            input.extend(["seqlens_k", "total"].map(str::to_owned));
-        }
+        input.extend([String::new(), String::new(), past_key, past_value]);
+        input.extend(["seqlens_k", "total"].map(str::to_owned));
         graph.node.push(Node {
             input,
             output: vec![output, key, value],
             name: format!("layer.{layer}"),
-            op_type: operator.to_owned(),
-            domain: if is_ours { IMAGEGPT } else { MICROSOFT }.to_owned(),
-            attribute: attributes,
+            op_type: GROUP_QUERY.to_owned(),
+            domain: MICROSOFT.to_owned(),
+            attribute: attributes.to_vec(),
         });
     }
     let operators = |domain: &str, version| OperatorSet {
@@ -231,19 +207,16 @@ fn model(operator: &str) -> Model {
     };
     Model {
         ir_version: IR_VERSION,
-        opset_import: vec![
-            operators("", OPSET),
-            operators(MICROSOFT, 1),
-            operators(IMAGEGPT, 1),
-        ],
+        opset_import: vec![operators("", OPSET), operators(MICROSOFT, 1)],
         graph: Some(graph),
         ..Model::default()
     }
 }
 
-/// The kernel alone, threads started for each layer.
-fn direct(
+/// The kernel alone over a cache of `one`s, threads started for each layer.
+fn direct<K: Kept>(
     kernel: Kernel,
+    one: K,
     shape: CacheShape,
     past: usize,
     n_threads: usize,
@@ -253,7 +226,7 @@ fn direct(
     let qkv = noise(3 * rows);
     let past = vec![past; shape.batch];
     let n_cached = shape.batch * shape.capacity * shape.width();
-    let mut caches = vec![[vec![bf16::ONE; n_cached], vec![bf16::ONE; n_cached]]; LAYERS];
+    let mut caches = vec![[vec![one; n_cached], vec![one; n_cached]]; LAYERS];
     let mut output = vec![0.0; rows];
     Ok(Box::new(move || {
         for [keys, values] in &mut caches {

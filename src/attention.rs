@@ -25,11 +25,13 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::scratch::Scratch;
 use self::tile::{Block, Head};
 use crate::vector::Portable;
+use crate::vector::scratch::Scratch;
 
 pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob};
+pub(crate) use self::cached::{CachedHeads, CachedRows};
+pub use crate::vector::Kept;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -43,7 +45,6 @@ mod avx512_bf16;
 mod bf16;
 mod cached;
 mod cached_tile;
-mod scratch;
 #[cfg(test)]
 mod tests;
 mod tile;

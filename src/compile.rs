@@ -35,8 +35,9 @@ use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::config::Architecture;
-use self::graph::{Attention, Kind, Plan, Products};
+use self::graph::{Attention, Kind, Plan};
 use self::manifest::SourceFacts;
+use self::onnx::DataType;
 use self::source::Local;
 use self::stage::Stage;
 use self::store::Parts;
@@ -153,7 +154,9 @@ fn compile_fetched(
         n_layers,
         language_head: tasks.contains(&Task::Score) || tasks.contains(&Task::Generate),
         classification_head: tasks.contains(&Task::Classify),
-        blocks: options.precision == Precision::Int8 && tasks.contains(&Task::Generate),
+        blocks: options.precision == Precision::Int8
+            && tasks.contains(&Task::Generate)
+            && attention(Kind::Generate, options, runtime) == Attention::GroupQuery,
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;
@@ -171,7 +174,6 @@ fn compile_fetched(
             precision: options.precision,
             provider: options.provider,
             attention: attention(kind, options, runtime),
-            products: products(kind, options, runtime),
             feature_layer,
         };
         let model = kind.build(&plan);
@@ -322,21 +324,12 @@ fn is_ours(options: &CompileOptions, runtime: &Runtime) -> bool {
     options.provider == Provider::Cpu && runtime.operators.is_some()
 }
 
-fn products(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Products {
-    // Only steps have few rows.
-    let is_step = kind == Kind::Generate && options.precision == Precision::Fp32;
-    if is_step && is_ours(options, runtime) {
-        Products::Dense
-    } else {
-        Products::Gemm
-    }
-}
-
 fn attention(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Attention {
     let is_ours = is_ours(options, runtime);
     match kind {
-        // Its cache rounds to 8 bits of mantissa, as the products do.
-        Kind::Generate if is_ours && options.precision == Precision::Int8 => Attention::Cached,
+        Kind::Generate if is_ours && options.precision.activation() == DataType::Float => {
+            Attention::Layers
+        }
         Kind::Generate => Attention::GroupQuery,
         _ if is_ours => Attention::Causal,
         _ => Attention::MultiHead,

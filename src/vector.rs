@@ -15,9 +15,14 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod number;
+pub(crate) mod scratch;
+
+pub use self::number::Kept;
+pub(crate) use self::number::Number;
 
 /// The most lanes that a vector has.
-const LANES_MAX: usize = 16;
+pub(crate) const LANES_MAX: usize = 16;
 
 /// A vector of `LANES` floats, one query in each lane.
 ///
@@ -28,7 +33,7 @@ const LANES_MAX: usize = 16;
 /// caller, so the methods that take `self` may rely on it.
 /// `load` and `store` must touch exactly `LANES` numbers, which are at most
 /// `LANES_MAX`; the partial forms exactly `len`, which is at most `LANES`.
-pub(crate) unsafe trait Vector: Copy {
+pub unsafe trait Vector: Copy {
     const LANES: usize;
 
     /// # Safety
@@ -45,7 +50,10 @@ pub(crate) unsafe trait Vector: Copy {
     /// # Safety
     /// As [`Vector::splat`], and `LANES` of them are readable.
     unsafe fn load_bf16(from: *const u16) -> Self;
-    /// Reads `len` of them; the other lanes are zero.
+    /// # Safety
+    /// As [`Vector::splat`], and `LANES` numbers at `from` are readable.
+    unsafe fn load_i8(from: *const i8) -> Self;
+    /// Reads `len` bfloat16; the other lanes are zero.
     /// # Safety
     /// As [`Vector::splat`], and `len <= LANES` of them are readable.
     #[inline(always)]
@@ -68,12 +76,12 @@ pub(crate) unsafe trait Vector: Copy {
 
     /// Says that what lies `at` will be wanted soon; it need not be valid.
     #[inline(always)]
-    fn prefetch(_at: *const f32) {}
+    fn prefetch<T>(_at: *const T) {}
 
     /// The same for what lies kilobytes ahead: the second level of the cache,
     /// which can wait for more at once than the first.
     #[inline(always)]
-    fn prefetch_far(_at: *const u16) {}
+    fn prefetch_far<T>(_at: *const T) {}
 
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -177,6 +185,12 @@ unsafe impl Vector for Portable {
         // SAFETY: the caller vouches for four of them.
         let bits = unsafe { from.cast::<[u16; 4]>().read() };
         Self(bits.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: the caller vouches for four of them.
+        Self(unsafe { from.cast::<[i8; 4]>().read() }.map(f32::from))
     }
 
     #[inline(always)]

@@ -17,8 +17,8 @@ use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
 use super::bf16::{self, Multiply, Sum, Tiles};
-use super::scratch::Scratch;
 use super::tile::{Block, Head};
+use crate::vector::scratch::Scratch;
 
 /// Whether the CPU has the matrix unit and Linux lets this process use it, which
 /// must be asked for: its registers make every thread's saved state 8 KiB larger.

@@ -5,9 +5,10 @@
 )]
 
 use super::cached_tile::{self, CachedHead};
-use super::scratch::Scratch;
 use super::tile::{self, Block, Head};
+use crate::vector::Kept;
 use crate::vector::avx2::Avx2;
+use crate::vector::scratch::Scratch;
 
 /// # Safety
 /// The CPU has AVX2 and FMA; and as [`tile::attend`].
@@ -24,7 +25,7 @@ pub(super) unsafe fn attend(
 /// # Safety
 /// The CPU has AVX2 and FMA; and as [`cached_tile::attend`].
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn attend_cached(head: &CachedHead, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_cached<K: Kept>(head: &CachedHead<K>, scratch: &mut Scratch) {
     // SAFETY: the caller vouches for the instructions and the head.
-    unsafe { cached_tile::attend::<Avx2, 2, 4>(head, scratch) }
+    unsafe { cached_tile::attend::<K, Avx2, 2, 4>(head, scratch) }
 }

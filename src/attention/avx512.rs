@@ -5,9 +5,10 @@
 )]
 
 use super::cached_tile::{self, CachedHead};
-use super::scratch::Scratch;
 use super::tile::{self, Block, Head};
+use crate::vector::Kept;
 use crate::vector::avx512::Avx512;
+use crate::vector::scratch::Scratch;
 
 /// # Safety
 /// The CPU has AVX-512 F and DQ; and as [`tile::attend`].
@@ -24,7 +25,7 @@ pub(super) unsafe fn attend(
 /// # Safety
 /// The CPU has AVX-512 F and DQ; and as [`cached_tile::attend`].
 #[target_feature(enable = "avx512f,avx512dq")]
-pub(super) unsafe fn attend_cached(head: &CachedHead, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_cached<K: Kept>(head: &CachedHead<K>, scratch: &mut Scratch) {
     // SAFETY: the caller vouches for the instructions and the head.
-    unsafe { cached_tile::attend::<Avx512, 4, 4>(head, scratch) }
+    unsafe { cached_tile::attend::<K, Avx512, 4, 4>(head, scratch) }
 }

@@ -19,8 +19,8 @@ use std::arch::x86_64::{
 };
 
 use super::bf16::{self, Multiply, Sum, Tiles};
-use super::scratch::Scratch;
 use super::tile::{Block, Head};
+use crate::vector::scratch::Scratch;
 
 /// # Safety
 /// The CPU has AVX-512 F, DQ, BW and BF16; and as [`bf16::attend`].

@@ -26,10 +26,10 @@ use std::arch::x86_64::{
     _mm512_sub_ps, _mm512_ternarylogic_epi32,
 };
 
-use super::scratch::Scratch;
 use super::tile::{Block, Head};
 use crate::vector::Vector;
 use crate::vector::avx512::{Avx512, first_lanes};
+use crate::vector::scratch::Scratch;
 
 /// Queries in a block: two pairs of tiles.
 const QUERIES: usize = 64;

@@ -1,11 +1,11 @@
-//! Attention of a few new tokens over the keys and values of all before them,
-//! which are kept in bfloat16: what a step of generation does.
+//! Attention of a few new tokens over the keys and values of all before them:
+//! what a step of generation does.
 //!
 //! Input is as for [`CausalAttention`](super::CausalAttention), of the new
-//! tokens only. Their keys and values are rounded to bfloat16 and put into the
-//! cache behind what the sequence has; then each attends to the cache up to
-//! itself. A step reads the whole cache once and computes next to nothing, so
-//! half the bytes are half the time. Sums and softmax are `f32`.
+//! tokens only. Their keys and values are put into the cache behind what the
+//! sequence has, in `f32` or rounded to bfloat16; then each attends to the cache
+//! up to itself. A step reads the whole cache once and computes next to nothing,
+//! so half the bytes are half the time. Sums and softmax are `f32`.
 //!
 //! The cache of a sequence's head is `capacity` positions in the order in which
 //! they are read: keys as blocks of [`BLOCK`] positions, in each a row of
@@ -23,11 +23,9 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::bf16;
-
 use super::cached_tile::{self, CachedHead};
 use super::{AttentionError, Kernel, Precision, SCRATCH};
-use crate::vector::Portable;
+use crate::vector::{Kept, Portable};
 
 pub use super::cached_tile::BLOCK;
 
@@ -70,9 +68,9 @@ impl CacheShape {
 /// All sequences' keys and values, of `(batch, heads, capacity, head_dim)`
 /// numbers each, in the order that the module describes.
 #[derive(Debug)]
-pub struct Cache<'a> {
-    pub keys: &'a mut [bf16],
-    pub values: &'a mut [bf16],
+pub struct Cache<'a, K> {
+    pub keys: &'a mut [K],
+    pub values: &'a mut [K],
 }
 
 /// Attention over a cache, for one shape, checked, with its kernel chosen.
@@ -144,37 +142,50 @@ impl CachedAttention {
     /// # Errors
     /// If a length is not what the shape says, or a sequence would outgrow the
     /// cache.
-    pub fn job<'a>(
+    pub fn job<'a, K: Kept>(
         &self,
         qkv: &'a [f32],
         past: &'a [usize],
-        cache: Cache<'a>,
+        cache: Cache<'a, K>,
         output: &'a mut [f32],
-    ) -> Result<CachedJob<'a>, AttentionError> {
+    ) -> Result<CachedJob<'a, K>, AttentionError> {
+        self.check("qkv", 3 * self.output_len, qkv.len())?;
+        self.check("output", self.output_len, output.len())?;
+        let width = self.shape.width();
+        let rows = CachedRows {
+            qkv: qkv.as_ptr(),
+            qkv_stride: 3 * width,
+            output: output.as_mut_ptr(),
+            output_stride: width,
+        };
+        Ok(CachedJob {
+            heads: self.heads(rows, past, cache)?,
+            borrow: PhantomData,
+            next_head: AtomicUsize::new(0),
+        })
+    }
+
+    /// The heads of a call whose rows lie somewhere.
+    ///
+    /// # Errors
+    /// If a length is not what the shape says, or a sequence would outgrow the
+    /// cache.
+    pub(crate) fn heads<'a, K: Kept>(
+        &self,
+        rows: CachedRows,
+        past: &'a [usize],
+        cache: Cache<'a, K>,
+    ) -> Result<CachedHeads<'a, K>, AttentionError> {
         let CacheShape {
             batch,
             length,
             capacity,
-            heads,
             ..
         } = self.shape;
         let Cache { keys, values } = cache;
-        for (name, expected, actual) in [
-            ("qkv", 3 * self.output_len, qkv.len()),
-            ("past", batch, past.len()),
-            ("keys", self.cache_len, keys.len()),
-            ("values", self.cache_len, values.len()),
-            ("output", self.output_len, output.len()),
-        ] {
-            if expected != actual {
-                return Err(AttentionError::CacheLength {
-                    shape: self.shape,
-                    name,
-                    expected,
-                    actual,
-                });
-            }
-        }
+        self.check("past", batch, past.len())?;
+        self.check("keys", self.cache_len, keys.len())?;
+        self.check("values", self.cache_len, values.len())?;
         for &past in past {
             if past.checked_add(length).is_none_or(|end| end > capacity) {
                 return Err(AttentionError::Full {
@@ -184,16 +195,30 @@ impl CachedAttention {
                 });
             }
         }
-        Ok(CachedJob {
+        Ok(CachedHeads {
             attention: *self,
-            qkv,
+            rows,
             past,
-            keys: keys.as_mut_ptr().cast(),
-            values: values.as_mut_ptr().cast(),
-            output: output.as_mut_ptr(),
+            keys: keys.as_mut_ptr(),
+            values: values.as_mut_ptr(),
             borrow: PhantomData,
-            next_head: AtomicUsize::new(0),
-            n_heads: if length == 0 { 0 } else { batch * heads },
+        })
+    }
+
+    fn check(
+        &self,
+        name: &'static str,
+        expected: usize,
+        actual: usize,
+    ) -> Result<(), AttentionError> {
+        if expected == actual {
+            return Ok(());
+        }
+        Err(AttentionError::CacheLength {
+            shape: self.shape,
+            name,
+            expected,
+            actual,
         })
     }
 
@@ -202,11 +227,11 @@ impl CachedAttention {
     ///
     /// # Errors
     /// As [`CachedAttention::job`].
-    pub fn run(
+    pub fn run<K: Kept>(
         &self,
         qkv: &[f32],
         past: &[usize],
-        cache: Cache<'_>,
+        cache: Cache<'_, K>,
         output: &mut [f32],
         n_threads: usize,
     ) -> Result<(), AttentionError> {
@@ -221,84 +246,131 @@ impl CachedAttention {
     }
 }
 
-/// One call's heads, to be worked on by any number of threads.
-#[derive(Debug)]
-pub struct CachedJob<'a> {
-    attention: CachedAttention,
-    qkv: &'a [f32],
-    past: &'a [usize],
-    keys: *mut u16,
-    values: *mut u16,
-    output: *mut f32,
-    borrow: PhantomData<(&'a mut [bf16], &'a mut [f32])>,
-    /// The first head of all sequences that no thread has begun.
-    next_head: AtomicUsize,
-    n_heads: usize,
+/// Where a call's rows lie: queries, keys and values of the new tokens side by
+/// side, and what comes out; each row so many floats after the one before.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CachedRows {
+    pub(crate) qkv: *const f32,
+    pub(crate) qkv_stride: usize,
+    pub(crate) output: *mut f32,
+    pub(crate) output_stride: usize,
 }
 
-// SAFETY: a head of a sequence is given to one thread only, and no two of them
-// share a number of the cache or of `output`; nobody else has either while the
-// job borrows them.
-unsafe impl Sync for CachedJob<'_> {}
-// SAFETY: the same; a job is borrows of numbers and a counter.
-unsafe impl Send for CachedJob<'_> {}
+/// One call's heads, for a caller that sees to threads itself.
+#[derive(Debug)]
+pub(crate) struct CachedHeads<'a, K> {
+    attention: CachedAttention,
+    rows: CachedRows,
+    past: &'a [usize],
+    keys: *mut K,
+    values: *mut K,
+    borrow: PhantomData<(&'a mut [K], &'a mut [K])>,
+}
 
-impl CachedJob<'_> {
-    /// How many heads there are in all sequences: more threads than this have
-    /// nothing to do.
-    #[must_use]
-    pub fn n_heads(&self) -> usize {
-        self.n_heads
+impl<K: Kept> CachedHeads<'_, K> {
+    /// How many there are in all sequences.
+    pub(crate) fn len(&self) -> usize {
+        let CacheShape {
+            batch,
+            length,
+            heads,
+            ..
+        } = self.attention.shape;
+        if length == 0 { 0 } else { batch * heads }
     }
 
-    /// Computes heads until none is left to begin. The output is complete when
-    /// this has returned on every thread that called it, at least one.
-    pub fn work(&self) {
+    /// Computes head `idx` of all sequences'.
+    ///
+    /// # Safety
+    /// `idx` is below [`CachedHeads::len`], and no other thread has that head;
+    /// there are as many rows as the shape says, whole, and until this returns
+    /// nobody writes the head's part of them or reads that of the output.
+    pub(crate) unsafe fn attend(&self, idx: usize) {
+        // SAFETY: the caller vouches for the head and its rows.
+        let head = unsafe { self.head(idx) };
         SCRATCH.with_borrow_mut(|scratch| {
-            loop {
-                // Nothing is passed from thread to thread through the counter.
-                let idx = self.next_head.fetch_add(1, Ordering::Relaxed);
-                if idx >= self.n_heads {
-                    break;
-                }
-                let head = self.head(idx);
-                // SAFETY: the kernel is available, `with_kernel` has asked; the
-                // head is this thread's.
-                unsafe {
-                    match self.attention.kernel {
-                        #[cfg(target_arch = "x86_64")]
-                        Kernel::Avx2 => super::avx2::attend_cached(&head, scratch),
-                        #[cfg(target_arch = "x86_64")]
-                        Kernel::Avx512 => super::avx512::attend_cached(&head, scratch),
-                        _ => cached_tile::attend::<Portable, 4, 2>(&head, scratch),
-                    }
+            // SAFETY: the kernel is available, `with_kernel` has asked; the
+            // head is this thread's.
+            unsafe {
+                match self.attention.kernel {
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx2 => super::avx2::attend_cached(&head, scratch),
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx512 => super::avx512::attend_cached(&head, scratch),
+                    _ => cached_tile::attend::<K, Portable, 4, 2>(&head, scratch),
                 }
             }
         });
     }
 
-    fn head(&self, idx: usize) -> CachedHead {
+    /// # Safety
+    /// As [`CachedHeads::attend`].
+    unsafe fn head(&self, idx: usize) -> CachedHead<K> {
         let CachedAttention { shape, scale, .. } = self.attention;
+        let rows = self.rows;
         let width = shape.width();
         let (sequence, column) = (idx / shape.heads, idx % shape.heads * shape.head_dim);
-        let rows = self.qkv[sequence * shape.length * 3 * width..].as_ptr();
+        let first = sequence * shape.length;
         let cached = idx * shape.capacity * shape.head_dim;
-        // SAFETY: `job` has checked all lengths; sequence and column are within.
+        // SAFETY: `heads` has checked the lengths of the cache, and the caller
+        // vouches for the rows; sequence and column are within.
         unsafe {
+            let qkv = rows.qkv.add(first * rows.qkv_stride + column);
             CachedHead {
-                queries: rows.add(column),
-                new_keys: rows.add(width + column),
-                new_values: rows.add(2 * width + column),
-                row_stride: 3 * width,
+                queries: qkv,
+                new_keys: qkv.add(width),
+                new_values: qkv.add(2 * width),
+                row_stride: rows.qkv_stride,
                 keys: self.keys.add(cached),
                 values: self.values.add(cached),
-                output: self.output.add(sequence * shape.length * width + column),
-                output_stride: width,
+                output: rows.output.add(first * rows.output_stride + column),
+                output_stride: rows.output_stride,
                 head_dim: shape.head_dim,
                 past: self.past[sequence],
                 length: shape.length,
                 scale_log2: scale * std::f32::consts::LOG2_E,
             }
+        }
+    }
+}
+
+/// One call's heads, to be worked on by any number of threads.
+#[derive(Debug)]
+pub struct CachedJob<'a, K> {
+    heads: CachedHeads<'a, K>,
+    /// Of the input and the output.
+    borrow: PhantomData<(&'a [f32], &'a mut [f32])>,
+    /// The first head of all sequences that no thread has begun.
+    next_head: AtomicUsize,
+}
+
+// SAFETY: a head of a sequence is given to one thread only, and no two of them
+// share a number of the cache or of `output`; nobody else has either while the
+// job borrows them.
+unsafe impl<K: Kept> Sync for CachedJob<'_, K> {}
+// SAFETY: the same; a job is borrows of numbers and a counter.
+unsafe impl<K: Kept> Send for CachedJob<'_, K> {}
+
+impl<K: Kept> CachedJob<'_, K> {
+    /// How many heads there are in all sequences: more threads than this have
+    /// nothing to do.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.heads.len()
+    }
+
+    /// Computes heads until none is left to begin. The output is complete when
+    /// this has returned on every thread that called it, at least one.
+    pub fn work(&self) {
+        loop {
+            // Nothing is passed from thread to thread through the counter.
+            let idx = self.next_head.fetch_add(1, Ordering::Relaxed);
+            if idx >= self.heads.len() {
+                break;
+            }
+            // SAFETY: the head is this thread's; `job` has checked the lengths of
+            // the rows, which the job borrows.
+            unsafe { self.heads.attend(idx) }
         }
     }
 }

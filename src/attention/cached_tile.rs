@@ -1,11 +1,11 @@
-//! One head of [`super::cached`]: new tokens over a cache in bfloat16.
+//! One head of [`super::cached`]: new tokens over a cache.
 //!
 //! The lanes of a vector are positions while scores are computed, and
 //! dimensions while values are added up; both are read as they lie. A score is
 //! one sum over the dimensions in order, a result one sum over the positions in
 //! order, whatever the tiles are, so tiles are chosen for speed alone: several
 //! vectors of one token hide how long an addition takes, several tokens share
-//! the work of widening bfloat16.
+//! the work of loading.
 #![expect(
     unsafe_code,
     reason = "the hot loop of generation: raw pointers, bounds reasoned once a head"
@@ -19,10 +19,8 @@
     reason = "tokens and vectors index several arrays at once"
 )]
 
-use half::bf16;
-
-use super::scratch::Scratch;
-use crate::vector::Vector;
+use crate::vector::scratch::Scratch;
+use crate::vector::{Kept, Vector};
 
 /// Positions in a block of keys. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
@@ -32,16 +30,16 @@ pub const BLOCK: usize = 16;
 const AHEAD: usize = 8192;
 
 /// One head of one sequence, and what it reads and writes.
-pub(super) struct CachedHead {
+pub(super) struct CachedHead<K> {
     /// Rows of the first new token, `head_dim` floats each.
     pub queries: *const f32,
     pub new_keys: *const f32,
     pub new_values: *const f32,
     /// Floats from a new token's row to the next one's.
     pub row_stride: usize,
-    /// The cache, as bits of bfloat16.
-    pub keys: *mut u16,
-    pub values: *mut u16,
+    /// The cache.
+    pub keys: *mut K,
+    pub values: *mut K,
     pub output: *mut f32,
     pub output_stride: usize,
     pub head_dim: usize,
@@ -60,8 +58,8 @@ pub(super) struct CachedHead {
 /// tokens, and its cache for whole blocks that have room for `past + length`;
 /// nobody else reads or writes the cache or the output of the head meanwhile.
 #[inline(always)]
-pub(super) unsafe fn attend<V: Vector, const QUERIES: usize, const VECTORS: usize>(
-    head: &CachedHead,
+pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECTORS: usize>(
+    head: &CachedHead<K>,
     scratch: &mut Scratch,
 ) {
     const { assert!(BLOCK.is_multiple_of(V::LANES) && V::LANES <= BLOCK && QUERIES >= 1) };
@@ -86,7 +84,7 @@ pub(super) unsafe fn attend<V: Vector, const QUERIES: usize, const VECTORS: usiz
     }
 }
 
-impl CachedHead {
+impl<K: Kept> CachedHead<K> {
     /// Puts the new keys and values into the cache.
     ///
     /// # Safety
@@ -103,8 +101,8 @@ impl CachedHead {
                 let keys = self.keys.add(block * BLOCK * self.head_dim + lane);
                 let values = self.values.add(position * self.head_dim);
                 for d in 0..self.head_dim {
-                    *keys.add(d * BLOCK) = bf16::from_f32(*key.add(d)).to_bits();
-                    *values.add(d) = bf16::from_f32(*value.add(d)).to_bits();
+                    *keys.add(d * BLOCK) = K::of(*key.add(d));
+                    *values.add(d) = K::of(*value.add(d));
                 }
             }
         }
@@ -201,10 +199,13 @@ impl CachedHead {
                 for j in 0..N {
                     let at = keys[j].add(d * BLOCK);
                     // Once a line.
-                    if Q == 1 && (j * V::LANES).is_multiple_of(BLOCK) && d % 2 == 0 {
+                    if Q == 1
+                        && (j * V::LANES).is_multiple_of(BLOCK)
+                        && (d * BLOCK).is_multiple_of(K::PER_LINE)
+                    {
                         V::prefetch_far(at.wrapping_byte_add(ahead));
                     }
-                    k[j] = V::load_bf16(at);
+                    k[j] = K::load(at);
                 }
                 for i in 0..Q {
                     let q = V::splat(*queries.add(i * self.row_stride + d));
@@ -253,8 +254,8 @@ impl CachedHead {
 }
 
 /// Values to be added up, weighted.
-struct Mix<'a, const Q: usize> {
-    head: &'a CachedHead,
+struct Mix<'a, K, const Q: usize> {
+    head: &'a CachedHead<K>,
     /// The first of `Q` new tokens.
     first: usize,
     /// A row of probabilities for each.
@@ -264,7 +265,7 @@ struct Mix<'a, const Q: usize> {
     factors: &'a [f32; Q],
 }
 
-impl<const Q: usize> Mix<'_, Q> {
+impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
     /// # Safety
     /// As [`CachedHead::group`].
     #[inline(always)]
@@ -362,13 +363,13 @@ impl<const Q: usize> Mix<'_, Q> {
             for j in 0..N {
                 let at = row.cast_const().add(j * V::LANES);
                 // Once a line, where rows are lines.
-                if Q == 1 && (j * V::LANES).is_multiple_of(32) {
+                if Q == 1 && (j * V::LANES).is_multiple_of(K::PER_LINE) {
                     V::prefetch_far(at.wrapping_byte_add(AHEAD));
                 }
                 v[j] = if j + 1 == N && lanes < V::LANES {
-                    V::load_bf16_partial(at, lanes)
+                    K::load_partial(at, lanes)
                 } else {
-                    V::load_bf16(at)
+                    K::load(at)
                 };
             }
             v

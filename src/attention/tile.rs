@@ -26,8 +26,8 @@
 
 use std::ops::Range;
 
-use super::scratch::Scratch;
 use crate::vector::Vector;
+use crate::vector::scratch::Scratch;
 
 /// One head of one image, and what it reads and writes. Rows begin at
 /// position 0 and hold `head_dim` floats.

@@ -194,7 +194,7 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
 /// Operators that stand for several of ONNX's own.
 const FUSED: [&str; 10] = [
     "CausalAttention",
-    "CachedAttention",
+    "Layers",
     "MultiHeadAttention",
     "GroupQueryAttention",
     "SimplifiedLayerNormalization",

@@ -26,6 +26,19 @@ pub enum Activation {
     Relu,
 }
 
+impl Activation {
+    /// The name that `config.json` has for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QuickGelu => "quick_gelu",
+            Self::Gelu => "gelu",
+            Self::GeluNew => "gelu_new",
+            Self::Relu => "relu",
+        }
+    }
+}
+
 /// What of ImageGPT's configuration the computation depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Architecture {

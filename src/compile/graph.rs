@@ -26,9 +26,9 @@ pub enum Attention {
     Causal,
     /// `com.microsoft.GroupQueryAttention`, which keeps keys and values.
     GroupQuery,
-    /// `imagegpt.CachedAttention`, the worker's own kernel over keys and values
-    /// in bfloat16.
-    Cached,
+    /// `imagegpt.Layers`, the worker's own kernel for steps on the CPU: not
+    /// attention alone, but all that is around it as well.
+    Layers,
 }
 
 impl Attention {
@@ -39,18 +39,9 @@ impl Attention {
             Self::MultiHead => "MultiHeadAttention",
             Self::Causal => "CausalAttention",
             Self::GroupQuery => "GroupQueryAttention",
-            Self::Cached => "CachedAttention",
+            Self::Layers => "Layers",
         }
     }
-}
-
-/// The operator that computes dense products in f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Products {
-    /// `Gemm`, which every execution provider has.
-    Gemm,
-    /// `imagegpt.Dense`, the worker's own kernel for a few rows on the CPU.
-    Dense,
 }
 
 /// All that a graph depends on.
@@ -61,7 +52,6 @@ pub struct Plan<'a> {
     pub precision: Precision,
     pub provider: Provider,
     pub attention: Attention,
-    pub products: Products,
     /// Where `embed` ends.
     pub feature_layer: usize,
 }
@@ -70,8 +60,9 @@ impl Plan<'_> {
     /// What keys and values are kept in.
     #[must_use]
     pub fn cache_type(&self) -> DataType {
-        match self.attention {
-            Attention::Cached => DataType::Bfloat16,
+        match (self.attention, self.precision) {
+            // It rounds to 8 bits of mantissa, as the weights are.
+            (Attention::Layers, Precision::Int8) => DataType::Bfloat16,
             _ => self.precision.activation(),
         }
     }

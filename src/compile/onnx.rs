@@ -78,6 +78,10 @@ pub struct Attribute {
     pub f: f32,
     #[prost(int64, tag = "3")]
     pub i: i64,
+    #[prost(bytes = "vec", tag = "4")]
+    pub s: Vec<u8>,
+    #[prost(float, repeated, tag = "7")]
+    pub floats: Vec<f32>,
     #[prost(message, optional, tag = "5")]
     pub t: Option<Tensor>,
 }
@@ -88,7 +92,9 @@ pub enum AttributeType {
     Undefined = 0,
     Float = 1,
     Int = 2,
+    String = 3,
     Tensor = 4,
+    Floats = 6,
 }
 
 impl Attribute {
@@ -108,6 +114,26 @@ impl Attribute {
             name: name.to_owned(),
             r#type: AttributeType::Int.into(),
             i: value,
+            ..Self::default()
+        }
+    }
+
+    #[must_use]
+    pub fn string(name: &str, value: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            r#type: AttributeType::String.into(),
+            s: value.as_bytes().to_vec(),
+            ..Self::default()
+        }
+    }
+
+    #[must_use]
+    pub fn floats(name: &str, values: Vec<f32>) -> Self {
+        Self {
+            name: name.to_owned(),
+            r#type: AttributeType::Floats.into(),
+            floats: values,
             ..Self::default()
         }
     }

@@ -315,7 +315,7 @@ const FUSED: [&str; 10] = [
     "MultiHeadAttention",
     "GroupQueryAttention",
     "CausalAttention",
-    "CachedAttention",
+    "Layers",
     "DynamicQuantizeMatMul",
     "MatMulNBits",
 ];

@@ -7,11 +7,11 @@
 use ort::operator::{ComputeContext, OperatorDomain};
 use ort::value::{DynTensorRef, DynTensorRefMut, IntoShape};
 
-pub use self::attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
-pub use self::dense::DENSE;
+pub use self::attention::CAUSAL_ATTENTION;
+pub use self::layers::LAYERS;
 
 mod attention;
-mod dense;
+mod layers;
 
 /// The domain of this worker's operators.
 pub const DOMAIN: &str = "imagegpt";
@@ -23,8 +23,7 @@ pub const DOMAIN: &str = "imagegpt";
 pub fn domain() -> ort::Result<OperatorDomain> {
     OperatorDomain::new(DOMAIN)?
         .add(attention::CausalAttentionOp)?
-        .add(attention::CachedAttentionOp)?
-        .add(dense::DenseOp)
+        .add(layers::LayersOp)
 }
 
 fn inputs<const N: usize>(context: &ComputeContext) -> ort::Result<[DynTensorRef<'_>; N]> {

@@ -5,28 +5,35 @@
     reason = "small whole numbers and 24-bit fractions"
 )]
 
+use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
 
 /// A call's input and the cache that it finds.
 #[derive(Clone)]
-struct Call {
+struct Call<K> {
     shape: CacheShape,
     qkv: Vec<f32>,
     past: Vec<usize>,
-    keys: Vec<bf16>,
-    values: Vec<bf16>,
+    keys: Vec<K>,
+    values: Vec<K>,
 }
 
-type Change = fn(&mut Call);
+type Change = fn(&mut Call<bf16>);
+
+/// Of what tests are made, besides what kernels need.
+trait Tested: Kept + PartialEq + Into<f32> {}
+
+impl Tested for f32 {}
+impl Tested for bf16 {}
 
 /// What a call leaves.
 #[derive(Clone, Debug, PartialEq)]
-struct Done {
+struct Done<K> {
     output: Vec<f32>,
-    keys: Vec<bf16>,
-    values: Vec<bf16>,
+    keys: Vec<K>,
+    values: Vec<K>,
 }
 
 /// Numbers from -0.5 to 0.5, the same for the same seed.
@@ -40,14 +47,13 @@ fn uniform(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-impl Call {
+impl<K: Tested> Call<K> {
     /// The cache is full of numbers, past each sequence's end as well.
     fn random(shape: CacheShape, past: Vec<usize>, seed: u64) -> Self {
         let mut uniform = uniform(seed);
         let (output, cache) = shape.lens().unwrap();
         let mut normal = move || (uniform() + uniform() + uniform() + uniform()) * 1.732;
-        let mut cached =
-            |len| -> Vec<bf16> { (0..len).map(|_| bf16::from_f32(normal())).collect() };
+        let mut cached = |len| -> Vec<K> { (0..len).map(|_| K::of(normal())).collect() };
         let (keys, values) = (cached(cache), cached(cache));
         let qkv = (0..3 * output).map(|_| normal()).collect();
         Self {
@@ -59,7 +65,7 @@ impl Call {
         }
     }
 
-    fn run(&self, kernel: Kernel, n_threads: usize) -> Done {
+    fn run(&self, kernel: Kernel, n_threads: usize) -> Done<K> {
         let shape = self.shape;
         let mut done = Done {
             output: vec![f32::NAN; shape.batch * shape.length * shape.width()],
@@ -101,7 +107,8 @@ impl Call {
                     let n_keys = self.past[sequence] + token + 1;
                     let scores: Vec<f64> = (0..n_keys)
                         .map(|position| {
-                            let key = |d| self.number(1, [sequence, head, position, d]);
+                            let key =
+                                |d| -> f32 { self.number(1, [sequence, head, position, d]).into() };
                             let dot: f64 = (0..head_dim)
                                 .map(|d| f64::from(query[d]) * f64::from(key(d)))
                                 .sum();
@@ -114,7 +121,7 @@ impl Call {
                     for (position, score) in scores.iter().enumerate() {
                         let weight = (score - max).exp() / sum;
                         for d in 0..head_dim {
-                            let value = self.number(2, [sequence, head, position, d]);
+                            let value: f32 = self.number(2, [sequence, head, position, d]).into();
                             output[start + d] += weight * f64::from(value);
                         }
                     }
@@ -125,10 +132,10 @@ impl Call {
     }
 
     /// A key's (part 1) or a value's (part 2) number after the call.
-    fn number(&self, part: usize, [sequence, head, position, d]: [usize; 4]) -> bf16 {
+    fn number(&self, part: usize, [sequence, head, position, d]: [usize; 4]) -> K {
         match position.checked_sub(self.past[sequence]) {
             Some(token) if token < self.shape.length => {
-                bf16::from_f32(self.new_row(sequence, token, part, head)[d])
+                K::of(self.new_row(sequence, token, part, head)[d])
             }
             _ if part == 1 => self.keys[self.key_at([sequence, head, position, d])],
             _ => self.values[self.value_at([sequence, head, position, d])],
@@ -175,7 +182,7 @@ impl Call {
 
     /// The call of one of the tokens alone, over what `done` left; what comes
     /// after it is there already, and no number.
-    fn token(&self, token: usize, done: &Done) -> Self {
+    fn token(&self, token: usize, done: &Done<K>) -> Self {
         let width = 3 * self.shape.width();
         let mut after = self.clone();
         after.keys.clone_from(&done.keys);
@@ -195,8 +202,8 @@ impl Call {
                     for d in 0..self.shape.head_dim {
                         let at = [sequence, head, position, d];
                         let (key, value) = (after.key_at(at), after.value_at(at));
-                        after.keys[key] = bf16::NAN;
-                        after.values[value] = bf16::INFINITY;
+                        after.keys[key] = K::of(f32::NAN);
+                        after.values[value] = K::of(f32::INFINITY);
                     }
                 }
             }
@@ -217,7 +224,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 
 /// The results are near, the cache is what it should be to the last bit, and
 /// nothing depends on company, threads or what comes after.
-fn check(call: &Call) -> Result<(), String> {
+fn check<K: Tested>(call: &Call<K>) -> Result<(), String> {
     let expected = call.reference();
     let shape = call.shape;
     for kernel in kernels() {
@@ -305,7 +312,8 @@ proptest! {
         (shape, past) in calls(),
         seed: u64,
     ) {
-        check(&Call::random(shape, past, seed)).map_err(TestCaseError::fail)?;
+        check::<bf16>(&Call::random(shape, past.clone(), seed)).map_err(TestCaseError::fail)?;
+        check::<f32>(&Call::random(shape, past, seed)).map_err(TestCaseError::fail)?;
     }
 }
 
@@ -323,12 +331,16 @@ fn agrees_at_full_length() {
                 heads: 2,
                 head_dim,
             };
-            let call = Call::random(shape, past.to_vec(), head_dim as u64);
-            let done = call.run(Kernel::fastest(Precision::F32), 2);
-            for (expected, actual) in call.reference().iter().zip(done.output) {
-                assert!((expected - f64::from(actual)).abs() < 1e-5);
-            }
+            near::<bf16>(&Call::random(shape, past.to_vec(), head_dim as u64));
+            near::<f32>(&Call::random(shape, past.to_vec(), head_dim as u64));
         }
+    }
+}
+
+fn near<K: Tested>(call: &Call<K>) {
+    let done = call.run(Kernel::fastest(Precision::F32), 2);
+    for (expected, actual) in call.reference().iter().zip(done.output) {
+        assert!((expected - f64::from(actual)).abs() < 1e-5);
     }
 }
 
@@ -349,7 +361,8 @@ fn tiny_shapes() {
             heads,
             head_dim,
         };
-        check(&Call::random(shape, past.to_vec(), 3)).unwrap();
+        check::<bf16>(&Call::random(shape, past.to_vec(), 3)).unwrap();
+        check::<f32>(&Call::random(shape, past.to_vec(), 3)).unwrap();
     }
 }
 
@@ -363,7 +376,7 @@ fn large_scores_stay_stable() {
         heads: 1,
         head_dim: 8,
     };
-    let mut call = Call::random(shape, vec![40], 5);
+    let mut call = Call::<bf16>::random(shape, vec![40], 5);
     for (d, x) in call.qkv.iter_mut().enumerate() {
         *x = if d < 16 { 60.0 } else { 2.0 };
     }
@@ -381,7 +394,7 @@ fn nothing_new_is_no_work() {
         heads: 2,
         head_dim: 8,
     };
-    check(&Call::random(shape, vec![3, 16], 1)).unwrap();
+    check::<bf16>(&Call::random(shape, vec![3, 16], 1)).unwrap();
 }
 
 #[test]

@@ -725,7 +725,10 @@ fn steps_get_their_share_beside_a_caller_that_comes_back() {
         scheduler.ended(ONE, now);
     }
     let share = steps.as_secs_f64() / (steps + batches).as_secs_f64();
-    assert!((0.45..0.55).contains(&share), "steps had {share} of the time");
+    assert!(
+        (0.45..0.55).contains(&share),
+        "steps had {share} of the time"
+    );
 }
 
 #[test]

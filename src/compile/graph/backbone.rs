@@ -1,7 +1,7 @@
 //! The layers that all tasks share.
 
+use super::Attention;
 use super::builder::Builder;
-use super::{Attention, Products};
 use crate::compile::Precision;
 use crate::compile::config::Activation;
 use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
@@ -152,19 +152,6 @@ impl Builder<'_> {
                 None => product,
             };
         }
-        if self.plan.products == Products::Dense {
-            let mut inputs = vec![input, &weight];
-            match (&bias, residual) {
-                (None, None) => {}
-                (bias, residual) => {
-                    inputs.push(bias.as_deref().unwrap_or(""));
-                    inputs.extend(residual);
-                }
-            }
-            let output = self.fresh("Dense");
-            self.push("Dense", IMAGEGPT, &inputs, vec![output.clone()], Vec::new());
-            return output;
-        }
         match (bias, residual) {
             (None, None) => self.standard("Gemm", &[input, &weight], Vec::new()),
             (Some(addend), None) => self.standard("Gemm", &[input, &weight, &addend], Vec::new()),
@@ -249,6 +236,20 @@ impl Builder<'_> {
         cache: &Cache,
         mut attributes: Vec<Attribute>,
     ) -> String {
+        let [past_key, past_value, key, value] = self.kept(idx);
+        let operator = self.plan.attention.operator();
+        let output = self.fresh(operator);
+        let outputs = vec![output.clone(), key, value];
+        let n_heads = as_i64(self.plan.architecture.n_heads);
+        attributes.push(Attribute::int("kv_num_heads", n_heads));
+        let (seqlens_k, total) = (&cache.seqlens_k, &cache.total_sequence_length);
+        let inputs = [qkv, "", "", &past_key, &past_value, seqlens_k, total];
+        self.push(operator, MICROSOFT, &inputs, outputs, attributes);
+        output
+    }
+
+    /// Declares a layer's keys and values: as they were, then as they become.
+    fn kept(&mut self, idx: usize) -> [String; 4] {
         let architecture = self.plan.architecture;
         let dims = [
             Dim::Name("batch"),
@@ -256,29 +257,61 @@ impl Builder<'_> {
             Dim::Name("capacity"),
             Dim::Size(architecture.head_dim()),
         ];
-        let info = |name: String| ValueInfo::tensor(&name, self.plan.cache_type(), &dims);
-        let [past_key, past_value, key, value] =
-            ["past_key", "past_value", "key", "value"].map(|part| info(format!("{part}.{idx}")));
-        let present = [key.name.clone(), value.name.clone()];
-        let past_key = self.input(past_key);
-        let past_value = self.input(past_value);
-        self.declare_output(key);
-        self.declare_output(value);
-        let operator = self.plan.attention.operator();
-        let output = self.fresh(operator);
-        let [key, value] = present;
-        let outputs = vec![output.clone(), key, value];
-        let (past, seqlens_k) = ([&past_key, &past_value], &cache.seqlens_k);
-        if self.plan.attention == Attention::Cached {
-            let inputs = [qkv, past[0], past[1], seqlens_k];
-            self.push(operator, IMAGEGPT, &inputs, outputs, attributes);
-            return output;
+        let names = ["past_key", "past_value", "key", "value"].map(|part| format!("{part}.{idx}"));
+        for (part, name) in names.iter().enumerate() {
+            let info = ValueInfo::tensor(name, self.plan.cache_type(), &dims);
+            if part < 2 {
+                self.input(info);
+            } else {
+                self.declare_output(info);
+            }
         }
-        attributes.push(Attribute::int("kv_num_heads", as_i64(architecture.n_heads)));
-        let total = &cache.total_sequence_length;
-        let inputs = [qkv, "", "", past[0], past[1], seqlens_k, total];
-        self.push(operator, MICROSOFT, &inputs, outputs, attributes);
+        names
+    }
+
+    /// All layers in one operator, over a cache as above.
+    pub(super) fn all_layers(&mut self, rows: &str, cache: &Cache) -> String {
+        let architecture = self.plan.architecture;
+        let output = self.fresh("Layers");
+        let mut inputs = vec![rows.to_owned(), cache.seqlens_k.clone()];
+        let mut outputs = vec![output.clone()];
+        let mut scales = Vec::new();
+        for idx in 0..architecture.n_layers {
+            let name = |part: &str| format!("h.{idx}.{part}");
+            let [past_key, past_value, key, value] = self.kept(idx);
+            inputs.extend([past_key, past_value]);
+            outputs.extend([key, value]);
+            inputs.push(self.weight(&name("attention_norm")));
+            inputs.extend(self.product(&name("qkv")));
+            inputs.extend(self.product(&name("projection")));
+            inputs.push(self.weight(&name("inner_norm")));
+            inputs.extend(self.product(&name("expand")));
+            inputs.extend(self.product(&name("contract")));
+            #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
+            scales.push(architecture.attention_scale(idx) as f32);
+        }
+        let attributes = vec![
+            Attribute::int("num_heads", as_i64(architecture.n_heads)),
+            Attribute::floats("scale", scales),
+            Attribute::float("epsilon", architecture.epsilon),
+            Attribute::string("activation", architecture.activation.name()),
+        ];
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        self.push("Layers", IMAGEGPT, &inputs, outputs, attributes);
         output
+    }
+
+    /// A product's weights, scales and bias; what it does not have is empty.
+    fn product(&mut self, name: &str) -> [String; 3] {
+        let [scale, bias] = ["scale", "bias"].map(|part| {
+            let name = format!("{name}.{part}");
+            if self.plan.store.contains(&name) {
+                self.weight(&name)
+            } else {
+                self.nothing()
+            }
+        });
+        [self.weight(name), scale, bias]
     }
 }
 

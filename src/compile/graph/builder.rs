@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use super::Plan;
 use crate::compile::onnx::{
-    Attribute, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet, Tensor,
-    ValueInfo,
+    Attribute, DataType, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
+    Tensor, ValueInfo,
 };
 
 /// See the module.
@@ -66,6 +66,20 @@ impl<'p> Builder<'p> {
     pub(super) fn int64s(&mut self, name: &str, values: &[i64]) -> String {
         if self.initializers.insert(name.to_owned()) {
             self.graph.initializer.push(Tensor::int64s(name, values));
+        }
+        name.to_owned()
+    }
+
+    /// No numbers at all, where an operator cannot do without an input.
+    pub(super) fn nothing(&mut self) -> String {
+        let name = "nothing";
+        if self.initializers.insert(name.to_owned()) {
+            self.graph.initializer.push(Tensor {
+                name: name.to_owned(),
+                dims: vec![0],
+                data_type: DataType::Float.into(),
+                ..Tensor::default()
+            });
         }
         name.to_owned()
     }

@@ -2,7 +2,7 @@
 
 use super::backbone::{Cache, Tokens};
 use super::builder::Builder;
-use super::{Kind, Plan};
+use super::{Attention, Kind, Plan};
 use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
 
 /// What is pooled of a layer.
@@ -117,7 +117,7 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
 /// `position_ids` say where each token stands. `seqlens_k` and
 /// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
 /// has after this step, less one, and the most that any has (which
-/// `CachedAttention` does not ask for). `past_key.N` and `key.N`, and the same
+/// `Layers` does not ask for). `past_key.N` and `key.N`, and the same
 /// of values, should be one buffer of `(batch, heads, capacity, head_dim)`, the
 /// capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With more than
 /// one token at once (a primer), all sequences must begin.
@@ -133,7 +133,12 @@ pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let table = builder.weight("wpe");
     let positions = builder.standard("Gather", &[&table, &positions], Vec::new());
     let rows = builder.embedded_at(&tokens, &positions);
-    let rows = builder.through_layers(&tokens, rows, Some(&cache));
+    let rows = if plan.attention == Attention::Layers {
+        builder.all_layers(&rows, &cache)
+    } else {
+        builder.through_layers(&tokens, rows, Some(&cache))
+    };
+    "out".clone_into(&mut builder.scope);
     let width = plan.architecture.width;
     let sequences = builder.sequences(&tokens, &rows, width);
     let last = builder.int64s("last", &[-1]);

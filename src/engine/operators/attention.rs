@@ -1,4 +1,4 @@
-//! The kernels of [`crate::attention`] as operators.
+//! The kernel of [`crate::attention`] as an operator.
 //!
 //! `imagegpt.CausalAttention`, for whole sequences:
 //!
@@ -9,40 +9,19 @@
 //! | `num_heads` | int, required |
 //! | `scale` | float, `1 / sqrt(d / num_heads)` if it is not there |
 //! | `bf16` | int, 1 for [`Precision::Bf16`], 0 if it is not there |
-//!
-//! `imagegpt.CachedAttention`, for new tokens of sequences that have a cache:
-//!
-//! | | |
-//! |---|---|
-//! | input 0 | `qkv`, f32, `(batch, length, 3 * d)` |
-//! | inputs 1, 2 | `past_key`, `past_value`, bf16, `(batch, heads, capacity, head_dim)` |
-//! | input 3 | `seqlens_k`, i32, `(batch)`: tokens after this run, less one |
-//! | output 0 | f32, `(batch, length, d)` |
-//! | outputs 1, 2 | `key`, `value`, as inputs 1 and 2 |
-//! | `num_heads`, `scale` | as above |
-//!
-//! The order of numbers within a head of the cache is the kernel's. An output
-//! that is bound to the memory of its past is changed in place; the past is
-//! copied to any other.
 
-use std::ops::Range;
-
-use half::bf16;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
 };
-use ort::value::{DynTensor, DynTensorRefMut, TensorElementType, ValueType};
+use ort::value::{TensorElementType, ValueType};
 
-use crate::attention::{Cache, CacheShape, CachedAttention, CausalAttention, Precision, Shape};
+use crate::attention::{CausalAttention, Precision, Shape};
 
 /// The name of an operator within [`DOMAIN`](super::DOMAIN).
 pub const CAUSAL_ATTENTION: &str = "CausalAttention";
 
-/// The name of the other.
-pub const CACHED_ATTENTION: &str = "CachedAttention";
-
-fn heads(context: &KernelContext<'_>) -> ort::Result<usize> {
+pub(super) fn heads(context: &KernelContext<'_>) -> ort::Result<usize> {
     context
         .get::<i64>("num_heads")
         .and_then(|heads| usize::try_from(heads).ok())
@@ -172,170 +151,4 @@ impl Kernel for CausalAttentionKernel {
         // after that find nothing to do.
         context.par_for(job.n_blocks(), 0, |_| job.work())
     }
-}
-
-pub(super) struct CachedAttentionOp;
-
-impl Operator for CachedAttentionOp {
-    type Kernel<'attr> = CachedAttentionKernel;
-
-    fn name(&self) -> &str {
-        CACHED_ATTENTION
-    }
-
-    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        [
-            TensorElementType::Float32,
-            TensorElementType::Bfloat16,
-            TensorElementType::Bfloat16,
-            TensorElementType::Int32,
-        ]
-        .map(OperatorInput::required)
-    }
-
-    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        [
-            TensorElementType::Float32,
-            TensorElementType::Bfloat16,
-            TensorElementType::Bfloat16,
-        ]
-        .map(OperatorOutput::required)
-    }
-
-    fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<CachedAttentionKernel> {
-        Ok(CachedAttentionKernel {
-            heads: heads(context)?,
-            scale: context.get::<f32>("scale"),
-        })
-    }
-
-    /// What the cache is, the graph says where it declares its outputs.
-    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        match context.inputs().into_iter().next() {
-            Some(qkv) => infer_output(context, qkv),
-            None => Ok(()),
-        }
-    }
-}
-
-pub(super) struct CachedAttentionKernel {
-    heads: usize,
-    scale: Option<f32>,
-}
-
-impl CachedAttentionKernel {
-    /// The sizes of a call, if its inputs fit each other.
-    fn shape(&self, qkv: &[i64], keys: &[i64], values: &[i64]) -> Option<CacheShape> {
-        let (&[batch, length, columns], &[sequences, heads, capacity, head_dim]) = (qkv, keys)
-        else {
-            return None;
-        };
-        let size = |extent: i64| usize::try_from(extent).ok();
-        let shape = CacheShape {
-            batch: size(batch)?,
-            length: size(length)?,
-            capacity: size(capacity)?,
-            heads: size(heads)?,
-            head_dim: size(head_dim)?,
-        };
-        let columns_expected = shape.heads.checked_mul(shape.head_dim)?.checked_mul(3)?;
-        let fits = sequences == batch
-            && values == keys
-            && shape.heads == self.heads
-            && size(columns)? == columns_expected;
-        fits.then_some(shape)
-    }
-}
-
-impl Kernel for CachedAttentionKernel {
-    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        let [qkv, past_key, past_value, seqlens_k] = super::inputs(context)?;
-        let (qkv_dims, qkv) = qkv.try_extract_tensor::<f32>()?;
-        let cache_dims = past_key.shape();
-        let shape = self
-            .shape(qkv_dims, cache_dims, past_value.shape())
-            .ok_or_else(|| {
-                ort::Error::new(format!(
-                    "qkv of {qkv_dims} is not (batch, length, 3 * d), or keys of {cache_dims} and \
-                     values of {} are not (batch, {}, capacity, d / {1})",
-                    past_value.shape(),
-                    self.heads
-                ))
-            })?;
-        let (_, ends) = seqlens_k.try_extract_tensor::<i32>()?;
-        let past: Vec<usize> = ends
-            .iter()
-            .map(|&end| {
-                let end = usize::try_from(end).ok()?.checked_add(1)?;
-                end.checked_sub(shape.length)
-            })
-            .collect::<Option<_>>()
-            .ok_or_else(|| {
-                ort::Error::new(format!(
-                    "seqlens_k {ends:?} are not tokens after {} new ones, less one",
-                    shape.length
-                ))
-            })?;
-        let scale = self.scale.unwrap_or_else(|| default_scale(shape.head_dim));
-        let attention = CachedAttention::new(shape, scale).map_err(ort::Error::wrap)?;
-
-        let dims = cache_dims.to_vec();
-        let output_dims = [qkv_dims[0], qkv_dims[1], qkv_dims[2] / 3];
-        let mut output = super::output(context, 0, output_dims)?;
-        let mut key = super::output(context, 1, dims.clone())?;
-        let mut value = super::output(context, 2, dims)?;
-        keep(&past_key, &mut key)?;
-        keep(&past_value, &mut value)?;
-        // From here on nobody looks at the past, which may be what is written.
-        if overlap(&bytes(&key), &bytes(&value)) {
-            return Err(ort::Error::new("keys and values share memory"));
-        }
-        let (_, output) = output.try_extract_tensor_mut::<f32>()?;
-        let (_, keys) = key.try_extract_tensor_mut::<bf16>()?;
-        let (_, values) = value.try_extract_tensor_mut::<bf16>()?;
-        let cache = Cache { keys, values };
-        let job = attention
-            .job(qkv, &past, cache, output)
-            .map_err(ort::Error::wrap)?;
-        if job.n_heads() == 0 {
-            return Ok(());
-        }
-        // As above: the first call of each thread does its share.
-        context.par_for(job.n_heads(), 0, |_| job.work())
-    }
-}
-
-/// Makes `present` what `past` is; it may be the same memory already, but
-/// nothing between that and other memory.
-fn keep(past: &DynTensor, present: &mut DynTensorRefMut<'_>) -> ort::Result<()> {
-    // The order matters: while there is a slice of one, the other's memory must
-    // not be within it.
-    let (from, to) = (bytes(past), bytes(present));
-    if from == to {
-        return Ok(());
-    }
-    if overlap(&from, &to) {
-        return Err(ort::Error::new(
-            "a cache's output is partly the memory of its input",
-        ));
-    }
-    let (_, past) = past.try_extract_tensor::<bf16>()?;
-    let (_, present) = present.try_extract_tensor_mut::<bf16>()?;
-    if past.len() != present.len() {
-        return Err(ort::Error::new(
-            "a cache's output is not as long as its input",
-        ));
-    }
-    present.copy_from_slice(past);
-    Ok(())
-}
-
-/// The addresses of a tensor of bfloat16.
-fn bytes(tensor: &DynTensor) -> Range<usize> {
-    let start = tensor.data_ptr().addr();
-    start..start + tensor.shape().num_elements() * size_of::<bf16>()
-}
-
-fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
-    a.start < b.end && b.start < a.end
 }

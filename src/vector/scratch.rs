@@ -11,18 +11,18 @@ struct Line([f32; 16]);
 
 /// Floats on cache lines. Grows to the largest block seen, a few tens of KiB.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(crate) struct Scratch {
     lines: Vec<Line>,
 }
 
 impl Scratch {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { lines: Vec::new() }
     }
 
     /// Pieces of these lengths, each on a cache line. What they hold is whatever
     /// the last block left.
-    pub(super) fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
+    pub(crate) fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
         let n_lines = lengths.iter().map(|length| length.div_ceil(16)).sum();
         if self.lines.len() < n_lines {
             self.lines.resize(n_lines, Line([0.0; 16]));

@@ -2,26 +2,30 @@
 //! hundreds of megabytes in order, and looking up a page for every 4 KiB of them
 //! takes a tenth of its time.
 
+use std::marker::PhantomData;
+
+use bytemuck::Pod;
 use memmap2::MmapMut;
 
-use super::DenseError;
+use super::LayersError;
 
 /// The size of a large page.
 const LARGE: usize = 2 << 20;
 
-/// Floats of its own, that begin on a large page.
+/// Numbers of its own, that begin on a large page.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(super) struct Pages<T> {
     map: MmapMut,
-    /// Of the first float, in bytes.
+    /// Of the first number, in bytes.
     start: usize,
     n_bytes: usize,
+    numbers: PhantomData<T>,
 }
 
-impl Pages {
-    pub(super) fn zeroed(n_floats: usize) -> Result<Self, DenseError> {
-        let n_bytes = n_floats * size_of::<f32>();
-        let failed = DenseError::Memory(n_bytes);
+impl<T: Pod> Pages<T> {
+    pub(super) fn zeroed(n_numbers: usize) -> Result<Self, LayersError> {
+        let n_bytes = n_numbers * size_of::<T>();
+        let failed = LayersError::Memory(n_bytes);
         // Addresses cost nothing, only pages that are written do.
         let room = n_bytes.checked_add(LARGE).ok_or(failed)?;
         let map = MmapMut::map_anon(room).map_err(|_| failed)?;
@@ -33,14 +37,15 @@ impl Pages {
             map,
             start,
             n_bytes,
+            numbers: PhantomData,
         })
     }
 
-    pub(super) fn floats(&self) -> &[f32] {
+    pub(super) fn numbers(&self) -> &[T] {
         bytemuck::cast_slice(&self.map[self.start..][..self.n_bytes])
     }
 
-    pub(super) fn floats_mut(&mut self) -> &mut [f32] {
+    pub(super) fn numbers_mut(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(&mut self.map[self.start..][..self.n_bytes])
     }
 }

@@ -4,19 +4,42 @@
     reason = "small whole numbers and 24-bit fractions"
 )]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::attention::Precision;
 
 /// A product and what it is of.
 #[derive(Clone)]
-struct Call {
+struct Call<W> {
     inputs: usize,
     outputs: usize,
-    weights: Vec<f32>,
+    weights: Vec<W>,
     rows: Vec<f32>,
+    scales: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
     residual: Option<Vec<f32>>,
+}
+
+/// Weights from numbers between -0.5 and 0.5.
+trait Tested: Weight + Into<f32> {
+    fn from_uniform(uniform: f32) -> Self;
+}
+
+impl Tested for f32 {
+    fn from_uniform(uniform: f32) -> Self {
+        uniform
+    }
+}
+
+impl Tested for i8 {
+    fn from_uniform(uniform: f32) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "within 127")]
+        let weight = (uniform * 254.0) as Self;
+        weight
+    }
 }
 
 /// Numbers from -0.5 to 0.5, the same for the same seed.
@@ -30,15 +53,33 @@ fn uniform(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-impl Call {
+/// A row's length where whole panels fit.
+fn stride(outputs: usize) -> usize {
+    outputs.next_multiple_of(super::super::PANEL_WIDTH_MAX) + 16
+}
+
+/// The output, shared among threads.
+struct Shared(*mut f32);
+
+// SAFETY: no two threads take one panel.
+unsafe impl Sync for Shared {}
+
+impl<W: Tested> Call<W> {
     fn random(n_rows: usize, [inputs, outputs]: [usize; 2], addends: u8, seed: u64) -> Self {
         let mut uniform = uniform(seed);
+        let weights = (0..inputs * outputs)
+            .map(|_| W::from_uniform(uniform()))
+            .collect();
         let mut floats = |n: usize| -> Vec<f32> { (0..n).map(|_| uniform()).collect() };
         Self {
             inputs,
             outputs,
-            weights: floats(inputs * outputs),
+            weights,
             rows: floats(n_rows * inputs),
+            scales: (size_of::<W>() == 1).then(|| {
+                let scales = floats(outputs).into_iter();
+                scales.map(|scale| (scale + 0.6) / 254.0).collect()
+            }),
             bias: (addends & 1 == 1).then(|| floats(outputs)),
             residual: (addends & 2 == 2).then(|| floats(n_rows * outputs)),
         }
@@ -48,19 +89,57 @@ impl Call {
         self.rows.len() / self.inputs
     }
 
-    fn pack(&self, kernel: Kernel) -> Panels {
-        Panels::with_kernel(&self.weights, self.inputs, self.outputs, kernel).unwrap()
+    fn pack(&self, kernel: Kernel) -> Panels<W> {
+        let dense = DenseWeights {
+            weights: &self.weights,
+            scales: self.scales.as_deref(),
+            bias: self.bias.as_deref(),
+        };
+        Panels::pack(&dense, [self.inputs, self.outputs], kernel).unwrap()
     }
 
-    fn run(&self, panels: &Panels, n_threads: usize) -> Vec<f32> {
-        let operands = Operands {
-            rows: &self.rows,
-            bias: self.bias.as_deref(),
-            residual: self.residual.as_deref(),
+    fn run(&self, panels: &Panels<W>, n_threads: usize) -> Vec<f32> {
+        let stride = stride(self.outputs);
+        let mut output = vec![f32::NAN; self.n_rows() * stride];
+        if let Some(residual) = &self.residual {
+            let rows = output.chunks_exact_mut(stride);
+            for (to, from) in rows.zip(residual.chunks_exact(self.outputs)) {
+                to[..self.outputs].copy_from_slice(from);
+            }
+        }
+        let finish = match self.residual {
+            Some(_) => Finish::Add,
+            None => Finish::Set,
         };
-        let mut output = vec![f32::NAN; self.n_rows() * self.outputs];
-        panels.run(operands, &mut output, n_threads).unwrap();
-        output
+        let shared = Shared(output.as_mut_ptr());
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let shared = &shared;
+            let rows = Rows {
+                n: self.n_rows(),
+                input: self.rows.as_ptr(),
+                input_stride: self.inputs,
+                output: shared.0,
+                output_stride: stride,
+            };
+            loop {
+                let panel = next.fetch_add(1, Ordering::Relaxed);
+                if panel >= panels.len() {
+                    break;
+                }
+                // SAFETY: the kernel is available, the panel this thread's, and
+                // the rows have room for whole panels.
+                unsafe { panels.compute(panel, rows, finish) }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..n_threads {
+                scope.spawn(work);
+            }
+            work();
+        });
+        let rows = output.chunks_exact(stride);
+        rows.flat_map(|row| &row[..self.outputs]).copied().collect()
     }
 
     /// One of its rows by itself.
@@ -83,8 +162,10 @@ impl Call {
                 let product: f64 = row
                     .iter()
                     .zip(self.weights[column..].iter().step_by(self.outputs))
-                    .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                    .map(|(x, w)| f64::from(*x) * f64::from(Into::<f32>::into(*w)))
                     .sum();
+                let scale = self.scales.as_ref().map_or(1.0, |scales| scales[column]);
+                let product = product * f64::from(scale);
                 let bias = self.bias.as_ref().map_or(0.0, |bias| bias[column]);
                 let at = i * self.outputs + column;
                 let residual = self.residual.as_ref().map_or(0.0, |residual| residual[at]);
@@ -102,7 +183,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 }
 
 /// The results are near, and depend neither on threads nor on company.
-fn check_call(call: &Call) -> Result<(), String> {
+fn check_call<W: Tested>(call: &Call<W>) -> Result<(), String> {
     let expected = call.reference();
     // Terms are up to a quarter, and about a ninth of that on average.
     let tolerance = 1e-6 * (call.inputs as f64).max(8.0).sqrt();
@@ -139,8 +220,11 @@ proptest! {
         addends in 0..4_u8,
         seed: u64,
     ) {
-        let call = Call::random(n_rows, [inputs, outputs], addends, seed);
-        check_call(&call).map_err(TestCaseError::fail)?;
+        let sizes = [inputs, outputs];
+        check_call::<f32>(&Call::random(n_rows, sizes, addends, seed))
+            .map_err(TestCaseError::fail)?;
+        check_call::<i8>(&Call::random(n_rows, sizes, addends, seed))
+            .map_err(TestCaseError::fail)?;
     }
 }
 
@@ -148,7 +232,8 @@ proptest! {
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
 fn agrees_at_full_width() {
-    check_call(&Call::random(16, [2048, 512], 3, 1)).unwrap();
+    check_call::<f32>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
+    check_call::<i8>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
 }
 
 /// Small enough for Miri, which runs only the portable kernel: the pointer
@@ -161,14 +246,15 @@ fn tiny_sizes() {
         (4, [2, 8], 1),
         (6, [5, 15], 2),
     ] {
-        check_call(&Call::random(n_rows, sizes, addends, 2)).unwrap();
+        check_call::<f32>(&Call::random(n_rows, sizes, addends, 2)).unwrap();
+        check_call::<i8>(&Call::random(n_rows, sizes, addends, 2)).unwrap();
     }
 }
 
 /// What is not a number stays in its row and its column.
 #[test]
 fn a_row_that_is_not_finite_spoils_no_other() {
-    let mut call = Call::random(5, [20, 40], 3, 3);
+    let mut call = Call::<f32>::random(5, [20, 40], 3, 3);
     let clean = call.clone();
     call.rows[2 * 20] = f32::NAN;
     for kernel in kernels() {
@@ -186,50 +272,38 @@ fn a_row_that_is_not_finite_spoils_no_other() {
 }
 
 #[test]
-fn refuses_what_it_cannot_do() {
-    let empty = Panels::pack(&[], 0, 4).unwrap_err();
-    assert_eq!(
-        empty,
-        DenseError::Empty {
-            inputs: 0,
-            outputs: 4
-        }
-    );
-    let short = Panels::pack(&[0.0; 11], 3, 4).unwrap_err();
-    assert_eq!(short.to_string(), "weights of 11 floats, not 12");
-    let large = Panels::pack(&[], usize::MAX / 2, 4).unwrap_err();
-    assert!(large.to_string().contains("too large"), "{large}");
-    let bf16 = Panels::with_kernel(&[0.0; 12], 3, 4, Kernel::Amx).unwrap_err();
-    assert_eq!(bf16, DenseError::Kernel(Kernel::Amx));
-
-    let panels = Panels::pack(&[0.0; 12], 3, 4).unwrap();
-    let run = |n_rows: usize, n_bias: usize, n_residual: usize, n_output: usize| {
-        let floats = [0.0; 16];
-        let operands = Operands {
-            rows: &floats[..n_rows],
+fn refuses_what_does_not_fit() {
+    let pack = |n_weights: usize, n_scales: usize, n_bias: usize| {
+        let floats = [0.0_f32; 16];
+        let dense = DenseWeights {
+            weights: &floats[..n_weights],
+            scales: Some(&floats[..n_scales]),
             bias: Some(&floats[..n_bias]),
-            residual: Some(&floats[..n_residual]),
         };
-        let outcome = panels.run(operands, &mut [0.0; 16][..n_output], 1);
-        outcome.map_err(|error| error.to_string())
+        let panels = Panels::pack(&dense, [3, 4], Kernel::Portable);
+        panels.map(|_| ()).map_err(|error| error.to_string())
     };
-    assert_eq!(run(6, 4, 8, 8), Ok(()));
-    assert_eq!(run(0, 4, 0, 0), Ok(()));
+    assert_eq!(pack(12, 4, 4), Ok(()));
     for (lengths, expected) in [
-        ([7, 4, 8, 8], "input of 7 floats, not 6"),
-        ([6, 3, 8, 8], "bias of 3 floats, not 4"),
-        ([6, 4, 9, 8], "residual of 9 floats, not 8"),
-        ([6, 4, 8, 7], "output of 7 floats, not 8"),
+        ([11, 4, 4], "weights of 11 numbers, not 12"),
+        ([12, 5, 4], "scales of 5 numbers, not 4"),
+        ([12, 4, 3], "bias of 3 numbers, not 4"),
     ] {
-        let [rows, bias, residual, output] = lengths;
-        let error = run(rows, bias, residual, output).unwrap_err();
-        assert!(error.contains(expected), "{error}");
+        let [weights, scales, bias] = lengths;
+        assert_eq!(pack(weights, scales, bias), Err(expected.to_owned()));
     }
+    let dense = DenseWeights::<f32> {
+        weights: &[],
+        scales: None,
+        bias: None,
+    };
+    let large = Panels::pack(&dense, [usize::MAX / 2, 4], Kernel::Portable).unwrap_err();
+    assert!(large.to_string().contains("too large"), "{large}");
 }
 
 #[test]
 fn weights_begin_on_a_large_page() {
-    let pages = Pages::zeroed(100).unwrap();
-    assert_eq!(pages.floats(), [0.0; 100]);
-    assert!(pages.floats().as_ptr().addr().is_multiple_of(2 << 20));
+    let pages = Pages::<f32>::zeroed(100).unwrap();
+    assert_eq!(pages.numbers(), [0.0; 100]);
+    assert!(pages.numbers().as_ptr().addr().is_multiple_of(2 << 20));
 }

@@ -1,0 +1,521 @@
+//! All layers of the model for a few new tokens: a step of generation.
+//!
+//! A step of a few rows reads every weight once and computes next to nothing
+//! with it, so it takes as long as memory does, if nothing else holds it up.
+//! Where each product and each norm is an operator, something does: threads are
+//! woken for each and go to sleep after it, hundreds of times a step. Here they
+//! come once, and go through all layers together ([`Step::work`]), part by part
+//! ([`phase`]): norm, queries and keys and values, attention over the cache
+//! ([`CachedAttention`]), projection, norm, expansion, contraction.
+//!
+//! Weights are `f32`, or 8 bits with a scale for each output; rows and sums are
+//! always `f32`. A token's result depends on its sequence alone, to the last bit.
+#![expect(
+    unsafe_code,
+    reason = "threads share the rows between the parts of a step, in disjoint pieces"
+)]
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
+use self::phase::Phase;
+use crate::attention::{
+    AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, Kernel, Precision,
+};
+use crate::vector::scratch::Scratch;
+use crate::vector::{Kept, LANES_MAX};
+
+pub use self::dense::{DenseWeights, Weight};
+pub use self::pointwise::Activation;
+
+mod dense;
+mod pages;
+mod phase;
+mod pointwise;
+#[cfg(test)]
+mod tests;
+
+/// Why layers cannot be had, or a step not made.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum LayersError {
+    #[error("layers of {0:?}: all must be at least one, and heads divide the width")]
+    Sizes(Sizes),
+    #[error("this cpu has no {0:?} kernel for f32 products")]
+    Kernel(Kernel),
+    #[error("a product of {rows} rows from {inputs} to {outputs} is too large to address")]
+    TooLarge {
+        rows: usize,
+        inputs: usize,
+        outputs: usize,
+    },
+    #[error("{name} of {actual} numbers, not {expected}")]
+    Length {
+        name: &'static str,
+        expected: usize,
+        actual: usize,
+    },
+    #[error("no memory for {0} bytes of weights")]
+    Memory(usize),
+    #[error(transparent)]
+    Attention(#[from] AttentionError),
+}
+
+/// What all layers have in common.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sizes {
+    pub width: usize,
+    /// Between expansion and contraction.
+    pub inner_width: usize,
+    pub heads: usize,
+    /// What norms add to the mean square.
+    pub epsilon: f32,
+    pub activation: Activation,
+}
+
+/// The weights of one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerWeights<'a, W> {
+    pub attention_norm: &'a [f32],
+    /// What scores are multiplied with.
+    pub attention_scale: f32,
+    /// To queries, keys and values side by side.
+    pub qkv: DenseWeights<'a, W>,
+    pub projection: DenseWeights<'a, W>,
+    pub inner_norm: &'a [f32],
+    pub expand: DenseWeights<'a, W>,
+    pub contract: DenseWeights<'a, W>,
+}
+
+#[derive(Debug)]
+struct Layer<W> {
+    /// Norms have zeros up to whole vectors.
+    attention_norm: Vec<f32>,
+    attention_scale: f32,
+    qkv: Panels<W>,
+    projection: Panels<W>,
+    inner_norm: Vec<f32>,
+    expand: Panels<W>,
+    contract: Panels<W>,
+}
+
+/// Layers in the order in which a step reads them.
+#[derive(Debug)]
+pub struct Layers<W> {
+    sizes: Sizes,
+    kernel: Kernel,
+    packed: Vec<Layer<W>>,
+}
+
+/// New tokens of some sequences, and what those have.
+#[derive(Debug)]
+pub struct Tokens<'a, K> {
+    /// `(sequences, length, width)`: what the first layer takes.
+    pub rows: &'a [f32],
+    /// New tokens of each sequence.
+    pub length: usize,
+    /// Tokens that each sequence has before them.
+    pub past: &'a [usize],
+    /// Positions that each sequence's cache has room for.
+    pub capacity: usize,
+    /// Keys and values of each layer.
+    pub caches: Vec<Cache<'a, K>>,
+}
+
+/// Memory of steps, one at a time; as large as the largest.
+#[derive(Default)]
+pub struct Room {
+    rows: Scratch,
+    phases: Vec<Phase>,
+}
+
+impl std::fmt::Debug for Room {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Room").finish_non_exhaustive()
+    }
+}
+
+impl<W: Weight> Layers<W> {
+    /// Puts weights in order, for the fastest kernel that this CPU has.
+    ///
+    /// # Errors
+    /// If sizes do not fit, or memory does not suffice.
+    pub fn pack<'a>(
+        sizes: Sizes,
+        layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
+    ) -> Result<Self, LayersError> {
+        Self::with_kernel(sizes, layers, Kernel::fastest(Precision::F32))
+    }
+
+    /// The same for a kernel of the caller's choice, for tests and benchmarks.
+    ///
+    /// # Errors
+    /// As [`Layers::pack`], and if this CPU cannot run the kernel or its products
+    /// are not `f32`.
+    pub fn with_kernel<'a>(
+        sizes: Sizes,
+        layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
+        kernel: Kernel,
+    ) -> Result<Self, LayersError> {
+        let Sizes {
+            width,
+            inner_width,
+            heads,
+            ..
+        } = sizes;
+        if width == 0 || inner_width == 0 || heads == 0 || !width.is_multiple_of(heads) {
+            return Err(LayersError::Sizes(sizes));
+        }
+        if !kernel.is_available() || kernel.precision() != Precision::F32 {
+            return Err(LayersError::Kernel(kernel));
+        }
+        let three = size(1, 3, width)?;
+        let layers = layers.into_iter().map(|layer| {
+            Ok(Layer {
+                attention_norm: norm_weights(layer.attention_norm, width)?,
+                attention_scale: layer.attention_scale,
+                qkv: Panels::pack(&layer.qkv, [width, three], kernel)?,
+                projection: Panels::pack(&layer.projection, [width, width], kernel)?,
+                inner_norm: norm_weights(layer.inner_norm, width)?,
+                expand: Panels::pack(&layer.expand, [width, inner_width], kernel)?,
+                contract: Panels::pack(&layer.contract, [inner_width, width], kernel)?,
+            })
+        });
+        Ok(Self {
+            sizes,
+            kernel,
+            packed: layers.collect::<Result<_, LayersError>>()?,
+        })
+    }
+
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// How many layers there are.
+    #[must_use]
+    pub fn n_layers(&self) -> usize {
+        self.packed.len()
+    }
+
+    /// Gets ready to take `tokens` through all layers; [`Step::work`] does it.
+    ///
+    /// # Errors
+    /// If a length does not fit, or a sequence would outgrow its cache.
+    pub fn step<'a, K: Kept>(
+        &'a self,
+        tokens: Tokens<'a, K>,
+        room: &'a mut Room,
+    ) -> Result<Step<'a, W, K>, LayersError> {
+        let Sizes {
+            width,
+            inner_width,
+            heads,
+            ..
+        } = self.sizes;
+        let batch = tokens.past.len();
+        let n_rows = size(batch, tokens.length, 1)?;
+        // The widest rows, with what they are longer.
+        size(n_rows, 1, stride(3 * width.max(inner_width)))?;
+        check("input", tokens.rows.len(), size(n_rows, width, 1)?)?;
+        check("caches", tokens.caches.len(), self.packed.len())?;
+        let shape = CacheShape {
+            batch,
+            length: tokens.length,
+            capacity: tokens.capacity,
+            heads,
+            head_dim: width / heads,
+        };
+        let Room { rows, phases } = room;
+        let widths = [width, width, 3 * width, width, inner_width];
+        let pieces = rows.split(widths.map(|width| n_rows * stride(width)));
+        let mut places = pieces.into_iter().zip(widths).map(|(floats, width)| Place {
+            floats: floats.as_mut_ptr(),
+            stride: stride(width),
+        });
+        let mut place = || places.next().ok_or(LayersError::Sizes(self.sizes));
+        let [stream, normed, qkv, attended, inner] =
+            [place()?, place()?, place()?, place()?, place()?];
+        for (row, from) in tokens.rows.chunks_exact(width).enumerate() {
+            // SAFETY: there are so many rows, of a stride each, and this thread
+            // has them all.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(
+                    stream.floats.add(row * stream.stride),
+                    stream.stride,
+                )
+            };
+            let (to, beyond) = to.split_at_mut(width);
+            to.copy_from_slice(from);
+            // Norms take whole vectors.
+            beyond.fill(0.0);
+        }
+        let rows = CachedRows {
+            qkv: qkv.floats,
+            qkv_stride: qkv.stride,
+            output: attended.floats,
+            output_stride: attended.stride,
+        };
+        let heads = tokens.caches.into_iter().zip(&self.packed);
+        let heads = heads.map(|(cache, layer)| {
+            CachedAttention::with_kernel(shape, layer.attention_scale, self.kernel)?.heads(
+                rows,
+                tokens.past,
+                cache,
+            )
+        });
+        let heads = heads.collect::<Result<Vec<_>, _>>()?;
+        phases.resize_with(Part::ALL.len() * self.packed.len(), Phase::default);
+        phases.iter_mut().for_each(Phase::reset);
+        Ok(Step {
+            layers: self,
+            n_rows,
+            stream,
+            normed,
+            qkv,
+            attended,
+            inner,
+            heads,
+            phases,
+            n_threads: AtomicUsize::new(0),
+            borrow: PhantomData,
+        })
+    }
+}
+
+/// Floats from a row to the next: room for whole panels, and a line more, so that
+/// rows do not lie a power of two apart.
+fn stride(width: usize) -> usize {
+    width.next_multiple_of(PANEL_WIDTH_MAX) + LANES_MAX
+}
+
+fn norm_weights(weights: &[f32], width: usize) -> Result<Vec<f32>, LayersError> {
+    check("norm", weights.len(), width)?;
+    let mut weights = weights.to_vec();
+    weights.resize(width.next_multiple_of(LANES_MAX), 0.0);
+    Ok(weights)
+}
+
+fn size(rows: usize, inputs: usize, outputs: usize) -> Result<usize, LayersError> {
+    rows.checked_mul(inputs)
+        .and_then(|product| product.checked_mul(outputs))
+        // A few times as many bytes as an allocation holds, so that no offset
+        // overflows.
+        .filter(|floats| *floats <= isize::MAX as usize / 64)
+        .ok_or(LayersError::TooLarge {
+            rows,
+            inputs,
+            outputs,
+        })
+}
+
+fn check(name: &'static str, actual: usize, expected: usize) -> Result<(), LayersError> {
+    if actual == expected {
+        return Ok(());
+    }
+    Err(LayersError::Length {
+        name,
+        expected,
+        actual,
+    })
+}
+
+/// What a layer does, one after the other.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    AttentionNorm,
+    Qkv,
+    Attend,
+    Project,
+    InnerNorm,
+    Expand,
+    Contract,
+}
+
+impl Part {
+    const ALL: [Self; 7] = [
+        Self::AttentionNorm,
+        Self::Qkv,
+        Self::Attend,
+        Self::Project,
+        Self::InnerNorm,
+        Self::Expand,
+        Self::Contract,
+    ];
+}
+
+/// Rows between two parts.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    floats: *mut f32,
+    stride: usize,
+}
+
+/// One call, to be worked on by any number of threads.
+#[derive(Debug)]
+pub struct Step<'a, W, K> {
+    layers: &'a Layers<W>,
+    n_rows: usize,
+    /// What goes through all layers and is added to.
+    stream: Place,
+    normed: Place,
+    qkv: Place,
+    attended: Place,
+    inner: Place,
+    /// Of each layer.
+    heads: Vec<CachedHeads<'a, K>>,
+    /// Each layer's parts.
+    phases: &'a [Phase],
+    /// Threads that have come.
+    n_threads: AtomicUsize,
+    /// Of the rows, which are the room's.
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a task is given to one thread only, and tasks of one part write
+// disjoint pieces of what no task of that part reads, but for pieces that are
+// their own; parts come one after the other, and what one has written can be seen
+// when the next begins. Nobody else has the rows or the caches while the step
+// borrows them.
+unsafe impl<W: Weight, K: Kept> Sync for Step<'_, W, K> {}
+// SAFETY: the same; a step is borrows of numbers and counters.
+unsafe impl<W: Weight, K: Kept> Send for Step<'_, W, K> {}
+
+impl<W: Weight, K: Kept> Step<'_, W, K> {
+    /// Takes part in all layers, from where the other threads are. The step is
+    /// done when this has returned on any thread that called it.
+    pub fn work(&self) {
+        if self.is_done() {
+            return;
+        }
+        // A guess at how many share what is left.
+        let n_threads = 1 + self.n_threads.fetch_add(1, Ordering::Relaxed);
+        let parts = Part::ALL.len();
+        for (idx, phase) in self.phases.iter().enumerate() {
+            let (layer, part) = (idx / parts, Part::ALL[idx % parts]);
+            let n_tasks = self.n_tasks(layer, part);
+            let n_threads = n_threads.max(self.n_threads.load(Ordering::Relaxed));
+            while let Some(tasks) = phase.take(n_tasks, n_threads) {
+                for task in tasks.clone() {
+                    // SAFETY: the task is this thread's; the parts before are over.
+                    unsafe { self.run(layer, part, task) }
+                }
+                phase.done(&tasks);
+            }
+            phase.wait(n_tasks);
+        }
+    }
+
+    /// Whether all layers are done. Then the rows are complete.
+    fn is_done(&self) -> bool {
+        let last = self.layers.packed.len().checked_sub(1);
+        last.zip(self.phases.last()).is_none_or(|(layer, phase)| {
+            self.n_rows == 0 || phase.is_over(self.n_tasks(layer, Part::Contract))
+        })
+    }
+
+    /// What comes out of the last layer, `(sequences, length, width)`, once a
+    /// thread has returned from [`Step::work`].
+    ///
+    /// # Errors
+    /// If the output is not as long.
+    ///
+    /// # Panics
+    /// If the step is not done.
+    pub fn finish(self, output: &mut [f32]) -> Result<(), LayersError> {
+        assert!(self.is_done(), "nobody has worked on this step");
+        let width = self.layers.sizes.width;
+        check("output", output.len(), self.n_rows * width)?;
+        for (row, to) in output.chunks_exact_mut(width).enumerate() {
+            // SAFETY: there are so many rows, and all threads are done with them.
+            let from = unsafe {
+                std::slice::from_raw_parts(self.stream.floats.add(row * self.stream.stride), width)
+            };
+            to.copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn n_tasks(&self, layer: usize, part: Part) -> usize {
+        if self.n_rows == 0 {
+            return 0;
+        }
+        let heads = &self.heads[layer];
+        let layer = &self.layers.packed[layer];
+        match part {
+            Part::AttentionNorm | Part::InnerNorm => self.n_rows,
+            Part::Qkv => layer.qkv.len(),
+            Part::Attend => heads.len(),
+            Part::Project => layer.projection.len(),
+            Part::Expand => layer.expand.len(),
+            Part::Contract => layer.contract.len(),
+        }
+    }
+
+    /// # Safety
+    /// The task is one of the part's, nobody else has it or had it, and all parts
+    /// before are over.
+    unsafe fn run(&self, layer: usize, part: Part, task: usize) {
+        let heads = &self.heads[layer];
+        let layer = &self.layers.packed[layer];
+        // SAFETY: all places have as many rows as there are, and strides with room
+        // for whole panels; the caller vouches for the task and the order.
+        unsafe {
+            match part {
+                Part::AttentionNorm => self.norm(&layer.attention_norm, task),
+                Part::Qkv => self.dense(&layer.qkv, task, self.normed, self.qkv, Finish::Set),
+                Part::Attend => heads.attend(task),
+                Part::Project => {
+                    self.dense(
+                        &layer.projection,
+                        task,
+                        self.attended,
+                        self.stream,
+                        Finish::Add,
+                    );
+                }
+                Part::InnerNorm => self.norm(&layer.inner_norm, task),
+                Part::Expand => {
+                    let finish = Finish::Activate(self.layers.sizes.activation);
+                    self.dense(&layer.expand, task, self.normed, self.inner, finish);
+                }
+                Part::Contract => {
+                    self.dense(&layer.contract, task, self.inner, self.stream, Finish::Add);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Step::run`].
+    unsafe fn norm(&self, weights: &[f32], row: usize) {
+        let Sizes { width, epsilon, .. } = self.layers.sizes;
+        // SAFETY: the row is this thread's.
+        unsafe {
+            pointwise::norm(
+                self.layers.kernel,
+                self.stream.floats.add(row * self.stream.stride),
+                weights.as_ptr(),
+                self.normed.floats.add(row * self.normed.stride),
+                width,
+                epsilon,
+            );
+        }
+    }
+
+    /// # Safety
+    /// As [`Step::run`].
+    unsafe fn dense(&self, panels: &Panels<W>, idx: usize, from: Place, to: Place, finish: Finish) {
+        let rows = Rows {
+            n: self.n_rows,
+            input: from.floats,
+            input_stride: from.stride,
+            output: to.floats,
+            output_stride: to.stride,
+        };
+        // SAFETY: `with_kernel` has asked for the kernel; the panel is this
+        // thread's, and with it these columns.
+        unsafe { panels.compute(idx, rows, finish) }
+    }
+}

@@ -1,0 +1,206 @@
+//! Dense products of a few rows: what a step of generation does over and over.
+//!
+//! With a few rows a product computes less than it reads: all of its weights,
+//! once. So they lie in the order in which they are read ([`Panels`]), on large
+//! pages, and every row that there is uses them while they pass.
+//!
+//! A row's result depends on that row alone, to the last bit: not on how many
+//! others run with it, nor on threads, because each of its numbers is summed in
+//! the order of the inputs, whatever the tile.
+#![expect(
+    unsafe_code,
+    reason = "threads write disjoint columns of one output, through raw pointers"
+)]
+
+use bytemuck::Pod;
+
+use self::tile::{Ahead, Tile};
+use super::pages::Pages;
+use super::pointwise::Activation;
+use super::{LayersError, check, size};
+use crate::attention::Kernel;
+use crate::vector::{Number, Portable};
+
+#[cfg(test)]
+mod tests;
+mod tile;
+
+/// A number that weights are kept in: `f32`, or `i8` with a scale for each output.
+pub trait Weight: Number + Pod {}
+
+impl Weight for f32 {}
+impl Weight for i8 {}
+
+/// What a product is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct DenseWeights<'a, W> {
+    /// `(inputs, outputs)`.
+    pub weights: &'a [W],
+    /// `(outputs)`: what each output's sum is multiplied with. None is ones.
+    pub scales: Option<&'a [f32]>,
+    /// `(outputs)`, added to every row.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// The weights of a product: panels of a few columns, in each a row of that many
+/// numbers for every input. What the last panel has too many is zero.
+#[derive(Debug)]
+pub(super) struct Panels<W> {
+    inputs: usize,
+    outputs: usize,
+    kernel: Kernel,
+    pages: Pages<W>,
+    /// One for each column of the panels.
+    scales: Option<Vec<f32>>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Rows of a product's input and output; each so many floats after the one
+/// before.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    pub(super) n: usize,
+    pub(super) input: *const f32,
+    pub(super) input_stride: usize,
+    /// In each row there is room for whole panels.
+    pub(super) output: *mut f32,
+    pub(super) output_stride: usize,
+}
+
+/// What becomes of a sum.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Finish {
+    Set,
+    /// It is added to what is there.
+    Add,
+    Activate(Activation),
+}
+
+/// Floats in a panel's row: two vectors.
+pub(super) fn panel_width(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::Portable => 8,
+        Kernel::Avx2 => 16,
+        _ => 32,
+    }
+}
+
+/// The widest panel of any kernel.
+pub(super) const PANEL_WIDTH_MAX: usize = 32;
+
+/// Rows that are computed together, at most: as many as there are registers for.
+fn tile_rows(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::Portable | Kernel::Avx2 => 4,
+        _ => 8,
+    }
+}
+
+/// Rows that remain, cut into tiles of powers of two, the largest first.
+fn tile_of(n_left: usize, most: usize) -> usize {
+    if n_left >= most {
+        most
+    } else {
+        (n_left + 1).next_power_of_two() / 2
+    }
+}
+
+/// One for each column of whole panels; what is too many is zero.
+fn padded(
+    name: &'static str,
+    floats: Option<&[f32]>,
+    outputs: usize,
+    width: usize,
+) -> Result<Option<Vec<f32>>, LayersError> {
+    let Some(floats) = floats else {
+        return Ok(None);
+    };
+    check(name, floats.len(), outputs)?;
+    let mut padded = floats.to_vec();
+    padded.resize(outputs.next_multiple_of(width), 0.0);
+    Ok(Some(padded))
+}
+
+impl<W: Weight> Panels<W> {
+    /// Puts weights in order for a kernel, which must be available.
+    ///
+    /// # Errors
+    /// If the sizes do not fit, or memory does not suffice.
+    pub(super) fn pack(
+        dense: &DenseWeights<'_, W>,
+        [inputs, outputs]: [usize; 2],
+        kernel: Kernel,
+    ) -> Result<Self, LayersError> {
+        check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
+        let width = panel_width(kernel);
+        let mut pages = Pages::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
+        for (panel, rows) in pages
+            .numbers_mut()
+            .chunks_exact_mut(inputs * width)
+            .enumerate()
+        {
+            let first = panel * width;
+            let n_columns = width.min(outputs - first);
+            let weights = dense.weights.chunks_exact(outputs);
+            for (row, weights) in rows.chunks_exact_mut(width).zip(weights) {
+                row[..n_columns].copy_from_slice(&weights[first..][..n_columns]);
+            }
+        }
+        Ok(Self {
+            inputs,
+            outputs,
+            kernel,
+            pages,
+            scales: padded("scales", dense.scales, outputs, width)?,
+            bias: padded("bias", dense.bias, outputs, width)?,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.outputs.div_ceil(panel_width(self.kernel))
+    }
+
+    /// Computes the columns of panel `idx` in all rows.
+    ///
+    /// # Safety
+    /// The kernel is available and `idx` below [`Panels::len`]; `rows` are so
+    /// many, with all inputs and with room for whole panels; until this returns
+    /// nobody writes the inputs, and nobody else has these columns of the output.
+    pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish) {
+        let width = panel_width(self.kernel);
+        let most = tile_rows(self.kernel);
+        let first = idx * width;
+        let weights = self.pages.numbers()[first * self.inputs..].as_ptr();
+        let from =
+            |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
+        let mut row = 0;
+        while row < rows.n {
+            let n = tile_of(rows.n - row, most);
+            let ahead = Ahead::of(rows.n.div_ceil(most), row / most, self.inputs * width);
+            // SAFETY: the caller vouches for the rows, of which these are some,
+            // and for the instructions; the panel is there.
+            unsafe {
+                let tile = Tile {
+                    rows: rows.input.add(row * rows.input_stride),
+                    row_stride: rows.input_stride,
+                    inputs: self.inputs,
+                    panel: weights,
+                    ahead,
+                    scales: from(&self.scales),
+                    bias: from(&self.bias),
+                    output: rows.output.add(row * rows.output_stride + first),
+                    output_stride: rows.output_stride,
+                    finish,
+                };
+                match self.kernel {
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx2 => tile::avx2(&tile, n),
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx512 => tile::avx512(&tile, n),
+                    _ => tile.compute_rows::<Portable>(n),
+                }
+            }
+            row += n;
+        }
+    }
+}
