@@ -176,7 +176,7 @@ impl<W: Weight> Panels<W> {
         let mut row = 0;
         while row < rows.n {
             let n = tile_of(rows.n - row, most);
-            let ahead = Ahead::of(rows.n.div_ceil(most), row / most, self.inputs * width);
+            let ahead = Ahead::of::<W>(rows.n.div_ceil(most), row / most, self.inputs, width);
             // SAFETY: the caller vouches for the rows, of which these are some,
             // and for the instructions; the panel is there.
             unsafe {

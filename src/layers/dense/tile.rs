@@ -29,20 +29,22 @@ pub(super) enum Ahead {
     Next {
         /// Weights from the tile's first one to the first that it asks for.
         first: usize,
-        /// How many times fewer it asks for than it uses.
-        share: usize,
+        /// Weights further that it asks for with each input.
+        step: usize,
     },
 }
 
 impl Ahead {
-    /// For tile `idx` of so many over a panel of so many weights.
-    pub(super) fn of(n_tiles: usize, idx: usize, panel: usize) -> Self {
-        if n_tiles < 2 {
+    /// For tile `idx` of so many over a panel of so many rows of weights. Of 8
+    /// bits there are so few that memory is not what tiles wait for.
+    pub(super) fn of<W: Weight>(n_tiles: usize, idx: usize, inputs: usize, width: usize) -> Self {
+        if n_tiles < 2 || size_of::<W>() == 1 {
             return Self::Own;
         }
+        let step = width / n_tiles;
         Self::Next {
-            first: panel + panel * idx / n_tiles,
-            share: n_tiles,
+            first: inputs * (width + idx * step),
+            step,
         }
     }
 }
@@ -114,16 +116,14 @@ impl<W: Weight> Tile<W> {
                 for (j, weights) in weights.iter_mut().enumerate() {
                     let at = panel.add(j * V::LANES);
                     // Once a line.
-                    let used = (input * VECTORS + j) * V::LANES;
-                    if used.is_multiple_of(W::PER_LINE) {
-                        match self.ahead {
-                            Ahead::Own => V::prefetch(at.wrapping_byte_add(AHEAD)),
-                            Ahead::Next { first, share } => {
-                                V::prefetch_far(self.panel.wrapping_add(first + used / share));
-                            }
-                        }
+                    let is_line = ((input * VECTORS + j) * V::LANES).is_multiple_of(W::PER_LINE);
+                    if is_line && matches!(self.ahead, Ahead::Own) {
+                        V::prefetch(at.wrapping_byte_add(AHEAD));
                     }
                     *weights = W::load(at);
+                }
+                if let Ahead::Next { first, step } = self.ahead {
+                    V::prefetch_far(self.panel.wrapping_add(first + input * step));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = V::splat(*rows.add(i * self.row_stride));
