@@ -5,7 +5,7 @@
 //! Where each product and each norm is an operator, something does: threads are
 //! woken for each and go to sleep after it, hundreds of times a step. Here they
 //! come once, and go through all layers together ([`Step::work`]), part by part
-//! ([`phase`]): norm, queries and keys and values, attention over the cache
+//! (`phase.rs`): norm, queries and keys and values, attention over the cache
 //! ([`CachedAttention`]), projection, norm, expansion, contraction.
 //!
 //! Weights are `f32`, or 8 bits with a scale for each output; rows and sums are

@@ -21,7 +21,7 @@ pub trait Number: Copy + Send + Sync + std::fmt::Debug + 'static {
     const PER_LINE: usize = LINE / size_of::<Self>();
 
     /// # Safety
-    /// As [`Vector::splat`], and `LANES` of them at `from` are readable.
+    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
     unsafe fn load<V: Vector>(from: *const Self) -> V;
 }
 
@@ -32,7 +32,7 @@ pub trait Kept: Number {
 
     /// Reads `len` of them; the other lanes are zero.
     /// # Safety
-    /// As [`Vector::splat`], and `len <= LANES` of them at `from` are readable.
+    /// As `Vector::splat`, and `len <= LANES` of them at `from` are readable.
     unsafe fn load_partial<V: Vector>(from: *const Self, len: usize) -> V;
 }
 
