@@ -316,6 +316,15 @@ impl<T> Scheduler<T> {
                 .policy
                 .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
         }
+        // Whom no size serves in time does not make it small for the others.
+        let mut late = Vec::new();
+        let smallest = self.policy.buckets.at_most(1);
+        while let Some(deadline) = self.queue.first_deadline(class, graph)
+            && !self.in_time(graph, smallest, deadline, now)
+            && let Some(entry) = self.queue.pop(class, graph)
+        {
+            late.push(entry);
+        }
         // The most urgent decides: a smaller batch if only that is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)
@@ -323,7 +332,7 @@ impl<T> Scheduler<T> {
         {
             bucket = self.policy.buckets.at_most(bucket - 1);
         }
-        let (mut rows, mut late) = (Vec::with_capacity(bucket), Vec::new());
+        let mut rows = Vec::with_capacity(bucket);
         self.fill(class, graph, bucket, now, &mut rows, &mut late);
         if !rows.is_empty() {
             // Rows that would be padding are free for the other class.

@@ -3,7 +3,7 @@
 //! The engine thread is inside the runtime then, so somebody else has to say
 //! it: the batcher, which knows the run by its number. A request that comes
 //! late finds another number and does nothing, so it can never stop the next
-//! run.
+//! run; one that comes before its run is kept for it. Numbers rise.
 
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +18,10 @@ pub struct Stop(Mutex<State>);
 struct State {
     /// The run in progress; 0 between runs.
     run: u64,
+    /// The last one that has begun.
+    last: u64,
+    /// One that is yet to begin and is to be stopped.
+    ahead: u64,
     requested: bool,
     hook: Option<Hook>,
 }
@@ -36,16 +40,22 @@ impl Stop {
 
     /// The engine begins a run.
     pub fn begin(&self, run: u64) {
-        *self.lock() = State {
+        let mut state = self.lock();
+        *state = State {
             run,
-            requested: false,
+            last: run,
+            ahead: state.ahead,
+            requested: state.ahead == run,
             hook: None,
         };
     }
 
     /// The run has ended; returns whether it was to be stopped.
     pub fn end(&self) -> bool {
-        std::mem::take(&mut *self.lock()).requested
+        let mut state = self.lock();
+        state.run = 0;
+        state.hook = None;
+        std::mem::take(&mut state.requested)
     }
 
     /// The engine says how the run in progress is stopped; called at once if
@@ -58,9 +68,13 @@ impl Stop {
         state.hook = Some(hook);
     }
 
-    /// Stops the run of this number, if it is the one in progress.
+    /// Stops the run of this number, if it has not ended.
     pub fn request(&self, run: u64) -> bool {
         let mut state = self.lock();
+        if run > state.last {
+            state.ahead = run;
+            return true;
+        }
         if run == 0 || state.run != run || state.requested {
             return false;
         }
@@ -103,7 +117,6 @@ mod tests {
         stop.begin(1);
         let (count, hook) = counting();
         stop.arm(hook);
-        assert!(!stop.request(2));
         assert!(!stop.requested());
         assert!(stop.request(1));
         assert!(!stop.request(1), "once is enough");
@@ -111,6 +124,23 @@ mod tests {
         assert!(stop.end());
         stop.begin(2);
         assert!(!stop.request(1), "too late");
+        assert!(!stop.end());
+    }
+
+    #[test]
+    fn a_request_before_its_run_is_kept_for_it() {
+        let stop = Stop::default();
+        stop.begin(1);
+        assert!(stop.request(2), "it is yet to begin");
+        assert!(!stop.requested());
+        assert!(!stop.end());
+        stop.begin(2);
+        assert!(stop.requested());
+        let (count, hook) = counting();
+        stop.arm(hook);
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+        assert!(stop.end());
+        stop.begin(3);
         assert!(!stop.end());
     }
 

@@ -636,6 +636,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
         panic!("its delay has passed");
     };
     assert_eq!(picked.late.len(), 1);
+    assert_eq!(picked.rows.len(), 2, "and makes no batch small");
 }
 
 /// Engine time of batches and of steps in ten seconds in which bulk rows of
@@ -799,7 +800,7 @@ fn two_engines_take_from_one_queue_half_as_long() {
     // Twelve that go before it take three batches: the third begins when the first
     // has ended, and it when the second has.
     for item in 0..12 {
-        let deadline = Some(start + MS(300));
+        let deadline = Some(start + MS(340));
         scheduler
             .queue
             .push(class, graph, entry(item, start, deadline));
@@ -822,8 +823,8 @@ fn two_engines_take_from_one_queue_half_as_long() {
     assert!((scheduler.rate().expect("two runs") - rate).abs() < 1e-9);
     // What its memory suffices for holds for it alone.
     scheduler.limit(ONE, 2);
-    scheduler.ended(ONE, start + MS(250));
-    let Next::Run(picked) = scheduler.next(ONE, start + MS(250), false, None) else {
+    scheduler.ended(ONE, start + MS(240));
+    let Next::Run(picked) = scheduler.next(ONE, start + MS(240), false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
