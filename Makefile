@@ -89,6 +89,7 @@ soak-generate: build $(PARITY_VENV)/.done ## Five minutes of callers that start,
 bench-attention: setup ## Measure the attention kernels beside ONNX Runtime's
 	cargo bench --locked --bench attention -- 2 40
 	cargo bench --locked --bench cached_attention -- 2 25
+	cargo bench --locked --bench layers -- 2 25
 
 .PHONY: bench-graphs
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)

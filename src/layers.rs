@@ -55,6 +55,8 @@ pub enum LayersError {
         expected: usize,
         actual: usize,
     },
+    #[error("{0} rows in one step")]
+    Rows(usize),
     #[error("no memory for {0} bytes of weights")]
     Memory(usize),
     #[error(transparent)]
@@ -218,6 +220,10 @@ impl<W: Weight> Layers<W> {
         let n_rows = size(batch, tokens.length, 1)?;
         // The widest rows, with what they are longer.
         size(n_rows, 1, stride(3 * width.max(inner_width)))?;
+        // More tasks than a phase counts.
+        if u32::try_from(n_rows * heads).is_err() {
+            return Err(LayersError::Rows(n_rows));
+        }
         check("input", tokens.rows.len(), size(n_rows, width, 1)?)?;
         check("caches", tokens.caches.len(), self.packed.len())?;
         let shape = CacheShape {
@@ -284,10 +290,10 @@ impl<W: Weight> Layers<W> {
     }
 }
 
-/// Floats from a row to the next: room for whole panels, and a line more, so that
-/// rows do not lie a power of two apart.
+/// Floats from a row to the next: room for whole panels, and an odd number of
+/// lines, so that rows do not lie a power of two apart.
 fn stride(width: usize) -> usize {
-    width.next_multiple_of(PANEL_WIDTH_MAX) + LANES_MAX
+    ((width + PANEL_WIDTH_MAX).div_ceil(LANES_MAX) | 1) * LANES_MAX
 }
 
 fn norm_weights(weights: &[f32], width: usize) -> Result<Vec<f32>, LayersError> {
@@ -345,6 +351,21 @@ impl Part {
     ];
 }
 
+impl Part {
+    /// The layer that a phase is of, and what it does there.
+    fn of(phase: usize) -> (usize, Self) {
+        let parts = Self::ALL.len();
+        (phase / parts, Self::ALL[phase % parts])
+    }
+}
+
+/// A task, and where in memory its thread will most likely go on to read.
+#[derive(Clone, Copy, Debug)]
+struct Task {
+    idx: usize,
+    next: *const u8,
+}
+
 /// Rows between two parts.
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -389,30 +410,47 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         if self.is_done() {
             return;
         }
-        // A guess at how many share what is left.
-        let n_threads = 1 + self.n_threads.fetch_add(1, Ordering::Relaxed);
-        let parts = Part::ALL.len();
+        let place = phase::Place::new(self.n_threads.fetch_add(1, Ordering::Relaxed));
         for (idx, phase) in self.phases.iter().enumerate() {
-            let (layer, part) = (idx / parts, Part::ALL[idx % parts]);
-            let n_tasks = self.n_tasks(layer, part);
-            let n_threads = n_threads.max(self.n_threads.load(Ordering::Relaxed));
-            while let Some(tasks) = phase.take(n_tasks, n_threads) {
-                for task in tasks.clone() {
-                    // SAFETY: the task is this thread's; the parts before are over.
-                    unsafe { self.run(layer, part, task) }
-                }
-                phase.done(&tasks);
+            let n_tasks = self.n_tasks(idx);
+            while let Some(task) = phase.take(n_tasks, place.end()) {
+                let n_threads = self.n_threads.load(Ordering::Relaxed);
+                let next = match place.next(task, n_threads, phase, n_tasks) {
+                    Some(next) => self.reads(idx, next),
+                    None => self.first_read(idx + 1, place),
+                };
+                // SAFETY: the task is this thread's; the parts before are over.
+                unsafe { self.run(idx, task, next.unwrap_or(std::ptr::null())) }
+                phase.done();
             }
             phase.wait(n_tasks);
         }
     }
 
+    /// Where in memory a task of a phase begins to read what nobody has read in
+    /// this step.
+    fn reads(&self, idx: usize, task: usize) -> Option<*const u8> {
+        let (layer, part) = Part::of(idx);
+        let packed = &self.layers.packed[layer];
+        Some(match part {
+            Part::AttentionNorm | Part::InnerNorm => return None,
+            Part::Qkv => packed.qkv.panel(task).cast(),
+            Part::Attend => self.heads[layer].keys(task).cast(),
+            Part::Project => packed.projection.panel(task).cast(),
+            Part::Expand => packed.expand.panel(task).cast(),
+            Part::Contract => packed.contract.panel(task).cast(),
+        })
+    }
+
+    /// Where a thread begins that comes to this phase.
+    fn first_read(&self, idx: usize, place: phase::Place) -> Option<*const u8> {
+        (idx..self.phases.len()).find_map(|idx| self.reads(idx, place.first(self.n_tasks(idx))?))
+    }
+
     /// Whether all layers are done. Then the rows are complete.
     fn is_done(&self) -> bool {
-        let last = self.layers.packed.len().checked_sub(1);
-        last.zip(self.phases.last()).is_none_or(|(layer, phase)| {
-            self.n_rows == 0 || phase.is_over(self.n_tasks(layer, Part::Contract))
-        })
+        let last = self.phases.len().checked_sub(1);
+        last.is_none_or(|idx| self.phases[idx].is_over(self.n_tasks(idx)))
     }
 
     /// What comes out of the last layer, `(sequences, length, width)`, once a
@@ -437,7 +475,8 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         Ok(())
     }
 
-    fn n_tasks(&self, layer: usize, part: Part) -> usize {
+    fn n_tasks(&self, idx: usize) -> usize {
+        let (layer, part) = Part::of(idx);
         if self.n_rows == 0 {
             return 0;
         }
@@ -453,19 +492,24 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         }
     }
 
+    /// Does a task of a phase; what lies at `next`, if anything does, is wanted
+    /// after it.
+    ///
     /// # Safety
-    /// The task is one of the part's, nobody else has it or had it, and all parts
+    /// The task is one of the phase's, nobody else has it or had it, and all phases
     /// before are over.
-    unsafe fn run(&self, layer: usize, part: Part, task: usize) {
+    unsafe fn run(&self, idx: usize, task: usize, next: *const u8) {
+        let (layer, part) = Part::of(idx);
         let heads = &self.heads[layer];
         let layer = &self.layers.packed[layer];
+        let task = Task { idx: task, next };
         // SAFETY: all places have as many rows as there are, and strides with room
         // for whole panels; the caller vouches for the task and the order.
         unsafe {
             match part {
                 Part::AttentionNorm => self.norm(&layer.attention_norm, task),
                 Part::Qkv => self.dense(&layer.qkv, task, self.normed, self.qkv, Finish::Set),
-                Part::Attend => heads.attend(task),
+                Part::Attend => heads.attend(task.idx, task.next),
                 Part::Project => {
                     self.dense(
                         &layer.projection,
@@ -489,7 +533,8 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
 
     /// # Safety
     /// As [`Step::run`].
-    unsafe fn norm(&self, weights: &[f32], row: usize) {
+    unsafe fn norm(&self, weights: &[f32], task: Task) {
+        let row = task.idx;
         let Sizes { width, epsilon, .. } = self.layers.sizes;
         // SAFETY: the row is this thread's.
         unsafe {
@@ -506,7 +551,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
 
     /// # Safety
     /// As [`Step::run`].
-    unsafe fn dense(&self, panels: &Panels<W>, idx: usize, from: Place, to: Place, finish: Finish) {
+    unsafe fn dense(&self, panels: &Panels<W>, task: Task, from: Place, to: Place, finish: Finish) {
         let rows = Rows {
             n: self.n_rows,
             input: from.floats,
@@ -516,6 +561,6 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         };
         // SAFETY: `with_kernel` has asked for the kernel; the panel is this
         // thread's, and with it these columns.
-        unsafe { panels.compute(idx, rows, finish) }
+        unsafe { panels.compute(task.idx, rows, finish, task.next) }
     }
 }

@@ -279,15 +279,23 @@ impl<K: Kept> CachedHeads<'_, K> {
         if length == 0 { 0 } else { batch * heads }
     }
 
-    /// Computes head `idx` of all sequences'.
+    /// Where the keys of head `idx` begin.
+    pub(crate) fn keys(&self, idx: usize) -> *const K {
+        let shape = self.attention.shape;
+        self.keys
+            .wrapping_add(idx * shape.capacity * shape.head_dim)
+    }
+
+    /// Computes head `idx` of all sequences', and asks for what lies at `next`,
+    /// which need not be valid.
     ///
     /// # Safety
     /// `idx` is below [`CachedHeads::len`], and no other thread has that head;
     /// there are as many rows as the shape says, whole, and until this returns
     /// nobody writes the head's part of them or reads that of the output.
-    pub(crate) unsafe fn attend(&self, idx: usize) {
+    pub(crate) unsafe fn attend(&self, idx: usize, next: *const u8) {
         // SAFETY: the caller vouches for the head and its rows.
-        let head = unsafe { self.head(idx) };
+        let head = unsafe { self.head(idx, next) };
         SCRATCH.with_borrow_mut(|scratch| {
             // SAFETY: the kernel is available, `with_kernel` has asked; the
             // head is this thread's.
@@ -305,7 +313,7 @@ impl<K: Kept> CachedHeads<'_, K> {
 
     /// # Safety
     /// As [`CachedHeads::attend`].
-    unsafe fn head(&self, idx: usize) -> CachedHead<K> {
+    unsafe fn head(&self, idx: usize, next: *const u8) -> CachedHead<K> {
         let CachedAttention { shape, scale, .. } = self.attention;
         let rows = self.rows;
         let width = shape.width();
@@ -329,6 +337,7 @@ impl<K: Kept> CachedHeads<'_, K> {
                 past: self.past[sequence],
                 length: shape.length,
                 scale_log2: scale * std::f32::consts::LOG2_E,
+                next,
             }
         }
     }
@@ -370,7 +379,7 @@ impl<K: Kept> CachedJob<'_, K> {
             }
             // SAFETY: the head is this thread's; `job` has checked the lengths of
             // the rows, which the job borrows.
-            unsafe { self.heads.attend(idx) }
+            unsafe { self.heads.attend(idx, self.heads.keys(idx + 1).cast()) }
         }
     }
 }

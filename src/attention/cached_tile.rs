@@ -48,6 +48,8 @@ pub(super) struct CachedHead<K> {
     pub length: usize,
     /// What scores are multiplied with, times log2(e). Above zero.
     pub scale_log2: f32,
+    /// What the thread reads next, to be asked for. It need not be there.
+    pub next: *const u8,
 }
 
 /// Appends the new tokens and computes their output, `QUERIES` at a time while
@@ -310,8 +312,14 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
             let mut sums = [[V::splat(0.0); N]; Q];
             // What all tokens see.
             let n_common = self.head.past + self.first + 1;
+            // Where that is beyond them, what comes next is asked for.
+            let row = self.head.head_dim * size_of::<K>();
+            let last = n_common.saturating_sub(AHEAD / row);
+            let to_next = (self.head.next.addr())
+                .wrapping_sub(self.head.values.addr().wrapping_add(last * row));
             for position in 0..n_common {
-                let v = self.load::<V, N>(position, d, lanes);
+                let ahead = if position < last { AHEAD } else { to_next };
+                let v = self.load::<V, N>(position, d, lanes, ahead);
                 for i in 0..Q {
                     let p = V::splat(*self.scores.add(i * self.stride + position));
                     for j in 0..N {
@@ -322,7 +330,7 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
             // What only the later ones do: no token touches what it may not see.
             for i in 0..Q {
                 for position in n_common..n_common + i {
-                    let v = self.load::<V, N>(position, d, lanes);
+                    let v = self.load::<V, N>(position, d, lanes, 0);
                     let p = V::splat(*self.scores.add(i * self.stride + position));
                     for j in 0..N {
                         sums[i][j] = v[j].mul_add(p, sums[i][j]);
@@ -343,8 +351,9 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
         }
     }
 
-    /// The values of a position that [`Mix::tile`] adds up. Not a closure there:
-    /// those are compiled without the instructions of their surroundings.
+    /// The values of a position that [`Mix::tile`] adds up; what lies so many
+    /// bytes ahead is asked for. Not a closure there: those are compiled without
+    /// the instructions of their surroundings.
     ///
     /// # Safety
     /// As [`Mix::tile`], and a token sees the position.
@@ -354,6 +363,7 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
         position: usize,
         d: usize,
         lanes: usize,
+        ahead: usize,
     ) -> [V; N] {
         // SAFETY: the position is within the cache, and the caller vouches for
         // the dimensions.
@@ -364,7 +374,7 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
                 let at = row.cast_const().add(j * V::LANES);
                 // Once a line, where rows are lines.
                 if Q == 1 && (j * V::LANES).is_multiple_of(K::PER_LINE) {
-                    V::prefetch_far(at.wrapping_byte_add(AHEAD));
+                    V::prefetch_far(at.wrapping_byte_add(ahead));
                 }
                 v[j] = if j + 1 == N && lanes < V::LANES {
                     K::load_partial(at, lanes)

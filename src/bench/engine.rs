@@ -195,7 +195,7 @@ fn measure(
         flags.seed,
     );
     let mut graphs = graphs(loaded);
-    let mut generate = steps(loaded);
+    let mut generate = steps(args, loaded)?;
     prefill(loaded, &generate)?;
     let share = args.seconds.div_f64(f64::from(args.rounds));
     let mut products = Vec::new();
@@ -318,16 +318,26 @@ fn graphs(loaded: &Loaded) -> Vec<Measured> {
         .collect()
 }
 
-/// One, two, four and so on up to all sequences, each at the beginning, in the
-/// middle and at the end of an image.
-fn steps(loaded: &Loaded) -> Vec<Stepped> {
+/// One, two, four and so on up to all sequences, each after as many tokens as was
+/// asked for, or at the beginning, in the middle and at the end of an image.
+fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
     let Some(sequences) = loaded.engine.facts().sequences else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
     let last = loaded.model.positions() - 1;
-    let mut pasts = vec![1.min(last), last.div_ceil(2), last];
+    let mut pasts: Vec<usize> = args
+        .generate_pasts
+        .iter()
+        .map(|past| usize::from(*past))
+        .collect();
+    if let Some(past) = pasts.iter().find(|past| **past > last) {
+        anyhow::bail!("--generate-pasts: an image has {last} tokens before its last, not {past}");
+    }
+    if pasts.is_empty() {
+        pasts = vec![1.min(last), last.div_ceil(2), last];
+    }
     pasts.dedup();
-    Buckets::powers_of_two(sequences.n_slots)
+    let steps = Buckets::powers_of_two(sequences.n_slots)
         .iter()
         .flat_map(|slots| {
             pasts.iter().map(move |&past| Stepped {
@@ -339,7 +349,8 @@ fn steps(loaded: &Loaded) -> Vec<Stepped> {
                 times: Vec::new(),
             })
         })
-        .collect()
+        .collect();
+    Ok(steps)
 }
 
 /// Sequences that get keys and values one by one where they cannot be copied.

@@ -76,11 +76,12 @@ pub(super) enum Finish {
     Activate(Activation),
 }
 
-/// Floats in a panel's row: two vectors.
+/// Floats in a panel's row: so many vectors that there are enough sums for the
+/// CPU to have something to do while one is added to, and registers for all.
 pub(super) fn panel_width(kernel: Kernel) -> usize {
     match kernel {
         Kernel::Portable => 8,
-        Kernel::Avx2 => 16,
+        Kernel::Avx2 => 24,
         _ => 32,
     }
 }
@@ -160,23 +161,33 @@ impl<W: Weight> Panels<W> {
         self.outputs.div_ceil(panel_width(self.kernel))
     }
 
-    /// Computes the columns of panel `idx` in all rows.
+    /// Where a panel begins.
+    ///
+    /// # Panics
+    /// If there is none of this number.
+    pub(super) fn panel(&self, idx: usize) -> *const W {
+        let len = panel_width(self.kernel) * self.inputs;
+        self.pages.numbers()[idx * len..][..len].as_ptr()
+    }
+
+    /// Computes the columns of panel `idx` in all rows, and asks for what lies at
+    /// `next`, which need not be valid.
     ///
     /// # Safety
     /// The kernel is available and `idx` below [`Panels::len`]; `rows` are so
     /// many, with all inputs and with room for whole panels; until this returns
     /// nobody writes the inputs, and nobody else has these columns of the output.
-    pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish) {
+    pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish, next: *const u8) {
         let width = panel_width(self.kernel);
         let most = tile_rows(self.kernel);
         let first = idx * width;
-        let weights = self.pages.numbers()[first * self.inputs..].as_ptr();
+        let panel = self.panel(idx);
         let from =
             |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
+        let n_tiles = rows.n.div_ceil(most);
         let mut row = 0;
         while row < rows.n {
             let n = tile_of(rows.n - row, most);
-            let ahead = Ahead::of::<W>(rows.n.div_ceil(most), row / most, self.inputs, width);
             // SAFETY: the caller vouches for the rows, of which these are some,
             // and for the instructions; the panel is there.
             unsafe {
@@ -184,8 +195,8 @@ impl<W: Weight> Panels<W> {
                     rows: rows.input.add(row * rows.input_stride),
                     row_stride: rows.input_stride,
                     inputs: self.inputs,
-                    panel: weights,
-                    ahead,
+                    panel,
+                    ahead: Ahead::of(n_tiles, row / most, self.inputs, width, next),
                     scales: from(&self.scales),
                     bias: from(&self.bias),
                     output: rows.output.add(row * rows.output_stride + first),
@@ -197,7 +208,7 @@ impl<W: Weight> Panels<W> {
                     Kernel::Avx2 => tile::avx2(&tile, n),
                     #[cfg(target_arch = "x86_64")]
                     Kernel::Avx512 => tile::avx512(&tile, n),
-                    _ => tile.compute_rows::<Portable>(n),
+                    _ => tile.compute_rows::<Portable, 2>(n),
                 }
             }
             row += n;

@@ -6,20 +6,88 @@
 //! late, or never, as those of a pool do.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Looks before a thread that waits lets another run: a few microseconds, longer
 /// than tasks of equal length end apart. Then the other may have lost its core.
 const LOOKS: u32 = 512;
 
+/// From which end a thread takes tasks. What they read lies in their order, so a
+/// thread that goes on where it is reads on, and knows what it will read next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Front,
+    Back,
+}
+
+/// A thread's place among all that have come: half of them begin at each end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    end: End,
+    /// Threads at this end that came before.
+    before: usize,
+}
+
+impl Place {
+    pub(super) fn new(idx: usize) -> Self {
+        Self {
+            end: if idx.is_multiple_of(2) {
+                End::Front
+            } else {
+                End::Back
+            },
+            before: idx / 2,
+        }
+    }
+
+    /// Where it takes its tasks.
+    pub(super) fn end(self) -> End {
+        self.end
+    }
+
+    /// The task that it takes first, if no thread is much faster than others.
+    pub(super) fn first(self, n_tasks: usize) -> Option<usize> {
+        let others_after = n_tasks.checked_sub(self.before + 1)?;
+        Some(match self.end {
+            End::Front => self.before,
+            End::Back => others_after,
+        })
+    }
+
+    /// And the one after a task that it has taken, of `n_threads`; none if that is
+    /// not left.
+    pub(super) fn next(
+        self,
+        task: usize,
+        n_threads: usize,
+        phase: &Phase,
+        n_tasks: usize,
+    ) -> Option<usize> {
+        // So many take one meanwhile at this end.
+        let step = match self.end {
+            End::Front => n_threads.div_ceil(2),
+            End::Back => n_threads / 2,
+        };
+        let next = match self.end {
+            End::Front => task.checked_add(step),
+            End::Back => task.checked_sub(step),
+        };
+        next.filter(|next| phase.left(n_tasks).contains(next))
+    }
+}
+
 /// One part. On lines of its own, since all threads write it.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(super) struct Phase {
-    /// The first task that nobody has begun.
-    next: AtomicUsize,
+    /// How many were begun at the back, in the upper half, and at the front; in
+    /// the end more than there are, by as many as there are threads.
+    begun: AtomicU64,
     n_done: AtomicUsize,
 }
+
+/// One begun at the back.
+const AT_BACK: u64 = 1 << 32;
 
 impl Phase {
     /// Ready to begin again.
@@ -27,31 +95,29 @@ impl Phase {
         *self = Self::default();
     }
 
-    /// Tasks for a thread to do, one after the other; many while many are left,
-    /// so that what they read is in one piece, and one by one in the end, so that
-    /// all threads end together. None if all are begun.
-    pub(super) fn take(&self, n_tasks: usize, n_threads: usize) -> Option<Range<usize>> {
-        let mut first = self.next.load(Ordering::Relaxed);
-        while first < n_tasks {
-            let n = ((n_tasks - first) / (2 * n_threads.max(1))).max(1);
-            // Nothing is passed from thread to thread through this counter.
-            match self.next.compare_exchange_weak(
-                first,
-                first + n,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return Some(first..first + n),
-                Err(now) => first = now,
-            }
+    /// A task to do, the next one at this end; none if all are begun.
+    pub(super) fn take(&self, n_tasks: usize, end: End) -> Option<usize> {
+        let one = match end {
+            End::Front => 1,
+            End::Back => AT_BACK,
+        };
+        // Nothing is passed from thread to thread through this counter.
+        let mut left = left(self.begun.fetch_add(one, Ordering::Relaxed), n_tasks);
+        match end {
+            End::Front => left.next(),
+            End::Back => left.next_back(),
         }
-        None
     }
 
-    /// Tasks that were taken are done. What they wrote can be seen by whoever
-    /// finds the phase over.
-    pub(super) fn done(&self, tasks: &Range<usize>) {
-        self.n_done.fetch_add(tasks.len(), Ordering::Release);
+    /// Tasks that nobody has begun.
+    fn left(&self, n_tasks: usize) -> Range<usize> {
+        left(self.begun.load(Ordering::Relaxed), n_tasks)
+    }
+
+    /// A task that was taken is done. What it wrote can be seen by whoever finds
+    /// the phase over.
+    pub(super) fn done(&self) {
+        self.n_done.fetch_add(1, Ordering::Release);
     }
 
     pub(super) fn is_over(&self, n_tasks: usize) -> bool {
@@ -72,6 +138,11 @@ impl Phase {
     }
 }
 
+fn left(begun: u64, n_tasks: usize) -> Range<usize> {
+    let n = |begun| usize::try_from(begun).unwrap_or(usize::MAX);
+    n(begun % AT_BACK)..n_tasks.saturating_sub(n(begun / AT_BACK))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,16 +153,15 @@ mod tests {
         let phases: Vec<Phase> = (0..5).map(|_| Phase::default()).collect();
         let runs: Vec<AtomicUsize> = (0..5 * N_TASKS).map(|_| AtomicUsize::new(0)).collect();
         std::thread::scope(|scope| {
-            for _ in 0..3 {
-                scope.spawn(|| {
-                    for (idx, phase) in phases.iter().enumerate() {
-                        while let Some(tasks) = phase.take(N_TASKS, 3) {
-                            for task in tasks.clone() {
-                                let before = runs[..idx * N_TASKS].iter();
-                                assert!(before.map(|n| n.load(Ordering::Relaxed)).all(|n| n == 1));
-                                runs[idx * N_TASKS + task].fetch_add(1, Ordering::Relaxed);
-                            }
-                            phase.done(&tasks);
+            for idx in 0..3 {
+                let (phases, runs) = (&phases, &runs);
+                scope.spawn(move || {
+                    for (idx_phase, phase) in phases.iter().enumerate() {
+                        while let Some(task) = phase.take(N_TASKS, Place::new(idx).end) {
+                            let before = runs[..idx_phase * N_TASKS].iter();
+                            assert!(before.map(|n| n.load(Ordering::Relaxed)).all(|n| n == 1));
+                            runs[idx_phase * N_TASKS + task].fetch_add(1, Ordering::Relaxed);
+                            phase.done();
                         }
                         phase.wait(N_TASKS);
                     }
@@ -106,12 +176,40 @@ mod tests {
     fn one_thread_does_all_and_a_late_one_finds_nothing() {
         let phase = Phase::default();
         let mut taken = Vec::new();
-        while let Some(tasks) = phase.take(10, 1) {
-            taken.extend(tasks.clone());
-            phase.done(&tasks);
+        while let Some(task) = phase.take(10, End::Back) {
+            taken.push(task);
+            phase.done();
         }
-        assert_eq!(taken, (0..10).collect::<Vec<_>>());
+        assert_eq!(taken, (0..10).rev().collect::<Vec<_>>());
         phase.wait(10);
-        assert_eq!(phase.take(10, 1), None);
+        assert_eq!(phase.take(10, End::Front), None);
+    }
+
+    #[test]
+    fn threads_in_step_take_what_they_expect() {
+        const N_TASKS: usize = 10;
+        for n_threads in 1..=4 {
+            let places: Vec<Place> = (0..n_threads).map(Place::new).collect();
+            let phase = Phase::default();
+            let mut expected: Vec<_> = places.iter().map(|place| place.first(N_TASKS)).collect();
+            let mut n_taken = 0;
+            'all: loop {
+                let mut taken = Vec::new();
+                for (place, expected) in places.iter().zip(&expected) {
+                    let Some(task) = phase.take(N_TASKS, place.end) else {
+                        break 'all;
+                    };
+                    assert_eq!(Some(task), *expected, "{n_threads} threads");
+                    n_taken += 1;
+                    taken.push(task);
+                }
+                expected = (places.iter().zip(taken))
+                    .map(|(place, task)| place.next(task, n_threads, &phase, N_TASKS))
+                    .collect();
+            }
+            assert_eq!(n_taken, N_TASKS);
+        }
+        assert_eq!(Place::new(1).first(1), Some(0));
+        assert_eq!(Place::new(2).first(1), None);
     }
 }

@@ -421,7 +421,7 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
         output_stride: PANEL_WIDTH_MAX,
     };
     // SAFETY: the kernel is available, and there is room for a panel in each row.
-    unsafe { panels.compute(0, rows, Finish::Activate(activation)) };
+    unsafe { panels.compute(0, rows, Finish::Activate(activation), std::ptr::null()) };
     output.iter().step_by(PANEL_WIDTH_MAX).copied().collect()
 }
 

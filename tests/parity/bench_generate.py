@@ -4,13 +4,16 @@
 
 WORK_FOLDER holds imagegpt-small's architecture with random weights: `small` as
 transformers saves it, `fp32` and `int8` compiled. For 1, 4, 8 and 16 sequences
-at a past of about 1, 512 and 1023 tokens it prints the tokens a second of
+at the beginning, in the middle and at the end of an image it prints the tokens a
+second of
 
-- transformers' forward with a cache of that length, two threads;
-- the decode graph alone, in the loop of `imagegpt bench engine`, at a past of 1,
-  512 and 1023 (Python does not have the worker's own operators);
 - the worker, through gRPC: as many calls as sequences, which begin with the
-  tokens of their past, over the 64 tokens between two rows;
+  tokens of their past, over two rows of 32 tokens: 32 to 95, 512 to 575 and 960
+  to 1023;
+- transformers' forward with a cache of as many tokens as there are before the
+  middle of those two rows, two threads;
+- the decode graph alone at the same past, in the loop of `imagegpt bench engine`
+  (Python does not have the worker's own operators);
 
 medians of ROUNDS rounds (5), in each of which all are measured one after the
 other, and the fraction of the roofline: the bytes that a step must read, weights and
@@ -41,8 +44,9 @@ SEQUENCES = [int(n) for n in os.environ.get("SEQUENCES", "1 4 8 16").split()]
 PRECISIONS = os.environ.get("PRECISIONS", "fp32 int8").split()
 LAYERS, HEADS, HEAD_DIM, SIDE, COLORS = 24, 8, 64, 32, 512
 POSITIONS = SIDE * SIDE
-# The row whose end begins the measurement; it takes two rows.
-ROWS = {1: 0, 512: 15, 1023: 29}
+# The row whose end begins the measurement, of two rows, by the tokens before their
+# middle.
+ROWS = {64: 0, 544: 15, 992: 29}
 PORT, METRICS_PORT = 50154, 9194
 
 
@@ -75,6 +79,7 @@ def bare_loop(program: str, folder: Path, n: int) -> dict[int, float]:
         subprocess.run(
             [program, "bench", "engine", "--model", str(folder), "--execution-provider", "cpu"]
             + ["--graphs", "generate", "--generate-slots", str(n), "--rounds", "1", "--json", str(path)]
+            + ["--generate-pasts", ",".join(map(str, ROWS))]
             + ["--serve", f"--generate-cache-bytes 4GiB --intra-op-threads {THREADS}"],
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
@@ -162,15 +167,13 @@ def main() -> None:
             for past in ROWS:
                 rates = [[], [], []]
                 for round in range(ROUNDS):
-                    # Middle of what the worker is measured over.
-                    middle = min((ROWS[past] + 2) * SIDE, POSITIONS - 1)
-                    rates[0].append(reference.rate(n, min(middle, POSITIONS - 3)))
+                    rates[0].append(reference.rate(n, past))
                     rates[1].append(loops[round][past])
                     rates[2].append(worker.rate(past))
                 theirs, bare, ours = (median(values) for values in rates)
                 # Steps in int8 keep the past in bfloat16.
                 cached = 4 if precision == "fp32" else 2
-                bytes_read = weights + n * middle * LAYERS * 2 * HEADS * HEAD_DIM * cached
+                bytes_read = weights + n * past * LAYERS * 2 * HEADS * HEAD_DIM * cached
                 roofline = bytes_read / read / (n / ours)
                 print(f"{precision:>5} {n:>4} {past:>5} {theirs:>12.1f} {bare:>7.1f} {ours:>7.1f}   "
                       f"{ours / theirs:>7.2f}x {ours / bare:>9.0%} {roofline:>11.0%}", flush=True)

@@ -67,6 +67,16 @@ pub struct EngineArgs {
     )]
     pub generate_slots: u16,
 
+    /// Tokens before the one that a step adds to each image [default: 1, half of
+    /// an image, all but its last]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "N[,N]",
+        value_parser = clap::value_parser!(u16).range(0..=4096)
+    )]
+    pub generate_pasts: Vec<u16>,
+
     /// How often everything takes its turn
     #[arg(
         long,

@@ -129,7 +129,7 @@ impl<W: Tested> Call<W> {
                 }
                 // SAFETY: the kernel is available, the panel this thread's, and
                 // the rows have room for whole panels.
-                unsafe { panels.compute(panel, rows, finish) }
+                unsafe { panels.compute(panel, rows, finish, std::ptr::null()) }
             }
         };
         std::thread::scope(|scope| {

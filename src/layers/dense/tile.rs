@@ -11,40 +11,45 @@
 use super::{Finish, Weight};
 use crate::vector::Vector;
 
-/// Vectors in a row of a panel.
-const VECTORS: usize = 2;
-
 /// How far ahead of its use a line of weights is asked for. A few hundred
 /// nanoseconds at the speed of memory; the processor's own prefetching stops at
 /// every page.
 const AHEAD: usize = 2048;
 
-/// Which weights are asked for while others are used.
+/// Which weights are asked for while others are used. What comes after the panel
+/// need not be there.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Ahead {
-    /// Those that the tile itself comes to.
-    Own,
+pub(super) enum Ahead<W> {
+    /// Those that the tile itself comes to, then the first of the next panel.
+    Own { next: *const W },
     /// With several tiles a panel passes through, all but the first find it in
     /// the cache and leave memory idle; so each asks for a part of the next one.
     Next {
-        /// Weights from the tile's first one to the first that it asks for.
-        first: usize,
-        /// Weights further that it asks for with each input.
+        from: *const W,
+        /// Weights further with each input.
         step: usize,
     },
 }
 
-impl Ahead {
-    /// For tile `idx` of so many over a panel of so many rows of weights. Of 8
-    /// bits there are so few that memory is not what tiles wait for.
-    pub(super) fn of<W: Weight>(n_tiles: usize, idx: usize, inputs: usize, width: usize) -> Self {
+impl<W: Weight> Ahead<W> {
+    /// For tile `idx` of so many over a panel of so many rows of weights. Of 8 bits
+    /// there are so few that memory is not what several tiles wait for.
+    pub(super) fn of(
+        n_tiles: usize,
+        idx: usize,
+        inputs: usize,
+        width: usize,
+        next: *const u8,
+    ) -> Self {
+        let next = next.cast();
+        let step = width.div_ceil(n_tiles);
         if n_tiles < 2 || size_of::<W>() == 1 {
-            return Self::Own;
-        }
-        let step = width / n_tiles;
-        Self::Next {
-            first: inputs * (width + idx * step),
-            step,
+            Self::Own { next }
+        } else {
+            Self::Next {
+                from: next.wrapping_add(idx * inputs * step),
+                step,
+            }
         }
     }
 }
@@ -56,9 +61,9 @@ pub(super) struct Tile<W> {
     /// each other out of the cache.
     pub(super) row_stride: usize,
     pub(super) inputs: usize,
-    /// Of each input, [`VECTORS`] vectors.
+    /// A row of it for each input.
     pub(super) panel: *const W,
-    pub(super) ahead: Ahead,
+    pub(super) ahead: Ahead<W>,
     /// These are as wide as the panel.
     pub(super) scales: Option<*const f32>,
     pub(super) bias: Option<*const f32>,
@@ -73,7 +78,7 @@ pub(super) struct Tile<W> {
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2<W: Weight>(tile: &Tile<W>, n_rows: usize) {
     // SAFETY: the caller vouches for all of it.
-    unsafe { tile.compute_rows::<crate::vector::avx2::Avx2>(n_rows) }
+    unsafe { tile.compute_rows::<crate::vector::avx2::Avx2, 3>(n_rows) }
 }
 
 /// # Safety
@@ -82,21 +87,21 @@ pub(super) unsafe fn avx2<W: Weight>(tile: &Tile<W>, n_rows: usize) {
 #[target_feature(enable = "avx512f,avx512dq")]
 pub(super) unsafe fn avx512<W: Weight>(tile: &Tile<W>, n_rows: usize) {
     // SAFETY: the caller vouches for all of it.
-    unsafe { tile.compute_rows::<crate::vector::avx512::Avx512>(n_rows) }
+    unsafe { tile.compute_rows::<crate::vector::avx512::Avx512, 2>(n_rows) }
 }
 
 impl<W: Weight> Tile<W> {
     /// # Safety
     /// As [`Tile::compute`]; `n` is 1, 2, 4 or 8.
     #[inline(always)]
-    pub(super) unsafe fn compute_rows<V: Vector>(&self, n: usize) {
+    pub(super) unsafe fn compute_rows<V: Vector, const VECTORS: usize>(&self, n: usize) {
         // SAFETY: the caller vouches for the rows.
         unsafe {
             match n {
-                8 => self.compute::<V, 8>(),
-                4 => self.compute::<V, 4>(),
-                2 => self.compute::<V, 2>(),
-                _ => self.compute::<V, 1>(),
+                8 => self.compute::<V, VECTORS, 8>(),
+                4 => self.compute::<V, VECTORS, 4>(),
+                2 => self.compute::<V, VECTORS, 2>(),
+                _ => self.compute::<V, VECTORS, 1>(),
             }
         }
     }
@@ -106,24 +111,33 @@ impl<W: Weight> Tile<W> {
     /// `VECTORS` vectors of `V` for each input; scales, bias and each row of the
     /// output are as wide; and nobody else has these columns of the output.
     #[inline(always)]
-    unsafe fn compute<V: Vector, const R: usize>(&self) {
+    unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
+        let n_lines = (VECTORS * V::LANES).div_ceil(W::PER_LINE);
+        let n_ahead = AHEAD / size_of::<W>() / (VECTORS * V::LANES);
+        let n_own = self.inputs.saturating_sub(n_ahead);
+        let mut ahead = self.panel.wrapping_add(n_ahead * VECTORS * V::LANES);
         let (mut rows, mut panel) = (self.rows, self.panel);
         // SAFETY: as many inputs as the caller vouches for.
         unsafe {
             let mut sums = [[V::splat(0.0); VECTORS]; R];
             for input in 0..self.inputs {
+                match self.ahead {
+                    Ahead::Own { next } => {
+                        if input == n_own {
+                            ahead = next;
+                        }
+                        for line in 0..n_lines {
+                            V::prefetch(ahead.wrapping_add(line * W::PER_LINE));
+                        }
+                        ahead = ahead.wrapping_add(VECTORS * V::LANES);
+                    }
+                    Ahead::Next { from, step } => {
+                        V::prefetch_far(from.wrapping_add(input * step));
+                    }
+                }
                 let mut weights = [V::splat(0.0); VECTORS];
                 for (j, weights) in weights.iter_mut().enumerate() {
-                    let at = panel.add(j * V::LANES);
-                    // Once a line.
-                    let is_line = ((input * VECTORS + j) * V::LANES).is_multiple_of(W::PER_LINE);
-                    if is_line && matches!(self.ahead, Ahead::Own) {
-                        V::prefetch(at.wrapping_byte_add(AHEAD));
-                    }
-                    *weights = W::load(at);
-                }
-                if let Ahead::Next { first, step } = self.ahead {
-                    V::prefetch_far(self.panel.wrapping_add(first + input * step));
+                    *weights = W::load(panel.add(j * V::LANES));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = V::splat(*rows.add(i * self.row_stride));
