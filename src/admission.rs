@@ -238,7 +238,8 @@ impl Admission {
     /// [`Error::NeverFits`] when there never is.
     pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
-        fits(&self.bytes, item.class, item.bytes, what, flag)?;
+        // Whoever waits has only what bulk work has too.
+        fits(&self.bytes, Class::Bulk, item.bytes, what, flag)?;
         // Always in this order, and whoever holds both is in the line and
         // ends: so nobody waits for somebody who waits. Bytes first: they come
         // back when readers take their answers, which may be never, and an
@@ -578,6 +579,10 @@ mod tests {
         queue.next().expect("a job").ticket.finish(Err(Error::Lost));
         assert!(waiting.await.is_ok());
         let error = admission.submit_when_room(item(76)).await;
+        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+        let mut interactive = item(76);
+        interactive.class = Class::Interactive;
+        let error = admission.submit_when_room(interactive).await;
         assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
     }
 

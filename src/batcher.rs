@@ -53,7 +53,8 @@ pub(crate) enum Arrival {
 /// about a tenth of a millisecond.
 const PUSHED_AT_ONCE: usize = 64;
 
-/// Deadlines within this of each other are dealt with at one time.
+/// Deadlines within this of each other are dealt with at one time, and so are
+/// callers that go: finding them takes as long as many wait.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
 /// The batcher's ends of its channels.
@@ -112,12 +113,18 @@ impl Batcher {
     }
 }
 
-/// Hangs up on the engines, however the batcher's thread ends.
+/// Hangs up on the engines, however the batcher's thread ends. If it ends before
+/// its time, whoever waits is told; who is still in its channels is lost with
+/// them, and told that.
 struct HangUp<'a>(&'a Batcher);
 
 impl Drop for HangUp<'_> {
     fn drop(&mut self) {
-        self.0.lock().engines.hang_up();
+        let mut state = self.0.lock();
+        state.engines.hang_up();
+        if std::thread::panicking() {
+            state.refuse_all();
+        }
     }
 }
 
@@ -134,6 +141,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
         }
     };
     let mut draining = false;
+    let (mut swept, mut sweep_at) = (None, None);
     let mut outlook = batcher.lock().look();
     loop {
         let wake = match outlook {
@@ -141,7 +149,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
                 // Of runs that ended since this thread looked last.
                 return channels.notices.try_iter().for_each(pay);
             }
-            Outlook::At(wake) => wake,
+            Outlook::At(wake) => earlier(wake, sweep_at),
         };
         let event = match wait(channels, draining, wake) {
             // Without the lock, for which an engine may wait.
@@ -169,7 +177,10 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
                     return refuse_arrivals(channels);
                 }
             }
-            Event::Bell => state.sweep(Instant::now()),
+            Event::Bell => {
+                let soonest = swept.map(|at: Instant| at + TIMER_GRAIN);
+                sweep_at = soonest.or_else(|| Some(Instant::now()));
+            }
             Event::NoMoreJobs => {
                 draining = true;
                 state.draining = true;
@@ -180,6 +191,11 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
                 return refuse_arrivals(channels);
             }
             Event::Notice(Notice::Free | Notice::Ran(_)) | Event::Tick => {}
+        }
+        let now = Instant::now();
+        if sweep_at.is_some_and(|at| at <= now) {
+            state.sweep(now);
+            (swept, sweep_at) = (Some(now), None);
         }
         outlook = state.look();
     }

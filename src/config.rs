@@ -630,9 +630,18 @@ impl ServeConfig {
                 limits.request_bytes_max, limits.response_bytes_max, limits.bytes_in_flight_max
             ));
         }
+        // A call's bytes are taken as one permit of 32 bits.
+        if one_call > u64::from(u32::MAX) {
+            return refuse(format!(
+                "--request-bytes-max {} and four times --response-bytes-max {} are over {}, the \
+                 most that is counted for one call; lower one of them",
+                limits.request_bytes_max,
+                limits.response_bytes_max,
+                ByteSize(1 << 32)
+            ));
+        }
         for (flag, size, max) in [
             ("--bytes-in-flight-max", limits.bytes_in_flight_max, 1 << 40),
-            // A call's bytes are taken as one permit of 32 bits.
             ("--request-bytes-max", limits.request_bytes_max, 1 << 31),
             ("--response-bytes-max", limits.response_bytes_max, 1 << 31),
             ("--image-bytes-max", limits.image_bytes_max, 1 << 31),
@@ -778,6 +787,17 @@ mod tests {
         check(
             &["--bytes-in-flight-max", "10MiB"],
             "are over --bytes-in-flight-max 10.0 MiB",
+        );
+        check(
+            &[
+                "--request-bytes-max",
+                "1GiB",
+                "--response-bytes-max",
+                "1GiB",
+                "--bytes-in-flight-max",
+                "8GiB",
+            ],
+            "--request-bytes-max 1.0 GiB and four times --response-bytes-max 1.0 GiB are over 4.0 GiB",
         );
         check(
             &["--request-bytes-max", "10"],

@@ -87,7 +87,7 @@ impl Pool {
         Some(share)
     }
 
-    /// `n`, once they are there. Pends for ever for more than there are.
+    /// `n`, once they are there. Pends for ever for more than bulk work can have.
     pub async fn take(&self, class: Class, n: usize) -> Share {
         if let Some(share) = self.try_take(class, n) {
             return share;

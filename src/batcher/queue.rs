@@ -65,8 +65,8 @@ pub struct Queue<T> {
 #[derive(Debug)]
 struct Entries<T> {
     by_rank: BTreeMap<Rank, Entry<T>>,
-    /// By order of arrival.
-    by_age: BTreeMap<u64, Rank>,
+    /// By order of arrival; an entry that was moved has a later number.
+    by_age: BTreeMap<(Instant, u64), Rank>,
 }
 
 impl<T> Default for Queue<T> {
@@ -122,8 +122,8 @@ impl<T> Queue<T> {
             by_rank: BTreeMap::new(),
             by_age: BTreeMap::new(),
         });
+        lane.by_age.insert((entry.arrived, rank.seq), rank);
         lane.by_rank.insert(rank, entry);
-        lane.by_age.insert(rank.seq, rank);
         place
     }
 
@@ -131,7 +131,7 @@ impl<T> Queue<T> {
     pub fn remove(&mut self, place: &Place) -> Option<Entry<T>> {
         let lane = self.lanes.get_mut(&(place.class, place.graph))?;
         let entry = lane.by_rank.remove(&place.rank)?;
-        lane.by_age.remove(&place.rank.seq);
+        lane.by_age.remove(&(entry.arrived, place.rank.seq));
         if let Some(deadline) = entry.deadline {
             self.deadlines.remove(&(deadline, place.rank.seq));
         }
@@ -152,12 +152,12 @@ impl<T> Queue<T> {
             .iter()
             .filter_map(|(&(class, graph), entries)| {
                 let (&first, _) = entries.by_rank.first_key_value()?;
-                let (_, oldest) = entries.by_age.first_key_value()?;
+                let (&(oldest, _), _) = entries.by_age.first_key_value()?;
                 Some(Lane {
                     class,
                     graph,
                     len: entries.by_rank.len(),
-                    oldest: entries.by_rank.get(oldest)?.arrived,
+                    oldest,
                     first,
                 })
             })
@@ -277,6 +277,20 @@ mod tests {
             entry(1, late, Some(late + Duration::from_millis(1))),
         );
         assert_eq!(queue.pop(Bulk, GRAPH).map(|entry| entry.item), Some(0));
+    }
+
+    #[test]
+    fn the_oldest_stays_so_when_it_moves() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(1);
+        let mut queue = Queue::default();
+        let first = queue.push(Bulk, GRAPH, entry(1, start, None));
+        queue.push(Bulk, GRAPH, entry(2, later, None));
+        let moved = queue.remove(&first).expect("it waits");
+        queue.push(Bulk, GRAPH, moved);
+        assert_eq!(queue.lanes()[0].oldest, start);
+        assert_eq!(queue.pop(Bulk, GRAPH).map(|entry| entry.item), Some(1));
+        assert_eq!(queue.lanes()[0].oldest, later);
     }
 
     #[test]

@@ -432,10 +432,17 @@ impl<T> Scheduler<T> {
         };
         let rests: Vec<Duration> = self.engines.values().map(rest).collect();
         let largest = self.engines.values().map(|engine| engine.largest).max()?;
-        let ahead = self.queue.ahead(class, graph, now, Some(deadline));
-        let batches = u32::try_from(ahead / largest.max(1)).unwrap_or(u32::MAX);
         let each = self.pace.at_least(graph, largest, now).unwrap_or_default();
-        let needed = begins_in(&rests, each, batches) + own;
+        let needed = |ahead: usize| {
+            let batches = u32::try_from(ahead / largest.max(1)).unwrap_or(u32::MAX);
+            begins_in(&rests, each, batches) + own
+        };
+        // Counting those ahead takes as long as there are many, so only where it
+        // matters.
+        if now + needed(self.queue.len_in(class, graph)) <= deadline {
+            return None;
+        }
+        let needed = needed(self.queue.ahead(class, graph, now, Some(deadline)));
         (now + needed > deadline).then_some(needed)
     }
 

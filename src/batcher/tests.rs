@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Batcher, Channels, Line, Shared};
+use super::{Arrival, Batcher, Channels, HangUp, Line, Shared};
 use crate::admission::{DrainRate, Pool};
 use crate::cache::Cache;
 use crate::engine::devices::{Devices, Reports};
@@ -112,6 +112,24 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::thread::JoinH
     thread.spawn(body).expect("a thread")
 }
 
+fn policy(buckets: &Buckets) -> Policy {
+    Policy {
+        buckets: buckets.clone(),
+        max_queue_delay: Duration::from_micros(50),
+        bulk_share: 10,
+        bulk_wait_max: Duration::from_secs(1),
+    }
+}
+
+fn shared(metrics: &Metrics) -> Shared {
+    Shared {
+        cache: Cache::new(0),
+        drain: DrainRate::default(),
+        interactive_reserve: 25,
+        metrics: metrics.clone(),
+    }
+}
+
 fn start(scripts: Vec<Script>) -> Running {
     // As many as there are permits, and one that has none.
     let (jobs_in, jobs) = crossbeam_channel::bounded(257);
@@ -121,19 +139,8 @@ fn start(scripts: Vec<Script>) -> Running {
     let ids = (0..).take(scripts.len());
     let (reports, devices) = Reports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
-    let policy = Policy {
-        buckets: buckets.clone(),
-        max_queue_delay: Duration::from_micros(50),
-        bulk_share: 10,
-        bulk_wait_max: Duration::from_secs(1),
-    };
-    let drain = DrainRate::default();
-    let shared = Shared {
-        cache: Cache::new(0),
-        drain: drain.clone(),
-        interactive_reserve: 25,
-        metrics: metrics.clone(),
-    };
+    let (policy, shared) = (policy(&buckets), shared(&metrics));
+    let drain = shared.drain.clone();
     let (lines, ends): (Vec<_>, Vec<_>) = scripts.iter().map(|_| Line::new()).unzip();
     let batcher = Batcher::new(policy, lines, shared);
     let mut threads = Vec::new();
@@ -287,6 +294,22 @@ fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<b
         }
     };
     tokens.into_iter().map(ask).collect()
+}
+
+#[test]
+fn who_waits_when_the_batcher_panics_is_told() {
+    let metrics = Metrics::new().expect("metrics");
+    let policy = policy(&Buckets::powers_of_two(8));
+    let (line, _ends) = Line::new();
+    let batcher = Batcher::new(policy, vec![line], shared(&metrics));
+    let (waiting, mut outcome) = row(1);
+    batcher.lock().push(waiting);
+    let thread = spawn("batcher", move || {
+        let _hang_up = HangUp(&batcher);
+        panic!("as asked");
+    });
+    assert!(thread.join().is_err());
+    assert!(matches!(outcome.try_recv(), Ok(Err(Error::NotReady))));
 }
 
 #[test]
