@@ -14,8 +14,7 @@
 //! finite: an infinity or a NaN also spoils up to 63 positions before it, which
 //! are computed beside it and count it zero times.
 //!
-//! This module and its parts are the only code here that may be unsafe; what
-//! makes a call sound is checked in safe code by [`CausalAttention::job`].
+//! What makes a call sound is checked in safe code by [`CausalAttention::job`].
 #![expect(
     unsafe_code,
     reason = "hands disjoint parts of one output to several threads, and calls what the CPU was asked for"

@@ -57,6 +57,9 @@ const PUSHED_AT_ONCE: usize = 64;
 /// callers that go: finding them takes as long as many wait.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
+/// Times as long as a sweep takes nobody sweeps after it.
+const SWEEP_PAUSE: u32 = 9;
+
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
     /// From preprocessing.
@@ -83,9 +86,10 @@ pub(crate) struct Batcher(Arc<Mutex<State>>);
 
 impl Batcher {
     pub(crate) fn new(policy: Policy, engines: Vec<Line>, shared: Shared) -> Self {
+        let sequences = WaitingSequences::new(shared.interactive_reserve, policy.bulk_wait_max);
         Self(Arc::new(Mutex::new(State {
             scheduler: Scheduler::new(policy, engines.len()),
-            sequences: WaitingSequences::new(shared.interactive_reserve),
+            sequences,
             known: HashMap::new(),
             engines: Engines::new(engines),
             draining: false,
@@ -132,16 +136,16 @@ impl Drop for HangUp<'_> {
 /// waits has been handed on.
 pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     let _hang_up = HangUp(batcher);
-    let cache = batcher.lock().shared.cache.clone();
+    let remembered = Remembered::of(&batcher.lock().shared);
     let pay = |notice| {
         if let Notice::Ran(owed) = notice {
             for owed in owed {
-                owed.pay(&cache);
+                owed.pay(&remembered.cache);
             }
         }
     };
     let mut draining = false;
-    let (mut swept, mut sweep_at) = (None, None);
+    let (mut next_sweep, mut sweep_at) = (None, None);
     let mut outlook = batcher.lock().look();
     loop {
         let wake = match outlook {
@@ -151,7 +155,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
             }
             Outlook::At(wake) => earlier(wake, sweep_at),
         };
-        let event = match wait(channels, draining, wake) {
+        let mut event = match wait(channels, draining, wake) {
             // Without the lock, for which an engine may wait.
             Event::Notice(notice @ Notice::Ran(_)) => {
                 pay(notice);
@@ -159,16 +163,22 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
             }
             event => event,
         };
+        // Everything that has arrived by now belongs in the decision.
+        let mut jobs = Vec::new();
+        if let Event::Job(first) = event {
+            let others = channels.jobs.try_iter().take(PUSHED_AT_ONCE);
+            let all = std::iter::once(first).chain(others);
+            jobs.extend(all.filter_map(|job| remembered.answer(job)));
+            event = Event::Tick;
+        }
         let mut state = batcher.lock();
-        match event {
-            Event::Job(job) => {
+        if !jobs.is_empty() {
+            for job in jobs {
                 state.push(job);
-                // Everything that has arrived by now belongs in the decision.
-                for job in channels.jobs.try_iter().take(PUSHED_AT_ONCE) {
-                    state.push(job);
-                }
-                state.show();
             }
+            state.show();
+        }
+        match event {
             Event::Notice(Notice::Gone(device)) => {
                 state.gone(device);
                 if state.engines.is_empty() {
@@ -178,26 +188,69 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
                 }
             }
             Event::Bell => {
-                let soonest = swept.map(|at: Instant| at + TIMER_GRAIN);
-                sweep_at = soonest.or_else(|| Some(Instant::now()));
+                sweep_at = next_sweep.or_else(|| Some(Instant::now()));
             }
             Event::NoMoreJobs => {
                 draining = true;
                 state.draining = true;
+                // The bell is not listened to from here on, and may have rung.
+                sweep_at = Some(Instant::now());
             }
             Event::EnginesGone => {
                 state.refuse_all();
                 drop(state);
                 return refuse_arrivals(channels);
             }
-            Event::Notice(Notice::Free | Notice::Ran(_)) | Event::Tick => {}
+            Event::Notice(Notice::Free | Notice::Ran(_)) | Event::Job(_) | Event::Tick => {}
         }
         let now = Instant::now();
         if sweep_at.is_some_and(|at| at <= now) {
             state.sweep(now);
-            (swept, sweep_at) = (Some(now), None);
+            // A long one is not soon followed by another, or engines wait.
+            let took = now.elapsed();
+            next_sweep = Some(now + took + (took * SWEEP_PAUSE).max(TIMER_GRAIN));
+            sweep_at = None;
         }
         outlook = state.look();
+    }
+}
+
+/// Answers that need no run. They are given without the lock, since copying them
+/// takes a while.
+struct Remembered {
+    cache: Cache,
+    metrics: Metrics,
+}
+
+impl Remembered {
+    fn of(shared: &Shared) -> Self {
+        Self {
+            cache: shared.cache.clone(),
+            metrics: shared.metrics.clone(),
+        }
+    }
+
+    /// Answers what arrives, or gives it back.
+    fn answer(&self, arrival: Arrival) -> Option<Arrival> {
+        let Arrival::Row(mut job) = arrival else {
+            return Some(arrival);
+        };
+        let Work::Infer { want, .. } = job.work else {
+            return Some(Arrival::Row(job));
+        };
+        if !self.cache.is_on() || job.ticket.dead(Instant::now(), Stage::Queue).is_some() {
+            return Some(Arrival::Row(job));
+        }
+        let key = Key::new(want, job.payload);
+        let found = self.cache.get(&key);
+        self.metrics.cache(found.is_some());
+        let Some(values) = found else {
+            job.payload = key.tokens;
+            return Some(Arrival::Row(job));
+        };
+        let answer = Answer::of(want, &key.tokens, values.to_vec());
+        job.ticket.finish(Ok(answer));
+        None
     }
 }
 
@@ -383,13 +436,6 @@ impl State {
             return ticket.finish(Err(error));
         }
         let key = Key::new(want, job.payload);
-        if self.shared.cache.is_on() {
-            let found = self.shared.cache.get(&key);
-            metrics.cache(found.is_some());
-            if let Some(values) = found {
-                return ticket.finish(Ok(Answer::of(want, &key.tokens, values.to_vec())));
-            }
-        }
         let (class, deadline) = (ticket.class, ticket.deadline);
         if let Some(known) = self.known.get_mut(&key) {
             match known.crowd.join(ticket) {
@@ -556,7 +602,7 @@ impl State {
             pace.warmed(warm.graph, warm.bucket, warm.elapsed, now);
         }
         for ran in slot.runs {
-            pace.ran(ran.graph, ran.bucket, ran.n_rows, ran.elapsed, now);
+            pace.ran(ran.graph, ran.bucket, ran.images, ran.elapsed, now);
         }
         self.show_rate();
         if slot.largest < self.scheduler.largest(device) {

@@ -234,8 +234,7 @@ pub struct NetworkConfig {
     )]
     pub shutdown_grace_period: Duration,
 
-    /// Time between HTTP/2 pings to quiet clients; one that does not answer
-    /// within 20 s is cut off
+    /// Time between HTTP/2 pings to quiet clients
     #[arg(
         long,
         env = "IMAGEGPT_KEEPALIVE_INTERVAL",
@@ -244,6 +243,17 @@ pub struct NetworkConfig {
         value_parser = humantime::parse_duration
     )]
     pub keepalive_interval: Duration,
+
+    /// Time that a client may take to answer a ping; then its connection is
+    /// closed and its calls are given up
+    #[arg(
+        long,
+        env = "IMAGEGPT_KEEPALIVE_TIMEOUT",
+        default_value = "20s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub keepalive_timeout: Duration,
 
     /// Turn gRPC server reflection off
     #[arg(
@@ -654,55 +664,49 @@ impl ServeConfig {
                 ));
             }
         }
-        for (flag, time, min, max) in [
-            (
-                "--keepalive-interval",
-                self.network.keepalive_interval,
-                Duration::from_secs(1),
-                DAY,
-            ),
+        self.validate_times()?;
+        self.batching.validate()?;
+        self.model.validate()
+    }
+
+    fn validate_times(&self) -> Result<(), ConfigError> {
+        const SECOND: Duration = Duration::from_secs(1);
+        const ZERO: Duration = Duration::ZERO;
+        let Self {
+            network,
+            limits,
+            batching,
+            ..
+        } = self;
+        let idle_min = Duration::from_millis(100);
+        let wait_min = Duration::from_millis(1);
+        for (flag, time, min) in [
+            ("--keepalive-interval", network.keepalive_interval, SECOND),
+            ("--keepalive-timeout", network.keepalive_timeout, SECOND),
             (
                 "--shutdown-grace-period",
-                self.network.shutdown_grace_period,
-                Duration::ZERO,
-                DAY,
+                network.shutdown_grace_period,
+                ZERO,
             ),
-            (
-                "--shutdown-delay",
-                self.network.shutdown_delay,
-                Duration::ZERO,
-                DAY,
-            ),
+            ("--shutdown-delay", network.shutdown_delay, ZERO),
             (
                 "--stream-idle-timeout",
                 limits.stream_idle_timeout,
-                Duration::from_millis(100),
-                DAY,
+                idle_min,
             ),
-            (
-                "--bulk-wait-max",
-                self.batching.bulk_wait_max,
-                Duration::from_millis(1),
-                DAY,
-            ),
-            (
-                "--canary-interval",
-                self.batching.canary_interval,
-                Duration::ZERO,
-                DAY,
-            ),
+            ("--bulk-wait-max", batching.bulk_wait_max, wait_min),
+            ("--canary-interval", batching.canary_interval, ZERO),
         ] {
-            if !(min..=max).contains(&time) {
-                return refuse(format!(
+            if !(min..=DAY).contains(&time) {
+                return Err(ConfigError(format!(
                     "{flag} is {}; it must be {} to {}",
                     humantime::format_duration(time),
                     humantime::format_duration(min),
-                    humantime::format_duration(max)
-                ));
+                    humantime::format_duration(DAY)
+                )));
             }
         }
-        self.batching.validate()?;
-        self.model.validate()
+        Ok(())
     }
 }
 
@@ -821,6 +825,10 @@ mod tests {
         check(
             &["--keepalive-interval", "500ms"],
             "--keepalive-interval is 500ms; it must be 1s to 1day",
+        );
+        check(
+            &["--keepalive-timeout", "0s"],
+            "--keepalive-timeout is 0s; it must be 1s to 1day",
         );
         check(
             &["--listen", "0.0.0.0:1"],

@@ -382,7 +382,9 @@ pub struct Slot {
 pub struct Ran {
     pub graph: Graph,
     pub bucket: usize,
-    pub n_rows: usize,
+    /// Images that it has brought to an end, where an image takes many runs as
+    /// parts of them.
+    pub images: f64,
     pub elapsed: Duration,
 }
 

@@ -59,6 +59,8 @@ pub struct Sequence {
     forced: Box<[Option<u16>]>,
     /// The pixel after which nothing is drawn.
     last_unknown: usize,
+    /// Runs to make when it began, at least.
+    n_steps: usize,
     /// Tokens whose keys and values are kept: the start token and pixels.
     n_fed: usize,
     log_probs: Vec<f32>,
@@ -90,7 +92,7 @@ impl Sequence {
             .collect();
         let pixels = forced.iter().map_while(|&pixel| pixel).collect();
         let last_unknown = forced.iter().rposition(Option::is_none).unwrap_or(0);
-        Self {
+        let mut sequence = Self {
             ticket,
             generate,
             side,
@@ -98,10 +100,13 @@ impl Sequence {
             pixels,
             forced,
             last_unknown,
+            n_steps: 0,
             n_fed: 0,
             log_probs: Vec::new(),
             rows_sent: 0,
-        }
+        };
+        sequence.n_steps = sequence.n_steps_left();
+        sequence
     }
 
     /// Whether nothing is left to draw.
@@ -118,6 +123,13 @@ impl Sequence {
         } else {
             self.last_unknown + 1 - self.pixels.len()
         }
+    }
+
+    /// The part of what there was to draw that is drawn.
+    #[must_use]
+    pub fn progress(&self) -> f64 {
+        let steps = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+        1.0 - steps(self.n_steps_left()) / steps(self.n_steps.max(1))
     }
 
     /// Tokens whose keys and values are kept.

@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
-use self::phase::Phase;
+use self::phase::{Phase, TASKS_MAX};
 use crate::attention::{
     AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, Kernel, Precision,
 };
@@ -220,8 +220,7 @@ impl<W: Weight> Layers<W> {
         let n_rows = size(batch, tokens.length, 1)?;
         // The widest rows, with what they are longer.
         size(n_rows, 1, stride(3 * width.max(inner_width)))?;
-        // More tasks than a phase counts.
-        if u32::try_from(n_rows * heads).is_err() {
+        if n_rows * heads > TASKS_MAX {
             return Err(LayersError::Rows(n_rows));
         }
         check("input", tokens.rows.len(), size(n_rows, width, 1)?)?;

@@ -60,8 +60,6 @@ use crate::preprocess::PreprocessOptions;
 use crate::preprocess::pool::Picture;
 use crate::readiness::{Readiness, Unready};
 
-/// What a client may take to answer an HTTP/2 ping.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Bytes that a client may send before it must wait for us: one stream may
 /// hold a large image without a round trip for every 64 KiB.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -94,6 +92,8 @@ pub struct Service {
 pub struct Options {
     pub reflection: bool,
     pub keepalive_interval: Duration,
+    /// What a client may take to answer an HTTP/2 ping.
+    pub keepalive_timeout: Duration,
     /// Counts calls in progress, for whoever waits for their end.
     pub calls: Calls,
     /// Certificates and tokens.
@@ -143,7 +143,7 @@ pub async fn serve(
         let mut server = tonic::transport::Server::builder()
             .accept_http1(web.calls.is_some())
             .http2_keepalive_interval(Some(options.keepalive_interval))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .http2_keepalive_timeout(Some(options.keepalive_timeout))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_concurrent_streams(connections.streams_per_connection_max)

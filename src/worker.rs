@@ -382,6 +382,7 @@ impl Worker {
         let options = rpc::Options {
             reflection: !network.no_reflection,
             keepalive_interval: network.keepalive_interval,
+            keepalive_timeout: network.keepalive_timeout,
             calls: calls.clone(),
             access,
             connections: config.connections.clone(),

@@ -18,7 +18,8 @@ const STALE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Pace {
     sizes: BTreeMap<(Graph, usize), Recent>,
-    runs: VecDeque<(usize, Duration)>,
+    /// Images, and what they took.
+    runs: VecDeque<(f64, Duration)>,
 }
 
 #[derive(Debug)]
@@ -42,12 +43,13 @@ impl Pace {
         });
     }
 
-    /// A run of `n_rows` in a batch of `bucket` that succeeded.
+    /// A run of so many images in a batch of `bucket` that succeeded; of an image
+    /// that takes many runs, each is a part.
     pub fn ran(
         &mut self,
         graph: Graph,
         bucket: usize,
-        n_rows: usize,
+        images: f64,
         elapsed: Duration,
         now: Instant,
     ) {
@@ -67,7 +69,7 @@ impl Pace {
         if self.runs.len() == RATE_RUNS {
             self.runs.pop_front();
         }
-        self.runs.push_back((n_rows, elapsed));
+        self.runs.push_back((images, elapsed));
     }
 
     /// How long a batch of this size usually takes.
@@ -97,21 +99,22 @@ impl Pace {
         Some(now.saturating_duration_since(recent.at))
     }
 
-    /// How long any batch of this graph takes at least.
+    /// How long any batch of this graph takes at least, if one was measured
+    /// lately. A size that was not may still be the fastest, and is what one image
+    /// would run at while only large batches have been.
     #[must_use]
     pub fn floor(&self, graph: Graph, now: Instant) -> Option<Duration> {
-        let sizes = self.sizes.keys().filter(|(of, _)| *of == graph);
-        sizes
-            .filter_map(|&(_, bucket)| self.at_least(graph, bucket, now))
-            .min()
+        let sizes = || self.sizes.iter().filter(|((of, _), _)| *of == graph);
+        sizes().find_map(|(&(_, bucket), _)| self.at_least(graph, bucket, now))?;
+        sizes().flat_map(|(_, recent)| &recent.times).min().copied()
     }
 
     /// Images per second while the engine is busy.
     #[must_use]
     pub fn rate(&self) -> Option<f64> {
         let (mut images, mut busy) = (0.0, 0.0);
-        for &(n_rows, elapsed) in &self.runs {
-            images += f64::from(u32::try_from(n_rows).unwrap_or(u32::MAX));
+        for (of_run, elapsed) in &self.runs {
+            images += of_run;
             busy += elapsed.as_secs_f64();
         }
         (busy > 0.0 && images > 0.0).then(|| images / busy)
@@ -138,19 +141,23 @@ mod tests {
             "a warm-up refuses nobody"
         );
         for time in [10, 12, 11, 90] {
-            pace.ran(GRAPH, 1, 1, MS(time), now);
+            pace.ran(GRAPH, 1, 1.0, MS(time), now);
         }
         assert_eq!(pace.typical(GRAPH, 1), Some(MS(12)));
         assert_eq!(pace.at_least(GRAPH, 1, now), Some(MS(10)));
         assert_eq!(pace.floor(GRAPH, now), Some(MS(10)));
         assert_eq!(pace.floor(Graph::Logits, now), None);
         let later = now + STALE + MS(1);
+        assert_eq!(pace.floor(GRAPH, later), None);
+        pace.ran(GRAPH, 4, 4.0, MS(40), later);
+        let floor = pace.floor(GRAPH, later);
+        assert_eq!(floor, Some(MS(10)), "one image would not take 40 ms");
         assert_eq!(pace.at_least(GRAPH, 1, later), None, "it may have changed");
-        let rate = pace.rate().expect("four runs");
-        assert!((rate - 4.0 / 0.123).abs() < 1e-6, "{rate}");
+        let rate = pace.rate().expect("five runs");
+        assert!((rate - 8.0 / 0.163).abs() < 1e-6, "{rate}");
         // A change shows once the old runs are forgotten.
         for _ in 0..RUNS {
-            pace.ran(GRAPH, 1, 1, MS(50), later);
+            pace.ran(GRAPH, 1, 1.0, MS(50), later);
         }
         assert_eq!(pace.at_least(GRAPH, 1, later), Some(MS(50)));
     }

@@ -314,9 +314,9 @@ mod tests {
         assert_eq!(sizes(&pace, now), [1; 5]);
         // What was not seen for long is tried once, where enough wait for it.
         let later = now + REMEASURE;
-        pace.ran(Hidden, 1, 1, MS(10), later);
+        pace.ran(Hidden, 1, 1.0, MS(10), later);
         assert_eq!(sizes(&pace, later), [1, 2, 2, 2, 2]);
-        pace.ran(Hidden, 2, 2, MS(20), later);
+        pace.ran(Hidden, 2, 2.0, MS(20), later);
         assert_eq!(sizes(&pace, later), [1, 1, 1, 4, 4]);
         // A GPU: a larger batch costs little more.
         let mut pace = Pace::default();

@@ -168,12 +168,8 @@ impl<T> Scheduler<T> {
             Decision::Idle => Next::Idle,
             Decision::WaitUntil(at) => Next::WaitUntil(at),
             Decision::Flush(class, graph, close) => {
-                let len = lanes
-                    .iter()
-                    .find(|lane| (lane.class, lane.graph) == (class, graph))
-                    .map_or(1, |lane| lane.len);
                 let bulk_steps = steps.is_some_and(|steps| steps.bulk);
-                let mut picked = self.pick(device, class, graph, close, len, bulk_steps, now);
+                let mut picked = self.pick(device, class, graph, close, bulk_steps, now);
                 picked.possible_since = self.possible_since(&lanes, steps, &picked, now);
                 Next::Run(picked)
             }
@@ -294,28 +290,16 @@ impl<T> Scheduler<T> {
         self.policy.bucket(graph, n, largest, &self.pace, now)
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "all that was found out on the way here"
-    )]
     fn pick(
         &mut self,
         device: DeviceIdx,
         class: Class,
         graph: Graph,
         close: Close,
-        len: usize,
         bulk_steps: bool,
         now: Instant,
     ) -> Picked<T> {
         let largest = self.largest(device);
-        let mut bucket = self.bucket(graph, len, largest, now);
-        if class == Class::Interactive {
-            let bulk = self.queue.len_in(Class::Bulk, graph);
-            bucket = self
-                .policy
-                .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
-        }
         // Whom no size serves in time does not make it small for the others.
         let mut late = Vec::new();
         let smallest = self.policy.buckets.at_most(1);
@@ -325,6 +309,14 @@ impl<T> Scheduler<T> {
         {
             late.push(entry);
         }
+        let len = self.queue.len_in(class, graph).max(1);
+        let mut bucket = self.bucket(graph, len, largest, now);
+        if class == Class::Interactive {
+            let bulk = self.queue.len_in(Class::Bulk, graph);
+            bucket = self
+                .policy
+                .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
+        }
         // The most urgent decides: a smaller batch if only that is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)
@@ -333,14 +325,21 @@ impl<T> Scheduler<T> {
             bucket = self.policy.buckets.at_most(bucket - 1);
         }
         let mut rows = Vec::with_capacity(bucket);
-        self.fill(class, graph, bucket, now, &mut rows, &mut late);
+        while rows.len() < bucket
+            && let Some(entry) = self.queue.pop(class, graph)
+        {
+            match entry.deadline {
+                Some(deadline) if !self.in_time(graph, bucket, deadline, now) => late.push(entry),
+                _ => rows.push(entry),
+            }
+        }
         if !rows.is_empty() {
             // Rows that would be padding are free for the other class.
             let other = match class {
                 Class::Interactive => Class::Bulk,
                 Class::Bulk => Class::Interactive,
             };
-            self.fill(other, graph, bucket, now, &mut rows, &mut late);
+            self.fill(other, graph, bucket, now, &mut rows);
             self.ledger.served(class, now);
             let bulk_waits = bulk_steps || self.queue.len_of(Class::Bulk) > 0;
             let least = self.pace.at_least(graph, bucket, now).unwrap_or_default();
@@ -369,6 +368,8 @@ impl<T> Scheduler<T> {
         }
     }
 
+    /// Gives room in a batch to work of a class that it is not for. Whom the batch
+    /// does not serve in time another may: a smaller one, or another engine's.
     fn fill(
         &mut self,
         class: Class,
@@ -376,15 +377,16 @@ impl<T> Scheduler<T> {
         bucket: usize,
         now: Instant,
         rows: &mut Vec<Entry<T>>,
-        late: &mut Vec<Entry<T>>,
     ) {
-        while rows.len() < bucket
-            && let Some(entry) = self.queue.pop(class, graph)
-        {
-            match entry.deadline {
-                Some(deadline) if !self.in_time(graph, bucket, deadline, now) => late.push(entry),
-                _ => rows.push(entry),
+        while rows.len() < bucket {
+            let deadline = self.queue.first_deadline(class, graph);
+            if deadline.is_some_and(|deadline| !self.in_time(graph, bucket, deadline, now)) {
+                return;
             }
+            let Some(entry) = self.queue.pop(class, graph) else {
+                return;
+            };
+            rows.push(entry);
         }
     }
 
@@ -432,9 +434,12 @@ impl<T> Scheduler<T> {
         };
         let rests: Vec<Duration> = self.engines.values().map(rest).collect();
         let largest = self.engines.values().map(|engine| engine.largest).max()?;
-        let each = self.pace.at_least(graph, largest, now).unwrap_or_default();
+        // As large as batches of a full queue are: where every row costs the same
+        // they are of one image, and the largest are never run.
+        let full = self.bucket(graph, largest, largest, now);
+        let each = self.pace.at_least(graph, full, now).unwrap_or_default();
         let needed = |ahead: usize| {
-            let batches = u32::try_from(ahead / largest.max(1)).unwrap_or(u32::MAX);
+            let batches = u32::try_from(ahead / full.max(1)).unwrap_or(u32::MAX);
             begins_in(&rests, each, batches) + own
         };
         // Counting those ahead takes as long as there are many, so only where it

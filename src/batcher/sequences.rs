@@ -6,7 +6,7 @@
 //! it joined; among several engines those that wait are shared out evenly.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::queue::{Entry, Queue};
 use super::scheduler::Steps;
@@ -21,6 +21,11 @@ pub(super) struct Waiting {
     queue: Queue<Sequence>,
     engines: BTreeMap<DeviceIdx, AtEngine>,
     reserve_percent: u8,
+    /// The longest that bulk waits for a slot while interactive ones take all that
+    /// come free.
+    bulk_wait_max: Duration,
+    /// When one of bulk last got a slot.
+    bulk_joined_at: Option<Instant>,
 }
 
 /// Those that an engine has.
@@ -32,11 +37,13 @@ struct AtEngine {
 }
 
 impl Waiting {
-    pub(super) fn new(reserve_percent: u8) -> Self {
+    pub(super) fn new(reserve_percent: u8, bulk_wait_max: Duration) -> Self {
         Self {
             queue: Queue::default(),
             engines: BTreeMap::new(),
             reserve_percent,
+            bulk_wait_max,
+            bulk_joined_at: None,
         }
     }
 
@@ -129,27 +136,43 @@ impl Waiting {
     /// Takes out those who join this engine's next step.
     pub(super) fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
         let mut joining = Vec::new();
+        if self.bulk_is_owed(now) && self.share(Class::Bulk, device) > 0 {
+            joining.extend(self.join_one(Class::Bulk, device, now));
+        }
         for class in Class::ALL {
             for _ in 0..self.share(class, device) {
-                let Some(engine) = self.engines.get_mut(&device) else {
-                    break;
-                };
-                let Some(entry) = self.queue.pop(class, Graph::Generate) else {
-                    break;
-                };
-                let at = &mut engine.sequences;
-                at.n_free -= 1;
-                match class {
-                    Class::Interactive => at.interactive += 1,
-                    Class::Bulk => at.bulk += 1,
-                }
-                joining.push(entry.item);
+                joining.extend(self.join_one(class, device, now));
             }
         }
         if let Some(engine) = self.engines.get_mut(&device) {
             engine.stepped_at = Some(now);
         }
         joining
+    }
+
+    fn join_one(&mut self, class: Class, device: DeviceIdx, now: Instant) -> Option<Sequence> {
+        let engine = self.engines.get_mut(&device)?;
+        let entry = self.queue.pop(class, Graph::Generate)?;
+        let at = &mut engine.sequences;
+        at.n_free = at.n_free.saturating_sub(1);
+        match class {
+            Class::Interactive => at.interactive += 1,
+            Class::Bulk => {
+                at.bulk += 1;
+                self.bulk_joined_at = Some(now);
+            }
+        }
+        Some(entry.item)
+    }
+
+    /// Whether one of bulk has waited so long that it goes before interactive ones.
+    fn bulk_is_owed(&self, now: Instant) -> bool {
+        let lanes = self.queue.lanes();
+        let Some(lane) = lanes.iter().find(|lane| lane.class == Class::Bulk) else {
+            return false;
+        };
+        let since = (self.bulk_joined_at).map_or(lane.oldest, |at| at.max(lane.oldest));
+        now.saturating_duration_since(since) >= self.bulk_wait_max
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
@@ -203,6 +226,7 @@ mod tests {
 
     const ONE: DeviceIdx = DeviceIdx(0);
     const OTHER: DeviceIdx = DeviceIdx(1);
+    const BULK_WAIT_MAX: Duration = Duration::from_secs(5);
 
     fn push(waiting: &mut Waiting, class: Class, n: usize) {
         let now = Instant::now();
@@ -237,7 +261,7 @@ mod tests {
     #[test]
     fn those_that_wait_are_shared_out_among_engines_with_room() {
         let now = Instant::now();
-        let mut waiting = Waiting::new(25);
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
         push(&mut waiting, Class::Interactive, 3);
         assert!(waiting.steps(ONE).is_none(), "it has not said what it has");
         waiting.at_engine(ONE, at(4, 0));
@@ -268,7 +292,7 @@ mod tests {
     #[test]
     fn bulk_leaves_a_part_of_each_engine_alone() {
         let now = Instant::now();
-        let mut waiting = Waiting::new(25);
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
         push(&mut waiting, Class::Bulk, 9);
         for device in [ONE, OTHER] {
             waiting.at_engine(device, at(4, 0));
@@ -279,5 +303,31 @@ mod tests {
         push(&mut waiting, Class::Interactive, 1);
         assert_eq!(waiting.join(OTHER, now).len(), 1);
         assert_eq!(waiting.len_of(Class::Bulk), 3);
+    }
+
+    #[test]
+    fn bulk_gets_a_slot_beside_interactive_ones_that_never_end() {
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Class::Bulk, 3);
+        let mut now = Instant::now();
+        let mut joined = Vec::new();
+        for second in 0..20 {
+            push(&mut waiting, Class::Interactive, 2);
+            // One is done each second.
+            let bulk = joined.len();
+            let at = Sequences {
+                n_free: 1,
+                interactive: 3 - bulk,
+                bulk,
+            };
+            waiting.at_engine(ONE, at);
+            let joining = waiting.join(ONE, now);
+            assert_eq!(joining.len(), 1);
+            if joining[0].ticket.class == Class::Bulk {
+                joined.push(second);
+            }
+            now += Duration::from_secs(1);
+        }
+        assert_eq!(joined, [5, 10, 15]);
     }
 }

@@ -37,12 +37,12 @@ pub(super) struct Decoder {
 }
 
 /// What a step did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Step {
     /// The size that it ran at; 0 if it only fed primers.
     pub(super) size: usize,
-    /// Sequences that are complete.
-    pub(super) n_done: usize,
+    /// What it has made, as parts of whole images.
+    pub(super) images: f64,
 }
 
 impl Decoder {
@@ -142,17 +142,20 @@ impl Decoder {
             .map(|(idx, _)| idx)
             .collect();
         let Some(&last) = ready.last() else {
-            return Ok(Step { size: 0, n_done: 0 });
+            return Ok(Step {
+                size: 0,
+                images: 0.0,
+            });
         };
         let size = self.sizes.at_least(last + 1);
-        let mut n_done = 0;
+        let mut images = 0.0;
         let rows = self.rows(size);
         match self.feed(engine, 0, &rows) {
             Ok(()) => {
                 let n_colors = self.logits.len() / size;
                 for &slot in &ready {
                     let logits = &self.logits[slot * n_colors..(slot + 1) * n_colors];
-                    n_done += usize::from(advance(&mut self.slots[slot], logits));
+                    images += advance(&mut self.slots[slot], logits);
                 }
             }
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
@@ -160,12 +163,12 @@ impl Decoder {
                 self.metrics.fault(fault(&error));
                 tracing::error!(n_sequences = ready.len(), %error, "a step failed");
                 for &slot in &ready {
-                    n_done += usize::from(self.step_alone(engine, slot)?);
+                    images += self.step_alone(engine, slot)?;
                 }
             }
         }
         self.metrics.generated(ready.len());
-        Ok(Step { size, n_done })
+        Ok(Step { size, images })
     }
 
     fn occupied(&self) -> impl Iterator<Item = (usize, &Sequence)> {
@@ -290,11 +293,11 @@ impl Decoder {
         }
     }
 
-    /// A step of one sequence, after one of all has failed; whether it is
-    /// complete.
-    fn step_alone(&mut self, engine: &mut dyn Engine, slot: usize) -> Result<bool, EngineError> {
+    /// A step of one sequence, after one of all has failed, and the part of the
+    /// image that it has made.
+    fn step_alone(&mut self, engine: &mut dyn Engine, slot: usize) -> Result<f64, EngineError> {
         let Some(sequence) = self.slots[slot].as_ref() else {
-            return Ok(false);
+            return Ok(0.0);
         };
         let row = (
             sequence.to_feed(1).next().unwrap_or_default(),
@@ -305,7 +308,7 @@ impl Decoder {
             Err(error) if ends_engine(&error) => Err(self.fatal(error)),
             Err(error) => {
                 self.fail(slot, error);
-                Ok(false)
+                Ok(0.0)
             }
         }
     }
@@ -368,21 +371,22 @@ fn contained(
 
 /// Gives a sequence its logits; answers it and empties its slot when it ends.
 /// Whether it is complete.
-fn advance(slot: &mut Option<Sequence>, logits: &[f32]) -> bool {
+fn advance(slot: &mut Option<Sequence>, logits: &[f32]) -> f64 {
     let Some(sequence) = slot else {
-        return false;
+        return 0.0;
     };
+    let before = sequence.progress();
     sequence.fed(1);
     let outcome = match sequence.advance(logits) {
         Ok(()) if sequence.is_done() => Ok(()),
-        Ok(()) => return false,
+        Ok(()) => return sequence.progress() - before,
         Err(_) => Err(EngineError::NotFinite.into()),
     };
-    let is_done = outcome.is_ok();
+    let after = if outcome.is_ok() { 1.0 } else { before };
     if let Some(sequence) = slot.take() {
         sequence.finish(outcome);
     }
-    is_done
+    after - before
 }
 
 #[cfg(test)]

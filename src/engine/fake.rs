@@ -117,7 +117,10 @@ impl FakeEngine {
             .map(|(graph, bucket)| Warm {
                 graph,
                 bucket: bucket as usize,
-                elapsed: script.delay + script.delay_per_row * bucket,
+                elapsed: match (graph, script.sequences) {
+                    (Graph::Generate, Some(sequences)) => sequences.delay,
+                    _ => script.delay + script.delay_per_row * bucket,
+                },
             })
             .collect();
         Self {

@@ -132,7 +132,11 @@ impl Life {
                     joining,
                     possible_since,
                 })) => self.step(joining, possible_since),
-                Ok(None) => return Ok(()),
+                Ok(None) => {
+                    // Nobody is left here unless the batcher has failed.
+                    self.decoder.refuse(&Error::NotReady);
+                    return Ok(());
+                }
                 Err(error) => Err(error),
             };
             // A caller who has gone frees the slot also while no step is made.
@@ -175,7 +179,7 @@ impl Life {
             self.runs.push(Ran {
                 graph,
                 bucket: step.size,
-                n_rows: step.n_done,
+                images: step.images,
                 elapsed,
             });
         }
@@ -263,7 +267,7 @@ impl Life {
                 self.runs.push(Ran {
                     graph,
                     bucket,
-                    n_rows: units.len(),
+                    images: f64::from(u32::try_from(units.len()).unwrap_or(u32::MAX)),
                     elapsed,
                 });
                 let owed = units.iter().cloned().zip(values);

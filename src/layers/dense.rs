@@ -16,6 +16,7 @@ use bytemuck::Pod;
 
 use self::tile::{Ahead, Tile};
 use super::pages::Pages;
+use super::phase::TASKS_MAX;
 use super::pointwise::Activation;
 use super::{LayersError, check, size};
 use crate::attention::Kernel;
@@ -134,6 +135,13 @@ impl<W: Weight> Panels<W> {
     ) -> Result<Self, LayersError> {
         check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
         let width = panel_width(kernel);
+        if outputs.div_ceil(width) > TASKS_MAX {
+            return Err(LayersError::TooLarge {
+                rows: 1,
+                inputs,
+                outputs,
+            });
+        }
         let mut pages = Pages::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
         for (panel, rows) in pages
             .numbers_mut()

@@ -86,6 +86,10 @@ pub(super) struct Phase {
     n_done: AtomicUsize,
 }
 
+/// Tasks of a phase at most: with one look more for each thread they must not
+/// overflow half of a counter.
+pub(super) const TASKS_MAX: usize = (u32::MAX / 2) as usize;
+
 /// One begun at the back.
 const AT_BACK: u64 = 1 << 32;
 

@@ -118,9 +118,9 @@ unsafe fn upper_tail<V: Vector>(x: V) -> V {
 /// A row's numbers over the root of their mean square, each times its weight.
 ///
 /// # Safety
-/// The kernel is available; row and weight are `width` floats and zeros up to a
-/// multiple of [`LANES_MAX`], the output has room for as many, and nobody else
-/// has it.
+/// The kernel is available; row and weight are `width` floats and others up to a
+/// multiple of [`LANES_MAX`]: zeros, unless the row has an infinity or a NaN, which
+/// spoils it as a whole. The output has room for as many, and nobody else has it.
 pub(super) unsafe fn norm(
     kernel: Kernel,
     row: *const f32,

@@ -15,7 +15,7 @@ use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::rpc::client::{Client, ConnectConfig};
 use imagegpt::worker::{Ended, Worker};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -386,6 +386,56 @@ async fn silent_connections_are_cut() {
         silence("http", &plain, &[]),
         silence("https", &trusted, &flags),
     );
+}
+
+/// A client that has shaken hands and then hangs, as one behind a cable that was
+/// pulled, is cut and its work given up; one that answers pings stays.
+#[tokio::test]
+async fn who_does_not_answer_pings_is_cut() {
+    let worker = start(&["--keepalive-interval", "1s", "--keepalive-timeout", "1s"]).await;
+    let url = format!("http://{}", worker.grpc_addr);
+    let mut quiet = Client::connect(&url, &ConnectConfig::default())
+        .await
+        .expect("a connection");
+    quiet.model().await.expect("a call");
+
+    let mut hung = TcpStream::connect(worker.grpc_addr)
+        .await
+        .expect("accepted");
+    let settings_frame = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let hello = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings_frame].concat();
+    hung.write_all(&hello).await.expect("sent");
+    until_sample(&worker, "imagegpt_connections_open", 2.0).await;
+    let began = Instant::now();
+    let mut said = Vec::new();
+    let read = hung.read_to_end(&mut said);
+    let ended = tokio::time::timeout(harness::PATIENCE, read).await;
+    ended.expect("it was cut").expect("closed in order");
+    // Not for another reason, such as the limit on handshakes.
+    let pings = frames(&said).filter(|frame| *frame == 6).count();
+    assert_eq!(pings, 1, "{said:?}");
+    let taken = began.elapsed();
+    assert!(taken >= Duration::from_secs(1), "{taken:?}");
+
+    until_sample(&worker, "imagegpt_connections_open", 1.0).await;
+    quiet.model().await.expect("a call");
+    let closed = "imagegpt_connections_total{outcome=\"closed\"}";
+    // It would have come again if it had been cut.
+    until_sample(&worker, closed, 1.0).await;
+    drop(quiet);
+    end(worker).await;
+}
+
+/// The types of HTTP/2's frames.
+fn frames(mut bytes: &[u8]) -> impl Iterator<Item = u8> {
+    std::iter::from_fn(move || {
+        let [a, b, c, frame, ..] = *bytes else {
+            return None;
+        };
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        bytes = bytes.get(9 + length..)?;
+        Some(frame)
+    })
 }
 
 #[tokio::test]

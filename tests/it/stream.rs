@@ -444,7 +444,21 @@ async fn the_deadline_ends_a_stream() {
 /// still it ends in time and holds nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_and_idleness_free_what_a_stalled_reader_holds() {
-    let running = harness::fake(Script::default(), &["--stream-idle-timeout", "400ms"]).await;
+    stall(&[]).await;
+    // Two items are all that the stream may hold, so that the third waits for room.
+    let few_bytes = ["--bytes-in-flight-max", "64KiB"];
+    let small = [
+        "--request-bytes-max",
+        "4KiB",
+        "--response-bytes-max",
+        "8KiB",
+    ];
+    stall(&[few_bytes.as_slice(), &small].concat()).await;
+}
+
+async fn stall(flags: &[&str]) {
+    let idle = ["--stream-idle-timeout", "400ms"];
+    let running = harness::fake(Script::default(), &[&idle, flags].concat()).await;
     let endpoint = format!("http://{}", running.worker.grpc_addr);
     let channel = tonic::transport::Channel::from_shared(endpoint)
         .expect("a URL")

@@ -27,6 +27,10 @@ fn policy(largest: usize) -> Policy {
     }
 }
 
+fn as_images(n: usize) -> f64 {
+    f64::from(u32::try_from(n).expect("a few"))
+}
+
 /// A generator of random numbers that is the same on every machine.
 struct Random(u64);
 
@@ -214,7 +218,7 @@ impl Checked {
             self.now += took;
             self.scheduler
                 .pace
-                .ran(graph, bucket, picked.rows.len(), took, self.now);
+                .ran(graph, bucket, as_images(picked.rows.len()), took, self.now);
         }
     }
 
@@ -346,10 +350,10 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
         };
         let took = batch_time(picked.bucket);
         let ends = starts + took;
-        let n_rows = picked.rows.len();
+        let images = as_images(picked.rows.len());
         scheduler
             .pace
-            .ran(GRAPHS[0], picked.bucket, n_rows, took, ends);
+            .ran(GRAPHS[0], picked.bucket, images, took, ends);
         waited += picked
             .rows
             .iter()
@@ -473,10 +477,10 @@ fn mixed(
             Next::Run(picked) => {
                 let took = batch_time(picked.bucket);
                 now += took;
-                let n_rows = picked.rows.len();
+                let images = as_images(picked.rows.len());
                 scheduler
                     .pace
-                    .ran(GRAPHS[0], picked.bucket, n_rows, took, now);
+                    .ran(GRAPHS[0], picked.bucket, images, took, now);
                 for row in picked.rows {
                     match row.item {
                         Class::Bulk => n_bulk += 1,
@@ -546,7 +550,9 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     };
     assert_eq!(too_late(&scheduler, 0), None, "nothing was measured");
     for (bucket, ms) in [(1, 100), (4, 250)] {
-        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), start);
     }
     assert_eq!(too_late(&scheduler, 99), Some(MS(100)));
     assert_eq!(too_late(&scheduler, 100), None);
@@ -567,6 +573,89 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     };
     assert_eq!(picked.rows.len(), 4);
     assert_eq!(too_late(&scheduler, 300), Some(MS(250 + 250 + 100)));
+}
+
+#[test]
+fn a_queue_that_runs_one_by_one_counts_one_by_one() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(8), 1);
+    let start = Instant::now();
+    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    // A CPU after its warm-up: since then only single images were run.
+    for bucket in [1, 2, 4, 8] {
+        let elapsed = MS(100 * bucket as u64);
+        scheduler.pace.warmed(graph, bucket, elapsed, start);
+    }
+    scheduler.pace.ran(graph, 1, 1.0, MS(100), start);
+    for item in 0..100 {
+        scheduler
+            .queue
+            .push(class, graph, entry(item, start, Some(start + MS(200))));
+    }
+    let too_late = |deadline_ms| scheduler.too_late(class, graph, start + MS(deadline_ms), start);
+    assert_eq!(too_late(1000), Some(MS(100 * 100 + 100)));
+    assert_eq!(too_late(100 * 100 + 100), None);
+}
+
+#[test]
+fn those_for_whom_it_is_too_late_make_no_batch_large() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(8), 1);
+    let start = Instant::now();
+    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    for (bucket, ms) in [(1, 20), (2, 21), (4, 23), (8, 27)] {
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), start);
+    }
+    for item in 0..7 {
+        scheduler
+            .queue
+            .push(class, graph, entry(item, start, Some(start + MS(10))));
+    }
+    scheduler
+        .queue
+        .push(class, graph, entry(7, start, Some(start + MS(22))));
+    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
+        panic!("a full batch waits");
+    };
+    assert_eq!((picked.late.len(), picked.rows.len()), (7, 1));
+    assert_eq!(picked.bucket, 1);
+}
+
+#[test]
+fn who_would_ride_along_too_late_is_left_to_another_engine() {
+    let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 2);
+    let start = Instant::now();
+    let graph = GRAPHS[0];
+    for (bucket, ms) in [(1, 45), (2, 60), (4, 80)] {
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), start);
+    }
+    for item in 0..3 {
+        scheduler
+            .queue
+            .push(Class::Bulk, graph, entry(item, start, None));
+    }
+    // Bulk has waited long enough, and has a row to spare.
+    let now = start + Duration::from_secs(20);
+    let urgent = entry(9, now, Some(now + MS(60)));
+    scheduler.queue.push(Class::Interactive, graph, urgent);
+    for (bucket, ms) in [(1, 45), (2, 60), (4, 80)] {
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), now);
+    }
+    let Next::Run(picked) = scheduler.next(ONE, now, false, None) else {
+        panic!("bulk is owed");
+    };
+    assert_eq!((picked.class, picked.rows.len()), (Class::Bulk, 3));
+    assert!(picked.late.is_empty());
+    let later = now + MS(10);
+    let Next::Run(picked) = scheduler.next(OTHER, later, false, None) else {
+        panic!("one waits");
+    };
+    assert_eq!((picked.class, picked.rows.len()), (Class::Interactive, 1));
+    assert!(picked.late.is_empty());
 }
 
 #[test]
@@ -597,7 +686,7 @@ fn nobody_waits_for_company_that_would_not_help() {
     assert_eq!((picked.bucket, picked.close), (1, Close::Full));
     scheduler.ended(ONE, start);
     push(&mut scheduler);
-    scheduler.pace.ran(GRAPHS[0], 4, 4, MS(11), start);
+    scheduler.pace.ran(GRAPHS[0], 4, 4.0, MS(11), start);
     assert!(matches!(
         scheduler.next(ONE, start, false, None),
         Next::WaitUntil(_)
@@ -610,7 +699,9 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
     let start = Instant::now();
     let (class, graph) = (Class::Interactive, GRAPHS[0]);
     for (bucket, ms) in [(1, 100), (2, 150), (4, 250)] {
-        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), start);
     }
     for (item, deadline_ms) in [(0, 160), (1, 1000), (2, 1000), (3, 1000)] {
         let entry = Entry {
@@ -667,13 +758,15 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
                 let took = MS(100);
                 scheduler
                     .pace
-                    .ran(GRAPHS[0], picked.bucket, 1, took, now + took);
+                    .ran(GRAPHS[0], picked.bucket, 1.0, took, now + took);
                 batches += took;
                 now += took;
             }
             Next::Step => {
                 let took = MS(10);
-                scheduler.pace.ran(Graph::Generate, 1, 0, took, now + took);
+                scheduler
+                    .pace
+                    .ran(Graph::Generate, 1, 0.0, took, now + took);
                 steps += took;
                 now += took;
                 since = now;
@@ -793,7 +886,9 @@ fn two_engines_take_from_one_queue_half_as_long() {
         scheduler.too_late(class, graph, start + MS(deadline_ms), now)
     };
     for (bucket, ms) in [(1, 100), (4, 250)] {
-        scheduler.pace.ran(graph, bucket, bucket, MS(ms), start);
+        scheduler
+            .pace
+            .ran(graph, bucket, as_images(bucket), MS(ms), start);
     }
     let rate = scheduler.pace.rate().expect("two runs");
     assert!((scheduler.rate().expect("two runs") - 2.0 * rate).abs() < 1e-9);
@@ -876,9 +971,13 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
                     if !picked.rows.is_empty() {
                         let took = MS(1 + picked.bucket as u64);
                         let (graph, bucket) = (picked.graph, picked.bucket);
-                        scheduler
-                            .pace
-                            .ran(graph, bucket, picked.rows.len(), took, now + took);
+                        scheduler.pace.ran(
+                            graph,
+                            bucket,
+                            as_images(picked.rows.len()),
+                            took,
+                            now + took,
+                        );
                         *end = Some(now + took);
                     }
                 }

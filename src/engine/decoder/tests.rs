@@ -105,12 +105,13 @@ fn sequences_come_and_go_and_each_is_its_own() {
         let mut open: Vec<(usize, Outcome)> = Vec::new();
         let mut next = 0;
         let mut done = 0;
+        let mut images = 0.0;
         while done < primers.len() {
             if next < primers.len() && bench.decoder.sequences().n_free > 0 {
                 open.push((next, bench.join(&primers[next])));
                 next += 1;
             }
-            bench.step();
+            images += bench.step().images;
             open.retain_mut(|(idx, outcome)| match outcome.try_recv() {
                 Ok(Ok(Answer::Generated { tokens, .. })) => {
                     assert_eq!(*tokens, *expected(&primers[*idx]), "primer {idx}");
@@ -122,6 +123,8 @@ fn sequences_come_and_go_and_each_is_its_own() {
             });
         }
         assert_eq!(bench.decoder.sequences().n_free, 4);
+        // Each is counted once, however many steps it took.
+        assert!((images - 12.0_f64).abs() < 1e-9, "{images}");
     }
 }
 

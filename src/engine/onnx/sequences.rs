@@ -38,6 +38,8 @@ use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, S
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.
 const CHUNK_CPU: usize = 64;
+/// No worker has as many slots.
+const SLOTS_MAX: usize = 1 << 16;
 /// A GPU is not full with less.
 const CHUNK_CUDA: usize = 256;
 
@@ -124,7 +126,8 @@ impl SequenceEngine {
         placement::check(&placement, runtime_.provider, true).map_err(refuse)?;
         let (n_layers, element, slot) = layout(&session, options.positions)
             .ok_or_else(|| refuse("its keys and values are not laid out as expected".to_owned()))?;
-        let slot_bytes = 2 * n_layers * slot.iter().product::<usize>() * element_bytes(element);
+        let slot_bytes = slot_bytes(n_layers, slot, element)
+            .ok_or_else(|| refuse(format!("its keys and values of {slot:?} have no room")))?;
         let n_slots = options.n_slots.min(options.bytes_max / slot_bytes.max(1));
         if n_slots == 0 {
             return Err(EngineError::NotLoaded(format!(
@@ -358,6 +361,14 @@ impl SequenceEngine {
     }
 }
 
+/// Bytes of the keys and values of one image, if several are addressable. With
+/// that none of the sizes and offsets below overflows.
+fn slot_bytes(n_layers: usize, slot: [usize; 3], element: TensorElementType) -> Option<usize> {
+    let mut factors = [2, n_layers].into_iter().chain(slot);
+    let numbers = factors.try_fold(element_bytes(element), usize::checked_mul)?;
+    (numbers <= isize::MAX as usize / SLOTS_MAX).then_some(numbers)
+}
+
 fn element_bytes(element: TensorElementType) -> usize {
     match element {
         TensorElementType::Float16 | TensorElementType::Bfloat16 => 2,
@@ -412,7 +423,8 @@ impl View<'_> {
                 .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
         );
         // SAFETY: `bind` above has checked that the slots are within the buffer,
-        // which `self.memory` describes and which `SequenceEngine` keeps, where
+        // whose size has not overflowed when it was made, which `self.memory`
+        // describes and which `SequenceEngine` keeps, where
         // it is, for as long as any binding.
         let view: TensorRefMut<'_, T> =
             unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape)? };

@@ -50,6 +50,8 @@ pub const LAYERS: &str = "Layers";
 const FIRST: usize = 2;
 /// Inputs of each layer.
 const PER_LAYER: usize = 16;
+/// Outputs of a single layer.
+const OUTPUTS_MIN: usize = 3;
 /// More calls than this to the threads of a session: it has no more threads.
 const THREADS_MAX: usize = 64;
 
@@ -73,7 +75,7 @@ impl Operator for LayersOp {
     fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
         [
             OperatorOutput::required(TensorElementType::Float32),
-            OperatorOutput::variadic(2),
+            OperatorOutput::variadic(OUTPUTS_MIN - 1),
         ]
     }
 
@@ -101,7 +103,10 @@ impl Operator for LayersOp {
             .enumerate()
             .filter(|(idx, _)| idx % PER_LAYER < 2)
             .map(|(_, cache)| cache);
-        for (idx, output) in inputs.first().into_iter().chain(caches).enumerate() {
+        // No more than every node has by the schema: how many outputs this one has
+        // is not to be had here, and of others older ONNX Runtimes write beyond.
+        let known = inputs.first().into_iter().chain(caches).take(OUTPUTS_MIN);
+        for (idx, output) in known.enumerate() {
             let is_known = match output {
                 ValueType::Tensor {
                     shape,
@@ -199,6 +204,15 @@ fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
     constants: &'a [DynTensorRef<'_>],
     attention_scale: f32,
 ) -> ort::Result<LayerWeights<'a, W>> {
+    for constant in constants {
+        // A file of weights may put them anywhere, and whoever reads them as
+        // numbers must not.
+        if !constant.data_ptr().addr().is_multiple_of(align_of::<f32>()) {
+            return Err(ort::Error::new(
+                "weights that do not begin at whole numbers",
+            ));
+        }
+    }
     let floats = |idx: usize| Ok::<_, ort::Error>(constants[idx].try_extract_tensor::<f32>()?.1);
     let some =
         |idx: usize| Ok::<_, ort::Error>(Some(floats(idx)?).filter(|floats| !floats.is_empty()));

@@ -65,10 +65,15 @@ impl<T> State<T> {
         self.bytes_held = self.bytes_held.saturating_sub(place.bytes);
     }
 
-    /// Whether the next move is the client's.
+    /// Whether the client has something to take.
+    fn has_something(&self) -> bool {
+        !self.queue.is_empty() || self.leaving.is_some()
+    }
+
+    /// Whether the next move is the client's. It may be though items have no
+    /// answer yet: those may wait for what it does not take.
     fn waits_for_client(&self) -> bool {
-        let n_answered = self.queue.iter().filter(|(_, place)| place.is_some());
-        n_answered.count() + usize::from(self.leaving.is_some()) >= self.n_held
+        self.has_something() || self.n_held == 0
     }
 }
 
@@ -199,10 +204,8 @@ impl<T> Outbox<T> {
     /// Waits until the client, from now on, has taken nothing for so long,
     /// though there was something to take.
     pub(in crate::rpc) async fn stalled(&self, timeout: Duration) {
-        let has_something = |state: &State<T>| {
-            let ends = matches!(state.end, End::Set(_));
-            ends || !state.queue.is_empty() || state.leaving.is_some()
-        };
+        let has_something =
+            |state: &State<T>| matches!(state.end, End::Set(_)) || state.has_something();
         self.silent(timeout, Instant::now(), has_something).await;
     }
 
@@ -390,7 +393,17 @@ mod tests {
         std::thread::sleep(timeout);
         outbox.idle(timeout).await;
         outbox.stalled(timeout).await;
+        // Nor does an item count that waits for what the client does not take.
+        outbox.hold();
+        let room = tokio::time::timeout(Duration::from_millis(5), outbox.room(2, 2));
+        assert!(room.await.is_ok());
+        outbox.hold();
+        let room = tokio::time::timeout(Duration::from_millis(5), outbox.room(2, 2));
+        assert!(room.await.is_err());
+        outbox.idle(timeout).await;
         assert!(take(&outbox).is_ready() && take(&outbox).is_pending());
+        let busy = tokio::time::timeout(3 * timeout, outbox.idle(timeout)).await;
+        assert!(busy.is_err(), "it has taken all that there was");
         let stalled = tokio::time::timeout(3 * timeout, outbox.stalled(timeout)).await;
         assert!(stalled.is_err(), "there is nothing to take");
     }
