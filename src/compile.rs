@@ -157,6 +157,7 @@ fn compile_fetched(
         blocks: options.precision == Precision::Int8
             && tasks.contains(&Task::Generate)
             && attention(Kind::Generate, options, runtime) == Attention::GroupQuery,
+        apart: options.provider == Provider::Cuda,
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;
@@ -286,7 +287,7 @@ fn tasks(weights: &Weights<'_>, options: &CompileOptions) -> Result<Vec<Task>, C
     let Some(asked) = &options.tasks else {
         return Ok(Task::ALL
             .into_iter()
-            .filter(|task| missing(*task).is_none())
+            .filter(|task| missing(*task).is_none() && options.has_operators(*task))
             .collect());
     };
     for task in asked {
@@ -294,6 +295,15 @@ fn tasks(weights: &Weights<'_>, options: &CompileOptions) -> Result<Vec<Task>, C
             return Err(CompileError::Options(format!(
                 "task {} needs the tensor {head}, which the checkpoint does not have",
                 task.name()
+            )));
+        }
+        if !options.has_operators(*task) {
+            return Err(CompileError::Options(format!(
+                "task {} cannot be had in {} on {}, whose attention over kept keys and values is \
+                 for 16 bits; use bf16 or fp16",
+                task.name(),
+                options.precision.name(),
+                options.provider.name(),
             )));
         }
     }

@@ -140,6 +140,19 @@ pub struct SequenceFacts {
     pub slot_bytes: usize,
     /// Tokens of one sequence that are fed in one run at most.
     pub chunk: usize,
+    /// Rows of a step at least, where there are slots for it.
+    pub rows_min: usize,
+}
+
+impl SequenceFacts {
+    /// The sizes that steps run at.
+    #[must_use]
+    pub fn sizes(&self) -> Buckets {
+        let least = self.rows_min.min(self.n_slots);
+        let all = Buckets::powers_of_two(self.n_slots);
+        let sizes = all.iter().filter(|&size| size >= least).collect();
+        Buckets::ascending(sizes).unwrap_or_else(|| Buckets::powers_of_two(1))
+    }
 }
 
 /// Tokens to feed to some sequences, in one run.

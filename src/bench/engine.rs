@@ -30,7 +30,7 @@ use crate::compile::command::Bars;
 use crate::compile::{self, Manifest, Precision};
 use crate::config::ServeConfig;
 use crate::engine::roofline::{self, Roofline};
-use crate::engine::{Buckets, Engine, Feed, FeedRow, Graph, Row, Run, Stop, onnx};
+use crate::engine::{Engine, Feed, FeedRow, Graph, Row, Run, Stop, onnx};
 use crate::job::{Layers, Want};
 use crate::local::locate;
 use crate::model::Model;
@@ -337,7 +337,8 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
         pasts = vec![1.min(last), last.div_ceil(2), last];
     }
     pasts.dedup();
-    let steps = Buckets::powers_of_two(sequences.n_slots)
+    let steps = sequences
+        .sizes()
         .iter()
         .flat_map(|slots| {
             pasts.iter().map(move |&past| Stepped {

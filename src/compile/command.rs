@@ -192,13 +192,14 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
 }
 
 /// Operators that stand for several of ONNX's own.
-const FUSED: [&str; 10] = [
+const FUSED: [&str; 11] = [
     "CausalAttention",
     "Layers",
     "MultiHeadAttention",
     "GroupQueryAttention",
     "SimplifiedLayerNormalization",
     "QuickGelu",
+    "ScaledSiLU",
     "Gelu",
     "FastGelu",
     "DynamicQuantizeMatMul",

@@ -67,6 +67,14 @@ impl Plan<'_> {
         }
     }
 
+    /// Whether queries, keys and values are products of their own where whole
+    /// images are attended to. On a GPU that is less work than to cut one product
+    /// apart; a step, which is launches more than work, takes it in one.
+    #[must_use]
+    pub fn is_apart(&self) -> bool {
+        self.provider == Provider::Cuda
+    }
+
     /// Outputs and inputs of a layer's product by the name of its weight.
     fn product(&self, name: &str) -> [usize; 2] {
         let (width, inner) = (self.architecture.width, self.architecture.inner_width);

@@ -202,6 +202,13 @@ impl CompileOptions {
         }
     }
 
+    /// Whether ONNX Runtime can compute the task with these options: on CUDA,
+    /// `GroupQueryAttention` has kernels for 16 bits alone.
+    pub(super) fn has_operators(&self, task: Task) -> bool {
+        let has_cache = task == Task::Generate;
+        !(has_cache && self.provider == Provider::Cuda && self.precision == Precision::Fp32)
+    }
+
     /// A folder's name for what these options make of weights.
     pub(super) fn cache_key(&self, sha256: &str, runtime: &Runtime) -> String {
         let mut parts = vec![

@@ -34,7 +34,37 @@ impl Store {
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
+
+    /// Makes the `idx`th of `n` equal parts of a tensor, along its first axis, a
+    /// tensor of its own, over the same bytes.
+    fn cut(&mut self, whole: &str, part: &str, idx: usize, n: usize) {
+        let Some(mut tensor) = self.tensors.get(whole).cloned() else {
+            return;
+        };
+        part.clone_into(&mut tensor.name);
+        if let Some(first) = tensor.dims.first_mut() {
+            *first /= n as i64;
+        }
+        let entry = |tensor: &Tensor, key: &str| -> u64 {
+            let mut entries = tensor.external_data.iter();
+            let entry = entries.find(|entry| entry.key == key);
+            entry.map_or(0, |entry| entry.value.parse().unwrap_or(0))
+        };
+        let length = entry(&tensor, "length") / n as u64;
+        let offset = entry(&tensor, "offset") + idx as u64 * length;
+        for place in &mut tensor.external_data {
+            match &*place.key {
+                "offset" => place.value = offset.to_string(),
+                "length" => place.value = length.to_string(),
+                _ => {}
+            }
+        }
+        self.tensors.insert(part.to_owned(), tensor);
+    }
 }
+
+/// Queries, keys and values, where they are products of their own.
+pub const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
 
 /// Which parts of the model the graphs will need.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +75,9 @@ pub struct Parts {
     pub classification_head: bool,
     /// Also 8-bit weights in blocks, for products that treat each row by itself.
     pub blocks: bool,
+    /// Whether [`PARTS`] can be had by themselves. Then their outputs lie one
+    /// after the other, so that each is a part of the whole.
+    pub apart: bool,
 }
 
 /// Inputs of a block of 8-bit weights that share a scale, at most. Fewer are more
@@ -103,7 +136,11 @@ pub fn write(
             &[width],
             &layer.attention_norm,
         )?;
-        writer.dense(&name("qkv"), precision, &layer.qkv)?;
+        if parts.apart {
+            writer.apart(&name(""), float, &layer.qkv)?;
+        } else {
+            writer.dense(&name("qkv"), precision, &layer.qkv)?;
+        }
         writer.dense(&name("projection"), precision, &layer.projection)?;
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
         writer.dense(&name("expand"), precision, &layer.expand)?;
@@ -186,6 +223,34 @@ impl Writer {
                 self.floats(&name, precision.activation(), &[dense.outputs], bias)
             }
         }
+    }
+
+    /// `layer` is what names begin with.
+    fn apart(
+        &mut self,
+        layer: &str,
+        data_type: DataType,
+        dense: &Dense,
+    ) -> Result<(), CompileError> {
+        let (inputs, outputs) = (dense.inputs, dense.outputs);
+        let by_output = (0..outputs)
+            .flat_map(|output| (0..inputs).map(move |input| input * outputs + output))
+            .map(|place| dense.weight[place]);
+        let weight: Vec<f32> = by_output.collect();
+        let whole = format!("{layer}qkv");
+        self.floats(&whole, data_type, &[outputs, inputs], &weight)?;
+        if let Some(bias) = &dense.bias {
+            self.floats(&format!("{whole}.bias"), data_type, &[outputs], bias)?;
+        }
+        for (idx, part) in PARTS.into_iter().enumerate() {
+            let part = format!("{layer}{part}");
+            self.store.cut(&whole, &part, idx, PARTS.len());
+            if dense.bias.is_some() {
+                let [whole, part] = [&whole, &part].map(|name| format!("{name}.bias"));
+                self.store.cut(&whole, &part, idx, PARTS.len());
+            }
+        }
+        Ok(())
     }
 
     /// As `MatMulNBits` takes them: `(outputs, blocks, block)` bytes about 128,

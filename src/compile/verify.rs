@@ -307,8 +307,10 @@ fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
 }
 
 /// Operators that stand for a whole pattern: the graph is slow without them.
-const FUSED: [&str; 10] = [
+const FUSED: [&str; 12] = [
     "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "ScaledSiLU",
     "QuickGelu",
     "Gelu",
     "FastGelu",

@@ -17,10 +17,6 @@ use crate::generation::Sequence;
 use crate::job::Class;
 use crate::metrics::{Fault, Metrics};
 
-/// Rows of a step at least, where there are slots for it: kernels for a single
-/// row add in another order than those for several.
-const ROWS_MIN: usize = 2;
-
 /// See the module.
 pub(super) struct Decoder {
     slots: Vec<Option<Sequence>>,
@@ -51,13 +47,9 @@ impl Decoder {
         if let Some(facts) = facts {
             metrics.slots_added(facts.n_slots, facts.slot_bytes);
         }
-        let from_min = Buckets::powers_of_two(n_slots)
-            .iter()
-            .filter(|&size| size >= ROWS_MIN.min(n_slots))
-            .collect();
         Self {
             slots: (0..n_slots).map(|_| None).collect(),
-            sizes: Buckets::ascending(from_min).unwrap_or_else(|| Buckets::powers_of_two(1)),
+            sizes: facts.map_or_else(|| Buckets::powers_of_two(1), |facts| facts.sizes()),
             chunk: facts.map_or(1, |facts| facts.chunk.max(1)),
             can_copy: true,
             logits: Vec::new(),

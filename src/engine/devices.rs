@@ -218,6 +218,7 @@ mod tests {
                 n_slots: 4,
                 slot_bytes: 1,
                 chunk: 1,
+                rows_min: 2,
             }),
             fallbacks: Vec::new(),
         }

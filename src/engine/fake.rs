@@ -134,6 +134,7 @@ impl FakeEngine {
                     n_slots: sequences.n_slots,
                     slot_bytes: 1 << 10,
                     chunk: 8,
+                    rows_min: 2,
                 }),
                 fallbacks: Vec::new(),
             },

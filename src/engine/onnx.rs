@@ -181,13 +181,18 @@ impl OnnxEngine {
             self.warm_up(graph, options)
         };
         if let Some(error) = captured_or_not(runtime.cuda_graphs, load)? {
-            tracing::warn!(graph = graph.label(), %error, "no CUDA graphs; launching kernels one by one");
-            self.facts.fallbacks.push(Fallback {
-                kind: FallbackKind::CudaGraphs,
-                reason: format!("graph {}: {error}", graph.label()),
-            });
+            self.not_captured(graph, &error);
         }
         Ok(())
+    }
+
+    fn not_captured(&mut self, graph: Graph, error: &EngineError) {
+        let graph = graph.label();
+        tracing::warn!(graph, %error, "no CUDA graphs; launching kernels one by one");
+        self.facts.fallbacks.push(Fallback {
+            kind: FallbackKind::CudaGraphs,
+            reason: format!("graph {graph}: {error}"),
+        });
     }
 
     fn load_sequences(
@@ -205,10 +210,22 @@ impl OnnxEngine {
             positions: options.positions,
             n_colors: options.n_colors,
         };
-        let mut sequences = SequenceEngine::load(runtime, path, sizes)?;
-        self.warm.extend(sequences.warm_up()?);
-        self.facts.sequences = Some(sequences.facts);
-        self.sequences = Some(sequences);
+        let load = |cuda_graphs| {
+            self.sequences = None;
+            let runtime = Runtime {
+                cuda_graphs,
+                ..runtime.clone()
+            };
+            let mut sequences = SequenceEngine::load(&runtime, path, sizes)?;
+            let warm = sequences.warm_up()?;
+            self.facts.sequences = Some(sequences.facts);
+            self.sequences = Some(sequences);
+            self.warm.extend(warm);
+            Ok(())
+        };
+        if let Some(error) = captured_or_not(runtime.cuda_graphs, load)? {
+            self.not_captured(Graph::Generate, &error);
+        }
         Ok(())
     }
 
@@ -427,6 +444,17 @@ fn choose(
             EngineError::NotLoaded(format!("no arena for {}: {error}", provider.name()))
         })?;
         runtime.shares_arena = true;
+    }
+    if runtime.shares_arena && runtime.cuda_graphs {
+        // A captured run goes on writing where its memory was, which the arena
+        // has given away since: another graph's weights may lie there.
+        runtime.cuda_graphs = false;
+        fallbacks.push(Fallback {
+            kind: FallbackKind::CudaGraphs,
+            reason: "--gpu-memory-limit has all graphs share their memory, which captured runs \
+                     need for themselves"
+                .to_owned(),
+        });
     }
     Ok(runtime)
 }

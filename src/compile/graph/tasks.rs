@@ -1,8 +1,9 @@
 //! What each task takes from the backbone.
 
-use super::backbone::{Cache, Tokens};
+use super::backbone::{Cache, Stream, Tokens};
 use super::builder::Builder;
 use super::{Attention, Kind, Plan};
+use crate::compile::Provider;
 use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
 
 /// What is pooled of a layer.
@@ -25,22 +26,21 @@ pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
     let mut builder = Builder::new(plan, Kind::Embed(norm).name());
     let tokens = builder.tokens();
     let mean = builder.mean_row(&tokens);
-    let mut rows = builder.embedded(&tokens);
+    let mut stream = Stream::new(builder.embedded(&tokens));
     let mut pooled = Vec::new();
     for idx in 0..=plan.feature_layer {
         builder.scope = format!("h.{idx}");
         let is_last = idx == architecture.n_layers;
         // The raw features of the layer that ends the graph need no norm.
         let normed = (norm == Norm::PreAttnRms || idx < plan.feature_layer || is_last)
-            .then(|| builder.norm_before(idx, &rows));
+            .then(|| builder.norm_before(idx, &mut stream));
         let feature = match &normed {
-            Some(normed) if norm == Norm::PreAttnRms || is_last => normed,
-            _ => &rows,
+            Some(normed) if norm == Norm::PreAttnRms || is_last => normed.clone(),
+            _ => builder.settled(&mut stream),
         };
-        let feature = builder.pooled(&tokens, feature, &mean);
-        pooled.push(feature);
+        pooled.push(builder.pooled(&tokens, &feature, &mean));
         if let Some(normed) = normed.filter(|_| idx < plan.feature_layer) {
-            rows = builder.layer(idx, &tokens, &rows, &normed, None);
+            builder.layer(idx, &tokens, &mut stream, &normed, None);
         }
     }
     let inputs: Vec<&str> = pooled.iter().map(String::as_str).collect();
@@ -136,7 +136,8 @@ pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let rows = if plan.attention == Attention::Layers {
         builder.all_layers(&rows, &cache)
     } else {
-        builder.through_layers(&tokens, rows, Some(&cache))
+        let mut stream = builder.through_layers(&tokens, rows, Some(&cache));
+        builder.settled(&mut stream)
     };
     "out".clone_into(&mut builder.scope);
     let width = plan.architecture.width;
@@ -145,7 +146,7 @@ pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let axis = vec![Attribute::int("axis", 1)];
     let rows = builder.standard("Gather", &[&sequences, &last], axis);
     let rows = builder.rows(&rows);
-    let normed = builder.norm(&rows, "final_norm");
+    let normed = builder.norm(&mut Stream::new(rows), "final_norm");
     let logits = builder.head(&normed, "language_head");
     let logits = builder.float(&logits);
     let dims = [BATCH, Dim::Size(plan.architecture.n_colors())];
@@ -157,32 +158,28 @@ impl Builder<'_> {
     /// Rows after all layers and the final norm.
     fn final_rows(&mut self, tokens: &Tokens) -> String {
         let rows = self.embedded(tokens);
-        let rows = self.through_layers(tokens, rows, None);
-        self.norm(&rows, "final_norm")
+        let mut stream = self.through_layers(tokens, rows, None);
+        self.norm(&mut stream, "final_norm")
     }
 
-    fn through_layers(
-        &mut self,
-        tokens: &Tokens,
-        mut rows: String,
-        cache: Option<&Cache>,
-    ) -> String {
+    fn through_layers(&mut self, tokens: &Tokens, rows: String, cache: Option<&Cache>) -> Stream {
+        let mut stream = Stream::new(rows);
         for idx in 0..self.plan.architecture.n_layers {
             self.scope = format!("h.{idx}");
-            let normed = self.norm_before(idx, &rows);
-            rows = self.layer(idx, tokens, &rows, &normed, cache);
+            let normed = self.norm_before(idx, &mut stream);
+            self.layer(idx, tokens, &mut stream, &normed, cache);
         }
         "out".clone_into(&mut self.scope);
-        rows
+        stream
     }
 
     /// What attention of layer `idx` sees; after the last layer, the final
     /// norm.
-    fn norm_before(&mut self, idx: usize, rows: &str) -> String {
+    fn norm_before(&mut self, idx: usize, stream: &mut Stream) -> String {
         if idx == self.plan.architecture.n_layers {
-            self.norm(rows, "final_norm")
+            self.norm(stream, "final_norm")
         } else {
-            self.norm(rows, &format!("h.{idx}.attention_norm"))
+            self.norm(stream, &format!("h.{idx}.attention_norm"))
         }
     }
 
@@ -191,8 +188,23 @@ impl Builder<'_> {
     /// image where this takes a few tenths.
     fn mean_row(&mut self, tokens: &Tokens) -> String {
         let one = self.int64s("one", &[1]);
+        let row = self.ones(&[&one, &tokens.sequence]);
+        if self.plan.provider == Provider::Cpu {
+            let length = self.float(&tokens.sequence);
+            return self.standard("Div", &[&row, &length], Vec::new());
+        }
+        // A length that the host knows would be copied to the GPU in each run,
+        // and then runs cannot be captured. Counted there it is exact.
+        let column = self.ones(&[&tokens.sequence, &one]);
+        let length = self.standard("MatMul", &[&row, &column], Vec::new());
+        let mean = self.standard("Div", &[&row, &length], Vec::new());
+        self.activation_type(&mean)
+    }
+
+    /// Ones in f32, of sizes that are known when it runs.
+    fn ones(&mut self, sizes: &[&str]) -> String {
         let axis = vec![Attribute::int("axis", 0)];
-        let shape = self.standard("Concat", &[&one, &tokens.sequence], axis);
+        let shape = self.standard("Concat", sizes, axis);
         let value = Tensor {
             dims: vec![1],
             data_type: DataType::Float.into(),
@@ -200,21 +212,21 @@ impl Builder<'_> {
             ..Tensor::default()
         };
         let value = vec![Attribute::tensor("value", value)];
-        let ones = self.standard("ConstantOfShape", &[&shape], value);
-        let length = self.float(&tokens.sequence);
-        self.standard("Div", &[&ones, &length], Vec::new())
+        self.standard("ConstantOfShape", &[&shape], value)
     }
 
-    /// Mean over positions, `(batch, 1, width)`, always in f32.
+    /// Mean over positions, `(batch, 1, width)`, always in f32. A GPU adds
+    /// numbers of 16 bits in f32 as it reads them, and rounds the mean; as f32
+    /// all of them would be written and read once more.
     fn pooled(&mut self, tokens: &Tokens, rows: &str, mean: &str) -> String {
         let width = self.plan.architecture.width;
-        let rows = if self.plan.precision.activation() == DataType::Float {
-            rows.to_owned()
+        let sequences = self.sequences(tokens, rows, width);
+        let pooled = self.standard("MatMul", &[mean, &sequences], Vec::new());
+        if self.plan.precision.activation() == DataType::Float {
+            pooled
         } else {
-            self.float(rows)
-        };
-        let sequences = self.sequences(tokens, &rows, width);
-        self.standard("MatMul", &[mean, &sequences], Vec::new())
+            self.float(&pooled)
+        }
     }
 
     /// `x H^T` with a head that lies `(outputs, width)`.

@@ -7,6 +7,11 @@
 //! copied. These views are bound once for each range of slots that is ever run;
 //! what changes from step to step is a few integers.
 //!
+//! On a GPU a step always runs at the size of all slots: what is not launched for
+//! fewer rows is hardly saved, and a sequence gets the same bits in whatever
+//! company. That one step is captured as a CUDA graph, if that is wanted, and then
+//! what it reads and writes stays in the device's memory as well.
+//!
 //! In which order numbers lie within a head is the graph's attention operator's;
 //! all of them keep whole blocks of [`BLOCK`] positions one after another.
 #![expect(
@@ -22,7 +27,7 @@ use std::time::{Duration, Instant};
 use memmap2::MmapMut;
 use ort::AsPointer as _;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
-use ort::session::{IoBinding, Session};
+use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::{
     DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, TensorRefMut,
     ValueType,
@@ -30,18 +35,27 @@ use ort::value::{
 
 use super::failure::{run_failed, runtime};
 use super::placement;
+use super::whole::{GRAPH_ID, NO_GRAPH};
 use crate::attention::BLOCK;
 use crate::compile;
 use crate::engine::runtime::{Residence, Runtime};
-use crate::engine::{Buckets, EngineError, Feed, FeedRow, Graph, SequenceFacts, Span, Warm};
+use crate::engine::{EngineError, Feed, FeedRow, Graph, SequenceFacts, Span, Warm};
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.
 const CHUNK_CPU: usize = 64;
+/// Rows of a step on a CPU, where there are slots for it: kernels for a single row
+/// add in another order than those for several.
+const ROWS_MIN_CPU: usize = 2;
 /// No worker has as many slots.
 const SLOTS_MAX: usize = 1 << 16;
 /// A GPU is not full with less.
 const CHUNK_CUDA: usize = 256;
+
+/// The inputs of a step that change.
+const STEP_INPUTS: [&str; 3] = ["input_ids", "position_ids", "seqlens_k"];
+/// The captured step's name; there is one.
+const STEP_GRAPH: &str = "1";
 
 /// What sequences are made from.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +73,11 @@ pub(super) struct SequenceEngine {
     pub(super) facts: SequenceFacts,
     /// The bindings refer to the buffers, so they go first.
     bound: BTreeMap<(usize, usize), IoBinding>,
+    /// A step of all slots, where it always runs at that size.
+    step: Option<Step>,
+    /// What other runs are told.
+    uncaptured: RunOptions,
+    captures: bool,
     session: Session,
     buffers: Vec<Buffer>,
     memory: MemoryInfo<'static>,
@@ -114,9 +133,6 @@ impl SequenceEngine {
         // fast, and give each row the same bits in whatever company.
         let packed = Runtime {
             residence: Residence::Packed,
-            // How many tokens there are is read on the host in each step, so a
-            // step that was captured would be run again as it was.
-            cuda_graphs: false,
             ..runtime_.clone()
         };
         let session = super::builder(&packed)?
@@ -149,13 +165,23 @@ impl SequenceEngine {
             MemoryType::Default,
         )
         .map_err(runtime)?;
+        let mut uncaptured = RunOptions::new().map_err(runtime)?;
+        if runtime_.cuda_graphs {
+            uncaptured.set(GRAPH_ID, NO_GRAPH).map_err(runtime)?;
+        }
+        // Tests capture on a CPU, as far as that goes.
+        let has_one_size = is_cuda || runtime_.cuda_graphs;
         let mut engine = Self {
             facts: SequenceFacts {
                 n_slots,
                 slot_bytes,
                 chunk: if is_cuda { CHUNK_CUDA } else { CHUNK_CPU },
+                rows_min: if has_one_size { n_slots } else { ROWS_MIN_CPU },
             },
             bound: BTreeMap::new(),
+            step: None,
+            uncaptured,
+            captures: runtime_.cuda_graphs,
             session,
             buffers: Vec::new(),
             memory,
@@ -167,6 +193,9 @@ impl SequenceEngine {
             has_scratch: n_slots == 1,
         };
         engine.allocate(n_layers)?;
+        if has_one_size {
+            engine.step = Some(engine.step()?);
+        }
         Ok(engine)
     }
 
@@ -229,8 +258,7 @@ impl SequenceEngine {
         };
         self.feed(&feed, &mut logits, &mut None)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
-        let sizes: Vec<usize> = Buckets::powers_of_two(self.facts.n_slots).iter().collect();
-        for size in sizes {
+        for size in self.facts.sizes().iter() {
             let row = FeedRow {
                 tokens: &[start],
                 past: 0,
@@ -272,6 +300,15 @@ impl SequenceEngine {
             beside = [*row, nobody];
             rows = &beside;
         }
+        if let Some(step) = &mut self.step
+            && (feed.first_slot, rows.len()) == (0, step.n_rows)
+            && rows.iter().all(|row| row.tokens.len() == 1)
+        {
+            let values = step.run(&mut self.session, rows, span)?;
+            logits.clear();
+            logits.extend_from_slice(&values[..feed.rows.len() * self.n_colors]);
+            return Ok(());
+        }
         let range = (feed.first_slot, rows.len());
         if !self.bound.contains_key(&range) {
             let binding = self.bind(feed.first_slot, rows.len())?;
@@ -283,7 +320,8 @@ impl SequenceEngine {
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bind_tokens(binding, rows).map_err(runtime)?;
         let session = &mut self.session;
-        let (outputs, ran) = Span::of(|| session.run_binding(binding));
+        let options = &self.uncaptured;
+        let (outputs, ran) = Span::of(|| session.run_binding_with_options(binding, options));
         *span = Some(ran);
         let outputs = outputs.map_err(|error| run_failed(&error.to_string()))?;
         let output = outputs
@@ -310,6 +348,22 @@ impl SequenceEngine {
                 self.n_buffers()
             )));
         }
+        let mut binding = self.bind_slots(first, n)?;
+        let host = MemoryInfo::new(
+            AllocationDevice::CPU,
+            0,
+            AllocatorType::Device,
+            MemoryType::CPUOutput,
+        )
+        .map_err(runtime)?;
+        binding
+            .bind_output_to_device("logits", &host)
+            .map_err(runtime)?;
+        Ok(binding)
+    }
+
+    /// A binding of the keys and values of `n` slots from `first` on.
+    fn bind_slots(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
         let mut binding = self.session.create_binding().map_err(runtime)?;
         for buffer in &mut self.buffers {
             let view = View {
@@ -324,17 +378,43 @@ impl SequenceEngine {
             }
             .map_err(runtime)?;
         }
-        let host = MemoryInfo::new(
-            AllocationDevice::CPU,
-            0,
-            AllocatorType::Device,
-            MemoryType::CPUOutput,
-        )
-        .map_err(runtime)?;
-        binding
-            .bind_output_to_device("logits", &host)
-            .map_err(runtime)?;
         Ok(binding)
+    }
+
+    /// The step of all slots.
+    fn step(&mut self) -> Result<Step, EngineError> {
+        let n_rows = self.n_buffers();
+        let mut binding = self.bind_slots(0, n_rows)?;
+        let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
+        let new = |allocator: &Allocator| Placed::new(allocator, n_rows, self.n_colors);
+        let host = new(&Allocator::default()).map_err(runtime)?;
+        let mut device = new(&allocator).map_err(|error| run_failed(&error.to_string()))?;
+        for (name, tensor) in STEP_INPUTS.into_iter().zip(&device.tokens) {
+            binding.bind_input(name, tensor).map_err(runtime)?;
+        }
+        binding
+            .bind_output("logits", &mut device.logits)
+            .map_err(runtime)?;
+        // Read on the host, so a captured step would be run again with what it
+        // was: the most there can be, which decides no more than how the work is
+        // split.
+        let scalar: [usize; 0] = [];
+        let most = i32::try_from(self.positions).unwrap_or(i32::MAX);
+        let most = Tensor::from_array((scalar, vec![most])).map_err(runtime)?;
+        binding
+            .bind_input("total_sequence_length", &most)
+            .map_err(runtime)?;
+        let mut options = RunOptions::new().map_err(runtime)?;
+        if self.captures {
+            options.set(GRAPH_ID, STEP_GRAPH).map_err(runtime)?;
+        }
+        Ok(Step {
+            n_rows,
+            binding,
+            host,
+            device,
+            options,
+        })
     }
 
     /// Copies the first `n` positions of a slot, and what else is in their last
@@ -358,6 +438,67 @@ impl SequenceEngine {
             }
             true
         })
+    }
+}
+
+/// What a step reads and writes other than keys and values.
+struct Placed {
+    /// As [`STEP_INPUTS`].
+    tokens: [Tensor<i32>; 3],
+    logits: Tensor<f32>,
+}
+
+impl Placed {
+    fn new(allocator: &Allocator, n_rows: usize, n_colors: usize) -> ort::Result<Self> {
+        Ok(Self {
+            tokens: [
+                Tensor::new(allocator, [n_rows, 1])?,
+                Tensor::new(allocator, [n_rows, 1])?,
+                Tensor::new(allocator, [n_rows])?,
+            ],
+            logits: Tensor::new(allocator, [n_rows, n_colors])?,
+        })
+    }
+}
+
+/// A step of all slots, bound once to memory of the device.
+struct Step {
+    n_rows: usize,
+    /// It refers to what follows, so it goes first.
+    binding: IoBinding,
+    host: Placed,
+    device: Placed,
+    options: RunOptions,
+}
+
+impl Step {
+    /// The logits of all rows.
+    fn run(
+        &mut self,
+        session: &mut Session,
+        rows: &[FeedRow<'_>],
+        span: &mut Option<Span>,
+    ) -> Result<&[f32], EngineError> {
+        let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
+        let [ids, positions, ends] = &mut self.host.tokens;
+        let [ids, positions, ends] = [ids, positions, ends].map(|host| host.extract_tensor_mut().1);
+        let places = ids.iter_mut().zip(positions).zip(ends);
+        for (row, ((id, position), end)) in rows.iter().zip(places) {
+            *id = row.tokens.first().map_or(0, |&token| i32::from(token));
+            *position = int32(row.past);
+            // ONNX Runtime's convention: tokens after the run, less one.
+            *end = int32(row.past);
+        }
+        let (outcome, ran) = Span::of(|| {
+            for (host, device) in self.host.tokens.iter().zip(&mut self.device.tokens) {
+                host.copy_into(device)?;
+            }
+            session.run_binding_with_options(&self.binding, &self.options)?;
+            self.device.logits.copy_into(&mut self.host.logits)
+        });
+        *span = Some(ran);
+        outcome.map_err(|error| run_failed(&error.to_string()))?;
+        Ok(self.host.logits.extract_tensor().1)
     }
 }
 
@@ -470,3 +611,6 @@ fn bind_tokens(binding: &mut IoBinding, rows: &[FeedRow<'_>]) -> ort::Result<()>
         &Tensor::from_array((scalar, vec![most]))?,
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,96 @@
+//! The step of one size, which is a GPU's, on a CPU: it must draw what steps of
+//! several sizes do.
+
+use super::*;
+use crate::compile::{CompileOptions, Provider, Silent, Source, Task};
+use crate::engine::onnx::{environment, find_library};
+
+const POSITIONS: usize = 1024;
+const COLORS: usize = 512;
+const SLOTS: usize = 3;
+
+/// `one_size`: as if steps were captured.
+fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
+    let environment = environment(&find_library(None)).expect("make setup has brought it");
+    // Attention as ONNX Runtime has it, as on a GPU.
+    let runtime = Runtime {
+        operators: None,
+        n_threads: 1,
+        cuda_graphs: one_size,
+        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
+    };
+    let path = folder.join("generate.onnx");
+    if !path.exists() {
+        let options = CompileOptions {
+            tasks: Some([Task::Generate].into()),
+            ..CompileOptions::default()
+        };
+        let source = Source::parse("random:tiny", None);
+        crate::compile::compile(&source, folder, &options, &runtime, &mut Silent)
+            .expect("a compiled model");
+    }
+    let options = Options {
+        n_slots: SLOTS,
+        bytes_max: 1 << 30,
+        positions: POSITIONS,
+        n_colors: COLORS,
+    };
+    let mut engine = SequenceEngine::load(&runtime, &path, options).expect("sequences");
+    engine.warm_up().expect("a warm engine");
+    engine
+}
+
+/// Logits of some steps: a primer in one slot, then a token to each.
+fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
+    let mut all = Vec::new();
+    let mut of_run = Vec::new();
+    let primer: Vec<u16> = (0..20).map(|idx| idx * 23 % 512).collect();
+    let row = FeedRow {
+        tokens: &primer,
+        past: 0,
+    };
+    let feed = Feed {
+        first_slot: 1,
+        rows: &[row],
+    };
+    engine
+        .feed(&feed, &mut of_run, &mut None)
+        .expect("a primer");
+    for step in 0..6_u16 {
+        let tokens: Vec<u16> = (0..3).map(|slot| (step * 31 + slot * 7) % 512).collect();
+        let rows: Vec<FeedRow<'_>> = tokens
+            .iter()
+            .zip([0, primer.len(), 0])
+            .map(|(token, past)| FeedRow {
+                tokens: std::slice::from_ref(token),
+                past: past + usize::from(step),
+            })
+            .collect();
+        let feed = Feed {
+            first_slot: 0,
+            rows: &rows,
+        };
+        engine.feed(&feed, &mut of_run, &mut None).expect("a step");
+        assert_eq!(of_run.len(), SLOTS * COLORS);
+        all.extend_from_slice(&of_run);
+    }
+    all
+}
+
+#[test]
+fn a_step_of_one_size_draws_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().join("model");
+    let mut several = sequences(&folder, false);
+    let sizes: Vec<usize> = several.facts.sizes().iter().collect();
+    assert_eq!(sizes, [2, 3]);
+    let mut one = sequences(&folder, true);
+    let sizes: Vec<usize> = one.facts.sizes().iter().collect();
+    assert_eq!(sizes, [3]);
+    let (several, one) = (logits(&mut several), logits(&mut one));
+    let distance = several.iter().zip(&one).map(|(a, b)| (a - b).abs());
+    let worst = distance.fold(0.0, f32::max);
+    assert!(worst < 1e-5, "{worst}");
+    // It is not that nothing is computed.
+    assert!(several.iter().any(|logit| logit.abs() > 0.1));
+}
