@@ -99,6 +99,10 @@ bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the m
 bench-generate: build $(PARITY_VENV)/.done ## Measure generation beside transformers and the bare graph (brings PyTorch)
 	@PARITY_VENV=$(PARITY_VENV) scripts/bench-generate.sh
 
+.PHONY: kernels
+kernels: ## Compile src/gpu/kernels/*.cu to the PTX that the worker carries
+	@scripts/kernels.sh
+
 .PHONY: bench-gpu
 bench-gpu: build ## Measure a GPU: engine, gRPC, generation, precisions, soak, PyTorch (PROVIDER=cpu tries it without one)
 	@scripts/bench-gpu.sh

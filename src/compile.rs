@@ -40,7 +40,7 @@ use self::manifest::SourceFacts;
 use self::onnx::DataType;
 use self::source::Local;
 use self::stage::Stage;
-use self::store::Parts;
+use self::store::{Layout, Parts};
 use self::verify::Trial;
 use self::weights::Weights;
 
@@ -150,14 +150,21 @@ fn compile_fetched(
 
     let layer_parameters = weights.architecture.layer_parameters() * n_layers;
     progress.begin(Step::Write, layer_parameters as u64);
+    let layout = if options.provider == Provider::Cuda {
+        Layout::Apart
+    } else if options.precision == Precision::Int8
+        && tasks.contains(&Task::Generate)
+        && attention(Kind::Generate, options, runtime) == Attention::GroupQuery
+    {
+        Layout::WithBlocks
+    } else {
+        Layout::Plain
+    };
     let parts = Parts {
         n_layers,
         language_head: tasks.contains(&Task::Score) || tasks.contains(&Task::Generate),
         classification_head: tasks.contains(&Task::Classify),
-        blocks: options.precision == Precision::Int8
-            && tasks.contains(&Task::Generate)
-            && attention(Kind::Generate, options, runtime) == Attention::GroupQuery,
-        apart: options.provider == Provider::Cuda,
+        layout,
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;

@@ -7,6 +7,7 @@
 //! and says how devices are. UUIDs join the two.
 
 mod driver;
+pub mod kernels;
 mod nvml;
 
 use std::fmt;

@@ -223,7 +223,8 @@ class Bench:
         reference = self.model(shape, "fp32")
         if precision != "fp32" and reference.exists():
             arguments += ["--reference", str(reference)]
-        n_sizes = 4 * len(SET.batches) + 3 * SET.slots.bit_length()
+        n_steps = 1 if SET.provider == "cuda" else SET.slots.bit_length()
+        n_sizes = 4 * len(SET.batches) + 3 * n_steps
         return self.bare(shape, precision, 0.6 * seconds / n_sizes, *arguments)
 
     def bare(self, shape: str, precision: str, each: float, *arguments: str) -> dict:

@@ -174,7 +174,9 @@ def cores(results: Results, images: str) -> list[str]:
     return [
         "## Encoded images",
         "",
-        f"The same with files ({images}): how many threads of decoding keep the engine busy.",
+        f"The same with files ({images}): how many images a second threads of decoding can give "
+        "the engine. Files repeat, and identical images in flight run once, so it is not the "
+        "engine that limits this.",
         "",
         *table(header, rows),
     ]

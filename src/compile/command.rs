@@ -192,14 +192,15 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
 }
 
 /// Operators that stand for several of ONNX's own.
-const FUSED: [&str; 11] = [
+const FUSED: [&str; 12] = [
     "CausalAttention",
     "Layers",
     "MultiHeadAttention",
     "GroupQueryAttention",
     "SimplifiedLayerNormalization",
     "QuickGelu",
-    "ScaledSiLU",
+    "QuickGeluFp16",
+    "QuickGeluBf16",
     "Gelu",
     "FastGelu",
     "DynamicQuantizeMatMul",

@@ -35,23 +35,23 @@ impl Store {
         self.tensors.contains_key(name)
     }
 
-    /// Makes the `idx`th of `n` equal parts of a tensor, along its first axis, a
-    /// tensor of its own, over the same bytes.
-    fn cut(&mut self, whole: &str, part: &str, idx: usize, n: usize) {
+    /// Makes one of [`PARTS`], of a tensor whose first axis they share, a tensor of
+    /// its own, over the same bytes.
+    fn cut(&mut self, whole: &str, part: &str, idx: u64) {
         let Some(mut tensor) = self.tensors.get(whole).cloned() else {
             return;
         };
         part.clone_into(&mut tensor.name);
         if let Some(first) = tensor.dims.first_mut() {
-            *first /= n as i64;
+            *first /= 3;
         }
         let entry = |tensor: &Tensor, key: &str| -> u64 {
             let mut entries = tensor.external_data.iter();
             let entry = entries.find(|entry| entry.key == key);
             entry.map_or(0, |entry| entry.value.parse().unwrap_or(0))
         };
-        let length = entry(&tensor, "length") / n as u64;
-        let offset = entry(&tensor, "offset") + idx as u64 * length;
+        let length = entry(&tensor, "length") / 3;
+        let offset = entry(&tensor, "offset") + idx * length;
         for place in &mut tensor.external_data {
             match &*place.key {
                 "offset" => place.value = offset.to_string(),
@@ -66,6 +66,18 @@ impl Store {
 /// Queries, keys and values, where they are products of their own.
 pub const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
 
+/// How the weights of layers lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// As products of whole images take them.
+    Plain,
+    /// Also 8-bit weights in blocks, for products that treat each row by itself.
+    WithBlocks,
+    /// [`PARTS`] can be had by themselves: the outputs of the three lie one after
+    /// the other, so that each is a part of the whole.
+    Apart,
+}
+
 /// Which parts of the model the graphs will need.
 #[derive(Debug, Clone, Copy)]
 pub struct Parts {
@@ -73,11 +85,7 @@ pub struct Parts {
     pub n_layers: usize,
     pub language_head: bool,
     pub classification_head: bool,
-    /// Also 8-bit weights in blocks, for products that treat each row by itself.
-    pub blocks: bool,
-    /// Whether [`PARTS`] can be had by themselves. Then their outputs lie one
-    /// after the other, so that each is a part of the whole.
-    pub apart: bool,
+    pub layout: Layout,
 }
 
 /// Inputs of a block of 8-bit weights that share a scale, at most. Fewer are more
@@ -136,7 +144,7 @@ pub fn write(
             &[width],
             &layer.attention_norm,
         )?;
-        if parts.apart {
+        if parts.layout == Layout::Apart {
             writer.apart(&name(""), float, &layer.qkv)?;
         } else {
             writer.dense(&name("qkv"), precision, &layer.qkv)?;
@@ -145,7 +153,7 @@ pub fn write(
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
         writer.dense(&name("expand"), precision, &layer.expand)?;
         writer.dense(&name("contract"), precision, &layer.contract)?;
-        if parts.blocks {
+        if parts.layout == Layout::WithBlocks {
             for (part, dense) in [
                 ("qkv", &layer.qkv),
                 ("projection", &layer.projection),
@@ -242,12 +250,12 @@ impl Writer {
         if let Some(bias) = &dense.bias {
             self.floats(&format!("{whole}.bias"), data_type, &[outputs], bias)?;
         }
-        for (idx, part) in PARTS.into_iter().enumerate() {
+        for (idx, part) in (0..).zip(PARTS) {
             let part = format!("{layer}{part}");
-            self.store.cut(&whole, &part, idx, PARTS.len());
+            self.store.cut(&whole, &part, idx);
             if dense.bias.is_some() {
                 let [whole, part] = [&whole, &part].map(|name| format!("{name}.bias"));
-                self.store.cut(&whole, &part, idx, PARTS.len());
+                self.store.cut(&whole, &part, idx);
             }
         }
         Ok(())

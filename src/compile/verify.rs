@@ -307,10 +307,11 @@ fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
 }
 
 /// Operators that stand for a whole pattern: the graph is slow without them.
-const FUSED: [&str; 12] = [
+const FUSED: [&str; 13] = [
     "SimplifiedLayerNormalization",
     "SkipSimplifiedLayerNormalization",
-    "ScaledSiLU",
+    "QuickGeluFp16",
+    "QuickGeluBf16",
     "QuickGelu",
     "Gelu",
     "FastGelu",

@@ -482,7 +482,8 @@ fn runtime_of(
     let (operators, residence) = if options.compiled_for.is_some() {
         // Compiled graphs share one file of weights and compute from where it
         // is mapped; packing would copy them for every graph.
-        (Some(operators().map_err(runtime)?), Residence::Mapped)
+        let operators = operators(&environment).map_err(runtime)?;
+        (Some(operators), Residence::Mapped)
     } else {
         (None, Residence::Packed)
     };

@@ -1,17 +1,22 @@
 //! The worker's own kernels as operators of ONNX Runtime.
 //!
-//! They run on the threads of the session that calls them, as many as its
-//! `intra_threads`, and on no others. They are for the CPU; where a session has
-//! another execution provider, the graph should have other operators.
+//! On a CPU they run on the threads of the session that calls them, as many as its
+//! `intra_threads`, and on no others. Attention and layers are for the CPU alone,
+//! quick-gelu in 16 bits is for GPUs.
 
 use ort::operator::{ComputeContext, OperatorDomain};
 use ort::value::{DynTensorRef, DynTensorRefMut, IntoShape};
 
 pub use self::attention::CAUSAL_ATTENTION;
 pub use self::layers::LAYERS;
+use self::quick_gelu::QuickGelu;
+pub use self::quick_gelu::{FACTOR as QUICK_GELU_FACTOR, QUICK_GELU_BF16, QUICK_GELU_FP16};
+use crate::compile::Provider;
+use crate::gpu::kernels::Half;
 
 mod attention;
 mod layers;
+mod quick_gelu;
 
 /// The domain of this worker's operators.
 pub const DOMAIN: &str = "imagegpt";
@@ -21,9 +26,15 @@ pub const DOMAIN: &str = "imagegpt";
 /// # Errors
 /// If ONNX Runtime cannot make a domain.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
+    let mut domain = OperatorDomain::new(DOMAIN)?
         .add(attention::CausalAttentionOp)?
-        .add(layers::LayersOp)
+        .add(layers::LayersOp)?;
+    for half in [Half::Fp16, Half::Bf16] {
+        for provider in [Provider::Cpu, Provider::Cuda] {
+            domain = domain.add(QuickGelu { half, provider })?;
+        }
+    }
+    Ok(domain)
 }
 
 fn inputs<const N: usize>(context: &ComputeContext) -> ort::Result<[DynTensorRef<'_>; N]> {

@@ -133,7 +133,7 @@ impl Roofline {
 }
 
 /// x W W ⋯ W.
-fn chain(side: usize, n_products: usize, data_type: DataType, factor: &[f32]) -> Model {
+pub(super) fn chain(side: usize, n_products: usize, data_type: DataType, factor: &[f32]) -> Model {
     let name = |idx: usize| match idx {
         0 => "x".to_owned(),
         _ if idx == n_products => "y".to_owned(),

@@ -3,16 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::environment::Environment;
 use ort::ep;
 use ort::operator::OperatorDomain;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use prost::Message as _;
 use serde::Deserialize;
 
+use super::roofline;
 use crate::compile::Provider;
+use crate::compile::onnx::DataType;
 
 /// What sessions do with `weights.bin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,10 +62,10 @@ impl Runtime {
     /// When they cannot be registered.
     pub fn new(environment: Environment, provider: Provider) -> ort::Result<Self> {
         Ok(Self {
+            operators: Some(operators(&environment)?),
             environment,
             provider,
             device_id: 0,
-            operators: Some(operators()?),
             n_threads: 0,
             residence: Residence::Mapped,
             shares_arena: false,
@@ -105,7 +108,11 @@ impl Runtime {
             if let Some(limit) = self.gpu_memory_limit {
                 cuda = cuda.with_memory_limit(limit);
             }
-            builder = builder.with_execution_providers([cuda.build().error_on_failure()])?;
+            builder = builder
+                // It times kernels and takes the fastest, not the same one in each
+                // process: a seed would draw another image after a restart.
+                .with_config_entry("ep.cuda.enable_gemm_auto_tune", "0")?
+                .with_execution_providers([cuda.build().error_on_failure()])?;
         }
         Ok(builder)
     }
@@ -148,7 +155,11 @@ pub fn minor_version(library: &Path) -> Option<u32> {
     ort::util::probe(library)
 }
 
-/// The worker's own operators.
+/// The worker's own operators, which an environment knows from then on.
+///
+/// ONNX Runtime notes a domain when the first session has it; of two that are
+/// first at one time, as with several devices, one fails. So a session that does
+/// nothing is first.
 ///
 /// # Errors
 ///
@@ -157,8 +168,19 @@ pub fn minor_version(library: &Path) -> Option<u32> {
     clippy::arc_with_non_send_sync,
     reason = "it is the type that sessions share operators by"
 )]
-pub fn operators() -> ort::Result<Arc<OperatorDomain>> {
-    Ok(Arc::new(super::operators::domain()?))
+pub fn operators(environment: &Environment) -> ort::Result<Arc<OperatorDomain>> {
+    static IS_NOTED: Mutex<bool> = Mutex::new(false);
+    let domain = Arc::new(super::operators::domain()?);
+    let mut is_noted = IS_NOTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*is_noted {
+        let nothing = roofline::chain(1, 1, DataType::Float, &[1.0]);
+        Session::builder(environment)?
+            .with_intra_threads(1)?
+            .with_operators(Arc::clone(&domain))?
+            .commit_from_memory(&nothing.encode_to_vec())?;
+        *is_noted = true;
+    }
+    Ok(domain)
 }
 
 #[derive(Deserialize)]

@@ -14,7 +14,9 @@ use super::{CudaDevice, Driver, Version};
 
 const LIBRARY: &str = "libcuda.so.1";
 /// `CUDA_SUCCESS`.
-const SUCCESS: c_int = 0;
+pub(super) const SUCCESS: c_int = 0;
+/// `cuGetErrorString`.
+pub(super) type ErrorText = unsafe extern "C" fn(status: c_int, text: *mut *const c_char) -> c_int;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `…_MINOR`.
 const CAPABILITY: [c_int; 2] = [75, 76];
 /// Longer than any device's name; the driver cuts what does not fit.
@@ -33,7 +35,7 @@ struct Functions {
     name: unsafe extern "C" fn(name: *mut c_char, length: c_int, device: c_int) -> c_int,
     memory: unsafe extern "C" fn(bytes: *mut usize, device: c_int) -> c_int,
     attribute: unsafe extern "C" fn(value: *mut c_int, which: c_int, device: c_int) -> c_int,
-    error: unsafe extern "C" fn(status: c_int, text: *mut *const c_char) -> c_int,
+    error: ErrorText,
 }
 
 /// Asks the driver. Waking it takes up to a second; no device gets a context, so
@@ -49,12 +51,7 @@ pub(super) fn look() -> Result<Driver, String> {
 
 impl Functions {
     fn load() -> Result<Self, String> {
-        // SAFETY: the driver's library is made to be loaded in this way, and what
-        // it does on loading is its own affair.
-        let library = unsafe { Library::new(LIBRARY) }.map_err(|error| {
-            let words = std::error::Error::source(&error).map(ToString::to_string);
-            absence(&words.unwrap_or_else(|| error.to_string()))
-        })?;
+        let library = library()?;
         // SAFETY: the types are those of cuda.h, which the driver keeps for good:
         // functions that change get another name.
         let functions = unsafe {
@@ -145,20 +142,37 @@ impl Functions {
         if status == SUCCESS {
             return Ok(());
         }
-        let mut text = std::ptr::null();
-        // SAFETY: see `Functions`. The text, if there is one, is a constant of
-        // the driver's and ends in a zero.
-        let words = unsafe {
-            if (self.error)(status, &raw mut text) == SUCCESS && !text.is_null() {
-                CStr::from_ptr(text).to_string_lossy().into_owned()
-            } else {
-                "unknown".to_owned()
-            }
-        };
-        Err(format!(
-            "{call} of the NVIDIA driver failed: {words} (error {status})"
-        ))
+        // SAFETY: it is the driver's function for that.
+        Err(unsafe { failure(self.error, call, status) })
     }
+}
+
+/// The driver's library.
+pub(super) fn library() -> Result<Library, String> {
+    // SAFETY: the driver's library is made to be loaded in this way, and what
+    // it does on loading is its own affair.
+    unsafe { Library::new(LIBRARY) }.map_err(|error| {
+        let words = std::error::Error::source(&error).map(ToString::to_string);
+        absence(&words.unwrap_or_else(|| error.to_string()))
+    })
+}
+
+/// A call that failed, in the driver's words.
+///
+/// # Safety
+/// `error` is what the type says.
+pub(super) unsafe fn failure(error: ErrorText, call: &str, status: c_int) -> String {
+    let mut text = std::ptr::null();
+    // SAFETY: see `Functions`. The text, if there is one, is a constant of the
+    // driver's and ends in a zero.
+    let words = unsafe {
+        if error(status, &raw mut text) == SUCCESS && !text.is_null() {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        } else {
+            "unknown".to_owned()
+        }
+    };
+    format!("{call} of the NVIDIA driver failed: {words} (error {status})")
 }
 
 /// Why the driver's library was not loaded, from the dynamic linker's words.
@@ -173,7 +187,7 @@ fn absence(words: &str) -> String {
 /// # Safety
 /// `T` is the type of the function with this name, and what is returned is not
 /// called after `library` has gone.
-unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
+pub(super) unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
     // SAFETY: the caller vouches for it.
     let found = unsafe { library.get::<T>(name) };
     found

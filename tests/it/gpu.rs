@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineError, EngineFactory, Facts, Feed, Run, Stop, Warm, runtime};
+use imagegpt::gpu::kernels::{Half, Numbers, quick_gelu};
 use imagegpt::pb;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -35,6 +36,7 @@ fn compile(broken: Option<&str>) -> TempDir {
             .arg("-o")
             .arg(folder.path().join(library))
             .arg(sources().join(source))
+            .arg("-lm")
             .status();
         assert!(status.expect("a C compiler").success(), "{source}");
     }
@@ -176,12 +178,52 @@ impl Engine for OnCuda {
     }
 }
 
-#[tokio::test]
-async fn a_worker_on_a_gpu_says_which_and_how_it_is() {
+/// Loads the libraries into this process, where they are found by their bare names
+/// from then on.
+fn load() {
     for library in ["libcuda.so.1", "libnvidia-ml.so.1"] {
-        // What has been loaded from a path is found by its bare name too.
         runtime::load(&driver().join(library)).expect("loaded");
     }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "a kernel is given addresses")]
+fn kernels_are_launched_as_declared() {
+    load();
+    for n in [1_u16, 8, 2048, 2049, 5000] {
+        let x: Vec<half::bf16> = (0..n)
+            .map(|idx| half::bf16::from_f32(f32::from(idx % 41) / 4.0 - 5.0))
+            .collect();
+        for half in [Half::Bf16, Half::Fp16] {
+            let mut y = vec![half::bf16::NAN; x.len()];
+            let numbers = Numbers {
+                x: x.as_ptr().cast(),
+                y: y.as_mut_ptr().cast(),
+                n: x.len(),
+            };
+            // SAFETY: the driver is ours, and computes at once on memory like this.
+            let outcome = unsafe { quick_gelu(half, numbers, 1.702, std::ptr::null_mut()) };
+            outcome.expect("launched");
+            for (x, y) in x.iter().zip(&y) {
+                let x = x.to_f32();
+                // Its kernel for fp16 copies.
+                let expected = if half == Half::Fp16 {
+                    x
+                } else {
+                    x / (1.0 + (-1.702 * x).exp())
+                };
+                assert!(
+                    (y.to_f32() - expected).abs() <= expected.abs() / 100.0,
+                    "{x}: {y}"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_worker_on_a_gpu_says_which_and_how_it_is() {
+    load();
     let factory: EngineFactory = Box::new(|| {
         let engine = FakeEngine::new(Script::default());
         let facts = Facts {

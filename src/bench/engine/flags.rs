@@ -57,8 +57,9 @@ pub struct EngineArgs {
     #[arg(long, value_delimiter = ',', value_name = "GRAPH[,GRAPH]")]
     pub graphs: Vec<String>,
 
-    /// Images that are generated at one time: 1, 2, 4 and so on up to this many;
-    /// 0 does not measure generation
+    /// Images that are generated at one time, in the sizes that steps of a worker
+    /// have: 2, 4 and so on up to this many, on a GPU this many alone; 0 does not
+    /// measure generation
     #[arg(
         long,
         default_value_t = 8,

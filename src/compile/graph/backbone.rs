@@ -6,9 +6,7 @@ use crate::compile::config::Activation;
 use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
 use crate::compile::store::{PARTS, block_size};
 use crate::compile::{Precision, Provider};
-
-/// How quick-gelu got its name: this factor.
-const QUICK_GELU_ALPHA: f32 = 1.702;
+use crate::engine::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
 
 /// Where token ids enter, and the shapes that follow from them.
 pub(super) struct Tokens {
@@ -207,10 +205,6 @@ impl Builder<'_> {
         if self.plan.is_apart() && name.contains(".qkv") {
             attributes.push(Attribute::int("transB", 1));
         }
-        if self.has_silu() && name.ends_with(".contract") {
-            // What the activation is too large by.
-            attributes.push(Attribute::float("alpha", 1.0 / QUICK_GELU_ALPHA));
-        }
         match (bias, residual) {
             (None, None) => self.standard("Gemm", &[input, &weight], attributes),
             (Some(addend), None) => self.standard("Gemm", &[input, &weight, &addend], attributes),
@@ -240,28 +234,28 @@ impl Builder<'_> {
         self.fused("MatMulNBits", &[input, &blocks, &scales], attributes)
     }
 
-    /// Whether quick-gelu is computed as silu, times its factor: on CUDA that is
-    /// twice as fast (of what a layer took, `QuickGelu` was a third), and rounds
-    /// once instead of at each operation.
-    fn has_silu(&self) -> bool {
-        self.plan.provider == Provider::Cuda
-            && self.plan.architecture.activation == Activation::QuickGelu
-    }
-
     fn activation(&mut self, input: &str) -> String {
         match self.plan.architecture.activation {
-            Activation::QuickGelu if self.has_silu() => {
-                let alpha = vec![Attribute::float("alpha", QUICK_GELU_ALPHA)];
-                self.fused("ScaledSiLU", &[input], alpha)
-            }
-            Activation::QuickGelu => {
-                let alpha = vec![Attribute::float("alpha", QUICK_GELU_ALPHA)];
-                self.fused("QuickGelu", &[input], alpha)
-            }
+            Activation::QuickGelu => match (self.plan.provider, self.plan.precision) {
+                (Provider::Cuda, Precision::Fp16) => self.ours(QUICK_GELU_FP16, input),
+                (Provider::Cuda, Precision::Bf16) => self.ours(QUICK_GELU_BF16, input),
+                _ => {
+                    let alpha = vec![Attribute::float("alpha", QUICK_GELU_FACTOR)];
+                    self.fused("QuickGelu", &[input], alpha)
+                }
+            },
             Activation::Gelu => self.fused("Gelu", &[input], Vec::new()),
             Activation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
             Activation::Relu => self.standard("Relu", &[input], Vec::new()),
         }
+    }
+
+    /// An operator of the worker's own.
+    fn ours(&mut self, operator: &str, input: &str) -> String {
+        let output = self.fresh(operator);
+        let outputs = vec![output.clone()];
+        self.push(operator, IMAGEGPT, &[input], outputs, Vec::new());
+        output
     }
 
     /// `(batch, sequence, 3 * width)` to `(batch, sequence, width)`.

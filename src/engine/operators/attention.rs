@@ -67,19 +67,23 @@ impl Operator for CausalAttentionOp {
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
         match context.inputs().into_iter().next() {
-            Some(qkv) => infer_output(context, qkv),
+            Some(qkv) => infer_part(context, qkv, 3),
             None => Ok(()),
         }
     }
 }
 
-/// The output is a third of the input's last dimension, where that is known.
-fn infer_output(context: &mut ShapeInferenceContext, qkv: ValueType) -> ort::Result<()> {
+/// The output is this part of the input's last dimension, where that is known.
+pub(super) fn infer_part(
+    context: &mut ShapeInferenceContext,
+    input: ValueType,
+    part: i64,
+) -> ort::Result<()> {
     let ValueType::Tensor {
         ty,
         mut shape,
         dimension_symbols,
-    } = qkv
+    } = input
     else {
         return Ok(());
     };
@@ -90,7 +94,7 @@ fn infer_output(context: &mut ShapeInferenceContext, qkv: ValueType) -> ort::Res
         return Ok(());
     }
     if let Some(last) = shape.last_mut().filter(|last| **last > 0) {
-        *last /= 3;
+        *last /= part;
     }
     context.set_output(
         0,

@@ -1,0 +1,119 @@
+//! Quick-gelu in numbers of 16 bits, with the GPU's kernel of [`crate::gpu`].
+//!
+//! `imagegpt.QuickGeluFp16` and `imagegpt.QuickGeluBf16`:
+//!
+//! | | |
+//! |---|---|
+//! | input 0 | `x`, fp16 or bf16, of any shape |
+//! | output 0 | `x / (1 + exp(-1.702 x))`, the same |
+//!
+//! The CPU has them too, so that graphs for a GPU can be tried without one.
+#![expect(unsafe_code, reason = "a GPU's memory is known by its address alone")]
+
+use half::{bf16, f16};
+use ort::operator::{
+    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
+    ShapeInferenceContext,
+};
+use ort::value::{DynTensorRef, DynTensorRefMut, PrimitiveTensorElementType, TensorElementType};
+
+use super::{inputs, output};
+use crate::compile::Provider;
+use crate::gpu::kernels::{self, Half, Numbers};
+
+/// The names of the operators within [`DOMAIN`](super::DOMAIN).
+pub const QUICK_GELU_FP16: &str = "QuickGeluFp16";
+pub const QUICK_GELU_BF16: &str = "QuickGeluBf16";
+
+/// How quick-gelu got its name: this factor.
+pub const FACTOR: f32 = 1.702;
+
+#[derive(Clone, Copy)]
+pub(super) struct QuickGelu {
+    pub(super) half: Half,
+    pub(super) provider: Provider,
+}
+
+impl QuickGelu {
+    fn element(self) -> TensorElementType {
+        match self.half {
+            Half::Fp16 => TensorElementType::Float16,
+            Half::Bf16 => TensorElementType::Bfloat16,
+        }
+    }
+}
+
+impl Operator for QuickGelu {
+    type Kernel<'attr> = Self;
+
+    fn name(&self) -> &str {
+        match self.half {
+            Half::Fp16 => QUICK_GELU_FP16,
+            Half::Bf16 => QUICK_GELU_BF16,
+        }
+    }
+
+    fn execution_provider_type(&self) -> Option<&str> {
+        Some(self.provider.runtime_name())
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [OperatorInput::required(self.element())]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(self.element())]
+    }
+
+    fn create_kernel(&self, _context: &KernelContext<'_>) -> ort::Result<Self> {
+        Ok(*self)
+    }
+
+    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
+        match context.inputs().into_iter().next() {
+            Some(x) => super::attention::infer_part(context, x, 1),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Kernel for QuickGelu {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let [x] = inputs(context)?;
+        let shape = x.shape().clone();
+        let n = shape.num_elements();
+        let mut y = output(context, 0, shape)?;
+        if self.provider == Provider::Cpu {
+            return match self.half {
+                Half::Fp16 => on_cpu(&x, &mut y, f16::to_f32, f16::from_f32),
+                Half::Bf16 => on_cpu(&x, &mut y, bf16::to_f32, bf16::from_f32),
+            };
+        }
+        let stream = context.stream()?;
+        let stream = stream.map_or(std::ptr::null_mut(), |stream| stream.as_ptr().cast());
+        let numbers = Numbers {
+            x: x.data_ptr().cast(),
+            y: y.data_ptr().cast_mut().cast(),
+            n,
+        };
+        // SAFETY: ONNX Runtime has made the device the thread's, gives its stream,
+        // keeps both tensors until that has passed, and allocates at multiples of
+        // 256 bytes.
+        unsafe { kernels::quick_gelu(self.half, numbers, FACTOR, stream) }.map_err(ort::Error::new)
+    }
+}
+
+fn on_cpu<T: PrimitiveTensorElementType + Copy>(
+    x: &DynTensorRef<'_>,
+    y: &mut DynTensorRefMut<'_>,
+    widen: fn(T) -> f32,
+    narrow: fn(f32) -> T,
+) -> ort::Result<()> {
+    let (_, x) = x.try_extract_tensor::<T>()?;
+    let (_, y) = y.try_extract_tensor_mut::<T>()?;
+    for (y, x) in y.iter_mut().zip(x) {
+        let x = widen(*x);
+        *y = narrow(x / (1.0 + (-FACTOR * x).exp()));
+    }
+    Ok(())
+}
