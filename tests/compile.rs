@@ -199,6 +199,31 @@ fn the_cache_is_kept_as_the_precision_allows() {
     }
 }
 
+/// ONNX Runtime makes one operator of a bias and the activation after it.
+#[test]
+fn gelu_after_a_bias_counts_as_gelu() {
+    let source = checkpoint(|_| {});
+    let config = source.path().join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let gelu = r#"{"activation_function": "gelu", "#;
+    fs::write(&config, text.replacen('{', gelu, 1)).unwrap();
+    let source = Source::Folder(source.path().to_owned());
+    let portable = Runtime {
+        operators: None,
+        ..runtime()
+    };
+    let options = CompileOptions {
+        precision: Precision::Int8,
+        tasks: Some(BTreeSet::from([Task::Generate])),
+        ..CompileOptions::default()
+    };
+    let output = TempDir::new().unwrap();
+    let output = output.path().join("out");
+    let manifest = compile(&source, &output, &options, &portable, &mut Silent).unwrap();
+    let ran = &manifest.graphs["generate"].operators["CPUExecutionProvider"];
+    assert!(ran.contains_key("BiasGelu"), "{ran:?}");
+}
+
 /// What a GPU is given: tokens of four bytes, attention in one operator a layer,
 /// and of embeddings no more back than the means.
 #[test]
