@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, CacheShape, CachedAttention, Kept, Kernel};
+use imagegpt::attention::{BLOCK, Cache, CacheShape, CachedAttention, Int24, Kept, Kernel};
 use imagegpt::compile::onnx::{
     Attribute, DataType, Dim, Graph, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
     ValueInfo,
@@ -30,7 +30,7 @@ const CAPACITY: usize = 1024;
 const HEADS: usize = 8;
 const HEAD_DIM: usize = 64;
 
-/// Something to time, what it is called, and bytes of a number of its cache.
+/// Something to time, what it is called, and bytes of a head's position.
 type Contestant<'a> = (String, usize, Box<dyn FnMut() -> anyhow::Result<()> + 'a>);
 
 fn main() -> anyhow::Result<()> {
@@ -53,13 +53,14 @@ fn main() -> anyhow::Result<()> {
 
     let mut contestants: Vec<Contestant> = Vec::new();
     let run = bound(&environment, shape, past, n_threads)?;
-    contestants.push((format!("op {GROUP_QUERY}"), 4, run));
+    contestants.push((format!("op {GROUP_QUERY}"), 4 * HEAD_DIM, run));
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
-            let run = direct(kernel, 1.0_f32, shape, past, n_threads)?;
-            contestants.push((format!("direct {kernel:?} f32"), 4, run));
-            let run = direct(kernel, bf16::ONE, shape, past, n_threads)?;
-            contestants.push((format!("direct {kernel:?} bf16"), 2, run));
+            let run = direct::<Int24>(kernel, 1, shape, past, n_threads)?;
+            let bytes = Int24::position_len(HEAD_DIM);
+            contestants.push((format!("direct {kernel:?} 24 bits"), bytes, run));
+            let run = direct::<bf16>(kernel, bf16::ONE, shape, past, n_threads)?;
+            contestants.push((format!("direct {kernel:?} bf16"), 2 * HEAD_DIM, run));
         }
     }
 
@@ -85,7 +86,7 @@ fn main() -> anyhow::Result<()> {
     let theirs = median(&mut times[0]);
     for ((name, bytes, _), times) in contestants.iter().zip(&mut times) {
         let median = median(times);
-        let read = 2 * bytes * batch * (past + length) * HEADS * HEAD_DIM;
+        let read = 2 * bytes * batch * (past + length) * HEADS;
         println!(
             "{name:32} {median:9.3} {:9.3} {:8.2} {:9.1}",
             times[0],
@@ -213,10 +214,10 @@ fn model() -> Model {
     }
 }
 
-/// The kernel alone over a cache of `one`s, threads started for each layer.
+/// The kernel alone over a cache of `one` element, threads started for each layer.
 fn direct<K: Kept>(
     kernel: Kernel,
-    one: K,
+    one: K::Element,
     shape: CacheShape,
     past: usize,
     n_threads: usize,
@@ -225,12 +226,13 @@ fn direct<K: Kept>(
     let rows = shape.batch * shape.length * shape.width();
     let qkv = noise(3 * rows);
     let past = vec![past; shape.batch];
-    let n_cached = shape.batch * shape.capacity * shape.width();
+    let n_cached = shape.batch * shape.heads * shape.capacity * K::position_len(HEAD_DIM);
     let mut caches = vec![[vec![one; n_cached], vec![one; n_cached]]; LAYERS];
     let mut output = vec![0.0; rows];
     Ok(Box::new(move || {
         for [keys, values] in &mut caches {
-            attention.run(&qkv, &past, Cache { keys, values }, &mut output, n_threads)?;
+            let cache = Cache::<K> { keys, values };
+            attention.run(&qkv, &past, cache, &mut output, n_threads)?;
         }
         Ok(())
     }))

@@ -1,8 +1,8 @@
 //! A step of generation through all layers, without ONNX Runtime:
 //! `cargo bench --bench layers -- [THREADS] [ROUNDS] [ROWS] [PAST]`.
 //!
-//! imagegpt-small's sizes with numbers made up, weights in `f32` with a cache in
-//! `f32`, and in 8 bits with a cache in bfloat16, on every kernel of this CPU;
+//! imagegpt-small's sizes with numbers made up, weights and cache in 24 bits, and
+//! weights in 8 bits with a cache in bfloat16, on every kernel of this CPU;
 //! they take turns, one step each, `ROUNDS` times over. The last columns are what
 //! a step has to read, weights and cache, over the fastest step, and what it has
 //! to multiply and add.
@@ -11,11 +11,13 @@
 
 use std::time::Instant;
 
+use bytemuck::Pod;
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, Kept, Kernel};
+use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel};
 use imagegpt::layers::{
     Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
 };
+use memmap2::MmapMut;
 
 const LAYERS: usize = 24;
 const SIZES: Sizes = Sizes {
@@ -41,8 +43,8 @@ fn main() -> anyhow::Result<()> {
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
             let case = (kernel, n_threads, n_rows, past);
-            contestants.push(steps(case, 1e-2_f32, 0.0_f32)?);
-            contestants.push(steps(case, 1_i8, bf16::ZERO)?);
+            contestants.push(steps::<_, Int24>(case, 1.0_f32, 0)?);
+            contestants.push(steps::<_, bf16>(case, 1_i8, bf16::ZERO)?);
         }
     }
     let mut times = vec![Vec::with_capacity(n_rounds); contestants.len()];
@@ -78,19 +80,21 @@ fn weights_of_layer() -> usize {
 }
 
 /// Steps of `n_rows` sequences, each with `past` tokens before.
-fn steps<W: Weight, K: Kept + Send + Sync + 'static>(
+fn steps<W: Weight, K: Kept<Element: Pod>>(
     (kernel, n_threads, n_rows, past): (Kernel, usize, usize, usize),
     weight: W,
-    kept: K,
+    kept: K::Element,
 ) -> anyhow::Result<Contestant> {
     let Sizes {
         width, inner_width, ..
     } = SIZES;
     let weights = vec![weight; width * inner_width];
     let norm = vec![1.0; width];
+    let scales = vec![1e-3; 3 * width.max(inner_width)];
     let dense = |inputs: usize, outputs: usize| DenseWeights {
         weights: &weights[..inputs * outputs],
-        scales: None,
+        // Small enough that no score makes others nothing, which is slower.
+        scales: Some(&scales[..outputs]),
         bias: None,
     };
     let layer = LayerWeights {
@@ -104,7 +108,17 @@ fn steps<W: Weight, K: Kept + Send + Sync + 'static>(
     };
     let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel)?;
     let capacity = (past + 1).next_multiple_of(BLOCK);
-    let mut caches = vec![vec![kept; n_rows * capacity * width]; 2 * LAYERS];
+    let position_len = SIZES.heads * K::position_len(width / SIZES.heads);
+    let n_bytes = n_rows * capacity * position_len * size_of::<K::Element>();
+    let mut caches = Vec::new();
+    for _ in 0..2 * LAYERS {
+        let mut cache = MmapMut::map_anon(n_bytes)?;
+        // As in the worker.
+        #[cfg(target_os = "linux")]
+        let _ = cache.advise(memmap2::Advice::HugePage);
+        bytemuck::cast_slice_mut(&mut cache).fill(kept);
+        caches.push(cache);
+    }
     let (rows, pasts) = (vec![0.5; n_rows * width], vec![past; n_rows]);
     let mut room = Room::default();
     let mut output = vec![0.0; n_rows * width];
@@ -112,11 +126,11 @@ fn steps<W: Weight, K: Kept + Send + Sync + 'static>(
         let mut caches = caches.iter_mut();
         let caches = std::iter::from_fn(|| {
             Some(Cache {
-                keys: caches.next()?,
-                values: caches.next()?,
+                keys: bytemuck::cast_slice_mut(caches.next()?),
+                values: bytemuck::cast_slice_mut(caches.next()?),
             })
         });
-        let tokens = Tokens {
+        let tokens = Tokens::<K> {
             rows: &rows,
             length: 1,
             past: &pasts,
@@ -133,12 +147,13 @@ fn steps<W: Weight, K: Kept + Send + Sync + 'static>(
         step.finish(&mut output)?;
         Ok(())
     };
-    let read = weights_of_layer() * size_of::<W>() + 2 * n_rows * past * width * size_of::<K>();
+    let kept = position_len * size_of::<K::Element>();
+    let read = weights_of_layer() * size_of::<W::Packed>() + 2 * n_rows * past * kept;
     let bits = |bytes: usize| 8 * bytes;
     let name = format!(
         "{kernel:?}, weights of {} bits, past of {}",
-        bits(size_of::<W>()),
-        bits(size_of::<K>()),
+        bits(size_of::<W::Packed>()),
+        bits(K::PER_NUMBER * size_of::<K::Element>()),
     );
     Ok((name, LAYERS * read, Box::new(step)))
 }

@@ -30,7 +30,7 @@ use crate::vector::scratch::Scratch;
 
 pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob};
 pub(crate) use self::cached::{CachedHeads, CachedRows};
-pub use crate::vector::Kept;
+pub use crate::vector::{Int24, Kept};
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -101,7 +101,7 @@ pub enum Kernel {
     Portable,
     /// AVX2 and FMA.
     Avx2,
-    /// AVX-512 F and DQ.
+    /// AVX-512 F, DQ and BW.
     Avx512,
     /// AVX-512 F, DQ, BW and BF16; products in bfloat16.
     Avx512Bf16,
@@ -144,7 +144,9 @@ impl Kernel {
             Self::Portable => true,
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             Self::Avx512 => {
-                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq")
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512bw")
             }
             Self::Avx512Bf16 => {
                 Self::Avx512.is_available()

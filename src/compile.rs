@@ -182,6 +182,7 @@ fn compile_fetched(
             precision: options.precision,
             provider: options.provider,
             attention: attention(kind, options, runtime),
+            has_ours: runtime.operators.is_some(),
             feature_layer,
         };
         let model = kind.build(&plan);
@@ -336,13 +337,9 @@ fn feature_layer(
     )))
 }
 
-/// Whether a graph may have the worker's own operators.
-fn is_ours(options: &CompileOptions, runtime: &Runtime) -> bool {
-    options.provider == Provider::Cpu && runtime.operators.is_some()
-}
-
 fn attention(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Attention {
-    let is_ours = is_ours(options, runtime);
+    // The worker's own attention is for CPUs.
+    let is_ours = options.provider == Provider::Cpu && runtime.operators.is_some();
     match kind {
         Kind::Generate if is_ours && options.precision.activation() == DataType::Float => {
             Attention::Layers

@@ -116,7 +116,8 @@ pub struct ModelConfig {
     pub device_ids: Vec<i32>,
 
     /// What the model may take of a GPU's memory, weights included; 0 for all.
-    /// Generation's keys and values count too
+    /// Generation's keys and values count too. With a limit nothing is captured
+    /// as a CUDA graph
     #[arg(
         long,
         env = "IMAGEGPT_GPU_MEMORY_LIMIT",
@@ -128,7 +129,8 @@ pub struct ModelConfig {
 
     /// Capture runs on a GPU as CUDA graphs, one a batch size, so that a run is
     /// launched at once and not kernel by kernel. auto does without where it
-    /// cannot be done, and says so in the log, in GetModel and in a metric
+    /// cannot be done, as with --gpu-memory-limit, and says so in the log, in
+    /// GetModel and in a metric
     #[arg(long, env = "IMAGEGPT_CUDA_GRAPHS", value_enum, default_value = "auto")]
     pub cuda_graphs: CudaGraphs,
 
@@ -401,8 +403,8 @@ pub struct GenerationConfig {
     pub generate_slots: u16,
 
     /// What the keys and values of these images may take on each device; there
-    /// are fewer places if it does not suffice. imagegpt-small keeps 96 MiB an
-    /// image in fp32, half of that in fp16. On a CPU memory is taken at the start
+    /// are fewer places if it does not suffice. imagegpt-small keeps 74 MiB an
+    /// image in fp32, 48 in int8 and fp16. On a CPU memory is taken at the start
     /// where the system gives huge pages, elsewhere as it is used
     #[arg(
         long,

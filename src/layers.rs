@@ -8,8 +8,9 @@
 //! (`phase.rs`): norm, queries and keys and values, attention over the cache
 //! ([`CachedAttention`]), projection, norm, expansion, contraction.
 //!
-//! Weights are `f32`, or 8 bits with a scale for each output; rows and sums are
-//! always `f32`. A token's result depends on its sequence alone, to the last bit.
+//! Weights are given in `f32` and kept in 24 bits ([`Int24`](crate::attention::Int24)),
+//! or in 8 bits with a scale for each output; rows and sums are always `f32`. A
+//! token's result depends on its sequence alone, to the last bit.
 #![expect(
     unsafe_code,
     reason = "threads share the rows between the parts of a step, in disjoint pieces"
@@ -90,7 +91,7 @@ pub struct LayerWeights<'a, W> {
 }
 
 #[derive(Debug)]
-struct Layer<W> {
+struct Layer<W: Weight> {
     /// Norms have zeros up to whole vectors.
     attention_norm: Vec<f32>,
     attention_scale: f32,
@@ -103,7 +104,7 @@ struct Layer<W> {
 
 /// Layers in the order in which a step reads them.
 #[derive(Debug)]
-pub struct Layers<W> {
+pub struct Layers<W: Weight> {
     sizes: Sizes,
     kernel: Kernel,
     packed: Vec<Layer<W>>,
@@ -111,7 +112,7 @@ pub struct Layers<W> {
 
 /// New tokens of some sequences, and what those have.
 #[derive(Debug)]
-pub struct Tokens<'a, K> {
+pub struct Tokens<'a, K: Kept> {
     /// `(sequences, length, width)`: what the first layer takes.
     pub rows: &'a [f32],
     /// New tokens of each sequence.
@@ -374,7 +375,7 @@ struct Place {
 
 /// One call, to be worked on by any number of threads.
 #[derive(Debug)]
-pub struct Step<'a, W, K> {
+pub struct Step<'a, W: Weight, K: Kept> {
     layers: &'a Layers<W>,
     n_rows: usize,
     /// What goes through all layers and is added to.

@@ -18,8 +18,8 @@ pub(crate) mod avx512;
 mod number;
 pub(crate) mod scratch;
 
-pub use self::number::Kept;
-pub(crate) use self::number::Number;
+pub use self::number::{Int24, Kept};
+pub(crate) use self::number::{Number, magnitude};
 
 /// The most lanes that a vector has.
 pub(crate) const LANES_MAX: usize = 16;
@@ -53,6 +53,10 @@ pub unsafe trait Vector: Copy {
     /// # Safety
     /// As [`Vector::splat`], and `LANES` numbers at `from` are readable.
     unsafe fn load_i8(from: *const i8) -> Self;
+    /// Reads whole numbers of three bytes, the lowest first, times 256.
+    /// # Safety
+    /// As [`Vector::splat`], and three bytes a lane are readable.
+    unsafe fn load_i24(from: *const u8) -> Self;
     /// Reads `len` bfloat16; the other lanes are zero.
     /// # Safety
     /// As [`Vector::splat`], and `len <= LANES` of them are readable.
@@ -191,6 +195,14 @@ unsafe impl Vector for Portable {
     unsafe fn load_i8(from: *const i8) -> Self {
         // SAFETY: the caller vouches for four of them.
         Self(unsafe { from.cast::<[i8; 4]>().read() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i24(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for four of them.
+        let numbers = unsafe { from.cast::<[[u8; 3]; 4]>().read() };
+        #[expect(clippy::cast_precision_loss, reason = "24 bits and eight of zero")]
+        Self(numbers.map(|[a, b, c]| i32::from_le_bytes([0, a, b, c]) as f32))
     }
 
     #[inline(always)]

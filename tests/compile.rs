@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use imagegpt::compile::onnx::{DataType, Dim, Model, TensorType, ValueInfo};
+use imagegpt::compile::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
 use imagegpt::compile::{
     CompileError, CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Silent, Source,
     Step, Task, compile, compile_cached,
@@ -271,6 +271,34 @@ fn graphs_for_a_gpu_take_and_give_little() {
     let output = TempDir::new().unwrap();
     let error = run(source.path(), &output.path().join("out"), &options).unwrap_err();
     assert!(error.to_string().contains("use bf16 or fp16"), "{error}");
+}
+
+/// What `--portable` promises holds for a GPU as well.
+#[test]
+fn graphs_for_a_gpu_do_without_the_workers_operators() {
+    let source = checkpoint(|_| {});
+    let portable = Runtime {
+        operators: None,
+        ..runtime()
+    };
+    for precision in [Precision::Fp32, Precision::Fp16] {
+        let options = CompileOptions {
+            precision,
+            provider: Provider::Cuda,
+            ..CompileOptions::default()
+        };
+        let parent = TempDir::new().unwrap();
+        let output = parent.path().join("out");
+        let from = Source::Folder(source.path().to_owned());
+        let manifest = compile(&from, &output, &options, &portable, &mut Silent).unwrap();
+        assert!(!manifest.graphs.is_empty());
+        for facts in manifest.graphs.values() {
+            let bytes = fs::read(output.join(&facts.file)).unwrap();
+            let graph = Model::decode(&*bytes).unwrap().graph.unwrap();
+            let ours = |node: &&Node| !["", "com.microsoft"].contains(&node.domain.as_str());
+            assert_eq!(graph.node.iter().find(ours), None);
+        }
+    }
 }
 
 fn tensor(value: &ValueInfo) -> &TensorType {

@@ -1,4 +1,4 @@
-//! AVX-512 (F and DQ): 16 queries a vector, 4 vectors by 6 rows of accumulators.
+//! AVX-512 (F, DQ and BW): 16 queries a vector, 4 vectors by 6 rows of accumulators.
 #![expect(
     unsafe_code,
     reason = "calls what the CPU was asked for, with raw pointers"
@@ -11,8 +11,8 @@ use crate::vector::avx512::Avx512;
 use crate::vector::scratch::Scratch;
 
 /// # Safety
-/// The CPU has AVX-512 F and DQ; and as [`tile::attend`].
-#[target_feature(enable = "avx512f,avx512dq")]
+/// The CPU has AVX-512 F, DQ and BW; and as [`tile::attend`].
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn attend(
     head: &Head,
     next: &mut dyn FnMut() -> Option<Block>,
@@ -23,8 +23,8 @@ pub(super) unsafe fn attend(
 }
 
 /// # Safety
-/// The CPU has AVX-512 F and DQ; and as [`cached_tile::attend`].
-#[target_feature(enable = "avx512f,avx512dq")]
+/// The CPU has AVX-512 F, DQ and BW; and as [`cached_tile::attend`].
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn attend_cached<K: Kept>(head: &CachedHead<K>, scratch: &mut Scratch) {
     // SAFETY: the caller vouches for the instructions and the head.
     unsafe { cached_tile::attend::<K, Avx512, 4, 4>(head, scratch) }

@@ -3,14 +3,15 @@
 //!
 //! Input is as for [`CausalAttention`](super::CausalAttention), of the new
 //! tokens only. Their keys and values are put into the cache behind what the
-//! sequence has, in `f32` or rounded to bfloat16; then each attends to the cache
-//! up to itself. A step reads the whole cache once and computes next to nothing,
-//! so half the bytes are half the time. Sums and softmax are `f32`.
+//! sequence has, as [`Int24`](super::Int24) or rounded to bfloat16; then each
+//! attends to the cache up to itself. A step reads the whole cache once and
+//! computes next to nothing, so half the bytes are half the time. Sums and softmax
+//! are `f32`.
 //!
-//! The cache of a sequence's head is `capacity` positions in the order in which
-//! they are read: keys as blocks of [`BLOCK`] positions, in each a row of
-//! [`BLOCK`] numbers for each dimension, so that scores of a block are sums of
-//! whole vectors; values as a row for each position.
+//! The cache of a sequence's head is blocks of [`BLOCK`] positions in the order in
+//! which they are read: of keys a row of [`BLOCK`] numbers for each dimension, so
+//! that scores of a block are sums of whole vectors; of values a row for each
+//! position; and behind either the positions' factors, where numbers have some.
 //!
 //! A token's result depends on its sequence alone, to the last bit: not on how
 //! many sequences or new tokens run with it, not on the threads, and not on
@@ -56,7 +57,7 @@ impl CacheShape {
         let width = self.heads.checked_mul(self.head_dim)?;
         let rows = |each: usize| self.batch.checked_mul(each)?.checked_mul(width);
         // Three times as many bytes as an allocation can hold are too many, so
-        // that no offset overflows.
+        // that no offset overflows: not with a factor for every number either.
         let fits = |len: &usize| *len <= isize::MAX as usize / 12;
         Some((
             rows(self.length).filter(fits)?,
@@ -65,12 +66,12 @@ impl CacheShape {
     }
 }
 
-/// All sequences' keys and values, of `(batch, heads, capacity, head_dim)`
-/// numbers each, in the order that the module describes.
+/// All sequences' keys and values, of `(batch, heads, capacity)` positions of
+/// [`Kept::position_len`] each, in the order that the module describes.
 #[derive(Debug)]
-pub struct Cache<'a, K> {
-    pub keys: &'a mut [K],
-    pub values: &'a mut [K],
+pub struct Cache<'a, K: Kept> {
+    pub keys: &'a mut [K::Element],
+    pub values: &'a mut [K::Element],
 }
 
 /// Attention over a cache, for one shape, checked, with its kernel chosen.
@@ -80,7 +81,6 @@ pub struct CachedAttention {
     scale: f32,
     kernel: Kernel,
     output_len: usize,
-    cache_len: usize,
 }
 
 impl CachedAttention {
@@ -120,13 +120,12 @@ impl CachedAttention {
         if !shape.capacity.is_multiple_of(BLOCK) {
             return Err(AttentionError::Capacity(shape.capacity));
         }
-        let (output_len, cache_len) = shape.lens().ok_or(AttentionError::CacheTooLarge(shape))?;
+        let (output_len, _) = shape.lens().ok_or(AttentionError::CacheTooLarge(shape))?;
         Ok(Self {
             shape,
             scale,
             kernel,
             output_len,
-            cache_len,
         })
     }
 
@@ -180,12 +179,14 @@ impl CachedAttention {
             batch,
             length,
             capacity,
-            ..
+            heads,
+            head_dim,
         } = self.shape;
         let Cache { keys, values } = cache;
+        let cache_len = batch * heads * capacity * K::position_len(head_dim);
         self.check("past", batch, past.len())?;
-        self.check("keys", self.cache_len, keys.len())?;
-        self.check("values", self.cache_len, values.len())?;
+        self.check("keys", cache_len, keys.len())?;
+        self.check("values", cache_len, values.len())?;
         for &past in past {
             if past.checked_add(length).is_none_or(|end| end > capacity) {
                 return Err(AttentionError::Full {
@@ -258,13 +259,13 @@ pub(crate) struct CachedRows {
 
 /// One call's heads, for a caller that sees to threads itself.
 #[derive(Debug)]
-pub(crate) struct CachedHeads<'a, K> {
+pub(crate) struct CachedHeads<'a, K: Kept> {
     attention: CachedAttention,
     rows: CachedRows,
     past: &'a [usize],
-    keys: *mut K,
-    values: *mut K,
-    borrow: PhantomData<(&'a mut [K], &'a mut [K])>,
+    keys: *mut K::Element,
+    values: *mut K::Element,
+    borrow: PhantomData<(&'a mut [K::Element], &'a mut [K::Element])>,
 }
 
 impl<K: Kept> CachedHeads<'_, K> {
@@ -280,10 +281,14 @@ impl<K: Kept> CachedHeads<'_, K> {
     }
 
     /// Where the keys of head `idx` begin.
-    pub(crate) fn keys(&self, idx: usize) -> *const K {
+    pub(crate) fn keys(&self, idx: usize) -> *const K::Element {
+        self.keys.wrapping_add(idx * self.head_len())
+    }
+
+    /// Elements of a head's keys.
+    fn head_len(&self) -> usize {
         let shape = self.attention.shape;
-        self.keys
-            .wrapping_add(idx * shape.capacity * shape.head_dim)
+        shape.capacity * K::position_len(shape.head_dim)
     }
 
     /// Computes head `idx` of all sequences', and asks for what lies at `next`,
@@ -319,7 +324,7 @@ impl<K: Kept> CachedHeads<'_, K> {
         let width = shape.width();
         let (sequence, column) = (idx / shape.heads, idx % shape.heads * shape.head_dim);
         let first = sequence * shape.length;
-        let cached = idx * shape.capacity * shape.head_dim;
+        let cached = idx * self.head_len();
         // SAFETY: `heads` has checked the lengths of the cache, and the caller
         // vouches for the rows; sequence and column are within.
         unsafe {
@@ -345,7 +350,7 @@ impl<K: Kept> CachedHeads<'_, K> {
 
 /// One call's heads, to be worked on by any number of threads.
 #[derive(Debug)]
-pub struct CachedJob<'a, K> {
+pub struct CachedJob<'a, K: Kept> {
     heads: CachedHeads<'a, K>,
     /// Of the input and the output.
     borrow: PhantomData<(&'a [f32], &'a mut [f32])>,

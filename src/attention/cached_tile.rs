@@ -5,7 +5,9 @@
 //! one sum over the dimensions in order, a result one sum over the positions in
 //! order, whatever the tiles are, so tiles are chosen for speed alone: several
 //! vectors of one token hide how long an addition takes, several tokens share
-//! the work of loading.
+//! the work of loading. Factors of positions are multiplied with scores and with
+//! probabilities, of which there are far fewer than numbers; they are powers of
+//! two, so that rounds nothing.
 #![expect(
     unsafe_code,
     reason = "the hot loop of generation: raw pointers, bounds reasoned once a head"
@@ -29,8 +31,13 @@ pub const BLOCK: usize = 16;
 /// is there is added up: the CPU's own guesses are half as fast.
 const AHEAD: usize = 8192;
 
+/// No probability is below two to the power of this, which is nothing beside the
+/// largest, of 1: a CPU takes a hundred times as long for numbers that are not
+/// normal, as still smaller ones would be, or their products with factors.
+const LEAST_LOG2: f32 = -64.0;
+
 /// One head of one sequence, and what it reads and writes.
-pub(super) struct CachedHead<K> {
+pub(super) struct CachedHead<K: Kept> {
     /// Rows of the first new token, `head_dim` floats each.
     pub queries: *const f32,
     pub new_keys: *const f32,
@@ -38,8 +45,8 @@ pub(super) struct CachedHead<K> {
     /// Floats from a new token's row to the next one's.
     pub row_stride: usize,
     /// The cache.
-    pub keys: *mut K,
-    pub values: *mut K,
+    pub keys: *mut K::Element,
+    pub values: *mut K::Element,
     pub output: *mut f32,
     pub output_stride: usize,
     pub head_dim: usize,
@@ -87,25 +94,45 @@ pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECT
 }
 
 impl<K: Kept> CachedHead<K> {
+    /// Elements of a block's numbers, after which come its factors.
+    fn numbers_len(&self) -> usize {
+        BLOCK * self.head_dim * K::PER_NUMBER
+    }
+
+    /// Elements from a block to the next.
+    fn block_len(&self) -> usize {
+        BLOCK * K::position_len(self.head_dim)
+    }
+
     /// Puts the new keys and values into the cache.
     ///
     /// # Safety
     /// As [`attend`].
+    #[inline(always)]
     unsafe fn append(&self) {
         for token in 0..self.length {
             let position = self.past + token;
             let (block, lane) = (position / BLOCK, position % BLOCK);
+            let start = block * self.block_len();
             // SAFETY: the token is one of the head's, the position is within the
             // cache, and so is its block.
             unsafe {
                 let key = self.new_keys.add(token * self.row_stride);
                 let value = self.new_values.add(token * self.row_stride);
-                let keys = self.keys.add(block * BLOCK * self.head_dim + lane);
-                let values = self.values.add(position * self.head_dim);
-                for d in 0..self.head_dim {
-                    *keys.add(d * BLOCK) = K::of(*key.add(d));
-                    *values.add(d) = K::of(*value.add(d));
+                let keys = self.keys.add(start + lane * K::PER_NUMBER);
+                let values = (self.values).add(start + lane * self.head_dim * K::PER_NUMBER);
+                let row = |from| std::slice::from_raw_parts(from, self.head_dim);
+                let (key, value) = (row(key), row(value));
+                let (key_factor, value_factor) = (K::factor(key), K::factor(value));
+                for (d, key) in key.iter().enumerate() {
+                    K::put(*key, key_factor, keys.add(d * BLOCK * K::PER_NUMBER));
                 }
+                for (d, value) in value.iter().enumerate() {
+                    K::put(*value, value_factor, values.add(d * K::PER_NUMBER));
+                }
+                let factor = start + self.numbers_len() + lane * K::PER_FACTOR;
+                K::put_factor(key_factor, self.keys.add(factor));
+                K::put_factor(value_factor, self.values.add(factor));
             }
         }
     }
@@ -149,6 +176,9 @@ impl<K: Kept> CachedHead<K> {
                     *row.add(position) = f32::NEG_INFINITY;
                 }
                 factors[query] = self.soften::<V>(row, n_padded);
+                if K::PER_FACTOR > 0 {
+                    self.weigh::<V>(row, n_padded);
+                }
             }
             let mix = Mix {
                 head: self,
@@ -180,17 +210,15 @@ impl<K: Kept> CachedHead<K> {
             let mut keys = [self.keys.cast_const(); N];
             for (j, keys) in keys.iter_mut().enumerate() {
                 let position = (vector + j) * V::LANES;
-                let block = position / BLOCK;
-                *keys = self
-                    .keys
-                    .add(block * BLOCK * self.head_dim + position % BLOCK);
+                let start = position / BLOCK * self.block_len();
+                *keys = self.keys.add(start + position % BLOCK * K::PER_NUMBER);
             }
             // One token reads from memory, so it asks for what comes next: the
             // keys of another tile, then values. Several together compute
             // longer than they wait.
             let end = (vector + N) * V::LANES;
             let next = if end <= self.past {
-                self.keys.wrapping_add(end * self.head_dim)
+                self.keys.wrapping_add(end / BLOCK * self.block_len())
             } else {
                 self.values
             };
@@ -199,7 +227,7 @@ impl<K: Kept> CachedHead<K> {
             for d in 0..self.head_dim {
                 let mut k = [V::splat(0.0); N];
                 for j in 0..N {
-                    let at = keys[j].add(d * BLOCK);
+                    let at = keys[j].add(d * BLOCK * K::PER_NUMBER);
                     // Once a line.
                     if Q == 1
                         && (j * V::LANES).is_multiple_of(BLOCK)
@@ -216,12 +244,35 @@ impl<K: Kept> CachedHead<K> {
                     }
                 }
             }
-            for (i, sums) in sums.iter().enumerate() {
-                for (j, sum) in sums.iter().enumerate() {
-                    sum.store(scores.add(i * stride + (vector + j) * V::LANES));
+            for j in 0..N {
+                let position = (vector + j) * V::LANES;
+                let factors = self.factors(self.keys, position);
+                // The values' will be wanted all at once.
+                if Q == 1 && K::PER_FACTOR > 0 && position.is_multiple_of(BLOCK) {
+                    V::prefetch_far(factors.wrapping_byte_add(ahead));
+                    V::prefetch_far(self.factors(self.values, position));
+                }
+                let factors = K::load_factors::<V>(factors);
+                for i in 0..Q {
+                    let sum = if K::PER_FACTOR > 0 {
+                        sums[i][j].mul(factors)
+                    } else {
+                        sums[i][j]
+                    };
+                    sum.store(scores.add(i * stride + position));
                 }
             }
         }
+    }
+
+    /// Where the factors of the positions from one on are.
+    ///
+    /// # Safety
+    /// The position is within the cache.
+    unsafe fn factors(&self, of: *const K::Element, position: usize) -> *const K::Element {
+        let start = position / BLOCK * self.block_len() + self.numbers_len();
+        // SAFETY: the caller vouches for the block.
+        unsafe { of.add(start + position % BLOCK * K::PER_FACTOR) }
     }
 
     /// Turns `n` scores into probabilities, up to the factor that is returned.
@@ -242,10 +293,12 @@ impl<K: Kept> CachedHead<K> {
             let lanes_of = &lanes[..V::LANES];
             let max = lanes_of.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let (max, scale) = (V::splat(max), V::splat(self.scale_log2));
+            let least = V::splat(LEAST_LOG2);
             let mut sum = V::splat(0.0);
             for position in (0..n).step_by(V::LANES) {
                 let at = row.add(position);
-                let p = V::load(at).sub(max).mul(scale).exp2();
+                // In this order what is not a number stays that.
+                let p = least.max(V::load(at).sub(max).mul(scale)).exp2();
                 p.store(at);
                 sum = sum.add(p);
             }
@@ -253,14 +306,31 @@ impl<K: Kept> CachedHead<K> {
             1.0 / lanes[..V::LANES].iter().sum::<f32>()
         }
     }
+
+    /// Multiplies `n` probabilities with the factors of their values. What comes
+    /// after a token may become anything.
+    ///
+    /// # Safety
+    /// As [`CachedHead::soften`], and so many positions are within the cache.
+    #[inline(always)]
+    unsafe fn weigh<V: Vector>(&self, row: *mut f32, n: usize) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            for position in (0..n).step_by(V::LANES) {
+                let at = row.add(position);
+                let factors = K::load_factors::<V>(self.factors(self.values, position));
+                V::load(at).mul(factors).store(at);
+            }
+        }
+    }
 }
 
 /// Values to be added up, weighted.
-struct Mix<'a, K, const Q: usize> {
+struct Mix<'a, K: Kept, const Q: usize> {
     head: &'a CachedHead<K>,
     /// The first of `Q` new tokens.
     first: usize,
-    /// A row of probabilities for each.
+    /// A row of probabilities for each, times the factors of the values.
     scores: *const f32,
     stride: usize,
     /// What a token's sum is multiplied with in the end.
@@ -313,7 +383,7 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
             // What all tokens see.
             let n_common = self.head.past + self.first + 1;
             // Where that is beyond them, what comes next is asked for.
-            let row = self.head.head_dim * size_of::<K>();
+            let row = K::position_len(self.head.head_dim) * size_of::<K::Element>();
             let last = n_common.saturating_sub(AHEAD / row);
             let to_next = (self.head.next.addr())
                 .wrapping_sub(self.head.values.addr().wrapping_add(last * row));
@@ -368,10 +438,12 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
         // SAFETY: the position is within the cache, and the caller vouches for
         // the dimensions.
         unsafe {
-            let row = self.head.values.add(position * self.head.head_dim + d);
+            let number = position * self.head.head_dim + d;
+            let factors_before = position / BLOCK * BLOCK * K::PER_FACTOR;
+            let row = (self.head.values).add(number * K::PER_NUMBER + factors_before);
             let mut v = [V::splat(0.0); N];
             for j in 0..N {
-                let at = row.cast_const().add(j * V::LANES);
+                let at = row.cast_const().add(j * V::LANES * K::PER_NUMBER);
                 // Once a line, where rows are lines.
                 if Q == 1 && (j * V::LANES).is_multiple_of(K::PER_LINE) {
                     V::prefetch_far(at.wrapping_byte_add(ahead));

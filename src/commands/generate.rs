@@ -77,8 +77,8 @@ pub struct GenerateArgs {
     )]
     pub top_p: f32,
 
-    /// What the draws follow from: the same seed repeats the images [default: one
-    /// that is drawn and printed]
+    /// What the draws follow from: on a CPU the same seed repeats the images, on a
+    /// GPU it may draw others [default: one that is drawn and printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
 

@@ -1,19 +1,22 @@
 //! The graphs: one for each task, all over the same backbone and weights.
 //!
 //! Between layers activations lie as rows, `(batch * sequence, width)`, so
-//! that every dense product is one `Gemm` that adds its bias or the residual
-//! as it goes. RMS norm, quick-gelu and attention are written as ONNX
-//! Runtime's fused operators, not as patterns that an optimizer might fuse.
+//! that a dense product is one `Gemm` that adds its bias as it goes, and on a CPU
+//! the residual. RMS norm, quick-gelu and attention are written as fused operators,
+//! ONNX Runtime's or the worker's own, not as patterns that an optimizer might fuse.
 //! Batch and sequence are open: one file serves any batch.
 
 mod backbone;
 mod builder;
 mod tasks;
 
+use half::bf16;
+
 use super::config::Architecture;
 use super::onnx::{DataType, Model};
 use super::store::Store;
 use super::{Precision, Provider, Task};
+use crate::attention::{Int24, Kept as _};
 
 pub use self::tasks::Norm;
 
@@ -52,18 +55,25 @@ pub struct Plan<'a> {
     pub precision: Precision,
     pub provider: Provider,
     pub attention: Attention,
+    /// Whether a graph may have the worker's own operators.
+    pub has_ours: bool,
     /// Where `embed` ends.
     pub feature_layer: usize,
 }
 
 impl Plan<'_> {
-    /// What keys and values are kept in.
+    /// What the keys of a position and head are kept in, and its values, and how
+    /// many of them.
     #[must_use]
-    pub fn cache_type(&self) -> DataType {
+    pub fn cache_position(&self) -> (DataType, usize) {
+        let head_dim = self.architecture.head_dim();
         match (self.attention, self.precision) {
             // It rounds to 8 bits of mantissa, as the weights are.
-            (Attention::Layers, Precision::Int8) => DataType::Bfloat16,
-            _ => self.precision.activation(),
+            (Attention::Layers, Precision::Int8) => {
+                (DataType::Bfloat16, bf16::position_len(head_dim))
+            }
+            (Attention::Layers, _) => (DataType::Uint8, Int24::position_len(head_dim)),
+            _ => (self.precision.activation(), head_dim),
         }
     }
 

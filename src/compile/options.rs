@@ -217,7 +217,8 @@ impl CompileOptions {
             match self.provider {
                 Provider::Cpu if runtime.operators.is_some() => "cpu".to_owned(),
                 Provider::Cpu => "cpu-stock".to_owned(),
-                Provider::Cuda => "cuda".to_owned(),
+                Provider::Cuda if runtime.operators.is_some() => "cuda".to_owned(),
+                Provider::Cuda => "cuda-stock".to_owned(),
             },
         ];
         let tasks = self
@@ -228,6 +229,7 @@ impl CompileOptions {
         parts.extend(tasks);
         parts.extend(self.feature_layer.map(|layer| layer.to_string()));
         parts.push(concat!("v", env!("CARGO_PKG_VERSION")).to_owned());
+        parts.push(format!("f{}", super::manifest::FORMAT));
         parts.join("-")
     }
 }

@@ -42,7 +42,7 @@ pub(super) struct Memory {
 /// needs all of its own.
 const EXTENSIONS: [(&str, &[&[&str]]); 5] = [
     ("AVX2", &[&["avx2", "fma"]]),
-    ("AVX-512", &[&["avx512f", "avx512dq"]]),
+    ("AVX-512", &[&["avx512f", "avx512dq", "avx512bw"]]),
     ("VNNI", &[&["avx512_vnni"], &["avx_vnni"]]),
     ("BF16", &[&["avx512_bf16", "avx512bw"]]),
     ("AMX", &[&["amx_tile", "amx_bf16"]]),
@@ -259,7 +259,7 @@ mod tests {
     }
 
     const CPUINFO: &str = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n\
-                           flags\t\t: fpu avx2 fma avx512f avx512dq avx_vnni amx_tile\n\n\
+                           flags\t\t: fpu avx2 fma avx512f avx512dq avx512bw avx_vnni amx_tile\n\n\
                            processor\t: 1\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n\
                            flags\t\t: fpu avx2 fma\n";
 

@@ -6,7 +6,8 @@
 //! sequence begins with is fed first, in chunks, one a step, so that the others
 //! are not held up; its last token goes with everybody's step, so that every
 //! color is drawn from the same computation, however the sequence came by its
-//! past. Samples of one primer compute it once.
+//! past. Where a slot's memory can be copied, on a CPU, samples of one primer
+//! compute it once.
 
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;

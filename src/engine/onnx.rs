@@ -18,7 +18,7 @@ mod whole;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ort::environment::Environment;
@@ -129,6 +129,13 @@ impl OnnxEngine {
         let environment = environment(&options.library)?;
         let mut fallbacks = Vec::new();
         let runtime = choose(&environment, options, &mut fallbacks)?;
+        // While a thread captures a run, what another does on any GPU of the
+        // process, such as taking memory, fails and spoils the capture: so devices
+        // come up one after the other.
+        static CAPTURING: Mutex<()> = Mutex::new(());
+        let _capturing = runtime
+            .cuda_graphs
+            .then(|| CAPTURING.lock().unwrap_or_else(PoisonError::into_inner));
         check_compiled_for(options.compiled_for, runtime.provider)?;
         let mut engine = Self {
             facts: Facts {
@@ -449,11 +456,12 @@ fn choose(
         // A captured run goes on writing where its memory was, which the arena
         // has given away since: another graph's weights may lie there.
         runtime.cuda_graphs = false;
+        let reason = "--gpu-memory-limit has all graphs share their memory, which captured runs \
+                      need for themselves";
+        tracing::warn!(reason, "no CUDA graphs; launching kernels one by one");
         fallbacks.push(Fallback {
             kind: FallbackKind::CudaGraphs,
-            reason: "--gpu-memory-limit has all graphs share their memory, which captured runs \
-                     need for themselves"
-                .to_owned(),
+            reason: reason.to_owned(),
         });
     }
     Ok(runtime)

@@ -12,6 +12,8 @@
     reason = "threads write disjoint columns of one output, through raw pointers"
 )]
 
+use std::cell::RefCell;
+
 use bytemuck::Pod;
 
 use self::tile::{Ahead, Tile};
@@ -20,17 +22,64 @@ use super::phase::TASKS_MAX;
 use super::pointwise::Activation;
 use super::{LayersError, check, size};
 use crate::attention::Kernel;
-use crate::vector::{Number, Portable};
+use crate::vector::scratch::Scratch;
+use crate::vector::{Int24, Number, Portable, magnitude};
 
 #[cfg(test)]
 mod tests;
 mod tile;
 
-/// A number that weights are kept in: `f32`, or `i8` with a scale for each output.
-pub trait Weight: Number + Pod {}
+/// A number that weights are given in: `f32`, or `i8` with a scale for each output.
+pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
+    /// What they are kept in.
+    type Packed: Number + Pod;
+    /// Whether reading them is work that several tiles should not do over again.
+    const IS_UNPACKED: bool;
 
-impl Weight for f32 {}
-impl Weight for i8 {}
+    /// What each output's sum is multiplied with for how its weights are kept,
+    /// if with anything.
+    fn factors(weights: &[Self], outputs: usize) -> Option<Vec<f32>>;
+
+    fn pack(self, factor: f32) -> Self::Packed;
+}
+
+impl Weight for f32 {
+    type Packed = Int24;
+    const IS_UNPACKED: bool = true;
+
+    fn factors(weights: &[f32], outputs: usize) -> Option<Vec<f32>> {
+        let mut magnitudes = vec![0; outputs];
+        for row in weights.chunks_exact(outputs) {
+            for (largest, weight) in magnitudes.iter_mut().zip(row) {
+                *largest = magnitude(*weight).max(*largest);
+            }
+        }
+        Some(magnitudes.into_iter().map(Int24::factor_of).collect())
+    }
+
+    fn pack(self, factor: f32) -> Int24 {
+        Int24::of(self, factor)
+    }
+}
+
+impl Weight for i8 {
+    type Packed = Self;
+    const IS_UNPACKED: bool = false;
+
+    fn factors(_weights: &[i8], _outputs: usize) -> Option<Vec<f32>> {
+        None
+    }
+
+    fn pack(self, _factor: f32) -> i8 {
+        self
+    }
+}
+
+thread_local! {
+    /// A panel's weights as floats, for the tiles after the first: small enough
+    /// to stay in the second level of the CPU's cache.
+    static UNPACKED: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+}
 
 /// What a product is made of.
 #[derive(Clone, Copy, Debug)]
@@ -46,11 +95,11 @@ pub struct DenseWeights<'a, W> {
 /// The weights of a product: panels of a few columns, in each a row of that many
 /// numbers for every input. What the last panel has too many is zero.
 #[derive(Debug)]
-pub(super) struct Panels<W> {
+pub(super) struct Panels<W: Weight> {
     inputs: usize,
     outputs: usize,
     kernel: Kernel,
-    pages: Pages<W>,
+    pages: Pages<W::Packed>,
     /// One for each column of the panels.
     scales: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
@@ -142,7 +191,10 @@ impl<W: Weight> Panels<W> {
                 outputs,
             });
         }
-        let mut pages = Pages::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
+        let factors = W::factors(dense.weights, outputs);
+        let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
+        let mut pages =
+            Pages::<W::Packed>::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
         for (panel, rows) in pages
             .numbers_mut()
             .chunks_exact_mut(inputs * width)
@@ -152,15 +204,27 @@ impl<W: Weight> Panels<W> {
             let n_columns = width.min(outputs - first);
             let weights = dense.weights.chunks_exact(outputs);
             for (row, weights) in rows.chunks_exact_mut(width).zip(weights) {
-                row[..n_columns].copy_from_slice(&weights[first..][..n_columns]);
+                let columns = row.iter_mut().zip(first..first + n_columns);
+                for (packed, column) in columns {
+                    *packed = weights[column].pack(factor(column));
+                }
             }
         }
+        let scales = match (dense.scales, &factors) {
+            (Some(scales), Some(factors)) => {
+                check("scales", scales.len(), outputs)?;
+                let both = scales.iter().zip(factors);
+                Some(both.map(|(scale, factor)| scale * factor).collect())
+            }
+            (None, Some(factors)) => Some(factors.clone()),
+            (scales, None) => scales.map(<[f32]>::to_vec),
+        };
         Ok(Self {
             inputs,
             outputs,
             kernel,
             pages,
-            scales: padded("scales", dense.scales, outputs, width)?,
+            scales: padded("scales", scales.as_deref(), outputs, width)?,
             bias: padded("bias", dense.bias, outputs, width)?,
         })
     }
@@ -173,7 +237,7 @@ impl<W: Weight> Panels<W> {
     ///
     /// # Panics
     /// If there is none of this number.
-    pub(super) fn panel(&self, idx: usize) -> *const W {
+    pub(super) fn panel(&self, idx: usize) -> *const W::Packed {
         let len = panel_width(self.kernel) * self.inputs;
         self.pages.numbers()[idx * len..][..len].as_ptr()
     }
@@ -194,32 +258,55 @@ impl<W: Weight> Panels<W> {
             |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
         let n_tiles = rows.n.div_ceil(most);
         let mut row = 0;
-        while row < rows.n {
-            let n = tile_of(rows.n - row, most);
-            // SAFETY: the caller vouches for the rows, of which these are some,
-            // and for the instructions; the panel is there.
-            unsafe {
-                let tile = Tile {
-                    rows: rows.input.add(row * rows.input_stride),
-                    row_stride: rows.input_stride,
-                    inputs: self.inputs,
-                    panel,
-                    ahead: Ahead::of(n_tiles, row / most, self.inputs, width, next),
-                    scales: from(&self.scales),
-                    bias: from(&self.bias),
-                    output: rows.output.add(row * rows.output_stride + first),
-                    output_stride: rows.output_stride,
-                    finish,
-                };
-                match self.kernel {
-                    #[cfg(target_arch = "x86_64")]
-                    Kernel::Avx2 => tile::avx2(&tile, n),
-                    #[cfg(target_arch = "x86_64")]
-                    Kernel::Avx512 => tile::avx512(&tile, n),
-                    _ => tile.compute_rows::<Portable, 2>(n),
+        UNPACKED.with_borrow_mut(|unpacked| {
+            let keeps = W::IS_UNPACKED && n_tiles > 1;
+            let len = if keeps { self.inputs * width } else { 0 };
+            let [floats] = unpacked.split([len]);
+            let floats = floats.as_mut_ptr();
+            while row < rows.n {
+                let n = tile_of(rows.n - row, most);
+                let size = size_of::<W::Packed>();
+                let unpack = (keeps && row == 0).then_some(floats);
+                // SAFETY: the caller vouches for the rows, of which these are some,
+                // and for the instructions; the panel is there, and so are its
+                // floats once the first tile has left them.
+                unsafe {
+                    let tile = Tile {
+                        rows: rows.input.add(row * rows.input_stride),
+                        row_stride: rows.input_stride,
+                        inputs: self.inputs,
+                        panel,
+                        unpack,
+                        ahead: Ahead::of(n_tiles, row / most, self.inputs, width, size, next),
+                        scales: from(&self.scales),
+                        bias: from(&self.bias),
+                        output: rows.output.add(row * rows.output_stride + first),
+                        output_stride: rows.output_stride,
+                        finish,
+                    };
+                    if keeps && row > 0 {
+                        self.run(&tile.over(floats.cast_const()), n);
+                    } else {
+                        self.run(&tile, n);
+                    }
                 }
+                row += n;
             }
-            row += n;
+        });
+    }
+
+    /// # Safety
+    /// As [`Tile::compute`], with the kernel's vectors.
+    unsafe fn run<N: Number>(&self, tile: &Tile<N>, n_rows: usize) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            match self.kernel {
+                #[cfg(target_arch = "x86_64")]
+                Kernel::Avx2 => tile::avx2(tile, n_rows),
+                #[cfg(target_arch = "x86_64")]
+                Kernel::Avx512 => tile::avx512(tile, n_rows),
+                _ => tile.compute_rows::<Portable, 2>(n_rows),
+            }
         }
     }
 }

@@ -167,9 +167,9 @@ impl Norm {
     }
 
     /// # Safety
-    /// The CPU has AVX-512 F and DQ; and as [`norm`].
+    /// The CPU has AVX-512 F, DQ and BW; and as [`norm`].
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512dq")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
     unsafe fn avx512(&self) {
         // SAFETY: the caller vouches for all of it.
         unsafe { self.run::<crate::vector::avx512::Avx512>() }

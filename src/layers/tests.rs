@@ -8,6 +8,7 @@
 use half::bf16;
 
 use super::*;
+use crate::attention::Int24;
 
 /// Numbers from -0.5 to 0.5, the same for the same seed.
 fn uniform(seed: u64) -> impl FnMut() -> f32 {
@@ -238,27 +239,43 @@ fn normal(x: f64) -> f64 {
     sum * step / 3.0
 }
 
+/// How keys and values are kept, of which some are none.
+trait Blank: Kept {
+    /// Where all elements are this, there is no number.
+    const NONE: Self::Element;
+}
+
+impl Blank for bf16 {
+    const NONE: Self = Self::NAN;
+}
+
+impl Blank for Int24 {
+    const NONE: u8 = 0xFF;
+}
+
 /// Sequences that are fed, with their cache.
-struct Fed<'m, W, K> {
+struct Fed<'m, W, K: Kept> {
     model: &'m Model<W>,
     sequences: Vec<usize>,
     n_threads: usize,
     capacity: usize,
     /// Keys and values of each layer.
-    caches: Vec<[Vec<K>; 2]>,
+    caches: Vec<[Vec<K::Element>; 2]>,
     past: Vec<usize>,
     room: Room,
     /// What came out, of each sequence.
     rows: Vec<Vec<f32>>,
 }
 
-impl<'m, W: Tested, K: Kept> Fed<'m, W, K> {
+impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
     fn new(model: &'m Model<W>, sequences: Vec<usize>, n_threads: usize) -> Self {
         let width = model.sizes.width;
         let n_tokens = model.rows[0].len() / width;
         let capacity = n_tokens.next_multiple_of(crate::attention::BLOCK);
         // What is beyond a sequence's end must not matter.
-        let cache = vec![K::of(f32::NAN); sequences.len() * capacity * width];
+        let Sizes { heads, .. } = model.sizes;
+        let n_positions = sequences.len() * heads * capacity;
+        let cache = vec![K::NONE; n_positions * K::position_len(width / heads)];
         Self {
             model,
             n_threads,
@@ -281,7 +298,7 @@ impl<'m, W: Tested, K: Kept> Fed<'m, W, K> {
             .copied()
             .collect();
         let caches = self.caches.iter_mut();
-        let tokens = Tokens {
+        let tokens = Tokens::<K> {
             rows: &rows,
             length,
             past: &self.past,
@@ -314,7 +331,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
         .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32)
 }
 
-fn check_model<W: Tested, K: Kept>(model: &Model<W>, tolerance: f64) {
+fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
     let n_tokens = model.rows[0].len() / model.sizes.width;
     let all: Vec<usize> = (0..model.rows.len()).collect();
     for kernel in kernels() {
@@ -368,8 +385,8 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
         sizes(20, 17, 4, Relu),
     ] {
         for n_sequences in [1, 2, 5, 8] {
-            check_model::<f32, f32>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
-            check_model::<i8, f32>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
+            check_model::<f32, Int24>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
+            check_model::<i8, Int24>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
         }
         // Keys and values have 8 bits.
         check_model::<f32, bf16>(&Model::random(sizes, 3, 2, 19), 4e-2);
@@ -382,7 +399,7 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
 #[test]
 fn tiny_layers() {
     let sizes = sizes(6, 9, 2, Activation::QuickGelu);
-    check_model::<f32, f32>(&Model::random(sizes, 2, 2, 3), 1e-5);
+    check_model::<f32, Int24>(&Model::random(sizes, 2, 2, 3), 1e-5);
     check_model::<i8, bf16>(&Model::random(sizes, 1, 2, 3), 4e-2);
 }
 
@@ -431,7 +448,7 @@ fn a_sequence_that_is_not_finite_spoils_no_other() {
     let mut model = Model::<f32>::random(sizes(16, 24, 2, Activation::QuickGelu), 2, 3, 4);
     let run = |model: &Model<f32>, kernel| {
         let layers = model.pack(kernel);
-        let mut fed = Fed::<f32, f32>::new(model, vec![0, 1, 2], 2);
+        let mut fed = Fed::<f32, Int24>::new(model, vec![0, 1, 2], 2);
         fed.feed(&layers, 4);
         fed.rows
     };
@@ -490,10 +507,10 @@ fn refuse_what_they_cannot_do() {
 
     let layers = model.pack(Kernel::Portable);
     let step = |n_rows: usize, length: usize, past: &[usize], capacity: usize, n_caches: usize| {
-        let mut keys = vec![vec![0.0_f32; 16 * 8]; n_caches];
+        let mut keys = vec![vec![bf16::ZERO; 16 * 8]; n_caches];
         let mut values = keys.clone();
         let caches = keys.iter_mut().zip(&mut values);
-        let tokens = Tokens {
+        let tokens = Tokens::<bf16> {
             rows: &[0.0; 64][..n_rows],
             length,
             past,
@@ -524,7 +541,7 @@ fn refuse_what_they_cannot_do() {
 fn nothing_new_is_no_work() {
     let model = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 2, 2, 2);
     let layers = model.pack(Kernel::Portable);
-    let mut fed = Fed::<f32, f32>::new(&model, vec![0, 1], 2);
+    let mut fed = Fed::<f32, Int24>::new(&model, vec![0, 1], 2);
     fed.feed(&layers, 0);
     assert_eq!(fed.rows, [[0.0; 0], [0.0; 0]]);
 }

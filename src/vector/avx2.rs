@@ -10,11 +10,12 @@
 
 use std::arch::x86_64::{
     __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
-    _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_maskload_ps, _mm256_maskstore_ps,
-    _mm256_max_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi128_si256,
+    _mm256_castsi256_ps, _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_inserti128_si256,
+    _mm256_loadu_ps, _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps,
+    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps,
     _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
@@ -81,6 +82,22 @@ unsafe impl Vector for Avx2 {
         unsafe {
             let wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()));
             Self(_mm256_cvtepi32_ps(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i24(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for the instructions and 24 bytes.
+        unsafe {
+            // Of the second half, which begins after 12, the last 16.
+            let low = _mm256_castsi128_si256(_mm_loadu_si128(from.cast()));
+            let high = _mm_loadu_si128(from.add(8).cast());
+            let bytes = _mm256_inserti128_si256::<1>(low, high);
+            let upper = _mm256_setr_epi8(
+                -1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, //
+                -1, 4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15,
+            );
+            Self(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, upper)))
         }
     }
 

@@ -8,16 +8,20 @@
     reason = "intrinsics only become instructions inside a function that has them"
 )]
 
+use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
-use super::Vector;
+use super::{LANES_MAX, Vector};
+
+#[cfg(test)]
+mod tests;
 
 /// Bytes that come from memory together.
 const LINE: usize = 64;
 
 /// A number that vectors are loaded from.
 pub trait Number: Copy + Send + Sync + std::fmt::Debug + 'static {
-    /// How many lie in a line.
+    /// So many in a row meet every line that they lie in at least once.
     const PER_LINE: usize = LINE / size_of::<Self>();
 
     /// # Safety
@@ -25,15 +29,50 @@ pub trait Number: Copy + Send + Sync + std::fmt::Debug + 'static {
     unsafe fn load<V: Vector>(from: *const Self) -> V;
 }
 
-/// A number that keys and values are kept in.
-pub trait Kept: Number {
-    /// The nearest one.
-    fn of(value: f32) -> Self;
+/// How keys and values are kept: numbers of a position and head, and what all of
+/// them are multiplied with, if anything.
+pub trait Kept: Copy + Send + Sync + std::fmt::Debug + 'static {
+    /// What memory of them is made of.
+    type Element: Copy + Send + Sync + std::fmt::Debug + 'static;
+    /// How many make a number.
+    const PER_NUMBER: usize;
+    /// How many make a position's factor; none if there is no factor.
+    const PER_FACTOR: usize;
+    /// As [`Number::PER_LINE`].
+    const PER_LINE: usize;
+
+    /// Elements of a position's `head_dim` numbers, with their factor.
+    #[must_use]
+    fn position_len(head_dim: usize) -> usize {
+        head_dim * Self::PER_NUMBER + Self::PER_FACTOR
+    }
+
+    /// The factor of a position's numbers.
+    fn factor(row: &[f32]) -> f32;
+
+    /// Keeps what is nearest to `value` under that factor.
+    /// # Safety
+    /// A number's elements at `to` are writable.
+    unsafe fn put(value: f32, factor: f32, to: *mut Self::Element);
+
+    /// # Safety
+    /// A factor's elements at `to` are writable.
+    unsafe fn put_factor(factor: f32, to: *mut Self::Element);
+
+    /// Reads numbers, without their factor.
+    /// # Safety
+    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
+    unsafe fn load<V: Vector>(from: *const Self::Element) -> V;
 
     /// Reads `len` of them; the other lanes are zero.
     /// # Safety
     /// As `Vector::splat`, and `len <= LANES` of them at `from` are readable.
-    unsafe fn load_partial<V: Vector>(from: *const Self, len: usize) -> V;
+    unsafe fn load_partial<V: Vector>(from: *const Self::Element, len: usize) -> V;
+
+    /// Reads the factors of positions that follow each other.
+    /// # Safety
+    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
+    unsafe fn load_factors<V: Vector>(from: *const Self::Element) -> V;
 }
 
 impl Number for f32 {
@@ -44,31 +83,39 @@ impl Number for f32 {
     }
 }
 
-impl Kept for f32 {
+impl Number for i8 {
     #[inline(always)]
-    fn of(value: f32) -> Self {
-        value
-    }
-
-    #[inline(always)]
-    unsafe fn load_partial<V: Vector>(from: *const Self, len: usize) -> V {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller vouches for all of it.
-        unsafe { V::load_partial(from, len) }
+        unsafe { V::load_i8(from) }
     }
 }
 
-impl Number for bf16 {
+/// Rounded to 8 bits, each by itself.
+impl Kept for bf16 {
+    type Element = Self;
+    const PER_NUMBER: usize = 1;
+    const PER_FACTOR: usize = 0;
+    const PER_LINE: usize = LINE / size_of::<Self>();
+
+    #[inline(always)]
+    fn factor(_row: &[f32]) -> f32 {
+        1.0
+    }
+
+    #[inline(always)]
+    unsafe fn put(value: f32, _factor: f32, to: *mut Self) {
+        // SAFETY: the caller vouches for the place.
+        unsafe { to.write(Self::from_f32(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_factor(_factor: f32, _to: *mut Self) {}
+
     #[inline(always)]
     unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller vouches for all of it; the type is its bits.
         unsafe { V::load_bf16(from.cast()) }
-    }
-}
-
-impl Kept for bf16 {
-    #[inline(always)]
-    fn of(value: f32) -> Self {
-        Self::from_f32(value)
     }
 
     #[inline(always)]
@@ -76,12 +123,131 @@ impl Kept for bf16 {
         // SAFETY: as above.
         unsafe { V::load_bf16_partial(from.cast(), len) }
     }
+
+    #[inline(always)]
+    unsafe fn load_factors<V: Vector>(_from: *const Self) -> V {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { V::splat(1.0) }
+    }
 }
 
-impl Number for i8 {
+/// A whole number of 24 bits, the lowest byte first, times a power of two that
+/// several share: those of a position and head, or the weights of an output.
+///
+/// The largest of them is rounded to 23 bits or more, where `f32` has 24, and the
+/// others to the same multiple. What is added up over all of them is then about as
+/// exact as with `f32`, whose sums round as much, in three quarters of the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Int24([u8; 3]);
+
+// SAFETY: three bytes, of which zeros are zero.
+unsafe impl Zeroable for Int24 {}
+// SAFETY: three bytes of whatever value, and nothing else.
+unsafe impl Pod for Int24 {}
+
+impl Int24 {
+    /// The largest.
+    const MAX: f32 = 8_388_607.0;
+    /// They are read as the upper 24 of 32 bits.
+    const READ_AS: f32 = 256.0;
+    /// Exponent bits of the least number for which factors are normal numbers;
+    /// smaller ones are as good as zero.
+    const EXPONENT_MIN: u32 = 31;
+
+    /// What numbers as they are read are multiplied with, where the largest
+    /// [`magnitude`] is this. Not a number if that is no finite one's.
+    #[inline(always)]
+    pub(crate) fn factor_of(magnitude: u32) -> f32 {
+        const NOT_FINITE: u32 = 0xFF;
+        let exponent = magnitude >> 23;
+        if exponent == NOT_FINITE {
+            return f32::NAN;
+        }
+        // Of the 24 bits one is the sign, 22 are behind the largest number's
+        // first, and 8 are `READ_AS`.
+        f32::from_bits((exponent.max(Self::EXPONENT_MIN) - 30) << 23)
+    }
+
+    /// What is nearest to `value` under a factor.
+    #[inline(always)]
+    pub(crate) fn of(value: f32, factor: f32) -> Self {
+        let steps = value / (factor * Self::READ_AS);
+        #[expect(clippy::cast_possible_truncation, reason = "within 24 bits")]
+        let steps = steps.round_ties_even().clamp(-Self::MAX, Self::MAX) as i32;
+        let [a, b, c, _] = steps.to_le_bytes();
+        Self([a, b, c])
+    }
+}
+
+/// Bits that are larger for a number further from zero, and largest for infinity
+/// and what is no number.
+#[inline(always)]
+pub(crate) fn magnitude(value: f32) -> u32 {
+    value.to_bits() & (u32::MAX >> 1)
+}
+
+/// Without their factor.
+impl Number for Int24 {
+    // A row of 16 is 48 bytes.
+    const PER_LINE: usize = 16;
+
     #[inline(always)]
     unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller vouches for all of it; the type is its bytes.
+        unsafe { V::load_i24(from.cast()) }
+    }
+}
+
+impl Kept for Int24 {
+    type Element = u8;
+    const PER_NUMBER: usize = size_of::<Self>();
+    const PER_FACTOR: usize = size_of::<f32>();
+    const PER_LINE: usize = <Self as Number>::PER_LINE;
+
+    #[inline(always)]
+    fn factor(row: &[f32]) -> f32 {
+        Self::factor_of(row.iter().copied().map(magnitude).fold(0, u32::max))
+    }
+
+    #[inline(always)]
+    unsafe fn put(value: f32, factor: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for three bytes.
+        unsafe { to.cast::<Self>().write(Self::of(value, factor)) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_factor(factor: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for four bytes.
+        unsafe { to.cast::<[u8; 4]>().write(factor.to_ne_bytes()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const u8) -> V {
         // SAFETY: the caller vouches for all of it.
-        unsafe { V::load_i8(from) }
+        unsafe { V::load_i24(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial<V: Vector>(from: *const u8, len: usize) -> V {
+        let mut bytes = [0; 3 * LANES_MAX];
+        // SAFETY: the caller vouches for the instructions and `len` numbers, and
+        // no vector has more lanes than there is room for.
+        unsafe {
+            bytes.as_mut_ptr().copy_from_nonoverlapping(from, 3 * len);
+            V::load_i24(bytes.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_factors<V: Vector>(from: *const u8) -> V {
+        let mut factors = [0.0_f32; LANES_MAX];
+        // They lie at any address, and `load` may want whole numbers.
+        // SAFETY: the caller vouches for the instructions and a vector of them.
+        unsafe {
+            let to = factors.as_mut_ptr().cast::<u8>();
+            to.copy_from_nonoverlapping(from, size_of::<f32>() * V::LANES);
+            V::load(factors.as_ptr())
+        }
     }
 }

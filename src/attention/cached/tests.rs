@@ -9,31 +9,46 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::attention::Int24;
 
 /// A call's input and the cache that it finds.
 #[derive(Clone)]
-struct Call<K> {
+struct Call<K: Tested> {
     shape: CacheShape,
     qkv: Vec<f32>,
     past: Vec<usize>,
-    keys: Vec<K>,
-    values: Vec<K>,
+    kept: [Vec<K::Element>; 2],
 }
 
 type Change = fn(&mut Call<bf16>);
 
-/// Of what tests are made, besides what kernels need.
-trait Tested: Kept + PartialEq + Into<f32> {}
+/// Keys and values, which are parts 1 and 2 of a row.
+const PARTS: [usize; 2] = [1, 2];
 
-impl Tested for f32 {}
-impl Tested for bf16 {}
+/// Of what tests are made, besides what kernels need.
+trait Tested: Kept<Element: PartialEq + Default> {
+    /// A number, by its elements and those of its factor.
+    fn read(number: &[Self::Element], factor: &[Self::Element]) -> f32;
+}
+
+impl Tested for bf16 {
+    fn read(number: &[bf16], _factor: &[bf16]) -> f32 {
+        number[0].to_f32()
+    }
+}
+
+impl Tested for Int24 {
+    fn read(number: &[u8], factor: &[u8]) -> f32 {
+        let factor = f32::from_ne_bytes(factor.try_into().unwrap());
+        i32::from_le_bytes([0, number[0], number[1], number[2]]) as f32 * factor
+    }
+}
 
 /// What a call leaves.
 #[derive(Clone, Debug, PartialEq)]
-struct Done<K> {
+struct Done<E> {
     output: Vec<f32>,
-    keys: Vec<K>,
-    values: Vec<K>,
+    kept: [Vec<E>; 2],
 }
 
 /// Numbers from -0.5 to 0.5, the same for the same seed.
@@ -51,36 +66,106 @@ impl<K: Tested> Call<K> {
     /// The cache is full of numbers, past each sequence's end as well.
     fn random(shape: CacheShape, past: Vec<usize>, seed: u64) -> Self {
         let mut uniform = uniform(seed);
-        let (output, cache) = shape.lens().unwrap();
+        let (output, _) = shape.lens().unwrap();
         let mut normal = move || (uniform() + uniform() + uniform() + uniform()) * 1.732;
-        let mut cached = |len| -> Vec<K> { (0..len).map(|_| K::of(normal())).collect() };
-        let (keys, values) = (cached(cache), cached(cache));
-        let qkv = (0..3 * output).map(|_| normal()).collect();
-        Self {
+        let n_rows = shape.batch * shape.heads * shape.capacity;
+        let len = n_rows * K::position_len(shape.head_dim);
+        let mut call = Self {
             shape,
-            qkv,
+            qkv: Vec::new(),
             past,
-            keys,
-            values,
+            kept: [(); 2].map(|()| vec![K::Element::default(); len]),
+        };
+        for part in PARTS {
+            for at in positions(shape, |_| 0..shape.capacity) {
+                let row: Vec<f32> = (0..shape.head_dim).map(|_| normal()).collect();
+                call.put(part, at, &row);
+            }
         }
+        call.qkv = (0..3 * output).map(|_| normal()).collect();
+        call
     }
 
-    fn run(&self, kernel: Kernel, n_threads: usize) -> Done<K> {
+    fn run(&self, kernel: Kernel, n_threads: usize) -> Done<K::Element> {
         let shape = self.shape;
-        let mut done = Done {
-            output: vec![f32::NAN; shape.batch * shape.length * shape.width()],
-            keys: self.keys.clone(),
-            values: self.values.clone(),
-        };
-        let cache = Cache {
-            keys: &mut done.keys,
-            values: &mut done.values,
+        let mut output = vec![f32::NAN; shape.batch * shape.length * shape.width()];
+        let [mut keys, mut values] = self.kept.clone();
+        let cache = Cache::<K> {
+            keys: &mut keys,
+            values: &mut values,
         };
         CachedAttention::with_kernel(shape, scale(shape), kernel)
             .unwrap()
-            .run(&self.qkv, &self.past, cache, &mut done.output, n_threads)
+            .run(&self.qkv, &self.past, cache, &mut output, n_threads)
             .unwrap();
-        done
+        Done {
+            output,
+            kept: [keys, values],
+        }
+    }
+
+    /// Elements of a number, and of its factor.
+    fn place(
+        &self,
+        part: usize,
+        [sequence, head, position]: [usize; 3],
+        d: usize,
+    ) -> [std::ops::Range<usize>; 2] {
+        let CacheShape {
+            capacity,
+            heads,
+            head_dim,
+            ..
+        } = self.shape;
+        let block = (sequence * heads + head) * (capacity / 16) + position / 16;
+        let start = block * 16 * K::position_len(head_dim);
+        let lane = position % 16;
+        let number = if part == 1 {
+            d * 16 + lane
+        } else {
+            lane * head_dim + d
+        };
+        let number = start + number * K::PER_NUMBER;
+        let factor = start + 16 * head_dim * K::PER_NUMBER + lane * K::PER_FACTOR;
+        [
+            number..number + K::PER_NUMBER,
+            factor..factor + K::PER_FACTOR,
+        ]
+    }
+
+    /// Puts a position's numbers where they belong.
+    fn put(&mut self, part: usize, at: [usize; 3], row: &[f32]) {
+        let by = K::factor(row);
+        for (d, value) in row.iter().enumerate() {
+            let [number, factor] = self.place(part, at, d);
+            let kept = &mut self.kept[part - 1];
+            // SAFETY: both are within the cache.
+            unsafe {
+                K::put(*value, by, kept[number].as_mut_ptr());
+                K::put_factor(by, kept[factor].as_mut_ptr());
+            }
+        }
+    }
+
+    /// The same call, when its keys and values are in the cache.
+    fn after(&self) -> Self {
+        let mut after = self.clone();
+        let CacheShape { length, .. } = self.shape;
+        for part in PARTS {
+            let new = |sequence: usize| self.past[sequence]..self.past[sequence] + length;
+            for at in positions(self.shape, new) {
+                let [sequence, head, position] = at;
+                let token = position - self.past[sequence];
+                after.put(part, at, self.new_row(sequence, token, part, head));
+            }
+        }
+        after
+    }
+
+    fn number(&self, part: usize, at: [usize; 3], d: usize) -> f64 {
+        let [number, factor] = self.place(part, at, d);
+        let kept = &self.kept[part - 1];
+        K::read(&kept[number], &kept[factor]).into()
     }
 
     fn new_row(&self, sequence: usize, token: usize, part: usize, head: usize) -> &[f32] {
@@ -99,6 +184,7 @@ impl<K: Tested> Call<K> {
             head_dim,
             ..
         } = self.shape;
+        let after = self.after();
         let mut output = vec![0.0; batch * length * heads * head_dim];
         for sequence in 0..batch {
             for head in 0..heads {
@@ -107,11 +193,9 @@ impl<K: Tested> Call<K> {
                     let n_keys = self.past[sequence] + token + 1;
                     let scores: Vec<f64> = (0..n_keys)
                         .map(|position| {
-                            let key =
-                                |d| -> f32 { self.number(1, [sequence, head, position, d]).into() };
-                            let dot: f64 = (0..head_dim)
-                                .map(|d| f64::from(query[d]) * f64::from(key(d)))
-                                .sum();
+                            let key = |d| after.number(1, [sequence, head, position], d);
+                            let dot: f64 =
+                                (0..head_dim).map(|d| f64::from(query[d]) * key(d)).sum();
                             dot * f64::from(scale(self.shape))
                         })
                         .collect();
@@ -121,8 +205,8 @@ impl<K: Tested> Call<K> {
                     for (position, score) in scores.iter().enumerate() {
                         let weight = (score - max).exp() / sum;
                         for d in 0..head_dim {
-                            let value: f32 = self.number(2, [sequence, head, position, d]).into();
-                            output[start + d] += weight * f64::from(value);
+                            let value = after.number(2, [sequence, head, position], d);
+                            output[start + d] += weight * value;
                         }
                     }
                 }
@@ -131,62 +215,31 @@ impl<K: Tested> Call<K> {
         output
     }
 
-    /// A key's (part 1) or a value's (part 2) number after the call.
-    fn number(&self, part: usize, [sequence, head, position, d]: [usize; 4]) -> K {
-        match position.checked_sub(self.past[sequence]) {
-            Some(token) if token < self.shape.length => {
-                K::of(self.new_row(sequence, token, part, head)[d])
-            }
-            _ if part == 1 => self.keys[self.key_at([sequence, head, position, d])],
-            _ => self.values[self.value_at([sequence, head, position, d])],
-        }
-    }
-
-    fn key_at(&self, [sequence, head, position, d]: [usize; 4]) -> usize {
-        let CacheShape {
-            capacity,
-            heads,
-            head_dim,
-            ..
-        } = self.shape;
-        let blocks = (sequence * heads + head) * (capacity / 16) + position / 16;
-        (blocks * head_dim + d) * 16 + position % 16
-    }
-
-    fn value_at(&self, [sequence, head, position, d]: [usize; 4]) -> usize {
-        let CacheShape {
-            capacity,
-            heads,
-            head_dim,
-            ..
-        } = self.shape;
-        ((sequence * heads + head) * capacity + position) * head_dim + d
-    }
-
     /// The call of one of the sequences alone.
     fn alone(&self, sequence: usize) -> Self {
         let one = CacheShape {
             batch: 1,
             ..self.shape
         };
-        let (output, cache) = one.lens().unwrap();
-        let cached = sequence * cache..(sequence + 1) * cache;
+        let (output, _) = one.lens().unwrap();
+        let part = |kept: &Vec<K::Element>| {
+            let len = kept.len() / self.shape.batch;
+            kept[sequence * len..][..len].to_vec()
+        };
         Self {
             shape: one,
             qkv: self.qkv[sequence * 3 * output..(sequence + 1) * 3 * output].to_vec(),
             past: vec![self.past[sequence]],
-            keys: self.keys[cached.clone()].to_vec(),
-            values: self.values[cached].to_vec(),
+            kept: self.kept.each_ref().map(part),
         }
     }
 
     /// The call of one of the tokens alone, over what `done` left; what comes
     /// after it is there already, and no number.
-    fn token(&self, token: usize, done: &Done<K>) -> Self {
+    fn token(&self, token: usize, done: &Done<K::Element>) -> Self {
         let width = 3 * self.shape.width();
         let mut after = self.clone();
-        after.keys.clone_from(&done.keys);
-        after.values.clone_from(&done.values);
+        after.kept.clone_from(&done.kept);
         after.shape.length = 1;
         after.qkv = self
             .qkv
@@ -196,20 +249,24 @@ impl<K: Tested> Call<K> {
         for past in &mut after.past {
             *past += token;
         }
-        for sequence in 0..self.shape.batch {
-            for head in 0..self.shape.heads {
-                for position in after.past[sequence]..self.shape.capacity {
-                    for d in 0..self.shape.head_dim {
-                        let at = [sequence, head, position, d];
-                        let (key, value) = (after.key_at(at), after.value_at(at));
-                        after.keys[key] = K::of(f32::NAN);
-                        after.values[value] = K::of(f32::INFINITY);
-                    }
-                }
-            }
+        let past = after.past.clone();
+        for at in positions(self.shape, |sequence| past[sequence]..self.shape.capacity) {
+            after.put(1, at, &vec![f32::NAN; self.shape.head_dim]);
+            after.put(2, at, &vec![f32::INFINITY; self.shape.head_dim]);
         }
         after
     }
+}
+
+/// Some positions of every sequence and head.
+fn positions(
+    shape: CacheShape,
+    of: impl Fn(usize) -> std::ops::Range<usize>,
+) -> impl Iterator<Item = [usize; 3]> {
+    (0..shape.batch).flat_map(move |sequence| {
+        let range = of(sequence);
+        (0..shape.heads).flat_map(move |head| range.clone().map(move |at| [sequence, head, at]))
+    })
 }
 
 fn scale(shape: CacheShape) -> f32 {
@@ -239,29 +296,16 @@ fn check<K: Tested>(call: &Call<K>) -> Result<(), String> {
         if error.is_nan() || error > 1e-5 {
             return Err(format!("{kernel:?} is {error:e} off for {shape:?}"));
         }
-        for sequence in 0..shape.batch {
-            for head in 0..shape.heads {
-                for position in 0..shape.capacity {
-                    for d in 0..shape.head_dim {
-                        let at = [sequence, head, position, d];
-                        let key = done.keys[call.key_at(at)];
-                        let value = done.values[call.value_at(at)];
-                        if (key, value) != (call.number(1, at), call.number(2, at)) {
-                            return Err(format!("{kernel:?} spoils {at:?} of {shape:?}"));
-                        }
-                    }
-                }
-            }
+        if done.kept != call.after().kept {
+            return Err(format!("{kernel:?} spoils the cache of {shape:?}"));
         }
         if call.run(kernel, 3) != done {
             return Err(format!("{kernel:?} depends on threads for {shape:?}"));
         }
         for sequence in 0..shape.batch {
             let alone = call.alone(sequence).run(kernel, 2);
-            let (output, cache) = call.alone(sequence).shape.lens().unwrap();
-            if alone.output != done.output[sequence * output..][..output]
-                || alone.keys != done.keys[sequence * cache..][..cache]
-            {
+            let (output, _) = call.alone(sequence).shape.lens().unwrap();
+            if alone.output != done.output[sequence * output..][..output] {
                 return Err(format!("{kernel:?} depends on company for {shape:?}"));
             }
         }
@@ -313,7 +357,7 @@ proptest! {
         seed: u64,
     ) {
         check::<bf16>(&Call::random(shape, past.clone(), seed)).map_err(TestCaseError::fail)?;
-        check::<f32>(&Call::random(shape, past, seed)).map_err(TestCaseError::fail)?;
+        check::<Int24>(&Call::random(shape, past, seed)).map_err(TestCaseError::fail)?;
     }
 }
 
@@ -332,7 +376,7 @@ fn agrees_at_full_length() {
                 head_dim,
             };
             near::<bf16>(&Call::random(shape, past.to_vec(), head_dim as u64));
-            near::<f32>(&Call::random(shape, past.to_vec(), head_dim as u64));
+            near::<Int24>(&Call::random(shape, past.to_vec(), head_dim as u64));
         }
     }
 }
@@ -362,7 +406,7 @@ fn tiny_shapes() {
             head_dim,
         };
         check::<bf16>(&Call::random(shape, past.to_vec(), 3)).unwrap();
-        check::<f32>(&Call::random(shape, past.to_vec(), 3)).unwrap();
+        check::<Int24>(&Call::random(shape, past.to_vec(), 3)).unwrap();
     }
 }
 
@@ -410,10 +454,8 @@ fn refuses_what_it_cannot_do() {
     let run = |change: Change| {
         let mut call = good.clone();
         change(&mut call);
-        let cache = Cache {
-            keys: &mut call.keys,
-            values: &mut call.values,
-        };
+        let [keys, values] = &mut call.kept;
+        let cache = Cache::<bf16> { keys, values };
         let mut output = vec![0.0; 32];
         CachedAttention::new(call.shape, 1.0)
             .and_then(|attention| attention.run(&call.qkv, &call.past, cache, &mut output, 1))
@@ -425,8 +467,8 @@ fn refuses_what_it_cannot_do() {
         (|call| call.shape.batch = usize::MAX / 64, "too large"),
         (|call| call.shape.length = 1, "qkv has 96 numbers, not 48"),
         (|call| call.past.push(0), "past has 2 numbers, not 1"),
-        (|call| call.keys.truncate(255), "keys has 255"),
-        (|call| call.values.push(bf16::ZERO), "values has 257"),
+        (|call| call.kept[0].truncate(255), "keys has 255"),
+        (|call| call.kept[1].push(bf16::ZERO), "values has 257"),
         (|call| call.past[0] = 15, "15 tokens and 2 more outgrows"),
         (|call| call.past[0] = usize::MAX, "outgrows"),
     ];

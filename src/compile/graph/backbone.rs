@@ -236,14 +236,18 @@ impl Builder<'_> {
 
     fn activation(&mut self, input: &str) -> String {
         match self.plan.architecture.activation {
-            Activation::QuickGelu => match (self.plan.provider, self.plan.precision) {
-                (Provider::Cuda, Precision::Fp16) => self.ours(QUICK_GELU_FP16, input),
-                (Provider::Cuda, Precision::Bf16) => self.ours(QUICK_GELU_BF16, input),
-                _ => {
-                    let alpha = vec![Attribute::float("alpha", QUICK_GELU_FACTOR)];
-                    self.fused("QuickGelu", &[input], alpha)
+            Activation::QuickGelu => {
+                let own = match (self.plan.provider, self.plan.precision) {
+                    (Provider::Cuda, Precision::Fp16) => Some(QUICK_GELU_FP16),
+                    (Provider::Cuda, Precision::Bf16) => Some(QUICK_GELU_BF16),
+                    _ => None,
+                };
+                if let Some(operator) = own.filter(|_| self.plan.has_ours) {
+                    return self.ours(operator, input);
                 }
-            },
+                let alpha = vec![Attribute::float("alpha", QUICK_GELU_FACTOR)];
+                self.fused("QuickGelu", &[input], alpha)
+            }
             Activation::Gelu => self.fused("Gelu", &[input], Vec::new()),
             Activation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
             Activation::Relu => self.standard("Relu", &[input], Vec::new()),
@@ -329,15 +333,16 @@ impl Builder<'_> {
     /// Declares a layer's keys and values: as they were, then as they become.
     fn kept(&mut self, idx: usize) -> [String; 4] {
         let architecture = self.plan.architecture;
+        let (element, position_len) = self.plan.cache_position();
         let dims = [
             Dim::Name("batch"),
             Dim::Size(architecture.n_heads),
             Dim::Name("capacity"),
-            Dim::Size(architecture.head_dim()),
+            Dim::Size(position_len),
         ];
         let names = ["past_key", "past_value", "key", "value"].map(|part| format!("{part}.{idx}"));
         for (part, name) in names.iter().enumerate() {
-            let info = ValueInfo::tensor(name, self.plan.cache_type(), &dims);
+            let info = ValueInfo::tensor(name, element, &dims);
             if part < 2 {
                 self.input(info);
             } else {

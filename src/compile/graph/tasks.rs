@@ -118,7 +118,7 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
 /// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
 /// has after this step, less one, and the most that any has (which
 /// `Layers` does not ask for). `past_key.N` and `key.N`, and the same
-/// of values, should be one buffer of `(batch, heads, capacity, head_dim)`, the
+/// of values, should be one buffer of `(batch, heads, capacity, elements)`, the
 /// capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With more than
 /// one token at once (a primer), all sequences must begin.
 pub(super) fn generate(plan: &Plan<'_>) -> Model {

@@ -64,13 +64,15 @@ fn bind_cache(
     binding: &mut IoBinding,
 ) -> ort::Result<Vec<DynTensor>> {
     let architecture = plan.architecture;
+    let (element, position_len) = plan.cache_position();
     let shape = [
         trial.sequences.len(),
         architecture.n_heads,
         trial.n_positions().next_multiple_of(BLOCK),
-        architecture.head_dim(),
+        position_len,
     ];
-    let element = match plan.cache_type() {
+    let element = match element {
+        DataType::Uint8 => TensorElementType::Uint8,
         DataType::Float16 => TensorElementType::Float16,
         DataType::Bfloat16 => TensorElementType::Bfloat16,
         _ => TensorElementType::Float32,

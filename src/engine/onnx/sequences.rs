@@ -2,14 +2,13 @@
 //! keys and values stay.
 //!
 //! Each layer's keys, and its values, are one buffer of `(slots, heads,
-//! positions, head_dim)` that is made once. A run sees the rows of some slots of
+//! positions, elements)` that is made once. A run sees the rows of some slots of
 //! it, as past and as present, so what it adds it writes in place and nothing is
 //! copied. These views are bound once for each range of slots that is ever run;
 //! what changes from step to step is a few integers.
 //!
 //! On a GPU a step always runs at the size of all slots: what is not launched for
-//! fewer rows is hardly saved, and a sequence gets the same bits in whatever
-//! company. That one step is captured as a CUDA graph, if that is wanted, and then
+//! fewer rows is hardly saved. That one step is captured as a CUDA graph, if that is wanted, and then
 //! what it reads and writes stays in the device's memory as well.
 //!
 //! In which order numbers lie within a head is the graph's attention operator's;
@@ -83,7 +82,7 @@ pub(super) struct SequenceEngine {
     memory: MemoryInfo<'static>,
     is_cuda: bool,
     element: TensorElementType,
-    /// Of one slot in one buffer: heads, positions in whole blocks, numbers.
+    /// Of one slot in one buffer: heads, positions in whole blocks, elements.
     slot: [usize; 3],
     positions: usize,
     n_colors: usize,
@@ -222,8 +221,8 @@ impl SequenceEngine {
     fn place(&self) -> Result<Place, EngineError> {
         if self.is_cuda {
             let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
-            let [heads, positions, head_dim] = self.slot;
-            let shape = [self.n_buffers(), heads, positions, head_dim];
+            let [heads, positions, position_len] = self.slot;
+            let shape = [self.n_buffers(), heads, positions, position_len];
             return DynTensor::new(&allocator, self.element, shape)
                 .map(Place::Device)
                 .map_err(|error| run_failed(&error.to_string()));
@@ -341,13 +340,6 @@ impl SequenceEngine {
 
     /// A binding that sees `n` slots from `first` on.
     fn bind(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
-        if first + n > self.n_buffers() {
-            return Err(EngineError::Runtime(format!(
-                "slots {first} to {} of {} were asked for",
-                first + n,
-                self.n_buffers()
-            )));
-        }
         let mut binding = self.bind_slots(first, n)?;
         let host = MemoryInfo::new(
             AllocationDevice::CPU,
@@ -364,6 +356,13 @@ impl SequenceEngine {
 
     /// A binding of the keys and values of `n` slots from `first` on.
     fn bind_slots(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
+        if first + n > self.n_buffers() {
+            return Err(EngineError::Runtime(format!(
+                "slots {first} to {} of {} were asked for",
+                first + n,
+                self.n_buffers()
+            )));
+        }
         let mut binding = self.session.create_binding().map_err(runtime)?;
         for buffer in &mut self.buffers {
             let view = View {
@@ -374,6 +373,7 @@ impl SequenceEngine {
             match self.element {
                 TensorElementType::Float16 => view.bind::<half::f16>(&mut binding, buffer),
                 TensorElementType::Bfloat16 => view.bind::<half::bf16>(&mut binding, buffer),
+                TensorElementType::Uint8 => view.bind::<u8>(&mut binding, buffer),
                 _ => view.bind::<f32>(&mut binding, buffer),
             }
             .map_err(runtime)?;
@@ -420,8 +420,8 @@ impl SequenceEngine {
     /// Copies the first `n` positions of a slot, and what else is in their last
     /// block; false where the memory is not the CPU's.
     pub(super) fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        let [heads, positions, head_dim] = self.slot;
-        let position_bytes = head_dim * element_bytes(self.element);
+        let [heads, positions, position_len] = self.slot;
+        let position_bytes = position_len * element_bytes(self.element);
         let head_bytes = positions * position_bytes;
         let n_bytes = n.next_multiple_of(BLOCK).min(positions) * position_bytes;
         self.buffers.iter_mut().all(|buffer| {
@@ -512,13 +512,14 @@ fn slot_bytes(n_layers: usize, slot: [usize; 3], element: TensorElementType) -> 
 
 fn element_bytes(element: TensorElementType) -> usize {
     match element {
+        TensorElementType::Uint8 => 1,
         TensorElementType::Float16 | TensorElementType::Bfloat16 => 2,
         _ => 4,
     }
 }
 
-/// How many layers keep keys and values, of what type, and how many heads,
-/// positions and numbers there are of one image.
+/// How many layers keep keys and values, of what type, and how many heads and
+/// positions there are of one image, and elements of each.
 fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementType, [usize; 3])> {
     let mut keys = session
         .inputs()
@@ -527,7 +528,7 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
     let ValueType::Tensor { ty, shape, .. } = keys.next()?.dtype() else {
         return None;
     };
-    let &[_, heads, _, head_dim] = &**shape else {
+    let &[_, heads, _, position_len] = &**shape else {
         return None;
     };
     let size = |extent: i64| usize::try_from(extent).ok().filter(|size| *size > 0);
@@ -537,7 +538,7 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
         [
             size(heads)?,
             positions.next_multiple_of(BLOCK),
-            size(head_dim)?,
+            size(position_len)?,
         ],
     ))
 }
@@ -556,17 +557,17 @@ impl View<'_> {
         binding: &mut IoBinding,
         buffer: &mut Buffer,
     ) -> ort::Result<()> {
-        let [_, heads, positions, head_dim] = self.shape;
-        let offset = self.first * heads * positions * head_dim * size_of::<T>();
+        let [_, heads, positions, position_len] = self.shape;
+        let offset = self.first * heads * positions * position_len * size_of::<T>();
         let data = buffer.place.data().wrapping_byte_add(offset);
         let shape = Shape::new(
             self.shape
                 .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
         );
-        // SAFETY: `bind` above has checked that the slots are within the buffer,
+        // SAFETY: `bind_slots` has checked that the slots are within the buffer,
         // whose size has not overflowed when it was made, which `self.memory`
-        // describes and which `SequenceEngine` keeps, where
-        // it is, for as long as any binding.
+        // describes and which `SequenceEngine` keeps, where it is, for as long as any
+        // binding.
         let view: TensorRefMut<'_, T> =
             unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape)? };
         let name = CString::new(buffer.past.as_str()).map_err(ort::Error::wrap)?;

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | input 0 | what the first layer takes, f32, `(batch * length, width)` |
 //! | input 1 | `seqlens_k`, i32, `(batch)`: tokens after this run, less one |
-//! | + 0, 1 | `past_key`, `past_value`, f32 or bf16, `(batch, heads, capacity, head_dim)` |
+//! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16, of which n is `head_dim`, or bytes of [`Int24`], `3 * head_dim + 4` |
 //! | + 2 | the norm before attention, f32, `(width)` |
 //! | + 3, 4, 5 | to queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
 //! | + 6, 7, 8 | the projection: the same of `(width, width)` |
@@ -39,9 +39,8 @@ use ort::value::{
 };
 
 use super::attention::heads;
-use crate::attention::Cache;
+use crate::attention::{Cache, Int24, Kept};
 use crate::layers::{Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight};
-use crate::vector::Kept;
 
 /// The name of the operator within [`DOMAIN`](super::DOMAIN).
 pub const LAYERS: &str = "Layers";
@@ -255,12 +254,12 @@ impl Kernel for LayersKernel {
             room: &mut self.room,
         };
         match (&self.packed, first_key.data_type()) {
-            (Packed::Float(layers), TensorElementType::Float32) => call.run::<_, f32>(layers),
+            (Packed::Float(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
             (Packed::Float(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
-            (Packed::Int8(layers), TensorElementType::Float32) => call.run::<_, f32>(layers),
+            (Packed::Int8(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
             (Packed::Int8(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
             (_, other) => Err(ort::Error::new(format!(
-                "a cache of {other}, not f32 or bf16"
+                "a cache of {other}, not u8 or bf16"
             ))),
         }
     }
@@ -275,7 +274,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn run<W: Weight, K: Kept + PrimitiveTensorElementType>(
+    fn run<W: Weight, K: Kept<Element: PrimitiveTensorElementType>>(
         self,
         layers: &Layers<W>,
     ) -> ort::Result<()> {
@@ -300,29 +299,30 @@ impl Call<'_> {
                     [_, _, capacity, _] => usize::try_from(capacity).map_err(ort::Error::wrap)?,
                     _ => 0,
                 };
-                let expected = [batch, heads, capacity, width / heads];
+                let expected = [batch, heads, capacity, K::position_len(width / heads)];
                 let fits = dims
                     .iter()
                     .zip(expected)
                     .all(|(dim, size)| usize::try_from(*dim) == Ok(size));
                 if !fits || dims.len() != expected.len() {
                     return Err(ort::Error::new(format!(
-                        "a cache of {dims:?} is not (batch, heads, capacity, head_dim) = {expected:?}"
+                        "a cache of {dims:?} is not (batch, heads, capacity, elements of a position) \
+                         = {expected:?}"
                     )));
                 }
                 let mut present = super::output(context, 1 + 2 * layer + part, dims)?;
-                keep::<K>(&past, &mut present)?;
+                keep::<K::Element>(&past, &mut present)?;
                 kept.push(present);
             }
         }
         // From here on nobody looks at the past, which may be what is written.
-        apart::<K>(&kept)?;
-        let mut caches = Vec::with_capacity(layers.n_layers());
+        apart::<K::Element>(&kept)?;
+        let mut caches: Vec<Cache<'_, K>> = Vec::with_capacity(layers.n_layers());
         for pair in kept.chunks_exact_mut(2) {
             let [keys, values] = pair else { continue };
             caches.push(Cache {
-                keys: keys.try_extract_tensor_mut::<K>()?.1,
-                values: values.try_extract_tensor_mut::<K>()?.1,
+                keys: keys.try_extract_tensor_mut::<K::Element>()?.1,
+                values: values.try_extract_tensor_mut::<K::Element>()?.1,
             });
         }
         let tokens = Tokens {

@@ -8,42 +8,43 @@
     reason = "intrinsics only become instructions inside a function that has them"
 )]
 
-use super::{Finish, Weight};
-use crate::vector::Vector;
+use super::Finish;
+use crate::vector::{Number, Vector};
 
 /// How far ahead of its use a line of weights is asked for. A few hundred
 /// nanoseconds at the speed of memory; the processor's own prefetching stops at
 /// every page.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// Which weights are asked for while others are used. What comes after the panel
 /// need not be there.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Ahead<W> {
+pub(super) enum Ahead {
     /// Those that the tile itself comes to, then the first of the next panel.
-    Own { next: *const W },
+    Own { next: *const u8 },
     /// With several tiles a panel passes through, all but the first find it in
     /// the cache and leave memory idle; so each asks for a part of the next one.
     Next {
-        from: *const W,
-        /// Weights further with each input.
+        from: *const u8,
+        /// Bytes further with each input.
         step: usize,
     },
 }
 
-impl<W: Weight> Ahead<W> {
-    /// For tile `idx` of so many over a panel of so many rows of weights. Of 8 bits
-    /// there are so few that memory is not what several tiles wait for.
+impl Ahead {
+    /// For tile `idx` of so many over a panel of so many rows of weights, each so
+    /// many of `size` bytes. Of 8 bits there are so few that memory is not what
+    /// several tiles wait for.
     pub(super) fn of(
         n_tiles: usize,
         idx: usize,
         inputs: usize,
         width: usize,
+        size: usize,
         next: *const u8,
     ) -> Self {
-        let next = next.cast();
-        let step = width.div_ceil(n_tiles);
-        if n_tiles < 2 || size_of::<W>() == 1 {
+        let step = (width * size).div_ceil(n_tiles);
+        if n_tiles < 2 || size == 1 {
             Self::Own { next }
         } else {
             Self::Next {
@@ -55,15 +56,17 @@ impl<W: Weight> Ahead<W> {
 }
 
 /// A tile: some rows, and the columns of one panel.
-pub(super) struct Tile<W> {
+pub(super) struct Tile<N> {
     pub(super) rows: *const f32,
     /// Floats from a row to the next. Not a power of two, or they would drive
     /// each other out of the cache.
     pub(super) row_stride: usize,
     pub(super) inputs: usize,
     /// A row of it for each input.
-    pub(super) panel: *const W,
-    pub(super) ahead: Ahead<W>,
+    pub(super) panel: *const N,
+    /// Where the panel is left as floats, if anywhere.
+    pub(super) unpack: Option<*mut f32>,
+    pub(super) ahead: Ahead,
     /// These are as wide as the panel.
     pub(super) scales: Option<*const f32>,
     pub(super) bias: Option<*const f32>,
@@ -76,21 +79,38 @@ pub(super) struct Tile<W> {
 /// The CPU has AVX2 and FMA; and as [`Tile::compute`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn avx2<W: Weight>(tile: &Tile<W>, n_rows: usize) {
+pub(super) unsafe fn avx2<N: Number>(tile: &Tile<N>, n_rows: usize) {
     // SAFETY: the caller vouches for all of it.
     unsafe { tile.compute_rows::<crate::vector::avx2::Avx2, 3>(n_rows) }
 }
 
 /// # Safety
-/// The CPU has AVX-512 F and DQ; and as [`Tile::compute`].
+/// The CPU has AVX-512 F, DQ and BW; and as [`Tile::compute`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq")]
-pub(super) unsafe fn avx512<W: Weight>(tile: &Tile<W>, n_rows: usize) {
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) unsafe fn avx512<N: Number>(tile: &Tile<N>, n_rows: usize) {
     // SAFETY: the caller vouches for all of it.
     unsafe { tile.compute_rows::<crate::vector::avx512::Avx512, 2>(n_rows) }
 }
 
-impl<W: Weight> Tile<W> {
+impl<N: Number> Tile<N> {
+    /// The same over other weights: those that another tile has left.
+    pub(super) fn over<M>(&self, panel: *const M) -> Tile<M> {
+        Tile {
+            rows: self.rows,
+            row_stride: self.row_stride,
+            inputs: self.inputs,
+            panel,
+            unpack: None,
+            ahead: self.ahead,
+            scales: self.scales,
+            bias: self.bias,
+            output: self.output,
+            output_stride: self.output_stride,
+            finish: self.finish,
+        }
+    }
+
     /// # Safety
     /// As [`Tile::compute`]; `n` is 1, 2, 4 or 8.
     #[inline(always)]
@@ -108,14 +128,16 @@ impl<W: Weight> Tile<W> {
 
     /// # Safety
     /// The CPU has the instructions of `V`; there are `R` rows, and the panel has
-    /// `VECTORS` vectors of `V` for each input; scales, bias and each row of the
-    /// output are as wide; and nobody else has these columns of the output.
+    /// `VECTORS` vectors of `V` for each input, and what it is unpacked to has room
+    /// for them; scales, bias and each row of the output are as wide; and nobody
+    /// else has these columns of the output.
     #[inline(always)]
     unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
-        let n_lines = (VECTORS * V::LANES).div_ceil(W::PER_LINE);
-        let n_ahead = AHEAD / size_of::<W>() / (VECTORS * V::LANES);
+        let n_lines = (VECTORS * V::LANES).div_ceil(N::PER_LINE);
+        let row_bytes = VECTORS * V::LANES * size_of::<N>();
+        let n_ahead = AHEAD / row_bytes;
         let n_own = self.inputs.saturating_sub(n_ahead);
-        let mut ahead = self.panel.wrapping_add(n_ahead * VECTORS * V::LANES);
+        let mut ahead = self.panel.cast::<u8>().wrapping_add(n_ahead * row_bytes);
         let (mut rows, mut panel) = (self.rows, self.panel);
         // SAFETY: as many inputs as the caller vouches for.
         unsafe {
@@ -127,9 +149,9 @@ impl<W: Weight> Tile<W> {
                             ahead = next;
                         }
                         for line in 0..n_lines {
-                            V::prefetch(ahead.wrapping_add(line * W::PER_LINE));
+                            V::prefetch(ahead.wrapping_add(line * N::PER_LINE * size_of::<N>()));
                         }
-                        ahead = ahead.wrapping_add(VECTORS * V::LANES);
+                        ahead = ahead.wrapping_add(row_bytes);
                     }
                     Ahead::Next { from, step } => {
                         V::prefetch_far(from.wrapping_add(input * step));
@@ -137,7 +159,10 @@ impl<W: Weight> Tile<W> {
                 }
                 let mut weights = [V::splat(0.0); VECTORS];
                 for (j, weights) in weights.iter_mut().enumerate() {
-                    *weights = W::load(panel.add(j * V::LANES));
+                    *weights = N::load(panel.add(j * V::LANES));
+                    if let Some(unpack) = self.unpack {
+                        weights.store(unpack.add(input * VECTORS * V::LANES + j * V::LANES));
+                    }
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = V::splat(*rows.add(i * self.row_stride));
