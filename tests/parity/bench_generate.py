@@ -160,7 +160,10 @@ def main() -> None:
     print(f"{'':>5} {'seqs':>4} {'past':>5} {'transformers':>12} {'graph':>7} {'gRPC':>7}   "
           f"{'gRPC/tr.':>8} {'gRPC/graph':>10} {'of roofline':>11}   tokens a second", flush=True)
     for precision in PRECISIONS:
-        weights = 76_682_240 * (4 if precision == "fp32" else 1)
+        # Steps in fp32 keep 24 bits, and a factor for each position and head; those
+        # in int8 keep the past in bfloat16.
+        weights = 76_682_240 * (3 if precision == "fp32" else 1)
+        cached = 3 + 4 / HEAD_DIM if precision == "fp32" else 2
         for n in SEQUENCES:
             worker = Worker(program, work / precision, n, pb, services)
             loops = [bare_loop(program, work / precision, n) for _ in range(ROUNDS)]
@@ -171,8 +174,6 @@ def main() -> None:
                     rates[1].append(loops[round][past])
                     rates[2].append(worker.rate(past))
                 theirs, bare, ours = (median(values) for values in rates)
-                # Steps in int8 keep the past in bfloat16.
-                cached = 4 if precision == "fp32" else 2
                 bytes_read = weights + n * past * LAYERS * 2 * HEADS * HEAD_DIM * cached
                 roofline = bytes_read / read / (n / ours)
                 print(f"{precision:>5} {n:>4} {past:>5} {theirs:>12.1f} {bare:>7.1f} {ours:>7.1f}   "
