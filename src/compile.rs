@@ -41,13 +41,14 @@ use self::onnx::DataType;
 use self::source::Local;
 use self::stage::Stage;
 use self::store::{Layout, Parts};
-use self::verify::Trial;
+use self::verify::{Nearness, Trial};
 use self::weights::Weights;
 
 pub use self::error::CompileError;
 pub use self::manifest::Manifest;
 pub use self::options::{CompileOptions, Precision, Provider, Task};
 pub use self::source::Source;
+use crate::engine::runtime::Operators;
 pub use crate::engine::runtime::{Residence, Runtime};
 
 /// What a compilation is busy with.
@@ -185,10 +186,7 @@ fn compile_fetched(
             has_ours: runtime.operators.is_some(),
             feature_layer,
         };
-        let model = kind.build(&plan);
-        let name = format!("{}.onnx", kind.name());
-        let file = stage.write(&name, &model.encode_to_vec())?;
-        let judgment = trial.judge(kind, &plan, &model, &file, runtime)?;
+        let (plan, judgment) = build(kind, plan, &stage, &trial, runtime)?;
         graphs.insert(
             kind.name().to_owned(),
             trial.facts(kind, task, &plan, judgment),
@@ -276,6 +274,40 @@ pub fn compile_cached(
             Ok(manifest) => Ok((folder, manifest)),
             Err(_) => Err(error),
         },
+    }
+}
+
+/// Writes a graph and tries it.
+///
+/// The worker's own steps keep 24 bits where weights have 32, which is not enough
+/// if the largest weights meet activations that are as much smaller. Then steps are
+/// ONNX Runtime's, which take longer.
+fn build<'a>(
+    kind: Kind,
+    plan: Plan<'a>,
+    stage: &Stage,
+    trial: &Trial,
+    runtime: &Runtime,
+) -> Result<(Plan<'a>, (Nearness, Operators)), CompileError> {
+    let attempt = |plan: &Plan<'a>| {
+        let model = kind.build(plan);
+        let file = stage.write(&format!("{}.onnx", kind.name()), &model.encode_to_vec())?;
+        trial.judge(kind, plan, &model, &file, runtime)
+    };
+    match attempt(&plan) {
+        Err(error) if plan.attention == Attention::Layers && plan.precision == Precision::Fp32 => {
+            let exact = Plan {
+                attention: Attention::GroupQuery,
+                ..plan
+            };
+            // If that does not work either, the first error says why.
+            let Ok(judgment) = attempt(&exact) else {
+                return Err(error);
+            };
+            tracing::warn!(%error, "steps of generation are ONNX Runtime's own, and slower");
+            Ok((exact, judgment))
+        }
+        judgment => Ok((plan, judgment?)),
     }
 }
 

@@ -99,6 +99,8 @@ pub unsafe trait Vector: Copy {
     fn exp2(self) -> Self;
     /// Minus infinity in the lanes before `first`.
     fn mask_before(self, first: usize) -> Self;
+    /// Minus infinity in the lanes that are below those of `least`.
+    fn mask_below(self, least: Self) -> Self;
 
     /// Transposes `rows` by `cols` floats, each at most `LANES`, so that
     /// `to[col][row] = from[row][col]`.
@@ -276,5 +278,13 @@ unsafe impl Vector for Portable {
             *x = if lane < first { f32::NEG_INFINITY } else { *x };
         }
         out
+    }
+
+    #[inline(always)]
+    fn mask_below(self, least: Self) -> Self {
+        self.zip(
+            least,
+            |x, least| if x < least { f32::NEG_INFINITY } else { x },
+        )
     }
 }

@@ -199,6 +199,31 @@ fn the_cache_is_kept_as_the_precision_allows() {
     }
 }
 
+/// The same model with an activation ten thousand times smaller, and weights as
+/// much larger: the others of their columns have too few of 24 bits.
+#[test]
+fn steps_that_24_bits_are_too_few_for_are_onnx_runtimes() {
+    const FACTOR: f32 = 1e4;
+    let source = checkpoint(|tensors| {
+        for (name, _, values) in tensors {
+            if name.ends_with("ln_2.weight") {
+                values[0] /= FACTOR;
+            } else if name.ends_with("mlp.c_fc.weight") {
+                values[..4 * WIDTH].iter_mut().for_each(|x| *x *= FACTOR);
+            }
+        }
+    });
+    let parent = TempDir::new().unwrap();
+    let output = parent.path().join("out");
+    let manifest = run(source.path(), &output, &CompileOptions::default()).unwrap();
+    let facts = &manifest.graphs["generate"];
+    let ran = &facts.operators["CPUExecutionProvider"];
+    assert!(ran.contains_key("GroupQueryAttention"), "{ran:?}");
+    assert!(!ran.contains_key("Layers"), "{ran:?}");
+    let tolerance = Precision::Fp32.tolerance();
+    assert!(facts.errors.iter().all(|error| *error <= tolerance));
+}
+
 /// ONNX Runtime makes one operator of a bias and the activation after it.
 #[test]
 fn gelu_after_a_bias_counts_as_gelu() {

@@ -5,8 +5,8 @@
 //! tokens only. Their keys and values are put into the cache behind what the
 //! sequence has, as [`Int24`](super::Int24) or rounded to bfloat16; then each
 //! attends to the cache up to itself. A step reads the whole cache once and
-//! computes next to nothing, so half the bytes are half the time. Sums and softmax
-//! are `f32`.
+//! computes next to nothing, so its time is that of the bytes. Sums and softmax are
+//! `f32`.
 //!
 //! The cache of a sequence's head is blocks of [`BLOCK`] positions in the order in
 //! which they are read: of keys a row of [`BLOCK`] numbers for each dimension, so
@@ -59,6 +59,8 @@ impl CacheShape {
         // Three times as many bytes as an allocation can hold are too many, so
         // that no offset overflows: not with a factor for every number either.
         let fits = |len: &usize| *len <= isize::MAX as usize / 12;
+        // Of no sequences too.
+        self.capacity.checked_mul(width).filter(fits)?;
         Some((
             rows(self.length).filter(fits)?,
             rows(self.capacity).filter(fits)?,
@@ -265,7 +267,7 @@ pub(crate) struct CachedHeads<'a, K: Kept> {
     past: &'a [usize],
     keys: *mut K::Element,
     values: *mut K::Element,
-    borrow: PhantomData<(&'a mut [K::Element], &'a mut [K::Element])>,
+    borrow: PhantomData<&'a mut [K::Element]>,
 }
 
 impl<K: Kept> CachedHeads<'_, K> {

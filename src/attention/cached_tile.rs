@@ -31,10 +31,15 @@ pub const BLOCK: usize = 16;
 /// is there is added up: the CPU's own guesses are half as fast.
 const AHEAD: usize = 8192;
 
-/// No probability is below two to the power of this, which is nothing beside the
-/// largest, of 1: a CPU takes a hundred times as long for numbers that are not
-/// normal, as still smaller ones would be, or their products with factors.
+/// Probabilities that are below two to the power of this are zero: beside the
+/// largest, of 1, they are nothing, and for numbers that are not normal, as still
+/// smaller ones would be, a CPU takes a hundred times as long.
 const LEAST_LOG2: f32 = -64.0;
+
+/// What factors of values are multiplied with before probabilities are, and sums
+/// are divided by: so that their products are normal numbers too. 2^30, as the
+/// factor of numbers up to 2 is 2^-30.
+const FACTOR_SCALE: f32 = 1_073_741_824.0;
 
 /// One head of one sequence, and what it reads and writes.
 pub(super) struct CachedHead<K: Kept> {
@@ -178,6 +183,7 @@ impl<K: Kept> CachedHead<K> {
                 factors[query] = self.soften::<V>(row, n_padded);
                 if K::PER_FACTOR > 0 {
                     self.weigh::<V>(row, n_padded);
+                    factors[query] /= FACTOR_SCALE;
                 }
             }
             let mix = Mix {
@@ -297,8 +303,7 @@ impl<K: Kept> CachedHead<K> {
             let mut sum = V::splat(0.0);
             for position in (0..n).step_by(V::LANES) {
                 let at = row.add(position);
-                // In this order what is not a number stays that.
-                let p = least.max(V::load(at).sub(max).mul(scale)).exp2();
+                let p = V::load(at).sub(max).mul(scale).mask_below(least).exp2();
                 p.store(at);
                 sum = sum.add(p);
             }
@@ -307,8 +312,8 @@ impl<K: Kept> CachedHead<K> {
         }
     }
 
-    /// Multiplies `n` probabilities with the factors of their values. What comes
-    /// after a token may become anything.
+    /// Multiplies `n` probabilities with the factors of their values, scaled. What
+    /// comes after a token may become anything.
     ///
     /// # Safety
     /// As [`CachedHead::soften`], and so many positions are within the cache.
@@ -319,7 +324,9 @@ impl<K: Kept> CachedHead<K> {
             for position in (0..n).step_by(V::LANES) {
                 let at = row.add(position);
                 let factors = K::load_factors::<V>(self.factors(self.values, position));
-                V::load(at).mul(factors).store(at);
+                V::load(at)
+                    .mul(factors.mul(V::splat(FACTOR_SCALE)))
+                    .store(at);
             }
         }
     }

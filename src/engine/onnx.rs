@@ -118,6 +118,11 @@ const CANARY_TOLERANCE: f64 = 1e-2;
 /// A warm-up run that takes less than this is done twice.
 const WARM_TWICE: Duration = Duration::from_millis(500);
 
+/// While a thread captures a run, what another does on any GPU of the process, such
+/// as taking memory, fails and spoils the capture: so devices that capture come up
+/// one after the other.
+static CAPTURING: Mutex<()> = Mutex::new(());
+
 impl OnnxEngine {
     /// Loads every graph and runs each once.
     ///
@@ -129,10 +134,6 @@ impl OnnxEngine {
         let environment = environment(&options.library)?;
         let mut fallbacks = Vec::new();
         let runtime = choose(&environment, options, &mut fallbacks)?;
-        // While a thread captures a run, what another does on any GPU of the
-        // process, such as taking memory, fails and spoils the capture: so devices
-        // come up one after the other.
-        static CAPTURING: Mutex<()> = Mutex::new(());
         let _capturing = runtime
             .cuda_graphs
             .then(|| CAPTURING.lock().unwrap_or_else(PoisonError::into_inner));

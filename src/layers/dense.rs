@@ -76,8 +76,9 @@ impl Weight for i8 {
 }
 
 thread_local! {
-    /// A panel's weights as floats, for the tiles after the first: small enough
-    /// to stay in the second level of the CPU's cache.
+    /// A panel's weights as floats, for the tiles after the first: 256 KiB for
+    /// imagegpt-small on AVX-512, which the second level of the cache of such CPUs
+    /// has room for.
     static UNPACKED: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
 }
 
@@ -259,7 +260,7 @@ impl<W: Weight> Panels<W> {
         let n_tiles = rows.n.div_ceil(most);
         let mut row = 0;
         UNPACKED.with_borrow_mut(|unpacked| {
-            let keeps = W::IS_UNPACKED && n_tiles > 1;
+            let keeps = W::IS_UNPACKED && tile_of(rows.n, most) < rows.n;
             let len = if keeps { self.inputs * width } else { 0 };
             let [floats] = unpacked.split([len]);
             let floats = floats.as_mut_ptr();

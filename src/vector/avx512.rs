@@ -9,10 +9,10 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm_setr_epi8,
+    __m512, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm_setr_epi8,
     _mm256_loadu_si256, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castsi512_ps,
-    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_div_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps,
+    _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps,
     _mm512_maskz_loadu_epi32, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
     _mm512_permutexvar_epi32, _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_ps,
     _mm512_setr_epi32, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
@@ -184,6 +184,16 @@ unsafe impl Vector for Avx512 {
         unsafe {
             let masked = _mm512_set1_ps(f32::NEG_INFINITY);
             Self(_mm512_mask_mov_ps(self.0, first_lanes(first), masked))
+        }
+    }
+
+    #[inline(always)]
+    fn mask_below(self, least: Self) -> Self {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let masked = _mm512_set1_ps(f32::NEG_INFINITY);
+            let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, least.0);
+            Self(_mm512_mask_mov_ps(self.0, below, masked))
         }
     }
 

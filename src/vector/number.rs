@@ -136,7 +136,9 @@ impl Kept for bf16 {
 ///
 /// The largest of them is rounded to 23 bits or more, where `f32` has 24, and the
 /// others to the same multiple. What is added up over all of them is then about as
-/// exact as with `f32`, whose sums round as much, in three quarters of the bytes.
+/// exact as with `f32`, whose sums round as much, in three quarters of the bytes;
+/// but not if the largest of them are multiplied with far smaller numbers than the
+/// others are. And sums must have room for numbers of 31 bits before their factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Int24([u8; 3]);
@@ -151,14 +153,22 @@ impl Int24 {
     const MAX: f32 = 8_388_607.0;
     /// They are read as the upper 24 of 32 bits.
     const READ_AS: f32 = 256.0;
-    /// Exponent bits of the least number for which factors are normal numbers;
-    /// smaller ones are as good as zero.
+    /// Exponent bits of the least number for which factors are normal numbers.
     const EXPONENT_MIN: u32 = 31;
+    /// The same for keys and values, whose factors are multiplied with
+    /// probabilities of 2^-64. Numbers below 2^-84 are zero then, and nothing beside
+    /// any that matter.
+    const KEPT_EXPONENT_MIN: u32 = 65;
 
     /// What numbers as they are read are multiplied with, where the largest
     /// [`magnitude`] is this. Not a number if that is no finite one's.
     #[inline(always)]
     pub(crate) fn factor_of(magnitude: u32) -> f32 {
+        Self::factor_from(magnitude, Self::EXPONENT_MIN)
+    }
+
+    #[inline(always)]
+    fn factor_from(magnitude: u32, exponent_min: u32) -> f32 {
         const NOT_FINITE: u32 = 0xFF;
         let exponent = magnitude >> 23;
         if exponent == NOT_FINITE {
@@ -166,7 +176,7 @@ impl Int24 {
         }
         // Of the 24 bits one is the sign, 22 are behind the largest number's
         // first, and 8 are `READ_AS`.
-        f32::from_bits((exponent.max(Self::EXPONENT_MIN) - 30) << 23)
+        f32::from_bits((exponent.max(exponent_min) - 30) << 23)
     }
 
     /// What is nearest to `value` under a factor.
@@ -207,7 +217,8 @@ impl Kept for Int24 {
 
     #[inline(always)]
     fn factor(row: &[f32]) -> f32 {
-        Self::factor_of(row.iter().copied().map(magnitude).fold(0, u32::max))
+        let largest = row.iter().copied().map(magnitude).fold(0, u32::max);
+        Self::factor_from(largest, Self::KEPT_EXPONENT_MIN)
     }
 
     #[inline(always)]

@@ -429,6 +429,59 @@ fn large_scores_stay_stable() {
     }
 }
 
+/// What a softmax gives nothing to does not show, however large it is, and nothing
+/// is left of tiny values but themselves.
+#[test]
+fn nothing_is_seen_of_what_has_no_weight() {
+    let shape = CacheShape {
+        batch: 1,
+        length: 1,
+        capacity: 64,
+        heads: 1,
+        head_dim: 8,
+    };
+    let mut call = Call::<Int24>::random(shape, vec![40], 5);
+    call.qkv[..8].fill(10.0);
+    for position in 0..40 {
+        let (key, value) = if position == 7 {
+            (-10.0, 1e25)
+        } else {
+            (1.0, 1e-12)
+        };
+        call.put(1, [0, 0, position], &[key; 8]);
+        call.put(2, [0, 0, position], &[value; 8]);
+    }
+    call.qkv[8..16].fill(1.0);
+    call.qkv[16..].fill(1e-12);
+    for kernel in kernels() {
+        for value in call.run(kernel, 1).output {
+            assert!((value - 1e-12).abs() < 1e-18, "{kernel:?}: {value:e}");
+        }
+    }
+}
+
+/// Tokens at the edge of what counts, one by one and several at one time: where
+/// they stand among others changes no bit.
+#[test]
+fn what_comes_after_counts_nothing() {
+    let shape = CacheShape {
+        batch: 1,
+        length: 20,
+        capacity: 48,
+        heads: 1,
+        head_dim: 1,
+    };
+    let mut call = Call::<Int24>::random(shape, vec![3], 9);
+    for (position, key) in [-48.0, -24.0, 0.0].into_iter().enumerate() {
+        call.put(1, [0, 0, position], &[key * std::f32::consts::LN_2]);
+        call.put(2, [0, 0, position], &[1.0]);
+    }
+    for row in call.qkv.chunks_exact_mut(3) {
+        row.copy_from_slice(&[1.0, -64.0 * std::f32::consts::LN_2, 1.0]);
+    }
+    check::<Int24>(&call).unwrap();
+}
+
 #[test]
 fn nothing_new_is_no_work() {
     let shape = CacheShape {
