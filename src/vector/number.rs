@@ -38,7 +38,7 @@ pub trait Kept: Copy + Send + Sync + std::fmt::Debug + 'static {
     const PER_NUMBER: usize;
     /// How many make a position's factor; none if there is no factor.
     const PER_FACTOR: usize;
-    /// As [`Number::PER_LINE`].
+    /// So many numbers in a row meet every line that they lie in at least once.
     const PER_LINE: usize;
 
     /// Elements of a position's `head_dim` numbers, with their factor.
