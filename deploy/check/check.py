@@ -34,7 +34,7 @@ AXES = [["cpu", "gpu"], [[], ["monitoring", "hpa"], ["monitoring", "keda"]],
         [[], "model-from-hub", "model-from-pvc"], [[], "mtls"]]
 # From a README figure: MiB that a worker of imagegpt-small has mapped and has of
 # its own beside keys and values (`make bench-memory`).
-WORKER_MIB = 329 + 390
+WORKER_MIB = 330 + 369
 # Left for the process to exit and the kubelet to see it.
 EXIT_SECONDS = 5
 
