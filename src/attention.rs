@@ -149,9 +149,7 @@ impl Kernel {
                     && is_x86_feature_detected!("avx512bw")
             }
             Self::Avx512Bf16 => {
-                Self::Avx512.is_available()
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512bf16")
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
             }
             Self::Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
         }

@@ -43,12 +43,12 @@ use self::stage::Stage;
 use self::store::{Layout, Parts};
 use self::verify::{Nearness, Trial};
 use self::weights::Weights;
+use crate::engine::runtime::Operators;
 
 pub use self::error::CompileError;
 pub use self::manifest::Manifest;
 pub use self::options::{CompileOptions, Precision, Provider, Task};
 pub use self::source::Source;
-use crate::engine::runtime::Operators;
 pub use crate::engine::runtime::{Residence, Runtime};
 
 /// What a compilation is busy with.

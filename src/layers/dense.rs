@@ -217,8 +217,8 @@ impl<W: Weight> Panels<W> {
                 let both = scales.iter().zip(factors);
                 Some(both.map(|(scale, factor)| scale * factor).collect())
             }
-            (None, Some(factors)) => Some(factors.clone()),
             (scales, None) => scales.map(<[f32]>::to_vec),
+            (None, _) => factors,
         };
         Ok(Self {
             inputs,
