@@ -135,9 +135,9 @@ impl<K: Kept> CachedHead<K> {
                 for (d, value) in value.iter().enumerate() {
                     K::put(*value, value_factor, values.add(d * K::PER_NUMBER));
                 }
-                let factor = start + self.numbers_len() + lane * K::PER_FACTOR;
-                K::put_factor(key_factor, self.keys.add(factor));
-                K::put_factor(value_factor, self.values.add(factor));
+                let factor = |of| self.factors(of, position).cast_mut();
+                K::put_factor(key_factor, factor(self.keys));
+                K::put_factor(value_factor, factor(self.values));
             }
         }
     }

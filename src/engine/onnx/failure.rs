@@ -30,15 +30,16 @@ const DEVICE_FAILED: [&str; 11] = [
 ];
 
 /// The failure of a run.
-pub(super) fn run_failed(text: &str) -> EngineError {
+pub(super) fn run_failed(error: impl std::fmt::Display) -> EngineError {
+    let text = error.to_string();
     let lower = text.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     if says(&DEVICE_FAILED) {
-        EngineError::Device(text.to_owned())
+        EngineError::Device(text)
     } else if says(&OUT_OF_MEMORY) {
-        EngineError::OutOfMemory(text.to_owned())
+        EngineError::OutOfMemory(text)
     } else {
-        EngineError::Runtime(text.to_owned())
+        EngineError::Runtime(text)
     }
 }
 

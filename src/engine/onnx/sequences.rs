@@ -8,8 +8,8 @@
 //! what changes from step to step is a few integers.
 //!
 //! On a GPU a step always runs at the size of all slots: what is not launched for
-//! fewer rows is hardly saved. That one step is captured as a CUDA graph, if that is wanted, and then
-//! what it reads and writes stays in the device's memory as well.
+//! fewer rows is hardly saved. That one step is captured as a CUDA graph, if that is
+//! wanted, and then what it reads and writes stays in the device's memory as well.
 //!
 //! In which order numbers lie within a head is the graph's attention operator's;
 //! all of them keep whole blocks of [`BLOCK`] positions one after another.
@@ -225,7 +225,7 @@ impl SequenceEngine {
             let shape = [self.n_buffers(), heads, positions, position_len];
             return DynTensor::new(&allocator, self.element, shape)
                 .map(Place::Device)
-                .map_err(|error| run_failed(&error.to_string()));
+                .map_err(run_failed);
         }
         let bytes = self.n_buffers() * self.buffer_bytes();
         let memory = MmapMut::map_anon(bytes).map_err(|error| {
@@ -322,7 +322,7 @@ impl SequenceEngine {
         let options = &self.uncaptured;
         let (outputs, ran) = Span::of(|| session.run_binding_with_options(binding, options));
         *span = Some(ran);
-        let outputs = outputs.map_err(|error| run_failed(&error.to_string()))?;
+        let outputs = outputs.map_err(run_failed)?;
         let output = outputs
             .get("logits")
             .ok_or_else(|| EngineError::Runtime("the run returned no logits".to_owned()))?;
@@ -388,7 +388,7 @@ impl SequenceEngine {
         let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
         let new = |allocator: &Allocator| Placed::new(allocator, n_rows, self.n_colors);
         let host = new(&Allocator::default()).map_err(runtime)?;
-        let mut device = new(&allocator).map_err(|error| run_failed(&error.to_string()))?;
+        let mut device = new(&allocator).map_err(run_failed)?;
         for (name, tensor) in STEP_INPUTS.into_iter().zip(&device.tokens) {
             binding.bind_input(name, tensor).map_err(runtime)?;
         }
@@ -497,7 +497,7 @@ impl Step {
             self.device.logits.copy_into(&mut self.host.logits)
         });
         *span = Some(ran);
-        outcome.map_err(|error| run_failed(&error.to_string()))?;
+        outcome.map_err(run_failed)?;
         Ok(self.host.logits.extract_tensor().1)
     }
 }

@@ -211,7 +211,7 @@ impl WholeGraph {
             outcome.map(drop)
         });
         *span = Some(ran);
-        outcome.map_err(|error| run_failed(&error.to_string()))?;
+        outcome.map_err(run_failed)?;
         let output = bound.output()?;
         let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
         answers(run, batch.positions, shape, values)
@@ -227,7 +227,7 @@ impl WholeGraph {
         let outputs = self
             .session
             .run_with_options(feeds, options)
-            .map_err(|error| run_failed(&error.to_string()))?;
+            .map_err(run_failed)?;
         let output = outputs
             .get(&self.output)
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
@@ -316,8 +316,7 @@ fn output(session: &Session, graph: Graph) -> Result<String, String> {
 
 impl Input {
     fn tensor(&self, allocator: &Allocator, batch: Batch<'_>) -> Result<DynTensor, EngineError> {
-        DynTensor::new(allocator, self.integer, [batch.size, batch.positions])
-            .map_err(|error| run_failed(&error.to_string()))
+        DynTensor::new(allocator, self.integer, [batch.size, batch.positions]).map_err(run_failed)
     }
 
     /// Writes the numbers of each row; rows that are missing repeat the last
@@ -396,8 +395,8 @@ impl Bound {
             let shape: Vec<usize> = std::iter::once(batch.size)
                 .chain(row.iter().copied())
                 .collect();
-            let output = DynTensor::new(allocator, TensorElementType::Float32, shape)
-                .map_err(|error| run_failed(&error.to_string()))?;
+            let output =
+                DynTensor::new(allocator, TensorElementType::Float32, shape).map_err(run_failed)?;
             Ok((inputs?, output))
         };
         let (mut inputs, output) = new(&Memory::host(session)?)?;
@@ -429,8 +428,7 @@ impl Bound {
             Some(on_device) => {
                 let inputs = graph.inputs.iter().zip(&self.inputs);
                 for ((input, host), tensor) in inputs.zip(&mut on_device.inputs) {
-                    host.copy_into(&mut *tensor)
-                        .map_err(|error| run_failed(&error.to_string()))?;
+                    host.copy_into(&mut *tensor).map_err(run_failed)?;
                     self.binding
                         .bind_input(&input.name, tensor)
                         .map_err(runtime)?;
@@ -459,9 +457,7 @@ impl Bound {
             match &mut self.on_device {
                 Some(on_device) => {
                     if let Some(target) = on_device.inputs.get_mut(idx) {
-                        tensor
-                            .copy_into(target)
-                            .map_err(|error| run_failed(&error.to_string()))?;
+                        tensor.copy_into(target).map_err(run_failed)?;
                     }
                 }
                 // Binding is what copies to another device.
@@ -471,9 +467,7 @@ impl Bound {
                     .map_err(runtime)?,
             }
         }
-        self.binding
-            .synchronize_inputs()
-            .map_err(|error| run_failed(&error.to_string()))
+        self.binding.synchronize_inputs().map_err(run_failed)
     }
 
     /// What the last run returned, where the host can read it.
@@ -482,7 +476,7 @@ impl Bound {
             on_device
                 .output
                 .copy_into(&mut self.output)
-                .map_err(|error| run_failed(&error.to_string()))?;
+                .map_err(run_failed)?;
         }
         Ok(&self.output)
     }
