@@ -232,7 +232,7 @@ fn direct<K: Kept>(
     Ok(Box::new(move || {
         for [keys, values] in &mut caches {
             let cache = Cache::<K> { keys, values };
-            attention.run(&qkv, &past, cache, &mut output, n_threads)?;
+            attention.run(&qkv, &past, &[], cache, &mut output, n_threads)?;
         }
         Ok(())
     }))

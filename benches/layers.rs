@@ -1,11 +1,11 @@
 //! A step of generation through all layers, without ONNX Runtime:
-//! `cargo bench --bench layers -- [THREADS] [ROUNDS] [ROWS] [PAST]`.
+//! `cargo bench --bench layers -- [THREADS] [ROUNDS] [ROWS] [PAST] [SHARED]`.
 //!
 //! imagegpt-small's sizes with numbers made up, weights and cache in 24 bits, and
 //! weights in 8 bits with a cache in bfloat16, on every kernel of this CPU;
 //! they take turns, one step each, `ROUNDS` times over. The last columns are what
 //! a step has to read, weights and cache, over the fastest step, and what it has
-//! to multiply and add.
+//! to multiply and add. All sequences share their first `SHARED` tokens.
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::cast_precision_loss, reason = "figures to print")]
 
@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel};
+use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
 use imagegpt::layers::{
     Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
 };
@@ -38,11 +38,12 @@ fn main() -> anyhow::Result<()> {
     let n_rounds = numbers.next().unwrap_or(15);
     let n_rows = numbers.next().unwrap_or(8);
     let past = numbers.next().unwrap_or(64);
+    let shared = numbers.next().unwrap_or(0).min(past);
 
     let mut contestants: Vec<Contestant> = Vec::new();
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
-            let case = (kernel, n_threads, n_rows, past);
+            let case = (kernel, n_threads, n_rows, past, shared);
             contestants.push(steps::<_, Int24>(case, 1.0_f32, 0)?);
             contestants.push(steps::<_, bf16>(case, 1_i8, bf16::ZERO)?);
         }
@@ -56,7 +57,9 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let n_weights = weights_of_layer() * LAYERS;
-    println!("{n_threads} threads, {n_rounds} rounds, {n_rows} rows, a past of {past}");
+    println!(
+        "{n_threads} threads, {n_rounds} rounds, {n_rows} rows, a past of {past}, {shared} shared"
+    );
     println!("  median  fastest     read  computed");
     for ((name, bytes, _), times) in contestants.iter().zip(&mut times) {
         times.sort_by(f64::total_cmp);
@@ -79,9 +82,10 @@ fn weights_of_layer() -> usize {
     4 * width * width + 2 * width * inner_width
 }
 
-/// Steps of `n_rows` sequences, each with `past` tokens before.
+/// Steps of `n_rows` sequences, each with `past` tokens before, of which all have the
+/// first `shared`.
 fn steps<W: Weight, K: Kept<Element: Pod>>(
-    (kernel, n_threads, n_rows, past): (Kernel, usize, usize, usize),
+    (kernel, n_threads, n_rows, past, shared): (Kernel, usize, usize, usize, usize),
     weight: W,
     kept: K::Element,
 ) -> anyhow::Result<Contestant> {
@@ -120,6 +124,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
         caches.push(cache);
     }
     let (rows, pasts) = (vec![0.5; n_rows * width], vec![past; n_rows]);
+    let prefixes = vec![SharedPrefix { of: 0, len: shared }; n_rows];
     let mut room = Room::default();
     let mut output = vec![0.0; n_rows * width];
     let step = move || {
@@ -134,6 +139,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
             rows: &rows,
             length: 1,
             past: &pasts,
+            prefixes: &prefixes,
             capacity,
             caches: caches.collect(),
         };
@@ -148,7 +154,8 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
         Ok(())
     };
     let kept = position_len * size_of::<K::Element>();
-    let read = weights_of_layer() * size_of::<W::Packed>() + 2 * n_rows * past * kept;
+    let n_read = n_rows * (past - shared) + shared;
+    let read = weights_of_layer() * size_of::<W::Packed>() + 2 * n_read * kept;
     let bits = |bytes: usize| 8 * bytes;
     let name = format!(
         "{kernel:?}, weights of {} bits, past of {}",

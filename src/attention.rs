@@ -28,8 +28,8 @@ use self::tile::{Block, Head};
 use crate::vector::Portable;
 use crate::vector::scratch::Scratch;
 
-pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob};
-pub(crate) use self::cached::{CachedHeads, CachedRows};
+pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob, SharedPrefix};
+pub(crate) use self::cached::{CachedHeads, CachedRows, HeadTasks};
 pub use crate::vector::{Int24, Kept};
 
 #[cfg(target_arch = "x86_64")]
@@ -233,6 +233,17 @@ pub enum AttentionError {
         name: &'static str,
         expected: usize,
         actual: usize,
+    },
+    #[error("{actual} shared prefixes of {expected} sequences")]
+    Prefixes { expected: usize, actual: usize },
+    #[error(
+        "sequence {sequence} cannot share its first {len} positions with sequence {of}: both must \
+         have them, that one must share nobody else's, and each must have one new token"
+    )]
+    Prefix {
+        sequence: usize,
+        of: usize,
+        len: usize,
     },
     #[error("a sequence of {past} tokens and {length} more outgrows its cache of {capacity}")]
     Full {

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
+use crate::attention::SharedPrefix;
 use crate::error::Error;
 use crate::generation::Sequence;
 use crate::job::{Crowd, Norm, Want};
@@ -142,6 +143,8 @@ pub struct SequenceFacts {
     pub chunk: usize,
     /// Rows of a step at least, where there are slots for it.
     pub rows_min: usize,
+    /// Whether a step reads what sequences share once for several of them.
+    pub shares_prefixes: bool,
 }
 
 impl SequenceFacts {
@@ -166,6 +169,9 @@ pub struct Feed<'a> {
     /// Never empty. Several rows have one token each; one row may have as many
     /// as [`SequenceFacts::chunk`].
     pub rows: &'a [FeedRow<'a>],
+    /// None, or one for each row: which other one of them begins with the same
+    /// tokens, and with how many. Only where [`SequenceFacts::shares_prefixes`].
+    pub prefixes: &'a [SharedPrefix],
 }
 
 /// The tokens of one sequence in a [`Feed`].

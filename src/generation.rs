@@ -162,6 +162,18 @@ impl Sequence {
         self.start == other.start && own.is_some() && own == others
     }
 
+    /// Tokens whose keys and values both keep, from the first on, as far as they are
+    /// the same.
+    #[must_use]
+    pub fn n_shared(&self, other: &Self) -> usize {
+        if self.start != other.start {
+            return 0;
+        }
+        let both = self.pixels.iter().zip(&other.pixels);
+        let n_same = both.take_while(|(one, other)| one == other).count();
+        (1 + n_same).min(self.n_fed).min(other.n_fed)
+    }
+
     /// `n` more tokens have their keys and values kept.
     pub fn fed(&mut self, n: usize) {
         self.n_fed += n;

@@ -22,7 +22,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
 use self::phase::{Phase, TASKS_MAX};
 use crate::attention::{
-    AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, Kernel, Precision,
+    AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, HeadTasks, Kernel,
+    Precision, SharedPrefix,
 };
 use crate::vector::scratch::Scratch;
 use crate::vector::{Kept, LANES_MAX};
@@ -119,6 +120,8 @@ pub struct Tokens<'a, K: Kept> {
     pub length: usize,
     /// Tokens that each sequence has before them.
     pub past: &'a [usize],
+    /// What sequences share with others: none, or one of each.
+    pub prefixes: &'a [SharedPrefix],
     /// Positions that each sequence's cache has room for.
     pub capacity: usize,
     /// Keys and values of each layer.
@@ -205,7 +208,8 @@ impl<W: Weight> Layers<W> {
     /// Gets ready to take `tokens` through all layers; [`Step::work`] does it.
     ///
     /// # Errors
-    /// If a length does not fit, or a sequence would outgrow its cache.
+    /// If a length does not fit, a sequence would outgrow its cache, or a prefix
+    /// cannot be.
     pub fn step<'a, K: Kept>(
         &'a self,
         tokens: Tokens<'a, K>,
@@ -263,12 +267,14 @@ impl<W: Weight> Layers<W> {
             output: attended.floats,
             output_stride: attended.stride,
         };
+        let tasks = HeadTasks::new(shape, tokens.past, tokens.prefixes, self.kernel)?;
         let heads = tokens.caches.into_iter().zip(&self.packed);
         let heads = heads.map(|(cache, layer)| {
             CachedAttention::with_kernel(shape, layer.attention_scale, self.kernel)?.heads(
                 rows,
                 tokens.past,
                 cache,
+                tasks.clone(),
             )
         });
         let heads = heads.collect::<Result<Vec<_>, _>>()?;
@@ -435,7 +441,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         Some(match part {
             Part::AttentionNorm | Part::InnerNorm => return None,
             Part::Qkv => packed.qkv.panel(task).cast(),
-            Part::Attend => self.heads[layer].keys(task).cast(),
+            Part::Attend => self.heads[layer].first_read(task).cast(),
             Part::Project => packed.projection.panel(task).cast(),
             Part::Expand => packed.expand.panel(task).cast(),
             Part::Contract => packed.contract.panel(task).cast(),

@@ -113,12 +113,13 @@ fn model(element: DataType, change: impl FnOnce(&mut Node)) -> Model {
         input: vec![
             ValueInfo::tensor("rows", DataType::Float, &dims[..2]),
             ValueInfo::tensor("seqlens_k", DataType::Int32, &dims[..1]),
+            ValueInfo::tensor("prefixes", DataType::Int32, &dims[1..3]),
         ],
         output: vec![ValueInfo::tensor("output", DataType::Float, &dims[..2])],
         ..Graph::default()
     };
     let mut node = Node {
-        input: names(&["rows", "seqlens_k"]),
+        input: names(&["rows", "seqlens_k", "prefixes"]),
         output: names(&["output"]),
         name: "node".to_owned(),
         op_type: operators::LAYERS.to_owned(),
@@ -199,7 +200,7 @@ fn cache<K: Kept<Element: Default>>() -> Vec<Vec<K::Element>> {
                     };
                     let at = &mut block[number * K::PER_NUMBER..][..K::PER_NUMBER];
                     // SAFETY: so many elements make a number.
-                    unsafe { K::put(*value, factor, at.as_mut_ptr()) }
+                    unsafe { K::put_row(&[*value], factor, at.as_mut_ptr(), 0) }
                 }
                 let at = BLOCK * HEAD_DIM * K::PER_NUMBER + lane * K::PER_FACTOR;
                 let at = &mut block[at..][..K::PER_FACTOR];
@@ -242,6 +243,7 @@ fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
         rows: &rows,
         length: LENGTH,
         past: &PAST,
+        prefixes: &[],
         capacity: CACHE_DIMS[2],
         caches: caches.collect(),
     };
@@ -259,6 +261,11 @@ fn seqlens_k() -> Vec<i32> {
         .to_vec()
 }
 
+/// Of sequences that share nothing.
+fn prefixes() -> Tensor<i32> {
+    Tensor::from_array(([3_usize, 2], vec![0; 6])).unwrap()
+}
+
 #[test]
 fn a_cache_elsewhere_is_copied() {
     let expected = directly::<Int24>();
@@ -273,6 +280,7 @@ fn a_cache_elsewhere_is_copied() {
             .run(ort::inputs![
                 "rows" => Tensor::from_array(([6_usize, 24], rows())).unwrap(),
                 "seqlens_k" => Tensor::from_array(([3_usize], seqlens_k())).unwrap(),
+                "prefixes" => prefixes(),
                 "past_key.0" => &past[0],
                 "past_value.0" => &past[1],
                 "past_key.1" => &past[2],
@@ -303,6 +311,7 @@ fn a_cache_that_is_its_own_output_is_changed_in_place() {
     binding.bind_input("rows", &rows).unwrap();
     let ends = Tensor::from_array(([3_usize], seqlens_k())).unwrap();
     binding.bind_input("seqlens_k", &ends).unwrap();
+    binding.bind_input("prefixes", &prefixes()).unwrap();
     let mut caches = Vec::new();
     for (numbers, name) in cache::<Int24>()
         .iter()
@@ -341,6 +350,7 @@ fn a_cache_may_be_bfloat16() {
         .run(ort::inputs![
             "rows" => Tensor::from_array(([6_usize, 24], rows())).unwrap(),
             "seqlens_k" => Tensor::from_array(([3_usize], seqlens_k())).unwrap(),
+            "prefixes" => prefixes(),
             "past_key.0" => &past[0],
             "past_value.0" => &past[1],
             "past_key.1" => &past[2],
@@ -363,12 +373,14 @@ fn a_cache_may_be_bfloat16() {
 #[test]
 fn refuses_calls_that_do_not_fit() {
     let mut session = open(&model(DataType::Uint8, |_| {}), 1).unwrap();
-    let mut refused = |dims: [usize; 4], ends: Vec<i32>, word: &str| {
+    let mut refused_with = |dims: [usize; 4], ends: Vec<i32>, shared: Vec<i32>, word: &str| {
+        let shared = Tensor::from_array(([shared.len() / 2, 2], shared)).unwrap();
         let past = || Tensor::from_array((dims, vec![0_u8; dims.iter().product()])).unwrap();
         let error = session
             .run(ort::inputs![
                 "rows" => Tensor::from_array(([6_usize, 24], rows())).unwrap(),
                 "seqlens_k" => Tensor::from_array(([ends.len()], ends)).unwrap(),
+                "prefixes" => shared,
                 "past_key.0" => past(),
                 "past_value.0" => past(),
                 "past_key.1" => past(),
@@ -377,6 +389,16 @@ fn refuses_calls_that_do_not_fit() {
             .map(|_| ())
             .unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
+    };
+    let mut refused_prefixes = |shared: [i32; 6], word: &str| {
+        refused_with(CACHE_DIMS, vec![20, 20, 20], shared.to_vec(), word);
+    };
+    refused_prefixes([0, 0, 0, -1, 0, 0], "not pairs");
+    // Of several new tokens none may.
+    refused_prefixes([0, 0, 0, 16, 0, 0], "cannot share its first 16 positions");
+    let mut refused = |dims: [usize; 4], ends: Vec<i32>, word: &str| {
+        let none = vec![0; 2 * ends.len()];
+        refused_with(dims, ends, none, word);
     };
     refused(CACHE_DIMS, vec![1, 1, 48], "outgrows");
     refused(CACHE_DIMS, vec![1, -1, 1], "less one");

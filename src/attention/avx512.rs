@@ -4,7 +4,7 @@
     reason = "calls what the CPU was asked for, with raw pointers"
 )]
 
-use super::cached_tile::{self, CachedHead};
+use super::cached_tile::{self, Work};
 use super::tile::{self, Block, Head};
 use crate::vector::Kept;
 use crate::vector::avx512::Avx512;
@@ -25,7 +25,7 @@ pub(super) unsafe fn attend(
 /// # Safety
 /// The CPU has AVX-512 F, DQ and BW; and as [`cached_tile::attend`].
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
-pub(super) unsafe fn attend_cached<K: Kept>(head: &CachedHead<K>, scratch: &mut Scratch) {
-    // SAFETY: the caller vouches for the instructions and the head.
-    unsafe { cached_tile::attend::<K, Avx512, 4, 4>(head, scratch) }
+pub(super) unsafe fn attend_cached<K: Kept>(work: &Work<'_, K>, scratch: &mut Scratch) {
+    // SAFETY: the caller vouches for the instructions and the heads.
+    unsafe { cached_tile::attend::<K, Avx512, 4, 4>(work, scratch) }
 }

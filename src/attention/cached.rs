@@ -8,23 +8,28 @@
 //! computes next to nothing, so its time is that of the bytes. Sums and softmax are
 //! `f32`.
 //!
+//! Of sequences that begin alike ([`SharedPrefix`]), a step reads that part once for
+//! several of them.
+//!
 //! The cache of a sequence's head is blocks of [`BLOCK`] positions in the order in
 //! which they are read: of keys a row of [`BLOCK`] numbers for each dimension, so
 //! that scores of a block are sums of whole vectors; of values a row for each
 //! position; and behind either the positions' factors, where numbers have some.
 //!
 //! A token's result depends on its sequence alone, to the last bit: not on how
-//! many sequences or new tokens run with it, not on the threads, and not on
-//! what the cache or the input holds after it, finite or not.
+//! many sequences or new tokens run with it, not on whether it shares a prefix, not
+//! on the threads, and not on what the cache or the input holds after it, finite or
+//! not.
 #![expect(
     unsafe_code,
     reason = "hands disjoint parts of the cache and the output to several threads"
 )]
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::cached_tile::{self, CachedHead};
+use super::cached_tile::{self, CachedHead, Prefix, Work};
 use super::{AttentionError, Kernel, Precision, SCRATCH};
 use crate::vector::{Kept, Portable};
 
@@ -74,6 +79,116 @@ impl CacheShape {
 pub struct Cache<'a, K: Kept> {
     pub keys: &'a mut [K::Element],
     pub values: &'a mut [K::Element],
+}
+
+/// A sequence's first positions, of which another one of the same call has the very
+/// same: they may be read there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// The other one, which shares nobody else's; or the sequence itself.
+    pub of: usize,
+    /// How many positions: none if it shares nothing.
+    pub len: usize,
+}
+
+/// The most sequences that are computed together.
+const TOGETHER_MAX: usize = 4;
+
+/// One head of sequences that are computed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct HeadTask {
+    head: usize,
+    /// The first so many.
+    sequences: [usize; TOGETHER_MAX],
+    n: usize,
+    /// Whole blocks.
+    prefix: SharedPrefix,
+}
+
+/// What the threads that take part in a call share out among themselves. The same
+/// for all layers.
+#[derive(Clone, Debug)]
+pub(crate) struct HeadTasks(Arc<[HeadTask]>);
+
+impl HeadTasks {
+    /// Tasks of a call of `shape`. `prefixes` are none or one of each sequence.
+    ///
+    /// # Errors
+    /// If a prefix is longer than what one of the two has, or of a sequence that is
+    /// not there or shares another's.
+    pub(crate) fn new(
+        shape: CacheShape,
+        past: &[usize],
+        prefixes: &[SharedPrefix],
+        kernel: Kernel,
+    ) -> Result<Self, AttentionError> {
+        let CacheShape {
+            batch,
+            length,
+            heads,
+            ..
+        } = shape;
+        if length == 0 {
+            return Ok(Self(Arc::default()));
+        }
+        if !prefixes.is_empty() && prefixes.len() != batch {
+            return Err(AttentionError::Prefixes {
+                expected: batch,
+                actual: prefixes.len(),
+            });
+        }
+        let of = |sequence: usize| prefixes.get(sequence).copied().unwrap_or_default();
+        let shares = |sequence: usize| of(sequence).len > 0 && of(sequence).of != sequence;
+        for sequence in (0..batch).filter(|&sequence| shares(sequence)) {
+            let SharedPrefix { of, len } = of(sequence);
+            let has = |sequence: usize| past.get(sequence).is_some_and(|past| len <= *past);
+            if length != 1 || !has(sequence) || !has(of) || shares(of) {
+                return Err(AttentionError::Prefix { sequence, of, len });
+            }
+        }
+        let mut tasks = Vec::with_capacity(batch * heads);
+        for first in (0..batch).filter(|&sequence| !shares(sequence)) {
+            let blocks = |len: usize| len / BLOCK * BLOCK;
+            let with: Vec<usize> = (0..batch)
+                .filter(|&other| shares(other) && of(other).of == first)
+                .collect();
+            let shared = with.iter().map(|&other| blocks(of(other).len)).min();
+            let prefix = SharedPrefix {
+                of: first,
+                len: shared.unwrap_or(0),
+            };
+            // Of none, each is by itself.
+            let together = if prefix.len > 0 { together(kernel) } else { 1 };
+            let all: Vec<usize> = std::iter::once(first).chain(with).collect();
+            for head in 0..heads {
+                // One after the other, so that the prefix is still in the cache.
+                let mut rest = &all[..];
+                while !rest.is_empty() {
+                    let n = [together, together / 2, 1];
+                    let n = n.into_iter().find(|n| (1..=rest.len()).contains(n));
+                    let (some, others) = rest.split_at(n.unwrap_or(rest.len()));
+                    let mut sequences = [0; TOGETHER_MAX];
+                    sequences[..some.len()].copy_from_slice(some);
+                    tasks.push(HeadTask {
+                        head,
+                        sequences,
+                        n: some.len(),
+                        prefix,
+                    });
+                    rest = others;
+                }
+            }
+        }
+        Ok(Self(tasks.into()))
+    }
+}
+
+/// As many queries as a tile has: 4, or 2 where there are fewer registers.
+fn together(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::Avx2 => 2,
+        _ => TOGETHER_MAX,
+    }
 }
 
 /// Attention over a cache, for one shape, checked, with its kernel chosen.
@@ -138,15 +253,16 @@ impl CachedAttention {
 
     /// Gets ready to put the new tokens of `qkv` into `cache`, where sequence
     /// `i` has `past[i]` tokens, and to compute `output`; [`CachedJob::work`]
-    /// does it.
+    /// does it. `prefixes` are none, or one of each sequence.
     ///
     /// # Errors
-    /// If a length is not what the shape says, or a sequence would outgrow the
-    /// cache.
+    /// If a length is not what the shape says, a sequence would outgrow the
+    /// cache, or a prefix cannot be.
     pub fn job<'a, K: Kept>(
         &self,
         qkv: &'a [f32],
         past: &'a [usize],
+        prefixes: &[SharedPrefix],
         cache: Cache<'a, K>,
         output: &'a mut [f32],
     ) -> Result<CachedJob<'a, K>, AttentionError> {
@@ -159,14 +275,16 @@ impl CachedAttention {
             output: output.as_mut_ptr(),
             output_stride: width,
         };
+        let tasks = HeadTasks::new(self.shape, past, prefixes, self.kernel)?;
         Ok(CachedJob {
-            heads: self.heads(rows, past, cache)?,
+            heads: self.heads(rows, past, cache, tasks)?,
             borrow: PhantomData,
-            next_head: AtomicUsize::new(0),
+            next_task: AtomicUsize::new(0),
         })
     }
 
-    /// The heads of a call whose rows lie somewhere.
+    /// The heads of a call whose rows lie somewhere. `tasks` are of the same shape,
+    /// past and kernel.
     ///
     /// # Errors
     /// If a length is not what the shape says, or a sequence would outgrow the
@@ -176,6 +294,7 @@ impl CachedAttention {
         rows: CachedRows,
         past: &'a [usize],
         cache: Cache<'a, K>,
+        tasks: HeadTasks,
     ) -> Result<CachedHeads<'a, K>, AttentionError> {
         let CacheShape {
             batch,
@@ -204,6 +323,7 @@ impl CachedAttention {
             past,
             keys: keys.as_mut_ptr(),
             values: values.as_mut_ptr(),
+            tasks,
             borrow: PhantomData,
         })
     }
@@ -234,13 +354,14 @@ impl CachedAttention {
         &self,
         qkv: &[f32],
         past: &[usize],
+        prefixes: &[SharedPrefix],
         cache: Cache<'_, K>,
         output: &mut [f32],
         n_threads: usize,
     ) -> Result<(), AttentionError> {
-        let job = self.job(qkv, past, cache, output)?;
+        let job = self.job(qkv, past, prefixes, cache, output)?;
         std::thread::scope(|scope| {
-            for _ in 1..n_threads.min(job.n_heads()) {
+            for _ in 1..n_threads.min(job.n_tasks()) {
                 scope.spawn(|| job.work());
             }
             job.work();
@@ -267,24 +388,28 @@ pub(crate) struct CachedHeads<'a, K: Kept> {
     past: &'a [usize],
     keys: *mut K::Element,
     values: *mut K::Element,
+    tasks: HeadTasks,
     borrow: PhantomData<&'a mut [K::Element]>,
 }
 
 impl<K: Kept> CachedHeads<'_, K> {
-    /// How many there are in all sequences.
+    /// How many tasks there are.
     pub(crate) fn len(&self) -> usize {
-        let CacheShape {
-            batch,
-            length,
-            heads,
-            ..
-        } = self.attention.shape;
-        if length == 0 { 0 } else { batch * heads }
+        self.tasks.0.len()
     }
 
-    /// Where the keys of head `idx` begin.
-    pub(crate) fn keys(&self, idx: usize) -> *const K::Element {
-        self.keys.wrapping_add(idx * self.head_len())
+    /// Where task `idx` begins to read; nothing if there is no such task.
+    pub(crate) fn first_read(&self, idx: usize) -> *const K::Element {
+        let task = self.tasks.0.get(idx);
+        task.map_or(std::ptr::null(), |task| {
+            let head = self.head_idx(task.prefix.of, task.head);
+            self.keys.wrapping_add(head * self.head_len())
+        })
+    }
+
+    /// A head's place among those of all sequences.
+    fn head_idx(&self, sequence: usize, head: usize) -> usize {
+        sequence * self.attention.shape.heads + head
     }
 
     /// Elements of a head's keys.
@@ -293,26 +418,38 @@ impl<K: Kept> CachedHeads<'_, K> {
         shape.capacity * K::position_len(shape.head_dim)
     }
 
-    /// Computes head `idx` of all sequences', and asks for what lies at `next`,
-    /// which need not be valid.
+    /// Does task `idx`, and asks for what lies at `next`, which need not be valid.
     ///
     /// # Safety
-    /// `idx` is below [`CachedHeads::len`], and no other thread has that head;
+    /// `idx` is below [`CachedHeads::len`], and no other thread has that task;
     /// there are as many rows as the shape says, whole, and until this returns
-    /// nobody writes the head's part of them or reads that of the output.
+    /// nobody writes the task's part of them or reads that of the output.
     pub(crate) unsafe fn attend(&self, idx: usize, next: *const u8) {
-        // SAFETY: the caller vouches for the head and its rows.
-        let head = unsafe { self.head(idx, next) };
+        let task = self.tasks.0[idx];
+        // SAFETY: the caller vouches for the heads and their rows.
+        let head = |sequence| unsafe { self.head(sequence, task.head) };
+        let heads = task.sequences.map(head);
+        let prefix = head(task.prefix.of);
+        let work = Work {
+            heads: &heads[..task.n],
+            prefix: Prefix {
+                keys: prefix.keys,
+                values: prefix.values,
+                len: task.prefix.len,
+            },
+            next,
+        };
         SCRATCH.with_borrow_mut(|scratch| {
             // SAFETY: the kernel is available, `with_kernel` has asked; the
-            // head is this thread's.
+            // heads are this thread's, and nobody writes within the prefix, which
+            // all of them have.
             unsafe {
                 match self.attention.kernel {
                     #[cfg(target_arch = "x86_64")]
-                    Kernel::Avx2 => super::avx2::attend_cached(&head, scratch),
+                    Kernel::Avx2 => super::avx2::attend_cached(&work, scratch),
                     #[cfg(target_arch = "x86_64")]
-                    Kernel::Avx512 => super::avx512::attend_cached(&head, scratch),
-                    _ => cached_tile::attend::<K, Portable, 4, 2>(&head, scratch),
+                    Kernel::Avx512 => super::avx512::attend_cached(&work, scratch),
+                    _ => cached_tile::attend::<K, Portable, TOGETHER_MAX, 2>(&work, scratch),
                 }
             }
         });
@@ -320,13 +457,13 @@ impl<K: Kept> CachedHeads<'_, K> {
 
     /// # Safety
     /// As [`CachedHeads::attend`].
-    unsafe fn head(&self, idx: usize, next: *const u8) -> CachedHead<K> {
+    unsafe fn head(&self, sequence: usize, head: usize) -> CachedHead<K> {
         let CachedAttention { shape, scale, .. } = self.attention;
         let rows = self.rows;
         let width = shape.width();
-        let (sequence, column) = (idx / shape.heads, idx % shape.heads * shape.head_dim);
+        let column = head * shape.head_dim;
         let first = sequence * shape.length;
-        let cached = idx * self.head_len();
+        let cached = self.head_idx(sequence, head) * self.head_len();
         // SAFETY: `heads` has checked the lengths of the cache, and the caller
         // vouches for the rows; sequence and column are within.
         unsafe {
@@ -344,7 +481,6 @@ impl<K: Kept> CachedHeads<'_, K> {
                 past: self.past[sequence],
                 length: shape.length,
                 scale_log2: scale * std::f32::consts::LOG2_E,
-                next,
             }
         }
     }
@@ -356,37 +492,39 @@ pub struct CachedJob<'a, K: Kept> {
     heads: CachedHeads<'a, K>,
     /// Of the input and the output.
     borrow: PhantomData<(&'a [f32], &'a mut [f32])>,
-    /// The first head of all sequences that no thread has begun.
-    next_head: AtomicUsize,
+    /// The first task that no thread has begun.
+    next_task: AtomicUsize,
 }
 
-// SAFETY: a head of a sequence is given to one thread only, and no two of them
-// share a number of the cache or of `output`; nobody else has either while the
-// job borrows them.
+// SAFETY: a head of a sequence is given to one thread only; no two of them write
+// the same number of the cache or of `output`, and what several read of the cache
+// none writes; nobody else has either while the job borrows them.
 unsafe impl<K: Kept> Sync for CachedJob<'_, K> {}
 // SAFETY: the same; a job is borrows of numbers and a counter.
 unsafe impl<K: Kept> Send for CachedJob<'_, K> {}
 
 impl<K: Kept> CachedJob<'_, K> {
-    /// How many heads there are in all sequences: more threads than this have
-    /// nothing to do.
+    /// More threads than this have nothing to do.
     #[must_use]
-    pub fn n_heads(&self) -> usize {
+    pub fn n_tasks(&self) -> usize {
         self.heads.len()
     }
 
-    /// Computes heads until none is left to begin. The output is complete when
+    /// Does tasks until none is left to begin. The output is complete when
     /// this has returned on every thread that called it, at least one.
     pub fn work(&self) {
         loop {
             // Nothing is passed from thread to thread through the counter.
-            let idx = self.next_head.fetch_add(1, Ordering::Relaxed);
+            let idx = self.next_task.fetch_add(1, Ordering::Relaxed);
             if idx >= self.heads.len() {
                 break;
             }
-            // SAFETY: the head is this thread's; `job` has checked the lengths of
+            // SAFETY: the task is this thread's; `job` has checked the lengths of
             // the rows, which the job borrows.
-            unsafe { self.heads.attend(idx, self.heads.keys(idx + 1).cast()) }
+            unsafe {
+                let next = self.heads.first_read(idx + 1);
+                self.heads.attend(idx, next.cast());
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ use super::flags::Flags;
 use super::random::Random;
 use super::stats::as_f64;
 use super::{machine, progress};
+use crate::attention::SharedPrefix;
 use crate::compile::command::Bars;
 use crate::compile::{self, Manifest, Precision};
 use crate::config::ServeConfig;
@@ -209,7 +210,7 @@ fn measure(
         }
         for stepped in &mut generate {
             repeat(share, &mut stepped.times, || {
-                step(loaded, stepped.slots, stepped.past)
+                step(loaded, stepped.slots, stepped.past, args.generate_own)
             })?;
         }
     }
@@ -385,6 +386,7 @@ fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
             let feed = Feed {
                 first_slot: slot,
                 rows: &[FeedRow { tokens, past }],
+                prefixes: &[],
             };
             loaded.engine.feed(&feed, &mut logits)?;
             past += tokens.len();
@@ -414,11 +416,18 @@ fn run_graph(
     Ok(())
 }
 
-fn step(loaded: &mut Loaded, slots: usize, past: usize) -> anyhow::Result<()> {
+fn step(loaded: &mut Loaded, slots: usize, past: usize, own: Option<u16>) -> anyhow::Result<()> {
     let row = FeedRow { tokens: &[0], past };
+    let sequences = loaded.engine.facts().sequences;
+    let can_share = sequences.is_some_and(|sequences| sequences.shares_prefixes);
+    let shared = own.filter(|_| can_share).map(|own| SharedPrefix {
+        of: 0,
+        len: past.saturating_sub(own.into()),
+    });
     let feed = Feed {
         first_slot: 0,
         rows: &vec![row; slots],
+        prefixes: &vec![shared.unwrap_or_default(); slots],
     };
     Ok(loaded.engine.feed(&feed, &mut Vec::new())?)
 }

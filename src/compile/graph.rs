@@ -18,7 +18,7 @@ use super::store::Store;
 use super::{Precision, Provider, Task};
 use crate::attention::{Int24, Kept as _};
 
-pub use self::tasks::Norm;
+pub use self::tasks::{Norm, PREFIXES};
 
 /// The operator that computes causal attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

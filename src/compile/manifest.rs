@@ -14,7 +14,7 @@ use super::{Precision, Provider, Task};
 /// The file's name.
 pub const FILE: &str = "imagegpt.json";
 /// Counts up when older readers would be wrong about a folder.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

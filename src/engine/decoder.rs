@@ -7,22 +7,26 @@
 //! are not held up; its last token goes with everybody's step, so that every
 //! color is drawn from the same computation, however the sequence came by its
 //! past. Where a slot's memory can be copied, on a CPU, samples of one primer
-//! compute it once.
+//! compute it once, and a step reads it once for several of them.
 
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
 use super::{Buckets, Engine, EngineError, Feed, FeedRow, SequenceFacts, Sequences, panic_text};
+use crate::attention::SharedPrefix;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::job::Class;
 use crate::metrics::{Fault, Metrics};
+
+mod prefixes;
 
 /// See the module.
 pub(super) struct Decoder {
     slots: Vec<Option<Sequence>>,
     sizes: Buckets,
     chunk: usize,
+    shares_prefixes: bool,
     /// Until the engine says that it cannot.
     can_copy: bool,
     /// Of the last run.
@@ -52,6 +56,7 @@ impl Decoder {
             slots: (0..n_slots).map(|_| None).collect(),
             sizes: facts.map_or_else(|| Buckets::powers_of_two(1), |facts| facts.sizes()),
             chunk: facts.map_or(1, |facts| facts.chunk.max(1)),
+            shares_prefixes: facts.is_some_and(|facts| facts.shares_prefixes),
             can_copy: true,
             logits: Vec::new(),
             slot_bytes: facts.map_or(0, |facts| facts.slot_bytes),
@@ -143,7 +148,12 @@ impl Decoder {
         let size = self.sizes.at_least(last + 1);
         let mut images = 0.0;
         let rows = self.rows(size);
-        match self.feed(engine, 0, &rows) {
+        let shared = if self.shares_prefixes {
+            prefixes::prefixes(&self.slots[..size])
+        } else {
+            Vec::new()
+        };
+        match self.feed(engine, 0, &rows, &shared) {
             Ok(()) => {
                 let n_colors = self.logits.len() / size;
                 for &slot in &ready {
@@ -189,6 +199,7 @@ impl Decoder {
         engine: &mut dyn Engine,
         first_slot: usize,
         rows: &[(u16, usize)],
+        prefixes: &[SharedPrefix],
     ) -> Result<(), EngineError> {
         let rows: Vec<FeedRow<'_>> = rows
             .iter()
@@ -197,7 +208,12 @@ impl Decoder {
                 past: *past,
             })
             .collect();
-        contained(engine, first_slot, &rows, &mut self.logits)
+        let feed = Feed {
+            first_slot,
+            rows: &rows,
+            prefixes,
+        };
+        contained(engine, &feed, &mut self.logits)
     }
 
     /// Moves sequences to lower slots where that makes a step smaller.
@@ -270,7 +286,12 @@ impl Decoder {
             tokens: &tokens,
             past: sequence.n_fed(),
         };
-        match contained(engine, slot, &[row], &mut self.logits) {
+        let feed = Feed {
+            first_slot: slot,
+            rows: &[row],
+            prefixes: &[],
+        };
+        match contained(engine, &feed, &mut self.logits) {
             Ok(()) => {
                 self.metrics.prefilled(n);
                 if let Some(sequence) = &mut self.slots[slot] {
@@ -296,7 +317,7 @@ impl Decoder {
             sequence.to_feed(1).next().unwrap_or_default(),
             sequence.n_fed(),
         );
-        match self.feed(engine, slot, &[row]) {
+        match self.feed(engine, slot, &[row], &[]) {
             Ok(()) => Ok(advance(&mut self.slots[slot], &self.logits)),
             Err(error) if ends_engine(&error) => Err(self.fatal(error)),
             Err(error) => {
@@ -346,12 +367,11 @@ fn fault(error: &EngineError) -> Fault {
 /// Feeds tokens; a panic is an error.
 fn contained(
     engine: &mut dyn Engine,
-    first_slot: usize,
-    rows: &[FeedRow<'_>],
+    feed: &Feed<'_>,
     logits: &mut Vec<f32>,
 ) -> Result<(), EngineError> {
-    let feed = Feed { first_slot, rows };
-    std::panic::catch_unwind(AssertUnwindSafe(|| engine.feed(&feed, logits)))
+    let rows = feed.rows;
+    std::panic::catch_unwind(AssertUnwindSafe(|| engine.feed(feed, logits)))
         .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))?;
     if logits.is_empty() || !logits.len().is_multiple_of(rows.len()) {
         return Err(EngineError::Output {

@@ -219,6 +219,7 @@ mod tests {
                 slot_bytes: 1,
                 chunk: 1,
                 rows_min: 2,
+                shares_prefixes: false,
             }),
             fallbacks: Vec::new(),
         }

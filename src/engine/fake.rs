@@ -135,6 +135,7 @@ impl FakeEngine {
                     slot_bytes: 1 << 10,
                     chunk: 8,
                     rows_min: 2,
+                    shares_prefixes: true,
                 }),
                 fallbacks: Vec::new(),
             },
@@ -246,6 +247,14 @@ impl Engine for FakeEngine {
         outcome?;
         self.script
             .faults(feed.rows.iter().filter_map(|row| row.tokens.last()))?;
+        let prefixes = feed.prefixes.iter().enumerate();
+        for (row, prefix) in prefixes.filter(|(_, prefix)| prefix.len > 0) {
+            let of = |row: usize| self.kept[feed.first_slot + row].get(..prefix.len);
+            assert!(
+                of(row).is_some() && of(row) == of(prefix.of),
+                "row {row} has what it shares"
+            );
+        }
         logits.clear();
         for (row, kept) in feed.rows.iter().zip(&mut self.kept[feed.first_slot..]) {
             kept.truncate(row.past);

@@ -23,7 +23,7 @@ use super::pointwise::Activation;
 use super::{LayersError, check, size};
 use crate::attention::Kernel;
 use crate::vector::scratch::Scratch;
-use crate::vector::{Int24, Number, Portable, magnitude};
+use crate::vector::{Int24, LANES_MAX, Number, Portable, magnitude};
 
 #[cfg(test)]
 mod tests;
@@ -93,8 +93,9 @@ pub struct DenseWeights<'a, W> {
     pub bias: Option<&'a [f32]>,
 }
 
-/// The weights of a product: panels of a few columns, in each a row of that many
-/// numbers for every input. What the last panel has too many is zero.
+/// The weights of a product: panels of a few columns, made of strips one after the
+/// other, in each a row of as many numbers as it has columns for every input. What
+/// the last panel has too many is zero.
 #[derive(Debug)]
 pub(super) struct Panels<W: Weight> {
     inputs: usize,
@@ -134,6 +135,15 @@ pub(super) fn panel_width(kernel: Kernel) -> usize {
         Kernel::Portable => 8,
         Kernel::Avx2 => 24,
         _ => 32,
+    }
+}
+
+/// Numbers in a strip's row. [`tile`] reads them so.
+fn strip_width<N: Number>(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::Portable | Kernel::Avx2 => panel_width(kernel),
+        _ if N::IN_STRIPS => LANES_MAX,
+        _ => panel_width(kernel),
     }
 }
 
@@ -196,12 +206,13 @@ impl<W: Weight> Panels<W> {
         let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
         let mut pages =
             Pages::<W::Packed>::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
-        for (panel, rows) in pages
+        let width = strip_width::<W::Packed>(kernel);
+        for (strip, rows) in pages
             .numbers_mut()
             .chunks_exact_mut(inputs * width)
             .enumerate()
         {
-            let first = panel * width;
+            let first = outputs.min(strip * width);
             let n_columns = width.min(outputs - first);
             let weights = dense.weights.chunks_exact(outputs);
             for (row, weights) in rows.chunks_exact_mut(width).zip(weights) {
@@ -220,6 +231,7 @@ impl<W: Weight> Panels<W> {
             (scales, None) => scales.map(<[f32]>::to_vec),
             (None, _) => factors,
         };
+        let width = panel_width(kernel);
         Ok(Self {
             inputs,
             outputs,

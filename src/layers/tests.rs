@@ -262,6 +262,7 @@ struct Fed<'m, W, K: Kept> {
     /// Keys and values of each layer.
     caches: Vec<[Vec<K::Element>; 2]>,
     past: Vec<usize>,
+    prefixes: Vec<SharedPrefix>,
     room: Room,
     /// What came out, of each sequence.
     rows: Vec<Vec<f32>>,
@@ -282,6 +283,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
             capacity,
             caches: vec![[cache.clone(), cache]; model.layers.len()],
             past: vec![0; sequences.len()],
+            prefixes: Vec::new(),
             room: Room::default(),
             rows: vec![Vec::new(); sequences.len()],
             sequences,
@@ -302,6 +304,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
             rows: &rows,
             length,
             past: &self.past,
+            prefixes: &self.prefixes,
             capacity: self.capacity,
             caches: caches
                 .map(|[keys, values]| Cache { keys, values })
@@ -353,6 +356,13 @@ fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
                     model.sizes
                 );
             }
+            // Two of each sequence, which share all that they have.
+            let mut twice = Fed::<W, K>::new(model, vec![sequence; 2], 2);
+            for past in 0..n_tokens {
+                twice.prefixes = vec![SharedPrefix { of: 0, len: past }; 2];
+                twice.feed(&layers, 1);
+            }
+            assert_eq!(twice.rows, [rows.clone(), rows.clone()], "{kernel:?}");
             for n_threads in [1, 3] {
                 let mut alone = Fed::<W, K>::new(model, vec![sequence], n_threads);
                 for _ in 0..n_tokens {
@@ -514,6 +524,7 @@ fn refuse_what_they_cannot_do() {
             rows: &[0.0; 64][..n_rows],
             length,
             past,
+            prefixes: &[],
             capacity,
             caches: caches
                 .map(|(keys, values)| Cache { keys, values })

@@ -12,12 +12,12 @@ use std::arch::x86_64::{
     __m512, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm_setr_epi8,
     _mm256_loadu_si256, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-    _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_epi32, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
+    _mm512_div_ps, _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_loadu_ps, _mm512_mask_mov_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
     _mm512_permutexvar_epi32, _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_ps,
     _mm512_setr_epi32, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
     _mm512_shuffle_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_ps,
-    _mm512_unpacklo_ps,
+    _mm512_unpacklo_ps, _mm512_zextsi256_si512,
 };
 
 use super::Vector;
@@ -90,10 +90,12 @@ unsafe impl Vector for Avx512 {
 
     #[inline(always)]
     unsafe fn load_i24(from: *const u8) -> Self {
-        // SAFETY: the caller vouches for the instructions and 48 bytes; lanes
-        // beyond are not read.
+        // SAFETY: the caller vouches for the instructions and 48 bytes.
         unsafe {
-            let bytes = _mm512_maskz_loadu_epi32(first_lanes(12), from.cast());
+            // In two parts: a mask would be made anew for each vector.
+            let bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(from.cast()));
+            let last = _mm_loadu_si128(from.add(32).cast());
+            let bytes = _mm512_inserti32x4::<2>(bytes, last);
             // Four numbers to each 128 bits, and there three bytes up each.
             let quarters = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
             let quarters = _mm512_permutexvar_epi32(quarters, bytes);

@@ -23,6 +23,9 @@ const LINE: usize = 64;
 pub trait Number: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// So many in a row meet every line that they lie in at least once.
     const PER_LINE: usize = LINE / size_of::<Self>();
+    /// Whether a panel of the widest vectors is in strips: reading is what takes
+    /// the time, and a CPU reads two places faster than one.
+    const IN_STRIPS: bool = false;
 
     /// # Safety
     /// As `Vector::splat`, and `LANES` of them at `from` are readable.
@@ -50,10 +53,11 @@ pub trait Kept: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// The factor of a position's numbers.
     fn factor(row: &[f32]) -> f32;
 
-    /// Keeps what is nearest to `value` under that factor.
+    /// Keeps what is nearest to each number of a row under its factor, each so
+    /// many elements after the one before.
     /// # Safety
-    /// A number's elements at `to` are writable.
-    unsafe fn put(value: f32, factor: f32, to: *mut Self::Element);
+    /// From `to` on the elements of so many numbers are writable.
+    unsafe fn put_row(row: &[f32], factor: f32, to: *mut Self::Element, stride: usize);
 
     /// # Safety
     /// A factor's elements at `to` are writable.
@@ -104,9 +108,11 @@ impl Kept for bf16 {
     }
 
     #[inline(always)]
-    unsafe fn put(value: f32, _factor: f32, to: *mut Self) {
-        // SAFETY: the caller vouches for the place.
-        unsafe { to.write(Self::from_f32(value)) }
+    unsafe fn put_row(row: &[f32], _factor: f32, to: *mut Self, stride: usize) {
+        for (i, value) in row.iter().enumerate() {
+            // SAFETY: the caller vouches for the places.
+            unsafe { to.add(i * stride).write(Self::from_f32(*value)) }
+        }
     }
 
     #[inline(always)]
@@ -182,9 +188,26 @@ impl Int24 {
     /// What is nearest to `value` under a factor.
     #[inline(always)]
     pub(crate) fn of(value: f32, factor: f32) -> Self {
-        let steps = value / (factor * Self::READ_AS);
+        Self::from_steps(Self::steps(value, Self::inverse(factor)))
+    }
+
+    /// What numbers are multiplied with to be whole. Exact, as factors are powers
+    /// of two that are neither the largest nor the smallest.
+    #[inline(always)]
+    fn inverse(factor: f32) -> f32 {
+        1.0 / (factor * Self::READ_AS)
+    }
+
+    #[inline(always)]
+    fn steps(value: f32, inverse: f32) -> i32 {
+        let steps = (value * inverse).round_ties_even();
         #[expect(clippy::cast_possible_truncation, reason = "within 24 bits")]
-        let steps = steps.round_ties_even().clamp(-Self::MAX, Self::MAX) as i32;
+        let steps = steps.clamp(-Self::MAX, Self::MAX) as i32;
+        steps
+    }
+
+    #[inline(always)]
+    fn from_steps(steps: i32) -> Self {
         let [a, b, c, _] = steps.to_le_bytes();
         Self([a, b, c])
     }
@@ -201,6 +224,7 @@ pub(crate) fn magnitude(value: f32) -> u32 {
 impl Number for Int24 {
     // A row of 16 is 48 bytes.
     const PER_LINE: usize = 16;
+    const IN_STRIPS: bool = true;
 
     #[inline(always)]
     unsafe fn load<V: Vector>(from: *const Self) -> V {
@@ -222,9 +246,20 @@ impl Kept for Int24 {
     }
 
     #[inline(always)]
-    unsafe fn put(value: f32, factor: f32, to: *mut u8) {
-        // SAFETY: the caller vouches for three bytes.
-        unsafe { to.cast::<Self>().write(Self::of(value, factor)) }
+    unsafe fn put_row(row: &[f32], factor: f32, to: *mut u8, stride: usize) {
+        let inverse = Self::inverse(factor);
+        let mut places = (0..).map(|i| to.wrapping_add(i * stride).cast::<Self>());
+        for values in row.chunks(LANES_MAX) {
+            // All before any is written: that the CPU does several at a time.
+            let mut steps = [0; LANES_MAX];
+            for (steps, value) in steps.iter_mut().zip(values) {
+                *steps = Self::steps(*value, inverse);
+            }
+            for (steps, to) in steps[..values.len()].iter().zip(&mut places) {
+                // SAFETY: the caller vouches for three bytes for each number.
+                unsafe { to.write(Self::from_steps(*steps)) }
+            }
+        }
     }
 
     #[inline(always)]

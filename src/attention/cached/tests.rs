@@ -17,6 +17,7 @@ struct Call<K: Tested> {
     shape: CacheShape,
     qkv: Vec<f32>,
     past: Vec<usize>,
+    prefixes: Vec<SharedPrefix>,
     kept: [Vec<K::Element>; 2],
 }
 
@@ -74,6 +75,7 @@ impl<K: Tested> Call<K> {
             shape,
             qkv: Vec::new(),
             past,
+            prefixes: Vec::new(),
             kept: [(); 2].map(|()| vec![K::Element::default(); len]),
         };
         for part in PARTS {
@@ -96,7 +98,14 @@ impl<K: Tested> Call<K> {
         };
         CachedAttention::with_kernel(shape, scale(shape), kernel)
             .unwrap()
-            .run(&self.qkv, &self.past, cache, &mut output, n_threads)
+            .run(
+                &self.qkv,
+                &self.past,
+                &self.prefixes,
+                cache,
+                &mut output,
+                n_threads,
+            )
             .unwrap();
         Done {
             output,
@@ -141,7 +150,7 @@ impl<K: Tested> Call<K> {
             let kept = &mut self.kept[part - 1];
             // SAFETY: both are within the cache.
             unsafe {
-                K::put(*value, by, kept[number].as_mut_ptr());
+                K::put_row(&[*value], by, kept[number].as_mut_ptr(), 0);
                 K::put_factor(by, kept[factor].as_mut_ptr());
             }
         }
@@ -230,7 +239,27 @@ impl<K: Tested> Call<K> {
             shape: one,
             qkv: self.qkv[sequence * 3 * output..(sequence + 1) * 3 * output].to_vec(),
             past: vec![self.past[sequence]],
+            prefixes: Vec::new(),
             kept: self.kept.each_ref().map(part),
+        }
+    }
+
+    /// Makes a sequence's first positions another one's, in every head.
+    fn share(&mut self, sequence: usize, prefix: SharedPrefix) {
+        let CacheShape {
+            capacity,
+            heads,
+            head_dim,
+            ..
+        } = self.shape;
+        let position_len = K::position_len(head_dim);
+        let blocks = prefix.len.next_multiple_of(BLOCK);
+        for kept in &mut self.kept {
+            for head in 0..heads {
+                let at = |of: usize| (of * heads + head) * capacity * position_len;
+                let from = at(prefix.of);
+                kept.copy_within(from..from + blocks * position_len, at(sequence));
+            }
         }
     }
 
@@ -397,6 +426,103 @@ fn near<K: Tested>(call: &Call<K>) {
     }
 }
 
+/// Groups of every size that tiles are cut to, one after the other and mixed, with
+/// those who share nothing, less than a block or another's past to its last token.
+fn begin_alike<K: Tested>(head_dim: usize, capacity: usize, kernels: impl Iterator<Item = Kernel>) {
+    let shape = CacheShape {
+        batch: 13,
+        length: 1,
+        capacity,
+        heads: 2,
+        head_dim,
+    };
+    let past: Vec<usize> = (0..13).map(|idx| capacity - 1 - idx % 5 * 3).collect();
+    let mut call = Call::<K>::random(shape, past, head_dim as u64);
+    let mut prefixes: Vec<_> = (0..13).map(|of| SharedPrefix { of, len: 0 }).collect();
+    let mut joins = |sequence: usize, of: usize, len: usize| {
+        let prefix = SharedPrefix { of, len };
+        call.share(sequence, prefix);
+        prefixes[sequence] = prefix;
+    };
+    for sequence in [2, 3, 5, 7, 8, 11] {
+        joins(sequence, 0, capacity - 14 - sequence);
+    }
+    joins(4, 1, 16);
+    joins(9, 6, 15);
+    joins(12, 10, capacity - 13);
+    for kernel in kernels {
+        let apart = call.run(kernel, 1);
+        let mut alike = call.clone();
+        alike.prefixes.clone_from(&prefixes);
+        for n_threads in [1, 3] {
+            assert!(
+                alike.run(kernel, n_threads) == apart,
+                "{kernel:?} {head_dim}"
+            );
+        }
+        // It is read where it is shared.
+        for at in positions(shape, |sequence| {
+            0..usize::from(sequence == 4) * prefixes[4].len
+        }) {
+            alike.put(1, at, &vec![f32::NAN; head_dim]);
+            alike.put(2, at, &vec![f32::NAN; head_dim]);
+        }
+        assert!(alike.run(kernel, 1).output == apart.output, "{kernel:?}");
+        alike.prefixes.clear();
+        assert!(alike.run(kernel, 1).output != apart.output, "{kernel:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes too long")]
+fn what_begins_alike_is_read_once_and_changes_nothing() {
+    for head_dim in [3, 8, 20, 64, 96, 128] {
+        begin_alike::<bf16>(head_dim, 160, kernels());
+        begin_alike::<Int24>(head_dim, 160, kernels());
+    }
+}
+
+/// The same for Miri.
+#[test]
+fn a_tiny_beginning_is_read_once() {
+    begin_alike::<Int24>(3, 48, [Kernel::Portable].into_iter());
+}
+
+#[test]
+fn a_prefix_that_nobody_has_is_refused() {
+    let shape = CacheShape {
+        batch: 3,
+        capacity: 32,
+        ..ONE_HEAD
+    };
+    let tasks = |shape, prefixes: &[(usize, usize)]| {
+        let prefix = |&(of, len): &(usize, usize)| SharedPrefix { of, len };
+        let prefixes: Vec<_> = prefixes.iter().map(prefix).collect();
+        HeadTasks::new(shape, &[20, 30, 20], &prefixes, Kernel::Portable).map(|tasks| tasks.0.len())
+    };
+    assert_eq!(tasks(shape, &[]), Ok(3));
+    assert_eq!(tasks(shape, &[(0, 20), (1, 99), (0, 0)]), Ok(3), "its own");
+    assert_eq!(tasks(shape, &[(0, 0), (0, 20), (0, 20)]), Ok(2));
+    assert_eq!(tasks(shape, &[(1, 20), (1, 0), (1, 16)]), Ok(2));
+    for prefixes in [
+        // Longer than the one's past and than the other's; of nobody; of one that
+        // shares itself.
+        [(0, 0), (0, 21), (0, 0)],
+        [(0, 0), (1, 0), (1, 21)],
+        [(0, 0), (3, 1), (0, 0)],
+        [(0, 0), (0, 20), (1, 20)],
+    ] {
+        assert!(matches!(
+            tasks(shape, &prefixes),
+            Err(AttentionError::Prefix { .. })
+        ));
+    }
+    let error = tasks(shape, &[(0, 0), (0, 20)]).unwrap_err();
+    assert_eq!(error.to_string(), "2 shared prefixes of 3 sequences");
+    let several = CacheShape { length: 2, ..shape };
+    assert!(tasks(several, &[(0, 0), (0, 16), (0, 0)]).is_err());
+}
+
 /// Small enough for Miri, which runs only the portable kernel: the pointer
 /// arithmetic of all is the same code.
 #[test]
@@ -515,7 +641,7 @@ fn refuses_what_it_cannot_do() {
         let cache = Cache::<bf16> { keys, values };
         let mut output = vec![0.0; 32];
         CachedAttention::new(call.shape, 1.0)
-            .and_then(|attention| attention.run(&call.qkv, &call.past, cache, &mut output, 1))
+            .and_then(|attention| attention.run(&call.qkv, &call.past, &[], cache, &mut output, 1))
             .map_err(|error| error.to_string())
     };
     let refused: [(Change, &str); 9] = [

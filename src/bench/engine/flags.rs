@@ -78,6 +78,15 @@ pub struct EngineArgs {
     )]
     pub generate_pasts: Vec<u16>,
 
+    /// Tokens that each image has for itself before that one, where what comes
+    /// before them is the same in all, as in samples of one primer [default: all]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(0..=4096)
+    )]
+    pub generate_own: Option<u16>,
+
     /// How often everything takes its turn
     #[arg(
         long,

@@ -352,11 +352,14 @@ impl Builder<'_> {
         names
     }
 
-    /// All layers in one operator, over a cache as above.
-    pub(super) fn all_layers(&mut self, rows: &str, cache: &Cache) -> String {
+    /// All layers in one operator, over a cache as above, of sequences that share
+    /// prefixes.
+    pub(super) fn all_layers(&mut self, rows: &str, cache: &Cache, prefixes: &str) -> String {
         let architecture = self.plan.architecture;
         let output = self.fresh("Layers");
-        let mut inputs = vec![rows.to_owned(), cache.seqlens_k.clone()];
+        let mut inputs = [rows, &cache.seqlens_k, prefixes]
+            .map(str::to_owned)
+            .to_vec();
         let mut outputs = vec![output.clone()];
         let mut scales = Vec::new();
         for idx in 0..architecture.n_layers {

@@ -112,12 +112,16 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
     builder.finish()
 }
 
+/// The input of `generate` that says what sequences share.
+pub const PREFIXES: &str = "prefixes";
+
 /// `logits` of what follows the last of `input_ids`, `(batch, colors)`.
 ///
 /// `position_ids` say where each token stands. `seqlens_k` and
 /// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
 /// has after this step, less one, and the most that any has (which
-/// `Layers` does not ask for). `past_key.N` and `key.N`, and the same
+/// `Layers` does not ask for, and instead has `prefixes`: for each sequence another
+/// one, and how many of its first positions it has as well). `past_key.N` and `key.N`, and the same
 /// of values, should be one buffer of `(batch, heads, capacity, elements)`, the
 /// capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With more than
 /// one token at once (a primer), all sequences must begin.
@@ -134,7 +138,8 @@ pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let positions = builder.standard("Gather", &[&table, &positions], Vec::new());
     let rows = builder.embedded_at(&tokens, &positions);
     let rows = if plan.attention == Attention::Layers {
-        builder.all_layers(&rows, &cache)
+        let prefixes = builder.input(int32(PREFIXES, &[BATCH, Dim::Size(2)]));
+        builder.all_layers(&rows, &cache, &prefixes)
     } else {
         let mut stream = builder.through_layers(&tokens, rows, Some(&cache));
         builder.settled(&mut stream)

@@ -8,7 +8,7 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 use super::{Nearness, Trial};
 use crate::attention::BLOCK;
 use crate::compile::Provider;
-use crate::compile::graph::Plan;
+use crate::compile::graph::{Attention, PREFIXES, Plan};
 use crate::compile::onnx::DataType;
 
 /// Tokens that the second sequence lags behind the first.
@@ -35,7 +35,7 @@ pub(super) fn nearness(
     let mut expected = Vec::new();
     let primer = (n_positions / 2).max(1);
     let mut step = |ends: [usize; 2], length: usize| -> ort::Result<()> {
-        bind_step(trial, &mut binding, ends, length)?;
+        bind_step(trial, plan, &mut binding, ends, length)?;
         let outputs = session.run_binding(&binding)?;
         let (_, logits) = outputs["logits"].try_extract_tensor::<f32>()?;
         found.extend_from_slice(logits);
@@ -98,6 +98,7 @@ fn bind_cache(
 /// Feeds the `length` tokens before `ends`.
 fn bind_step(
     trial: &Trial,
+    plan: &Plan<'_>,
     binding: &mut IoBinding,
     ends: [usize; 2],
     length: usize,
@@ -115,6 +116,11 @@ fn bind_step(
     binding.bind_input("input_ids", &Tensor::from_array((shape, ids))?)?;
     binding.bind_input("position_ids", &Tensor::from_array((shape, positions))?)?;
     binding.bind_input("seqlens_k", &Tensor::from_array(([ends.len()], past))?)?;
+    if plan.attention == Attention::Layers {
+        // They share nothing.
+        let none = vec![0; 2 * ends.len()];
+        binding.bind_input(PREFIXES, &Tensor::from_array(([ends.len(), 2], none))?)?;
+    }
     let scalar: [usize; 0] = [];
     binding.bind_input(
         "total_sequence_length",

@@ -173,6 +173,73 @@ fn one_primer_is_fed_once() {
 }
 
 #[test]
+fn those_who_begin_alike_share_what_saves_most() {
+    let fed = |primer: &[u16], n_fed: usize| {
+        let (mut sequence, outcome) = sequence(primer, None);
+        sequence.fed(n_fed);
+        (Some(sequence), outcome)
+    };
+    let image: Vec<u16> = (0..63).map(|pixel| pixel % COLORS).collect();
+    let other: Vec<u16> = (0..63).map(|pixel| (pixel * 3 + 1) % COLORS).collect();
+    let half: Vec<u16> = [&image[..30], &other[..30]].concat();
+    let (slots, _outcomes): (Vec<_>, Vec<_>) = [
+        fed(&image, 50),
+        fed(&other, 60),
+        // Of what both have, as far as it is the same: the start token too.
+        fed(&image, 40),
+        fed(&half, 60),
+        fed(&other, 60),
+        // Less than a block, and nothing.
+        fed(&image, 15),
+        fed(&[], 1),
+    ]
+    .into_iter()
+    .unzip();
+    let slots: Vec<_> = slots.into_iter().chain([None]).collect();
+    let shared: Vec<_> = super::prefixes::prefixes(&slots)
+        .into_iter()
+        .map(|prefix| (prefix.of, prefix.len))
+        .collect();
+    let none = |slot: usize| (slot, 0);
+    assert_eq!(
+        shared,
+        [
+            none(0),
+            none(1),
+            (0, 40),
+            // Three who share 31 save more than two who share 40.
+            (0, 31),
+            (1, 60),
+            none(5),
+            none(6),
+            none(7),
+        ]
+    );
+}
+
+#[test]
+fn samples_of_a_primer_share_it_as_long_as_there_are_several() {
+    let mut bench = bench(4, true, Script::default());
+    let primer: Vec<u16> = (0..40).collect();
+    let mut outcomes: Vec<Outcome> = (0..3).map(|_| bench.join(&primer)).collect();
+    while bench.step().size == 0 {}
+    let shared = |bench: &Bench| {
+        let prefixes = super::prefixes::prefixes(&bench.decoder.slots);
+        prefixes.iter().map(|prefix| prefix.len).collect::<Vec<_>>()
+    };
+    // All draw what is likeliest, and so share what they draw as well.
+    let n_fed = bench.decoder.slots[0].as_ref().expect("there").n_fed();
+    assert!(n_fed > primer.len());
+    assert_eq!(shared(&bench), [0, n_fed, n_fed, 0]);
+    drop(outcomes.remove(0));
+    bench.decoder.sweep(Instant::now());
+    assert_eq!(shared(&bench), [0, 0, n_fed, 0]);
+    for outcome in &mut outcomes {
+        assert_eq!(bench.tokens(outcome), expected(&primer));
+    }
+}
+
+#[test]
 fn a_primer_does_not_hold_up_the_others() {
     let mut bench = bench(2, true, Script::default());
     let mut drawing = bench.join(&[]);

@@ -35,8 +35,9 @@ use ort::value::{
 use super::failure::{run_failed, runtime};
 use super::placement;
 use super::whole::{GRAPH_ID, NO_GRAPH};
-use crate::attention::BLOCK;
+use crate::attention::{BLOCK, SharedPrefix};
 use crate::compile;
+use crate::compile::graph::PREFIXES;
 use crate::engine::runtime::{Residence, Runtime};
 use crate::engine::{EngineError, Feed, FeedRow, Graph, SequenceFacts, Span, Warm};
 
@@ -170,12 +171,14 @@ impl SequenceEngine {
         }
         // Tests capture on a CPU, as far as that goes.
         let has_one_size = is_cuda || runtime_.cuda_graphs;
+        let shares_prefixes = (session.inputs().iter()).any(|input| input.name() == PREFIXES);
         let mut engine = Self {
             facts: SequenceFacts {
                 n_slots,
                 slot_bytes,
                 chunk: if is_cuda { CHUNK_CUDA } else { CHUNK_CPU },
                 rows_min: if has_one_size { n_slots } else { ROWS_MIN_CPU },
+                shares_prefixes,
             },
             bound: BTreeMap::new(),
             step: None,
@@ -254,6 +257,7 @@ impl SequenceEngine {
         let feed = Feed {
             first_slot: 0,
             rows: &[primer],
+            prefixes: &[],
         };
         self.feed(&feed, &mut logits, &mut None)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
@@ -266,6 +270,7 @@ impl SequenceEngine {
             let feed = Feed {
                 first_slot: 0,
                 rows: &rows,
+                prefixes: &[],
             };
             let mut elapsed = Duration::ZERO;
             // The first run of a size allocates.
@@ -318,6 +323,9 @@ impl SequenceEngine {
             .get_mut(&range)
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bind_tokens(binding, rows).map_err(runtime)?;
+        if self.facts.shares_prefixes {
+            bind_prefixes(binding, rows.len(), feed.prefixes).map_err(runtime)?;
+        }
         let session = &mut self.session;
         let options = &self.uncaptured;
         let (outputs, ran) = Span::of(|| session.run_binding_with_options(binding, options));
@@ -611,6 +619,21 @@ fn bind_tokens(binding: &mut IoBinding, rows: &[FeedRow<'_>]) -> ort::Result<()>
         "total_sequence_length",
         &Tensor::from_array((scalar, vec![most]))?,
     )
+}
+
+/// Binds what each of so many rows shares.
+fn bind_prefixes(
+    binding: &mut IoBinding,
+    n_rows: usize,
+    prefixes: &[SharedPrefix],
+) -> ort::Result<()> {
+    let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
+    let prefix = |row| prefixes.get(row).copied().unwrap_or_default();
+    let pairs = (0..n_rows).map(prefix);
+    let pairs: Vec<i32> = pairs
+        .flat_map(|SharedPrefix { of, len }| [int32(of), int32(len)])
+        .collect();
+    binding.bind_input(PREFIXES, &Tensor::from_array(([n_rows, 2], pairs))?)
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! The kernel of [`crate::layers`] as an operator.
 //!
 //! `imagegpt.Layers`, all layers for new tokens of sequences that have a cache.
-//! After the first two, its inputs are the same sixteen for each layer:
+//! After the first three, its inputs are the same sixteen for each layer:
 //!
 //! | | |
 //! |---|---|
 //! | input 0 | what the first layer takes, f32, `(batch * length, width)` |
 //! | input 1 | `seqlens_k`, i32, `(batch)`: tokens after this run, less one |
+//! | input 2 | `prefixes`, i32, `(batch, 2)`: another sequence of the batch, and how many of its first positions this one has as well, which may be read there ([`SharedPrefix`]) |
 //! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16, of which n is `head_dim`, or bytes of [`Int24`], `3 * head_dim + 4` |
 //! | + 2 | the norm before attention, f32, `(width)` |
 //! | + 3, 4, 5 | to queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
@@ -39,14 +40,14 @@ use ort::value::{
 };
 
 use super::attention::heads;
-use crate::attention::{Cache, Int24, Kept};
+use crate::attention::{Cache, Int24, Kept, SharedPrefix};
 use crate::layers::{Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight};
 
 /// The name of the operator within [`DOMAIN`](super::DOMAIN).
 pub const LAYERS: &str = "Layers";
 
 /// Inputs before those of the layers.
-const FIRST: usize = 2;
+const FIRST: usize = 3;
 /// Inputs of each layer.
 const PER_LAYER: usize = 16;
 /// Outputs of a single layer.
@@ -66,6 +67,7 @@ impl Operator for LayersOp {
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
         [
             OperatorInput::required(TensorElementType::Float32),
+            OperatorInput::required(TensorElementType::Int32),
             OperatorInput::required(TensorElementType::Int32),
             OperatorInput::variadic(PER_LAYER),
         ]
@@ -246,11 +248,12 @@ pub(super) struct LayersKernel {
 
 impl Kernel for LayersKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        let [rows, seqlens_k, first_key] = super::inputs::<3>(context)?;
+        let [rows, seqlens_k, prefixes, first_key] = super::inputs::<4>(context)?;
         let call = Call {
             context,
             rows: &rows,
             seqlens_k: &seqlens_k,
+            prefixes: &prefixes,
             room: &mut self.room,
         };
         match (&self.packed, first_key.data_type()) {
@@ -270,6 +273,7 @@ struct Call<'a> {
     context: &'a ComputeContext,
     rows: &'a DynTensor,
     seqlens_k: &'a DynTensor,
+    prefixes: &'a DynTensor,
     room: &'a mut Room,
 }
 
@@ -285,6 +289,8 @@ impl Call<'_> {
         let batch = ends.len();
         let length = rows.len() / (batch * width).max(1);
         let past = past(ends, length)?;
+        let (_, prefixes) = self.prefixes.try_extract_tensor::<i32>()?;
+        let prefixes = shared(prefixes)?;
 
         let mut output = super::output(context, 0, dims.to_vec())?;
         let mut kept = Vec::with_capacity(2 * layers.n_layers());
@@ -329,6 +335,7 @@ impl Call<'_> {
             rows,
             length,
             past: &past,
+            prefixes: &prefixes,
             capacity,
             caches,
         };
@@ -363,6 +370,20 @@ fn past(ends: &[i32], length: usize) -> ort::Result<Vec<usize>> {
             "seqlens_k {ends:?} are not tokens after {length} new ones, less one"
         ))
     })
+}
+
+/// What sequences share, from pairs of another one and positions.
+fn shared(pairs: &[i32]) -> ort::Result<Vec<SharedPrefix>> {
+    let size = |size: i32| usize::try_from(size).ok();
+    let (pairs, rest) = pairs.as_chunks::<2>();
+    let shared = pairs.iter().map(|&[of, len]| {
+        Some(SharedPrefix {
+            of: size(of)?,
+            len: size(len)?,
+        })
+    });
+    let shared = shared.collect::<Option<_>>().filter(|_| rest.is_empty());
+    shared.ok_or_else(|| ort::Error::new("prefixes are not pairs of a sequence and positions"))
 }
 
 /// Makes `present` what `past` is; it may be the same memory already, but

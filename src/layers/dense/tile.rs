@@ -9,11 +9,11 @@
 )]
 
 use super::Finish;
-use crate::vector::{Number, Vector};
+use crate::vector::{LANES_MAX, Number, Vector};
 
-/// How far ahead of its use a line of weights is asked for. A few hundred
-/// nanoseconds at the speed of memory; the processor's own prefetching stops at
-/// every page.
+/// How far ahead of its use a line of weights is asked for, in all strips. A few
+/// hundred nanoseconds at the speed of memory; the processor's own prefetching stops
+/// at every page.
 const AHEAD: usize = 4096;
 
 /// Which weights are asked for while others are used. What comes after the panel
@@ -62,7 +62,7 @@ pub(super) struct Tile<N> {
     /// each other out of the cache.
     pub(super) row_stride: usize,
     pub(super) inputs: usize,
-    /// A row of it for each input.
+    /// In each strip of it a row for each input.
     pub(super) panel: *const N,
     /// Where the panel is left as floats, if anywhere.
     pub(super) unpack: Option<*mut f32>,
@@ -133,9 +133,19 @@ impl<N: Number> Tile<N> {
     /// else has these columns of the output.
     #[inline(always)]
     unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
-        let n_lines = (VECTORS * V::LANES).div_ceil(N::PER_LINE);
-        let row_bytes = VECTORS * V::LANES * size_of::<N>();
-        let n_ahead = AHEAD / row_bytes;
+        // As `strip_width` has it: of one vector each, or one of all.
+        let n_strips = const {
+            if N::IN_STRIPS && V::LANES == LANES_MAX {
+                VECTORS
+            } else {
+                1
+            }
+        };
+        let strip_vectors = VECTORS / n_strips;
+        let row_len = strip_vectors * V::LANES;
+        let row_bytes = row_len * size_of::<N>();
+        let n_lines = row_len.div_ceil(N::PER_LINE);
+        let n_ahead = AHEAD / (n_strips * row_bytes);
         let n_own = self.inputs.saturating_sub(n_ahead);
         let mut ahead = self.panel.cast::<u8>().wrapping_add(n_ahead * row_bytes);
         let (mut rows, mut panel) = (self.rows, self.panel);
@@ -148,8 +158,12 @@ impl<N: Number> Tile<N> {
                         if input == n_own {
                             ahead = next;
                         }
-                        for line in 0..n_lines {
-                            V::prefetch(ahead.wrapping_add(line * N::PER_LINE * size_of::<N>()));
+                        for strip in 0..n_strips {
+                            let row = ahead.wrapping_add(strip * self.inputs * row_bytes);
+                            for line in 0..n_lines {
+                                let line = line * N::PER_LINE * size_of::<N>();
+                                V::prefetch(row.wrapping_add(line));
+                            }
                         }
                         ahead = ahead.wrapping_add(row_bytes);
                     }
@@ -159,7 +173,8 @@ impl<N: Number> Tile<N> {
                 }
                 let mut weights = [V::splat(0.0); VECTORS];
                 for (j, weights) in weights.iter_mut().enumerate() {
-                    *weights = N::load(panel.add(j * V::LANES));
+                    let strip = j / strip_vectors * self.inputs * row_len;
+                    *weights = N::load(panel.add(strip + j % strip_vectors * V::LANES));
                     if let Some(unpack) = self.unpack {
                         weights.store(unpack.add(input * VECTORS * V::LANES + j * V::LANES));
                     }
@@ -171,7 +186,7 @@ impl<N: Number> Tile<N> {
                     }
                 }
                 rows = rows.add(1);
-                panel = panel.add(VECTORS * V::LANES);
+                panel = panel.add(row_len);
             }
             for (i, sums) in sums.into_iter().enumerate() {
                 for (j, sum) in sums.into_iter().enumerate() {

@@ -13,10 +13,8 @@ use crate::vector::{avx2::Avx2, avx512::Avx512};
 fn kept(row: &[f32]) -> Vec<f32> {
     let factor = <Int24 as Kept>::factor(row);
     let mut bytes = vec![0; 3 * row.len()];
-    for (value, to) in row.iter().zip(bytes.chunks_exact_mut(3)) {
-        // SAFETY: there are three bytes.
-        unsafe { Int24::put(*value, factor, to.as_mut_ptr()) }
-    }
+    // SAFETY: there are three bytes for each.
+    unsafe { Int24::put_row(row, factor, bytes.as_mut_ptr(), 3) };
     let numbers = bytes.chunks_exact(3);
     numbers
         .map(|bytes| i32::from_le_bytes([0, bytes[0], bytes[1], bytes[2]]) as f32 * factor)

@@ -19,6 +19,10 @@ fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
         cuda_graphs: one_size,
         ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
     };
+    load(folder, &runtime)
+}
+
+fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     let path = folder.join("generate.onnx");
     if !path.exists() {
         let options = CompileOptions {
@@ -26,7 +30,7 @@ fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
             ..CompileOptions::default()
         };
         let source = Source::parse("random:tiny", None);
-        crate::compile::compile(&source, folder, &options, &runtime, &mut Silent)
+        crate::compile::compile(&source, folder, &options, runtime, &mut Silent)
             .expect("a compiled model");
     }
     let options = Options {
@@ -35,7 +39,7 @@ fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
         positions: POSITIONS,
         n_colors: COLORS,
     };
-    let mut engine = SequenceEngine::load(&runtime, &path, options).expect("sequences");
+    let mut engine = SequenceEngine::load(runtime, &path, options).expect("sequences");
     engine.warm_up().expect("a warm engine");
     engine
 }
@@ -52,6 +56,7 @@ fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
     let feed = Feed {
         first_slot: 1,
         rows: &[row],
+        prefixes: &[],
     };
     engine
         .feed(&feed, &mut of_run, &mut None)
@@ -69,6 +74,7 @@ fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
         let feed = Feed {
             first_slot: 0,
             rows: &rows,
+            prefixes: &[],
         };
         engine.feed(&feed, &mut of_run, &mut None).expect("a step");
         assert_eq!(of_run.len(), SLOTS * COLORS);
@@ -93,4 +99,60 @@ fn a_step_of_one_size_draws_the_same() {
     assert!(worst < 1e-5, "{worst}");
     // It is not that nothing is computed.
     assert!(several.iter().any(|logit| logit.abs() > 0.1));
+}
+
+/// Three samples of one primer, with and without what they share being read once.
+#[test]
+fn a_shared_prefix_changes_no_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let environment = environment(&find_library(None)).expect("make setup has brought it");
+    let runtime = Runtime {
+        n_threads: 2,
+        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
+    };
+    let mut engine = load(&folder.path().join("model"), &runtime);
+    assert!(engine.facts.shares_prefixes);
+    let primer: Vec<u16> = (0..50).map(|idx| idx * 23 % 512).collect();
+    let mut of_run = Vec::new();
+    let row = FeedRow {
+        tokens: &primer,
+        past: 0,
+    };
+    let feed = Feed {
+        first_slot: 0,
+        rows: &[row],
+        prefixes: &[],
+    };
+    engine
+        .feed(&feed, &mut of_run, &mut None)
+        .expect("a primer");
+    for slot in 1..SLOTS {
+        assert!(engine.copy_slot(0, slot, primer.len()));
+    }
+    let mut drawn = |prefixes: &[SharedPrefix]| {
+        let mut all = Vec::new();
+        for step in 0..20_u16 {
+            let tokens: Vec<u16> = (0..3).map(|slot| (step * 31 + slot * 7) % 512).collect();
+            let row = |token| FeedRow {
+                tokens: std::slice::from_ref(token),
+                past: primer.len() + usize::from(step),
+            };
+            let rows: Vec<FeedRow<'_>> = tokens.iter().map(row).collect();
+            let feed = Feed {
+                first_slot: 0,
+                rows: &rows,
+                prefixes,
+            };
+            engine.feed(&feed, &mut of_run, &mut None)?;
+            all.extend_from_slice(&of_run);
+        }
+        Ok::<_, EngineError>(all)
+    };
+    let apart = drawn(&[]).expect("steps");
+    let shared = |len| [SharedPrefix { of: 0, len }; SLOTS];
+    let alike = drawn(&shared(primer.len())).expect("steps");
+    assert!(apart == alike, "a shared prefix changes logits");
+    // The operator does look at it.
+    let error = drawn(&shared(primer.len() + 1)).expect_err("a prefix that nobody has");
+    assert!(error.to_string().contains("cannot share"), "{error}");
 }
