@@ -7,17 +7,19 @@ transformers saves it, `fp32` and `int8` compiled. For 1, 4, 8 and 16 sequences
 at the beginning, in the middle and at the end of an image it prints the tokens a
 second of
 
-- the worker, through gRPC: as many calls as sequences, which begin with the
-  tokens of their past, over two rows of 32 tokens: 32 to 95, 512 to 575 and 960
-  to 1023;
+- the worker, through gRPC: as many calls as sequences, samples of one primer,
+  over two rows of 32 tokens: 32 to 95, 512 to 575 and 960 to 1023. The primer ends
+  a row before, so that the last 64 tokens of each past are its own and those before
+  are read once for several of them;
 - transformers' forward with a cache of as many tokens as there are before the
   middle of those two rows, two threads;
 - the decode graph alone at the same past, in the loop of `imagegpt bench engine`
-  (Python does not have the worker's own operators);
+  (Python does not have the worker's own operators); and last once more, "apart":
+  over pasts of which nothing is shared;
 
 medians of ROUNDS rounds (5), in each of which all are measured one after the
 other, and the fraction of the roofline: the bytes that a step must read, weights and
-past, divided by the measured bandwidth, over the step's time.
+past, what is shared once, divided by the measured bandwidth, over the step's time.
 """
 
 import json
@@ -47,6 +49,9 @@ POSITIONS = SIDE * SIDE
 # The row whose end begins the measurement, of two rows, by the tokens before their
 # middle.
 ROWS = {64: 0, 544: 15, 992: 29}
+# Tokens of a past that are its own in the middle of those two rows: all after the
+# primer.
+OWN = 2 * SIDE
 PORT, METRICS_PORT = 50154, 9194
 
 
@@ -72,14 +77,14 @@ class Transformers:
         return n / min(times)
 
 
-def bare_loop(program: str, folder: Path, n: int) -> dict[int, float]:
+def bare_loop(program: str, folder: Path, n: int, own: list[str]) -> dict[int, float]:
     """Tokens a second of n sequences by past, by the worker's program without a server."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "engine.json"
         subprocess.run(
             [program, "bench", "engine", "--model", str(folder), "--execution-provider", "cpu"]
             + ["--graphs", "generate", "--generate-slots", str(n), "--rounds", "1", "--json", str(path)]
-            + ["--generate-pasts", ",".join(map(str, ROWS))]
+            + ["--generate-pasts", ",".join(map(str, ROWS)), *own]
             + ["--serve", f"--generate-cache-bytes 4GiB --intra-op-threads {THREADS}"],
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
@@ -158,7 +163,8 @@ def main() -> None:
     cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     print(f"{cpu}, {THREADS} threads, {ROUNDS} rounds; memory read {read / 1e9:.1f} GB/s")
     print(f"{'':>5} {'seqs':>4} {'past':>5} {'transformers':>12} {'graph':>7} {'gRPC':>7}   "
-          f"{'gRPC/tr.':>8} {'gRPC/graph':>10} {'of roofline':>11}   tokens a second", flush=True)
+          f"{'gRPC/tr.':>8} {'gRPC/graph':>10} {'of roofline':>11}   {'apart':>7} {'apart/tr.':>9}   "
+          "tokens a second", flush=True)
     for precision in PRECISIONS:
         # Steps in fp32 keep 24 bits, and a factor for each position and head; those
         # in int8 keep the past in bfloat16.
@@ -166,18 +172,22 @@ def main() -> None:
         cached = 3 + 4 / HEAD_DIM if precision == "fp32" else 2
         for n in SEQUENCES:
             worker = Worker(program, work / precision, n, pb, services)
-            loops = [bare_loop(program, work / precision, n) for _ in range(ROUNDS)]
+            alike = ["--generate-own", str(OWN)]
+            loops = [[bare_loop(program, work / precision, n, own) for own in (alike, [])] for _ in range(ROUNDS)]
             for past in ROWS:
-                rates = [[], [], []]
+                rates = [[], [], [], []]
                 for round in range(ROUNDS):
                     rates[0].append(reference.rate(n, past))
-                    rates[1].append(loops[round][past])
+                    rates[1].append(loops[round][0][past])
                     rates[2].append(worker.rate(past))
-                theirs, bare, ours = (median(values) for values in rates)
-                bytes_read = weights + n * past * LAYERS * 2 * HEADS * HEAD_DIM * cached
+                    rates[3].append(loops[round][1][past])
+                theirs, bare, ours, apart = (median(values) for values in rates)
+                positions = past - OWN + n * OWN
+                bytes_read = weights + positions * LAYERS * 2 * HEADS * HEAD_DIM * cached
                 roofline = bytes_read / read / (n / ours)
                 print(f"{precision:>5} {n:>4} {past:>5} {theirs:>12.1f} {bare:>7.1f} {ours:>7.1f}   "
-                      f"{ours / theirs:>7.2f}x {ours / bare:>9.0%} {roofline:>11.0%}", flush=True)
+                      f"{ours / theirs:>7.2f}x {ours / bare:>9.0%} {roofline:>11.0%}   {apart:>7.1f} {apart / theirs:>8.2f}x",
+                      flush=True)
             worker.end()
 
 
