@@ -153,7 +153,7 @@ impl<K: Kept> CachedHead<K> {
         BLOCK * K::position_len(self.head_dim)
     }
 
-    /// Where the blocks begin that one position, the first of its block, is in.
+    /// Where the block of a position begins.
     fn block(&self, of: *const K::Element, position: usize) -> *const K::Element {
         of.wrapping_add(position / BLOCK * self.block_len())
     }
