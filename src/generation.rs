@@ -67,6 +67,14 @@ pub struct Sequence {
     rows_sent: usize,
 }
 
+/// What a sequence has been fed, in an order in which those that begin alike are
+/// neighbors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Past<'a> {
+    pub start: u16,
+    pub pixels: &'a [u16],
+}
+
 impl Sequence {
     /// The sequence for tokens that preprocessing found, of an image of `side`
     /// pixels a side whose start token is `start`.
@@ -162,16 +170,13 @@ impl Sequence {
         self.start == other.start && own.is_some() && own == others
     }
 
-    /// Tokens whose keys and values both keep, from the first on, as far as they are
-    /// the same.
+    /// The tokens whose keys and values are kept, if there are any.
     #[must_use]
-    pub fn n_shared(&self, other: &Self) -> usize {
-        if self.start != other.start {
-            return 0;
-        }
-        let both = self.pixels.iter().zip(&other.pixels);
-        let n_same = both.take_while(|(one, other)| one == other).count();
-        (1 + n_same).min(self.n_fed).min(other.n_fed)
+    pub fn past(&self) -> Option<Past<'_>> {
+        Some(Past {
+            start: self.start,
+            pixels: self.pixels.get(..self.n_fed.checked_sub(1)?)?,
+        })
     }
 
     /// `n` more tokens have their keys and values kept.

@@ -69,6 +69,8 @@ struct Measured {
 struct Stepped {
     slots: usize,
     past: usize,
+    /// Tokens of it that all have, and that are read once for several.
+    shared: usize,
     runs: usize,
     median_ms: f64,
     tokens_per_second: f64,
@@ -210,7 +212,7 @@ fn measure(
         }
         for stepped in &mut generate {
             repeat(share, &mut stepped.times, || {
-                step(loaded, stepped.slots, stepped.past, args.generate_own)
+                step(loaded, stepped.slots, stepped.past, stepped.shared)
             })?;
         }
     }
@@ -338,6 +340,16 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
         pasts = vec![1.min(last), last.div_ceil(2), last];
     }
     pasts.dedup();
+    if args.generate_own.is_some() && !sequences.shares_prefixes {
+        anyhow::bail!(
+            "--generate-own: steps of this model, here, read each past by itself (only those of \
+             imagegpt's own operators on a CPU share any)"
+        );
+    }
+    let shared = |past: usize| {
+        let own = args.generate_own.map_or(past, usize::from);
+        past.saturating_sub(own)
+    };
     let steps = sequences
         .sizes()
         .iter()
@@ -345,6 +357,7 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
             pasts.iter().map(move |&past| Stepped {
                 slots,
                 past,
+                shared: shared(past),
                 runs: 0,
                 median_ms: 0.0,
                 tokens_per_second: 0.0,
@@ -416,18 +429,13 @@ fn run_graph(
     Ok(())
 }
 
-fn step(loaded: &mut Loaded, slots: usize, past: usize, own: Option<u16>) -> anyhow::Result<()> {
+fn step(loaded: &mut Loaded, slots: usize, past: usize, shared: usize) -> anyhow::Result<()> {
     let row = FeedRow { tokens: &[0], past };
-    let sequences = loaded.engine.facts().sequences;
-    let can_share = sequences.is_some_and(|sequences| sequences.shares_prefixes);
-    let shared = own.filter(|_| can_share).map(|own| SharedPrefix {
-        of: 0,
-        len: past.saturating_sub(own.into()),
-    });
+    let prefix = SharedPrefix { of: 0, len: shared };
     let feed = Feed {
         first_slot: 0,
         rows: &vec![row; slots],
-        prefixes: &vec![shared.unwrap_or_default(); slots],
+        prefixes: &vec![prefix; slots],
     };
     Ok(loaded.engine.feed(&feed, &mut Vec::new())?)
 }

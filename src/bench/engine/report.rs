@@ -99,12 +99,20 @@ fn graphs(findings: &Findings) -> Table {
 }
 
 fn generate(findings: &Findings) -> Table {
-    let header = ["generate", "past", "runs", "median ms", "tokens/s"];
+    let header = [
+        "generate",
+        "past",
+        "shared",
+        "runs",
+        "median ms",
+        "tokens/s",
+    ];
     let mut table = Table::new(&header);
     for row in &findings.generate {
         table.row(vec![
             format!("{} at one time", row.slots),
             row.past.to_string(),
+            row.shared.to_string(),
             row.runs.to_string(),
             short(row.median_ms),
             short(row.tokens_per_second),

@@ -2,60 +2,82 @@
 //! once for several of them.
 
 use crate::attention::{BLOCK, SharedPrefix};
-use crate::generation::Sequence;
+use crate::generation::{Past, Sequence};
 
-/// Sequences that share what the first of them has.
-struct Group<'a> {
-    slot: usize,
-    first: &'a Sequence,
-    n: usize,
-    /// What all of them share, once there are several.
-    len: usize,
-}
-
-impl Group<'_> {
-    /// Positions that need not be read.
-    fn saved(n: usize, len: usize) -> usize {
-        (n - 1) * len
-    }
-
-    /// What joining with so much in common would save more.
-    fn gain(&self, common: usize) -> Option<usize> {
-        let len = self.len.min(common);
-        let gain = Self::saved(self.n + 1, len).checked_sub(Self::saved(self.n, self.len))?;
-        (len >= BLOCK && gain > 0).then_some(gain)
-    }
-}
-
-/// For each slot the first sequence of the group where it saves most. In the same
+/// For each slot which other one it shares its first positions with. In the same
 /// past there are the same keys and values: they depend on nothing else.
+///
+/// Those that are neighbors in the order of their tokens have the most in common, so
+/// groups are runs of that order, cut where most is saved: positions that one of a
+/// group reads for the others.
 pub(super) fn prefixes(slots: &[Option<Sequence>]) -> Vec<SharedPrefix> {
-    let mut groups: Vec<Group<'_>> = Vec::new();
-    let mut prefixes = Vec::with_capacity(slots.len());
-    for (slot, sequence) in slots.iter().enumerate() {
-        let mut prefix = SharedPrefix { of: slot, len: 0 };
-        if let Some(sequence) = sequence {
-            let gains = groups.iter_mut().filter_map(|group| {
-                let common = group.first.n_shared(sequence);
-                Some((group.gain(common)?, common, group))
-            });
-            if let Some((_, common, group)) = gains.max_by_key(|(gain, ..)| *gain) {
-                group.n += 1;
-                group.len = group.len.min(common);
-                prefix = SharedPrefix {
-                    of: group.slot,
-                    len: common,
-                };
-            } else {
-                groups.push(Group {
-                    slot,
-                    first: sequence,
-                    n: 1,
-                    len: sequence.n_fed(),
-                });
+    let mut prefixes: Vec<_> = (0..slots.len())
+        .map(|of| SharedPrefix { of, len: 0 })
+        .collect();
+    let pasts = slots.iter().enumerate();
+    let mut pasts: Vec<(Past<'_>, usize)> = pasts
+        .filter_map(|(slot, sequence)| Some((sequence.as_ref()?.past()?, slot)))
+        .collect();
+    pasts.sort_unstable();
+    // What each has in common with the one before it.
+    let common: Vec<usize> = std::iter::once(0)
+        .chain(pasts.windows(2).map(|pair| blocks(pair[0].0, pair[1].0)))
+        .collect();
+    let mut end = pasts.len();
+    let cuts = cuts(&common);
+    while end > 0 {
+        let group = cuts[end].start..end;
+        let len = common[group.start + 1..group.end].iter().min();
+        let of = pasts[group.clone()].iter().map(|(_, slot)| *slot).min();
+        if let (Some(&len), Some(of)) = (len, of) {
+            let others = pasts[group.clone()].iter().filter(|(_, slot)| *slot != of);
+            for (_, slot) in others {
+                prefixes[*slot] = SharedPrefix { of, len };
             }
         }
-        prefixes.push(prefix);
+        end = group.start;
     }
     prefixes
+}
+
+/// Positions that two pasts have in common, whole blocks.
+fn blocks(one: Past<'_>, other: Past<'_>) -> usize {
+    if one.start != other.start {
+        return 0;
+    }
+    let pairs = one.pixels.iter().zip(other.pixels);
+    let n_same = 1 + pairs.take_while(|(one, other)| one == other).count();
+    n_same / BLOCK * BLOCK
+}
+
+/// The best way to cut the first few of a run into groups.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Where the last group starts.
+    start: usize,
+    /// Positions that are not read.
+    saved: usize,
+}
+
+/// For each number of them the best way to cut the first so many.
+fn cuts(common: &[usize]) -> Vec<Cut> {
+    let mut cuts = vec![Cut { start: 0, saved: 0 }];
+    for end in 1..=common.len() {
+        let mut start = end - 1;
+        let mut best = Cut {
+            start,
+            saved: cuts[start].saved,
+        };
+        let mut len = usize::MAX;
+        while start > 0 && common[start] > 0 {
+            len = len.min(common[start]);
+            start -= 1;
+            let saved = cuts[start].saved + (end - 1 - start) * len;
+            if saved > best.saved {
+                best = Cut { start, saved };
+            }
+        }
+        cuts.push(best);
+    }
+    cuts
 }

@@ -172,49 +172,83 @@ fn one_primer_is_fed_once() {
     assert_eq!(fed(false), "80");
 }
 
+/// What slots share, and the sequences whose tokens those are.
+fn shared(of: &[(&[u16], usize)]) -> Vec<(usize, usize)> {
+    let slots: Vec<_> = of
+        .iter()
+        .map(|(primer, n_fed)| {
+            let (mut sequence, _) = sequence(primer, None);
+            sequence.fed(*n_fed);
+            Some(sequence)
+        })
+        .chain([None])
+        .collect();
+    let mut prefixes = super::prefixes::prefixes(&slots);
+    assert_eq!(prefixes.pop().map(|prefix| prefix.len), Some(0));
+    let pairs = prefixes.iter().map(|prefix| (prefix.of, prefix.len));
+    pairs.collect()
+}
+
 #[test]
 fn those_who_begin_alike_share_what_saves_most() {
-    let fed = |primer: &[u16], n_fed: usize| {
-        let (mut sequence, outcome) = sequence(primer, None);
-        sequence.fed(n_fed);
-        (Some(sequence), outcome)
-    };
     let image: Vec<u16> = (0..63).map(|pixel| pixel % COLORS).collect();
     let other: Vec<u16> = (0..63).map(|pixel| (pixel * 3 + 1) % COLORS).collect();
-    let half: Vec<u16> = [&image[..30], &other[..30]].concat();
-    let (slots, _outcomes): (Vec<_>, Vec<_>) = [
-        fed(&image, 50),
-        fed(&other, 60),
-        // Of what both have, as far as it is the same: the start token too.
-        fed(&image, 40),
-        fed(&half, 60),
-        fed(&other, 60),
-        // Less than a block, and nothing.
-        fed(&image, 15),
-        fed(&[], 1),
-    ]
-    .into_iter()
-    .unzip();
-    let slots: Vec<_> = slots.into_iter().chain([None]).collect();
-    let shared: Vec<_> = super::prefixes::prefixes(&slots)
-        .into_iter()
-        .map(|prefix| (prefix.of, prefix.len))
-        .collect();
+    let half: Vec<u16> = [&image[..31], &other[..30]].concat();
     let none = |slot: usize| (slot, 0);
+    // Whole blocks of what both were fed, the start token too; and less than a block,
+    // and nothing.
     assert_eq!(
-        shared,
+        shared(&[
+            (&image, 50),
+            (&other, 64),
+            (&image, 40),
+            (&other, 60),
+            (&image, 15),
+            (&[], 1),
+            (&[], 0)
+        ]),
         [
             none(0),
             none(1),
-            (0, 40),
-            // Three who share 31 save more than two who share 40.
-            (0, 31),
-            (1, 60),
+            (0, 32),
+            (1, 48),
+            none(4),
             none(5),
-            none(6),
-            none(7),
+            none(6)
         ]
     );
+    // Three who share 32 save more than two who share 48, and less than three.
+    let [a, b, c] = [(&image[..], 60), (&image[..], 60), (&half[..], 60)];
+    assert_eq!(shared(&[c, a, b]), [none(0), (0, 32), (0, 32)]);
+    assert_eq!(shared(&[a, c, b, a]), [none(0), none(1), (0, 48), (0, 48)]);
+    assert_eq!(shared(&[c, a, c, b]), [none(0), none(1), (0, 48), (1, 48)]);
+}
+
+#[test]
+fn what_is_saved_does_not_depend_on_who_came_first() {
+    let image: Vec<u16> = (0..63).map(|pixel| pixel % COLORS).collect();
+    // As white margins: alike for a block, and then not.
+    let half: Vec<u16> = image
+        .iter()
+        .enumerate()
+        .map(|(pixel, color)| if pixel < 20 { *color } else { 7 })
+        .collect();
+    let mut seen = std::collections::BTreeSet::new();
+    for order in 0..1_u32 << 8 {
+        if order.count_ones() == 3 {
+            let of = |slot: u32| {
+                if order >> slot & 1 == 1 {
+                    &half
+                } else {
+                    &image
+                }
+            };
+            let slots: Vec<(&[u16], usize)> = (0..8).map(|slot| (&of(slot)[..], 64)).collect();
+            seen.insert(shared(&slots).iter().map(|(_, len)| len).sum::<usize>());
+        }
+    }
+    // Two of the one primer and four of the other read nothing of 64 positions.
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [6 * 64]);
 }
 
 #[test]
@@ -227,13 +261,15 @@ fn samples_of_a_primer_share_it_as_long_as_there_are_several() {
         let prefixes = super::prefixes::prefixes(&bench.decoder.slots);
         prefixes.iter().map(|prefix| prefix.len).collect::<Vec<_>>()
     };
+    assert_eq!(shared(&bench), [0, 32, 32, 0], "whole blocks");
     // All draw what is likeliest, and so share what they draw as well.
-    let n_fed = bench.decoder.slots[0].as_ref().expect("there").n_fed();
-    assert!(n_fed > primer.len());
-    assert_eq!(shared(&bench), [0, n_fed, n_fed, 0]);
+    while bench.decoder.slots[0].as_ref().expect("there").n_fed() < 48 {
+        bench.step();
+    }
+    assert_eq!(shared(&bench), [0, 48, 48, 0]);
     drop(outcomes.remove(0));
     bench.decoder.sweep(Instant::now());
-    assert_eq!(shared(&bench), [0, 0, n_fed, 0]);
+    assert_eq!(shared(&bench), [0, 0, 48, 0]);
     for outcome in &mut outcomes {
         assert_eq!(bench.tokens(outcome), expected(&primer));
     }
