@@ -21,6 +21,15 @@ pub(crate) mod scratch;
 pub use self::number::{Int24, Kept};
 pub(crate) use self::number::{Number, magnitude};
 
+/// Rows that remain, cut into tiles of powers of two, the largest first.
+pub(crate) fn tile_of(n_left: usize, most: usize) -> usize {
+    if n_left >= most {
+        most
+    } else {
+        (n_left + 1).next_power_of_two() / 2
+    }
+}
+
 /// The most lanes that a vector has.
 pub(crate) const LANES_MAX: usize = 16;
 

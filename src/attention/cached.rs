@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::cached_tile::{self, CachedHead, Prefix, Work};
 use super::{AttentionError, Kernel, Precision, SCRATCH};
-use crate::vector::{Kept, Portable};
+use crate::vector::{Kept, Portable, tile_of};
 
 pub use super::cached_tile::BLOCK;
 
@@ -164,9 +164,7 @@ impl HeadTasks {
                 // One after the other, so that the prefix is still in the cache.
                 let mut rest = &all[..];
                 while !rest.is_empty() {
-                    let n = [together, together / 2, 1];
-                    let n = n.into_iter().find(|n| (1..=rest.len()).contains(n));
-                    let (some, others) = rest.split_at(n.unwrap_or(rest.len()));
+                    let (some, others) = rest.split_at(tile_of(rest.len(), together));
                     let mut sequences = [0; TOGETHER_MAX];
                     sequences[..some.len()].copy_from_slice(some);
                     tasks.push(HeadTask {

@@ -69,7 +69,7 @@ pub(super) struct CachedHead<K: Kept> {
 /// The first positions of several sequences, which are the same in all.
 #[derive(Clone, Copy)]
 pub(super) struct Prefix<K: Kept> {
-    /// Where they are read.
+    /// Where they are read; of one head that shares nothing, its own.
     pub keys: *const K::Element,
     pub values: *const K::Element,
     /// How many: whole blocks, at most those that each sequence has.
@@ -407,7 +407,7 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
         }
         let beyond = match self.heads.get(query + 1) {
             Some(head) => head.block(head.keys, shared),
-            None => self.prefix_or_own(query),
+            None => self.prefix.values,
         };
         // SAFETY: as the caller vouches: the positions are within the head's
         // blocks, and there is a row for the token.
@@ -431,15 +431,6 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
             keys.score::<V, N>(shared..full, scores);
             head.append();
             keys.score::<V, N>(full..end, scores);
-        }
-    }
-
-    /// Where values are read first.
-    fn prefix_or_own(&self, query: usize) -> *const K::Element {
-        if self.n_values > 0 {
-            self.prefix.values
-        } else {
-            self.heads[query].values
         }
     }
 }

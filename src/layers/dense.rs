@@ -23,7 +23,7 @@ use super::pointwise::Activation;
 use super::{LayersError, check, size};
 use crate::attention::Kernel;
 use crate::vector::scratch::Scratch;
-use crate::vector::{Int24, LANES_MAX, Number, Portable, magnitude};
+use crate::vector::{Int24, LANES_MAX, Number, Portable, magnitude, tile_of};
 
 #[cfg(test)]
 mod tests;
@@ -158,15 +158,6 @@ fn tile_rows(kernel: Kernel) -> usize {
     }
 }
 
-/// Rows that remain, cut into tiles of powers of two, the largest first.
-fn tile_of(n_left: usize, most: usize) -> usize {
-    if n_left >= most {
-        most
-    } else {
-        (n_left + 1).next_power_of_two() / 2
-    }
-}
-
 /// One for each column of whole panels; what is too many is zero.
 fn padded(
     name: &'static str,
@@ -206,16 +197,16 @@ impl<W: Weight> Panels<W> {
         let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
         let mut pages =
             Pages::<W::Packed>::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
-        let width = strip_width::<W::Packed>(kernel);
+        let strip_width = strip_width::<W::Packed>(kernel);
         for (strip, rows) in pages
             .numbers_mut()
-            .chunks_exact_mut(inputs * width)
+            .chunks_exact_mut(inputs * strip_width)
             .enumerate()
         {
-            let first = outputs.min(strip * width);
-            let n_columns = width.min(outputs - first);
+            let first = outputs.min(strip * strip_width);
+            let n_columns = strip_width.min(outputs - first);
             let weights = dense.weights.chunks_exact(outputs);
-            for (row, weights) in rows.chunks_exact_mut(width).zip(weights) {
+            for (row, weights) in rows.chunks_exact_mut(strip_width).zip(weights) {
                 let columns = row.iter_mut().zip(first..first + n_columns);
                 for (packed, column) in columns {
                     *packed = weights[column].pack(factor(column));
@@ -231,7 +222,6 @@ impl<W: Weight> Panels<W> {
             (scales, None) => scales.map(<[f32]>::to_vec),
             (None, _) => factors,
         };
-        let width = panel_width(kernel);
         Ok(Self {
             inputs,
             outputs,

@@ -121,10 +121,10 @@ pub const PREFIXES: &str = "prefixes";
 /// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
 /// has after this step, less one, and the most that any has (which
 /// `Layers` does not ask for, and instead has `prefixes`: for each sequence another
-/// one, and how many of its first positions it has as well). `past_key.N` and `key.N`, and the same
-/// of values, should be one buffer of `(batch, heads, capacity, elements)`, the
-/// capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With more than
-/// one token at once (a primer), all sequences must begin.
+/// one, and how many of its first positions it has as well). `past_key.N` and
+/// `key.N`, and the same of values, should be one buffer of `(batch, heads, capacity,
+/// elements)`, the capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With
+/// more than one token at once (a primer), all sequences must begin.
 pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let mut builder = Builder::new(plan, Kind::Generate.name());
     let tokens = builder.tokens();

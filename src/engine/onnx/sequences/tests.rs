@@ -44,28 +44,36 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     engine
 }
 
-/// Logits of some steps: a primer in one slot, then a token to each.
-fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
-    let mut all = Vec::new();
-    let mut of_run = Vec::new();
-    let primer: Vec<u16> = (0..20).map(|idx| idx * 23 % 512).collect();
-    let row = FeedRow {
-        tokens: &primer,
-        past: 0,
-    };
+/// A primer of so many tokens, fed to a slot.
+fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
+    let tokens: Vec<u16> = (0..n_tokens).map(|idx| idx * 23 % 512).collect();
     let feed = Feed {
-        first_slot: 1,
-        rows: &[row],
+        first_slot: slot,
+        rows: &[FeedRow {
+            tokens: &tokens,
+            past: 0,
+        }],
         prefixes: &[],
     };
-    engine
-        .feed(&feed, &mut of_run, &mut None)
-        .expect("a primer");
-    for step in 0..6_u16 {
+    let primed = engine.feed(&feed, &mut Vec::new(), &mut None);
+    primed.expect("a primer");
+    tokens.len()
+}
+
+/// Logits of so many steps: a token to each slot, after what it has.
+fn steps(
+    engine: &mut SequenceEngine,
+    n_steps: u16,
+    pasts: [usize; SLOTS],
+    prefixes: &[SharedPrefix],
+) -> Result<Vec<f32>, EngineError> {
+    let mut all = Vec::new();
+    let mut of_run = Vec::new();
+    for step in 0..n_steps {
         let tokens: Vec<u16> = (0..3).map(|slot| (step * 31 + slot * 7) % 512).collect();
         let rows: Vec<FeedRow<'_>> = tokens
             .iter()
-            .zip([0, primer.len(), 0])
+            .zip(pasts)
             .map(|(token, past)| FeedRow {
                 tokens: std::slice::from_ref(token),
                 past: past + usize::from(step),
@@ -74,13 +82,19 @@ fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
         let feed = Feed {
             first_slot: 0,
             rows: &rows,
-            prefixes: &[],
+            prefixes,
         };
-        engine.feed(&feed, &mut of_run, &mut None).expect("a step");
+        engine.feed(&feed, &mut of_run, &mut None)?;
         assert_eq!(of_run.len(), SLOTS * COLORS);
         all.extend_from_slice(&of_run);
     }
-    all
+    Ok(all)
+}
+
+/// Logits of some steps: a primer in one slot, then a token to each.
+fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
+    let n_primer = prime(engine, 1, 20);
+    steps(engine, 6, [0, n_primer, 0], &[]).expect("steps")
 }
 
 #[test]
@@ -112,47 +126,16 @@ fn a_shared_prefix_changes_no_bit() {
     };
     let mut engine = load(&folder.path().join("model"), &runtime);
     assert!(engine.facts.shares_prefixes);
-    let primer: Vec<u16> = (0..50).map(|idx| idx * 23 % 512).collect();
-    let mut of_run = Vec::new();
-    let row = FeedRow {
-        tokens: &primer,
-        past: 0,
-    };
-    let feed = Feed {
-        first_slot: 0,
-        rows: &[row],
-        prefixes: &[],
-    };
-    engine
-        .feed(&feed, &mut of_run, &mut None)
-        .expect("a primer");
+    let n_primer = prime(&mut engine, 0, 50);
     for slot in 1..SLOTS {
-        assert!(engine.copy_slot(0, slot, primer.len()));
+        assert!(engine.copy_slot(0, slot, n_primer));
     }
-    let mut drawn = |prefixes: &[SharedPrefix]| {
-        let mut all = Vec::new();
-        for step in 0..20_u16 {
-            let tokens: Vec<u16> = (0..3).map(|slot| (step * 31 + slot * 7) % 512).collect();
-            let row = |token| FeedRow {
-                tokens: std::slice::from_ref(token),
-                past: primer.len() + usize::from(step),
-            };
-            let rows: Vec<FeedRow<'_>> = tokens.iter().map(row).collect();
-            let feed = Feed {
-                first_slot: 0,
-                rows: &rows,
-                prefixes,
-            };
-            engine.feed(&feed, &mut of_run, &mut None)?;
-            all.extend_from_slice(&of_run);
-        }
-        Ok::<_, EngineError>(all)
-    };
+    let mut drawn = |prefixes: &[SharedPrefix]| steps(&mut engine, 20, [n_primer; SLOTS], prefixes);
     let apart = drawn(&[]).expect("steps");
     let shared = |len| [SharedPrefix { of: 0, len }; SLOTS];
-    let alike = drawn(&shared(primer.len())).expect("steps");
+    let alike = drawn(&shared(n_primer)).expect("steps");
     assert!(apart == alike, "a shared prefix changes logits");
     // The operator does look at it.
-    let error = drawn(&shared(primer.len() + 1)).expect_err("a prefix that nobody has");
+    let error = drawn(&shared(n_primer + 1)).expect_err("a prefix that nobody has");
     assert!(error.to_string().contains("cannot share"), "{error}");
 }
