@@ -97,6 +97,15 @@ impl Running {
         }
     }
 
+    /// Waits until only so many engines serve: one that ends answers its callers
+    /// before it says so.
+    fn until_serving(&self, n: usize) {
+        while self.devices.borrow().n_serving() > n {
+            std::thread::yield_now();
+        }
+        assert_eq!(self.devices.borrow().n_serving(), n);
+    }
+
     /// In good order.
     fn end(self) -> watch::Receiver<Devices> {
         drop((self.jobs, self.bell));
@@ -259,9 +268,7 @@ fn everyone_is_answered_once_whichever_engine_dies() {
                 // Under load, and not before it.
                 std::thread::sleep(Duration::from_millis(20));
                 assert_eq!(one_by_one(running, [POISON]), [false]);
-                while running.devices.borrow().n_serving() > DEATHS + 1 - n_dead {
-                    std::thread::yield_now();
-                }
+                running.until_serving(DEATHS + 1 - n_dead);
             }
         });
         // Those only who were being served: rows or sequences, of a few callers
@@ -322,7 +329,7 @@ fn what_ends_an_engine_is_not_given_to_the_next_one() {
     let got = one_by_one(&running, [1, 2, 3, 13, 4, 5, 6, 13, 7]);
     let expected = [true, true, true, false, true, true, true, false, true];
     assert_eq!(got, expected);
-    assert_eq!(running.devices.borrow().n_serving(), 1);
+    running.until_serving(1);
     assert!(matches!(running.devices.borrow().state(), State::Ready(_)));
     // The last one goes, and with it everything.
     assert_eq!(one_by_one(&running, [13, 8, 9]), [false; 3]);
