@@ -2,7 +2,8 @@
 //! `cargo bench --bench layers -- [THREADS] [ROUNDS] [ROWS] [PAST] [SHARED]`.
 //!
 //! imagegpt-small's sizes with numbers made up, weights and cache in 24 bits, and
-//! weights in 8 bits with a cache in bfloat16, on every kernel of this CPU;
+//! weights in 8 bits with a cache in bfloat16, on every kernel of this CPU, with
+//! rows as floats and as digits where that is faster;
 //! they take turns, one step each, `ROUNDS` times over. The last columns are what
 //! a step has to read, weights and cache, over the fastest step, and what it has
 //! to multiply and add. All sequences share their first `SHARED` tokens.
@@ -15,7 +16,7 @@ use bytemuck::Pod;
 use half::bf16;
 use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
 use imagegpt::layers::{
-    Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
+    Activation, DenseWeights, Factors, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
 };
 use memmap2::MmapMut;
 
@@ -44,8 +45,12 @@ fn main() -> anyhow::Result<()> {
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
             let case = (kernel, n_threads, n_rows, past, shared);
-            contestants.push(steps::<_, Int24>(case, 1.0_f32, 0)?);
-            contestants.push(steps::<_, bf16>(case, 1_i8, bf16::ZERO)?);
+            contestants.push(steps::<_, Int24>(case, Factors::Floats, 1.0_f32, 0)?);
+            contestants.push(steps::<_, bf16>(case, Factors::Floats, 1_i8, bf16::ZERO)?);
+            let factors = Factors::fastest::<i8>(kernel, SIZES.inner_width);
+            if factors == Factors::Digits {
+                contestants.push(steps::<_, bf16>(case, factors, 1_i8, bf16::ZERO)?);
+            }
         }
     }
     let mut times = vec![Vec::with_capacity(n_rounds); contestants.len()];
@@ -86,6 +91,7 @@ fn weights_of_layer() -> usize {
 /// first `shared`.
 fn steps<W: Weight, K: Kept<Element: Pod>>(
     (kernel, n_threads, n_rows, past, shared): (Kernel, usize, usize, usize, usize),
+    factors: Factors,
     weight: W,
     kept: K::Element,
 ) -> anyhow::Result<Contestant> {
@@ -110,7 +116,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
         expand: dense(width, inner_width),
         contract: dense(inner_width, width),
     };
-    let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel)?;
+    let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel, factors)?;
     let capacity = (past + 1).next_multiple_of(BLOCK);
     let position_len = SIZES.heads * K::position_len(width / SIZES.heads);
     let n_bytes = n_rows * capacity * position_len * size_of::<K::Element>();
@@ -158,7 +164,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
     let read = weights_of_layer() * size_of::<W::Packed>() + 2 * n_read * kept;
     let bits = |bytes: usize| 8 * bytes;
     let name = format!(
-        "{kernel:?}, weights of {} bits, past of {}",
+        "{kernel:?}, weights of {} bits by {factors:?}, past of {}",
         bits(size_of::<W::Packed>()),
         bits(K::PER_NUMBER * size_of::<K::Element>()),
     );

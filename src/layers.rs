@@ -9,8 +9,10 @@
 //! ([`CachedAttention`]), projection, norm, expansion, contraction.
 //!
 //! Weights are given in `f32` and kept in 24 bits ([`Int24`](crate::attention::Int24)),
-//! or in 8 bits with a scale for each output; rows and sums are always `f32`. A
-//! token's result depends on its sequence alone, to the last bit.
+//! or in 8 bits with a scale for each output. Rows and sums are `f32`; only where
+//! weights have 8 bits and the CPU multiplies bytes, rows are rounded to 24 bits
+//! first (`digits.rs`). A token's result depends on its sequence alone, to the last
+//! bit.
 #![expect(
     unsafe_code,
     reason = "threads share the rows between the parts of a step, in disjoint pieces"
@@ -20,6 +22,7 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
+use self::digits::DigitRows;
 use self::phase::{Phase, TASKS_MAX};
 use crate::attention::{
     AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, HeadTasks, Kernel,
@@ -28,10 +31,11 @@ use crate::attention::{
 use crate::vector::scratch::Scratch;
 use crate::vector::{Kept, LANES_MAX};
 
-pub use self::dense::{DenseWeights, Weight};
+pub use self::dense::{DenseWeights, Factors, Weight};
 pub use self::pointwise::Activation;
 
 mod dense;
+mod digits;
 mod pages;
 mod phase;
 mod pointwise;
@@ -45,6 +49,8 @@ pub enum LayersError {
     Sizes(Sizes),
     #[error("this cpu has no {0:?} kernel for f32 products")]
     Kernel(Kernel),
+    #[error("no products of {0} digits with such weights on this kernel")]
+    Digits(usize),
     #[error("a product of {rows} rows from {inputs} to {outputs} is too large to address")]
     TooLarge {
         rows: usize,
@@ -108,6 +114,7 @@ struct Layer<W: Weight> {
 pub struct Layers<W: Weight> {
     sizes: Sizes,
     kernel: Kernel,
+    factors: Factors,
     packed: Vec<Layer<W>>,
 }
 
@@ -150,18 +157,23 @@ impl<W: Weight> Layers<W> {
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
     ) -> Result<Self, LayersError> {
-        Self::with_kernel(sizes, layers, Kernel::fastest(Precision::F32))
+        let kernel = Kernel::fastest(Precision::F32);
+        let inputs = sizes.width.max(sizes.inner_width);
+        let factors = Factors::fastest::<W>(kernel, inputs);
+        Self::with_kernel(sizes, layers, kernel, factors)
     }
 
-    /// The same for a kernel of the caller's choice, for tests and benchmarks.
+    /// The same for a kernel and factors of the caller's choice, for tests and
+    /// benchmarks.
     ///
     /// # Errors
     /// As [`Layers::pack`], and if this CPU cannot run the kernel or its products
-    /// are not `f32`.
+    /// are not `f32`, or it has none of such factors.
     pub fn with_kernel<'a>(
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
         kernel: Kernel,
+        factors: Factors,
     ) -> Result<Self, LayersError> {
         let Sizes {
             width,
@@ -175,21 +187,26 @@ impl<W: Weight> Layers<W> {
         if !kernel.is_available() || kernel.precision() != Precision::F32 {
             return Err(LayersError::Kernel(kernel));
         }
+        let inputs = width.max(inner_width);
+        if !factors.are_available::<W>(kernel, inputs) {
+            return Err(LayersError::Digits(inputs));
+        }
         let three = size(1, 3, width)?;
         let layers = layers.into_iter().map(|layer| {
             Ok(Layer {
                 attention_norm: norm_weights(layer.attention_norm, width)?,
                 attention_scale: layer.attention_scale,
-                qkv: Panels::pack(&layer.qkv, [width, three], kernel)?,
-                projection: Panels::pack(&layer.projection, [width, width], kernel)?,
+                qkv: Panels::pack(&layer.qkv, [width, three], kernel, factors)?,
+                projection: Panels::pack(&layer.projection, [width, width], kernel, factors)?,
                 inner_norm: norm_weights(layer.inner_norm, width)?,
-                expand: Panels::pack(&layer.expand, [width, inner_width], kernel)?,
-                contract: Panels::pack(&layer.contract, [inner_width, width], kernel)?,
+                expand: Panels::pack(&layer.expand, [width, inner_width], kernel, factors)?,
+                contract: Panels::pack(&layer.contract, [inner_width, width], kernel, factors)?,
             })
         });
         Ok(Self {
             sizes,
             kernel,
+            factors,
             packed: layers.collect::<Result<_, LayersError>>()?,
         })
     }
@@ -238,15 +255,22 @@ impl<W: Weight> Layers<W> {
             head_dim: width / heads,
         };
         let Room { rows, phases } = room;
-        let widths = [width, width, 3 * width, width, inner_width];
-        let pieces = rows.split(widths.map(|width| n_rows * stride(width)));
-        let mut places = pieces.into_iter().zip(widths).map(|(floats, width)| Place {
-            floats: floats.as_mut_ptr(),
-            stride: stride(width),
+        let digits = match self.factors {
+            Factors::Floats => 0,
+            Factors::Digits => DigitRows::stride(width.max(inner_width)) / size_of::<f32>(),
+        };
+        let [one, three, inner] = [width, 3 * width, inner_width].map(stride);
+        let strides = [one, one, three, one, inner, digits];
+        let starts = rows.split(strides.map(|stride| n_rows * stride));
+        let starts = starts.map(<[f32]>::as_mut_ptr);
+        let [stream, normed, qkv, attended, inner, digits] = std::array::from_fn(|i| Place {
+            floats: starts[i],
+            stride: strides[i],
         });
-        let mut place = || places.next().ok_or(LayersError::Sizes(self.sizes));
-        let [stream, normed, qkv, attended, inner] =
-            [place()?, place()?, place()?, place()?, place()?];
+        let digits = DigitRows {
+            start: digits.floats.cast(),
+            stride: digits.stride * size_of::<f32>(),
+        };
         for (row, from) in tokens.rows.chunks_exact(width).enumerate() {
             // SAFETY: there are so many rows, of a stride each, and this thread
             // has them all.
@@ -288,6 +312,7 @@ impl<W: Weight> Layers<W> {
             qkv,
             attended,
             inner,
+            digits,
             heads,
             phases,
             n_threads: AtomicUsize::new(0),
@@ -339,20 +364,24 @@ enum Part {
     AttentionNorm,
     Qkv,
     Attend,
+    RoundAttended,
     Project,
     InnerNorm,
     Expand,
+    RoundInner,
     Contract,
 }
 
 impl Part {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::AttentionNorm,
         Self::Qkv,
         Self::Attend,
+        Self::RoundAttended,
         Self::Project,
         Self::InnerNorm,
         Self::Expand,
+        Self::RoundInner,
         Self::Contract,
     ];
 }
@@ -390,6 +419,8 @@ pub struct Step<'a, W: Weight, K: Kept> {
     qkv: Place,
     attended: Place,
     inner: Place,
+    /// What the next product takes, where it takes digits.
+    digits: DigitRows,
     /// Of each layer.
     heads: Vec<CachedHeads<'a, K>>,
     /// Each layer's parts.
@@ -439,12 +470,14 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         let (layer, part) = Part::of(idx);
         let packed = &self.layers.packed[layer];
         Some(match part {
-            Part::AttentionNorm | Part::InnerNorm => return None,
-            Part::Qkv => packed.qkv.panel(task).cast(),
+            Part::AttentionNorm | Part::RoundAttended | Part::InnerNorm | Part::RoundInner => {
+                return None;
+            }
+            Part::Qkv => packed.qkv.panel(task),
             Part::Attend => self.heads[layer].first_read(task).cast(),
-            Part::Project => packed.projection.panel(task).cast(),
-            Part::Expand => packed.expand.panel(task).cast(),
-            Part::Contract => packed.contract.panel(task).cast(),
+            Part::Project => packed.projection.panel(task),
+            Part::Expand => packed.expand.panel(task),
+            Part::Contract => packed.contract.panel(task),
         })
     }
 
@@ -490,6 +523,10 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         let layer = &self.layers.packed[layer];
         match part {
             Part::AttentionNorm | Part::InnerNorm => self.n_rows,
+            Part::RoundAttended | Part::RoundInner => match self.layers.factors {
+                Factors::Floats => 0,
+                Factors::Digits => self.n_rows,
+            },
             Part::Qkv => layer.qkv.len(),
             Part::Attend => heads.len(),
             Part::Project => layer.projection.len(),
@@ -508,6 +545,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         let (layer, part) = Part::of(idx);
         let heads = &self.heads[layer];
         let layer = &self.layers.packed[layer];
+        let sizes = self.layers.sizes;
         let task = Task { idx: task, next };
         // SAFETY: all places have as many rows as there are, and strides with room
         // for whole panels; the caller vouches for the task and the order.
@@ -516,6 +554,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
                 Part::AttentionNorm => self.norm(&layer.attention_norm, task),
                 Part::Qkv => self.dense(&layer.qkv, task, self.normed, self.qkv, Finish::Set),
                 Part::Attend => heads.attend(task.idx, task.next),
+                Part::RoundAttended => self.round(self.attended, sizes.width, task.idx),
                 Part::Project => {
                     self.dense(
                         &layer.projection,
@@ -527,9 +566,10 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
                 }
                 Part::InnerNorm => self.norm(&layer.inner_norm, task),
                 Part::Expand => {
-                    let finish = Finish::Activate(self.layers.sizes.activation);
+                    let finish = Finish::Activate(sizes.activation);
                     self.dense(&layer.expand, task, self.normed, self.inner, finish);
                 }
+                Part::RoundInner => self.round(self.inner, sizes.inner_width, task.idx),
                 Part::Contract => {
                     self.dense(&layer.contract, task, self.inner, self.stream, Finish::Add);
                 }
@@ -552,6 +592,21 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
                 width,
                 epsilon,
             );
+            if self.layers.factors == Factors::Digits {
+                self.round(self.normed, width, row);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Step::run`], for a row of so many numbers at `from`.
+    unsafe fn round(&self, from: Place, width: usize, row: usize) {
+        let to = self.digits.row(row);
+        // SAFETY: `with_kernel` has asked for the kernel; the row is this thread's,
+        // and there is room for the widest.
+        unsafe {
+            let from = from.floats.add(row * from.stride);
+            digits::round(self.layers.kernel, from, width, to);
         }
     }
 
@@ -562,6 +617,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
             n: self.n_rows,
             input: from.floats,
             input_stride: from.stride,
+            digits: self.digits,
             output: to.floats,
             output_stride: to.stride,
         };

@@ -16,7 +16,9 @@ use std::cell::RefCell;
 
 use bytemuck::Pod;
 
-use self::tile::{Ahead, Tile};
+use self::digit_tile::DigitTile;
+use self::tile::{Ahead, Ending, Tile};
+use super::digits::{self, DigitRows};
 use super::pages::Pages;
 use super::phase::TASKS_MAX;
 use super::pointwise::Activation;
@@ -25,6 +27,7 @@ use crate::attention::Kernel;
 use crate::vector::scratch::Scratch;
 use crate::vector::{Int24, LANES_MAX, Number, Portable, magnitude, tile_of};
 
+mod digit_tile;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -41,6 +44,40 @@ pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
     fn factors(weights: &[Self], outputs: usize) -> Option<Vec<f32>>;
 
     fn pack(self, factor: f32) -> Self::Packed;
+
+    /// The weights, where they are of 8 bits.
+    fn bytes(weights: &[Self]) -> Option<&[i8]>;
+}
+
+/// As what a row's numbers are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// As they are.
+    Floats,
+    /// Rounded to 24 bits; only with weights of 8 bits.
+    Digits,
+}
+
+impl Factors {
+    pub const ALL: [Self; 2] = [Self::Floats, Self::Digits];
+
+    /// What is fastest with such weights.
+    #[must_use]
+    pub fn fastest<W: Weight>(kernel: Kernel, inputs: usize) -> Self {
+        let digits = Self::Digits.are_available::<W>(kernel, inputs);
+        if digits && kernel == Kernel::Avx512 {
+            Self::Digits
+        } else {
+            Self::Floats
+        }
+    }
+
+    /// Whether a kernel that is available has such products of so many inputs.
+    #[must_use]
+    pub fn are_available<W: Weight>(self, kernel: Kernel, inputs: usize) -> bool {
+        let are_bytes = || W::bytes(&[]).is_some() && inputs <= digits::INPUTS_MAX;
+        self == Self::Floats || (are_bytes() && digits::are_available(kernel))
+    }
 }
 
 impl Weight for f32 {
@@ -60,6 +97,10 @@ impl Weight for f32 {
     fn pack(self, factor: f32) -> Int24 {
         Int24::of(self, factor)
     }
+
+    fn bytes(_weights: &[f32]) -> Option<&[i8]> {
+        None
+    }
 }
 
 impl Weight for i8 {
@@ -72,6 +113,10 @@ impl Weight for i8 {
 
     fn pack(self, _factor: f32) -> i8 {
         self
+    }
+
+    fn bytes(weights: &[i8]) -> Option<&[i8]> {
+        Some(weights)
     }
 }
 
@@ -101,10 +146,18 @@ pub(super) struct Panels<W: Weight> {
     inputs: usize,
     outputs: usize,
     kernel: Kernel,
-    pages: Pages<W::Packed>,
+    packed: Packed<W>,
     /// One for each column of the panels.
     scales: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
+}
+
+#[derive(Debug)]
+enum Packed<W: Weight> {
+    Floats(Pages<W::Packed>),
+    /// A strip has [`digits::LANES`] columns, and in a row of it each column's
+    /// weights of a whole group of inputs, all with 128 more.
+    Bytes(Pages<u8>),
 }
 
 /// Rows of a product's input and output; each so many floats after the one
@@ -112,8 +165,11 @@ pub(super) struct Panels<W: Weight> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     pub(super) n: usize,
+    /// What panels for floats take.
     pub(super) input: *const f32,
     pub(super) input_stride: usize,
+    /// What panels for digits take.
+    pub(super) digits: DigitRows,
     /// In each row there is room for whole panels.
     pub(super) output: *mut f32,
     pub(super) output_stride: usize,
@@ -126,6 +182,17 @@ pub(super) enum Finish {
     /// It is added to what is there.
     Add,
     Activate(Activation),
+}
+
+/// Rows cut into tiles of up to so many: the first of each, and how many.
+fn tiles(n_rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut row = 0;
+    std::iter::from_fn(move || {
+        let n = tile_of(n_rows - row, most);
+        let tile = (n > 0).then_some((row, n));
+        row += n;
+        tile
+    })
 }
 
 /// Floats in a panel's row: so many vectors that there are enough sums for the
@@ -149,6 +216,7 @@ fn strip_width<N: Number>(kernel: Kernel) -> usize {
 
 /// The widest panel of any kernel.
 pub(super) const PANEL_WIDTH_MAX: usize = 32;
+const _: () = assert!(digit_tile::WIDTH <= PANEL_WIDTH_MAX);
 
 /// Rows that are computed together, at most: as many as there are registers for.
 fn tile_rows(kernel: Kernel) -> usize {
@@ -174,6 +242,82 @@ fn padded(
     Ok(Some(padded))
 }
 
+/// Part `idx` of numbers, each so long.
+///
+/// # Panics
+/// If there is none of this number.
+fn part<T: Pod>(pages: &Pages<T>, idx: usize, len: usize) -> *const T {
+    pages.numbers()[idx * len..][..len].as_ptr()
+}
+
+/// Bytes of so many columns.
+fn bytes_len(inputs: usize, columns: usize) -> usize {
+    inputs.next_multiple_of(digits::GROUP) * columns
+}
+
+/// Weights as they are multiplied with floats, and what [`Weight::factors`] are.
+fn pack_floats<W: Weight>(
+    weights: &[W],
+    [inputs, outputs]: [usize; 2],
+    kernel: Kernel,
+) -> Result<(Packed<W>, Option<Vec<f32>>), LayersError> {
+    let factors = W::factors(weights, outputs);
+    let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
+    let columns = outputs.next_multiple_of(panel_width(kernel));
+    let mut pages = Pages::<W::Packed>::zeroed(size(1, inputs, columns)?)?;
+    let strip_width = strip_width::<W::Packed>(kernel);
+    for (strip, rows) in pages
+        .numbers_mut()
+        .chunks_exact_mut(inputs * strip_width)
+        .enumerate()
+    {
+        let first = outputs.min(strip * strip_width);
+        let n_columns = strip_width.min(outputs - first);
+        let weights = weights.chunks_exact(outputs);
+        for (row, weights) in rows.chunks_exact_mut(strip_width).zip(weights) {
+            let columns = row.iter_mut().zip(first..first + n_columns);
+            for (packed, column) in columns {
+                *packed = weights[column].pack(factor(column));
+            }
+        }
+    }
+    Ok((Packed::Floats(pages), factors))
+}
+
+/// Weights as they are multiplied with digits.
+fn pack_bytes<W: Weight>(
+    weights: &[W],
+    [inputs, outputs]: [usize; 2],
+) -> Result<Packed<W>, LayersError> {
+    const LINE: usize = digits::GROUP * digits::LANES;
+    let weights = W::bytes(weights).ok_or(LayersError::Digits(inputs))?;
+    let columns = outputs.next_multiple_of(digit_tile::WIDTH);
+    size(1, inputs.next_multiple_of(digits::GROUP), columns)?;
+    let mut pages = Pages::<u8>::zeroed(bytes_len(inputs, columns))?;
+    let strips = pages
+        .numbers_mut()
+        .chunks_exact_mut(bytes_len(inputs, digits::LANES));
+    for (strip, lines) in strips.enumerate() {
+        let first = strip * digits::LANES;
+        let groups = lines.chunks_exact_mut(LINE);
+        for (group, line) in groups.enumerate() {
+            for (at, byte) in line.iter_mut().enumerate() {
+                let column = first + at / digits::GROUP;
+                let input = group * digits::GROUP + at % digits::GROUP;
+                // What is too many is zero, too.
+                let is_one = input < inputs && column < outputs;
+                let weight = if is_one {
+                    weights[input * outputs + column]
+                } else {
+                    0
+                };
+                *byte = weight.cast_unsigned() ^ 0x80;
+            }
+        }
+    }
+    Ok(Packed::Bytes(pages))
+}
+
 impl<W: Weight> Panels<W> {
     /// Puts weights in order for a kernel, which must be available.
     ///
@@ -183,9 +327,13 @@ impl<W: Weight> Panels<W> {
         dense: &DenseWeights<'_, W>,
         [inputs, outputs]: [usize; 2],
         kernel: Kernel,
+        factors: Factors,
     ) -> Result<Self, LayersError> {
         check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
-        let width = panel_width(kernel);
+        let width = match factors {
+            Factors::Floats => panel_width(kernel),
+            Factors::Digits => digit_tile::WIDTH,
+        };
         if outputs.div_ceil(width) > TASKS_MAX {
             return Err(LayersError::TooLarge {
                 rows: 1,
@@ -193,26 +341,10 @@ impl<W: Weight> Panels<W> {
                 outputs,
             });
         }
-        let factors = W::factors(dense.weights, outputs);
-        let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
-        let mut pages =
-            Pages::<W::Packed>::zeroed(size(1, inputs, outputs.next_multiple_of(width))?)?;
-        let strip_width = strip_width::<W::Packed>(kernel);
-        for (strip, rows) in pages
-            .numbers_mut()
-            .chunks_exact_mut(inputs * strip_width)
-            .enumerate()
-        {
-            let first = outputs.min(strip * strip_width);
-            let n_columns = strip_width.min(outputs - first);
-            let weights = dense.weights.chunks_exact(outputs);
-            for (row, weights) in rows.chunks_exact_mut(strip_width).zip(weights) {
-                let columns = row.iter_mut().zip(first..first + n_columns);
-                for (packed, column) in columns {
-                    *packed = weights[column].pack(factor(column));
-                }
-            }
-        }
+        let (packed, factors) = match factors {
+            Factors::Floats => pack_floats(dense.weights, [inputs, outputs], kernel)?,
+            Factors::Digits => (pack_bytes(dense.weights, [inputs, outputs])?, None),
+        };
         let scales = match (dense.scales, &factors) {
             (Some(scales), Some(factors)) => {
                 check("scales", scales.len(), outputs)?;
@@ -226,23 +358,34 @@ impl<W: Weight> Panels<W> {
             inputs,
             outputs,
             kernel,
-            pages,
+            packed,
             scales: padded("scales", scales.as_deref(), outputs, width)?,
             bias: padded("bias", dense.bias, outputs, width)?,
         })
     }
 
+    fn width(&self) -> usize {
+        match self.packed {
+            Packed::Floats(_) => panel_width(self.kernel),
+            Packed::Bytes(_) => digit_tile::WIDTH,
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
-        self.outputs.div_ceil(panel_width(self.kernel))
+        self.outputs.div_ceil(self.width())
     }
 
     /// Where a panel begins.
     ///
     /// # Panics
     /// If there is none of this number.
-    pub(super) fn panel(&self, idx: usize) -> *const W::Packed {
-        let len = panel_width(self.kernel) * self.inputs;
-        self.pages.numbers()[idx * len..][..len].as_ptr()
+    pub(super) fn panel(&self, idx: usize) -> *const u8 {
+        match &self.packed {
+            Packed::Floats(pages) => {
+                part(pages, idx, self.inputs * panel_width(self.kernel)).cast()
+            }
+            Packed::Bytes(pages) => part(pages, idx, bytes_len(self.inputs, digit_tile::WIDTH)),
+        }
     }
 
     /// Computes the columns of panel `idx` in all rows, and asks for what lies at
@@ -253,21 +396,45 @@ impl<W: Weight> Panels<W> {
     /// many, with all inputs and with room for whole panels; until this returns
     /// nobody writes the inputs, and nobody else has these columns of the output.
     pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish, next: *const u8) {
-        let width = panel_width(self.kernel);
-        let most = tile_rows(self.kernel);
-        let first = idx * width;
-        let panel = self.panel(idx);
+        let first = idx * self.width();
         let from =
             |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
+        let ending = Ending {
+            scales: from(&self.scales),
+            bias: from(&self.bias),
+            output: rows.output.wrapping_add(first),
+            output_stride: rows.output_stride,
+            finish,
+        };
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            match &self.packed {
+                Packed::Floats(pages) => self.compute_floats(pages, idx, rows, ending, next),
+                Packed::Bytes(pages) => self.compute_bytes(pages, idx, rows, ending, next),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Panels::compute`].
+    unsafe fn compute_floats(
+        &self,
+        pages: &Pages<W::Packed>,
+        idx: usize,
+        rows: Rows,
+        ending: Ending,
+        next: *const u8,
+    ) {
+        let width = panel_width(self.kernel);
+        let most = tile_rows(self.kernel);
+        let panel = part(pages, idx, width * self.inputs);
         let n_tiles = rows.n.div_ceil(most);
-        let mut row = 0;
         UNPACKED.with_borrow_mut(|unpacked| {
             let keeps = W::IS_UNPACKED && tile_of(rows.n, most) < rows.n;
             let len = if keeps { self.inputs * width } else { 0 };
             let [floats] = unpacked.split([len]);
             let floats = floats.as_mut_ptr();
-            while row < rows.n {
-                let n = tile_of(rows.n - row, most);
+            for (row, n) in tiles(rows.n, most) {
                 let size = size_of::<W::Packed>();
                 let unpack = (keeps && row == 0).then_some(floats);
                 // SAFETY: the caller vouches for the rows, of which these are some,
@@ -281,11 +448,7 @@ impl<W: Weight> Panels<W> {
                         panel,
                         unpack,
                         ahead: Ahead::of(n_tiles, row / most, self.inputs, width, size, next),
-                        scales: from(&self.scales),
-                        bias: from(&self.bias),
-                        output: rows.output.add(row * rows.output_stride + first),
-                        output_stride: rows.output_stride,
-                        finish,
+                        ending: ending.at_row(row),
                     };
                     if keeps && row > 0 {
                         self.run(&tile.over(floats.cast_const()), n);
@@ -293,13 +456,47 @@ impl<W: Weight> Panels<W> {
                         self.run(&tile, n);
                     }
                 }
-                row += n;
             }
         });
     }
 
     /// # Safety
-    /// As [`Tile::compute`], with the kernel's vectors.
+    /// As [`Panels::compute`].
+    unsafe fn compute_bytes(
+        &self,
+        pages: &Pages<u8>,
+        idx: usize,
+        rows: Rows,
+        ending: Ending,
+        next: *const u8,
+    ) {
+        let panel = part(pages, idx, bytes_len(self.inputs, digit_tile::WIDTH));
+        for (row, n) in tiles(rows.n, digit_tile::ROWS_MAX) {
+            let tile = DigitTile {
+                rows: DigitRows {
+                    start: rows.digits.row(row),
+                    ..rows.digits
+                },
+                n_groups: self.inputs.div_ceil(digits::GROUP),
+                panel,
+                // Those after the first find it in the cache.
+                next: (row == 0).then_some(next),
+                ending: ending.at_row(row),
+            };
+            // SAFETY: the caller vouches for the rows, of which these are some, and
+            // for the instructions; the panel is there.
+            unsafe {
+                match self.kernel {
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx512 => digit_tile::avx512(&tile, n),
+                    _ => tile.compute_rows::<digits::Plain>(n),
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Tile::compute_rows`], with the kernel's vectors.
     unsafe fn run<N: Number>(&self, tile: &Tile<N>, n_rows: usize) {
         // SAFETY: the caller vouches for all of it.
         unsafe {

@@ -130,7 +130,7 @@ impl<W: Tested> Model<W> {
         }
     }
 
-    fn pack(&self, kernel: Kernel) -> Layers<W> {
+    fn pack(&self, (kernel, factors): (Kernel, Factors)) -> Layers<W> {
         let layers = self.layers.iter().map(|layer| {
             let [qkv, projection, expand, contract] = &layer.products;
             LayerWeights {
@@ -143,7 +143,7 @@ impl<W: Tested> Model<W> {
                 contract: contract.weights(),
             }
         });
-        Layers::with_kernel(self.sizes, layers, kernel).unwrap()
+        Layers::with_kernel(self.sizes, layers, kernel, factors).unwrap()
     }
 
     /// What comes out for all tokens of a sequence.
@@ -334,10 +334,16 @@ fn kernels() -> impl Iterator<Item = Kernel> {
         .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32)
 }
 
+/// Kernels, and what they can multiply such weights with.
+fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, Factors)> {
+    let ways = kernels().flat_map(|kernel| Factors::ALL.map(|factors| (kernel, factors)));
+    ways.filter(|(kernel, factors)| factors.are_available::<W>(*kernel, 1))
+}
+
 fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
     let n_tokens = model.rows[0].len() / model.sizes.width;
     let all: Vec<usize> = (0..model.rows.len()).collect();
-    for kernel in kernels() {
+    for kernel in ways::<W>() {
         let layers = model.pack(kernel);
         // A primer, and then one by one.
         let mut together = Fed::<W, K>::new(model, all.clone(), 1);
@@ -438,12 +444,16 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
         scales: None,
         bias: None,
     };
-    let panels = Panels::pack(&one, [1, 1], kernel).unwrap();
+    let panels = Panels::pack(&one, [1, 1], kernel, Factors::Floats).unwrap();
     let mut output = vec![f32::NAN; inputs.len() * PANEL_WIDTH_MAX];
     let rows = Rows {
         n: inputs.len(),
         input: inputs.as_ptr(),
         input_stride: 1,
+        digits: DigitRows {
+            start: std::ptr::null_mut(),
+            stride: 0,
+        },
         output: output.as_mut_ptr(),
         output_stride: PANEL_WIDTH_MAX,
     };
@@ -455,21 +465,48 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
 /// What is not a number stays in its sequence.
 #[test]
 fn a_sequence_that_is_not_finite_spoils_no_other() {
-    let mut model = Model::<f32>::random(sizes(16, 24, 2, Activation::QuickGelu), 2, 3, 4);
-    let run = |model: &Model<f32>, kernel| {
-        let layers = model.pack(kernel);
-        let mut fed = Fed::<f32, Int24>::new(model, vec![0, 1, 2], 2);
+    check_spoiled::<f32>();
+    check_spoiled::<i8>();
+}
+
+fn check_spoiled<W: Tested>() {
+    let mut model = Model::<W>::random(sizes(16, 24, 2, Activation::QuickGelu), 2, 3, 4);
+    let run = |model: &Model<W>, way| {
+        let layers = model.pack(way);
+        let mut fed = Fed::<W, Int24>::new(model, vec![0, 1, 2], 2);
         fed.feed(&layers, 4);
         fed.rows
     };
-    let clean: Vec<_> = kernels().map(|kernel| run(&model, kernel)).collect();
+    let clean: Vec<_> = ways::<W>().map(|way| run(&model, way)).collect();
     model.rows[1][20] = f32::NAN;
-    for (kernel, clean) in kernels().zip(clean) {
-        let spoiled = run(&model, kernel);
+    for (way, clean) in ways::<W>().zip(clean) {
+        let spoiled = run(&model, way);
         assert_eq!((&spoiled[0], &spoiled[2]), (&clean[0], &clean[2]));
         // The token before it is clean, too.
         assert_eq!(spoiled[1][..16], clean[1][..16]);
-        assert!(spoiled[1][16..].iter().all(|x| x.is_nan()), "{kernel:?}");
+        assert!(spoiled[1][16..].iter().all(|x| x.is_nan()), "{way:?}");
+    }
+}
+
+/// What [`Layers::pack`] takes is one of the ways, and refusing is not panicking.
+#[test]
+fn digits_are_for_weights_of_8_bits() {
+    let floats = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 1, 1, 2);
+    let error = Layers::with_kernel(
+        floats.sizes,
+        std::iter::empty::<LayerWeights<'_, f32>>(),
+        Kernel::Portable,
+        Factors::Digits,
+    );
+    let error = error.unwrap_err();
+    assert_eq!(error, LayersError::Digits(16), "{error}");
+    let bytes = Layers::pack(floats.sizes, std::iter::empty::<LayerWeights<'_, i8>>()).unwrap();
+    assert!(ways::<i8>().any(|way| way == (bytes.kernel, bytes.factors)));
+    for kernel in kernels() {
+        // Sums of so many would overflow.
+        assert!(!Factors::Digits.are_available::<i8>(kernel, digits::INPUTS_MAX + 1));
+        assert_eq!(Factors::fastest::<i8>(kernel, usize::MAX), Factors::Floats);
+        assert_eq!(Factors::fastest::<f32>(kernel, 1), Factors::Floats);
     }
 }
 
@@ -515,7 +552,7 @@ fn refuse_what_they_cannot_do() {
         assert!(error.contains(expected), "{error}");
     }
 
-    let layers = model.pack(Kernel::Portable);
+    let layers = model.pack((Kernel::Portable, Factors::Floats));
     let step = |n_rows: usize, length: usize, past: &[usize], capacity: usize, n_caches: usize| {
         let mut keys = vec![vec![bf16::ZERO; 16 * 8]; n_caches];
         let mut values = keys.clone();
@@ -551,7 +588,7 @@ fn refuse_what_they_cannot_do() {
 #[test]
 fn nothing_new_is_no_work() {
     let model = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 2, 2, 2);
-    let layers = model.pack(Kernel::Portable);
+    let layers = model.pack((Kernel::Portable, Factors::Floats));
     let mut fed = Fed::<f32, Int24>::new(&model, vec![0, 1], 2);
     fed.feed(&layers, 0);
     assert_eq!(fed.rows, [[0.0; 0], [0.0; 0]]);

@@ -58,8 +58,8 @@ fn stride(outputs: usize) -> usize {
     outputs.next_multiple_of(super::super::PANEL_WIDTH_MAX) + 16
 }
 
-/// The output, shared among threads.
-struct Shared(*mut f32);
+/// Shared among threads.
+struct Shared(Rows);
 
 // SAFETY: no two threads take one panel.
 unsafe impl Sync for Shared {}
@@ -89,13 +89,13 @@ impl<W: Tested> Call<W> {
         self.rows.len() / self.inputs
     }
 
-    fn pack(&self, kernel: Kernel) -> Panels<W> {
+    fn pack(&self, (kernel, factors): (Kernel, Factors)) -> Panels<W> {
         let dense = DenseWeights {
             weights: &self.weights,
             scales: self.scales.as_deref(),
             bias: self.bias.as_deref(),
         };
-        Panels::pack(&dense, [self.inputs, self.outputs], kernel).unwrap()
+        Panels::pack(&dense, [self.inputs, self.outputs], kernel, factors).unwrap()
     }
 
     fn run(&self, panels: &Panels<W>, n_threads: usize) -> Vec<f32> {
@@ -111,17 +111,30 @@ impl<W: Tested> Call<W> {
             Some(_) => Finish::Add,
             None => Finish::Set,
         };
-        let shared = Shared(output.as_mut_ptr());
+        let stride_of_digits = DigitRows::stride(self.inputs);
+        let mut digits = vec![0_u8; self.n_rows() * stride_of_digits];
+        let digits = DigitRows {
+            start: digits.as_mut_ptr(),
+            stride: stride_of_digits,
+        };
+        if matches!(panels.packed, Packed::Bytes(_)) {
+            for (idx, row) in self.rows.chunks_exact(self.inputs).enumerate() {
+                let to = digits.row(idx);
+                // SAFETY: panels of bytes are for a kernel that has digits.
+                unsafe { digits::round(panels.kernel, row.as_ptr(), self.inputs, to) }
+            }
+        }
+        let shared = Shared(Rows {
+            n: self.n_rows(),
+            input: self.rows.as_ptr(),
+            input_stride: self.inputs,
+            digits,
+            output: output.as_mut_ptr(),
+            output_stride: stride,
+        });
         let next = AtomicUsize::new(0);
         let work = || {
-            let shared = &shared;
-            let rows = Rows {
-                n: self.n_rows(),
-                input: self.rows.as_ptr(),
-                input_stride: self.inputs,
-                output: shared.0,
-                output_stride: stride,
-            };
+            let Shared(rows) = &shared;
             loop {
                 let panel = next.fetch_add(1, Ordering::Relaxed);
                 if panel >= panels.len() {
@@ -129,7 +142,7 @@ impl<W: Tested> Call<W> {
                 }
                 // SAFETY: the kernel is available, the panel this thread's, and
                 // the rows have room for whole panels.
-                unsafe { panels.compute(panel, rows, finish, std::ptr::null()) }
+                unsafe { panels.compute(panel, *rows, finish, std::ptr::null()) }
             }
         };
         std::thread::scope(|scope| {
@@ -176,10 +189,13 @@ impl<W: Tested> Call<W> {
     }
 }
 
-fn kernels() -> impl Iterator<Item = Kernel> {
-    Kernel::ALL
+/// Kernels, and what they can multiply such weights with.
+fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, Factors)> {
+    let kernels = Kernel::ALL
         .into_iter()
-        .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32)
+        .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32);
+    let ways = kernels.flat_map(|kernel| Factors::ALL.map(|factors| (kernel, factors)));
+    ways.filter(|(kernel, factors)| factors.are_available::<W>(*kernel, 1))
 }
 
 /// The results are near, and depend neither on threads nor on company.
@@ -187,7 +203,7 @@ fn check_call<W: Tested>(call: &Call<W>) -> Result<(), String> {
     let expected = call.reference();
     // Terms are up to a quarter, and about a ninth of that on average.
     let tolerance = 1e-6 * (call.inputs as f64).max(8.0).sqrt();
-    for kernel in kernels() {
+    for kernel in ways::<W>() {
         let panels = call.pack(kernel);
         let done = call.run(&panels, 1);
         for (at, (expected, actual)) in expected.iter().zip(&done).enumerate() {
@@ -251,21 +267,52 @@ fn tiny_sizes() {
     }
 }
 
-/// What is not a number stays in its row and its column.
+/// What is not a number stays in its row.
 #[test]
 fn a_row_that_is_not_finite_spoils_no_other() {
-    let mut call = Call::<f32>::random(5, [20, 40], 3, 3);
+    check_spoiled(Call::<f32>::random(5, [20, 40], 3, 3));
+    check_spoiled(Call::<i8>::random(5, [20, 40], 3, 3));
+}
+
+fn check_spoiled<W: Tested>(mut call: Call<W>) {
     let clean = call.clone();
     call.rows[2 * 20] = f32::NAN;
-    for kernel in kernels() {
-        let panels = call.pack(kernel);
+    for way in ways::<W>() {
+        let panels = call.pack(way);
         let (spoiled, clean) = (call.run(&panels, 1), clean.run(&panels, 1));
         for row in 0..5 {
             let at = row * 40..(row + 1) * 40;
             if row == 2 {
-                assert!(spoiled[at].iter().all(|value| value.is_nan()));
+                assert!(spoiled[at].iter().all(|value| value.is_nan()), "{way:?}");
             } else {
-                assert_eq!(spoiled[at.clone()], clean[at], "{kernel:?}");
+                assert_eq!(spoiled[at.clone()], clean[at], "{way:?}");
+            }
+        }
+    }
+}
+
+/// Sums of as many as there may be, all as large as can be, do not overflow.
+#[test]
+#[cfg_attr(miri, ignore = "takes too long")]
+fn the_largest_numbers_are_added_up() {
+    let inputs = digits::INPUTS_MAX;
+    for (weight, x) in [(127, 1.0), (-128, 1.0), (-128, -1.0), (127, -1.0)] {
+        let mut call = Call::<i8>::random(3, [inputs, 5], 0, 1);
+        call.weights.fill(weight);
+        call.rows.fill(x);
+        call.scales = None;
+        // Digits of all sizes beside the largest number.
+        for (i, x) in call.rows.iter_mut().enumerate().skip(1) {
+            *x *= [1.0, 0.999, 0.501, 0.0039][i % 4];
+        }
+        let expected = call.reference();
+        for way in ways::<i8>() {
+            if way.1 == Factors::Digits {
+                let done = call.run(&call.pack(way), 1);
+                for (expected, actual) in expected.iter().zip(&done) {
+                    let off = expected / f64::from(*actual) - 1.0;
+                    assert!(off.abs() < 2e-7, "{way:?} is {off:e} off");
+                }
             }
         }
     }
@@ -280,7 +327,7 @@ fn refuses_what_does_not_fit() {
             scales: Some(&floats[..n_scales]),
             bias: Some(&floats[..n_bias]),
         };
-        let panels = Panels::pack(&dense, [3, 4], Kernel::Portable);
+        let panels = Panels::pack(&dense, [3, 4], Kernel::Portable, Factors::Floats);
         panels.map(|_| ()).map_err(|error| error.to_string())
     };
     assert_eq!(pack(12, 4, 4), Ok(()));
@@ -297,7 +344,13 @@ fn refuses_what_does_not_fit() {
         scales: None,
         bias: None,
     };
-    let large = Panels::pack(&dense, [usize::MAX / 2, 4], Kernel::Portable).unwrap_err();
+    let large = Panels::pack(
+        &dense,
+        [usize::MAX / 2, 4],
+        Kernel::Portable,
+        Factors::Floats,
+    )
+    .unwrap_err();
     assert!(large.to_string().contains("too large"), "{large}");
 }
 

@@ -14,7 +14,7 @@ use crate::vector::{LANES_MAX, Number, Vector};
 /// How far ahead of its use a line of weights is asked for, in all strips. A few
 /// hundred nanoseconds at the speed of memory; the processor's own prefetching stops
 /// at every page.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 
 /// Which weights are asked for while others are used. What comes after the panel
 /// need not be there.
@@ -55,6 +55,52 @@ impl Ahead {
     }
 }
 
+/// What becomes of the sums of a tile, and where.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ending {
+    /// These are as wide as the panel.
+    pub(super) scales: Option<*const f32>,
+    pub(super) bias: Option<*const f32>,
+    pub(super) output: *mut f32,
+    pub(super) output_stride: usize,
+    pub(super) finish: Finish,
+}
+
+impl Ending {
+    /// For a tile that begins at this row.
+    pub(super) fn at_row(self, row: usize) -> Self {
+        Self {
+            output: self.output.wrapping_add(row * self.output_stride),
+            ..self
+        }
+    }
+
+    /// Makes a sum what is wanted, and writes it to row `i`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`; scales, bias and the row have a vector
+    /// at this column, and nobody else has these columns of the output.
+    #[inline(always)]
+    pub(super) unsafe fn end<V: Vector>(&self, i: usize, column: usize, mut sum: V) {
+        // SAFETY: the caller vouches for the row and its columns.
+        unsafe {
+            let to = self.output.add(i * self.output_stride + column);
+            if let Some(scales) = self.scales {
+                sum = sum.mul(V::load(scales.add(column)));
+            }
+            if let Some(bias) = self.bias {
+                sum = sum.add(V::load(bias.add(column)));
+            }
+            match self.finish {
+                Finish::Set => {}
+                Finish::Add => sum = sum.add(V::load(to)),
+                Finish::Activate(activation) => sum = activation.of(sum),
+            }
+            sum.store(to);
+        }
+    }
+}
+
 /// A tile: some rows, and the columns of one panel.
 pub(super) struct Tile<N> {
     pub(super) rows: *const f32,
@@ -67,12 +113,7 @@ pub(super) struct Tile<N> {
     /// Where the panel is left as floats, if anywhere.
     pub(super) unpack: Option<*mut f32>,
     pub(super) ahead: Ahead,
-    /// These are as wide as the panel.
-    pub(super) scales: Option<*const f32>,
-    pub(super) bias: Option<*const f32>,
-    pub(super) output: *mut f32,
-    pub(super) output_stride: usize,
-    pub(super) finish: Finish,
+    pub(super) ending: Ending,
 }
 
 /// # Safety
@@ -103,11 +144,7 @@ impl<N: Number> Tile<N> {
             panel,
             unpack: None,
             ahead: self.ahead,
-            scales: self.scales,
-            bias: self.bias,
-            output: self.output,
-            output_stride: self.output_stride,
-            finish: self.finish,
+            ending: self.ending,
         }
     }
 
@@ -129,8 +166,7 @@ impl<N: Number> Tile<N> {
     /// # Safety
     /// The CPU has the instructions of `V`; there are `R` rows, and the panel has
     /// `VECTORS` vectors of `V` for each input, and what it is unpacked to has room
-    /// for them; scales, bias and each row of the output are as wide; and nobody
-    /// else has these columns of the output.
+    /// for them; and as [`Ending::end`] for as many rows and vectors.
     #[inline(always)]
     unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
         // As `strip_width` has it: of one vector each, or one of all.
@@ -190,33 +226,9 @@ impl<N: Number> Tile<N> {
             }
             for (i, sums) in sums.into_iter().enumerate() {
                 for (j, sum) in sums.into_iter().enumerate() {
-                    self.end(i, j * V::LANES, sum);
+                    self.ending.end(i, j * V::LANES, sum);
                 }
             }
-        }
-    }
-
-    /// Makes a sum what is wanted, and writes it to row `i`.
-    ///
-    /// # Safety
-    /// As [`Tile::compute`].
-    #[inline(always)]
-    unsafe fn end<V: Vector>(&self, i: usize, column: usize, mut sum: V) {
-        // SAFETY: the caller vouches for the row and its columns.
-        unsafe {
-            let to = self.output.add(i * self.output_stride + column);
-            if let Some(scales) = self.scales {
-                sum = sum.mul(V::load(scales.add(column)));
-            }
-            if let Some(bias) = self.bias {
-                sum = sum.add(V::load(bias.add(column)));
-            }
-            match self.finish {
-                Finish::Set => {}
-                Finish::Add => sum = sum.add(V::load(to)),
-                Finish::Activate(activation) => sum = activation.of(sum),
-            }
-            sum.store(to);
         }
     }
 }
