@@ -64,24 +64,33 @@ impl Sampling {
             return Err(NotFinite);
         }
         let best = argmax(logits);
+        let max = f64::from(logits[best]);
+        let powers = |temperature: f64| -> Vec<f64> {
+            let powers = logits
+                .iter()
+                .map(|&logit| ((f64::from(logit) - max) / temperature).exp());
+            powers.collect()
+        };
+        // In the order of colors, so that sums have one order.
+        let own = powers(1.0);
+        let sum: f64 = own.iter().sum();
         let color = if self.temperature <= 0.0 {
             best
+        } else if self.temperature.to_bits() == 1.0_f32.to_bits() {
+            self.pick(own, place)
         } else {
-            self.pick(logits, f64::from(logits[best]), place)
+            self.pick(powers(f64::from(self.temperature)), place)
         };
+        #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+        let log_prob = (f64::from(logits[color]) - max - sum.ln()) as f32;
         Ok(Drawn {
             token: u16::try_from(color).unwrap_or(u16::MAX),
-            log_prob: log_prob(logits, best, color),
+            log_prob,
         })
     }
 
-    fn pick(&self, logits: &[f32], max: f64, place: Draw) -> usize {
-        let temperature = f64::from(self.temperature);
-        // In the order of colors, so that sums have one order.
-        let mut weights: Vec<f64> = logits
-            .iter()
-            .map(|&logit| ((f64::from(logit) - max) / temperature).exp())
-            .collect();
+    /// One color out of as many as there are weights.
+    fn pick(&self, mut weights: Vec<f64>, place: Draw) -> usize {
         let top_k = self.top_k as usize;
         if (1..weights.len()).contains(&top_k) {
             let mut sorted = weights.clone();
@@ -144,16 +153,6 @@ fn nucleus(weights: &[f64], part: f64) -> f64 {
         }
     }
     0.0
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
-fn log_prob(logits: &[f32], best: usize, color: usize) -> f32 {
-    let max = f64::from(logits[best]);
-    let sum: f64 = logits
-        .iter()
-        .map(|&logit| (f64::from(logit) - max).exp())
-        .sum();
-    (f64::from(logits[color]) - max - sum.ln()) as f32
 }
 
 /// A number from 0 to less than 1 that belongs to the place alone.
