@@ -16,7 +16,7 @@ use bytemuck::Pod;
 use half::bf16;
 use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
 use imagegpt::layers::{
-    Activation, DenseWeights, Factors, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
+    Activation, DenseWeights, LayerWeights, Layers, Room, RowsAs, Sizes, Tokens, Weight,
 };
 use memmap2::MmapMut;
 
@@ -45,11 +45,11 @@ fn main() -> anyhow::Result<()> {
     for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
             let case = (kernel, n_threads, n_rows, past, shared);
-            contestants.push(steps::<_, Int24>(case, Factors::Floats, 1.0_f32, 0)?);
-            contestants.push(steps::<_, bf16>(case, Factors::Floats, 1_i8, bf16::ZERO)?);
-            let factors = Factors::fastest::<i8>(kernel, SIZES.inner_width);
-            if factors == Factors::Digits {
-                contestants.push(steps::<_, bf16>(case, factors, 1_i8, bf16::ZERO)?);
+            contestants.push(steps::<_, Int24>(case, RowsAs::Floats, 1.0_f32, 0)?);
+            contestants.push(steps::<_, bf16>(case, RowsAs::Floats, 1_i8, bf16::ZERO)?);
+            let rows_as = RowsAs::fastest::<i8>(kernel, SIZES.inner_width);
+            if rows_as == RowsAs::Digits {
+                contestants.push(steps::<_, bf16>(case, rows_as, 1_i8, bf16::ZERO)?);
             }
         }
     }
@@ -91,7 +91,7 @@ fn weights_of_layer() -> usize {
 /// first `shared`.
 fn steps<W: Weight, K: Kept<Element: Pod>>(
     (kernel, n_threads, n_rows, past, shared): (Kernel, usize, usize, usize, usize),
-    factors: Factors,
+    rows_as: RowsAs,
     weight: W,
     kept: K::Element,
 ) -> anyhow::Result<Contestant> {
@@ -116,7 +116,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
         expand: dense(width, inner_width),
         contract: dense(inner_width, width),
     };
-    let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel, factors)?;
+    let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel, rows_as)?;
     let capacity = (past + 1).next_multiple_of(BLOCK);
     let position_len = SIZES.heads * K::position_len(width / SIZES.heads);
     let n_bytes = n_rows * capacity * position_len * size_of::<K::Element>();
@@ -164,7 +164,7 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
     let read = weights_of_layer() * size_of::<W::Packed>() + 2 * n_read * kept;
     let bits = |bytes: usize| 8 * bytes;
     let name = format!(
-        "{kernel:?}, weights of {} bits by {factors:?}, past of {}",
+        "{kernel:?}, weights of {} bits by {rows_as:?}, past of {}",
         bits(size_of::<W::Packed>()),
         bits(K::PER_NUMBER * size_of::<K::Element>()),
     );

@@ -31,7 +31,7 @@ use crate::attention::{
 use crate::vector::scratch::Scratch;
 use crate::vector::{Kept, LANES_MAX};
 
-pub use self::dense::{DenseWeights, Factors, Weight};
+pub use self::dense::{DenseWeights, RowsAs, Weight};
 pub use self::pointwise::Activation;
 
 mod dense;
@@ -49,7 +49,7 @@ pub enum LayersError {
     Sizes(Sizes),
     #[error("this cpu has no {0:?} kernel for f32 products")]
     Kernel(Kernel),
-    #[error("no products of {0} digits with such weights on this kernel")]
+    #[error("no products of bytes: not with such weights, on this cpu, or of {0} inputs")]
     Digits(usize),
     #[error("a product of {rows} rows from {inputs} to {outputs} is too large to address")]
     TooLarge {
@@ -114,7 +114,7 @@ struct Layer<W: Weight> {
 pub struct Layers<W: Weight> {
     sizes: Sizes,
     kernel: Kernel,
-    factors: Factors,
+    rows_as: RowsAs,
     packed: Vec<Layer<W>>,
 }
 
@@ -159,21 +159,21 @@ impl<W: Weight> Layers<W> {
     ) -> Result<Self, LayersError> {
         let kernel = Kernel::fastest(Precision::F32);
         let inputs = sizes.width.max(sizes.inner_width);
-        let factors = Factors::fastest::<W>(kernel, inputs);
-        Self::with_kernel(sizes, layers, kernel, factors)
+        let rows_as = RowsAs::fastest::<W>(kernel, inputs);
+        Self::with_kernel(sizes, layers, kernel, rows_as)
     }
 
-    /// The same for a kernel and factors of the caller's choice, for tests and
+    /// The same with a kernel and products of the caller's choice, for tests and
     /// benchmarks.
     ///
     /// # Errors
     /// As [`Layers::pack`], and if this CPU cannot run the kernel or its products
-    /// are not `f32`, or it has none of such factors.
+    /// are not `f32`, or it has no such products.
     pub fn with_kernel<'a>(
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
         kernel: Kernel,
-        factors: Factors,
+        rows_as: RowsAs,
     ) -> Result<Self, LayersError> {
         let Sizes {
             width,
@@ -188,7 +188,7 @@ impl<W: Weight> Layers<W> {
             return Err(LayersError::Kernel(kernel));
         }
         let inputs = width.max(inner_width);
-        if !factors.are_available::<W>(kernel, inputs) {
+        if !rows_as.are_available::<W>(kernel, inputs) {
             return Err(LayersError::Digits(inputs));
         }
         let three = size(1, 3, width)?;
@@ -196,17 +196,17 @@ impl<W: Weight> Layers<W> {
             Ok(Layer {
                 attention_norm: norm_weights(layer.attention_norm, width)?,
                 attention_scale: layer.attention_scale,
-                qkv: Panels::pack(&layer.qkv, [width, three], kernel, factors)?,
-                projection: Panels::pack(&layer.projection, [width, width], kernel, factors)?,
+                qkv: Panels::pack(&layer.qkv, [width, three], kernel, rows_as)?,
+                projection: Panels::pack(&layer.projection, [width, width], kernel, rows_as)?,
                 inner_norm: norm_weights(layer.inner_norm, width)?,
-                expand: Panels::pack(&layer.expand, [width, inner_width], kernel, factors)?,
-                contract: Panels::pack(&layer.contract, [inner_width, width], kernel, factors)?,
+                expand: Panels::pack(&layer.expand, [width, inner_width], kernel, rows_as)?,
+                contract: Panels::pack(&layer.contract, [inner_width, width], kernel, rows_as)?,
             })
         });
         Ok(Self {
             sizes,
             kernel,
-            factors,
+            rows_as,
             packed: layers.collect::<Result<_, LayersError>>()?,
         })
     }
@@ -255,9 +255,9 @@ impl<W: Weight> Layers<W> {
             head_dim: width / heads,
         };
         let Room { rows, phases } = room;
-        let digits = match self.factors {
-            Factors::Floats => 0,
-            Factors::Digits => DigitRows::stride(width.max(inner_width)) / size_of::<f32>(),
+        let digits = match self.rows_as {
+            RowsAs::Floats => 0,
+            RowsAs::Digits => DigitRows::stride(width.max(inner_width)) / size_of::<f32>(),
         };
         let [one, three, inner] = [width, 3 * width, inner_width].map(stride);
         let strides = [one, one, three, one, inner, digits];
@@ -523,9 +523,9 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
         let layer = &self.layers.packed[layer];
         match part {
             Part::AttentionNorm | Part::InnerNorm => self.n_rows,
-            Part::RoundAttended | Part::RoundInner => match self.layers.factors {
-                Factors::Floats => 0,
-                Factors::Digits => self.n_rows,
+            Part::RoundAttended | Part::RoundInner => match self.layers.rows_as {
+                RowsAs::Floats => 0,
+                RowsAs::Digits => self.n_rows,
             },
             Part::Qkv => layer.qkv.len(),
             Part::Attend => heads.len(),
@@ -592,7 +592,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
                 width,
                 epsilon,
             );
-            if self.layers.factors == Factors::Digits {
+            if self.layers.rows_as == RowsAs::Digits {
                 self.round(self.normed, width, row);
             }
         }

@@ -11,12 +11,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use imagegpt::attention::Kernel;
 use imagegpt::compile::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
 use imagegpt::compile::{
     CompileError, CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Silent, Source,
     Step, Task, compile, compile_cached,
 };
 use imagegpt::engine::onnx;
+use imagegpt::layers::RowsAs;
 use ort::environment::Environment;
 use prost::Message as _;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -222,6 +224,41 @@ fn steps_that_24_bits_are_too_few_for_are_onnx_runtimes() {
     assert!(!ran.contains_key("Layers"), "{ran:?}");
     let tolerance = Precision::Fp32.tolerance();
     assert!(facts.errors.iter().all(|error| *error <= tolerance));
+}
+
+/// An activation a hundred million times larger, with weights of zero: beside it the
+/// others of its row are nothing in 24 bits, where a CPU rounds rows to that.
+#[test]
+fn steps_whose_rows_cannot_be_rounded_are_refused() {
+    let source = checkpoint(|tensors| {
+        for (name, _, values) in tensors {
+            if name.ends_with("ln_2.weight") {
+                values[0] *= 1e8;
+            } else if name.ends_with("mlp.c_fc.weight") {
+                values[..4 * WIDTH].fill(0.0);
+            }
+        }
+    });
+    let parent = TempDir::new().unwrap();
+    let output = parent.path().join("out");
+    let options = CompileOptions {
+        precision: Precision::Int8,
+        tasks: Some(BTreeSet::from([Task::Generate])),
+        ..CompileOptions::default()
+    };
+    let outcome = run(source.path(), &output, &options).map_err(|error| error.to_string());
+    let kernel = Kernel::fastest(imagegpt::attention::Precision::F32);
+    match RowsAs::fastest::<i8>(kernel, 4 * WIDTH) {
+        RowsAs::Floats => {
+            let errors = &outcome.unwrap().graphs["generate"].errors;
+            let tolerance = Precision::Int8.tolerance();
+            assert!(errors.iter().all(|error| *error <= tolerance), "{errors:?}");
+        }
+        RowsAs::Digits => {
+            let error = outcome.unwrap_err();
+            assert!(error.contains("generate"), "{error}");
+        }
+    }
 }
 
 /// ONNX Runtime makes one operator of a bias and the activation after it.

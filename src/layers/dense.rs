@@ -49,16 +49,16 @@ pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
     fn bytes(weights: &[Self]) -> Option<&[i8]>;
 }
 
-/// As what a row's numbers are multiplied.
+/// What a row's numbers are while they are multiplied with weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Factors {
+pub enum RowsAs {
     /// As they are.
     Floats,
     /// Rounded to 24 bits; only with weights of 8 bits.
     Digits,
 }
 
-impl Factors {
+impl RowsAs {
     pub const ALL: [Self; 2] = [Self::Floats, Self::Digits];
 
     /// What is fastest with such weights.
@@ -165,10 +165,10 @@ enum Packed<W: Weight> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     pub(super) n: usize,
-    /// What panels for floats take.
+    /// For panels of floats; others do not look at it.
     pub(super) input: *const f32,
     pub(super) input_stride: usize,
-    /// What panels for digits take.
+    /// The same rows rounded, for panels of bytes; others do not look at it.
     pub(super) digits: DigitRows,
     /// In each row there is room for whole panels.
     pub(super) output: *mut f32,
@@ -289,7 +289,6 @@ fn pack_bytes<W: Weight>(
     weights: &[W],
     [inputs, outputs]: [usize; 2],
 ) -> Result<Packed<W>, LayersError> {
-    const LINE: usize = digits::GROUP * digits::LANES;
     let weights = W::bytes(weights).ok_or(LayersError::Digits(inputs))?;
     let columns = outputs.next_multiple_of(digit_tile::WIDTH);
     size(1, inputs.next_multiple_of(digits::GROUP), columns)?;
@@ -299,12 +298,13 @@ fn pack_bytes<W: Weight>(
         .chunks_exact_mut(bytes_len(inputs, digits::LANES));
     for (strip, lines) in strips.enumerate() {
         let first = strip * digits::LANES;
-        let groups = lines.chunks_exact_mut(LINE);
+        let groups = lines.chunks_exact_mut(digits::LINE);
         for (group, line) in groups.enumerate() {
             for (at, byte) in line.iter_mut().enumerate() {
                 let column = first + at / digits::GROUP;
                 let input = group * digits::GROUP + at % digits::GROUP;
-                // What is too many is zero, too.
+                // A column too many comes to zero, as elsewhere, and an input too
+                // many has digits of zero.
                 let is_one = input < inputs && column < outputs;
                 let weight = if is_one {
                     weights[input * outputs + column]
@@ -319,7 +319,8 @@ fn pack_bytes<W: Weight>(
 }
 
 impl<W: Weight> Panels<W> {
-    /// Puts weights in order for a kernel, which must be available.
+    /// Puts weights in order for a kernel, which must be available, and with it such
+    /// products ([`RowsAs::are_available`]).
     ///
     /// # Errors
     /// If the sizes do not fit, or memory does not suffice.
@@ -327,12 +328,12 @@ impl<W: Weight> Panels<W> {
         dense: &DenseWeights<'_, W>,
         [inputs, outputs]: [usize; 2],
         kernel: Kernel,
-        factors: Factors,
+        rows_as: RowsAs,
     ) -> Result<Self, LayersError> {
         check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
-        let width = match factors {
-            Factors::Floats => panel_width(kernel),
-            Factors::Digits => digit_tile::WIDTH,
+        let width = match rows_as {
+            RowsAs::Floats => panel_width(kernel),
+            RowsAs::Digits => digit_tile::WIDTH,
         };
         if outputs.div_ceil(width) > TASKS_MAX {
             return Err(LayersError::TooLarge {
@@ -341,9 +342,9 @@ impl<W: Weight> Panels<W> {
                 outputs,
             });
         }
-        let (packed, factors) = match factors {
-            Factors::Floats => pack_floats(dense.weights, [inputs, outputs], kernel)?,
-            Factors::Digits => (pack_bytes(dense.weights, [inputs, outputs])?, None),
+        let (packed, factors) = match rows_as {
+            RowsAs::Floats => pack_floats(dense.weights, [inputs, outputs], kernel)?,
+            RowsAs::Digits => (pack_bytes(dense.weights, [inputs, outputs])?, None),
         };
         let scales = match (dense.scales, &factors) {
             (Some(scales), Some(factors)) => {
@@ -392,9 +393,10 @@ impl<W: Weight> Panels<W> {
     /// `next`, which need not be valid.
     ///
     /// # Safety
-    /// The kernel is available and `idx` below [`Panels::len`]; `rows` are so
-    /// many, with all inputs and with room for whole panels; until this returns
-    /// nobody writes the inputs, and nobody else has these columns of the output.
+    /// The kernel and its products are available and `idx` below [`Panels::len`];
+    /// `rows` are so many, with room for whole panels; those that the panel takes,
+    /// floats or digits, have all inputs, and until this returns nobody writes them;
+    /// and nobody else has these columns of the output.
     pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish, next: *const u8) {
         let first = idx * self.width();
         let from =

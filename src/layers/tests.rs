@@ -130,7 +130,7 @@ impl<W: Tested> Model<W> {
         }
     }
 
-    fn pack(&self, (kernel, factors): (Kernel, Factors)) -> Layers<W> {
+    fn pack(&self, (kernel, rows_as): (Kernel, RowsAs)) -> Layers<W> {
         let layers = self.layers.iter().map(|layer| {
             let [qkv, projection, expand, contract] = &layer.products;
             LayerWeights {
@@ -143,7 +143,7 @@ impl<W: Tested> Model<W> {
                 contract: contract.weights(),
             }
         });
-        Layers::with_kernel(self.sizes, layers, kernel, factors).unwrap()
+        Layers::with_kernel(self.sizes, layers, kernel, rows_as).unwrap()
     }
 
     /// What comes out for all tokens of a sequence.
@@ -335,9 +335,9 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 }
 
 /// Kernels, and what they can multiply such weights with.
-fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, Factors)> {
-    let ways = kernels().flat_map(|kernel| Factors::ALL.map(|factors| (kernel, factors)));
-    ways.filter(|(kernel, factors)| factors.are_available::<W>(*kernel, 1))
+fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, RowsAs)> {
+    let ways = kernels().flat_map(|kernel| RowsAs::ALL.map(|rows_as| (kernel, rows_as)));
+    ways.filter(|(kernel, rows_as)| rows_as.are_available::<W>(*kernel, 1))
 }
 
 fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
@@ -444,7 +444,7 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
         scales: None,
         bias: None,
     };
-    let panels = Panels::pack(&one, [1, 1], kernel, Factors::Floats).unwrap();
+    let panels = Panels::pack(&one, [1, 1], kernel, RowsAs::Floats).unwrap();
     let mut output = vec![f32::NAN; inputs.len() * PANEL_WIDTH_MAX];
     let rows = Rows {
         n: inputs.len(),
@@ -496,17 +496,17 @@ fn digits_are_for_weights_of_8_bits() {
         floats.sizes,
         std::iter::empty::<LayerWeights<'_, f32>>(),
         Kernel::Portable,
-        Factors::Digits,
+        RowsAs::Digits,
     );
     let error = error.unwrap_err();
     assert_eq!(error, LayersError::Digits(16), "{error}");
     let bytes = Layers::pack(floats.sizes, std::iter::empty::<LayerWeights<'_, i8>>()).unwrap();
-    assert!(ways::<i8>().any(|way| way == (bytes.kernel, bytes.factors)));
+    assert!(ways::<i8>().any(|way| way == (bytes.kernel, bytes.rows_as)));
     for kernel in kernels() {
         // Sums of so many would overflow.
-        assert!(!Factors::Digits.are_available::<i8>(kernel, digits::INPUTS_MAX + 1));
-        assert_eq!(Factors::fastest::<i8>(kernel, usize::MAX), Factors::Floats);
-        assert_eq!(Factors::fastest::<f32>(kernel, 1), Factors::Floats);
+        assert!(!RowsAs::Digits.are_available::<i8>(kernel, digits::INPUTS_MAX + 1));
+        assert_eq!(RowsAs::fastest::<i8>(kernel, usize::MAX), RowsAs::Floats);
+        assert_eq!(RowsAs::fastest::<f32>(kernel, 1), RowsAs::Floats);
     }
 }
 
@@ -552,7 +552,7 @@ fn refuse_what_they_cannot_do() {
         assert!(error.contains(expected), "{error}");
     }
 
-    let layers = model.pack((Kernel::Portable, Factors::Floats));
+    let layers = model.pack((Kernel::Portable, RowsAs::Floats));
     let step = |n_rows: usize, length: usize, past: &[usize], capacity: usize, n_caches: usize| {
         let mut keys = vec![vec![bf16::ZERO; 16 * 8]; n_caches];
         let mut values = keys.clone();
@@ -588,7 +588,7 @@ fn refuse_what_they_cannot_do() {
 #[test]
 fn nothing_new_is_no_work() {
     let model = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 2, 2, 2);
-    let layers = model.pack((Kernel::Portable, Factors::Floats));
+    let layers = model.pack((Kernel::Portable, RowsAs::Floats));
     let mut fed = Fed::<f32, Int24>::new(&model, vec![0, 1], 2);
     fed.feed(&layers, 0);
     assert_eq!(fed.rows, [[0.0; 0], [0.0; 0]]);

@@ -10,7 +10,7 @@
 
 use super::tile::{AHEAD, Ending};
 use crate::layers::digits::{
-    DIGITS, DigitRows, GROUP, GROUP_BYTES, HEAD_BYTES, LANES, Lanes, put_together,
+    DIGITS, DigitRows, GROUP, GROUP_BYTES, HEAD_BYTES, LANES, LINE, Lanes, put_together,
 };
 use crate::vector::Vector;
 
@@ -24,17 +24,15 @@ const STRIPS: usize = 2;
 /// Columns of a panel.
 pub(super) const WIDTH: usize = STRIPS * LANES;
 
-/// Bytes of a group of inputs in a strip.
-const LINE: usize = GROUP * LANES;
-
 /// A tile: some rows, and the columns of one panel.
 pub(super) struct DigitTile {
     pub(super) rows: DigitRows,
     pub(super) n_groups: usize,
     /// [`STRIPS`] strips, of a line for each group.
     pub(super) panel: *const u8,
-    /// Weights are asked for before they are used, and then those that lie here,
-    /// which need not be there. None if this panel has been read.
+    /// Weights are asked for before they are used, and in the end those that lie
+    /// here, which need not be there. None is asked for if this is none: the panel
+    /// has just been read.
     pub(super) next: Option<*const u8>,
     pub(super) ending: Ending,
 }
