@@ -160,6 +160,16 @@ enum Packed<W: Weight> {
     Bytes(Pages<u8>),
 }
 
+impl<W: Weight> Packed<W> {
+    /// Columns of a panel.
+    fn width(&self, kernel: Kernel) -> usize {
+        match self {
+            Self::Floats(_) => panel_width(kernel),
+            Self::Bytes(_) => digit_tile::WIDTH,
+        }
+    }
+}
+
 /// Rows of a product's input and output; each so many floats after the one
 /// before.
 #[derive(Clone, Copy, Debug)]
@@ -240,14 +250,6 @@ fn padded(
     let mut padded = floats.to_vec();
     padded.resize(outputs.next_multiple_of(width), 0.0);
     Ok(Some(padded))
-}
-
-/// Part `idx` of numbers, each so long.
-///
-/// # Panics
-/// If there is none of this number.
-fn part<T: Pod>(pages: &Pages<T>, idx: usize, len: usize) -> *const T {
-    pages.numbers()[idx * len..][..len].as_ptr()
 }
 
 /// Bytes of so many columns.
@@ -331,10 +333,11 @@ impl<W: Weight> Panels<W> {
         rows_as: RowsAs,
     ) -> Result<Self, LayersError> {
         check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
-        let width = match rows_as {
-            RowsAs::Floats => panel_width(kernel),
-            RowsAs::Digits => digit_tile::WIDTH,
+        let (packed, factors) = match rows_as {
+            RowsAs::Floats => pack_floats(dense.weights, [inputs, outputs], kernel)?,
+            RowsAs::Digits => (pack_bytes(dense.weights, [inputs, outputs])?, None),
         };
+        let width = packed.width(kernel);
         if outputs.div_ceil(width) > TASKS_MAX {
             return Err(LayersError::TooLarge {
                 rows: 1,
@@ -342,10 +345,6 @@ impl<W: Weight> Panels<W> {
                 outputs,
             });
         }
-        let (packed, factors) = match rows_as {
-            RowsAs::Floats => pack_floats(dense.weights, [inputs, outputs], kernel)?,
-            RowsAs::Digits => (pack_bytes(dense.weights, [inputs, outputs])?, None),
-        };
         let scales = match (dense.scales, &factors) {
             (Some(scales), Some(factors)) => {
                 check("scales", scales.len(), outputs)?;
@@ -365,15 +364,8 @@ impl<W: Weight> Panels<W> {
         })
     }
 
-    fn width(&self) -> usize {
-        match self.packed {
-            Packed::Floats(_) => panel_width(self.kernel),
-            Packed::Bytes(_) => digit_tile::WIDTH,
-        }
-    }
-
     pub(super) fn len(&self) -> usize {
-        self.outputs.div_ceil(self.width())
+        self.outputs.div_ceil(self.packed.width(self.kernel))
     }
 
     /// Where a panel begins.
@@ -381,11 +373,16 @@ impl<W: Weight> Panels<W> {
     /// # Panics
     /// If there is none of this number.
     pub(super) fn panel(&self, idx: usize) -> *const u8 {
+        let width = self.packed.width(self.kernel);
         match &self.packed {
             Packed::Floats(pages) => {
-                part(pages, idx, self.inputs * panel_width(self.kernel)).cast()
+                let len = self.inputs * width;
+                pages.numbers()[idx * len..][..len].as_ptr().cast()
             }
-            Packed::Bytes(pages) => part(pages, idx, bytes_len(self.inputs, digit_tile::WIDTH)),
+            Packed::Bytes(pages) => {
+                let len = bytes_len(self.inputs, width);
+                pages.numbers()[idx * len..][..len].as_ptr()
+            }
         }
     }
 
@@ -398,7 +395,8 @@ impl<W: Weight> Panels<W> {
     /// floats or digits, have all inputs, and until this returns nobody writes them;
     /// and nobody else has these columns of the output.
     pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish, next: *const u8) {
-        let first = idx * self.width();
+        let first = idx * self.packed.width(self.kernel);
+        let panel = self.panel(idx);
         let from =
             |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
         let ending = Ending {
@@ -410,26 +408,24 @@ impl<W: Weight> Panels<W> {
         };
         // SAFETY: the caller vouches for all of it.
         unsafe {
-            match &self.packed {
-                Packed::Floats(pages) => self.compute_floats(pages, idx, rows, ending, next),
-                Packed::Bytes(pages) => self.compute_bytes(pages, idx, rows, ending, next),
+            match self.packed {
+                Packed::Floats(_) => self.compute_floats(panel.cast(), rows, ending, next),
+                Packed::Bytes(_) => self.compute_bytes(panel, rows, ending, next),
             }
         }
     }
 
     /// # Safety
-    /// As [`Panels::compute`].
+    /// As [`Panels::compute`], with that panel.
     unsafe fn compute_floats(
         &self,
-        pages: &Pages<W::Packed>,
-        idx: usize,
+        panel: *const W::Packed,
         rows: Rows,
         ending: Ending,
         next: *const u8,
     ) {
         let width = panel_width(self.kernel);
         let most = tile_rows(self.kernel);
-        let panel = part(pages, idx, width * self.inputs);
         let n_tiles = rows.n.div_ceil(most);
         UNPACKED.with_borrow_mut(|unpacked| {
             let keeps = W::IS_UNPACKED && tile_of(rows.n, most) < rows.n;
@@ -463,16 +459,8 @@ impl<W: Weight> Panels<W> {
     }
 
     /// # Safety
-    /// As [`Panels::compute`].
-    unsafe fn compute_bytes(
-        &self,
-        pages: &Pages<u8>,
-        idx: usize,
-        rows: Rows,
-        ending: Ending,
-        next: *const u8,
-    ) {
-        let panel = part(pages, idx, bytes_len(self.inputs, digit_tile::WIDTH));
+    /// As [`Panels::compute`], with that panel.
+    unsafe fn compute_bytes(&self, panel: *const u8, rows: Rows, ending: Ending, next: *const u8) {
         for (row, n) in tiles(rows.n, digit_tile::ROWS_MAX) {
             let tile = DigitTile {
                 rows: DigitRows {

@@ -233,10 +233,11 @@ unsafe fn round_by<L: Lanes>(row: *const f32, width: usize, to: *mut u8) {
         let numbers = std::slice::from_raw_parts(row, width);
         let largest = numbers.iter().copied().map(magnitude).fold(0, u32::max);
         let factor = factor_of(f32::from_bits(largest));
+        let inverse = 1.0 / factor;
         let mut sums = L::splat(0);
         for at in (0..width).step_by(LANES) {
             let to = to.add(HEAD_BYTES + at * DIGITS);
-            sums = sums.split(row.add(at), LANES.min(width - at), 1.0 / factor, to);
+            sums = sums.split(row.add(at), LANES.min(width - at), inverse, to);
         }
         let sums = sums.numbers();
         let mut begin = [0; DIGITS];

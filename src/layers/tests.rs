@@ -11,7 +11,7 @@ use super::*;
 use crate::attention::Int24;
 
 /// Numbers from -0.5 to 0.5, the same for the same seed.
-fn uniform(seed: u64) -> impl FnMut() -> f32 {
+pub(super) fn uniform(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
         state ^= state << 13;
@@ -328,14 +328,14 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
     }
 }
 
-fn kernels() -> impl Iterator<Item = Kernel> {
+pub(super) fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::ALL
         .into_iter()
         .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32)
 }
 
 /// Kernels, and what they can multiply such weights with.
-fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, RowsAs)> {
+pub(super) fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, RowsAs)> {
     let ways = kernels().flat_map(|kernel| RowsAs::ALL.map(|rows_as| (kernel, rows_as)));
     ways.filter(|(kernel, rows_as)| rows_as.are_available::<W>(*kernel, 1))
 }

@@ -78,9 +78,9 @@ impl DigitTile {
             let strips = self.panel.wrapping_add(first * strip_bytes);
             let after = strips.wrapping_add(S * strip_bytes);
             let next = if first + S < STRIPS {
-                Some(after)
+                after
             } else {
-                self.next
+                self.next.unwrap_or(after)
             };
             let asks = self.next.is_some();
             let mut ahead = strips.wrapping_add(n_ahead * LINE);
@@ -97,7 +97,7 @@ impl DigitTile {
                 for at in 0..self.n_groups {
                     if asks {
                         if at == n_own {
-                            ahead = next.unwrap_or(ahead);
+                            ahead = next;
                         }
                         for strip in 0..S {
                             L::Floats::prefetch(ahead.wrapping_add(strip * strip_bytes));

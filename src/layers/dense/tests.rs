@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use proptest::prelude::*;
 
 use super::*;
-use crate::attention::Precision;
+use crate::layers::tests::{uniform, ways};
 
 /// A product and what it is of.
 #[derive(Clone)]
@@ -39,17 +39,6 @@ impl Tested for i8 {
         #[expect(clippy::cast_possible_truncation, reason = "within 127")]
         let weight = (uniform * 254.0) as Self;
         weight
-    }
-}
-
-/// Numbers from -0.5 to 0.5, the same for the same seed.
-fn uniform(seed: u64) -> impl FnMut() -> f32 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1_u32 << 24) as f32 - 0.5
     }
 }
 
@@ -187,15 +176,6 @@ impl<W: Tested> Call<W> {
         }
         output
     }
-}
-
-/// Kernels, and what they can multiply such weights with.
-fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, RowsAs)> {
-    let kernels = Kernel::ALL
-        .into_iter()
-        .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32);
-    let ways = kernels.flat_map(|kernel| RowsAs::ALL.map(|rows_as| (kernel, rows_as)));
-    ways.filter(|(kernel, rows_as)| rows_as.are_available::<W>(*kernel, 1))
 }
 
 /// The results are near, and depend neither on threads nor on company.
