@@ -8,6 +8,7 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
+use imagegpt::preprocess::DecodeBudget;
 use imagegpt::preprocess::decode::decode;
 use imagegpt::preprocess::resize::resize;
 use imagegpt::preprocess::{
@@ -39,7 +40,7 @@ fn files() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn decoded(bytes: &[u8]) -> RgbImage {
-    decode(bytes, Alpha::Drop, &LIMITS).expect("the file is whole")
+    decode(bytes, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).expect("the file is whole")
 }
 
 /// Each pixel repeated: as many details as a photo has, near enough.
@@ -109,7 +110,13 @@ fn preprocess(criterion: &mut Criterion) {
     for (name, bytes) in files {
         let input = ImageInput::Encoded(Bytes::from(bytes));
         group.bench_function(name, |bencher| {
-            bencher.iter(|| preprocessor.tokenize(&input, PreprocessOptions::default()));
+            bencher.iter(|| {
+                preprocessor.tokenize(
+                    &input,
+                    PreprocessOptions::default(),
+                    &DecodeBudget::endless(),
+                )
+            });
         });
     }
     group.finish();

@@ -403,6 +403,7 @@ mod tests {
         };
         Desk {
             preprocessor: Arc::new(Preprocessor::new(&palette, 1, limits)),
+            decode_cpu_time_max: Duration::from_mins(1),
             batcher,
             metrics: Metrics::new().expect("metrics"),
         }

@@ -560,6 +560,18 @@ pub struct LimitsConfig {
         value_parser = size
     )]
     pub decode_bytes_max: ByteSize,
+
+    /// CPU time that decoding one image may take. A last net: the other limits
+    /// bound the work by the header of a file, far below this time. Whether an
+    /// image is refused by it depends on the machine, so leave it high
+    #[arg(
+        long,
+        env = "IMAGEGPT_DECODE_CPU_TIME_MAX",
+        default_value = "60s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub decode_cpu_time_max: Duration,
 }
 
 /// What it writes to standard error.
@@ -696,6 +708,7 @@ impl ServeConfig {
                 limits.stream_idle_timeout,
                 idle_min,
             ),
+            ("--decode-cpu-time-max", limits.decode_cpu_time_max, SECOND),
             ("--bulk-wait-max", batching.bulk_wait_max, wait_min),
             ("--canary-interval", batching.canary_interval, ZERO),
         ] {

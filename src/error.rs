@@ -256,7 +256,7 @@ const MS: Duration = Duration::from_millis(1);
 /// Where a request was when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// Waiting for a preprocessing thread.
+    /// Waiting for a preprocessing thread, or on one.
     Preprocess,
     /// Waiting for the engine.
     Queue,
@@ -279,7 +279,7 @@ impl Stage {
 impl std::fmt::Display for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Preprocess => "before the image was decoded",
+            Self::Preprocess => "before the image had been decoded",
             Self::Queue => "while the image waited for the engine",
             Self::Engine => "while the model ran",
         })

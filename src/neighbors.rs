@@ -14,6 +14,7 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 use crate::commands::{check_output, complain};
 use crate::files::{self, Found, printable};
 use crate::pb;
+use crate::preprocess::DecodeBudget;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{Alpha, ImageLimits};
 use crate::rpc::client::{Classes, Client, ConnectConfig};
@@ -420,7 +421,13 @@ fn to_u32(n: usize) -> u32 {
 /// The image itself, small, on white. Only the worker's verdict decides
 /// whether an image is good; one that cannot be drawn here shows as grey.
 fn thumbnail(item: &Item) -> RgbImage {
-    let decoded = decode(&item.encoded, Alpha::White, &PICTURE_LIMITS).ok();
+    let decoded = decode(
+        &item.encoded,
+        Alpha::White,
+        &PICTURE_LIMITS,
+        &DecodeBudget::endless(),
+    )
+    .ok();
     decoded
         .and_then(|image| RgbImage::from_raw(image.width, image.height, image.pixels))
         .map_or_else(

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+pub mod budget;
 pub mod decode;
 mod error;
 pub mod pool;
@@ -23,6 +24,7 @@ pub mod quantize;
 pub mod queue;
 pub mod resize;
 
+pub use budget::DecodeBudget;
 pub use decode::Format;
 pub use error::PreprocessError;
 pub use quantize::{Palette, PaletteError, Quantizer};
@@ -146,16 +148,18 @@ impl Preprocessor {
     ///
     /// # Errors
     ///
-    /// When the image is over a limit, damaged, or not what its form says.
+    /// When the image is over a limit, damaged, or not what its form says, and
+    /// when the budget is spent.
     pub fn tokenize(
         &self,
         input: &ImageInput,
         options: PreprocessOptions,
+        budget: &DecodeBudget<'_>,
     ) -> Result<Tokenized, PreprocessError> {
         let started = Instant::now();
         match input {
             ImageInput::Encoded(bytes) => {
-                let image = decode::decode(bytes, options.alpha, &self.limits)?;
+                let image = decode::decode(bytes, options.alpha, &self.limits, budget)?;
                 let decode = started.elapsed();
                 let mut tokenized = self.tokenize_pixels(image.view(), options.fit);
                 tokenized.timings.decode = decode;

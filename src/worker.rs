@@ -163,6 +163,7 @@ impl Stages {
         })?);
         let desk = Desk {
             preprocessor,
+            decode_cpu_time_max: limits.decode_cpu_time_max,
             batcher: tokens_in,
             metrics: metrics.clone(),
         };

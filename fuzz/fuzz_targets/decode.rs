@@ -5,7 +5,7 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use imagegpt::preprocess::{
+use imagegpt::preprocess::{DecodeBudget, 
     Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessError, PreprocessOptions, Preprocessor,
 };
 use libfuzzer_sys::fuzz_target;
@@ -37,7 +37,7 @@ fuzz_target!(|file: &[u8]| {
         },
     };
     let input = ImageInput::Encoded(Bytes::copy_from_slice(file));
-    match PREPROCESSOR.tokenize(&input, options) {
+    match PREPROCESSOR.tokenize(&input, options, &DecodeBudget::endless()) {
         Ok(tokenized) => assert_eq!(tokenized.tokens.len(), 1024),
         Err(PreprocessError::Panicked { format }) => panic!("the {format} decoder panicked"),
         Err(_) => {}

@@ -22,6 +22,7 @@ use crate::files::{self, printable};
 use crate::neighbors::PICTURE_LIMITS;
 use crate::pb;
 use crate::pb::generate_response::Message;
+use crate::preprocess::DecodeBudget;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{self, Alpha};
 use crate::rpc::client::Client;
@@ -402,7 +403,12 @@ fn mask_pixels(path: &Path) -> anyhow::Result<preprocess::RgbImage> {
     let bytes_max = PICTURE_LIMITS.image_bytes_max;
     let bytes = files::read(path, bytes_max as u64)??;
     let bytes = bytes.with_context(|| format!("it has more than {bytes_max} bytes"))?;
-    Ok(decode(&bytes, Alpha::White, &PICTURE_LIMITS)?)
+    Ok(decode(
+        &bytes,
+        Alpha::White,
+        &PICTURE_LIMITS,
+        &DecodeBudget::endless(),
+    )?)
 }
 
 /// How many rows of an input are kept, without a mask.

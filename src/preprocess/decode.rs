@@ -19,14 +19,14 @@
 //! - PNG data with a wrong checksum is refused.
 
 use std::fmt;
-use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::ImageError;
 use image::metadata::Orientation;
 
 use self::pixels::turn;
-use super::{Alpha, ImageLimits, PreprocessError, RgbImage};
+use super::budget::BudgetedSource;
+use super::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
 
 mod gif;
 mod jpeg;
@@ -36,8 +36,9 @@ mod tiff;
 mod webp;
 mod wrapped;
 
-/// What the decoders that [`image`] wraps read from.
-type Source<'a> = Cursor<&'a [u8]>;
+/// The reader that decoders take their bytes from: it fails once the budget is
+/// spent, which ends the decode.
+type Source<'a> = BudgetedSource<'a>;
 
 /// The accepted file formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,12 +98,13 @@ impl fmt::Display for Format {
 ///
 /// # Errors
 ///
-/// When the file is empty, of no accepted format, over a limit or damaged, and
-/// when a decoder panics.
+/// When the file is empty, of no accepted format, over a limit or damaged,
+/// when a decoder panics, and when the budget is spent.
 pub fn decode(
     bytes: &[u8],
     alpha: Alpha,
     limits: &ImageLimits,
+    budget: &DecodeBudget<'_>,
 ) -> Result<RgbImage, PreprocessError> {
     if bytes.is_empty() {
         return Err(PreprocessError::Empty);
@@ -114,7 +116,12 @@ pub fn decode(
         });
     }
     let format = Format::guess(bytes).ok_or(PreprocessError::NotAnImage)?;
-    let header = Header { format, limits };
+    budget.check()?;
+    let header = Header {
+        format,
+        limits,
+        budget,
+    };
     // Nothing is shared with the decoders, so a panic leaves nothing half done.
     catch_unwind(AssertUnwindSafe(|| {
         let (pixels, orientation) = match format {
@@ -128,6 +135,7 @@ pub fn decode(
         Ok(turn(pixels.into_rgb(alpha), orientation))
     }))
     .unwrap_or(Err(PreprocessError::Panicked { format }))
+    .map_err(|error| budget.error_or(error))
 }
 
 /// The orientation in EXIF data, or else in XMP.
@@ -158,9 +166,15 @@ fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
 struct Header<'a> {
     format: Format,
     limits: &'a ImageLimits,
+    budget: &'a DecodeBudget<'a>,
 }
 
-impl Header<'_> {
+impl<'a> Header<'a> {
+    /// The bytes of the file for a decoder that reads.
+    fn source(self, bytes: &'a [u8]) -> Source<'a> {
+        BudgetedSource::new(bytes, self.budget)
+    }
+
     /// Refuses an image that is too large.
     ///
     /// `pixel_bytes` is the most that the decoder holds for a pixel, with its

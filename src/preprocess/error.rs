@@ -1,6 +1,8 @@
 //! What can be wrong with an image, in words for the caller: the field, what was
 //! found, and the limit's flag.
 
+use std::time::Duration;
+
 use thiserror::Error;
 
 use super::Format;
@@ -46,6 +48,14 @@ pub enum PreprocessError {
     Damaged { format: Format, detail: String },
     #[error("encoded: the {format} decoder failed on these bytes; this is a defect of the worker")]
     Panicked { format: Format },
+    /// Nobody reads this: the stage that ran the decode says why it was given up.
+    #[error("encoded: decoding was given up, since nobody waits for the image any more")]
+    Abandoned,
+    #[error(
+        "encoded: decoding took more than {} of CPU time (--decode-cpu-time-max)",
+        humantime::format_duration(*.max)
+    )]
+    CpuTimeOverLimit { max: Duration },
     #[error("rgb8: {width} x {height} has no pixels; width and height must be at least 1")]
     Rgb8Empty { width: u32, height: u32 },
     #[error(

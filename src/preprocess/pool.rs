@@ -3,16 +3,16 @@
 //! Preprocessing is plain CPU work, so it runs on its own named threads and
 //! not on the async runtime. Images that are tokens already have nothing to be
 //! decoded, and are only checked, where they arrive. A job whose caller has gone
-//! or whose deadline has passed is dropped before it is decoded.
+//! or whose deadline has passed is dropped before it is decoded, and while it is.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
 use super::queue::Queue;
-use super::{ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
+use super::{DecodeBudget, ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
 use crate::batcher::Arrival;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
@@ -47,6 +47,8 @@ pub(crate) fn run(desk: &Desk, pictures: &Queue) {
 #[derive(Debug, Clone)]
 pub(crate) struct Desk {
     pub(crate) preprocessor: Arc<Preprocessor>,
+    /// The last net under the bounds that decoding has by a file's header.
+    pub(crate) decode_cpu_time_max: Duration,
     pub(crate) batcher: Sender<Arrival>,
     pub(crate) metrics: Metrics,
 }
@@ -61,10 +63,22 @@ impl Desk {
         }
         // Decoders' panics are contained where they happen; one from anywhere
         // else must not take the thread along.
+        let dead = || job.ticket.dead(Instant::now(), Stage::Preprocess);
+        let abandoned = || dead().is_some();
+        let budget = DecodeBudget::new(&abandoned, self.decode_cpu_time_max);
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            preprocessor.tokenize(&job.payload.input, job.payload.options)
-        }))
-        .map_or(Err(Error::Lost), |outcome| outcome.map_err(Error::from));
+            preprocessor.tokenize(&job.payload.input, job.payload.options, &budget)
+        }));
+        let outcome = match outcome {
+            Ok(Err(PreprocessError::Abandoned)) => {
+                // Who has gone stays gone, and time does not turn back.
+                let error = dead().unwrap_or(Error::Lost);
+                metrics.dead(&error);
+                return job.ticket.finish(Err(error));
+            }
+            Ok(outcome) => outcome.map_err(Error::from),
+            Err(_) => Err(Error::Lost),
+        };
         let tokenized = match outcome {
             Ok(tokenized) => tokenized,
             Err(error) => {

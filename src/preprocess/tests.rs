@@ -19,7 +19,11 @@ fn preprocessor() -> Preprocessor {
 
 fn tokenize(input: &ImageInput) -> Result<Box<[u16]>, String> {
     preprocessor()
-        .tokenize(input, PreprocessOptions::default())
+        .tokenize(
+            input,
+            PreprocessOptions::default(),
+            &DecodeBudget::endless(),
+        )
         .map(|tokenized| tokenized.tokens)
         .map_err(|error| error.to_string())
 }
@@ -43,7 +47,11 @@ fn timings_name_the_steps_taken() {
     let preprocessor = preprocessor();
     let timings = |input| {
         preprocessor
-            .tokenize(&input, PreprocessOptions::default())
+            .tokenize(
+                &input,
+                PreprocessOptions::default(),
+                &DecodeBudget::endless(),
+            )
             .unwrap()
             .timings
     };

@@ -5,7 +5,8 @@ use std::fs;
 
 use bytes::Bytes;
 use imagegpt::preprocess::{
-    Alpha, Fit, ImageInput, ImageLimits, PreprocessError, PreprocessOptions, Preprocessor,
+    Alpha, DecodeBudget, Fit, ImageInput, ImageLimits, PreprocessError, PreprocessOptions,
+    Preprocessor,
 };
 
 use super::{LIMITS, POSITIONS, images, preprocessor};
@@ -24,7 +25,7 @@ fn tokenize(preprocessor: &Preprocessor, bytes: &[u8]) -> Result<(), PreprocessE
         alpha: Alpha::White,
     };
     let input = ImageInput::Encoded(Bytes::copy_from_slice(bytes));
-    let tokenized = preprocessor.tokenize(&input, options)?;
+    let tokenized = preprocessor.tokenize(&input, options, &DecodeBudget::endless())?;
     assert_eq!(tokenized.tokens.len(), POSITIONS);
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use imagegpt::preprocess::DecodeBudget;
 use imagegpt::preprocess::decode::decode;
 use imagegpt::preprocess::resize::resize_to;
 use imagegpt::preprocess::{
@@ -100,7 +101,11 @@ fn cases() -> Vec<(Case, Vec<u16>)> {
 fn mismatches(preprocessor: &Preprocessor, case: &Case, expected: &[u16]) -> Result<usize, String> {
     let bytes = Bytes::from(fs::read(images().join(&case.file)).unwrap());
     let tokenized = preprocessor
-        .tokenize(&ImageInput::Encoded(bytes), case.options())
+        .tokenize(
+            &ImageInput::Encoded(bytes),
+            case.options(),
+            &DecodeBudget::endless(),
+        )
         .map_err(|error| error.to_string())?;
     assert_eq!(tokenized.tokens.len(), POSITIONS);
     Ok(tokenized
@@ -114,7 +119,12 @@ fn mismatches(preprocessor: &Preprocessor, case: &Case, expected: &[u16]) -> Res
 /// Whether the decoder or what follows it is at fault.
 fn blame(case: &Case) -> &'static str {
     let bytes = fs::read(images().join(&case.file)).unwrap();
-    match decode(&bytes, case.options().alpha, &LIMITS) {
+    match decode(
+        &bytes,
+        case.options().alpha,
+        &LIMITS,
+        &DecodeBudget::endless(),
+    ) {
         Err(_) => "not decoded",
         Ok(image) if [image.width, image.height] != case.size => "another size",
         Ok(image) if format!("{:x}", Sha256::digest(&image.pixels)) != case.rgb_sha256 => {

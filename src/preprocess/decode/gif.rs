@@ -22,7 +22,7 @@ pub(super) fn decode(
             .and_then(std::num::NonZeroU64::new)
             .map_or(MemoryLimit::Unlimited, MemoryLimit::Bytes),
     );
-    let mut decoder = options.read_info(bytes).map_err(fail)?;
+    let mut decoder = options.read_info(header.source(bytes)).map_err(fail)?;
     let screen = (decoder.width(), decoder.height());
     header.admit(screen.0.into(), screen.1.into(), 5)?;
     let Some(frame) = decoder.next_frame_info().map_err(fail)? else {

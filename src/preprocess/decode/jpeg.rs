@@ -8,7 +8,6 @@
 use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::errors::DecodeErrors;
-use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
@@ -32,7 +31,7 @@ pub(super) fn decode(
         .set_max_width(usize::MAX)
         .set_max_height(usize::MAX)
         .jpeg_set_max_scans(SCANS_MAX);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    let mut decoder = JpegDecoder::new_with_options(header.source(bytes), options);
     decoder.decode_headers().map_err(fail)?;
     let (Some(info), Some(colors)) = (decoder.info(), decoder.input_colorspace()) else {
         return Err(header.damaged("no frame header"));

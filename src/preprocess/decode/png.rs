@@ -4,8 +4,6 @@
 //! without telling it, keeps text chunks and inflates color profiles. Here both
 //! are skipped unread, so a compressed bomb in them costs nothing.
 
-use std::io::Cursor;
-
 use image::metadata::Orientation;
 use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
 
@@ -20,7 +18,7 @@ pub(super) fn decode(
     let limits = Limits {
         bytes: header.decode_bytes_max(),
     };
-    let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
+    let mut decoder = png::Decoder::new_with_limits(header.source(bytes), limits);
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
     // Palettes and small grays to bytes, transparent colors to alpha, and of 16

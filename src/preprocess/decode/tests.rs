@@ -7,7 +7,9 @@ const LIMITS: ImageLimits = ImageLimits {
 };
 
 fn error(bytes: &[u8]) -> String {
-    decode(bytes, Alpha::Drop, &LIMITS).unwrap_err().to_string()
+    decode(bytes, Alpha::Drop, &LIMITS, &DecodeBudget::endless())
+        .unwrap_err()
+        .to_string()
 }
 
 /// A PNG of one chunk after another, with right checksums.
@@ -63,7 +65,7 @@ fn what_is_no_image_is_told_so() {
         ..LIMITS
     };
     assert_eq!(
-        decode(b"12345", Alpha::Drop, &limits)
+        decode(b"12345", Alpha::Drop, &limits, &DecodeBudget::endless())
             .unwrap_err()
             .to_string(),
         "encoded: 5 bytes are over the limit of 4 (--image-bytes-max)"
@@ -85,7 +87,7 @@ fn size_is_checked_before_pixels() {
         ..LIMITS
     };
     assert_eq!(
-        decode(&claim, Alpha::Drop, &limits)
+        decode(&claim, Alpha::Drop, &limits, &DecodeBudget::endless())
             .unwrap_err()
             .to_string(),
         "encoded: decoding the 60000 x 60000 PNG takes up to 25200000000 bytes, over the limit \
@@ -103,9 +105,15 @@ fn a_whole_file_may_be_followed_by_anything() {
         height: 1,
         pixels: vec![0; 3],
     };
-    assert_eq!(decode(&bytes, Alpha::Drop, &LIMITS).unwrap(), expected);
+    assert_eq!(
+        decode(&bytes, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap(),
+        expected
+    );
     bytes.extend(b"trailing garbage");
-    assert_eq!(decode(&bytes, Alpha::Drop, &LIMITS).unwrap(), expected);
+    assert_eq!(
+        decode(&bytes, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap(),
+        expected
+    );
 }
 
 #[test]

@@ -3,15 +3,13 @@
 //! The `tiff` crate itself, not `image`'s wrapper: the wrapper refuses palettes
 //! and small grays, and truncates where Pillow rounds in CMYK.
 
-use std::io::Cursor;
-
 use image::metadata::Orientation;
 use tiff::decoder::{Decoder, DecodingResult, Limits};
 use tiff::tags::Tag;
 use tiff::{ColorType, TiffError};
 
 use super::pixels::{Layout, Pixels};
-use super::{Header, PreprocessError, Source, orientation};
+use super::{Header, PreprocessError, orientation};
 
 const XMP: Tag = Tag::Unknown(700);
 
@@ -47,7 +45,7 @@ fn decode_samples(
     palette: bool,
     header: Header<'_>,
 ) -> Result<Result<(Pixels, Orientation), PreprocessError>, TiffError> {
-    let mut decoder = Decoder::<Source<'_>>::new(Cursor::new(bytes))?;
+    let mut decoder = Decoder::new(header.source(bytes))?;
     let (width, height) = decoder.dimensions()?;
     let color = decoder.colortype()?;
     let (samples, bits) = match color {

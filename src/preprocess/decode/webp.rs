@@ -3,15 +3,13 @@
 //! The decoder sizes its buffers by the inner frame, not by the canvas that was
 //! checked, so the inner sizes are checked here first.
 
-use std::io::Cursor;
-
 use image::ImageDecoder;
 use image::codecs::webp::WebPDecoder;
 use image::metadata::Orientation;
 
 use super::pixels::Pixels;
 use super::wrapped::read;
-use super::{Header, PreprocessError, Source, orientation};
+use super::{Header, PreprocessError, orientation};
 
 /// The most that the decoder holds for a pixel: an animated lossless frame with
 /// its canvas, its ARGB and the output. The planes of a lossy one take less.
@@ -25,7 +23,7 @@ pub(super) fn decode(
         header.admit(width, height, PIXEL_BYTES)?;
     }
     let mut decoder =
-        WebPDecoder::<Source<'_>>::new(Cursor::new(bytes)).map_err(|e| header.image_error(&e))?;
+        WebPDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
     let (width, height) = decoder.dimensions();
     header.admit(width, height, PIXEL_BYTES)?;
     let exif = decoder.exif_metadata().ok().flatten();

@@ -1,20 +1,18 @@
 //! BMP, and what it shares with WebP: a decoder of the `image` crate.
 
-use std::io::Cursor;
-
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
 use image::{ColorType, ImageDecoder};
 
 use super::pixels::{Layout, Pixels};
-use super::{Header, PreprocessError, Source};
+use super::{Header, PreprocessError};
 
 pub(super) fn bmp(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
     let decoder =
-        BmpDecoder::<Source<'_>>::new(Cursor::new(bytes)).map_err(|e| header.image_error(&e))?;
+        BmpDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
     let (width, height) = decoder.dimensions();
     header.admit(width, height, decoder.color_type().bytes_per_pixel().into())?;
     Ok((read(decoder, header)?, Orientation::NoTransforms))
