@@ -383,7 +383,7 @@ mod tests {
     use crate::batcher::Arrival;
     use crate::job::{Context, Want};
     use crate::metrics::Metrics;
-    use crate::preprocess::queue::{Queue, queue};
+    use crate::preprocess::queue::{Queue, Reach, queue};
     use crate::preprocess::{ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor};
 
     fn picture() -> Picture {
@@ -476,7 +476,7 @@ mod tests {
             1,
             "a refusal keeps no images"
         );
-        let job = queue.next().expect("a job");
+        let job = queue.next(Reach::Any).expect("a job");
         job.ticket.finish(Err(Error::Lost));
         assert_eq!(admission.occupancy().images(), 0);
         assert_eq!(
@@ -512,7 +512,7 @@ mod tests {
         drop(pending);
         assert_eq!(admission.occupancy().images(), 0);
         drop(admission);
-        assert!(queue.next().is_none());
+        assert!(queue.next(Reach::Any).is_none());
     }
 
     #[test]
@@ -549,7 +549,7 @@ mod tests {
         assert!(matches!(said(), Some(Ok(Err(Error::Image(_))))));
         assert!(matches!(said(), Some(Ok(Ok(Answer::Tokens(ids)))) if *ids == [0]));
         assert!(said().is_some_and(|waits| waits.is_err()));
-        let job = queue.next().expect("the last waits for a thread");
+        let job = queue.next(Reach::Any).expect("the last waits for a thread");
         assert!(!job.payload.is_tokens());
     }
 
@@ -557,7 +557,10 @@ mod tests {
     async fn outcomes_come_in_the_order_of_the_call() {
         let (admission, queue, _) = admission();
         let mut pending = admission.submit(call(2, 10)).expect("room");
-        let (first, second) = (queue.next().expect("one"), queue.next().expect("two"));
+        let (first, second) = (
+            queue.next(Reach::Any).expect("one"),
+            queue.next(Reach::Any).expect("two"),
+        );
         second.ticket.finish(Ok(Answer::Values(vec![2.0])));
         first.ticket.finish(Ok(Answer::Values(vec![1.0])));
         for expected in [1.0, 2.0] {
@@ -577,7 +580,11 @@ mod tests {
         let waiting = admission.submit_when_room(item(10));
         tokio::pin!(waiting);
         assert!(futures_pending(waiting.as_mut()).await);
-        queue.next().expect("a job").ticket.finish(Err(Error::Lost));
+        queue
+            .next(Reach::Any)
+            .expect("a job")
+            .ticket
+            .finish(Err(Error::Lost));
         assert!(waiting.await.is_ok());
         let error = admission.submit_when_room(item(76)).await;
         assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));

@@ -145,9 +145,11 @@ pub struct ModelConfig {
     )]
     pub intra_op_threads: u16,
 
-    /// Threads that decode and quantize images; 0 takes one a core. An image
-    /// costs about a millisecond, so few are enough on a CPU; on a GPU raise
-    /// it until the queue is never empty
+    /// Threads that decode and quantize images; 0 uses one thread per core. An
+    /// image costs about a millisecond, so few are enough on a CPU; on a GPU
+    /// raise it until the queue is never empty. One further thread takes only
+    /// images of at most 5 million pixels, so that larger ones never hold them
+    /// up
     #[arg(
         long,
         env = "IMAGEGPT_PREPROCESS_THREADS",
@@ -550,8 +552,8 @@ pub struct LimitsConfig {
     )]
     pub image_pixels_max: u64,
 
-    /// Memory that decoding one image may take; there are as many at once as
-    /// preprocess threads
+    /// Memory that decoding one image may take. As many images are decoded at
+    /// once as there are preprocess threads, and one more
     #[arg(
         long,
         env = "IMAGEGPT_DECODE_BYTES_MAX",

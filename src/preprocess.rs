@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 pub mod budget;
+mod cost;
 pub mod decode;
 mod error;
 pub mod pool;

@@ -31,7 +31,7 @@ use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::preprocess::pool::{self, Desk};
-use crate::preprocess::queue::{self, Door};
+use crate::preprocess::queue::{self, Door, Reach};
 use crate::preprocess::{ImageLimits, Palette, Preprocessor};
 use crate::readiness::{Drain, Readiness};
 use crate::rpc;
@@ -167,10 +167,14 @@ impl Stages {
             batcher: tokens_in,
             metrics: metrics.clone(),
         };
-        for idx in 0..n_preprocess_threads(config) {
+        // One thread more than asked for takes cheap pictures only. It is idle
+        // while the others keep up, and shares their cores while all of them are
+        // held by large pictures.
+        let reaches = (0..n_preprocess_threads(config)).map(|_| Reach::Any);
+        for (idx, reach) in reaches.chain([Reach::Cheap]).enumerate() {
             let (desk, pictures) = (desk.clone(), Arc::clone(&pictures));
             threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
-                pool::run(&desk, &pictures);
+                pool::run(&desk, &pictures, reach);
             })?);
         }
         Ok(Self {

@@ -48,14 +48,19 @@ impl<'a> DecodeBudget<'a> {
         }
     }
 
-    /// A budget without an end, for images that nobody sent.
-    #[must_use]
-    pub fn endless() -> DecodeBudget<'static> {
-        DecodeBudget {
-            abandoned: &|| false,
+    /// A budget that ends once `abandoned` says so.
+    pub(super) fn until(abandoned: &'a dyn Fn() -> bool) -> Self {
+        Self {
+            abandoned,
             cpu_time_max: None,
             ended: Cell::new(None),
         }
+    }
+
+    /// A budget without an end, for images that nobody sent.
+    #[must_use]
+    pub fn endless() -> DecodeBudget<'static> {
+        DecodeBudget::until(&|| false)
     }
 
     /// Ends the decode once the budget is spent.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use super::queue::Queue;
+use super::cost::DecodeCost;
+use super::queue::{Queue, Reach};
 use super::{DecodeBudget, ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
 use crate::batcher::Arrival;
 use crate::error::{Error, Stage};
@@ -33,11 +34,16 @@ impl Picture {
     pub fn is_tokens(&self) -> bool {
         matches!(self.input, ImageInput::Tokens(_))
     }
+
+    /// Estimates what the picture costs a preprocessing thread.
+    pub(crate) fn cost(&self) -> DecodeCost {
+        DecodeCost::of(&self.input)
+    }
 }
 
 /// The life of one preprocessing thread: until the door is closed.
-pub(crate) fn run(desk: &Desk, pictures: &Queue) {
-    while let Some(job) = pictures.next() {
+pub(crate) fn run(desk: &Desk, pictures: &Queue, reach: Reach) {
+    while let Some(job) = pictures.next(reach) {
         desk.tokenize(job);
     }
 }

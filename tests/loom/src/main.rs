@@ -92,9 +92,33 @@ mod metrics {
     }
 }
 
+mod cost {
+    use std::time::Duration;
+
+    #[derive(Debug, Clone, Copy)]
+    pub struct DecodeCost(pub Duration);
+
+    impl DecodeCost {
+        pub fn is_cheap(self) -> bool {
+            self.0.is_zero()
+        }
+    }
+}
+
 mod pool {
+    use std::time::Duration;
+
+    use crate::cost::DecodeCost;
+
+    /// A picture that costs so many seconds.
     #[derive(Debug)]
-    pub struct Picture;
+    pub struct Picture(pub u64);
+
+    impl Picture {
+        pub fn cost(&self) -> DecodeCost {
+            DecodeCost(Duration::from_secs(self.0))
+        }
+    }
 }
 
 // The files under test.
@@ -116,6 +140,7 @@ use error::Stage;
 use job::{Class, Job, Ticket};
 use metrics::Metrics;
 use pool::Picture;
+use queue::Reach;
 use stop::Stop;
 
 /// The batcher lets callers join and leave while the engine answers: each is
@@ -172,17 +197,18 @@ fn a_run_is_stopped() {
     assert_eq!(second.load(Ordering::Relaxed), 0);
 }
 
-/// Pictures are pushed and swept while two threads take them: each comes out
-/// once, and both threads see the end.
+/// Pictures are pushed and swept while a thread takes them and another takes
+/// only the cheap ones: each comes out once, and both threads see the end.
 fn pictures_pass() {
     let answers: [Arc<AtomicUsize>; 2] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
     let (bell, _rings) = crossbeam_channel::bounded(1);
     let (door, queue) = queue::queue(bell, Metrics);
-    let threads: Vec<_> = (0..2)
-        .map(|_| {
+    let threads: Vec<_> = [Reach::Any, Reach::Cheap]
+        .into_iter()
+        .map(|reach| {
             let queue = Arc::clone(&queue);
             thread::spawn(move || {
-                while let Some(job) = queue.next() {
+                while let Some(job) = queue.next(reach) {
                     job.ticket.finish(Ok(()));
                 }
             })
@@ -194,7 +220,7 @@ fn pictures_pass() {
         ticket.gone = idx == 1;
         ticket.class = Class::ALL[idx];
         door.push(Job {
-            payload: Picture,
+            payload: Picture(idx as u64),
             ticket,
         });
     }
