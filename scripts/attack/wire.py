@@ -1,5 +1,6 @@
 """HTTP/2 by hand: streams that stop where a well-behaved client would go on."""
 
+import functools
 import gzip
 import socket
 import time
@@ -25,9 +26,11 @@ KSERVE = "/inference.GRPCInferenceService/"
 HEALTH = "/grpc.health.v1.Health/"
 
 
+@functools.lru_cache(maxsize=64)
 def framed(message, encoding=None):
     """Returns a message as gRPC frames it, compressed where an encoding is named."""
-    packed = {None: bytes, "gzip": gzip.compress, "deflate": zlib.compress}[encoding](message)
+    packers = {None: bytes, "gzip": functools.partial(gzip.compress, compresslevel=6), "deflate": zlib.compress}
+    packed = packers[encoding](message)
     return bytes([encoding is not None]) + len(packed).to_bytes(4, "big") + packed
 
 
