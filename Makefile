@@ -11,6 +11,10 @@ PARITY_VENV ?= target/parity-venv
 TRAIN_VENV ?= target/train-venv
 EMBED_VENV ?= target/embed-venv
 INTEROP_VENV ?= target/interop-venv
+ATTACK_VENV ?= target/attack-venv
+# What `make attack` attacks, and which attacks: names or their beginnings.
+BINARY ?= target/release/imagegpt
+ATTACKS ?=
 # What models/emoji was trained with; see models/train/train.py --help.
 TRAIN_FLAGS ?= --minutes 100
 # `--proxies --rounds 3 13 60` trains small models longer; see models/train/depth.py --help.
@@ -80,6 +84,16 @@ bench-scheduler: build ## Measure overload, interactive calls beside bulk, and s
 .PHONY: soak
 soak: build ## Ten minutes of mixed load with cancels and garbage, every answer verified
 	@MODEL=models/untrained PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/bench-scheduler.sh soak
+
+# ATTACK_SHORT=1 takes under a minute; BINARY=target/debug/imagegpt takes what `cargo build` has made, and builds none.
+.PHONY: attack
+attack: $(if $(filter target/release/%,$(BINARY)),build) $(ATTACK_VENV)/.done ## Attack a worker on this machine: which promises hold, its memory, a good client beside (5 minutes)
+	@BINARY=$(BINARY) ATTACK_SHORT=$(ATTACK_SHORT) $(ATTACK_VENV)/bin/python scripts/attack/attack.py $(ATTACKS)
+
+$(ATTACK_VENV)/.done: scripts/attack/requirements.txt
+	python3 -m venv $(ATTACK_VENV)
+	$(ATTACK_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: soak-generate
 soak-generate: build $(PARITY_VENV)/.done ## Five minutes of callers that start, cancel and finish images at random (brings PyTorch)
