@@ -70,7 +70,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: Pages) {
         if free.available_permits() == 0 {
             places.give_up_one();
         }
-        // Whoever was given up is gone as soon as its task has run.
+        // A connection that was given up is gone as soon as its task has run.
         let permit = Arc::clone(&free).acquire_owned().await;
         let (place, given_up) = places.enter();
         let router = router.clone();
@@ -100,7 +100,7 @@ async fn answer(stream: TcpStream, router: Router, place: &Arc<Place>) {
     let _ = tokio::time::timeout(CONNECTION_TIME_MAX, answer).await;
 }
 
-/// Who is connected.
+/// The port's connections.
 #[derive(Debug, Clone, Default)]
 struct Places(Arc<Mutex<Guests>>);
 
@@ -108,14 +108,14 @@ struct Places(Arc<Mutex<Guests>>);
 struct Guests {
     /// How many have come so far.
     count: u64,
-    /// Those that have asked for nothing yet, by when they came.
+    /// Connections that have asked for nothing yet, by when they came.
     silent: BTreeMap<u64, oneshot::Sender<()>>,
     /// The others.
     asked: BTreeMap<u64, oneshot::Sender<()>>,
 }
 
 impl Places {
-    /// A place, and what resolves when it is given to somebody else.
+    /// Returns a place, and a future that resolves when it goes to another.
     fn enter(&self) -> (Arc<Place>, oneshot::Receiver<()>) {
         let (give_up, given_up) = oneshot::channel();
         let mut state = self.lock();

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, Write};
 
-/// What a command does once nobody reads what it prints.
+/// A command's conduct once nobody reads what it prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unread {
     /// It ends by the error, since printing is all that it is for.
@@ -42,8 +42,7 @@ impl<W: Write> Printer<W> {
         self.has_failed
     }
 
-    /// What becomes of an error; `done` is what the command is told instead, where
-    /// it is to go on.
+    /// Returns the error with its sentence, or `done` where the command is to go on.
     fn settle<T>(&mut self, written: io::Result<T>, done: T) -> io::Result<T> {
         let error = match written {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),

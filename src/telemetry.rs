@@ -1,7 +1,7 @@
 //! Structured logs on standard error, which may be slow, full or gone.
 //!
-//! Nobody who logs may be held or ended by where the log goes. So lines go
-//! through a bounded queue to a thread of their own, and one that finds the
+//! No thread that logs may be held or ended by where the log goes. Lines go
+//! through a bounded queue to a thread of their own, and a line that finds the
 //! queue full, or that cannot be written, is dropped and counted.
 
 use std::fs::File;
@@ -47,8 +47,8 @@ pub(crate) fn lines_dropped() -> u64 {
 /// When the filter cannot be parsed, a subscriber is installed already, or there
 /// is no thread or file descriptor left for it.
 pub fn init(config: &LogConfig) -> anyhow::Result<()> {
-    // Past the lock of `std::io::stderr`, which whoever is stuck in a write
-    // would hold, and everybody else with it.
+    // Past the lock of `std::io::stderr`, which a thread that is stuck in a write
+    // would hold, and every other thread with it.
     let stderr = io::stderr().as_fd().try_clone_to_owned();
     let stderr = stderr.context("standard error cannot be opened for the log")?;
     init_to(config, File::from(stderr))

@@ -1,6 +1,6 @@
-//! Which calls keep their connection's place, and how many of the others one
-//! connection may have: a layer within that of tokens, so that calls without one
-//! count for nothing.
+//! A layer that counts calls by their connection: calls that keep its place, and
+//! the limits on the others. It is within the layer of tokens, so that calls that
+//! are refused there count for nothing.
 
 use std::future::Future;
 use std::pin::Pin;

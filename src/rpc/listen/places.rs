@@ -1,12 +1,12 @@
-//! Who has a place, and who leaves when somebody else waits for one.
+//! The places of connections, and which connection leaves when another waits.
 //!
 //! A client that answers pings could hold its connections for ever, so a place
 //! without a call is only lent. When all are taken, a newcomer's arrival sends
 //! one of those away that have no call in progress. The ones that never had a
 //! call leave first, in the order in which they came, then the others by the
 //! end of their last call. Calls that need no token (health) and reflection
-//! neither keep a connection nor renew it: whoever may hold a place by them
-//! alone could be anyone.
+//! neither keep a connection nor renew it, or a client without a token could
+//! hold a place by them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -66,9 +66,9 @@ struct State {
     /// Grows with each arrival and each end of a connection's last call.
     clock: u64,
     guests: HashMap<u64, Entry>,
-    /// Those that have had no call, by when they came.
+    /// Connections that have had no call, by when they came.
     unused: BTreeMap<u64, u64>,
-    /// Those that have no call now, by when the last one ended.
+    /// Connections that have no call now, by when the last one ended.
     rested: BTreeMap<u64, u64>,
     addresses: HashMap<IpAddr, usize>,
 }
@@ -181,7 +181,7 @@ impl State {
             let entry = state.guests.get(id);
             entry.is_some_and(|entry| entry.since.elapsed() >= REST_MIN)
         };
-        // Those that only connect may not take more than half of the places
+        // Clients that only connect may not take more than half of the places
         // from those that call, however fast they come.
         let crowded = self.unused.len() > max / 2;
         let oldest = self.unused.values().next().copied();
@@ -203,7 +203,7 @@ impl State {
         Some(id)
     }
 
-    /// Takes it out of the lists of those that may be sent away.
+    /// Takes a connection out of the lists of those that may be sent away.
     fn unlist(&mut self, id: u64) {
         let Some(entry) = self.guests.get_mut(&id) else {
             return;
@@ -225,7 +225,7 @@ impl State {
     }
 }
 
-/// Whom an address stands for. A provider gives a subscriber of IPv6 a /64 at
+/// Returns the network or host that an address counts as. A provider gives a subscriber of IPv6 a /64 at
 /// the least, and with it 2^64 addresses to come from.
 fn subscriber(addr: IpAddr) -> IpAddr {
     match addr.to_canonical() {
@@ -274,8 +274,8 @@ enum Seat {
 }
 
 impl Newcomer {
-    /// Its place, and how it learns that it has to leave; none if there is none
-    /// in time.
+    /// Returns its place, and how it learns that it has to leave; none if no place
+    /// is free in time.
     pub(super) async fn sit(self) -> Option<(Place, Leave)> {
         let Self { address, seat } = self;
         let places = address.places.clone();
