@@ -482,11 +482,12 @@ impl Prepared {
     }
 }
 
-/// Prints the line of JSON. What was done is done, whoever reads of it.
+/// Prints the line of JSON. What was done is done, whoever reads of it; whether
+/// it could be printed is for the owner of `out` to know.
 fn say(report: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
     let line = serde_json::to_string(report)?;
     if let Err(error) = writeln!(out, "{line}") {
-        tracing::warn!("standard output cannot be written: {error}");
+        tracing::error!("{error}");
     }
     Ok(())
 }

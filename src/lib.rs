@@ -34,6 +34,7 @@ pub mod layers;
 pub mod local;
 pub mod metrics;
 pub mod model;
+pub mod output;
 pub mod picture;
 pub mod readiness;
 mod sync;

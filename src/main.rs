@@ -1,6 +1,6 @@
 //! The life of the process.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -16,6 +16,8 @@ use imagegpt::doctor::{self, DoctorArgs, Verdict as Diagnosis};
 use imagegpt::engine::{Failure, FailureKind};
 use imagegpt::local::{is_ready, load_and_start, own_worker, start};
 use imagegpt::neighbors::{self, NeighborsConfig};
+use imagegpt::output::{Printer, Unread};
+use imagegpt::telemetry;
 use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -82,7 +84,10 @@ enum Command {
 }
 
 fn main() {
-    let outcome = match Cli::parse().command {
+    let command = Cli::try_parse()
+        .unwrap_or_else(|message| explain(&message))
+        .command;
+    let outcome = match command {
         Command::Serve(config) => serve(&config),
         Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
         Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
@@ -92,21 +97,41 @@ fn main() {
         Command::Bench(args) => run_bench(&args),
         Command::Doctor(args) => diagnose(&args),
     };
-    let code = outcome.unwrap_or_else(|error| {
-        // Before the log is set up, and for commands that have none.
-        let _ = writeln!(std::io::stderr(), "imagegpt: {error:#}");
-        EXIT_USAGE
-    });
-    let _ = std::io::stdout().flush();
+    // Every line has been printed and its error told, since each is written as
+    // it ends.
+    let code = match outcome {
+        Ok(code) => {
+            telemetry::end(None);
+            code
+        }
+        Err(error) => {
+            telemetry::end(Some(&format!("{error:#}")));
+            EXIT_USAGE
+        }
+    };
     // Without what C and C++ libraries do at the end of a process: a thread may
     // be in a run of the model, whose runtime would be torn down under it.
     signal_hook::low_level::exit(code);
 }
 
+/// Prints the help, the version or what is wrong with the flags, and ends.
+fn explain(message: &clap::Error) -> ! {
+    let printed = message.print().and_then(|()| std::io::stdout().flush());
+    let code = match printed {
+        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
+            telemetry::end(Some(&format!("standard output cannot be written: {error}")));
+            EXIT_USAGE
+        }
+        // Flags are as wrong where nobody hears of it.
+        _ => message.exit_code(),
+    };
+    signal_hook::low_level::exit(code);
+}
+
 fn to_stdout(
-    command: impl FnOnce(&mut std::io::Stdout) -> anyhow::Result<()>,
+    command: impl FnOnce(&mut Printer<std::io::Stdout>) -> anyhow::Result<()>,
 ) -> anyhow::Result<i32> {
-    command(&mut std::io::stdout())?;
+    command(&mut Printer::stdout(Unread::GoesOn))?;
     Ok(EXIT_DONE)
 }
 
@@ -119,7 +144,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
     config.validate()?;
-    imagegpt::telemetry::init(&config.log)?;
+    telemetry::init(&config.log)?;
     let runtime = runtime()?;
     let code = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -242,7 +267,8 @@ fn ask(command: &Ask) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let mut signals = Signals::new()?;
-        commands::run(command, signals.recv(), &mut std::io::stdout()).await
+        let out = &mut Printer::stdout(Unread::Ends);
+        commands::run(command, signals.recv(), out).await
     });
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
@@ -254,35 +280,39 @@ fn ask(command: &Ask) -> anyhow::Result<i32> {
 }
 
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
-    runtime()?.block_on(neighbors::run(config, &mut std::io::stdout()))?;
+    runtime()?.block_on(neighbors::run(config, &mut Printer::stdout(Unread::GoesOn)))?;
     Ok(EXIT_DONE)
 }
 
 fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
-    Ok(match bench::run(args, &mut std::io::stdout())? {
-        Verdict::Fine => EXIT_DONE,
-        Verdict::Broken => EXIT_FAILED,
-    })
+    Ok(
+        match bench::run(args, &mut Printer::stdout(Unread::GoesOn))? {
+            Verdict::Fine => EXIT_DONE,
+            Verdict::Broken => EXIT_FAILED,
+        },
+    )
 }
 
 fn diagnose(args: &DoctorArgs) -> anyhow::Result<i32> {
-    Ok(match doctor::run(args, &mut std::io::stdout())? {
-        Diagnosis::CanServe => EXIT_DONE,
-        Diagnosis::CannotServe => EXIT_FAILED,
-    })
+    Ok(
+        match doctor::run(args, &mut Printer::stdout(Unread::GoesOn))? {
+            Diagnosis::CanServe => EXIT_DONE,
+            Diagnosis::CannotServe => EXIT_FAILED,
+        },
+    )
 }
 
 fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let terminal = Terminal::default();
-    imagegpt::telemetry::init_to(&args.log, terminal.clone())?;
+    telemetry::init_to(&args.log, terminal.clone())?;
     let runtime = runtime()?;
+    let mut out = Printer::stdout(Unread::GoesOn);
     let ended = runtime.block_on(async {
         dataset::check(args).await?;
         let mut signals = Signals::new()?;
         let Some(model) = &args.workers.model else {
             let endpoints = args.workers.endpoints.clone();
-            let out = &mut std::io::stdout();
-            return dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
+            return dataset::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         };
         // The same pipeline, with a worker of its own at the other end.
         let config = own_worker(model, &[], args.workers.serve.as_deref())?;
@@ -291,14 +321,15 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
             () = signals.recv() => return Ok(JobEnded::Interrupted),
         };
         let endpoints = vec![format!("http://{}", worker.grpc_addr)];
-        let out = &mut std::io::stdout();
-        let ended = dataset::run(args, endpoints, &terminal, signals.recv(), out).await;
+        let ended = dataset::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         worker.shutdown(OWN_GRACE).await;
         ended
     });
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
     Ok(match ended? {
+        // All is there but the summary, which the same command prints again.
+        JobEnded::Done if out.has_failed() => EXIT_FAILED,
         JobEnded::Done => EXIT_DONE,
         JobEnded::Failed => EXIT_FAILED,
         JobEnded::Interrupted => EXIT_RESUMABLE,

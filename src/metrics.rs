@@ -53,6 +53,7 @@ const ENGINE_FAULTS: &str = "imagegpt_engine_faults_total";
 const RUNS_STOPPED: &str = "imagegpt_runs_stopped_total";
 const CANARIES: &str = "imagegpt_canary_runs_total";
 const DEVICE_UP: &str = "imagegpt_device_up";
+const LOG_LINES_DROPPED: &str = "imagegpt_log_lines_dropped_total";
 const READY: &str = "imagegpt_ready";
 const MODEL_LOAD_DURATION: &str = "imagegpt_model_load_duration_seconds";
 const MODEL_INFO: &str = "imagegpt_model_info";
@@ -207,6 +208,7 @@ struct Handles {
     batch_size: BTreeMap<Graph, Histogram>,
     batch_fill: Histogram,
     batches: BTreeMap<Close, Counter>,
+    log_lines_dropped: Counter,
     ready: Gauge,
     model_load_duration: Gauge,
     access: access::AccessMetrics,
@@ -279,6 +281,10 @@ impl Registry<'_> {
                 "Runs that were stopped because nobody waited for them any more.",
             ),
             (CANARIES, "Checks of an idle engine, by result."),
+            (
+                LOG_LINES_DROPPED,
+                "Log lines that could not be written to standard error, or not fast enough.",
+            ),
         ];
         let counters = counters
             .into_iter()
@@ -464,6 +470,7 @@ impl Metrics {
                     (close, counter)
                 })
                 .collect(),
+            log_lines_dropped: registry.counter(LOG_LINES_DROPPED, &[]),
             ready: registry.gauge(READY, &[]),
             model_load_duration: registry.gauge(MODEL_LOAD_DURATION, &[]),
             access: access::AccessMetrics::new(&registry),
@@ -679,6 +686,11 @@ impl Metrics {
             .recorder
             .register_histogram(&key, &Registry::METADATA);
         EngineGap(histogram)
+    }
+
+    /// So many log lines were dropped since the process began.
+    pub fn log_lines_dropped(&self, lines: u64) {
+        self.0.log_lines_dropped.absolute(lines);
     }
 
     /// The worker began or ceased to serve.

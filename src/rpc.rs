@@ -22,6 +22,7 @@ mod status;
 mod stream;
 mod tally;
 mod tls;
+mod usage;
 mod web;
 
 pub use access::Access;
@@ -132,6 +133,7 @@ pub async fn serve(
     let door = listen::Door {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
+        per_address_max: connections.per_address_max(),
         max_connection_age: connections.max_connection_age,
         metrics,
     };
@@ -159,6 +161,7 @@ pub async fn serve(
             .layer(tower::util::option_layer(web.calls.clone()))
             .layer(observe.clone())
             .layer(auth.clone())
+            .layer(usage::Usage(connection.guest()))
             .add_routes(routes.clone());
         let incoming = tokio_stream::once(Ok::<_, Infallible>(connection))
             // Its end would be the farewell.

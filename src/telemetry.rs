@@ -1,19 +1,57 @@
-//! Structured logs on standard error.
+//! Structured logs on standard error, which may be slow, full or gone.
+//!
+//! No thread that logs may be held or ended by where the log goes. Lines go
+//! through a bounded queue to a thread of their own, and a line that finds the
+//! queue full, or that cannot be written, is dropped and counted.
 
-use std::io::IsTerminal as _;
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Write};
+use std::os::fd::AsFd as _;
+use std::panic::PanicHookInfo;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+use crossbeam_channel::{Receiver, Sender};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::{LogConfig, LogFormat};
 
+/// Lines that wait to be written: some seconds of a busy log at level debug.
+const LINES_MAX: usize = 4096;
+/// Bytes of those lines; an error's cause may be a page long.
+const BYTES_MAX: usize = 4 << 20;
+/// Time for the last lines at the end of the process. A terminal or a file needs
+/// milliseconds; a pipe that nobody reads must not hold the end.
+const FLUSH_MAX: Duration = Duration::from_secs(1);
+
+/// The same for the words of a panic, which may be a picture's and go on.
+const PANIC_FLUSH_MAX: Duration = Duration::from_millis(20);
+
+/// Lines that were dropped since the start.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+/// The process's log, once it is installed.
+static LOG: OnceLock<LogQueue> = OnceLock::new();
+
+/// Log lines that could not be written since the process began.
+pub(crate) fn lines_dropped() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
 /// Installs the process's log subscriber.
 ///
 /// # Errors
 ///
-/// When the filter cannot be parsed or a subscriber is installed already.
+/// When the filter cannot be parsed, a subscriber is installed already, or there
+/// is no thread or file descriptor left for it.
 pub fn init(config: &LogConfig) -> anyhow::Result<()> {
-    init_to(config, std::io::stderr)
+    // Past the lock of `std::io::stderr`, which a thread that is stuck in a write
+    // would hold, and every other thread with it.
+    let stderr = io::stderr().as_fd().try_clone_to_owned();
+    let stderr = stderr.context("standard error cannot be opened for the log")?;
+    init_to(config, File::from(stderr))
 }
 
 /// The same, through a writer that knows what else is on the terminal.
@@ -21,19 +59,286 @@ pub fn init(config: &LogConfig) -> anyhow::Result<()> {
 /// # Errors
 ///
 /// As [`init`].
-pub fn init_to(
-    config: &LogConfig,
-    writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
-) -> anyhow::Result<()> {
+pub fn init_to(config: &LogConfig, out: impl Write + Send + 'static) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.log)
         .map_err(|error| anyhow::anyhow!("--log {:?} is not a filter: {error}", config.log))?;
+    let queue = LogQueue::start(out).context("the log's thread cannot be started")?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(writer);
+        .with_ansi(io::stderr().is_terminal())
+        // It prints them with `eprintln!`, which panics where it cannot.
+        .log_internal_errors(false)
+        .with_writer(queue.clone());
     let installed = match config.log_format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
-    installed.map_err(|error| anyhow::anyhow!("{error}"))
+    installed.map_err(|error| anyhow::anyhow!("{error}"))?;
+    if LOG.set(queue).is_ok() {
+        std::panic::set_hook(Box::new(log_panic));
+    }
+    Ok(())
+}
+
+/// A line for the person at the log's terminal. It goes the log's way where there
+/// is a log, so that a standard error that nobody reads does not hold a worker.
+pub(crate) fn note(text: &str) {
+    let line = format!("imagegpt: {text}\n");
+    match LOG.get() {
+        Some(queue) => queue.push(line.as_bytes()),
+        None => {
+            // Without standard error there is nobody to tell.
+            let _ = io::stderr().write_all(line.as_bytes());
+        }
+    }
+}
+
+/// Says why the process ends, and waits, a second at the most, until everything
+/// that was logged has been written.
+pub fn end(reason: Option<&str>) {
+    if let Some(reason) = reason {
+        note(reason);
+    }
+    if let Some(queue) = LOG.get() {
+        queue.flush(FLUSH_MAX);
+    }
+}
+
+/// As the standard library's hook, which writes to standard error itself and so
+/// could be held there for ever.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("<unnamed>");
+    let trace = std::backtrace::Backtrace::capture();
+    let trace = match trace.status() {
+        std::backtrace::BacktraceStatus::Captured => format!("\nstack backtrace:\n{trace}"),
+        _ => String::new(),
+    };
+    note(&format!("thread '{name}' {info}{trace}"));
+    // A second panic may end the process at once.
+    if let Some(queue) = LOG.get() {
+        queue.flush(PANIC_FLUSH_MAX);
+    }
+}
+
+/// The lines that wait to be written. Cheap to clone.
+#[derive(Debug, Clone)]
+struct LogQueue {
+    entries: Sender<Entry>,
+    n_bytes: Arc<AtomicUsize>,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Line(Box<[u8]>),
+    /// Answered once everything before has been written or dropped.
+    Flush(Sender<()>),
+}
+
+impl LogQueue {
+    fn start(out: impl Write + Send + 'static) -> io::Result<Self> {
+        let (entries, waiting) = crossbeam_channel::bounded(LINES_MAX);
+        let n_bytes = Arc::new(AtomicUsize::new(0));
+        let queue = Self {
+            entries,
+            n_bytes: Arc::clone(&n_bytes),
+        };
+        let write = move || write_all(&waiting, &n_bytes, LogFile::new(out));
+        std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(write)?;
+        Ok(queue)
+    }
+
+    /// Takes a line, or drops it where too much waits already.
+    fn push(&self, line: &[u8]) {
+        let before = self.n_bytes.fetch_add(line.len(), Ordering::Relaxed);
+        let fits = before + line.len() <= BYTES_MAX;
+        if !fits || self.entries.try_send(Entry::Line(line.into())).is_err() {
+            self.n_bytes.fetch_sub(line.len(), Ordering::Relaxed);
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits until everything that was pushed has been written or dropped, for
+    /// so long at the most.
+    fn flush(&self, max: Duration) {
+        let deadline = Instant::now() + max;
+        let (done, written) = crossbeam_channel::bounded(1);
+        if self
+            .entries
+            .send_deadline(Entry::Flush(done), deadline)
+            .is_ok()
+        {
+            let _ = written.recv_deadline(deadline);
+        }
+    }
+}
+
+/// A line at a time, as the subscriber writes.
+impl Write for LogQueue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for LogQueue {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// The log's thread.
+fn write_all(entries: &Receiver<Entry>, n_bytes: &AtomicUsize, mut out: LogFile<impl Write>) {
+    let mut n_told = 0;
+    for entry in entries {
+        let line = match entry {
+            Entry::Line(line) => line,
+            Entry::Flush(done) => {
+                let _ = done.send(());
+                continue;
+            }
+        };
+        let written = out.write_line(&line);
+        n_bytes.fetch_sub(line.len(), Ordering::Relaxed);
+        if written.is_err() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+            continue;
+        }
+        let dropped = lines_dropped();
+        if dropped > n_told {
+            let lines = dropped - n_told;
+            tracing::warn!(
+                lines,
+                "log lines before this one were dropped: they could not be written"
+            );
+            // This one may be dropped, too.
+            n_told = dropped;
+        }
+    }
+}
+
+/// Where lines go, whole ones wherever it can be had.
+struct LogFile<W> {
+    out: W,
+    /// Whether the last write ended within a line.
+    is_torn: bool,
+}
+
+impl<W: Write> LogFile<W> {
+    fn new(out: W) -> Self {
+        Self {
+            out,
+            is_torn: false,
+        }
+    }
+
+    fn write_line(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.is_torn {
+            self.out.write_all(b"\n")?;
+            self.is_torn = false;
+        }
+        let mut rest = line;
+        while !rest.is_empty() {
+            match self.out.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            self.is_torn = !rest.is_empty();
+        }
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// What is written where so many bytes fit.
+    #[derive(Clone)]
+    struct Disk {
+        free: Arc<AtomicUsize>,
+        text: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = self.free.load(Ordering::Relaxed).min(bytes.len());
+            if n == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.free.fetch_sub(n, Ordering::Relaxed);
+            self.text.lock().unwrap().extend(&bytes[..n]);
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_after_a_torn_one_begins_a_new_line() {
+        let disk = Disk {
+            free: Arc::new(AtomicUsize::new(7)),
+            text: Arc::default(),
+        };
+        let mut file = LogFile::new(disk.clone());
+        file.write_line(b"one\n").unwrap();
+        assert!(file.write_line(b"two and more\n").is_err());
+        assert!(file.write_line(b"lost\n").is_err());
+        disk.free.store(100, Ordering::Relaxed);
+        file.write_line(b"three\n").unwrap();
+        file.write_line(b"four\n").unwrap();
+        let text = String::from_utf8(disk.text.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, "one\ntwo\nthree\nfour\n");
+    }
+
+    /// Holds the log's thread until the gate opens.
+    struct Gate(Receiver<()>);
+
+    impl Write for Gate {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_log_that_nobody_reads_holds_nobody_and_its_lines_are_counted() {
+        let (open, gate) = crossbeam_channel::bounded::<()>(0);
+        let queue = LogQueue::start(Gate(gate)).unwrap();
+        let before = lines_dropped();
+        let begun = Instant::now();
+        // One is in the write, the others wait.
+        let n_pushed = LINES_MAX + 100;
+        for _ in 0..n_pushed {
+            queue.push(b"a line\n");
+        }
+        let n_dropped = lines_dropped() - before;
+        assert!((99..=100).contains(&n_dropped), "{n_dropped}");
+        queue.flush(Duration::from_millis(10));
+        // By bytes, too.
+        queue.push(&vec![b'x'; BYTES_MAX + 1]);
+        assert_eq!(lines_dropped() - before, n_dropped + 1);
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        drop(open);
+        queue.flush(Duration::from_secs(30));
+        assert_eq!(queue.n_bytes.load(Ordering::Relaxed), 0);
+    }
 }

@@ -248,7 +248,7 @@ impl Progress for Bars {
         };
         if !self.is_terminal {
             tracing::info!(step = name, total, "compiling");
-            let _ = writeln!(std::io::stderr(), "imagegpt: {name}");
+            crate::telemetry::note(name);
             return;
         }
         let template = format!("{{prefix:24}} {{wide_bar}} {unit} {{eta}}");

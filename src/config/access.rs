@@ -89,10 +89,12 @@ pub struct AccessConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connections")]
 pub struct ConnectionsConfig {
-    /// Open gRPC connections; one more is closed at once, so that its client
-    /// goes elsewhere instead of waiting. A client needs one, and each may
-    /// hold 4 MiB that no call has taken yet. Lowered to what the limit on
-    /// open files allows (ulimit -n)
+    /// Open gRPC connections. For one more, one that has no call in progress is
+    /// told to go away, the least recently used first, and is cut after a
+    /// second; where all have calls, or had one within a second, the new one is
+    /// closed at once, so that its client goes elsewhere instead of waiting. A
+    /// client needs one, and each may hold 4 MiB that no call has taken yet.
+    /// Lowered to what the limit on open files allows (ulimit -n)
     #[arg(
         long,
         env = "IMAGEGPT_CONNECTIONS_MAX",
@@ -101,6 +103,22 @@ pub struct ConnectionsConfig {
         value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
     pub connections_max: u32,
+
+    /// Open gRPC connections from one address, so that one host cannot take all
+    /// of --connections-max; one more is closed at once. An IPv6 address counts
+    /// by its first 64 bits, since every host of a subscriber can have 2^64
+    /// addresses of one such network. 0 is no limit, which is the default
+    /// because all clients of a pool often come from the one address of a proxy
+    /// or balancer; where clients come by themselves, give a few times what one
+    /// of their hosts needs
+    #[arg(
+        long,
+        env = "IMAGEGPT_CONNECTIONS_PER_ADDRESS_MAX",
+        default_value_t = 0,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(0..=1_000_000)
+    )]
+    pub connections_per_address_max: u32,
 
     /// Calls on one connection at once; more wait on the client's side
     #[arg(
@@ -199,6 +217,14 @@ fn is_loopback(addr: SocketAddr) -> bool {
 }
 
 impl ConnectionsConfig {
+    /// The limit of one address, if there is one.
+    pub(crate) fn per_address_max(&self) -> Option<usize> {
+        match self.connections_per_address_max {
+            0 => None,
+            max => Some(max as usize),
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         let bytes = self.header_bytes_max;
         let (bytes_min, bytes_max) = (ByteSize::kib(1), ByteSize::mib(1));

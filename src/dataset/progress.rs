@@ -3,10 +3,10 @@
 
 use std::io::{self, IsTerminal as _, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use tracing_subscriber::fmt::MakeWriter;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// How often a line is written where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -16,25 +16,27 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 const STEPS: u64 = 1_000_000;
 
 /// The terminal, which the bar and the log share: a line of the log is written
-/// above the bar.
+/// above the bar. Not by a `MultiProgress`, which panics when the terminal is gone.
 #[derive(Debug, Clone, Default)]
-pub struct Terminal(MultiProgress);
+pub struct Terminal(Arc<Mutex<Option<ProgressBar>>>);
+
+impl Terminal {
+    fn bar(&self) -> std::sync::MutexGuard<'_, Option<ProgressBar>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Write for Terminal {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.suspend(|| io::stderr().write(bytes))
+        let bar = self.bar().clone();
+        match bar {
+            Some(bar) => bar.suspend(|| io::stderr().write(bytes)),
+            None => io::stderr().write(bytes),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().flush()
-    }
-}
-
-impl MakeWriter<'_> for Terminal {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
     }
 }
 
@@ -82,8 +84,9 @@ impl Progress {
         let bar = io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{wide_bar} {percent:>3} % {msg}")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
-            terminal.0.add(ProgressBar::new(STEPS).with_style(style))
+            ProgressBar::new(STEPS).with_style(style)
         });
+        terminal.bar().clone_from(&bar);
         Self {
             bar,
             started: now,

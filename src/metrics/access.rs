@@ -47,6 +47,10 @@ pub enum Outcome {
     Closed,
     /// It was closed at once, for want of a place.
     Refused,
+    /// It was closed at once, because its address has as many as one may have.
+    RefusedAddress,
+    /// It had no call, and its place went to another one.
+    SentAway,
     /// The client did not finish its handshake, or not in time.
     HandshakeFailed,
     /// The system gave no connection, for want of file descriptors mostly.
@@ -54,9 +58,11 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 6] = [
         Self::Closed,
         Self::Refused,
+        Self::RefusedAddress,
+        Self::SentAway,
         Self::HandshakeFailed,
         Self::AcceptFailed,
     ];
@@ -65,6 +71,8 @@ impl Outcome {
         match self {
             Self::Closed => "closed",
             Self::Refused => "refused",
+            Self::RefusedAddress => "refused_address",
+            Self::SentAway => "sent_away",
             Self::HandshakeFailed => "handshake_failed",
             Self::AcceptFailed => "accept_failed",
         }

@@ -22,7 +22,7 @@ const TOKEN_LEN_MIN: usize = 16;
 /// Every call is held against every token.
 const TOKENS_MAX: usize = 256;
 /// What stays open: probes of Kubernetes cannot send a token.
-const OPEN: &str = "/grpc.health.v1.Health/";
+pub(super) const OPEN: &str = "/grpc.health.v1.Health/";
 
 /// The tokens that are accepted, as hashes: of equal length, so that comparing
 /// tells nothing of it, and no tokens lie in memory.

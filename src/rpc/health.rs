@@ -5,10 +5,9 @@
 //! and keeps a copy of what readiness already knows. Only its generated code
 //! is used.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
@@ -16,7 +15,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use super::listen::Peer;
+use super::listen::{Guest, Peer, Watch};
 use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::readiness::Readiness;
@@ -27,20 +26,16 @@ const SERVER: &str = "";
 /// only when the engine has failed: what a liveness probe should ask for.
 pub const LIVENESS: &str = "liveness";
 
-/// Watches at once: a client has one a connection, and it needs no token.
-const WATCHES_MAX: usize = 4096;
 /// A request is the name of a service.
 const REQUEST_BYTES_MAX: usize = 4096;
 
 pub(super) fn server(readiness: Readiness) -> HealthServer<impl Health> {
-    let watches = Arc::new(Semaphore::new(WATCHES_MAX));
-    HealthServer::new(Service { readiness, watches }).max_decoding_message_size(REQUEST_BYTES_MAX)
+    HealthServer::new(Service { readiness }).max_decoding_message_size(REQUEST_BYTES_MAX)
 }
 
 #[derive(Debug)]
 struct Service {
     readiness: Readiness,
-    watches: Arc<Semaphore>,
 }
 
 /// What a name stands for; nothing for one that is not served.
@@ -102,11 +97,7 @@ impl Health for Service {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let leaves_at = request.extensions().get::<Peer>().and_then(Peer::leaves_at);
         let subject = Subject::of(&request.get_ref().service);
-        let Ok(place) = Arc::clone(&self.watches).try_acquire_owned() else {
-            return Err(Status::resource_exhausted(
-                "too many watches; check instead",
-            ));
-        };
+        let place = place(request.extensions())?;
         // Whoever does not read has one status waiting, and then the newest.
         let (updates, stream) = mpsc::channel(1);
         let readiness = self.readiness.clone();
@@ -116,6 +107,13 @@ impl Health for Service {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+/// A watch's place among those of its connection. Calls that came over no
+/// connection, as within a test, have none to count by.
+fn place(extensions: &tonic::Extensions) -> Result<Option<Watch>, Status> {
+    let place = extensions.get::<Guest>().map(Guest::watch).transpose();
+    place.map_err(|error| Status::resource_exhausted(error.to_string()))
 }
 
 /// Sends a name's status now and each time that it changes, until the watcher

@@ -2,15 +2,16 @@
 //! in a task of its own, and sees them out.
 //!
 //! A connection holds a place from its accept to its close. Until it has
-//! shaken hands and said that it speaks HTTP/2 it is pending: at most half of
-//! the places may be, each for a short time, so that clients that connect and
-//! say nothing cannot keep the others out. Whoever finds no place is closed
-//! at once.
+//! shaken hands and said that it speaks HTTP/2 it is pending, which it may be
+//! for a short time. When all places are taken, a newcomer gets that of a
+//! connection without a call (`places.rs`), or is closed at once.
+
+mod places;
 
 use std::future::Future;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -18,13 +19,15 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
+pub(super) use self::places::{Guest, InUse, TooMany, Watch};
+use self::places::{Leave, NoPlace, Place, Places, WAITING_MAX};
 use super::reload::Latest;
 use super::tls::Tls;
 use crate::metrics::Metrics;
@@ -44,15 +47,17 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 /// Connections differ in age by a tenth at most, either way.
 const AGE_JITTER: f64 = 0.1;
-/// File descriptors for everything but connections: models, the log, the
-/// metrics port, the runtime.
-const FILES_RESERVED: usize = 128;
+/// File descriptors for everything but connections that have a place: those that
+/// wait for one, models, the log, the metrics port, the runtime.
+const FILES_RESERVED: usize = 192 + WAITING_MAX;
 
 /// What connections are met with.
 #[derive(Clone)]
 pub(super) struct Door {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) connections_max: usize,
+    /// Those of one address; none is no limit.
+    pub(super) per_address_max: Option<usize>,
     pub(super) max_connection_age: Option<Duration>,
     pub(super) metrics: Metrics,
 }
@@ -70,10 +75,9 @@ pub(super) async fn run<S, F>(
 {
     let connections_max = affordable(door.connections_max);
     door.metrics.access().connections_max(connections_max);
-    let places = Arc::new(Semaphore::new(connections_max));
-    let pending = Arc::new(Semaphore::new(connections_max.div_ceil(2)));
+    let places = Places::new(connections_max, door.per_address_max, door.metrics.clone());
     let (stopping, stopped) = watch::channel(false);
-    // As many tasks as places.
+    // As many tasks as places, and as newcomers may wait for one.
     let mut connections = JoinSet::new();
     let mut warned = Warned::default();
     let mut stop = pin!(stop);
@@ -83,8 +87,8 @@ pub(super) async fn run<S, F>(
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, addr) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) if is_the_clients(&error) => continue,
             Err(error) => {
                 door.metrics.access().ended(Outcome::AcceptFailed);
@@ -95,29 +99,36 @@ pub(super) async fn run<S, F>(
                 continue;
             }
         };
-        let (Ok(place), Ok(pending)) = (
-            Arc::clone(&places).try_acquire_owned(),
-            Arc::clone(&pending).try_acquire_owned(),
-        ) else {
-            door.metrics.access().ended(Outcome::Refused);
-            if warned.may() {
-                tracing::warn!(
-                    connections_max,
-                    "a connection was closed for want of a place (--connections-max)"
-                );
+        let newcomer = match places.enter(Some(addr.ip())) {
+            Ok(newcomer) => newcomer,
+            Err(reason) => {
+                door.metrics.access().ended(reason.outcome());
+                if warned.may() {
+                    door.refused(reason, connections_max, addr.ip());
+                }
+                continue;
             }
-            continue;
         };
-        let place = Place::new(place, door.metrics.clone());
         let (door, serve, stopped) = (door.clone(), serve.clone(), stopped.clone());
         connections.spawn(async move {
             let mut stopping = stopped.clone();
             let connection = tokio::select! {
-                connection = door.greet(stream, place, pending) => connection,
+                connection = async {
+                    let Some((place, leave)) = newcomer.sit().await else {
+                        door.metrics.access().ended(NoPlace::Full.outcome());
+                        return None;
+                    };
+                    door.greet(stream, place, leave).await
+                } => connection,
                 _ = stopping.wait_for(|&stop| stop) => None,
             };
-            if let Some((connection, closed)) = connection {
-                serve(connection, Farewell { stopped, closed }).await;
+            if let Some((connection, closed, leave)) = connection {
+                let farewell = Farewell {
+                    stopped,
+                    closed,
+                    leave,
+                };
+                serve(connection, farewell).await;
             }
         });
     }
@@ -127,11 +138,13 @@ pub(super) async fn run<S, F>(
     while connections.join_next().await.is_some() {}
 }
 
-/// When to stop serving a connection: the worker ends, or it has closed.
+/// When to stop serving a connection: the worker ends, another connection waits
+/// for the place, or it has closed.
 #[derive(Debug)]
 pub(super) struct Farewell {
     stopped: watch::Receiver<bool>,
     closed: oneshot::Receiver<()>,
+    leave: oneshot::Receiver<()>,
 }
 
 impl Farewell {
@@ -140,27 +153,50 @@ impl Farewell {
             // An error is the end of the loop, which is the same.
             _ = self.stopped.wait_for(|&stop| stop) => {}
             _ = self.closed => {}
+            // An error is the end of its place, which is the same.
+            _ = self.leave => {}
         }
     }
 }
 
 impl Door {
+    /// Says why a connection was closed at once.
+    fn refused(&self, reason: NoPlace, connections_max: usize, addr: IpAddr) {
+        match reason {
+            NoPlace::Full => tracing::warn!(
+                connections_max,
+                "a connection was closed for want of a place (--connections-max): all have calls, \
+                 or had one within a second"
+            ),
+            NoPlace::Address => tracing::warn!(
+                %addr,
+                max = self.per_address_max,
+                "a connection was closed because its address has as many as one may have \
+                 (--connections-per-address-max)"
+            ),
+        }
+    }
+
     /// Shakes hands.
     async fn greet(
         &self,
         stream: TcpStream,
         mut place: Place,
-        pending: OwnedSemaphorePermit,
-    ) -> Option<(Connection, oneshot::Receiver<()>)> {
+        leave: Leave,
+    ) -> Option<(Connection, oneshot::Receiver<()>, oneshot::Receiver<()>)> {
         // Small answers leave at once.
         let _ = stream.set_nodelay(true);
         let addr = stream.peer_addr().ok();
         let deadline = tokio::time::Instant::now() + HANDSHAKE_TIMEOUT;
+        let Leave { leave, mut cut } = leave;
         let stream = match &self.tls {
             None => Stream::Plain(stream),
             Some(tls) => {
                 let acceptor = TlsAcceptor::from(Arc::clone(&tls.get().config));
-                let shaken = tokio::time::timeout_at(deadline, acceptor.accept(stream)).await;
+                let shaken = tokio::select! {
+                    shaken = tokio::time::timeout_at(deadline, acceptor.accept(stream)) => shaken,
+                    _ = &mut cut => return None,
+                };
                 match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                     Ok(stream) => Stream::Tls(Box::new(stream)),
                     Err(error) => {
@@ -177,7 +213,6 @@ impl Door {
             pending: Some(Pending {
                 deadline: Box::pin(tokio::time::sleep_until(deadline)),
                 n_bytes: 0,
-                _permit: pending,
             }),
             peer: Peer {
                 addr,
@@ -185,9 +220,10 @@ impl Door {
                 since: Instant::now(),
             },
             place,
+            cut: Some(cut),
             _open: open,
         };
-        Some((connection, closed))
+        Some((connection, closed, leave))
     }
 }
 
@@ -216,6 +252,8 @@ pub(super) struct Connection {
     pending: Option<Pending>,
     pub(super) peer: Peer,
     place: Place,
+    /// Resolves when it has to go at once; none once it has.
+    cut: Option<oneshot::Receiver<()>>,
     /// Dropped with the connection, which is how the farewell learns of it.
     _open: oneshot::Sender<()>,
 }
@@ -230,36 +268,24 @@ enum Stream {
 struct Pending {
     deadline: Pin<Box<Sleep>>,
     n_bytes: usize,
-    _permit: OwnedSemaphorePermit,
 }
 
-/// A connection's place, counted.
-struct Place {
-    _permit: OwnedSemaphorePermit,
-    metrics: Metrics,
-    outcome: Outcome,
-}
+impl Connection {
+    /// The connection as its calls know it.
+    pub(super) fn guest(&self) -> Guest {
+        self.place.guest.clone()
+    }
 
-impl Place {
-    fn new(permit: OwnedSemaphorePermit, metrics: Metrics) -> Self {
-        metrics.access().opened();
-        Self {
-            _permit: permit,
-            metrics,
-            outcome: Outcome::Closed,
+    /// An error once the place was given to somebody else.
+    fn check_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if let Some(cut) = &mut self.cut {
+            // An error cannot be: the sender lives as long as the place.
+            if Pin::new(cut).poll(cx).is_pending() {
+                return Ok(());
+            }
+            self.cut = None;
         }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.metrics.access().left(self.outcome);
-    }
-}
-
-impl std::fmt::Debug for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Place")
+        Err(io::ErrorKind::ConnectionAborted.into())
     }
 }
 
@@ -277,6 +303,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.check_cut(cx)?;
         let this = &mut *self;
         let n_before = buffer.filled().len();
         let read = match &mut this.stream {
@@ -289,6 +316,7 @@ impl AsyncRead for Connection {
         pending.n_bytes += buffer.filled().len() - n_before;
         if pending.n_bytes >= PREFACE_LEN {
             this.pending = None;
+            this.place.guest.speaks();
         } else if pending.deadline.as_mut().poll(cx).is_ready() {
             this.place.outcome = Outcome::HandshakeFailed;
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
@@ -303,6 +331,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.check_cut(cx)?;
         match &mut self.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
@@ -310,6 +339,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_cut(cx)?;
         match &mut self.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
@@ -328,6 +358,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check_cut(cx)?;
         match &mut self.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
             Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),

@@ -21,6 +21,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_types::StatusExt as _;
 use tower::{Service as _, ServiceExt as _};
@@ -308,30 +309,55 @@ async fn calls_need_a_token_and_probes_do_not() {
     end(worker).await;
 }
 
+/// A worker whose runs wait until the gate opens.
+async fn gated(flags: &[&str]) -> (Worker, crossbeam_channel::Sender<()>) {
+    let (open, gate) = crossbeam_channel::bounded(16);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    let flags = [flags, &["--max-batch-size", "1"]].concat();
+    (start_with(script, &flags).await, open)
+}
+
+const REFUSED: &str = "imagegpt_connections_total{outcome=\"refused\"}";
+const SENT_AWAY: &str = "imagegpt_connections_total{outcome=\"sent_away\"}";
+const OPEN: &str = "imagegpt_connections_open";
+
 #[tokio::test]
-async fn one_connection_too_many_is_closed_at_once() {
-    let worker = start(&["--connections-max", "2"]).await;
-    let mut clients = Vec::new();
-    for _ in 0..2 {
-        let mut client = ImageGptServiceClient::new(channel(&worker).await);
-        client
-            .get_model(pb::GetModelRequest {})
-            .await
-            .expect("a call");
-        clients.push(client);
+async fn one_connection_too_many_is_closed_at_once_where_all_have_calls() {
+    let (worker, open) = gated(&["--connections-max", "2"]).await;
+    let mut calls = Vec::new();
+    for n in 1..=2 {
+        let mut client = harness::connect(&worker).await;
+        let ids = seeded(n);
+        calls.push(tokio::spawn(async move {
+            let answer = client.embed(embed(vec![tokens(ids.clone())])).await;
+            let results = answer.expect("an answer").into_inner().results;
+            assert_eq!(vector(&results[0]).expect("a vector"), fake_answer(&ids));
+            client
+        }));
+        harness::until("a call in progress", || {
+            worker.images_in_flight() == n as usize
+        })
+        .await;
     }
     let mut third = TcpStream::connect(worker.grpc_addr)
         .await
         .expect("accepted");
     let read = third.read(&mut [0]).await;
     assert!(matches!(read, Ok(0) | Err(_)), "closed: {read:?}");
-    let series = "imagegpt_connections_total{outcome=\"refused\"}";
-    assert_eq!(sample(&worker, series).await, 1.0);
-    assert_eq!(sample(&worker, "imagegpt_connections_open").await, 2.0);
+    assert_eq!(sample(&worker, REFUSED).await, 1.0);
+    assert_eq!(sample(&worker, OPEN).await, 2.0);
     assert_eq!(sample(&worker, "imagegpt_connections_max").await, 2.0);
 
+    let mut clients = Vec::new();
+    for call in calls {
+        open.send(()).expect("the engine waits");
+        clients.push(call.await.expect("no panic"));
+    }
     clients.pop();
-    until_sample(&worker, "imagegpt_connections_open", 1.0).await;
+    until_sample(&worker, OPEN, 1.0).await;
     call(&worker, "http", &ConnectConfig::default())
         .await
         .expect("there is a place again");
@@ -339,8 +365,232 @@ async fn one_connection_too_many_is_closed_at_once() {
     end(worker).await;
 }
 
-/// Clients that connect and say nothing take half of the places at most, and
-/// not for long; who is in stays in.
+/// Speaks HTTP/2 as far as a client has to that says nothing, answers pings, and
+/// does not go away when it is told to.
+async fn lingers(worker: &Worker) -> tokio::task::JoinHandle<Vec<u8>> {
+    let stream = TcpStream::connect(worker.grpc_addr).await;
+    let mut stream = stream.expect("accepted");
+    tokio::spawn(async move {
+        let settings_frame = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        let hello = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings_frame].concat();
+        // Whoever is cut at once cannot say even that.
+        let _ = stream.write_all(&hello).await;
+        let mut said = Vec::new();
+        let _ = stream.read_to_end(&mut said).await;
+        said
+    })
+}
+
+/// Connections that hold all places and say nothing, or no more than they must:
+/// newcomers get in all the same.
+#[tokio::test]
+async fn who_has_no_call_leaves_for_who_waits() {
+    let worker = start(&["--connections-max", "8"]).await;
+    let mut silent = Vec::new();
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        silent.push(
+            TcpStream::connect(worker.grpc_addr)
+                .await
+                .expect("accepted"),
+        );
+        idle.push(lingers(&worker).await);
+    }
+    until_sample(&worker, OPEN, 8.0).await;
+    let mut newcomers = Vec::new();
+    for _ in 0..6 {
+        let started = Instant::now();
+        newcomers.push(newcomer(&worker).await);
+        let taken = started.elapsed();
+        assert!(taken < Duration::from_secs(10), "{taken:?}");
+    }
+    assert_eq!(sample(&worker, SENT_AWAY).await, 6.0);
+    drop((silent, newcomers));
+    for lingering in idle {
+        lingering.abort();
+    }
+    end(worker).await;
+}
+
+/// A client that keeps its connection, with calls now and then, a client amid a
+/// call, and one that has only ever connected.
+#[tokio::test]
+async fn the_least_recently_used_leaves_and_no_call_is_lost() {
+    let (worker, open) = gated(&["--connections-max", "3"]).await;
+    let lingering = lingers(&worker).await;
+    let mut rested = harness::connect(&worker).await;
+    rested
+        .get_model(pb::GetModelRequest {})
+        .await
+        .expect("a call");
+    let mut busy = harness::connect(&worker).await;
+    let ids = seeded(5);
+    let request = embed(vec![tokens(ids.clone())]);
+    let held = tokio::spawn(async move { busy.embed(request).await });
+    harness::until("a call in progress", || worker.images_in_flight() == 1).await;
+
+    // The one that never had a call goes first, and is told, then cut.
+    let mut newcomers = vec![newcomer(&worker).await];
+    let said = lingering.await.expect("no panic");
+    assert!(
+        frames(&said).any(|frame| frame == 7),
+        "told to go away: {said:?}"
+    );
+    assert_eq!(sample(&worker, SENT_AWAY).await, 1.0);
+    // The one that is used now and then finds a new connection by itself.
+    newcomers.push(newcomer(&worker).await);
+    assert_eq!(sample(&worker, SENT_AWAY).await, 2.0);
+    let started = Instant::now();
+    while let Err(status) = rested.get_model(pb::GetModelRequest {}).await {
+        assert!(started.elapsed() < harness::PATIENCE, "{status}");
+    }
+    // The one with a call stays, however many come.
+    open.send(()).expect("the engine waits");
+    let response = held.await.expect("no panic").expect("an answer");
+    let results = response.into_inner().results;
+    assert_eq!(vector(&results[0]).expect("a vector"), fake_answer(&ids));
+    drop((newcomers, rested));
+    end(worker).await;
+}
+
+/// A client that was let in and has made a call.
+async fn newcomer(worker: &Worker) -> ImageGptServiceClient<Channel> {
+    let started = Instant::now();
+    loop {
+        let url = format!("http://{}", worker.grpc_addr);
+        let status = match ImageGptServiceClient::connect(url).await {
+            Ok(mut client) => match client.get_model(pb::GetModelRequest {}).await {
+                Ok(_) => return client,
+                Err(status) => status.to_string(),
+            },
+            Err(error) => error.to_string(),
+        };
+        assert!(started.elapsed() < harness::PATIENCE, "never: {status}");
+    }
+}
+
+/// Without a token: health may be asked, and keeps no place for it.
+#[tokio::test]
+async fn watches_and_checks_keep_no_place_from_who_has_a_token() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("tokens");
+    std::fs::write(&file, TOKEN).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    let worker = start(&["--connections-max", "4", "--auth-tokens-file", file]).await;
+    let mut watches = Vec::new();
+    for _ in 0..4 {
+        let mut health = HealthClient::new(channel(&worker).await);
+        let watch = health.watch(HealthCheckRequest::default()).await;
+        let mut watch = watch.expect("a watch").into_inner();
+        watch.message().await.expect("a status");
+        health
+            .check(HealthCheckRequest::default())
+            .await
+            .expect("a status");
+        watches.push((health, watch));
+    }
+    let path = dir.path().join("token");
+    std::fs::write(&path, TOKEN).expect("written");
+    let config = ConnectConfig {
+        token_file: Some(path),
+        ..Default::default()
+    };
+    let started = Instant::now();
+    while let Err(error) = call(&worker, "http", &config).await {
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "never: {error}"
+        );
+    }
+    assert!(sample(&worker, SENT_AWAY).await >= 1.0);
+    drop(watches);
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn watches_and_reflection_have_limits_on_a_connection() {
+    let worker = start(&[] as &[&str]).await;
+    let shared = channel(&worker).await;
+    let mut health = HealthClient::new(shared.clone());
+    let mut watches = Vec::new();
+    for _ in 0..8 {
+        let watch = health.watch(HealthCheckRequest::default()).await;
+        watches.push(watch.expect("a watch").into_inner());
+    }
+    let error = health.watch(HealthCheckRequest::default()).await;
+    let error = error.expect_err("one too many");
+    assert_eq!(error.code(), Code::ResourceExhausted);
+    assert_eq!(
+        error.message(),
+        "health: watches: 8 are in progress on this connection, which is the limit; end one, or \
+         use Check"
+    );
+    health
+        .check(HealthCheckRequest::default())
+        .await
+        .expect("checks go on");
+    let mut other = HealthClient::new(channel(&worker).await);
+    other
+        .watch(HealthCheckRequest::default())
+        .await
+        .expect("another connection has its own");
+    watches.pop();
+    let started = Instant::now();
+    while health.watch(HealthCheckRequest::default()).await.is_err() {
+        assert!(
+            started.elapsed() < harness::PATIENCE,
+            "one that ended counts no more"
+        );
+    }
+
+    let mut reflection = ServerReflectionClient::new(shared);
+    let mut streams = Vec::new();
+    for _ in 0..4 {
+        let questions = tokio_stream::pending::<ServerReflectionRequest>();
+        let stream = reflection.server_reflection_info(questions).await;
+        streams.push(stream.expect("a stream"));
+    }
+    let questions = tokio_stream::pending::<ServerReflectionRequest>();
+    let error = reflection.server_reflection_info(questions).await;
+    let error = error.expect_err("one too many");
+    assert_eq!(error.code(), Code::ResourceExhausted);
+    assert!(
+        error.message().contains("reflection: streams: 4 are"),
+        "{error}"
+    );
+    drop((watches, streams, health, other, reflection));
+    end(worker).await;
+}
+
+#[tokio::test]
+async fn an_address_has_a_limit_of_its_own() {
+    let worker = start(&["--connections-per-address-max", "2"]).await;
+    let mut inside = vec![newcomer(&worker).await, newcomer(&worker).await];
+    let mut third = TcpStream::connect(worker.grpc_addr)
+        .await
+        .expect("accepted");
+    let read = third.read(&mut [0]).await;
+    assert!(matches!(read, Ok(0) | Err(_)), "closed: {read:?}");
+    let refused = "imagegpt_connections_total{outcome=\"refused_address\"}";
+    assert_eq!(sample(&worker, refused).await, 1.0);
+    // From another address of this machine.
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket
+        .bind("127.0.0.2:0".parse().expect("an address"))
+        .expect("bound");
+    let mut other = socket.connect(worker.grpc_addr).await.expect("accepted");
+    let hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    other.write_all(hello).await.expect("sent");
+    assert!(other.read(&mut [0]).await.expect("served") > 0);
+    inside.pop();
+    until_sample(&worker, OPEN, 2.0).await;
+    inside.push(newcomer(&worker).await);
+    drop((inside, other));
+    end(worker).await;
+}
+
+/// Clients that connect and say nothing keep nobody out, and are cut after the
+/// time that a handshake may take.
 async fn silence(scheme: &str, config: &ConnectConfig, flags: &[String]) {
     let flags = [flags, &["--connections-max".to_owned(), "4".to_owned()]].concat();
     let worker = start(&flags).await;
@@ -348,20 +598,17 @@ async fn silence(scheme: &str, config: &ConnectConfig, flags: &[String]) {
     let mut inside = Client::connect(&url, config).await.expect("a connection");
     inside.model().await.expect("a call");
     let mut silent = Vec::new();
-    for _ in 0..2 {
+    for _ in 0..3 {
         let stream = TcpStream::connect(worker.grpc_addr).await;
         silent.push(stream.expect("accepted"));
     }
-    until_sample(&worker, "imagegpt_connections_open", 3.0).await;
-    call(&worker, scheme, config)
-        .await
-        .expect_err("no place to shake hands");
+    until_sample(&worker, OPEN, 4.0).await;
+    // More than half of the places have had no call, so one is had at once.
+    call(&worker, scheme, config).await.expect("a call");
+    assert_eq!(sample(&worker, SENT_AWAY).await, 1.0);
     inside.model().await.expect("a call");
     let failed = "imagegpt_connections_total{outcome=\"handshake_failed\"}";
     until_sample(&worker, failed, 2.0).await;
-    call(&worker, scheme, config)
-        .await
-        .expect("there are places again");
     for mut stream in silent {
         // After what the server had to say, which ends by an end or an error.
         let mut said = Vec::new();

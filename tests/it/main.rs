@@ -34,5 +34,6 @@ mod provider;
 mod scheduling;
 mod scripts;
 mod shutdown;
+mod stdio;
 mod stream;
 mod web;

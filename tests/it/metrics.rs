@@ -1,10 +1,13 @@
 //! The operator's page.
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineError, EngineFactory, Facts, Feed, Run, Span, Stop, Warm};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::harness::{self, embed, encoded};
 
@@ -152,22 +155,72 @@ async fn the_port_serves_nothing_else() {
     running.end().await;
 }
 
-/// Clients that connect and say nothing take every place, but not for long.
-#[tokio::test]
-async fn silent_connections_are_cut() {
-    use tokio::io::AsyncReadExt as _;
+/// How long a probe waits, and its status.
+async fn probe(addr: std::net::SocketAddr) -> (u16, Duration) {
+    let started = Instant::now();
+    let probe = harness::get(addr, "/livez");
+    let (status, _) = tokio::time::timeout(harness::PATIENCE, probe)
+        .await
+        .expect("no answer");
+    (status, started.elapsed())
+}
+
+/// So many connections that have sent this and read nothing.
+async fn connections(addr: std::net::SocketAddr, n: usize, sent: &[u8]) -> Vec<TcpStream> {
+    let mut streams = Vec::with_capacity(n);
+    for _ in 0..n {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        // A page does not fit into what the kernel keeps for it.
+        socket.set_recv_buffer_size(4096).expect("set");
+        let mut stream = socket.connect(addr).await.expect("accepted");
+        // One that was given up already.
+        let _ = stream.write_all(sent).await;
+        streams.push(stream);
+    }
+    streams
+}
+
+/// Clients that say nothing, half of something, or take nothing of a page: a
+/// probe beside them is answered within a second, again and again, and all of
+/// them are cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_are_answered_beside_clients_that_hang() {
     let running = harness::fake(Script::default(), &[]).await;
     let addr = running.worker.metrics_addr;
-    let mut silent = Vec::new();
-    for _ in 0..64 {
-        silent.push(tokio::net::TcpStream::connect(addr).await.expect("a place"));
+    let limits = std::fs::read_to_string("/proc/self/limits").expect("Linux");
+    let files = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"));
+    let files = files.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    // Both ends of each are in this process, with those of other tests.
+    let files_max: usize = files.unwrap_or(usize::MAX);
+    for (n, sent) in [
+        (200, &b""[..]),
+        (1000, b""),
+        (200, b"GET /metrics HT"),
+        (1000, b"GET /livez HTTP/1.1\r\nhost: x\r\nx-half: "),
+        (
+            200,
+            b"POST /livez HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf",
+        ),
+        (200, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"),
+    ] {
+        let hanging = connections(addr, n.min(files_max / 2), sent).await;
+        for _ in 0..5 {
+            let (status, elapsed) = probe(addr).await;
+            assert_eq!(status, 200);
+            assert!(
+                elapsed < Duration::from_secs(1),
+                "{n} {sent:?}: {elapsed:?}"
+            );
+        }
+        drop(hanging);
     }
-    let started = std::time::Instant::now();
-    assert_eq!(harness::get(addr, "/livez").await.0, 200);
-    let elapsed = started.elapsed();
-    assert!(elapsed < harness::PATIENCE / 2, "{elapsed:?}");
+    let silent = connections(addr, 64, b"").await;
     for mut stream in silent {
-        assert_eq!(stream.read(&mut [0]).await.expect("an end"), 0);
+        let mut said = Vec::new();
+        let ended = tokio::time::timeout(harness::PATIENCE, stream.read_to_end(&mut said)).await;
+        let _ = ended.expect("it was cut");
     }
     running.end().await;
 }

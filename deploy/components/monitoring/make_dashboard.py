@@ -156,6 +156,9 @@ ROWS = {
         ("Replaced files", "", "short",
          [(f"sum by (file) (increase(imagegpt_reloads_total{{{WORKER}}}[$__rate_interval]))", "{{file}} taken"),
           (gauge("imagegpt_reload_failed", "file"), "{{file}} cannot be used")]),
+        ("Log lines lost", "Because standard error was closed, full or not read fast enough: the worker "
+         "does not wait for its log.", "ops",
+         [(total("imagegpt_log_lines_dropped_total", "pod") + " > 0", "{{pod}}")]),
     ],
 }
 

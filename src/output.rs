@@ -1,0 +1,116 @@
+//! Standard output, whose reader may leave and whose disk may be full.
+
+use std::io::{self, ErrorKind, Write};
+
+/// A command's conduct once nobody reads what it prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unread {
+    /// It ends by the error, since printing is all that it is for.
+    Ends,
+    /// It goes on, since what it does and how it ends count by themselves.
+    GoesOn,
+}
+
+/// Standard output of a command. An error says what cannot be written.
+#[derive(Debug)]
+pub struct Printer<W> {
+    out: W,
+    unread: Unread,
+    is_unread: bool,
+    has_failed: bool,
+}
+
+impl Printer<io::Stdout> {
+    #[must_use]
+    pub fn stdout(unread: Unread) -> Self {
+        Self::new(io::stdout(), unread)
+    }
+}
+
+impl<W: Write> Printer<W> {
+    fn new(out: W, unread: Unread) -> Self {
+        Self {
+            out,
+            unread,
+            is_unread: false,
+            has_failed: false,
+        }
+    }
+
+    /// Whether something could not be printed that somebody may wait for.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed
+    }
+
+    /// Returns the error with its sentence, or `done` where the command is to go on.
+    fn settle<T>(&mut self, written: io::Result<T>, done: T) -> io::Result<T> {
+        let error = match written {
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
+            Err(error) => error,
+            Ok(written) => return Ok(written),
+        };
+        if error.kind() == ErrorKind::BrokenPipe && self.unread == Unread::GoesOn {
+            self.is_unread = true;
+            return Ok(done);
+        }
+        self.has_failed = true;
+        let text = format!("standard output cannot be written: {error}");
+        Err(io::Error::new(error.kind(), text))
+    }
+}
+
+impl<W: Write> Write for Printer<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.is_unread {
+            return Ok(bytes.len());
+        }
+        let written = self.out.write(bytes);
+        self.settle(written, bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.is_unread {
+            return Ok(());
+        }
+        let flushed = self.out.flush();
+        self.settle(flushed, ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Broken(ErrorKind);
+
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(self.0.into())
+        }
+    }
+
+    #[test]
+    fn only_a_reader_that_left_is_passed_over_and_only_where_it_may_be() {
+        let kind = |kind, unread| {
+            let mut printer = Printer::new(Broken(kind), unread);
+            let written = writeln!(printer, "text").and_then(|()| printer.flush());
+            written.map_err(|error| {
+                let text = error.to_string();
+                assert!(
+                    text.starts_with("standard output cannot be written: "),
+                    "{text}"
+                );
+                error.kind()
+            })
+        };
+        let (gone, full) = (ErrorKind::BrokenPipe, ErrorKind::StorageFull);
+        assert_eq!(kind(gone, Unread::GoesOn), Ok(()));
+        assert_eq!(kind(gone, Unread::Ends), Err(gone));
+        assert_eq!(kind(full, Unread::GoesOn), Err(full));
+        assert_eq!(kind(full, Unread::Ends), Err(full));
+    }
+}

@@ -1,0 +1,432 @@
+//! Standard output and standard error that are closed, full, or read by nobody:
+//! every command keeps its exit code, and a worker serves on.
+
+use std::fs::File;
+use std::io::{PipeReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use imagegpt::compile::Precision;
+use imagegpt::engine::fake::Script;
+
+use crate::generate::compiled;
+use crate::harness::{self, PATIENCE, embed, seeded, tokens};
+
+/// Where a stream of the program leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sink {
+    Read,
+    Closed,
+    Full,
+    /// A pipe whose reader has gone.
+    Gone,
+}
+
+const BROKEN: [Sink; 3] = [Sink::Closed, Sink::Full, Sink::Gone];
+
+impl Sink {
+    fn open(self) -> Stdio {
+        match self {
+            Self::Read => Stdio::piped(),
+            // The shell closes it.
+            Self::Closed => Stdio::null(),
+            Self::Full => full().into(),
+            Self::Gone => {
+                let (reader, writer) = std::io::pipe().expect("a pipe");
+                drop(reader);
+                writer.into()
+            }
+        }
+    }
+}
+
+fn full() -> File {
+    let file = File::options().write(true).open("/dev/full");
+    file.expect("a disk without room")
+}
+
+/// The program with its streams so; a shell closes those that are to be closed.
+fn program(arguments: &[&str], out: Sink, err: Sink) -> Command {
+    let script = match (out, err) {
+        (Sink::Closed, Sink::Closed) => "exec \"$0\" \"$@\" >&- 2>&-",
+        (Sink::Closed, _) => "exec \"$0\" \"$@\" >&-",
+        (_, Sink::Closed) => "exec \"$0\" \"$@\" 2>&-",
+        _ => "exec \"$0\" \"$@\"",
+    };
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_imagegpt")])
+        .args(arguments)
+        .env("ORT_DYLIB_PATH", imagegpt::engine::onnx::find_library(None))
+        .stdin(Stdio::null())
+        .stdout(out.open())
+        .stderr(err.open());
+    command
+}
+
+/// The exit code, and what was said on standard error.
+fn run(arguments: &[&str], out: Sink, err: Sink) -> (Option<i32>, String) {
+    let output = program(arguments, out, err).output().expect("started");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+    (output.status.code(), said)
+}
+
+/// Exit codes of a command, by what becomes of its output.
+struct Codes {
+    fine: i32,
+    unread: i32,
+    full: i32,
+}
+
+fn check(arguments: &[&str], codes: &Codes) {
+    let code = |out, err| {
+        let (code, said) = run(arguments, out, err);
+        (
+            code.unwrap_or_else(|| panic!("{arguments:?} {out:?}: a signal")),
+            said,
+        )
+    };
+    let (fine, said) = code(Sink::Read, Sink::Read);
+    assert_eq!(fine, codes.fine, "{arguments:?}: {said}");
+    let (closed, said) = code(Sink::Closed, Sink::Read);
+    assert_eq!(closed, codes.fine, "{arguments:?}: {said}");
+    let (gone, said) = code(Sink::Gone, Sink::Read);
+    assert_eq!(gone, codes.unread, "{arguments:?}: {said}");
+    assert!(!said.contains("roken pipe"), "quiet: {arguments:?}: {said}");
+    let (full, said) = code(Sink::Full, Sink::Read);
+    assert_eq!(full, codes.full, "{arguments:?}: {said}");
+    assert!(
+        said.contains("standard output cannot be written: No space left on device"),
+        "{arguments:?}: {said}"
+    );
+    for err in BROKEN {
+        assert_eq!(
+            code(Sink::Read, err).0,
+            codes.fine,
+            "{arguments:?}: 2 {err:?}"
+        );
+    }
+    assert_eq!(
+        code(Sink::Closed, Sink::Closed).0,
+        codes.fine,
+        "{arguments:?}"
+    );
+    assert_eq!(code(Sink::Full, Sink::Gone).0, codes.full, "{arguments:?}");
+}
+
+#[test]
+fn help_and_version_need_somewhere_to_go() {
+    let codes = Codes {
+        fine: 0,
+        unread: 0,
+        full: 2,
+    };
+    check(&["--version"], &codes);
+    check(&["--help"], &codes);
+    check(&["help", "serve"], &codes);
+    // What goes to standard error is lost, and the flags are as wrong.
+    for err in BROKEN {
+        assert_eq!(run(&["serve", "--nonsense"], Sink::Read, err).0, Some(2));
+        assert_eq!(run(&[], Sink::Read, err).0, Some(2));
+    }
+}
+
+#[test]
+fn inspect_and_compile_end_as_they_would() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = compiled(folder.path(), Precision::Fp32);
+    let model = model.to_str().expect("UTF-8");
+    let codes = Codes {
+        fine: 0,
+        unread: 0,
+        full: 2,
+    };
+    check(&["inspect", model], &codes);
+    for err in BROKEN {
+        let (code, _) = run(&["inspect", "/nowhere"], Sink::Read, err);
+        assert_eq!(code, Some(2), "{err:?}");
+    }
+    let source = harness::model_dir("micro-causal");
+    let source = source.to_str().expect("UTF-8");
+    let output = folder.path().join("made");
+    let arguments = [
+        "compile",
+        source,
+        "--output",
+        output.to_str().expect("UTF-8"),
+    ];
+    let (code, said) = run(&arguments, Sink::Gone, Sink::Gone);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(output.join("imagegpt.json").is_file());
+}
+
+#[test]
+fn doctor_ends_with_its_verdict() {
+    let codes = Codes {
+        fine: 0,
+        unread: 0,
+        full: 2,
+    };
+    check(&["doctor", "--execution-provider", "cpu"], &codes);
+}
+
+/// A folder of a picture, and a list of pictures of which one is not there.
+fn pictures() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let picture = image::RgbImage::from_pixel(20, 10, image::Rgb([200, 30, 90]));
+    std::fs::create_dir(folder.path().join("pictures")).expect("a folder");
+    for name in ["one.png", "two.png"] {
+        let path = folder.path().join("pictures").join(name);
+        picture.save(path).expect("saved");
+    }
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_that_ask_a_worker_keep_their_codes() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let checks = tokio::task::spawn_blocking(move || {
+        let folder = pictures();
+        let path = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
+        let images = path("pictures");
+        let ask = |command: &[&str], codes: &Codes| {
+            check(&[command, &["--endpoint", &endpoint]].concat(), codes);
+        };
+        let asks = Codes {
+            fine: 0,
+            unread: 130,
+            full: 2,
+        };
+        ask(&["tokenize", &images], &asks);
+        ask(&["tokenize", &images, "--json"], &asks);
+        ask(&["classify", &images], &asks);
+        // Something on standard error besides.
+        let some = Codes {
+            fine: 1,
+            unread: 130,
+            full: 2,
+        };
+        ask(&["tokenize", &images, "/nowhere.png"], &some);
+        let goes_on = Codes {
+            fine: 0,
+            unread: 0,
+            full: 2,
+        };
+        ask(&["neighbors", &images], &goes_on);
+        let bench = [
+            "bench",
+            "saturate",
+            "--duration",
+            "200ms",
+            "--warm-up",
+            "0s",
+        ];
+        ask(&bench, &goes_on);
+        let summary = Codes {
+            fine: 0,
+            unread: 0,
+            full: 1,
+        };
+        ask(&["embed", &images, "--output", &path("features")], &summary);
+        // Nothing of the job is lost with the summary.
+        let finish = ["embed", "--finish", "--output", &path("features")];
+        check(&finish, &summary);
+    });
+    checks.await.expect("all as they should");
+    running.end().await;
+}
+
+/// A worker as a process, on ports that were free a moment ago: its log, which
+/// would tell, is not read.
+struct Server {
+    child: Child,
+    grpc: SocketAddr,
+    metrics: SocketAddr,
+}
+
+impl Server {
+    fn start(err: impl Into<Stdio>, flags: &[&str]) -> Self {
+        let free = || {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            listener.local_addr().expect("an address")
+        };
+        let (grpc, metrics) = (free(), free());
+        let model = harness::model_dir("micro");
+        let child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+            .args(["serve", "--fake-engine", "0s", "--model"])
+            .arg(model)
+            .args(["--listen", &grpc.to_string()])
+            .args(["--metrics-listen", &metrics.to_string()])
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(err)
+            .spawn()
+            .expect("started");
+        let server = Self {
+            child,
+            grpc,
+            metrics,
+        };
+        server.until("ready", |server| server.page("/readyz").contains(" 200 "));
+        server
+    }
+
+    /// A page with its head; nothing while nobody answers.
+    fn page(&self, path: &str) -> String {
+        let mut text = String::new();
+        if let Ok(mut stream) = TcpStream::connect(self.metrics) {
+            let _ = write!(stream, "GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
+            let _ = stream.read_to_string(&mut text);
+        }
+        text
+    }
+
+    fn dropped(&self) -> f64 {
+        harness::sample(&self.page("/metrics"), "imagegpt_log_lines_dropped_total")
+    }
+
+    fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let started = Instant::now();
+        while !condition(self) {
+            assert!(started.elapsed() < PATIENCE, "never: {what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// So many calls, each of which is logged.
+    fn calls(&self, n: usize) {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async {
+            let mut client = harness::Client::connect(format!("http://{}", self.grpc))
+                .await
+                .expect("a connection");
+            for _ in 0..n {
+                let call = client.embed(embed(vec![tokens(seeded(1))]));
+                let answer = tokio::time::timeout(PATIENCE, call).await;
+                answer.expect("no answer").expect("an answer");
+            }
+        });
+    }
+
+    /// Ends it as an operator does.
+    fn end(mut self) {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(sent.expect("kill").success());
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                assert_eq!(status.code(), Some(0));
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "never ends");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Where a test has failed; else it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_worker_whose_log_cannot_be_written_serves_on() {
+    for sink in [Sink::Full, Sink::Gone] {
+        let server = Server::start(sink.open(), &["--log", "debug"]);
+        server.calls(10);
+        server.until("counted", |server| server.dropped() >= 10.0);
+        server.end();
+    }
+    // Standard error that was closed is no trouble: the program has /dev/null.
+    let server = Server::start(Stdio::null(), &["--log", "debug"]);
+    server.calls(10);
+    assert!(server.dropped() == 0.0);
+    server.end();
+}
+
+#[test]
+fn a_log_collector_that_goes_away_takes_no_worker_along() {
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let server = Server::start(writer, &["--log", "debug"]);
+    server.calls(1);
+    let mut some = [0; 64];
+    assert!(reader.read(&mut some).expect("a log") > 0);
+    drop(reader);
+    server.calls(10);
+    server.until("counted", |server| server.dropped() > 0.0);
+    server.end();
+}
+
+/// All that is left in a pipe.
+fn rest(mut reader: PipeReader) -> std::thread::JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = reader.read_to_string(&mut text);
+        text
+    })
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_neither_calls_nor_the_end() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let server = Server::start(writer, &["--log", "trace"]);
+    let started = Instant::now();
+    while server.dropped() == 0.0 {
+        assert!(
+            started.elapsed() < PATIENCE,
+            "the pipe and the queue never fill"
+        );
+        server.calls(50);
+    }
+    server.end();
+    drop(reader);
+
+    // One that stops for a while gets the number of lines that it has missed, and
+    // the last line of all.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let server = Server::start(writer, &["--log", "trace"]);
+    while server.dropped() == 0.0 {
+        assert!(started.elapsed() < 2 * PATIENCE, "never fills");
+        server.calls(50);
+    }
+    let text = rest(reader);
+    let told = "log lines before this one were dropped";
+    server.calls(1);
+    server.until("the queue is empty", |server| {
+        let before = server.dropped();
+        server.calls(1);
+        server.dropped() == before
+    });
+    server.end();
+    let text = text.join().expect("text");
+    assert!(text.contains(told));
+    assert!(text.lines().any(|line| line.contains(" ended")));
+}
+
+#[test]
+fn what_cannot_be_served_is_told_whoever_listens() {
+    let arguments = [
+        &["serve", "--model", "/nowhere"][..],
+        &["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"],
+    ]
+    .concat();
+    let (code, said) = run(&arguments, Sink::Read, Sink::Read);
+    assert_eq!(code, Some(2));
+    assert!(
+        said.contains("imagegpt: ") && said.contains("/nowhere"),
+        "{said}"
+    );
+    for err in BROKEN {
+        assert_eq!(run(&arguments, Sink::Closed, err).0, Some(2), "{err:?}");
+    }
+    assert!(!Path::new("/nowhere").exists());
+}
