@@ -8,7 +8,9 @@ mod columns;
 mod files;
 mod webdataset;
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
@@ -18,6 +20,7 @@ use tokio::runtime::Handle;
 use super::location::Location;
 use super::plan::{Kind, Shard};
 use super::ranged::Ranged;
+use crate::engine::panic_text;
 use crate::rpc::pool::Fault;
 
 pub(super) use self::files::{Listing, Row};
@@ -90,17 +93,23 @@ pub(super) fn read(
         }
         Kind::WebDataset(location) => {
             let file = ranged(location);
-            let result = webdataset::read(&file, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                webdataset::read(&file, cursor, reading, visit)
+            });
             (file, result)
         }
         Kind::Parquet(location) => {
             let file = ranged(location);
-            let result = columns::read_parquet(&file, location, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                columns::read_parquet(&file, location, cursor, reading, visit)
+            });
             (file, result)
         }
         Kind::Arrow(location) => {
             let file = ranged(location);
-            let result = columns::read_arrow(&file, location, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                columns::read_arrow(&file, location, cursor, reading, visit)
+            });
             (file, result)
         }
     };
@@ -108,6 +117,31 @@ pub(super) fn read(
         // Whatever the format's reader made of it: the bytes did not come.
         (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
         (result, _) => result,
+    }
+}
+
+/// The last net under the readers of formats: a library that panics on what a
+/// file says has found it damaged. A panic of the visitor is none of the file's.
+fn caught(
+    visit: &mut Visitor<'_>,
+    read: impl FnOnce(&mut Visitor<'_>) -> Result<(), Broken>,
+) -> Result<(), Broken> {
+    let visiting = Cell::new(false);
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        read(&mut |seen| {
+            visiting.set(true);
+            let flow = visit(seen);
+            visiting.set(false);
+            flow
+        })
+    }));
+    match result {
+        Ok(result) => result,
+        Err(panic) if visiting.get() => resume_unwind(panic),
+        Err(panic) => Err(Broken::Damaged(format!(
+            "the reader of its format panicked: {}",
+            panic_text(&*panic)
+        ))),
     }
 }
 

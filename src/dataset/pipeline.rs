@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use anyhow::Context as _;
 use arrow_array::RecordBatch;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
 
 use super::input::{self, Broken, Reading, Seen};
 use super::journal::{File, PartId, Record};
@@ -29,6 +31,7 @@ use super::progress::{Counts, Progress, Terminal};
 use super::sink::Sink;
 use super::table::{self, Row, Shape};
 use crate::compile::checkpoint::hex;
+use crate::engine::panic_text;
 use crate::rpc::pool::{Answer, Done, Fault, Pool, Task};
 
 /// Parts that are begun and not yet written: one that is read, one whose last
@@ -132,10 +135,13 @@ enum Event {
     },
     /// The part has all its rows.
     End(End),
+    /// There are no more rows: everything that follows is silence.
+    AllRead,
     Failed(anyhow::Error),
 }
 
-/// Does the job.
+/// Does the job in a task of its own, so that a panic in any of its pieces is
+/// what the job failed of.
 ///
 /// # Errors
 ///
@@ -143,6 +149,44 @@ enum Event {
 pub(super) async fn run(
     job: Job,
     pool: Pool,
+    tasks: mpsc::Sender<Task>,
+    answers: mpsc::Receiver<Done>,
+    counts: &Arc<Counts>,
+) -> anyhow::Result<()> {
+    // Dropped when the job is told to end, which ends the task as well.
+    let mut whole = JoinSet::new();
+    let counts = Arc::clone(counts);
+    whole.spawn(async move { pieces(job, pool, tasks, answers, &counts).await });
+    match whole.join_next().await {
+        Some(Ok(result)) => result,
+        Some(Err(error)) => Err(panicked("a task of the job", error)),
+        None => anyhow::bail!("the job has no task"),
+    }
+}
+
+/// The error that a task's panic is.
+fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
+    match error.try_into_panic() {
+        Ok(panic) => anyhow::anyhow!("{what} panicked: {}", panic_text(&*panic)),
+        Err(error) => anyhow::anyhow!("{what} ended before its end: {error}"),
+    }
+}
+
+/// The body of the reader's thread. A reader that panics says so: nobody waits
+/// for rows that do not come.
+fn read_to_the_end(reader: Reader, work: &[Work]) {
+    let events = reader.events.clone();
+    let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
+    if let Err(panic) = read {
+        let error = anyhow::anyhow!("the reader's thread panicked: {}", panic_text(&*panic));
+        // Without a collector there is nobody to tell.
+        let _ = events.blocking_send(Event::Failed(error));
+    }
+}
+
+async fn pieces(
+    job: Job,
+    mut pool: Pool,
     tasks: mpsc::Sender<Task>,
     answers: mpsc::Receiver<Done>,
     counts: &Arc<Counts>,
@@ -164,7 +208,7 @@ pub(super) async fn run(
     let work = job.work;
     let thread = std::thread::Builder::new()
         .name("reader".to_owned())
-        .spawn(move || reader.run(&work))
+        .spawn(move || read_to_the_end(reader, &work))
         .context("the reader's thread cannot be started")?;
     // It holds as many parts as may be open, so it is never full.
     let (parts_in, parts_out) = mpsc::channel(PARTS_OPEN);
@@ -183,6 +227,7 @@ pub(super) async fn run(
         errors_before: job.errors_before,
         errors_max: job.errors_max,
         last_error: None,
+        all_read: false,
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
     let result = {
@@ -212,14 +257,25 @@ pub(super) async fn run(
     // A reader that waits for room is told that there will be none.
     parts.close();
     memory.close();
-    if result.is_ok() {
-        pool.finish().await;
-    } else {
-        drop(pool);
+    match result {
+        Ok(()) => pool.finish().await,
+        Err(error) if error.is::<PoolEnded>() => {
+            let why = pool.why_ended().await;
+            return Err(why.unwrap_or(error));
+        }
+        Err(error) => {
+            drop(pool);
+            return Err(error);
+        }
     }
     drop(thread);
-    result
+    Ok(())
 }
+
+/// The workers' sessions are gone while there is still something to ask them.
+#[derive(Debug, thiserror::Error)]
+#[error("the pool of workers has ended before the job")]
+struct PoolEnded;
 
 /// The plain code on a thread of its own.
 struct Reader {
@@ -262,6 +318,7 @@ impl Reader {
             before += bytes(work);
             self.counts.has_read(share(1.0));
         }
+        let _ = self.events.blocking_send(Event::AllRead);
     }
 
     fn shard(
@@ -425,6 +482,8 @@ struct Collector {
     errors_max: Option<u64>,
     /// The id of an image, and why it has no row.
     last_error: Option<(String, String)>,
+    /// Whether the reader has told its last row.
+    all_read: bool,
 }
 
 impl Collector {
@@ -437,12 +496,12 @@ impl Collector {
     ) -> anyhow::Result<()> {
         let mut progress = Progress::begin(&self.terminal);
         let mut tick = tokio::time::interval(TICK);
-        let mut all_read = false;
-        while !(all_read && self.open.is_empty()) {
+        while !(self.all_read && self.open.is_empty()) {
             tokio::select! {
-                event = events.recv(), if !all_read => match event {
+                event = events.recv(), if !self.all_read => match event {
                     Some(event) => self.hear(event)?,
-                    None => all_read = true,
+                    // It says when it has read everything.
+                    None => anyhow::bail!("the reader's thread ended before it had read everything"),
                 },
                 Some(done) = answers.recv() => {
                     // Its row was told before it was asked, but in another queue.
@@ -452,6 +511,7 @@ impl Collector {
                     self.answered(done)?;
                 }
                 _ = tick.tick() => {
+                    anyhow::ensure!(!pool.has_ended(), PoolEnded);
                     let troubles = pool.troubles();
                     progress.update(&self.counts, &troubles);
                     self.stands_still(give_up_after, &troubles)?;
@@ -522,6 +582,7 @@ impl Collector {
                     .context("ends come after a beginning")?;
                 part.end = Some(end);
             }
+            Event::AllRead => self.all_read = true,
             Event::Failed(error) => return Err(error),
         }
         Ok(())
@@ -623,7 +684,10 @@ impl Writer {
             Ok::<_, anyhow::Error>(digested.collect::<Vec<_>>())
         };
         let mut files = Vec::new();
-        for (name, sha256, content) in tokio::task::spawn_blocking(encode).await?? {
+        for (name, sha256, content) in tokio::task::spawn_blocking(encode)
+            .await
+            .map_err(|error| panicked("the writer of a part", error))??
+        {
             let bytes = content.len() as u64;
             self.sink.write(&name, content).await?;
             files.push(File {
