@@ -78,14 +78,7 @@ fn scope_v6(address: Ipv6Addr) -> AddressScope {
         return AddressScope::LinkLocal;
     }
     let octets = address.octets();
-    let v4 = |at: usize| {
-        Ipv4Addr::new(
-            octets[at],
-            octets[at + 1],
-            octets[at + 2],
-            octets[at + 3],
-        )
-    };
+    let v4 = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);
     // A gateway of the own network may lead anywhere in it.
     let private_at_most = |inner: AddressScope| match inner {
         AddressScope::LinkLocal => AddressScope::LinkLocal,
@@ -180,11 +173,7 @@ impl AddressBook {
     /// The same of a URL whose host is an address, which is connected to without
     /// asking for a name. Other spellings than the usual (2130706433, 0x7f.1)
     /// are the usual one in a parsed URL.
-    pub(super) fn check_literal(
-        &self,
-        rule: AddressRule,
-        url: &Url,
-    ) -> Result<(), AddressRefused> {
+    pub(super) fn check_literal(&self, rule: AddressRule, url: &Url) -> Result<(), AddressRefused> {
         let host = url.host_str().unwrap_or_default();
         let host = host.trim_start_matches('[').trim_end_matches(']');
         host.parse()
@@ -229,9 +218,7 @@ impl Resolve for RuledNames {
             }
             match refused {
                 Some(refused) if allowed.is_empty() => Err(refused.into()),
-                None if allowed.is_empty() => {
-                    Err(io::Error::from(io::ErrorKind::NotFound).into())
-                }
+                None if allowed.is_empty() => Err(io::Error::from(io::ErrorKind::NotFound).into()),
                 _ => Ok(Box::new(allowed.into_iter()) as Addrs),
             }
         })
@@ -246,21 +233,63 @@ mod tests {
     fn every_registry_of_special_addresses_has_its_scope() {
         use AddressScope::{LinkLocal, Private, Public};
         let table = [
-            (Public, "8.8.8.8 1.1.1.1 100.63.255.255 100.128.0.0 172.15.0.1 172.32.0.1"),
-            (Public, "192.0.1.1 198.17.0.1 198.20.0.1 223.255.255.255 169.253.1.1"),
-            (Public, "2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8 64:ff9b::808:808"),
+            (
+                Public,
+                "8.8.8.8 1.1.1.1 100.63.255.255 100.128.0.0 172.15.0.1 172.32.0.1",
+            ),
+            (
+                Public,
+                "192.0.1.1 198.17.0.1 198.20.0.1 223.255.255.255 169.253.1.1",
+            ),
+            (
+                Public,
+                "2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8 64:ff9b::808:808",
+            ),
             (Public, "2002:808:808::1 2400:cb00::1 3ffe::1"),
-            (Private, "127.0.0.1 127.255.255.255 10.0.0.1 172.16.0.1 172.31.255.255"),
-            (Private, "192.168.0.1 100.64.0.1 100.127.255.255 0.0.0.0 0.1.2.3"),
-            (Private, "224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255"),
-            (Private, "192.0.0.1 192.0.2.1 192.88.99.1 198.18.0.1 198.19.255.255"),
-            (Private, "198.51.100.1 203.0.113.1 :: ::1 fc00::1 fdff::1 fec0::1 ff02::1"),
-            (Private, "::ffff:127.0.0.1 ::ffff:10.0.0.1 ::8.8.8.8 ::ffff:0:192.168.0.1"),
-            (Private, "64:ff9b::a00:1 64:ff9b:1::808:808 2002:a00:1::1 2002:7f00:1::"),
-            (Private, "2001:db8::1 2001:2::1 2001:20::1 3fff::1 2001:0:1::f7f7:f7f7 5f00::1"),
-            (LinkLocal, "169.254.169.254 169.254.0.1 100.100.100.200 192.0.0.192"),
-            (LinkLocal, "fe80::1 febf::1 fd00:ec2::254 ::ffff:169.254.169.254"),
-            (LinkLocal, "64:ff9b::a9fe:a9fe 2002:a9fe:a9fe::1 ::169.254.169.254"),
+            (
+                Private,
+                "127.0.0.1 127.255.255.255 10.0.0.1 172.16.0.1 172.31.255.255",
+            ),
+            (
+                Private,
+                "192.168.0.1 100.64.0.1 100.127.255.255 0.0.0.0 0.1.2.3",
+            ),
+            (
+                Private,
+                "224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255",
+            ),
+            (
+                Private,
+                "192.0.0.1 192.0.2.1 192.88.99.1 198.18.0.1 198.19.255.255",
+            ),
+            (
+                Private,
+                "198.51.100.1 203.0.113.1 :: ::1 fc00::1 fdff::1 fec0::1 ff02::1",
+            ),
+            (
+                Private,
+                "::ffff:127.0.0.1 ::ffff:10.0.0.1 ::8.8.8.8 ::ffff:0:192.168.0.1",
+            ),
+            (
+                Private,
+                "64:ff9b::a00:1 64:ff9b:1::808:808 2002:a00:1::1 2002:7f00:1::",
+            ),
+            (
+                Private,
+                "2001:db8::1 2001:2::1 2001:20::1 3fff::1 2001:0:1::f7f7:f7f7 5f00::1",
+            ),
+            (
+                LinkLocal,
+                "169.254.169.254 169.254.0.1 100.100.100.200 192.0.0.192",
+            ),
+            (
+                LinkLocal,
+                "fe80::1 febf::1 fd00:ec2::254 ::ffff:169.254.169.254",
+            ),
+            (
+                LinkLocal,
+                "64:ff9b::a9fe:a9fe 2002:a9fe:a9fe::1 ::169.254.169.254",
+            ),
             (LinkLocal, "64:ff9b:1::a9fe:a9fe 2001:0:1::5601:5601"),
         ];
         for (expected, addresses) in table {
@@ -301,7 +330,9 @@ mod tests {
         use AddressScope::{LinkLocal, Private, Public};
         let allowed = |rule: AddressRule| {
             let scopes = [Public, Private, LinkLocal].into_iter();
-            scopes.filter(|&scope| rule.allows(scope)).collect::<Vec<_>>()
+            scopes
+                .filter(|&scope| rule.allows(scope))
+                .collect::<Vec<_>>()
         };
         let named = |link_local| AddressRule::Named { link_local };
         assert_eq!(allowed(AddressRule::Public), [Public]);

@@ -8,7 +8,8 @@
 //!
 //! Parts are made, written and recorded in the order of the input, whatever
 //! order the answers come in. Two bounds hold all of it: images take at most
-//! `--image-memory` until they are answered, and at most [`PARTS_OPEN`] parts
+//! `--image-memory` until they are answered, with the pages and batches that
+//! they are read from, and at most [`PARTS_OPEN`] parts
 //! are begun and not written; the reader waits for both.
 
 use std::collections::VecDeque;
@@ -62,7 +63,6 @@ pub(super) struct Job {
     pub(super) work: Vec<Work>,
     pub(super) reading: Reading,
     pub(super) part_items: usize,
-    pub(super) image_memory: usize,
     pub(super) give_up_after: Duration,
     /// Errors of parts that were done before, and how many there may be.
     pub(super) errors_before: u64,
@@ -192,16 +192,14 @@ async fn pieces(
     counts: &Arc<Counts>,
 ) -> anyhow::Result<()> {
     let parts = Arc::new(Semaphore::new(PARTS_OPEN));
-    let memory = Arc::new(Semaphore::new(job.image_memory));
+    let memory = job.reading.memory.clone();
     let (events_in, events) = mpsc::channel(ROWS_QUEUE);
     let reader = Reader {
         reading: job.reading,
         part_items: job.part_items,
-        image_memory: job.image_memory,
         events: events_in,
         tasks,
         parts: Arc::clone(&parts),
-        memory: Arc::clone(&memory),
         counts: Arc::clone(counts),
         n_parts: 0,
     };
@@ -281,11 +279,9 @@ struct PoolEnded;
 struct Reader {
     reading: Reading,
     part_items: usize,
-    image_memory: usize,
     events: mpsc::Sender<Event>,
     tasks: mpsc::Sender<Task>,
     parts: Arc<Semaphore>,
-    memory: Arc<Semaphore>,
     counts: Arc<Counts>,
     /// Parts that were begun in this run.
     n_parts: u64,
@@ -348,7 +344,8 @@ impl Reader {
         }
         let damage = match read {
             Ok(()) => None,
-            Err(Broken::Damaged(reason)) => Some(reason),
+            Err(Broken::Damaged(reason)) => Some(("DATA_LOSS", reason)),
+            Err(Broken::OverLimit(reason)) => Some(("RESOURCE_EXHAUSTED", reason)),
             Err(Broken::Failed(error)) => return Err(error),
         };
         Ok(self.end(part, &work.shard, damage))
@@ -379,17 +376,17 @@ impl Reader {
         let Some(image) = image else {
             return ControlFlow::Continue(());
         };
-        // An image that is larger than all the room takes all of it.
-        let room = image.len().clamp(1, self.image_memory);
-        let room = u32::try_from(room).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.memory).acquire_many_owned(room);
-        let Ok(room) = self.reading.runtime.block_on(room) else {
+        let room = sample.room.or_else(|| {
+            let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
+            memory.blocking_room(runtime, image.len() as u64)
+        });
+        let Some(room) = room else {
             return ControlFlow::Break(());
         };
         let task = Task {
             id: (self.n_parts - 1) << ROW_BITS | row,
             image,
-            room,
+            room: room.into_permit(),
             failures: 0,
             lost: 0,
         };
@@ -421,15 +418,15 @@ impl Reader {
         &mut self,
         mut part: PartRead,
         shard: &Shard,
-        damage: Option<String>,
+        damage: Option<(&'static str, String)>,
     ) -> ControlFlow<()> {
         self.begin(&mut part)?;
-        if let Some(reason) = damage {
+        if let Some((code, reason)) = damage {
             self.tell(Event::Row {
                 id: shard.name.clone(),
                 kept: None,
                 fault: Some(Fault {
-                    code: "DATA_LOSS",
+                    code,
                     message: format!("the rest of the file is not read: {reason}"),
                 }),
             })?;
