@@ -301,7 +301,7 @@ pub(super) fn read_arrow(
         n_rows: parquet::file::reader::Length::len(file),
         held: 0,
     };
-    messages.each(|Batch { mut rows, room }| {
+    messages.each(|Batch { mut rows, held }| {
         let n_rows = rows.num_rows() as u64;
         if place.row + n_rows <= cursor {
             place.row += n_rows;
@@ -312,7 +312,7 @@ pub(super) fn read_arrow(
             rows = rows.slice(skipped, rows.num_rows() - skipped);
             place.row = cursor;
         }
-        place.held = room.bytes();
+        place.held = held;
         visit_batch(&rows, &columns, reading, &mut place, visit)
     })
 }

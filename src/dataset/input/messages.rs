@@ -32,10 +32,10 @@ const HEADER_BYTES_MAX: u64 = 16 << 20;
 /// copied.
 const ALIGNMENT: u64 = 16;
 
-/// A batch, with the room that it takes.
+/// A batch, with the memory that it and the dictionaries take.
 pub(super) struct Batch {
     pub(super) rows: RecordBatch,
-    pub(super) room: Room,
+    pub(super) held: u64,
 }
 
 /// A file or a stream whose schema has been read.
@@ -160,7 +160,8 @@ impl<'a> Messages<'a> {
             let Some(rows) = rows.map_err(|error: ArrowError| damaged(error))? else {
                 continue;
             };
-            if visit(Batch { rows, room })?.is_break() {
+            let held = room.bytes().saturating_add(self.held());
+            if visit(Batch { rows, held })?.is_break() {
                 break;
             }
         }
@@ -215,8 +216,13 @@ impl<'a> Messages<'a> {
         room.ok_or_else(|| Broken::Failed(anyhow::anyhow!("the job has ended")))
     }
 
+    /// What the dictionaries take.
+    fn held(&self) -> u64 {
+        self.dictionaries.iter().map(Room::bytes).sum()
+    }
+
     fn fits(&self, bytes: u64) -> Result<(), Broken> {
-        let held: u64 = self.dictionaries.iter().map(Room::bytes).sum();
+        let held = self.held();
         let limit = self.reading.memory.limit();
         if bytes.saturating_add(held) <= limit {
             return Ok(());

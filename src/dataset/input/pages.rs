@@ -153,7 +153,9 @@ impl<'a> ParquetTable<'a> {
         .map_err(|error| of_error(&error))?;
         for batch in batches {
             let batch = batch.map_err(|error| of_error(&error))?;
-            let bytes = lock(&held).bytes();
+            // What the last page was decompressed from is gone, and images wait
+            // for the room that it had.
+            let bytes = lock(&held).settle();
             if visit(&batch, bytes)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
@@ -274,10 +276,16 @@ impl Held {
             let done = pages.len().saturating_sub(1);
             pages.drain(..done);
         }
+        self.settle();
+    }
+
+    /// Gives back what the pages do not take, and says what stays.
+    fn settle(&mut self) -> u64 {
         let bytes = self.bytes();
-        if let Some(room) = &mut self.room {
+        self.room.as_mut().map_or(0, |room| {
             room.shrink(bytes);
-        }
+            room.bytes()
+        })
     }
 
     /// Makes room for a page of a column, or says why there can be none.
