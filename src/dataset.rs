@@ -6,12 +6,14 @@
 //! that has no record, and since a part's files depend on nothing but its images,
 //! the model and the options, the end is the same to the byte.
 
+mod address;
 mod asked;
 mod finish;
 pub mod flags;
 mod input;
 mod journal;
 mod location;
+mod memory;
 mod pipeline;
 mod plan;
 mod progress;
@@ -36,17 +38,28 @@ use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
 use self::input::Reading;
 use self::journal::{Manifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
+use self::memory::ImageMemory;
 use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
 use self::plan::{Plan, plan};
 use self::progress::Counts;
 pub use self::progress::Terminal;
 use self::sink::Sink;
 use self::table::{OWN_COLUMNS, Shape, Values};
+use self::web::WebTrust;
 use crate::pb;
 use crate::rpc::pool::{self, Pool, PoolConfig};
 
 /// What a message has besides its image.
 const MESSAGE_OVERHEAD: u64 = 2048;
+/// The environment's proxies, which look names up themselves.
+const PROXIES: [&str; 6] = [
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
 /// How the command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,7 +126,10 @@ pub async fn run(
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
 ) -> anyhow::Result<Ended> {
-    let stores = Arc::new(Stores::default());
+    let stores = Arc::new(Stores::new(WebTrust {
+        link_local: args.table.link_local_addresses,
+        public_only: args.table.public_addresses_only,
+    }));
     let sink = Sink::open(&args.output, &stores)?;
     if args.share.finish {
         return finish_alone(&sink, out).await;
@@ -159,6 +175,16 @@ impl EmbedArgs {
             .find(|name| OWN_COLUMNS.contains(&name.as_str()))
         {
             anyhow::bail!("--keep {name}: the table has a column of that name itself");
+        }
+        if let Some(name) = PROXIES
+            .into_iter()
+            .filter(|_| table.public_addresses_only)
+            .find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+        {
+            anyhow::bail!(
+                "--public-addresses-only: {name} is set, and where a proxy connects to cannot be \
+                 checked; unset it, or let the proxy refuse other addresses and leave the flag out"
+            );
         }
         let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
         match task.task {
@@ -391,6 +417,9 @@ impl Prepared {
             work,
             reading: Reading {
                 runtime: tokio::runtime::Handle::current(),
+                memory: ImageMemory::new(
+                    u32::try_from(args.workers.image_memory.as_u64()).context("--image-memory")?,
+                ),
                 image_bytes_max: limits.image_bytes_max.min(message),
                 keep: args.table.keep.clone(),
                 image_column: args.table.image_column.clone(),
@@ -398,8 +427,6 @@ impl Prepared {
                 url_patience: args.table.url_patience,
             },
             part_items: args.table.part_items as usize,
-            image_memory: usize::try_from(args.workers.image_memory.as_u64())
-                .context("--image-memory")?,
             give_up_after: args.workers.give_up_after,
             errors_before: self.errors_before(),
             errors_max: args.table.max_errors,

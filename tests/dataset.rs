@@ -625,6 +625,8 @@ fn web() -> SocketAddr {
             let is_new = seen.insert(path.clone());
             let status = match path.split('/').nth(1).unwrap_or_default() {
                 "later" if is_new => "503 Busy",
+                "ages" => "503 Busy\r\nretry-after: 18446744073709551615",
+                "never" => "429 Slow\r\nretry-after: -1",
                 "good" | "later" => "200 OK",
                 code => code,
             };
@@ -693,6 +695,95 @@ fn an_address_is_an_error_of_its_own_and_a_busy_server_is_asked_again() {
         "{}",
         said(&ended)
     );
+}
+
+#[test]
+fn a_server_that_asks_for_a_rest_of_ages_is_an_error_of_its_image() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let workers = [Worker::start("0s")];
+    let web = web();
+    let paths = ["ages", "good", "never"].map(|path| format!("http://{web}/{path}/1.png\n"));
+    let list = dir.path().join("list.txt");
+    std::fs::write(&list, paths.concat()).expect("a list");
+    let output = dir.path().join("output");
+    let started = Instant::now();
+    let summary = done(embed(&list, &output, &workers).args(["--url-patience", "1s"]));
+    assert!(started.elapsed() < PATIENCE / 2);
+    assert_eq!(
+        (&summary["images"], &summary["errors"]),
+        (&3.into(), &2.into())
+    );
+    // None of this machine's addresses is public, and a proxy's cannot be known.
+    let output = dir.path().join("distrusted");
+    let mut command = embed(&list, &output, &workers);
+    let summary = done(command.arg("--public-addresses-only"));
+    assert_eq!(summary["errors"], 3);
+    let ended = command.env("HTTP_PROXY", format!("http://{web}")).output();
+    let ended = ended.expect("a run");
+    assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+    assert!(
+        said(&ended).contains("HTTP_PROXY is set"),
+        "{}",
+        said(&ended)
+    );
+}
+
+/// Images as an Arrow file, of which a number in the footer may be another.
+fn arrow(at: &Path, first: usize, change: Option<i64>) {
+    let images: Vec<Vec<u8>> = (first..first + 5).map(image).collect();
+    let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
+    let bytes = Arc::new(bytes) as ArrayRef;
+    let batch = RecordBatch::try_from_iter([("image", bytes)]).expect("a table");
+    let writer = arrow_ipc::writer::FileWriter::try_new(Vec::new(), &batch.schema());
+    let mut writer = writer.expect("a writer");
+    writer.write(&batch).expect("rows");
+    writer.finish().expect("an end");
+    let mut content = writer.into_inner().expect("a file");
+    if let Some(change) = change {
+        let trailer = content.len() - 10;
+        let length = content[trailer..].try_into().expect("ten bytes");
+        let length = arrow_ipc::reader::read_footer_length(length).expect("a length");
+        let footer = arrow_ipc::root_as_footer(&content[trailer - length..trailer]);
+        let blocks = footer.expect("a footer").recordBatches().expect("blocks");
+        let old = blocks.get(0).bodyLength().to_le_bytes();
+        let place = content.windows(8).rposition(|bytes| bytes == old);
+        let place = place.expect("the length");
+        content[place..place + 8].copy_from_slice(&change.to_le_bytes());
+    }
+    std::fs::write(at, content).expect("a file");
+}
+
+#[test]
+fn a_shard_that_lies_is_one_error_and_the_others_are_done() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let shards = dir.path().join("shards");
+    std::fs::create_dir(&shards).expect("a folder");
+    for (n, change) in [None, Some(-1), Some(i64::MIN), Some(1 << 45), None]
+        .into_iter()
+        .enumerate()
+    {
+        arrow(&shards.join(format!("{n}.arrow")), 5 * n, change);
+    }
+    let workers = [Worker::start("0s")];
+    let output = dir.path().join("output");
+    let flags = ["--give-up-after", "5s"];
+    let summary = done(embed(&shards, &output, &workers).args(flags));
+    assert_eq!(
+        (&summary["images"], &summary["errors"]),
+        (&13.into(), &3.into())
+    );
+    assert_eq!(rows(&output).len(), 10);
+    let lines = error_lines(&output);
+    assert_eq!(lines.len(), 3);
+    for (line, shard) in lines.iter().zip(["1.arrow", "2.arrow", "3.arrow"]) {
+        assert!(line.0.ends_with(shard) && line.1 == "DATA_LOSS", "{line:?}");
+    }
+    // The journal knows the error, too: a part that is lost is made again, with
+    // the same bytes.
+    let before = files(&output);
+    std::fs::remove_file(output.join("errors/errors-00001-00000.jsonl")).expect("a file");
+    done(embed(&shards, &output, &workers).args(flags));
+    assert_eq!(files(&output), before);
 }
 
 /// Somebody who may not read what this test makes; root may read anything.

@@ -243,6 +243,27 @@ pub struct TableConfig {
     )]
     pub url_patience: Duration,
 
+    /// Refuses every URL of a list, and every redirect, that leads to another
+    /// than a public address: loopback, private, shared, link-local, multicast.
+    /// Set it for a list from somebody who is not trusted, who could otherwise
+    /// have this machine ask hosts that only the own network reaches. Without
+    /// it a list may name such hosts, and only what a public address redirects
+    /// to must be public. Cannot be checked through a proxy, so HTTP_PROXY,
+    /// HTTPS_PROXY and ALL_PROXY must not be set
+    #[arg(
+        long,
+        env = "IMAGEGPT_PUBLIC_ADDRESSES_ONLY",
+        conflicts_with = "link_local_addresses"
+    )]
+    pub public_addresses_only: bool,
+
+    /// Allows URLs of a list to lead to link-local addresses, where clouds have
+    /// the metadata and credentials of a machine (169.254.0.0/16, fe80::/10 and
+    /// the like). Off, since hardly any data lies there; also with it no public
+    /// address redirects there
+    #[arg(long, env = "IMAGEGPT_LINK_LOCAL_ADDRESSES")]
+    pub link_local_addresses: bool,
+
     /// End when more images than this have failed [default: never]
     #[arg(long, env = "IMAGEGPT_MAX_ERRORS", value_name = "N")]
     pub max_errors: Option<u64>,

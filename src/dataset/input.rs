@@ -6,9 +6,13 @@
 
 mod columns;
 mod files;
+mod messages;
+mod pages;
 mod webdataset;
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
@@ -16,8 +20,10 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::location::Location;
+use super::memory::{ImageMemory, Room};
 use super::plan::{Kind, Shard};
 use super::ranged::Ranged;
+use crate::engine::panic_text;
 use crate::rpc::pool::Fault;
 
 pub(super) use self::files::{Listing, Row};
@@ -28,6 +34,8 @@ pub(super) struct Sample {
     pub(super) id: String,
     /// The encoded file, or why there is none.
     pub(super) image: Result<Bytes, Fault>,
+    /// The room that the image takes, if it was asked for already.
+    pub(super) room: Option<Room>,
     /// One row of the columns that are kept; `None` when none are.
     pub(super) kept: Option<RecordBatch>,
 }
@@ -46,6 +54,7 @@ pub(super) struct Seen {
 #[derive(Debug, Clone)]
 pub(super) struct Reading {
     pub(super) runtime: Handle,
+    pub(super) memory: ImageMemory,
     /// Larger images are not read.
     pub(super) image_bytes_max: u64,
     /// Columns, or kinds of sidecar files.
@@ -62,6 +71,9 @@ pub(super) enum Broken {
     /// Its content is damaged, and will be the next time: an error of the
     /// dataset, like an image that cannot be decoded.
     Damaged(String),
+    /// Its pages or batches do not fit into the memory that there is for images:
+    /// an error of the dataset as well.
+    OverLimit(String),
     /// It could not be read this time, or the flags do not fit it: the job ends.
     Failed(anyhow::Error),
 }
@@ -90,17 +102,23 @@ pub(super) fn read(
         }
         Kind::WebDataset(location) => {
             let file = ranged(location);
-            let result = webdataset::read(&file, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                webdataset::read(&file, cursor, reading, visit)
+            });
             (file, result)
         }
         Kind::Parquet(location) => {
             let file = ranged(location);
-            let result = columns::read_parquet(&file, location, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                columns::read_parquet(&file, location, cursor, reading, visit)
+            });
             (file, result)
         }
         Kind::Arrow(location) => {
             let file = ranged(location);
-            let result = columns::read_arrow(&file, location, cursor, reading, visit);
+            let result = caught(visit, |visit| {
+                columns::read_arrow(&file, location, cursor, reading, visit)
+            });
             (file, result)
         }
     };
@@ -108,6 +126,31 @@ pub(super) fn read(
         // Whatever the format's reader made of it: the bytes did not come.
         (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
         (result, _) => result,
+    }
+}
+
+/// The last net under the readers of formats: a library that panics on what a
+/// file says has found it damaged. A panic of the visitor is none of the file's.
+fn caught(
+    visit: &mut Visitor<'_>,
+    read: impl FnOnce(&mut Visitor<'_>) -> Result<(), Broken>,
+) -> Result<(), Broken> {
+    let visiting = Cell::new(false);
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        read(&mut |seen| {
+            visiting.set(true);
+            let flow = visit(seen);
+            visiting.set(false);
+            flow
+        })
+    }));
+    match result {
+        Ok(result) => result,
+        Err(panic) if visiting.get() => resume_unwind(panic),
+        Err(panic) => Err(Broken::Damaged(format!(
+            "the reader of its format panicked: {}",
+            panic_text(&*panic)
+        ))),
     }
 }
 
@@ -119,9 +162,30 @@ fn lost(shard: &Shard, fault: &Fault) -> Seen {
         sample: Sample {
             id: shard.name.clone(),
             image: Err(fault.clone()),
+            room: None,
             kept: None,
         },
     }
+}
+
+/// Why an image of so many bytes is not read, if it is not: `held` is what the
+/// page or the batch that it lies in takes beside it.
+fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<Fault> {
+    if bytes > reading.image_bytes_max {
+        return Some(too_large(bytes, reading.image_bytes_max));
+    }
+    let limit = reading.memory.limit();
+    (bytes.saturating_add(held) > limit).then(|| {
+        let beside = if held > 0 {
+            format!(", with {held} bytes of the file around it")
+        } else {
+            String::new()
+        };
+        Fault::invalid(format!(
+            "image: {bytes} bytes{beside}, over the limit of {limit} (--image-memory); it was not \
+             sent"
+        ))
+    })
 }
 
 /// What an image over the limit has as its outcome.
@@ -140,6 +204,7 @@ pub(super) mod tests {
     pub(in crate::dataset) fn reading(keep: &[&str]) -> Reading {
         Reading {
             runtime: Handle::current(),
+            memory: ImageMemory::new(16 << 20),
             image_bytes_max: 1000,
             keep: keep.iter().map(|&name| name.to_owned()).collect(),
             image_column: None,

@@ -14,7 +14,8 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _, RetryConfig};
 
-use super::web;
+use super::address::AddressBook;
+use super::web::{WebClient, WebTimes, WebTrust};
 use crate::files::{self, Found, Trouble};
 use crate::rpc::pool::Fault;
 
@@ -66,10 +67,18 @@ pub(super) struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Stores {
     by_root: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
-    web: OnceLock<reqwest::Client>,
+    web: OnceLock<WebClient>,
+    trust: WebTrust,
 }
 
 impl Stores {
+    pub(super) fn new(trust: WebTrust) -> Self {
+        Self {
+            trust,
+            ..Self::default()
+        }
+    }
+
     /// What `text` names: a URL if it has a scheme, a path otherwise.
     pub(super) fn locate(&self, text: &str) -> anyhow::Result<Location> {
         let (scheme, rest) = text.split_once("://").unwrap_or(("file", text));
@@ -113,11 +122,15 @@ impl Stores {
     /// # Errors
     ///
     /// When there can be none.
-    pub(super) fn web(&self) -> anyhow::Result<&reqwest::Client> {
+    pub(super) fn web(&self) -> anyhow::Result<&WebClient> {
         if let Some(client) = self.web.get() {
             return Ok(client);
         }
-        let client = web::client(CONNECT_TIMEOUT, REQUEST_TIMEOUT)?;
+        let times = WebTimes {
+            connect: CONNECT_TIMEOUT,
+            request: REQUEST_TIMEOUT,
+        };
+        let client = WebClient::new(self.trust, times, AddressBook::default())?;
         Ok(self.web.get_or_init(|| client))
     }
 }

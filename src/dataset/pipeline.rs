@@ -8,11 +8,13 @@
 //!
 //! Parts are made, written and recorded in the order of the input, whatever
 //! order the answers come in. Two bounds hold all of it: images take at most
-//! `--image-memory` until they are answered, and at most [`PARTS_OPEN`] parts
+//! `--image-memory` until they are answered, with the pages and batches that
+//! they are read from, and at most [`PARTS_OPEN`] parts
 //! are begun and not written; the reader waits for both.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -21,6 +23,7 @@ use anyhow::Context as _;
 use arrow_array::RecordBatch;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
 
 use super::input::{self, Broken, Reading, Seen};
 use super::journal::{File, PartId, Record};
@@ -29,6 +32,7 @@ use super::progress::{Counts, Progress, Terminal};
 use super::sink::Sink;
 use super::table::{self, Row, Shape};
 use crate::compile::checkpoint::hex;
+use crate::engine::panic_text;
 use crate::rpc::pool::{Answer, Done, Fault, Pool, Task};
 
 /// Parts that are begun and not yet written: one that is read, one whose last
@@ -59,7 +63,6 @@ pub(super) struct Job {
     pub(super) work: Vec<Work>,
     pub(super) reading: Reading,
     pub(super) part_items: usize,
-    pub(super) image_memory: usize,
     pub(super) give_up_after: Duration,
     /// Errors of parts that were done before, and how many there may be.
     pub(super) errors_before: u64,
@@ -132,10 +135,13 @@ enum Event {
     },
     /// The part has all its rows.
     End(End),
+    /// There are no more rows: everything that follows is silence.
+    AllRead,
     Failed(anyhow::Error),
 }
 
-/// Does the job.
+/// Does the job in a task of its own, so that a panic in any of its pieces is
+/// what the job failed of.
 ///
 /// # Errors
 ///
@@ -147,24 +153,60 @@ pub(super) async fn run(
     answers: mpsc::Receiver<Done>,
     counts: &Arc<Counts>,
 ) -> anyhow::Result<()> {
+    // Dropped when the job is told to end, which ends the task as well.
+    let mut whole = JoinSet::new();
+    let counts = Arc::clone(counts);
+    whole.spawn(async move { pieces(job, pool, tasks, answers, &counts).await });
+    match whole.join_next().await {
+        Some(Ok(result)) => result,
+        Some(Err(error)) => Err(panicked("a task of the job", error)),
+        None => anyhow::bail!("the job has no task"),
+    }
+}
+
+/// The error that a task's panic is.
+fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
+    match error.try_into_panic() {
+        Ok(panic) => anyhow::anyhow!("{what} panicked: {}", panic_text(&*panic)),
+        Err(error) => anyhow::anyhow!("{what} ended before its end: {error}"),
+    }
+}
+
+/// The body of the reader's thread. A reader that panics says so: nobody waits
+/// for rows that do not come.
+fn read_to_the_end(reader: Reader, work: &[Work]) {
+    let events = reader.events.clone();
+    let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
+    if let Err(panic) = read {
+        let error = anyhow::anyhow!("the reader's thread panicked: {}", panic_text(&*panic));
+        // Without a collector there is nobody to tell.
+        let _ = events.blocking_send(Event::Failed(error));
+    }
+}
+
+async fn pieces(
+    job: Job,
+    mut pool: Pool,
+    tasks: mpsc::Sender<Task>,
+    answers: mpsc::Receiver<Done>,
+    counts: &Arc<Counts>,
+) -> anyhow::Result<()> {
     let parts = Arc::new(Semaphore::new(PARTS_OPEN));
-    let memory = Arc::new(Semaphore::new(job.image_memory));
+    let memory = job.reading.memory.clone();
     let (events_in, events) = mpsc::channel(ROWS_QUEUE);
     let reader = Reader {
         reading: job.reading,
         part_items: job.part_items,
-        image_memory: job.image_memory,
         events: events_in,
         tasks,
         parts: Arc::clone(&parts),
-        memory: Arc::clone(&memory),
         counts: Arc::clone(counts),
         n_parts: 0,
     };
     let work = job.work;
     let thread = std::thread::Builder::new()
         .name("reader".to_owned())
-        .spawn(move || reader.run(&work))
+        .spawn(move || read_to_the_end(reader, &work))
         .context("the reader's thread cannot be started")?;
     // It holds as many parts as may be open, so it is never full.
     let (parts_in, parts_out) = mpsc::channel(PARTS_OPEN);
@@ -183,6 +225,7 @@ pub(super) async fn run(
         errors_before: job.errors_before,
         errors_max: job.errors_max,
         last_error: None,
+        all_read: false,
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
     let result = {
@@ -212,24 +255,33 @@ pub(super) async fn run(
     // A reader that waits for room is told that there will be none.
     parts.close();
     memory.close();
-    if result.is_ok() {
-        pool.finish().await;
-    } else {
-        drop(pool);
+    match result {
+        Ok(()) => pool.finish().await,
+        Err(error) if error.is::<PoolEnded>() => {
+            let why = pool.why_ended().await;
+            return Err(why.unwrap_or(error));
+        }
+        Err(error) => {
+            drop(pool);
+            return Err(error);
+        }
     }
     drop(thread);
-    result
+    Ok(())
 }
+
+/// The workers' sessions are gone while there is still something to ask them.
+#[derive(Debug, thiserror::Error)]
+#[error("the pool of workers has ended before the job")]
+struct PoolEnded;
 
 /// The plain code on a thread of its own.
 struct Reader {
     reading: Reading,
     part_items: usize,
-    image_memory: usize,
     events: mpsc::Sender<Event>,
     tasks: mpsc::Sender<Task>,
     parts: Arc<Semaphore>,
-    memory: Arc<Semaphore>,
     counts: Arc<Counts>,
     /// Parts that were begun in this run.
     n_parts: u64,
@@ -262,6 +314,7 @@ impl Reader {
             before += bytes(work);
             self.counts.has_read(share(1.0));
         }
+        let _ = self.events.blocking_send(Event::AllRead);
     }
 
     fn shard(
@@ -291,7 +344,8 @@ impl Reader {
         }
         let damage = match read {
             Ok(()) => None,
-            Err(Broken::Damaged(reason)) => Some(reason),
+            Err(Broken::Damaged(reason)) => Some(("DATA_LOSS", reason)),
+            Err(Broken::OverLimit(reason)) => Some(("RESOURCE_EXHAUSTED", reason)),
             Err(Broken::Failed(error)) => return Err(error),
         };
         Ok(self.end(part, &work.shard, damage))
@@ -322,17 +376,17 @@ impl Reader {
         let Some(image) = image else {
             return ControlFlow::Continue(());
         };
-        // An image that is larger than all the room takes all of it.
-        let room = image.len().clamp(1, self.image_memory);
-        let room = u32::try_from(room).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.memory).acquire_many_owned(room);
-        let Ok(room) = self.reading.runtime.block_on(room) else {
+        let room = sample.room.or_else(|| {
+            let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
+            memory.blocking_room(runtime, image.len() as u64)
+        });
+        let Some(room) = room else {
             return ControlFlow::Break(());
         };
         let task = Task {
             id: (self.n_parts - 1) << ROW_BITS | row,
             image,
-            room,
+            room: room.into_permit(),
             failures: 0,
             lost: 0,
         };
@@ -364,15 +418,15 @@ impl Reader {
         &mut self,
         mut part: PartRead,
         shard: &Shard,
-        damage: Option<String>,
+        damage: Option<(&'static str, String)>,
     ) -> ControlFlow<()> {
         self.begin(&mut part)?;
-        if let Some(reason) = damage {
+        if let Some((code, reason)) = damage {
             self.tell(Event::Row {
                 id: shard.name.clone(),
                 kept: None,
                 fault: Some(Fault {
-                    code: "DATA_LOSS",
+                    code,
                     message: format!("the rest of the file is not read: {reason}"),
                 }),
             })?;
@@ -425,6 +479,8 @@ struct Collector {
     errors_max: Option<u64>,
     /// The id of an image, and why it has no row.
     last_error: Option<(String, String)>,
+    /// Whether the reader has told its last row.
+    all_read: bool,
 }
 
 impl Collector {
@@ -437,12 +493,12 @@ impl Collector {
     ) -> anyhow::Result<()> {
         let mut progress = Progress::begin(&self.terminal);
         let mut tick = tokio::time::interval(TICK);
-        let mut all_read = false;
-        while !(all_read && self.open.is_empty()) {
+        while !(self.all_read && self.open.is_empty()) {
             tokio::select! {
-                event = events.recv(), if !all_read => match event {
+                event = events.recv(), if !self.all_read => match event {
                     Some(event) => self.hear(event)?,
-                    None => all_read = true,
+                    // It says when it has read everything.
+                    None => anyhow::bail!("the reader's thread ended before it had read everything"),
                 },
                 Some(done) = answers.recv() => {
                     // Its row was told before it was asked, but in another queue.
@@ -452,6 +508,7 @@ impl Collector {
                     self.answered(done)?;
                 }
                 _ = tick.tick() => {
+                    anyhow::ensure!(!pool.has_ended(), PoolEnded);
                     let troubles = pool.troubles();
                     progress.update(&self.counts, &troubles);
                     self.stands_still(give_up_after, &troubles)?;
@@ -522,6 +579,7 @@ impl Collector {
                     .context("ends come after a beginning")?;
                 part.end = Some(end);
             }
+            Event::AllRead => self.all_read = true,
             Event::Failed(error) => return Err(error),
         }
         Ok(())
@@ -623,7 +681,10 @@ impl Writer {
             Ok::<_, anyhow::Error>(digested.collect::<Vec<_>>())
         };
         let mut files = Vec::new();
-        for (name, sha256, content) in tokio::task::spawn_blocking(encode).await?? {
+        for (name, sha256, content) in tokio::task::spawn_blocking(encode)
+            .await
+            .map_err(|error| panicked("the writer of a part", error))??
+        {
             let bytes = content.len() as u64;
             self.sink.write(&name, content).await?;
             files.push(File {

@@ -222,6 +222,22 @@ impl Pool {
         troubles.iter().map(sentence).collect()
     }
 
+    /// Whether all sessions are gone, which they never are of themselves before
+    /// [`Self::finish`]: something in them has panicked.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.sessions.is_finished()
+    }
+
+    /// The panic that ended the sessions; only of a pool that
+    /// [has ended](Self::has_ended).
+    pub async fn why_ended(&mut self) -> Option<anyhow::Error> {
+        let error = (&mut self.sessions).await.err()?;
+        let panic = error.try_into_panic().ok()?;
+        let text = crate::engine::panic_text(&*panic);
+        Some(anyhow::anyhow!("the pool of workers panicked: {text}"))
+    }
+
     /// Ends the streams in good order, once everything has been answered.
     pub async fn finish(mut self) {
         let _ = self.finish.send(true);
@@ -286,10 +302,19 @@ async fn keep(shared: Arc<Shared>) {
         tokio::select! {
             _ = finished.wait_for(|&finished| finished) => break,
             Some(ended) = sessions.join_next() => {
-                // Its address is gone; should it come back, it is new.
-                if let Ok(address) = ended {
-                    shared.well(&address);
-                    known.remove(&address);
+                match ended {
+                    // Its address is gone; should it come back, it is new.
+                    Ok(address) => {
+                        shared.well(&address);
+                        known.remove(&address);
+                    }
+                    // A session without its end would leave its images unasked
+                    // for ever: the job is to fail of it.
+                    Err(error) => {
+                        if let Ok(panic) = error.try_into_panic() {
+                            std::panic::resume_unwind(panic);
+                        }
+                    }
                 }
                 continue;
             }

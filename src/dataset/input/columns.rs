@@ -10,16 +10,14 @@ use arrow_array::types::{
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Schema};
 use bytes::Bytes;
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
-use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
+use super::messages::{Batch, Messages};
+use super::pages::{ParquetTable, Wanted};
+use super::{Broken, Reading, Sample, Seen, Visitor, unfit};
 use crate::dataset::location::Location;
 use crate::dataset::ranged::Ranged;
 use crate::rpc::pool::Fault;
 
-/// Rows that are decoded together. Each may be an image of megabytes.
-const BATCH_ROWS: usize = 16;
 /// Names of columns of plain bytes that are images without being asked for.
 const IMAGE_COLUMNS: [&str; 8] = [
     "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
@@ -164,7 +162,7 @@ fn text_at(column: &dyn Array, row: usize) -> Option<String> {
     })
 }
 
-fn image_at(column: &dyn Array, row: usize, max: u64) -> Result<Bytes, Fault> {
+fn image_at(column: &dyn Array, row: usize, held: u64, reading: &Reading) -> Result<Bytes, Fault> {
     let bytes = match column.data_type() {
         DataType::Struct(_) if column.is_null(row) => None,
         DataType::Struct(_) => column
@@ -178,8 +176,10 @@ fn image_at(column: &dyn Array, row: usize, max: u64) -> Result<Bytes, Fault> {
             "image: the row has no bytes; only what is stored in the file itself is read"
                 .to_owned(),
         )),
-        Some(bytes) if bytes.len() as u64 > max => Err(too_large(bytes.len() as u64, max)),
-        Some(bytes) => Ok(Bytes::copy_from_slice(bytes)),
+        Some(bytes) => match unfit(bytes.len() as u64, held, reading) {
+            Some(fault) => Err(fault),
+            None => Ok(Bytes::copy_from_slice(bytes)),
+        },
     }
 }
 
@@ -188,6 +188,8 @@ struct Place<'a> {
     location: &'a Location,
     row: u64,
     n_rows: u64,
+    /// Memory that the batch takes, and that none of its images can have.
+    held: u64,
 }
 
 fn visit_batch(
@@ -207,17 +209,16 @@ fn visit_batch(
         let id = columns
             .id
             .and_then(|id| text_at(batch.column(id).as_ref(), row));
+        let image = batch.column(columns.image).as_ref();
+        let image = image_at(image, row, place.held, reading);
         let seen = Seen {
             cursor: place.row,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: place.row as f64 / place.n_rows.max(1) as f64,
             sample: Sample {
                 id: id.unwrap_or_else(|| format!("{}#{}", place.location.file_name(), place.row)),
-                image: image_at(
-                    batch.column(columns.image).as_ref(),
-                    row,
-                    reading.image_bytes_max,
-                ),
+                image,
+                room: None,
                 kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
             },
         };
@@ -237,41 +238,44 @@ pub(super) fn read_parquet(
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
-    let damaged = |error: parquet::errors::ParquetError| Broken::Damaged(error.to_string());
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file.from(0)).map_err(damaged)?;
-    let columns = Columns::find(builder.schema(), reading)
+    let table = ParquetTable::open(file, reading)?;
+    let columns = Columns::find(table.schema(), reading)
         .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
-    let metadata = std::sync::Arc::clone(builder.metadata());
-    // Groups that lie before the cursor are not even looked at.
-    let (mut group, mut before) = (0, 0_u64);
-    while let Some(rows) = metadata
-        .row_groups()
-        .get(group)
-        .map(|group| u64::try_from(group.num_rows()).unwrap_or(0))
-        && before + rows <= cursor
-    {
-        before += rows;
-        group += 1;
-    }
-    let offset = usize::try_from(cursor - before).unwrap_or(usize::MAX);
-    let mask = ProjectionMask::roots(builder.parquet_schema(), columns.places());
-    let batches = builder
-        .with_projection(mask)
-        .with_row_groups((group..metadata.num_row_groups()).collect())
-        .with_offset(offset)
-        .with_batch_size(BATCH_ROWS)
-        .build()
-        .map_err(damaged)?;
+    let is_only_image = columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
+    let places = columns.places();
+    let wanted = Wanted {
+        places: &places,
+        viewed: is_only_image.then_some(columns.image),
+    };
     let columns = columns.projected();
     let mut place = Place {
         location,
-        row: cursor,
-        n_rows: u64::try_from(metadata.file_metadata().num_rows()).unwrap_or(0),
+        row: 0,
+        n_rows: table.n_rows(),
+        held: 0,
     };
-    for batch in batches {
-        let batch = batch.map_err(|error| Broken::Damaged(error.to_string()))?;
-        if visit_batch(&batch, &columns, reading, &mut place, visit)?.is_break() {
-            break;
+    for group in 0..table.n_groups() {
+        let rows = table.rows(group)?;
+        // Groups that lie before the cursor are not even looked at.
+        if place.row.saturating_add(rows) <= cursor {
+            place.row = place.row.saturating_add(rows);
+            continue;
+        }
+        let end = place.row.saturating_add(rows);
+        let skipped = cursor.saturating_sub(place.row);
+        place.row = place.row.max(cursor);
+        let flow = table.each(group, &wanted, skipped, |batch, held| {
+            place.held = held;
+            visit_batch(batch, &columns, reading, &mut place, visit)
+        })?;
+        if flow.is_break() {
+            return Ok(());
+        }
+        if place.row != end {
+            return Err(Broken::Damaged(format!(
+                "row group {group} claims {rows} rows and has {} less",
+                end.saturating_sub(place.row)
+            )));
         }
     }
     Ok(())
@@ -286,57 +290,31 @@ pub(super) fn read_arrow(
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
-    const MAGIC: &[u8] = b"ARROW1";
-    let damaged = |error: ArrowError| Broken::Damaged(error.to_string());
-    let mut first = [0; MAGIC.len()];
-    std::io::Read::read_exact(&mut file.from(0), &mut first)
-        .map_err(|error| Broken::Damaged(error.to_string()))?;
-    let bytes = parquet::file::reader::Length::len(file);
-    if first == MAGIC {
-        let batches = arrow_ipc::reader::FileReader::try_new(file.from(0), None);
-        let batches = batches.map_err(damaged)?;
-        let schema = batches.schema();
-        read_batches(batches, &schema, (location, cursor, bytes), reading, visit)
-    } else {
-        let batches = arrow_ipc::reader::StreamReader::try_new(file.from(0), None);
-        let batches = batches.map_err(damaged)?;
-        let schema = batches.schema();
-        read_batches(batches, &schema, (location, cursor, bytes), reading, visit)
-    }
-}
-
-fn read_batches(
-    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
-    schema: &Schema,
-    (location, cursor, bytes): (&Location, u64, u64),
-    reading: &Reading,
-    visit: &mut Visitor<'_>,
-) -> Result<(), Broken> {
-    let columns = Columns::find(schema, reading)
+    let mut messages = Messages::open(file, reading)?;
+    let columns = Columns::find(messages.schema(), reading)
         .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
-    // How many rows there are is written nowhere; bytes are as good for the eye.
     let mut place = Place {
         location,
         row: 0,
-        n_rows: bytes,
+        // How many rows there are is written nowhere; bytes are as good for the
+        // eye.
+        n_rows: parquet::file::reader::Length::len(file),
+        held: 0,
     };
-    for batch in batches {
-        let mut batch = batch.map_err(|error| Broken::Damaged(error.to_string()))?;
-        let n_rows = batch.num_rows() as u64;
+    messages.each(|Batch { mut rows, held }| {
+        let n_rows = rows.num_rows() as u64;
         if place.row + n_rows <= cursor {
             place.row += n_rows;
-            continue;
+            return Ok(ControlFlow::Continue(()));
         }
         if let Some(skipped) = cursor.checked_sub(place.row).filter(|&skipped| skipped > 0) {
             let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
-            batch = batch.slice(skipped, batch.num_rows() - skipped);
+            rows = rows.slice(skipped, rows.num_rows() - skipped);
             place.row = cursor;
         }
-        if visit_batch(&batch, &columns, reading, &mut place, visit)?.is_break() {
-            break;
-        }
-    }
-    Ok(())
+        place.held = held;
+        visit_batch(&rows, &columns, reading, &mut place, visit)
+    })
 }
 
 #[cfg(test)]
@@ -463,5 +441,119 @@ mod tests {
             text.contains("--keep caption: there is no such column; there are label, image"),
             "{text}"
         );
+    }
+
+    /// How reading ends, and how many rows there were before.
+    async fn end_of(name: &str, content: &[u8]) -> (usize, String) {
+        let (_dir, shard) = shard(name, content);
+        let (seen, result) = read_all(shard, 0, reading(&[])).await;
+        let end = match result {
+            Ok(()) => "done".to_owned(),
+            Err(Broken::Damaged(why)) => format!("damaged: {why}"),
+            Err(Broken::OverLimit(why)) => format!("over the limit: {why}"),
+            Err(Broken::Failed(error)) => format!("failed: {error:#}"),
+        };
+        (seen.len(), end)
+    }
+
+    /// `content` with the last place that has `old` changed to `new`.
+    fn patched(content: &[u8], old: i64, new: i64) -> Vec<u8> {
+        let old = old.to_le_bytes();
+        let at = content.windows(8).rposition(|bytes| bytes == old).unwrap();
+        let mut content = content.to_vec();
+        content[at..at + 8].copy_from_slice(&new.to_le_bytes());
+        content
+    }
+
+    #[tokio::test]
+    async fn an_arrow_file_whose_blocks_lie_is_damaged() {
+        let content = arrow_file(&table(20));
+        let trailer = content.len() - 10;
+        let length = content[trailer..].try_into().unwrap();
+        let length = arrow_ipc::reader::read_footer_length(length).unwrap();
+        let footer = arrow_ipc::root_as_footer(&content[trailer - length..trailer]).unwrap();
+        let last = footer.recordBatches().unwrap().get(1);
+        for (old, news) in [
+            (last.bodyLength(), [-8, i64::MIN, i64::MAX, 1 << 45]),
+            (last.offset(), [-8, i64::MIN, i64::MAX, 1 << 45]),
+        ] {
+            for new in news {
+                let (rows, end) = end_of("t.arrow", &patched(&content, old, new)).await;
+                assert_eq!(rows, 9, "{end}");
+                assert!(end.starts_with("damaged: a message claims"), "{end}");
+            }
+        }
+        let mut long = content.clone();
+        long[trailer..trailer + 4].copy_from_slice(&i32::MAX.to_le_bytes());
+        let (_, end) = end_of("t.arrow", &long).await;
+        assert!(end.starts_with("damaged: its footer claims"), "{end}");
+    }
+
+    #[tokio::test]
+    async fn a_compressed_buffer_that_claims_too_much_is_not_decompressed() {
+        use arrow_ipc::CompressionType;
+        use arrow_ipc::writer::{IpcWriteOptions, StreamWriter};
+
+        let value = vec![0_u8; 100_003];
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&value[..]]));
+        let batch = RecordBatch::try_from_iter([("image", bytes)]).unwrap();
+        for kind in [CompressionType::LZ4_FRAME, CompressionType::ZSTD] {
+            let options = IpcWriteOptions::default().try_with_compression(Some(kind));
+            let schema = batch.schema();
+            let writer = StreamWriter::try_new_with_options(Vec::new(), &schema, options.unwrap());
+            let mut writer = writer.unwrap();
+            writer.write(&batch).unwrap();
+            writer.finish().unwrap();
+            let content = writer.into_inner().unwrap();
+            assert_eq!(end_of("s.arrow", &content).await, (1, "done".to_owned()));
+            for claim in [1 << 45, i64::MAX, 17 << 20] {
+                let content = patched(&content, 100_003, claim);
+                let (rows, end) = end_of("s.arrow", &content).await;
+                assert_eq!(rows, 0);
+                assert!(
+                    end.starts_with("over the limit: ") && end.contains("(--image-memory)"),
+                    "{end}"
+                );
+            }
+            for claim in [-2, i64::MIN, 100_002] {
+                let content = patched(&content, 100_003, claim);
+                let (_, end) = end_of("s.arrow", &content).await;
+                assert!(end.starts_with("damaged: "), "{claim}: {end}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_becomes_too_large_is_an_error_that_says_so() {
+        use parquet::basic::{Compression, GzipLevel, ZstdLevel};
+
+        let value = vec![0_u8; 20 << 20];
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&value[..]; 2]));
+        let batch = RecordBatch::try_from_iter([("image", bytes)]).unwrap();
+        for compression in [
+            Compression::SNAPPY,
+            Compression::GZIP(GzipLevel::default()),
+            Compression::ZSTD(ZstdLevel::default()),
+        ] {
+            for has_dictionary in [false, true] {
+                let properties = parquet::file::properties::WriterProperties::builder()
+                    .set_compression(compression)
+                    .set_dictionary_enabled(has_dictionary)
+                    .build();
+                let writer = parquet::arrow::ArrowWriter::try_new(
+                    Vec::new(),
+                    batch.schema(),
+                    Some(properties),
+                );
+                let mut writer = writer.unwrap();
+                writer.write(&batch).unwrap();
+                let (rows, end) = end_of("t.parquet", &writer.into_inner().unwrap()).await;
+                assert_eq!(rows, 0);
+                assert!(
+                    end.starts_with("over the limit: ") && end.contains("(--image-memory)"),
+                    "{end}"
+                );
+            }
+        }
     }
 }

@@ -8,9 +8,9 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use reqwest::Url;
 
-use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
+use super::{Broken, Reading, Sample, Seen, Visitor, too_large, unfit};
 use crate::dataset::location::{Entry, Location, ReadError, Stores, fault};
-use crate::dataset::web;
+use crate::dataset::web::{self, WebClient};
 use crate::rpc::pool::Fault;
 
 /// Files that are read at once, each up to the largest image: enough for a disk,
@@ -56,8 +56,18 @@ impl Listing {
         }
     }
 
+    /// What a file may take once it is read: as much as any, where nobody knows
+    /// yet.
+    fn room(&self, idx: usize, reading: &Reading) -> u64 {
+        let max = reading.image_bytes_max.min(reading.memory.limit());
+        match self {
+            Self::Tree { entries, .. } => entries.get(idx).map_or(0, |entry| entry.bytes.min(max)),
+            Self::List { .. } => max,
+        }
+    }
+
     /// The address of an image on a web server, and who asks there.
-    fn on_the_web(&self, name: &str) -> anyhow::Result<Option<(&reqwest::Client, Url)>> {
+    fn on_the_web(&self, name: &str) -> anyhow::Result<Option<(&WebClient, Url)>> {
         let Self::List { stores, base, .. } = self else {
             return Ok(None);
         };
@@ -114,10 +124,24 @@ pub(super) fn read(
     let length = range.len();
     let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
     let mut files = futures_util::stream::iter(range.skip(skipped))
-        .map(|idx| async move { (idx, file(listing, idx, reading).await) })
+        .map(|idx| async move {
+            // In the order of the files, so that none that comes later has what
+            // the first one waits for.
+            let mut room = reading.memory.room(listing.room(idx, reading)).await;
+            let image = file(listing, idx, reading).await;
+            match &image {
+                Ok(Ok(image)) => {
+                    if let Some(room) = &mut room {
+                        room.shrink(image.len() as u64);
+                    }
+                }
+                Ok(Err(_)) | Err(_) => room = None,
+            }
+            (idx, room, image)
+        })
         .buffered(AT_ONCE);
     let mut place = skipped as u64;
-    while let Some((idx, image)) = reading.runtime.block_on(files.next()) {
+    while let Some((idx, room, image)) = reading.runtime.block_on(files.next()) {
         let seen = Seen {
             cursor: place,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
@@ -125,6 +149,7 @@ pub(super) fn read(
             sample: Sample {
                 id: listing.name(idx).unwrap_or_default().to_owned(),
                 image: image.map_err(Broken::Failed)?,
+                room,
                 kept: listing.kept(idx, &reading.keep)?,
             },
         };
@@ -143,7 +168,8 @@ async fn file(
     idx: usize,
     reading: &Reading,
 ) -> anyhow::Result<Result<Bytes, Fault>> {
-    let max = reading.image_bytes_max;
+    let max = reading.image_bytes_max.min(reading.memory.limit());
+    let over = |bytes| unfit(bytes, 0, reading).unwrap_or_else(|| too_large(bytes, max));
     let of_image = |fault: Fault| Fault {
         message: format!("image: {}", fault.message),
         ..fault
@@ -156,7 +182,7 @@ async fn file(
         return Ok(
             match web::read(client, &url, max, reading.url_patience).await {
                 Ok(web::Answer::Image(bytes)) => Ok(bytes),
-                Ok(web::Answer::TooLarge(bytes)) => Err(too_large(bytes, max)),
+                Ok(web::Answer::TooLarge(bytes)) => Err(over(bytes)),
                 Err(fault) => Err(of_image(fault)),
             },
         );
@@ -169,7 +195,7 @@ async fn file(
         Ok(Some(bytes)) => Ok(Ok(bytes)),
         Ok(None) => {
             let entry = location.stat().await?;
-            Ok(Err(too_large(entry.map_or(0, |entry| entry.bytes), max)))
+            Ok(Err(over(entry.map_or(0, |entry| entry.bytes))))
         }
         Err(ReadError::Trouble(trouble)) => Ok(Err(of_image(fault(&trouble)))),
         Err(error) => Err(anyhow::Error::new(error).context(location.to_string())),

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use bytes::Bytes;
 
-use super::{Broken, Reading, Sample, Seen, Visitor, too_large};
+use super::{Broken, Reading, Sample, Seen, Visitor, unfit};
+use crate::dataset::memory::Room;
 use crate::dataset::ranged::Ranged;
 use crate::files::IMAGES;
 use crate::rpc::pool::Fault;
@@ -27,6 +28,7 @@ struct Gathered {
     /// Where its first file begins.
     start: u64,
     image: Option<Result<Bytes, Fault>>,
+    room: Option<Room>,
     /// In the order of `--keep`.
     kept: Vec<Option<String>>,
     kinds: Vec<String>,
@@ -43,6 +45,7 @@ impl Gathered {
         Ok(Sample {
             id: self.key,
             image,
+            room: self.room,
             kept: row(names, &self.kept)?,
         })
     }
@@ -126,10 +129,12 @@ pub(super) fn read(
             .next()
             .is_some_and(|last| IMAGES.contains(&last));
         if is_image && one.image.is_none() {
-            one.image = Some(if size > reading.image_bytes_max {
-                Err(too_large(size, reading.image_bytes_max))
-            } else {
-                Ok(content(&mut entry, size).map_err(damaged)?.into())
+            one.image = Some(match unfit(size, 0, reading) {
+                Some(fault) => Err(fault),
+                None => {
+                    one.room = reading.memory.blocking_room(&reading.runtime, size);
+                    Ok(content(&mut entry, size).map_err(damaged)?.into())
+                }
             });
         } else if let Some(place) = reading.keep.iter().position(|name| *name == kind)
             && size <= SIDECAR_BYTES_MAX
