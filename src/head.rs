@@ -18,6 +18,7 @@ use std::str::FromStr;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::files;
 use crate::job::{Context, Norm};
 use crate::model::{Activation, Model};
 
@@ -127,13 +128,10 @@ impl Head {
 }
 
 fn read(name: &str, file: &Path) -> Result<Head, String> {
-    let size = std::fs::metadata(file)
+    let bytes = files::read(file, FILE_BYTES_MAX)
         .map_err(|error| error.to_string())?
-        .len();
-    if size > FILE_BYTES_MAX {
-        return Err(format!("{size} bytes are more than a head has"));
-    }
-    let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
+        .map_err(|trouble| trouble.to_string())?
+        .ok_or_else(|| format!("it has over {FILE_BYTES_MAX} bytes, more than a head has"))?;
     let not_safetensors = |error| format!("not a safetensors file: {error}");
     let tensors = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(not_safetensors)?;

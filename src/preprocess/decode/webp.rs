@@ -22,8 +22,7 @@ pub(super) fn decode(
     for (width, height) in frame_sizes(bytes) {
         header.admit(width, height, PIXEL_BYTES)?;
     }
-    let mut decoder =
-        WebPDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
+    let mut decoder = WebPDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
     let (width, height) = decoder.dimensions();
     header.admit(width, height, PIXEL_BYTES)?;
     let exif = decoder.exif_metadata().ok().flatten();

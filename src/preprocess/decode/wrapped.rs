@@ -11,8 +11,7 @@ pub(super) fn bmp(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
-    let decoder =
-        BmpDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
+    let decoder = BmpDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
     let (width, height) = decoder.dimensions();
     header.admit(width, height, decoder.color_type().bytes_per_pixel().into())?;
     Ok((read(decoder, header)?, Orientation::NoTransforms))
