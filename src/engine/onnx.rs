@@ -500,10 +500,10 @@ fn runtime_of(
     provider: compile::Provider,
 ) -> Result<Runtime, EngineError> {
     let (operators, residence) = if options.compiled_for.is_some() {
-        // Compiled graphs share one file of weights and compute from where it
-        // is mapped; packing would copy them for every graph.
+        // Compiled graphs share one file's weights and compute from where they
+        // lie; packing would copy them for every graph.
         let operators = operators(&environment).map_err(runtime)?;
-        (Some(operators), Residence::Mapped)
+        (Some(operators), Residence::InPlace)
     } else {
         (None, Residence::Packed)
     };
