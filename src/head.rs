@@ -134,7 +134,9 @@ fn read(name: &str, file: &Path) -> Result<Head, String> {
         .map_err(|error| error.to_string())?
         .map_err(|trouble| trouble.to_string())?
         .ok_or_else(|| format!("it has over {FILE_BYTES_MAX} bytes, more than a head has"))?;
-    let header = bytes.first_chunk().map_or(0, |head| u64::from_le_bytes(*head));
+    let header = bytes
+        .first_chunk()
+        .map_or(0, |head| u64::from_le_bytes(*head));
     if header > HEADER_BYTES_MAX {
         return Err(format!(
             "not a safetensors file: its header would be of {header} bytes, over \

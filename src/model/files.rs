@@ -164,10 +164,6 @@ impl FileReader<'_> {
         self.known.bytes
     }
 
-    pub(crate) fn position(&self) -> u64 {
-        self.position
-    }
-
     /// Reads as much as `place` holds.
     pub(crate) fn fill(&mut self, place: &mut [u8]) -> Result<(), String> {
         // In pieces, so that what is hashed is still in the processor's cache.

@@ -559,7 +559,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-const NOT_ONNX: &str = "is cut short or not an ONNX graph";
+const NOT_ONNX: &str = "not a graph that ONNX Runtime can load: cut short, or no ONNX";
 
 #[cfg(test)]
 #[path = "wire/tests.rs"]

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use ort::memory::Allocator;
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::PrimitiveTensorElementType;
@@ -184,11 +183,15 @@ impl Loader {
             let content = self.copied.get(&file);
             content.ok_or_else(|| format!("{} was not read", file.display()))
         };
-        // ONNX Runtime takes only those of the outermost graph from memory.
+        // ONNX Runtime takes only those of the outermost graph from memory, and needs
+        // small ones, such as shapes, before it takes any.
+        let is_inline = |tensor: &ExternalTensor| {
+            tensor.is_nested || tensor.bytes().is_ok_and(|bytes| bytes <= INLINE_BYTES_MAX)
+        };
         let substitute = |tensor: &ExternalTensor| {
             let content = content(tensor)?;
             let range = tensor.range(content.len() as u64)?;
-            Ok(match tensor.is_nested {
+            Ok(match is_inline(tensor) {
                 true => Substitute::Inline(content[range].to_vec()),
                 false => Substitute::Keep,
             })
@@ -196,7 +199,7 @@ impl Loader {
         let rewritten = wire::rewrite(graph, &substitute).map_err(refuse_)?;
         let mut builder = builder(runtime_, path)?;
         let mut given = Vec::new();
-        for tensor in external.iter().filter(|tensor| !tensor.is_nested) {
+        for tensor in external.iter().filter(|tensor| !is_inline(tensor)) {
             if given.contains(&&tensor.location) {
                 continue;
             }
@@ -278,7 +281,7 @@ fn weights(mut reader: FileReader<'_>, mut keys: Vec<Key>) -> Result<Option<Weig
     Ok(Some(weights))
 }
 
-/// Reads a tensor into memory as ONNX Runtime aligns it.
+/// Reads a tensor into memory.
 fn value(reader: &mut FileReader<'_>, key: &Key) -> Result<Option<DynValue>, String> {
     let value = match DataType::try_from(key.data_type) {
         Ok(DataType::Float) => filled::<f32>(reader, &key.dims),
@@ -295,9 +298,17 @@ fn filled<T: PrimitiveTensorElementType + Debug + bytemuck::Pod>(
     reader: &mut FileReader<'_>,
     dims: &[i64],
 ) -> Result<DynValue, String> {
-    let mut tensor = Tensor::<T>::new(&Allocator::default(), dims.to_vec())
-        .map_err(|error| error.to_string())?;
-    let (_, numbers) = tensor.extract_tensor_mut();
-    reader.fill(bytemuck::cast_slice_mut(numbers))?;
-    Ok(tensor.into_dyn())
+    // ONNX Runtime computes where they lie only from values that are not its own.
+    let n = dims.iter().try_fold(1_usize, |n, &size| {
+        n.checked_mul(usize::try_from(size).ok()?)
+    });
+    let n = n.ok_or("has a tensor of an impossible shape")?;
+    let mut numbers = Vec::new();
+    numbers
+        .try_reserve_exact(n)
+        .map_err(|error| format!("has a tensor of {n} numbers: {error}"))?;
+    numbers.resize(n, T::zeroed());
+    reader.fill(bytemuck::cast_slice_mut(&mut numbers))?;
+    let tensor = Tensor::from_array((dims.to_vec(), numbers));
+    Ok(tensor.map_err(|error| error.to_string())?.into_dyn())
 }
