@@ -61,7 +61,7 @@ fn main() -> anyhow::Result<()> {
     // The recipe runs as ONNX Runtime runs it by default.
     runtime.residence = match std::env::var("RESIDENCE").as_deref() {
         Ok("packed") => Residence::Packed,
-        _ => Residence::Mapped,
+        _ => Residence::InPlace,
     };
     let mut positions = 1024;
     let mut vocabulary = 512;

@@ -71,13 +71,14 @@ fn main() -> anyhow::Result<()> {
         device_id: 0,
         intra_op_threads: 0,
         graphs: model.graphs.clone(),
+        files: model.files.clone(),
         positions: model.positions(),
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
         n_labels: model.labels.len(),
         head_widths: Vec::new(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
-        buckets: config.batching.buckets(),
+        buckets: model.buckets(config.batching.buckets()),
     })?;
     println!("machine: {}", machine());
     println!("model: {dir} {}", model.digest);

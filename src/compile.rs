@@ -197,6 +197,7 @@ fn compile_fetched(
     for name in [config::FILE, source::PREPROCESSOR] {
         stage.copy(&local.folder.join(name))?;
     }
+    let files = stage.files()?;
     let manifest = Manifest {
         format: manifest::FORMAT,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -218,7 +219,8 @@ fn compile_fetched(
             n_sequences: verify::N_SEQUENCES,
             n_positions: trial.n_positions(),
         },
-        files: stage.files()?,
+        sha256: stage.sha256(files.keys())?,
+        files,
         architecture: weights.architecture.clone(),
     };
     let text = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
@@ -249,8 +251,7 @@ pub fn compile_cached(
     let sha256 = digest(&checkpoint, progress)?;
     // The palette is copied into the folder, so another one is another folder.
     let preprocessor = local.folder.join(source::PREPROCESSOR);
-    let preprocessor =
-        std::fs::read(&preprocessor).map_err(|error| CompileError::read(&preprocessor, &error))?;
+    let preprocessor = config::read(&preprocessor)?;
     let mut hash = Sha256::new();
     hash.update(&sha256);
     hash.update(&preprocessor);

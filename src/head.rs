@@ -18,11 +18,14 @@ use std::str::FromStr;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::files;
 use crate::job::{Context, Norm};
 use crate::model::{Activation, Model};
 
 /// A head file is small; a larger one is something else.
 const FILE_BYTES_MAX: u64 = 64 << 20;
+/// Names of 20,000 classes take a megabyte; as values a byte of it takes some ten.
+const HEADER_BYTES_MAX: u64 = 4 << 20;
 
 /// What `--head` takes: a name and a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,13 +130,19 @@ impl Head {
 }
 
 fn read(name: &str, file: &Path) -> Result<Head, String> {
-    let size = std::fs::metadata(file)
+    let bytes = files::read(file, FILE_BYTES_MAX)
         .map_err(|error| error.to_string())?
-        .len();
-    if size > FILE_BYTES_MAX {
-        return Err(format!("{size} bytes are more than a head has"));
+        .map_err(|trouble| trouble.to_string())?
+        .ok_or_else(|| format!("it has over {FILE_BYTES_MAX} bytes, more than a head has"))?;
+    let header = bytes
+        .first_chunk()
+        .map_or(0, |head| u64::from_le_bytes(*head));
+    if header > HEADER_BYTES_MAX {
+        return Err(format!(
+            "not a safetensors file: its header would be of {header} bytes, over \
+             {HEADER_BYTES_MAX}"
+        ));
     }
-    let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
     let not_safetensors = |error| format!("not a safetensors file: {error}");
     let tensors = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(not_safetensors)?;

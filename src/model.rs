@@ -12,12 +12,19 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use self::files::{Found, Origin, Sha256Digest};
+
 use crate::compile::checkpoint::hex;
 use crate::compile::graph::Kind;
 use crate::compile::source::ACCEPTED;
 use crate::compile::{self, Manifest, Precision, manifest};
-use crate::engine::Graph;
+use crate::engine::{Buckets, Graph};
 use crate::job::{Layers, Norm, Want};
+
+pub use self::files::GraphFiles;
+
+pub(crate) mod files;
+pub(crate) mod wire;
 
 /// A kind of call that a model can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,9 +106,14 @@ impl Activation {
 #[derive(Debug, Clone)]
 pub struct Model {
     pub name: String,
-    /// "sha256:" and hexadecimal digits, over every file that was read.
+    /// "sha256:" and hexadecimal digits, over every file that answers come from:
+    /// graphs, all that they name, and what says how images become tokens.
     pub digest: String,
     pub graphs: BTreeMap<Graph, PathBuf>,
+    /// Those of them that are graphs or hold their weights.
+    pub files: GraphFiles,
+    /// An operator that mixes the images of a batch, in a graph of whole images.
+    pub batch_scaled: Option<&'static str>,
     /// Centers in [-1, 1], red, green, blue, in token order.
     pub clusters: Vec<[f64; 3]>,
     /// Side of the square that tokens are made from.
@@ -146,8 +158,9 @@ const BILINEAR: u32 = 2;
 /// Sides that make sense: below 1 there is no pixel, above 256 an attention
 /// over all of them no longer fits a machine.
 const SIDE_MAX: u32 = 256;
-/// Config files are small; a larger one is something else.
-const CONFIG_BYTES_MAX: u64 = 16 << 20;
+/// Config files are small; a larger one is something else. As values a byte of one
+/// takes up to 16.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 #[derive(Deserialize)]
 struct PreprocessorConfig {
@@ -220,20 +233,24 @@ impl Model {
         let labels = labels(&config_path, config.id2label)?;
         let activation = Activation::of(config.problem_type.as_deref())
             .map_err(|reason| ModelError::new(&config_path, reason))?;
-        match &compiled {
-            // The manifest vouches for what was made from which weights, and
-            // hashing gigabytes at every start would say no more.
-            Some(compiled) => mix(
-                &mut digest,
-                Path::new("compiled"),
-                compiled.identity.as_bytes(),
-            ),
-            None => hash_graphs(&graphs, &mut digest)?,
+        if let Some(compiled) = &compiled {
+            let identity = compiled.identity.as_bytes();
+            mix(&mut digest, Path::new("compiled"), identity);
+        }
+        let mut content = Content {
+            recorded: compiled.as_ref().map(|compiled| &compiled.recorded),
+            found: Found::default(),
+            batch_scaled: None,
+        };
+        for (graph, path) in &graphs {
+            content.add(*graph, path, &mut digest)?;
         }
         Ok(Self {
             name: name.map_or_else(|| directory_name(dir), ToOwned::to_owned),
             digest: format!("sha256:{}", hex(&digest.finalize())),
             graphs,
+            files: content.found.done(),
+            batch_scaled: content.batch_scaled,
             clusters,
             side,
             sizes_are_given: config.vocab_size.is_some() && config.n_positions.is_some(),
@@ -243,6 +260,17 @@ impl Model {
             activation,
             notice: config.notice.unwrap_or_default(),
         })
+    }
+
+    /// The batch sizes to run at, where `asked` are asked for: one image at a time
+    /// where an operator would mix them, since an image's answer must not depend on
+    /// its company.
+    #[must_use]
+    pub fn buckets(&self, asked: Buckets) -> Buckets {
+        match self.batch_scaled {
+            Some(_) => Buckets::powers_of_two(1),
+            None => asked,
+        }
     }
 
     /// Tokens an image.
@@ -375,6 +403,9 @@ struct Compiled {
     graphs: BTreeMap<Graph, PathBuf>,
     /// What its numbers follow from.
     identity: String,
+    /// Digests of its files, as they were when it was compiled; none of an older
+    /// version's folder.
+    recorded: BTreeMap<PathBuf, Sha256Digest>,
 }
 
 impl Compiled {
@@ -402,6 +433,12 @@ impl Compiled {
                 graphs.insert(graph, dir.join(&facts.file));
             }
         }
+        let digests = manifest
+            .digests()
+            .map_err(|error| ModelError::new(dir, error.to_string()))?;
+        let recorded = (digests.into_iter())
+            .map(|(file, sha256)| (dir.join(file), sha256))
+            .collect();
         if graphs.is_empty() {
             return Err(ModelError::new(
                 &path,
@@ -415,6 +452,7 @@ impl Compiled {
                 feature_layer: u32::try_from(manifest.feature_layer).unwrap_or(u32::MAX),
             },
             graphs,
+            recorded,
             identity: format!(
                 "{} {} {}",
                 manifest.source.sha256,
@@ -425,16 +463,100 @@ impl Compiled {
     }
 }
 
-fn hash_graphs(graphs: &BTreeMap<Graph, PathBuf>, digest: &mut Sha256) -> Result<(), ModelError> {
-    for path in graphs.values() {
-        hash_file(path, digest)?;
-        // Weights beside a graph, where exporters put what protobuf's 2 GiB
-        // limit keeps out of it.
-        for sibling in external_data(path) {
-            hash_file(&sibling, digest)?;
+/// What graphs are made of, as it is found.
+struct Content<'a> {
+    recorded: Option<&'a BTreeMap<PathBuf, Sha256Digest>>,
+    found: Found,
+    batch_scaled: Option<&'static str>,
+}
+
+impl Content<'_> {
+    /// Adds a graph and every file that it names to the digest.
+    fn add(&mut self, graph: Graph, path: &Path, digest: &mut Sha256) -> Result<(), ModelError> {
+        let refuse = |reason: String| ModelError::new(path, reason);
+        let bytes = read_graph(path)?;
+        let sha256 = Sha256Digest::from(Sha256::digest(&bytes));
+        let origin = match self.recorded.and_then(|recorded| recorded.get(path)) {
+            Some(&recorded) if recorded != sha256 => {
+                let origin = Origin::Recorded;
+                return Err(refuse(files::differs(sha256, recorded, origin)));
+            }
+            Some(_) => Origin::Recorded,
+            None => Origin::Opened,
+        };
+        mix(digest, path, &sha256);
+        self.found
+            .add(path.to_owned(), bytes.len() as u64, sha256, origin);
+        let summary = wire::look(&bytes).map_err(refuse)?;
+        drop(bytes);
+        if graph != Graph::Generate {
+            self.batch_scaled = self.batch_scaled.or(summary.batch_scaled);
         }
+        let mut files = BTreeMap::new();
+        for tensor in &summary.external {
+            let file = files::beside(path, &tensor.location).map_err(refuse)?;
+            let size = self.add_file(&file).map_err(|error| {
+                let location = &tensor.location;
+                refuse(format!(
+                    "names the file {location:?}, which cannot be read: {error}"
+                ))
+            })?;
+            tensor.range(size).map_err(refuse)?;
+            files.insert(file, &tensor.location);
+        }
+        // Where exporters put what protobuf's limit keeps out of a graph; they were
+        // in the digest before all that is named was.
+        for file in external_data(path) {
+            self.add_file(&file)
+                .map_err(|error| ModelError::new(&file, error))?;
+            mix(digest, &file, &self.found.sha256(&file).unwrap_or_default());
+            files.remove(&file);
+        }
+        for (file, location) in files {
+            let sha256 = self.found.sha256(&file).unwrap_or_default();
+            mix_named(digest, location, &sha256);
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Makes a file known, and gives its size.
+    fn add_file(&mut self, path: &Path) -> std::io::Result<u64> {
+        if let Some(bytes) = self.found.bytes(path) {
+            return Ok(bytes);
+        }
+        // Reading gigabytes twice would say no more: whoever loads it compares.
+        let recorded = self.recorded.and_then(|recorded| recorded.get(path));
+        let (bytes, sha256, origin) = match recorded {
+            Some(recorded) => (files::open(path)?.1, *recorded, Origin::Recorded),
+            None => {
+                let (bytes, sha256) = files::sha256(path)?;
+                (bytes, sha256, Origin::Opened)
+            }
+        };
+        self.found.add(path.to_owned(), bytes, sha256, origin);
+        Ok(bytes)
+    }
+}
+
+/// A graph's bytes, which protobuf bounds.
+fn read_graph(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let refuse = |reason: String| ModelError::new(path, reason);
+    let (file, n_bytes) = files::open(path).map_err(|error| refuse(error.to_string()))?;
+    if n_bytes > wire::GRAPH_BYTES_MAX {
+        return Err(refuse(format!(
+            "has {n_bytes} bytes, over the {} of an ONNX graph; save it with external data",
+            wire::GRAPH_BYTES_MAX
+        )));
+    }
+    let mut bytes = Vec::new();
+    // It may grow while it is read, or be larger than memory.
+    bytes
+        .try_reserve_exact(usize::try_from(n_bytes).unwrap_or(usize::MAX))
+        .map_err(|error| refuse(error.to_string()))?;
+    file.take(n_bytes)
+        .read_to_end(&mut bytes)
+        .map_err(|error| refuse(error.to_string()))?;
+    Ok(bytes)
 }
 
 /// Whether a directory has a published graph.
@@ -618,27 +740,28 @@ fn read_json<T: serde::de::DeserializeOwned>(
     digest: &mut Sha256,
 ) -> Result<T, ModelError> {
     let mut text = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_end(&mut text))
+    files::open(path)
+        .and_then(|(file, _)| file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut text))
         .map_err(|error| ModelError::new(path, error))?;
+    if text.len() as u64 > CONFIG_BYTES_MAX {
+        return Err(ModelError::new(
+            path,
+            format!("has over {CONFIG_BYTES_MAX} bytes, which no configuration takes"),
+        ));
+    }
     mix(digest, path, &Sha256::digest(&text));
     serde_json::from_slice(&text).map_err(|error| ModelError::new(path, error))
-}
-
-fn hash_file(path: &Path, digest: &mut Sha256) -> Result<(), ModelError> {
-    let mut content = Sha256::new();
-    std::fs::File::open(path)
-        .and_then(|mut file| std::io::copy(&mut file, &mut content))
-        .map_err(|error| ModelError::new(path, error))?;
-    mix(digest, path, &content.finalize());
-    Ok(())
 }
 
 /// Adds a file by its name and its own digest, so that neither where the
 /// directory lies nor where one file ends and the next begins matters.
 fn mix(digest: &mut Sha256, path: &Path, content: &[u8]) {
     let name = path.file_name().map(|name| name.to_string_lossy());
-    digest.update(name.as_deref().unwrap_or_default());
+    mix_named(digest, name.as_deref().unwrap_or_default(), content);
+}
+
+fn mix_named(digest: &mut Sha256, name: &str, content: &[u8]) {
+    digest.update(name);
     digest.update([0]);
     digest.update(content);
 }

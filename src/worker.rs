@@ -110,7 +110,16 @@ impl Stages {
         let ids = engines.iter().map(|engine| engine.id);
         let (reports, devices) = Reports::new(ids, metrics.clone());
         let batching = &config.batching;
-        let buckets = batching.buckets();
+        let buckets = model.buckets(batching.buckets());
+        if let Some(operator) = model.batch_scaled
+            && batching.buckets().largest() > 1
+        {
+            tracing::info!(
+                operator,
+                "images run one by one: in a batch the model's operator gives all of them one \
+                 scale, and an image's answer would depend on its company"
+            );
+        }
         metrics.batch_size_max(buckets.largest());
         let drain = DrainRate::default();
         let cache = Cache::new(batching.cache_bytes.as_u64());
@@ -298,6 +307,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[Head]) -> onnx::Op
         device_id: 0,
         intra_op_threads: config.model.intra_op_threads.into(),
         graphs: model.graphs.clone(),
+        files: model.files.clone(),
         positions: model.positions(),
         n_colors: model.clusters.len(),
         sizes_are_given: model.sizes_are_given,
@@ -307,7 +317,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[Head]) -> onnx::Op
             .map(|head| (head.width, head.name.clone()))
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
-        buckets: config.batching.buckets(),
+        buckets: model.buckets(config.batching.buckets()),
         generate_slots: config.generation.generate_slots.into(),
         generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),
         gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
@@ -354,6 +364,8 @@ impl Worker {
             cache: stages.cache,
             readiness: readiness.clone(),
         };
+        let largest = model.buckets(config.batching.buckets()).largest();
+        let max_batch_size = u16::try_from(largest).unwrap_or(u16::MAX);
         let model = Arc::new(model);
         let gpus = gpu::Known::default();
         let side_tasks = vec![
@@ -378,7 +390,7 @@ impl Worker {
             admission,
             readiness: readiness.clone(),
             limits: limits.clone(),
-            max_batch_size: config.batching.max_batch_size,
+            max_batch_size,
             gpus,
             metrics,
             shutdown_grace_period: network.shutdown_grace_period,

@@ -140,13 +140,22 @@ pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> any
 
 /// What `imagegpt serve` with these flags would load.
 fn load(args: &EngineArgs, model: &str) -> anyhow::Result<Loaded> {
-    let config = args.serve_config(model)?;
+    let mut config = args.serve_config(model)?;
     let mut bars = Bars::new();
     let folder = locate(&config, &mut bars);
     bars.end();
     let folder = folder?;
     let mut model = Model::open(&folder, None)?;
     args.keep_asked(&mut model)?;
+    if let Some(operator) = model.batch_scaled
+        && config.batching.buckets().largest() > 1
+    {
+        progress::note(&format!(
+            "batch size 1 alone, as it is served: {operator} gives all images of a batch one scale"
+        ));
+        config.batching.batch_sizes = vec![1];
+        config.batching.max_batch_size = 1;
+    }
     let started = Instant::now();
     let engine = onnx_factory(&config, &model, &[])()?;
     Ok(Loaded {

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::CompileError;
 use super::random::{self, Drawn};
+use crate::model::files;
 
 /// Where a tensor lies and what it is made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,6 +42,14 @@ enum Element {
     Bf16,
     /// Anything else, by its bytes: masks and counters, never weights.
     Other(usize),
+}
+
+impl Entry {
+    /// Bytes of all elements.
+    fn bytes(&self) -> u64 {
+        let elements = self.shape.iter().map(|&size| size as u64);
+        elements.fold(self.element.bytes() as u64, u64::saturating_mul)
+    }
 }
 
 impl Element {
@@ -70,6 +79,10 @@ pub(super) const INDEX: [&str; 2] = [
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 ];
+
+/// Files that weights are spread over; all are open at one time. imagegpt-large has
+/// one, models of a hundred times its size some dozens.
+const SHARDS_MAX: usize = 256;
 
 /// Names of the files that hold the weights of `folder`.
 ///
@@ -102,7 +115,7 @@ pub fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
 ///
 /// When the index cannot be understood or names a file outside its folder.
 pub fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
-    let text = std::fs::read(path).map_err(|error| CompileError::read(path, &error))?;
+    let text = super::config::read(path)?;
     let index: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|error| CompileError::weights(path, format!("is not JSON: {error}")))?;
     let map = index
@@ -119,6 +132,12 @@ pub fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
             ));
         }
         names.insert(name.to_owned());
+        if names.len() > SHARDS_MAX {
+            return Err(CompileError::weights(
+                path,
+                format!("names more than {SHARDS_MAX} files"),
+            ));
+        }
     }
     Ok(names.into_iter().collect())
 }
@@ -138,7 +157,8 @@ impl Checkpoint {
         };
         for name in weight_files(folder)? {
             let path = folder.join(&name);
-            let file = File::open(&path).map_err(|error| CompileError::read(&path, &error))?;
+            let (file, _) =
+                files::open(&path).map_err(|error| CompileError::read(&path, &error))?;
             if name == random::FILE {
                 checkpoint.drawn = Some(Drawn::open(folder, &path)?);
                 checkpoint.files.push((path, file));
@@ -243,7 +263,7 @@ impl Checkpoint {
     pub fn digest(&self, mut advance: impl FnMut(u64)) -> Result<String, CompileError> {
         let mut hash = Sha256::new();
         let config = self.folder.join(super::config::FILE);
-        hash.update(std::fs::read(&config).map_err(|error| CompileError::read(&config, &error))?);
+        hash.update(super::config::read(&config)?);
         let mut buffer = vec![0; 1 << 20];
         for (path, _) in &self.files {
             // A reader of its own, since reading moves the file's position.
@@ -275,9 +295,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Row-major strides of `shape`.
 fn contiguous(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1; shape.len()];
+    let mut strides = vec![1_usize; shape.len()];
     for axis in (1..shape.len()).rev() {
-        strides[axis - 1] = strides[axis] * shape[axis];
+        // Beside a size of zero the others may be anything.
+        strides[axis - 1] = strides[axis].saturating_mul(shape[axis]);
     }
     strides
 }

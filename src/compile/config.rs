@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::error::CompileError;
+use crate::files;
 
 /// The file's name.
 pub const FILE: &str = "config.json";
@@ -66,7 +67,7 @@ impl Architecture {
     /// When it is missing, not ImageGPT's, or asks for what is not supported.
     pub fn read(folder: &Path) -> Result<Self, CompileError> {
         let path = folder.join(FILE);
-        let text = std::fs::read(&path).map_err(|error| CompileError::read(&path, &error))?;
+        let text = read(&path)?;
         let value = serde_json::from_slice(&text)
             .map_err(|error| CompileError::config(&path, format!("is not JSON: {error}")))?;
         Self::parse(&value).map_err(|reason| CompileError::config(&path, reason))
@@ -164,6 +165,30 @@ impl Architecture {
         let products = 4 * self.width * self.width + 2 * self.width * self.inner_width;
         let scores = self.width * (n_positions + 1);
         (2 * n_layers * n_positions * (products + scores)) as u64
+    }
+}
+
+/// Configurations are some kilobytes, palette included, and 100 KB in an index of
+/// weights; as values a byte of them takes up to 32.
+pub(super) const BYTES_MAX: u64 = 4 << 20;
+
+/// Reads a small file.
+///
+/// # Errors
+///
+/// When it cannot be read, or is larger than such files are.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, CompileError> {
+    let bytes = files::read(path, BYTES_MAX).map_err(|error| CompileError::read(path, &error))?;
+    match bytes {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err(CompileError::config(
+            path,
+            format!("has over {BYTES_MAX} bytes, which no configuration takes"),
+        )),
+        Err(trouble) => Err(CompileError::Read {
+            path: path.to_owned(),
+            reason: trouble.to_string(),
+        }),
     }
 }
 

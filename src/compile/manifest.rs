@@ -3,13 +3,15 @@
 //! It is written last, so a folder without one is not a compiled folder.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::config::Architecture;
+use super::checkpoint::hex;
+use super::config::{self, Architecture};
 use super::error::CompileError;
 use super::{Precision, Provider, Task};
+use crate::model::files::{self, Sha256Digest};
 
 /// The file's name.
 pub const FILE: &str = "imagegpt.json";
@@ -38,6 +40,10 @@ pub struct Manifest {
     pub verification: Verification,
     /// Bytes of each file.
     pub files: BTreeMap<String, u64>,
+    /// SHA-256 of each file; empty in folders of versions that did not record them,
+    /// which then take longer to open.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sha256: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,7 +96,7 @@ impl Manifest {
     /// names is missing or of another size.
     pub fn read(folder: &Path) -> Result<Self, CompileError> {
         let path = folder.join(FILE);
-        let text = std::fs::read(&path).map_err(|error| CompileError::read(&path, &error))?;
+        let text = config::read(&path)?;
         let refuse = |reason: String| CompileError::config(&path, reason);
         let manifest: Self = serde_json::from_slice(&text)
             .map_err(|error| refuse(format!("is not a compiled folder's: {error}")))?;
@@ -114,7 +120,14 @@ impl Manifest {
                 )));
             }
         }
+        manifest.digests().map_err(refuse)?;
         for (name, bytes) in &manifest.files {
+            let is_inside = |part| matches!(part, Component::Normal(_));
+            if !Path::new(name).components().all(is_inside) {
+                return Err(refuse(format!(
+                    "names {name:?}, which is no file of the folder; compile the model again"
+                )));
+            }
             let found = std::fs::metadata(folder.join(name))
                 .map(|file| file.len())
                 .ok();
@@ -127,4 +140,70 @@ impl Manifest {
         }
         Ok(manifest)
     }
+
+    /// The recorded digests by file.
+    ///
+    /// # Errors
+    ///
+    /// When there are some and not of every file, or one is no SHA-256.
+    pub(crate) fn digests(&self) -> Result<BTreeMap<&str, Sha256Digest>, String> {
+        let mut digests = BTreeMap::new();
+        if self.sha256.is_empty() {
+            return Ok(digests);
+        }
+        for name in self.files.keys() {
+            let digest = self.sha256.get(name).and_then(|text| unhex(text));
+            let digest = digest
+                .ok_or_else(|| format!("has no SHA-256 of {name}; compile the model again"))?;
+            digests.insert(name.as_str(), digest);
+        }
+        Ok(digests)
+    }
+
+    /// Reads every file of `folder` and compares it with what was recorded.
+    ///
+    /// # Errors
+    ///
+    /// When one is another, with all that are; or when nothing was recorded.
+    pub fn verify(&self, folder: &Path) -> Result<(), CompileError> {
+        let refuse = |reason: String| CompileError::config(folder, reason);
+        let digests = self.digests().map_err(refuse)?;
+        if digests.is_empty() {
+            return Err(refuse(
+                "was compiled before SHA-256s were recorded, so there is nothing to compare its \
+                 files with; compile the model again"
+                    .to_owned(),
+            ));
+        }
+        let mut differing = Vec::new();
+        for (name, recorded) in digests {
+            match files::sha256(&folder.join(name)) {
+                Ok((_, found)) if found == recorded => {}
+                Ok((_, found)) => differing.push(format!(
+                    "{name} has the SHA-256 {} where {FILE} has {}",
+                    hex(&found),
+                    hex(&recorded)
+                )),
+                Err(error) => differing.push(format!("{name} cannot be read: {error}")),
+            }
+        }
+        if differing.is_empty() {
+            return Ok(());
+        }
+        Err(refuse(format!(
+            "is not what was compiled: {}; compile the model again",
+            differing.join(", and ")
+        )))
+    }
+}
+
+fn unhex(text: &str) -> Option<Sha256Digest> {
+    let mut digest = Sha256Digest::default();
+    if text.len() != 2 * digest.len() || !text.is_ascii() {
+        return None;
+    }
+    for (idx, byte) in digest.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * idx..2 * idx + 2)?, 16).ok()?;
+    }
+    Some(digest)
 }

@@ -203,7 +203,7 @@ pub(super) struct Drawn {
 impl Drawn {
     /// Reads the recipe at `path`, and the shapes from `config.json` beside it.
     pub(super) fn open(folder: &Path, path: &Path) -> Result<Self, CompileError> {
-        let text = fs::read(path).map_err(|error| CompileError::read(path, &error))?;
+        let text = super::config::read(path)?;
         let recipe: Recipe = serde_json::from_slice(&text)
             .map_err(|error| CompileError::weights(path, format!("is no recipe: {error}")))?;
         if recipe.generator != GENERATOR {

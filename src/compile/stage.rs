@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use super::checkpoint::hex;
+use super::config;
 use super::error::CompileError;
+use crate::model::files;
 
 /// See the module.
 pub(super) struct Stage {
@@ -69,7 +72,7 @@ impl Stage {
 
     /// Copies a file under its own name.
     pub(super) fn copy(&self, file: &Path) -> Result<(), CompileError> {
-        let bytes = fs::read(file).map_err(|error| CompileError::read(file, &error))?;
+        let bytes = config::read(file)?;
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         self.write(&name, &bytes)?;
         Ok(())
@@ -88,6 +91,20 @@ impl Stage {
             files.insert(name, entry.metadata().map_err(read)?.len());
         }
         Ok(files)
+    }
+
+    /// The SHA-256 of each of these files.
+    pub(super) fn sha256<'a>(
+        &self,
+        names: impl Iterator<Item = &'a String>,
+    ) -> Result<BTreeMap<String, String>, CompileError> {
+        let digest = |name: &String| {
+            let path = self.folder.join(name);
+            let (_, digest) =
+                files::sha256(&path).map_err(|error| CompileError::read(&path, &error))?;
+            Ok((name.clone(), hex(&digest)))
+        };
+        names.map(digest).collect()
     }
 
     /// Moves everything into place.

@@ -1,7 +1,8 @@
 //! `weights.bin`: the one file that all graphs of a folder point into.
 //!
-//! ONNX Runtime maps it, so graphs that run in one process share its pages.
-//! Tensors start at multiples of a page, which is what mapping asks for.
+//! Graphs that run in one process share its tensors, which a worker reads into
+//! memory; a graph that is tried maps it. Tensors start at multiples of a page,
+//! which is what mapping asks for.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -77,9 +77,14 @@ impl Manifest {
         if differences.is_empty() {
             return Ok(());
         }
+        let remedy = match began.model.digest == self.model.digest {
+            true => REMEDY,
+            false => MODEL_REMEDY,
+        };
         Err(Differs {
             output: sink.to_string(),
             differences,
+            remedy,
         }
         .into())
     }
@@ -155,14 +160,22 @@ fn changed(then: &Fact, now: &Fact) -> String {
 /// The output belongs to another job.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{output} was begun with something else, and parts of both would not fit together; {}. Give \
-     what it was begun with, or another --output",
+    "{output} was begun with something else, and parts of both would not fit together; {}. {remedy}",
     shown(differences)
 )]
 pub(super) struct Differs {
     output: String,
     differences: Vec<String>,
+    remedy: &'static str,
 }
+
+/// What to do when the output belongs to another job.
+const REMEDY: &str = "Give what it was begun with, or another --output";
+/// The same, when the model's digest differs. Digests of compiled models cover graphs
+/// and weights since their manifests record them: what an older version began under
+/// the digest of the checkpoint alone may be of any weights.
+const MODEL_REMEDY: &str = "Finish it with the model, and the version of imagegpt, that it was \
+                            begun with, or give another --output";
 
 fn shown(differences: &[String]) -> String {
     let mut text = differences
@@ -319,6 +332,21 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
+    }
+
+    #[tokio::test]
+    async fn another_digest_is_refused_with_both_and_a_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let sink = Sink::open(dir.path().to_str().unwrap(), &Stores::default()).unwrap();
+        let first = manifest(&[], 5);
+        first.settle(&sink).await.unwrap();
+        let mut other = first.clone();
+        other.model.digest = "sha256:2".to_owned();
+        let text = other.settle(&sink).await.unwrap_err().to_string();
+        let expected = "the model's digest was sha256:1, is sha256:2. Finish it with the model, \
+                        and the version of imagegpt, that it was begun with, or give another \
+                        --output";
+        assert!(text.ends_with(expected), "{text}");
     }
 
     #[tokio::test]

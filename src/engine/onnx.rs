@@ -11,6 +11,7 @@ mod answers;
 mod arena;
 mod failure;
 mod library;
+mod load;
 mod placement;
 mod probe;
 mod sequences;
@@ -25,6 +26,7 @@ use ort::environment::Environment;
 use ort::session::builder::SessionBuilder;
 
 use self::failure::runtime;
+use self::load::Loader;
 use self::sequences::SequenceEngine;
 use self::whole::{Batch, WholeGraph};
 use super::runtime::{Residence, Runtime, operators};
@@ -34,6 +36,7 @@ use super::{
 };
 use crate::compile;
 use crate::job::{Layers, Want};
+use crate::model::GraphFiles;
 
 pub use self::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use self::probe::probe;
@@ -60,6 +63,8 @@ pub struct Options {
     /// Threads of one run; 0 lets the runtime take one a physical core.
     pub intra_op_threads: usize,
     pub graphs: BTreeMap<Graph, PathBuf>,
+    /// What they are made of, as it was when the model was opened.
+    pub files: GraphFiles,
     /// Tokens of one row.
     pub positions: usize,
     /// Colors of the palette; the start token is the next id.
@@ -155,12 +160,19 @@ impl OnnxEngine {
             canary: None,
             span: None,
         };
-        for (&graph, path) in &options.graphs {
+        let served = |graph| graph != Graph::Generate || options.generate_slots > 0;
+        let graphs = options.graphs.iter().filter(|(graph, _)| served(**graph));
+        // Only graphs of ours, on a CPU, compute from weights where they lie.
+        let shares = options.compiled_for == Some(compile::Provider::Cpu)
+            && runtime.provider == compile::Provider::Cpu;
+        let sharing = graphs.clone().map(|(_, path)| path).filter(|_| shares);
+        let mut loader = Loader::new(options.files.clone(), sharing)?;
+        for (&graph, path) in graphs {
             if graph == Graph::Generate {
-                engine.load_sequences(&runtime, path, options)?;
+                engine.load_sequences(&runtime, &mut loader, path, options)?;
                 continue;
             }
-            engine.load_graph(&runtime, graph, path, options)?;
+            engine.load_graph(&runtime, &mut loader, graph, path, options)?;
         }
         Ok(engine)
     }
@@ -170,6 +182,7 @@ impl OnnxEngine {
     fn load_graph(
         &mut self,
         runtime: &Runtime,
+        loader: &mut Loader,
         graph: Graph,
         path: &Path,
         options: &Options,
@@ -184,7 +197,7 @@ impl OnnxEngine {
                 cuda_graphs,
                 ..runtime.clone()
             };
-            let whole = WholeGraph::open(&runtime, graph, path, is_compiled)?;
+            let whole = WholeGraph::open(&runtime, loader, graph, path, is_compiled)?;
             self.graphs.insert(graph, whole);
             self.warm_up(graph, options)
         };
@@ -206,12 +219,10 @@ impl OnnxEngine {
     fn load_sequences(
         &mut self,
         runtime: &Runtime,
+        loader: &mut Loader,
         path: &Path,
         options: &Options,
     ) -> Result<(), EngineError> {
-        if options.generate_slots == 0 {
-            return Ok(());
-        }
         let sizes = sequences::Options {
             n_slots: options.generate_slots,
             bytes_max: options.generate_bytes_max,
@@ -224,7 +235,7 @@ impl OnnxEngine {
                 cuda_graphs,
                 ..runtime.clone()
             };
-            let mut sequences = SequenceEngine::load(&runtime, path, sizes)?;
+            let mut sequences = SequenceEngine::load(&runtime, loader, path, sizes)?;
             let warm = sequences.warm_up()?;
             self.facts.sequences = Some(sequences.facts);
             self.sequences = Some(sequences);
@@ -489,10 +500,10 @@ fn runtime_of(
     provider: compile::Provider,
 ) -> Result<Runtime, EngineError> {
     let (operators, residence) = if options.compiled_for.is_some() {
-        // Compiled graphs share one file of weights and compute from where it
-        // is mapped; packing would copy them for every graph.
+        // Compiled graphs share one file's weights and compute from where they
+        // lie; packing would copy them for every graph.
         let operators = operators(&environment).map_err(runtime)?;
-        (Some(operators), Residence::Mapped)
+        (Some(operators), Residence::InPlace)
     } else {
         (None, Residence::Packed)
     };

@@ -20,9 +20,10 @@ use crate::compile::onnx::DataType;
 /// What sessions do with `weights.bin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Residence {
-    /// They compute from the mapped file, so all graphs together take the
-    /// weights' size once: with five tasks of imagegpt-small in fp32, 350 MB.
-    Mapped,
+    /// They compute from where it lies, in memory that they share or, while graphs are
+    /// tried, in the mapped file: so all graphs together take the weights' size once,
+    /// with five tasks of imagegpt-small in fp32 350 MB.
+    InPlace,
     /// Each session copies its weights into the order that its kernels like
     /// best: a few percent faster, 1.3 GB for the same five.
     Packed,
@@ -67,7 +68,7 @@ impl Runtime {
             provider,
             device_id: 0,
             n_threads: 0,
-            residence: Residence::Mapped,
+            residence: Residence::InPlace,
             shares_arena: false,
             gpu_memory_limit: None,
             cuda_graphs: false,

@@ -4,12 +4,17 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{CompileOptions, Provider, Runtime, Silent, Source, cache, compile};
+use imagegpt::compile::{
+    CompileOptions, Precision, Provider, Runtime, Silent, Source, Task, cache, compile,
+    onnx as onnx_file,
+};
 use imagegpt::config::CompileConfig;
 use imagegpt::engine::onnx;
 use imagegpt::head::Head;
 use imagegpt::model::Model;
 use imagegpt::pb;
+use imagegpt::worker::{Worker, onnx_engines};
+use prost::Message as _;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tonic::Code;
@@ -369,4 +374,362 @@ async fn a_checkpoint_is_compiled_once() {
     );
     assert!(error <= 5e-2, "{error:e}");
     running.end().await;
+}
+
+/// The folder of what an older version left behind.
+fn before(name: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    root.join("tests/data/before-sha256").join(name)
+}
+
+fn copy_all(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_all(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).expect("a copy");
+        }
+    }
+}
+
+/// A compiled copy of the micro checkpoint.
+fn compiled_folder(to: &Path, precision: Precision) {
+    let options = CompileOptions {
+        precision,
+        tasks: Some([Task::Embed].into()),
+        ..Default::default()
+    };
+    let source = Source::Folder(harness::model_dir("micro-checkpoint"));
+    compile(&source, to, &options, &runtime(), &mut Silent).expect("compiled");
+}
+
+/// The program's exit code and all that it wrote.
+fn run(args: &[&str]) -> (i32, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        .args(args)
+        .output()
+        .expect("the program");
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (output.status.code().unwrap_or(-1), text)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a name")
+}
+
+/// Why a model is not served, by its own worker.
+async fn why_not(folder: &Path) -> String {
+    let model = match Model::open(folder, None) {
+        Ok(model) => model,
+        Err(error) => return error.to_string(),
+    };
+    let config = harness::config(folder, &[]);
+    let engines = onnx_engines(&config, &model, &[]).expect("engines");
+    let mut worker = Worker::start(&config, model, Vec::new(), engines)
+        .await
+        .expect("a worker");
+    let error = worker.ready().await.expect_err("not to be served");
+    format!("{error:#}")
+}
+
+#[tokio::test]
+async fn weights_that_are_cut_or_written_over_change_no_answer() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let case = &expected()[0];
+    for name in ["checkpoint", "export"] {
+        let folder = dir.path().join(name);
+        let weights = folder.join(if name == "checkpoint" {
+            compiled_folder(&folder, Precision::Fp32);
+            "weights.bin"
+        } else {
+            external_export(&folder, "weights.bin");
+            "weights.bin"
+        });
+        let mut running = harness::start(&folder, &[], None).await;
+        let mut ask = async || {
+            let request = request(case, &[], pb::Norm::Unspecified);
+            let response = running.client.embed(request).await.expect("a response");
+            vector(&response.get_ref().results[0]).expect("a vector")
+        };
+        let whole = ask().await;
+        let bytes = std::fs::read(&weights).expect("weights");
+        // In place, as `cp` writes over a file that is there.
+        let file = std::fs::File::options().write(true).open(&weights);
+        let mut file = file.expect("the file");
+        std::io::Write::write_all(&mut file, &vec![0x40; bytes.len()]).expect("written");
+        assert_eq!(ask().await, whole, "{name}: written over");
+        file.set_len(10).expect("cut");
+        assert_eq!(ask().await, whole, "{name}: cut");
+        std::fs::remove_file(&weights).expect("removed");
+        assert_eq!(ask().await, whole, "{name}: removed");
+        running.end().await;
+    }
+}
+
+/// Each byte counts, whichever file it is in, and nothing is served but what was
+/// compiled.
+#[tokio::test]
+async fn a_folder_that_is_not_what_was_compiled_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = dir.path().join("whole");
+    compiled_folder(&folder, Precision::Fp32);
+    let (code, said) = run(&["inspect", text(&folder), "--verify"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("of the 5 files is as recorded"), "{said}");
+    let digest = Model::open(&folder, None).expect("a model").digest;
+    for (file, at) in [
+        ("weights.bin", 90_000),
+        ("weights.bin", 0),
+        ("embed-none.onnx", 3000),
+    ] {
+        let other = dir.path().join(format!("{file}-{at}"));
+        copy_all(&folder, &other);
+        let path = other.join(file);
+        let mut bytes = std::fs::read(&path).expect("a file");
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).expect("written");
+        let why = why_not(&other).await;
+        assert!(why.contains(file) && why.contains("SHA-256"), "{why}");
+        assert!(why.contains("compile the model again"), "{why}");
+        let (code, said) = run(&["inspect", text(&other), "--verify"]);
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(&format!("{file} has the SHA-256 ")), "{said}");
+        assert_eq!(run(&["inspect", text(&other)]).0, 0, "by sizes alone");
+        // Where nothing is recorded the digest tells them apart.
+        let unrecorded = |folder: &Path| {
+            let path = folder.join("imagegpt.json");
+            let manifest = std::fs::read(&path).expect("a manifest");
+            let mut manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("JSON");
+            manifest
+                .as_object_mut()
+                .expect("an object")
+                .remove("sha256");
+            std::fs::write(&path, manifest.to_string()).expect("written");
+            Model::open(folder, None).expect("a model").digest
+        };
+        assert_ne!(unrecorded(&other), digest, "{file}");
+        let same = dir.path().join(format!("same-{file}-{at}"));
+        copy_all(&folder, &same);
+        assert_eq!(unrecorded(&same), digest);
+    }
+    // Cut short while it is not served.
+    let path = folder.join("weights.bin");
+    let file = std::fs::File::options()
+        .write(true)
+        .open(path)
+        .expect("a file");
+    file.set_len(5000).expect("cut");
+    let why = why_not(&folder).await;
+    assert!(
+        why.contains("weights.bin of 90176 bytes, which is of 5000"),
+        "{why}"
+    );
+}
+
+/// An ONNX export of the micro model whose weights lie in another file.
+fn external_export(folder: &Path, location: &str) {
+    copy_all(&harness::model_dir("micro"), folder);
+    std::fs::remove_file(folder.join("model_classification.onnx")).expect("removed");
+    let path = folder.join("model.onnx");
+    let bytes = std::fs::read(&path).expect("a graph");
+    let mut model = onnx_file::Model::decode(&*bytes).expect("a graph");
+    let mut weights = Vec::new();
+    for tensor in &mut model.graph.as_mut().expect("a graph").initializer {
+        if tensor.raw_data.len() < 256 {
+            continue;
+        }
+        let entry = |key: &str, value: String| onnx_file::StringEntry {
+            key: key.to_owned(),
+            value,
+        };
+        tensor.external_data = vec![
+            entry("location", location.to_owned()),
+            entry("offset", weights.len().to_string()),
+            entry("length", tensor.raw_data.len().to_string()),
+        ];
+        tensor.data_location = 1;
+        weights.append(&mut tensor.raw_data);
+    }
+    assert!(weights.len() > 10_000);
+    std::fs::write(&path, model.encode_to_vec()).expect("written");
+    if !location.contains("..") && !location.starts_with('/') {
+        std::fs::write(folder.join(location), weights).expect("written");
+    }
+}
+
+#[tokio::test]
+async fn files_that_an_export_names_are_in_its_digest() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let digest = |folder: &Path| Model::open(folder, None).map(|model| model.digest);
+    for location in ["weights.bin", "model.onnx_data", "./w"] {
+        let folder = dir.path().join(location.trim_start_matches("./"));
+        external_export(&folder, location);
+        let first = digest(&folder).expect("a model");
+        let path = folder.join(location);
+        let mut bytes = std::fs::read(&path).expect("weights");
+        bytes[5000] ^= 1;
+        std::fs::write(&path, &bytes).expect("written");
+        let second = digest(&folder).expect("a model");
+        assert_ne!(first, second, "{location}");
+        // As a hub's cache has it: a link to where the file is.
+        let blob = dir.path().join(format!("blob-{}", location.len()));
+        std::fs::rename(&path, &blob).expect("moved");
+        std::os::unix::fs::symlink(&blob, &path).expect("a link");
+        assert_eq!(digest(&folder).expect("a model"), second);
+        harness::start(&folder, &[], None).await.end().await;
+        // A byte too few for the last tensor.
+        std::fs::remove_file(&path).expect("removed");
+        std::fs::write(&path, &bytes[1..]).expect("written");
+        let error = digest(&folder).expect_err("cut").to_string();
+        assert!(error.contains("model.onnx: the tensor "), "{error}");
+        assert!(
+            error.contains(&format!("has {}", bytes.len() - 1)),
+            "{error}"
+        );
+        std::fs::remove_file(&path).expect("removed");
+        let error = digest(&folder).expect_err("gone").to_string();
+        assert!(error.contains("cannot be read"), "{error}");
+    }
+    for outside in ["../weights.bin", "/etc/passwd", "a/../../weights.bin"] {
+        let folder = dir.path().join(format!("outside-{}", outside.len()));
+        external_export(&folder, outside);
+        let error = digest(&folder).expect_err(outside).to_string();
+        assert!(error.contains("model.onnx: names the file"), "{error}");
+        assert!(error.contains("move the file there"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_folder_of_an_older_version_is_served() {
+    let case = &expected()[0];
+    let folder = before("compiled");
+    let mut running = harness::start(&folder, &[], None).await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let again = dir.path().join("again");
+    compiled_folder(&again, Precision::Fp32);
+    let mut new = harness::start(&again, &[], None).await;
+    let ask = || request(case, &[], pb::Norm::Unspecified);
+    let old = running.client.embed(ask()).await.expect("a response");
+    let now = new.client.embed(ask()).await.expect("a response");
+    let got = |response: &tonic::Response<pb::EmbedResponse>| {
+        vector(&response.get_ref().results[0]).expect("a vector")
+    };
+    assert_eq!(got(&old), got(&now));
+    running.end().await;
+    new.end().await;
+    let (code, said) = run(&["inspect", text(&folder), "--verify"]);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("before SHA-256s were recorded"), "{said}");
+}
+
+/// The inputs of a job are where this checkout is, so they are written into what was
+/// left behind.
+fn job_of_an_older_version(job: &str, output: &Path, whole: &Path) {
+    copy_all(&before(job), output);
+    let read = |folder: &Path| -> serde_json::Value {
+        let text = std::fs::read(folder.join("_imagegpt/manifest.json")).expect("a manifest");
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    let mut manifest = read(output);
+    manifest["inputs"] = read(whole)["inputs"].clone();
+    let text = serde_json::to_string_pretty(&manifest).expect("JSON");
+    std::fs::write(output.join("_imagegpt/manifest.json"), text + "\n").expect("written");
+}
+
+#[test]
+fn jobs_of_an_older_version_go_on_or_are_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let pictures = root.join("models/pictures/flags");
+    for (job, folder) in [
+        ("job-published", harness::model_dir("micro")),
+        ("job-compiled", before("compiled")),
+    ] {
+        let embed = |output: &Path| {
+            let output = text(output);
+            let [pictures, folder] = [text(&pictures), text(&folder)];
+            run(&[
+                "embed",
+                pictures,
+                "--model",
+                folder,
+                "--output",
+                output,
+                "--part-items",
+                "2",
+            ])
+        };
+        let whole = dir.path().join(format!("{job}-whole"));
+        let (code, said) = embed(&whole);
+        assert_eq!(code, 0, "{said}");
+        let half = dir.path().join(job);
+        job_of_an_older_version(job, &half, &whole);
+        let (code, said) = embed(&half);
+        if job == "job-published" {
+            assert_eq!(code, 0, "{said}");
+            for part in ["part-00000-00000.parquet", "part-00002-00000.parquet"] {
+                let read = |folder: &Path| std::fs::read(folder.join(part)).expect("a part");
+                assert_eq!(read(&half), read(&whole), "{part}");
+            }
+        } else {
+            assert_eq!(code, 2, "{said}");
+            let now = Model::open(&folder, None).expect("a model").digest;
+            let was = "sha256:dacbe542ce28e1ee066bc390205c6f6523e93a04b886bcb1ae6d4fb46584f2ff";
+            let sentence = format!("the model's digest was {was}, is {now}. Finish it with the");
+            assert!(said.contains(&sentence), "{said}");
+        }
+    }
+}
+
+/// An image's numbers do not depend on its company, also where an operator would
+/// give all of a batch one scale.
+#[tokio::test]
+async fn int8_gives_an_image_the_same_bits_in_any_company() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = dir.path().join("int8");
+    compiled_folder(&folder, Precision::Int8);
+    let flags = ["--max-batch-size", "8", "--batch-sizes", "4,8"];
+    let mut running = harness::start(&folder, &flags, None).await;
+    let info = running.client.get_model(pb::GetModelRequest {}).await;
+    let info = info.expect("a response").into_inner();
+    assert_eq!(info.limits.expect("limits").batch_size_max, 1);
+    let cases = expected();
+    let image = |idx: usize| match idx {
+        0 => tokens(cases[0].tokens.clone()),
+        _ => harness::tokens(harness::seeded(u32::try_from(idx).expect("few"))),
+    };
+    let mut ask = async |images: Vec<pb::Image>| {
+        let request = harness::embed(images);
+        let response = running.client.embed(request).await.expect("a response");
+        vector(&response.get_ref().results[0]).expect("a vector")
+    };
+    let alone = ask(vec![image(0)]).await;
+    for n in [2, 5, 9] {
+        assert_eq!(ask((0..n).map(image).collect()).await, alone, "{n} images");
+    }
+    running.end().await;
+    let pictures = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pictures/flags");
+    let embed = |sizes: &str| {
+        let output = dir.path().join(format!("job-{sizes}"));
+        let largest = sizes.rsplit(',').next().unwrap_or_default();
+        let serve = format!("--batch-sizes {sizes} --max-batch-size {largest}");
+        let [pictures, folder, out] = [text(&pictures), text(&folder), text(&output)];
+        let (code, said) = run(&[
+            "embed", pictures, "--model", folder, "--output", out, "--serve", &serve,
+        ]);
+        assert_eq!(code, 0, "{said}");
+        assert_eq!(
+            said.contains("images run one by one"),
+            sizes != "1",
+            "{said}"
+        );
+        std::fs::read(output.join("part-00000-00000.parquet")).expect("a part")
+    };
+    let one_by_one = embed("1");
+    assert_eq!(embed("8"), one_by_one);
+    assert_eq!(embed("2,4"), one_by_one);
 }

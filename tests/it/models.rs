@@ -26,6 +26,7 @@ fn complaint(dir: &Path) -> Option<String> {
         head_widths: Vec::new(),
         compiled_for: None,
         graphs: model.graphs,
+        files: model.files,
         buckets: Buckets::powers_of_two(2),
         generate_slots: 0,
         generate_bytes_max: 0,

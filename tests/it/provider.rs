@@ -27,6 +27,7 @@ fn load(provider: Provider) -> Result<OnnxEngine, EngineError> {
         head_widths: Vec::new(),
         compiled_for: None,
         graphs: model.graphs,
+        files: model.files,
         buckets: Buckets::powers_of_two(2),
         generate_slots: 0,
         generate_bytes_max: 0,

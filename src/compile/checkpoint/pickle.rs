@@ -14,7 +14,7 @@ use super::Element;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Tensor {
     /// Name of the archive's entry that holds the bytes.
-    pub(super) storage: String,
+    pub(super) storage: Rc<str>,
     pub(super) element: Element,
     /// Of the first element in the storage.
     pub(super) offset: usize,
@@ -53,6 +53,10 @@ const TUPLE_DEPTH_MAX: usize = 8;
 /// No weight has more dimensions, and no storage more elements.
 const DIMENSIONS_MAX: usize = 8;
 const ELEMENTS_MAX: usize = 1 << 40;
+/// Values that are there at one time, and values that are remembered: a state dict
+/// of imagegpt-large has some 10,000 of each. Each takes up to a hundred bytes, so
+/// with this many and the program's texts a pickle takes 50 MiB at most.
+const VALUES_MAX: usize = 200_000;
 
 /// A value inside another one. A dict there holds nothing that is needed, and
 /// keeping it would let dicts nest and multiply.
@@ -95,6 +99,11 @@ impl<'p> Machine<'p> {
 
     fn run(mut self) -> Result<Value, String> {
         loop {
+            if self.stack.len() > VALUES_MAX || self.memo.len() > VALUES_MAX {
+                return Err(format!(
+                    "it has more than {VALUES_MAX} values at one time, which no state dict has"
+                ));
+            }
             let [operation] = self.take()?;
             match operation {
                 b'.' => return self.pop(),
@@ -387,7 +396,7 @@ fn call(callee: &Value, arguments: &Value) -> Result<Value, String> {
             ],
         ) => {
             let tensor = Tensor {
-                storage: storage.to_string(),
+                storage: Rc::clone(storage),
                 element: *element,
                 offset: size(*offset)?,
                 shape: sizes(shape)?,
@@ -436,6 +445,9 @@ fn check_extent(tensor: &Tensor) -> Result<(), String> {
     if n_elements.is_some_and(|n| n <= ELEMENTS_MAX) && span < ELEMENTS_MAX as u128 {
         Ok(())
     } else {
-        Err("it has a tensor of an impossible size".to_owned())
+        Err(format!(
+            "it has a tensor of the shape {:?}, which is over {ELEMENTS_MAX} elements",
+            tensor.shape
+        ))
     }
 }

@@ -11,8 +11,9 @@ use safetensors::tensor::Metadata;
 use super::{Element, Entry, contiguous};
 use crate::compile::error::CompileError;
 
-/// What the `safetensors` crate allows, too.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
+/// The header of imagegpt-large takes 70 KB; as values a byte of it takes some ten.
+/// The crate's own limit of 100 MB would take a gigabyte.
+const HEADER_BYTES_MAX: u64 = 4 << 20;
 
 pub(super) fn entries(
     path: &Path,
@@ -25,7 +26,13 @@ pub(super) fn entries(
     file.read_exact_at(&mut length, 0).map_err(read)?;
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > HEADER_BYTES_MAX {
-        return Err(CompileError::weights(path, "is not a safetensors file"));
+        return Err(CompileError::weights(
+            path,
+            format!(
+                "is not a safetensors file: its header would be of {header_bytes} bytes, over \
+                 {HEADER_BYTES_MAX}"
+            ),
+        ));
     }
     let data_start = 8 + header_bytes;
     if data_start > file_bytes {
@@ -36,7 +43,7 @@ pub(super) fn entries(
     let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| {
         CompileError::weights(path, format!("is not a safetensors file: {error}"))
     })?;
-    let expected = data_start + metadata.data_len() as u64;
+    let expected = data_start.saturating_add(metadata.data_len() as u64);
     if expected != file_bytes {
         return Err(CompileError::weights(
             path,

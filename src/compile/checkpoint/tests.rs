@@ -180,3 +180,254 @@ fn strided_elements_are_put_in_order() {
     assert_eq!(span(&[3, 2], &[1, 3]), 6);
     assert_eq!(span(&[0, 2], &[2, 1]), 0);
 }
+
+/// A state dict of tensors by name: `(name, storage, elements, shape, strides)`.
+struct Pickled<'a> {
+    name: &'a str,
+    storage: &'a str,
+    shape: &'a [i64],
+    strides: &'a [i64],
+}
+
+fn pickled(tensors: &[Pickled<'_>]) -> Vec<u8> {
+    let mut program = b"\x80\x02}(".to_vec();
+    let text = |program: &mut Vec<u8>, text: &str| {
+        program.push(b'X');
+        program.extend(u32::try_from(text.len()).unwrap().to_le_bytes());
+        program.extend(text.as_bytes());
+    };
+    let number = |program: &mut Vec<u8>, number: i64| {
+        program.extend([0x8a, 8]);
+        program.extend(number.to_le_bytes());
+    };
+    for tensor in tensors {
+        text(&mut program, tensor.name);
+        program.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        text(&mut program, "storage");
+        program.extend(b"ctorch\nFloatStorage\n");
+        text(&mut program, tensor.storage);
+        text(&mut program, "cpu");
+        program.extend(b"K\x01tQK\x00");
+        for sizes in [tensor.shape, tensor.strides] {
+            program.push(b'(');
+            sizes.iter().for_each(|size| number(&mut program, *size));
+            program.push(b't');
+        }
+        program.extend(b"tR");
+    }
+    program.extend(b"u.");
+    program
+}
+
+fn archive(program: &[u8], storages: &[(&str, &[u8])]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let options =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    archive.start_file("archive/data.pkl", options).unwrap();
+    archive.write_all(program).unwrap();
+    for (name, bytes) in storages {
+        archive
+            .start_file(format!("archive/data/{name}"), options)
+            .unwrap();
+        archive.write_all(bytes).unwrap();
+    }
+    archive.finish().unwrap().into_inner()
+}
+
+fn torch_of(tensors: &[Pickled<'_>], storages: &[(&str, &[u8])]) -> TempDir {
+    folder(&[("pytorch_model.bin", &archive(&pickled(tensors), storages))])
+}
+
+#[test]
+fn more_elements_than_are_stored_are_refused() {
+    let of = |shape: &[i64], strides: &[i64]| {
+        let tensor = Pickled {
+            name: "w",
+            storage: "0",
+            shape,
+            strides,
+        };
+        torch_of(&[tensor], &[("0", &[0; 24])])
+    };
+    let whole = of(&[3, 2], &[2, 1]);
+    let checkpoint = Checkpoint::open(whole.path()).unwrap();
+    assert_eq!(checkpoint.read("w", &[3, 2]).unwrap(), [0.0; 6]);
+    let refused = |shape: &[i64], strides: &[i64], word: &str| {
+        refused(of(shape, strides).path(), word);
+    };
+    let million = 1 << 20;
+    refused(
+        &[million, million],
+        &[0, 0],
+        "elements over 1 that are stored",
+    );
+    refused(
+        &[million, 2],
+        &[0, 1],
+        "2097152 elements over 2 that are stored",
+    );
+    // Rows that lie over each other.
+    refused(&[3, 3], &[1, 1], "9 elements over 5 that are stored");
+    refused(&[3, 3], &[3, 1], "reaches beyond its storage");
+    refused(
+        &[million, million, 2],
+        &[1, 1, 1],
+        "over 1099511627776 elements",
+    );
+    refused(&[-1], &[1], "a size of -1");
+    refused(&[1; 9], &[1; 9], "strides that do not fit");
+}
+
+#[test]
+fn a_storage_is_not_shared_by_more_than_tied_weights() {
+    let names: Vec<String> = (0..200).map(|idx| format!("w{idx}")).collect();
+    let tensors = |n: usize| -> Vec<Pickled<'_>> {
+        let names = names.iter().take(n);
+        let tensor = |name| Pickled {
+            name,
+            storage: "0",
+            shape: &[50_000],
+            strides: &[1],
+        };
+        names.map(|name| tensor(name.as_str())).collect()
+    };
+    let storage = vec![0; 200_000];
+    let tied = torch_of(&tensors(2), &[("0", &storage)]);
+    assert!(Checkpoint::open(tied.path()).is_ok());
+    let many = torch_of(&tensors(200), &[("0", &storage)]);
+    refused(many.path(), "more of them share their storage");
+}
+
+#[test]
+fn archives_that_lie_are_refused() {
+    let bin = |bytes: &[u8]| folder(&[("pytorch_model.bin", bytes)]);
+    let tensor = || Pickled {
+        name: "w",
+        storage: "0",
+        shape: &[1 << 28],
+        strides: &[1],
+    };
+    let whole = archive(&pickled(&[tensor()]), &[("0", &[0; 24])]);
+    refused(bin(&whole).path(), "reaches beyond its storage");
+    // The directory says that the storage is of a gigabyte.
+    let entry = whole
+        .windows(4)
+        .rposition(|bytes| bytes == b"PK\x01\x02")
+        .unwrap();
+    let mut lying = whole.clone();
+    for at in [entry + 20, entry + 24] {
+        lying[at..at + 4].copy_from_slice(&(1_u32 << 30).to_le_bytes());
+    }
+    refused(bin(&lying).path(), "beyond its storage");
+    // A pickle of 64 MiB, of numbers and of remembered texts.
+    let long = [b"\x80\x02".to_vec(), vec![b'N'; 64 << 20]].concat();
+    refused(
+        bin(&archive(&long, &[])).path(),
+        "data.pkl of over 1048576 bytes",
+    );
+    // More entries than any checkpoint has.
+    let names: Vec<String> = (0..160_000).map(|idx| idx.to_string()).collect();
+    let entries: Vec<(&str, &[u8])> = names.iter().map(|name| (&**name, &[][..])).collect();
+    refused(bin(&archive(b"}.", &entries)).path(), "over 8388608 bytes");
+}
+
+#[test]
+fn pickles_are_bounded() {
+    #[track_caller]
+    fn refused(program: &[u8], word: &str) {
+        let error = pickle::state_dict(program).unwrap_err();
+        assert!(error.contains(word), "{error}");
+    }
+    let many = |operations: &[u8]| {
+        let mut program = b"\x80\x02".to_vec();
+        while program.len() < 1 << 20 {
+            program.extend(operations);
+        }
+        program
+    };
+    refused(&many(b"N"), "more than 200000 values");
+    refused(&many(b")"), "more than 200000 values");
+    refused(&many(b"K\x00\x94"), "more than 200000 values");
+    // What is made again and again is there once.
+    refused(&many(b"N\x940"), "0x30");
+    // A long name of a storage, under many names of tensors.
+    let storage = "s".repeat(1 << 19);
+    let one = [Pickled {
+        name: "w",
+        storage: &storage,
+        shape: &[1],
+        strides: &[1],
+    }];
+    let mut program = pickled(&one);
+    program.truncate(program.len() - 2);
+    program.extend(b"q\x07");
+    for idx in 0..30_000_u32 {
+        program.extend(b"X\x04\x00\x00\x00");
+        program.extend(format!("{idx:04x}").as_bytes().get(..4).unwrap());
+        program.extend(b"h\x07");
+    }
+    program.extend(b"u.");
+    let tensors = pickle::state_dict(&program).unwrap();
+    assert!(tensors.len() > 1000);
+}
+
+#[test]
+fn headers_that_lie_are_refused() {
+    let file = |length: u64, header: &str, data: usize| {
+        let bytes = [&length.to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
+        folder(&[("model.safetensors", &bytes)])
+    };
+    let of = |header: &str, data| file(header.len() as u64, header, data);
+    refused(
+        file(100_000_000, "{}", 10).path(),
+        "header would be of 100000000 bytes, over",
+    );
+    refused(file(u64::MAX, "{}", 10).path(), "header would be of");
+    refused(file(4 << 20, "{}", 10).path(), "truncated in its header");
+    let tensor = |name: &str, shape: &str, from: u64, to: u64| {
+        format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+    };
+    let overlapping = [tensor("a", "[2]", 0, 8), tensor("b", "[2]", 4, 12)].join(",");
+    refused(
+        of(&format!("{{{overlapping}}}"), 12).path(),
+        "not a safetensors file",
+    );
+    let huge = tensor("a", "[4294967296,4294967296,4294967296]", 0, 8);
+    refused(
+        of(&format!("{{{huge}}}"), 8).path(),
+        "not a safetensors file",
+    );
+    let beyond = tensor("a", "[2305843009213693951]", 0, 9_223_372_036_854_775_804);
+    refused(
+        of(&format!("{{{beyond}}}"), 8).path(),
+        "not a safetensors file",
+    );
+    // Nothing, in a shape whose strides no number holds.
+    let nothing = tensor("a", "[0,9223372036854775807,9223372036854775807]", 0, 0);
+    let nothing = of(&format!("{{{nothing}}}"), 0);
+    let checkpoint = Checkpoint::open(nothing.path()).unwrap();
+    let shape = [0, usize::MAX / 2, usize::MAX / 2];
+    assert_eq!(checkpoint.read("a", &shape).unwrap(), [0.0; 0]);
+}
+
+#[test]
+fn configurations_of_any_size_are_refused() {
+    let long = format!("{{\"a\": \"{}\"}}", "a".repeat(5 << 20));
+    let index = folder(&[("model.safetensors.index.json", long.as_bytes())]);
+    refused(index.path(), "over 4194304 bytes");
+    let config = folder(&[("config.json", long.as_bytes())]);
+    let error = super::super::config::Architecture::read(config.path()).unwrap_err();
+    assert!(error.to_string().contains("over 4194304 bytes"), "{error}");
+    let names: Vec<String> = (0..300)
+        .map(|idx| format!("\"{idx}\":\"{idx}.bin\""))
+        .collect();
+    let index = format!("{{\"weight_map\":{{{}}}}}", names.join(","));
+    let many = folder(&[("pytorch_model.bin.index.json", index.as_bytes())]);
+    refused(many.path(), "more than 256 files");
+    for outside in ["/etc/passwd", "..", "a/../../b", "..\\\\b", ""] {
+        let index = format!("{{\"weight_map\":{{\"a\":\"{outside}\"}}}}");
+        let outside = folder(&[("model.safetensors.index.json", index.as_bytes())]);
+        refused(outside.path(), "no file beside it");
+    }
+}

@@ -5,18 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{self, Tensor};
-use super::{Entry, span};
+use super::{Element, Entry, span};
 use crate::compile::error::CompileError;
 
-/// A state dict of a few hundred tensors takes some tens of kilobytes.
-const PICKLE_BYTES_MAX: u64 = 64 << 20;
+/// The state dict of imagegpt-large takes 120 KiB; what is made of a byte takes up
+/// to some hundreds.
+const PICKLE_BYTES_MAX: u64 = 1 << 20;
+/// All that is read to find the tensors: the archive's directory and the pickle. The
+/// directory of imagegpt-large takes 80 KiB.
+const READ_BYTES_MAX: u64 = 8 << 20;
+/// Tensors that share a storage, such as tied embeddings, make a checkpoint larger
+/// than its file. More than twice is no model's.
+const SHARED_MAX: u64 = 2;
 
 pub(super) fn entries(
     path: &Path,
@@ -37,7 +44,11 @@ pub(super) fn entries(
     if magic != *b"PK\x03\x04" {
         return Err(refuse("is not a file of torch.save".to_owned()));
     }
-    let mut archive = ZipArchive::new(file)
+    let file_bytes = file
+        .metadata()
+        .map_err(|error| CompileError::read(path, &error))?
+        .len();
+    let mut archive = ZipArchive::new(Bounded::new(file, file_bytes))
         .map_err(|error| refuse(format!("is truncated or not a zip archive: {error}")))?;
     let root = archive
         .file_names()
@@ -48,25 +59,41 @@ pub(super) fn entries(
     archive
         .by_name(&format!("{root}data.pkl"))
         .map_err(|error| refuse(format!("has no readable data.pkl: {error}")))?
-        .take(PICKLE_BYTES_MAX)
+        .take(PICKLE_BYTES_MAX + 1)
         .read_to_end(&mut program)
         .map_err(|error| CompileError::read(path, &error))?;
+    if program.len() as u64 > PICKLE_BYTES_MAX {
+        return Err(refuse(format!(
+            "has a data.pkl of over {PICKLE_BYTES_MAX} bytes, which no state dict takes"
+        )));
+    }
     let tensors = pickle::state_dict(&program)
         .map_err(|reason| refuse(format!("has a data.pkl that is refused: {reason}")))?;
     let mut entries = BTreeMap::new();
+    let mut bytes = 0_u64;
     for (name, tensor) in tensors {
-        let entry = place(&mut archive, &root, idx, &tensor)
+        let entry = place(&mut archive, &root, idx, &tensor, file_bytes)
             .map_err(|reason| refuse(format!("has a tensor {name} that {reason}")))?;
+        if !matches!(entry.element, Element::Other(_)) {
+            bytes = bytes.saturating_add(entry.bytes());
+        }
         entries.insert(name, entry);
+    }
+    if bytes > file_bytes.saturating_mul(SHARED_MAX) {
+        return Err(refuse(format!(
+            "has tensors of {bytes} bytes in a file of {file_bytes}: more of them share their \
+             storage than tied embeddings do"
+        )));
     }
     Ok(entries)
 }
 
 fn place(
-    archive: &mut ZipArchive<&File>,
+    archive: &mut ZipArchive<Bounded<'_>>,
     root: &str,
     idx: usize,
     tensor: &Tensor,
+    file_bytes: u64,
 ) -> Result<Entry, String> {
     let entry = archive
         .by_name(&format!("{root}data/{}", tensor.storage))
@@ -76,12 +103,25 @@ fn place(
     }
     let start = entry.data_start().ok_or("has no place in the archive")?;
     let n_elements = span(&tensor.shape, &tensor.strides) as u64;
+    // As after `expand`, by strides of zero: a few stored numbers that would become
+    // any number of them.
+    let of_shape = tensor.shape.iter().product::<usize>() as u64;
+    // What are no floats are no weights, and are never read.
+    if of_shape > n_elements && !matches!(tensor.element, Element::Other(_)) {
+        return Err(format!(
+            "is of the shape {:?} with the strides {:?}: {of_shape} elements over {n_elements} \
+             that are stored; save it contiguous",
+            tensor.shape, tensor.strides
+        ));
+    }
+    // What the archive says of a size need not be so.
+    let stored = entry.size().min(file_bytes.saturating_sub(start));
     let first = tensor.offset as u64;
     let bytes = tensor.element.bytes() as u64;
     let fits = first
         .checked_add(n_elements)
         .and_then(|end| end.checked_mul(bytes))
-        .is_some_and(|end| end <= entry.size());
+        .is_some_and(|end| end <= stored);
     if !fits {
         return Err("reaches beyond its storage".to_owned());
     }
@@ -92,4 +132,52 @@ fn place(
         shape: tensor.shape.clone(),
         strides: tensor.strides.clone(),
     })
+}
+
+/// A file of which only so much is read: an archive may claim any number of entries.
+struct Bounded<'f> {
+    file: &'f File,
+    bytes: u64,
+    position: u64,
+    left: u64,
+}
+
+impl<'f> Bounded<'f> {
+    fn new(file: &'f File, bytes: u64) -> Self {
+        Self {
+            file,
+            bytes,
+            position: 0,
+            left: READ_BYTES_MAX,
+        }
+    }
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            return Err(io::Error::other(format!(
+                "its directory has over {READ_BYTES_MAX} bytes, which no checkpoint takes"
+            )));
+        }
+        let n_bytes = buffer
+            .len()
+            .min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let n_bytes = self.file.read_at(&mut buffer[..n_bytes], self.position)?;
+        self.position += n_bytes as u64;
+        self.left -= n_bytes as u64;
+        Ok(n_bytes)
+    }
+}
+
+impl Seek for Bounded<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            SeekFrom::Start(to) => Some(to),
+            SeekFrom::End(by) => self.bytes.checked_add_signed(by),
+            SeekFrom::Current(by) => self.position.checked_add_signed(by),
+        };
+        self.position = to.ok_or_else(|| io::Error::other("it points to before its beginning"))?;
+        Ok(self.position)
+    }
 }

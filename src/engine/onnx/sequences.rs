@@ -33,6 +33,7 @@ use ort::value::{
 };
 
 use super::failure::{run_failed, runtime};
+use super::load::Loader;
 use super::placement;
 use super::whole::{GRAPH_ID, NO_GRAPH};
 use crate::attention::{BLOCK, SharedPrefix};
@@ -120,6 +121,7 @@ impl Place {
 impl SequenceEngine {
     pub(super) fn load(
         runtime_: &Runtime,
+        loader: &mut Loader,
         path: &Path,
         options: Options,
     ) -> Result<Self, EngineError> {
@@ -135,9 +137,7 @@ impl SequenceEngine {
             residence: Residence::Packed,
             ..runtime_.clone()
         };
-        let session = super::builder(&packed)?
-            .commit_from_file(path)
-            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let session = loader.session(&packed, path)?;
         let placement = placement::placement(&session).map_err(runtime)?;
         placement::check(&placement, runtime_.provider, true).map_err(refuse)?;
         let (n_layers, element, slot) = layout(&session, options.positions)

@@ -19,6 +19,7 @@ use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
 
 use super::answers::answers;
 use super::failure::{run_failed, runtime};
+use super::load::Loader;
 use super::placement;
 use crate::compile::Provider;
 use crate::engine::runtime::Runtime;
@@ -119,6 +120,7 @@ pub(super) struct Batch<'a> {
 impl WholeGraph {
     pub(super) fn open(
         runtime_: &Runtime,
+        loader: &mut Loader,
         graph: Graph,
         path: &Path,
         is_compiled: bool,
@@ -128,9 +130,7 @@ impl WholeGraph {
             file: file.clone(),
             reason,
         };
-        let session = super::builder(runtime_)?
-            .commit_from_file(path)
-            .map_err(|error| refuse(format!("not a graph that ONNX Runtime can load: {error}")))?;
+        let session = loader.session(runtime_, path)?;
         let placement = placement::placement(&session).map_err(runtime)?;
         placement::check(&placement, runtime_.provider, is_compiled).map_err(refuse)?;
         let inputs: Result<Vec<Input>, String> = session

@@ -4,6 +4,7 @@
 use super::*;
 use crate::compile::{CompileOptions, Provider, Silent, Source, Task};
 use crate::engine::onnx::{environment, find_library};
+use crate::model::GraphFiles;
 
 const POSITIONS: usize = 1024;
 const COLORS: usize = 512;
@@ -39,7 +40,10 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
         positions: POSITIONS,
         n_colors: COLORS,
     };
-    let mut engine = SequenceEngine::load(runtime, &path, options).expect("sequences");
+    let files = GraphFiles::of(&[path.clone(), folder.join("weights.bin")]);
+    let mut loader = Loader::new(files, std::iter::once(&path)).expect("files");
+    let engine = SequenceEngine::load(runtime, &mut loader, &path, options);
+    let mut engine = engine.expect("sequences");
     engine.warm_up().expect("a warm engine");
     engine
 }

@@ -5,6 +5,7 @@ use super::*;
 use crate::engine::onnx::{environment, find_library};
 use crate::engine::runtime::Residence;
 use crate::job::Want;
+use crate::model::GraphFiles;
 
 const POSITIONS: usize = 64;
 
@@ -18,7 +19,9 @@ fn graph(captures: bool) -> WholeGraph {
         ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
     };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro/model.onnx");
-    WholeGraph::open(&runtime, Graph::Hidden, &path, false).expect("a graph")
+    let files = GraphFiles::of(std::slice::from_ref(&path));
+    let mut loader = Loader::new(files, std::iter::empty()).expect("files");
+    WholeGraph::open(&runtime, &mut loader, Graph::Hidden, &path, false).expect("a graph")
 }
 
 fn image(seed: u16) -> Vec<u16> {
