@@ -91,7 +91,7 @@ pub struct AccessConfig {
 pub struct ConnectionsConfig {
     /// Open gRPC connections; one more is closed at once, so that its client
     /// goes elsewhere instead of waiting. A client needs one, and each may
-    /// hold 4 MiB that no call has taken yet. Lowered to what the limit on
+    /// hold 4 MiB that no call has taken yet, and 256 KiB of answers. Lowered to what the limit on
     /// open files allows (ulimit -n)
     #[arg(
         long,
@@ -139,7 +139,8 @@ pub struct ConnectionsConfig {
     /// Time for the whole of one request to arrive; then the call is
     /// DEADLINE_EXCEEDED. A request holds its share of --bytes-in-flight-max
     /// while it arrives. The default is enough for the largest request (64
-    /// MiB) at 9 Mbit/s. EmbedStream, which may stay open, is exempt
+    /// MiB) at 9 Mbit/s. A stream may stay open; each of its messages has as
+    /// long, from when there is room for it
     #[arg(
         long,
         env = "IMAGEGPT_REQUEST_TIMEOUT",
@@ -148,6 +149,21 @@ pub struct ConnectionsConfig {
         value_parser = humantime::parse_duration
     )]
     pub request_timeout: Duration,
+
+    /// Time for an answer to be taken: for each 64 KiB of it, and for each 8 MiB
+    /// of it in all. Then its stream is reset, and its share of
+    /// --bytes-in-flight-max is free. The default is enough at 1.1 Mbit/s, and
+    /// at 1 kbit/s for an answer of a few KiB. Raise it for clients that pause
+    /// before they read on; lower it where they are near. EmbedStream and
+    /// ModelStreamInfer have --stream-idle-timeout besides
+    #[arg(
+        long,
+        env = "IMAGEGPT_ANSWER_TIMEOUT",
+        default_value = "60s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub answer_timeout: Duration,
 }
 
 impl AccessConfig {
@@ -210,6 +226,7 @@ impl ConnectionsConfig {
         let times = [
             ("--max-connection-age", self.max_connection_age),
             ("--request-timeout", Some(self.request_timeout)),
+            ("--answer-timeout", Some(self.answer_timeout)),
         ];
         for (flag, time) in times {
             let Some(time) = time else { continue };
