@@ -118,7 +118,7 @@ pub async fn serve(
         request_bytes_max: service.limits.request_bytes_max.as_u64(),
         request_timeout: connections.request_timeout,
         bytes: service.admission.bytes(),
-        readiness: service.readiness.clone(),
+        readiness: Arc::new(service.readiness.clone()),
         calls: options.calls,
     };
     let patience = leaving::Patience {
@@ -145,7 +145,7 @@ pub async fn serve(
         keepalive_timeout: options.keepalive_timeout,
         streams_max: connections.streams_per_connection_max,
         header_bytes_max: u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX),
-        patience,
+        patience: Arc::new(patience),
     };
     // The outermost first: calls that are refused are counted, too.
     let layers = (

@@ -150,9 +150,9 @@ pub struct ConnectionsConfig {
     )]
     pub request_timeout: Duration,
 
-    /// Time for an answer to be taken: for each 64 KiB of it, and for each 8 MiB
-    /// of it in all. Then its stream is reset, and its share of
-    /// --bytes-in-flight-max is free. The default is enough at 1.1 Mbit/s, and
+    /// Time for an answer to be taken: for each 64 KiB of it, and in all for each
+    /// 2 MiB of it or part of that. Then its stream is reset, and its share of
+    /// --bytes-in-flight-max is free. The default is enough at 0.3 Mbit/s, and
     /// at 1 kbit/s for an answer of a few KiB. Raise it for clients that pause
     /// before they read on; lower it where they are near. EmbedStream and
     /// ModelStreamInfer have --stream-idle-timeout besides

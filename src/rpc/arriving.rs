@@ -134,7 +134,7 @@ pub(super) struct Arrival {
     pub(super) timeout: Duration,
     /// Once the worker drains, a request that is still arriving is refused like
     /// one that comes then.
-    pub(super) readiness: Option<Readiness>,
+    pub(super) readiness: Option<Arc<Readiness>>,
     pub(super) arrived: Arrived,
 }
 
@@ -580,7 +580,7 @@ impl Arriving {
         let (max, since) = (self.arrival.timeout, self.since);
         let readiness = &self.arrival.readiness;
         let end = self.end.get_or_insert_with(|| {
-            let readiness = readiness.clone();
+            let readiness = readiness.as_deref().cloned();
             Box::pin(async move {
                 let drained = async {
                     match readiness {

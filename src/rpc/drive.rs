@@ -47,7 +47,7 @@ pub(super) struct Driver {
     pub(super) keepalive_timeout: Duration,
     pub(super) streams_max: u32,
     pub(super) header_bytes_max: u32,
-    pub(super) patience: Patience,
+    pub(super) patience: Arc<Patience>,
 }
 
 impl Driver {
@@ -69,7 +69,7 @@ impl Driver {
         });
         let loose = Arc::default();
         let calls = CallTasks {
-            patience: self.patience.clone(),
+            patience: Arc::clone(&self.patience),
             loose: Arc::clone(&loose),
         };
         let builder = self.builder(calls);
@@ -95,7 +95,7 @@ impl Driver {
             }
         };
         // For a call over HTTP/1.1, which has no task of its own.
-        self.patience.clone().watch(loose, driven).await;
+        self.patience.watch(loose, driven).await;
     }
 
     fn builder(&self, calls: CallTasks) -> Builder<CallTasks> {
@@ -123,7 +123,7 @@ impl Driver {
 /// Runs each call of a connection in a task that is watched.
 #[derive(Debug, Clone)]
 struct CallTasks {
-    patience: Patience,
+    patience: Arc<Patience>,
     /// What the connection has of answers that nobody waits for.
     loose: Arc<AtomicUsize>,
 }
@@ -134,6 +134,6 @@ where
 {
     fn execute(&self, call: F) {
         let loose = Arc::clone(&self.loose);
-        tokio::spawn(self.patience.clone().watch(loose, call));
+        tokio::spawn(Arc::clone(&self.patience).watch(loose, call));
     }
 }

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
-use http_body::{Body as _, Frame, SizeHint};
+use http_body::{Frame, SizeHint};
 use tonic::Status;
 use tonic::body::Body;
 
@@ -40,8 +40,9 @@ const PIECE_BYTES: usize = 64 << 10;
 /// worker knows: some dozens of vectors, little beside the connection's window
 /// of 4 MiB.
 const LOOSE_BYTES_MAX: usize = 256 << 10;
-/// An answer has the limit once for each of these: at 60 s, 1.1 Mbit/s.
-const TIMED_BYTES: usize = 8 << 20;
+/// An answer has the limit once for each of these, so that one that is taken drop
+/// by drop ends too: at 60 s, 0.3 Mbit/s.
+const TIMED_BYTES: usize = 2 << 20;
 
 tokio::task_local! {
     static TAKING: Taking;
@@ -64,7 +65,7 @@ impl Patience {
     /// Runs one call, or one connection of HTTP/1.1, until its end or until its
     /// client has not taken its answer for too long.
     pub(super) async fn watch<F: Future>(
-        self,
+        self: Arc<Self>,
         loose: Arc<AtomicUsize>,
         future: F,
     ) -> Option<F::Output> {
@@ -81,7 +82,7 @@ impl Patience {
                     return Poll::Pending;
                 };
                 if end.as_ref().is_none_or(|(seq, _)| *seq != wait.seq) {
-                    end = Some((wait.seq, Box::pin(self.clone().over(wait))));
+                    end = Some((wait.seq, Box::pin(Arc::clone(&self).over(wait))));
                 }
                 if let Some((_, end)) = &mut end {
                     ready!(end.as_mut().poll(cx));
@@ -99,7 +100,7 @@ impl Patience {
     }
 
     /// Resolves when a piece has waited for too long.
-    async fn over(mut self, wait: Wait) {
+    async fn over(self: Arc<Self>, wait: Wait) {
         let timeout = if wait.is_stream {
             self.stream_timeout
         } else {
@@ -113,7 +114,7 @@ impl Patience {
                 // Its session gives it up.
                 std::future::pending::<()>().await;
             }
-            self.readiness.drained().await;
+            self.readiness.clone().drained().await;
             tokio::time::sleep(self.drain_patience).await;
         };
         tokio::select! {

@@ -54,7 +54,7 @@ pub(super) struct Observe {
     pub(super) request_timeout: Duration,
     /// Where bytes that are arriving are counted.
     pub(super) bytes: Pool,
-    pub(super) readiness: Readiness,
+    pub(super) readiness: Arc<Readiness>,
     pub(super) calls: Calls,
 }
 
@@ -72,7 +72,7 @@ impl Observe {
             is_stream,
             timeout: self.request_timeout,
             // A stream sees the drain by itself, and ends with its answers.
-            readiness: (!is_stream).then(|| self.readiness.clone()),
+            readiness: (!is_stream).then(|| Arc::clone(&self.readiness)),
             arrived: arrived.clone(),
         };
         request.extensions_mut().insert(arrived);
