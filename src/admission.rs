@@ -44,8 +44,7 @@ pub struct Call {
     /// Each image with what is wanted of it.
     pub images: Vec<(Picture, Work)>,
     pub class: Class,
-    /// What the call holds in memory until it is answered.
-    pub bytes: usize,
+    pub bytes: Bytes,
     pub deadline: Option<Instant>,
     /// Where the call's log lines belong.
     pub span: tracing::Span,
@@ -57,11 +56,33 @@ pub struct Item {
     pub picture: Picture,
     pub work: Work,
     pub class: Class,
-    /// What the item holds in memory until its answer has been taken.
-    pub bytes: usize,
+    pub bytes: Bytes,
     pub deadline: Option<Instant>,
     /// Where the stream's log lines belong.
     pub span: tracing::Span,
+}
+
+/// What a call or an item holds in memory.
+#[derive(Debug, Default)]
+pub struct Bytes {
+    /// Its pictures, until the last of them is answered.
+    pub request: usize,
+    /// What was taken for them while they arrived; more than they need or less.
+    pub arrived: Share,
+    /// Its answer, until that has been taken.
+    pub answer: usize,
+}
+
+impl Bytes {
+    fn all(&self) -> usize {
+        self.request + self.answer
+    }
+
+    /// What has to be taken besides what has arrived.
+    fn missing(&self) -> usize {
+        let n_arrived = self.arrived.size();
+        (self.request.max(n_arrived) + self.answer) - n_arrived
+    }
 }
 
 type Outcome = Result<Answer, Error>;
@@ -72,7 +93,8 @@ type Outcome = Result<Answer, Error>;
 pub struct Pending {
     /// In the call's order.
     outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
-    /// Keeps the answer's bytes accounted for until the caller has taken it.
+    /// Keeps the answer's bytes accounted for until the caller has taken it; the
+    /// pictures' are free once the last is answered.
     pub bytes: Arc<Share>,
     door: Arc<Door>,
 }
@@ -183,7 +205,7 @@ impl Admission {
     /// As [`Admission::submit`].
     pub fn submit_with(&self, call: Call, spare: usize) -> Result<(Pending, Share), Error> {
         let n_images = call.images.len();
-        let n_bytes = call.bytes + spare;
+        let n_bytes = call.bytes.all() + spare;
         for (pool, n, what, flag) in [
             (&self.images, n_images, "images", "--images-in-flight-max"),
             (&self.bytes, n_bytes, "bytes", "--bytes-in-flight-max"),
@@ -194,12 +216,15 @@ impl Admission {
             .images
             .try_take(call.class, n_images)
             .ok_or_else(|| self.full("images", "--images-in-flight-max"))?;
+        let missing = call.bytes.missing() + spare;
         let mut bytes = self
             .bytes
-            .try_take(call.class, n_bytes)
+            .try_take(call.class, missing)
             .ok_or_else(|| self.full("bytes", "--bytes-in-flight-max"))?;
         let spare = bytes.split(spare);
-        let bytes = Arc::new(bytes);
+        let answer = Arc::new(bytes.split(call.bytes.answer));
+        bytes.merge(call.bytes.arrived);
+        let request = Arc::new(bytes);
         let now = Instant::now();
         let mut outcomes = Vec::with_capacity(n_images);
         for (picture, work) in call.images {
@@ -214,7 +239,7 @@ impl Admission {
                 permit: Permit {
                     // One was taken for each picture.
                     image: images.split_one().unwrap_or_default(),
-                    bytes: Arc::clone(&bytes),
+                    bytes: Arc::clone(&request),
                 },
             };
             self.enter(Job {
@@ -225,7 +250,7 @@ impl Admission {
         }
         let pending = Pending {
             outcomes: outcomes.into_iter(),
-            bytes,
+            bytes: answer,
             door: Arc::clone(&self.door),
         };
         Ok((pending, spare))
@@ -239,12 +264,22 @@ impl Admission {
     pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
         // Whoever waits has only what bulk work has too.
-        fits(&self.bytes, Class::Bulk, item.bytes, what, flag)?;
+        fits(&self.bytes, Class::Bulk, item.bytes.all(), what, flag)?;
         // Always in this order, and whoever holds both is in the line and
         // ends: so nobody waits for somebody who waits. Bytes first: they come
         // back when readers take their answers, which may be never, and an
-        // image's place held meanwhile would be idle.
-        let bytes = Arc::new(self.bytes.take(item.class, item.bytes).await);
+        // image's place held meanwhile would be idle. A message was read only
+        // once there was room for all that its item holds, so an item that came
+        // with its share does not wait for bytes here.
+        let item_bytes = item.bytes;
+        let n_arrived = item_bytes.arrived.size();
+        let mut bytes = item_bytes.arrived;
+        if n_arrived < item_bytes.request + item_bytes.answer {
+            let missing = item_bytes.request + item_bytes.answer - n_arrived;
+            bytes.merge(self.bytes.take(item.class, missing).await);
+        }
+        let answer = Arc::new(bytes.split(item_bytes.answer));
+        let request = Arc::new(bytes);
         let image = self.images.take(item.class, 1).await;
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
@@ -255,7 +290,7 @@ impl Admission {
             reply,
             permit: Permit {
                 image,
-                bytes: Arc::clone(&bytes),
+                bytes: request,
             },
         };
         self.enter(Job {
@@ -265,7 +300,7 @@ impl Admission {
         });
         Ok(Pending {
             outcomes: vec![outcome].into_iter(),
-            bytes,
+            bytes: answer,
             door: Arc::clone(&self.door),
         })
     }
@@ -413,7 +448,10 @@ mod tests {
         Call {
             images: (0..n_images).map(|_| (picture(), Work::Tokenize)).collect(),
             class: Class::Interactive,
-            bytes,
+            bytes: Bytes {
+                answer: bytes,
+                ..Default::default()
+            },
             deadline: None,
             span: tracing::Span::none(),
         }
@@ -424,7 +462,10 @@ mod tests {
             picture: picture(),
             work: Work::Tokenize,
             class: Class::Bulk,
-            bytes,
+            bytes: Bytes {
+                answer: bytes,
+                ..Default::default()
+            },
             deadline: None,
             span: tracing::Span::none(),
         }

@@ -227,7 +227,9 @@ pub struct NetworkConfig {
     pub shutdown_delay: Duration,
 
     /// After --shutdown-delay, time to finish what was admitted; then the worker
-    /// ends hard, with exit code 1. Keep the sum of both under Kubernetes'
+    /// ends hard, with exit code 1. Requests that are still arriving are refused
+    /// at once, and answers that are not taken for 5s (or half of this time) are
+    /// given up; neither makes the end a hard one. Keep the sum of both under Kubernetes'
     /// terminationGracePeriodSeconds
     #[arg(
         long,
@@ -870,6 +872,7 @@ mod tests {
             "--max-connection-age is 10ms; it must be 1s to 1day",
         );
         check(&["--request-timeout", "0s"], "--request-timeout is 0s");
+        check(&["--answer-timeout", "0s"], "--answer-timeout is 0s");
         check(&["--connections-max", "0"], "1..=1000000");
         check(
             &["--shutdown-grace-period", "584000000000years"],

@@ -43,6 +43,7 @@ const BATCH_SIZE_MAX: &str = "imagegpt_batch_size_max";
 const ENGINE_FALLBACK: &str = "imagegpt_engine_fallback";
 const BATCH_PADDING: &str = "imagegpt_batch_padding_images_total";
 const COALESCED: &str = "imagegpt_images_coalesced_total";
+const ANSWERS_NOT_TAKEN: &str = "imagegpt_answers_not_taken_total";
 const CACHE_LOOKUPS: &str = "imagegpt_cache_lookups_total";
 const CACHE_BYTES: &str = "imagegpt_cache_bytes";
 const STREAMS: &str = "imagegpt_streams";
@@ -198,6 +199,7 @@ struct Handles {
     batch_size_smallest: AtomicUsize,
     batch_padding: Counter,
     coalesced: Counter,
+    answers_not_taken: Counter,
     cache_lookups: BTreeMap<bool, Counter>,
     cache_bytes: Gauge,
     drain_rate: Gauge,
@@ -273,6 +275,10 @@ impl Registry<'_> {
             (
                 COALESCED,
                 "Images that shared another one's run because they were the same.",
+            ),
+            (
+                ANSWERS_NOT_TAKEN,
+                "Answers that were given up because their client did not take them.",
             ),
             (CACHE_LOOKUPS, "Images looked for in the cache, by result."),
             (ENGINE_FAULTS, "Runs of the model that failed, by kind."),
@@ -445,6 +451,7 @@ impl Metrics {
             batch_size_smallest: AtomicUsize::new(usize::MAX),
             batch_padding: registry.counter(BATCH_PADDING, &[]),
             coalesced: registry.counter(COALESCED, &[]),
+            answers_not_taken: registry.counter(ANSWERS_NOT_TAKEN, &[]),
             cache_lookups: [(true, "hit"), (false, "miss")]
                 .map(|(hit, label)| (hit, registry.counter(CACHE_LOOKUPS, &[("result", label)])))
                 .into(),
@@ -587,6 +594,11 @@ impl Metrics {
         if let Some(histogram) = self.0.queue_duration.get(&class) {
             histogram.record(waited);
         }
+    }
+
+    /// An answer was given up because its client did not take it.
+    pub fn answer_not_taken(&self) {
+        self.0.answers_not_taken.increment(1);
     }
 
     /// An image shares another one's run.

@@ -3,14 +3,17 @@
 //! A handler decodes, submits to admission, awaits the outcomes and encodes.
 
 mod access;
+mod arriving;
 mod auth;
 pub mod client;
 pub(crate) mod codec;
 mod convert;
 mod deadline;
+mod drive;
 mod embedding;
 mod generate;
 mod health;
+mod leaving;
 mod listen;
 pub mod load;
 mod observe;
@@ -31,21 +34,21 @@ pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
-use tokio_stream::StreamExt as _;
 use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status};
+use tower::Layer as _;
 
+use self::arriving::Arrived;
 use self::embedding::Embedding;
 use self::observe::{Deadline, Held};
 use self::tally::Tally;
-use crate::admission::{Admission, Call, Pending};
+use crate::admission::{Admission, Bytes, Call, Pending, Share};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
@@ -61,14 +64,6 @@ use crate::preprocess::PreprocessOptions;
 use crate::preprocess::pool::Picture;
 use crate::readiness::{Readiness, Unready};
 
-/// Bytes that a client may send before it must wait for us: one stream may
-/// hold a large image without a round trip for every 64 KiB.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-/// Calls on one connection that may be cancelled before a handler took them;
-/// past it the connection is closed as an attack. The library's own limit of
-/// 20 would cut off a client that gives up on a burst of calls.
-const PENDING_RESETS_MAX: usize = 1024;
 /// A question of reflection is a name.
 const REFLECTION_BYTES_MAX: usize = 16 << 10;
 
@@ -124,7 +119,16 @@ pub async fn serve(
         request_bytes_max: service.limits.request_bytes_max.as_u64(),
         request_timeout: connections.request_timeout,
         bytes: service.admission.bytes(),
+        readiness: Arc::new(service.readiness.clone()),
         calls: options.calls,
+    };
+    let patience = leaving::Patience {
+        answer_timeout: connections.answer_timeout,
+        // What a session says of its end has time to be taken.
+        stream_timeout: service.limits.stream_idle_timeout + connections.answer_timeout,
+        drain_patience: stream::DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2),
+        readiness: service.readiness.clone(),
+        metrics: metrics.clone(),
     };
     let routes = routes(service, options.reflection)?;
     let (guards, followers) = access.follow(&metrics);
@@ -137,44 +141,27 @@ pub async fn serve(
         max_connection_age: connections.max_connection_age,
         metrics,
     };
-    let header_bytes_max = u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX);
-    // Each connection has a server of its own, since tonic's has one age for
-    // all and would send them away together. Making one is a few copies of
-    // handles.
+    let driver = drive::Driver {
+        http1: web.calls.is_some(),
+        keepalive_interval: options.keepalive_interval,
+        keepalive_timeout: options.keepalive_timeout,
+        streams_max: connections.streams_per_connection_max,
+        header_bytes_max: u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX),
+        patience: Arc::new(patience),
+    };
+    // The outermost first: calls that are refused are counted, too.
+    let layers = (
+        tower::util::option_layer(web.cors),
+        tower::util::option_layer(web.calls),
+        observe,
+        auth,
+    );
     let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
-        let mut server = tonic::transport::Server::builder()
-            .accept_http1(web.calls.is_some())
-            .http2_keepalive_interval(Some(options.keepalive_interval))
-            .http2_keepalive_timeout(Some(options.keepalive_timeout))
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_concurrent_streams(connections.streams_per_connection_max)
-            .http2_max_header_list_size(header_bytes_max)
-            .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS_MAX));
-        // Without tonic's grace period, which sends no GOAWAY but cuts.
-        if let Some(age) = connection.peer.age {
-            server = server.max_connection_age(age);
-        }
-        // The outermost first: calls that are refused are counted, too.
-        let router = server
-            .layer(tower::util::option_layer(web.cors.clone()))
-            .layer(tower::util::option_layer(web.calls.clone()))
-            .layer(observe.clone())
-            .layer(auth.clone())
-            .layer(usage::Usage(connection.guest()))
-            .add_routes(routes.clone());
-        let incoming = tokio_stream::once(Ok::<_, Infallible>(connection))
-            // Its end would be the farewell.
-            .chain(tokio_stream::pending());
-        async move {
-            let farewell = farewell.wait();
-            if let Err(error) = router
-                .serve_with_incoming_shutdown(incoming, farewell)
-                .await
-            {
-                tracing::debug!(%error, "a connection could not be served");
-            }
-        }
+        // Calls are counted by their connection behind the layer of tokens, so
+        // that calls that are refused there count for nothing.
+        let counted = usage::Usage(connection.guest()).layer(routes.clone());
+        let calls = layers.layer(counted);
+        driver.clone().serve(connection, farewell, calls)
     };
     listen::run(listener, door, serve, stop).await;
     drop(followers);
@@ -189,12 +176,13 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
     let imagegpt = ImageGptServiceServer::from_arc(Arc::clone(&service))
         .max_decoding_message_size(request_bytes_max)
         // Taken but not given: vectors hardly shrink, and most clients accept
-        // gzip without wanting to wait for it.
-        .accept_compressed(CompressionEncoding::Gzip);
+        // gzip without wanting to wait for it. Messages are inflated before they
+        // come here; this is for the refusal of other encodings.
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
     let inference = GrpcInferenceServiceServer::new(Oip(service))
         .max_decoding_message_size(request_bytes_max)
         .accept_compressed(CompressionEncoding::Gzip)
-        // Triton's clients know both.
         .accept_compressed(CompressionEncoding::Deflate);
     let mut routes = Routes::new(imagegpt)
         .add_service(inference)
@@ -260,9 +248,16 @@ impl Service {
         };
         self.check_size(images.len(), std::slice::from_ref(&ask))?;
         let pictures = convert::pictures(images, preprocess);
-        self.submit(pictures, &[ask], class, deadline)?
-            .outcomes()
-            .await
+        let arrived = extensions.get::<Arrived>().map(Arrived::take);
+        self.submit(
+            pictures,
+            &[ask],
+            class,
+            deadline,
+            arrived.unwrap_or_default(),
+        )?
+        .outcomes()
+        .await
     }
 
     /// Whether a call may have so many images with so large an answer.
@@ -300,9 +295,10 @@ impl Service {
         asks: &[Ask],
         class: Class,
         deadline: Option<Instant>,
+        arrived: Share,
     ) -> Result<Submitted, Error> {
         let n_outcomes = pictures.len() * asks.len();
-        let bytes = call_bytes(&pictures, asks);
+        let bytes = call_bytes(&pictures, asks, arrived);
         let mut known = Vec::with_capacity(n_outcomes);
         let mut admitted = Vec::with_capacity(n_outcomes);
         for picture in pictures {
@@ -566,13 +562,17 @@ struct Ask {
 }
 
 /// What a call holds while it is in the worker.
-fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask]) -> usize {
+fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask], arrived: Share) -> Bytes {
     let answers: usize = asks
         .iter()
         .map(|ask| convert::answer_bytes(ask.n_values, ask.dtype))
         .sum();
     let pictures_bytes: usize = pictures.iter().flatten().map(convert::picture_bytes).sum();
-    answers * pictures.len() + pictures_bytes * asks.len()
+    Bytes {
+        request: pictures_bytes * asks.len(),
+        arrived,
+        answer: answers * pictures.len(),
+    }
 }
 
 /// A call in the worker. Dropped before its end, it leaves the line.

@@ -201,7 +201,9 @@ impl Stages {
 /// How a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// Every call in progress was answered and its answer taken.
+    /// Every call in progress was answered, and its answer taken, unless its
+    /// client took nothing of it for as long as the drain waits for readers:
+    /// nothing that the worker could have done is lost.
     Clean,
     /// The grace period ran out first.
     Hard {

@@ -122,6 +122,13 @@ impl Share {
         Some(one)
     }
 
+    /// How much it is.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let permits = OwnedSemaphorePermit::num_permits;
+        self.shared.as_ref().map_or(0, permits) + self.reserved.as_ref().map_or(0, permits)
+    }
+
     /// `n` of it as a share of their own, or as many as there are.
     #[must_use]
     pub fn split(&mut self, n: usize) -> Self {

@@ -93,8 +93,8 @@ pub struct ConnectionsConfig {
     /// told to go away, the least recently used first, and is cut after a
     /// second; where all have calls, or had one within a second, the new one is
     /// closed at once, so that its client goes elsewhere instead of waiting. A
-    /// client needs one, and each may hold 4 MiB that no call has taken yet.
-    /// Lowered to what the limit on open files allows (ulimit -n)
+    /// client needs one, and each may hold 4 MiB that no call has taken yet,
+    /// and 256 KiB of answers. Lowered to what the limit on open files allows (ulimit -n)
     #[arg(
         long,
         env = "IMAGEGPT_CONNECTIONS_MAX",
@@ -157,7 +157,8 @@ pub struct ConnectionsConfig {
     /// Time for the whole of one request to arrive; then the call is
     /// DEADLINE_EXCEEDED. A request holds its share of --bytes-in-flight-max
     /// while it arrives. The default is enough for the largest request (64
-    /// MiB) at 9 Mbit/s. EmbedStream, which may stay open, is exempt
+    /// MiB) at 9 Mbit/s. A stream may stay open; each of its messages has as
+    /// long, from when there is room for it
     #[arg(
         long,
         env = "IMAGEGPT_REQUEST_TIMEOUT",
@@ -166,6 +167,21 @@ pub struct ConnectionsConfig {
         value_parser = humantime::parse_duration
     )]
     pub request_timeout: Duration,
+
+    /// Time for an answer to be taken: for each 64 KiB of it, and in all for each
+    /// 2 MiB of it or part of that. Then its stream is reset, and its share of
+    /// --bytes-in-flight-max is free. The default is enough at 0.3 Mbit/s, and
+    /// at 1 kbit/s for an answer of a few KiB. Raise it for clients that pause
+    /// before they read on; lower it where they are near. EmbedStream and
+    /// ModelStreamInfer have --stream-idle-timeout besides
+    #[arg(
+        long,
+        env = "IMAGEGPT_ANSWER_TIMEOUT",
+        default_value = "60s",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub answer_timeout: Duration,
 }
 
 impl AccessConfig {
@@ -236,6 +252,7 @@ impl ConnectionsConfig {
         let times = [
             ("--max-connection-age", self.max_connection_age),
             ("--request-timeout", Some(self.request_timeout)),
+            ("--answer-timeout", Some(self.answer_timeout)),
         ];
         for (flag, time) in times {
             let Some(time) = time else { continue };

@@ -7,7 +7,7 @@
 
 use std::marker::PhantomData;
 
-use tonic::codec::{Codec, DecodeBuf, Decoder};
+use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder};
 use tonic::{Code, Status};
 use tonic_prost::ProstEncoder;
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -28,6 +28,108 @@ const TENSORS_MAX: usize = 64;
 /// Numbers of a tensor that are not in raw form, as they are on the wire. A byte
 /// there may be eight in memory; 2 Mi tokens and more fit.
 const NUMBERS_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes in memory of a token or number that was one byte on the wire, and of an
+/// image or element, which was two: vectors double as they grow.
+const TOKEN_GROWTH: usize = 2 * size_of::<u32>();
+const NUMBER_GROWTH: usize = 2 * size_of::<u64>();
+const IMAGE_GROWTH: usize = 2 * size_of::<pb::Image>();
+const ELEMENT_GROWTH: usize = 2 * size_of::<bytes::Bytes>();
+
+/// What a message becomes as values, in bytes beside its own: what has a length
+/// on the wire and is not numbers stays where it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Growth {
+    /// Of this message.
+    pub(crate) of: fn(&[u8]) -> usize,
+    /// Of any message of so many bytes that is not refused.
+    pub(crate) most: fn(usize) -> usize,
+}
+
+impl Growth {
+    /// By the method that gets the message.
+    pub(crate) fn of_method(method: &str) -> Self {
+        match method {
+            "Embed" | "Classify" | "Score" | "Tokenize" => Self {
+                of: |message| {
+                    sum(message, |number, content| match number {
+                        IMAGES => IMAGE_GROWTH + image_growth(content),
+                        _ => 0,
+                    })
+                },
+                most: |n_bytes| n_bytes * IMAGE_GROWTH,
+            },
+            "EmbedStream" => Self {
+                of: |message| {
+                    sum(message, |number, item| match number {
+                        STREAM_ITEM => sum(item, |number, content| match number {
+                            ITEM_IMAGE => image_growth(content),
+                            _ => 0,
+                        }),
+                        _ => 0,
+                    })
+                },
+                most: |n_bytes| n_bytes.min(TOKENS_BYTES_MAX) * TOKEN_GROWTH,
+            },
+            "Generate" => Self {
+                of: |message| {
+                    sum(message, |number, content| match number {
+                        PREFIX => content.len() * TOKEN_GROWTH,
+                        PRIMER_IMAGE => sum(content, |number, content| match number {
+                            IMAGE_OF_PRIMER => image_growth(content),
+                            _ => 0,
+                        }),
+                        _ => 0,
+                    })
+                },
+                most: |n_bytes| n_bytes.min(TOKENS_BYTES_MAX) * TOKEN_GROWTH,
+            },
+            "ModelInfer" | "ModelStreamInfer" => Self {
+                of: infer_growth,
+                most: |n_bytes| {
+                    n_bytes.min(NUMBERS_BYTES_MAX) * NUMBER_GROWTH
+                        + (n_bytes / 2).min(IMAGES_MAX) * ELEMENT_GROWTH
+                },
+            },
+            // Names.
+            _ => Self {
+                of: |_| 0,
+                most: |_| 0,
+            },
+        }
+    }
+}
+
+/// Adds up what fields with a length become; what is broken is refused later.
+fn sum(message: &[u8], growth: impl Fn(u64, &[u8]) -> usize) -> usize {
+    Fields(message)
+        .map_while(Result::ok)
+        .map(|(number, content, _)| growth(number, content))
+        .sum()
+}
+
+fn image_growth(image: &[u8]) -> usize {
+    sum(image, |number, content| match number {
+        TOKENS => content.len() * TOKEN_GROWTH,
+        _ => 0,
+    })
+}
+
+fn infer_growth(message: &[u8]) -> usize {
+    sum(message, |number, tensor| match number {
+        INFER_INPUT => sum(tensor, |number, contents| match number {
+            TENSOR_CONTENTS => Fields(contents)
+                .map_while(Result::ok)
+                .map(|(number, numbers, size)| match number {
+                    BYTES_CONTENTS => ELEMENT_GROWTH,
+                    _ => numbers.len().max(size / 2) * NUMBER_GROWTH,
+                })
+                .sum(),
+            _ => 0,
+        }),
+        _ => 0,
+    })
+}
 
 /// A message that may be looked at before it is decoded.
 pub(crate) trait Scan {
@@ -393,9 +495,17 @@ impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
             .map(Some)
             .map_err(|error| malformed(&format!("request: {error}")))
     }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        // An empty buffer takes a message over as it is, where any other would
+        // copy it. Nothing is inflated with these settings: a worker does so
+        // before, and a client asks for no compression.
+        BufferSettings::new(0, 0)
+    }
 }
 
-fn malformed(reason: &str) -> Status {
+/// The refusal of a request that is not what its method takes.
+pub(super) fn malformed(reason: &str) -> Status {
     let details = ErrorDetails::with_error_info("REQUEST_MALFORMED", super::status::DOMAIN, []);
     Status::with_error_details(Code::InvalidArgument, reason, details)
 }

@@ -17,10 +17,11 @@ use tokio_stream::Stream;
 use tonic::{Code, Request, Status};
 use tracing::Instrument as _;
 
+use super::arriving::Arrived;
 use super::observe::{Course, Deadline, Ending, InProgress};
 use super::tally::Tally;
 use super::{Service, convert, deadline, status};
-use crate::admission::{Call, Pending, Share};
+use crate::admission::{Bytes, Call, Pending, Share};
 use crate::error::{Error, Stage};
 use crate::generation::sample::TEMPERATURE_MAX;
 use crate::generation::{Generate, Keep, Row, Sampling};
@@ -80,10 +81,15 @@ pub(super) fn open(
         .collect();
     let mut tally = Tally::new(service.metrics.clone(), deadline);
     tally.expect(n_samples);
+    let arrived = extensions.get::<Arrived>().map(Arrived::take);
     let call = Call {
         images,
         class,
-        bytes,
+        bytes: Bytes {
+            request: convert::picture_bytes(&plan.picture),
+            arrived: arrived.unwrap_or_default(),
+            answer: bytes,
+        },
         deadline,
         span: tracing::Span::current(),
     };
@@ -167,7 +173,7 @@ impl Plan {
         })
     }
 
-    /// What the call holds until its answer has been taken: the primer, and for
+    /// What the call holds until its answer has been taken, beside the primer: for
     /// each sample its tokens in the worker, in rows and in the result, and its
     /// numbers; and what the picture of each sample takes at worst.
     fn bytes(&self, service: &Service) -> Result<(usize, usize), Error> {
@@ -183,8 +189,7 @@ impl Plan {
             });
         }
         let numbers = positions * (size_of::<u16>() * 3 + size_of::<u32>() * 2 + size_of::<f32>());
-        let held = convert::picture_bytes(&self.picture) + n_samples * numbers;
-        Ok((held, png))
+        Ok((n_samples * numbers, png))
     }
 
     fn started(&self, model: &Model) -> pb::GenerateStarted {

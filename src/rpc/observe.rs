@@ -1,6 +1,7 @@
 //! Sees every call from outside its handler: request id, span, duration, code
-//! and deadline, for calls that never reach a handler too; and counts what a
-//! call holds while it arrives and while its answer leaves.
+//! and deadline, for calls that never reach a handler too; and puts a request's
+//! body on its way in through [`super::arriving`], an answer's on its way out
+//! through [`super::leaving`].
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,24 +10,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
-use http_body::{Frame, SizeHint};
 use tokio::sync::watch;
-use tokio::time::Sleep;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
+use super::arriving::{self, Arrival, Arrived, Compression};
+use super::codec::Growth;
+use super::leaving::{self, Leaving};
 use super::{deadline, status};
 use crate::admission::{Pool, Share};
 use crate::error::{Error, Stage};
 use crate::job::Class;
 use crate::metrics::{METHODS, Metrics};
+use crate::readiness::Readiness;
 
-/// When a request that did not fit while it arrived should come again.
-const RETRY_ARRIVING: Duration = Duration::from_secs(1);
+/// Bytes of a message to health checks and reflection, which is a name. They are
+/// not counted: all of a connection's together are less than its window.
+const NAME_BYTES_MAX: usize = 4 << 10;
 /// Names a call in logs and in its response; taken from the caller if given.
 const REQUEST_ID: &str = "x-request-id";
 /// The class of a call, by its name.
@@ -51,7 +54,30 @@ pub(super) struct Observe {
     pub(super) request_timeout: Duration,
     /// Where bytes that are arriving are counted.
     pub(super) bytes: Pool,
+    pub(super) readiness: Arc<Readiness>,
     pub(super) calls: Calls,
+}
+
+impl Observe {
+    /// The request with a body that is looked after on its way in.
+    fn arriving(&self, mut request: Request<Body>, method: &str, class: Class) -> Request<Body> {
+        let is_stream = STREAMS.contains(&method);
+        let arrived = Arrived::default();
+        let arrival = Arrival {
+            bytes: Some(self.bytes.clone()),
+            class,
+            message_bytes_max: usize::try_from(self.request_bytes_max).unwrap_or(usize::MAX),
+            compression: Compression::take(request.headers_mut()),
+            growth: Growth::of_method(method),
+            is_stream,
+            timeout: self.request_timeout,
+            // A stream sees the drain by itself, and ends with its answers.
+            readiness: (!is_stream).then(|| Arc::clone(&self.readiness)),
+            arrived: arrived.clone(),
+        };
+        request.extensions_mut().insert(arrived);
+        request.map(|body| arrival.body(body))
+    }
 }
 
 /// How many calls are in progress, from their arrival until their answer has
@@ -160,11 +186,18 @@ where
         let Some(method) = method(request.uri().path()) else {
             // Health checks and reflection are not the worker's work. Their
             // messages are small, but may trickle in as well.
-            let timeout = Some(self.observe.request_timeout);
-            return Box::pin(
-                self.inner
-                    .call(request.map(|body| arriving(body, None, Class::Interactive, timeout))),
-            );
+            let arrival = Arrival {
+                bytes: None,
+                class: Class::Interactive,
+                message_bytes_max: NAME_BYTES_MAX,
+                compression: None,
+                growth: Growth::of_method(""),
+                is_stream: true,
+                timeout: self.observe.request_timeout,
+                readiness: None,
+                arrived: Arrived::default(),
+            };
+            return Box::pin(self.inner.call(request.map(|body| arrival.body(body))));
         };
         let started = Instant::now();
         let id = request_id(request.headers());
@@ -185,16 +218,10 @@ where
         let course = Course::new(ending, self.observe.calls.enter());
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
-            let mut request = if STREAMS.contains(&method) {
-                // It may stay open for as long as its client likes.
-                let mut request = request;
+            let mut request = self.observe.arriving(request, method, class);
+            if STREAMS.contains(&method) {
                 request.extensions_mut().insert(course.clone());
-                request
-            } else {
-                let bytes = Some(self.observe.bytes.clone());
-                let timeout = Some(self.observe.request_timeout);
-                request.map(|body| arriving(body, bytes, class, timeout))
-            };
+            }
             if method == GENERATE {
                 request.extensions_mut().insert(course.clone());
             }
@@ -211,20 +238,15 @@ where
                     Ok(call) => until(deadline, call).await?,
                     Err(error) => status::of_call(&error).into_http(),
                 };
-                correct(response.headers_mut(), request_bytes_max);
+                correct(response.headers_mut(), request_bytes_max, deadline);
                 let in_progress = course.take().map(|(mut ending, in_progress)| {
                     ending.code = code(response.headers());
                     in_progress
                 });
                 response.headers_mut().insert(REQUEST_ID, id);
                 let held = response.extensions_mut().remove::<Held>();
-                Ok(response.map(|body| {
-                    Body::new(Leaving {
-                        body,
-                        _held: held,
-                        _in_progress: in_progress,
-                    })
-                }))
+                let taking = leaving::Taking::of_this_call(STREAMS.contains(&method));
+                Ok(response.map(|body| Body::new(Leaving::new(body, taking, held, in_progress))))
             }
             .instrument(span),
         )
@@ -264,112 +286,6 @@ fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
         .ok_or_else(|| Error::PriorityUnknown {
             given: String::from_utf8_lossy(given.as_bytes()).into_owned(),
         })
-}
-
-/// A request's body that counts its bytes while they gather in memory, and
-/// that ends when it takes too long: else a client that sends a byte now and
-/// then would hold them for ever.
-fn arriving(body: Body, bytes: Option<Pool>, class: Class, timeout: Option<Duration>) -> Body {
-    Body::new(Arriving {
-        body,
-        bytes,
-        class,
-        held: Share::default(),
-        started: Instant::now(),
-        timeout,
-        late: None,
-    })
-}
-
-struct Arriving {
-    body: Body,
-    /// Where they are counted, if they are.
-    bytes: Option<Pool>,
-    class: Class,
-    held: Share,
-    started: Instant,
-    timeout: Option<Duration>,
-    /// Only once it has to be waited for: most requests are here at once.
-    late: Option<Pin<Box<Sleep>>>,
-}
-
-impl Arriving {
-    /// The end of a request that has not arrived in time.
-    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
-        let (Some(max), started) = (self.timeout, self.started) else {
-            return Poll::Pending;
-        };
-        let late = self
-            .late
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until((started + max).into())));
-        std::task::ready!(late.as_mut().poll(cx));
-        Poll::Ready(status::of_call(&Error::RequestSlow { max }))
-    }
-}
-
-impl http_body::Body for Arriving {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
-            return self.poll_late(cx).map(|status| Some(Err(status)));
-        };
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-            && let Some(bytes) = &self.bytes
-        {
-            let Some(share) = bytes.try_take(self.class, data.len()) else {
-                let error = Error::Full {
-                    what: "bytes",
-                    flag: "--bytes-in-flight-max",
-                    // What arrives is not yet in line, so no rate tells when.
-                    retry_after: RETRY_ARRIVING,
-                };
-                return Poll::Ready(Some(Err(status::of_call(&error))));
-            };
-            self.held.merge(share);
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// A response's body that keeps the call in progress until it has been taken.
-struct Leaving {
-    body: Body,
-    _held: Option<Held>,
-    _in_progress: Option<InProgress>,
-}
-
-impl http_body::Body for Leaving {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 /// Counts the call when it ends, also when its future is dropped because the
@@ -417,23 +333,28 @@ fn code(headers: &HeaderMap) -> Code {
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-/// A message over the limit is refused in our words.
-fn correct(headers: &mut HeaderMap, request_bytes_max: u64) {
+/// What the library says for us, in our words: a message over the limit, and a
+/// request that broke off.
+fn correct(headers: &mut HeaderMap, request_bytes_max: u64, deadline: Option<Instant>) {
     let message = headers
         .get("grpc-message")
         .map_or(&b""[..], HeaderValue::as_bytes);
-    if !status::is_over_limit(code(headers), message) {
+    let code = code(headers);
+    let status = if status::is_over_limit(code, message) {
+        status::of_call(&Error::MessageTooLarge {
+            max: request_bytes_max,
+        })
+    } else if code == Code::Aborted {
+        arriving::ended(Status::aborted(""), deadline)
+    } else {
         return;
-    }
-    let error = Error::MessageTooLarge {
-        max: request_bytes_max,
     };
     for name in ["grpc-status", "grpc-message", "grpc-status-details-bin"] {
         headers.remove(name);
     }
     // Fails only for metadata that is not ASCII, of which there is none.
-    if status::of_call(&error).add_header(headers).is_err() {
-        headers.insert("grpc-status", HeaderValue::from_static("8"));
+    if status.add_header(headers).is_err() {
+        headers.insert("grpc-status", HeaderValue::from(status.code() as i32));
     }
 }
 
@@ -565,10 +486,10 @@ mod tests {
     #[test]
     fn a_message_over_the_limit_is_resource_exhausted() {
         let mut over = headers("grpc-status", "11");
-        correct(&mut over, 1000);
+        correct(&mut over, 1000, None);
         assert_eq!(code(&over), Code::ResourceExhausted);
         let mut other = headers("grpc-status", "3");
-        correct(&mut other, 1000);
+        correct(&mut other, 1000, None);
         assert_eq!(code(&other), Code::InvalidArgument);
         assert_eq!(code(&HeaderMap::new()), Code::Ok);
     }

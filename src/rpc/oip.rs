@@ -16,6 +16,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use self::infer::{Origin, Prepared};
+use super::arriving::Arrived;
 use super::observe::Held;
 use super::{Service, respond, status};
 use crate::error::Error;
@@ -62,8 +63,9 @@ impl Oip {
     ) -> Result<(oip::ModelInferResponse, Held), Error> {
         let (_, extensions, request) = request.into_parts();
         let origin = Origin::of(&extensions);
+        let arrived = extensions.get::<Arrived>().map(Arrived::take);
         Prepared::new(self, request, origin)?
-            .submit(self)?
+            .submit(self, arrived.unwrap_or_default())?
             .finish(self)
             .await
     }

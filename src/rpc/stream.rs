@@ -26,12 +26,13 @@ use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
 use self::outbox::{Outbox, Place};
+use super::arriving::Arrived;
 use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{Course, Deadline, Ending, InProgress};
 use super::tally::Tally;
-use super::{Service, convert, deadline, status};
-use crate::admission::{Admission, Item, Pending};
+use super::{Service, arriving, convert, deadline, status};
+use crate::admission::{Admission, Bytes, Item, Pending};
 use crate::config::LimitsConfig;
 use crate::engine::Facts;
 use crate::error::{Error, StreamEnd};
@@ -65,7 +66,8 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
     service.require(Task::Embed)?;
     let (_, extensions, requests) = request.into_parts();
     let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-    let outbox = Arc::new(Outbox::new());
+    let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
+    let outbox = Arc::new(Outbox::new(arrived.clone()));
     let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
     let hurry = hurry(
         Arc::clone(&outbox),
@@ -83,6 +85,7 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
         class: extensions.get().copied().unwrap_or(Class::Bulk),
         deadline,
+        arrived,
         outbox: Arc::clone(&outbox),
         n_read: 0,
         unanswered: 0,
@@ -109,6 +112,8 @@ struct Session {
     leaves_at: Option<Instant>,
     class: Class,
     deadline: Option<Instant>,
+    /// Of the message that was read last.
+    arrived: Arrived,
     outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
     /// Items that were read.
     n_read: u64,
@@ -304,14 +309,7 @@ impl Session {
                 items_answered: self.n_read - self.unanswered,
             })),
             Close::Failed(error) => Err(status::of_call(&error)),
-            Close::Broken(status)
-                if status::is_over_limit(status.code(), status.message().as_bytes()) =>
-            {
-                Err(status::of_call(&Error::MessageTooLarge {
-                    max: self.limits.request_bytes_max.as_u64(),
-                }))
-            }
-            Close::Broken(status) => Err(status),
+            Close::Broken(status) => Err(arriving::ended(status, self.deadline)),
         };
         self.set_code(end.as_ref().err().map_or(Code::Ok, Status::code));
         self.outbox.finish(end);
@@ -375,8 +373,10 @@ impl Session {
             message: Some(message),
         };
         self.outbox.push(response, None);
+        let answer_bytes = convert::answer_bytes(embedding.n_values(), embedding.dtype);
+        self.arrived.beside(answer_bytes);
         let plan = Plan {
-            answer_bytes: convert::answer_bytes(embedding.n_values(), embedding.dtype),
+            answer_bytes,
             embedding,
             window: window as usize,
             bytes_max: self.admission.bytes().size_for(self.class) / STREAM_BYTES_PART,
@@ -389,6 +389,7 @@ impl Session {
         self.n_read += 1;
         self.tally.expect(1);
         self.outbox.hold();
+        let arrived = self.arrived.take();
         let mut id = item.id;
         let picture = if id.len() > ID_BYTES_MAX {
             let given = id.len();
@@ -412,12 +413,17 @@ impl Session {
                 }));
             }
         };
-        let bytes = convert::picture_bytes(&picture) + id.len() + plan.answer_bytes;
+        let request = convert::picture_bytes(&picture) + id.len();
+        let bytes = request + plan.answer_bytes;
         let item = Item {
             picture,
             work: plan.embedding.work(),
             class: self.class,
-            bytes,
+            bytes: Bytes {
+                request,
+                arrived,
+                answer: plan.answer_bytes,
+            },
             deadline: self.deadline,
             span: tracing::Span::current(),
         };

@@ -25,6 +25,7 @@ mod generate;
 mod gpu;
 mod harness;
 mod health;
+mod hostile;
 mod load;
 mod metrics;
 mod models;

@@ -7,6 +7,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use super::parameters::{self, Manner, Options};
 use super::tensors::{Input, put_element};
 use super::{Oip, TEXT_SHOWN, VERSION, metadata};
+use crate::admission::Share;
 use crate::engine::Facts;
 use crate::error::{Error, Stage};
 use crate::inference::infer_parameter::ParameterChoice;
@@ -145,15 +146,20 @@ impl Prepared {
 
     /// What it will hold while it is in the worker.
     pub(super) fn bytes(&self) -> usize {
-        call_bytes(&self.pictures, &self.asks)
+        let bytes = call_bytes(&self.pictures, &self.asks, Share::default());
+        bytes.request + bytes.answer
     }
 
-    /// Sends it down the line.
-    pub(super) fn submit(self, oip: &Oip) -> Result<Running, Error> {
+    /// Sends it down the line, with what was taken for it as it arrived.
+    pub(super) fn submit(self, oip: &Oip, arrived: Share) -> Result<Running, Error> {
         let plan = self.plan;
-        let submitted = oip
-            .0
-            .submit(self.pictures, &self.asks, plan.class, plan.deadline)?;
+        let submitted = oip.0.submit(
+            self.pictures,
+            &self.asks,
+            plan.class,
+            plan.deadline,
+            arrived,
+        )?;
         Ok(Running { plan, submitted })
     }
 }

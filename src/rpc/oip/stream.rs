@@ -18,9 +18,11 @@ use tracing::Instrument as _;
 
 use super::Oip;
 use super::infer::{Origin, Prepared};
+use crate::admission::Share;
 use crate::error::{Error, StreamEnd};
 use crate::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::metrics::StreamOpen;
+use crate::rpc::arriving::{self, Arrived};
 use crate::rpc::listen::Peer;
 use crate::rpc::observe::{Course, Ending, Held, InProgress};
 use crate::rpc::status;
@@ -37,7 +39,8 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Err
     service.facts()?;
     let (_, extensions, requests) = request.into_parts();
     let origin = Origin::of(&extensions);
-    let outbox = Arc::new(Outbox::new());
+    let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
+    let outbox = Arc::new(Outbox::new(arrived.clone()));
     let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
     let hurry = hurry(
         Arc::clone(&outbox),
@@ -48,6 +51,7 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Err
     let session = Session {
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
         origin,
+        arrived,
         outbox: Arc::clone(&outbox),
         window: service.limits.stream_window_max as usize,
         bytes_max: service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART,
@@ -68,6 +72,8 @@ pub(in crate::rpc) type Answers = outbox::Answers<ModelStreamInferResponse>;
 struct Session {
     oip: Oip,
     origin: Origin,
+    /// Of the message that was read last.
+    arrived: Arrived,
     /// When the connection is told to go away; it waits for the stream's end.
     leaves_at: Option<Instant>,
     outbox: Arc<Outbox<ModelStreamInferResponse>>,
@@ -86,6 +92,8 @@ struct Ready {
     id: String,
     arrived: Instant,
     prepared: Result<Prepared, Error>,
+    /// What was taken for it as it arrived.
+    share: Share,
     /// Its part of the stream's own share.
     bytes: usize,
 }
@@ -155,7 +163,7 @@ impl Session {
                         Ok(None) => requests = None,
                         Err(status) => {
                             requests = None;
-                            end = Err(self.broken(status));
+                            end = Err(arriving::ended(status, self.origin.deadline));
                         }
                     }
                 }
@@ -166,19 +174,11 @@ impl Session {
         self.outbox.ended().await;
     }
 
-    /// What a request's body ended in, in our words where the library has none.
-    fn broken(&self, status: Status) -> Status {
-        if status::is_over_limit(status.code(), status.message().as_bytes()) {
-            let max = self.oip.0.limits.request_bytes_max.as_u64();
-            return status::of_call(&Error::MessageTooLarge { max });
-        }
-        status
-    }
-
     fn take(&mut self, request: ModelInferRequest) -> BoxFuture<Ready> {
         self.n_read += 1;
         self.outbox.hold();
         let arrived = Instant::now();
+        let share = self.arrived.take();
         let id = request.id.clone();
         let prepared = Prepared::new(&self.oip, request, self.origin);
         let bytes = prepared.as_ref().map_or(0, Prepared::bytes);
@@ -189,6 +189,7 @@ impl Session {
                 id,
                 arrived,
                 prepared,
+                share,
                 bytes,
             }
         })
@@ -197,7 +198,10 @@ impl Session {
     fn submit(&self, ready: Ready) -> BoxFuture<Done> {
         let oip = self.oip.clone();
         // At once, so that requests enter the line in their order.
-        let running = ready.prepared.and_then(|prepared| prepared.submit(&oip));
+        let share = ready.share;
+        let running = ready
+            .prepared
+            .and_then(|prepared| prepared.submit(&oip, share));
         Box::pin(async move {
             let outcome = match running {
                 Ok(running) => running.finish(&oip).await,

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tonic::Status;
 
+use super::super::arriving::Arrived;
 use crate::admission::Share;
 
 /// See the module.
@@ -23,6 +24,8 @@ pub(in crate::rpc) struct Outbox<T> {
     state: Mutex<State<T>>,
     /// Rung for the session, the only one who waits, when something was taken.
     taken: Notify,
+    /// Tells whether the next message waits for the worker.
+    arrived: Arrived,
 }
 
 #[derive(Debug)]
@@ -69,17 +72,12 @@ impl<T> State<T> {
     fn has_something(&self) -> bool {
         !self.queue.is_empty() || self.leaving.is_some()
     }
-
-    /// Whether the next move is the client's. It may be though items have no
-    /// answer yet: those may wait for what it does not take.
-    fn waits_for_client(&self) -> bool {
-        self.has_something() || self.n_held == 0
-    }
 }
 
 impl<T> Outbox<T> {
-    pub(in crate::rpc) fn new() -> Self {
+    pub(in crate::rpc) fn new(arrived: Arrived) -> Self {
         Self {
+            arrived,
             state: Mutex::new(State {
                 queue: VecDeque::new(),
                 end: End::Open,
@@ -195,10 +193,12 @@ impl<T> Outbox<T> {
     }
 
     /// Waits until the client has done nothing for so long, though the next
-    /// move was its own.
+    /// move was its own. It may be though items have no answer yet: those may
+    /// wait for what it does not take.
     pub(in crate::rpc) async fn idle(&self, timeout: Duration) {
-        self.silent(timeout, Instant::now(), State::waits_for_client)
-            .await;
+        let is_to_blame =
+            |state: &State<T>| state.has_something() || state.n_held == 0 && !self.arrived.waits();
+        self.silent(timeout, Instant::now(), is_to_blame).await;
     }
 
     /// Waits until the client, from now on, has taken nothing for so long,
@@ -329,7 +329,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_place_is_free_when_the_connection_asks_for_more() {
-        let outbox = Outbox::new();
+        let outbox = Outbox::new(Arrived::default());
         assert!(take(&outbox).is_pending());
         outbox.credit(1).await;
         outbox.hold();
@@ -350,7 +350,7 @@ mod tests {
 
     #[tokio::test]
     async fn room_is_there_when_an_item_leaves_without_an_answer() {
-        let outbox = Outbox::<pb::EmbedStreamResponse>::new();
+        let outbox = Outbox::<pb::EmbedStreamResponse>::new(Arrived::default());
         outbox.hold();
         outbox.room(10, 15).await;
         outbox.hold();
@@ -364,7 +364,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_comes_after_the_answers_or_instead_of_them() {
-        let outbox = Outbox::new();
+        let outbox = Outbox::new(Arrived::default());
         outbox.hold();
         outbox.push(response("a"), Some(place(1)));
         outbox.finish(Ok(()));
@@ -372,7 +372,7 @@ mod tests {
         assert!(matches!(take(&outbox), Poll::Ready(None)));
         outbox.ended().await;
 
-        let outbox = Outbox::new();
+        let outbox = Outbox::new(Arrived::default());
         outbox.hold();
         outbox.push(response("a"), Some(place(1)));
         outbox.abandon(Status::unavailable("gone"));
@@ -384,7 +384,7 @@ mod tests {
 
     #[tokio::test]
     async fn idle_is_only_who_could_do_something() {
-        let outbox = Outbox::new();
+        let outbox = Outbox::new(Arrived::default());
         let timeout = Duration::from_millis(20);
         outbox.hold();
         let busy = tokio::time::timeout(3 * timeout, outbox.idle(timeout)).await;
