@@ -19,6 +19,8 @@ ATTACKS ?=
 TRAIN_FLAGS ?= --minutes 100
 # `--proxies --rounds 3 13 60` trains small models longer; see models/train/depth.py --help.
 DEPTH_FLAGS ?=
+# How long `make fuzz` runs.
+FUZZ_SECONDS ?= 600
 # Where `make probe` listens.
 PROBE_PORT ?= 50153
 PROBE_METRICS_PORT ?= 9193
@@ -49,6 +51,11 @@ check: setup ## All that CI checks: format, lints, documentation, tests
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	cargo test --locked --lib --bins --tests
+
+.PHONY: fuzz
+fuzz: ## Tamper with images for ten minutes (FUZZ_SECONDS), every decode within its limits in memory and time
+	prlimit --as=4294967296 env IMAGEGPT_FUZZ_SECONDS=$(FUZZ_SECONDS) IMAGEGPT_FUZZ_SEED=$$(date +%s) \
+	    cargo test --locked --test decode tampered_files -- --nocapture
 
 .PHONY: loom
 loom: ## Try every order in which the worker's threads may meet (loom)

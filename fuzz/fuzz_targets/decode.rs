@@ -5,8 +5,9 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use imagegpt::preprocess::{DecodeBudget, 
-    Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessError, PreprocessOptions, Preprocessor,
+use imagegpt::preprocess::{
+    Alpha, DecodeBudget, Fit, ImageInput, ImageLimits, Palette, PreprocessError, PreprocessOptions,
+    Preprocessor,
 };
 use libfuzzer_sys::fuzz_target;
 

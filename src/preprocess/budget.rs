@@ -115,15 +115,28 @@ fn thread_cpu_time() -> Duration {
 pub(super) struct BudgetedSource<'a> {
     bytes: Cursor<&'a [u8]>,
     budget: &'a DecodeBudget<'a>,
+    /// Where chunks end in any case, in rising order.
+    stops: &'a [usize],
     /// Bytes until the next check.
     left: usize,
 }
 
 impl<'a> BudgetedSource<'a> {
     pub(super) fn new(bytes: &'a [u8], budget: &'a DecodeBudget<'a>) -> Self {
+        Self::with_stops(bytes, budget, &[])
+    }
+
+    /// A source that is checked at `stops`, in rising order, as well: where a
+    /// few bytes begin work that has nothing to do with their number.
+    pub(super) fn with_stops(
+        bytes: &'a [u8],
+        budget: &'a DecodeBudget<'a>,
+        stops: &'a [usize],
+    ) -> Self {
         Self {
             bytes: Cursor::new(bytes),
             budget,
+            stops,
             left: 0,
         }
     }
@@ -132,9 +145,18 @@ impl<'a> BudgetedSource<'a> {
     fn spend(&mut self) -> io::Result<()> {
         if self.left == 0 {
             self.budget.check().map_err(io::Error::other)?;
-            self.left = CHUNK_BYTES;
+            self.left = self.chunk();
         }
         Ok(())
+    }
+
+    /// Bytes from here to the next check.
+    fn chunk(&self) -> usize {
+        let at = usize::try_from(self.bytes.position()).unwrap_or(usize::MAX);
+        let next = self.stops.partition_point(|&stop| stop <= at);
+        self.stops
+            .get(next)
+            .map_or(CHUNK_BYTES, |stop| CHUNK_BYTES.min(stop - at))
     }
 }
 
@@ -189,6 +211,23 @@ mod tests {
         let mut four = [0; 4];
         source.read_exact(&mut four).unwrap();
         assert_eq!(four, bytes[5000..5004]);
+    }
+
+    #[test]
+    fn a_source_is_checked_at_its_stops() {
+        let checks = Cell::new(0);
+        let abandoned = || {
+            checks.set(checks.get() + 1);
+            false
+        };
+        let budget = DecodeBudget::new(&abandoned, Duration::from_hours(1));
+        let bytes = vec![0; 2 * CHUNK_BYTES];
+        let mut source = BudgetedSource::with_stops(&bytes, &budget, &[0, 10, 20]);
+        let mut read = Vec::new();
+        source.read_to_end(&mut read).unwrap();
+        assert_eq!(read, bytes);
+        // To 10, to 20, a chunk, the rest; and the end is seen in the last one.
+        assert_eq!(checks.get(), 4);
     }
 
     #[test]

@@ -132,6 +132,8 @@ pub fn decode(
             Format::Bmp => wrapped::bmp(bytes, header),
             Format::Tiff => tiff::decode(bytes, header),
         }?;
+        // A decoder may take bytes that it was not given for the end of the file.
+        budget.check()?;
         Ok(turn(pixels.into_rgb(alpha), orientation))
     }))
     .unwrap_or(Err(PreprocessError::Panicked { format }))
@@ -179,23 +181,25 @@ impl<'a> Header<'a> {
     ///
     /// `pixel_bytes` is the most that the decoder holds for a pixel, with its
     /// own output but without what follows it here: the pixels as RGB, and
-    /// while they are turned once more.
-    fn admit(self, width: u32, height: u32, pixel_bytes: u64) -> Result<(), PreprocessError> {
+    /// while they are turned once more. `other_bytes` is what it holds besides.
+    fn admit(
+        self,
+        width: u32,
+        height: u32,
+        pixel_bytes: u64,
+        other_bytes: u64,
+    ) -> Result<(), PreprocessError> {
         let format = self.format;
+        self.admit_pixels(width, height)?;
         let pixels = u64::from(width) * u64::from(height);
-        if pixels == 0 {
-            return Err(self.damaged(format!("{width} x {height} has no pixels")));
-        }
-        let pixels_max = self.limits.image_pixels_max;
-        if pixels > pixels_max {
-            return Err(PreprocessError::EncodedPixelsOverLimit {
-                format,
-                width,
-                height,
-                pixels_max,
-            });
-        }
-        let bytes = pixels.saturating_mul(pixel_bytes.saturating_add(3).max(6));
+        // What the decoder holds besides is gone once there is only RGB left.
+        let decoding = pixels
+            .saturating_mul(pixel_bytes)
+            .saturating_add(other_bytes);
+        let following = pixels.saturating_mul(3);
+        let bytes = decoding
+            .saturating_add(following)
+            .max(following.saturating_mul(2));
         let bytes_max = self.limits.decode_bytes_max;
         if bytes > bytes_max {
             return Err(PreprocessError::DecodeOverLimit {
@@ -204,6 +208,24 @@ impl<'a> Header<'a> {
                 height,
                 bytes,
                 bytes_max,
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses an image of too many pixels, or none.
+    fn admit_pixels(self, width: u32, height: u32) -> Result<(), PreprocessError> {
+        let pixels = u64::from(width) * u64::from(height);
+        if pixels == 0 {
+            return Err(self.damaged(format!("{width} x {height} has no pixels")));
+        }
+        let pixels_max = self.limits.image_pixels_max;
+        if pixels > pixels_max {
+            return Err(PreprocessError::EncodedPixelsOverLimit {
+                format: self.format,
+                width,
+                height,
+                pixels_max,
             });
         }
         Ok(())

@@ -42,6 +42,28 @@ pub enum PreprocessError {
         bytes: u64,
         bytes_max: u64,
     },
+    #[error(
+        "encoded: the strips or tiles of the {width} x {height} {format} hold {bytes} bytes \
+         together, over the limit of {bytes_max} (--decode-bytes-max)"
+    )]
+    ChunksOverLimit {
+        format: Format,
+        width: u32,
+        height: u32,
+        bytes: u64,
+        bytes_max: u64,
+    },
+    #[error(
+        "encoded: the {scans} scans of the {format} go over {pixels} pixels together, over the \
+         limit of {pixels_max}, {passes} times --image-pixels-max"
+    )]
+    ScansOverLimit {
+        format: Format,
+        scans: usize,
+        pixels: u64,
+        pixels_max: u64,
+        passes: u64,
+    },
     #[error("encoded: the {format} uses a feature that is not supported: {detail}")]
     Unsupported { format: Format, detail: String },
     #[error("encoded: the {format} is damaged or cut short: {detail}")]

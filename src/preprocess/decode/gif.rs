@@ -2,6 +2,11 @@
 //!
 //! The `gif` crate itself, not `image`'s wrapper: the wrapper makes transparent
 //! pixels black, and Pillow shows the palette's color.
+//!
+//! Memory: an index a pixel of the frame, 3 or 4 bytes a pixel of the screen
+//! that the frame lies on, and metadata in front of the frame, as long as in the
+//! file. Work: the blocks up to the frame's last pixel, and each pixel once.
+//! What follows is not read, and codes beyond the last pixel are not expanded.
 
 use gif::{DecodeOptions, DecodingError, MemoryLimit};
 use image::metadata::Orientation;
@@ -9,13 +14,21 @@ use image::metadata::Orientation;
 use super::pixels::{Layout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
+/// An index, and the color that is made of it.
+const PIXEL_BYTES: u64 = 5;
+
+/// Tables for colors and codes.
+const OTHER_BYTES: u64 = 128 << 10;
+
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
     let fail = |error: DecodingError| header.damaged(error);
+    // Metadata is collected in a vector that doubles.
+    let other_bytes = OTHER_BYTES + 2 * bytes.len() as u64;
     let mut options = DecodeOptions::new();
-    // The frame's size is checked below; this bounds the rest.
+    // For metadata only: the frame's size is checked below.
     options.set_memory_limit(
         u64::try_from(header.decode_bytes_max())
             .ok()
@@ -24,7 +37,7 @@ pub(super) fn decode(
     );
     let mut decoder = options.read_info(header.source(bytes)).map_err(fail)?;
     let screen = (decoder.width(), decoder.height());
-    header.admit(screen.0.into(), screen.1.into(), 5)?;
+    header.admit(screen.0.into(), screen.1.into(), PIXEL_BYTES, other_bytes)?;
     let Some(frame) = decoder.next_frame_info().map_err(fail)? else {
         return Err(header.damaged("no frame"));
     };
@@ -35,7 +48,7 @@ pub(super) fn decode(
     // A frame that reaches beyond the screen enlarges it, as in Pillow.
     let width = usize::from(screen.0).max(left + frame_width);
     let height = usize::from(screen.1).max(top + frame_height);
-    header.admit(side(width), side(height), 5)?;
+    header.admit(side(width), side(height), PIXEL_BYTES, other_bytes)?;
     if frame_width == 0 || frame_height == 0 {
         return Err(header.damaged("a frame without pixels"));
     }

@@ -4,6 +4,22 @@
 //! file, parses its headers three times, and passes a file that is cut short as
 //! whole, the rest gray. CMYK and YCCK become RGB as Pillow's `convert` does,
 //! with Adobe's inversion always assumed.
+//!
+//! The decoder is given what [`Outline`] found of a file, not the file: its
+//! tables, frame and scans, and nothing between or behind them.
+//!
+//! Memory: that copy, the pixels, a few rows of blocks, and for a progressive
+//! file 2 bytes a coefficient, padded to whole units of the largest sampling.
+//!
+//! Work: each scan goes over the blocks of its components, whatever the number
+//! of its bytes. Their sum over all scans is limited to [`PASSES_MAX`] times the
+//! pixels that an image may have; then each block is transformed once.
+//!
+//! Refused by name, since the decoder gets them wrong: sequential files with
+//! more than one scan, luma that is stored at less than the full width,
+//! sampling that no whole factor undoes, color in halves that is at most
+//! 2 pixels wide, and progressive files whose first coefficients are not
+//! complete, which Pillow smooths.
 
 use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
@@ -11,156 +27,161 @@ use zune_jpeg::errors::DecodeErrors;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
+use self::outline::{Frame, Outline};
 use super::pixels::{Layout, Pixels};
-use super::{Header, PreprocessError, orientation};
+use super::{BudgetedSource, Header, PreprocessError, orientation};
 
-/// Scans of a progressive file. Encoders use about 10; each further one costs a
-/// pass over all pixels for a few bytes of input.
-const SCANS_MAX: usize = 100;
+mod outline;
+
+/// How often the scans of a file may go over the pixels of the largest image
+/// that is accepted, each component counted for itself. A progressive file of
+/// libjpeg's goes over those of its own 14 times in color, 24 times in CMYK.
+const PASSES_MAX: u64 = 32;
 
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
-    let fail = |error: DecodeErrors| match error {
-        DecodeErrors::Unsupported(scheme) => header.unsupported(format!("{scheme:?}")),
-        error => header.damaged(format!("{error:?}")),
-    };
-    let options = DecoderOptions::default()
-        .set_strict_mode(false)
-        .set_max_width(usize::MAX)
-        .set_max_height(usize::MAX)
-        .jpeg_set_max_scans(SCANS_MAX);
-    let mut decoder = JpegDecoder::new_with_options(header.source(bytes), options);
-    decoder.decode_headers().map_err(fail)?;
-    let (Some(info), Some(colors)) = (decoder.info(), decoder.input_colorspace()) else {
-        return Err(header.damaged("no frame header"));
-    };
-    let (width, height) = (info.width.into(), info.height.into());
-    let outline = Outline::read(bytes);
-    header.admit(
-        width,
-        height,
-        outline.pixel_bytes(info.components, width, height),
-    )?;
-    if !outline.ended {
-        return Err(header.damaged("no end-of-image marker"));
-    }
+    let outline = Outline::read(bytes, header)?;
+    let frame = &outline.frame;
+    let (width, height) = (u32::from(frame.width), u32::from(frame.height));
+    header.admit_pixels(width, height)?;
+    outline.check(header)?;
+    let scanned = outline.scanned();
+    check_scans(outline.scans.len(), scanned, header)?;
+    header.admit(width, height, 3, held_bytes(&outline))?;
 
-    let (layout, target) = match colors {
-        ColorSpace::Luma => (Layout::Gray, ColorSpace::Luma),
-        ColorSpace::MultiBand(_) => return Err(header.unsupported("two components")),
-        _ => (Layout::Rgb, ColorSpace::RGB),
-    };
-    decoder.set_options(options.jpeg_set_out_colorspace(target));
-    let mut data = vec![0; width as usize * height as usize * layout.channels()];
-    decoder.decode_into(&mut data).map_err(fail)?;
-    let orientation = orientation(
-        decoder.exif().map(Vec::as_slice),
-        decoder.xmp().map(Vec::as_slice),
-    );
+    let (layout, data) = decode_scans(&outline, Colors::Rgb, header)?;
     let pixels = Pixels {
         width,
         height,
         layout,
         data,
     };
-    Ok((pixels, orientation))
+    Ok((pixels, orientation(outline.exif, outline.xmp)))
 }
 
-/// What the markers of a file say, without its pixels.
-#[derive(Debug, Default, PartialEq)]
-struct Outline {
-    /// Whether the decoder must keep all coefficients until the end: a
-    /// progressive file, or one whose components come in scans of their own.
-    buffered: bool,
-    /// Whether the end-of-image marker was reached. Without it Pillow refuses
-    /// the file as truncated.
-    ended: bool,
+/// What a JPEG inside another file must be, and what was done already.
+pub(super) struct Inside {
+    pub(super) width: u32,
+    /// Rows that are wanted, and as many as there may be with those below the
+    /// image.
+    pub(super) rows: (u32, u32),
+    pub(super) components: usize,
+    /// Pixels that scans went over, for all JPEGs of a file.
+    pub(super) scanned: u64,
+    /// Bytes that the file's decoder holds.
+    pub(super) held_bytes: u64,
 }
 
-impl Outline {
-    fn read(bytes: &[u8]) -> Self {
-        let mut outline = Self::default();
-        let mut at = 2;
-        let mut scans = 0;
-        while let Some(marker) = bytes.get(at..at + 2) {
-            match marker {
-                [0xff, 0xd9] => {
-                    outline.ended = true;
-                    break;
-                }
-                // The data of a scan, a stuffed byte or restart marker in it, or
-                // padding.
-                [0xff, 0x00 | 0x01 | 0xd0..=0xd8] => at += 2,
-                [0xff, 0xff] => at += 1,
-                [0xff, kind] => {
-                    if matches!(kind, 0xc2 | 0xc6 | 0xca | 0xce) {
-                        outline.buffered = true;
-                    }
-                    if *kind == 0xda {
-                        scans += 1;
-                        outline.buffered |= scans > 1;
-                    }
-                    let Some(&[high, low]) = bytes.get(at + 2..at + 4) else {
-                        break;
-                    };
-                    at += 2 + usize::from(u16::from_be_bytes([high, low])).max(2);
-                }
-                _ => match bytes[at..].iter().position(|&byte| byte == 0xff) {
-                    Some(skip) => at += skip,
-                    None => break,
-                },
-            }
-        }
-        outline
+/// Decodes a JPEG of samples without a meaning of their own, as TIFF has them.
+pub(super) fn decode_samples(
+    bytes: &[u8],
+    inside: &mut Inside,
+    header: Header<'_>,
+) -> Result<Vec<u8>, PreprocessError> {
+    let outline = Outline::read(bytes, header)?;
+    let frame = &outline.frame;
+    let (width, height) = (u32::from(frame.width), u32::from(frame.height));
+    let fits = width == inside.width
+        && [inside.rows.0, inside.rows.1].contains(&height)
+        && frame.components.len() == inside.components;
+    if !fits {
+        return Err(header.damaged(format!(
+            "a JPEG of {width} x {height} and {} components in a strip or tile of {} x {} and {}",
+            frame.components.len(),
+            inside.width,
+            inside.rows.1,
+            inside.components
+        )));
     }
-
-    /// The most that the decoder holds for a pixel.
-    fn pixel_bytes(&self, components: u8, width: u32, height: u32) -> u64 {
-        let output = 3;
-        if !self.buffered {
-            return output;
-        }
-        // 16 bits a coefficient, and blocks of up to 32 x 32 at the edges.
-        let padded = |side: u32| u64::from(side).next_multiple_of(32);
-        let coefficients = padded(width) * padded(height) * 2 * u64::from(components);
-        output + coefficients.div_ceil((u64::from(width) * u64::from(height)).max(1))
-    }
+    header.admit_pixels(width, height)?;
+    outline.check(header)?;
+    inside.scanned = inside.scanned.saturating_add(outline.scanned());
+    check_scans(outline.scans.len(), inside.scanned, header)?;
+    let held = inside.held_bytes + held_bytes(&outline);
+    header.admit(width, height, inside.components as u64, held)?;
+    Ok(decode_scans(&outline, Colors::Stored, header)?.1)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What the components become.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Colors {
+    Rgb,
+    /// As they are.
+    Stored,
+}
 
-    #[test]
-    fn outlines() {
-        let check = |bytes: &[u8], buffered, ended| {
-            assert_eq!(
-                Outline::read(bytes),
-                Outline { buffered, ended },
-                "{bytes:x?}"
-            );
-        };
-        check(b"", false, false);
-        check(b"\xff\xd8", false, false);
-        check(b"\xff\xd8\xff\xd9", false, true);
-        // An end marker inside a segment, such as a thumbnail's, does not count.
-        check(b"\xff\xd8\xff\xe1\x00\x04\xff\xd9", false, false);
-        check(b"\xff\xd8\xff\xe1\x00\x04\xff\xd9\xff\xd9", false, true);
-        check(b"\xff\xd8\xff\xc2\x00\x02\xff\xd9", true, true);
-        // Scan data with a stuffed byte and a restart marker.
-        check(
-            b"\xff\xd8\xff\xda\x00\x02ab\xff\x00c\xff\xd0\xff\xd9",
-            false,
-            true,
-        );
-        check(
-            b"\xff\xd8\xff\xda\x00\x02ab\xff\xda\x00\x02c\xff\xd9",
-            true,
-            true,
-        );
-        check(b"\xff\xd8\xff\xda\x00\x02ab\xff", false, false);
-        check(b"\xff\xd8\xff\xda\xff", false, false);
+fn decode_scans(
+    outline: &Outline<'_>,
+    colors: Colors,
+    header: Header<'_>,
+) -> Result<(Layout, Vec<u8>), PreprocessError> {
+    let fail = |error: DecodeErrors| match error {
+        DecodeErrors::Unsupported(scheme) => header.unsupported(format!("{scheme:?}")),
+        error => header.damaged(format!("{error:?}")),
+    };
+    let options = DecoderOptions::default()
+        // Or it passes what it could not decode as gray.
+        .set_strict_mode(true)
+        .set_max_width(usize::MAX)
+        .set_max_height(usize::MAX)
+        .jpeg_set_max_scans(outline::SCANS_MAX);
+    // A scan of few bytes can go over the whole image.
+    let stops: Vec<usize> = outline.scans.iter().map(|scan| scan.at).collect();
+    let source = BudgetedSource::with_stops(&outline.stream, header.budget, &stops);
+    let mut decoder = JpegDecoder::new_with_options(source, options);
+    decoder.decode_headers().map_err(fail)?;
+    let Some(stored) = decoder.input_colorspace() else {
+        return Err(header.damaged("no frame header"));
+    };
+    let (layout, target) = match (stored, colors) {
+        (ColorSpace::Luma, _) => (Layout::Gray, ColorSpace::Luma),
+        (ColorSpace::MultiBand(_), _) => return Err(header.unsupported("two components")),
+        (_, Colors::Rgb) => (Layout::Rgb, ColorSpace::RGB),
+        (stored, Colors::Stored) => (Layout::Rgb, stored),
+    };
+    decoder.set_options(options.jpeg_set_out_colorspace(target));
+    let frame = &outline.frame;
+    let pixels = usize::from(frame.width) * usize::from(frame.height);
+    let mut data = vec![0; pixels * target.num_components()];
+    decoder.decode_into(&mut data).map_err(fail)?;
+    Ok((layout, data))
+}
+
+fn check_scans(scans: usize, pixels: u64, header: Header<'_>) -> Result<(), PreprocessError> {
+    let pixels_max = header.limits.image_pixels_max.saturating_mul(PASSES_MAX);
+    if pixels > pixels_max {
+        return Err(PreprocessError::ScansOverLimit {
+            format: header.format,
+            scans,
+            pixels,
+            pixels_max,
+            passes: PASSES_MAX,
+        });
     }
+    Ok(())
+}
+
+/// What the decoder holds beside the pixels.
+fn held_bytes(outline: &Outline<'_>) -> u64 {
+    /// Huffman tables, with room to spare.
+    const TABLES: u64 = 64 << 10;
+    const COEFFICIENT: u64 = 2;
+    let frame = &outline.frame;
+    let coefficients = if frame.progressive {
+        frame.padded_pixels() * COEFFICIENT
+    } else {
+        0
+    };
+    outline.stream.len() as u64 + coefficients + row_bytes(frame) + TABLES
+}
+
+/// A row of units as it passes through the decoder: as it was decoded, enlarged,
+/// and what of it the next one needs.
+fn row_bytes(frame: &Frame) -> u64 {
+    const COPIES: u64 = 4;
+    let (horizontal, vertical) = frame.largest_sampling();
+    let width = u64::from(frame.width).next_multiple_of(8 * horizontal);
+    width * 8 * vertical * 2 * COPIES * frame.components.len() as u64
 }

@@ -3,6 +3,10 @@
 //! The `png` crate itself, not `image`'s wrapper: the wrapper checks the size
 //! without telling it, keeps text chunks and inflates color profiles. Here both
 //! are skipped unread, so a compressed bomb in them costs nothing.
+//!
+//! Memory: up to 4 bytes a pixel, some rows as they are stored, and the largest
+//! chunk beside the pixels. Work: each byte of the file once, and each pixel;
+//! what is compressed behind the last pixel is not inflated.
 
 use image::metadata::Orientation;
 use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
@@ -10,11 +14,15 @@ use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
 use super::pixels::{Layout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
+/// Windows and buffers for inflating.
+const OTHER_BYTES: u64 = 512 << 10;
+
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
     let fail = |error: DecodingError| header.damaged(error);
+    let chunk_bytes = largest_chunk(bytes);
     let limits = Limits {
         bytes: header.decode_bytes_max(),
     };
@@ -24,8 +32,11 @@ pub(super) fn decode(
     // Palettes and small grays to bytes, transparent colors to alpha, and of 16
     // bits the high byte.
     decoder.set_transformations(Transformations::EXPAND | Transformations::STRIP_16);
-    let (width, height) = decoder.read_header_info().map_err(fail)?.size();
-    header.admit(width, height, 4)?;
+    let info = decoder.read_header_info().map_err(fail)?;
+    let (width, height) = info.size();
+    header.admit_pixels(width, height)?;
+    let other_bytes = row_bytes(info) + 3 * chunk_bytes + OTHER_BYTES;
+    header.admit(width, height, pixel_bytes(info.color_type), other_bytes)?;
 
     let mut reader = decoder.read_info().map_err(fail)?;
     let layout = match reader.output_color_type() {
@@ -47,19 +58,50 @@ pub(super) fn decode(
     Ok((pixels, orientation))
 }
 
+/// The most that a pixel takes, with the alpha that a transparent color makes.
+fn pixel_bytes(color: ColorType) -> u64 {
+    match color {
+        ColorType::Grayscale | ColorType::GrayscaleAlpha => 2,
+        ColorType::Rgb | ColorType::Indexed | ColorType::Rgba => 4,
+    }
+}
+
+/// Rows that the decoder holds as they are stored.
+fn row_bytes(info: &png::Info<'_>) -> u64 {
+    const ROWS: u64 = 16;
+    let row = info.raw_row_length() as u64;
+    let rows = ROWS.min(2 * u64::from(info.height));
+    // And two as they are given.
+    row * rows + 8 * u64::from(info.width)
+}
+
+/// Bytes of the largest chunk that is held whole: pixels are not.
+fn largest_chunk(bytes: &[u8]) -> u64 {
+    chunks(bytes)
+        .filter(|(kind, _)| ![*b"IDAT", *b"fdAT"].contains(*kind))
+        .map(|(_, body)| body.len() as u64)
+        .max()
+        .unwrap_or(0)
+}
+
 /// The body of the first chunk of a kind, before the pixels or after them. Of
 /// text chunks, the first with XMP.
 fn chunk(bytes: &[u8], kind: [u8; 4]) -> Option<&[u8]> {
-    let mut rest = bytes.get(8..)?;
-    loop {
+    chunks(bytes)
+        .find(|(found, body)| **found == kind && (kind != *b"iTXt" || xmp(body).is_some()))
+        .map(|(_, body)| body)
+}
+
+/// Kinds and bodies of all chunks that are whole.
+fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
+    let mut rest = bytes.get(8..).unwrap_or(&[]);
+    std::iter::from_fn(move || {
         let (len, after) = rest.split_first_chunk::<4>()?;
-        let (found, after) = after.split_first_chunk::<4>()?;
+        let (kind, after) = after.split_first_chunk::<4>()?;
         let (body, after) = after.split_at_checked(u32::from_be_bytes(*len) as usize)?;
-        if *found == kind && (kind != *b"iTXt" || xmp(body).is_some()) {
-            return Some(body);
-        }
         rest = after.get(4..)?;
-    }
+        Some((kind, body))
+    })
 }
 
 /// The text of an XMP chunk that is not compressed.

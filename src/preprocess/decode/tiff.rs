@@ -1,190 +1,286 @@
 //! TIFF, its first page.
 //!
-//! The `tiff` crate itself, not `image`'s wrapper: the wrapper refuses palettes
-//! and small grays, and truncates where Pillow rounds in CMYK.
+//! The container is read here ([`directory`], [`layout`]); decompressors are
+//! other crates'. The `tiff` crate is not used: it makes room for a strip or
+//! tile, and decodes it, before anything of it was checked, and is wrong about
+//! several kinds in silence.
+//!
+//! Memory: the channels of a pixel, the RGB that palettes and CMYK become, a row
+//! of a strip or tile and the decompressor's tables. Strips and tiles are read
+//! row by row, but JPEGs whole, each within the limits of a JPEG.
+//!
+//! Work: what all strips and tiles hold together, the padding of tiles included,
+//! is at most as much as decoding may hold. Their number is limited, and the
+//! bytes that they are made of, which may be the same for many, are at most
+//! those of the file and as many as they become.
+//!
+//! Refused by name: YCbCr, L*a*b*, samples of 32 bits, with a sign or of
+//! floats, several samples of less than 8 bits, associated alpha being the
+//! caller's to divide out.
 
 use image::metadata::Orientation;
-use tiff::decoder::{Decoder, DecodingResult, Limits};
-use tiff::tags::Tag;
-use tiff::{ColorType, TiffError};
 
+use self::chunk::{Chunk, ChunkError, Codec};
+use self::layout::{Colors, Compression, Image};
+use super::jpeg::{self, Inside};
 use super::pixels::{Layout, Pixels};
-use super::{Header, PreprocessError, orientation};
+use super::{DecodeBudget, Header, PreprocessError, orientation};
 
-const XMP: Tag = Tag::Unknown(700);
+mod chunk;
+mod directory;
+mod fax;
+mod layout;
 
-/// What the samples of a pixel mean.
-#[derive(Clone, Copy)]
-enum Samples {
-    As(Layout),
-    Cmyk,
-    Palette,
-}
+/// Tables and windows of a decompressor.
+const OTHER_BYTES: u64 = 256 << 10;
 
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
-    let fail = |error| failure(header, error);
-    if let Some(as_gray) = palette_as_gray(bytes) {
-        return decode_samples(&as_gray, true, header).map_err(fail)?;
-    }
-    decode_samples(bytes, false, header).map_err(fail)?
-}
-
-fn failure(header: Header<'_>, error: TiffError) -> PreprocessError {
-    match error {
-        TiffError::UnsupportedError(error) => header.unsupported(error),
-        error => header.damaged(error),
-    }
-}
-
-/// The outer error is the decoder's, the inner one ours.
-fn decode_samples(
-    bytes: &[u8],
-    palette: bool,
-    header: Header<'_>,
-) -> Result<Result<(Pixels, Orientation), PreprocessError>, TiffError> {
-    let mut decoder = Decoder::new(header.source(bytes))?;
-    let (width, height) = decoder.dimensions()?;
-    let color = decoder.colortype()?;
-    let (samples, bits) = match color {
-        ColorType::Gray(bits) if palette => (Samples::Palette, bits),
-        ColorType::Gray(bits) => (Samples::As(Layout::Gray), bits),
-        ColorType::GrayA(bits) => (Samples::As(Layout::GrayAlpha), bits),
-        ColorType::RGB(bits) => (Samples::As(Layout::Rgb), bits),
-        ColorType::RGBA(bits) => (Samples::As(Layout::Rgba), bits),
-        ColorType::CMYK(bits) => (Samples::Cmyk, bits),
-        color => return Ok(Err(header.unsupported(format!("{color:?}")))),
+    let image = Image::read(bytes, header)?;
+    let data = Reader::new(bytes, &image, header).read()?;
+    let (layout, data) = match (image.colors, image.alpha) {
+        (Colors::Gray { .. }, false) => (Layout::Gray, data),
+        (Colors::Gray { .. }, true) => (Layout::GrayAlpha, data),
+        (Colors::Rgb, false) => (Layout::Rgb, data),
+        (Colors::Rgb, true) => (Layout::Rgba, data),
+        (Colors::Cmyk, _) => (Layout::Rgb, cmyk_to_rgb(&data)),
+        (Colors::Palette, _) => {
+            let colors = image
+                .palette
+                .ok_or_else(|| header.damaged("a palette without colors"))?;
+            let count = colors.len().min(3 << 16);
+            let colors: Vec<u16> = colors
+                .iter()
+                .take(count)
+                .map(|level| u16::try_from(level).unwrap_or(u16::MAX))
+                .collect();
+            (Layout::Rgb, look_up(&data, &colors))
+        }
     };
-    let channels = match samples {
-        Samples::As(layout) => layout.channels(),
-        Samples::Cmyk => 4,
-        Samples::Palette => 1,
-    };
-    let sample_bytes = u64::from(bits).div_ceil(8);
-    // The decoder's buffer, and the bytes that are made of it.
-    if let Err(error) = header.admit(width, height, (sample_bytes + 1) * channels as u64 + 3) {
-        return Ok(Err(error));
-    }
-    let mut limits = Limits::default();
-    limits.decoding_buffer_size = header.decode_bytes_max();
-    limits.intermediate_buffer_size = header.decode_bytes_max();
-    limits.ifd_value_size = header.decode_bytes_max();
-    let mut decoder = decoder.with_limits(limits);
-    let turned = decoder.find_tag_unsigned::<u16>(Tag::Orientation)?;
-    let xmp = decoder.get_tag_u8_vec(XMP).ok();
-    let orientation = turned
+    let turned = image
+        .orientation
         .and_then(|value| Orientation::from_exif(u8::try_from(value).ok()?))
-        .unwrap_or_else(|| orientation(None, xmp.as_deref()));
-    let colors = match samples {
-        Samples::Palette => decoder.get_tag_u16_vec(Tag::ColorMap)?,
-        Samples::As(_) | Samples::Cmyk => Vec::new(),
-    };
-
-    let mut result = DecodingResult::U8(Vec::new());
-    let planes = decoder.read_image_to_buffer(&mut result)?;
-    if result.as_buffer(0).as_bytes().len() < planes.complete_len {
-        return Err(TiffError::LimitsExceeded);
-    }
-    let data = match result {
-        DecodingResult::U8(data) if bits == 8 => data,
-        DecodingResult::U8(data) if bits < 8 && channels == 1 => {
-            unpack(&data, width as usize, bits, palette)
-        }
-        // Of 16 bits, the high byte.
-        DecodingResult::U16(data) if bits == 16 && !palette => {
-            data.into_iter().map(|word| word.to_be_bytes()[0]).collect()
-        }
-        _ => return Ok(Err(header.unsupported(format!("{color:?} samples")))),
-    };
-    let data = if planes.planes > 1 {
-        interleave(&data, planes.planes)
-    } else {
-        data
-    };
-    let (layout, data) = match samples {
-        Samples::As(layout) => (layout, data),
-        Samples::Cmyk => (Layout::Rgb, cmyk_to_rgb(&data)),
-        Samples::Palette => (Layout::Rgb, look_up(&data, &colors)),
-    };
-    if data.len() != width as usize * height as usize * layout.channels() {
-        return Ok(Err(header.damaged("samples are missing")));
-    }
+        .unwrap_or_else(|| orientation(None, image.xmp));
     let pixels = Pixels {
-        width,
-        height,
+        width: image.width,
+        height: image.height,
         layout,
         data,
     };
-    Ok(Ok((pixels, orientation)))
+    Ok((pixels, turned))
 }
 
-/// The file with its palette declared gray, when it has one: the decoder then
-/// gives the indexes, which it otherwise refuses to.
-fn palette_as_gray(bytes: &[u8]) -> Option<Vec<u8>> {
-    const PHOTOMETRIC: u16 = 262;
-    const PALETTE: u16 = 3;
-    const BLACK_IS_ZERO: u16 = 1;
-    let little = bytes.starts_with(b"II");
-    let word = |at: usize| {
-        let word = *bytes.get(at..)?.first_chunk()?;
-        Some(if little {
-            u16::from_le_bytes(word)
+/// Strips or tiles on their way to an image.
+struct Reader<'a> {
+    file: &'a [u8],
+    image: &'a Image<'a>,
+    header: Header<'a>,
+    /// The image's channels, a byte each.
+    data: Vec<u8>,
+    /// A row of a strip or tile.
+    row: Vec<u8>,
+    /// Pixels that the scans of JPEGs went over.
+    scanned: u64,
+}
+
+/// Where a strip or tile is: its plane, and its column and row among others.
+#[derive(Clone, Copy)]
+struct Position {
+    plane: usize,
+    column: u32,
+    row: u32,
+}
+
+impl<'a> Reader<'a> {
+    fn new(file: &'a [u8], image: &'a Image<'a>, header: Header<'a>) -> Self {
+        let pixels = image.width as usize * image.height as usize;
+        Self {
+            file,
+            image,
+            header,
+            data: vec![0; pixels * image.channels()],
+            row: Vec::new(),
+            scanned: 0,
+        }
+    }
+
+    fn read(mut self) -> Result<Vec<u8>, PreprocessError> {
+        let (across, down) = self.image.grid();
+        let mut codec = Codec::new(self.image.compression);
+        for plane in 0..self.image.planes() {
+            for row in 0..down {
+                for column in 0..across {
+                    self.header.budget.check()?;
+                    let at = Position { plane, column, row };
+                    self.read_chunk(at, &mut codec)?;
+                }
+            }
+        }
+        Ok(self.data)
+    }
+
+    fn read_chunk(&mut self, at: Position, codec: &mut Codec) -> Result<(), PreprocessError> {
+        let (image, header) = (self.image, self.header);
+        let bytes = self.encoded(at)?;
+        let (pixels, rows) = image.inside(at.column, at.row);
+        let fail = |error| failure(error, header);
+        let whole = image.row_bytes(image.chunk_width);
+        let wanted = image.row_bytes(pixels);
+        let jpeg;
+        let mut chunk = if image.compression == Compression::Jpeg {
+            jpeg = self.decode_jpeg(bytes, rows)?;
+            Chunk::plain(codec, &jpeg, header.budget)
         } else {
-            u16::from_be_bytes(word)
+            Chunk::new(codec, bytes, image, header.budget)
+        };
+        let mut row = std::mem::take(&mut self.row);
+        row.resize(usize::try_from(wanted).unwrap_or(usize::MAX), 0);
+        for y in 0..rows {
+            chunk.read(&mut row).map_err(fail)?;
+            chunk.skip(whole - wanted).map_err(fail)?;
+            if image.predictor {
+                undo_differences(&mut row, image);
+            }
+            self.place(at, y, pixels, &row);
+        }
+        self.row = row;
+        Ok(())
+    }
+
+    /// The bytes of a strip or tile.
+    fn encoded(&self, at: Position) -> Result<&'a [u8], PreprocessError> {
+        let (across, down) = self.image.grid();
+        let (across, down) = (across as usize, down as usize);
+        let index = (at.plane * down + at.row as usize) * across + at.column as usize;
+        let part = |index| {
+            let start = usize::try_from(self.image.offsets.get(index)?).ok()?;
+            let len = usize::try_from(self.image.lens.get(index)?).ok()?;
+            self.file.get(start..)?.get(..len)
+        };
+        part(index).ok_or_else(|| {
+            self.header
+                .damaged(format!("strip or tile {index} is not in the file"))
         })
-    };
-    // BigTIFF (43) has other offsets, and its palettes stay refused.
-    if word(2)? != 42 {
-        return None;
     }
-    let offset = *bytes.get(4..)?.first_chunk()?;
-    let directory = if little {
-        u32::from_le_bytes(offset)
-    } else {
-        u32::from_be_bytes(offset)
-    } as usize;
-    let entries = usize::from(word(directory)?);
-    let value = (0..entries)
-        .map(|entry| directory + 2 + entry * 12)
-        .find(|&at| word(at) == Some(PHOTOMETRIC))?
-        + 8;
-    if word(value)? != PALETTE {
-        return None;
+
+    fn decode_jpeg(&mut self, bytes: &[u8], rows: u32) -> Result<Vec<u8>, PreprocessError> {
+        let image = self.image;
+        // Tables that all have in common come first, without their end.
+        let tables = image.jpeg_tables.unwrap_or(b"\xff\xd8\xff\xd9");
+        let (Some(tables), Some(rest)) = (
+            tables.strip_suffix(b"\xff\xd9"),
+            bytes.strip_prefix(b"\xff\xd8"),
+        ) else {
+            return Err(self.header.damaged("JPEG data without their markers"));
+        };
+        let whole = [tables, rest].concat();
+        let pixels = u64::from(image.width) * u64::from(image.height);
+        let mut inside = Inside {
+            width: image.chunk_width,
+            rows: (rows, image.chunk_height),
+            components: image.chunk_samples(),
+            scanned: self.scanned,
+            held_bytes: pixels * image.pixel_bytes() + whole.len() as u64,
+        };
+        let samples = jpeg::decode_samples(&whole, &mut inside, self.header)?;
+        self.scanned = inside.scanned;
+        Ok(samples)
     }
-    let mut copy = bytes.to_vec();
-    let gray = if little {
-        BLACK_IS_ZERO.to_le_bytes()
-    } else {
-        BLACK_IS_ZERO.to_be_bytes()
-    };
-    copy[value..value + 2].copy_from_slice(&gray);
-    Some(copy)
+
+    /// Puts a row of samples where it belongs.
+    fn place(&mut self, at: Position, y: u32, pixels: u32, row: &[u8]) {
+        let image = self.image;
+        let channels = image.channels();
+        let left = (at.column * image.chunk_width) as usize;
+        let top = (at.row * image.chunk_height + y) as usize;
+        let start = (top * image.width as usize + left) * channels;
+        let target = &mut self.data[start..start + pixels as usize * channels];
+        let samples = image.chunk_samples();
+        match image.bits {
+            16 => {
+                // The high byte.
+                let high = usize::from(image.little);
+                let (words, _) = row.as_chunks::<2>();
+                let levels = words.iter().map(|word| word[high]);
+                spread(target, channels, at.plane, levels, samples);
+            }
+            8 if samples == channels => target.copy_from_slice(row),
+            8 => spread(target, channels, at.plane, row.iter().copied(), samples),
+            bits => unpack(target, row, bits, image.colors == Colors::Palette),
+        }
+        if image.colors == (Colors::Gray { inverted: true }) && at.plane == 0 {
+            for gray in target.iter_mut().step_by(channels) {
+                *gray = 255 - *gray;
+            }
+        }
+    }
+}
+
+fn failure(error: ChunkError, header: Header<'_>) -> PreprocessError {
+    match error {
+        ChunkError::Short => header.damaged("a strip or tile that ends before its pixels"),
+        ChunkError::Invalid => header.damaged("a strip or tile that does not decompress"),
+        ChunkError::Other(error) => error,
+    }
+}
+
+/// Adds each sample to the one before it in its row, of the same color.
+fn undo_differences(row: &mut [u8], image: &Image<'_>) {
+    let samples = image.chunk_samples();
+    if image.bits == 8 {
+        for at in samples..row.len() {
+            row[at] = row[at].wrapping_add(row[at - samples]);
+        }
+        return;
+    }
+    let (words, _) = row.as_chunks_mut::<2>();
+    for at in samples..words.len() {
+        let [before, now] = [words[at - samples], words[at]];
+        words[at] = if image.little {
+            u16::from_le_bytes(now)
+                .wrapping_add(u16::from_le_bytes(before))
+                .to_le_bytes()
+        } else {
+            u16::from_be_bytes(now)
+                .wrapping_add(u16::from_be_bytes(before))
+                .to_be_bytes()
+        };
+    }
+}
+
+/// Puts samples into the channels of pixels, from channel `plane` on. Those that
+/// there is no channel for are dropped.
+fn spread(
+    target: &mut [u8],
+    channels: usize,
+    plane: usize,
+    mut levels: impl Iterator<Item = u8>,
+    samples: usize,
+) {
+    let wanted = samples.min(channels - plane);
+    for pixel in target.chunks_exact_mut(channels) {
+        for (to, level) in pixel[plane..plane + wanted].iter_mut().zip(levels.by_ref()) {
+            *to = level;
+        }
+        if samples > wanted {
+            levels.nth(samples - wanted - 1);
+        }
+    }
 }
 
 /// Samples of 1, 2 or 4 bits as bytes: indexes as they are, gray levels spread
-/// to 255. Each row starts on a byte.
-fn unpack(data: &[u8], width: usize, bits: u8, palette: bool) -> Vec<u8> {
+/// to 255.
+fn unpack(target: &mut [u8], row: &[u8], bits: u32, palette: bool) {
     let mask = (1_u8 << bits) - 1;
     let factor = if palette { 1 } else { 255 / mask };
-    let per_byte = usize::from(8 / bits);
-    data.chunks(width.div_ceil(per_byte))
-        .flat_map(|row| {
-            (0..width.min(row.len() * per_byte)).map(move |column| {
-                let place = u8::try_from(column % per_byte).expect("8 at most");
-                let shift = 8 - bits * (place + 1);
-                (row[column / per_byte] >> shift & mask) * factor
-            })
-        })
-        .collect()
-}
-
-fn interleave(data: &[u8], planes: usize) -> Vec<u8> {
-    let plane = data.len() / planes;
-    (0..plane)
-        .flat_map(|pixel| (0..planes).map(move |channel| data[channel * plane + pixel]))
-        .collect()
+    let per_byte = 8 / bits as usize;
+    for (pixels, byte) in target.chunks_mut(per_byte).zip(row) {
+        for (pixel, shift) in pixels.iter_mut().zip((0..8 / bits).rev()) {
+            *pixel = (byte >> (shift * bits) & mask) * factor;
+        }
+    }
 }
 
 /// Pillow's formula: each ink and black multiply, rounded to nearest.

@@ -1,91 +1,305 @@
 //! WebP, of an animation its first frame.
 //!
-//! The decoder sizes its buffers by the inner frame, not by the canvas that was
-//! checked, so the inner sizes are checked here first.
+//! The decoder believes whatever sizes it finds last, so it is given a file of
+//! its own: the chunks of one frame, whose sizes agree with each other and were
+//! checked. What else a file holds is never decoded. The first frame of an
+//! animation is laid on its canvas here, transparent around it and without
+//! blending, as there is nothing below it.
+//!
+//! Memory: the copy of the frame's bytes, and up to 12 bytes a pixel (the ARGB
+//! of a lossless frame or of compressed alpha, its planes, the output), with the
+//! codes that [`lossless`] counts.
+//!
+//! Work: a few passes over the frame's pixels and one over its bytes. A lossy
+//! frame is read whole before it is decoded, so a budget that ends meanwhile
+//! is seen after its pixels.
 
 use image::ImageDecoder;
 use image::codecs::webp::WebPDecoder;
 use image::metadata::Orientation;
 
-use super::pixels::Pixels;
+use super::pixels::{Layout, Pixels};
 use super::wrapped::read;
 use super::{Header, PreprocessError, orientation};
 
-/// The most that the decoder holds for a pixel: an animated lossless frame with
-/// its canvas, its ARGB and the output. The planes of a lossy one take less.
+mod lossless;
+mod lossy;
+
+/// The most that the decoder holds for a pixel: the planes of a lossy frame,
+/// its output, and the ARGB that its alpha is taken from. A lossless frame takes
+/// less, as does the canvas of an animation once its frame is decoded.
 const PIXEL_BYTES: u64 = 12;
+
+/// Tables, and what goes with a row.
+const OTHER_BYTES: u64 = 256 << 10;
 
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
-    for (width, height) in frame_sizes(bytes) {
-        header.admit(width, height, PIXEL_BYTES)?;
+    let file = File::read(bytes, header)?;
+    let (width, height) = file.canvas;
+    header.admit_pixels(width, height)?;
+    let frame = &file.frame;
+    let held = frame.check(header)?;
+    header.admit(frame.width, frame.height, PIXEL_BYTES, held)?;
+    header.admit(width, height, PIXEL_BYTES, 0)?;
+
+    let still = frame.alone(header)?;
+    let decoder = WebPDecoder::new(header.source(&still)).map_err(|e| header.image_error(&e))?;
+    if decoder.dimensions() != (frame.width, frame.height) {
+        return Err(header.damaged("a frame of another size than its header"));
     }
-    let mut decoder = WebPDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
-    let (width, height) = decoder.dimensions();
-    header.admit(width, height, PIXEL_BYTES)?;
-    let exif = decoder.exif_metadata().ok().flatten();
-    let xmp = decoder.xmp_metadata().ok().flatten();
     let pixels = read(decoder, header)?;
-    Ok((pixels, orientation(exif.as_deref(), xmp.as_deref())))
+    let pixels = if file.animated || (pixels.layout == Layout::Rgba && !file.alpha) {
+        file.on_canvas(&pixels)
+    } else {
+        pixels
+    };
+    Ok((pixels, orientation(file.exif, file.xmp)))
 }
 
-/// The sizes that the frames themselves state. Chunks inside an animation's
-/// frames are visited too; a chunk that cannot be read is the decoder's to
-/// refuse.
-fn frame_sizes(bytes: &[u8]) -> Vec<(u32, u32)> {
-    let mut sizes = Vec::new();
-    let mut at = 12;
-    while let Some(head) = bytes.get(at..at + 8) {
-        let (kind, len) = head.split_at(4);
-        let len = u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize;
-        at += 8;
-        let body = &bytes[at..];
+/// The chunks of a file that matter.
+struct File<'a> {
+    animated: bool,
+    /// Width and height.
+    canvas: (u32, u32),
+    /// Whether transparency is shown, as the file says where it has a header for
+    /// that.
+    alpha: bool,
+    /// Column and row of the frame.
+    place: (u32, u32),
+    frame: Frame<'a>,
+    exif: Option<&'a [u8]>,
+    xmp: Option<&'a [u8]>,
+}
+
+/// One image: its alpha, if that is stored apart, and its pixels.
+struct Frame<'a> {
+    width: u32,
+    height: u32,
+    alpha: Option<&'a [u8]>,
+    pixels: &'a [u8],
+    lossless: bool,
+}
+
+impl<'a> File<'a> {
+    fn read(bytes: &'a [u8], header: Header<'_>) -> Result<Self, PreprocessError> {
+        let cut = || header.damaged("a file without a whole frame");
+        let mut chunks = Chunks(riff(bytes).ok_or_else(cut)?);
+        let first = Chunks(chunks.0).next().ok_or_else(cut)?;
+        let (flags, extended) = match first {
+            (b"VP8X", body) => {
+                let Some(&[flags, _, _, _, w0, w1, w2, h0, h1, h2]) = body.first_chunk() else {
+                    return Err(header.damaged("a header chunk cut short"));
+                };
+                let side = |bytes: [u8; 3]| u24(bytes) + 1;
+                (flags, Some((side([w0, w1, w2]), side([h0, h1, h2]))))
+            }
+            _ => (0, None),
+        };
+        let animated = flags & 2 != 0;
+        let (mut frame, mut exif, mut xmp) = (None, None, None);
+        let mut alpha = None;
+        for (kind, body) in chunks.by_ref() {
+            match kind {
+                b"ANMF" if animated && frame.is_none() => {
+                    frame = Some(read_animated(body, header)?);
+                }
+                b"ALPH" if !animated && frame.is_none() => {
+                    alpha.get_or_insert(body);
+                }
+                b"VP8 " | b"VP8L" if !animated && frame.is_none() => {
+                    let alpha = alpha.filter(|_| flags & 0x10 != 0);
+                    frame = Some(((0, 0), Frame::read(kind, body, alpha, header)?));
+                }
+                b"EXIF" => exif = exif.or(Some(body)),
+                b"XMP " => xmp = xmp.or(Some(body)),
+                _ => {}
+            }
+        }
+        let (place, frame) = frame.ok_or_else(cut)?;
+        let canvas = extended.unwrap_or((frame.width, frame.height));
+        let inside = |at: u32, size: u32, of: u32| u64::from(at) + u64::from(size) <= u64::from(of);
+        let fits = if animated {
+            inside(place.0, frame.width, canvas.0) && inside(place.1, frame.height, canvas.1)
+        } else {
+            (frame.width, frame.height) == canvas
+        };
+        if !fits {
+            return Err(header.damaged(format!(
+                "a frame of {} x {} on a canvas of {} x {}",
+                frame.width, frame.height, canvas.0, canvas.1
+            )));
+        }
+        Ok(Self {
+            animated,
+            canvas,
+            alpha: extended.is_none() || flags & 0x10 != 0,
+            place,
+            frame,
+            exif,
+            xmp,
+        })
+    }
+
+    /// The frame where it belongs, transparent black around it.
+    fn on_canvas(&self, frame: &Pixels) -> Pixels {
+        let (width, height) = self.canvas;
+        let layout = if self.alpha {
+            Layout::Rgba
+        } else {
+            Layout::Rgb
+        };
+        let channels = layout.channels();
+        let mut data = vec![0; width as usize * height as usize * channels];
+        let from = frame.layout.channels();
+        let rows = frame.data.chunks_exact(frame.width as usize * from);
+        for (row, pixels) in (self.place.1 as usize..).zip(rows) {
+            let start = (row * width as usize + self.place.0 as usize) * channels;
+            let target = data[start..].chunks_exact_mut(channels);
+            for (to, pixel) in target.zip(pixels.chunks_exact(from)) {
+                let alpha = if from == 4 { pixel[3] } else { 255 };
+                to.copy_from_slice(&[pixel[0], pixel[1], pixel[2], alpha][..channels]);
+            }
+        }
+        Pixels {
+            width,
+            height,
+            layout,
+            data,
+        }
+    }
+}
+
+/// The place and the image of an animation's frame.
+fn read_animated<'a>(
+    body: &'a [u8],
+    header: Header<'_>,
+) -> Result<((u32, u32), Frame<'a>), PreprocessError> {
+    let Some((head, chunks)) = body.split_first_chunk::<16>() else {
+        return Err(header.damaged("a frame cut short"));
+    };
+    let side = |at: usize| u24([head[at], head[at + 1], head[at + 2]]);
+    let mut alpha = None;
+    for (kind, body) in Chunks(chunks) {
         match kind {
-            // Step into the frame: 16 bytes, then chunks.
-            b"ANMF" => {
-                at += 16;
-                continue;
+            b"ALPH" => {
+                alpha.get_or_insert(body);
             }
-            b"VP8 " => {
-                if let Some(&[w0, w1, h0, h1]) = body.get(6..10) {
-                    let side = |low, high| u32::from(u16::from_le_bytes([low, high]) & 0x3fff);
-                    sizes.push((side(w0, w1), side(h0, h1)));
+            b"VP8 " | b"VP8L" => {
+                let frame = Frame::read(kind, body, alpha, header)?;
+                if (frame.width, frame.height) != (side(6) + 1, side(9) + 1) {
+                    return Err(header.damaged("a frame of another size than its header"));
                 }
-            }
-            b"VP8L" => {
-                if let Some(&[b0, b1, b2, b3]) = body.get(1..5) {
-                    let bits = u32::from_le_bytes([b0, b1, b2, b3]);
-                    sizes.push(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1));
-                }
+                return Ok(((2 * side(0), 2 * side(3)), frame));
             }
             _ => {}
         }
-        at = at.saturating_add(len).saturating_add(len % 2);
     }
-    sizes
+    Err(header.damaged("a frame without pixels"))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn frames_state_their_sizes() {
-        let check = |chunks: &[u8], expected: &[(u32, u32)]| {
-            let bytes = [b"RIFF\0\0\0\0WEBP", chunks].concat();
-            assert_eq!(frame_sizes(&bytes), expected);
+impl<'a> Frame<'a> {
+    fn read(
+        kind: &[u8; 4],
+        body: &'a [u8],
+        alpha: Option<&'a [u8]>,
+        header: Header<'_>,
+    ) -> Result<Self, PreprocessError> {
+        let lossless = kind == b"VP8L";
+        let size = if lossless {
+            lossless::size(body)
+        } else {
+            lossy::size(body)
         };
-        let lossy = b"VP8 \x0a\0\0\0\0\0\0\x9d\x01\x2a\x40\x01\x2c\x41";
-        let lossless = b"VP8L\x05\0\0\0\x2f\x3f\xc0\x0f\0\0";
-        let odd = b"ICCP\x01\0\0\0x\0";
-        check(lossy, &[(320, 300)]);
-        check(lossless, &[(64, 64)]);
-        check(&[odd.as_slice(), lossy].concat(), &[(320, 300)]);
-        let animated = [b"ANMF\x2a\0\0\0".as_slice(), &[0; 16], lossy, lossless].concat();
-        check(&animated, &[(320, 300), (64, 64)]);
-        check(b"VP8 \xff\xff\xff\xff", &[]);
-        check(b"", &[]);
+        let (width, height) = size.ok_or_else(|| header.damaged("a frame cut short"))?;
+        Ok(Self {
+            width,
+            height,
+            alpha: alpha.filter(|_| !lossless),
+            pixels: body,
+            lossless,
+        })
     }
+
+    /// What decoding holds beside the pixels, where the sizes inside are right.
+    fn check(&self, header: Header<'_>) -> Result<u64, PreprocessError> {
+        let bytes = (self.pixels.len() + self.alpha.map_or(0, <[u8]>::len)) as u64;
+        header.admit_pixels(self.width, self.height)?;
+        let codes = if self.lossless {
+            lossless::code_bytes(&self.pixels[5..], self.width, self.height, header)?
+        } else {
+            lossy::check(self.pixels, header)?;
+            match self.alpha {
+                Some([info, body @ ..]) if info & 3 == 1 => {
+                    lossless::code_bytes(body, self.width, self.height, header)?
+                }
+                _ => 0,
+            }
+        };
+        // The copy, and for a lossy frame its parts once and twice more.
+        Ok(OTHER_BYTES + 4 * bytes + codes)
+    }
+
+    /// The frame as a file of its own.
+    fn alone(&self, header: Header<'_>) -> Result<Vec<u8>, PreprocessError> {
+        let mut chunks = Vec::with_capacity(self.pixels.len() + 64);
+        chunks.extend_from_slice(b"RIFF\0\0\0\0WEBP");
+        if let Some(alpha) = self.alpha {
+            let [w0, w1, w2, _] = (self.width - 1).to_le_bytes();
+            let [h0, h1, h2, _] = (self.height - 1).to_le_bytes();
+            push(
+                &mut chunks,
+                b"VP8X",
+                &[0x10, 0, 0, 0, w0, w1, w2, h0, h1, h2],
+            );
+            push(&mut chunks, b"ALPH", alpha);
+        }
+        let kind = if self.lossless { b"VP8L" } else { b"VP8 " };
+        push(&mut chunks, kind, self.pixels);
+        let len = u32::try_from(chunks.len() - 8)
+            .map_err(|_| header.damaged("a frame of more than 4 GiB"))?;
+        chunks[4..8].copy_from_slice(&len.to_le_bytes());
+        Ok(chunks)
+    }
+}
+
+/// Appends a chunk with its length and padding.
+fn push(file: &mut Vec<u8>, kind: &[u8; 4], body: &[u8]) {
+    file.extend_from_slice(kind);
+    // Bodies are parts of a file whose lengths were 32-bit numbers.
+    let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    file.extend_from_slice(&len.to_le_bytes());
+    file.extend_from_slice(body);
+    if body.len() % 2 == 1 {
+        file.push(0);
+    }
+}
+
+/// Kinds and bodies of chunks, up to the first that is not whole.
+struct Chunks<'a>(&'a [u8]);
+
+impl<'a> Iterator for Chunks<'a> {
+    type Item = (&'a [u8; 4], &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (kind, after) = self.0.split_first_chunk::<4>()?;
+        let (len, after) = after.split_first_chunk::<4>()?;
+        let len = usize::try_from(u32::from_le_bytes(*len)).ok()?;
+        let (body, after) = after.split_at_checked(len)?;
+        self.0 = after.get(len % 2..).unwrap_or(&[]);
+        Some((kind, body))
+    }
+}
+
+/// What a file says that it holds. Bytes behind that do not belong to it, and a
+/// file that is shorter is cut short.
+fn riff(bytes: &[u8]) -> Option<&[u8]> {
+    let len = u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?);
+    bytes.get(8..)?.get(..usize::try_from(len).ok()?)?.get(4..)
+}
+
+fn u24([low, middle, high]: [u8; 3]) -> u32 {
+    u32::from_le_bytes([low, middle, high, 0])
 }

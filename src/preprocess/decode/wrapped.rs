@@ -1,4 +1,8 @@
-//! BMP, and what it shares with WebP: a decoder of the `image` crate.
+//! BMP, by the `image` crate, and what WebP's still images share with it.
+//!
+//! Memory: the pixels, a row of the file, and a palette of at most 256 colors.
+//! Work: each pixel once, and each byte of run lengths once. Pictures of other
+//! formats inside are refused by the decoder.
 
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
@@ -7,13 +11,17 @@ use image::{ColorType, ImageDecoder};
 use super::pixels::{Layout, Pixels};
 use super::{Header, PreprocessError};
 
+/// The palette, twice.
+const OTHER_BYTES: u64 = 16 << 10;
+
 pub(super) fn bmp(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
     let decoder = BmpDecoder::new(header.source(bytes)).map_err(|e| header.image_error(&e))?;
     let (width, height) = decoder.dimensions();
-    header.admit(width, height, decoder.color_type().bytes_per_pixel().into())?;
+    let pixel_bytes = decoder.color_type().bytes_per_pixel().into();
+    header.admit(width, height, pixel_bytes, OTHER_BYTES + u64::from(width))?;
     Ok((read(decoder, header)?, Orientation::NoTransforms))
 }
 

@@ -1,0 +1,258 @@
+//! The bytes of one strip or tile, uncompressed as they are asked for.
+
+use flate2::{Decompress, FlushDecompress, Status};
+use weezl::{BitOrder, LzwStatus};
+
+use super::fax::Fax;
+use super::layout::{Compression, Image};
+use super::{DecodeBudget, PreprocessError};
+
+/// Bytes that go into a codec, or come out of it, between two looks at the
+/// budget.
+const STEP_BYTES: usize = 4096;
+
+/// Why a strip or tile cannot be read.
+pub(super) enum ChunkError {
+    /// Its data end before its pixels.
+    Short,
+    /// Its data are not what the codec writes.
+    Invalid,
+    Other(PreprocessError),
+}
+
+impl From<PreprocessError> for ChunkError {
+    fn from(error: PreprocessError) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Decompressors, which are kept from one strip or tile to the next: making one
+/// takes longer than most strips.
+pub(super) enum Codec {
+    None,
+    PackBits,
+    Lzw(Box<weezl::decode::Decoder>),
+    Deflate(Decompress),
+    Fax4,
+}
+
+impl Codec {
+    /// JPEGs are decoded as a whole, to bytes that are none.
+    pub(super) fn new(compression: Compression) -> Self {
+        match compression {
+            Compression::None | Compression::Jpeg => Self::None,
+            Compression::PackBits => Self::PackBits,
+            Compression::Lzw => {
+                let decoder = weezl::decode::Configuration::with_tiff_size_switch(BitOrder::Msb, 8)
+                    .with_yield_on_full_buffer(true)
+                    .build();
+                Self::Lzw(Box::new(decoder))
+            }
+            Compression::Deflate => Self::Deflate(Decompress::new(true)),
+            Compression::Fax4 => Self::Fax4,
+        }
+    }
+}
+
+/// A strip or tile that is being read.
+pub(super) struct Chunk<'a> {
+    codec: &'a mut Codec,
+    data: Data<'a>,
+    budget: &'a DecodeBudget<'a>,
+    /// What repeats, and what is to come of a run of `PackBits`.
+    run: (Option<u8>, usize),
+    fax: Option<Fax>,
+}
+
+/// Encoded bytes, with their bits turned around if need be.
+pub(super) struct Data<'a> {
+    rest: &'a [u8],
+    reversed: bool,
+    turned: [u8; STEP_BYTES],
+    /// Bytes of `turned` that were taken, and that are there.
+    taken: usize,
+    filled: usize,
+}
+
+impl<'a> Data<'a> {
+    fn new(bytes: &'a [u8], reversed: bool) -> Self {
+        Self {
+            rest: bytes,
+            reversed,
+            turned: [0; STEP_BYTES],
+            taken: 0,
+            filled: 0,
+        }
+    }
+
+    /// The next bytes, at most a step of them, and none at the end.
+    fn peek(&mut self) -> &[u8] {
+        if !self.reversed {
+            return &self.rest[..self.rest.len().min(STEP_BYTES)];
+        }
+        if self.taken == self.filled {
+            let (now, later) = self.rest.split_at(self.rest.len().min(STEP_BYTES));
+            for (to, from) in self.turned.iter_mut().zip(now) {
+                *to = from.reverse_bits();
+            }
+            (self.rest, self.taken, self.filled) = (later, 0, now.len());
+        }
+        &self.turned[self.taken..self.filled]
+    }
+
+    fn take(&mut self, count: usize) {
+        if self.reversed {
+            self.taken += count;
+        } else {
+            self.rest = &self.rest[count..];
+        }
+    }
+
+    pub(super) fn byte(&mut self) -> Option<u8> {
+        let byte = *self.peek().first()?;
+        self.take(1);
+        Some(byte)
+    }
+}
+
+impl<'a> Chunk<'a> {
+    pub(super) fn new(
+        codec: &'a mut Codec,
+        bytes: &'a [u8],
+        image: &Image<'_>,
+        budget: &'a DecodeBudget<'a>,
+    ) -> Self {
+        match codec {
+            Codec::Lzw(decoder) => decoder.reset(),
+            Codec::Deflate(decoder) => decoder.reset(true),
+            Codec::None | Codec::PackBits | Codec::Fax4 => {}
+        }
+        let fax = matches!(codec, Codec::Fax4).then(|| Fax::new(image.chunk_width));
+        Self {
+            codec,
+            data: Data::new(bytes, image.reversed),
+            budget,
+            run: (None, 0),
+            fax,
+        }
+    }
+
+    /// A strip or tile that is uncompressed already. `codec` is to be none.
+    pub(super) fn plain(
+        codec: &'a mut Codec,
+        bytes: &'a [u8],
+        budget: &'a DecodeBudget<'a>,
+    ) -> Self {
+        Self {
+            codec,
+            data: Data::new(bytes, false),
+            budget,
+            run: (None, 0),
+            fax: None,
+        }
+    }
+
+    /// The next bytes, as many as there is room for.
+    pub(super) fn read(&mut self, mut to: &mut [u8]) -> Result<(), ChunkError> {
+        while !to.is_empty() {
+            self.budget.check()?;
+            let step = to.len().min(STEP_BYTES);
+            let made = self.step(&mut to[..step])?;
+            to = &mut to[made..];
+        }
+        Ok(())
+    }
+
+    /// Passes over bytes.
+    pub(super) fn skip(&mut self, mut count: u64) -> Result<(), ChunkError> {
+        let mut scratch = [0; STEP_BYTES];
+        while count > 0 {
+            let step = usize::try_from(count).unwrap_or(usize::MAX).min(STEP_BYTES);
+            self.read(&mut scratch[..step])?;
+            count -= step as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes some of the next bytes and returns their number, which may be 0 if
+    /// only input was taken.
+    fn step(&mut self, to: &mut [u8]) -> Result<usize, ChunkError> {
+        match self.codec {
+            Codec::None => {
+                let from = self.data.peek();
+                let count = from.len().min(to.len());
+                to[..count].copy_from_slice(&from[..count]);
+                self.data.take(count);
+                some(count)
+            }
+            Codec::PackBits => self.unpack(to),
+            Codec::Lzw(decoder) => {
+                let from = self.data.peek();
+                let ended = from.is_empty();
+                let done = decoder.decode_bytes(from, to);
+                self.data.take(done.consumed_in);
+                match done.status {
+                    Ok(LzwStatus::Ok) if !ended => Ok(done.consumed_out),
+                    Ok(_) => some(done.consumed_out),
+                    Err(_) => Err(ChunkError::Invalid),
+                }
+            }
+            Codec::Deflate(decoder) => {
+                let from = self.data.peek();
+                let ended = from.is_empty();
+                let before = (decoder.total_in(), decoder.total_out());
+                let status = decoder
+                    .decompress(from, to, FlushDecompress::None)
+                    .map_err(|_| ChunkError::Invalid)?;
+                let count =
+                    |after: u64, before: u64| usize::try_from(after - before).unwrap_or(usize::MAX);
+                self.data.take(count(decoder.total_in(), before.0));
+                let made = count(decoder.total_out(), before.1);
+                match status {
+                    Status::Ok if !ended => Ok(made),
+                    Status::Ok | Status::BufError | Status::StreamEnd => some(made),
+                }
+            }
+            Codec::Fax4 => {
+                let fax = self.fax.as_mut().ok_or(ChunkError::Invalid)?;
+                fax.row(&mut self.data).ok_or(ChunkError::Invalid)?;
+                some(fax.take(to))
+            }
+        }
+    }
+
+    /// A part of a `PackBits` run.
+    fn unpack(&mut self, to: &mut [u8]) -> Result<usize, ChunkError> {
+        if self.run.1 == 0 {
+            self.run = match self.data.byte().ok_or(ChunkError::Short)? {
+                count @ 0..128 => (None, usize::from(count) + 1),
+                // Means nothing.
+                128 => return Ok(0),
+                count => {
+                    let byte = self.data.byte().ok_or(ChunkError::Short)?;
+                    (Some(byte), 257 - usize::from(count))
+                }
+            };
+        }
+        let mut count = self.run.1.min(to.len());
+        if let Some(byte) = self.run.0 {
+            to[..count].fill(byte);
+        } else {
+            let from = self.data.peek();
+            count = count.min(from.len());
+            to[..count].copy_from_slice(&from[..count]);
+            self.data.take(count);
+        }
+        self.run.1 -= count;
+        some(count)
+    }
+}
+
+/// Bytes that were made: none means that there are no more.
+fn some(count: usize) -> Result<usize, ChunkError> {
+    if count == 0 {
+        Err(ChunkError::Short)
+    } else {
+        Ok(count)
+    }
+}

@@ -1,0 +1,199 @@
+//! Fax compression of group 4 (T.6), row by row: each says where its colors
+//! change beside those of the row above.
+//!
+//! The codes are the `fax` crate's. Its decoder is not used: it takes changes
+//! that go back to the left, and then a row can take as long as one likes.
+
+use fax::maps::{Mode, black, mode, white};
+
+use super::chunk::Data;
+
+/// Zeros that are read behind the data: codes are looked up by 16 bits.
+const ZEROS_MAX: u32 = 4;
+
+pub(super) struct Fax {
+    width: u32,
+    bits: Bits,
+    /// Columns where the color changes, from white on: of the row above, and of
+    /// this one.
+    above: Vec<u32>,
+    changes: Vec<u32>,
+    /// The row as bytes, black as ones, and those that were taken.
+    line: Vec<u8>,
+    taken: usize,
+}
+
+#[derive(Default)]
+struct Bits {
+    word: u32,
+    count: u8,
+    zeros: u32,
+}
+
+struct BitReader<'a, 'b> {
+    bits: &'a mut Bits,
+    data: &'a mut Data<'b>,
+}
+
+impl BitReader<'_, '_> {
+    fn fill(&mut self) -> Result<(), ()> {
+        while self.bits.count < 16 {
+            let byte = self.data.byte().unwrap_or_else(|| {
+                self.bits.zeros += 1;
+                0
+            });
+            if self.bits.zeros > ZEROS_MAX {
+                return Err(());
+            }
+            self.bits.word = self.bits.word << 8 | u32::from(byte);
+            self.bits.count += 8;
+        }
+        Ok(())
+    }
+}
+
+impl fax::BitReader for BitReader<'_, '_> {
+    type Error = ();
+
+    fn peek(&self, bits: u8) -> Option<u16> {
+        let shift = self.bits.count.checked_sub(bits)?;
+        let [low, high, _, _] = (self.bits.word >> shift).to_le_bytes();
+        let mask = u16::MAX.checked_shr(16_u32.checked_sub(bits.into())?)?;
+        Some(u16::from_le_bytes([low, high]) & mask)
+    }
+
+    fn consume(&mut self, bits: u8) -> Result<(), ()> {
+        self.bits.count = self.bits.count.checked_sub(bits).ok_or(())?;
+        self.fill()
+    }
+
+    fn bits_to_byte_boundary(&self) -> u8 {
+        self.bits.count & 7
+    }
+}
+
+impl Fax {
+    pub(super) fn new(width: u32) -> Self {
+        let bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
+        Self {
+            width,
+            bits: Bits::default(),
+            above: Vec::new(),
+            changes: Vec::new(),
+            line: vec![0; bytes],
+            taken: bytes,
+        }
+    }
+
+    /// Bytes of the current row.
+    pub(super) fn take(&mut self, to: &mut [u8]) -> usize {
+        let count = to.len().min(self.line.len() - self.taken);
+        to[..count].copy_from_slice(&self.line[self.taken..self.taken + count]);
+        self.taken += count;
+        count
+    }
+
+    /// Decodes the next row, if the current one was taken. None when there is
+    /// none, or no valid one.
+    pub(super) fn row(&mut self, data: &mut Data<'_>) -> Option<()> {
+        if self.taken < self.line.len() {
+            return Some(());
+        }
+        let mut reader = BitReader {
+            bits: &mut self.bits,
+            data,
+        };
+        reader.fill().ok()?;
+        std::mem::swap(&mut self.above, &mut self.changes);
+        self.changes.clear();
+        let (above, changes, width) = (&self.above, &mut self.changes, self.width);
+        // As many as there are pixels, for runs of no pixels would fill any
+        // memory.
+        let mut change = |at: u32| {
+            let room = changes.len() <= width as usize;
+            changes.push(at);
+            room.then_some(())
+        };
+        let (mut at, mut is_black, mut next, mut first) = (0, false, 0, true);
+        while at < width {
+            // The first change above that is right of here and to the other
+            // color, and the one behind it.
+            while next > 0 && above[next - 1] > at {
+                next -= 1;
+            }
+            while above
+                .get(next)
+                .is_some_and(|&x| x < at || (x == at && !first) || (next % 2 == 1) != is_black)
+            {
+                next += 1;
+            }
+            let b1 = above.get(next).copied().unwrap_or(width);
+            match mode::decode(&mut reader)? {
+                Mode::Pass => at = above.get(next + 1).copied().unwrap_or(width),
+                Mode::Vertical(delta) => {
+                    let to = b1.checked_add_signed(delta.into())?;
+                    if to < at || to > width {
+                        return None;
+                    }
+                    change(to)?;
+                    (at, is_black) = (to, !is_black);
+                }
+                Mode::Horizontal => {
+                    for of_black in [is_black, !is_black] {
+                        at = at.checked_add(run(of_black, &mut reader)?)?.min(width);
+                        change(at)?;
+                    }
+                }
+                Mode::Extension | Mode::EOF => return None,
+            }
+            first = false;
+        }
+        self.paint();
+        Some(())
+    }
+
+    /// Makes the changes a row of bits.
+    fn paint(&mut self) {
+        self.taken = 0;
+        self.line.fill(0);
+        for pair in self.changes.chunks(2) {
+            let start = pair[0];
+            let end = pair.get(1).copied().unwrap_or(self.width);
+            fill(&mut self.line, start, end);
+        }
+    }
+}
+
+/// Sets the bits from `start` up to `end`.
+fn fill(line: &mut [u8], start: u32, end: u32) {
+    let mut at = start;
+    while at < end {
+        let byte = (at / 8) as usize;
+        let (from, to) = (at % 8, (end - at / 8 * 8).min(8));
+        if from == 0 && to == 8 {
+            let last = (end / 8) as usize;
+            line[byte..last].fill(0xff);
+            at = end / 8 * 8;
+        } else {
+            let bits = (0xff_u32 >> from) & !(0xff >> to);
+            line[byte] |= bits.to_le_bytes()[0];
+            at += to - from;
+        }
+    }
+}
+
+/// The length of a run: parts of 64 pixels and more, then one of less.
+fn run(of_black: bool, reader: &mut BitReader<'_, '_>) -> Option<u32> {
+    let mut sum = 0_u32;
+    loop {
+        let part = if of_black {
+            black::decode(reader)
+        } else {
+            white::decode(reader)
+        }?;
+        sum = sum.checked_add(part.into())?;
+        if part < 64 {
+            return Some(sum);
+        }
+    }
+}

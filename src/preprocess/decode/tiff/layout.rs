@@ -1,0 +1,444 @@
+//! What a TIFF's directory says of its image, checked against itself and the
+//! limits before anything is decoded.
+
+use super::directory::{Directory, Values};
+use super::{Header, PreprocessError};
+
+/// Strips and tiles of an image. Starting one costs as much as a thousand
+/// pixels; the largest image that is accepted by default has 250000 tiles of
+/// 16 x 16, the smallest that the specification allows.
+const CHUNKS_MAX: u64 = 1 << 18;
+
+/// Samples of a pixel, those without a meaning included.
+const SAMPLES_MAX: u64 = 16;
+
+mod tag {
+    pub(super) const WIDTH: u16 = 256;
+    pub(super) const HEIGHT: u16 = 257;
+    pub(super) const BITS: u16 = 258;
+    pub(super) const COMPRESSION: u16 = 259;
+    pub(super) const PHOTOMETRIC: u16 = 262;
+    pub(super) const FILL_ORDER: u16 = 266;
+    pub(super) const STRIP_OFFSETS: u16 = 273;
+    pub(super) const ORIENTATION: u16 = 274;
+    pub(super) const SAMPLES: u16 = 277;
+    pub(super) const ROWS_PER_STRIP: u16 = 278;
+    pub(super) const STRIP_BYTES: u16 = 279;
+    pub(super) const PLANAR: u16 = 284;
+    pub(super) const FAX_OPTIONS: u16 = 293;
+    pub(super) const PREDICTOR: u16 = 317;
+    pub(super) const COLORS: u16 = 320;
+    pub(super) const TILE_WIDTH: u16 = 322;
+    pub(super) const TILE_HEIGHT: u16 = 323;
+    pub(super) const TILE_OFFSETS: u16 = 324;
+    pub(super) const TILE_BYTES: u16 = 325;
+    pub(super) const INKS: u16 = 332;
+    pub(super) const EXTRA: u16 = 338;
+    pub(super) const SAMPLE_FORMAT: u16 = 339;
+    pub(super) const JPEG_TABLES: u16 = 347;
+    pub(super) const XMP: u16 = 700;
+}
+
+/// What the samples of a pixel mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Colors {
+    /// Whether 0 is white.
+    Gray {
+        inverted: bool,
+    },
+    Rgb,
+    Palette,
+    Cmyk,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    None,
+    PackBits,
+    Lzw,
+    Deflate,
+    Jpeg,
+    Fax4,
+}
+
+/// How an image is stored.
+pub(super) struct Image<'a> {
+    pub(super) width: u32,
+    pub(super) height: u32,
+    pub(super) colors: Colors,
+    /// Whether the sample after the colors is alpha.
+    pub(super) alpha: bool,
+    pub(super) samples: usize,
+    pub(super) bits: u32,
+    pub(super) little: bool,
+    pub(super) compression: Compression,
+    /// Whether samples are differences from the pixel before.
+    pub(super) predictor: bool,
+    /// Whether each sample has strips or tiles of its own.
+    pub(super) planar: bool,
+    /// Whether bytes begin with their lowest bit.
+    pub(super) reversed: bool,
+    /// Pixels of a strip or tile, those beyond the image's edges included.
+    pub(super) chunk_width: u32,
+    pub(super) chunk_height: u32,
+    pub(super) offsets: Values<'a>,
+    pub(super) lens: Values<'a>,
+    pub(super) palette: Option<Values<'a>>,
+    pub(super) jpeg_tables: Option<&'a [u8]>,
+    pub(super) orientation: Option<u64>,
+    pub(super) xmp: Option<&'a [u8]>,
+}
+
+impl Colors {
+    pub(super) fn channels(self) -> usize {
+        match self {
+            Self::Gray { .. } | Self::Palette => 1,
+            Self::Rgb => 3,
+            Self::Cmyk => 4,
+        }
+    }
+}
+
+/// The tags of a directory, with errors as callers see them.
+struct Tags<'a> {
+    directory: Directory<'a>,
+    header: Header<'a>,
+}
+
+impl<'a> Tags<'a> {
+    fn values(&self, tag: u16) -> Result<Option<Values<'a>>, PreprocessError> {
+        self.directory.values(tag).map_err(|tag| {
+            self.header.damaged(format!(
+                "tag {tag} has values of no use, or outside the file"
+            ))
+        })
+    }
+
+    fn number(&self, tag: u16) -> Result<Option<u64>, PreprocessError> {
+        Ok(self.values(tag)?.and_then(|values| values.get(0)))
+    }
+
+    fn number_or(&self, tag: u16, default: u64) -> Result<u64, PreprocessError> {
+        Ok(self.number(tag)?.unwrap_or(default))
+    }
+
+    /// A side in pixels.
+    fn side(&self, tag: u16) -> Result<u32, PreprocessError> {
+        let side = self.number(tag)?.and_then(|side| u32::try_from(side).ok());
+        side.ok_or_else(|| self.header.damaged(format!("tag {tag} is missing")))
+    }
+
+    /// One value for all samples, which may be repeated for each.
+    fn uniform(&self, tag: u16, default: u64, name: &str) -> Result<u64, PreprocessError> {
+        let Some(values) = self.values(tag)? else {
+            return Ok(default);
+        };
+        let first = values.get(0).unwrap_or(default);
+        if values.len() as u64 > SAMPLES_MAX || values.iter().any(|value| value != first) {
+            return Err(self
+                .header
+                .unsupported(format!("samples of different {name}")));
+        }
+        Ok(first)
+    }
+}
+
+impl<'a> Image<'a> {
+    pub(super) fn read(bytes: &'a [u8], header: Header<'a>) -> Result<Self, PreprocessError> {
+        let directory = Directory::read(bytes).map_err(|error| header.damaged(error))?;
+        let little = directory.order().little;
+        let tags = Tags { directory, header };
+        let (width, height) = (tags.side(tag::WIDTH)?, tags.side(tag::HEIGHT)?);
+        header.admit_pixels(width, height)?;
+
+        let (colors, samples, alpha) = read_samples(&tags)?;
+        let bits = tags.uniform(tag::BITS, 1, "bits")?;
+        match tags.uniform(tag::SAMPLE_FORMAT, 1, "formats")? {
+            1 | 4 => {}
+            2 => return Err(header.unsupported("samples with a sign")),
+            3 => return Err(header.unsupported("samples that are floats")),
+            other => return Err(header.unsupported(format!("sample format {other}"))),
+        }
+        let small = matches!(bits, 1 | 2 | 4) && samples == 1;
+        let large = bits == 8 || (bits == 16 && colors != Colors::Palette);
+        if !(small || large) {
+            return Err(header.unsupported(format!("{samples} samples of {bits} bits")));
+        }
+        let compression = read_compression(&tags)?;
+        let predictor = match tags.number_or(tag::PREDICTOR, 1)? {
+            1 => false,
+            2 if bits >= 8 => true,
+            other => {
+                return Err(header.unsupported(format!("predictor {other} of {bits} bits")));
+            }
+        };
+        let reversed = match tags.number_or(tag::FILL_ORDER, 1)? {
+            1 => false,
+            2 if bits <= 8 => true,
+            other => return Err(header.unsupported(format!("fill order {other} of {bits} bits"))),
+        };
+        let planar = match tags.number_or(tag::PLANAR, 1)? {
+            1 => false,
+            2 => samples > 1,
+            other => return Err(header.unsupported(format!("planar configuration {other}"))),
+        };
+        let chunks = Chunks::read(&tags, (width, height))?;
+        let image = Self {
+            width,
+            height,
+            colors,
+            alpha,
+            samples,
+            bits: u32::try_from(bits).unwrap_or(16),
+            little,
+            compression,
+            // Only these apply it.
+            predictor: predictor && matches!(compression, Compression::Lzw | Compression::Deflate),
+            planar,
+            reversed,
+            chunk_width: chunks.width,
+            chunk_height: chunks.height,
+            offsets: chunks.offsets,
+            lens: chunks.lens,
+            palette: tags.values(tag::COLORS)?,
+            jpeg_tables: tags.values(tag::JPEG_TABLES)?.and_then(Values::as_bytes),
+            orientation: tags.number(tag::ORIENTATION).ok().flatten(),
+            xmp: tags
+                .values(tag::XMP)
+                .ok()
+                .flatten()
+                .and_then(Values::as_bytes),
+        };
+        image.check(bytes.len(), header)?;
+        Ok(image)
+    }
+
+    /// Channels of the image as it is made: the colors, and alpha.
+    pub(super) fn channels(&self) -> usize {
+        self.colors.channels() + usize::from(self.alpha)
+    }
+
+    /// Strips or tiles from left to right, and from top to bottom.
+    pub(super) fn grid(&self) -> (u32, u32) {
+        (
+            self.width.div_ceil(self.chunk_width),
+            self.height.div_ceil(self.chunk_height),
+        )
+    }
+
+    /// Samples of a pixel that lie together.
+    pub(super) fn chunk_samples(&self) -> usize {
+        if self.planar { 1 } else { self.samples }
+    }
+
+    /// Samples that have strips or tiles of their own and are wanted.
+    pub(super) fn planes(&self) -> usize {
+        if self.planar { self.channels() } else { 1 }
+    }
+
+    /// Bytes of `pixels` in a row of a strip or tile.
+    pub(super) fn row_bytes(&self, pixels: u32) -> u64 {
+        let bits = u64::from(pixels) * self.chunk_samples() as u64 * u64::from(self.bits);
+        bits.div_ceil(8)
+    }
+
+    /// Pixels of a strip or tile that are inside the image, and its rows.
+    pub(super) fn inside(&self, column: u32, row: u32) -> (u32, u32) {
+        (
+            self.chunk_width.min(self.width - column * self.chunk_width),
+            self.chunk_height.min(self.height - row * self.chunk_height),
+        )
+    }
+
+    /// Refuses more strips or tiles, or larger ones, than the limits allow.
+    fn check(&self, file: usize, header: Header<'_>) -> Result<(), PreprocessError> {
+        let (across, down) = self.grid();
+        let planes = if self.planar { self.samples as u64 } else { 1 };
+        let count = (u64::from(across) * u64::from(down)).saturating_mul(planes);
+        if count > CHUNKS_MAX {
+            return Err(
+                header.unsupported(format!("{count} strips or tiles, more than {CHUNKS_MAX}"))
+            );
+        }
+        if [self.offsets, self.lens]
+            .iter()
+            .any(|values| values.len() as u64 != count)
+        {
+            return Err(header.damaged(format!(
+                "{} offsets and {} lengths of {count} strips or tiles",
+                self.offsets.len(),
+                self.lens.len()
+            )));
+        }
+        // Rows that are wanted of all, with what pads them to the right. A JPEG
+        // is decoded down to its last row.
+        let rows = if self.compression == Compression::Jpeg {
+            u64::from(down) * u64::from(self.chunk_height)
+        } else {
+            u64::from(self.height)
+        };
+        let wanted = (u64::from(across) * self.planes() as u64).saturating_mul(rows);
+        let decoded = self.row_bytes(self.chunk_width).saturating_mul(wanted);
+        let bytes_max = header.limits.decode_bytes_max;
+        if decoded > bytes_max {
+            return Err(PreprocessError::ChunksOverLimit {
+                format: header.format,
+                width: self.width,
+                height: self.height,
+                bytes: decoded,
+                bytes_max,
+            });
+        }
+        // Several may be the same bytes, as those of empty tiles are. But then
+        // they are not longer than what they become.
+        let encoded = self.lens.iter().fold(0, u64::saturating_add);
+        if encoded > (file as u64).saturating_add(decoded) {
+            return Err(header.damaged(format!(
+                "strips or tiles of {encoded} bytes in a file of {file}"
+            )));
+        }
+        let row = self.row_bytes(self.width).saturating_mul(2);
+        header.admit(
+            self.width,
+            self.height,
+            self.pixel_bytes(),
+            row + super::OTHER_BYTES + self.fax_bytes(),
+        )
+    }
+
+    /// Bytes that are made of a pixel.
+    pub(super) fn pixel_bytes(&self) -> u64 {
+        let colors = match self.colors {
+            Colors::Palette | Colors::Cmyk => 3,
+            Colors::Gray { .. } | Colors::Rgb => 0,
+        };
+        self.channels() as u64 + colors
+    }
+
+    /// Where colors change in two rows.
+    fn fax_bytes(&self) -> u64 {
+        if self.compression == Compression::Fax4 {
+            16 * u64::from(self.chunk_width)
+        } else {
+            0
+        }
+    }
+}
+
+/// Where the strips or tiles are.
+struct Chunks<'a> {
+    width: u32,
+    height: u32,
+    offsets: Values<'a>,
+    lens: Values<'a>,
+}
+
+impl<'a> Chunks<'a> {
+    fn read(tags: &Tags<'a>, (width, height): (u32, u32)) -> Result<Self, PreprocessError> {
+        let header = tags.header;
+        let missing = || header.damaged("no offsets or lengths of strips or tiles");
+        let strips = tags.values(tag::STRIP_OFFSETS)?;
+        let tiles = tags.values(tag::TILE_OFFSETS)?;
+        let chunks = match (strips, tiles) {
+            (Some(offsets), None) => {
+                let rows = tags.number_or(tag::ROWS_PER_STRIP, u64::MAX)?;
+                Self {
+                    width,
+                    // A default of 2^32 - 1 means one strip.
+                    height: u32::try_from(rows).unwrap_or(height).min(height),
+                    offsets,
+                    lens: tags.values(tag::STRIP_BYTES)?.ok_or_else(missing)?,
+                }
+            }
+            (None, Some(offsets)) => Self {
+                width: tags.side(tag::TILE_WIDTH)?,
+                height: tags.side(tag::TILE_HEIGHT)?,
+                offsets,
+                lens: tags.values(tag::TILE_BYTES)?.ok_or_else(missing)?,
+            },
+            (None, None) => return Err(missing()),
+            (Some(_), Some(_)) => return Err(header.damaged("both strips and tiles")),
+        };
+        if chunks.width == 0 || chunks.height == 0 {
+            return Err(header.damaged("strips or tiles without pixels"));
+        }
+        Ok(chunks)
+    }
+}
+
+/// What samples mean, how many there are, and whether one is alpha.
+fn read_samples(tags: &Tags<'_>) -> Result<(Colors, usize, bool), PreprocessError> {
+    let header = tags.header;
+    let colors = match tags.number(tag::PHOTOMETRIC)? {
+        Some(0) => Colors::Gray { inverted: true },
+        Some(1) => Colors::Gray { inverted: false },
+        Some(2) => Colors::Rgb,
+        Some(3) => Colors::Palette,
+        Some(5) if tags.number_or(tag::INKS, 1)? == 1 => Colors::Cmyk,
+        Some(6) => return Err(header.unsupported("YCbCr")),
+        Some(8..=10) => return Err(header.unsupported("L*a*b*")),
+        Some(other) => return Err(header.unsupported(format!("photometric {other}"))),
+        None => return Err(header.unsupported("no photometric interpretation")),
+    };
+    let samples = tags.number_or(tag::SAMPLES, 1)?;
+    let channels = colors.channels() as u64;
+    if samples < channels {
+        return Err(header.damaged(format!("{samples} samples of {channels} colors")));
+    }
+    if samples > SAMPLES_MAX {
+        return Err(header.unsupported(format!("{samples} samples, more than {SAMPLES_MAX}")));
+    }
+    let extra = tags.values(tag::EXTRA)?;
+    let others = samples - channels;
+    if extra.is_some_and(|extra| extra.len() as u64 != others) {
+        return Err(header.damaged(format!("{samples} samples of {channels} colors and others")));
+    }
+    // Alpha is the first of the others, if that is said, or if nothing is said
+    // of a fourth sample.
+    let alpha = match extra {
+        Some(extra) => matches!(extra.get(0), Some(1 | 2)),
+        None if others == 0 => false,
+        None if others == 1 && colors == Colors::Rgb => true,
+        None => return Err(header.unsupported("samples without a meaning")),
+    };
+    if alpha && matches!(colors, Colors::Palette | Colors::Cmyk) {
+        return Err(header.unsupported("a palette or CMYK with alpha"));
+    }
+    let samples = usize::try_from(samples).unwrap_or(usize::MAX);
+    Ok((colors, samples, alpha))
+}
+
+fn read_compression(tags: &Tags<'_>) -> Result<Compression, PreprocessError> {
+    let header = tags.header;
+    let name = match tags.number_or(tag::COMPRESSION, 1)? {
+        1 => return Ok(Compression::None),
+        4 => {
+            let bits = tags.uniform(tag::BITS, 1, "bits")?;
+            if bits != 1 || tags.number_or(tag::SAMPLES, 1)? != 1 {
+                return Err(header.unsupported("fax compression of other than 1 bit"));
+            }
+            if tags.number_or(tag::FAX_OPTIONS, 0)? != 0 {
+                return Err(header.unsupported("fax compression with uncompressed parts"));
+            }
+            return Ok(Compression::Fax4);
+        }
+        5 => return Ok(Compression::Lzw),
+        7 => {
+            if tags.uniform(tag::BITS, 1, "bits")? != 8 {
+                return Err(header.unsupported("JPEG compression of other than 8 bits"));
+            }
+            return Ok(Compression::Jpeg);
+        }
+        8 | 32946 => return Ok(Compression::Deflate),
+        32773 => return Ok(Compression::PackBits),
+        2 | 3 => "fax compression of group 3",
+        6 => "JPEG compression of the old kind",
+        34661 => "JBIG compression",
+        34712 => "JPEG 2000 compression",
+        34925 => "LZMA compression",
+        50000 => "Zstandard compression",
+        50001 => "WebP compression",
+        other => return Err(header.unsupported(format!("compression {other}"))),
+    };
+    Err(header.unsupported(name))
+}
