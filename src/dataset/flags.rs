@@ -115,7 +115,9 @@ pub struct WorkersConfig {
     )]
     pub give_up_after: Duration,
 
-    /// Memory that images may take between their reading and their answer
+    /// Memory for reading and waiting together: files that are read ahead, pages
+    /// and record batches as they are after decompression, and images until their
+    /// answers are there. A shard or an image that cannot fit is an error
     #[arg(
         long,
         env = "IMAGEGPT_IMAGE_MEMORY",

@@ -405,6 +405,9 @@ impl Arriving {
         let prefix = self.arrival.prefix(*bytes)?;
         self.part = match &self.arrival.bytes {
             Some(pool) if self.arrival.is_stream => {
+                // The share of a message that nobody took, such as an opening,
+                // goes now: a stream that waits for room holds none.
+                drop(self.arrival.arrived.take());
                 // Whoever waits has only what bulk work has too.
                 let most = self.arrival.most(&prefix);
                 let most = most.min(pool.size_for(Class::Bulk));

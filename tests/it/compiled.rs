@@ -15,6 +15,7 @@ use imagegpt::model::Model;
 use imagegpt::pb;
 use imagegpt::worker::{Worker, onnx_engines};
 use prost::Message as _;
+use prost::encoding::{decode_varint, encode_varint};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tonic::Code;
@@ -530,32 +531,79 @@ async fn a_folder_that_is_not_what_was_compiled_is_refused() {
     );
 }
 
+/// A field of a protobuf message: its number, its content where that has a length,
+/// and all of its bytes.
+type WireField<'a> = (u64, &'a [u8], &'a [u8]);
+
+/// The fields of a message, those too that [`onnx_file`] does not know and would
+/// drop.
+fn wire_fields(mut bytes: &[u8]) -> Vec<WireField<'_>> {
+    let mut fields = Vec::new();
+    while !bytes.is_empty() {
+        let whole = bytes;
+        let tag = decode_varint(&mut bytes).expect("a tag");
+        let len = match tag & 7 {
+            0 => {
+                decode_varint(&mut bytes).expect("a number");
+                0
+            }
+            2 => decode_varint(&mut bytes).expect("a length"),
+            kind => panic!("wire type {kind}"),
+        };
+        let (content, rest) = bytes.split_at(usize::try_from(len).expect("a length"));
+        bytes = rest;
+        fields.push((tag >> 3, content, &whole[..whole.len() - rest.len()]));
+    }
+    fields
+}
+
+fn put_field(number: u64, content: &[u8], to: &mut Vec<u8>) {
+    encode_varint(number << 3 | 2, to);
+    encode_varint(content.len() as u64, to);
+    to.extend(content);
+}
+
 /// An ONNX export of the micro model whose weights lie in another file.
 fn external_export(folder: &Path, location: &str) {
+    const GRAPH: u64 = 7;
+    const INITIALIZER: u64 = 5;
     copy_all(&harness::model_dir("micro"), folder);
     std::fs::remove_file(folder.join("model_classification.onnx")).expect("removed");
     let path = folder.join("model.onnx");
     let bytes = std::fs::read(&path).expect("a graph");
-    let mut model = onnx_file::Model::decode(&*bytes).expect("a graph");
     let mut weights = Vec::new();
-    for tensor in &mut model.graph.as_mut().expect("a graph").initializer {
-        if tensor.raw_data.len() < 256 {
+    let entry = |key: &str, value: String| onnx_file::StringEntry {
+        key: key.to_owned(),
+        value,
+    };
+    let mut model = Vec::new();
+    for (number, graph, whole) in wire_fields(&bytes) {
+        if number != GRAPH {
+            model.extend(whole);
             continue;
         }
-        let entry = |key: &str, value: String| onnx_file::StringEntry {
-            key: key.to_owned(),
-            value,
-        };
-        tensor.external_data = vec![
-            entry("location", location.to_owned()),
-            entry("offset", weights.len().to_string()),
-            entry("length", tensor.raw_data.len().to_string()),
-        ];
-        tensor.data_location = 1;
-        weights.append(&mut tensor.raw_data);
+        let mut rewritten = Vec::new();
+        for (number, content, whole) in wire_fields(graph) {
+            let tensor = (number == INITIALIZER)
+                .then(|| onnx_file::Tensor::decode(content).expect("a tensor"))
+                .filter(|tensor| tensor.raw_data.len() >= 256);
+            let Some(mut tensor) = tensor else {
+                rewritten.extend(whole);
+                continue;
+            };
+            tensor.external_data = vec![
+                entry("location", location.to_owned()),
+                entry("offset", weights.len().to_string()),
+                entry("length", tensor.raw_data.len().to_string()),
+            ];
+            tensor.data_location = 1;
+            weights.append(&mut tensor.raw_data);
+            put_field(INITIALIZER, &tensor.encode_to_vec(), &mut rewritten);
+        }
+        put_field(GRAPH, &rewritten, &mut model);
     }
     assert!(weights.len() > 10_000);
-    std::fs::write(&path, model.encode_to_vec()).expect("written");
+    std::fs::write(&path, model).expect("written");
     if !location.contains("..") && !location.starts_with('/') {
         std::fs::write(folder.join(location), weights).expect("written");
     }

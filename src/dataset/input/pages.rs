@@ -44,9 +44,9 @@ const FOOTER_BYTES_MIN: u64 = 1 << 20;
 /// Memory for a value of a page or a dictionary: its levels, and its offset or
 /// the number itself.
 const VALUE_BYTES: u64 = 16;
-/// The header of a page is looked for within so many bytes, as it may have the
-/// least and the greatest value in it.
-const HEADER_BYTES_MAX: u64 = 64 << 10;
+/// Most bytes of a page's header. Older writers put the least and the greatest
+/// value of the page into it, which in a column of images are two images.
+const HEADER_BYTES_MAX: u64 = 64 << 20;
 
 fn damaged(error: impl std::fmt::Display) -> Broken {
     Broken::Damaged(error.to_string())

@@ -16,6 +16,9 @@ use super::{Header, PreprocessError, orientation};
 
 /// Windows and buffers for inflating.
 const OTHER_BYTES: u64 = 512 << 10;
+/// Three bytes for each of 256 colors. The decoder panics on palettes of more,
+/// and on those that end within a color.
+const PALETTE_BYTES_MAX: usize = 3 * 256;
 
 pub(super) fn decode(
     bytes: &[u8],
@@ -39,6 +42,11 @@ pub(super) fn decode(
     header.admit(width, height, pixel_bytes(info.color_type), other_bytes)?;
 
     let mut reader = decoder.read_info().map_err(fail)?;
+    if let Some(palette) = &reader.info().palette
+        && (palette.len() % 3 != 0 || palette.len() > PALETTE_BYTES_MAX)
+    {
+        return Err(header.damaged(format!("a palette of {} bytes", palette.len())));
+    }
     let layout = match reader.output_color_type() {
         (ColorType::Grayscale, BitDepth::Eight) => Layout::Gray,
         (ColorType::GrayscaleAlpha, BitDepth::Eight) => Layout::GrayAlpha,

@@ -140,3 +140,34 @@ fn orientation_comes_from_exif_or_else_xmp() {
     check(None, Some(b"tiff:Orientation="), 1);
     check(Some(&exif(1)), Some(b"tiff:Orientation=\"3\""), 1);
 }
+
+#[test]
+fn palettes_are_whole_colors_and_at_most_256() {
+    let indexed = |palette: &[u8]| {
+        let mut header = header_of(1, 1);
+        header[9] = 3;
+        // A stored deflate block of filter 0 and index 0.
+        let data = b"\x78\x01\x01\x02\0\xfd\xff\0\0\0\x02\0\x01";
+        png(&[
+            (b"IHDR", &header),
+            (b"PLTE", palette),
+            (b"tRNS", b"\x80"),
+            (b"IDAT", data),
+            (b"IEND", b""),
+        ])
+    };
+    let whole = indexed(&[1, 2, 3]);
+    let image = decode(&whole, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap();
+    assert_eq!(image.pixels, [1, 2, 3]);
+    for len in [1, 4, 64, 65, 767, 769, 771, 3000] {
+        let error = error(&indexed(&vec![7; len]));
+        assert!(
+            error.starts_with("encoded: the PNG is damaged or cut short: "),
+            "{len}: {error}"
+        );
+    }
+    assert_eq!(
+        error(&indexed(&[7; 64])),
+        "encoded: the PNG is damaged or cut short: a palette of 64 bytes"
+    );
+}
