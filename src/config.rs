@@ -797,6 +797,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table, a row per rule")]
     fn flags() {
         check(&[], "fine");
         check(

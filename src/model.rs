@@ -435,7 +435,7 @@ impl Compiled {
         }
         let digests = manifest
             .digests()
-            .map_err(|error| ModelError::new(dir, error.to_string()))?;
+            .map_err(|error| ModelError::new(dir, error.clone()))?;
         let recorded = (digests.into_iter())
             .map(|(file, sha256)| (dir.join(file), sha256))
             .collect();
@@ -526,12 +526,11 @@ impl Content<'_> {
         }
         // Reading gigabytes twice would say no more: whoever loads it compares.
         let recorded = self.recorded.and_then(|recorded| recorded.get(path));
-        let (bytes, sha256, origin) = match recorded {
-            Some(recorded) => (files::open(path)?.1, *recorded, Origin::Recorded),
-            None => {
-                let (bytes, sha256) = files::sha256(path)?;
-                (bytes, sha256, Origin::Opened)
-            }
+        let (bytes, sha256, origin) = if let Some(recorded) = recorded {
+            (files::open(path)?.1, *recorded, Origin::Recorded)
+        } else {
+            let (bytes, sha256) = files::sha256(path)?;
+            (bytes, sha256, Origin::Opened)
         };
         self.found.add(path.to_owned(), bytes, sha256, origin);
         Ok(bytes)

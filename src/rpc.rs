@@ -126,7 +126,7 @@ pub async fn serve(
         answer_timeout: connections.answer_timeout,
         // What a session says of its end has time to be taken.
         stream_timeout: service.limits.stream_idle_timeout + connections.answer_timeout,
-        drain_patience: stream::DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2),
+        drain_timeout: stream::DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2),
         readiness: service.readiness.clone(),
         metrics: metrics.clone(),
     };

@@ -57,13 +57,15 @@ fn scope_v4(address: Ipv4Addr) -> AddressScope {
     let is_special = matches!(
         (a, b, c),
         // This network, private use, shared space of carriers, loopback.
-        (0 | 10 | 127, ..) | (100, 64..=127, _) | (172, 16..=31, _) | (192, 168, _)
-            // The IETF's own, documentation, the former relays of 6to4,
-            // measurements of networks.
-            | (192, 0, 0 | 2) | (192, 88, 99) | (198, 18 | 19, _)
-            | (198, 51, 100) | (203, 0, 113)
-            // Multicast, reserved, broadcast.
-            | (224.., ..)
+        (0 | 10 | 127 | 224.., ..)
+            | (100, 64..=127, _)
+            | (172, 16..=31, _)
+            | (192, 168, _)
+            | (192, 0, 0 | 2)
+            | (192, 88, 99)
+            | (198, 18 | 19, _)
+            | (198, 51, 100)
+            | (203, 0, 113)
     );
     if is_special {
         AddressScope::Private
@@ -120,8 +122,7 @@ pub(super) enum AddressRule {
 impl AddressRule {
     pub(super) fn allows(self, scope: AddressScope) -> bool {
         match (self, scope) {
-            (_, AddressScope::Public) => true,
-            (Self::Named { .. }, AddressScope::Private) => true,
+            (_, AddressScope::Public) | (Self::Named { .. }, AddressScope::Private) => true,
             (Self::Named { link_local }, AddressScope::LinkLocal) => link_local,
             (Self::Public, AddressScope::Private | AddressScope::LinkLocal) => false,
         }

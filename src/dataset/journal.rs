@@ -77,9 +77,10 @@ impl Manifest {
         if differences.is_empty() {
             return Ok(());
         }
-        let remedy = match began.model.digest == self.model.digest {
-            true => REMEDY,
-            false => MODEL_REMEDY,
+        let remedy = if began.model.digest == self.model.digest {
+            REMEDY
+        } else {
+            MODEL_REMEDY
         };
         Err(Differs {
             output: sink.to_string(),

@@ -237,9 +237,12 @@ fn zeros(bytes: u64) -> Result<Arc<[u8]>, String> {
 /// A regular file and its size. Others are refused: a pipe would be waited for, and
 /// a device may have no end.
 pub(crate) fn open(path: &Path) -> io::Result<(File, u64)> {
-    let regular = |metadata: &std::fs::Metadata| match metadata.is_file() {
-        true => Ok(metadata.len()),
-        false => Err(io::Error::other("is no regular file")),
+    let regular = |metadata: &std::fs::Metadata| {
+        if metadata.is_file() {
+            Ok(metadata.len())
+        } else {
+            Err(io::Error::other("is no regular file"))
+        }
     };
     regular(&std::fs::metadata(path)?)?;
     let file = File::open(path)?;

@@ -472,7 +472,7 @@ fn put_field(out: &mut Vec<u8>, number: u64, content: &[u8]) {
 
 fn put_number(out: &mut Vec<u8>, mut number: u64) {
     loop {
-        #[expect(clippy::cast_possible_truncation, reason = "seven bits of it")]
+        // Seven bits of it.
         let low = (number & 0x7f) as u8;
         number >>= 7;
         if number == 0 {

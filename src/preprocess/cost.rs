@@ -130,7 +130,7 @@ mod tests {
         let stuck = b"\xff\xd8\xff\xe1\0\0".to_vec();
         let entries = [
             b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff".as_slice(),
-            &[1; 1 << 20],
+            &[1].repeat(1 << 20),
         ]
         .concat();
         for bytes in [stuck, entries] {

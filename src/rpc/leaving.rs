@@ -48,6 +48,9 @@ tokio::task_local! {
     static TAKING: Taking;
 }
 
+/// The end of a wait for a client.
+type WaitEnd = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// How long answers wait for their clients.
 #[derive(Debug, Clone)]
 pub(super) struct Patience {
@@ -56,7 +59,7 @@ pub(super) struct Patience {
     /// The same for streams, whose sessions end them before.
     pub(super) stream_timeout: Duration,
     /// The same for one piece while the worker drains.
-    pub(super) drain_patience: Duration,
+    pub(super) drain_timeout: Duration,
     pub(super) readiness: Readiness,
     pub(super) metrics: Metrics,
 }
@@ -72,7 +75,7 @@ impl Patience {
         let taking = Taking::new(loose);
         let watched = async {
             let mut future = pin!(future);
-            let mut end: Option<(u64, Pin<Box<dyn Future<Output = ()> + Send>>)> = None;
+            let mut end: Option<(u64, WaitEnd)> = None;
             std::future::poll_fn(|cx| {
                 if let Poll::Ready(output) = future.as_mut().poll(cx) {
                     return Poll::Ready(Some(output));
@@ -115,7 +118,7 @@ impl Patience {
                 std::future::pending::<()>().await;
             }
             self.readiness.clone().drained().await;
-            tokio::time::sleep(self.drain_patience).await;
+            tokio::time::sleep(self.drain_timeout).await;
         };
         tokio::select! {
             () = late => {}

@@ -114,14 +114,14 @@ fn measure(bytes: &[u8], limits: &ImageLimits, looks: Option<u32>) -> Measured {
     Measured {
         outcome,
         peak_bytes: u64::try_from(PEAK.get() - held).unwrap(),
-        cpu: ended - began,
-        cpu_abandoned: left.get().map(|left| ended - left),
+        cpu: ended.checked_sub(began).unwrap(),
+        cpu_abandoned: left.get().map(|left| ended.checked_sub(left).unwrap()),
     }
 }
 
 #[test]
 fn what_a_thread_holds_is_counted() {
-    let (held, _) = (HELD.get(), PEAK.set(HELD.get()));
+    let (held, ()) = (HELD.get(), PEAK.set(HELD.get()));
     let bytes = vec![1_u8; 1 << 20];
     assert_eq!(HELD.get() - held, 1 << 20);
     drop(bytes);

@@ -215,7 +215,14 @@ pub(crate) fn picture(row_bytes: usize, rows: usize) -> Vec<u8> {
         .collect()
 }
 
+/// A compression of a strip or tile.
+type Encode = fn(&[u8]) -> Vec<u8>;
+
 /// TIFFs of 48 x 40 of every kind that is decoded.
+#[expect(
+    clippy::too_many_lines,
+    reason = "a list of files, each with what sets it apart"
+)]
 pub(crate) fn tiffs() -> Vec<Seed> {
     const SIZE: (u32, u32) = (48, 40);
     let mut seeds = Vec::new();
@@ -233,7 +240,6 @@ pub(crate) fn tiffs() -> Vec<Seed> {
         little: true,
         big: true,
     };
-    type Encode = fn(&[u8]) -> Vec<u8>;
     let codecs: [(&str, u32, Encode); 4] = [
         ("none", 1, |bytes| bytes.to_vec()),
         ("lzw", 5, lzw),

@@ -15,6 +15,9 @@ use tonic::Code;
 
 use crate::harness::{self, Running, embed, flat};
 
+/// Metadata of a call.
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
 const EMBED: &str = "/imagegpt.v1.ImageGptService/Embed";
 const EMBED_STREAM: &str = "/imagegpt.v1.ImageGptService/EmbedStream";
 const GENERATE: &str = "/imagegpt.v1.ImageGptService/Generate";
@@ -226,7 +229,6 @@ async fn a_body_that_is_not_one_message_is_the_clients_fault() {
     let gz = [("grpc-encoding", "gzip")];
     let zlib = [("grpc-encoding", "deflate")];
     let twice = |flag, message: &[u8]| [frame(flag, message), frame(flag, message)].concat();
-    type Headers<'a> = &'a [(&'a str, &'a str)];
     let cases: Vec<(Headers<'_>, Vec<u8>, Code, &str)> = vec![
         (&gz, frame(1, &gzip(&good)), Code::Ok, ""),
         (&zlib, frame(1, &deflate(&good)), Code::Ok, ""),

@@ -368,11 +368,15 @@ fn a_log_collector_that_goes_away_takes_no_worker_along() {
 
 /// All that is left in a pipe.
 fn rest(mut reader: PipeReader) -> std::thread::JoinHandle<String> {
-    std::thread::spawn(move || {
+    let read = move || {
         let mut text = String::new();
         let _ = reader.read_to_string(&mut text);
         text
-    })
+    };
+    std::thread::Builder::new()
+        .name("pipe".to_owned())
+        .spawn(read)
+        .expect("a thread")
 }
 
 #[test]

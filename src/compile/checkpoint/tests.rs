@@ -210,7 +210,9 @@ fn pickled(tensors: &[Pickled<'_>]) -> Vec<u8> {
         program.extend(b"K\x01tQK\x00");
         for sizes in [tensor.shape, tensor.strides] {
             program.push(b'(');
-            sizes.iter().for_each(|size| number(&mut program, *size));
+            for size in sizes {
+                number(&mut program, *size);
+            }
             program.push(b't');
         }
         program.extend(b"tR");

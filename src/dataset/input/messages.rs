@@ -187,7 +187,7 @@ impl<'a> Messages<'a> {
         let body = size(block.bodyLength())?;
         let whole = header.saturating_add(body);
         let end = end_of(block)?;
-        if header < 8 || header > HEADER_BYTES_MAX || end > self.file.len() {
+        if !(8..=HEADER_BYTES_MAX).contains(&header) || end > self.file.len() {
             return Err(damaged(format!(
                 "a message claims to be {header} and {body} bytes at {start}, of {} in the file",
                 self.file.len()

@@ -129,12 +129,11 @@ pub(super) fn read(
             .next()
             .is_some_and(|last| IMAGES.contains(&last));
         if is_image && one.image.is_none() {
-            one.image = Some(match unfit(size, 0, reading) {
-                Some(fault) => Err(fault),
-                None => {
-                    one.room = reading.memory.blocking_room(&reading.runtime, size);
-                    Ok(content(&mut entry, size).map_err(damaged)?.into())
-                }
+            one.image = Some(if let Some(fault) = unfit(size, 0, reading) {
+                Err(fault)
+            } else {
+                one.room = reading.memory.blocking_room(&reading.runtime, size);
+                Ok(content(&mut entry, size).map_err(damaged)?.into())
             });
         } else if let Some(place) = reading.keep.iter().position(|name| *name == kind)
             && size <= SIDECAR_BYTES_MAX

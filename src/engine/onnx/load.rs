@@ -191,9 +191,10 @@ impl Loader {
         let substitute = |tensor: &ExternalTensor| {
             let content = content(tensor)?;
             let range = tensor.range(content.len() as u64)?;
-            Ok(match is_inline(tensor) {
-                true => Substitute::Inline(content[range].to_vec()),
-                false => Substitute::Keep,
+            Ok(if is_inline(tensor) {
+                Substitute::Inline(content[range].to_vec())
+            } else {
+                Substitute::Keep
             })
         };
         let rewritten = wire::rewrite(graph, &substitute).map_err(refuse_)?;

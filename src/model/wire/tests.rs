@@ -126,12 +126,13 @@ fn tensors_are_replaced_wherever_they_are() {
     let graph = everywhere();
     assert_eq!(rewrite(&graph, &|_| Ok(Substitute::Keep)), Ok(None));
     let rewritten = rewrite(&graph, &|tensor| {
-        Ok(match tensor.is_nested {
-            true => Substitute::Inline(tensor.location.repeat(24).into_bytes()),
-            false => Substitute::Elsewhere {
+        Ok(if tensor.is_nested {
+            Substitute::Inline(tensor.location.repeat(24).into_bytes())
+        } else {
+            Substitute::Elsewhere {
                 location: format!("{}-elsewhere", tensor.location),
                 offset: 7,
-            },
+            }
         })
     });
     let rewritten = rewritten.unwrap().unwrap();

@@ -111,7 +111,7 @@ impl<'a> File<'a> {
                 }
                 b"VP8 " | b"VP8L" if !animated && frame.is_none() => {
                     let alpha = alpha.filter(|_| flags & 0x10 != 0);
-                    frame = Some(((0, 0), Frame::read(kind, body, alpha, header)?));
+                    frame = Some(((0, 0), Frame::read(*kind, body, alpha, header)?));
                 }
                 b"EXIF" => exif = exif.or(Some(body)),
                 b"XMP " => xmp = xmp.or(Some(body)),
@@ -188,7 +188,7 @@ fn read_animated<'a>(
                 alpha.get_or_insert(body);
             }
             b"VP8 " | b"VP8L" => {
-                let frame = Frame::read(kind, body, alpha, header)?;
+                let frame = Frame::read(*kind, body, alpha, header)?;
                 if (frame.width, frame.height) != (side(6) + 1, side(9) + 1) {
                     return Err(header.damaged("a frame of another size than its header"));
                 }
@@ -202,12 +202,12 @@ fn read_animated<'a>(
 
 impl<'a> Frame<'a> {
     fn read(
-        kind: &[u8; 4],
+        kind: [u8; 4],
         body: &'a [u8],
         alpha: Option<&'a [u8]>,
         header: Header<'_>,
     ) -> Result<Self, PreprocessError> {
-        let lossless = kind == b"VP8L";
+        let lossless = kind == *b"VP8L";
         let size = if lossless {
             lossless::size(body)
         } else {
@@ -251,12 +251,12 @@ impl<'a> Frame<'a> {
             let [h0, h1, h2, _] = (self.height - 1).to_le_bytes();
             push(
                 &mut chunks,
-                b"VP8X",
+                *b"VP8X",
                 &[0x10, 0, 0, 0, w0, w1, w2, h0, h1, h2],
             );
-            push(&mut chunks, b"ALPH", alpha);
+            push(&mut chunks, *b"ALPH", alpha);
         }
-        let kind = if self.lossless { b"VP8L" } else { b"VP8 " };
+        let kind = if self.lossless { *b"VP8L" } else { *b"VP8 " };
         push(&mut chunks, kind, self.pixels);
         let len = u32::try_from(chunks.len() - 8)
             .map_err(|_| header.damaged("a frame of more than 4 GiB"))?;
@@ -266,8 +266,8 @@ impl<'a> Frame<'a> {
 }
 
 /// Appends a chunk with its length and padding.
-fn push(file: &mut Vec<u8>, kind: &[u8; 4], body: &[u8]) {
-    file.extend_from_slice(kind);
+fn push(file: &mut Vec<u8>, kind: [u8; 4], body: &[u8]) {
+    file.extend_from_slice(&kind);
     // Bodies are parts of a file whose lengths were 32-bit numbers.
     let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
     file.extend_from_slice(&len.to_le_bytes());

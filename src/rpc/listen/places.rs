@@ -283,12 +283,11 @@ impl Newcomer {
             Seat::Free(permit) => permit,
             Seat::After { leaving, _waiting } => {
                 let mut free = std::pin::pin!(Arc::clone(&places.0.free).acquire_owned());
-                let permit = match tokio::time::timeout(LEAVE_TIME, &mut free).await {
-                    Ok(permit) => permit,
-                    Err(_) => {
-                        places.lock().cut(leaving);
-                        tokio::time::timeout(CUT_TIME, free).await.ok()?
-                    }
+                let permit = if let Ok(permit) = tokio::time::timeout(LEAVE_TIME, &mut free).await {
+                    permit
+                } else {
+                    places.lock().cut(leaving);
+                    tokio::time::timeout(CUT_TIME, free).await.ok()?
                 };
                 permit.ok()?
             }
@@ -506,13 +505,13 @@ mod tests {
         Places::new(max, per_address_max, Metrics::new().unwrap())
     }
 
-    fn address(text: &str) -> Option<IpAddr> {
-        Some(text.parse().unwrap())
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
     }
 
     /// A connection that is let in without waiting.
     async fn sit(places: &Places) -> (Place, Leave) {
-        let newcomer = places.enter(address("10.0.0.1")).unwrap();
+        let newcomer = places.enter(Some(address("10.0.0.1"))).unwrap();
         assert!(matches!(newcomer.seat, Seat::Free(_)));
         newcomer.sit().await.unwrap()
     }
@@ -608,7 +607,7 @@ mod tests {
     #[tokio::test]
     async fn an_address_counts_by_its_subscriber() {
         let places = places(10, Some(1));
-        let enter = |addr: &str| places.enter(address(addr));
+        let enter = |addr: &str| places.enter(Some(address(addr)));
         let first = enter("2001:db8::1").unwrap();
         assert_eq!(enter("2001:db8::ffff:1").unwrap_err(), NoPlace::Address);
         let other = enter("2001:db8:0:1::1").unwrap();

@@ -180,7 +180,7 @@ impl<'a> Reader<'a> {
                     return Err(header.unsupported(format!("more than {TABLES_MAX} tables")));
                 }
             }
-            0xcc | 0xc9..=0xcb | 0xcd..=0xcf => {
+            0xc9..=0xcf => {
                 return Err(header.unsupported("arithmetic coding"));
             }
             0xc3 => return Err(header.unsupported("lossless coding")),
@@ -321,7 +321,7 @@ impl Scan {
     fn read(body: &[u8], at: usize, frame: &Frame) -> Option<Self> {
         let (&count, body) = body.split_first()?;
         let (components, rest) = body.split_at_checked(2 * usize::from(count))?;
-        let &[first, last, bits] = rest.as_array::<3>()?;
+        let &[first, last, bits] = <&[u8; 3]>::try_from(rest).ok()?;
         let components = components
             .chunks(2)
             .map(|pair| {

@@ -62,6 +62,10 @@ pub(super) enum Compression {
 }
 
 /// How an image is stored.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a tag of the format with two values, which mix freely"
+)]
 pub(super) struct Image<'a> {
     pub(super) width: u32,
     pub(super) height: u32,

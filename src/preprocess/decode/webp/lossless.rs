@@ -85,8 +85,8 @@ impl Code {
             counts[usize::from(length)] += 1;
         }
         let mut symbols = Vec::new();
-        for length in 1..=LENGTH_MAX {
-            if counts[length] > 0 {
+        for (length, &count) in counts.iter().enumerate().skip(1) {
+            if count > 0 {
                 let of_length = lengths
                     .iter()
                     .zip(0..)
@@ -175,8 +175,8 @@ impl Reader<'_> {
                     self.image(colors, 1)?;
                     let bits = match colors {
                         ..=2 => 3,
-                        ..=4 => 2,
-                        ..=16 => 1,
+                        3..=4 => 2,
+                        5..=16 => 1,
                         _ => 0,
                     };
                     width = width.div_ceil(1 << bits);
@@ -216,12 +216,12 @@ impl Reader<'_> {
     }
 
     fn code(&mut self, alphabet: u16) -> Result<Code, PreprocessError> {
-        if self.flag()? {
-            return self.simple_code(alphabet);
-        }
         const ORDER: [usize; 19] = [
             17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
         ];
+        if self.flag()? {
+            return self.simple_code(alphabet);
+        }
         let mut lengths = [0; 19];
         let count = self.number(4)? as usize + 4;
         for &at in &ORDER[..count] {
