@@ -62,14 +62,14 @@ pub struct Item {
     pub span: tracing::Span,
 }
 
-/// What a call or an item holds in memory.
+/// Bytes that a call or an item holds in memory.
 #[derive(Debug, Default)]
 pub struct Bytes {
-    /// Its pictures, until the last of them is answered.
+    /// Bytes of the pictures, until the last of them is answered.
     pub request: usize,
-    /// What was taken for them while they arrived; more than they need or less.
+    /// Share that was taken for the pictures while they arrived; more than they need or less.
     pub arrived: Share,
-    /// Its answer, until that has been taken.
+    /// Bytes of the answer, until that has been taken.
     pub answer: usize,
 }
 
@@ -78,7 +78,7 @@ impl Bytes {
         self.request + self.answer
     }
 
-    /// What has to be taken besides what has arrived.
+    /// Bytes to be taken besides those that have arrived.
     fn missing(&self) -> usize {
         let n_arrived = self.arrived.size();
         (self.request.max(n_arrived) + self.answer) - n_arrived

@@ -700,7 +700,7 @@ impl Metrics {
         EngineGap(histogram)
     }
 
-    /// So many log lines were dropped since the process began.
+    /// Number of log lines that were dropped since the process began.
     pub fn log_lines_dropped(&self, lines: u64) {
         self.0.log_lines_dropped.absolute(lines);
     }

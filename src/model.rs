@@ -110,7 +110,7 @@ pub struct Model {
     /// graphs, all that they name, and what says how images become tokens.
     pub digest: String,
     pub graphs: BTreeMap<Graph, PathBuf>,
-    /// Those of them that are graphs or hold their weights.
+    /// Files that are graphs or hold their weights.
     pub files: GraphFiles,
     /// An operator that mixes the images of a batch, in a graph of whole images.
     pub batch_scaled: Option<&'static str>,
@@ -463,7 +463,7 @@ impl Compiled {
     }
 }
 
-/// What graphs are made of, as it is found.
+/// Files that graphs are made of, as they are found.
 struct Content<'a> {
     recorded: Option<&'a BTreeMap<PathBuf, Sha256Digest>>,
     found: Found,

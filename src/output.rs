@@ -5,9 +5,9 @@ use std::io::{self, ErrorKind, Write};
 /// A command's conduct once nobody reads what it prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unread {
-    /// It ends by the error, since printing is all that it is for.
+    /// The command ends by the error, since printing is all that it is for.
     Ends,
-    /// It goes on, since what it does and how it ends count by themselves.
+    /// The command goes on, since its work and its exit code count by themselves.
     GoesOn,
 }
 
@@ -37,7 +37,7 @@ impl<W: Write> Printer<W> {
         }
     }
 
-    /// Whether something could not be printed that somebody may wait for.
+    /// True if something could not be printed that somebody may wait for.
     pub fn has_failed(&self) -> bool {
         self.has_failed
     }

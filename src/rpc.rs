@@ -88,7 +88,7 @@ pub struct Service {
 pub struct Options {
     pub reflection: bool,
     pub keepalive_interval: Duration,
-    /// What a client may take to answer an HTTP/2 ping.
+    /// Time that a client may take to answer an HTTP/2 ping.
     pub keepalive_timeout: Duration,
     /// Counts calls in progress, for whoever waits for their end.
     pub calls: Calls,

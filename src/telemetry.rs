@@ -228,7 +228,7 @@ fn write_all(entries: &Receiver<Entry>, n_bytes: &AtomicUsize, mut out: LogFile<
 /// Where lines go, whole ones wherever it can be had.
 struct LogFile<W> {
     out: W,
-    /// Whether the last write ended within a line.
+    /// True if the last write ended within a line.
     is_torn: bool,
 }
 
@@ -265,7 +265,7 @@ mod tests {
 
     use super::*;
 
-    /// What is written where so many bytes fit.
+    /// Bytes that are written where a number of bytes fits.
     #[derive(Clone)]
     struct Disk {
         free: Arc<AtomicUsize>,

@@ -63,7 +63,7 @@ impl Element {
     }
 }
 
-/// See the module.
+/// State behind the module's promise.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,

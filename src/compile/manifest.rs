@@ -18,7 +18,7 @@ pub const FILE: &str = "imagegpt.json";
 /// Counts up when older readers would be wrong about a folder.
 pub const FORMAT: u32 = 6;
 
-/// See the module.
+/// State behind the module's promise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub format: u32,

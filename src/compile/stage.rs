@@ -13,7 +13,7 @@ use super::config;
 use super::error::CompileError;
 use crate::model::files;
 
-/// See the module.
+/// State behind the module's promise.
 pub(super) struct Stage {
     folder: PathBuf,
     output: PathBuf,

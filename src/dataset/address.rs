@@ -108,13 +108,13 @@ fn scope_v6(address: Ipv6Addr) -> AddressScope {
 /// Which addresses a request may be sent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AddressRule {
-    /// What a list names itself, or a host that only the own network reaches
+    /// Address that a list names itself, or a host that only the own network reaches
     /// redirects to.
     Named {
-        /// Whether `--link-local-addresses` allows those, too.
+        /// True if `--link-local-addresses` allows those, too.
         link_local: bool,
     },
-    /// What a public address redirects to, and everything with
+    /// Address that a public one redirects to, and everything with
     /// `--public-addresses-only`.
     Public,
 }
@@ -161,7 +161,7 @@ impl Default for AddressBook {
 }
 
 impl AddressBook {
-    /// Whether the rule allows an address.
+    /// True if the rule allows an address.
     pub(super) fn check(&self, rule: AddressRule, address: IpAddr) -> Result<(), AddressRefused> {
         let scope = (self.scope)(address);
         if rule.allows(scope) {

@@ -71,7 +71,7 @@ pub(super) enum Broken {
     /// Its content is damaged, and will be the next time: an error of the
     /// dataset, like an image that cannot be decoded.
     Damaged(String),
-    /// Its pages or batches do not fit into the memory that there is for images:
+    /// The shard's pages or batches do not fit into the memory that there is for images:
     /// an error of the dataset as well.
     OverLimit(String),
     /// It could not be read this time, or the flags do not fit it: the job ends.

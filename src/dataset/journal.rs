@@ -170,7 +170,7 @@ pub(super) struct Differs {
     remedy: &'static str,
 }
 
-/// What to do when the output belongs to another job.
+/// Remedy for an output that belongs to another job.
 const REMEDY: &str = "Give what it was begun with, or another --output";
 /// The same, when the model's digest differs. Digests of compiled models cover graphs
 /// and weights since their manifests record them: what an older version began under

@@ -479,7 +479,7 @@ struct Collector {
     errors_max: Option<u64>,
     /// The id of an image, and why it has no row.
     last_error: Option<(String, String)>,
-    /// Whether the reader has told its last row.
+    /// True if the reader has told its last row.
     all_read: bool,
 }
 

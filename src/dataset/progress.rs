@@ -65,7 +65,7 @@ impl Counts {
     }
 }
 
-/// See the module.
+/// State behind the module's promise.
 #[derive(Debug)]
 pub(super) struct Progress {
     bar: Option<ProgressBar>,

@@ -46,7 +46,7 @@ enum Failure {
     Passing(Fault, Option<Duration>),
 }
 
-/// What a list is trusted with.
+/// Trust in a list.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct WebTrust {
     /// `--link-local-addresses`.

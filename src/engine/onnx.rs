@@ -63,7 +63,7 @@ pub struct Options {
     /// Threads of one run; 0 lets the runtime take one a physical core.
     pub intra_op_threads: usize,
     pub graphs: BTreeMap<Graph, PathBuf>,
-    /// What they are made of, as it was when the model was opened.
+    /// Files that the graphs are made of, as they were when the model was opened.
     pub files: GraphFiles,
     /// Tokens of one row.
     pub positions: usize,
@@ -93,7 +93,7 @@ pub struct Options {
     pub cuda_graphs: bool,
 }
 
-/// See the module.
+/// State behind the module's promise.
 pub struct OnnxEngine {
     facts: Facts,
     graphs: BTreeMap<Graph, WholeGraph>,

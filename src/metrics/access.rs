@@ -47,9 +47,9 @@ pub enum Outcome {
     Closed,
     /// It was closed at once, for want of a place.
     Refused,
-    /// It was closed at once, because its address has as many as one may have.
+    /// A connection was closed at once, because its address has as many as one may have.
     RefusedAddress,
-    /// It had no call, and its place went to another one.
+    /// A connection without a call gave its place to another one.
     SentAway,
     /// The client did not finish its handshake, or not in time.
     HandshakeFailed,

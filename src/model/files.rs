@@ -16,19 +16,19 @@ use sha2::{Digest, Sha256};
 
 use crate::compile::checkpoint::hex;
 
-/// What is read at once.
+/// Bytes read at once.
 const CHUNK: usize = 1 << 20;
 
 /// A file's SHA-256.
 pub(crate) type Sha256Digest = [u8; 32];
 
-/// What is known of a file since the model was opened.
+/// Facts about a file since the model was opened.
 #[derive(Debug)]
 struct Known {
     bytes: u64,
     sha256: Sha256Digest,
     origin: Origin,
-    /// Its content, for as long as an engine loads from it: several devices read
+    /// Content of the file, for as long as an engine loads from it: several devices read
     /// it once.
     content: Mutex<Option<Weak<[u8]>>>,
 }
@@ -42,7 +42,7 @@ pub(super) enum Origin {
     Opened,
 }
 
-/// See the module. Clones are of the same files.
+/// Files of a model, as the module says. Clones are of the same files.
 #[derive(Debug, Clone, Default)]
 pub struct GraphFiles(Arc<BTreeMap<PathBuf, Known>>);
 
@@ -210,7 +210,7 @@ impl FileReader<'_> {
     }
 }
 
-/// What is said of a file whose digest is another.
+/// Error for a file whose digest is another.
 pub(super) fn differs(found: Sha256Digest, wanted: Sha256Digest, origin: Origin) -> String {
     format!(
         "has the SHA-256 {} where {} has {}; {}",

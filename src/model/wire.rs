@@ -41,7 +41,7 @@ pub(crate) struct ExternalTensor {
     pub(crate) length: Option<u64>,
     pub(crate) data_type: i32,
     pub(crate) dims: Vec<i64>,
-    /// Whether it is in a graph within the graph, or in a function.
+    /// True if it is in a graph within the graph, or in a function.
     pub(crate) is_nested: bool,
 }
 
@@ -101,7 +101,7 @@ fn element_bits(data_type: i32) -> Option<u64> {
     })
 }
 
-/// What a graph says of itself.
+/// Facts that a graph states.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Summary {
     pub(crate) external: Vec<ExternalTensor>,
@@ -120,7 +120,7 @@ pub(crate) fn look(graph: &[u8]) -> Result<Summary, String> {
     Ok(walk.summary())
 }
 
-/// What a graph is to have in the place of a tensor that is in another file.
+/// Replacement in a graph for a tensor that is in another file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Substitute {
     Keep,
@@ -167,7 +167,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// What a field of the message is.
+    /// Meaning of a field of the message.
     fn child(self, field: u64) -> Option<Self> {
         Some(match (self, field) {
             (Self::Model, 7) | (Self::Training, 1 | 2) | (Self::Attribute, 6 | 11) => Self::Graph,

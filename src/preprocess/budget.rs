@@ -18,9 +18,9 @@ use super::PreprocessError;
 /// milliseconds, large enough that checks cost nothing beside decoding.
 const CHUNK_BYTES: usize = 4096;
 
-/// Whether a decode may go on.
+/// Permission of one decode to go on, which ends.
 pub struct DecodeBudget<'a> {
-    /// Whether nobody waits for the image any more.
+    /// True if nobody waits for the image any more.
     abandoned: &'a dyn Fn() -> bool,
     /// Limit on the thread's CPU time, and that time as the decode began.
     cpu_time_max: Option<(Duration, Duration)>,

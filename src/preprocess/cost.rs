@@ -48,7 +48,7 @@ impl DecodeCost {
         })
     }
 
-    /// Whether the picture may pass on the way that is kept for cheap ones.
+    /// True if the picture may pass on the way that is kept for cheap ones.
     pub(crate) fn is_cheap(self) -> bool {
         self <= Self::CHEAP_MAX
     }

@@ -45,15 +45,15 @@ const RETRY_ARRIVING: Duration = Duration::from_secs(1);
 pub(super) const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 /// Compressed or not, and a length.
 const PREFIX_LEN: usize = 5;
-/// What a message's buffer begins with; most requests of tokens fit, and a
+/// Bytes that a message's buffer begins with; most requests of tokens fit, and a
 /// client that announces much and sends little holds no more.
 const BUFFER_MIN: usize = 4 << 10;
-/// What is inflated before other calls of the thread have their turn: about a
+/// Bytes inflated before other calls of the thread have their turn: about a
 /// millisecond.
 const INFLATE_STEP: usize = 256 << 10;
-/// What a byte of DEFLATE can become at most, by its format.
+/// Most bytes that a byte of DEFLATE can become, by its format.
 const DEFLATE_RATIO_MAX: usize = 1032;
-/// What the log says of it; the client has gone.
+/// Log text for a request that broke off; the client has gone.
 const BROKEN: &str =
     "the request ended before it was whole: its stream was reset, or its connection lost";
 
@@ -88,7 +88,7 @@ struct Inner {
     share: Mutex<Share>,
     /// Bytes that a stream's handler needs beside each message.
     beside: AtomicUsize,
-    /// Whether a stream's next message waits for room.
+    /// True if a stream's next message waits for room.
     waits: AtomicBool,
 }
 
@@ -111,14 +111,14 @@ impl Arrived {
         self.0.beside.store(bytes, Ordering::Relaxed);
     }
 
-    /// Whether the next message waits for room: nothing that the client could do
+    /// True if the next message waits for room: nothing that the client could do
     /// anything about.
     pub(super) fn waits(&self) -> bool {
         self.0.waits.load(Ordering::Relaxed)
     }
 }
 
-/// What is known of a request before its body.
+/// Facts about a request before its body.
 pub(super) struct Arrival {
     /// Where bytes are counted; none for requests that are not the worker's work.
     pub(super) bytes: Option<Pool>,
@@ -126,9 +126,9 @@ pub(super) struct Arrival {
     /// Bytes of one message, inflated.
     pub(super) message_bytes_max: usize,
     pub(super) compression: Option<Compression>,
-    /// What a message becomes as values.
+    /// Growth of a message that becomes values.
     pub(super) growth: Growth,
-    /// Whether the method takes any number of messages.
+    /// True if the method takes any number of messages.
     pub(super) is_stream: bool,
     /// How long the request may take; of a stream, each of its messages.
     pub(super) timeout: Duration,
@@ -182,7 +182,7 @@ impl Arrival {
         Ok(())
     }
 
-    /// What the first bytes of a message say.
+    /// Facts that the first bytes of a message state.
     fn prefix(&self, prefix: [u8; PREFIX_LEN]) -> Result<Prefix, Status> {
         let [flag, len @ ..] = prefix;
         let compression = match (flag, self.compression) {
@@ -278,7 +278,7 @@ struct Inflating {
     inflater: Inflater,
     /// With the prefix that the library will read.
     buffer: Vec<u8>,
-    /// What the message takes as it came.
+    /// Bytes of the message as it came.
     compressed_bytes: usize,
 }
 
@@ -323,13 +323,13 @@ impl Inflating {
     }
 }
 
-/// See the module.
+/// State behind the module's promise.
 struct Arriving {
     arrival: Arrival,
     body: Body,
-    /// What came and has not been looked at.
+    /// Bytes that came and have not been looked at.
     rest: Bytes,
-    /// Whether nothing more comes.
+    /// True if nothing more comes.
     has_ended: bool,
     part: Part,
     /// Of the message that arrives.
@@ -340,7 +340,7 @@ struct Arriving {
     end: Option<Pin<Box<dyn Future<Output = Status> + Send>>>,
 }
 
-/// What is to be done next.
+/// The next thing to do.
 enum Step {
     /// Hand this to the library.
     Give(Bytes),
@@ -565,7 +565,7 @@ impl Arriving {
         Ok(Step::Give(buffer.into()))
     }
 
-    /// Whether the client is waited for, and may not be for ever.
+    /// True if the client is waited for, and may not be for ever.
     fn is_timed(&self) -> bool {
         match self.part {
             Part::Message { .. } => true,
@@ -642,7 +642,7 @@ fn truncated() -> Status {
     malformed("request: it ends before its message does")
 }
 
-/// What becomes of a call whose request broke off. The library hides a body's
+/// Status of a call whose request broke off. The library hides a body's
 /// CANCELLED and answers as if the request had ended, so it is told ABORTED,
 /// which nothing else of ours is; see [`ended`].
 fn broken(status: &Status) -> Status {
@@ -655,7 +655,7 @@ fn broken(status: &Status) -> Status {
     malformed(&format!("request: {}", status.message()))
 }
 
-/// What a call ends in whose request's body ended in this.
+/// Status of a call whose request's body ended in the given one.
 pub(super) fn ended(status: Status, deadline: Option<Instant>) -> Status {
     if status.code() != Code::Aborted {
         return status;

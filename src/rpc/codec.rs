@@ -36,7 +36,7 @@ const NUMBER_GROWTH: usize = 2 * size_of::<u64>();
 const IMAGE_GROWTH: usize = 2 * size_of::<pb::Image>();
 const ELEMENT_GROWTH: usize = 2 * size_of::<bytes::Bytes>();
 
-/// What a message becomes as values, in bytes beside its own: what has a length
+/// Growth of a message that becomes values, in bytes beside its own: what has a length
 /// on the wire and is not numbers stays where it is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Growth {
@@ -476,7 +476,7 @@ where
     }
 }
 
-/// See the module.
+/// State behind the module's promise.
 #[derive(Debug)]
 pub(crate) struct ScanningDecoder<U>(PhantomData<U>);
 

@@ -43,7 +43,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(super) struct Driver {
     pub(super) http1: bool,
     pub(super) keepalive_interval: Duration,
-    /// What a client may take to answer an HTTP/2 ping.
+    /// Time that a client may take to answer an HTTP/2 ping.
     pub(super) keepalive_timeout: Duration,
     pub(super) streams_max: u32,
     pub(super) header_bytes_max: u32,
@@ -124,7 +124,7 @@ impl Driver {
 #[derive(Debug, Clone)]
 struct CallTasks {
     patience: Arc<Patience>,
-    /// What the connection has of answers that nobody waits for.
+    /// Pieces of answers in the connection that nobody waits for.
     loose: Arc<AtomicUsize>,
 }
 

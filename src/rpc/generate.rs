@@ -173,7 +173,7 @@ impl Plan {
         })
     }
 
-    /// What the call holds until its answer has been taken, beside the primer: for
+    /// Bytes that the call holds until its answer has been taken, beside the primer: for
     /// each sample its tokens in the worker, in rows and in the result, and its
     /// numbers; and what the picture of each sample takes at worst.
     fn bytes(&self, service: &Service) -> Result<(usize, usize), Error> {

@@ -33,7 +33,7 @@ use super::observe::{Held, InProgress};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 
-/// What is handed on at once: four HTTP/2 frames, so that waking the connection
+/// Bytes handed on at once: four HTTP/2 frames, so that waking the connection
 /// costs little beside writing it.
 const PIECE_BYTES: usize = 64 << 10;
 /// Bytes that one connection may have of answers that are over as far as the
@@ -127,7 +127,7 @@ impl Patience {
     }
 }
 
-/// What an answer that is taken piece by piece has come to: the body tells, and
+/// Progress of an answer that is taken piece by piece: the body tells, and
 /// whoever watches the call looks.
 #[derive(Debug, Clone)]
 pub(super) struct Taking(Arc<Inner>);
@@ -135,7 +135,7 @@ pub(super) struct Taking(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    /// Whether the connection has a piece; see [`Piece`].
+    /// True if the connection has a piece; see [`Piece`].
     out: AtomicU8,
     /// Woken when it has none any more.
     waker: AtomicWaker,
@@ -174,7 +174,7 @@ impl Taking {
         }))
     }
 
-    /// That of the call that is being answered.
+    /// State of the call that is being answered.
     pub(super) fn of_this_call(is_stream: bool) -> Self {
         let taking = TAKING
             .try_with(Clone::clone)
@@ -244,7 +244,7 @@ impl Taking {
         });
     }
 
-    /// What the connection has, for a body that goes on once it has been written.
+    /// Pieces in the connection, for a body that goes on once they have been written.
     fn out(&self, cx: &Context<'_>) -> u8 {
         if self.0.out.load(Ordering::Acquire) == NONE {
             return NONE;
@@ -264,9 +264,9 @@ fn not_taken() -> Status {
 
 /// The connection has nothing of the answer.
 const NONE: u8 = 0;
-/// It has a piece that nobody need wait for.
+/// The connection has a piece that nobody need wait for.
 const LOOSE: u8 = 1;
-/// It has a piece that the answer's end waits for.
+/// The connection has a piece that the answer's end waits for.
 const TIGHT: u8 = 2;
 
 /// A piece in the hands of the server or its connection.
@@ -293,18 +293,18 @@ impl Drop for Piece {
     }
 }
 
-/// What a piece is a piece of.
+/// The answer that a piece belongs to.
 #[derive(Debug, Clone, Copy)]
 struct Answer {
     since: Instant,
     n_bytes: usize,
 }
 
-/// See the module. It keeps the call in progress, and its share, until it has
+/// Body of an answer on its way out. It keeps the call in progress, and its share, until it has
 /// been taken.
 pub(super) struct Leaving {
     body: Body,
-    /// What of the body's last frame has not been handed on.
+    /// Part of the body's last frame that has not been handed on.
     rest: Bytes,
     answer: Answer,
     taking: Taking,

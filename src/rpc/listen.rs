@@ -56,7 +56,7 @@ const FILES_RESERVED: usize = 192 + WAITING_MAX;
 pub(super) struct Door {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) connections_max: usize,
-    /// Those of one address; none is no limit.
+    /// Limit on the connections of one address; none is no limit.
     pub(super) per_address_max: Option<usize>,
     pub(super) max_connection_age: Option<Duration>,
     pub(super) metrics: Metrics,

@@ -333,7 +333,7 @@ fn code(headers: &HeaderMap) -> Code {
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-/// What the library says for us, in our words: a message over the limit, and a
+/// Errors of the library in the worker's words: a message over the limit, and a
 /// request that broke off.
 fn correct(headers: &mut HeaderMap, request_bytes_max: u64, deadline: Option<Instant>) {
     let message = headers

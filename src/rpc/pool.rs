@@ -222,7 +222,7 @@ impl Pool {
         troubles.iter().map(sentence).collect()
     }
 
-    /// Whether all sessions are gone, which they never are of themselves before
+    /// True if all sessions are gone, which they never are of themselves before
     /// [`Self::finish`]: something in them has panicked.
     #[must_use]
     pub fn has_ended(&self) -> bool {

@@ -41,7 +41,7 @@ pub(super) struct Used<S> {
     guest: Guest,
 }
 
-/// What a call takes of its connection until its answer has been taken.
+/// Place that a call takes of its connection until its answer has been taken.
 #[derive(Debug)]
 pub(super) enum Taken {
     Work { _in_use: InUse },

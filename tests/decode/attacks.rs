@@ -197,7 +197,7 @@ fn webp(chunks: &[(&[u8; 4], Vec<u8>)]) -> Vec<u8> {
     bytes
 }
 
-/// Whatever a decoder would take for the frame.
+/// Anything that a decoder would take for the frame.
 #[test]
 fn frames_are_as_large_as_their_canvas() {
     let header = vec![0, 0, 0, 0, 63, 0, 0, 63, 0, 0];

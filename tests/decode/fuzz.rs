@@ -37,7 +37,7 @@ const FORMATS: [Format; 6] = [
     Format::Tiff,
 ];
 
-/// What the runs of a format came to.
+/// Results of the runs of a format.
 #[derive(Default)]
 struct Tally {
     runs: u64,

@@ -21,7 +21,7 @@ mod jpeg;
 mod mutate;
 mod seeds;
 
-/// What a decode may hold over its limit: the file itself does not count, nor
+/// Bytes that a decode may hold over its limit: the file itself does not count, nor
 /// do error messages and what the test keeps of them.
 const SLACK_BYTES: u64 = 256 << 10;
 
@@ -77,7 +77,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// What one decode took.
+/// Cost of one decode.
 struct Measured {
     outcome: Result<RgbImage, PreprocessError>,
     peak_bytes: u64,

@@ -114,7 +114,7 @@ fn frame(flag: u8, message: &[u8]) -> Vec<u8> {
     [&[flag][..], &len.to_be_bytes(), message].concat()
 }
 
-/// What a compression makes of a message.
+/// Compression of a message.
 type Compress = fn(&[u8]) -> Vec<u8>;
 
 fn gzip(message: &[u8]) -> Vec<u8> {

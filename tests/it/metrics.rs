@@ -165,7 +165,7 @@ async fn probe(addr: std::net::SocketAddr) -> (u16, Duration) {
     (status, started.elapsed())
 }
 
-/// So many connections that have sent this and read nothing.
+/// Opens connections that have sent these bytes and read nothing.
 async fn connections(addr: std::net::SocketAddr, n: usize, sent: &[u8]) -> Vec<TcpStream> {
     let mut streams = Vec::with_capacity(n);
     for _ in 0..n {

@@ -298,7 +298,7 @@ impl Server {
         }
     }
 
-    /// So many calls, each of which is logged.
+    /// Makes calls of which each is logged.
     fn calls(&self, n: usize) {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(async {

@@ -56,7 +56,7 @@ impl Listing {
         }
     }
 
-    /// What a file may take once it is read: as much as any, where nobody knows
+    /// Bytes that a file may take once it is read: as much as any, where nobody knows
     /// yet.
     fn room(&self, idx: usize, reading: &Reading) -> u64 {
         let max = reading.image_bytes_max.min(reading.memory.limit());

@@ -21,9 +21,9 @@ use crate::dataset::memory::Room;
 use crate::dataset::ranged::Ranged;
 
 const MAGIC: &[u8] = b"ARROW1";
-/// What ends a file: the footer's length, and the magic.
+/// Bytes at the end of a file: the footer's length, and the magic.
 const TRAILER_BYTES: u64 = 10;
-/// What begins a message of today's format, before its length.
+/// Marker of a message of today's format, before its length.
 const CONTINUATION: [u8; 4] = [0xff; 4];
 /// A footer or a message without its body: a million columns have less. Much
 /// more would be memory that no image takes.
@@ -44,7 +44,7 @@ pub(super) struct Messages<'a> {
     reading: &'a Reading,
     decoder: FileDecoder,
     schema: SchemaRef,
-    /// What dictionaries take until the end.
+    /// Memory of dictionaries until the end.
     dictionaries: Vec<Room>,
     next: Next,
 }
@@ -216,7 +216,7 @@ impl<'a> Messages<'a> {
         room.ok_or_else(|| Broken::Failed(anyhow::anyhow!("the job has ended")))
     }
 
-    /// What the dictionaries take.
+    /// Memory of the dictionaries.
     fn held(&self) -> u64 {
         self.dictionaries.iter().map(Room::bytes).sum()
     }
@@ -300,7 +300,7 @@ fn next_of_stream(file: &Ranged, at: u64) -> Result<Option<Block>, Broken> {
     Ok(Some(Block::new(start, whole, message.bodyLength())))
 }
 
-/// What the library allocates for a message besides its bytes, by what its
+/// Memory that the library allocates for a message besides its bytes, by what its
 /// buffers say.
 fn claimed(header: &[u8], body: &[u8]) -> Result<u64, Broken> {
     let message = root_as_message(unprefixed(header)).map_err(damaged)?;

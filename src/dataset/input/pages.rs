@@ -90,7 +90,7 @@ impl<'a> ParquetTable<'a> {
         self.metadata.metadata().num_row_groups()
     }
 
-    /// What the file says, for the eye.
+    /// Number of rows as the file states it, for the eye.
     pub(super) fn n_rows(&self) -> u64 {
         let rows = self.metadata.metadata().file_metadata().num_rows();
         u64::try_from(rows).unwrap_or(0)
@@ -405,7 +405,7 @@ impl Iterator for OneChunk {
 
 impl PageIterator for OneChunk {}
 
-/// What is known of a column of a group.
+/// Facts about a column of a group.
 struct Column {
     leaf: usize,
     compression: Compression,
@@ -479,7 +479,7 @@ impl ChunkReader for CheckedFile {
     }
 }
 
-/// Whether a page becomes no more than its header claims, for the formats that
+/// True if a page becomes no more than its header claims, for the formats that
 /// the library reads to their end whatever the claim is.
 fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResult<()> {
     let one_more = claim.saturating_add(1);
@@ -504,7 +504,7 @@ fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResu
     Ok(())
 }
 
-/// What a page says of itself.
+/// Facts that a page's header states.
 #[derive(Debug, Clone, Copy, Default)]
 struct PageHeader {
     /// Of the header itself.
@@ -513,7 +513,7 @@ struct PageHeader {
     uncompressed: u64,
     values: u64,
     is_dictionary: bool,
-    /// Whether its values stand in it one after the other, or are numbers of a
+    /// True if its values stand in it one after the other, or are numbers of a
     /// dictionary's.
     is_plain: bool,
 }
@@ -687,7 +687,7 @@ impl CheckedPages {
         Ok(())
     }
 
-    /// What of a page comes after its levels.
+    /// Part of a page after its levels.
     fn values<'p>(&self, page: &'p Page) -> ParquetResult<&'p [u8]> {
         let short = || error("a page ends within its levels");
         let bytes: &[u8] = page.buffer();

@@ -40,7 +40,7 @@ const NOWHERE: u64 = 1 << 50;
 /// Where a graph from memory looks for the files that it names.
 const FOLDER: &str = "session.model_external_initializers_file_folder_path";
 
-/// See the module. Lives as long as an engine loads.
+/// Loader of an engine's sessions. Lives as long as an engine loads.
 pub(super) struct Loader {
     files: GraphFiles,
     /// Weights that sessions share, by file; empty where they do not.

@@ -69,7 +69,7 @@ pub(super) struct Options {
     pub(super) n_colors: usize,
 }
 
-/// See the module.
+/// State behind the module's promise.
 pub(super) struct SequenceEngine {
     pub(super) facts: SequenceFacts,
     /// The bindings refer to the buffers, so they go first.

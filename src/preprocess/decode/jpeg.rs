@@ -61,7 +61,7 @@ pub(super) fn decode(
     Ok((pixels, orientation(outline.exif, outline.xmp)))
 }
 
-/// What a JPEG inside another file must be, and what was done already.
+/// Requirements on a JPEG inside another file, and the work that was done already.
 pub(super) struct Inside {
     pub(super) width: u32,
     /// Rows that are wanted, and as many as there may be with those below the
@@ -104,7 +104,7 @@ pub(super) fn decode_samples(
     Ok(decode_scans(&outline, Colors::Stored, header)?.1)
 }
 
-/// What the components become.
+/// Colors that the components become.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Colors {
     Rgb,
@@ -163,7 +163,7 @@ fn check_scans(scans: usize, pixels: u64, header: Header<'_>) -> Result<(), Prep
     Ok(())
 }
 
-/// What the decoder holds beside the pixels.
+/// Bytes that the decoder holds beside the pixels.
 fn held_bytes(outline: &Outline<'_>) -> u64 {
     /// Huffman tables, with room to spare.
     const TABLES: u64 = 64 << 10;

@@ -64,7 +64,7 @@ struct File<'a> {
     animated: bool,
     /// Width and height.
     canvas: (u32, u32),
-    /// Whether transparency is shown, as the file says where it has a header for
+    /// True if transparency is shown, as the file says where it has a header for
     /// that.
     alpha: bool,
     /// Column and row of the frame.
@@ -223,7 +223,7 @@ impl<'a> Frame<'a> {
         })
     }
 
-    /// What decoding holds beside the pixels, where the sizes inside are right.
+    /// Bytes that decoding holds beside the pixels, where the sizes inside are right.
     fn check(&self, header: Header<'_>) -> Result<u64, PreprocessError> {
         let bytes = (self.pixels.len() + self.alpha.map_or(0, <[u8]>::len)) as u64;
         header.admit_pixels(self.width, self.height)?;
@@ -293,7 +293,7 @@ impl<'a> Iterator for Chunks<'a> {
     }
 }
 
-/// What a file says that it holds. Bytes behind that do not belong to it, and a
+/// Chunks that a file says that it holds. Bytes behind them do not belong to it, and a
 /// file that is shorter is cut short.
 fn riff(bytes: &[u8]) -> Option<&[u8]> {
     let len = u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?);

@@ -75,11 +75,11 @@ struct State {
 
 struct Entry {
     n_calls: usize,
-    /// Its key where it is listed, if it is.
+    /// Key of the connection where it is listed, if it is.
     order: Option<u64>,
     was_used: bool,
     since: Instant,
-    /// Whether its client has yet to begin to speak HTTP.
+    /// True if its client has yet to begin to speak HTTP.
     is_pending: bool,
     was_sent_away: bool,
     leave: Option<oneshot::Sender<()>>,
@@ -91,7 +91,7 @@ struct Entry {
 pub(super) enum NoPlace {
     /// All are taken, and nobody can be sent away.
     Full,
-    /// Its address has as many as one may have.
+    /// The address has as many connections as one may have.
     Address,
 }
 

@@ -92,7 +92,7 @@ struct Ready {
     id: String,
     arrived: Instant,
     prepared: Result<Prepared, Error>,
-    /// What was taken for it as it arrived.
+    /// Share that was taken for the message as it arrived.
     share: Share,
     /// Its part of the stream's own share.
     bytes: usize,

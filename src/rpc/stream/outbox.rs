@@ -18,7 +18,7 @@ use tonic::Status;
 use super::super::arriving::Arrived;
 use crate::admission::Share;
 
-/// See the module.
+/// State behind the module's promise.
 #[derive(Debug)]
 pub(in crate::rpc) struct Outbox<T> {
     state: Mutex<State<T>>,

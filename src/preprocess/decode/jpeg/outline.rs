@@ -14,7 +14,7 @@ const TABLES_MAX: usize = 1024;
 /// in the order of the file.
 const SMOOTHED: usize = 10;
 
-/// What the segments of a file say.
+/// Facts that the segments of a file state.
 #[derive(Debug)]
 pub(super) struct Outline<'a> {
     pub(super) frame: Frame,
@@ -153,7 +153,7 @@ impl<'a> Outline<'a> {
     }
 }
 
-/// What was read of a file so far.
+/// Part of a file that was read so far.
 struct Reader<'a> {
     frame: Option<Frame>,
     scans: Vec<Scan>,

@@ -13,9 +13,9 @@ const STEP_BYTES: usize = 4096;
 
 /// Why a strip or tile cannot be read.
 pub(super) enum ChunkError {
-    /// Its data end before its pixels.
+    /// The data end before the pixels.
     Short,
-    /// Its data are not what the codec writes.
+    /// The data are not what the codec writes.
     Invalid,
     Other(PreprocessError),
 }
@@ -59,7 +59,7 @@ pub(super) struct Chunk<'a> {
     codec: &'a mut Codec,
     data: Data<'a>,
     budget: &'a DecodeBudget<'a>,
-    /// What repeats, and what is to come of a run of `PackBits`.
+    /// The byte that repeats, and the bytes to come of a run of `PackBits`.
     run: (Option<u8>, usize),
     fax: Option<Fax>,
 }

@@ -39,10 +39,10 @@ mod tag {
     pub(super) const XMP: u16 = 700;
 }
 
-/// What the samples of a pixel mean.
+/// Meaning of a pixel's samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Colors {
-    /// Whether 0 is white.
+    /// True if 0 is white.
     Gray {
         inverted: bool,
     },
@@ -70,17 +70,17 @@ pub(super) struct Image<'a> {
     pub(super) width: u32,
     pub(super) height: u32,
     pub(super) colors: Colors,
-    /// Whether the sample after the colors is alpha.
+    /// True if the sample after the colors is alpha.
     pub(super) alpha: bool,
     pub(super) samples: usize,
     pub(super) bits: u32,
     pub(super) little: bool,
     pub(super) compression: Compression,
-    /// Whether samples are differences from the pixel before.
+    /// True if samples are differences from the pixel before.
     pub(super) predictor: bool,
-    /// Whether each sample has strips or tiles of its own.
+    /// True if each sample has strips or tiles of its own.
     pub(super) planar: bool,
-    /// Whether bytes begin with their lowest bit.
+    /// True if bytes begin with their lowest bit.
     pub(super) reversed: bool,
     /// Pixels of a strip or tile, those beyond the image's edges included.
     pub(super) chunk_width: u32,
@@ -370,7 +370,7 @@ impl<'a> Chunks<'a> {
     }
 }
 
-/// What samples mean, how many there are, and whether one is alpha.
+/// Meaning of samples, their number, and whether one is alpha.
 fn read_samples(tags: &Tags<'_>) -> Result<(Colors, usize, bool), PreprocessError> {
     let header = tags.header;
     let colors = match tags.number(tag::PHOTOMETRIC)? {
