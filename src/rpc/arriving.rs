@@ -45,6 +45,8 @@ const RETRY_ARRIVING: Duration = Duration::from_secs(1);
 pub(super) const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 /// Compressed or not, and a length.
 const PREFIX_LEN: usize = 5;
+/// A message without content, which tells the library that one has arrived.
+const EMPTY_MESSAGE: [u8; PREFIX_LEN] = [0; PREFIX_LEN];
 /// Bytes that a message's buffer begins with; most requests of tokens fit, and a
 /// client that announces much and sends little holds no more.
 const BUFFER_MIN: usize = 4 << 10;
@@ -86,6 +88,9 @@ pub(super) struct Arrived(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     share: Mutex<Share>,
+    /// The message of a stream, which the library does not see: its buffer would
+    /// keep the memory until the stream ends.
+    message: Mutex<Option<Bytes>>,
     /// Bytes that a stream's handler needs beside each message.
     beside: AtomicUsize,
     /// True if a stream's next message waits for room.
@@ -97,6 +102,27 @@ impl Arrived {
     pub(super) fn take(&self) -> Share {
         let mut share = self.0.share.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut share)
+    }
+
+    /// The bytes of a stream's message that came last, once.
+    pub(super) fn take_message(&self) -> Option<Bytes> {
+        let mut message = self
+            .0
+            .message
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        message.take()
+    }
+
+    fn put_message(&self, message: Bytes) {
+        let mut place = self
+            .0
+            .message
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let before = place.replace(message);
+        drop(place);
+        drop(before);
     }
 
     fn put(&self, share: Share) {
@@ -411,8 +437,10 @@ impl Arriving {
                 // Whoever waits has only what bulk work has too.
                 let most = self.arrival.most(&prefix);
                 let most = most.min(pool.size_for(Class::Bulk));
-                let (pool, class) = (pool.clone(), self.arrival.class);
-                let room = Box::pin(async move { pool.take(class, most).await });
+                let pool = pool.clone();
+                // Not of the reserve, whatever the stream's class: a message may
+                // take long to arrive, and calls that do not wait need it.
+                let room = Box::pin(async move { pool.take(Class::Bulk, most).await });
                 Part::Room { prefix, room }
             }
             _ => Part::Message {
@@ -562,7 +590,13 @@ impl Arriving {
             self.part = Part::Over;
         }
         self.arrival.arrived.put(std::mem::take(&mut self.held));
-        Ok(Step::Give(buffer.into()))
+        let mut message = Bytes::from(buffer);
+        if self.arrival.is_stream && self.arrival.bytes.is_some() {
+            message.advance(PREFIX_LEN);
+            self.arrival.arrived.put_message(message);
+            return Ok(Step::Give(Bytes::from_static(&EMPTY_MESSAGE)));
+        }
+        Ok(Step::Give(message))
     }
 
     /// True if the client is waited for, and may not be for ever.

@@ -7,6 +7,7 @@
 
 use std::marker::PhantomData;
 
+use bytes::Bytes;
 use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder};
 use tonic::{Code, Status};
 use tonic_prost::ProstEncoder;
@@ -489,11 +490,7 @@ impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
         // tonic gathers a message in one piece before it asks to decode it. As
         // bytes of its own it is decoded in half of the time: the buffer does
         // more for each of a thousand tokens.
-        let message = buffer.copy_to_bytes(buffer.remaining());
-        U::scan(&message).map_err(|reason| malformed(&reason))?;
-        U::decode(message)
-            .map(Some)
-            .map_err(|error| malformed(&format!("request: {error}")))
+        decode(buffer.copy_to_bytes(buffer.remaining())).map(Some)
     }
 
     fn buffer_settings(&self) -> BufferSettings {
@@ -502,6 +499,17 @@ impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
         // before, and a client asks for no compression.
         BufferSettings::new(0, 0)
     }
+}
+
+/// Decodes a message that was looked at first.
+///
+/// # Errors
+///
+/// INVALID_ARGUMENT for bytes that are no message of this kind, or that would
+/// grow out of bounds.
+pub(super) fn decode<U: prost::Message + Scan + Default>(message: Bytes) -> Result<U, Status> {
+    U::scan(&message).map_err(|reason| malformed(&reason))?;
+    U::decode(message).map_err(|error| malformed(&format!("request: {error}")))
 }
 
 /// The refusal of a request that is not what its method takes.

@@ -27,6 +27,7 @@ use tracing::Instrument as _;
 
 use self::outbox::{Outbox, Place};
 use super::arriving::Arrived;
+use super::codec::{self, Scan};
 use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{Course, Deadline, Ending, InProgress};
@@ -272,7 +273,7 @@ impl Session {
                     in_flight.push(item);
                     None
                 }
-                request = read(&mut requests, &self.outbox, window), if may_read => {
+                request = read(&mut requests, &self.arrived, &self.outbox, window), if may_read => {
                     match self.take(request, &mut plan) {
                         Ok(Taken::Order(order)) => {
                             in_flight = InFlight::new(order);
@@ -504,15 +505,21 @@ pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
 }
 
 /// The next message, once there is a place for an item.
-pub(super) async fn read<Q, T>(
+pub(super) async fn read<Q: prost::Message + Scan + Default, T>(
     requests: &mut Option<Streaming<Q>>,
+    arrived: &Arrived,
     outbox: &Outbox<T>,
     window: usize,
 ) -> Result<Option<Q>, Status> {
     outbox.credit(window).await;
-    match requests {
-        Some(requests) => requests.message().await,
-        None => Ok(None),
+    let Some(requests) = requests else {
+        return Ok(None);
+    };
+    let message = requests.message().await?;
+    // What came through the library only says that there is one.
+    match arrived.take_message() {
+        Some(bytes) if message.is_some() => codec::decode(bytes).map(Some),
+        _ => Ok(message),
     }
 }
 

@@ -312,3 +312,24 @@ fn codes_are_counted_before_they_are_built() {
         measured.peak_bytes
     );
 }
+
+/// Codes without pixels cost no more than the pixels do.
+#[test]
+fn codes_without_pixels_are_not_worked_through() {
+    let strip = |compression, part: Vec<u8>| {
+        let mut entries = facts((64, 64), 1, 8, compression, 1);
+        entries.push((278, 4, vec![64]));
+        tiff(CLASSIC, &entries, &[part], STRIPS)
+    };
+    // LZW's code 256, of 9 bits, again and again; PackBits' 128; stored blocks of
+    // Deflate that are empty.
+    let clears = [0x80, 0x40, 0x20, 0x10, 0x08, 0x04, 0x02, 0x01, 0x00].repeat(1 << 20);
+    let stored = [b"\x78\x01".as_slice(), &b"\0\0\0\xff\xff".repeat(2 << 20)].concat();
+    for (name, compression, part) in [
+        ("clears", 5, clears),
+        ("no-ops", 32773, vec![0x80; 10 << 20]),
+        ("stored", 8, stored),
+    ] {
+        refused(name, &strip(compression, part), "the TIFF is damaged");
+    }
+}

@@ -523,6 +523,64 @@ async fn messages_that_arrive_or_wait_on_streams_are_counted() {
     running.end().await;
 }
 
+/// What a stream's messages took is free once they are answered, while the stream
+/// stays open.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_keep_nothing_of_what_they_have_answered() {
+    const N_STREAMS: usize = 16;
+    let flags = [
+        "--request-bytes-max",
+        "32MiB",
+        "--response-bytes-max",
+        "1MiB",
+    ];
+    let running = harness::fake(Script::default(), &flags).await;
+    let client = connect(&running.worker, 1 << 20).await;
+    let opening = pb::EmbedStreamRequest {
+        message: Some(pb::embed_stream_request::Message::Open(
+            pb::EmbedStreamOptions::default(),
+        )),
+    };
+    // 16 MiB of what is no image, which are a few KiB on the wire.
+    let encoded = pb::image::Source::Encoded(vec![0; 16 << 20].into());
+    let item = pb::EmbedStreamRequest {
+        message: Some(pb::embed_stream_request::Message::Item(
+            pb::EmbedStreamItem {
+                id: "a".to_owned(),
+                image: Some(pb::Image {
+                    source: Some(encoded),
+                }),
+            },
+        )),
+    };
+    let item = frame(1, &gzip(&item.encode_to_vec()));
+    let resident = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("a status");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1));
+        kib.and_then(|kib| kib.parse::<usize>().ok()).expect("KiB") * KIB
+    };
+    let before = resident();
+    let mut calls = Vec::new();
+    for n in 1..=N_STREAMS {
+        let mut call = call(&client, EMBED_STREAM, &[("grpc-encoding", "gzip")]);
+        call.send(frame(0, &opening.encode_to_vec()), false);
+        for _ in 0..2 {
+            call.send(item.clone(), false);
+        }
+        let answered = to_f64(2 * n);
+        let images = "imagegpt_images_total{code=\"INVALID_ARGUMENT\"}";
+        until_sample(&running, images, |n| n >= answered).await;
+        calls.push(call);
+    }
+    until_sample(&running, BYTES, |held| held == 0.0).await;
+    // Other tests of this process take memory, too, but not half of this.
+    let kept = resident().saturating_sub(before);
+    assert!(kept < N_STREAMS * (8 << 20), "{kept} bytes are kept");
+    drop((calls, client));
+    running.end().await;
+}
+
 /// A client that announces much and sends nothing ends in time, on both kinds of
 /// streams, and gives its room back.
 #[tokio::test(flavor = "multi_thread")]

@@ -31,6 +31,11 @@ mod directory;
 mod fax;
 mod layout;
 
+/// Encoded bytes that are read for a byte of a strip or tile. Fax codes take six
+/// times as much as the pixels at worst, all others twice.
+const ENCODED_RATIO_MAX: u64 = 8;
+/// Encoded bytes that are read besides, for what strips begin and end with.
+const ENCODED_SPARE: u64 = 4 << 10;
 /// Tables and windows of a decompressor.
 const OTHER_BYTES: u64 = 256 << 10;
 
@@ -129,10 +134,17 @@ impl<'a> Reader<'a> {
         let whole = image.row_bytes(image.chunk_width);
         let wanted = image.row_bytes(pixels);
         let jpeg;
+        // Codes that stand for no pixel, such as those that clear LZW's table, may
+        // not cost more than the pixels that the header claims.
+        let encoded_max = (whole * u64::from(rows))
+            .saturating_mul(ENCODED_RATIO_MAX)
+            .saturating_add(ENCODED_SPARE);
         let mut chunk = if image.compression == Compression::Jpeg {
             jpeg = self.decode_jpeg(bytes, rows)?;
             Chunk::plain(codec, &jpeg, header.budget)
         } else {
+            let len = usize::try_from(encoded_max).unwrap_or(usize::MAX);
+            let bytes = &bytes[..bytes.len().min(len)];
             Chunk::new(codec, bytes, image, header.budget)
         };
         let mut row = std::mem::take(&mut self.row);

@@ -157,7 +157,7 @@ impl Session {
                     waiting = None;
                     in_flight.push_back(self.submit(ready));
                 }
-                request = read(&mut requests, &self.outbox, self.window), if may_read => {
+                request = read(&mut requests, &self.arrived, &self.outbox, self.window), if may_read => {
                     match request {
                         Ok(Some(request)) => waiting = Some(self.take(request)),
                         Ok(None) => requests = None,

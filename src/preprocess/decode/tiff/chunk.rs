@@ -224,10 +224,13 @@ impl<'a> Chunk<'a> {
     /// A part of a `PackBits` run.
     fn unpack(&mut self, to: &mut [u8]) -> Result<usize, ChunkError> {
         if self.run.1 == 0 {
-            self.run = match self.data.byte().ok_or(ChunkError::Short)? {
-                count @ 0..128 => (None, usize::from(count) + 1),
-                // Means nothing.
-                128 => return Ok(0),
+            // 128 means nothing.
+            let mut head = self.data.byte();
+            while head == Some(128) {
+                head = self.data.byte();
+            }
+            self.run = match head.ok_or(ChunkError::Short)? {
+                count @ 0..=128 => (None, usize::from(count) + 1),
                 count => {
                     let byte = self.data.byte().ok_or(ChunkError::Short)?;
                     (Some(byte), 257 - usize::from(count))
