@@ -3,7 +3,7 @@
 //! A decode's memory and work are bounded by its header before it begins. The
 //! budget ends a decode early once nobody waits for the image, and limits the
 //! CPU time as a last net. Decoders ask between chunks, by
-//! [`DecodeBudget::check`] or through a [`BudgetedSource`].
+//! [`DecodeBudget::check`] or through a source that fails once the budget is spent.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
