@@ -159,6 +159,8 @@ ROWS = {
         ("Log lines lost", "Because standard error was closed, full or not read fast enough: the worker "
          "does not wait for its log.", "ops",
          [(total("imagegpt_log_lines_dropped_total", "pod") + " > 0", "{{pod}}")]),
+        ("Answers not taken", "Ended after --answer-timeout, because their client took nothing of them.", "ops",
+         [(total("imagegpt_answers_not_taken_total", "pod") + " > 0", "{{pod}}")]),
     ],
 }
 
