@@ -63,7 +63,7 @@ impl Element {
     }
 }
 
-/// State behind the module's promise.
+/// Checkpoint whose tensors are read when they are asked for.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,

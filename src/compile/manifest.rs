@@ -18,7 +18,7 @@ pub const FILE: &str = "imagegpt.json";
 /// Counts up when older readers would be wrong about a folder.
 pub const FORMAT: u32 = 6;
 
-/// State behind the module's promise.
+/// Contents of the manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub format: u32,

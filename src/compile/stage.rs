@@ -13,7 +13,7 @@ use super::config;
 use super::error::CompileError;
 use crate::model::files;
 
-/// State behind the module's promise.
+/// Directory that a compiled model is made in.
 pub(super) struct Stage {
     folder: PathBuf,
     output: PathBuf,

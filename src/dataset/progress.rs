@@ -65,7 +65,7 @@ impl Counts {
     }
 }
 
-/// State behind the module's promise.
+/// Progress of a job, shown while it runs.
 #[derive(Debug)]
 pub(super) struct Progress {
     bar: Option<ProgressBar>,

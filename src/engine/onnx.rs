@@ -93,7 +93,7 @@ pub struct Options {
     pub cuda_graphs: bool,
 }
 
-/// State behind the module's promise.
+/// Engine that runs a model in ONNX Runtime.
 pub struct OnnxEngine {
     facts: Facts,
     graphs: BTreeMap<Graph, WholeGraph>,

@@ -349,7 +349,7 @@ impl Inflating {
     }
 }
 
-/// State behind the module's promise.
+/// Body of a request on its way in.
 struct Arriving {
     arrival: Arrival,
     body: Body,

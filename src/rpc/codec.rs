@@ -477,7 +477,7 @@ where
     }
 }
 
-/// State behind the module's promise.
+/// Decoder that looks at a message before it decodes it.
 #[derive(Debug)]
 pub(crate) struct ScanningDecoder<U>(PhantomData<U>);
 

@@ -1,8 +1,8 @@
 //! Reads `grpc-timeout`, so that a late call ends as DEADLINE_EXCEEDED.
 //!
-//! tonic reads the header too, but answers CANCELLED when it passes. So the
-//! worker's own deadline lies a little before the caller's: late enough to
-//! use the time given, early enough to answer first.
+//! The worker's own deadline lies a little before the caller's: late enough to
+//! use the time given, early enough that the answer arrives before the caller
+//! gives up.
 
 use std::time::{Duration, Instant};
 

@@ -24,7 +24,6 @@ use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
 
 pub(super) use self::places::{Guest, InUse, TooMany, Watch};
 use self::places::{Leave, NoPlace, Place, Places, WAITING_MAX};
@@ -286,14 +285,6 @@ impl Connection {
             self.cut = None;
         }
         Err(io::ErrorKind::ConnectionAborted.into())
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer
     }
 }
 

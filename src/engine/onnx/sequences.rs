@@ -69,7 +69,7 @@ pub(super) struct Options {
     pub(super) n_colors: usize,
 }
 
-/// State behind the module's promise.
+/// Steps of generation over keys and values that stay where they are.
 pub(super) struct SequenceEngine {
     pub(super) facts: SequenceFacts,
     /// The bindings refer to the buffers, so they go first.

@@ -30,7 +30,7 @@ pub(super) const GRAPH_ID: &str = "gpu_graph_id";
 /// The run that is never captured.
 pub(super) const NO_GRAPH: &str = "-1";
 
-/// State behind the module's promise.
+/// Graph over whole images, with buffers that are bound once per size.
 pub(super) struct WholeGraph {
     pub(super) file: String,
     /// The bindings refer to the session, so they go first.

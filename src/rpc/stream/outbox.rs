@@ -18,7 +18,7 @@ use tonic::Status;
 use super::super::arriving::Arrived;
 use crate::admission::Share;
 
-/// State behind the module's promise.
+/// Answers of a stream that wait for its connection.
 #[derive(Debug)]
 pub(in crate::rpc) struct Outbox<T> {
     state: Mutex<State<T>>,
