@@ -35,12 +35,12 @@ use tokio::sync::mpsc;
 use self::asked::{asked, check_model, options};
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
-use self::input::Reading;
+use self::input::{Broken, Reading};
 use self::journal::{Manifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
 use self::memory::ImageMemory;
 use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
-use self::plan::{Plan, plan};
+use self::plan::{Plan, Shard, plan};
 use self::progress::Counts;
 pub use self::progress::Terminal;
 use self::sink::Sink;
@@ -60,6 +60,10 @@ const PROXIES: [&str; 6] = [
     "ALL_PROXY",
     "all_proxy",
 ];
+/// Shards that are looked at, before anything is done, for the columns that are
+/// asked for: files of other origin come at most a few in a row.
+const SHARDS_TRIED: usize = 8;
+
 /// How the command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -259,6 +263,12 @@ impl Prepared {
         )
         .await
         .map_err(Unprepared::of_input)?;
+        let reading = reading(args, 0).map_err(Unprepared::Refused)?;
+        let shards = plan.shards.clone();
+        tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
+            .await
+            .map_err(|error| Unprepared::Failed(error.into()))?
+            .map_err(Unprepared::Refused)?;
         let pool = PoolConfig {
             endpoints,
             connect: args.connect.clone(),
@@ -415,17 +425,7 @@ impl Prepared {
         });
         Ok(Job {
             work,
-            reading: Reading {
-                runtime: tokio::runtime::Handle::current(),
-                memory: ImageMemory::new(
-                    u32::try_from(args.workers.image_memory.as_u64()).context("--image-memory")?,
-                ),
-                image_bytes_max: limits.image_bytes_max.min(message),
-                keep: args.table.keep.clone(),
-                image_column: args.table.image_column.clone(),
-                id_column: args.table.id_column.clone(),
-                url_patience: args.table.url_patience,
-            },
+            reading: reading(args, limits.image_bytes_max.min(message))?,
             part_items: args.table.part_items as usize,
             give_up_after: args.workers.give_up_after,
             errors_before: self.errors_before(),
@@ -507,6 +507,39 @@ impl Prepared {
         say(&report, out)?;
         Ok(outcome)
     }
+}
+
+/// What the flags say of reading.
+fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
+    Ok(Reading {
+        runtime: tokio::runtime::Handle::current(),
+        memory: ImageMemory::new(
+            u32::try_from(args.workers.image_memory.as_u64()).context("--image-memory")?,
+        ),
+        image_bytes_max,
+        keep: args.table.keep.clone(),
+        image_column: args.table.image_column.clone(),
+        id_column: args.table.id_column.clone(),
+        url_patience: args.table.url_patience,
+    })
+}
+
+/// Looks for one shard with the columns that are asked for. A shard without them
+/// among others that have them is an error of its own; if none of the first
+/// [`SHARDS_TRIED`] has them, the flags are wrong.
+fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<()> {
+    let mut first = None;
+    for shard in shards.iter().take(SHARDS_TRIED) {
+        match input::has_columns(shard, reading) {
+            Err(Broken::Unsuited(reason)) => {
+                first.get_or_insert_with(|| format!("{}: {reason}", shard.name));
+            }
+            // A shard that cannot be read says nothing of columns, and is an error of
+            // its own.
+            Ok(()) | Err(_) => return Ok(()),
+        }
+    }
+    first.map_or(Ok(()), |reason| Err(anyhow::anyhow!(reason)))
 }
 
 /// Prints the line of JSON. What was done is done, whoever reads of it; whether

@@ -64,9 +64,6 @@ use crate::preprocess::PreprocessOptions;
 use crate::preprocess::pool::Picture;
 use crate::readiness::{Readiness, Unready};
 
-/// A question of reflection is a name.
-const REFLECTION_BYTES_MAX: usize = 16 << 10;
-
 /// What the surface needs of the worker.
 #[derive(Debug)]
 pub struct Service {
@@ -194,16 +191,8 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         routes = routes
-            .add_service(
-                builder()
-                    .build_v1()?
-                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
-            )
-            .add_service(
-                builder()
-                    .build_v1alpha()?
-                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
-            );
+            .add_service(builder().build_v1()?)
+            .add_service(builder().build_v1alpha()?);
     }
     Ok(routes.prepare())
 }

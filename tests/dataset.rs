@@ -786,6 +786,57 @@ fn a_shard_that_lies_is_one_error_and_the_others_are_done() {
     assert_eq!(files(&output), before);
 }
 
+/// A Parquet file with images in a column of a name.
+fn parquet_of(at: &Path, column: &str, images: std::ops::Range<usize>) {
+    let images: Vec<Vec<u8>> = images.map(image).collect();
+    let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
+    let bytes = Arc::new(bytes) as ArrayRef;
+    let batch = RecordBatch::try_from_iter([(column, bytes)]).expect("a table");
+    let file = std::fs::File::create(at).expect("a file");
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), None).expect("a writer");
+    writer.write(&batch).expect("rows");
+    writer.close().expect("an end");
+}
+
+#[test]
+fn a_shard_with_other_columns_is_one_error_and_alone_it_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let shards = dir.path().join("shards");
+    std::fs::create_dir(&shards).expect("a folder");
+    for (n, column) in ["x", "image", "y", "image"].into_iter().enumerate() {
+        parquet_of(
+            &shards.join(format!("{n}.parquet")),
+            column,
+            5 * n..5 * n + 5,
+        );
+    }
+    let workers = [Worker::start("0s")];
+    let output = dir.path().join("output");
+    let summary = done(&mut embed(&shards, &output, &workers));
+    assert_eq!(
+        (&summary["images"], &summary["errors"]),
+        (&12.into(), &2.into())
+    );
+    let lines = error_lines(&output);
+    for (line, shard) in lines.iter().zip(["0.parquet", "2.parquet"]) {
+        assert!(
+            line.0.ends_with(shard) && line.1 == "INVALID_ARGUMENT",
+            "{line:?}"
+        );
+    }
+    let alone = embed(
+        &shards.join("2.parquet"),
+        &dir.path().join("none"),
+        &workers,
+    )
+    .output()
+    .expect("a run");
+    assert_eq!(alone.status.code(), Some(REFUSED), "{}", said(&alone));
+    for part in ["2.parquet", "its columns are y (Binary)", "--image-column"] {
+        assert!(said(&alone).contains(part), "{}", said(&alone));
+    }
+}
+
 /// Somebody who may not read what this test makes; root may read anything.
 fn as_nobody(command: &mut Command) -> &mut Command {
     use std::os::unix::fs::MetadataExt as _;

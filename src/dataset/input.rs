@@ -74,7 +74,10 @@ pub(super) enum Broken {
     /// The shard's pages or batches do not fit into the memory that there is for images:
     /// an error of the dataset as well.
     OverLimit(String),
-    /// It could not be read this time, or the flags do not fit it: the job ends.
+    /// The shard has other columns than the flags ask for, or none that is known to
+    /// hold images: an error of the dataset as well, unless no shard has them.
+    Unsuited(String),
+    /// The shard could not be read this time: the job ends.
     Failed(anyhow::Error),
 }
 
@@ -126,6 +129,22 @@ pub(super) fn read(
         // Whatever the format's reader made of it: the bytes did not come.
         (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
         (result, _) => result,
+    }
+}
+
+/// Checks that a shard has the columns that are asked for, without reading rows.
+/// Shards without columns have them all.
+pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken> {
+    let ranged =
+        |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
+    let check = |location: &Location, check: fn(&Ranged, &Reading) -> Result<(), Broken>| {
+        let file = ranged(location);
+        caught(&mut |_| ControlFlow::Break(()), |_| check(&file, reading))
+    };
+    match &shard.kind {
+        Kind::Lost(_) | Kind::Files { .. } | Kind::WebDataset(_) => Ok(()),
+        Kind::Parquet(location) => check(location, columns::check_parquet),
+        Kind::Arrow(location) => check(location, columns::check_arrow),
     }
 }
 

@@ -346,6 +346,7 @@ impl Reader {
             Ok(()) => None,
             Err(Broken::Damaged(reason)) => Some(("DATA_LOSS", reason)),
             Err(Broken::OverLimit(reason)) => Some(("RESOURCE_EXHAUSTED", reason)),
+            Err(Broken::Unsuited(reason)) => Some(("INVALID_ARGUMENT", reason)),
             Err(Broken::Failed(error)) => return Err(error),
         };
         Ok(self.end(part, &work.shard, damage))

@@ -165,7 +165,7 @@ fn orders_of_scans_that_the_decoder_gets_wrong_are_refused() {
         } else if name.contains("luma") {
             Some("luma at less than the full width")
         } else if name.contains("310") {
-            Some("sampling of 3 x 1")
+            Some("a component sampled 3 x 1")
         } else {
             None
         };
@@ -332,4 +332,18 @@ fn codes_without_pixels_are_not_worked_through() {
     ] {
         refused(name, &strip(compression, part), "the TIFF is damaged");
     }
+    // Nor where the header claims pixels enough for all of them.
+    let mut entries = facts((8000, 8000), 1, 8, 5, 1);
+    entries.push((278, 4, vec![8000]));
+    let clears = [0x80, 0x40, 0x20, 0x10, 0x08, 0x04, 0x02, 0x01, 0x00].repeat(1 << 20);
+    let claimed = tiff(CLASSIC, &entries, &[clears], STRIPS);
+    let measured = measure(&claimed, &LIMITS, None);
+    let error = measured.outcome.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("the TIFF is damaged"), "{error}");
+    // Working through all of them takes seconds.
+    assert!(
+        measured.cpu < Duration::from_millis(500),
+        "{:?}",
+        measured.cpu
+    );
 }

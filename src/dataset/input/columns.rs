@@ -18,6 +18,8 @@ use crate::dataset::location::Location;
 use crate::dataset::ranged::Ranged;
 use crate::rpc::pool::Fault;
 
+/// Columns that a message names.
+const LISTED_MAX: usize = 32;
 /// Names of columns of plain bytes that are images without being asked for.
 const IMAGE_COLUMNS: [&str; 8] = [
     "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
@@ -32,23 +34,25 @@ struct Columns {
 }
 
 impl Columns {
-    fn find(schema: &Schema, reading: &Reading) -> anyhow::Result<Self> {
+    fn find(schema: &Schema, reading: &Reading) -> Result<Self, Broken> {
         let place = |flag: &str, name: &str| {
             schema.index_of(name).map_err(|_| {
-                let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
-                anyhow::anyhow!(
-                    "{flag} {name}: there is no such column; there are {}",
-                    names.join(", ")
-                )
+                Broken::Unsuited(format!(
+                    "{flag} {name}: the file has no such column; {}",
+                    listed(schema)
+                ))
             })
         };
         let image = match &reading.image_column {
             Some(name) => {
                 let image = place("--image-column", name)?;
-                anyhow::ensure!(
-                    is_image(schema.field(image).data_type()),
-                    "--image-column {name}: it is neither bytes nor a struct with bytes"
-                );
+                let kind = schema.field(image).data_type();
+                if !is_image(kind) {
+                    return Err(Broken::Unsuited(format!(
+                        "--image-column {name}: the column holds {kind}; images are binary, or a \
+                         struct with a binary field `bytes`"
+                    )));
+                }
                 image
             }
             None => guess_image(schema)?,
@@ -102,7 +106,26 @@ fn is_image(kind: &DataType) -> bool {
     }
 }
 
-fn guess_image(schema: &Schema) -> anyhow::Result<usize> {
+/// Names of a table's columns with their types, for a message: at most so many
+/// that a line holds them.
+fn listed(schema: &Schema) -> String {
+    let fields = schema.fields();
+    if fields.is_empty() {
+        return "the file has no columns".to_owned();
+    }
+    let shown: Vec<String> = fields
+        .iter()
+        .take(LISTED_MAX)
+        .map(|field| format!("{} ({})", field.name(), field.data_type()))
+        .collect();
+    let more = match fields.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("its columns are {}{more}", shown.join(", "))
+}
+
+fn guess_image(schema: &Schema) -> Result<usize, Broken> {
     let fields = schema.fields().iter().enumerate();
     let structs: Vec<usize> = fields
         .clone()
@@ -119,13 +142,15 @@ fn guess_image(schema: &Schema) -> anyhow::Result<usize> {
         .collect();
     match (&structs[..], &named[..]) {
         (&[one], _) | (&[], &[one]) => Ok(one),
-        _ => {
-            let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
-            anyhow::bail!(
-                "which column has the images? there are {}; say it with --image-column",
-                names.join(", ")
-            )
-        }
+        (&[], &[]) => Err(Broken::Unsuited(format!(
+            "no column is known to hold images: {}; name a binary column, or a struct with a \
+             binary field `bytes`, with --image-column",
+            listed(schema)
+        ))),
+        _ => Err(Broken::Unsuited(format!(
+            "several columns may hold images: {}; name one with --image-column",
+            listed(schema)
+        ))),
     }
 }
 
@@ -230,6 +255,16 @@ fn visit_batch(
     Ok(ControlFlow::Continue(()))
 }
 
+/// Checks the columns of a Parquet file.
+pub(super) fn check_parquet(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
+    Columns::find(ParquetTable::open(file, reading)?.schema(), reading).map(drop)
+}
+
+/// Checks the columns of an Arrow file or stream.
+pub(super) fn check_arrow(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
+    Columns::find(Messages::open(file, reading)?.schema(), reading).map(drop)
+}
+
 /// `cursor` is a row.
 pub(super) fn read_parquet(
     file: &Ranged,
@@ -239,8 +274,7 @@ pub(super) fn read_parquet(
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
     let table = ParquetTable::open(file, reading)?;
-    let columns = Columns::find(table.schema(), reading)
-        .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
+    let columns = Columns::find(table.schema(), reading)?;
     let is_only_image = columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
     let places = columns.places();
     let wanted = Wanted {
@@ -291,8 +325,7 @@ pub(super) fn read_arrow(
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
     let mut messages = Messages::open(file, reading)?;
-    let columns = Columns::find(messages.schema(), reading)
-        .map_err(|error| Broken::Failed(error.context(location.to_string())))?;
+    let columns = Columns::find(messages.schema(), reading)?;
     let mut place = Place {
         location,
         row: 0,
@@ -399,6 +432,47 @@ mod tests {
         writer.into_inner().unwrap()
     }
 
+    /// Rows that no footer names, or that follow the end of a stream, are an error
+    /// after the rows that can be read.
+    #[tokio::test]
+    async fn rows_outside_of_what_an_arrow_file_names_are_an_error() {
+        let table = table(20);
+        let (whole, stream) = (arrow_file(&table), arrow_stream(&table));
+        // A vector of the footer counts its two blocks just before the first.
+        let trailer = whole.len() - 10;
+        let length = arrow_ipc::reader::read_footer_length(whole[trailer..].try_into().unwrap());
+        let start = trailer - length.unwrap();
+        let footer = arrow_ipc::root_as_footer(&whole[start..trailer]).unwrap();
+        let blocks = footer.recordBatches().unwrap();
+        let first = blocks.get(0);
+        let place = start
+            + whole[start..trailer]
+                .windows(8)
+                .position(|bytes| bytes == first.offset().to_le_bytes())
+                .unwrap();
+        let counted = |count: u32| {
+            let mut file = whole.clone();
+            assert_eq!(file[place - 4..place], 2_u32.to_le_bytes());
+            file[place - 4..place].copy_from_slice(&count.to_le_bytes());
+            file
+        };
+        let named = "its footer names none of the ";
+        let after = "what follows is not read";
+        for (name, content, n_rows, reason) in [
+            ("t.arrow", counted(0), 0, named),
+            ("t.arrow", counted(1), 9, named),
+            ("s.arrow", [&stream[..], &stream[..]].concat(), 20, after),
+        ] {
+            let (_dir, shard) = shard(name, &content);
+            let (seen, result) = read_all(shard, 0, reading(&[])).await;
+            assert_eq!(seen.len(), n_rows);
+            let Err(Broken::Damaged(message)) = result else {
+                panic!("{result:?}");
+            };
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+
     #[tokio::test]
     async fn every_row_can_be_begun_at() {
         let table = table(20);
@@ -433,14 +507,12 @@ mod tests {
     async fn flags_that_do_not_fit_are_told_with_the_columns() {
         let (_dir, shard) = shard("t.parquet", &parquet(&table(3)));
         let (_, result) = read_all(shard, 0, reading(&["caption"])).await;
-        let Err(Broken::Failed(error)) = result else {
+        let Err(Broken::Unsuited(text)) = result else {
             panic!("{result:?}");
         };
-        let text = format!("{error:#}");
-        assert!(
-            text.contains("--keep caption: there is no such column; there are label, image"),
-            "{text}"
-        );
+        let expected =
+            "--keep caption: the file has no such column; its columns are label (Int64), image (";
+        assert!(text.starts_with(expected), "{text}");
     }
 
     /// How reading ends, and how many rows there were before.
@@ -451,6 +523,7 @@ mod tests {
             Ok(()) => "done".to_owned(),
             Err(Broken::Damaged(why)) => format!("damaged: {why}"),
             Err(Broken::OverLimit(why)) => format!("over the limit: {why}"),
+            Err(Broken::Unsuited(reason)) => format!("unsuited: {reason}"),
             Err(Broken::Failed(error)) => format!("failed: {error:#}"),
         };
         (seen.len(), end)

@@ -28,6 +28,8 @@ const CONTINUATION: [u8; 4] = [0xff; 4];
 /// A footer or a message without its body: a million columns have less. Much
 /// more would be memory that no image takes.
 const HEADER_BYTES_MAX: u64 = 16 << 20;
+/// Bytes of padding between messages: writers align them to 8 or 64.
+const PADDING_MAX: u64 = 64;
 /// The alignment that no type of Arrow asks more than; what lies otherwise is
 /// copied.
 const ALIGNMENT: u64 = 16;
@@ -47,6 +49,8 @@ pub(super) struct Messages<'a> {
     /// Memory of dictionaries until the end.
     dictionaries: Vec<Room>,
     next: Next,
+    /// What the file holds that none of its batches covers: rows that would be lost.
+    uncovered: Option<String>,
 }
 
 enum Next {
@@ -56,8 +60,11 @@ enum Next {
     At(u64),
 }
 
+/// Damage in one line, whatever lines the library makes of it.
 fn damaged(what: impl std::fmt::Display) -> Broken {
-    Broken::Damaged(what.to_string())
+    let what = what.to_string();
+    let words: Vec<&str> = what.split_whitespace().collect();
+    Broken::Damaged(words.join(" "))
 }
 
 impl<'a> Messages<'a> {
@@ -100,6 +107,14 @@ impl<'a> Messages<'a> {
             .flatten()
             .copied()
             .collect();
+        let dictionaries: Vec<Block> = footer
+            .dictionaries()
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect();
+        let all = blocks.iter().chain(&dictionaries).copied().collect();
+        let uncovered = uncovered(file, all, start)?;
         blocks.reverse();
         let mut messages = Self {
             file,
@@ -108,8 +123,9 @@ impl<'a> Messages<'a> {
             schema,
             dictionaries: Vec::new(),
             next: Next::Blocks(blocks),
+            uncovered,
         };
-        for block in footer.dictionaries().into_iter().flatten() {
+        for block in &dictionaries {
             let (whole, room) = messages.load(block)?;
             messages
                 .decoder
@@ -136,6 +152,7 @@ impl<'a> Messages<'a> {
             schema,
             dictionaries: Vec::new(),
             next: Next::At(end_of(&block)?),
+            uncovered: None,
         })
     }
 
@@ -162,10 +179,12 @@ impl<'a> Messages<'a> {
             };
             let held = room.bytes().saturating_add(self.held());
             if visit(Batch { rows, held })?.is_break() {
-                break;
+                return Ok(());
             }
         }
-        Ok(())
+        self.uncovered
+            .take()
+            .map_or(Ok(()), |what| Err(damaged(what)))
     }
 
     fn next_block(&mut self) -> Result<Option<Block>, Broken> {
@@ -173,8 +192,9 @@ impl<'a> Messages<'a> {
             Next::Blocks(blocks) => Ok(blocks.pop()),
             Next::At(at) => {
                 let block = next_of_stream(self.file, *at)?;
-                if let Some(block) = &block {
-                    *at = end_of(block)?;
+                match &block {
+                    Some(block) => *at = end_of(block)?,
+                    None => self.uncovered = after_stream(self.file, *at),
                 }
                 Ok(block)
             }
@@ -298,6 +318,49 @@ fn next_of_stream(file: &Ranged, at: u64) -> Result<Option<Block>, Broken> {
     let whole = i32::try_from(length + prefix_bytes).map_err(damaged)?;
     let start = i64::try_from(at).map_err(damaged)?;
     Ok(Some(Block::new(start, whole, message.bodyLength())))
+}
+
+/// What follows the end of a stream, if anything does.
+fn after_stream(file: &Ranged, at: u64) -> Option<String> {
+    let left = file.len().saturating_sub(at);
+    // A mark of today's format, of the older one, or none.
+    let is_end = matches!(left, 0 | 4 | 8);
+    (!is_end).then(|| {
+        format!(
+            "its stream ends at {at}, of {} in the file: what follows is not read",
+            file.len()
+        )
+    })
+}
+
+/// Bytes between the schema and the footer that no message of the footer covers.
+fn uncovered(file: &Ranged, mut blocks: Vec<Block>, footer: u64) -> Result<Option<String>, Broken> {
+    // The magic is filled up to the writer's alignment.
+    let head = bytes_at(file, 0, footer.min(PADDING_MAX + 8))?;
+    let words = head.chunks(8).enumerate().skip(1);
+    let schema = words
+        .map(|(place, word)| (place as u64 * 8, word))
+        .find(|(_, word)| word.iter().any(|&byte| byte != 0))
+        .map(|(place, _)| place);
+    let schema = schema.ok_or_else(|| damaged("no schema follows its magic"))?;
+    let schema = next_of_stream(file, schema)?;
+    let schema = schema.ok_or_else(|| damaged("no schema follows its magic"))?;
+    blocks.sort_unstable_by_key(Block::offset);
+    let mut covered = end_of(&schema)?;
+    for block in &blocks {
+        // One that lies is damage where it is read.
+        let (Ok(start), Ok(end)) = (size(block.offset()), end_of(block)) else {
+            return Ok(None);
+        };
+        if start > covered.saturating_add(PADDING_MAX) {
+            break;
+        }
+        covered = covered.max(end);
+    }
+    let left = footer.saturating_sub(covered);
+    Ok((left > PADDING_MAX + 8).then(|| {
+        format!("its footer names none of the {left} bytes at {covered}: their rows are not read")
+    }))
 }
 
 /// Memory that the library allocates for a message besides its bytes, by what its

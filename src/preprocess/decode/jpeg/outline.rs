@@ -306,7 +306,7 @@ impl Frame {
             );
             if h == 3 || horizontal % h != 0 || vertical % v != 0 {
                 return Err(header.unsupported(format!(
-                    "sampling of {h} x {v} beside {horizontal} x {vertical}"
+                    "a component sampled {h} x {v} where the largest is sampled {horizontal} x {vertical}"
                 )));
             }
             if 2 * h == horizontal && u64::from(self.width).div_ceil(2) <= 2 {

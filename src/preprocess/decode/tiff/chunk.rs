@@ -10,6 +10,13 @@ use super::{DecodeBudget, PreprocessError};
 /// Bytes that go into a codec, or come out of it, between two looks at the
 /// budget.
 const STEP_BYTES: usize = 4096;
+/// Encoded bytes of LZW that an image may have beyond one and a half for each
+/// byte of pixels, which is what the longest code, of 12 bits, takes for a single
+/// byte: two steps, since a step is taken before its pixels are made.
+const LZW_SPARE: u64 = 2 * STEP_BYTES as u64;
+/// The same for each strip or tile: its first clear code, its end, and bits that
+/// the decoder reads ahead.
+const LZW_CHUNK_SPARE: u64 = 32;
 
 /// Why a strip or tile cannot be read.
 pub(super) enum ChunkError {
@@ -31,9 +38,51 @@ impl From<PreprocessError> for ChunkError {
 pub(super) enum Codec {
     None,
     PackBits,
-    Lzw(Box<weezl::decode::Decoder>),
+    Lzw(Box<Lzw>),
     Deflate(Decompress),
     Fax4,
+}
+
+/// LZW of one image. A code that clears the table stands for no pixel and takes the
+/// decoder as long as hundreds that do, so encoded bytes are counted against the
+/// pixels that come of them.
+pub(super) struct Lzw {
+    decoder: weezl::decode::Decoder,
+    /// Encoded bytes that may be taken before more pixels come.
+    allowance: u64,
+}
+
+impl Lzw {
+    fn new() -> Self {
+        let decoder = weezl::decode::Configuration::with_tiff_size_switch(BitOrder::Msb, 8)
+            .with_yield_on_full_buffer(true)
+            .build();
+        Self {
+            decoder,
+            allowance: LZW_SPARE,
+        }
+    }
+
+    fn begin_chunk(&mut self) {
+        self.decoder.reset();
+        self.allowance = self.allowance.saturating_add(LZW_CHUNK_SPARE);
+    }
+
+    /// Decodes a step: the numbers of bytes taken and made.
+    fn step(&mut self, from: &[u8], to: &mut [u8]) -> Result<(usize, usize), ChunkError> {
+        let done = self.decoder.decode_bytes(from, to);
+        let earned = (done.consumed_out as u64).saturating_mul(3).div_ceil(2);
+        self.allowance = self
+            .allowance
+            .saturating_add(earned)
+            .checked_sub(done.consumed_in as u64)
+            .ok_or(ChunkError::Invalid)?;
+        match done.status {
+            Ok(LzwStatus::Ok) if !from.is_empty() => Ok((done.consumed_in, done.consumed_out)),
+            Ok(_) => some(done.consumed_out).map(|made| (done.consumed_in, made)),
+            Err(_) => Err(ChunkError::Invalid),
+        }
+    }
 }
 
 impl Codec {
@@ -42,12 +91,7 @@ impl Codec {
         match compression {
             Compression::None | Compression::Jpeg => Self::None,
             Compression::PackBits => Self::PackBits,
-            Compression::Lzw => {
-                let decoder = weezl::decode::Configuration::with_tiff_size_switch(BitOrder::Msb, 8)
-                    .with_yield_on_full_buffer(true)
-                    .build();
-                Self::Lzw(Box::new(decoder))
-            }
+            Compression::Lzw => Self::Lzw(Box::new(Lzw::new())),
             Compression::Deflate => Self::Deflate(Decompress::new(true)),
             Compression::Fax4 => Self::Fax4,
         }
@@ -123,7 +167,7 @@ impl<'a> Chunk<'a> {
         budget: &'a DecodeBudget<'a>,
     ) -> Self {
         match codec {
-            Codec::Lzw(decoder) => decoder.reset(),
+            Codec::Lzw(lzw) => lzw.begin_chunk(),
             Codec::Deflate(decoder) => decoder.reset(true),
             Codec::None | Codec::PackBits | Codec::Fax4 => {}
         }
@@ -186,16 +230,10 @@ impl<'a> Chunk<'a> {
                 some(count)
             }
             Codec::PackBits => self.unpack(to),
-            Codec::Lzw(decoder) => {
-                let from = self.data.peek();
-                let ended = from.is_empty();
-                let done = decoder.decode_bytes(from, to);
-                self.data.take(done.consumed_in);
-                match done.status {
-                    Ok(LzwStatus::Ok) if !ended => Ok(done.consumed_out),
-                    Ok(_) => some(done.consumed_out),
-                    Err(_) => Err(ChunkError::Invalid),
-                }
+            Codec::Lzw(lzw) => {
+                let (taken, made) = lzw.step(self.data.peek(), to)?;
+                self.data.take(taken);
+                Ok(made)
             }
             Codec::Deflate(decoder) => {
                 let from = self.data.peek();
