@@ -43,6 +43,7 @@ mod vector;
 pub mod worker;
 
 pub mod bench;
+pub mod cli;
 pub mod commands;
 pub mod dataset;
 pub mod doctor;

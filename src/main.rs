@@ -4,11 +4,12 @@ use std::io::{ErrorKind, Write as _};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::Parser as _;
 use imagegpt::bench::flags::BenchArgs;
 use imagegpt::bench::{self, Verdict};
+use imagegpt::cli::{Cli, CliCommand, exit};
 use imagegpt::commands::{self, Ask, Outcome};
-use imagegpt::compile::command::{self, CompileArgs, InspectArgs};
+use imagegpt::compile::command;
 use imagegpt::config::{NetworkConfig, ServeConfig};
 use imagegpt::dataset::flags::EmbedArgs;
 use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
@@ -21,23 +22,6 @@ use imagegpt::telemetry;
 use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// All was done that was asked for.
-const EXIT_DONE: i32 = 0;
-/// Some of it was not.
-const EXIT_FAILED: i32 = 1;
-/// Flags or files are wrong: what clap exits with, too.
-const EXIT_USAGE: i32 = 2;
-/// A stage of the worker failed while it served: only a restart helps.
-const EXIT_WORKER: i32 = 3;
-/// The device failed: a restart helps, perhaps only on another node.
-const EXIT_DEVICE: i32 = 4;
-/// A job was told to end: the same command goes on.
-const EXIT_RESUMABLE: i32 = 5;
-/// Too many images of a dataset failed: the same command would end so again.
-const EXIT_ERRORS: i32 = 6;
-/// A command was told to end: what a shell takes SIGINT for.
-const EXIT_INTERRUPTED: i32 = 130;
-
 /// Time for a job's own worker to end: its only client is done with it.
 const OWN_GRACE: Duration = Duration::from_secs(1);
 
@@ -48,54 +32,19 @@ const SAME_REQUEST: Duration = Duration::from_secs(1);
 /// Time for the answers that are left when the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
 
-/// ImageGPT over gRPC: images become color tokens, tokens become features and
-/// class scores, through ONNX Runtime
-#[derive(Debug, Parser)]
-#[command(name = "imagegpt", version, max_term_width = 100)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Serve a model over gRPC
-    Serve(Box<ServeConfig>),
-    /// Make graphs that run several times faster than a published export
-    Compile(CompileArgs),
-    /// Show what a compiled directory holds
-    Inspect(InspectArgs),
-    #[command(flatten)]
-    Ask(Ask),
-    /// Embed a folder of images through a worker and show who looks like whom
-    Neighbors(NeighborsConfig),
-    /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,
-    /// Parquet out; killed at any moment, the same command goes on
-    Embed(Box<EmbedArgs>),
-    /// Load a worker and measure what it does
-    Bench(Box<BenchArgs>),
-    /// Check whether this machine can serve, and say what to install
-    ///
-    /// Looks at CPU, memory, ONNX Runtime, the NVIDIA driver and CUDA's
-    /// libraries, and runs a tiny model on each provider. Exit code 0 if a
-    /// worker can serve with what was asked for, 1 if not, 2 if the flags are
-    /// wrong.
-    Doctor(DoctorArgs),
-}
-
 fn main() {
     let command = Cli::try_parse()
         .unwrap_or_else(|message| explain(&message))
         .command;
     let outcome = match command {
-        Command::Serve(config) => serve(&config),
-        Command::Compile(args) => to_stdout(|out| command::run(&args, out)),
-        Command::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
-        Command::Ask(command) => ask(&command),
-        Command::Neighbors(config) => show_neighbors(&config),
-        Command::Embed(args) => embed(&args),
-        Command::Bench(args) => run_bench(&args),
-        Command::Doctor(args) => diagnose(&args),
+        CliCommand::Serve(config) => serve(&config),
+        CliCommand::Compile(args) => to_stdout(|out| command::run(&args, out)),
+        CliCommand::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
+        CliCommand::Ask(command) => ask(&command),
+        CliCommand::Neighbors(config) => show_neighbors(&config),
+        CliCommand::Embed(args) => embed(&args),
+        CliCommand::Bench(args) => run_bench(&args),
+        CliCommand::Doctor(args) => diagnose(&args),
     };
     // Every line has been printed and its error told, since each is written as
     // it ends.
@@ -106,7 +55,7 @@ fn main() {
         }
         Err(error) => {
             telemetry::end(Some(&format!("{error:#}")));
-            EXIT_USAGE
+            exit::USAGE
         }
     };
     // Without what C and C++ libraries do at the end of a process: a thread may
@@ -120,7 +69,7 @@ fn explain(message: &clap::Error) -> ! {
     let code = match printed {
         Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
             telemetry::end(Some(&format!("standard output cannot be written: {error}")));
-            EXIT_USAGE
+            exit::USAGE
         }
         // Flags are as wrong where nobody hears of it.
         _ => message.exit_code(),
@@ -132,7 +81,7 @@ fn to_stdout(
     command: impl FnOnce(&mut Printer<std::io::Stdout>) -> anyhow::Result<()>,
 ) -> anyhow::Result<i32> {
     command(&mut Printer::stdout(Unread::GoesOn))?;
-    Ok(EXIT_DONE)
+    Ok(exit::DONE)
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -152,7 +101,7 @@ fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
             biased;
             worker = start(config) => worker?,
             // Reading and compiling a model takes seconds to minutes.
-            () = signals.recv() => return Ok(EXIT_DONE),
+            () = signals.recv() => return Ok(exit::DONE),
         };
         tokio::select! {
             biased;
@@ -161,7 +110,7 @@ fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
             // in good order.
             () = signals.recv() => return Ok(match worker.readiness().get() {
                 Ok(_) => end(worker, &mut signals, config).await,
-                Err(_) => EXIT_DONE,
+                Err(_) => exit::DONE,
             }),
         }
         Ok(serve_until(worker, &mut signals, config).await)
@@ -186,7 +135,7 @@ async fn end(worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32
         code = leave(worker, &config.network) => code,
         () = signals.another() => {
             tracing::error!("ended hard: a second signal");
-            EXIT_FAILED
+            exit::FAILED
         }
     }
 }
@@ -198,8 +147,8 @@ async fn give_up(worker: Worker, failure: &Failure) -> i32 {
     );
     worker.shutdown(FAILED_GRACE).await;
     match failure.kind {
-        FailureKind::Worker => EXIT_WORKER,
-        FailureKind::Device => EXIT_DEVICE,
+        FailureKind::Worker => exit::WORKER,
+        FailureKind::Device => exit::DEVICE,
     }
 }
 
@@ -221,11 +170,11 @@ async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     match worker.shutdown(grace).await {
         Ended::Clean => {
             tracing::info!("ended");
-            EXIT_DONE
+            exit::DONE
         }
         Ended::Hard { calls } => {
             tracing::error!(calls, "ended hard: the grace period ran out");
-            EXIT_FAILED
+            exit::FAILED
         }
     }
 }
@@ -273,22 +222,22 @@ fn ask(command: &Ask) -> anyhow::Result<i32> {
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
     Ok(match outcome? {
-        Outcome::Done => EXIT_DONE,
-        Outcome::Failed => EXIT_FAILED,
-        Outcome::Interrupted => EXIT_INTERRUPTED,
+        Outcome::Done => exit::DONE,
+        Outcome::Failed => exit::FAILED,
+        Outcome::Interrupted => exit::INTERRUPTED,
     })
 }
 
 fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
     runtime()?.block_on(neighbors::run(config, &mut Printer::stdout(Unread::GoesOn)))?;
-    Ok(EXIT_DONE)
+    Ok(exit::DONE)
 }
 
 fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
     Ok(
         match bench::run(args, &mut Printer::stdout(Unread::GoesOn))? {
-            Verdict::Fine => EXIT_DONE,
-            Verdict::Broken => EXIT_FAILED,
+            Verdict::Fine => exit::DONE,
+            Verdict::Broken => exit::FAILED,
         },
     )
 }
@@ -296,8 +245,8 @@ fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
 fn diagnose(args: &DoctorArgs) -> anyhow::Result<i32> {
     Ok(
         match doctor::run(args, &mut Printer::stdout(Unread::GoesOn))? {
-            Diagnosis::CanServe => EXIT_DONE,
-            Diagnosis::CannotServe => EXIT_FAILED,
+            Diagnosis::CanServe => exit::DONE,
+            Diagnosis::CannotServe => exit::FAILED,
         },
     )
 }
@@ -329,11 +278,11 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     runtime.shutdown_background();
     Ok(match ended? {
         // All is there but the summary, which the same command prints again.
-        JobEnded::Done if out.has_failed() => EXIT_FAILED,
-        JobEnded::Done => EXIT_DONE,
-        JobEnded::Failed => EXIT_FAILED,
-        JobEnded::Interrupted => EXIT_RESUMABLE,
-        JobEnded::TooManyErrors => EXIT_ERRORS,
+        JobEnded::Done if out.has_failed() => exit::FAILED,
+        JobEnded::Done => exit::DONE,
+        JobEnded::Failed => exit::FAILED,
+        JobEnded::Interrupted => exit::RESUMABLE,
+        JobEnded::TooManyErrors => exit::ERRORS,
     })
 }
 
@@ -383,11 +332,11 @@ mod tests {
             device_fails_on: Some(3),
             ..Default::default()
         };
-        assert_eq!(code_after(device).await, EXIT_DEVICE);
+        assert_eq!(code_after(device).await, exit::DEVICE);
         let panics = Script {
             panic_on: Some(3),
             ..Default::default()
         };
-        assert_eq!(code_after(panics).await, EXIT_WORKER);
+        assert_eq!(code_after(panics).await, exit::WORKER);
     }
 }

@@ -338,6 +338,19 @@ mod tests {
             (engine().into(), Code::Internal, "INFERENCE_FAILED"),
             (Error::Lost, Code::Internal, "REQUEST_LOST"),
         ];
+        let known = include_str!("../../tests/outside/reasons.txt");
+        let mut reasons: Vec<String> = rows
+            .iter()
+            .map(|(_, code, reason)| format!("{reason} {}", name(*code)))
+            .chain(["DECODER_PANICKED INTERNAL".to_owned()])
+            .collect();
+        reasons.sort_unstable();
+        reasons.dedup();
+        assert_eq!(
+            reasons.join("\n"),
+            known.trim_end(),
+            "write it anew if that is meant"
+        );
         for (error, code, reason) in rows {
             let status = of_call(&error);
             assert_eq!(status.code(), code, "{error:?}");
@@ -394,7 +407,7 @@ mod tests {
         let error = Error::from(PreprocessError::Panicked {
             format: crate::preprocess::Format::Png,
         });
-        assert_eq!(code(&error), Code::Internal);
+        assert_eq!(row(&error), (Code::Internal, "DECODER_PANICKED"));
     }
 
     #[test]

@@ -1,0 +1,271 @@
+//! What users, clients and dashboards rely on: the contract's messages, flags and
+//! variables, metrics with their labels, exit codes. Each is compared with a text
+//! in this directory, so that no change of them happens by accident.
+//!
+//! A change that is meant is written by `IMAGEGPT_SNAPSHOTS=write cargo test --test
+//! outside`, and has a line in CHANGELOG.md. Reasons of errors are compared where
+//! their table is, in `src/rpc/status.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::CommandFactory as _;
+use imagegpt::cli::{Cli, exit};
+use prost::Message as _;
+use prost_types::field_descriptor_proto::{Label, Type};
+use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorSet};
+
+/// Compares with the text of that name, or writes it.
+fn compare(name: &str, actual: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/outside/{name}.txt"));
+    if std::env::var_os("IMAGEGPT_SNAPSHOTS").is_some_and(|value| value == "write") {
+        std::fs::write(&path, actual).expect("a snapshot");
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    let (lines, known) = (actual.lines().collect(), expected.lines().collect());
+    let difference = |one: &Vec<&str>, other: &Vec<&str>| {
+        let other: BTreeSet<&str> = other.iter().copied().collect();
+        let only = one.iter().filter(|line| !other.contains(*line));
+        only.copied().collect::<Vec<_>>().join("\n")
+    };
+    assert!(
+        actual == expected,
+        "{name} is not as tests/outside/{name}.txt has it; if that is meant, write it anew (see \
+         tests/outside/main.rs).\nnew:\n{}\ngone:\n{}",
+        difference(&lines, &known),
+        difference(&known, &lines)
+    );
+}
+
+#[test]
+fn the_contract() {
+    let set = FileDescriptorSet::decode(imagegpt::pb::DESCRIPTORS).expect("descriptors");
+    let mut text = String::new();
+    for file in &set.file {
+        let package = file.package();
+        for service in &file.service {
+            for method in &service.method {
+                let stream = |streams: bool| if streams { "stream " } else { "" };
+                let _ = writeln!(
+                    text,
+                    "rpc {package}.{}/{} ({}{}) ({}{})",
+                    service.name(),
+                    method.name(),
+                    stream(method.client_streaming()),
+                    method.input_type(),
+                    stream(method.server_streaming()),
+                    method.output_type()
+                );
+            }
+        }
+        for message in &file.message_type {
+            describe_message(&format!("{package}.{}", message.name()), message, &mut text);
+        }
+        for kind in &file.enum_type {
+            describe_enum(&format!("{package}.{}", kind.name()), kind, &mut text);
+        }
+    }
+    compare("contract", &text);
+}
+
+fn describe_message(name: &str, message: &DescriptorProto, text: &mut String) {
+    for field in &message.field {
+        let label = match field.label() {
+            Label::Repeated => "repeated ",
+            Label::Required => "required ",
+            Label::Optional if field.proto3_optional() => "optional ",
+            Label::Optional => "",
+        };
+        let kind = match field.r#type() {
+            Type::Message | Type::Enum | Type::Group => field.type_name().to_owned(),
+            scalar => scalar
+                .as_str_name()
+                .trim_start_matches("TYPE_")
+                .to_lowercase(),
+        };
+        let oneof = field
+            .oneof_index
+            .filter(|_| !field.proto3_optional())
+            .and_then(|index| message.oneof_decl.get(usize::try_from(index).ok()?))
+            .map(|oneof| format!(" of {}", oneof.name()));
+        let _ = writeln!(
+            text,
+            "field {name}.{} = {} {label}{kind}{}",
+            field.name(),
+            field.number(),
+            oneof.unwrap_or_default()
+        );
+    }
+    for nested in &message.nested_type {
+        describe_message(&format!("{name}.{}", nested.name()), nested, text);
+    }
+    for kind in &message.enum_type {
+        describe_enum(&format!("{name}.{}", kind.name()), kind, text);
+    }
+}
+
+fn describe_enum(name: &str, kind: &EnumDescriptorProto, text: &mut String) {
+    for value in &kind.value {
+        let _ = writeln!(text, "value {name}.{} = {}", value.name(), value.number());
+    }
+}
+
+#[test]
+fn flags_and_variables() {
+    let mut text = String::new();
+    let mut cli = Cli::command();
+    cli.build();
+    describe_command(&cli, "", &mut text);
+    compare("flags", &text);
+}
+
+fn describe_command(command: &clap::Command, above: &str, text: &mut String) {
+    let path = format!("{above}{}", command.get_name());
+    for arg in command.get_arguments() {
+        let mut line = match (arg.get_long(), arg.get_short()) {
+            (Some(long), None) => format!("--{long}"),
+            (Some(long), Some(short)) => format!("--{long} -{short}"),
+            (None, Some(short)) => format!("-{short}"),
+            (None, None) => arg.get_id().to_string(),
+        };
+        for name in arg.get_value_names().unwrap_or_default() {
+            let _ = write!(line, " {name}");
+        }
+        if let Some(variable) = arg.get_env() {
+            let _ = write!(line, " ${}", variable.to_string_lossy());
+        }
+        for value in arg.get_default_values() {
+            let _ = write!(line, " ={}", value.to_string_lossy());
+        }
+        let values: Vec<String> = arg
+            .get_possible_values()
+            .iter()
+            .map(|value| value.get_name().to_owned())
+            .collect();
+        if !values.is_empty() {
+            let _ = write!(line, " [{}]", values.join(" "));
+        }
+        if arg.is_required_set() {
+            line.push_str(" required");
+        }
+        let _ = writeln!(text, "{path} {line} {:?}", arg.get_action());
+    }
+    for below in command.get_subcommands() {
+        describe_command(below, &format!("{path} "), text);
+    }
+}
+
+#[test]
+fn exit_codes() {
+    let mut text = String::new();
+    for (name, code) in exit::ALL {
+        let _ = writeln!(text, "{code} {name}");
+    }
+    compare("exit_codes", &text);
+}
+
+/// Every series of a page, with its type and the values of its labels; numbers of
+/// devices, versions and names of models are no part of it.
+fn series(page: &str) -> String {
+    let mut kinds: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut lines: BTreeSet<String> = BTreeSet::new();
+    for line in page.lines() {
+        if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').expect("a type");
+            kinds.insert(name, kind);
+        } else if let Some(help) = line.strip_prefix("# HELP ") {
+            lines.insert(format!("help {help}"));
+        } else if let Some((series, _)) = line.rsplit_once(' ') {
+            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            let labels = labels.trim_end_matches('}').split(',');
+            let labels: Vec<String> = labels
+                .filter(|label| !label.is_empty() && !label.starts_with("le="))
+                .map(|label| {
+                    let (key, value) = label.split_once('=').expect("a label");
+                    match key {
+                        "version" | "name" | "digest" => key.to_owned(),
+                        _ => format!("{key}={value}"),
+                    }
+                })
+                .collect();
+            let base = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| Some(name.strip_suffix(suffix)?))
+                .filter(|base| kinds.get(base) == Some(&"histogram"))
+                .unwrap_or(name);
+            let kind = kinds.get(base).copied().unwrap_or("untyped");
+            lines.insert(format!("{kind} {base} {}", labels.join(" ")));
+        }
+    }
+    lines.iter().fold(String::new(), |mut text, line| {
+        text.push_str(line.trim_end());
+        text.push('\n');
+        text
+    })
+}
+
+/// Bounds of each histogram's buckets.
+fn buckets(page: &str) -> String {
+    let mut bounds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for line in page.lines() {
+        if let Some((name, rest)) = line.split_once("_bucket{")
+            && let Some((_, bound)) = rest.split_once("le=\"")
+            && let Some((bound, _)) = bound.split_once('"')
+        {
+            let known = bounds.entry(name).or_default();
+            if !known.contains(&bound) {
+                known.push(bound);
+            }
+        }
+    }
+    bounds
+        .iter()
+        .fold(String::new(), |mut text, (name, bounds)| {
+            let _ = writeln!(text, "buckets {name} {}", bounds.join(" "));
+            text
+        })
+}
+
+#[test]
+fn metrics() {
+    let metrics = every_metric();
+    let page = metrics.render();
+    compare("metrics", &format!("{}{}", series(&page), buckets(&page)));
+}
+
+/// A page on which everything has happened once.
+fn every_metric() -> imagegpt::metrics::Metrics {
+    use imagegpt::engine::Graph;
+    use imagegpt::gpu::{MemoryUse, Usage};
+    use imagegpt::job::Class;
+    use imagegpt::metrics::{Close, METHODS, Metrics};
+
+    let metrics = Metrics::new().expect("metrics");
+    let moment = Duration::from_millis(1);
+    for method in METHODS {
+        metrics.request(method, "OK", moment);
+    }
+    for graph in Graph::ALL {
+        metrics.batch(graph, 1, 1, Close::Full);
+        metrics.inference(graph, moment);
+    }
+    for class in Class::ALL {
+        metrics.queued(class, moment);
+    }
+    metrics.preprocessed(Some(moment), Some(moment));
+    metrics.engine_gap(0).record(moment);
+    metrics.device_up(0, true);
+    metrics.model_loaded("a", "b", "cpu", moment);
+    let usage = Usage {
+        memory: Some(MemoryUse {
+            used_bytes: 1,
+            total_bytes: 2,
+        }),
+        utilization: Some(0.5),
+        power_watts: None,
+    };
+    metrics.gpu(0, usage);
+    metrics
+}
