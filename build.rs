@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Images and tensors are handed on as they came off the wire.
         .bytes(".imagegpt.v1")
         .bytes(".inference")
-        .codec_path("crate::rpc::codec::ScanningCodec")
+        .codec_path("crate::proto::codec::ScanningCodec")
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .compile_fds(descriptors)?;
     Ok(())

@@ -24,12 +24,13 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use imagegpt::compile::command::Bars;
 use imagegpt::config::ServeConfig;
-use imagegpt::engine::{Graph, Row, Run, Stop};
-use imagegpt::job::{Layers, Norm, Want};
+use imagegpt::engine::{Row, Run, Stop};
 use imagegpt::local::locate;
 use imagegpt::model::Model;
-use imagegpt::pb;
-use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::model::graph::Graph;
+use imagegpt::model::graph::{Layers, Norm, Want};
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::{Worker, engines, onnx_factory};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 

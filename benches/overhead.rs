@@ -20,12 +20,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Parser as _;
 use imagegpt::config::ServeConfig;
-use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
-use imagegpt::engine::{Engine, Graph, Row, Run, Stop};
-use imagegpt::job::Want;
+use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
+use imagegpt::engine::{Engine, Row, Run, Stop};
 use imagegpt::model::Model;
-use imagegpt::pb;
-use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::model::graph::Graph;
+use imagegpt::model::graph::Want;
+use imagegpt::model::precision::ProviderChoice;
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::{Worker, onnx_engines};
 
 const ROUNDS: usize = 5;
@@ -67,7 +69,7 @@ fn main() -> anyhow::Result<()> {
         gpu_memory_limit: None,
         cuda_graphs: false,
         library: find_library(None),
-        provider: Provider::Cpu,
+        provider: ProviderChoice::Cpu,
         device_id: 0,
         intra_op_threads: 0,
         graphs: model.graphs.clone(),

@@ -8,23 +8,19 @@
 
 pub mod pool;
 
+use crate::admission::pool::DrainRate;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 pub use self::pool::{Pool, Share};
 use crate::error::Error;
-use crate::job::{Answer, Class, Job, Permit, Reply, Ticket, Work};
-use crate::preprocess::pool::{Desk, Picture};
+use crate::job::class::Class;
+use crate::job::{Answer, Job, Permit, Reply, Ticket, Work};
+use crate::preprocess::Picture;
+use crate::preprocess::pool::Desk;
 use crate::preprocess::queue::Door;
-
-/// What a refused caller is told to wait before any batch was measured.
-const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
-/// Shorter than this a retry is a busy loop, longer than this it is a guess.
-const RETRY_MIN: Duration = Duration::from_millis(10);
-const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// Bounds on what may be in the worker at once.
 #[derive(Debug, Clone, Copy)]
@@ -347,38 +343,6 @@ fn jitter() -> f64 {
     }
 }
 
-/// Images per second that the engine answers while it is busy, as the batcher
-/// last measured it.
-#[derive(Debug, Clone, Default)]
-pub struct DrainRate(Arc<AtomicU64>);
-
-impl DrainRate {
-    /// Replaces the rate.
-    pub fn set(&self, images_per_second: f64) {
-        self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
-    }
-
-    /// The rate, once there is one.
-    #[must_use]
-    pub fn get(&self) -> Option<f64> {
-        let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
-        (rate > 0.0).then_some(rate)
-    }
-
-    /// When a refused caller should try again: when half to all of what is in
-    /// the worker now has been answered.
-    fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
-        let Some(rate) = self.get() else {
-            return RETRY_UNMEASURED;
-        };
-        #[expect(clippy::cast_precision_loss, reason = "images are at most a million")]
-        let seconds = n_images as f64 / rate * (0.5 + 0.5 * jitter);
-        Duration::try_from_secs_f64(seconds)
-            .unwrap_or(RETRY_MAX)
-            .clamp(RETRY_MIN, RETRY_MAX)
-    }
-}
-
 /// How full the worker is.
 #[derive(Debug, Clone)]
 pub struct Occupancy {
@@ -414,10 +378,12 @@ impl Occupancy {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::batcher::Arrival;
-    use crate::job::{Context, Want};
     use crate::metrics::Metrics;
+    use crate::model::graph::{Context, Want};
     use crate::preprocess::queue::{Queue, Reach, queue};
     use crate::preprocess::{ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor};
 
@@ -645,14 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_times_follow_the_measured_rate() {
-        let drain = DrainRate::default();
-        assert_eq!(drain.retry_after(100, 0.5), RETRY_UNMEASURED);
-        drain.set(50.0);
-        assert_eq!(drain.retry_after(100, 0.0), Duration::from_secs(1));
-        assert_eq!(drain.retry_after(100, 1.0), Duration::from_secs(2));
-        assert_eq!(drain.retry_after(0, 1.0), RETRY_MIN);
-        assert_eq!(drain.retry_after(1_000_000, 1.0), RETRY_MAX);
+    fn jitter_is_a_share() {
         assert!((0.0..=1.0).contains(&jitter()));
     }
 }

@@ -23,13 +23,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
-use crate::admission::DrainRate;
+use crate::admission::pool::DrainRate;
 use crate::cache::{Cache, Key};
-use crate::engine::{Batch, DeviceIdx, Graph, Notice, Slot, Turn, Unit};
+use crate::engine::devices::DeviceIdx;
+use crate::engine::turn::{Batch, Notice, Slot, Turn, Unit};
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
-use crate::job::{Answer, Class, Crowd, Job, Work};
+use crate::job::class::Class;
+use crate::job::{Answer, Crowd, Job, Work};
 use crate::metrics::Metrics;
+use crate::model::graph::Graph;
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) use engines::Line;
 use engines::{Engines, Running};

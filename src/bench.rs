@@ -37,7 +37,7 @@ use self::flags::{BenchArgs, Flags, Mode};
 use self::load::{Bench, Phase};
 use self::modes::{Findings, Phases};
 use crate::files::can_write;
-use crate::pb;
+use crate::proto::pb;
 
 /// More threads than this send no more calls; they only take cores.
 const CLIENT_THREADS_MAX: usize = 4;

@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 
 use moka::sync::Cache as Moka;
 
-use crate::job::Want;
+use crate::model::graph::Want;
 
 /// What an entry takes besides its tokens and numbers, roughly: the key, two
 /// reference counts, the cache's own book-keeping.

@@ -31,9 +31,10 @@ pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
 pub use self::tokenize::TokenizeArgs;
 use crate::config::ServeConfig;
+use crate::proto::pb;
 use crate::rpc::client::{CallError, Client, ConnectConfig};
 use crate::worker::Worker;
-use crate::{local, pb, telemetry};
+use crate::{local, telemetry};
 
 /// Time for the last answers of a worker of one's own: nobody waits for them.
 const GRACE: Duration = Duration::from_secs(1);

@@ -27,6 +27,7 @@ pub mod store;
 pub mod verify;
 pub mod weights;
 
+use crate::files::hex;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -35,7 +36,7 @@ use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::config::Architecture;
-use self::graph::{Attention, Kind, Plan};
+use self::graph::{Attention, Plan};
 use self::manifest::SourceFacts;
 use self::onnx::DataType;
 use self::source::Local;
@@ -44,12 +45,14 @@ use self::store::{Layout, Parts};
 use self::verify::{Nearness, Trial};
 use self::weights::Weights;
 use crate::engine::runtime::Operators;
+use crate::model::graph::Graph;
 
 pub use self::error::CompileError;
-pub use self::manifest::Manifest;
-pub use self::options::{CompileOptions, Precision, Provider, Task};
+use self::manifest::Manifest;
+pub use self::options::CompileOptions;
 pub use self::source::Source;
-pub use crate::engine::runtime::{Residence, Runtime};
+use crate::engine::runtime::Runtime;
+use crate::model::precision::{Precision, Provider, Task};
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,9 +136,9 @@ fn compile_fetched(
     let tasks = tasks(&weights, options)?;
     let feature_layer = feature_layer(&weights.architecture, options)?;
     options.check(runtime)?;
-    let mut kinds: Vec<(Task, Kind)> = Vec::new();
+    let mut kinds: Vec<(Task, Graph)> = Vec::new();
     for task in &tasks {
-        kinds.extend(Kind::of(*task).iter().map(|kind| (*task, *kind)));
+        kinds.extend(Graph::of_task(*task).iter().map(|kind| (*task, *kind)));
     }
     let n_layers = kinds
         .iter()
@@ -155,7 +158,7 @@ fn compile_fetched(
         Layout::Apart
     } else if options.precision == Precision::Int8
         && tasks.contains(&Task::Generate)
-        && attention(Kind::Generate, options, runtime) == Attention::GroupQuery
+        && attention(Graph::Generate, options, runtime) == Attention::GroupQuery
     {
         Layout::WithBlocks
     } else {
@@ -188,7 +191,7 @@ fn compile_fetched(
         };
         let (plan, judgment) = build(kind, plan, &stage, &trial, runtime)?;
         graphs.insert(
-            kind.name().to_owned(),
+            kind.file_stem().to_owned(),
             trial.facts(kind, task, &plan, judgment),
         );
         progress.advance(1);
@@ -255,7 +258,7 @@ pub fn compile_cached(
     let mut hash = Sha256::new();
     hash.update(&sha256);
     hash.update(&preprocessor);
-    let key = checkpoint::hex(&hash.finalize());
+    let key = hex(&hash.finalize());
     let folder = cache.join(options.cache_key(&key, runtime));
     if let Ok(manifest) = Manifest::read(&folder) {
         return Ok((folder, manifest));
@@ -284,15 +287,18 @@ pub fn compile_cached(
 /// if the largest weights meet activations that are as much smaller. Then steps are
 /// ONNX Runtime's, which take longer.
 fn build<'a>(
-    kind: Kind,
+    kind: Graph,
     plan: Plan<'a>,
     stage: &Stage,
     trial: &Trial,
     runtime: &Runtime,
 ) -> Result<(Plan<'a>, (Nearness, Operators)), CompileError> {
     let attempt = |plan: &Plan<'a>| {
-        let model = kind.build(plan);
-        let file = stage.write(&format!("{}.onnx", kind.name()), &model.encode_to_vec())?;
+        let model = graph::build(kind, plan);
+        let file = stage.write(
+            &format!("{}.onnx", kind.file_stem()),
+            &model.encode_to_vec(),
+        )?;
         trial.judge(kind, plan, &model, &file, runtime)
     };
     match attempt(&plan) {
@@ -370,14 +376,14 @@ fn feature_layer(
     )))
 }
 
-fn attention(kind: Kind, options: &CompileOptions, runtime: &Runtime) -> Attention {
+fn attention(kind: Graph, options: &CompileOptions, runtime: &Runtime) -> Attention {
     // The worker's own attention is for CPUs.
     let is_ours = options.provider == Provider::Cpu && runtime.operators.is_some();
     match kind {
-        Kind::Generate if is_ours && options.precision.activation() == DataType::Float => {
+        Graph::Generate if is_ours && options.precision.activation() == DataType::Float => {
             Attention::Layers
         }
-        Kind::Generate => Attention::GroupQuery,
+        Graph::Generate => Attention::GroupQuery,
         _ if is_ours => Attention::Causal,
         _ => Attention::MultiHead,
     }

@@ -4,6 +4,8 @@
 
 mod access;
 
+use crate::model::precision::Precision;
+use crate::telemetry::LogConfig;
 pub(crate) use access::ANY_ORIGIN;
 pub use access::{AccessConfig, ConnectionsConfig};
 
@@ -12,13 +14,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use crate::compile::Precision;
 use crate::engine::Buckets;
 use crate::engine::fake;
-use crate::engine::onnx::Provider;
 use crate::head::HeadFlag;
+use crate::model::precision::ProviderChoice;
 
 /// Serve a model over gRPC.
 #[derive(Debug, Clone, Args)]
@@ -97,7 +98,7 @@ pub struct ModelConfig {
         value_enum,
         default_value = "auto"
     )]
-    pub execution_provider: Provider,
+    pub execution_provider: ProviderChoice,
 
     /// Which GPUs, counted from 0, at most 16. Each has the whole model and an
     /// engine of its own, and all take from the one queue; a GPU that fails is
@@ -576,31 +577,6 @@ pub struct LimitsConfig {
         value_parser = humantime::parse_duration
     )]
     pub decode_cpu_time_max: Duration,
-}
-
-/// What it writes to standard error.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Log")]
-pub struct LogConfig {
-    /// Filter: error, warn, info, debug, trace, or by module, such as
-    /// info,imagegpt=debug
-    #[arg(
-        long,
-        env = "IMAGEGPT_LOG",
-        default_value = "info,ort=warn",
-        value_name = "FILTER"
-    )]
-    pub log: String,
-
-    /// One line of text, or one JSON object, an event
-    #[arg(long, env = "IMAGEGPT_LOG_FORMAT", value_enum, default_value = "text")]
-    pub log_format: LogFormat,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    Text,
-    Json,
 }
 
 const DAY: Duration = Duration::from_hours(24);

@@ -46,7 +46,7 @@ pub use self::progress::Terminal;
 use self::sink::Sink;
 use self::table::{OWN_COLUMNS, Shape, Values};
 use self::web::WebTrust;
-use crate::pb;
+use crate::proto::pb;
 use crate::rpc::pool::{self, Pool, PoolConfig};
 
 /// What a message has besides its image.

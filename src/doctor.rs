@@ -16,6 +16,7 @@ mod machine;
 mod report;
 mod trial;
 
+use crate::model::precision::Provider;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -27,10 +28,10 @@ use self::cache::Cache;
 use self::judge::{Asked, Found, Seen};
 use self::library::{CudaProvider, Library};
 use self::machine::Machine;
-use crate::compile::{self, Source};
+use crate::compile::Source;
 use crate::config;
-use crate::engine::onnx::Provider;
 use crate::gpu::Monitor;
+use crate::model::precision::ProviderChoice;
 
 /// Check this machine.
 #[derive(Debug, Clone, Args)]
@@ -54,7 +55,7 @@ pub struct DoctorArgs {
         value_enum,
         default_value = "auto"
     )]
-    pub execution_provider: Provider,
+    pub execution_provider: ProviderChoice,
 
     /// Which GPUs, counted from 0 among those that CUDA shows this process
     #[arg(
@@ -89,7 +90,7 @@ pub struct DoctorArgs {
     /// Only run a model on this provider, and say how it went; what the command
     /// starts itself by
     #[arg(long, hide = true, value_enum, value_name = "PROVIDER")]
-    pub trial: Option<compile::Provider>,
+    pub trial: Option<Provider>,
 
     /// Only look at this, and say in JSON what there is; as --trial
     #[arg(long, hide = true, value_enum, value_name = "PART")]
@@ -172,7 +173,7 @@ fn look(args: &DoctorArgs) -> Found {
         gpus: Ok(Seen::default()),
         visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
     };
-    if args.execution_provider == Provider::Cpu {
+    if args.execution_provider == ProviderChoice::Cpu {
         return found;
     }
     if found.library.folder.is_some() {

@@ -8,75 +8,25 @@
 mod buckets;
 mod decoder;
 pub mod devices;
+pub mod error;
 pub mod fake;
 mod gap;
 pub mod onnx;
 pub mod operators;
-pub(crate) mod owed;
 pub mod roofline;
 pub(crate) mod runner;
 pub mod runtime;
 mod stop;
+pub(crate) mod turn;
 
-use std::sync::Arc;
+use crate::engine::error::EngineError;
+use crate::model::graph::Graph;
 use std::time::{Duration, Instant};
 
 pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
 use crate::attention::SharedPrefix;
-use crate::error::Error;
-use crate::generation::Sequence;
-use crate::job::{Crowd, Norm, Want};
-
-/// A computation that the model offers. Jobs of one batch share a graph.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Graph {
-    /// Tokens to pooled features of every layer up to the feature layer.
-    Features(Norm),
-    /// Tokens to last hidden states.
-    Hidden,
-    /// Tokens to scores of the classification head.
-    Logits,
-    /// Tokens to how unlikely each of them is.
-    Score,
-    /// Tokens of sequences to logits of what follows: run by [`Engine::feed`].
-    Generate,
-}
-
-impl Graph {
-    pub const ALL: [Self; 6] = [
-        Self::Features(Norm::PreAttnRms),
-        Self::Features(Norm::None),
-        Self::Hidden,
-        Self::Logits,
-        Self::Score,
-        Self::Generate,
-    ];
-
-    /// The graph that computes what is wanted.
-    #[must_use]
-    pub fn of(want: Want) -> Self {
-        match want {
-            Want::Features { norm, .. } => Self::Features(norm),
-            Want::Mean | Want::Last | Want::States => Self::Hidden,
-            Want::Logits => Self::Logits,
-            Want::Nll => Self::Score,
-        }
-    }
-
-    /// The graph's label in metrics and logs.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Features(Norm::PreAttnRms) => "features",
-            Self::Features(Norm::None) => "features_raw",
-            Self::Hidden => "hidden",
-            Self::Logits => "logits",
-            Self::Score => "score",
-            Self::Generate => "generate",
-        }
-    }
-}
+use crate::model::graph::Want;
 
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]
@@ -262,186 +212,5 @@ pub trait Engine {
     }
 }
 
-/// Why an engine could not be loaded, or a batch not run.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The runtime's library is missing or cannot be used.
-    #[error("{0}")]
-    Library(String),
-    /// The execution provider that was asked for cannot be had.
-    #[error("{0}")]
-    Provider(String),
-    /// A graph is not one that this worker can serve.
-    #[error("{file}: {reason}")]
-    Graph { file: String, reason: String },
-    /// The engine could not be loaded, for a reason that says it all.
-    #[error("{0}")]
-    NotLoaded(String),
-    /// The runtime failed.
-    #[error("onnx runtime: {0}")]
-    Runtime(String),
-    /// There was not enough memory for a batch of this size.
-    #[error("out of memory: {0}")]
-    OutOfMemory(String),
-    /// The device is gone or in a state that only a new process leaves.
-    #[error("the device has failed: {0}")]
-    Device(String),
-    /// The run was stopped because nobody waited for it any more.
-    #[error("the run was stopped")]
-    Stopped,
-    /// The run's numbers are not what the graph promised.
-    #[error("the model returned {got}, not {expected}")]
-    Output { got: String, expected: String },
-    /// Numbers of a run are not finite.
-    #[error("the model returned a value that is not finite")]
-    NotFinite,
-    /// The engine panicked.
-    #[error("the engine panicked: {0}")]
-    Panicked(String),
-}
-
 /// Makes the engine, on the engine's own thread.
 pub type EngineFactory = Box<dyn FnOnce() -> Result<Box<dyn Engine>, EngineError> + Send>;
-
-/// Which of a worker's engines: its place in `--device-id`, counted from 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct DeviceIdx(pub usize);
-
-/// A batch on its way to the engine.
-#[derive(Debug)]
-pub struct Batch {
-    /// Counted from 1, for [`Stop`].
-    pub id: u64,
-    pub graph: Graph,
-    /// The size to run at, at least as many as there are units.
-    pub bucket: usize,
-    /// Never empty.
-    pub units: Vec<Unit>,
-    /// Since when an engine that was free could have run something.
-    pub possible_since: Instant,
-}
-
-/// One row of a batch with everybody who waits for it.
-#[derive(Debug, Clone)]
-pub struct Unit {
-    pub tokens: Arc<[u16]>,
-    pub want: Want,
-    pub crowd: Arc<Crowd>,
-}
-
-/// What the engine is given to do when it is free.
-#[derive(Debug)]
-pub enum Turn {
-    /// One run of a graph.
-    Batch(Batch),
-    /// One step of the sequences that it has, and of these, which join them.
-    Step {
-        joining: Vec<Sequence>,
-        /// As of a batch.
-        possible_since: Instant,
-    },
-}
-
-impl Turn {
-    /// Gives everybody in it the same bad news.
-    pub(crate) fn refuse(self, error: &Error) {
-        match self {
-            Self::Batch(batch) => {
-                for unit in batch.units {
-                    unit.crowd.refuse(error);
-                }
-            }
-            Self::Step { joining, .. } => {
-                for sequence in joining {
-                    sequence.finish(Err(error.clone()));
-                }
-            }
-        }
-    }
-}
-
-/// The sequences that an engine has.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sequences {
-    /// How many more there may be.
-    pub n_free: usize,
-    /// Those of interactive callers.
-    pub interactive: usize,
-    /// Those of bulk callers.
-    pub bulk: usize,
-}
-
-/// What engines tell the batcher's thread.
-#[derive(Debug)]
-pub(crate) enum Notice {
-    /// An engine is free, and there was nothing for it yet.
-    Free,
-    /// Answers that the thread should give, since the engine runs on.
-    Ran(Vec<owed::Owed>),
-    /// The engine takes no more turns. The last thing that it says.
-    Gone(DeviceIdx),
-}
-
-/// An engine's word that it is free for one batch, and what it did since the
-/// last one.
-#[derive(Debug)]
-pub struct Slot {
-    pub device: DeviceIdx,
-    /// Runs of the warm-up; in the first slot only.
-    pub warm: Vec<Warm>,
-    /// Runs that succeeded.
-    pub runs: Vec<Ran>,
-    /// The largest batch that the engine takes from now on.
-    pub largest: usize,
-    pub sequences: Sequences,
-}
-
-/// One run that succeeded.
-#[derive(Debug, Clone, Copy)]
-pub struct Ran {
-    pub graph: Graph,
-    pub bucket: usize,
-    /// Images that it has brought to an end, where an image takes many runs as
-    /// parts of them.
-    pub images: f64,
-    pub elapsed: Duration,
-}
-
-/// Where a worker's engines are in their life, all taken together.
-#[derive(Debug, Clone)]
-pub enum State {
-    /// Loading and warming up.
-    Loading,
-    /// All were loaded, and one at least still serves.
-    Ready(Facts),
-    /// Ended in good order after the last batch.
-    Stopped,
-    /// One was never started, or the last has ended before its time; the process
-    /// should end too.
-    Failed(Failure),
-}
-
-/// Why a worker cannot go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    pub kind: FailureKind,
-    pub reason: String,
-}
-
-/// Who is to blame for a failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FailureKind {
-    /// One of the worker's own stages.
-    Worker,
-    /// The device or the runtime on it: a restart elsewhere may be better.
-    Device,
-}
-
-/// What a panic said, if it said it in words.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned())
-}

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::EngineError;
+use crate::engine::error::EngineError;
 use crate::model::Task;
 use crate::preprocess::PreprocessError;
 

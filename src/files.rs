@@ -13,6 +13,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+/// Lower-case hexadecimal digits of bytes.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 /// Whether a file can be written, before there is anything to write. Changes
 /// nothing; of what is no file, such as a pipe, only the writing itself tells.
 ///
@@ -29,6 +38,51 @@ pub(crate) fn can_write(path: &Path) -> io::Result<()> {
             std::fs::remove_file(path)
         }
         Err(error) => Err(error),
+    }
+}
+
+/// A chain of certificates takes a few KiB.
+const FLAG_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// A file, with the flag that named it, for sentences about it.
+#[derive(Debug, Clone)]
+pub(crate) struct FlagFile {
+    pub(crate) flag: &'static str,
+    pub(crate) path: PathBuf,
+}
+
+impl FlagFile {
+    pub(crate) fn new(flag: &'static str, path: &Path) -> Self {
+        Self {
+            flag,
+            path: path.to_owned(),
+        }
+    }
+
+    pub(crate) fn read(&self) -> anyhow::Result<Vec<u8>> {
+        let mut content = Vec::new();
+        let mut read = || -> std::io::Result<u64> {
+            // A pipe would be waited for.
+            if !std::fs::metadata(&self.path)?.is_file() {
+                return Err(std::io::Error::other("it is not a file"));
+            }
+            let file = std::fs::File::open(&self.path)?;
+            Ok(file
+                .take(FLAG_FILE_BYTES_MAX + 1)
+                .read_to_end(&mut content)? as u64)
+        };
+        let n_bytes = read().with_context(|| format!("{self} cannot be read"))?;
+        anyhow::ensure!(
+            n_bytes <= FLAG_FILE_BYTES_MAX,
+            "{self} is over {FLAG_FILE_BYTES_MAX} bytes"
+        );
+        Ok(content)
+    }
+}
+
+impl std::fmt::Display for FlagFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.flag, self.path.display())
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use crate::compile::checkpoint::hex;
+use crate::files::hex;
 
 /// A GPU, or a part of one (MIG), that this process sees.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

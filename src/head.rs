@@ -19,7 +19,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::files;
-use crate::job::{Context, Norm};
+use crate::model::graph::{Context, Norm};
 use crate::model::{Activation, Model};
 
 /// A head file is small; a larger one is something else.

@@ -6,17 +6,21 @@
 //! caller. Because the capacity travels inside the job, queues sized by that
 //! capacity cannot overflow, even when callers vanish.
 
+pub mod class;
 mod crowd;
 
+use crate::job::class::Class;
+use crate::model::graph::Context;
+use crate::model::graph::Want;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 pub use self::crowd::{Crowd, Left};
-use crate::admission::Share;
+use crate::admission::pool::Share;
 use crate::error::{Error, Stage};
-use crate::generation::Generate;
+use crate::generation::request::Generate;
 
 /// One image of one call, in the form that the next stage takes.
 #[derive(Debug)]
@@ -46,104 +50,6 @@ pub enum Work {
     Infer { context: Context, want: Want },
     /// What is not known of it, pixel by pixel.
     Generate(Box<Generate>),
-}
-
-/// How urgent a call is. Ordered by urgency.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Class {
-    /// Somebody waits for the answer: goes first.
-    Interactive,
-    /// A job over many images: fills what is left, and gets its share of the
-    /// engine when there is nothing left.
-    Bulk,
-}
-
-impl Class {
-    pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
-
-    /// The class's name in metadata, metrics and logs.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Interactive => "interactive",
-            Self::Bulk => "bulk",
-        }
-    }
-}
-
-/// Which tokens the model sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Context {
-    /// The image's tokens as they are.
-    Raw,
-    /// The start token first and the last pixel dropped, as in pre-training.
-    SosShifted,
-}
-
-/// What is pooled of a layer: its states after the next block's norm, or as
-/// they are.
-pub use crate::compile::graph::Norm;
-
-/// Which numbers of a run are the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Want {
-    /// Pooled features of these layers, one after the other.
-    Features { layers: Layers, norm: Norm },
-    /// Mean of the last hidden states over all positions.
-    Mean,
-    /// Last hidden state of the last position.
-    Last,
-    /// Last hidden states of all positions.
-    States,
-    /// Scores of the classification head.
-    Logits,
-    /// How unlikely each token is after those before it, in nats.
-    Nll,
-}
-
-/// Some of a model's layers, in ascending order. Never empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Layers(u64);
-
-impl Layers {
-    /// One more than the largest layer that can be named; the deepest
-    /// published model has 48.
-    pub const END: usize = 64;
-
-    /// The embedding alone, which every model has.
-    pub const FIRST: Self = Self(1);
-
-    /// The layers of a list, which must ascend.
-    #[must_use]
-    pub fn ascending(list: &[u32]) -> Option<Self> {
-        let mut bits = 0_u64;
-        for &layer in list {
-            let bit = 1_u64.checked_shl(layer)?;
-            // Ascending means larger than all before.
-            if bits >= bit {
-                return None;
-            }
-            bits |= bit;
-        }
-        (bits != 0).then_some(Self(bits))
-    }
-
-    /// One by one.
-    pub fn iter(self) -> impl Iterator<Item = usize> {
-        (0..Self::END).filter(move |layer| self.0 >> layer & 1 == 1)
-    }
-
-    /// How many there are.
-    #[must_use]
-    pub fn len(self) -> usize {
-        self.0.count_ones() as usize
-    }
-
-    /// Never, but clippy asks.
-    #[must_use]
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
 }
 
 /// The answer for one image.
@@ -277,21 +183,6 @@ impl Drop for Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn layers_ascend() {
-        let check = |list: &[u32], expected: Option<&[usize]>| {
-            let layers = Layers::ascending(list).map(|layers| layers.iter().collect::<Vec<_>>());
-            assert_eq!(layers.as_deref(), expected, "{list:?}");
-        };
-        check(&[0], Some(&[0]));
-        check(&[0, 5, 63], Some(&[0, 5, 63]));
-        check(&[], None);
-        check(&[5, 0], None);
-        check(&[5, 5], None);
-        check(&[64], None);
-        check(&[u32::MAX], None);
-    }
 
     #[test]
     fn a_dropped_reply_says_so() {

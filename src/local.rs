@@ -2,17 +2,22 @@
 //! serve`, and for commands that are given a model instead of an endpoint. They
 //! reach theirs over gRPC too, so that both are one pipeline.
 
+use crate::compile::CompileOptions;
+use crate::compile::Source;
+use crate::model::precision::ProviderChoice;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Parser;
 
 use crate::compile::command::Bars;
-use crate::compile::{Progress, Provider, Runtime, cache};
+use crate::compile::{Progress, cache};
 use crate::config::{ModelConfig, ServeConfig};
 use crate::engine::onnx;
+use crate::engine::runtime::Runtime;
 use crate::head::Head;
 use crate::model::Model;
+use crate::model::precision::Provider;
 use crate::rpc;
 use crate::worker::{Worker, engines};
 
@@ -134,9 +139,9 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
 pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Result<PathBuf> {
     let library = onnx::find_library(config.model.onnxruntime.as_deref());
     let provider = match config.model.execution_provider {
-        onnx::Provider::Cuda => Provider::Cuda,
+        ProviderChoice::Cuda => Provider::Cuda,
         // A GPU that is there by chance is no reason to compile for it.
-        onnx::Provider::Cpu | onnx::Provider::Auto => Provider::Cpu,
+        ProviderChoice::Cpu | ProviderChoice::Auto => Provider::Cpu,
     };
     let runtime = || {
         let runtime = Runtime::new(onnx::environment(&library)?, provider)?;
@@ -146,13 +151,16 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Resu
         }
         Ok(runtime)
     };
-    cache::locate(
-        &config.model.model,
-        &config.model.compile,
+    let compile = &config.model.compile;
+    let source = Source::parse(&config.model.model, compile.revision.as_deref());
+    let options = CompileOptions {
+        precision: compile.precision,
         provider,
-        runtime,
-        progress,
-    )
+        tasks: None,
+        feature_layer: compile.feature_layer,
+    };
+    let cache_dir = compile.cache_dir.as_deref();
+    cache::locate(&source, cache_dir, &options, runtime, progress)
 }
 
 #[cfg(test)]

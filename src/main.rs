@@ -14,7 +14,7 @@ use imagegpt::config::{NetworkConfig, ServeConfig};
 use imagegpt::dataset::flags::EmbedArgs;
 use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
 use imagegpt::doctor::{self, DoctorArgs, Verdict as Diagnosis};
-use imagegpt::engine::{Failure, FailureKind};
+use imagegpt::engine::devices::{Failure, FailureKind};
 use imagegpt::local::{is_ready, load_and_start, own_worker, start};
 use imagegpt::neighbors::{self, NeighborsConfig};
 use imagegpt::output::{Printer, Unread};
@@ -294,8 +294,8 @@ mod tests {
     use imagegpt::engine::fake::{FakeEngine, Script};
     use imagegpt::engine::{Engine, EngineFactory};
     use imagegpt::model::Model;
-    use imagegpt::pb;
-    use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+    use imagegpt::proto::pb;
+    use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 
     use super::*;
 

@@ -20,9 +20,10 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::engine::{FallbackKind, Graph};
+use crate::engine::FallbackKind;
 use crate::error::{Error, Stage};
-use crate::job::Class;
+use crate::job::class::Class;
+use crate::model::graph::Graph;
 
 const REQUESTS: &str = "imagegpt_requests_total";
 const REQUEST_DURATION: &str = "imagegpt_request_duration_seconds";

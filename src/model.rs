@@ -4,6 +4,7 @@
 //! that a directory that cannot be served is refused with the reason before
 //! anything listens; what only a run can show, `engine/onnx.rs` checks.
 
+use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
@@ -14,17 +15,28 @@ use sha2::{Digest, Sha256};
 
 use self::files::{Found, Origin, Sha256Digest};
 
-use crate::compile::checkpoint::hex;
-use crate::compile::graph::Kind;
-use crate::compile::source::ACCEPTED;
-use crate::compile::{self, Manifest, Precision, manifest};
-use crate::engine::{Buckets, Graph};
-use crate::job::{Layers, Norm, Want};
+use self::graph::Graph;
+use self::graph::{Layers, Norm, Want};
+use self::precision::Precision;
+use crate::compile::manifest;
+use crate::compile::manifest::Manifest;
+use crate::engine::Buckets;
+use crate::files::hex;
 
 pub use self::files::GraphFiles;
 
+pub mod error;
 pub(crate) mod files;
+pub mod graph;
+pub mod precision;
 pub(crate) mod wire;
+
+/// What can be served, for whoever named something else.
+pub const ACCEPTED: &str = "--model takes a folder that `imagegpt compile` made, a Hugging Face folder \
+                            with weights (model.safetensors or pytorch_model.bin), a folder of ONNX \
+                            graphs (model.onnx or model_classification.onnx, beside \
+                            preprocessor_config.json), a hub id such as openai/imagegpt-small, or \
+                            random:small";
 
 /// A kind of call that a model can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -392,7 +404,7 @@ impl Model {
 pub struct CompiledFacts {
     pub precision: Precision,
     /// What its graphs are made for.
-    pub provider: compile::Provider,
+    pub provider: Provider,
     /// Pooled features are of layers 0 to this one.
     pub feature_layer: u32,
 }
@@ -418,18 +430,8 @@ impl Compiled {
         let manifest =
             Manifest::read(dir).map_err(|error| ModelError::new(dir, error.to_string()))?;
         let mut graphs = BTreeMap::new();
-        for (kind, graph) in [
-            (
-                Kind::Embed(Norm::PreAttnRms),
-                Graph::Features(Norm::PreAttnRms),
-            ),
-            (Kind::Embed(Norm::None), Graph::Features(Norm::None)),
-            (Kind::Hidden, Graph::Hidden),
-            (Kind::Classify, Graph::Logits),
-            (Kind::Score, Graph::Score),
-            (Kind::Generate, Graph::Generate),
-        ] {
-            if let Some(facts) = manifest.graphs.get(kind.name()) {
+        for graph in Graph::ALL {
+            if let Some(facts) = manifest.graphs.get(graph.file_stem()) {
                 graphs.insert(graph, dir.join(&facts.file));
             }
         }

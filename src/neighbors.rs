@@ -13,10 +13,10 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 
 use crate::commands::{check_output, complain};
 use crate::files::{self, Found, printable};
-use crate::pb;
 use crate::preprocess::DecodeBudget;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{Alpha, ImageLimits};
+use crate::proto::pb;
 use crate::rpc::client::{Classes, Client, ConnectConfig};
 
 /// Embed a folder of images through a worker and show who looks like whom.

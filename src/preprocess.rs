@@ -12,6 +12,7 @@
 //! [`decode`](decode::decode), [`resize`](resize::resize) and [`Quantizer`] also
 //! stand alone.
 
+use crate::preprocess::cost::DecodeCost;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -73,6 +74,27 @@ pub enum Alpha {
 pub struct PreprocessOptions {
     pub fit: Fit,
     pub alpha: Alpha,
+}
+
+/// An image and how it becomes tokens.
+#[derive(Debug, Clone)]
+pub struct Picture {
+    pub input: ImageInput,
+    pub options: PreprocessOptions,
+}
+
+impl Picture {
+    /// Whether it takes a few microseconds to check and nothing else, which a
+    /// thread of its own would take longer to wake up for.
+    #[must_use]
+    pub fn is_tokens(&self) -> bool {
+        matches!(self.input, ImageInput::Tokens(_))
+    }
+
+    /// Estimates what the picture costs a preprocessing thread.
+    pub(crate) fn cost(&self) -> DecodeCost {
+        DecodeCost::of(&self.input)
+    }
 }
 
 /// Bounds on one image, so that a small hostile file costs little.

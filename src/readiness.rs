@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::engine::Facts;
 use crate::engine::devices::{Device, Devices};
-use crate::engine::{Facts, Failure, State};
+use crate::engine::devices::{Failure, State};
 
 /// A view of the worker's state that any part may hold.
 #[derive(Debug, Clone)]
@@ -157,7 +158,7 @@ impl Readiness {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::DeviceIdx;
+    use crate::engine::devices::DeviceIdx;
 
     fn facts() -> Facts {
         Facts {

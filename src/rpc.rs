@@ -6,7 +6,6 @@ mod access;
 mod arriving;
 mod auth;
 pub mod client;
-pub(crate) mod codec;
 mod convert;
 mod deadline;
 mod drive;
@@ -28,8 +27,8 @@ mod tls;
 mod usage;
 mod web;
 
+use crate::proto;
 pub use access::Access;
-pub(crate) use convert::preprocess_applied;
 pub use health::LIVENESS;
 pub use observe::Calls;
 use oip::Oip;
@@ -48,20 +47,23 @@ use self::arriving::Arrived;
 use self::embedding::Embedding;
 use self::observe::{Deadline, Held};
 use self::tally::Tally;
-use crate::admission::{Admission, Bytes, Call, Pending, Share};
+use crate::admission::pool::Share;
+use crate::admission::{Admission, Bytes, Call, Pending};
 use crate::config::{ConnectionsConfig, LimitsConfig};
 use crate::engine::Facts;
 use crate::error::Error;
 use crate::gpu;
 use crate::head::Head;
-use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
-use crate::job::{Answer, Class, Norm, Want, Work};
+use crate::job::class::Class;
+use crate::job::{Answer, Work};
 use crate::metrics::Metrics;
+use crate::model::graph::{Norm, Want};
 use crate::model::{Model, Task};
-use crate::pb;
-use crate::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
+use crate::preprocess::Picture;
 use crate::preprocess::PreprocessOptions;
-use crate::preprocess::pool::Picture;
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb;
+use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
 use crate::readiness::{Readiness, Unready};
 
 /// What the surface needs of the worker.
@@ -435,7 +437,7 @@ impl Service {
         let response = pb::ClassifyResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
-            preprocess: Some(convert::preprocess_applied(preprocess)),
+            preprocess: Some(proto::preprocess_applied(preprocess)),
             context: convert::context_applied(context),
             head: head.map(|head| head.name.clone()).unwrap_or_default(),
         };
@@ -469,7 +471,7 @@ impl Service {
         let response = pb::TokenizeResponse {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
-            preprocess: Some(convert::preprocess_applied(preprocess)),
+            preprocess: Some(proto::preprocess_applied(preprocess)),
         };
         Ok((response, held))
     }

@@ -13,11 +13,35 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use clap::{Args, ValueEnum};
 use crossbeam_channel::{Receiver, Sender};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::config::{LogConfig, LogFormat};
+/// What it writes to standard error.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Log")]
+pub struct LogConfig {
+    /// Filter: error, warn, info, debug, trace, or by module, such as
+    /// info,imagegpt=debug
+    #[arg(
+        long,
+        env = "IMAGEGPT_LOG",
+        default_value = "info,ort=warn",
+        value_name = "FILTER"
+    )]
+    pub log: String,
+
+    /// One line of text, or one JSON object, an event
+    #[arg(long, env = "IMAGEGPT_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
 
 /// Lines that wait to be written: some seconds of a busy log at level debug.
 const LINES_MAX: usize = 4096;
@@ -34,6 +58,15 @@ const PANIC_FLUSH_MAX: Duration = Duration::from_millis(20);
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 /// The process's log, once it is installed.
 static LOG: OnceLock<LogQueue> = OnceLock::new();
+
+/// What a panic said, if it said it in words.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned())
+}
 
 /// Log lines that could not be written since the process began.
 pub(crate) fn lines_dropped() -> u64 {

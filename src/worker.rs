@@ -5,6 +5,8 @@
 //! admission closes; preprocessing runs dry and hangs up on the batcher; the
 //! batcher hands on what waits and hangs up on the engine; the engine ends.
 
+use crate::model::precision::ProviderChoice;
+use crate::telemetry::panic_text;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -15,16 +17,19 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
-use crate::admission::{Admission, Capacity, DrainRate, Occupancy};
+use crate::admission::pool::DrainRate;
+use crate::admission::{Admission, Capacity, Occupancy};
 use crate::batcher::policy::Policy;
 use crate::batcher::{self, Batcher};
 use crate::cache::Cache;
 use crate::config::{CudaGraphs, ServeConfig};
 use crate::engine::devices::{DeviceEngine, Devices, Reports};
+use crate::engine::devices::{DeviceIdx, Failure, State};
+use crate::engine::error::EngineError;
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{self, DeviceIdx, Engine, EngineError, EngineFactory, Facts, Failure, State};
+use crate::engine::{Engine, EngineFactory, Facts};
 use crate::gpu;
 use crate::head::Head;
 use crate::http::{self, Pages};
@@ -260,19 +265,19 @@ pub fn onnx_engines(
     let (provider, ids) = match (options.provider, ids.as_slice()) {
         // Each engine would find out for itself, and a machine without GPUs would
         // run its CPU several times over.
-        (onnx::Provider::Auto, [first, _, ..]) => {
+        (ProviderChoice::Auto, [first, _, ..]) => {
             let of_first = onnx::Options {
                 device_id: *first,
                 ..options.clone()
             };
             if onnx::auto_takes_cuda(&of_first)? {
-                (onnx::Provider::Cuda, ids.as_slice())
+                (ProviderChoice::Cuda, ids.as_slice())
             } else {
                 tracing::info!(
                     device_ids = ?ids,
                     "--execution-provider auto takes the CPU, which is one device"
                 );
-                (onnx::Provider::Auto, &ids[..1])
+                (ProviderChoice::Auto, &ids[..1])
             }
         }
         (provider, ids) => (provider, ids),
@@ -554,7 +559,7 @@ fn spawn(
     let (reports, thread_name) = (reports.clone(), name.to_owned());
     let supervised = move || {
         if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(body)) {
-            let panic = engine::panic_text(&*panic);
+            let panic = panic_text(&*panic);
             reports.fail(format!("the {thread_name} thread panicked: {panic}"));
         }
     };

@@ -12,13 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use imagegpt::attention::Kernel;
+use imagegpt::compile::manifest::Manifest;
 use imagegpt::compile::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
 use imagegpt::compile::{
-    CompileError, CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Silent, Source,
-    Step, Task, compile, compile_cached,
+    CompileError, CompileOptions, Progress, Silent, Source, Step, compile, compile_cached,
 };
 use imagegpt::engine::onnx;
+use imagegpt::engine::runtime::Runtime;
 use imagegpt::layers::RowsAs;
+use imagegpt::model::precision::{Precision, Provider, Task};
 use ort::environment::Environment;
 use prost::Message as _;
 use safetensors::tensor::{Dtype, TensorView, serialize};

@@ -8,10 +8,19 @@
 //! interactive calls.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::job::Class;
+use crate::job::class::Class;
+
+/// What a refused caller is told to wait before any batch was measured.
+const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
+/// Shorter than this a retry is a busy loop, longer than this it is a guess.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -102,6 +111,38 @@ impl Pool {
     }
 }
 
+/// Images per second that the engine answers while it is busy, as the batcher
+/// last measured it.
+#[derive(Debug, Clone, Default)]
+pub struct DrainRate(Arc<AtomicU64>);
+
+impl DrainRate {
+    /// Replaces the rate.
+    pub fn set(&self, images_per_second: f64) {
+        self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
+    }
+
+    /// The rate, once there is one.
+    #[must_use]
+    pub fn get(&self) -> Option<f64> {
+        let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
+        (rate > 0.0).then_some(rate)
+    }
+
+    /// When a refused caller should try again: when half to all of what is in
+    /// the worker now has been answered.
+    pub(super) fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
+        let Some(rate) = self.get() else {
+            return RETRY_UNMEASURED;
+        };
+        #[expect(clippy::cast_precision_loss, reason = "images are at most a million")]
+        let seconds = n_images as f64 / rate * (0.5 + 0.5 * jitter);
+        Duration::try_from_secs_f64(seconds)
+            .unwrap_or(RETRY_MAX)
+            .clamp(RETRY_MIN, RETRY_MAX)
+    }
+}
+
 fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit> {
     let n = u32::try_from(n).ok()?;
     Arc::clone(semaphore).try_acquire_many_owned(n).ok()
@@ -162,6 +203,17 @@ fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePer
 mod tests {
     use super::*;
     use Class::{Bulk, Interactive};
+
+    #[test]
+    fn retry_times_follow_the_measured_rate() {
+        let drain = DrainRate::default();
+        assert_eq!(drain.retry_after(100, 0.5), RETRY_UNMEASURED);
+        drain.set(50.0);
+        assert_eq!(drain.retry_after(100, 0.0), Duration::from_secs(1));
+        assert_eq!(drain.retry_after(100, 1.0), Duration::from_secs(2));
+        assert_eq!(drain.retry_after(0, 1.0), RETRY_MIN);
+        assert_eq!(drain.retry_after(1_000_000, 1.0), RETRY_MAX);
+    }
 
     #[test]
     fn bulk_cannot_take_the_reserve() {

@@ -8,7 +8,9 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 
 use crate::cache::Key;
-use crate::engine::{DeviceIdx, Stop, Turn};
+use crate::engine::Stop;
+use crate::engine::devices::DeviceIdx;
+use crate::engine::turn::Turn;
 use crate::error::Error;
 use crate::job::Crowd;
 

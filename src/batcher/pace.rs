@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::engine::Graph;
+use crate::model::graph::Graph;
 
 /// Runs of a graph at one size that are remembered: enough that one slow run
 /// does not decide, few enough that a change shows within a second.

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::queue::Lane;
-use crate::engine::{Buckets, Graph};
-use crate::job::Class;
+use crate::engine::Buckets;
+use crate::job::class::Class;
 use crate::metrics::Close;
+use crate::model::graph::Graph;
 
 /// The operator's choices.
 #[derive(Debug, Clone)]

@@ -10,8 +10,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::engine::Graph;
-use crate::job::Class;
+use crate::job::class::Class;
+use crate::model::graph::Graph;
 
 /// How long after its arrival work without a deadline stands in line; a
 /// deadline further off counts as this. An image that has waited so long goes

@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use super::pace::Pace;
 use super::policy::{Decision, Ledger, Policy};
 use super::queue::{Entry, Lane, Place, Queue};
-use crate::engine::{DeviceIdx, Graph};
-use crate::job::Class;
+use crate::engine::devices::DeviceIdx;
+use crate::job::class::Class;
 use crate::metrics::Close;
+use crate::model::graph::Graph;
 
 /// See the module.
 #[derive(Debug)]

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use super::queue::{Entry, Queue};
 use super::scheduler::Steps;
-use crate::engine::{DeviceIdx, Graph, Sequences};
+use crate::engine::devices::DeviceIdx;
+use crate::engine::turn::Sequences;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
-use crate::job::Class;
+use crate::job::class::Class;
+use crate::model::graph::Graph;
 
 /// See the module.
 #[derive(Debug)]
@@ -221,7 +223,8 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generation::{Generate, Keep, Sampling};
+    use crate::generation::Sampling;
+    use crate::generation::request::{Generate, Keep};
     use crate::job::{Permit, Reply, Ticket};
 
     const ONE: DeviceIdx = DeviceIdx(0);

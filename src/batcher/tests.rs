@@ -7,16 +7,20 @@ use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
 use super::{Arrival, Batcher, Channels, HangUp, Line, Shared};
-use crate::admission::{DrainRate, Pool};
+use crate::admission::pool::{DrainRate, Pool};
 use crate::cache::Cache;
+use crate::engine::devices::{DeviceIdx, State};
 use crate::engine::devices::{Devices, Reports};
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::runner::{self, Runner};
-use crate::engine::{Buckets, DeviceIdx, Engine, State};
+use crate::engine::{Buckets, Engine};
 use crate::error::Error;
-use crate::generation::{Generate, Keep, Sampling, Sequence};
-use crate::job::{Answer, Class, Context, Job, Permit, Reply, Ticket, Want, Work};
+use crate::generation::request::{Generate, Keep};
+use crate::generation::{Sampling, Sequence};
+use crate::job::class::Class;
+use crate::job::{Answer, Job, Permit, Reply, Ticket, Work};
 use crate::metrics::Metrics;
+use crate::model::graph::{Context, Want};
 
 type Outcome = oneshot::Receiver<Result<Answer, Error>>;
 

@@ -10,6 +10,7 @@ mod flop;
 mod nearness;
 mod report;
 
+use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,13 +29,15 @@ use super::stats::as_f64;
 use super::{machine, progress};
 use crate::attention::SharedPrefix;
 use crate::compile::command::Bars;
-use crate::compile::{self, Manifest, Precision};
+use crate::compile::manifest::Manifest;
 use crate::config::ServeConfig;
 use crate::engine::roofline::{self, Roofline};
-use crate::engine::{Engine, Feed, FeedRow, Graph, Row, Run, Stop, onnx};
-use crate::job::{Layers, Want};
+use crate::engine::{Engine, Feed, FeedRow, Row, Run, Stop, onnx};
 use crate::local::locate;
 use crate::model::Model;
+use crate::model::graph::Graph;
+use crate::model::graph::{Layers, Want};
+use crate::model::precision::Precision;
 use crate::worker::onnx_factory;
 
 /// A model with the engine that runs it.
@@ -264,8 +267,8 @@ fn measure(
 fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
     let library = onnx::find_library(loaded.config.model.onnxruntime.as_deref());
     let provider = match loaded.engine.facts().provider {
-        "cuda" => compile::Provider::Cuda,
-        _ => compile::Provider::Cpu,
+        "cuda" => Provider::Cuda,
+        _ => Provider::Cpu,
     };
     let precision = loaded.model.compiled.map(|compiled| compiled.precision);
     let options = roofline::Options {

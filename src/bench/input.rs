@@ -9,7 +9,7 @@ use prost::Message as _;
 
 use super::random::Random;
 use crate::neighbors;
-use crate::pb;
+use crate::proto::pb;
 use crate::rpc::load::put_field;
 
 /// Random images that others are made from.

@@ -22,7 +22,7 @@ use super::input::{self, Input, Picture};
 use super::process::{self, Usage};
 use super::progress::Line;
 use super::stats::{Counts, Done, Recorder, as_f64};
-use crate::pb;
+use crate::proto::pb;
 use crate::rpc::load::{Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal};
 
 /// How often the worker's processes are looked at.

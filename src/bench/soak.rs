@@ -24,8 +24,8 @@ use super::random::Random;
 use super::report::milliseconds;
 use super::stats::Latencies;
 use crate::engine::fake::FakeEngine;
-use crate::job::Want;
-use crate::pb;
+use crate::model::graph::Want;
+use crate::proto::pb;
 use crate::rpc::load::{
     CLIENT_TIMEOUT, Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal, StreamEvent,
     StreamReader, StreamWriter,

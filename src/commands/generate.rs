@@ -20,11 +20,11 @@ use super::sheet::{Cell, Sheet};
 use super::{Outcome, PreprocessConfig, Session, WorkerConfig};
 use crate::files::{self, printable};
 use crate::neighbors::PICTURE_LIMITS;
-use crate::pb;
-use crate::pb::generate_response::Message;
 use crate::preprocess::DecodeBudget;
 use crate::preprocess::decode::decode;
 use crate::preprocess::{self, Alpha};
+use crate::proto::pb;
+use crate::proto::pb::generate_response::Message;
 use crate::rpc::client::Client;
 
 /// Pictures side by side on a sheet where no input gives it its rows.

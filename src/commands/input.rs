@@ -15,9 +15,9 @@ use tokio::sync::mpsc;
 
 use crate::files::{self, Trouble};
 use crate::neighbors::find_images;
-use crate::pb;
 use crate::preprocess::{Alpha, Fit, PreprocessOptions};
-use crate::rpc::preprocess_applied;
+use crate::proto::pb;
+use crate::proto::preprocess_applied;
 
 /// What stands for standard input.
 const STDIN: &str = "-";

@@ -4,39 +4,32 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::weight_files;
-use super::{CompileOptions, Progress, Provider, Runtime, Source, compile_cached, manifest};
-use crate::config::CompileConfig;
+use super::{CompileOptions, Progress, Source, compile_cached, manifest};
+use crate::engine::runtime::Runtime;
 use crate::model;
 
-/// The directory to serve for what a user wrote after `--model`. What has
+/// Finds the directory to serve for what a user wrote after `--model`. What has
 /// weights but no graphs is compiled into the cache, unless it is there.
 ///
 /// # Errors
 ///
 /// When there is no such source, or it cannot be compiled.
 pub fn locate(
-    text: &str,
-    config: &CompileConfig,
-    provider: Provider,
+    source: &Source,
+    cache_dir: Option<&Path>,
+    options: &CompileOptions,
     runtime: impl FnOnce() -> anyhow::Result<Runtime>,
     progress: &mut dyn Progress,
 ) -> anyhow::Result<PathBuf> {
-    let source = Source::parse(text, config.revision.as_deref());
-    if let Source::Folder(folder) = &source
+    if let Source::Folder(folder) = source
         && (is_servable(folder) || weight_files(folder).is_err())
     {
         // What has neither graphs nor weights is for the model's own checks to
         // complain about.
         return Ok(folder.clone());
     }
-    let options = CompileOptions {
-        precision: config.precision,
-        provider,
-        tasks: None,
-        feature_layer: config.feature_layer,
-    };
-    let cache = self::folder(config.cache_dir.as_deref())?;
-    let (folder, _) = compile_cached(&source, &cache, &options, &runtime()?, progress)?;
+    let cache = self::folder(cache_dir)?;
+    let (folder, _) = compile_cached(source, &cache, options, &runtime()?, progress)?;
     Ok(folder)
 }
 

@@ -9,6 +9,7 @@ mod pickle;
 mod safetensors;
 mod torch;
 
+use crate::files::hex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
@@ -283,16 +284,7 @@ impl Checkpoint {
     }
 }
 
-/// Bytes as lowercase hexadecimal digits.
 #[must_use]
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 /// Row-major strides of `shape`.
 fn contiguous(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1_usize; shape.len()];

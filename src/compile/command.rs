@@ -8,11 +8,11 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{
-    CompileOptions, Manifest, Precision, Progress, Provider, Runtime, Source, Step, Task, compile,
-    manifest,
-};
+use super::manifest::Manifest;
+use super::{CompileOptions, Progress, Source, Step, compile, manifest};
 use crate::engine::onnx;
+use crate::engine::runtime::Runtime;
+use crate::model::precision::{Precision, Provider, Task};
 
 /// Make graphs that run several times faster than a published export.
 #[derive(Debug, Clone, Args)]

@@ -8,8 +8,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::error::CompileError;
 use crate::files;
+use crate::model::error::ModelFileError;
 
 /// The file's name.
 pub const FILE: &str = "config.json";
@@ -65,12 +65,12 @@ impl Architecture {
     /// # Errors
     ///
     /// When it is missing, not ImageGPT's, or asks for what is not supported.
-    pub fn read(folder: &Path) -> Result<Self, CompileError> {
+    pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
         let path = folder.join(FILE);
         let text = read(&path)?;
         let value = serde_json::from_slice(&text)
-            .map_err(|error| CompileError::config(&path, format!("is not JSON: {error}")))?;
-        Self::parse(&value).map_err(|reason| CompileError::config(&path, reason))
+            .map_err(|error| ModelFileError::content(&path, format!("is not JSON: {error}")))?;
+        Self::parse(&value).map_err(|reason| ModelFileError::content(&path, reason))
     }
 
     fn parse(value: &Value) -> Result<Self, String> {
@@ -177,15 +177,15 @@ pub(super) const BYTES_MAX: u64 = 4 << 20;
 /// # Errors
 ///
 /// When it cannot be read, or is larger than such files are.
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, CompileError> {
-    let bytes = files::read(path, BYTES_MAX).map_err(|error| CompileError::read(path, &error))?;
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, ModelFileError> {
+    let bytes = files::read(path, BYTES_MAX).map_err(|error| ModelFileError::read(path, &error))?;
     match bytes {
         Ok(Some(bytes)) => Ok(bytes),
-        Ok(None) => Err(CompileError::config(
+        Ok(None) => Err(ModelFileError::content(
             path,
             format!("has over {BYTES_MAX} bytes, which no configuration takes"),
         )),
-        Err(trouble) => Err(CompileError::Read {
+        Err(trouble) => Err(ModelFileError::Read {
             path: path.to_owned(),
             reason: trouble.to_string(),
         }),

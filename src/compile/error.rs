@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::model::error::ModelFileError;
+
 /// Every text is one sentence that says what to change.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
-    /// A file of the source cannot be read.
-    #[error("{} cannot be read: {reason}", path.display())]
-    Read { path: PathBuf, reason: String },
-    /// The source is not an ImageGPT that this compiler supports.
-    #[error("{} {reason}", path.display())]
-    Config { path: PathBuf, reason: String },
+    /// A file of the source cannot be read, or is not of an ImageGPT that this
+    /// compiler supports.
+    #[error(transparent)]
+    File(#[from] ModelFileError),
     /// The weights are missing, truncated or of another shape.
     #[error("{} {reason}", path.display())]
     Weights { path: PathBuf, reason: String },
@@ -54,14 +54,7 @@ pub enum CompileError {
 
 impl CompileError {
     pub(crate) fn read(path: &Path, error: &std::io::Error) -> Self {
-        let reason = match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => "the file is truncated".to_owned(),
-            _ => error.to_string(),
-        };
-        Self::Read {
-            path: path.to_owned(),
-            reason,
-        }
+        ModelFileError::read(path, error).into()
     }
 
     pub(crate) fn write(path: &Path, error: &std::io::Error) -> Self {
@@ -79,13 +72,6 @@ impl CompileError {
 
     pub(crate) fn weights(path: &Path, reason: impl Into<String>) -> Self {
         Self::Weights {
-            path: path.to_owned(),
-            reason: reason.into(),
-        }
-    }
-
-    pub(crate) fn config(path: &Path, reason: impl Into<String>) -> Self {
-        Self::Config {
             path: path.to_owned(),
             reason: reason.into(),
         }

@@ -10,15 +10,16 @@ mod backbone;
 mod builder;
 mod tasks;
 
+use crate::model::graph::Graph;
 use half::bf16;
 
 use super::config::Architecture;
 use super::onnx::{DataType, Model};
 use super::store::Store;
-use super::{Precision, Provider, Task};
 use crate::attention::{Int24, Kept as _};
+use crate::model::precision::{Precision, Provider};
 
-pub use self::tasks::{Norm, PREFIXES};
+pub use crate::model::graph::Norm;
 
 /// The operator that computes causal attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,71 +98,14 @@ impl Plan<'_> {
     }
 }
 
-/// One graph file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    Embed(Norm),
-    Hidden,
-    Classify,
-    Score,
-    Generate,
-}
-
-impl Kind {
-    /// The files that a task needs.
-    #[must_use]
-    pub fn of(task: Task) -> &'static [Self] {
-        match task {
-            Task::Embed => &[Self::Embed(Norm::PreAttnRms), Self::Embed(Norm::None)],
-            Task::Hidden => &[Self::Hidden],
-            Task::Classify => &[Self::Classify],
-            Task::Score => &[Self::Score],
-            Task::Generate => &[Self::Generate],
-        }
-    }
-
-    /// The name that its file begins with.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Embed(Norm::PreAttnRms) => "embed-pre_attn_rms",
-            Self::Embed(Norm::None) => "embed-none",
-            Self::Hidden => "hidden",
-            Self::Classify => "classify",
-            Self::Score => "score",
-            Self::Generate => "generate",
-        }
-    }
-
-    /// The name of its output, other than the cache.
-    #[must_use]
-    pub fn output(self) -> &'static str {
-        match self {
-            Self::Embed(_) => "features",
-            Self::Hidden => "last_hidden_state",
-            Self::Classify | Self::Generate => "logits",
-            Self::Score => "nll",
-        }
-    }
-
-    /// Layers that it runs.
-    #[must_use]
-    pub fn n_layers(self, architecture: &Architecture, feature_layer: usize) -> usize {
-        match self {
-            Self::Embed(_) => feature_layer,
-            _ => architecture.n_layers,
-        }
-    }
-
-    /// The graph itself.
-    #[must_use]
-    pub fn build(self, plan: &Plan<'_>) -> Model {
-        match self {
-            Self::Embed(norm) => tasks::embed(plan, norm),
-            Self::Hidden => tasks::hidden(plan),
-            Self::Classify => tasks::classify(plan),
-            Self::Score => tasks::score(plan),
-            Self::Generate => tasks::generate(plan),
-        }
+/// Builds a graph.
+#[must_use]
+pub fn build(graph: Graph, plan: &Plan<'_>) -> Model {
+    match graph {
+        Graph::Features(norm) => tasks::embed(plan, norm),
+        Graph::Hidden => tasks::hidden(plan),
+        Graph::Logits => tasks::classify(plan),
+        Graph::Score => tasks::score(plan),
+        Graph::Generate => tasks::generate(plan),
     }
 }

@@ -7,14 +7,16 @@ use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::hex;
 use super::config::{self, Architecture};
-use super::error::CompileError;
-use super::{Precision, Provider, Task};
+use crate::files::hex;
+use crate::model::error::ModelFileError;
 use crate::model::files::{self, Sha256Digest};
+use crate::model::precision::{Precision, Provider, Task};
 
 /// The file's name.
 pub const FILE: &str = "imagegpt.json";
+/// File of all weights, beside the graphs.
+pub const WEIGHTS_FILE: &str = "weights.bin";
 /// Counts up when older readers would be wrong about a folder.
 pub const FORMAT: u32 = 6;
 
@@ -94,10 +96,10 @@ impl Manifest {
     ///
     /// When there is none, or it is of another format, or a file that it
     /// names is missing or of another size.
-    pub fn read(folder: &Path) -> Result<Self, CompileError> {
+    pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
         let path = folder.join(FILE);
         let text = config::read(&path)?;
-        let refuse = |reason: String| CompileError::config(&path, reason);
+        let refuse = |reason: String| ModelFileError::content(&path, reason);
         let manifest: Self = serde_json::from_slice(&text)
             .map_err(|error| refuse(format!("is not a compiled folder's: {error}")))?;
         if manifest.format != FORMAT {
@@ -113,7 +115,7 @@ impl Manifest {
             )));
         }
         let graphs = manifest.graphs.values().map(|graph| graph.file.as_str());
-        for needed in graphs.chain([super::store::FILE]) {
+        for needed in graphs.chain([crate::compile::manifest::WEIGHTS_FILE]) {
             if !manifest.files.contains_key(needed) {
                 return Err(refuse(format!(
                     "does not list {needed}; compile the model again"
@@ -165,8 +167,8 @@ impl Manifest {
     /// # Errors
     ///
     /// When one is another, with all that are; or when nothing was recorded.
-    pub fn verify(&self, folder: &Path) -> Result<(), CompileError> {
-        let refuse = |reason: String| CompileError::config(folder, reason);
+    pub fn verify(&self, folder: &Path) -> Result<(), ModelFileError> {
+        let refuse = |reason: String| ModelFileError::content(folder, reason);
         let digests = self.digests().map_err(refuse)?;
         if digests.is_empty() {
             return Err(refuse(

@@ -1,5 +1,6 @@
 //! Where a model comes from.
 
+use crate::model::error::ModelFileError;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,13 +12,6 @@ use super::random::{self, PREFIX, Scratch};
 
 /// The preprocessor's settings and palette, which `serve` needs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
-
-/// What can be served, for whoever named something else.
-pub const ACCEPTED: &str = "--model takes a folder that `imagegpt compile` made, a Hugging Face folder \
-                            with weights (model.safetensors or pytorch_model.bin), a folder of ONNX \
-                            graphs (model.onnx or model_classification.onnx, beside \
-                            preprocessor_config.json), a hub id such as openai/imagegpt-small, or \
-                            random:small";
 
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,12 +80,13 @@ impl Source {
                 revision: None,
                 scratch: None,
             }),
-            Self::Folder(folder) => Err(CompileError::Read {
+            Self::Folder(folder) => Err(ModelFileError::Read {
                 path: folder.clone(),
                 reason: "there is no such folder, and it is no hub id like \
                          openai/imagegpt-small"
                     .to_owned(),
-            }),
+            }
+            .into()),
             Self::Hub {
                 repository,
                 revision,

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::hex;
 use super::config;
 use super::error::CompileError;
+use crate::files::hex;
 use crate::model::files;
 
 /// Directory that a compiled model is made in.

@@ -4,18 +4,19 @@
 //! memory; a graph that is tried maps it. Tensors start at multiples of a page,
 //! which is what mapping asks for.
 
+use crate::compile::manifest::WEIGHTS_FILE;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use super::config::Architecture;
 use super::error::CompileError;
 use super::onnx::{DataType, StringEntry, Tensor};
 use super::weights::Dense;
-use super::{Precision, config::Architecture, weights::Weights};
+use super::weights::Weights;
+use crate::model::precision::Precision;
 
-/// The file's name.
-pub const FILE: &str = "weights.bin";
 const ALIGNMENT: u64 = 4096;
 
 /// The tensors of `weights.bin`, as graphs refer to them.
@@ -121,7 +122,7 @@ pub fn write(
         n_layers,
         ..
     } = weights.architecture;
-    let mut writer = Writer::create(folder.join(FILE))?;
+    let mut writer = Writer::create(folder.join(WEIGHTS_FILE))?;
     let float = precision.activation();
     writer.floats(
         "wte",
@@ -319,7 +320,7 @@ impl Writer {
             name: name.to_owned(),
             raw_data: Vec::new(),
             external_data: vec![
-                entry("location", FILE.to_owned()),
+                entry("location", WEIGHTS_FILE.to_owned()),
                 entry("offset", offset.to_string()),
                 entry("length", bytes.len().to_string()),
             ],

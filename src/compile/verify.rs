@@ -13,13 +13,14 @@ use ort::value::Tensor;
 
 use super::config::Architecture;
 use super::error::CompileError;
-use super::graph::{Kind, Norm, Plan};
+use super::graph::Plan;
 use super::manifest::GraphFacts;
 use super::onnx::Model;
 use super::reference::{self, Trace};
 use super::weights::Weights;
-use super::{Provider, Task};
 use crate::engine::runtime::{Operators, Residence, Runtime, what_ran};
+use crate::model::graph::{Graph, Norm};
+use crate::model::precision::{Provider, Task};
 
 /// Sequences in the trial: two show that rows do not mix.
 pub const N_SEQUENCES: usize = 2;
@@ -125,14 +126,14 @@ impl Trial {
     /// the fused operators of `model`.
     pub fn judge(
         &self,
-        kind: Kind,
+        kind: Graph,
         plan: &Plan<'_>,
         model: &Model,
         file: &Path,
         runtime: &Runtime,
     ) -> Result<(Nearness, Operators), CompileError> {
         let failed = |reason: String| CompileError::Runtime {
-            graph: kind.name().to_owned(),
+            graph: kind.file_stem().to_owned(),
             reason,
         };
         let profile: PathBuf = file.with_extension("profile");
@@ -141,7 +142,7 @@ impl Trial {
             residence: Residence::Packed,
             ..runtime.clone()
         };
-        let served = if kind == Kind::Generate {
+        let served = if kind == Graph::Generate {
             &packed
         } else {
             runtime
@@ -149,7 +150,7 @@ impl Trial {
         let mut session = served
             .open(file, Some(&profile))
             .map_err(|error| failed(error.to_string()))?;
-        let nearness = if kind == Kind::Generate {
+        let nearness = if kind == Graph::Generate {
             generate::nearness(self, &mut session, plan, runtime.provider)
                 .map_err(|error| failed(error.to_string()))?
         } else {
@@ -160,7 +161,7 @@ impl Trial {
                 .run(inputs)
                 .map_err(|error| failed(error.to_string()))?;
             let (shape, values) = outputs
-                .get(kind.output())
+                .get(kind.output_name())
                 .ok_or_else(|| failed("it has no output".to_owned()))?
                 .try_extract_tensor::<f32>()
                 .map_err(|error| failed(error.to_string()))?;
@@ -173,11 +174,11 @@ impl Trial {
             // Not a number is not near either.
             if error.is_nan() || *error > tolerance {
                 let output = match kind {
-                    Kind::Embed(_) => format!("{} of layer {idx}", kind.output()),
-                    _ => kind.output().to_owned(),
+                    Graph::Features(_) => format!("{} of layer {idx}", kind.output_name()),
+                    _ => kind.output_name().to_owned(),
                 };
                 return Err(CompileError::Tolerance {
-                    graph: kind.name().to_owned(),
+                    graph: kind.file_stem().to_owned(),
                     output,
                     precision: plan.precision.name(),
                     error: *error,
@@ -193,11 +194,11 @@ impl Trial {
         Ok((nearness, operators))
     }
 
-    fn inputs(&self, kind: Kind) -> ort::Result<Vec<(&'static str, SessionInputValue<'static>)>> {
+    fn inputs(&self, kind: Graph) -> ort::Result<Vec<(&'static str, SessionInputValue<'static>)>> {
         let shape = [self.sequences.len(), self.n_positions()];
         let ids = Tensor::from_array((shape, self.sequences.concat()))?;
         let mut inputs = vec![("input_ids", ids.into())];
-        if kind == Kind::Score {
+        if kind == Graph::Score {
             let targets = self
                 .targets
                 .iter()
@@ -208,10 +209,10 @@ impl Trial {
         Ok(inputs)
     }
 
-    fn nearness(&self, kind: Kind, values: &[f32], row_width: usize) -> Nearness {
+    fn nearness(&self, kind: Graph, values: &[f32], row_width: usize) -> Nearness {
         let width = self.architecture.width;
         match kind {
-            Kind::Embed(norm) => {
+            Graph::Features(norm) => {
                 let layers = match norm {
                     Norm::PreAttnRms => &self.trace.normed,
                     Norm::None => &self.trace.raw,
@@ -230,14 +231,14 @@ impl Trial {
                 }
                 Nearness { errors, cosine }
             }
-            Kind::Hidden => Nearness::of(values, &self.trace.hidden, row_width),
-            Kind::Classify => Nearness::of(values, &self.class_logits, self.n_classes),
-            Kind::Score => {
+            Graph::Hidden => Nearness::of(values, &self.trace.hidden, row_width),
+            Graph::Logits => Nearness::of(values, &self.class_logits, self.n_classes),
+            Graph::Score => {
                 let n_colors = self.architecture.n_colors();
                 let expected = reference::nll(&self.language_logits, &self.targets, n_colors);
                 Nearness::of(values, &expected, row_width)
             }
-            Kind::Generate => Nearness::of(values, &self.language_logits, row_width),
+            Graph::Generate => Nearness::of(values, &self.language_logits, row_width),
         }
     }
 
@@ -245,7 +246,7 @@ impl Trial {
     #[must_use]
     pub fn facts(
         &self,
-        kind: Kind,
+        kind: Graph,
         task: Task,
         plan: &Plan<'_>,
         (nearness, operators): (Nearness, Operators),
@@ -256,7 +257,7 @@ impl Trial {
             "the reference ran as far as any graph"
         );
         GraphFacts {
-            file: format!("{}.onnx", kind.name()),
+            file: format!("{}.onnx", kind.file_stem()),
             task,
             n_layers,
             flop: plan
@@ -324,7 +325,7 @@ const FUSED: [&str; 13] = [
 ];
 
 fn check_fused(
-    kind: Kind,
+    kind: Graph,
     model: &Model,
     operators: &Operators,
     provider: Provider,
@@ -345,7 +346,7 @@ fn check_fused(
         let found = ran(operator).unwrap_or(0) + joined.unwrap_or(0);
         if found < expected {
             return Err(CompileError::NotFused {
-                graph: kind.name().to_owned(),
+                graph: kind.file_stem().to_owned(),
                 operator: operator.to_owned(),
                 provider: provider.to_owned(),
                 found,

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::flags::{Context, Dtype, EmbedArgs, Norm, Pooling, Task, TaskConfig};
-use crate::pb;
 use crate::preprocess::PreprocessOptions;
-use crate::rpc::{pool, preprocess_applied};
+use crate::proto::pb;
+use crate::proto::preprocess_applied;
+use crate::rpc::pool;
 
 /// Whether the model can do what is asked, and says what it means.
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {

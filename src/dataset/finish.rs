@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::Ended;
 use super::journal::{self, Manifest, ModelFact, PartId, Record};
 use super::sink::Sink;
-use crate::compile::checkpoint::hex;
+use crate::files::hex;
 
 /// A summary of all parts, once they are there.
 const SUMMARY: &str = "_imagegpt/summary.json";

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::config::LogConfig;
 use crate::preprocess::{Alpha, Fit};
 use crate::rpc::client::ConnectConfig;
+use crate::telemetry::LogConfig;
 
 /// Embed, classify or score a dataset of any size; killed at any moment, the same
 /// command goes on where it was.

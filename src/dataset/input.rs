@@ -23,8 +23,8 @@ use super::location::Location;
 use super::memory::{ImageMemory, Room};
 use super::plan::{Kind, Shard};
 use super::ranged::Ranged;
-use crate::engine::panic_text;
 use crate::rpc::pool::Fault;
+use crate::telemetry::panic_text;
 
 pub(super) use self::files::{Listing, Row};
 

@@ -31,9 +31,9 @@ use super::plan::Shard;
 use super::progress::{Counts, Progress, Terminal};
 use super::sink::Sink;
 use super::table::{self, Row, Shape};
-use crate::compile::checkpoint::hex;
-use crate::engine::panic_text;
+use crate::files::hex;
 use crate::rpc::pool::{Answer, Done, Fault, Pool, Task};
+use crate::telemetry::panic_text;
 
 /// Parts that are begun and not yet written: one that is read, one whose last
 /// answers come, one that is written, and one for the slowest answer.

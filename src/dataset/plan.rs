@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::input::{Listing, Row};
 use super::location::{Entry, Location, Stores, expand, fault};
-use crate::compile::checkpoint::hex;
+use crate::files::hex;
 use crate::files::{IMAGES, Trouble};
 use crate::rpc::pool::Fault;
 

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use super::flags::{Dtype, Format};
 use super::journal::PartId;
-use crate::pb;
+use crate::proto::pb;
 use crate::rpc::pool::{Answer, Fault};
 
 /// The key of what a file says of itself, as JSON.

@@ -3,6 +3,7 @@
 
 mod cuda;
 
+use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 
 use bytesize::ByteSize;
@@ -13,10 +14,9 @@ use super::library::{CudaProvider, Library};
 use super::machine::Machine;
 use super::report::{Check, Device, Outcome, Report};
 use super::trial::Tried;
-use crate::compile;
-use crate::engine::onnx::Provider;
 use crate::engine::runtime::MINOR_VERSION_MIN;
 use crate::gpu::{Gpus, Usage};
+use crate::model::precision::ProviderChoice;
 
 /// Less is tight: a worker of imagegpt-small takes 0.6 GiB (`make bench-memory`),
 /// and requests in flight take theirs.
@@ -31,7 +31,7 @@ const OPEN_FILES_MIN: u64 = 2048;
 /// What the worker is to serve with.
 #[derive(Debug, Clone)]
 pub(super) struct Asked {
-    pub(super) provider: Provider,
+    pub(super) provider: ProviderChoice,
     pub(super) device_ids: Vec<i32>,
 }
 
@@ -141,7 +141,7 @@ impl Side {
 pub(super) fn judge(
     asked: &Asked,
     found: &Found,
-    try_out: &mut dyn FnMut(compile::Provider, i32) -> Tried,
+    try_out: &mut dyn FnMut(Provider, i32) -> Tried,
 ) -> Report {
     let library = library(&found.library);
     let mut cpu = Side {
@@ -150,18 +150,16 @@ pub(super) fn judge(
     };
     let mut cuda = Side::new(cuda::findings(asked, found));
     let (wants_cpu, wants_cuda) = (
-        asked.provider != Provider::Cuda,
-        asked.provider != Provider::Cpu,
+        asked.provider != ProviderChoice::Cuda,
+        asked.provider != ProviderChoice::Cpu,
     );
     if wants_cpu {
-        cpu.try_out("inference on cpu".to_owned(), || {
-            try_out(compile::Provider::Cpu, 0)
-        });
+        cpu.try_out("inference on cpu".to_owned(), || try_out(Provider::Cpu, 0));
     }
     if wants_cuda {
         for &id in &asked.device_ids {
             cuda.try_out(format!("inference on cuda:{id}"), || {
-                try_out(compile::Provider::Cuda, id)
+                try_out(Provider::Cuda, id)
             });
         }
     }
@@ -190,7 +188,7 @@ pub(super) fn judge(
         let has_gpu = found.gpus.as_ref().map_or(true, |Seen { gpus, .. }| {
             !gpus.devices.is_empty() || gpus.driver_version.is_some()
         });
-        let is_asked = asked.provider == Provider::Cuda;
+        let is_asked = asked.provider == ProviderChoice::Cuda;
         checks.extend(cuda.checks(bad(has_gpu || is_asked)));
     } else {
         checks.push(Check {

@@ -1,6 +1,7 @@
 //! One model run on one provider, through the engine that would serve it, in a
 //! process of its own.
 
+use crate::model::precision::Provider;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,12 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::{DoctorArgs, child};
 use crate::compile::command::Bars;
 use crate::compile::random::Scratch;
-use crate::compile::{self, Precision, Progress, Silent};
+use crate::compile::{Progress, Silent};
 use crate::config::ServeConfig;
-use crate::engine::{Engine, Graph, Row, Run, Stop};
-use crate::job::Want;
+use crate::engine::{Engine, Row, Run, Stop};
 use crate::local;
 use crate::model::Model;
+use crate::model::graph::Graph;
+use crate::model::graph::Want;
+use crate::model::precision::Precision;
 use crate::worker::onnx_factory;
 
 /// A trial that takes longer hangs: a tiny model takes seconds, and one of
@@ -40,14 +43,14 @@ pub(super) enum Tried {
 }
 
 /// Has another process try it.
-pub(super) fn in_a_process(args: &DoctorArgs, provider: compile::Provider, id: i32) -> Tried {
+pub(super) fn in_a_process(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     let id = id.to_string();
     let question = ["--trial", provider.name(), "--device-id", &id];
     child::ask(args, &question, TIME_MAX).unwrap_or_else(|lost| Tried::Failed(lost.to_string()))
 }
 
 /// Tries it in this process.
-pub(super) fn here(args: &DoctorArgs, provider: compile::Provider, id: i32) -> Tried {
+pub(super) fn here(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     let scratch = match &args.model {
         Some(_) => None,
         None => match Scratch::new("doctor").context("TMPDIR names it") {
@@ -72,7 +75,7 @@ pub(super) fn here(args: &DoctorArgs, provider: compile::Provider, id: i32) -> T
 /// As `serve` would run the model by these flags.
 fn config(
     args: &DoctorArgs,
-    provider: compile::Provider,
+    provider: Provider,
     id: i32,
     model: &str,
 ) -> anyhow::Result<ServeConfig> {
@@ -97,7 +100,7 @@ fn config(
 /// The same for a tiny model, which is compiled in the folder `scratch`.
 fn tiny_config(
     args: &DoctorArgs,
-    provider: compile::Provider,
+    provider: Provider,
     id: i32,
     scratch: &Path,
 ) -> anyhow::Result<ServeConfig> {
@@ -113,7 +116,7 @@ fn tiny_config(
 
 fn run(
     config: &ServeConfig,
-    provider: compile::Provider,
+    provider: Provider,
     progress: &mut dyn Progress,
 ) -> anyhow::Result<String> {
     let folder = local::locate(config, progress)?;

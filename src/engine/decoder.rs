@@ -12,12 +12,15 @@
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
-use super::{Buckets, Engine, EngineError, Feed, FeedRow, SequenceFacts, Sequences, panic_text};
+use super::error::EngineError;
+use super::turn::Sequences;
+use super::{Buckets, Engine, Feed, FeedRow, SequenceFacts};
 use crate::attention::SharedPrefix;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
-use crate::job::Class;
+use crate::job::class::Class;
 use crate::metrics::{Fault, Metrics};
+use crate::telemetry::panic_text;
 
 mod prefixes;
 

@@ -5,8 +5,43 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::{DeviceIdx, EngineError, EngineFactory, Facts, Failure, FailureKind, State};
+use super::error::EngineError;
+use super::{EngineFactory, Facts};
 use crate::metrics::Metrics;
+
+/// Which of a worker's engines: its place in `--device-id`, counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DeviceIdx(pub usize);
+
+/// Where a worker's engines are in their life, all taken together.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// Loading and warming up.
+    Loading,
+    /// All were loaded, and one at least still serves.
+    Ready(Facts),
+    /// Ended in good order after the last batch.
+    Stopped,
+    /// One was never started, or the last has ended before its time; the process
+    /// should end too.
+    Failed(Failure),
+}
+
+/// Why a worker cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub reason: String,
+}
+
+/// Who is to blame for a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// One of the worker's own stages.
+    Worker,
+    /// The device or the runtime on it: a restart elsewhere may be better.
+    Device,
+}
 
 /// A device's engine that is yet to be made.
 pub struct DeviceEngine {

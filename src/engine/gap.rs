@@ -8,7 +8,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Engine, EngineError, Facts, Feed, Run, Span, Stop, Warm};
+use super::error::EngineError;
+use super::{Engine, Facts, Feed, Run, Span, Stop, Warm};
 use crate::metrics::EngineGap;
 
 /// An engine whose gaps are measured.

@@ -9,7 +9,6 @@
 
 mod answers;
 mod arena;
-mod failure;
 mod library;
 mod load;
 mod placement;
@@ -17,6 +16,7 @@ mod probe;
 mod sequences;
 mod whole;
 
+use crate::engine::error::cannot_be_had;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,39 +25,27 @@ use std::time::{Duration, Instant};
 use ort::environment::Environment;
 use ort::session::builder::SessionBuilder;
 
-use self::failure::runtime;
 use self::load::Loader;
 use self::sequences::SequenceEngine;
 use self::whole::{Batch, WholeGraph};
+use super::error::EngineError;
+use super::error::runtime;
 use super::runtime::{Residence, Runtime, operators};
-use super::{
-    Buckets, Engine, EngineError, Facts, Fallback, FallbackKind, Feed, Graph, Row, Run, Span, Stop,
-    Warm,
-};
-use crate::compile;
-use crate::job::{Layers, Want};
+use super::{Buckets, Engine, Facts, Fallback, FallbackKind, Feed, Row, Run, Span, Stop, Warm};
 use crate::model::GraphFiles;
+use crate::model::graph::Graph;
+use crate::model::graph::{Layers, Want};
+use crate::model::precision::{Provider, ProviderChoice};
 
 pub use self::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use self::probe::probe;
-
-/// What runs the graphs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Provider {
-    /// CUDA if it can be had, else the CPU, and the log says which.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU; the worker does not start without one.
-    Cuda,
-}
 
 /// All that an engine is made from.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where the runtime's library is.
     pub library: PathBuf,
-    pub provider: Provider,
+    pub provider: ProviderChoice,
     /// Which GPU.
     pub device_id: i32,
     /// Threads of one run; 0 lets the runtime take one a physical core.
@@ -79,7 +67,7 @@ pub struct Options {
     /// name to say if it does not fit.
     pub head_widths: Vec<(usize, String)>,
     /// What the graphs were compiled for; `None` for a published export.
-    pub compiled_for: Option<compile::Provider>,
+    pub compiled_for: Option<Provider>,
     /// The batch sizes; the warm-up runs at each, so that no caller's batch is
     /// the first of its size.
     pub buckets: Buckets,
@@ -163,8 +151,8 @@ impl OnnxEngine {
         let served = |graph| graph != Graph::Generate || options.generate_slots > 0;
         let graphs = options.graphs.iter().filter(|(graph, _)| served(**graph));
         // Only graphs of ours, on a CPU, compute from weights where they lie.
-        let shares = options.compiled_for == Some(compile::Provider::Cpu)
-            && runtime.provider == compile::Provider::Cpu;
+        let shares =
+            options.compiled_for == Some(Provider::Cpu) && runtime.provider == Provider::Cpu;
         let sharing = graphs.clone().map(|(_, path)| path).filter(|_| shares);
         let mut loader = Loader::new(options.files.clone(), sharing)?;
         for (&graph, path) in graphs {
@@ -412,8 +400,8 @@ fn no_graph(graph: Graph) -> EngineError {
 /// Graphs that were compiled for one provider are slow on another or do not
 /// run there.
 fn check_compiled_for(
-    compiled_for: Option<compile::Provider>,
-    provider: compile::Provider,
+    compiled_for: Option<Provider>,
+    provider: Provider,
 ) -> Result<(), EngineError> {
     match compiled_for {
         Some(made) if made != provider => {
@@ -435,29 +423,27 @@ fn choose(
 ) -> Result<Runtime, EngineError> {
     let of = |provider| runtime_of(environment.clone(), options, provider);
     let provider = match (options.provider, options.compiled_for) {
-        (Provider::Cpu, _) | (Provider::Auto, Some(compile::Provider::Cpu)) => {
-            compile::Provider::Cpu
-        }
+        (ProviderChoice::Cpu, _) | (ProviderChoice::Auto, Some(Provider::Cpu)) => Provider::Cpu,
         // Graphs for CUDA have nowhere to fall back to.
-        (Provider::Cuda, _) | (Provider::Auto, Some(compile::Provider::Cuda)) => {
-            probe(&of(compile::Provider::Cuda)?)?;
-            compile::Provider::Cuda
+        (ProviderChoice::Cuda, _) | (ProviderChoice::Auto, Some(Provider::Cuda)) => {
+            probe(&of(Provider::Cuda)?)?;
+            Provider::Cuda
         }
-        (Provider::Auto, None) => match probe(&of(compile::Provider::Cuda)?) {
-            Ok(()) => compile::Provider::Cuda,
+        (ProviderChoice::Auto, None) => match probe(&of(Provider::Cuda)?) {
+            Ok(()) => Provider::Cuda,
             Err(error) => {
                 tracing::info!(%error, "no CUDA execution provider; running on the CPU");
                 fallbacks.push(Fallback {
                     kind: FallbackKind::Cuda,
                     reason: error.to_string(),
                 });
-                compile::Provider::Cpu
+                Provider::Cpu
             }
         },
     };
     let mut runtime = of(provider)?;
     // Without a limit a GPU's sessions have arenas of their own, as is usual.
-    if provider == compile::Provider::Cpu || options.gpu_memory_limit.is_some() {
+    if provider == Provider::Cpu || options.gpu_memory_limit.is_some() {
         let limit = runtime.gpu_memory_limit;
         arena::share(environment, provider, runtime.device_id, limit).map_err(|error| {
             EngineError::NotLoaded(format!("no arena for {}: {error}", provider.name()))
@@ -486,10 +472,10 @@ fn choose(
 /// When ONNX Runtime cannot be used.
 pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
     if let Some(compiled_for) = options.compiled_for {
-        return Ok(compiled_for == compile::Provider::Cuda);
+        return Ok(compiled_for == Provider::Cuda);
     }
     let environment = environment(&options.library)?;
-    let cuda = runtime_of(environment, options, compile::Provider::Cuda)?;
+    let cuda = runtime_of(environment, options, Provider::Cuda)?;
     Ok(probe(&cuda).is_ok())
 }
 
@@ -497,7 +483,7 @@ pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
 fn runtime_of(
     environment: Environment,
     options: &Options,
-    provider: compile::Provider,
+    provider: Provider,
 ) -> Result<Runtime, EngineError> {
     let (operators, residence) = if options.compiled_for.is_some() {
         // Compiled graphs share one file's weights and compute from where they
@@ -507,7 +493,7 @@ fn runtime_of(
     } else {
         (None, Residence::Packed)
     };
-    let is_cuda = provider == compile::Provider::Cuda;
+    let is_cuda = provider == Provider::Cuda;
     Ok(Runtime {
         environment,
         provider,
@@ -529,17 +515,6 @@ fn builder(runtime: &Runtime) -> Result<SessionBuilder, EngineError> {
         .builder()
         .and_then(recording)
         .map_err(|error| cannot_be_had(runtime.provider, &error))
-}
-
-fn cannot_be_had(provider: compile::Provider, error: &ort::Error) -> EngineError {
-    match provider {
-        compile::Provider::Cpu => runtime(error),
-        compile::Provider::Cuda => EngineError::Provider(format!(
-            "the CUDA execution provider cannot be used: {error}; `imagegpt doctor` says what is \
-             missing; it needs a GPU, onnxruntime-gpu's library by --onnxruntime and CUDA's \
-             libraries on LD_LIBRARY_PATH; or choose --execution-provider cpu"
-        )),
-    }
 }
 
 impl Engine for OnnxEngine {

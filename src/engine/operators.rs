@@ -11,8 +11,8 @@ pub use self::attention::CAUSAL_ATTENTION;
 pub use self::layers::LAYERS;
 use self::quick_gelu::QuickGelu;
 pub use self::quick_gelu::{FACTOR as QUICK_GELU_FACTOR, QUICK_GELU_BF16, QUICK_GELU_FP16};
-use crate::compile::Provider;
 use crate::gpu::kernels::Half;
+use crate::model::precision::Provider;
 
 mod attention;
 mod layers;

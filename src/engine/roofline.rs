@@ -16,13 +16,13 @@ use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor};
 use prost::Message as _;
 
-use super::EngineError;
+use super::error::EngineError;
 use super::runtime::{Residence, Runtime};
 use crate::compile::onnx::{
     DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, Tensor as Constant,
     ValueInfo,
 };
-use crate::compile::{Precision, Provider};
+use crate::model::precision::{Precision, Provider};
 
 /// Where and how products are computed.
 #[derive(Debug, Clone, Copy)]

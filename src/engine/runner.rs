@@ -17,18 +17,20 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::decoder::Decoder;
+use super::devices::DeviceIdx;
 use super::devices::Reports;
+use super::error::EngineError;
 use super::gap::Metered;
-use super::owed::Owed;
-use super::{
-    Batch, Buckets, DeviceIdx, Engine, EngineError, EngineFactory, Graph, Notice, Ran, Row, Run,
-    Slot, Stop, Turn, Unit, panic_text,
-};
+use super::turn::Owed;
+use super::turn::{Batch, Notice, Ran, Slot, Turn, Unit};
+use super::{Buckets, Engine, EngineFactory, Row, Run, Stop};
 use crate::batcher::Batcher;
 use crate::cache::Cache;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
 use crate::metrics::{EngineGap, Fault, Metrics};
+use crate::model::graph::Graph;
+use crate::telemetry::panic_text;
 
 /// What the thread needs besides the engine.
 pub(crate) struct Runner {

@@ -14,8 +14,8 @@ use prost::Message as _;
 use serde::Deserialize;
 
 use super::roofline;
-use crate::compile::Provider;
 use crate::compile::onnx::DataType;
+use crate::model::precision::Provider;
 
 /// What sessions do with `weights.bin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

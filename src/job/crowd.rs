@@ -26,7 +26,7 @@ enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Left {
     pub n_tickets: usize,
-    pub class: Option<super::Class>,
+    pub class: Option<crate::job::class::Class>,
     pub deadline: Option<Instant>,
 }
 
@@ -133,7 +133,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::job::{Answer, Class, Reply};
+    use crate::job::class::Class;
+    use crate::job::{Answer, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use sha2::{Digest, Sha256};
 
-use crate::compile::checkpoint::hex;
+use crate::files::hex;
 
 /// Bytes read at once.
 const CHUNK: usize = 1 << 20;

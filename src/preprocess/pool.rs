@@ -5,41 +5,21 @@
 //! decoded, and are only checked, where they arrive. A job whose caller has gone
 //! or whose deadline has passed is dropped before it is decoded, and while it is.
 
+use crate::preprocess::Picture;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use super::cost::DecodeCost;
 use super::queue::{Queue, Reach};
-use super::{DecodeBudget, ImageInput, PreprocessError, PreprocessOptions, Preprocessor};
+use super::{DecodeBudget, ImageInput, PreprocessError, Preprocessor};
 use crate::batcher::Arrival;
 use crate::error::{Error, Stage};
 use crate::generation::Sequence;
-use crate::job::{Answer, Context, Job, Work};
+use crate::job::{Answer, Job, Work};
 use crate::metrics::Metrics;
-
-/// An image and how it becomes tokens.
-#[derive(Debug, Clone)]
-pub struct Picture {
-    pub input: ImageInput,
-    pub options: PreprocessOptions,
-}
-
-impl Picture {
-    /// Whether it takes a few microseconds to check and nothing else, which a
-    /// thread of its own would take longer to wake up for.
-    #[must_use]
-    pub fn is_tokens(&self) -> bool {
-        matches!(self.input, ImageInput::Tokens(_))
-    }
-
-    /// Estimates what the picture costs a preprocessing thread.
-    pub(crate) fn cost(&self) -> DecodeCost {
-        DecodeCost::of(&self.input)
-    }
-}
+use crate::model::graph::Context;
 
 /// The life of one preprocessing thread: until the door is closed.
 pub(crate) fn run(desk: &Desk, pictures: &Queue, reach: Reach) {

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use super::Picture;
 use super::cost::DecodeCost;
-use super::pool::Picture;
 use crate::error::{Error, Stage};
-use crate::job::{Class, Job};
+use crate::job::Job;
+use crate::job::class::Class;
 use crate::metrics::Metrics;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 

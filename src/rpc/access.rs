@@ -3,10 +3,11 @@
 use tokio::task::JoinSet;
 
 use super::auth::Tokens;
-use super::reload::{Follower, Latest, Source};
+use super::reload::{Follower, Latest};
 use super::tls::Tls;
 use super::web::Web;
 use crate::config::AccessConfig;
+use crate::files::FlagFile;
 use crate::metrics::Metrics;
 
 /// Who is let in and how, with the files that say so read once.
@@ -33,18 +34,18 @@ impl Access {
     pub fn open(config: &AccessConfig) -> anyhow::Result<Self> {
         let tls = match (&config.tls_cert, &config.tls_key) {
             (Some(certificate), Some(key)) => Some(Tls::open(
-                Source::new("--tls-cert", certificate),
-                Source::new("--tls-key", key),
+                FlagFile::new("--tls-cert", certificate),
+                FlagFile::new("--tls-key", key),
                 config
                     .tls_client_ca
                     .as_ref()
-                    .map(|ca| Source::new("--tls-client-ca", ca)),
+                    .map(|ca| FlagFile::new("--tls-client-ca", ca)),
                 config.grpc_web,
             )?),
             _ => None,
         };
         let tokens = match &config.auth_tokens_file {
-            Some(path) => Some(Tokens::open(Source::new("--auth-tokens-file", path))?),
+            Some(path) => Some(Tokens::open(FlagFile::new("--auth-tokens-file", path))?),
             None => None,
         };
         let web = Web::new(config);

@@ -32,11 +32,11 @@ use http_body::{Body as _, Frame, SizeHint};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::codec::{Growth, malformed};
 use super::status;
-use crate::admission::{Pool, Share};
+use crate::admission::pool::{Pool, Share};
 use crate::error::{Error, Stage};
-use crate::job::Class;
+use crate::job::class::Class;
+use crate::proto::codec::{Growth, malformed};
 use crate::readiness::Readiness;
 
 /// When a request that did not fit while it arrived should come again.

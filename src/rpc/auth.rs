@@ -12,9 +12,10 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 
 use super::listen::Peer;
-use super::reload::{Follower, Latest, Source, open};
+use super::reload::{Follower, Latest, open};
 use super::status;
 use crate::error::Error;
+use crate::files::FlagFile;
 use crate::metrics::access::AccessFile;
 
 /// Shorter ones can be guessed: 16 random letters and digits are 95 bits.
@@ -30,7 +31,7 @@ pub(super) const OPEN: &str = "/grpc.health.v1.Health/";
 pub(super) struct Tokens(Vec<[u8; 32]>);
 
 impl Tokens {
-    pub(super) fn open(source: Source) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
+    pub(super) fn open(source: FlagFile) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let name = source.to_string();
         open(AccessFile::Tokens, vec![source], move |contents| {
             Self::parse(&contents[0]).with_context(|| name.clone())

@@ -15,9 +15,9 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use super::reload::Source;
-use crate::pb;
-use crate::pb::image_gpt_service_client::ImageGptServiceClient;
+use crate::files::FlagFile;
+use crate::proto::pb;
+use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 
 /// How long to look for the worker before giving up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -130,7 +130,7 @@ impl ConnectConfig {
 }
 
 fn read(flag: &'static str, path: &Path) -> anyhow::Result<Vec<u8>> {
-    Source::new(flag, path).read()
+    FlagFile::new(flag, path).read()
 }
 
 /// Puts the token into each call.
@@ -467,7 +467,7 @@ impl CallError {
 
 fn call_failed(status: &Status) -> anyhow::Error {
     anyhow::Error::new(CallError {
-        code: super::status::name(status.code()),
+        code: crate::proto::code_name(status.code()),
         message: status.message().to_owned(),
     })
 }

@@ -2,16 +2,18 @@
 
 use bytes::Bytes;
 
+use crate::engine;
 use crate::engine::devices::Device;
-use crate::engine::{self, Graph};
 use crate::error::Error;
 use crate::gpu::Gpus;
 use crate::head::Head;
-use crate::job::{Context, Norm, Want, Work};
+use crate::job::Work;
+use crate::model::graph::Graph;
+use crate::model::graph::{Context, Norm, Want};
 use crate::model::{Activation, Model, Task};
-use crate::pb;
-use crate::preprocess::pool::Picture;
+use crate::preprocess::Picture;
 use crate::preprocess::{Alpha, Fit, ImageInput, PreprocessOptions};
+use crate::proto::pb;
 
 /// The images of a call: what can be tried, and what cannot with the reason.
 pub(super) fn pictures(
@@ -68,21 +70,6 @@ pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessO
 }
 
 /// The options as the contract has them.
-pub(crate) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
-    pb::Preprocess {
-        fit: match options.fit {
-            Fit::Squash => pb::Fit::Squash,
-            Fit::CenterCrop => pb::Fit::CenterCrop,
-        }
-        .into(),
-        alpha: match options.alpha {
-            Alpha::Drop => pb::Alpha::Drop,
-            Alpha::White => pb::Alpha::White,
-        }
-        .into(),
-    }
-}
-
 pub(super) fn context(value: i32) -> Result<Context, Error> {
     Ok(match known("context", value)? {
         pb::Context::Unspecified | pb::Context::Raw => Context::Raw,

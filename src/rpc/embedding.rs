@@ -4,10 +4,12 @@
 use super::convert;
 use crate::engine::Facts;
 use crate::error::Error;
-use crate::job::{Answer, Context, Norm, Want, Work};
+use crate::job::{Answer, Work};
 use crate::model::Model;
-use crate::pb;
+use crate::model::graph::{Context, Norm, Want};
 use crate::preprocess::PreprocessOptions;
+use crate::proto;
+use crate::proto::pb;
 
 /// Options that the model can serve.
 #[derive(Debug)]
@@ -89,7 +91,7 @@ impl Embedding {
     /// streams alone are the caller's to add.
     pub(super) fn applied(&self, model: &Model) -> pb::EmbedStreamOptions {
         pb::EmbedStreamOptions {
-            preprocess: Some(convert::preprocess_applied(self.preprocess)),
+            preprocess: Some(proto::preprocess_applied(self.preprocess)),
             context: convert::context_applied(self.context),
             pooling: convert::pooling_applied(self.want),
             normalize: self.normalize,

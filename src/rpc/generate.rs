@@ -7,6 +7,7 @@
 //! client goes, the response goes, with it the session, and the samples leave
 //! the engine before the next step.
 
+use crate::proto;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -21,15 +22,19 @@ use super::arriving::Arrived;
 use super::observe::{Course, Deadline, Ending, InProgress};
 use super::tally::Tally;
 use super::{Service, convert, deadline, status};
-use crate::admission::{Bytes, Call, Pending, Share};
+use crate::admission::pool::Share;
+use crate::admission::{Bytes, Call, Pending};
 use crate::error::{Error, Stage};
+use crate::generation::Sampling;
+use crate::generation::request::{Generate, Keep, Row};
 use crate::generation::sample::TEMPERATURE_MAX;
-use crate::generation::{Generate, Keep, Row, Sampling};
-use crate::job::{Answer, Class, Work};
+use crate::job::class::Class;
+use crate::job::{Answer, Work};
 use crate::model::{Model, Task};
-use crate::preprocess::pool::Picture;
+use crate::picture;
+use crate::preprocess::Picture;
 use crate::preprocess::{ImageInput, PreprocessOptions};
-use crate::{pb, picture};
+use crate::proto::pb;
 
 type Message = Result<pb::GenerateResponse, Status>;
 
@@ -201,7 +206,7 @@ impl Plan {
             top_p: self.sampling.top_p,
             seed: self.sampling.seed,
             scale: self.scale,
-            preprocess: self.preprocess.map(convert::preprocess_applied),
+            preprocess: self.preprocess.map(proto::preprocess_applied),
         }
     }
 }

@@ -16,8 +16,8 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use super::listen::{Guest, Peer, Watch};
-use crate::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
-use crate::pb::image_gpt_service_server::ImageGptServiceServer;
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::readiness::Readiness;
 
 /// The whole server, as probes that name no service ask for it.

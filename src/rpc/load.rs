@@ -2,7 +2,7 @@
 //!
 //! Requests are bytes that were encoded before, so that the tool's own work
 //! does not show as the worker's latency on a machine that they share. Nothing
-//! here measures; that is `crate::bench`'s.
+//! here measures; `imagegpt bench` does.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tonic::{Code, ConnectError, Status};
 use tonic_types::StatusExt as _;
 
 use super::client::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
-use crate::pb;
+use crate::proto::pb;
 
 /// Items of a stream between its writer and its connection; the worker's window
 /// is what bounds a stream.
@@ -56,7 +56,7 @@ impl Method {
     /// The outcome of each image in a response of this method.
     fn outcomes(self, body: Bytes) -> Result<Outcomes, prost::DecodeError> {
         fn failed(status: &tonic_types::Status) -> ImageOutcome {
-            Err(super::status::name(Code::from(status.code)))
+            Err(crate::proto::code_name(Code::from(status.code)))
         }
         Ok(match self {
             Self::Embed => {
@@ -131,8 +131,8 @@ impl Refusal {
         let unconnected = unconnected(status);
         let code = match &unconnected {
             Some(_) => NO_WORKER,
-            None if never_left(status) => super::status::name(Code::Unavailable),
-            None => super::status::name(status.code()),
+            None if never_left(status) => crate::proto::code_name(Code::Unavailable),
+            None => crate::proto::code_name(status.code()),
         };
         Self {
             code,
@@ -396,7 +396,7 @@ impl StreamReader {
             let outcome = match result.outcome {
                 Some(pb::embed_stream_result::Outcome::Embedding(tensor)) => Ok(tensor.data),
                 Some(pb::embed_stream_result::Outcome::Error(status)) => {
-                    Err(super::status::name(Code::from(status.code)))
+                    Err(crate::proto::code_name(Code::from(status.code)))
                 }
                 None => Err(NO_OUTCOME),
             };

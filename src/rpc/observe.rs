@@ -3,6 +3,7 @@
 //! body on its way in through [`super::arriving`], an answer's on its way out
 //! through [`super::leaving`].
 
+use crate::proto;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,13 +19,13 @@ use tower::{Layer, Service};
 use tracing::Instrument as _;
 
 use super::arriving::{self, Arrival, Arrived, Compression};
-use super::codec::Growth;
 use super::leaving::{self, Leaving};
 use super::{deadline, status};
-use crate::admission::{Pool, Share};
+use crate::admission::pool::{Pool, Share};
 use crate::error::{Error, Stage};
-use crate::job::Class;
+use crate::job::class::Class;
 use crate::metrics::{METHODS, Metrics};
+use crate::proto::codec::Growth;
 use crate::readiness::Readiness;
 
 /// Bytes of a message to health checks and reflection, which is a name. They are
@@ -301,7 +302,7 @@ pub(super) struct Ending {
 impl Drop for Ending {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
-        let code = status::name(self.code);
+        let code = proto::code_name(self.code);
         self.metrics.request(self.method, code, elapsed);
         match self.code {
             Code::Internal | Code::Unknown => tracing::warn!(code, ?elapsed, "call failed"),

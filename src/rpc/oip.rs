@@ -20,8 +20,8 @@ use super::arriving::Arrived;
 use super::observe::Held;
 use super::{Service, respond, status};
 use crate::error::Error;
-use crate::inference as oip;
-use crate::inference::grpc_inference_service_server::GrpcInferenceService;
+use crate::proto::inference as oip;
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService;
 use crate::readiness::Unready;
 
 /// The one version of the one model.

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 pub use self::feed::Feed;
 use super::client::{ConnectConfig, Token};
-use crate::pb;
+use crate::proto::pb;
 
 /// Addresses that all names together may have: more would be a mistake of the
 /// name service, and each costs a connection.
@@ -234,7 +234,7 @@ impl Pool {
     pub async fn why_ended(&mut self) -> Option<anyhow::Error> {
         let error = (&mut self.sessions).await.err()?;
         let panic = error.try_into_panic().ok()?;
-        let text = crate::engine::panic_text(&*panic);
+        let text = crate::telemetry::panic_text(&*panic);
         Some(anyhow::anyhow!("the pool of workers panicked: {text}"))
     }
 

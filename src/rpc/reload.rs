@@ -6,12 +6,10 @@
 //! taken while it is written and no certificate with the key of the one
 //! before. A content that cannot be used changes nothing.
 
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use crate::files::FlagFile;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
@@ -20,48 +18,6 @@ use crate::metrics::access::AccessFile;
 
 /// How often the files are read again: a few KiB, which cost microseconds.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A chain of certificates takes a few KiB.
-const FILE_BYTES_MAX: u64 = 1 << 20;
-
-/// A file, with the flag that named it, for sentences about it.
-#[derive(Debug, Clone)]
-pub(super) struct Source {
-    pub(super) flag: &'static str,
-    pub(super) path: PathBuf,
-}
-
-impl Source {
-    pub(super) fn new(flag: &'static str, path: &Path) -> Self {
-        Self {
-            flag,
-            path: path.to_owned(),
-        }
-    }
-
-    pub(super) fn read(&self) -> anyhow::Result<Vec<u8>> {
-        let mut content = Vec::new();
-        let mut read = || -> std::io::Result<u64> {
-            // A pipe would be waited for.
-            if !std::fs::metadata(&self.path)?.is_file() {
-                return Err(std::io::Error::other("it is not a file"));
-            }
-            let file = std::fs::File::open(&self.path)?;
-            Ok(file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content)? as u64)
-        };
-        let n_bytes = read().with_context(|| format!("{self} cannot be read"))?;
-        anyhow::ensure!(
-            n_bytes <= FILE_BYTES_MAX,
-            "{self} is over {FILE_BYTES_MAX} bytes"
-        );
-        Ok(content)
-    }
-}
-
-impl std::fmt::Display for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.flag, self.path.display())
-    }
-}
 
 impl<T> std::fmt::Debug for Follower<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -93,7 +49,7 @@ type Parse<T> = dyn Fn(&[Vec<u8>]) -> anyhow::Result<T> + Send + Sync;
 /// Reads the files again and again.
 pub(super) struct Follower<T> {
     what: AccessFile,
-    sources: Vec<Source>,
+    sources: Vec<FlagFile>,
     parse: Arc<Parse<T>>,
     latest: watch::Sender<Arc<T>>,
     state: Settling,
@@ -106,7 +62,7 @@ pub(super) struct Follower<T> {
 /// One sentence on the file that is wrong.
 pub(super) fn open<T: Send + Sync + 'static>(
     what: AccessFile,
-    sources: Vec<Source>,
+    sources: Vec<FlagFile>,
     parse: impl Fn(&[Vec<u8>]) -> anyhow::Result<T> + Send + Sync + 'static,
 ) -> anyhow::Result<(Latest<T>, Follower<T>)> {
     let contents = read(&sources)?;
@@ -165,8 +121,8 @@ impl<T: Send + Sync + 'static> Follower<T> {
     }
 }
 
-fn read(sources: &[Source]) -> anyhow::Result<Contents> {
-    sources.iter().map(Source::read).collect()
+fn read(sources: &[FlagFile]) -> anyhow::Result<Contents> {
+    sources.iter().map(FlagFile::read).collect()
 }
 
 /// Stands for the contents, so that no key is kept only to be compared.
@@ -281,7 +237,7 @@ mod tests {
     #[test]
     fn only_files_of_a_sensible_size_are_read() {
         let dir = tempfile::tempdir().expect("a folder");
-        let source = Source::new("--tls-cert", dir.path());
+        let source = FlagFile::new("--tls-cert", dir.path());
         let text = format!("{:#}", source.read().expect_err("a folder"));
         assert!(
             text.starts_with("--tls-cert ") && text.contains("it is not a file"),
@@ -289,9 +245,11 @@ mod tests {
         );
         let path = dir.path().join("large");
         std::fs::write(&path, "a".repeat((1 << 20) + 1)).expect("written");
-        let error = Source::new("--tls-cert", &path).read().expect_err("large");
+        let error = FlagFile::new("--tls-cert", &path)
+            .read()
+            .expect_err("large");
         assert!(error.to_string().contains("over 1048576 bytes"), "{error}");
-        let error = Source::new("--tls-key", &dir.path().join("none")).read();
+        let error = FlagFile::new("--tls-key", &dir.path().join("none")).read();
         let text = format!("{:#}", error.expect_err("no file"));
         assert!(text.contains("cannot be read: No such file"), "{text}");
     }

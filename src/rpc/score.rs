@@ -1,13 +1,16 @@
 //! Score: how likely the model finds images.
 
+use crate::proto;
 use tonic::Request;
 
 use super::observe::Held;
 use super::{Service, convert, status};
 use crate::error::Error;
-use crate::job::{Answer, Context, Want, Work};
+use crate::job::{Answer, Work};
 use crate::model::Task;
-use crate::{pb, picture};
+use crate::model::graph::{Context, Want};
+use crate::picture;
+use crate::proto::pb;
 
 /// Answers a call.
 pub(super) async fn score(
@@ -50,7 +53,7 @@ pub(super) async fn score(
     let response = pb::ScoreResponse {
         results,
         model_digest: service.model.digest.clone(),
-        preprocess: Some(convert::preprocess_applied(preprocess)),
+        preprocess: Some(proto::preprocess_applied(preprocess)),
     };
     Ok((response, held))
 }

@@ -1,5 +1,6 @@
 //! The one table from errors to gRPC codes.
 
+use crate::proto::ERROR_DOMAIN;
 use std::collections::HashMap;
 
 use tonic::{Code, Status};
@@ -7,9 +8,6 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::error::{Error, StreamEnd};
 use crate::preprocess::PreprocessError;
-
-/// Who may act on the reasons below, as `google.rpc.ErrorInfo` asks.
-pub(super) const DOMAIN: &str = "imagegpt.v1";
 
 /// The code and the machine-readable reason of each error.
 fn row(error: &Error) -> (Code, &'static str) {
@@ -66,7 +64,7 @@ pub(super) fn code(error: &Error) -> Code {
 /// The status that ends a whole call.
 pub(super) fn of_call(error: &Error) -> Status {
     let (code, reason) = row(error);
-    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(error));
+    let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata(error));
     if let Error::Full { retry_after, .. } = error {
         details.set_retry_info(Some(*retry_after));
     }
@@ -113,35 +111,12 @@ pub(super) fn of_image(error: &Error) -> tonic_types::Status {
     }
 }
 
-/// A code's name as the gRPC specification spells it.
-pub(super) fn name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::engine::EngineError;
+    use crate::engine::error::EngineError;
     use crate::error::Stage;
     use crate::metrics::CODES;
     use crate::model::Task;
@@ -341,7 +316,7 @@ mod tests {
         let known = include_str!("../../tests/outside/reasons.txt");
         let mut reasons: Vec<String> = rows
             .iter()
-            .map(|(_, code, reason)| format!("{reason} {}", name(*code)))
+            .map(|(_, code, reason)| format!("{reason} {}", crate::proto::code_name(*code)))
             .chain(["DECODER_PANICKED INTERNAL".to_owned()])
             .collect();
         reasons.sort_unstable();
@@ -357,10 +332,13 @@ mod tests {
             let info = status.get_details_error_info().expect("an ErrorInfo");
             assert_eq!(
                 (info.reason.as_str(), info.domain.as_str()),
-                (reason, DOMAIN)
+                (reason, ERROR_DOMAIN)
             );
             assert_eq!(of_image(&error).code, code as i32);
-            assert!(CODES.contains(&name(code)), "{code:?} is counted");
+            assert!(
+                CODES.contains(&crate::proto::code_name(code)),
+                "{code:?} is counted"
+            );
         }
     }
 

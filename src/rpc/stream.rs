@@ -27,7 +27,6 @@ use tracing::Instrument as _;
 
 use self::outbox::{Outbox, Place};
 use super::arriving::Arrived;
-use super::codec::{self, Scan};
 use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{Course, Deadline, Ending, InProgress};
@@ -37,11 +36,14 @@ use crate::admission::{Admission, Bytes, Item, Pending};
 use crate::config::LimitsConfig;
 use crate::engine::Facts;
 use crate::error::{Error, StreamEnd};
-use crate::job::{Answer, Class};
+use crate::job::Answer;
+use crate::job::class::Class;
 use crate::metrics::StreamOpen;
 use crate::model::{Model, Task};
-use crate::pb;
-use crate::pb::embed_stream_request::Message;
+use crate::proto::codec;
+use crate::proto::codec::Scan;
+use crate::proto::pb;
+use crate::proto::pb::embed_stream_request::Message;
 use crate::readiness::Readiness;
 
 /// Bytes of an item's id: enough for any path or URL.

@@ -1,11 +1,11 @@
 //! Counts each image of a call by its outcome, also when the call is dropped
 //! because its time is up or its caller has gone.
 
+use crate::proto;
 use std::time::Instant;
 
 use tonic::Code;
 
-use super::status;
 use crate::metrics::Metrics;
 
 /// See the module.
@@ -32,7 +32,7 @@ impl Tally {
 
     /// One of them has it.
     pub(super) fn one(&mut self, code: Code) {
-        self.metrics.image(status::name(code));
+        self.metrics.image(proto::code_name(code));
         self.n_uncounted = self.n_uncounted.saturating_sub(1);
     }
 

@@ -11,7 +11,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
 
-use super::reload::{Follower, Latest, Source, open};
+use super::reload::{Follower, Latest, open};
+use crate::files::FlagFile;
 use crate::metrics::access::{AccessFile, AccessMetrics};
 
 /// What gRPC speaks, and what gRPC-Web may speak besides.
@@ -30,12 +31,12 @@ impl Tls {
     /// Reads a certificate, its key, and the certificates of those who sign
     /// clients' certificates, if they must have one.
     pub(super) fn open(
-        certificate: Source,
-        key: Source,
-        client_ca: Option<Source>,
+        certificate: FlagFile,
+        key: FlagFile,
+        client_ca: Option<FlagFile>,
         grpc_web: bool,
     ) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
-        let sources: Vec<Source> = [certificate.clone(), key.clone()]
+        let sources: Vec<FlagFile> = [certificate.clone(), key.clone()]
             .into_iter()
             .chain(client_ca.clone())
             .collect();
@@ -99,7 +100,7 @@ impl Tls {
     }
 }
 
-fn certificates(source: &Source, content: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+fn certificates(source: &FlagFile, content: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let chain = CertificateDer::pem_slice_iter(content)
         .collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("{source} is broken PEM"))?;
@@ -107,7 +108,7 @@ fn certificates(source: &Source, content: &[u8]) -> anyhow::Result<Vec<Certifica
     Ok(chain)
 }
 
-fn roots(source: &Source, content: &[u8]) -> anyhow::Result<RootCertStore> {
+fn roots(source: &FlagFile, content: &[u8]) -> anyhow::Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(source, content)? {
         roots
@@ -147,8 +148,8 @@ mod tests {
             std::fs::write(self.dir.path().join(name), content).expect("written");
         }
 
-        fn source(&self, flag: &'static str, name: &str) -> Source {
-            Source::new(flag, &self.dir.path().join(name))
+        fn source(&self, flag: &'static str, name: &str) -> FlagFile {
+            FlagFile::new(flag, &self.dir.path().join(name))
         }
     }
 

@@ -2,7 +2,7 @@
 //! and the worker serves on.
 
 use imagegpt::engine::fake::Script;
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use tonic::Code;
 
 use crate::harness::{self, embed, encoded, fake_answer, seeded, tokens, vector};

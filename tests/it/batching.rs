@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use imagegpt::engine::fake::Script;
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use tonic::{Code, Request};
 
 use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};

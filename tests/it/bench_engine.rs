@@ -5,8 +5,10 @@ use std::path::Path;
 use clap::Parser;
 use imagegpt::bench;
 use imagegpt::bench::flags::BenchArgs;
-use imagegpt::compile::{CompileOptions, Provider, Runtime, Silent, Source, Task, compile};
+use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::onnx;
+use imagegpt::engine::runtime::Runtime;
+use imagegpt::model::precision::{Provider, Task};
 use serde_json::Value;
 
 use crate::harness;

@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 
 use imagegpt::engine::fake::FakeEngine;
-use imagegpt::job::Want;
-use imagegpt::pb;
-use imagegpt::pb::embed_result::Outcome;
-use imagegpt::pb::embed_stream_request::Message;
-use imagegpt::pb::embed_stream_result::Outcome as StreamOutcome;
-use imagegpt::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
+use imagegpt::model::graph::Want;
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::embed_result::Outcome;
+use imagegpt::proto::pb::embed_stream_request::Message;
+use imagegpt::proto::pb::embed_stream_result::Outcome as StreamOutcome;
+use imagegpt::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status, Streaming};

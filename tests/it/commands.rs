@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use imagegpt::commands::{self, Ask, Outcome};
-use imagegpt::compile::Precision;
 use imagegpt::engine::fake::Script;
-use imagegpt::{pb, picture};
+use imagegpt::model::precision::Precision;
+use imagegpt::picture;
+use imagegpt::proto::pb;
 use serde_json::Value;
 use tempfile::TempDir;
 

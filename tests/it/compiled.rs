@@ -4,15 +4,13 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{
-    CompileOptions, Precision, Provider, Runtime, Silent, Source, Task, cache, compile,
-    onnx as onnx_file,
-};
-use imagegpt::config::CompileConfig;
+use imagegpt::compile::{CompileOptions, Silent, Source, cache, compile, onnx as onnx_file};
 use imagegpt::engine::onnx;
+use imagegpt::engine::runtime::Runtime;
 use imagegpt::head::Head;
 use imagegpt::model::Model;
-use imagegpt::pb;
+use imagegpt::model::precision::{Precision, Provider, Task};
+use imagegpt::proto::pb;
 use imagegpt::worker::{Worker, onnx_engines};
 use prost::Message as _;
 use prost::encoding::{decode_varint, encode_varint};
@@ -317,15 +315,16 @@ fn a_head_of_a_layer_that_is_not_served_is_refused_at_start() {
 #[tokio::test]
 async fn a_checkpoint_is_compiled_once() {
     let cache_dir = tempfile::tempdir().expect("a folder");
-    let config = CompileConfig {
-        revision: None,
-        precision: imagegpt::compile::Precision::Int8,
-        feature_layer: None,
-        cache_dir: Some(cache_dir.path().to_owned()),
+    let options = CompileOptions {
+        precision: Precision::Int8,
+        ..CompileOptions::default()
     };
     let source = harness::model_dir("micro-checkpoint");
-    let locate =
-        |text: &str| cache::locate(text, &config, Provider::Cpu, || Ok(runtime()), &mut Silent);
+    let locate = |text: &str| {
+        let source = Source::parse(text, None);
+        let cache_dir = Some(cache_dir.path());
+        cache::locate(&source, cache_dir, &options, || Ok(runtime()), &mut Silent)
+    };
     let source_text = source.to_str().expect("an UTF-8 path");
     let first = locate(source_text).expect("compiled");
     assert!(first.starts_with(cache_dir.path()));
@@ -340,7 +339,7 @@ async fn a_checkpoint_is_compiled_once() {
     // A damaged folder is made again, and another palette is another folder.
     std::fs::write(first.join("weights.bin"), "damaged").expect("written");
     assert_eq!(locate(source_text).expect("made again"), first);
-    imagegpt::compile::Manifest::read(&first).expect("whole again");
+    imagegpt::compile::manifest::Manifest::read(&first).expect("whole again");
     let changed = tempfile::tempdir().expect("a folder");
     for entry in std::fs::read_dir(&source).expect("the source") {
         let entry = entry.expect("an entry");

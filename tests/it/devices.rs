@@ -4,11 +4,12 @@
 use std::time::{Duration, Instant};
 
 use imagegpt::engine::devices::DeviceEngine;
+use imagegpt::engine::devices::FailureKind;
+use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeSequences, Script};
-use imagegpt::engine::onnx::Provider;
-use imagegpt::engine::{EngineError, FailureKind};
 use imagegpt::model::Model;
-use imagegpt::pb;
+use imagegpt::model::precision::ProviderChoice;
+use imagegpt::proto::pb;
 use imagegpt::worker::{Worker, engines, onnx_engines};
 use tonic::{Code, Status};
 
@@ -345,7 +346,7 @@ async fn ids_are_engines_on_the_cpu_and_one_engine_where_auto_takes_it() {
     };
     let on_cpu = onnx_engines(&config, &model, &[]).expect("ONNX Runtime");
     assert_eq!(ids(on_cpu), [0, 2]);
-    config.model.execution_provider = Provider::Auto;
+    config.model.execution_provider = ProviderChoice::Auto;
     // The library that tests run with has no CUDA.
     let auto = onnx_engines(&config, &model, &[]).expect("ONNX Runtime");
     assert_eq!(ids(auto), [0]);

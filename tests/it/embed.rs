@@ -1,6 +1,6 @@
 //! Every option of every call, on real graphs.
 
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use tonic::Code;
 
 use crate::harness::{self, Case, embed, encoded, expected, f32s, relative_error, tokens, vector};

@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{CompileOptions, Provider, Runtime, Silent, Source, Task, compile};
+use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::onnx;
+use imagegpt::engine::runtime::Runtime;
 use imagegpt::head::Head;
-use imagegpt::pb;
+use imagegpt::model::precision::{Provider, Task};
+use imagegpt::proto::pb;
 
 use crate::harness::{self, Running};
 

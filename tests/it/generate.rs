@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use imagegpt::compile::{CompileOptions, Precision, Provider, Runtime, Silent, Source, compile};
+use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::fake::{FakeEngine, FakeSequences, Script};
 use imagegpt::engine::onnx;
-use imagegpt::pb;
-use imagegpt::pb::generate_request::Primer;
-use imagegpt::pb::generate_response::Message;
+use imagegpt::engine::runtime::Runtime;
+use imagegpt::model::precision::{Precision, Provider};
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::generate_request::Primer;
+use imagegpt::proto::pb::generate_response::Message;
 use serde::Deserialize;
 use tonic::{Code, Request, Status};
 

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineError, EngineFactory, Facts, Feed, Run, Stop, Warm, runtime};
+use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Stop, Warm, runtime};
 use imagegpt::gpu::kernels::{Half, Numbers, quick_gelu};
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -10,8 +10,8 @@ use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::head::Head;
 use imagegpt::model::Model;
-use imagegpt::pb;
-use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::{Ended, Worker, onnx_engines};
 use serde::Deserialize;
 use tonic::transport::Channel;
@@ -324,5 +324,5 @@ pub(crate) fn fake_answer(ids: &[u32]) -> Vec<f32> {
         .iter()
         .map(|&id| id.try_into().expect("16 bits"))
         .collect();
-    FakeEngine::answer(&tokens, imagegpt::job::Want::Mean)
+    FakeEngine::answer(&tokens, imagegpt::model::graph::Want::Mean)
 }

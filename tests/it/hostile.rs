@@ -8,7 +8,7 @@ use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, SendStream};
 use imagegpt::engine::fake::{FakeSequences, Script};
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use imagegpt::worker::{Ended, Worker};
 use prost::Message as _;
 use tonic::Code;

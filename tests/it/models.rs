@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use imagegpt::engine::Buckets;
-use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
+use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
 use imagegpt::model::Model;
+use imagegpt::model::precision::ProviderChoice;
 
 use crate::harness;
 
@@ -16,7 +17,7 @@ fn complaint(dir: &Path) -> Option<String> {
     };
     let options = Options {
         library: find_library(None),
-        provider: Provider::Cpu,
+        provider: ProviderChoice::Cpu,
         device_id: 0,
         intra_op_threads: 1,
         positions: model.positions(),

@@ -5,13 +5,15 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use imagegpt::compile::Precision;
 use imagegpt::engine::fake::Script;
-use imagegpt::inference as oip;
-use imagegpt::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
-use imagegpt::inference::infer_parameter::ParameterChoice;
-use imagegpt::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
-use imagegpt::pb;
+use imagegpt::model::precision::Precision;
+use imagegpt::proto::inference as oip;
+use imagegpt::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use imagegpt::proto::inference::infer_parameter::ParameterChoice;
+use imagegpt::proto::inference::model_infer_request::{
+    InferInputTensor, InferRequestedOutputTensor,
+};
+use imagegpt::proto::pb;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 

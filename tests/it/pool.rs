@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use imagegpt::pb;
-use imagegpt::pb::embed_stream_request::Message;
-use imagegpt::pb::embed_stream_result::Outcome;
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::embed_stream_request::Message;
+use imagegpt::proto::pb::embed_stream_result::Outcome;
 use imagegpt::rpc::client::ConnectConfig;
 use imagegpt::rpc::pool::{Answer, Job, Pool, PoolConfig, Task};
 use tokio::sync::{Semaphore, mpsc};

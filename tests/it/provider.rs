@@ -2,18 +2,19 @@
 //! be had. These tests run where there is no GPU, as CI does; on a machine with
 //! one they have nothing to show.
 
+use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::onnx::{OnnxEngine, Options, Provider, find_library};
+use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
 use imagegpt::engine::{
-    Buckets, Engine, EngineError, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop,
-    Warm,
+    Buckets, Engine, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop, Warm,
 };
 use imagegpt::model::Model;
-use imagegpt::pb;
+use imagegpt::model::precision::ProviderChoice;
+use imagegpt::proto::pb;
 
 use crate::harness::{self, Running};
 
-fn load(provider: Provider) -> Result<OnnxEngine, EngineError> {
+fn load(provider: ProviderChoice) -> Result<OnnxEngine, EngineError> {
     let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
     OnnxEngine::load(&Options {
         library: find_library(None),
@@ -37,7 +38,7 @@ fn load(provider: Provider) -> Result<OnnxEngine, EngineError> {
 }
 
 fn has_gpu() -> bool {
-    load(Provider::Cuda).is_ok()
+    load(ProviderChoice::Cuda).is_ok()
 }
 
 #[test]
@@ -45,7 +46,7 @@ fn auto_takes_the_cpu_and_tells_why() {
     if has_gpu() {
         return;
     }
-    let engine = load(Provider::Auto).expect("the CPU is always there");
+    let engine = load(ProviderChoice::Auto).expect("the CPU is always there");
     let facts = engine.facts();
     assert_eq!(facts.provider, "cpu");
     let [fallback] = facts.fallbacks.as_slice() else {
@@ -57,13 +58,13 @@ fn auto_takes_the_cpu_and_tells_why() {
         "{}",
         fallback.reason
     );
-    let asked_for = load(Provider::Cpu).expect("the CPU");
+    let asked_for = load(ProviderChoice::Cpu).expect("the CPU");
     assert_eq!(asked_for.facts().fallbacks, []);
 }
 
 #[test]
 fn cuda_is_had_or_an_error() {
-    match load(Provider::Cuda) {
+    match load(ProviderChoice::Cuda) {
         Ok(engine) => assert_eq!(engine.facts().provider, "cuda"),
         Err(EngineError::Provider(text)) => {
             assert!(text.contains("--execution-provider cpu"), "{text}");
@@ -87,7 +88,7 @@ async fn a_fallback_is_told_to_clients_and_to_prometheus() {
         return;
     }
     let factory: EngineFactory =
-        Box::new(|| Ok(Box::new(load(Provider::Auto)?) as Box<dyn Engine>));
+        Box::new(|| Ok(Box::new(load(ProviderChoice::Auto)?) as Box<dyn Engine>));
     let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
     let model = running.client.get_model(pb::GetModelRequest {}).await;
     let model = model.expect("an answer").into_inner();
@@ -118,7 +119,7 @@ fn auto_says_in_the_log_that_it_takes_the_cpu() {
         .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
-    tracing::subscriber::with_default(subscriber, || load(Provider::Auto)).expect("the CPU");
+    tracing::subscriber::with_default(subscriber, || load(ProviderChoice::Auto)).expect("the CPU");
     let lines = log.0.lock().expect("no panic").clone();
     let lines = String::from_utf8(lines).expect("text");
     let told = lines

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use imagegpt::engine::fake::Script;
-use imagegpt::pb;
+use imagegpt::proto::pb;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
 

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use imagegpt::compile::Precision;
 use imagegpt::engine::fake::Script;
-use imagegpt::pb::generate_response;
-use imagegpt::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::model::precision::Precision;
+use imagegpt::proto::pb::generate_response;
+use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::worker::Ended;
 use tonic::Code;
 use tonic_types::StatusExt as _;
@@ -306,13 +306,13 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
         let mut client = ImageGptServiceClient::connect(format!("http://{}", process.grpc))
             .await
             .expect("a connection");
-        let request = imagegpt::pb::GenerateRequest {
+        let request = imagegpt::proto::pb::GenerateRequest {
             samples: 64,
             ..Default::default()
         };
         let samples = client.generate(request).await.expect("a stream");
         let mut samples = samples.into_inner();
-        let row = |message: imagegpt::pb::GenerateResponse| {
+        let row = |message: imagegpt::proto::pb::GenerateResponse| {
             matches!(message.message, Some(generate_response::Message::Row(_)))
         };
         while !row(samples.message().await.expect("a message").expect("more")) {}
@@ -334,7 +334,7 @@ async fn a_stalled_reader_does_not_hold_the_program() {
     let client = ImageGptServiceClient::connect(format!("http://{addr}"))
         .await
         .expect("a connection");
-    let options = imagegpt::pb::EmbedStreamOptions::default();
+    let options = imagegpt::proto::pb::EmbedStreamOptions::default();
     let conversation = Conversation::open(&client, options).await;
     conversation.item("never read", tokens(seeded(1))).await;
     let started = Instant::now();

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use imagegpt::compile::Precision;
 use imagegpt::engine::fake::Script;
+use imagegpt::model::precision::Precision;
 
 use crate::generate::compiled;
 use crate::harness::{self, PATIENCE, embed, seeded, tokens};

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use imagegpt::engine::fake::Script;
-use imagegpt::pb;
-use imagegpt::pb::embed_stream_request::Message as Sent;
-use imagegpt::pb::embed_stream_response::Message as Got;
+use imagegpt::proto::pb;
+use imagegpt::proto::pb::embed_stream_request::Message as Sent;
+use imagegpt::proto::pb::embed_stream_response::Message as Got;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};

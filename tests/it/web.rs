@@ -1,7 +1,7 @@
 //! gRPC-Web over HTTP/1.1, as browsers speak it, and what they are allowed.
 
 use imagegpt::engine::fake::Script;
-use imagegpt::inference as oip;
+use imagegpt::proto::inference as oip;
 use prost::Message as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -72,7 +72,7 @@ async fn browsers_may_call_where_they_are_let() {
     );
     assert!(head.contains("x-request-id: web-1"), "{head}");
     let frames = frames(&body);
-    let response = imagegpt::pb::EmbedResponse::decode(&frames[0].1[..]).expect("an answer");
+    let response = imagegpt::proto::pb::EmbedResponse::decode(&frames[0].1[..]).expect("an answer");
     assert_eq!(
         vector(&response.results[0]).expect("a vector"),
         fake_answer(&seeded(5))

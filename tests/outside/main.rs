@@ -41,7 +41,7 @@ fn compare(name: &str, actual: &str) {
 
 #[test]
 fn the_contract() {
-    let set = FileDescriptorSet::decode(imagegpt::pb::DESCRIPTORS).expect("descriptors");
+    let set = FileDescriptorSet::decode(imagegpt::proto::pb::DESCRIPTORS).expect("descriptors");
     let mut text = String::new();
     for file in &set.file {
         let package = file.package();
@@ -237,10 +237,10 @@ fn metrics() {
 
 /// A page on which everything has happened once.
 fn every_metric() -> imagegpt::metrics::Metrics {
-    use imagegpt::engine::Graph;
     use imagegpt::gpu::{MemoryUse, Usage};
-    use imagegpt::job::Class;
+    use imagegpt::job::class::Class;
     use imagegpt::metrics::{Close, METHODS, Metrics};
+    use imagegpt::model::graph::Graph;
 
     let metrics = Metrics::new().expect("metrics");
     let moment = Duration::from_millis(1);

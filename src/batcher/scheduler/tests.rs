@@ -9,9 +9,11 @@ use proptest::prelude::*;
 use super::super::policy::Policy;
 use super::super::queue::Entry;
 use super::{Next, Picked, Scheduler, Steps};
-use crate::engine::{Buckets, DeviceIdx, Graph};
-use crate::job::Class;
+use crate::engine::Buckets;
+use crate::engine::devices::DeviceIdx;
+use crate::job::class::Class;
 use crate::metrics::Close;
+use crate::model::graph::Graph;
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const GRAPHS: [Graph; 2] = [Graph::Hidden, Graph::Logits];

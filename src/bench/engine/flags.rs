@@ -7,10 +7,10 @@ use clap::Args;
 
 use super::super::flags::time;
 use crate::config::ServeConfig;
-use crate::engine::Graph;
-use crate::engine::onnx::Provider;
 use crate::local::own_worker;
 use crate::model::Model;
+use crate::model::graph::Graph;
+use crate::model::precision::ProviderChoice;
 
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
@@ -26,7 +26,7 @@ pub struct EngineArgs {
         value_enum,
         default_value = "auto"
     )]
-    pub execution_provider: Provider,
+    pub execution_provider: ProviderChoice,
 
     /// Which GPU, counted from 0
     #[arg(

@@ -12,8 +12,8 @@ use std::path::Path;
 
 use super::manifest;
 use crate::compile::config::Architecture;
-use crate::engine::Graph;
 use crate::model::Model;
+use crate::model::graph::Graph;
 
 /// What images of a model cost.
 pub(super) struct Work {
@@ -61,7 +61,7 @@ impl Work {
 mod tests {
     use super::*;
     use crate::compile::random;
-    use crate::job::Norm;
+    use crate::model::graph::Norm;
 
     #[test]
     fn imagegpt_small_costs_what_the_arithmetic_says() {

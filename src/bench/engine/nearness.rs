@@ -4,7 +4,8 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::{EngineArgs, Loaded, load, manifest, tokens, want};
-use crate::engine::{Graph, Row, Run, Stop};
+use crate::engine::{Row, Run, Stop};
+use crate::model::graph::Graph;
 
 /// Images that are compared. Each is a few hundred thousand roundings deep, so
 /// that more would say the same.

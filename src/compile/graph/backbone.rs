@@ -5,8 +5,8 @@ use super::builder::Builder;
 use crate::compile::config::Activation;
 use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
 use crate::compile::store::{PARTS, block_size};
-use crate::compile::{Precision, Provider};
 use crate::engine::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
+use crate::model::precision::{Precision, Provider};
 
 /// Where token ids enter, and the shapes that follow from them.
 pub(super) struct Tokens {

@@ -2,19 +2,12 @@
 
 use super::backbone::{Cache, Stream, Tokens};
 use super::builder::Builder;
-use super::{Attention, Kind, Plan};
-use crate::compile::Provider;
+use super::{Attention, Plan};
 use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
-
-/// What is pooled of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Norm {
-    /// The paper's features: what the next layer's attention sees.
-    PreAttnRms,
-    /// The residual stream itself; for the last layer it is what `ln_f` leaves,
-    /// as in transformers' `hidden_states`.
-    None,
-}
+use crate::model::graph::Graph;
+use crate::model::graph::Norm;
+use crate::model::graph::PREFIXES;
+use crate::model::precision::Provider;
 
 const BATCH: Dim = Dim::Name("batch");
 const SEQUENCE: Dim = Dim::Name("sequence");
@@ -23,7 +16,7 @@ const SEQUENCE: Dim = Dim::Name("sequence");
 /// mean over positions, `(batch, feature_layer + 1, width)`.
 pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
     let architecture = plan.architecture;
-    let mut builder = Builder::new(plan, Kind::Embed(norm).name());
+    let mut builder = Builder::new(plan, Graph::Features(norm).file_stem());
     let tokens = builder.tokens();
     let mean = builder.mean_row(&tokens);
     let mut stream = Stream::new(builder.embedded(&tokens));
@@ -60,7 +53,7 @@ pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
 /// `last_hidden_state`, `(batch, sequence, width)`.
 pub(super) fn hidden(plan: &Plan<'_>) -> Model {
     let width = plan.architecture.width;
-    let mut builder = Builder::new(plan, Kind::Hidden.name());
+    let mut builder = Builder::new(plan, Graph::Hidden.file_stem());
     let tokens = builder.tokens();
     let rows = builder.final_rows(&tokens);
     let rows = builder.float(&rows);
@@ -75,7 +68,7 @@ pub(super) fn hidden(plan: &Plan<'_>) -> Model {
 
 /// `logits` of a fine-tuned head over the mean, `(batch, classes)`.
 pub(super) fn classify(plan: &Plan<'_>) -> Model {
-    let mut builder = Builder::new(plan, Kind::Classify.name());
+    let mut builder = Builder::new(plan, Graph::Logits.file_stem());
     let tokens = builder.tokens();
     let mean = builder.mean_row(&tokens);
     let rows = builder.final_rows(&tokens);
@@ -93,7 +86,7 @@ pub(super) fn classify(plan: &Plan<'_>) -> Model {
 /// position, in nats, `(batch, sequence)`. To score an image, `input_ids` are
 /// the start token and all tokens but the last, and `targets` all tokens.
 pub(super) fn score(plan: &Plan<'_>) -> Model {
-    let mut builder = Builder::new(plan, Kind::Score.name());
+    let mut builder = Builder::new(plan, Graph::Score.file_stem());
     let tokens = builder.tokens();
     let info = ValueInfo::tensor("targets", DataType::Int32, &[BATCH, SEQUENCE]);
     let targets = builder.input(info);
@@ -112,9 +105,6 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
     builder.finish()
 }
 
-/// The input of `generate` that says what sequences share.
-pub const PREFIXES: &str = "prefixes";
-
 /// `logits` of what follows the last of `input_ids`, `(batch, colors)`.
 ///
 /// `position_ids` say where each token stands. `seqlens_k` and
@@ -126,7 +116,7 @@ pub const PREFIXES: &str = "prefixes";
 /// elements)`, the capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With
 /// more than one token at once (a primer), all sequences must begin.
 pub(super) fn generate(plan: &Plan<'_>) -> Model {
-    let mut builder = Builder::new(plan, Kind::Generate.name());
+    let mut builder = Builder::new(plan, Graph::Generate.file_stem());
     let tokens = builder.tokens();
     let int32 = |name, dims: &[Dim]| ValueInfo::tensor(name, DataType::Int32, dims);
     let positions = builder.input(int32("position_ids", &[BATCH, SEQUENCE]));

@@ -7,9 +7,10 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{Nearness, Trial};
 use crate::attention::BLOCK;
-use crate::compile::Provider;
-use crate::compile::graph::{Attention, PREFIXES, Plan};
+use crate::compile::graph::{Attention, Plan};
 use crate::compile::onnx::DataType;
+use crate::model::graph::PREFIXES;
+use crate::model::precision::Provider;
 
 /// Tokens that the second sequence lags behind the first.
 const LAG: usize = 3;

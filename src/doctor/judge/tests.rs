@@ -2,6 +2,7 @@ use super::*;
 use crate::doctor::library::Needed;
 use crate::doctor::machine::{Cpu, Memory};
 use crate::gpu::{Gpu, Gpus, MemoryUse, Version};
+use crate::model::precision::Provider;
 
 /// A machine with everything: two H100s, CUDA 13, ONNX Runtime for them.
 fn complete() -> Found {
@@ -113,7 +114,7 @@ fn missing_library(name: &str, words: &str) -> Found {
     found
 }
 
-fn asked(provider: Provider, device_ids: &[i32]) -> Asked {
+fn asked(provider: ProviderChoice, device_ids: &[i32]) -> Asked {
     Asked {
         provider,
         device_ids: device_ids.to_vec(),
@@ -121,7 +122,7 @@ fn asked(provider: Provider, device_ids: &[i32]) -> Asked {
 }
 
 /// Judges where everything that is tried works; says what was tried.
-fn judged(asked: &Asked, found: &Found) -> (Report, Vec<(compile::Provider, i32)>) {
+fn judged(asked: &Asked, found: &Found) -> (Report, Vec<(Provider, i32)>) {
     let mut tried = Vec::new();
     let report = judge(asked, found, &mut |provider, id| {
         tried.push((provider, id));
@@ -139,12 +140,12 @@ fn result(report: &Report, name: &str) -> Outcome {
     check(report, name).result
 }
 
-const CPU: compile::Provider = compile::Provider::Cpu;
-const CUDA: compile::Provider = compile::Provider::Cuda;
+const CPU: Provider = Provider::Cpu;
+const CUDA: Provider = Provider::Cuda;
 
 #[test]
 fn a_machine_with_everything() {
-    let (report, tried) = judged(&asked(Provider::Auto, &[0]), &complete());
+    let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &complete());
     assert!(report.can_serve);
     assert_eq!(report.providers, ["cpu", "cuda"]);
     assert_eq!(tried, [(CPU, 0), (CUDA, 0)]);
@@ -160,12 +161,12 @@ fn a_machine_with_everything() {
 
 #[test]
 fn each_gpu_that_was_asked_for_is_tried_and_nothing_else() {
-    let (report, tried) = judged(&asked(Provider::Cuda, &[1, 0]), &complete());
+    let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[1, 0]), &complete());
     assert_eq!(report.providers, ["cuda"]);
     assert_eq!(tried, [(CUDA, 1), (CUDA, 0)]);
     // One that fails is one too few.
     let report = judge(
-        &asked(Provider::Cuda, &[0, 1]),
+        &asked(ProviderChoice::Cuda, &[0, 1]),
         &complete(),
         &mut |_, id| match id {
             0 => Tried::Passed("tiny".to_owned()),
@@ -180,7 +181,7 @@ fn each_gpu_that_was_asked_for_is_tried_and_nothing_else() {
 
 #[test]
 fn without_a_gpu_auto_is_served_on_the_cpu_and_cuda_is_not() {
-    let (report, tried) = judged(&asked(Provider::Auto, &[0]), &without_gpu());
+    let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &without_gpu());
     assert!(report.can_serve);
     assert_eq!(tried, [(CPU, 0)], "nothing is tried that cannot be");
     for name in ["NVIDIA driver", "GPUs", "CUDA provider", "CUDA libraries"] {
@@ -189,7 +190,7 @@ fn without_a_gpu_auto_is_served_on_the_cpu_and_cuda_is_not() {
     assert_eq!(result(&report, "inference on cuda:0"), Outcome::NotNeeded);
     assert!(report.obstacles["cuda"].contains("driver 580 or newer"));
 
-    let (report, tried) = judged(&asked(Provider::Cuda, &[0]), &without_gpu());
+    let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &without_gpu());
     assert!(!report.can_serve);
     assert_eq!(tried, []);
     assert_eq!(result(&report, "NVIDIA driver"), Outcome::Failed);
@@ -200,7 +201,7 @@ fn without_a_gpu_auto_is_served_on_the_cpu_and_cuda_is_not() {
 fn a_missing_library_is_named_with_its_package() {
     let gone = "libcublas.so.13: cannot open shared object file: No such file or directory";
     let found = missing_library("libcublas.so.13", gone);
-    let (report, _) = judged(&asked(Provider::Auto, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
     assert_eq!(report.providers, ["cpu"]);
     // There is a GPU, so somebody may want it.
     assert_eq!(result(&report, "CUDA libraries"), Outcome::Warning);
@@ -209,7 +210,7 @@ fn a_missing_library_is_named_with_its_package() {
         obstacle.starts_with("libcublas.so.13 is missing: pip install 'nvidia-cublas==13.*'"),
         "{obstacle}"
     );
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert_eq!(result(&report, "CUDA libraries"), Outcome::Failed);
 
     // It is there, but not where it is looked for.
@@ -217,7 +218,7 @@ fn a_missing_library_is_named_with_its_package() {
     for needed in &mut found.cuda.as_mut().unwrap().needed {
         needed.is_beside = true;
     }
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     let todo = check(&report, "CUDA libraries").todo.as_deref();
     assert_eq!(
         todo,
@@ -228,7 +229,7 @@ fn a_missing_library_is_named_with_its_package() {
 
     // What is there and does not load says why.
     let found = missing_library("libcurand.so.10", "libcurand.so.10: file too short");
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     let obstacle = &report.obstacles["cuda"];
     assert!(
         obstacle.contains("(libcurand.so.10: file too short)"),
@@ -249,7 +250,7 @@ fn packages_of_cuda_12_are_named_after_it() {
                 is_beside: false,
             })
             .into();
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     let todo = check(&report, "CUDA libraries").todo.as_ref().unwrap();
     assert!(
         todo.starts_with("pip install nvidia-cublas-cu12 nvidia-curand-cu12,"),
@@ -265,7 +266,7 @@ fn an_old_driver() {
         major: 12,
         minor: 4,
     });
-    let (report, tried) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
     assert_eq!(tried, []);
     let driver = check(&report, "NVIDIA driver");
@@ -281,7 +282,7 @@ fn an_old_driver() {
 #[test]
 fn gpus_that_cannot_be_used() {
     let verdict = |found: &Found, ids: &[i32]| {
-        let (report, _) = judged(&asked(Provider::Cuda, ids), found);
+        let (report, _) = judged(&asked(ProviderChoice::Cuda, ids), found);
         let gpus = check(&report, "GPUs").clone();
         (report.can_serve, gpus)
     };
@@ -325,7 +326,7 @@ fn gpus_that_cannot_be_used() {
 fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
     let mut found = complete();
     found.gpus = Err("there was no answer within 1m".to_owned());
-    let (report, tried) = judged(&asked(Provider::Auto, &[0]), &found);
+    let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
     assert_eq!(report.providers, ["cpu"]);
     assert_eq!(tried, [(CPU, 0)], "what hung once is not tried");
     // It is there, so it is no machine without a GPU.
@@ -335,7 +336,7 @@ fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
         obstacle.contains("no answer within 1m: see whether nvidia-smi"),
         "{obstacle}"
     );
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
     assert_eq!(result(&report, "NVIDIA driver"), Outcome::Failed);
 }
@@ -345,7 +346,7 @@ fn a_provider_that_is_none_or_ends_its_process_is_told() {
     let mut found = complete();
     let provider = found.cuda.as_mut().unwrap();
     provider.unreadable = Some("/ort/x.so is no library: junk".to_owned());
-    let (report, tried) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
     assert_eq!(tried, []);
     assert_eq!(result(&report, "CUDA provider"), Outcome::Failed);
@@ -357,7 +358,7 @@ fn a_provider_that_is_none_or_ends_its_process_is_told() {
         lost: Some("the process that tried it ended with signal: 11".to_owned()),
         ..CudaProvider::default()
     });
-    let (report, _) = judged(&asked(Provider::Cuda, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert_eq!(result(&report, "CUDA libraries"), Outcome::Failed);
     assert!(report.obstacles["cuda"].contains("signal: 11"));
 }
@@ -368,7 +369,7 @@ fn without_onnx_runtime_nothing_serves() {
         let mut found = complete();
         found.library.minor = minor;
         (found.library.folder, found.cuda) = (None, None);
-        let (report, tried) = judged(&asked(Provider::Auto, &[0]), &found);
+        let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
         assert!(!report.can_serve);
         assert_eq!(tried, []);
         assert_eq!(result(&report, "ONNX Runtime"), Outcome::Failed);
@@ -386,8 +387,8 @@ fn without_onnx_runtime_nothing_serves() {
 
 #[test]
 fn a_trial_that_fails_is_a_warning_where_the_other_provider_serves() {
-    let (auto, found) = (asked(Provider::Auto, &[0]), complete());
-    let broken = |broken: compile::Provider| {
+    let (auto, found) = (asked(ProviderChoice::Auto, &[0]), complete());
+    let broken = |broken: Provider| {
         judge(&auto, &found, &mut |provider, _| {
             if provider == broken {
                 Tried::Failed("ended with signal: 11".to_owned())
@@ -407,9 +408,11 @@ fn a_trial_that_fails_is_a_warning_where_the_other_provider_serves() {
 
 #[test]
 fn what_could_not_be_tried_is_believed_and_said() {
-    let report = judge(&asked(Provider::Cpu, &[0]), &complete(), &mut |_, _| {
-        Tried::Untried("no place for a tiny model".to_owned())
-    });
+    let report = judge(
+        &asked(ProviderChoice::Cpu, &[0]),
+        &complete(),
+        &mut |_, _| Tried::Untried("no place for a tiny model".to_owned()),
+    );
     assert!(report.can_serve);
     let trial = check(&report, "inference on cpu");
     assert_eq!(trial.result, Outcome::Warning);
@@ -436,7 +439,7 @@ fn a_small_machine_is_warned_of_and_serves() {
         open_files_max: Some(256),
     };
     found.cache.space = Ok(1 << 20);
-    let (report, _) = judged(&asked(Provider::Cpu, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cpu, &[0]), &found);
     assert!(report.can_serve);
     for name in [
         "CPU",
@@ -454,7 +457,7 @@ fn a_small_machine_is_warned_of_and_serves() {
          AVX-512, VNNI, BF16, AMX"
     );
     found.cache.space = Err("Read-only file system".to_owned());
-    let (report, _) = judged(&asked(Provider::Cpu, &[0]), &found);
+    let (report, _) = judged(&asked(ProviderChoice::Cpu, &[0]), &found);
     let cache = &check(&report, "compiled models").found;
     assert_eq!(cache, "/cache cannot be written (Read-only file system)");
 }

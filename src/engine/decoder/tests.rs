@@ -7,7 +7,8 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
-use crate::generation::{Generate, Keep, Sampling};
+use crate::generation::Sampling;
+use crate::generation::request::{Generate, Keep};
 use crate::job::{Answer, Permit, Reply, Ticket};
 
 const COLORS: u16 = 50;

@@ -2,8 +2,10 @@
 
 use ort::value::Shape;
 
-use crate::engine::{EngineError, Graph, Run};
-use crate::job::{Layers, Want};
+use crate::engine::Run;
+use crate::engine::error::EngineError;
+use crate::model::graph::Graph;
+use crate::model::graph::{Layers, Want};
 
 /// Cuts a run's output into the wanted numbers of each row. Pooling happens
 /// here, next to the runtime's memory, so that of a row's states (2 MiB for

@@ -14,7 +14,7 @@ use ort::AsPointer as _;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 
-use crate::compile::Provider;
+use crate::model::precision::Provider;
 
 /// An arena grows by what is asked for, not by powers of two.
 const EXTEND_AS_REQUESTED: i32 = 1;

@@ -5,8 +5,8 @@ use std::sync::Mutex;
 
 use ort::environment::Environment;
 
-use super::failure::runtime;
-use crate::engine::EngineError;
+use crate::engine::error::EngineError;
+use crate::engine::error::runtime;
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";

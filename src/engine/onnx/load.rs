@@ -23,13 +23,14 @@ use ort::session::builder::SessionBuilder;
 use ort::value::PrimitiveTensorElementType;
 use ort::value::{DynValue, Tensor};
 
-use super::failure::runtime;
+use crate::compile::manifest;
 use crate::compile::onnx::DataType;
-use crate::compile::{Provider, manifest};
-use crate::engine::EngineError;
+use crate::engine::error::EngineError;
+use crate::engine::error::runtime;
 use crate::engine::runtime::Runtime;
 use crate::model::GraphFiles;
 use crate::model::files::{FileReader, beside};
+use crate::model::precision::Provider;
 use crate::model::wire::{self, ExternalTensor, Substitute};
 
 /// Tensors up to this size are written into the graph: all norms and biases, and no

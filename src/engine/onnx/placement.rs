@@ -14,8 +14,8 @@ use std::ptr;
 use ort::AsPointer as _;
 use ort::session::Session;
 
-use crate::compile::Provider;
 use crate::engine::runtime::Operators;
+use crate::model::precision::Provider;
 
 /// What a session must be told, or else it does not remember.
 pub(super) const RECORD: &str = "session.record_ep_graph_assignment_info";

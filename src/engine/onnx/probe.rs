@@ -4,11 +4,11 @@
 use ort::value::Tensor;
 use prost::Message as _;
 
-use super::cannot_be_had;
 use crate::compile::onnx::{
     DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, ValueInfo,
 };
-use crate::engine::EngineError;
+use crate::engine::error::EngineError;
+use crate::engine::error::cannot_be_had;
 use crate::engine::runtime::Runtime;
 
 /// Runs the smallest of graphs. A provider that registers may still have no

@@ -18,6 +18,7 @@
     reason = "ONNX Runtime has no safe way to bind a part of a buffer as input and as output"
 )]
 
+use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::path::Path;
@@ -32,15 +33,16 @@ use ort::value::{
     ValueType,
 };
 
-use super::failure::{run_failed, runtime};
 use super::load::Loader;
 use super::placement;
 use super::whole::{GRAPH_ID, NO_GRAPH};
 use crate::attention::{BLOCK, SharedPrefix};
-use crate::compile;
-use crate::compile::graph::PREFIXES;
+use crate::engine::error::EngineError;
+use crate::engine::error::{run_failed, runtime};
 use crate::engine::runtime::{Residence, Runtime};
-use crate::engine::{EngineError, Feed, FeedRow, Graph, SequenceFacts, Span, Warm};
+use crate::engine::{Feed, FeedRow, SequenceFacts, Span, Warm};
+use crate::model::graph::Graph;
+use crate::model::graph::PREFIXES;
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.
@@ -130,7 +132,7 @@ impl SequenceEngine {
             file: file.clone(),
             reason,
         };
-        let is_cuda = runtime_.provider == compile::Provider::Cuda;
+        let is_cuda = runtime_.provider == Provider::Cuda;
         // A step reads every weight for a few rows: packed ones are twice as
         // fast, and give each row the same bits in whatever company.
         let packed = Runtime {

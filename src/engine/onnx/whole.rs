@@ -18,12 +18,14 @@ use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
 
 use super::answers::answers;
-use super::failure::{run_failed, runtime};
 use super::load::Loader;
 use super::placement;
-use crate::compile::Provider;
+use crate::engine::error::EngineError;
+use crate::engine::error::{run_failed, runtime};
 use crate::engine::runtime::Runtime;
-use crate::engine::{EngineError, Graph, Row, Run, Span};
+use crate::engine::{Row, Run, Span};
+use crate::model::graph::Graph;
+use crate::model::precision::Provider;
 
 /// The key by which a run says which captured graph it is.
 pub(super) const GRAPH_ID: &str = "gpu_graph_id";

@@ -18,8 +18,8 @@ use ort::operator::{
 use ort::value::{DynTensorRef, DynTensorRefMut, PrimitiveTensorElementType, TensorElementType};
 
 use super::{inputs, output};
-use crate::compile::Provider;
 use crate::gpu::kernels::{self, Half, Numbers};
+use crate::model::precision::Provider;
 
 /// The names of the operators within [`DOMAIN`](super::DOMAIN).
 pub const QUICK_GELU_FP16: &str = "QuickGeluFp16";

@@ -1,5 +1,6 @@
 //! One inference request: what it asks for, and its answer.
 
+use crate::proto;
 use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -7,16 +8,18 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use super::parameters::{self, Manner, Options};
 use super::tensors::{Input, put_element};
 use super::{Oip, TEXT_SHOWN, VERSION, metadata};
-use crate::admission::Share;
+use crate::admission::pool::Share;
 use crate::engine::Facts;
 use crate::error::{Error, Stage};
-use crate::inference::infer_parameter::ParameterChoice;
-use crate::inference::model_infer_response::InferOutputTensor;
-use crate::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
-use crate::job::{Answer, Class, Context, Want, Work};
+use crate::job::class::Class;
+use crate::job::{Answer, Work};
 use crate::model::Task;
-use crate::pb;
-use crate::preprocess::pool::Picture;
+use crate::model::graph::{Context, Want};
+use crate::preprocess::Picture;
+use crate::proto::inference::infer_parameter::ParameterChoice;
+use crate::proto::inference::model_infer_response::InferOutputTensor;
+use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
+use crate::proto::pb;
 use crate::rpc::embedding::Embedding;
 use crate::rpc::observe::{Deadline, Held};
 use crate::rpc::{Ask, Service, Submitted, call_bytes, convert, status};
@@ -511,7 +514,7 @@ impl Plan {
                     return Err(Error::OfImage { index, cause });
                 }
                 Some(cause) => {
-                    let code = status::name(status::code(&cause));
+                    let code = proto::code_name(status::code(&cause));
                     put_element(&mut statuses, &format!("{code}: {cause}"));
                 }
                 None if self.partial => put_element(&mut statuses, ""),

@@ -6,13 +6,14 @@ use std::collections::HashMap;
 use super::VERSION;
 use super::infer::{EMBEDDING, LAST_HIDDEN_STATE, LOGITS, NLL, TOKENS};
 use super::tensors::{IMAGE, INPUT_IDS, PIXELS};
-use crate::engine::{Facts, Graph};
+use crate::engine::Facts;
 use crate::error::Error;
-use crate::inference as oip;
-use crate::inference::DataType;
-use crate::inference::model_metadata_response::TensorMetadata;
-use crate::job::Norm;
 use crate::model::Task;
+use crate::model::graph::Graph;
+use crate::model::graph::Norm;
+use crate::proto::inference as oip;
+use crate::proto::inference::DataType;
+use crate::proto::inference::model_metadata_response::TensorMetadata;
 use crate::rpc::Service;
 
 /// What runs the model, as Triton names it.

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use super::TEXT_SHOWN;
 use crate::error::Error;
-use crate::inference::InferParameter;
-use crate::inference::infer_parameter::ParameterChoice;
-use crate::job::Class;
-use crate::pb;
+use crate::job::class::Class;
+use crate::proto::inference::InferParameter;
+use crate::proto::inference::infer_parameter::ParameterChoice;
+use crate::proto::pb;
 
 type Parameters = HashMap<String, InferParameter>;
 

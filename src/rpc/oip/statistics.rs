@@ -1,8 +1,8 @@
 //! What was computed since the start, in the protocol's words.
 
 use super::VERSION;
-use crate::inference as oip;
 use crate::metrics::totals::{Snapshot, Sum};
+use crate::proto::inference as oip;
 
 pub(super) fn of(model: &str, snapshot: &Snapshot) -> oip::ModelStatisticsResponse {
     let sums = &snapshot.sums;

@@ -6,6 +6,7 @@
 //! left. Unlike there, a request that finds the worker full is refused, as it
 //! would be by ModelInfer, and a request that fails does not end the stream.
 
+use crate::proto;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,10 +19,10 @@ use tracing::Instrument as _;
 
 use super::Oip;
 use super::infer::{Origin, Prepared};
-use crate::admission::Share;
+use crate::admission::pool::Share;
 use crate::error::{Error, StreamEnd};
-use crate::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::metrics::StreamOpen;
+use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::rpc::arriving::{self, Arrived};
 use crate::rpc::listen::Peer;
 use crate::rpc::observe::{Course, Ending, Held, InProgress};
@@ -247,7 +248,7 @@ fn answer(
                 ..Default::default()
             };
             // There is no place for a code but in the text.
-            let code = status::name(status::code(&error));
+            let code = proto::code_name(status::code(&error));
             (format!("{code}: {error}"), response, None)
         }
     };

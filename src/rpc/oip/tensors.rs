@@ -5,10 +5,10 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use super::TEXT_SHOWN;
 use super::parameters;
 use crate::error::Error;
-use crate::inference::model_infer_request::InferInputTensor;
-use crate::inference::{InferTensorContents, ModelInferRequest};
-use crate::preprocess::pool::Picture;
+use crate::preprocess::Picture;
 use crate::preprocess::{ImageInput, PreprocessOptions};
+use crate::proto::inference::model_infer_request::InferInputTensor;
+use crate::proto::inference::{InferTensorContents, ModelInferRequest};
 
 /// Before each element of a BYTES tensor in raw form: its length.
 const LENGTH_BYTES: usize = 4;

@@ -1,6 +1,7 @@
 //! One worker's part of the work: a connection, one stream, and what to do when
 //! either ends.
 
+use crate::proto;
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
@@ -19,13 +20,12 @@ use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
 use super::super::client::{RESPONSE_BYTES_MAX, Token};
-use super::super::status;
 use super::feed::{Taken, is_guilty};
 use super::{Address, Answer, Done, Fault, Job, PoolConfig, Shared, Task};
-use crate::pb;
-use crate::pb::embed_stream_request::Message as Out;
-use crate::pb::embed_stream_response::Message as In;
-use crate::pb::image_gpt_service_client::ImageGptServiceClient;
+use crate::proto::pb;
+use crate::proto::pb::embed_stream_request::Message as Out;
+use crate::proto::pb::embed_stream_response::Message as In;
+use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 
 /// The first rest after a failure; it doubles with each that follows.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -75,7 +75,7 @@ impl Lost {
         let details = status.get_error_details();
         let cause = details.error_info().map(|info| info.reason.as_str());
         Self {
-            reason: format!("{}: {}", status::name(status.code()), status.message()),
+            reason: format!("{}: {}", proto::code_name(status.code()), status.message()),
             rest: details
                 .retry_info()
                 .and_then(|info| info.retry_delay)
@@ -497,7 +497,7 @@ fn image(task: &Task) -> pb::Image {
 
 fn fault(error: tonic_types::Status) -> Fault {
     Fault {
-        code: status::name(Code::from(error.code)),
+        code: proto::code_name(Code::from(error.code)),
         message: error.message,
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tonic::Status;
 
 use super::super::arriving::Arrived;
-use crate::admission::Share;
+use crate::admission::pool::Share;
 
 /// Answers of a stream that wait for its connection.
 #[derive(Debug)]
@@ -302,7 +302,7 @@ impl<T> Drop for Answers<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pb;
+    use crate::proto::pb;
 
     fn response(id: &str) -> pb::EmbedStreamResponse {
         let result = pb::EmbedStreamResult {

@@ -2,9 +2,10 @@
 //! several sizes do.
 
 use super::*;
-use crate::compile::{CompileOptions, Provider, Silent, Source, Task};
+use crate::compile::{CompileOptions, Silent, Source};
 use crate::engine::onnx::{environment, find_library};
 use crate::model::GraphFiles;
+use crate::model::precision::{Provider, Task};
 
 const POSITIONS: usize = 1024;
 const COLORS: usize = 512;

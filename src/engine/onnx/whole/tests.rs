@@ -4,8 +4,8 @@
 use super::*;
 use crate::engine::onnx::{environment, find_library};
 use crate::engine::runtime::Residence;
-use crate::job::Want;
 use crate::model::GraphFiles;
+use crate::model::graph::Want;
 
 const POSITIONS: usize = 64;
 

@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 use tonic_prost::ProstEncoder;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::{inference, pb};
+use crate::proto::{inference, pb};
 
 /// No flag allows more images a call.
 pub(crate) const IMAGES_MAX: usize = 65_536;
@@ -507,14 +507,14 @@ impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
 ///
 /// INVALID_ARGUMENT for bytes that are no message of this kind, or that would
 /// grow out of bounds.
-pub(super) fn decode<U: prost::Message + Scan + Default>(message: Bytes) -> Result<U, Status> {
+pub(crate) fn decode<U: prost::Message + Scan + Default>(message: Bytes) -> Result<U, Status> {
     U::scan(&message).map_err(|reason| malformed(&reason))?;
     U::decode(message).map_err(|error| malformed(&format!("request: {error}")))
 }
 
 /// The refusal of a request that is not what its method takes.
-pub(super) fn malformed(reason: &str) -> Status {
-    let details = ErrorDetails::with_error_info("REQUEST_MALFORMED", super::status::DOMAIN, []);
+pub(crate) fn malformed(reason: &str) -> Status {
+    let details = ErrorDetails::with_error_info("REQUEST_MALFORMED", super::ERROR_DOMAIN, []);
     Status::with_error_details(Code::InvalidArgument, reason, details)
 }
 
