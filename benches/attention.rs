@@ -11,9 +11,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use imagegpt::attention::{CausalAttention, Kernel, Shape};
-use imagegpt::engine::onnx::find_library;
-use imagegpt::engine::operators;
+use imagegpt::kernels::attention::{CausalAttention, Kernel, Shape};
+use imagegpt::runtime::library::find_library;
+use imagegpt::runtime::operators;
 use ort::environment::Environment;
 use ort::session::Session;
 use ort::value::Tensor;

@@ -12,12 +12,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, CacheShape, CachedAttention, Int24, Kept, Kernel};
-use imagegpt::compile::onnx::{
+use imagegpt::kernels::attention::{
+    BLOCK, Cache, CacheShape, CachedAttention, Int24, Kept, Kernel,
+};
+use imagegpt::model::onnx::{
     Attribute, DataType, Dim, Graph, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
     ValueInfo,
 };
-use imagegpt::engine::onnx::find_library;
+use imagegpt::runtime::library::find_library;
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;

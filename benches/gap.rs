@@ -22,16 +22,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use imagegpt::compile::command::Bars;
-use imagegpt::config::ServeConfig;
+use imagegpt::commands::compile::Bars;
+use imagegpt::commands::serve::locate;
 use imagegpt::engine::{Row, Run, Stop};
-use imagegpt::local::locate;
 use imagegpt::model::Model;
 use imagegpt::model::graph::Graph;
 use imagegpt::model::graph::{Layers, Norm, Want};
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::{Worker, engines, onnx_factory};
+use imagegpt::serve::config::ServeConfig;
+use imagegpt::serve::worker::{Worker, engines, onnx_factory};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const SIZES: [usize; 3] = [1, 8, 64];

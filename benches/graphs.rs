@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
-use imagegpt::compile::manifest::Manifest;
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::{Residence, Runtime};
+use imagegpt::model::manifest::Manifest;
 use imagegpt::model::precision::Provider;
+use imagegpt::runtime::{Residence, Runtime};
 use ort::session::Session;
 use ort::value::{Tensor, TensorElementType};
 

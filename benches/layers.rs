@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
-use imagegpt::layers::{
+use imagegpt::kernels::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
+use imagegpt::kernels::layers::{
     Activation, DenseWeights, LayerWeights, Layers, Room, RowsAs, Sizes, Tokens, Weight,
 };
 use memmap2::MmapMut;

@@ -19,8 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use imagegpt::config::ServeConfig;
-use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
+use imagegpt::engine::onnx::{OnnxEngine, Options};
 use imagegpt::engine::{Engine, Row, Run, Stop};
 use imagegpt::model::Model;
 use imagegpt::model::graph::Graph;
@@ -28,7 +27,9 @@ use imagegpt::model::graph::Want;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::{Worker, onnx_engines};
+use imagegpt::runtime::library::find_library;
+use imagegpt::serve::config::ServeConfig;
+use imagegpt::serve::worker::{Worker, onnx_engines};
 
 const ROUNDS: usize = 5;
 const BATCH_SIZE: usize = 8;

@@ -8,10 +8,10 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
-use imagegpt::preprocess::DecodeBudget;
-use imagegpt::preprocess::decode::decode;
-use imagegpt::preprocess::resize::resize;
-use imagegpt::preprocess::{
+use imagegpt::imaging::DecodeBudget;
+use imagegpt::imaging::decode::decode;
+use imagegpt::imaging::resize::resize;
+use imagegpt::imaging::{
     Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor, Quantizer,
     RgbImage,
 };

@@ -5,11 +5,19 @@
 //! that fit, and what becomes of those that fail. A command says what to ask and
 //! how to show the answer.
 
+pub mod bench;
 mod classify;
+pub mod cli;
+pub mod compile;
+pub mod doctor;
+pub mod embed;
 mod generate;
 mod input;
+pub mod neighbors;
 mod output;
+pub mod print;
 mod score;
+pub mod serve;
 mod sheet;
 mod tokenize;
 
@@ -30,11 +38,11 @@ pub use self::input::{InputConfig, PreprocessConfig};
 pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
 pub use self::tokenize::TokenizeArgs;
-use crate::config::ServeConfig;
+use crate::client::{CallError, Client, ConnectConfig};
 use crate::proto::pb;
-use crate::rpc::client::{CallError, Client, ConnectConfig};
-use crate::worker::Worker;
-use crate::{local, telemetry};
+use crate::serve::config::ServeConfig;
+use crate::serve::worker::Worker;
+use crate::telemetry;
 
 /// Time for the last answers of a worker of one's own: nobody waits for them.
 const GRACE: Duration = Duration::from_secs(1);
@@ -132,7 +140,7 @@ impl WorkerConfig {
             return Ok(None);
         };
         let defaults = [&QUIET, defaults].concat();
-        local::own_worker(model, &defaults, self.serve.as_deref()).map(Some)
+        serve::own_worker(model, &defaults, self.serve.as_deref()).map(Some)
     }
 }
 
@@ -199,7 +207,7 @@ pub async fn run(
         Some(config) => {
             telemetry::init(&config.log)?;
             tokio::select! {
-                worker = local::load_and_start(&config) => Some(worker?),
+                worker = serve::load_and_start(&config) => Some(worker?),
                 () = &mut stop => return Ok(Outcome::Interrupted),
             }
         }

@@ -11,13 +11,9 @@
 
 pub mod cache;
 pub mod checkpoint;
-pub mod command;
-pub mod config;
 pub mod error;
 pub mod graph;
 pub mod hub;
-pub mod manifest;
-pub mod onnx;
 pub mod options;
 pub mod random;
 pub mod reference;
@@ -28,6 +24,7 @@ pub mod verify;
 pub mod weights;
 
 use crate::files::hex;
+use crate::model::{architecture, manifest};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -35,24 +32,24 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
-use self::config::Architecture;
 use self::graph::{Attention, Plan};
-use self::manifest::SourceFacts;
-use self::onnx::DataType;
 use self::source::Local;
 use self::stage::Stage;
 use self::store::{Layout, Parts};
 use self::verify::{Nearness, Trial};
 use self::weights::Weights;
-use crate::engine::runtime::Operators;
+use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
+use crate::model::manifest::SourceFacts;
+use crate::model::onnx::DataType;
+use crate::runtime::Operators;
 
 pub use self::error::CompileError;
-use self::manifest::Manifest;
 pub use self::options::CompileOptions;
 pub use self::source::Source;
-use crate::engine::runtime::Runtime;
+use crate::model::manifest::Manifest;
 use crate::model::precision::{Precision, Provider, Task};
+use crate::runtime::Runtime;
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +194,7 @@ fn compile_fetched(
         progress.advance(1);
     }
 
-    for name in [config::FILE, source::PREPROCESSOR] {
+    for name in [architecture::FILE, source::PREPROCESSOR] {
         stage.copy(&local.folder.join(name))?;
     }
     let files = stage.files()?;
@@ -254,7 +251,7 @@ pub fn compile_cached(
     let sha256 = digest(&checkpoint, progress)?;
     // The palette is copied into the folder, so another one is another folder.
     let preprocessor = local.folder.join(source::PREPROCESSOR);
-    let preprocessor = config::read(&preprocessor)?;
+    let preprocessor = architecture::read(&preprocessor)?;
     let mut hash = Sha256::new();
     hash.update(&sha256);
     hash.update(&preprocessor);

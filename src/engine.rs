@@ -5,27 +5,17 @@
 //! move the queue to where nothing can see it. Several devices are several such
 //! threads, which one batcher feeds.
 
-mod buckets;
-mod decoder;
-pub mod devices;
-pub mod error;
 pub mod fake;
-mod gap;
 pub mod onnx;
-pub mod operators;
-pub mod roofline;
-pub(crate) mod runner;
-pub mod runtime;
 mod stop;
-pub(crate) mod turn;
 
-use crate::engine::error::EngineError;
 use crate::model::graph::Graph;
+use crate::runtime::error::EngineError;
 use std::time::{Duration, Instant};
 
-pub use self::buckets::Buckets;
 pub use self::stop::{Hook, Stop};
-use crate::attention::SharedPrefix;
+use crate::kernels::attention::SharedPrefix;
+pub use crate::model::buckets::Buckets;
 use crate::model::graph::Want;
 
 /// One row of a batch.

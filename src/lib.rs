@@ -13,40 +13,29 @@
 //!
 //! `ARCHITECTURE.md` has the invariants and the reasons.
 
-pub mod error;
-pub mod generation;
-pub mod job;
-
-pub mod admission;
-pub mod batcher;
-pub mod engine;
-pub mod preprocess;
-pub mod rpc;
-
-pub mod attention;
-pub mod cache;
-pub mod compile;
-pub mod config;
-pub mod gpu;
-pub mod head;
-pub mod http;
-pub mod layers;
-pub mod local;
-pub mod metrics;
-pub mod model;
-pub mod output;
-pub mod picture;
-pub mod proto;
-pub mod readiness;
+// Each folder uses only those above it; `tests/architecture.rs` holds that.
+mod files;
 mod sync;
 pub mod telemetry;
-mod vector;
-pub mod worker;
 
-pub mod bench;
-pub mod cli;
+pub mod kernels;
+
+pub mod imaging;
+
+pub mod gpu;
+
+pub mod proto;
+
+pub mod model;
+
+pub mod runtime;
+
+pub mod compile;
+
+pub mod engine;
+
+pub mod serve;
+
+pub mod client;
+
 pub mod commands;
-pub mod dataset;
-pub mod doctor;
-mod files;
-pub mod neighbors;

@@ -5,21 +5,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use imagegpt::bench::flags::BenchArgs;
-use imagegpt::bench::{self, Verdict};
-use imagegpt::cli::{Cli, CliCommand, exit};
+use imagegpt::commands::bench;
+use imagegpt::commands::bench::Verdict;
+use imagegpt::commands::bench::flags::BenchArgs;
+use imagegpt::commands::cli::{Cli, CliCommand, exit};
+use imagegpt::commands::compile;
+use imagegpt::commands::doctor;
+use imagegpt::commands::doctor::{DoctorArgs, Verdict as Diagnosis};
+use imagegpt::commands::embed;
+use imagegpt::commands::embed::flags::EmbedArgs;
+use imagegpt::commands::embed::{Ended as JobEnded, Terminal};
+use imagegpt::commands::neighbors;
+use imagegpt::commands::neighbors::NeighborsConfig;
+use imagegpt::commands::print::{Printer, Unread};
+use imagegpt::commands::serve::{is_ready, load_and_start, own_worker, start};
 use imagegpt::commands::{self, Ask, Outcome};
-use imagegpt::compile::command;
-use imagegpt::config::{NetworkConfig, ServeConfig};
-use imagegpt::dataset::flags::EmbedArgs;
-use imagegpt::dataset::{self, Ended as JobEnded, Terminal};
-use imagegpt::doctor::{self, DoctorArgs, Verdict as Diagnosis};
-use imagegpt::engine::devices::{Failure, FailureKind};
-use imagegpt::local::{is_ready, load_and_start, own_worker, start};
-use imagegpt::neighbors::{self, NeighborsConfig};
-use imagegpt::output::{Printer, Unread};
+use imagegpt::serve::config::{NetworkConfig, ServeConfig};
+use imagegpt::serve::devices::{Failure, FailureKind};
+use imagegpt::serve::worker::{Ended, Worker};
 use imagegpt::telemetry;
-use imagegpt::worker::{Ended, Worker};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Time for a job's own worker to end: its only client is done with it.
@@ -38,8 +42,8 @@ fn main() {
         .command;
     let outcome = match command {
         CliCommand::Serve(config) => serve(&config),
-        CliCommand::Compile(args) => to_stdout(|out| command::run(&args, out)),
-        CliCommand::Inspect(args) => to_stdout(|out| command::inspect(&args, out)),
+        CliCommand::Compile(args) => to_stdout(|out| compile::run(&args, out)),
+        CliCommand::Inspect(args) => to_stdout(|out| compile::inspect(&args, out)),
         CliCommand::Ask(command) => ask(&command),
         CliCommand::Neighbors(config) => show_neighbors(&config),
         CliCommand::Embed(args) => embed(&args),
@@ -257,11 +261,11 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let mut out = Printer::stdout(Unread::GoesOn);
     let ended = runtime.block_on(async {
-        dataset::check(args).await?;
+        embed::check(args).await?;
         let mut signals = Signals::new()?;
         let Some(model) = &args.workers.model else {
             let endpoints = args.workers.endpoints.clone();
-            return dataset::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
+            return embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         };
         // The same pipeline, with a worker of its own at the other end.
         let config = own_worker(model, &[], args.workers.serve.as_deref())?;
@@ -270,7 +274,7 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
             () = signals.recv() => return Ok(JobEnded::Interrupted),
         };
         let endpoints = vec![format!("http://{}", worker.grpc_addr)];
-        let ended = dataset::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
+        let ended = embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         worker.shutdown(OWN_GRACE).await;
         ended
     });
@@ -290,12 +294,12 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
 mod tests {
     use std::path::Path;
 
-    use imagegpt::engine::devices::DeviceEngine;
     use imagegpt::engine::fake::{FakeEngine, Script};
     use imagegpt::engine::{Engine, EngineFactory};
     use imagegpt::model::Model;
     use imagegpt::proto::pb;
     use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+    use imagegpt::serve::devices::DeviceEngine;
 
     use super::*;
 

@@ -15,19 +15,23 @@ use sha2::{Digest, Sha256};
 
 use self::files::{Found, Origin, Sha256Digest};
 
+use self::buckets::Buckets;
 use self::graph::Graph;
 use self::graph::{Layers, Norm, Want};
+use self::manifest::Manifest;
 use self::precision::Precision;
-use crate::compile::manifest;
-use crate::compile::manifest::Manifest;
-use crate::engine::Buckets;
 use crate::files::hex;
 
 pub use self::files::GraphFiles;
 
+pub mod architecture;
+pub mod buckets;
 pub mod error;
 pub(crate) mod files;
 pub mod graph;
+pub mod head;
+pub mod manifest;
+pub mod onnx;
 pub mod precision;
 pub(crate) mod wire;
 

@@ -5,7 +5,7 @@ pub(crate) mod codec;
 
 use tonic::Code;
 
-use crate::preprocess::{Alpha, Fit, PreprocessOptions};
+use crate::imaging::{Alpha, Fit, PreprocessOptions};
 
 /// Who may act on the reasons of errors, as `google.rpc.ErrorInfo` asks.
 pub(crate) const ERROR_DOMAIN: &str = "imagegpt.v1";

@@ -11,16 +11,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use imagegpt::attention::Kernel;
-use imagegpt::compile::manifest::Manifest;
-use imagegpt::compile::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
 use imagegpt::compile::{
     CompileError, CompileOptions, Progress, Silent, Source, Step, compile, compile_cached,
 };
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::Runtime;
-use imagegpt::layers::RowsAs;
+use imagegpt::kernels::attention::Kernel;
+use imagegpt::kernels::layers::RowsAs;
+use imagegpt::model::manifest::Manifest;
+use imagegpt::model::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
 use imagegpt::model::precision::{Precision, Provider, Task};
+use imagegpt::runtime::Runtime;
 use ort::environment::Environment;
 use prost::Message as _;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -249,7 +249,7 @@ fn steps_whose_rows_cannot_be_rounded_are_refused() {
         ..CompileOptions::default()
     };
     let outcome = run(source.path(), &output, &options).map_err(|error| error.to_string());
-    let kernel = Kernel::fastest(imagegpt::attention::Precision::F32);
+    let kernel = Kernel::fastest(imagegpt::kernels::attention::Precision::F32);
     match RowsAs::fastest::<i8>(kernel, 4 * WIDTH) {
         RowsAs::Floats => {
             let errors = &outcome.unwrap().graphs["generate"].errors;

@@ -16,14 +16,16 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use half::bf16;
-use imagegpt::attention::{BLOCK, Cache, Int24, Kept};
-use imagegpt::compile::onnx::{
+use imagegpt::kernels::attention::{BLOCK, Cache, Int24, Kept};
+use imagegpt::kernels::layers::{
+    Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens,
+};
+use imagegpt::model::onnx::{
     Attribute, DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet,
     Tensor as Constant, ValueInfo,
 };
-use imagegpt::engine::onnx::find_library;
-use imagegpt::engine::operators;
-use imagegpt::layers::{Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens};
+use imagegpt::runtime::library::find_library;
+use imagegpt::runtime::operators;
 use ort::environment::Environment;
 use ort::memory::Allocator;
 use ort::session::Session;

@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use super::output::json;
 use super::{EachConfig, Outcome, Session};
-use crate::config::ServeConfig;
+use crate::client::{Classes, Client};
 use crate::files::printable;
-use crate::head::HeadFlag;
-use crate::rpc::client::{Classes, Client};
+use crate::model::head::HeadFlag;
+use crate::serve::config::ServeConfig;
 
 /// Columns that a class's name takes in the table; the rest of a longer one
 /// pushes what follows.

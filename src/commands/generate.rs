@@ -18,14 +18,15 @@ use super::input::{Inputs, only_one_stdin};
 use super::output::{Folder, complain, json, stem};
 use super::sheet::{Cell, Sheet};
 use super::{Outcome, PreprocessConfig, Session, WorkerConfig};
+use crate::client::Client;
+use crate::commands::neighbors::PICTURE_LIMITS;
 use crate::files::{self, printable};
-use crate::neighbors::PICTURE_LIMITS;
-use crate::preprocess::DecodeBudget;
-use crate::preprocess::decode::decode;
-use crate::preprocess::{self, Alpha};
+use crate::imaging;
+use crate::imaging::Alpha;
+use crate::imaging::DecodeBudget;
+use crate::imaging::decode::decode;
 use crate::proto::pb;
 use crate::proto::pb::generate_response::Message;
-use crate::rpc::client::Client;
 
 /// Pictures side by side on a sheet where no input gives it its rows.
 const COLUMNS: usize = 8;
@@ -399,7 +400,7 @@ fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
     Ok(light.pixels().map(|pixel| pixel.0[0] >= 128).collect())
 }
 
-fn mask_pixels(path: &Path) -> anyhow::Result<preprocess::RgbImage> {
+fn mask_pixels(path: &Path) -> anyhow::Result<imaging::RgbImage> {
     let bytes_max = PICTURE_LIMITS.image_bytes_max;
     let bytes = files::read(path, bytes_max as u64)??;
     let bytes = bytes.with_context(|| format!("it has more than {bytes_max} bytes"))?;

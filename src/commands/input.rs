@@ -13,9 +13,9 @@ use bytesize::ByteSize;
 use clap::Args;
 use tokio::sync::mpsc;
 
+use crate::commands::neighbors::find_images;
 use crate::files::{self, Trouble};
-use crate::neighbors::find_images;
-use crate::preprocess::{Alpha, Fit, PreprocessOptions};
+use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::proto::pb;
 use crate::proto::preprocess_applied;
 

@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::output::{Folder, json};
 use super::{EachConfig, Outcome, Session};
+use crate::client::{Client, Score, ScoreOptions};
 use crate::files::printable;
-use crate::rpc::client::{Client, Score, ScoreOptions};
 
 #[derive(Debug, Clone, Args)]
 pub struct ScoreArgs {

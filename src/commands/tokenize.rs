@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::output::{Folder, json};
 use super::{EachConfig, Outcome, Session};
+use crate::client::Client;
 use crate::files::printable;
-use crate::picture;
-use crate::rpc::client::Client;
+use crate::imaging::render;
 
 #[derive(Debug, Clone, Args)]
 pub struct TokenizeArgs {
@@ -77,7 +77,7 @@ impl Session {
     pub(super) fn png(&self, tokens: &[u16], scale: u8) -> anyhow::Result<Vec<u8>> {
         let (side, palette) = (self.model.side as usize, &self.model.palette_rgb8);
         let compression = png::Compression::Balanced;
-        Ok(picture::png(
+        Ok(render::png(
             tokens,
             palette,
             side,

@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::weight_files;
-use super::{CompileOptions, Progress, Source, compile_cached, manifest};
-use crate::engine::runtime::Runtime;
+use super::{CompileOptions, Progress, Source, compile_cached};
 use crate::model;
+use crate::model::manifest;
+use crate::runtime::Runtime;
 
 /// Finds the directory to serve for what a user wrote after `--model`. What has
 /// weights but no graphs is compiled into the cache, unless it is there.

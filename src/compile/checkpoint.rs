@@ -116,7 +116,7 @@ pub fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
 ///
 /// When the index cannot be understood or names a file outside its folder.
 pub fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
-    let text = super::config::read(path)?;
+    let text = crate::model::architecture::read(path)?;
     let index: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|error| CompileError::weights(path, format!("is not JSON: {error}")))?;
     let map = index
@@ -263,8 +263,8 @@ impl Checkpoint {
     /// When a file cannot be read.
     pub fn digest(&self, mut advance: impl FnMut(u64)) -> Result<String, CompileError> {
         let mut hash = Sha256::new();
-        let config = self.folder.join(super::config::FILE);
-        hash.update(super::config::read(&config)?);
+        let config = self.folder.join(crate::model::architecture::FILE);
+        hash.update(crate::model::architecture::read(&config)?);
         let mut buffer = vec![0; 1 << 20];
         for (path, _) in &self.files {
             // A reader of its own, since reading moves the file's position.

@@ -13,10 +13,10 @@ mod tasks;
 use crate::model::graph::Graph;
 use half::bf16;
 
-use super::config::Architecture;
-use super::onnx::{DataType, Model};
 use super::store::Store;
-use crate::attention::{Int24, Kept as _};
+use crate::kernels::attention::{Int24, Kept as _};
+use crate::model::architecture::Architecture;
+use crate::model::onnx::{DataType, Model};
 use crate::model::precision::{Precision, Provider};
 
 pub use crate::model::graph::Norm;

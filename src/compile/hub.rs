@@ -11,7 +11,8 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::error::CompileError;
 use super::source::{Local, PREPROCESSOR};
-use super::{Progress, Step, checkpoint, config};
+use super::{Progress, Step, checkpoint};
+use crate::model::architecture;
 
 /// Attempts to go on with a download that broke off.
 const N_RETRIES: usize = 3;
@@ -88,7 +89,7 @@ impl Hub {
         };
         let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
         download.file(PREPROCESSOR).map_err(&failed)?;
-        let config = download.file(config::FILE).map_err(&failed)?;
+        let config = download.file(architecture::FILE).map_err(&failed)?;
         let folder = config.parent().unwrap_or(&config).to_owned();
         for (single, index) in checkpoint::SINGLE.iter().zip(checkpoint::INDEX) {
             if has(single) {
@@ -133,7 +134,7 @@ impl Hub {
     fn cached(&self, at: Repo) -> Option<Local> {
         let cache = Cache::new(self.cache.clone()).repo(at);
         cache.get(PREPROCESSOR)?;
-        let folder = cache.get(config::FILE)?.parent()?.to_owned();
+        let folder = cache.get(architecture::FILE)?.parent()?.to_owned();
         let revision = folder.file_name()?.to_string_lossy().into_owned();
         // Weights may be missing from an unfinished download.
         checkpoint::weight_files(&folder).ok()?;

@@ -6,7 +6,7 @@ use crate::model::precision::Task;
 use std::collections::BTreeSet;
 
 use super::error::CompileError;
-use crate::engine::runtime::Runtime;
+use crate::runtime::Runtime;
 
 /// What to make of a source.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ impl CompileOptions {
         parts.extend(tasks);
         parts.extend(self.feature_layer.map(|layer| layer.to_string()));
         parts.push(concat!("v", env!("CARGO_PKG_VERSION")).to_owned());
-        parts.push(format!("f{}", super::manifest::FORMAT));
+        parts.push(format!("f{}", crate::model::manifest::FORMAT));
         parts.join("-")
     }
 }

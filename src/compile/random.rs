@@ -17,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::config::{self, Architecture};
 use super::error::CompileError;
 use super::source::{Local, PREPROCESSOR};
+use crate::model::architecture;
+use crate::model::architecture::Architecture;
 
 /// What a source's name begins with.
 pub const PREFIX: &str = "random:";
@@ -118,7 +119,7 @@ pub fn fetch(name: &str) -> Result<Local, CompileError> {
     let folder = scratch.path().to_owned();
     let written = |error: &std::io::Error| CompileError::write(&folder, error);
     for (file, text) in [
-        (config::FILE, config_json(shape)),
+        (architecture::FILE, config_json(shape)),
         (PREPROCESSOR, preprocessor_json()),
         (FILE, recipe_json()),
     ] {
@@ -203,7 +204,7 @@ pub(super) struct Drawn {
 impl Drawn {
     /// Reads the recipe at `path`, and the shapes from `config.json` beside it.
     pub(super) fn open(folder: &Path, path: &Path) -> Result<Self, CompileError> {
-        let text = super::config::read(path)?;
+        let text = crate::model::architecture::read(path)?;
         let recipe: Recipe = serde_json::from_slice(&text)
             .map_err(|error| CompileError::weights(path, format!("is no recipe: {error}")))?;
         if recipe.generator != GENERATOR {

@@ -4,9 +4,9 @@
 //! no packing, no cache. It is what compiled graphs are judged by, so being
 //! easy to check by eye matters more than speed; threads only split rows.
 
-use super::config::{Activation, Architecture};
 use super::error::CompileError;
 use super::weights::{Dense, Weights};
+use crate::model::architecture::{Activation, Architecture};
 
 /// Everything that any task could ask for, of each sequence.
 #[derive(Debug, Clone)]

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::config;
 use super::error::CompileError;
 use crate::files::hex;
+use crate::model::architecture;
 use crate::model::files;
 
 /// Directory that a compiled model is made in.
@@ -72,7 +72,7 @@ impl Stage {
 
     /// Copies a file under its own name.
     pub(super) fn copy(&self, file: &Path) -> Result<(), CompileError> {
-        let bytes = config::read(file)?;
+        let bytes = architecture::read(file)?;
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         self.write(&name, &bytes)?;
         Ok(())

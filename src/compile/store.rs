@@ -4,17 +4,17 @@
 //! memory; a graph that is tried maps it. Tensors start at multiples of a page,
 //! which is what mapping asks for.
 
-use crate::compile::manifest::WEIGHTS_FILE;
+use crate::model::manifest::WEIGHTS_FILE;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use super::config::Architecture;
 use super::error::CompileError;
-use super::onnx::{DataType, StringEntry, Tensor};
 use super::weights::Dense;
 use super::weights::Weights;
+use crate::model::architecture::Architecture;
+use crate::model::onnx::{DataType, StringEntry, Tensor};
 use crate::model::precision::Precision;
 
 const ALIGNMENT: u64 = 4096;

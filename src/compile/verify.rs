@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use ort::session::SessionInputValue;
 use ort::value::Tensor;
 
-use super::config::Architecture;
 use super::error::CompileError;
 use super::graph::Plan;
-use super::manifest::GraphFacts;
-use super::onnx::Model;
 use super::reference::{self, Trace};
 use super::weights::Weights;
-use crate::engine::runtime::{Operators, Residence, Runtime, what_ran};
+use crate::model::architecture::Architecture;
 use crate::model::graph::{Graph, Norm};
+use crate::model::manifest::GraphFacts;
+use crate::model::onnx::Model;
 use crate::model::precision::{Provider, Task};
+use crate::runtime::{Operators, Residence, Runtime, what_ran};
 
 /// Sequences in the trial: two show that rows do not mix.
 pub const N_SEQUENCES: usize = 2;

@@ -7,8 +7,8 @@
 //! ignored.
 
 use super::checkpoint::Checkpoint;
-use super::config::Architecture;
 use super::error::CompileError;
+use crate::model::architecture::Architecture;
 
 /// A checkpoint, and the architecture that its shapes must fit.
 #[derive(Debug)]

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 pub use self::cost::Cost;
-use super::error::EngineError;
 use super::{Engine, Facts, Feed, Run, SequenceFacts, Span, Stop, Warm};
 use crate::model::graph::Graph;
 use crate::model::graph::Want;
+use crate::runtime::error::EngineError;
 
 /// How often a run that takes long looks whether it should stop.
 const STOP_INTERVAL: Duration = Duration::from_millis(1);

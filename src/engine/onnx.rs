@@ -8,37 +8,32 @@
 //! the graph takes the model's vocabulary and returns the shape it promised.
 
 mod answers;
-mod arena;
-mod library;
-mod load;
-mod placement;
-mod probe;
 mod sequences;
 mod whole;
 
-use crate::engine::error::cannot_be_had;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ort::environment::Environment;
-use ort::session::builder::SessionBuilder;
 
-use self::load::Loader;
 use self::sequences::SequenceEngine;
 use self::whole::{Batch, WholeGraph};
-use super::error::EngineError;
-use super::error::runtime;
-use super::runtime::{Residence, Runtime, operators};
-use super::{Buckets, Engine, Facts, Fallback, FallbackKind, Feed, Row, Run, Span, Stop, Warm};
+use super::{Engine, Facts, Fallback, FallbackKind, Feed, Row, Run, Span, Stop, Warm};
 use crate::model::GraphFiles;
+use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
 use crate::model::graph::{Layers, Want};
 use crate::model::precision::{Provider, ProviderChoice};
+use crate::runtime::error::EngineError;
+use crate::runtime::error::runtime;
+use crate::runtime::load::Loader;
+use crate::runtime::{Residence, Runtime, operators};
+use crate::runtime::{arena, library};
 
-pub use self::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
-pub use self::probe::probe;
+pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
+pub use crate::runtime::probe::probe;
 
 /// All that an engine is made from.
 #[derive(Debug, Clone)]
@@ -505,16 +500,6 @@ fn runtime_of(
         gpu_memory_limit: options.gpu_memory_limit.filter(|_| is_cuda),
         cuda_graphs: options.cuda_graphs && is_cuda,
     })
-}
-
-/// A session's options, or what to do when the provider cannot be had.
-fn builder(runtime: &Runtime) -> Result<SessionBuilder, EngineError> {
-    let recording =
-        |builder: SessionBuilder| Ok(builder.with_config_entry(placement::RECORD, "1")?);
-    runtime
-        .builder()
-        .and_then(recording)
-        .map_err(|error| cannot_be_had(runtime.provider, &error))
 }
 
 impl Engine for OnnxEngine {

@@ -1,7 +1,7 @@
 //! Graphs that a model has, and which numbers of them are wanted.
 
 use super::precision::Task;
-use crate::compile::config::Architecture;
+use crate::model::architecture::Architecture;
 
 /// The input of `generate` that says what sequences share.
 pub const PREFIXES: &str = "prefixes";

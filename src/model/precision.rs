@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::compile::onnx::DataType;
+use crate::model::onnx::DataType;
 
 /// How numbers are kept and computed.
 #[derive(

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use imagegpt::preprocess::ImageLimits;
+use imagegpt::imaging::ImageLimits;
 
 use super::jpeg::Shape;
 use super::seeds::{CLASSIC, Entry, STRIPS, TILES, deflate, facts, tiff};

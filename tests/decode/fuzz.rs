@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::time::{Duration, Instant};
 
-use imagegpt::preprocess::{Format, ImageLimits, PreprocessError};
+use imagegpt::imaging::{Format, ImageLimits, PreprocessError};
 
 use super::mutate::{Dice, mutate};
 use super::seeds::{Seed, seeds};

@@ -11,8 +11,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
-use imagegpt::preprocess::decode::decode;
-use imagegpt::preprocess::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
+use imagegpt::imaging::decode::decode;
+use imagegpt::imaging::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
 use rustix::time::{ClockId, clock_gettime};
 
 mod attacks;

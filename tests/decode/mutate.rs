@@ -1,6 +1,6 @@
 //! Changes to files: sizes and offsets first, then bytes, then parts of others.
 
-use imagegpt::preprocess::Format;
+use imagegpt::imaging::Format;
 
 /// Pseudo-random numbers, the same for the same seed.
 pub(crate) struct Dice(pub(crate) u64);

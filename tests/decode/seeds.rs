@@ -9,7 +9,7 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
-use imagegpt::preprocess::Format;
+use imagegpt::imaging::Format;
 
 use super::jpeg;
 

@@ -4,7 +4,7 @@
 use std::fs;
 
 use bytes::Bytes;
-use imagegpt::preprocess::{
+use imagegpt::imaging::{
     Alpha, DecodeBudget, Fit, ImageInput, PreprocessError, PreprocessOptions, Preprocessor,
 };
 

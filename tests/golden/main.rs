@@ -11,10 +11,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use imagegpt::preprocess::DecodeBudget;
-use imagegpt::preprocess::decode::decode;
-use imagegpt::preprocess::resize::resize_to;
-use imagegpt::preprocess::{
+use imagegpt::imaging::DecodeBudget;
+use imagegpt::imaging::decode::decode;
+use imagegpt::imaging::resize::resize_to;
+use imagegpt::imaging::{
     Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor, Quantizer,
     RgbView,
 };

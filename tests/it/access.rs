@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body, Frame};
+use imagegpt::client::{Client, ConnectConfig};
 use imagegpt::engine::fake::Script;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::rpc::client::{Client, ConnectConfig};
-use imagegpt::worker::{Ended, Worker};
+use imagegpt::serve::worker::{Ended, Worker};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;

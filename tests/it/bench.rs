@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use clap::Parser;
-use imagegpt::bench::flags::BenchArgs;
-use imagegpt::bench::{self, Verdict};
+use imagegpt::commands::bench;
+use imagegpt::commands::bench::Verdict;
+use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::engine::fake::Script;
 use serde_json::Value;
 

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use clap::Parser;
-use imagegpt::bench;
-use imagegpt::bench::flags::BenchArgs;
+use imagegpt::commands::bench;
+use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::Runtime;
 use imagegpt::model::precision::{Provider, Task};
+use imagegpt::runtime::Runtime;
 use serde_json::Value;
 
 use crate::harness;

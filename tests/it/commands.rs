@@ -9,8 +9,8 @@ use std::time::Duration;
 use clap::Parser;
 use imagegpt::commands::{self, Ask, Outcome};
 use imagegpt::engine::fake::Script;
+use imagegpt::imaging::render;
 use imagegpt::model::precision::Precision;
-use imagegpt::picture;
 use imagegpt::proto::pb;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -79,7 +79,7 @@ impl Pictures {
                 .iter()
                 .map(|&id| id.try_into().expect("16 bits"))
                 .collect();
-            let png = picture::png(&ids, &palette, 8, 1, png::Compression::Fast).expect("a PNG");
+            let png = render::png(&ids, &palette, 8, 1, png::Compression::Fast).expect("a PNG");
             std::fs::write(folder.path().join(format!("{idx:02}.png")), png).expect("written");
         }
         Self(folder)

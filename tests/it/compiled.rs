@@ -4,14 +4,15 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{CompileOptions, Silent, Source, cache, compile, onnx as onnx_file};
+use imagegpt::compile::{CompileOptions, Silent, Source, cache, compile};
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::Runtime;
-use imagegpt::head::Head;
 use imagegpt::model::Model;
+use imagegpt::model::head::Head;
+use imagegpt::model::onnx as onnx_file;
 use imagegpt::model::precision::{Precision, Provider, Task};
 use imagegpt::proto::pb;
-use imagegpt::worker::{Worker, onnx_engines};
+use imagegpt::runtime::Runtime;
+use imagegpt::serve::worker::{Worker, onnx_engines};
 use prost::Message as _;
 use prost::encoding::{decode_varint, encode_varint};
 use safetensors::Dtype;
@@ -339,7 +340,7 @@ async fn a_checkpoint_is_compiled_once() {
     // A damaged folder is made again, and another palette is another folder.
     std::fs::write(first.join("weights.bin"), "damaged").expect("written");
     assert_eq!(locate(source_text).expect("made again"), first);
-    imagegpt::compile::manifest::Manifest::read(&first).expect("whole again");
+    imagegpt::model::manifest::Manifest::read(&first).expect("whole again");
     let changed = tempfile::tempdir().expect("a folder");
     for entry in std::fs::read_dir(&source).expect("the source") {
         let entry = entry.expect("an entry");

@@ -3,14 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use imagegpt::engine::devices::DeviceEngine;
-use imagegpt::engine::devices::FailureKind;
-use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeSequences, Script};
 use imagegpt::model::Model;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
-use imagegpt::worker::{Worker, engines, onnx_engines};
+use imagegpt::runtime::error::EngineError;
+use imagegpt::serve::devices::DeviceEngine;
+use imagegpt::serve::devices::FailureKind;
+use imagegpt::serve::worker::{Worker, engines, onnx_engines};
 use tonic::{Code, Status};
 
 use crate::batching::{gated, wait_for_batches};
@@ -283,7 +283,7 @@ async fn a_drain_answers_what_every_device_has() {
         assert_eq!(answer, fake_answer(ids));
     }
     let ended = ending.await.expect("no panic");
-    assert_eq!(ended, imagegpt::worker::Ended::Clean);
+    assert_eq!(ended, imagegpt::serve::worker::Ended::Clean);
 }
 
 fn fails_to_load() -> DeviceEngine {

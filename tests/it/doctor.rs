@@ -14,7 +14,7 @@ __attribute__((constructor)) static void crash(void) { abort(); }
 ";
 
 fn doctor(arguments: &[&str]) -> Output {
-    let library = imagegpt::engine::onnx::find_library(None);
+    let library = imagegpt::runtime::library::find_library(None);
     Command::new(env!("CARGO_BIN_EXE_imagegpt"))
         .arg("doctor")
         .args(arguments)

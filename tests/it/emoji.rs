@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::Runtime;
-use imagegpt::head::Head;
+use imagegpt::model::head::Head;
 use imagegpt::model::precision::{Provider, Task};
 use imagegpt::proto::pb;
+use imagegpt::runtime::Runtime;
 
 use crate::harness::{self, Running};
 

@@ -1,9 +1,9 @@
 //! An engine that fails: callers are told, and so is the world.
 
-use imagegpt::engine::devices::FailureKind;
-use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, Facts, Feed, Run, Stop, Warm};
+use imagegpt::runtime::error::EngineError;
+use imagegpt::serve::devices::FailureKind;
 use tonic::Code;
 
 use crate::harness::{self, embed, seeded, tokens, vector};

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use imagegpt::compile::{CompileOptions, Silent, Source, compile};
 use imagegpt::engine::fake::{FakeEngine, FakeSequences, Script};
 use imagegpt::engine::onnx;
-use imagegpt::engine::runtime::Runtime;
 use imagegpt::model::precision::{Precision, Provider};
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::generate_request::Primer;
 use imagegpt::proto::pb::generate_response::Message;
+use imagegpt::runtime::Runtime;
 use serde::Deserialize;
 use tonic::{Code, Request, Status};
 

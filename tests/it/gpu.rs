@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Stop, Warm, runtime};
+use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Stop, Warm};
 use imagegpt::gpu::kernels::{Half, Numbers, quick_gelu};
 use imagegpt::proto::pb;
+use imagegpt::runtime;
+use imagegpt::runtime::error::EngineError;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -56,7 +57,10 @@ fn doctor_with(driver: &Path, arguments: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
         .args(["doctor", "--format", "json"])
         .args(arguments)
-        .env("ORT_DYLIB_PATH", imagegpt::engine::onnx::find_library(None))
+        .env(
+            "ORT_DYLIB_PATH",
+            imagegpt::runtime::library::find_library(None),
+        )
         .env("LD_LIBRARY_PATH", driver)
         .env("CUDA_VISIBLE_DEVICES", "1,MIG-10111213")
         .output()

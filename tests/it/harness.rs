@@ -4,15 +4,15 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use imagegpt::config::ServeConfig;
-use imagegpt::engine::devices::DeviceEngine;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
-use imagegpt::head::Head;
 use imagegpt::model::Model;
+use imagegpt::model::head::Head;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::{Ended, Worker, onnx_engines};
+use imagegpt::serve::config::ServeConfig;
+use imagegpt::serve::devices::DeviceEngine;
+use imagegpt::serve::worker::{Ended, Worker, onnx_engines};
 use serde::Deserialize;
 use tonic::transport::Channel;
 

@@ -7,7 +7,7 @@ use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::model::Model;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::Worker;
+use imagegpt::serve::worker::Worker;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Streaming};
 use tonic_health::pb::health_check_response::ServingStatus;

@@ -9,7 +9,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, SendStream};
 use imagegpt::engine::fake::{FakeSequences, Script};
 use imagegpt::proto::pb;
-use imagegpt::worker::{Ended, Worker};
+use imagegpt::serve::worker::{Ended, Worker};
 use prost::Message as _;
 use tonic::Code;
 

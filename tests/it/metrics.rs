@@ -3,9 +3,9 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Span, Stop, Warm};
+use imagegpt::runtime::error::EngineError;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use imagegpt::engine::Buckets;
-use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
+use imagegpt::engine::onnx::{OnnxEngine, Options};
 use imagegpt::model::Model;
+use imagegpt::model::buckets::Buckets;
 use imagegpt::model::precision::ProviderChoice;
+use imagegpt::runtime::library::find_library;
 
 use crate::harness;
 

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use imagegpt::client::ConnectConfig;
+use imagegpt::client::pool::{Answer, Job, Pool, PoolConfig, Task};
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::embed_stream_request::Message;
 use imagegpt::proto::pb::embed_stream_result::Outcome;
-use imagegpt::rpc::client::ConnectConfig;
-use imagegpt::rpc::pool::{Answer, Job, Pool, PoolConfig, Task};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::body::Body;

@@ -2,15 +2,17 @@
 //! be had. These tests run where there is no GPU, as CI does; on a machine with
 //! one they have nothing to show.
 
-use imagegpt::engine::error::EngineError;
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::onnx::{OnnxEngine, Options, find_library};
+use imagegpt::engine::onnx::{OnnxEngine, Options};
 use imagegpt::engine::{
-    Buckets, Engine, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop, Warm,
+    Engine, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop, Warm,
 };
 use imagegpt::model::Model;
+use imagegpt::model::buckets::Buckets;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
+use imagegpt::runtime::error::EngineError;
+use imagegpt::runtime::library::find_library;
 
 use crate::harness::{self, Running};
 

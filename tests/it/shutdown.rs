@@ -10,7 +10,7 @@ use imagegpt::engine::fake::Script;
 use imagegpt::model::precision::Precision;
 use imagegpt::proto::pb::generate_response;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::worker::Ended;
+use imagegpt::serve::worker::Ended;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 

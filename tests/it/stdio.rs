@@ -59,7 +59,10 @@ fn program(arguments: &[&str], out: Sink, err: Sink) -> Command {
     command
         .args(["-c", script, env!("CARGO_BIN_EXE_imagegpt")])
         .args(arguments)
-        .env("ORT_DYLIB_PATH", imagegpt::engine::onnx::find_library(None))
+        .env(
+            "ORT_DYLIB_PATH",
+            imagegpt::runtime::library::find_library(None),
+        )
         .stdin(Stdio::null())
         .stdout(out.open())
         .stderr(err.open());

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::CommandFactory as _;
-use imagegpt::cli::{Cli, exit};
+use imagegpt::commands::cli::{Cli, exit};
 use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorSet};
@@ -236,11 +236,11 @@ fn metrics() {
 }
 
 /// A page on which everything has happened once.
-fn every_metric() -> imagegpt::metrics::Metrics {
+fn every_metric() -> imagegpt::serve::metrics::Metrics {
     use imagegpt::gpu::{MemoryUse, Usage};
-    use imagegpt::job::class::Class;
-    use imagegpt::metrics::{Close, METHODS, Metrics};
     use imagegpt::model::graph::Graph;
+    use imagegpt::serve::class::Class;
+    use imagegpt::serve::metrics::{Close, METHODS, Metrics};
 
     let metrics = Metrics::new().expect("metrics");
     let moment = Duration::from_millis(1);

@@ -419,7 +419,7 @@ fn configurations_of_any_size_are_refused() {
     let index = folder(&[("model.safetensors.index.json", long.as_bytes())]);
     refused(index.path(), "over 4194304 bytes");
     let config = folder(&[("config.json", long.as_bytes())]);
-    let error = super::super::config::Architecture::read(config.path()).unwrap_err();
+    let error = crate::model::architecture::Architecture::read(config.path()).unwrap_err();
     assert!(error.to_string().contains("over 4194304 bytes"), "{error}");
     let names: Vec<String> = (0..300)
         .map(|idx| format!("\"{idx}\":\"{idx}.bin\""))

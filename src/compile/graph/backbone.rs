@@ -2,11 +2,11 @@
 
 use super::Attention;
 use super::builder::Builder;
-use crate::compile::config::Activation;
-use crate::compile::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
 use crate::compile::store::{PARTS, block_size};
-use crate::engine::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
+use crate::model::architecture::Activation;
+use crate::model::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
 use crate::model::precision::{Precision, Provider};
+use crate::runtime::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
 
 /// Where token ids enter, and the shapes that follow from them.
 pub(super) struct Tokens {
@@ -401,7 +401,7 @@ impl Builder<'_> {
     }
 }
 
-/// Sizes come from an [`Architecture`](crate::compile::config::Architecture),
+/// Sizes come from an [`Architecture`](crate::model::architecture::Architecture),
 /// which bounds them.
 fn as_i64(size: usize) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)

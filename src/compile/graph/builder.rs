@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::Plan;
-use crate::compile::onnx::{
+use crate::model::onnx::{
     Attribute, DataType, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
     Tensor, ValueInfo,
 };

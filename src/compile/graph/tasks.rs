@@ -3,10 +3,10 @@
 use super::backbone::{Cache, Stream, Tokens};
 use super::builder::Builder;
 use super::{Attention, Plan};
-use crate::compile::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
 use crate::model::graph::Graph;
 use crate::model::graph::Norm;
 use crate::model::graph::PREFIXES;
+use crate::model::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
 use crate::model::precision::Provider;
 
 const BATCH: Dim = Dim::Name("batch");
@@ -113,7 +113,7 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
 /// `Layers` does not ask for, and instead has `prefixes`: for each sequence another
 /// one, and how many of its first positions it has as well). `past_key.N` and
 /// `key.N`, and the same of values, should be one buffer of `(batch, heads, capacity,
-/// elements)`, the capacity whole blocks of [`BLOCK`](crate::attention::BLOCK). With
+/// elements)`, the capacity whole blocks of [`BLOCK`](crate::kernels::attention::BLOCK). With
 /// more than one token at once (a primer), all sequences must begin.
 pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let mut builder = Builder::new(plan, Graph::Generate.file_stem());

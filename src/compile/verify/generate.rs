@@ -6,10 +6,10 @@ use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{Nearness, Trial};
-use crate::attention::BLOCK;
 use crate::compile::graph::{Attention, Plan};
-use crate::compile::onnx::DataType;
+use crate::kernels::attention::BLOCK;
 use crate::model::graph::PREFIXES;
+use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
 
 /// Tokens that the second sequence lags behind the first.

@@ -3,9 +3,9 @@
 use ort::value::Shape;
 
 use crate::engine::Run;
-use crate::engine::error::EngineError;
 use crate::model::graph::Graph;
 use crate::model::graph::{Layers, Want};
+use crate::runtime::error::EngineError;
 
 /// Cuts a run's output into the wanted numbers of each row. Pooling happens
 /// here, next to the runtime's memory, so that of a row's states (2 MiB for

@@ -33,16 +33,16 @@ use ort::value::{
     ValueType,
 };
 
-use super::load::Loader;
-use super::placement;
 use super::whole::{GRAPH_ID, NO_GRAPH};
-use crate::attention::{BLOCK, SharedPrefix};
-use crate::engine::error::EngineError;
-use crate::engine::error::{run_failed, runtime};
-use crate::engine::runtime::{Residence, Runtime};
 use crate::engine::{Feed, FeedRow, SequenceFacts, Span, Warm};
+use crate::kernels::attention::{BLOCK, SharedPrefix};
 use crate::model::graph::Graph;
 use crate::model::graph::PREFIXES;
+use crate::runtime::error::EngineError;
+use crate::runtime::error::{run_failed, runtime};
+use crate::runtime::load::Loader;
+use crate::runtime::placement;
+use crate::runtime::{Residence, Runtime};
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.

@@ -18,14 +18,14 @@ use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
 
 use super::answers::answers;
-use super::load::Loader;
-use super::placement;
-use crate::engine::error::EngineError;
-use crate::engine::error::{run_failed, runtime};
-use crate::engine::runtime::Runtime;
 use crate::engine::{Row, Run, Span};
 use crate::model::graph::Graph;
 use crate::model::precision::Provider;
+use crate::runtime::Runtime;
+use crate::runtime::error::EngineError;
+use crate::runtime::error::{run_failed, runtime};
+use crate::runtime::load::Loader;
+use crate::runtime::placement;
 
 /// The key by which a run says which captured graph it is.
 pub(super) const GRAPH_ID: &str = "gpu_graph_id";

@@ -1,7 +1,7 @@
 use prost::Message as _;
 
 use super::*;
-use crate::compile::onnx::{Attribute, Graph, Model, Node, StringEntry, Tensor};
+use crate::model::onnx::{Attribute, Graph, Model, Node, StringEntry, Tensor};
 
 fn external(name: &str, entries: &[(&str, &str)]) -> Tensor {
     let entry = |&(key, value): &(&str, &str)| StringEntry {

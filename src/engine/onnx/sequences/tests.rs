@@ -3,9 +3,9 @@
 
 use super::*;
 use crate::compile::{CompileOptions, Silent, Source};
-use crate::engine::onnx::{environment, find_library};
 use crate::model::GraphFiles;
 use crate::model::precision::{Provider, Task};
+use crate::runtime::library::{environment, find_library};
 
 const POSITIONS: usize = 1024;
 const COLORS: usize = 512;

@@ -2,10 +2,10 @@
 //! those of a run that is captured.
 
 use super::*;
-use crate::engine::onnx::{environment, find_library};
-use crate::engine::runtime::Residence;
 use crate::model::GraphFiles;
 use crate::model::graph::Want;
+use crate::runtime::Residence;
+use crate::runtime::library::{environment, find_library};
 
 const POSITIONS: usize = 64;
 

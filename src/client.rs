@@ -1,0 +1,475 @@
+//! A client of the worker, for the commands that talk to one.
+//!
+//! A call that a full worker refuses is made again after the time it says.
+
+pub mod load;
+pub mod pool;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::Args;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::StatusExt as _;
+
+use crate::files::FlagFile;
+use crate::proto::pb;
+use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+
+/// How long to look for the worker before giving up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Large enough for any response that a worker may be told to send.
+pub(super) const RESPONSE_BYTES_MAX: usize = 1 << 31;
+
+/// How long a worker may go on refusing one call before it is given up: by then
+/// the rest would hardly fare better.
+const PATIENCE: Duration = Duration::from_mins(5);
+/// The least and the most that is waited before a refused call is made again. A
+/// worker measures what it says, and measurements may be off.
+const RETRY_MIN: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// By argument, since a heading of the whole struct would go on over what the
+/// command has after it.
+const ACCESS: &str = "Access";
+
+/// How to be let in by a worker: flags of every command that talks to one.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ConnectConfig {
+    /// Certificates in PEM of those who sign the worker's, for https://
+    /// endpoints [default: the public ones]
+    #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+
+    /// This client's own certificate chain in PEM, for workers that ask for
+    /// one
+    #[arg(
+        long,
+        global = true,
+        help_heading = ACCESS,
+        env = "IMAGEGPT_CLIENT_TLS_CERT",
+        value_name = "FILE",
+        requires = "tls_client_key"
+    )]
+    pub tls_client_cert: Option<PathBuf>,
+
+    /// Private key of --tls-client-cert in PEM
+    #[arg(
+        long,
+        global = true,
+        help_heading = ACCESS,
+        env = "IMAGEGPT_CLIENT_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_client_cert"
+    )]
+    pub tls_client_key: Option<PathBuf>,
+
+    /// A file with the bearer token for every call; of several lines the first
+    /// that is no comment
+    #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl ConnectConfig {
+    /// What connects to `url`, such as `http://127.0.0.1:50051`.
+    ///
+    /// # Errors
+    ///
+    /// When the address is malformed or a file cannot be used.
+    pub fn endpoint(&self, url: &str) -> anyhow::Result<Endpoint> {
+        let endpoint = Endpoint::from_shared(url.to_owned())
+            .with_context(|| format!("--endpoint {url} is not a URL"))?
+            .connect_timeout(CONNECT_TIMEOUT);
+        if endpoint.uri().scheme_str() != Some("https") {
+            anyhow::ensure!(
+                self.tls_ca.is_none() && self.tls_client_cert.is_none(),
+                "--endpoint {url} is not TLS, so certificates are of no use; write https://"
+            );
+            return Ok(endpoint);
+        }
+        let mut tls = ClientTlsConfig::new();
+        tls = match &self.tls_ca {
+            Some(path) => tls.ca_certificate(Certificate::from_pem(read("--tls-ca", path)?)),
+            None => tls.with_webpki_roots(),
+        };
+        if let (Some(certificate), Some(key)) = (&self.tls_client_cert, &self.tls_client_key) {
+            tls = tls.identity(Identity::from_pem(
+                read("--tls-client-cert", certificate)?,
+                read("--tls-client-key", key)?,
+            ));
+        }
+        endpoint
+            .tls_config(tls)
+            .with_context(|| format!("the certificates for {url} cannot be used"))
+    }
+
+    /// What every call must bring.
+    ///
+    /// # Errors
+    ///
+    /// When the file has no token.
+    pub fn token(&self) -> anyhow::Result<Token> {
+        let Some(path) = &self.token_file else {
+            return Ok(Token(None));
+        };
+        let content = read("--token-file", path)?;
+        let text = String::from_utf8_lossy(&content);
+        let token = text
+            .lines()
+            .map(str::trim)
+            .find(|line| !line.is_empty() && !line.starts_with('#'))
+            .with_context(|| format!("--token-file {} has no token", path.display()))?;
+        let mut value = AsciiMetadataValue::try_from(format!("Bearer {token}"))
+            .with_context(|| format!("--token-file {}: not an ASCII token", path.display()))?;
+        value.set_sensitive(true);
+        Ok(Token(Some(value)))
+    }
+}
+
+fn read(flag: &'static str, path: &Path) -> anyhow::Result<Vec<u8>> {
+    FlagFile::new(flag, path).read()
+}
+
+/// Puts the token into each call.
+#[derive(Debug, Clone)]
+pub struct Token(Option<AsciiMetadataValue>);
+
+impl Interceptor for Token {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request
+                .metadata_mut()
+                .insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Inner = ImageGptServiceClient<InterceptedService<Channel, Token>>;
+
+/// A connection to one worker.
+#[derive(Debug, Clone)]
+pub struct Client(Inner);
+
+impl Client {
+    /// Connects to `url`, such as `http://127.0.0.1:50051`.
+    ///
+    /// # Errors
+    ///
+    /// When the address is malformed, a file cannot be used, or nothing
+    /// answers there.
+    pub async fn connect(url: &str, config: &ConnectConfig) -> anyhow::Result<Self> {
+        let token = config.token()?;
+        let channel = config
+            .endpoint(url)?
+            .connect()
+            .await
+            .with_context(|| format!("no worker answers at {url}"))?;
+        let client = ImageGptServiceClient::with_interceptor(channel, token)
+            .max_decoding_message_size(RESPONSE_BYTES_MAX);
+        Ok(Self(client))
+    }
+
+    /// What the worker serves.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn model(&mut self) -> anyhow::Result<pb::GetModelResponse> {
+        let request = pb::GetModelRequest {};
+        self.call(request, async |client, request| {
+            client.get_model(request).await
+        })
+        .await
+    }
+
+    /// Mean-pooled f32 embeddings of encoded images; an image's own failure is
+    /// its sentence.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn embed(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+    ) -> anyhow::Result<Vec<Result<Vec<f32>, String>>> {
+        let n_images = encoded.len();
+        let request = pb::EmbedRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+            normalize: true,
+            ..Default::default()
+        };
+        let response = self.call(request, async |client, request| client.embed(request).await);
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::embed_result::Outcome::Embedding(tensor)) => Ok(f32s(&tensor.data)),
+                Some(pb::embed_result::Outcome::Error(status)) => Err(status.message),
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
+    }
+
+    /// The classes of encoded images, `top_k` of them, best first. `head` is a
+    /// linear head, or empty for the worker's default.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn classify(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+        head: &str,
+        top_k: u32,
+    ) -> anyhow::Result<Vec<Result<Classes, String>>> {
+        let n_images = encoded.len();
+        let request = pb::ClassifyRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+            top_k,
+            head: head.to_owned(),
+            ..Default::default()
+        };
+        let response = self.call(request, async |client, request| {
+            client.classify(request).await
+        });
+        let response = response.await?;
+        let (results, head) = (response.results.into_iter(), response.head);
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::classify_result::Outcome::Classification(found)) => Ok(Classes {
+                    head: head.clone(),
+                    best: found.classes,
+                    logits: found
+                        .logits
+                        .map_or_else(Vec::new, |logits| f32s(&logits.data)),
+                }),
+                Some(pb::classify_result::Outcome::Error(status)) => Err(status.message),
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
+    }
+
+    /// How likely the model finds encoded images.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn score(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+        options: ScoreOptions,
+    ) -> anyhow::Result<Vec<Result<Score, String>>> {
+        let n_images = encoded.len();
+        let request = pb::ScoreRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+            map: options.map,
+            complexity: options.complexity,
+        };
+        let response = self.call(request, async |client, request| client.score(request).await);
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::score_result::Outcome::Score(score)) => Ok(Score {
+                    nats: score.nats,
+                    nats_per_token: score.nats_per_token,
+                    bits_per_token: score.bits_per_token,
+                    map: score.map.map_or_else(Vec::new, |map| f32s(&map.data)),
+                    complexity_bits_per_token: score.complexity_bits_per_token,
+                }),
+                Some(pb::score_result::Outcome::Error(status)) => Err(status.message),
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
+    }
+
+    /// Tokens of encoded images.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn tokenize(
+        &mut self,
+        encoded: Vec<Bytes>,
+        preprocess: pb::Preprocess,
+    ) -> anyhow::Result<Vec<Result<Vec<u32>, String>>> {
+        let n_images = encoded.len();
+        let request = pb::TokenizeRequest {
+            images: encoded.into_iter().map(image).collect(),
+            preprocess: Some(preprocess),
+        };
+        let response = self.call(request, async |client, request| {
+            client.tokenize(request).await
+        });
+        let results = response.await?.results.into_iter();
+        complete(
+            n_images,
+            results.map(|result| match result.outcome {
+                Some(pb::tokenize_result::Outcome::Tokens(tokens)) => Ok(tokens.ids),
+                Some(pb::tokenize_result::Outcome::Error(status)) => Err(status.message),
+                None => Err(NO_OUTCOME.to_owned()),
+            }),
+        )
+    }
+
+    /// Begins to make images. Dropping what comes back ends that.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn generate(&mut self, request: pb::GenerateRequest) -> anyhow::Result<Generation> {
+        let response = self.call(request, async |client, request| {
+            client.generate(request).await
+        });
+        Ok(Generation(response.await?))
+    }
+
+    /// Makes a call, and makes it again for as long as the worker says when
+    /// there will be room.
+    async fn call<Q: Clone, R>(
+        &mut self,
+        request: Q,
+        call: impl AsyncFn(&mut Inner, Q) -> Result<Response<R>, Status>,
+    ) -> anyhow::Result<R> {
+        let begun = Instant::now();
+        loop {
+            let status = match call(&mut self.0, request.clone()).await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) => status,
+            };
+            match retry_after(&status) {
+                Some(wait) if begun.elapsed() + wait < PATIENCE => tokio::time::sleep(wait).await,
+                _ => return Err(call_failed(&status)),
+            }
+        }
+    }
+}
+
+/// What a worker that has no room asks to wait. Without such a time it is the
+/// call itself that is too large, now and later.
+fn retry_after(status: &Status) -> Option<Duration> {
+    if status.code() != Code::ResourceExhausted {
+        return None;
+    }
+    let wait = status.get_details_retry_info()?.retry_delay?;
+    Some(wait.clamp(RETRY_MIN, RETRY_MAX))
+}
+
+/// What Classify says of one image.
+#[derive(Debug, Clone, Default)]
+pub struct Classes {
+    /// The linear head that scored; empty for the checkpoint's own.
+    pub head: String,
+    /// Best first; empty when the model names no classes.
+    pub best: Vec<pb::ClassScore>,
+    /// Only when the model names no classes.
+    pub logits: Vec<f32>,
+}
+
+/// What Score is asked for besides the sums.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreOptions {
+    pub map: bool,
+    pub complexity: bool,
+}
+
+/// What Score says of one image.
+#[derive(Debug, Clone)]
+pub struct Score {
+    pub nats: f64,
+    pub nats_per_token: f64,
+    pub bits_per_token: f64,
+    /// Each pixel's nats in raster order; empty unless asked for.
+    pub map: Vec<f32>,
+    pub complexity_bits_per_token: Option<f64>,
+}
+
+/// Images that are being made.
+#[derive(Debug)]
+pub struct Generation(Streaming<pb::GenerateResponse>);
+
+impl Generation {
+    /// The next message; `None` when all images are there.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn next(&mut self) -> anyhow::Result<Option<pb::generate_response::Message>> {
+        loop {
+            match self.0.message().await {
+                // What a newer worker adds.
+                Ok(Some(pb::GenerateResponse { message: None })) => {}
+                Ok(response) => return Ok(response.and_then(|response| response.message)),
+                Err(status) => return Err(call_failed(&status)),
+            }
+        }
+    }
+}
+
+const NO_OUTCOME: &str = "the worker sent no outcome";
+
+/// One outcome for each image, or answers would be taken for those of other
+/// images.
+fn complete<T>(
+    n_images: usize,
+    outcomes: impl ExactSizeIterator<Item = Result<T, String>>,
+) -> anyhow::Result<Vec<Result<T, String>>> {
+    anyhow::ensure!(
+        outcomes.len() == n_images,
+        "the worker sent {} results for {n_images} images",
+        outcomes.len()
+    );
+    Ok(outcomes.collect())
+}
+
+fn image(encoded: Bytes) -> pb::Image {
+    pb::Image {
+        source: Some(pb::image::Source::Encoded(encoded)),
+    }
+}
+
+fn f32s(data: &[u8]) -> Vec<f32> {
+    data.chunks_exact(4)
+        .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        .collect()
+}
+
+/// A call that the worker did not do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct CallError {
+    /// The gRPC code's name.
+    pub code: &'static str,
+    pub message: String,
+}
+
+impl CallError {
+    /// Whether the same call would fail on a worker in good health, too.
+    #[must_use]
+    pub fn is_of_request(&self) -> bool {
+        matches!(
+            self.code,
+            "INVALID_ARGUMENT" | "NOT_FOUND" | "UNIMPLEMENTED" | "UNAUTHENTICATED"
+        )
+    }
+}
+
+fn call_failed(status: &Status) -> anyhow::Error {
+    anyhow::Error::new(CallError {
+        code: crate::proto::code_name(status.code()),
+        message: status.message().to_owned(),
+    })
+}

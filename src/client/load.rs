@@ -1,0 +1,467 @@
+//! Calls for `imagegpt bench`: cheap for the caller, and told apart by code.
+//!
+//! Requests are bytes that were encoded before, so that the tool's own work
+//! does not show as the worker's latency on a machine that they share. Nothing
+//! here measures; `imagegpt bench` does.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::{BufMut as _, Bytes};
+use http::uri::PathAndQuery;
+use prost::Message as _;
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::client::Grpc;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder, Streaming};
+use tonic::metadata::MetadataValue;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+use tonic::{Code, ConnectError, Status};
+use tonic_types::StatusExt as _;
+
+use super::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
+use crate::proto::pb;
+
+/// Items of a stream between its writer and its connection; the worker's window
+/// is what bounds a stream.
+const STREAM_QUEUE: usize = 16;
+
+/// A call that did not come back in the tool's own patience.
+pub const CLIENT_TIMEOUT: &str = "CLIENT_TIMEOUT";
+/// A call for which there was no worker to connect to.
+pub const NO_WORKER: &str = "NO_WORKER";
+/// An image of an answer that has neither a result nor an error.
+pub const NO_OUTCOME: &str = "NO_OUTCOME";
+
+/// What is asked of the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    Embed,
+    Classify,
+    Tokenize,
+}
+
+impl Method {
+    fn path(self) -> PathAndQuery {
+        PathAndQuery::from_static(match self {
+            Self::Embed => "/imagegpt.v1.ImageGptService/Embed",
+            Self::Classify => "/imagegpt.v1.ImageGptService/Classify",
+            Self::Tokenize => "/imagegpt.v1.ImageGptService/Tokenize",
+        })
+    }
+
+    /// The outcome of each image in a response of this method.
+    fn outcomes(self, body: Bytes) -> Result<Outcomes, prost::DecodeError> {
+        fn failed(status: &tonic_types::Status) -> ImageOutcome {
+            Err(crate::proto::code_name(Code::from(status.code)))
+        }
+        Ok(match self {
+            Self::Embed => {
+                let outcome = |result: pb::EmbedResult| match result.outcome {
+                    Some(pb::embed_result::Outcome::Embedding(tensor)) => Ok(tensor.data),
+                    Some(pb::embed_result::Outcome::Error(status)) => failed(&status),
+                    None => Err(NO_OUTCOME),
+                };
+                let results = pb::EmbedResponse::decode(body)?.results;
+                results.into_iter().map(outcome).collect()
+            }
+            Self::Classify => {
+                let outcome = |result: pb::ClassifyResult| match result.outcome {
+                    Some(pb::classify_result::Outcome::Classification(_)) => Ok(Bytes::new()),
+                    Some(pb::classify_result::Outcome::Error(status)) => failed(&status),
+                    None => Err(NO_OUTCOME),
+                };
+                let results = pb::ClassifyResponse::decode(body)?.results;
+                results.into_iter().map(outcome).collect()
+            }
+            Self::Tokenize => {
+                let outcome = |result: pb::TokenizeResult| match result.outcome {
+                    Some(pb::tokenize_result::Outcome::Tokens(_)) => Ok(Bytes::new()),
+                    Some(pb::tokenize_result::Outcome::Error(status)) => failed(&status),
+                    None => Err(NO_OUTCOME),
+                };
+                let results = pb::TokenizeResponse::decode(body)?.results;
+                results.into_iter().map(outcome).collect()
+            }
+        })
+    }
+}
+
+/// The class of a call, as the contract's metadata names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
+    Interactive,
+    Bulk,
+}
+
+/// How a call is made, whatever is in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Manner {
+    pub method: Method,
+    /// `None` says nothing, so that the worker's default holds.
+    pub priority: Option<Priority>,
+    /// Sent as `grpc-timeout`.
+    pub deadline: Option<Duration>,
+    /// After this time the tool gives up by itself.
+    pub patience: Duration,
+}
+
+/// The numbers of an embedding (nothing for the other methods), or the code of
+/// the image's error.
+pub type ImageOutcome = Result<Bytes, &'static str>;
+/// One for each image of a call.
+pub type Outcomes = Vec<ImageOutcome>;
+
+/// Why a call or a stream ended without an answer.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    /// The gRPC code's name, or [`CLIENT_TIMEOUT`] or [`NO_WORKER`].
+    pub code: &'static str,
+    pub message: String,
+    /// What `google.rpc.RetryInfo` asks to wait, if the status carries one.
+    pub retry_after: Option<Duration>,
+}
+
+impl Refusal {
+    fn new(status: &Status) -> Self {
+        let unconnected = unconnected(status);
+        let code = match &unconnected {
+            Some(_) => NO_WORKER,
+            None if never_left(status) => crate::proto::code_name(Code::Unavailable),
+            None => crate::proto::code_name(status.code()),
+        };
+        Self {
+            code,
+            message: unconnected.unwrap_or_else(|| status.message().to_owned()),
+            retry_after: status
+                .get_details_retry_info()
+                .and_then(|info| info.retry_delay),
+        }
+    }
+
+    /// Whether the worker sent it away without a fault of its own or of the
+    /// request: full, draining or not ready.
+    #[must_use]
+    pub fn is_reject(&self) -> bool {
+        matches!(self.code, "RESOURCE_EXHAUSTED" | "UNAVAILABLE")
+    }
+
+    /// Whether a client with round robin would try the next worker.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        matches!(self.code, "UNAVAILABLE" | NO_WORKER)
+    }
+
+    /// Whether the worker does not have the call at all.
+    #[must_use]
+    pub fn is_unimplemented(&self) -> bool {
+        self.code == "UNIMPLEMENTED"
+    }
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+/// Why no connection could be made, where that is what ended the call: tonic
+/// makes UNAVAILABLE of it, which is also what a worker says that drains.
+fn unconnected(status: &Status) -> Option<String> {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<ConnectError>() {
+            return Some(error.to_string());
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// Whether a call was dropped before it was sent, because its connection was
+/// just closing: what a draining worker's clients meet. tonic makes CANCELLED of
+/// it, but nobody cancelled; gRPC's own clients try such a call again. Only
+/// statuses that were made on this side have a source.
+fn never_left(status: &Status) -> bool {
+    status.code() == Code::Cancelled
+        && std::error::Error::source(status).is_some()
+        // The text of hyper's error for a request that was dropped before it
+        // was processed; its type is not within reach.
+        && status.message() == "operation was canceled"
+}
+
+/// A connection to one worker.
+#[derive(Debug, Clone)]
+pub struct Lane(Grpc<InterceptedService<Channel, Token>>);
+
+impl Lane {
+    /// Connects to `url`, such as `http://127.0.0.1:50051`.
+    ///
+    /// `stream_window` bounds the answers that the connection takes from the
+    /// worker before somebody reads them; `None` leaves it at the library's
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// When the address is malformed, a file cannot be used, or nothing
+    /// answers there.
+    pub async fn connect(
+        url: &str,
+        config: &ConnectConfig,
+        stream_window: Option<u32>,
+    ) -> anyhow::Result<Self> {
+        let token = config.token()?;
+        let channel = config
+            .endpoint(url)?
+            .initial_stream_window_size(stream_window)
+            .connect()
+            .await
+            .with_context(|| format!("no worker answers at {url}"))?;
+        let service = InterceptedService::new(channel, token);
+        let grpc = Grpc::new(service).max_decoding_message_size(RESPONSE_BYTES_MAX);
+        Ok(Self(grpc))
+    }
+
+    /// What the worker serves.
+    ///
+    /// # Errors
+    ///
+    /// The call's status.
+    pub async fn model(&self) -> Result<pb::GetModelResponse, Refusal> {
+        let path = PathAndQuery::from_static("/imagegpt.v1.ImageGptService/GetModel");
+        let body = self.unary(tonic::Request::new(Bytes::new()), path).await;
+        let body = body.map_err(|status| Refusal::new(&status))?;
+        pb::GetModelResponse::decode(body).map_err(|error| malformed(&error))
+    }
+
+    /// One call with a request that was encoded before.
+    ///
+    /// # Errors
+    ///
+    /// What ended the call as a whole.
+    pub async fn call(&self, manner: Manner, body: Bytes) -> Result<Outcomes, Refusal> {
+        let mut request = tonic::Request::new(body);
+        if let Some(deadline) = manner.deadline {
+            request.set_timeout(deadline);
+        }
+        set_priority(&mut request, manner.priority);
+        let call = self.unary(request, manner.method.path());
+        match tokio::time::timeout(manner.patience, call).await {
+            Ok(Ok(body)) => manner
+                .method
+                .outcomes(body)
+                .map_err(|error| malformed(&error)),
+            Ok(Err(status)) => Err(Refusal::new(&status)),
+            Err(_) => Err(Refusal {
+                code: CLIENT_TIMEOUT,
+                message: format!("no answer in {:?}", manner.patience),
+                retry_after: None,
+            }),
+        }
+    }
+
+    async fn unary(
+        &self,
+        request: tonic::Request<Bytes>,
+        path: PathAndQuery,
+    ) -> Result<Bytes, Status> {
+        let mut grpc = self.0.clone();
+        grpc.ready()
+            .await
+            .map_err(|error| Status::from_error(Box::new(error)))?;
+        Ok(grpc.unary(request, path, RawCodec).await?.into_inner())
+    }
+
+    /// Opens an EmbedStream with default options; `window` 0 asks for all that
+    /// the worker allows.
+    ///
+    /// # Errors
+    ///
+    /// What the worker said instead of opening it.
+    pub async fn stream(
+        &self,
+        priority: Option<Priority>,
+        window: u32,
+    ) -> Result<(StreamWriter, StreamReader), Refusal> {
+        let (items, outgoing) = mpsc::channel(STREAM_QUEUE);
+        let open = pb::EmbedStreamRequest {
+            message: Some(pb::embed_stream_request::Message::Open(
+                pb::EmbedStreamOptions {
+                    window,
+                    ..Default::default()
+                },
+            )),
+        };
+        // The queue is empty, so this cannot wait.
+        let _ = items.try_send(Bytes::from(open.encode_to_vec()));
+        let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
+        set_priority(&mut request, priority);
+        let mut grpc = self.0.clone();
+        grpc.ready()
+            .await
+            .map_err(|error| Refusal::new(&Status::from_error(Box::new(error))))?;
+        let path = PathAndQuery::from_static("/imagegpt.v1.ImageGptService/EmbedStream");
+        let answers = grpc
+            .streaming(request, path, RawCodec)
+            .await
+            .map_err(|status| Refusal::new(&status))?
+            .into_inner();
+        Ok((StreamWriter(items), StreamReader(answers)))
+    }
+}
+
+fn set_priority<T>(request: &mut tonic::Request<T>, priority: Option<Priority>) {
+    let value = match priority {
+        None => return,
+        Some(Priority::Interactive) => "interactive",
+        Some(Priority::Bulk) => "bulk",
+    };
+    let metadata = request.metadata_mut();
+    metadata.insert("imagegpt-priority", MetadataValue::from_static(value));
+}
+
+fn malformed(error: &prost::DecodeError) -> Refusal {
+    Refusal::new(&Status::internal(format!(
+        "the answer is malformed: {error}"
+    )))
+}
+
+/// The side of a stream that items go into. Dropping it ends the stream once
+/// its items are answered.
+#[derive(Debug, Clone)]
+pub struct StreamWriter(mpsc::Sender<Bytes>);
+
+impl StreamWriter {
+    /// Sends one item; waits while the worker takes no more. `image` is an
+    /// encoded [`pb::Image`]. `false` when the stream has ended.
+    pub async fn send(&self, id: u64, image: &[u8]) -> bool {
+        self.0.send(stream_item(id, image)).await.is_ok()
+    }
+}
+
+/// An `EmbedStreamRequest` around an image that is encoded already.
+fn stream_item(id: u64, image: &[u8]) -> Bytes {
+    const ITEM: u32 = 2;
+    const ITEM_ID: u32 = 1;
+    const ITEM_IMAGE: u32 = 2;
+    let mut item = Vec::with_capacity(image.len() + 32);
+    put_field(ITEM_ID, id.to_string().as_bytes(), &mut item);
+    put_field(ITEM_IMAGE, image, &mut item);
+    let mut message = Vec::with_capacity(item.len() + 8);
+    put_field(ITEM, &item, &mut message);
+    message.into()
+}
+
+/// Appends a field that has a length: bytes, text or a message.
+pub fn put_field(number: u32, content: &[u8], to: &mut Vec<u8>) {
+    prost::encoding::encode_key(number, prost::encoding::WireType::LengthDelimited, to);
+    prost::encoding::encode_varint(content.len() as u64, to);
+    to.extend_from_slice(content);
+}
+
+/// What comes out of a stream.
+#[derive(Debug)]
+pub enum StreamEvent {
+    /// An item's answer under the number that it was sent with; `None` if the
+    /// worker made the id up.
+    Answer(Option<u64>, ImageOutcome),
+    /// The stream ended; a refusal if not in good order.
+    End(Option<Refusal>),
+}
+
+/// The side of a stream that answers come out of.
+#[derive(Debug)]
+pub struct StreamReader(Streaming<Bytes>);
+
+impl StreamReader {
+    /// The next answer, or the end.
+    pub async fn next(&mut self) -> StreamEvent {
+        loop {
+            let body = match self.0.message().await {
+                Ok(Some(body)) => body,
+                Ok(None) => return StreamEvent::End(None),
+                Err(status) => return StreamEvent::End(Some(Refusal::new(&status))),
+            };
+            let message = match pb::EmbedStreamResponse::decode(body) {
+                Ok(response) => response.message,
+                Err(error) => return StreamEvent::End(Some(malformed(&error))),
+            };
+            let Some(pb::embed_stream_response::Message::Result(result)) = message else {
+                continue;
+            };
+            let outcome = match result.outcome {
+                Some(pb::embed_stream_result::Outcome::Embedding(tensor)) => Ok(tensor.data),
+                Some(pb::embed_stream_result::Outcome::Error(status)) => {
+                    Err(crate::proto::code_name(Code::from(status.code)))
+                }
+                None => Err(NO_OUTCOME),
+            };
+            return StreamEvent::Answer(result.id.parse().ok(), outcome);
+        }
+    }
+}
+
+/// Messages as they are on the wire.
+#[derive(Debug, Clone, Copy, Default)]
+struct RawCodec;
+
+impl Codec for RawCodec {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        use bytes::Buf as _;
+        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_item_is_what_the_contract_says() {
+        let image = pb::Image {
+            source: Some(pb::image::Source::Tokens(pb::Tokens {
+                ids: (0..300).collect(),
+            })),
+        };
+        let bytes = stream_item(1234, &image.encode_to_vec());
+        let item = pb::EmbedStreamItem {
+            id: "1234".to_owned(),
+            image: Some(image),
+        };
+        let expected = pb::embed_stream_request::Message::Item(item);
+        let got = pb::EmbedStreamRequest::decode(bytes).unwrap();
+        assert_eq!(got.message, Some(expected));
+    }
+}

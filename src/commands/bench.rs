@@ -1,0 +1,308 @@
+//! `imagegpt bench`: loads a worker and says what it does.
+//!
+//! The pieces: [`flags`] is the manual; `input` makes images; `load` has the
+//! closed and the open loop, `arrivals` says when calls of the latter are due,
+//! `bulk` is a load beside them; `stats` counts; `process` reads /proc; `modes`,
+//! `slow`, `soak` and `knee` are what can be measured; `report` and `plot` show
+//! it. `engine` measures without a worker. The connection itself is `crate::client::load`.
+//!
+//! What it promises: latency counts from when a call was due, refusals are never
+//! mixed with answers, and where the tool itself was the limit it says so.
+
+mod arrivals;
+mod bulk;
+pub mod engine;
+pub mod flags;
+mod input;
+mod knee;
+mod load;
+mod modes;
+mod plot;
+mod process;
+mod progress;
+mod random;
+mod report;
+mod slow;
+mod soak;
+mod stats;
+
+use std::io::Write;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use self::flags::{BenchArgs, Flags, Mode};
+use self::load::{Bench, Phase};
+use self::modes::{Findings, Phases};
+use crate::files::can_write;
+use crate::proto::pb;
+
+/// More threads than this send no more calls; they only take cores.
+const CLIENT_THREADS_MAX: usize = 4;
+/// What a shell reports of a process that SIGINT ended.
+const EXIT_INTERRUPTED: i32 = 130;
+
+/// How it came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Fine,
+    /// The worker broke a promise; the output says which.
+    Broken,
+}
+
+/// Runs the command, with its table going to `out`.
+///
+/// It has a runtime of its own, so that nothing else delays its calls.
+///
+/// # Errors
+///
+/// When flags do not fit, a worker does not answer, or a file cannot be written.
+pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
+    args.validate()?;
+    // What would fail at the end is told before the work.
+    for (flag, path) in [("--json", &args.flags.json), ("--plot", &args.flags.plot)] {
+        if let Some(path) = path {
+            can_write(path)
+                .with_context(|| format!("{flag} {} cannot be written", path.display()))?;
+        }
+    }
+    process::are_there(&args.flags.pids)?;
+    if let Mode::Engine(engine_args) = &args.mode {
+        engine::run(&args.flags, engine_args, out)?;
+        return Ok(Verdict::Fine);
+    }
+    let n_threads = args.flags.client_threads.map_or_else(
+        || {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            cores.min(CLIENT_THREADS_MAX)
+        },
+        usize::from,
+    );
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(n_threads)
+        .thread_name("bench")
+        .enable_all()
+        .build()
+        .context("the async runtime cannot be started")?;
+    let verdict = runtime.block_on(measure(args, n_threads, out));
+    // Calls that were let go of must not hold the process.
+    runtime.shutdown_background();
+    verdict
+}
+
+async fn measure(
+    args: &BenchArgs,
+    n_threads: usize,
+    out: &mut impl Write,
+) -> anyhow::Result<Verdict> {
+    let (stop_in, stop) = watch::channel(false);
+    let interrupted = stop.clone();
+    tokio::spawn(stop_on_interrupt(stop_in));
+    let started = SystemTime::now();
+    let mut phases = Phases::new();
+    let flags = &args.flags;
+    let (model, connections, findings) = match &args.mode {
+        Mode::Knee(knee) if let Some(serve) = &knee.serve => {
+            let findings = knee::of_settings(flags, knee, serve, &stop, &mut phases).await;
+            (None, None, findings)
+        }
+        mode => {
+            let bench = Bench::connect(flags, stop).await?;
+            header(&bench, mode, out)?;
+            let findings = match mode {
+                Mode::Saturate => Ok(modes::saturate(&bench, &mut phases).await),
+                Mode::Load(args) => Ok(modes::load(&bench, args, &mut phases).await),
+                Mode::Overload(args) => Ok(modes::overload(&bench, args, &mut phases).await),
+                Mode::Mixed(args) => modes::mixed(&bench, args, &mut phases).await,
+                Mode::SlowReader(args) => slow::run(&bench, args, &mut phases).await,
+                Mode::Soak(args) => soak::run(&bench, args).await,
+                Mode::Knee(args) => Ok(knee::of_endpoint(&bench, args, &mut phases).await),
+                // Needs no worker, and has been done.
+                Mode::Engine(_) => Ok(Findings::default()),
+            };
+            (Some(bench.model.clone()), Some(bench.lanes.len()), findings)
+        }
+    };
+    // What was measured before a failure is shown too.
+    report::table(&phases, out)?;
+    let mut findings = findings?;
+    findings
+        .broken
+        .extend(phases.iter().filter_map(Phase::broken));
+    report::findings(&findings, out)?;
+    if let Some(path) = &flags.json {
+        let text = serde_json::to_string_pretty(&json!({
+            "tool_version": env!("CARGO_PKG_VERSION"),
+            "started_unix_seconds": started
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs(),
+            "machine": machine(),
+            "mode": args.mode.name(),
+            "interrupted": *interrupted.borrow(),
+            "command_line": std::env::args().collect::<Vec<_>>(),
+            "flags": flags_row(flags),
+            "client_threads": n_threads,
+            "connections": connections,
+            "model": model.as_ref().map(model_row),
+            "measurements": phases,
+            "findings": findings.numbers,
+            "broken": findings.broken,
+        }))?;
+        std::fs::write(path, text + "\n")
+            .with_context(|| format!("--json {} cannot be written", path.display()))?;
+    }
+    if let Some(path) = &flags.plot {
+        draw(path, args.mode.name(), model.as_ref(), &phases, out)?;
+    }
+    Ok(verdict(&findings))
+}
+
+fn verdict(findings: &Findings) -> Verdict {
+    if findings.broken.is_empty() {
+        Verdict::Fine
+    } else {
+        Verdict::Broken
+    }
+}
+
+fn draw(
+    path: &std::path::Path,
+    mode: &str,
+    model: Option<&pb::GetModelResponse>,
+    phases: &Phases,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let of = model.map_or_else(String::new, |model| {
+        format!(": {} on {}", model.name, model.execution_provider)
+    });
+    if plot::draw(path, &format!("imagegpt bench {mode}{of}"), phases)? {
+        writeln!(out, "wrote {}", path.display())?;
+    } else {
+        writeln!(out, "--plot: nothing was measured that could be drawn")?;
+    }
+    Ok(())
+}
+
+/// What the numbers below depend on.
+fn header(bench: &Bench, mode: &Mode, out: &mut impl Write) -> std::io::Result<()> {
+    let (model, flags) = (&bench.model, &bench.flags);
+    let machine = machine();
+    writeln!(
+        out,
+        "machine: {}, {} threads, load {}",
+        machine["cpu"].as_str().unwrap_or("unknown"),
+        machine["threads"],
+        machine["load_average"].as_str().unwrap_or("unknown")
+    )?;
+    writeln!(
+        out,
+        "model: {} ({}), {} dimensions, batches of up to {}, on {}",
+        model.name,
+        model.digest,
+        model.dimension,
+        bench.batch_size_max(),
+        model.execution_provider
+    )?;
+    writeln!(
+        out,
+        "calls: {:?} of {} image{} ({}) over {} connections to {}",
+        flags.task,
+        flags.images_per_call,
+        if flags.images_per_call == 1 { "" } else { "s" },
+        bench.input.describe(),
+        bench.lanes.len(),
+        flags.endpoints.join(", ")
+    )?;
+    if matches!(mode, Mode::Soak(_)) {
+        let time = humantime::format_duration(flags.duration);
+        return writeln!(out, "soaking for {time}; every answer is verified");
+    }
+    writeln!(
+        out,
+        "measurements of {} after {}; latency counts from when a call was due",
+        humantime::format_duration(flags.duration),
+        humantime::format_duration(flags.warm_up)
+    )
+}
+
+/// Ends the run in good order at the first Ctrl-C, at once at the second.
+async fn stop_on_interrupt(stop: watch::Sender<bool>) {
+    if tokio::signal::ctrl_c().await.is_err() {
+        // Without a handler the signal ends the process by itself. The sender
+        // stays, so that nobody takes its end for a stop.
+        std::future::pending::<()>().await;
+    }
+    progress::note("interrupted: showing what there is; once more to end at once");
+    stop.send_replace(true);
+    let _ = tokio::signal::ctrl_c().await;
+    std::process::exit(EXIT_INTERRUPTED);
+}
+
+fn machine() -> Value {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let name = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map(|(_, name)| name);
+    let load = read("/proc/loadavg");
+    json!({
+        "cpu": name,
+        "threads": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        // Others on the machine show here.
+        "load_average": load.split(' ').take(3).collect::<Vec<_>>().join(" "),
+    })
+}
+
+fn seconds(time: Duration) -> f64 {
+    time.as_secs_f64()
+}
+
+fn flags_row(flags: &Flags) -> Value {
+    json!({
+        "endpoints": flags.endpoints,
+        "task": flags.task,
+        "images_per_call": flags.images_per_call,
+        "images": flags.images,
+        "repeat_share": flags.repeat_share,
+        "connections": flags.connections,
+        "callers": flags.callers,
+        "in_flight_max": flags.in_flight_max,
+        "warm_up_seconds": seconds(flags.warm_up),
+        "duration_seconds": seconds(flags.duration),
+        "requests": flags.requests,
+        "slo_seconds": flags.slo.map(seconds),
+        "deadline_seconds": flags.deadline.map(seconds),
+        "timeout_seconds": seconds(flags.timeout),
+        "priority": flags.priority,
+        "retries": flags.retries,
+        "constant": flags.constant,
+        "seed": flags.seed,
+        "pids": flags.pids,
+    })
+}
+
+fn model_row(model: &pb::GetModelResponse) -> Value {
+    let limits = model.limits.unwrap_or_default();
+    json!({
+        "name": model.name,
+        "digest": model.digest,
+        "dimension": model.dimension,
+        "layers": model.layers,
+        "layer_default": model.layer_default,
+        "precision": model.precision,
+        "positions": model.positions,
+        "execution_provider": model.execution_provider,
+        "onnxruntime_version": model.onnxruntime_version,
+        "worker_version": model.worker_version,
+        "notice": model.notice,
+        "batch_size_max": limits.batch_size_max,
+        "images_in_flight_max": limits.images_in_flight_max,
+        "images_per_call_max": limits.images_per_call_max,
+        "stream_window_max": limits.stream_window_max,
+    })
+}

@@ -1,0 +1,643 @@
+//! The two ways to load a worker, and what is measured of each.
+//!
+//! Closed loop: a number of callers, each of which sends its next call when it
+//! has the last one's answer. That finds what the worker can do, and hides how
+//! long anybody would wait. Open loop: calls are due at times that do not
+//! depend on answers, and latency counts from then, so that a worker (or this
+//! tool) that falls behind shows it: no coordinated omission.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::arrivals::{Arrivals, Spread};
+use super::flags::Flags;
+use super::input::{self, Input, Picture};
+use super::process::{self, Usage};
+use super::progress::Line;
+use super::stats::{Counts, Done, Recorder, as_f64};
+use crate::client::load::{Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal};
+use crate::proto::pb;
+
+/// How often the worker's processes are looked at.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
+/// A generator that sleeps looks up this often whether it should end.
+const STOP_INTERVAL: Duration = Duration::from_millis(50);
+/// Between retries, times their number: a worker that has gone needs a moment
+/// to be missed.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// A connection is served by one task of the worker at a time, so several are
+/// needed to use its cores.
+const CONNECTIONS_MIN: usize = 8;
+const CONNECTIONS_MAX: usize = 64;
+/// A connection carries this many calls at once by the usual default of HTTP/2
+/// servers; calls above it wait in the tool's own library.
+const CALLS_PER_CONNECTION_MAX: usize = 200;
+/// Half of that leaves room for refusals that are on their way.
+const CALLS_PER_CONNECTION: usize = CALLS_PER_CONNECTION_MAX / 2;
+/// Four full batches: one runs, one is ready, two are on their way.
+const CALLERS_BATCHES: usize = 4;
+const CALLERS_MIN: usize = 16;
+
+/// A tool that is connected to its workers.
+#[derive(Debug)]
+pub(super) struct Bench {
+    pub(super) flags: Flags,
+    /// Connections; those of several endpoints alternate.
+    pub(super) lanes: Vec<Lane>,
+    next_lane: AtomicUsize,
+    /// What the first endpoint serves.
+    pub(super) model: pb::GetModelResponse,
+    pub(super) input: Input,
+    stop: watch::Receiver<bool>,
+}
+
+/// How a measurement loads the worker.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase", tag = "loop")]
+pub(super) enum Shape {
+    Closed { callers: usize },
+    Open { offered_images_per_second: f64 },
+}
+
+/// One measurement.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Phase {
+    pub name: String,
+    #[serde(flatten)]
+    pub shape: Shape,
+    /// Measured, after the warm-up.
+    pub seconds: f64,
+    /// Whether it was ended before its time.
+    pub interrupted: bool,
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// With `--pid`.
+    pub server: Option<ServerUse>,
+    pub connections: usize,
+    /// Cores that this tool itself used.
+    pub client_cores: Option<f64>,
+    /// What a bulk load got meanwhile.
+    pub bulk_images_per_second: Option<f64>,
+    /// Whether calls found no worker, and there was none at the end either.
+    pub worker_gone: bool,
+}
+
+impl Phase {
+    /// Whether it says something of a worker: one was there, and answered.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.worker_gone && self.counts.answered > 0
+    }
+
+    /// What was not as it must be, whatever is measured.
+    pub(super) fn broken(&self) -> Option<String> {
+        let counts = &self.counts;
+        let name = &self.name;
+        if let Some(lost) = counts.failed.get(NO_WORKER) {
+            let (calls, reason) = (lost.calls, &lost.message);
+            let now = if self.worker_gone {
+                "the worker went away"
+            } else {
+                "the worker was away for a time"
+            };
+            return Some(format!(
+                "{name}: {now}; {calls} calls found none ({reason})"
+            ));
+        }
+        if self.worker_gone {
+            return Some(format!("{name}: the worker went away"));
+        }
+        if counts.answered > 0 || counts.sent == 0 || self.interrupted {
+            return None;
+        }
+        let mut refused = counts.failed.iter().chain(&counts.rejected);
+        let why = refused.next().map_or_else(
+            || "none came back".to_owned(),
+            |(code, refused)| format!("{code}: {}", refused.message),
+        );
+        Some(format!("{name}: no call was answered ({why})"))
+    }
+
+    /// Whether more calls were in flight than connections usually carry: some
+    /// then waited in the tool, and count as the worker's latency.
+    pub(super) fn is_crowded(&self) -> bool {
+        let room = self.connections.saturating_mul(CALLS_PER_CONNECTION_MAX);
+        usize::try_from(self.counts.in_flight_peak).is_ok_and(|peak| peak > room)
+    }
+}
+
+/// What the worker's processes used during a measurement.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct ServerUse {
+    /// CPU seconds a second.
+    pub cores: f64,
+    pub requests_per_second_per_core: f64,
+    pub images_per_second_per_core: f64,
+    pub rss_kib_start: u64,
+    pub rss_kib_max: u64,
+    pub rss_kib_end: u64,
+}
+
+impl Bench {
+    /// Connects to every endpoint.
+    ///
+    /// # Errors
+    ///
+    /// When one does not answer, or cannot do what the flags ask for.
+    pub(super) async fn connect(
+        flags: &Flags,
+        stop: watch::Receiver<bool>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let endpoints = &flags.endpoints;
+        let first = endpoints.first().context("--endpoint has no URL")?;
+        let probe = Lane::connect(first, &flags.connect, None).await?;
+        let model = probe
+            .model()
+            .await
+            .map_err(|refusal| anyhow::anyhow!("{first} does not say what it serves: {refusal}"))?;
+        let limits = model.limits.unwrap_or_default();
+        let k = flags.images_per_call as usize;
+        anyhow::ensure!(
+            flags.images_per_call <= limits.images_per_call_max,
+            "--images-per-call is {k}, but the worker takes {}",
+            limits.images_per_call_max
+        );
+        let calls_max = limits.images_in_flight_max as usize / k;
+        let connections = flags.connections.map_or_else(
+            || {
+                let needed = calls_max.div_ceil(CALLS_PER_CONNECTION);
+                needed.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
+            },
+            usize::from,
+        );
+        let mut lanes = Vec::with_capacity(connections * endpoints.len());
+        for _ in 0..connections {
+            for endpoint in endpoints {
+                lanes.push(Lane::connect(endpoint, &flags.connect, None).await?);
+            }
+        }
+        let input = match &flags.images {
+            Some(folder) => Input::folder(folder, flags.seed, flags.repeat_share)?,
+            None => Input::tokens(&model, flags.seed, flags.repeat_share),
+        };
+        Ok(Arc::new(Self {
+            flags: flags.clone(),
+            lanes,
+            next_lane: AtomicUsize::new(0),
+            model,
+            input,
+            stop,
+        }))
+    }
+
+    /// How a call is made if nothing else is said.
+    pub(super) fn manner(&self) -> Manner {
+        Manner {
+            method: self.flags.task,
+            priority: self.flags.priority,
+            deadline: self.flags.deadline,
+            patience: self.flags.timeout,
+        }
+    }
+
+    pub(super) fn n_endpoints(&self) -> usize {
+        self.flags.endpoints.len().max(1)
+    }
+
+    pub(super) fn batch_size_max(&self) -> usize {
+        let limits = self.model.limits.unwrap_or_default();
+        limits.batch_size_max.max(1) as usize
+    }
+
+    /// Callers that saturate the worker, and that it has room for.
+    pub(super) fn callers_default(&self) -> usize {
+        let k = self.flags.images_per_call as usize;
+        let limits = self.model.limits.unwrap_or_default();
+        let room = (limits.images_in_flight_max as usize / k).max(1);
+        let callers = (CALLERS_BATCHES * self.batch_size_max()).div_ceil(k);
+        callers.clamp(CALLERS_MIN, CALLERS_MIN.max(room)).min(room) * self.n_endpoints()
+    }
+
+    /// Callers of a closed loop where only one number is wanted.
+    pub(super) fn callers(&self) -> usize {
+        let given = self.flags.callers.iter().copied().max();
+        given.map_or_else(|| self.callers_default(), usize::from)
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Whether nothing more is to be measured: somebody stopped it, or there is
+    /// no worker any more.
+    pub(super) fn is_over(&self, phases: &[Phase]) -> bool {
+        self.is_stopped() || phases.last().is_some_and(|phase| phase.worker_gone)
+    }
+
+    /// Whether one of the endpoints has no worker now.
+    pub(super) async fn is_worker_gone(&self) -> bool {
+        // The first connections are to each of them in turn.
+        for lane in self.lanes.iter().take(self.n_endpoints()) {
+            if matches!(lane.model().await, Err(refusal) if refusal.code == NO_WORKER) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Resolves when the run should end.
+    pub(super) async fn stopped(&self) {
+        let mut stop = self.stop.clone();
+        if stop.wait_for(|stop| *stop).await.is_err() {
+            // Nobody is left who could stop it.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn lane(&self) -> usize {
+        self.next_lane.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn pictures(&self, n: usize) -> Vec<Picture> {
+        (0..n).map(|_| self.input.next()).collect()
+    }
+
+    fn body(&self) -> Bytes {
+        let k = self.flags.images_per_call as usize;
+        input::request(&self.pictures(k))
+    }
+
+    /// A call, with as many retries as the flags allow; each on the next
+    /// connection, which with several endpoints is another worker's.
+    pub(super) async fn call(
+        &self,
+        lane: usize,
+        manner: Manner,
+        body: Bytes,
+    ) -> (Result<Outcomes, Refusal>, u64) {
+        let mut retries = 0;
+        loop {
+            let at = lane.wrapping_add(usize::try_from(retries).unwrap_or(0));
+            let lane = &self.lanes[at % self.lanes.len()];
+            match lane.call(manner, body.clone()).await {
+                Err(refusal) if refusal.is_elsewhere() && retries < self.flags.retries.into() => {
+                    retries += 1;
+                    let pause = RETRY_PAUSE.saturating_mul(u32::try_from(retries).unwrap_or(1));
+                    tokio::time::sleep(pause).await;
+                }
+                outcome => return (outcome, retries),
+            }
+        }
+    }
+
+    /// A closed loop of so many callers. `bulk` counts what another load gets
+    /// meanwhile.
+    pub(super) async fn closed(
+        self: &Arc<Self>,
+        name: &str,
+        callers: usize,
+        bulk: Option<&Arc<AtomicU64>>,
+    ) -> Phase {
+        let flags = &self.flags;
+        let from = Instant::now() + flags.warm_up;
+        let until = match flags.requests {
+            None => Some(from + flags.duration),
+            Some(_) => None,
+        };
+        let recorder = Arc::new(Recorder::new(from, until, flags.slo));
+        let taken = Arc::new(AtomicU64::new(0));
+        let watch = Watch::start(self, name, from, until, bulk, &recorder);
+        let mut loops = JoinSet::new();
+        for caller in 0..callers {
+            let (bench, recorder, taken) = (Arc::clone(self), recorder.clone(), taken.clone());
+            loops.spawn(async move {
+                bench
+                    .call_over_and_over(caller, &recorder, until, &taken)
+                    .await;
+            });
+        }
+        tokio::select! {
+            () = async { while loops.join_next().await.is_some() {} } => {}
+            () = self.stopped() => loops.abort_all(),
+        }
+        // What was aborted has let go of its counts when it is joined.
+        while loops.join_next().await.is_some() {}
+        let observed = watch.end().await;
+        self.phase(name, Shape::Closed { callers }, &recorder, &observed)
+            .await
+    }
+
+    async fn call_over_and_over(
+        &self,
+        caller: usize,
+        recorder: &Recorder,
+        until: Option<Instant>,
+        taken: &AtomicU64,
+    ) {
+        let n_images = u64::from(self.flags.images_per_call);
+        let calls_max = self.flags.requests.unwrap_or(u64::MAX);
+        loop {
+            let due = Instant::now();
+            if until.is_some_and(|end| due >= end)
+                || recorder.measures(due) && taken.fetch_add(1, Ordering::Relaxed) >= calls_max
+            {
+                return;
+            }
+            recorder.sent(due, n_images);
+            let (outcome, retries) = self.call(caller, self.manner(), self.body()).await;
+            let ended = Instant::now();
+            let is_lost = matches!(&outcome, Err(refusal) if refusal.code == NO_WORKER);
+            let done = Done {
+                due,
+                sent: None,
+                ended,
+                n_images,
+                retries,
+                outcome,
+            };
+            recorder.done(caller, done);
+            if is_lost {
+                // It would try again as fast as this machine can.
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+
+    /// An open loop at so many images a second.
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        name: &str,
+        images_per_second: f64,
+        priority: Option<Priority>,
+        bulk: Option<&Arc<AtomicU64>>,
+    ) -> Phase {
+        let flags = &self.flags;
+        let start = Instant::now();
+        let from = start + flags.warm_up;
+        let until = from + flags.duration;
+        let recorder = Arc::new(Recorder::new(from, Some(until), flags.slo));
+        let watch = Watch::start(self, name, from, Some(until), bulk, &recorder);
+        let calls_per_second = images_per_second / f64::from(flags.images_per_call);
+        let spread = if flags.constant {
+            Spread::Constant
+        } else {
+            Spread::Poisson
+        };
+        let n_places = flags.in_flight_max;
+        let generator = Generator {
+            bench: Arc::clone(self),
+            manner: Manner {
+                priority,
+                ..self.manner()
+            },
+            recorder: Arc::clone(&recorder),
+            places: Arc::new(Semaphore::new(n_places as usize)),
+            start,
+            until,
+        };
+        let places = Arc::clone(&generator.places);
+        let arrivals = Arrivals::new(spread, calls_per_second, flags.seed);
+        let runtime = tokio::runtime::Handle::current();
+        // A thread, because a timer of the runtime is a millisecond coarse.
+        let generated = tokio::task::spawn_blocking(move || generator.run(arrivals, &runtime));
+        // It reports nothing, and a panic there has been reported.
+        let _ = generated.await;
+        // All places are free again when every call has ended.
+        tokio::select! {
+            _ = places.acquire_many(n_places) => {}
+            () = self.stopped() => {}
+        }
+        let observed = watch.end().await;
+        let shape = Shape::Open {
+            offered_images_per_second: images_per_second,
+        };
+        self.phase(name, shape, &recorder, &observed).await
+    }
+
+    async fn phase(
+        &self,
+        name: &str,
+        shape: Shape,
+        recorder: &Recorder,
+        observed: &Observed,
+    ) -> Phase {
+        let counts = recorder.counts(observed.elapsed);
+        let unmet = counts.answered == 0 || counts.n_failed() > 0;
+        let worker_gone = unmet && self.is_worker_gone().await;
+        let server = observed.server_use(&counts);
+        let seconds = observed.elapsed.as_secs_f64();
+        Phase {
+            name: name.to_owned(),
+            shape,
+            seconds,
+            interrupted: self.is_stopped(),
+            server,
+            connections: self.lanes.len(),
+            client_cores: observed.client_cpu_seconds.map(|cpu| cpu / seconds),
+            bulk_images_per_second: observed.bulk_images.map(|n| as_f64(n) / seconds),
+            worker_gone,
+            counts,
+        }
+    }
+}
+
+/// Sends the calls of an open loop when they are due.
+struct Generator {
+    bench: Arc<Bench>,
+    manner: Manner,
+    recorder: Arc<Recorder>,
+    places: Arc<Semaphore>,
+    start: Instant,
+    until: Instant,
+}
+
+impl Generator {
+    fn run(&self, arrivals: Arrivals, runtime: &tokio::runtime::Handle) {
+        let n_images = u64::from(self.bench.flags.images_per_call);
+        for offset in arrivals {
+            let due = self.start + offset;
+            if due >= self.until || !self.wait(due) {
+                return;
+            }
+            let Some(place) = self.place(runtime) else {
+                // The time is up: what is due by now was never sent.
+                if self.recorder.measures(due) {
+                    self.recorder.unsent();
+                }
+                continue;
+            };
+            self.recorder.sent(due, n_images);
+            let n_free = u32::try_from(self.places.available_permits()).unwrap_or(0);
+            let n_in_flight = self.bench.flags.in_flight_max.saturating_sub(n_free);
+            self.recorder.in_flight(n_in_flight.into());
+            let (bench, recorder) = (Arc::clone(&self.bench), Arc::clone(&self.recorder));
+            let manner = self.manner;
+            runtime.spawn(async move {
+                let lane = bench.lane();
+                let body = bench.body();
+                let sent = Instant::now();
+                recorder.lateness(lane, due, sent);
+                let (outcome, retries) = bench.call(lane, manner, body).await;
+                let done = Done {
+                    due,
+                    sent: Some(sent),
+                    ended: Instant::now(),
+                    n_images,
+                    retries,
+                    outcome,
+                };
+                recorder.done(lane, done);
+                drop(place);
+            });
+        }
+    }
+
+    /// Sleeps until a call is due; `false` when the run should end.
+    fn wait(&self, due: Instant) -> bool {
+        loop {
+            if self.bench.is_stopped() {
+                return false;
+            }
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            std::thread::sleep(left.min(STOP_INTERVAL));
+        }
+    }
+
+    /// A place among the calls in flight; `None` when none gets free in time.
+    fn place(&self, runtime: &tokio::runtime::Handle) -> Option<OwnedSemaphorePermit> {
+        let places = Arc::clone(&self.places);
+        if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+            return Some(place);
+        }
+        runtime.block_on(async {
+            tokio::select! {
+                place = places.acquire_owned() => place.ok(),
+                () = tokio::time::sleep_until(self.until.into()) => None,
+                () = self.bench.stopped() => None,
+            }
+        })
+    }
+}
+
+/// Looks at the worker, the tool and the clock while a measurement runs.
+struct Watch {
+    task: JoinHandle<Observed>,
+    end: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Observed {
+    elapsed: Duration,
+    samples: Vec<Usage>,
+    client_cpu_seconds: Option<f64>,
+    bulk_images: Option<u64>,
+}
+
+impl Watch {
+    fn start(
+        bench: &Bench,
+        name: &str,
+        from: Instant,
+        until: Option<Instant>,
+        bulk: Option<&Arc<AtomicU64>>,
+        recorder: &Arc<Recorder>,
+    ) -> Self {
+        let (end, ended) = oneshot::channel();
+        let total = until.map(|until| until - Instant::now());
+        let line = Line::begin(name, total);
+        let (pids, bulk) = (bench.flags.pids.clone(), bulk.cloned());
+        let recorder = Arc::clone(recorder);
+        let task = tokio::spawn(watch(pids, from, until, bulk, recorder, line, ended));
+        Self { task, end }
+    }
+
+    async fn end(self) -> Observed {
+        let _ = self.end.send(());
+        self.task.await.unwrap_or_else(|_| Observed {
+            elapsed: Duration::ZERO,
+            samples: Vec::new(),
+            client_cpu_seconds: None,
+            bulk_images: None,
+        })
+    }
+}
+
+async fn watch(
+    pids: Vec<u32>,
+    from: Instant,
+    until: Option<Instant>,
+    bulk: Option<Arc<AtomicU64>>,
+    recorder: Arc<Recorder>,
+    line: Line,
+    mut ended: oneshot::Receiver<()>,
+) -> Observed {
+    let begun = Instant::now();
+    let bulk_now = || bulk.as_ref().map(|count| count.load(Ordering::Relaxed));
+    let mut is_ended = tokio::select! {
+        () = tokio::time::sleep_until(from.into()) => false,
+        _ = &mut ended => true,
+    };
+    let started = Instant::now();
+    let (bulk_start, cpu_start) = (bulk_now(), process::own_cpu_seconds());
+    let mut samples: Vec<Usage> = process::usage(&pids).into_iter().collect();
+    while !is_ended {
+        let tick = Instant::now() + SAMPLE_INTERVAL;
+        let tick = until.map_or(tick, |until| until.min(tick));
+        tokio::select! {
+            () = tokio::time::sleep_until(tick.into()) => {}
+            _ = &mut ended => is_ended = true,
+        }
+        samples.extend(process::usage(&pids));
+        let now = Instant::now();
+        line.update(now - begun, recorder.glance());
+        if until.is_some_and(|until| now >= until) {
+            break;
+        }
+    }
+    let ended_at = Instant::now();
+    let observed = Observed {
+        elapsed: match until {
+            // The window is what counts are taken from, to the nanosecond.
+            Some(until) if ended_at >= until => until.saturating_duration_since(from),
+            _ => ended_at.saturating_duration_since(started),
+        },
+        samples,
+        client_cpu_seconds: process::own_cpu_seconds()
+            .zip(cpu_start)
+            .map(|(end, start)| end - start),
+        bulk_images: bulk_now().zip(bulk_start).map(|(end, start)| end - start),
+    };
+    if !is_ended {
+        // Calls that were sent in time are still awaited.
+        let _ = ended.await;
+    }
+    observed
+}
+
+impl Observed {
+    fn server_use(&self, counts: &Counts) -> Option<ServerUse> {
+        let (first, last) = (self.samples.first()?, self.samples.last()?);
+        let seconds = last.at.duration_since(first.at).as_secs_f64();
+        let cores = (last.cpu_seconds - first.cpu_seconds) / seconds.max(1e-9);
+        // Less than the kernel's clock can tell apart is no measurement.
+        let per_core = |rate: f64| if cores > 0.0 { rate / cores } else { 0.0 };
+        let rss = self.samples.iter().map(|usage| usage.rss_kib);
+        Some(ServerUse {
+            cores,
+            requests_per_second_per_core: per_core(counts.requests_per_second),
+            images_per_second_per_core: per_core(counts.images_per_second),
+            rss_kib_start: first.rss_kib,
+            rss_kib_max: rss.max()?,
+            rss_kib_end: last.rss_kib,
+        })
+    }
+}

@@ -1,0 +1,488 @@
+//! What came of calls: counts, latencies, and the numbers made from them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use crate::client::load::{Outcomes, Refusal};
+
+/// Significant digits that a latency keeps.
+const DIGITS: u8 = 3;
+/// Locks that callers spread over, so that they rarely meet at one.
+const SHARDS: usize = 16;
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts and nanoseconds of a run are far below 2^53"
+)]
+pub(super) fn as_f64(count: u64) -> f64 {
+    count as f64
+}
+
+/// A histogram of times, to three digits.
+#[derive(Debug, Clone)]
+pub(super) struct Latencies(Histogram<u64>);
+
+impl Default for Latencies {
+    fn default() -> Self {
+        Self(Histogram::new(DIGITS).expect("three digits are allowed, and it grows by itself"))
+    }
+}
+
+impl Latencies {
+    pub(super) fn record(&mut self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        // It grows up to all that a u64 holds, so this cannot fail.
+        let _ = self.0.record(nanoseconds);
+    }
+
+    fn add(&mut self, other: &Self) {
+        // Fails only for a histogram that cannot grow.
+        let _ = self.0.add(&other.0);
+    }
+
+    /// `None` if nothing was recorded.
+    #[must_use]
+    pub(super) fn percentiles(&self) -> Option<Percentiles> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let milliseconds = |nanoseconds: u64| as_f64(nanoseconds) / 1e6;
+        let at = |quantile| milliseconds(self.0.value_at_quantile(quantile));
+        Some(Percentiles {
+            count: self.0.len(),
+            mean_ms: self.0.mean() / 1e6,
+            p50_ms: at(0.5),
+            p90_ms: at(0.9),
+            p99_ms: at(0.99),
+            p99_9_ms: at(0.999),
+            max_ms: milliseconds(self.0.max()),
+        })
+    }
+}
+
+/// Latencies in milliseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Percentiles {
+    pub count: u64,
+    pub mean_ms: f64,
+    pub p50_ms: f64,
+    pub p90_ms: f64,
+    pub p99_ms: f64,
+    pub p99_9_ms: f64,
+    pub max_ms: f64,
+}
+
+/// What came of the calls that belong to a measurement: those that were sent,
+/// or should have been, after the warm-up.
+#[derive(Debug, Clone, Default)]
+struct Tally {
+    answered: Latencies,
+    /// The same from when they were sent; open loop only.
+    answered_from_send: Latencies,
+    refused: BTreeMap<&'static str, Refused>,
+    lateness: Latencies,
+    retries: u64,
+    images_answered: u64,
+    images_failed: BTreeMap<&'static str, u64>,
+    /// Of all calls, those that ended within the window.
+    window: Window,
+}
+
+/// Calls that ended with one code.
+#[derive(Debug, Clone, Default)]
+struct Refused {
+    is_reject: bool,
+    latencies: Latencies,
+    latencies_from_send: Latencies,
+    images: u64,
+    with_retry_info: u64,
+    retry_after_max: Duration,
+    /// What the first one said.
+    message: String,
+}
+
+/// What ended while the clock ran: the base of every "per second".
+#[derive(Debug, Clone, Copy, Default)]
+struct Window {
+    calls: u64,
+    images: u64,
+    images_within_slo: u64,
+}
+
+/// Gathers what comes of calls, from many callers at once.
+#[derive(Debug)]
+pub(super) struct Recorder {
+    shards: Vec<Mutex<Tally>>,
+    sent: AtomicU64,
+    images_sent: AtomicU64,
+    unsent: AtomicU64,
+    in_flight_peak: AtomicU64,
+    slo: Option<Duration>,
+    from: Instant,
+    /// `None` while nobody knows when the measurement ends.
+    until: Option<Instant>,
+}
+
+/// A call that has ended.
+pub(super) struct Done {
+    /// When it should have been sent.
+    pub(super) due: Instant,
+    /// When it was, if that may differ.
+    pub(super) sent: Option<Instant>,
+    pub(super) ended: Instant,
+    pub(super) n_images: u64,
+    pub(super) retries: u64,
+    pub(super) outcome: Result<Outcomes, Refusal>,
+}
+
+impl Recorder {
+    pub(super) fn new(from: Instant, until: Option<Instant>, slo: Option<Duration>) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            sent: AtomicU64::new(0),
+            images_sent: AtomicU64::new(0),
+            unsent: AtomicU64::new(0),
+            in_flight_peak: AtomicU64::new(0),
+            slo,
+            from,
+            until,
+        }
+    }
+
+    /// Whether a call due at this time is measured.
+    pub(super) fn measures(&self, due: Instant) -> bool {
+        due >= self.from
+    }
+
+    /// Counts a call that is sent now.
+    pub(super) fn sent(&self, due: Instant, n_images: u64) {
+        if self.measures(due) {
+            self.sent.fetch_add(1, Ordering::Relaxed);
+            self.images_sent.fetch_add(n_images, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a call that was due but never sent.
+    pub(super) fn unsent(&self) {
+        self.unsent.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many calls are in flight now.
+    pub(super) fn in_flight(&self, n_calls: u64) {
+        self.in_flight_peak.fetch_max(n_calls, Ordering::Relaxed);
+    }
+
+    fn shard(&self, of: usize) -> MutexGuard<'_, Tally> {
+        let shard = &self.shards[of % SHARDS];
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much later than due a call was sent.
+    pub(super) fn lateness(&self, of: usize, due: Instant, sent: Instant) {
+        if self.measures(due) {
+            let late = sent.saturating_duration_since(due);
+            self.shard(of).lateness.record(late);
+        }
+    }
+
+    pub(super) fn done(&self, of: usize, call: Done) {
+        let latency = call.ended.saturating_duration_since(call.due);
+        let from_send = call
+            .sent
+            .map(|sent| call.ended.saturating_duration_since(sent));
+        let within_slo = self.slo.is_none_or(|slo| latency <= slo);
+        let in_window = call.ended >= self.from && self.until.is_none_or(|end| call.ended < end);
+        let measured = self.measures(call.due);
+        let mut tally = self.shard(of);
+        if measured {
+            tally.retries += call.retries;
+        }
+        match call.outcome {
+            Ok(images) => {
+                let n_good = images.iter().filter(|image| image.is_ok()).count() as u64;
+                if in_window {
+                    tally.window.calls += 1;
+                    tally.window.images += n_good;
+                    tally.window.images_within_slo += if within_slo { n_good } else { 0 };
+                }
+                if measured {
+                    tally.answered.record(latency);
+                    if let Some(time) = from_send {
+                        tally.answered_from_send.record(time);
+                    }
+                    tally.images_answered += n_good;
+                    for code in images.iter().filter_map(|image| image.as_ref().err()) {
+                        *tally.images_failed.entry(code).or_default() += 1;
+                    }
+                }
+            }
+            Err(refusal) if measured => {
+                let refused = tally.refused.entry(refusal.code).or_default();
+                refused.is_reject = refusal.is_reject();
+                refused.latencies.record(latency);
+                if let Some(time) = from_send {
+                    refused.latencies_from_send.record(time);
+                }
+                refused.images += call.n_images;
+                if let Some(after) = refusal.retry_after {
+                    refused.with_retry_info += 1;
+                    refused.retry_after_max = refused.retry_after_max.max(after);
+                }
+                if refused.message.is_empty() {
+                    refused.message = refusal.message;
+                }
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// A few words for the progress line.
+    pub(super) fn glance(&self) -> String {
+        let (mut calls, mut images) = (0, 0);
+        for idx in 0..SHARDS {
+            let window = self.shard(idx).window;
+            calls += window.calls;
+            images += window.images;
+        }
+        let seconds = self.from.elapsed().as_secs_f64().max(1e-9);
+        format!("{calls} calls, {:.1} images/s", as_f64(images) / seconds)
+    }
+
+    /// All of it in one, after the last call has ended. `elapsed` is how long
+    /// the window was.
+    pub(super) fn counts(&self, elapsed: Duration) -> Counts {
+        let mut sum = Tally::default();
+        for idx in 0..SHARDS {
+            sum.add(&self.shard(idx));
+        }
+        let seconds = elapsed.as_secs_f64().max(1e-9);
+        let answered = sum.answered.0.len();
+        let sent = self.sent.load(Ordering::Relaxed);
+        let (mut rejected, mut failed) = (BTreeMap::new(), BTreeMap::new());
+        let mut n_refused = 0;
+        for (code, refused) in &sum.refused {
+            let calls = refused.latencies.0.len();
+            n_refused += calls;
+            let to = if refused.is_reject {
+                &mut rejected
+            } else {
+                &mut failed
+            };
+            to.insert(
+                *code,
+                CodeCounts {
+                    calls,
+                    images: refused.images,
+                    latency: refused.latencies.percentiles(),
+                    latency_from_send: refused.latencies_from_send.percentiles(),
+                    with_retry_info: refused.with_retry_info,
+                    retry_after_max_ms: 1e3 * refused.retry_after_max.as_secs_f64(),
+                    message: refused.message.clone(),
+                },
+            );
+        }
+        Counts {
+            sent,
+            answered,
+            abandoned: sent.saturating_sub(answered + n_refused),
+            unsent: self.unsent.load(Ordering::Relaxed),
+            in_flight_peak: self.in_flight_peak.load(Ordering::Relaxed),
+            retries: sum.retries,
+            rejected,
+            failed,
+            images_sent: self.images_sent.load(Ordering::Relaxed),
+            images_answered: sum.images_answered,
+            images_failed: sum.images_failed,
+            requests_per_second: as_f64(sum.window.calls) / seconds,
+            images_per_second: as_f64(sum.window.images) / seconds,
+            goodput_images_per_second: as_f64(sum.window.images_within_slo) / seconds,
+            latency: sum.answered.percentiles(),
+            latency_from_send: sum.answered_from_send.percentiles(),
+            lateness: sum.lateness.percentiles(),
+        }
+    }
+}
+
+impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.answered.add(&other.answered);
+        self.answered_from_send.add(&other.answered_from_send);
+        self.lateness.add(&other.lateness);
+        self.retries += other.retries;
+        self.images_answered += other.images_answered;
+        for (code, count) in &other.images_failed {
+            *self.images_failed.entry(code).or_default() += count;
+        }
+        for (code, refused) in &other.refused {
+            let sum = self.refused.entry(code).or_default();
+            sum.is_reject = refused.is_reject;
+            sum.latencies.add(&refused.latencies);
+            sum.latencies_from_send.add(&refused.latencies_from_send);
+            sum.images += refused.images;
+            sum.with_retry_info += refused.with_retry_info;
+            sum.retry_after_max = sum.retry_after_max.max(refused.retry_after_max);
+            if sum.message.is_empty() {
+                sum.message.clone_from(&refused.message);
+            }
+        }
+        self.window.calls += other.window.calls;
+        self.window.images += other.window.images;
+        self.window.images_within_slo += other.window.images_within_slo;
+    }
+}
+
+/// The numbers of one measurement. Calls: `sent` = `answered` + `rejected` +
+/// `failed` + `abandoned`. What is per second counts the calls that ended
+/// within the window; all else the calls that were due in it.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Counts {
+    pub sent: u64,
+    /// Calls with an answer, even if it says that an image failed.
+    pub answered: u64,
+    /// Calls that the tool let go of because it was interrupted.
+    pub abandoned: u64,
+    /// Calls that were due while `--in-flight-max` were in flight, until the
+    /// end.
+    pub unsent: u64,
+    /// Most calls in flight at once; open loop only.
+    pub in_flight_peak: u64,
+    pub retries: u64,
+    /// Calls that the worker had no room for, by code.
+    pub rejected: BTreeMap<&'static str, CodeCounts>,
+    /// Calls that ended with any other code.
+    pub failed: BTreeMap<&'static str, CodeCounts>,
+    pub images_sent: u64,
+    pub images_answered: u64,
+    /// Errors of images inside answers, by code.
+    pub images_failed: BTreeMap<&'static str, u64>,
+    pub requests_per_second: f64,
+    pub images_per_second: f64,
+    /// Images answered within `--slo`, or all without one.
+    pub goodput_images_per_second: f64,
+    /// Of answered calls, from the time they were due.
+    pub latency: Option<Percentiles>,
+    /// The same from when they left the tool; open loop only. Where this is
+    /// much less, the tool or its machine was late, not the worker.
+    pub latency_from_send: Option<Percentiles>,
+    /// How much later than due calls left the tool; open loop only.
+    pub lateness: Option<Percentiles>,
+}
+
+impl Counts {
+    #[must_use]
+    pub(super) fn n_rejected(&self) -> u64 {
+        self.rejected.values().map(|code| code.calls).sum()
+    }
+
+    #[must_use]
+    pub(super) fn n_failed(&self) -> u64 {
+        self.failed.values().map(|code| code.calls).sum()
+    }
+
+    /// The 99th percentile of answered calls, in milliseconds.
+    #[must_use]
+    pub(super) fn p99_ms(&self) -> Option<f64> {
+        self.latency.map(|latency| latency.p99_ms)
+    }
+}
+
+/// Calls that ended with one code.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct CodeCounts {
+    pub calls: u64,
+    pub images: u64,
+    pub latency: Option<Percentiles>,
+    /// The same from when they left the tool; open loop only.
+    pub latency_from_send: Option<Percentiles>,
+    /// Those whose status carries a `google.rpc.RetryInfo`.
+    pub with_retry_info: u64,
+    pub retry_after_max_ms: f64,
+    /// What the first of them said.
+    pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn refusal(code: &'static str) -> Refusal {
+        Refusal {
+            code,
+            message: code.to_lowercase(),
+            retry_after: (code == "RESOURCE_EXHAUSTED").then_some(Duration::from_millis(7)),
+        }
+    }
+
+    #[test]
+    fn counts_add_up() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let recorder = Recorder::new(at(100), Some(at(1100)), Some(Duration::from_millis(50)));
+        let call = |due, ended, outcome| {
+            recorder.sent(at(due), 2);
+            let done = Done {
+                due: at(due),
+                sent: None,
+                ended: at(ended),
+                n_images: 2,
+                retries: 0,
+                outcome,
+            };
+            recorder.done(usize::try_from(due).unwrap(), done);
+        };
+        let good = || Ok(vec![Ok(Bytes::new()), Ok(Bytes::new())]);
+        // Sent during the warm-up: only its end is within the window.
+        call(50, 150, good());
+        call(200, 210, good());
+        // Over the SLO.
+        call(300, 400, good());
+        // Sent within the window, answered after it.
+        call(1000, 1200, good());
+        call(
+            400,
+            410,
+            Ok(vec![Ok(Bytes::new()), Err("INVALID_ARGUMENT")]),
+        );
+        call(500, 501, Err(refusal("RESOURCE_EXHAUSTED")));
+        call(600, 660, Err(refusal("DEADLINE_EXCEEDED")));
+        recorder.sent(at(700), 2);
+        let counts = recorder.counts(Duration::from_secs(1));
+        assert_eq!((counts.sent, counts.answered), (7, 4));
+        assert_eq!((counts.n_rejected(), counts.n_failed()), (1, 1));
+        assert_eq!(counts.abandoned, 1);
+        assert_eq!((counts.images_sent, counts.images_answered), (14, 7));
+        assert_eq!(counts.images_failed["INVALID_ARGUMENT"], 1);
+        let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-6, "{got}");
+        near(counts.requests_per_second, 4.0);
+        near(counts.images_per_second, 7.0);
+        near(counts.goodput_images_per_second, 3.0);
+        assert_eq!(counts.rejected["RESOURCE_EXHAUSTED"].with_retry_info, 1);
+        let latency = counts.latency.unwrap();
+        assert!((latency.max_ms - 200.0).abs() < 1.0 && latency.count == 4);
+    }
+
+    #[test]
+    fn percentiles_are_exact_to_three_digits() {
+        let mut latencies = Latencies::default();
+        assert!(latencies.percentiles().is_none());
+        for milliseconds in 1..=1000 {
+            latencies.record(Duration::from_millis(milliseconds));
+        }
+        let got = latencies.percentiles().unwrap();
+        for (got, expected) in [
+            (got.p50_ms, 500.0),
+            (got.p90_ms, 900.0),
+            (got.p99_ms, 990.0),
+            (got.p99_9_ms, 999.0),
+            (got.max_ms, 1000.0),
+        ] {
+            assert!((got / expected - 1.0).abs() < 2e-3, "{got} {expected}");
+        }
+    }
+}

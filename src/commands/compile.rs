@@ -1,0 +1,285 @@
+//! `imagegpt compile` and `imagegpt inspect`.
+
+use std::collections::BTreeSet;
+use std::io::{IsTerminal as _, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::compile::{CompileOptions, Progress, Source, Step, compile};
+use crate::engine::onnx;
+use crate::model::manifest;
+use crate::model::manifest::Manifest;
+use crate::model::precision::{Precision, Provider, Task};
+use crate::runtime::Runtime;
+
+/// Make graphs that run several times faster than a published export.
+#[derive(Debug, Clone, Args)]
+pub struct CompileArgs {
+    /// A Hugging Face directory (config.json, preprocessor_config.json, and
+    /// model.safetensors, sharded safetensors or pytorch_model.bin); a hub id
+    /// such as openai/imagegpt-small (downloads honor HF_HOME, HF_TOKEN and
+    /// HF_ENDPOINT); or random:small, random:medium, random:large or
+    /// random:tiny, which are shapes with random weights, to measure speed
+    pub source: String,
+
+    /// Directory to make; it must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+
+    /// How weights are kept and computed: fp32 or int8 for the CPU, fp16 or
+    /// bf16 for a GPU
+    #[arg(long, value_enum, default_value = "fp32")]
+    pub precision: Precision,
+
+    /// What to compile for [default: all that the checkpoint has heads for]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub tasks: Option<Vec<Task>>,
+
+    /// Layer that pooled features come from, and all before it; fewer layers
+    /// are faster [default: two thirds of the depth, 16 for imagegpt-small]
+    #[arg(long, value_name = "N")]
+    pub feature_layer: Option<usize>,
+
+    /// What the graphs are for
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub provider: Provider,
+
+    /// Branch, tag or commit of a hub id [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+
+    /// Use ONNX Runtime's own operators only, so that the graphs run without
+    /// this worker too; on a CPU attention is then several times slower
+    #[arg(long)]
+    pub portable: bool,
+
+    /// ONNX Runtime's shared library, as for serve
+    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    pub onnxruntime: Option<PathBuf>,
+}
+
+/// Show what a compiled directory holds.
+#[derive(Debug, Clone, Args)]
+pub struct InspectArgs {
+    /// A compiled directory
+    pub folder: PathBuf,
+
+    /// Read every file and compare its SHA-256 with what was recorded when the
+    /// directory was compiled: exit code 0 if all are the same, 2 if one is not,
+    /// with its name. Reads all of the weights, about a second a gigabyte; a
+    /// worker does so anyway when it loads them
+    #[arg(long, env = "IMAGEGPT_VERIFY")]
+    pub verify: bool,
+}
+
+/// Runs `imagegpt compile`.
+///
+/// # Errors
+///
+/// One sentence that says what to change.
+pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    let library = onnx::find_library(args.onnxruntime.as_deref());
+    let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
+    if args.portable {
+        runtime.operators = None;
+    }
+    let options = CompileOptions {
+        precision: args.precision,
+        provider: args.provider,
+        tasks: args
+            .tasks
+            .as_ref()
+            .map(|tasks| tasks.iter().copied().collect::<BTreeSet<_>>()),
+        feature_layer: args.feature_layer,
+    };
+    let source = Source::parse(&args.source, args.revision.as_deref());
+    let mut progress = Bars::new();
+    let manifest = compile(&source, &args.output, &options, &runtime, &mut progress)?;
+    progress.end();
+    show(&manifest, out)?;
+    writeln!(out, "wrote {}", args.output.display())?;
+    Ok(())
+}
+
+/// Runs `imagegpt inspect`.
+///
+/// # Errors
+///
+/// When the directory is not a whole compiled one.
+pub fn inspect(args: &InspectArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    let folder = &args.folder;
+    if !folder.join(manifest::FILE).is_file() {
+        let text = folder.to_string_lossy();
+        let what = match Source::parse(&text, None) {
+            Source::Folder(_) if !folder.exists() => "there is no such folder".to_owned(),
+            Source::Folder(_) => format!("it has no {}", manifest::FILE),
+            Source::Hub { .. } | Source::Random(_) => "it is a source, not yet compiled".to_owned(),
+        };
+        anyhow::bail!(
+            "{text}: {what}; inspect shows a folder that `imagegpt compile SOURCE --output FOLDER` \
+             made"
+        );
+    }
+    let manifest = Manifest::read(folder)?;
+    show(&manifest, out)?;
+    if args.verify {
+        manifest.verify(folder)?;
+        let n_files = manifest.files.len();
+        writeln!(
+            out,
+            "\nthe SHA-256 of each of the {n_files} files is as recorded"
+        )?;
+    }
+    Ok(())
+}
+
+fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
+    let architecture = &manifest.architecture;
+    let revision = manifest
+        .source
+        .revision
+        .as_ref()
+        .map_or_else(String::new, |revision| format!(" at {revision}"));
+    writeln!(out, "source        {}{revision}", manifest.source.name)?;
+    writeln!(out, "sha256        {}", manifest.source.sha256)?;
+    writeln!(
+        out,
+        "shape         {} layers, width {}, {} heads, {} positions, {} colors",
+        architecture.n_layers,
+        architecture.width,
+        architecture.n_heads,
+        architecture.n_positions,
+        architecture.n_colors()
+    )?;
+    let (backbone, all) = manifest.parameters;
+    writeln!(
+        out,
+        "parameters    {backbone} in the backbone, {all} in all"
+    )?;
+    writeln!(
+        out,
+        "precision     {} for {}, features to layer {}",
+        manifest.precision.name(),
+        manifest.provider.runtime_name(),
+        manifest.feature_layer
+    )?;
+    writeln!(
+        out,
+        "verified      {} sequences of {} tokens against float64, tolerance {:.0e}",
+        manifest.verification.n_sequences,
+        manifest.verification.n_positions,
+        manifest.verification.tolerance
+    )?;
+    writeln!(out)?;
+    writeln!(
+        out,
+        "{:<20} {:>6} {:>12} {:>12} {:>10}  ran",
+        "graph", "layers", "GFLOP/image", "worst error", "cosine"
+    )?;
+    for (name, graph) in &manifest.graphs {
+        let worst = graph.errors.iter().copied().fold(0.0, f64::max);
+        #[expect(clippy::cast_precision_loss, reason = "shown with four digits")]
+        let gflop = graph.flop as f64 / 1e9;
+        let fused: Vec<String> = graph
+            .operators
+            .iter()
+            .flat_map(|(provider, operators)| {
+                let provider = provider.trim_end_matches("ExecutionProvider");
+                operators
+                    .iter()
+                    .filter(|(operator, _)| FUSED.contains(&operator.as_str()))
+                    .map(move |(operator, n)| format!("{n} {operator} on {provider}"))
+            })
+            .collect();
+        writeln!(
+            out,
+            "{name:<20} {:>6} {gflop:>12.4} {worst:>12.1e} {:>10.6}  {}",
+            graph.n_layers,
+            graph.cosine,
+            fused.join(", ")
+        )?;
+    }
+    writeln!(out)?;
+    for (name, bytes) in &manifest.files {
+        writeln!(out, "{name:<28} {bytes:>14} bytes")?;
+    }
+    Ok(())
+}
+
+/// Operators that stand for several of ONNX's own.
+const FUSED: [&str; 12] = [
+    "CausalAttention",
+    "Layers",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "SimplifiedLayerNormalization",
+    "QuickGelu",
+    "QuickGeluFp16",
+    "QuickGeluBf16",
+    "Gelu",
+    "FastGelu",
+    "DynamicQuantizeMatMul",
+    "SkipSimplifiedLayerNormalization",
+];
+
+/// Progress for a person: a bar a step on a terminal, a line a step in a log.
+pub struct Bars {
+    current: Option<ProgressBar>,
+    is_terminal: bool,
+}
+
+impl Bars {
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            current: None,
+            is_terminal: std::io::stderr().is_terminal(),
+        }
+    }
+
+    /// Clears the last bar.
+    pub fn end(&mut self) {
+        if let Some(bar) = self.current.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Default for Bars {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Progress for Bars {
+    fn begin(&mut self, step: Step, total: u64) {
+        self.end();
+        let (name, unit) = match step {
+            Step::Download => ("downloading", "{bytes}/{total_bytes}"),
+            Step::Digest => ("reading the source", "{bytes}/{total_bytes}"),
+            Step::Write => ("writing weights", "{percent}%"),
+            Step::Reference => ("computing the reference", "{percent}%"),
+            Step::Verify => ("trying graphs", "{pos}/{len}"),
+        };
+        if !self.is_terminal {
+            tracing::info!(step = name, total, "compiling");
+            crate::telemetry::note(name);
+            return;
+        }
+        let template = format!("{{prefix:24}} {{wide_bar}} {unit} {{eta}}");
+        let style = ProgressStyle::with_template(&template)
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::new(total).with_style(style).with_prefix(name);
+        bar.enable_steady_tick(Duration::from_millis(200));
+        self.current = Some(bar);
+    }
+
+    fn advance(&mut self, units: u64) {
+        if let Some(bar) = &self.current {
+            bar.inc(units);
+        }
+    }
+}

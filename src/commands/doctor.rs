@@ -1,0 +1,205 @@
+//! `imagegpt doctor`: whether this machine can serve, on what, and if not, what
+//! to install.
+//!
+//! Three steps: look (`machine`, `cache`, `library`, `gpu`), judge (`judge`, which
+//! is told what was seen and touches nothing) and show (`report`). What is seen is
+//! only half of it, so the judge has each provider tried (`trial`). Whatever calls
+//! a driver or loads a library does so in a process of its own, with a limit in
+//! time (`child`): a driver that takes its process with it, or never answers, must
+//! not take the report.
+
+mod cache;
+mod child;
+mod judge;
+mod library;
+mod machine;
+mod report;
+mod trial;
+
+use crate::model::precision::Provider;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+
+use self::cache::Cache;
+use self::judge::{Asked, Found, Seen};
+use self::library::{CudaProvider, Library};
+use self::machine::Machine;
+use crate::compile::Source;
+use crate::gpu::Monitor;
+use crate::model::precision::ProviderChoice;
+use crate::serve::config;
+
+/// Check this machine.
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    /// A folder to try, as for serve; what has to be compiled is compiled into
+    /// --cache-dir. Nothing is downloaded [default: a tiny model of random
+    /// weights, made on the spot]
+    // IMAGEGPT_MODEL is not read: beside a worker that serves it, a second copy
+    // might not fit.
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+
+    /// ONNX Runtime's shared library, as for serve
+    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    pub onnxruntime: Option<PathBuf>,
+
+    /// What is to run the model. With auto it suffices that something can
+    #[arg(
+        long,
+        env = "IMAGEGPT_EXECUTION_PROVIDER",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub execution_provider: ProviderChoice,
+
+    /// Which GPUs, counted from 0 among those that CUDA shows this process
+    #[arg(
+        long,
+        env = "IMAGEGPT_DEVICE_ID",
+        default_value = "0",
+        value_name = "N,N",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(i32).range(0..1024)
+    )]
+    pub device_id: Vec<i32>,
+
+    /// Where compiled models are kept, as for serve
+    #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// How long ONNX Runtime's library, CUDA's and NVIDIA's driver may take to
+    /// answer, each. Raise it where many GPUs have to wake up
+    #[arg(
+        long,
+        env = "IMAGEGPT_LOOK_TIMEOUT",
+        default_value = "1min",
+        value_name = "TIME",
+        value_parser = humantime::parse_duration
+    )]
+    pub look_timeout: Duration,
+
+    /// A table for a person, or one JSON object
+    #[arg(long, value_enum, default_value = "table")]
+    pub format: Format,
+
+    /// Only run a model on this provider, and say how it went; what the command
+    /// starts itself by
+    #[arg(long, hide = true, value_enum, value_name = "PROVIDER")]
+    pub trial: Option<Provider>,
+
+    /// Only look at this, and say in JSON what there is; as --trial
+    #[arg(long, hide = true, value_enum, value_name = "PART")]
+    pub look: Option<Part>,
+}
+
+/// What is looked at in a process of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// ONNX Runtime's library.
+    Library,
+    /// What its CUDA provider is linked with.
+    Cuda,
+    /// NVIDIA's driver, and NVML.
+    Gpus,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+/// Whether a worker could serve with what was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    CanServe,
+    CannotServe,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// When the flags cannot be used, or nobody takes what is printed.
+pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
+    if let Some(model) = &args.model
+        && let Source::Hub { repository, .. } = Source::parse(model, None)
+    {
+        bail!("--model {repository} is no folder; the doctor downloads nothing");
+    }
+    let id = args.device_id.first().copied().unwrap_or_default();
+    if let Some(provider) = args.trial {
+        child::answer(&trial::here(args, provider, id), out)?;
+        return Ok(Verdict::CanServe);
+    }
+    if let Some(part) = args.look {
+        look_here(args, part, out)?;
+        return Ok(Verdict::CanServe);
+    }
+    config::check_devices(&args.device_id)?;
+    let asked = Asked {
+        provider: args.execution_provider,
+        device_ids: args.device_id.clone(),
+    };
+    let found = look(args);
+    let report = judge::judge(&asked, &found, &mut |provider, id| {
+        trial::in_a_process(args, provider, id)
+    });
+    match args.format {
+        Format::Table => report.table(out)?,
+        Format::Json => report.json(out)?,
+    }
+    Ok(if report.can_serve {
+        Verdict::CanServe
+    } else {
+        Verdict::CannotServe
+    })
+}
+
+/// Sees all that the judge wants to know.
+fn look(args: &DoctorArgs) -> Found {
+    let library = child::ask(args, &["--look", "library"], args.look_timeout);
+    let library = library.unwrap_or_else(|lost| Library::lost(args.onnxruntime.as_deref(), &lost));
+    let mut found = Found {
+        machine: Machine::read(Path::new("/")),
+        cache: Cache::find(args.cache_dir.as_deref()),
+        library,
+        cuda: None,
+        gpus: Ok(Seen::default()),
+        visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
+    };
+    if args.execution_provider == ProviderChoice::Cpu {
+        return found;
+    }
+    if found.library.folder.is_some() {
+        let cuda = child::ask(args, &["--look", "cuda"], args.look_timeout);
+        found.cuda = cuda.unwrap_or_else(|lost| Some(CudaProvider::lost(&lost)));
+    }
+    let gpus = child::ask(args, &["--look", "gpus"], args.look_timeout);
+    found.gpus = gpus.map_err(|lost| lost.to_string());
+    found
+}
+
+/// Looks at one part in this process.
+fn look_here(args: &DoctorArgs, part: Part, out: &mut impl Write) -> anyhow::Result<()> {
+    let library = || Library::find(args.onnxruntime.as_deref());
+    match part {
+        Part::Library => child::answer(&library(), out),
+        Part::Cuda => {
+            let folder = library().folder;
+            child::answer(&folder.as_deref().map(CudaProvider::find), out)
+        }
+        Part::Gpus => {
+            let monitor = Monitor::open();
+            let ids: Vec<i32> = monitor.gpus.devices.iter().map(|gpu| gpu.id).collect();
+            let usage = monitor.usage(&ids);
+            let gpus = monitor.gpus;
+            child::answer(&Seen { gpus, usage }, out)
+        }
+    }
+}

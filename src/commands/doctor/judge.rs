@@ -1,0 +1,364 @@
+//! From what was seen to what it means. Nothing here looks at the machine, so
+//! that any machine can be made up.
+
+mod cuda;
+
+use crate::model::precision::Provider;
+use std::collections::BTreeMap;
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+
+use super::cache::Cache;
+use super::library::{CudaProvider, Library};
+use super::machine::Machine;
+use super::report::{Check, Device, Outcome, Report};
+use super::trial::Tried;
+use crate::gpu::{Gpus, Usage};
+use crate::model::precision::ProviderChoice;
+use crate::runtime::MINOR_VERSION_MIN;
+
+/// Less is tight: a worker of imagegpt-small takes 0.6 GiB (`make bench-memory`),
+/// and requests in flight take theirs.
+const MEMORY_MIN: u64 = 1 << 30;
+/// Less fills up: imagegpt-small takes 0.35 GiB in fp32, and is written beside its
+/// place before it is there.
+const SPACE_MIN: u64 = 1 << 30;
+/// 1024 connections (--connections-max), and as many again for files, probes and
+/// connections that shake hands.
+const OPEN_FILES_MIN: u64 = 2048;
+
+/// What the worker is to serve with.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    pub(super) provider: ProviderChoice,
+    pub(super) device_ids: Vec<i32>,
+}
+
+/// What was seen.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub(super) machine: Machine,
+    pub(super) cache: Cache,
+    pub(super) library: Library,
+    /// `None` if there is no library to be beside of, or nobody asks for CUDA.
+    pub(super) cuda: Option<CudaProvider>,
+    /// What the driver and NVML said, or why they said nothing.
+    pub(super) gpus: Result<Seen, String>,
+    /// `CUDA_VISIBLE_DEVICES`.
+    pub(super) visible_devices: Option<String>,
+}
+
+/// What the driver and NVML said.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Seen {
+    pub(super) gpus: Gpus,
+    pub(super) usage: Vec<(i32, Usage)>,
+}
+
+/// What one check found, before it is known who needs it.
+#[derive(Debug, Clone)]
+enum Finding {
+    Fine(String),
+    /// It serves, but...
+    Doubt(String, Option<String>),
+    /// It does not serve.
+    Bad(String, Option<String>),
+}
+
+impl Finding {
+    fn bad(found: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self::Bad(found.into(), Some(todo.into()))
+    }
+
+    fn doubt(found: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self::Doubt(found.into(), Some(todo.into()))
+    }
+
+    /// What keeps the worker from serving, in one sentence.
+    fn obstacle(&self) -> Option<String> {
+        match self {
+            Self::Bad(found, Some(todo)) => Some(format!("{found}: {todo}")),
+            Self::Bad(found, None) => Some(found.clone()),
+            _ => None,
+        }
+    }
+
+    /// As a line of the report, where `bad` is what becomes of what is bad.
+    fn check(self, name: &str, bad: Outcome) -> Check {
+        let (result, found, todo) = match self {
+            Self::Fine(found) => (Outcome::Ok, found, None),
+            Self::Doubt(found, todo) => (Outcome::Warning, found, todo),
+            Self::Bad(found, todo) => (bad, found, todo),
+        };
+        Check {
+            name: name.to_owned(),
+            result,
+            found,
+            todo,
+        }
+    }
+}
+
+/// All that was found of one provider, and whether it serves.
+#[derive(Default)]
+struct Side {
+    findings: Vec<(String, Finding)>,
+    obstacle: Option<String>,
+}
+
+impl Side {
+    fn new(findings: Vec<(String, Finding)>) -> Self {
+        let obstacle = findings.iter().find_map(|(_, finding)| finding.obstacle());
+        Self { findings, obstacle }
+    }
+
+    /// Runs a model, if nothing is in the way of that already.
+    fn try_out(&mut self, name: String, run: impl FnOnce() -> Tried) {
+        if self.obstacle.is_some() {
+            let finding = Finding::Bad("not tried: see above".to_owned(), None);
+            self.findings.push((name, finding));
+            return;
+        }
+        let finding = match run() {
+            Tried::Passed(text) => Finding::Fine(text),
+            Tried::Failed(reason) => Finding::Bad(reason, None),
+            Tried::Untried(reason) => {
+                Finding::doubt(format!("not tried: {reason}"), "give a folder by --model")
+            }
+        };
+        self.obstacle = finding.obstacle();
+        self.findings.push((name, finding));
+    }
+
+    fn checks(self, bad: Outcome) -> impl Iterator<Item = Check> {
+        let findings = self.findings.into_iter();
+        findings.map(move |(name, finding)| finding.check(&name, bad))
+    }
+}
+
+/// Judges what was found; `try_out` runs a model on a provider and a device.
+pub(super) fn judge(
+    asked: &Asked,
+    found: &Found,
+    try_out: &mut dyn FnMut(Provider, i32) -> Tried,
+) -> Report {
+    let library = library(&found.library);
+    let mut cpu = Side {
+        obstacle: library.obstacle(),
+        ..Side::default()
+    };
+    let mut cuda = Side::new(cuda::findings(asked, found));
+    let (wants_cpu, wants_cuda) = (
+        asked.provider != ProviderChoice::Cuda,
+        asked.provider != ProviderChoice::Cpu,
+    );
+    if wants_cpu {
+        cpu.try_out("inference on cpu".to_owned(), || try_out(Provider::Cpu, 0));
+    }
+    if wants_cuda {
+        for &id in &asked.device_ids {
+            cuda.try_out(format!("inference on cuda:{id}"), || {
+                try_out(Provider::Cuda, id)
+            });
+        }
+    }
+    let sides = [("cpu", wants_cpu, &cpu), ("cuda", wants_cuda, &cuda)];
+    let asked_for = || sides.iter().filter(|(_, is_wanted, _)| *is_wanted);
+    let providers: Vec<&str> = asked_for()
+        .filter(|(_, _, side)| side.obstacle.is_none())
+        .map(|(name, ..)| *name)
+        .collect();
+    let obstacles: BTreeMap<&str, String> = asked_for()
+        .filter_map(|(name, _, side)| Some((*name, side.obstacle.clone()?)))
+        .collect();
+    let can_serve = !providers.is_empty();
+
+    let mut checks = machine(found);
+    checks.push(library.check("ONNX Runtime", Outcome::Failed));
+    // Where one of both suffices the other one's troubles are a warning.
+    let bad = |is_there: bool| match (can_serve, is_there) {
+        (false, _) => Outcome::Failed,
+        (true, true) => Outcome::Warning,
+        (true, false) => Outcome::NotNeeded,
+    };
+    checks.extend(cpu.checks(bad(true)));
+    if wants_cuda {
+        // A driver that is broken is there.
+        let has_gpu = found.gpus.as_ref().map_or(true, |Seen { gpus, .. }| {
+            !gpus.devices.is_empty() || gpus.driver_version.is_some()
+        });
+        let is_asked = asked.provider == ProviderChoice::Cuda;
+        checks.extend(cuda.checks(bad(has_gpu || is_asked)));
+    } else {
+        checks.push(Check {
+            name: "CUDA".to_owned(),
+            result: Outcome::NotNeeded,
+            found: "not looked at: --execution-provider is cpu".to_owned(),
+            todo: None,
+        });
+    }
+    Report {
+        can_serve,
+        providers,
+        obstacles,
+        checks,
+        gpus: devices(found),
+    }
+}
+
+fn devices(found: &Found) -> Vec<Device> {
+    let Ok(Seen { gpus, usage }) = &found.gpus else {
+        return Vec::new();
+    };
+    let usage = |id| usage.iter().find(|(other, _)| *other == id);
+    let devices = gpus.devices.iter();
+    devices
+        .map(|gpu| Device {
+            gpu: gpu.clone(),
+            usage: usage(gpu.id).map(|(_, usage)| *usage).unwrap_or_default(),
+        })
+        .collect()
+}
+
+fn library(library: &Library) -> Finding {
+    let path = library.path.display();
+    match &library.minor {
+        Ok(minor) if *minor < MINOR_VERSION_MIN => Finding::bad(
+            format!("{path} is version 1.{minor}"),
+            format!(
+                "give one of version 1.{MINOR_VERSION_MIN} or newer by --onnxruntime or \
+                 ORT_DYLIB_PATH: pip install onnxruntime"
+            ),
+        ),
+        Ok(minor) => Finding::Fine(format!(
+            "version 1.{minor} (1.{MINOR_VERSION_MIN} or newer is needed), {path}"
+        )),
+        Err(reason) => Finding::bad(
+            format!("{path} cannot be used ({reason})"),
+            "give the path of a libonnxruntime.so by --onnxruntime or ORT_DYLIB_PATH: pip install \
+             onnxruntime, or onnxruntime-gpu for a GPU",
+        ),
+    }
+}
+
+/// What all providers stand on. None of it keeps a worker from serving.
+fn machine(found: &Found) -> Vec<Check> {
+    let machine = &found.machine;
+    let findings = [
+        ("CPU", cpu(machine)),
+        ("memory", memory(machine)),
+        ("huge pages", huge_pages(machine)),
+        ("open files", open_files(machine)),
+        ("compiled models", compiled_models(&found.cache)),
+    ];
+    let findings = findings.into_iter();
+    findings
+        .map(|(name, finding)| finding.check(name, Outcome::Failed))
+        .collect()
+}
+
+fn cpu(machine: &Machine) -> Finding {
+    let cpu = &machine.cpu;
+    let (there, missing) = cpu.extensions();
+    let list = |names: Vec<&str>| match names.as_slice() {
+        [] => "none".to_owned(),
+        some => some.join(", "),
+    };
+    let quota = match cpu.quota {
+        Some(quota) => format!(" (the control group gives {quota:.1})"),
+        None => String::new(),
+    };
+    let is_slow = !there.contains(&"AVX2");
+    let text = format!(
+        "{}, {} of {} CPUs{quota}; has {}; lacks {}",
+        cpu.model.as_deref().unwrap_or("model unknown"),
+        cpu.usable(),
+        cpu.n_cpus,
+        list(there),
+        list(missing)
+    );
+    if is_slow {
+        return Finding::doubt(
+            text,
+            "attention runs as plain code, which is slower; a CPU with AVX2 would not",
+        );
+    }
+    Finding::Fine(text)
+}
+
+fn memory(machine: &Machine) -> Finding {
+    let memory = &machine.memory;
+    let size = |bytes: Option<u64>| {
+        bytes.map_or_else(|| "unknown".to_owned(), |bytes| ByteSize(bytes).to_string())
+    };
+    let limit = match memory.limit {
+        Some(limit) => format!(", of which the control group gives {}", ByteSize(limit)),
+        None => String::new(),
+    };
+    let text = format!(
+        "{}{limit}; {} available",
+        size(memory.total),
+        size(memory.available)
+    );
+    match memory.usable() {
+        Some(usable) if usable < MEMORY_MIN => Finding::doubt(
+            text,
+            format!(
+                "give it {} and more: imagegpt-small takes 0.6 GiB beside its requests \
+                 (--bytes-in-flight-max)",
+                ByteSize(MEMORY_MIN)
+            ),
+        ),
+        _ => Finding::Fine(text),
+    }
+}
+
+fn huge_pages(machine: &Machine) -> Finding {
+    match machine.huge_pages.as_deref() {
+        Some("never") => Finding::doubt(
+            "transparent huge pages are off",
+            "have the node write madvise into /sys/kernel/mm/transparent_hugepage/enabled: on a \
+             CPU steps of generation read their cache faster",
+        ),
+        Some(mode) => Finding::Fine(format!("transparent, {mode}")),
+        None => Finding::Fine("unknown".to_owned()),
+    }
+}
+
+fn open_files(machine: &Machine) -> Finding {
+    match machine.open_files_max {
+        Some(max) if max < OPEN_FILES_MIN => Finding::doubt(
+            format!("{max} at most"),
+            format!(
+                "ulimit -n {OPEN_FILES_MIN}, or a --connections-max of {}",
+                max / 2
+            ),
+        ),
+        Some(u64::MAX) => Finding::Fine("no limit".to_owned()),
+        Some(max) => Finding::Fine(format!("{max} at most")),
+        None => Finding::Fine("limit unknown".to_owned()),
+    }
+}
+
+fn compiled_models(cache: &Cache) -> Finding {
+    let only = "only models that still have to be compiled need it";
+    let folder = match &cache.folder {
+        Ok(folder) => folder.display(),
+        Err(reason) => return Finding::doubt(reason, format!("give --cache-dir; {only}")),
+    };
+    match cache.space {
+        Ok(bytes) if bytes < SPACE_MIN => Finding::doubt(
+            format!("{folder}, {} free", ByteSize(bytes)),
+            format!("make room or give another --cache-dir; {only}"),
+        ),
+        Ok(bytes) => Finding::Fine(format!("{folder}, {} free", ByteSize(bytes))),
+        Err(ref reason) => Finding::doubt(
+            format!("{folder} cannot be written ({reason})"),
+            format!("give another --cache-dir; {only}"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

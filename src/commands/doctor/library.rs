@@ -1,0 +1,346 @@
+//! ONNX Runtime's library, and what its CUDA provider needs besides.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, EM_AARCH64, EM_X86_64, FileHeader64, Machine};
+use object::read::elf::{Dyn as _, FileHeader as _};
+use object::{Endianness, ReadCache};
+use serde::{Deserialize, Serialize};
+
+use super::child::Lost;
+use crate::engine::onnx;
+use crate::runtime;
+use crate::runtime::library::LIBRARY;
+
+/// What the CUDA provider is in, beside ONNX Runtime's library: it loads the
+/// second through the first.
+pub(super) const PROVIDER_FILES: [&str; 2] = [
+    "libonnxruntime_providers_shared.so",
+    "libonnxruntime_providers_cuda.so",
+];
+/// The driver's part of what the provider is linked with: it comes with the
+/// driver, not with CUDA.
+const DRIVER: &str = "libcuda.so.1";
+
+/// The library as it was found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Library {
+    pub(super) path: PathBuf,
+    /// Its version's second number (31 of 1.31), or why it cannot be used.
+    pub(super) minor: Result<u32, String>,
+    /// The folder that it was loaded from.
+    pub(super) folder: Option<PathBuf>,
+}
+
+/// The CUDA provider beside it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct CudaProvider {
+    /// Files of the provider that are not there.
+    pub(super) missing_files: Vec<String>,
+    /// Libraries that it is linked with, but for the driver's; empty if it could
+    /// not be read.
+    pub(super) needed: Vec<Needed>,
+    /// Why it is no library for this machine.
+    pub(super) unreadable: Option<String>,
+    /// What became of the process that loaded the libraries.
+    pub(super) lost: Option<String>,
+}
+
+/// A library that another one is linked with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Needed {
+    pub(super) name: String,
+    /// Why it cannot be loaded, in the dynamic linker's words.
+    pub(super) error: Option<String>,
+    /// Whether it lies beside ONNX Runtime's library, which is not where the
+    /// published provider looks.
+    pub(super) is_beside: bool,
+}
+
+impl Library {
+    /// Finds and loads it, as `serve` would.
+    pub(super) fn find(given: Option<&Path>) -> Self {
+        let path = onnx::find_library(given);
+        let minor = match runtime::load(&path) {
+            Err(words) => Err(words),
+            Ok(()) => {
+                runtime::minor_version(&path).ok_or_else(|| "it is not ONNX Runtime 1.x".to_owned())
+            }
+        };
+        let folder = minor.is_ok().then(|| folder(&path)).flatten();
+        Self {
+            path,
+            minor,
+            folder,
+        }
+    }
+}
+
+impl Library {
+    /// The process that looked at it did not say anything.
+    pub(super) fn lost(given: Option<&Path>, lost: &Lost) -> Self {
+        Self {
+            path: onnx::find_library(given),
+            minor: Err(lost.to_string()),
+            folder: None,
+        }
+    }
+}
+
+/// Where the file really is. What the dynamic linker found by a bare name is in
+/// the list of what this process has mapped.
+fn folder(path: &Path) -> Option<PathBuf> {
+    let file = match path.components().count() {
+        1 => mapped(&std::fs::read_to_string("/proc/self/maps").ok()?)?,
+        _ => path.to_owned(),
+    };
+    let file = std::fs::canonicalize(file).ok()?;
+    file.parent().map(Path::to_owned)
+}
+
+fn mapped(maps: &str) -> Option<PathBuf> {
+    maps.lines()
+        .filter_map(|line| line.find('/').map(|start| Path::new(&line[start..])))
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(LIBRARY)
+        })
+        .map(Path::to_owned)
+}
+
+impl CudaProvider {
+    /// Looks at the provider's files in `folder`, and loads what they need from
+    /// where the dynamic linker finds it.
+    pub(super) fn find(folder: &Path) -> Self {
+        let missing_files: Vec<String> = PROVIDER_FILES
+            .into_iter()
+            .filter(|name| !folder.join(name).is_file())
+            .map(str::to_owned)
+            .collect();
+        if !missing_files.is_empty() {
+            return Self {
+                missing_files,
+                ..Self::default()
+            };
+        }
+        let [shared, cuda] = PROVIDER_FILES.map(|name| needed(&folder.join(name)));
+        match shared.and(cuda) {
+            Ok(Linked {
+                names,
+                looks_beside,
+            }) => Self {
+                needed: names
+                    .into_iter()
+                    .filter(|name| is_of_cuda(name))
+                    .map(|name| load(folder, name, looks_beside))
+                    .collect(),
+                ..Self::default()
+            },
+            Err(reason) => Self {
+                unreadable: Some(reason),
+                ..Self::default()
+            },
+        }
+    }
+
+    /// The process that looked at it did not say anything. Its files are there,
+    /// or it would not have begun to load what they need.
+    pub(super) fn lost(lost: &Lost) -> Self {
+        Self {
+            lost: Some(lost.to_string()),
+            ..Self::default()
+        }
+    }
+
+    /// Whether its files are there and are libraries.
+    pub(super) fn is_whole(&self) -> bool {
+        self.missing_files.is_empty() && self.unreadable.is_none()
+    }
+
+    /// The CUDA that it was made for, by the libraries that are numbered like it.
+    pub(super) fn cuda_major(&self) -> Option<i32> {
+        let numbered = ["libcudart.so.", "libcublas.so.", "libcublasLt.so."];
+        let names = self.needed.iter().map(|needed| needed.name.as_str());
+        names
+            .filter_map(|name| numbered.iter().find_map(|start| name.strip_prefix(start)))
+            .find_map(|number| number.split('.').next()?.parse().ok())
+    }
+}
+
+/// The provider is linked with the C library and the like too, as ONNX Runtime
+/// is, which has been loaded; and with the driver, which is a check of its own.
+fn is_of_cuda(name: &str) -> bool {
+    name.starts_with("libcu") && name != DRIVER || name.starts_with("libnv")
+}
+
+fn load(folder: &Path, name: String, looks_beside: bool) -> Needed {
+    let beside = folder.join(&name);
+    let is_beside = beside.is_file();
+    let place = if is_beside && looks_beside {
+        &beside
+    } else {
+        Path::new(&name)
+    };
+    Needed {
+        error: runtime::load(place).err(),
+        is_beside,
+        name,
+    }
+}
+
+/// What a library is linked with.
+struct Linked {
+    names: Vec<String>,
+    /// Whether the dynamic linker looks for them in the library's own folder
+    /// first.
+    looks_beside: bool,
+}
+
+/// What a library is linked with, by its own table. Of its hundreds of megabytes
+/// only the table is read.
+fn needed(file: &Path) -> Result<Linked, String> {
+    let opened = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let data = ReadCache::new(opened);
+    let linked = || -> anyhow::Result<Linked> {
+        let mut linked = Linked {
+            names: Vec::new(),
+            looks_beside: false,
+        };
+        let header = FileHeader64::<Endianness>::parse(&data)?;
+        let endian = header.endian()?;
+        if let Some(machine) = machine()
+            && header.e_machine(endian) != machine
+        {
+            anyhow::bail!("made for another kind of processor");
+        }
+        let sections = header.sections(endian, &data)?;
+        let Some((entries, strings)) = sections.dynamic(endian, &data)? else {
+            return Ok(linked);
+        };
+        let strings = sections.strings(endian, &data, strings)?;
+        for entry in entries {
+            let text = || -> object::Result<String> {
+                let text = entry.string(endian, strings)?;
+                Ok(String::from_utf8_lossy(text).into_owned())
+            };
+            match entry.tag(endian) {
+                DT_NEEDED => linked.names.push(text()?),
+                DT_RPATH | DT_RUNPATH => linked.looks_beside |= text()?.contains("$ORIGIN"),
+                _ => {}
+            }
+        }
+        Ok(linked)
+    };
+    linked().map_err(|error| format!("{} is no library: {error}", file.display()))
+}
+
+/// How libraries for this machine are marked.
+fn machine() -> Option<Machine> {
+    match std::env::consts::ARCH {
+        "x86_64" => Some(EM_X86_64),
+        "aarch64" => Some(EM_AARCH64),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_says_what_it_is_linked_with() {
+        // This test's own binary is one, and uses the C library.
+        let names = needed(&std::env::current_exe().unwrap()).unwrap().names;
+        assert!(
+            names.iter().any(|name| name.starts_with("libc.so")),
+            "{names:?}"
+        );
+        let text = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(
+            text.path(),
+            "not a library, though long enough for a header of one",
+        )
+        .unwrap();
+        let reason = needed(text.path()).map(|linked| linked.names).unwrap_err();
+        assert!(reason.contains("is no library"), "{reason}");
+    }
+
+    #[test]
+    fn what_is_named_like_the_provider_and_is_none_is_told() {
+        let program = std::env::current_exe().unwrap();
+        for junk in PROVIDER_FILES {
+            let folder = tempfile::tempdir().unwrap();
+            for name in PROVIDER_FILES {
+                std::fs::copy(&program, folder.path().join(name)).unwrap();
+            }
+            std::fs::write(folder.path().join(junk), "junk").unwrap();
+            let reason = CudaProvider::find(folder.path()).unreadable.unwrap();
+            assert!(reason.contains(junk), "{reason}");
+            // Of its header only the processor (at 18) is another one.
+            let mut foreign = std::fs::read(&program).unwrap();
+            foreign[18..20].copy_from_slice(&8_u16.to_le_bytes());
+            std::fs::write(folder.path().join(junk), foreign).unwrap();
+            let reason = CudaProvider::find(folder.path()).unreadable.unwrap();
+            assert!(reason.contains("another kind of processor"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_folder_without_the_provider_is_told_by_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let provider = CudaProvider::find(folder.path());
+        assert_eq!(provider.missing_files, PROVIDER_FILES);
+        assert_eq!(provider.cuda_major(), None);
+        for name in PROVIDER_FILES {
+            std::fs::copy(std::env::current_exe().unwrap(), folder.path().join(name)).unwrap();
+        }
+        let provider = CudaProvider::find(folder.path());
+        assert!(provider.missing_files.is_empty());
+        assert_eq!(provider.needed, [], "nothing of CUDA in a test");
+        assert_eq!(provider.unreadable, None);
+    }
+
+    #[test]
+    fn a_library_is_looked_for_where_the_provider_would() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = "libcublas-not-there.so.13";
+        let load = |looks_beside| load(folder.path(), name.to_owned(), looks_beside);
+        let missing = load(true);
+        assert!(missing.error.unwrap().contains(name));
+        assert!(!missing.is_beside);
+        std::fs::copy(onnx::find_library(None), folder.path().join(name)).unwrap();
+        let beside = load(false);
+        assert!(beside.error.is_some() && beside.is_beside);
+        assert_eq!(load(true).error, None);
+    }
+
+    #[test]
+    fn the_version_of_cuda_is_that_of_its_libraries() {
+        let provider = |names: &[&str]| CudaProvider {
+            needed: names
+                .iter()
+                .map(|name| Needed {
+                    name: (*name).to_owned(),
+                    error: None,
+                    is_beside: false,
+                })
+                .collect(),
+            ..CudaProvider::default()
+        };
+        // cuRAND counts for itself.
+        let of = |names: &[&str]| provider(names).cuda_major();
+        assert_eq!(of(&["libcurand.so.10", "libcudart.so.13"]), Some(13));
+        assert_eq!(of(&["libcublasLt.so.12"]), Some(12));
+        assert_eq!(of(&["libcurand.so.10"]), None);
+    }
+
+    #[test]
+    fn a_library_that_the_system_found_is_found_in_the_maps() {
+        let maps = "7f0-7f1 r--p 0 08:01 7 /lib/x86_64-linux-gnu/libc.so.6\n\
+                    7f2-7f3 r--p 0 08:01 8 /opt/ort/libonnxruntime.so.1.31.1\n";
+        let found = mapped(maps).unwrap();
+        assert_eq!(found, Path::new("/opt/ort/libonnxruntime.so.1.31.1"));
+        assert_eq!(mapped("7f0-7f1 r--p 0 00:00 0\n"), None);
+    }
+}

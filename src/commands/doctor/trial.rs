@@ -1,0 +1,218 @@
+//! One model run on one provider, through the engine that would serve it, in a
+//! process of its own.
+
+use crate::model::precision::Provider;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::{DoctorArgs, child};
+use crate::commands::compile::Bars;
+use crate::commands::serve;
+use crate::compile::random::Scratch;
+use crate::compile::{Progress, Silent};
+use crate::engine::{Engine, Row, Run, Stop};
+use crate::model::Model;
+use crate::model::graph::Graph;
+use crate::model::graph::Want;
+use crate::model::precision::Precision;
+use crate::serve::config::ServeConfig;
+use crate::serve::worker::onnx_factory;
+
+/// A trial that takes longer hangs: a tiny model takes seconds, and one of
+/// --model that has to be compiled first minutes.
+const TIME_MAX: Duration = Duration::from_mins(15);
+/// What is run if --model says nothing else.
+const TINY: &str = "random:tiny";
+/// How far two answers to one question may lie apart: a GPU may add in another
+/// order from run to run.
+const TOLERANCE: f64 = 1e-2;
+
+/// How it went.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Tried {
+    /// With what and how fast.
+    Passed(String),
+    /// Why.
+    Failed(String),
+    /// It says nothing of the provider that nothing could be run: why.
+    Untried(String),
+}
+
+/// Has another process try it.
+pub(super) fn in_a_process(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
+    let id = id.to_string();
+    let question = ["--trial", provider.name(), "--device-id", &id];
+    child::ask(args, &question, TIME_MAX).unwrap_or_else(|lost| Tried::Failed(lost.to_string()))
+}
+
+/// Tries it in this process.
+pub(super) fn here(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
+    let scratch = match &args.model {
+        Some(_) => None,
+        None => match Scratch::new("doctor").context("TMPDIR names it") {
+            Ok(scratch) => Some(scratch),
+            Err(error) => {
+                return Tried::Untried(format!("no place for a tiny model: {error:#}"));
+            }
+        },
+    };
+    let tried = match (&args.model, &scratch) {
+        (None, Some(scratch)) => tiny_config(args, provider, id, scratch.path())
+            .and_then(|config| run(&config, provider, &mut Silent)),
+        (model, _) => config(args, provider, id, model.as_deref().unwrap_or_default())
+            .and_then(|config| run(&config, provider, &mut Bars::new())),
+    };
+    match tried {
+        Ok(text) => Tried::Passed(text),
+        Err(error) => Tried::Failed(format!("{error:#}")),
+    }
+}
+
+/// As `serve` would run the model by these flags.
+fn config(
+    args: &DoctorArgs,
+    provider: Provider,
+    id: i32,
+    model: &str,
+) -> anyhow::Result<ServeConfig> {
+    let id = id.to_string();
+    let flags = [
+        "--execution-provider",
+        provider.name(),
+        "--device-id",
+        &id,
+        "--generate-slots",
+        "0",
+    ];
+    let mut config = serve::own_worker(model, &flags, None)?;
+    config.model.onnxruntime.clone_from(&args.onnxruntime);
+    config.model.compile.cache_dir.clone_from(&args.cache_dir);
+    // One image is all there will be.
+    config.batching.max_batch_size = 1;
+    config.batching.batch_sizes.clear();
+    Ok(config)
+}
+
+/// The same for a tiny model, which is compiled in the folder `scratch`.
+fn tiny_config(
+    args: &DoctorArgs,
+    provider: Provider,
+    id: i32,
+    scratch: &Path,
+) -> anyhow::Result<ServeConfig> {
+    let mut config = config(args, provider, id, TINY)?;
+    config.model.model_name = Some("tiny".to_owned());
+    // What the environment says of compiling is about another model.
+    let compile = &mut config.model.compile;
+    (compile.revision, compile.feature_layer) = (None, None);
+    compile.precision = Precision::Fp32;
+    compile.cache_dir = Some(scratch.join("compiled"));
+    Ok(config)
+}
+
+fn run(
+    config: &ServeConfig,
+    provider: Provider,
+    progress: &mut dyn Progress,
+) -> anyhow::Result<String> {
+    let folder = serve::locate(config, progress)?;
+    let model = Model::open(&folder, config.model.model_name.as_deref())?;
+    let mut engine = onnx_factory(config, &model, &[])()?;
+    let facts = engine.facts().clone();
+    ensure!(
+        facts.provider == provider.name(),
+        "it ran on {} instead",
+        facts.provider
+    );
+    let (graph, want) = model
+        .graphs
+        .keys()
+        .find_map(|&graph| Some((graph, want(&model, graph)?)))
+        .context("the model has no graph that can be run by itself")?;
+    let n_colors = model.clusters.len();
+    let tokens: Vec<u16> = (0..model.positions())
+        .map(|position| u16::try_from(position * 7 % n_colors).unwrap_or(0))
+        .collect();
+    let row = Row {
+        tokens: &tokens,
+        want,
+    };
+    let first = answer_of(&mut *engine, graph, row)?;
+    let started = Instant::now();
+    let second = answer_of(&mut *engine, graph, row)?;
+    let elapsed = started.elapsed();
+    compare(&first, &second)?;
+    Ok(format!(
+        "{}, graph {}, in {elapsed:.1?}; ONNX Runtime {}",
+        model.name,
+        graph.label(),
+        facts.runtime_version
+    ))
+}
+
+/// Something that depends on the whole of a graph's output.
+fn want(model: &Model, graph: Graph) -> Option<Want> {
+    match graph {
+        Graph::Features(norm) => model.features(&[model.layer_default()?], norm),
+        Graph::Hidden => Some(Want::Mean),
+        Graph::Logits => Some(Want::Logits),
+        Graph::Score => Some(Want::Nll),
+        Graph::Generate => None,
+    }
+}
+
+fn answer_of(engine: &mut dyn Engine, graph: Graph, row: Row<'_>) -> anyhow::Result<Vec<f32>> {
+    let run = Run {
+        graph,
+        bucket: 1,
+        rows: &[row],
+    };
+    let answers = engine.run(&run, &Stop::default())?;
+    answers.into_iter().next().context("there was no answer")
+}
+
+/// Refuses what no model answers, and what a device answers that computes
+/// differently from one time to the next.
+fn compare(first: &[f32], second: &[f32]) -> anyhow::Result<()> {
+    let length = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect::<Vec<_>>();
+    let (a, b) = (wide(first), wide(second));
+    let is_finite = |values: &[f64]| values.iter().all(|value| value.is_finite());
+    ensure!(
+        is_finite(&a) && is_finite(&b),
+        "the answer has numbers that are none (NaN or infinite)"
+    );
+    let size = length(&mut a.iter().copied());
+    ensure!(size > 0.0, "the answer is all zeros");
+    let apart = length(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / size;
+    ensure!(
+        a.len() == b.len() && apart <= TOLERANCE,
+        "the same image had another answer the second time, {apart:.3} of its length away"
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_held_against_each_other() {
+        let check = |first: &[f32], second: &[f32], expected: &str| {
+            let got = compare(first, second);
+            let got = got.map_or_else(|error| error.to_string(), |()| "fine".to_owned());
+            assert!(got.contains(expected), "{first:?} {second:?}: {got}");
+        };
+        check(&[1.0, 2.0], &[1.0, 2.0], "fine");
+        check(&[1.0, 2.0], &[1.0, 2.001], "fine");
+        check(&[1.0, 2.0], &[1.0, 2.1], "another answer the second time");
+        check(&[1.0, 2.0], &[1.0], "another answer the second time");
+        check(&[1.0, f32::NAN], &[1.0, 2.0], "NaN or infinite");
+        check(&[1.0, 2.0], &[1.0, f32::INFINITY], "NaN or infinite");
+        check(&[0.0, 0.0], &[0.0, 0.0], "all zeros");
+    }
+}

@@ -1,0 +1,554 @@
+//! `imagegpt embed`: a table of embeddings or classes of a dataset of any size,
+//! made by a pool of workers.
+//!
+//! The input is cut into parts, runs of images as they follow each other. A part
+//! is written, then recorded; a job that is killed goes on with the first part
+//! that has no record, and since a part's files depend on nothing but its images,
+//! the model and the options, the end is the same to the byte.
+
+mod address;
+mod asked;
+mod finish;
+pub mod flags;
+mod input;
+mod journal;
+mod location;
+mod memory;
+mod pipeline;
+mod plan;
+mod progress;
+mod ranged;
+mod sink;
+mod table;
+mod web;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use self::asked::{asked, check_model, options};
+use self::finish::{finish, finish_alone, only_with_files};
+use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
+use self::input::{Broken, Reading};
+use self::journal::{Manifest, ModelFact, PartId, Record};
+use self::location::{ReadError, Stores};
+use self::memory::ImageMemory;
+use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
+use self::plan::{Plan, Shard, plan};
+use self::progress::Counts;
+pub use self::progress::Terminal;
+use self::sink::Sink;
+use self::table::{OWN_COLUMNS, Shape, Values};
+use self::web::WebTrust;
+use crate::client::pool;
+use crate::client::pool::{Pool, PoolConfig};
+use crate::proto::pb;
+
+/// What a message has besides its image.
+const MESSAGE_OVERHEAD: u64 = 2048;
+/// The environment's proxies, which look names up themselves.
+const PROXIES: [&str; 6] = [
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
+/// Shards that are looked at, before anything is done, for the columns that are
+/// asked for: files of other origin come at most a few in a row.
+const SHARDS_TRIED: usize = 8;
+
+/// How the command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// All that this job has to do is done.
+    Done,
+    /// It was told to end; the same command goes on.
+    Interrupted,
+    /// Over `--max-errors`: trying again alone does not help.
+    TooManyErrors,
+    /// Something failed that may be mended; the same command goes on.
+    Failed,
+}
+
+/// The JSON at the end.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    outcome: Ended,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    output: String,
+    share: String,
+    model: &'a ModelFact,
+    /// Of the parts of this share that are done, in this run and those before.
+    images: u64,
+    /// The same; after too many errors all that are to be read, also those of
+    /// parts that are not done.
+    errors: u64,
+    parts: usize,
+    /// Images that have an outcome in this run; of parts that were not written,
+    /// they will be done again.
+    images_this_run: u64,
+    errors_this_run: u64,
+    seconds: f64,
+    images_per_second: f64,
+    /// Whether all shares are done and the dataset's summary is written.
+    finished: bool,
+}
+
+/// Checks what can be checked before a model is loaded or a worker is asked: the
+/// flags, and that the output can be written.
+///
+/// # Errors
+///
+/// When they cannot be used.
+pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
+    let sink = Sink::open(&args.output, &Stores::default())?;
+    if args.share.finish {
+        return Ok(());
+    }
+    args.validate()?;
+    sink.check().await
+}
+
+/// Runs the command, which was [`check`]ed; the JSON goes to `out`.
+///
+/// # Errors
+///
+/// Flags, inputs or an output that cannot be used: trying again does not help.
+pub async fn run(
+    args: &EmbedArgs,
+    endpoints: Vec<String>,
+    terminal: &Terminal,
+    stop: impl Future<Output = ()>,
+    out: &mut impl Write,
+) -> anyhow::Result<Ended> {
+    let stores = Arc::new(Stores::new(WebTrust {
+        link_local: args.table.link_local_addresses,
+        public_only: args.table.public_addresses_only,
+    }));
+    let sink = Sink::open(&args.output, &stores)?;
+    if args.share.finish {
+        return finish_alone(&sink, out).await;
+    }
+    tokio::pin!(stop);
+    let prepared = tokio::select! {
+        prepared = Prepared::new(args, endpoints, &stores, sink) => prepared,
+        () = &mut stop => return Ok(Ended::Interrupted),
+    };
+    match prepared {
+        Ok(prepared) => prepared.run(args, terminal, stop, out).await,
+        Err(Unprepared::Refused(error)) => Err(error),
+        Err(Unprepared::Failed(error)) => {
+            tracing::error!("{error:#}");
+            Ok(Ended::Failed)
+        }
+    }
+}
+
+impl EmbedArgs {
+    fn validate(&self) -> anyhow::Result<()> {
+        let (task, table) = (&self.task, &self.table);
+        for (name, time) in [
+            ("--item-timeout", self.workers.item_timeout),
+            ("--resolve-interval", self.workers.resolve_interval),
+            ("--give-up-after", self.workers.give_up_after),
+            ("--url-patience", table.url_patience),
+        ] {
+            anyhow::ensure!(
+                (Duration::from_millis(100)..=Duration::from_hours(24)).contains(&time),
+                "{name} is {}; it must be 100ms to 1day",
+                humantime::format_duration(time)
+            );
+        }
+        anyhow::ensure!(
+            (1 << 20..=1 << 30).contains(&self.workers.image_memory.as_u64()),
+            "--image-memory is {}; it must be 1 MiB to 1 GiB",
+            self.workers.image_memory
+        );
+        if let Some(name) = table
+            .keep
+            .iter()
+            .find(|name| OWN_COLUMNS.contains(&name.as_str()))
+        {
+            anyhow::bail!("--keep {name}: the table has a column of that name itself");
+        }
+        if let Some(name) = PROXIES
+            .into_iter()
+            .filter(|_| table.public_addresses_only)
+            .find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+        {
+            anyhow::bail!(
+                "--public-addresses-only: {name} is set, and where a proxy connects to cannot be \
+                 checked; unset it, or let the proxy refuse other addresses and leave the flag out"
+            );
+        }
+        let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
+        match task.task {
+            Task::Embed | Task::Score if task.head.is_some() => Err(unfit("--head", "classify")),
+            Task::Classify | Task::Score if task.layer.is_some() => Err(unfit("--layer", "embed")),
+            Task::Classify | Task::Score if task.context != Context::Raw => {
+                Err(unfit("--context", "embed"))
+            }
+            Task::Classify | Task::Score if task.norm != Norm::PreAttnRms => {
+                Err(unfit("--norm", "embed"))
+            }
+            Task::Classify | Task::Score if task.normalize => Err(unfit("--normalize", "embed")),
+            Task::Classify | Task::Score if table.format == Format::Npy => {
+                Err(unfit("--format npy", "embed"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+enum Unprepared {
+    Refused(anyhow::Error),
+    Failed(anyhow::Error),
+}
+
+impl Unprepared {
+    /// An input that is wrong stays wrong; one that could not be looked at may be
+    /// there the next time.
+    fn of_input(error: anyhow::Error) -> Self {
+        let away = |cause: &(dyn std::error::Error + 'static)| {
+            let unread = cause.downcast_ref();
+            cause.is::<object_store::Error>()
+                || cause.is::<std::io::Error>()
+                || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
+        };
+        if error.chain().any(away) {
+            Self::Failed(error)
+        } else {
+            Self::Refused(error)
+        }
+    }
+}
+
+/// Everything that is settled before the first image is read.
+struct Prepared {
+    share: Share,
+    plan: Plan,
+    manifest: Manifest,
+    model: pb::GetModelResponse,
+    pool: PoolConfig,
+    sink: Sink,
+    records: BTreeMap<PartId, Record>,
+}
+
+impl Prepared {
+    async fn new(
+        args: &EmbedArgs,
+        endpoints: Vec<String>,
+        stores: &Arc<Stores>,
+        sink: Sink,
+    ) -> Result<Self, Unprepared> {
+        let share = args.share.share().map_err(Unprepared::Refused)?;
+        let plan = plan(
+            &args.inputs,
+            stores,
+            &plan::Options {
+                part_items: args.table.part_items as usize,
+                keep: &args.table.keep,
+                image_column: args.table.image_column.as_deref(),
+                output: &sink.to_string(),
+            },
+        )
+        .await
+        .map_err(Unprepared::of_input)?;
+        let reading = reading(args, 0).map_err(Unprepared::Refused)?;
+        let shards = plan.shards.clone();
+        tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
+            .await
+            .map_err(|error| Unprepared::Failed(error.into()))?
+            .map_err(Unprepared::Refused)?;
+        let pool = PoolConfig {
+            endpoints,
+            connect: args.connect.clone(),
+            window: args.workers.window,
+            item_timeout: args.workers.item_timeout,
+            resolve_interval: args.workers.resolve_interval,
+        };
+        // What is wrong with the flags shows at once, whoever answers later.
+        pool.check().map_err(Unprepared::Refused)?;
+        let model = pool::first_model(&pool, args.workers.give_up_after)
+            .await
+            .map_err(Unprepared::Failed)?;
+        check_model(&model, &args.task).map_err(Unprepared::Refused)?;
+        let manifest = Manifest::new(
+            ModelFact {
+                name: model.name.clone(),
+                digest: model.digest.clone(),
+            },
+            options(args, &model),
+            plan.shards.len(),
+            plan.facts.clone(),
+        );
+        manifest.settle(&sink).await.map_err(|error| {
+            if error.is::<journal::Differs>() {
+                Unprepared::Refused(error)
+            } else {
+                Unprepared::Failed(error)
+            }
+        })?;
+        let is_ours = |shard: usize| shard % share.of as usize == share.index as usize;
+        pipeline::forget_unfinished(&sink, is_ours)
+            .await
+            .map_err(Unprepared::Failed)?;
+        let records = Record::read_all(&sink, is_ours)
+            .await
+            .map_err(Unprepared::Failed)?;
+        let records = only_with_files(&sink, records)
+            .await
+            .map_err(Unprepared::Failed)?;
+        Ok(Self {
+            share,
+            plan,
+            manifest,
+            model,
+            pool,
+            sink,
+            records,
+        })
+    }
+
+    /// Parts that were done when this run began.
+    fn before(&self) -> Vec<&Record> {
+        let shards = 0..self.plan.shards.len();
+        shards
+            .flat_map(|shard| journal::done(&self.records, shard))
+            .collect()
+    }
+
+    fn errors_before(&self) -> u64 {
+        self.before().iter().map(|record| record.errors).sum()
+    }
+
+    /// The shards of this share that are not done, and where to go on in each.
+    fn work(&self) -> Vec<Work> {
+        let (index, of) = (self.share.index as usize, self.share.of as usize);
+        let ours = self.plan.shards.iter().enumerate().skip(index).step_by(of);
+        ours.filter_map(|(idx, shard)| {
+            let done = journal::done(&self.records, idx);
+            let cursor = match done.last() {
+                None => 0,
+                Some(last) => last.next?,
+            };
+            Some(Work {
+                idx,
+                shard: shard.clone(),
+                part: done.len(),
+                cursor,
+            })
+        })
+        .collect()
+    }
+
+    async fn run(
+        self,
+        args: &EmbedArgs,
+        terminal: &Terminal,
+        stop: impl Future<Output = ()>,
+        out: &mut impl Write,
+    ) -> anyhow::Result<Ended> {
+        let started = Instant::now();
+        let work = self.work();
+        let n_shards = work.len();
+        let before = self.before();
+        let images_before: u64 = before.iter().map(|record| record.images).sum();
+        tracing::info!(
+            model = self.model.name,
+            digest = self.model.digest,
+            shards_left = n_shards,
+            parts_done = before.len(),
+            images_done = images_before,
+            "{}",
+            if before.is_empty() {
+                "beginning"
+            } else {
+                "going on"
+            }
+        );
+        let counts = Arc::new(Counts::default());
+        let result = if work.is_empty() {
+            Ok(None)
+        } else {
+            let job = self.job(args, work, terminal)?;
+            let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
+            let asked = asked(&args.task, &self.model);
+            let digest = self.model.digest.clone();
+            let (pool, answers) = Pool::start(self.pool.clone(), asked, digest, tasks)?;
+            tokio::select! {
+                result = pipeline::run(job, pool, tasks_in, answers, &counts) => result.map(|()| None),
+                () = stop => Ok(Some(Ended::Interrupted)),
+            }
+        };
+        let (outcome, reason) = match result {
+            Ok(outcome) => (outcome.unwrap_or(Ended::Done), None),
+            Err(error) => {
+                let outcome = match error.downcast_ref() {
+                    Some(Stopped::TooManyErrors { .. }) => Ended::TooManyErrors,
+                    _ => Ended::Failed,
+                };
+                (outcome, Some(format!("{error:#}")))
+            }
+        };
+        let reported = self.report(outcome, reason, &counts, started, out).await;
+        Ok(reported.unwrap_or_else(|error| {
+            tracing::error!("{error:#}");
+            Ended::Failed
+        }))
+    }
+
+    fn job(&self, args: &EmbedArgs, work: Vec<Work>, terminal: &Terminal) -> anyhow::Result<Job> {
+        let limits = self.model.limits.unwrap_or_default();
+        // Less than what the worker takes, or the whole stream would end.
+        let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
+        let values = match args.task.task {
+            Task::Embed => Values::Embedding {
+                dimension: self.model.dimension as usize,
+                dtype: args.task.dtype,
+            },
+            Task::Classify => Values::Classes,
+            Task::Score => Values::Scores,
+        };
+        let about = serde_json::json!({
+            "model": self.manifest.model,
+            "options": self.manifest.options,
+        });
+        Ok(Job {
+            work,
+            reading: reading(args, limits.image_bytes_max.min(message))?,
+            part_items: args.table.part_items as usize,
+            give_up_after: args.workers.give_up_after,
+            errors_before: self.errors_before(),
+            errors_max: args.table.max_errors,
+            sink: self.sink.clone(),
+            shape: Shape {
+                format: args.table.format,
+                values,
+                metadata: about.to_string(),
+            },
+            terminal: terminal.clone(),
+        })
+    }
+
+    async fn report(
+        &self,
+        outcome: Ended,
+        reason: Option<String>,
+        counts: &Counts,
+        started: Instant,
+        out: &mut impl Write,
+    ) -> anyhow::Result<Ended> {
+        let (index, of) = (self.share.index, self.share.of);
+        let is_ours = |shard: usize| shard % of as usize == index as usize;
+        let records = Record::read_all(&self.sink, is_ours).await?;
+        let done: Vec<&Record> = (0..self.plan.shards.len())
+            .flat_map(|shard| journal::done(&records, shard))
+            .collect();
+        // Of several shares none knows when the others are done.
+        let finished = outcome == Ended::Done && of == 1;
+        if finished {
+            finish(&self.sink).await?;
+        }
+        match (&reason, outcome) {
+            (Some(reason), _) => tracing::error!("{reason}"),
+            (None, Ended::Interrupted) => tracing::warn!("told to end"),
+            (None, _) => {}
+        }
+        match outcome {
+            Ended::Done if !finished => tracing::info!(
+                "share {index}/{of} is done; when all are, run `imagegpt embed --finish --output {}`",
+                self.sink
+            ),
+            Ended::Done => tracing::info!("done: {}", self.sink),
+            Ended::TooManyErrors => tracing::error!(
+                "see {}/errors, of parts that were not finished in unfinished-*.jsonl; the same \
+                 command with a higher --max-errors goes on",
+                self.sink
+            ),
+            Ended::Interrupted | Ended::Failed => tracing::warn!(
+                "{} parts are done and stay; the same command goes on after them",
+                done.len()
+            ),
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let images_this_run = counts.images.load(Ordering::Relaxed);
+        let errors_this_run = counts.errors.load(Ordering::Relaxed);
+        let errors = if outcome == Ended::TooManyErrors {
+            self.errors_before() + errors_this_run
+        } else {
+            done.iter().map(|record| record.errors).sum()
+        };
+        let report = Report {
+            outcome,
+            reason,
+            output: self.sink.to_string(),
+            share: format!("{index}/{of}"),
+            model: &self.manifest.model,
+            images: done.iter().map(|record| record.images).sum(),
+            errors,
+            parts: done.len(),
+            images_this_run,
+            errors_this_run,
+            seconds,
+            #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
+            images_per_second: images_this_run as f64 / seconds.max(1e-3),
+            finished,
+        };
+        say(&report, out)?;
+        Ok(outcome)
+    }
+}
+
+/// What the flags say of reading.
+fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
+    Ok(Reading {
+        runtime: tokio::runtime::Handle::current(),
+        memory: ImageMemory::new(
+            u32::try_from(args.workers.image_memory.as_u64()).context("--image-memory")?,
+        ),
+        image_bytes_max,
+        keep: args.table.keep.clone(),
+        image_column: args.table.image_column.clone(),
+        id_column: args.table.id_column.clone(),
+        url_patience: args.table.url_patience,
+    })
+}
+
+/// Looks for one shard with the columns that are asked for. A shard without them
+/// among others that have them is an error of its own; if none of the first
+/// [`SHARDS_TRIED`] has them, the flags are wrong.
+fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<()> {
+    let mut first = None;
+    for shard in shards.iter().take(SHARDS_TRIED) {
+        match input::has_columns(shard, reading) {
+            Err(Broken::Unsuited(reason)) => {
+                first.get_or_insert_with(|| format!("{}: {reason}", shard.name));
+            }
+            // A shard that cannot be read says nothing of columns, and is an error of
+            // its own.
+            Ok(()) | Err(_) => return Ok(()),
+        }
+    }
+    first.map_or(Ok(()), |reason| Err(anyhow::anyhow!(reason)))
+}
+
+/// Prints the line of JSON. What was done is done, whoever reads of it; whether
+/// it could be printed is for the owner of `out` to know.
+fn say(report: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
+    let line = serde_json::to_string(report)?;
+    if let Err(error) = writeln!(out, "{line}") {
+        tracing::error!("{error}");
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! From flags to what workers are asked, and to what the manifest remembers.
+
+use std::collections::BTreeMap;
+
+use super::flags::{Context, Dtype, EmbedArgs, Norm, Pooling, Task, TaskConfig};
+use crate::client::pool;
+use crate::imaging::PreprocessOptions;
+use crate::proto::pb;
+use crate::proto::preprocess_applied;
+
+/// Whether the model can do what is asked, and says what it means.
+pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
+    let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
+    match (task.task, &task.head) {
+        (Task::Score, _) => anyhow::ensure!(
+            can(pb::Task::Score),
+            "--task score: the workers' model {} gives no likelihoods",
+            model.name
+        ),
+        (Task::Embed, _) => anyhow::ensure!(
+            can(pb::Task::Embed) && model.dimension > 0,
+            "--task embed: the workers' model {} gives no vectors",
+            model.name
+        ),
+        (Task::Classify, Some(name)) => {
+            let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
+            anyhow::ensure!(
+                heads.contains(&name.as_str()),
+                "--head {name}: the workers' model {} has {}",
+                model.name,
+                if heads.is_empty() {
+                    "none".to_owned()
+                } else {
+                    heads.join(", ")
+                }
+            );
+        }
+        (Task::Classify, None) => {
+            let own = can(pb::Task::Classify) && !model.labels.is_empty();
+            // Without a head of its own the only loaded one is meant.
+            let only = !can(pb::Task::Classify) && model.heads.len() == 1;
+            anyhow::ensure!(
+                own || only,
+                "--task classify: the workers' model {} has no classes with names; give --head",
+                model.name
+            );
+        }
+    }
+    Ok(())
+}
+
+fn preprocess(task: &TaskConfig) -> pb::Preprocess {
+    preprocess_applied(PreprocessOptions {
+        fit: task.fit,
+        alpha: task.alpha,
+    })
+}
+
+/// The layer that is asked for, if the pooling has a choice.
+fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
+    match task.pooling {
+        Pooling::Mean => Some(task.layer.unwrap_or(model.layer_default)),
+        Pooling::Last => task.layer,
+    }
+}
+
+/// What workers are asked, with every default written out: they are to apply
+/// exactly this.
+pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Job {
+    match task.task {
+        Task::Embed => pool::Job::Embed(pb::EmbedStreamOptions {
+            preprocess: Some(preprocess(task)),
+            context: match task.context {
+                Context::Raw => pb::Context::Raw,
+                Context::SosShifted => pb::Context::SosShifted,
+            }
+            .into(),
+            pooling: match task.pooling {
+                Pooling::Mean => pb::Pooling::Mean,
+                Pooling::Last => pb::Pooling::Last,
+            }
+            .into(),
+            normalize: task.normalize,
+            dtype: match task.dtype {
+                Dtype::F32 => pb::DataType::F32,
+                Dtype::F16 => pb::DataType::F16,
+            }
+            .into(),
+            layers: layer(task, model).into_iter().collect(),
+            norm: match task.norm {
+                Norm::PreAttnRms => pb::Norm::PreAttnRms,
+                Norm::None => pb::Norm::None,
+            }
+            .into(),
+            order: pb::Order::AsDone.into(),
+            window: 0,
+        }),
+        Task::Score => pool::Job::Score(pb::ScoreRequest {
+            images: Vec::new(),
+            preprocess: Some(preprocess(task)),
+            map: false,
+            complexity: true,
+        }),
+        Task::Classify => pool::Job::Classify(pb::ClassifyRequest {
+            images: Vec::new(),
+            preprocess: Some(preprocess(task)),
+            // The checkpoint's own head takes the image alone, as Hugging Face's
+            // classes do; a linear head knows its own.
+            context: pb::Context::Unspecified.into(),
+            top_k: task.top_k,
+            logits: false,
+            head: task.head.clone().unwrap_or_default(),
+        }),
+    }
+}
+
+/// All that the output's bytes depend on, besides the model and the input.
+pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMap<String, String> {
+    let (task, table) = (&args.task, &args.table);
+    let mut options = BTreeMap::new();
+    let mut set = |name: &str, value: String| options.insert(name.to_owned(), value);
+    set("--task", value_name(&task.task));
+    set("--fit", value_name(&task.fit));
+    set("--alpha", value_name(&task.alpha));
+    match task.task {
+        Task::Embed => {
+            set("--pooling", value_name(&task.pooling));
+            if let Some(layer) = layer(task, model) {
+                set("--layer", layer.to_string());
+            }
+            set("--context", value_name(&task.context));
+            set("--norm", value_name(&task.norm));
+            set("--normalize", task.normalize.to_string());
+            set("--dtype", value_name(&task.dtype));
+        }
+        Task::Score => {}
+        Task::Classify => {
+            set("--head", task.head.clone().unwrap_or_default());
+            set("--top-k", task.top_k.to_string());
+        }
+    }
+    set("--format", value_name(&table.format));
+    set("--keep", table.keep.join(","));
+    set(
+        "--image-column",
+        table.image_column.clone().unwrap_or_default(),
+    );
+    set("--id-column", table.id_column.clone().unwrap_or_default());
+    set("--part-items", table.part_items.to_string());
+    options
+}
+
+/// As it stands on the command line.
+fn value_name(value: &impl clap::ValueEnum) -> String {
+    let name = value.to_possible_value();
+    name.map_or_else(String::new, |name| name.get_name().to_owned())
+}

@@ -1,0 +1,632 @@
+//! Tables: Parquet and Arrow, with images in a column of bytes or, as Hugging
+//! Face's datasets have it, in a struct of bytes and path.
+
+use std::ops::ControlFlow;
+
+use arrow_array::cast::AsArray as _;
+use arrow_array::types::{
+    Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow_array::{Array, RecordBatch};
+use arrow_schema::{ArrowError, DataType, Schema};
+use bytes::Bytes;
+
+use super::messages::{Batch, Messages};
+use super::pages::{ParquetTable, Wanted};
+use super::{Broken, Reading, Sample, Seen, Visitor, unfit};
+use crate::client::pool::Fault;
+use crate::commands::embed::location::Location;
+use crate::commands::embed::ranged::Ranged;
+
+/// Columns that a message names.
+const LISTED_MAX: usize = 32;
+/// Names of columns of plain bytes that are images without being asked for.
+const IMAGE_COLUMNS: [&str; 8] = [
+    "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
+];
+
+/// Which columns are what, by their places in a schema.
+#[derive(Debug)]
+struct Columns {
+    image: usize,
+    id: Option<usize>,
+    keep: Vec<usize>,
+}
+
+impl Columns {
+    fn find(schema: &Schema, reading: &Reading) -> Result<Self, Broken> {
+        let place = |flag: &str, name: &str| {
+            schema.index_of(name).map_err(|_| {
+                Broken::Unsuited(format!(
+                    "{flag} {name}: the file has no such column; {}",
+                    listed(schema)
+                ))
+            })
+        };
+        let image = match &reading.image_column {
+            Some(name) => {
+                let image = place("--image-column", name)?;
+                let kind = schema.field(image).data_type();
+                if !is_image(kind) {
+                    return Err(Broken::Unsuited(format!(
+                        "--image-column {name}: the column holds {kind}; images are binary, or a \
+                         struct with a binary field `bytes`"
+                    )));
+                }
+                image
+            }
+            None => guess_image(schema)?,
+        };
+        let id = reading.id_column.as_ref();
+        let keep = reading.keep.iter();
+        Ok(Self {
+            image,
+            id: id.map(|name| place("--id-column", name)).transpose()?,
+            keep: keep
+                .map(|name| place("--keep", name))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// All of them, ascending and once each.
+    fn places(&self) -> Vec<usize> {
+        let mut places: Vec<usize> = self.keep.iter().copied().chain(self.id).collect();
+        places.push(self.image);
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+
+    /// The same columns in a table that has only [`Self::places`].
+    fn projected(&self) -> Self {
+        let places = self.places();
+        let new = |old: &usize| places.binary_search(old).unwrap_or_default();
+        Self {
+            image: new(&self.image),
+            id: self.id.as_ref().map(new),
+            keep: self.keep.iter().map(new).collect(),
+        }
+    }
+}
+
+fn is_bytes(kind: &DataType) -> bool {
+    matches!(
+        kind,
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView
+    )
+}
+
+fn is_image(kind: &DataType) -> bool {
+    match kind {
+        // By name: older files have the path first.
+        DataType::Struct(fields) => fields
+            .iter()
+            .any(|field| field.name() == "bytes" && is_bytes(field.data_type())),
+        kind => is_bytes(kind),
+    }
+}
+
+/// Names of a table's columns with their types, for a message: at most so many
+/// that a line holds them.
+fn listed(schema: &Schema) -> String {
+    let fields = schema.fields();
+    if fields.is_empty() {
+        return "the file has no columns".to_owned();
+    }
+    let shown: Vec<String> = fields
+        .iter()
+        .take(LISTED_MAX)
+        .map(|field| format!("{} ({})", field.name(), field.data_type()))
+        .collect();
+    let more = match fields.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("its columns are {}{more}", shown.join(", "))
+}
+
+fn guess_image(schema: &Schema) -> Result<usize, Broken> {
+    let fields = schema.fields().iter().enumerate();
+    let structs: Vec<usize> = fields
+        .clone()
+        .filter(|(_, field)| {
+            matches!(field.data_type(), DataType::Struct(_)) && is_image(field.data_type())
+        })
+        .map(|(place, _)| place)
+        .collect();
+    let named: Vec<usize> = fields
+        .filter(|(_, field)| {
+            is_bytes(field.data_type()) && IMAGE_COLUMNS.contains(&field.name().as_str())
+        })
+        .map(|(place, _)| place)
+        .collect();
+    match (&structs[..], &named[..]) {
+        (&[one], _) | (&[], &[one]) => Ok(one),
+        (&[], &[]) => Err(Broken::Unsuited(format!(
+            "no column is known to hold images: {}; name a binary column, or a struct with a \
+             binary field `bytes`, with --image-column",
+            listed(schema)
+        ))),
+        _ => Err(Broken::Unsuited(format!(
+            "several columns may hold images: {}; name one with --image-column",
+            listed(schema)
+        ))),
+    }
+}
+
+fn bytes_at(column: &dyn Array, row: usize) -> Option<&[u8]> {
+    if column.is_null(row) {
+        return None;
+    }
+    match column.data_type() {
+        DataType::Binary => Some(column.as_binary::<i32>().value(row)),
+        DataType::LargeBinary => Some(column.as_binary::<i64>().value(row)),
+        DataType::BinaryView => Some(column.as_binary_view().value(row)),
+        _ => None,
+    }
+}
+
+/// Text, or a whole number as text.
+fn text_at(column: &dyn Array, row: usize) -> Option<String> {
+    if column.is_null(row) {
+        return None;
+    }
+    Some(match column.data_type() {
+        DataType::Utf8 => column.as_string::<i32>().value(row).to_owned(),
+        DataType::LargeUtf8 => column.as_string::<i64>().value(row).to_owned(),
+        DataType::Utf8View => column.as_string_view().value(row).to_owned(),
+        DataType::Int8 => column.as_primitive::<Int8Type>().value(row).to_string(),
+        DataType::Int16 => column.as_primitive::<Int16Type>().value(row).to_string(),
+        DataType::Int32 => column.as_primitive::<Int32Type>().value(row).to_string(),
+        DataType::Int64 => column.as_primitive::<Int64Type>().value(row).to_string(),
+        DataType::UInt8 => column.as_primitive::<UInt8Type>().value(row).to_string(),
+        DataType::UInt16 => column.as_primitive::<UInt16Type>().value(row).to_string(),
+        DataType::UInt32 => column.as_primitive::<UInt32Type>().value(row).to_string(),
+        DataType::UInt64 => column.as_primitive::<UInt64Type>().value(row).to_string(),
+        _ => return None,
+    })
+}
+
+fn image_at(column: &dyn Array, row: usize, held: u64, reading: &Reading) -> Result<Bytes, Fault> {
+    let bytes = match column.data_type() {
+        DataType::Struct(_) if column.is_null(row) => None,
+        DataType::Struct(_) => column
+            .as_struct()
+            .column_by_name("bytes")
+            .and_then(|bytes| bytes_at(bytes.as_ref(), row)),
+        _ => bytes_at(column, row),
+    };
+    match bytes {
+        None => Err(Fault::invalid(
+            "image: the row has no bytes; only what is stored in the file itself is read"
+                .to_owned(),
+        )),
+        Some(bytes) => match unfit(bytes.len() as u64, held, reading) {
+            Some(fault) => Err(fault),
+            None => Ok(Bytes::copy_from_slice(bytes)),
+        },
+    }
+}
+
+/// Where in a table of how many rows.
+struct Place<'a> {
+    location: &'a Location,
+    row: u64,
+    n_rows: u64,
+    /// Memory that the batch takes, and that none of its images can have.
+    held: u64,
+}
+
+fn visit_batch(
+    batch: &RecordBatch,
+    columns: &Columns,
+    reading: &Reading,
+    place: &mut Place<'_>,
+    visit: &mut Visitor<'_>,
+) -> Result<ControlFlow<()>, Broken> {
+    let failed = |error: ArrowError| Broken::Failed(error.into());
+    let kept = if columns.keep.is_empty() {
+        None
+    } else {
+        Some(batch.project(&columns.keep).map_err(failed)?)
+    };
+    for row in 0..batch.num_rows() {
+        let id = columns
+            .id
+            .and_then(|id| text_at(batch.column(id).as_ref(), row));
+        let image = batch.column(columns.image).as_ref();
+        let image = image_at(image, row, place.held, reading);
+        let seen = Seen {
+            cursor: place.row,
+            #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
+            share: place.row as f64 / place.n_rows.max(1) as f64,
+            sample: Sample {
+                id: id.unwrap_or_else(|| format!("{}#{}", place.location.file_name(), place.row)),
+                image,
+                room: None,
+                kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
+            },
+        };
+        if visit(seen) == ControlFlow::Break(()) {
+            return Ok(ControlFlow::Break(()));
+        }
+        place.row += 1;
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// Checks the columns of a Parquet file.
+pub(super) fn check_parquet(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
+    Columns::find(ParquetTable::open(file, reading)?.schema(), reading).map(drop)
+}
+
+/// Checks the columns of an Arrow file or stream.
+pub(super) fn check_arrow(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
+    Columns::find(Messages::open(file, reading)?.schema(), reading).map(drop)
+}
+
+/// `cursor` is a row.
+pub(super) fn read_parquet(
+    file: &Ranged,
+    location: &Location,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let table = ParquetTable::open(file, reading)?;
+    let columns = Columns::find(table.schema(), reading)?;
+    let is_only_image = columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
+    let places = columns.places();
+    let wanted = Wanted {
+        places: &places,
+        viewed: is_only_image.then_some(columns.image),
+    };
+    let columns = columns.projected();
+    let mut place = Place {
+        location,
+        row: 0,
+        n_rows: table.n_rows(),
+        held: 0,
+    };
+    for group in 0..table.n_groups() {
+        let rows = table.rows(group)?;
+        // Groups that lie before the cursor are not even looked at.
+        if place.row.saturating_add(rows) <= cursor {
+            place.row = place.row.saturating_add(rows);
+            continue;
+        }
+        let end = place.row.saturating_add(rows);
+        let skipped = cursor.saturating_sub(place.row);
+        place.row = place.row.max(cursor);
+        let flow = table.each(group, &wanted, skipped, |batch, held| {
+            place.held = held;
+            visit_batch(batch, &columns, reading, &mut place, visit)
+        })?;
+        if flow.is_break() {
+            return Ok(());
+        }
+        if place.row != end {
+            return Err(Broken::Damaged(format!(
+                "row group {group} claims {rows} rows and has {} less",
+                end.saturating_sub(place.row)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Both of Arrow's formats: a file, or a stream as Hugging Face's cache has it.
+/// `cursor` is a row.
+pub(super) fn read_arrow(
+    file: &Ranged,
+    location: &Location,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let mut messages = Messages::open(file, reading)?;
+    let columns = Columns::find(messages.schema(), reading)?;
+    let mut place = Place {
+        location,
+        row: 0,
+        // How many rows there are is written nowhere; bytes are as good for the
+        // eye.
+        n_rows: parquet::file::reader::Length::len(file),
+        held: 0,
+    };
+    messages.each(|Batch { mut rows, held }| {
+        let n_rows = rows.num_rows() as u64;
+        if place.row + n_rows <= cursor {
+            place.row += n_rows;
+            return Ok(ControlFlow::Continue(()));
+        }
+        if let Some(skipped) = cursor.checked_sub(place.row).filter(|&skipped| skipped > 0) {
+            let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
+            rows = rows.slice(skipped, rows.num_rows() - skipped);
+            place.row = cursor;
+        }
+        place.held = held;
+        visit_batch(&rows, &columns, reading, &mut place, visit)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::{ArrayRef, BinaryArray, Int64Array, StringArray, StructArray};
+    use arrow_schema::Field;
+
+    use super::super::tests::{local, read_all, reading};
+    use super::*;
+    use crate::commands::embed::plan::{Kind, Shard};
+
+    /// Images of one byte, their row's number; row 3 has none.
+    fn table(n_rows: u8) -> RecordBatch {
+        let rows: Vec<[u8; 1]> = (0..n_rows).map(|n| [n]).collect();
+        let bytes: BinaryArray = rows
+            .iter()
+            .map(|row| (row[0] != 3).then_some(&row[..]))
+            .collect();
+        let path: StringArray = rows.iter().map(|_| None::<&str>).collect();
+        let image = StructArray::from(vec![
+            (
+                Arc::new(Field::new("path", DataType::Utf8, true)),
+                Arc::new(path) as ArrayRef,
+            ),
+            (
+                Arc::new(Field::new("bytes", DataType::Binary, true)),
+                Arc::new(bytes) as ArrayRef,
+            ),
+        ]);
+        let label: Int64Array = (0..i64::from(n_rows)).map(|n| Some(n * 10)).collect();
+        RecordBatch::try_from_iter([
+            ("label", Arc::new(label) as ArrayRef),
+            ("image", Arc::new(image) as ArrayRef),
+        ])
+        .unwrap()
+    }
+
+    fn shard(name: &str, content: &[u8]) -> (tempfile::TempDir, Shard) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let kind = if name == "t.parquet" {
+            Kind::Parquet(local(&path))
+        } else {
+            Kind::Arrow(local(&path))
+        };
+        let shard = Shard {
+            name: name.to_owned(),
+            bytes: content.len() as u64,
+            kind,
+        };
+        (dir, shard)
+    }
+
+    fn parquet(batch: &RecordBatch) -> Vec<u8> {
+        let properties = parquet::file::properties::WriterProperties::builder()
+            .set_max_row_group_row_count(Some(7))
+            .build();
+        let mut writer =
+            parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties))
+                .unwrap();
+        writer.write(batch).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn arrow_file(batch: &RecordBatch) -> Vec<u8> {
+        let mut writer =
+            arrow_ipc::writer::FileWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        writer.write(&batch.slice(0, 9)).unwrap();
+        writer.write(&batch.slice(9, batch.num_rows() - 9)).unwrap();
+        writer.finish().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn arrow_stream(batch: &RecordBatch) -> Vec<u8> {
+        let mut writer =
+            arrow_ipc::writer::StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        writer.write(batch).unwrap();
+        writer.finish().unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    /// Rows that no footer names, or that follow the end of a stream, are an error
+    /// after the rows that can be read.
+    #[tokio::test]
+    async fn rows_outside_of_what_an_arrow_file_names_are_an_error() {
+        let table = table(20);
+        let (whole, stream) = (arrow_file(&table), arrow_stream(&table));
+        // A vector of the footer counts its two blocks just before the first.
+        let trailer = whole.len() - 10;
+        let length = arrow_ipc::reader::read_footer_length(whole[trailer..].try_into().unwrap());
+        let start = trailer - length.unwrap();
+        let footer = arrow_ipc::root_as_footer(&whole[start..trailer]).unwrap();
+        let blocks = footer.recordBatches().unwrap();
+        let first = blocks.get(0);
+        let place = start
+            + whole[start..trailer]
+                .windows(8)
+                .position(|bytes| bytes == first.offset().to_le_bytes())
+                .unwrap();
+        let counted = |count: u32| {
+            let mut file = whole.clone();
+            assert_eq!(file[place - 4..place], 2_u32.to_le_bytes());
+            file[place - 4..place].copy_from_slice(&count.to_le_bytes());
+            file
+        };
+        let named = "its footer names none of the ";
+        let after = "what follows is not read";
+        for (name, content, n_rows, reason) in [
+            ("t.arrow", counted(0), 0, named),
+            ("t.arrow", counted(1), 9, named),
+            ("s.arrow", [&stream[..], &stream[..]].concat(), 20, after),
+        ] {
+            let (_dir, shard) = shard(name, &content);
+            let (seen, result) = read_all(shard, 0, reading(&[])).await;
+            assert_eq!(seen.len(), n_rows);
+            let Err(Broken::Damaged(message)) = result else {
+                panic!("{result:?}");
+            };
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_row_can_be_begun_at() {
+        let table = table(20);
+        for (name, content) in [
+            ("t.parquet", parquet(&table)),
+            ("t.arrow", arrow_file(&table)),
+            ("s.arrow", arrow_stream(&table)),
+        ] {
+            let (_dir, shard) = shard(name, &content);
+            for start in [0_u8, 6, 7, 8, 13, 19, 20] {
+                let mut reading = reading(&["label"]);
+                reading.id_column = Some("label".to_owned());
+                let (seen, result) = read_all(shard.clone(), start.into(), reading).await;
+                assert!(result.is_ok(), "{result:?}");
+                assert_eq!(seen.len(), usize::from(20 - start), "{name} from {start}");
+                for (row, (cursor, sample)) in (start..).zip(seen) {
+                    assert_eq!(cursor, u64::from(row));
+                    assert_eq!(sample.id, (u32::from(row) * 10).to_string());
+                    assert_eq!(sample.image.is_ok(), row != 3);
+                    if let Ok(image) = sample.image {
+                        assert_eq!(image, [row][..]);
+                    }
+                    let kept = sample.kept.unwrap();
+                    let label = kept.column(0).as_primitive::<Int64Type>();
+                    assert_eq!(label.value(0), i64::from(row) * 10);
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn flags_that_do_not_fit_are_told_with_the_columns() {
+        let (_dir, shard) = shard("t.parquet", &parquet(&table(3)));
+        let (_, result) = read_all(shard, 0, reading(&["caption"])).await;
+        let Err(Broken::Unsuited(text)) = result else {
+            panic!("{result:?}");
+        };
+        let expected =
+            "--keep caption: the file has no such column; its columns are label (Int64), image (";
+        assert!(text.starts_with(expected), "{text}");
+    }
+
+    /// How reading ends, and how many rows there were before.
+    async fn end_of(name: &str, content: &[u8]) -> (usize, String) {
+        let (_dir, shard) = shard(name, content);
+        let (seen, result) = read_all(shard, 0, reading(&[])).await;
+        let end = match result {
+            Ok(()) => "done".to_owned(),
+            Err(Broken::Damaged(why)) => format!("damaged: {why}"),
+            Err(Broken::OverLimit(why)) => format!("over the limit: {why}"),
+            Err(Broken::Unsuited(reason)) => format!("unsuited: {reason}"),
+            Err(Broken::Failed(error)) => format!("failed: {error:#}"),
+        };
+        (seen.len(), end)
+    }
+
+    /// `content` with the last place that has `old` changed to `new`.
+    fn patched(content: &[u8], old: i64, new: i64) -> Vec<u8> {
+        let old = old.to_le_bytes();
+        let at = content.windows(8).rposition(|bytes| bytes == old).unwrap();
+        let mut content = content.to_vec();
+        content[at..at + 8].copy_from_slice(&new.to_le_bytes());
+        content
+    }
+
+    #[tokio::test]
+    async fn an_arrow_file_whose_blocks_lie_is_damaged() {
+        let content = arrow_file(&table(20));
+        let trailer = content.len() - 10;
+        let length = content[trailer..].try_into().unwrap();
+        let length = arrow_ipc::reader::read_footer_length(length).unwrap();
+        let footer = arrow_ipc::root_as_footer(&content[trailer - length..trailer]).unwrap();
+        let last = footer.recordBatches().unwrap().get(1);
+        for (old, news) in [
+            (last.bodyLength(), [-8, i64::MIN, i64::MAX, 1 << 45]),
+            (last.offset(), [-8, i64::MIN, i64::MAX, 1 << 45]),
+        ] {
+            for new in news {
+                let (rows, end) = end_of("t.arrow", &patched(&content, old, new)).await;
+                assert_eq!(rows, 9, "{end}");
+                assert!(end.starts_with("damaged: a message claims"), "{end}");
+            }
+        }
+        let mut long = content.clone();
+        long[trailer..trailer + 4].copy_from_slice(&i32::MAX.to_le_bytes());
+        let (_, end) = end_of("t.arrow", &long).await;
+        assert!(end.starts_with("damaged: its footer claims"), "{end}");
+    }
+
+    #[tokio::test]
+    async fn a_compressed_buffer_that_claims_too_much_is_not_decompressed() {
+        use arrow_ipc::CompressionType;
+        use arrow_ipc::writer::{IpcWriteOptions, StreamWriter};
+
+        let value = vec![0_u8; 100_003];
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&value[..]]));
+        let batch = RecordBatch::try_from_iter([("image", bytes)]).unwrap();
+        for kind in [CompressionType::LZ4_FRAME, CompressionType::ZSTD] {
+            let options = IpcWriteOptions::default().try_with_compression(Some(kind));
+            let schema = batch.schema();
+            let writer = StreamWriter::try_new_with_options(Vec::new(), &schema, options.unwrap());
+            let mut writer = writer.unwrap();
+            writer.write(&batch).unwrap();
+            writer.finish().unwrap();
+            let content = writer.into_inner().unwrap();
+            assert_eq!(end_of("s.arrow", &content).await, (1, "done".to_owned()));
+            for claim in [1 << 45, i64::MAX, 17 << 20] {
+                let content = patched(&content, 100_003, claim);
+                let (rows, end) = end_of("s.arrow", &content).await;
+                assert_eq!(rows, 0);
+                assert!(
+                    end.starts_with("over the limit: ") && end.contains("(--image-memory)"),
+                    "{end}"
+                );
+            }
+            for claim in [-2, i64::MIN, 100_002] {
+                let content = patched(&content, 100_003, claim);
+                let (_, end) = end_of("s.arrow", &content).await;
+                assert!(end.starts_with("damaged: "), "{claim}: {end}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_becomes_too_large_is_an_error_that_says_so() {
+        use parquet::basic::{Compression, GzipLevel, ZstdLevel};
+
+        let value = vec![0_u8; 20 << 20];
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&value[..]; 2]));
+        let batch = RecordBatch::try_from_iter([("image", bytes)]).unwrap();
+        for compression in [
+            Compression::SNAPPY,
+            Compression::GZIP(GzipLevel::default()),
+            Compression::ZSTD(ZstdLevel::default()),
+        ] {
+            for has_dictionary in [false, true] {
+                let properties = parquet::file::properties::WriterProperties::builder()
+                    .set_compression(compression)
+                    .set_dictionary_enabled(has_dictionary)
+                    .build();
+                let writer = parquet::arrow::ArrowWriter::try_new(
+                    Vec::new(),
+                    batch.schema(),
+                    Some(properties),
+                );
+                let mut writer = writer.unwrap();
+                writer.write(&batch).unwrap();
+                let (rows, end) = end_of("t.parquet", &writer.into_inner().unwrap()).await;
+                assert_eq!(rows, 0);
+                assert!(
+                    end.starts_with("over the limit: ") && end.contains("(--image-memory)"),
+                    "{end}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Images that are files: of a folder tree, or named by a list.
+
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, RecordBatch, StringArray};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use reqwest::Url;
+
+use super::{Broken, Reading, Sample, Seen, Visitor, too_large, unfit};
+use crate::client::pool::Fault;
+use crate::commands::embed::location::{Entry, Location, ReadError, Stores, fault};
+use crate::commands::embed::web;
+use crate::commands::embed::web::WebClient;
+
+/// Files that are read at once, each up to the largest image: enough for a disk,
+/// and to hide a bucket's latency.
+const AT_ONCE: usize = 16;
+
+/// Names of files, in memory: 100 bytes or so each.
+#[derive(Debug)]
+pub(in crate::commands::embed) enum Listing {
+    /// What lies below a folder.
+    Tree { base: Location, entries: Vec<Entry> },
+    /// What a list names, relative to its own folder.
+    List {
+        stores: Arc<Stores>,
+        base: Location,
+        rows: Vec<Row>,
+    },
+}
+
+/// A line of a list.
+#[derive(Debug)]
+pub(in crate::commands::embed) struct Row {
+    pub(in crate::commands::embed) name: String,
+    /// In the order of `--keep`.
+    pub(in crate::commands::embed) kept: Vec<String>,
+    /// What is wrong with the line itself.
+    pub(in crate::commands::embed) trouble: Option<Fault>,
+}
+
+impl Listing {
+    fn name(&self, idx: usize) -> Option<&str> {
+        match self {
+            Self::Tree { entries, .. } => Some(entries.get(idx)?.name.as_str()),
+            Self::List { rows, .. } => Some(rows.get(idx)?.name.as_str()),
+        }
+    }
+
+    /// What showed already when it was listed.
+    fn trouble(&self, idx: usize) -> Option<Fault> {
+        match self {
+            Self::Tree { entries, .. } => entries.get(idx)?.trouble.clone(),
+            Self::List { rows, .. } => rows.get(idx)?.trouble.clone(),
+        }
+    }
+
+    /// Bytes that a file may take once it is read: as much as any, where nobody knows
+    /// yet.
+    fn room(&self, idx: usize, reading: &Reading) -> u64 {
+        let max = reading.image_bytes_max.min(reading.memory.limit());
+        match self {
+            Self::Tree { entries, .. } => entries.get(idx).map_or(0, |entry| entry.bytes.min(max)),
+            Self::List { .. } => max,
+        }
+    }
+
+    /// The address of an image on a web server, and who asks there.
+    fn on_the_web(&self, name: &str) -> anyhow::Result<Option<(&WebClient, Url)>> {
+        let Self::List { stores, base, .. } = self else {
+            return Ok(None);
+        };
+        let url = if name.starts_with("http://") || name.starts_with("https://") {
+            // One that is none is refused where it is located.
+            Url::parse(name).ok()
+        } else if name.contains("://") || name.starts_with('/') {
+            None
+        } else {
+            base.join(name).web_url()
+        };
+        url.map(|url| Ok((stores.web()?, url))).transpose()
+    }
+
+    fn locate(&self, name: &str) -> anyhow::Result<Location> {
+        match self {
+            Self::Tree { base, .. } => Ok(base.join(name)),
+            Self::List { stores, base, .. } => {
+                if name.contains("://") || name.starts_with('/') {
+                    stores.locate(name)
+                } else {
+                    Ok(base.join(name))
+                }
+            }
+        }
+    }
+
+    fn kept(&self, idx: usize, names: &[String]) -> Result<Option<RecordBatch>, Broken> {
+        let Self::List { rows, .. } = self else {
+            return Ok(None);
+        };
+        let Some(row) = rows.get(idx).filter(|_| !names.is_empty()) else {
+            return Ok(None);
+        };
+        let columns = names.iter().zip(&row.kept).map(|(name, value)| {
+            let column: ArrayRef = Arc::new(StringArray::from(vec![Some(value.as_str())]));
+            (name, column, true)
+        });
+        let batch = RecordBatch::try_from_iter_with_nullable(columns);
+        batch
+            .map(Some)
+            .map_err(|error| Broken::Failed(error.into()))
+    }
+}
+
+/// `cursor` counts from the beginning of `range`.
+pub(super) fn read(
+    listing: &Arc<Listing>,
+    range: Range<usize>,
+    cursor: u64,
+    reading: &Reading,
+    visit: &mut Visitor<'_>,
+) -> Result<(), Broken> {
+    let length = range.len();
+    let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
+    let mut files = futures_util::stream::iter(range.skip(skipped))
+        .map(|idx| async move {
+            // In the order of the files, so that none that comes later has what
+            // the first one waits for.
+            let mut room = reading.memory.room(listing.room(idx, reading)).await;
+            let image = file(listing, idx, reading).await;
+            match &image {
+                Ok(Ok(image)) => {
+                    if let Some(room) = &mut room {
+                        room.shrink(image.len() as u64);
+                    }
+                }
+                Ok(Err(_)) | Err(_) => room = None,
+            }
+            (idx, room, image)
+        })
+        .buffered(AT_ONCE);
+    let mut place = skipped as u64;
+    while let Some((idx, room, image)) = reading.runtime.block_on(files.next()) {
+        let seen = Seen {
+            cursor: place,
+            #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
+            share: place as f64 / length as f64,
+            sample: Sample {
+                id: listing.name(idx).unwrap_or_default().to_owned(),
+                image: image.map_err(Broken::Failed)?,
+                room,
+                kept: listing.kept(idx, &reading.keep)?,
+            },
+        };
+        if visit(seen) == ControlFlow::Break(()) {
+            break;
+        }
+        place += 1;
+    }
+    Ok(())
+}
+
+/// A file's bytes, or what is wrong with it; an error when the store cannot be
+/// read.
+async fn file(
+    listing: &Listing,
+    idx: usize,
+    reading: &Reading,
+) -> anyhow::Result<Result<Bytes, Fault>> {
+    let max = reading.image_bytes_max.min(reading.memory.limit());
+    let over = |bytes| unfit(bytes, 0, reading).unwrap_or_else(|| too_large(bytes, max));
+    let of_image = |fault: Fault| Fault {
+        message: format!("image: {}", fault.message),
+        ..fault
+    };
+    if let Some(fault) = listing.trouble(idx) {
+        return Ok(Err(of_image(fault)));
+    }
+    let name = listing.name(idx).unwrap_or_default();
+    if let Some((client, url)) = listing.on_the_web(name)? {
+        return Ok(
+            match web::read(client, &url, max, reading.url_patience).await {
+                Ok(web::Answer::Image(bytes)) => Ok(bytes),
+                Ok(web::Answer::TooLarge(bytes)) => Err(over(bytes)),
+                Err(fault) => Err(of_image(fault)),
+            },
+        );
+    }
+    let location = match listing.locate(name) {
+        Ok(location) => location,
+        Err(error) => return Ok(Err(Fault::invalid(format!("image: {error:#}")))),
+    };
+    match location.read(max).await {
+        Ok(Some(bytes)) => Ok(Ok(bytes)),
+        Ok(None) => {
+            let entry = location.stat().await?;
+            Ok(Err(over(entry.map_or(0, |entry| entry.bytes))))
+        }
+        Err(ReadError::Trouble(trouble)) => Ok(Err(of_image(fault(&trouble)))),
+        Err(error) => Err(anyhow::Error::new(error).context(location.to_string())),
+    }
+}

@@ -1,0 +1,706 @@
+//! From shards to files: a thread that reads, workers that answer, a task that
+//! puts rows in order, and one that writes parts.
+//!
+//! ```text
+//!   reader ──images──▶ pool ──answers──▶ collector ──parts──▶ writer
+//!      └──────rows, ends of parts───────────▲
+//! ```
+//!
+//! Parts are made, written and recorded in the order of the input, whatever
+//! order the answers come in. Two bounds hold all of it: images take at most
+//! `--image-memory` until they are answered, with the pages and batches that
+//! they are read from, and at most [`PARTS_OPEN`] parts
+//! are begun and not written; the reader waits for both.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use arrow_array::RecordBatch;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use super::input::{self, Broken, Reading, Seen};
+use super::journal::{File, PartId, Record};
+use super::plan::Shard;
+use super::progress::{Counts, Progress, Terminal};
+use super::sink::Sink;
+use super::table::{self, Row, Shape};
+use crate::client::pool::{Answer, Done, Fault, Pool, Task};
+use crate::files::hex;
+use crate::telemetry::panic_text;
+
+/// Parts that are begun and not yet written: one that is read, one whose last
+/// answers come, one that is written, and one for the slowest answer.
+const PARTS_OPEN: usize = 4;
+/// Images between the reader and the workers, besides those that they have.
+pub(super) const IMAGES_QUEUE: usize = 256;
+/// Rows between the reader and the collector.
+const ROWS_QUEUE: usize = 256;
+/// How often progress is shown, and a standstill looked for.
+const TICK: Duration = Duration::from_millis(500);
+/// Rows of a part have the lower half of a task's id.
+const ROW_BITS: u32 = 32;
+
+/// A shard, and where to go on in it.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) idx: usize,
+    pub(super) shard: Shard,
+    /// The first part that is not done.
+    pub(super) part: usize,
+    pub(super) cursor: u64,
+}
+
+/// What to do, and within which bounds.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) work: Vec<Work>,
+    pub(super) reading: Reading,
+    pub(super) part_items: usize,
+    pub(super) give_up_after: Duration,
+    /// Errors of parts that were done before, and how many there may be.
+    pub(super) errors_before: u64,
+    pub(super) errors_max: Option<u64>,
+    pub(super) sink: Sink,
+    pub(super) shape: Shape,
+    pub(super) terminal: Terminal,
+}
+
+/// How it went on, other than to the end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Stopped {
+    #[error("more than {max} images failed (--max-errors){}", such_as(last.as_ref()))]
+    TooManyErrors {
+        max: u64,
+        /// The id and why, unless all were in runs before.
+        last: Option<(String, String)>,
+        /// Of the parts that were not finished: error files of what has an
+        /// outcome so far.
+        unfinished: Vec<(PartId, Vec<u8>)>,
+    },
+    #[error("no worker has answered anything for {}; {troubles}", humantime::format_duration(*after))]
+    Standstill { after: Duration, troubles: String },
+}
+
+fn such_as(last: Option<&(String, String)>) -> String {
+    last.map_or_else(String::new, |(id, message)| {
+        format!(", at last {id}: {message}")
+    })
+}
+
+/// Where the errors of a part stand that was not finished. A run that goes on
+/// removes them: it finds its own.
+const UNFINISHED: &str = "unfinished-";
+
+/// Removes what an earlier run, which had too many errors, left of these shards.
+pub(super) async fn forget_unfinished(
+    sink: &Sink,
+    is_ours: impl Fn(usize) -> bool,
+) -> anyhow::Result<()> {
+    for (name, _) in sink.list("errors").await? {
+        let shard = name
+            .strip_prefix(UNFINISHED)
+            .and_then(|id| id.split_once('-'));
+        if shard.is_some_and(|(shard, _)| shard.parse().is_ok_and(&is_ours)) {
+            sink.remove(&format!("errors/{name}")).await?;
+        }
+    }
+    Ok(())
+}
+
+/// How a part ends.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    /// Where the shard's next part begins, if there is one.
+    next: Option<u64>,
+}
+
+/// What the reader tells.
+enum Event {
+    Begin {
+        id: PartId,
+        permit: OwnedSemaphorePermit,
+    },
+    Row {
+        id: String,
+        kept: Option<RecordBatch>,
+        /// Set when no worker has to be asked.
+        fault: Option<Fault>,
+    },
+    /// The part has all its rows.
+    End(End),
+    /// There are no more rows: everything that follows is silence.
+    AllRead,
+    Failed(anyhow::Error),
+}
+
+/// Does the job in a task of its own, so that a panic in any of its pieces is
+/// what the job failed of.
+///
+/// # Errors
+///
+/// What ended it before its end; what has been recorded until then counts.
+pub(super) async fn run(
+    job: Job,
+    pool: Pool,
+    tasks: mpsc::Sender<Task>,
+    answers: mpsc::Receiver<Done>,
+    counts: &Arc<Counts>,
+) -> anyhow::Result<()> {
+    // Dropped when the job is told to end, which ends the task as well.
+    let mut whole = JoinSet::new();
+    let counts = Arc::clone(counts);
+    whole.spawn(async move { pieces(job, pool, tasks, answers, &counts).await });
+    match whole.join_next().await {
+        Some(Ok(result)) => result,
+        Some(Err(error)) => Err(panicked("a task of the job", error)),
+        None => anyhow::bail!("the job has no task"),
+    }
+}
+
+/// The error that a task's panic is.
+fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
+    match error.try_into_panic() {
+        Ok(panic) => anyhow::anyhow!("{what} panicked: {}", panic_text(&*panic)),
+        Err(error) => anyhow::anyhow!("{what} ended before its end: {error}"),
+    }
+}
+
+/// The body of the reader's thread. A reader that panics says so: nobody waits
+/// for rows that do not come.
+fn read_to_the_end(reader: Reader, work: &[Work]) {
+    let events = reader.events.clone();
+    let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
+    if let Err(panic) = read {
+        let error = anyhow::anyhow!("the reader's thread panicked: {}", panic_text(&*panic));
+        // Without a collector there is nobody to tell.
+        let _ = events.blocking_send(Event::Failed(error));
+    }
+}
+
+async fn pieces(
+    job: Job,
+    mut pool: Pool,
+    tasks: mpsc::Sender<Task>,
+    answers: mpsc::Receiver<Done>,
+    counts: &Arc<Counts>,
+) -> anyhow::Result<()> {
+    let parts = Arc::new(Semaphore::new(PARTS_OPEN));
+    let memory = job.reading.memory.clone();
+    let (events_in, events) = mpsc::channel(ROWS_QUEUE);
+    let reader = Reader {
+        reading: job.reading,
+        part_items: job.part_items,
+        events: events_in,
+        tasks,
+        parts: Arc::clone(&parts),
+        counts: Arc::clone(counts),
+        n_parts: 0,
+    };
+    let work = job.work;
+    let thread = std::thread::Builder::new()
+        .name("reader".to_owned())
+        .spawn(move || read_to_the_end(reader, &work))
+        .context("the reader's thread cannot be started")?;
+    // It holds as many parts as may be open, so it is never full.
+    let (parts_in, parts_out) = mpsc::channel(PARTS_OPEN);
+    let sink = job.sink;
+    let writer = Writer {
+        sink: sink.clone(),
+        shape: job.shape,
+    };
+    let collector = Collector {
+        open: VecDeque::new(),
+        first: 0,
+        last_answer: Instant::now(),
+        writer: parts_in,
+        terminal: job.terminal,
+        counts: Arc::clone(counts),
+        errors_before: job.errors_before,
+        errors_max: job.errors_max,
+        last_error: None,
+        all_read: false,
+    };
+    let collected = collector.run(events, answers, &pool, job.give_up_after);
+    let result = {
+        let written = writer.run(parts_out);
+        tokio::pin!(written);
+        tokio::pin!(collected);
+        tokio::select! {
+            result = &mut collected => match result {
+                Ok(()) => written.await,
+                Err(error) => match error.downcast_ref() {
+                    // Parts that are whole have their errors in their own files.
+                    Some(Stopped::TooManyErrors { unfinished, .. }) => {
+                        written.await?;
+                        for (id, lines) in unfinished {
+                            let name = format!("errors/{UNFINISHED}{id}.jsonl");
+                            sink.write(&name, lines.clone().into()).await?;
+                        }
+                        Err(error)
+                    }
+                    _ => Err(error),
+                }
+            },
+            // It ends before the collector only when it cannot go on.
+            result = &mut written => result,
+        }
+    };
+    // A reader that waits for room is told that there will be none.
+    parts.close();
+    memory.close();
+    match result {
+        Ok(()) => pool.finish().await,
+        Err(error) if error.is::<PoolEnded>() => {
+            let why = pool.why_ended().await;
+            return Err(why.unwrap_or(error));
+        }
+        Err(error) => {
+            drop(pool);
+            return Err(error);
+        }
+    }
+    drop(thread);
+    Ok(())
+}
+
+/// The workers' sessions are gone while there is still something to ask them.
+#[derive(Debug, thiserror::Error)]
+#[error("the pool of workers has ended before the job")]
+struct PoolEnded;
+
+/// The plain code on a thread of its own.
+struct Reader {
+    reading: Reading,
+    part_items: usize,
+    events: mpsc::Sender<Event>,
+    tasks: mpsc::Sender<Task>,
+    parts: Arc<Semaphore>,
+    counts: Arc<Counts>,
+    /// Parts that were begun in this run.
+    n_parts: u64,
+}
+
+/// The part that is being read.
+struct PartRead {
+    id: PartId,
+    n_rows: usize,
+    open: bool,
+}
+
+impl Reader {
+    fn run(mut self, work: &[Work]) {
+        #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
+        let bytes = |work: &Work| work.shard.bytes as f64;
+        let total = work.iter().map(bytes).sum::<f64>().max(1.0);
+        let mut before = 0.0;
+        for work in work {
+            let share = move |share: f64| (before + share * bytes(work)) / total;
+            match self.shard(work, share) {
+                Ok(ControlFlow::Continue(())) => {}
+                // Nobody listens any more.
+                Ok(ControlFlow::Break(())) => return,
+                Err(error) => {
+                    let _ = self.events.blocking_send(Event::Failed(error));
+                    return;
+                }
+            }
+            before += bytes(work);
+            self.counts.has_read(share(1.0));
+        }
+        let _ = self.events.blocking_send(Event::AllRead);
+    }
+
+    fn shard(
+        &mut self,
+        work: &Work,
+        share: impl Fn(f64) -> f64,
+    ) -> anyhow::Result<ControlFlow<()>> {
+        let mut part = PartRead {
+            id: PartId {
+                shard: work.idx,
+                part: work.part,
+            },
+            n_rows: 0,
+            open: false,
+        };
+        let mut stopped = false;
+        let reading = self.reading.clone();
+        let counts = Arc::clone(&self.counts);
+        let read = input::read(&work.shard, work.cursor, &reading, &mut |seen| {
+            counts.has_read(share(seen.share));
+            let flow = self.sample(&mut part, seen);
+            stopped = flow.is_break();
+            flow
+        });
+        if stopped {
+            return Ok(ControlFlow::Break(()));
+        }
+        let damage = match read {
+            Ok(()) => None,
+            Err(Broken::Damaged(reason)) => Some(("DATA_LOSS", reason)),
+            Err(Broken::OverLimit(reason)) => Some(("RESOURCE_EXHAUSTED", reason)),
+            Err(Broken::Unsuited(reason)) => Some(("INVALID_ARGUMENT", reason)),
+            Err(Broken::Failed(error)) => return Err(error),
+        };
+        Ok(self.end(part, &work.shard, damage))
+    }
+
+    fn sample(&mut self, part: &mut PartRead, seen: Seen) -> ControlFlow<()> {
+        if part.n_rows == self.part_items {
+            self.tell(Event::End(End {
+                next: Some(seen.cursor),
+            }))?;
+            part.id.part += 1;
+            part.n_rows = 0;
+            part.open = false;
+        }
+        self.begin(part)?;
+        let sample = seen.sample;
+        let (image, fault) = match sample.image {
+            Ok(image) => (Some(image), None),
+            Err(fault) => (None, Some(fault)),
+        };
+        self.tell(Event::Row {
+            id: sample.id,
+            kept: sample.kept,
+            fault,
+        })?;
+        let row = part.n_rows as u64;
+        part.n_rows += 1;
+        let Some(image) = image else {
+            return ControlFlow::Continue(());
+        };
+        let room = sample.room.or_else(|| {
+            let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
+            memory.blocking_room(runtime, image.len() as u64)
+        });
+        let Some(room) = room else {
+            return ControlFlow::Break(());
+        };
+        let task = Task {
+            id: (self.n_parts - 1) << ROW_BITS | row,
+            image,
+            room: room.into_permit(),
+            failures: 0,
+            lost: 0,
+        };
+        match self.tasks.blocking_send(task) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    }
+
+    fn begin(&mut self, part: &mut PartRead) -> ControlFlow<()> {
+        if part.open {
+            return ControlFlow::Continue(());
+        }
+        let permit = Arc::clone(&self.parts).acquire_owned();
+        let Ok(permit) = self.reading.runtime.block_on(permit) else {
+            return ControlFlow::Break(());
+        };
+        part.open = true;
+        self.n_parts += 1;
+        self.tell(Event::Begin {
+            id: part.id,
+            permit,
+        })
+    }
+
+    /// Ends a shard. One without images has a part, too, so that it is recorded;
+    /// one that is damaged has that as its last row.
+    fn end(
+        &mut self,
+        mut part: PartRead,
+        shard: &Shard,
+        damage: Option<(&'static str, String)>,
+    ) -> ControlFlow<()> {
+        self.begin(&mut part)?;
+        if let Some((code, reason)) = damage {
+            self.tell(Event::Row {
+                id: shard.name.clone(),
+                kept: None,
+                fault: Some(Fault {
+                    code,
+                    message: format!("the rest of the file is not read: {reason}"),
+                }),
+            })?;
+        }
+        self.tell(Event::End(End { next: None }))
+    }
+
+    fn tell(&self, event: Event) -> ControlFlow<()> {
+        match self.events.blocking_send(event) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    }
+}
+
+/// A part whose rows are being answered.
+struct OpenPart {
+    id: PartId,
+    permit: OwnedSemaphorePermit,
+    rows: Vec<OpenRow>,
+    unanswered: usize,
+    /// Set once it has all its rows.
+    end: Option<End>,
+}
+
+struct OpenRow {
+    id: String,
+    kept: Option<RecordBatch>,
+    outcome: Option<Result<Answer, Fault>>,
+}
+
+/// A part with all its answers.
+struct WholePart {
+    id: PartId,
+    rows: Vec<Row>,
+    next: Option<u64>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Puts answers to their rows.
+struct Collector {
+    open: VecDeque<OpenPart>,
+    /// The number of the first open part, by which tasks name it.
+    first: u64,
+    last_answer: Instant,
+    writer: mpsc::Sender<WholePart>,
+    terminal: Terminal,
+    counts: Arc<Counts>,
+    errors_before: u64,
+    errors_max: Option<u64>,
+    /// The id of an image, and why it has no row.
+    last_error: Option<(String, String)>,
+    /// True if the reader has told its last row.
+    all_read: bool,
+}
+
+impl Collector {
+    async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut answers: mpsc::Receiver<Done>,
+        pool: &Pool,
+        give_up_after: Duration,
+    ) -> anyhow::Result<()> {
+        let mut progress = Progress::begin(&self.terminal);
+        let mut tick = tokio::time::interval(TICK);
+        while !(self.all_read && self.open.is_empty()) {
+            tokio::select! {
+                event = events.recv(), if !self.all_read => match event {
+                    Some(event) => self.hear(event)?,
+                    // It says when it has read everything.
+                    None => anyhow::bail!("the reader's thread ended before it had read everything"),
+                },
+                Some(done) = answers.recv() => {
+                    // Its row was told before it was asked, but in another queue.
+                    while let Ok(event) = events.try_recv() {
+                        self.hear(event)?;
+                    }
+                    self.answered(done)?;
+                }
+                _ = tick.tick() => {
+                    anyhow::ensure!(!pool.has_ended(), PoolEnded);
+                    let troubles = pool.troubles();
+                    progress.update(&self.counts, &troubles);
+                    self.stands_still(give_up_after, &troubles)?;
+                }
+            }
+            self.close_parts()?;
+            self.has_too_many_errors()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the job as soon as there are more errors than there may be: all of
+    /// those before are in this run's files, or in those of runs before.
+    fn has_too_many_errors(&self) -> anyhow::Result<()> {
+        let errors = self.errors_before + self.counts.errors.load(Ordering::Relaxed);
+        let Some(max) = self.errors_max.filter(|&max| errors > max) else {
+            return Ok(());
+        };
+        let mut unfinished = Vec::new();
+        for part in &self.open {
+            let mut lines = Vec::new();
+            for row in &part.rows {
+                if let Some(Err(fault)) = &row.outcome {
+                    table::error_line(&mut lines, &row.id, fault)?;
+                }
+            }
+            if !lines.is_empty() {
+                unfinished.push((part.id, lines));
+            }
+        }
+        Err(Stopped::TooManyErrors {
+            max,
+            last: self.last_error.clone(),
+            unfinished,
+        }
+        .into())
+    }
+
+    fn hear(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Begin { id, permit } => self.open.push_back(OpenPart {
+                id,
+                permit,
+                rows: Vec::new(),
+                unanswered: 0,
+                end: None,
+            }),
+            Event::Row { id, kept, fault } => {
+                if let Some(fault) = &fault {
+                    self.count(Some((id.clone(), fault.message.clone())));
+                } else if self.open.iter().all(|part| part.unanswered == 0) {
+                    // Nobody was silent before there was something to say.
+                    self.last_answer = Instant::now();
+                }
+                let part = self.open.back_mut();
+                let part = part.context("a row comes after a beginning")?;
+                part.unanswered += usize::from(fault.is_none());
+                part.rows.push(OpenRow {
+                    id,
+                    kept,
+                    outcome: fault.map(Err),
+                });
+            }
+            Event::End(end) => {
+                let part = self
+                    .open
+                    .back_mut()
+                    .context("ends come after a beginning")?;
+                part.end = Some(end);
+            }
+            Event::AllRead => self.all_read = true,
+            Event::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, done: Done) -> anyhow::Result<()> {
+        self.last_answer = Instant::now();
+        let part = (done.id >> ROW_BITS).checked_sub(self.first);
+        let part = part.and_then(|place| self.open.get_mut(usize::try_from(place).ok()?));
+        let part = part.context("an answer for a part that is closed")?;
+        let row = usize::try_from(done.id & u64::from(u32::MAX))?;
+        let row = part.rows.get_mut(row).context("an answer for no row")?;
+        anyhow::ensure!(row.outcome.is_none(), "{} was answered twice", row.id);
+        let failed = done.outcome.as_ref().err();
+        let failed = failed.map(|fault| (row.id.clone(), fault.message.clone()));
+        row.outcome = Some(done.outcome);
+        part.unanswered -= 1;
+        self.count(failed);
+        Ok(())
+    }
+
+    /// Counts an outcome; of one that failed with its id and why.
+    fn count(&mut self, failed: Option<(String, String)>) {
+        self.counts.images.fetch_add(1, Ordering::Relaxed);
+        if failed.is_some() {
+            self.counts.errors.fetch_add(1, Ordering::Relaxed);
+            self.last_error = failed;
+        }
+    }
+
+    /// Hands on what is whole, from the first on.
+    fn close_parts(&mut self) -> anyhow::Result<()> {
+        while let Some(part) = self.open.front()
+            && part.unanswered == 0
+            && let Some(end) = part.end
+        {
+            let Some(part) = self.open.pop_front() else {
+                break;
+            };
+            self.first += 1;
+            let rows = part.rows.into_iter().map(|row| {
+                Some(Row {
+                    id: row.id,
+                    kept: row.kept,
+                    outcome: row.outcome?,
+                })
+            });
+            let rows: Option<Vec<Row>> = rows.collect();
+            let whole = WholePart {
+                id: part.id,
+                rows: rows.context("a row without an outcome")?,
+                next: end.next,
+                _permit: part.permit,
+            };
+            if self.writer.try_send(whole).is_err() {
+                // Its error is what ends the job.
+                anyhow::bail!("the writer has ended");
+            }
+        }
+        Ok(())
+    }
+
+    fn stands_still(&self, after: Duration, troubles: &[String]) -> Result<(), Stopped> {
+        let waiting = self.open.iter().any(|part| part.unanswered > 0);
+        if !waiting || self.last_answer.elapsed() < after {
+            return Ok(());
+        }
+        Err(Stopped::Standstill {
+            after,
+            troubles: troubles.join("; "),
+        })
+    }
+}
+
+/// Makes files of parts, and records them.
+struct Writer {
+    sink: Sink,
+    shape: Shape,
+}
+
+impl Writer {
+    async fn run(self, mut parts: mpsc::Receiver<WholePart>) -> anyhow::Result<()> {
+        while let Some(part) = parts.recv().await {
+            self.write(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn write(&self, part: WholePart) -> anyhow::Result<()> {
+        let images = part.rows.len() as u64;
+        let errors = part.rows.iter().filter(|row| row.outcome.is_err()).count() as u64;
+        let (id, shape) = (part.id, self.shape.clone());
+        let encode = move || {
+            let files = table::files(id, part.rows, &shape)?;
+            let digested = files.into_iter().map(|(name, content)| {
+                let sha256 = hex(&Sha256::digest(&content));
+                (name, sha256, content)
+            });
+            Ok::<_, anyhow::Error>(digested.collect::<Vec<_>>())
+        };
+        let mut files = Vec::new();
+        for (name, sha256, content) in tokio::task::spawn_blocking(encode)
+            .await
+            .map_err(|error| panicked("the writer of a part", error))??
+        {
+            let bytes = content.len() as u64;
+            self.sink.write(&name, content).await?;
+            files.push(File {
+                name,
+                bytes,
+                sha256,
+            });
+        }
+        let record = Record {
+            id,
+            images,
+            errors,
+            next: part.next,
+            files,
+        };
+        record.write(&self.sink).await
+    }
+}

@@ -1,0 +1,510 @@
+//! From what the command line names to shards, in an order that is the same
+//! every time.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::input::{Listing, Row};
+use super::location::{Entry, Location, Stores, expand, fault};
+use crate::client::pool::Fault;
+use crate::files::hex;
+use crate::files::{IMAGES, Trouble};
+
+/// A list of files is read whole; more lines are more memory than a job should
+/// take, and a folder or Parquet does as well.
+const LIST_BYTES_MAX: u64 = 4 << 30;
+/// Columns of a CSV that may hold the paths.
+const PATH_COLUMNS: [&str; 7] = [
+    "path",
+    "image",
+    "file",
+    "filename",
+    "file_name",
+    "image_path",
+    "url",
+];
+
+/// Something that is read from one end to the other by one job.
+#[derive(Debug, Clone)]
+pub(super) struct Shard {
+    /// For people and for the error file.
+    pub(super) name: String,
+    /// How much it is beside the others.
+    pub(super) bytes: u64,
+    pub(super) kind: Kind,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Kind {
+    /// A run of files: as many as one part of the output has.
+    Files {
+        listing: Arc<Listing>,
+        range: Range<usize>,
+    },
+    WebDataset(Location),
+    Parquet(Location),
+    Arrow(Location),
+    /// It lies in a folder of shards and cannot be read: one error for all that
+    /// it may hold.
+    Lost(Fault),
+}
+
+/// What the manifest remembers of an input, so that a change shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Fact {
+    pub(super) name: String,
+    pub(super) kind: String,
+    /// Files of a folder, lines of a list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) items: Option<u64>,
+    pub(super) bytes: u64,
+    /// An entity tag, a time of change, or a digest over those of many files.
+    pub(super) version: String,
+}
+
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) shards: Vec<Shard>,
+    pub(super) facts: Vec<Fact>,
+}
+
+/// How inputs are to be read.
+pub(super) struct Options<'a> {
+    pub(super) part_items: usize,
+    pub(super) keep: &'a [String],
+    pub(super) image_column: Option<&'a str>,
+    /// Where the output goes, which must not become input.
+    pub(super) output: &'a str,
+}
+
+/// Looks at all inputs.
+///
+/// # Errors
+///
+/// When one is missing or is nothing that can be read; it is named.
+pub(super) async fn plan(
+    inputs: &[String],
+    stores: &Arc<Stores>,
+    options: &Options<'_>,
+) -> anyhow::Result<Plan> {
+    let mut plan = Plan {
+        shards: Vec::new(),
+        facts: Vec::new(),
+    };
+    for input in inputs {
+        for name in expand(input)? {
+            let location = stores.locate(&name)?;
+            match location.stat().await? {
+                Some(entry) => plan.file(&location, &entry, stores, options).await?,
+                None => match location.trouble()? {
+                    None | Some(Trouble::Folder) => plan.folder(&location, options).await?,
+                    Some(trouble) => anyhow::bail!("{location}: {trouble}"),
+                },
+            }
+        }
+    }
+    anyhow::ensure!(
+        !plan.shards.is_empty(),
+        "the inputs have no images: {}",
+        inputs.join(" ")
+    );
+    Ok(plan)
+}
+
+fn extension(name: &str) -> String {
+    let extension = name.rsplit_once('.').map_or("", |(_, last)| last);
+    extension.to_ascii_lowercase()
+}
+
+impl Plan {
+    async fn file(
+        &mut self,
+        location: &Location,
+        entry: &Entry,
+        stores: &Arc<Stores>,
+        options: &Options<'_>,
+    ) -> anyhow::Result<()> {
+        let extension = extension(&entry.name);
+        if let Some(kind) = shard_kind(&extension, location) {
+            // Whoever names a shard wants it, and not an error in its place.
+            if let Some(trouble) = location.trouble()? {
+                anyhow::bail!("{location}: {trouble}");
+            }
+            self.shard(location, entry, &extension, kind);
+            return Ok(());
+        }
+        let rows = match extension.as_str() {
+            "csv" => {
+                let text = &list(location).await?;
+                csv_rows(text, options).with_context(|| location.to_string())?
+            }
+            "txt" | "lst" | "list" => {
+                anyhow::ensure!(
+                    options.keep.is_empty(),
+                    "--keep: {location} is a list of names alone; give a CSV with columns"
+                );
+                lines(&list(location).await?)
+            }
+            _ => anyhow::bail!(
+                "{location} is nothing that can be read: give a folder, .tar, .parquet, .arrow, \
+                 or a list of images in .txt or .csv"
+            ),
+        };
+        self.facts.push(Fact {
+            name: location.to_string(),
+            kind: "list".to_owned(),
+            items: Some(rows.len() as u64),
+            bytes: entry.bytes,
+            version: entry.version.clone(),
+        });
+        let n_rows = rows.len();
+        let listing = Arc::new(Listing::List {
+            stores: Arc::clone(stores),
+            base: location.parent(),
+            rows,
+        });
+        // How large the files are is not known: each counts as one.
+        self.files(&listing, n_rows, location, options, |range| {
+            range.len() as u64
+        });
+        Ok(())
+    }
+
+    async fn folder(&mut self, folder: &Location, options: &Options<'_>) -> anyhow::Result<()> {
+        let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
+        anyhow::ensure!(
+            !inside.starts_with(&outside),
+            "--output {} lies in {folder}, which is read: the next run would find it there; write \
+             elsewhere",
+            options.output
+        );
+        let mut by_kind: BTreeMap<&str, Vec<Entry>> = BTreeMap::new();
+        let mut may_be_folders = Vec::new();
+        for entry in folder.list().await? {
+            if entry.may_be_folder {
+                may_be_folders.push(entry);
+                continue;
+            }
+            let extension = extension(&entry.name);
+            let kind = match extension.as_str() {
+                "tar" => "tar",
+                "parquet" => "parquet",
+                "arrow" | "feather" | "ipc" => "arrow",
+                other if IMAGES.contains(&other) => "image",
+                _ => continue,
+            };
+            by_kind.entry(kind).or_default().push(entry);
+        }
+        let kinds: Vec<&str> = by_kind.keys().copied().collect();
+        anyhow::ensure!(
+            kinds.len() <= 1,
+            "{folder} holds files of several kinds ({}); name those to read",
+            kinds.join(", ")
+        );
+        let Some((kind, mut entries)) = by_kind.pop_first() else {
+            if matches!(folder, Location::Local(_)) {
+                anyhow::bail!("{folder} is a folder without images or shards");
+            }
+            anyhow::bail!("{folder}: there is no such file, and no folder with images or shards");
+        };
+        if !may_be_folders.is_empty() {
+            entries.append(&mut may_be_folders);
+            entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        }
+        if kind != "image" {
+            return self.shards(folder, &entries);
+        }
+        anyhow::ensure!(
+            options.keep.is_empty(),
+            "--keep: {folder} is a folder of images, which has no columns"
+        );
+        let mut digest = Sha256::new();
+        for entry in &entries {
+            digest.update(format!(
+                "{}\0{}\0{}\n",
+                entry.name, entry.bytes, entry.version
+            ));
+        }
+        self.facts.push(Fact {
+            name: folder.to_string(),
+            kind: "folder".to_owned(),
+            items: Some(entries.len() as u64),
+            bytes: entries.iter().map(|entry| entry.bytes).sum(),
+            version: format!("sha256:{}", hex(&digest.finalize())),
+        });
+        let n_entries = entries.len();
+        let listing = Arc::new(Listing::Tree {
+            base: folder.clone(),
+            entries,
+        });
+        let counted = Arc::clone(&listing);
+        self.files(
+            &listing,
+            n_entries,
+            folder,
+            options,
+            |range| match counted.as_ref() {
+                Listing::Tree { entries, .. } => entries[range].iter().map(|e| e.bytes).sum(),
+                Listing::List { .. } => 0,
+            },
+        );
+        Ok(())
+    }
+
+    /// Shards of a folder; of one that cannot be read there is an error.
+    fn shards(&mut self, folder: &Location, entries: &[Entry]) -> anyhow::Result<()> {
+        for entry in entries {
+            let location = folder.join(&entry.name);
+            let extension = extension(&entry.name);
+            let trouble = match &entry.trouble {
+                Some(trouble) => Some(trouble.clone()),
+                None => location.trouble()?.as_ref().map(fault),
+            };
+            let kind = match trouble {
+                Some(fault) => Some(Kind::Lost(Fault {
+                    message: format!("nothing of the file is read: {}", fault.message),
+                    ..fault
+                })),
+                None => shard_kind(&extension, &location),
+            };
+            if let Some(kind) = kind {
+                self.shard(&location, entry, &extension, kind);
+            }
+        }
+        Ok(())
+    }
+
+    fn shard(&mut self, location: &Location, entry: &Entry, kind_name: &str, kind: Kind) {
+        self.facts.push(Fact {
+            name: location.to_string(),
+            kind: kind_name.to_owned(),
+            items: None,
+            bytes: entry.bytes,
+            version: entry.version.clone(),
+        });
+        self.shards.push(Shard {
+            name: location.to_string(),
+            bytes: entry.bytes,
+            kind,
+        });
+    }
+
+    /// Files are cut into shards of one part each, so that several jobs can
+    /// share them.
+    fn files(
+        &mut self,
+        listing: &Arc<Listing>,
+        length: usize,
+        of: &Location,
+        options: &Options<'_>,
+        bytes: impl Fn(Range<usize>) -> u64,
+    ) {
+        for start in (0..length).step_by(options.part_items) {
+            let range = start..(start + options.part_items).min(length);
+            self.shards.push(Shard {
+                name: format!("{of} [{}..{}]", range.start, range.end),
+                bytes: bytes(range.clone()),
+                kind: Kind::Files {
+                    listing: Arc::clone(listing),
+                    range,
+                },
+            });
+        }
+    }
+}
+
+fn shard_kind(extension: &str, location: &Location) -> Option<Kind> {
+    let location = location.clone();
+    match extension {
+        "tar" => Some(Kind::WebDataset(location)),
+        "parquet" => Some(Kind::Parquet(location)),
+        "arrow" | "feather" | "ipc" => Some(Kind::Arrow(location)),
+        _ => None,
+    }
+}
+
+async fn list(location: &Location) -> anyhow::Result<Bytes> {
+    let content = location.read(LIST_BYTES_MAX).await;
+    content
+        .with_context(|| location.to_string())?
+        .with_context(|| format!("{location} is over {LIST_BYTES_MAX} bytes; split it"))
+}
+
+/// What some editors begin a text with.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+fn lines(text: &[u8]) -> Vec<Row> {
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
+    let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
+    lines
+        .filter(|line| !line.is_empty())
+        .map(|line| row(line, std::iter::empty()))
+        .collect()
+}
+
+/// A line, of which one that is no text is an error.
+fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> Row {
+    let mut is_text = true;
+    let mut text = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        is_text &= matches!(text, Cow::Borrowed(_));
+        text.into_owned()
+    };
+    let (name, kept) = (text(name), kept.map(&mut text).collect());
+    let fault = || Fault::invalid("its line is not UTF-8; write the list in UTF-8".to_owned());
+    Row {
+        name,
+        kept,
+        trouble: (!is_text).then(fault),
+    }
+}
+
+fn csv_rows(text: &[u8], options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
+    let mut reader = csv::Reader::from_reader(text);
+    let header = reader.headers()?.clone();
+    let names = || header.iter().collect::<Vec<_>>().join(", ");
+    let place = |name: &str| header.iter().position(|column| column == name);
+    let path = match options.image_column {
+        Some(name) => place(name).with_context(|| {
+            format!(
+                "--image-column {name}: there is no such column; there are {}",
+                names()
+            )
+        })?,
+        None => PATH_COLUMNS
+            .iter()
+            .find_map(|name| place(name))
+            .with_context(|| {
+                format!(
+                    "which column has the paths? there are {}; say it with --image-column",
+                    names()
+                )
+            })?,
+    };
+    let keep = options.keep.iter().map(|name| {
+        place(name).with_context(|| {
+            format!(
+                "--keep {name}: there is no such column; there are {}",
+                names()
+            )
+        })
+    });
+    let keep = keep.collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rows = Vec::new();
+    for record in reader.byte_records() {
+        let record = record?;
+        let field = |place| record.get(place).unwrap_or_default();
+        rows.push(row(field(path), keep.iter().map(|&place| field(place))));
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn planned(inputs: &[String], keep: &[String]) -> anyhow::Result<Plan> {
+        let options = Options {
+            part_items: 2,
+            keep,
+            image_column: None,
+            output: "/output",
+        };
+        plan(inputs, &Arc::default(), &options).await
+    }
+
+    #[tokio::test]
+    async fn what_an_input_is_shows_by_its_name_and_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, content: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, content).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        for name in ["tree/a/1.png", "tree/b/2.JPG", "tree/3.png", "tree/x.txt"] {
+            write(name, "x");
+        }
+        write("shards/00.tar", "x");
+        write("shards/01.tar", "x");
+        write("mixed/00.tar", "x");
+        write("mixed/0.png", "x");
+        let folder = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let shards = |plan: &Plan| {
+            let last = |shard: &Shard| shard.name.rsplit('/').next().unwrap().to_owned();
+            plan.shards.iter().map(last).collect::<Vec<_>>().join("; ")
+        };
+
+        let tree = planned(&[folder("tree")], &[]).await.unwrap();
+        assert_eq!(shards(&tree), "tree [0..2]; tree [2..3]");
+        assert_eq!(tree.facts[0].items, Some(3));
+        write("tree/3.png", "xy");
+        let changed = planned(&[folder("tree")], &[]).await.unwrap();
+        assert_ne!(changed.facts, tree.facts);
+
+        let tars = planned(&[folder("shards/{00..01}.tar")], &[])
+            .await
+            .unwrap();
+        assert_eq!(shards(&tars), "00.tar; 01.tar");
+        let tars = planned(&[folder("shards")], &[]).await.unwrap();
+        assert_eq!(shards(&tars), "00.tar; 01.tar");
+
+        let list = write("l.csv", "label,path\n1,a.png\n2,\"b,c.png\"\n3,d.png\n");
+        let list = planned(&[list], &["label".to_owned()]).await.unwrap();
+        assert_eq!(shards(&list), "l.csv [0..2]; l.csv [2..3]");
+
+        let refused = async |input: String, keep: &[String], why: &str| {
+            let error = planned(&[input], keep).await.unwrap_err();
+            assert!(format!("{error:#}").contains(why), "{error:#}");
+        };
+        refused(folder("mixed"), &[], "several kinds (image, tar)").await;
+        refused(folder("nowhere"), &[], "there is no such file").await;
+        std::os::unix::fs::symlink("gone", dir.path().join("link")).unwrap();
+        refused(folder("link"), &[], "it is a link that leads nowhere").await;
+        let pipe = folder("pipe.txt");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        refused(pipe, &[], "it is neither a file nor a folder").await;
+        refused(String::new(), &[], "'' is no path").await;
+        std::fs::create_dir(dir.path().join("empty")).unwrap();
+        refused(folder("empty"), &[], "a folder without images").await;
+        refused(write("a.zip", "x"), &[], "nothing that can be read").await;
+        refused(folder("tree"), &["label".to_owned()], "has no columns").await;
+        refused(
+            write("m.csv", "a,b\n1,2\n"),
+            &[],
+            "which column has the paths",
+        )
+        .await;
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_is_a_row_with_its_trouble() {
+        let of = |rows: &[Row]| -> Vec<(String, bool)> {
+            let one = |row: &Row| (row.name.clone(), row.trouble.is_some());
+            rows.iter().map(one).collect()
+        };
+        let list = lines(b"\xef\xbb\xbfa.png\r\n\n b\xff.png\nc.png");
+        let expected = [("a.png", false), ("b\u{fffd}.png", true), ("c.png", false)];
+        let expected = expected.map(|(name, is_bad)| (name.to_owned(), is_bad));
+        assert_eq!(of(&list), expected);
+        let options = Options {
+            part_items: 2,
+            keep: &["label".to_owned()],
+            image_column: None,
+            output: "/output",
+        };
+        let table = b"path,label\na.png,x\nb\xff.png,y\nc.png,\xff\n";
+        let rows = csv_rows(table, &options).unwrap();
+        assert_eq!(rows[1].kept, ["y"]);
+        let is_bad: Vec<bool> = of(&rows).into_iter().map(|(_, is_bad)| is_bad).collect();
+        assert_eq!(is_bad, [false, true, true]);
+    }
+}

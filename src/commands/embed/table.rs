@@ -1,0 +1,460 @@
+//! A part of the output as files: the same rows always give the same bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use arrow_array::builder::{FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder};
+use arrow_array::builder::{StringBuilder, UInt32Builder};
+use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
+use arrow_schema::{DataType, Field, FieldRef, Schema};
+use bytes::Bytes;
+use half::f16;
+use parquet::arrow::ArrowWriter;
+use parquet::basic::Compression;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
+use serde::Serialize;
+
+use super::flags::{Dtype, Format};
+use super::journal::PartId;
+use crate::client::pool::{Answer, Fault};
+use crate::proto::pb;
+
+/// The key of what a file says of itself, as JSON.
+const METADATA_KEY: &str = "imagegpt";
+/// Columns that are the table's own.
+pub(super) const OWN_COLUMNS: [&str; 9] = [
+    "id",
+    "embedding",
+    "classes",
+    "labels",
+    "scores",
+    "nats",
+    "nats_per_token",
+    "bits_per_token",
+    "complexity_bits_per_token",
+];
+
+/// What all parts have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Shape {
+    pub(super) format: Format,
+    pub(super) values: Values,
+    /// The model and the options, as JSON.
+    pub(super) metadata: String,
+}
+
+/// What is stored of each image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Values {
+    Embedding { dimension: usize, dtype: Dtype },
+    Classes,
+    Scores,
+}
+
+/// An image and what became of it.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) id: String,
+    pub(super) kept: Option<RecordBatch>,
+    pub(super) outcome: Result<Answer, Fault>,
+}
+
+/// A line of the error file.
+#[derive(Debug, Serialize)]
+struct ErrorLine<'a> {
+    id: &'a str,
+    code: &'a str,
+    message: &'a str,
+}
+
+/// Appends a line to an error file.
+pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &Fault) -> anyhow::Result<()> {
+    let line = ErrorLine {
+        id,
+        code: fault.code,
+        message: &fault.message,
+    };
+    serde_json::to_writer(&mut *errors, &line)?;
+    errors.push(b'\n');
+    Ok(())
+}
+
+/// Names and contents. Rows that failed are in the error file only; what would
+/// be empty is not written.
+pub(super) fn files(
+    id: PartId,
+    rows: Vec<Row>,
+    shape: &Shape,
+) -> anyhow::Result<Vec<(String, Bytes)>> {
+    let mut errors = Vec::new();
+    let (mut ids, mut answers, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    for row in rows {
+        match row.outcome {
+            Ok(answer) => {
+                ids.push(row.id);
+                answers.push(answer);
+                kept.extend(row.kept);
+            }
+            Err(fault) => error_line(&mut errors, &row.id, &fault)?,
+        }
+    }
+    let mut files = Vec::new();
+    if !ids.is_empty() {
+        let kept = concatenated(&kept)?;
+        match (shape.format, shape.values) {
+            (Format::Npy, Values::Embedding { dimension, dtype }) => {
+                files.push((
+                    format!("img_emb/img_emb_{id}.npy"),
+                    npy(&answers, dimension, dtype)?,
+                ));
+                let index = batch(&ids, Vec::new(), kept, &shape.metadata)?;
+                let index = parquet(&index, &shape.metadata)?;
+                files.push((format!("metadata/metadata_{id}.parquet"), index));
+            }
+            (format, values) => {
+                let table = columns(&answers, values)?;
+                let table = batch(&ids, table, kept, &shape.metadata)?;
+                files.push(match format {
+                    Format::Arrow => {
+                        let name = format!("part-{id}.arrow");
+                        (name, arrow(&table)?)
+                    }
+                    Format::Parquet | Format::Npy => {
+                        let name = format!("part-{id}.parquet");
+                        (name, parquet(&table, &shape.metadata)?)
+                    }
+                });
+            }
+        }
+    }
+    if !errors.is_empty() {
+        files.push((format!("errors/errors-{id}.jsonl"), errors.into()));
+    }
+    Ok(files)
+}
+
+fn concatenated(kept: &[RecordBatch]) -> anyhow::Result<Option<RecordBatch>> {
+    let Some(first) = kept.first() else {
+        return Ok(None);
+    };
+    let all = arrow_select::concat::concat_batches(&first.schema(), kept);
+    Ok(Some(all.context("the kept columns do not fit together")?))
+}
+
+/// A table with the id first and what is kept last.
+fn batch(
+    ids: &[String],
+    values: Vec<(FieldRef, ArrayRef)>,
+    kept: Option<RecordBatch>,
+    metadata: &str,
+) -> anyhow::Result<RecordBatch> {
+    let id = Arc::new(Field::new("id", DataType::Utf8, false));
+    let ids: ArrayRef = Arc::new(StringArray::from_iter_values(ids));
+    let (mut fields, mut columns) = (vec![id], vec![ids]);
+    for (field, column) in values {
+        fields.push(field);
+        columns.push(column);
+    }
+    if let Some(kept) = kept {
+        fields.extend(kept.schema().fields().iter().cloned());
+        columns.extend(kept.columns().iter().cloned());
+    }
+    // One key, since a map has no order that would be the same every time.
+    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata.to_owned())]);
+    let schema = Schema::new_with_metadata(fields, metadata);
+    Ok(RecordBatch::try_new(Arc::new(schema), columns)?)
+}
+
+fn columns(answers: &[Answer], values: Values) -> anyhow::Result<Vec<(FieldRef, ArrayRef)>> {
+    match values {
+        Values::Embedding { dimension, dtype } => Ok(vec![embeddings(answers, dimension, dtype)?]),
+        Values::Classes => Ok(classes(answers)),
+        Values::Scores => Ok(scores(answers)),
+    }
+}
+
+/// The bytes of a vector, if it has the length that all have.
+fn vector(answer: &Answer, dimension: usize, dtype: Dtype) -> anyhow::Result<&Bytes> {
+    let wanted = dimension * width(dtype);
+    match answer {
+        Answer::Embedding(bytes) if bytes.len() == wanted => Ok(bytes),
+        Answer::Embedding(bytes) => anyhow::bail!(
+            "a worker answered {} bytes where the model's dimension makes {wanted}",
+            bytes.len()
+        ),
+        Answer::Classes(_) | Answer::Score(_) => {
+            anyhow::bail!("a worker answered something else where a vector was asked")
+        }
+    }
+}
+
+fn width(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::F16 => 2,
+    }
+}
+
+fn embeddings(
+    answers: &[Answer],
+    dimension: usize,
+    dtype: Dtype,
+) -> anyhow::Result<(FieldRef, ArrayRef)> {
+    let length = i32::try_from(dimension).context("the model's dimension")?;
+    let n_values = answers.len() * dimension;
+    let (kind, column): (DataType, ArrayRef) = match dtype {
+        Dtype::F32 => {
+            let mut builder =
+                FixedSizeListBuilder::new(Float32Builder::with_capacity(n_values), length)
+                    .with_field(Field::new("item", DataType::Float32, false));
+            for answer in answers {
+                for bytes in vector(answer, dimension, dtype)?.chunks_exact(4) {
+                    let value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    builder.values().append_value(value);
+                }
+                builder.append(true);
+            }
+            (DataType::Float32, Arc::new(builder.finish()))
+        }
+        Dtype::F16 => {
+            let mut builder =
+                FixedSizeListBuilder::new(Float16Builder::with_capacity(n_values), length)
+                    .with_field(Field::new("item", DataType::Float16, false));
+            for answer in answers {
+                for bytes in vector(answer, dimension, dtype)?.chunks_exact(2) {
+                    let value = f16::from_le_bytes([bytes[0], bytes[1]]);
+                    builder.values().append_value(value);
+                }
+                builder.append(true);
+            }
+            (DataType::Float16, Arc::new(builder.finish()))
+        }
+    };
+    let kind = DataType::FixedSizeList(Arc::new(Field::new("item", kind, false)), length);
+    Ok((Arc::new(Field::new("embedding", kind, false)), column))
+}
+
+/// Best first, in three lists of one length.
+fn classes(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
+    let item = |kind| Arc::new(Field::new("item", kind, false));
+    let mut indexes = ListBuilder::new(UInt32Builder::new()).with_field(item(DataType::UInt32));
+    let mut labels = ListBuilder::new(StringBuilder::new()).with_field(item(DataType::Utf8));
+    let mut scores = ListBuilder::new(Float32Builder::new()).with_field(item(DataType::Float32));
+    for answer in answers {
+        if let Answer::Classes(found) = answer {
+            for class in found {
+                indexes.values().append_value(class.index);
+                labels.values().append_value(&class.label);
+                scores.values().append_value(class.score);
+            }
+        }
+        indexes.append(true);
+        labels.append(true);
+        scores.append(true);
+    }
+    let field = |name: &str, kind| {
+        let kind = DataType::List(item(kind));
+        Arc::new(Field::new(name, kind, false))
+    };
+    vec![
+        (
+            field("classes", DataType::UInt32),
+            Arc::new(indexes.finish()) as ArrayRef,
+        ),
+        (
+            field("labels", DataType::Utf8),
+            Arc::new(labels.finish()) as ArrayRef,
+        ),
+        (
+            field("scores", DataType::Float32),
+            Arc::new(scores.finish()) as ArrayRef,
+        ),
+    ]
+}
+
+/// The likelihood, and how far the tokens compress without the model.
+fn scores(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
+    let column = |name: &str, number: fn(&pb::Score) -> f64| {
+        let numbers = answers.iter().map(|answer| match answer {
+            Answer::Score(score) => number(score),
+            _ => f64::NAN,
+        });
+        let field = Arc::new(Field::new(name, DataType::Float64, false));
+        let column: ArrayRef = Arc::new(Float64Array::from_iter_values(numbers));
+        (field, column)
+    };
+    vec![
+        column("nats", |score| score.nats),
+        column("nats_per_token", |score| score.nats_per_token),
+        column("bits_per_token", |score| score.bits_per_token),
+        column("complexity_bits_per_token", |score| {
+            score.complexity_bits_per_token.unwrap_or(f64::NAN)
+        }),
+    ]
+}
+
+fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
+    // Numbers of a vector neither repeat nor compress, and nobody asks for the
+    // largest.
+    let vectors = ColumnPath::from(vec![
+        "embedding".to_owned(),
+        "list".to_owned(),
+        "item".to_owned(),
+    ]);
+    // Readers that know Arrow's schema look there; the others look here.
+    let about = KeyValue::new(METADATA_KEY.to_owned(), metadata.to_owned());
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::SNAPPY)
+        .set_column_compression(vectors.clone(), Compression::UNCOMPRESSED)
+        .set_column_dictionary_enabled(vectors.clone(), false)
+        .set_column_statistics_enabled(vectors, EnabledStatistics::None)
+        .set_key_value_metadata(Some(vec![about]))
+        .build();
+    let mut writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties))?;
+    writer.write(table)?;
+    Ok(writer.into_inner()?.into())
+}
+
+fn arrow(table: &RecordBatch) -> anyhow::Result<Bytes> {
+    let mut writer = arrow_ipc::writer::FileWriter::try_new(Vec::new(), &table.schema())?;
+    writer.write(table)?;
+    writer.finish()?;
+    Ok(writer.into_inner()?.into())
+}
+
+/// Version 1.0 of NumPy's format.
+fn npy(answers: &[Answer], dimension: usize, dtype: Dtype) -> anyhow::Result<Bytes> {
+    const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
+    /// What the header's length is a multiple of, so that the numbers are
+    /// aligned in memory.
+    const ALIGNMENT: usize = 64;
+    let kind = match dtype {
+        Dtype::F32 => "<f4",
+        Dtype::F16 => "<f2",
+    };
+    let rows = answers.len();
+    let mut header =
+        format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({rows}, {dimension}), }}");
+    let before = MAGIC.len() + 2;
+    let padded = (before + header.len() + 1).next_multiple_of(ALIGNMENT) - before;
+    header.push_str(&" ".repeat(padded - header.len() - 1));
+    header.push('\n');
+    let mut file = Vec::with_capacity(before + padded + rows * dimension * width(dtype));
+    file.extend_from_slice(MAGIC);
+    file.extend_from_slice(&u16::try_from(padded)?.to_le_bytes());
+    file.extend_from_slice(header.as_bytes());
+    for answer in answers {
+        file.extend_from_slice(vector(answer, dimension, dtype)?);
+    }
+    Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_array::Int64Array;
+    use arrow_array::cast::AsArray as _;
+    use arrow_array::types::{Float32Type, Int64Type};
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+    use super::*;
+
+    fn rows() -> Vec<Row> {
+        let kept = |n: i64| {
+            let column: ArrayRef = Arc::new(Int64Array::from(vec![n]));
+            Some(RecordBatch::try_from_iter([("label", column)]).unwrap())
+        };
+        let vector = |values: [f32; 2]| {
+            let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+            Ok(Answer::Embedding(bytes.collect::<Vec<u8>>().into()))
+        };
+        let row = |id: &str, n, outcome| Row {
+            id: id.to_owned(),
+            kept: kept(n),
+            outcome,
+        };
+        vec![
+            row("a", 1, vector([1.0, 2.0])),
+            row("b", 2, Err(Fault::invalid("image: no".to_owned()))),
+            row("c", 3, vector([3.0, 4.0])),
+        ]
+    }
+
+    fn made(format: Format) -> Vec<(String, Bytes)> {
+        let shape = Shape {
+            format,
+            values: Values::Embedding {
+                dimension: 2,
+                dtype: Dtype::F32,
+            },
+            metadata: r#"{"digest":"x"}"#.to_owned(),
+        };
+        let id = PartId { shard: 3, part: 1 };
+        let files_made = files(id, rows(), &shape).unwrap();
+        assert_eq!(files_made, files(id, rows(), &shape).unwrap());
+        files_made
+    }
+
+    #[test]
+    fn good_rows_are_in_the_table_and_bad_ones_in_the_error_file() {
+        let files = made(Format::Parquet);
+        assert_eq!(files[0].0, "part-00003-00001.parquet");
+        let reader = ParquetRecordBatchReaderBuilder::try_new(files[0].1.clone()).unwrap();
+        let about = reader
+            .metadata()
+            .file_metadata()
+            .key_value_metadata()
+            .unwrap();
+        assert!(about.iter().any(|pair| pair.key == METADATA_KEY));
+        let table = reader.build().unwrap().next().unwrap().unwrap();
+        assert_eq!(table.column(0).as_string::<i32>().value(1), "c");
+        let vectors = table.column(1).as_fixed_size_list();
+        let second = vectors.value(1);
+        assert_eq!(
+            second.as_primitive::<Float32Type>().values()[..],
+            [3.0, 4.0]
+        );
+        assert_eq!(
+            table.column(2).as_primitive::<Int64Type>().values()[..],
+            [1, 3]
+        );
+        assert_eq!(files[1].0, "errors/errors-00003-00001.jsonl");
+        assert_eq!(
+            files[1].1,
+            "{\"id\":\"b\",\"code\":\"INVALID_ARGUMENT\",\"message\":\"image: no\"}\n"
+        );
+    }
+
+    #[test]
+    fn arrow_has_the_same_table() {
+        let files = made(Format::Arrow);
+        let content = std::io::Cursor::new(files[0].1.clone());
+        let mut reader = arrow_ipc::reader::FileReader::try_new(content, None).unwrap();
+        assert!(reader.schema().metadata().contains_key(METADATA_KEY));
+        assert_eq!(reader.next().unwrap().unwrap().num_rows(), 2);
+    }
+
+    #[test]
+    fn numpy_has_a_header_of_64_bytes_and_an_index_beside_it() {
+        let files = made(Format::Npy);
+        let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(
+            names,
+            [
+                "img_emb/img_emb_00003-00001.npy",
+                "metadata/metadata_00003-00001.parquet",
+                "errors/errors-00003-00001.jsonl"
+            ]
+        );
+        let npy = &files[0].1;
+        assert_eq!(npy.len(), 128 + 16);
+        assert_eq!(usize::from(u16::from_le_bytes([npy[8], npy[9]])) + 10, 128);
+        assert!(
+            npy[10..].starts_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2), }")
+        );
+        assert_eq!(npy[127], b'\n');
+        assert_eq!(npy[140..], 4.0_f32.to_le_bytes());
+    }
+}

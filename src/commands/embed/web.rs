@@ -1,0 +1,747 @@
+//! Images that a list names by URL. What a server does with one is that image's
+//! outcome: of a million addresses some are gone, and their job goes on.
+//!
+//! What may pass (a server that is busy, away or slow) is asked again for a
+//! while; what will not (an address that is gone or forbidden, a host that nobody
+//! knows) is an error at once.
+
+use std::error::Error as _;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use hyper_util::client::proxy::matcher::Matcher;
+use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::{Client, Response, StatusCode, Url, redirect};
+use tokio::time::Instant;
+
+use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
+use crate::client::pool::Fault;
+
+/// Rests between attempts: the first, and what they double up to.
+const REST_MIN: Duration = Duration::from_millis(500);
+const REST_MAX: Duration = Duration::from_secs(10);
+/// The longest rest that a server may ask for: as long as `--url-patience` can
+/// be, so that more is only another way to say never.
+const RETRY_AFTER_MAX: Duration = Duration::from_hours(24);
+/// Redirects of one address, as browsers and curl bound them; more lead in a
+/// circle.
+const REDIRECTS_MAX: usize = 10;
+/// Some servers answer nobody who does not say who they are.
+const USER_AGENT: &str = concat!("imagegpt/", env!("CARGO_PKG_VERSION"));
+
+/// What is at an address.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Image(Bytes),
+    /// So many bytes or more, which is over the limit.
+    TooLarge(u64),
+}
+
+/// What keeps an image from being read.
+#[derive(Debug, PartialEq, Eq)]
+enum Failure {
+    Lasting(Fault),
+    /// And the rest that the server asks for.
+    Passing(Fault, Option<Duration>),
+}
+
+/// Trust in a list.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct WebTrust {
+    /// `--link-local-addresses`.
+    pub(super) link_local: bool,
+    /// `--public-addresses-only`.
+    pub(super) public_only: bool,
+}
+
+/// How long servers are waited for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WebTimes {
+    pub(super) connect: Duration,
+    /// For one attempt with all its redirects.
+    pub(super) request: Duration,
+}
+
+/// A client of all servers. Each rule has connections of its own: one that a
+/// list may have opened is never there for what a public address redirects to.
+#[derive(Debug)]
+pub(super) struct WebClient {
+    named: Client,
+    public: Client,
+    /// For what goes through a proxy, which looks names up itself.
+    proxied: Client,
+    proxies: Matcher,
+    book: AddressBook,
+    trust: WebTrust,
+    times: WebTimes,
+}
+
+impl WebClient {
+    /// # Errors
+    ///
+    /// When the process cannot have one.
+    pub(super) fn new(
+        trust: WebTrust,
+        times: WebTimes,
+        book: AddressBook,
+    ) -> reqwest::Result<Self> {
+        // Whichever of the two libraries of TLS comes first installs it.
+        let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+        let builder = || {
+            Client::builder()
+                .user_agent(USER_AGENT)
+                .connect_timeout(times.connect)
+                .timeout(times.request)
+                // Each step is looked at before it is taken.
+                .redirect(redirect::Policy::none())
+        };
+        let ruled = |rule| {
+            let book = book.clone();
+            let names = RuledNames { book, rule };
+            builder().no_proxy().dns_resolver(Arc::new(names)).build()
+        };
+        Ok(Self {
+            named: ruled(AddressRule::Named {
+                link_local: trust.link_local,
+            })?,
+            public: ruled(AddressRule::Public)?,
+            proxied: builder().build()?,
+            // Where reqwest looks, too.
+            proxies: Matcher::from_system(),
+            book,
+            trust,
+            times,
+        })
+    }
+
+    /// The rule for what a list names itself.
+    fn first_rule(&self) -> AddressRule {
+        if self.trust.public_only {
+            AddressRule::Public
+        } else {
+            AddressRule::Named {
+                link_local: self.trust.link_local,
+            }
+        }
+    }
+
+    fn goes_through_a_proxy(&self, url: &Url) -> bool {
+        let uri = url.as_str().parse::<http::Uri>();
+        uri.is_ok_and(|uri| self.proxies.intercept(&uri).is_some())
+    }
+
+    /// One request, to an address that the rule allows.
+    async fn ask(&self, url: &Url, rule: AddressRule) -> Result<Response, Unasked> {
+        self.book.check_literal(rule, url)?;
+        let client = if self.goes_through_a_proxy(url) {
+            &self.proxied
+        } else if rule == AddressRule::Public {
+            &self.public
+        } else {
+            &self.named
+        };
+        let response = client.get(url.clone()).send().await;
+        response.map_err(|error| {
+            let causes = std::iter::successors(error.source(), |&cause| cause.source());
+            let refused = causes.filter_map(|cause| cause.downcast_ref::<AddressRefused>());
+            match refused.copied().next() {
+                Some(refused) => Unasked::Refused(refused),
+                None => Unasked::Unanswered(error),
+            }
+        })
+    }
+
+    /// The rule for what this answer redirects to: whatever a public address,
+    /// or one that nobody knows, says is none of the list's own words.
+    fn next_rule(&self, rule: AddressRule, url: &Url, response: &Response) -> AddressRule {
+        let peer = response.remote_addr().map(|peer| peer.ip());
+        let scope = peer.map(|peer| (self.book.scope)(peer));
+        match scope {
+            Some(AddressScope::Private | AddressScope::LinkLocal)
+                if !self.goes_through_a_proxy(url) =>
+            {
+                rule
+            }
+            _ => AddressRule::Public,
+        }
+    }
+
+    /// Follows redirects to an answer that is none.
+    async fn follow(&self, first: &Url) -> Result<Response, Failure> {
+        let mut rule = self.first_rule();
+        let mut url = first.clone();
+        let mut from = None;
+        for _ in 0..=REDIRECTS_MAX {
+            let response = match self.ask(&url, rule).await {
+                Ok(response) => response,
+                Err(Unasked::Refused(refused)) => {
+                    let fault = self.fault_of_address(&url, from.as_ref(), refused);
+                    return Err(Failure::Lasting(fault));
+                }
+                Err(Unasked::Unanswered(error)) => return Err(unanswered(error)),
+            };
+            let Some(next) = redirected(&url, &response)? else {
+                return Ok(response);
+            };
+            rule = self.next_rule(rule, &url, &response);
+            from = Some(std::mem::replace(&mut url, next));
+        }
+        Err(lasting(format!(
+            "{first} redirects more than {REDIRECTS_MAX} times, at last to {url}"
+        )))
+    }
+
+    /// Why an address is not asked: by which flag, or since it was redirected to.
+    fn fault_of_address(&self, url: &Url, from: Option<&Url>, refused: AddressRefused) -> Fault {
+        let AddressRefused { address, scope } = refused;
+        let what = format!("{url} leads to {address}, a {scope} address");
+        let message = match (self.trust.public_only, from, scope) {
+            (true, ..) => format!("{what}, which --public-addresses-only refuses"),
+            (false, None, _) => format!("{what}; --link-local-addresses allows such"),
+            (false, Some(from), _) if self.book.check(self.first_rule(), address).is_err() => {
+                format!(
+                    "{what}, to which {from} redirects; --link-local-addresses allows such in a                      list and behind private addresses"
+                )
+            }
+            (false, Some(from), _) => format!(
+                "{what}, to which {from} redirects, and no public address may; name it in the                  list itself"
+            ),
+        };
+        Fault {
+            code: "FAILED_PRECONDITION",
+            message,
+        }
+    }
+}
+
+/// Why there is no answer.
+enum Unasked {
+    Refused(AddressRefused),
+    Unanswered(reqwest::Error),
+}
+
+impl From<AddressRefused> for Unasked {
+    fn from(refused: AddressRefused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+fn lasting(message: String) -> Failure {
+    Failure::Lasting(Fault {
+        code: "FAILED_PRECONDITION",
+        message,
+    })
+}
+
+/// Where an answer redirects to, if it does. From https to http is followed as
+/// well: an image is no secret, and nothing secret is sent for it.
+fn redirected(url: &Url, response: &Response) -> Result<Option<Url>, Failure> {
+    let status = response.status();
+    if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let target = response.headers().get(LOCATION);
+    let target = target.and_then(|target| std::str::from_utf8(target.as_bytes()).ok());
+    let target = target.and_then(|target| url.join(target).ok());
+    match target {
+        Some(target) if matches!(target.scheme(), "http" | "https") => Ok(Some(target)),
+        Some(target) => Err(lasting(format!(
+            "{url} redirects to {target}, which is neither http:// nor https://"
+        ))),
+        None => Err(lasting(format!(
+            "the server answered {status} and no address to go to"
+        ))),
+    }
+}
+
+/// Reads an image of `max` bytes at most; what may pass is tried again for
+/// `patience`.
+pub(super) async fn read(
+    client: &WebClient,
+    url: &Url,
+    max: u64,
+    patience: Duration,
+) -> Result<Answer, Fault> {
+    let started = Instant::now();
+    let mut rest = REST_MIN;
+    loop {
+        let (fault, asked) = match attempt(client, url, max).await {
+            Ok(answer) => return Ok(answer),
+            Err(Failure::Lasting(fault)) => return Err(fault),
+            Err(Failure::Passing(fault, asked)) => (fault, asked),
+        };
+        let wait = asked.unwrap_or_default().min(RETRY_AFTER_MAX).max(rest);
+        if started.elapsed().saturating_add(wait) > patience {
+            return Err(Fault {
+                message: format!(
+                    "{}, also when asked again for {} (--url-patience)",
+                    fault.message,
+                    humantime::format_duration(patience)
+                ),
+                ..fault
+            });
+        }
+        tokio::time::sleep(wait).await;
+        rest = (rest * 2).min(REST_MAX);
+    }
+}
+
+/// One attempt, which has its time with all redirects.
+async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<Answer, Failure> {
+    let limit = client.times.request;
+    let slow = |_| {
+        let message = format!(
+            "the server gave no answer: it took longer than {}",
+            humantime::format_duration(limit)
+        );
+        let code = "DEADLINE_EXCEEDED";
+        Failure::Passing(Fault { code, message }, None)
+    };
+    tokio::time::timeout(limit, once(client, url, max))
+        .await
+        .map_err(slow)?
+}
+
+async fn once(client: &WebClient, url: &Url, max: u64) -> Result<Answer, Failure> {
+    let mut response = client.follow(url).await?;
+    let status = response.status();
+    if !status.is_success() {
+        return Err(refused(status, response.headers(), SystemTime::now()));
+    }
+    if let Some(bytes) = response.content_length().filter(|&bytes| bytes > max) {
+        return Ok(Answer::TooLarge(bytes));
+    }
+    let mut image = BytesMut::new();
+    while let Some(chunk) = response.chunk().await.map_err(unanswered)? {
+        let bytes = (image.len() as u64).saturating_add(chunk.len() as u64);
+        if bytes > max {
+            return Ok(Answer::TooLarge(bytes));
+        }
+        image.extend_from_slice(&chunk);
+    }
+    Ok(Answer::Image(image.freeze()))
+}
+
+/// What an answer other than the image means.
+fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure {
+    let code = match status.as_u16() {
+        401 | 403 => "PERMISSION_DENIED",
+        404 | 410 => "NOT_FOUND",
+        408 | 429 | 500.. => "UNAVAILABLE",
+        _ => "FAILED_PRECONDITION",
+    };
+    let fault = Fault {
+        code,
+        message: format!("the server answered {status}"),
+    };
+    if code != "UNAVAILABLE" {
+        return Failure::Lasting(fault);
+    }
+    let asked = headers.get(RETRY_AFTER).and_then(|text| text.to_str().ok());
+    Failure::Passing(fault, asked.and_then(|text| retry_after(text, now)))
+}
+
+/// The rest that `Retry-After` asks for, in seconds or until a date. Whatever is
+/// neither asks for nothing, and no rest is longer than [`RETRY_AFTER_MAX`],
+/// however many digits it has.
+fn retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+    let text = text.trim();
+    let rest = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().map_or(Duration::MAX, Duration::from_secs)
+    } else {
+        let until = httpdate::parse_http_date(text).ok()?;
+        // One that is past asks to come back now.
+        until.duration_since(now).unwrap_or_default()
+    };
+    Some(rest.min(RETRY_AFTER_MAX))
+}
+
+/// What it means that there is no answer, or not all of it.
+fn unanswered(error: reqwest::Error) -> Failure {
+    let error = error.without_url();
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    // The system's own resolver has no kind of error for it.
+    let unresolved = causes.iter().any(|cause| {
+        cause.contains("failed to lookup address") && !cause.contains("Temporary failure")
+    });
+    let is_lasting = unresolved || error.is_redirect() || error.is_builder();
+    let code = match (unresolved, error.is_timeout()) {
+        (true, _) => "NOT_FOUND",
+        (_, true) => "DEADLINE_EXCEEDED",
+        _ if is_lasting => "FAILED_PRECONDITION",
+        _ => "UNAVAILABLE",
+    };
+    let what = causes.last().cloned();
+    let fault = Fault {
+        code,
+        message: format!(
+            "the server gave no answer: {}",
+            what.unwrap_or_else(|| error.to_string())
+        ),
+    };
+    if is_lasting {
+        Failure::Lasting(fault)
+    } else {
+        Failure::Passing(fault, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_secs(5);
+
+    /// A server that gives each connection the next of these answers.
+    async fn server(answers: &[&'static str]) -> Url {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/a.png", listener.local_addr().unwrap());
+        let answers = answers.to_vec();
+        tokio::spawn(async move {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 4096]).await.unwrap();
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        url.parse().unwrap()
+    }
+
+    async fn read_from(answers: &[&'static str], patience: Duration) -> Result<Answer, Fault> {
+        let url = server(answers).await;
+        read(&client(), &url, 4, patience).await
+    }
+
+    const TIMES: WebTimes = WebTimes {
+        connect: SHORT,
+        request: SHORT,
+    };
+
+    fn client() -> WebClient {
+        WebClient::new(WebTrust::default(), TIMES, AddressBook::default()).unwrap()
+    }
+
+    fn refusal(status: u16) -> Failure {
+        let status = StatusCode::from_u16(status).unwrap();
+        refused(status, &HeaderMap::new(), SystemTime::now())
+    }
+
+    #[test]
+    fn what_a_server_says_lasts_or_passes() {
+        let check = |status, expected: &str, lasts: bool| match refusal(status) {
+            Failure::Lasting(fault) => assert_eq!((fault.code, true), (expected, lasts)),
+            Failure::Passing(fault, _) => assert_eq!((fault.code, false), (expected, lasts)),
+        };
+        check(400, "FAILED_PRECONDITION", true);
+        check(401, "PERMISSION_DENIED", true);
+        check(403, "PERMISSION_DENIED", true);
+        check(404, "NOT_FOUND", true);
+        check(410, "NOT_FOUND", true);
+        check(451, "FAILED_PRECONDITION", true);
+        check(408, "UNAVAILABLE", false);
+        check(429, "UNAVAILABLE", false);
+        check(500, "UNAVAILABLE", false);
+        check(503, "UNAVAILABLE", false);
+        let headers = HeaderMap::from_iter([(RETRY_AFTER, "7".parse().unwrap())]);
+        let busy = StatusCode::SERVICE_UNAVAILABLE;
+        let Failure::Passing(_, asked) = refused(busy, &headers, SystemTime::now()) else {
+            panic!("a busy server may be free again");
+        };
+        assert_eq!(asked, Some(Duration::from_secs(7)));
+    }
+
+    #[test]
+    fn no_server_can_ask_for_more_than_the_longest_rest() {
+        let now = httpdate::parse_http_date("Wed, 21 Oct 2015 07:28:00 GMT").unwrap();
+        let check = |text: &str, expected| assert_eq!(retry_after(text, now), expected, "{text}");
+        let seconds = |n| Some(Duration::from_secs(n));
+        check("0", seconds(0));
+        check(" 120 ", seconds(120));
+        check("Wed, 21 Oct 2015 07:30:00 GMT", seconds(120));
+        check("Wed, 21 Oct 2015 07:00:00 GMT", seconds(0));
+        for longest in [
+            "86401",
+            "18446744073709551615",
+            "18446744073709551616",
+            &"9".repeat(400),
+            "Fri, 31 Dec 9999 23:59:59 GMT",
+        ] {
+            check(longest, Some(RETRY_AFTER_MAX));
+        }
+        for nothing in [
+            "",
+            "-1",
+            "+1",
+            "1e300",
+            "1.5",
+            "NaN",
+            "soon",
+            "Wed, 99 Oct 2015",
+        ] {
+            check(nothing, None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_rest_of_ages_is_an_error_and_no_panic() {
+        let busy = "HTTP/1.1 503 Busy\r\nretry-after: 18446744073709551615\r\n\
+                    content-length: 0\r\nconnection: close\r\n\r\n";
+        let got = read_from(&[busy], SHORT).await.unwrap_err();
+        assert_eq!(got.code, "UNAVAILABLE");
+        assert!(got.message.contains("(--url-patience)"), "{}", got.message);
+    }
+
+    #[tokio::test]
+    async fn what_passes_is_asked_again_and_what_lasts_is_not() {
+        let busy = "HTTP/1.1 503 Busy\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        let cut = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\na";
+        let image = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc";
+        let gone = "HTTP/1.1 410 Gone\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        let got = read_from(&[busy, cut, image], SHORT).await;
+        assert_eq!(got, Ok(Answer::Image(Bytes::from_static(b"abc"))));
+        let got = read_from(&[gone, image], SHORT).await.unwrap_err();
+        assert_eq!(got.message, "the server answered 410 Gone");
+        // Longer than there is patience for.
+        let got = read_from(&[busy, image], REST_MIN / 2).await.unwrap_err();
+        assert_eq!(got.code, "UNAVAILABLE");
+        assert!(got.message.contains("(--url-patience)"), "{}", got.message);
+    }
+
+    #[tokio::test]
+    async fn what_is_too_large_is_not_read_to_its_end() {
+        let long = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+        assert_eq!(read_from(&[long], SHORT).await, Ok(Answer::TooLarge(5)));
+        // Of a length that nobody says.
+        let stream = "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabcde";
+        assert_eq!(read_from(&[stream], SHORT).await, Ok(Answer::TooLarge(5)));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_may_come_and_a_host_that_nobody_knows_not() {
+        let client = Arc::new(client());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        drop(listener);
+        let failure = |url: Url| {
+            let client = Arc::clone(&client);
+            async move { attempt(&client, &url, 4).await.unwrap_err() }
+        };
+        let refused = failure(url.parse().unwrap()).await;
+        assert!(
+            matches!(
+                refused,
+                Failure::Passing(
+                    Fault {
+                        code: "UNAVAILABLE",
+                        ..
+                    },
+                    None
+                )
+            ),
+            "{refused:?}"
+        );
+        // On a machine without a name server it is one that may come, too.
+        let unknown = failure("http://nowhere.invalid/".parse().unwrap()).await;
+        assert!(
+            matches!(
+                &unknown,
+                Failure::Lasting(Fault {
+                    code: "NOT_FOUND",
+                    ..
+                }) | Failure::Passing(
+                    Fault {
+                        code: "UNAVAILABLE",
+                        ..
+                    },
+                    None
+                )
+            ),
+            "{unknown:?}"
+        );
+    }
+
+    /// A network of loopback addresses: some count as public, some as
+    /// link-local, and names are known by their address.
+    fn network() -> AddressBook {
+        use std::net::{IpAddr, SocketAddr};
+
+        struct Names;
+        impl reqwest::dns::Resolve for Names {
+            fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
+                let last = match name.as_str() {
+                    "public.test" | "rebound.test" => 2,
+                    "metadata.test" => 3,
+                    _ => 1,
+                };
+                Box::pin(async move {
+                    let socket = SocketAddr::from(([127, 0, 0, last], 0));
+                    Ok(Box::new(std::iter::once(socket)) as reqwest::dns::Addrs)
+                })
+            }
+        }
+        let scope = |address: IpAddr| match address {
+            IpAddr::V4(address) if address.octets()[3] == 2 => AddressScope::Public,
+            IpAddr::V4(address) if address.octets()[3] == 3 => AddressScope::LinkLocal,
+            _ => AddressScope::Private,
+        };
+        let names = Arc::new(Names);
+        AddressBook { names, scope }
+    }
+
+    /// Servers at all three addresses and one port: `/to/URL` redirects there
+    /// and `/code/N/URL` does so with another status; all else is an image.
+    async fn servers() -> u16 {
+        async fn serve(listener: TcpListener) {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 4096];
+                let n = stream.read(&mut request).await.unwrap();
+                let request = String::from_utf8_lossy(&request[..n]).into_owned();
+                let path = request.split(' ').nth(1).unwrap_or_default();
+                let (status, target) = match path.strip_prefix("/code/") {
+                    Some(rest) => rest.split_once('/').unwrap(),
+                    None => ("302", path.strip_prefix("/to/").unwrap_or_default()),
+                };
+                let answer = if target.is_empty() {
+                    "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n".to_owned()
+                } else {
+                    format!(
+                        "HTTP/1.1 {status} Moved\r\nlocation: {target}\r\ncontent-length: 0\r\n"
+                    )
+                };
+                let body = if target.is_empty() { "abc" } else { "" };
+                let answer = format!("{answer}connection: close\r\n\r\n{body}");
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        }
+        let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        tokio::spawn(serve(first));
+        for last in 2..=3 {
+            let listener = TcpListener::bind((std::net::Ipv4Addr::new(127, 0, 0, last), port))
+                .await
+                .unwrap();
+            tokio::spawn(serve(listener));
+        }
+        port
+    }
+
+    async fn got(trust: WebTrust, url: &str) -> Result<(), String> {
+        let client = WebClient::new(trust, TIMES, network()).unwrap();
+        match read(&client, &url.parse().unwrap(), 4, SHORT).await {
+            Ok(answer) => {
+                assert_eq!(answer, Answer::Image(Bytes::from_static(b"abc")));
+                Ok(())
+            }
+            Err(fault) => {
+                assert_eq!(fault.code, "FAILED_PRECONDITION", "{}", fault.message);
+                Err(fault.message)
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_public_address_leads_to_public_ones_only() {
+        let port = servers().await;
+        let at = |host: &str| format!("http://{host}:{port}");
+        let (public, private, metadata) = (at("public.test"), at("in.test"), at("metadata.test"));
+        let trust = WebTrust::default();
+        for allowed in [
+            format!("{public}/a"),
+            format!("{private}/a"),
+            format!("{public}/to/{public}/a"),
+            format!("{private}/to/{private}/a"),
+            format!("{private}/to/{public}/to/{public}/a"),
+            format!("{public}/to//a"),
+        ] {
+            assert_eq!(got(trust, &allowed).await, Ok(()), "{allowed}");
+        }
+        for code in [301, 302, 303, 307, 308] {
+            let url = format!("{public}/code/{code}/{private}/a");
+            let why = got(trust, &url).await.unwrap_err();
+            assert!(
+                why.starts_with(&format!(
+                    "{private}/a leads to 127.0.0.1, a private address"
+                )) && why.contains("public.test"),
+                "{why}"
+            );
+        }
+        for refused in [
+            format!("{public}/to/{}/a", at("127.0.0.1")),
+            format!("{public}/to/{}/a", at("2130706433")),
+            format!("{public}/to/{}/a", at("0x7f.1")),
+            format!("{public}/to/{}/a", at("[::1]")),
+            format!("{public}/to/{public}/to/{private}/a"),
+            format!("{private}/to/{public}/to/{private}/a"),
+            format!("{public}/to/{metadata}/a"),
+        ] {
+            let why = got(trust, &refused).await.unwrap_err();
+            assert!(why.contains("address, to which"), "{why}");
+        }
+        for (lasts, why) in [
+            (format!("{public}/to/ftp://{port}/a"), "neither http:// nor"),
+            (format!("{public}/to/http://[::/a"), "no address to go to"),
+        ] {
+            let got = got(trust, &lasts).await.unwrap_err();
+            assert!(got.contains(why), "{got}");
+        }
+    }
+
+    #[tokio::test]
+    async fn link_local_addresses_and_private_ones_have_a_flag_each() {
+        let port = servers().await;
+        let at = |host: &str| format!("http://{host}:{port}");
+        let (public, private, metadata) = (at("public.test"), at("in.test"), at("metadata.test"));
+        let trust = WebTrust::default();
+        for refused in [
+            format!("{metadata}/a"),
+            format!("{}/a", at("127.0.0.3")),
+            format!("{private}/to/{metadata}/a"),
+        ] {
+            let why = got(trust, &refused).await.unwrap_err();
+            assert!(
+                why.contains("leads to 127.0.0.3, a link-local address")
+                    && why.contains("--link-local-addresses"),
+                "{why}"
+            );
+        }
+        let asked_for = WebTrust {
+            link_local: true,
+            ..trust
+        };
+        assert_eq!(got(asked_for, &format!("{metadata}/a")).await, Ok(()));
+        let inside = format!("{private}/to/{metadata}/a");
+        assert_eq!(got(asked_for, &inside).await, Ok(()));
+        let outside = format!("{public}/to/{metadata}/a");
+        assert!(got(asked_for, &outside).await.is_err());
+        let distrusted = WebTrust {
+            public_only: true,
+            ..trust
+        };
+        assert_eq!(got(distrusted, &format!("{public}/a")).await, Ok(()));
+        for refused in [private, metadata, at("127.0.0.1")] {
+            let why = got(distrusted, &refused).await.unwrap_err();
+            assert!(
+                why.contains("which --public-addresses-only refuses"),
+                "{why}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn redirects_end() {
+        let to_itself = "HTTP/1.1 302 Found\r\nlocation: /a.png\r\n\
+                         content-length: 0\r\nconnection: close\r\n\r\n";
+        let got = read_from(&[to_itself; 12], SHORT).await.unwrap_err();
+        assert!(
+            got.message.contains("redirects more than 10 times"),
+            "{}",
+            got.message
+        );
+    }
+}

@@ -1,0 +1,329 @@
+//! From one image in any of its three forms to the color tokens that the model
+//! sees.
+//!
+//! Promises: the tokens of losslessly stored images equal, bit for bit, those
+//! of Hugging Face's Pillow-based processor (`tests/golden`); an image over a
+//! limit is refused by its header, before its pixels are decoded; memory stays
+//! within [`ImageLimits::decode_bytes_max`], give or take a few MiB; a decoder
+//! that panics harms only its own image.
+//!
+//! Does not: read files, start threads, know of requests or record metrics. The
+//! functions are pure, so the caller chooses where they run and what is timed.
+//! [`decode`](decode::decode), [`resize`](resize::resize) and [`Quantizer`] also
+//! stand alone.
+
+use self::cost::DecodeCost;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+pub mod budget;
+pub(crate) mod cost;
+pub mod decode;
+mod error;
+pub mod quantize;
+pub mod render;
+pub mod resize;
+
+pub use self::budget::DecodeBudget;
+pub use self::decode::Format;
+pub use self::error::PreprocessError;
+pub use self::quantize::{Palette, PaletteError, Quantizer};
+
+/// One image, as the caller sent it.
+#[derive(Clone, Debug)]
+pub enum ImageInput {
+    /// A whole image file.
+    Encoded(Bytes),
+    /// Rows from top to bottom, 3 bytes a pixel.
+    Rgb8 {
+        width: u32,
+        height: u32,
+        pixels: Bytes,
+    },
+    /// Tokens made before with the same palette.
+    Tokens(Vec<u32>),
+    /// The first tokens of an image, less than all of them.
+    Prefix(Vec<u32>),
+}
+
+/// How an image that is not square becomes square.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Fit {
+    /// Straight to the model's side, whatever the aspect ratio.
+    #[default]
+    Squash,
+    /// The shorter side to 7 times the model's side, the center square of that,
+    /// then down to the side: the paper's evaluation (224, then 32).
+    CenterCrop,
+}
+
+/// What happens to transparency.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Alpha {
+    /// Ignored: a transparent pixel shows the color stored under it.
+    #[default]
+    Drop,
+    /// Composited onto white.
+    White,
+}
+
+/// The steps that a caller can choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PreprocessOptions {
+    pub fit: Fit,
+    pub alpha: Alpha,
+}
+
+/// An image and how it becomes tokens.
+#[derive(Debug, Clone)]
+pub struct Picture {
+    pub input: ImageInput,
+    pub options: PreprocessOptions,
+}
+
+impl Picture {
+    /// Whether it takes a few microseconds to check and nothing else, which a
+    /// thread of its own would take longer to wake up for.
+    #[must_use]
+    pub fn is_tokens(&self) -> bool {
+        matches!(self.input, ImageInput::Tokens(_))
+    }
+
+    /// Estimates what the picture costs a preprocessing thread.
+    pub(crate) fn cost(&self) -> DecodeCost {
+        DecodeCost::of(&self.input)
+    }
+}
+
+/// Bounds on one image, so that a small hostile file costs little.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Bytes of an encoded image.
+    pub image_bytes_max: usize,
+    /// Width times height, by the header.
+    pub image_pixels_max: u64,
+    /// Bytes that decoding may hold at once, the pixels included.
+    pub decode_bytes_max: u64,
+}
+
+/// The tokens of one image, and what they cost.
+#[derive(Clone, Debug)]
+pub struct Tokenized {
+    /// `side * side` palette indexes in raster order.
+    pub tokens: Box<[u16]>,
+    pub timings: StageTimings,
+}
+
+/// Time spent on one image. Zero for a step that its form does not need.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StageTimings {
+    /// From file to pixels.
+    pub decode: Duration,
+    /// From pixels to tokens: the resize and the nearest colors.
+    pub quantize: Duration,
+}
+
+/// Everything that turns images into tokens for one model.
+#[derive(Debug)]
+pub struct Preprocessor {
+    quantizer: Quantizer,
+    side: u32,
+    limits: ImageLimits,
+}
+
+impl Preprocessor {
+    /// Prepares the palette's search structure, which takes some milliseconds.
+    ///
+    /// # Panics
+    ///
+    /// When `side` is 0.
+    #[must_use]
+    pub fn new(palette: &Palette, side: u32, limits: ImageLimits) -> Self {
+        assert!(side > 0, "a model's images have at least one pixel");
+        Self {
+            quantizer: Quantizer::new(palette),
+            side,
+            limits,
+        }
+    }
+
+    /// Side in pixels of the square that tokens are made from.
+    #[must_use]
+    pub fn side(&self) -> usize {
+        self.side as usize
+    }
+
+    /// Tokens an image: `side * side`.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        self.side as usize * self.side as usize
+    }
+
+    /// The start token: the id after the last color.
+    #[must_use]
+    pub fn start_token(&self) -> u16 {
+        u16::try_from(self.quantizer.colors()).unwrap_or(u16::MAX)
+    }
+
+    /// Turns one image into its tokens.
+    ///
+    /// # Errors
+    ///
+    /// When the image is over a limit, damaged, or not what its form says, and
+    /// when the budget is spent.
+    pub fn tokenize(
+        &self,
+        input: &ImageInput,
+        options: PreprocessOptions,
+        budget: &DecodeBudget<'_>,
+    ) -> Result<Tokenized, PreprocessError> {
+        let started = Instant::now();
+        match input {
+            ImageInput::Encoded(bytes) => {
+                let image = decode::decode(bytes, options.alpha, &self.limits, budget)?;
+                let decode = started.elapsed();
+                let mut tokenized = self.tokenize_pixels(image.view(), options.fit);
+                tokenized.timings.decode = decode;
+                Ok(tokenized)
+            }
+            ImageInput::Rgb8 {
+                width,
+                height,
+                pixels,
+            } => {
+                let view = self.check_rgb8(*width, *height, pixels)?;
+                Ok(self.tokenize_pixels(view, options.fit))
+            }
+            ImageInput::Tokens(ids) => {
+                if ids.len() != self.positions() {
+                    return Err(PreprocessError::TokenCount {
+                        count: ids.len(),
+                        expected: self.positions(),
+                    });
+                }
+                self.check_tokens("tokens", ids)
+            }
+            ImageInput::Prefix(ids) => {
+                if ids.len() > self.positions() {
+                    return Err(PreprocessError::PrefixLong {
+                        count: ids.len(),
+                        max: self.positions(),
+                    });
+                }
+                self.check_tokens(error::PREFIX, ids)
+            }
+        }
+    }
+
+    fn tokenize_pixels(&self, image: RgbView<'_>, fit: Fit) -> Tokenized {
+        let started = Instant::now();
+        let small = resize::resize(image, self.side, fit);
+        let tokens = self.quantizer.quantize(&small.pixels);
+        Tokenized {
+            tokens,
+            timings: StageTimings {
+                decode: Duration::ZERO,
+                quantize: started.elapsed(),
+            },
+        }
+    }
+
+    fn check_rgb8<'a>(
+        &self,
+        width: u32,
+        height: u32,
+        pixels: &'a [u8],
+    ) -> Result<RgbView<'a>, PreprocessError> {
+        if width == 0 || height == 0 {
+            return Err(PreprocessError::Rgb8Empty { width, height });
+        }
+        let pixels_max = self.limits.image_pixels_max;
+        if u64::from(width) * u64::from(height) > pixels_max {
+            return Err(PreprocessError::Rgb8PixelsOverLimit {
+                width,
+                height,
+                pixels_max,
+            });
+        }
+        RgbView::new(width, height, pixels).ok_or(PreprocessError::Rgb8Length {
+            width,
+            height,
+            bytes: pixels.len(),
+        })
+    }
+
+    /// `field` is what the caller knows them by.
+    fn check_tokens(&self, field: &'static str, ids: &[u32]) -> Result<Tokenized, PreprocessError> {
+        let colors = self.quantizer.colors();
+        let tokens = ids
+            .iter()
+            .enumerate()
+            .map(|(index, &id)| match u16::try_from(id) {
+                Ok(token) if usize::from(token) < colors => Ok(token),
+                Ok(token) if usize::from(token) == colors => {
+                    Err(PreprocessError::StartToken { field, index, id })
+                }
+                _ => Err(PreprocessError::TokenOutsidePalette {
+                    field,
+                    index,
+                    id,
+                    id_max: colors - 1,
+                }),
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Tokenized {
+            tokens,
+            timings: StageTimings::default(),
+        })
+    }
+}
+
+/// Decoded pixels: rows from top to bottom, 3 bytes a pixel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RgbImage {
+    pub width: u32,
+    pub height: u32,
+    /// Exactly `width * height * 3` bytes.
+    pub pixels: Vec<u8>,
+}
+
+impl RgbImage {
+    /// The same pixels, borrowed.
+    #[must_use]
+    pub fn view(&self) -> RgbView<'_> {
+        debug_assert_eq!(
+            self.pixels.len() as u64,
+            u64::from(self.width) * u64::from(self.height) * 3
+        );
+        RgbView {
+            width: self.width as usize,
+            height: self.height as usize,
+            pixels: &self.pixels,
+        }
+    }
+}
+
+/// Borrowed pixels whose length is known to be right.
+#[derive(Clone, Copy, Debug)]
+pub struct RgbView<'a> {
+    width: usize,
+    height: usize,
+    pixels: &'a [u8],
+}
+
+impl<'a> RgbView<'a> {
+    /// None when there are no pixels, or not `width * height * 3` bytes of them.
+    #[must_use]
+    pub fn new(width: u32, height: u32, pixels: &'a [u8]) -> Option<Self> {
+        let bytes = u128::from(width) * u128::from(height) * 3;
+        (bytes > 0 && bytes == pixels.len() as u128).then_some(Self {
+            width: width as usize,
+            height: height as usize,
+            pixels,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

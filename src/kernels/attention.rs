@@ -1,0 +1,477 @@
+//! Causal self-attention on the CPU, the one kernel the worker stands on.
+//!
+//! Input is what the model's `c_attn` product leaves: `(batch, positions, 3 * d)`
+//! floats, queries, keys and values side by side, each `d = heads * head_dim`
+//! with head `h` at `h * head_dim`. Output is `(batch, positions, d)`, laid out
+//! the same way. Position `i` attends to positions `0..=i`. Nothing else is
+//! offered, no mask and no dropout, but the same over a cache for generation:
+//! [`CachedAttention`].
+//!
+//! Work is cut into blocks of a few queries of one head; a [`Job`] hands them
+//! out to however many threads come to [`Job::work`], so it runs in whatever
+//! pool the caller has. Results do not depend on the number of threads, and what
+//! comes after a position changes nothing there, not by one bit, as long as it is
+//! finite: an infinity or a NaN also spoils up to 63 positions before it, which
+//! are computed beside it and count it zero times.
+//!
+//! What makes a call sound is checked in safe code by [`CausalAttention::job`].
+#![expect(
+    unsafe_code,
+    reason = "hands disjoint parts of one output to several threads, and calls what the CPU was asked for"
+)]
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use self::tile::{Block, Head};
+use crate::kernels::vector::Portable;
+use crate::kernels::vector::scratch::Scratch;
+
+pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob, SharedPrefix};
+pub(crate) use self::cached::{CachedHeads, CachedRows, HeadTasks};
+pub use crate::kernels::vector::{Int24, Kept};
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+mod cached;
+mod cached_tile;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+/// The sizes of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub batch: usize,
+    pub positions: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+}
+
+impl Shape {
+    /// Floats in a row of the output.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Floating-point operations of the causal half of both products.
+    #[must_use]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a figure to print beside a time"
+    )]
+    pub fn causal_flop(&self) -> f64 {
+        let positions = self.positions as f64;
+        4.0 * positions * positions / 2.0 * (self.batch * self.width()) as f64
+    }
+
+    fn output_len(&self) -> Option<usize> {
+        self.batch
+            .checked_mul(self.positions)?
+            .checked_mul(self.heads)?
+            .checked_mul(self.head_dim)
+    }
+}
+
+/// How the products are computed. The softmax is always `f32`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// All in `f32`: within 2e-6 of the largest value.
+    #[default]
+    F32,
+    /// Factors rounded to bfloat16, sums in `f32`: within 1e-2 of it. On a CPU
+    /// without bfloat16 products this is [`Precision::F32`].
+    Bf16,
+}
+
+/// The instructions a call runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Whatever the compiler makes of plain code.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, DQ and BW.
+    Avx512,
+    /// AVX-512 F, DQ, BW and BF16; products in bfloat16.
+    Avx512Bf16,
+    /// AMX tiles, and AVX-512 as above; products in bfloat16.
+    Amx,
+}
+
+impl Kernel {
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Amx,
+    ];
+
+    /// The fastest one that this CPU has.
+    ///
+    /// [`Kernel::Avx512Bf16`] is never it: where it has been measured, on a CPU
+    /// with a matrix unit, `f32` is faster; on others nobody has measured it.
+    #[must_use]
+    pub fn fastest(precision: Precision) -> Self {
+        let by_speed: &[Self] = match precision {
+            Precision::F32 => &[Self::Avx512, Self::Avx2],
+            Precision::Bf16 => &[Self::Amx, Self::Avx512, Self::Avx2],
+        };
+        by_speed
+            .iter()
+            .copied()
+            .find(|kernel| kernel.is_available())
+            .unwrap_or(Self::Portable)
+    }
+
+    /// Whether this CPU, and the system, let the kernel run. The answer is
+    /// remembered, so asking is cheap.
+    #[cfg(target_arch = "x86_64")]
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512bw")
+            }
+            Self::Avx512Bf16 => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
+            }
+            Self::Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
+        }
+    }
+
+    /// Whether this CPU, and the system, let the kernel run.
+    #[cfg(not(target_arch = "x86_64"))]
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        self == Self::Portable
+    }
+
+    /// What the kernel's products are computed in.
+    #[must_use]
+    pub fn precision(self) -> Precision {
+        match self {
+            Self::Portable | Self::Avx2 | Self::Avx512 => Precision::F32,
+            Self::Avx512Bf16 | Self::Amx => Precision::Bf16,
+        }
+    }
+
+    /// Queries in a block.
+    fn queries_per_block(self) -> usize {
+        match self {
+            Self::Portable => 8,
+            Self::Avx2 => 16,
+            Self::Avx512 | Self::Avx512Bf16 | Self::Amx => 64,
+        }
+    }
+
+    /// # Safety
+    /// The kernel is available, and as [`tile::attend`].
+    unsafe fn attend(
+        self,
+        head: &Head,
+        next: &mut dyn FnMut() -> Option<Block>,
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2 => avx2::attend(head, next, scratch),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => avx512::attend(head, next, scratch),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Bf16 => avx512_bf16::attend(head, next, scratch),
+                #[cfg(target_arch = "x86_64")]
+                Self::Amx => amx::attend(head, next, scratch),
+                _ => tile::attend::<Portable, 6, 2>(head, next, scratch),
+            }
+        }
+    }
+}
+
+/// Why a call cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum AttentionError {
+    #[error("attention over {heads} heads of {head_dim}: both must be at least one")]
+    Empty { heads: usize, head_dim: usize },
+    #[error("attention scale {0} is not a finite number above zero")]
+    Scale(f32),
+    #[error("this cpu, or this kind of attention, has no {0:?} kernel")]
+    Kernel(Kernel),
+    #[error("attention over {0:?} is too large to address")]
+    TooLarge(Shape),
+    #[error("attention over {shape:?}: {name} has {actual} floats, not {expected}")]
+    Length {
+        shape: Shape,
+        name: &'static str,
+        expected: usize,
+        actual: usize,
+    },
+    #[error("a cache of {0} positions: it must be whole blocks of {BLOCK}")]
+    Capacity(usize),
+    #[error("attention over {0:?} is too large to address")]
+    CacheTooLarge(CacheShape),
+    #[error("attention over {shape:?}: {name} has {actual} numbers, not {expected}")]
+    CacheLength {
+        shape: CacheShape,
+        name: &'static str,
+        expected: usize,
+        actual: usize,
+    },
+    #[error("{actual} shared prefixes of {expected} sequences")]
+    Prefixes { expected: usize, actual: usize },
+    #[error(
+        "sequence {sequence} cannot share its first {len} positions with sequence {of}: both must \
+         have them, that one must share nobody else's, and each must have one new token"
+    )]
+    Prefix {
+        sequence: usize,
+        of: usize,
+        len: usize,
+    },
+    #[error("a sequence of {past} tokens and {length} more outgrows its cache of {capacity}")]
+    Full {
+        past: usize,
+        length: usize,
+        capacity: usize,
+    },
+}
+
+/// Causal self-attention of one shape, checked, with its kernel chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct CausalAttention {
+    shape: Shape,
+    scale: f32,
+    kernel: Kernel,
+    output_len: usize,
+}
+
+impl CausalAttention {
+    /// `scale` is what scores are multiplied with, in these models
+    /// `1 / sqrt(head_dim)`.
+    ///
+    /// # Errors
+    /// If a size is zero that may not be, or the scale is not above zero.
+    pub fn new(shape: Shape, scale: f32, precision: Precision) -> Result<Self, AttentionError> {
+        Self::with_kernel(shape, scale, Kernel::fastest(precision))
+    }
+
+    /// The same on a kernel of the caller's choice, for tests and benchmarks.
+    ///
+    /// # Errors
+    /// As [`CausalAttention::new`], and if this CPU cannot run the kernel.
+    pub fn with_kernel(shape: Shape, scale: f32, kernel: Kernel) -> Result<Self, AttentionError> {
+        if shape.heads == 0 || shape.head_dim == 0 {
+            return Err(AttentionError::Empty {
+                heads: shape.heads,
+                head_dim: shape.head_dim,
+            });
+        }
+        if !scale.is_finite() || scale <= 0.0 {
+            return Err(AttentionError::Scale(scale));
+        }
+        if !kernel.is_available() {
+            return Err(AttentionError::Kernel(kernel));
+        }
+        // Also three times as many bytes as an allocation can hold, so that no
+        // offset below overflows.
+        let output_len = shape
+            .output_len()
+            .filter(|len| *len <= isize::MAX as usize / 12)
+            .ok_or(AttentionError::TooLarge(shape))?;
+        Ok(Self {
+            shape,
+            scale,
+            kernel,
+            output_len,
+        })
+    }
+
+    #[must_use]
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// Gets ready to compute `output` from `qkv`; [`Job::work`] does it.
+    ///
+    /// # Errors
+    /// If a length is not what the shape says.
+    pub fn job<'a>(
+        &self,
+        qkv: &'a [f32],
+        output: &'a mut [f32],
+    ) -> Result<Job<'a>, AttentionError> {
+        let check = |name, expected, actual| {
+            if expected == actual {
+                Ok(())
+            } else {
+                Err(AttentionError::Length {
+                    shape: self.shape,
+                    name,
+                    expected,
+                    actual,
+                })
+            }
+        };
+        check("qkv", 3 * self.output_len, qkv.len())?;
+        check("output", self.output_len, output.len())?;
+        let blocks_per_head = self
+            .shape
+            .positions
+            .div_ceil(self.kernel.queries_per_block());
+        // None where there are no positions: then no head has a first row either.
+        let n_heads = match blocks_per_head {
+            0 => 0,
+            _ => self.shape.batch * self.shape.heads,
+        };
+        Ok(Job {
+            attention: *self,
+            qkv,
+            output: output.as_mut_ptr(),
+            borrow: PhantomData,
+            next_head: AtomicUsize::new(0),
+            blocks_left: (0..n_heads)
+                .map(|_| AtomicUsize::new(blocks_per_head))
+                .collect(),
+            n_blocks: n_heads * blocks_per_head,
+        })
+    }
+
+    /// Computes `output` on `n_threads` threads, this one among them. The
+    /// others are started for the call: about 30 µs each.
+    ///
+    /// # Errors
+    /// If a length is not what the shape says.
+    pub fn run(
+        &self,
+        qkv: &[f32],
+        output: &mut [f32],
+        n_threads: usize,
+    ) -> Result<(), AttentionError> {
+        let job = self.job(qkv, output)?;
+        std::thread::scope(|scope| {
+            for _ in 1..n_threads.min(job.n_blocks()) {
+                scope.spawn(|| job.work());
+            }
+            job.work();
+        });
+        Ok(())
+    }
+}
+
+/// One call's blocks, to be worked on by any number of threads.
+#[derive(Debug)]
+pub struct Job<'a> {
+    attention: CausalAttention,
+    qkv: &'a [f32],
+    output: *mut f32,
+    borrow: PhantomData<&'a mut [f32]>,
+    /// The first head that no thread has begun.
+    next_head: AtomicUsize,
+    /// For each head of each image, blocks that no thread has begun: those with
+    /// the first queries.
+    blocks_left: Box<[AtomicUsize]>,
+    n_blocks: usize,
+}
+
+// SAFETY: a block is given to one thread only, and no two blocks write the same
+// float of `output`; nobody reads it while the job borrows it.
+unsafe impl Sync for Job<'_> {}
+// SAFETY: the same; a job is a borrow of the output and some counters.
+unsafe impl Send for Job<'_> {}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+}
+
+impl Job<'_> {
+    /// How many blocks there are: more threads than this have nothing to do.
+    #[must_use]
+    pub fn n_blocks(&self) -> usize {
+        self.n_blocks
+    }
+
+    /// Computes blocks until none is left to begin. The output is complete when
+    /// this has returned on every thread that called it, at least one.
+    ///
+    /// A thread takes a head of its own while there is one, because a head's
+    /// keys and values then stay in its cache, and helps the others after that.
+    pub fn work(&self) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            loop {
+                let head = self.next_head.fetch_add(1, Ordering::Relaxed);
+                if head >= self.blocks_left.len() {
+                    break;
+                }
+                self.attend(head, scratch);
+            }
+            // The last ones begun have most left.
+            for head in (0..self.blocks_left.len()).rev() {
+                self.attend(head, scratch);
+            }
+        });
+    }
+
+    /// The next block of a head: from the last, which is the longest, to the
+    /// first, so that threads that share a head finish together.
+    fn next_block(&self, head: usize) -> Option<Block> {
+        let queries_per_block = self.attention.kernel.queries_per_block();
+        // Nothing is passed from thread to thread through the counters.
+        let block = self.blocks_left[head]
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                left.checked_sub(1)
+            })
+            .ok()?
+            - 1;
+        let first_query = block * queries_per_block;
+        Some(Block {
+            first_query,
+            n_queries: (self.attention.shape.positions - first_query).min(queries_per_block),
+        })
+    }
+
+    fn attend(&self, head: usize, scratch: &mut Scratch) {
+        let CausalAttention {
+            shape,
+            scale,
+            kernel,
+            ..
+        } = self.attention;
+        let next = &mut || self.next_block(head);
+        let width = shape.width();
+        let (image, column) = (head / shape.heads, head % shape.heads * shape.head_dim);
+        let image_rows = self.qkv[image * shape.positions * 3 * width..].as_ptr();
+        // SAFETY: `job` has checked both lengths; image and column are within.
+        let head = unsafe {
+            Head {
+                queries: image_rows.add(column),
+                keys: image_rows.add(width + column),
+                values: image_rows.add(2 * width + column),
+                output: self.output.add(image * shape.positions * width + column),
+                row_stride: 3 * width,
+                output_stride: width,
+                head_dim: shape.head_dim,
+                scale_log2: scale * std::f32::consts::LOG2_E,
+            }
+        };
+        // SAFETY: the kernel is available, `with_kernel` has asked; the head's
+        // rows are within both slices, and a block's output is this thread's.
+        unsafe { kernel.attend(&head, next, scratch) }
+    }
+}

@@ -1,0 +1,31 @@
+//! AVX2 and FMA: 8 queries a vector, 2 vectors by 6 rows of accumulators.
+#![expect(
+    unsafe_code,
+    reason = "calls what the CPU was asked for, with raw pointers"
+)]
+
+use super::cached_tile::{self, Work};
+use super::tile::{self, Block, Head};
+use crate::kernels::vector::Kept;
+use crate::kernels::vector::avx2::Avx2;
+use crate::kernels::vector::scratch::Scratch;
+
+/// # Safety
+/// The CPU has AVX2 and FMA; and as [`tile::attend`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn attend(
+    head: &Head,
+    next: &mut dyn FnMut() -> Option<Block>,
+    scratch: &mut Scratch,
+) {
+    // SAFETY: the caller vouches for the instructions and the rows.
+    unsafe { tile::attend::<Avx2, 6, 2>(head, next, scratch) }
+}
+
+/// # Safety
+/// The CPU has AVX2 and FMA; and as [`cached_tile::attend`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn attend_cached<K: Kept>(work: &Work<'_, K>, scratch: &mut Scratch) {
+    // SAFETY: the caller vouches for the instructions and the heads.
+    unsafe { cached_tile::attend::<K, Avx2, 2, 4>(work, scratch) }
+}

@@ -1,0 +1,712 @@
+//! One head of [`super::cached`]: new tokens over a cache, or new tokens of several
+//! sequences over caches that begin alike.
+//!
+//! The lanes of a vector are positions while scores are computed, and
+//! dimensions while values are added up; both are read as they lie. A score is
+//! one sum over the dimensions in order, a result one sum over the positions in
+//! order, whatever the tiles are, so tiles are chosen for speed alone: several
+//! vectors of one token hide how long an addition takes, several tokens share
+//! the work of loading. Factors of positions are multiplied with scores and with
+//! probabilities, of which there are far fewer than numbers; they are powers of
+//! two, so that rounds nothing.
+#![expect(
+    unsafe_code,
+    reason = "the hot loop of generation: raw pointers, bounds reasoned once a head"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "intrinsics only become instructions inside a function that has them"
+)]
+#![expect(
+    clippy::needless_range_loop,
+    reason = "tokens and vectors index several arrays at once"
+)]
+
+use std::ops::Range;
+
+use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::{Kept, Vector};
+
+/// Positions in a block of keys. A multiple of every vector's lanes.
+pub const BLOCK: usize = 16;
+
+/// Bytes ahead of a value that are asked for, about as many as come while what
+/// is there is added up: the CPU's own guesses are half as fast.
+const AHEAD: usize = 8192;
+
+/// Probabilities that are below two to the power of this are zero: beside the
+/// largest, of 1, they are nothing, and for numbers that are not normal, as still
+/// smaller ones would be, a CPU takes a hundred times as long.
+const LEAST_LOG2: f32 = -64.0;
+
+/// What factors of values are multiplied with before probabilities are, and sums
+/// are divided by: so that their products are normal numbers too. 2^30, as the
+/// factor of numbers up to 2 is 2^-30.
+const FACTOR_SCALE: f32 = 1_073_741_824.0;
+
+/// One head of one sequence, and what it reads and writes.
+#[derive(Clone, Copy)]
+pub(super) struct CachedHead<K: Kept> {
+    /// Rows of the first new token, `head_dim` floats each.
+    pub queries: *const f32,
+    pub new_keys: *const f32,
+    pub new_values: *const f32,
+    /// Floats from a new token's row to the next one's.
+    pub row_stride: usize,
+    /// The cache.
+    pub keys: *mut K::Element,
+    pub values: *mut K::Element,
+    pub output: *mut f32,
+    pub output_stride: usize,
+    pub head_dim: usize,
+    /// Positions of the cache that are filled.
+    pub past: usize,
+    pub length: usize,
+    /// What scores are multiplied with, times log2(e). Above zero.
+    pub scale_log2: f32,
+}
+
+/// The first positions of several sequences, which are the same in all.
+#[derive(Clone, Copy)]
+pub(super) struct Prefix<K: Kept> {
+    /// Where they are read; of one head that shares nothing, its own.
+    pub keys: *const K::Element,
+    pub values: *const K::Element,
+    /// How many: whole blocks, at most those that each sequence has.
+    pub len: usize,
+}
+
+/// What is computed together, and what the thread reads next: that is asked for,
+/// and need not be there.
+pub(super) struct Work<'a, K: Kept> {
+    /// One head, or as many as there are queries in a tile or half as many, of one
+    /// new token each and of the same sizes.
+    pub heads: &'a [CachedHead<K>],
+    pub prefix: Prefix<K>,
+    pub next: *const u8,
+}
+
+/// Appends the new tokens and computes their output, `QUERIES` at a time while
+/// there are as many, in tiles of up to `VECTORS` vectors.
+///
+/// # Safety
+/// The CPU has the instructions of `V`; rows of the heads are valid for `length`
+/// tokens, and their caches for whole blocks that have room for `past + length`;
+/// nobody else reads or writes the caches beyond the prefix, or the output,
+/// meanwhile, and nobody writes the prefix.
+#[inline(always)]
+pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECTORS: usize>(
+    work: &Work<'_, K>,
+    scratch: &mut Scratch,
+) {
+    const { assert!(BLOCK.is_multiple_of(V::LANES) && V::LANES <= BLOCK && QUERIES >= 2) };
+    let ends = work.heads.iter().map(|head| head.past + head.length);
+    // One more line, so that rows of a power of two do not share their sets of
+    // the cache.
+    let stride = ends.max().unwrap_or(0).next_multiple_of(BLOCK) + BLOCK;
+    let [scores] = scratch.split([QUERIES * stride]);
+    let scores = Scores {
+        rows: scores.as_mut_ptr(),
+        stride,
+    };
+    // SAFETY: the caller vouches for the heads and the instructions; scratch has
+    // a row of all positions for each token of a group.
+    unsafe {
+        match work.heads {
+            [head] if head.length != 1 => head.tokens::<V, QUERIES, VECTORS>(work.next, scores),
+            [head] => Group::step([head], work).run::<V, VECTORS>(scores),
+            [a, b] => Group::step([a, b], work).run::<V, VECTORS>(scores),
+            heads => {
+                if let Some(heads) = heads.first_chunk::<QUERIES>() {
+                    Group::step(heads.each_ref(), work).run::<V, VECTORS>(scores);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of scores, and then of probabilities: one for each query of a group.
+#[derive(Clone, Copy)]
+struct Scores {
+    rows: *mut f32,
+    /// A block longer than all positions.
+    stride: usize,
+}
+
+impl Scores {
+    /// # Safety
+    /// There are so many rows.
+    unsafe fn row(self, idx: usize) -> *mut f32 {
+        // SAFETY: the caller vouches for the row.
+        unsafe { self.rows.add(idx * self.stride) }
+    }
+}
+
+impl<K: Kept> CachedHead<K> {
+    /// Elements of a block's numbers, after which come its factors.
+    fn numbers_len(&self) -> usize {
+        BLOCK * self.head_dim * K::PER_NUMBER
+    }
+
+    /// Elements from a block to the next.
+    fn block_len(&self) -> usize {
+        BLOCK * K::position_len(self.head_dim)
+    }
+
+    /// Where the block of a position begins.
+    fn block(&self, of: *const K::Element, position: usize) -> *const K::Element {
+        of.wrapping_add(position / BLOCK * self.block_len())
+    }
+
+    /// Several new tokens of one sequence, or none.
+    ///
+    /// # Safety
+    /// As [`attend`].
+    #[inline(always)]
+    unsafe fn tokens<V: Vector, const QUERIES: usize, const VECTORS: usize>(
+        &self,
+        next: *const u8,
+        scores: Scores,
+    ) {
+        // SAFETY: the caller vouches for the head and its tokens.
+        unsafe {
+            self.append();
+            let mut first = 0;
+            while first + QUERIES <= self.length {
+                Group::<K, QUERIES>::of(self, first, next).run::<V, VECTORS>(scores);
+                first += QUERIES;
+            }
+            while first < self.length {
+                Group::<K, 1>::of(self, first, next).run::<V, VECTORS>(scores);
+                first += 1;
+            }
+        }
+    }
+
+    /// Puts the new keys and values into the cache.
+    ///
+    /// # Safety
+    /// As [`attend`].
+    #[inline(always)]
+    unsafe fn append(&self) {
+        for token in 0..self.length {
+            let position = self.past + token;
+            let (block, lane) = (position / BLOCK, position % BLOCK);
+            let start = block * self.block_len();
+            // SAFETY: the token is one of the head's, the position is within the
+            // cache, and so is its block.
+            unsafe {
+                let key = self.new_keys.add(token * self.row_stride);
+                let value = self.new_values.add(token * self.row_stride);
+                let keys = self.keys.add(start + lane * K::PER_NUMBER);
+                let values = (self.values).add(start + lane * self.head_dim * K::PER_NUMBER);
+                let row = |from| std::slice::from_raw_parts(from, self.head_dim);
+                let (key, value) = (row(key), row(value));
+                let (key_factor, value_factor) = (K::factor(key), K::factor(value));
+                K::put_row(key, key_factor, keys, BLOCK * K::PER_NUMBER);
+                K::put_row(value, value_factor, values, K::PER_NUMBER);
+                let factor = |of| self.factors(of, position).cast_mut();
+                K::put_factor(key_factor, factor(self.keys));
+                K::put_factor(value_factor, factor(self.values));
+            }
+        }
+    }
+
+    /// Where the factors of the positions from one on are.
+    ///
+    /// # Safety
+    /// The position is within the cache.
+    unsafe fn factors(&self, of: *const K::Element, position: usize) -> *const K::Element {
+        let start = position / BLOCK * self.block_len() + self.numbers_len();
+        // SAFETY: the caller vouches for the block.
+        unsafe { of.add(start + position % BLOCK * K::PER_FACTOR) }
+    }
+
+    /// Turns `n` scores into probabilities, up to the factor that is returned.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`; `n` floats at `row` are this
+    /// thread's, whole vectors, at least one.
+    #[inline(always)]
+    unsafe fn soften<V: Vector>(&self, row: *mut f32, n: usize) -> f32 {
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            let mut max = V::splat(f32::NEG_INFINITY);
+            for position in (0..n).step_by(V::LANES) {
+                max = V::load(row.add(position)).max(max);
+            }
+            let mut lanes = [0.0; BLOCK];
+            max.store(lanes.as_mut_ptr());
+            let lanes_of = &lanes[..V::LANES];
+            let max = lanes_of.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let (max, scale) = (V::splat(max), V::splat(self.scale_log2));
+            let least = V::splat(LEAST_LOG2);
+            let mut sum = V::splat(0.0);
+            for position in (0..n).step_by(V::LANES) {
+                let at = row.add(position);
+                let p = V::load(at).sub(max).mul(scale).mask_below(least).exp2();
+                p.store(at);
+                sum = sum.add(p);
+            }
+            sum.store(lanes.as_mut_ptr());
+            1.0 / lanes[..V::LANES].iter().sum::<f32>()
+        }
+    }
+
+    /// Multiplies the probabilities of some positions, whole vectors, with the
+    /// factors of their values, scaled. What comes after a token may become anything.
+    ///
+    /// # Safety
+    /// As [`CachedHead::soften`], and the positions are within the cache.
+    #[inline(always)]
+    unsafe fn weigh<V: Vector>(
+        &self,
+        row: *mut f32,
+        values: *const K::Element,
+        positions: Range<usize>,
+    ) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            for position in positions.step_by(V::LANES) {
+                let at = row.add(position);
+                let factors = K::load_factors::<V>(self.factors(values, position));
+                V::load(at)
+                    .mul(factors.mul(V::splat(FACTOR_SCALE)))
+                    .store(at);
+            }
+        }
+    }
+}
+
+/// New tokens that are computed together: one each of sequences that begin alike,
+/// or some that follow each other in one sequence.
+struct Group<'a, K: Kept, const Q: usize> {
+    /// Where each finds what it alone sees.
+    heads: [&'a CachedHead<K>; Q],
+    /// Which of its head's new tokens each is.
+    tokens: [usize; Q],
+    /// What all see: keys of so many positions, values of so many.
+    prefix: Prefix<K>,
+    n_values: usize,
+    next: *const u8,
+    /// Whether it reads from memory, and asks for what comes next. Tokens of one
+    /// sequence compute longer than they wait.
+    asks: bool,
+}
+
+impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
+    /// The only new token of each head.
+    fn step(heads: [&'a CachedHead<K>; Q], work: &Work<'_, K>) -> Self {
+        Self {
+            heads,
+            tokens: [0; Q],
+            prefix: work.prefix,
+            n_values: work.prefix.len,
+            next: work.next,
+            asks: true,
+        }
+    }
+
+    /// The new tokens from `first` on, which are in the cache. Keys are read for
+    /// all as far as the last one sees.
+    fn of(head: &'a CachedHead<K>, first: usize, next: *const u8) -> Self {
+        let n_seen = head.past + first + 1;
+        Self {
+            heads: [head; Q],
+            tokens: std::array::from_fn(|query| first + query),
+            prefix: Prefix {
+                keys: head.keys,
+                values: head.values,
+                len: (n_seen + Q - 1).next_multiple_of(BLOCK),
+            },
+            n_values: n_seen,
+            next,
+            asks: Q == 1,
+        }
+    }
+
+    /// Positions that a query sees: it is the last of them.
+    fn n_keys(&self, query: usize) -> usize {
+        self.heads[query].past + self.tokens[query] + 1
+    }
+
+    /// The query of one of the tokens.
+    ///
+    /// # Safety
+    /// As [`attend`].
+    unsafe fn query(&self, query: usize) -> *const f32 {
+        let head = self.heads[query];
+        // SAFETY: the token is one of the head's.
+        unsafe { head.queries.add(self.tokens[query] * head.row_stride) }
+    }
+
+    /// # Safety
+    /// As [`attend`]; `scores` has a row for each token.
+    #[inline(always)]
+    unsafe fn run<V: Vector, const N: usize>(&self, scores: Scores) {
+        let head = self.heads[0];
+        let shared = self.prefix.len;
+        // SAFETY: the caller vouches for the tokens and the scratch; positions
+        // are rounded up to whole blocks, which the cache and the rows have.
+        unsafe {
+            let mut queries = [std::ptr::null(); Q];
+            for (query, row) in queries.iter_mut().enumerate() {
+                *row = self.query(query);
+            }
+            let keys = Keys {
+                head,
+                start: self.prefix.keys,
+                queries,
+                end: shared,
+                beyond: head.block(head.keys, shared),
+                values: self.prefix.values,
+                asks: self.asks,
+            };
+            keys.score::<V, N>(0..shared, scores);
+            for query in 0..Q {
+                self.score_own::<V, N>(query, scores);
+            }
+            let mut factors = [0.0; Q];
+            for query in 0..Q {
+                let (row, n_keys) = (scores.row(query), self.n_keys(query));
+                // What comes after the token, whatever it is, counts nothing.
+                let end = n_keys.next_multiple_of(BLOCK);
+                for position in n_keys..end {
+                    *row.add(position) = f32::NEG_INFINITY;
+                }
+                factors[query] = head.soften::<V>(row, end);
+                if K::PER_FACTOR > 0 {
+                    let own = self.heads[query].values;
+                    let shared = shared.min(end);
+                    head.weigh::<V>(row, self.prefix.values, 0..shared);
+                    head.weigh::<V>(row, own, shared..end);
+                    factors[query] /= FACTOR_SCALE;
+                }
+            }
+            let mix = Mix {
+                group: self,
+                scores,
+                factors: &factors,
+            };
+            mix.run::<V, N>();
+        }
+    }
+
+    /// Scores with the positions that one token alone sees. It is put into the
+    /// cache meanwhile.
+    ///
+    /// # Safety
+    /// As [`Group::run`].
+    #[inline(always)]
+    unsafe fn score_own<V: Vector, const N: usize>(&self, query: usize, scores: Scores) {
+        let head = self.heads[query];
+        let shared = self.prefix.len;
+        let end = self.n_keys(query).next_multiple_of(BLOCK);
+        if end <= shared {
+            return;
+        }
+        let beyond = match self.heads.get(query + 1) {
+            Some(head) => head.block(head.keys, shared),
+            None => self.prefix.values,
+        };
+        // SAFETY: as the caller vouches: the positions are within the head's
+        // blocks, and there is a row for the token.
+        unsafe {
+            let keys = Keys {
+                head,
+                start: head.keys,
+                queries: [self.query(query)],
+                end,
+                beyond,
+                values: head.values,
+                asks: self.asks,
+            };
+            let scores = Scores {
+                rows: scores.row(query),
+                ..scores
+            };
+            // Blocks that are full already are first: while they are read, the
+            // lines that the new key goes to are on their way.
+            let full = (head.past / BLOCK * BLOCK).max(shared);
+            keys.score::<V, N>(shared..full, scores);
+            head.append();
+            keys.score::<V, N>(full..end, scores);
+        }
+    }
+}
+
+/// Keys of one cache, and the tokens that see them.
+struct Keys<'a, K: Kept, const Q: usize> {
+    /// For the sizes.
+    head: &'a CachedHead<K>,
+    start: *const K::Element,
+    queries: [*const f32; Q],
+    /// How many positions there are, and what is read after them.
+    end: usize,
+    beyond: *const K::Element,
+    /// The same positions' values, whose factors will be wanted all at once.
+    values: *const K::Element,
+    asks: bool,
+}
+
+impl<K: Kept, const Q: usize> Keys<'_, K, Q> {
+    /// Scores with the keys of some positions, whole blocks, before they are
+    /// scaled.
+    ///
+    /// # Safety
+    /// As [`Group::run`]; the positions are within the cache's blocks.
+    #[inline(always)]
+    unsafe fn score<V: Vector, const N: usize>(&self, positions: Range<usize>, scores: Scores) {
+        let (mut vector, end) = (positions.start / V::LANES, positions.end / V::LANES);
+        // SAFETY: tiles end within the positions.
+        unsafe {
+            while vector + N <= end {
+                self.tile::<V, N>(vector, scores);
+                vector += N;
+            }
+            while vector + 2 <= end {
+                self.tile::<V, 2>(vector, scores);
+                vector += 2;
+            }
+            if vector < end {
+                self.tile::<V, 1>(vector, scores);
+            }
+        }
+    }
+
+    /// The `N` vectors of positions from `vector` on.
+    ///
+    /// # Safety
+    /// As [`Keys::score`].
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(&self, vector: usize, scores: Scores) {
+        let head = self.head;
+        // SAFETY: vectors lie within blocks, rows of a block are `BLOCK` apart,
+        // and `d` is below `head_dim`.
+        unsafe {
+            let mut keys = [self.start; N];
+            for (j, keys) in keys.iter_mut().enumerate() {
+                let position = (vector + j) * V::LANES;
+                let start = position / BLOCK * head.block_len();
+                *keys = self.start.add(start + position % BLOCK * K::PER_NUMBER);
+            }
+            let end = (vector + N) * V::LANES;
+            let next = if end < self.end {
+                head.block(self.start, end)
+            } else {
+                self.beyond
+            };
+            let ahead = next.addr().wrapping_sub(keys[0].addr());
+            let mut sums = [[V::splat(0.0); N]; Q];
+            for d in 0..head.head_dim {
+                let mut k = [V::splat(0.0); N];
+                for j in 0..N {
+                    let at = keys[j].add(d * BLOCK * K::PER_NUMBER);
+                    // Once a line.
+                    if self.asks
+                        && (j * V::LANES).is_multiple_of(BLOCK)
+                        && (d * BLOCK).is_multiple_of(K::PER_LINE)
+                    {
+                        V::prefetch_far(at.wrapping_byte_add(ahead));
+                    }
+                    k[j] = K::load(at);
+                }
+                for i in 0..Q {
+                    let q = V::splat(*self.queries[i].add(d));
+                    for j in 0..N {
+                        sums[i][j] = k[j].mul_add(q, sums[i][j]);
+                    }
+                }
+            }
+            for j in 0..N {
+                let position = (vector + j) * V::LANES;
+                let factors = head.factors(self.start, position);
+                if self.asks && K::PER_FACTOR > 0 && position.is_multiple_of(BLOCK) {
+                    V::prefetch_far(factors.wrapping_byte_add(ahead));
+                    V::prefetch_far(head.factors(self.values, position));
+                }
+                let factors = K::load_factors::<V>(factors);
+                for i in 0..Q {
+                    let sum = if K::PER_FACTOR > 0 {
+                        sums[i][j].mul(factors)
+                    } else {
+                        sums[i][j]
+                    };
+                    sum.store(scores.row(i).add(position));
+                }
+            }
+        }
+    }
+}
+
+/// Values to be added up, weighted.
+struct Mix<'a, K: Kept, const Q: usize> {
+    group: &'a Group<'a, K, Q>,
+    /// Probabilities, times the factors of the values.
+    scores: Scores,
+    /// What a token's sum is multiplied with in the end.
+    factors: &'a [f32; Q],
+}
+
+impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
+    /// # Safety
+    /// As [`Group::run`].
+    #[inline(always)]
+    unsafe fn run<V: Vector, const N: usize>(&self) {
+        let head_dim = self.group.heads[0].head_dim;
+        let mut d = 0;
+        // SAFETY: tiles end within `head_dim`.
+        unsafe {
+            // Where one token leaves registers free, a whole row is one tile.
+            if Q == 1 {
+                while d + 8 * V::LANES <= head_dim {
+                    self.tile::<V, 8>(d, V::LANES);
+                    d += 8 * V::LANES;
+                }
+            }
+            while d + N * V::LANES <= head_dim {
+                self.tile::<V, N>(d, V::LANES);
+                d += N * V::LANES;
+            }
+            while d + 2 * V::LANES <= head_dim {
+                self.tile::<V, 2>(d, V::LANES);
+                d += 2 * V::LANES;
+            }
+            while d < head_dim {
+                let lanes = (head_dim - d).min(V::LANES);
+                self.tile::<V, 1>(d, lanes);
+                d += lanes;
+            }
+        }
+    }
+
+    /// The output's dimensions `d..d + N * LANES`, of the last vector only
+    /// `lanes`.
+    ///
+    /// # Safety
+    /// As [`Group::run`]; the dimensions are the head's.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(&self, d: usize, lanes: usize) {
+        let group = self.group;
+        let n_shared = group.n_values;
+        // SAFETY: positions are those that the token sees, whose probabilities
+        // its row has; the output's rows are the tokens'.
+        unsafe {
+            let mut sums = [[V::splat(0.0); N]; Q];
+            let own = |query: usize| {
+                let head: &CachedHead<K> = group.heads[query];
+                head.block(head.values, n_shared).cast()
+            };
+            let values = self.values(group.prefix.values, n_shared, d, lanes, own(0));
+            for position in 0..n_shared {
+                let v = values.load::<V, N>(position);
+                for i in 0..Q {
+                    let p = V::splat(*self.scores.row(i).add(position));
+                    for j in 0..N {
+                        sums[i][j] = v[j].mul_add(p, sums[i][j]);
+                    }
+                }
+            }
+            // Then what each alone sees: no token touches what it may not see.
+            for i in 0..Q {
+                let head = group.heads[i];
+                let n_keys = group.n_keys(i);
+                let next = if i + 1 < Q { own(i + 1) } else { group.next };
+                let values = self.values(head.values, n_keys, d, lanes, next);
+                let mut sums_of = sums[i];
+                for position in n_shared..n_keys {
+                    let v = values.load::<V, N>(position);
+                    let p = V::splat(*self.scores.row(i).add(position));
+                    for j in 0..N {
+                        sums_of[j] = v[j].mul_add(p, sums_of[j]);
+                    }
+                }
+                let factor = V::splat(self.factors[i]);
+                let row = group.tokens[i] * head.output_stride;
+                let to = head.output.add(row + d);
+                for j in 0..N {
+                    let sum = sums_of[j].mul(factor);
+                    if j + 1 == N && lanes < V::LANES {
+                        sum.store_partial(to.add(j * V::LANES), lanes);
+                    } else {
+                        sum.store(to.add(j * V::LANES));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Values of so many positions, at those dimensions, after which `next` is
+    /// read.
+    #[inline(always)]
+    fn values(
+        &self,
+        values: *const K::Element,
+        n: usize,
+        d: usize,
+        lanes: usize,
+        next: *const u8,
+    ) -> Values<K> {
+        let head = self.group.heads[0];
+        let row = K::position_len(head.head_dim) * size_of::<K::Element>();
+        let last = n.saturating_sub(AHEAD / row);
+        Values {
+            head_dim: head.head_dim,
+            start: values,
+            d,
+            lanes,
+            asks: self.group.asks,
+            last,
+            to_next: (next.addr()).wrapping_sub(values.addr().wrapping_add(last * row)),
+        }
+    }
+}
+
+/// Values of one cache that are read one position after the other.
+struct Values<K: Kept> {
+    head_dim: usize,
+    start: *const K::Element,
+    d: usize,
+    lanes: usize,
+    asks: bool,
+    /// The position from which on [`AHEAD`] is beyond them.
+    last: usize,
+    /// How far ahead what comes next is from there.
+    to_next: usize,
+}
+
+impl<K: Kept> Values<K> {
+    /// A position's, and what will be wanted is asked for.
+    ///
+    /// # Safety
+    /// As [`Mix::tile`], and a token sees the position.
+    #[inline(always)]
+    unsafe fn load<V: Vector, const N: usize>(&self, position: usize) -> [V; N] {
+        let ahead = if position < self.last {
+            AHEAD
+        } else {
+            self.to_next
+        };
+        // SAFETY: the position is within the cache, and the caller vouches for
+        // the dimensions.
+        unsafe {
+            let number = position * self.head_dim + self.d;
+            let factors_before = position / BLOCK * BLOCK * K::PER_FACTOR;
+            let row = (self.start).add(number * K::PER_NUMBER + factors_before);
+            let mut v = [V::splat(0.0); N];
+            for j in 0..N {
+                let at = row.add(j * V::LANES * K::PER_NUMBER);
+                // Once a line, where rows are lines.
+                if self.asks && (j * V::LANES).is_multiple_of(K::PER_LINE) {
+                    V::prefetch_far(at.wrapping_byte_add(ahead));
+                }
+                v[j] = if j + 1 == N && self.lanes < V::LANES {
+                    K::load_partial(at, self.lanes)
+                } else {
+                    K::load(at)
+                };
+            }
+            v
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! What is done to each number, or to each row, between products.
+#![expect(
+    unsafe_code,
+    reason = "reads and writes vectors through raw pointers; see the contract of `Vector`"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "intrinsics only become instructions inside a function that has them"
+)]
+
+use std::f32::consts::LOG2_E;
+
+use crate::kernels::attention::Kernel;
+use crate::kernels::vector::{LANES_MAX, Portable, Vector};
+
+/// The nonlinearity of the feed-forward part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// With the error function.
+    Gelu,
+    /// With the hyperbolic tangent.
+    GeluNew,
+    Relu,
+}
+
+impl Activation {
+    /// By the name that `config.json` has for it.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "quick_gelu" => Some(Self::QuickGelu),
+            "gelu" => Some(Self::Gelu),
+            "gelu_new" => Some(Self::GeluNew),
+            "relu" => Some(Self::Relu),
+            _ => None,
+        }
+    }
+
+    /// Of every lane. What is not a number stays that.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`.
+    #[inline(always)]
+    pub(super) unsafe fn of<V: Vector>(self, x: V) -> V {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            match self {
+                Self::QuickGelu => x.mul(sigmoid(x.mul(V::splat(1.702)))),
+                // A hyperbolic tangent is a sigmoid of twice its argument.
+                Self::GeluNew => {
+                    let inner = x.mul(x).mul_add(V::splat(0.044_715), V::splat(1.0));
+                    x.mul(sigmoid(x.mul(inner).mul(V::splat(1.595_769))))
+                }
+                Self::Gelu => {
+                    let size = V::splat(0.0).sub(x).max(x);
+                    positive(x).sub(size.mul(upper_tail(size)))
+                }
+                Self::Relu => positive(x),
+            }
+        }
+    }
+}
+
+/// The larger of each lane and zero; the order keeps what is not a number.
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
+#[inline(always)]
+unsafe fn positive<V: Vector>(x: V) -> V {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe { V::splat(0.0) }.max(x)
+}
+
+/// `1 / (1 + e^-x)`, by powers that are at most one.
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
+#[inline(always)]
+unsafe fn sigmoid<V: Vector>(x: V) -> V {
+    // SAFETY: the caller vouches for the instructions.
+    let (zero, one, scale) = unsafe { (V::splat(0.0), V::splat(1.0), V::splat(-LOG2_E)) };
+    let minus = zero.sub(x);
+    let numerator = minus.max(zero).mul(scale).exp2();
+    let power = minus.max(x).mul(scale).exp2();
+    numerator.div(one.add(power))
+}
+
+/// How likely a normal variable is to be above `x >= 0`, within 1e-7
+/// (Abramowitz and Stegun, 7.1.26).
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
+#[inline(always)]
+unsafe fn upper_tail<V: Vector>(x: V) -> V {
+    const P: f32 = 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2;
+    const A: [f32; 5] = [
+        1.061_405_4,
+        -1.453_152_1,
+        1.421_413_8,
+        -0.284_496_72,
+        0.254_829_6,
+    ];
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
+        let one = V::splat(1.0);
+        let t = one.div(x.mul_add(V::splat(P), one));
+        let mut sum = V::splat(A[0]);
+        for a in &A[1..] {
+            sum = sum.mul_add(t, V::splat(*a));
+        }
+        let density = x.mul(x).mul(V::splat(-0.5 * LOG2_E)).exp2();
+        sum.mul(t).mul(density).mul(V::splat(0.5))
+    }
+}
+
+/// A row's numbers over the root of their mean square, each times its weight.
+///
+/// # Safety
+/// The kernel is available; row and weight are `width` floats and others up to a
+/// multiple of [`LANES_MAX`]: zeros, unless the row has an infinity or a NaN, which
+/// spoils it as a whole. The output has room for as many, and nobody else has it.
+pub(super) unsafe fn norm(
+    kernel: Kernel,
+    row: *const f32,
+    weight: *const f32,
+    output: *mut f32,
+    width: usize,
+    epsilon: f32,
+) {
+    let norm = Norm {
+        row,
+        weight,
+        output,
+        width,
+        epsilon,
+    };
+    // SAFETY: the caller vouches for all of it.
+    unsafe {
+        match kernel {
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => norm.avx2(),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512 => norm.avx512(),
+            _ => norm.run::<Portable>(),
+        }
+    }
+}
+
+struct Norm {
+    row: *const f32,
+    weight: *const f32,
+    output: *mut f32,
+    width: usize,
+    epsilon: f32,
+}
+
+impl Norm {
+    /// # Safety
+    /// The CPU has AVX2 and FMA; and as [`norm`].
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2(&self) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe { self.run::<crate::kernels::vector::avx2::Avx2>() }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512 F, DQ and BW; and as [`norm`].
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+    unsafe fn avx512(&self) {
+        // SAFETY: the caller vouches for all of it.
+        unsafe { self.run::<crate::kernels::vector::avx512::Avx512>() }
+    }
+
+    /// # Safety
+    /// The CPU has the instructions of `V`; and as [`norm`].
+    #[inline(always)]
+    unsafe fn run<V: Vector>(&self) {
+        // SAFETY: whole vectors, which the caller vouches for.
+        unsafe {
+            let mut squares = V::splat(0.0);
+            for at in (0..self.width).step_by(V::LANES) {
+                let x = V::load(self.row.add(at));
+                squares = x.mul_add(x, squares);
+            }
+            let mut lanes = [0.0_f32; LANES_MAX];
+            squares.store(lanes.as_mut_ptr());
+            #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+            let mean = lanes[..V::LANES].iter().sum::<f32>() / self.width as f32;
+            let factor = V::splat(1.0 / (mean + self.epsilon).sqrt());
+            for at in (0..self.width).step_by(V::LANES) {
+                let x = V::load(self.row.add(at)).mul(factor);
+                x.mul(V::load(self.weight.add(at)))
+                    .store(self.output.add(at));
+            }
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! `config.json` as the architecture that graphs are made for.
+//!
+//! What changes the computation is either supported or refused by name: a
+//! setting is never passed over in silence.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::files;
+use crate::model::error::ModelFileError;
+
+/// The file's name.
+pub const FILE: &str = "config.json";
+
+/// The nonlinearity of the feed-forward part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`, what ImageGPT was trained with.
+    QuickGelu,
+    /// With the error function.
+    Gelu,
+    /// With the hyperbolic tangent.
+    GeluNew,
+    Relu,
+}
+
+impl Activation {
+    /// The name that `config.json` has for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QuickGelu => "quick_gelu",
+            Self::Gelu => "gelu",
+            Self::GeluNew => "gelu_new",
+            Self::Relu => "relu",
+        }
+    }
+}
+
+/// What of ImageGPT's configuration the computation depends on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Architecture {
+    pub n_layers: usize,
+    pub width: usize,
+    pub n_heads: usize,
+    /// Width of the feed-forward part.
+    pub inner_width: usize,
+    pub n_positions: usize,
+    /// Token ids, the start token included; the language head has one fewer.
+    pub vocabulary: usize,
+    pub epsilon: f32,
+    pub activation: Activation,
+    /// Whether scores are divided by the root of the head dimension.
+    pub scale_attention: bool,
+    /// Whether scores are divided by the layer's number, too.
+    pub scale_attention_by_layer: bool,
+}
+
+impl Architecture {
+    /// Reads `config.json` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// When it is missing, not ImageGPT's, or asks for what is not supported.
+    pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
+        let path = folder.join(FILE);
+        let text = read(&path)?;
+        let value = serde_json::from_slice(&text)
+            .map_err(|error| ModelFileError::content(&path, format!("is not JSON: {error}")))?;
+        Self::parse(&value).map_err(|reason| ModelFileError::content(&path, reason))
+    }
+
+    fn parse(value: &Value) -> Result<Self, String> {
+        let fields = value.as_object().ok_or("is not a JSON object")?;
+        match fields.get("model_type").and_then(Value::as_str) {
+            Some("imagegpt") => {}
+            Some(other) => return Err(format!("is of a {other:?} model, not of ImageGPT")),
+            None => return Err("has no model_type, so it is not ImageGPT's".to_owned()),
+        }
+        refuse(fields, "add_cross_attention", "cross-attention")?;
+        refuse(
+            fields,
+            "reorder_and_upcast_attn",
+            "reordered and upcast attention",
+        )?;
+        refuse(
+            fields,
+            "tie_word_embeddings",
+            "a language head tied to the embedding",
+        )?;
+        refuse(fields, "is_encoder_decoder", "an encoder")?;
+        let width = number(fields, "n_embd", 512)?;
+        let architecture = Self {
+            n_layers: number(fields, "n_layer", 24)?,
+            width,
+            n_heads: number(fields, "n_head", 8)?,
+            inner_width: number(fields, "n_inner", 4 * width)?,
+            n_positions: number(fields, "n_positions", 32 * 32)?,
+            vocabulary: number(fields, "vocab_size", 512 + 1)?,
+            epsilon: epsilon(fields)?,
+            activation: activation(fields)?,
+            scale_attention: flag(fields, "scale_attn_weights", true)?,
+            scale_attention_by_layer: flag(fields, "scale_attn_by_inverse_layer_idx", false)?,
+        };
+        if !architecture.width.is_multiple_of(architecture.n_heads) {
+            return Err(format!(
+                "has n_embd {} that n_head {} does not divide",
+                architecture.width, architecture.n_heads
+            ));
+        }
+        if architecture.vocabulary < 2 {
+            return Err("has a vocab_size without a color".to_owned());
+        }
+        Ok(architecture)
+    }
+
+    /// Width of one attention head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.width / self.n_heads
+    }
+
+    /// Colors of the palette, and the width of the language head.
+    #[must_use]
+    pub fn n_colors(&self) -> usize {
+        self.vocabulary - 1
+    }
+
+    /// Parameters of one layer.
+    #[must_use]
+    pub fn layer_parameters(&self) -> usize {
+        let (width, inner) = (self.width, self.inner_width);
+        let attention = (width + 1) * 3 * width + (width + 1) * width;
+        let feed_forward = (width + 1) * inner + (inner + 1) * width;
+        attention + feed_forward + 2 * width
+    }
+
+    /// What scores of `layer` are multiplied by.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "both counts are small")]
+    pub fn attention_scale(&self, layer: usize) -> f64 {
+        let mut scale = 1.0;
+        if self.scale_attention {
+            scale /= (self.head_dim() as f64).sqrt();
+        }
+        if self.scale_attention_by_layer {
+            scale /= (layer + 1) as f64;
+        }
+        scale
+    }
+
+    /// The layer whose features are best for linear probes: two thirds up.
+    #[must_use]
+    pub fn default_feature_layer(&self) -> usize {
+        (2 * self.n_layers).div_ceil(3)
+    }
+
+    /// Multiplications and additions of one image through the first
+    /// `n_layers` blocks, of attention only the causal half.
+    #[must_use]
+    pub fn flop(&self, n_layers: usize, n_positions: usize) -> u64 {
+        let products = 4 * self.width * self.width + 2 * self.width * self.inner_width;
+        let scores = self.width * (n_positions + 1);
+        (2 * n_layers * n_positions * (products + scores)) as u64
+    }
+}
+
+/// Configurations are some kilobytes, palette included, and 100 KB in an index of
+/// weights; as values a byte of them takes up to 32.
+pub(crate) const BYTES_MAX: u64 = 4 << 20;
+
+/// Reads a small file.
+///
+/// # Errors
+///
+/// When it cannot be read, or is larger than such files are.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelFileError> {
+    let bytes = files::read(path, BYTES_MAX).map_err(|error| ModelFileError::read(path, &error))?;
+    match bytes {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err(ModelFileError::content(
+            path,
+            format!("has over {BYTES_MAX} bytes, which no configuration takes"),
+        )),
+        Err(trouble) => Err(ModelFileError::Read {
+            path: path.to_owned(),
+            reason: trouble.to_string(),
+        }),
+    }
+}
+
+fn refuse(fields: &Map<String, Value>, name: &str, what: &str) -> Result<(), String> {
+    if flag(fields, name, false)? {
+        return Err(format!("sets {name}, and {what} is not supported"));
+    }
+    Ok(())
+}
+
+fn flag(fields: &Map<String, Value>, name: &str, default: bool) -> Result<bool, String> {
+    match fields.get(name) {
+        None | Some(Value::Null) => Ok(default),
+        Some(Value::Bool(value)) => Ok(*value),
+        Some(other) => Err(format!(
+            "has {name} {other}, which is neither true nor false"
+        )),
+    }
+}
+
+fn number(fields: &Map<String, Value>, name: &str, default: usize) -> Result<usize, String> {
+    // Larger than any model, and small enough that products do not overflow.
+    const MAX: usize = 1 << 20;
+    let value = match fields.get(name) {
+        None | Some(Value::Null) => default,
+        Some(other) => other
+            .as_u64()
+            .and_then(|value| usize::try_from(value).ok())
+            .ok_or_else(|| format!("has {name} {other}, which is not a count"))?,
+    };
+    if (1..=MAX).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!(
+            "has {name} {value}, which is not within 1 to {MAX}"
+        ))
+    }
+}
+
+fn epsilon(fields: &Map<String, Value>) -> Result<f32, String> {
+    let value = match fields.get("layer_norm_epsilon") {
+        None | Some(Value::Null) => 1e-5,
+        Some(other) => other
+            .as_f64()
+            .filter(|value| *value >= 0.0 && *value < 1.0)
+            .ok_or_else(|| format!("has layer_norm_epsilon {other}, which is no small number"))?,
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
+    Ok(value as f32)
+}
+
+fn activation(fields: &Map<String, Value>) -> Result<Activation, String> {
+    match fields.get("activation_function").map(Value::as_str) {
+        None | Some(Some("quick_gelu")) => Ok(Activation::QuickGelu),
+        Some(Some("gelu")) => Ok(Activation::Gelu),
+        Some(Some("gelu_new" | "gelu_pytorch_tanh")) => Ok(Activation::GeluNew),
+        Some(Some("relu")) => Ok(Activation::Relu),
+        Some(other) => Err(format!(
+            "has activation_function {:?}; quick_gelu, gelu, gelu_new and relu are supported",
+            other.unwrap_or_default()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[track_caller]
+    fn refused(config: &Value, word: &str) {
+        let reason = Architecture::parse(config).unwrap_err();
+        assert!(reason.contains(word), "{reason}");
+    }
+
+    #[test]
+    fn an_empty_config_is_imagegpt_small() {
+        let small = Architecture::parse(&json!({"model_type": "imagegpt"})).unwrap();
+        assert_eq!((small.n_layers, small.width, small.n_heads), (24, 512, 8));
+        assert_eq!((small.inner_width, small.n_colors()), (2048, 512));
+        assert_eq!(small.default_feature_layer(), 16);
+        assert!((small.attention_scale(3) - 0.125).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        refused(&json!({"model_type": "gpt2"}), "gpt2");
+        refused(&json!({}), "model_type");
+        refused(&json!([]), "object");
+        let with = |name: &str, value: Value| json!({"model_type": "imagegpt", name: value});
+        refused(
+            &with("add_cross_attention", json!(true)),
+            "add_cross_attention",
+        );
+        refused(
+            &with("reorder_and_upcast_attn", json!(true)),
+            "reorder_and_upcast_attn",
+        );
+        refused(
+            &with("tie_word_embeddings", json!(true)),
+            "tie_word_embeddings",
+        );
+        refused(&with("activation_function", json!("mish")), "mish");
+        refused(
+            &with("activation_function", json!(7)),
+            "activation_function",
+        );
+        refused(&with("n_head", json!(7)), "n_head");
+        refused(&with("n_layer", json!(0)), "n_layer");
+        refused(&with("n_embd", json!(-1)), "n_embd");
+        refused(
+            &with("layer_norm_epsilon", json!("small")),
+            "layer_norm_epsilon",
+        );
+    }
+
+    #[test]
+    fn layers_can_scale_their_scores() {
+        let config = json!({"model_type": "imagegpt", "scale_attn_by_inverse_layer_idx": true});
+        let scale = Architecture::parse(&config).unwrap().attention_scale(3);
+        assert!((scale - 0.125 / 4.0).abs() < 1e-12);
+    }
+}

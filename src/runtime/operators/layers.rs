@@ -1,0 +1,427 @@
+//! The kernel of [`crate::kernels::layers`] as an operator.
+//!
+//! `imagegpt.Layers`, all layers for new tokens of sequences that have a cache.
+//! After the first three, its inputs are the same sixteen for each layer:
+//!
+//! | | |
+//! |---|---|
+//! | input 0 | what the first layer takes, f32, `(batch * length, width)` |
+//! | input 1 | `seqlens_k`, i32, `(batch)`: tokens after this run, less one |
+//! | input 2 | `prefixes`, i32, `(batch, 2)`: another sequence of the batch, and how many of its first positions this one has as well, which may be read there ([`SharedPrefix`]) |
+//! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16, of which n is `head_dim`, or bytes of [`Int24`], `3 * head_dim + 4` |
+//! | + 2 | the norm before attention, f32, `(width)` |
+//! | + 3, 4, 5 | to queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
+//! | + 6, 7, 8 | the projection: the same of `(width, width)` |
+//! | + 9 | the norm before the feed-forward part, f32, `(width)` |
+//! | + 10, 11, 12 | the expansion: the same of `(width, inner)` |
+//! | + 13, 14, 15 | the contraction: the same of `(inner, width)` |
+//! | output 0 | as input 0 |
+//! | outputs | `key`, `value` of each layer, as its past |
+//! | `num_heads` | int |
+//! | `scale` | floats: what each layer's scores are multiplied with |
+//! | `epsilon` | float, of the norms |
+//! | `activation` | string: `quick_gelu`, `gelu`, `gelu_new` or `relu` |
+//!
+//! All but the caches are constants, which are put in order once. Scales and
+//! biases of no numbers are none. The order of numbers within a head of the cache
+//! is the kernel's. An output that is bound to the memory of its past is changed
+//! in place; the past is copied to any other.
+
+use std::ops::Range;
+
+use half::bf16;
+use ort::operator::{
+    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
+    ShapeInferenceContext,
+};
+use ort::value::{
+    DynTensor, DynTensorRef, DynTensorRefMut, DynTensorValueType, PrimitiveTensorElementType,
+    TensorElementType, ValueType,
+};
+
+use super::attention::heads;
+use crate::kernels::attention::{Cache, Int24, Kept, SharedPrefix};
+use crate::kernels::layers::{
+    Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
+};
+
+/// The name of the operator within [`DOMAIN`](super::DOMAIN).
+pub const LAYERS: &str = "Layers";
+
+/// Inputs before those of the layers.
+const FIRST: usize = 3;
+/// Inputs of each layer.
+const PER_LAYER: usize = 16;
+/// Outputs of a single layer.
+const OUTPUTS_MIN: usize = 3;
+/// More calls than this to the threads of a session: it has no more threads.
+const THREADS_MAX: usize = 64;
+
+pub(super) struct LayersOp;
+
+impl Operator for LayersOp {
+    type Kernel<'attr> = LayersKernel;
+
+    fn name(&self) -> &str {
+        LAYERS
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [
+            OperatorInput::required(TensorElementType::Float32),
+            OperatorInput::required(TensorElementType::Int32),
+            OperatorInput::required(TensorElementType::Int32),
+            OperatorInput::variadic(PER_LAYER),
+        ]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [
+            OperatorOutput::required(TensorElementType::Float32),
+            OperatorOutput::variadic(OUTPUTS_MIN - 1),
+        ]
+    }
+
+    fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<LayersKernel> {
+        let packed = match Constants::of(context)?.weights_type()? {
+            TensorElementType::Float32 => Packed::Float(pack(context)?),
+            TensorElementType::Int8 => Packed::Int8(pack(context)?),
+            other => {
+                return Err(ort::Error::new(format!(
+                    "weights are {other}, not f32 or i8"
+                )));
+            }
+        };
+        Ok(LayersKernel {
+            packed,
+            room: Room::default(),
+        })
+    }
+
+    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
+        let inputs = context.inputs();
+        let caches = inputs
+            .iter()
+            .skip(FIRST)
+            .enumerate()
+            .filter(|(idx, _)| idx % PER_LAYER < 2)
+            .map(|(_, cache)| cache);
+        // No more than every node has by the schema: how many outputs this one has
+        // is not to be had here, and of others older ONNX Runtimes write beyond.
+        let known = inputs.first().into_iter().chain(caches).take(OUTPUTS_MIN);
+        for (idx, output) in known.enumerate() {
+            let is_known = match output {
+                ValueType::Tensor {
+                    shape,
+                    dimension_symbols,
+                    ..
+                } => {
+                    // An unknown extent without a name would be taken for a real -1.
+                    let mut extents = shape.iter().zip(dimension_symbols.iter());
+                    extents.all(|(extent, symbol)| *extent >= 0 || !symbol.is_empty())
+                }
+                _ => false,
+            };
+            if is_known {
+                context.set_output(idx, output)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The constants of a node.
+struct Constants<'ctx> {
+    /// Of each layer, all but its caches.
+    layers: Vec<Vec<DynTensorRef<'ctx>>>,
+}
+
+impl<'ctx> Constants<'ctx> {
+    fn of(context: &KernelContext<'ctx>) -> ort::Result<Self> {
+        let n_inputs = context.inputs()?.len();
+        let n_layers = n_inputs.saturating_sub(FIRST) / PER_LAYER;
+        if n_layers == 0 || FIRST + n_layers * PER_LAYER != n_inputs {
+            return Err(ort::Error::new(format!(
+                "{n_inputs} inputs are not {FIRST} and {PER_LAYER} of each layer"
+            )));
+        }
+        let constants = |layer: usize| {
+            let first = FIRST + layer * PER_LAYER;
+            (first + 2..first + PER_LAYER)
+                .map(|idx| context.constant_input::<DynTensorValueType>(idx))
+                .collect::<ort::Result<Vec<_>>>()
+        };
+        Ok(Self {
+            layers: (0..n_layers).map(constants).collect::<ort::Result<_>>()?,
+        })
+    }
+
+    fn weights_type(&self) -> ort::Result<TensorElementType> {
+        let first = self.layers.first().and_then(|layer| layer.get(1));
+        let first = first.ok_or_else(|| ort::Error::new("there is no layer"))?;
+        Ok(*first.data_type())
+    }
+}
+
+/// Weights in order, of a node whose weights are `W`.
+fn pack<W: Weight + PrimitiveTensorElementType>(
+    context: &KernelContext<'_>,
+) -> ort::Result<Layers<W>> {
+    let missing = |name: &str| ort::Error::new(format!("the attribute {name} is missing"));
+    let constants = Constants::of(context)?;
+    let scales: Vec<f32> = context.get("scale").ok_or_else(|| missing("scale"))?;
+    if scales.len() != constants.layers.len() {
+        return Err(ort::Error::new(format!(
+            "{} scales for {} layers",
+            scales.len(),
+            constants.layers.len()
+        )));
+    }
+    let activation: String = context
+        .get("activation")
+        .ok_or_else(|| missing("activation"))?;
+    let activation = Activation::named(&activation)
+        .ok_or_else(|| ort::Error::new(format!("there is no activation {activation:?}")))?;
+    let mut layers = Vec::new();
+    for (constants, attention_scale) in constants.layers.iter().zip(scales) {
+        layers.push(layer_weights::<W>(constants, attention_scale)?);
+    }
+    // What the first layer has, all must have.
+    let first = layers
+        .first()
+        .map_or((0, 0), |layer: &LayerWeights<'_, W>| {
+            (layer.attention_norm.len(), layer.contract.weights.len())
+        });
+    let (width, inner_width) = (first.0, first.1 / first.0.max(1));
+    let sizes = Sizes {
+        width,
+        inner_width,
+        heads: heads(context)?,
+        epsilon: context.get("epsilon").ok_or_else(|| missing("epsilon"))?,
+        activation,
+    };
+    Layers::pack(sizes, layers).map_err(ort::Error::wrap)
+}
+
+fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
+    constants: &'a [DynTensorRef<'_>],
+    attention_scale: f32,
+) -> ort::Result<LayerWeights<'a, W>> {
+    for constant in constants {
+        // A file of weights may put them anywhere, and whoever reads them as
+        // numbers must not.
+        if !constant.data_ptr().addr().is_multiple_of(align_of::<f32>()) {
+            return Err(ort::Error::new(
+                "weights that do not begin at whole numbers",
+            ));
+        }
+    }
+    let floats = |idx: usize| Ok::<_, ort::Error>(constants[idx].try_extract_tensor::<f32>()?.1);
+    let some =
+        |idx: usize| Ok::<_, ort::Error>(Some(floats(idx)?).filter(|floats| !floats.is_empty()));
+    let dense = |idx: usize| {
+        Ok::<_, ort::Error>(DenseWeights {
+            weights: constants[idx].try_extract_tensor::<W>()?.1,
+            scales: some(idx + 1)?,
+            bias: some(idx + 2)?,
+        })
+    };
+    Ok(LayerWeights {
+        attention_norm: floats(0)?,
+        attention_scale,
+        qkv: dense(1)?,
+        projection: dense(4)?,
+        inner_norm: floats(7)?,
+        expand: dense(8)?,
+        contract: dense(11)?,
+    })
+}
+
+/// Weights as they are kept.
+enum Packed {
+    Float(Layers<f32>),
+    Int8(Layers<i8>),
+}
+
+pub(super) struct LayersKernel {
+    packed: Packed,
+    room: Room,
+}
+
+impl Kernel for LayersKernel {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let [rows, seqlens_k, prefixes, first_key] = super::inputs::<4>(context)?;
+        let call = Call {
+            context,
+            rows: &rows,
+            seqlens_k: &seqlens_k,
+            prefixes: &prefixes,
+            room: &mut self.room,
+        };
+        match (&self.packed, first_key.data_type()) {
+            (Packed::Float(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
+            (Packed::Float(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
+            (Packed::Int8(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
+            (Packed::Int8(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
+            (_, other) => Err(ort::Error::new(format!(
+                "a cache of {other}, not u8 or bf16"
+            ))),
+        }
+    }
+}
+
+/// One run of the operator.
+struct Call<'a> {
+    context: &'a ComputeContext,
+    rows: &'a DynTensor,
+    seqlens_k: &'a DynTensor,
+    prefixes: &'a DynTensor,
+    room: &'a mut Room,
+}
+
+impl Call<'_> {
+    fn run<W: Weight, K: Kept<Element: PrimitiveTensorElementType>>(
+        self,
+        layers: &Layers<W>,
+    ) -> ort::Result<()> {
+        let context = self.context;
+        let Sizes { width, heads, .. } = layers.sizes();
+        let (dims, rows) = self.rows.try_extract_tensor::<f32>()?;
+        let (_, ends) = self.seqlens_k.try_extract_tensor::<i32>()?;
+        let batch = ends.len();
+        let length = rows.len() / (batch * width).max(1);
+        let past = past(ends, length)?;
+        let (_, prefixes) = self.prefixes.try_extract_tensor::<i32>()?;
+        let prefixes = shared(prefixes)?;
+
+        let mut output = super::output(context, 0, dims.to_vec())?;
+        let mut kept = Vec::with_capacity(2 * layers.n_layers());
+        let mut capacity = 0;
+        for layer in 0..layers.n_layers() {
+            for part in 0..2 {
+                let past = context.input(FIRST + layer * PER_LAYER + part)?;
+                let past = past.ok_or_else(|| ort::Error::new("a cache is missing"))?;
+                let past: DynTensorRef<'_> = past.downcast()?;
+                let dims = past.shape().to_vec();
+                capacity = match dims[..] {
+                    [_, _, capacity, _] => usize::try_from(capacity).map_err(ort::Error::wrap)?,
+                    _ => 0,
+                };
+                let expected = [batch, heads, capacity, K::position_len(width / heads)];
+                let fits = dims
+                    .iter()
+                    .zip(expected)
+                    .all(|(dim, size)| usize::try_from(*dim) == Ok(size));
+                if !fits || dims.len() != expected.len() {
+                    return Err(ort::Error::new(format!(
+                        "a cache of {dims:?} is not (batch, heads, capacity, elements of a position) \
+                         = {expected:?}"
+                    )));
+                }
+                let mut present = super::output(context, 1 + 2 * layer + part, dims)?;
+                keep::<K::Element>(&past, &mut present)?;
+                kept.push(present);
+            }
+        }
+        // From here on nobody looks at the past, which may be what is written.
+        apart::<K::Element>(&kept)?;
+        let mut caches: Vec<Cache<'_, K>> = Vec::with_capacity(layers.n_layers());
+        for pair in kept.chunks_exact_mut(2) {
+            let [keys, values] = pair else { continue };
+            caches.push(Cache {
+                keys: keys.try_extract_tensor_mut::<K::Element>()?.1,
+                values: values.try_extract_tensor_mut::<K::Element>()?.1,
+            });
+        }
+        let tokens = Tokens {
+            rows,
+            length,
+            past: &past,
+            prefixes: &prefixes,
+            capacity,
+            caches,
+        };
+        let step = layers.step(tokens, self.room).map_err(ort::Error::wrap)?;
+        // Each thread's first call goes through all layers; the calls after that
+        // find nothing to do.
+        context.par_for(THREADS_MAX, 0, |_| step.work())?;
+        let (_, output) = output.try_extract_tensor_mut::<f32>()?;
+        step.finish(output).map_err(ort::Error::wrap)
+    }
+}
+
+/// Makes sure that no two caches share memory.
+fn apart<K>(caches: &[DynTensorRefMut<'_>]) -> ort::Result<()> {
+    let mut ranges: Vec<_> = caches.iter().map(|cache| bytes::<K>(cache)).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    if ranges.windows(2).any(|pair| overlap(&pair[0], &pair[1])) {
+        return Err(ort::Error::new("keys and values share memory"));
+    }
+    Ok(())
+}
+
+/// Tokens of each sequence before `length` new ones, from how many it has after
+/// them, less one.
+fn past(ends: &[i32], length: usize) -> ort::Result<Vec<usize>> {
+    let past = ends.iter().map(|&end| {
+        let end = usize::try_from(end).ok()?.checked_add(1)?;
+        end.checked_sub(length)
+    });
+    past.collect::<Option<_>>().ok_or_else(|| {
+        ort::Error::new(format!(
+            "seqlens_k {ends:?} are not tokens after {length} new ones, less one"
+        ))
+    })
+}
+
+/// What sequences share, from pairs of another one and positions.
+fn shared(pairs: &[i32]) -> ort::Result<Vec<SharedPrefix>> {
+    let size = |size: i32| usize::try_from(size).ok();
+    let (pairs, rest) = pairs.as_chunks::<2>();
+    let shared = pairs.iter().map(|&[of, len]| {
+        Some(SharedPrefix {
+            of: size(of)?,
+            len: size(len)?,
+        })
+    });
+    let shared = shared.collect::<Option<_>>().filter(|_| rest.is_empty());
+    shared.ok_or_else(|| ort::Error::new("prefixes are not pairs of a sequence and positions"))
+}
+
+/// Makes `present` what `past` is; it may be the same memory already, but
+/// nothing between that and other memory.
+fn keep<K: PrimitiveTensorElementType + Copy>(
+    past: &DynTensor,
+    present: &mut DynTensorRefMut<'_>,
+) -> ort::Result<()> {
+    // The order matters: while there is a slice of one, the other's memory must
+    // not be within it.
+    let (from, to) = (bytes::<K>(past), bytes::<K>(present));
+    if from == to {
+        return Ok(());
+    }
+    if overlap(&from, &to) {
+        return Err(ort::Error::new(
+            "a cache's output is partly the memory of its input",
+        ));
+    }
+    let (_, past) = past.try_extract_tensor::<K>()?;
+    let (_, present) = present.try_extract_tensor_mut::<K>()?;
+    if past.len() != present.len() {
+        return Err(ort::Error::new(
+            "a cache's output is not as long as its input",
+        ));
+    }
+    present.copy_from_slice(past);
+    Ok(())
+}
+
+/// The addresses of a tensor of `K`.
+fn bytes<K>(tensor: &DynTensor) -> Range<usize> {
+    let start = tensor.data_ptr().addr();
+    start..start + tensor.shape().num_elements() * size_of::<K>()
+}
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}

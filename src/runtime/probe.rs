@@ -1,0 +1,54 @@
+//! Whether an execution provider can be had: registered, with a device, and
+//! able to run something.
+
+use ort::value::Tensor;
+use prost::Message as _;
+
+use crate::model::onnx::{
+    DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, ValueInfo,
+};
+use crate::runtime::Runtime;
+use crate::runtime::error::EngineError;
+use crate::runtime::error::cannot_be_had;
+
+/// Runs the smallest of graphs. A provider that registers may still have no
+/// device, which only a session notices.
+///
+/// # Errors
+///
+/// Why it cannot be had.
+pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
+    let plain = Runtime {
+        shares_arena: false,
+        cuda_graphs: false,
+        operators: None,
+        ..runtime.clone()
+    };
+    let value = |name| ValueInfo::tensor(name, DataType::Float, &[Dim::Size(1)]);
+    let model = Model {
+        ir_version: IR_VERSION,
+        opset_import: vec![OperatorSet {
+            domain: String::new(),
+            version: OPSET,
+        }],
+        graph: Some(Graph {
+            name: "probe".to_owned(),
+            node: vec![Node {
+                op_type: "Neg".to_owned(),
+                input: vec!["x".to_owned()],
+                output: vec!["y".to_owned()],
+                ..Node::default()
+            }],
+            input: vec![value("x")],
+            output: vec![value("y")],
+            ..Graph::default()
+        }),
+        ..Model::default()
+    };
+    let run = |text: &[u8]| -> ort::Result<()> {
+        let mut session = plain.builder()?.commit_from_memory(text)?;
+        session.run(ort::inputs!["x" => Tensor::from_array(([1], vec![1.0_f32]))?])?;
+        Ok(())
+    };
+    run(&model.encode_to_vec()).map_err(|error| cannot_be_had(runtime.provider, &error))
+}

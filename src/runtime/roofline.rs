@@ -1,0 +1,237 @@
+//! The rate of a large matrix product, through the same runtime as the model:
+//! what a model's own rate is a fraction of.
+//!
+//! A device's data sheet promises more than any program gets, so the ceiling is
+//! measured: products of square matrices, large enough to fill the device, of
+//! random numbers (zeros take less power, and so run faster), where they lie
+//! already. What a model cannot reach of it is lost in its smaller products, in
+//! attention, in norms and in launches.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use half::{bf16, f16};
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::{IoBinding, Session};
+use ort::value::{DynTensor, Tensor};
+use prost::Message as _;
+
+use super::error::EngineError;
+use super::{Residence, Runtime};
+use crate::model::onnx::{
+    DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, Tensor as Constant,
+    ValueInfo,
+};
+use crate::model::precision::{Precision, Provider};
+
+/// Where and how products are computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    /// The runtime's library.
+    pub library: &'a Path,
+    pub provider: Provider,
+    pub device_id: i32,
+    /// As the engine's: 0 takes one a physical core.
+    pub intra_op_threads: usize,
+    /// The model's. int8 is measured in fp32, which most of such a model is not
+    /// computed in: its fraction may be over 1.
+    pub precision: Precision,
+}
+
+/// See the module.
+pub struct Roofline {
+    /// Of the matrices.
+    pub side: usize,
+    /// "fp32", "fp16" or "bf16".
+    pub precision: &'static str,
+    /// The binding refers to the session, so it goes first.
+    binding: IoBinding,
+    session: Session,
+    n_products: usize,
+}
+
+impl Roofline {
+    /// Makes the matrices and warms the device up.
+    ///
+    /// # Errors
+    ///
+    /// When the library or the provider cannot be used, or memory does not
+    /// suffice.
+    pub fn new(options: &Options<'_>) -> Result<Self, EngineError> {
+        let runtime_error = |error: ort::Error| EngineError::Runtime(error.to_string());
+        let (data_type, precision) = match options.precision {
+            Precision::Fp32 | Precision::Int8 => (DataType::Float, "fp32"),
+            Precision::Fp16 => (DataType::Float16, "fp16"),
+            Precision::Bf16 => (DataType::Bfloat16, "bf16"),
+        };
+        // About 0.1 s on a CPU; on a GPU enough that the start of a run does not
+        // show.
+        let (side, n_products) = match options.provider {
+            Provider::Cpu => (2048, 1),
+            Provider::Cuda => (8192, 8),
+        };
+        let environment = crate::runtime::library::environment(options.library)?;
+        let runtime = Runtime {
+            device_id: options.device_id,
+            n_threads: options.intra_op_threads,
+            residence: Residence::Packed,
+            ..Runtime::new(environment, options.provider).map_err(runtime_error)?
+        };
+        let factor = numbers(side);
+        let model = chain(side, n_products, data_type, &factor).encode_to_vec();
+        let open = || -> ort::Result<(Session, IoBinding)> {
+            let session = runtime.builder()?.commit_from_memory(&model)?;
+            let mut binding = session.create_binding()?;
+            // Copied to the device now, and not in every run.
+            binding.bind_input("x", &tensor(side, data_type, factor)?)?;
+            let device = match options.provider {
+                Provider::Cpu => AllocationDevice::CPU,
+                Provider::Cuda => AllocationDevice::CUDA,
+            };
+            let memory = MemoryInfo::new(
+                device,
+                options.device_id,
+                AllocatorType::Device,
+                MemoryType::Default,
+            )?;
+            binding.bind_output_to_device("y", &memory)?;
+            Ok((session, binding))
+        };
+        let (session, binding) = open().map_err(runtime_error)?;
+        let mut roofline = Self {
+            side,
+            precision,
+            binding,
+            session,
+            n_products,
+        };
+        for _ in 0..2 {
+            roofline.run()?;
+        }
+        Ok(roofline)
+    }
+
+    /// Multiplications and additions of one run.
+    #[must_use]
+    pub fn flop(&self) -> u64 {
+        (2 * self.n_products * self.side.pow(3)) as u64
+    }
+
+    /// Computes them once and says how long it took.
+    ///
+    /// # Errors
+    ///
+    /// When the run failed.
+    pub fn run(&mut self) -> Result<Duration, EngineError> {
+        let started = Instant::now();
+        // It returns when the device is done.
+        self.session
+            .run_binding(&self.binding)
+            .map_err(|error| EngineError::Runtime(error.to_string()))?;
+        Ok(started.elapsed())
+    }
+}
+
+/// x W W ⋯ W.
+pub(super) fn chain(side: usize, n_products: usize, data_type: DataType, factor: &[f32]) -> Model {
+    let name = |idx: usize| match idx {
+        0 => "x".to_owned(),
+        _ if idx == n_products => "y".to_owned(),
+        _ => format!("x.{idx}"),
+    };
+    let node = (0..n_products).map(|idx| Node {
+        input: vec![name(idx), "w".to_owned()],
+        output: vec![name(idx + 1)],
+        name: format!("product.{idx}"),
+        op_type: "MatMul".to_owned(),
+        ..Node::default()
+    });
+    let shape = [Dim::Size(side), Dim::Size(side)];
+    let weight = Constant {
+        dims: vec![i64::try_from(side).unwrap_or(i64::MAX); 2],
+        data_type: data_type.into(),
+        name: "w".to_owned(),
+        raw_data: data_type.bytes(factor),
+        ..Constant::default()
+    };
+    Model {
+        ir_version: IR_VERSION,
+        opset_import: vec![OperatorSet {
+            domain: String::new(),
+            version: OPSET,
+        }],
+        producer_name: env!("CARGO_PKG_NAME").to_owned(),
+        producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+        graph: Some(Graph {
+            node: node.collect(),
+            name: "roofline".to_owned(),
+            initializer: vec![weight],
+            input: vec![ValueInfo::tensor("x", data_type, &shape)],
+            output: vec![ValueInfo::tensor("y", data_type, &shape)],
+        }),
+    }
+}
+
+/// Random numbers of a square matrix, such that a product with it is about as
+/// long as what went in.
+fn numbers(side: usize) -> Vec<f32> {
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        reason = "a scale need not be exact"
+    )]
+    let scale = (3.0 / side as f64).sqrt() as f32;
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    (0..side * side)
+        .map(|_| {
+            // xorshift64: the numbers have only to look random.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let bits = (state >> 48) as u16;
+            (f32::from(bits) / 32767.5 - 1.0) * scale
+        })
+        .collect()
+}
+
+fn tensor(side: usize, data_type: DataType, values: Vec<f32>) -> ort::Result<DynTensor> {
+    let shape = [side, side];
+    Ok(match data_type {
+        DataType::Float16 => {
+            let values: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+            Tensor::from_array((shape, values))?.upcast()
+        }
+        DataType::Bfloat16 => {
+            let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+            Tensor::from_array((shape, values))?.upcast()
+        }
+        _ => Tensor::from_array((shape, values))?.upcast(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_run_one_into_the_next() {
+        let graph = chain(2, 3, DataType::Float, &[0.0; 4]).graph.unwrap();
+        let wires: Vec<(&str, &str)> = graph
+            .node
+            .iter()
+            .map(|node| (node.input[0].as_str(), node.output[0].as_str()))
+            .collect();
+        assert_eq!(wires, [("x", "x.1"), ("x.1", "x.2"), ("x.2", "y")]);
+    }
+
+    #[test]
+    fn a_product_keeps_its_length() {
+        let values = numbers(512);
+        let mean = |power| {
+            let powers = values.iter().map(|&value| f64::from(value).powi(power));
+            powers.sum::<f64>() / f64::from(512 * 512)
+        };
+        assert!(mean(1).abs() < 1e-3);
+        assert!((mean(2) * 512.0 - 1.0).abs() < 0.02);
+    }
+}

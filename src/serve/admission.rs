@@ -1,0 +1,615 @@
+//! Lets calls in, up to the worker's capacity, and counts nothing twice.
+//!
+//! Capacity has two measures: images, which bound the queues, and bytes,
+//! which bound memory (what arrived plus what the answer will take). A call
+//! gets all it needs at once or is refused at once, with the time after which
+//! a retry makes sense. Only a stream waits here: it is not read on until
+//! there is room for its next item.
+
+use crate::serve::capacity::DrainRate;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+pub use super::capacity::{Pool, Share};
+use crate::imaging::Picture;
+use crate::serve::class::Class;
+use crate::serve::error::Error;
+use crate::serve::job::{Answer, Job, Permit, Reply, Ticket, Work};
+use crate::serve::preprocess::Desk;
+use crate::serve::preprocess::queue::Door;
+
+/// Bounds on what may be in the worker at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    pub images: usize,
+    pub bytes: usize,
+    /// Images that are generated or wait for it: each keeps its place for as
+    /// long as a thousand steps take, so they must not take all of them.
+    pub samples: usize,
+    /// How much of both bulk work cannot take, in percent.
+    pub interactive_reserve: u8,
+}
+
+/// One call, as admission sees it.
+#[derive(Debug)]
+pub struct Call {
+    /// Each image with what is wanted of it.
+    pub images: Vec<(Picture, Work)>,
+    pub class: Class,
+    pub bytes: Bytes,
+    pub deadline: Option<Instant>,
+    /// Where the call's log lines belong.
+    pub span: tracing::Span,
+}
+
+/// One item of a stream, as admission sees it.
+#[derive(Debug)]
+pub struct Item {
+    pub picture: Picture,
+    pub work: Work,
+    pub class: Class,
+    pub bytes: Bytes,
+    pub deadline: Option<Instant>,
+    /// Where the stream's log lines belong.
+    pub span: tracing::Span,
+}
+
+/// Bytes that a call or an item holds in memory.
+#[derive(Debug, Default)]
+pub struct Bytes {
+    /// Bytes of the pictures, until the last of them is answered.
+    pub request: usize,
+    /// Share that was taken for the pictures while they arrived; more than they need or less.
+    pub arrived: Share,
+    /// Bytes of the answer, until that has been taken.
+    pub answer: usize,
+}
+
+impl Bytes {
+    fn all(&self) -> usize {
+        self.request + self.answer
+    }
+
+    /// Bytes to be taken besides those that have arrived.
+    fn missing(&self) -> usize {
+        let n_arrived = self.arrived.size();
+        (self.request.max(n_arrived) + self.answer) - n_arrived
+    }
+}
+
+type Outcome = Result<Answer, Error>;
+
+/// The outcomes of a call's images. Dropped before all have come, it tells the
+/// stages that nobody waits for the rest.
+#[derive(Debug)]
+pub struct Pending {
+    /// In the call's order.
+    outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
+    /// Keeps the answer's bytes accounted for until the caller has taken it; the
+    /// pictures' are free once the last is answered.
+    pub bytes: Arc<Share>,
+    door: Arc<Door>,
+}
+
+impl Pending {
+    /// The outcome of the next image, in the call's order; `None` after the
+    /// last.
+    pub async fn next(&mut self) -> Option<Outcome> {
+        // Looked at first and taken once it is there: if this future is
+        // dropped while it waits, the image still counts as waited for.
+        let outcome = self.outcomes.as_mut_slice().first_mut()?;
+        let outcome = outcome.await.unwrap_or(Err(Error::Lost));
+        self.outcomes.next();
+        Some(outcome)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if self.outcomes.len() > 0 {
+            // Their replies see it from now on.
+            self.outcomes = Vec::new().into_iter();
+            self.door.sweep();
+        }
+    }
+}
+
+/// The door of the worker. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    images: Pool,
+    bytes: Pool,
+    samples: Pool,
+    drain: DrainRate,
+    door: Arc<Door>,
+    desk: Desk,
+}
+
+impl Admission {
+    #[must_use]
+    pub(crate) fn new(capacity: Capacity, drain: DrainRate, door: Door, desk: Desk) -> Self {
+        Self {
+            images: Pool::new(capacity.images, capacity.interactive_reserve),
+            bytes: Pool::new(capacity.bytes, capacity.interactive_reserve),
+            samples: Pool::new(capacity.samples, capacity.interactive_reserve),
+            drain,
+            door: Arc::new(door),
+            desk,
+        }
+    }
+
+    /// The way of an image from here on: to a preprocessing thread, or straight
+    /// to the batcher where there is nothing to decode.
+    fn enter(&self, job: Job<Picture>) {
+        match job.work {
+            Work::Infer { .. } | Work::Tokenize if job.payload.is_tokens() => {
+                self.desk.tokenize(job);
+            }
+            // Rows of an image to generate are encoded as it begins.
+            _ => self.door.push(job),
+        }
+    }
+
+    /// A view of how full the worker is, which does not keep the door open.
+    #[must_use]
+    pub fn occupancy(&self) -> Occupancy {
+        Occupancy {
+            images: self.images.clone(),
+            bytes: self.bytes.clone(),
+        }
+    }
+
+    /// Where bytes of requests that are still arriving are counted.
+    #[must_use]
+    pub fn bytes(&self) -> Pool {
+        self.bytes.clone()
+    }
+
+    /// Places for the samples of a call that generates images, besides those that
+    /// [`Admission::submit`] takes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Admission::submit`].
+    pub fn samples(&self, class: Class, n: usize) -> Result<Share, Error> {
+        let (what, flag) = ("samples", "--samples-in-flight-max");
+        fits(&self.samples, class, n, what, flag)?;
+        self.samples
+            .try_take(class, n)
+            .ok_or_else(|| self.full(what, flag))
+    }
+
+    /// Sends every image of the call down the line.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Full`] when there is no room for the whole call now,
+    /// [`Error::NeverFits`] when there never is.
+    pub fn submit(&self, call: Call) -> Result<Pending, Error> {
+        self.submit_with(call, 0).map(|(pending, _)| pending)
+    }
+
+    /// The same for a call that may hold so many bytes more: as a share of their
+    /// own, to give back what it turns out not to need.
+    ///
+    /// # Errors
+    ///
+    /// As [`Admission::submit`].
+    pub fn submit_with(&self, call: Call, spare: usize) -> Result<(Pending, Share), Error> {
+        let n_images = call.images.len();
+        let n_bytes = call.bytes.all() + spare;
+        for (pool, n, what, flag) in [
+            (&self.images, n_images, "images", "--images-in-flight-max"),
+            (&self.bytes, n_bytes, "bytes", "--bytes-in-flight-max"),
+        ] {
+            fits(pool, call.class, n, what, flag)?;
+        }
+        let mut images = self
+            .images
+            .try_take(call.class, n_images)
+            .ok_or_else(|| self.full("images", "--images-in-flight-max"))?;
+        let missing = call.bytes.missing() + spare;
+        let mut bytes = self
+            .bytes
+            .try_take(call.class, missing)
+            .ok_or_else(|| self.full("bytes", "--bytes-in-flight-max"))?;
+        let spare = bytes.split(spare);
+        let answer = Arc::new(bytes.split(call.bytes.answer));
+        bytes.merge(call.bytes.arrived);
+        let request = Arc::new(bytes);
+        let now = Instant::now();
+        let mut outcomes = Vec::with_capacity(n_images);
+        for (picture, work) in call.images {
+            let (reply, outcome) = Reply::new();
+            outcomes.push(outcome);
+            let ticket = Ticket {
+                class: call.class,
+                deadline: call.deadline,
+                entered_at: now,
+                span: call.span.clone(),
+                reply,
+                permit: Permit {
+                    // One was taken for each picture.
+                    image: images.split_one().unwrap_or_default(),
+                    bytes: Arc::clone(&request),
+                },
+            };
+            self.enter(Job {
+                payload: picture,
+                work,
+                ticket,
+            });
+        }
+        let pending = Pending {
+            outcomes: outcomes.into_iter(),
+            bytes: answer,
+            door: Arc::clone(&self.door),
+        };
+        Ok((pending, spare))
+    }
+
+    /// Sends one item of a stream down the line, once there is room for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NeverFits`] when there never is.
+    pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
+        let (what, flag) = ("bytes", "--bytes-in-flight-max");
+        // Whoever waits has only what bulk work has too.
+        fits(&self.bytes, Class::Bulk, item.bytes.all(), what, flag)?;
+        // Always in this order, and whoever holds both is in the line and
+        // ends: so nobody waits for somebody who waits. Bytes first: they come
+        // back when readers take their answers, which may be never, and an
+        // image's place held meanwhile would be idle. A message was read only
+        // once there was room for all that its item holds, so an item that came
+        // with its share does not wait for bytes here.
+        let item_bytes = item.bytes;
+        let n_arrived = item_bytes.arrived.size();
+        let mut bytes = item_bytes.arrived;
+        if n_arrived < item_bytes.request + item_bytes.answer {
+            let missing = item_bytes.request + item_bytes.answer - n_arrived;
+            bytes.merge(self.bytes.take(item.class, missing).await);
+        }
+        let answer = Arc::new(bytes.split(item_bytes.answer));
+        let request = Arc::new(bytes);
+        let image = self.images.take(item.class, 1).await;
+        let (reply, outcome) = Reply::new();
+        let ticket = Ticket {
+            class: item.class,
+            deadline: item.deadline,
+            entered_at: Instant::now(),
+            span: item.span,
+            reply,
+            permit: Permit {
+                image,
+                bytes: request,
+            },
+        };
+        self.enter(Job {
+            payload: item.picture,
+            work: item.work,
+            ticket,
+        });
+        Ok(Pending {
+            outcomes: vec![outcome].into_iter(),
+            bytes: answer,
+            door: Arc::clone(&self.door),
+        })
+    }
+
+    /// The refusal of a call that may fit later.
+    fn full(&self, what: &'static str, flag: &'static str) -> Error {
+        Error::Full {
+            what,
+            flag,
+            retry_after: self.drain.retry_after(self.images.taken(), jitter()),
+        }
+    }
+}
+
+/// Refuses what a class can never have of a pool.
+fn fits(
+    pool: &Pool,
+    class: Class,
+    n: usize,
+    what: &'static str,
+    flag: &'static str,
+) -> Result<(), Error> {
+    let max = pool.size_for(class);
+    if n > max {
+        return Err(Error::NeverFits {
+            given: n,
+            max,
+            what,
+            flag,
+        });
+    }
+    Ok(())
+}
+
+/// A number from 0 to 1 that differs from call to call, so that those who were
+/// refused together do not come back together.
+fn jitter() -> f64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    // Each has keys of its own.
+    let hash = RandomState::new().hash_one(0_u8);
+    #[expect(clippy::cast_precision_loss, reason = "32 bits fit")]
+    {
+        (hash >> 32) as f64 / f64::from(u32::MAX)
+    }
+}
+
+/// How full the worker is.
+#[derive(Debug, Clone)]
+pub struct Occupancy {
+    images: Pool,
+    bytes: Pool,
+}
+
+impl Occupancy {
+    /// Images admitted and not yet answered.
+    #[must_use]
+    pub fn images(&self) -> usize {
+        self.images.taken()
+    }
+
+    /// The limit on images in flight.
+    #[must_use]
+    pub fn images_max(&self) -> usize {
+        self.images.size()
+    }
+
+    /// Bytes that requests and answers hold.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.taken()
+    }
+
+    /// The limit on bytes in flight.
+    #[must_use]
+    pub fn bytes_max(&self) -> usize {
+        self.bytes.size()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::imaging::{ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor};
+    use crate::model::graph::{Context, Want};
+    use crate::serve::batcher::Arrival;
+    use crate::serve::metrics::Metrics;
+    use crate::serve::preprocess::queue::{Queue, Reach, queue};
+
+    fn picture() -> Picture {
+        Picture {
+            input: ImageInput::Encoded(bytes::Bytes::new()),
+            options: PreprocessOptions::default(),
+        }
+    }
+
+    /// For models of one pixel and two colors.
+    fn desk(batcher: crossbeam_channel::Sender<Arrival>) -> Desk {
+        let palette = Palette::new(vec![[-1.0; 3], [1.0; 3]]).expect("a palette");
+        let limits = ImageLimits {
+            image_bytes_max: 1,
+            image_pixels_max: 1,
+            decode_bytes_max: 1,
+        };
+        Desk {
+            preprocessor: Arc::new(Preprocessor::new(&palette, 1, limits)),
+            decode_cpu_time_max: Duration::from_mins(1),
+            batcher,
+            metrics: Metrics::new().expect("metrics"),
+        }
+    }
+
+    fn call(n_images: usize, bytes: usize) -> Call {
+        Call {
+            images: (0..n_images).map(|_| (picture(), Work::Tokenize)).collect(),
+            class: Class::Interactive,
+            bytes: Bytes {
+                answer: bytes,
+                ..Default::default()
+            },
+            deadline: None,
+            span: tracing::Span::none(),
+        }
+    }
+
+    fn item(bytes: usize) -> Item {
+        Item {
+            picture: picture(),
+            work: Work::Tokenize,
+            class: Class::Bulk,
+            bytes: Bytes {
+                answer: bytes,
+                ..Default::default()
+            },
+            deadline: None,
+            span: tracing::Span::none(),
+        }
+    }
+
+    fn admission() -> (Admission, Arc<Queue>, DrainRate) {
+        let (batcher, _) = crossbeam_channel::bounded(1);
+        admission_before(batcher)
+    }
+
+    fn admission_before(
+        batcher: crossbeam_channel::Sender<Arrival>,
+    ) -> (Admission, Arc<Queue>, DrainRate) {
+        let (bell, _) = crossbeam_channel::bounded(1);
+        let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
+        let capacity = Capacity {
+            images: 4,
+            bytes: 100,
+            samples: 4,
+            interactive_reserve: 25,
+        };
+        let drain = DrainRate::default();
+        let admission = Admission::new(capacity, drain.clone(), door, desk(batcher));
+        (admission, queue, drain)
+    }
+
+    #[test]
+    fn a_call_is_admitted_whole_or_not_at_all() {
+        let (admission, _queue, _) = admission();
+        let first = admission.submit(call(3, 10)).expect("there is room for 3");
+        assert!(matches!(
+            admission.submit(call(2, 10)),
+            Err(Error::Full { what: "images", .. })
+        ));
+        assert_eq!(admission.occupancy().images(), 3);
+        drop(first);
+    }
+
+    #[test]
+    fn bytes_bound_a_call_too_and_come_back() {
+        let (admission, queue, _) = admission();
+        let first = admission.submit(call(1, 80)).expect("there is room");
+        assert!(matches!(
+            admission.submit(call(1, 30)),
+            Err(Error::Full { what: "bytes", .. })
+        ));
+        assert_eq!(
+            admission.occupancy().images(),
+            1,
+            "a refusal keeps no images"
+        );
+        let job = queue.next(Reach::Any).expect("a job");
+        job.ticket.finish(Err(Error::Lost));
+        assert_eq!(admission.occupancy().images(), 0);
+        assert_eq!(
+            admission.occupancy().bytes(),
+            80,
+            "until the answer is taken"
+        );
+        drop(first);
+        assert_eq!(admission.occupancy().bytes(), 0);
+    }
+
+    #[test]
+    fn what_never_fits_is_not_told_to_retry() {
+        let (admission, _queue, _) = admission();
+        assert!(matches!(
+            admission.submit(call(5, 1)),
+            Err(Error::NeverFits { max: 4, .. })
+        ));
+        let bulk = Call {
+            class: Class::Bulk,
+            ..call(4, 1)
+        };
+        assert!(matches!(
+            admission.submit(bulk),
+            Err(Error::NeverFits { max: 3, .. })
+        ));
+    }
+
+    #[test]
+    fn callers_who_leave_free_their_places_at_once() {
+        let (admission, queue, _) = admission();
+        let pending = admission.submit(call(3, 10)).expect("room");
+        drop(pending);
+        assert_eq!(admission.occupancy().images(), 0);
+        drop(admission);
+        assert!(queue.next(Reach::Any).is_none());
+    }
+
+    #[test]
+    fn tokens_go_straight_to_the_batcher() {
+        let (batcher, arrivals) = crossbeam_channel::bounded(1);
+        let (admission, queue, _) = admission_before(batcher);
+        let infer = Work::Infer {
+            context: Context::Raw,
+            want: Want::Mean,
+        };
+        let tokens = |id| Picture {
+            input: ImageInput::Tokens(vec![id]),
+            options: PreprocessOptions::default(),
+        };
+        let images = vec![
+            (tokens(1), infer.clone()),
+            (tokens(7), infer.clone()),
+            (tokens(0), Work::Tokenize),
+            (picture(), infer),
+        ];
+        let mut pending = admission
+            .submit(Call {
+                images,
+                ..call(0, 10)
+            })
+            .expect("room");
+        let Ok(Arrival::Row(row)) = arrivals.try_recv() else {
+            panic!("the first is at the batcher");
+        };
+        assert_eq!(*row.payload, [1]);
+        assert!(arrivals.try_recv().is_err(), "and no other");
+        let mut said = || pending.outcomes.next().map(|mut one| one.try_recv());
+        assert!(said().is_some_and(|waits| waits.is_err()));
+        assert!(matches!(said(), Some(Ok(Err(Error::Image(_))))));
+        assert!(matches!(said(), Some(Ok(Ok(Answer::Tokens(ids)))) if *ids == [0]));
+        assert!(said().is_some_and(|waits| waits.is_err()));
+        let job = queue.next(Reach::Any).expect("the last waits for a thread");
+        assert!(!job.payload.is_tokens());
+    }
+
+    #[tokio::test]
+    async fn outcomes_come_in_the_order_of_the_call() {
+        let (admission, queue, _) = admission();
+        let mut pending = admission.submit(call(2, 10)).expect("room");
+        let (first, second) = (
+            queue.next(Reach::Any).expect("one"),
+            queue.next(Reach::Any).expect("two"),
+        );
+        second.ticket.finish(Ok(Answer::Values(vec![2.0])));
+        first.ticket.finish(Ok(Answer::Values(vec![1.0])));
+        for expected in [1.0, 2.0] {
+            let outcome = pending.next().await.expect("an outcome");
+            assert!(matches!(outcome, Ok(Answer::Values(v)) if v == [expected]));
+        }
+        assert!(pending.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_stream_waits_for_room() {
+        let (admission, queue, _) = admission();
+        let mut items = Vec::new();
+        for _ in 0..3 {
+            items.push(admission.submit_when_room(item(10)).await.expect("room"));
+        }
+        let waiting = admission.submit_when_room(item(10));
+        tokio::pin!(waiting);
+        assert!(futures_pending(waiting.as_mut()).await);
+        queue
+            .next(Reach::Any)
+            .expect("a job")
+            .ticket
+            .finish(Err(Error::Lost));
+        assert!(waiting.await.is_ok());
+        let error = admission.submit_when_room(item(76)).await;
+        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+        let mut interactive = item(76);
+        interactive.class = Class::Interactive;
+        let error = admission.submit_when_room(interactive).await;
+        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+    }
+
+    /// Whether the future has nothing yet.
+    async fn futures_pending<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> bool {
+        tokio::select! {
+            biased;
+            _ = future => false,
+            () = std::future::ready(()) => true,
+        }
+    }
+
+    #[test]
+    fn jitter_is_a_share() {
+        assert!((0.0..=1.0).contains(&jitter()));
+    }
+}

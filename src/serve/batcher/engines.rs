@@ -1,0 +1,145 @@
+//! The engines as the batcher sees them: which are free, and what the others
+//! run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use crate::engine::Stop;
+use crate::serve::cache::Key;
+use crate::serve::devices::DeviceIdx;
+use crate::serve::error::Error;
+use crate::serve::job::Crowd;
+use crate::serve::turn::Turn;
+
+/// The batcher's end of one engine.
+pub(crate) struct Line {
+    /// Room for one, and sent to only after a slot: never full.
+    turns: Sender<Turn>,
+    stop: Arc<Stop>,
+}
+
+impl Line {
+    /// And the engine's end.
+    pub(crate) fn new() -> (Self, (Receiver<Turn>, Arc<Stop>)) {
+        let (turns, of_engine) = crossbeam_channel::bounded(1);
+        let stop = Arc::new(Stop::default());
+        let line = Self {
+            turns,
+            stop: Arc::clone(&stop),
+        };
+        (line, (of_engine, stop))
+    }
+}
+
+/// A batch at an engine.
+pub(super) struct Running {
+    pub(super) id: u64,
+    pub(super) units: Vec<(Key, Arc<Crowd>)>,
+    pub(super) stopping: bool,
+    /// The earliest deadline among its callers.
+    pub(super) deadline: Option<Instant>,
+}
+
+struct Engine {
+    line: Line,
+    /// Since when, if it is free.
+    free_since: Option<Instant>,
+    running: Option<Running>,
+}
+
+/// Those that live.
+pub(super) struct Engines(BTreeMap<DeviceIdx, Engine>);
+
+impl Engines {
+    pub(super) fn new(lines: Vec<Line>) -> Self {
+        let engine = |(idx, line)| {
+            let engine = Engine {
+                line,
+                // Until it says otherwise it loads.
+                free_since: None,
+                running: None,
+            };
+            (DeviceIdx(idx), engine)
+        };
+        Self(lines.into_iter().enumerate().map(engine).collect())
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Those that are free, whoever has been so longest first.
+    pub(super) fn free(&self) -> Vec<DeviceIdx> {
+        let free = self.0.iter();
+        let mut free: Vec<(Instant, DeviceIdx)> = free
+            .filter_map(|(&device, engine)| Some((engine.free_since?, device)))
+            .collect();
+        free.sort_unstable();
+        free.into_iter().map(|(_, device)| device).collect()
+    }
+
+    /// Whether an engine has no turn.
+    pub(super) fn is_free(&self, device: DeviceIdx) -> bool {
+        let engine = self.0.get(&device);
+        engine.is_some_and(|engine| engine.free_since.is_some())
+    }
+
+    /// Forgets all of them, who see it.
+    pub(super) fn hang_up(&mut self) {
+        self.0.clear();
+    }
+
+    /// Whether none runs anything.
+    pub(super) fn all_free(&self) -> bool {
+        self.0.values().all(|engine| engine.free_since.is_some())
+    }
+
+    /// An engine is free; gives what it ran.
+    pub(super) fn freed(&mut self, device: DeviceIdx, now: Instant) -> Option<Running> {
+        let engine = self.0.get_mut(&device)?;
+        engine.free_since = Some(now);
+        engine.running.take()
+    }
+
+    /// Gives an engine that is free its turn. One that has failed meanwhile
+    /// refuses it.
+    pub(super) fn give(&mut self, device: DeviceIdx, turn: Turn, running: Option<Running>) {
+        let refused = match self.0.get_mut(&device) {
+            Some(engine) => {
+                engine.free_since = None;
+                engine.running = running;
+                engine.line.turns.send(turn).err().map(|error| error.0)
+            }
+            None => Some(turn),
+        };
+        if let Some(turn) = refused {
+            turn.refuse(&Error::NotReady);
+        }
+    }
+
+    /// Forgets an engine that takes no more turns, and hangs up on it; gives what
+    /// it ran.
+    pub(super) fn remove(&mut self, device: DeviceIdx) -> Option<Running> {
+        self.0.remove(&device)?.running
+    }
+
+    /// What an engine runs.
+    pub(super) fn running(&mut self, device: DeviceIdx) -> Option<&mut Running> {
+        self.0.get_mut(&device)?.running.as_mut()
+    }
+
+    /// What all of them run, each with the means to stop it.
+    pub(super) fn all_running(&mut self) -> impl Iterator<Item = (&mut Running, &Stop)> {
+        let engines = self.0.values_mut();
+        engines.filter_map(|engine| Some((engine.running.as_mut()?, &*engine.line.stop)))
+    }
+
+    /// The earliest deadline of what they run.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let running = self.0.values().filter_map(|engine| engine.running.as_ref());
+        running.filter_map(|running| running.deadline).min()
+    }
+}

@@ -1,0 +1,313 @@
+//! What waits for the engine, in the order in which it should run.
+//!
+//! One lane for each class and graph. Within a lane the earliest deadline goes
+//! first; what has no deadline stands as if it had one [`PATIENCE`] after it
+//! came, so it keeps its order among its like, and nothing that comes later
+//! can overtake it for ever. Equal deadlines leave in the order of arrival.
+//!
+//! A plain data structure: the time is given, nothing here waits or answers.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::model::graph::Graph;
+use crate::serve::class::Class;
+
+/// How long after its arrival work without a deadline stands in line; a
+/// deadline further off counts as this. An image that has waited so long goes
+/// before everything that arrives from now on.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The order within a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    due: Instant,
+    seq: u64,
+}
+
+/// Where an entry stands, to find it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub class: Class,
+    pub graph: Graph,
+    rank: Rank,
+}
+
+/// Something that waits.
+#[derive(Debug)]
+pub struct Entry<T> {
+    pub item: T,
+    pub arrived: Instant,
+    pub deadline: Option<Instant>,
+}
+
+/// What a policy needs to know of a lane. Never empty.
+#[derive(Debug, Clone, Copy)]
+pub struct Lane {
+    pub class: Class,
+    pub graph: Graph,
+    pub len: usize,
+    /// When the one who has waited longest came.
+    pub oldest: Instant,
+    /// The rank of the one who goes first.
+    pub first: Rank,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Queue<T> {
+    lanes: BTreeMap<(Class, Graph), Entries<T>>,
+    /// All deadlines, for a timer; the sequence number tells equal ones apart.
+    deadlines: BTreeMap<(Instant, u64), Place>,
+    next_seq: u64,
+}
+
+#[derive(Debug)]
+struct Entries<T> {
+    by_rank: BTreeMap<Rank, Entry<T>>,
+    /// By order of arrival; an entry that was moved has a later number.
+    by_age: BTreeMap<(Instant, u64), Rank>,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self {
+            lanes: BTreeMap::new(),
+            deadlines: BTreeMap::new(),
+            next_seq: 0,
+        }
+    }
+}
+
+impl<T> Queue<T> {
+    /// How many wait in a class.
+    #[must_use]
+    pub fn len_of(&self, class: Class) -> usize {
+        let lanes = self.lanes.iter().filter(|((of, _), _)| *of == class);
+        lanes.map(|(_, entries)| entries.by_rank.len()).sum()
+    }
+
+    /// How many wait in one lane.
+    #[must_use]
+    pub fn len_in(&self, class: Class, graph: Graph) -> usize {
+        self.lanes
+            .get(&(class, graph))
+            .map_or(0, |lane| lane.by_rank.len())
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lanes.values().all(|lane| lane.by_rank.is_empty())
+    }
+
+    /// Where an entry with this deadline would stand if it came now.
+    fn rank(&self, arrived: Instant, deadline: Option<Instant>) -> Rank {
+        let patience = arrived + PATIENCE;
+        Rank {
+            due: deadline.map_or(patience, |deadline| deadline.min(patience)),
+            seq: self.next_seq,
+        }
+    }
+
+    /// Adds an entry to its lane.
+    pub fn push(&mut self, class: Class, graph: Graph, entry: Entry<T>) -> Place {
+        let rank = self.rank(entry.arrived, entry.deadline);
+        self.next_seq += 1;
+        let place = Place { class, graph, rank };
+        if let Some(deadline) = entry.deadline {
+            self.deadlines.insert((deadline, rank.seq), place);
+        }
+        let lane = self.lanes.entry((class, graph)).or_insert_with(|| Entries {
+            by_rank: BTreeMap::new(),
+            by_age: BTreeMap::new(),
+        });
+        lane.by_age.insert((entry.arrived, rank.seq), rank);
+        lane.by_rank.insert(rank, entry);
+        place
+    }
+
+    /// Takes an entry out from wherever it stands.
+    pub fn remove(&mut self, place: &Place) -> Option<Entry<T>> {
+        let lane = self.lanes.get_mut(&(place.class, place.graph))?;
+        let entry = lane.by_rank.remove(&place.rank)?;
+        lane.by_age.remove(&(entry.arrived, place.rank.seq));
+        if let Some(deadline) = entry.deadline {
+            self.deadlines.remove(&(deadline, place.rank.seq));
+        }
+        Some(entry)
+    }
+
+    /// Takes the first entry of a lane.
+    pub fn pop(&mut self, class: Class, graph: Graph) -> Option<Entry<T>> {
+        let lane = self.lanes.get(&(class, graph))?;
+        let (&rank, _) = lane.by_rank.first_key_value()?;
+        self.remove(&Place { class, graph, rank })
+    }
+
+    /// The lanes in which something waits.
+    #[must_use]
+    pub fn lanes(&self) -> Vec<Lane> {
+        self.lanes
+            .iter()
+            .filter_map(|(&(class, graph), entries)| {
+                let (&first, _) = entries.by_rank.first_key_value()?;
+                let (&(oldest, _), _) = entries.by_age.first_key_value()?;
+                Some(Lane {
+                    class,
+                    graph,
+                    len: entries.by_rank.len(),
+                    oldest,
+                    first,
+                })
+            })
+            .collect()
+    }
+
+    /// The deadline of the first entry of a lane.
+    #[must_use]
+    pub fn first_deadline(&self, class: Class, graph: Graph) -> Option<Instant> {
+        let lane = self.lanes.get(&(class, graph))?;
+        lane.by_rank.first_key_value()?.1.deadline
+    }
+
+    /// How many would go before an entry of this deadline that came now.
+    #[must_use]
+    pub fn ahead(
+        &self,
+        class: Class,
+        graph: Graph,
+        arrived: Instant,
+        deadline: Option<Instant>,
+    ) -> usize {
+        let rank = self.rank(arrived, deadline);
+        self.lanes
+            .get(&(class, graph))
+            .map_or(0, |lane| lane.by_rank.range(..rank).count())
+    }
+
+    /// The earliest deadline of all.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let (&(deadline, _), _) = self.deadlines.first_key_value()?;
+        Some(deadline)
+    }
+
+    /// Where the entries stand whose deadline has passed.
+    #[must_use]
+    pub fn expired(&self, now: Instant) -> Vec<Place> {
+        self.deadlines
+            .range(..=(now, u64::MAX))
+            .map(|(_, &place)| place)
+            .collect()
+    }
+
+    /// Where all entries stand.
+    #[must_use]
+    pub fn places(&self) -> Vec<Place> {
+        let places = |(&(class, graph), lane): (&(Class, Graph), &Entries<T>)| {
+            let ranks: Vec<Rank> = lane.by_rank.keys().copied().collect();
+            ranks
+                .into_iter()
+                .map(move |rank| Place { class, graph, rank })
+        };
+        self.lanes.iter().flat_map(places).collect()
+    }
+
+    /// An entry where it stands.
+    #[must_use]
+    pub fn get(&self, place: &Place) -> Option<&Entry<T>> {
+        let lane = self.lanes.get(&(place.class, place.graph))?;
+        lane.by_rank.get(&place.rank)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Class::{Bulk, Interactive};
+
+    const GRAPH: Graph = Graph::Hidden;
+
+    fn entry(item: u32, arrived: Instant, deadline: Option<Instant>) -> Entry<u32> {
+        Entry {
+            item,
+            arrived,
+            deadline,
+        }
+    }
+
+    #[test]
+    fn the_earliest_deadline_goes_first_and_equals_in_order() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut queue = Queue::default();
+        for (item, arrived, deadline) in [
+            (1, 0, None),
+            (2, 1, None),
+            (3, 2, Some(10)),
+            (4, 2, Some(5)),
+            (5, 3, Some(10)),
+            // Further off than patience: as if it had none.
+            (6, 4, Some(1000)),
+        ] {
+            queue.push(Bulk, GRAPH, entry(item, at(arrived), deadline.map(at)));
+        }
+        assert_eq!(queue.len_of(Bulk), 6);
+        assert_eq!(queue.next_deadline(), Some(at(5)));
+        assert_eq!(queue.lanes()[0].oldest, at(0));
+        assert_eq!(queue.ahead(Bulk, GRAPH, at(4), Some(at(9))), 1);
+        let order: Vec<u32> = std::iter::from_fn(|| queue.pop(Bulk, GRAPH))
+            .map(|entry| entry.item)
+            .collect();
+        assert_eq!(order, [4, 3, 5, 1, 2, 6]);
+        assert!(queue.is_empty() && queue.next_deadline().is_none());
+    }
+
+    #[test]
+    fn nothing_overtakes_for_ever() {
+        let start = Instant::now();
+        let mut queue = Queue::default();
+        queue.push(Bulk, GRAPH, entry(0, start, None));
+        // A stream of urgent work: after `PATIENCE` even it comes later.
+        let late = start + PATIENCE + Duration::from_secs(1);
+        queue.push(
+            Bulk,
+            GRAPH,
+            entry(1, late, Some(late + Duration::from_millis(1))),
+        );
+        assert_eq!(queue.pop(Bulk, GRAPH).map(|entry| entry.item), Some(0));
+    }
+
+    #[test]
+    fn the_oldest_stays_so_when_it_moves() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(1);
+        let mut queue = Queue::default();
+        let first = queue.push(Bulk, GRAPH, entry(1, start, None));
+        queue.push(Bulk, GRAPH, entry(2, later, None));
+        let moved = queue.remove(&first).expect("it waits");
+        queue.push(Bulk, GRAPH, moved);
+        assert_eq!(queue.lanes()[0].oldest, start);
+        assert_eq!(queue.pop(Bulk, GRAPH).map(|entry| entry.item), Some(1));
+        assert_eq!(queue.lanes()[0].oldest, later);
+    }
+
+    #[test]
+    fn entries_leave_from_the_middle() {
+        let start = Instant::now();
+        let deadline = start + Duration::from_secs(1);
+        let mut queue = Queue::default();
+        let first = queue.push(Interactive, GRAPH, entry(1, start, None));
+        let second = queue.push(Interactive, GRAPH, entry(2, start, Some(deadline)));
+        assert_eq!(queue.places().len(), 2);
+        assert!(queue.expired(start).is_empty());
+        assert_eq!(queue.expired(deadline), [second]);
+        assert_eq!(queue.remove(&second).map(|entry| entry.item), Some(2));
+        assert!(queue.remove(&second).is_none());
+        assert!(queue.next_deadline().is_none());
+        assert_eq!(queue.get(&first).map(|entry| entry.item), Some(1));
+        assert_eq!(queue.len_of(Interactive), 1);
+        assert_eq!(queue.len_of(Bulk), 0);
+    }
+}

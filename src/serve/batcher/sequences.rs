@@ -1,0 +1,336 @@
+//! Images to generate that wait for a slot at an engine, and how many are where.
+//!
+//! Interactive ones go first, by deadline and arrival as rows do. Bulk leaves a
+//! part of the slots alone: an image keeps its slot for a thousand steps, which
+//! nobody who waits should have to wait for. An image stays with the engine that
+//! it joined; among several engines those that wait are shared out evenly.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::queue::{Entry, Queue};
+use super::scheduler::Steps;
+use crate::model::graph::Graph;
+use crate::serve::class::Class;
+use crate::serve::devices::DeviceIdx;
+use crate::serve::error::{Error, Stage};
+use crate::serve::sequence::Sequence;
+use crate::serve::turn::Sequences;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    queue: Queue<Sequence>,
+    engines: BTreeMap<DeviceIdx, AtEngine>,
+    reserve_percent: u8,
+    /// The longest that bulk waits for a slot while interactive ones take all that
+    /// come free.
+    bulk_wait_max: Duration,
+    /// When one of bulk last got a slot.
+    bulk_joined_at: Option<Instant>,
+}
+
+/// Those that an engine has.
+#[derive(Debug, Default)]
+struct AtEngine {
+    sequences: Sequences,
+    /// When its last step was decided on.
+    stepped_at: Option<Instant>,
+}
+
+impl Waiting {
+    pub(super) fn new(reserve_percent: u8, bulk_wait_max: Duration) -> Self {
+        Self {
+            queue: Queue::default(),
+            engines: BTreeMap::new(),
+            reserve_percent,
+            bulk_wait_max,
+            bulk_joined_at: None,
+        }
+    }
+
+    pub(super) fn push(&mut self, sequence: Sequence, now: Instant) {
+        let (class, deadline) = (sequence.ticket.class, sequence.ticket.deadline);
+        let entry = Entry {
+            arrived: now,
+            deadline,
+            item: sequence,
+        };
+        self.queue.push(class, Graph::Generate, entry);
+    }
+
+    /// An engine has told whom it has.
+    pub(super) fn at_engine(&mut self, device: DeviceIdx, sequences: Sequences) {
+        self.engines.entry(device).or_default().sequences = sequences;
+    }
+
+    /// The engine takes no more, and whom it had it has answered.
+    pub(super) fn gone(&mut self, device: DeviceIdx) {
+        self.engines.remove(&device);
+    }
+
+    /// How many of a class wait.
+    pub(super) fn len_of(&self, class: Class) -> usize {
+        self.queue.len_of(class)
+    }
+
+    /// How many of a class there is room for at an engine.
+    fn room(&self, class: Class, at: Sequences) -> usize {
+        match class {
+            Class::Interactive => at.n_free,
+            Class::Bulk => {
+                let n_slots = at.n_free + at.interactive + at.bulk;
+                // All but the reserve, but one at least.
+                let reserved = n_slots * usize::from(self.reserve_percent) / 100;
+                let most = (n_slots - reserved).max(1);
+                most.saturating_sub(at.bulk).min(at.n_free)
+            }
+        }
+    }
+
+    /// How many of a class that wait are this engine's: what brings it up to the
+    /// mean of those that have room. One of them is below it, so nobody waits
+    /// though there is room, except until that engine is free.
+    fn share(&self, class: Class, device: DeviceIdx) -> usize {
+        let Some(engine) = self.engines.get(&device) else {
+            return 0;
+        };
+        let n_there = |at: Sequences| at.interactive + at.bulk;
+        let with_room = || {
+            let all = self.engines.values().map(|engine| engine.sequences);
+            all.filter(|&at| self.room(class, at) > 0)
+        };
+        let n_all = self.queue.len_of(class) + with_room().map(n_there).sum::<usize>();
+        let mean = n_all.div_ceil(with_room().count().max(1));
+        let at = engine.sequences;
+        mean.saturating_sub(n_there(at)).min(self.room(class, at))
+    }
+
+    /// What a step of this engine would be for, if there is anybody.
+    pub(super) fn steps(&self, device: DeviceIdx) -> Option<Steps> {
+        let AtEngine {
+            sequences,
+            stepped_at,
+        } = self.engines.get(&device)?;
+        let lanes = self.queue.lanes();
+        let oldest = |class| {
+            let mut lanes = lanes.iter();
+            let lane = lanes.find(|lane| lane.class == class)?;
+            (self.share(class, device) > 0).then_some(lane.oldest)
+        };
+        let interactive = sequences.interactive > 0 || oldest(Class::Interactive).is_some();
+        let bulk = sequences.bulk > 0 || oldest(Class::Bulk).is_some();
+        let class = match (interactive, bulk) {
+            (true, _) => Class::Interactive,
+            (false, true) => Class::Bulk,
+            (false, false) => return None,
+        };
+        // Whoever is at the engine waits since the last step.
+        let at_engine = sequences.interactive + sequences.bulk > 0;
+        let stepped = stepped_at.filter(|_| at_engine);
+        Some(Steps {
+            class,
+            bulk,
+            since: stepped.or(oldest(class))?,
+        })
+    }
+
+    /// Takes out those who join this engine's next step.
+    pub(super) fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
+        let mut joining = Vec::new();
+        if self.bulk_is_owed(now) && self.share(Class::Bulk, device) > 0 {
+            joining.extend(self.join_one(Class::Bulk, device, now));
+        }
+        for class in Class::ALL {
+            for _ in 0..self.share(class, device) {
+                joining.extend(self.join_one(class, device, now));
+            }
+        }
+        if let Some(engine) = self.engines.get_mut(&device) {
+            engine.stepped_at = Some(now);
+        }
+        joining
+    }
+
+    fn join_one(&mut self, class: Class, device: DeviceIdx, now: Instant) -> Option<Sequence> {
+        let engine = self.engines.get_mut(&device)?;
+        let entry = self.queue.pop(class, Graph::Generate)?;
+        let at = &mut engine.sequences;
+        at.n_free = at.n_free.saturating_sub(1);
+        match class {
+            Class::Interactive => at.interactive += 1,
+            Class::Bulk => {
+                at.bulk += 1;
+                self.bulk_joined_at = Some(now);
+            }
+        }
+        Some(entry.item)
+    }
+
+    /// Whether one of bulk has waited so long that it goes before interactive ones.
+    fn bulk_is_owed(&self, now: Instant) -> bool {
+        let lanes = self.queue.lanes();
+        let Some(lane) = lanes.iter().find(|lane| lane.class == Class::Bulk) else {
+            return false;
+        };
+        let since = (self.bulk_joined_at).map_or(lane.oldest, |at| at.max(lane.oldest));
+        now.saturating_duration_since(since) >= self.bulk_wait_max
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.queue.next_deadline()
+    }
+
+    /// Answers those whose time is up.
+    pub(super) fn expire(&mut self, now: Instant, mut dropped: impl FnMut(&Error)) {
+        for place in self.queue.expired(now) {
+            if let Some(entry) = self.queue.remove(&place) {
+                let error = Error::DeadlineExceeded {
+                    stage: Stage::Queue,
+                };
+                dropped(&error);
+                entry.item.finish(Err(error));
+            }
+        }
+    }
+
+    /// Gives up those whose callers have gone.
+    pub(super) fn sweep(&mut self, now: Instant, mut dropped: impl FnMut(&Error)) {
+        for place in self.queue.places() {
+            let dead = self
+                .queue
+                .get(&place)
+                .and_then(|entry| entry.item.ticket.dead(now, Stage::Queue));
+            if let Some(error) = dead
+                && let Some(entry) = self.queue.remove(&place)
+            {
+                dropped(&error);
+                entry.item.finish(Err(error));
+            }
+        }
+    }
+
+    /// Gives everybody the same bad news.
+    pub(super) fn refuse(&mut self, error: &Error) {
+        for place in self.queue.places() {
+            if let Some(entry) = self.queue.remove(&place) {
+                entry.item.finish(Err(error.clone()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::generate::{Generate, Keep};
+    use crate::serve::job::{Permit, Reply, Ticket};
+    use crate::serve::sequence::Sampling;
+
+    const ONE: DeviceIdx = DeviceIdx(0);
+    const OTHER: DeviceIdx = DeviceIdx(1);
+    const BULK_WAIT_MAX: Duration = Duration::from_secs(5);
+
+    fn push(waiting: &mut Waiting, class: Class, n: usize) {
+        let now = Instant::now();
+        for _ in 0..n {
+            let ticket = Ticket {
+                class,
+                deadline: None,
+                entered_at: now,
+                span: tracing::Span::none(),
+                reply: Reply::new().0,
+                permit: Permit::none(),
+            };
+            let generate = Generate {
+                keep: Keep::All,
+                sampling: Sampling::greedy(),
+                sample: 0,
+                rows: None,
+            };
+            let sequence = Sequence::new(ticket, Box::new(generate), &[], 2, 4);
+            waiting.push(sequence, now);
+        }
+    }
+
+    fn at(n_free: usize, interactive: usize) -> Sequences {
+        Sequences {
+            n_free,
+            interactive,
+            bulk: 0,
+        }
+    }
+
+    #[test]
+    fn those_that_wait_are_shared_out_among_engines_with_room() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Class::Interactive, 3);
+        assert!(waiting.steps(ONE).is_none(), "it has not said what it has");
+        waiting.at_engine(ONE, at(4, 0));
+        waiting.at_engine(OTHER, at(4, 0));
+        assert_eq!(waiting.join(ONE, now).len(), 2);
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        // The one with fewer takes the next.
+        push(&mut waiting, Class::Interactive, 1);
+        assert_eq!(waiting.join(ONE, now).len(), 0);
+        assert!(waiting.steps(ONE).is_some(), "for those that it has");
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        // The one that is full leaves all to the other.
+        waiting.at_engine(OTHER, at(0, 4));
+        push(&mut waiting, Class::Interactive, 5);
+        assert_eq!(waiting.join(OTHER, now).len(), 0);
+        assert_eq!(
+            waiting.join(ONE, now).len(),
+            2,
+            "as many as it has room for"
+        );
+        // With one gone there are no fewer for those that are left.
+        waiting.gone(ONE);
+        assert!(waiting.steps(ONE).is_none());
+        waiting.at_engine(OTHER, at(4, 0));
+        assert_eq!(waiting.join(OTHER, now).len(), 3);
+    }
+
+    #[test]
+    fn bulk_leaves_a_part_of_each_engine_alone() {
+        let now = Instant::now();
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Class::Bulk, 9);
+        for device in [ONE, OTHER] {
+            waiting.at_engine(device, at(4, 0));
+        }
+        for device in [ONE, OTHER] {
+            assert_eq!(waiting.join(device, now).len(), 3);
+        }
+        push(&mut waiting, Class::Interactive, 1);
+        assert_eq!(waiting.join(OTHER, now).len(), 1);
+        assert_eq!(waiting.len_of(Class::Bulk), 3);
+    }
+
+    #[test]
+    fn bulk_gets_a_slot_beside_interactive_ones_that_never_end() {
+        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Class::Bulk, 3);
+        let mut now = Instant::now();
+        let mut joined = Vec::new();
+        for second in 0..20 {
+            push(&mut waiting, Class::Interactive, 2);
+            // One is done each second.
+            let bulk = joined.len();
+            let at = Sequences {
+                n_free: 1,
+                interactive: 3 - bulk,
+                bulk,
+            };
+            waiting.at_engine(ONE, at);
+            let joining = waiting.join(ONE, now);
+            assert_eq!(joining.len(), 1);
+            if joining[0].ticket.class == Class::Bulk {
+                joined.push(second);
+            }
+            now += Duration::from_secs(1);
+        }
+        assert_eq!(joined, [5, 10, 15]);
+    }
+}

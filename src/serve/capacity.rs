@@ -1,0 +1,293 @@
+//! One measure of the worker's capacity, with a part that bulk work cannot
+//! take.
+//!
+//! Two semaphores, because of how a fair one treats those who wait: a place
+//! that comes free goes to the first who waits, so a bulk stream that always
+//! waits would take every place and calls that do not wait would find none.
+//! Bulk work waits at the shared part alone; the reserved part stays for
+//! interactive calls.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::serve::class::Class;
+
+/// What a refused caller is told to wait before any batch was measured.
+const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
+/// Shorter than this a retry is a busy loop, longer than this it is a guess.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    shared: Arc<Semaphore>,
+    reserved: Arc<Semaphore>,
+    size: usize,
+    shared_size: usize,
+}
+
+/// A part of a pool, given back when it is dropped.
+#[derive(Debug, Default)]
+pub struct Share {
+    shared: Option<OwnedSemaphorePermit>,
+    reserved: Option<OwnedSemaphorePermit>,
+}
+
+impl Pool {
+    /// A pool of `size`, of which `reserve_percent` are for interactive calls.
+    #[must_use]
+    pub fn new(size: usize, reserve_percent: u8) -> Self {
+        // Divided first: sizes in bytes may be near the largest number.
+        let reserved = size / 100 * usize::from(reserve_percent)
+            + size % 100 * usize::from(reserve_percent) / 100;
+        Self {
+            shared: Arc::new(Semaphore::new(size - reserved)),
+            reserved: Arc::new(Semaphore::new(reserved)),
+            size,
+            shared_size: size - reserved,
+        }
+    }
+
+    /// How much there is.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// How much is taken.
+    #[must_use]
+    pub fn taken(&self) -> usize {
+        let free = self.shared.available_permits() + self.reserved.available_permits();
+        self.size.saturating_sub(free)
+    }
+
+    /// The most that a call of this class can ever have.
+    #[must_use]
+    pub fn size_for(&self, class: Class) -> usize {
+        match class {
+            Class::Interactive => self.size,
+            Class::Bulk => self.shared_size,
+        }
+    }
+
+    /// `n` at once, or nothing.
+    #[must_use]
+    pub fn try_take(&self, class: Class, n: usize) -> Option<Share> {
+        let mut share = Share::default();
+        let mut rest = n;
+        if class == Class::Interactive {
+            // The reserve first, so that what bulk work could use is left to
+            // it. Between looking and taking another call may be faster; then
+            // the shared part has to do.
+            let n_reserved = self.reserved.available_permits().min(n);
+            share.reserved = acquire(&self.reserved, n_reserved);
+            if share.reserved.is_some() {
+                rest -= n_reserved;
+            }
+        }
+        if rest > 0 {
+            share.shared = Some(acquire(&self.shared, rest)?);
+        }
+        Some(share)
+    }
+
+    /// `n`, once they are there. Pends for ever for more than bulk work can have.
+    pub async fn take(&self, class: Class, n: usize) -> Share {
+        if let Some(share) = self.try_take(class, n) {
+            return share;
+        }
+        let n = u32::try_from(n).unwrap_or(u32::MAX);
+        let shared = Arc::clone(&self.shared).acquire_many_owned(n).await;
+        Share {
+            // The semaphores are never closed.
+            shared: shared.ok(),
+            reserved: None,
+        }
+    }
+}
+
+/// Images per second that the engine answers while it is busy, as the batcher
+/// last measured it.
+#[derive(Debug, Clone, Default)]
+pub struct DrainRate(Arc<AtomicU64>);
+
+impl DrainRate {
+    /// Replaces the rate.
+    pub fn set(&self, images_per_second: f64) {
+        self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
+    }
+
+    /// The rate, once there is one.
+    #[must_use]
+    pub fn get(&self) -> Option<f64> {
+        let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
+        (rate > 0.0).then_some(rate)
+    }
+
+    /// When a refused caller should try again: when half to all of what is in
+    /// the worker now has been answered.
+    pub(super) fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
+        let Some(rate) = self.get() else {
+            return RETRY_UNMEASURED;
+        };
+        #[expect(clippy::cast_precision_loss, reason = "images are at most a million")]
+        let seconds = n_images as f64 / rate * (0.5 + 0.5 * jitter);
+        Duration::try_from_secs_f64(seconds)
+            .unwrap_or(RETRY_MAX)
+            .clamp(RETRY_MIN, RETRY_MAX)
+    }
+}
+
+fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit> {
+    let n = u32::try_from(n).ok()?;
+    Arc::clone(semaphore).try_acquire_many_owned(n).ok()
+}
+
+impl Share {
+    /// One of them as a share of its own, if there is one left.
+    #[must_use]
+    pub fn split_one(&mut self) -> Option<Self> {
+        let mut one = Self::default();
+        if let Some(permit) = &mut self.shared {
+            one.shared = permit.split(1);
+        }
+        if one.shared.is_none() {
+            let permit = self.reserved.as_mut()?;
+            one.reserved = Some(permit.split(1)?);
+        }
+        Some(one)
+    }
+
+    /// How much it is.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let permits = OwnedSemaphorePermit::num_permits;
+        self.shared.as_ref().map_or(0, permits) + self.reserved.as_ref().map_or(0, permits)
+    }
+
+    /// `n` of it as a share of their own, or as many as there are.
+    #[must_use]
+    pub fn split(&mut self, n: usize) -> Self {
+        let shared = split(self.shared.as_mut(), n);
+        let n_shared = shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let reserved = split(self.reserved.as_mut(), n - n_shared);
+        Self { shared, reserved }
+    }
+
+    /// Puts another share of the same pool to this one.
+    pub fn merge(&mut self, other: Self) {
+        merge(&mut self.shared, other.shared);
+        merge(&mut self.reserved, other.reserved);
+    }
+}
+
+fn split(permit: Option<&mut OwnedSemaphorePermit>, n: usize) -> Option<OwnedSemaphorePermit> {
+    let permit = permit?;
+    permit.split(n.min(permit.num_permits()))
+}
+
+fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePermit>) {
+    match (one.as_mut(), other) {
+        (Some(one), Some(other)) => one.merge(other),
+        (None, other) => *one = other,
+        (Some(_), None) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Class::{Bulk, Interactive};
+
+    #[test]
+    fn retry_times_follow_the_measured_rate() {
+        let drain = DrainRate::default();
+        assert_eq!(drain.retry_after(100, 0.5), RETRY_UNMEASURED);
+        drain.set(50.0);
+        assert_eq!(drain.retry_after(100, 0.0), Duration::from_secs(1));
+        assert_eq!(drain.retry_after(100, 1.0), Duration::from_secs(2));
+        assert_eq!(drain.retry_after(0, 1.0), RETRY_MIN);
+        assert_eq!(drain.retry_after(1_000_000, 1.0), RETRY_MAX);
+    }
+
+    #[test]
+    fn bulk_cannot_take_the_reserve() {
+        let pool = Pool::new(10, 25);
+        let bulk = pool.try_take(Bulk, 8).expect("8 are shared");
+        assert!(pool.try_take(Bulk, 1).is_none());
+        let interactive = pool.try_take(Interactive, 2).expect("2 are reserved");
+        assert!(pool.try_take(Interactive, 1).is_none());
+        assert_eq!(pool.taken(), 10);
+        drop(interactive);
+        drop(bulk);
+        assert_eq!(pool.taken(), 0);
+    }
+
+    #[test]
+    fn interactive_calls_use_both_parts() {
+        let pool = Pool::new(10, 25);
+        let all = pool.try_take(Interactive, 10).expect("all");
+        assert!(pool.try_take(Interactive, 1).is_none());
+        drop(all);
+        assert!(pool.try_take(Interactive, 11).is_none());
+        assert_eq!(pool.taken(), 0, "a refusal keeps nothing");
+        assert!(pool.try_take(Bulk, 0).is_some());
+    }
+
+    #[test]
+    fn a_share_splits_into_ones() {
+        let pool = Pool::new(10, 50);
+        let mut share = pool.try_take(Interactive, 7).expect("7");
+        let ones: Vec<Share> = std::iter::from_fn(|| share.split_one()).collect();
+        assert_eq!(ones.len(), 7);
+        drop(share);
+        assert_eq!(pool.taken(), 7);
+        let mut one = Share::default();
+        for other in ones {
+            one.merge(other);
+        }
+        drop(one);
+        assert_eq!(pool.taken(), 0);
+    }
+
+    #[test]
+    fn a_part_of_a_share_is_given_back_alone() {
+        let pool = Pool::new(10, 50);
+        let mut share = pool.try_take(Interactive, 7).expect("7");
+        drop(share.split(4));
+        assert_eq!(pool.taken(), 3);
+        drop(share.split(9));
+        assert_eq!(pool.taken(), 0);
+        drop(share);
+        assert_eq!(pool.taken(), 0);
+    }
+
+    #[tokio::test]
+    async fn bulk_that_waits_keeps_no_interactive_call_out() {
+        let pool = Pool::new(4, 25);
+        let held = pool.try_take(Bulk, 3).expect("3 are shared");
+        let waiting = {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.take(Bulk, 1).await })
+        };
+        tokio::task::yield_now().await;
+        for _ in 0..100 {
+            assert!(pool.try_take(Interactive, 1).is_some());
+        }
+        drop(held);
+        drop(waiting.await.expect("no panic"));
+        assert_eq!(pool.taken(), 0);
+    }
+
+    #[test]
+    fn large_pools_do_not_overflow() {
+        let size = 1 << 60;
+        let pool = Pool::new(size, 25);
+        assert_eq!(pool.size_for(Bulk), size - size / 4);
+    }
+}

@@ -1,0 +1,337 @@
+//! What has become of each device, and what that makes of the worker: ready once
+//! all have loaded, and for as long as one of them serves.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::engine::{EngineFactory, Facts};
+use crate::runtime::error::EngineError;
+use crate::serve::metrics::Metrics;
+
+/// Which of a worker's engines: its place in `--device-id`, counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DeviceIdx(pub usize);
+
+/// Where a worker's engines are in their life, all taken together.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// Loading and warming up.
+    Loading,
+    /// All were loaded, and one at least still serves.
+    Ready(Facts),
+    /// Ended in good order after the last batch.
+    Stopped,
+    /// One was never started, or the last has ended before its time; the process
+    /// should end too.
+    Failed(Failure),
+}
+
+/// Why a worker cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub reason: String,
+}
+
+/// Who is to blame for a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// One of the worker's own stages.
+    Worker,
+    /// The device or the runtime on it: a restart elsewhere may be better.
+    Device,
+}
+
+/// A device's engine that is yet to be made.
+pub struct DeviceEngine {
+    /// As `--device-id` has it.
+    pub id: i32,
+    pub factory: EngineFactory,
+}
+
+impl std::fmt::Debug for DeviceEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceEngine")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One device of a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// As `--device-id` has it.
+    pub id: i32,
+    /// What its engine told of itself, once it was loaded.
+    pub facts: Option<Facts>,
+    /// Whether its engine takes no more work, for whatever reason.
+    pub ended: bool,
+}
+
+impl Device {
+    /// Whether its engine takes work.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.facts.is_some() && !self.ended
+    }
+}
+
+/// All devices of a worker, in the order of `--device-id`.
+#[derive(Debug, Clone)]
+pub struct Devices {
+    each: Vec<Device>,
+    /// What has ended the worker; the first of its kind, for what follows is
+    /// mostly its consequence.
+    failure: Option<Failure>,
+}
+
+impl Devices {
+    /// Devices that are still to be loaded.
+    pub fn loading(ids: impl IntoIterator<Item = i32>) -> Self {
+        let device = |id| Device {
+            id,
+            facts: None,
+            ended: false,
+        };
+        Self {
+            each: ids.into_iter().map(device).collect(),
+            failure: None,
+        }
+    }
+
+    #[must_use]
+    pub fn each(&self) -> &[Device] {
+        &self.each
+    }
+
+    /// Why the worker cannot go on, if so.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+
+    /// How many serve.
+    #[must_use]
+    pub fn n_serving(&self) -> usize {
+        self.each.iter().filter(|device| device.serves()).count()
+    }
+
+    /// What all of them come to.
+    #[must_use]
+    pub fn state(&self) -> State {
+        if let Some(failure) = &self.failure {
+            return State::Failed(failure.clone());
+        }
+        let loads = |device: &Device| device.facts.is_none() && !device.ended;
+        if self.each.iter().any(loads) {
+            return State::Loading;
+        }
+        self.facts().map_or(State::Stopped, State::Ready)
+    }
+
+    /// What those that serve can do together: they run the same graphs, and each
+    /// has slots of its own for sequences.
+    fn facts(&self) -> Option<Facts> {
+        let serving = || self.each.iter().filter(|device| device.serves());
+        let mut facts = serving().find_map(|device| device.facts.clone())?;
+        if let Some(sequences) = &mut facts.sequences {
+            sequences.n_slots = serving()
+                .filter_map(|device| device.facts.as_ref()?.sequences)
+                .map(|sequences| sequences.n_slots)
+                .sum();
+        }
+        Some(facts)
+    }
+
+    pub(crate) fn loaded(&mut self, device: DeviceIdx, facts: &Facts) {
+        if let Some(device) = self.each.get_mut(device.0) {
+            device.facts = Some(facts.clone());
+        }
+    }
+
+    pub(crate) fn ended(&mut self, device: DeviceIdx) {
+        if let Some(device) = self.each.get_mut(device.0) {
+            device.ended = true;
+        }
+    }
+
+    /// A device has failed, and with it the worker if others still load, since a
+    /// worker starts with all of its devices, or if none is left.
+    fn failed(&mut self, device: DeviceIdx, failure: Failure) {
+        let loading = self.each.iter().any(|device| device.facts.is_none());
+        self.ended(device);
+        if loading || self.n_serving() == 0 {
+            self.fail(failure);
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.failure.get_or_insert(failure);
+    }
+}
+
+/// Where engines and stages say what became of them.
+#[derive(Debug, Clone)]
+pub(crate) struct Reports {
+    devices: Arc<watch::Sender<Devices>>,
+    metrics: Metrics,
+}
+
+impl Reports {
+    pub(crate) fn new(
+        ids: impl IntoIterator<Item = i32>,
+        metrics: Metrics,
+    ) -> (Self, watch::Receiver<Devices>) {
+        let (devices, seen) = watch::channel(Devices::loading(ids));
+        let devices = Arc::new(devices);
+        let reports = Self { devices, metrics };
+        reports.show();
+        (reports, seen)
+    }
+
+    /// An engine is loaded and warm.
+    pub(crate) fn loaded(&self, device: DeviceIdx, facts: &Facts) {
+        self.devices
+            .send_modify(|devices| devices.loaded(device, facts));
+        self.show();
+    }
+
+    /// An engine has ended in good order.
+    pub(crate) fn ended(&self, device: DeviceIdx) {
+        self.devices.send_modify(|devices| devices.ended(device));
+        self.show();
+    }
+
+    /// An engine could not be loaded, or has ended before its time.
+    pub(crate) fn failed(&self, device: DeviceIdx, error: &EngineError) {
+        let kind = match error {
+            EngineError::Device(_) => FailureKind::Device,
+            _ => FailureKind::Worker,
+        };
+        let (mut id, mut n_left, reason) = (0, 0, error.to_string());
+        self.devices.send_modify(|devices| {
+            id = devices.each.get(device.0).map_or(0, |device| device.id);
+            // One alone needs no name.
+            let reason = match devices.each.len() {
+                1 => reason.clone(),
+                _ => format!("device {id}: {reason}"),
+            };
+            devices.failed(device, Failure { kind, reason });
+            n_left = devices.n_serving();
+        });
+        self.show();
+        tracing::error!(device = id, n_left, reason, "a device is out of service");
+    }
+
+    /// One of the worker's own parts has ended before its time.
+    pub(crate) fn fail(&self, reason: String) {
+        let kind = FailureKind::Worker;
+        self.devices
+            .send_modify(|devices| devices.fail(Failure { kind, reason }));
+    }
+
+    fn show(&self) {
+        for device in &self.devices.borrow().each {
+            self.metrics.device_up(device.id, device.serves());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::SequenceFacts;
+
+    fn facts() -> Facts {
+        Facts {
+            provider: "fake",
+            runtime_version: String::new(),
+            dimension: 4,
+            n_classes: 3,
+            sequences: Some(SequenceFacts {
+                n_slots: 4,
+                slot_bytes: 1,
+                chunk: 1,
+                rows_min: 2,
+                shares_prefixes: false,
+            }),
+            fallbacks: Vec::new(),
+        }
+    }
+
+    fn reports() -> (Reports, watch::Receiver<Devices>) {
+        Reports::new([3, 5], Metrics::new().expect("metrics"))
+    }
+
+    const ONE: DeviceIdx = DeviceIdx(0);
+    const OTHER: DeviceIdx = DeviceIdx(1);
+
+    fn n_slots(devices: &watch::Receiver<Devices>) -> Option<usize> {
+        match devices.borrow().state() {
+            State::Ready(facts) => facts.sequences.map(|sequences| sequences.n_slots),
+            _ => None,
+        }
+    }
+
+    fn gone(reason: &str) -> EngineError {
+        EngineError::Device(reason.to_owned())
+    }
+
+    #[test]
+    fn ready_once_all_have_loaded_and_while_one_serves() {
+        let (reports, devices) = reports();
+        reports.loaded(ONE, &facts());
+        assert!(matches!(devices.borrow().state(), State::Loading));
+        reports.loaded(OTHER, &facts());
+        assert_eq!(n_slots(&devices), Some(8), "each has slots of its own");
+        reports.failed(ONE, &gone("first"));
+        assert_eq!(n_slots(&devices), Some(4));
+        assert_eq!(devices.borrow().failure(), None);
+        let page = reports.metrics.render();
+        assert!(
+            page.contains("imagegpt_device_up{device=\"3\"} 0"),
+            "{page}"
+        );
+        assert!(
+            page.contains("imagegpt_device_up{device=\"5\"} 1"),
+            "{page}"
+        );
+        reports.failed(OTHER, &gone("second"));
+        let failure = devices.borrow().failure().cloned().expect("none is left");
+        assert_eq!(failure.kind, FailureKind::Device);
+        assert!(failure.reason.starts_with("device 5: "), "{failure:?}");
+        assert!(failure.reason.ends_with("second"), "{failure:?}");
+    }
+
+    #[test]
+    fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
+        let (reports, devices) = reports();
+        reports.failed(OTHER, &EngineError::NotLoaded("no such device".to_owned()));
+        reports.loaded(ONE, &facts());
+        let State::Failed(failure) = devices.borrow().state() else {
+            panic!("one is missing");
+        };
+        assert_eq!(failure.reason, "device 5: no such device");
+    }
+
+    #[test]
+    fn engines_that_end_in_good_order_fail_nothing() {
+        let (reports, devices) = reports();
+        for device in [ONE, OTHER] {
+            reports.loaded(device, &facts());
+        }
+        reports.ended(ONE);
+        assert!(matches!(devices.borrow().state(), State::Ready(_)));
+        reports.ended(OTHER);
+        assert!(matches!(devices.borrow().state(), State::Stopped));
+        reports.fail("the batcher thread panicked".to_owned());
+        reports.fail("and so did another".to_owned());
+        let failure = devices
+            .borrow()
+            .failure()
+            .cloned()
+            .expect("a stage has failed");
+        assert!(failure.reason.contains("batcher"), "the first counts");
+    }
+}

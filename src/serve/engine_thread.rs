@@ -1,0 +1,405 @@
+//! The engine's thread: load, then ask for batches until the batcher hangs up.
+//!
+//! It asks for a batch when it is free (a [`Slot`] for the batcher) and never
+//! before, so a batch is formed at the last moment: by this thread, if something
+//! waits, because the way to another one and back would take longer. Nothing
+//! here awaits.
+//!
+//! A batch that fails is split and tried again, so that one row that cannot be
+//! computed fails alone. A batch that memory does not suffice for lowers the
+//! largest size. A device that has failed ends its engine, and with the last one
+//! the worker.
+
+mod decoder;
+mod gap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use self::decoder::Decoder;
+use self::gap::Metered;
+use super::devices::DeviceIdx;
+use super::devices::Reports;
+use super::turn::Owed;
+use super::turn::{Batch, Notice, Ran, Slot, Turn, Unit};
+use crate::engine::{Engine, EngineFactory, Row, Run, Stop};
+use crate::model::buckets::Buckets;
+use crate::model::graph::Graph;
+use crate::runtime::error::EngineError;
+use crate::serve::batcher::Batcher;
+use crate::serve::cache::Cache;
+use crate::serve::error::{Error, Stage};
+use crate::serve::metrics::{EngineGap, Fault, Metrics};
+use crate::serve::sequence::Sequence;
+use crate::telemetry::panic_text;
+
+/// What the thread needs besides the engine.
+pub(crate) struct Runner {
+    pub(crate) device: DeviceIdx,
+    pub(crate) batcher: Batcher,
+    pub(crate) notices: Sender<Notice>,
+    pub(crate) turns: Receiver<Turn>,
+    pub(crate) buckets: Buckets,
+    /// How long the engine may be idle before it is tried.
+    pub(crate) canary_interval: Option<Duration>,
+    pub(crate) stop: Arc<Stop>,
+    pub(crate) cache: Cache,
+    pub(crate) metrics: Metrics,
+    pub(crate) gap: EngineGap,
+    pub(crate) reports: Reports,
+}
+
+/// The life of the engine thread.
+pub(crate) fn run(factory: EngineFactory, runner: Runner) {
+    let farewell = Farewell {
+        device: runner.device,
+        notices: runner.notices.clone(),
+        turns: runner.turns.clone(),
+    };
+    let (device, reports) = (runner.device, runner.reports.clone());
+    let loaded = std::panic::catch_unwind(AssertUnwindSafe(factory))
+        .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+    let engine = match loaded {
+        Ok(engine) => engine,
+        Err(error) => return reports.failed(device, &error),
+    };
+    reports.loaded(device, engine.facts());
+    let largest = runner.buckets.largest();
+    let mut life = Life {
+        decoder: Decoder::new(engine.facts().sequences, runner.metrics.clone()),
+        engine: Metered::new(engine, runner.gap.clone()),
+        runner,
+        largest,
+        runs: Vec::new(),
+        owed: Vec::new(),
+    };
+    match life.live() {
+        Ok(()) => reports.ended(device),
+        Err(error) => {
+            reports.failed(device, &error);
+            drop(farewell);
+            // What the runtime does when it frees memory of a device that has
+            // failed is unknown, and other devices serve on in this process.
+            std::mem::forget(life.engine);
+        }
+    }
+}
+
+/// Tells the batcher that the engine is gone, however its thread ends.
+struct Farewell {
+    device: DeviceIdx,
+    notices: Sender<Notice>,
+    turns: Receiver<Turn>,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        // There is room for it: see the channel.
+        let _ = self.notices.send(Notice::Gone(self.device));
+        // Until the batcher has heard it and hangs up, a turn may still come.
+        for turn in &self.turns {
+            turn.refuse(&Error::NotReady);
+        }
+    }
+}
+
+/// A loaded engine at work.
+struct Life {
+    engine: Metered,
+    decoder: Decoder,
+    runner: Runner,
+    /// The largest batch that memory suffices for.
+    largest: usize,
+    /// Runs since the last slot.
+    runs: Vec<Ran>,
+    /// Answers of the runs since then.
+    owed: Vec<Owed>,
+}
+
+impl Life {
+    /// Until the batcher hangs up, or the engine can do no more.
+    fn live(&mut self) -> Result<(), EngineError> {
+        let mut warm = self.engine.warm().to_vec();
+        loop {
+            let slot = Slot {
+                device: self.runner.device,
+                warm: std::mem::take(&mut warm),
+                runs: std::mem::take(&mut self.runs),
+                largest: self.largest,
+                sequences: self.decoder.sequences(),
+            };
+            self.runner.batcher.free(slot, &self.runner.notices);
+            let outcome = match self.next() {
+                Ok(Some(Turn::Batch(batch))) => self.run(&batch),
+                Ok(Some(Turn::Step {
+                    joining,
+                    possible_since,
+                })) => self.step(joining, possible_since),
+                Ok(None) => {
+                    // Nobody is left here unless the batcher has failed.
+                    self.decoder.refuse(&Error::NotReady);
+                    return Ok(());
+                }
+                Err(error) => Err(error),
+            };
+            // A caller who has gone frees the slot also while no step is made.
+            self.decoder.sweep(Instant::now());
+            if let Err(error) = outcome {
+                tracing::error!(%error, "the engine can do no more");
+                self.decoder.refuse(&last_words(&error));
+                return Err(error);
+            }
+        }
+    }
+
+    fn run(&mut self, batch: &Batch) -> Result<(), EngineError> {
+        self.engine.turn(batch.possible_since);
+        self.runner.stop.begin(batch.id);
+        let outcome = self.attempt(batch.graph, batch.bucket, &batch.units);
+        if self.runner.stop.end() {
+            self.runner.metrics.stopped();
+        }
+        outcome.inspect_err(|error| {
+            // Pieces of it that were run before.
+            self.pay();
+            // None of it goes to another device: what has just failed this one may
+            // be an input that would fail every device in turn.
+            for unit in &batch.units {
+                unit.crowd.refuse(&last_words(error));
+            }
+        })
+    }
+
+    fn step(&mut self, joining: Vec<Sequence>, possible_since: Instant) -> Result<(), EngineError> {
+        self.engine.turn(possible_since);
+        self.decoder.join(joining);
+        let started = Instant::now();
+        let step = self.decoder.step(&mut self.engine)?;
+        let elapsed = started.elapsed();
+        let graph = Graph::Generate;
+        self.runner.metrics.inference(graph, elapsed);
+        if step.size > 0 {
+            self.runs.push(Ran {
+                graph,
+                bucket: step.size,
+                images: step.images,
+                elapsed,
+            });
+        }
+        Ok(())
+    }
+
+    /// The next turn. What is owed is given, or on its way, when it comes.
+    fn next(&mut self) -> Result<Option<Turn>, EngineError> {
+        if let Ok(turn) = self.runner.turns.try_recv() {
+            self.hand_over();
+            return Ok(Some(turn));
+        }
+        self.pay();
+        self.receive()
+    }
+
+    /// Waits for a turn; meanwhile, if it takes long, the canary is run.
+    fn receive(&mut self) -> Result<Option<Turn>, EngineError> {
+        let Some(interval) = self.runner.canary_interval else {
+            return Ok(self.runner.turns.recv().ok());
+        };
+        loop {
+            match self.runner.turns.recv_timeout(interval) {
+                Ok(turn) => return Ok(Some(turn)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => self.canary()?,
+            }
+        }
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| self.engine.canary()))
+            .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))));
+        self.runner.metrics.canary(outcome.is_ok());
+        outcome.map_err(|error| match error {
+            EngineError::Panicked(_) => error,
+            // Nothing but the device can be wrong with an input that was right
+            // before.
+            error => EngineError::Device(format!("the idle check failed: {error}")),
+        })
+    }
+
+    /// Runs units of one graph and answers them; splits them if that fails.
+    /// Recursion halves, so it is as deep as the size has bits.
+    ///
+    /// # Errors
+    ///
+    /// What ends the engine.
+    fn attempt(&mut self, graph: Graph, bucket: usize, units: &[Unit]) -> Result<(), EngineError> {
+        if self.runner.stop.requested() {
+            self.leave(units);
+            return Ok(());
+        }
+        let rows: Vec<Row<'_>> = units
+            .iter()
+            .map(|unit| Row {
+                tokens: &unit.tokens,
+                want: unit.want,
+            })
+            .collect();
+        let run = Run {
+            graph,
+            bucket,
+            rows: &rows,
+        };
+        let started = Instant::now();
+        let (engine, stop) = (&mut self.engine, &self.runner.stop);
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| engine.run(&run, stop)))
+            .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))
+            .and_then(|values| {
+                if values.len() == rows.len() {
+                    Ok(values)
+                } else {
+                    Err(EngineError::Output {
+                        got: format!("{} rows", values.len()),
+                        expected: format!("{}", rows.len()),
+                    })
+                }
+            });
+        let elapsed = started.elapsed();
+        self.runner.metrics.inference(graph, elapsed);
+        match outcome {
+            Ok(values) => {
+                self.runner.metrics.totals().ran(units.len(), elapsed);
+                self.runs.push(Ran {
+                    graph,
+                    bucket,
+                    images: f64::from(u32::try_from(units.len()).unwrap_or(u32::MAX)),
+                    elapsed,
+                });
+                let owed = units.iter().cloned().zip(values);
+                let owed = owed.map(|(unit, values)| Owed { unit, values });
+                self.owed.extend(owed);
+                Ok(())
+            }
+            Err(EngineError::Stopped) => {
+                self.leave(units);
+                Ok(())
+            }
+            Err(error @ (EngineError::Device(_) | EngineError::Panicked(_))) => {
+                self.runner.metrics.fault(match error {
+                    EngineError::Device(_) => Fault::Device,
+                    _ => Fault::Panic,
+                });
+                Err(error)
+            }
+            // The runtime may say what it likes when it was told to stop.
+            Err(_) if self.runner.stop.requested() => {
+                self.leave(units);
+                Ok(())
+            }
+            Err(error) => self.again(graph, bucket, units, error),
+        }
+    }
+
+    /// Deals with a run that failed: smaller pieces, until what cannot be
+    /// computed is alone.
+    fn again(
+        &mut self,
+        graph: Graph,
+        bucket: usize,
+        units: &[Unit],
+        error: EngineError,
+    ) -> Result<(), EngineError> {
+        let out_of_memory = matches!(error, EngineError::OutOfMemory(_));
+        let smaller = self.runner.buckets.at_most(bucket - 1);
+        self.runner.metrics.fault(if out_of_memory {
+            Fault::OutOfMemory
+        } else {
+            Fault::Run
+        });
+        tracing::error!(
+            graph = graph.label(),
+            n_images = units.len(),
+            bucket,
+            %error,
+            "inference failed"
+        );
+        if out_of_memory && smaller < self.largest && smaller < bucket {
+            self.largest = smaller;
+            self.runner.metrics.batch_size_lowered(smaller);
+            tracing::warn!(
+                device = self.runner.device.0,
+                largest = smaller,
+                "memory does not suffice for larger batches; lower --max-batch-size to this"
+            );
+        }
+        match units {
+            // At a smaller size it may fit.
+            [_] if out_of_memory && smaller < bucket => self.attempt(graph, smaller, units),
+            [unit] => {
+                let tickets = unit.crowd.close();
+                let error = Error::from(error);
+                for ticket in tickets {
+                    let failed = || tracing::warn!("the model run of an image of this call failed");
+                    ticket.span.in_scope(failed);
+                    ticket.finish(Err(error.clone()));
+                }
+                Ok(())
+            }
+            units => {
+                let half = units.len().div_ceil(2).min(self.largest);
+                let mut rest = units;
+                while !rest.is_empty() {
+                    // An earlier piece may have found that even less fits.
+                    let n = half.min(self.largest).min(rest.len());
+                    let (piece, after) = rest.split_at(n);
+                    let bucket = self.runner.buckets.at_least(n);
+                    self.attempt(graph, bucket.min(self.largest), piece)?;
+                    rest = after;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives the answers that are owed.
+    fn pay(&mut self) {
+        for owed in self.owed.drain(..) {
+            owed.pay(&self.runner.cache);
+        }
+    }
+
+    /// Has them given while the device runs. One is given as soon as another
+    /// thread is woken.
+    fn hand_over(&mut self) {
+        if self.owed.len() > 1 {
+            let notice = Notice::Ran(std::mem::take(&mut self.owed));
+            if let Err(error) = self.runner.notices.send(notice)
+                && let Notice::Ran(owed) = error.0
+            {
+                self.owed = owed;
+            }
+        }
+        self.pay();
+    }
+
+    /// Nobody waited any more when the run was stopped; says so to whoever the
+    /// batcher has not told yet.
+    fn leave(&self, units: &[Unit]) {
+        let stage = Stage::Engine;
+        for unit in units {
+            let dropped = |error: &Error| self.runner.metrics.dead(error);
+            unit.crowd.sweep(Instant::now(), stage, dropped);
+            unit.crowd.refuse(&Error::Cancelled { stage });
+        }
+    }
+}
+
+/// What those are told who were being served when the engine ended. What a
+/// panic leaves behind is unknown, and it is the worker's own fault; from a
+/// device that has failed another worker may be better.
+fn last_words(error: &EngineError) -> Error {
+    match error {
+        EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),
+        _ => Error::NotReady,
+    }
+}

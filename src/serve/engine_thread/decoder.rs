@@ -1,0 +1,410 @@
+//! Sequences in progress, on the engine's thread: continuous batching.
+//!
+//! A sequence lives in a slot, where the engine keeps the keys and values of
+//! its past. A step feeds one token of each and draws the next; whoever is done
+//! or gone leaves before the next step, and whoever comes joins it. What a
+//! sequence begins with is fed first, in chunks, one a step, so that the others
+//! are not held up; its last token goes with everybody's step, so that every
+//! color is drawn from the same computation, however the sequence came by its
+//! past. Where a slot's memory can be copied, on a CPU, samples of one primer
+//! compute it once, and a step reads it once for several of them.
+
+use std::panic::AssertUnwindSafe;
+use std::time::Instant;
+
+use crate::engine::{Engine, Feed, FeedRow, SequenceFacts};
+use crate::kernels::attention::SharedPrefix;
+use crate::model::buckets::Buckets;
+use crate::runtime::error::EngineError;
+use crate::serve::class::Class;
+use crate::serve::error::{Error, Stage};
+use crate::serve::metrics::{Fault, Metrics};
+use crate::serve::sequence::Sequence;
+use crate::serve::turn::Sequences;
+use crate::telemetry::panic_text;
+
+mod prefixes;
+
+/// See the module.
+pub(super) struct Decoder {
+    slots: Vec<Option<Sequence>>,
+    sizes: Buckets,
+    chunk: usize,
+    shares_prefixes: bool,
+    /// Until the engine says that it cannot.
+    can_copy: bool,
+    /// Of the last run.
+    logits: Vec<f32>,
+    slot_bytes: usize,
+    /// How many the metric counts.
+    n_shown: usize,
+    metrics: Metrics,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Step {
+    /// The size that it ran at; 0 if it only fed primers.
+    pub(super) size: usize,
+    /// What it has made, as parts of whole images.
+    pub(super) images: f64,
+}
+
+impl Decoder {
+    pub(super) fn new(facts: Option<SequenceFacts>, metrics: Metrics) -> Self {
+        let n_slots = facts.map_or(0, |facts| facts.n_slots);
+        if let Some(facts) = facts {
+            metrics.slots_added(facts.n_slots, facts.slot_bytes);
+        }
+        Self {
+            slots: (0..n_slots).map(|_| None).collect(),
+            sizes: facts.map_or_else(|| Buckets::powers_of_two(1), |facts| facts.sizes()),
+            chunk: facts.map_or(1, |facts| facts.chunk.max(1)),
+            shares_prefixes: facts.is_some_and(|facts| facts.shares_prefixes),
+            can_copy: true,
+            logits: Vec::new(),
+            slot_bytes: facts.map_or(0, |facts| facts.slot_bytes),
+            n_shown: 0,
+            metrics,
+        }
+    }
+
+    /// Who is there.
+    pub(super) fn sequences(&self) -> Sequences {
+        let of = |class| {
+            let there = self.slots.iter().flatten();
+            there
+                .filter(|sequence| sequence.ticket.class == class)
+                .count()
+        };
+        let (interactive, bulk) = (of(Class::Interactive), of(Class::Bulk));
+        Sequences {
+            n_free: self.slots.len() - interactive - bulk,
+            interactive,
+            bulk,
+        }
+    }
+
+    /// Takes in whoever there is a slot for; the batcher sends no more.
+    pub(super) fn join(&mut self, sequences: Vec<Sequence>) {
+        let mut free = self.slots.iter_mut().filter(|slot| slot.is_none());
+        for sequence in sequences {
+            match free.next() {
+                Some(slot) => *slot = Some(sequence),
+                None => sequence.finish(Err(Error::Lost)),
+            }
+        }
+    }
+
+    /// Answers those whom nothing helps any more.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        for slot in &mut self.slots {
+            let dead = slot
+                .as_ref()
+                .and_then(|sequence| sequence.ticket.dead(now, Stage::Engine));
+            if let Some(error) = dead
+                && let Some(sequence) = slot.take()
+            {
+                self.metrics.dead(&error);
+                sequence.finish(Err(error));
+            }
+        }
+        self.show();
+    }
+
+    fn show(&mut self) {
+        let there = self.slots.iter().flatten().count();
+        self.metrics.sequences(self.n_shown, there);
+        self.n_shown = there;
+    }
+
+    /// Gives everybody the same bad news.
+    pub(super) fn refuse(&mut self, error: &Error) {
+        for sequence in self.slots.iter_mut().filter_map(Option::take) {
+            sequence.finish(Err(error.clone()));
+        }
+        self.show();
+    }
+
+    /// One step of all that are here.
+    ///
+    /// # Errors
+    ///
+    /// What ends the engine; everything else is its sequence's own.
+    pub(super) fn step(&mut self, engine: &mut dyn Engine) -> Result<Step, EngineError> {
+        self.sweep(Instant::now());
+        self.gather(engine);
+        self.share_primers(engine);
+        self.feed_primer(engine)?;
+        // Once more before anybody with the same primer may be done and gone.
+        self.share_primers(engine);
+        let ready: Vec<usize> = self
+            .occupied()
+            .filter(|(_, sequence)| sequence.n_to_feed() == 1)
+            .map(|(idx, _)| idx)
+            .collect();
+        let Some(&last) = ready.last() else {
+            return Ok(Step {
+                size: 0,
+                images: 0.0,
+            });
+        };
+        let size = self.sizes.at_least(last + 1);
+        let mut images = 0.0;
+        let rows = self.rows(size);
+        let shared = if self.shares_prefixes {
+            prefixes::prefixes(&self.slots[..size])
+        } else {
+            Vec::new()
+        };
+        match self.feed(engine, 0, &rows, &shared) {
+            Ok(()) => {
+                let n_colors = self.logits.len() / size;
+                for &slot in &ready {
+                    let logits = &self.logits[slot * n_colors..(slot + 1) * n_colors];
+                    images += advance(&mut self.slots[slot], logits);
+                }
+            }
+            Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
+            Err(error) => {
+                self.metrics.fault(fault(&error));
+                tracing::error!(n_sequences = ready.len(), %error, "a step failed");
+                for &slot in &ready {
+                    images += self.step_alone(engine, slot)?;
+                }
+            }
+        }
+        self.metrics.generated(ready.len());
+        Ok(Step { size, images })
+    }
+
+    fn occupied(&self) -> impl Iterator<Item = (usize, &Sequence)> {
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(idx, slot)| Some((idx, slot.as_ref()?)))
+    }
+
+    /// One token for each of the first slots. A slot whose sequence is not
+    /// ready is run as well: what that leaves lies after what is kept of it, and
+    /// is overwritten before it is ever seen.
+    fn rows(&self, size: usize) -> Vec<(u16, usize)> {
+        let row = |slot: &Option<Sequence>| match slot {
+            Some(sequence) => (
+                sequence.to_feed(1).next().unwrap_or_default(),
+                sequence.n_fed(),
+            ),
+            None => (0, 0),
+        };
+        self.slots.iter().take(size).map(row).collect()
+    }
+
+    /// Feeds one token to each slot from `first_slot` on.
+    fn feed(
+        &mut self,
+        engine: &mut dyn Engine,
+        first_slot: usize,
+        rows: &[(u16, usize)],
+        prefixes: &[SharedPrefix],
+    ) -> Result<(), EngineError> {
+        let rows: Vec<FeedRow<'_>> = rows
+            .iter()
+            .map(|(token, past)| FeedRow {
+                tokens: std::slice::from_ref(token),
+                past: *past,
+            })
+            .collect();
+        let feed = Feed {
+            first_slot,
+            rows: &rows,
+            prefixes,
+        };
+        contained(engine, &feed, &mut self.logits)
+    }
+
+    /// Moves sequences to lower slots where that makes a step smaller.
+    fn gather(&mut self, engine: &mut dyn Engine) {
+        while self.can_copy {
+            let Some(last) = self.slots.iter().rposition(Option::is_some) else {
+                return;
+            };
+            let n_sequences = self.slots.iter().flatten().count();
+            let Some(hole) = self.slots.iter().position(Option::is_none) else {
+                return;
+            };
+            if self.sizes.at_least(n_sequences) >= self.sizes.at_least(last + 1) {
+                return;
+            }
+            let n_fed = self.slots[last].as_ref().map_or(0, Sequence::n_fed);
+            self.can_copy = n_fed == 0 || engine.copy_slot(last, hole, n_fed);
+            if self.can_copy {
+                self.slots.swap(last, hole);
+            }
+        }
+    }
+
+    /// Whoever begins with what somebody here began with takes it over.
+    fn share_primers(&mut self, engine: &mut dyn Engine) {
+        if !self.can_copy {
+            return;
+        }
+        for to in 0..self.slots.len() {
+            let Some(newcomer) = self.slots[to].as_ref() else {
+                continue;
+            };
+            let n = newcomer.n_to_feed() - 1;
+            if newcomer.n_fed() > 0 || n == 0 {
+                continue;
+            }
+            let donor = self
+                .occupied()
+                .find(|(from, donor)| {
+                    *from != to && donor.n_fed() >= n && donor.shares(newcomer, n)
+                })
+                .map(|(from, _)| from);
+            if let Some(from) = donor {
+                self.can_copy = engine.copy_slot(from, to, n);
+                if !self.can_copy {
+                    return;
+                }
+                if let Some(newcomer) = &mut self.slots[to] {
+                    newcomer.fed(n);
+                }
+            }
+        }
+    }
+
+    /// Feeds a chunk of one primer, if there is one to feed, up to its last
+    /// token.
+    fn feed_primer(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
+        let begun = |sequence: &Sequence| std::cmp::Reverse(sequence.n_fed());
+        let Some((slot, sequence)) = self
+            .occupied()
+            .filter(|(_, sequence)| sequence.n_to_feed() > 1)
+            // One after the other: others may begin with the same.
+            .min_by_key(|(_, sequence)| begun(sequence))
+        else {
+            return Ok(());
+        };
+        let n = self.chunk.min(sequence.n_to_feed() - 1);
+        let tokens: Vec<u16> = sequence.to_feed(n).collect();
+        let row = FeedRow {
+            tokens: &tokens,
+            past: sequence.n_fed(),
+        };
+        let feed = Feed {
+            first_slot: slot,
+            rows: &[row],
+            prefixes: &[],
+        };
+        match contained(engine, &feed, &mut self.logits) {
+            Ok(()) => {
+                self.metrics.prefilled(n);
+                if let Some(sequence) = &mut self.slots[slot] {
+                    sequence.fed(n);
+                }
+                Ok(())
+            }
+            Err(error) if ends_engine(&error) => Err(self.fatal(error)),
+            Err(error) => {
+                self.fail(slot, error);
+                Ok(())
+            }
+        }
+    }
+
+    /// A step of one sequence, after one of all has failed, and the part of the
+    /// image that it has made.
+    fn step_alone(&mut self, engine: &mut dyn Engine, slot: usize) -> Result<f64, EngineError> {
+        let Some(sequence) = self.slots[slot].as_ref() else {
+            return Ok(0.0);
+        };
+        let row = (
+            sequence.to_feed(1).next().unwrap_or_default(),
+            sequence.n_fed(),
+        );
+        match self.feed(engine, slot, &[row], &[]) {
+            Ok(()) => Ok(advance(&mut self.slots[slot], &self.logits)),
+            Err(error) if ends_engine(&error) => Err(self.fatal(error)),
+            Err(error) => {
+                self.fail(slot, error);
+                Ok(0.0)
+            }
+        }
+    }
+
+    /// A run failed that was this sequence's alone.
+    fn fail(&mut self, slot: usize, error: EngineError) {
+        self.metrics.fault(fault(&error));
+        if let Some(sequence) = self.slots[slot].take() {
+            let failed = || tracing::error!(%error, "a step of this call failed");
+            sequence.ticket.span.in_scope(failed);
+            sequence.finish(Err(error.into()));
+        }
+    }
+
+    fn fatal(&self, error: EngineError) -> EngineError {
+        self.metrics.fault(fault(&error));
+        error
+    }
+}
+
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        self.metrics.sequences(self.n_shown, 0);
+        self.metrics
+            .slots_removed(self.slots.len(), self.slot_bytes);
+    }
+}
+
+fn ends_engine(error: &EngineError) -> bool {
+    matches!(error, EngineError::Device(_) | EngineError::Panicked(_))
+}
+
+fn fault(error: &EngineError) -> Fault {
+    match error {
+        EngineError::Device(_) => Fault::Device,
+        EngineError::Panicked(_) => Fault::Panic,
+        EngineError::OutOfMemory(_) => Fault::OutOfMemory,
+        _ => Fault::Run,
+    }
+}
+
+/// Feeds tokens; a panic is an error.
+fn contained(
+    engine: &mut dyn Engine,
+    feed: &Feed<'_>,
+    logits: &mut Vec<f32>,
+) -> Result<(), EngineError> {
+    let rows = feed.rows;
+    std::panic::catch_unwind(AssertUnwindSafe(|| engine.feed(feed, logits)))
+        .unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))?;
+    if logits.is_empty() || !logits.len().is_multiple_of(rows.len()) {
+        return Err(EngineError::Output {
+            got: format!("{} logits", logits.len()),
+            expected: format!("as many for each of {} rows", rows.len()),
+        });
+    }
+    Ok(())
+}
+
+/// Gives a sequence its logits; answers it and empties its slot when it ends.
+/// Whether it is complete.
+fn advance(slot: &mut Option<Sequence>, logits: &[f32]) -> f64 {
+    let Some(sequence) = slot else {
+        return 0.0;
+    };
+    let before = sequence.progress();
+    sequence.fed(1);
+    let outcome = match sequence.advance(logits) {
+        Ok(()) if sequence.is_done() => Ok(()),
+        Ok(()) => return sequence.progress() - before,
+        Err(_) => Err(EngineError::NotFinite.into()),
+    };
+    let after = if outcome.is_ok() { 1.0 } else { before };
+    if let Some(sequence) = slot.take() {
+        sequence.finish(outcome);
+    }
+    after - before
+}
+
+#[cfg(test)]
+mod tests;

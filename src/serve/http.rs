@@ -1,0 +1,208 @@
+//! The operator's port: /metrics, /livez and /readyz, and nothing else.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{Request, StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, oneshot};
+use tower::ServiceExt as _;
+
+use crate::serve::admission::Occupancy;
+use crate::serve::cache::Cache;
+use crate::serve::metrics::Metrics;
+use crate::serve::readiness::Readiness;
+use crate::telemetry;
+
+/// Connections at once. Scrapes and probes come a few at a time; each
+/// connection is one request, so that none is held between them. When all are
+/// taken, the next one gets the place of the oldest that has asked for nothing
+/// yet, or else of the oldest: so a probe waits for nobody, however many connect
+/// and say nothing, or take nothing of their page.
+const CONNECTIONS_MAX: usize = 128;
+/// From its accept until its request's head is there: a round trip or two.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// From its accept to its close. A page is made in milliseconds.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
+/// Pages of metrics that are made at once: each takes a core for milliseconds, and
+/// however many ask, probes and calls need the others.
+const RENDERS_MAX: usize = 1;
+/// Rest after an accept that failed, for want of file descriptors mostly.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// What the pages show.
+#[derive(Clone)]
+pub(crate) struct Pages {
+    pub(crate) metrics: Metrics,
+    pub(crate) occupancy: Occupancy,
+    pub(crate) cache: Cache,
+    pub(crate) readiness: Readiness,
+}
+
+/// Serves the pages until the process ends: while the worker drains, a scrape
+/// still sees it drain.
+pub(crate) async fn serve(listener: TcpListener, pages: Pages) {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .with_state(pages);
+    let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Places::default();
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "the metrics port cannot accept");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+                continue;
+            }
+        };
+        if free.available_permits() == 0 {
+            places.give_up_one();
+        }
+        // A connection that was given up is gone as soon as its task has run.
+        let permit = Arc::clone(&free).acquire_owned().await;
+        let (place, given_up) = places.enter();
+        let router = router.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            tokio::select! {
+                () = answer(stream, router, &place) => {}
+                _ = given_up => {}
+            }
+        });
+    }
+}
+
+/// Answers a connection's one request.
+async fn answer(stream: TcpStream, router: Router, place: &Arc<Place>) {
+    let asking = Arc::clone(place);
+    let router = router.map_request(move |request: Request<Incoming>| {
+        asking.asks();
+        request
+    });
+    let answer = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // How a client fails is its own affair.
+    let _ = tokio::time::timeout(CONNECTION_TIME_MAX, answer).await;
+}
+
+/// The port's connections.
+#[derive(Debug, Clone, Default)]
+struct Places(Arc<Mutex<Guests>>);
+
+#[derive(Debug, Default)]
+struct Guests {
+    /// How many have come so far.
+    count: u64,
+    /// Connections that have asked for nothing yet, by when they came.
+    silent: BTreeMap<u64, oneshot::Sender<()>>,
+    /// The others.
+    asked: BTreeMap<u64, oneshot::Sender<()>>,
+}
+
+impl Places {
+    /// Returns a place, and a future that resolves when it goes to another.
+    fn enter(&self) -> (Arc<Place>, oneshot::Receiver<()>) {
+        let (give_up, given_up) = oneshot::channel();
+        let mut state = self.lock();
+        state.count += 1;
+        let id = state.count;
+        state.silent.insert(id, give_up);
+        let places = self.clone();
+        (Arc::new(Place { places, id }), given_up)
+    }
+
+    fn give_up_one(&self) {
+        let mut state = self.lock();
+        let oldest = state.silent.pop_first();
+        if let Some((_, give_up)) = oldest.or_else(|| state.asked.pop_first()) {
+            let _ = give_up.send(());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Guests> {
+        // Nothing below can panic halfway through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection among those.
+#[derive(Debug)]
+struct Place {
+    places: Places,
+    id: u64,
+}
+
+impl Place {
+    /// The head of its request is there.
+    fn asks(&self) {
+        let mut state = self.places.lock();
+        if let Some(give_up) = state.silent.remove(&self.id) {
+            state.asked.insert(self.id, give_up);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.places.lock();
+        state.silent.remove(&self.id);
+        state.asked.remove(&self.id);
+    }
+}
+
+async fn metrics(State(pages): State<Pages>) -> impl IntoResponse {
+    static RENDERS: Semaphore = Semaphore::const_new(RENDERS_MAX);
+    // Never closed, so there is no error.
+    let _turn = RENDERS.acquire().await;
+    // Read when asked for, from where the truth is, so that no path can
+    // forget to count down.
+    let (metrics, occupancy) = (&pages.metrics, &pages.occupancy);
+    metrics.in_flight(occupancy.images(), occupancy.images_max());
+    metrics.bytes(
+        occupancy.bytes(),
+        occupancy.bytes_max(),
+        pages.cache.bytes(),
+    );
+    metrics.log_lines_dropped(telemetry::lines_dropped());
+    pages.metrics.ready(pages.readiness.get().is_ok());
+    (
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
+        pages.metrics.render(),
+    )
+}
+
+/// Alive until the engine has failed: then only a restart helps.
+async fn livez(State(pages): State<Pages>) -> impl IntoResponse {
+    match pages.readiness.failure() {
+        None => (StatusCode::OK, "alive\n".to_owned()),
+        Some(failure) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("engine failed: {}\n", failure.reason),
+        ),
+    }
+}
+
+async fn readyz(State(pages): State<Pages>) -> impl IntoResponse {
+    match pages.readiness.get() {
+        Ok(_) => (StatusCode::OK, "ready\n".to_owned()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+    }
+}

@@ -1,0 +1,189 @@
+//! Everybody who waits for one and the same answer.
+//!
+//! Identical work runs once: its callers gather in a crowd, which the batcher
+//! and the engine share. The batcher lets callers join and leave while the work
+//! waits or runs; the engine closes the crowd and answers whoever is in it. The
+//! lock is held for a few pointer moves, never while anything runs.
+
+use std::time::Instant;
+
+use super::Ticket;
+use crate::serve::error::{Error, Stage};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Crowd(Mutex<State>);
+
+#[derive(Debug)]
+enum State {
+    Open(Vec<Ticket>),
+    /// The answer is on its way; whoever comes now comes too late.
+    Closed,
+}
+
+/// Who is left in a crowd, and what the most urgent of them need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    pub n_tickets: usize,
+    pub class: Option<crate::serve::class::Class>,
+    pub deadline: Option<Instant>,
+}
+
+impl Crowd {
+    #[must_use]
+    pub fn new(first: Ticket) -> Self {
+        Self(Mutex::new(State::Open(vec![first])))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing below can panic halfway through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a caller, unless the answer is already on its way.
+    ///
+    /// # Errors
+    ///
+    /// The ticket, when the crowd is closed.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the ticket must go on to another crowd"
+    )]
+    pub fn join(&self, ticket: Ticket) -> Result<(), Ticket> {
+        match &mut *self.lock() {
+            State::Open(tickets) => {
+                tickets.push(ticket);
+                Ok(())
+            }
+            State::Closed => Err(ticket),
+        }
+    }
+
+    /// Answers those whom nothing helps any more, telling `dropped` why.
+    pub fn sweep(&self, now: Instant, stage: Stage, dropped: impl FnMut(&Error)) -> Left {
+        self.drop_if(|ticket| ticket.dead(now, stage), dropped)
+    }
+
+    /// Answers those whose own deadline is not after `limit`, for whom the work
+    /// comes too late; it may be in time for the others.
+    pub fn late(&self, limit: Instant, error: &Error, dropped: impl FnMut(&Error)) -> Left {
+        let late = |ticket: &Ticket| {
+            let late = ticket.deadline.is_some_and(|deadline| deadline <= limit);
+            late.then(|| error.clone())
+        };
+        self.drop_if(late, dropped)
+    }
+
+    fn drop_if(
+        &self,
+        reason: impl Fn(&Ticket) -> Option<Error>,
+        mut dropped: impl FnMut(&Error),
+    ) -> Left {
+        let mut dead = Vec::new();
+        let left = match &mut *self.lock() {
+            State::Closed => Left {
+                n_tickets: 0,
+                class: None,
+                deadline: None,
+            },
+            State::Open(tickets) => {
+                let mut idx = 0;
+                while let Some(ticket) = tickets.get(idx) {
+                    match reason(ticket) {
+                        Some(error) => dead.push((tickets.swap_remove(idx), error)),
+                        None => idx += 1,
+                    }
+                }
+                Left {
+                    n_tickets: tickets.len(),
+                    class: tickets.iter().map(|ticket| ticket.class).min(),
+                    deadline: tickets.iter().filter_map(|ticket| ticket.deadline).min(),
+                }
+            }
+        };
+        // Callers are woken without the lock.
+        for (ticket, error) in dead {
+            dropped(&error);
+            ticket.finish(Err(error));
+        }
+        left
+    }
+
+    /// Nobody can join any more; whoever is in it gets an answer from the
+    /// caller of this. Only the first call gets anybody.
+    #[must_use]
+    pub fn close(&self) -> Vec<Ticket> {
+        match std::mem::replace(&mut *self.lock(), State::Closed) {
+            State::Open(tickets) => tickets,
+            State::Closed => Vec::new(),
+        }
+    }
+
+    /// Closes it and gives everybody the same bad news.
+    pub fn refuse(&self, error: &Error) {
+        for ticket in self.close() {
+            ticket.finish(Err(error.clone()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::serve::class::Class;
+    use crate::serve::job::{Answer, Reply};
+
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+
+    fn ticket(class: Class, deadline: Option<Instant>) -> (Ticket, Outcome) {
+        let (reply, outcome) = Reply::new();
+        let ticket = Ticket {
+            class,
+            deadline,
+            entered_at: Instant::now(),
+            span: tracing::Span::none(),
+            reply,
+            permit: crate::serve::job::Permit::none(),
+        };
+        (ticket, outcome)
+    }
+
+    #[test]
+    fn callers_leave_and_the_rest_are_answered_once() {
+        let now = Instant::now();
+        let soon = now + Duration::from_secs(1);
+        let (first, first_outcome) = ticket(Class::Bulk, None);
+        let (second, mut second_outcome) = ticket(Class::Interactive, Some(soon));
+        let (third, mut third_outcome) = ticket(Class::Bulk, Some(now));
+        let crowd = Crowd::new(first);
+        crowd.join(second).expect("open");
+        crowd.join(third).expect("open");
+        drop(first_outcome);
+        let mut reasons = Vec::new();
+        let left = crowd.sweep(now, Stage::Queue, |error| reasons.push(error.to_string()));
+        assert_eq!(
+            left,
+            Left {
+                n_tickets: 1,
+                class: Some(Class::Interactive),
+                deadline: Some(soon)
+            }
+        );
+        assert_eq!(reasons.len(), 2);
+        assert!(matches!(
+            third_outcome.try_recv(),
+            Ok(Err(Error::DeadlineExceeded { .. }))
+        ));
+        for ticket in crowd.close() {
+            ticket.finish(Ok(Answer::Values(vec![1.0])));
+        }
+        assert!(matches!(second_outcome.try_recv(), Ok(Ok(_))));
+        let (late, _outcome) = ticket(Class::Bulk, None);
+        assert!(crowd.join(late).is_err(), "closed");
+        assert!(crowd.close().is_empty());
+        assert_eq!(crowd.sweep(now, Stage::Queue, |_| {}).n_tickets, 0);
+    }
+}

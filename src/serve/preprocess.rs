@@ -1,0 +1,157 @@
+//! The threads that turn pictures into tokens.
+//!
+//! Preprocessing is plain CPU work, so it runs on its own named threads and
+//! not on the async runtime. Images that are tokens already have nothing to be
+//! decoded, and are only checked, where they arrive. A job whose caller has gone
+//! or whose deadline has passed is dropped before it is decoded, and while it is.
+
+pub mod queue;
+use crate::imaging::Picture;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use self::queue::{Queue, Reach};
+use crate::imaging::{DecodeBudget, ImageInput, PreprocessError, Preprocessor};
+use crate::model::graph::Context;
+use crate::serve::batcher::Arrival;
+use crate::serve::error::{Error, Stage};
+use crate::serve::job::{Answer, Job, Work};
+use crate::serve::metrics::Metrics;
+use crate::serve::sequence::Sequence;
+
+/// The life of one preprocessing thread: until the door is closed.
+pub(crate) fn run(desk: &Desk, pictures: &Queue, reach: Reach) {
+    while let Some(job) = pictures.next(reach) {
+        desk.tokenize(job);
+    }
+}
+
+/// Turns pictures into tokens and hands them on to the batcher, on whatever
+/// thread it is asked to.
+#[derive(Debug, Clone)]
+pub(crate) struct Desk {
+    pub(crate) preprocessor: Arc<Preprocessor>,
+    /// The last net under the bounds that decoding has by a file's header.
+    pub(crate) decode_cpu_time_max: Duration,
+    pub(crate) batcher: Sender<Arrival>,
+    pub(crate) metrics: Metrics,
+}
+
+impl Desk {
+    /// Answers the job, or hands it on.
+    pub(crate) fn tokenize(&self, job: Job<Picture>) {
+        let (preprocessor, metrics) = (&self.preprocessor, &self.metrics);
+        if let Some(error) = job.ticket.dead(Instant::now(), Stage::Preprocess) {
+            metrics.dead(&error);
+            return job.ticket.finish(Err(error));
+        }
+        // Decoders' panics are contained where they happen; one from anywhere
+        // else must not take the thread along.
+        let dead = || job.ticket.dead(Instant::now(), Stage::Preprocess);
+        let abandoned = || dead().is_some();
+        let budget = DecodeBudget::new(&abandoned, self.decode_cpu_time_max);
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            preprocessor.tokenize(&job.payload.input, job.payload.options, &budget)
+        }));
+        let outcome = match outcome {
+            Ok(Err(PreprocessError::Abandoned)) => {
+                // Who has gone stays gone, and time does not turn back.
+                let error = dead().unwrap_or(Error::Lost);
+                metrics.dead(&error);
+                return job.ticket.finish(Err(error));
+            }
+            Ok(outcome) => outcome.map_err(Error::from),
+            Err(_) => Err(Error::Lost),
+        };
+        let tokenized = match outcome {
+            Ok(tokenized) => tokenized,
+            Err(error) => {
+                job.ticket.span.in_scope(|| report(&error));
+                return job.ticket.finish(Err(error));
+            }
+        };
+        let encoded = matches!(job.payload.input, ImageInput::Encoded(_));
+        let given = matches!(
+            job.payload.input,
+            ImageInput::Tokens(_) | ImageInput::Prefix(_)
+        );
+        metrics.preprocessed(
+            encoded.then_some(tokenized.timings.decode),
+            (!given).then_some(tokenized.timings.quantize),
+        );
+        let Job {
+            work, mut ticket, ..
+        } = job;
+        ticket.entered_at = Instant::now();
+        let mut tokens = tokenized.tokens;
+        match work {
+            Work::Tokenize => ticket.finish(Ok(Answer::Tokens(tokens))),
+            Work::Infer { context, .. } => {
+                if context == Context::SosShifted {
+                    shift(&mut tokens, preprocessor.start_token());
+                }
+                let payload = Arc::from(tokens);
+                self.hand_on(Arrival::Row(Job {
+                    payload,
+                    work,
+                    ticket,
+                }));
+            }
+            Work::Generate(generate) => {
+                let (side, start) = (preprocessor.side(), preprocessor.start_token());
+                let mut sequence = Sequence::new(ticket, generate, &tokens, side, start);
+                // Known rows are complete before anything is drawn.
+                sequence.send_rows();
+                if sequence.is_done() {
+                    sequence.finish(Ok(()));
+                } else {
+                    self.hand_on(Arrival::Sequence(sequence));
+                }
+            }
+        }
+    }
+
+    fn hand_on(&self, arrival: Arrival) {
+        // The batcher's queue holds as many as there are permits.
+        if let Err(refused) = self.batcher.try_send(arrival) {
+            match refused.into_inner() {
+                Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
+                Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
+            }
+        }
+    }
+}
+
+/// Leaves a word in the log where the fault is the worker's.
+fn report(error: &Error) {
+    match error {
+        Error::Image(cause) if matches!(**cause, PreprocessError::Panicked { .. }) => {
+            tracing::error!(%error, "a decoder panicked");
+        }
+        Error::Lost => tracing::error!("preprocessing panicked"),
+        _ => {}
+    }
+}
+
+/// The start token first, the last pixel dropped.
+fn shift(tokens: &mut [u16], start: u16) {
+    tokens.rotate_right(1);
+    if let Some(first) = tokens.first_mut() {
+        *first = start;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shift;
+
+    #[test]
+    fn a_shift_drops_the_last_pixel() {
+        let mut tokens = [1, 2, 3, 4];
+        shift(&mut tokens, 512);
+        assert_eq!(tokens, [512, 1, 2, 3]);
+    }
+}

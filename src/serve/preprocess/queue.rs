@@ -1,0 +1,422 @@
+//! Where pictures wait for a preprocessing thread.
+//!
+//! A lock and not a channel, because those who gave up leave from the middle,
+//! because interactive pictures overtake bulk ones, and because cheap pictures
+//! overtake costly ones within a bound of age: a few callers whose pictures take
+//! a second each would otherwise hold up everybody's. It needs no bound of
+//! its own: a job holds its permit, so there are at most as many as permits.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use crate::imaging::Picture;
+use crate::imaging::cost::DecodeCost;
+use crate::serve::class::Class;
+use crate::serve::error::{Error, Stage};
+use crate::serve::job::Job;
+use crate::serve::metrics::Metrics;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// While both classes wait, every so many pictures a bulk one goes first, so
+/// that interactive ones alone cannot fill the queue before the engine and bulk
+/// gets its share of that.
+const BULK_TURN: u32 = 5;
+
+/// A picture lets those pass that arrive within so many times its own cost. At
+/// 8 a picture of a second waits for at most 8 seconds of later arrivals, and
+/// one of a millisecond for those of the next 8 milliseconds.
+const PATIENCE: u32 = 8;
+/// Longest that a picture lets later ones pass, whatever its header claims.
+const PATIENCE_MAX: Duration = Duration::from_secs(30);
+
+/// The end that admission holds: the queue is closed when it is dropped.
+#[derive(Debug)]
+pub struct Door(Arc<Queue>);
+
+/// The end that preprocessing threads hold.
+#[derive(Debug)]
+pub struct Queue {
+    state: Mutex<State>,
+    /// Rung for threads that take any picture.
+    arrived: Condvar,
+    /// Rung for threads that take cheap ones only: a shared bell could wake one
+    /// of them for a picture that it must leave.
+    cheap_arrived: Condvar,
+    /// Rung when callers have gone, for the batcher to look at its own queue.
+    bell: Sender<()>,
+    metrics: Metrics,
+}
+
+/// Which pictures a thread takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    Any,
+    /// Only those that are decoded in a moment, so that they pass while every
+    /// other thread is held by large ones.
+    Cheap,
+}
+
+/// The order of pictures within a class: by arrival, put off by their cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    at: Instant,
+    /// Tells apart what arrives at one instant.
+    nth: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    interactive: Waiting,
+    bulk: Waiting,
+    turn: u32,
+    n_arrived: u64,
+    closed: bool,
+}
+
+/// The pictures of one class that wait.
+#[derive(Debug, Default)]
+struct Waiting {
+    cheap: BTreeMap<Rank, Job<Picture>>,
+    costly: BTreeMap<Rank, Job<Picture>>,
+}
+
+impl Waiting {
+    fn first(&self, reach: Reach) -> Option<Rank> {
+        let costly = match reach {
+            Reach::Any => self.costly.keys().next(),
+            Reach::Cheap => None,
+        };
+        self.cheap
+            .keys()
+            .next()
+            .into_iter()
+            .chain(costly)
+            .min()
+            .copied()
+    }
+
+    fn take(&mut self, rank: Rank) -> Option<Job<Picture>> {
+        self.cheap
+            .remove(&rank)
+            .or_else(|| self.costly.remove(&rank))
+    }
+
+    /// Takes out those that are dead, with the reason.
+    fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<Picture>, Error)>) {
+        for waiting in [&mut self.cheap, &mut self.costly] {
+            let is_dead = |_: &Rank, job: &mut Job<Picture>| {
+                job.ticket.dead(now, Stage::Preprocess).is_some()
+            };
+            dead.extend(waiting.extract_if(.., is_dead).filter_map(|(_, job)| {
+                // Dead a moment ago is dead now.
+                let error = job.ticket.dead(now, Stage::Preprocess)?;
+                Some((job, error))
+            }));
+        }
+    }
+
+    fn drain(self) -> impl Iterator<Item = Job<Picture>> {
+        self.cheap.into_values().chain(self.costly.into_values())
+    }
+}
+
+impl State {
+    fn lane(&mut self, class: Class) -> &mut Waiting {
+        match class {
+            Class::Interactive => &mut self.interactive,
+            Class::Bulk => &mut self.bulk,
+        }
+    }
+
+    fn push(&mut self, job: Job<Picture>, cost: DecodeCost, now: Instant) {
+        self.n_arrived += 1;
+        let patience = cost.0.saturating_mul(PATIENCE).min(PATIENCE_MAX);
+        let rank = Rank {
+            at: now + patience,
+            nth: self.n_arrived,
+        };
+        let lane = self.lane(job.ticket.class);
+        if cost.is_cheap() {
+            lane.cheap.insert(rank, job);
+        } else {
+            lane.costly.insert(rank, job);
+        }
+    }
+
+    fn next(&mut self, reach: Reach) -> Option<Job<Picture>> {
+        let bulk = self.bulk.first(reach);
+        let interactive = self.interactive.first(reach);
+        let (class, rank) = match (interactive, bulk) {
+            (Some(_), Some(bulk)) if self.turn + 1 >= BULK_TURN => (Class::Bulk, bulk),
+            (Some(interactive), _) => (Class::Interactive, interactive),
+            (None, bulk) => (Class::Bulk, bulk?),
+        };
+        let job = self.lane(class).take(rank)?;
+        self.turn = match class {
+            Class::Bulk => 0,
+            // Counted only while bulk waits.
+            Class::Interactive if bulk.is_none() => 0,
+            Class::Interactive => self.turn + 1,
+        };
+        Some(job)
+    }
+}
+
+/// A queue and its door. `bell` has room for one ring; more mean the same.
+#[must_use]
+pub fn queue(bell: Sender<()>, metrics: Metrics) -> (Door, Arc<Queue>) {
+    let queue = Arc::new(Queue {
+        state: Mutex::default(),
+        arrived: Condvar::new(),
+        cheap_arrived: Condvar::new(),
+        bell,
+        metrics,
+    });
+    (Door(Arc::clone(&queue)), queue)
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing below can panic halfway through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next picture within reach, once there is one; `None` once the door
+    /// is closed and all within reach have gone through.
+    pub fn next(&self, reach: Reach) -> Option<Job<Picture>> {
+        let arrived = match reach {
+            Reach::Any => &self.arrived,
+            Reach::Cheap => &self.cheap_arrived,
+        };
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.next(reach) {
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state = arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Door {
+    /// Puts a picture into its class, behind those that arrived before and
+    /// before those that cost more.
+    pub fn push(&self, job: Job<Picture>) {
+        // Headers are read without the lock.
+        let cost = job.payload.cost();
+        self.0.lock().push(job, cost, Instant::now());
+        self.0.arrived.notify_one();
+        if cost.is_cheap() {
+            self.0.cheap_arrived.notify_one();
+        }
+    }
+
+    /// Answers those who have gone or are late, here and in the batcher, so
+    /// that their places are free at once.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        let mut dead = Vec::new();
+        {
+            let mut state = self.0.lock();
+            for class in Class::ALL {
+                state.lane(class).sweep(now, &mut dead);
+            }
+        }
+        // Callers are woken without the lock.
+        for (job, error) in dead {
+            self.0.metrics.dead(&error);
+            job.ticket.finish(Err(error));
+        }
+        // Full means that the batcher has a ring to hear yet.
+        let _ = self.0.bell.try_send(());
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.arrived.notify_all();
+        self.0.cheap_arrived.notify_all();
+    }
+}
+
+/// Whoever still waits when the last end goes is told, since nobody else would.
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let state = std::mem::take(&mut *self.lock());
+        for job in state.interactive.drain().chain(state.bulk.drain()) {
+            job.ticket.finish(Err(Error::NotReady));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::imaging::{ImageInput, PreprocessOptions};
+    use crate::serve::job::{Answer, Permit, Reply, Ticket, Work};
+
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+
+    fn job(class: Class, id: u32) -> (Job<Picture>, Outcome) {
+        let (reply, outcome) = Reply::new();
+        let job = Job {
+            payload: Picture {
+                input: ImageInput::Tokens(vec![id]),
+                options: PreprocessOptions::default(),
+            },
+            work: Work::Tokenize,
+            ticket: Ticket {
+                class,
+                deadline: None,
+                entered_at: Instant::now(),
+                span: tracing::Span::none(),
+                reply,
+                permit: Permit::none(),
+            },
+        };
+        (job, outcome)
+    }
+
+    fn id(job: &Job<Picture>) -> u32 {
+        match &job.payload.input {
+            ImageInput::Tokens(ids) => ids[0],
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn new() -> (Door, Arc<Queue>, crossbeam_channel::Receiver<()>) {
+        let (bell, rings) = crossbeam_channel::bounded(1);
+        let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
+        (door, queue, rings)
+    }
+
+    #[test]
+    fn interactive_pictures_overtake_and_bulk_has_its_turn() {
+        let (door, queue, _rings) = new();
+        let mut outcomes = Vec::new();
+        for id in 0..3 {
+            let (job, outcome) = job(Class::Bulk, id);
+            door.push(job);
+            outcomes.push(outcome);
+        }
+        for id in 10..18 {
+            let (job, outcome) = job(Class::Interactive, id);
+            door.push(job);
+            outcomes.push(outcome);
+        }
+        drop(door);
+        let order: Vec<u32> = std::iter::from_fn(|| queue.next(Reach::Any))
+            .map(|job| id(&job))
+            .collect();
+        assert_eq!(order, [10, 11, 12, 13, 0, 14, 15, 16, 17, 1, 2]);
+    }
+
+    #[test]
+    fn those_who_have_gone_leave_at_once() {
+        let (door, queue, rings) = new();
+        let (stays, _outcome) = job(Class::Bulk, 1);
+        let (leaves, gone) = job(Class::Bulk, 2);
+        door.push(leaves);
+        door.push(stays);
+        drop(gone);
+        door.sweep();
+        door.sweep();
+        assert_eq!(rings.try_iter().count(), 1, "two rings mean the same");
+        assert_eq!(queue.next(Reach::Any).map(|job| id(&job)), Some(1));
+        drop(door);
+        assert!(queue.next(Reach::Any).is_none());
+    }
+
+    /// Pushes pictures of one class, each with its arrival and its cost in
+    /// milliseconds, and takes them all out again.
+    fn order(pictures: &[(u64, u64)], reach: Reach) -> Vec<u32> {
+        let start = Instant::now();
+        let mut state = State::default();
+        let mut outcomes = Vec::new();
+        for (id, &(arrival, cost)) in (0..).zip(pictures) {
+            let (job, outcome) = job(Class::Interactive, id);
+            let cost = DecodeCost(Duration::from_millis(cost));
+            state.push(job, cost, start + Duration::from_millis(arrival));
+            outcomes.push(outcome);
+        }
+        std::iter::from_fn(|| state.next(reach))
+            .map(|job| id(&job))
+            .collect()
+    }
+
+    #[test]
+    fn cheap_pictures_pass_costly_ones_within_a_bound_of_age() {
+        // Equal costs keep the order of arrival, also at one instant.
+        assert_eq!(order(&[(0, 5), (0, 5), (1, 5)], Reach::Any), [0, 1, 2]);
+        // A picture of a second lets pass what arrives within eight.
+        let hog = (0, 1000);
+        assert_eq!(
+            order(&[hog, (1, 1), (7_900, 1), (8_100, 1)], Reach::Any),
+            [1, 2, 0, 3]
+        );
+        // The largest claim waits no longer than the bound.
+        let claim = (0, u64::MAX / 2_000_000);
+        assert_eq!(
+            order(&[claim, (29_000, 1), (31_000, 1)], Reach::Any),
+            [1, 0, 2]
+        );
+    }
+
+    #[test]
+    fn a_thread_for_cheap_pictures_leaves_the_others() {
+        let pictures = [(0, 1000), (1, 101), (2, 100), (3, 1)];
+        assert_eq!(order(&pictures, Reach::Cheap), [3, 2]);
+        assert_eq!(order(&pictures, Reach::Any), [3, 2, 1, 0]);
+    }
+
+    #[test]
+    fn large_pictures_that_hold_all_threads_do_not_hold_small_ones() {
+        let (door, queue, _rings) = new();
+        let mut outcomes = Vec::new();
+        let mut push = |input: ImageInput| {
+            let (mut job, outcome) = job(Class::Interactive, 0);
+            job.payload.input = input;
+            door.push(job);
+            outcomes.push(outcome);
+        };
+        let rgb8 = |side| ImageInput::Rgb8 {
+            width: side,
+            height: side,
+            pixels: bytes::Bytes::new(),
+        };
+        // Waits before anything has come, and is woken for the one it takes.
+        let cheap = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| queue.next(Reach::Cheap));
+            push(rgb8(8000));
+            push(rgb8(8000));
+            push(rgb8(100));
+            waiter.join().expect("no panic")
+        });
+        let side = |job: Option<Job<Picture>>| match job?.payload.input {
+            ImageInput::Rgb8 { width, .. } => Some(width),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(side(cheap), Some(100));
+        assert_eq!(side(queue.next(Reach::Any)), Some(8000));
+        drop(door);
+        assert!(queue.next(Reach::Cheap).is_none());
+        assert_eq!(side(queue.next(Reach::Any)), Some(8000));
+        assert!(queue.next(Reach::Any).is_none());
+    }
+
+    #[test]
+    fn whoever_is_left_is_told() {
+        let (door, queue, _rings) = new();
+        let (job, mut outcome) = job(Class::Bulk, 1);
+        door.push(job);
+        drop(queue);
+        drop(door);
+        assert!(matches!(outcome.try_recv(), Ok(Err(Error::NotReady))));
+    }
+}

@@ -1,0 +1,679 @@
+//! The gRPC surface; with its submodules, the only part that knows tonic.
+//!
+//! A handler decodes, submits to admission, awaits the outcomes and encodes.
+
+mod access;
+mod arriving;
+mod auth;
+mod convert;
+mod deadline;
+mod drive;
+mod embedding;
+mod generate;
+mod health;
+mod leaving;
+mod listen;
+mod observe;
+mod oip;
+mod reload;
+mod score;
+mod status;
+mod stream;
+mod tally;
+mod tls;
+mod usage;
+mod web;
+
+pub use self::access::Access;
+pub use self::health::LIVENESS;
+pub use self::observe::Calls;
+use self::oip::Oip;
+use crate::proto;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tonic::codec::CompressionEncoding;
+use tonic::service::Routes;
+use tonic::{Code, Request, Response, Status};
+use tower::Layer as _;
+
+use self::arriving::Arrived;
+use self::embedding::Embedding;
+use self::observe::{Deadline, Held};
+use self::tally::Tally;
+use crate::engine::Facts;
+use crate::gpu;
+use crate::imaging::Picture;
+use crate::imaging::PreprocessOptions;
+use crate::model::graph::{Norm, Want};
+use crate::model::head::Head;
+use crate::model::{Model, Task};
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb;
+use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
+use crate::serve::admission::{Admission, Bytes, Call, Pending};
+use crate::serve::capacity::Share;
+use crate::serve::class::Class;
+use crate::serve::config::{ConnectionsConfig, LimitsConfig};
+use crate::serve::error::Error;
+use crate::serve::job::{Answer, Work};
+use crate::serve::metrics::Metrics;
+use crate::serve::readiness::{Readiness, Unready};
+
+/// What the surface needs of the worker.
+#[derive(Debug)]
+pub struct Service {
+    pub model: Arc<Model>,
+    pub heads: Vec<Head>,
+    pub admission: Admission,
+    pub readiness: Readiness,
+    pub limits: LimitsConfig,
+    pub max_batch_size: u16,
+    /// What is known of GPUs that the model runs on.
+    pub gpus: gpu::Known,
+    pub metrics: Metrics,
+    /// What calls are given to end when the worker does.
+    pub shutdown_grace_period: Duration,
+}
+
+/// How the server listens.
+#[derive(Debug)]
+pub struct Options {
+    pub reflection: bool,
+    pub keepalive_interval: Duration,
+    /// Time that a client may take to answer an HTTP/2 ping.
+    pub keepalive_timeout: Duration,
+    /// Counts calls in progress, for whoever waits for their end.
+    pub calls: Calls,
+    /// Certificates and tokens.
+    pub access: Access,
+    pub connections: ConnectionsConfig,
+}
+
+/// Serves until `stop` resolves, then lets calls in progress end.
+///
+/// # Errors
+///
+/// When the descriptors or the transport cannot be set up.
+pub async fn serve(
+    service: Service,
+    listener: TcpListener,
+    options: Options,
+    stop: impl Future<Output = ()> + Send,
+) -> anyhow::Result<()> {
+    let Options {
+        access,
+        connections,
+        ..
+    } = options;
+    let metrics = service.metrics.clone();
+    let observe = observe::Observe {
+        metrics: metrics.clone(),
+        request_bytes_max: service.limits.request_bytes_max.as_u64(),
+        request_timeout: connections.request_timeout,
+        bytes: service.admission.bytes(),
+        readiness: Arc::new(service.readiness.clone()),
+        calls: options.calls,
+    };
+    let patience = leaving::Patience {
+        answer_timeout: connections.answer_timeout,
+        // What a session says of its end has time to be taken.
+        stream_timeout: service.limits.stream_idle_timeout + connections.answer_timeout,
+        drain_timeout: stream::DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2),
+        readiness: service.readiness.clone(),
+        metrics: metrics.clone(),
+    };
+    let routes = routes(service, options.reflection)?;
+    let (guards, followers) = access.follow(&metrics);
+    let auth = auth::Auth(guards.tokens);
+    let web = guards.web;
+    let door = listen::Door {
+        tls: guards.tls,
+        connections_max: connections.connections_max as usize,
+        per_address_max: connections.per_address_max(),
+        max_connection_age: connections.max_connection_age,
+        metrics,
+    };
+    let driver = drive::Driver {
+        http1: web.calls.is_some(),
+        keepalive_interval: options.keepalive_interval,
+        keepalive_timeout: options.keepalive_timeout,
+        streams_max: connections.streams_per_connection_max,
+        header_bytes_max: u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX),
+        patience: Arc::new(patience),
+    };
+    // The outermost first: calls that are refused are counted, too.
+    let layers = (
+        tower::util::option_layer(web.cors),
+        tower::util::option_layer(web.calls),
+        observe,
+        auth,
+    );
+    let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
+        // Calls are counted by their connection behind the layer of tokens, so
+        // that calls that are refused there count for nothing.
+        let counted = usage::Usage(connection.guest()).layer(routes.clone());
+        let calls = layers.layer(counted);
+        driver.clone().serve(connection, farewell, calls)
+    };
+    listen::run(listener, door, serve, stop).await;
+    drop(followers);
+    Ok(())
+}
+
+fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
+    let health = health::server(service.readiness.clone());
+    let request_bytes_max =
+        usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
+    let service = Arc::new(service);
+    let imagegpt = ImageGptServiceServer::from_arc(Arc::clone(&service))
+        .max_decoding_message_size(request_bytes_max)
+        // Taken but not given: vectors hardly shrink, and most clients accept
+        // gzip without wanting to wait for it. Messages are inflated before they
+        // come here; this is for the refusal of other encodings.
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    let inference = GrpcInferenceServiceServer::new(Oip(service))
+        .max_decoding_message_size(request_bytes_max)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    let mut routes = Routes::new(imagegpt)
+        .add_service(inference)
+        .add_service(health);
+    if reflection {
+        let builder = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        routes = routes
+            .add_service(builder().build_v1()?)
+            .add_service(builder().build_v1alpha()?);
+    }
+    Ok(routes.prepare())
+}
+
+impl Service {
+    /// The engine's facts, or why nothing is served now.
+    fn facts(&self) -> Result<Facts, Error> {
+        self.readiness.serving().map_err(|unready| match unready {
+            Unready::Leaving | Unready::Draining => Error::Draining,
+            Unready::Loading | Unready::Failed => Error::NotReady,
+        })
+    }
+
+    fn require(&self, task: Task) -> Result<(), Error> {
+        if self.model.can(task) {
+            Ok(())
+        } else {
+            Err(Error::TaskMissing {
+                task,
+                file: task.file(),
+            })
+        }
+    }
+
+    /// Sends the images of a call down the line and awaits what becomes of
+    /// each, in the call's order.
+    async fn outcomes(
+        &self,
+        images: Vec<pb::Image>,
+        preprocess: PreprocessOptions,
+        work: Work,
+        n_values: usize,
+        dtype: pb::DataType,
+        extensions: &tonic::Extensions,
+    ) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+        let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
+        let class = extensions.get().copied().unwrap_or(Class::Interactive);
+        let ask = Ask {
+            work,
+            n_values,
+            dtype,
+        };
+        self.check_size(images.len(), std::slice::from_ref(&ask))?;
+        let pictures = convert::pictures(images, preprocess);
+        let arrived = extensions.get::<Arrived>().map(Arrived::take);
+        self.submit(
+            pictures,
+            &[ask],
+            class,
+            deadline,
+            arrived.unwrap_or_default(),
+        )?
+        .outcomes()
+        .await
+    }
+
+    /// Whether a call may have so many images with so large an answer.
+    fn check_size(&self, n_images: usize, asks: &[Ask]) -> Result<(), Error> {
+        if n_images == 0 {
+            return Err(Error::CallEmpty);
+        }
+        let n_images_max = self.limits.images_per_call_max as usize;
+        if n_images > n_images_max {
+            return Err(Error::CallTooLarge {
+                given: n_images,
+                max: n_images_max,
+            });
+        }
+        let answer_bytes: usize = asks
+            .iter()
+            .map(|ask| ask.n_values * convert::dtype_bytes(ask.dtype))
+            .sum();
+        let response_bytes = answer_bytes as u64 * n_images as u64;
+        let response_bytes_max = self.limits.response_bytes_max.as_u64();
+        if response_bytes > response_bytes_max {
+            return Err(Error::ResponseTooLarge {
+                given: response_bytes,
+                max: response_bytes_max,
+            });
+        }
+        Ok(())
+    }
+
+    /// Sends the images of a call down the line, each with everything that is
+    /// asked of it.
+    fn submit(
+        &self,
+        pictures: Vec<Result<Picture, Error>>,
+        asks: &[Ask],
+        class: Class,
+        deadline: Option<Instant>,
+        arrived: Share,
+    ) -> Result<Submitted, Error> {
+        let n_outcomes = pictures.len() * asks.len();
+        let bytes = call_bytes(&pictures, asks, arrived);
+        let mut known = Vec::with_capacity(n_outcomes);
+        let mut admitted = Vec::with_capacity(n_outcomes);
+        for picture in pictures {
+            let mut picture = Some(picture);
+            for (idx, ask) in asks.iter().enumerate() {
+                // The last one takes it: most calls ask for one thing.
+                let picture = if idx + 1 == asks.len() {
+                    picture.take()
+                } else {
+                    picture.clone()
+                };
+                known.push(match picture {
+                    Some(Ok(picture)) => {
+                        admitted.push((picture, ask.work.clone()));
+                        None
+                    }
+                    Some(Err(error)) => Some(error),
+                    None => Some(Error::Lost),
+                });
+            }
+        }
+        let mut tally = Tally::new(self.metrics.clone(), deadline);
+        tally.expect(n_outcomes);
+        let call = Call {
+            images: admitted,
+            class,
+            bytes,
+            deadline,
+            span: tracing::Span::current(),
+        };
+        let pending = self.admission.submit(call).inspect_err(|error| {
+            tally.rest(status::code(error));
+        })?;
+        Ok(Submitted {
+            known,
+            pending,
+            tally,
+        })
+    }
+
+    async fn embed(
+        &self,
+        request: Request<pb::EmbedRequest>,
+    ) -> Result<(pb::EmbedResponse, Held), Error> {
+        let facts = self.facts()?;
+        self.require(Task::Embed)?;
+        let (_, extensions, request) = request.into_parts();
+        let options = pb::EmbedStreamOptions {
+            preprocess: request.preprocess,
+            context: request.context,
+            pooling: request.pooling,
+            normalize: request.normalize,
+            dtype: request.dtype,
+            layers: request.layers,
+            norm: request.norm,
+            ..Default::default()
+        };
+        let embedding = Embedding::new(&options, &self.model, &facts)?;
+        let (outcomes, held) = self
+            .outcomes(
+                request.images,
+                embedding.preprocess,
+                embedding.work(),
+                embedding.n_values(),
+                embedding.dtype,
+                &extensions,
+            )
+            .await?;
+        let result = |outcome: Result<Answer, Error>| {
+            let outcome = match outcome.and_then(|answer| embedding.tensor(answer)) {
+                Ok(tensor) => pb::embed_result::Outcome::Embedding(tensor),
+                Err(error) => pb::embed_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::EmbedResult {
+                outcome: Some(outcome),
+            }
+        };
+        let applied = embedding.applied(&self.model);
+        let response = pb::EmbedResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: applied.preprocess,
+            context: applied.context,
+            pooling: applied.pooling,
+            normalize: applied.normalize,
+            layers: applied.layers,
+            norm: applied.norm,
+        };
+        Ok((response, held))
+    }
+
+    async fn classify(
+        &self,
+        request: Request<pb::ClassifyRequest>,
+    ) -> Result<(pb::ClassifyResponse, Held), Error> {
+        let facts = self.facts()?;
+        let (_, extensions, request) = request.into_parts();
+        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
+        let head = convert::head(&self.heads, &request.head, &self.model)?;
+        let (work, context) = if let Some(head) = head {
+            let work = convert::head_work(head, request.context, &self.model)?;
+            (work, head.context)
+        } else {
+            let context = convert::context(request.context)?;
+            let want = Want::Logits;
+            (Work::Infer { context, want }, context)
+        };
+        let (labels, activation) = match head {
+            Some(head) => (head.labels.as_slice(), head.activation),
+            None => (self.model.labels.as_slice(), self.model.activation),
+        };
+        let n_classes = head.map_or(facts.n_classes, |head| head.labels.len());
+        let dtype = pb::DataType::F32;
+        let (outcomes, held) = self
+            .outcomes(
+                request.images,
+                preprocess,
+                work,
+                n_classes,
+                dtype,
+                &extensions,
+            )
+            .await?;
+        let with_logits = request.logits || labels.is_empty();
+        let result = |outcome| {
+            let outcome = match outcome {
+                Ok(Answer::Values(values)) => {
+                    let logits = match head {
+                        Some(head) => head.logits(&values),
+                        None => values,
+                    };
+                    pb::classify_result::Outcome::Classification(pb::Classification {
+                        classes: convert::classes(&logits, labels, activation, request.top_k),
+                        logits: with_logits
+                            .then(|| convert::tensor(&logits, &[logits.len()], pb::DataType::F32)),
+                    })
+                }
+                Ok(_) => pb::classify_result::Outcome::Error(status::of_image(&Error::Lost)),
+                Err(error) => pb::classify_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::ClassifyResult {
+                outcome: Some(outcome),
+            }
+        };
+        let response = pb::ClassifyResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: Some(proto::preprocess_applied(preprocess)),
+            context: convert::context_applied(context),
+            head: head.map(|head| head.name.clone()).unwrap_or_default(),
+        };
+        Ok((response, held))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<pb::TokenizeRequest>,
+    ) -> Result<(pb::TokenizeResponse, Held), Error> {
+        self.facts()?;
+        let (_, extensions, request) = request.into_parts();
+        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
+        // An id takes as much as a number.
+        let (n_ids, dtype, work) = (self.model.positions(), pb::DataType::F32, Work::Tokenize);
+        let (outcomes, held) = self
+            .outcomes(request.images, preprocess, work, n_ids, dtype, &extensions)
+            .await?;
+        let result = |outcome| {
+            let outcome = match outcome {
+                Ok(Answer::Tokens(tokens)) => pb::tokenize_result::Outcome::Tokens(pb::Tokens {
+                    ids: tokens.iter().copied().map(u32::from).collect(),
+                }),
+                Ok(_) => pb::tokenize_result::Outcome::Error(status::of_image(&Error::Lost)),
+                Err(error) => pb::tokenize_result::Outcome::Error(status::of_image(&error)),
+            };
+            pb::TokenizeResult {
+                outcome: Some(outcome),
+            }
+        };
+        let response = pb::TokenizeResponse {
+            results: outcomes.into_iter().map(result).collect(),
+            model_digest: self.model.digest.clone(),
+            preprocess: Some(proto::preprocess_applied(preprocess)),
+        };
+        Ok((response, held))
+    }
+
+    fn get_model(&self) -> Result<pb::GetModelResponse, Error> {
+        let facts = self.facts()?;
+        let model = &self.model;
+        let limits = &self.limits;
+        let tasks = [
+            (Task::Embed, pb::Task::Embed),
+            (Task::Classify, pb::Task::Classify),
+            (Task::Score, pb::Task::Score),
+            (Task::Generate, pb::Task::Generate),
+        ];
+        let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
+        let devices = self.readiness.devices();
+        let device = |device| convert::device(device, self.gpus.get());
+        let devices = devices.iter().map(device).collect();
+        Ok(pb::GetModelResponse {
+            name: model.name.clone(),
+            digest: model.digest.clone(),
+            tasks: tasks
+                .into_iter()
+                .filter(|&(task, _)| match task {
+                    Task::Classify => model.can(task) || !self.heads.is_empty(),
+                    Task::Generate => generate_slots > 0,
+                    Task::Embed | Task::Score => model.can(task),
+                })
+                .map(|(_, task)| task.into())
+                .collect(),
+            layers: model.n_layers.unwrap_or(0),
+            dimension: u32::try_from(facts.dimension).unwrap_or(u32::MAX),
+            positions: u32::try_from(model.positions()).unwrap_or(u32::MAX),
+            side: model.side,
+            palette_rgb8: model.palette_rgb8().into(),
+            labels: model.labels.clone(),
+            activation: if model.labels.is_empty() {
+                pb::Activation::Unspecified
+            } else {
+                convert::activation(model.activation)
+            }
+            .into(),
+            execution_provider: facts.provider.to_owned(),
+            onnxruntime_version: facts.runtime_version,
+            worker_version: env!("CARGO_PKG_VERSION").to_owned(),
+            limits: Some(pb::Limits {
+                images_per_call_max: limits.images_per_call_max,
+                request_bytes_max: limits.request_bytes_max.as_u64(),
+                response_bytes_max: limits.response_bytes_max.as_u64(),
+                image_pixels_max: limits.image_pixels_max,
+                image_bytes_max: limits.image_bytes_max.as_u64(),
+                images_in_flight_max: limits.images_in_flight_max,
+                batch_size_max: self.max_batch_size.into(),
+                stream_window_max: self.limits.stream_window_max,
+                generate_slots: u32::try_from(generate_slots).unwrap_or(u32::MAX),
+                samples_per_call_max: limits.samples_per_call_max,
+            }),
+            notice: model.notice.clone(),
+            layers_served: model.layers_served(Norm::PreAttnRms),
+            layer_default: model.layer_default().unwrap_or(0),
+            precision: model
+                .compiled
+                .map(|compiled| compiled.precision.name().to_owned())
+                .unwrap_or_default(),
+            heads: self.heads.iter().map(convert::head_info).collect(),
+            fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
+            devices,
+        })
+    }
+}
+
+/// What is asked of each image of a call.
+#[derive(Debug, Clone)]
+struct Ask {
+    work: Work,
+    /// Numbers in the answer.
+    n_values: usize,
+    dtype: pb::DataType,
+}
+
+/// What a call holds while it is in the worker.
+fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask], arrived: Share) -> Bytes {
+    let answers: usize = asks
+        .iter()
+        .map(|ask| convert::answer_bytes(ask.n_values, ask.dtype))
+        .sum();
+    let pictures_bytes: usize = pictures.iter().flatten().map(convert::picture_bytes).sum();
+    Bytes {
+        request: pictures_bytes * asks.len(),
+        arrived,
+        answer: answers * pictures.len(),
+    }
+}
+
+/// A call in the worker. Dropped before its end, it leaves the line.
+#[derive(Debug)]
+struct Submitted {
+    /// What never went down the line, by its place.
+    known: Vec<Option<Error>>,
+    pending: Pending,
+    tally: Tally,
+}
+
+impl Submitted {
+    /// What becomes of each image, in the call's order, and of what is asked of
+    /// it, in that order.
+    async fn outcomes(mut self) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+        let mut results = Vec::with_capacity(self.known.len());
+        for known in self.known {
+            let outcome = match known {
+                Some(error) => Err(error),
+                None => self.pending.next().await.unwrap_or(Err(Error::Lost)),
+            };
+            match outcome {
+                Err(error) if error.ends_call() => {
+                    self.tally.rest(status::code(&error));
+                    return Err(error);
+                }
+                outcome => {
+                    self.tally
+                        .one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
+                    results.push(outcome);
+                }
+            }
+        }
+        Ok((
+            results,
+            Held {
+                bytes: Arc::clone(&self.pending.bytes),
+            },
+        ))
+    }
+}
+
+/// An answer with its share of the worker's bytes, which it keeps until the
+/// caller has taken it.
+fn respond<T>(outcome: Result<(T, Held), Error>) -> Result<Response<T>, Status> {
+    match outcome {
+        Ok((answer, held)) => {
+            let mut response = Response::new(answer);
+            response.extensions_mut().insert(held);
+            Ok(response)
+        }
+        Err(error) => Err(status::of_call(&error)),
+    }
+}
+
+#[tonic::async_trait]
+impl ImageGptService for Service {
+    async fn embed(
+        &self,
+        request: Request<pb::EmbedRequest>,
+    ) -> Result<Response<pb::EmbedResponse>, Status> {
+        respond(Self::embed(self, request).await)
+    }
+
+    type EmbedStreamStream = stream::Answers;
+
+    async fn embed_stream(
+        &self,
+        request: Request<tonic::Streaming<pb::EmbedStreamRequest>>,
+    ) -> Result<Response<Self::EmbedStreamStream>, Status> {
+        stream::open(self, request)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
+    }
+
+    async fn classify(
+        &self,
+        request: Request<pb::ClassifyRequest>,
+    ) -> Result<Response<pb::ClassifyResponse>, Status> {
+        respond(Self::classify(self, request).await)
+    }
+
+    async fn score(
+        &self,
+        request: Request<pb::ScoreRequest>,
+    ) -> Result<Response<pb::ScoreResponse>, Status> {
+        respond(score::score(self, request).await)
+    }
+
+    type GenerateStream = generate::Samples;
+
+    async fn generate(
+        &self,
+        request: Request<pb::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        generate::open(self, request)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<pb::TokenizeRequest>,
+    ) -> Result<Response<pb::TokenizeResponse>, Status> {
+        respond(Self::tokenize(self, request).await)
+    }
+
+    async fn get_model(
+        &self,
+        _request: Request<pb::GetModelRequest>,
+    ) -> Result<Response<pb::GetModelResponse>, Status> {
+        Self::get_model(self)
+            .map(Response::new)
+            .map_err(|error| status::of_call(&error))
+    }
+}

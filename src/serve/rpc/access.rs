@@ -1,0 +1,79 @@
+//! Certificates and tokens, and that they are followed when they change.
+
+use tokio::task::JoinSet;
+
+use super::auth::Tokens;
+use super::reload::{Follower, Latest};
+use super::tls::Tls;
+use super::web::Web;
+use crate::files::FlagFile;
+use crate::serve::config::AccessConfig;
+use crate::serve::metrics::Metrics;
+
+/// Who is let in and how, with the files that say so read once.
+#[derive(Debug, Default)]
+pub struct Access {
+    tls: Option<(Latest<Tls>, Follower<Tls>)>,
+    tokens: Option<(Latest<Tokens>, Follower<Tokens>)>,
+    web: Web,
+}
+
+/// Who is let in now.
+pub(super) struct Guards {
+    pub(super) tls: Option<Latest<Tls>>,
+    pub(super) tokens: Option<Latest<Tokens>>,
+    pub(super) web: Web,
+}
+
+impl Access {
+    /// Reads the files that the flags name.
+    ///
+    /// # Errors
+    ///
+    /// One sentence on the file that is wrong.
+    pub fn open(config: &AccessConfig) -> anyhow::Result<Self> {
+        let tls = match (&config.tls_cert, &config.tls_key) {
+            (Some(certificate), Some(key)) => Some(Tls::open(
+                FlagFile::new("--tls-cert", certificate),
+                FlagFile::new("--tls-key", key),
+                config
+                    .tls_client_ca
+                    .as_ref()
+                    .map(|ca| FlagFile::new("--tls-client-ca", ca)),
+                config.grpc_web,
+            )?),
+            _ => None,
+        };
+        let tokens = match &config.auth_tokens_file {
+            Some(path) => Some(Tokens::open(FlagFile::new("--auth-tokens-file", path))?),
+            None => None,
+        };
+        let web = Web::new(config);
+        Ok(Self { tls, tokens, web })
+    }
+
+    /// Follows the files until the returned tasks are dropped.
+    pub(super) fn follow(self, metrics: &Metrics) -> (Guards, JoinSet<()>) {
+        let mut followers = JoinSet::new();
+        let tls = self.tls.map(|(latest, follower)| {
+            latest.get().report(metrics.access());
+            let reported = metrics.clone();
+            followers.spawn(follower.run(metrics.clone(), move |tls| {
+                tls.report(reported.access());
+            }));
+            latest
+        });
+        let tokens = self.tokens.map(|(latest, follower)| {
+            followers.spawn(follower.run(metrics.clone(), |_| {}));
+            latest
+        });
+        (
+            Guards {
+                tls,
+                tokens,
+                web: self.web,
+            },
+            followers,
+        )
+    }
+}

@@ -1,0 +1,493 @@
+//! Between the contract's types and the worker's own.
+
+use bytes::Bytes;
+
+use crate::engine;
+use crate::gpu::Gpus;
+use crate::imaging::Picture;
+use crate::imaging::{Alpha, Fit, ImageInput, PreprocessOptions};
+use crate::model::graph::Graph;
+use crate::model::graph::{Context, Norm, Want};
+use crate::model::head::Head;
+use crate::model::{Activation, Model, Task};
+use crate::proto::pb;
+use crate::serve::devices::Device;
+use crate::serve::error::Error;
+use crate::serve::job::Work;
+
+/// The images of a call: what can be tried, and what cannot with the reason.
+pub(super) fn pictures(
+    images: Vec<pb::Image>,
+    options: PreprocessOptions,
+) -> Vec<Result<Picture, Error>> {
+    let picture = |image: pb::Image| picture(image.source, options);
+    images.into_iter().map(picture).collect()
+}
+
+/// One image, in whichever form it has.
+pub(super) fn picture(
+    source: Option<pb::image::Source>,
+    options: PreprocessOptions,
+) -> Result<Picture, Error> {
+    let input = match source.ok_or(Error::ImageMissing)? {
+        pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
+        pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
+            width: raw.width,
+            height: raw.height,
+            pixels: raw.pixels,
+        },
+        pb::image::Source::Tokens(tokens) => ImageInput::Tokens(tokens.ids),
+    };
+    Ok(Picture { input, options })
+}
+
+/// Bytes that the image holds while it is in the worker.
+pub(super) fn picture_bytes(picture: &Picture) -> usize {
+    match &picture.input {
+        ImageInput::Encoded(bytes) => bytes.len(),
+        ImageInput::Rgb8 { pixels, .. } => pixels.len(),
+        ImageInput::Tokens(ids) | ImageInput::Prefix(ids) => std::mem::size_of_val(ids.as_slice()),
+    }
+}
+
+/// An enum of the contract, or what is wrong with its number.
+fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, Error> {
+    T::try_from(value).map_err(|_| Error::OptionUnknown { field, value })
+}
+
+pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessOptions, Error> {
+    let options = options.copied().unwrap_or_default();
+    Ok(PreprocessOptions {
+        fit: match known("preprocess.fit", options.fit)? {
+            pb::Fit::Unspecified | pb::Fit::Squash => Fit::Squash,
+            pb::Fit::CenterCrop => Fit::CenterCrop,
+        },
+        alpha: match known("preprocess.alpha", options.alpha)? {
+            pb::Alpha::Unspecified | pb::Alpha::Drop => Alpha::Drop,
+            pb::Alpha::White => Alpha::White,
+        },
+    })
+}
+
+/// The options as the contract has them.
+pub(super) fn context(value: i32) -> Result<Context, Error> {
+    Ok(match known("context", value)? {
+        pb::Context::Unspecified | pb::Context::Raw => Context::Raw,
+        pb::Context::SosShifted => Context::SosShifted,
+    })
+}
+
+pub(super) fn context_applied(context: Context) -> i32 {
+    match context {
+        Context::Raw => pb::Context::Raw,
+        Context::SosShifted => pb::Context::SosShifted,
+    }
+    .into()
+}
+
+/// What to compute for these options, if the model has it.
+pub(super) fn want(model: &Model, pooling: i32, layers: &[u32], norm: Norm) -> Result<Want, Error> {
+    let want = match known("pooling", pooling)? {
+        pb::Pooling::Unspecified | pb::Pooling::Mean => {
+            return model
+                .features(layers, norm)
+                .ok_or_else(|| Error::LayersMissing {
+                    given: layers.to_vec(),
+                    served: ranges(&model.layers_served(norm)),
+                });
+        }
+        pb::Pooling::None => Want::States,
+        pb::Pooling::Last => Want::Last,
+    };
+    if !model.graphs.contains_key(&Graph::Hidden) {
+        return Err(Error::StatesMissing);
+    }
+    // Only the last layer's states exist.
+    match (layers, model.n_layers) {
+        ([], _) => Ok(want),
+        (&[layer], Some(last)) if layer == last => Ok(want),
+        (layers, last) => Err(Error::LayersMissing {
+            given: layers.to_vec(),
+            served: last.map_or("its last layer only".to_owned(), |last| last.to_string()),
+        }),
+    }
+}
+
+/// Ascending numbers in words: "0 to 16 and 24".
+fn ranges(layers: &[u32]) -> String {
+    let mut words: Vec<String> = Vec::new();
+    let chunks = layers.chunk_by(|a, b| a + 1 == *b);
+    for chunk in chunks {
+        words.push(match chunk {
+            [first, .., last] => format!("{first} to {last}"),
+            [only] => only.to_string(),
+            [] => continue,
+        });
+    }
+    if words.is_empty() {
+        "its last layer only".to_owned()
+    } else {
+        words.join(" and ")
+    }
+}
+
+pub(super) fn norm(value: i32) -> Result<Norm, Error> {
+    Ok(match known("norm", value)? {
+        pb::Norm::Unspecified | pb::Norm::PreAttnRms => Norm::PreAttnRms,
+        pb::Norm::None => Norm::None,
+    })
+}
+
+pub(super) fn norm_applied(norm: Norm) -> pb::Norm {
+    match norm {
+        Norm::PreAttnRms => pb::Norm::PreAttnRms,
+        Norm::None => pb::Norm::None,
+    }
+}
+
+pub(super) fn pooling_applied(want: Want) -> i32 {
+    match want {
+        Want::Features { .. } | Want::Mean | Want::Logits | Want::Nll => pb::Pooling::Mean,
+        Want::States => pb::Pooling::None,
+        Want::Last => pb::Pooling::Last,
+    }
+    .into()
+}
+
+/// The layers that were computed, as far as the model counts them.
+pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
+    match want {
+        Want::Features { layers, .. } => layers
+            .iter()
+            .map(|layer| u32::try_from(layer).unwrap_or(u32::MAX))
+            .collect(),
+        Want::Mean | Want::Last | Want::States | Want::Logits | Want::Nll => {
+            model.n_layers.into_iter().collect()
+        }
+    }
+}
+
+/// The linear head that a call means: `None` for the checkpoint's own.
+pub(super) fn head<'a>(
+    heads: &'a [Head],
+    given: &str,
+    model: &Model,
+) -> Result<Option<&'a Head>, Error> {
+    if given.is_empty() {
+        return match heads {
+            _ if model.can(Task::Classify) => Ok(None),
+            [only] => Ok(Some(only)),
+            [] => Err(Error::TaskMissing {
+                task: Task::Classify,
+                file: Task::Classify.file(),
+            }),
+            _ => Err(head_unknown(heads, given)),
+        };
+    }
+    match heads.iter().find(|head| head.name == given) {
+        Some(head) => Ok(Some(head)),
+        None => Err(head_unknown(heads, given)),
+    }
+}
+
+fn head_unknown(heads: &[Head], given: &str) -> Error {
+    let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
+    Error::HeadUnknown {
+        given: given.to_owned(),
+        known: if known.is_empty() {
+            "no heads".to_owned()
+        } else {
+            known.join(", ")
+        },
+    }
+}
+
+/// What a linear head needs to be computed.
+pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work, Error> {
+    let unset = context == pb::Context::Unspecified as i32;
+    if !unset && self::context(context)? != head.context {
+        return Err(Error::HeadContext {
+            head: head.name.clone(),
+        });
+    }
+    let want = model
+        .features(&[head.layer], head.norm)
+        .ok_or_else(|| Error::LayersMissing {
+            given: vec![head.layer],
+            served: ranges(&model.layers_served(head.norm)),
+        })?;
+    Ok(Work::Infer {
+        context: head.context,
+        want,
+    })
+}
+
+/// What GetModel tells of something that could not be had.
+pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
+    pb::Fallback {
+        kind: fallback.kind.label().to_owned(),
+        reason: fallback.reason.clone(),
+    }
+}
+
+pub(super) fn head_info(head: &Head) -> pb::Head {
+    pb::Head {
+        name: head.name.clone(),
+        labels: head.labels.clone(),
+        activation: activation(head.activation).into(),
+        layer: head.layer,
+        norm: norm_applied(head.norm).into(),
+        context: context_applied(head.context),
+    }
+}
+
+/// A device of the model's, with what is known of it by now.
+pub(super) fn device(device: &Device, gpus: Option<&Gpus>) -> pb::Device {
+    let facts = device.facts.as_ref();
+    let named = pb::Device {
+        id: device.id,
+        execution_provider: facts.map_or("", |facts| facts.provider).to_owned(),
+        serving: device.serves(),
+        ..pb::Device::default()
+    };
+    let Some((gpus, gpu)) = gpus.and_then(|gpus| Some((gpus, gpus.device(device.id)?))) else {
+        return named;
+    };
+    pb::Device {
+        name: gpu.name.clone(),
+        uuid: gpu.uuid.clone(),
+        memory_bytes: gpu.memory_bytes,
+        driver_version: gpus.driver_version.clone().unwrap_or_default(),
+        cuda_version: gpus.cuda_version.map(String::from).unwrap_or_default(),
+        ..named
+    }
+}
+
+pub(super) fn activation(activation: Activation) -> pb::Activation {
+    match activation {
+        Activation::Softmax => pb::Activation::Softmax,
+        Activation::Sigmoid => pb::Activation::Sigmoid,
+    }
+}
+
+/// The order of a stream's answers.
+pub(super) fn order(value: i32) -> Result<pb::Order, Error> {
+    known("order", value)
+}
+
+/// The element type of an answer, never unspecified.
+pub(super) fn dtype(value: i32) -> Result<pb::DataType, Error> {
+    Ok(match known("dtype", value)? {
+        pb::DataType::Unspecified | pb::DataType::F32 => pb::DataType::F32,
+        pb::DataType::F16 => pb::DataType::F16,
+    })
+}
+
+pub(super) fn dtype_bytes(dtype: pb::DataType) -> usize {
+    match dtype {
+        pb::DataType::F16 => 2,
+        pb::DataType::F32 | pb::DataType::Unspecified => 4,
+    }
+}
+
+/// What an answer holds until it has left: the numbers as they were computed,
+/// as a tensor, and as the message that carries it.
+pub(super) fn answer_bytes(n_values: usize, dtype: pb::DataType) -> usize {
+    n_values * (size_of::<f32>() + 2 * dtype_bytes(dtype))
+}
+
+/// Numbers as they travel: little-endian, row-major.
+pub(super) fn tensor(values: &[f32], shape: &[usize], dtype: pb::DataType) -> pb::Tensor {
+    let data = match dtype {
+        pb::DataType::F16 => values
+            .iter()
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        // On the usual little-endian machine the numbers are the bytes.
+        _ if cfg!(target_endian = "little") => Bytes::copy_from_slice(bytemuck::cast_slice(values)),
+        _ => values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
+    };
+    pb::Tensor {
+        dtype: dtype.into(),
+        shape: shape
+            .iter()
+            .map(|&extent| u32::try_from(extent).unwrap_or(u32::MAX))
+            .collect(),
+        data,
+    }
+}
+
+/// Scales each row of `width` numbers to Euclidean length 1. A row of zeros
+/// has no direction and stays as it is.
+pub(super) fn normalize(values: &mut [f32], width: usize) {
+    for row in values.chunks_exact_mut(width.max(1)) {
+        let square: f64 = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        if square > 0.0 {
+            let length = square.sqrt();
+            for value in row {
+                #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+                {
+                    *value = (f64::from(*value) / length) as f32;
+                }
+            }
+        }
+    }
+}
+
+/// The `top_k` best classes (0: five), best first, equal ones in index order.
+pub(super) fn classes(
+    logits: &[f32],
+    labels: &[String],
+    activation: Activation,
+    top_k: u32,
+) -> Vec<pb::ClassScore> {
+    let scores = scores(logits, activation);
+    let mut order: Vec<usize> = (0..scores.len().min(labels.len())).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    let n_wanted = if top_k == 0 { 5 } else { top_k as usize };
+    order
+        .into_iter()
+        .take(n_wanted)
+        .map(|idx| pb::ClassScore {
+            index: u32::try_from(idx).unwrap_or(u32::MAX),
+            label: labels[idx].clone(),
+            score: scores[idx],
+        })
+        .collect()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
+fn scores(logits: &[f32], activation: Activation) -> Vec<f32> {
+    match activation {
+        Activation::Sigmoid => logits
+            .iter()
+            .map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32)
+            .collect(),
+        Activation::Softmax => {
+            // Shifted by the largest, so that no exponential overflows.
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let weights: Vec<f64> = logits
+                .iter()
+                .map(|&logit| (f64::from(logit) - f64::from(max)).exp())
+                .collect();
+            let sum: f64 = weights.iter().sum();
+            weights.iter().map(|weight| (weight / sum) as f32).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{Gpu, Version};
+
+    #[test]
+    fn a_device_has_what_the_driver_says() {
+        let gpus = Gpus {
+            devices: vec![Gpu {
+                id: 0,
+                name: "A".to_owned(),
+                uuid: "GPU-a".to_owned(),
+                memory_bytes: 80,
+                compute_capability: Version { major: 9, minor: 0 },
+            }],
+            driver_version: Some("580.1".to_owned()),
+            cuda_version: Some(Version {
+                major: 13,
+                minor: 2,
+            }),
+            absent: None,
+        };
+        let of = |id, ended| Device {
+            id,
+            facts: Some(engine::Facts {
+                provider: "cuda",
+                runtime_version: String::new(),
+                dimension: 0,
+                n_classes: 0,
+                sequences: None,
+                fallbacks: Vec::new(),
+            }),
+            ended,
+        };
+        let known = device(&of(0, false), Some(&gpus));
+        let expected = pb::Device {
+            id: 0,
+            execution_provider: "cuda".to_owned(),
+            serving: true,
+            name: "A".to_owned(),
+            uuid: "GPU-a".to_owned(),
+            memory_bytes: 80,
+            driver_version: "580.1".to_owned(),
+            cuda_version: "13.2".to_owned(),
+        };
+        assert_eq!(known, expected);
+        // Not looked at yet, or not seen by the driver.
+        let bare = pb::Device {
+            id: 1,
+            execution_provider: "cuda".to_owned(),
+            ..pb::Device::default()
+        };
+        assert_eq!(device(&of(1, true), None), bare);
+        assert_eq!(device(&of(1, true), Some(&gpus)), bare);
+    }
+
+    #[test]
+    fn tensors_are_little_endian() {
+        let f32s = tensor(&[1.0, -2.0], &[2], pb::DataType::F32);
+        assert_eq!(&f32s.data[..], [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0]);
+        let f16s = tensor(&[1.0, -2.0], &[2], pb::DataType::F16);
+        assert_eq!(&f16s.data[..], [0, 0x3c, 0, 0xc0]);
+        assert_eq!(f16s.shape, [2]);
+    }
+
+    #[test]
+    fn rows_are_normalized_one_by_one() {
+        let mut values = [3.0, 4.0, 0.0, 0.0];
+        normalize(&mut values, 2);
+        assert_eq!(
+            values.map(f32::to_bits),
+            [0.6_f32, 0.8, 0.0, 0.0].map(f32::to_bits)
+        );
+    }
+
+    #[test]
+    fn softmax_sums_to_one_and_does_not_overflow() {
+        let labels = ["a", "b", "c"].map(String::from);
+        let got = classes(&[1000.0, 999.0, 1000.0], &labels, Activation::Softmax, 0);
+        let sum: f32 = got.iter().map(|class| class.score).sum();
+        assert!((sum - 1.0).abs() < 1e-6);
+        let order: Vec<&str> = got.iter().map(|class| class.label.as_str()).collect();
+        assert_eq!(order, ["a", "c", "b"], "equal scores in index order");
+    }
+
+    #[test]
+    fn sigmoid_scores_are_independent() {
+        let labels = ["a", "b"].map(String::from);
+        let got = classes(&[0.0, 0.0], &labels, Activation::Sigmoid, 1);
+        assert_eq!(got.len(), 1);
+        assert!((got[0].score - 0.5).abs() < 1e-7);
+    }
+
+    #[test]
+    fn layers_in_words() {
+        assert_eq!(ranges(&[0, 1, 2, 24]), "0 to 2 and 24");
+        assert_eq!(ranges(&[3]), "3");
+        assert_eq!(ranges(&[]), "its last layer only");
+    }
+
+    #[test]
+    fn unknown_enum_values_are_named() {
+        let options = pb::Preprocess { fit: 7, alpha: 0 };
+        let error = preprocess(Some(&options)).expect_err("7 is no fit");
+        assert_eq!(
+            error.to_string(),
+            "preprocess.fit: 7 is not a value of this enum"
+        );
+        assert!(context(3).is_err() && norm(4).is_err() && dtype(3).is_err());
+        assert_eq!(preprocess(None).expect("defaults").fit, Fit::Squash);
+    }
+}

@@ -1,0 +1,104 @@
+//! What Embed and EmbedStream share: options, checked once for a whole call,
+//! and what they make of each answer.
+
+use super::convert;
+use crate::engine::Facts;
+use crate::imaging::PreprocessOptions;
+use crate::model::Model;
+use crate::model::graph::{Context, Norm, Want};
+use crate::proto;
+use crate::proto::pb;
+use crate::serve::error::Error;
+use crate::serve::job::{Answer, Work};
+
+/// Options that the model can serve.
+#[derive(Debug)]
+pub(super) struct Embedding {
+    pub(super) preprocess: PreprocessOptions,
+    pub(super) dtype: pb::DataType,
+    context: Context,
+    want: Want,
+    norm: Norm,
+    normalize: bool,
+    /// Of one vector.
+    width: usize,
+    shape: Vec<usize>,
+}
+
+impl Embedding {
+    /// Checks a call's options, in the form that a stream has them.
+    pub(super) fn new(
+        options: &pb::EmbedStreamOptions,
+        model: &Model,
+        facts: &Facts,
+    ) -> Result<Self, Error> {
+        let preprocess = convert::preprocess(options.preprocess.as_ref())?;
+        let context = convert::context(options.context)?;
+        let norm = convert::norm(options.norm)?;
+        let want = convert::want(model, options.pooling, &options.layers, norm)?;
+        let dtype = convert::dtype(options.dtype)?;
+        let width = facts.dimension;
+        let shape = match want {
+            Want::States => vec![model.positions(), width],
+            Want::Features { layers, .. } if layers.len() > 1 => vec![layers.len(), width],
+            Want::Features { .. } | Want::Mean | Want::Last | Want::Logits | Want::Nll => {
+                vec![width]
+            }
+        };
+        Ok(Self {
+            preprocess,
+            dtype,
+            context,
+            want,
+            norm,
+            normalize: options.normalize,
+            width,
+            shape,
+        })
+    }
+
+    pub(super) fn work(&self) -> Work {
+        Work::Infer {
+            context: self.context,
+            want: self.want,
+        }
+    }
+
+    /// Numbers in one answer.
+    pub(super) fn n_values(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The extents of one answer.
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// What one answer becomes.
+    pub(super) fn tensor(&self, answer: Answer) -> Result<pb::Tensor, Error> {
+        match answer {
+            Answer::Values(mut values) => {
+                if self.normalize {
+                    convert::normalize(&mut values, self.width);
+                }
+                Ok(convert::tensor(&values, &self.shape, self.dtype))
+            }
+            _ => Err(Error::Lost),
+        }
+    }
+
+    /// The options as they are applied, with defaults filled in; those of
+    /// streams alone are the caller's to add.
+    pub(super) fn applied(&self, model: &Model) -> pb::EmbedStreamOptions {
+        pb::EmbedStreamOptions {
+            preprocess: Some(proto::preprocess_applied(self.preprocess)),
+            context: convert::context_applied(self.context),
+            pooling: convert::pooling_applied(self.want),
+            normalize: self.normalize,
+            dtype: self.dtype.into(),
+            layers: convert::layers_applied(model, self.want),
+            norm: convert::norm_applied(self.norm).into(),
+            ..Default::default()
+        }
+    }
+}

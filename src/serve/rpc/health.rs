@@ -1,0 +1,148 @@
+//! grpc.health.v1: what readiness says, in that contract's words.
+//!
+//! tonic-health's own service answers a watch of an unknown name with
+//! NOT_FOUND, where the contract asks for SERVICE_UNKNOWN on an open stream,
+//! and keeps a copy of what readiness already knows. Only its generated code
+//! is used.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::server::NamedService;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+use super::listen::{Guest, Peer, Watch};
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::pb::image_gpt_service_server::ImageGptServiceServer;
+use crate::serve::readiness::Readiness;
+
+/// The whole server, as probes that name no service ask for it.
+const SERVER: &str = "";
+/// A name that stays SERVING while the worker loads and drains, and stops
+/// only when the engine has failed: what a liveness probe should ask for.
+pub const LIVENESS: &str = "liveness";
+
+/// A request is the name of a service.
+const REQUEST_BYTES_MAX: usize = 4096;
+
+pub(super) fn server(readiness: Readiness) -> HealthServer<impl Health> {
+    HealthServer::new(Service { readiness }).max_decoding_message_size(REQUEST_BYTES_MAX)
+}
+
+#[derive(Debug)]
+struct Service {
+    readiness: Readiness,
+}
+
+/// What a name stands for; nothing for one that is not served.
+#[derive(Debug, Clone, Copy)]
+enum Subject {
+    Readiness,
+    Liveness,
+    Unknown,
+}
+
+impl Subject {
+    fn of(name: &str) -> Self {
+        const SERVICE: &str = <ImageGptServiceServer<super::Service> as NamedService>::NAME;
+        const INFERENCE: &str = <GrpcInferenceServiceServer<super::Oip> as NamedService>::NAME;
+        match name {
+            SERVER | SERVICE | INFERENCE => Self::Readiness,
+            LIVENESS => Self::Liveness,
+            _ => Self::Unknown,
+        }
+    }
+
+    fn status(self, readiness: &Readiness) -> ServingStatus {
+        let up = match self {
+            Self::Readiness => readiness.get().is_ok(),
+            Self::Liveness => readiness.failure().is_none(),
+            Self::Unknown => return ServingStatus::ServiceUnknown,
+        };
+        if up {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        }
+    }
+}
+
+fn answer(status: ServingStatus) -> HealthCheckResponse {
+    HealthCheckResponse {
+        status: status.into(),
+    }
+}
+
+#[tonic::async_trait]
+impl Health for Service {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        match Subject::of(&request.get_ref().service).status(&self.readiness) {
+            ServingStatus::ServiceUnknown => Err(Status::not_found("no service of that name")),
+            status => Ok(Response::new(answer(status))),
+        }
+    }
+
+    type WatchStream = ReceiverStream<Result<HealthCheckResponse, Status>>;
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let leaves_at = request.extensions().get::<Peer>().and_then(Peer::leaves_at);
+        let subject = Subject::of(&request.get_ref().service);
+        let place = place(request.extensions())?;
+        // Whoever does not read has one status waiting, and then the newest.
+        let (updates, stream) = mpsc::channel(1);
+        let readiness = self.readiness.clone();
+        tokio::spawn(async move {
+            follow(subject, readiness, updates, leaves_at).await;
+            drop(place);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// A watch's place among those of its connection. Calls that came over no
+/// connection, as within a test, have none to count by.
+fn place(extensions: &tonic::Extensions) -> Result<Option<Watch>, Status> {
+    let place = extensions.get::<Guest>().map(Guest::watch).transpose();
+    place.map_err(|error| Status::resource_exhausted(error.to_string()))
+}
+
+/// Sends a name's status now and each time that it changes, until the watcher
+/// has gone or its connection is told to go away: a watch has no end of its
+/// own, and would hold the connection for ever.
+async fn follow(
+    subject: Subject,
+    mut readiness: Readiness,
+    updates: mpsc::Sender<Result<HealthCheckResponse, Status>>,
+    leaves_at: Option<Instant>,
+) {
+    let follow = async {
+        let mut last = None;
+        loop {
+            let status = subject.status(&readiness);
+            if last.replace(status) != Some(status)
+                && updates.send(Ok(answer(status))).await.is_err()
+            {
+                return;
+            }
+            readiness.changed().await;
+        }
+    };
+    tokio::select! {
+        () = follow => {}
+        () = updates.closed() => {}
+        () = super::deadline::passed(leaves_at) => {
+            let goodbye = Status::unavailable("the connection has reached its age; watch again");
+            let _ = updates.try_send(Err(goodbye));
+        }
+    }
+}

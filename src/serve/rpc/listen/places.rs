@@ -1,0 +1,640 @@
+//! The places of connections, and which connection leaves when another waits.
+//!
+//! A client that answers pings could hold its connections for ever, so a place
+//! without a call is only lent. When all are taken, a newcomer's arrival sends
+//! one of those away that have no call in progress. The ones that never had a
+//! call leave first, in the order in which they came, then the others by the
+//! end of their last call. Calls that need no token (health) and reflection
+//! neither keep a connection nor renew it, or a client without a token could
+//! hold a place by them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::serve::metrics::Metrics;
+use crate::serve::metrics::access::Outcome;
+
+/// Age of a connection that has had no call, and rest since the last call of
+/// one that has, before which it is not sent away: clients that make one call
+/// after another keep their places, and a newcomer has time for its handshake
+/// and its first call.
+const REST_MIN: Duration = Duration::from_secs(1);
+/// Time for a connection that was told to go away to do so, a round trip and a
+/// ping; then it is cut.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
+/// Time for a connection that was cut to be gone: its task only has to run.
+const CUT_TIME: Duration = Duration::from_secs(1);
+/// Newcomers that may wait for a place at once; each holds a file descriptor.
+pub(super) const WAITING_MAX: usize = 64;
+/// Calls without a token in progress on one connection, watches with them. A
+/// probe has one; each costs a task and some kilobytes.
+const OPEN_CALLS_PER_CONNECTION: usize = 16;
+/// Watches of one connection. A client that balances its own load has one for
+/// each name that it asks about, and the worker has four.
+const WATCHES_PER_CONNECTION: usize = 8;
+/// Watches of all connections beyond the first of each. The first is always
+/// had, so that nobody can use up what others need.
+const WATCHES_SHARED: usize = 4096;
+/// Streams of reflection on one connection: a tool opens one after the other.
+const REFLECTIONS_PER_CONNECTION: usize = 4;
+/// Streams of reflection in the worker. Each may hold an answer (some 64 KiB)
+/// that its client does not take.
+const REFLECTIONS_MAX: usize = 256;
+
+/// All places of the worker. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Places(Arc<Shared>);
+
+struct Shared {
+    max: usize,
+    /// None is no limit.
+    per_address_max: Option<usize>,
+    free: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+    watches: Arc<Semaphore>,
+    reflections: Arc<Semaphore>,
+    metrics: Metrics,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Grows with each arrival and each end of a connection's last call.
+    clock: u64,
+    guests: HashMap<u64, Entry>,
+    /// Connections that have had no call, by when they came.
+    unused: BTreeMap<u64, u64>,
+    /// Connections that have no call now, by when the last one ended.
+    rested: BTreeMap<u64, u64>,
+    addresses: HashMap<IpAddr, usize>,
+}
+
+struct Entry {
+    n_calls: usize,
+    /// Key of the connection where it is listed, if it is.
+    order: Option<u64>,
+    was_used: bool,
+    since: Instant,
+    /// True if its client has yet to begin to speak HTTP.
+    is_pending: bool,
+    was_sent_away: bool,
+    leave: Option<oneshot::Sender<()>>,
+    cut: Option<oneshot::Sender<()>>,
+}
+
+/// Why a connection gets no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoPlace {
+    /// All are taken, and nobody can be sent away.
+    Full,
+    /// The address has as many connections as one may have.
+    Address,
+}
+
+impl NoPlace {
+    pub(super) fn outcome(self) -> Outcome {
+        match self {
+            Self::Full => Outcome::Refused,
+            Self::Address => Outcome::RefusedAddress,
+        }
+    }
+}
+
+impl Places {
+    pub(super) fn new(max: usize, per_address_max: Option<usize>, metrics: Metrics) -> Self {
+        Self(Arc::new(Shared {
+            max,
+            per_address_max,
+            free: Arc::new(Semaphore::new(max)),
+            waiting: Arc::new(Semaphore::new(WAITING_MAX)),
+            watches: Arc::new(Semaphore::new(WATCHES_SHARED)),
+            reflections: Arc::new(Semaphore::new(REFLECTIONS_MAX)),
+            metrics,
+            state: Mutex::default(),
+        }))
+    }
+
+    /// A place for a connection from this address, or the right to wait for one
+    /// that somebody is asked to leave.
+    pub(super) fn enter(&self, addr: Option<IpAddr>) -> Result<Newcomer, NoPlace> {
+        let address = self.count_address(addr)?;
+        if let Ok(permit) = Arc::clone(&self.0.free).try_acquire_owned() {
+            return Ok(Newcomer {
+                address,
+                seat: Seat::Free(permit),
+            });
+        }
+        let waiting = Arc::clone(&self.0.waiting).try_acquire_owned();
+        let waiting = waiting.map_err(|_| NoPlace::Full)?;
+        let leaving = self.lock().send_away(self.0.max).ok_or(NoPlace::Full)?;
+        Ok(Newcomer {
+            address,
+            seat: Seat::After {
+                leaving,
+                _waiting: waiting,
+            },
+        })
+    }
+
+    fn count_address(&self, addr: Option<IpAddr>) -> Result<Address, NoPlace> {
+        let addr = addr.map(subscriber);
+        if let Some(addr) = addr {
+            let mut state = self.lock();
+            let count = state.addresses.entry(addr).or_default();
+            if self.0.per_address_max.is_some_and(|max| *count >= max) {
+                return Err(NoPlace::Address);
+            }
+            *count += 1;
+        }
+        Ok(Address {
+            places: self.clone(),
+            addr,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing below can panic halfway through a change.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Places {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Places")
+    }
+}
+
+impl State {
+    fn next(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Asks the connection that has been without a call the longest to leave;
+    /// none where all have calls or had one a moment ago.
+    fn send_away(&mut self, max: usize) -> Option<u64> {
+        let rests = |state: &Self, id: &u64| {
+            let entry = state.guests.get(id);
+            entry.is_some_and(|entry| entry.since.elapsed() >= REST_MIN)
+        };
+        // Clients that only connect may not take more than half of the places
+        // from those that call, however fast they come.
+        let crowded = self.unused.len() > max / 2;
+        let oldest = self.unused.values().next().copied();
+        let unused = oldest.filter(|id| crowded || rests(self, id));
+        let longest = self.rested.values().next().copied();
+        let id = unused.or_else(|| longest.filter(|id| rests(self, id)))?;
+        self.unlist(id);
+        let entry = self.guests.get_mut(&id)?;
+        entry.was_sent_away = true;
+        let word = if entry.is_pending {
+            // Nothing is lost with it.
+            entry.cut.take()
+        } else {
+            entry.leave.take()
+        };
+        if let Some(word) = word {
+            let _ = word.send(());
+        }
+        Some(id)
+    }
+
+    /// Takes a connection out of the lists of those that may be sent away.
+    fn unlist(&mut self, id: u64) {
+        let Some(entry) = self.guests.get_mut(&id) else {
+            return;
+        };
+        if let Some(order) = entry.order.take() {
+            self.unused.remove(&order);
+            self.rested.remove(&order);
+        }
+    }
+
+    /// Ends a connection that was asked to leave and has no call.
+    fn cut(&mut self, id: u64) {
+        let entry = self.guests.get_mut(&id);
+        if let Some(entry) = entry.filter(|entry| entry.n_calls == 0)
+            && let Some(cut) = entry.cut.take()
+        {
+            let _ = cut.send(());
+        }
+    }
+}
+
+/// Returns the network or host that an address counts as. A provider gives a subscriber of IPv6 a /64 at
+/// the least, and with it 2^64 addresses to come from.
+fn subscriber(addr: IpAddr) -> IpAddr {
+    match addr.to_canonical() {
+        IpAddr::V6(addr) => {
+            let network = u128::from(addr) >> 64 << 64;
+            IpAddr::V6(Ipv6Addr::from(network))
+        }
+        addr @ IpAddr::V4(_) => addr,
+    }
+}
+
+/// One connection in its address's count.
+#[derive(Debug)]
+struct Address {
+    places: Places,
+    addr: Option<IpAddr>,
+}
+
+impl Drop for Address {
+    fn drop(&mut self) {
+        let Some(addr) = self.addr else { return };
+        let mut state = self.places.lock();
+        if let Some(count) = state.addresses.get_mut(&addr) {
+            *count -= 1;
+            if *count == 0 {
+                state.addresses.remove(&addr);
+            }
+        }
+    }
+}
+
+/// A connection that has a place, or waits for one.
+#[derive(Debug)]
+pub(super) struct Newcomer {
+    address: Address,
+    seat: Seat,
+}
+
+#[derive(Debug)]
+enum Seat {
+    Free(OwnedSemaphorePermit),
+    After {
+        leaving: u64,
+        _waiting: OwnedSemaphorePermit,
+    },
+}
+
+impl Newcomer {
+    /// Returns its place, and how it learns that it has to leave; none if no place
+    /// is free in time.
+    pub(super) async fn sit(self) -> Option<(Place, Leave)> {
+        let Self { address, seat } = self;
+        let places = address.places.clone();
+        let permit = match seat {
+            Seat::Free(permit) => permit,
+            Seat::After { leaving, _waiting } => {
+                let mut free = std::pin::pin!(Arc::clone(&places.0.free).acquire_owned());
+                let permit = if let Ok(permit) = tokio::time::timeout(LEAVE_TIME, &mut free).await {
+                    permit
+                } else {
+                    places.lock().cut(leaving);
+                    tokio::time::timeout(CUT_TIME, free).await.ok()?
+                };
+                permit.ok()?
+            }
+        };
+        Some(Place::new(places, address, permit))
+    }
+}
+
+/// How a connection learns that it has to leave.
+#[derive(Debug)]
+pub(super) struct Leave {
+    /// After the calls that it has.
+    pub(super) leave: oneshot::Receiver<()>,
+    /// Now.
+    pub(super) cut: oneshot::Receiver<()>,
+}
+
+/// A connection's place, counted.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) guest: Guest,
+    pub(super) outcome: Outcome,
+    _address: Address,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    fn new(places: Places, address: Address, permit: OwnedSemaphorePermit) -> (Self, Leave) {
+        places.0.metrics.access().opened();
+        let (leave_in, leave) = oneshot::channel();
+        let (cut_in, cut) = oneshot::channel();
+        let mut state = places.lock();
+        let id = state.next();
+        state.unused.insert(id, id);
+        let entry = Entry {
+            n_calls: 0,
+            order: Some(id),
+            was_used: false,
+            since: Instant::now(),
+            is_pending: true,
+            was_sent_away: false,
+            leave: Some(leave_in),
+            cut: Some(cut_in),
+        };
+        state.guests.insert(id, entry);
+        drop(state);
+        let guest = Guest {
+            id,
+            open_calls: Arc::new(Semaphore::new(OPEN_CALLS_PER_CONNECTION)),
+            watches: Arc::new(Semaphore::new(WATCHES_PER_CONNECTION)),
+            reflections: Arc::new(Semaphore::new(REFLECTIONS_PER_CONNECTION)),
+            places,
+        };
+        let place = Self {
+            guest,
+            outcome: Outcome::Closed,
+            _address: address,
+            _permit: permit,
+        };
+        (place, Leave { leave, cut })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let places = &self.guest.places;
+        let mut state = places.lock();
+        state.unlist(self.guest.id);
+        let entry = state.guests.remove(&self.guest.id);
+        drop(state);
+        let outcome = match self.outcome {
+            Outcome::Closed if entry.is_some_and(|entry| entry.was_sent_away) => Outcome::SentAway,
+            outcome => outcome,
+        };
+        places.0.metrics.access().left(outcome);
+    }
+}
+
+/// A connection, as its calls know it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(in crate::serve::rpc) struct Guest {
+    id: u64,
+    places: Places,
+    open_calls: Arc<Semaphore>,
+    watches: Arc<Semaphore>,
+    reflections: Arc<Semaphore>,
+}
+
+/// Too many of a kind: how many may be, and of what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {max} are in progress on this {whole}, which is the limit; {remedy}")]
+pub(in crate::serve::rpc) struct TooMany {
+    what: &'static str,
+    max: usize,
+    whole: &'static str,
+    remedy: &'static str,
+}
+
+impl Guest {
+    /// The client has begun to speak HTTP.
+    pub(super) fn speaks(&self) {
+        if let Some(entry) = self.places.lock().guests.get_mut(&self.id) {
+            entry.is_pending = false;
+        }
+    }
+
+    /// A call that keeps the connection's place until what this gives is
+    /// dropped.
+    pub(in crate::serve::rpc) fn call(&self) -> InUse {
+        let mut state = self.places.lock();
+        if let Some(entry) = state.guests.get_mut(&self.id) {
+            entry.n_calls += 1;
+            if entry.n_calls == 1 {
+                state.unlist(self.id);
+            }
+        }
+        drop(state);
+        InUse(self.clone())
+    }
+
+    fn call_ended(&self) {
+        let mut state = self.places.lock();
+        let order = state.next();
+        let Some(entry) = state.guests.get_mut(&self.id) else {
+            return;
+        };
+        entry.n_calls -= 1;
+        entry.was_used = true;
+        if entry.n_calls == 0 {
+            entry.since = Instant::now();
+            entry.order = Some(order);
+            state.rested.insert(order, self.id);
+        }
+    }
+
+    /// A call without a token.
+    pub(in crate::serve::rpc) fn open_call(&self) -> Result<OwnedSemaphorePermit, TooMany> {
+        let permit = Arc::clone(&self.open_calls).try_acquire_owned();
+        permit.map_err(|_| TooMany {
+            what: "health: calls",
+            max: OPEN_CALLS_PER_CONNECTION,
+            whole: "connection",
+            remedy: "await their answers first",
+        })
+    }
+
+    /// A watch of health.
+    pub(in crate::serve::rpc) fn watch(&self) -> Result<Watch, TooMany> {
+        let own = Arc::clone(&self.watches).try_acquire_owned();
+        let own = own.map_err(|_| TooMany {
+            what: "health: watches",
+            max: WATCHES_PER_CONNECTION,
+            whole: "connection",
+            remedy: "end one, or use Check",
+        })?;
+        let is_first = self.watches.available_permits() + 1 == WATCHES_PER_CONNECTION;
+        let shared = if is_first {
+            None
+        } else {
+            let shared = Arc::clone(&self.places.0.watches).try_acquire_owned();
+            Some(shared.map_err(|_| TooMany {
+                what: "health: watches beyond the first of each connection",
+                max: WATCHES_SHARED,
+                whole: "worker",
+                remedy: "use Check",
+            })?)
+        };
+        Ok(Watch {
+            _own: own,
+            _shared: shared,
+        })
+    }
+
+    /// A stream of reflection.
+    pub(in crate::serve::rpc) fn reflection(
+        &self,
+    ) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit), TooMany> {
+        let take = |permits: &Arc<Semaphore>, max, whole| {
+            let permit = Arc::clone(permits).try_acquire_owned();
+            permit.map_err(|_| TooMany {
+                what: "reflection: streams",
+                max,
+                whole,
+                remedy: "end one first",
+            })
+        };
+        let own = take(&self.reflections, REFLECTIONS_PER_CONNECTION, "connection")?;
+        let all = take(&self.places.0.reflections, REFLECTIONS_MAX, "worker")?;
+        Ok((own, all))
+    }
+}
+
+/// A call in progress on a connection.
+#[derive(Debug)]
+pub(in crate::serve::rpc) struct InUse(Guest);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.call_ended();
+    }
+}
+
+/// A watch's share of what watches may hold.
+#[derive(Debug)]
+pub(in crate::serve::rpc) struct Watch {
+    _own: OwnedSemaphorePermit,
+    _shared: Option<OwnedSemaphorePermit>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(max: usize, per_address_max: Option<usize>) -> Places {
+        Places::new(max, per_address_max, Metrics::new().unwrap())
+    }
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// A connection that is let in without waiting.
+    async fn sit(places: &Places) -> (Place, Leave) {
+        let newcomer = places.enter(Some(address("10.0.0.1"))).unwrap();
+        assert!(matches!(newcomer.seat, Seat::Free(_)));
+        newcomer.sit().await.unwrap()
+    }
+
+    /// As though nothing had happened on it for a while.
+    fn rest(places: &Places, guest: &Guest) {
+        let mut state = places.lock();
+        let entry = state.guests.get_mut(&guest.id).unwrap();
+        entry.since -= REST_MIN;
+    }
+
+    #[tokio::test]
+    async fn those_that_never_called_leave_first_and_then_by_their_last_call() {
+        let places = places(4, None);
+        let mut seated = Vec::new();
+        for _ in 0..4 {
+            let (place, leave) = sit(&places).await;
+            place.guest.speaks();
+            seated.push((place, leave));
+        }
+        let guest = |n: usize| seated[n].0.guest.clone();
+        // The order of their last calls: 2, 0; 1 is in a call, 3 had none.
+        drop(guest(2).call());
+        drop(guest(0).call());
+        let in_call = guest(1).call();
+        assert_eq!(
+            places.enter(None).unwrap_err(),
+            NoPlace::Full,
+            "all are young"
+        );
+        for n in 0..4 {
+            rest(&places, &guest(n));
+        }
+        let ids: Vec<u64> = (0..4).map(|n| guest(n).id).collect();
+        let mut waiting = Vec::new();
+        for expected in [ids[3], ids[2], ids[0]] {
+            let newcomer = places.enter(None).unwrap();
+            let Seat::After { leaving, .. } = newcomer.seat else {
+                panic!("there was no place");
+            };
+            assert_eq!(leaving, expected);
+            waiting.push(newcomer);
+        }
+        assert_eq!(places.enter(None).unwrap_err(), NoPlace::Full);
+        drop(in_call);
+        for (n, (_, leave)) in seated.iter_mut().enumerate() {
+            assert_eq!(leave.leave.try_recv().is_ok(), n != 1, "{n}");
+            assert!(leave.cut.try_recv().is_err(), "{n}");
+        }
+        drop(seated);
+        for newcomer in waiting {
+            assert!(newcomer.sit().await.is_some());
+        }
+        let state = places.lock();
+        assert!(state.guests.is_empty() && state.unused.is_empty() && state.rested.is_empty());
+        assert!(state.addresses.is_empty());
+    }
+
+    #[tokio::test]
+    async fn those_that_only_connect_get_half_of_the_places_however_fast_they_come() {
+        let places = places(4, None);
+        let (used, mut used_leave) = sit(&places).await;
+        drop(used.guest.call());
+        let mut pending = Vec::new();
+        for _ in 0..3 {
+            pending.push(sit(&places).await);
+        }
+        // Young, but too many, and cut without a goodbye.
+        let newcomer = places.enter(None).unwrap();
+        assert!(pending[0].1.cut.try_recv().is_ok());
+        assert!(used_leave.leave.try_recv().is_err());
+        pending.remove(0);
+        assert!(newcomer.sit().await.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_leave_is_cut_but_for_a_call() {
+        let places = places(1, None);
+        let (place, mut leave) = sit(&places).await;
+        place.guest.speaks();
+        let newcomer = places.enter(None).unwrap();
+        let in_call = place.guest.call();
+        assert!(newcomer.sit().await.is_none(), "the call has the place");
+        assert!(leave.cut.try_recv().is_err());
+        drop(in_call);
+        rest(&places, &place.guest);
+        let waiting = tokio::spawn(places.enter(None).unwrap().sit());
+        (&mut leave.cut).await.unwrap();
+        drop(place);
+        assert!(waiting.await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn an_address_counts_by_its_subscriber() {
+        let places = places(10, Some(1));
+        let enter = |addr: &str| places.enter(Some(address(addr)));
+        let first = enter("2001:db8::1").unwrap();
+        assert_eq!(enter("2001:db8::ffff:1").unwrap_err(), NoPlace::Address);
+        let other = enter("2001:db8:0:1::1").unwrap();
+        let v4 = enter("10.0.0.1").unwrap();
+        assert_eq!(enter("::ffff:10.0.0.1").unwrap_err(), NoPlace::Address);
+        assert!(enter("10.0.0.2").is_ok(), "and gone again");
+        drop(first);
+        assert!(enter("2001:db8::2").is_ok());
+        drop((other, v4));
+        assert!(places.lock().addresses.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_first_watch_of_a_connection_is_always_had() {
+        let places = places(2000, None);
+        let mut held = Vec::new();
+        let mut n_more = 0;
+        for _ in 0..1000 {
+            let (place, _leave) = sit(&places).await;
+            let mut watches = vec![place.guest.watch().unwrap()];
+            while let Ok(watch) = place.guest.watch() {
+                watches.push(watch);
+                n_more += 1;
+            }
+            assert!(watches.len() <= WATCHES_PER_CONNECTION);
+            held.push((place, watches));
+        }
+        assert_eq!(n_more, WATCHES_SHARED);
+    }
+}

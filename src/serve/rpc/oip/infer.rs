@@ -1,0 +1,556 @@
+//! One inference request: what it asks for, and its answer.
+
+use crate::proto;
+use std::time::Instant;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+
+use super::parameters::{self, Manner, Options};
+use super::tensors::{Input, put_element};
+use super::{Oip, TEXT_SHOWN, VERSION, metadata};
+use crate::engine::Facts;
+use crate::imaging::Picture;
+use crate::model::Task;
+use crate::model::graph::{Context, Want};
+use crate::proto::inference::infer_parameter::ParameterChoice;
+use crate::proto::inference::model_infer_response::InferOutputTensor;
+use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
+use crate::proto::pb;
+use crate::serve::capacity::Share;
+use crate::serve::class::Class;
+use crate::serve::error::{Error, Stage};
+use crate::serve::job::{Answer, Work};
+use crate::serve::rpc::embedding::Embedding;
+use crate::serve::rpc::observe::{Deadline, Held};
+use crate::serve::rpc::{Ask, Service, Submitted, call_bytes, convert, status};
+
+pub(super) const EMBEDDING: &str = "embedding";
+pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
+pub(super) const LOGITS: &str = "logits";
+pub(super) const NLL: &str = "nll";
+pub(super) const TOKENS: &str = "tokens";
+/// Of a class that is named, besides its label: length, value and index.
+const NAMED_CLASS_BYTES: usize = 64;
+/// With the parameter `partial` only.
+const STATUS: &str = "status";
+/// What a stream's answer is marked with where that is asked for.
+const FINAL: &str = "triton_final_response";
+
+/// What a request inherits of its call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Origin {
+    pub(super) class: Class,
+    pub(super) deadline: Option<Instant>,
+}
+
+impl Origin {
+    pub(super) fn of(extensions: &tonic::Extensions) -> Self {
+        Self {
+            class: extensions.get().copied().unwrap_or(Class::Interactive),
+            deadline: extensions.get::<Deadline>().and_then(|deadline| deadline.0),
+        }
+    }
+}
+
+/// One output that was asked for.
+#[derive(Debug)]
+struct Output {
+    name: &'static str,
+    ask: Ask,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Pooled features or states.
+    Features(Box<Embedding>),
+    Logits {
+        /// By its place; none: the checkpoint's own.
+        head: Option<usize>,
+        /// How many classes to name instead of all their numbers.
+        n_named: Option<usize>,
+    },
+    Nll,
+    Tokens,
+}
+
+/// What a request asks for, once all of it is known to make sense.
+#[derive(Debug)]
+struct Plan {
+    id: String,
+    facts: Facts,
+    outputs: Vec<Output>,
+    n_images: usize,
+    partial: bool,
+    /// Where the status of each image stands among the outputs, if it was named.
+    status_at: Option<usize>,
+    marks_final: bool,
+    class: Class,
+    deadline: Option<Instant>,
+}
+
+/// A request that may be submitted.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    plan: Plan,
+    /// Of each output, in their order.
+    asks: Vec<Ask>,
+    pictures: Vec<Result<Picture, Error>>,
+}
+
+/// A request in the worker.
+#[derive(Debug)]
+pub(super) struct Running {
+    plan: Plan,
+    submitted: Submitted,
+}
+
+impl Prepared {
+    /// Checks a request, the cheap questions first.
+    pub(super) fn new(
+        oip: &Oip,
+        mut request: ModelInferRequest,
+        origin: Origin,
+    ) -> Result<Self, Error> {
+        let service = &*oip.0;
+        let facts = service.facts()?;
+        oip.check_model(&request.model_name, &request.model_version)?;
+        let (manner, options) = parameters::of_request(&request.parameters)?;
+        let preprocess = convert::preprocess(Some(&manner.preprocess))?;
+        let (outputs, status_at) = outputs(service, &facts, &request, &options, &manner)?;
+        let input = Input::take(&mut request, service.model.positions())?;
+        let asks: Vec<Ask> = outputs.iter().map(|output| output.ask.clone()).collect();
+        service.check_size(input.n_images, &asks)?;
+        let n_images = input.n_images;
+        let pictures = input.pictures(preprocess)?;
+        let timeout = manner
+            .timeout
+            .and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = match (origin.deadline, timeout) {
+            (Some(call), Some(request)) => Some(call.min(request)),
+            (call, request) => call.or(request),
+        };
+        Ok(Self {
+            asks,
+            plan: Plan {
+                id: request.id,
+                facts,
+                outputs,
+                n_images,
+                partial: manner.partial,
+                status_at,
+                marks_final: manner.marks_final,
+                class: manner.class.unwrap_or(origin.class),
+                deadline,
+            },
+            pictures,
+        })
+    }
+
+    /// What it will hold while it is in the worker.
+    pub(super) fn bytes(&self) -> usize {
+        let bytes = call_bytes(&self.pictures, &self.asks, Share::default());
+        bytes.request + bytes.answer
+    }
+
+    /// Sends it down the line, with what was taken for it as it arrived.
+    pub(super) fn submit(self, oip: &Oip, arrived: Share) -> Result<Running, Error> {
+        let plan = self.plan;
+        let submitted = oip.0.submit(
+            self.pictures,
+            &self.asks,
+            plan.class,
+            plan.deadline,
+            arrived,
+        )?;
+        Ok(Running { plan, submitted })
+    }
+}
+
+impl Running {
+    /// The answer, once everything is computed.
+    pub(super) async fn finish(self, oip: &Oip) -> Result<(ModelInferResponse, Held), Error> {
+        let (plan, submitted) = (self.plan, self.submitted);
+        let outcomes = async {
+            match plan.deadline {
+                Some(deadline) => tokio::time::timeout_at(deadline.into(), submitted.outcomes())
+                    .await
+                    .unwrap_or(Err(Error::DeadlineExceeded {
+                        stage: Stage::Queue,
+                    })),
+                None => submitted.outcomes().await,
+            }
+        };
+        let (outcomes, held) = outcomes.await?;
+        let started = Instant::now();
+        let response = plan.response(&oip.0, outcomes)?;
+        oip.0.metrics.totals().answered(started.elapsed());
+        Ok((response, held))
+    }
+}
+
+/// The outputs that a request names, or the model's first, and where the status
+/// stands among them.
+fn outputs(
+    service: &Service,
+    facts: &Facts,
+    request: &ModelInferRequest,
+    options: &Options,
+    manner: &Manner,
+) -> Result<(Vec<Output>, Option<usize>), Error> {
+    if request.outputs.is_empty() {
+        let name = metadata::default_output(service);
+        return Ok((vec![output(service, facts, manner, name, options)?], None));
+    }
+    let invalid = |problem: String| Error::TensorInvalid {
+        tensor: "outputs".to_owned(),
+        problem,
+    };
+    let mut outputs: Vec<Output> = Vec::with_capacity(request.outputs.len());
+    let mut status_at = None;
+    for tensor in &request.outputs {
+        let options = parameters::of_output(options, &tensor.parameters)?;
+        if tensor.name == STATUS {
+            if !manner.partial || status_at.is_some() {
+                return Err(invalid(
+                    "status comes with the parameter partial, once".to_owned(),
+                ));
+            }
+            status_at = Some(outputs.len());
+            continue;
+        }
+        let given: String = tensor.name.chars().take(TEXT_SHOWN).collect();
+        if outputs.iter().any(|output| output.name == tensor.name) {
+            return Err(invalid(format!("{given} is named twice")));
+        }
+        outputs.push(output(service, facts, manner, &tensor.name, &options)?);
+    }
+    if outputs.is_empty() {
+        return Err(invalid(
+            "status alone is no output; name another".to_owned(),
+        ));
+    }
+    Ok((outputs, status_at))
+}
+
+fn output(
+    service: &Service,
+    facts: &Facts,
+    manner: &Manner,
+    name: &str,
+    options: &Options,
+) -> Result<Output, Error> {
+    let features = |name, pooling: i32| {
+        service.require(Task::Embed)?;
+        let embedding = Embedding::new(
+            &pb::EmbedStreamOptions {
+                preprocess: Some(manner.preprocess),
+                context: options.context,
+                pooling,
+                normalize: options.normalize,
+                dtype: options.dtype,
+                layers: options.layers.clone(),
+                norm: options.norm,
+                ..Default::default()
+            },
+            &service.model,
+            facts,
+        )?;
+        Ok(Output {
+            name,
+            ask: Ask {
+                work: embedding.work(),
+                n_values: embedding.n_values(),
+                dtype: embedding.dtype,
+            },
+            kind: Kind::Features(Box::new(embedding)),
+        })
+    };
+    // Numbers that have one type only.
+    let ask = |work, n_values| Ask {
+        work,
+        n_values,
+        dtype: pb::DataType::F32,
+    };
+    let positions = service.model.positions();
+    match name {
+        EMBEDDING => features(EMBEDDING, options.pooling),
+        LAST_HIDDEN_STATE => features(LAST_HIDDEN_STATE, pb::Pooling::None.into()),
+        LOGITS => logits(service, facts, options, ask),
+        NLL => {
+            service.require(Task::Score)?;
+            let work = Work::Infer {
+                // The graph shifts by itself: it needs the last pixel, too.
+                context: Context::Raw,
+                want: Want::Nll,
+            };
+            Ok(Output {
+                name: NLL,
+                ask: ask(work, positions),
+                kind: Kind::Nll,
+            })
+        }
+        TOKENS => Ok(Output {
+            name: TOKENS,
+            ask: ask(Work::Tokenize, positions),
+            kind: Kind::Tokens,
+        }),
+        name => {
+            let given: String = name.chars().take(TEXT_SHOWN).collect();
+            Err(Error::TensorInvalid {
+                tensor: "outputs".to_owned(),
+                problem: format!(
+                    "{given:?} is none; name {EMBEDDING}, {LAST_HIDDEN_STATE}, {LOGITS}, {NLL} or \
+                     {TOKENS}"
+                ),
+            })
+        }
+    }
+}
+
+fn logits(
+    service: &Service,
+    facts: &Facts,
+    options: &Options,
+    ask: impl Fn(Work, usize) -> Ask,
+) -> Result<Output, Error> {
+    let head = convert::head(&service.heads, &options.head, &service.model)?;
+    let (work, n_computed) = if let Some(head) = head {
+        // What travels down the line are the features.
+        let work = convert::head_work(head, options.context, &service.model)?;
+        (work, head.width.max(head.labels.len()))
+    } else {
+        let context = convert::context(options.context)?;
+        let want = Want::Logits;
+        (Work::Infer { context, want }, facts.n_classes)
+    };
+    let labels = head.map_or(&service.model.labels, |head| &head.labels);
+    // Text is counted as if it were numbers, before it is made.
+    let n_text = options.n_classes.map_or(0, |n_named| {
+        let longest = labels.iter().map(String::len).max().unwrap_or(0);
+        n_named.min(n_computed) * (longest + NAMED_CLASS_BYTES) / size_of::<f32>()
+    });
+    let place = |name: &str| service.heads.iter().position(|head| head.name == name);
+    Ok(Output {
+        name: LOGITS,
+        ask: ask(work, n_computed.max(n_text)),
+        kind: Kind::Logits {
+            head: head.and_then(|head| place(&head.name)),
+            n_named: options.n_classes,
+        },
+    })
+}
+
+/// A tensor while its rows come.
+struct Tensor {
+    name: &'static str,
+    datatype: &'static str,
+    /// Of one image.
+    shape: Vec<usize>,
+    raw: BytesMut,
+    /// The only row, as it came: most requests have one image.
+    only: Option<Bytes>,
+    n_images: usize,
+    row: Row,
+}
+
+/// What stands for an image that has no answer.
+#[derive(Clone, Copy)]
+enum Row {
+    /// Bytes of zero.
+    Zeros(usize),
+    /// Empty elements.
+    Empty(usize),
+}
+
+impl Tensor {
+    fn new(output: &Output, service: &Service, facts: &Facts, n_images: usize) -> Self {
+        let positions = service.model.positions();
+        let (datatype, shape, width) = match &output.kind {
+            Kind::Features(embedding) => match embedding.dtype {
+                pb::DataType::F16 => ("FP16", embedding.shape().to_vec(), 2),
+                _ => ("FP32", embedding.shape().to_vec(), 4),
+            },
+            Kind::Logits { head, n_named } => {
+                let n_classes = head.map_or(facts.n_classes, |idx| service.heads[idx].labels.len());
+                match n_named {
+                    Some(n_named) => ("BYTES", vec![(*n_named).min(n_classes)], 0),
+                    None => ("FP32", vec![n_classes], 4),
+                }
+            }
+            Kind::Nll => ("FP32", vec![positions], 4),
+            Kind::Tokens => ("INT32", vec![positions], 4),
+        };
+        let n_each: usize = shape.iter().product();
+        let row = match width {
+            0 => Row::Empty(n_each),
+            width => Row::Zeros(n_each * width),
+        };
+        Self {
+            name: output.name,
+            datatype,
+            raw: BytesMut::with_capacity(match &output.kind {
+                // It is the row itself.
+                Kind::Features(_) if n_images == 1 => 0,
+                _ => n_images * n_each * width,
+            }),
+            only: None,
+            n_images,
+            shape,
+            row,
+        }
+    }
+
+    /// One image's answer.
+    fn put(&mut self, kind: &Kind, service: &Service, answer: Answer) -> Result<(), Error> {
+        match (kind, answer) {
+            (Kind::Features(embedding), answer) => {
+                let row = embedding.tensor(answer)?.data;
+                if self.n_images == 1 {
+                    self.only = Some(row);
+                } else {
+                    self.raw.put(row);
+                }
+            }
+            (Kind::Logits { head, n_named }, Answer::Values(values)) => {
+                let head = head.map(|idx| &service.heads[idx]);
+                let logits = match head {
+                    Some(head) => head.logits(&values),
+                    None => values,
+                };
+                if n_named.is_some() {
+                    let labels = head.map_or(&service.model.labels, |head| &head.labels);
+                    self.put_classes(&logits, labels);
+                } else {
+                    self.put_numbers(&logits);
+                }
+            }
+            (Kind::Nll, Answer::Nll { nll, .. }) => self.put_numbers(&nll),
+            (Kind::Tokens, Answer::Tokens(tokens)) => {
+                for &token in &tokens {
+                    self.raw.put_i32_le(token.into());
+                }
+            }
+            _ => return Err(Error::Lost),
+        }
+        Ok(())
+    }
+
+    fn put_numbers(&mut self, values: &[f32]) {
+        for &value in values {
+            self.raw.put_f32_le(value);
+        }
+    }
+
+    /// The classification extension: "value:index:label", best first, equal
+    /// ones in index order.
+    fn put_classes(&mut self, logits: &[f32], labels: &[String]) {
+        let n_named = self.shape.first().copied().unwrap_or(0);
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        for idx in order.into_iter().take(n_named) {
+            let value = logits[idx];
+            let class = match labels.get(idx) {
+                Some(label) => format!("{value}:{idx}:{label}"),
+                None => format!("{value}:{idx}"),
+            };
+            put_element(&mut self.raw, &class);
+        }
+    }
+
+    /// An image without an answer.
+    fn skip(&mut self) {
+        match self.row {
+            Row::Zeros(n_bytes) => self.raw.put_bytes(0, n_bytes),
+            Row::Empty(n_elements) => (0..n_elements).for_each(|_| put_element(&mut self.raw, "")),
+        }
+    }
+
+    fn finish(self) -> (InferOutputTensor, Bytes) {
+        let n_images = self.n_images;
+        let tensor = InferOutputTensor {
+            name: self.name.to_owned(),
+            datatype: self.datatype.to_owned(),
+            shape: std::iter::once(n_images)
+                .chain(self.shape)
+                .map(|extent| i64::try_from(extent).unwrap_or(i64::MAX))
+                .collect(),
+            ..Default::default()
+        };
+        (tensor, self.only.unwrap_or_else(|| self.raw.freeze()))
+    }
+}
+
+impl Plan {
+    fn response(
+        self,
+        service: &Service,
+        outcomes: Vec<Result<Answer, Error>>,
+    ) -> Result<ModelInferResponse, Error> {
+        let facts = &self.facts;
+        let n_images = self.n_images;
+        let mut tensors: Vec<Tensor> = self
+            .outputs
+            .iter()
+            .map(|output| Tensor::new(output, service, facts, n_images))
+            .collect();
+        let mut statuses = BytesMut::new();
+        let mut outcomes = outcomes.into_iter();
+        for index in 0..n_images {
+            let mut failed = None;
+            for (output, tensor) in self.outputs.iter().zip(&mut tensors) {
+                let put = outcomes
+                    .next()
+                    .unwrap_or(Err(Error::Lost))
+                    .and_then(|answer| tensor.put(&output.kind, service, answer));
+                if let Err(cause) = put {
+                    tensor.skip();
+                    failed.get_or_insert(cause);
+                }
+            }
+            match failed {
+                Some(cause) if !self.partial => {
+                    let cause = Box::new(cause);
+                    return Err(Error::OfImage { index, cause });
+                }
+                Some(cause) => {
+                    let code = proto::code_name(status::code(&cause));
+                    put_element(&mut statuses, &format!("{code}: {cause}"));
+                }
+                None if self.partial => put_element(&mut statuses, ""),
+                None => {}
+            }
+        }
+        let (mut outputs, mut raw_output_contents) = (Vec::new(), Vec::new());
+        for tensor in tensors {
+            let (output, raw) = tensor.finish();
+            outputs.push(output);
+            raw_output_contents.push(raw);
+        }
+        if self.partial {
+            let status = InferOutputTensor {
+                name: STATUS.to_owned(),
+                datatype: "BYTES".to_owned(),
+                shape: vec![i64::try_from(n_images).unwrap_or(i64::MAX)],
+                ..Default::default()
+            };
+            let at = self.status_at.unwrap_or(outputs.len());
+            outputs.insert(at, status);
+            raw_output_contents.insert(at, statuses.freeze());
+        }
+        let mut response = ModelInferResponse {
+            model_name: service.model.name.clone(),
+            model_version: VERSION.to_owned(),
+            id: self.id,
+            outputs,
+            raw_output_contents,
+            ..Default::default()
+        };
+        if self.marks_final {
+            let parameter_choice = Some(ParameterChoice::BoolParam(true));
+            let mark = InferParameter { parameter_choice };
+            response.parameters.insert(FINAL.to_owned(), mark);
+        }
+        Ok(response)
+    }
+}

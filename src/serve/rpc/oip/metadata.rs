@@ -1,0 +1,225 @@
+//! What the server and the model are, in the protocol's words. Only what is
+//! true of the model that is loaded is listed.
+
+use std::collections::HashMap;
+
+use super::VERSION;
+use super::infer::{EMBEDDING, LAST_HIDDEN_STATE, LOGITS, NLL, TOKENS};
+use super::tensors::{IMAGE, INPUT_IDS, PIXELS};
+use crate::engine::Facts;
+use crate::model::Task;
+use crate::model::graph::Graph;
+use crate::model::graph::Norm;
+use crate::proto::inference as oip;
+use crate::proto::inference::DataType;
+use crate::proto::inference::model_metadata_response::TensorMetadata;
+use crate::serve::error::Error;
+use crate::serve::rpc::Service;
+
+/// What runs the model, as Triton names it.
+const PLATFORM: &str = "onnxruntime_onnx";
+const BACKEND: &str = "onnxruntime";
+const EXTENSIONS: [&str; 5] = [
+    "classification",
+    "model_configuration",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+];
+/// Interactive and bulk.
+const PRIORITY_LEVELS: u64 = 2;
+
+/// One tensor of the model.
+struct Tensor {
+    name: &'static str,
+    data_type: DataType,
+    /// Of one image.
+    dims: Vec<i64>,
+}
+
+impl Tensor {
+    fn new(name: &'static str, data_type: DataType, dims: &[usize]) -> Self {
+        Self {
+            name,
+            data_type,
+            dims: dims
+                .iter()
+                .map(|&dim| i64::try_from(dim).unwrap_or(i64::MAX))
+                .collect(),
+        }
+    }
+
+    fn metadata(self) -> TensorMetadata {
+        TensorMetadata {
+            name: self.name.to_owned(),
+            datatype: match self.data_type {
+                DataType::TypeUint8 => "UINT8",
+                DataType::TypeInt32 => "INT32",
+                DataType::TypeInt64 => "INT64",
+                DataType::TypeString => "BYTES",
+                _ => "FP32",
+            }
+            .to_owned(),
+            shape: std::iter::once(-1).chain(self.dims).collect(),
+        }
+    }
+}
+
+fn inputs(service: &Service) -> Vec<Tensor> {
+    vec![
+        // perf_analyzer cannot do with an image of no extents; [-1] is taken, too.
+        Tensor::new(IMAGE, DataType::TypeString, &[1]),
+        Tensor::new(INPUT_IDS, DataType::TypeInt64, &[service.model.positions()]),
+        Tensor {
+            name: PIXELS,
+            data_type: DataType::TypeUint8,
+            dims: vec![-1, -1, 3],
+        },
+    ]
+}
+
+/// The model's outputs; the first is the one that is meant when none is named.
+fn outputs(service: &Service, facts: &Facts) -> Vec<Tensor> {
+    let model = &service.model;
+    let (width, positions) = (facts.dimension, model.positions());
+    let float = DataType::TypeFp32;
+    let mut outputs = Vec::new();
+    if model.can(Task::Embed) {
+        outputs.push(Tensor::new(EMBEDDING, float, &[width]));
+    }
+    if model.graphs.contains_key(&Graph::Hidden) {
+        outputs.push(Tensor::new(LAST_HIDDEN_STATE, float, &[positions, width]));
+    }
+    if model.can(Task::Classify) {
+        outputs.push(Tensor::new(LOGITS, float, &[facts.n_classes]));
+    } else if let [head] = &service.heads[..] {
+        outputs.push(Tensor::new(LOGITS, float, &[head.labels.len()]));
+    } else if !service.heads.is_empty() {
+        // As many as the head that is named has.
+        outputs.push(Tensor {
+            name: LOGITS,
+            data_type: float,
+            dims: vec![-1],
+        });
+    }
+    if model.can(Task::Score) {
+        outputs.push(Tensor::new(NLL, float, &[positions]));
+    }
+    outputs.push(Tensor::new(TOKENS, DataType::TypeInt32, &[positions]));
+    outputs
+}
+
+/// The output that is meant when none is named: the first of [`outputs`].
+pub(super) fn default_output(service: &Service) -> &'static str {
+    // Not by making the list, which every call would pay for.
+    let model = &service.model;
+    if model.can(Task::Embed) {
+        EMBEDDING
+    } else if model.can(Task::Classify) || !service.heads.is_empty() {
+        LOGITS
+    } else if model.can(Task::Score) {
+        NLL
+    } else {
+        TOKENS
+    }
+}
+
+pub(super) fn server() -> oip::ServerMetadataResponse {
+    oip::ServerMetadataResponse {
+        name: "imagegpt".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        extensions: EXTENSIONS.map(str::to_owned).into(),
+    }
+}
+
+pub(super) fn model(service: &Service) -> Result<oip::ModelMetadataResponse, Error> {
+    let facts = service.facts()?;
+    let tensors = |tensors: Vec<Tensor>| tensors.into_iter().map(Tensor::metadata).collect();
+    Ok(oip::ModelMetadataResponse {
+        name: service.model.name.clone(),
+        versions: vec![VERSION.to_owned()],
+        platform: PLATFORM.to_owned(),
+        inputs: tensors(inputs(service)),
+        outputs: tensors(outputs(service, &facts)),
+        properties: properties(service, &facts),
+    })
+}
+
+fn properties(service: &Service, facts: &Facts) -> HashMap<String, String> {
+    let model = &service.model;
+    let json = |labels: &[String]| serde_json::Value::from(labels.to_vec()).to_string();
+    let mut properties = vec![
+        ("digest".to_owned(), model.digest.clone()),
+        ("side".to_owned(), model.side.to_string()),
+        ("execution_provider".to_owned(), facts.provider.to_owned()),
+    ];
+    let layers: Vec<String> = model
+        .layers_served(Norm::PreAttnRms)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    if !layers.is_empty() {
+        properties.push(("layers".to_owned(), layers.join(",")));
+    }
+    if let Some(layer) = model.layer_default() {
+        properties.push(("layer_default".to_owned(), layer.to_string()));
+    }
+    if !model.labels.is_empty() {
+        properties.push(("labels".to_owned(), json(&model.labels)));
+    }
+    for head in &service.heads {
+        properties.push((format!("labels.{}", head.name), json(&head.labels)));
+    }
+    if !model.notice.is_empty() {
+        properties.push(("notice".to_owned(), model.notice.clone()));
+    }
+    properties.into_iter().collect()
+}
+
+pub(super) fn config(service: &Service) -> Result<oip::ModelConfigResponse, Error> {
+    let facts = service.facts()?;
+    let limits = &service.limits;
+    let input = |tensor: Tensor| oip::ModelInput {
+        name: tensor.name.to_owned(),
+        data_type: tensor.data_type.into(),
+        dims: tensor.dims,
+        optional: true,
+    };
+    let output = |tensor: Tensor| oip::ModelOutput {
+        name: tensor.name.to_owned(),
+        data_type: tensor.data_type.into(),
+        dims: tensor.dims,
+    };
+    let policy = oip::ModelQueuePolicy {
+        timeout_action: oip::model_queue_policy::TimeoutAction::Reject.into(),
+        default_timeout_microseconds: 0,
+        allow_timeout_override: true,
+        max_queue_size: limits.images_in_flight_max,
+    };
+    let digest = oip::ModelParameter {
+        string_value: service.model.digest.clone(),
+    };
+    let config = oip::ModelConfig {
+        name: service.model.name.clone(),
+        platform: PLATFORM.to_owned(),
+        max_batch_size: i32::try_from(limits.images_per_call_max).unwrap_or(i32::MAX),
+        input: inputs(service).into_iter().map(input).collect(),
+        output: outputs(service, &facts).into_iter().map(output).collect(),
+        default_model_filename: String::new(),
+        dynamic_batching: Some(oip::ModelDynamicBatching {
+            // What is formed depends on measurements; see the README.
+            preferred_batch_size: Vec::new(),
+            max_queue_delay_microseconds: 0,
+            preserve_ordering: false,
+            priority_levels: PRIORITY_LEVELS,
+            default_priority_level: 1,
+            default_queue_policy: Some(policy),
+        }),
+        parameters: HashMap::from([("digest".to_owned(), digest)]),
+        backend: BACKEND.to_owned(),
+        model_transaction_policy: Some(oip::ModelTransactionPolicy { decoupled: false }),
+    };
+    Ok(oip::ModelConfigResponse {
+        config: Some(config),
+    })
+}

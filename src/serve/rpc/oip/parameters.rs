@@ -1,0 +1,320 @@
+//! Parameters of requests and of their outputs: the protocol's, and ours.
+//!
+//! Names that are nobody's here are ignored, since load tools and gateways send
+//! their own; ours with values that make no sense are refused.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::TEXT_SHOWN;
+use crate::proto::inference::InferParameter;
+use crate::proto::inference::infer_parameter::ParameterChoice;
+use crate::proto::pb;
+use crate::serve::class::Class;
+use crate::serve::error::Error;
+
+type Parameters = HashMap<String, InferParameter>;
+
+/// What concerns a request as a whole.
+#[derive(Debug, Default)]
+pub(super) struct Manner {
+    pub(super) class: Option<Class>,
+    pub(super) timeout: Option<Duration>,
+    /// Whether images that fail leave the others their answers.
+    pub(super) partial: bool,
+    /// Whether a stream's answer should say that it is the only one.
+    pub(super) marks_final: bool,
+    pub(super) preprocess: pb::Preprocess,
+}
+
+/// What may differ from output to output, as the contract's own numbers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Options {
+    pub(super) layers: Vec<u32>,
+    pub(super) norm: i32,
+    pub(super) context: i32,
+    pub(super) pooling: i32,
+    pub(super) normalize: bool,
+    pub(super) dtype: i32,
+    pub(super) head: String,
+    /// How many classes to name instead of all their numbers.
+    pub(super) n_classes: Option<usize>,
+}
+
+const FITS: [(&str, pb::Fit); 2] = [
+    ("squash", pb::Fit::Squash),
+    ("center_crop", pb::Fit::CenterCrop),
+];
+const ALPHAS: [(&str, pb::Alpha); 2] = [("drop", pb::Alpha::Drop), ("white", pb::Alpha::White)];
+const NORMS: [(&str, pb::Norm); 2] = [
+    ("pre_attn_rms", pb::Norm::PreAttnRms),
+    ("none", pb::Norm::None),
+];
+const CONTEXTS: [(&str, pb::Context); 2] = [
+    ("raw", pb::Context::Raw),
+    ("sos_shifted", pb::Context::SosShifted),
+];
+const POOLINGS: [(&str, pb::Pooling); 2] =
+    [("mean", pb::Pooling::Mean), ("last", pb::Pooling::Last)];
+const DTYPES: [(&str, pb::DataType); 2] =
+    [("fp32", pb::DataType::F32), ("fp16", pb::DataType::F16)];
+
+/// Parameters that are a whole request's.
+const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
+
+/// The parameters of a request.
+pub(super) fn of_request(parameters: &Parameters) -> Result<(Manner, Options), Error> {
+    let (mut manner, mut options) = (Manner::default(), Options::default());
+    for (name, parameter) in parameters {
+        match name.as_str() {
+            "priority" => manner.class = class(whole("priority", parameter)?),
+            "timeout" => {
+                // Zero is none, as the protocol has it.
+                manner.timeout = Some(whole("timeout", parameter)?)
+                    .filter(|&time| time > 0)
+                    .map(Duration::from_micros);
+            }
+            "partial" => manner.partial = truth("partial", parameter)?,
+            "fit" => manner.preprocess.fit = choice("fit", parameter, &FITS)?.into(),
+            "alpha" => manner.preprocess.alpha = choice("alpha", parameter, &ALPHAS)?.into(),
+            "triton_enable_empty_final_response" => {
+                manner.marks_final = matches!(
+                    parameter.parameter_choice,
+                    Some(ParameterChoice::BoolParam(true))
+                );
+            }
+            name if options.set(name, parameter)? => {}
+            name => ignored(name),
+        }
+    }
+    Ok((manner, options))
+}
+
+/// The request's options with those of one output.
+pub(super) fn of_output(options: &Options, parameters: &Parameters) -> Result<Options, Error> {
+    let mut options = options.clone();
+    for (name, parameter) in parameters {
+        refuse_misplaced(name)?;
+        if !options.set(name, parameter)? {
+            ignored(name);
+        }
+    }
+    Ok(options)
+}
+
+/// An input has none of ours.
+pub(super) fn of_input(parameters: &Parameters) -> Result<(), Error> {
+    for (name, parameter) in parameters {
+        refuse_misplaced(name)?;
+        if Options::default().set(name, parameter)? {
+            return Err(misplaced(name));
+        }
+        ignored(name);
+    }
+    Ok(())
+}
+
+fn refuse_misplaced(name: &str) -> Result<(), Error> {
+    if OF_REQUESTS.contains(&name) {
+        return Err(misplaced(name));
+    }
+    Ok(())
+}
+
+fn misplaced(name: &str) -> Error {
+    let name: String = name.chars().take(TEXT_SHOWN).collect();
+    Error::OptionInvalid {
+        field: "parameters",
+        problem: format!("{name} is not a tensor's but the request's"),
+    }
+}
+
+fn ignored(name: &str) {
+    tracing::debug!(name, "a parameter that is not ours was ignored");
+}
+
+impl Options {
+    /// Takes a parameter, or says that it has no such one.
+    fn set(&mut self, name: &str, parameter: &InferParameter) -> Result<bool, Error> {
+        match name {
+            "layer" => self.layers = layers(parameter)?,
+            "norm" => self.norm = choice("norm", parameter, &NORMS)?.into(),
+            "context" => self.context = choice("context", parameter, &CONTEXTS)?.into(),
+            "pooling" => self.pooling = choice("pooling", parameter, &POOLINGS)?.into(),
+            "normalize" => self.normalize = truth("normalize", parameter)?,
+            "dtype" => self.dtype = choice("dtype", parameter, &DTYPES)?.into(),
+            "head" => text("head", parameter)?.clone_into(&mut self.head),
+            "classification" => {
+                let n_classes = whole("classification", parameter)?;
+                // Zero is none, as clients send it that do not want any.
+                self.n_classes =
+                    (n_classes > 0).then(|| usize::try_from(n_classes).unwrap_or(usize::MAX));
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// 0 is the default, 1 the most urgent, and a level that there is not the
+/// default, as in Triton.
+fn class(priority: u64) -> Option<Class> {
+    match priority {
+        1 => Some(Class::Interactive),
+        2 => Some(Class::Bulk),
+        _ => None,
+    }
+}
+
+fn invalid(field: &'static str, problem: String) -> Error {
+    Error::OptionInvalid { field, problem }
+}
+
+fn whole(field: &'static str, parameter: &InferParameter) -> Result<u64, Error> {
+    match parameter.parameter_choice {
+        Some(ParameterChoice::Uint64Param(value)) => Ok(value),
+        Some(ParameterChoice::Int64Param(value)) => {
+            u64::try_from(value).map_err(|_| invalid(field, format!("{value} is negative")))
+        }
+        _ => Err(invalid(field, "it must be an int64_param".to_owned())),
+    }
+}
+
+fn truth(field: &'static str, parameter: &InferParameter) -> Result<bool, Error> {
+    match parameter.parameter_choice {
+        Some(ParameterChoice::BoolParam(value)) => Ok(value),
+        _ => Err(invalid(field, "it must be a bool_param".to_owned())),
+    }
+}
+
+fn text<'a>(field: &'static str, parameter: &'a InferParameter) -> Result<&'a str, Error> {
+    match &parameter.parameter_choice {
+        Some(ParameterChoice::StringParam(value)) => Ok(value),
+        _ => Err(invalid(field, "it must be a string_param".to_owned())),
+    }
+}
+
+fn choice<T: Copy>(
+    field: &'static str,
+    parameter: &InferParameter,
+    choices: &[(&str, T)],
+) -> Result<T, Error> {
+    let given = text(field, parameter)?;
+    let known = choices
+        .iter()
+        .find(|(name, _)| name.eq_ignore_ascii_case(given));
+    if let Some(&(_, value)) = known {
+        return Ok(value);
+    }
+    let names: Vec<&str> = choices.iter().map(|&(name, _)| name).collect();
+    let given: String = given.chars().take(TEXT_SHOWN).collect();
+    Err(invalid(
+        field,
+        format!("{given:?} is not one of {}", names.join(", ")),
+    ))
+}
+
+/// One layer as a number, or several as text: "4,8".
+fn layers(parameter: &InferParameter) -> Result<Vec<u32>, Error> {
+    let refuse = |given: &str| {
+        let given: String = given.chars().take(TEXT_SHOWN).collect();
+        invalid(
+            "layer",
+            format!("{given:?} is neither a layer's number nor several with commas between"),
+        )
+    };
+    if let Some(ParameterChoice::StringParam(list)) = &parameter.parameter_choice {
+        return list
+            .split(',')
+            .map(|layer| layer.trim().parse().map_err(|_| refuse(list)))
+            .collect();
+    }
+    let layer = whole("layer", parameter)?;
+    Ok(vec![
+        u32::try_from(layer).map_err(|_| refuse(&layer.to_string()))?,
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters(list: &[(&str, ParameterChoice)]) -> Parameters {
+        list.iter()
+            .map(|(name, choice)| {
+                let parameter_choice = Some(choice.clone());
+                ((*name).to_owned(), InferParameter { parameter_choice })
+            })
+            .collect()
+    }
+
+    fn word(text: &str) -> ParameterChoice {
+        ParameterChoice::StringParam(text.to_owned())
+    }
+
+    #[test]
+    fn ours_are_taken_and_others_ignored() {
+        let given = parameters(&[
+            ("fit", word("CENTER_CROP")),
+            ("layer", word("1, 3")),
+            ("dtype", word("FP16")),
+            ("timeout", ParameterChoice::Int64Param(1500)),
+            ("priority", ParameterChoice::Uint64Param(2)),
+            ("headers", word("anything")),
+            (
+                "triton_enable_empty_final_response",
+                ParameterChoice::BoolParam(true),
+            ),
+        ]);
+        let (manner, options) = of_request(&given).expect("good ones");
+        assert_eq!(manner.preprocess.fit, i32::from(pb::Fit::CenterCrop));
+        assert_eq!(manner.timeout, Some(Duration::from_micros(1500)));
+        assert_eq!(manner.class, Some(Class::Bulk));
+        assert!(manner.marks_final && !manner.partial);
+        assert_eq!(options.layers, [1, 3]);
+        let output = parameters(&[
+            ("layer", ParameterChoice::Int64Param(2)),
+            ("classification", ParameterChoice::Int64Param(0)),
+        ]);
+        let output = of_output(&options, &output).expect("good ones");
+        assert_eq!(output.layers, [2]);
+        assert_eq!(output.dtype, i32::from(pb::DataType::F16));
+        assert_eq!(output.n_classes, None);
+    }
+
+    #[test]
+    fn ours_with_bad_values_are_refused() {
+        let check = |name, value, words: &str| {
+            let error = of_request(&parameters(&[(name, value)])).expect_err(words);
+            assert!(error.to_string().contains(words), "{error}");
+        };
+        check(
+            "fit",
+            word("stretch"),
+            "fit: \"stretch\" is not one of squash",
+        );
+        check("alpha", ParameterChoice::BoolParam(true), "string_param");
+        check("partial", word("true"), "bool_param");
+        check("timeout", ParameterChoice::Int64Param(-1), "-1 is negative");
+        check("timeout", word("5"), "int64_param");
+        check("layer", word("1;2"), "neither a layer's number");
+        check(
+            "layer",
+            ParameterChoice::Int64Param(1 << 40),
+            "neither a layer's",
+        );
+        let output = parameters(&[("fit", word("squash"))]);
+        let error = of_output(&Options::default(), &output).expect_err("the request's");
+        assert!(
+            error.to_string().contains("fit is not a tensor's"),
+            "{error}"
+        );
+        let input = parameters(&[("layer", ParameterChoice::Int64Param(1))]);
+        of_input(&input).expect_err("not an input's");
+        of_input(&parameters(&[(
+            "binary_data",
+            ParameterChoice::BoolParam(true),
+        )]))
+        .expect("ignored");
+    }
+}

@@ -1,0 +1,262 @@
+//! ModelStreamInfer: requests one after the other on one call, answered in
+//! their order, in bounded memory.
+//!
+//! As in EmbedStream a task reads, submits, and puts answers into an outbox,
+//! and a request holds a place in the stream's window until its answer has
+//! left. Unlike there, a request that finds the worker full is refused, as it
+//! would be by ModelInfer, and a request that fails does not end the stream.
+
+use crate::proto;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::stream::FuturesOrdered;
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Request, Status, Streaming};
+use tracing::Instrument as _;
+
+use super::Oip;
+use super::infer::{Origin, Prepared};
+use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
+use crate::serve::capacity::Share;
+use crate::serve::error::{Error, StreamEnd};
+use crate::serve::metrics::StreamOpen;
+use crate::serve::rpc::arriving;
+use crate::serve::rpc::arriving::Arrived;
+use crate::serve::rpc::listen::Peer;
+use crate::serve::rpc::observe::{Course, Ending, Held, InProgress};
+use crate::serve::rpc::status;
+use crate::serve::rpc::stream::outbox;
+use crate::serve::rpc::stream::outbox::{Outbox, Place};
+use crate::serve::rpc::stream::{
+    BoxFuture, DRAIN_PATIENCE_MAX, END_PATIENCE, STREAM_BYTES_PART, elsewhere, hurry, present, read,
+};
+
+type Requests = Streaming<ModelInferRequest>;
+
+/// Opens a stream, which needs no opening message.
+pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Error> {
+    let service = &oip.0;
+    service.facts()?;
+    let (_, extensions, requests) = request.into_parts();
+    let origin = Origin::of(&extensions);
+    let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
+    let outbox = Arc::new(Outbox::new(arrived.clone()));
+    let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
+    let hurry = hurry(
+        Arc::clone(&outbox),
+        origin.deadline,
+        service.limits.stream_idle_timeout,
+        (service.readiness.clone(), patience),
+    );
+    let session = Session {
+        leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
+        origin,
+        arrived,
+        outbox: Arc::clone(&outbox),
+        window: service.limits.stream_window_max as usize,
+        bytes_max: service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART,
+        n_read: 0,
+        _open: service.metrics.stream(),
+        course: extensions.get::<Course>().and_then(Course::take),
+        oip: oip.clone(),
+    };
+    let session = session.run(requests, hurry).in_current_span();
+    Ok(Answers::new(outbox, session))
+}
+
+/// The response of a stream.
+pub(in crate::serve::rpc) type Answers = outbox::Answers<ModelStreamInferResponse>;
+
+/// The other end of [`Answers`].
+#[derive(Debug)]
+struct Session {
+    oip: Oip,
+    origin: Origin,
+    /// Of the message that was read last.
+    arrived: Arrived,
+    /// When the connection is told to go away; it waits for the stream's end.
+    leaves_at: Option<Instant>,
+    outbox: Arc<Outbox<ModelStreamInferResponse>>,
+    /// Requests that may be held.
+    window: usize,
+    /// What all of them may hold together.
+    bytes_max: usize,
+    n_read: u64,
+    _open: StreamOpen,
+    /// Counts the call when the session ends.
+    course: Option<(Ending, InProgress)>,
+}
+
+/// A request that was read.
+struct Ready {
+    id: String,
+    arrived: Instant,
+    prepared: Result<Prepared, Error>,
+    /// Share that was taken for the message as it arrived.
+    share: Share,
+    /// Its part of the stream's own share.
+    bytes: usize,
+}
+
+/// A request that has come to its end.
+struct Done {
+    response: ModelStreamInferResponse,
+    place: Place,
+}
+
+impl Session {
+    async fn run(mut self, requests: Requests, hurry: impl Future<Output = StreamEnd>) {
+        let cause = tokio::select! {
+            biased;
+            cause = hurry => cause,
+            () = self.converse(requests) => return,
+        };
+        // The requests in the worker have been dropped with the conversation.
+        let status = self.ended(cause, self.outbox.n_taken());
+        self.set_code(status.code());
+        self.outbox.abandon(status);
+        // A client that has stalled takes it when it reads on, without us.
+        let _ = tokio::time::timeout(END_PATIENCE, self.outbox.ended()).await;
+    }
+
+    fn ended(&self, cause: StreamEnd, items_answered: u64) -> Status {
+        status::of_call(&Error::StreamEnded {
+            cause,
+            items_read: self.n_read,
+            items_answered,
+        })
+    }
+
+    fn set_code(&mut self, code: Code) {
+        if let Some((ending, _)) = &mut self.course {
+            ending.code = code;
+        }
+    }
+
+    /// Reads and answers until all is read and answered, and the end taken.
+    async fn converse(&mut self, requests: Requests) {
+        let readiness = self.oip.0.readiness.clone();
+        let mut elsewhere = pin!(elsewhere(readiness, self.leaves_at));
+        let mut requests = Some(requests);
+        // A request that was read and waits for the stream's own room.
+        let mut waiting: Option<BoxFuture<Ready>> = None;
+        let mut in_flight: FuturesOrdered<BoxFuture<Done>> = FuturesOrdered::new();
+        let mut end = Ok(());
+        while requests.is_some() || waiting.is_some() || !in_flight.is_empty() {
+            let may_read = requests.is_some() && waiting.is_none();
+            tokio::select! {
+                biased;
+                Some(done) = in_flight.next(), if !in_flight.is_empty() => {
+                    self.outbox.push(done.response, Some(done.place));
+                }
+                cause = &mut elsewhere, if requests.is_some() => {
+                    requests = None;
+                    end = Err(self.ended(cause, self.n_read));
+                }
+                ready = present(&mut waiting) => {
+                    waiting = None;
+                    in_flight.push_back(self.submit(ready));
+                }
+                request = read(&mut requests, &self.arrived, &self.outbox, self.window), if may_read => {
+                    match request {
+                        Ok(Some(request)) => waiting = Some(self.take(request)),
+                        Ok(None) => requests = None,
+                        Err(status) => {
+                            requests = None;
+                            end = Err(arriving::ended(status, self.origin.deadline));
+                        }
+                    }
+                }
+            }
+        }
+        self.set_code(end.as_ref().err().map_or(Code::Ok, Status::code));
+        self.outbox.finish(end);
+        self.outbox.ended().await;
+    }
+
+    fn take(&mut self, request: ModelInferRequest) -> BoxFuture<Ready> {
+        self.n_read += 1;
+        self.outbox.hold();
+        let arrived = Instant::now();
+        let share = self.arrived.take();
+        let id = request.id.clone();
+        let prepared = Prepared::new(&self.oip, request, self.origin);
+        let bytes = prepared.as_ref().map_or(0, Prepared::bytes);
+        let (outbox, bytes_max) = (Arc::clone(&self.outbox), self.bytes_max);
+        Box::pin(async move {
+            outbox.room(bytes, bytes_max).await;
+            Ready {
+                id,
+                arrived,
+                prepared,
+                share,
+                bytes,
+            }
+        })
+    }
+
+    fn submit(&self, ready: Ready) -> BoxFuture<Done> {
+        let oip = self.oip.clone();
+        // At once, so that requests enter the line in their order.
+        let share = ready.share;
+        let running = ready
+            .prepared
+            .and_then(|prepared| prepared.submit(&oip, share));
+        Box::pin(async move {
+            let outcome = match running {
+                Ok(running) => running.finish(&oip).await,
+                Err(error) => Err(error),
+            };
+            let elapsed = ready.arrived.elapsed();
+            oip.0.metrics.totals().call(outcome.is_ok(), elapsed);
+            let (response, held) = answer(&oip, ready.id, outcome);
+            let place = Place {
+                bytes: ready.bytes,
+                _share: held.map(|held| held.bytes),
+            };
+            Done { response, place }
+        })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // After a panic; in any other case the end is set, or nobody is there
+        // to take it.
+        if std::thread::panicking() {
+            self.set_code(Code::Internal);
+            self.outbox.abandon(status::of_call(&Error::Lost));
+        }
+    }
+}
+
+/// A request's answer, or its error with what tells whose it is.
+fn answer(
+    oip: &Oip,
+    id: String,
+    outcome: Result<(ModelInferResponse, Held), Error>,
+) -> (ModelStreamInferResponse, Option<Held>) {
+    let (error_message, response, held) = match outcome {
+        Ok((response, held)) => (String::new(), response, Some(held)),
+        Err(error) => {
+            tracing::debug!(id, %error, "a request of a stream has no answer");
+            let response = ModelInferResponse {
+                model_name: oip.0.model.name.clone(),
+                model_version: super::VERSION.to_owned(),
+                id,
+                ..Default::default()
+            };
+            // There is no place for a code but in the text.
+            let code = proto::code_name(status::code(&error));
+            (format!("{code}: {error}"), response, None)
+        }
+    };
+    let response = ModelStreamInferResponse {
+        error_message,
+        infer_response: Some(response),
+    };
+    (response, held)
+}

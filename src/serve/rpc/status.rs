@@ -1,0 +1,396 @@
+//! The one table from errors to gRPC codes.
+
+use crate::proto::ERROR_DOMAIN;
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::imaging::PreprocessError;
+use crate::serve::error::{Error, StreamEnd};
+
+/// The code and the machine-readable reason of each error.
+fn row(error: &Error) -> (Code, &'static str) {
+    match error {
+        Error::Image(cause) => match &**cause {
+            PreprocessError::Panicked { .. } => (Code::Internal, "DECODER_PANICKED"),
+            _ => (Code::InvalidArgument, "IMAGE_INVALID"),
+        },
+        Error::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
+        Error::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
+        Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
+        Error::ResponseTooLarge { .. } | Error::SamplesTooLarge { .. } => {
+            (Code::InvalidArgument, "RESPONSE_TOO_LARGE")
+        }
+        Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
+        Error::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
+        Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
+        Error::LayersMissing { .. } => (Code::InvalidArgument, "LAYERS_MISSING"),
+        Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
+        Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
+        Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
+        Error::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
+        Error::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
+        Error::OfImage { cause, .. } => row(cause),
+        Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
+        Error::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
+        Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
+        Error::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
+        Error::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
+        Error::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
+        Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        Error::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
+        Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
+        Error::StreamMisused { .. } => (Code::InvalidArgument, "STREAM_MISUSED"),
+        Error::IdTooLong { .. } => (Code::InvalidArgument, "ID_TOO_LONG"),
+        Error::StreamEnded { cause, .. } => match cause {
+            StreamEnd::Draining => (Code::Unavailable, "DRAINING"),
+            StreamEnd::ConnectionAge => (Code::Unavailable, "CONNECTION_AGE"),
+            StreamEnd::Idle => (Code::Unavailable, "STREAM_IDLE"),
+            StreamEnd::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        },
+        Error::Draining => (Code::Unavailable, "DRAINING"),
+        Error::NotReady => (Code::Unavailable, "NOT_READY"),
+        Error::Engine(_) => (Code::Internal, "INFERENCE_FAILED"),
+        Error::Lost => (Code::Internal, "REQUEST_LOST"),
+    }
+}
+
+/// The gRPC code of an error.
+pub(super) fn code(error: &Error) -> Code {
+    row(error).0
+}
+
+/// The status that ends a whole call.
+pub(super) fn of_call(error: &Error) -> Status {
+    let (code, reason) = row(error);
+    let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata(error));
+    if let Error::Full { retry_after, .. } = error {
+        details.set_retry_info(Some(*retry_after));
+    }
+    Status::with_error_details(code, error.to_string(), details)
+}
+
+/// Numbers for a program that reads the status.
+fn metadata(error: &Error) -> HashMap<String, String> {
+    match error {
+        Error::StreamEnded {
+            items_read,
+            items_answered,
+            ..
+        } => HashMap::from([
+            ("items_read".to_owned(), items_read.to_string()),
+            ("items_answered".to_owned(), items_answered.to_string()),
+        ]),
+        _ => HashMap::new(),
+    }
+}
+
+/// Whether the library says, in its own words, that a message is over the
+/// limit: OUT_OF_RANGE, where gRPC's own libraries say RESOURCE_EXHAUSTED, or
+/// the latter and no word on what to change when the message was compressed. No
+/// handler of ours answers either like that.
+pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
+    match code {
+        Code::OutOfRange => true,
+        Code::ResourceExhausted => {
+            // As it is, and as it is in a header.
+            message.starts_with(b"Error decompressing")
+                || message.starts_with(b"Error%20decompressing")
+        }
+        _ => false,
+    }
+}
+
+/// The status of one image.
+pub(super) fn of_image(error: &Error) -> tonic_types::Status {
+    tonic_types::Status {
+        code: code(error) as i32,
+        message: error.to_string(),
+        details: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::model::Task;
+    use crate::runtime::error::EngineError;
+    use crate::serve::error::Stage;
+    use crate::serve::metrics::CODES;
+
+    #[test]
+    #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
+    fn each_error_has_its_code_and_reason() {
+        let stage = Stage::Queue;
+        let ended = |cause| Error::StreamEnded {
+            cause,
+            items_read: 3,
+            items_answered: 3,
+        };
+        let engine = || EngineError::Runtime("secret path".to_owned());
+        let rows: [(Error, Code, &str); 35] = [
+            (
+                PreprocessError::Empty.into(),
+                Code::InvalidArgument,
+                "IMAGE_INVALID",
+            ),
+            (Error::ImageMissing, Code::InvalidArgument, "IMAGE_MISSING"),
+            (Error::CallEmpty, Code::InvalidArgument, "CALL_EMPTY"),
+            (
+                Error::CallTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "CALL_TOO_LARGE",
+            ),
+            (
+                Error::ResponseTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "RESPONSE_TOO_LARGE",
+            ),
+            (
+                Error::SamplesTooLarge { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "RESPONSE_TOO_LARGE",
+            ),
+            (
+                Error::OptionUnknown {
+                    field: "fit",
+                    value: 9,
+                },
+                Code::InvalidArgument,
+                "OPTION_UNKNOWN",
+            ),
+            (
+                Error::OptionInvalid {
+                    field: "top_p",
+                    problem: "7 is not above 0 and at most 1".to_owned(),
+                },
+                Code::InvalidArgument,
+                "OPTION_INVALID",
+            ),
+            (
+                Error::TaskMissing {
+                    task: Task::Embed,
+                    file: "model.onnx",
+                },
+                Code::Unimplemented,
+                "TASK_MISSING",
+            ),
+            (
+                Error::LayersMissing {
+                    given: vec![9],
+                    served: "0 to 4".to_owned(),
+                },
+                Code::InvalidArgument,
+                "LAYERS_MISSING",
+            ),
+            (
+                Error::StatesMissing,
+                Code::InvalidArgument,
+                "STATES_MISSING",
+            ),
+            (
+                Error::HeadUnknown {
+                    given: "a".to_owned(),
+                    known: "none".to_owned(),
+                },
+                Code::NotFound,
+                "HEAD_UNKNOWN",
+            ),
+            (
+                Error::HeadContext {
+                    head: "a".to_owned(),
+                },
+                Code::InvalidArgument,
+                "HEAD_CONTEXT",
+            ),
+            (
+                Error::ModelUnknown {
+                    given: "a".to_owned(),
+                    served: "b".to_owned(),
+                },
+                Code::NotFound,
+                "MODEL_UNKNOWN",
+            ),
+            (
+                Error::TensorInvalid {
+                    tensor: "image".to_owned(),
+                    problem: "two".to_owned(),
+                },
+                Code::InvalidArgument,
+                "TENSOR_INVALID",
+            ),
+            (
+                Error::OfImage {
+                    index: 3,
+                    cause: Box::new(engine().into()),
+                },
+                Code::Internal,
+                "INFERENCE_FAILED",
+            ),
+            (
+                Error::MessageTooLarge { max: 1 },
+                Code::ResourceExhausted,
+                "MESSAGE_TOO_LARGE",
+            ),
+            (
+                Error::PriorityUnknown {
+                    given: "urgent".to_owned(),
+                },
+                Code::InvalidArgument,
+                "PRIORITY_UNKNOWN",
+            ),
+            (
+                Error::Full {
+                    what: "images",
+                    flag: "--images-in-flight-max",
+                    retry_after: Duration::from_millis(1500),
+                },
+                Code::ResourceExhausted,
+                "WORKER_FULL",
+            ),
+            (
+                Error::NeverFits {
+                    given: 2,
+                    max: 1,
+                    what: "images",
+                    flag: "--images-in-flight-max",
+                },
+                Code::InvalidArgument,
+                "NEVER_FITS",
+            ),
+            (
+                Error::DeadlineTooShort {
+                    needed: Duration::from_millis(400),
+                },
+                Code::DeadlineExceeded,
+                "DEADLINE_TOO_SHORT",
+            ),
+            (
+                Error::Unauthenticated { problem: "a" },
+                Code::Unauthenticated,
+                "UNAUTHENTICATED",
+            ),
+            (
+                Error::RequestSlow {
+                    max: std::time::Duration::from_secs(1),
+                },
+                Code::DeadlineExceeded,
+                "REQUEST_SLOW",
+            ),
+            (
+                Error::DeadlineExceeded { stage },
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
+            ),
+            (Error::Cancelled { stage }, Code::Cancelled, "CANCELLED"),
+            (
+                Error::StreamMisused { problem: "twice" },
+                Code::InvalidArgument,
+                "STREAM_MISUSED",
+            ),
+            (
+                Error::IdTooLong { given: 2, max: 1 },
+                Code::InvalidArgument,
+                "ID_TOO_LONG",
+            ),
+            (ended(StreamEnd::Draining), Code::Unavailable, "DRAINING"),
+            (
+                ended(StreamEnd::ConnectionAge),
+                Code::Unavailable,
+                "CONNECTION_AGE",
+            ),
+            (ended(StreamEnd::Idle), Code::Unavailable, "STREAM_IDLE"),
+            (
+                ended(StreamEnd::Deadline),
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
+            ),
+            (Error::Draining, Code::Unavailable, "DRAINING"),
+            (Error::NotReady, Code::Unavailable, "NOT_READY"),
+            (engine().into(), Code::Internal, "INFERENCE_FAILED"),
+            (Error::Lost, Code::Internal, "REQUEST_LOST"),
+        ];
+        let known = include_str!("../../../tests/outside/reasons.txt");
+        let mut reasons: Vec<String> = rows
+            .iter()
+            .map(|(_, code, reason)| format!("{reason} {}", crate::proto::code_name(*code)))
+            .chain(["DECODER_PANICKED INTERNAL".to_owned()])
+            .collect();
+        reasons.sort_unstable();
+        reasons.dedup();
+        assert_eq!(
+            reasons.join("\n"),
+            known.trim_end(),
+            "write it anew if that is meant"
+        );
+        for (error, code, reason) in rows {
+            let status = of_call(&error);
+            assert_eq!(status.code(), code, "{error:?}");
+            let info = status.get_details_error_info().expect("an ErrorInfo");
+            assert_eq!(
+                (info.reason.as_str(), info.domain.as_str()),
+                (reason, ERROR_DOMAIN)
+            );
+            assert_eq!(of_image(&error).code, code as i32);
+            assert!(
+                CODES.contains(&crate::proto::code_name(code)),
+                "{code:?} is counted"
+            );
+        }
+    }
+
+    #[test]
+    fn a_full_worker_says_when_to_come_back() {
+        let full = Error::Full {
+            what: "images",
+            flag: "--images-in-flight-max",
+            retry_after: Duration::from_millis(1500),
+        };
+        let status = of_call(&full);
+        let retry = status.get_details_retry_info().expect("a RetryInfo");
+        assert_eq!(retry.retry_delay, Some(Duration::from_millis(1500)));
+        assert!(status.message().ends_with("retry after 1s 500ms"));
+        assert!(of_call(&Error::Draining).get_details_retry_info().is_none());
+    }
+
+    #[test]
+    fn a_stream_that_was_ended_says_how_far_it_came() {
+        let ended = |items_answered| {
+            of_call(&Error::StreamEnded {
+                cause: StreamEnd::Draining,
+                items_read: 7,
+                items_answered,
+            })
+        };
+        let info = ended(7).get_details_error_info().expect("an ErrorInfo");
+        assert_eq!(info.metadata["items_read"], "7");
+        assert_eq!(info.metadata["items_answered"], "7");
+        assert!(
+            ended(7)
+                .message()
+                .contains("every item that was read was answered")
+        );
+        assert!(
+            ended(5)
+                .message()
+                .contains("of 7 items that were read 5 were answered")
+        );
+    }
+
+    #[test]
+    fn a_decoder_panic_is_internal() {
+        let error = Error::from(PreprocessError::Panicked {
+            format: crate::imaging::Format::Png,
+        });
+        assert_eq!(row(&error), (Code::Internal, "DECODER_PANICKED"));
+    }
+
+    #[test]
+    fn a_runtime_message_stays_in_the_log() {
+        let error = Error::from(EngineError::Runtime("/secret/path".to_owned()));
+        assert!(!of_call(&error).message().contains("secret"));
+    }
+}

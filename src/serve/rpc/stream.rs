@@ -1,0 +1,552 @@
+//! EmbedStream: a conversation of any length in bounded memory.
+//!
+//! Each stream has a session, a task that reads items, submits them and puts
+//! their answers into an [`Outbox`], from where the connection takes them. The
+//! session is a task of its own because a connection whose client stops reading
+//! does not ask for answers any more, so nothing else could see the deadline
+//! pass. It ends with the response: when the client vanishes the connection
+//! drops the response, which aborts the session, which frees all its places.
+//!
+//! An item holds a place in the stream's window from the moment it is read until
+//! its answer has left, and the session reads on only while there is a place.
+//! So a client that stops taking answers is not read either, and HTTP/2's flow
+//! control stops it. An item that finds the worker full waits in the session,
+//! one a stream; nothing is refused for lack of room.
+
+pub(super) mod outbox;
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{FuturesOrdered, FuturesUnordered};
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Request, Status, Streaming};
+use tracing::Instrument as _;
+
+use self::outbox::{Outbox, Place};
+use super::arriving::Arrived;
+use super::embedding::Embedding;
+use super::listen::Peer;
+use super::observe::{Course, Deadline, Ending, InProgress};
+use super::tally::Tally;
+use super::{Service, arriving, convert, deadline, status};
+use crate::engine::Facts;
+use crate::model::{Model, Task};
+use crate::proto::codec;
+use crate::proto::codec::Scan;
+use crate::proto::pb;
+use crate::proto::pb::embed_stream_request::Message;
+use crate::serve::admission::{Admission, Bytes, Item, Pending};
+use crate::serve::class::Class;
+use crate::serve::config::LimitsConfig;
+use crate::serve::error::{Error, StreamEnd};
+use crate::serve::job::Answer;
+use crate::serve::metrics::StreamOpen;
+use crate::serve::readiness::Readiness;
+
+/// Bytes of an item's id: enough for any path or URL.
+const ID_BYTES_MAX: usize = 1024;
+/// One stream's part of the bytes that its class can have: so many readers that
+/// stall must come together before other streams wait for them.
+pub(super) const STREAM_BYTES_PART: usize = 8;
+/// While the worker drains, how long a client may take no answer before it is
+/// given up; never more than half of the grace period.
+pub(super) const DRAIN_PATIENCE_MAX: Duration = Duration::from_secs(5);
+/// After a stream was ended at once, time for its status to be taken.
+pub(super) const END_PATIENCE: Duration = Duration::from_secs(1);
+
+type Requests = Streaming<pb::EmbedStreamRequest>;
+pub(super) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Answers a request for a stream; its options come later.
+///
+/// The response begins before the first message is read, because some clients
+/// send nothing before they have it.
+pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answers, Error> {
+    let facts = service.facts()?;
+    service.require(Task::Embed)?;
+    let (_, extensions, requests) = request.into_parts();
+    let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
+    let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
+    let outbox = Arc::new(Outbox::new(arrived.clone()));
+    let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
+    let hurry = hurry(
+        Arc::clone(&outbox),
+        deadline,
+        service.limits.stream_idle_timeout,
+        (service.readiness.clone(), patience),
+    );
+    let course = extensions.get::<Course>().and_then(Course::take);
+    let session = Session {
+        model: Arc::clone(&service.model),
+        facts,
+        admission: service.admission.clone(),
+        readiness: service.readiness.clone(),
+        limits: service.limits.clone(),
+        leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
+        class: extensions.get().copied().unwrap_or(Class::Bulk),
+        deadline,
+        arrived,
+        outbox: Arc::clone(&outbox),
+        n_read: 0,
+        unanswered: 0,
+        tally: Tally::new(service.metrics.clone(), deadline),
+        _open: service.metrics.stream(),
+        course,
+    };
+    let session = session.run(requests, hurry).in_current_span();
+    Ok(Answers::new(outbox, session))
+}
+
+/// The response of a stream.
+pub(super) type Answers = outbox::Answers<pb::EmbedStreamResponse>;
+
+/// The other end of [`Answers`].
+#[derive(Debug)]
+struct Session {
+    model: Arc<Model>,
+    facts: Facts,
+    admission: Admission,
+    readiness: Readiness,
+    limits: LimitsConfig,
+    /// When the connection is told to go away; it waits for the stream's end.
+    leaves_at: Option<Instant>,
+    class: Class,
+    deadline: Option<Instant>,
+    /// Of the message that was read last.
+    arrived: Arrived,
+    outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
+    /// Items that were read.
+    n_read: u64,
+    /// Of those, how many will have no answer.
+    unanswered: u64,
+    tally: Tally,
+    _open: StreamOpen,
+    /// Counts the call when the session ends.
+    course: Option<(Ending, InProgress)>,
+}
+
+/// What an opening settles.
+#[derive(Debug)]
+struct Plan {
+    embedding: Embedding,
+    window: usize,
+    /// What an answer holds.
+    answer_bytes: usize,
+    /// What all items of the stream may hold together.
+    bytes_max: usize,
+}
+
+/// An item that was let in, or why not.
+struct Submitted {
+    id: String,
+    pending: Result<Pending, Error>,
+    /// Its part of the stream's own share.
+    bytes: usize,
+}
+
+/// An item that has come to its end.
+struct Done {
+    id: String,
+    outcome: Result<Answer, Error>,
+    place: Place,
+}
+
+/// Items in the worker, in the order in which they are answered.
+enum InFlight {
+    AsDone(FuturesUnordered<BoxFuture<Done>>),
+    AsSent(FuturesOrdered<BoxFuture<Done>>),
+}
+
+impl InFlight {
+    fn new(order: pb::Order) -> Self {
+        match order {
+            pb::Order::Unspecified | pb::Order::AsDone => Self::AsDone(FuturesUnordered::new()),
+            pb::Order::AsSent => Self::AsSent(FuturesOrdered::new()),
+        }
+    }
+
+    fn push(&mut self, item: Submitted) {
+        let done = Box::pin(done(item));
+        match self {
+            Self::AsDone(items) => items.push(done),
+            Self::AsSent(items) => items.push_back(done),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::AsDone(items) => items.is_empty(),
+            Self::AsSent(items) => items.is_empty(),
+        }
+    }
+
+    /// The next that is done; for ever when nothing is in the worker.
+    async fn next(&mut self) -> Done {
+        let done = match self {
+            Self::AsDone(items) => items.next().await,
+            Self::AsSent(items) => items.next().await,
+        };
+        match done {
+            Some(done) => done,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn done(item: Submitted) -> Done {
+    let (outcome, share) = match item.pending {
+        Ok(mut pending) => {
+            let outcome = pending.next().await.unwrap_or(Err(Error::Lost));
+            (outcome, Some(Arc::clone(&pending.bytes)))
+        }
+        Err(error) => (Err(error), None),
+    };
+    let place = Place {
+        bytes: item.bytes,
+        _share: share,
+    };
+    Done {
+        id: item.id,
+        outcome,
+        place,
+    }
+}
+
+/// How a stream ends once all that was read has been answered.
+enum Close {
+    /// The client has sent all.
+    Sent,
+    /// The worker wants the client elsewhere.
+    Elsewhere(StreamEnd),
+    /// Something concerns all items.
+    Failed(Error),
+    /// The request's body ended in an error.
+    Broken(Status),
+}
+
+impl Session {
+    async fn run(mut self, requests: Requests, hurry: impl Future<Output = StreamEnd>) {
+        let cause = tokio::select! {
+            biased;
+            cause = hurry => cause,
+            () = self.converse(requests) => return,
+        };
+        // The items in the worker have been dropped with the conversation.
+        let error = Error::StreamEnded {
+            cause,
+            items_read: self.n_read,
+            items_answered: self.outbox.n_taken(),
+        };
+        let status = status::of_call(&error);
+        self.set_code(status.code());
+        self.tally.rest(status.code());
+        self.outbox.abandon(status);
+        // A client that has stalled takes it when it reads on, without us.
+        let _ = tokio::time::timeout(END_PATIENCE, self.outbox.ended()).await;
+    }
+
+    fn set_code(&mut self, code: Code) {
+        if let Some((ending, _)) = &mut self.course {
+            ending.code = code;
+        }
+    }
+
+    /// Reads and answers until all is read and answered, and the end taken.
+    async fn converse(&mut self, requests: Requests) {
+        let mut elsewhere = pin!(elsewhere(self.readiness.clone(), self.leaves_at));
+        let mut requests = Some(requests);
+        let mut plan: Option<Plan> = None;
+        // An item that was read and waits for room.
+        let mut waiting: Option<BoxFuture<Submitted>> = None;
+        let mut in_flight = InFlight::new(pb::Order::AsDone);
+        let mut close = Close::Sent;
+        while requests.is_some() || waiting.is_some() || !in_flight.is_empty() {
+            let window = plan.as_ref().map_or(1, |plan| plan.window);
+            let may_read = requests.is_some() && waiting.is_none();
+            let closed = tokio::select! {
+                biased;
+                done = in_flight.next() => self.answer(done, plan.as_ref()).err(),
+                cause = &mut elsewhere, if requests.is_some() => Some(Close::Elsewhere(cause)),
+                item = present(&mut waiting) => {
+                    waiting = None;
+                    in_flight.push(item);
+                    None
+                }
+                request = read(&mut requests, &self.arrived, &self.outbox, window), if may_read => {
+                    match self.take(request, &mut plan) {
+                        Ok(Taken::Order(order)) => {
+                            in_flight = InFlight::new(order);
+                            None
+                        }
+                        Ok(Taken::Item(item)) => {
+                            waiting = Some(item);
+                            None
+                        }
+                        Err(closed) => Some(closed),
+                    }
+                }
+            };
+            // The first reason to close is the reason, unless it is only that the
+            // client has sent all: an item that has no answer must show. Dropping
+            // the rest of the request lets HTTP/2 discard what the client goes on
+            // to send.
+            if let Some(closed) = closed {
+                requests = None;
+                if matches!(close, Close::Sent) {
+                    close = closed;
+                }
+            }
+        }
+        self.close(close).await;
+    }
+
+    async fn close(&mut self, close: Close) {
+        let end = match close {
+            Close::Sent => Ok(()),
+            Close::Elsewhere(cause) => Err(status::of_call(&Error::StreamEnded {
+                cause,
+                items_read: self.n_read,
+                items_answered: self.n_read - self.unanswered,
+            })),
+            Close::Failed(error) => Err(status::of_call(&error)),
+            Close::Broken(status) => Err(arriving::ended(status, self.deadline)),
+        };
+        self.set_code(end.as_ref().err().map_or(Code::Ok, Status::code));
+        self.outbox.finish(end);
+        self.outbox.ended().await;
+    }
+
+    /// What a message asks for, or why it is the last one.
+    fn take(
+        &mut self,
+        request: Result<Option<pb::EmbedStreamRequest>, Status>,
+        plan: &mut Option<Plan>,
+    ) -> Result<Taken, Close> {
+        let misused = |problem| Err(Close::Failed(Error::StreamMisused { problem }));
+        let Some(request) = request.map_err(Close::Broken)? else {
+            return match plan {
+                Some(_) => Err(Close::Sent),
+                None => misused("it ended before it was opened; send open first"),
+            };
+        };
+        match (request.message, &plan) {
+            (Some(Message::Open(options)), None) => {
+                let (settled, order) = self.settle(&options).map_err(Close::Failed)?;
+                *plan = Some(settled);
+                Ok(Taken::Order(order))
+            }
+            (Some(Message::Item(item)), Some(plan)) => Ok(Taken::Item(self.item(item, plan))),
+            (Some(Message::Item(_)), None) => misused("the first message is no opening"),
+            (Some(Message::Open(_)), Some(_)) => misused("it was opened twice"),
+            (None, _) => misused("a message is neither an opening nor an item"),
+        }
+    }
+
+    fn settle(&self, options: &pb::EmbedStreamOptions) -> Result<(Plan, pb::Order), Error> {
+        let embedding = Embedding::new(options, &self.model, &self.facts)?;
+        let order = match convert::order(options.order)? {
+            pb::Order::Unspecified | pb::Order::AsDone => pb::Order::AsDone,
+            pb::Order::AsSent => pb::Order::AsSent,
+        };
+        let tensor_bytes = embedding.n_values() * convert::dtype_bytes(embedding.dtype);
+        let response_bytes_max = self.limits.response_bytes_max.as_u64();
+        if tensor_bytes as u64 > response_bytes_max {
+            return Err(Error::ResponseTooLarge {
+                given: tensor_bytes as u64,
+                max: response_bytes_max,
+            });
+        }
+        let window = match options.window {
+            0 => self.limits.stream_window_max,
+            window => window.min(self.limits.stream_window_max),
+        };
+        let opened = pb::EmbedStreamOpened {
+            model_digest: self.model.digest.clone(),
+            options: Some(pb::EmbedStreamOptions {
+                order: order.into(),
+                window,
+                ..embedding.applied(&self.model)
+            }),
+        };
+        let message = pb::embed_stream_response::Message::Opened(opened);
+        let response = pb::EmbedStreamResponse {
+            message: Some(message),
+        };
+        self.outbox.push(response, None);
+        let answer_bytes = convert::answer_bytes(embedding.n_values(), embedding.dtype);
+        self.arrived.beside(answer_bytes);
+        let plan = Plan {
+            answer_bytes,
+            embedding,
+            window: window as usize,
+            bytes_max: self.admission.bytes().size_for(self.class) / STREAM_BYTES_PART,
+        };
+        Ok((plan, order))
+    }
+
+    /// Lets an item in, once there is room.
+    fn item(&mut self, item: pb::EmbedStreamItem, plan: &Plan) -> BoxFuture<Submitted> {
+        self.n_read += 1;
+        self.tally.expect(1);
+        self.outbox.hold();
+        let arrived = self.arrived.take();
+        let mut id = item.id;
+        let picture = if id.len() > ID_BYTES_MAX {
+            let given = id.len();
+            id.truncate(id.floor_char_boundary(ID_BYTES_MAX));
+            id.shrink_to_fit();
+            Err(Error::IdTooLong {
+                given,
+                max: ID_BYTES_MAX,
+            })
+        } else {
+            let source = item.image.and_then(|image| image.source);
+            convert::picture(source, plan.embedding.preprocess)
+        };
+        let picture = match picture {
+            Ok(picture) => picture,
+            Err(error) => {
+                return Box::pin(std::future::ready(Submitted {
+                    id,
+                    pending: Err(error),
+                    bytes: 0,
+                }));
+            }
+        };
+        let request = convert::picture_bytes(&picture) + id.len();
+        let bytes = request + plan.answer_bytes;
+        let item = Item {
+            picture,
+            work: plan.embedding.work(),
+            class: self.class,
+            bytes: Bytes {
+                request,
+                arrived,
+                answer: plan.answer_bytes,
+            },
+            deadline: self.deadline,
+            span: tracing::Span::current(),
+        };
+        let (outbox, admission) = (Arc::clone(&self.outbox), self.admission.clone());
+        let bytes_max = plan.bytes_max;
+        Box::pin(async move {
+            outbox.room(bytes, bytes_max).await;
+            let pending = admission.submit_when_room(item).await;
+            Submitted { id, pending, bytes }
+        })
+    }
+
+    /// Puts an item's answer in line. An outcome that would be that of all items
+    /// closes the stream instead, and leaves its own without an answer.
+    fn answer(&mut self, item: Done, plan: Option<&Plan>) -> Result<(), Close> {
+        let outcome = match (item.outcome, plan) {
+            (Ok(answer), Some(plan)) => plan.embedding.tensor(answer),
+            (Ok(_), None) => Err(Error::Lost),
+            (Err(error), _) => Err(error),
+        };
+        self.tally
+            .one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
+        let outcome = match outcome {
+            Ok(tensor) => pb::embed_stream_result::Outcome::Embedding(tensor),
+            Err(error) if ends_stream(&error) => {
+                self.unanswered += 1;
+                self.outbox.forget(&item.place);
+                return Err(match error {
+                    Error::DeadlineExceeded { .. } | Error::DeadlineTooShort { .. } => {
+                        Close::Elsewhere(StreamEnd::Deadline)
+                    }
+                    error => Close::Failed(error),
+                });
+            }
+            Err(error) => pb::embed_stream_result::Outcome::Error(status::of_image(&error)),
+        };
+        let result = pb::EmbedStreamResult {
+            id: item.id,
+            outcome: Some(outcome),
+        };
+        let message = pb::embed_stream_response::Message::Result(result);
+        let response = pb::EmbedStreamResponse {
+            message: Some(message),
+        };
+        self.outbox.push(response, Some(item.place));
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // After a panic; in any other case the end is set, or nobody is there
+        // to take it.
+        if std::thread::panicking() {
+            self.set_code(Code::Internal);
+            self.outbox.abandon(status::of_call(&Error::Lost));
+        }
+    }
+}
+
+/// What became of a message.
+enum Taken {
+    Order(pb::Order),
+    Item(BoxFuture<Submitted>),
+}
+
+/// An item may need more than there is; the next one may not.
+fn ends_stream(error: &Error) -> bool {
+    error.ends_call() && !matches!(error, Error::NeverFits { .. })
+}
+
+/// What is in there, once it is; for ever if nothing is.
+pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next message, once there is a place for an item.
+pub(super) async fn read<Q: prost::Message + Scan + Default, T>(
+    requests: &mut Option<Streaming<Q>>,
+    arrived: &Arrived,
+    outbox: &Outbox<T>,
+    window: usize,
+) -> Result<Option<Q>, Status> {
+    outbox.credit(window).await;
+    let Some(requests) = requests else {
+        return Ok(None);
+    };
+    let message = requests.message().await?;
+    // What came through the library only says that there is one.
+    match arrived.take_message() {
+        Some(bytes) if message.is_some() => codec::decode(bytes).map(Some),
+        _ => Ok(message),
+    }
+}
+
+/// Resolves when the client should go on in another stream.
+pub(super) async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> StreamEnd {
+    tokio::select! {
+        () = readiness.drained() => StreamEnd::Draining,
+        () = deadline::passed(leaves_at) => StreamEnd::ConnectionAge,
+    }
+}
+
+/// Resolves when the stream must end at once, whatever is in it.
+pub(super) async fn hurry<T>(
+    outbox: Arc<Outbox<T>>,
+    deadline: Option<Instant>,
+    idle_timeout: Duration,
+    (mut readiness, drain_patience): (Readiness, Duration),
+) -> StreamEnd {
+    let stalled = async {
+        readiness.drained().await;
+        outbox.stalled(drain_patience).await;
+    };
+    tokio::select! {
+        () = deadline::passed(deadline) => StreamEnd::Deadline,
+        () = outbox.idle(idle_timeout) => StreamEnd::Idle,
+        () = stalled => StreamEnd::Draining,
+    }
+}

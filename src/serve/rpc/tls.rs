@@ -1,0 +1,202 @@
+//! TLS and mutual TLS, from files that may be replaced.
+
+mod expiry;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
+
+use super::reload::{Follower, Latest, open};
+use crate::files::FlagFile;
+use crate::serve::metrics::access::{AccessFile, AccessMetrics};
+
+/// What gRPC speaks, and what gRPC-Web may speak besides.
+const ALPN: &[u8] = b"h2";
+const ALPN_WEB: &[u8] = b"http/1.1";
+
+/// What a new connection is met with.
+#[derive(Debug)]
+pub(super) struct Tls {
+    pub(super) config: Arc<ServerConfig>,
+    /// When the certificate ends.
+    expiry: Option<SystemTime>,
+}
+
+impl Tls {
+    /// Reads a certificate, its key, and the certificates of those who sign
+    /// clients' certificates, if they must have one.
+    pub(super) fn open(
+        certificate: FlagFile,
+        key: FlagFile,
+        client_ca: Option<FlagFile>,
+        grpc_web: bool,
+    ) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
+        let sources: Vec<FlagFile> = [certificate.clone(), key.clone()]
+            .into_iter()
+            .chain(client_ca.clone())
+            .collect();
+        open(AccessFile::Certificate, sources, move |contents| {
+            let chain = certificates(&certificate, &contents[0])?;
+            let private = PrivateKeyDer::from_pem_slice(&contents[1])
+                .ok()
+                .with_context(|| format!("{key} holds no private key in PEM"))?;
+            let clients = match &client_ca {
+                Some(source) => Some((source, roots(source, &contents[2])?)),
+                None => None,
+            };
+            let expiry = chain.first().and_then(|leaf| expiry::of(leaf));
+            let provider = Arc::new(crypto::ring::default_provider());
+            let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+                .with_safe_default_protocol_versions()?;
+            let builder = match clients {
+                Some((source, roots)) => builder.with_client_cert_verifier(
+                    WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+                        .build()
+                        .with_context(|| format!("{source} cannot be used"))?,
+                ),
+                None => builder.with_no_client_auth(),
+            };
+            let mut config =
+                builder
+                    .with_single_cert(chain, private)
+                    .map_err(|error| match error {
+                        rustls::Error::InconsistentKeys(_) => {
+                            anyhow::anyhow!("{key} is not the key of {certificate}")
+                        }
+                        error => {
+                            anyhow::anyhow!("{certificate} with {key} cannot be used: {error}")
+                        }
+                    })?;
+            config.alpn_protocols = vec![ALPN.to_vec()];
+            if grpc_web {
+                config.alpn_protocols.push(ALPN_WEB.to_vec());
+            }
+            Ok(Self {
+                config: Arc::new(config),
+                expiry,
+            })
+        })
+    }
+
+    /// Tells the operator how long the certificate lasts.
+    pub(super) fn report(&self, metrics: &AccessMetrics) {
+        let Some(expiry) = self.expiry else {
+            tracing::warn!("the certificate's end could not be read");
+            return;
+        };
+        let since_1970 = expiry.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        metrics.certificate_expiry(since_1970.as_secs_f64());
+        let until = humantime::format_rfc3339_seconds(expiry);
+        if expiry <= SystemTime::now() {
+            tracing::error!(%until, "the certificate has ended; clients will not connect");
+        } else {
+            tracing::info!(%until, "the certificate is in force");
+        }
+    }
+}
+
+fn certificates(source: &FlagFile, content: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let chain = CertificateDer::pem_slice_iter(content)
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(|| format!("{source} is broken PEM"))?;
+    anyhow::ensure!(!chain.is_empty(), "{source} holds no certificate in PEM");
+    Ok(chain)
+}
+
+fn roots(source: &FlagFile, content: &[u8]) -> anyhow::Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(source, content)? {
+        roots
+            .add(certificate)
+            .with_context(|| format!("{source} holds a certificate that is broken"))?;
+    }
+    Ok(roots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Files {
+        dir: tempfile::TempDir,
+    }
+
+    impl Files {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().expect("a folder");
+            let files = Self { dir };
+            for name in ["a", "b"] {
+                let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]);
+                let made = made.expect("a certificate");
+                files.write(&format!("{name}.crt"), &made.cert.pem());
+                files.write(&format!("{name}.key"), &made.signing_key.serialize_pem());
+            }
+            files.write("text", "no PEM");
+            files.write(
+                "broken",
+                "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n",
+            );
+            files
+        }
+
+        fn write(&self, name: &str, content: &str) {
+            std::fs::write(self.dir.path().join(name), content).expect("written");
+        }
+
+        fn source(&self, flag: &'static str, name: &str) -> FlagFile {
+            FlagFile::new(flag, &self.dir.path().join(name))
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_sentence() {
+        let files = Files::new();
+        let check = |cert: &str, key: &str, ca: Option<&str>, expected: &str| {
+            let opened = Tls::open(
+                files.source("--tls-cert", cert),
+                files.source("--tls-key", key),
+                ca.map(|ca| files.source("--tls-client-ca", ca)),
+                false,
+            );
+            let got = match opened {
+                Ok(_) => "fine".to_owned(),
+                Err(error) => format!("{error:#}"),
+            };
+            let got = got.replace(&format!("{}/", files.dir.path().display()), "");
+            assert!(got.starts_with(expected), "{got}");
+        };
+        check("a.crt", "a.key", None, "fine");
+        check("a.crt", "a.key", Some("b.crt"), "fine");
+        check("none", "a.key", None, "--tls-cert none cannot be read: ");
+        check(
+            "text",
+            "a.key",
+            None,
+            "--tls-cert text holds no certificate in PEM",
+        );
+        check("broken", "a.key", None, "--tls-cert broken is broken PEM");
+        check(
+            "a.crt",
+            "a.crt",
+            None,
+            "--tls-key a.crt holds no private key in PEM",
+        );
+        check(
+            "a.crt",
+            "b.key",
+            None,
+            "--tls-key b.key is not the key of --tls-cert a.crt",
+        );
+        check(
+            "a.crt",
+            "a.key",
+            Some("text"),
+            "--tls-client-ca text holds no certificate in PEM",
+        );
+    }
+}

@@ -1,0 +1,338 @@
+//! One image that is made pixel by pixel: what is known of it, how the rest is
+//! drawn, and how far it has come.
+//!
+//! A [`Sequence`] is the value that travels from preprocessing to the engine. It
+//! knows nothing of queues and nothing of the runtime.
+
+use crate::serve::generate::Generate;
+use crate::serve::generate::Keep;
+use crate::serve::generate::Row;
+use crate::serve::sample::NotFinite;
+
+pub use super::sample::{Draw, Sampling};
+use crate::serve::error::Error;
+use crate::serve::job::{Answer, Ticket};
+
+/// An image on its way to being complete.
+#[derive(Debug)]
+pub struct Sequence {
+    pub ticket: Ticket,
+    generate: Box<Generate>,
+    side: usize,
+    start: u16,
+    /// Pixels so far: the known ones before the first unknown, then what was
+    /// drawn or forced.
+    pixels: Vec<u16>,
+    /// Pixels that are known though they come later.
+    forced: Box<[Option<u16>]>,
+    /// The pixel after which nothing is drawn.
+    last_unknown: usize,
+    /// Runs to make when it began, at least.
+    n_steps: usize,
+    /// Tokens whose keys and values are kept: the start token and pixels.
+    n_fed: usize,
+    log_probs: Vec<f32>,
+    rows_sent: usize,
+}
+
+/// What a sequence has been fed, in an order in which those that begin alike are
+/// neighbors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Past<'a> {
+    pub start: u16,
+    pub pixels: &'a [u16],
+}
+
+impl Sequence {
+    /// The sequence for tokens that preprocessing found, of an image of `side`
+    /// pixels a side whose start token is `start`.
+    #[must_use]
+    pub fn new(
+        ticket: Ticket,
+        generate: Box<Generate>,
+        tokens: &[u16],
+        side: usize,
+        start: u16,
+    ) -> Self {
+        let n_pixels = side * side;
+        let is_known = |pixel: usize| {
+            pixel < tokens.len()
+                && match &generate.keep {
+                    Keep::All => true,
+                    Keep::Rows(rows) => pixel < *rows as usize * side,
+                    Keep::Mask(mask) => mask.get(pixel).copied().unwrap_or(false),
+                }
+        };
+        let forced: Box<[Option<u16>]> = (0..n_pixels)
+            .map(|pixel| is_known(pixel).then(|| tokens[pixel]))
+            .collect();
+        let pixels = forced.iter().map_while(|&pixel| pixel).collect();
+        let last_unknown = forced.iter().rposition(Option::is_none).unwrap_or(0);
+        let mut sequence = Self {
+            ticket,
+            generate,
+            side,
+            start,
+            pixels,
+            forced,
+            last_unknown,
+            n_steps: 0,
+            n_fed: 0,
+            log_probs: Vec::new(),
+            rows_sent: 0,
+        };
+        sequence.n_steps = sequence.n_steps_left();
+        sequence
+    }
+
+    /// Whether nothing is left to draw.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.pixels.len() > self.last_unknown || self.pixels.len() == self.forced.len()
+    }
+
+    /// Runs that are left to make, at least.
+    #[must_use]
+    pub fn n_steps_left(&self) -> usize {
+        if self.is_done() {
+            0
+        } else {
+            self.last_unknown + 1 - self.pixels.len()
+        }
+    }
+
+    /// The part of what there was to draw that is drawn.
+    #[must_use]
+    pub fn progress(&self) -> f64 {
+        let steps = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+        1.0 - steps(self.n_steps_left()) / steps(self.n_steps.max(1))
+    }
+
+    /// Tokens whose keys and values are kept.
+    #[must_use]
+    pub fn n_fed(&self) -> usize {
+        self.n_fed
+    }
+
+    /// Tokens that can be fed now: the start token and the pixels, less those
+    /// that were.
+    #[must_use]
+    pub fn n_to_feed(&self) -> usize {
+        1 + self.pixels.len() - self.n_fed
+    }
+
+    /// The next `n` tokens to feed.
+    pub fn to_feed(&self, n: usize) -> impl Iterator<Item = u16> + '_ {
+        std::iter::once(self.start)
+            .chain(self.pixels.iter().copied())
+            .skip(self.n_fed)
+            .take(n)
+    }
+
+    /// Whether the other one's first tokens are the same as this one's, as far
+    /// as `n`.
+    #[must_use]
+    pub fn shares(&self, other: &Self, n: usize) -> bool {
+        let own = self.pixels.get(..n.saturating_sub(1));
+        let others = other.pixels.get(..n.saturating_sub(1));
+        self.start == other.start && own.is_some() && own == others
+    }
+
+    /// The tokens whose keys and values are kept, if there are any.
+    #[must_use]
+    pub fn past(&self) -> Option<Past<'_>> {
+        Some(Past {
+            start: self.start,
+            pixels: self.pixels.get(..self.n_fed.checked_sub(1)?)?,
+        })
+    }
+
+    /// `n` more tokens have their keys and values kept.
+    pub fn fed(&mut self, n: usize) {
+        self.n_fed += n;
+    }
+
+    /// The logits of the next pixel have come: draws it, or takes what is
+    /// known, and goes on over all that is known.
+    ///
+    /// # Errors
+    ///
+    /// When the logits are not numbers; nothing was drawn then.
+    pub fn advance(&mut self, logits: &[f32]) -> Result<(), NotFinite> {
+        let pixel = self.pixels.len();
+        let Some(&forced) = self.forced.get(pixel) else {
+            return Ok(());
+        };
+        let token = if let Some(token) = forced {
+            token
+        } else {
+            let place = Draw {
+                sample: self.generate.sample,
+                pixel: u32::try_from(pixel).unwrap_or(u32::MAX),
+            };
+            let drawn = self.generate.sampling.draw(logits, place)?;
+            self.log_probs.push(drawn.log_prob);
+            drawn.token
+        };
+        self.pixels.push(token);
+        if self.is_done() {
+            // What follows is known, and nobody asks how likely it was.
+            let rest = self.forced[self.pixels.len()..]
+                .iter()
+                .map_while(|&token| token);
+            self.pixels.extend(rest);
+        }
+        self.send_rows();
+        Ok(())
+    }
+
+    /// Sends the rows that are complete and were not sent yet.
+    pub fn send_rows(&mut self) {
+        let Some(rows) = &self.generate.rows else {
+            return;
+        };
+        while let Some(row) = self
+            .pixels
+            .get(self.rows_sent * self.side..(self.rows_sent + 1) * self.side)
+        {
+            let row = Row {
+                sample: self.generate.sample,
+                row: u32::try_from(self.rows_sent).unwrap_or(u32::MAX),
+                tokens: row.into(),
+            };
+            // There is room for every row; a caller who has gone misses it.
+            let _ = rows.try_send(row);
+            self.rows_sent += 1;
+            if self.rows_sent * self.side >= self.forced.len() {
+                return;
+            }
+        }
+    }
+
+    /// Answers the caller: with the image, or with what went wrong.
+    pub fn finish(self, outcome: Result<(), Error>) {
+        let answer = Answer::Generated {
+            tokens: self.pixels.into(),
+            log_probs: self.log_probs,
+        };
+        self.ticket.finish(outcome.map(|()| answer));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::serve::class::Class;
+    use crate::serve::job::{Permit, Reply};
+
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+
+    /// An image of 2 by 2 over colors 0 to 3; 4 starts.
+    fn sequence(tokens: &[u16], keep: Keep) -> (Sequence, Outcome, mpsc::Receiver<Row>) {
+        let (reply, outcome) = Reply::new();
+        let ticket = Ticket {
+            class: Class::Interactive,
+            deadline: None,
+            entered_at: std::time::Instant::now(),
+            span: tracing::Span::none(),
+            reply,
+            permit: Permit::none(),
+        };
+        let (sender, rows) = mpsc::channel(2);
+        let generate = Generate {
+            keep,
+            sampling: Sampling::greedy(),
+            sample: 3,
+            rows: Some(sender),
+        };
+        let sequence = Sequence::new(ticket, Box::new(generate), tokens, 2, 4);
+        (sequence, outcome, rows)
+    }
+
+    fn logits(best: usize) -> [f32; 4] {
+        let mut logits = [0.0; 4];
+        logits[best] = 2.0;
+        logits
+    }
+
+    fn tokens(outcome: &mut Outcome) -> Vec<u16> {
+        match outcome.try_recv() {
+            Ok(Ok(Answer::Generated { tokens, .. })) => tokens.into_vec(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_image_from_nothing() {
+        let (mut sequence, mut outcome, mut rows) = sequence(&[], Keep::All);
+        assert_eq!(sequence.to_feed(9).collect::<Vec<_>>(), [4]);
+        assert_eq!(sequence.n_steps_left(), 4);
+        for best in [1, 2, 3, 0] {
+            assert_eq!(sequence.n_to_feed(), 1);
+            sequence.fed(1);
+            sequence.advance(&logits(best)).expect("finite");
+        }
+        assert!(sequence.is_done());
+        assert_eq!(sequence.log_probs.len(), 4);
+        assert_eq!(&*rows.try_recv().expect("a row").tokens, [1, 2]);
+        assert_eq!(rows.try_recv().expect("a row").row, 1);
+        sequence.finish(Ok(()));
+        assert_eq!(tokens(&mut outcome), [1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn what_is_known_is_fed_at_once() {
+        let (mut sequence, mut outcome, _rows) = sequence(&[1, 1, 2, 3], Keep::Rows(1));
+        assert_eq!(sequence.to_feed(9).collect::<Vec<_>>(), [4, 1, 1]);
+        sequence.fed(3);
+        sequence.advance(&logits(0)).expect("finite");
+        assert_eq!(sequence.to_feed(9).collect::<Vec<_>>(), [0]);
+        sequence.fed(1);
+        sequence.advance(&logits(0)).expect("finite");
+        assert!(sequence.is_done());
+        sequence.finish(Ok(()));
+        assert_eq!(tokens(&mut outcome), [1, 1, 0, 0]);
+    }
+
+    #[test]
+    fn kept_pixels_are_forced_and_the_last_need_no_run() {
+        let mask = Keep::Mask([false, true, false, true].into());
+        let (mut sequence, mut outcome, mut rows) = sequence(&[1, 1, 2, 3], mask);
+        assert_eq!(sequence.n_steps_left(), 3);
+        for best in [2, 2, 0] {
+            sequence.fed(1);
+            sequence.advance(&logits(best)).expect("finite");
+        }
+        assert!(sequence.is_done());
+        assert_eq!(sequence.log_probs.len(), 2, "one for each drawn pixel");
+        assert_eq!(&*rows.try_recv().expect("a row").tokens, [2, 1]);
+        assert_eq!(&*rows.try_recv().expect("a row").tokens, [0, 3]);
+        sequence.finish(Ok(()));
+        assert_eq!(tokens(&mut outcome), [2, 1, 0, 3]);
+    }
+
+    #[test]
+    fn an_image_that_is_all_known_is_done() {
+        let (sequence, _outcome, _rows) = sequence(&[1, 1, 2, 3], Keep::All);
+        assert!(sequence.is_done());
+        assert_eq!(sequence.n_steps_left(), 0);
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_draw_nothing() {
+        let (mut sequence, _outcome, _rows) = sequence(&[], Keep::All);
+        assert!(sequence.advance(&[f32::NAN; 4]).is_err());
+        assert_eq!(sequence.n_steps_left(), 4);
+    }
+
+    #[test]
+    fn primers_are_compared_as_far_as_asked() {
+        let (one, ..) = sequence(&[1, 2, 3], Keep::All);
+        let (other, ..) = sequence(&[1, 2, 0], Keep::All);
+        assert!(one.shares(&other, 3));
+        assert!(!one.shares(&other, 4));
+        assert!(!one.shares(&other, 5), "there are no more");
+    }
+}

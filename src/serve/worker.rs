@@ -1,0 +1,681 @@
+//! The composition root: builds the stages, wires their channels, owns their
+//! threads. The only file that knows them all.
+//!
+//! A worker ends by ownership. When the server stops, the last door to
+//! admission closes; preprocessing runs dry and hangs up on the batcher; the
+//! batcher hands on what waits and hangs up on the engine; the engine ends.
+
+use crate::model::precision::ProviderChoice;
+use crate::telemetry::panic_text;
+use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+
+use crate::engine::fake::{FakeEngine, FakeSequences, Script};
+use crate::engine::onnx::{self, OnnxEngine};
+use crate::engine::{Engine, EngineFactory, Facts};
+use crate::gpu;
+use crate::imaging::{ImageLimits, Palette, Preprocessor};
+use crate::model::Model;
+use crate::model::head::Head;
+use crate::runtime::error::EngineError;
+use crate::serve::admission::{Admission, Capacity, Occupancy};
+use crate::serve::batcher;
+use crate::serve::batcher::Batcher;
+use crate::serve::batcher::policy::Policy;
+use crate::serve::cache::Cache;
+use crate::serve::capacity::DrainRate;
+use crate::serve::config::{CudaGraphs, ServeConfig};
+use crate::serve::devices::{DeviceEngine, Devices, Reports};
+use crate::serve::devices::{DeviceIdx, Failure, State};
+use crate::serve::engine_thread;
+use crate::serve::engine_thread::Runner;
+use crate::serve::http;
+use crate::serve::http::Pages;
+use crate::serve::metrics::Metrics;
+use crate::serve::preprocess;
+use crate::serve::preprocess::Desk;
+use crate::serve::preprocess::queue;
+use crate::serve::preprocess::queue::{Door, Reach};
+use crate::serve::readiness::{Drain, Readiness};
+use crate::serve::rpc;
+
+/// After the last call's answer has been handed to its connection, time for
+/// the connections to write it out and to close.
+const LINGER: Duration = Duration::from_secs(1);
+/// How often histograms are folded when nobody scrapes; they would otherwise
+/// grow with every observation.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// How often GPUs are asked how they are: as fresh as any scrape needs, and NVML
+/// answers within milliseconds.
+const GPU_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A worker that listens.
+pub struct Worker {
+    /// Where gRPC is served.
+    pub grpc_addr: SocketAddr,
+    /// Where metrics are served.
+    pub metrics_addr: SocketAddr,
+    readiness: Readiness,
+    drain: Drain,
+    occupancy: Occupancy,
+    calls: rpc::Calls,
+    devices: watch::Receiver<Devices>,
+    server: tokio::task::JoinHandle<()>,
+    stop: oneshot::Sender<()>,
+    threads: Vec<JoinHandle<()>>,
+    /// Metrics pages and upkeep, which end with the worker.
+    side_tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// The stages that have threads of their own, wired up.
+struct Stages {
+    /// Where admission puts its jobs.
+    door: Door,
+    /// Where it puts those that need no thread.
+    desk: Desk,
+    drain: DrainRate,
+    cache: Cache,
+    devices: watch::Receiver<Devices>,
+    reports: Reports,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Stages {
+    fn start(
+        config: &ServeConfig,
+        model: &Model,
+        engines: Vec<DeviceEngine>,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Self> {
+        let limits = &config.limits;
+        let palette = Palette::new(model.clusters.clone()).context("the palette")?;
+        let preprocessor = Arc::new(Preprocessor::new(
+            &palette,
+            model.side,
+            ImageLimits {
+                image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
+                image_pixels_max: limits.image_pixels_max,
+                decode_bytes_max: limits.decode_bytes_max.as_u64(),
+            },
+        ));
+        // The queue holds as many jobs as may be in flight, and a job holds its
+        // permit: it cannot be full when a job arrives.
+        let images_max = limits.images_in_flight_max as usize;
+        let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
+        // One ring, because two mean the same.
+        let (bell_in, bell) = crossbeam_channel::bounded(1);
+        let (door, pictures) = queue::queue(bell_in, metrics.clone());
+        // An engine says at most what its last run answered, and that it is free
+        // or has ended; where there is no room, it waits or need not say it.
+        let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
+        // Whichever thread ends before its time ends the worker's readiness; what
+        // becomes of devices they decide together.
+        let ids = engines.iter().map(|engine| engine.id);
+        let (reports, devices) = Reports::new(ids, metrics.clone());
+        let batching = &config.batching;
+        let buckets = model.buckets(batching.buckets());
+        if let Some(operator) = model.batch_scaled
+            && batching.buckets().largest() > 1
+        {
+            tracing::info!(
+                operator,
+                "images run one by one: in a batch the model's operator gives all of them one \
+                 scale, and an image's answer would depend on its company"
+            );
+        }
+        metrics.batch_size_max(buckets.largest());
+        let drain = DrainRate::default();
+        let cache = Cache::new(batching.cache_bytes.as_u64());
+
+        // One batch, after each slot.
+        let lines = engines.iter().map(|_| batcher::Line::new());
+        let (lines, ends): (Vec<_>, Vec<_>) = lines.unzip();
+        let policy = Policy {
+            buckets: buckets.clone(),
+            max_queue_delay: batching.max_queue_delay,
+            bulk_share: batching.bulk_share,
+            bulk_wait_max: batching.bulk_wait_max,
+        };
+        let shared = batcher::Shared {
+            cache: cache.clone(),
+            drain: drain.clone(),
+            interactive_reserve: limits.interactive_reserve,
+            metrics: metrics.clone(),
+        };
+        let batcher = Batcher::new(policy, lines, shared);
+        let mut threads = Vec::new();
+        for ((idx, engine), (turns, stop)) in engines.into_iter().enumerate().zip(ends) {
+            let runner = Runner {
+                device: DeviceIdx(idx),
+                batcher: batcher.clone(),
+                notices: notices_in.clone(),
+                turns,
+                buckets: buckets.clone(),
+                canary_interval: Some(batching.canary_interval).filter(|every| !every.is_zero()),
+                stop,
+                cache: cache.clone(),
+                metrics: metrics.clone(),
+                gap: metrics.engine_gap(engine.id),
+                reports: reports.clone(),
+            };
+            let (name, factory) = (format!("engine-{}", engine.id), engine.factory);
+            threads.push(spawn(&name, &reports, move || {
+                engine_thread::run(factory, runner);
+            })?);
+        }
+        // So that the batcher sees the last of them go.
+        drop(notices_in);
+        let channels = batcher::Channels {
+            jobs: tokens,
+            bell,
+            notices,
+        };
+        threads.push(spawn("batcher", &reports, move || {
+            batcher::run(&batcher, &channels);
+        })?);
+        let desk = Desk {
+            preprocessor,
+            decode_cpu_time_max: limits.decode_cpu_time_max,
+            batcher: tokens_in,
+            metrics: metrics.clone(),
+        };
+        // One thread more than asked for takes cheap pictures only. It is idle
+        // while the others keep up, and shares their cores while all of them are
+        // held by large pictures.
+        let reaches = (0..n_preprocess_threads(config)).map(|_| Reach::Any);
+        for (idx, reach) in reaches.chain([Reach::Cheap]).enumerate() {
+            let (desk, pictures) = (desk.clone(), Arc::clone(&pictures));
+            threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
+                preprocess::run(&desk, &pictures, reach);
+            })?);
+        }
+        Ok(Self {
+            door,
+            desk,
+            drain,
+            cache,
+            devices,
+            reports,
+            threads,
+        })
+    }
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Every call in progress was answered, and its answer taken, unless its
+    /// client took nothing of it for as long as the drain waits for readers:
+    /// nothing that the worker could have done is lost.
+    Clean,
+    /// The grace period ran out first.
+    Hard {
+        /// Calls that were in progress.
+        calls: usize,
+    },
+}
+
+/// The engines that the flags ask for, one a device.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[Head],
+) -> Result<Vec<DeviceEngine>, EngineError> {
+    let Some(cost) = config.model.fake_engine else {
+        return onnx_engines(config, model, heads);
+    };
+    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    let n_slots = usize::from(config.generation.generate_slots);
+    let sequences = FakeSequences {
+        n_slots,
+        n_colors: model.clusters.len(),
+        delay: cost.fixed,
+        can_copy: true,
+    };
+    let engine = |&id| {
+        let script = Script {
+            sequences: (n_slots > 0).then_some(sequences),
+            ..cost.into()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
+    };
+    Ok(config.model.device_ids.iter().map(engine).collect())
+}
+
+/// Engines for the model at hand, as the flags say.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn onnx_engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[Head],
+) -> Result<Vec<DeviceEngine>, EngineError> {
+    let ids = &config.model.device_ids;
+    let options = onnx_options(config, model, heads);
+    let (provider, ids) = match (options.provider, ids.as_slice()) {
+        // Each engine would find out for itself, and a machine without GPUs would
+        // run its CPU several times over.
+        (ProviderChoice::Auto, [first, _, ..]) => {
+            let of_first = onnx::Options {
+                device_id: *first,
+                ..options.clone()
+            };
+            if onnx::auto_takes_cuda(&of_first)? {
+                (ProviderChoice::Cuda, ids.as_slice())
+            } else {
+                tracing::info!(
+                    device_ids = ?ids,
+                    "--execution-provider auto takes the CPU, which is one device"
+                );
+                (ProviderChoice::Auto, &ids[..1])
+            }
+        }
+        (provider, ids) => (provider, ids),
+    };
+    let engine = |&id| {
+        let options = onnx::Options {
+            provider,
+            device_id: id,
+            ..options.clone()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
+    };
+    Ok(ids.iter().map(engine).collect())
+}
+
+/// An engine for the model on the first device alone, as it would be served.
+#[must_use]
+pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
+    let options = onnx::Options {
+        device_id: config.model.device_ids.first().copied().unwrap_or(0),
+        ..onnx_options(config, model, heads)
+    };
+    Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
+}
+
+/// What all of the model's engines are made from.
+fn onnx_options(config: &ServeConfig, model: &Model, heads: &[Head]) -> onnx::Options {
+    onnx::Options {
+        library: onnx::find_library(config.model.onnxruntime.as_deref()),
+        provider: config.model.execution_provider,
+        // Each engine has one of them.
+        device_id: 0,
+        intra_op_threads: config.model.intra_op_threads.into(),
+        graphs: model.graphs.clone(),
+        files: model.files.clone(),
+        positions: model.positions(),
+        n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
+        n_labels: model.labels.len(),
+        head_widths: heads
+            .iter()
+            .map(|head| (head.width, head.name.clone()))
+            .collect(),
+        compiled_for: model.compiled.map(|compiled| compiled.provider),
+        buckets: model.buckets(config.batching.buckets()),
+        generate_slots: config.generation.generate_slots.into(),
+        generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),
+        gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
+            .filter(|&limit| limit > 0),
+        cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
+    }
+}
+
+impl Worker {
+    /// Binds both ports and starts every stage. The engines load on their own
+    /// threads meanwhile: see [`Worker::ready`].
+    ///
+    /// # Errors
+    ///
+    /// When a port is taken or a thread cannot be started.
+    pub async fn start(
+        config: &ServeConfig,
+        model: Model,
+        heads: Vec<Head>,
+        engines: Vec<DeviceEngine>,
+    ) -> anyhow::Result<Self> {
+        let started = Instant::now();
+        let network = &config.network;
+        let access = rpc::Access::open(&config.access)?;
+        let listener = bind(network.listen, "--listen").await?;
+        let metrics_listener = bind(network.metrics_listen, "--metrics-listen").await?;
+        let (grpc_addr, metrics_addr) = (listener.local_addr()?, metrics_listener.local_addr()?);
+
+        let metrics = Metrics::new()?;
+        let stages = Stages::start(config, &model, engines, &metrics)?;
+        let (readiness, drain) = Readiness::new(stages.devices.clone());
+        let limits = &config.limits;
+        let capacity = Capacity {
+            images: limits.images_in_flight_max as usize,
+            bytes: to_usize(limits.bytes_in_flight_max.as_u64()),
+            samples: limits.samples_in_flight_max as usize,
+            interactive_reserve: limits.interactive_reserve,
+        };
+        let admission = Admission::new(capacity, stages.drain, stages.door, stages.desk);
+        let occupancy = admission.occupancy();
+        let pages = Pages {
+            metrics: metrics.clone(),
+            occupancy: occupancy.clone(),
+            cache: stages.cache,
+            readiness: readiness.clone(),
+        };
+        let largest = model.buckets(config.batching.buckets()).largest();
+        let max_batch_size = u16::try_from(largest).unwrap_or(u16::MAX);
+        let model = Arc::new(model);
+        let gpus = gpu::Known::default();
+        let side_tasks = vec![
+            tokio::spawn(watch_gpus(
+                stages.devices.clone(),
+                config.model.device_ids.clone(),
+                gpus.clone(),
+                metrics.clone(),
+            )),
+            tokio::spawn(http::serve(metrics_listener, pages)),
+            tokio::spawn(keep_metrics(metrics.clone())),
+            tokio::spawn(announce(
+                stages.devices.clone(),
+                Arc::clone(&model),
+                metrics.clone(),
+                started,
+            )),
+        ];
+        let service = rpc::Service {
+            heads,
+            model,
+            admission,
+            readiness: readiness.clone(),
+            limits: limits.clone(),
+            max_batch_size,
+            gpus,
+            metrics,
+            shutdown_grace_period: network.shutdown_grace_period,
+        };
+        let calls = rpc::Calls::new();
+        let options = rpc::Options {
+            reflection: !network.no_reflection,
+            keepalive_interval: network.keepalive_interval,
+            keepalive_timeout: network.keepalive_timeout,
+            calls: calls.clone(),
+            access,
+            connections: config.connections.clone(),
+        };
+        let (stop, stopped) = oneshot::channel();
+        let reports = stages.reports;
+        let server = tokio::spawn(async move {
+            let stopped = async {
+                let _ = stopped.await;
+            };
+            if let Err(error) = rpc::serve(service, listener, options, stopped).await {
+                reports.fail(format!("the gRPC server ended: {error:#}"));
+            }
+        });
+        Ok(Self {
+            grpc_addr,
+            metrics_addr,
+            readiness,
+            drain,
+            occupancy,
+            calls,
+            devices: stages.devices,
+            server,
+            stop,
+            threads: stages.threads,
+            side_tasks,
+        })
+    }
+
+    /// Waits until the model is loaded and warm.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be loaded.
+    pub async fn ready(&mut self) -> Result<Facts, EngineError> {
+        let state = self
+            .devices
+            .wait_for(|devices| !matches!(devices.state(), State::Loading))
+            .await
+            .map(|devices| devices.state());
+        match state {
+            Ok(State::Ready(facts)) => Ok(facts),
+            Ok(State::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
+            Ok(State::Loading | State::Stopped) | Err(_) => {
+                Err(EngineError::NotLoaded("the engine ended".to_owned()))
+            }
+        }
+    }
+
+    /// Resolves with the reason when the worker can do no more; pends otherwise.
+    pub async fn failed(&mut self) -> Failure {
+        let failed = |devices: &Devices| devices.failure().is_some();
+        let devices = self.devices.wait_for(failed).await;
+        let failure = devices.ok().and_then(|devices| devices.failure().cloned());
+        match failure {
+            Some(failure) => failure,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether it serves.
+    #[must_use]
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// Images admitted and not yet answered.
+    #[must_use]
+    pub fn images_in_flight(&self) -> usize {
+        self.occupancy.images()
+    }
+
+    /// Not ready from now on, so that nobody new comes; whoever comes is served.
+    pub fn leave(&self) {
+        self.drain.leave();
+    }
+
+    /// Stops taking calls and finishes those in progress, within `grace`.
+    pub async fn shutdown(mut self, grace: Duration) -> Ended {
+        let deadline = tokio::time::Instant::now() + grace;
+        self.drain.begin();
+        let _ = self.stop.send(());
+        let ended = tokio::time::timeout_at(deadline, async {
+            tokio::select! {
+                _ = &mut self.server => true,
+                // Connections without calls may never close: a health watch, a
+                // client that does not answer. Nobody waits for them.
+                () = self.calls.none() => {
+                    tokio::time::timeout(LINGER, &mut self.server).await.is_ok()
+                }
+            }
+        })
+        .await;
+        for task in &self.side_tasks {
+            task.abort();
+        }
+        let Ok(server_ended) = ended else {
+            self.server.abort();
+            return Ended::Hard {
+                calls: self.calls.count(),
+            };
+        };
+        if !server_ended {
+            // The service, and with it the door to the stages, lives on in the
+            // connections that are left, so the threads do not end by
+            // themselves; but they have nothing to do.
+            tracing::info!("clients keep idle connections open; ending without them");
+            self.server.abort();
+            return Ended::Clean;
+        }
+        let joined = join(std::mem::take(&mut self.threads));
+        match tokio::time::timeout_at(deadline, joined).await {
+            Ok(_) => Ended::Clean,
+            Err(_) => Ended::Hard { calls: 0 },
+        }
+    }
+}
+
+/// Resolves when all stages have ended. On a thread of its own: a runtime waits
+/// for its own blocking threads when it ends, however long they take.
+fn join(threads: Vec<JoinHandle<()>>) -> oneshot::Receiver<()> {
+    let (done, joined) = oneshot::channel();
+    let join = move || {
+        for thread in threads {
+            // Its panic has been reported where it happened.
+            let _ = thread.join();
+        }
+        let _ = done.send(());
+    };
+    // Without a thread to wait on there is only the grace period.
+    let _ = std::thread::Builder::new()
+        .name("join".to_owned())
+        .spawn(join);
+    joined
+}
+
+async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(addr)
+        .await
+        .with_context(|| format!("{flag} {addr} cannot be listened on"))
+}
+
+/// Starts a stage's thread. A panic there ends readiness: without one of its
+/// stages the line does not move.
+fn spawn(
+    name: &str,
+    reports: &Reports,
+    body: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
+    let (reports, thread_name) = (reports.clone(), name.to_owned());
+    let supervised = move || {
+        if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(body)) {
+            let panic = panic_text(&*panic);
+            reports.fail(format!("the {thread_name} thread panicked: {panic}"));
+        }
+    };
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(supervised)
+        .with_context(|| format!("the thread {name} cannot be started"))
+}
+
+async fn keep_metrics(metrics: Metrics) {
+    let mut interval = tokio::time::interval(METRICS_UPKEEP);
+    loop {
+        interval.tick().await;
+        metrics.upkeep();
+    }
+}
+
+/// What was loaded, and on how many devices, once it is.
+async fn loaded(mut devices: watch::Receiver<Devices>) -> Option<(Facts, usize)> {
+    let devices = devices
+        .wait_for(|devices| !matches!(devices.state(), State::Loading))
+        .await
+        .ok()?;
+    match devices.state() {
+        State::Ready(facts) => Some((facts, devices.n_serving())),
+        _ => None,
+    }
+}
+
+/// Finds out what GPUs the model runs on, once it does, and from then on how they
+/// are. A driver may hang; then only this waits, and nobody asks it again.
+async fn watch_gpus(
+    devices: watch::Receiver<Devices>,
+    ids: Vec<i32>,
+    known: gpu::Known,
+    metrics: Metrics,
+) {
+    match loaded(devices).await {
+        Some((facts, _)) if facts.provider == "cuda" => {}
+        _ => return,
+    }
+    let Ok(monitor) = tokio::task::spawn_blocking(gpu::Monitor::open).await else {
+        return;
+    };
+    let gpus = &monitor.gpus;
+    for gpu in ids.iter().filter_map(|&id| gpus.device(id)) {
+        tracing::info!(
+            device_id = gpu.id,
+            name = gpu.name,
+            uuid = gpu.uuid,
+            memory_bytes = gpu.memory_bytes,
+            compute_capability = %gpu.compute_capability,
+            driver = gpus.driver_version,
+            "runs on a GPU"
+        );
+    }
+    known.set(gpus.clone());
+    if let Some(reason) = &gpus.absent {
+        tracing::warn!(reason, "nothing is known of the GPU; it has no metrics");
+        return;
+    }
+    let monitor = Arc::new(monitor);
+    let mut interval = tokio::time::interval(GPU_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let (monitor, ids) = (Arc::clone(&monitor), ids.clone());
+        let look = tokio::task::spawn_blocking(move || monitor.usage(&ids));
+        for (id, usage) in look.await.unwrap_or_default() {
+            metrics.gpu(id, usage);
+        }
+    }
+}
+
+/// Tells the operator what was loaded, once it is.
+async fn announce(
+    devices: watch::Receiver<Devices>,
+    model: Arc<Model>,
+    metrics: Metrics,
+    started: Instant,
+) {
+    let Some((facts, n_devices)) = loaded(devices).await else {
+        return;
+    };
+    let elapsed = started.elapsed();
+    metrics.model_loaded(&model.name, &model.digest, facts.provider, elapsed);
+    for fallback in &facts.fallbacks {
+        metrics.fell_back(fallback.kind);
+    }
+    tracing::info!(
+        model = model.name,
+        digest = model.digest,
+        execution_provider = facts.provider,
+        n_devices,
+        onnxruntime = facts.runtime_version,
+        dimension = facts.dimension,
+        ?elapsed,
+        "ready"
+    );
+    if !model.notice.is_empty() {
+        tracing::warn!(notice = model.notice, "the model carries a notice");
+    }
+}
+
+fn n_preprocess_threads(config: &ServeConfig) -> usize {
+    match config.model.preprocess_threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n.into(),
+    }
+}
+
+fn to_usize(size: u64) -> usize {
+    usize::try_from(size).unwrap_or(usize::MAX)
+}
