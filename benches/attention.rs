@@ -11,7 +11,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use imagegpt::kernels::attention::{CausalAttention, Kernel, Shape};
+use imagegpt::kernels::attention::{AttentionShape, CausalAttention, Kernel};
 use imagegpt::runtime::library::find_library;
 use imagegpt::runtime::operators;
 use ort::environment::Environment;
@@ -30,7 +30,7 @@ fn main() -> anyhow::Result<()> {
     let environment = ort::init_from(find_library(given.as_deref()))?.build()?;
     println!("{n_threads} threads, {n_rounds} rounds, batch 1, 1024 positions");
     for (name, heads, head_dim) in [("small", 8, 64), ("medium", 8, 128), ("large", 16, 96)] {
-        let shape = Shape {
+        let shape = AttentionShape {
             batch: 1,
             positions: 1024,
             heads,
@@ -44,7 +44,7 @@ fn main() -> anyhow::Result<()> {
 fn compare(
     environment: &Environment,
     name: &str,
-    shape: Shape,
+    shape: AttentionShape,
     n_threads: usize,
     n_rounds: usize,
 ) -> anyhow::Result<()> {

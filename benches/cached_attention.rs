@@ -13,11 +13,11 @@ use std::time::Instant;
 
 use half::bf16;
 use imagegpt::kernels::attention::{
-    BLOCK, Cache, CacheShape, CachedAttention, Int24, Kept, Kernel,
+    BLOCK, CacheShape, CachedAttention, Int24, Kept, Kernel, KeyValueCache,
 };
 use imagegpt::model::onnx::{
-    Attribute, DataType, Dim, Graph, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
-    ValueInfo,
+    AttributeProto, DataType, Dim, GraphProto, IR_VERSION, MICROSOFT, ModelProto, NodeProto, OPSET,
+    OperatorSet, ValueInfoProto,
 };
 use imagegpt::runtime::library::find_library;
 use ort::environment::Environment;
@@ -147,7 +147,11 @@ fn bound(
     }))
 }
 
-fn session(environment: &Environment, model: &Model, n_threads: usize) -> ort::Result<Session> {
+fn session(
+    environment: &Environment,
+    model: &ModelProto,
+    n_threads: usize,
+) -> ort::Result<Session> {
     Session::builder(environment)?
         .with_intra_threads(n_threads)?
         // Threads that spin after their share is done would slow the next in turn.
@@ -155,17 +159,17 @@ fn session(environment: &Environment, model: &Model, n_threads: usize) -> ort::R
         .commit_from_memory(&model.encode_to_vec())
 }
 
-fn model() -> Model {
+fn model() -> ModelProto {
     let [batch, length] = ["batch", "length"].map(Dim::Name);
     let qkv = [batch, length, Dim::Size(3 * HEADS * HEAD_DIM)];
-    let mut graph = Graph {
+    let mut graph = GraphProto {
         name: GROUP_QUERY.to_owned(),
         input: vec![
-            ValueInfo::tensor("qkv", DataType::Float, &qkv),
-            ValueInfo::tensor("seqlens_k", DataType::Int32, &[batch]),
-            ValueInfo::tensor("total", DataType::Int32, &[]),
+            ValueInfoProto::tensor("qkv", DataType::Float, &qkv),
+            ValueInfoProto::tensor("seqlens_k", DataType::Int32, &[batch]),
+            ValueInfoProto::tensor("total", DataType::Int32, &[]),
         ],
-        ..Graph::default()
+        ..GraphProto::default()
     };
     let cache = [
         batch,
@@ -180,22 +184,22 @@ fn model() -> Model {
         for name in [&past_key, &past_value] {
             graph
                 .input
-                .push(ValueInfo::tensor(name, DataType::Float, &cache));
+                .push(ValueInfoProto::tensor(name, DataType::Float, &cache));
         }
         for name in [&key, &value] {
             graph
                 .output
-                .push(ValueInfo::tensor(name, DataType::Float, &cache));
+                .push(ValueInfoProto::tensor(name, DataType::Float, &cache));
         }
         let dims = [batch, length, Dim::Size(HEADS * HEAD_DIM)];
-        let info = ValueInfo::tensor(&output, DataType::Float, &dims);
+        let info = ValueInfoProto::tensor(&output, DataType::Float, &dims);
         graph.output.push(info);
         let heads = i64::try_from(HEADS).unwrap_or(i64::MAX);
-        let attributes = ["num_heads", "kv_num_heads"].map(|name| Attribute::int(name, heads));
+        let attributes = ["num_heads", "kv_num_heads"].map(|name| AttributeProto::int(name, heads));
         let mut input = vec!["qkv".to_owned()];
         input.extend([String::new(), String::new(), past_key, past_value]);
         input.extend(["seqlens_k", "total"].map(str::to_owned));
-        graph.node.push(Node {
+        graph.node.push(NodeProto {
             input,
             output: vec![output, key, value],
             name: format!("layer.{layer}"),
@@ -208,11 +212,11 @@ fn model() -> Model {
         domain: domain.to_owned(),
         version,
     };
-    Model {
+    ModelProto {
         ir_version: IR_VERSION,
         opset_import: vec![operators("", OPSET), operators(MICROSOFT, 1)],
         graph: Some(graph),
-        ..Model::default()
+        ..ModelProto::default()
     }
 }
 
@@ -233,7 +237,7 @@ fn direct<K: Kept>(
     let mut output = vec![0.0; rows];
     Ok(Box::new(move || {
         for [keys, values] in &mut caches {
-            let cache = Cache::<K> { keys, values };
+            let cache = KeyValueCache::<K> { keys, values };
             attention.run(&qkv, &past, &[], cache, &mut output, n_threads)?;
         }
         Ok(())

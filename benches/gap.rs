@@ -24,7 +24,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use imagegpt::commands::compile::Bars;
 use imagegpt::commands::serve::locate;
-use imagegpt::engine::{Row, Run, Stop};
+use imagegpt::engine::{BatchRow, GraphRun, RunStop};
 use imagegpt::model::Model;
 use imagegpt::model::graph::Graph;
 use imagegpt::model::graph::{Layers, Norm, Want};
@@ -116,14 +116,14 @@ fn outside_runs(
     let images: Vec<Vec<u16>> = (0..size).map(|seed| image(&model, seed)).collect();
     let norm = Norm::PreAttnRms;
     let layers = Layers::ascending(&[layer]).context("a layer")?;
-    let rows: Vec<Row<'_>> = images
+    let rows: Vec<BatchRow<'_>> = images
         .iter()
-        .map(|tokens| Row {
+        .map(|tokens| BatchRow {
             tokens,
             want: Want::Features { layers, norm },
         })
         .collect();
-    let run = Run {
+    let run = GraphRun {
         graph: Graph::Features(norm),
         bucket: size,
         rows: &rows,
@@ -132,7 +132,7 @@ fn outside_runs(
     let begun = Instant::now();
     while begun.elapsed() < time {
         let called = Instant::now();
-        let answers = engine.run(&run, &Stop::default())?;
+        let answers = engine.run(&run, &RunStop::default())?;
         let all = called.elapsed();
         anyhow::ensure!(answers.len() == size, "an answer is missing");
         let span = engine.last_span().context("the engine says when it ran")?;

@@ -14,9 +14,10 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 use half::bf16;
-use imagegpt::kernels::attention::{BLOCK, Cache, Int24, Kept, Kernel, SharedPrefix};
+use imagegpt::kernels::attention::{BLOCK, Int24, Kept, Kernel, KeyValueCache, SharedPrefix};
 use imagegpt::kernels::layers::{
-    Activation, DenseWeights, LayerWeights, Layers, Room, RowsAs, Sizes, Tokens, Weight,
+    Activation, DenseWeights, LayerWeights, NewTokens, RowsAs, Sizes, StepLayers, StepMemory,
+    Weight,
 };
 use memmap2::MmapMut;
 
@@ -116,7 +117,8 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
         expand: dense(width, inner_width),
         contract: dense(inner_width, width),
     };
-    let layers = Layers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel, rows_as)?;
+    let layers =
+        StepLayers::with_kernel(SIZES, std::iter::repeat_n(layer, LAYERS), kernel, rows_as)?;
     let capacity = (past + 1).next_multiple_of(BLOCK);
     let position_len = SIZES.heads * K::position_len(width / SIZES.heads);
     let n_bytes = n_rows * capacity * position_len * size_of::<K::Element>();
@@ -131,17 +133,17 @@ fn steps<W: Weight, K: Kept<Element: Pod>>(
     }
     let (rows, pasts) = (vec![0.5; n_rows * width], vec![past; n_rows]);
     let prefixes = vec![SharedPrefix { of: 0, len: shared }; n_rows];
-    let mut room = Room::default();
+    let mut room = StepMemory::default();
     let mut output = vec![0.0; n_rows * width];
     let step = move || {
         let mut caches = caches.iter_mut();
         let caches = std::iter::from_fn(|| {
-            Some(Cache {
+            Some(KeyValueCache {
                 keys: bytemuck::cast_slice_mut(caches.next()?),
                 values: bytemuck::cast_slice_mut(caches.next()?),
             })
         });
-        let tokens = Tokens::<K> {
+        let tokens = NewTokens::<K> {
             rows: &rows,
             length: 1,
             past: &pasts,

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use imagegpt::engine::onnx::{OnnxEngine, Options};
-use imagegpt::engine::{Engine, Row, Run, Stop};
+use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
+use imagegpt::engine::{BatchRow, Engine, GraphRun, RunStop};
 use imagegpt::model::Model;
 use imagegpt::model::graph::Graph;
 use imagegpt::model::graph::Want;
@@ -64,7 +64,7 @@ fn main() -> anyhow::Result<()> {
         &batch_size,
     ])?
     .serve;
-    let mut engine = OnnxEngine::load(&Options {
+    let mut engine = OnnxEngine::load(&OnnxOptions {
         generate_slots: 0,
         generate_bytes_max: 0,
         gpu_memory_limit: None,
@@ -134,19 +134,19 @@ fn main() -> anyhow::Result<()> {
 fn bare_loop(engine: &mut OnnxEngine, bucket: usize, images: &[Vec<u16>]) -> anyhow::Result<f64> {
     let started = Instant::now();
     for batch in images.chunks(bucket) {
-        let rows: Vec<Row<'_>> = batch
+        let rows: Vec<BatchRow<'_>> = batch
             .iter()
-            .map(|tokens| Row {
+            .map(|tokens| BatchRow {
                 tokens,
                 want: Want::Mean,
             })
             .collect();
-        let run = Run {
+        let run = GraphRun {
             graph: Graph::Hidden,
             bucket,
             rows: &rows,
         };
-        let answers = engine.run(&run, &Stop::default())?;
+        let answers = engine.run(&run, &RunStop::default())?;
         anyhow::ensure!(answers.len() == batch.len(), "an answer is missing");
     }
     Ok(as_f64(images.len()) / started.elapsed().as_secs_f64())

@@ -33,7 +33,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 pub use self::classify::ClassifyArgs;
 pub use self::generate::GenerateArgs;
-use self::input::{Batch, CallLimits, Inputs};
+use self::input::{CallBatch, CallLimits, Inputs};
 pub use self::input::{InputConfig, PreprocessConfig};
 pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
@@ -55,7 +55,7 @@ const QUIET: [&str; 2] = ["--log", "error"];
 
 /// Commands that ask a worker about images.
 #[derive(Debug, Clone, Subcommand)]
-pub enum Ask {
+pub enum ImageCommand {
     /// Make images, or the rest of given ones, and draw a contact sheet
     Generate(Box<GenerateArgs>),
     /// Show how likely the model finds images: a score, not a verdict that one is
@@ -73,7 +73,7 @@ pub enum Ask {
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CommandOutcome {
     /// Every image has its answer.
     Done,
     /// Some have none, or the worker failed; standard error says which and why.
@@ -144,7 +144,7 @@ impl WorkerConfig {
     }
 }
 
-impl Ask {
+impl ImageCommand {
     fn worker(&self) -> &WorkerConfig {
         match self {
             Self::Generate(args) => &args.worker,
@@ -170,7 +170,7 @@ impl Ask {
         Ok(own)
     }
 
-    async fn run(&self, session: &Session, out: &mut impl Write) -> anyhow::Result<Outcome> {
+    async fn run(&self, session: &Session, out: &mut impl Write) -> anyhow::Result<CommandOutcome> {
         match self {
             Self::Generate(args) => generate::run(args, session, out).await,
             Self::Score(args) => score::run(args, session, out).await,
@@ -196,10 +196,10 @@ impl Ask {
 ///
 /// Flags, files or a worker that cannot be used.
 pub async fn run(
-    command: &Ask,
+    command: &ImageCommand,
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<CommandOutcome> {
     let mut stop = pin!(stop);
     command.validate()?;
     let own = match command.own_worker()? {
@@ -208,7 +208,7 @@ pub async fn run(
             telemetry::init(&config.log)?;
             tokio::select! {
                 worker = serve::load_and_start(&config) => Some(worker?),
-                () = &mut stop => return Ok(Outcome::Interrupted),
+                () = &mut stop => return Ok(CommandOutcome::Interrupted),
             }
         }
     };
@@ -218,20 +218,20 @@ pub async fn run(
     };
     let outcome = tokio::select! {
         outcome = asked => outcome,
-        () = stop => Ok(Outcome::Interrupted),
+        () = stop => Ok(CommandOutcome::Interrupted),
     };
     if let Some(worker) = own {
         worker.shutdown(GRACE).await;
     }
     outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
-        Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Outcome::Interrupted),
+        Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(CommandOutcome::Interrupted),
         // What the flags ask for and the worker does not have is the flags' fault.
         _ if error
             .downcast_ref()
             .is_some_and(|error: &CallError| !error.is_of_request()) =>
         {
             complain(&format!("{error:#}"));
-            Ok(Outcome::Failed)
+            Ok(CommandOutcome::Failed)
         }
         _ => Err(error),
     })
@@ -299,12 +299,12 @@ impl Session {
         inputs: Inputs,
         call: impl Fn(Client, Vec<Bytes>) -> F,
         mut take: impl FnMut(&str, T) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Outcome>
+    ) -> anyhow::Result<CommandOutcome>
     where
         F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
     {
         let batches = ReceiverStream::new(inputs.batches(self.limits)?);
-        let calls = batches.map(|batch: Batch| {
+        let calls = batches.map(|batch: CallBatch| {
             let images = batch.images();
             let call = (!images.is_empty()).then(|| call(self.client.clone(), images));
             async move {
@@ -316,14 +316,14 @@ impl Session {
             }
         });
         let mut answers = pin!(calls.buffered(CALLS));
-        let mut outcome = Outcome::Done;
+        let mut outcome = CommandOutcome::Done;
         while let Some(answers) = answers.next().await {
             for (name, answer) in answers? {
                 match answer {
                     Ok(answer) => take(&name, answer)?,
                     Err(reason) => {
                         complain(&format!("{name}: {reason}"));
-                        outcome = Outcome::Failed;
+                        outcome = CommandOutcome::Failed;
                     }
                 }
             }
@@ -337,7 +337,7 @@ impl Session {
         config: &EachConfig,
         call: impl Fn(Client, Vec<Bytes>, pb::Preprocess) -> F,
         take: impl FnMut(&str, T) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Outcome>
+    ) -> anyhow::Result<CommandOutcome>
     where
         F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
     {

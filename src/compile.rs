@@ -32,12 +32,12 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 
 use self::checkpoint::Checkpoint;
-use self::graph::{Attention, Plan};
+use self::graph::{Attention, GraphPlan};
 use self::source::Local;
-use self::stage::Stage;
-use self::store::{Layout, Parts};
+use self::stage::StagingFolder;
+use self::store::{Parts, WeightLayout};
 use self::verify::{Nearness, Trial};
-use self::weights::Weights;
+use self::weights::CheckpointWeights;
 use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
 use crate::model::manifest::SourceFacts;
@@ -46,14 +46,14 @@ use crate::runtime::Operators;
 
 pub use self::error::CompileError;
 pub use self::options::CompileOptions;
-pub use self::source::Source;
+pub use self::source::ModelSource;
 use crate::model::manifest::Manifest;
-use crate::model::precision::{Precision, Provider, Task};
+use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum CompileStep {
     /// In bytes.
     Download,
     /// Of the source, in bytes.
@@ -67,9 +67,9 @@ pub enum Step {
 }
 
 /// Is told how far a compilation is.
-pub trait Progress {
+pub trait CompileProgress {
     /// A step begins that will take `total` units.
-    fn begin(&mut self, step: Step, total: u64);
+    fn begin(&mut self, step: CompileStep, total: u64);
     /// So many units more are done.
     fn advance(&mut self, units: u64);
 }
@@ -77,8 +77,8 @@ pub trait Progress {
 /// Tells no one.
 pub struct Silent;
 
-impl Progress for Silent {
-    fn begin(&mut self, _step: Step, _total: u64) {}
+impl CompileProgress for Silent {
+    fn begin(&mut self, _step: CompileStep, _total: u64) {}
     fn advance(&mut self, _units: u64) {}
 }
 
@@ -93,11 +93,11 @@ impl Progress for Silent {
 ///
 /// If the manifest cannot be turned into JSON, which it always can.
 pub fn compile(
-    source: &Source,
+    source: &ModelSource,
     output: &Path,
     options: &CompileOptions,
     runtime: &Runtime,
-    progress: &mut dyn Progress,
+    progress: &mut dyn CompileProgress,
 ) -> Result<Manifest, CompileError> {
     let fetched = Fetched {
         source,
@@ -109,7 +109,7 @@ pub fn compile(
 
 /// A source that is on this machine.
 struct Fetched<'a> {
-    source: &'a Source,
+    source: &'a ModelSource,
     local: Local,
     /// The weights' digest, where they have been read already.
     sha256: Option<String>,
@@ -120,7 +120,7 @@ fn compile_fetched(
     output: &Path,
     options: &CompileOptions,
     runtime: &Runtime,
-    progress: &mut dyn Progress,
+    progress: &mut dyn CompileProgress,
 ) -> Result<Manifest, CompileError> {
     let Fetched {
         source,
@@ -129,11 +129,11 @@ fn compile_fetched(
     } = fetched;
     let architecture = Architecture::read(&local.folder)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
-    let weights = Weights::new(&checkpoint, architecture);
+    let weights = CheckpointWeights::new(&checkpoint, architecture);
     let tasks = tasks(&weights, options)?;
     let feature_layer = feature_layer(&weights.architecture, options)?;
     options.check(runtime)?;
-    let mut kinds: Vec<(Task, Graph)> = Vec::new();
+    let mut kinds: Vec<(CompileTask, Graph)> = Vec::new();
     for task in &tasks {
         kinds.extend(Graph::of_task(*task).iter().map(|kind| (*task, *kind)));
     }
@@ -142,7 +142,7 @@ fn compile_fetched(
         .map(|(_, kind)| kind.n_layers(&weights.architecture, feature_layer))
         .max()
         .unwrap_or(0);
-    let stage = Stage::new(output)?;
+    let stage = StagingFolder::new(output)?;
 
     let sha256 = match sha256 {
         Some(known) => known,
@@ -150,34 +150,35 @@ fn compile_fetched(
     };
 
     let layer_parameters = weights.architecture.layer_parameters() * n_layers;
-    progress.begin(Step::Write, layer_parameters as u64);
+    progress.begin(CompileStep::Write, layer_parameters as u64);
     let layout = if options.provider == Provider::Cuda {
-        Layout::Apart
+        WeightLayout::Apart
     } else if options.precision == Precision::Int8
-        && tasks.contains(&Task::Generate)
+        && tasks.contains(&CompileTask::Generate)
         && attention(Graph::Generate, options, runtime) == Attention::GroupQuery
     {
-        Layout::WithBlocks
+        WeightLayout::WithBlocks
     } else {
-        Layout::Plain
+        WeightLayout::Plain
     };
     let parts = Parts {
         n_layers,
-        language_head: tasks.contains(&Task::Score) || tasks.contains(&Task::Generate),
-        classification_head: tasks.contains(&Task::Classify),
+        language_head: tasks.contains(&CompileTask::Score)
+            || tasks.contains(&CompileTask::Generate),
+        classification_head: tasks.contains(&CompileTask::Classify),
         layout,
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;
 
-    progress.begin(Step::Reference, layer_parameters as u64);
+    progress.begin(CompileStep::Reference, layer_parameters as u64);
     let advance = |parameters| progress.advance(parameters);
     let trial = Trial::new(&weights, &tasks, n_layers, advance)?;
 
-    progress.begin(Step::Verify, kinds.len() as u64);
+    progress.begin(CompileStep::Verify, kinds.len() as u64);
     let mut graphs = BTreeMap::new();
     for (task, kind) in kinds {
-        let plan = Plan {
+        let plan = GraphPlan {
             architecture: &weights.architecture,
             store: &store,
             precision: options.precision,
@@ -240,11 +241,11 @@ fn compile_fetched(
 ///
 /// As for [`compile`].
 pub fn compile_cached(
-    source: &Source,
+    source: &ModelSource,
     cache: &Path,
     options: &CompileOptions,
     runtime: &Runtime,
-    progress: &mut dyn Progress,
+    progress: &mut dyn CompileProgress,
 ) -> Result<(PathBuf, Manifest), CompileError> {
     let local = source.fetch(progress)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
@@ -285,12 +286,12 @@ pub fn compile_cached(
 /// ONNX Runtime's, which take longer.
 fn build<'a>(
     kind: Graph,
-    plan: Plan<'a>,
-    stage: &Stage,
+    plan: GraphPlan<'a>,
+    stage: &StagingFolder,
     trial: &Trial,
     runtime: &Runtime,
-) -> Result<(Plan<'a>, (Nearness, Operators)), CompileError> {
-    let attempt = |plan: &Plan<'a>| {
+) -> Result<(GraphPlan<'a>, (Nearness, Operators)), CompileError> {
+    let attempt = |plan: &GraphPlan<'a>| {
         let model = graph::build(kind, plan);
         let file = stage.write(
             &format!("{}.onnx", kind.file_stem()),
@@ -300,7 +301,7 @@ fn build<'a>(
     };
     match attempt(&plan) {
         Err(error) if plan.attention == Attention::Layers && plan.precision == Precision::Fp32 => {
-            let exact = Plan {
+            let exact = GraphPlan {
                 attention: Attention::GroupQuery,
                 ..plan
             };
@@ -316,20 +317,28 @@ fn build<'a>(
 }
 
 /// Reads all of the weights.
-fn digest(checkpoint: &Checkpoint, progress: &mut dyn Progress) -> Result<String, CompileError> {
-    progress.begin(Step::Digest, checkpoint.bytes()?);
+fn digest(
+    checkpoint: &Checkpoint,
+    progress: &mut dyn CompileProgress,
+) -> Result<String, CompileError> {
+    progress.begin(CompileStep::Digest, checkpoint.bytes()?);
     checkpoint.digest(|bytes| progress.advance(bytes))
 }
 
 /// What is asked for, or all that the checkpoint has heads for.
-fn tasks(weights: &Weights<'_>, options: &CompileOptions) -> Result<Vec<Task>, CompileError> {
+fn tasks(
+    weights: &CheckpointWeights<'_>,
+    options: &CompileOptions,
+) -> Result<Vec<CompileTask>, CompileError> {
     let missing = |task| match task {
-        Task::Classify => weights.n_classes.is_none().then_some("score.weight"),
-        Task::Score | Task::Generate => (!weights.has_language_head).then_some("lm_head.weight"),
-        Task::Embed | Task::Hidden => None,
+        CompileTask::Classify => weights.n_classes.is_none().then_some("score.weight"),
+        CompileTask::Score | CompileTask::Generate => {
+            (!weights.has_language_head).then_some("lm_head.weight")
+        }
+        CompileTask::Embed | CompileTask::Hidden => None,
     };
     let Some(asked) = &options.tasks else {
-        return Ok(Task::ALL
+        return Ok(CompileTask::ALL
             .into_iter()
             .filter(|task| missing(*task).is_none() && options.has_operators(*task))
             .collect());

@@ -13,14 +13,14 @@ use crate::model::graph::Graph;
 use crate::runtime::error::EngineError;
 use std::time::{Duration, Instant};
 
-pub use self::stop::{Hook, Stop};
+pub use self::stop::{RunStop, StopHook};
 use crate::kernels::attention::SharedPrefix;
 pub use crate::model::buckets::Buckets;
 use crate::model::graph::Want;
 
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]
-pub struct Row<'a> {
+pub struct BatchRow<'a> {
     /// As many token ids as the model has positions.
     pub tokens: &'a [u16],
     pub want: Want,
@@ -28,7 +28,7 @@ pub struct Row<'a> {
 
 /// What an engine tells of itself once it is loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Facts {
+pub struct EngineFacts {
     /// "cpu" or "cuda".
     pub provider: &'static str,
     /// Version of the runtime underneath.
@@ -103,20 +103,20 @@ impl SequenceFacts {
 /// Sequences live in slots. What the runtime keeps of a slot is its first
 /// `past` tokens' keys and values; feeding adds to them.
 #[derive(Debug, Clone, Copy)]
-pub struct Feed<'a> {
+pub struct SlotFeed<'a> {
     /// The slot of the first row; the others follow it.
     pub first_slot: usize,
     /// Never empty. Several rows have one token each; one row may have as many
     /// as [`SequenceFacts::chunk`].
-    pub rows: &'a [FeedRow<'a>],
+    pub rows: &'a [SlotFeedRow<'a>],
     /// None, or one for each row: which other one of them begins with the same
     /// tokens, and with how many. Only where [`SequenceFacts::shares_prefixes`].
     pub prefixes: &'a [SharedPrefix],
 }
 
-/// The tokens of one sequence in a [`Feed`].
+/// The tokens of one sequence in a [`SlotFeed`].
 #[derive(Debug, Clone, Copy)]
-pub struct FeedRow<'a> {
+pub struct SlotFeedRow<'a> {
     pub tokens: &'a [u16],
     /// Tokens that were fed before.
     pub past: usize,
@@ -124,18 +124,18 @@ pub struct FeedRow<'a> {
 
 /// One run of a graph.
 #[derive(Debug, Clone, Copy)]
-pub struct Run<'a> {
+pub struct GraphRun<'a> {
     pub graph: Graph,
     /// The size to run at: at least as many as there are rows. What is missing
     /// is padding, which has no answer.
     pub bucket: usize,
     /// Never empty.
-    pub rows: &'a [Row<'a>],
+    pub rows: &'a [BatchRow<'a>],
 }
 
 /// How long a graph took at a size, when the engine warmed up.
 #[derive(Debug, Clone, Copy)]
-pub struct Warm {
+pub struct WarmRun {
     pub graph: Graph,
     pub bucket: usize,
     pub elapsed: Duration,
@@ -143,12 +143,12 @@ pub struct Warm {
 
 /// When something was run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
+pub struct RunSpan {
     pub started: Instant,
     pub ended: Instant,
 }
 
-impl Span {
+impl RunSpan {
     /// Runs something, and says when.
     pub fn of<T>(run: impl FnOnce() -> T) -> (T, Self) {
         let started = Instant::now();
@@ -160,17 +160,17 @@ impl Span {
 
 /// Computes batches. Built and used on the engine thread alone.
 pub trait Engine {
-    fn facts(&self) -> &Facts;
+    fn facts(&self) -> &EngineFacts;
 
     /// What the warm-up took.
-    fn warm(&self) -> &[Warm];
+    fn warm(&self) -> &[WarmRun];
 
     /// Runs one batch and returns the wanted numbers of each row, in order.
     ///
     /// # Errors
     ///
     /// When the run failed or was stopped; then no row has an answer.
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError>;
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError>;
 
     /// Feeds tokens and puts the logits of what follows each row's last one into
     /// `logits`, row after row.
@@ -180,7 +180,7 @@ pub trait Engine {
     /// # Errors
     ///
     /// When the run failed; then each row may be fed once more.
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError>;
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError>;
 
     /// Makes slot `to` keep what slot `from` keeps of its first `n` tokens.
     /// Whether the engine can do that; if not, they have to be fed again.
@@ -197,7 +197,7 @@ pub trait Engine {
     /// When the runtime was at work in the last [`Engine::run`] or
     /// [`Engine::feed`]; the rest of the call goes by while the device has
     /// nothing to do. `None` stands for all of the call.
-    fn last_span(&self) -> Option<Span> {
+    fn last_span(&self) -> Option<RunSpan> {
         None
     }
 }

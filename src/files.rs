@@ -152,13 +152,13 @@ impl Trouble {
 
 /// Something below a folder.
 #[derive(Debug)]
-pub(crate) struct Found {
+pub(crate) struct FoundFile {
     pub(crate) path: PathBuf,
     /// Of the file; a link is what it leads to.
     pub(crate) file: Result<Metadata, Trouble>,
 }
 
-impl Found {
+impl FoundFile {
     /// Whether its name is that of an image, or it may be a folder of them.
     pub(crate) fn may_be_image(&self) -> bool {
         self.may_be_folder() || {
@@ -183,7 +183,7 @@ impl Found {
 /// # Errors
 ///
 /// When the folder itself cannot be read, or the disk fails.
-pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<Found>> {
+pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
     let mut walk = Walk::default();
     let whole = std::fs::metadata(folder).and_then(|metadata| {
         walk.above.push(place(&metadata));
@@ -202,7 +202,7 @@ pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<Found>> {
 struct Walk {
     /// The folders that are being read, one in the other.
     above: Vec<(u64, u64)>,
-    found: Vec<Found>,
+    found: Vec<FoundFile>,
 }
 
 fn place(metadata: &Metadata) -> (u64, u64) {
@@ -226,7 +226,7 @@ impl Walk {
                 Ok(_) => Err(Trouble::Special),
                 Err(trouble) => Err(trouble),
             };
-            self.found.push(Found { path, file });
+            self.found.push(FoundFile { path, file });
         }
         Ok(())
     }
@@ -366,7 +366,7 @@ mod tests {
         let found = below(dir.path()).unwrap();
         assert!(matches!(
             found[..],
-            [Found {
+            [FoundFile {
                 file: Err(Trouble::Deep),
                 ..
             }]

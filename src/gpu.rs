@@ -33,7 +33,7 @@ pub struct Gpu {
 /// How a GPU is at a moment. What it does not tell is `None`: a part of a GPU
 /// has no utilization, and one that shares the host's memory has none to fill.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Usage {
+pub struct GpuUsage {
     pub memory: Option<MemoryUse>,
     /// Share of the last moments in which it was computing, 0 to 1.
     pub utilization: Option<f64>,
@@ -133,7 +133,7 @@ trait Management: Send + Sync {
     fn driver_version(&self) -> Option<String>;
     /// Whether there is a device of this UUID.
     fn knows(&self, uuid: &str) -> bool;
-    fn usage(&self, uuid: &str) -> Usage;
+    fn usage(&self, uuid: &str) -> GpuUsage;
 }
 
 /// Looks at GPUs, once and then again.
@@ -184,7 +184,7 @@ impl Monitor {
 
     /// How the devices with these ids are now. Blocks.
     #[must_use]
-    pub fn usage(&self, ids: &[i32]) -> Vec<(i32, Usage)> {
+    pub fn usage(&self, ids: &[i32]) -> Vec<(i32, GpuUsage)> {
         let Some(management) = &self.management else {
             return Vec::new();
         };
@@ -203,9 +203,9 @@ impl fmt::Debug for Monitor {
 
 /// What the worker knows of its GPUs: nothing, until somebody has looked.
 #[derive(Debug, Clone, Default)]
-pub struct Known(Arc<OnceLock<Gpus>>);
+pub struct KnownGpus(Arc<OnceLock<Gpus>>);
 
-impl Known {
+impl KnownGpus {
     pub fn set(&self, gpus: Gpus) {
         // Nobody looks twice.
         let _ = self.0.set(gpus);
@@ -259,14 +259,14 @@ mod tests {
             self.0.contains(&uuid)
         }
 
-        fn usage(&self, uuid: &str) -> Usage {
+        fn usage(&self, uuid: &str) -> GpuUsage {
             let idx = self.0.iter().position(|known| *known == uuid);
-            Usage {
+            GpuUsage {
                 memory: idx.map(|idx| MemoryUse {
                     used_bytes: idx as u64,
                     total_bytes: 80,
                 }),
-                ..Usage::default()
+                ..GpuUsage::default()
             }
         }
     }

@@ -26,7 +26,7 @@ pub mod render;
 pub mod resize;
 
 pub use self::budget::DecodeBudget;
-pub use self::decode::Format;
+pub use self::decode::ImageFormat;
 pub use self::error::PreprocessError;
 pub use self::quantize::{Palette, PaletteError, Quantizer};
 
@@ -77,12 +77,12 @@ pub struct PreprocessOptions {
 
 /// An image and how it becomes tokens.
 #[derive(Debug, Clone)]
-pub struct Picture {
+pub struct ImageRequest {
     pub input: ImageInput,
     pub options: PreprocessOptions,
 }
 
-impl Picture {
+impl ImageRequest {
     /// Whether it takes a few microseconds to check and nothing else, which a
     /// thread of its own would take longer to wake up for.
     #[must_use]

@@ -6,23 +6,23 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Parser as _;
 use imagegpt::commands::bench;
-use imagegpt::commands::bench::Verdict;
+use imagegpt::commands::bench::BenchVerdict;
 use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::commands::cli::{Cli, CliCommand, exit};
 use imagegpt::commands::compile;
 use imagegpt::commands::doctor;
-use imagegpt::commands::doctor::{DoctorArgs, Verdict as Diagnosis};
+use imagegpt::commands::doctor::{Diagnosis, DoctorArgs};
 use imagegpt::commands::embed;
 use imagegpt::commands::embed::flags::EmbedArgs;
-use imagegpt::commands::embed::{Ended as JobEnded, Terminal};
+use imagegpt::commands::embed::{JobEnded, Terminal};
 use imagegpt::commands::neighbors;
 use imagegpt::commands::neighbors::NeighborsConfig;
 use imagegpt::commands::print::{Printer, Unread};
 use imagegpt::commands::serve::{is_ready, load_and_start, own_worker, start};
-use imagegpt::commands::{self, Ask, Outcome};
+use imagegpt::commands::{self, CommandOutcome, ImageCommand};
 use imagegpt::serve::config::{NetworkConfig, ServeConfig};
-use imagegpt::serve::devices::{Failure, FailureKind};
-use imagegpt::serve::worker::{Ended, Worker};
+use imagegpt::serve::devices::{FailureKind, WorkerFailure};
+use imagegpt::serve::worker::{Worker, WorkerEnded};
 use imagegpt::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -44,7 +44,7 @@ fn main() {
         CliCommand::Serve(config) => serve(&config),
         CliCommand::Compile(args) => to_stdout(|out| compile::run(&args, out)),
         CliCommand::Inspect(args) => to_stdout(|out| compile::inspect(&args, out)),
-        CliCommand::Ask(command) => ask(&command),
+        CliCommand::Image(command) => ask(&command),
         CliCommand::Neighbors(config) => show_neighbors(&config),
         CliCommand::Embed(args) => embed(&args),
         CliCommand::Bench(args) => run_bench(&args),
@@ -144,7 +144,7 @@ async fn end(worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32
     }
 }
 
-async fn give_up(worker: Worker, failure: &Failure) -> i32 {
+async fn give_up(worker: Worker, failure: &WorkerFailure) -> i32 {
     tracing::error!(
         reason = failure.reason,
         "the worker failed; ending so that a restart can help"
@@ -172,11 +172,11 @@ async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     }
     tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
     match worker.shutdown(grace).await {
-        Ended::Clean => {
+        WorkerEnded::Clean => {
             tracing::info!("ended");
             exit::DONE
         }
-        Ended::Hard { calls } => {
+        WorkerEnded::Hard { calls } => {
             tracing::error!(calls, "ended hard: the grace period ran out");
             exit::FAILED
         }
@@ -216,7 +216,7 @@ impl Signals {
     }
 }
 
-fn ask(command: &Ask) -> anyhow::Result<i32> {
+fn ask(command: &ImageCommand) -> anyhow::Result<i32> {
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let mut signals = Signals::new()?;
@@ -226,9 +226,9 @@ fn ask(command: &Ask) -> anyhow::Result<i32> {
     // A read that does not end must not hold the process.
     runtime.shutdown_background();
     Ok(match outcome? {
-        Outcome::Done => exit::DONE,
-        Outcome::Failed => exit::FAILED,
-        Outcome::Interrupted => exit::INTERRUPTED,
+        CommandOutcome::Done => exit::DONE,
+        CommandOutcome::Failed => exit::FAILED,
+        CommandOutcome::Interrupted => exit::INTERRUPTED,
     })
 }
 
@@ -240,8 +240,8 @@ fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
 fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
     Ok(
         match bench::run(args, &mut Printer::stdout(Unread::GoesOn))? {
-            Verdict::Fine => exit::DONE,
-            Verdict::Broken => exit::FAILED,
+            BenchVerdict::Fine => exit::DONE,
+            BenchVerdict::Broken => exit::FAILED,
         },
     )
 }

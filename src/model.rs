@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use self::files::{Found, Origin, Sha256Digest};
+use self::files::{DigestOrigin, FilesByPath, Sha256Digest};
 
 use self::buckets::Buckets;
 use self::graph::Graph;
@@ -44,14 +44,14 @@ pub const ACCEPTED: &str = "--model takes a folder that `imagegpt compile` made,
 
 /// A kind of call that a model can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Task {
+pub enum CallTask {
     Embed,
     Classify,
     Score,
     Generate,
 }
 
-impl Task {
+impl CallTask {
     /// Those that published directories have graphs for.
     const PUBLISHED: [Self; 2] = [Self::Embed, Self::Classify];
 
@@ -80,7 +80,7 @@ impl Task {
     }
 }
 
-impl fmt::Display for Task {
+impl fmt::Display for CallTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Embed => "embed",
@@ -93,14 +93,14 @@ impl fmt::Display for Task {
 
 /// From logits to scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
+pub enum ClassActivation {
     /// Over all classes.
     Softmax,
     /// For each class by itself.
     Sigmoid,
 }
 
-impl Activation {
+impl ClassActivation {
     /// The activation of a problem type, as transformers names them.
     ///
     /// # Errors
@@ -143,7 +143,7 @@ pub struct Model {
     pub compiled: Option<CompiledFacts>,
     /// Class names by index; empty if config.json has none.
     pub labels: Vec<String>,
-    pub activation: Activation,
+    pub activation: ClassActivation,
     /// What the publisher wants users to know, from config.json.
     pub notice: String,
 }
@@ -247,7 +247,7 @@ impl Model {
         let config_path = config_path.unwrap_or_else(|| dir.join(CONFIG));
         check_config(&config_path, &config, clusters.len(), side)?;
         let labels = labels(&config_path, config.id2label)?;
-        let activation = Activation::of(config.problem_type.as_deref())
+        let activation = ClassActivation::of(config.problem_type.as_deref())
             .map_err(|reason| ModelError::new(&config_path, reason))?;
         if let Some(compiled) = &compiled {
             let identity = compiled.identity.as_bytes();
@@ -255,7 +255,7 @@ impl Model {
         }
         let mut content = Content {
             recorded: compiled.as_ref().map(|compiled| &compiled.recorded),
-            found: Found::default(),
+            found: FilesByPath::default(),
             batch_scaled: None,
         };
         for (graph, path) in &graphs {
@@ -317,13 +317,13 @@ impl Model {
 
     /// Whether the model has a graph for the task.
     #[must_use]
-    pub fn can(&self, task: Task) -> bool {
+    pub fn can(&self, task: CallTask) -> bool {
         match task {
-            Task::Embed => self
+            CallTask::Embed => self
                 .graphs
                 .keys()
                 .any(|graph| matches!(graph, Graph::Features(_) | Graph::Hidden)),
-            Task::Classify | Task::Score | Task::Generate => {
+            CallTask::Classify | CallTask::Score | CallTask::Generate => {
                 self.graphs.contains_key(&task.graph())
             }
         }
@@ -472,7 +472,7 @@ impl Compiled {
 /// Files that graphs are made of, as they are found.
 struct Content<'a> {
     recorded: Option<&'a BTreeMap<PathBuf, Sha256Digest>>,
-    found: Found,
+    found: FilesByPath,
     batch_scaled: Option<&'static str>,
 }
 
@@ -484,11 +484,11 @@ impl Content<'_> {
         let sha256 = Sha256Digest::from(Sha256::digest(&bytes));
         let origin = match self.recorded.and_then(|recorded| recorded.get(path)) {
             Some(&recorded) if recorded != sha256 => {
-                let origin = Origin::Recorded;
+                let origin = DigestOrigin::Recorded;
                 return Err(refuse(files::differs(sha256, recorded, origin)));
             }
-            Some(_) => Origin::Recorded,
-            None => Origin::Opened,
+            Some(_) => DigestOrigin::Recorded,
+            None => DigestOrigin::Opened,
         };
         mix(digest, path, &sha256);
         self.found
@@ -533,10 +533,10 @@ impl Content<'_> {
         // Reading gigabytes twice would say no more: whoever loads it compares.
         let recorded = self.recorded.and_then(|recorded| recorded.get(path));
         let (bytes, sha256, origin) = if let Some(recorded) = recorded {
-            (files::open(path)?.1, *recorded, Origin::Recorded)
+            (files::open(path)?.1, *recorded, DigestOrigin::Recorded)
         } else {
             let (bytes, sha256) = files::sha256(path)?;
-            (bytes, sha256, Origin::Opened)
+            (bytes, sha256, DigestOrigin::Opened)
         };
         self.found.add(path.to_owned(), bytes, sha256, origin);
         Ok(bytes)
@@ -572,7 +572,7 @@ pub fn has_graphs(dir: &Path) -> bool {
 
 fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
     let mut graphs = BTreeMap::new();
-    for task in Task::PUBLISHED {
+    for task in CallTask::PUBLISHED {
         let found = GRAPH_FOLDERS
             .iter()
             .map(|folder| dir.join(folder).join(task.file()))

@@ -11,7 +11,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use imagegpt::kernels::attention::{CausalAttention, Precision, Shape};
+use imagegpt::kernels::attention::{AttentionPrecision, AttentionShape, CausalAttention};
 use imagegpt::runtime::library::find_library;
 use imagegpt::runtime::operators;
 use ort::environment::Environment;
@@ -48,7 +48,7 @@ fn normal(seed: u64, len: usize) -> Vec<f32> {
         .collect()
 }
 
-fn reference(shape: Shape, scale: f64, qkv: &[f32]) -> Vec<f64> {
+fn reference(shape: AttentionShape, scale: f64, qkv: &[f32]) -> Vec<f64> {
     let width = shape.heads * shape.head_dim;
     let at = |image: usize, position: usize, column: usize| {
         f64::from(qkv[(image * shape.positions + position) * 3 * width + column])
@@ -83,7 +83,7 @@ fn reference(shape: Shape, scale: f64, qkv: &[f32]) -> Vec<f64> {
 #[test]
 fn equals_the_kernel_and_the_reference() {
     let environment = environment();
-    let shape = Shape {
+    let shape = AttentionShape {
         batch: 2,
         positions: 77,
         heads: 2,
@@ -94,14 +94,19 @@ fn equals_the_kernel_and_the_reference() {
     for (model, precision, scale, tolerance) in [
         (
             "causal_attention_2.onnx",
-            Precision::F32,
+            AttentionPrecision::F32,
             default_scale,
             2e-6,
         ),
-        ("causal_attention_scaled.onnx", Precision::F32, 0.5, 2e-6),
+        (
+            "causal_attention_scaled.onnx",
+            AttentionPrecision::F32,
+            0.5,
+            2e-6,
+        ),
         (
             "causal_attention_2_bf16.onnx",
-            Precision::Bf16,
+            AttentionPrecision::Bf16,
             default_scale,
             1e-2,
         ),

@@ -12,14 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use imagegpt::compile::{
-    CompileError, CompileOptions, Progress, Silent, Source, Step, compile, compile_cached,
+    CompileError, CompileOptions, CompileProgress, CompileStep, ModelSource, Silent, compile,
+    compile_cached,
 };
 use imagegpt::engine::onnx;
 use imagegpt::kernels::attention::Kernel;
 use imagegpt::kernels::layers::RowsAs;
 use imagegpt::model::manifest::Manifest;
-use imagegpt::model::onnx::{DataType, Dim, Model, Node, TensorType, ValueInfo};
-use imagegpt::model::precision::{Precision, Provider, Task};
+use imagegpt::model::onnx::{DataType, Dim, ModelProto, NodeProto, TensorType, ValueInfoProto};
+use imagegpt::model::precision::{CompileTask, Precision, Provider};
 use imagegpt::runtime::Runtime;
 use ort::environment::Environment;
 use prost::Message as _;
@@ -124,7 +125,7 @@ fn runtime() -> Runtime {
 }
 
 fn run(source: &Path, output: &Path, options: &CompileOptions) -> Result<Manifest, CompileError> {
-    let source = Source::Folder(source.to_owned());
+    let source = ModelSource::Folder(source.to_owned());
     compile(&source, output, options, &runtime(), &mut Silent)
 }
 
@@ -151,7 +152,7 @@ fn every_task_is_compiled_and_described() {
     let manifest = result.unwrap();
     assert_eq!(manifest, Manifest::read(&output).unwrap());
     assert!(!abandoned.exists());
-    assert_eq!(manifest.tasks, Task::ALL);
+    assert_eq!(manifest.tasks, CompileTask::ALL);
     assert_eq!(manifest.graphs.len(), 6);
     assert_eq!(manifest.feature_layer, 2);
     assert_eq!(manifest.verification.n_positions, POSITIONS);
@@ -174,7 +175,7 @@ fn every_task_is_compiled_and_described() {
 #[test]
 fn the_cache_is_kept_as_the_precision_allows() {
     let source = checkpoint(|_| {});
-    let source = Source::Folder(source.path().to_owned());
+    let source = ModelSource::Folder(source.path().to_owned());
     let ours = runtime();
     let portable = Runtime {
         operators: None,
@@ -188,7 +189,7 @@ fn the_cache_is_kept_as_the_precision_allows() {
         let parent = TempDir::new().unwrap();
         let options = CompileOptions {
             precision,
-            tasks: Some(BTreeSet::from([Task::Generate])),
+            tasks: Some(BTreeSet::from([CompileTask::Generate])),
             ..CompileOptions::default()
         };
         let output = parent.path().join("out");
@@ -245,11 +246,11 @@ fn steps_whose_rows_cannot_be_rounded_are_refused() {
     let output = parent.path().join("out");
     let options = CompileOptions {
         precision: Precision::Int8,
-        tasks: Some(BTreeSet::from([Task::Generate])),
+        tasks: Some(BTreeSet::from([CompileTask::Generate])),
         ..CompileOptions::default()
     };
     let outcome = run(source.path(), &output, &options).map_err(|error| error.to_string());
-    let kernel = Kernel::fastest(imagegpt::kernels::attention::Precision::F32);
+    let kernel = Kernel::fastest(imagegpt::kernels::attention::AttentionPrecision::F32);
     match RowsAs::fastest::<i8>(kernel, 4 * WIDTH) {
         RowsAs::Floats => {
             let errors = &outcome.unwrap().graphs["generate"].errors;
@@ -271,14 +272,14 @@ fn gelu_after_a_bias_counts_as_gelu() {
     let text = fs::read_to_string(&config).unwrap();
     let gelu = r#"{"activation_function": "gelu", "#;
     fs::write(&config, text.replacen('{', gelu, 1)).unwrap();
-    let source = Source::Folder(source.path().to_owned());
+    let source = ModelSource::Folder(source.path().to_owned());
     let portable = Runtime {
         operators: None,
         ..runtime()
     };
     let options = CompileOptions {
         precision: Precision::Int8,
-        tasks: Some(BTreeSet::from([Task::Generate])),
+        tasks: Some(BTreeSet::from([CompileTask::Generate])),
         ..CompileOptions::default()
     };
     let output = TempDir::new().unwrap();
@@ -304,11 +305,11 @@ fn graphs_for_a_gpu_take_and_give_little() {
         let manifest = run(source.path(), &output, &options).unwrap();
         assert_eq!(manifest.provider, Provider::Cuda);
         // ONNX Runtime keeps keys and values on CUDA in 16 bits alone.
-        let generates = manifest.tasks.contains(&Task::Generate);
+        let generates = manifest.tasks.contains(&CompileTask::Generate);
         assert_eq!(generates, precision != Precision::Fp32);
         for (name, facts) in &manifest.graphs {
             let bytes = fs::read(output.join(&facts.file)).unwrap();
-            let graph = Model::decode(&*bytes).unwrap().graph.unwrap();
+            let graph = ModelProto::decode(&*bytes).unwrap().graph.unwrap();
             let fused = graph.node.iter();
             let fused = fused.filter(|node| node.op_type.ends_with("Attention"));
             assert_eq!(fused.count(), facts.n_layers, "{name}");
@@ -322,14 +323,14 @@ fn graphs_for_a_gpu_take_and_give_little() {
             if name.starts_with("embed-") {
                 let means = [Dim::Size(manifest.feature_layer + 1), Dim::Size(WIDTH)];
                 let dims = [&[Dim::Name("batch")], &means[..]].concat();
-                let expected = ValueInfo::tensor("features", DataType::Float, &dims);
+                let expected = ValueInfoProto::tensor("features", DataType::Float, &dims);
                 assert_eq!(graph.output, [expected], "{name}");
             }
         }
     }
     let options = CompileOptions {
         provider: Provider::Cuda,
-        tasks: Some([Task::Generate].into()),
+        tasks: Some([CompileTask::Generate].into()),
         ..CompileOptions::default()
     };
     let output = TempDir::new().unwrap();
@@ -353,19 +354,19 @@ fn graphs_for_a_gpu_do_without_the_workers_operators() {
         };
         let parent = TempDir::new().unwrap();
         let output = parent.path().join("out");
-        let from = Source::Folder(source.path().to_owned());
+        let from = ModelSource::Folder(source.path().to_owned());
         let manifest = compile(&from, &output, &options, &portable, &mut Silent).unwrap();
         assert!(!manifest.graphs.is_empty());
         for facts in manifest.graphs.values() {
             let bytes = fs::read(output.join(&facts.file)).unwrap();
-            let graph = Model::decode(&*bytes).unwrap().graph.unwrap();
-            let ours = |node: &&Node| !["", "com.microsoft"].contains(&node.domain.as_str());
+            let graph = ModelProto::decode(&*bytes).unwrap().graph.unwrap();
+            let ours = |node: &&NodeProto| !["", "com.microsoft"].contains(&node.domain.as_str());
             assert_eq!(graph.node.iter().find(ours), None);
         }
     }
 }
 
-fn tensor(value: &ValueInfo) -> &TensorType {
+fn tensor(value: &ValueInfoProto) -> &TensorType {
     value.r#type.as_ref().unwrap().tensor_type.as_ref().unwrap()
 }
 
@@ -378,7 +379,7 @@ fn every_feature_layer_can_end_the_graph() {
             let options = CompileOptions {
                 precision,
                 feature_layer: Some(layer),
-                tasks: Some(BTreeSet::from([Task::Embed])),
+                tasks: Some(BTreeSet::from([CompileTask::Embed])),
                 ..CompileOptions::default()
             };
             let result = run(source.path(), &parent.path().join("out"), &options);
@@ -403,9 +404,12 @@ fn a_backbone_alone_has_fewer_tasks() {
     let parent = TempDir::new().unwrap();
     let options = CompileOptions::default();
     let result = run(source.path(), &parent.path().join("out"), &options);
-    assert_eq!(result.unwrap().tasks, [Task::Embed, Task::Hidden]);
+    assert_eq!(
+        result.unwrap().tasks,
+        [CompileTask::Embed, CompileTask::Hidden]
+    );
     let options = CompileOptions {
-        tasks: Some(BTreeSet::from([Task::Score])),
+        tasks: Some(BTreeSet::from([CompileTask::Score])),
         ..CompileOptions::default()
     };
     refused(source.path(), &options, "lm_head.weight");
@@ -462,7 +466,7 @@ fn graphs_that_are_off_leave_nothing() {
 #[test]
 fn random_models_are_the_same_every_time() {
     let folder = TempDir::new().unwrap();
-    let source = Source::parse("random:tiny", None);
+    let source = ModelSource::parse("random:tiny", None);
     let compiled = |name: &str| {
         let output = folder.path().join(name);
         let manifest = compile(
@@ -499,7 +503,7 @@ fn random_models_are_the_same_every_time() {
 fn unknown_random_models_are_refused() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("output");
-    let source = Source::parse("random:xyz", None);
+    let source = ModelSource::parse("random:xyz", None);
     let error = compile(
         &source,
         &output,
@@ -568,7 +572,7 @@ fn an_output_in_use_is_left_alone() {
 fn a_cached_folder_is_found_again() {
     let runtime = runtime();
     let source = checkpoint(|_| {});
-    let source = Source::Folder(source.path().to_owned());
+    let source = ModelSource::Folder(source.path().to_owned());
     let cache = TempDir::new().unwrap();
     let get = |options: &CompileOptions| {
         compile_cached(&source, cache.path(), options, &runtime, &mut Silent).unwrap()
@@ -588,16 +592,16 @@ fn a_cached_folder_is_found_again() {
 #[test]
 fn weights_are_read_once_for_the_cache() {
     #[derive(Default)]
-    struct Steps(Vec<Step>);
-    impl Progress for Steps {
-        fn begin(&mut self, step: Step, _total: u64) {
+    struct Steps(Vec<CompileStep>);
+    impl CompileProgress for Steps {
+        fn begin(&mut self, step: CompileStep, _total: u64) {
             self.0.push(step);
         }
         fn advance(&mut self, _units: u64) {}
     }
 
     let source = checkpoint(|_| {});
-    let source = Source::Folder(source.path().to_owned());
+    let source = ModelSource::Folder(source.path().to_owned());
     let cache = TempDir::new().unwrap();
     let (runtime, options) = (runtime(), CompileOptions::default());
     let get = || {
@@ -606,10 +610,15 @@ fn weights_are_read_once_for_the_cache() {
             compile_cached(&source, cache.path(), &options, &runtime, &mut steps).unwrap();
         (manifest.source.sha256, steps.0)
     };
-    let all = [Step::Digest, Step::Write, Step::Reference, Step::Verify];
+    let all = [
+        CompileStep::Digest,
+        CompileStep::Write,
+        CompileStep::Reference,
+        CompileStep::Verify,
+    ];
     let (sha256, steps) = get();
     assert_eq!(steps, all);
-    assert_eq!(get(), (sha256.clone(), vec![Step::Digest]));
+    assert_eq!(get(), (sha256.clone(), vec![CompileStep::Digest]));
     let apart = TempDir::new().unwrap().path().join("apart");
     let manifest = compile(&source, &apart, &options, &runtime, &mut Silent).unwrap();
     assert_eq!(manifest.source.sha256, sha256);

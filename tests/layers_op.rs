@@ -16,13 +16,13 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use half::bf16;
-use imagegpt::kernels::attention::{BLOCK, Cache, Int24, Kept};
+use imagegpt::kernels::attention::{BLOCK, Int24, Kept, KeyValueCache};
 use imagegpt::kernels::layers::{
-    Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens,
+    Activation, DenseWeights, LayerWeights, NewTokens, Sizes, StepLayers, StepMemory,
 };
 use imagegpt::model::onnx::{
-    Attribute, DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet,
-    Tensor as Constant, ValueInfo,
+    AttributeProto, DataType, Dim, GraphProto, IR_VERSION, ModelProto, NodeProto, OPSET,
+    OperatorSet, TensorProto as Constant, ValueInfoProto,
 };
 use imagegpt::runtime::library::find_library;
 use imagegpt::runtime::operators;
@@ -107,39 +107,45 @@ fn names(names: &[&str]) -> Vec<String> {
 }
 
 /// A graph of the one operator, as `change` makes its node.
-fn model(element: DataType, change: impl FnOnce(&mut Node)) -> Model {
+fn model(element: DataType, change: impl FnOnce(&mut NodeProto)) -> ModelProto {
     // Each value's dimensions are its own, so that the operator decides.
     let dims = ["zero", "one", "two", "three"].map(Dim::Name);
-    let mut graph = Graph {
+    let mut graph = GraphProto {
         name: "layers".to_owned(),
         input: vec![
-            ValueInfo::tensor("rows", DataType::Float, &dims[..2]),
-            ValueInfo::tensor("seqlens_k", DataType::Int32, &dims[..1]),
-            ValueInfo::tensor("prefixes", DataType::Int32, &dims[1..3]),
+            ValueInfoProto::tensor("rows", DataType::Float, &dims[..2]),
+            ValueInfoProto::tensor("seqlens_k", DataType::Int32, &dims[..1]),
+            ValueInfoProto::tensor("prefixes", DataType::Int32, &dims[1..3]),
         ],
-        output: vec![ValueInfo::tensor("output", DataType::Float, &dims[..2])],
-        ..Graph::default()
+        output: vec![ValueInfoProto::tensor(
+            "output",
+            DataType::Float,
+            &dims[..2],
+        )],
+        ..GraphProto::default()
     };
-    let mut node = Node {
+    let mut node = NodeProto {
         input: names(&["rows", "seqlens_k", "prefixes"]),
         output: names(&["output"]),
         name: "node".to_owned(),
         op_type: operators::LAYERS.to_owned(),
         domain: operators::DOMAIN.to_owned(),
         attribute: vec![
-            Attribute::int("num_heads", as_i64(SIZES.heads)),
-            Attribute::floats("scale", SCALES.to_vec()),
-            Attribute::float("epsilon", SIZES.epsilon),
-            Attribute::string("activation", "quick_gelu"),
+            AttributeProto::int("num_heads", as_i64(SIZES.heads)),
+            AttributeProto::floats("scale", SCALES.to_vec()),
+            AttributeProto::float("epsilon", SIZES.epsilon),
+            AttributeProto::string("activation", "quick_gelu"),
         ],
     };
     for layer in 0..N_LAYERS {
         for part in ["key", "value"] {
             let (past, present) = (format!("past_{part}.{layer}"), format!("{part}.{layer}"));
-            graph.input.push(ValueInfo::tensor(&past, element, &dims));
+            graph
+                .input
+                .push(ValueInfoProto::tensor(&past, element, &dims));
             graph
                 .output
-                .push(ValueInfo::tensor(&present, element, &dims));
+                .push(ValueInfoProto::tensor(&present, element, &dims));
             node.input.push(past);
             node.output.push(present);
         }
@@ -163,15 +169,15 @@ fn model(element: DataType, change: impl FnOnce(&mut Node)) -> Model {
         domain: domain.to_owned(),
         version,
     };
-    Model {
+    ModelProto {
         ir_version: IR_VERSION,
         opset_import: vec![version_of("", OPSET), version_of(operators::DOMAIN, 1)],
         graph: Some(graph),
-        ..Model::default()
+        ..ModelProto::default()
     }
 }
 
-fn open(model: &Model, n_threads: usize) -> ort::Result<Session> {
+fn open(model: &ModelProto, n_threads: usize) -> ort::Result<Session> {
     Session::builder(environment())?
         .with_intra_threads(n_threads)?
         .with_operators(operators::domain()?)?
@@ -234,14 +240,14 @@ fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
             contract: dense(11),
         }
     });
-    let layers = Layers::pack(SIZES, layers).unwrap();
+    let layers = StepLayers::pack(SIZES, layers).unwrap();
     let mut cache = cache::<K>();
     let caches = cache.chunks_exact_mut(2).map(|pair| {
         let [keys, values] = pair else { unreachable!() };
-        Cache::<K> { keys, values }
+        KeyValueCache::<K> { keys, values }
     });
     let rows = rows();
-    let tokens = Tokens {
+    let tokens = NewTokens {
         rows: &rows,
         length: LENGTH,
         past: &PAST,
@@ -249,7 +255,7 @@ fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
         capacity: CACHE_DIMS[2],
         caches: caches.collect(),
     };
-    let mut room = Room::default();
+    let mut room = StepMemory::default();
     let step = layers.step(tokens, &mut room).unwrap();
     step.work();
     let mut output = vec![f32::NAN; rows.len()];
@@ -420,7 +426,7 @@ fn refuses_calls_that_do_not_fit() {
 
 #[test]
 fn refuses_graphs_that_do_not_fit() {
-    let refused = |change: fn(&mut Node), word: &str| {
+    let refused = |change: fn(&mut NodeProto), word: &str| {
         let error = open(&model(DataType::Uint8, change), 1)
             .map(|_| ())
             .unwrap_err();

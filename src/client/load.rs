@@ -4,6 +4,7 @@
 //! does not show as the worker's latency on a machine that they share. Nothing
 //! here measures; `imagegpt bench` does.
 
+use crate::serve::class::Priority;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -90,17 +91,9 @@ impl Method {
     }
 }
 
-/// The class of a call, as the contract's metadata names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Priority {
-    Interactive,
-    Bulk,
-}
-
 /// How a call is made, whatever is in it.
 #[derive(Debug, Clone, Copy)]
-pub struct Manner {
+pub struct CallOptions {
     pub method: Method,
     /// `None` says nothing, so that the worker's default holds.
     pub priority: Option<Priority>,
@@ -196,9 +189,9 @@ fn never_left(status: &Status) -> bool {
 
 /// A connection to one worker.
 #[derive(Debug, Clone)]
-pub struct Lane(Grpc<InterceptedService<Channel, Token>>);
+pub struct LoadConnection(Grpc<InterceptedService<Channel, Token>>);
 
-impl Lane {
+impl LoadConnection {
     /// Connects to `url`, such as `http://127.0.0.1:50051`.
     ///
     /// `stream_window` bounds the answers that the connection takes from the
@@ -243,7 +236,7 @@ impl Lane {
     /// # Errors
     ///
     /// What ended the call as a whole.
-    pub async fn call(&self, manner: Manner, body: Bytes) -> Result<Outcomes, Refusal> {
+    pub async fn call(&self, manner: CallOptions, body: Bytes) -> Result<Outcomes, Refusal> {
         let mut request = tonic::Request::new(body);
         if let Some(deadline) = manner.deadline {
             request.set_timeout(deadline);
@@ -317,8 +310,7 @@ impl Lane {
 fn set_priority<T>(request: &mut tonic::Request<T>, priority: Option<Priority>) {
     let value = match priority {
         None => return,
-        Some(Priority::Interactive) => "interactive",
-        Some(Priority::Bulk) => "bulk",
+        Some(priority) => priority.label(),
     };
     let metadata = request.metadata_mut();
     metadata.insert("imagegpt-priority", MetadataValue::from_static(value));

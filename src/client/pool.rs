@@ -2,7 +2,7 @@
 //!
 //! Names are resolved again and again, and each address that they have gets a
 //! session: a task with a connection and one EmbedStream. A session takes the
-//! next image from the [`Feed`] whenever its worker has room, so a worker that
+//! next image from the [`TaskFeed`] whenever its worker has room, so a worker that
 //! is twice as fast does twice as much, and one that stalls takes no more. What
 //! a session has when its stream ends, however it ends, goes back to the front
 //! of the feed. So an image is with one worker at a time, and is answered once.
@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
-pub use self::feed::Feed;
+pub use self::feed::TaskFeed;
 use super::{ConnectConfig, Token};
 use crate::proto::pb;
 
@@ -62,7 +62,7 @@ impl PoolConfig {
 
 /// What is asked of the workers about each image.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Job {
+pub enum PoolWork {
     Embed(pb::EmbedStreamOptions),
     Classify(pb::ClassifyRequest),
     Score(pb::ScoreRequest),
@@ -70,7 +70,7 @@ pub enum Job {
 
 /// An image that waits for its answer.
 #[derive(Debug)]
-pub struct Task {
+pub struct PoolTask {
     /// Comes back with the answer; no two tasks share one.
     pub id: u64,
     /// The encoded file.
@@ -85,7 +85,7 @@ pub struct Task {
 
 /// What a worker said of an image.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Answer {
+pub enum PoolAnswer {
     /// The numbers, little-endian, as the job's options ask for them.
     Embedding(Bytes),
     Classes(Vec<pb::ClassScore>),
@@ -94,14 +94,14 @@ pub enum Answer {
 
 /// Why an image has no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
+pub struct ImageFault {
     /// A gRPC code's name.
     pub code: &'static str,
     /// One sentence.
     pub message: String,
 }
 
-impl Fault {
+impl ImageFault {
     /// An image that no worker has to be asked about.
     #[must_use]
     pub fn invalid(message: String) -> Self {
@@ -114,9 +114,9 @@ impl Fault {
 
 /// An image's end.
 #[derive(Debug)]
-pub struct Done {
+pub struct PoolOutcome {
     pub id: u64,
-    pub outcome: Result<Answer, Fault>,
+    pub outcome: Result<PoolAnswer, ImageFault>,
 }
 
 /// What all sessions share.
@@ -124,11 +124,11 @@ pub struct Done {
 struct Shared {
     config: PoolConfig,
     token: Token,
-    job: Job,
+    job: PoolWork,
     /// What every worker must serve.
     digest: String,
-    feed: Feed,
-    done: mpsc::Sender<Done>,
+    feed: TaskFeed,
+    done: mpsc::Sender<PoolOutcome>,
     /// The addresses that the names have now.
     addresses: watch::Sender<BTreeSet<Address>>,
     /// Asks for the names to be resolved now.
@@ -170,13 +170,13 @@ impl Shared {
 
 /// The workers at work. Dropping it ends all sessions at once.
 #[derive(Debug)]
-pub struct Pool {
+pub struct WorkerPool {
     shared: Arc<Shared>,
     finish: watch::Sender<bool>,
     sessions: tokio::task::JoinHandle<()>,
 }
 
-impl Pool {
+impl WorkerPool {
     /// Starts on whatever comes out of `tasks`. The answers come in the order
     /// in which they are there.
     ///
@@ -185,10 +185,10 @@ impl Pool {
     /// When the token cannot be read.
     pub fn start(
         config: PoolConfig,
-        job: Job,
+        job: PoolWork,
         digest: String,
-        tasks: mpsc::Receiver<Task>,
-    ) -> anyhow::Result<(Self, mpsc::Receiver<Done>)> {
+        tasks: mpsc::Receiver<PoolTask>,
+    ) -> anyhow::Result<(Self, mpsc::Receiver<PoolOutcome>)> {
         let token = config.connect.token()?;
         let (done, answers) = mpsc::channel(ANSWERS_QUEUE);
         let (finish, finished) = watch::channel(false);
@@ -197,7 +197,7 @@ impl Pool {
             token,
             job,
             digest,
-            feed: Feed::new(tasks),
+            feed: TaskFeed::new(tasks),
             done,
             addresses: watch::channel(BTreeSet::new()).0,
             look: Notify::new(),
@@ -246,7 +246,7 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for WorkerPool {
     fn drop(&mut self) {
         self.sessions.abort();
     }

@@ -34,8 +34,8 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use self::flags::{BenchArgs, Flags, Mode};
-use self::load::{Bench, Phase};
-use self::modes::{Findings, Phases};
+use self::load::{Bench, Measurement};
+use self::modes::{ModeFindings, Phases};
 use crate::files::can_write;
 use crate::proto::pb;
 
@@ -46,7 +46,7 @@ const EXIT_INTERRUPTED: i32 = 130;
 
 /// How it came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum BenchVerdict {
     Fine,
     /// The worker broke a promise; the output says which.
     Broken,
@@ -59,7 +59,7 @@ pub enum Verdict {
 /// # Errors
 ///
 /// When flags do not fit, a worker does not answer, or a file cannot be written.
-pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
+pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<BenchVerdict> {
     args.validate()?;
     // What would fail at the end is told before the work.
     for (flag, path) in [("--json", &args.flags.json), ("--plot", &args.flags.plot)] {
@@ -71,7 +71,7 @@ pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
     process::are_there(&args.flags.pids)?;
     if let Mode::Engine(engine_args) = &args.mode {
         engine::run(&args.flags, engine_args, out)?;
-        return Ok(Verdict::Fine);
+        return Ok(BenchVerdict::Fine);
     }
     let n_threads = args.flags.client_threads.map_or_else(
         || {
@@ -96,7 +96,7 @@ async fn measure(
     args: &BenchArgs,
     n_threads: usize,
     out: &mut impl Write,
-) -> anyhow::Result<Verdict> {
+) -> anyhow::Result<BenchVerdict> {
     let (stop_in, stop) = watch::channel(false);
     let interrupted = stop.clone();
     tokio::spawn(stop_on_interrupt(stop_in));
@@ -120,7 +120,7 @@ async fn measure(
                 Mode::Soak(args) => soak::run(&bench, args).await,
                 Mode::Knee(args) => Ok(knee::of_endpoint(&bench, args, &mut phases).await),
                 // Needs no worker, and has been done.
-                Mode::Engine(_) => Ok(Findings::default()),
+                Mode::Engine(_) => Ok(ModeFindings::default()),
             };
             (Some(bench.model.clone()), Some(bench.lanes.len()), findings)
         }
@@ -130,7 +130,7 @@ async fn measure(
     let mut findings = findings?;
     findings
         .broken
-        .extend(phases.iter().filter_map(Phase::broken));
+        .extend(phases.iter().filter_map(Measurement::broken));
     report::findings(&findings, out)?;
     if let Some(path) = &flags.json {
         let text = serde_json::to_string_pretty(&json!({
@@ -160,11 +160,11 @@ async fn measure(
     Ok(verdict(&findings))
 }
 
-fn verdict(findings: &Findings) -> Verdict {
+fn verdict(findings: &ModeFindings) -> BenchVerdict {
     if findings.broken.is_empty() {
-        Verdict::Fine
+        BenchVerdict::Fine
     } else {
-        Verdict::Broken
+        BenchVerdict::Broken
     }
 }
 

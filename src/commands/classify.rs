@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::output::json;
-use super::{EachConfig, Outcome, Session};
+use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
 use crate::files::printable;
 use crate::model::head::HeadFlag;
@@ -105,7 +105,7 @@ pub(super) async fn run(
     args: &ClassifyArgs,
     session: &Session,
     out: &mut impl Write,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<CommandOutcome> {
     let (head, top_k) = (args.head.as_ref().map_or("", HeadChoice::name), args.top_k);
     let call = |mut client: Client, images, preprocess| async move {
         client.classify(images, preprocess, head, top_k).await

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::Ask;
+use crate::commands::ImageCommand;
 use crate::commands::bench::flags::BenchArgs;
 use crate::commands::compile::{CompileArgs, InspectArgs};
 use crate::commands::doctor::DoctorArgs;
@@ -61,7 +61,7 @@ pub enum CliCommand {
     /// Show what a compiled directory holds
     Inspect(InspectArgs),
     #[command(flatten)]
-    Ask(Ask),
+    Image(ImageCommand),
     /// Embed a folder of images through a worker and show who looks like whom
     Neighbors(NeighborsConfig),
     /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,

@@ -8,11 +8,11 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::compile::{CompileOptions, Progress, Source, Step, compile};
+use crate::compile::{CompileOptions, CompileProgress, CompileStep, ModelSource, compile};
 use crate::engine::onnx;
 use crate::model::manifest;
 use crate::model::manifest::Manifest;
-use crate::model::precision::{Precision, Provider, Task};
+use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 
 /// Make graphs that run several times faster than a published export.
@@ -36,7 +36,7 @@ pub struct CompileArgs {
 
     /// What to compile for [default: all that the checkpoint has heads for]
     #[arg(long, value_enum, value_delimiter = ',')]
-    pub tasks: Option<Vec<Task>>,
+    pub tasks: Option<Vec<CompileTask>>,
 
     /// Layer that pooled features come from, and all before it; fewer layers
     /// are faster [default: two thirds of the depth, 16 for imagegpt-small]
@@ -95,7 +95,7 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
             .map(|tasks| tasks.iter().copied().collect::<BTreeSet<_>>()),
         feature_layer: args.feature_layer,
     };
-    let source = Source::parse(&args.source, args.revision.as_deref());
+    let source = ModelSource::parse(&args.source, args.revision.as_deref());
     let mut progress = Bars::new();
     let manifest = compile(&source, &args.output, &options, &runtime, &mut progress)?;
     progress.end();
@@ -113,10 +113,12 @@ pub fn inspect(args: &InspectArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let folder = &args.folder;
     if !folder.join(manifest::FILE).is_file() {
         let text = folder.to_string_lossy();
-        let what = match Source::parse(&text, None) {
-            Source::Folder(_) if !folder.exists() => "there is no such folder".to_owned(),
-            Source::Folder(_) => format!("it has no {}", manifest::FILE),
-            Source::Hub { .. } | Source::Random(_) => "it is a source, not yet compiled".to_owned(),
+        let what = match ModelSource::parse(&text, None) {
+            ModelSource::Folder(_) if !folder.exists() => "there is no such folder".to_owned(),
+            ModelSource::Folder(_) => format!("it has no {}", manifest::FILE),
+            ModelSource::Hub { .. } | ModelSource::Random(_) => {
+                "it is a source, not yet compiled".to_owned()
+            }
         };
         anyhow::bail!(
             "{text}: {what}; inspect shows a folder that `imagegpt compile SOURCE --output FOLDER` \
@@ -254,15 +256,15 @@ impl Default for Bars {
     }
 }
 
-impl Progress for Bars {
-    fn begin(&mut self, step: Step, total: u64) {
+impl CompileProgress for Bars {
+    fn begin(&mut self, step: CompileStep, total: u64) {
         self.end();
         let (name, unit) = match step {
-            Step::Download => ("downloading", "{bytes}/{total_bytes}"),
-            Step::Digest => ("reading the source", "{bytes}/{total_bytes}"),
-            Step::Write => ("writing weights", "{percent}%"),
-            Step::Reference => ("computing the reference", "{percent}%"),
-            Step::Verify => ("trying graphs", "{pos}/{len}"),
+            CompileStep::Download => ("downloading", "{bytes}/{total_bytes}"),
+            CompileStep::Digest => ("reading the source", "{bytes}/{total_bytes}"),
+            CompileStep::Write => ("writing weights", "{percent}%"),
+            CompileStep::Reference => ("computing the reference", "{percent}%"),
+            CompileStep::Verify => ("trying graphs", "{pos}/{len}"),
         };
         if !self.is_terminal {
             tracing::info!(step = name, total, "compiling");

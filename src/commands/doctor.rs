@@ -24,11 +24,11 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 
-use self::cache::Cache;
-use self::judge::{Asked, Found, Seen};
+use self::cache::CacheFinding;
+use self::judge::{Asked, DriverFindings, MachineFindings};
 use self::library::{CudaProvider, Library};
-use self::machine::Machine;
-use crate::compile::Source;
+use self::machine::MachineLimits;
+use crate::compile::ModelSource;
 use crate::gpu::Monitor;
 use crate::model::precision::ProviderChoice;
 use crate::serve::config;
@@ -85,7 +85,7 @@ pub struct DoctorArgs {
 
     /// A table for a person, or one JSON object
     #[arg(long, value_enum, default_value = "table")]
-    pub format: Format,
+    pub format: ReportFormat,
 
     /// Only run a model on this provider, and say how it went; what the command
     /// starts itself by
@@ -94,12 +94,12 @@ pub struct DoctorArgs {
 
     /// Only look at this, and say in JSON what there is; as --trial
     #[arg(long, hide = true, value_enum, value_name = "PART")]
-    pub look: Option<Part>,
+    pub look: Option<CheckPart>,
 }
 
 /// What is looked at in a process of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Part {
+pub enum CheckPart {
     /// ONNX Runtime's library.
     Library,
     /// What its CUDA provider is linked with.
@@ -109,14 +109,14 @@ pub enum Part {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum ReportFormat {
     Table,
     Json,
 }
 
 /// Whether a worker could serve with what was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Diagnosis {
     CanServe,
     CannotServe,
 }
@@ -126,20 +126,20 @@ pub enum Verdict {
 /// # Errors
 ///
 /// When the flags cannot be used, or nobody takes what is printed.
-pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
+pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis> {
     if let Some(model) = &args.model
-        && let Source::Hub { repository, .. } = Source::parse(model, None)
+        && let ModelSource::Hub { repository, .. } = ModelSource::parse(model, None)
     {
         bail!("--model {repository} is no folder; the doctor downloads nothing");
     }
     let id = args.device_id.first().copied().unwrap_or_default();
     if let Some(provider) = args.trial {
         child::answer(&trial::here(args, provider, id), out)?;
-        return Ok(Verdict::CanServe);
+        return Ok(Diagnosis::CanServe);
     }
     if let Some(part) = args.look {
         look_here(args, part, out)?;
-        return Ok(Verdict::CanServe);
+        return Ok(Diagnosis::CanServe);
     }
     config::check_devices(&args.device_id)?;
     let asked = Asked {
@@ -151,26 +151,26 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Verdict> {
         trial::in_a_process(args, provider, id)
     });
     match args.format {
-        Format::Table => report.table(out)?,
-        Format::Json => report.json(out)?,
+        ReportFormat::Table => report.table(out)?,
+        ReportFormat::Json => report.json(out)?,
     }
     Ok(if report.can_serve {
-        Verdict::CanServe
+        Diagnosis::CanServe
     } else {
-        Verdict::CannotServe
+        Diagnosis::CannotServe
     })
 }
 
 /// Sees all that the judge wants to know.
-fn look(args: &DoctorArgs) -> Found {
+fn look(args: &DoctorArgs) -> MachineFindings {
     let library = child::ask(args, &["--look", "library"], args.look_timeout);
     let library = library.unwrap_or_else(|lost| Library::lost(args.onnxruntime.as_deref(), &lost));
-    let mut found = Found {
-        machine: Machine::read(Path::new("/")),
-        cache: Cache::find(args.cache_dir.as_deref()),
+    let mut found = MachineFindings {
+        machine: MachineLimits::read(Path::new("/")),
+        cache: CacheFinding::find(args.cache_dir.as_deref()),
         library,
         cuda: None,
-        gpus: Ok(Seen::default()),
+        gpus: Ok(DriverFindings::default()),
         visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
     };
     if args.execution_provider == ProviderChoice::Cpu {
@@ -186,20 +186,20 @@ fn look(args: &DoctorArgs) -> Found {
 }
 
 /// Looks at one part in this process.
-fn look_here(args: &DoctorArgs, part: Part, out: &mut impl Write) -> anyhow::Result<()> {
+fn look_here(args: &DoctorArgs, part: CheckPart, out: &mut impl Write) -> anyhow::Result<()> {
     let library = || Library::find(args.onnxruntime.as_deref());
     match part {
-        Part::Library => child::answer(&library(), out),
-        Part::Cuda => {
+        CheckPart::Library => child::answer(&library(), out),
+        CheckPart::Cuda => {
             let folder = library().folder;
             child::answer(&folder.as_deref().map(CudaProvider::find), out)
         }
-        Part::Gpus => {
+        CheckPart::Gpus => {
             let monitor = Monitor::open();
             let ids: Vec<i32> = monitor.gpus.devices.iter().map(|gpu| gpu.id).collect();
             let usage = monitor.usage(&ids);
             let gpus = monitor.gpus;
-            child::answer(&Seen { gpus, usage }, out)
+            child::answer(&DriverFindings { gpus, usage }, out)
         }
     }
 }

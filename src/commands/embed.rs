@@ -34,20 +34,20 @@ use tokio::sync::mpsc;
 
 use self::asked::{asked, check_model, options};
 use self::finish::{finish, finish_alone, only_with_files};
-use self::flags::{Context, EmbedArgs, Format, Norm, Share, Task};
+use self::flags::{EmbedArgs, EmbedContext, EmbedNorm, EmbedTask, JobShare, TableFormat};
 use self::input::{Broken, Reading};
-use self::journal::{Manifest, ModelFact, PartId, Record};
+use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
 use self::memory::ImageMemory;
-use self::pipeline::{IMAGES_QUEUE, Job, Stopped, Work};
-use self::plan::{Plan, Shard, plan};
-use self::progress::Counts;
+use self::pipeline::{EmbedJob, IMAGES_QUEUE, ShardWork, Stopped};
+use self::plan::{InputPlan, Shard, plan};
+use self::progress::JobCounts;
 pub use self::progress::Terminal;
 use self::sink::Sink;
-use self::table::{OWN_COLUMNS, Shape, Values};
+use self::table::{OWN_COLUMNS, StoredValues, TableShape};
 use self::web::WebTrust;
 use crate::client::pool;
-use crate::client::pool::{Pool, PoolConfig};
+use crate::client::pool::{PoolConfig, WorkerPool};
 use crate::proto::pb;
 
 /// What a message has besides its image.
@@ -68,7 +68,7 @@ const SHARDS_TRIED: usize = 8;
 /// How the command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Ended {
+pub enum JobEnded {
     /// All that this job has to do is done.
     Done,
     /// It was told to end; the same command goes on.
@@ -82,7 +82,7 @@ pub enum Ended {
 /// The JSON at the end.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
-    outcome: Ended,
+    outcome: JobEnded,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     output: String,
@@ -130,7 +130,7 @@ pub async fn run(
     terminal: &Terminal,
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<JobEnded> {
     let stores = Arc::new(Stores::new(WebTrust {
         link_local: args.table.link_local_addresses,
         public_only: args.table.public_addresses_only,
@@ -142,14 +142,14 @@ pub async fn run(
     tokio::pin!(stop);
     let prepared = tokio::select! {
         prepared = Prepared::new(args, endpoints, &stores, sink) => prepared,
-        () = &mut stop => return Ok(Ended::Interrupted),
+        () = &mut stop => return Ok(JobEnded::Interrupted),
     };
     match prepared {
         Ok(prepared) => prepared.run(args, terminal, stop, out).await,
         Err(Unprepared::Refused(error)) => Err(error),
         Err(Unprepared::Failed(error)) => {
             tracing::error!("{error:#}");
-            Ok(Ended::Failed)
+            Ok(JobEnded::Failed)
         }
     }
 }
@@ -193,16 +193,22 @@ impl EmbedArgs {
         }
         let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
         match task.task {
-            Task::Embed | Task::Score if task.head.is_some() => Err(unfit("--head", "classify")),
-            Task::Classify | Task::Score if task.layer.is_some() => Err(unfit("--layer", "embed")),
-            Task::Classify | Task::Score if task.context != Context::Raw => {
+            EmbedTask::Embed | EmbedTask::Score if task.head.is_some() => {
+                Err(unfit("--head", "classify"))
+            }
+            EmbedTask::Classify | EmbedTask::Score if task.layer.is_some() => {
+                Err(unfit("--layer", "embed"))
+            }
+            EmbedTask::Classify | EmbedTask::Score if task.context != EmbedContext::Raw => {
                 Err(unfit("--context", "embed"))
             }
-            Task::Classify | Task::Score if task.norm != Norm::PreAttnRms => {
+            EmbedTask::Classify | EmbedTask::Score if task.norm != EmbedNorm::PreAttnRms => {
                 Err(unfit("--norm", "embed"))
             }
-            Task::Classify | Task::Score if task.normalize => Err(unfit("--normalize", "embed")),
-            Task::Classify | Task::Score if table.format == Format::Npy => {
+            EmbedTask::Classify | EmbedTask::Score if task.normalize => {
+                Err(unfit("--normalize", "embed"))
+            }
+            EmbedTask::Classify | EmbedTask::Score if table.format == TableFormat::Npy => {
                 Err(unfit("--format npy", "embed"))
             }
             _ => Ok(()),
@@ -235,9 +241,9 @@ impl Unprepared {
 
 /// Everything that is settled before the first image is read.
 struct Prepared {
-    share: Share,
-    plan: Plan,
-    manifest: Manifest,
+    share: JobShare,
+    plan: InputPlan,
+    manifest: JobManifest,
     model: pb::GetModelResponse,
     pool: PoolConfig,
     sink: Sink,
@@ -255,7 +261,7 @@ impl Prepared {
         let plan = plan(
             &args.inputs,
             stores,
-            &plan::Options {
+            &plan::PlanOptions {
                 part_items: args.table.part_items as usize,
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
@@ -283,7 +289,7 @@ impl Prepared {
             .await
             .map_err(Unprepared::Failed)?;
         check_model(&model, &args.task).map_err(Unprepared::Refused)?;
-        let manifest = Manifest::new(
+        let manifest = JobManifest::new(
             ModelFact {
                 name: model.name.clone(),
                 digest: model.digest.clone(),
@@ -333,7 +339,7 @@ impl Prepared {
     }
 
     /// The shards of this share that are not done, and where to go on in each.
-    fn work(&self) -> Vec<Work> {
+    fn work(&self) -> Vec<ShardWork> {
         let (index, of) = (self.share.index as usize, self.share.of as usize);
         let ours = self.plan.shards.iter().enumerate().skip(index).step_by(of);
         ours.filter_map(|(idx, shard)| {
@@ -342,7 +348,7 @@ impl Prepared {
                 None => 0,
                 Some(last) => last.next?,
             };
-            Some(Work {
+            Some(ShardWork {
                 idx,
                 shard: shard.clone(),
                 part: done.len(),
@@ -358,7 +364,7 @@ impl Prepared {
         terminal: &Terminal,
         stop: impl Future<Output = ()>,
         out: &mut impl Write,
-    ) -> anyhow::Result<Ended> {
+    ) -> anyhow::Result<JobEnded> {
         let started = Instant::now();
         let work = self.work();
         let n_shards = work.len();
@@ -377,7 +383,7 @@ impl Prepared {
                 "going on"
             }
         );
-        let counts = Arc::new(Counts::default());
+        let counts = Arc::new(JobCounts::default());
         let result = if work.is_empty() {
             Ok(None)
         } else {
@@ -385,18 +391,18 @@ impl Prepared {
             let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
             let asked = asked(&args.task, &self.model);
             let digest = self.model.digest.clone();
-            let (pool, answers) = Pool::start(self.pool.clone(), asked, digest, tasks)?;
+            let (pool, answers) = WorkerPool::start(self.pool.clone(), asked, digest, tasks)?;
             tokio::select! {
                 result = pipeline::run(job, pool, tasks_in, answers, &counts) => result.map(|()| None),
-                () = stop => Ok(Some(Ended::Interrupted)),
+                () = stop => Ok(Some(JobEnded::Interrupted)),
             }
         };
         let (outcome, reason) = match result {
-            Ok(outcome) => (outcome.unwrap_or(Ended::Done), None),
+            Ok(outcome) => (outcome.unwrap_or(JobEnded::Done), None),
             Err(error) => {
                 let outcome = match error.downcast_ref() {
-                    Some(Stopped::TooManyErrors { .. }) => Ended::TooManyErrors,
-                    _ => Ended::Failed,
+                    Some(Stopped::TooManyErrors { .. }) => JobEnded::TooManyErrors,
+                    _ => JobEnded::Failed,
                 };
                 (outcome, Some(format!("{error:#}")))
             }
@@ -404,27 +410,32 @@ impl Prepared {
         let reported = self.report(outcome, reason, &counts, started, out).await;
         Ok(reported.unwrap_or_else(|error| {
             tracing::error!("{error:#}");
-            Ended::Failed
+            JobEnded::Failed
         }))
     }
 
-    fn job(&self, args: &EmbedArgs, work: Vec<Work>, terminal: &Terminal) -> anyhow::Result<Job> {
+    fn job(
+        &self,
+        args: &EmbedArgs,
+        work: Vec<ShardWork>,
+        terminal: &Terminal,
+    ) -> anyhow::Result<EmbedJob> {
         let limits = self.model.limits.unwrap_or_default();
         // Less than what the worker takes, or the whole stream would end.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
         let values = match args.task.task {
-            Task::Embed => Values::Embedding {
+            EmbedTask::Embed => StoredValues::Embedding {
                 dimension: self.model.dimension as usize,
                 dtype: args.task.dtype,
             },
-            Task::Classify => Values::Classes,
-            Task::Score => Values::Scores,
+            EmbedTask::Classify => StoredValues::Classes,
+            EmbedTask::Score => StoredValues::Scores,
         };
         let about = serde_json::json!({
             "model": self.manifest.model,
             "options": self.manifest.options,
         });
-        Ok(Job {
+        Ok(EmbedJob {
             work,
             reading: reading(args, limits.image_bytes_max.min(message))?,
             part_items: args.table.part_items as usize,
@@ -432,7 +443,7 @@ impl Prepared {
             errors_before: self.errors_before(),
             errors_max: args.table.max_errors,
             sink: self.sink.clone(),
-            shape: Shape {
+            shape: TableShape {
                 format: args.table.format,
                 values,
                 metadata: about.to_string(),
@@ -443,12 +454,12 @@ impl Prepared {
 
     async fn report(
         &self,
-        outcome: Ended,
+        outcome: JobEnded,
         reason: Option<String>,
-        counts: &Counts,
+        counts: &JobCounts,
         started: Instant,
         out: &mut impl Write,
-    ) -> anyhow::Result<Ended> {
+    ) -> anyhow::Result<JobEnded> {
         let (index, of) = (self.share.index, self.share.of);
         let is_ours = |shard: usize| shard % of as usize == index as usize;
         let records = Record::read_all(&self.sink, is_ours).await?;
@@ -456,27 +467,27 @@ impl Prepared {
             .flat_map(|shard| journal::done(&records, shard))
             .collect();
         // Of several shares none knows when the others are done.
-        let finished = outcome == Ended::Done && of == 1;
+        let finished = outcome == JobEnded::Done && of == 1;
         if finished {
             finish(&self.sink).await?;
         }
         match (&reason, outcome) {
             (Some(reason), _) => tracing::error!("{reason}"),
-            (None, Ended::Interrupted) => tracing::warn!("told to end"),
+            (None, JobEnded::Interrupted) => tracing::warn!("told to end"),
             (None, _) => {}
         }
         match outcome {
-            Ended::Done if !finished => tracing::info!(
+            JobEnded::Done if !finished => tracing::info!(
                 "share {index}/{of} is done; when all are, run `imagegpt embed --finish --output {}`",
                 self.sink
             ),
-            Ended::Done => tracing::info!("done: {}", self.sink),
-            Ended::TooManyErrors => tracing::error!(
+            JobEnded::Done => tracing::info!("done: {}", self.sink),
+            JobEnded::TooManyErrors => tracing::error!(
                 "see {}/errors, of parts that were not finished in unfinished-*.jsonl; the same \
                  command with a higher --max-errors goes on",
                 self.sink
             ),
-            Ended::Interrupted | Ended::Failed => tracing::warn!(
+            JobEnded::Interrupted | JobEnded::Failed => tracing::warn!(
                 "{} parts are done and stay; the same command goes on after them",
                 done.len()
             ),
@@ -484,7 +495,7 @@ impl Prepared {
         let seconds = started.elapsed().as_secs_f64();
         let images_this_run = counts.images.load(Ordering::Relaxed);
         let errors_this_run = counts.errors.load(Ordering::Relaxed);
-        let errors = if outcome == Ended::TooManyErrors {
+        let errors = if outcome == JobEnded::TooManyErrors {
             self.errors_before() + errors_this_run
         } else {
             done.iter().map(|record| record.errors).sum()

@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::input::{Inputs, only_one_stdin};
 use super::output::{Folder, complain, json, stem};
 use super::sheet::{Cell, Sheet};
-use super::{Outcome, PreprocessConfig, Session, WorkerConfig};
+use super::{CommandOutcome, PreprocessConfig, Session, WorkerConfig};
 use crate::client::Client;
 use crate::commands::neighbors::PICTURE_LIMITS;
 use crate::files::{self, printable};
@@ -169,10 +169,10 @@ pub(super) async fn run(
     args: &GenerateArgs,
     session: &Session,
     out: &mut impl Write,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<CommandOutcome> {
     let (primers, outcome) = primers(args, session).await?;
     anyhow::ensure!(
-        !primers.is_empty() || outcome == Outcome::Failed,
+        !primers.is_empty() || outcome == CommandOutcome::Failed,
         "--input: there is no image"
     );
     if primers.is_empty() {
@@ -232,7 +232,7 @@ struct Report<'a> {
     seed: u64,
     /// By primer.
     cells: Vec<Vec<Cell>>,
-    outcome: Outcome,
+    outcome: CommandOutcome,
 }
 
 impl Report<'_> {
@@ -257,7 +257,7 @@ impl Report<'_> {
                     let of = input.map_or_else(String::new, |input| format!("{input}: "));
                     let line = format!("{of}sample {sample}: {reason}");
                     self.bar.aside(|| complain(&line));
-                    self.outcome = Outcome::Failed;
+                    self.outcome = CommandOutcome::Failed;
                     vec![None; self.session.model.positions as usize]
                 }
             };
@@ -304,7 +304,7 @@ impl Report<'_> {
         self.bar.aside(|| line.show(args.json, out))
     }
 
-    fn save(self, out: &mut impl Write) -> anyhow::Result<Outcome> {
+    fn save(self, out: &mut impl Write) -> anyhow::Result<CommandOutcome> {
         let args = self.args;
         let rows = if args.inputs.is_empty() {
             let cells = self.cells.concat();
@@ -327,14 +327,17 @@ impl Report<'_> {
 }
 
 /// The inputs' known parts, and whether all inputs could be used.
-async fn primers(args: &GenerateArgs, session: &Session) -> anyhow::Result<(Vec<Primer>, Outcome)> {
+async fn primers(
+    args: &GenerateArgs,
+    session: &Session,
+) -> anyhow::Result<(Vec<Primer>, CommandOutcome)> {
     if args.inputs.is_empty() {
         let nothing = Primer {
             file: None,
             request: None,
             shown: Vec::new(),
         };
-        return Ok((vec![nothing], Outcome::Done));
+        return Ok((vec![nothing], CommandOutcome::Done));
     }
     let kept = kept(args, session.model.side)?;
     let keep = if args.mask.is_some() {

@@ -112,7 +112,7 @@ impl CallLimits {
 /// All inputs of a command, found and read one after the other as they are
 /// needed.
 pub(super) struct Inputs {
-    sources: Box<dyn Iterator<Item = Result<Source, Item>> + Send>,
+    sources: Box<dyn Iterator<Item = Result<Source, CallImage>> + Send>,
 }
 
 /// A file that was found.
@@ -124,7 +124,7 @@ enum Source {
 
 /// One image of a call: its bytes, or why there are none.
 #[derive(Debug)]
-pub(super) struct Item {
+pub(super) struct CallImage {
     name: String,
     bytes: Result<Bytes, String>,
 }
@@ -151,7 +151,7 @@ impl Inputs {
     }
 
     /// Reads them on a thread, a call's worth at a time and one ahead.
-    pub(super) fn batches(self, limits: CallLimits) -> anyhow::Result<mpsc::Receiver<Batch>> {
+    pub(super) fn batches(self, limits: CallLimits) -> anyhow::Result<mpsc::Receiver<CallBatch>> {
         let (batches_in, batches) = mpsc::channel(1);
         let read = move || {
             let items = self.sources.map(|source| match source {
@@ -178,7 +178,7 @@ impl Inputs {
 }
 
 /// The images behind what stands on the command line.
-fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, Item>> + Send {
+fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, CallImage>> + Send {
     inputs.into_iter().flat_map(|path| {
         if path == Path::new(STDIN) {
             VecDeque::from([Ok(Source::Stdin)])
@@ -189,22 +189,22 @@ fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, Item>> + S
 }
 
 /// A file as it is, a folder as the images in it.
-fn expand(path: PathBuf) -> VecDeque<Result<Source, Item>> {
+fn expand(path: PathBuf) -> VecDeque<Result<Source, CallImage>> {
     if !path.is_dir() {
         return VecDeque::from([Ok(Source::File(path))]);
     }
     match find_images(&path) {
         Ok(found) if found.is_empty() => {
             let name = path.display().to_string();
-            VecDeque::from([Err(Item::failed(
+            VecDeque::from([Err(CallImage::failed(
                 name,
                 "no images are in this folder".to_owned(),
             ))])
         }
         Ok(found) => {
-            let source = |found: files::Found| match found.file {
+            let source = |found: files::FoundFile| match found.file {
                 Ok(_) => Ok(Source::File(found.path)),
-                Err(trouble) => Err(Item::failed(
+                Err(trouble) => Err(CallImage::failed(
                     found.path.display().to_string(),
                     trouble.to_string(),
                 )),
@@ -213,7 +213,7 @@ fn expand(path: PathBuf) -> VecDeque<Result<Source, Item>> {
         }
         Err(error) => {
             let name = path.display().to_string();
-            VecDeque::from([Err(Item::failed(name, format!("{error:#}")))])
+            VecDeque::from([Err(CallImage::failed(name, format!("{error:#}")))])
         }
     }
 }
@@ -221,7 +221,7 @@ fn expand(path: PathBuf) -> VecDeque<Result<Source, Item>> {
 /// Paths, one a line, whatever bytes they are of.
 fn lines(
     list: &Path,
-) -> anyhow::Result<impl Iterator<Item = Result<PathBuf, Item>> + Send + use<>> {
+) -> anyhow::Result<impl Iterator<Item = Result<PathBuf, CallImage>> + Send + use<>> {
     let name = list.display().to_string();
     let reader: Box<dyn Read + Send> = if list == Path::new(STDIN) {
         Box::new(io::stdin())
@@ -237,12 +237,12 @@ fn lines(
             }
             (!line.is_empty()).then(|| Ok(OsString::from_vec(line).into()))
         }
-        Err(error) => Some(Err(Item::failed(name.clone(), error.to_string()))),
+        Err(error) => Some(Err(CallImage::failed(name.clone(), error.to_string()))),
     }))
 }
 
 impl Source {
-    fn read(self, bytes_max: u64) -> Item {
+    fn read(self, bytes_max: u64) -> CallImage {
         let (name, read) = match self {
             Self::Stdin => {
                 let read = read(&mut io::stdin().lock(), bytes_max);
@@ -262,7 +262,7 @@ impl Source {
             Ok(Err(trouble)) => Err(trouble.to_string()),
             Err(error) => Err(error.to_string()),
         };
-        Item { name, bytes }
+        CallImage { name, bytes }
     }
 }
 
@@ -273,7 +273,7 @@ fn read(input: &mut impl Read, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
     Ok((bytes.len() as u64 <= bytes_max).then_some(bytes))
 }
 
-impl Item {
+impl CallImage {
     fn failed(name: String, reason: String) -> Self {
         Self {
             name,
@@ -284,11 +284,11 @@ impl Item {
 
 /// What goes into one call, with what failed in between.
 #[derive(Debug)]
-pub(super) struct Batch(Vec<Item>);
+pub(super) struct CallBatch(Vec<CallImage>);
 
-impl Batch {
+impl CallBatch {
     pub(super) fn images(&self) -> Vec<Bytes> {
-        let read = |item: &Item| item.bytes.as_ref().ok().cloned();
+        let read = |item: &CallImage| item.bytes.as_ref().ok().cloned();
         self.0.iter().filter_map(read).collect()
     }
 
@@ -316,14 +316,14 @@ impl Batch {
 struct Batches<I> {
     items: I,
     /// What the last batch had no room for.
-    next: Option<Item>,
+    next: Option<CallImage>,
     limits: CallLimits,
 }
 
-impl<I: Iterator<Item = Item>> Iterator for Batches<I> {
-    type Item = Batch;
+impl<I: Iterator<Item = CallImage>> Iterator for Batches<I> {
+    type Item = CallBatch;
 
-    fn next(&mut self) -> Option<Batch> {
+    fn next(&mut self) -> Option<CallBatch> {
         let mut batch = Vec::new();
         let mut n_bytes = 0;
         while batch.len() < self.limits.images {
@@ -338,7 +338,7 @@ impl<I: Iterator<Item = Item>> Iterator for Batches<I> {
             n_bytes += size;
             batch.push(item);
         }
-        (!batch.is_empty()).then_some(Batch(batch))
+        (!batch.is_empty()).then_some(CallBatch(batch))
     }
 }
 
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn calls_are_within_the_limits_and_in_order() {
-        let item = |(idx, size): (usize, &usize)| Item {
+        let item = |(idx, size): (usize, &usize)| CallImage {
             name: idx.to_string(),
             bytes: match size {
                 0 => Err("bad".to_owned()),
@@ -371,7 +371,7 @@ mod tests {
             next: None,
             limits: limits(),
         };
-        let names = batches.map(|Batch(items)| {
+        let names = batches.map(|CallBatch(items)| {
             let names: Vec<String> = items.into_iter().map(|item| item.name).collect();
             names.join(" ")
         });
@@ -382,12 +382,12 @@ mod tests {
     #[test]
     fn outcomes_find_their_images() {
         let bytes = Bytes::from_static(b"image");
-        let good = |name: &str| Item {
+        let good = |name: &str| CallImage {
             name: name.to_owned(),
             bytes: Ok(bytes.clone()),
         };
-        let bad = Item::failed("b".to_owned(), "unread".to_owned());
-        let batch = Batch(vec![good("a"), bad, good("c"), good("d")]);
+        let bad = CallImage::failed("b".to_owned(), "unread".to_owned());
+        let batch = CallBatch(vec![good("a"), bad, good("c"), good("d")]);
         assert_eq!(batch.images().len(), 3);
         let answered = batch.answered(vec![Ok(1), Err("refused".to_owned())]);
         let reason = |text: &str| Err(text.to_owned());

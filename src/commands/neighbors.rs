@@ -13,7 +13,7 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 
 use crate::client::{Classes, Client, ConnectConfig};
 use crate::commands::{check_output, complain};
-use crate::files::{self, Found, printable};
+use crate::files::{self, FoundFile, printable};
 use crate::imaging::DecodeBudget;
 use crate::imaging::decode::decode;
 use crate::imaging::{Alpha, ImageLimits};
@@ -222,9 +222,9 @@ fn truth(path: &Path, labels: &[String]) -> Option<String> {
 /// # Errors
 ///
 /// When the folder cannot be read.
-pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<Found>> {
+pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
     let mut found = files::below(folder)?;
-    found.retain(Found::may_be_image);
+    found.retain(FoundFile::may_be_image);
     Ok(found)
 }
 

@@ -8,7 +8,7 @@ use plotters::style::colors::colormaps::ViridisRGB;
 use serde::Serialize;
 
 use super::output::{Folder, json};
-use super::{EachConfig, Outcome, Session};
+use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Client, Score, ScoreOptions};
 use crate::files::printable;
 
@@ -53,7 +53,7 @@ pub(super) async fn run(
     args: &ScoreArgs,
     session: &Session,
     out: &mut impl Write,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<CommandOutcome> {
     let options = ScoreOptions {
         map: args.map.is_some(),
         complexity: args.complexity,

@@ -3,7 +3,7 @@
 //! reach theirs over gRPC too, so that both are one pipeline.
 
 use crate::compile::CompileOptions;
-use crate::compile::Source;
+use crate::compile::ModelSource;
 use crate::model::precision::ProviderChoice;
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,10 @@ use anyhow::Context as _;
 use clap::Parser;
 
 use crate::commands::compile::Bars;
-use crate::compile::{Progress, cache};
+use crate::compile::{CompileProgress, cache};
 use crate::engine::onnx;
 use crate::model::Model;
-use crate::model::head::Head;
+use crate::model::head::LinearHead;
 use crate::model::precision::Provider;
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
@@ -100,7 +100,7 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
         tracing::info!(folder = %folder.display(), "reading the model");
         let name = name(&owned.model, &folder);
         let model = Model::open(&folder, name.as_deref())?;
-        let heads = owned.model.heads.iter().map(Head::open);
+        let heads = owned.model.heads.iter().map(LinearHead::open);
         let heads = heads.collect::<Result<Vec<_>, _>>()?;
         for head in &heads {
             head.check(&model)?;
@@ -136,7 +136,7 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
 /// # Errors
 ///
 /// When there is no such model, or it cannot be compiled.
-pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Result<PathBuf> {
+pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyhow::Result<PathBuf> {
     let library = onnx::find_library(config.model.onnxruntime.as_deref());
     let provider = match config.model.execution_provider {
         ProviderChoice::Cuda => Provider::Cuda,
@@ -152,7 +152,7 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn Progress) -> anyhow::Resu
         Ok(runtime)
     };
     let compile = &config.model.compile;
-    let source = Source::parse(&config.model.model, compile.revision.as_deref());
+    let source = ModelSource::parse(&config.model.model, compile.revision.as_deref());
     let options = CompileOptions {
         precision: compile.precision,
         provider,

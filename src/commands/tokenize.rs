@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::output::{Folder, json};
-use super::{EachConfig, Outcome, Session};
+use super::{CommandOutcome, EachConfig, Session};
 use crate::client::Client;
 use crate::files::printable;
 use crate::imaging::render;
@@ -40,7 +40,7 @@ pub(super) async fn run(
     args: &TokenizeArgs,
     session: &Session,
     out: &mut impl Write,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<CommandOutcome> {
     let preview = args.preview.as_deref();
     let mut folder = preview
         .map(|path| Folder::make("--preview", path))

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::weight_files;
-use super::{CompileOptions, Progress, Source, compile_cached};
+use super::{CompileOptions, CompileProgress, ModelSource, compile_cached};
 use crate::model;
 use crate::model::manifest;
 use crate::runtime::Runtime;
@@ -16,13 +16,13 @@ use crate::runtime::Runtime;
 ///
 /// When there is no such source, or it cannot be compiled.
 pub fn locate(
-    source: &Source,
+    source: &ModelSource,
     cache_dir: Option<&Path>,
     options: &CompileOptions,
     runtime: impl FnOnce() -> anyhow::Result<Runtime>,
-    progress: &mut dyn Progress,
+    progress: &mut dyn CompileProgress,
 ) -> anyhow::Result<PathBuf> {
-    if let Source::Folder(folder) = source
+    if let ModelSource::Folder(folder) = source
         && (is_servable(folder) || weight_files(folder).is_err())
     {
         // What has neither graphs nor weights is for the model's own checks to

@@ -20,7 +20,7 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::error::CompileError;
-use super::random::{self, Drawn};
+use super::random::{self, RandomTensors};
 use crate::model::files;
 
 /// Where a tensor lies and what it is made of.
@@ -71,7 +71,7 @@ pub struct Checkpoint {
     files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
     /// Where tensors are drawn and not read; then there are no entries.
-    drawn: Option<Drawn>,
+    drawn: Option<RandomTensors>,
 }
 
 /// What published folders call their weights, the first found is taken.
@@ -161,7 +161,7 @@ impl Checkpoint {
             let (file, _) =
                 files::open(&path).map_err(|error| CompileError::read(&path, &error))?;
             if name == random::FILE {
-                checkpoint.drawn = Some(Drawn::open(folder, &path)?);
+                checkpoint.drawn = Some(RandomTensors::open(folder, &path)?);
                 checkpoint.files.push((path, file));
                 continue;
             }

@@ -16,7 +16,7 @@ use half::bf16;
 use super::store::Store;
 use crate::kernels::attention::{Int24, Kept as _};
 use crate::model::architecture::Architecture;
-use crate::model::onnx::{DataType, Model};
+use crate::model::onnx::{DataType, ModelProto};
 use crate::model::precision::{Precision, Provider};
 
 pub use crate::model::graph::Norm;
@@ -50,7 +50,7 @@ impl Attention {
 
 /// All that a graph depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan<'a> {
+pub struct GraphPlan<'a> {
     pub architecture: &'a Architecture,
     pub store: &'a Store,
     pub precision: Precision,
@@ -62,7 +62,7 @@ pub struct Plan<'a> {
     pub feature_layer: usize,
 }
 
-impl Plan<'_> {
+impl GraphPlan<'_> {
     /// What the keys of a position and head are kept in, and its values, and how
     /// many of them.
     #[must_use]
@@ -100,7 +100,7 @@ impl Plan<'_> {
 
 /// Builds a graph.
 #[must_use]
-pub fn build(graph: Graph, plan: &Plan<'_>) -> Model {
+pub fn build(graph: Graph, plan: &GraphPlan<'_>) -> ModelProto {
     match graph {
         Graph::Features(norm) => tasks::embed(plan, norm),
         Graph::Hidden => tasks::hidden(plan),

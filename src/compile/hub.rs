@@ -11,7 +11,7 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::error::CompileError;
 use super::source::{Local, PREPROCESSOR};
-use super::{Progress, Step, checkpoint};
+use super::{CompileProgress, CompileStep, checkpoint};
 use crate::model::architecture;
 
 /// Attempts to go on with a download that broke off.
@@ -59,7 +59,7 @@ impl Hub {
         &self,
         repository: &str,
         revision: Option<&str>,
-        progress: &mut dyn Progress,
+        progress: &mut dyn CompileProgress,
     ) -> Result<Local, CompileError> {
         let revision = revision.unwrap_or(MAIN);
         let failed = |reason: String| CompileError::Hub {
@@ -151,7 +151,7 @@ struct Download<'p> {
     repo: ApiRepo,
     cache: Cache,
     at: Repo,
-    progress: &'p mut dyn Progress,
+    progress: &'p mut dyn CompileProgress,
 }
 
 impl Download<'_> {
@@ -169,12 +169,12 @@ impl Download<'_> {
 }
 
 struct Bar<'p> {
-    progress: &'p mut dyn Progress,
+    progress: &'p mut dyn CompileProgress,
 }
 
 impl hf_hub::api::Progress for Bar<'_> {
     fn init(&mut self, size: usize, _filename: &str) {
-        self.progress.begin(Step::Download, size as u64);
+        self.progress.begin(CompileStep::Download, size as u64);
     }
 
     fn update(&mut self, size: usize) {

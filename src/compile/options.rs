@@ -1,8 +1,8 @@
 //! What to make of a source, in the words of the command line.
 
+use crate::model::precision::CompileTask;
 use crate::model::precision::Precision;
 use crate::model::precision::Provider;
-use crate::model::precision::Task;
 use std::collections::BTreeSet;
 
 use super::error::CompileError;
@@ -14,7 +14,7 @@ pub struct CompileOptions {
     pub precision: Precision,
     pub provider: Provider,
     /// `None` for all that the checkpoint has heads for.
-    pub tasks: Option<BTreeSet<Task>>,
+    pub tasks: Option<BTreeSet<CompileTask>>,
     /// Where `embed` ends; `None` for two thirds of the depth.
     pub feature_layer: Option<usize>,
 }
@@ -54,8 +54,8 @@ impl CompileOptions {
 
     /// Whether ONNX Runtime can compute the task with these options: on CUDA,
     /// `GroupQueryAttention` has kernels for 16 bits alone.
-    pub(super) fn has_operators(&self, task: Task) -> bool {
-        let has_cache = task == Task::Generate;
+    pub(super) fn has_operators(&self, task: CompileTask) -> bool {
+        let has_cache = task == CompileTask::Generate;
         !(has_cache && self.provider == Provider::Cuda && self.precision == Precision::Fp32)
     }
 

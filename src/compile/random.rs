@@ -72,9 +72,9 @@ const SHAPES: [Shape; 4] = [
 
 /// A folder that goes when nobody needs it any more.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scratch(PathBuf);
+pub struct ScratchFolder(PathBuf);
 
-impl Scratch {
+impl ScratchFolder {
     /// A folder of a name that nobody has, or else somebody could have put
     /// something into it.
     ///
@@ -94,7 +94,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for ScratchFolder {
     fn drop(&mut self) {
         // There is nobody left to tell.
         let _ = fs::remove_dir_all(&self.0);
@@ -115,7 +115,7 @@ pub fn fetch(name: &str) -> Result<Local, CompileError> {
             known.join(", ")
         )));
     };
-    let scratch = Scratch::new(&format!("random-{name}"))?;
+    let scratch = ScratchFolder::new(&format!("random-{name}"))?;
     let folder = scratch.path().to_owned();
     let written = |error: &std::io::Error| CompileError::write(&folder, error);
     for (file, text) in [
@@ -196,12 +196,12 @@ enum Fill {
 
 /// The tensors of a checkpoint that has only a recipe.
 #[derive(Debug)]
-pub(super) struct Drawn {
+pub(super) struct RandomTensors {
     seed: u64,
     tensors: BTreeMap<String, (Vec<usize>, Fill)>,
 }
 
-impl Drawn {
+impl RandomTensors {
     /// Reads the recipe at `path`, and the shapes from `config.json` beside it.
     pub(super) fn open(folder: &Path, path: &Path) -> Result<Self, CompileError> {
         let text = crate::model::architecture::read(path)?;

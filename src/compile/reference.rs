@@ -5,8 +5,8 @@
 //! easy to check by eye matters more than speed; threads only split rows.
 
 use super::error::CompileError;
-use super::weights::{Dense, Weights};
-use crate::model::architecture::{Activation, Architecture};
+use super::weights::{CheckpointWeights, Dense};
+use crate::model::architecture::{Architecture, FeedForwardActivation};
 
 /// Everything that any task could ask for, of each sequence.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub struct Trace {
 ///
 /// If a token is not in the vocabulary or a sequence has too many positions.
 pub fn trace(
-    weights: &Weights<'_>,
+    weights: &CheckpointWeights<'_>,
     sequences: &[Vec<i32>],
     n_layers: usize,
     mut advance: impl FnMut(u64),
@@ -113,7 +113,10 @@ pub fn means(rows: &[f64], length: usize, width: usize) -> Vec<f64> {
     means
 }
 
-fn embed(weights: &Weights<'_>, sequences: &[Vec<i32>]) -> Result<Vec<f64>, CompileError> {
+fn embed(
+    weights: &CheckpointWeights<'_>,
+    sequences: &[Vec<i32>],
+) -> Result<Vec<f64>, CompileError> {
     let width = weights.architecture.width;
     let tokens = weights.token_embedding()?;
     let positions = weights.position_embedding()?;
@@ -229,15 +232,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn activate(activation: Activation, x: f64) -> f64 {
+fn activate(activation: FeedForwardActivation, x: f64) -> f64 {
     match activation {
-        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
-        Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
-        Activation::GeluNew => {
+        FeedForwardActivation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        FeedForwardActivation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        FeedForwardActivation::GeluNew => {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
             0.5 * x * (1.0 + inner.tanh())
         }
-        Activation::Relu => x.max(0.0),
+        FeedForwardActivation::Relu => x.max(0.0),
     }
 }
 

@@ -5,17 +5,17 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::Progress;
+use super::CompileProgress;
 use super::error::CompileError;
 use super::hub::Hub;
-use super::random::{self, PREFIX, Scratch};
+use super::random::{self, PREFIX, ScratchFolder};
 
 /// The preprocessor's settings and palette, which `serve` needs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
+pub enum ModelSource {
     /// On this machine.
     Folder(PathBuf),
     /// On a hub, for instance `openai/imagegpt-small`.
@@ -35,10 +35,10 @@ pub struct Local {
     /// The commit, if a hub named one.
     pub revision: Option<String>,
     /// Keeps the folder where it is ours alone.
-    pub scratch: Option<Arc<Scratch>>,
+    pub scratch: Option<Arc<ScratchFolder>>,
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for ModelSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Folder(folder) => write!(formatter, "{}", folder.display()),
@@ -48,7 +48,7 @@ impl fmt::Display for Source {
     }
 }
 
-impl Source {
+impl ModelSource {
     /// Takes what a user wrote: a folder if there is one by that name, else a
     /// shape with random weights or a hub's id if it looks like one.
     #[must_use]
@@ -73,7 +73,7 @@ impl Source {
     /// # Errors
     ///
     /// When the folder is not there or the hub does not give the files.
-    pub fn fetch(&self, progress: &mut dyn Progress) -> Result<Local, CompileError> {
+    pub fn fetch(&self, progress: &mut dyn CompileProgress) -> Result<Local, CompileError> {
         match self {
             Self::Folder(folder) if folder.is_dir() => Ok(Local {
                 folder: folder.clone(),
@@ -115,12 +115,12 @@ mod tests {
 
     #[test]
     fn kinds_of_sources_are_told_apart() {
-        let is_hub = |text| matches!(Source::parse(text, None), Source::Hub { .. });
+        let is_hub = |text| matches!(ModelSource::parse(text, None), ModelSource::Hub { .. });
         assert!(is_hub("openai/imagegpt-small"));
         // This package has such a folder.
         assert!(!is_hub("src/compile"));
-        let random = Source::Random("small".to_owned());
-        assert_eq!(Source::parse("random:small", None), random);
+        let random = ModelSource::Random("small".to_owned());
+        assert_eq!(ModelSource::parse("random:small", None), random);
         assert_eq!(random.to_string(), "random:small");
         for text in [
             "models",

@@ -14,7 +14,7 @@ use crate::model::architecture;
 use crate::model::files;
 
 /// Directory that a compiled model is made in.
-pub(super) struct Stage {
+pub(super) struct StagingFolder {
     folder: PathBuf,
     output: PathBuf,
     is_committed: bool,
@@ -23,7 +23,7 @@ pub(super) struct Stage {
     _lock: File,
 }
 
-impl Stage {
+impl StagingFolder {
     /// Begins to make `output`, which must not be there or be empty.
     pub(super) fn new(output: &Path) -> Result<Self, CompileError> {
         let refuse = |reason: &str| CompileError::Write {
@@ -122,7 +122,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for StagingFolder {
     fn drop(&mut self) {
         // There is nobody left to tell.
         if !self.is_committed {

@@ -11,10 +11,10 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::CompileError;
+use super::weights::CheckpointWeights;
 use super::weights::Dense;
-use super::weights::Weights;
 use crate::model::architecture::Architecture;
-use crate::model::onnx::{DataType, StringEntry, Tensor};
+use crate::model::onnx::{DataType, StringEntry, TensorProto};
 use crate::model::precision::Precision;
 
 const ALIGNMENT: u64 = 4096;
@@ -22,13 +22,13 @@ const ALIGNMENT: u64 = 4096;
 /// The tensors of `weights.bin`, as graphs refer to them.
 #[derive(Debug, Default)]
 pub struct Store {
-    tensors: BTreeMap<String, Tensor>,
+    tensors: BTreeMap<String, TensorProto>,
 }
 
 impl Store {
     /// What a graph declares to use the tensor `name`, if it was written.
     #[must_use]
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
+    pub fn get(&self, name: &str) -> Option<&TensorProto> {
         self.tensors.get(name)
     }
 
@@ -47,7 +47,7 @@ impl Store {
         if let Some(first) = tensor.dims.first_mut() {
             *first /= 3;
         }
-        let entry = |tensor: &Tensor, key: &str| -> u64 {
+        let entry = |tensor: &TensorProto, key: &str| -> u64 {
             let mut entries = tensor.external_data.iter();
             let entry = entries.find(|entry| entry.key == key);
             entry.map_or(0, |entry| entry.value.parse().unwrap_or(0))
@@ -70,7 +70,7 @@ pub const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
 
 /// How the weights of layers lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
+pub enum WeightLayout {
     /// As products of whole images take them.
     Plain,
     /// Also 8-bit weights in blocks, for products that treat each row by itself.
@@ -87,7 +87,7 @@ pub struct Parts {
     pub n_layers: usize,
     pub language_head: bool,
     pub classification_head: bool,
-    pub layout: Layout,
+    pub layout: WeightLayout,
 }
 
 /// Inputs of a block of 8-bit weights that share a scale, at most. Fewer are more
@@ -109,7 +109,7 @@ pub fn block_size(inputs: usize) -> usize {
 ///
 /// When a tensor does not fit the configuration or cannot be written.
 pub fn write(
-    weights: &Weights<'_>,
+    weights: &CheckpointWeights<'_>,
     precision: Precision,
     parts: Parts,
     folder: &Path,
@@ -146,7 +146,7 @@ pub fn write(
             &[width],
             &layer.attention_norm,
         )?;
-        if parts.layout == Layout::Apart {
+        if parts.layout == WeightLayout::Apart {
             writer.apart(&name(""), float, &layer.qkv)?;
         } else {
             writer.dense(&name("qkv"), precision, &layer.qkv)?;
@@ -155,7 +155,7 @@ pub fn write(
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
         writer.dense(&name("expand"), precision, &layer.expand)?;
         writer.dense(&name("contract"), precision, &layer.contract)?;
-        if parts.layout == Layout::WithBlocks {
+        if parts.layout == WeightLayout::WithBlocks {
             for (part, dense) in [
                 ("qkv", &layer.qkv),
                 ("projection", &layer.projection),
@@ -311,7 +311,7 @@ impl Writer {
             key: key.to_owned(),
             value,
         };
-        let tensor = Tensor {
+        let tensor = TensorProto {
             dims: shape
                 .iter()
                 .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))

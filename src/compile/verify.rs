@@ -12,14 +12,14 @@ use ort::session::SessionInputValue;
 use ort::value::Tensor;
 
 use super::error::CompileError;
-use super::graph::Plan;
+use super::graph::GraphPlan;
 use super::reference::{self, Trace};
-use super::weights::Weights;
+use super::weights::CheckpointWeights;
 use crate::model::architecture::Architecture;
 use crate::model::graph::{Graph, Norm};
 use crate::model::manifest::GraphFacts;
-use crate::model::onnx::Model;
-use crate::model::precision::{Provider, Task};
+use crate::model::onnx::ModelProto;
+use crate::model::precision::{CompileTask, Provider};
 use crate::runtime::{Operators, Residence, Runtime, what_ran};
 
 /// Sequences in the trial: two show that rows do not mix.
@@ -65,8 +65,8 @@ impl Trial {
     ///
     /// When a tensor does not fit the configuration.
     pub fn new(
-        weights: &Weights<'_>,
-        tasks: &[Task],
+        weights: &CheckpointWeights<'_>,
+        tasks: &[CompileTask],
         n_layers: usize,
         advance: impl FnMut(u64),
     ) -> Result<Self, CompileError> {
@@ -92,11 +92,11 @@ impl Trial {
         let trace = reference::trace(weights, &sequences, n_layers, advance)?;
         let width = architecture.width;
         let mut language_logits = Vec::new();
-        if tasks.contains(&Task::Score) || tasks.contains(&Task::Generate) {
+        if tasks.contains(&CompileTask::Score) || tasks.contains(&CompileTask::Generate) {
             language_logits = reference::head(&trace.hidden, &weights.language_head()?, width);
         }
         let mut class_logits = Vec::new();
-        if tasks.contains(&Task::Classify) {
+        if tasks.contains(&CompileTask::Classify) {
             let pooled = reference::means(&trace.hidden, length, width);
             class_logits = reference::head(&pooled, &weights.classification_head()?, width);
         }
@@ -127,8 +127,8 @@ impl Trial {
     pub fn judge(
         &self,
         kind: Graph,
-        plan: &Plan<'_>,
-        model: &Model,
+        plan: &GraphPlan<'_>,
+        model: &ModelProto,
         file: &Path,
         runtime: &Runtime,
     ) -> Result<(Nearness, Operators), CompileError> {
@@ -247,8 +247,8 @@ impl Trial {
     pub fn facts(
         &self,
         kind: Graph,
-        task: Task,
-        plan: &Plan<'_>,
+        task: CompileTask,
+        plan: &GraphPlan<'_>,
         (nearness, operators): (Nearness, Operators),
     ) -> GraphFacts {
         let n_layers = kind.n_layers(plan.architecture, plan.feature_layer);
@@ -326,7 +326,7 @@ const FUSED: [&str; 13] = [
 
 fn check_fused(
     kind: Graph,
-    model: &Model,
+    model: &ModelProto,
     operators: &Operators,
     provider: Provider,
 ) -> Result<(), CompileError> {

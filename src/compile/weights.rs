@@ -12,7 +12,7 @@ use crate::model::architecture::Architecture;
 
 /// A checkpoint, and the architecture that its shapes must fit.
 #[derive(Debug)]
-pub struct Weights<'c> {
+pub struct CheckpointWeights<'c> {
     checkpoint: &'c Checkpoint,
     pub architecture: Architecture,
     prefix: &'static str,
@@ -34,7 +34,7 @@ pub struct Dense {
 
 /// The weights of one layer.
 #[derive(Debug, Clone)]
-pub struct Layer {
+pub struct CheckpointLayer {
     pub attention_norm: Vec<f32>,
     /// Queries, keys and values side by side.
     pub qkv: Dense,
@@ -44,7 +44,7 @@ pub struct Layer {
     pub contract: Dense,
 }
 
-impl<'c> Weights<'c> {
+impl<'c> CheckpointWeights<'c> {
     /// Finds the names and looks at the heads; tensors are read later.
     #[must_use]
     pub fn new(checkpoint: &'c Checkpoint, architecture: Architecture) -> Self {
@@ -79,7 +79,7 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
+    /// See [`CheckpointWeights::token_embedding`].
     pub fn position_embedding(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.n_positions, self.architecture.width];
         self.backbone("wpe.weight", &shape)
@@ -89,7 +89,7 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
+    /// See [`CheckpointWeights::token_embedding`].
     pub fn attention_norm(&self, idx: usize) -> Result<Vec<f32>, CompileError> {
         self.backbone(&format!("h.{idx}.ln_1.weight"), &[self.architecture.width])
     }
@@ -98,7 +98,7 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
+    /// See [`CheckpointWeights::token_embedding`].
     pub fn final_norm(&self) -> Result<Vec<f32>, CompileError> {
         self.backbone("ln_f.weight", &[self.architecture.width])
     }
@@ -107,11 +107,11 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
-    pub fn layer(&self, idx: usize) -> Result<Layer, CompileError> {
+    /// See [`CheckpointWeights::token_embedding`].
+    pub fn layer(&self, idx: usize) -> Result<CheckpointLayer, CompileError> {
         let (width, inner) = (self.architecture.width, self.architecture.inner_width);
         let name = |part: &str| format!("h.{idx}.{part}");
-        Ok(Layer {
+        Ok(CheckpointLayer {
             attention_norm: self.attention_norm(idx)?,
             qkv: self.dense(&name("attn.c_attn"), width, 3 * width)?,
             projection: self.dense(&name("attn.c_proj"), width, width)?,
@@ -125,7 +125,7 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
+    /// See [`CheckpointWeights::token_embedding`].
     pub fn language_head(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.n_colors(), self.architecture.width];
         self.checkpoint.read("lm_head.weight", &shape)
@@ -135,7 +135,7 @@ impl<'c> Weights<'c> {
     ///
     /// # Errors
     ///
-    /// See [`Weights::token_embedding`].
+    /// See [`CheckpointWeights::token_embedding`].
     pub fn classification_head(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.n_classes.unwrap_or_default(), self.architecture.width];
         self.checkpoint.read("score.weight", &shape)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 pub use self::cost::Cost;
-use super::{Engine, Facts, Feed, Run, SequenceFacts, Span, Stop, Warm};
+use super::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SequenceFacts, SlotFeed, WarmRun};
 use crate::model::graph::Graph;
 use crate::model::graph::Want;
 use crate::runtime::error::EngineError;
@@ -46,7 +46,7 @@ pub struct Script {
 
 impl Script {
     /// Passes the time of a run of so many rows.
-    fn pass(&self, n_rows: usize, stop: &Stop) -> Result<(), EngineError> {
+    fn pass(&self, n_rows: usize, stop: &RunStop) -> Result<(), EngineError> {
         if let Some(gate) = &self.gate {
             // A closed gate lets everything through, so that a test that ends
             // early does not hang the worker's shutdown.
@@ -92,13 +92,13 @@ pub struct FakeSequences {
 /// See the module.
 #[derive(Debug)]
 pub struct FakeEngine {
-    facts: Facts,
+    facts: EngineFacts,
     script: Script,
-    warm: Vec<Warm>,
+    warm: Vec<WarmRun>,
     /// What each slot keeps: after each token, a hash of all up to it.
     kept: Vec<Vec<u32>>,
     /// When it last passed time as a device would.
-    span: Option<Span>,
+    span: Option<RunSpan>,
 }
 
 impl FakeEngine {
@@ -116,7 +116,7 @@ impl FakeEngine {
             (0..11).map(move |power| (graph, 1_u32 << power))
         });
         let warm = warm
-            .map(|(graph, bucket)| Warm {
+            .map(|(graph, bucket)| WarmRun {
                 graph,
                 bucket: bucket as usize,
                 elapsed: match (graph, script.sequences) {
@@ -127,7 +127,7 @@ impl FakeEngine {
             .collect();
         Self {
             warm,
-            facts: Facts {
+            facts: EngineFacts {
                 provider: "fake",
                 runtime_version: "none".to_owned(),
                 dimension: Self::DIMENSION,
@@ -210,16 +210,16 @@ fn mix(hash: u32, token: u16) -> u32 {
 }
 
 impl Engine for FakeEngine {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         &self.facts
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         &self.warm
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
-        let (outcome, span) = Span::of(|| self.script.pass(run.bucket, stop));
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
+        let (outcome, span) = RunSpan::of(|| self.script.pass(run.bucket, stop));
         self.span = Some(span);
         outcome?;
         if self.script.memory_for.is_some_and(|max| run.bucket > max) {
@@ -234,16 +234,16 @@ impl Engine for FakeEngine {
             .collect())
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let sequences = self
             .script
             .sequences
             .ok_or_else(|| EngineError::Runtime("no sequences were scripted".to_owned()))?;
-        let (outcome, span) = Span::of(|| {
+        let (outcome, span) = RunSpan::of(|| {
             if let Some(gate) = &self.script.gate {
                 let _ = gate.recv();
             }
-            take_time(sequences.delay, &Stop::default())
+            take_time(sequences.delay, &RunStop::default())
         });
         self.span = Some(span);
         outcome?;
@@ -293,14 +293,14 @@ impl Engine for FakeEngine {
         }
     }
 
-    fn last_span(&self) -> Option<Span> {
+    fn last_span(&self) -> Option<RunSpan> {
         self.span
     }
 }
 
 /// Passes time as a run does, until it is stopped. Sleeping is coarse to about
 /// a tenth of a millisecond; shorter times are spun.
-fn take_time(time: Duration, stop: &Stop) -> Result<(), EngineError> {
+fn take_time(time: Duration, stop: &RunStop) -> Result<(), EngineError> {
     let until = Instant::now() + time;
     loop {
         let left = until.saturating_duration_since(Instant::now());

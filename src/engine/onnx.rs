@@ -19,8 +19,11 @@ use std::time::{Duration, Instant};
 use ort::environment::Environment;
 
 use self::sequences::SequenceEngine;
-use self::whole::{Batch, WholeGraph};
-use super::{Engine, Facts, Fallback, FallbackKind, Feed, Row, Run, Span, Stop, Warm};
+use self::whole::{WholeBatch, WholeGraph};
+use super::{
+    BatchRow, Engine, EngineFacts, Fallback, FallbackKind, GraphRun, RunSpan, RunStop, SlotFeed,
+    WarmRun,
+};
 use crate::model::GraphFiles;
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
@@ -37,7 +40,7 @@ pub use crate::runtime::probe::probe;
 
 /// All that an engine is made from.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct OnnxOptions {
     /// Where the runtime's library is.
     pub library: PathBuf,
     pub provider: ProviderChoice,
@@ -78,16 +81,16 @@ pub struct Options {
 
 /// Engine that runs a model in ONNX Runtime.
 pub struct OnnxEngine {
-    facts: Facts,
+    facts: EngineFacts,
     graphs: BTreeMap<Graph, WholeGraph>,
     positions: usize,
     /// The id after the last color.
     start: u16,
     sequences: Option<SequenceEngine>,
-    warm: Vec<Warm>,
+    warm: Vec<WarmRun>,
     canary: Option<Canary>,
     /// Of the last run that the runtime was given.
-    span: Option<Span>,
+    span: Option<RunSpan>,
 }
 
 /// A row whose answer is known.
@@ -118,7 +121,7 @@ impl OnnxEngine {
     ///
     /// When the library, the execution provider or a graph cannot be used;
     /// each text says what to change.
-    pub fn load(options: &Options) -> Result<Self, EngineError> {
+    pub fn load(options: &OnnxOptions) -> Result<Self, EngineError> {
         let environment = environment(&options.library)?;
         let mut fallbacks = Vec::new();
         let runtime = choose(&environment, options, &mut fallbacks)?;
@@ -127,7 +130,7 @@ impl OnnxEngine {
             .then(|| CAPTURING.lock().unwrap_or_else(PoisonError::into_inner));
         check_compiled_for(options.compiled_for, runtime.provider)?;
         let mut engine = Self {
-            facts: Facts {
+            facts: EngineFacts {
                 provider: runtime.provider.name(),
                 runtime_version: library::version(&options.library),
                 dimension: 0,
@@ -168,7 +171,7 @@ impl OnnxEngine {
         loader: &mut Loader,
         graph: Graph,
         path: &Path,
-        options: &Options,
+        options: &OnnxOptions,
     ) -> Result<(), EngineError> {
         let is_compiled = options.compiled_for.is_some();
         let n_warm = self.warm.len();
@@ -204,9 +207,9 @@ impl OnnxEngine {
         runtime: &Runtime,
         loader: &mut Loader,
         path: &Path,
-        options: &Options,
+        options: &OnnxOptions,
     ) -> Result<(), EngineError> {
-        let sizes = sequences::Options {
+        let sizes = sequences::SequenceOptions {
             n_slots: options.generate_slots,
             bytes_max: options.generate_bytes_max,
             positions: options.positions,
@@ -232,7 +235,7 @@ impl OnnxEngine {
     }
 
     /// Proves that the graph takes every token id and learns its width.
-    fn warm_up(&mut self, graph: Graph, options: &Options) -> Result<(), EngineError> {
+    fn warm_up(&mut self, graph: Graph, options: &OnnxOptions) -> Result<(), EngineError> {
         // The start token is never what comes next.
         let n_ids = options.n_colors + usize::from(graph != Graph::Score);
         let tokens: Vec<u16> = (0..options.positions)
@@ -247,7 +250,7 @@ impl OnnxEngine {
             Graph::Logits => Want::Logits,
             Graph::Score | Graph::Generate => Want::Nll,
         };
-        let row = Row {
+        let row = BatchRow {
             tokens: &tokens,
             want,
         };
@@ -261,20 +264,20 @@ impl OnnxEngine {
         };
         let mut answer = Vec::new();
         for bucket in options.buckets.iter() {
-            let run = Run {
+            let run = GraphRun {
                 graph,
                 bucket,
                 rows: &[row],
             };
             let mut started = Instant::now();
-            let first = self.run(&run, &Stop::default());
+            let first = self.run(&run, &RunStop::default());
             let values = match first {
                 // The first run of a size allocates and tunes; sizes are chosen
                 // by what comes after. Where a run takes long that is little of
                 // it, and another would cost more than it tells.
                 Ok(_) if started.elapsed() < WARM_TWICE => {
                     started = Instant::now();
-                    self.run(&run, &Stop::default())
+                    self.run(&run, &RunStop::default())
                 }
                 first => first,
             }
@@ -286,7 +289,7 @@ impl OnnxEngine {
                     n_ids - 1
                 ))
             })?;
-            self.warm.push(Warm {
+            self.warm.push(WarmRun {
                 graph,
                 bucket,
                 elapsed: started.elapsed(),
@@ -349,11 +352,11 @@ impl OnnxEngine {
                 format!("{} positions, more than the size has", positions + 1),
             ),
         ] {
-            let row = Row {
+            let row = BatchRow {
                 tokens: &tokens,
                 want: Want::Mean,
             };
-            let batch = Batch {
+            let batch = WholeBatch {
                 rows: &[row],
                 size: 1,
                 positions: tokens.len(),
@@ -413,7 +416,7 @@ fn check_compiled_for(
 /// What runs the graphs; what could not be had is added to `fallbacks`.
 fn choose(
     environment: &Environment,
-    options: &Options,
+    options: &OnnxOptions,
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<Runtime, EngineError> {
     let of = |provider| runtime_of(environment.clone(), options, provider);
@@ -465,7 +468,7 @@ fn choose(
 /// # Errors
 ///
 /// When ONNX Runtime cannot be used.
-pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
+pub fn auto_takes_cuda(options: &OnnxOptions) -> Result<bool, EngineError> {
     if let Some(compiled_for) = options.compiled_for {
         return Ok(compiled_for == Provider::Cuda);
     }
@@ -477,7 +480,7 @@ pub fn auto_takes_cuda(options: &Options) -> Result<bool, EngineError> {
 /// How sessions are opened for these options.
 fn runtime_of(
     environment: Environment,
-    options: &Options,
+    options: &OnnxOptions,
     provider: Provider,
 ) -> Result<Runtime, EngineError> {
     let (operators, residence) = if options.compiled_for.is_some() {
@@ -503,20 +506,20 @@ fn runtime_of(
 }
 
 impl Engine for OnnxEngine {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         &self.facts
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         &self.warm
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         let loaded = self
             .graphs
             .get_mut(&run.graph)
             .ok_or_else(|| no_graph(run.graph))?;
-        let batch = Batch {
+        let batch = WholeBatch {
             rows: run.rows,
             size: run.bucket,
             positions: self.positions,
@@ -531,7 +534,7 @@ impl Engine for OnnxEngine {
         loaded.run(run, batch, &options, &mut self.span)
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.sequences
             .as_mut()
             .ok_or_else(|| no_graph(Graph::Generate))?
@@ -547,16 +550,16 @@ impl Engine for OnnxEngine {
         let Some(canary) = self.canary.take() else {
             return Ok(());
         };
-        let row = Row {
+        let row = BatchRow {
             tokens: &canary.tokens,
             want: canary.want,
         };
-        let run = Run {
+        let run = GraphRun {
             graph: canary.graph,
             bucket: canary.bucket,
             rows: &[row],
         };
-        let got = self.run(&run, &Stop::default());
+        let got = self.run(&run, &RunStop::default());
         let expected = canary.answer.clone();
         self.canary = Some(canary);
         let got = got?.into_iter().next().unwrap_or_default();
@@ -571,7 +574,7 @@ impl Engine for OnnxEngine {
         }
     }
 
-    fn last_span(&self) -> Option<Span> {
+    fn last_span(&self) -> Option<RunSpan> {
         self.span
     }
 }

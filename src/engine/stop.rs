@@ -8,11 +8,11 @@
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Tells the runtime to stop; cheap, and harmless when it has ended.
-pub type Hook = Box<dyn Fn() + Send>;
+pub type StopHook = Box<dyn Fn() + Send>;
 
 /// See the module.
 #[derive(Default)]
-pub struct Stop(Mutex<State>);
+pub struct RunStop(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -23,16 +23,16 @@ struct State {
     /// One that is yet to begin and is to be stopped.
     ahead: u64,
     requested: bool,
-    hook: Option<Hook>,
+    hook: Option<StopHook>,
 }
 
-impl std::fmt::Debug for Stop {
+impl std::fmt::Debug for RunStop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Stop")
+        f.write_str("RunStop")
     }
 }
 
-impl Stop {
+impl RunStop {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing below can panic halfway through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -60,7 +60,7 @@ impl Stop {
 
     /// The engine says how the run in progress is stopped; called at once if
     /// that was asked for already.
-    pub fn arm(&self, hook: Hook) {
+    pub fn arm(&self, hook: StopHook) {
         let mut state = self.lock();
         if state.requested {
             hook();
@@ -99,7 +99,7 @@ mod tests {
 
     use super::*;
 
-    fn counting() -> (Arc<AtomicUsize>, Hook) {
+    fn counting() -> (Arc<AtomicUsize>, StopHook) {
         let count = Arc::new(AtomicUsize::new(0));
         let hook = {
             let count = Arc::clone(&count);
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn only_the_run_that_was_meant_is_stopped() {
-        let stop = Stop::default();
+        let stop = RunStop::default();
         assert!(!stop.request(0), "nothing runs");
         stop.begin(1);
         let (count, hook) = counting();
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_request_before_its_run_is_kept_for_it() {
-        let stop = Stop::default();
+        let stop = RunStop::default();
         stop.begin(1);
         assert!(stop.request(2), "it is yet to begin");
         assert!(!stop.requested());
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_request_before_the_hook_is_not_lost() {
-        let stop = Stop::default();
+        let stop = RunStop::default();
         stop.begin(7);
         assert!(stop.request(7));
         let (count, hook) = counting();

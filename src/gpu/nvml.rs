@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use nvml_wrapper::{Device, Nvml};
 
-use super::{Management, MemoryUse, Usage};
+use super::{GpuUsage, Management, MemoryUse};
 
 /// As the driver installs it; the name without a version is only there for
 /// those who compile.
@@ -30,18 +30,18 @@ impl Management for Nvml {
         self.device_by_uuid(uuid).is_ok()
     }
 
-    fn usage(&self, uuid: &str) -> Usage {
+    fn usage(&self, uuid: &str) -> GpuUsage {
         self.device_by_uuid(uuid)
-            .map_or_else(|_| Usage::default(), |device| usage_of(&device))
+            .map_or_else(|_| GpuUsage::default(), |device| usage_of(&device))
     }
 }
 
 /// Each for itself: what one kind of device cannot say, another can.
-fn usage_of(device: &Device<'_>) -> Usage {
+fn usage_of(device: &Device<'_>) -> GpuUsage {
     let memory = device.memory_info().ok();
     let rates = device.utilization_rates().ok();
     let milliwatts = device.power_usage().ok();
-    Usage {
+    GpuUsage {
         memory: memory.map(|memory| MemoryUse {
             used_bytes: memory.used,
             total_bytes: memory.total,

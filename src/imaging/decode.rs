@@ -42,7 +42,7 @@ type Source<'a> = BudgetedSource<'a>;
 
 /// The accepted file formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
+pub enum ImageFormat {
     Png,
     Jpeg,
     WebP,
@@ -51,7 +51,7 @@ pub enum Format {
     Tiff,
 }
 
-impl Format {
+impl ImageFormat {
     /// The format whose signature the bytes start with.
     #[must_use]
     pub fn guess(bytes: &[u8]) -> Option<Self> {
@@ -81,7 +81,7 @@ impl Format {
     }
 }
 
-impl fmt::Display for Format {
+impl fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Png => "PNG",
@@ -115,7 +115,7 @@ pub fn decode(
             bytes_max: limits.image_bytes_max,
         });
     }
-    let format = Format::guess(bytes).ok_or(PreprocessError::NotAnImage)?;
+    let format = ImageFormat::guess(bytes).ok_or(PreprocessError::NotAnImage)?;
     budget.check()?;
     let header = Header {
         format,
@@ -125,12 +125,12 @@ pub fn decode(
     // Nothing is shared with the decoders, so a panic leaves nothing half done.
     catch_unwind(AssertUnwindSafe(|| {
         let (pixels, orientation) = match format {
-            Format::Png => png::decode(bytes, header),
-            Format::Jpeg => jpeg::decode(bytes, header),
-            Format::WebP => webp::decode(bytes, header),
-            Format::Gif => gif::decode(bytes, header),
-            Format::Bmp => wrapped::bmp(bytes, header),
-            Format::Tiff => tiff::decode(bytes, header),
+            ImageFormat::Png => png::decode(bytes, header),
+            ImageFormat::Jpeg => jpeg::decode(bytes, header),
+            ImageFormat::WebP => webp::decode(bytes, header),
+            ImageFormat::Gif => gif::decode(bytes, header),
+            ImageFormat::Bmp => wrapped::bmp(bytes, header),
+            ImageFormat::Tiff => tiff::decode(bytes, header),
         }?;
         // A decoder may take bytes that it was not given for the end of the file.
         budget.check()?;
@@ -166,7 +166,7 @@ fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
 /// What a decoder checks its header against, and how it says that it failed.
 #[derive(Clone, Copy)]
 struct Header<'a> {
-    format: Format,
+    format: ImageFormat,
     limits: &'a ImageLimits,
     budget: &'a DecodeBudget<'a>,
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::Format;
+use super::ImageFormat;
 
 /// The first tokens of an image that is generated, as callers know them.
 pub(super) const PREFIX: &str = "prefix";
@@ -26,7 +26,7 @@ pub enum PreprocessError {
         u64::from(*.width) * u64::from(*.height)
     )]
     EncodedPixelsOverLimit {
-        format: Format,
+        format: ImageFormat,
         width: u32,
         height: u32,
         pixels_max: u64,
@@ -36,7 +36,7 @@ pub enum PreprocessError {
          over the limit of {bytes_max} (--decode-bytes-max)"
     )]
     DecodeOverLimit {
-        format: Format,
+        format: ImageFormat,
         width: u32,
         height: u32,
         bytes: u64,
@@ -47,7 +47,7 @@ pub enum PreprocessError {
          together, over the limit of {bytes_max} (--decode-bytes-max)"
     )]
     ChunksOverLimit {
-        format: Format,
+        format: ImageFormat,
         width: u32,
         height: u32,
         bytes: u64,
@@ -58,18 +58,18 @@ pub enum PreprocessError {
          limit of {pixels_max}, {passes} times --image-pixels-max"
     )]
     ScansOverLimit {
-        format: Format,
+        format: ImageFormat,
         scans: usize,
         pixels: u64,
         pixels_max: u64,
         passes: u64,
     },
     #[error("encoded: the {format} uses a feature that is not supported: {detail}")]
-    Unsupported { format: Format, detail: String },
+    Unsupported { format: ImageFormat, detail: String },
     #[error("encoded: the {format} is damaged or cut short: {detail}")]
-    Damaged { format: Format, detail: String },
+    Damaged { format: ImageFormat, detail: String },
     #[error("encoded: the {format} decoder failed on these bytes; this is a defect of the worker")]
-    Panicked { format: Format },
+    Panicked { format: ImageFormat },
     /// Nobody reads this: the stage that ran the decode says why it was given up.
     #[error("encoded: decoding was given up, since nobody waits for the image any more")]
     Abandoned,

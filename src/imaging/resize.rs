@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use self::axis::{Axis, Taps};
-use self::weights::Weights;
+use self::weights::ColumnWeights;
 use super::{Fit, RgbImage, RgbView};
 
 mod axis;
@@ -136,7 +136,7 @@ impl Columns {
             }
             return;
         }
-        let mut weights = Weights::default();
+        let mut weights = ColumnWeights::default();
         for (column, taps) in self.taps.iter().enumerate() {
             weights.fill(taps);
             let span = taps.source.start * 3..taps.source.end * 3;
@@ -149,7 +149,7 @@ impl Columns {
 
 /// Adds one row's part to the vertical pass's sums.
 fn add_weighted(sums: &mut [u32], pixels: &[u8], weight: u32) {
-    // The same product twice: of 16 bits it is far faster, see `Weights`.
+    // The same product twice: of 16 bits it is far faster, see `ColumnWeights`.
     if let Ok(weight) = u16::try_from(weight) {
         for (sum, &pixel) in sums.iter_mut().zip(pixels) {
             *sum += u32::from(weight) * u32::from(pixel);

@@ -7,8 +7,8 @@
 //! offered, no mask and no dropout, but the same over a cache for generation:
 //! [`CachedAttention`].
 //!
-//! Work is cut into blocks of a few queries of one head; a [`Job`] hands them
-//! out to however many threads come to [`Job::work`], so it runs in whatever
+//! Work is cut into blocks of a few queries of one head; a [`AttentionJob`] hands them
+//! out to however many threads come to [`AttentionJob::work`], so it runs in whatever
 //! pool the caller has. Results do not depend on the number of threads, and what
 //! comes after a position changes nothing there, not by one bit, as long as it is
 //! finite: an infinity or a NaN also spoils up to 63 positions before it, which
@@ -24,11 +24,13 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::tile::{Block, Head};
+use self::tile::{Block, HeadView};
 use crate::kernels::vector::Portable;
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 
-pub use self::cached::{BLOCK, Cache, CacheShape, CachedAttention, CachedJob, SharedPrefix};
+pub use self::cached::{
+    BLOCK, CacheShape, CachedAttention, CachedJob, KeyValueCache, SharedPrefix,
+};
 pub(crate) use self::cached::{CachedHeads, CachedRows, HeadTasks};
 pub use crate::kernels::vector::{Int24, Kept};
 
@@ -50,14 +52,14 @@ mod tile;
 
 /// The sizes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct AttentionShape {
     pub batch: usize,
     pub positions: usize,
     pub heads: usize,
     pub head_dim: usize,
 }
 
-impl Shape {
+impl AttentionShape {
     /// Floats in a row of the output.
     #[must_use]
     pub fn width(&self) -> usize {
@@ -85,12 +87,12 @@ impl Shape {
 
 /// How the products are computed. The softmax is always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
+pub enum AttentionPrecision {
     /// All in `f32`: within 2e-6 of the largest value.
     #[default]
     F32,
     /// Factors rounded to bfloat16, sums in `f32`: within 1e-2 of it. On a CPU
-    /// without bfloat16 products this is [`Precision::F32`].
+    /// without bfloat16 products this is [`AttentionPrecision::F32`].
     Bf16,
 }
 
@@ -123,10 +125,10 @@ impl Kernel {
     /// [`Kernel::Avx512Bf16`] is never it: where it has been measured, on a CPU
     /// with a matrix unit, `f32` is faster; on others nobody has measured it.
     #[must_use]
-    pub fn fastest(precision: Precision) -> Self {
+    pub fn fastest(precision: AttentionPrecision) -> Self {
         let by_speed: &[Self] = match precision {
-            Precision::F32 => &[Self::Avx512, Self::Avx2],
-            Precision::Bf16 => &[Self::Amx, Self::Avx512, Self::Avx2],
+            AttentionPrecision::F32 => &[Self::Avx512, Self::Avx2],
+            AttentionPrecision::Bf16 => &[Self::Amx, Self::Avx512, Self::Avx2],
         };
         by_speed
             .iter()
@@ -164,10 +166,10 @@ impl Kernel {
 
     /// What the kernel's products are computed in.
     #[must_use]
-    pub fn precision(self) -> Precision {
+    pub fn precision(self) -> AttentionPrecision {
         match self {
-            Self::Portable | Self::Avx2 | Self::Avx512 => Precision::F32,
-            Self::Avx512Bf16 | Self::Amx => Precision::Bf16,
+            Self::Portable | Self::Avx2 | Self::Avx512 => AttentionPrecision::F32,
+            Self::Avx512Bf16 | Self::Amx => AttentionPrecision::Bf16,
         }
     }
 
@@ -184,9 +186,9 @@ impl Kernel {
     /// The kernel is available, and as [`tile::attend`].
     unsafe fn attend(
         self,
-        head: &Head,
+        head: &HeadView,
         next: &mut dyn FnMut() -> Option<Block>,
-        scratch: &mut Scratch,
+        scratch: &mut AlignedScratch,
     ) {
         // SAFETY: the caller vouches for all of it.
         unsafe {
@@ -215,10 +217,10 @@ pub enum AttentionError {
     #[error("this cpu, or this kind of attention, has no {0:?} kernel")]
     Kernel(Kernel),
     #[error("attention over {0:?} is too large to address")]
-    TooLarge(Shape),
+    TooLarge(AttentionShape),
     #[error("attention over {shape:?}: {name} has {actual} floats, not {expected}")]
     Length {
-        shape: Shape,
+        shape: AttentionShape,
         name: &'static str,
         expected: usize,
         actual: usize,
@@ -256,7 +258,7 @@ pub enum AttentionError {
 /// Causal self-attention of one shape, checked, with its kernel chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct CausalAttention {
-    shape: Shape,
+    shape: AttentionShape,
     scale: f32,
     kernel: Kernel,
     output_len: usize,
@@ -268,7 +270,11 @@ impl CausalAttention {
     ///
     /// # Errors
     /// If a size is zero that may not be, or the scale is not above zero.
-    pub fn new(shape: Shape, scale: f32, precision: Precision) -> Result<Self, AttentionError> {
+    pub fn new(
+        shape: AttentionShape,
+        scale: f32,
+        precision: AttentionPrecision,
+    ) -> Result<Self, AttentionError> {
         Self::with_kernel(shape, scale, Kernel::fastest(precision))
     }
 
@@ -276,7 +282,11 @@ impl CausalAttention {
     ///
     /// # Errors
     /// As [`CausalAttention::new`], and if this CPU cannot run the kernel.
-    pub fn with_kernel(shape: Shape, scale: f32, kernel: Kernel) -> Result<Self, AttentionError> {
+    pub fn with_kernel(
+        shape: AttentionShape,
+        scale: f32,
+        kernel: Kernel,
+    ) -> Result<Self, AttentionError> {
         if shape.heads == 0 || shape.head_dim == 0 {
             return Err(AttentionError::Empty {
                 heads: shape.heads,
@@ -308,7 +318,7 @@ impl CausalAttention {
         self.kernel
     }
 
-    /// Gets ready to compute `output` from `qkv`; [`Job::work`] does it.
+    /// Gets ready to compute `output` from `qkv`; [`AttentionJob::work`] does it.
     ///
     /// # Errors
     /// If a length is not what the shape says.
@@ -316,7 +326,7 @@ impl CausalAttention {
         &self,
         qkv: &'a [f32],
         output: &'a mut [f32],
-    ) -> Result<Job<'a>, AttentionError> {
+    ) -> Result<AttentionJob<'a>, AttentionError> {
         let check = |name, expected, actual| {
             if expected == actual {
                 Ok(())
@@ -340,7 +350,7 @@ impl CausalAttention {
             0 => 0,
             _ => self.shape.batch * self.shape.heads,
         };
-        Ok(Job {
+        Ok(AttentionJob {
             attention: *self,
             qkv,
             output: output.as_mut_ptr(),
@@ -377,7 +387,7 @@ impl CausalAttention {
 
 /// One call's blocks, to be worked on by any number of threads.
 #[derive(Debug)]
-pub struct Job<'a> {
+pub struct AttentionJob<'a> {
     attention: CausalAttention,
     qkv: &'a [f32],
     output: *mut f32,
@@ -392,15 +402,15 @@ pub struct Job<'a> {
 
 // SAFETY: a block is given to one thread only, and no two blocks write the same
 // float of `output`; nobody reads it while the job borrows it.
-unsafe impl Sync for Job<'_> {}
+unsafe impl Sync for AttentionJob<'_> {}
 // SAFETY: the same; a job is a borrow of the output and some counters.
-unsafe impl Send for Job<'_> {}
+unsafe impl Send for AttentionJob<'_> {}
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+    static SCRATCH: RefCell<AlignedScratch> = const { RefCell::new(AlignedScratch::new()) };
 }
 
-impl Job<'_> {
+impl AttentionJob<'_> {
     /// How many blocks there are: more threads than this have nothing to do.
     #[must_use]
     pub fn n_blocks(&self) -> usize {
@@ -446,7 +456,7 @@ impl Job<'_> {
         })
     }
 
-    fn attend(&self, head: usize, scratch: &mut Scratch) {
+    fn attend(&self, head: usize, scratch: &mut AlignedScratch) {
         let CausalAttention {
             shape,
             scale,
@@ -459,7 +469,7 @@ impl Job<'_> {
         let image_rows = self.qkv[image * shape.positions * 3 * width..].as_ptr();
         // SAFETY: `job` has checked both lengths; image and column are within.
         let head = unsafe {
-            Head {
+            HeadView {
                 queries: image_rows.add(column),
                 keys: image_rows.add(width + column),
                 values: image_rows.add(2 * width + column),

@@ -4,7 +4,7 @@
 //! with it, so it takes as long as memory does, if nothing else holds it up.
 //! Where each product and each norm is an operator, something does: threads are
 //! woken for each and go to sleep after it, hundreds of times a step. Here they
-//! come once, and go through all layers together ([`Step::work`]), part by part
+//! come once, and go through all layers together ([`LayersStep::work`]), part by part
 //! (`phase.rs`): norm, queries and keys and values, attention over the cache
 //! ([`CachedAttention`]), projection, norm, expansion, contraction.
 //!
@@ -23,12 +23,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
 use self::digits::DigitRows;
-use self::phase::{Phase, TASKS_MAX};
+use self::phase::{LayerPhase, TASKS_MAX};
 use crate::kernels::attention::{
-    AttentionError, Cache, CacheShape, CachedAttention, CachedHeads, CachedRows, HeadTasks, Kernel,
-    Precision, SharedPrefix,
+    AttentionError, AttentionPrecision, CacheShape, CachedAttention, CachedHeads, CachedRows,
+    HeadTasks, Kernel, KeyValueCache, SharedPrefix,
 };
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 use crate::kernels::vector::{Kept, LANES_MAX};
 
 pub use self::dense::{DenseWeights, RowsAs, Weight};
@@ -111,7 +111,7 @@ struct Layer<W: Weight> {
 
 /// Layers in the order in which a step reads them.
 #[derive(Debug)]
-pub struct Layers<W: Weight> {
+pub struct StepLayers<W: Weight> {
     sizes: Sizes,
     kernel: Kernel,
     rows_as: RowsAs,
@@ -120,7 +120,7 @@ pub struct Layers<W: Weight> {
 
 /// New tokens of some sequences, and what those have.
 #[derive(Debug)]
-pub struct Tokens<'a, K: Kept> {
+pub struct NewTokens<'a, K: Kept> {
     /// `(sequences, length, width)`: what the first layer takes.
     pub rows: &'a [f32],
     /// New tokens of each sequence.
@@ -132,23 +132,23 @@ pub struct Tokens<'a, K: Kept> {
     /// Positions that each sequence's cache has room for.
     pub capacity: usize,
     /// Keys and values of each layer.
-    pub caches: Vec<Cache<'a, K>>,
+    pub caches: Vec<KeyValueCache<'a, K>>,
 }
 
 /// Memory of steps, one at a time; as large as the largest.
 #[derive(Default)]
-pub struct Room {
-    rows: Scratch,
-    phases: Vec<Phase>,
+pub struct StepMemory {
+    rows: AlignedScratch,
+    phases: Vec<LayerPhase>,
 }
 
-impl std::fmt::Debug for Room {
+impl std::fmt::Debug for StepMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Room").finish_non_exhaustive()
+        f.debug_struct("StepMemory").finish_non_exhaustive()
     }
 }
 
-impl<W: Weight> Layers<W> {
+impl<W: Weight> StepLayers<W> {
     /// Puts weights in order, for the fastest kernel that this CPU has.
     ///
     /// # Errors
@@ -157,7 +157,7 @@ impl<W: Weight> Layers<W> {
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
     ) -> Result<Self, LayersError> {
-        let kernel = Kernel::fastest(Precision::F32);
+        let kernel = Kernel::fastest(AttentionPrecision::F32);
         let inputs = sizes.width.max(sizes.inner_width);
         let rows_as = RowsAs::fastest::<W>(kernel, inputs);
         Self::with_kernel(sizes, layers, kernel, rows_as)
@@ -167,7 +167,7 @@ impl<W: Weight> Layers<W> {
     /// benchmarks.
     ///
     /// # Errors
-    /// As [`Layers::pack`], and if this CPU cannot run the kernel or its products
+    /// As [`StepLayers::pack`], and if this CPU cannot run the kernel or its products
     /// are not `f32`, or it has no such products.
     pub fn with_kernel<'a>(
         sizes: Sizes,
@@ -184,7 +184,7 @@ impl<W: Weight> Layers<W> {
         if width == 0 || inner_width == 0 || heads == 0 || !width.is_multiple_of(heads) {
             return Err(LayersError::Sizes(sizes));
         }
-        if !kernel.is_available() || kernel.precision() != Precision::F32 {
+        if !kernel.is_available() || kernel.precision() != AttentionPrecision::F32 {
             return Err(LayersError::Kernel(kernel));
         }
         let inputs = width.max(inner_width);
@@ -222,16 +222,16 @@ impl<W: Weight> Layers<W> {
         self.packed.len()
     }
 
-    /// Gets ready to take `tokens` through all layers; [`Step::work`] does it.
+    /// Gets ready to take `tokens` through all layers; [`LayersStep::work`] does it.
     ///
     /// # Errors
     /// If a length does not fit, a sequence would outgrow its cache, or a prefix
     /// cannot be.
     pub fn step<'a, K: Kept>(
         &'a self,
-        tokens: Tokens<'a, K>,
-        room: &'a mut Room,
-    ) -> Result<Step<'a, W, K>, LayersError> {
+        tokens: NewTokens<'a, K>,
+        room: &'a mut StepMemory,
+    ) -> Result<LayersStep<'a, W, K>, LayersError> {
         let Sizes {
             width,
             inner_width,
@@ -254,7 +254,7 @@ impl<W: Weight> Layers<W> {
             heads,
             head_dim: width / heads,
         };
-        let Room { rows, phases } = room;
+        let StepMemory { rows, phases } = room;
         let digits = match self.rows_as {
             RowsAs::Floats => 0,
             RowsAs::Digits => DigitRows::stride(width.max(inner_width)) / size_of::<f32>(),
@@ -302,9 +302,9 @@ impl<W: Weight> Layers<W> {
             )
         });
         let heads = heads.collect::<Result<Vec<_>, _>>()?;
-        phases.resize_with(Part::ALL.len() * self.packed.len(), Phase::default);
-        phases.iter_mut().for_each(Phase::reset);
-        Ok(Step {
+        phases.resize_with(Part::ALL.len() * self.packed.len(), LayerPhase::default);
+        phases.iter_mut().for_each(LayerPhase::reset);
+        Ok(LayersStep {
             layers: self,
             n_rows,
             stream,
@@ -410,8 +410,8 @@ struct Place {
 
 /// One call, to be worked on by any number of threads.
 #[derive(Debug)]
-pub struct Step<'a, W: Weight, K: Kept> {
-    layers: &'a Layers<W>,
+pub struct LayersStep<'a, W: Weight, K: Kept> {
+    layers: &'a StepLayers<W>,
     n_rows: usize,
     /// What goes through all layers and is added to.
     stream: Place,
@@ -424,7 +424,7 @@ pub struct Step<'a, W: Weight, K: Kept> {
     /// Of each layer.
     heads: Vec<CachedHeads<'a, K>>,
     /// Each layer's parts.
-    phases: &'a [Phase],
+    phases: &'a [LayerPhase],
     /// Threads that have come.
     n_threads: AtomicUsize,
     /// Of the rows, which are the room's.
@@ -436,18 +436,18 @@ pub struct Step<'a, W: Weight, K: Kept> {
 // their own; parts come one after the other, and what one has written can be seen
 // when the next begins. Nobody else has the rows or the caches while the step
 // borrows them.
-unsafe impl<W: Weight, K: Kept> Sync for Step<'_, W, K> {}
+unsafe impl<W: Weight, K: Kept> Sync for LayersStep<'_, W, K> {}
 // SAFETY: the same; a step is borrows of numbers and counters.
-unsafe impl<W: Weight, K: Kept> Send for Step<'_, W, K> {}
+unsafe impl<W: Weight, K: Kept> Send for LayersStep<'_, W, K> {}
 
-impl<W: Weight, K: Kept> Step<'_, W, K> {
+impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
     /// Takes part in all layers, from where the other threads are. The step is
     /// done when this has returned on any thread that called it.
     pub fn work(&self) {
         if self.is_done() {
             return;
         }
-        let place = phase::Place::new(self.n_threads.fetch_add(1, Ordering::Relaxed));
+        let place = phase::ThreadPlace::new(self.n_threads.fetch_add(1, Ordering::Relaxed));
         for (idx, phase) in self.phases.iter().enumerate() {
             let n_tasks = self.n_tasks(idx);
             while let Some(task) = phase.take(n_tasks, place.end()) {
@@ -482,7 +482,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
     }
 
     /// Where a thread begins that comes to this phase.
-    fn first_read(&self, idx: usize, place: phase::Place) -> Option<*const u8> {
+    fn first_read(&self, idx: usize, place: phase::ThreadPlace) -> Option<*const u8> {
         (idx..self.phases.len()).find_map(|idx| self.reads(idx, place.first(self.n_tasks(idx))?))
     }
 
@@ -493,7 +493,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
     }
 
     /// What comes out of the last layer, `(sequences, length, width)`, once a
-    /// thread has returned from [`Step::work`].
+    /// thread has returned from [`LayersStep::work`].
     ///
     /// # Errors
     /// If the output is not as long.
@@ -578,7 +578,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
     }
 
     /// # Safety
-    /// As [`Step::run`].
+    /// As [`LayersStep::run`].
     unsafe fn norm(&self, weights: &[f32], task: Task) {
         let row = task.idx;
         let Sizes { width, epsilon, .. } = self.layers.sizes;
@@ -599,7 +599,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
     }
 
     /// # Safety
-    /// As [`Step::run`], for a row of so many numbers at `from`.
+    /// As [`LayersStep::run`], for a row of so many numbers at `from`.
     unsafe fn round(&self, from: Place, width: usize, row: usize) {
         let to = self.digits.row(row);
         // SAFETY: `with_kernel` has asked for the kernel; the row is this thread's,
@@ -611,7 +611,7 @@ impl<W: Weight, K: Kept> Step<'_, W, K> {
     }
 
     /// # Safety
-    /// As [`Step::run`].
+    /// As [`LayersStep::run`].
     unsafe fn dense(&self, panels: &Panels<W>, task: Task, from: Place, to: Place, finish: Finish) {
         let rows = Rows {
             n: self.n_rows,

@@ -17,7 +17,7 @@ pub const FILE: &str = "config.json";
 /// The nonlinearity of the feed-forward part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Activation {
+pub enum FeedForwardActivation {
     /// `x * sigmoid(1.702 x)`, what ImageGPT was trained with.
     QuickGelu,
     /// With the error function.
@@ -27,7 +27,7 @@ pub enum Activation {
     Relu,
 }
 
-impl Activation {
+impl FeedForwardActivation {
     /// The name that `config.json` has for it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -52,7 +52,7 @@ pub struct Architecture {
     /// Token ids, the start token included; the language head has one fewer.
     pub vocabulary: usize,
     pub epsilon: f32,
-    pub activation: Activation,
+    pub activation: FeedForwardActivation,
     /// Whether scores are divided by the root of the head dimension.
     pub scale_attention: bool,
     /// Whether scores are divided by the layer's number, too.
@@ -240,12 +240,12 @@ fn epsilon(fields: &Map<String, Value>) -> Result<f32, String> {
     Ok(value as f32)
 }
 
-fn activation(fields: &Map<String, Value>) -> Result<Activation, String> {
+fn activation(fields: &Map<String, Value>) -> Result<FeedForwardActivation, String> {
     match fields.get("activation_function").map(Value::as_str) {
-        None | Some(Some("quick_gelu")) => Ok(Activation::QuickGelu),
-        Some(Some("gelu")) => Ok(Activation::Gelu),
-        Some(Some("gelu_new" | "gelu_pytorch_tanh")) => Ok(Activation::GeluNew),
-        Some(Some("relu")) => Ok(Activation::Relu),
+        None | Some(Some("quick_gelu")) => Ok(FeedForwardActivation::QuickGelu),
+        Some(Some("gelu")) => Ok(FeedForwardActivation::Gelu),
+        Some(Some("gelu_new" | "gelu_pytorch_tanh")) => Ok(FeedForwardActivation::GeluNew),
+        Some(Some("relu")) => Ok(FeedForwardActivation::Relu),
         Some(other) => Err(format!(
             "has activation_function {:?}; quick_gelu, gelu, gelu_new and relu are supported",
             other.unwrap_or_default()

@@ -27,7 +27,7 @@ pub(crate) type Sha256Digest = [u8; 32];
 struct Known {
     bytes: u64,
     sha256: Sha256Digest,
-    origin: Origin,
+    origin: DigestOrigin,
     /// Content of the file, for as long as an engine loads from it: several devices read
     /// it once.
     content: Mutex<Option<Weak<[u8]>>>,
@@ -35,7 +35,7 @@ struct Known {
 
 /// Who says what a file's digest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(super) enum DigestOrigin {
     /// The manifest of a compiled folder.
     Recorded,
     /// The file itself, when the model was opened.
@@ -48,10 +48,16 @@ pub struct GraphFiles(Arc<BTreeMap<PathBuf, Known>>);
 
 /// Files as they become known.
 #[derive(Debug, Default)]
-pub(super) struct Found(BTreeMap<PathBuf, Known>);
+pub(super) struct FilesByPath(BTreeMap<PathBuf, Known>);
 
-impl Found {
-    pub(super) fn add(&mut self, path: PathBuf, bytes: u64, sha256: Sha256Digest, origin: Origin) {
+impl FilesByPath {
+    pub(super) fn add(
+        &mut self,
+        path: PathBuf,
+        bytes: u64,
+        sha256: Sha256Digest,
+        origin: DigestOrigin,
+    ) {
         let known = Known {
             bytes,
             sha256,
@@ -78,10 +84,10 @@ impl GraphFiles {
     /// These files as they are now.
     #[cfg(test)]
     pub(crate) fn of(paths: &[PathBuf]) -> Self {
-        let mut found = Found::default();
+        let mut found = FilesByPath::default();
         for path in paths {
             let (bytes, digest) = sha256(path).unwrap();
-            found.add(path.clone(), bytes, digest, Origin::Opened);
+            found.add(path.clone(), bytes, digest, DigestOrigin::Opened);
         }
         found.done()
     }
@@ -135,7 +141,7 @@ impl GraphFiles {
     }
 }
 
-impl Origin {
+impl DigestOrigin {
     fn name(self) -> &'static str {
         match self {
             Self::Recorded => "imagegpt.json",
@@ -211,7 +217,7 @@ impl FileReader<'_> {
 }
 
 /// Error for a file whose digest is another.
-pub(super) fn differs(found: Sha256Digest, wanted: Sha256Digest, origin: Origin) -> String {
+pub(super) fn differs(found: Sha256Digest, wanted: Sha256Digest, origin: DigestOrigin) -> String {
     format!(
         "has the SHA-256 {} where {} has {}; {}",
         hex(&found),
@@ -289,8 +295,8 @@ mod tests {
 
     fn files(path: &Path) -> GraphFiles {
         let (bytes, digest) = sha256(path).unwrap();
-        let mut found = Found::default();
-        found.add(path.to_owned(), bytes, digest, Origin::Recorded);
+        let mut found = FilesByPath::default();
+        found.add(path.to_owned(), bytes, digest, DigestOrigin::Recorded);
         found.done()
     }
 

@@ -1,6 +1,6 @@
 //! Graphs that a model has, and which numbers of them are wanted.
 
-use super::precision::Task;
+use super::precision::CompileTask;
 use crate::model::architecture::Architecture;
 
 /// The input of `generate` that says what sequences share.
@@ -76,13 +76,13 @@ impl Graph {
 
     /// The files that a task needs.
     #[must_use]
-    pub fn of_task(task: Task) -> &'static [Self] {
+    pub fn of_task(task: CompileTask) -> &'static [Self] {
         match task {
-            Task::Embed => &[Self::Features(Norm::PreAttnRms), Self::Features(Norm::None)],
-            Task::Hidden => &[Self::Hidden],
-            Task::Classify => &[Self::Logits],
-            Task::Score => &[Self::Score],
-            Task::Generate => &[Self::Generate],
+            CompileTask::Embed => &[Self::Features(Norm::PreAttnRms), Self::Features(Norm::None)],
+            CompileTask::Hidden => &[Self::Hidden],
+            CompileTask::Classify => &[Self::Logits],
+            CompileTask::Score => &[Self::Score],
+            CompileTask::Generate => &[Self::Generate],
         }
     }
 

@@ -20,7 +20,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::files;
 use crate::model::graph::{Context, Norm};
-use crate::model::{Activation, Model};
+use crate::model::{ClassActivation, Model};
 
 /// A head file is small; a larger one is something else.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -50,12 +50,12 @@ impl FromStr for HeadFlag {
 
 /// A loaded head.
 #[derive(Debug, Clone)]
-pub struct Head {
+pub struct LinearHead {
     pub name: String,
     /// Where it was read from.
     pub file: PathBuf,
     pub labels: Vec<String>,
-    pub activation: Activation,
+    pub activation: ClassActivation,
     pub layer: u32,
     pub norm: Norm,
     pub context: Context,
@@ -75,7 +75,7 @@ pub struct HeadError {
     reason: String,
 }
 
-impl Head {
+impl LinearHead {
     /// Reads a head.
     ///
     /// # Errors
@@ -129,7 +129,7 @@ impl Head {
     }
 }
 
-fn read(name: &str, file: &Path) -> Result<Head, String> {
+fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
     let bytes = files::read(file, FILE_BYTES_MAX)
         .map_err(|error| error.to_string())?
         .map_err(|trouble| trouble.to_string())?
@@ -174,11 +174,11 @@ fn read(name: &str, file: &Path) -> Result<Head, String> {
         return Err(format!("{} labels for {n_classes} classes", labels.len()));
     }
     let layer = entry("layer")?;
-    Ok(Head {
+    Ok(LinearHead {
         name: name.to_owned(),
         file: file.to_owned(),
         labels,
-        activation: Activation::of(metadata.get("problem_type").map(String::as_str))?,
+        activation: ClassActivation::of(metadata.get("problem_type").map(String::as_str))?,
         layer: layer
             .parse()
             .map_err(|_| format!("layer is {layer:?}, which is no number"))?,
@@ -230,7 +230,7 @@ mod tests {
     /// Writes a head of 2 classes over 3 numbers, changed by `change`.
     fn head(
         change: impl FnOnce(&mut HashMap<String, String>, &mut Vec<usize>),
-    ) -> Result<Head, String> {
+    ) -> Result<LinearHead, String> {
         let mut metadata: HashMap<String, String> = [
             ("labels", "[\"cat\", \"dog\"]"),
             ("layer", "4"),
@@ -263,7 +263,7 @@ mod tests {
             safetensors::serialize(tensors, Some(metadata)).unwrap(),
         )
         .unwrap();
-        Head::open(&HeadFlag {
+        LinearHead::open(&HeadFlag {
             name: "pets".to_owned(),
             file,
         })

@@ -12,7 +12,7 @@ use super::architecture::Architecture;
 use crate::files::hex;
 use crate::model::error::ModelFileError;
 use crate::model::files::{self, Sha256Digest};
-use crate::model::precision::{Precision, Provider, Task};
+use crate::model::precision::{CompileTask, Precision, Provider};
 
 /// The file's name.
 pub const FILE: &str = "imagegpt.json";
@@ -31,7 +31,7 @@ pub struct Manifest {
     pub precision: Precision,
     /// What the graphs are made for; they are slow elsewhere or do not run.
     pub provider: Provider,
-    pub tasks: Vec<Task>,
+    pub tasks: Vec<CompileTask>,
     pub architecture: Architecture,
     /// Where `embed` ends: its features are of layers 0 to this one.
     pub feature_layer: usize,
@@ -63,7 +63,7 @@ pub struct SourceFacts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GraphFacts {
     pub file: String,
-    pub task: Task,
+    pub task: CompileTask,
     pub n_layers: usize,
     /// Multiplications and additions for one image.
     pub flop: u64,

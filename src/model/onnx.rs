@@ -17,7 +17,7 @@ pub const MICROSOFT: &str = "com.microsoft";
 pub const IMAGEGPT: &str = "imagegpt";
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Model {
+pub struct ModelProto {
     #[prost(int64, tag = "1")]
     pub ir_version: i64,
     #[prost(message, repeated, tag = "8")]
@@ -27,7 +27,7 @@ pub struct Model {
     #[prost(string, tag = "3")]
     pub producer_version: String,
     #[prost(message, optional, tag = "7")]
-    pub graph: Option<Graph>,
+    pub graph: Option<GraphProto>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -39,21 +39,21 @@ pub struct OperatorSet {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Graph {
+pub struct GraphProto {
     #[prost(message, repeated, tag = "1")]
-    pub node: Vec<Node>,
+    pub node: Vec<NodeProto>,
     #[prost(string, tag = "2")]
     pub name: String,
     #[prost(message, repeated, tag = "5")]
-    pub initializer: Vec<Tensor>,
+    pub initializer: Vec<TensorProto>,
     #[prost(message, repeated, tag = "11")]
-    pub input: Vec<ValueInfo>,
+    pub input: Vec<ValueInfoProto>,
     #[prost(message, repeated, tag = "12")]
-    pub output: Vec<ValueInfo>,
+    pub output: Vec<ValueInfoProto>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Node {
+pub struct NodeProto {
     #[prost(string, repeated, tag = "1")]
     pub input: Vec<String>,
     #[prost(string, repeated, tag = "2")]
@@ -65,11 +65,11 @@ pub struct Node {
     #[prost(string, tag = "7")]
     pub domain: String,
     #[prost(message, repeated, tag = "5")]
-    pub attribute: Vec<Attribute>,
+    pub attribute: Vec<AttributeProto>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Attribute {
+pub struct AttributeProto {
     #[prost(string, tag = "1")]
     pub name: String,
     #[prost(enumeration = "AttributeType", tag = "20")]
@@ -83,7 +83,7 @@ pub struct Attribute {
     #[prost(float, repeated, tag = "7")]
     pub floats: Vec<f32>,
     #[prost(message, optional, tag = "5")]
-    pub t: Option<Tensor>,
+    pub t: Option<TensorProto>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
@@ -97,7 +97,7 @@ pub enum AttributeType {
     Floats = 6,
 }
 
-impl Attribute {
+impl AttributeProto {
     #[must_use]
     pub fn float(name: &str, value: f32) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl Attribute {
     }
 
     #[must_use]
-    pub fn tensor(name: &str, value: Tensor) -> Self {
+    pub fn tensor(name: &str, value: TensorProto) -> Self {
         Self {
             name: name.to_owned(),
             r#type: AttributeType::Tensor.into(),
@@ -150,7 +150,7 @@ impl Attribute {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Tensor {
+pub struct TensorProto {
     #[prost(int64, repeated, tag = "1")]
     pub dims: Vec<i64>,
     #[prost(enumeration = "DataType", tag = "2")]
@@ -166,7 +166,7 @@ pub struct Tensor {
     pub data_location: i32,
 }
 
-impl Tensor {
+impl TensorProto {
     /// A small constant that lies in the graph itself.
     #[must_use]
     pub fn int64s(name: &str, values: &[i64]) -> Self {
@@ -227,7 +227,7 @@ pub struct StringEntry {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct ValueInfo {
+pub struct ValueInfoProto {
     #[prost(string, tag = "1")]
     pub name: String,
     #[prost(message, optional, tag = "2")]
@@ -245,11 +245,11 @@ pub struct TensorType {
     #[prost(enumeration = "DataType", tag = "1")]
     pub elem_type: i32,
     #[prost(message, optional, tag = "2")]
-    pub shape: Option<Shape>,
+    pub shape: Option<TensorShapeProto>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Shape {
+pub struct TensorShapeProto {
     #[prost(message, repeated, tag = "1")]
     pub dim: Vec<Dimension>,
 }
@@ -275,7 +275,7 @@ pub enum Dim {
     Size(usize),
 }
 
-impl ValueInfo {
+impl ValueInfoProto {
     /// A tensor that enters or leaves a graph.
     #[must_use]
     pub fn tensor(name: &str, data_type: DataType, dims: &[Dim]) -> Self {
@@ -295,7 +295,7 @@ impl ValueInfo {
             r#type: Some(Type {
                 tensor_type: Some(TensorType {
                     elem_type: data_type.into(),
-                    shape: Some(Shape { dim }),
+                    shape: Some(TensorShapeProto { dim }),
                 }),
             }),
         }

@@ -80,7 +80,7 @@ impl Precision {
     clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
-pub enum Task {
+pub enum CompileTask {
     /// Features of each layer up to the feature layer, pooled over positions.
     Embed,
     /// The last hidden state of every position.
@@ -93,7 +93,7 @@ pub enum Task {
     Generate,
 }
 
-impl Task {
+impl CompileTask {
     pub const ALL: [Self; 5] = [
         Self::Embed,
         Self::Hidden,

@@ -103,7 +103,7 @@ fn element_bits(data_type: i32) -> Option<u64> {
 
 /// Facts that a graph states.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Summary {
+pub(crate) struct GraphSummary {
     pub(crate) external: Vec<ExternalTensor>,
     /// An operator that mixes the images of a batch.
     pub(crate) batch_scaled: Option<&'static str>,
@@ -114,7 +114,7 @@ pub(crate) struct Summary {
 /// # Errors
 ///
 /// When it is no ONNX graph, or beyond a limit.
-pub(crate) fn look(graph: &[u8]) -> Result<Summary, String> {
+pub(crate) fn look(graph: &[u8]) -> Result<GraphSummary, String> {
     let mut walk = Walk::default();
     walk.message(Kind::Model, graph, Place::default())?;
     Ok(walk.summary())
@@ -200,11 +200,11 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn summary(self) -> Summary {
+    fn summary(self) -> GraphSummary {
         let constants = &self.constants;
         let is_found = |scale: &&[u8]| !constants.contains(scale);
         let found = self.scales.iter().any(is_found).then_some(QUANTIZE);
-        Summary {
+        GraphSummary {
             batch_scaled: self.batch_scaled.or(found),
             external: self.external,
         }

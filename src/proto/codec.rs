@@ -133,38 +133,38 @@ fn infer_growth(message: &[u8]) -> usize {
 }
 
 /// A message that may be looked at before it is decoded.
-pub(crate) trait Scan {
+pub(crate) trait ScanMessage {
     /// Refuses what would grow out of bounds.
     fn scan(_message: &[u8]) -> Result<(), String> {
         Ok(())
     }
 }
 
-impl Scan for pb::EmbedRequest {
+impl ScanMessage for pb::EmbedRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         scan_images(message)
     }
 }
 
-impl Scan for pb::ClassifyRequest {
+impl ScanMessage for pb::ClassifyRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         scan_images(message)
     }
 }
 
-impl Scan for pb::TokenizeRequest {
+impl ScanMessage for pb::TokenizeRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         scan_images(message)
     }
 }
 
-impl Scan for pb::ScoreRequest {
+impl ScanMessage for pb::ScoreRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         scan_images(message)
     }
 }
 
-impl Scan for pb::GenerateRequest {
+impl ScanMessage for pb::GenerateRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         // A prefix, or one image with a byte for each of its pixels, and a few
         // numbers. What is given several times is put together.
@@ -181,7 +181,7 @@ impl Scan for pb::GenerateRequest {
     }
 }
 
-impl Scan for pb::EmbedStreamRequest {
+impl ScanMessage for pb::EmbedStreamRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         // An opening holds options only, an item at most one image. What is given
         // several times is put together.
@@ -197,7 +197,7 @@ impl Scan for pb::EmbedStreamRequest {
     }
 }
 
-impl Scan for inference::ModelInferRequest {
+impl ScanMessage for inference::ModelInferRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
         let (mut n_tensors, mut n_other_bytes) = (0, 0);
         let mut contents = ContentsSize::default();
@@ -264,34 +264,34 @@ impl ContentsSize {
     }
 }
 
-impl Scan for pb::GetModelRequest {}
+impl ScanMessage for pb::GetModelRequest {}
 // A few names, which keep their size.
-impl Scan for inference::ServerLiveRequest {}
-impl Scan for inference::ServerReadyRequest {}
-impl Scan for inference::ModelReadyRequest {}
-impl Scan for inference::ServerMetadataRequest {}
-impl Scan for inference::ModelMetadataRequest {}
-impl Scan for inference::ModelConfigRequest {}
-impl Scan for inference::ModelStatisticsRequest {}
-impl Scan for inference::RepositoryIndexRequest {}
+impl ScanMessage for inference::ServerLiveRequest {}
+impl ScanMessage for inference::ServerReadyRequest {}
+impl ScanMessage for inference::ModelReadyRequest {}
+impl ScanMessage for inference::ServerMetadataRequest {}
+impl ScanMessage for inference::ModelMetadataRequest {}
+impl ScanMessage for inference::ModelConfigRequest {}
+impl ScanMessage for inference::ModelStatisticsRequest {}
+impl ScanMessage for inference::RepositoryIndexRequest {}
 // A client trusts the worker that it chose.
-impl Scan for pb::EmbedResponse {}
-impl Scan for pb::EmbedStreamResponse {}
-impl Scan for pb::ClassifyResponse {}
-impl Scan for pb::TokenizeResponse {}
-impl Scan for pb::ScoreResponse {}
-impl Scan for pb::GenerateResponse {}
-impl Scan for pb::GetModelResponse {}
-impl Scan for inference::ServerLiveResponse {}
-impl Scan for inference::ServerReadyResponse {}
-impl Scan for inference::ModelReadyResponse {}
-impl Scan for inference::ServerMetadataResponse {}
-impl Scan for inference::ModelMetadataResponse {}
-impl Scan for inference::ModelInferResponse {}
-impl Scan for inference::ModelStreamInferResponse {}
-impl Scan for inference::ModelConfigResponse {}
-impl Scan for inference::ModelStatisticsResponse {}
-impl Scan for inference::RepositoryIndexResponse {}
+impl ScanMessage for pb::EmbedResponse {}
+impl ScanMessage for pb::EmbedStreamResponse {}
+impl ScanMessage for pb::ClassifyResponse {}
+impl ScanMessage for pb::TokenizeResponse {}
+impl ScanMessage for pb::ScoreResponse {}
+impl ScanMessage for pb::GenerateResponse {}
+impl ScanMessage for pb::GetModelResponse {}
+impl ScanMessage for inference::ServerLiveResponse {}
+impl ScanMessage for inference::ServerReadyResponse {}
+impl ScanMessage for inference::ModelReadyResponse {}
+impl ScanMessage for inference::ServerMetadataResponse {}
+impl ScanMessage for inference::ModelMetadataResponse {}
+impl ScanMessage for inference::ModelInferResponse {}
+impl ScanMessage for inference::ModelStreamInferResponse {}
+impl ScanMessage for inference::ModelConfigResponse {}
+impl ScanMessage for inference::ModelStatisticsResponse {}
+impl ScanMessage for inference::RepositoryIndexResponse {}
 
 /// All requests with images have them in field 1.
 const IMAGES: u64 = 1;
@@ -461,7 +461,7 @@ impl<T, U> Default for ScanningCodec<T, U> {
 impl<T, U> Codec for ScanningCodec<T, U>
 where
     T: prost::Message + Send + 'static,
-    U: prost::Message + Scan + Default + Send + 'static,
+    U: prost::Message + ScanMessage + Default + Send + 'static,
 {
     type Encode = T;
     type Decode = U;
@@ -481,7 +481,7 @@ where
 #[derive(Debug)]
 pub(crate) struct ScanningDecoder<U>(PhantomData<U>);
 
-impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
+impl<U: prost::Message + ScanMessage + Default> Decoder for ScanningDecoder<U> {
     type Item = U;
     type Error = Status;
 
@@ -507,7 +507,9 @@ impl<U: prost::Message + Scan + Default> Decoder for ScanningDecoder<U> {
 ///
 /// INVALID_ARGUMENT for bytes that are no message of this kind, or that would
 /// grow out of bounds.
-pub(crate) fn decode<U: prost::Message + Scan + Default>(message: Bytes) -> Result<U, Status> {
+pub(crate) fn decode<U: prost::Message + ScanMessage + Default>(
+    message: Bytes,
+) -> Result<U, Status> {
     U::scan(&message).map_err(|reason| malformed(&reason))?;
     U::decode(message).map_err(|error| malformed(&format!("request: {error}")))
 }

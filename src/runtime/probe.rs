@@ -5,7 +5,8 @@ use ort::value::Tensor;
 use prost::Message as _;
 
 use crate::model::onnx::{
-    DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, ValueInfo,
+    DataType, Dim, GraphProto, IR_VERSION, ModelProto, NodeProto, OPSET, OperatorSet,
+    ValueInfoProto,
 };
 use crate::runtime::Runtime;
 use crate::runtime::error::EngineError;
@@ -24,26 +25,26 @@ pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
         operators: None,
         ..runtime.clone()
     };
-    let value = |name| ValueInfo::tensor(name, DataType::Float, &[Dim::Size(1)]);
-    let model = Model {
+    let value = |name| ValueInfoProto::tensor(name, DataType::Float, &[Dim::Size(1)]);
+    let model = ModelProto {
         ir_version: IR_VERSION,
         opset_import: vec![OperatorSet {
             domain: String::new(),
             version: OPSET,
         }],
-        graph: Some(Graph {
+        graph: Some(GraphProto {
             name: "probe".to_owned(),
-            node: vec![Node {
+            node: vec![NodeProto {
                 op_type: "Neg".to_owned(),
                 input: vec!["x".to_owned()],
                 output: vec!["y".to_owned()],
-                ..Node::default()
+                ..NodeProto::default()
             }],
             input: vec![value("x")],
             output: vec![value("y")],
-            ..Graph::default()
+            ..GraphProto::default()
         }),
-        ..Model::default()
+        ..ModelProto::default()
     };
     let run = |text: &[u8]| -> ort::Result<()> {
         let mut session = plain.builder()?.commit_from_memory(text)?;

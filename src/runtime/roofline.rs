@@ -19,14 +19,14 @@ use prost::Message as _;
 use super::error::EngineError;
 use super::{Residence, Runtime};
 use crate::model::onnx::{
-    DataType, Dim, Graph, IR_VERSION, Model, Node, OPSET, OperatorSet, Tensor as Constant,
-    ValueInfo,
+    DataType, Dim, GraphProto, IR_VERSION, ModelProto, NodeProto, OPSET, OperatorSet,
+    TensorProto as Constant, ValueInfoProto,
 };
 use crate::model::precision::{Precision, Provider};
 
 /// Where and how products are computed.
 #[derive(Debug, Clone, Copy)]
-pub struct Options<'a> {
+pub struct RooflineOptions<'a> {
     /// The runtime's library.
     pub library: &'a Path,
     pub provider: Provider,
@@ -57,7 +57,7 @@ impl Roofline {
     ///
     /// When the library or the provider cannot be used, or memory does not
     /// suffice.
-    pub fn new(options: &Options<'_>) -> Result<Self, EngineError> {
+    pub fn new(options: &RooflineOptions<'_>) -> Result<Self, EngineError> {
         let runtime_error = |error: ort::Error| EngineError::Runtime(error.to_string());
         let (data_type, precision) = match options.precision {
             Precision::Fp32 | Precision::Int8 => (DataType::Float, "fp32"),
@@ -133,18 +133,23 @@ impl Roofline {
 }
 
 /// x W W ⋯ W.
-pub(super) fn chain(side: usize, n_products: usize, data_type: DataType, factor: &[f32]) -> Model {
+pub(super) fn chain(
+    side: usize,
+    n_products: usize,
+    data_type: DataType,
+    factor: &[f32],
+) -> ModelProto {
     let name = |idx: usize| match idx {
         0 => "x".to_owned(),
         _ if idx == n_products => "y".to_owned(),
         _ => format!("x.{idx}"),
     };
-    let node = (0..n_products).map(|idx| Node {
+    let node = (0..n_products).map(|idx| NodeProto {
         input: vec![name(idx), "w".to_owned()],
         output: vec![name(idx + 1)],
         name: format!("product.{idx}"),
         op_type: "MatMul".to_owned(),
-        ..Node::default()
+        ..NodeProto::default()
     });
     let shape = [Dim::Size(side), Dim::Size(side)];
     let weight = Constant {
@@ -154,7 +159,7 @@ pub(super) fn chain(side: usize, n_products: usize, data_type: DataType, factor:
         raw_data: data_type.bytes(factor),
         ..Constant::default()
     };
-    Model {
+    ModelProto {
         ir_version: IR_VERSION,
         opset_import: vec![OperatorSet {
             domain: String::new(),
@@ -162,12 +167,12 @@ pub(super) fn chain(side: usize, n_products: usize, data_type: DataType, factor:
         }],
         producer_name: env!("CARGO_PKG_NAME").to_owned(),
         producer_version: env!("CARGO_PKG_VERSION").to_owned(),
-        graph: Some(Graph {
+        graph: Some(GraphProto {
             node: node.collect(),
             name: "roofline".to_owned(),
             initializer: vec![weight],
-            input: vec![ValueInfo::tensor("x", data_type, &shape)],
-            output: vec![ValueInfo::tensor("y", data_type, &shape)],
+            input: vec![ValueInfoProto::tensor("x", data_type, &shape)],
+            output: vec![ValueInfoProto::tensor("y", data_type, &shape)],
         }),
     }
 }

@@ -12,13 +12,13 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub use super::capacity::{Pool, Share};
-use crate::imaging::Picture;
-use crate::serve::class::Class;
+pub use super::capacity::{CapacityPool, CapacityShare};
+use crate::imaging::ImageRequest;
+use crate::serve::class::Priority;
 use crate::serve::error::Error;
-use crate::serve::job::{Answer, Job, Permit, Reply, Ticket, Work};
-use crate::serve::preprocess::Desk;
-use crate::serve::preprocess::queue::Door;
+use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
+use crate::serve::preprocess::Preprocessing;
+use crate::serve::preprocess::queue::QueueEntrance;
 
 /// Bounds on what may be in the worker at once.
 #[derive(Debug, Clone, Copy)]
@@ -34,10 +34,10 @@ pub struct Capacity {
 
 /// One call, as admission sees it.
 #[derive(Debug)]
-pub struct Call {
+pub struct AdmissionCall {
     /// Each image with what is wanted of it.
-    pub images: Vec<(Picture, Work)>,
-    pub class: Class,
+    pub images: Vec<(ImageRequest, RequestedWork)>,
+    pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
     /// Where the call's log lines belong.
@@ -46,10 +46,10 @@ pub struct Call {
 
 /// One item of a stream, as admission sees it.
 #[derive(Debug)]
-pub struct Item {
-    pub picture: Picture,
-    pub work: Work,
-    pub class: Class,
+pub struct StreamItem {
+    pub picture: ImageRequest,
+    pub work: RequestedWork,
+    pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
     /// Where the stream's log lines belong.
@@ -62,7 +62,7 @@ pub struct Bytes {
     /// Bytes of the pictures, until the last of them is answered.
     pub request: usize,
     /// Share that was taken for the pictures while they arrived; more than they need or less.
-    pub arrived: Share,
+    pub arrived: CapacityShare,
     /// Bytes of the answer, until that has been taken.
     pub answer: usize,
 }
@@ -84,16 +84,16 @@ type Outcome = Result<Answer, Error>;
 /// The outcomes of a call's images. Dropped before all have come, it tells the
 /// stages that nobody waits for the rest.
 #[derive(Debug)]
-pub struct Pending {
+pub struct PendingAnswers {
     /// In the call's order.
     outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
     /// Keeps the answer's bytes accounted for until the caller has taken it; the
     /// pictures' are free once the last is answered.
-    pub bytes: Arc<Share>,
-    door: Arc<Door>,
+    pub bytes: Arc<CapacityShare>,
+    door: Arc<QueueEntrance>,
 }
 
-impl Pending {
+impl PendingAnswers {
     /// The outcome of the next image, in the call's order; `None` after the
     /// last.
     pub async fn next(&mut self) -> Option<Outcome> {
@@ -106,7 +106,7 @@ impl Pending {
     }
 }
 
-impl Drop for Pending {
+impl Drop for PendingAnswers {
     fn drop(&mut self) {
         if self.outcomes.len() > 0 {
             // Their replies see it from now on.
@@ -119,33 +119,38 @@ impl Drop for Pending {
 /// The door of the worker. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Admission {
-    images: Pool,
-    bytes: Pool,
-    samples: Pool,
+    images: CapacityPool,
+    bytes: CapacityPool,
+    samples: CapacityPool,
     drain: DrainRate,
-    door: Arc<Door>,
-    desk: Desk,
+    door: Arc<QueueEntrance>,
+    preprocessing: Preprocessing,
 }
 
 impl Admission {
     #[must_use]
-    pub(crate) fn new(capacity: Capacity, drain: DrainRate, door: Door, desk: Desk) -> Self {
+    pub(crate) fn new(
+        capacity: Capacity,
+        drain: DrainRate,
+        door: QueueEntrance,
+        preprocessing: Preprocessing,
+    ) -> Self {
         Self {
-            images: Pool::new(capacity.images, capacity.interactive_reserve),
-            bytes: Pool::new(capacity.bytes, capacity.interactive_reserve),
-            samples: Pool::new(capacity.samples, capacity.interactive_reserve),
+            images: CapacityPool::new(capacity.images, capacity.interactive_reserve),
+            bytes: CapacityPool::new(capacity.bytes, capacity.interactive_reserve),
+            samples: CapacityPool::new(capacity.samples, capacity.interactive_reserve),
             drain,
             door: Arc::new(door),
-            desk,
+            preprocessing,
         }
     }
 
     /// The way of an image from here on: to a preprocessing thread, or straight
     /// to the batcher where there is nothing to decode.
-    fn enter(&self, job: Job<Picture>) {
+    fn enter(&self, job: Job<ImageRequest>) {
         match job.work {
-            Work::Infer { .. } | Work::Tokenize if job.payload.is_tokens() => {
-                self.desk.tokenize(job);
+            RequestedWork::Infer { .. } | RequestedWork::Tokenize if job.payload.is_tokens() => {
+                self.preprocessing.tokenize(job);
             }
             // Rows of an image to generate are encoded as it begins.
             _ => self.door.push(job),
@@ -163,7 +168,7 @@ impl Admission {
 
     /// Where bytes of requests that are still arriving are counted.
     #[must_use]
-    pub fn bytes(&self) -> Pool {
+    pub fn bytes(&self) -> CapacityPool {
         self.bytes.clone()
     }
 
@@ -173,7 +178,7 @@ impl Admission {
     /// # Errors
     ///
     /// As [`Admission::submit`].
-    pub fn samples(&self, class: Class, n: usize) -> Result<Share, Error> {
+    pub fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, Error> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
         fits(&self.samples, class, n, what, flag)?;
         self.samples
@@ -187,7 +192,7 @@ impl Admission {
     ///
     /// [`Error::Full`] when there is no room for the whole call now,
     /// [`Error::NeverFits`] when there never is.
-    pub fn submit(&self, call: Call) -> Result<Pending, Error> {
+    pub fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, Error> {
         self.submit_with(call, 0).map(|(pending, _)| pending)
     }
 
@@ -197,7 +202,11 @@ impl Admission {
     /// # Errors
     ///
     /// As [`Admission::submit`].
-    pub fn submit_with(&self, call: Call, spare: usize) -> Result<(Pending, Share), Error> {
+    pub fn submit_with(
+        &self,
+        call: AdmissionCall,
+        spare: usize,
+    ) -> Result<(PendingAnswers, CapacityShare), Error> {
         let n_images = call.images.len();
         let n_bytes = call.bytes.all() + spare;
         for (pool, n, what, flag) in [
@@ -242,7 +251,7 @@ impl Admission {
                 ticket,
             });
         }
-        let pending = Pending {
+        let pending = PendingAnswers {
             outcomes: outcomes.into_iter(),
             bytes: answer,
             door: Arc::clone(&self.door),
@@ -255,10 +264,10 @@ impl Admission {
     /// # Errors
     ///
     /// [`Error::NeverFits`] when there never is.
-    pub async fn submit_when_room(&self, item: Item) -> Result<Pending, Error> {
+    pub async fn submit_when_room(&self, item: StreamItem) -> Result<PendingAnswers, Error> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
         // Whoever waits has only what bulk work has too.
-        fits(&self.bytes, Class::Bulk, item.bytes.all(), what, flag)?;
+        fits(&self.bytes, Priority::Bulk, item.bytes.all(), what, flag)?;
         // Always in this order, and whoever holds both is in the line and
         // ends: so nobody waits for somebody who waits. Bytes first: they come
         // back when readers take their answers, which may be never, and an
@@ -292,7 +301,7 @@ impl Admission {
             work: item.work,
             ticket,
         });
-        Ok(Pending {
+        Ok(PendingAnswers {
             outcomes: vec![outcome].into_iter(),
             bytes: answer,
             door: Arc::clone(&self.door),
@@ -311,8 +320,8 @@ impl Admission {
 
 /// Refuses what a class can never have of a pool.
 fn fits(
-    pool: &Pool,
-    class: Class,
+    pool: &CapacityPool,
+    class: Priority,
     n: usize,
     what: &'static str,
     flag: &'static str,
@@ -344,8 +353,8 @@ fn jitter() -> f64 {
 /// How full the worker is.
 #[derive(Debug, Clone)]
 pub struct Occupancy {
-    images: Pool,
-    bytes: Pool,
+    images: CapacityPool,
+    bytes: CapacityPool,
 }
 
 impl Occupancy {
@@ -381,26 +390,26 @@ mod tests {
     use super::*;
     use crate::imaging::{ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor};
     use crate::model::graph::{Context, Want};
-    use crate::serve::batcher::Arrival;
+    use crate::serve::batcher::PreparedWork;
     use crate::serve::metrics::Metrics;
-    use crate::serve::preprocess::queue::{Queue, Reach, queue};
+    use crate::serve::preprocess::queue::{PreprocessQueue, ThreadReach, queue};
 
-    fn picture() -> Picture {
-        Picture {
+    fn picture() -> ImageRequest {
+        ImageRequest {
             input: ImageInput::Encoded(bytes::Bytes::new()),
             options: PreprocessOptions::default(),
         }
     }
 
     /// For models of one pixel and two colors.
-    fn desk(batcher: crossbeam_channel::Sender<Arrival>) -> Desk {
+    fn preprocessing(batcher: crossbeam_channel::Sender<PreparedWork>) -> Preprocessing {
         let palette = Palette::new(vec![[-1.0; 3], [1.0; 3]]).expect("a palette");
         let limits = ImageLimits {
             image_bytes_max: 1,
             image_pixels_max: 1,
             decode_bytes_max: 1,
         };
-        Desk {
+        Preprocessing {
             preprocessor: Arc::new(Preprocessor::new(&palette, 1, limits)),
             decode_cpu_time_max: Duration::from_mins(1),
             batcher,
@@ -408,10 +417,12 @@ mod tests {
         }
     }
 
-    fn call(n_images: usize, bytes: usize) -> Call {
-        Call {
-            images: (0..n_images).map(|_| (picture(), Work::Tokenize)).collect(),
-            class: Class::Interactive,
+    fn call(n_images: usize, bytes: usize) -> AdmissionCall {
+        AdmissionCall {
+            images: (0..n_images)
+                .map(|_| (picture(), RequestedWork::Tokenize))
+                .collect(),
+            class: Priority::Interactive,
             bytes: Bytes {
                 answer: bytes,
                 ..Default::default()
@@ -421,11 +432,11 @@ mod tests {
         }
     }
 
-    fn item(bytes: usize) -> Item {
-        Item {
+    fn item(bytes: usize) -> StreamItem {
+        StreamItem {
             picture: picture(),
-            work: Work::Tokenize,
-            class: Class::Bulk,
+            work: RequestedWork::Tokenize,
+            class: Priority::Bulk,
             bytes: Bytes {
                 answer: bytes,
                 ..Default::default()
@@ -435,14 +446,14 @@ mod tests {
         }
     }
 
-    fn admission() -> (Admission, Arc<Queue>, DrainRate) {
+    fn admission() -> (Admission, Arc<PreprocessQueue>, DrainRate) {
         let (batcher, _) = crossbeam_channel::bounded(1);
         admission_before(batcher)
     }
 
     fn admission_before(
-        batcher: crossbeam_channel::Sender<Arrival>,
-    ) -> (Admission, Arc<Queue>, DrainRate) {
+        batcher: crossbeam_channel::Sender<PreparedWork>,
+    ) -> (Admission, Arc<PreprocessQueue>, DrainRate) {
         let (bell, _) = crossbeam_channel::bounded(1);
         let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
         let capacity = Capacity {
@@ -452,7 +463,7 @@ mod tests {
             interactive_reserve: 25,
         };
         let drain = DrainRate::default();
-        let admission = Admission::new(capacity, drain.clone(), door, desk(batcher));
+        let admission = Admission::new(capacity, drain.clone(), door, preprocessing(batcher));
         (admission, queue, drain)
     }
 
@@ -481,7 +492,7 @@ mod tests {
             1,
             "a refusal keeps no images"
         );
-        let job = queue.next(Reach::Any).expect("a job");
+        let job = queue.next(ThreadReach::Any).expect("a job");
         job.ticket.finish(Err(Error::Lost));
         assert_eq!(admission.occupancy().images(), 0);
         assert_eq!(
@@ -500,8 +511,8 @@ mod tests {
             admission.submit(call(5, 1)),
             Err(Error::NeverFits { max: 4, .. })
         ));
-        let bulk = Call {
-            class: Class::Bulk,
+        let bulk = AdmissionCall {
+            class: Priority::Bulk,
             ..call(4, 1)
         };
         assert!(matches!(
@@ -517,34 +528,34 @@ mod tests {
         drop(pending);
         assert_eq!(admission.occupancy().images(), 0);
         drop(admission);
-        assert!(queue.next(Reach::Any).is_none());
+        assert!(queue.next(ThreadReach::Any).is_none());
     }
 
     #[test]
     fn tokens_go_straight_to_the_batcher() {
         let (batcher, arrivals) = crossbeam_channel::bounded(1);
         let (admission, queue, _) = admission_before(batcher);
-        let infer = Work::Infer {
+        let infer = RequestedWork::Infer {
             context: Context::Raw,
             want: Want::Mean,
         };
-        let tokens = |id| Picture {
+        let tokens = |id| ImageRequest {
             input: ImageInput::Tokens(vec![id]),
             options: PreprocessOptions::default(),
         };
         let images = vec![
             (tokens(1), infer.clone()),
             (tokens(7), infer.clone()),
-            (tokens(0), Work::Tokenize),
+            (tokens(0), RequestedWork::Tokenize),
             (picture(), infer),
         ];
         let mut pending = admission
-            .submit(Call {
+            .submit(AdmissionCall {
                 images,
                 ..call(0, 10)
             })
             .expect("room");
-        let Ok(Arrival::Row(row)) = arrivals.try_recv() else {
+        let Ok(PreparedWork::Row(row)) = arrivals.try_recv() else {
             panic!("the first is at the batcher");
         };
         assert_eq!(*row.payload, [1]);
@@ -554,7 +565,9 @@ mod tests {
         assert!(matches!(said(), Some(Ok(Err(Error::Image(_))))));
         assert!(matches!(said(), Some(Ok(Ok(Answer::Tokens(ids)))) if *ids == [0]));
         assert!(said().is_some_and(|waits| waits.is_err()));
-        let job = queue.next(Reach::Any).expect("the last waits for a thread");
+        let job = queue
+            .next(ThreadReach::Any)
+            .expect("the last waits for a thread");
         assert!(!job.payload.is_tokens());
     }
 
@@ -563,8 +576,8 @@ mod tests {
         let (admission, queue, _) = admission();
         let mut pending = admission.submit(call(2, 10)).expect("room");
         let (first, second) = (
-            queue.next(Reach::Any).expect("one"),
-            queue.next(Reach::Any).expect("two"),
+            queue.next(ThreadReach::Any).expect("one"),
+            queue.next(ThreadReach::Any).expect("two"),
         );
         second.ticket.finish(Ok(Answer::Values(vec![2.0])));
         first.ticket.finish(Ok(Answer::Values(vec![1.0])));
@@ -586,7 +599,7 @@ mod tests {
         tokio::pin!(waiting);
         assert!(futures_pending(waiting.as_mut()).await);
         queue
-            .next(Reach::Any)
+            .next(ThreadReach::Any)
             .expect("a job")
             .ticket
             .finish(Err(Error::Lost));
@@ -594,7 +607,7 @@ mod tests {
         let error = admission.submit_when_room(item(76)).await;
         assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
         let mut interactive = item(76);
-        interactive.class = Class::Interactive;
+        interactive.class = Priority::Interactive;
         let error = admission.submit_when_room(interactive).await;
         assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
     }

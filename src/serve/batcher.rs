@@ -23,29 +23,29 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
-pub(crate) use self::engines::Line;
-use self::engines::{Engines, Running};
+pub(crate) use self::engines::EngineLine;
+use self::engines::{Engines, RunningBatch};
 use self::policy::Policy;
-use self::queue::{Entry, Place};
-use self::scheduler::{Next, Picked, Scheduler};
-use self::sequences::Waiting as WaitingSequences;
+use self::queue::{QueuePosition, QueuedWork};
+use self::scheduler::{NextTurn, Picked, Scheduler};
+use self::sequences::WaitingSequences;
 use crate::model::graph::Graph;
-use crate::serve::cache::{Cache, Key};
+use crate::serve::cache::{AnswerCache, AnswerKey};
 use crate::serve::capacity::DrainRate;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::error::{Error, Stage};
-use crate::serve::job::{Answer, Crowd, Job, Work};
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::job::{Answer, CoalescedWaiters, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::{Batch, Notice, Slot, Turn, Unit};
+use crate::serve::turn::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 type TokenJob = Job<Arc<[u16]>>;
 
 /// What preprocessing hands on.
 #[derive(Debug)]
-pub(crate) enum Arrival {
+pub(crate) enum PreparedWork {
     /// One row of a run.
     Row(TokenJob),
     /// An image to generate.
@@ -66,16 +66,16 @@ const SWEEP_PAUSE: u32 = 9;
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
     /// From preprocessing.
-    pub(crate) jobs: Receiver<Arrival>,
+    pub(crate) jobs: Receiver<PreparedWork>,
     /// From admission, when callers have gone.
     pub(crate) bell: Receiver<()>,
     /// From the engines.
-    pub(crate) notices: Receiver<Notice>,
+    pub(crate) notices: Receiver<EngineNotice>,
 }
 
 /// What the batcher shares with others.
-pub(crate) struct Shared {
-    pub(crate) cache: Cache,
+pub(crate) struct BatcherParts {
+    pub(crate) cache: AnswerCache,
     pub(crate) drain: DrainRate,
     /// Percent of the sequences that bulk cannot have.
     pub(crate) interactive_reserve: u8,
@@ -88,7 +88,7 @@ pub(crate) struct Shared {
 pub(crate) struct Batcher(Arc<Mutex<State>>);
 
 impl Batcher {
-    pub(crate) fn new(policy: Policy, engines: Vec<Line>, shared: Shared) -> Self {
+    pub(crate) fn new(policy: Policy, engines: Vec<EngineLine>, shared: BatcherParts) -> Self {
         let sequences = WaitingSequences::new(shared.interactive_reserve, policy.bulk_wait_max);
         Self(Arc::new(Mutex::new(State {
             scheduler: Scheduler::new(policy, engines.len()),
@@ -108,14 +108,14 @@ impl Batcher {
 
     /// An engine is free. When this returns it has its turn, if there is one for
     /// it already; if not, the batcher's thread is told.
-    pub(crate) fn free(&self, slot: Slot, notices: &Sender<Notice>) {
+    pub(crate) fn free(&self, slot: EngineSlot, notices: &Sender<EngineNotice>) {
         let device = slot.device;
         let mut state = self.lock();
         state.ended(slot);
         state.look();
         if state.engines.is_free(device) {
             // Where there is no room, the thread is still to look.
-            let _ = notices.try_send(Notice::Free);
+            let _ = notices.try_send(EngineNotice::Free);
         }
     }
 }
@@ -141,9 +141,9 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     let _hang_up = HangUp(batcher);
     let remembered = Remembered::of(&batcher.lock().shared);
     let pay = |notice| {
-        if let Notice::Ran(owed) = notice {
-            for owed in owed {
-                owed.pay(&remembered.cache);
+        if let EngineNotice::Ran(replies) = notice {
+            for reply in replies {
+                reply.deliver(&remembered.cache);
             }
         }
     };
@@ -160,7 +160,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
         };
         let mut event = match wait(channels, draining, wake) {
             // Without the lock, for which an engine may wait.
-            Event::Notice(notice @ Notice::Ran(_)) => {
+            Event::Notice(notice @ EngineNotice::Ran(_)) => {
                 pay(notice);
                 Event::Tick
             }
@@ -182,7 +182,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
             state.show();
         }
         match event {
-            Event::Notice(Notice::Gone(device)) => {
+            Event::Notice(EngineNotice::Gone(device)) => {
                 state.gone(device);
                 if state.engines.is_empty() {
                     state.refuse_all();
@@ -204,7 +204,9 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
                 drop(state);
                 return refuse_arrivals(channels);
             }
-            Event::Notice(Notice::Free | Notice::Ran(_)) | Event::Job(_) | Event::Tick => {}
+            Event::Notice(EngineNotice::Free | EngineNotice::Ran(_))
+            | Event::Job(_)
+            | Event::Tick => {}
         }
         let now = Instant::now();
         if sweep_at.is_some_and(|at| at <= now) {
@@ -221,12 +223,12 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
 /// Answers that need no run. They are given without the lock, since copying them
 /// takes a while.
 struct Remembered {
-    cache: Cache,
+    cache: AnswerCache,
     metrics: Metrics,
 }
 
 impl Remembered {
-    fn of(shared: &Shared) -> Self {
+    fn of(shared: &BatcherParts) -> Self {
         Self {
             cache: shared.cache.clone(),
             metrics: shared.metrics.clone(),
@@ -234,22 +236,27 @@ impl Remembered {
     }
 
     /// Answers what arrives, or gives it back.
-    fn answer(&self, arrival: Arrival) -> Option<Arrival> {
-        let Arrival::Row(mut job) = arrival else {
+    fn answer(&self, arrival: PreparedWork) -> Option<PreparedWork> {
+        let PreparedWork::Row(mut job) = arrival else {
             return Some(arrival);
         };
-        let Work::Infer { want, .. } = job.work else {
-            return Some(Arrival::Row(job));
+        let RequestedWork::Infer { want, .. } = job.work else {
+            return Some(PreparedWork::Row(job));
         };
-        if !self.cache.is_on() || job.ticket.dead(Instant::now(), Stage::Queue).is_some() {
-            return Some(Arrival::Row(job));
+        if !self.cache.is_on()
+            || job
+                .ticket
+                .dead(Instant::now(), RequestStage::Queue)
+                .is_some()
+        {
+            return Some(PreparedWork::Row(job));
         }
-        let key = Key::new(want, job.payload);
+        let key = AnswerKey::new(want, job.payload);
         let found = self.cache.get(&key);
         self.metrics.cache(found.is_some());
         let Some(values) = found else {
             job.payload = key.tokens;
-            return Some(Arrival::Row(job));
+            return Some(PreparedWork::Row(job));
         };
         let answer = Answer::of(want, &key.tokens, values.to_vec());
         job.ticket.finish(Ok(answer));
@@ -281,8 +288,8 @@ enum Fed {
     reason = "there is one at a time, on the stack"
 )]
 enum Event {
-    Job(Arrival),
-    Notice(Notice),
+    Job(PreparedWork),
+    Notice(EngineNotice),
     Bell,
     NoMoreJobs,
     EnginesGone,
@@ -316,19 +323,19 @@ fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
 /// Work that waits.
 #[derive(Debug)]
 struct Waiting {
-    key: Key,
-    crowd: Arc<Crowd>,
+    key: AnswerKey,
+    waiters: Arc<CoalescedWaiters>,
 }
 
 /// Where work is that others may join.
 struct Known {
-    crowd: Arc<Crowd>,
+    waiters: Arc<CoalescedWaiters>,
     at: At,
 }
 
 #[derive(Clone, Copy)]
 enum At {
-    Queue(Place),
+    Queue(QueuePosition),
     Engine(DeviceIdx),
 }
 
@@ -336,12 +343,12 @@ struct State {
     scheduler: Scheduler<Waiting>,
     sequences: WaitingSequences,
     /// By what it is, so that identical work is found.
-    known: HashMap<Key, Known>,
+    known: HashMap<AnswerKey, Known>,
     engines: Engines,
     /// Whether the worker shuts down and waits for nobody.
     draining: bool,
     batch_id: u64,
-    shared: Shared,
+    shared: BatcherParts,
 }
 
 impl State {
@@ -368,33 +375,33 @@ impl State {
         for device in self.engines.free() {
             let steps = self.sequences.steps(device);
             match self.scheduler.next(device, now, self.draining, steps) {
-                Next::Run(picked) => {
+                NextTurn::Run(picked) => {
                     if let Some((batch, running)) = self.form(device, picked, now) {
-                        let turn = Turn::Batch(batch);
+                        let turn = EngineTurn::Batch(batch);
                         self.engines.give(device, turn, Some(running));
                     }
                     return Fed::Given;
                 }
-                Next::Step => {
+                NextTurn::Step => {
                     let joining = self.join(device, now);
-                    let turn = Turn::Step {
+                    let turn = EngineTurn::Step {
                         joining,
                         possible_since: steps.map_or(now, |steps| steps.since),
                     };
                     self.engines.give(device, turn, None);
                     return Fed::Given;
                 }
-                Next::WaitUntil(at) => wake = earlier(wake, Some(at)),
-                Next::Idle => {}
+                NextTurn::WaitUntil(at) => wake = earlier(wake, Some(at)),
+                NextTurn::Idle => {}
             }
         }
         wake.map_or(Fed::Nothing, Fed::WaitUntil)
     }
 
-    fn push(&mut self, arrival: Arrival) {
+    fn push(&mut self, arrival: PreparedWork) {
         match arrival {
-            Arrival::Row(job) => self.push_row(job),
-            Arrival::Sequence(sequence) => self.push_sequence(sequence),
+            PreparedWork::Row(job) => self.push_row(job),
+            PreparedWork::Sequence(sequence) => self.push_sequence(sequence),
         }
     }
 
@@ -407,7 +414,7 @@ impl State {
             let needed = step.saturating_mul(n_steps);
             (now + needed > ticket.deadline?).then_some(Error::DeadlineTooShort { needed })
         };
-        if let Some(error) = ticket.dead(now, Stage::Queue).or_else(too_late) {
+        if let Some(error) = ticket.dead(now, RequestStage::Queue).or_else(too_late) {
             self.shared.metrics.dead(&error);
             return sequence.finish(Err(error));
         }
@@ -426,7 +433,7 @@ impl State {
     }
 
     fn push_row(&mut self, job: TokenJob) {
-        let Work::Infer { want, .. } = job.work else {
+        let RequestedWork::Infer { want, .. } = job.work else {
             // Preprocessing answers Tokenize itself.
             debug_assert!(false, "a tokenize job reached the batcher");
             return;
@@ -434,14 +441,14 @@ impl State {
         let metrics = &self.shared.metrics;
         let now = Instant::now();
         let mut ticket = job.ticket;
-        if let Some(error) = ticket.dead(now, Stage::Queue) {
+        if let Some(error) = ticket.dead(now, RequestStage::Queue) {
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
-        let key = Key::new(want, job.payload);
+        let key = AnswerKey::new(want, job.payload);
         let (class, deadline) = (ticket.class, ticket.deadline);
         if let Some(known) = self.known.get_mut(&key) {
-            match known.crowd.join(ticket) {
+            match known.waiters.join(ticket) {
                 Ok(()) => {
                     metrics.coalesced();
                     self.urge(&key, class, deadline);
@@ -459,22 +466,22 @@ impl State {
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
-        let entry = Entry {
+        let entry = QueuedWork {
             arrived: ticket.entered_at,
             deadline,
             item: Waiting {
                 key: key.clone(),
-                crowd: Arc::new(Crowd::new(ticket)),
+                waiters: Arc::new(CoalescedWaiters::new(ticket)),
             },
         };
-        let crowd = Arc::clone(&entry.item.crowd);
+        let waiters = Arc::clone(&entry.item.waiters);
         let at = At::Queue(self.scheduler.queue.push(class, graph, entry));
-        self.known.insert(key, Known { crowd, at });
+        self.known.insert(key, Known { waiters, at });
     }
 
     /// Somebody more urgent has joined: the work moves up to where they would
     /// stand.
-    fn urge(&mut self, key: &Key, class: Class, deadline: Option<Instant>) {
+    fn urge(&mut self, key: &AnswerKey, class: Priority, deadline: Option<Instant>) {
         let Some(known) = self.known.get_mut(key) else {
             return;
         };
@@ -506,12 +513,12 @@ impl State {
         device: DeviceIdx,
         picked: Picked<Waiting>,
         now: Instant,
-    ) -> Option<(Batch, Running)> {
+    ) -> Option<(Batch, RunningBatch)> {
         let metrics = &self.shared.metrics;
         for entry in picked.late {
-            let Waiting { key, crowd } = entry.item;
-            let stage = Stage::Queue;
-            crowd.sweep(now, stage, |error| metrics.dead(error));
+            let Waiting { key, waiters } = entry.item;
+            let stage = RequestStage::Queue;
+            waiters.sweep(now, stage, |error| metrics.dead(error));
             // Only those whose deadline it is; it may be in time for the rest.
             let limit = entry.deadline.unwrap_or(now);
             let error = if limit > now {
@@ -522,15 +529,15 @@ impl State {
             } else {
                 Error::DeadlineExceeded { stage }
             };
-            let left = crowd.late(limit, &error, |error| metrics.dead(error));
+            let left = waiters.late(limit, &error, |error| metrics.dead(error));
             let Some(class) = left.class else {
                 self.known.remove(&key);
                 continue;
             };
-            let entry = Entry {
+            let entry = QueuedWork {
                 item: Waiting {
                     key: key.clone(),
-                    crowd,
+                    waiters,
                 },
                 arrived: entry.arrived,
                 deadline: left.deadline,
@@ -544,8 +551,8 @@ impl State {
         let mut running = Vec::with_capacity(picked.rows.len());
         let mut deadline: Option<Instant> = None;
         for entry in picked.rows {
-            let Waiting { key, crowd } = entry.item;
-            let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
+            let Waiting { key, waiters } = entry.item;
+            let left = waiters.sweep(now, RequestStage::Queue, |error| metrics.dead(error));
             if left.n_tickets == 0 {
                 // Nobody can join it without the lock.
                 self.known.remove(&key);
@@ -560,12 +567,12 @@ impl State {
                 known.at = At::Engine(device);
             }
             deadline = earlier(deadline, left.deadline);
-            units.push(Unit {
+            units.push(BatchUnit {
                 tokens: Arc::clone(&key.tokens),
                 want: key.want,
-                crowd: Arc::clone(&crowd),
+                waiters: Arc::clone(&waiters),
             });
-            running.push((key, crowd));
+            running.push((key, waiters));
         }
         self.show();
         if units.is_empty() {
@@ -576,7 +583,7 @@ impl State {
         self.shared
             .metrics
             .batch(picked.graph, units.len(), picked.bucket, picked.close);
-        let running = Running {
+        let running = RunningBatch {
             id: self.batch_id,
             units: running,
             stopping: false,
@@ -593,7 +600,7 @@ impl State {
     }
 
     /// An engine is free: it is done with what it ran.
-    fn ended(&mut self, slot: Slot) {
+    fn ended(&mut self, slot: EngineSlot) {
         let (device, now) = (slot.device, Instant::now());
         if let Some(running) = self.engines.freed(device, now) {
             forget(&mut self.known, &running);
@@ -618,8 +625,8 @@ impl State {
         if let Some(running) = self.engines.remove(device) {
             forget(&mut self.known, &running);
             // Those whom it had not begun to serve; all others it has told.
-            for (_, crowd) in running.units {
-                crowd.refuse(&Error::NotReady);
+            for (_, waiters) in running.units {
+                waiters.refuse(&Error::NotReady);
             }
         }
         self.scheduler.gone(device);
@@ -670,13 +677,13 @@ impl State {
         self.sweep_running(now);
     }
 
-    fn sweep_place(&mut self, place: &Place, now: Instant) {
+    fn sweep_place(&mut self, place: &QueuePosition, now: Instant) {
         let Some(entry) = self.scheduler.queue.get(place) else {
             return;
         };
         let metrics = &self.shared.metrics;
-        let crowd = &entry.item.crowd;
-        let left = crowd.sweep(now, Stage::Queue, |error| metrics.dead(error));
+        let waiters = &entry.item.waiters;
+        let left = waiters.sweep(now, RequestStage::Queue, |error| metrics.dead(error));
         if left.n_tickets == 0 {
             if let Some(entry) = self.scheduler.queue.remove(place) {
                 self.known.remove(&entry.item.key);
@@ -696,8 +703,8 @@ impl State {
         let metrics = &self.shared.metrics;
         for (running, stop) in self.engines.all_running() {
             let (mut n_tickets, mut deadline) = (0, None);
-            for (_, crowd) in &running.units {
-                let left = crowd.sweep(now, Stage::Engine, |error| metrics.dead(error));
+            for (_, waiters) in &running.units {
+                let left = waiters.sweep(now, RequestStage::Engine, |error| metrics.dead(error));
                 n_tickets += left.n_tickets;
                 deadline = earlier(deadline, left.deadline);
             }
@@ -712,7 +719,7 @@ impl State {
     }
 
     fn show(&self) {
-        for class in Class::ALL {
+        for class in Priority::ALL {
             let depth = self.scheduler.queue.len_of(class) + self.sequences.len_of(class);
             self.shared.metrics.queue_depth(class, depth);
         }
@@ -722,7 +729,7 @@ impl State {
     fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
             if let Some(entry) = self.scheduler.queue.remove(&place) {
-                entry.item.crowd.refuse(&Error::NotReady);
+                entry.item.waiters.refuse(&Error::NotReady);
             }
         }
         self.sequences.refuse(&Error::NotReady);
@@ -734,8 +741,8 @@ impl State {
 fn refuse_arrivals(channels: &Channels) {
     loop {
         match channels.jobs.recv_timeout(Duration::from_secs(1)) {
-            Ok(Arrival::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
-            Ok(Arrival::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
+            Ok(PreparedWork::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
+            Ok(PreparedWork::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -744,10 +751,10 @@ fn refuse_arrivals(channels: &Channels) {
 
 /// Nobody can join this run any more. The same work may be known elsewhere: for
 /// those who came after the answer, or after all others had gone.
-fn forget(known: &mut HashMap<Key, Known>, running: &Running) {
-    for (key, crowd) in &running.units {
+fn forget(known: &mut HashMap<AnswerKey, Known>, running: &RunningBatch) {
+    for (key, waiters) in &running.units {
         if let Some(found) = known.get(key)
-            && Arc::ptr_eq(&found.crowd, crowd)
+            && Arc::ptr_eq(&found.waiters, waiters)
         {
             known.remove(key);
         }

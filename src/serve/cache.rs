@@ -20,7 +20,7 @@ static HASHES: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 /// Work that has the same answer whoever asks.
 #[derive(Debug, Clone)]
-pub struct Key {
+pub struct AnswerKey {
     pub want: Want,
     /// As the model sees them, so the context is in them.
     pub tokens: Arc<[u16]>,
@@ -29,7 +29,7 @@ pub struct Key {
     hash: u64,
 }
 
-impl Key {
+impl AnswerKey {
     #[must_use]
     pub fn new(want: Want, tokens: Arc<[u16]>) -> Self {
         let hash = HASHES.hash_one((want, &tokens));
@@ -37,15 +37,15 @@ impl Key {
     }
 }
 
-impl PartialEq for Key {
+impl PartialEq for AnswerKey {
     fn eq(&self, other: &Self) -> bool {
         (self.hash, self.want) == (other.hash, other.want) && self.tokens == other.tokens
     }
 }
 
-impl Eq for Key {}
+impl Eq for AnswerKey {}
 
-impl Hash for Key {
+impl Hash for AnswerKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
@@ -54,16 +54,16 @@ impl Hash for Key {
 /// A bounded cache of answers. Cheap to clone; without a size it keeps
 /// nothing.
 #[derive(Debug, Clone)]
-pub struct Cache(Option<Moka<Key, Arc<[f32]>>>);
+pub struct AnswerCache(Option<Moka<AnswerKey, Arc<[f32]>>>);
 
-impl Cache {
+impl AnswerCache {
     /// A cache of at most about so many bytes; 0 turns it off.
     #[must_use]
     pub fn new(bytes_max: u64) -> Self {
         Self((bytes_max > 0).then(|| {
             Moka::builder()
                 .max_capacity(bytes_max)
-                .weigher(|key: &Key, values: &Arc<[f32]>| {
+                .weigher(|key: &AnswerKey, values: &Arc<[f32]>| {
                     let bytes =
                         size_of_val(&*key.tokens) + size_of_val(&**values) + ENTRY_OVERHEAD_BYTES;
                     u32::try_from(bytes).unwrap_or(u32::MAX)
@@ -79,11 +79,11 @@ impl Cache {
     }
 
     #[must_use]
-    pub fn get(&self, key: &Key) -> Option<Arc<[f32]>> {
+    pub fn get(&self, key: &AnswerKey) -> Option<Arc<[f32]>> {
         self.0.as_ref()?.get(key)
     }
 
-    pub fn put(&self, key: Key, values: &[f32]) {
+    pub fn put(&self, key: AnswerKey, values: &[f32]) {
         if let Some(cache) = &self.0 {
             cache.insert(key, values.into());
         }
@@ -103,13 +103,13 @@ impl Cache {
 mod tests {
     use super::*;
 
-    fn key(token: u16, want: Want) -> Key {
-        Key::new(want, vec![token; 64].into())
+    fn key(token: u16, want: Want) -> AnswerKey {
+        AnswerKey::new(want, vec![token; 64].into())
     }
 
     #[test]
     fn an_answer_is_found_by_the_same_work_only() {
-        let cache = Cache::new(1 << 20);
+        let cache = AnswerCache::new(1 << 20);
         cache.put(key(1, Want::Mean), &[1.0]);
         assert_eq!(cache.get(&key(1, Want::Mean)).as_deref(), Some(&[1.0][..]));
         assert!(cache.get(&key(1, Want::Last)).is_none());
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn it_stays_within_its_size() {
-        let cache = Cache::new(10_000);
+        let cache = AnswerCache::new(10_000);
         for token in 0..1000 {
             cache.put(key(token, Want::Mean), &[0.0; 64]);
         }
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn without_a_size_it_keeps_nothing() {
-        let cache = Cache::new(0);
+        let cache = AnswerCache::new(0);
         cache.put(key(1, Want::Mean), &[1.0]);
         assert!(cache.get(&key(1, Want::Mean)).is_none());
         assert!(!cache.is_on());

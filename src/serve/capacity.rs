@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 
 /// What a refused caller is told to wait before any batch was measured.
 const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
@@ -24,7 +24,7 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Pool {
+pub struct CapacityPool {
     shared: Arc<Semaphore>,
     reserved: Arc<Semaphore>,
     size: usize,
@@ -33,12 +33,12 @@ pub struct Pool {
 
 /// A part of a pool, given back when it is dropped.
 #[derive(Debug, Default)]
-pub struct Share {
+pub struct CapacityShare {
     shared: Option<OwnedSemaphorePermit>,
     reserved: Option<OwnedSemaphorePermit>,
 }
 
-impl Pool {
+impl CapacityPool {
     /// A pool of `size`, of which `reserve_percent` are for interactive calls.
     #[must_use]
     pub fn new(size: usize, reserve_percent: u8) -> Self {
@@ -68,19 +68,19 @@ impl Pool {
 
     /// The most that a call of this class can ever have.
     #[must_use]
-    pub fn size_for(&self, class: Class) -> usize {
+    pub fn size_for(&self, class: Priority) -> usize {
         match class {
-            Class::Interactive => self.size,
-            Class::Bulk => self.shared_size,
+            Priority::Interactive => self.size,
+            Priority::Bulk => self.shared_size,
         }
     }
 
     /// `n` at once, or nothing.
     #[must_use]
-    pub fn try_take(&self, class: Class, n: usize) -> Option<Share> {
-        let mut share = Share::default();
+    pub fn try_take(&self, class: Priority, n: usize) -> Option<CapacityShare> {
+        let mut share = CapacityShare::default();
         let mut rest = n;
-        if class == Class::Interactive {
+        if class == Priority::Interactive {
             // The reserve first, so that what bulk work could use is left to
             // it. Between looking and taking another call may be faster; then
             // the shared part has to do.
@@ -97,13 +97,13 @@ impl Pool {
     }
 
     /// `n`, once they are there. Pends for ever for more than bulk work can have.
-    pub async fn take(&self, class: Class, n: usize) -> Share {
+    pub async fn take(&self, class: Priority, n: usize) -> CapacityShare {
         if let Some(share) = self.try_take(class, n) {
             return share;
         }
         let n = u32::try_from(n).unwrap_or(u32::MAX);
         let shared = Arc::clone(&self.shared).acquire_many_owned(n).await;
-        Share {
+        CapacityShare {
             // The semaphores are never closed.
             shared: shared.ok(),
             reserved: None,
@@ -148,7 +148,7 @@ fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit>
     Arc::clone(semaphore).try_acquire_many_owned(n).ok()
 }
 
-impl Share {
+impl CapacityShare {
     /// One of them as a share of its own, if there is one left.
     #[must_use]
     pub fn split_one(&mut self) -> Option<Self> {
@@ -202,7 +202,7 @@ fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePer
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Class::{Bulk, Interactive};
+    use Priority::{Bulk, Interactive};
 
     #[test]
     fn retry_times_follow_the_measured_rate() {
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn bulk_cannot_take_the_reserve() {
-        let pool = Pool::new(10, 25);
+        let pool = CapacityPool::new(10, 25);
         let bulk = pool.try_take(Bulk, 8).expect("8 are shared");
         assert!(pool.try_take(Bulk, 1).is_none());
         let interactive = pool.try_take(Interactive, 2).expect("2 are reserved");
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn interactive_calls_use_both_parts() {
-        let pool = Pool::new(10, 25);
+        let pool = CapacityPool::new(10, 25);
         let all = pool.try_take(Interactive, 10).expect("all");
         assert!(pool.try_take(Interactive, 1).is_none());
         drop(all);
@@ -241,13 +241,13 @@ mod tests {
 
     #[test]
     fn a_share_splits_into_ones() {
-        let pool = Pool::new(10, 50);
+        let pool = CapacityPool::new(10, 50);
         let mut share = pool.try_take(Interactive, 7).expect("7");
-        let ones: Vec<Share> = std::iter::from_fn(|| share.split_one()).collect();
+        let ones: Vec<CapacityShare> = std::iter::from_fn(|| share.split_one()).collect();
         assert_eq!(ones.len(), 7);
         drop(share);
         assert_eq!(pool.taken(), 7);
-        let mut one = Share::default();
+        let mut one = CapacityShare::default();
         for other in ones {
             one.merge(other);
         }
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_part_of_a_share_is_given_back_alone() {
-        let pool = Pool::new(10, 50);
+        let pool = CapacityPool::new(10, 50);
         let mut share = pool.try_take(Interactive, 7).expect("7");
         drop(share.split(4));
         assert_eq!(pool.taken(), 3);
@@ -269,7 +269,7 @@ mod tests {
 
     #[tokio::test]
     async fn bulk_that_waits_keeps_no_interactive_call_out() {
-        let pool = Pool::new(4, 25);
+        let pool = CapacityPool::new(4, 25);
         let held = pool.try_take(Bulk, 3).expect("3 are shared");
         let waiting = {
             let pool = pool.clone();
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn large_pools_do_not_overflow() {
         let size = 1 << 60;
-        let pool = Pool::new(size, 25);
+        let pool = CapacityPool::new(size, 25);
         assert_eq!(pool.size_for(Bulk), size - size / 4);
     }
 }

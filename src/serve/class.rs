@@ -1,8 +1,11 @@
 //! Classes of calls.
 
 /// How urgent a call is. Ordered by urgency.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Class {
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
     /// Somebody waits for the answer: goes first.
     Interactive,
     /// A job over many images: fills what is left, and gets its share of the
@@ -10,7 +13,7 @@ pub enum Class {
     Bulk,
 }
 
-impl Class {
+impl Priority {
     pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
 
     /// The class's name in metadata, metrics and logs.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::engine::{EngineFactory, Facts};
+use crate::engine::{EngineFactory, EngineFacts};
 use crate::runtime::error::EngineError;
 use crate::serve::metrics::Metrics;
 
@@ -15,21 +15,21 @@ pub struct DeviceIdx(pub usize);
 
 /// Where a worker's engines are in their life, all taken together.
 #[derive(Debug, Clone)]
-pub enum State {
+pub enum WorkerState {
     /// Loading and warming up.
     Loading,
     /// All were loaded, and one at least still serves.
-    Ready(Facts),
+    Ready(EngineFacts),
     /// Ended in good order after the last batch.
     Stopped,
     /// One was never started, or the last has ended before its time; the process
     /// should end too.
-    Failed(Failure),
+    Failed(WorkerFailure),
 }
 
 /// Why a worker cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct WorkerFailure {
     pub kind: FailureKind,
     pub reason: String,
 }
@@ -60,16 +60,16 @@ impl std::fmt::Debug for DeviceEngine {
 
 /// One device of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Device {
+pub struct DeviceState {
     /// As `--device-id` has it.
     pub id: i32,
     /// What its engine told of itself, once it was loaded.
-    pub facts: Option<Facts>,
+    pub facts: Option<EngineFacts>,
     /// Whether its engine takes no more work, for whatever reason.
     pub ended: bool,
 }
 
-impl Device {
+impl DeviceState {
     /// Whether its engine takes work.
     #[must_use]
     pub fn serves(&self) -> bool {
@@ -79,17 +79,17 @@ impl Device {
 
 /// All devices of a worker, in the order of `--device-id`.
 #[derive(Debug, Clone)]
-pub struct Devices {
-    each: Vec<Device>,
+pub struct DeviceStates {
+    each: Vec<DeviceState>,
     /// What has ended the worker; the first of its kind, for what follows is
     /// mostly its consequence.
-    failure: Option<Failure>,
+    failure: Option<WorkerFailure>,
 }
 
-impl Devices {
+impl DeviceStates {
     /// Devices that are still to be loaded.
     pub fn loading(ids: impl IntoIterator<Item = i32>) -> Self {
-        let device = |id| Device {
+        let device = |id| DeviceState {
             id,
             facts: None,
             ended: false,
@@ -101,13 +101,13 @@ impl Devices {
     }
 
     #[must_use]
-    pub fn each(&self) -> &[Device] {
+    pub fn each(&self) -> &[DeviceState] {
         &self.each
     }
 
     /// Why the worker cannot go on, if so.
     #[must_use]
-    pub fn failure(&self) -> Option<&Failure> {
+    pub fn failure(&self) -> Option<&WorkerFailure> {
         self.failure.as_ref()
     }
 
@@ -119,20 +119,21 @@ impl Devices {
 
     /// What all of them come to.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> WorkerState {
         if let Some(failure) = &self.failure {
-            return State::Failed(failure.clone());
+            return WorkerState::Failed(failure.clone());
         }
-        let loads = |device: &Device| device.facts.is_none() && !device.ended;
+        let loads = |device: &DeviceState| device.facts.is_none() && !device.ended;
         if self.each.iter().any(loads) {
-            return State::Loading;
+            return WorkerState::Loading;
         }
-        self.facts().map_or(State::Stopped, State::Ready)
+        self.facts()
+            .map_or(WorkerState::Stopped, WorkerState::Ready)
     }
 
     /// What those that serve can do together: they run the same graphs, and each
     /// has slots of its own for sequences.
-    fn facts(&self) -> Option<Facts> {
+    fn facts(&self) -> Option<EngineFacts> {
         let serving = || self.each.iter().filter(|device| device.serves());
         let mut facts = serving().find_map(|device| device.facts.clone())?;
         if let Some(sequences) = &mut facts.sequences {
@@ -144,7 +145,7 @@ impl Devices {
         Some(facts)
     }
 
-    pub(crate) fn loaded(&mut self, device: DeviceIdx, facts: &Facts) {
+    pub(crate) fn loaded(&mut self, device: DeviceIdx, facts: &EngineFacts) {
         if let Some(device) = self.each.get_mut(device.0) {
             device.facts = Some(facts.clone());
         }
@@ -158,7 +159,7 @@ impl Devices {
 
     /// A device has failed, and with it the worker if others still load, since a
     /// worker starts with all of its devices, or if none is left.
-    fn failed(&mut self, device: DeviceIdx, failure: Failure) {
+    fn failed(&mut self, device: DeviceIdx, failure: WorkerFailure) {
         let loading = self.each.iter().any(|device| device.facts.is_none());
         self.ended(device);
         if loading || self.n_serving() == 0 {
@@ -166,24 +167,24 @@ impl Devices {
         }
     }
 
-    fn fail(&mut self, failure: Failure) {
+    fn fail(&mut self, failure: WorkerFailure) {
         self.failure.get_or_insert(failure);
     }
 }
 
 /// Where engines and stages say what became of them.
 #[derive(Debug, Clone)]
-pub(crate) struct Reports {
-    devices: Arc<watch::Sender<Devices>>,
+pub(crate) struct DeviceReports {
+    devices: Arc<watch::Sender<DeviceStates>>,
     metrics: Metrics,
 }
 
-impl Reports {
+impl DeviceReports {
     pub(crate) fn new(
         ids: impl IntoIterator<Item = i32>,
         metrics: Metrics,
-    ) -> (Self, watch::Receiver<Devices>) {
-        let (devices, seen) = watch::channel(Devices::loading(ids));
+    ) -> (Self, watch::Receiver<DeviceStates>) {
+        let (devices, seen) = watch::channel(DeviceStates::loading(ids));
         let devices = Arc::new(devices);
         let reports = Self { devices, metrics };
         reports.show();
@@ -191,7 +192,7 @@ impl Reports {
     }
 
     /// An engine is loaded and warm.
-    pub(crate) fn loaded(&self, device: DeviceIdx, facts: &Facts) {
+    pub(crate) fn loaded(&self, device: DeviceIdx, facts: &EngineFacts) {
         self.devices
             .send_modify(|devices| devices.loaded(device, facts));
         self.show();
@@ -217,7 +218,7 @@ impl Reports {
                 1 => reason.clone(),
                 _ => format!("device {id}: {reason}"),
             };
-            devices.failed(device, Failure { kind, reason });
+            devices.failed(device, WorkerFailure { kind, reason });
             n_left = devices.n_serving();
         });
         self.show();
@@ -228,7 +229,7 @@ impl Reports {
     pub(crate) fn fail(&self, reason: String) {
         let kind = FailureKind::Worker;
         self.devices
-            .send_modify(|devices| devices.fail(Failure { kind, reason }));
+            .send_modify(|devices| devices.fail(WorkerFailure { kind, reason }));
     }
 
     fn show(&self) {
@@ -243,8 +244,8 @@ mod tests {
     use super::*;
     use crate::engine::SequenceFacts;
 
-    fn facts() -> Facts {
-        Facts {
+    fn facts() -> EngineFacts {
+        EngineFacts {
             provider: "fake",
             runtime_version: String::new(),
             dimension: 4,
@@ -260,16 +261,16 @@ mod tests {
         }
     }
 
-    fn reports() -> (Reports, watch::Receiver<Devices>) {
-        Reports::new([3, 5], Metrics::new().expect("metrics"))
+    fn reports() -> (DeviceReports, watch::Receiver<DeviceStates>) {
+        DeviceReports::new([3, 5], Metrics::new().expect("metrics"))
     }
 
     const ONE: DeviceIdx = DeviceIdx(0);
     const OTHER: DeviceIdx = DeviceIdx(1);
 
-    fn n_slots(devices: &watch::Receiver<Devices>) -> Option<usize> {
+    fn n_slots(devices: &watch::Receiver<DeviceStates>) -> Option<usize> {
         match devices.borrow().state() {
-            State::Ready(facts) => facts.sequences.map(|sequences| sequences.n_slots),
+            WorkerState::Ready(facts) => facts.sequences.map(|sequences| sequences.n_slots),
             _ => None,
         }
     }
@@ -282,7 +283,7 @@ mod tests {
     fn ready_once_all_have_loaded_and_while_one_serves() {
         let (reports, devices) = reports();
         reports.loaded(ONE, &facts());
-        assert!(matches!(devices.borrow().state(), State::Loading));
+        assert!(matches!(devices.borrow().state(), WorkerState::Loading));
         reports.loaded(OTHER, &facts());
         assert_eq!(n_slots(&devices), Some(8), "each has slots of its own");
         reports.failed(ONE, &gone("first"));
@@ -309,7 +310,7 @@ mod tests {
         let (reports, devices) = reports();
         reports.failed(OTHER, &EngineError::NotLoaded("no such device".to_owned()));
         reports.loaded(ONE, &facts());
-        let State::Failed(failure) = devices.borrow().state() else {
+        let WorkerState::Failed(failure) = devices.borrow().state() else {
             panic!("one is missing");
         };
         assert_eq!(failure.reason, "device 5: no such device");
@@ -322,9 +323,9 @@ mod tests {
             reports.loaded(device, &facts());
         }
         reports.ended(ONE);
-        assert!(matches!(devices.borrow().state(), State::Ready(_)));
+        assert!(matches!(devices.borrow().state(), WorkerState::Ready(_)));
         reports.ended(OTHER);
-        assert!(matches!(devices.borrow().state(), State::Stopped));
+        assert!(matches!(devices.borrow().state(), WorkerState::Stopped));
         reports.fail("the batcher thread panicked".to_owned());
         reports.fail("and so did another".to_owned());
         let failure = devices

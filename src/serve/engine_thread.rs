@@ -1,6 +1,6 @@
 //! The engine's thread: load, then ask for batches until the batcher hangs up.
 //!
-//! It asks for a batch when it is free (a [`Slot`] for the batcher) and never
+//! It asks for a batch when it is free (a [`EngineSlot`] for the batcher) and never
 //! before, so a batch is formed at the last moment: by this thread, if something
 //! waits, because the way to another one and back would take longer. Nothing
 //! here awaits.
@@ -21,17 +21,17 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use self::decoder::Decoder;
 use self::gap::Metered;
 use super::devices::DeviceIdx;
-use super::devices::Reports;
-use super::turn::Owed;
-use super::turn::{Batch, Notice, Ran, Slot, Turn, Unit};
-use crate::engine::{Engine, EngineFactory, Row, Run, Stop};
+use super::devices::DeviceReports;
+use super::turn::PendingReplies;
+use super::turn::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn, FinishedRun};
+use crate::engine::{BatchRow, Engine, EngineFactory, GraphRun, RunStop};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
 use crate::runtime::error::EngineError;
 use crate::serve::batcher::Batcher;
-use crate::serve::cache::Cache;
-use crate::serve::error::{Error, Stage};
-use crate::serve::metrics::{EngineGap, Fault, Metrics};
+use crate::serve::cache::AnswerCache;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::telemetry::panic_text;
 
@@ -39,16 +39,16 @@ use crate::telemetry::panic_text;
 pub(crate) struct Runner {
     pub(crate) device: DeviceIdx,
     pub(crate) batcher: Batcher,
-    pub(crate) notices: Sender<Notice>,
-    pub(crate) turns: Receiver<Turn>,
+    pub(crate) notices: Sender<EngineNotice>,
+    pub(crate) turns: Receiver<EngineTurn>,
     pub(crate) buckets: Buckets,
     /// How long the engine may be idle before it is tried.
     pub(crate) canary_interval: Option<Duration>,
-    pub(crate) stop: Arc<Stop>,
-    pub(crate) cache: Cache,
+    pub(crate) stop: Arc<RunStop>,
+    pub(crate) cache: AnswerCache,
     pub(crate) metrics: Metrics,
     pub(crate) gap: EngineGap,
-    pub(crate) reports: Reports,
+    pub(crate) reports: DeviceReports,
 }
 
 /// The life of the engine thread.
@@ -73,7 +73,7 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         runner,
         largest,
         runs: Vec::new(),
-        owed: Vec::new(),
+        replies: Vec::new(),
     };
     match life.live() {
         Ok(()) => reports.ended(device),
@@ -90,14 +90,14 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
 /// Tells the batcher that the engine is gone, however its thread ends.
 struct Farewell {
     device: DeviceIdx,
-    notices: Sender<Notice>,
-    turns: Receiver<Turn>,
+    notices: Sender<EngineNotice>,
+    turns: Receiver<EngineTurn>,
 }
 
 impl Drop for Farewell {
     fn drop(&mut self) {
         // There is room for it: see the channel.
-        let _ = self.notices.send(Notice::Gone(self.device));
+        let _ = self.notices.send(EngineNotice::Gone(self.device));
         // Until the batcher has heard it and hangs up, a turn may still come.
         for turn in &self.turns {
             turn.refuse(&Error::NotReady);
@@ -113,9 +113,9 @@ struct Life {
     /// The largest batch that memory suffices for.
     largest: usize,
     /// Runs since the last slot.
-    runs: Vec<Ran>,
+    runs: Vec<FinishedRun>,
     /// Answers of the runs since then.
-    owed: Vec<Owed>,
+    replies: Vec<PendingReplies>,
 }
 
 impl Life {
@@ -123,7 +123,7 @@ impl Life {
     fn live(&mut self) -> Result<(), EngineError> {
         let mut warm = self.engine.warm().to_vec();
         loop {
-            let slot = Slot {
+            let slot = EngineSlot {
                 device: self.runner.device,
                 warm: std::mem::take(&mut warm),
                 runs: std::mem::take(&mut self.runs),
@@ -132,8 +132,8 @@ impl Life {
             };
             self.runner.batcher.free(slot, &self.runner.notices);
             let outcome = match self.next() {
-                Ok(Some(Turn::Batch(batch))) => self.run(&batch),
-                Ok(Some(Turn::Step {
+                Ok(Some(EngineTurn::Batch(batch))) => self.run(&batch),
+                Ok(Some(EngineTurn::Step {
                     joining,
                     possible_since,
                 })) => self.step(joining, possible_since),
@@ -163,11 +163,11 @@ impl Life {
         }
         outcome.inspect_err(|error| {
             // Pieces of it that were run before.
-            self.pay();
+            self.deliver();
             // None of it goes to another device: what has just failed this one may
             // be an input that would fail every device in turn.
             for unit in &batch.units {
-                unit.crowd.refuse(&last_words(error));
+                unit.waiters.refuse(&last_words(error));
             }
         })
     }
@@ -181,7 +181,7 @@ impl Life {
         let graph = Graph::Generate;
         self.runner.metrics.inference(graph, elapsed);
         if step.size > 0 {
-            self.runs.push(Ran {
+            self.runs.push(FinishedRun {
                 graph,
                 bucket: step.size,
                 images: step.images,
@@ -191,18 +191,18 @@ impl Life {
         Ok(())
     }
 
-    /// The next turn. What is owed is given, or on its way, when it comes.
-    fn next(&mut self) -> Result<Option<Turn>, EngineError> {
+    /// The next turn. Replies are given, or on its way, when it comes.
+    fn next(&mut self) -> Result<Option<EngineTurn>, EngineError> {
         if let Ok(turn) = self.runner.turns.try_recv() {
             self.hand_over();
             return Ok(Some(turn));
         }
-        self.pay();
+        self.deliver();
         self.receive()
     }
 
     /// Waits for a turn; meanwhile, if it takes long, the canary is run.
-    fn receive(&mut self) -> Result<Option<Turn>, EngineError> {
+    fn receive(&mut self) -> Result<Option<EngineTurn>, EngineError> {
         let Some(interval) = self.runner.canary_interval else {
             return Ok(self.runner.turns.recv().ok());
         };
@@ -233,19 +233,24 @@ impl Life {
     /// # Errors
     ///
     /// What ends the engine.
-    fn attempt(&mut self, graph: Graph, bucket: usize, units: &[Unit]) -> Result<(), EngineError> {
+    fn attempt(
+        &mut self,
+        graph: Graph,
+        bucket: usize,
+        units: &[BatchUnit],
+    ) -> Result<(), EngineError> {
         if self.runner.stop.requested() {
             self.leave(units);
             return Ok(());
         }
-        let rows: Vec<Row<'_>> = units
+        let rows: Vec<BatchRow<'_>> = units
             .iter()
-            .map(|unit| Row {
+            .map(|unit| BatchRow {
                 tokens: &unit.tokens,
                 want: unit.want,
             })
             .collect();
-        let run = Run {
+        let run = GraphRun {
             graph,
             bucket,
             rows: &rows,
@@ -269,15 +274,15 @@ impl Life {
         match outcome {
             Ok(values) => {
                 self.runner.metrics.totals().ran(units.len(), elapsed);
-                self.runs.push(Ran {
+                self.runs.push(FinishedRun {
                     graph,
                     bucket,
                     images: f64::from(u32::try_from(units.len()).unwrap_or(u32::MAX)),
                     elapsed,
                 });
-                let owed = units.iter().cloned().zip(values);
-                let owed = owed.map(|(unit, values)| Owed { unit, values });
-                self.owed.extend(owed);
+                let replies = units.iter().cloned().zip(values);
+                let replies = replies.map(|(unit, values)| PendingReplies { unit, values });
+                self.replies.extend(replies);
                 Ok(())
             }
             Err(EngineError::Stopped) => {
@@ -286,8 +291,8 @@ impl Life {
             }
             Err(error @ (EngineError::Device(_) | EngineError::Panicked(_))) => {
                 self.runner.metrics.fault(match error {
-                    EngineError::Device(_) => Fault::Device,
-                    _ => Fault::Panic,
+                    EngineError::Device(_) => EngineFault::Device,
+                    _ => EngineFault::Panic,
                 });
                 Err(error)
             }
@@ -306,15 +311,15 @@ impl Life {
         &mut self,
         graph: Graph,
         bucket: usize,
-        units: &[Unit],
+        units: &[BatchUnit],
         error: EngineError,
     ) -> Result<(), EngineError> {
         let out_of_memory = matches!(error, EngineError::OutOfMemory(_));
         let smaller = self.runner.buckets.at_most(bucket - 1);
         self.runner.metrics.fault(if out_of_memory {
-            Fault::OutOfMemory
+            EngineFault::OutOfMemory
         } else {
-            Fault::Run
+            EngineFault::Run
         });
         tracing::error!(
             graph = graph.label(),
@@ -336,7 +341,7 @@ impl Life {
             // At a smaller size it may fit.
             [_] if out_of_memory && smaller < bucket => self.attempt(graph, smaller, units),
             [unit] => {
-                let tickets = unit.crowd.close();
+                let tickets = unit.waiters.close();
                 let error = Error::from(error);
                 for ticket in tickets {
                     let failed = || tracing::warn!("the model run of an image of this call failed");
@@ -361,35 +366,35 @@ impl Life {
         }
     }
 
-    /// Gives the answers that are owed.
-    fn pay(&mut self) {
-        for owed in self.owed.drain(..) {
-            owed.pay(&self.runner.cache);
+    /// Gives the answers that are there and not yet given.
+    fn deliver(&mut self) {
+        for reply in self.replies.drain(..) {
+            reply.deliver(&self.runner.cache);
         }
     }
 
     /// Has them given while the device runs. One is given as soon as another
     /// thread is woken.
     fn hand_over(&mut self) {
-        if self.owed.len() > 1 {
-            let notice = Notice::Ran(std::mem::take(&mut self.owed));
+        if self.replies.len() > 1 {
+            let notice = EngineNotice::Ran(std::mem::take(&mut self.replies));
             if let Err(error) = self.runner.notices.send(notice)
-                && let Notice::Ran(owed) = error.0
+                && let EngineNotice::Ran(replies) = error.0
             {
-                self.owed = owed;
+                self.replies = replies;
             }
         }
-        self.pay();
+        self.deliver();
     }
 
     /// Nobody waited any more when the run was stopped; says so to whoever the
     /// batcher has not told yet.
-    fn leave(&self, units: &[Unit]) {
-        let stage = Stage::Engine;
+    fn leave(&self, units: &[BatchUnit]) {
+        let stage = RequestStage::Engine;
         for unit in units {
             let dropped = |error: &Error| self.runner.metrics.dead(error);
-            unit.crowd.sweep(Instant::now(), stage, dropped);
-            unit.crowd.refuse(&Error::Cancelled { stage });
+            unit.waiters.sweep(Instant::now(), stage, dropped);
+            unit.waiters.refuse(&Error::Cancelled { stage });
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::imaging::PreprocessError;
-use crate::model::Task;
+use crate::model::CallTask;
 use crate::runtime::error::EngineError;
 
 /// A caller's list of layers is echoed this far.
@@ -54,7 +54,7 @@ pub enum Error {
     },
     /// The loaded model has no graph for the task.
     #[error("the loaded model cannot {task}: it has no {file}")]
-    TaskMissing { task: Task, file: &'static str },
+    TaskMissing { task: CallTask, file: &'static str },
     /// Embed was asked for layers that the model does not have pooled.
     #[error(
         "layers: {:?} with this norm and pooling are not served; the model serves {served}, \
@@ -126,7 +126,7 @@ pub enum Error {
     RequestSlow { max: Duration },
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
-    DeadlineExceeded { stage: Stage },
+    DeadlineExceeded { stage: RequestStage },
     /// The model cannot be run in the time that is left, by how long its runs
     /// take now.
     #[error(
@@ -136,7 +136,7 @@ pub enum Error {
     DeadlineTooShort { needed: Duration },
     /// The caller went away; nobody reads this.
     #[error("the caller went away {stage}")]
-    Cancelled { stage: Stage },
+    Cancelled { stage: RequestStage },
     /// The worker is shutting down.
     #[error("the worker is draining and takes no new work; retry on another one")]
     Draining,
@@ -255,7 +255,7 @@ const MS: Duration = Duration::from_millis(1);
 
 /// Where a request was when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum RequestStage {
     /// Waiting for a preprocessing thread, or on one.
     Preprocess,
     /// Waiting for the engine.
@@ -264,7 +264,7 @@ pub enum Stage {
     Engine,
 }
 
-impl Stage {
+impl RequestStage {
     /// The stage's label in metrics.
     #[must_use]
     pub fn label(self) -> &'static str {
@@ -276,7 +276,7 @@ impl Stage {
     }
 }
 
-impl std::fmt::Display for Stage {
+impl std::fmt::Display for RequestStage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Preprocess => "before the image had been decoded",

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tower::ServiceExt as _;
 
 use crate::serve::admission::Occupancy;
-use crate::serve::cache::Cache;
+use crate::serve::cache::AnswerCache;
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::telemetry;
@@ -41,16 +41,16 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// What the pages show.
 #[derive(Clone)]
-pub(crate) struct Pages {
+pub(crate) struct PageSources {
     pub(crate) metrics: Metrics,
     pub(crate) occupancy: Occupancy,
-    pub(crate) cache: Cache,
+    pub(crate) cache: AnswerCache,
     pub(crate) readiness: Readiness,
 }
 
 /// Serves the pages until the process ends: while the worker drains, a scrape
 /// still sees it drain.
-pub(crate) async fn serve(listener: TcpListener, pages: Pages) {
+pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/livez", get(livez))
@@ -165,7 +165,7 @@ impl Drop for Place {
     }
 }
 
-async fn metrics(State(pages): State<Pages>) -> impl IntoResponse {
+async fn metrics(State(pages): State<PageSources>) -> impl IntoResponse {
     static RENDERS: Semaphore = Semaphore::const_new(RENDERS_MAX);
     // Never closed, so there is no error.
     let _turn = RENDERS.acquire().await;
@@ -190,7 +190,7 @@ async fn metrics(State(pages): State<Pages>) -> impl IntoResponse {
 }
 
 /// Alive until the engine has failed: then only a restart helps.
-async fn livez(State(pages): State<Pages>) -> impl IntoResponse {
+async fn livez(State(pages): State<PageSources>) -> impl IntoResponse {
     match pages.readiness.failure() {
         None => (StatusCode::OK, "alive\n".to_owned()),
         Some(failure) => (
@@ -200,7 +200,7 @@ async fn livez(State(pages): State<Pages>) -> impl IntoResponse {
     }
 }
 
-async fn readyz(State(pages): State<Pages>) -> impl IntoResponse {
+async fn readyz(State(pages): State<PageSources>) -> impl IntoResponse {
     match pages.readiness.get() {
         Ok(_) => (StatusCode::OK, "ready\n".to_owned()),
         Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),

@@ -6,26 +6,26 @@
 //! caller. Because the capacity travels inside the job, queues sized by that
 //! capacity cannot overflow, even when callers vanish.
 
-mod crowd;
+mod waiters;
 
 use crate::model::graph::Context;
 use crate::model::graph::Want;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub use self::crowd::{Crowd, Left};
-use crate::serve::capacity::Share;
-use crate::serve::error::{Error, Stage};
-use crate::serve::generate::Generate;
+pub use self::waiters::{CoalescedWaiters, WaitersLeft};
+use crate::serve::capacity::CapacityShare;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::generate::GenerateRequest;
 
 /// One image of one call, in the form that the next stage takes.
 #[derive(Debug)]
 pub struct Job<P> {
     pub payload: P,
-    pub work: Work,
+    pub work: RequestedWork,
     pub ticket: Ticket,
 }
 
@@ -42,13 +42,13 @@ impl<P> Job<P> {
 
 /// What the caller wants of an image.
 #[derive(Debug, Clone)]
-pub enum Work {
+pub enum RequestedWork {
     /// Only its tokens.
     Tokenize,
     /// A run of the model.
     Infer { context: Context, want: Want },
     /// What is not known of it, pixel by pixel.
-    Generate(Box<Generate>),
+    Generate(Box<GenerateRequest>),
 }
 
 /// The answer for one image.
@@ -87,7 +87,7 @@ impl Answer {
 /// What stays with a job from admission to reply.
 #[derive(Debug)]
 pub struct Ticket {
-    pub class: Class,
+    pub class: Priority,
     /// When the answer stops being useful.
     pub deadline: Option<Instant>,
     /// When the job entered the stage it is in.
@@ -103,7 +103,7 @@ pub struct Ticket {
 impl Ticket {
     /// Why the job is no longer worth any work, if so.
     #[must_use]
-    pub fn dead(&self, now: Instant, stage: Stage) -> Option<Error> {
+    pub fn dead(&self, now: Instant, stage: RequestStage) -> Option<Error> {
         // The deadline first: a caller whose time is up leaves, too.
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             Some(Error::DeadlineExceeded { stage })
@@ -127,10 +127,10 @@ impl Ticket {
 #[derive(Debug)]
 pub struct Permit {
     /// One image of `--images-in-flight-max`.
-    pub image: Share,
+    pub image: CapacityShare,
     /// The call's bytes of `--bytes-in-flight-max`, shared by all its images
     /// and held until the last of them ends.
-    pub bytes: Arc<Share>,
+    pub bytes: Arc<CapacityShare>,
 }
 
 impl Permit {
@@ -138,8 +138,8 @@ impl Permit {
     #[must_use]
     pub fn none() -> Self {
         Self {
-            image: Share::default(),
-            bytes: Arc::new(Share::default()),
+            image: CapacityShare::default(),
+            bytes: Arc::new(CapacityShare::default()),
         }
     }
 }

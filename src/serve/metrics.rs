@@ -22,8 +22,8 @@ use metrics_exporter_prometheus::{
 
 use crate::engine::FallbackKind;
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
 
 const REQUESTS: &str = "imagegpt_requests_total";
 const REQUEST_DURATION: &str = "imagegpt_request_duration_seconds";
@@ -123,7 +123,7 @@ pub const CODES: [&str; 13] = [
 
 /// Why a batch was formed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Close {
+pub enum BatchClose {
     /// It had reached the size that the engine is fastest at.
     Full,
     /// Its oldest image had waited the queue delay.
@@ -135,7 +135,7 @@ pub enum Close {
     Drain,
 }
 
-impl Close {
+impl BatchClose {
     const ALL: [Self; 4] = [Self::Full, Self::Delay, Self::Turn, Self::Drain];
 
     fn label(self) -> &'static str {
@@ -150,7 +150,7 @@ impl Close {
 
 /// What went wrong in the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fault {
+pub enum EngineFault {
     /// A run failed.
     Run,
     /// Memory did not suffice for a batch.
@@ -161,7 +161,7 @@ pub enum Fault {
     Panic,
 }
 
-impl Fault {
+impl EngineFault {
     const ALL: [Self; 4] = [Self::Run, Self::OutOfMemory, Self::Device, Self::Panic];
 
     fn label(self) -> &'static str {
@@ -192,8 +192,8 @@ struct Handles {
     streams: Gauge,
     bytes_in_flight: Gauge,
     bytes_in_flight_max: Gauge,
-    queue_depth: BTreeMap<Class, Gauge>,
-    queue_duration: BTreeMap<Class, Histogram>,
+    queue_depth: BTreeMap<Priority, Gauge>,
+    queue_duration: BTreeMap<Priority, Histogram>,
     batch_size_max: Gauge,
     engine_fallback: BTreeMap<&'static str, Gauge>,
     /// What that gauge shows, since gauges cannot be read.
@@ -204,13 +204,13 @@ struct Handles {
     cache_lookups: BTreeMap<bool, Counter>,
     cache_bytes: Gauge,
     drain_rate: Gauge,
-    engine_faults: BTreeMap<Fault, Counter>,
+    engine_faults: BTreeMap<EngineFault, Counter>,
     runs_stopped: Counter,
     canaries: BTreeMap<bool, Counter>,
     inference_duration: BTreeMap<Graph, Histogram>,
     batch_size: BTreeMap<Graph, Histogram>,
     batch_fill: Histogram,
-    batches: BTreeMap<Close, Counter>,
+    batches: BTreeMap<BatchClose, Counter>,
     log_lines_dropped: Counter,
     ready: Gauge,
     model_load_duration: Gauge,
@@ -458,7 +458,7 @@ impl Metrics {
                 .into(),
             cache_bytes: registry.gauge(CACHE_BYTES, &[]),
             drain_rate: registry.gauge(DRAIN_RATE, &[]),
-            engine_faults: Fault::ALL
+            engine_faults: EngineFault::ALL
                 .map(|fault| {
                     let counter = registry.counter(ENGINE_FAULTS, &[("kind", fault.label())]);
                     (fault, counter)
@@ -471,7 +471,7 @@ impl Metrics {
             inference_duration: by_graph(INFERENCE_DURATION),
             batch_size: by_graph(BATCH_SIZE),
             batch_fill: registry.histogram(BATCH_FILL, &[]),
-            batches: Close::ALL
+            batches: BatchClose::ALL
                 .iter()
                 .map(|&close| {
                     let counter = registry.counter(BATCHES, &[("close_reason", close.label())]);
@@ -545,12 +545,14 @@ impl Metrics {
         match error {
             Error::Cancelled { stage } => self.dropped("cancelled", *stage),
             Error::DeadlineExceeded { stage } => self.dropped("deadline", *stage),
-            Error::DeadlineTooShort { .. } => self.dropped("deadline_too_short", Stage::Queue),
+            Error::DeadlineTooShort { .. } => {
+                self.dropped("deadline_too_short", RequestStage::Queue)
+            }
             _ => {}
         }
     }
 
-    fn dropped(&self, reason: &'static str, stage: Stage) {
+    fn dropped(&self, reason: &'static str, stage: RequestStage) {
         if let Some(counter) = self.0.dropped.get(&(reason, stage.label())) {
             counter.increment(1);
         }
@@ -584,14 +586,14 @@ impl Metrics {
     }
 
     /// Images of this class now wait for the engine.
-    pub fn queue_depth(&self, class: Class, images: usize) {
+    pub fn queue_depth(&self, class: Priority, images: usize) {
         if let Some(gauge) = self.0.queue_depth.get(&class) {
             gauge.set(as_f64(images));
         }
     }
 
     /// One image left the queue for the engine.
-    pub fn queued(&self, class: Class, waited: Duration) {
+    pub fn queued(&self, class: Priority, waited: Duration) {
         if let Some(histogram) = self.0.queue_duration.get(&class) {
             histogram.record(waited);
         }
@@ -643,7 +645,7 @@ impl Metrics {
     }
 
     /// A run failed.
-    pub fn fault(&self, fault: Fault) {
+    pub fn fault(&self, fault: EngineFault) {
         if let Some(counter) = self.0.engine_faults.get(&fault) {
             counter.increment(1);
         }
@@ -662,7 +664,7 @@ impl Metrics {
     }
 
     /// A batch of `size` images was formed, to run at the size `bucket`.
-    pub fn batch(&self, graph: Graph, size: usize, bucket: usize, close: Close) {
+    pub fn batch(&self, graph: Graph, size: usize, bucket: usize, close: BatchClose) {
         if let Some(histogram) = self.0.batch_size.get(&graph) {
             histogram.record(as_f64(size));
         }
@@ -730,7 +732,11 @@ impl Metrics {
 fn dropped_counters(registry: &Registry<'_>) -> BTreeMap<(&'static str, &'static str), Counter> {
     let mut dropped = BTreeMap::new();
     for reason in ["cancelled", "deadline"] {
-        for stage in [Stage::Preprocess, Stage::Queue, Stage::Engine] {
+        for stage in [
+            RequestStage::Preprocess,
+            RequestStage::Queue,
+            RequestStage::Engine,
+        ] {
             let labels = [("reason", reason), ("stage", stage.label())];
             dropped.insert(
                 (reason, stage.label()),
@@ -741,10 +747,10 @@ fn dropped_counters(registry: &Registry<'_>) -> BTreeMap<(&'static str, &'static
     // Refused as it comes to the queue, so there is no other stage.
     let labels = [
         ("reason", "deadline_too_short"),
-        ("stage", Stage::Queue.label()),
+        ("stage", RequestStage::Queue.label()),
     ];
     dropped.insert(
-        ("deadline_too_short", Stage::Queue.label()),
+        ("deadline_too_short", RequestStage::Queue.label()),
         registry.counter(IMAGES_DROPPED, &labels),
     );
     dropped
@@ -786,8 +792,8 @@ impl std::fmt::Debug for EngineGap {
 type Labels = [(&'static str, &'static str)];
 
 /// One handle for each class.
-fn by_class<T>(register: &dyn Fn(&Labels) -> T) -> BTreeMap<Class, T> {
-    Class::ALL
+fn by_class<T>(register: &dyn Fn(&Labels) -> T) -> BTreeMap<Priority, T> {
+    Priority::ALL
         .map(|class| (class, register(&[("class", class.label())])))
         .into()
 }

@@ -6,51 +6,51 @@
 //! or whose deadline has passed is dropped before it is decoded, and while it is.
 
 pub mod queue;
-use crate::imaging::Picture;
+use crate::imaging::ImageRequest;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use self::queue::{Queue, Reach};
+use self::queue::{PreprocessQueue, ThreadReach};
 use crate::imaging::{DecodeBudget, ImageInput, PreprocessError, Preprocessor};
 use crate::model::graph::Context;
-use crate::serve::batcher::Arrival;
-use crate::serve::error::{Error, Stage};
-use crate::serve::job::{Answer, Job, Work};
+use crate::serve::batcher::PreparedWork;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::job::{Answer, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
 
 /// The life of one preprocessing thread: until the door is closed.
-pub(crate) fn run(desk: &Desk, pictures: &Queue, reach: Reach) {
+pub(crate) fn run(preprocessing: &Preprocessing, pictures: &PreprocessQueue, reach: ThreadReach) {
     while let Some(job) = pictures.next(reach) {
-        desk.tokenize(job);
+        preprocessing.tokenize(job);
     }
 }
 
 /// Turns pictures into tokens and hands them on to the batcher, on whatever
 /// thread it is asked to.
 #[derive(Debug, Clone)]
-pub(crate) struct Desk {
+pub(crate) struct Preprocessing {
     pub(crate) preprocessor: Arc<Preprocessor>,
     /// The last net under the bounds that decoding has by a file's header.
     pub(crate) decode_cpu_time_max: Duration,
-    pub(crate) batcher: Sender<Arrival>,
+    pub(crate) batcher: Sender<PreparedWork>,
     pub(crate) metrics: Metrics,
 }
 
-impl Desk {
+impl Preprocessing {
     /// Answers the job, or hands it on.
-    pub(crate) fn tokenize(&self, job: Job<Picture>) {
+    pub(crate) fn tokenize(&self, job: Job<ImageRequest>) {
         let (preprocessor, metrics) = (&self.preprocessor, &self.metrics);
-        if let Some(error) = job.ticket.dead(Instant::now(), Stage::Preprocess) {
+        if let Some(error) = job.ticket.dead(Instant::now(), RequestStage::Preprocess) {
             metrics.dead(&error);
             return job.ticket.finish(Err(error));
         }
         // Decoders' panics are contained where they happen; one from anywhere
         // else must not take the thread along.
-        let dead = || job.ticket.dead(Instant::now(), Stage::Preprocess);
+        let dead = || job.ticket.dead(Instant::now(), RequestStage::Preprocess);
         let abandoned = || dead().is_some();
         let budget = DecodeBudget::new(&abandoned, self.decode_cpu_time_max);
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| {
@@ -88,19 +88,19 @@ impl Desk {
         ticket.entered_at = Instant::now();
         let mut tokens = tokenized.tokens;
         match work {
-            Work::Tokenize => ticket.finish(Ok(Answer::Tokens(tokens))),
-            Work::Infer { context, .. } => {
+            RequestedWork::Tokenize => ticket.finish(Ok(Answer::Tokens(tokens))),
+            RequestedWork::Infer { context, .. } => {
                 if context == Context::SosShifted {
                     shift(&mut tokens, preprocessor.start_token());
                 }
                 let payload = Arc::from(tokens);
-                self.hand_on(Arrival::Row(Job {
+                self.hand_on(PreparedWork::Row(Job {
                     payload,
                     work,
                     ticket,
                 }));
             }
-            Work::Generate(generate) => {
+            RequestedWork::Generate(generate) => {
                 let (side, start) = (preprocessor.side(), preprocessor.start_token());
                 let mut sequence = Sequence::new(ticket, generate, &tokens, side, start);
                 // Known rows are complete before anything is drawn.
@@ -108,18 +108,18 @@ impl Desk {
                 if sequence.is_done() {
                     sequence.finish(Ok(()));
                 } else {
-                    self.hand_on(Arrival::Sequence(sequence));
+                    self.hand_on(PreparedWork::Sequence(sequence));
                 }
             }
         }
     }
 
-    fn hand_on(&self, arrival: Arrival) {
+    fn hand_on(&self, arrival: PreparedWork) {
         // The batcher's queue holds as many as there are permits.
         if let Err(refused) = self.batcher.try_send(arrival) {
             match refused.into_inner() {
-                Arrival::Row(job) => job.ticket.finish(Err(Error::NotReady)),
-                Arrival::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
+                PreparedWork::Row(job) => job.ticket.finish(Err(Error::NotReady)),
+                PreparedWork::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
             }
         }
     }

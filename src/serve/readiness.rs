@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::engine::Facts;
-use crate::serve::devices::{Device, Devices};
-use crate::serve::devices::{Failure, State};
+use crate::engine::EngineFacts;
+use crate::serve::devices::{DeviceState, DeviceStates};
+use crate::serve::devices::{WorkerFailure, WorkerState};
 
 /// A view of the worker's state that any part may hold.
 #[derive(Debug, Clone)]
 pub struct Readiness {
-    devices: watch::Receiver<Devices>,
+    devices: watch::Receiver<DeviceStates>,
     phase: watch::Receiver<Phase>,
 }
 
@@ -77,7 +77,7 @@ impl Drain {
 impl Readiness {
     /// Readiness of a worker with these devices, and the means to end it.
     #[must_use]
-    pub fn new(devices: watch::Receiver<Devices>) -> (Self, Drain) {
+    pub fn new(devices: watch::Receiver<DeviceStates>) -> (Self, Drain) {
         let (drain, phase) = watch::channel(Phase::Staying);
         (Self { devices, phase }, Drain(Arc::new(drain)))
     }
@@ -88,7 +88,7 @@ impl Readiness {
     /// # Errors
     ///
     /// Why it is not.
-    pub fn get(&self) -> Result<Facts, Unready> {
+    pub fn get(&self) -> Result<EngineFacts, Unready> {
         match *self.phase.borrow() {
             Phase::Leaving => Err(Unready::Leaving),
             Phase::Staying | Phase::Draining => self.serving(),
@@ -101,27 +101,27 @@ impl Readiness {
     /// # Errors
     ///
     /// Why it does not.
-    pub fn serving(&self) -> Result<Facts, Unready> {
+    pub fn serving(&self) -> Result<EngineFacts, Unready> {
         if *self.phase.borrow() == Phase::Draining {
             return Err(Unready::Draining);
         }
         match self.devices.borrow().state() {
-            State::Ready(facts) => Ok(facts),
-            State::Loading => Err(Unready::Loading),
-            State::Stopped => Err(Unready::Draining),
-            State::Failed(_) => Err(Unready::Failed),
+            WorkerState::Ready(facts) => Ok(facts),
+            WorkerState::Loading => Err(Unready::Loading),
+            WorkerState::Stopped => Err(Unready::Draining),
+            WorkerState::Failed(_) => Err(Unready::Failed),
         }
     }
 
     /// Why the worker can do no more, if so.
     #[must_use]
-    pub fn failure(&self) -> Option<Failure> {
+    pub fn failure(&self) -> Option<WorkerFailure> {
         self.devices.borrow().failure().cloned()
     }
 
     /// The devices one by one.
     #[must_use]
-    pub fn devices(&self) -> Vec<Device> {
+    pub fn devices(&self) -> Vec<DeviceState> {
         self.devices.borrow().each().to_vec()
     }
 
@@ -160,8 +160,8 @@ mod tests {
     use super::*;
     use crate::serve::devices::DeviceIdx;
 
-    fn facts() -> Facts {
-        Facts {
+    fn facts() -> EngineFacts {
+        EngineFacts {
             provider: "fake",
             runtime_version: String::new(),
             dimension: 4,
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_leaves_serves_on_until_it_drains() {
-        let (engine, devices) = watch::channel(Devices::loading([0]));
+        let (engine, devices) = watch::channel(DeviceStates::loading([0]));
         let (readiness, drain) = Readiness::new(devices);
         assert_eq!(readiness.get().err(), Some(Unready::Loading));
         engine.send_modify(|devices| devices.loaded(DeviceIdx(0), &facts()));
@@ -189,7 +189,7 @@ mod tests {
 
     #[tokio::test]
     async fn drained_waits_for_the_drain_alone() {
-        let (_engine, devices) = watch::channel(Devices::loading([0]));
+        let (_engine, devices) = watch::channel(DeviceStates::loading([0]));
         let (mut readiness, drain) = Readiness::new(devices);
         drain.leave();
         tokio::select! {

@@ -26,7 +26,7 @@ mod web;
 
 pub use self::access::Access;
 pub use self::health::LIVENESS;
-pub use self::observe::Calls;
+pub use self::observe::CallsInProgress;
 use self::oip::Oip;
 use crate::proto;
 
@@ -42,38 +42,38 @@ use tower::Layer as _;
 
 use self::arriving::Arrived;
 use self::embedding::Embedding;
-use self::observe::{Deadline, Held};
-use self::tally::Tally;
-use crate::engine::Facts;
+use self::observe::{AnswerBytes, Deadline};
+use self::tally::OutcomeTally;
+use crate::engine::EngineFacts;
 use crate::gpu;
-use crate::imaging::Picture;
+use crate::imaging::ImageRequest;
 use crate::imaging::PreprocessOptions;
 use crate::model::graph::{Norm, Want};
-use crate::model::head::Head;
-use crate::model::{Model, Task};
+use crate::model::head::LinearHead;
+use crate::model::{CallTask, Model};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::proto::pb;
 use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
-use crate::serve::admission::{Admission, Bytes, Call, Pending};
-use crate::serve::capacity::Share;
-use crate::serve::class::Class;
+use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
+use crate::serve::capacity::CapacityShare;
+use crate::serve::class::Priority;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
 use crate::serve::error::Error;
-use crate::serve::job::{Answer, Work};
+use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
-pub struct Service {
+pub struct WorkerService {
     pub model: Arc<Model>,
-    pub heads: Vec<Head>,
+    pub heads: Vec<LinearHead>,
     pub admission: Admission,
     pub readiness: Readiness,
     pub limits: LimitsConfig,
     pub max_batch_size: u16,
     /// What is known of GPUs that the model runs on.
-    pub gpus: gpu::Known,
+    pub gpus: gpu::KnownGpus,
     pub metrics: Metrics,
     /// What calls are given to end when the worker does.
     pub shutdown_grace_period: Duration,
@@ -81,13 +81,13 @@ pub struct Service {
 
 /// How the server listens.
 #[derive(Debug)]
-pub struct Options {
+pub struct ServerOptions {
     pub reflection: bool,
     pub keepalive_interval: Duration,
     /// Time that a client may take to answer an HTTP/2 ping.
     pub keepalive_timeout: Duration,
     /// Counts calls in progress, for whoever waits for their end.
-    pub calls: Calls,
+    pub calls: CallsInProgress,
     /// Certificates and tokens.
     pub access: Access,
     pub connections: ConnectionsConfig,
@@ -99,18 +99,18 @@ pub struct Options {
 ///
 /// When the descriptors or the transport cannot be set up.
 pub async fn serve(
-    service: Service,
+    service: WorkerService,
     listener: TcpListener,
-    options: Options,
+    options: ServerOptions,
     stop: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    let Options {
+    let ServerOptions {
         access,
         connections,
         ..
     } = options;
     let metrics = service.metrics.clone();
-    let observe = observe::Observe {
+    let observe = observe::ObserveLayer {
         metrics: metrics.clone(),
         request_bytes_max: service.limits.request_bytes_max.as_u64(),
         request_timeout: connections.request_timeout,
@@ -130,14 +130,14 @@ pub async fn serve(
     let (guards, followers) = access.follow(&metrics);
     let auth = auth::Auth(guards.tokens);
     let web = guards.web;
-    let door = listen::Door {
+    let door = listen::ConnectionLimits {
         tls: guards.tls,
         connections_max: connections.connections_max as usize,
         per_address_max: connections.per_address_max(),
         max_connection_age: connections.max_connection_age,
         metrics,
     };
-    let driver = drive::Driver {
+    let driver = drive::ConnectionDriver {
         http1: web.calls.is_some(),
         keepalive_interval: options.keepalive_interval,
         keepalive_timeout: options.keepalive_timeout,
@@ -152,10 +152,10 @@ pub async fn serve(
         observe,
         auth,
     );
-    let serve = move |connection: listen::Connection, farewell: listen::Farewell| {
+    let serve = move |connection: listen::Connection, farewell: listen::ConnectionEnd| {
         // Calls are counted by their connection behind the layer of tokens, so
         // that calls that are refused there count for nothing.
-        let counted = usage::Usage(connection.guest()).layer(routes.clone());
+        let counted = usage::UsageLayer(connection.guest()).layer(routes.clone());
         let calls = layers.layer(counted);
         driver.clone().serve(connection, farewell, calls)
     };
@@ -164,7 +164,7 @@ pub async fn serve(
     Ok(())
 }
 
-fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
+fn routes(service: WorkerService, reflection: bool) -> anyhow::Result<Routes> {
     let health = health::server(service.readiness.clone());
     let request_bytes_max =
         usize::try_from(service.limits.request_bytes_max.as_u64()).unwrap_or(usize::MAX);
@@ -196,16 +196,16 @@ fn routes(service: Service, reflection: bool) -> anyhow::Result<Routes> {
     Ok(routes.prepare())
 }
 
-impl Service {
+impl WorkerService {
     /// The engine's facts, or why nothing is served now.
-    fn facts(&self) -> Result<Facts, Error> {
+    fn facts(&self) -> Result<EngineFacts, Error> {
         self.readiness.serving().map_err(|unready| match unready {
             Unready::Leaving | Unready::Draining => Error::Draining,
             Unready::Loading | Unready::Failed => Error::NotReady,
         })
     }
 
-    fn require(&self, task: Task) -> Result<(), Error> {
+    fn require(&self, task: CallTask) -> Result<(), Error> {
         if self.model.can(task) {
             Ok(())
         } else {
@@ -222,13 +222,13 @@ impl Service {
         &self,
         images: Vec<pb::Image>,
         preprocess: PreprocessOptions,
-        work: Work,
+        work: RequestedWork,
         n_values: usize,
         dtype: pb::DataType,
         extensions: &tonic::Extensions,
-    ) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+    ) -> Result<(Vec<Result<Answer, Error>>, AnswerBytes), Error> {
         let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-        let class = extensions.get().copied().unwrap_or(Class::Interactive);
+        let class = extensions.get().copied().unwrap_or(Priority::Interactive);
         let ask = Ask {
             work,
             n_values,
@@ -279,11 +279,11 @@ impl Service {
     /// asked of it.
     fn submit(
         &self,
-        pictures: Vec<Result<Picture, Error>>,
+        pictures: Vec<Result<ImageRequest, Error>>,
         asks: &[Ask],
-        class: Class,
+        class: Priority,
         deadline: Option<Instant>,
-        arrived: Share,
+        arrived: CapacityShare,
     ) -> Result<Submitted, Error> {
         let n_outcomes = pictures.len() * asks.len();
         let bytes = call_bytes(&pictures, asks, arrived);
@@ -308,9 +308,9 @@ impl Service {
                 });
             }
         }
-        let mut tally = Tally::new(self.metrics.clone(), deadline);
+        let mut tally = OutcomeTally::new(self.metrics.clone(), deadline);
         tally.expect(n_outcomes);
-        let call = Call {
+        let call = AdmissionCall {
             images: admitted,
             class,
             bytes,
@@ -330,9 +330,9 @@ impl Service {
     async fn embed(
         &self,
         request: Request<pb::EmbedRequest>,
-    ) -> Result<(pb::EmbedResponse, Held), Error> {
+    ) -> Result<(pb::EmbedResponse, AnswerBytes), Error> {
         let facts = self.facts()?;
-        self.require(Task::Embed)?;
+        self.require(CallTask::Embed)?;
         let (_, extensions, request) = request.into_parts();
         let options = pb::EmbedStreamOptions {
             preprocess: request.preprocess,
@@ -381,7 +381,7 @@ impl Service {
     async fn classify(
         &self,
         request: Request<pb::ClassifyRequest>,
-    ) -> Result<(pb::ClassifyResponse, Held), Error> {
+    ) -> Result<(pb::ClassifyResponse, AnswerBytes), Error> {
         let facts = self.facts()?;
         let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
@@ -392,7 +392,7 @@ impl Service {
         } else {
             let context = convert::context(request.context)?;
             let want = Want::Logits;
-            (Work::Infer { context, want }, context)
+            (RequestedWork::Infer { context, want }, context)
         };
         let (labels, activation) = match head {
             Some(head) => (head.labels.as_slice(), head.activation),
@@ -444,12 +444,16 @@ impl Service {
     async fn tokenize(
         &self,
         request: Request<pb::TokenizeRequest>,
-    ) -> Result<(pb::TokenizeResponse, Held), Error> {
+    ) -> Result<(pb::TokenizeResponse, AnswerBytes), Error> {
         self.facts()?;
         let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
         // An id takes as much as a number.
-        let (n_ids, dtype, work) = (self.model.positions(), pb::DataType::F32, Work::Tokenize);
+        let (n_ids, dtype, work) = (
+            self.model.positions(),
+            pb::DataType::F32,
+            RequestedWork::Tokenize,
+        );
         let (outcomes, held) = self
             .outcomes(request.images, preprocess, work, n_ids, dtype, &extensions)
             .await?;
@@ -478,10 +482,10 @@ impl Service {
         let model = &self.model;
         let limits = &self.limits;
         let tasks = [
-            (Task::Embed, pb::Task::Embed),
-            (Task::Classify, pb::Task::Classify),
-            (Task::Score, pb::Task::Score),
-            (Task::Generate, pb::Task::Generate),
+            (CallTask::Embed, pb::Task::Embed),
+            (CallTask::Classify, pb::Task::Classify),
+            (CallTask::Score, pb::Task::Score),
+            (CallTask::Generate, pb::Task::Generate),
         ];
         let generate_slots = facts.sequences.map_or(0, |sequences| sequences.n_slots);
         let devices = self.readiness.devices();
@@ -493,9 +497,9 @@ impl Service {
             tasks: tasks
                 .into_iter()
                 .filter(|&(task, _)| match task {
-                    Task::Classify => model.can(task) || !self.heads.is_empty(),
-                    Task::Generate => generate_slots > 0,
-                    Task::Embed | Task::Score => model.can(task),
+                    CallTask::Classify => model.can(task) || !self.heads.is_empty(),
+                    CallTask::Generate => generate_slots > 0,
+                    CallTask::Embed | CallTask::Score => model.can(task),
                 })
                 .map(|(_, task)| task.into())
                 .collect(),
@@ -543,14 +547,18 @@ impl Service {
 /// What is asked of each image of a call.
 #[derive(Debug, Clone)]
 struct Ask {
-    work: Work,
+    work: RequestedWork,
     /// Numbers in the answer.
     n_values: usize,
     dtype: pb::DataType,
 }
 
 /// What a call holds while it is in the worker.
-fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask], arrived: Share) -> Bytes {
+fn call_bytes(
+    pictures: &[Result<ImageRequest, Error>],
+    asks: &[Ask],
+    arrived: CapacityShare,
+) -> Bytes {
     let answers: usize = asks
         .iter()
         .map(|ask| convert::answer_bytes(ask.n_values, ask.dtype))
@@ -568,14 +576,14 @@ fn call_bytes(pictures: &[Result<Picture, Error>], asks: &[Ask], arrived: Share)
 struct Submitted {
     /// What never went down the line, by its place.
     known: Vec<Option<Error>>,
-    pending: Pending,
-    tally: Tally,
+    pending: PendingAnswers,
+    tally: OutcomeTally,
 }
 
 impl Submitted {
     /// What becomes of each image, in the call's order, and of what is asked of
     /// it, in that order.
-    async fn outcomes(mut self) -> Result<(Vec<Result<Answer, Error>>, Held), Error> {
+    async fn outcomes(mut self) -> Result<(Vec<Result<Answer, Error>>, AnswerBytes), Error> {
         let mut results = Vec::with_capacity(self.known.len());
         for known in self.known {
             let outcome = match known {
@@ -596,7 +604,7 @@ impl Submitted {
         }
         Ok((
             results,
-            Held {
+            AnswerBytes {
                 bytes: Arc::clone(&self.pending.bytes),
             },
         ))
@@ -605,7 +613,7 @@ impl Submitted {
 
 /// An answer with its share of the worker's bytes, which it keeps until the
 /// caller has taken it.
-fn respond<T>(outcome: Result<(T, Held), Error>) -> Result<Response<T>, Status> {
+fn respond<T>(outcome: Result<(T, AnswerBytes), Error>) -> Result<Response<T>, Status> {
     match outcome {
         Ok((answer, held)) => {
             let mut response = Response::new(answer);
@@ -617,7 +625,7 @@ fn respond<T>(outcome: Result<(T, Held), Error>) -> Result<Response<T>, Status> 
 }
 
 #[tonic::async_trait]
-impl ImageGptService for Service {
+impl ImageGptService for WorkerService {
     async fn embed(
         &self,
         request: Request<pb::EmbedRequest>,
@@ -625,7 +633,7 @@ impl ImageGptService for Service {
         respond(Self::embed(self, request).await)
     }
 
-    type EmbedStreamStream = stream::Answers;
+    type EmbedStreamStream = stream::EmbedAnswers;
 
     async fn embed_stream(
         &self,

@@ -22,14 +22,14 @@ pub struct Sampling {
 
 /// Where a color is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Draw {
+pub struct DrawPlace {
     pub sample: u32,
     pub pixel: u32,
 }
 
 /// A color that was drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Drawn {
+pub struct DrawnColor {
     pub token: u16,
     /// ln p under the model itself: temperature 1, all colors.
     pub log_prob: f32,
@@ -59,7 +59,7 @@ impl Sampling {
     /// # Errors
     ///
     /// When a logit is not finite.
-    pub fn draw(&self, logits: &[f32], place: Draw) -> Result<Drawn, NotFinite> {
+    pub fn draw(&self, logits: &[f32], place: DrawPlace) -> Result<DrawnColor, NotFinite> {
         if logits.is_empty() || !logits.iter().all(|logit| logit.is_finite()) {
             return Err(NotFinite);
         }
@@ -83,14 +83,14 @@ impl Sampling {
         };
         #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
         let log_prob = (f64::from(logits[color]) - max - sum.ln()) as f32;
-        Ok(Drawn {
+        Ok(DrawnColor {
             token: u16::try_from(color).unwrap_or(u16::MAX),
             log_prob,
         })
     }
 
     /// One color out of as many as there are weights.
-    fn pick(&self, mut weights: Vec<f64>, place: Draw) -> usize {
+    fn pick(&self, mut weights: Vec<f64>, place: DrawPlace) -> usize {
         let top_k = self.top_k as usize;
         if (1..weights.len()).contains(&top_k) {
             let mut sorted = weights.clone();
@@ -156,7 +156,7 @@ fn nucleus(weights: &[f64], part: f64) -> f64 {
 }
 
 /// A number from 0 to less than 1 that belongs to the place alone.
-fn uniform(seed: u64, place: Draw) -> f64 {
+fn uniform(seed: u64, place: DrawPlace) -> f64 {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     let mut random = ChaCha8Rng::from_seed(key);
@@ -188,7 +188,7 @@ mod tests {
         let mut counts = [0; 8];
         for idx in 0..n {
             // Both parts of a place must give independent numbers.
-            let place = Draw {
+            let place = DrawPlace {
                 sample: idx % 16,
                 pixel: idx / 16,
             };
@@ -249,7 +249,7 @@ mod tests {
                 seed,
                 ..sampling(1.0, 0, 1.0)
             };
-            let place = Draw { sample, pixel };
+            let place = DrawPlace { sample, pixel };
             sampling.draw(&LOGITS, place).expect("finite").token
         };
         let row = |seed, sample| {
@@ -262,7 +262,7 @@ mod tests {
         assert_ne!(row(1, 0), row(1, 1));
         // Pinned: a seed must mean the same in every version.
         let places = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1)];
-        let pinned = places.map(|(seed, sample, pixel)| uniform(seed, Draw { sample, pixel }));
+        let pinned = places.map(|(seed, sample, pixel)| uniform(seed, DrawPlace { sample, pixel }));
         let distinct: std::collections::BTreeSet<u64> =
             pinned.iter().map(|number| number.to_bits()).collect();
         assert_eq!(distinct.len(), 4);
@@ -275,7 +275,7 @@ mod tests {
         let drawn = hot
             .draw(
                 &LOGITS,
-                Draw {
+                DrawPlace {
                     sample: 0,
                     pixel: 0,
                 },
@@ -287,7 +287,7 @@ mod tests {
         assert_eq!(
             hot.draw(
                 &[0.0, f32::INFINITY],
-                Draw {
+                DrawPlace {
                     sample: 0,
                     pixel: 0
                 }

@@ -4,12 +4,12 @@
 //! A [`Sequence`] is the value that travels from preprocessing to the engine. It
 //! knows nothing of queues and nothing of the runtime.
 
-use crate::serve::generate::Generate;
-use crate::serve::generate::Keep;
-use crate::serve::generate::Row;
+use crate::serve::generate::GenerateRequest;
+use crate::serve::generate::GeneratedRow;
+use crate::serve::generate::KeptPixels;
 use crate::serve::sample::NotFinite;
 
-pub use super::sample::{Draw, Sampling};
+pub use super::sample::{DrawPlace, Sampling};
 use crate::serve::error::Error;
 use crate::serve::job::{Answer, Ticket};
 
@@ -17,7 +17,7 @@ use crate::serve::job::{Answer, Ticket};
 #[derive(Debug)]
 pub struct Sequence {
     pub ticket: Ticket,
-    generate: Box<Generate>,
+    generate: Box<GenerateRequest>,
     side: usize,
     start: u16,
     /// Pixels so far: the known ones before the first unknown, then what was
@@ -49,7 +49,7 @@ impl Sequence {
     #[must_use]
     pub fn new(
         ticket: Ticket,
-        generate: Box<Generate>,
+        generate: Box<GenerateRequest>,
         tokens: &[u16],
         side: usize,
         start: u16,
@@ -58,9 +58,9 @@ impl Sequence {
         let is_known = |pixel: usize| {
             pixel < tokens.len()
                 && match &generate.keep {
-                    Keep::All => true,
-                    Keep::Rows(rows) => pixel < *rows as usize * side,
-                    Keep::Mask(mask) => mask.get(pixel).copied().unwrap_or(false),
+                    KeptPixels::All => true,
+                    KeptPixels::Rows(rows) => pixel < *rows as usize * side,
+                    KeptPixels::Mask(mask) => mask.get(pixel).copied().unwrap_or(false),
                 }
         };
         let forced: Box<[Option<u16>]> = (0..n_pixels)
@@ -166,7 +166,7 @@ impl Sequence {
         let token = if let Some(token) = forced {
             token
         } else {
-            let place = Draw {
+            let place = DrawPlace {
                 sample: self.generate.sample,
                 pixel: u32::try_from(pixel).unwrap_or(u32::MAX),
             };
@@ -195,7 +195,7 @@ impl Sequence {
             .pixels
             .get(self.rows_sent * self.side..(self.rows_sent + 1) * self.side)
         {
-            let row = Row {
+            let row = GeneratedRow {
                 sample: self.generate.sample,
                 row: u32::try_from(self.rows_sent).unwrap_or(u32::MAX),
                 tokens: row.into(),
@@ -224,16 +224,19 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::serve::class::Class;
+    use crate::serve::class::Priority;
     use crate::serve::job::{Permit, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
 
     /// An image of 2 by 2 over colors 0 to 3; 4 starts.
-    fn sequence(tokens: &[u16], keep: Keep) -> (Sequence, Outcome, mpsc::Receiver<Row>) {
+    fn sequence(
+        tokens: &[u16],
+        keep: KeptPixels,
+    ) -> (Sequence, Outcome, mpsc::Receiver<GeneratedRow>) {
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
-            class: Class::Interactive,
+            class: Priority::Interactive,
             deadline: None,
             entered_at: std::time::Instant::now(),
             span: tracing::Span::none(),
@@ -241,7 +244,7 @@ mod tests {
             permit: Permit::none(),
         };
         let (sender, rows) = mpsc::channel(2);
-        let generate = Generate {
+        let generate = GenerateRequest {
             keep,
             sampling: Sampling::greedy(),
             sample: 3,
@@ -266,7 +269,7 @@ mod tests {
 
     #[test]
     fn an_image_from_nothing() {
-        let (mut sequence, mut outcome, mut rows) = sequence(&[], Keep::All);
+        let (mut sequence, mut outcome, mut rows) = sequence(&[], KeptPixels::All);
         assert_eq!(sequence.to_feed(9).collect::<Vec<_>>(), [4]);
         assert_eq!(sequence.n_steps_left(), 4);
         for best in [1, 2, 3, 0] {
@@ -284,7 +287,7 @@ mod tests {
 
     #[test]
     fn what_is_known_is_fed_at_once() {
-        let (mut sequence, mut outcome, _rows) = sequence(&[1, 1, 2, 3], Keep::Rows(1));
+        let (mut sequence, mut outcome, _rows) = sequence(&[1, 1, 2, 3], KeptPixels::Rows(1));
         assert_eq!(sequence.to_feed(9).collect::<Vec<_>>(), [4, 1, 1]);
         sequence.fed(3);
         sequence.advance(&logits(0)).expect("finite");
@@ -298,7 +301,7 @@ mod tests {
 
     #[test]
     fn kept_pixels_are_forced_and_the_last_need_no_run() {
-        let mask = Keep::Mask([false, true, false, true].into());
+        let mask = KeptPixels::Mask([false, true, false, true].into());
         let (mut sequence, mut outcome, mut rows) = sequence(&[1, 1, 2, 3], mask);
         assert_eq!(sequence.n_steps_left(), 3);
         for best in [2, 2, 0] {
@@ -315,22 +318,22 @@ mod tests {
 
     #[test]
     fn an_image_that_is_all_known_is_done() {
-        let (sequence, _outcome, _rows) = sequence(&[1, 1, 2, 3], Keep::All);
+        let (sequence, _outcome, _rows) = sequence(&[1, 1, 2, 3], KeptPixels::All);
         assert!(sequence.is_done());
         assert_eq!(sequence.n_steps_left(), 0);
     }
 
     #[test]
     fn logits_that_are_no_numbers_draw_nothing() {
-        let (mut sequence, _outcome, _rows) = sequence(&[], Keep::All);
+        let (mut sequence, _outcome, _rows) = sequence(&[], KeptPixels::All);
         assert!(sequence.advance(&[f32::NAN; 4]).is_err());
         assert_eq!(sequence.n_steps_left(), 4);
     }
 
     #[test]
     fn primers_are_compared_as_far_as_asked() {
-        let (one, ..) = sequence(&[1, 2, 3], Keep::All);
-        let (other, ..) = sequence(&[1, 2, 0], Keep::All);
+        let (one, ..) = sequence(&[1, 2, 3], KeptPixels::All);
+        let (other, ..) = sequence(&[1, 2, 0], KeptPixels::All);
         assert!(one.shares(&other, 3));
         assert!(!one.shares(&other, 4));
         assert!(!one.shares(&other, 5), "there are no more");

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::devices::DeviceIdx;
-use crate::engine::Warm;
+use crate::engine::WarmRun;
 use crate::model::graph::{Graph, Want};
 use crate::runtime::error::EngineError;
-use crate::serve::cache::{Cache, Key};
-use crate::serve::error::{Error, Stage};
-use crate::serve::job::{Answer, Crowd, Ticket};
+use crate::serve::cache::{AnswerCache, AnswerKey};
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::job::{Answer, CoalescedWaiters, Ticket};
 use crate::serve::sequence::Sequence;
 
 /// A batch on its way to the engine.
@@ -22,22 +22,22 @@ pub(crate) struct Batch {
     /// The size to run at, at least as many as there are units.
     pub bucket: usize,
     /// Never empty.
-    pub units: Vec<Unit>,
+    pub units: Vec<BatchUnit>,
     /// Since when an engine that was free could have run something.
     pub possible_since: Instant,
 }
 
 /// One row of a batch with everybody who waits for it.
 #[derive(Debug, Clone)]
-pub(crate) struct Unit {
+pub(crate) struct BatchUnit {
     pub tokens: Arc<[u16]>,
     pub want: Want,
-    pub crowd: Arc<Crowd>,
+    pub waiters: Arc<CoalescedWaiters>,
 }
 
 /// What the engine is given to do when it is free.
 #[derive(Debug)]
-pub(crate) enum Turn {
+pub(crate) enum EngineTurn {
     /// One run of a graph.
     Batch(Batch),
     /// One step of the sequences that it has, and of these, which join them.
@@ -48,13 +48,13 @@ pub(crate) enum Turn {
     },
 }
 
-impl Turn {
+impl EngineTurn {
     /// Gives everybody in it the same bad news.
     pub(crate) fn refuse(self, error: &Error) {
         match self {
             Self::Batch(batch) => {
                 for unit in batch.units {
-                    unit.crowd.refuse(error);
+                    unit.waiters.refuse(error);
                 }
             }
             Self::Step { joining, .. } => {
@@ -68,7 +68,7 @@ impl Turn {
 
 /// The sequences that an engine has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Sequences {
+pub(crate) struct SequenceCounts {
     /// How many more there may be.
     pub n_free: usize,
     /// Those of interactive callers.
@@ -79,11 +79,11 @@ pub(crate) struct Sequences {
 
 /// What engines tell the batcher's thread.
 #[derive(Debug)]
-pub(crate) enum Notice {
+pub(crate) enum EngineNotice {
     /// An engine is free, and there was nothing for it yet.
     Free,
     /// Answers that the thread should give, since the engine runs on.
-    Ran(Vec<Owed>),
+    Ran(Vec<PendingReplies>),
     /// The engine takes no more turns. The last thing that it says.
     Gone(DeviceIdx),
 }
@@ -91,20 +91,20 @@ pub(crate) enum Notice {
 /// An engine's word that it is free for one batch, and what it did since the
 /// last one.
 #[derive(Debug)]
-pub(crate) struct Slot {
+pub(crate) struct EngineSlot {
     pub device: DeviceIdx,
     /// Runs of the warm-up; in the first slot only.
-    pub warm: Vec<Warm>,
+    pub warm: Vec<WarmRun>,
     /// Runs that succeeded.
-    pub runs: Vec<Ran>,
+    pub runs: Vec<FinishedRun>,
     /// The largest batch that the engine takes from now on.
     pub largest: usize,
-    pub sequences: Sequences,
+    pub sequences: SequenceCounts,
 }
 
 /// One run that succeeded.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ran {
+pub(crate) struct FinishedRun {
     pub graph: Graph,
     pub bucket: usize,
     /// Images that it has brought to an end, where an image takes many runs as
@@ -117,27 +117,27 @@ pub(crate) struct Ran {
 /// waits for them. While something waits for the device, answers are given by the
 /// batcher's thread, which has nothing to do while the device runs.
 #[derive(Debug)]
-pub(crate) struct Owed {
-    pub(crate) unit: Unit,
+pub(crate) struct PendingReplies {
+    pub(crate) unit: BatchUnit,
     pub(crate) values: Vec<f32>,
 }
 
-impl Owed {
+impl PendingReplies {
     /// Gives everybody the answer.
-    pub(crate) fn pay(self, cache: &Cache) {
+    pub(crate) fn deliver(self, cache: &AnswerCache) {
         let Self { unit, values } = self;
         let finite = values.iter().all(|value| value.is_finite());
         if finite && cache.is_on() {
-            let key = Key::new(unit.want, Arc::clone(&unit.tokens));
+            let key = AnswerKey::new(unit.want, Arc::clone(&unit.tokens));
             cache.put(key, &values);
         }
-        let mut tickets = unit.crowd.close();
+        let mut tickets = unit.waiters.close();
         let last = tickets.pop();
         let now = Instant::now();
         let outcome = |ticket: &Ticket, values: Vec<f32>| {
             if ticket.deadline.is_some_and(|deadline| deadline <= now) {
                 Err(Error::DeadlineExceeded {
-                    stage: Stage::Engine,
+                    stage: RequestStage::Engine,
                 })
             } else if finite {
                 Ok(Answer::of(unit.want, &unit.tokens, values))

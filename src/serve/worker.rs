@@ -19,30 +19,30 @@ use tokio::sync::{oneshot, watch};
 
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
-use crate::engine::{Engine, EngineFactory, Facts};
+use crate::engine::{Engine, EngineFactory, EngineFacts};
 use crate::gpu;
 use crate::imaging::{ImageLimits, Palette, Preprocessor};
 use crate::model::Model;
-use crate::model::head::Head;
+use crate::model::head::LinearHead;
 use crate::runtime::error::EngineError;
 use crate::serve::admission::{Admission, Capacity, Occupancy};
 use crate::serve::batcher;
 use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
-use crate::serve::cache::Cache;
+use crate::serve::cache::AnswerCache;
 use crate::serve::capacity::DrainRate;
 use crate::serve::config::{CudaGraphs, ServeConfig};
-use crate::serve::devices::{DeviceEngine, Devices, Reports};
-use crate::serve::devices::{DeviceIdx, Failure, State};
+use crate::serve::devices::{DeviceEngine, DeviceReports, DeviceStates};
+use crate::serve::devices::{DeviceIdx, WorkerFailure, WorkerState};
 use crate::serve::engine_thread;
 use crate::serve::engine_thread::Runner;
 use crate::serve::http;
-use crate::serve::http::Pages;
+use crate::serve::http::PageSources;
 use crate::serve::metrics::Metrics;
 use crate::serve::preprocess;
-use crate::serve::preprocess::Desk;
+use crate::serve::preprocess::Preprocessing;
 use crate::serve::preprocess::queue;
-use crate::serve::preprocess::queue::{Door, Reach};
+use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
 use crate::serve::readiness::{Drain, Readiness};
 use crate::serve::rpc;
 
@@ -65,8 +65,8 @@ pub struct Worker {
     readiness: Readiness,
     drain: Drain,
     occupancy: Occupancy,
-    calls: rpc::Calls,
-    devices: watch::Receiver<Devices>,
+    calls: rpc::CallsInProgress,
+    devices: watch::Receiver<DeviceStates>,
     server: tokio::task::JoinHandle<()>,
     stop: oneshot::Sender<()>,
     threads: Vec<JoinHandle<()>>,
@@ -77,13 +77,13 @@ pub struct Worker {
 /// The stages that have threads of their own, wired up.
 struct Stages {
     /// Where admission puts its jobs.
-    door: Door,
+    door: QueueEntrance,
     /// Where it puts those that need no thread.
-    desk: Desk,
+    preprocessing: Preprocessing,
     drain: DrainRate,
-    cache: Cache,
-    devices: watch::Receiver<Devices>,
-    reports: Reports,
+    cache: AnswerCache,
+    devices: watch::Receiver<DeviceStates>,
+    reports: DeviceReports,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -118,7 +118,7 @@ impl Stages {
         // Whichever thread ends before its time ends the worker's readiness; what
         // becomes of devices they decide together.
         let ids = engines.iter().map(|engine| engine.id);
-        let (reports, devices) = Reports::new(ids, metrics.clone());
+        let (reports, devices) = DeviceReports::new(ids, metrics.clone());
         let batching = &config.batching;
         let buckets = model.buckets(batching.buckets());
         if let Some(operator) = model.batch_scaled
@@ -132,10 +132,10 @@ impl Stages {
         }
         metrics.batch_size_max(buckets.largest());
         let drain = DrainRate::default();
-        let cache = Cache::new(batching.cache_bytes.as_u64());
+        let cache = AnswerCache::new(batching.cache_bytes.as_u64());
 
         // One batch, after each slot.
-        let lines = engines.iter().map(|_| batcher::Line::new());
+        let lines = engines.iter().map(|_| batcher::EngineLine::new());
         let (lines, ends): (Vec<_>, Vec<_>) = lines.unzip();
         let policy = Policy {
             buckets: buckets.clone(),
@@ -143,7 +143,7 @@ impl Stages {
             bulk_share: batching.bulk_share,
             bulk_wait_max: batching.bulk_wait_max,
         };
-        let shared = batcher::Shared {
+        let shared = batcher::BatcherParts {
             cache: cache.clone(),
             drain: drain.clone(),
             interactive_reserve: limits.interactive_reserve,
@@ -180,7 +180,7 @@ impl Stages {
         threads.push(spawn("batcher", &reports, move || {
             batcher::run(&batcher, &channels);
         })?);
-        let desk = Desk {
+        let preprocessing = Preprocessing {
             preprocessor,
             decode_cpu_time_max: limits.decode_cpu_time_max,
             batcher: tokens_in,
@@ -189,16 +189,16 @@ impl Stages {
         // One thread more than asked for takes cheap pictures only. It is idle
         // while the others keep up, and shares their cores while all of them are
         // held by large pictures.
-        let reaches = (0..n_preprocess_threads(config)).map(|_| Reach::Any);
-        for (idx, reach) in reaches.chain([Reach::Cheap]).enumerate() {
-            let (desk, pictures) = (desk.clone(), Arc::clone(&pictures));
+        let reaches = (0..n_preprocess_threads(config)).map(|_| ThreadReach::Any);
+        for (idx, reach) in reaches.chain([ThreadReach::Cheap]).enumerate() {
+            let (preprocessing, pictures) = (preprocessing.clone(), Arc::clone(&pictures));
             threads.push(spawn(&format!("preprocess-{idx}"), &reports, move || {
-                preprocess::run(&desk, &pictures, reach);
+                preprocess::run(&preprocessing, &pictures, reach);
             })?);
         }
         Ok(Self {
             door,
-            desk,
+            preprocessing,
             drain,
             cache,
             devices,
@@ -210,7 +210,7 @@ impl Stages {
 
 /// How a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum WorkerEnded {
     /// Every call in progress was answered, and its answer taken, unless its
     /// client took nothing of it for as long as the drain waits for readers:
     /// nothing that the worker could have done is lost.
@@ -230,7 +230,7 @@ pub enum Ended {
 pub fn engines(
     config: &ServeConfig,
     model: &Model,
-    heads: &[Head],
+    heads: &[LinearHead],
 ) -> Result<Vec<DeviceEngine>, EngineError> {
     let Some(cost) = config.model.fake_engine else {
         return onnx_engines(config, model, heads);
@@ -263,7 +263,7 @@ pub fn engines(
 pub fn onnx_engines(
     config: &ServeConfig,
     model: &Model,
-    heads: &[Head],
+    heads: &[LinearHead],
 ) -> Result<Vec<DeviceEngine>, EngineError> {
     let ids = &config.model.device_ids;
     let options = onnx_options(config, model, heads);
@@ -271,7 +271,7 @@ pub fn onnx_engines(
         // Each engine would find out for itself, and a machine without GPUs would
         // run its CPU several times over.
         (ProviderChoice::Auto, [first, _, ..]) => {
-            let of_first = onnx::Options {
+            let of_first = onnx::OnnxOptions {
                 device_id: *first,
                 ..options.clone()
             };
@@ -288,7 +288,7 @@ pub fn onnx_engines(
         (provider, ids) => (provider, ids),
     };
     let engine = |&id| {
-        let options = onnx::Options {
+        let options = onnx::OnnxOptions {
             provider,
             device_id: id,
             ..options.clone()
@@ -302,8 +302,8 @@ pub fn onnx_engines(
 
 /// An engine for the model on the first device alone, as it would be served.
 #[must_use]
-pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> EngineFactory {
-    let options = onnx::Options {
+pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> EngineFactory {
+    let options = onnx::OnnxOptions {
         device_id: config.model.device_ids.first().copied().unwrap_or(0),
         ..onnx_options(config, model, heads)
     };
@@ -311,8 +311,8 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[Head]) -> Engi
 }
 
 /// What all of the model's engines are made from.
-fn onnx_options(config: &ServeConfig, model: &Model, heads: &[Head]) -> onnx::Options {
-    onnx::Options {
+fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
+    onnx::OnnxOptions {
         library: onnx::find_library(config.model.onnxruntime.as_deref()),
         provider: config.model.execution_provider,
         // Each engine has one of them.
@@ -348,7 +348,7 @@ impl Worker {
     pub async fn start(
         config: &ServeConfig,
         model: Model,
-        heads: Vec<Head>,
+        heads: Vec<LinearHead>,
         engines: Vec<DeviceEngine>,
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
@@ -368,9 +368,9 @@ impl Worker {
             samples: limits.samples_in_flight_max as usize,
             interactive_reserve: limits.interactive_reserve,
         };
-        let admission = Admission::new(capacity, stages.drain, stages.door, stages.desk);
+        let admission = Admission::new(capacity, stages.drain, stages.door, stages.preprocessing);
         let occupancy = admission.occupancy();
-        let pages = Pages {
+        let pages = PageSources {
             metrics: metrics.clone(),
             occupancy: occupancy.clone(),
             cache: stages.cache,
@@ -379,7 +379,7 @@ impl Worker {
         let largest = model.buckets(config.batching.buckets()).largest();
         let max_batch_size = u16::try_from(largest).unwrap_or(u16::MAX);
         let model = Arc::new(model);
-        let gpus = gpu::Known::default();
+        let gpus = gpu::KnownGpus::default();
         let side_tasks = vec![
             tokio::spawn(watch_gpus(
                 stages.devices.clone(),
@@ -396,7 +396,7 @@ impl Worker {
                 started,
             )),
         ];
-        let service = rpc::Service {
+        let service = rpc::WorkerService {
             heads,
             model,
             admission,
@@ -407,8 +407,8 @@ impl Worker {
             metrics,
             shutdown_grace_period: network.shutdown_grace_period,
         };
-        let calls = rpc::Calls::new();
-        let options = rpc::Options {
+        let calls = rpc::CallsInProgress::new();
+        let options = rpc::ServerOptions {
             reflection: !network.no_reflection,
             keepalive_interval: network.keepalive_interval,
             keepalive_timeout: network.keepalive_timeout,
@@ -446,24 +446,24 @@ impl Worker {
     /// # Errors
     ///
     /// Why it could not be loaded.
-    pub async fn ready(&mut self) -> Result<Facts, EngineError> {
+    pub async fn ready(&mut self) -> Result<EngineFacts, EngineError> {
         let state = self
             .devices
-            .wait_for(|devices| !matches!(devices.state(), State::Loading))
+            .wait_for(|devices| !matches!(devices.state(), WorkerState::Loading))
             .await
             .map(|devices| devices.state());
         match state {
-            Ok(State::Ready(facts)) => Ok(facts),
-            Ok(State::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
-            Ok(State::Loading | State::Stopped) | Err(_) => {
+            Ok(WorkerState::Ready(facts)) => Ok(facts),
+            Ok(WorkerState::Failed(failure)) => Err(EngineError::NotLoaded(failure.reason)),
+            Ok(WorkerState::Loading | WorkerState::Stopped) | Err(_) => {
                 Err(EngineError::NotLoaded("the engine ended".to_owned()))
             }
         }
     }
 
     /// Resolves with the reason when the worker can do no more; pends otherwise.
-    pub async fn failed(&mut self) -> Failure {
-        let failed = |devices: &Devices| devices.failure().is_some();
+    pub async fn failed(&mut self) -> WorkerFailure {
+        let failed = |devices: &DeviceStates| devices.failure().is_some();
         let devices = self.devices.wait_for(failed).await;
         let failure = devices.ok().and_then(|devices| devices.failure().cloned());
         match failure {
@@ -490,7 +490,7 @@ impl Worker {
     }
 
     /// Stops taking calls and finishes those in progress, within `grace`.
-    pub async fn shutdown(mut self, grace: Duration) -> Ended {
+    pub async fn shutdown(mut self, grace: Duration) -> WorkerEnded {
         let deadline = tokio::time::Instant::now() + grace;
         self.drain.begin();
         let _ = self.stop.send(());
@@ -510,7 +510,7 @@ impl Worker {
         }
         let Ok(server_ended) = ended else {
             self.server.abort();
-            return Ended::Hard {
+            return WorkerEnded::Hard {
                 calls: self.calls.count(),
             };
         };
@@ -520,12 +520,12 @@ impl Worker {
             // themselves; but they have nothing to do.
             tracing::info!("clients keep idle connections open; ending without them");
             self.server.abort();
-            return Ended::Clean;
+            return WorkerEnded::Clean;
         }
         let joined = join(std::mem::take(&mut self.threads));
         match tokio::time::timeout_at(deadline, joined).await {
-            Ok(_) => Ended::Clean,
-            Err(_) => Ended::Hard { calls: 0 },
+            Ok(_) => WorkerEnded::Clean,
+            Err(_) => WorkerEnded::Hard { calls: 0 },
         }
     }
 }
@@ -558,7 +558,7 @@ async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 /// stages the line does not move.
 fn spawn(
     name: &str,
-    reports: &Reports,
+    reports: &DeviceReports,
     body: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<JoinHandle<()>> {
     let (reports, thread_name) = (reports.clone(), name.to_owned());
@@ -583,13 +583,13 @@ async fn keep_metrics(metrics: Metrics) {
 }
 
 /// What was loaded, and on how many devices, once it is.
-async fn loaded(mut devices: watch::Receiver<Devices>) -> Option<(Facts, usize)> {
+async fn loaded(mut devices: watch::Receiver<DeviceStates>) -> Option<(EngineFacts, usize)> {
     let devices = devices
-        .wait_for(|devices| !matches!(devices.state(), State::Loading))
+        .wait_for(|devices| !matches!(devices.state(), WorkerState::Loading))
         .await
         .ok()?;
     match devices.state() {
-        State::Ready(facts) => Some((facts, devices.n_serving())),
+        WorkerState::Ready(facts) => Some((facts, devices.n_serving())),
         _ => None,
     }
 }
@@ -597,9 +597,9 @@ async fn loaded(mut devices: watch::Receiver<Devices>) -> Option<(Facts, usize)>
 /// Finds out what GPUs the model runs on, once it does, and from then on how they
 /// are. A driver may hang; then only this waits, and nobody asks it again.
 async fn watch_gpus(
-    devices: watch::Receiver<Devices>,
+    devices: watch::Receiver<DeviceStates>,
     ids: Vec<i32>,
-    known: gpu::Known,
+    known: gpu::KnownGpus,
     metrics: Metrics,
 ) {
     match loaded(devices).await {
@@ -641,7 +641,7 @@ async fn watch_gpus(
 
 /// Tells the operator what was loaded, once it is.
 async fn announce(
-    devices: watch::Receiver<Devices>,
+    devices: watch::Receiver<DeviceStates>,
     model: Arc<Model>,
     metrics: Metrics,
     started: Instant,

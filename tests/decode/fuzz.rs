@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::time::{Duration, Instant};
 
-use imagegpt::imaging::{Format, ImageLimits, PreprocessError};
+use imagegpt::imaging::{ImageFormat, ImageLimits, PreprocessError};
 
 use super::mutate::{Dice, mutate};
 use super::seeds::{Seed, seeds};
@@ -28,13 +28,13 @@ const CPU_MAX: Duration = Duration::from_secs(2);
 /// CPU time of a run once nobody waits: a pass over the largest image.
 const CPU_ABANDONED_MAX: Duration = Duration::from_millis(250);
 
-const FORMATS: [Format; 6] = [
-    Format::Png,
-    Format::Jpeg,
-    Format::WebP,
-    Format::Gif,
-    Format::Bmp,
-    Format::Tiff,
+const FORMATS: [ImageFormat; 6] = [
+    ImageFormat::Png,
+    ImageFormat::Jpeg,
+    ImageFormat::WebP,
+    ImageFormat::Gif,
+    ImageFormat::Bmp,
+    ImageFormat::Tiff,
 ];
 
 /// Results of the runs of a format.
@@ -54,7 +54,8 @@ fn tampered_files_stay_within_the_limits() {
     let seconds: u64 = number("IMAGEGPT_FUZZ_SECONDS", 12);
     let seed: u64 = number("IMAGEGPT_FUZZ_SEED", 0x1234_5678_9abc_def1);
     println!("IMAGEGPT_FUZZ_SEED={seed}");
-    let corpus: Vec<(Format, Vec<Seed>)> = FORMATS.map(|format| (format, seeds(format))).into();
+    let corpus: Vec<(ImageFormat, Vec<Seed>)> =
+        FORMATS.map(|format| (format, seeds(format))).into();
     let mut dice = Dice(seed.max(1));
     let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
     let end = Instant::now() + Duration::from_secs(seconds);

@@ -1,6 +1,6 @@
 //! Changes to files: sizes and offsets first, then bytes, then parts of others.
 
-use imagegpt::imaging::Format;
+use imagegpt::imaging::ImageFormat;
 
 /// Pseudo-random numbers, the same for the same seed.
 pub(crate) struct Dice(pub(crate) u64);
@@ -51,7 +51,7 @@ const TURNS: [u64; 24] = [
 ];
 
 /// Changes a file in some places. `other` is one of the same format.
-pub(crate) fn mutate(format: Format, bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
+pub(crate) fn mutate(format: ImageFormat, bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
     for _ in 0..=dice.roll(3) {
         match dice.roll(8) {
             0..5 => {
@@ -125,13 +125,13 @@ fn splice(bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
 }
 
 /// Numbers of a file that say how large or where something is.
-fn fields(format: Format, bytes: &[u8]) -> Vec<Field> {
+fn fields(format: ImageFormat, bytes: &[u8]) -> Vec<Field> {
     match format {
-        Format::Png => png(bytes),
-        Format::Jpeg => jpeg(bytes),
-        Format::WebP => webp(bytes),
-        Format::Gif => gif(bytes),
-        Format::Bmp => of(
+        ImageFormat::Png => png(bytes),
+        ImageFormat::Jpeg => jpeg(bytes),
+        ImageFormat::WebP => webp(bytes),
+        ImageFormat::Gif => gif(bytes),
+        ImageFormat::Bmp => of(
             true,
             &[
                 (10, 4),
@@ -146,7 +146,7 @@ fn fields(format: Format, bytes: &[u8]) -> Vec<Field> {
                 (50, 4),
             ],
         ),
-        Format::Tiff => tiff(bytes),
+        ImageFormat::Tiff => tiff(bytes),
     }
 }
 
@@ -339,9 +339,9 @@ fn tiff(bytes: &[u8]) -> Vec<Field> {
 }
 
 /// Makes checksums right, and the length of the whole.
-fn repair(format: Format, bytes: &mut [u8]) {
+fn repair(format: ImageFormat, bytes: &mut [u8]) {
     match format {
-        Format::Png => {
+        ImageFormat::Png => {
             for (at, len) in chunks(bytes, 8, true) {
                 let Some(checked) = bytes.get(at + 4..at + 8 + len) else {
                     break;
@@ -352,13 +352,13 @@ fn repair(format: Format, bytes: &mut [u8]) {
                 }
             }
         }
-        Format::WebP => {
+        ImageFormat::WebP => {
             let len = u32::try_from(bytes.len().saturating_sub(8)).unwrap();
             if let Some(place) = bytes.get_mut(4..8) {
                 place.copy_from_slice(&len.to_le_bytes());
             }
         }
-        Format::Jpeg | Format::Gif | Format::Bmp | Format::Tiff => {}
+        ImageFormat::Jpeg | ImageFormat::Gif | ImageFormat::Bmp | ImageFormat::Tiff => {}
     }
 }
 

@@ -9,7 +9,7 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
-use imagegpt::imaging::Format;
+use imagegpt::imaging::ImageFormat;
 
 use super::jpeg;
 
@@ -21,7 +21,7 @@ pub(crate) struct Seed {
 }
 
 /// Seeds of a format: the golden images that are small, and what those lack.
-pub(crate) fn seeds(format: Format) -> Vec<Seed> {
+pub(crate) fn seeds(format: ImageFormat) -> Vec<Seed> {
     const BYTES_MAX: usize = 20_000;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/images");
     let mut seeds: Vec<Seed> = fs::read_dir(folder)
@@ -34,7 +34,7 @@ pub(crate) fn seeds(format: Format) -> Vec<Seed> {
         .filter(|seed| seed.bytes.len() <= BYTES_MAX)
         .chain(tiffs())
         .chain(jpeg::seeds())
-        .filter(|seed| Format::guess(&seed.bytes) == Some(format))
+        .filter(|seed| ImageFormat::guess(&seed.bytes) == Some(format))
         .collect();
     seeds.sort_by(|a, b| a.name.cmp(&b.name));
     seeds

@@ -13,7 +13,7 @@ use imagegpt::client::{Client, ConnectConfig};
 use imagegpt::engine::fake::Script;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::serve::worker::{Ended, Worker};
+use imagegpt::serve::worker::{Worker, WorkerEnded};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -97,7 +97,7 @@ async fn start_with(script: Script, flags: &[impl AsRef<str>]) -> Worker {
 }
 
 async fn end(worker: Worker) {
-    assert_eq!(worker.shutdown(harness::PATIENCE).await, Ended::Clean);
+    assert_eq!(worker.shutdown(harness::PATIENCE).await, WorkerEnded::Clean);
 }
 
 /// What GetModel says over a new connection: the model's name, or all that

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use imagegpt::commands::bench;
-use imagegpt::commands::bench::Verdict;
+use imagegpt::commands::bench::BenchVerdict;
 use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::engine::fake::Script;
 use serde_json::Value;
@@ -20,7 +20,7 @@ struct Cli {
 
 /// What a run said: its verdict, its table, its numbers.
 struct Said {
-    verdict: Verdict,
+    verdict: BenchVerdict,
     table: String,
     json: Value,
 }
@@ -142,7 +142,7 @@ async fn saturate_counts_every_call() {
     assert!(eight > 1.4 * one && eight <= 103.0, "{one} {eight}");
     assert!(number(&said.measurement("saturate, 1 callers")["server"]["rss_kib_max"]) > 0.0);
     assert_eq!(said.json["model"]["execution_provider"], "fake");
-    assert_eq!(said.verdict, Verdict::Fine);
+    assert_eq!(said.verdict, BenchVerdict::Fine);
     assert!(said.table.contains("saturation: "), "{}", said.table);
 
     let arguments = ["saturate", "--requests", "30", "--callers", "4"];
@@ -265,7 +265,7 @@ async fn soak_verifies_every_answer() {
     let said = run(&running, &["soak", "--duration", "2s"]).await;
     assert_eq!(
         said.verdict,
-        Verdict::Fine,
+        BenchVerdict::Fine,
         "{}\n{:#}",
         said.table,
         said.json
@@ -290,7 +290,7 @@ async fn soak_sees_what_breaks() {
     };
     let running = harness::fake(script, &["--max-batch-size", "8"]).await;
     let said = run(&running, &["soak", "--streams", "0"]).await;
-    assert_eq!(said.verdict, Verdict::Broken);
+    assert_eq!(said.verdict, BenchVerdict::Broken);
     assert!(
         said.table
             .contains("BROKEN: unexpected INTERNAL of an image"),
@@ -393,8 +393,8 @@ async fn soak_sees_lost_doubled_and_swapped_items() {
             );
         }
         let expected = match broke {
-            None => Verdict::Fine,
-            Some(_) => Verdict::Broken,
+            None => BenchVerdict::Fine,
+            Some(_) => BenchVerdict::Broken,
         };
         assert_eq!(said.verdict, expected, "{lie:?}: {}", said.table);
     }
@@ -455,7 +455,7 @@ async fn a_worker_that_goes_away_is_told() {
             let (said, ()) = tokio::join!(run_at(&endpoints, &arguments), leave);
             assert_eq!(
                 said.verdict,
-                Verdict::Broken,
+                BenchVerdict::Broken,
                 "{arguments:?}: {}",
                 said.table
             );
@@ -535,7 +535,7 @@ async fn streams_stall_and_recover() {
     let arguments = ["slow-reader", "--readers", "2", "--rate", "50"];
     let said = run_at(&[&endpoint], &arguments).await;
     check(&said);
-    assert_eq!(said.verdict, Verdict::Fine, "{}", said.table);
+    assert_eq!(said.verdict, BenchVerdict::Fine, "{}", said.table);
     let taken = number(said.finding("items_taken_while_stalled"));
     assert!(taken > 16.0, "{taken}");
     assert!(number(said.finding("items_answered_in_the_end")) >= taken);

@@ -5,9 +5,9 @@ use std::path::Path;
 use clap::Parser;
 use imagegpt::commands::bench;
 use imagegpt::commands::bench::flags::BenchArgs;
-use imagegpt::compile::{CompileOptions, Silent, Source, compile};
+use imagegpt::compile::{CompileOptions, ModelSource, Silent, compile};
 use imagegpt::engine::onnx;
-use imagegpt::model::precision::{Provider, Task};
+use imagegpt::model::precision::{CompileTask, Provider};
 use imagegpt::runtime::Runtime;
 use serde_json::Value;
 
@@ -100,10 +100,10 @@ fn a_model_is_compared_with_its_reference() {
     let environment = onnx::environment(&onnx::find_library(None)).expect("the library");
     let runtime = Runtime::new(environment, Provider::Cpu).expect("a runtime");
     let options = CompileOptions {
-        tasks: Some([Task::Embed].into()),
+        tasks: Some([CompileTask::Embed].into()),
         ..CompileOptions::default()
     };
-    let source = Source::parse("random:tiny", None);
+    let source = ModelSource::parse("random:tiny", None);
     compile(&source, Path::new(&fp32), &options, &runtime, &mut Silent).expect("compiled");
     let serve = format!("--cache-dir {} --precision int8", path("cache"));
     let against = |model: &str| {

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use clap::Parser;
-use imagegpt::commands::{self, Ask, Outcome};
+use imagegpt::commands::{self, CommandOutcome, ImageCommand};
 use imagegpt::engine::fake::Script;
 use imagegpt::imaging::render;
 use imagegpt::model::precision::Precision;
@@ -23,12 +23,12 @@ const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/pictures");
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
-    ask: Ask,
+    ask: ImageCommand,
 }
 
 /// How a command ended and what it printed.
 struct Said {
-    outcome: Outcome,
+    outcome: CommandOutcome,
     text: String,
 }
 
@@ -120,7 +120,7 @@ async fn tokens_of_many_files_come_in_order_and_bad_files_beside_them() {
         "3",
     ];
     let said = run(&running, &arguments).await.expect("a run");
-    assert_eq!(said.outcome, Outcome::Done);
+    assert_eq!(said.outcome, CommandOutcome::Done);
     let lines = said.json();
     assert_eq!(lines.len(), images.len());
     for (idx, (line, ids)) in lines.iter().zip(&images).enumerate() {
@@ -134,7 +134,7 @@ async fn tokens_of_many_files_come_in_order_and_bad_files_beside_them() {
     let missing = pictures.text("missing.png");
     let said = run(&running, &["tokenize", &missing, pictures.folder()]).await;
     let said = said.expect("a run");
-    assert_eq!(said.outcome, Outcome::Failed);
+    assert_eq!(said.outcome, CommandOutcome::Failed);
     let lines: Vec<&str> = said.text.lines().collect();
     assert_eq!(lines.len(), 19);
     let ids: Vec<String> = images[6].iter().map(u32::to_string).collect();
@@ -166,7 +166,10 @@ async fn a_full_worker_is_asked_again() {
     let pictures = Pictures::new(&running, &images).await;
     let arguments = ["classify", pictures.folder(), "--json", "--top-k", "1"];
     let said = run(&running, &arguments).await.expect("a run");
-    assert_eq!((said.outcome, said.json().len()), (Outcome::Done, 24));
+    assert_eq!(
+        (said.outcome, said.json().len()),
+        (CommandOutcome::Done, 24)
+    );
     let refused = "imagegpt_requests_total{method=\"Classify\",code=\"RESOURCE_EXHAUSTED\"}";
     assert!(
         running.sample(refused).await > 0.0,
@@ -318,7 +321,7 @@ async fn a_sheet_shows_inputs_what_is_kept_and_samples() {
     ];
     let said = run(&running, &arguments).await.expect("a run");
     let lines = said.json();
-    assert_eq!((said.outcome, lines.len()), (Outcome::Done, 6));
+    assert_eq!((said.outcome, lines.len()), (CommandOutcome::Done, 6));
     for (idx, line) in lines.iter().enumerate() {
         assert_eq!(line["input"], inputs[idx / 3]);
         assert_eq!(line["sample"], idx % 3);
@@ -426,7 +429,7 @@ async fn whoever_is_told_to_end_leaves_neither_files_nor_work() {
     let arguments = ["generate", "--output", sheet.to_str().expect("UTF-8")];
     let begun = running.until_in_flight(8);
     let said = run_until(&running, &arguments, begun).await.expect("a run");
-    assert_eq!(said.outcome, Outcome::Interrupted);
+    assert_eq!(said.outcome, CommandOutcome::Interrupted);
     assert_eq!(
         std::fs::read_dir(folder.path()).expect("a folder").count(),
         0
@@ -453,7 +456,7 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     for command in ["tokenize", "classify"] {
         let said = run(&running, &[command, pictures.folder()]).await;
         let said = said.expect("a run");
-        assert_eq!(said.outcome, Outcome::Failed);
+        assert_eq!(said.outcome, CommandOutcome::Failed);
         let lines: Vec<&str> = said.text.lines().collect();
         let names = &lines[lines.len() - 2..];
         assert!(names[0].contains("00.png"), "{lines:?}");
@@ -461,7 +464,10 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     }
     let said = run(&running, &["tokenize", &pictures.text("pipe.png")]).await;
     let said = said.expect("a run");
-    assert_eq!((said.outcome, said.text.as_str()), (Outcome::Failed, ""));
+    assert_eq!(
+        (said.outcome, said.text.as_str()),
+        (CommandOutcome::Failed, "")
+    );
     let cli = ["neighbors", pictures.folder(), "--endpoint"];
     let endpoint = format!("http://{}", running.worker.grpc_addr);
     let output = tokio::task::spawn_blocking({

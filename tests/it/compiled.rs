@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{CompileOptions, Silent, Source, cache, compile};
+use imagegpt::compile::{CompileOptions, ModelSource, Silent, cache, compile};
 use imagegpt::engine::onnx;
 use imagegpt::model::Model;
-use imagegpt::model::head::Head;
+use imagegpt::model::head::LinearHead;
 use imagegpt::model::onnx as onnx_file;
-use imagegpt::model::precision::{Precision, Provider, Task};
+use imagegpt::model::precision::{CompileTask, Precision, Provider};
 use imagegpt::proto::pb;
 use imagegpt::runtime::Runtime;
 use imagegpt::serve::worker::{Worker, onnx_engines};
@@ -37,7 +37,7 @@ async fn compiled(folder: &Path, feature_layer: usize, flags: &[&str]) -> Runnin
         feature_layer: Some(feature_layer),
         ..Default::default()
     };
-    let source = Source::Folder(harness::model_dir("micro-checkpoint"));
+    let source = ModelSource::Folder(harness::model_dir("micro-checkpoint"));
     compile(&source, &output, &options, &runtime(), &mut Silent).expect("compiled");
     harness::start(&output, flags, None).await
 }
@@ -304,7 +304,7 @@ fn a_head_of_a_layer_that_is_not_served_is_refused_at_start() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = head(folder.path(), "deep", 16, "7");
     let flag = format!("deep={}", file.display()).parse().expect("a flag");
-    let head = Head::open(&flag).expect("a head");
+    let head = LinearHead::open(&flag).expect("a head");
     let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
     let error = head.check(&model).expect_err("2 layers").to_string();
     assert!(
@@ -322,7 +322,7 @@ async fn a_checkpoint_is_compiled_once() {
     };
     let source = harness::model_dir("micro-checkpoint");
     let locate = |text: &str| {
-        let source = Source::parse(text, None);
+        let source = ModelSource::parse(text, None);
         let cache_dir = Some(cache_dir.path());
         cache::locate(&source, cache_dir, &options, || Ok(runtime()), &mut Silent)
     };
@@ -400,10 +400,10 @@ fn copy_all(from: &Path, to: &Path) {
 fn compiled_folder(to: &Path, precision: Precision) {
     let options = CompileOptions {
         precision,
-        tasks: Some([Task::Embed].into()),
+        tasks: Some([CompileTask::Embed].into()),
         ..Default::default()
     };
-    let source = Source::Folder(harness::model_dir("micro-checkpoint"));
+    let source = ModelSource::Folder(harness::model_dir("micro-checkpoint"));
     compile(&source, to, &options, &runtime(), &mut Silent).expect("compiled");
 }
 
@@ -585,7 +585,7 @@ fn external_export(folder: &Path, location: &str) {
         let mut rewritten = Vec::new();
         for (number, content, whole) in wire_fields(graph) {
             let tensor = (number == INITIALIZER)
-                .then(|| onnx_file::Tensor::decode(content).expect("a tensor"))
+                .then(|| onnx_file::TensorProto::decode(content).expect("a tensor"))
                 .filter(|tensor| tensor.raw_data.len() >= 256);
             let Some(mut tensor) = tensor else {
                 rewritten.extend(whole);

@@ -283,7 +283,7 @@ async fn a_drain_answers_what_every_device_has() {
         assert_eq!(answer, fake_answer(ids));
     }
     let ended = ending.await.expect("no panic");
-    assert_eq!(ended, imagegpt::serve::worker::Ended::Clean);
+    assert_eq!(ended, imagegpt::serve::worker::WorkerEnded::Clean);
 }
 
 fn fails_to_load() -> DeviceEngine {

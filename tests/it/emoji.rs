@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use imagegpt::compile::{CompileOptions, Silent, Source, compile};
+use imagegpt::compile::{CompileOptions, ModelSource, Silent, compile};
 use imagegpt::engine::onnx;
-use imagegpt::model::head::Head;
-use imagegpt::model::precision::{Provider, Task};
+use imagegpt::model::head::LinearHead;
+use imagegpt::model::precision::{CompileTask, Provider};
 use imagegpt::proto::pb;
 use imagegpt::runtime::Runtime;
 
@@ -27,15 +27,15 @@ async fn emoji(folder: &Path) -> Running {
     let models = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models");
     let head = models.join("emoji/category.safetensors");
     let flag = format!("category={}", head.display());
-    let layer = Head::open(&flag.parse().expect("a flag"))
+    let layer = LinearHead::open(&flag.parse().expect("a flag"))
         .expect("a head")
         .layer;
     let options = CompileOptions {
-        tasks: Some(BTreeSet::from([Task::Embed])),
+        tasks: Some(BTreeSet::from([CompileTask::Embed])),
         feature_layer: Some(layer as usize),
         ..Default::default()
     };
-    let source = Source::Folder(models.join("emoji"));
+    let source = ModelSource::Folder(models.join("emoji"));
     let output = folder.join("emoji");
     compile(&source, &output, &options, &runtime, &mut Silent).expect("compiled");
     harness::start(&output, &["--head", &flag], None).await

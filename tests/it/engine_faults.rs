@@ -1,7 +1,7 @@
 //! An engine that fails: callers are told, and so is the world.
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, Facts, Feed, Run, Stop, Warm};
+use imagegpt::engine::{Engine, EngineFacts, GraphRun, RunStop, SlotFeed, WarmRun};
 use imagegpt::runtime::error::EngineError;
 use imagegpt::serve::devices::FailureKind;
 use tonic::Code;
@@ -69,19 +69,19 @@ async fn a_panic_answers_everyone_and_ends_readiness() {
 struct Odd(FakeEngine, Vec<Vec<f32>>);
 
 impl Engine for Odd {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         self.0.facts()
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         &[]
     }
 
-    fn run(&mut self, _run: &Run<'_>, _stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, _run: &GraphRun<'_>, _stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         Ok(self.1.clone())
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.0.feed(feed, logits)
     }
 

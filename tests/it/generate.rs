@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use imagegpt::compile::{CompileOptions, Silent, Source, compile};
+use imagegpt::compile::{CompileOptions, ModelSource, Silent, compile};
 use imagegpt::engine::fake::{FakeEngine, FakeSequences, Script};
 use imagegpt::engine::onnx;
 use imagegpt::model::precision::{Precision, Provider};
@@ -462,7 +462,7 @@ pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
             precision,
             ..Default::default()
         };
-        let source = Source::Folder(harness::model_dir("micro-causal"));
+        let source = ModelSource::Folder(harness::model_dir("micro-causal"));
         compile(&source, &output, &options, &runtime, &mut Silent).expect("compiled");
     }
     output

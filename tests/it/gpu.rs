@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Stop, Warm};
+use imagegpt::engine::{Engine, EngineFactory, EngineFacts, GraphRun, RunStop, SlotFeed, WarmRun};
 use imagegpt::gpu::kernels::{Half, Numbers, quick_gelu};
 use imagegpt::proto::pb;
 use imagegpt::runtime;
@@ -155,22 +155,22 @@ fn a_driver_that_hangs_or_aborts_is_a_line_of_the_report() {
 }
 
 /// A fake engine that says it is on a GPU.
-struct OnCuda(FakeEngine, Facts);
+struct OnCuda(FakeEngine, EngineFacts);
 
 impl Engine for OnCuda {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         &self.1
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         self.0.warm()
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         self.0.run(run, stop)
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.0.feed(feed, logits)
     }
 
@@ -231,7 +231,7 @@ async fn a_worker_on_a_gpu_says_which_and_how_it_is() {
     load();
     let factory: EngineFactory = Box::new(|| {
         let engine = FakeEngine::new(Script::default());
-        let facts = Facts {
+        let facts = EngineFacts {
             provider: "cuda",
             ..engine.facts().clone()
         };

@@ -7,12 +7,12 @@ use clap::Parser;
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::model::Model;
-use imagegpt::model::head::Head;
+use imagegpt::model::head::LinearHead;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
-use imagegpt::serve::worker::{Ended, Worker, onnx_engines};
+use imagegpt::serve::worker::{Worker, WorkerEnded, onnx_engines};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
@@ -103,11 +103,11 @@ pub(crate) async fn start(
 ) -> Running {
     let config = config(dir, flags);
     let model = Model::open(dir, None).expect("a model");
-    let heads: Vec<Head> = config
+    let heads: Vec<LinearHead> = config
         .model
         .heads
         .iter()
-        .map(|flag| Head::open(flag).expect("a head"))
+        .map(|flag| LinearHead::open(flag).expect("a head"))
         .collect();
     let engines = match factory {
         Some(factory) => {
@@ -132,7 +132,7 @@ pub(crate) async fn fake_worker(script: Script, flags: &[&str]) -> Worker {
 async fn start_worker(
     config: &ServeConfig,
     model: Model,
-    heads: Vec<Head>,
+    heads: Vec<LinearHead>,
     engines: Vec<DeviceEngine>,
 ) -> Worker {
     let mut worker = Worker::start(config, model, heads, engines)
@@ -152,7 +152,7 @@ impl Running {
     /// Ends the worker in good order.
     pub(crate) async fn end(self) {
         drop(self.client);
-        assert_eq!(self.worker.shutdown(PATIENCE).await, Ended::Clean);
+        assert_eq!(self.worker.shutdown(PATIENCE).await, WorkerEnded::Clean);
     }
 
     /// The metrics page.

@@ -9,7 +9,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, SendStream};
 use imagegpt::engine::fake::{FakeSequences, Script};
 use imagegpt::proto::pb;
-use imagegpt::serve::worker::{Ended, Worker};
+use imagegpt::serve::worker::{Worker, WorkerEnded};
 use prost::Message as _;
 use tonic::Code;
 
@@ -713,7 +713,7 @@ async fn clients_that_stall_do_not_hold_the_end() {
             let ended = worker.shutdown(Duration::from_secs(25)).await;
             let elapsed = started.elapsed();
             drop((client, call));
-            assert_eq!(ended, Ended::Clean, "{idx}");
+            assert_eq!(ended, WorkerEnded::Clean, "{idx}");
             assert!(elapsed >= at_least, "{idx}: {elapsed:?}");
             assert!(elapsed < Duration::from_secs(9), "{idx}: {elapsed:?}");
         });

@@ -4,7 +4,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFactory, Facts, Feed, Run, Span, Stop, Warm};
+use imagegpt::engine::{
+    Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
+};
 use imagegpt::runtime::error::EngineError;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -78,28 +80,28 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
 }
 
 /// An engine that is outside of its runs for as long as within.
-struct Slow(FakeEngine, Option<Span>);
+struct Slow(FakeEngine, Option<RunSpan>);
 
 const EACH: Duration = Duration::from_millis(10);
 
 impl Engine for Slow {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         self.0.facts()
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         &[]
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         std::thread::sleep(EACH / 2);
-        let ((), span) = Span::of(|| std::thread::sleep(EACH));
+        let ((), span) = RunSpan::of(|| std::thread::sleep(EACH));
         self.1 = Some(span);
         std::thread::sleep(EACH / 2);
         self.0.run(run, stop)
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.0.feed(feed, logits)
     }
 
@@ -111,7 +113,7 @@ impl Engine for Slow {
         Ok(())
     }
 
-    fn last_span(&self) -> Option<Span> {
+    fn last_span(&self) -> Option<RunSpan> {
         self.1
     }
 }

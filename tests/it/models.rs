@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use imagegpt::engine::onnx::{OnnxEngine, Options};
+use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
 use imagegpt::model::Model;
 use imagegpt::model::buckets::Buckets;
 use imagegpt::model::precision::ProviderChoice;
@@ -16,7 +16,7 @@ fn complaint(dir: &Path) -> Option<String> {
         Ok(model) => model,
         Err(error) => return Some(error.to_string()),
     };
-    let options = Options {
+    let options = OnnxOptions {
         library: find_library(None),
         provider: ProviderChoice::Cpu,
         device_id: 0,

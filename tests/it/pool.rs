@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use imagegpt::client::ConnectConfig;
-use imagegpt::client::pool::{Answer, Job, Pool, PoolConfig, Task};
+use imagegpt::client::pool::{PoolAnswer, PoolConfig, PoolTask, PoolWork, WorkerPool};
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::embed_stream_request::Message;
 use imagegpt::proto::pb::embed_stream_result::Outcome;
@@ -175,7 +175,7 @@ async fn serve(
 async fn answered(
     workers: &[SocketAddr],
     images: Vec<&'static [u8]>,
-) -> BTreeMap<u64, Result<Answer, &'static str>> {
+) -> BTreeMap<u64, Result<PoolAnswer, &'static str>> {
     let config = PoolConfig {
         endpoints: workers
             .iter()
@@ -186,13 +186,13 @@ async fn answered(
         item_timeout: Duration::from_secs(1),
         resolve_interval: Duration::from_secs(1),
     };
-    let job = Job::Embed(pb::EmbedStreamOptions::default());
+    let job = PoolWork::Embed(pb::EmbedStreamOptions::default());
     let (feed, tasks) = mpsc::channel(images.len());
     let room = Arc::new(Semaphore::new(images.len()));
     let n_images = images.len();
     for (id, image) in (0..).zip(images) {
         let room = Arc::clone(&room).try_acquire_owned().expect("room");
-        let task = Task {
+        let task = PoolTask {
             id,
             image: image.into(),
             room,
@@ -201,7 +201,7 @@ async fn answered(
         };
         feed.try_send(task).expect("room");
     }
-    let started = Pool::start(config, job, "model".to_owned(), tasks);
+    let started = WorkerPool::start(config, job, "model".to_owned(), tasks);
     let (pool, mut answers) = started.expect("a pool");
     let mut outcomes = BTreeMap::new();
     while outcomes.len() < n_images {
@@ -215,8 +215,8 @@ async fn answered(
     outcomes
 }
 
-fn embedding(bytes: &'static [u8]) -> Answer {
-    Answer::Embedding(bytes.into())
+fn embedding(bytes: &'static [u8]) -> PoolAnswer {
+    PoolAnswer::Embedding(bytes.into())
 }
 
 #[tokio::test]

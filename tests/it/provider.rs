@@ -3,9 +3,10 @@
 //! one they have nothing to show.
 
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::onnx::{OnnxEngine, Options};
+use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
 use imagegpt::engine::{
-    Engine, EngineFactory, Facts, Fallback, FallbackKind, Feed, Run, Stop, Warm,
+    Engine, EngineFactory, EngineFacts, Fallback, FallbackKind, GraphRun, RunStop, SlotFeed,
+    WarmRun,
 };
 use imagegpt::model::Model;
 use imagegpt::model::buckets::Buckets;
@@ -18,7 +19,7 @@ use crate::harness::{self, Running};
 
 fn load(provider: ProviderChoice) -> Result<OnnxEngine, EngineError> {
     let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
-    OnnxEngine::load(&Options {
+    OnnxEngine::load(&OnnxOptions {
         library: find_library(None),
         provider,
         device_id: 0,
@@ -149,22 +150,22 @@ impl std::io::Write for Log {
 }
 
 /// A fake engine that could not have something.
-struct Without(FakeEngine, Facts);
+struct Without(FakeEngine, EngineFacts);
 
 impl Engine for Without {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         &self.1
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         self.0.warm()
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         self.0.run(run, stop)
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         self.0.feed(feed, logits)
     }
 
@@ -185,7 +186,7 @@ async fn a_refused_capture_is_told_to_clients_and_to_prometheus() {
             kind: FallbackKind::CudaGraphs,
             reason: "graph hidden: capture was refused".to_owned(),
         };
-        let facts = Facts {
+        let facts = EngineFacts {
             fallbacks: vec![refused],
             ..engine.facts().clone()
         };

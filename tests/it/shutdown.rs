@@ -10,7 +10,7 @@ use imagegpt::engine::fake::Script;
 use imagegpt::model::precision::Precision;
 use imagegpt::proto::pb::generate_response;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
-use imagegpt::serve::worker::Ended;
+use imagegpt::serve::worker::WorkerEnded;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
@@ -61,7 +61,7 @@ async fn what_was_admitted_is_finished() {
         assert_eq!(vector(result).expect("a vector"), fake_answer(ids));
     }
     drop(running.client);
-    assert_eq!(shutdown.await.expect("no panic"), Ended::Clean);
+    assert_eq!(shutdown.await.expect("no panic"), WorkerEnded::Clean);
 }
 
 #[tokio::test]
@@ -76,7 +76,7 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
     let call = tokio::spawn(async move { client.embed(embed(vec![harness::flat(1); 3])).await });
     running.until_in_flight(3).await;
     let ended = running.worker.shutdown(Duration::from_millis(100)).await;
-    assert_eq!(ended, Ended::Hard { calls: 1 });
+    assert_eq!(ended, WorkerEnded::Hard { calls: 1 });
     drop(open);
     drop(call);
 }
@@ -105,7 +105,7 @@ async fn idle_connections_do_not_hold_the_end() {
     let started = Instant::now();
     assert_eq!(
         running.worker.shutdown(harness::PATIENCE).await,
-        Ended::Clean
+        WorkerEnded::Clean
     );
     assert!(started.elapsed() < Duration::from_secs(5));
     drop((watch, silent));
@@ -257,7 +257,7 @@ async fn a_worker_that_leaves_serves_on_and_one_that_drains_does_not() {
     drop(open);
     blocking.await.expect("no panic").expect("an answer");
     drop((client, running.client, health));
-    assert_eq!(shutdown.await.expect("no panic"), Ended::Clean);
+    assert_eq!(shutdown.await.expect("no panic"), WorkerEnded::Clean);
 }
 
 #[test]

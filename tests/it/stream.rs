@@ -775,7 +775,7 @@ async fn a_client_goes_on_elsewhere_with_what_has_no_answer() {
     sending.abort();
     drop((conversation, first.client));
     let ended = shutdown.await.expect("no panic");
-    assert_eq!(ended, imagegpt::serve::worker::Ended::Clean);
+    assert_eq!(ended, imagegpt::serve::worker::WorkerEnded::Clean);
 
     let mut conversation =
         Conversation::open(&second.client, pb::EmbedStreamOptions::default()).await;

@@ -237,10 +237,10 @@ fn metrics() {
 
 /// A page on which everything has happened once.
 fn every_metric() -> imagegpt::serve::metrics::Metrics {
-    use imagegpt::gpu::{MemoryUse, Usage};
+    use imagegpt::gpu::{GpuUsage, MemoryUse};
     use imagegpt::model::graph::Graph;
-    use imagegpt::serve::class::Class;
-    use imagegpt::serve::metrics::{Close, METHODS, Metrics};
+    use imagegpt::serve::class::Priority;
+    use imagegpt::serve::metrics::{BatchClose, METHODS, Metrics};
 
     let metrics = Metrics::new().expect("metrics");
     let moment = Duration::from_millis(1);
@@ -248,17 +248,17 @@ fn every_metric() -> imagegpt::serve::metrics::Metrics {
         metrics.request(method, "OK", moment);
     }
     for graph in Graph::ALL {
-        metrics.batch(graph, 1, 1, Close::Full);
+        metrics.batch(graph, 1, 1, BatchClose::Full);
         metrics.inference(graph, moment);
     }
-    for class in Class::ALL {
+    for class in Priority::ALL {
         metrics.queued(class, moment);
     }
     metrics.preprocessed(Some(moment), Some(moment));
     metrics.engine_gap(0).record(moment);
     metrics.device_up(0, true);
     metrics.model_loaded("a", "b", "cpu", moment);
-    let usage = Usage {
+    let usage = GpuUsage {
         memory: Some(MemoryUse {
             used_bytes: 1,
             total_bytes: 2,

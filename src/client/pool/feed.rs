@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc};
 
-use super::Task;
+use super::PoolTask;
 
 /// Workers that may end with an image before it is a suspect. Ordinary trouble,
 /// a rolling restart or a spot machine that goes, meets an image once or twice.
@@ -19,37 +19,37 @@ const LOST_ALONE: u32 = 3;
 
 /// See the module. What came back is bounded by what was taken.
 #[derive(Debug)]
-pub struct Feed {
+pub struct TaskFeed {
     returned: Mutex<Returned>,
     bell: Notify,
-    fresh: AsyncMutex<mpsc::Receiver<Task>>,
+    fresh: AsyncMutex<mpsc::Receiver<PoolTask>>,
 }
 
 #[derive(Debug, Default)]
 struct Returned {
     /// By id: the oldest first, since a part waits for it.
-    innocent: VecDeque<Task>,
-    suspects: VecDeque<Task>,
+    innocent: VecDeque<PoolTask>,
+    suspects: VecDeque<PoolTask>,
 }
 
 /// What a session was given.
 #[derive(Debug)]
-pub(super) struct Taken {
-    pub(super) task: Task,
+pub(super) struct TakenTasks {
+    pub(super) task: PoolTask,
     /// It must have its worker to itself.
     pub(super) alone: bool,
 }
 
 /// What came back, for a session that asks.
 enum CameBack {
-    This(Taken),
+    This(TakenTasks),
     /// Suspects, which only an idle worker is given.
     NotYet,
     Nothing,
 }
 
-impl Feed {
-    pub(super) fn new(fresh: mpsc::Receiver<Task>) -> Self {
+impl TaskFeed {
+    pub(super) fn new(fresh: mpsc::Receiver<PoolTask>) -> Self {
         Self {
             returned: Mutex::default(),
             bell: Notify::new(),
@@ -62,7 +62,7 @@ impl Feed {
     /// with a worker may come back. While a suspect waits, only a session whose
     /// worker has nothing is given something. Nothing is lost when it is
     /// dropped.
-    pub(super) async fn take(&self, worker_is_idle: bool) -> Taken {
+    pub(super) async fn take(&self, worker_is_idle: bool) -> TakenTasks {
         loop {
             match self.came_back(worker_is_idle) {
                 CameBack::This(taken) => return taken,
@@ -79,7 +79,7 @@ impl Feed {
             tokio::select! {
                 biased;
                 () = self.bell.notified() => {}
-                task = fresh => return Taken { task, alone: false },
+                task = fresh => return TakenTasks { task, alone: false },
             }
         }
     }
@@ -89,17 +89,17 @@ impl Feed {
         if returned.suspects.is_empty() {
             let task = returned.innocent.pop_front();
             return task.map_or(CameBack::Nothing, |task| {
-                CameBack::This(Taken { task, alone: false })
+                CameBack::This(TakenTasks { task, alone: false })
             });
         }
         let idle = worker_is_idle.then(|| returned.suspects.pop_front());
         idle.flatten().map_or(CameBack::NotYet, |task| {
-            CameBack::This(Taken { task, alone: true })
+            CameBack::This(TakenTasks { task, alone: true })
         })
     }
 
     /// One that is there already and may have company.
-    pub(super) fn try_take(&self) -> Option<Task> {
+    pub(super) fn try_take(&self) -> Option<PoolTask> {
         match self.came_back(false) {
             CameBack::This(taken) => return Some(taken.task),
             CameBack::NotYet => return None,
@@ -109,7 +109,7 @@ impl Feed {
     }
 
     /// Takes an image back that has no answer.
-    pub(super) fn give_back(&self, task: Task) {
+    pub(super) fn give_back(&self, task: PoolTask) {
         let mut returned = self.returned();
         if is_suspect(&task) {
             returned.suspects.push_back(task);
@@ -127,12 +127,12 @@ impl Feed {
     }
 }
 
-fn is_suspect(task: &Task) -> bool {
+fn is_suspect(task: &PoolTask) -> bool {
     task.lost >= LOST_BEFORE_SUSPECT
 }
 
 /// Whether an image has ended so many workers that it must not have another.
-pub(super) fn is_guilty(task: &Task) -> bool {
+pub(super) fn is_guilty(task: &PoolTask) -> bool {
     task.lost >= LOST_BEFORE_SUSPECT + LOST_ALONE
 }
 
@@ -145,9 +145,9 @@ mod tests {
 
     use super::*;
 
-    fn task(id: u64, lost: u32) -> Task {
+    fn task(id: u64, lost: u32) -> PoolTask {
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        Task {
+        PoolTask {
             id,
             image: bytes::Bytes::new(),
             room,
@@ -159,7 +159,7 @@ mod tests {
     #[tokio::test]
     async fn what_came_back_goes_first_and_in_order() {
         let (fresh, tasks) = mpsc::channel(4);
-        let feed = Feed::new(tasks);
+        let feed = TaskFeed::new(tasks);
         fresh.send(task(7, 0)).await.unwrap();
         feed.give_back(task(5, 1));
         feed.give_back(task(3, 2));
@@ -178,7 +178,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_suspect_has_its_worker_to_itself() {
         let (_fresh, tasks) = mpsc::channel(4);
-        let feed = Feed::new(tasks);
+        let feed = TaskFeed::new(tasks);
         feed.give_back(task(1, 0));
         feed.give_back(task(2, LOST_BEFORE_SUSPECT));
         // Whoever is busy is to become idle first.

@@ -19,8 +19,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use super::feed::{Taken, is_guilty};
-use super::{Address, Answer, Done, Fault, Job, PoolConfig, Shared, Task};
+use super::feed::{TakenTasks, is_guilty};
+use super::{Address, ImageFault, PoolAnswer, PoolConfig, PoolOutcome, PoolTask, PoolWork, Shared};
 use crate::client::{RESPONSE_BYTES_MAX, Token};
 use crate::proto::pb;
 use crate::proto::pb::embed_stream_request::Message as Out;
@@ -54,7 +54,7 @@ type Client = ImageGptServiceClient<InterceptedService<Channel, Token>>;
 
 /// Why a session's stream ended.
 #[derive(Debug)]
-pub(super) struct Lost {
+pub(super) struct SessionEnd {
     pub(super) reason: String,
     /// Rest before the next try; `None` leaves it to the backoff.
     rest: Option<Duration>,
@@ -62,7 +62,7 @@ pub(super) struct Lost {
     orderly: bool,
 }
 
-impl Lost {
+impl SessionEnd {
     fn new(reason: impl Into<String>) -> Self {
         Self {
             reason: reason.into(),
@@ -89,7 +89,7 @@ impl Lost {
 enum End {
     /// Everything has been answered.
     Finished,
-    Lost(Lost),
+    Lost(SessionEnd),
 }
 
 /// Serves one address until it is gone or everything has been answered.
@@ -139,11 +139,15 @@ fn backoff(failures: u32) -> Duration {
     longest / 2 + longest.mul_f64(f64::from(u32::try_from(random).unwrap_or(0)) / 2048.0)
 }
 
-async fn connect(address: &Address, config: &PoolConfig, token: &Token) -> Result<Client, Lost> {
+async fn connect(
+    address: &Address,
+    config: &PoolConfig,
+    token: &Token,
+) -> Result<Client, SessionEnd> {
     let endpoint = config
         .connect
         .endpoint(&address.url)
-        .map_err(|error| Lost::new(format!("{error:#}")))?
+        .map_err(|error| SessionEnd::new(format!("{error:#}")))?
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)
@@ -157,8 +161,8 @@ async fn connect(address: &Address, config: &PoolConfig, token: &Token) -> Resul
     });
     let channel = timeout(HELLO_TIMEOUT, endpoint.connect_with_connector(connector))
         .await
-        .map_err(|_| Lost::new("it does not take connections"))?
-        .map_err(|error| Lost::new(format!("no connection: {}", chain(&error))))?;
+        .map_err(|_| SessionEnd::new("it does not take connections"))?
+        .map_err(|error| SessionEnd::new(format!("no connection: {}", chain(&error))))?;
     Ok(
         ImageGptServiceClient::with_interceptor(channel, token.clone())
             .max_decoding_message_size(RESPONSE_BYTES_MAX),
@@ -181,12 +185,12 @@ pub(super) async fn model(
     address: &Address,
     config: &PoolConfig,
     token: &Token,
-) -> Result<pb::GetModelResponse, Lost> {
+) -> Result<pb::GetModelResponse, SessionEnd> {
     let mut client = connect(address, config, token).await?;
     let response = timeout(HELLO_TIMEOUT, client.get_model(pb::GetModelRequest {})).await;
     Ok(response
-        .map_err(|_| Lost::new("it does not say what it serves"))?
-        .map_err(|status| Lost::status(&status))?
+        .map_err(|_| SessionEnd::new("it does not say what it serves"))?
+        .map_err(|status| SessionEnd::status(&status))?
         .into_inner())
 }
 
@@ -197,8 +201,10 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
     };
     let mut outstanding = Outstanding::new(shared);
     let result = match &shared.job {
-        Job::Embed(options) => stream(address, client, options, &mut outstanding, answered).await,
-        Job::Classify(_) | Job::Score(_) => {
+        PoolWork::Embed(options) => {
+            stream(address, client, options, &mut outstanding, answered).await
+        }
+        PoolWork::Classify(_) | PoolWork::Score(_) => {
             calls(address, client, &shared.job, &mut outstanding, answered).await
         }
     };
@@ -211,13 +217,13 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
     }
 }
 
-fn same_model(shared: &Shared, digest: &str) -> Result<(), Lost> {
+fn same_model(shared: &Shared, digest: &str) -> Result<(), SessionEnd> {
     if digest == shared.digest {
         return Ok(());
     }
-    Err(Lost {
+    Err(SessionEnd {
         rest: Some(BACKOFF_OTHER),
-        ..Lost::new(format!(
+        ..SessionEnd::new(format!(
             "it serves another model ({digest}) than the job began with ({})",
             shared.digest
         ))
@@ -228,7 +234,7 @@ fn same_model(shared: &Shared, digest: &str) -> Result<(), Lost> {
 /// when the session is dropped in the middle of it.
 struct Outstanding<'a> {
     shared: &'a Shared,
-    tasks: HashMap<u64, (Task, Instant)>,
+    tasks: HashMap<u64, (PoolTask, Instant)>,
     /// One of them must have no company.
     alone: bool,
 }
@@ -242,7 +248,7 @@ impl<'a> Outstanding<'a> {
         }
     }
 
-    fn insert(&mut self, task: Task) {
+    fn insert(&mut self, task: PoolTask) {
         self.tasks.insert(task.id, (task, Instant::now()));
     }
 
@@ -260,10 +266,14 @@ impl<'a> Outstanding<'a> {
     }
 
     /// Passes an outcome on, or the image back if it may be better next time.
-    async fn settle(&mut self, id: u64, outcome: Result<Answer, Fault>) -> Result<(), Lost> {
+    async fn settle(
+        &mut self,
+        id: u64,
+        outcome: Result<PoolAnswer, ImageFault>,
+    ) -> Result<(), SessionEnd> {
         // An id that is not ours, or a second answer: neither is believed.
         let Some((mut task, _)) = self.tasks.remove(&id) else {
-            return Err(Lost::new("it answered an image that it did not have"));
+            return Err(SessionEnd::new("it answered an image that it did not have"));
         };
         self.alone = false;
         if let Err(fault) = &outcome
@@ -277,8 +287,12 @@ impl<'a> Outstanding<'a> {
         self.finish(task, outcome).await
     }
 
-    async fn finish(&self, task: Task, outcome: Result<Answer, Fault>) -> Result<(), Lost> {
-        let done = Done {
+    async fn finish(
+        &self,
+        task: PoolTask,
+        outcome: Result<PoolAnswer, ImageFault>,
+    ) -> Result<(), SessionEnd> {
+        let done = PoolOutcome {
             id: task.id,
             outcome,
         };
@@ -286,19 +300,19 @@ impl<'a> Outstanding<'a> {
         drop(task);
         // Nobody collects any more: the job is being given up.
         let sent = self.shared.done.send(done).await;
-        sent.map_err(|_| Lost::new("the job ends"))
+        sent.map_err(|_| SessionEnd::new("the job ends"))
     }
 
     /// The worker has ended, or is taken to have, with these images.
-    async fn lost(&mut self, lost: &Lost) {
+    async fn lost(&mut self, lost: &SessionEnd) {
         if lost.orderly {
             return;
         }
-        let tasks: Vec<Task> = self.tasks.drain().map(|(_, (task, _))| task).collect();
+        let tasks: Vec<PoolTask> = self.tasks.drain().map(|(_, (task, _))| task).collect();
         for mut task in tasks {
             task.lost += 1;
             if is_guilty(&task) {
-                let fault = Fault {
+                let fault = ImageFault {
                     code: "ABORTED",
                     message: format!(
                         "image: {} workers ended or hung while they had it, the last ones while \
@@ -338,7 +352,7 @@ async fn stream(
     options: &pb::EmbedStreamOptions,
     outstanding: &mut Outstanding<'_>,
     answered: &mut u64,
-) -> Result<(), Lost> {
+) -> Result<(), SessionEnd> {
     let shared = outstanding.shared;
     let patience = shared.config.item_timeout;
     let (mut answers, out, window) = open(&mut client, options, shared).await?;
@@ -356,18 +370,18 @@ async fn stream(
                 let message = match message {
                     Ok(Some(message)) => message.message,
                     Ok(None) if out.is_none() => return Ok(()),
-                    Ok(None) => return Err(Lost::new("it ended the stream")),
-                    Err(status) => return Err(Lost::status(&status)),
+                    Ok(None) => return Err(SessionEnd::new("it ended the stream")),
+                    Err(status) => return Err(SessionEnd::status(&status)),
                 };
                 let Some(In::Result(result)) = message else { continue };
                 let Ok(id) = result.id.parse() else {
-                    return Err(Lost::new("it answered under an id that was not sent"));
+                    return Err(SessionEnd::new("it answered under an id that was not sent"));
                 };
                 last_answer = Instant::now();
                 *answered += 1;
                 outstanding.settle(id, embedding(result.outcome)).await?;
             }
-            Taken { task, alone } = shared.feed.take(is_idle), if has_room && out.is_some() => {
+            TakenTasks { task, alone } = shared.feed.take(is_idle), if has_room && out.is_some() => {
                 // A worker that had nothing to do has not been silent.
                 if is_idle {
                     last_answer = Instant::now();
@@ -396,7 +410,7 @@ async fn stream(
             _ = look.tick(), if !outstanding.tasks.is_empty() => {
                 let oldest = outstanding.oldest().map_or(Duration::ZERO, |since| since.elapsed());
                 if last_answer.elapsed() > patience || oldest > patience * STRAGGLER_FACTOR {
-                    return Err(Lost::new(format!(
+                    return Err(SessionEnd::new(format!(
                         "no answer in {} (--item-timeout); its {} images go elsewhere",
                         humantime::format_duration(Duration::from_secs(oldest.as_secs())),
                         outstanding.tasks.len()
@@ -418,7 +432,7 @@ async fn open(
     client: &mut Client,
     options: &pb::EmbedStreamOptions,
     shared: &Shared,
-) -> Result<Opened, Lost> {
+) -> Result<Opened, SessionEnd> {
     let (first, requests) = mpsc::channel(1);
     let options = pb::EmbedStreamOptions {
         window: shared.config.window,
@@ -447,10 +461,10 @@ async fn open(
     };
     let (answers, opened) = timeout(HELLO_TIMEOUT, hello)
         .await
-        .map_err(|_| Lost::new("it takes connections, but does not open a stream"))?
-        .map_err(|status| Lost::status(&status))?;
+        .map_err(|_| SessionEnd::new("it takes connections, but does not open a stream"))?
+        .map_err(|status| SessionEnd::status(&status))?;
     let Some(In::Opened(opened)) = opened.and_then(|opened| opened.message) else {
-        return Err(Lost::new("its stream does not begin with an opening"));
+        return Err(SessionEnd::new("its stream does not begin with an opening"));
     };
     same_model(shared, &opened.model_digest)?;
     let applied = opened.options.unwrap_or_default();
@@ -469,9 +483,9 @@ async fn open(
         ..wanted
     };
     if applied != wanted {
-        return Err(Lost {
+        return Err(SessionEnd {
             rest: Some(BACKOFF_OTHER),
-            ..Lost::new("it applies other options than the job's")
+            ..SessionEnd::new("it applies other options than the job's")
         });
     }
     let window = (window as usize).max(1);
@@ -480,7 +494,7 @@ async fn open(
     Ok((answers, out, window))
 }
 
-fn item(task: &Task) -> pb::EmbedStreamRequest {
+fn item(task: &PoolTask) -> pb::EmbedStreamRequest {
     pb::EmbedStreamRequest {
         message: Some(Out::Item(pb::EmbedStreamItem {
             id: task.id.to_string(),
@@ -489,49 +503,49 @@ fn item(task: &Task) -> pb::EmbedStreamRequest {
     }
 }
 
-fn image(task: &Task) -> pb::Image {
+fn image(task: &PoolTask) -> pb::Image {
     pb::Image {
         source: Some(pb::image::Source::Encoded(task.image.clone())),
     }
 }
 
-fn fault(error: tonic_types::Status) -> Fault {
-    Fault {
+fn fault(error: tonic_types::Status) -> ImageFault {
+    ImageFault {
         code: proto::code_name(Code::from(error.code)),
         message: error.message,
     }
 }
 
-fn no_outcome() -> Fault {
-    Fault {
+fn no_outcome() -> ImageFault {
+    ImageFault {
         code: "INTERNAL",
         message: "the worker sent no outcome".to_owned(),
     }
 }
 
-fn embedding(outcome: Option<pb::embed_stream_result::Outcome>) -> Result<Answer, Fault> {
+fn embedding(outcome: Option<pb::embed_stream_result::Outcome>) -> Result<PoolAnswer, ImageFault> {
     match outcome {
         Some(pb::embed_stream_result::Outcome::Embedding(tensor)) => {
-            Ok(Answer::Embedding(tensor.data))
+            Ok(PoolAnswer::Embedding(tensor.data))
         }
         Some(pb::embed_stream_result::Outcome::Error(error)) => Err(fault(error)),
         None => Err(no_outcome()),
     }
 }
 
-fn classes(result: pb::ClassifyResult) -> Result<Answer, Fault> {
+fn classes(result: pb::ClassifyResult) -> Result<PoolAnswer, ImageFault> {
     match result.outcome {
         Some(pb::classify_result::Outcome::Classification(found)) => {
-            Ok(Answer::Classes(found.classes))
+            Ok(PoolAnswer::Classes(found.classes))
         }
         Some(pb::classify_result::Outcome::Error(error)) => Err(fault(error)),
         None => Err(no_outcome()),
     }
 }
 
-fn score(result: pb::ScoreResult) -> Result<Answer, Fault> {
+fn score(result: pb::ScoreResult) -> Result<PoolAnswer, ImageFault> {
     match result.outcome {
-        Some(pb::score_result::Outcome::Score(score)) => Ok(Answer::Score(score)),
+        Some(pb::score_result::Outcome::Score(score)) => Ok(PoolAnswer::Score(score)),
         Some(pb::score_result::Outcome::Error(error)) => Err(fault(error)),
         None => Err(no_outcome()),
     }
@@ -542,10 +556,10 @@ fn score(result: pb::ScoreResult) -> Result<Answer, Fault> {
 async fn calls(
     address: &Address,
     client: Client,
-    job: &Job,
+    job: &PoolWork,
     outstanding: &mut Outstanding<'_>,
     answered: &mut u64,
-) -> Result<(), Lost> {
+) -> Result<(), SessionEnd> {
     let shared = outstanding.shared;
     let mut finished = shared.finished.clone();
     let mut calls = FuturesUnordered::new();
@@ -555,11 +569,11 @@ async fn calls(
         tokio::select! {
             Some((ids, response)) = calls.next(), if !calls.is_empty() => {
                 let ids: Vec<u64> = ids;
-                let response: Result<Response, Lost> = response;
+                let response: Result<Response, SessionEnd> = response;
                 let response = response?;
                 same_model(shared, &response.model_digest)?;
                 if response.outcomes.len() != ids.len() {
-                    return Err(Lost::new("it answered another number of images than it was sent"));
+                    return Err(SessionEnd::new("it answered another number of images than it was sent"));
                 }
                 shared.well(address);
                 for (id, outcome) in ids.into_iter().zip(response.outcomes) {
@@ -567,7 +581,7 @@ async fn calls(
                     outstanding.settle(id, outcome).await?;
                 }
             }
-            Taken { task, alone } = shared.feed.take(is_idle), if has_room => {
+            TakenTasks { task, alone } = shared.feed.take(is_idle), if has_room => {
                 outstanding.alone = alone;
                 let (mut ids, mut images) = (Vec::new(), Vec::new());
                 let mut next = Some(task);
@@ -590,14 +604,18 @@ async fn calls(
 struct Response {
     model_digest: String,
     /// One for each image, in the call's order.
-    outcomes: Vec<Result<Answer, Fault>>,
+    outcomes: Vec<Result<PoolAnswer, ImageFault>>,
 }
 
 /// One call of these images.
-async fn ask(mut client: Client, job: Job, images: Vec<pb::Image>) -> Result<Response, Status> {
+async fn ask(
+    mut client: Client,
+    job: PoolWork,
+    images: Vec<pb::Image>,
+) -> Result<Response, Status> {
     Ok(match job {
-        Job::Embed(_) => return Err(Status::internal("embeds have a stream")),
-        Job::Classify(request) => {
+        PoolWork::Embed(_) => return Err(Status::internal("embeds have a stream")),
+        PoolWork::Classify(request) => {
             let request = bulk(pb::ClassifyRequest { images, ..request });
             let response = client.classify(request).await?.into_inner();
             Response {
@@ -605,7 +623,7 @@ async fn ask(mut client: Client, job: Job, images: Vec<pb::Image>) -> Result<Res
                 outcomes: response.results.into_iter().map(classes).collect(),
             }
         }
-        Job::Score(request) => {
+        PoolWork::Score(request) => {
             let request = bulk(pb::ScoreRequest { images, ..request });
             let response = client.score(request).await?.into_inner();
             Response {
@@ -628,11 +646,11 @@ async fn answer(
     call: impl Future<Output = Result<Response, Status>>,
     ids: Vec<u64>,
     patience: Duration,
-) -> (Vec<u64>, Result<Response, Lost>) {
+) -> (Vec<u64>, Result<Response, SessionEnd>) {
     let response = match timeout(patience, call).await {
         Ok(Ok(response)) => Ok(response),
-        Ok(Err(status)) => Err(Lost::status(&status)),
-        Err(_) => Err(Lost::new(format!(
+        Ok(Err(status)) => Err(SessionEnd::status(&status)),
+        Err(_) => Err(SessionEnd::new(format!(
             "no answer in {} (--item-timeout); its images go elsewhere",
             humantime::format_duration(patience)
         ))),

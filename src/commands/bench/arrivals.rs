@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::random::Random;
+use super::random::SplitMix64;
 
 /// How calls are spread over time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(super) struct Arrivals {
     spread: Spread,
     /// Calls a second.
     rate: f64,
-    random: Random,
+    random: SplitMix64,
     /// In seconds; summed in f64, whose error over hours is below a nanosecond
     /// a call.
     at: f64,
@@ -34,7 +34,7 @@ impl Arrivals {
         Self {
             spread,
             rate: rate.max(RATE_MIN),
-            random: Random::new(seed),
+            random: SplitMix64::new(seed),
             at: 0.0,
         }
     }

@@ -1,5 +1,6 @@
 //! A bulk load that takes all that the worker gives it.
 
+use crate::serve::class::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use tokio::task::JoinSet;
 use super::flags::BulkKind;
 use super::input;
 use super::load::Bench;
-use crate::client::load::{Manner, Priority, Refusal, StreamEvent};
+use crate::client::load::{CallOptions, Refusal, StreamEvent};
 
 /// Two streams, so that one's round trips are the other's time.
 const STREAMS_DEFAULT: u16 = 2;
@@ -104,7 +105,7 @@ async fn stream(bench: &Bench, client: usize, answered: &AtomicU64) -> Option<Re
 }
 
 async fn call(bench: &Bench, client: usize, answered: &AtomicU64) -> Option<Refusal> {
-    let manner = Manner {
+    let manner = CallOptions {
         priority: Some(Priority::Bulk),
         ..bench.manner()
     };

@@ -21,15 +21,15 @@ use serde::Serialize;
 use serde_json::{Map, json};
 
 pub use self::flags::EngineArgs;
-use self::flop::Work;
-use self::nearness::Nearness;
+use self::flop::ImageWork;
+use self::nearness::BenchNearness;
 use super::flags::Flags;
-use super::random::Random;
+use super::random::SplitMix64;
 use super::stats::as_f64;
 use super::{machine, progress};
 use crate::commands::compile::Bars;
 use crate::commands::serve::locate;
-use crate::engine::{Engine, Feed, FeedRow, Row, Run, Stop, onnx};
+use crate::engine::{BatchRow, Engine, GraphRun, RunStop, SlotFeed, SlotFeedRow, onnx};
 use crate::kernels::attention::SharedPrefix;
 use crate::model::Model;
 use crate::model::graph::Graph;
@@ -99,7 +99,7 @@ struct Findings {
     graphs: Vec<Measured>,
     generate: Vec<Stepped>,
     /// Against `--reference`.
-    nearness: Vec<Nearness>,
+    nearness: Vec<BenchNearness>,
 }
 
 /// Runs the command.
@@ -109,7 +109,7 @@ struct Findings {
 /// When the model cannot be loaded or run.
 pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> anyhow::Result<()> {
     args.validate()?;
-    let work_of = |loaded: &Loaded| Work::of(&loaded.folder, &loaded.model);
+    let work_of = |loaded: &Loaded| ImageWork::of(&loaded.folder, &loaded.model);
     // First and gone before the other is loaded: both may not fit a device.
     let reference = match &args.reference {
         Some(reference) => Some(nearness::answers(args, reference, flags.seed)?),
@@ -201,8 +201,8 @@ fn measure(
     flags: &Flags,
     args: &EngineArgs,
     loaded: &mut Loaded,
-    work: &Work,
-    nearness: Vec<Nearness>,
+    work: &ImageWork,
+    nearness: Vec<BenchNearness>,
 ) -> anyhow::Result<Findings> {
     let mut product = ceiling(loaded)?;
     let tokens = tokens(
@@ -272,7 +272,7 @@ fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
         _ => Provider::Cpu,
     };
     let precision = loaded.model.compiled.map(|compiled| compiled.precision);
-    let options = roofline::Options {
+    let options = roofline::RooflineOptions {
         library: &library,
         provider,
         device_id: loaded.config.model.device_ids.first().copied().unwrap_or(0),
@@ -287,7 +287,7 @@ fn tokens(model: &Model, n_images: usize, seed: u64) -> Vec<Vec<u16>> {
     let n_colors = model.clusters.len() as u64;
     (0..n_images as u64)
         .map(|idx| {
-            let mut random = Random::fork(seed, idx);
+            let mut random = SplitMix64::fork(seed, idx);
             (0..model.positions())
                 .map(|_| u16::try_from(random.below(n_colors)).unwrap_or(0))
                 .collect()
@@ -409,9 +409,9 @@ fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
         }
         let mut past = 0;
         for tokens in image.chunks(sequences.chunk.max(1)) {
-            let feed = Feed {
+            let feed = SlotFeed {
                 first_slot: slot,
-                rows: &[FeedRow { tokens, past }],
+                rows: &[SlotFeedRow { tokens, past }],
                 prefixes: &[],
             };
             loaded.engine.feed(&feed, &mut logits)?;
@@ -428,24 +428,24 @@ fn run_graph(
     batch_size: usize,
 ) -> anyhow::Result<()> {
     let want = want(graph, &loaded.model);
-    let rows: Vec<Row<'_>> = tokens
+    let rows: Vec<BatchRow<'_>> = tokens
         .iter()
         .take(batch_size)
-        .map(|tokens| Row { tokens, want })
+        .map(|tokens| BatchRow { tokens, want })
         .collect();
-    let run = Run {
+    let run = GraphRun {
         graph,
         bucket: batch_size,
         rows: &rows,
     };
-    loaded.engine.run(&run, &Stop::default())?;
+    loaded.engine.run(&run, &RunStop::default())?;
     Ok(())
 }
 
 fn step(loaded: &mut Loaded, slots: usize, past: usize, shared: usize) -> anyhow::Result<()> {
-    let row = FeedRow { tokens: &[0], past };
+    let row = SlotFeedRow { tokens: &[0], past };
     let prefix = SharedPrefix { of: 0, len: shared };
-    let feed = Feed {
+    let feed = SlotFeed {
         first_slot: 0,
         rows: &vec![row; slots],
         prefixes: &vec![prefix; slots],

@@ -1,5 +1,6 @@
 //! Flags of `imagegpt bench`. `--help` prints the comments.
 
+use crate::serve::class::Priority;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use serde::Serialize;
 
 use super::engine::EngineArgs;
 use crate::client::ConnectConfig;
-use crate::client::load::{Method, Priority};
+use crate::client::load::Method;
 
 /// Load a worker and measure what it does.
 #[derive(Debug, Clone, Args)]

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::random::Random;
+use super::random::SplitMix64;
 use crate::client::load::put_field;
 use crate::commands::neighbors;
 use crate::proto::pb;
@@ -26,7 +26,7 @@ const ONE_BYTE: u64 = 128;
 
 /// Where images come from. Shared by all callers; each image is numbered.
 #[derive(Debug)]
-pub(super) struct Input {
+pub(super) struct BenchImages {
     kind: Kind,
     seed: u64,
     repeat_share: f64,
@@ -57,18 +57,18 @@ struct Template {
 
 /// An image that was made, and its number.
 #[derive(Debug, Clone)]
-pub(super) struct Picture {
+pub(super) struct MadeImage {
     pub(super) number: u64,
     /// An encoded [`pb::Image`].
     pub(super) encoded: Bytes,
 }
 
-impl Input {
+impl BenchImages {
     /// Random tokens of the model's shape.
     pub(super) fn tokens(model: &pb::GetModelResponse, seed: u64, repeat_share: f64) -> Self {
         let n_positions = model.positions as usize;
         let n_colors = (model.palette_rgb8.len() / 3) as u64;
-        let template = |idx| Template::new(&mut Random::fork(seed, idx), n_positions, n_colors);
+        let template = |idx| Template::new(&mut SplitMix64::fork(seed, idx), n_positions, n_colors);
         Self::of(
             Kind::Tokens((0..TEMPLATES).map(template).collect()),
             seed,
@@ -147,9 +147,9 @@ impl Input {
     }
 
     /// An image that has not been sent yet, unless it is one that repeats.
-    pub(super) fn next(&self) -> Picture {
+    pub(super) fn next(&self) -> MadeImage {
         let count = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut random = Random::fork(self.seed, count);
+        let mut random = SplitMix64::fork(self.seed, count);
         let number = if self.repeat_share > 0.0 && random.unit() < self.repeat_share {
             random.below(HOT)
         } else {
@@ -159,12 +159,12 @@ impl Input {
     }
 
     /// The image of a number; always the same.
-    pub(super) fn picture(&self, number: u64) -> Picture {
+    pub(super) fn picture(&self, number: u64) -> MadeImage {
         let encoded = match &self.kind {
             Kind::Tokens(templates) => pick(templates, number).spell(number),
             Kind::Files(files) => pick(files, number).clone(),
         };
-        Picture { number, encoded }
+        MadeImage { number, encoded }
     }
 
     /// The tokens of an image, if it is made of tokens.
@@ -183,7 +183,7 @@ fn pick<T>(items: &[T], number: u64) -> &T {
 }
 
 /// A request of any method with these images and default options.
-pub(super) fn request(pictures: &[Picture]) -> Bytes {
+pub(super) fn request(pictures: &[MadeImage]) -> Bytes {
     let n_bytes: usize = pictures
         .iter()
         .map(|picture| picture.encoded.len() + 8)
@@ -196,7 +196,7 @@ pub(super) fn request(pictures: &[Picture]) -> Bytes {
 }
 
 impl Template {
-    fn new(random: &mut Random, n_positions: usize, n_colors: u64) -> Self {
+    fn new(random: &mut SplitMix64, n_positions: usize, n_colors: u64) -> Self {
         let base = n_colors.clamp(1, ONE_BYTE);
         // Enough digits for 64 bits, or as many as there are positions.
         let digits_wanted = if base < 2 { 0 } else { 64 / base.ilog2() + 1 };
@@ -257,16 +257,16 @@ impl Template {
 mod tests {
     use super::*;
 
-    fn input(n_positions: u32, n_colors: usize, repeat_share: f64) -> Input {
+    fn input(n_positions: u32, n_colors: usize, repeat_share: f64) -> BenchImages {
         let model = pb::GetModelResponse {
             positions: n_positions,
             palette_rgb8: vec![0; n_colors * 3].into(),
             ..Default::default()
         };
-        Input::tokens(&model, 5, repeat_share)
+        BenchImages::tokens(&model, 5, repeat_share)
     }
 
-    fn decoded(picture: &Picture) -> Vec<u16> {
+    fn decoded(picture: &MadeImage) -> Vec<u16> {
         let image = pb::Image::decode(picture.encoded.clone()).unwrap();
         let Some(pb::image::Source::Tokens(tokens)) = image.source else {
             panic!("no tokens");
@@ -304,7 +304,7 @@ mod tests {
     #[test]
     fn a_request_is_what_the_contract_says() {
         let input = input(64, 16, 0.0);
-        let pictures: Vec<Picture> = (0..3).map(|_| input.next()).collect();
+        let pictures: Vec<MadeImage> = (0..3).map(|_| input.next()).collect();
         let request = pb::EmbedRequest::decode(request(&pictures)).unwrap();
         let expected: Vec<pb::Image> = pictures
             .iter()

@@ -17,12 +17,12 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::flags::{Flags, KneeArgs};
-use super::load::{Bench, Phase};
-use super::modes::{Findings, Phases, saturation};
+use super::load::{Bench, Measurement};
+use super::modes::{ModeFindings, Phases, saturation};
 use super::report::{milliseconds, rate};
 use super::stats::as_f64;
 use crate::client::ConnectConfig;
-use crate::client::load::Lane;
+use crate::client::load::LoadConnection;
 
 /// The search ends when the interval is this part of the saturation.
 const RESOLUTION: f64 = 0.05;
@@ -82,8 +82,8 @@ pub(super) async fn of_endpoint(
     bench: &Arc<Bench>,
     args: &KneeArgs,
     phases: &mut Phases,
-) -> Findings {
-    let mut findings = Findings::default();
+) -> ModeFindings {
+    let mut findings = ModeFindings::default();
     let found = find(bench, "", args.p99, phases).await;
     if phases.iter().any(|phase| phase.worker_gone) {
         return findings;
@@ -149,7 +149,7 @@ async fn find(bench: &Arc<Bench>, prefix: &str, target: Duration, phases: &mut P
     found
 }
 
-fn meets(phase: &Phase, target: Duration) -> bool {
+fn meets(phase: &Measurement, target: Duration) -> bool {
     let counts = &phase.counts;
     let refused = counts.n_rejected() + counts.n_failed() + counts.unsent;
     let p99 = counts.p99_ms();
@@ -165,12 +165,12 @@ pub(super) async fn of_settings(
     serve: &str,
     stop: &watch::Receiver<bool>,
     phases: &mut Phases,
-) -> anyhow::Result<Findings> {
+) -> anyhow::Result<ModeFindings> {
     let program = match &args.program {
         Some(program) => program.clone(),
         None => std::env::current_exe().context("this program's path is unknown")?,
     };
-    let mut findings = Findings::default();
+    let mut findings = ModeFindings::default();
     let mut settings = Vec::new();
     for &max_batch_size in &args.batch_sizes {
         for &max_queue_delay in &args.queue_delays {
@@ -279,7 +279,7 @@ impl Served {
         loop {
             // Its own worker, on loopback, asks nobody.
             let connect = ConnectConfig::default();
-            if let Ok(lane) = Lane::connect(&self.endpoint, &connect, None).await
+            if let Ok(lane) = LoadConnection::connect(&self.endpoint, &connect, None).await
                 && lane.model().await.is_ok()
             {
                 return Ok(());

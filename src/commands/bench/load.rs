@@ -6,6 +6,7 @@
 //! depend on answers, and latency counts from then, so that a worker (or this
 //! tool) that falls behind shows it: no coordinated omission.
 
+use crate::serve::class::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -18,11 +19,11 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::arrivals::{Arrivals, Spread};
 use super::flags::Flags;
-use super::input::{self, Input, Picture};
-use super::process::{self, Usage};
+use super::input::{self, BenchImages, MadeImage};
+use super::process::{self, ProcessUsage};
 use super::progress::Line;
-use super::stats::{Counts, Done, Recorder, as_f64};
-use crate::client::load::{Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal};
+use super::stats::{CallCounts, EndedCall, Recorder, as_f64};
+use crate::client::load::{CallOptions, LoadConnection, NO_WORKER, Outcomes, Refusal};
 use crate::proto::pb;
 
 /// How often the worker's processes are looked at.
@@ -50,34 +51,34 @@ const CALLERS_MIN: usize = 16;
 pub(super) struct Bench {
     pub(super) flags: Flags,
     /// Connections; those of several endpoints alternate.
-    pub(super) lanes: Vec<Lane>,
+    pub(super) lanes: Vec<LoadConnection>,
     next_lane: AtomicUsize,
     /// What the first endpoint serves.
     pub(super) model: pb::GetModelResponse,
-    pub(super) input: Input,
+    pub(super) input: BenchImages,
     stop: watch::Receiver<bool>,
 }
 
 /// How a measurement loads the worker.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase", tag = "loop")]
-pub(super) enum Shape {
+pub(super) enum LoadShape {
     Closed { callers: usize },
     Open { offered_images_per_second: f64 },
 }
 
 /// One measurement.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Phase {
+pub(super) struct Measurement {
     pub name: String,
     #[serde(flatten)]
-    pub shape: Shape,
+    pub shape: LoadShape,
     /// Measured, after the warm-up.
     pub seconds: f64,
     /// Whether it was ended before its time.
     pub interrupted: bool,
     #[serde(flatten)]
-    pub counts: Counts,
+    pub counts: CallCounts,
     /// With `--pid`.
     pub server: Option<ServerUse>,
     pub connections: usize,
@@ -89,7 +90,7 @@ pub(super) struct Phase {
     pub worker_gone: bool,
 }
 
-impl Phase {
+impl Measurement {
     /// Whether it says something of a worker: one was there, and answered.
     pub(super) fn is_whole(&self) -> bool {
         !self.worker_gone && self.counts.answered > 0
@@ -156,7 +157,7 @@ impl Bench {
     ) -> anyhow::Result<Arc<Self>> {
         let endpoints = &flags.endpoints;
         let first = endpoints.first().context("--endpoint has no URL")?;
-        let probe = Lane::connect(first, &flags.connect, None).await?;
+        let probe = LoadConnection::connect(first, &flags.connect, None).await?;
         let model = probe
             .model()
             .await
@@ -179,12 +180,12 @@ impl Bench {
         let mut lanes = Vec::with_capacity(connections * endpoints.len());
         for _ in 0..connections {
             for endpoint in endpoints {
-                lanes.push(Lane::connect(endpoint, &flags.connect, None).await?);
+                lanes.push(LoadConnection::connect(endpoint, &flags.connect, None).await?);
             }
         }
         let input = match &flags.images {
-            Some(folder) => Input::folder(folder, flags.seed, flags.repeat_share)?,
-            None => Input::tokens(&model, flags.seed, flags.repeat_share),
+            Some(folder) => BenchImages::folder(folder, flags.seed, flags.repeat_share)?,
+            None => BenchImages::tokens(&model, flags.seed, flags.repeat_share),
         };
         Ok(Arc::new(Self {
             flags: flags.clone(),
@@ -197,8 +198,8 @@ impl Bench {
     }
 
     /// How a call is made if nothing else is said.
-    pub(super) fn manner(&self) -> Manner {
-        Manner {
+    pub(super) fn manner(&self) -> CallOptions {
+        CallOptions {
             method: self.flags.task,
             priority: self.flags.priority,
             deadline: self.flags.deadline,
@@ -236,7 +237,7 @@ impl Bench {
 
     /// Whether nothing more is to be measured: somebody stopped it, or there is
     /// no worker any more.
-    pub(super) fn is_over(&self, phases: &[Phase]) -> bool {
+    pub(super) fn is_over(&self, phases: &[Measurement]) -> bool {
         self.is_stopped() || phases.last().is_some_and(|phase| phase.worker_gone)
     }
 
@@ -264,7 +265,7 @@ impl Bench {
         self.next_lane.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(super) fn pictures(&self, n: usize) -> Vec<Picture> {
+    pub(super) fn pictures(&self, n: usize) -> Vec<MadeImage> {
         (0..n).map(|_| self.input.next()).collect()
     }
 
@@ -278,7 +279,7 @@ impl Bench {
     pub(super) async fn call(
         &self,
         lane: usize,
-        manner: Manner,
+        manner: CallOptions,
         body: Bytes,
     ) -> (Result<Outcomes, Refusal>, u64) {
         let mut retries = 0;
@@ -303,7 +304,7 @@ impl Bench {
         name: &str,
         callers: usize,
         bulk: Option<&Arc<AtomicU64>>,
-    ) -> Phase {
+    ) -> Measurement {
         let flags = &self.flags;
         let from = Instant::now() + flags.warm_up;
         let until = match flags.requests {
@@ -329,7 +330,7 @@ impl Bench {
         // What was aborted has let go of its counts when it is joined.
         while loops.join_next().await.is_some() {}
         let observed = watch.end().await;
-        self.phase(name, Shape::Closed { callers }, &recorder, &observed)
+        self.phase(name, LoadShape::Closed { callers }, &recorder, &observed)
             .await
     }
 
@@ -353,7 +354,7 @@ impl Bench {
             let (outcome, retries) = self.call(caller, self.manner(), self.body()).await;
             let ended = Instant::now();
             let is_lost = matches!(&outcome, Err(refusal) if refusal.code == NO_WORKER);
-            let done = Done {
+            let done = EndedCall {
                 due,
                 sent: None,
                 ended,
@@ -376,7 +377,7 @@ impl Bench {
         images_per_second: f64,
         priority: Option<Priority>,
         bulk: Option<&Arc<AtomicU64>>,
-    ) -> Phase {
+    ) -> Measurement {
         let flags = &self.flags;
         let start = Instant::now();
         let from = start + flags.warm_up;
@@ -392,7 +393,7 @@ impl Bench {
         let n_places = flags.in_flight_max;
         let generator = Generator {
             bench: Arc::clone(self),
-            manner: Manner {
+            manner: CallOptions {
                 priority,
                 ..self.manner()
             },
@@ -414,7 +415,7 @@ impl Bench {
             () = self.stopped() => {}
         }
         let observed = watch.end().await;
-        let shape = Shape::Open {
+        let shape = LoadShape::Open {
             offered_images_per_second: images_per_second,
         };
         self.phase(name, shape, &recorder, &observed).await
@@ -423,16 +424,16 @@ impl Bench {
     async fn phase(
         &self,
         name: &str,
-        shape: Shape,
+        shape: LoadShape,
         recorder: &Recorder,
         observed: &Observed,
-    ) -> Phase {
+    ) -> Measurement {
         let counts = recorder.counts(observed.elapsed);
         let unmet = counts.answered == 0 || counts.n_failed() > 0;
         let worker_gone = unmet && self.is_worker_gone().await;
         let server = observed.server_use(&counts);
         let seconds = observed.elapsed.as_secs_f64();
-        Phase {
+        Measurement {
             name: name.to_owned(),
             shape,
             seconds,
@@ -450,7 +451,7 @@ impl Bench {
 /// Sends the calls of an open loop when they are due.
 struct Generator {
     bench: Arc<Bench>,
-    manner: Manner,
+    manner: CallOptions,
     recorder: Arc<Recorder>,
     places: Arc<Semaphore>,
     start: Instant,
@@ -484,7 +485,7 @@ impl Generator {
                 let sent = Instant::now();
                 recorder.lateness(lane, due, sent);
                 let (outcome, retries) = bench.call(lane, manner, body).await;
-                let done = Done {
+                let done = EndedCall {
                     due,
                     sent: Some(sent),
                     ended: Instant::now(),
@@ -537,7 +538,7 @@ struct Watch {
 #[derive(Debug)]
 struct Observed {
     elapsed: Duration,
-    samples: Vec<Usage>,
+    samples: Vec<ProcessUsage>,
     client_cpu_seconds: Option<f64>,
     bulk_images: Option<u64>,
 }
@@ -588,7 +589,7 @@ async fn watch(
     };
     let started = Instant::now();
     let (bulk_start, cpu_start) = (bulk_now(), process::own_cpu_seconds());
-    let mut samples: Vec<Usage> = process::usage(&pids).into_iter().collect();
+    let mut samples: Vec<ProcessUsage> = process::usage(&pids).into_iter().collect();
     while !is_ended {
         let tick = Instant::now() + SAMPLE_INTERVAL;
         let tick = until.map_or(tick, |until| until.min(tick));
@@ -624,7 +625,7 @@ async fn watch(
 }
 
 impl Observed {
-    fn server_use(&self, counts: &Counts) -> Option<ServerUse> {
+    fn server_use(&self, counts: &CallCounts) -> Option<ServerUse> {
         let (first, last) = (self.samples.first()?, self.samples.last()?);
         let seconds = last.at.duration_since(first.at).as_secs_f64();
         let cores = (last.cpu_seconds - first.cpu_seconds) / seconds.max(1e-9);

@@ -1,20 +1,20 @@
 //! What the modes with plain measurements do, and what they make of them.
 
+use crate::serve::class::Priority;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use super::bulk::{self, Bulk};
 use super::flags::{BulkKind, LoadArgs, MixedArgs, OverloadArgs};
-use super::load::{Bench, Phase};
+use super::load::{Bench, Measurement};
 use super::progress::note;
 use super::report::{milliseconds, rate};
 use super::stats::{Percentiles, as_f64};
-use crate::client::load::Priority;
 
 /// What a mode found out.
 #[derive(Debug, Default)]
-pub(super) struct Findings {
+pub(super) struct ModeFindings {
     /// For a person, below the table.
     pub lines: Vec<String>,
     /// For a program: the mode's own numbers.
@@ -23,7 +23,7 @@ pub(super) struct Findings {
     pub broken: Vec<String>,
 }
 
-impl Findings {
+impl ModeFindings {
     pub(super) fn number(&mut self, name: &str, value: impl Into<Value>) {
         self.numbers.insert(name.to_owned(), value.into());
     }
@@ -34,9 +34,9 @@ impl Findings {
 }
 
 /// All measurements so far. A mode that is interrupted leaves them behind.
-pub(super) type Phases = Vec<Phase>;
+pub(super) type Phases = Vec<Measurement>;
 
-pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> Findings {
+pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> ModeFindings {
     let given = bench.flags.callers.iter().copied().map(usize::from);
     let mut callers: Vec<usize> = given.collect();
     if callers.is_empty() {
@@ -52,7 +52,7 @@ pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> Finding
     let best = whole
         .map(|phase| phase.counts.images_per_second)
         .fold(0.0, f64::max);
-    let mut findings = Findings::default();
+    let mut findings = ModeFindings::default();
     if best > 0.0 {
         findings.number("saturation_images_per_second", best);
         findings.line(format!("saturation: {} images/s", rate(best)));
@@ -73,8 +73,8 @@ pub(super) async fn saturation(bench: &Arc<Bench>, name: &str, phases: &mut Phas
     rate
 }
 
-pub(super) async fn load(bench: &Arc<Bench>, args: &LoadArgs, phases: &mut Phases) -> Findings {
-    let mut findings = Findings::default();
+pub(super) async fn load(bench: &Arc<Bench>, args: &LoadArgs, phases: &mut Phases) -> ModeFindings {
+    let mut findings = ModeFindings::default();
     let steps: Vec<(String, f64)> = if args.rate.is_empty() {
         let at_most = saturation(bench, "saturation", phases).await;
         if at_most > 0.0 {
@@ -103,8 +103,8 @@ pub(super) async fn overload(
     bench: &Arc<Bench>,
     args: &OverloadArgs,
     phases: &mut Phases,
-) -> Findings {
-    let mut findings = Findings::default();
+) -> ModeFindings {
+    let mut findings = ModeFindings::default();
     let before = saturation(bench, "saturation", phases).await;
     let mut measured = Vec::new();
     for times in &args.times {
@@ -187,8 +187,8 @@ pub(super) async fn mixed(
     bench: &Arc<Bench>,
     args: &MixedArgs,
     phases: &mut Phases,
-) -> anyhow::Result<Findings> {
-    let mut findings = Findings::default();
+) -> anyhow::Result<ModeFindings> {
+    let mut findings = ModeFindings::default();
     let kind = match args.bulk {
         BulkKind::Stream if !has_streams(bench).await? => {
             note("the worker does not serve EmbedStream: the bulk load comes as plain calls");

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-use super::load::{Phase, Shape};
+use super::load::{LoadShape, Measurement};
 use super::stats::Percentiles;
 
 const SIZE: (u32, u32) = (960, 600);
@@ -35,7 +35,7 @@ struct Picture<'a> {
 /// # Errors
 ///
 /// When the file cannot be written.
-pub(super) fn draw(path: &Path, title: &str, phases: &[Phase]) -> anyhow::Result<bool> {
+pub(super) fn draw(path: &Path, title: &str, phases: &[Measurement]) -> anyhow::Result<bool> {
     let Some(picture) = picture(title, phases) else {
         return Ok(false);
     };
@@ -45,19 +45,19 @@ pub(super) fn draw(path: &Path, title: &str, phases: &[Phase]) -> anyhow::Result
 }
 
 /// Open loops over the offered rate, or else closed ones over their callers.
-fn picture<'a>(title: &str, phases: &[Phase]) -> Option<Picture<'a>> {
-    let open = |phase: &Phase| match phase.shape {
-        Shape::Open {
+fn picture<'a>(title: &str, phases: &[Measurement]) -> Option<Picture<'a>> {
+    let open = |phase: &Measurement| match phase.shape {
+        LoadShape::Open {
             offered_images_per_second,
         } => Some((offered_images_per_second, phase.counts.latency?)),
-        Shape::Closed { .. } => None,
+        LoadShape::Closed { .. } => None,
     };
-    let closed = |phase: &Phase| match phase.shape {
-        Shape::Closed { callers } => Some((
+    let closed = |phase: &Measurement| match phase.shape {
+        LoadShape::Closed { callers } => Some((
             f64::from(u32::try_from(callers).ok()?),
             phase.counts.latency?,
         )),
-        Shape::Open { .. } => None,
+        LoadShape::Open { .. } => None,
     };
     let saturation = phases.iter().find(|phase| closed(phase).is_some());
     let saturation = saturation.map(|phase| phase.counts.images_per_second);

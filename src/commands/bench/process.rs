@@ -11,7 +11,7 @@ const TICKS_PER_SECOND: f64 = 100.0;
 
 /// What the processes use at one moment, summed over them.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Usage {
+pub(super) struct ProcessUsage {
     #[serde(skip)]
     pub at: Instant,
     /// Since each process began.
@@ -24,13 +24,13 @@ pub(super) struct Usage {
 
 /// What the processes use now; `None` if there are none or one is gone.
 #[must_use]
-pub(super) fn usage(pids: &[u32]) -> Option<Usage> {
-    let mut sum: Option<Usage> = None;
+pub(super) fn usage(pids: &[u32]) -> Option<ProcessUsage> {
+    let mut sum: Option<ProcessUsage> = None;
     for pid in pids {
         let one = usage_of(&Path::new("/proc").join(pid.to_string()))?;
         sum = Some(match sum {
             None => one,
-            Some(sum) => Usage {
+            Some(sum) => ProcessUsage {
                 at: sum.at,
                 cpu_seconds: sum.cpu_seconds + one.cpu_seconds,
                 rss_kib: sum.rss_kib + one.rss_kib,
@@ -65,7 +65,7 @@ pub(super) fn own_cpu_seconds() -> Option<f64> {
     Some(usage_of(Path::new("/proc/self"))?.cpu_seconds)
 }
 
-fn usage_of(folder: &Path) -> Option<Usage> {
+fn usage_of(folder: &Path) -> Option<ProcessUsage> {
     let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
     // The name, in parentheses, may hold anything; times come after it.
     let (_, fields) = stat.rsplit_once(')')?;
@@ -77,7 +77,7 @@ fn usage_of(folder: &Path) -> Option<Usage> {
         line.split_whitespace().next()?.parse::<u64>().ok()
     };
     let descriptors = std::fs::read_dir(folder.join("fd")).ok();
-    Some(Usage {
+    Some(ProcessUsage {
         at: Instant::now(),
         // utime and stime; fields count from 1 in proc(5), the name is the 2nd.
         cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
@@ -109,7 +109,7 @@ pub(super) const SLOPE_TIME_MIN: Duration = Duration::from_mins(1);
 /// KiB a minute that memory grows by, from `since` on; `None` if the readings
 /// span less than [`SLOPE_TIME_MIN`].
 #[must_use]
-pub(super) fn rss_slope(samples: &[Usage], since: Instant) -> Option<f64> {
+pub(super) fn rss_slope(samples: &[ProcessUsage], since: Instant) -> Option<f64> {
     let last = samples.last()?.at;
     if last.saturating_duration_since(since) < SLOPE_TIME_MIN {
         return None;
@@ -147,8 +147,8 @@ mod tests {
     #[test]
     fn growth_a_minute_needs_a_minute() {
         let began = Instant::now();
-        let grown = |seconds: u64| -> Vec<Usage> {
-            let at = |second| Usage {
+        let grown = |seconds: u64| -> Vec<ProcessUsage> {
+            let at = |second| ProcessUsage {
                 at: began + Duration::from_secs(second),
                 cpu_seconds: 0.0,
                 rss_kib: 1000 + 2 * second,

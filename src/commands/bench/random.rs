@@ -3,9 +3,9 @@
 /// SplitMix64 (Steele, Lea, Flood 2014): small, and good enough for arrivals
 /// and pictures.
 #[derive(Debug, Clone)]
-pub(super) struct Random(u64);
+pub(super) struct SplitMix64(u64);
 
-impl Random {
+impl SplitMix64 {
     pub(super) fn new(seed: u64) -> Self {
         Self(seed)
     }

@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use super::load::{Phase, Shape};
-use super::modes::Findings;
+use super::load::{LoadShape, Measurement};
+use super::modes::ModeFindings;
 use super::stats::{CodeCounts, as_f64};
 
 /// A tool that sends calls later than due by more than this part of their
@@ -70,7 +70,7 @@ impl Table {
 pub(super) const NONE: &str = "-";
 
 /// One row a measurement; refusals, lateness and cores below.
-pub(super) fn table(phases: &[Phase], out: &mut impl Write) -> std::io::Result<()> {
+pub(super) fn table(phases: &[Measurement], out: &mut impl Write) -> std::io::Result<()> {
     if phases.is_empty() {
         return Ok(());
     }
@@ -93,8 +93,8 @@ pub(super) fn table(phases: &[Phase], out: &mut impl Write) -> std::io::Result<(
     for phase in phases {
         let counts = &phase.counts;
         let offered = match phase.shape {
-            Shape::Closed { .. } => NONE.to_owned(),
-            Shape::Open {
+            LoadShape::Closed { .. } => NONE.to_owned(),
+            LoadShape::Open {
                 offered_images_per_second,
             } => short(offered_images_per_second),
         };
@@ -124,7 +124,7 @@ pub(super) fn table(phases: &[Phase], out: &mut impl Write) -> std::io::Result<(
 }
 
 /// What a row of numbers does not say about a measurement.
-fn remarks(phase: &Phase, out: &mut impl Write) -> std::io::Result<()> {
+fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     let counts = &phase.counts;
     let mut lines = Vec::new();
     for (code, refused) in counts.rejected.iter().chain(&counts.failed) {
@@ -202,7 +202,7 @@ fn remarks(phase: &Phase, out: &mut impl Write) -> std::io::Result<()> {
 }
 
 /// Whether the tool fell behind so far that it shows in the figures.
-pub(super) fn is_client_bound(phase: &Phase) -> bool {
+pub(super) fn is_client_bound(phase: &Measurement) -> bool {
     let Some((late, latency)) = phase.counts.lateness.zip(phase.counts.latency) else {
         return false;
     };
@@ -239,7 +239,7 @@ fn refusals(code: &str, refused: &CodeCounts) -> String {
 }
 
 /// What the mode makes of it all.
-pub(super) fn findings(findings: &Findings, out: &mut impl Write) -> std::io::Result<()> {
+pub(super) fn findings(findings: &ModeFindings, out: &mut impl Write) -> std::io::Result<()> {
     for line in &findings.lines {
         writeln!(out, "{line}")?;
     }

@@ -7,11 +7,11 @@ use tokio::task::JoinSet;
 
 use super::flags::SlowReaderArgs;
 use super::load::Bench;
-use super::modes::{Findings, Phases, has_streams, saturation};
+use super::modes::{ModeFindings, Phases, has_streams, saturation};
 use super::process;
 use super::progress::note;
 use super::report::milliseconds;
-use crate::client::load::{Lane, StreamEvent, StreamReader, StreamWriter};
+use crate::client::load::{LoadConnection, StreamEvent, StreamReader, StreamWriter};
 
 /// Bytes of answers that a connection takes before somebody reads them: the
 /// smallest window that HTTP/2 clients usually open, so that the worker soon
@@ -22,8 +22,8 @@ pub(super) async fn run(
     bench: &Arc<Bench>,
     args: &SlowReaderArgs,
     phases: &mut Phases,
-) -> anyhow::Result<Findings> {
-    let mut findings = Findings::default();
+) -> anyhow::Result<ModeFindings> {
+    let mut findings = ModeFindings::default();
     if !has_streams(bench).await? {
         let text = "skipped: the worker does not serve EmbedStream (UNIMPLEMENTED)";
         note(text);
@@ -52,7 +52,8 @@ pub(super) async fn run(
     let mut readers = Vec::new();
     for idx in 0..usize::from(args.readers) {
         let endpoint = &bench.flags.endpoints[idx % bench.n_endpoints()];
-        let lane = Lane::connect(endpoint, &bench.flags.connect, Some(STREAM_WINDOW)).await?;
+        let lane =
+            LoadConnection::connect(endpoint, &bench.flags.connect, Some(STREAM_WINDOW)).await?;
         let (writer, reader) = lane
             .stream(None, 0)
             .await

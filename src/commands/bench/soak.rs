@@ -4,6 +4,7 @@
 //! garbage, allow too little time. Whoever gets an answer must get its own,
 //! once. Processes must not grow.
 
+use crate::serve::class::Priority;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,16 +16,16 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::flags::SoakArgs;
-use super::input::{self, Picture};
+use super::input::{self, MadeImage};
 use super::load::Bench;
-use super::modes::{Findings, has_streams};
-use super::process::{self, Usage};
+use super::modes::{ModeFindings, has_streams};
+use super::process::{self, ProcessUsage};
 use super::progress::{Line, note};
-use super::random::Random;
+use super::random::SplitMix64;
 use super::report::milliseconds;
 use super::stats::Latencies;
 use crate::client::load::{
-    CLIENT_TIMEOUT, Lane, Manner, NO_WORKER, Outcomes, Priority, Refusal, StreamEvent,
+    CLIENT_TIMEOUT, CallOptions, LoadConnection, NO_WORKER, Outcomes, Refusal, StreamEvent,
     StreamReader, StreamWriter,
 };
 use crate::engine::fake::FakeEngine;
@@ -137,7 +138,7 @@ struct Soak {
     until: Instant,
 }
 
-pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<Findings> {
+pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<ModeFindings> {
     let verifier = verifier(bench).await?;
     let n_streams = match args.streams {
         0 => 0,
@@ -169,7 +170,7 @@ pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<F
     let ledger = lock(&soak.ledger).clone();
     let latency = lock(&soak.latencies).percentiles();
 
-    let mut findings = Findings::default();
+    let mut findings = ModeFindings::default();
     findings.number("callers", callers);
     findings.number("streams", n_streams);
     findings.number("seconds", started.elapsed().as_secs_f64());
@@ -209,9 +210,9 @@ pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<F
 fn judge_growth(
     bench: &Bench,
     args: &SoakArgs,
-    samples: &[Usage],
+    samples: &[ProcessUsage],
     started: Instant,
-    findings: &mut Findings,
+    findings: &mut ModeFindings,
 ) {
     let warm = started + bench.flags.duration / 4;
     let (Some(first), Some(last)) = (
@@ -224,7 +225,7 @@ fn judge_growth(
     findings.number("server_after_warm_up", json!(first));
     findings.number("server_at_the_end", json!(last));
     findings.number("rss_slope_kib_per_minute", slope);
-    let files = |usage: &Usage| {
+    let files = |usage: &ProcessUsage| {
         let files = usage.file_descriptors;
         files.map_or_else(|| "?".to_owned(), |count| count.to_string())
     };
@@ -280,7 +281,7 @@ async fn verifier(bench: &Arc<Bench>) -> anyhow::Result<Verifier> {
 
 impl Verifier {
     /// An image that can be verified.
-    fn picture(&self, bench: &Bench, random: &mut Random) -> Picture {
+    fn picture(&self, bench: &Bench, random: &mut SplitMix64) -> MadeImage {
         match self {
             Self::Fake => bench.input.next(),
             Self::References(all) => bench.input.picture(random.below(all.len() as u64)),
@@ -342,12 +343,12 @@ impl Soak {
 
     /// Looks at the worker until all clients are done; the last sample comes
     /// after they have settled.
-    async fn watch(&self, clients: &mut JoinSet<()>) -> Vec<Usage> {
+    async fn watch(&self, clients: &mut JoinSet<()>) -> Vec<ProcessUsage> {
         let flags = &self.bench.flags;
         let started = Instant::now();
         let interval = (flags.duration / SAMPLES).max(Duration::from_millis(50));
         let line = Line::begin("soak", Some(flags.duration));
-        let mut samples: Vec<Usage> = process::usage(&flags.pids).into_iter().collect();
+        let mut samples: Vec<ProcessUsage> = process::usage(&flags.pids).into_iter().collect();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(interval) => {}
@@ -381,7 +382,7 @@ impl Soak {
     }
 
     async fn caller(&self, caller: usize) {
-        let mut random = Random::fork(self.bench.flags.seed, caller as u64);
+        let mut random = SplitMix64::fork(self.bench.flags.seed, caller as u64);
         while !self.over() {
             let think = Duration::from_millis(random.below(THINK_MAX_MS + 1));
             tokio::time::sleep(think).await;
@@ -389,7 +390,7 @@ impl Soak {
             let limits = self.bench.model.limits.unwrap_or_default();
             let n_max = IMAGES_MAX.min(limits.images_per_call_max.into());
             let n_images = 1 + random.below(n_max);
-            let pictures: Vec<Picture> = (0..n_images)
+            let pictures: Vec<MadeImage> = (0..n_images)
                 .map(|_| self.verifier.picture(&self.bench, &mut random))
                 .collect();
             let chance = random.below(100);
@@ -410,15 +411,15 @@ impl Soak {
     async fn call(
         &self,
         caller: usize,
-        manner: Manner,
-        pictures: &[Picture],
+        manner: CallOptions,
+        pictures: &[MadeImage],
     ) -> Result<Outcomes, Refusal> {
         let body = input::request(pictures);
         self.bench.call(caller, manner, body).await.0
     }
 
-    async fn ordinary(&self, caller: usize, pictures: &[Picture], priority: Option<Priority>) {
-        let manner = Manner {
+    async fn ordinary(&self, caller: usize, pictures: &[MadeImage], priority: Option<Priority>) {
+        let manner = CallOptions {
             priority,
             ..self.bench.manner()
         };
@@ -435,7 +436,7 @@ impl Soak {
         }
     }
 
-    async fn leave(&self, caller: usize, pictures: &[Picture], random: &mut Random) {
+    async fn leave(&self, caller: usize, pictures: &[MadeImage], random: &mut SplitMix64) {
         let patience = Duration::from_millis(random.below(HURRY_MAX_MS));
         let call = self.call(caller, self.bench.manner(), pictures);
         match tokio::time::timeout(patience, call).await {
@@ -445,8 +446,8 @@ impl Soak {
         }
     }
 
-    async fn hurry(&self, caller: usize, pictures: &[Picture], random: &mut Random) {
-        let manner = Manner {
+    async fn hurry(&self, caller: usize, pictures: &[MadeImage], random: &mut SplitMix64) {
+        let manner = CallOptions {
             deadline: Some(Duration::from_millis(1 + random.below(HURRY_MAX_MS))),
             ..self.bench.manner()
         };
@@ -457,7 +458,7 @@ impl Soak {
     }
 
     /// Good images around one that is none: it alone must fail.
-    async fn garbage(&self, caller: usize, mut pictures: Vec<Picture>, random: &mut Random) {
+    async fn garbage(&self, caller: usize, mut pictures: Vec<MadeImage>, random: &mut SplitMix64) {
         let at = usize::try_from(random.below(pictures.len() as u64)).unwrap_or(0);
         pictures[at].encoded = garbage(&self.bench.model, random);
         match self.call(caller, self.bench.manner(), &pictures).await {
@@ -477,7 +478,7 @@ impl Soak {
         }
     }
 
-    fn verify(&self, pictures: &[Picture], images: &Outcomes) {
+    fn verify(&self, pictures: &[MadeImage], images: &Outcomes) {
         let mut verdicts = Vec::with_capacity(images.len());
         for (picture, outcome) in pictures.iter().zip(images) {
             let verdict = match outcome {
@@ -520,7 +521,7 @@ impl Soak {
 
     /// One stream after the other; some are left in the middle.
     async fn streamer(&self, stream: usize) {
-        let mut random = Random::fork(self.bench.flags.seed, u64::MAX - stream as u64);
+        let mut random = SplitMix64::fork(self.bench.flags.seed, u64::MAX - stream as u64);
         let lane = &self.bench.lanes[stream % self.bench.lanes.len()];
         while !self.over() {
             if let Err(refusal) = self.stream(lane, &mut random).await {
@@ -529,12 +530,12 @@ impl Soak {
         }
     }
 
-    async fn stream(&self, lane: &Lane, random: &mut Random) -> Result<(), Refusal> {
+    async fn stream(&self, lane: &LoadConnection, random: &mut SplitMix64) -> Result<(), Refusal> {
         let window = u32::try_from(1 + random.below(32)).unwrap_or(1);
         let (writer, reader) = lane.stream(None, window).await?;
         lock(&self.ledger).streams += 1;
         let leave_after = (random.below(4) == 0).then(|| random.below(STREAM_ITEMS));
-        let mut picture_random = Random::fork(random.next(), 0);
+        let mut picture_random = SplitMix64::fork(random.next(), 0);
         let asked = Mutex::new(HashMap::new());
         let items = self.send_items(writer, &asked, &mut picture_random);
         let answers = self.take_answers(reader, &asked, leave_after);
@@ -546,7 +547,7 @@ impl Soak {
         &self,
         writer: StreamWriter,
         asked: &Mutex<HashMap<u64, Option<u64>>>,
-        random: &mut Random,
+        random: &mut SplitMix64,
     ) {
         for id in 0..STREAM_ITEMS {
             if self.over() {
@@ -611,7 +612,7 @@ impl Soak {
 }
 
 /// An encoded `pb::Image` that no worker may take.
-fn garbage(model: &pb::GetModelResponse, random: &mut Random) -> Bytes {
+fn garbage(model: &pb::GetModelResponse, random: &mut SplitMix64) -> Bytes {
     let n_positions = model.positions as usize;
     let n_colors = u32::try_from(model.palette_rgb8.len() / 3).unwrap_or(u32::MAX);
     let source = match random.below(5) {

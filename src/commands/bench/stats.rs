@@ -129,7 +129,7 @@ pub(super) struct Recorder {
 }
 
 /// A call that has ended.
-pub(super) struct Done {
+pub(super) struct EndedCall {
     /// When it should have been sent.
     pub(super) due: Instant,
     /// When it was, if that may differ.
@@ -190,7 +190,7 @@ impl Recorder {
         }
     }
 
-    pub(super) fn done(&self, of: usize, call: Done) {
+    pub(super) fn done(&self, of: usize, call: EndedCall) {
         let latency = call.ended.saturating_duration_since(call.due);
         let from_send = call
             .sent
@@ -255,7 +255,7 @@ impl Recorder {
 
     /// All of it in one, after the last call has ended. `elapsed` is how long
     /// the window was.
-    pub(super) fn counts(&self, elapsed: Duration) -> Counts {
+    pub(super) fn counts(&self, elapsed: Duration) -> CallCounts {
         let mut sum = Tally::default();
         for idx in 0..SHARDS {
             sum.add(&self.shard(idx));
@@ -286,7 +286,7 @@ impl Recorder {
                 },
             );
         }
-        Counts {
+        CallCounts {
             sent,
             answered,
             abandoned: sent.saturating_sub(answered + n_refused),
@@ -340,7 +340,7 @@ impl Tally {
 /// `failed` + `abandoned`. What is per second counts the calls that ended
 /// within the window; all else the calls that were due in it.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Counts {
+pub(super) struct CallCounts {
     pub sent: u64,
     /// Calls with an answer, even if it says that an image failed.
     pub answered: u64,
@@ -373,7 +373,7 @@ pub(super) struct Counts {
     pub lateness: Option<Percentiles>,
 }
 
-impl Counts {
+impl CallCounts {
     #[must_use]
     pub(super) fn n_rejected(&self) -> u64 {
         self.rejected.values().map(|code| code.calls).sum()
@@ -426,7 +426,7 @@ mod tests {
         let recorder = Recorder::new(at(100), Some(at(1100)), Some(Duration::from_millis(50)));
         let call = |due, ended, outcome| {
             recorder.sent(at(due), 2);
-            let done = Done {
+            let done = EndedCall {
                 due: at(due),
                 sent: None,
                 ended: at(ended),

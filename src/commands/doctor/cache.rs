@@ -8,14 +8,14 @@ use crate::compile::cache;
 
 /// The folder for compiled models.
 #[derive(Debug, Clone)]
-pub(super) struct Cache {
+pub(super) struct CacheFinding {
     /// Or why there is none.
     pub(super) folder: Result<PathBuf, String>,
     /// Bytes that are free, or why nothing can be written there.
     pub(super) space: Result<u64, String>,
 }
 
-impl Cache {
+impl CacheFinding {
     /// Where `serve` would keep them; the folder need not be there yet.
     pub(super) fn find(given: Option<&Path>) -> Self {
         let folder = cache::folder(given).map_err(|error| error.to_string());

@@ -21,14 +21,14 @@ const KILL_GRACE: Duration = Duration::from_secs(1);
 
 /// Why there is no answer.
 #[derive(Debug)]
-pub(super) enum Lost {
+pub(super) enum ChildLost {
     /// It was given so long.
     Hung(Duration),
     Ended(ExitStatus),
     Io(io::Error),
 }
 
-impl fmt::Display for Lost {
+impl fmt::Display for ChildLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hung(time) => {
@@ -41,7 +41,7 @@ impl fmt::Display for Lost {
     }
 }
 
-impl From<io::Error> for Lost {
+impl From<io::Error> for ChildLost {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
@@ -57,7 +57,7 @@ pub(super) fn ask<T: DeserializeOwned>(
     args: &DoctorArgs,
     question: &[&str],
     time_max: Duration,
-) -> Result<T, Lost> {
+) -> Result<T, ChildLost> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg("doctor")
@@ -81,7 +81,7 @@ pub(super) fn ask<T: DeserializeOwned>(
         // If it cannot be killed, it has ended by itself.
         let _ = child.kill();
         let _ = end_of(&mut child, KILL_GRACE)?;
-        return Err(Lost::Hung(time_max));
+        return Err(ChildLost::Hung(time_max));
     };
     // What it says fits the pipe, so it never waited for a reader.
     let mut said = Vec::new();
@@ -93,7 +93,7 @@ pub(super) fn ask<T: DeserializeOwned>(
     let answer = said.lines().last().map(serde_json::from_str);
     match answer {
         Some(Ok(answer)) => Ok(answer),
-        _ => Err(Lost::Ended(status)),
+        _ => Err(ChildLost::Ended(status)),
     }
 }
 

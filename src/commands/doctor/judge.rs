@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use super::cache::Cache;
+use super::cache::CacheFinding;
 use super::library::{CudaProvider, Library};
-use super::machine::Machine;
-use super::report::{Check, Device, Outcome, Report};
+use super::machine::MachineLimits;
+use super::report::{Check, CheckOutcome, DeviceReport, DoctorReport};
 use super::trial::Tried;
-use crate::gpu::{Gpus, Usage};
+use crate::gpu::{GpuUsage, Gpus};
 use crate::model::precision::ProviderChoice;
 use crate::runtime::MINOR_VERSION_MIN;
 
@@ -37,23 +37,23 @@ pub(super) struct Asked {
 
 /// What was seen.
 #[derive(Debug, Clone)]
-pub(super) struct Found {
-    pub(super) machine: Machine,
-    pub(super) cache: Cache,
+pub(super) struct MachineFindings {
+    pub(super) machine: MachineLimits,
+    pub(super) cache: CacheFinding,
     pub(super) library: Library,
     /// `None` if there is no library to be beside of, or nobody asks for CUDA.
     pub(super) cuda: Option<CudaProvider>,
     /// What the driver and NVML said, or why they said nothing.
-    pub(super) gpus: Result<Seen, String>,
+    pub(super) gpus: Result<DriverFindings, String>,
     /// `CUDA_VISIBLE_DEVICES`.
     pub(super) visible_devices: Option<String>,
 }
 
 /// What the driver and NVML said.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Seen {
+pub(super) struct DriverFindings {
     pub(super) gpus: Gpus,
-    pub(super) usage: Vec<(i32, Usage)>,
+    pub(super) usage: Vec<(i32, GpuUsage)>,
 }
 
 /// What one check found, before it is known who needs it.
@@ -85,10 +85,10 @@ impl Finding {
     }
 
     /// As a line of the report, where `bad` is what becomes of what is bad.
-    fn check(self, name: &str, bad: Outcome) -> Check {
+    fn check(self, name: &str, bad: CheckOutcome) -> Check {
         let (result, found, todo) = match self {
-            Self::Fine(found) => (Outcome::Ok, found, None),
-            Self::Doubt(found, todo) => (Outcome::Warning, found, todo),
+            Self::Fine(found) => (CheckOutcome::Ok, found, None),
+            Self::Doubt(found, todo) => (CheckOutcome::Warning, found, todo),
             Self::Bad(found, todo) => (bad, found, todo),
         };
         Check {
@@ -131,7 +131,7 @@ impl Side {
         self.findings.push((name, finding));
     }
 
-    fn checks(self, bad: Outcome) -> impl Iterator<Item = Check> {
+    fn checks(self, bad: CheckOutcome) -> impl Iterator<Item = Check> {
         let findings = self.findings.into_iter();
         findings.map(move |(name, finding)| finding.check(&name, bad))
     }
@@ -140,9 +140,9 @@ impl Side {
 /// Judges what was found; `try_out` runs a model on a provider and a device.
 pub(super) fn judge(
     asked: &Asked,
-    found: &Found,
+    found: &MachineFindings,
     try_out: &mut dyn FnMut(Provider, i32) -> Tried,
-) -> Report {
+) -> DoctorReport {
     let library = library(&found.library);
     let mut cpu = Side {
         obstacle: library.obstacle(),
@@ -175,30 +175,33 @@ pub(super) fn judge(
     let can_serve = !providers.is_empty();
 
     let mut checks = machine(found);
-    checks.push(library.check("ONNX Runtime", Outcome::Failed));
+    checks.push(library.check("ONNX Runtime", CheckOutcome::Failed));
     // Where one of both suffices the other one's troubles are a warning.
     let bad = |is_there: bool| match (can_serve, is_there) {
-        (false, _) => Outcome::Failed,
-        (true, true) => Outcome::Warning,
-        (true, false) => Outcome::NotNeeded,
+        (false, _) => CheckOutcome::Failed,
+        (true, true) => CheckOutcome::Warning,
+        (true, false) => CheckOutcome::NotNeeded,
     };
     checks.extend(cpu.checks(bad(true)));
     if wants_cuda {
         // A driver that is broken is there.
-        let has_gpu = found.gpus.as_ref().map_or(true, |Seen { gpus, .. }| {
-            !gpus.devices.is_empty() || gpus.driver_version.is_some()
-        });
+        let has_gpu = found
+            .gpus
+            .as_ref()
+            .map_or(true, |DriverFindings { gpus, .. }| {
+                !gpus.devices.is_empty() || gpus.driver_version.is_some()
+            });
         let is_asked = asked.provider == ProviderChoice::Cuda;
         checks.extend(cuda.checks(bad(has_gpu || is_asked)));
     } else {
         checks.push(Check {
             name: "CUDA".to_owned(),
-            result: Outcome::NotNeeded,
+            result: CheckOutcome::NotNeeded,
             found: "not looked at: --execution-provider is cpu".to_owned(),
             todo: None,
         });
     }
-    Report {
+    DoctorReport {
         can_serve,
         providers,
         obstacles,
@@ -207,14 +210,14 @@ pub(super) fn judge(
     }
 }
 
-fn devices(found: &Found) -> Vec<Device> {
-    let Ok(Seen { gpus, usage }) = &found.gpus else {
+fn devices(found: &MachineFindings) -> Vec<DeviceReport> {
+    let Ok(DriverFindings { gpus, usage }) = &found.gpus else {
         return Vec::new();
     };
     let usage = |id| usage.iter().find(|(other, _)| *other == id);
     let devices = gpus.devices.iter();
     devices
-        .map(|gpu| Device {
+        .map(|gpu| DeviceReport {
             gpu: gpu.clone(),
             usage: usage(gpu.id).map(|(_, usage)| *usage).unwrap_or_default(),
         })
@@ -243,7 +246,7 @@ fn library(library: &Library) -> Finding {
 }
 
 /// What all providers stand on. None of it keeps a worker from serving.
-fn machine(found: &Found) -> Vec<Check> {
+fn machine(found: &MachineFindings) -> Vec<Check> {
     let machine = &found.machine;
     let findings = [
         ("CPU", cpu(machine)),
@@ -254,11 +257,11 @@ fn machine(found: &Found) -> Vec<Check> {
     ];
     let findings = findings.into_iter();
     findings
-        .map(|(name, finding)| finding.check(name, Outcome::Failed))
+        .map(|(name, finding)| finding.check(name, CheckOutcome::Failed))
         .collect()
 }
 
-fn cpu(machine: &Machine) -> Finding {
+fn cpu(machine: &MachineLimits) -> Finding {
     let cpu = &machine.cpu;
     let (there, missing) = cpu.extensions();
     let list = |names: Vec<&str>| match names.as_slice() {
@@ -287,7 +290,7 @@ fn cpu(machine: &Machine) -> Finding {
     Finding::Fine(text)
 }
 
-fn memory(machine: &Machine) -> Finding {
+fn memory(machine: &MachineLimits) -> Finding {
     let memory = &machine.memory;
     let size = |bytes: Option<u64>| {
         bytes.map_or_else(|| "unknown".to_owned(), |bytes| ByteSize(bytes).to_string())
@@ -314,7 +317,7 @@ fn memory(machine: &Machine) -> Finding {
     }
 }
 
-fn huge_pages(machine: &Machine) -> Finding {
+fn huge_pages(machine: &MachineLimits) -> Finding {
     match machine.huge_pages.as_deref() {
         Some("never") => Finding::doubt(
             "transparent huge pages are off",
@@ -326,7 +329,7 @@ fn huge_pages(machine: &Machine) -> Finding {
     }
 }
 
-fn open_files(machine: &Machine) -> Finding {
+fn open_files(machine: &MachineLimits) -> Finding {
     match machine.open_files_max {
         Some(max) if max < OPEN_FILES_MIN => Finding::doubt(
             format!("{max} at most"),
@@ -341,7 +344,7 @@ fn open_files(machine: &Machine) -> Finding {
     }
 }
 
-fn compiled_models(cache: &Cache) -> Finding {
+fn compiled_models(cache: &CacheFinding) -> Finding {
     let only = "only models that still have to be compiled need it";
     let folder = match &cache.folder {
         Ok(folder) => folder.display(),

@@ -8,7 +8,7 @@ use object::read::elf::{Dyn as _, FileHeader as _};
 use object::{Endianness, ReadCache};
 use serde::{Deserialize, Serialize};
 
-use super::child::Lost;
+use super::child::ChildLost;
 use crate::engine::onnx;
 use crate::runtime;
 use crate::runtime::library::LIBRARY;
@@ -79,7 +79,7 @@ impl Library {
 
 impl Library {
     /// The process that looked at it did not say anything.
-    pub(super) fn lost(given: Option<&Path>, lost: &Lost) -> Self {
+    pub(super) fn lost(given: Option<&Path>, lost: &ChildLost) -> Self {
         Self {
             path: onnx::find_library(given),
             minor: Err(lost.to_string()),
@@ -146,7 +146,7 @@ impl CudaProvider {
 
     /// The process that looked at it did not say anything. Its files are there,
     /// or it would not have begun to load what they need.
-    pub(super) fn lost(lost: &Lost) -> Self {
+    pub(super) fn lost(lost: &ChildLost) -> Self {
         Self {
             lost: Some(lost.to_string()),
             ..Self::default()

@@ -7,9 +7,9 @@ use std::str::FromStr;
 
 /// What of the machine this process may use. What cannot be read is `None`.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Machine {
+pub(super) struct MachineLimits {
     pub(super) cpu: Cpu,
-    pub(super) memory: Memory,
+    pub(super) memory: MemoryLimits,
     /// Whether transparent huge pages are had: "always", "madvise" or "never".
     pub(super) huge_pages: Option<String>,
     /// Files and connections that the process may have open.
@@ -31,7 +31,7 @@ pub(super) struct Cpu {
 
 /// In bytes.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Memory {
+pub(super) struct MemoryLimits {
     pub(super) total: Option<u64>,
     pub(super) available: Option<u64>,
     /// What its control group may take.
@@ -48,7 +48,7 @@ const EXTENSIONS: [(&str, &[&[&str]]); 5] = [
     ("AMX", &[&["amx_tile", "amx_bf16"]]),
 ];
 
-impl Machine {
+impl MachineLimits {
     /// Reads `proc` and `sys` below `root`.
     pub(super) fn read(root: &Path) -> Self {
         let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
@@ -60,9 +60,9 @@ impl Machine {
                 quota: groups.cpu_quota(),
                 ..Cpu::parse(&read("proc/cpuinfo"))
             },
-            memory: Memory {
+            memory: MemoryLimits {
                 limit: groups.memory_limit(),
-                ..Memory::parse(&read("proc/meminfo"))
+                ..MemoryLimits::parse(&read("proc/meminfo"))
             },
             huge_pages: between(&thp, '[', ']').map(str::to_owned),
             open_files_max: open_files(&read("proc/self/limits")),
@@ -113,7 +113,7 @@ impl Cpu {
     }
 }
 
-impl Memory {
+impl MemoryLimits {
     fn parse(meminfo: &str) -> Self {
         let bytes = |name: &str| {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn cpus_and_what_they_can_do() {
-        let machine = Machine::read(
+        let machine = MachineLimits::read(
             root(&[
                 ("proc/cpuinfo", CPUINFO),
                 ("proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-3,8\n"),
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn the_smallest_limit_of_all_groups_around_holds() {
         let limits = |files: &[(&str, &str)]| {
-            let machine = Machine::read(root(files).path());
+            let machine = MachineLimits::read(root(files).path());
             (machine.cpu.quota, machine.memory.limit)
         };
         let pod = [
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn memory_pages_and_files() {
-        let machine = Machine::read(
+        let machine = MachineLimits::read(
             root(&[
                 (
                     "proc/meminfo",
@@ -383,6 +383,9 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_not_made_up() {
-        assert_eq!(Machine::read(root(&[]).path()), Machine::default());
+        assert_eq!(
+            MachineLimits::read(root(&[]).path()),
+            MachineLimits::default()
+        );
     }
 }

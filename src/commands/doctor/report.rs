@@ -5,13 +5,13 @@ use std::io::Write;
 
 use serde::Serialize;
 
-use crate::gpu::{Gpu, Usage};
+use crate::gpu::{Gpu, GpuUsage};
 
 /// One line of the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
     pub(super) name: String,
-    pub(super) result: Outcome,
+    pub(super) result: CheckOutcome,
     /// What was found.
     pub(super) found: String,
     /// What to do about it.
@@ -20,7 +20,7 @@ pub(super) struct Check {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) enum Outcome {
+pub(super) enum CheckOutcome {
     #[serde(rename = "ok")]
     Ok,
     /// It serves, but worse than it could.
@@ -33,7 +33,7 @@ pub(super) enum Outcome {
     NotNeeded,
 }
 
-impl Outcome {
+impl CheckOutcome {
     fn text(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -46,16 +46,16 @@ impl Outcome {
 
 /// A GPU, and how it is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Device {
+pub(super) struct DeviceReport {
     #[serde(flatten)]
     pub(super) gpu: Gpu,
     #[serde(flatten)]
-    pub(super) usage: Usage,
+    pub(super) usage: GpuUsage,
 }
 
 /// All of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Report {
+pub(super) struct DoctorReport {
     /// Whether a worker could serve with what was asked for.
     pub(super) can_serve: bool,
     /// The providers that it could serve on, out of those asked for.
@@ -63,10 +63,10 @@ pub(super) struct Report {
     /// Why it could not on the others.
     pub(super) obstacles: BTreeMap<&'static str, String>,
     pub(super) checks: Vec<Check>,
-    pub(super) gpus: Vec<Device>,
+    pub(super) gpus: Vec<DeviceReport>,
 }
 
-impl Report {
+impl DoctorReport {
     /// # Errors
     ///
     /// When nobody takes it.
@@ -95,7 +95,7 @@ impl Report {
                 check.result.text(),
                 check.found
             )?;
-            let is_urgent = matches!(check.result, Outcome::Warning | Outcome::Failed);
+            let is_urgent = matches!(check.result, CheckOutcome::Warning | CheckOutcome::Failed);
             if let Some(todo) = check.todo.as_ref().filter(|_| is_urgent) {
                 writeln!(out, "{:1$}→ {todo}", "", name + result + 4)?;
             }
@@ -128,14 +128,14 @@ mod tests {
             found: found.to_owned(),
             todo: todo.map(str::to_owned),
         };
-        let report = Report {
+        let report = DoctorReport {
             can_serve: true,
             providers: vec!["cpu"],
             obstacles: BTreeMap::from([("cuda", "no driver: install one".to_owned())]),
             checks: vec![
-                check("memory", Outcome::Ok, "2 GiB", None),
-                check("open files", Outcome::Warning, "10", Some("raise it")),
-                check("GPUs", Outcome::NotNeeded, "none", Some("buy one")),
+                check("memory", CheckOutcome::Ok, "2 GiB", None),
+                check("open files", CheckOutcome::Warning, "10", Some("raise it")),
+                check("GPUs", CheckOutcome::NotNeeded, "none", Some("buy one")),
             ],
             gpus: Vec::new(),
         };

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::{DoctorArgs, child};
 use crate::commands::compile::Bars;
 use crate::commands::serve;
-use crate::compile::random::Scratch;
-use crate::compile::{Progress, Silent};
-use crate::engine::{Engine, Row, Run, Stop};
+use crate::compile::random::ScratchFolder;
+use crate::compile::{CompileProgress, Silent};
+use crate::engine::{BatchRow, Engine, GraphRun, RunStop};
 use crate::model::Model;
 use crate::model::graph::Graph;
 use crate::model::graph::Want;
@@ -53,7 +53,7 @@ pub(super) fn in_a_process(args: &DoctorArgs, provider: Provider, id: i32) -> Tr
 pub(super) fn here(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     let scratch = match &args.model {
         Some(_) => None,
-        None => match Scratch::new("doctor").context("TMPDIR names it") {
+        None => match ScratchFolder::new("doctor").context("TMPDIR names it") {
             Ok(scratch) => Some(scratch),
             Err(error) => {
                 return Tried::Untried(format!("no place for a tiny model: {error:#}"));
@@ -117,7 +117,7 @@ fn tiny_config(
 fn run(
     config: &ServeConfig,
     provider: Provider,
-    progress: &mut dyn Progress,
+    progress: &mut dyn CompileProgress,
 ) -> anyhow::Result<String> {
     let folder = serve::locate(config, progress)?;
     let model = Model::open(&folder, config.model.model_name.as_deref())?;
@@ -137,7 +137,7 @@ fn run(
     let tokens: Vec<u16> = (0..model.positions())
         .map(|position| u16::try_from(position * 7 % n_colors).unwrap_or(0))
         .collect();
-    let row = Row {
+    let row = BatchRow {
         tokens: &tokens,
         want,
     };
@@ -165,13 +165,13 @@ fn want(model: &Model, graph: Graph) -> Option<Want> {
     }
 }
 
-fn answer_of(engine: &mut dyn Engine, graph: Graph, row: Row<'_>) -> anyhow::Result<Vec<f32>> {
-    let run = Run {
+fn answer_of(engine: &mut dyn Engine, graph: Graph, row: BatchRow<'_>) -> anyhow::Result<Vec<f32>> {
+    let run = GraphRun {
         graph,
         bucket: 1,
         rows: &[row],
     };
-    let answers = engine.run(&run, &Stop::default())?;
+    let answers = engine.run(&run, &RunStop::default())?;
     answers.into_iter().next().context("there was no answer")
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::flags::{Context, Dtype, EmbedArgs, Norm, Pooling, Task, TaskConfig};
+use super::flags::{Dtype, EmbedArgs, EmbedContext, EmbedNorm, EmbedTask, Pooling, TaskConfig};
 use crate::client::pool;
 use crate::imaging::PreprocessOptions;
 use crate::proto::pb;
@@ -12,17 +12,17 @@ use crate::proto::preprocess_applied;
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
     let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
     match (task.task, &task.head) {
-        (Task::Score, _) => anyhow::ensure!(
+        (EmbedTask::Score, _) => anyhow::ensure!(
             can(pb::Task::Score),
             "--task score: the workers' model {} gives no likelihoods",
             model.name
         ),
-        (Task::Embed, _) => anyhow::ensure!(
+        (EmbedTask::Embed, _) => anyhow::ensure!(
             can(pb::Task::Embed) && model.dimension > 0,
             "--task embed: the workers' model {} gives no vectors",
             model.name
         ),
-        (Task::Classify, Some(name)) => {
+        (EmbedTask::Classify, Some(name)) => {
             let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
             anyhow::ensure!(
                 heads.contains(&name.as_str()),
@@ -35,7 +35,7 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
                 }
             );
         }
-        (Task::Classify, None) => {
+        (EmbedTask::Classify, None) => {
             let own = can(pb::Task::Classify) && !model.labels.is_empty();
             // Without a head of its own the only loaded one is meant.
             let only = !can(pb::Task::Classify) && model.heads.len() == 1;
@@ -66,13 +66,13 @@ fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
 
 /// What workers are asked, with every default written out: they are to apply
 /// exactly this.
-pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Job {
+pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::PoolWork {
     match task.task {
-        Task::Embed => pool::Job::Embed(pb::EmbedStreamOptions {
+        EmbedTask::Embed => pool::PoolWork::Embed(pb::EmbedStreamOptions {
             preprocess: Some(preprocess(task)),
             context: match task.context {
-                Context::Raw => pb::Context::Raw,
-                Context::SosShifted => pb::Context::SosShifted,
+                EmbedContext::Raw => pb::Context::Raw,
+                EmbedContext::SosShifted => pb::Context::SosShifted,
             }
             .into(),
             pooling: match task.pooling {
@@ -88,20 +88,20 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Jo
             .into(),
             layers: layer(task, model).into_iter().collect(),
             norm: match task.norm {
-                Norm::PreAttnRms => pb::Norm::PreAttnRms,
-                Norm::None => pb::Norm::None,
+                EmbedNorm::PreAttnRms => pb::Norm::PreAttnRms,
+                EmbedNorm::None => pb::Norm::None,
             }
             .into(),
             order: pb::Order::AsDone.into(),
             window: 0,
         }),
-        Task::Score => pool::Job::Score(pb::ScoreRequest {
+        EmbedTask::Score => pool::PoolWork::Score(pb::ScoreRequest {
             images: Vec::new(),
             preprocess: Some(preprocess(task)),
             map: false,
             complexity: true,
         }),
-        Task::Classify => pool::Job::Classify(pb::ClassifyRequest {
+        EmbedTask::Classify => pool::PoolWork::Classify(pb::ClassifyRequest {
             images: Vec::new(),
             preprocess: Some(preprocess(task)),
             // The checkpoint's own head takes the image alone, as Hugging Face's
@@ -123,7 +123,7 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
     set("--fit", value_name(&task.fit));
     set("--alpha", value_name(&task.alpha));
     match task.task {
-        Task::Embed => {
+        EmbedTask::Embed => {
             set("--pooling", value_name(&task.pooling));
             if let Some(layer) = layer(task, model) {
                 set("--layer", layer.to_string());
@@ -133,8 +133,8 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
             set("--normalize", task.normalize.to_string());
             set("--dtype", value_name(&task.dtype));
         }
-        Task::Score => {}
-        Task::Classify => {
+        EmbedTask::Score => {}
+        EmbedTask::Classify => {
             set("--head", task.head.clone().unwrap_or_default());
             set("--top-k", task.top_k.to_string());
         }

@@ -6,8 +6,8 @@ use std::io::Write;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::Ended;
-use super::journal::{self, Manifest, ModelFact, PartId, Record};
+use super::JobEnded;
+use super::journal::{self, JobManifest, ModelFact, PartId, Record};
 use super::sink::Sink;
 use crate::files::hex;
 
@@ -18,7 +18,7 @@ const MISSING_SHOWN: usize = 10;
 
 /// What is known of a whole dataset; the same however it came about.
 #[derive(Debug, Serialize)]
-pub(super) struct Summary {
+pub(super) struct DatasetSummary {
     model: ModelFact,
     options: BTreeMap<String, String>,
     images: u64,
@@ -65,17 +65,17 @@ async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
     Ok(files)
 }
 
-pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<Ended> {
+pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<JobEnded> {
     match finish(sink).await {
         Ok(summary) => {
             super::say(&summary, out)?;
-            Ok(Ended::Done)
+            Ok(JobEnded::Done)
         }
         Err(error) if error.is::<NotBegun>() => Err(error),
         // Parts that are missing, or a bucket that is away.
         Err(error) => {
             tracing::error!("{error:#}");
-            Ok(Ended::Failed)
+            Ok(JobEnded::Failed)
         }
     }
 }
@@ -96,8 +96,8 @@ struct Incomplete {
 }
 
 /// Checks that all parts are there, and writes the summary.
-pub(super) async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
-    let manifest = Manifest::read(sink).await?.ok_or_else(|| NotBegun {
+pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
+    let manifest = JobManifest::read(sink).await?.ok_or_else(|| NotBegun {
         output: sink.to_string(),
     })?;
     let records = Record::read_all(sink, |_| true).await?;
@@ -130,7 +130,7 @@ pub(super) async fn finish(sink: &Sink) -> anyhow::Result<Summary> {
     for file in whole.iter().flat_map(|record| &record.files) {
         digest.update(format!("{} {}\n", file.sha256, file.name));
     }
-    let summary = Summary {
+    let summary = DatasetSummary {
         model: manifest.model,
         options: manifest.options,
         images,

@@ -129,12 +129,12 @@ pub struct WorkersConfig {
 
 /// What is computed.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Task")]
+#[command(next_help_heading = "EmbedTask")]
 pub struct TaskConfig {
     /// embed gives a vector an image, classify its best classes, score how
     /// likely the model finds it
     #[arg(long, env = "IMAGEGPT_TASK", value_enum, default_value = "embed")]
-    pub task: Task,
+    pub task: EmbedTask,
 
     /// How an image becomes square
     #[arg(long, env = "IMAGEGPT_FIT", value_enum, default_value = "squash")]
@@ -147,7 +147,7 @@ pub struct TaskConfig {
     /// embed: the image alone, or after the start token as in pre-training; a
     /// head knows its own
     #[arg(long, env = "IMAGEGPT_CONTEXT", value_enum, default_value = "raw")]
-    pub context: Context,
+    pub context: EmbedContext,
 
     /// embed: the mean of all positions' states, or the last one
     #[arg(long, env = "IMAGEGPT_POOLING", value_enum, default_value = "mean")]
@@ -165,7 +165,7 @@ pub struct TaskConfig {
         value_enum,
         default_value = "pre-attn-rms"
     )]
-    pub norm: Norm,
+    pub norm: EmbedNorm,
 
     /// embed: scale vectors to length 1
     #[arg(long, env = "IMAGEGPT_NORMALIZE")]
@@ -199,7 +199,7 @@ pub struct TableConfig {
     /// in img_emb/, and ids and kept columns in metadata/, as clip-retrieval
     /// has them
     #[arg(long, env = "IMAGEGPT_FORMAT", value_enum, default_value = "parquet")]
-    pub format: Format,
+    pub format: TableFormat,
 
     /// Columns of the input that are carried over; for WebDataset kinds of
     /// sidecar files (json,txt,cls)
@@ -277,7 +277,7 @@ pub struct TableConfig {
 pub struct ShareConfig {
     /// Do the I-th of N shares, counted from 0; no two write the same file
     #[arg(long, env = "IMAGEGPT_SHARD", value_name = "I/N", value_parser = share, conflicts_with = "shards")]
-    pub shard: Option<Share>,
+    pub shard: Option<JobShare>,
 
     /// Do the share that JOB_COMPLETION_INDEX says, out of so many: what an
     /// Indexed Job of Kubernetes sets
@@ -297,37 +297,37 @@ pub struct ShareConfig {
 
 /// One of several shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
+pub struct JobShare {
     pub index: u32,
     pub of: u32,
 }
 
-impl Share {
+impl JobShare {
     pub(super) const WHOLE: Self = Self { index: 0, of: 1 };
 }
 
-fn share(text: &str) -> Result<Share, String> {
+fn share(text: &str) -> Result<JobShare, String> {
     let parts = text.split_once('/');
     let parsed = parts.and_then(|(index, of)| Some((index.parse().ok()?, of.parse().ok()?)));
     match parsed {
-        Some((index, of)) if index < of => Ok(Share { index, of }),
+        Some((index, of)) if index < of => Ok(JobShare { index, of }),
         _ => Err("it must be I/N, with I from 0 to N-1, such as 0/4".to_owned()),
     }
 }
 
 impl ShareConfig {
     /// What this job is to do.
-    pub(super) fn share(&self) -> anyhow::Result<Share> {
+    pub(super) fn share(&self) -> anyhow::Result<JobShare> {
         if let Some(share) = self.shard {
             return Ok(share);
         }
         let Some(of) = self.shards else {
-            return Ok(Share::WHOLE);
+            return Ok(JobShare::WHOLE);
         };
         let index = std::env::var("JOB_COMPLETION_INDEX").ok();
         let index = index.as_deref().map(str::parse::<u32>);
         match index {
-            Some(Ok(index)) if index < of => Ok(Share { index, of }),
+            Some(Ok(index)) if index < of => Ok(JobShare { index, of }),
             Some(_) => anyhow::bail!("JOB_COMPLETION_INDEX must be a number under --shards {of}"),
             None => anyhow::bail!(
                 "--shards {of} takes the share that JOB_COMPLETION_INDEX says, which is not set; \
@@ -338,20 +338,20 @@ impl ShareConfig {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Task {
+pub enum EmbedTask {
     Embed,
     Classify,
     Score,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Context {
+pub enum EmbedContext {
     Raw,
     SosShifted,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Norm {
+pub enum EmbedNorm {
     PreAttnRms,
     None,
 }
@@ -369,7 +369,7 @@ pub enum Dtype {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum TableFormat {
     Parquet,
     Arrow,
     Npy,

@@ -20,29 +20,29 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::location::Location;
-use super::memory::{ImageMemory, Room};
-use super::plan::{Kind, Shard};
+use super::memory::{ImageMemory, ImageRoom};
+use super::plan::{Shard, ShardKind};
 use super::ranged::Ranged;
-use crate::client::pool::Fault;
+use crate::client::pool::ImageFault;
 use crate::telemetry::panic_text;
 
-pub(super) use self::files::{Listing, Row};
+pub(super) use self::files::{ListedRow, Listing};
 
 /// One image, with what goes with it.
 #[derive(Debug)]
 pub(super) struct Sample {
     pub(super) id: String,
     /// The encoded file, or why there is none.
-    pub(super) image: Result<Bytes, Fault>,
+    pub(super) image: Result<Bytes, ImageFault>,
     /// The room that the image takes, if it was asked for already.
-    pub(super) room: Option<Room>,
+    pub(super) room: Option<ImageRoom>,
     /// One row of the columns that are kept; `None` when none are.
     pub(super) kept: Option<RecordBatch>,
 }
 
 /// A sample and its place.
 #[derive(Debug)]
-pub(super) struct Seen {
+pub(super) struct PlacedSample {
     /// Where to begin so that this sample is the first.
     pub(super) cursor: u64,
     /// How much of the shard lies before it, 0 to 1.
@@ -81,7 +81,7 @@ pub(super) enum Broken {
     Failed(anyhow::Error),
 }
 
-type Visitor<'a> = dyn FnMut(Seen) -> ControlFlow<()> + 'a;
+type Visitor<'a> = dyn FnMut(PlacedSample) -> ControlFlow<()> + 'a;
 
 /// Visits a shard's samples from `cursor` on (0 is its beginning), until the
 /// visitor breaks.
@@ -94,30 +94,30 @@ pub(super) fn read(
     let ranged =
         |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
     let (file, result) = match &shard.kind {
-        Kind::Lost(fault) => {
+        ShardKind::Lost(fault) => {
             if cursor == 0 {
                 let _ = visit(lost(shard, fault));
             }
             return Ok(());
         }
-        Kind::Files { listing, range } => {
+        ShardKind::Files { listing, range } => {
             return files::read(listing, range.clone(), cursor, reading, visit);
         }
-        Kind::WebDataset(location) => {
+        ShardKind::WebDataset(location) => {
             let file = ranged(location);
             let result = caught(visit, |visit| {
                 webdataset::read(&file, cursor, reading, visit)
             });
             (file, result)
         }
-        Kind::Parquet(location) => {
+        ShardKind::Parquet(location) => {
             let file = ranged(location);
             let result = caught(visit, |visit| {
                 columns::read_parquet(&file, location, cursor, reading, visit)
             });
             (file, result)
         }
-        Kind::Arrow(location) => {
+        ShardKind::Arrow(location) => {
             let file = ranged(location);
             let result = caught(visit, |visit| {
                 columns::read_arrow(&file, location, cursor, reading, visit)
@@ -142,9 +142,9 @@ pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken
         caught(&mut |_| ControlFlow::Break(()), |_| check(&file, reading))
     };
     match &shard.kind {
-        Kind::Lost(_) | Kind::Files { .. } | Kind::WebDataset(_) => Ok(()),
-        Kind::Parquet(location) => check(location, columns::check_parquet),
-        Kind::Arrow(location) => check(location, columns::check_arrow),
+        ShardKind::Lost(_) | ShardKind::Files { .. } | ShardKind::WebDataset(_) => Ok(()),
+        ShardKind::Parquet(location) => check(location, columns::check_parquet),
+        ShardKind::Arrow(location) => check(location, columns::check_arrow),
     }
 }
 
@@ -174,8 +174,8 @@ fn caught(
 }
 
 /// What stands for all samples of a shard that cannot be read.
-fn lost(shard: &Shard, fault: &Fault) -> Seen {
-    Seen {
+fn lost(shard: &Shard, fault: &ImageFault) -> PlacedSample {
+    PlacedSample {
         cursor: 0,
         share: 0.0,
         sample: Sample {
@@ -189,7 +189,7 @@ fn lost(shard: &Shard, fault: &Fault) -> Seen {
 
 /// Why an image of so many bytes is not read, if it is not: `held` is what the
 /// page or the batch that it lies in takes beside it.
-fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<Fault> {
+fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<ImageFault> {
     if bytes > reading.image_bytes_max {
         return Some(too_large(bytes, reading.image_bytes_max));
     }
@@ -200,7 +200,7 @@ fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<Fault> {
         } else {
             String::new()
         };
-        Fault::invalid(format!(
+        ImageFault::invalid(format!(
             "image: {bytes} bytes{beside}, over the limit of {limit} (--image-memory); it was not \
              sent"
         ))
@@ -208,8 +208,8 @@ fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<Fault> {
 }
 
 /// What an image over the limit has as its outcome.
-fn too_large(bytes: u64, max: u64) -> Fault {
-    Fault::invalid(format!(
+fn too_large(bytes: u64, max: u64) -> ImageFault {
+    ImageFault::invalid(format!(
         "image: {bytes} bytes, over the limit of {max} (--image-bytes-max of the worker); it was \
          not sent"
     ))

@@ -27,7 +27,7 @@ const DIFFERENCES_SHOWN: usize = 5;
 
 /// What the job is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Manifest {
+pub(super) struct JobManifest {
     pub(super) version: u32,
     pub(super) model: ModelFact,
     /// What is computed and how it is stored, by the names of the flags.
@@ -43,7 +43,7 @@ pub(super) struct ModelFact {
     pub(super) digest: String,
 }
 
-impl Manifest {
+impl JobManifest {
     pub(super) fn new(
         model: ModelFact,
         options: BTreeMap<String, String>,
@@ -228,12 +228,12 @@ pub(super) struct Record {
     pub(super) errors: u64,
     /// Where the next part of the shard begins; `None` when this is the last.
     pub(super) next: Option<u64>,
-    pub(super) files: Vec<File>,
+    pub(super) files: Vec<OutputFile>,
 }
 
 /// A file of the output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct File {
+pub(super) struct OutputFile {
     pub(super) name: String,
     pub(super) bytes: u64,
     pub(super) sha256: String,
@@ -293,8 +293,8 @@ mod tests {
     use super::super::location::Stores;
     use super::*;
 
-    fn manifest(options: &[(&str, &str)], bytes: u64) -> Manifest {
-        Manifest::new(
+    fn manifest(options: &[(&str, &str)], bytes: u64) -> JobManifest {
+        JobManifest::new(
             ModelFact {
                 name: "m".to_owned(),
                 digest: "sha256:1".to_owned(),

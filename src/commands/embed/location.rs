@@ -16,8 +16,8 @@ use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _, RetryConfig}
 
 use super::address::AddressBook;
 use super::web::{WebClient, WebTimes, WebTrust};
-use crate::client::pool::Fault;
-use crate::files::{self, Found, Trouble};
+use crate::client::pool::ImageFault;
+use crate::files::{self, FoundFile, Trouble};
 
 /// Requests to a store are repeated for so long; longer, and credentials may
 /// run out while they are. The job is begun again by the same command.
@@ -50,14 +50,14 @@ impl std::fmt::Display for Location {
 
 /// Something at a location.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct ListedObject {
     /// Its path below the location that was listed, with slashes.
     pub(super) name: String,
     pub(super) bytes: u64,
     /// Differs when the content does: an entity tag, or when it was changed.
     pub(super) version: String,
     /// Why it cannot be read, where that shows already.
-    pub(super) trouble: Option<Fault>,
+    pub(super) trouble: Option<ImageFault>,
     /// Whether it cannot be read and may be a folder of anything.
     pub(super) may_be_folder: bool,
 }
@@ -272,7 +272,7 @@ impl Location {
 
     /// What is known of the file there; `None` if there is none (it may be a
     /// folder).
-    pub(super) async fn stat(&self) -> anyhow::Result<Option<Entry>> {
+    pub(super) async fn stat(&self) -> anyhow::Result<Option<ListedObject>> {
         let name = self.file_name().to_owned();
         match self {
             Self::Local(path) => match std::fs::metadata(path) {
@@ -289,7 +289,7 @@ impl Location {
     }
 
     /// All files below it, by name; none where there is nothing.
-    pub(super) async fn list(&self) -> anyhow::Result<Vec<Entry>> {
+    pub(super) async fn list(&self) -> anyhow::Result<Vec<ListedObject>> {
         let mut entries = match self {
             Self::Local(folder) => {
                 let folder = folder.clone();
@@ -385,10 +385,10 @@ fn refused(url: &str, error: object_store::Error) -> ReadError {
     }
 }
 
-fn entry(name: String, metadata: &std::fs::Metadata) -> Entry {
+fn entry(name: String, metadata: &std::fs::Metadata) -> ListedObject {
     let changed = metadata.modified().ok();
     let changed = changed.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    Entry {
+    ListedObject {
         name,
         bytes: metadata.len(),
         version: changed.unwrap_or_default().as_nanos().to_string(),
@@ -397,8 +397,8 @@ fn entry(name: String, metadata: &std::fs::Metadata) -> Entry {
     }
 }
 
-fn remote_entry(name: String, meta: object_store::ObjectMeta) -> Entry {
-    Entry {
+fn remote_entry(name: String, meta: object_store::ObjectMeta) -> ListedObject {
+    ListedObject {
         name,
         bytes: meta.size,
         version: meta
@@ -409,20 +409,20 @@ fn remote_entry(name: String, meta: object_store::ObjectMeta) -> Entry {
     }
 }
 
-fn found_entry(folder: &Path, found: Found) -> Entry {
+fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
     let name = below.to_string_lossy().into_owned();
-    let unnamed = below.to_str().is_none().then(|| Fault {
+    let unnamed = below.to_str().is_none().then(|| ImageFault {
         code: "INVALID_ARGUMENT",
         message: "its name is not UTF-8, and ids are text; rename it".to_owned(),
     });
     let may_be_folder = found.may_be_folder();
     match found.file {
-        Ok(metadata) => Entry {
+        Ok(metadata) => ListedObject {
             trouble: unnamed,
             ..entry(name, &metadata)
         },
-        Err(trouble) => Entry {
+        Err(trouble) => ListedObject {
             name,
             bytes: 0,
             version: String::new(),
@@ -433,8 +433,8 @@ fn found_entry(folder: &Path, found: Found) -> Entry {
 }
 
 /// What a file's trouble is for whoever reads the error file.
-pub(super) fn fault(trouble: &Trouble) -> Fault {
-    Fault {
+pub(super) fn fault(trouble: &Trouble) -> ImageFault {
+    ImageFault {
         code: trouble.code(),
         message: trouble.to_string(),
     }

@@ -19,9 +19,9 @@ pub(super) struct ImageMemory {
 
 /// A part of the memory; free when it is dropped.
 #[derive(Debug)]
-pub(super) struct Room(OwnedSemaphorePermit);
+pub(super) struct ImageRoom(OwnedSemaphorePermit);
 
-impl Room {
+impl ImageRoom {
     /// Gives back all but `bytes`.
     pub(super) fn shrink(&mut self, bytes: u64) {
         let kept = usize::try_from(bytes).unwrap_or(usize::MAX).max(1);
@@ -55,15 +55,15 @@ impl ImageMemory {
 
     /// Room for so many bytes, at most for all there are; `None` once the job
     /// has ended.
-    pub(super) async fn room(&self, bytes: u64) -> Option<Room> {
+    pub(super) async fn room(&self, bytes: u64) -> Option<ImageRoom> {
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let permits = permits.clamp(1, self.limit);
         let room = Arc::clone(&self.free).acquire_many_owned(permits).await;
-        room.ok().map(Room)
+        room.ok().map(ImageRoom)
     }
 
     /// The same on a thread that may wait.
-    pub(super) fn blocking_room(&self, runtime: &Handle, bytes: u64) -> Option<Room> {
+    pub(super) fn blocking_room(&self, runtime: &Handle, bytes: u64) -> Option<ImageRoom> {
         runtime.block_on(self.room(bytes))
     }
 

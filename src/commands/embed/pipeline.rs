@@ -25,13 +25,13 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::input::{self, Broken, Reading, Seen};
-use super::journal::{File, PartId, Record};
+use super::input::{self, Broken, PlacedSample, Reading};
+use super::journal::{OutputFile, PartId, Record};
 use super::plan::Shard;
-use super::progress::{Counts, Progress, Terminal};
+use super::progress::{JobCounts, JobProgress, Terminal};
 use super::sink::Sink;
-use super::table::{self, Row, Shape};
-use crate::client::pool::{Answer, Done, Fault, Pool, Task};
+use super::table::{self, TableRow, TableShape};
+use crate::client::pool::{ImageFault, PoolAnswer, PoolOutcome, PoolTask, WorkerPool};
 use crate::files::hex;
 use crate::telemetry::panic_text;
 
@@ -49,7 +49,7 @@ const ROW_BITS: u32 = 32;
 
 /// A shard, and where to go on in it.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct ShardWork {
     pub(super) idx: usize,
     pub(super) shard: Shard,
     /// The first part that is not done.
@@ -59,8 +59,8 @@ pub(super) struct Work {
 
 /// What to do, and within which bounds.
 #[derive(Debug)]
-pub(super) struct Job {
-    pub(super) work: Vec<Work>,
+pub(super) struct EmbedJob {
+    pub(super) work: Vec<ShardWork>,
     pub(super) reading: Reading,
     pub(super) part_items: usize,
     pub(super) give_up_after: Duration,
@@ -68,7 +68,7 @@ pub(super) struct Job {
     pub(super) errors_before: u64,
     pub(super) errors_max: Option<u64>,
     pub(super) sink: Sink,
-    pub(super) shape: Shape,
+    pub(super) shape: TableShape,
     pub(super) terminal: Terminal,
 }
 
@@ -131,7 +131,7 @@ enum Event {
         id: String,
         kept: Option<RecordBatch>,
         /// Set when no worker has to be asked.
-        fault: Option<Fault>,
+        fault: Option<ImageFault>,
     },
     /// The part has all its rows.
     End(End),
@@ -147,11 +147,11 @@ enum Event {
 ///
 /// What ended it before its end; what has been recorded until then counts.
 pub(super) async fn run(
-    job: Job,
-    pool: Pool,
-    tasks: mpsc::Sender<Task>,
-    answers: mpsc::Receiver<Done>,
-    counts: &Arc<Counts>,
+    job: EmbedJob,
+    pool: WorkerPool,
+    tasks: mpsc::Sender<PoolTask>,
+    answers: mpsc::Receiver<PoolOutcome>,
+    counts: &Arc<JobCounts>,
 ) -> anyhow::Result<()> {
     // Dropped when the job is told to end, which ends the task as well.
     let mut whole = JoinSet::new();
@@ -174,7 +174,7 @@ fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
 
 /// The body of the reader's thread. A reader that panics says so: nobody waits
 /// for rows that do not come.
-fn read_to_the_end(reader: Reader, work: &[Work]) {
+fn read_to_the_end(reader: Reader, work: &[ShardWork]) {
     let events = reader.events.clone();
     let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
     if let Err(panic) = read {
@@ -185,11 +185,11 @@ fn read_to_the_end(reader: Reader, work: &[Work]) {
 }
 
 async fn pieces(
-    job: Job,
-    mut pool: Pool,
-    tasks: mpsc::Sender<Task>,
-    answers: mpsc::Receiver<Done>,
-    counts: &Arc<Counts>,
+    job: EmbedJob,
+    mut pool: WorkerPool,
+    tasks: mpsc::Sender<PoolTask>,
+    answers: mpsc::Receiver<PoolOutcome>,
+    counts: &Arc<JobCounts>,
 ) -> anyhow::Result<()> {
     let parts = Arc::new(Semaphore::new(PARTS_OPEN));
     let memory = job.reading.memory.clone();
@@ -280,9 +280,9 @@ struct Reader {
     reading: Reading,
     part_items: usize,
     events: mpsc::Sender<Event>,
-    tasks: mpsc::Sender<Task>,
+    tasks: mpsc::Sender<PoolTask>,
     parts: Arc<Semaphore>,
-    counts: Arc<Counts>,
+    counts: Arc<JobCounts>,
     /// Parts that were begun in this run.
     n_parts: u64,
 }
@@ -295,9 +295,9 @@ struct PartRead {
 }
 
 impl Reader {
-    fn run(mut self, work: &[Work]) {
+    fn run(mut self, work: &[ShardWork]) {
         #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
-        let bytes = |work: &Work| work.shard.bytes as f64;
+        let bytes = |work: &ShardWork| work.shard.bytes as f64;
         let total = work.iter().map(bytes).sum::<f64>().max(1.0);
         let mut before = 0.0;
         for work in work {
@@ -319,7 +319,7 @@ impl Reader {
 
     fn shard(
         &mut self,
-        work: &Work,
+        work: &ShardWork,
         share: impl Fn(f64) -> f64,
     ) -> anyhow::Result<ControlFlow<()>> {
         let mut part = PartRead {
@@ -352,7 +352,7 @@ impl Reader {
         Ok(self.end(part, &work.shard, damage))
     }
 
-    fn sample(&mut self, part: &mut PartRead, seen: Seen) -> ControlFlow<()> {
+    fn sample(&mut self, part: &mut PartRead, seen: PlacedSample) -> ControlFlow<()> {
         if part.n_rows == self.part_items {
             self.tell(Event::End(End {
                 next: Some(seen.cursor),
@@ -384,7 +384,7 @@ impl Reader {
         let Some(room) = room else {
             return ControlFlow::Break(());
         };
-        let task = Task {
+        let task = PoolTask {
             id: (self.n_parts - 1) << ROW_BITS | row,
             image,
             room: room.into_permit(),
@@ -426,7 +426,7 @@ impl Reader {
             self.tell(Event::Row {
                 id: shard.name.clone(),
                 kept: None,
-                fault: Some(Fault {
+                fault: Some(ImageFault {
                     code,
                     message: format!("the rest of the file is not read: {reason}"),
                 }),
@@ -456,13 +456,13 @@ struct OpenPart {
 struct OpenRow {
     id: String,
     kept: Option<RecordBatch>,
-    outcome: Option<Result<Answer, Fault>>,
+    outcome: Option<Result<PoolAnswer, ImageFault>>,
 }
 
 /// A part with all its answers.
 struct WholePart {
     id: PartId,
-    rows: Vec<Row>,
+    rows: Vec<TableRow>,
     next: Option<u64>,
     _permit: OwnedSemaphorePermit,
 }
@@ -475,7 +475,7 @@ struct Collector {
     last_answer: Instant,
     writer: mpsc::Sender<WholePart>,
     terminal: Terminal,
-    counts: Arc<Counts>,
+    counts: Arc<JobCounts>,
     errors_before: u64,
     errors_max: Option<u64>,
     /// The id of an image, and why it has no row.
@@ -488,11 +488,11 @@ impl Collector {
     async fn run(
         mut self,
         mut events: mpsc::Receiver<Event>,
-        mut answers: mpsc::Receiver<Done>,
-        pool: &Pool,
+        mut answers: mpsc::Receiver<PoolOutcome>,
+        pool: &WorkerPool,
         give_up_after: Duration,
     ) -> anyhow::Result<()> {
-        let mut progress = Progress::begin(&self.terminal);
+        let mut progress = JobProgress::begin(&self.terminal);
         let mut tick = tokio::time::interval(TICK);
         while !(self.all_read && self.open.is_empty()) {
             tokio::select! {
@@ -586,7 +586,7 @@ impl Collector {
         Ok(())
     }
 
-    fn answered(&mut self, done: Done) -> anyhow::Result<()> {
+    fn answered(&mut self, done: PoolOutcome) -> anyhow::Result<()> {
         self.last_answer = Instant::now();
         let part = (done.id >> ROW_BITS).checked_sub(self.first);
         let part = part.and_then(|place| self.open.get_mut(usize::try_from(place).ok()?));
@@ -622,13 +622,13 @@ impl Collector {
             };
             self.first += 1;
             let rows = part.rows.into_iter().map(|row| {
-                Some(Row {
+                Some(TableRow {
                     id: row.id,
                     kept: row.kept,
                     outcome: row.outcome?,
                 })
             });
-            let rows: Option<Vec<Row>> = rows.collect();
+            let rows: Option<Vec<TableRow>> = rows.collect();
             let whole = WholePart {
                 id: part.id,
                 rows: rows.context("a row without an outcome")?,
@@ -658,7 +658,7 @@ impl Collector {
 /// Makes files of parts, and records them.
 struct Writer {
     sink: Sink,
-    shape: Shape,
+    shape: TableShape,
 }
 
 impl Writer {
@@ -688,7 +688,7 @@ impl Writer {
         {
             let bytes = content.len() as u64;
             self.sink.write(&name, content).await?;
-            files.push(File {
+            files.push(OutputFile {
                 name,
                 bytes,
                 sha256,

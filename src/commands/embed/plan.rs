@@ -11,9 +11,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::input::{Listing, Row};
-use super::location::{Entry, Location, Stores, expand, fault};
-use crate::client::pool::Fault;
+use super::input::{ListedRow, Listing};
+use super::location::{ListedObject, Location, Stores, expand, fault};
+use crate::client::pool::ImageFault;
 use crate::files::hex;
 use crate::files::{IMAGES, Trouble};
 
@@ -38,11 +38,11 @@ pub(super) struct Shard {
     pub(super) name: String,
     /// How much it is beside the others.
     pub(super) bytes: u64,
-    pub(super) kind: Kind,
+    pub(super) kind: ShardKind,
 }
 
 #[derive(Debug, Clone)]
-pub(super) enum Kind {
+pub(super) enum ShardKind {
     /// A run of files: as many as one part of the output has.
     Files {
         listing: Arc<Listing>,
@@ -53,7 +53,7 @@ pub(super) enum Kind {
     Arrow(Location),
     /// It lies in a folder of shards and cannot be read: one error for all that
     /// it may hold.
-    Lost(Fault),
+    Lost(ImageFault),
 }
 
 /// What the manifest remembers of an input, so that a change shows.
@@ -70,13 +70,13 @@ pub(super) struct Fact {
 }
 
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct InputPlan {
     pub(super) shards: Vec<Shard>,
     pub(super) facts: Vec<Fact>,
 }
 
 /// How inputs are to be read.
-pub(super) struct Options<'a> {
+pub(super) struct PlanOptions<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
@@ -92,9 +92,9 @@ pub(super) struct Options<'a> {
 pub(super) async fn plan(
     inputs: &[String],
     stores: &Arc<Stores>,
-    options: &Options<'_>,
-) -> anyhow::Result<Plan> {
-    let mut plan = Plan {
+    options: &PlanOptions<'_>,
+) -> anyhow::Result<InputPlan> {
+    let mut plan = InputPlan {
         shards: Vec::new(),
         facts: Vec::new(),
     };
@@ -123,13 +123,13 @@ fn extension(name: &str) -> String {
     extension.to_ascii_lowercase()
 }
 
-impl Plan {
+impl InputPlan {
     async fn file(
         &mut self,
         location: &Location,
-        entry: &Entry,
+        entry: &ListedObject,
         stores: &Arc<Stores>,
-        options: &Options<'_>,
+        options: &PlanOptions<'_>,
     ) -> anyhow::Result<()> {
         let extension = extension(&entry.name);
         if let Some(kind) = shard_kind(&extension, location) {
@@ -177,7 +177,7 @@ impl Plan {
         Ok(())
     }
 
-    async fn folder(&mut self, folder: &Location, options: &Options<'_>) -> anyhow::Result<()> {
+    async fn folder(&mut self, folder: &Location, options: &PlanOptions<'_>) -> anyhow::Result<()> {
         let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
         anyhow::ensure!(
             !inside.starts_with(&outside),
@@ -185,7 +185,7 @@ impl Plan {
              elsewhere",
             options.output
         );
-        let mut by_kind: BTreeMap<&str, Vec<Entry>> = BTreeMap::new();
+        let mut by_kind: BTreeMap<&str, Vec<ListedObject>> = BTreeMap::new();
         let mut may_be_folders = Vec::new();
         for entry in folder.list().await? {
             if entry.may_be_folder {
@@ -259,7 +259,7 @@ impl Plan {
     }
 
     /// Shards of a folder; of one that cannot be read there is an error.
-    fn shards(&mut self, folder: &Location, entries: &[Entry]) -> anyhow::Result<()> {
+    fn shards(&mut self, folder: &Location, entries: &[ListedObject]) -> anyhow::Result<()> {
         for entry in entries {
             let location = folder.join(&entry.name);
             let extension = extension(&entry.name);
@@ -268,7 +268,7 @@ impl Plan {
                 None => location.trouble()?.as_ref().map(fault),
             };
             let kind = match trouble {
-                Some(fault) => Some(Kind::Lost(Fault {
+                Some(fault) => Some(ShardKind::Lost(ImageFault {
                     message: format!("nothing of the file is read: {}", fault.message),
                     ..fault
                 })),
@@ -281,7 +281,13 @@ impl Plan {
         Ok(())
     }
 
-    fn shard(&mut self, location: &Location, entry: &Entry, kind_name: &str, kind: Kind) {
+    fn shard(
+        &mut self,
+        location: &Location,
+        entry: &ListedObject,
+        kind_name: &str,
+        kind: ShardKind,
+    ) {
         self.facts.push(Fact {
             name: location.to_string(),
             kind: kind_name.to_owned(),
@@ -303,7 +309,7 @@ impl Plan {
         listing: &Arc<Listing>,
         length: usize,
         of: &Location,
-        options: &Options<'_>,
+        options: &PlanOptions<'_>,
         bytes: impl Fn(Range<usize>) -> u64,
     ) {
         for start in (0..length).step_by(options.part_items) {
@@ -311,7 +317,7 @@ impl Plan {
             self.shards.push(Shard {
                 name: format!("{of} [{}..{}]", range.start, range.end),
                 bytes: bytes(range.clone()),
-                kind: Kind::Files {
+                kind: ShardKind::Files {
                     listing: Arc::clone(listing),
                     range,
                 },
@@ -320,12 +326,12 @@ impl Plan {
     }
 }
 
-fn shard_kind(extension: &str, location: &Location) -> Option<Kind> {
+fn shard_kind(extension: &str, location: &Location) -> Option<ShardKind> {
     let location = location.clone();
     match extension {
-        "tar" => Some(Kind::WebDataset(location)),
-        "parquet" => Some(Kind::Parquet(location)),
-        "arrow" | "feather" | "ipc" => Some(Kind::Arrow(location)),
+        "tar" => Some(ShardKind::WebDataset(location)),
+        "parquet" => Some(ShardKind::Parquet(location)),
+        "arrow" | "feather" | "ipc" => Some(ShardKind::Arrow(location)),
         _ => None,
     }
 }
@@ -340,7 +346,7 @@ async fn list(location: &Location) -> anyhow::Result<Bytes> {
 /// What some editors begin a text with.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-fn lines(text: &[u8]) -> Vec<Row> {
+fn lines(text: &[u8]) -> Vec<ListedRow> {
     let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
     let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
     lines
@@ -350,7 +356,7 @@ fn lines(text: &[u8]) -> Vec<Row> {
 }
 
 /// A line, of which one that is no text is an error.
-fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> Row {
+fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
     let mut is_text = true;
     let mut text = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes);
@@ -358,15 +364,15 @@ fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> Row {
         text.into_owned()
     };
     let (name, kept) = (text(name), kept.map(&mut text).collect());
-    let fault = || Fault::invalid("its line is not UTF-8; write the list in UTF-8".to_owned());
-    Row {
+    let fault = || ImageFault::invalid("its line is not UTF-8; write the list in UTF-8".to_owned());
+    ListedRow {
         name,
         kept,
         trouble: (!is_text).then(fault),
     }
 }
 
-fn csv_rows(text: &[u8], options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
+fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<ListedRow>> {
     let mut reader = csv::Reader::from_reader(text);
     let header = reader.headers()?.clone();
     let names = || header.iter().collect::<Vec<_>>().join(", ");
@@ -410,8 +416,8 @@ fn csv_rows(text: &[u8], options: &Options<'_>) -> anyhow::Result<Vec<Row>> {
 mod tests {
     use super::*;
 
-    async fn planned(inputs: &[String], keep: &[String]) -> anyhow::Result<Plan> {
-        let options = Options {
+    async fn planned(inputs: &[String], keep: &[String]) -> anyhow::Result<InputPlan> {
+        let options = PlanOptions {
             part_items: 2,
             keep,
             image_column: None,
@@ -437,7 +443,7 @@ mod tests {
         write("mixed/00.tar", "x");
         write("mixed/0.png", "x");
         let folder = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        let shards = |plan: &Plan| {
+        let shards = |plan: &InputPlan| {
             let last = |shard: &Shard| shard.name.rsplit('/').next().unwrap().to_owned();
             plan.shards.iter().map(last).collect::<Vec<_>>().join("; ")
         };
@@ -487,15 +493,15 @@ mod tests {
 
     #[test]
     fn a_line_that_is_no_text_is_a_row_with_its_trouble() {
-        let of = |rows: &[Row]| -> Vec<(String, bool)> {
-            let one = |row: &Row| (row.name.clone(), row.trouble.is_some());
+        let of = |rows: &[ListedRow]| -> Vec<(String, bool)> {
+            let one = |row: &ListedRow| (row.name.clone(), row.trouble.is_some());
             rows.iter().map(one).collect()
         };
         let list = lines(b"\xef\xbb\xbfa.png\r\n\n b\xff.png\nc.png");
         let expected = [("a.png", false), ("b\u{fffd}.png", true), ("c.png", false)];
         let expected = expected.map(|(name, is_bad)| (name.to_owned(), is_bad));
         assert_eq!(of(&list), expected);
-        let options = Options {
+        let options = PlanOptions {
             part_items: 2,
             keep: &["label".to_owned()],
             image_column: None,

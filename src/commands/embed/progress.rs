@@ -42,7 +42,7 @@ impl Write for Terminal {
 
 /// Counts that the pipeline's tasks share.
 #[derive(Debug, Default)]
-pub(super) struct Counts {
+pub(super) struct JobCounts {
     /// Images that have an outcome, in this run.
     pub(super) images: AtomicU64,
     /// Of those, how many failed.
@@ -51,7 +51,7 @@ pub(super) struct Counts {
     read: AtomicU64,
 }
 
-impl Counts {
+impl JobCounts {
     /// `share` of everything has been read, 0 to 1.
     pub(super) fn has_read(&self, share: f64) {
         #[expect(
@@ -67,7 +67,7 @@ impl Counts {
 
 /// Progress of a job, shown while it runs.
 #[derive(Debug)]
-pub(super) struct Progress {
+pub(super) struct JobProgress {
     bar: Option<ProgressBar>,
     started: Instant,
     /// What had been read when it started.
@@ -78,7 +78,7 @@ pub(super) struct Progress {
     rate: f64,
 }
 
-impl Progress {
+impl JobProgress {
     pub(super) fn begin(terminal: &Terminal) -> Self {
         let now = Instant::now();
         let bar = io::stderr().is_terminal().then(|| {
@@ -98,7 +98,7 @@ impl Progress {
     }
 
     /// Called every second or so.
-    pub(super) fn update(&mut self, counts: &Counts, trouble: &[String]) {
+    pub(super) fn update(&mut self, counts: &JobCounts, trouble: &[String]) {
         let images = counts.images.load(Ordering::Relaxed);
         let errors = counts.errors.load(Ordering::Relaxed);
         let read = counts.read.load(Ordering::Relaxed);
@@ -134,7 +134,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for JobProgress {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

@@ -17,9 +17,9 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 use serde::Serialize;
 
-use super::flags::{Dtype, Format};
+use super::flags::{Dtype, TableFormat};
 use super::journal::PartId;
-use crate::client::pool::{Answer, Fault};
+use crate::client::pool::{ImageFault, PoolAnswer};
 use crate::proto::pb;
 
 /// The key of what a file says of itself, as JSON.
@@ -39,16 +39,16 @@ pub(super) const OWN_COLUMNS: [&str; 9] = [
 
 /// What all parts have in common.
 #[derive(Debug, Clone)]
-pub(super) struct Shape {
-    pub(super) format: Format,
-    pub(super) values: Values,
+pub(super) struct TableShape {
+    pub(super) format: TableFormat,
+    pub(super) values: StoredValues,
     /// The model and the options, as JSON.
     pub(super) metadata: String,
 }
 
 /// What is stored of each image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Values {
+pub(super) enum StoredValues {
     Embedding { dimension: usize, dtype: Dtype },
     Classes,
     Scores,
@@ -56,10 +56,10 @@ pub(super) enum Values {
 
 /// An image and what became of it.
 #[derive(Debug)]
-pub(super) struct Row {
+pub(super) struct TableRow {
     pub(super) id: String,
     pub(super) kept: Option<RecordBatch>,
-    pub(super) outcome: Result<Answer, Fault>,
+    pub(super) outcome: Result<PoolAnswer, ImageFault>,
 }
 
 /// A line of the error file.
@@ -71,7 +71,7 @@ struct ErrorLine<'a> {
 }
 
 /// Appends a line to an error file.
-pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &Fault) -> anyhow::Result<()> {
+pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &ImageFault) -> anyhow::Result<()> {
     let line = ErrorLine {
         id,
         code: fault.code,
@@ -86,8 +86,8 @@ pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &Fault) -> anyho
 /// be empty is not written.
 pub(super) fn files(
     id: PartId,
-    rows: Vec<Row>,
-    shape: &Shape,
+    rows: Vec<TableRow>,
+    shape: &TableShape,
 ) -> anyhow::Result<Vec<(String, Bytes)>> {
     let mut errors = Vec::new();
     let (mut ids, mut answers, mut kept) = (Vec::new(), Vec::new(), Vec::new());
@@ -105,7 +105,7 @@ pub(super) fn files(
     if !ids.is_empty() {
         let kept = concatenated(&kept)?;
         match (shape.format, shape.values) {
-            (Format::Npy, Values::Embedding { dimension, dtype }) => {
+            (TableFormat::Npy, StoredValues::Embedding { dimension, dtype }) => {
                 files.push((
                     format!("img_emb/img_emb_{id}.npy"),
                     npy(&answers, dimension, dtype)?,
@@ -118,11 +118,11 @@ pub(super) fn files(
                 let table = columns(&answers, values)?;
                 let table = batch(&ids, table, kept, &shape.metadata)?;
                 files.push(match format {
-                    Format::Arrow => {
+                    TableFormat::Arrow => {
                         let name = format!("part-{id}.arrow");
                         (name, arrow(&table)?)
                     }
-                    Format::Parquet | Format::Npy => {
+                    TableFormat::Parquet | TableFormat::Npy => {
                         let name = format!("part-{id}.parquet");
                         (name, parquet(&table, &shape.metadata)?)
                     }
@@ -168,24 +168,29 @@ fn batch(
     Ok(RecordBatch::try_new(Arc::new(schema), columns)?)
 }
 
-fn columns(answers: &[Answer], values: Values) -> anyhow::Result<Vec<(FieldRef, ArrayRef)>> {
+fn columns(
+    answers: &[PoolAnswer],
+    values: StoredValues,
+) -> anyhow::Result<Vec<(FieldRef, ArrayRef)>> {
     match values {
-        Values::Embedding { dimension, dtype } => Ok(vec![embeddings(answers, dimension, dtype)?]),
-        Values::Classes => Ok(classes(answers)),
-        Values::Scores => Ok(scores(answers)),
+        StoredValues::Embedding { dimension, dtype } => {
+            Ok(vec![embeddings(answers, dimension, dtype)?])
+        }
+        StoredValues::Classes => Ok(classes(answers)),
+        StoredValues::Scores => Ok(scores(answers)),
     }
 }
 
 /// The bytes of a vector, if it has the length that all have.
-fn vector(answer: &Answer, dimension: usize, dtype: Dtype) -> anyhow::Result<&Bytes> {
+fn vector(answer: &PoolAnswer, dimension: usize, dtype: Dtype) -> anyhow::Result<&Bytes> {
     let wanted = dimension * width(dtype);
     match answer {
-        Answer::Embedding(bytes) if bytes.len() == wanted => Ok(bytes),
-        Answer::Embedding(bytes) => anyhow::bail!(
+        PoolAnswer::Embedding(bytes) if bytes.len() == wanted => Ok(bytes),
+        PoolAnswer::Embedding(bytes) => anyhow::bail!(
             "a worker answered {} bytes where the model's dimension makes {wanted}",
             bytes.len()
         ),
-        Answer::Classes(_) | Answer::Score(_) => {
+        PoolAnswer::Classes(_) | PoolAnswer::Score(_) => {
             anyhow::bail!("a worker answered something else where a vector was asked")
         }
     }
@@ -199,7 +204,7 @@ fn width(dtype: Dtype) -> usize {
 }
 
 fn embeddings(
-    answers: &[Answer],
+    answers: &[PoolAnswer],
     dimension: usize,
     dtype: Dtype,
 ) -> anyhow::Result<(FieldRef, ArrayRef)> {
@@ -238,13 +243,13 @@ fn embeddings(
 }
 
 /// Best first, in three lists of one length.
-fn classes(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
+fn classes(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     let item = |kind| Arc::new(Field::new("item", kind, false));
     let mut indexes = ListBuilder::new(UInt32Builder::new()).with_field(item(DataType::UInt32));
     let mut labels = ListBuilder::new(StringBuilder::new()).with_field(item(DataType::Utf8));
     let mut scores = ListBuilder::new(Float32Builder::new()).with_field(item(DataType::Float32));
     for answer in answers {
-        if let Answer::Classes(found) = answer {
+        if let PoolAnswer::Classes(found) = answer {
             for class in found {
                 indexes.values().append_value(class.index);
                 labels.values().append_value(&class.label);
@@ -276,10 +281,10 @@ fn classes(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
 }
 
 /// The likelihood, and how far the tokens compress without the model.
-fn scores(answers: &[Answer]) -> Vec<(FieldRef, ArrayRef)> {
+fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     let column = |name: &str, number: fn(&pb::Score) -> f64| {
         let numbers = answers.iter().map(|answer| match answer {
-            Answer::Score(score) => number(score),
+            PoolAnswer::Score(score) => number(score),
             _ => f64::NAN,
         });
         let field = Arc::new(Field::new(name, DataType::Float64, false));
@@ -326,7 +331,7 @@ fn arrow(table: &RecordBatch) -> anyhow::Result<Bytes> {
 }
 
 /// Version 1.0 of NumPy's format.
-fn npy(answers: &[Answer], dimension: usize, dtype: Dtype) -> anyhow::Result<Bytes> {
+fn npy(answers: &[PoolAnswer], dimension: usize, dtype: Dtype) -> anyhow::Result<Bytes> {
     const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
     /// What the header's length is a multiple of, so that the numbers are
     /// aligned in memory.
@@ -361,31 +366,31 @@ mod tests {
 
     use super::*;
 
-    fn rows() -> Vec<Row> {
+    fn rows() -> Vec<TableRow> {
         let kept = |n: i64| {
             let column: ArrayRef = Arc::new(Int64Array::from(vec![n]));
             Some(RecordBatch::try_from_iter([("label", column)]).unwrap())
         };
         let vector = |values: [f32; 2]| {
             let bytes = values.iter().flat_map(|value| value.to_le_bytes());
-            Ok(Answer::Embedding(bytes.collect::<Vec<u8>>().into()))
+            Ok(PoolAnswer::Embedding(bytes.collect::<Vec<u8>>().into()))
         };
-        let row = |id: &str, n, outcome| Row {
+        let row = |id: &str, n, outcome| TableRow {
             id: id.to_owned(),
             kept: kept(n),
             outcome,
         };
         vec![
             row("a", 1, vector([1.0, 2.0])),
-            row("b", 2, Err(Fault::invalid("image: no".to_owned()))),
+            row("b", 2, Err(ImageFault::invalid("image: no".to_owned()))),
             row("c", 3, vector([3.0, 4.0])),
         ]
     }
 
-    fn made(format: Format) -> Vec<(String, Bytes)> {
-        let shape = Shape {
+    fn made(format: TableFormat) -> Vec<(String, Bytes)> {
+        let shape = TableShape {
             format,
-            values: Values::Embedding {
+            values: StoredValues::Embedding {
                 dimension: 2,
                 dtype: Dtype::F32,
             },
@@ -399,7 +404,7 @@ mod tests {
 
     #[test]
     fn good_rows_are_in_the_table_and_bad_ones_in_the_error_file() {
-        let files = made(Format::Parquet);
+        let files = made(TableFormat::Parquet);
         assert_eq!(files[0].0, "part-00003-00001.parquet");
         let reader = ParquetRecordBatchReaderBuilder::try_new(files[0].1.clone()).unwrap();
         let about = reader
@@ -429,7 +434,7 @@ mod tests {
 
     #[test]
     fn arrow_has_the_same_table() {
-        let files = made(Format::Arrow);
+        let files = made(TableFormat::Arrow);
         let content = std::io::Cursor::new(files[0].1.clone());
         let mut reader = arrow_ipc::reader::FileReader::try_new(content, None).unwrap();
         assert!(reader.schema().metadata().contains_key(METADATA_KEY));
@@ -438,7 +443,7 @@ mod tests {
 
     #[test]
     fn numpy_has_a_header_of_64_bytes_and_an_index_beside_it() {
-        let files = made(Format::Npy);
+        let files = made(TableFormat::Npy);
         let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(
             names,

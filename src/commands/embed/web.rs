@@ -16,7 +16,7 @@ use reqwest::{Client, Response, StatusCode, Url, redirect};
 use tokio::time::Instant;
 
 use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
-use crate::client::pool::Fault;
+use crate::client::pool::ImageFault;
 
 /// Rests between attempts: the first, and what they double up to.
 const REST_MIN: Duration = Duration::from_millis(500);
@@ -32,7 +32,7 @@ const USER_AGENT: &str = concat!("imagegpt/", env!("CARGO_PKG_VERSION"));
 
 /// What is at an address.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum WebAnswer {
     Image(Bytes),
     /// So many bytes or more, which is over the limit.
     TooLarge(u64),
@@ -41,9 +41,9 @@ pub(super) enum Answer {
 /// What keeps an image from being read.
 #[derive(Debug, PartialEq, Eq)]
 enum Failure {
-    Lasting(Fault),
+    Lasting(ImageFault),
     /// And the rest that the server asks for.
-    Passing(Fault, Option<Duration>),
+    Passing(ImageFault, Option<Duration>),
 }
 
 /// Trust in a list.
@@ -193,7 +193,12 @@ impl WebClient {
     }
 
     /// Why an address is not asked: by which flag, or since it was redirected to.
-    fn fault_of_address(&self, url: &Url, from: Option<&Url>, refused: AddressRefused) -> Fault {
+    fn fault_of_address(
+        &self,
+        url: &Url,
+        from: Option<&Url>,
+        refused: AddressRefused,
+    ) -> ImageFault {
         let AddressRefused { address, scope } = refused;
         let what = format!("{url} leads to {address}, a {scope} address");
         let message = match (self.trust.public_only, from, scope) {
@@ -208,7 +213,7 @@ impl WebClient {
                 "{what}, to which {from} redirects, and no public address may; name it in the                  list itself"
             ),
         };
-        Fault {
+        ImageFault {
             code: "FAILED_PRECONDITION",
             message,
         }
@@ -228,7 +233,7 @@ impl From<AddressRefused> for Unasked {
 }
 
 fn lasting(message: String) -> Failure {
-    Failure::Lasting(Fault {
+    Failure::Lasting(ImageFault {
         code: "FAILED_PRECONDITION",
         message,
     })
@@ -262,7 +267,7 @@ pub(super) async fn read(
     url: &Url,
     max: u64,
     patience: Duration,
-) -> Result<Answer, Fault> {
+) -> Result<WebAnswer, ImageFault> {
     let started = Instant::now();
     let mut rest = REST_MIN;
     loop {
@@ -273,7 +278,7 @@ pub(super) async fn read(
         };
         let wait = asked.unwrap_or_default().min(RETRY_AFTER_MAX).max(rest);
         if started.elapsed().saturating_add(wait) > patience {
-            return Err(Fault {
+            return Err(ImageFault {
                 message: format!(
                     "{}, also when asked again for {} (--url-patience)",
                     fault.message,
@@ -288,7 +293,7 @@ pub(super) async fn read(
 }
 
 /// One attempt, which has its time with all redirects.
-async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<Answer, Failure> {
+async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Failure> {
     let limit = client.times.request;
     let slow = |_| {
         let message = format!(
@@ -296,31 +301,31 @@ async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<Answer, Fail
             humantime::format_duration(limit)
         );
         let code = "DEADLINE_EXCEEDED";
-        Failure::Passing(Fault { code, message }, None)
+        Failure::Passing(ImageFault { code, message }, None)
     };
     tokio::time::timeout(limit, once(client, url, max))
         .await
         .map_err(slow)?
 }
 
-async fn once(client: &WebClient, url: &Url, max: u64) -> Result<Answer, Failure> {
+async fn once(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Failure> {
     let mut response = client.follow(url).await?;
     let status = response.status();
     if !status.is_success() {
         return Err(refused(status, response.headers(), SystemTime::now()));
     }
     if let Some(bytes) = response.content_length().filter(|&bytes| bytes > max) {
-        return Ok(Answer::TooLarge(bytes));
+        return Ok(WebAnswer::TooLarge(bytes));
     }
     let mut image = BytesMut::new();
     while let Some(chunk) = response.chunk().await.map_err(unanswered)? {
         let bytes = (image.len() as u64).saturating_add(chunk.len() as u64);
         if bytes > max {
-            return Ok(Answer::TooLarge(bytes));
+            return Ok(WebAnswer::TooLarge(bytes));
         }
         image.extend_from_slice(&chunk);
     }
-    Ok(Answer::Image(image.freeze()))
+    Ok(WebAnswer::Image(image.freeze()))
 }
 
 /// What an answer other than the image means.
@@ -331,7 +336,7 @@ fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure 
         408 | 429 | 500.. => "UNAVAILABLE",
         _ => "FAILED_PRECONDITION",
     };
-    let fault = Fault {
+    let fault = ImageFault {
         code,
         message: format!("the server answered {status}"),
     };
@@ -374,7 +379,7 @@ fn unanswered(error: reqwest::Error) -> Failure {
         _ => "UNAVAILABLE",
     };
     let what = causes.last().cloned();
-    let fault = Fault {
+    let fault = ImageFault {
         code,
         message: format!(
             "the server gave no answer: {}",
@@ -412,7 +417,10 @@ mod tests {
         url.parse().unwrap()
     }
 
-    async fn read_from(answers: &[&'static str], patience: Duration) -> Result<Answer, Fault> {
+    async fn read_from(
+        answers: &[&'static str],
+        patience: Duration,
+    ) -> Result<WebAnswer, ImageFault> {
         let url = server(answers).await;
         read(&client(), &url, 4, patience).await
     }
@@ -503,7 +511,7 @@ mod tests {
         let image = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc";
         let gone = "HTTP/1.1 410 Gone\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         let got = read_from(&[busy, cut, image], SHORT).await;
-        assert_eq!(got, Ok(Answer::Image(Bytes::from_static(b"abc"))));
+        assert_eq!(got, Ok(WebAnswer::Image(Bytes::from_static(b"abc"))));
         let got = read_from(&[gone, image], SHORT).await.unwrap_err();
         assert_eq!(got.message, "the server answered 410 Gone");
         // Longer than there is patience for.
@@ -515,10 +523,13 @@ mod tests {
     #[tokio::test]
     async fn what_is_too_large_is_not_read_to_its_end() {
         let long = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
-        assert_eq!(read_from(&[long], SHORT).await, Ok(Answer::TooLarge(5)));
+        assert_eq!(read_from(&[long], SHORT).await, Ok(WebAnswer::TooLarge(5)));
         // Of a length that nobody says.
         let stream = "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabcde";
-        assert_eq!(read_from(&[stream], SHORT).await, Ok(Answer::TooLarge(5)));
+        assert_eq!(
+            read_from(&[stream], SHORT).await,
+            Ok(WebAnswer::TooLarge(5))
+        );
     }
 
     #[tokio::test]
@@ -536,7 +547,7 @@ mod tests {
             matches!(
                 refused,
                 Failure::Passing(
-                    Fault {
+                    ImageFault {
                         code: "UNAVAILABLE",
                         ..
                     },
@@ -550,11 +561,11 @@ mod tests {
         assert!(
             matches!(
                 &unknown,
-                Failure::Lasting(Fault {
+                Failure::Lasting(ImageFault {
                     code: "NOT_FOUND",
                     ..
                 }) | Failure::Passing(
-                    Fault {
+                    ImageFault {
                         code: "UNAVAILABLE",
                         ..
                     },
@@ -635,7 +646,7 @@ mod tests {
         let client = WebClient::new(trust, TIMES, network()).unwrap();
         match read(&client, &url.parse().unwrap(), 4, SHORT).await {
             Ok(answer) => {
-                assert_eq!(answer, Answer::Image(Bytes::from_static(b"abc")));
+                assert_eq!(answer, WebAnswer::Image(Bytes::from_static(b"abc")));
                 Ok(())
             }
             Err(fault) => {

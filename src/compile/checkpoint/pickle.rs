@@ -12,7 +12,7 @@ use super::Element;
 
 /// A tensor as the pickle describes it.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Tensor {
+pub(super) struct PickledTensor {
     /// Name of the archive's entry that holds the bytes.
     pub(super) storage: Rc<str>,
     pub(super) element: Element,
@@ -37,7 +37,7 @@ enum Value {
     Dict(Vec<(Value, Value)>),
     Global(Global),
     Storage(Rc<str>, Element),
-    Tensor(Rc<Tensor>),
+    Tensor(Rc<PickledTensor>),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +68,7 @@ fn nested(value: Value) -> Value {
 }
 
 /// The tensors of a state dict by name.
-pub(super) fn state_dict(program: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
+pub(super) fn state_dict(program: &[u8]) -> Result<BTreeMap<String, PickledTensor>, String> {
     let Value::Dict(items) = Machine::new(program).run()? else {
         return Err("it is not a dict of tensors".to_owned());
     };
@@ -395,7 +395,7 @@ fn call(callee: &Value, arguments: &Value) -> Result<Value, String> {
                 ..,
             ],
         ) => {
-            let tensor = Tensor {
+            let tensor = PickledTensor {
                 storage: Rc::clone(storage),
                 element: *element,
                 offset: size(*offset)?,
@@ -427,7 +427,7 @@ fn size(value: i64) -> Result<usize, String> {
 }
 
 /// Keeps hostile sizes from overflowing what is computed from them.
-fn check_extent(tensor: &Tensor) -> Result<(), String> {
+fn check_extent(tensor: &PickledTensor) -> Result<(), String> {
     let n_dimensions = tensor.shape.len();
     if n_dimensions > DIMENSIONS_MAX || n_dimensions != tensor.strides.len() {
         return Err("it has a tensor with strides that do not fit its shape".to_owned());

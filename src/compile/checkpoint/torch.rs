@@ -11,7 +11,7 @@ use std::path::Path;
 
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle::{self, Tensor};
+use super::pickle::{self, PickledTensor};
 use super::{Element, Entry, span};
 use crate::compile::error::CompileError;
 
@@ -92,7 +92,7 @@ fn place(
     archive: &mut ZipArchive<Bounded<'_>>,
     root: &str,
     idx: usize,
-    tensor: &Tensor,
+    tensor: &PickledTensor,
     file_bytes: u64,
 ) -> Result<Entry, String> {
     let entry = archive

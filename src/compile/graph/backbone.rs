@@ -3,13 +3,13 @@
 use super::Attention;
 use super::builder::Builder;
 use crate::compile::store::{PARTS, block_size};
-use crate::model::architecture::Activation;
-use crate::model::onnx::{Attribute, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfo};
+use crate::model::architecture::FeedForwardActivation;
+use crate::model::onnx::{AttributeProto, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfoProto};
 use crate::model::precision::{Precision, Provider};
 use crate::runtime::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
 
 /// Where token ids enter, and the shapes that follow from them.
-pub(super) struct Tokens {
+pub(super) struct TokenInputs {
     pub(super) ids: String,
     /// `[batch, sequence]`, known when the graph runs.
     pub(super) shape: String,
@@ -19,12 +19,12 @@ pub(super) struct Tokens {
 
 /// The residual stream: what came in, and perhaps what a layer adds to it, which
 /// nobody has added yet.
-pub(super) struct Stream {
+pub(super) struct ResidualStream {
     rows: String,
     addend: Option<String>,
 }
 
-impl Stream {
+impl ResidualStream {
     pub(super) fn new(rows: String) -> Self {
         Self { rows, addend: None }
     }
@@ -38,19 +38,19 @@ enum Company {
 }
 
 /// What tells attention where the keys of the past are.
-pub(super) struct Cache {
+pub(super) struct CacheInputs {
     pub(super) seqlens_k: String,
     pub(super) total_sequence_length: String,
 }
 
 impl Builder<'_> {
-    pub(super) fn tokens(&mut self) -> Tokens {
+    pub(super) fn tokens(&mut self) -> TokenInputs {
         let dims = [Dim::Name("batch"), Dim::Name("sequence")];
-        let ids = self.input(ValueInfo::tensor("input_ids", DataType::Int32, &dims));
+        let ids = self.input(ValueInfoProto::tensor("input_ids", DataType::Int32, &dims));
         let shape = self.standard("Shape", &[&ids], Vec::new());
-        let from = vec![Attribute::int("start", 1)];
+        let from = vec![AttributeProto::int("start", 1)];
         let sequence = self.standard("Shape", &[&ids], from);
-        Tokens {
+        TokenInputs {
             ids,
             shape,
             sequence,
@@ -58,7 +58,7 @@ impl Builder<'_> {
     }
 
     /// Rows of embedded tokens at positions 0, 1, 2 and so on.
-    pub(super) fn embedded(&mut self, tokens: &Tokens) -> String {
+    pub(super) fn embedded(&mut self, tokens: &TokenInputs) -> String {
         let table = self.weight("wpe");
         let zero = self.int64s("zero", &[0]);
         let positions = self.standard("Slice", &[&table, &zero, &tokens.sequence, &zero], vec![]);
@@ -66,7 +66,7 @@ impl Builder<'_> {
     }
 
     /// Rows of embedded tokens plus embedded positions.
-    pub(super) fn embedded_at(&mut self, tokens: &Tokens, positions: &str) -> String {
+    pub(super) fn embedded_at(&mut self, tokens: &TokenInputs, positions: &str) -> String {
         let table = self.weight("wte");
         let embedded = self.standard("Gather", &[&table, &tokens.ids], Vec::new());
         let sum = self.standard("Add", &[&embedded, positions], Vec::new());
@@ -81,22 +81,22 @@ impl Builder<'_> {
     }
 
     /// Rows of `width` as `(batch, sequence, width)`.
-    pub(super) fn sequences(&mut self, tokens: &Tokens, rows: &str, width: usize) -> String {
+    pub(super) fn sequences(&mut self, tokens: &TokenInputs, rows: &str, width: usize) -> String {
         let last = self.int64s(&format!("width.{width}"), &[as_i64(width)]);
-        let axis = vec![Attribute::int("axis", 0)];
+        let axis = vec![AttributeProto::int("axis", 0)];
         let shape = self.standard("Concat", &[&tokens.shape, &last], axis);
         self.standard("Reshape", &[rows, &shape], Vec::new())
     }
 
     /// RMS norm of each row.
-    pub(super) fn norm(&mut self, stream: &mut Stream, weight: &str) -> String {
+    pub(super) fn norm(&mut self, stream: &mut ResidualStream, weight: &str) -> String {
         let weight = self.weight(weight);
-        let epsilon = Attribute::float("epsilon", self.plan.architecture.epsilon);
+        let epsilon = AttributeProto::float("epsilon", self.plan.architecture.epsilon);
         let Some(addend) = stream.addend.take() else {
             let attributes = vec![
-                Attribute::int("axis", -1),
+                AttributeProto::int("axis", -1),
                 epsilon,
-                Attribute::int("stash_type", i32::from(DataType::Float).into()),
+                AttributeProto::int("stash_type", i32::from(DataType::Float).into()),
             ];
             let inputs = [&*stream.rows, &*weight];
             return self.standard("SimplifiedLayerNormalization", &inputs, attributes);
@@ -112,7 +112,7 @@ impl Builder<'_> {
     }
 
     /// The stream with all that belongs to it.
-    pub(super) fn settled(&mut self, stream: &mut Stream) -> String {
+    pub(super) fn settled(&mut self, stream: &mut ResidualStream) -> String {
         if let Some(addend) = stream.addend.take() {
             stream.rows = self.standard("Add", &[&addend, &stream.rows], Vec::new());
         }
@@ -121,7 +121,13 @@ impl Builder<'_> {
 
     /// Adds `x W` to the stream. A GPU does so in the norm that follows, which
     /// reads both anyway; a CPU in the product.
-    fn add_dense(&mut self, stream: &mut Stream, input: &str, name: &str, company: Company) {
+    fn add_dense(
+        &mut self,
+        stream: &mut ResidualStream,
+        input: &str,
+        name: &str,
+        company: Company,
+    ) {
         if self.plan.provider == Provider::Cuda {
             stream.addend = Some(self.dense(input, name, None, company));
         } else {
@@ -134,10 +140,10 @@ impl Builder<'_> {
     pub(super) fn layer(
         &mut self,
         idx: usize,
-        tokens: &Tokens,
-        stream: &mut Stream,
+        tokens: &TokenInputs,
+        stream: &mut ResidualStream,
         normed: &str,
-        cache: Option<&Cache>,
+        cache: Option<&CacheInputs>,
     ) {
         let width = self.plan.architecture.width;
         self.scope = format!("h.{idx}");
@@ -203,7 +209,7 @@ impl Builder<'_> {
         }
         let mut attributes = Vec::new();
         if self.plan.is_apart() && name.contains(".qkv") {
-            attributes.push(Attribute::int("transB", 1));
+            attributes.push(AttributeProto::int("transB", 1));
         }
         match (bias, residual) {
             (None, None) => self.standard("Gemm", &[input, &weight], attributes),
@@ -224,19 +230,19 @@ impl Builder<'_> {
         let scales = self.weight(&format!("{name}.block_scales"));
         let [outputs, inputs] = self.plan.product(name);
         let attributes = vec![
-            Attribute::int("K", as_i64(inputs)),
-            Attribute::int("N", as_i64(outputs)),
-            Attribute::int("bits", 8),
-            Attribute::int("block_size", as_i64(block_size(inputs))),
+            AttributeProto::int("K", as_i64(inputs)),
+            AttributeProto::int("N", as_i64(outputs)),
+            AttributeProto::int("bits", 8),
+            AttributeProto::int("block_size", as_i64(block_size(inputs))),
             // Rows are rounded to 8 bits as well.
-            Attribute::int("accuracy_level", 4),
+            AttributeProto::int("accuracy_level", 4),
         ];
         self.fused("MatMulNBits", &[input, &blocks, &scales], attributes)
     }
 
     fn activation(&mut self, input: &str) -> String {
         match self.plan.architecture.activation {
-            Activation::QuickGelu => {
+            FeedForwardActivation::QuickGelu => {
                 let own = match (self.plan.provider, self.plan.precision) {
                     (Provider::Cuda, Precision::Fp16) => Some(QUICK_GELU_FP16),
                     (Provider::Cuda, Precision::Bf16) => Some(QUICK_GELU_BF16),
@@ -245,12 +251,12 @@ impl Builder<'_> {
                 if let Some(operator) = own.filter(|_| self.plan.has_ours) {
                     return self.ours(operator, input);
                 }
-                let alpha = vec![Attribute::float("alpha", QUICK_GELU_FACTOR)];
+                let alpha = vec![AttributeProto::float("alpha", QUICK_GELU_FACTOR)];
                 self.fused("QuickGelu", &[input], alpha)
             }
-            Activation::Gelu => self.fused("Gelu", &[input], Vec::new()),
-            Activation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
-            Activation::Relu => self.standard("Relu", &[input], Vec::new()),
+            FeedForwardActivation::Gelu => self.fused("Gelu", &[input], Vec::new()),
+            FeedForwardActivation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
+            FeedForwardActivation::Relu => self.standard("Relu", &[input], Vec::new()),
         }
     }
 
@@ -263,7 +269,7 @@ impl Builder<'_> {
     }
 
     /// `(batch, sequence, 3 * width)` to `(batch, sequence, width)`.
-    fn attention(&mut self, idx: usize, qkv: &str, cache: Option<&Cache>) -> String {
+    fn attention(&mut self, idx: usize, qkv: &str, cache: Option<&CacheInputs>) -> String {
         if let Some(cache) = cache {
             let attributes = self.attention_attributes(idx, false);
             return self.cached_attention(idx, qkv, cache, attributes);
@@ -274,7 +280,7 @@ impl Builder<'_> {
             // Beside products in 8 bits, bfloat16's rounding is ten times
             // smaller; it is used where a matrix unit makes it faster.
             let bf16 = self.plan.precision == Precision::Int8;
-            attributes.push(Attribute::int("bf16", i64::from(bf16)));
+            attributes.push(AttributeProto::int("bf16", i64::from(bf16)));
             let outputs = vec![output.clone()];
             self.push("CausalAttention", IMAGEGPT, &[qkv], outputs, attributes);
             return output;
@@ -282,7 +288,7 @@ impl Builder<'_> {
         let width = as_i64(self.plan.architecture.width);
         let sizes = self.int64s("qkv_widths", &[width, width, width]);
         let parts = ["query", "key", "value"].map(|part| self.fresh(part));
-        let axis = vec![Attribute::int("axis", 2)];
+        let axis = vec![AttributeProto::int("axis", 2)];
         self.push("Split", "", &[qkv, &sizes], parts.to_vec(), axis);
         self.attention_apart(idx, &parts)
     }
@@ -294,16 +300,16 @@ impl Builder<'_> {
         self.fused("MultiHeadAttention", &[query, key, value], attributes)
     }
 
-    fn attention_attributes(&self, idx: usize, is_causal: bool) -> Vec<Attribute> {
+    fn attention_attributes(&self, idx: usize, is_causal: bool) -> Vec<AttributeProto> {
         let architecture = self.plan.architecture;
         #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
         let scale = architecture.attention_scale(idx) as f32;
         let mut attributes = vec![
-            Attribute::int("num_heads", as_i64(architecture.n_heads)),
-            Attribute::float("scale", scale),
+            AttributeProto::int("num_heads", as_i64(architecture.n_heads)),
+            AttributeProto::float("scale", scale),
         ];
         if is_causal {
-            attributes.push(Attribute::int("unidirectional", 1));
+            attributes.push(AttributeProto::int("unidirectional", 1));
         }
         attributes
     }
@@ -315,15 +321,15 @@ impl Builder<'_> {
         &mut self,
         idx: usize,
         qkv: &str,
-        cache: &Cache,
-        mut attributes: Vec<Attribute>,
+        cache: &CacheInputs,
+        mut attributes: Vec<AttributeProto>,
     ) -> String {
         let [past_key, past_value, key, value] = self.kept(idx);
         let operator = self.plan.attention.operator();
         let output = self.fresh(operator);
         let outputs = vec![output.clone(), key, value];
         let n_heads = as_i64(self.plan.architecture.n_heads);
-        attributes.push(Attribute::int("kv_num_heads", n_heads));
+        attributes.push(AttributeProto::int("kv_num_heads", n_heads));
         let (seqlens_k, total) = (&cache.seqlens_k, &cache.total_sequence_length);
         let inputs = [qkv, "", "", &past_key, &past_value, seqlens_k, total];
         self.push(operator, MICROSOFT, &inputs, outputs, attributes);
@@ -342,7 +348,7 @@ impl Builder<'_> {
         ];
         let names = ["past_key", "past_value", "key", "value"].map(|part| format!("{part}.{idx}"));
         for (part, name) in names.iter().enumerate() {
-            let info = ValueInfo::tensor(name, element, &dims);
+            let info = ValueInfoProto::tensor(name, element, &dims);
             if part < 2 {
                 self.input(info);
             } else {
@@ -354,7 +360,7 @@ impl Builder<'_> {
 
     /// All layers in one operator, over a cache as above, of sequences that share
     /// prefixes.
-    pub(super) fn all_layers(&mut self, rows: &str, cache: &Cache, prefixes: &str) -> String {
+    pub(super) fn all_layers(&mut self, rows: &str, cache: &CacheInputs, prefixes: &str) -> String {
         let architecture = self.plan.architecture;
         let output = self.fresh("Layers");
         let mut inputs = [rows, &cache.seqlens_k, prefixes]
@@ -377,10 +383,10 @@ impl Builder<'_> {
             scales.push(architecture.attention_scale(idx) as f32);
         }
         let attributes = vec![
-            Attribute::int("num_heads", as_i64(architecture.n_heads)),
-            Attribute::floats("scale", scales),
-            Attribute::float("epsilon", architecture.epsilon),
-            Attribute::string("activation", architecture.activation.name()),
+            AttributeProto::int("num_heads", as_i64(architecture.n_heads)),
+            AttributeProto::floats("scale", scales),
+            AttributeProto::float("epsilon", architecture.epsilon),
+            AttributeProto::string("activation", architecture.activation.name()),
         ];
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
         self.push("Layers", IMAGEGPT, &inputs, outputs, attributes);

@@ -2,35 +2,35 @@
 
 use std::collections::BTreeSet;
 
-use super::Plan;
+use super::GraphPlan;
 use crate::model::onnx::{
-    Attribute, DataType, Graph, IMAGEGPT, IR_VERSION, MICROSOFT, Model, Node, OPSET, OperatorSet,
-    Tensor, ValueInfo,
+    AttributeProto, DataType, GraphProto, IMAGEGPT, IR_VERSION, MICROSOFT, ModelProto, NodeProto,
+    OPSET, OperatorSet, TensorProto, ValueInfoProto,
 };
 
 /// See the module.
 pub(super) struct Builder<'p> {
-    pub(super) plan: &'p Plan<'p>,
-    graph: Graph,
+    pub(super) plan: &'p GraphPlan<'p>,
+    graph: GraphProto,
     initializers: BTreeSet<String>,
     /// What nodes are named after: the layer, mostly.
     pub(super) scope: String,
 }
 
 impl<'p> Builder<'p> {
-    pub(super) fn new(plan: &'p Plan<'p>, name: &str) -> Self {
+    pub(super) fn new(plan: &'p GraphPlan<'p>, name: &str) -> Self {
         Self {
             plan,
-            graph: Graph {
+            graph: GraphProto {
                 name: name.to_owned(),
-                ..Graph::default()
+                ..GraphProto::default()
             },
             initializers: BTreeSet::new(),
             scope: "in".to_owned(),
         }
     }
 
-    pub(super) fn input(&mut self, info: ValueInfo) -> String {
+    pub(super) fn input(&mut self, info: ValueInfoProto) -> String {
         let name = info.name.clone();
         self.graph.input.push(info);
         name
@@ -38,14 +38,14 @@ impl<'p> Builder<'p> {
 
     /// Declares `value` to be an output. The last node that made it is made to
     /// write under the output's name.
-    pub(super) fn output(&mut self, value: &str, info: ValueInfo) {
+    pub(super) fn output(&mut self, value: &str, info: ValueInfoProto) {
         let name = info.name.clone();
         self.graph.output.push(info);
         self.push("Identity", "", &[value], vec![name], Vec::new());
     }
 
     /// Declares an output that a node already writes by its name.
-    pub(super) fn declare_output(&mut self, info: ValueInfo) {
+    pub(super) fn declare_output(&mut self, info: ValueInfoProto) {
         self.graph.output.push(info);
     }
 
@@ -65,7 +65,9 @@ impl<'p> Builder<'p> {
     /// A small constant; `name` must say its value.
     pub(super) fn int64s(&mut self, name: &str, values: &[i64]) -> String {
         if self.initializers.insert(name.to_owned()) {
-            self.graph.initializer.push(Tensor::int64s(name, values));
+            self.graph
+                .initializer
+                .push(TensorProto::int64s(name, values));
         }
         name.to_owned()
     }
@@ -74,11 +76,11 @@ impl<'p> Builder<'p> {
     pub(super) fn nothing(&mut self) -> String {
         let name = "nothing";
         if self.initializers.insert(name.to_owned()) {
-            self.graph.initializer.push(Tensor {
+            self.graph.initializer.push(TensorProto {
                 name: name.to_owned(),
                 dims: vec![0],
                 data_type: DataType::Float.into(),
-                ..Tensor::default()
+                ..TensorProto::default()
             });
         }
         name.to_owned()
@@ -89,7 +91,7 @@ impl<'p> Builder<'p> {
         &mut self,
         operator: &str,
         inputs: &[&str],
-        attributes: Vec<Attribute>,
+        attributes: Vec<AttributeProto>,
     ) -> String {
         let output = self.fresh(operator);
         self.push(operator, "", inputs, vec![output.clone()], attributes);
@@ -101,7 +103,7 @@ impl<'p> Builder<'p> {
         &mut self,
         operator: &str,
         inputs: &[&str],
-        attributes: Vec<Attribute>,
+        attributes: Vec<AttributeProto>,
     ) -> String {
         let output = self.fresh(operator);
         self.push(
@@ -120,10 +122,10 @@ impl<'p> Builder<'p> {
         domain: &str,
         inputs: &[&str],
         outputs: Vec<String>,
-        attributes: Vec<Attribute>,
+        attributes: Vec<AttributeProto>,
     ) {
         let name = format!("{}/{operator}.{}", self.scope, self.graph.node.len());
-        self.graph.node.push(Node {
+        self.graph.node.push(NodeProto {
             input: inputs.iter().map(|name| (*name).to_owned()).collect(),
             output: outputs,
             name,
@@ -138,12 +140,12 @@ impl<'p> Builder<'p> {
         format!("{}/{what}:{}", self.scope, self.graph.node.len())
     }
 
-    pub(super) fn finish(self) -> Model {
+    pub(super) fn finish(self) -> ModelProto {
         let domain = |domain: &str, version| OperatorSet {
             domain: domain.to_owned(),
             version,
         };
-        Model {
+        ModelProto {
             ir_version: IR_VERSION,
             opset_import: vec![domain("", OPSET), domain(MICROSOFT, 1), domain(IMAGEGPT, 1)],
             producer_name: env!("CARGO_PKG_NAME").to_owned(),

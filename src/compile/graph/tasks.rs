@@ -1,12 +1,12 @@
 //! What each task takes from the backbone.
 
-use super::backbone::{Cache, Stream, Tokens};
+use super::backbone::{CacheInputs, ResidualStream, TokenInputs};
 use super::builder::Builder;
-use super::{Attention, Plan};
+use super::{Attention, GraphPlan};
 use crate::model::graph::Graph;
 use crate::model::graph::Norm;
 use crate::model::graph::PREFIXES;
-use crate::model::onnx::{Attribute, DataType, Dim, Model, Tensor, ValueInfo};
+use crate::model::onnx::{AttributeProto, DataType, Dim, ModelProto, TensorProto, ValueInfoProto};
 use crate::model::precision::Provider;
 
 const BATCH: Dim = Dim::Name("batch");
@@ -14,12 +14,12 @@ const SEQUENCE: Dim = Dim::Name("sequence");
 
 /// `features`: of every layer from the embedding to the feature layer, the
 /// mean over positions, `(batch, feature_layer + 1, width)`.
-pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
+pub(super) fn embed(plan: &GraphPlan<'_>, norm: Norm) -> ModelProto {
     let architecture = plan.architecture;
     let mut builder = Builder::new(plan, Graph::Features(norm).file_stem());
     let tokens = builder.tokens();
     let mean = builder.mean_row(&tokens);
-    let mut stream = Stream::new(builder.embedded(&tokens));
+    let mut stream = ResidualStream::new(builder.embedded(&tokens));
     let mut pooled = Vec::new();
     for idx in 0..=plan.feature_layer {
         builder.scope = format!("h.{idx}");
@@ -37,7 +37,7 @@ pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
         }
     }
     let inputs: Vec<&str> = pooled.iter().map(String::as_str).collect();
-    let features = builder.standard("Concat", &inputs, vec![Attribute::int("axis", 1)]);
+    let features = builder.standard("Concat", &inputs, vec![AttributeProto::int("axis", 1)]);
     let dims = [
         BATCH,
         Dim::Size(pooled.len()),
@@ -45,13 +45,13 @@ pub(super) fn embed(plan: &Plan<'_>, norm: Norm) -> Model {
     ];
     builder.output(
         &features,
-        ValueInfo::tensor("features", DataType::Float, &dims),
+        ValueInfoProto::tensor("features", DataType::Float, &dims),
     );
     builder.finish()
 }
 
 /// `last_hidden_state`, `(batch, sequence, width)`.
-pub(super) fn hidden(plan: &Plan<'_>) -> Model {
+pub(super) fn hidden(plan: &GraphPlan<'_>) -> ModelProto {
     let width = plan.architecture.width;
     let mut builder = Builder::new(plan, Graph::Hidden.file_stem());
     let tokens = builder.tokens();
@@ -61,13 +61,13 @@ pub(super) fn hidden(plan: &Plan<'_>) -> Model {
     let dims = [BATCH, SEQUENCE, Dim::Size(width)];
     builder.output(
         &hidden,
-        ValueInfo::tensor("last_hidden_state", DataType::Float, &dims),
+        ValueInfoProto::tensor("last_hidden_state", DataType::Float, &dims),
     );
     builder.finish()
 }
 
 /// `logits` of a fine-tuned head over the mean, `(batch, classes)`.
-pub(super) fn classify(plan: &Plan<'_>) -> Model {
+pub(super) fn classify(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Logits.file_stem());
     let tokens = builder.tokens();
     let mean = builder.mean_row(&tokens);
@@ -78,29 +78,32 @@ pub(super) fn classify(plan: &Plan<'_>) -> Model {
     let logits = builder.head(&pooled, "classification_head");
     let logits = builder.float(&logits);
     let dims = [BATCH, Dim::Name("classes")];
-    builder.output(&logits, ValueInfo::tensor("logits", DataType::Float, &dims));
+    builder.output(
+        &logits,
+        ValueInfoProto::tensor("logits", DataType::Float, &dims),
+    );
     builder.finish()
 }
 
 /// `nll`: how unlikely each of `targets` is after the `input_ids` up to its
 /// position, in nats, `(batch, sequence)`. To score an image, `input_ids` are
 /// the start token and all tokens but the last, and `targets` all tokens.
-pub(super) fn score(plan: &Plan<'_>) -> Model {
+pub(super) fn score(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Score.file_stem());
     let tokens = builder.tokens();
-    let info = ValueInfo::tensor("targets", DataType::Int32, &[BATCH, SEQUENCE]);
+    let info = ValueInfoProto::tensor("targets", DataType::Int32, &[BATCH, SEQUENCE]);
     let targets = builder.input(info);
     let rows = builder.final_rows(&tokens);
     let logits = builder.head(&rows, "language_head");
     let logits = builder.float(&logits);
-    let axis = || vec![Attribute::int("axis", 1)];
+    let axis = || vec![AttributeProto::int("axis", 1)];
     let log_likelihoods = builder.standard("LogSoftmax", &[&logits], axis());
     let column = builder.int64s("column", &[-1, 1]);
     let targets = builder.standard("Reshape", &[&targets, &column], Vec::new());
     let picked = builder.standard("GatherElements", &[&log_likelihoods, &targets], axis());
     let nll = builder.standard("Neg", &[&picked], Vec::new());
     let nll = builder.standard("Reshape", &[&nll, &tokens.shape], Vec::new());
-    let info = ValueInfo::tensor("nll", DataType::Float, &[BATCH, SEQUENCE]);
+    let info = ValueInfoProto::tensor("nll", DataType::Float, &[BATCH, SEQUENCE]);
     builder.output(&nll, info);
     builder.finish()
 }
@@ -115,12 +118,12 @@ pub(super) fn score(plan: &Plan<'_>) -> Model {
 /// `key.N`, and the same of values, should be one buffer of `(batch, heads, capacity,
 /// elements)`, the capacity whole blocks of [`BLOCK`](crate::kernels::attention::BLOCK). With
 /// more than one token at once (a primer), all sequences must begin.
-pub(super) fn generate(plan: &Plan<'_>) -> Model {
+pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Generate.file_stem());
     let tokens = builder.tokens();
-    let int32 = |name, dims: &[Dim]| ValueInfo::tensor(name, DataType::Int32, dims);
+    let int32 = |name, dims: &[Dim]| ValueInfoProto::tensor(name, DataType::Int32, dims);
     let positions = builder.input(int32("position_ids", &[BATCH, SEQUENCE]));
-    let cache = Cache {
+    let cache = CacheInputs {
         seqlens_k: builder.input(int32("seqlens_k", &[BATCH])),
         total_sequence_length: builder.input(int32("total_sequence_length", &[])),
     };
@@ -138,27 +141,35 @@ pub(super) fn generate(plan: &Plan<'_>) -> Model {
     let width = plan.architecture.width;
     let sequences = builder.sequences(&tokens, &rows, width);
     let last = builder.int64s("last", &[-1]);
-    let axis = vec![Attribute::int("axis", 1)];
+    let axis = vec![AttributeProto::int("axis", 1)];
     let rows = builder.standard("Gather", &[&sequences, &last], axis);
     let rows = builder.rows(&rows);
-    let normed = builder.norm(&mut Stream::new(rows), "final_norm");
+    let normed = builder.norm(&mut ResidualStream::new(rows), "final_norm");
     let logits = builder.head(&normed, "language_head");
     let logits = builder.float(&logits);
     let dims = [BATCH, Dim::Size(plan.architecture.n_colors())];
-    builder.output(&logits, ValueInfo::tensor("logits", DataType::Float, &dims));
+    builder.output(
+        &logits,
+        ValueInfoProto::tensor("logits", DataType::Float, &dims),
+    );
     builder.finish()
 }
 
 impl Builder<'_> {
     /// Rows after all layers and the final norm.
-    fn final_rows(&mut self, tokens: &Tokens) -> String {
+    fn final_rows(&mut self, tokens: &TokenInputs) -> String {
         let rows = self.embedded(tokens);
         let mut stream = self.through_layers(tokens, rows, None);
         self.norm(&mut stream, "final_norm")
     }
 
-    fn through_layers(&mut self, tokens: &Tokens, rows: String, cache: Option<&Cache>) -> Stream {
-        let mut stream = Stream::new(rows);
+    fn through_layers(
+        &mut self,
+        tokens: &TokenInputs,
+        rows: String,
+        cache: Option<&CacheInputs>,
+    ) -> ResidualStream {
+        let mut stream = ResidualStream::new(rows);
         for idx in 0..self.plan.architecture.n_layers {
             self.scope = format!("h.{idx}");
             let normed = self.norm_before(idx, &mut stream);
@@ -170,7 +181,7 @@ impl Builder<'_> {
 
     /// What attention of layer `idx` sees; after the last layer, the final
     /// norm.
-    fn norm_before(&mut self, idx: usize, stream: &mut Stream) -> String {
+    fn norm_before(&mut self, idx: usize, stream: &mut ResidualStream) -> String {
         if idx == self.plan.architecture.n_layers {
             self.norm(stream, "final_norm")
         } else {
@@ -181,7 +192,7 @@ impl Builder<'_> {
     /// `(1, sequence)` of `1 / sequence`: a product with it is a mean over
     /// positions. `ReduceMean` over the middle axis takes 1.6 ms a layer and
     /// image where this takes a few tenths.
-    fn mean_row(&mut self, tokens: &Tokens) -> String {
+    fn mean_row(&mut self, tokens: &TokenInputs) -> String {
         let one = self.int64s("one", &[1]);
         let row = self.ones(&[&one, &tokens.sequence]);
         if self.plan.provider == Provider::Cpu {
@@ -198,22 +209,22 @@ impl Builder<'_> {
 
     /// Ones in f32, of sizes that are known when it runs.
     fn ones(&mut self, sizes: &[&str]) -> String {
-        let axis = vec![Attribute::int("axis", 0)];
+        let axis = vec![AttributeProto::int("axis", 0)];
         let shape = self.standard("Concat", sizes, axis);
-        let value = Tensor {
+        let value = TensorProto {
             dims: vec![1],
             data_type: DataType::Float.into(),
             raw_data: 1.0_f32.to_le_bytes().to_vec(),
-            ..Tensor::default()
+            ..TensorProto::default()
         };
-        let value = vec![Attribute::tensor("value", value)];
+        let value = vec![AttributeProto::tensor("value", value)];
         self.standard("ConstantOfShape", &[&shape], value)
     }
 
     /// Mean over positions, `(batch, 1, width)`, always in f32. A GPU adds
     /// numbers of 16 bits in f32 as it reads them, and rounds the mean; as f32
     /// all of them would be written and read once more.
-    fn pooled(&mut self, tokens: &Tokens, rows: &str, mean: &str) -> String {
+    fn pooled(&mut self, tokens: &TokenInputs, rows: &str, mean: &str) -> String {
         let width = self.plan.architecture.width;
         let sequences = self.sequences(tokens, rows, width);
         let pooled = self.standard("MatMul", &[mean, &sequences], Vec::new());
@@ -227,19 +238,22 @@ impl Builder<'_> {
     /// `x H^T` with a head that lies `(outputs, width)`.
     fn head(&mut self, rows: &str, name: &str) -> String {
         let head = self.weight(name);
-        let attributes = vec![Attribute::int("transB", 1)];
+        let attributes = vec![AttributeProto::int("transB", 1)];
         self.standard("Gemm", &[rows, &head], attributes)
     }
 
     /// As f32; ONNX Runtime removes a cast that changes nothing.
     fn float(&mut self, value: &str) -> String {
-        let to = vec![Attribute::int("to", i64::from(i32::from(DataType::Float)))];
+        let to = vec![AttributeProto::int(
+            "to",
+            i64::from(i32::from(DataType::Float)),
+        )];
         self.standard("Cast", &[value], to)
     }
 
     fn activation_type(&mut self, value: &str) -> String {
         let to = i32::from(self.plan.precision.activation());
-        let to = vec![Attribute::int("to", to.into())];
+        let to = vec![AttributeProto::int("to", to.into())];
         self.standard("Cast", &[value], to)
     }
 }

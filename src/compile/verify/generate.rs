@@ -6,7 +6,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::{Nearness, Trial};
-use crate::compile::graph::{Attention, Plan};
+use crate::compile::graph::{Attention, GraphPlan};
 use crate::kernels::attention::BLOCK;
 use crate::model::graph::PREFIXES;
 use crate::model::onnx::DataType;
@@ -18,7 +18,7 @@ const LAG: usize = 3;
 pub(super) fn nearness(
     trial: &Trial,
     session: &mut Session,
-    plan: &Plan<'_>,
+    plan: &GraphPlan<'_>,
     provider: Provider,
 ) -> ort::Result<Nearness> {
     let n_positions = trial.n_positions();
@@ -60,7 +60,7 @@ pub(super) fn nearness(
 fn bind_cache(
     trial: &Trial,
     session: &Session,
-    plan: &Plan<'_>,
+    plan: &GraphPlan<'_>,
     provider: Provider,
     binding: &mut IoBinding,
 ) -> ort::Result<Vec<DynTensor>> {
@@ -99,7 +99,7 @@ fn bind_cache(
 /// Feeds the `length` tokens before `ends`.
 fn bind_step(
     trial: &Trial,
-    plan: &Plan<'_>,
+    plan: &GraphPlan<'_>,
     binding: &mut IoBinding,
     ends: [usize; 2],
     length: usize,

@@ -2,7 +2,7 @@
 
 use ort::value::Shape;
 
-use crate::engine::Run;
+use crate::engine::GraphRun;
 use crate::model::graph::Graph;
 use crate::model::graph::{Layers, Want};
 use crate::runtime::error::EngineError;
@@ -11,7 +11,7 @@ use crate::runtime::error::EngineError;
 /// here, next to the runtime's memory, so that of a row's states (2 MiB for
 /// imagegpt-small) only the vector is copied out.
 pub(super) fn answers(
-    run: &Run<'_>,
+    run: &GraphRun<'_>,
     positions: usize,
     shape: &Shape,
     values: &[f32],
@@ -20,7 +20,7 @@ pub(super) fn answers(
         .iter()
         .map(|&dim| usize::try_from(dim).unwrap_or(0))
         .collect();
-    let &Run {
+    let &GraphRun {
         graph,
         bucket,
         rows,
@@ -99,7 +99,7 @@ fn mean(states: &[f32], width: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::Row;
+    use crate::engine::BatchRow;
 
     #[test]
     fn a_mean_is_over_positions() {
@@ -108,13 +108,13 @@ mod tests {
 
     #[test]
     fn answers_are_cut_by_what_each_row_wants() {
-        let rows = [Want::Mean, Want::Last, Want::States].map(|want| Row {
+        let rows = [Want::Mean, Want::Last, Want::States].map(|want| BatchRow {
             tokens: &[0, 1],
             want,
         });
         let values: Vec<f32> = (0..16_u8).map(f32::from).collect();
         // The fourth row is padding.
-        let run = Run {
+        let run = GraphRun {
             graph: Graph::Hidden,
             bucket: 4,
             rows: &rows,
@@ -128,11 +128,11 @@ mod tests {
 
     #[test]
     fn another_shape_is_refused() {
-        let rows = [Row {
+        let rows = [BatchRow {
             tokens: &[0, 1],
             want: Want::Mean,
         }];
-        let run = Run {
+        let run = GraphRun {
             graph: Graph::Hidden,
             bucket: 1,
             rows: &rows,

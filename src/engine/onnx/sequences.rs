@@ -34,7 +34,7 @@ use ort::value::{
 };
 
 use super::whole::{GRAPH_ID, NO_GRAPH};
-use crate::engine::{Feed, FeedRow, SequenceFacts, Span, Warm};
+use crate::engine::{RunSpan, SequenceFacts, SlotFeed, SlotFeedRow, WarmRun};
 use crate::kernels::attention::{BLOCK, SharedPrefix};
 use crate::model::graph::Graph;
 use crate::model::graph::PREFIXES;
@@ -62,7 +62,7 @@ const STEP_GRAPH: &str = "1";
 
 /// What sequences are made from.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Options {
+pub(super) struct SequenceOptions {
     /// How many there may be; fewer if `bytes_max` does not suffice.
     pub(super) n_slots: usize,
     /// What all keys and values may take.
@@ -125,7 +125,7 @@ impl SequenceEngine {
         runtime_: &Runtime,
         loader: &mut Loader,
         path: &Path,
-        options: Options,
+        options: SequenceOptions,
     ) -> Result<Self, EngineError> {
         let file = path.display().to_string();
         let refuse = |reason: String| EngineError::Graph {
@@ -248,15 +248,15 @@ impl SequenceEngine {
     }
 
     /// Runs each size of step, and a primer, before anybody waits for them.
-    pub(super) fn warm_up(&mut self) -> Result<Vec<Warm>, EngineError> {
+    pub(super) fn warm_up(&mut self) -> Result<Vec<WarmRun>, EngineError> {
         let mut warm = Vec::new();
         let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.positions)];
-        let primer = FeedRow {
+        let primer = SlotFeedRow {
             tokens: &chunk,
             past: 0,
         };
         let mut logits = Vec::new();
-        let feed = Feed {
+        let feed = SlotFeed {
             first_slot: 0,
             rows: &[primer],
             prefixes: &[],
@@ -264,12 +264,12 @@ impl SequenceEngine {
         self.feed(&feed, &mut logits, &mut None)?;
         let start = u16::try_from(self.n_colors).unwrap_or(u16::MAX);
         for size in self.facts.sizes().iter() {
-            let row = FeedRow {
+            let row = SlotFeedRow {
                 tokens: &[start],
                 past: 0,
             };
             let rows = vec![row; size];
-            let feed = Feed {
+            let feed = SlotFeed {
                 first_slot: 0,
                 rows: &rows,
                 prefixes: &[],
@@ -281,7 +281,7 @@ impl SequenceEngine {
                 self.feed(&feed, &mut logits, &mut None)?;
                 elapsed = started.elapsed();
             }
-            warm.push(Warm {
+            warm.push(WarmRun {
                 graph: Graph::Generate,
                 bucket: size,
                 elapsed,
@@ -292,9 +292,9 @@ impl SequenceEngine {
 
     pub(super) fn feed(
         &mut self,
-        feed: &Feed<'_>,
+        feed: &SlotFeed<'_>,
         logits: &mut Vec<f32>,
-        span: &mut Option<Span>,
+        span: &mut Option<RunSpan>,
     ) -> Result<(), EngineError> {
         let beside;
         let mut rows = feed.rows;
@@ -302,7 +302,7 @@ impl SequenceEngine {
             && let [row] = rows
             && row.tokens.len() == 1
         {
-            let nobody = FeedRow { past: 0, ..*row };
+            let nobody = SlotFeedRow { past: 0, ..*row };
             beside = [*row, nobody];
             rows = &beside;
         }
@@ -330,7 +330,7 @@ impl SequenceEngine {
         }
         let session = &mut self.session;
         let options = &self.uncaptured;
-        let (outputs, ran) = Span::of(|| session.run_binding_with_options(binding, options));
+        let (outputs, ran) = RunSpan::of(|| session.run_binding_with_options(binding, options));
         *span = Some(ran);
         let outputs = outputs.map_err(run_failed)?;
         let output = outputs
@@ -486,8 +486,8 @@ impl Step {
     fn run(
         &mut self,
         session: &mut Session,
-        rows: &[FeedRow<'_>],
-        span: &mut Option<Span>,
+        rows: &[SlotFeedRow<'_>],
+        span: &mut Option<RunSpan>,
     ) -> Result<&[f32], EngineError> {
         let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         let [ids, positions, ends] = &mut self.host.tokens;
@@ -499,7 +499,7 @@ impl Step {
             // ONNX Runtime's convention: tokens after the run, less one.
             *end = int32(row.past);
         }
-        let (outcome, ran) = Span::of(|| {
+        let (outcome, ran) = RunSpan::of(|| {
             for (host, device) in self.host.tokens.iter().zip(&mut self.device.tokens) {
                 host.copy_into(device)?;
             }
@@ -596,7 +596,7 @@ impl View<'_> {
 }
 
 /// Binds what changes from run to run.
-fn bind_tokens(binding: &mut IoBinding, rows: &[FeedRow<'_>]) -> ort::Result<()> {
+fn bind_tokens(binding: &mut IoBinding, rows: &[SlotFeedRow<'_>]) -> ort::Result<()> {
     let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
     let n_rows = rows.len();
     let length = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);

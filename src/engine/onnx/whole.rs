@@ -18,7 +18,7 @@ use ort::session::{IoBinding, RunOptions, Session, SessionInputValue};
 use ort::value::{DynTensor, Outlet, TensorElementType, ValueType};
 
 use super::answers::answers;
-use crate::engine::{Row, Run, Span};
+use crate::engine::{BatchRow, GraphRun, RunSpan};
 use crate::model::graph::Graph;
 use crate::model::precision::Provider;
 use crate::runtime::Runtime;
@@ -69,7 +69,7 @@ impl Role {
     }
 
     /// Writes a batch into an input's memory.
-    fn fill<T: From<i32> + Copy>(self, places: &mut [T], batch: Batch<'_>) {
+    fn fill<T: From<i32> + Copy>(self, places: &mut [T], batch: WholeBatch<'_>) {
         let row_len = batch.positions.max(1);
         for (row, places) in batch.rows.iter().zip(places.chunks_exact_mut(row_len)) {
             self.fill_row(places, row.tokens, batch.start);
@@ -110,8 +110,8 @@ fn widen<T: From<i32>>(places: &mut [T], tokens: &[u16]) {
 
 /// What is run, and at which size.
 #[derive(Clone, Copy)]
-pub(super) struct Batch<'a> {
-    pub(super) rows: &'a [Row<'a>],
+pub(super) struct WholeBatch<'a> {
+    pub(super) rows: &'a [BatchRow<'a>],
     pub(super) size: usize,
     /// Tokens of one row.
     pub(super) positions: usize,
@@ -187,10 +187,10 @@ impl WholeGraph {
     /// Runs a batch and cuts out what its rows want.
     pub(super) fn run(
         &mut self,
-        run: &Run<'_>,
-        batch: Batch<'_>,
+        run: &GraphRun<'_>,
+        batch: WholeBatch<'_>,
         options: &RunOptions,
-        span: &mut Option<Span>,
+        span: &mut Option<RunSpan>,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         // Who made the graph may have left open what it returns; the first run
         // shows it, and then there can be memory for it.
@@ -208,7 +208,7 @@ impl WholeGraph {
             .ok_or_else(|| EngineError::Runtime("a binding was lost".to_owned()))?;
         bound.feed(&self.inputs, batch)?;
         let session = &mut self.session;
-        let (outcome, ran) = Span::of(|| {
+        let (outcome, ran) = RunSpan::of(|| {
             let outcome = session.run_binding_with_options(&bound.binding, options);
             outcome.map(drop)
         });
@@ -221,8 +221,8 @@ impl WholeGraph {
 
     fn first_run(
         &mut self,
-        run: &Run<'_>,
-        batch: Batch<'_>,
+        run: &GraphRun<'_>,
+        batch: WholeBatch<'_>,
         options: &RunOptions,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         let feeds = self.feeds(batch)?;
@@ -242,14 +242,14 @@ impl WholeGraph {
     }
 
     /// Whether a batch can be run at all.
-    pub(super) fn takes(&mut self, batch: Batch<'_>) -> Result<bool, EngineError> {
+    pub(super) fn takes(&mut self, batch: WholeBatch<'_>) -> Result<bool, EngineError> {
         let feeds = self.feeds(batch)?;
         Ok(self.session.run(feeds).is_ok())
     }
 
     fn feeds(
         &self,
-        batch: Batch<'_>,
+        batch: WholeBatch<'_>,
     ) -> Result<Vec<(String, SessionInputValue<'static>)>, EngineError> {
         let allocator = Allocator::default();
         let feeds = self.inputs.iter().map(|input| {
@@ -317,13 +317,17 @@ fn output(session: &Session, graph: Graph) -> Result<String, String> {
 }
 
 impl Input {
-    fn tensor(&self, allocator: &Allocator, batch: Batch<'_>) -> Result<DynTensor, EngineError> {
+    fn tensor(
+        &self,
+        allocator: &Allocator,
+        batch: WholeBatch<'_>,
+    ) -> Result<DynTensor, EngineError> {
         DynTensor::new(allocator, self.integer, [batch.size, batch.positions]).map_err(run_failed)
     }
 
     /// Writes the numbers of each row; rows that are missing repeat the last
     /// one, which is as cheap as any and has valid tokens.
-    fn fill(&self, tensor: &mut DynTensor, batch: Batch<'_>) -> Result<(), EngineError> {
+    fn fill(&self, tensor: &mut DynTensor, batch: WholeBatch<'_>) -> Result<(), EngineError> {
         if self.integer == TensorElementType::Int64 {
             let (_, places) = tensor.try_extract_tensor_mut::<i64>().map_err(runtime)?;
             self.role.fill(places, batch);
@@ -386,7 +390,7 @@ struct OnDevice {
 }
 
 impl Bound {
-    fn new(graph: &WholeGraph, row: &[usize], batch: Batch<'_>) -> Result<Self, EngineError> {
+    fn new(graph: &WholeGraph, row: &[usize], batch: WholeBatch<'_>) -> Result<Self, EngineError> {
         let session = &graph.session;
         let new = |allocator: &Allocator| -> Result<(Vec<DynTensor>, DynTensor), EngineError> {
             let inputs: Result<Vec<_>, _> = graph
@@ -445,7 +449,7 @@ impl Bound {
     }
 
     /// Brings the tokens of a batch to where the run reads them.
-    fn feed(&mut self, inputs: &[Input], batch: Batch<'_>) -> Result<(), EngineError> {
+    fn feed(&mut self, inputs: &[Input], batch: WholeBatch<'_>) -> Result<(), EngineError> {
         for (idx, input) in inputs.iter().enumerate() {
             // A captured run of another size writes where that one's memory was,
             // and these may have been given the same place since.

@@ -11,7 +11,7 @@
 use gif::{DecodeOptions, DecodingError, MemoryLimit};
 use image::metadata::Orientation;
 
-use super::pixels::{Layout, Pixels};
+use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
 /// An index, and the color that is made of it.
@@ -57,9 +57,9 @@ pub(super) fn decode(
 
     let colors = colors(decoder.palette().map_err(fail)?, transparent);
     let layout = if transparent.is_some() {
-        Layout::Rgba
+        PixelLayout::Rgba
     } else {
-        Layout::Rgb
+        PixelLayout::Rgb
     };
     let channels = layout.channels();
     // Around the frame, Pillow has the transparent color or else the first.

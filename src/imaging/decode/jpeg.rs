@@ -27,8 +27,8 @@ use zune_jpeg::errors::DecodeErrors;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use self::outline::{Frame, Outline};
-use super::pixels::{Layout, Pixels};
+use self::outline::{JpegFrame, Outline};
+use super::pixels::{PixelLayout, Pixels};
 use super::{BudgetedSource, Header, PreprocessError, orientation};
 
 mod outline;
@@ -116,7 +116,7 @@ fn decode_scans(
     outline: &Outline<'_>,
     colors: Colors,
     header: Header<'_>,
-) -> Result<(Layout, Vec<u8>), PreprocessError> {
+) -> Result<(PixelLayout, Vec<u8>), PreprocessError> {
     let fail = |error: DecodeErrors| match error {
         DecodeErrors::Unsupported(scheme) => header.unsupported(format!("{scheme:?}")),
         error => header.damaged(format!("{error:?}")),
@@ -136,10 +136,10 @@ fn decode_scans(
         return Err(header.damaged("no frame header"));
     };
     let (layout, target) = match (stored, colors) {
-        (ColorSpace::Luma, _) => (Layout::Gray, ColorSpace::Luma),
+        (ColorSpace::Luma, _) => (PixelLayout::Gray, ColorSpace::Luma),
         (ColorSpace::MultiBand(_), _) => return Err(header.unsupported("two components")),
-        (_, Colors::Rgb) => (Layout::Rgb, ColorSpace::RGB),
-        (stored, Colors::Stored) => (Layout::Rgb, stored),
+        (_, Colors::Rgb) => (PixelLayout::Rgb, ColorSpace::RGB),
+        (stored, Colors::Stored) => (PixelLayout::Rgb, stored),
     };
     decoder.set_options(options.jpeg_set_out_colorspace(target));
     let frame = &outline.frame;
@@ -179,7 +179,7 @@ fn held_bytes(outline: &Outline<'_>) -> u64 {
 
 /// A row of units as it passes through the decoder: as it was decoded, enlarged,
 /// and what of it the next one needs.
-fn row_bytes(frame: &Frame) -> u64 {
+fn row_bytes(frame: &JpegFrame) -> u64 {
     const COPIES: u64 = 4;
     let (horizontal, vertical) = frame.largest_sampling();
     let width = u64::from(frame.width).next_multiple_of(8 * horizontal);

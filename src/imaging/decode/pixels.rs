@@ -9,20 +9,20 @@ use super::super::{Alpha, RgbImage};
 pub(super) struct Pixels {
     pub(super) width: u32,
     pub(super) height: u32,
-    pub(super) layout: Layout,
+    pub(super) layout: PixelLayout,
     pub(super) data: Vec<u8>,
 }
 
 /// The channels of a pixel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Layout {
+pub(super) enum PixelLayout {
     Gray,
     GrayAlpha,
     Rgb,
     Rgba,
 }
 
-impl Layout {
+impl PixelLayout {
     pub(super) fn channels(self) -> usize {
         match self {
             Self::Gray => 1,
@@ -36,14 +36,14 @@ impl Layout {
 impl Pixels {
     pub(super) fn into_rgb(self, alpha: Alpha) -> RgbImage {
         let pixels = match (self.layout, alpha) {
-            (Layout::Rgb, _) => self.data,
-            (Layout::Gray, _) => convert(&self.data, |&[gray]| [gray; 3]),
-            (Layout::GrayAlpha, Alpha::Drop) => convert(&self.data, |&[gray, _]| [gray; 3]),
-            (Layout::GrayAlpha, Alpha::White) => {
+            (PixelLayout::Rgb, _) => self.data,
+            (PixelLayout::Gray, _) => convert(&self.data, |&[gray]| [gray; 3]),
+            (PixelLayout::GrayAlpha, Alpha::Drop) => convert(&self.data, |&[gray, _]| [gray; 3]),
+            (PixelLayout::GrayAlpha, Alpha::White) => {
                 convert(&self.data, |&[gray, alpha]| [on_white(gray, alpha); 3])
             }
-            (Layout::Rgba, Alpha::Drop) => convert(&self.data, |&[r, g, b, _]| [r, g, b]),
-            (Layout::Rgba, Alpha::White) => convert(&self.data, |&[r, g, b, alpha]| {
+            (PixelLayout::Rgba, Alpha::Drop) => convert(&self.data, |&[r, g, b, _]| [r, g, b]),
+            (PixelLayout::Rgba, Alpha::White) => convert(&self.data, |&[r, g, b, alpha]| {
                 [r, g, b].map(|level| on_white(level, alpha))
             }),
         };
@@ -181,14 +181,19 @@ mod tests {
                 "{layout:?} {alpha:?}"
             );
         };
-        check(Layout::Gray, Alpha::White, &[7], [7, 7, 7]);
-        check(Layout::Rgb, Alpha::White, &[1, 2, 3], [1, 2, 3]);
-        check(Layout::GrayAlpha, Alpha::Drop, &[7, 0], [7, 7, 7]);
-        check(Layout::GrayAlpha, Alpha::White, &[7, 0], [255; 3]);
-        check(Layout::Rgba, Alpha::Drop, &[10, 20, 30, 0], [10, 20, 30]);
-        check(Layout::Rgba, Alpha::White, &[10, 20, 30, 0], [255; 3]);
+        check(PixelLayout::Gray, Alpha::White, &[7], [7, 7, 7]);
+        check(PixelLayout::Rgb, Alpha::White, &[1, 2, 3], [1, 2, 3]);
+        check(PixelLayout::GrayAlpha, Alpha::Drop, &[7, 0], [7, 7, 7]);
+        check(PixelLayout::GrayAlpha, Alpha::White, &[7, 0], [255; 3]);
         check(
-            Layout::Rgba,
+            PixelLayout::Rgba,
+            Alpha::Drop,
+            &[10, 20, 30, 0],
+            [10, 20, 30],
+        );
+        check(PixelLayout::Rgba, Alpha::White, &[10, 20, 30, 0], [255; 3]);
+        check(
+            PixelLayout::Rgba,
             Alpha::White,
             &[10, 20, 30, 128],
             [132, 137, 142],

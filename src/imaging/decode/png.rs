@@ -11,7 +11,7 @@
 use image::metadata::Orientation;
 use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
 
-use super::pixels::{Layout, Pixels};
+use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
 /// Windows and buffers for inflating.
@@ -48,10 +48,10 @@ pub(super) fn decode(
         return Err(header.damaged(format!("a palette of {} bytes", palette.len())));
     }
     let layout = match reader.output_color_type() {
-        (ColorType::Grayscale, BitDepth::Eight) => Layout::Gray,
-        (ColorType::GrayscaleAlpha, BitDepth::Eight) => Layout::GrayAlpha,
-        (ColorType::Rgb, BitDepth::Eight) => Layout::Rgb,
-        (ColorType::Rgba, BitDepth::Eight) => Layout::Rgba,
+        (ColorType::Grayscale, BitDepth::Eight) => PixelLayout::Gray,
+        (ColorType::GrayscaleAlpha, BitDepth::Eight) => PixelLayout::GrayAlpha,
+        (ColorType::Rgb, BitDepth::Eight) => PixelLayout::Rgb,
+        (ColorType::Rgba, BitDepth::Eight) => PixelLayout::Rgba,
         (color, depth) => return Err(header.unsupported(format!("{color:?} of {depth:?} bits"))),
     };
     let mut data = vec![0; width as usize * height as usize * layout.channels()];

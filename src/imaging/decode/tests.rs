@@ -39,17 +39,18 @@ fn header_of(width: u32, height: u32) -> Vec<u8> {
 
 #[test]
 fn formats_are_known_by_content() {
-    let check = |bytes: &[u8], expected| assert_eq!(Format::guess(bytes), expected, "{bytes:x?}");
-    check(b"\x89PNG\r\n\x1a\n", Some(Format::Png));
-    check(b"\xff\xd8\xff\xe0", Some(Format::Jpeg));
-    check(b"RIFF\0\0\0\0WEBP", Some(Format::WebP));
+    let check =
+        |bytes: &[u8], expected| assert_eq!(ImageFormat::guess(bytes), expected, "{bytes:x?}");
+    check(b"\x89PNG\r\n\x1a\n", Some(ImageFormat::Png));
+    check(b"\xff\xd8\xff\xe0", Some(ImageFormat::Jpeg));
+    check(b"RIFF\0\0\0\0WEBP", Some(ImageFormat::WebP));
     check(b"RIFF\0\0\0\0WAVE", None);
-    check(b"GIF87a", Some(Format::Gif));
-    check(b"GIF89a", Some(Format::Gif));
+    check(b"GIF87a", Some(ImageFormat::Gif));
+    check(b"GIF89a", Some(ImageFormat::Gif));
     check(b"GIF88a", None);
-    check(b"BM", Some(Format::Bmp));
-    check(b"II*\0", Some(Format::Tiff));
-    check(b"MM\0*", Some(Format::Tiff));
+    check(b"BM", Some(ImageFormat::Bmp));
+    check(b"II*\0", Some(ImageFormat::Tiff));
+    check(b"MM\0*", Some(ImageFormat::Tiff));
     check(b"", None);
 }
 

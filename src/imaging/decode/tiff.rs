@@ -21,9 +21,9 @@
 use image::metadata::Orientation;
 
 use self::chunk::{Chunk, ChunkError, Codec};
-use self::layout::{Colors, Compression, Image};
+use self::layout::{Image, TiffColors, TiffCompression};
 use super::jpeg::{self, Inside};
-use super::pixels::{Layout, Pixels};
+use super::pixels::{PixelLayout, Pixels};
 use super::{DecodeBudget, Header, PreprocessError, orientation};
 
 mod chunk;
@@ -46,12 +46,12 @@ pub(super) fn decode(
     let image = Image::read(bytes, header)?;
     let data = Reader::new(bytes, &image, header).read()?;
     let (layout, data) = match (image.colors, image.alpha) {
-        (Colors::Gray { .. }, false) => (Layout::Gray, data),
-        (Colors::Gray { .. }, true) => (Layout::GrayAlpha, data),
-        (Colors::Rgb, false) => (Layout::Rgb, data),
-        (Colors::Rgb, true) => (Layout::Rgba, data),
-        (Colors::Cmyk, _) => (Layout::Rgb, cmyk_to_rgb(&data)),
-        (Colors::Palette, _) => {
+        (TiffColors::Gray { .. }, false) => (PixelLayout::Gray, data),
+        (TiffColors::Gray { .. }, true) => (PixelLayout::GrayAlpha, data),
+        (TiffColors::Rgb, false) => (PixelLayout::Rgb, data),
+        (TiffColors::Rgb, true) => (PixelLayout::Rgba, data),
+        (TiffColors::Cmyk, _) => (PixelLayout::Rgb, cmyk_to_rgb(&data)),
+        (TiffColors::Palette, _) => {
             let colors = image
                 .palette
                 .ok_or_else(|| header.damaged("a palette without colors"))?;
@@ -61,7 +61,7 @@ pub(super) fn decode(
                 .take(count)
                 .map(|level| u16::try_from(level).unwrap_or(u16::MAX))
                 .collect();
-            (Layout::Rgb, look_up(&data, &colors))
+            (PixelLayout::Rgb, look_up(&data, &colors))
         }
     };
     let turned = image
@@ -139,7 +139,7 @@ impl<'a> Reader<'a> {
         let encoded_max = (whole * u64::from(rows))
             .saturating_mul(ENCODED_RATIO_MAX)
             .saturating_add(ENCODED_SPARE);
-        let mut chunk = if image.compression == Compression::Jpeg {
+        let mut chunk = if image.compression == TiffCompression::Jpeg {
             jpeg = self.decode_jpeg(bytes, rows)?;
             Chunk::plain(codec, &jpeg, header.budget)
         } else {
@@ -220,9 +220,9 @@ impl<'a> Reader<'a> {
             }
             8 if samples == channels => target.copy_from_slice(row),
             8 => spread(target, channels, at.plane, row.iter().copied(), samples),
-            bits => unpack(target, row, bits, image.colors == Colors::Palette),
+            bits => unpack(target, row, bits, image.colors == TiffColors::Palette),
         }
-        if image.colors == (Colors::Gray { inverted: true }) && at.plane == 0 {
+        if image.colors == (TiffColors::Gray { inverted: true }) && at.plane == 0 {
             for gray in target.iter_mut().step_by(channels) {
                 *gray = 255 - *gray;
             }

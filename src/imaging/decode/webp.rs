@@ -18,7 +18,7 @@ use image::ImageDecoder;
 use image::codecs::webp::WebPDecoder;
 use image::metadata::Orientation;
 
-use super::pixels::{Layout, Pixels};
+use super::pixels::{PixelLayout, Pixels};
 use super::wrapped::read;
 use super::{Header, PreprocessError, orientation};
 
@@ -51,7 +51,7 @@ pub(super) fn decode(
         return Err(header.damaged("a frame of another size than its header"));
     }
     let pixels = read(decoder, header)?;
-    let pixels = if file.animated || (pixels.layout == Layout::Rgba && !file.alpha) {
+    let pixels = if file.animated || (pixels.layout == PixelLayout::Rgba && !file.alpha) {
         file.on_canvas(&pixels)
     } else {
         pixels
@@ -147,9 +147,9 @@ impl<'a> File<'a> {
     fn on_canvas(&self, frame: &Pixels) -> Pixels {
         let (width, height) = self.canvas;
         let layout = if self.alpha {
-            Layout::Rgba
+            PixelLayout::Rgba
         } else {
-            Layout::Rgb
+            PixelLayout::Rgb
         };
         let channels = layout.channels();
         let mut data = vec![0; width as usize * height as usize * channels];

@@ -8,7 +8,7 @@ use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
 use image::{ColorType, ImageDecoder};
 
-use super::pixels::{Layout, Pixels};
+use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError};
 
 /// The palette, twice.
@@ -31,10 +31,10 @@ pub(super) fn read(
     header: Header<'_>,
 ) -> Result<Pixels, PreprocessError> {
     let layout = match decoder.color_type() {
-        ColorType::L8 => Layout::Gray,
-        ColorType::La8 => Layout::GrayAlpha,
-        ColorType::Rgb8 => Layout::Rgb,
-        ColorType::Rgba8 => Layout::Rgba,
+        ColorType::L8 => PixelLayout::Gray,
+        ColorType::La8 => PixelLayout::GrayAlpha,
+        ColorType::Rgb8 => PixelLayout::Rgb,
+        ColorType::Rgba8 => PixelLayout::Rgba,
         color => return Err(header.unsupported(format!("{color:?} samples"))),
     };
     let (width, height) = decoder.dimensions();

@@ -11,7 +11,7 @@ use super::{HALF, to_byte};
 /// the compiler's default target a 32-bit product is not. Of few, the plain loop
 /// is faster.
 #[derive(Debug, Default)]
-pub(super) struct Weights {
+pub(super) struct ColumnWeights {
     /// Empty when there are many.
     few: Vec<u32>,
     low: Vec<u16>,
@@ -19,7 +19,7 @@ pub(super) struct Weights {
     high: Vec<u16>,
 }
 
-impl Weights {
+impl ColumnWeights {
     const FEW: usize = 12;
 
     #[expect(clippy::cast_possible_truncation, reason = "the halves are meant")]

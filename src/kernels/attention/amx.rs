@@ -16,9 +16,9 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::bf16::{self, Multiply, Sum, Tiles};
-use super::tile::{Block, Head};
-use crate::kernels::vector::scratch::Scratch;
+use super::bf16::{self, Multiply, SumStart, Tiles};
+use super::tile::{Block, HeadView};
+use crate::kernels::vector::scratch::AlignedScratch;
 
 /// Whether the CPU has the matrix unit and Linux lets this process use it, which
 /// must be asked for: its registers make every thread's saved state 8 KiB larger.
@@ -65,9 +65,9 @@ fn request_permission() -> bool {
 /// [`bf16::attend`].
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn attend(
-    head: &Head,
+    head: &HeadView,
     next: &mut dyn FnMut() -> Option<Block>,
-    scratch: &mut Scratch,
+    scratch: &mut AlignedScratch,
 ) {
     // SAFETY: the caller vouches for the instructions and the rows.
     unsafe { bf16::attend::<MatrixUnit>(head, next, scratch) }
@@ -147,20 +147,20 @@ unsafe impl Multiply for MatrixUnit {
     }
 
     #[inline(always)]
-    unsafe fn multiply(tiles: &Tiles, sum: Sum) {
+    unsafe fn multiply(tiles: &Tiles, sum: SumStart) {
         debug_assert!(tiles.n > 0);
         // SAFETY: the caller vouches for the tiles, 1 KiB each; `n` is above zero,
         // so the loop ends.
         unsafe {
             match sum {
-                Sum::New => multiply!(
+                SumStart::New => multiply!(
                     tiles,
                     "tilezero tmm0",
                     "tilezero tmm1",
                     "tilezero tmm2",
                     "tilezero tmm3"
                 ),
-                Sum::More => multiply!(
+                SumStart::More => multiply!(
                     tiles,
                     "tileloadd tmm0, [{sum} + {row}*1]",
                     "tileloadd tmm1, [{beside} + {row}*1]",

@@ -4,19 +4,19 @@
     reason = "calls what the CPU was asked for, with raw pointers"
 )]
 
-use super::cached_tile::{self, Work};
-use super::tile::{self, Block, Head};
+use super::cached_tile::{self, TileWork};
+use super::tile::{self, Block, HeadView};
 use crate::kernels::vector::Kept;
 use crate::kernels::vector::avx2::Avx2;
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 
 /// # Safety
 /// The CPU has AVX2 and FMA; and as [`tile::attend`].
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn attend(
-    head: &Head,
+    head: &HeadView,
     next: &mut dyn FnMut() -> Option<Block>,
-    scratch: &mut Scratch,
+    scratch: &mut AlignedScratch,
 ) {
     // SAFETY: the caller vouches for the instructions and the rows.
     unsafe { tile::attend::<Avx2, 6, 2>(head, next, scratch) }
@@ -25,7 +25,7 @@ pub(super) unsafe fn attend(
 /// # Safety
 /// The CPU has AVX2 and FMA; and as [`cached_tile::attend`].
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn attend_cached<K: Kept>(work: &Work<'_, K>, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_cached<K: Kept>(work: &TileWork<'_, K>, scratch: &mut AlignedScratch) {
     // SAFETY: the caller vouches for the instructions and the heads.
     unsafe { cached_tile::attend::<K, Avx2, 2, 4>(work, scratch) }
 }

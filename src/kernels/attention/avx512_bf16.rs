@@ -18,17 +18,17 @@ use std::arch::x86_64::{
     _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
-use super::bf16::{self, Multiply, Sum, Tiles};
-use super::tile::{Block, Head};
-use crate::kernels::vector::scratch::Scratch;
+use super::bf16::{self, Multiply, SumStart, Tiles};
+use super::tile::{Block, HeadView};
+use crate::kernels::vector::scratch::AlignedScratch;
 
 /// # Safety
 /// The CPU has AVX-512 F, DQ, BW and BF16; and as [`bf16::attend`].
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn attend(
-    head: &Head,
+    head: &HeadView,
     next: &mut dyn FnMut() -> Option<Block>,
-    scratch: &mut Scratch,
+    scratch: &mut AlignedScratch,
 ) {
     // SAFETY: the caller vouches for the instructions and the rows.
     unsafe { bf16::attend::<DotProducts>(head, next, scratch) }
@@ -45,14 +45,14 @@ unsafe impl Multiply for DotProducts {
     unsafe fn begin() {}
 
     #[inline(always)]
-    unsafe fn multiply(tiles: &Tiles, sum: Sum) {
+    unsafe fn multiply(tiles: &Tiles, sum: SumStart) {
         for first_row in (0..32).step_by(ROWS) {
             // SAFETY: row `i` of a tile is 16 floats or pairs, `i * 16` on.
             unsafe {
                 let inside = first_row % 16 * 16;
                 let to = tiles.sum.add(first_row / 16 * tiles.sum_below + inside);
                 let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
-                if sum == Sum::More {
+                if sum == SumStart::More {
                     for i in 0..ROWS {
                         for j in 0..2 {
                             acc[i][j] = _mm512_loadu_ps(to.add(i * 16 + j * tiles.sum_beside));

@@ -26,10 +26,10 @@ use std::arch::x86_64::{
     _mm512_sub_ps, _mm512_ternarylogic_epi32,
 };
 
-use super::tile::{Block, Head};
+use super::tile::{Block, HeadView};
 use crate::kernels::vector::Vector;
 use crate::kernels::vector::avx512::{Avx512, first_lanes};
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 
 /// Queries in a block: two pairs of tiles.
 const QUERIES: usize = 64;
@@ -70,7 +70,7 @@ pub(super) struct Tiles {
 
 /// Whether sums begin at zero or with what is there.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sum {
+pub(super) enum SumStart {
     New,
     More,
 }
@@ -88,7 +88,7 @@ pub(super) unsafe trait Multiply {
 
     /// # Safety
     /// As [`Multiply::begin`], which has been called, and the tiles are valid.
-    unsafe fn multiply(tiles: &Tiles, sum: Sum);
+    unsafe fn multiply(tiles: &Tiles, sum: SumStart);
 
     /// # Safety
     /// As [`Multiply::begin`].
@@ -102,9 +102,9 @@ pub(super) unsafe trait Multiply {
 /// [`super::tile::attend`].
 #[inline(always)]
 pub(super) unsafe fn attend<M: Multiply>(
-    head: &Head,
+    head: &HeadView,
     next: &mut dyn FnMut() -> Option<Block>,
-    scratch: &mut Scratch,
+    scratch: &mut AlignedScratch,
 ) {
     let Some(mut block) = next() else { return };
     let n_keys = block.n_keys();
@@ -177,7 +177,7 @@ unsafe fn row_pairs(row: *const f32, d: usize, head_dim: usize) -> __m512i {
 /// # Safety
 /// As [`attend`]; `to` has room for `n_keys` rounded up to 32.
 #[inline(always)]
-unsafe fn pack_keys(head: &Head, n_keys: usize, to: *mut f32) {
+unsafe fn pack_keys(head: &HeadView, n_keys: usize, to: *mut f32) {
     let column_groups = head.head_dim.div_ceil(32);
     for key in 0..n_keys.next_multiple_of(32) {
         for group in 0..column_groups {
@@ -201,7 +201,7 @@ unsafe fn pack_keys(head: &Head, n_keys: usize, to: *mut f32) {
 /// # Safety
 /// As [`pack_keys`].
 #[inline(always)]
-unsafe fn pack_values(head: &Head, n_keys: usize, to: *mut f32) {
+unsafe fn pack_values(head: &HeadView, n_keys: usize, to: *mut f32) {
     let column_tiles = head.head_dim.div_ceil(32) * 2;
     // One from the lower half, one from the upper, and so on.
     let mut interleave = [0_u16; 32];
@@ -240,7 +240,7 @@ unsafe fn pack_values(head: &Head, n_keys: usize, to: *mut f32) {
 
 /// One block and the scratch it is computed in, all of it tiles.
 struct Work<'a> {
-    head: &'a Head,
+    head: &'a HeadView,
     block: Block,
     column_groups: usize,
     keys: *const f32,
@@ -304,7 +304,7 @@ impl Work<'_> {
                                 sum_below: 16 * 16,
                                 sum_beside: KEYS_PER_STEP * 16,
                             },
-                            Sum::New,
+                            SumStart::New,
                         );
                     }
                     for vector in 2 * half..n_vectors.min(2 * half + 2) {
@@ -332,7 +332,11 @@ impl Work<'_> {
                                 sum_below: VECTORS * TILE,
                                 sum_beside: TILE,
                             },
-                            if first_key == 0 { Sum::New } else { Sum::More },
+                            if first_key == 0 {
+                                SumStart::New
+                            } else {
+                                SumStart::More
+                            },
                         );
                     }
                 }

@@ -29,8 +29,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::cached_tile::{self, CachedHead, Prefix, Work};
-use super::{AttentionError, Kernel, Precision, SCRATCH};
+use super::cached_tile::{self, CachedHead, SharedPositions, TileWork};
+use super::{AttentionError, AttentionPrecision, Kernel, SCRATCH};
 use crate::kernels::vector::{Kept, Portable, tile_of};
 
 pub use super::cached_tile::BLOCK;
@@ -76,7 +76,7 @@ impl CacheShape {
 /// All sequences' keys and values, of `(batch, heads, capacity)` positions of
 /// [`Kept::position_len`] each, in the order that the module describes.
 #[derive(Debug)]
-pub struct Cache<'a, K: Kept> {
+pub struct KeyValueCache<'a, K: Kept> {
     pub keys: &'a mut [K::Element],
     pub values: &'a mut [K::Element],
 }
@@ -206,7 +206,7 @@ impl CachedAttention {
     /// If there is no head or dimension, the scale is not above zero, or the
     /// capacity is not whole blocks.
     pub fn new(shape: CacheShape, scale: f32) -> Result<Self, AttentionError> {
-        Self::with_kernel(shape, scale, Kernel::fastest(Precision::F32))
+        Self::with_kernel(shape, scale, Kernel::fastest(AttentionPrecision::F32))
     }
 
     /// The same on a kernel of the caller's choice, for tests and benchmarks:
@@ -229,7 +229,7 @@ impl CachedAttention {
         if !scale.is_finite() || scale <= 0.0 {
             return Err(AttentionError::Scale(scale));
         }
-        if !kernel.is_available() || kernel.precision() != Precision::F32 {
+        if !kernel.is_available() || kernel.precision() != AttentionPrecision::F32 {
             return Err(AttentionError::Kernel(kernel));
         }
         if !shape.capacity.is_multiple_of(BLOCK) {
@@ -261,7 +261,7 @@ impl CachedAttention {
         qkv: &'a [f32],
         past: &'a [usize],
         prefixes: &[SharedPrefix],
-        cache: Cache<'a, K>,
+        cache: KeyValueCache<'a, K>,
         output: &'a mut [f32],
     ) -> Result<CachedJob<'a, K>, AttentionError> {
         self.check("qkv", 3 * self.output_len, qkv.len())?;
@@ -291,7 +291,7 @@ impl CachedAttention {
         &self,
         rows: CachedRows,
         past: &'a [usize],
-        cache: Cache<'a, K>,
+        cache: KeyValueCache<'a, K>,
         tasks: HeadTasks,
     ) -> Result<CachedHeads<'a, K>, AttentionError> {
         let CacheShape {
@@ -301,7 +301,7 @@ impl CachedAttention {
             heads,
             head_dim,
         } = self.shape;
-        let Cache { keys, values } = cache;
+        let KeyValueCache { keys, values } = cache;
         let cache_len = batch * heads * capacity * K::position_len(head_dim);
         self.check("past", batch, past.len())?;
         self.check("keys", cache_len, keys.len())?;
@@ -353,7 +353,7 @@ impl CachedAttention {
         qkv: &[f32],
         past: &[usize],
         prefixes: &[SharedPrefix],
-        cache: Cache<'_, K>,
+        cache: KeyValueCache<'_, K>,
         output: &mut [f32],
         n_threads: usize,
     ) -> Result<(), AttentionError> {
@@ -428,9 +428,9 @@ impl<K: Kept> CachedHeads<'_, K> {
         let head = |sequence| unsafe { self.head(sequence, task.head) };
         let heads = task.sequences.map(head);
         let prefix = head(task.prefix.of);
-        let work = Work {
+        let work = TileWork {
             heads: &heads[..task.n],
-            prefix: Prefix {
+            prefix: SharedPositions {
                 keys: prefix.keys,
                 values: prefix.values,
                 len: task.prefix.len,

@@ -24,7 +24,7 @@
 
 use std::ops::Range;
 
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 use crate::kernels::vector::{Kept, Vector};
 
 /// Positions in a block of keys. A multiple of every vector's lanes.
@@ -68,7 +68,7 @@ pub(super) struct CachedHead<K: Kept> {
 
 /// The first positions of several sequences, which are the same in all.
 #[derive(Clone, Copy)]
-pub(super) struct Prefix<K: Kept> {
+pub(super) struct SharedPositions<K: Kept> {
     /// Where they are read; of one head that shares nothing, its own.
     pub keys: *const K::Element,
     pub values: *const K::Element,
@@ -78,11 +78,11 @@ pub(super) struct Prefix<K: Kept> {
 
 /// What is computed together, and what the thread reads next: that is asked for,
 /// and need not be there.
-pub(super) struct Work<'a, K: Kept> {
+pub(super) struct TileWork<'a, K: Kept> {
     /// One head, or as many as there are queries in a tile or half as many, of one
     /// new token each and of the same sizes.
     pub heads: &'a [CachedHead<K>],
-    pub prefix: Prefix<K>,
+    pub prefix: SharedPositions<K>,
     pub next: *const u8,
 }
 
@@ -96,8 +96,8 @@ pub(super) struct Work<'a, K: Kept> {
 /// meanwhile, and nobody writes the prefix.
 #[inline(always)]
 pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECTORS: usize>(
-    work: &Work<'_, K>,
-    scratch: &mut Scratch,
+    work: &TileWork<'_, K>,
+    scratch: &mut AlignedScratch,
 ) {
     const { assert!(BLOCK.is_multiple_of(V::LANES) && V::LANES <= BLOCK && QUERIES >= 2) };
     let ends = work.heads.iter().map(|head| head.past + head.length);
@@ -286,7 +286,7 @@ struct Group<'a, K: Kept, const Q: usize> {
     /// Which of its head's new tokens each is.
     tokens: [usize; Q],
     /// What all see: keys of so many positions, values of so many.
-    prefix: Prefix<K>,
+    prefix: SharedPositions<K>,
     n_values: usize,
     next: *const u8,
     /// Whether it reads from memory, and asks for what comes next. Tokens of one
@@ -296,7 +296,7 @@ struct Group<'a, K: Kept, const Q: usize> {
 
 impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
     /// The only new token of each head.
-    fn step(heads: [&'a CachedHead<K>; Q], work: &Work<'_, K>) -> Self {
+    fn step(heads: [&'a CachedHead<K>; Q], work: &TileWork<'_, K>) -> Self {
         Self {
             heads,
             tokens: [0; Q],
@@ -314,7 +314,7 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
         Self {
             heads: [head; Q],
             tokens: std::array::from_fn(|query| first + query),
-            prefix: Prefix {
+            prefix: SharedPositions {
                 keys: head.keys,
                 values: head.values,
                 len: (n_seen + Q - 1).next_multiple_of(BLOCK),

@@ -13,7 +13,7 @@ use super::*;
 
 /// Softmax attention as it is written down, in `f64`: the other way to compute
 /// the same thing, sharing nothing with the kernels.
-fn reference(shape: Shape, scale: f32, qkv: &[f32]) -> Vec<f64> {
+fn reference(shape: AttentionShape, scale: f32, qkv: &[f32]) -> Vec<f64> {
     let width = shape.width();
     let row = |image: usize, position: usize, part: usize, head: usize| {
         let start = ((image * shape.positions + position) * 3 + part) * width;
@@ -66,15 +66,21 @@ fn normal(seed: u64, len: usize) -> Vec<f32> {
         .collect()
 }
 
-fn len(shape: Shape) -> usize {
+fn len(shape: AttentionShape) -> usize {
     shape.batch * shape.positions * shape.width()
 }
 
-fn scale(shape: Shape) -> f32 {
+fn scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim as f32).sqrt()
 }
 
-fn attend(kernel: Kernel, shape: Shape, scale: f32, qkv: &[f32], n_threads: usize) -> Vec<f32> {
+fn attend(
+    kernel: Kernel,
+    shape: AttentionShape,
+    scale: f32,
+    qkv: &[f32],
+    n_threads: usize,
+) -> Vec<f32> {
     let mut output = vec![f32::NAN; len(shape)];
     CausalAttention::with_kernel(shape, scale, kernel)
         .unwrap()
@@ -88,7 +94,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 }
 
 /// Runs every kernel and returns the first that is too far off.
-fn check(shape: Shape, scale: f32, qkv: &[f32], n_threads: usize) -> Result<(), String> {
+fn check(shape: AttentionShape, scale: f32, qkv: &[f32], n_threads: usize) -> Result<(), String> {
     let expected = reference(shape, scale, qkv);
     let largest = qkv
         .chunks_exact(3 * shape.width())
@@ -104,8 +110,8 @@ fn check(shape: Shape, scale: f32, qkv: &[f32], n_threads: usize) -> Result<(), 
             .fold(0.0, |max, error| if error <= max { max } else { error })
             / f64::from(largest);
         let tolerance = match kernel.precision() {
-            Precision::F32 => 2e-6,
-            Precision::Bf16 => 1e-2,
+            AttentionPrecision::F32 => 2e-6,
+            AttentionPrecision::Bf16 => 1e-2,
         };
         if error.is_nan() || error > tolerance {
             return Err(format!("{kernel:?} is {error:e} off for {shape:?}"));
@@ -114,7 +120,7 @@ fn check(shape: Shape, scale: f32, qkv: &[f32], n_threads: usize) -> Result<(), 
     Ok(())
 }
 
-fn shapes() -> impl Strategy<Value = Shape> {
+fn shapes() -> impl Strategy<Value = AttentionShape> {
     let head_dim = prop_oneof![
         1..20_usize,
         prop::sample::select(vec![8, 16, 24, 32, 48, 64, 80, 96, 128, 136]),
@@ -125,7 +131,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
         prop::sample::select(vec![59, 60, 61, 63, 64, 65, 127, 128, 129, 193]),
     ];
     (1..4_usize, positions, 1..4_usize, head_dim).prop_map(|(batch, positions, heads, head_dim)| {
-        Shape {
+        AttentionShape {
             batch,
             positions,
             heads,
@@ -173,7 +179,7 @@ proptest! {
 
 /// What comes after `cut` changes nothing before, not by one bit; nor do the
 /// threads.
-fn check_causal(shape: Shape, seed: u64, cut: usize) -> Result<(), String> {
+fn check_causal(shape: AttentionShape, seed: u64, cut: usize) -> Result<(), String> {
     let qkv = normal(seed, 3 * len(shape));
     let visible = (cut + 1) * shape.width();
     let mut changed = qkv.clone();
@@ -199,7 +205,7 @@ fn check_causal(shape: Shape, seed: u64, cut: usize) -> Result<(), String> {
 /// queries computed beside it, some of them before it.
 #[test]
 fn queries_do_not_disturb_each_other() {
-    let shape = Shape {
+    let shape = AttentionShape {
         batch: 1,
         positions: 159,
         heads: 1,
@@ -214,7 +220,7 @@ fn queries_do_not_disturb_each_other() {
 #[test]
 fn agrees_at_full_length() {
     for head_dim in [64, 96, 128] {
-        let shape = Shape {
+        let shape = AttentionShape {
             batch: 1,
             positions: 1024,
             heads: 1,
@@ -236,7 +242,7 @@ fn tiny_shapes() {
         (1, 17, 2, 7),
         (1, 62, 1, 2),
     ] {
-        let shape = Shape {
+        let shape = AttentionShape {
             batch,
             positions,
             heads,
@@ -249,7 +255,7 @@ fn tiny_shapes() {
 
 #[test]
 fn no_positions_is_no_work() {
-    let shape = Shape {
+    let shape = AttentionShape {
         batch: 2,
         positions: 0,
         heads: 2,
@@ -260,26 +266,26 @@ fn no_positions_is_no_work() {
 
 #[test]
 fn refuses_what_it_cannot_do() {
-    let shape = Shape {
+    let shape = AttentionShape {
         batch: 1,
         positions: 2,
         heads: 2,
         head_dim: 8,
     };
-    let check = |shape: Shape, scale: f32, qkv: usize, output: usize| {
-        CausalAttention::new(shape, scale, Precision::F32)
+    let check = |shape: AttentionShape, scale: f32, qkv: usize, output: usize| {
+        CausalAttention::new(shape, scale, AttentionPrecision::F32)
             .and_then(|attention| attention.run(&vec![0.0; qkv], &mut vec![0.0; output], 1))
             .map_err(|error| error.to_string())
             .unwrap_err()
     };
     for (error, expected) in [
         (
-            check(Shape { heads: 0, ..shape }, 1.0, 0, 0),
+            check(AttentionShape { heads: 0, ..shape }, 1.0, 0, 0),
             "at least one",
         ),
         (
             check(
-                Shape {
+                AttentionShape {
                     head_dim: 0,
                     ..shape
                 },
@@ -295,7 +301,7 @@ fn refuses_what_it_cannot_do() {
         (check(shape, 1.0, 96, 33), "output has 33 floats, not 32"),
         (
             check(
-                Shape {
+                AttentionShape {
                     positions: usize::MAX / 8,
                     ..shape
                 },
@@ -312,8 +318,11 @@ fn refuses_what_it_cannot_do() {
 
 #[test]
 fn the_fastest_kernel_is_available() {
-    for precision in [Precision::F32, Precision::Bf16] {
+    for precision in [AttentionPrecision::F32, AttentionPrecision::Bf16] {
         assert!(Kernel::fastest(precision).is_available());
     }
-    assert_eq!(Kernel::fastest(Precision::F32).precision(), Precision::F32);
+    assert_eq!(
+        Kernel::fastest(AttentionPrecision::F32).precision(),
+        AttentionPrecision::F32
+    );
 }

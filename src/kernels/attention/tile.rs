@@ -27,7 +27,7 @@
 use std::ops::Range;
 
 use crate::kernels::vector::Vector;
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 
 /// One head of one image, and what it reads and writes. Rows begin at
 /// position 0 and hold `head_dim` floats.
@@ -35,7 +35,7 @@ use crate::kernels::vector::scratch::Scratch;
     clippy::struct_field_names,
     reason = "the field's word for how long a head's rows are"
 )]
-pub(super) struct Head {
+pub(super) struct HeadView {
     pub queries: *const f32,
     pub keys: *const f32,
     pub values: *const f32,
@@ -48,7 +48,7 @@ pub(super) struct Head {
     pub scale_log2: f32,
 }
 
-impl Head {
+impl HeadView {
     /// Asks for some rows of a block to be written, and of the `distance` before
     /// it, which is likely the next, to be read. Both come from far away, and
     /// asked for all at once they are waited for: a few with each tile are not.
@@ -95,9 +95,9 @@ const KEYS_PER_STEP: usize = 60;
 /// output rows of a block meanwhile.
 #[inline(always)]
 pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(
-    head: &Head,
+    head: &HeadView,
     next: &mut dyn FnMut() -> Option<Block>,
-    scratch: &mut Scratch,
+    scratch: &mut AlignedScratch,
 ) {
     const { assert!(KEYS_PER_STEP.is_multiple_of(ROWS) && VECTORS >= 1 && VECTORS <= 4) };
     let Some(mut block) = next() else { return };
@@ -149,7 +149,13 @@ pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(
 /// # Safety
 /// As [`attend`]; `to` has `n_rows` rows of `row` floats.
 #[inline(always)]
-unsafe fn pack<V: Vector>(head: &Head, from: *const f32, n_rows: usize, to: *mut f32, row: usize) {
+unsafe fn pack<V: Vector>(
+    head: &HeadView,
+    from: *const f32,
+    n_rows: usize,
+    to: *mut f32,
+    row: usize,
+) {
     let head_dim = head.head_dim;
     for i in 0..n_rows {
         // SAFETY: the row is one of the head's, the column below `head_dim`.
@@ -170,7 +176,7 @@ unsafe fn pack<V: Vector>(head: &Head, from: *const f32, n_rows: usize, to: *mut
 
 /// One block and the scratch it is computed in.
 struct Work<'a> {
-    head: &'a Head,
+    head: &'a HeadView,
     block: Block,
     /// Vectors of queries, the last of them perhaps not full.
     n_vectors: usize,
@@ -305,7 +311,7 @@ impl Work<'_> {
     /// As [`attend`].
     #[inline(always)]
     unsafe fn transpose_queries<V: Vector>(&self) {
-        let Head {
+        let HeadView {
             head_dim,
             row_stride,
             ..
@@ -342,7 +348,7 @@ impl Work<'_> {
     /// As [`attend`]; there is a factor for each vector.
     #[inline(always)]
     unsafe fn finish<V: Vector>(&self, factors: &[V]) {
-        let Head {
+        let HeadView {
             head_dim,
             output_stride,
             ..

@@ -17,14 +17,14 @@ use std::cell::RefCell;
 use bytemuck::Pod;
 
 use self::digit_tile::DigitTile;
-use self::tile::{Ahead, Ending, Tile};
+use self::tile::{Ahead, Tile, TileEnding};
 use super::digits::{self, DigitRows};
-use super::pages::Pages;
+use super::pages::LargePages;
 use super::phase::TASKS_MAX;
 use super::pointwise::Activation;
 use super::{LayersError, check, size};
 use crate::kernels::attention::Kernel;
-use crate::kernels::vector::scratch::Scratch;
+use crate::kernels::vector::scratch::AlignedScratch;
 use crate::kernels::vector::{Int24, LANES_MAX, Number, Portable, magnitude, tile_of};
 
 mod digit_tile;
@@ -124,7 +124,7 @@ thread_local! {
     /// A panel's weights as floats, for the tiles after the first: 256 KiB for
     /// imagegpt-small on AVX-512, which the second level of the cache of such CPUs
     /// has room for.
-    static UNPACKED: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+    static UNPACKED: RefCell<AlignedScratch> = const { RefCell::new(AlignedScratch::new()) };
 }
 
 /// What a product is made of.
@@ -154,10 +154,10 @@ pub(super) struct Panels<W: Weight> {
 
 #[derive(Debug)]
 enum Packed<W: Weight> {
-    Floats(Pages<W::Packed>),
+    Floats(LargePages<W::Packed>),
     /// A strip has [`digits::LANES`] columns, and in a row of it each column's
     /// weights of a whole group of inputs, all with 128 more.
-    Bytes(Pages<u8>),
+    Bytes(LargePages<u8>),
 }
 
 impl<W: Weight> Packed<W> {
@@ -266,7 +266,7 @@ fn pack_floats<W: Weight>(
     let factors = W::factors(weights, outputs);
     let factor = |column: usize| factors.as_ref().map_or(1.0, |factors| factors[column]);
     let columns = outputs.next_multiple_of(panel_width(kernel));
-    let mut pages = Pages::<W::Packed>::zeroed(size(1, inputs, columns)?)?;
+    let mut pages = LargePages::<W::Packed>::zeroed(size(1, inputs, columns)?)?;
     let strip_width = strip_width::<W::Packed>(kernel);
     for (strip, rows) in pages
         .numbers_mut()
@@ -294,7 +294,7 @@ fn pack_bytes<W: Weight>(
     let weights = W::bytes(weights).ok_or(LayersError::Digits(inputs))?;
     let columns = outputs.next_multiple_of(digit_tile::WIDTH);
     size(1, inputs.next_multiple_of(digits::GROUP), columns)?;
-    let mut pages = Pages::<u8>::zeroed(bytes_len(inputs, columns))?;
+    let mut pages = LargePages::<u8>::zeroed(bytes_len(inputs, columns))?;
     let strips = pages
         .numbers_mut()
         .chunks_exact_mut(bytes_len(inputs, digits::LANES));
@@ -399,7 +399,7 @@ impl<W: Weight> Panels<W> {
         let panel = self.panel(idx);
         let from =
             |floats: &Option<Vec<f32>>| floats.as_ref().map(|floats| floats[first..].as_ptr());
-        let ending = Ending {
+        let ending = TileEnding {
             scales: from(&self.scales),
             bias: from(&self.bias),
             output: rows.output.wrapping_add(first),
@@ -421,7 +421,7 @@ impl<W: Weight> Panels<W> {
         &self,
         panel: *const W::Packed,
         rows: Rows,
-        ending: Ending,
+        ending: TileEnding,
         next: *const u8,
     ) {
         let width = panel_width(self.kernel);
@@ -460,7 +460,13 @@ impl<W: Weight> Panels<W> {
 
     /// # Safety
     /// As [`Panels::compute`], with that panel.
-    unsafe fn compute_bytes(&self, panel: *const u8, rows: Rows, ending: Ending, next: *const u8) {
+    unsafe fn compute_bytes(
+        &self,
+        panel: *const u8,
+        rows: Rows,
+        ending: TileEnding,
+        next: *const u8,
+    ) {
         for (row, n) in tiles(rows.n, digit_tile::ROWS_MAX) {
             let tile = DigitTile {
                 rows: DigitRows {

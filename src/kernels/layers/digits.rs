@@ -60,7 +60,7 @@ const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
 /// What a row begins with.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct Head {
+pub(super) struct RowHeader {
     /// What whole numbers are multiplied with.
     pub(super) factor: f32,
     /// What each digit's sum begins with. Bytes are multiplied as one with a sign
@@ -94,9 +94,9 @@ impl DigitRows {
     /// # Safety
     /// A row of this number has been rounded.
     #[inline(always)]
-    pub(super) unsafe fn head(self, idx: usize) -> Head {
+    pub(super) unsafe fn head(self, idx: usize) -> RowHeader {
         // SAFETY: the caller vouches for it.
-        unsafe { self.row(idx).cast::<Head>().read_unaligned() }
+        unsafe { self.row(idx).cast::<RowHeader>().read_unaligned() }
     }
 }
 
@@ -244,7 +244,8 @@ unsafe fn round_by<L: Lanes>(row: *const f32, width: usize, to: *mut u8) {
         for (d, begin) in begin.iter_mut().enumerate() {
             *begin = -128 * sums.iter().skip(d).step_by(GROUP).sum::<i32>();
         }
-        to.cast::<Head>().write_unaligned(Head { factor, begin });
+        to.cast::<RowHeader>()
+            .write_unaligned(RowHeader { factor, begin });
     }
 }
 
@@ -289,7 +290,7 @@ mod tests {
         // SAFETY: there are as many bytes as such a row takes.
         let head = unsafe {
             round(kernel, row.as_ptr(), row.len(), to);
-            to.cast::<Head>().read_unaligned()
+            to.cast::<RowHeader>().read_unaligned()
         };
         let bytes: &[i8] = bytemuck::cast_slice(&lines);
         let groups = bytes[HEAD_BYTES..].chunks_exact(GROUP_BYTES);

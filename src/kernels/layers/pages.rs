@@ -14,7 +14,7 @@ const LARGE: usize = 2 << 20;
 
 /// Numbers of its own, that begin on a large page.
 #[derive(Debug)]
-pub(super) struct Pages<T> {
+pub(super) struct LargePages<T> {
     map: MmapMut,
     /// Of the first number, in bytes.
     start: usize,
@@ -22,7 +22,7 @@ pub(super) struct Pages<T> {
     numbers: PhantomData<T>,
 }
 
-impl<T: Pod> Pages<T> {
+impl<T: Pod> LargePages<T> {
     pub(super) fn zeroed(n_numbers: usize) -> Result<Self, LayersError> {
         let n_bytes = n_numbers * size_of::<T>();
         let failed = LayersError::Memory(n_bytes);

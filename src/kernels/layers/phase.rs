@@ -15,33 +15,33 @@ const LOOKS: u32 = 512;
 /// From which end a thread takes tasks. What they read lies in their order, so a
 /// thread that goes on where it is reads on, and knows what it will read next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum TaskEnd {
     Front,
     Back,
 }
 
 /// A thread's place among all that have come: half of them begin at each end.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    end: End,
+pub(super) struct ThreadPlace {
+    end: TaskEnd,
     /// Threads at this end that came before.
     before: usize,
 }
 
-impl Place {
+impl ThreadPlace {
     pub(super) fn new(idx: usize) -> Self {
         Self {
             end: if idx.is_multiple_of(2) {
-                End::Front
+                TaskEnd::Front
             } else {
-                End::Back
+                TaskEnd::Back
             },
             before: idx / 2,
         }
     }
 
     /// Where it takes its tasks.
-    pub(super) fn end(self) -> End {
+    pub(super) fn end(self) -> TaskEnd {
         self.end
     }
 
@@ -49,8 +49,8 @@ impl Place {
     pub(super) fn first(self, n_tasks: usize) -> Option<usize> {
         let others_after = n_tasks.checked_sub(self.before + 1)?;
         Some(match self.end {
-            End::Front => self.before,
-            End::Back => others_after,
+            TaskEnd::Front => self.before,
+            TaskEnd::Back => others_after,
         })
     }
 
@@ -60,17 +60,17 @@ impl Place {
         self,
         task: usize,
         n_threads: usize,
-        phase: &Phase,
+        phase: &LayerPhase,
         n_tasks: usize,
     ) -> Option<usize> {
         // So many take one meanwhile at this end.
         let step = match self.end {
-            End::Front => n_threads.div_ceil(2),
-            End::Back => n_threads / 2,
+            TaskEnd::Front => n_threads.div_ceil(2),
+            TaskEnd::Back => n_threads / 2,
         };
         let next = match self.end {
-            End::Front => task.checked_add(step),
-            End::Back => task.checked_sub(step),
+            TaskEnd::Front => task.checked_add(step),
+            TaskEnd::Back => task.checked_sub(step),
         };
         next.filter(|next| phase.left(n_tasks).contains(next))
     }
@@ -79,7 +79,7 @@ impl Place {
 /// One part. On lines of its own, since all threads write it.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(super) struct Phase {
+pub(super) struct LayerPhase {
     /// How many were begun at the back, in the upper half, and at the front; in
     /// the end more than there are, by as many as there are threads.
     begun: AtomicU64,
@@ -93,23 +93,23 @@ pub(super) const TASKS_MAX: usize = (u32::MAX / 2) as usize;
 /// One begun at the back.
 const AT_BACK: u64 = 1 << 32;
 
-impl Phase {
+impl LayerPhase {
     /// Ready to begin again.
     pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
     /// A task to do, the next one at this end; none if all are begun.
-    pub(super) fn take(&self, n_tasks: usize, end: End) -> Option<usize> {
+    pub(super) fn take(&self, n_tasks: usize, end: TaskEnd) -> Option<usize> {
         let one = match end {
-            End::Front => 1,
-            End::Back => AT_BACK,
+            TaskEnd::Front => 1,
+            TaskEnd::Back => AT_BACK,
         };
         // Nothing is passed from thread to thread through this counter.
         let mut left = left(self.begun.fetch_add(one, Ordering::Relaxed), n_tasks);
         match end {
-            End::Front => left.next(),
-            End::Back => left.next_back(),
+            TaskEnd::Front => left.next(),
+            TaskEnd::Back => left.next_back(),
         }
     }
 
@@ -154,14 +154,14 @@ mod tests {
     #[test]
     fn every_task_is_taken_once_and_phases_do_not_overlap() {
         const N_TASKS: usize = 37;
-        let phases: Vec<Phase> = (0..5).map(|_| Phase::default()).collect();
+        let phases: Vec<LayerPhase> = (0..5).map(|_| LayerPhase::default()).collect();
         let runs: Vec<AtomicUsize> = (0..5 * N_TASKS).map(|_| AtomicUsize::new(0)).collect();
         std::thread::scope(|scope| {
             for idx in 0..3 {
                 let (phases, runs) = (&phases, &runs);
                 scope.spawn(move || {
                     for (idx_phase, phase) in phases.iter().enumerate() {
-                        while let Some(task) = phase.take(N_TASKS, Place::new(idx).end) {
+                        while let Some(task) = phase.take(N_TASKS, ThreadPlace::new(idx).end) {
                             let before = runs[..idx_phase * N_TASKS].iter();
                             assert!(before.map(|n| n.load(Ordering::Relaxed)).all(|n| n == 1));
                             runs[idx_phase * N_TASKS + task].fetch_add(1, Ordering::Relaxed);
@@ -178,23 +178,23 @@ mod tests {
 
     #[test]
     fn one_thread_does_all_and_a_late_one_finds_nothing() {
-        let phase = Phase::default();
+        let phase = LayerPhase::default();
         let mut taken = Vec::new();
-        while let Some(task) = phase.take(10, End::Back) {
+        while let Some(task) = phase.take(10, TaskEnd::Back) {
             taken.push(task);
             phase.done();
         }
         assert_eq!(taken, (0..10).rev().collect::<Vec<_>>());
         phase.wait(10);
-        assert_eq!(phase.take(10, End::Front), None);
+        assert_eq!(phase.take(10, TaskEnd::Front), None);
     }
 
     #[test]
     fn threads_in_step_take_what_they_expect() {
         const N_TASKS: usize = 10;
         for n_threads in 1..=4 {
-            let places: Vec<Place> = (0..n_threads).map(Place::new).collect();
-            let phase = Phase::default();
+            let places: Vec<ThreadPlace> = (0..n_threads).map(ThreadPlace::new).collect();
+            let phase = LayerPhase::default();
             let mut expected: Vec<_> = places.iter().map(|place| place.first(N_TASKS)).collect();
             let mut n_taken = 0;
             'all: loop {
@@ -213,7 +213,7 @@ mod tests {
             }
             assert_eq!(n_taken, N_TASKS);
         }
-        assert_eq!(Place::new(1).first(1), Some(0));
-        assert_eq!(Place::new(2).first(1), None);
+        assert_eq!(ThreadPlace::new(1).first(1), Some(0));
+        assert_eq!(ThreadPlace::new(2).first(1), None);
     }
 }

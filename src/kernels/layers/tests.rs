@@ -130,7 +130,7 @@ impl<W: Tested> Model<W> {
         }
     }
 
-    fn pack(&self, (kernel, rows_as): (Kernel, RowsAs)) -> Layers<W> {
+    fn pack(&self, (kernel, rows_as): (Kernel, RowsAs)) -> StepLayers<W> {
         let layers = self.layers.iter().map(|layer| {
             let [qkv, projection, expand, contract] = &layer.products;
             LayerWeights {
@@ -143,7 +143,7 @@ impl<W: Tested> Model<W> {
                 contract: contract.weights(),
             }
         });
-        Layers::with_kernel(self.sizes, layers, kernel, rows_as).unwrap()
+        StepLayers::with_kernel(self.sizes, layers, kernel, rows_as).unwrap()
     }
 
     /// What comes out for all tokens of a sequence.
@@ -263,7 +263,7 @@ struct Fed<'m, W, K: Kept> {
     caches: Vec<[Vec<K::Element>; 2]>,
     past: Vec<usize>,
     prefixes: Vec<SharedPrefix>,
-    room: Room,
+    room: StepMemory,
     /// What came out, of each sequence.
     rows: Vec<Vec<f32>>,
 }
@@ -284,14 +284,14 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
             caches: vec![[cache.clone(), cache]; model.layers.len()],
             past: vec![0; sequences.len()],
             prefixes: Vec::new(),
-            room: Room::default(),
+            room: StepMemory::default(),
             rows: vec![Vec::new(); sequences.len()],
             sequences,
         }
     }
 
     /// The next `length` tokens of each.
-    fn feed(&mut self, layers: &Layers<W>, length: usize) {
+    fn feed(&mut self, layers: &StepLayers<W>, length: usize) {
         let width = self.model.sizes.width;
         let n = length * width;
         let starts = self.past.iter().zip(&self.sequences);
@@ -300,14 +300,14 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
             .copied()
             .collect();
         let caches = self.caches.iter_mut();
-        let tokens = Tokens::<K> {
+        let tokens = NewTokens::<K> {
             rows: &rows,
             length,
             past: &self.past,
             prefixes: &self.prefixes,
             capacity: self.capacity,
             caches: caches
-                .map(|[keys, values]| Cache { keys, values })
+                .map(|[keys, values]| KeyValueCache { keys, values })
                 .collect(),
         };
         let step = layers.step(tokens, &mut self.room).unwrap();
@@ -331,7 +331,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
 pub(super) fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::ALL
         .into_iter()
-        .filter(|kernel| kernel.is_available() && kernel.precision() == Precision::F32)
+        .filter(|kernel| kernel.is_available() && kernel.precision() == AttentionPrecision::F32)
 }
 
 /// Kernels, and what they can multiply such weights with.
@@ -488,11 +488,11 @@ fn check_spoiled<W: Tested>() {
     }
 }
 
-/// What [`Layers::pack`] takes is one of the ways, and refusing is not panicking.
+/// What [`StepLayers::pack`] takes is one of the ways, and refusing is not panicking.
 #[test]
 fn digits_are_for_weights_of_8_bits() {
     let floats = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 1, 1, 2);
-    let error = Layers::with_kernel(
+    let error = StepLayers::with_kernel(
         floats.sizes,
         std::iter::empty::<LayerWeights<'_, f32>>(),
         Kernel::Portable,
@@ -500,7 +500,7 @@ fn digits_are_for_weights_of_8_bits() {
     );
     let error = error.unwrap_err();
     assert_eq!(error, LayersError::Digits(16), "{error}");
-    let bytes = Layers::pack(floats.sizes, std::iter::empty::<LayerWeights<'_, i8>>()).unwrap();
+    let bytes = StepLayers::pack(floats.sizes, std::iter::empty::<LayerWeights<'_, i8>>()).unwrap();
     assert!(ways::<i8>().any(|way| way == (bytes.kernel, bytes.rows_as)));
     for kernel in kernels() {
         // Sums of so many would overflow.
@@ -534,7 +534,7 @@ fn refuse_what_they_cannot_do() {
             expand: expand.weights(),
             contract: contract.weights(),
         };
-        let packed = Layers::pack(sizes, [weights]);
+        let packed = StepLayers::pack(sizes, [weights]);
         packed.map(|_| ()).map_err(|error| error.to_string())
     };
     assert_eq!(with(|_| {}), Ok(()));
@@ -557,17 +557,17 @@ fn refuse_what_they_cannot_do() {
         let mut keys = vec![vec![bf16::ZERO; 16 * 8]; n_caches];
         let mut values = keys.clone();
         let caches = keys.iter_mut().zip(&mut values);
-        let tokens = Tokens::<bf16> {
+        let tokens = NewTokens::<bf16> {
             rows: &[0.0; 64][..n_rows],
             length,
             past,
             prefixes: &[],
             capacity,
             caches: caches
-                .map(|(keys, values)| Cache { keys, values })
+                .map(|(keys, values)| KeyValueCache { keys, values })
                 .collect(),
         };
-        let mut room = Room::default();
+        let mut room = StepMemory::default();
         let step = layers.step(tokens, &mut room);
         step.map(|_| ()).map_err(|error| error.to_string())
     };

@@ -11,11 +11,11 @@ struct Line([f32; 16]);
 
 /// Floats on cache lines. Grows to the largest block seen, a few tens of KiB.
 #[derive(Default)]
-pub(crate) struct Scratch {
+pub(crate) struct AlignedScratch {
     lines: Vec<Line>,
 }
 
-impl Scratch {
+impl AlignedScratch {
     pub(crate) const fn new() -> Self {
         Self { lines: Vec::new() }
     }

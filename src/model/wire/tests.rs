@@ -1,38 +1,40 @@
 use prost::Message as _;
 
 use super::*;
-use crate::model::onnx::{Attribute, Graph, Model, Node, StringEntry, Tensor};
+use crate::model::onnx::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, StringEntry, TensorProto,
+};
 
-fn external(name: &str, entries: &[(&str, &str)]) -> Tensor {
+fn external(name: &str, entries: &[(&str, &str)]) -> TensorProto {
     let entry = |&(key, value): &(&str, &str)| StringEntry {
         key: key.to_owned(),
         value: value.to_owned(),
     };
-    Tensor {
+    TensorProto {
         dims: vec![2, 3],
         data_type: 1,
         name: name.to_owned(),
         external_data: entries.iter().map(entry).collect(),
         data_location: 1,
-        ..Tensor::default()
+        ..TensorProto::default()
     }
 }
 
-fn model(graph: Graph) -> Vec<u8> {
-    let model = Model {
+fn model(graph: GraphProto) -> Vec<u8> {
+    let model = ModelProto {
         ir_version: 8,
         graph: Some(graph),
-        ..Model::default()
+        ..ModelProto::default()
     };
     model.encode_to_vec()
 }
 
-fn node(op_type: &str, input: &[&str], output: &[&str]) -> Node {
-    Node {
+fn node(op_type: &str, input: &[&str], output: &[&str]) -> NodeProto {
+    NodeProto {
         op_type: op_type.to_owned(),
         input: input.iter().map(ToString::to_string).collect(),
         output: output.iter().map(ToString::to_string).collect(),
-        ..Node::default()
+        ..NodeProto::default()
     }
 }
 
@@ -55,9 +57,9 @@ fn refused(graph: &[u8], word: &str) {
 }
 
 fn of_tensor(entries: &[(&str, &str)]) -> Vec<u8> {
-    model(Graph {
+    model(GraphProto {
         initializer: vec![external("w", entries)],
-        ..Graph::default()
+        ..GraphProto::default()
     })
 }
 
@@ -65,17 +67,17 @@ fn of_tensor(entries: &[(&str, &str)]) -> Vec<u8> {
 fn everywhere() -> Vec<u8> {
     let tensor = |location: &str| external(location, &[("location", location)]).encode_to_vec();
     let inner = |location: &str| field(5, &tensor(location));
-    let constant = Node {
-        attribute: vec![Attribute::tensor(
+    let constant = NodeProto {
+        attribute: vec![AttributeProto::tensor(
             "value",
             external("attribute", &[("location", "attribute")]),
         )],
         ..node("Constant", &[], &["c"])
     };
-    let graph = Graph {
+    let graph = GraphProto {
         initializer: vec![external("main", &[("location", "main")])],
         node: vec![constant],
-        ..Graph::default()
+        ..GraphProto::default()
     };
     let mut graph = graph.encode_to_vec();
     // An attribute's graph, and its list of graphs.
@@ -203,13 +205,13 @@ fn what_cannot_be_meant_is_refused() {
         &of_tensor(&[("location", &"a".repeat(5000))]),
         "a name of 5000 bytes",
     );
-    let many = Tensor {
+    let many = TensorProto {
         dims: vec![1; 33],
         ..external("w", &[("location", "a")])
     };
-    let many = Graph {
+    let many = GraphProto {
         initializer: vec![many],
-        ..Graph::default()
+        ..GraphProto::default()
     };
     refused(&model(many), "more than 32 dimensions");
     refused(b"hello, world", "cut short, or no ONNX");
@@ -231,10 +233,10 @@ fn graphs_within_graphs_end_somewhere() {
 
 #[test]
 fn operators_that_mix_a_batch_are_found() {
-    let found = |graph: Graph| look(&model(graph)).unwrap().batch_scaled;
-    let of = |nodes: Vec<Node>| Graph {
+    let found = |graph: GraphProto| look(&model(graph)).unwrap().batch_scaled;
+    let of = |nodes: Vec<NodeProto>| GraphProto {
         node: nodes,
-        ..Graph::default()
+        ..GraphProto::default()
     };
     assert_eq!(found(of(vec![node("MatMul", &["a", "b"], &["c"])])), None);
     for name in BATCH_SCALED {
@@ -245,8 +247,8 @@ fn operators_that_mix_a_batch_are_found() {
     assert_eq!(found(of(vec![quantize()])), Some("QuantizeLinear"));
     let constant = node("Constant", &[], &["scale"]);
     assert_eq!(found(of(vec![quantize(), constant])), None);
-    let initialized = Graph {
-        initializer: vec![Tensor::int64s("scale", &[1])],
+    let initialized = GraphProto {
+        initializer: vec![TensorProto::int64s("scale", &[1])],
         ..of(vec![quantize()])
     };
     assert_eq!(found(initialized), None);

@@ -8,7 +8,7 @@
 //! | output 0 | f32, `(batch, positions, d)` |
 //! | `num_heads` | int, required |
 //! | `scale` | float, `1 / sqrt(d / num_heads)` if it is not there |
-//! | `bf16` | int, 1 for [`Precision::Bf16`], 0 if it is not there |
+//! | `bf16` | int, 1 for [`AttentionPrecision::Bf16`], 0 if it is not there |
 
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -16,7 +16,7 @@ use ort::operator::{
 };
 use ort::value::{TensorElementType, ValueType};
 
-use crate::kernels::attention::{CausalAttention, Precision, Shape};
+use crate::kernels::attention::{AttentionPrecision, AttentionShape, CausalAttention};
 
 /// The name of an operator within [`DOMAIN`](super::DOMAIN).
 pub const CAUSAL_ATTENTION: &str = "CausalAttention";
@@ -59,8 +59,8 @@ impl Operator for CausalAttentionOp {
             heads: heads(context)?,
             scale: context.get::<f32>("scale"),
             precision: match context.get::<i64>("bf16") {
-                None | Some(0) => Precision::F32,
-                Some(_) => Precision::Bf16,
+                None | Some(0) => AttentionPrecision::F32,
+                Some(_) => AttentionPrecision::Bf16,
             },
         })
     }
@@ -109,21 +109,23 @@ pub(super) fn infer_part(
 pub(super) struct CausalAttentionKernel {
     heads: usize,
     scale: Option<f32>,
-    precision: Precision,
+    precision: AttentionPrecision,
 }
 
 impl CausalAttentionKernel {
-    fn shape(&self, qkv: &[i64]) -> Option<Shape> {
+    fn shape(&self, qkv: &[i64]) -> Option<AttentionShape> {
         let &[batch, positions, columns] = qkv else {
             return None;
         };
         let columns = usize::try_from(columns).ok()?;
-        columns.is_multiple_of(3 * self.heads).then_some(Shape {
-            batch: usize::try_from(batch).ok()?,
-            positions: usize::try_from(positions).ok()?,
-            heads: self.heads,
-            head_dim: columns / (3 * self.heads),
-        })
+        columns
+            .is_multiple_of(3 * self.heads)
+            .then_some(AttentionShape {
+                batch: usize::try_from(batch).ok()?,
+                positions: usize::try_from(positions).ok()?,
+                heads: self.heads,
+                head_dim: columns / (3 * self.heads),
+            })
     }
 }
 

@@ -40,13 +40,13 @@ use ort::value::{
 };
 
 use super::attention::heads;
-use crate::kernels::attention::{Cache, Int24, Kept, SharedPrefix};
+use crate::kernels::attention::{Int24, Kept, KeyValueCache, SharedPrefix};
 use crate::kernels::layers::{
-    Activation, DenseWeights, LayerWeights, Layers, Room, Sizes, Tokens, Weight,
+    Activation, DenseWeights, LayerWeights, NewTokens, Sizes, StepLayers, StepMemory, Weight,
 };
 
 /// The name of the operator within [`DOMAIN`](super::DOMAIN).
-pub const LAYERS: &str = "Layers";
+pub const LAYERS: &str = "StepLayers";
 
 /// Inputs before those of the layers.
 const FIRST: usize = 3;
@@ -94,7 +94,7 @@ impl Operator for LayersOp {
         };
         Ok(LayersKernel {
             packed,
-            room: Room::default(),
+            room: StepMemory::default(),
         })
     }
 
@@ -166,7 +166,7 @@ impl<'ctx> Constants<'ctx> {
 /// Weights in order, of a node whose weights are `W`.
 fn pack<W: Weight + PrimitiveTensorElementType>(
     context: &KernelContext<'_>,
-) -> ort::Result<Layers<W>> {
+) -> ort::Result<StepLayers<W>> {
     let missing = |name: &str| ort::Error::new(format!("the attribute {name} is missing"));
     let constants = Constants::of(context)?;
     let scales: Vec<f32> = context.get("scale").ok_or_else(|| missing("scale"))?;
@@ -200,7 +200,7 @@ fn pack<W: Weight + PrimitiveTensorElementType>(
         epsilon: context.get("epsilon").ok_or_else(|| missing("epsilon"))?,
         activation,
     };
-    Layers::pack(sizes, layers).map_err(ort::Error::wrap)
+    StepLayers::pack(sizes, layers).map_err(ort::Error::wrap)
 }
 
 fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
@@ -239,13 +239,13 @@ fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
 
 /// Weights as they are kept.
 enum Packed {
-    Float(Layers<f32>),
-    Int8(Layers<i8>),
+    Float(StepLayers<f32>),
+    Int8(StepLayers<i8>),
 }
 
 pub(super) struct LayersKernel {
     packed: Packed,
-    room: Room,
+    room: StepMemory,
 }
 
 impl Kernel for LayersKernel {
@@ -276,13 +276,13 @@ struct Call<'a> {
     rows: &'a DynTensor,
     seqlens_k: &'a DynTensor,
     prefixes: &'a DynTensor,
-    room: &'a mut Room,
+    room: &'a mut StepMemory,
 }
 
 impl Call<'_> {
     fn run<W: Weight, K: Kept<Element: PrimitiveTensorElementType>>(
         self,
-        layers: &Layers<W>,
+        layers: &StepLayers<W>,
     ) -> ort::Result<()> {
         let context = self.context;
         let Sizes { width, heads, .. } = layers.sizes();
@@ -325,15 +325,15 @@ impl Call<'_> {
         }
         // From here on nobody looks at the past, which may be what is written.
         apart::<K::Element>(&kept)?;
-        let mut caches: Vec<Cache<'_, K>> = Vec::with_capacity(layers.n_layers());
+        let mut caches: Vec<KeyValueCache<'_, K>> = Vec::with_capacity(layers.n_layers());
         for pair in kept.chunks_exact_mut(2) {
             let [keys, values] = pair else { continue };
-            caches.push(Cache {
+            caches.push(KeyValueCache {
                 keys: keys.try_extract_tensor_mut::<K::Element>()?.1,
                 values: values.try_extract_tensor_mut::<K::Element>()?.1,
             });
         }
-        let tokens = Tokens {
+        let tokens = NewTokens {
             rows,
             length,
             past: &past,

@@ -7,25 +7,25 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use crate::engine::Stop;
-use crate::serve::cache::Key;
+use crate::engine::RunStop;
+use crate::serve::cache::AnswerKey;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::Error;
-use crate::serve::job::Crowd;
-use crate::serve::turn::Turn;
+use crate::serve::job::CoalescedWaiters;
+use crate::serve::turn::EngineTurn;
 
 /// The batcher's end of one engine.
-pub(crate) struct Line {
+pub(crate) struct EngineLine {
     /// Room for one, and sent to only after a slot: never full.
-    turns: Sender<Turn>,
-    stop: Arc<Stop>,
+    turns: Sender<EngineTurn>,
+    stop: Arc<RunStop>,
 }
 
-impl Line {
+impl EngineLine {
     /// And the engine's end.
-    pub(crate) fn new() -> (Self, (Receiver<Turn>, Arc<Stop>)) {
+    pub(crate) fn new() -> (Self, (Receiver<EngineTurn>, Arc<RunStop>)) {
         let (turns, of_engine) = crossbeam_channel::bounded(1);
-        let stop = Arc::new(Stop::default());
+        let stop = Arc::new(RunStop::default());
         let line = Self {
             turns,
             stop: Arc::clone(&stop),
@@ -35,26 +35,26 @@ impl Line {
 }
 
 /// A batch at an engine.
-pub(super) struct Running {
+pub(super) struct RunningBatch {
     pub(super) id: u64,
-    pub(super) units: Vec<(Key, Arc<Crowd>)>,
+    pub(super) units: Vec<(AnswerKey, Arc<CoalescedWaiters>)>,
     pub(super) stopping: bool,
     /// The earliest deadline among its callers.
     pub(super) deadline: Option<Instant>,
 }
 
 struct Engine {
-    line: Line,
+    line: EngineLine,
     /// Since when, if it is free.
     free_since: Option<Instant>,
-    running: Option<Running>,
+    running: Option<RunningBatch>,
 }
 
 /// Those that live.
 pub(super) struct Engines(BTreeMap<DeviceIdx, Engine>);
 
 impl Engines {
-    pub(super) fn new(lines: Vec<Line>) -> Self {
+    pub(super) fn new(lines: Vec<EngineLine>) -> Self {
         let engine = |(idx, line)| {
             let engine = Engine {
                 line,
@@ -98,7 +98,7 @@ impl Engines {
     }
 
     /// An engine is free; gives what it ran.
-    pub(super) fn freed(&mut self, device: DeviceIdx, now: Instant) -> Option<Running> {
+    pub(super) fn freed(&mut self, device: DeviceIdx, now: Instant) -> Option<RunningBatch> {
         let engine = self.0.get_mut(&device)?;
         engine.free_since = Some(now);
         engine.running.take()
@@ -106,7 +106,12 @@ impl Engines {
 
     /// Gives an engine that is free its turn. One that has failed meanwhile
     /// refuses it.
-    pub(super) fn give(&mut self, device: DeviceIdx, turn: Turn, running: Option<Running>) {
+    pub(super) fn give(
+        &mut self,
+        device: DeviceIdx,
+        turn: EngineTurn,
+        running: Option<RunningBatch>,
+    ) {
         let refused = match self.0.get_mut(&device) {
             Some(engine) => {
                 engine.free_since = None;
@@ -122,17 +127,17 @@ impl Engines {
 
     /// Forgets an engine that takes no more turns, and hangs up on it; gives what
     /// it ran.
-    pub(super) fn remove(&mut self, device: DeviceIdx) -> Option<Running> {
+    pub(super) fn remove(&mut self, device: DeviceIdx) -> Option<RunningBatch> {
         self.0.remove(&device)?.running
     }
 
     /// What an engine runs.
-    pub(super) fn running(&mut self, device: DeviceIdx) -> Option<&mut Running> {
+    pub(super) fn running(&mut self, device: DeviceIdx) -> Option<&mut RunningBatch> {
         self.0.get_mut(&device)?.running.as_mut()
     }
 
     /// What all of them run, each with the means to stop it.
-    pub(super) fn all_running(&mut self) -> impl Iterator<Item = (&mut Running, &Stop)> {
+    pub(super) fn all_running(&mut self) -> impl Iterator<Item = (&mut RunningBatch, &RunStop)> {
         let engines = self.0.values_mut();
         engines.filter_map(|engine| Some((engine.running.as_mut()?, &*engine.line.stop)))
     }

@@ -4,11 +4,11 @@
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
-use super::queue::Lane;
+use super::queue::LaneView;
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
-use crate::serve::metrics::Close;
+use crate::serve::class::Priority;
+use crate::serve::metrics::BatchClose;
 
 /// The operator's choices.
 #[derive(Debug, Clone)]
@@ -31,7 +31,7 @@ pub enum Decision {
     /// A batch may still fill up until then.
     WaitUntil(Instant),
     /// Form a batch of this lane now.
-    Flush(Class, Graph, Close),
+    Flush(Priority, Graph, BatchClose),
 }
 
 impl Policy {
@@ -41,19 +41,19 @@ impl Policy {
     #[must_use]
     pub fn decide(
         &self,
-        lanes: &[Lane],
+        lanes: &[LaneView],
         full: impl Fn(Graph) -> usize,
         now: Instant,
         draining: bool,
         bulk_owed: bool,
     ) -> Decision {
-        let reason = |lane: &Lane| {
+        let reason = |lane: &LaneView| {
             if lane.len >= full(lane.graph) {
-                Some(Close::Full)
+                Some(BatchClose::Full)
             } else if lane.oldest + self.max_queue_delay <= now {
-                Some(Close::Delay)
+                Some(BatchClose::Delay)
             } else {
-                draining.then_some(Close::Drain)
+                draining.then_some(BatchClose::Drain)
             }
         };
         // While nobody's time is up the engine may stay idle for company.
@@ -64,10 +64,10 @@ impl Policy {
         // Once it starts something anyway, the most urgent goes first, though
         // it might have waited a little longer: else it waits for a batch.
         let waits = |class| lanes.iter().any(|lane| lane.class == class);
-        let class = if waits(Class::Interactive) && !(bulk_owed && waits(Class::Bulk)) {
-            Class::Interactive
+        let class = if waits(Priority::Interactive) && !(bulk_owed && waits(Priority::Bulk)) {
+            Priority::Interactive
         } else {
-            Class::Bulk
+            Priority::Bulk
         };
         // Among graphs, whoever's first image is the most urgent, so that no
         // graph starves another.
@@ -76,7 +76,7 @@ impl Policy {
             .filter(|lane| lane.class == class)
             .min_by_key(|lane| lane.first)
             .map_or(Decision::Idle, |lane| {
-                let close = reason(lane).unwrap_or(Close::Turn);
+                let close = reason(lane).unwrap_or(BatchClose::Turn);
                 Decision::Flush(class, lane.graph, close)
             })
     }
@@ -168,7 +168,7 @@ const AHEAD_MAX: u32 = 4;
 /// Keeps account of what bulk is owed. Interactive work goes first; for the
 /// engine time that it takes while bulk waits, bulk earns its share.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct BulkLedger {
     /// Engine time that bulk has earned and not had.
     earned: Duration,
     /// Engine time that bulk has had beyond what it earned. One of the two is
@@ -178,18 +178,18 @@ pub struct Ledger {
     served_at: Option<Instant>,
 }
 
-impl Ledger {
+impl BulkLedger {
     /// A batch of this class took this long; bulk work waited meanwhile or not.
-    pub fn ran(&mut self, policy: &Policy, class: Class, elapsed: Duration, bulk_waited: bool) {
+    pub fn ran(&mut self, policy: &Policy, class: Priority, elapsed: Duration, bulk_waited: bool) {
         match class {
-            Class::Bulk => {
+            Priority::Bulk => {
                 let paid = elapsed.min(self.earned);
                 self.earned -= paid;
                 self.ahead = (self.ahead + elapsed.saturating_sub(paid)).min(elapsed * AHEAD_MAX);
             }
             // What nobody waits for is not owed later.
-            Class::Interactive if !bulk_waited => self.earned = Duration::ZERO,
-            Class::Interactive => {
+            Priority::Interactive if !bulk_waited => self.earned = Duration::ZERO,
+            Priority::Interactive => {
                 let share = u32::from(policy.bulk_share.min(99));
                 let earned = elapsed * share / (100 - share);
                 let paid = earned.min(self.ahead);
@@ -200,8 +200,8 @@ impl Ledger {
     }
 
     /// A batch of this class was formed.
-    pub fn served(&mut self, class: Class, now: Instant) {
-        if class == Class::Bulk {
+    pub fn served(&mut self, class: Priority, now: Instant) {
+        if class == Priority::Bulk {
             self.served_at = Some(now);
         }
     }
@@ -224,10 +224,10 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
-    use super::super::queue::{Entry, Queue};
+    use super::super::queue::{QueuedWork, WorkQueue};
     use super::*;
-    use Class::{Bulk, Interactive};
     use Graph::{Hidden, Logits};
+    use Priority::{Bulk, Interactive};
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -242,7 +242,7 @@ mod tests {
 
     /// Each lane: class, graph, how many wait, when they came.
     fn check(
-        lanes: &[(Class, Graph, usize, u64)],
+        lanes: &[(Priority, Graph, usize, u64)],
         now_ms: u64,
         draining: bool,
         owed: bool,
@@ -250,10 +250,10 @@ mod tests {
     ) {
         let start = Instant::now();
         let at = |ms| start + MS(ms);
-        let mut queue = Queue::default();
+        let mut queue = WorkQueue::default();
         for &(class, graph, len, came) in lanes {
             for _ in 0..len {
-                let entry = Entry {
+                let entry = QueuedWork {
                     item: (),
                     arrived: at(came),
                     deadline: None,
@@ -355,9 +355,9 @@ mod tests {
     #[test]
     fn bulk_earns_its_share() {
         let policy = policy();
-        let mut ledger = Ledger::default();
+        let mut ledger = BulkLedger::default();
         let start = Instant::now();
-        let owed = |ledger: &Ledger| ledger.bulk_is_owed(&policy, MS(100), start, start);
+        let owed = |ledger: &BulkLedger| ledger.bulk_is_owed(&policy, MS(100), start, start);
         for _ in 0..3 {
             ledger.ran(&policy, Interactive, MS(100), true);
             assert!(!owed(&ledger));
@@ -382,10 +382,10 @@ mod tests {
     #[test]
     fn bulk_does_not_wait_for_ever() {
         let policy = policy();
-        let mut ledger = Ledger::default();
+        let mut ledger = BulkLedger::default();
         let start = Instant::now();
         let owed =
-            |ledger: &Ledger, ms| ledger.bulk_is_owed(&policy, MS(100), start, start + MS(ms));
+            |ledger: &BulkLedger, ms| ledger.bulk_is_owed(&policy, MS(100), start, start + MS(ms));
         assert!(!owed(&ledger, 4999));
         assert!(owed(&ledger, 5000));
         ledger.served(Bulk, start + MS(5000));

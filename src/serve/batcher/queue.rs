@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 
 /// How long after its arrival work without a deadline stands in line; a
 /// deadline further off counts as this. An image that has waited so long goes
@@ -20,22 +20,22 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The order within a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Rank {
+pub struct LaneRank {
     due: Instant,
     seq: u64,
 }
 
 /// Where an entry stands, to find it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    pub class: Class,
+pub struct QueuePosition {
+    pub class: Priority,
     pub graph: Graph,
-    rank: Rank,
+    rank: LaneRank,
 }
 
 /// Something that waits.
 #[derive(Debug)]
-pub struct Entry<T> {
+pub struct QueuedWork<T> {
     pub item: T,
     pub arrived: Instant,
     pub deadline: Option<Instant>,
@@ -43,33 +43,33 @@ pub struct Entry<T> {
 
 /// What a policy needs to know of a lane. Never empty.
 #[derive(Debug, Clone, Copy)]
-pub struct Lane {
-    pub class: Class,
+pub struct LaneView {
+    pub class: Priority,
     pub graph: Graph,
     pub len: usize,
     /// When the one who has waited longest came.
     pub oldest: Instant,
     /// The rank of the one who goes first.
-    pub first: Rank,
+    pub first: LaneRank,
 }
 
 /// See the module.
 #[derive(Debug)]
-pub struct Queue<T> {
-    lanes: BTreeMap<(Class, Graph), Entries<T>>,
+pub struct WorkQueue<T> {
+    lanes: BTreeMap<(Priority, Graph), Entries<T>>,
     /// All deadlines, for a timer; the sequence number tells equal ones apart.
-    deadlines: BTreeMap<(Instant, u64), Place>,
+    deadlines: BTreeMap<(Instant, u64), QueuePosition>,
     next_seq: u64,
 }
 
 #[derive(Debug)]
 struct Entries<T> {
-    by_rank: BTreeMap<Rank, Entry<T>>,
+    by_rank: BTreeMap<LaneRank, QueuedWork<T>>,
     /// By order of arrival; an entry that was moved has a later number.
-    by_age: BTreeMap<(Instant, u64), Rank>,
+    by_age: BTreeMap<(Instant, u64), LaneRank>,
 }
 
-impl<T> Default for Queue<T> {
+impl<T> Default for WorkQueue<T> {
     fn default() -> Self {
         Self {
             lanes: BTreeMap::new(),
@@ -79,17 +79,17 @@ impl<T> Default for Queue<T> {
     }
 }
 
-impl<T> Queue<T> {
+impl<T> WorkQueue<T> {
     /// How many wait in a class.
     #[must_use]
-    pub fn len_of(&self, class: Class) -> usize {
+    pub fn len_of(&self, class: Priority) -> usize {
         let lanes = self.lanes.iter().filter(|((of, _), _)| *of == class);
         lanes.map(|(_, entries)| entries.by_rank.len()).sum()
     }
 
     /// How many wait in one lane.
     #[must_use]
-    pub fn len_in(&self, class: Class, graph: Graph) -> usize {
+    pub fn len_in(&self, class: Priority, graph: Graph) -> usize {
         self.lanes
             .get(&(class, graph))
             .map_or(0, |lane| lane.by_rank.len())
@@ -102,19 +102,19 @@ impl<T> Queue<T> {
     }
 
     /// Where an entry with this deadline would stand if it came now.
-    fn rank(&self, arrived: Instant, deadline: Option<Instant>) -> Rank {
+    fn rank(&self, arrived: Instant, deadline: Option<Instant>) -> LaneRank {
         let patience = arrived + PATIENCE;
-        Rank {
+        LaneRank {
             due: deadline.map_or(patience, |deadline| deadline.min(patience)),
             seq: self.next_seq,
         }
     }
 
     /// Adds an entry to its lane.
-    pub fn push(&mut self, class: Class, graph: Graph, entry: Entry<T>) -> Place {
+    pub fn push(&mut self, class: Priority, graph: Graph, entry: QueuedWork<T>) -> QueuePosition {
         let rank = self.rank(entry.arrived, entry.deadline);
         self.next_seq += 1;
-        let place = Place { class, graph, rank };
+        let place = QueuePosition { class, graph, rank };
         if let Some(deadline) = entry.deadline {
             self.deadlines.insert((deadline, rank.seq), place);
         }
@@ -128,7 +128,7 @@ impl<T> Queue<T> {
     }
 
     /// Takes an entry out from wherever it stands.
-    pub fn remove(&mut self, place: &Place) -> Option<Entry<T>> {
+    pub fn remove(&mut self, place: &QueuePosition) -> Option<QueuedWork<T>> {
         let lane = self.lanes.get_mut(&(place.class, place.graph))?;
         let entry = lane.by_rank.remove(&place.rank)?;
         lane.by_age.remove(&(entry.arrived, place.rank.seq));
@@ -139,21 +139,21 @@ impl<T> Queue<T> {
     }
 
     /// Takes the first entry of a lane.
-    pub fn pop(&mut self, class: Class, graph: Graph) -> Option<Entry<T>> {
+    pub fn pop(&mut self, class: Priority, graph: Graph) -> Option<QueuedWork<T>> {
         let lane = self.lanes.get(&(class, graph))?;
         let (&rank, _) = lane.by_rank.first_key_value()?;
-        self.remove(&Place { class, graph, rank })
+        self.remove(&QueuePosition { class, graph, rank })
     }
 
     /// The lanes in which something waits.
     #[must_use]
-    pub fn lanes(&self) -> Vec<Lane> {
+    pub fn lanes(&self) -> Vec<LaneView> {
         self.lanes
             .iter()
             .filter_map(|(&(class, graph), entries)| {
                 let (&first, _) = entries.by_rank.first_key_value()?;
                 let (&(oldest, _), _) = entries.by_age.first_key_value()?;
-                Some(Lane {
+                Some(LaneView {
                     class,
                     graph,
                     len: entries.by_rank.len(),
@@ -166,7 +166,7 @@ impl<T> Queue<T> {
 
     /// The deadline of the first entry of a lane.
     #[must_use]
-    pub fn first_deadline(&self, class: Class, graph: Graph) -> Option<Instant> {
+    pub fn first_deadline(&self, class: Priority, graph: Graph) -> Option<Instant> {
         let lane = self.lanes.get(&(class, graph))?;
         lane.by_rank.first_key_value()?.1.deadline
     }
@@ -175,7 +175,7 @@ impl<T> Queue<T> {
     #[must_use]
     pub fn ahead(
         &self,
-        class: Class,
+        class: Priority,
         graph: Graph,
         arrived: Instant,
         deadline: Option<Instant>,
@@ -195,7 +195,7 @@ impl<T> Queue<T> {
 
     /// Where the entries stand whose deadline has passed.
     #[must_use]
-    pub fn expired(&self, now: Instant) -> Vec<Place> {
+    pub fn expired(&self, now: Instant) -> Vec<QueuePosition> {
         self.deadlines
             .range(..=(now, u64::MAX))
             .map(|(_, &place)| place)
@@ -204,19 +204,19 @@ impl<T> Queue<T> {
 
     /// Where all entries stand.
     #[must_use]
-    pub fn places(&self) -> Vec<Place> {
-        let places = |(&(class, graph), lane): (&(Class, Graph), &Entries<T>)| {
-            let ranks: Vec<Rank> = lane.by_rank.keys().copied().collect();
+    pub fn places(&self) -> Vec<QueuePosition> {
+        let places = |(&(class, graph), lane): (&(Priority, Graph), &Entries<T>)| {
+            let ranks: Vec<LaneRank> = lane.by_rank.keys().copied().collect();
             ranks
                 .into_iter()
-                .map(move |rank| Place { class, graph, rank })
+                .map(move |rank| QueuePosition { class, graph, rank })
         };
         self.lanes.iter().flat_map(places).collect()
     }
 
     /// An entry where it stands.
     #[must_use]
-    pub fn get(&self, place: &Place) -> Option<&Entry<T>> {
+    pub fn get(&self, place: &QueuePosition) -> Option<&QueuedWork<T>> {
         let lane = self.lanes.get(&(place.class, place.graph))?;
         lane.by_rank.get(&place.rank)
     }
@@ -225,12 +225,12 @@ impl<T> Queue<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Class::{Bulk, Interactive};
+    use Priority::{Bulk, Interactive};
 
     const GRAPH: Graph = Graph::Hidden;
 
-    fn entry(item: u32, arrived: Instant, deadline: Option<Instant>) -> Entry<u32> {
-        Entry {
+    fn entry(item: u32, arrived: Instant, deadline: Option<Instant>) -> QueuedWork<u32> {
+        QueuedWork {
             item,
             arrived,
             deadline,
@@ -241,7 +241,7 @@ mod tests {
     fn the_earliest_deadline_goes_first_and_equals_in_order() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut queue = Queue::default();
+        let mut queue = WorkQueue::default();
         for (item, arrived, deadline) in [
             (1, 0, None),
             (2, 1, None),
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn nothing_overtakes_for_ever() {
         let start = Instant::now();
-        let mut queue = Queue::default();
+        let mut queue = WorkQueue::default();
         queue.push(Bulk, GRAPH, entry(0, start, None));
         // A stream of urgent work: after `PATIENCE` even it comes later.
         let late = start + PATIENCE + Duration::from_secs(1);
@@ -283,7 +283,7 @@ mod tests {
     fn the_oldest_stays_so_when_it_moves() {
         let start = Instant::now();
         let later = start + Duration::from_secs(1);
-        let mut queue = Queue::default();
+        let mut queue = WorkQueue::default();
         let first = queue.push(Bulk, GRAPH, entry(1, start, None));
         queue.push(Bulk, GRAPH, entry(2, later, None));
         let moved = queue.remove(&first).expect("it waits");
@@ -297,7 +297,7 @@ mod tests {
     fn entries_leave_from_the_middle() {
         let start = Instant::now();
         let deadline = start + Duration::from_secs(1);
-        let mut queue = Queue::default();
+        let mut queue = WorkQueue::default();
         let first = queue.push(Interactive, GRAPH, entry(1, start, None));
         let second = queue.push(Interactive, GRAPH, entry(2, start, Some(deadline)));
         assert_eq!(queue.places().len(), 2);

@@ -8,21 +8,21 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
-use super::policy::{Decision, Ledger, Policy};
-use super::queue::{Entry, Lane, Place, Queue};
+use super::policy::{BulkLedger, Decision, Policy};
+use super::queue::{LaneView, QueuePosition, QueuedWork, WorkQueue};
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::metrics::Close;
+use crate::serve::metrics::BatchClose;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Scheduler<T> {
-    pub queue: Queue<T>,
+    pub queue: WorkQueue<T>,
     pub pace: Pace,
     policy: Policy,
     /// What bulk is owed of the time of all engines together.
-    ledger: Ledger,
+    ledger: BulkLedger,
     /// Those that live.
     engines: BTreeMap<DeviceIdx, Engine>,
 }
@@ -36,12 +36,12 @@ struct Engine {
     running: Option<Running>,
     /// The class in which both a batch and a step wait for it, and by how much of
     /// its time, in seconds, batches are ahead of steps since then.
-    contended: Option<(Class, f64)>,
+    contended: Option<(Priority, f64)>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Running {
-    class: Class,
+    class: Priority,
     is_step: bool,
     bulk_waits: bool,
     started: Instant,
@@ -55,7 +55,7 @@ struct Running {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Steps {
     /// The most urgent class among them.
-    pub class: Class,
+    pub class: Priority,
     /// Whether there are any of bulk.
     pub bulk: bool,
     /// When the last step was made, or the first of them came.
@@ -64,7 +64,7 @@ pub struct Steps {
 
 /// What to do with an engine that is free.
 #[derive(Debug)]
-pub enum Next<T> {
+pub enum NextTurn<T> {
     Idle,
     WaitUntil(Instant),
     Run(Picked<T>),
@@ -75,16 +75,16 @@ pub enum Next<T> {
 /// A batch, and those for whom it came too late.
 #[derive(Debug)]
 pub struct Picked<T> {
-    pub class: Class,
+    pub class: Priority,
     pub graph: Graph,
     pub bucket: usize,
-    pub close: Close,
+    pub close: BatchClose,
     /// Since when an engine that was free could have run something.
     pub possible_since: Instant,
     /// At most `bucket`; none if all were too late.
-    pub rows: Vec<Entry<T>>,
+    pub rows: Vec<QueuedWork<T>>,
     /// Whose deadline comes before the run can end.
-    pub late: Vec<Entry<T>>,
+    pub late: Vec<QueuedWork<T>>,
     /// What the run takes at least, by what was measured.
     pub needed: Duration,
 }
@@ -102,10 +102,10 @@ impl<T> Scheduler<T> {
             (DeviceIdx(idx), engine)
         };
         Self {
-            queue: Queue::default(),
+            queue: WorkQueue::default(),
             pace: Pace::default(),
             policy,
-            ledger: Ledger::default(),
+            ledger: BulkLedger::default(),
             engines: (0..n_engines).map(engine).collect(),
         }
     }
@@ -143,12 +143,12 @@ impl<T> Scheduler<T> {
         now: Instant,
         draining: bool,
         steps: Option<Steps>,
-    ) -> Next<T> {
+    ) -> NextTurn<T> {
         let largest = self.largest(device);
         // What bulk is having elsewhere is paid when that ends.
         let in_advance = self.bulk_at_engines();
         let lanes = self.queue.lanes();
-        let bulk = lanes.iter().filter(|lane| lane.class == Class::Bulk);
+        let bulk = lanes.iter().filter(|lane| lane.class == Priority::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
             let bucket = self.bucket(lane.graph, lane.len, largest, now);
             // What was never seen to run is not owed on account.
@@ -163,16 +163,16 @@ impl<T> Scheduler<T> {
             && self.step_goes_first(device, decision, steps, bulk_owed, now)
         {
             self.begin_step(device, steps, now);
-            return Next::Step;
+            return NextTurn::Step;
         }
         match decision {
-            Decision::Idle => Next::Idle,
-            Decision::WaitUntil(at) => Next::WaitUntil(at),
+            Decision::Idle => NextTurn::Idle,
+            Decision::WaitUntil(at) => NextTurn::WaitUntil(at),
             Decision::Flush(class, graph, close) => {
                 let bulk_steps = steps.is_some_and(|steps| steps.bulk);
                 let mut picked = self.pick(device, class, graph, close, bulk_steps, now);
                 picked.possible_since = self.possible_since(&lanes, steps, &picked, now);
-                Next::Run(picked)
+                NextTurn::Run(picked)
             }
         }
     }
@@ -182,7 +182,7 @@ impl<T> Scheduler<T> {
     /// is full.
     fn possible_since(
         &self,
-        lanes: &[Lane],
+        lanes: &[LaneView],
         steps: Option<Steps>,
         picked: &Picked<T>,
         now: Instant,
@@ -191,14 +191,14 @@ impl<T> Scheduler<T> {
         let delayed = delayed.map(|lane| lane.oldest + self.policy.max_queue_delay);
         let stepped = steps.map(|steps| steps.since);
         let last = picked.rows.iter().map(|row| row.arrived).max();
-        let full = last.filter(|_| picked.close == Close::Full);
+        let full = last.filter(|_| picked.close == BatchClose::Full);
         let first = delayed.chain(stepped).chain(full).min();
         first.map_or(now, |since| since.min(now))
     }
 
     fn decide(
         &self,
-        lanes: &[Lane],
+        lanes: &[LaneView],
         largest: usize,
         now: Instant,
         draining: bool,
@@ -213,7 +213,7 @@ impl<T> Scheduler<T> {
     /// Engine time that runs of bulk are about to take.
     fn bulk_at_engines(&self) -> Duration {
         let running = self.engines.values().filter_map(|engine| engine.running);
-        let bulk = running.filter(|running| running.class == Class::Bulk);
+        let bulk = running.filter(|running| running.class == Priority::Bulk);
         bulk.map(|running| running.typical).sum()
     }
 
@@ -253,8 +253,8 @@ impl<T> Scheduler<T> {
             return true;
         };
         match (steps.class, class) {
-            (Class::Interactive, Class::Bulk) => !bulk_owed,
-            (Class::Bulk, Class::Interactive) => {
+            (Priority::Interactive, Priority::Bulk) => !bulk_owed,
+            (Priority::Bulk, Priority::Interactive) => {
                 let cost = self.pace.floor(Graph::Generate, now).unwrap_or_default();
                 let cost = self.bulk_at_engines() + cost;
                 self.ledger
@@ -274,7 +274,7 @@ impl<T> Scheduler<T> {
         self.ledger.served(steps.class, now);
         let least = self.pace.floor(Graph::Generate, now).unwrap_or_default();
         let bulk_waits =
-            steps.bulk && steps.class != Class::Bulk || self.queue.len_of(Class::Bulk) > 0;
+            steps.bulk && steps.class != Priority::Bulk || self.queue.len_of(Priority::Bulk) > 0;
         if let Some(engine) = self.engines.get_mut(&device) {
             engine.running = Some(Running {
                 class: steps.class,
@@ -294,9 +294,9 @@ impl<T> Scheduler<T> {
     fn pick(
         &mut self,
         device: DeviceIdx,
-        class: Class,
+        class: Priority,
         graph: Graph,
-        close: Close,
+        close: BatchClose,
         bulk_steps: bool,
         now: Instant,
     ) -> Picked<T> {
@@ -312,8 +312,8 @@ impl<T> Scheduler<T> {
         }
         let len = self.queue.len_in(class, graph).max(1);
         let mut bucket = self.bucket(graph, len, largest, now);
-        if class == Class::Interactive {
-            let bulk = self.queue.len_in(Class::Bulk, graph);
+        if class == Priority::Interactive {
+            let bulk = self.queue.len_in(Priority::Bulk, graph);
             bucket = self
                 .policy
                 .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
@@ -337,12 +337,12 @@ impl<T> Scheduler<T> {
         if !rows.is_empty() {
             // Rows that would be padding are free for the other class.
             let other = match class {
-                Class::Interactive => Class::Bulk,
-                Class::Bulk => Class::Interactive,
+                Priority::Interactive => Priority::Bulk,
+                Priority::Bulk => Priority::Interactive,
             };
             self.fill(other, graph, bucket, now, &mut rows);
             self.ledger.served(class, now);
-            let bulk_waits = bulk_steps || self.queue.len_of(Class::Bulk) > 0;
+            let bulk_waits = bulk_steps || self.queue.len_of(Priority::Bulk) > 0;
             let least = self.pace.at_least(graph, bucket, now).unwrap_or_default();
             let typical = self.pace.typical(graph, bucket).unwrap_or_default();
             if let Some(engine) = self.engines.get_mut(&device) {
@@ -373,11 +373,11 @@ impl<T> Scheduler<T> {
     /// does not serve in time another may: a smaller one, or another engine's.
     fn fill(
         &mut self,
-        class: Class,
+        class: Priority,
         graph: Graph,
         bucket: usize,
         now: Instant,
-        rows: &mut Vec<Entry<T>>,
+        rows: &mut Vec<QueuedWork<T>>,
     ) {
         while rows.len() < bucket {
             let deadline = self.queue.first_deadline(class, graph);
@@ -403,7 +403,7 @@ impl<T> Scheduler<T> {
         };
         if let Some(running) = engine.running.take() {
             let elapsed = now.saturating_duration_since(running.started);
-            let bulk_waits = running.bulk_waits || self.queue.len_of(Class::Bulk) > 0;
+            let bulk_waits = running.bulk_waits || self.queue.len_of(Priority::Bulk) > 0;
             self.ledger
                 .ran(&self.policy, running.class, elapsed, bulk_waits);
             if let Some((class, ahead)) = &mut engine.contended
@@ -422,7 +422,7 @@ impl<T> Scheduler<T> {
     #[must_use]
     pub fn too_late(
         &self,
-        class: Class,
+        class: Priority,
         graph: Graph,
         deadline: Instant,
         now: Instant,
@@ -461,12 +461,12 @@ impl<T> Scheduler<T> {
     /// Moves an entry to where it stands with this class and deadline.
     pub fn promote(
         &mut self,
-        place: &Place,
-        class: Class,
+        place: &QueuePosition,
+        class: Priority,
         deadline: Option<Instant>,
-    ) -> Option<Place> {
+    ) -> Option<QueuePosition> {
         let entry = self.queue.remove(place)?;
-        let entry = Entry { deadline, ..entry };
+        let entry = QueuedWork { deadline, ..entry };
         Some(self.queue.push(class, place.graph, entry))
     }
 }

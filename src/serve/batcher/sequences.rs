@@ -8,19 +8,19 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::queue::{Entry, Queue};
+use super::queue::{QueuedWork, WorkQueue};
 use super::scheduler::Steps;
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::error::{Error, Stage};
+use crate::serve::error::{Error, RequestStage};
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::Sequences;
+use crate::serve::turn::SequenceCounts;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Waiting {
-    queue: Queue<Sequence>,
+pub(super) struct WaitingSequences {
+    queue: WorkQueue<Sequence>,
     engines: BTreeMap<DeviceIdx, AtEngine>,
     reserve_percent: u8,
     /// The longest that bulk waits for a slot while interactive ones take all that
@@ -33,15 +33,15 @@ pub(super) struct Waiting {
 /// Those that an engine has.
 #[derive(Debug, Default)]
 struct AtEngine {
-    sequences: Sequences,
+    sequences: SequenceCounts,
     /// When its last step was decided on.
     stepped_at: Option<Instant>,
 }
 
-impl Waiting {
+impl WaitingSequences {
     pub(super) fn new(reserve_percent: u8, bulk_wait_max: Duration) -> Self {
         Self {
-            queue: Queue::default(),
+            queue: WorkQueue::default(),
             engines: BTreeMap::new(),
             reserve_percent,
             bulk_wait_max,
@@ -51,7 +51,7 @@ impl Waiting {
 
     pub(super) fn push(&mut self, sequence: Sequence, now: Instant) {
         let (class, deadline) = (sequence.ticket.class, sequence.ticket.deadline);
-        let entry = Entry {
+        let entry = QueuedWork {
             arrived: now,
             deadline,
             item: sequence,
@@ -60,7 +60,7 @@ impl Waiting {
     }
 
     /// An engine has told whom it has.
-    pub(super) fn at_engine(&mut self, device: DeviceIdx, sequences: Sequences) {
+    pub(super) fn at_engine(&mut self, device: DeviceIdx, sequences: SequenceCounts) {
         self.engines.entry(device).or_default().sequences = sequences;
     }
 
@@ -70,15 +70,15 @@ impl Waiting {
     }
 
     /// How many of a class wait.
-    pub(super) fn len_of(&self, class: Class) -> usize {
+    pub(super) fn len_of(&self, class: Priority) -> usize {
         self.queue.len_of(class)
     }
 
     /// How many of a class there is room for at an engine.
-    fn room(&self, class: Class, at: Sequences) -> usize {
+    fn room(&self, class: Priority, at: SequenceCounts) -> usize {
         match class {
-            Class::Interactive => at.n_free,
-            Class::Bulk => {
+            Priority::Interactive => at.n_free,
+            Priority::Bulk => {
                 let n_slots = at.n_free + at.interactive + at.bulk;
                 // All but the reserve, but one at least.
                 let reserved = n_slots * usize::from(self.reserve_percent) / 100;
@@ -91,11 +91,11 @@ impl Waiting {
     /// How many of a class that wait are this engine's: what brings it up to the
     /// mean of those that have room. One of them is below it, so nobody waits
     /// though there is room, except until that engine is free.
-    fn share(&self, class: Class, device: DeviceIdx) -> usize {
+    fn share(&self, class: Priority, device: DeviceIdx) -> usize {
         let Some(engine) = self.engines.get(&device) else {
             return 0;
         };
-        let n_there = |at: Sequences| at.interactive + at.bulk;
+        let n_there = |at: SequenceCounts| at.interactive + at.bulk;
         let with_room = || {
             let all = self.engines.values().map(|engine| engine.sequences);
             all.filter(|&at| self.room(class, at) > 0)
@@ -118,11 +118,11 @@ impl Waiting {
             let lane = lanes.find(|lane| lane.class == class)?;
             (self.share(class, device) > 0).then_some(lane.oldest)
         };
-        let interactive = sequences.interactive > 0 || oldest(Class::Interactive).is_some();
-        let bulk = sequences.bulk > 0 || oldest(Class::Bulk).is_some();
+        let interactive = sequences.interactive > 0 || oldest(Priority::Interactive).is_some();
+        let bulk = sequences.bulk > 0 || oldest(Priority::Bulk).is_some();
         let class = match (interactive, bulk) {
-            (true, _) => Class::Interactive,
-            (false, true) => Class::Bulk,
+            (true, _) => Priority::Interactive,
+            (false, true) => Priority::Bulk,
             (false, false) => return None,
         };
         // Whoever is at the engine waits since the last step.
@@ -138,10 +138,10 @@ impl Waiting {
     /// Takes out those who join this engine's next step.
     pub(super) fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
         let mut joining = Vec::new();
-        if self.bulk_is_owed(now) && self.share(Class::Bulk, device) > 0 {
-            joining.extend(self.join_one(Class::Bulk, device, now));
+        if self.bulk_is_owed(now) && self.share(Priority::Bulk, device) > 0 {
+            joining.extend(self.join_one(Priority::Bulk, device, now));
         }
-        for class in Class::ALL {
+        for class in Priority::ALL {
             for _ in 0..self.share(class, device) {
                 joining.extend(self.join_one(class, device, now));
             }
@@ -152,14 +152,14 @@ impl Waiting {
         joining
     }
 
-    fn join_one(&mut self, class: Class, device: DeviceIdx, now: Instant) -> Option<Sequence> {
+    fn join_one(&mut self, class: Priority, device: DeviceIdx, now: Instant) -> Option<Sequence> {
         let engine = self.engines.get_mut(&device)?;
         let entry = self.queue.pop(class, Graph::Generate)?;
         let at = &mut engine.sequences;
         at.n_free = at.n_free.saturating_sub(1);
         match class {
-            Class::Interactive => at.interactive += 1,
-            Class::Bulk => {
+            Priority::Interactive => at.interactive += 1,
+            Priority::Bulk => {
                 at.bulk += 1;
                 self.bulk_joined_at = Some(now);
             }
@@ -170,7 +170,7 @@ impl Waiting {
     /// Whether one of bulk has waited so long that it goes before interactive ones.
     fn bulk_is_owed(&self, now: Instant) -> bool {
         let lanes = self.queue.lanes();
-        let Some(lane) = lanes.iter().find(|lane| lane.class == Class::Bulk) else {
+        let Some(lane) = lanes.iter().find(|lane| lane.class == Priority::Bulk) else {
             return false;
         };
         let since = (self.bulk_joined_at).map_or(lane.oldest, |at| at.max(lane.oldest));
@@ -186,7 +186,7 @@ impl Waiting {
         for place in self.queue.expired(now) {
             if let Some(entry) = self.queue.remove(&place) {
                 let error = Error::DeadlineExceeded {
-                    stage: Stage::Queue,
+                    stage: RequestStage::Queue,
                 };
                 dropped(&error);
                 entry.item.finish(Err(error));
@@ -200,7 +200,7 @@ impl Waiting {
             let dead = self
                 .queue
                 .get(&place)
-                .and_then(|entry| entry.item.ticket.dead(now, Stage::Queue));
+                .and_then(|entry| entry.item.ticket.dead(now, RequestStage::Queue));
             if let Some(error) = dead
                 && let Some(entry) = self.queue.remove(&place)
             {
@@ -223,7 +223,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::generate::{Generate, Keep};
+    use crate::serve::generate::{GenerateRequest, KeptPixels};
     use crate::serve::job::{Permit, Reply, Ticket};
     use crate::serve::sequence::Sampling;
 
@@ -231,7 +231,7 @@ mod tests {
     const OTHER: DeviceIdx = DeviceIdx(1);
     const BULK_WAIT_MAX: Duration = Duration::from_secs(5);
 
-    fn push(waiting: &mut Waiting, class: Class, n: usize) {
+    fn push(waiting: &mut WaitingSequences, class: Priority, n: usize) {
         let now = Instant::now();
         for _ in 0..n {
             let ticket = Ticket {
@@ -242,8 +242,8 @@ mod tests {
                 reply: Reply::new().0,
                 permit: Permit::none(),
             };
-            let generate = Generate {
-                keep: Keep::All,
+            let generate = GenerateRequest {
+                keep: KeptPixels::All,
                 sampling: Sampling::greedy(),
                 sample: 0,
                 rows: None,
@@ -253,8 +253,8 @@ mod tests {
         }
     }
 
-    fn at(n_free: usize, interactive: usize) -> Sequences {
-        Sequences {
+    fn at(n_free: usize, interactive: usize) -> SequenceCounts {
+        SequenceCounts {
             n_free,
             interactive,
             bulk: 0,
@@ -264,21 +264,21 @@ mod tests {
     #[test]
     fn those_that_wait_are_shared_out_among_engines_with_room() {
         let now = Instant::now();
-        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
-        push(&mut waiting, Class::Interactive, 3);
+        let mut waiting = WaitingSequences::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Priority::Interactive, 3);
         assert!(waiting.steps(ONE).is_none(), "it has not said what it has");
         waiting.at_engine(ONE, at(4, 0));
         waiting.at_engine(OTHER, at(4, 0));
         assert_eq!(waiting.join(ONE, now).len(), 2);
         assert_eq!(waiting.join(OTHER, now).len(), 1);
         // The one with fewer takes the next.
-        push(&mut waiting, Class::Interactive, 1);
+        push(&mut waiting, Priority::Interactive, 1);
         assert_eq!(waiting.join(ONE, now).len(), 0);
         assert!(waiting.steps(ONE).is_some(), "for those that it has");
         assert_eq!(waiting.join(OTHER, now).len(), 1);
         // The one that is full leaves all to the other.
         waiting.at_engine(OTHER, at(0, 4));
-        push(&mut waiting, Class::Interactive, 5);
+        push(&mut waiting, Priority::Interactive, 5);
         assert_eq!(waiting.join(OTHER, now).len(), 0);
         assert_eq!(
             waiting.join(ONE, now).len(),
@@ -295,30 +295,30 @@ mod tests {
     #[test]
     fn bulk_leaves_a_part_of_each_engine_alone() {
         let now = Instant::now();
-        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
-        push(&mut waiting, Class::Bulk, 9);
+        let mut waiting = WaitingSequences::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Priority::Bulk, 9);
         for device in [ONE, OTHER] {
             waiting.at_engine(device, at(4, 0));
         }
         for device in [ONE, OTHER] {
             assert_eq!(waiting.join(device, now).len(), 3);
         }
-        push(&mut waiting, Class::Interactive, 1);
+        push(&mut waiting, Priority::Interactive, 1);
         assert_eq!(waiting.join(OTHER, now).len(), 1);
-        assert_eq!(waiting.len_of(Class::Bulk), 3);
+        assert_eq!(waiting.len_of(Priority::Bulk), 3);
     }
 
     #[test]
     fn bulk_gets_a_slot_beside_interactive_ones_that_never_end() {
-        let mut waiting = Waiting::new(25, BULK_WAIT_MAX);
-        push(&mut waiting, Class::Bulk, 3);
+        let mut waiting = WaitingSequences::new(25, BULK_WAIT_MAX);
+        push(&mut waiting, Priority::Bulk, 3);
         let mut now = Instant::now();
         let mut joined = Vec::new();
         for second in 0..20 {
-            push(&mut waiting, Class::Interactive, 2);
+            push(&mut waiting, Priority::Interactive, 2);
             // One is done each second.
             let bulk = joined.len();
-            let at = Sequences {
+            let at = SequenceCounts {
                 n_free: 1,
                 interactive: 3 - bulk,
                 bulk,
@@ -326,7 +326,7 @@ mod tests {
             waiting.at_engine(ONE, at);
             let joining = waiting.join(ONE, now);
             assert_eq!(joining.len(), 1);
-            if joining[0].ticket.class == Class::Bulk {
+            if joining[0].ticket.class == Priority::Bulk {
                 joined.push(second);
             }
             now += Duration::from_secs(1);

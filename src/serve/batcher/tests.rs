@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::policy::Policy;
-use super::{Arrival, Batcher, Channels, HangUp, Line, Shared};
+use super::{Batcher, BatcherParts, Channels, EngineLine, HangUp, PreparedWork};
 use crate::engine::Engine;
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::model::buckets::Buckets;
 use crate::model::graph::{Context, Want};
-use crate::serve::cache::Cache;
-use crate::serve::capacity::{DrainRate, Pool};
-use crate::serve::class::Class;
-use crate::serve::devices::{DeviceIdx, State};
-use crate::serve::devices::{Devices, Reports};
+use crate::serve::cache::AnswerCache;
+use crate::serve::capacity::{CapacityPool, DrainRate};
+use crate::serve::class::Priority;
+use crate::serve::devices::{DeviceIdx, WorkerState};
+use crate::serve::devices::{DeviceReports, DeviceStates};
 use crate::serve::engine_thread;
 use crate::serve::engine_thread::Runner;
 use crate::serve::error::Error;
-use crate::serve::generate::{Generate, Keep};
-use crate::serve::job::{Answer, Job, Permit, Reply, Ticket, Work};
+use crate::serve::generate::{GenerateRequest, KeptPixels};
+use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::{Sampling, Sequence};
 
@@ -34,10 +34,10 @@ const COLORS: u16 = 64;
 fn job(
     token: u16,
     want: Option<Want>,
-    class: Class,
+    class: Priority,
     deadline: Option<Instant>,
     permit: Permit,
-) -> (Arrival, Outcome) {
+) -> (PreparedWork, Outcome) {
     let (reply, outcome) = Reply::new();
     let ticket = Ticket {
         class,
@@ -48,24 +48,24 @@ fn job(
         permit,
     };
     let Some(want) = want else {
-        let generate = Generate {
-            keep: Keep::All,
+        let generate = GenerateRequest {
+            keep: KeptPixels::All,
             sampling: Sampling::greedy(),
             sample: 0,
             rows: None,
         };
         let sequence = Sequence::new(ticket, Box::new(generate), &[token], 2, COLORS);
-        return (Arrival::Sequence(sequence), outcome);
+        return (PreparedWork::Sequence(sequence), outcome);
     };
     let job = Job {
         payload: vec![token; 4].into(),
-        work: Work::Infer {
+        work: RequestedWork::Infer {
             context: Context::Raw,
             want,
         },
         ticket,
     };
-    (Arrival::Row(job), outcome)
+    (PreparedWork::Row(job), outcome)
 }
 
 /// How the callers of one thread fared.
@@ -83,9 +83,9 @@ struct Tally {
 
 /// A batcher with an engine for each script.
 struct Running {
-    jobs: crossbeam_channel::Sender<Arrival>,
+    jobs: crossbeam_channel::Sender<PreparedWork>,
     bell: crossbeam_channel::Sender<()>,
-    devices: watch::Receiver<Devices>,
+    devices: watch::Receiver<DeviceStates>,
     drain: DrainRate,
     metrics: Metrics,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -113,7 +113,7 @@ impl Running {
     }
 
     /// In good order.
-    fn end(self) -> watch::Receiver<Devices> {
+    fn end(self) -> watch::Receiver<DeviceStates> {
         drop((self.jobs, self.bell));
         for thread in self.threads {
             thread.join().expect("no panic");
@@ -136,9 +136,9 @@ fn policy(buckets: &Buckets) -> Policy {
     }
 }
 
-fn shared(metrics: &Metrics) -> Shared {
-    Shared {
-        cache: Cache::new(0),
+fn shared(metrics: &Metrics) -> BatcherParts {
+    BatcherParts {
+        cache: AnswerCache::new(0),
         drain: DrainRate::default(),
         interactive_reserve: 25,
         metrics: metrics.clone(),
@@ -152,11 +152,11 @@ fn start(scripts: Vec<Script>) -> Running {
     let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
     let metrics = Metrics::new().expect("metrics");
     let ids = (0..).take(scripts.len());
-    let (reports, devices) = Reports::new(ids, metrics.clone());
+    let (reports, devices) = DeviceReports::new(ids, metrics.clone());
     let buckets = Buckets::powers_of_two(8);
     let (policy, shared) = (policy(&buckets), shared(&metrics));
     let drain = shared.drain.clone();
-    let (lines, ends): (Vec<_>, Vec<_>) = scripts.iter().map(|_| Line::new()).unzip();
+    let (lines, ends): (Vec<_>, Vec<_>) = scripts.iter().map(|_| EngineLine::new()).unzip();
     let batcher = Batcher::new(policy, lines, shared);
     let mut threads = Vec::new();
     for (((idx, script), id), (turns, stop)) in scripts.into_iter().enumerate().zip(0..).zip(ends) {
@@ -168,7 +168,7 @@ fn start(scripts: Vec<Script>) -> Running {
             buckets: buckets.clone(),
             canary_interval: None,
             stop,
-            cache: Cache::new(0),
+            cache: AnswerCache::new(0),
             metrics: metrics.clone(),
             gap: metrics.engine_gap(id),
             reports: reports.clone(),
@@ -214,8 +214,8 @@ fn storm(
     scripts: Vec<Script>,
     n_jobs: u64,
     also: impl FnOnce(&Running) + Send,
-) -> (Tally, watch::Receiver<Devices>) {
-    let pool = Pool::new(256, 0);
+) -> (Tally, watch::Receiver<DeviceStates>) {
+    let pool = CapacityPool::new(256, 0);
     let running = start(scripts);
     let mut all = Tally::default();
     std::thread::scope(|scope| {
@@ -253,7 +253,7 @@ fn everyone_is_answered_once_whoever_leaves() {
         let scripts = std::iter::repeat_with(script).take(n_engines).collect();
         let (all, devices) = storm(scripts, 125_000, |_| {});
         assert_eq!(all.refused, 0, "{all:?}");
-        assert!(matches!(devices.borrow().state(), State::Stopped));
+        assert!(matches!(devices.borrow().state(), WorkerState::Stopped));
     }
 }
 
@@ -282,12 +282,18 @@ fn everyone_is_answered_once_whichever_engine_dies() {
         assert!(all.refused <= DEATHS * 64, "{all:?}");
         let devices = devices.borrow();
         assert_eq!(devices.failure(), None);
-        assert!(matches!(devices.state(), State::Stopped));
+        assert!(matches!(devices.state(), WorkerState::Stopped));
     }
 }
 
-fn row(token: u16) -> (Arrival, Outcome) {
-    job(token, Some(Want::Mean), Class::Bulk, None, Permit::none())
+fn row(token: u16) -> (PreparedWork, Outcome) {
+    job(
+        token,
+        Some(Want::Mean),
+        Priority::Bulk,
+        None,
+        Permit::none(),
+    )
 }
 
 /// Sends rows of these tokens one by one, each after the one before was answered,
@@ -313,7 +319,7 @@ fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<b
 fn who_waits_when_the_batcher_panics_is_told() {
     let metrics = Metrics::new().expect("metrics");
     let policy = policy(&Buckets::powers_of_two(8));
-    let (line, _ends) = Line::new();
+    let (line, _ends) = EngineLine::new();
     let batcher = Batcher::new(policy, vec![line], shared(&metrics));
     let (waiting, mut outcome) = row(1);
     batcher.lock().push(waiting);
@@ -336,11 +342,14 @@ fn what_ends_an_engine_is_not_given_to_the_next_one() {
     let expected = [true, true, true, false, true, true, true, false, true];
     assert_eq!(got, expected);
     running.until_serving(1);
-    assert!(matches!(running.devices.borrow().state(), State::Ready(_)));
+    assert!(matches!(
+        running.devices.borrow().state(),
+        WorkerState::Ready(_)
+    ));
     // The last one goes, and with it everything.
     assert_eq!(one_by_one(&running, [13, 8, 9]), [false; 3]);
     let devices = running.end();
-    assert!(matches!(devices.borrow().state(), State::Failed(_)));
+    assert!(matches!(devices.borrow().state(), WorkerState::Failed(_)));
 }
 
 #[test]
@@ -406,9 +415,9 @@ fn the_rate_is_that_of_all_engines_that_live() {
 fn caller(
     seed: u64,
     n_jobs: u64,
-    jobs_in: &crossbeam_channel::Sender<Arrival>,
+    jobs_in: &crossbeam_channel::Sender<PreparedWork>,
     bell: &crossbeam_channel::Sender<()>,
-    pool: &Pool,
+    pool: &CapacityPool,
 ) -> Tally {
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -421,7 +430,7 @@ fn caller(
     let mut open = std::collections::VecDeque::new();
     for _ in 0..n_jobs {
         let share = loop {
-            if let Some(share) = pool.try_take(Class::Interactive, 1) {
+            if let Some(share) = pool.try_take(Priority::Interactive, 1) {
                 break share;
             }
             match open.pop_front() {
@@ -437,7 +446,7 @@ fn caller(
         let token = u16::try_from(bits % 64).expect("small");
         let want = WORK[usize::from(bits >> 8 & 1 == 1)];
         let want = (bits >> 32 & 15 != 0).then_some(want);
-        let class = Class::ALL[usize::from(bits >> 9 & 1 == 1)];
+        let class = Priority::ALL[usize::from(bits >> 9 & 1 == 1)];
         let deadline = match bits >> 10 & 7 {
             0 => Some(Instant::now() + Duration::from_micros(bits >> 20 & 0xff)),
             1 => Some(Instant::now() + Duration::from_mins(1)),

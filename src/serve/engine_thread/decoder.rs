@@ -12,15 +12,15 @@
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
-use crate::engine::{Engine, Feed, FeedRow, SequenceFacts};
+use crate::engine::{Engine, SequenceFacts, SlotFeed, SlotFeedRow};
 use crate::kernels::attention::SharedPrefix;
 use crate::model::buckets::Buckets;
 use crate::runtime::error::EngineError;
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
-use crate::serve::metrics::{Fault, Metrics};
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::metrics::{EngineFault, Metrics};
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::Sequences;
+use crate::serve::turn::SequenceCounts;
 use crate::telemetry::panic_text;
 
 mod prefixes;
@@ -43,7 +43,7 @@ pub(super) struct Decoder {
 
 /// What a step did.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Step {
+pub(super) struct DecoderStep {
     /// The size that it ran at; 0 if it only fed primers.
     pub(super) size: usize,
     /// What it has made, as parts of whole images.
@@ -70,15 +70,15 @@ impl Decoder {
     }
 
     /// Who is there.
-    pub(super) fn sequences(&self) -> Sequences {
+    pub(super) fn sequences(&self) -> SequenceCounts {
         let of = |class| {
             let there = self.slots.iter().flatten();
             there
                 .filter(|sequence| sequence.ticket.class == class)
                 .count()
         };
-        let (interactive, bulk) = (of(Class::Interactive), of(Class::Bulk));
-        Sequences {
+        let (interactive, bulk) = (of(Priority::Interactive), of(Priority::Bulk));
+        SequenceCounts {
             n_free: self.slots.len() - interactive - bulk,
             interactive,
             bulk,
@@ -101,7 +101,7 @@ impl Decoder {
         for slot in &mut self.slots {
             let dead = slot
                 .as_ref()
-                .and_then(|sequence| sequence.ticket.dead(now, Stage::Engine));
+                .and_then(|sequence| sequence.ticket.dead(now, RequestStage::Engine));
             if let Some(error) = dead
                 && let Some(sequence) = slot.take()
             {
@@ -131,7 +131,7 @@ impl Decoder {
     /// # Errors
     ///
     /// What ends the engine; everything else is its sequence's own.
-    pub(super) fn step(&mut self, engine: &mut dyn Engine) -> Result<Step, EngineError> {
+    pub(super) fn step(&mut self, engine: &mut dyn Engine) -> Result<DecoderStep, EngineError> {
         self.sweep(Instant::now());
         self.gather(engine);
         self.share_primers(engine);
@@ -144,7 +144,7 @@ impl Decoder {
             .map(|(idx, _)| idx)
             .collect();
         let Some(&last) = ready.last() else {
-            return Ok(Step {
+            return Ok(DecoderStep {
                 size: 0,
                 images: 0.0,
             });
@@ -175,7 +175,7 @@ impl Decoder {
             }
         }
         self.metrics.generated(ready.len());
-        Ok(Step { size, images })
+        Ok(DecoderStep { size, images })
     }
 
     fn occupied(&self) -> impl Iterator<Item = (usize, &Sequence)> {
@@ -205,14 +205,14 @@ impl Decoder {
         rows: &[(u16, usize)],
         prefixes: &[SharedPrefix],
     ) -> Result<(), EngineError> {
-        let rows: Vec<FeedRow<'_>> = rows
+        let rows: Vec<SlotFeedRow<'_>> = rows
             .iter()
-            .map(|(token, past)| FeedRow {
+            .map(|(token, past)| SlotFeedRow {
                 tokens: std::slice::from_ref(token),
                 past: *past,
             })
             .collect();
-        let feed = Feed {
+        let feed = SlotFeed {
             first_slot,
             rows: &rows,
             prefixes,
@@ -286,11 +286,11 @@ impl Decoder {
         };
         let n = self.chunk.min(sequence.n_to_feed() - 1);
         let tokens: Vec<u16> = sequence.to_feed(n).collect();
-        let row = FeedRow {
+        let row = SlotFeedRow {
             tokens: &tokens,
             past: sequence.n_fed(),
         };
-        let feed = Feed {
+        let feed = SlotFeed {
             first_slot: slot,
             rows: &[row],
             prefixes: &[],
@@ -359,19 +359,19 @@ fn ends_engine(error: &EngineError) -> bool {
     matches!(error, EngineError::Device(_) | EngineError::Panicked(_))
 }
 
-fn fault(error: &EngineError) -> Fault {
+fn fault(error: &EngineError) -> EngineFault {
     match error {
-        EngineError::Device(_) => Fault::Device,
-        EngineError::Panicked(_) => Fault::Panic,
-        EngineError::OutOfMemory(_) => Fault::OutOfMemory,
-        _ => Fault::Run,
+        EngineError::Device(_) => EngineFault::Device,
+        EngineError::Panicked(_) => EngineFault::Panic,
+        EngineError::OutOfMemory(_) => EngineFault::OutOfMemory,
+        _ => EngineFault::Run,
     }
 }
 
 /// Feeds tokens; a panic is an error.
 fn contained(
     engine: &mut dyn Engine,
-    feed: &Feed<'_>,
+    feed: &SlotFeed<'_>,
     logits: &mut Vec<f32>,
 ) -> Result<(), EngineError> {
     let rows = feed.rows;

@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Facts, Feed, Run, Span, Stop, Warm};
+use crate::engine::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun};
 use crate::runtime::error::EngineError;
 use crate::serve::metrics::EngineGap;
 
@@ -40,7 +40,7 @@ impl Metered {
 
     /// Something was run, in a call that began then.
     fn ran(&mut self, called: Instant) {
-        let span = self.engine.last_span().unwrap_or_else(|| Span {
+        let span = self.engine.last_span().unwrap_or_else(|| RunSpan {
             started: called,
             ended: Instant::now(),
         });
@@ -56,22 +56,22 @@ fn gap(ended: Instant, possible_since: Instant, started: Instant) -> Duration {
 }
 
 impl Engine for Metered {
-    fn facts(&self) -> &Facts {
+    fn facts(&self) -> &EngineFacts {
         self.engine.facts()
     }
 
-    fn warm(&self) -> &[Warm] {
+    fn warm(&self) -> &[WarmRun] {
         self.engine.warm()
     }
 
-    fn run(&mut self, run: &Run<'_>, stop: &Stop) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
         let called = Instant::now();
         let outcome = self.engine.run(run, stop);
         self.ran(called);
         outcome
     }
 
-    fn feed(&mut self, feed: &Feed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
         let called = Instant::now();
         let outcome = self.engine.feed(feed, logits);
         self.ran(called);
@@ -89,7 +89,7 @@ impl Engine for Metered {
         outcome
     }
 
-    fn last_span(&self) -> Option<Span> {
+    fn last_span(&self) -> Option<RunSpan> {
         self.engine.last_span()
     }
 }

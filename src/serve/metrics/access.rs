@@ -42,7 +42,7 @@ pub(super) const GAUGES: [(&str, &str); 4] = [
 
 /// What became of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
+pub enum ConnectionOutcome {
     /// It was let in and has closed.
     Closed,
     /// It was closed at once, for want of a place.
@@ -57,7 +57,7 @@ pub enum Outcome {
     AcceptFailed,
 }
 
-impl Outcome {
+impl ConnectionOutcome {
     const ALL: [Self; 6] = [
         Self::Closed,
         Self::Refused,
@@ -102,7 +102,7 @@ impl AccessFile {
 pub struct AccessMetrics {
     open: Gauge,
     max: Gauge,
-    outcomes: BTreeMap<Outcome, Counter>,
+    outcomes: BTreeMap<ConnectionOutcome, Counter>,
     reloads: BTreeMap<AccessFile, Counter>,
     reload_failed: BTreeMap<AccessFile, Gauge>,
     expiry: Gauge,
@@ -113,7 +113,7 @@ impl AccessMetrics {
         Self {
             open: registry.gauge(CONNECTIONS_OPEN, &[]),
             max: registry.gauge(CONNECTIONS_MAX, &[]),
-            outcomes: Outcome::ALL
+            outcomes: ConnectionOutcome::ALL
                 .into_iter()
                 .map(|outcome| {
                     let labels = [("outcome", outcome.label())];
@@ -144,13 +144,13 @@ impl AccessMetrics {
     }
 
     /// A connection has left its place.
-    pub fn left(&self, outcome: Outcome) {
+    pub fn left(&self, outcome: ConnectionOutcome) {
         self.open.decrement(1.0);
         self.ended(outcome);
     }
 
     /// A connection ended, or never took a place.
-    pub fn ended(&self, outcome: Outcome) {
+    pub fn ended(&self, outcome: ConnectionOutcome) {
         if let Some(counter) = self.outcomes.get(&outcome) {
             counter.increment(1);
         }

@@ -4,7 +4,7 @@
 use metrics::{Key, Label, Recorder as _};
 
 use super::{Metrics, Registry};
-use crate::gpu::Usage;
+use crate::gpu::GpuUsage;
 
 const MEMORY_USED: &str = "imagegpt_gpu_memory_used_bytes";
 const MEMORY_TOTAL: &str = "imagegpt_gpu_memory_total_bytes";
@@ -25,7 +25,7 @@ pub(super) const GAUGES: [(&str, &str); 3] = [
 impl Metrics {
     /// How the GPU that --device-id calls `id` is now; what it does not tell has
     /// no series.
-    pub fn gpu(&self, id: i32, usage: Usage) {
+    pub fn gpu(&self, id: i32, usage: GpuUsage) {
         let label = Label::new("device", id.to_string());
         let set = |name: &'static str, value: Option<f64>| {
             if let Some(value) = value {
@@ -69,16 +69,16 @@ mod tests {
             used_bytes: 5,
             total_bytes: 80,
         });
-        let whole = Usage {
+        let whole = GpuUsage {
             memory,
             utilization: Some(0.5),
             power_watts: None,
         };
         metrics.gpu(0, whole);
         // A part of a GPU has no utilization.
-        let part = Usage {
+        let part = GpuUsage {
             memory,
-            ..Usage::default()
+            ..GpuUsage::default()
         };
         metrics.gpu(3, part);
         let page = metrics.render();

@@ -8,12 +8,12 @@ use std::time::{Duration, SystemTime};
 
 /// How often, and how long together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sum {
+pub struct CountedTime {
     pub count: u64,
     pub ns: u64,
 }
 
-impl Sum {
+impl CountedTime {
     fn add(&mut self, elapsed: Duration) {
         self.count += 1;
         self.ns = self.ns.saturating_add(ns(elapsed));
@@ -32,27 +32,27 @@ pub struct Totals {
     cache_hits: AtomicU64,
     cache_misses: AtomicU64,
     /// Together, so that no reader sees one without the others.
-    sums: Mutex<Sums>,
+    sums: Mutex<TotalSums>,
 }
 
 /// What changes together.
 #[derive(Debug, Clone, Default)]
-pub struct Sums {
+pub struct TotalSums {
     /// Calls that were answered, and that were not.
-    pub success: Sum,
-    pub fail: Sum,
+    pub success: CountedTime,
+    pub fail: CountedTime,
     /// Images that were run; each takes as long as its run.
-    pub images: Sum,
+    pub images: CountedTime,
     /// Runs by the images in them: as many sizes as batches may have.
-    pub runs: BTreeMap<usize, Sum>,
+    pub runs: BTreeMap<usize, CountedTime>,
     /// Milliseconds since 1970, of the last run.
     pub last_run_ms: u64,
 }
 
 /// A look at all of it.
 #[derive(Debug, Clone)]
-pub struct Snapshot {
-    pub sums: Sums,
+pub struct TotalsSnapshot {
+    pub sums: TotalSums,
     pub input_ns: u64,
     pub queue_ns: u64,
     pub output_ns: u64,
@@ -109,9 +109,9 @@ impl Totals {
     }
 
     #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> TotalsSnapshot {
         let load = |value: &AtomicU64| value.load(Ordering::Relaxed);
-        Snapshot {
+        TotalsSnapshot {
             sums: self.lock().clone(),
             input_ns: load(&self.input_ns),
             queue_ns: load(&self.queue_ns),
@@ -121,7 +121,7 @@ impl Totals {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Sums> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, TotalSums> {
         // Nothing below can panic halfway through a change.
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,8 +142,8 @@ mod tests {
         totals.ran(1, Duration::from_nanos(3));
         totals.ran(4, Duration::from_nanos(20));
         let sums = totals.snapshot().sums;
-        assert_eq!(sums.images, Sum { count: 9, ns: 123 });
-        assert_eq!(sums.runs[&4], Sum { count: 2, ns: 30 });
-        assert_eq!(sums.runs[&1], Sum { count: 1, ns: 3 });
+        assert_eq!(sums.images, CountedTime { count: 9, ns: 123 });
+        assert_eq!(sums.runs[&4], CountedTime { count: 2, ns: 30 });
+        assert_eq!(sums.runs[&1], CountedTime { count: 1, ns: 3 });
     }
 }

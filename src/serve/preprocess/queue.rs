@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use crate::imaging::Picture;
+use crate::imaging::ImageRequest;
 use crate::imaging::cost::DecodeCost;
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
 use crate::serve::job::Job;
 use crate::serve::metrics::Metrics;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -33,11 +33,11 @@ const PATIENCE_MAX: Duration = Duration::from_secs(30);
 
 /// The end that admission holds: the queue is closed when it is dropped.
 #[derive(Debug)]
-pub struct Door(Arc<Queue>);
+pub struct QueueEntrance(Arc<PreprocessQueue>);
 
 /// The end that preprocessing threads hold.
 #[derive(Debug)]
-pub struct Queue {
+pub struct PreprocessQueue {
     state: Mutex<State>,
     /// Rung for threads that take any picture.
     arrived: Condvar,
@@ -51,7 +51,7 @@ pub struct Queue {
 
 /// Which pictures a thread takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub enum ThreadReach {
     Any,
     /// Only those that are decoded in a moment, so that they pass while every
     /// other thread is held by large ones.
@@ -78,15 +78,15 @@ struct State {
 /// The pictures of one class that wait.
 #[derive(Debug, Default)]
 struct Waiting {
-    cheap: BTreeMap<Rank, Job<Picture>>,
-    costly: BTreeMap<Rank, Job<Picture>>,
+    cheap: BTreeMap<Rank, Job<ImageRequest>>,
+    costly: BTreeMap<Rank, Job<ImageRequest>>,
 }
 
 impl Waiting {
-    fn first(&self, reach: Reach) -> Option<Rank> {
+    fn first(&self, reach: ThreadReach) -> Option<Rank> {
         let costly = match reach {
-            Reach::Any => self.costly.keys().next(),
-            Reach::Cheap => None,
+            ThreadReach::Any => self.costly.keys().next(),
+            ThreadReach::Cheap => None,
         };
         self.cheap
             .keys()
@@ -97,40 +97,40 @@ impl Waiting {
             .copied()
     }
 
-    fn take(&mut self, rank: Rank) -> Option<Job<Picture>> {
+    fn take(&mut self, rank: Rank) -> Option<Job<ImageRequest>> {
         self.cheap
             .remove(&rank)
             .or_else(|| self.costly.remove(&rank))
     }
 
     /// Takes out those that are dead, with the reason.
-    fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<Picture>, Error)>) {
+    fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<ImageRequest>, Error)>) {
         for waiting in [&mut self.cheap, &mut self.costly] {
-            let is_dead = |_: &Rank, job: &mut Job<Picture>| {
-                job.ticket.dead(now, Stage::Preprocess).is_some()
+            let is_dead = |_: &Rank, job: &mut Job<ImageRequest>| {
+                job.ticket.dead(now, RequestStage::Preprocess).is_some()
             };
             dead.extend(waiting.extract_if(.., is_dead).filter_map(|(_, job)| {
                 // Dead a moment ago is dead now.
-                let error = job.ticket.dead(now, Stage::Preprocess)?;
+                let error = job.ticket.dead(now, RequestStage::Preprocess)?;
                 Some((job, error))
             }));
         }
     }
 
-    fn drain(self) -> impl Iterator<Item = Job<Picture>> {
+    fn drain(self) -> impl Iterator<Item = Job<ImageRequest>> {
         self.cheap.into_values().chain(self.costly.into_values())
     }
 }
 
 impl State {
-    fn lane(&mut self, class: Class) -> &mut Waiting {
+    fn lane(&mut self, class: Priority) -> &mut Waiting {
         match class {
-            Class::Interactive => &mut self.interactive,
-            Class::Bulk => &mut self.bulk,
+            Priority::Interactive => &mut self.interactive,
+            Priority::Bulk => &mut self.bulk,
         }
     }
 
-    fn push(&mut self, job: Job<Picture>, cost: DecodeCost, now: Instant) {
+    fn push(&mut self, job: Job<ImageRequest>, cost: DecodeCost, now: Instant) {
         self.n_arrived += 1;
         let patience = cost.0.saturating_mul(PATIENCE).min(PATIENCE_MAX);
         let rank = Rank {
@@ -145,20 +145,20 @@ impl State {
         }
     }
 
-    fn next(&mut self, reach: Reach) -> Option<Job<Picture>> {
+    fn next(&mut self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
         let bulk = self.bulk.first(reach);
         let interactive = self.interactive.first(reach);
         let (class, rank) = match (interactive, bulk) {
-            (Some(_), Some(bulk)) if self.turn + 1 >= BULK_TURN => (Class::Bulk, bulk),
-            (Some(interactive), _) => (Class::Interactive, interactive),
-            (None, bulk) => (Class::Bulk, bulk?),
+            (Some(_), Some(bulk)) if self.turn + 1 >= BULK_TURN => (Priority::Bulk, bulk),
+            (Some(interactive), _) => (Priority::Interactive, interactive),
+            (None, bulk) => (Priority::Bulk, bulk?),
         };
         let job = self.lane(class).take(rank)?;
         self.turn = match class {
-            Class::Bulk => 0,
+            Priority::Bulk => 0,
             // Counted only while bulk waits.
-            Class::Interactive if bulk.is_none() => 0,
-            Class::Interactive => self.turn + 1,
+            Priority::Interactive if bulk.is_none() => 0,
+            Priority::Interactive => self.turn + 1,
         };
         Some(job)
     }
@@ -166,18 +166,18 @@ impl State {
 
 /// A queue and its door. `bell` has room for one ring; more mean the same.
 #[must_use]
-pub fn queue(bell: Sender<()>, metrics: Metrics) -> (Door, Arc<Queue>) {
-    let queue = Arc::new(Queue {
+pub fn queue(bell: Sender<()>, metrics: Metrics) -> (QueueEntrance, Arc<PreprocessQueue>) {
+    let queue = Arc::new(PreprocessQueue {
         state: Mutex::default(),
         arrived: Condvar::new(),
         cheap_arrived: Condvar::new(),
         bell,
         metrics,
     });
-    (Door(Arc::clone(&queue)), queue)
+    (QueueEntrance(Arc::clone(&queue)), queue)
 }
 
-impl Queue {
+impl PreprocessQueue {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing below can panic halfway through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -185,10 +185,10 @@ impl Queue {
 
     /// The next picture within reach, once there is one; `None` once the door
     /// is closed and all within reach have gone through.
-    pub fn next(&self, reach: Reach) -> Option<Job<Picture>> {
+    pub fn next(&self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
         let arrived = match reach {
-            Reach::Any => &self.arrived,
-            Reach::Cheap => &self.cheap_arrived,
+            ThreadReach::Any => &self.arrived,
+            ThreadReach::Cheap => &self.cheap_arrived,
         };
         let mut state = self.lock();
         loop {
@@ -203,10 +203,10 @@ impl Queue {
     }
 }
 
-impl Door {
+impl QueueEntrance {
     /// Puts a picture into its class, behind those that arrived before and
     /// before those that cost more.
-    pub fn push(&self, job: Job<Picture>) {
+    pub fn push(&self, job: Job<ImageRequest>) {
         // Headers are read without the lock.
         let cost = job.payload.cost();
         self.0.lock().push(job, cost, Instant::now());
@@ -223,7 +223,7 @@ impl Door {
         let mut dead = Vec::new();
         {
             let mut state = self.0.lock();
-            for class in Class::ALL {
+            for class in Priority::ALL {
                 state.lane(class).sweep(now, &mut dead);
             }
         }
@@ -237,7 +237,7 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+impl Drop for QueueEntrance {
     fn drop(&mut self) {
         self.0.lock().closed = true;
         self.0.arrived.notify_all();
@@ -246,7 +246,7 @@ impl Drop for Door {
 }
 
 /// Whoever still waits when the last end goes is told, since nobody else would.
-impl Drop for Queue {
+impl Drop for PreprocessQueue {
     fn drop(&mut self) {
         let state = std::mem::take(&mut *self.lock());
         for job in state.interactive.drain().chain(state.bulk.drain()) {
@@ -259,18 +259,18 @@ impl Drop for Queue {
 mod tests {
     use super::*;
     use crate::imaging::{ImageInput, PreprocessOptions};
-    use crate::serve::job::{Answer, Permit, Reply, Ticket, Work};
+    use crate::serve::job::{Answer, Permit, Reply, RequestedWork, Ticket};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
 
-    fn job(class: Class, id: u32) -> (Job<Picture>, Outcome) {
+    fn job(class: Priority, id: u32) -> (Job<ImageRequest>, Outcome) {
         let (reply, outcome) = Reply::new();
         let job = Job {
-            payload: Picture {
+            payload: ImageRequest {
                 input: ImageInput::Tokens(vec![id]),
                 options: PreprocessOptions::default(),
             },
-            work: Work::Tokenize,
+            work: RequestedWork::Tokenize,
             ticket: Ticket {
                 class,
                 deadline: None,
@@ -283,14 +283,18 @@ mod tests {
         (job, outcome)
     }
 
-    fn id(job: &Job<Picture>) -> u32 {
+    fn id(job: &Job<ImageRequest>) -> u32 {
         match &job.payload.input {
             ImageInput::Tokens(ids) => ids[0],
             other => panic!("{other:?}"),
         }
     }
 
-    fn new() -> (Door, Arc<Queue>, crossbeam_channel::Receiver<()>) {
+    fn new() -> (
+        QueueEntrance,
+        Arc<PreprocessQueue>,
+        crossbeam_channel::Receiver<()>,
+    ) {
         let (bell, rings) = crossbeam_channel::bounded(1);
         let (door, queue) = queue(bell, Metrics::new().expect("metrics"));
         (door, queue, rings)
@@ -301,17 +305,17 @@ mod tests {
         let (door, queue, _rings) = new();
         let mut outcomes = Vec::new();
         for id in 0..3 {
-            let (job, outcome) = job(Class::Bulk, id);
+            let (job, outcome) = job(Priority::Bulk, id);
             door.push(job);
             outcomes.push(outcome);
         }
         for id in 10..18 {
-            let (job, outcome) = job(Class::Interactive, id);
+            let (job, outcome) = job(Priority::Interactive, id);
             door.push(job);
             outcomes.push(outcome);
         }
         drop(door);
-        let order: Vec<u32> = std::iter::from_fn(|| queue.next(Reach::Any))
+        let order: Vec<u32> = std::iter::from_fn(|| queue.next(ThreadReach::Any))
             .map(|job| id(&job))
             .collect();
         assert_eq!(order, [10, 11, 12, 13, 0, 14, 15, 16, 17, 1, 2]);
@@ -320,27 +324,27 @@ mod tests {
     #[test]
     fn those_who_have_gone_leave_at_once() {
         let (door, queue, rings) = new();
-        let (stays, _outcome) = job(Class::Bulk, 1);
-        let (leaves, gone) = job(Class::Bulk, 2);
+        let (stays, _outcome) = job(Priority::Bulk, 1);
+        let (leaves, gone) = job(Priority::Bulk, 2);
         door.push(leaves);
         door.push(stays);
         drop(gone);
         door.sweep();
         door.sweep();
         assert_eq!(rings.try_iter().count(), 1, "two rings mean the same");
-        assert_eq!(queue.next(Reach::Any).map(|job| id(&job)), Some(1));
+        assert_eq!(queue.next(ThreadReach::Any).map(|job| id(&job)), Some(1));
         drop(door);
-        assert!(queue.next(Reach::Any).is_none());
+        assert!(queue.next(ThreadReach::Any).is_none());
     }
 
     /// Pushes pictures of one class, each with its arrival and its cost in
     /// milliseconds, and takes them all out again.
-    fn order(pictures: &[(u64, u64)], reach: Reach) -> Vec<u32> {
+    fn order(pictures: &[(u64, u64)], reach: ThreadReach) -> Vec<u32> {
         let start = Instant::now();
         let mut state = State::default();
         let mut outcomes = Vec::new();
         for (id, &(arrival, cost)) in (0..).zip(pictures) {
-            let (job, outcome) = job(Class::Interactive, id);
+            let (job, outcome) = job(Priority::Interactive, id);
             let cost = DecodeCost(Duration::from_millis(cost));
             state.push(job, cost, start + Duration::from_millis(arrival));
             outcomes.push(outcome);
@@ -353,17 +357,20 @@ mod tests {
     #[test]
     fn cheap_pictures_pass_costly_ones_within_a_bound_of_age() {
         // Equal costs keep the order of arrival, also at one instant.
-        assert_eq!(order(&[(0, 5), (0, 5), (1, 5)], Reach::Any), [0, 1, 2]);
+        assert_eq!(
+            order(&[(0, 5), (0, 5), (1, 5)], ThreadReach::Any),
+            [0, 1, 2]
+        );
         // A picture of a second lets pass what arrives within eight.
         let hog = (0, 1000);
         assert_eq!(
-            order(&[hog, (1, 1), (7_900, 1), (8_100, 1)], Reach::Any),
+            order(&[hog, (1, 1), (7_900, 1), (8_100, 1)], ThreadReach::Any),
             [1, 2, 0, 3]
         );
         // The largest claim waits no longer than the bound.
         let claim = (0, u64::MAX / 2_000_000);
         assert_eq!(
-            order(&[claim, (29_000, 1), (31_000, 1)], Reach::Any),
+            order(&[claim, (29_000, 1), (31_000, 1)], ThreadReach::Any),
             [1, 0, 2]
         );
     }
@@ -371,8 +378,8 @@ mod tests {
     #[test]
     fn a_thread_for_cheap_pictures_leaves_the_others() {
         let pictures = [(0, 1000), (1, 101), (2, 100), (3, 1)];
-        assert_eq!(order(&pictures, Reach::Cheap), [3, 2]);
-        assert_eq!(order(&pictures, Reach::Any), [3, 2, 1, 0]);
+        assert_eq!(order(&pictures, ThreadReach::Cheap), [3, 2]);
+        assert_eq!(order(&pictures, ThreadReach::Any), [3, 2, 1, 0]);
     }
 
     #[test]
@@ -380,7 +387,7 @@ mod tests {
         let (door, queue, _rings) = new();
         let mut outcomes = Vec::new();
         let mut push = |input: ImageInput| {
-            let (mut job, outcome) = job(Class::Interactive, 0);
+            let (mut job, outcome) = job(Priority::Interactive, 0);
             job.payload.input = input;
             door.push(job);
             outcomes.push(outcome);
@@ -392,28 +399,28 @@ mod tests {
         };
         // Waits before anything has come, and is woken for the one it takes.
         let cheap = std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| queue.next(Reach::Cheap));
+            let waiter = scope.spawn(|| queue.next(ThreadReach::Cheap));
             push(rgb8(8000));
             push(rgb8(8000));
             push(rgb8(100));
             waiter.join().expect("no panic")
         });
-        let side = |job: Option<Job<Picture>>| match job?.payload.input {
+        let side = |job: Option<Job<ImageRequest>>| match job?.payload.input {
             ImageInput::Rgb8 { width, .. } => Some(width),
             other => panic!("{other:?}"),
         };
         assert_eq!(side(cheap), Some(100));
-        assert_eq!(side(queue.next(Reach::Any)), Some(8000));
+        assert_eq!(side(queue.next(ThreadReach::Any)), Some(8000));
         drop(door);
-        assert!(queue.next(Reach::Cheap).is_none());
-        assert_eq!(side(queue.next(Reach::Any)), Some(8000));
-        assert!(queue.next(Reach::Any).is_none());
+        assert!(queue.next(ThreadReach::Cheap).is_none());
+        assert_eq!(side(queue.next(ThreadReach::Any)), Some(8000));
+        assert!(queue.next(ThreadReach::Any).is_none());
     }
 
     #[test]
     fn whoever_is_left_is_told() {
         let (door, queue, _rings) = new();
-        let (job, mut outcome) = job(Class::Bulk, 1);
+        let (job, mut outcome) = job(Priority::Bulk, 1);
         door.push(job);
         drop(queue);
         drop(door);

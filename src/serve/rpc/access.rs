@@ -2,7 +2,7 @@
 
 use tokio::task::JoinSet;
 
-use super::auth::Tokens;
+use super::auth::AcceptedTokens;
 use super::reload::{Follower, Latest};
 use super::tls::Tls;
 use super::web::Web;
@@ -14,14 +14,14 @@ use crate::serve::metrics::Metrics;
 #[derive(Debug, Default)]
 pub struct Access {
     tls: Option<(Latest<Tls>, Follower<Tls>)>,
-    tokens: Option<(Latest<Tokens>, Follower<Tokens>)>,
+    tokens: Option<(Latest<AcceptedTokens>, Follower<AcceptedTokens>)>,
     web: Web,
 }
 
 /// Who is let in now.
 pub(super) struct Guards {
     pub(super) tls: Option<Latest<Tls>>,
-    pub(super) tokens: Option<Latest<Tokens>>,
+    pub(super) tokens: Option<Latest<AcceptedTokens>>,
     pub(super) web: Web,
 }
 
@@ -45,7 +45,10 @@ impl Access {
             _ => None,
         };
         let tokens = match &config.auth_tokens_file {
-            Some(path) => Some(Tokens::open(FlagFile::new("--auth-tokens-file", path))?),
+            Some(path) => Some(AcceptedTokens::open(FlagFile::new(
+                "--auth-tokens-file",
+                path,
+            ))?),
             None => None,
         };
         let web = Web::new(config);

@@ -34,9 +34,9 @@ use tonic::{Code, Status};
 
 use super::status;
 use crate::proto::codec::{Growth, malformed};
-use crate::serve::capacity::{Pool, Share};
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
+use crate::serve::capacity::{CapacityPool, CapacityShare};
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
 use crate::serve::readiness::Readiness;
 
 /// When a request that did not fit while it arrived should come again.
@@ -61,12 +61,12 @@ const BROKEN: &str =
 
 /// How a message may be compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Compression {
+pub(super) enum MessageCompression {
     Gzip,
     Deflate,
 }
 
-impl Compression {
+impl MessageCompression {
     /// Takes the header away, so that the library expects no compression; one
     /// that is not known here stays, and the library refuses it.
     pub(super) fn take(headers: &mut HeaderMap) -> Option<Self> {
@@ -87,7 +87,7 @@ pub(super) struct Arrived(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    share: Mutex<Share>,
+    share: Mutex<CapacityShare>,
     /// The message of a stream, which the library does not see: its buffer would
     /// keep the memory until the stream ends.
     message: Mutex<Option<Bytes>>,
@@ -99,7 +99,7 @@ struct Inner {
 
 impl Arrived {
     /// The share of the message that came last.
-    pub(super) fn take(&self) -> Share {
+    pub(super) fn take(&self) -> CapacityShare {
         let mut share = self.0.share.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut share)
     }
@@ -125,7 +125,7 @@ impl Arrived {
         drop(before);
     }
 
-    fn put(&self, share: Share) {
+    fn put(&self, share: CapacityShare) {
         let mut place = self.0.share.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::replace(&mut *place, share);
         drop(place);
@@ -145,13 +145,13 @@ impl Arrived {
 }
 
 /// Facts about a request before its body.
-pub(super) struct Arrival {
+pub(super) struct RequestFacts {
     /// Where bytes are counted; none for requests that are not the worker's work.
-    pub(super) bytes: Option<Pool>,
-    pub(super) class: Class,
+    pub(super) bytes: Option<CapacityPool>,
+    pub(super) class: Priority,
     /// Bytes of one message, inflated.
     pub(super) message_bytes_max: usize,
-    pub(super) compression: Option<Compression>,
+    pub(super) compression: Option<MessageCompression>,
     /// Growth of a message that becomes values.
     pub(super) growth: Growth,
     /// True if the method takes any number of messages.
@@ -164,7 +164,7 @@ pub(super) struct Arrival {
     pub(super) arrived: Arrived,
 }
 
-impl Arrival {
+impl RequestFacts {
     /// The body that the library gets.
     pub(super) fn body(self, body: Body) -> Body {
         Body::new(Arriving {
@@ -173,14 +173,14 @@ impl Arrival {
             rest: Bytes::new(),
             has_ended: false,
             part: Part::default(),
-            held: Share::default(),
+            held: CapacityShare::default(),
             since: Instant::now(),
             end: None,
         })
     }
 
     /// Takes bytes at once, to those that are held.
-    fn hold(&self, held: &mut Share, n: usize) -> Result<(), Status> {
+    fn hold(&self, held: &mut CapacityShare, n: usize) -> Result<(), Status> {
         let Some(pool) = &self.bytes else {
             return Ok(());
         };
@@ -263,12 +263,12 @@ impl Arrival {
 
 #[derive(Debug, Clone, Copy)]
 struct Prefix {
-    compression: Option<Compression>,
+    compression: Option<MessageCompression>,
     len: usize,
 }
 
 /// Waits for the room of a stream's message.
-type Room = Pin<Box<dyn Future<Output = Share> + Send>>;
+type Room = Pin<Box<dyn Future<Output = CapacityShare> + Send>>;
 
 /// How far the message that arrives has come.
 enum Part {
@@ -324,15 +324,15 @@ impl Inflater {
 }
 
 impl Inflating {
-    fn new(compression: Compression, message: Vec<u8>) -> Self {
+    fn new(compression: MessageCompression, message: Vec<u8>) -> Self {
         let compressed_bytes = message.capacity();
         let mut message = Bytes::from(message);
         message.advance(PREFIX_LEN);
         let message = Cursor::new(message);
         Self {
             inflater: match compression {
-                Compression::Gzip => Inflater::Gzip(GzDecoder::new(message)),
-                Compression::Deflate => Inflater::Deflate(ZlibDecoder::new(message)),
+                MessageCompression::Gzip => Inflater::Gzip(GzDecoder::new(message)),
+                MessageCompression::Deflate => Inflater::Deflate(ZlibDecoder::new(message)),
             },
             buffer: Vec::new(),
             compressed_bytes,
@@ -351,7 +351,7 @@ impl Inflating {
 
 /// Body of a request on its way in.
 struct Arriving {
-    arrival: Arrival,
+    arrival: RequestFacts,
     body: Body,
     /// Bytes that came and have not been looked at.
     rest: Bytes,
@@ -359,7 +359,7 @@ struct Arriving {
     has_ended: bool,
     part: Part,
     /// Of the message that arrives.
-    held: Share,
+    held: CapacityShare,
     /// When the request, or the message of a stream, began to arrive.
     since: Instant,
     /// Made once something has to be waited for: most requests are here at once.
@@ -436,11 +436,11 @@ impl Arriving {
                 drop(self.arrival.arrived.take());
                 // Whoever waits has only what bulk work has too.
                 let most = self.arrival.most(&prefix);
-                let most = most.min(pool.size_for(Class::Bulk));
+                let most = most.min(pool.size_for(Priority::Bulk));
                 let pool = pool.clone();
                 // Not of the reserve, whatever the stream's class: a message may
                 // take long to arrive, and calls that do not wait need it.
-                let room = Box::pin(async move { pool.take(Class::Bulk, most).await });
+                let room = Box::pin(async move { pool.take(Priority::Bulk, most).await });
                 Part::Room { prefix, room }
             }
             _ => Part::Message {
@@ -697,7 +697,7 @@ pub(super) fn ended(status: Status, deadline: Option<Instant>) -> Status {
     // A client that gives up at its deadline resets the stream.
     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
         return status::of_call(&Error::DeadlineExceeded {
-            stage: Stage::Queue,
+            stage: RequestStage::Queue,
         });
     }
     Status::cancelled(BROKEN)

@@ -28,9 +28,9 @@ pub(super) const OPEN: &str = "/grpc.health.v1.Health/";
 /// The tokens that are accepted, as hashes: of equal length, so that comparing
 /// tells nothing of it, and no tokens lie in memory.
 #[derive(Debug)]
-pub(super) struct Tokens(Vec<[u8; 32]>);
+pub(super) struct AcceptedTokens(Vec<[u8; 32]>);
 
-impl Tokens {
+impl AcceptedTokens {
     pub(super) fn open(source: FlagFile) -> anyhow::Result<(Latest<Self>, Follower<Self>)> {
         let name = source.to_string();
         open(AccessFile::Tokens, vec![source], move |contents| {
@@ -108,7 +108,7 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
 
 /// Lets pass what brings a token, or everything if none are asked for.
 #[derive(Debug, Clone)]
-pub(super) struct Auth(pub(super) Option<Latest<Tokens>>);
+pub(super) struct Auth(pub(super) Option<Latest<AcceptedTokens>>);
 
 impl<S> Layer<S> for Auth {
     type Service = Authenticated<S>;
@@ -124,7 +124,7 @@ impl<S> Layer<S> for Auth {
 #[derive(Debug, Clone)]
 pub(super) struct Authenticated<S> {
     inner: S,
-    tokens: Option<Latest<Tokens>>,
+    tokens: Option<Latest<AcceptedTokens>>,
 }
 
 impl<S> Service<Request<Body>> for Authenticated<S>
@@ -134,7 +134,7 @@ where
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Answer<S::Future>;
+    type Future = AuthFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
@@ -147,20 +147,20 @@ where
         {
             let peer = request.extensions().get::<Peer>();
             tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "a call was refused");
-            return Answer::Refusal(Some(status::of_call(&error).into_http()));
+            return AuthFuture::Refusal(Some(status::of_call(&error).into_http()));
         }
-        Answer::Passed(self.inner.call(request))
+        AuthFuture::Passed(self.inner.call(request))
     }
 }
 
 /// A call that may pass, or its refusal. Not boxed: every call comes by here.
-pub(super) enum Answer<F> {
+pub(super) enum AuthFuture<F> {
     Passed(F),
     /// Taken when it is polled, once.
     Refusal(Option<Response<Body>>),
 }
 
-impl<F, E> Future for Answer<F>
+impl<F, E> Future for AuthFuture<F>
 where
     F: Future<Output = Result<Response<Body>, E>> + Unpin,
 {
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn files() {
         let check = |content: &[u8], expected: Result<usize, &str>| match (
-            Tokens::parse(content),
+            AcceptedTokens::parse(content),
             expected,
         ) {
             (Ok(tokens), Ok(n)) => assert_eq!(tokens.0.len(), n),
@@ -217,7 +217,8 @@ mod tests {
 
     #[test]
     fn calls() {
-        let tokens = Tokens::parse(format!("another-{TOKEN}\n{TOKEN}").as_bytes()).expect("two");
+        let tokens =
+            AcceptedTokens::parse(format!("another-{TOKEN}\n{TOKEN}").as_bytes()).expect("two");
         let check = |value: Option<&str>, expected: &str| {
             let mut headers = HeaderMap::new();
             if let Some(value) = value {

@@ -4,22 +4,22 @@ use bytes::Bytes;
 
 use crate::engine;
 use crate::gpu::Gpus;
-use crate::imaging::Picture;
+use crate::imaging::ImageRequest;
 use crate::imaging::{Alpha, Fit, ImageInput, PreprocessOptions};
 use crate::model::graph::Graph;
 use crate::model::graph::{Context, Norm, Want};
-use crate::model::head::Head;
-use crate::model::{Activation, Model, Task};
+use crate::model::head::LinearHead;
+use crate::model::{CallTask, ClassActivation, Model};
 use crate::proto::pb;
-use crate::serve::devices::Device;
+use crate::serve::devices::DeviceState;
 use crate::serve::error::Error;
-use crate::serve::job::Work;
+use crate::serve::job::RequestedWork;
 
 /// The images of a call: what can be tried, and what cannot with the reason.
 pub(super) fn pictures(
     images: Vec<pb::Image>,
     options: PreprocessOptions,
-) -> Vec<Result<Picture, Error>> {
+) -> Vec<Result<ImageRequest, Error>> {
     let picture = |image: pb::Image| picture(image.source, options);
     images.into_iter().map(picture).collect()
 }
@@ -28,7 +28,7 @@ pub(super) fn pictures(
 pub(super) fn picture(
     source: Option<pb::image::Source>,
     options: PreprocessOptions,
-) -> Result<Picture, Error> {
+) -> Result<ImageRequest, Error> {
     let input = match source.ok_or(Error::ImageMissing)? {
         pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
         pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
@@ -38,11 +38,11 @@ pub(super) fn picture(
         },
         pb::image::Source::Tokens(tokens) => ImageInput::Tokens(tokens.ids),
     };
-    Ok(Picture { input, options })
+    Ok(ImageRequest { input, options })
 }
 
 /// Bytes that the image holds while it is in the worker.
-pub(super) fn picture_bytes(picture: &Picture) -> usize {
+pub(super) fn picture_bytes(picture: &ImageRequest) -> usize {
     match &picture.input {
         ImageInput::Encoded(bytes) => bytes.len(),
         ImageInput::Rgb8 { pixels, .. } => pixels.len(),
@@ -169,17 +169,17 @@ pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
 
 /// The linear head that a call means: `None` for the checkpoint's own.
 pub(super) fn head<'a>(
-    heads: &'a [Head],
+    heads: &'a [LinearHead],
     given: &str,
     model: &Model,
-) -> Result<Option<&'a Head>, Error> {
+) -> Result<Option<&'a LinearHead>, Error> {
     if given.is_empty() {
         return match heads {
-            _ if model.can(Task::Classify) => Ok(None),
+            _ if model.can(CallTask::Classify) => Ok(None),
             [only] => Ok(Some(only)),
             [] => Err(Error::TaskMissing {
-                task: Task::Classify,
-                file: Task::Classify.file(),
+                task: CallTask::Classify,
+                file: CallTask::Classify.file(),
             }),
             _ => Err(head_unknown(heads, given)),
         };
@@ -190,7 +190,7 @@ pub(super) fn head<'a>(
     }
 }
 
-fn head_unknown(heads: &[Head], given: &str) -> Error {
+fn head_unknown(heads: &[LinearHead], given: &str) -> Error {
     let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
     Error::HeadUnknown {
         given: given.to_owned(),
@@ -203,7 +203,11 @@ fn head_unknown(heads: &[Head], given: &str) -> Error {
 }
 
 /// What a linear head needs to be computed.
-pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work, Error> {
+pub(super) fn head_work(
+    head: &LinearHead,
+    context: i32,
+    model: &Model,
+) -> Result<RequestedWork, Error> {
     let unset = context == pb::Context::Unspecified as i32;
     if !unset && self::context(context)? != head.context {
         return Err(Error::HeadContext {
@@ -216,7 +220,7 @@ pub(super) fn head_work(head: &Head, context: i32, model: &Model) -> Result<Work
             given: vec![head.layer],
             served: ranges(&model.layers_served(head.norm)),
         })?;
-    Ok(Work::Infer {
+    Ok(RequestedWork::Infer {
         context: head.context,
         want,
     })
@@ -230,7 +234,7 @@ pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
     }
 }
 
-pub(super) fn head_info(head: &Head) -> pb::Head {
+pub(super) fn head_info(head: &LinearHead) -> pb::Head {
     pb::Head {
         name: head.name.clone(),
         labels: head.labels.clone(),
@@ -242,7 +246,7 @@ pub(super) fn head_info(head: &Head) -> pb::Head {
 }
 
 /// A device of the model's, with what is known of it by now.
-pub(super) fn device(device: &Device, gpus: Option<&Gpus>) -> pb::Device {
+pub(super) fn device(device: &DeviceState, gpus: Option<&Gpus>) -> pb::Device {
     let facts = device.facts.as_ref();
     let named = pb::Device {
         id: device.id,
@@ -263,10 +267,10 @@ pub(super) fn device(device: &Device, gpus: Option<&Gpus>) -> pb::Device {
     }
 }
 
-pub(super) fn activation(activation: Activation) -> pb::Activation {
+pub(super) fn activation(activation: ClassActivation) -> pb::Activation {
     match activation {
-        Activation::Softmax => pb::Activation::Softmax,
-        Activation::Sigmoid => pb::Activation::Sigmoid,
+        ClassActivation::Softmax => pb::Activation::Softmax,
+        ClassActivation::Sigmoid => pb::Activation::Sigmoid,
     }
 }
 
@@ -341,7 +345,7 @@ pub(super) fn normalize(values: &mut [f32], width: usize) {
 pub(super) fn classes(
     logits: &[f32],
     labels: &[String],
-    activation: Activation,
+    activation: ClassActivation,
     top_k: u32,
 ) -> Vec<pb::ClassScore> {
     let scores = scores(logits, activation);
@@ -360,13 +364,13 @@ pub(super) fn classes(
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "rounded once to f32")]
-fn scores(logits: &[f32], activation: Activation) -> Vec<f32> {
+fn scores(logits: &[f32], activation: ClassActivation) -> Vec<f32> {
     match activation {
-        Activation::Sigmoid => logits
+        ClassActivation::Sigmoid => logits
             .iter()
             .map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32)
             .collect(),
-        Activation::Softmax => {
+        ClassActivation::Softmax => {
             // Shifted by the largest, so that no exponential overflows.
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let weights: Vec<f64> = logits
@@ -401,9 +405,9 @@ mod tests {
             }),
             absent: None,
         };
-        let of = |id, ended| Device {
+        let of = |id, ended| DeviceState {
             id,
-            facts: Some(engine::Facts {
+            facts: Some(engine::EngineFacts {
                 provider: "cuda",
                 runtime_version: String::new(),
                 dimension: 0,
@@ -457,7 +461,12 @@ mod tests {
     #[test]
     fn softmax_sums_to_one_and_does_not_overflow() {
         let labels = ["a", "b", "c"].map(String::from);
-        let got = classes(&[1000.0, 999.0, 1000.0], &labels, Activation::Softmax, 0);
+        let got = classes(
+            &[1000.0, 999.0, 1000.0],
+            &labels,
+            ClassActivation::Softmax,
+            0,
+        );
         let sum: f32 = got.iter().map(|class| class.score).sum();
         assert!((sum - 1.0).abs() < 1e-6);
         let order: Vec<&str> = got.iter().map(|class| class.label.as_str()).collect();
@@ -467,7 +476,7 @@ mod tests {
     #[test]
     fn sigmoid_scores_are_independent() {
         let labels = ["a", "b"].map(String::from);
-        let got = classes(&[0.0, 0.0], &labels, Activation::Sigmoid, 1);
+        let got = classes(&[0.0, 0.0], &labels, ClassActivation::Sigmoid, 1);
         assert_eq!(got.len(), 1);
         assert!((got[0].score - 0.5).abs() < 1e-7);
     }

@@ -22,7 +22,7 @@ use tower::{Service, ServiceExt as _};
 
 use super::deadline;
 use super::leaving::Patience;
-use super::listen::{Connection, Farewell};
+use super::listen::{Connection, ConnectionEnd};
 
 /// Bytes that a client may send before it must wait for us: one stream may
 /// hold a large image without a round trip for every 64 KiB.
@@ -40,7 +40,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How connections are served.
 #[derive(Debug, Clone)]
-pub(super) struct Driver {
+pub(super) struct ConnectionDriver {
     pub(super) http1: bool,
     pub(super) keepalive_interval: Duration,
     /// Time that a client may take to answer an HTTP/2 ping.
@@ -50,11 +50,15 @@ pub(super) struct Driver {
     pub(super) patience: Arc<Patience>,
 }
 
-impl Driver {
+impl ConnectionDriver {
     /// Serves a connection until it closes. It is told to go away at its age, and
     /// when its farewell comes; calls in progress end in their own time.
-    pub(super) async fn serve<S, B>(self, connection: Connection, farewell: Farewell, service: S)
-    where
+    pub(super) async fn serve<S, B>(
+        self,
+        connection: Connection,
+        farewell: ConnectionEnd,
+        service: S,
+    ) where
         S: Service<Request<Body>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError> + Send,

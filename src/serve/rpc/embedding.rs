@@ -2,14 +2,14 @@
 //! and what they make of each answer.
 
 use super::convert;
-use crate::engine::Facts;
+use crate::engine::EngineFacts;
 use crate::imaging::PreprocessOptions;
 use crate::model::Model;
 use crate::model::graph::{Context, Norm, Want};
 use crate::proto;
 use crate::proto::pb;
 use crate::serve::error::Error;
-use crate::serve::job::{Answer, Work};
+use crate::serve::job::{Answer, RequestedWork};
 
 /// Options that the model can serve.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Embedding {
     pub(super) fn new(
         options: &pb::EmbedStreamOptions,
         model: &Model,
-        facts: &Facts,
+        facts: &EngineFacts,
     ) -> Result<Self, Error> {
         let preprocess = convert::preprocess(options.preprocess.as_ref())?;
         let context = convert::context(options.context)?;
@@ -57,8 +57,8 @@ impl Embedding {
         })
     }
 
-    pub(super) fn work(&self) -> Work {
-        Work::Infer {
+    pub(super) fn work(&self) -> RequestedWork {
+        RequestedWork::Infer {
             context: self.context,
             want: self.want,
         }

@@ -19,20 +19,20 @@ use tonic::{Code, Request, Status};
 use tracing::Instrument as _;
 
 use super::arriving::Arrived;
-use super::observe::{Course, Deadline, Ending, InProgress};
-use super::tally::Tally;
-use super::{Service, convert, deadline, status};
-use crate::imaging::Picture;
+use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
+use super::tally::OutcomeTally;
+use super::{WorkerService, convert, deadline, status};
+use crate::imaging::ImageRequest;
 use crate::imaging::render;
 use crate::imaging::{ImageInput, PreprocessOptions};
-use crate::model::{Model, Task};
+use crate::model::{CallTask, Model};
 use crate::proto::pb;
-use crate::serve::admission::{Bytes, Call, Pending};
-use crate::serve::capacity::Share;
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
-use crate::serve::generate::{Generate, Keep, Row};
-use crate::serve::job::{Answer, Work};
+use crate::serve::admission::{AdmissionCall, Bytes, PendingAnswers};
+use crate::serve::capacity::CapacityShare;
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::generate::{GenerateRequest, GeneratedRow, KeptPixels};
+use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::sample::TEMPERATURE_MAX;
 use crate::serve::sequence::Sampling;
 
@@ -41,8 +41,8 @@ type Message = Result<pb::GenerateResponse, Status>;
 /// What a request asks for, with defaults filled in.
 #[derive(Debug)]
 struct Plan {
-    picture: Picture,
-    keep: Keep,
+    picture: ImageRequest,
+    keep: KeptPixels,
     sampling: Sampling,
     n_samples: u32,
     scale: u32,
@@ -55,19 +55,19 @@ struct Plan {
 /// Sends the samples of a call down the line and returns what will come of
 /// them.
 pub(super) fn open(
-    service: &Service,
+    service: &WorkerService,
     request: Request<pb::GenerateRequest>,
 ) -> Result<Samples, Error> {
     let facts = service.facts()?;
     if facts.sequences.is_none() {
         return Err(Error::TaskMissing {
-            task: Task::Generate,
-            file: Task::Generate.file(),
+            task: CallTask::Generate,
+            file: CallTask::Generate.file(),
         });
     }
     let (_, extensions, request) = request.into_parts();
     let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
-    let class = extensions.get().copied().unwrap_or(Class::Interactive);
+    let class = extensions.get().copied().unwrap_or(Priority::Interactive);
     let plan = Plan::new(request, service)?;
     let n_samples = plan.n_samples as usize;
     let side = service.model.side as usize;
@@ -75,19 +75,22 @@ pub(super) fn open(
     let (rows_in, rows) = mpsc::channel((n_samples * side).max(1));
     let images = (0..plan.n_samples)
         .map(|sample| {
-            let generate = Generate {
+            let generate = GenerateRequest {
                 keep: plan.keep.clone(),
                 sampling: plan.sampling,
                 sample,
                 rows: plan.rows.then(|| rows_in.clone()),
             };
-            (plan.picture.clone(), Work::Generate(Box::new(generate)))
+            (
+                plan.picture.clone(),
+                RequestedWork::Generate(Box::new(generate)),
+            )
         })
         .collect();
-    let mut tally = Tally::new(service.metrics.clone(), deadline);
+    let mut tally = OutcomeTally::new(service.metrics.clone(), deadline);
     tally.expect(n_samples);
     let arrived = extensions.get::<Arrived>().map(Arrived::take);
-    let call = Call {
+    let call = AdmissionCall {
         images,
         class,
         bytes: Bytes {
@@ -107,7 +110,7 @@ pub(super) fn open(
     let (messages_in, messages) = mpsc::channel(2 + n_samples * (side + 1));
     let share = Arc::clone(&pending.bytes);
     let pngs = Arc::new(Mutex::new(pngs));
-    let course = extensions.get::<Course>().and_then(Course::take);
+    let course = extensions.get::<CallCourse>().and_then(CallCourse::take);
     let session = Session {
         model: Arc::clone(&service.model),
         plan,
@@ -129,7 +132,7 @@ pub(super) fn open(
 }
 
 impl Plan {
-    fn new(request: pb::GenerateRequest, service: &Service) -> Result<Self, Error> {
+    fn new(request: pb::GenerateRequest, service: &WorkerService) -> Result<Self, Error> {
         let invalid = |field, problem: String| Err(Error::OptionInvalid { field, problem });
         let n_samples = request.samples.max(1);
         let samples_max = service.limits.samples_per_call_max;
@@ -181,7 +184,7 @@ impl Plan {
     /// Bytes that the call holds until its answer has been taken, beside the primer: for
     /// each sample its tokens in the worker, in rows and in the result, and its
     /// numbers; and what the picture of each sample takes at worst.
-    fn bytes(&self, service: &Service) -> Result<(usize, usize), Error> {
+    fn bytes(&self, service: &WorkerService) -> Result<(usize, usize), Error> {
         let n_samples = self.n_samples as usize;
         let positions = service.model.positions();
         let png = 3 * positions * (self.scale * self.scale) as usize;
@@ -222,24 +225,24 @@ fn any_seed() -> u64 {
 fn primer(
     primer: Option<pb::generate_request::Primer>,
     model: &Model,
-) -> Result<(Picture, Keep, Option<PreprocessOptions>), Error> {
+) -> Result<(ImageRequest, KeptPixels, Option<PreprocessOptions>), Error> {
     let invalid = |field, problem| Err(Error::OptionInvalid { field, problem });
     let image = match primer {
-        None => return Ok((prefix(Vec::new()), Keep::All, None)),
+        None => return Ok((prefix(Vec::new()), KeptPixels::All, None)),
         Some(pb::generate_request::Primer::Prefix(tokens)) => {
-            return Ok((prefix(tokens.ids), Keep::All, None));
+            return Ok((prefix(tokens.ids), KeptPixels::All, None));
         }
         Some(pb::generate_request::Primer::Image(image)) => image,
     };
     let options = convert::preprocess(image.preprocess.as_ref())?;
     let keep = match image.keep {
-        Some(pb::image_primer::Keep::Rows(rows)) if rows <= model.side => Keep::Rows(rows),
+        Some(pb::image_primer::Keep::Rows(rows)) if rows <= model.side => KeptPixels::Rows(rows),
         Some(pb::image_primer::Keep::Rows(rows)) => {
             let problem = format!("{rows} are more than the {} that there are", model.side);
             return invalid("image.rows", problem);
         }
         Some(pb::image_primer::Keep::Mask(mask)) if mask.len() == model.positions() => {
-            Keep::Mask(mask.iter().map(|&kept| kept != 0).collect())
+            KeptPixels::Mask(mask.iter().map(|&kept| kept != 0).collect())
         }
         Some(pb::image_primer::Keep::Mask(mask)) => {
             let problem = format!(
@@ -258,8 +261,8 @@ fn primer(
     Ok((convert::picture(source, options)?, keep, Some(options)))
 }
 
-fn prefix(ids: Vec<u32>) -> Picture {
-    Picture {
+fn prefix(ids: Vec<u32>) -> ImageRequest {
+    ImageRequest {
         input: ImageInput::Prefix(ids),
         options: PreprocessOptions::default(),
     }
@@ -271,10 +274,10 @@ pub struct Samples {
     messages: mpsc::Receiver<Message>,
     session: tokio::task::AbortHandle,
     /// Counts the call when its last message has been taken.
-    course: Option<(Ending, InProgress)>,
-    _share: Arc<Share>,
+    course: Option<(CallEnding, InProgress)>,
+    _share: Arc<CapacityShare>,
     /// Of the pictures that were not taken yet.
-    _pngs: Arc<Mutex<Share>>,
+    _pngs: Arc<Mutex<CapacityShare>>,
 }
 
 impl Stream for Samples {
@@ -306,25 +309,25 @@ struct Session {
     model: Arc<Model>,
     plan: Plan,
     deadline: Option<Instant>,
-    tally: Tally,
+    tally: OutcomeTally,
     /// What a picture takes at worst, and what all of them hold.
     png_bytes: usize,
-    pngs: Arc<Mutex<Share>>,
+    pngs: Arc<Mutex<CapacityShare>>,
     /// Before the last message is the last, so that a caller who has it can rely
     /// on the room it left: fields are dropped in this order.
-    _places: Share,
+    _places: CapacityShare,
     messages: mpsc::Sender<Message>,
 }
 
 impl Session {
-    async fn run(mut self, mut pending: Pending, mut rows: mpsc::Receiver<Row>) {
+    async fn run(mut self, mut pending: PendingAnswers, mut rows: mpsc::Receiver<GeneratedRow>) {
         use pb::generate_response::Message as Kind;
         self.send(Kind::Started(self.plan.started(&self.model)));
         let deadline = self.deadline;
         let outcome = tokio::select! {
             biased;
             outcome = self.gather(&mut pending, &mut rows) => outcome,
-            () = deadline::passed(deadline) => Err(Error::DeadlineExceeded { stage: Stage::Engine }),
+            () = deadline::passed(deadline) => Err(Error::DeadlineExceeded { stage: RequestStage::Engine }),
         };
         if let Err(error) = outcome {
             self.tally.rest(status::code(&error));
@@ -335,8 +338,8 @@ impl Session {
     /// Passes on rows and results until every sample has one.
     async fn gather(
         &mut self,
-        pending: &mut Pending,
-        rows: &mut mpsc::Receiver<Row>,
+        pending: &mut PendingAnswers,
+        rows: &mut mpsc::Receiver<GeneratedRow>,
     ) -> Result<(), Error> {
         let mut sample = 0;
         while sample < self.plan.n_samples {
@@ -356,7 +359,7 @@ impl Session {
         Ok(())
     }
 
-    fn row(&self, row: &Row) {
+    fn row(&self, row: &GeneratedRow) {
         self.send(pb::generate_response::Message::Row(pb::GeneratedRow {
             sample: row.sample,
             row: row.row,

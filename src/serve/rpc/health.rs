@@ -15,7 +15,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use super::listen::{Guest, Peer, Watch};
+use super::listen::{Guest, Peer, WatchPermit};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::proto::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::serve::readiness::Readiness;
@@ -48,7 +48,7 @@ enum Subject {
 
 impl Subject {
     fn of(name: &str) -> Self {
-        const SERVICE: &str = <ImageGptServiceServer<super::Service> as NamedService>::NAME;
+        const SERVICE: &str = <ImageGptServiceServer<super::WorkerService> as NamedService>::NAME;
         const INFERENCE: &str = <GrpcInferenceServiceServer<super::Oip> as NamedService>::NAME;
         match name {
             SERVER | SERVICE | INFERENCE => Self::Readiness,
@@ -111,7 +111,7 @@ impl Health for Service {
 
 /// A watch's place among those of its connection. Calls that came over no
 /// connection, as within a test, have none to count by.
-fn place(extensions: &tonic::Extensions) -> Result<Option<Watch>, Status> {
+fn place(extensions: &tonic::Extensions) -> Result<Option<WatchPermit>, Status> {
     let place = extensions.get::<Guest>().map(Guest::watch).transpose();
     place.map_err(|error| Status::resource_exhausted(error.to_string()))
 }

@@ -29,7 +29,7 @@ use http_body::{Frame, SizeHint};
 use tonic::Status;
 use tonic::body::Body;
 
-use super::observe::{Held, InProgress};
+use super::observe::{AnswerBytes, InProgress};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 
@@ -302,21 +302,21 @@ struct Answer {
 
 /// Body of an answer on its way out. It keeps the call in progress, and its share, until it has
 /// been taken.
-pub(super) struct Leaving {
+pub(super) struct LeavingBody {
     body: Body,
     /// Part of the body's last frame that has not been handed on.
     rest: Bytes,
     answer: Answer,
     taking: Taking,
-    _held: Option<Held>,
+    _held: Option<AnswerBytes>,
     _in_progress: Option<InProgress>,
 }
 
-impl Leaving {
+impl LeavingBody {
     pub(super) fn new(
         body: Body,
         taking: Taking,
-        held: Option<Held>,
+        held: Option<AnswerBytes>,
         in_progress: Option<InProgress>,
     ) -> Self {
         Self {
@@ -333,7 +333,7 @@ impl Leaving {
     }
 }
 
-impl http_body::Body for Leaving {
+impl http_body::Body for LeavingBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -388,7 +388,7 @@ impl http_body::Body for Leaving {
     }
 }
 
-impl Drop for Leaving {
+impl Drop for LeavingBody {
     fn drop(&mut self) {
         self.taking.lock().wait = None;
     }

@@ -25,12 +25,12 @@ use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-pub(super) use self::places::{Guest, InUse, TooMany, Watch};
-use self::places::{Leave, NoPlace, Place, Places, WAITING_MAX};
+use self::places::{ConnectionPermit, ConnectionPermits, Leave, NoPlace, WAITING_MAX};
+pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
 use super::reload::Latest;
 use super::tls::Tls;
 use crate::serve::metrics::Metrics;
-use crate::serve::metrics::access::Outcome;
+use crate::serve::metrics::access::ConnectionOutcome;
 
 /// Time for a client to finish its TLS handshake and to say that it speaks
 /// HTTP/2. It takes a few round trips; after it, pings find out who is gone.
@@ -52,7 +52,7 @@ const FILES_RESERVED: usize = 192 + WAITING_MAX;
 
 /// What connections are met with.
 #[derive(Clone)]
-pub(super) struct Door {
+pub(super) struct ConnectionLimits {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) connections_max: usize,
     /// Limit on the connections of one address; none is no limit.
@@ -65,16 +65,17 @@ pub(super) struct Door {
 /// last one has ended. `serve` is told when to see its connection out.
 pub(super) async fn run<S, F>(
     listener: TcpListener,
-    door: Door,
+    door: ConnectionLimits,
     serve: S,
     stop: impl Future<Output = ()>,
 ) where
-    S: Fn(Connection, Farewell) -> F + Clone + Send + 'static,
+    S: Fn(Connection, ConnectionEnd) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
     let connections_max = affordable(door.connections_max);
     door.metrics.access().connections_max(connections_max);
-    let places = Places::new(connections_max, door.per_address_max, door.metrics.clone());
+    let places =
+        ConnectionPermits::new(connections_max, door.per_address_max, door.metrics.clone());
     let (stopping, stopped) = watch::channel(false);
     // As many tasks as places, and as newcomers may wait for one.
     let mut connections = JoinSet::new();
@@ -90,7 +91,7 @@ pub(super) async fn run<S, F>(
             Ok(accepted) => accepted,
             Err(error) if is_the_clients(&error) => continue,
             Err(error) => {
-                door.metrics.access().ended(Outcome::AcceptFailed);
+                door.metrics.access().ended(ConnectionOutcome::AcceptFailed);
                 if warned.may() {
                     tracing::error!(%error, "no connection can be accepted");
                 }
@@ -122,7 +123,7 @@ pub(super) async fn run<S, F>(
                 _ = stopping.wait_for(|&stop| stop) => None,
             };
             if let Some((connection, closed, leave)) = connection {
-                let farewell = Farewell {
+                let farewell = ConnectionEnd {
                     stopped,
                     closed,
                     leave,
@@ -140,13 +141,13 @@ pub(super) async fn run<S, F>(
 /// When to stop serving a connection: the worker ends, another connection waits
 /// for the place, or it has closed.
 #[derive(Debug)]
-pub(super) struct Farewell {
+pub(super) struct ConnectionEnd {
     stopped: watch::Receiver<bool>,
     closed: oneshot::Receiver<()>,
     leave: oneshot::Receiver<()>,
 }
 
-impl Farewell {
+impl ConnectionEnd {
     pub(super) async fn wait(mut self) {
         tokio::select! {
             // An error is the end of the loop, which is the same.
@@ -158,7 +159,7 @@ impl Farewell {
     }
 }
 
-impl Door {
+impl ConnectionLimits {
     /// Says why a connection was closed at once.
     fn refused(&self, reason: NoPlace, connections_max: usize, addr: IpAddr) {
         match reason {
@@ -180,7 +181,7 @@ impl Door {
     async fn greet(
         &self,
         stream: TcpStream,
-        mut place: Place,
+        mut place: ConnectionPermit,
         leave: Leave,
     ) -> Option<(Connection, oneshot::Receiver<()>, oneshot::Receiver<()>)> {
         // Small answers leave at once.
@@ -200,7 +201,7 @@ impl Door {
                     Ok(stream) => Stream::Tls(Box::new(stream)),
                     Err(error) => {
                         tracing::debug!(?addr, %error, "a TLS handshake failed");
-                        place.outcome = Outcome::HandshakeFailed;
+                        place.outcome = ConnectionOutcome::HandshakeFailed;
                         return None;
                     }
                 }
@@ -250,7 +251,7 @@ pub(super) struct Connection {
     /// Until the client has begun to speak HTTP/2.
     pending: Option<Pending>,
     pub(super) peer: Peer,
-    place: Place,
+    place: ConnectionPermit,
     /// Resolves when it has to go at once; none once it has.
     cut: Option<oneshot::Receiver<()>>,
     /// Dropped with the connection, which is how the farewell learns of it.
@@ -309,7 +310,7 @@ impl AsyncRead for Connection {
             this.pending = None;
             this.place.guest.speaks();
         } else if pending.deadline.as_mut().poll(cx).is_ready() {
-            this.place.outcome = Outcome::HandshakeFailed;
+            this.place.outcome = ConnectionOutcome::HandshakeFailed;
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         read

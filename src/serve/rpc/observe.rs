@@ -18,13 +18,13 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
-use super::arriving::{self, Arrival, Arrived, Compression};
-use super::leaving::{self, Leaving};
+use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
+use super::leaving::{self, LeavingBody};
 use super::{deadline, status};
 use crate::proto::codec::Growth;
-use crate::serve::capacity::{Pool, Share};
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
+use crate::serve::capacity::{CapacityPool, CapacityShare};
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
 use crate::serve::metrics::{METHODS, Metrics};
 use crate::serve::readiness::Readiness;
 
@@ -48,27 +48,27 @@ const GENERATE: &str = "Generate";
 const REQUEST_ID_LEN_MAX: usize = 128;
 
 #[derive(Debug, Clone)]
-pub(super) struct Observe {
+pub(super) struct ObserveLayer {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
     /// How long a request may take to arrive.
     pub(super) request_timeout: Duration,
     /// Where bytes that are arriving are counted.
-    pub(super) bytes: Pool,
+    pub(super) bytes: CapacityPool,
     pub(super) readiness: Arc<Readiness>,
-    pub(super) calls: Calls,
+    pub(super) calls: CallsInProgress,
 }
 
-impl Observe {
+impl ObserveLayer {
     /// The request with a body that is looked after on its way in.
-    fn arriving(&self, mut request: Request<Body>, method: &str, class: Class) -> Request<Body> {
+    fn arriving(&self, mut request: Request<Body>, method: &str, class: Priority) -> Request<Body> {
         let is_stream = STREAMS.contains(&method);
         let arrived = Arrived::default();
-        let arrival = Arrival {
+        let arrival = RequestFacts {
             bytes: Some(self.bytes.clone()),
             class,
             message_bytes_max: usize::try_from(self.request_bytes_max).unwrap_or(usize::MAX),
-            compression: Compression::take(request.headers_mut()),
+            compression: MessageCompression::take(request.headers_mut()),
             growth: Growth::of_method(method),
             is_stream,
             timeout: self.request_timeout,
@@ -84,9 +84,9 @@ impl Observe {
 /// How many calls are in progress, from their arrival until their answer has
 /// been taken.
 #[derive(Debug, Clone)]
-pub struct Calls(Arc<watch::Sender<usize>>);
+pub struct CallsInProgress(Arc<watch::Sender<usize>>);
 
-impl Calls {
+impl CallsInProgress {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(watch::Sender::new(0)))
@@ -110,7 +110,7 @@ impl Calls {
     }
 }
 
-impl Default for Calls {
+impl Default for CallsInProgress {
     fn default() -> Self {
         Self::new()
     }
@@ -118,7 +118,7 @@ impl Default for Calls {
 
 /// One call in progress.
 #[derive(Debug)]
-pub(super) struct InProgress(Calls);
+pub(super) struct InProgress(CallsInProgress);
 
 impl Drop for InProgress {
     fn drop(&mut self) {
@@ -134,30 +134,30 @@ pub(super) struct Deadline(pub(super) Option<Instant>);
 /// with their response; a stream, whose code comes last, takes both over and
 /// ends them itself.
 #[derive(Debug, Clone)]
-pub(super) struct Course(Arc<Mutex<Option<(Ending, InProgress)>>>);
+pub(super) struct CallCourse(Arc<Mutex<Option<(CallEnding, InProgress)>>>);
 
-impl Course {
-    fn new(ending: Ending, in_progress: InProgress) -> Self {
+impl CallCourse {
+    fn new(ending: CallEnding, in_progress: InProgress) -> Self {
         Self(Arc::new(Mutex::new(Some((ending, in_progress)))))
     }
 
     /// From now on the caller's, if nobody took it before.
-    pub(super) fn take(&self) -> Option<(Ending, InProgress)> {
+    pub(super) fn take(&self) -> Option<(CallEnding, InProgress)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
 /// An answer's share of the worker's bytes; handlers leave it in the response.
 #[derive(Debug, Clone)]
-pub(super) struct Held {
-    pub(super) bytes: Arc<Share>,
+pub(super) struct AnswerBytes {
+    pub(super) bytes: Arc<CapacityShare>,
 }
 
-impl<S> Layer<S> for Observe {
-    type Service = Observed<S>;
+impl<S> Layer<S> for ObserveLayer {
+    type Service = ObservedService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Observed {
+        ObservedService {
             inner,
             observe: self.clone(),
         }
@@ -165,12 +165,12 @@ impl<S> Layer<S> for Observe {
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Observed<S> {
+pub(super) struct ObservedService<S> {
     inner: S,
-    observe: Observe,
+    observe: ObserveLayer,
 }
 
-impl<S> Service<Request<Body>> for Observed<S>
+impl<S> Service<Request<Body>> for ObservedService<S>
 where
     S: Service<Request<Body>, Response = Response<Body>>,
     S::Future: Send + 'static,
@@ -187,9 +187,9 @@ where
         let Some(method) = method(request.uri().path()) else {
             // Health checks and reflection are not the worker's work. Their
             // messages are small, but may trickle in as well.
-            let arrival = Arrival {
+            let arrival = RequestFacts {
                 bytes: None,
-                class: Class::Interactive,
+                class: Priority::Interactive,
                 message_bytes_max: NAME_BYTES_MAX,
                 compression: None,
                 growth: Growth::of_method(""),
@@ -209,14 +209,14 @@ where
             request_id = id.to_str().unwrap_or_default(),
             trace_id
         );
-        let ending = Ending {
+        let ending = CallEnding {
             metrics: self.observe.metrics.clone(),
             method,
             started,
             code: Code::Cancelled,
         };
         let deadline = deadline::of(request.headers(), started);
-        let course = Course::new(ending, self.observe.calls.enter());
+        let course = CallCourse::new(ending, self.observe.calls.enter());
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
             let mut request = self.observe.arriving(request, method, class);
@@ -245,9 +245,10 @@ where
                     in_progress
                 });
                 response.headers_mut().insert(REQUEST_ID, id);
-                let held = response.extensions_mut().remove::<Held>();
+                let held = response.extensions_mut().remove::<AnswerBytes>();
                 let taking = leaving::Taking::of_this_call(STREAMS.contains(&method));
-                Ok(response.map(|body| Body::new(Leaving::new(body, taking, held, in_progress))))
+                Ok(response
+                    .map(|body| Body::new(LeavingBody::new(body, taking, held, in_progress))))
             }
             .instrument(span),
         )
@@ -267,21 +268,21 @@ where
         .await
         .unwrap_or_else(|_| {
             let error = Error::DeadlineExceeded {
-                stage: Stage::Queue,
+                stage: RequestStage::Queue,
             };
             Ok(status::of_call(&error).into_http())
         })
 }
 
 /// The class that a call belongs to: as its metadata says, else by its method.
-fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
+fn class(headers: &HeaderMap, method: &str) -> Result<Priority, Error> {
     let Some(given) = headers.get(PRIORITY) else {
         return Ok(match method {
-            BULK_STREAM => Class::Bulk,
-            _ => Class::Interactive,
+            BULK_STREAM => Priority::Bulk,
+            _ => Priority::Interactive,
         });
     };
-    Class::ALL
+    Priority::ALL
         .into_iter()
         .find(|class| given == class.label())
         .ok_or_else(|| Error::PriorityUnknown {
@@ -292,14 +293,14 @@ fn class(headers: &HeaderMap, method: &str) -> Result<Class, Error> {
 /// Counts the call when it ends, also when its future is dropped because the
 /// caller went away.
 #[derive(Debug)]
-pub(super) struct Ending {
+pub(super) struct CallEnding {
     metrics: Metrics,
     method: &'static str,
     started: Instant,
     pub(super) code: Code,
 }
 
-impl Drop for Ending {
+impl Drop for CallEnding {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
         let code = proto::code_name(self.code);
@@ -427,7 +428,7 @@ mod tests {
 
     #[test]
     fn classes() {
-        let check = |headers: &HeaderMap, method, expected: Result<Class, &str>| match (
+        let check = |headers: &HeaderMap, method, expected: Result<Priority, &str>| match (
             class(headers, method),
             expected,
         ) {
@@ -435,11 +436,11 @@ mod tests {
             (Err(error), Err(words)) => assert!(error.to_string().contains(words)),
             (got, _) => panic!("{got:?}"),
         };
-        check(&HeaderMap::new(), "Embed", Ok(Class::Interactive));
-        check(&HeaderMap::new(), "EmbedStream", Ok(Class::Bulk));
-        check(&headers(PRIORITY, "bulk"), "Embed", Ok(Class::Bulk));
+        check(&HeaderMap::new(), "Embed", Ok(Priority::Interactive));
+        check(&HeaderMap::new(), "EmbedStream", Ok(Priority::Bulk));
+        check(&headers(PRIORITY, "bulk"), "Embed", Ok(Priority::Bulk));
         let interactive = headers(PRIORITY, "interactive");
-        check(&interactive, "EmbedStream", Ok(Class::Interactive));
+        check(&interactive, "EmbedStream", Ok(Priority::Interactive));
         check(&headers(PRIORITY, "urgent"), "Embed", Err("\"urgent\""));
     }
 

@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use self::infer::{Origin, Prepared};
+use self::infer::{CallOrigin, PreparedInfer};
 use super::arriving::Arrived;
-use super::observe::Held;
-use super::{Service, respond, status};
+use super::observe::AnswerBytes;
+use super::{WorkerService, respond, status};
 use crate::proto::inference as oip;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService;
 use crate::serve::error::Error;
@@ -31,7 +31,7 @@ const TEXT_SHOWN: usize = 64;
 
 /// The protocol's service.
 #[derive(Debug, Clone)]
-pub(super) struct Oip(pub(super) Arc<Service>);
+pub(super) struct Oip(pub(super) Arc<WorkerService>);
 
 impl Oip {
     /// Whether this model in this version is the one that is served.
@@ -60,11 +60,11 @@ impl Oip {
     async fn infer(
         &self,
         request: Request<oip::ModelInferRequest>,
-    ) -> Result<(oip::ModelInferResponse, Held), Error> {
+    ) -> Result<(oip::ModelInferResponse, AnswerBytes), Error> {
         let (_, extensions, request) = request.into_parts();
-        let origin = Origin::of(&extensions);
+        let origin = CallOrigin::of(&extensions);
         let arrived = extensions.get::<Arrived>().map(Arrived::take);
-        Prepared::new(self, request, origin)?
+        PreparedInfer::new(self, request, origin)?
             .submit(self, arrived.unwrap_or_default())?
             .finish(self)
             .await
@@ -156,7 +156,7 @@ impl GrpcInferenceService for Oip {
         respond(self.infer(request).await)
     }
 
-    type ModelStreamInferStream = stream::Answers;
+    type ModelStreamInferStream = stream::InferAnswers;
 
     async fn model_stream_infer(
         &self,

@@ -3,25 +3,25 @@
 use crate::proto;
 use tonic::Request;
 
-use super::observe::Held;
-use super::{Service, convert, status};
+use super::observe::AnswerBytes;
+use super::{WorkerService, convert, status};
 use crate::imaging::render;
-use crate::model::Task;
+use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
 use crate::proto::pb;
 use crate::serve::error::Error;
-use crate::serve::job::{Answer, Work};
+use crate::serve::job::{Answer, RequestedWork};
 
 /// Answers a call.
 pub(super) async fn score(
-    service: &Service,
+    service: &WorkerService,
     request: Request<pb::ScoreRequest>,
-) -> Result<(pb::ScoreResponse, Held), Error> {
+) -> Result<(pb::ScoreResponse, AnswerBytes), Error> {
     service.facts()?;
-    service.require(Task::Score)?;
+    service.require(CallTask::Score)?;
     let (_, extensions, request) = request.into_parts();
     let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-    let work = Work::Infer {
+    let work = RequestedWork::Infer {
         // The graph shifts by itself: it needs the last pixel, too.
         context: Context::Raw,
         want: Want::Nll,

@@ -116,15 +116,15 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::Task;
+    use crate::model::CallTask;
     use crate::runtime::error::EngineError;
-    use crate::serve::error::Stage;
+    use crate::serve::error::RequestStage;
     use crate::serve::metrics::CODES;
 
     #[test]
     #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
     fn each_error_has_its_code_and_reason() {
-        let stage = Stage::Queue;
+        let stage = RequestStage::Queue;
         let ended = |cause| Error::StreamEnded {
             cause,
             items_read: 3,
@@ -172,7 +172,7 @@ mod tests {
             ),
             (
                 Error::TaskMissing {
-                    task: Task::Embed,
+                    task: CallTask::Embed,
                     file: "model.onnx",
                 },
                 Code::Unimplemented,
@@ -383,7 +383,7 @@ mod tests {
     #[test]
     fn a_decoder_panic_is_internal() {
         let error = Error::from(PreprocessError::Panicked {
-            format: crate::imaging::Format::Png,
+            format: crate::imaging::ImageFormat::Png,
         });
         assert_eq!(row(&error), (Code::Internal, "DECODER_PANICKED"));
     }

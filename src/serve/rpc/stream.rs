@@ -25,21 +25,21 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
-use self::outbox::{Outbox, Place};
+use self::outbox::{Outbox, WindowPermit};
 use super::arriving::Arrived;
 use super::embedding::Embedding;
 use super::listen::Peer;
-use super::observe::{Course, Deadline, Ending, InProgress};
-use super::tally::Tally;
-use super::{Service, arriving, convert, deadline, status};
-use crate::engine::Facts;
-use crate::model::{Model, Task};
+use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
+use super::tally::OutcomeTally;
+use super::{WorkerService, arriving, convert, deadline, status};
+use crate::engine::EngineFacts;
+use crate::model::{CallTask, Model};
 use crate::proto::codec;
-use crate::proto::codec::Scan;
+use crate::proto::codec::ScanMessage;
 use crate::proto::pb;
 use crate::proto::pb::embed_stream_request::Message;
-use crate::serve::admission::{Admission, Bytes, Item, Pending};
-use crate::serve::class::Class;
+use crate::serve::admission::{Admission, Bytes, PendingAnswers, StreamItem};
+use crate::serve::class::Priority;
 use crate::serve::config::LimitsConfig;
 use crate::serve::error::{Error, StreamEnd};
 use crate::serve::job::Answer;
@@ -64,9 +64,12 @@ pub(super) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 ///
 /// The response begins before the first message is read, because some clients
 /// send nothing before they have it.
-pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answers, Error> {
+pub(super) fn open(
+    service: &WorkerService,
+    request: Request<Requests>,
+) -> Result<EmbedAnswers, Error> {
     let facts = service.facts()?;
-    service.require(Task::Embed)?;
+    service.require(CallTask::Embed)?;
     let (_, extensions, requests) = request.into_parts();
     let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
     let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
@@ -78,7 +81,7 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
         service.limits.stream_idle_timeout,
         (service.readiness.clone(), patience),
     );
-    let course = extensions.get::<Course>().and_then(Course::take);
+    let course = extensions.get::<CallCourse>().and_then(CallCourse::take);
     let session = Session {
         model: Arc::clone(&service.model),
         facts,
@@ -86,34 +89,34 @@ pub(super) fn open(service: &Service, request: Request<Requests>) -> Result<Answ
         readiness: service.readiness.clone(),
         limits: service.limits.clone(),
         leaves_at: extensions.get::<Peer>().and_then(Peer::leaves_at),
-        class: extensions.get().copied().unwrap_or(Class::Bulk),
+        class: extensions.get().copied().unwrap_or(Priority::Bulk),
         deadline,
         arrived,
         outbox: Arc::clone(&outbox),
         n_read: 0,
         unanswered: 0,
-        tally: Tally::new(service.metrics.clone(), deadline),
+        tally: OutcomeTally::new(service.metrics.clone(), deadline),
         _open: service.metrics.stream(),
         course,
     };
     let session = session.run(requests, hurry).in_current_span();
-    Ok(Answers::new(outbox, session))
+    Ok(EmbedAnswers::new(outbox, session))
 }
 
 /// The response of a stream.
-pub(super) type Answers = outbox::Answers<pb::EmbedStreamResponse>;
+pub(super) type EmbedAnswers = outbox::OutboxAnswers<pb::EmbedStreamResponse>;
 
-/// The other end of [`Answers`].
+/// The other end of [`EmbedAnswers`].
 #[derive(Debug)]
 struct Session {
     model: Arc<Model>,
-    facts: Facts,
+    facts: EngineFacts,
     admission: Admission,
     readiness: Readiness,
     limits: LimitsConfig,
     /// When the connection is told to go away; it waits for the stream's end.
     leaves_at: Option<Instant>,
-    class: Class,
+    class: Priority,
     deadline: Option<Instant>,
     /// Of the message that was read last.
     arrived: Arrived,
@@ -122,10 +125,10 @@ struct Session {
     n_read: u64,
     /// Of those, how many will have no answer.
     unanswered: u64,
-    tally: Tally,
+    tally: OutcomeTally,
     _open: StreamOpen,
     /// Counts the call when the session ends.
-    course: Option<(Ending, InProgress)>,
+    course: Option<(CallEnding, InProgress)>,
 }
 
 /// What an opening settles.
@@ -142,7 +145,7 @@ struct Plan {
 /// An item that was let in, or why not.
 struct Submitted {
     id: String,
-    pending: Result<Pending, Error>,
+    pending: Result<PendingAnswers, Error>,
     /// Its part of the stream's own share.
     bytes: usize,
 }
@@ -151,7 +154,7 @@ struct Submitted {
 struct Done {
     id: String,
     outcome: Result<Answer, Error>,
-    place: Place,
+    place: WindowPermit,
 }
 
 /// Items in the worker, in the order in which they are answered.
@@ -204,7 +207,7 @@ async fn done(item: Submitted) -> Done {
         }
         Err(error) => (Err(error), None),
     };
-    let place = Place {
+    let place = WindowPermit {
         bytes: item.bytes,
         _share: share,
     };
@@ -418,7 +421,7 @@ impl Session {
         };
         let request = convert::picture_bytes(&picture) + id.len();
         let bytes = request + plan.answer_bytes;
-        let item = Item {
+        let item = StreamItem {
             picture,
             work: plan.embedding.work(),
             class: self.class,
@@ -507,7 +510,7 @@ pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
 }
 
 /// The next message, once there is a place for an item.
-pub(super) async fn read<Q: prost::Message + Scan + Default, T>(
+pub(super) async fn read<Q: prost::Message + ScanMessage + Default, T>(
     requests: &mut Option<Streaming<Q>>,
     arrived: &Arrived,
     outbox: &Outbox<T>,

@@ -10,13 +10,13 @@ use crate::serve::metrics::Metrics;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(super) struct OutcomeTally {
     metrics: Metrics,
     n_uncounted: usize,
     deadline: Option<Instant>,
 }
 
-impl Tally {
+impl OutcomeTally {
     pub(super) fn new(metrics: Metrics, deadline: Option<Instant>) -> Self {
         Self {
             metrics,
@@ -44,7 +44,7 @@ impl Tally {
     }
 }
 
-impl Drop for Tally {
+impl Drop for OutcomeTally {
     fn drop(&mut self) {
         let late = self
             .deadline

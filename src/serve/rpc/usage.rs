@@ -22,9 +22,9 @@ const REFLECTION: &str = "/grpc.reflection.";
 
 /// The layer of one connection.
 #[derive(Debug, Clone)]
-pub(super) struct Usage(pub(super) Guest);
+pub(super) struct UsageLayer(pub(super) Guest);
 
-impl<S> Layer<S> for Usage {
+impl<S> Layer<S> for UsageLayer {
     type Service = Used<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
@@ -43,13 +43,13 @@ pub(super) struct Used<S> {
 
 /// Place that a call takes of its connection until its answer has been taken.
 #[derive(Debug)]
-pub(super) enum Taken {
+pub(super) enum CallPlace {
     Work { _in_use: InUse },
     Health { _permit: OwnedSemaphorePermit },
     Reflection { _permits: [OwnedSemaphorePermit; 2] },
 }
 
-impl Taken {
+impl CallPlace {
     fn by(path: &str, guest: &Guest) -> Result<Self, TooMany> {
         if path.starts_with(OPEN) {
             Ok(Self::Health {
@@ -75,34 +75,34 @@ where
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Answer<S::Future>;
+    type Future = UsageFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        match Taken::by(request.uri().path(), &self.guest) {
+        match CallPlace::by(request.uri().path(), &self.guest) {
             Ok(taken) => {
                 request.extensions_mut().insert(self.guest.clone());
-                Answer::Passed(self.inner.call(request), Some(taken))
+                UsageFuture::Passed(self.inner.call(request), Some(taken))
             }
             Err(error) => {
                 let status = Status::resource_exhausted(error.to_string());
-                Answer::Refusal(Some(status.into_http()))
+                UsageFuture::Refusal(Some(status.into_http()))
             }
         }
     }
 }
 
 /// A call that may pass, or its refusal. Not boxed: every call comes by here.
-pub(super) enum Answer<F> {
-    Passed(F, Option<Taken>),
+pub(super) enum UsageFuture<F> {
+    Passed(F, Option<CallPlace>),
     /// Taken when it is polled, once.
     Refusal(Option<Response<Body>>),
 }
 
-impl<F, E> Future for Answer<F>
+impl<F, E> Future for UsageFuture<F>
 where
     F: Future<Output = Result<Response<Body>, E>> + Unpin,
 {
@@ -131,7 +131,7 @@ where
 /// An answer that has yet to be taken.
 struct Leaving {
     body: Body,
-    _taken: Option<Taken>,
+    _taken: Option<CallPlace>,
 }
 
 impl http_body::Body for Leaving {

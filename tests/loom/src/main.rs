@@ -16,118 +16,124 @@ mod sync {
     pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
 }
 
-mod error {
-    #[derive(Debug, Clone)]
-    pub enum Error {
-        Gone,
-        NotReady,
-    }
+/// What the worker's imaging and stages have of these, as far as the files use it.
+mod imaging {
+    use std::time::Duration;
 
-    #[derive(Debug, Clone, Copy)]
-    pub enum Stage {
-        Preprocess,
-        Queue,
-    }
-}
+    use self::cost::DecodeCost;
 
-mod job {
-    use std::time::Instant;
+    pub mod cost {
+        use std::time::Duration;
 
-    use loom::sync::Arc;
-    use loom::sync::atomic::{AtomicUsize, Ordering};
+        #[derive(Debug, Clone, Copy)]
+        pub struct DecodeCost(pub Duration);
 
-    use crate::error::{Error, Stage};
-
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-    pub enum Class {
-        Interactive,
-        Bulk,
-    }
-
-    impl Class {
-        pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
-    }
-
-    /// Counts how often it was answered.
-    #[derive(Debug)]
-    pub struct Ticket {
-        pub class: Class,
-        pub deadline: Option<Instant>,
-        pub gone: bool,
-        pub answers: Arc<AtomicUsize>,
-    }
-
-    impl Ticket {
-        pub fn new(answers: &Arc<AtomicUsize>) -> Self {
-            Self {
-                class: Class::Bulk,
-                deadline: None,
-                gone: false,
-                answers: Arc::clone(answers),
+        impl DecodeCost {
+            pub fn is_cheap(self) -> bool {
+                self.0.is_zero()
             }
         }
-
-        pub fn dead(&self, _now: Instant, _stage: Stage) -> Option<Error> {
-            self.gone.then_some(Error::Gone)
-        }
-
-        pub fn finish(self, _outcome: Result<(), Error>) {
-            self.answers.fetch_add(1, Ordering::Relaxed);
-        }
     }
-
-    #[derive(Debug)]
-    pub struct Job<P> {
-        pub payload: P,
-        pub ticket: Ticket,
-    }
-}
-
-mod metrics {
-    #[derive(Debug, Clone)]
-    pub struct Metrics;
-
-    impl Metrics {
-        pub fn dead(&self, _error: &crate::error::Error) {}
-    }
-}
-
-mod cost {
-    use std::time::Duration;
-
-    #[derive(Debug, Clone, Copy)]
-    pub struct DecodeCost(pub Duration);
-
-    impl DecodeCost {
-        pub fn is_cheap(self) -> bool {
-            self.0.is_zero()
-        }
-    }
-}
-
-mod pool {
-    use std::time::Duration;
-
-    use crate::cost::DecodeCost;
 
     /// A picture that costs so many seconds.
     #[derive(Debug)]
-    pub struct Picture(pub u64);
+    pub struct ImageRequest(pub u64);
 
-    impl Picture {
+    impl ImageRequest {
         pub fn cost(&self) -> DecodeCost {
             DecodeCost(Duration::from_secs(self.0))
         }
     }
 }
 
+mod serve {
+    pub mod class {
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Priority {
+            Interactive,
+            Bulk,
+        }
+
+        impl Priority {
+            pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
+        }
+    }
+
+    pub mod error {
+        #[derive(Debug, Clone)]
+        pub enum Error {
+            Gone,
+            NotReady,
+        }
+
+        #[derive(Debug, Clone, Copy)]
+        pub enum RequestStage {
+            Preprocess,
+            Queue,
+        }
+    }
+
+    pub mod job {
+        use std::time::Instant;
+
+        use loom::sync::Arc;
+        use loom::sync::atomic::{AtomicUsize, Ordering};
+
+        use crate::serve::class::Priority;
+        use crate::serve::error::{Error, RequestStage};
+
+        /// Counts how often it was answered.
+        #[derive(Debug)]
+        pub struct Ticket {
+            pub class: Priority,
+            pub deadline: Option<Instant>,
+            pub gone: bool,
+            pub answers: Arc<AtomicUsize>,
+        }
+
+        impl Ticket {
+            pub fn new(answers: &Arc<AtomicUsize>) -> Self {
+                Self {
+                    class: Priority::Bulk,
+                    deadline: None,
+                    gone: false,
+                    answers: Arc::clone(answers),
+                }
+            }
+
+            pub fn dead(&self, _now: Instant, _stage: RequestStage) -> Option<Error> {
+                self.gone.then_some(Error::Gone)
+            }
+
+            pub fn finish(self, _outcome: Result<(), Error>) {
+                self.answers.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+
+        #[derive(Debug)]
+        pub struct Job<P> {
+            pub payload: P,
+            pub ticket: Ticket,
+        }
+    }
+
+    pub mod metrics {
+        #[derive(Debug, Clone)]
+        pub struct Metrics;
+
+        impl Metrics {
+            pub fn dead(&self, _error: &crate::serve::error::Error) {}
+        }
+    }
+}
+
 // The files under test.
-#[path = "../../../src/job/crowd.rs"]
-mod crowd;
-#[path = "../../../src/preprocess/queue.rs"]
+#[path = "../../../src/serve/preprocess/queue.rs"]
 mod queue;
 #[path = "../../../src/engine/stop.rs"]
 mod stop;
+#[path = "../../../src/serve/job/waiters.rs"]
+mod waiters;
 
 use std::time::Instant;
 
@@ -135,13 +141,14 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
-use crowd::Crowd;
-use error::Stage;
-use job::{Class, Job, Ticket};
-use metrics::Metrics;
-use pool::Picture;
-use queue::Reach;
-use stop::Stop;
+use imaging::ImageRequest;
+use queue::ThreadReach;
+use serve::class::Priority;
+use serve::error::RequestStage;
+use serve::job::{Job, Ticket};
+use serve::metrics::Metrics;
+use stop::RunStop;
+use waiters::CoalescedWaiters;
 
 /// The batcher lets callers join and leave while the engine answers: each is
 /// answered exactly once.
@@ -149,21 +156,21 @@ fn callers_join_and_leave() {
     let answers: [Arc<AtomicUsize>; 3] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
     let mut leaving = Ticket::new(&answers[1]);
     leaving.gone = true;
-    let crowd = Arc::new(Crowd::new(Ticket::new(&answers[0])));
+    let waiters = Arc::new(CoalescedWaiters::new(Ticket::new(&answers[0])));
     let engine = {
-        let crowd = Arc::clone(&crowd);
+        let waiters = Arc::clone(&waiters);
         thread::spawn(move || {
-            for ticket in crowd.close() {
+            for ticket in waiters.close() {
                 ticket.finish(Ok(()));
             }
         })
     };
     for ticket in [leaving, Ticket::new(&answers[2])] {
-        if let Err(refused) = crowd.join(ticket) {
+        if let Err(refused) = waiters.join(ticket) {
             // It runs on its own.
             refused.finish(Ok(()));
         }
-        crowd.sweep(Instant::now(), Stage::Queue, |_| {});
+        waiters.sweep(Instant::now(), RequestStage::Queue, |_| {});
     }
     engine.join().expect("no panic");
     for answered in answers {
@@ -173,7 +180,7 @@ fn callers_join_and_leave() {
 
 /// A request to stop a run never stops the next one, and is not lost.
 fn a_run_is_stopped() {
-    let stop = Arc::new(Stop::default());
+    let stop = Arc::new(RunStop::default());
     let (first, second) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     stop.begin(1);
     let batcher = {
@@ -203,7 +210,7 @@ fn pictures_pass() {
     let answers: [Arc<AtomicUsize>; 2] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
     let (bell, _rings) = crossbeam_channel::bounded(1);
     let (door, queue) = queue::queue(bell, Metrics);
-    let threads: Vec<_> = [Reach::Any, Reach::Cheap]
+    let threads: Vec<_> = [ThreadReach::Any, ThreadReach::Cheap]
         .into_iter()
         .map(|reach| {
             let queue = Arc::clone(&queue);
@@ -218,9 +225,9 @@ fn pictures_pass() {
     for (idx, answered) in answers.iter().enumerate() {
         let mut ticket = Ticket::new(answered);
         ticket.gone = idx == 1;
-        ticket.class = Class::ALL[idx];
+        ticket.class = Priority::ALL[idx];
         door.push(Job {
-            payload: Picture(idx as u64),
+            payload: ImageRequest(idx as u64),
             ticket,
         });
     }

@@ -16,14 +16,14 @@ use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
 
 /// What images of a model cost.
-pub(super) struct Work {
+pub(super) struct ImageWork {
     /// `None` for exports without a config.json of ImageGPT's.
     architecture: Option<Architecture>,
     feature_layer: usize,
     n_classes: usize,
 }
 
-impl Work {
+impl ImageWork {
     pub(super) fn of(folder: &Path, model: &Model) -> Self {
         let manifest = manifest(folder);
         Self {
@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn imagegpt_small_costs_what_the_arithmetic_says() {
         let local = random::fetch("small").unwrap();
-        let work = Work {
+        let work = ImageWork {
             architecture: Some(Architecture::read(&local.folder).unwrap()),
             feature_layer: 16,
             n_classes: 10,

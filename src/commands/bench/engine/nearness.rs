@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::{EngineArgs, Loaded, load, manifest, tokens, want};
-use crate::engine::{Row, Run, Stop};
+use crate::engine::{BatchRow, GraphRun, RunStop};
 use crate::model::graph::Graph;
 
 /// Images that are compared. Each is a few hundred thousand roundings deep, so
@@ -13,7 +13,7 @@ const N_IMAGES: usize = 8;
 
 /// A graph's answers against the reference's.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Nearness {
+pub(super) struct BenchNearness {
     pub(super) graph: &'static str,
     pub(super) n_images: usize,
     /// ‖answer − reference‖ / ‖reference‖ over all images.
@@ -53,7 +53,10 @@ pub(super) fn answers(args: &EngineArgs, reference: &str, seed: u64) -> anyhow::
 }
 
 /// Compares what both have.
-pub(super) fn compare(loaded: &mut Loaded, reference: &Reference) -> anyhow::Result<Vec<Nearness>> {
+pub(super) fn compare(
+    loaded: &mut Loaded,
+    reference: &Reference,
+) -> anyhow::Result<Vec<BenchNearness>> {
     anyhow::ensure!(
         weights(loaded)? == reference.sha256,
         "--reference was compiled from other weights than --model"
@@ -64,7 +67,7 @@ pub(super) fn compare(loaded: &mut Loaded, reference: &Reference) -> anyhow::Res
             continue;
         }
         let answers = ask(loaded, *graph, &reference.tokens)?;
-        found.push(Nearness {
+        found.push(BenchNearness {
             graph: graph.label(),
             n_images: answers.len(),
             relative_error: relative_error(&answers.concat(), &expected.concat()),
@@ -95,12 +98,12 @@ fn ask(loaded: &mut Loaded, graph: Graph, tokens: &[Vec<u16>]) -> anyhow::Result
     let want = want(graph, &loaded.model);
     let mut answers = Vec::new();
     for tokens in tokens {
-        let run = Run {
+        let run = GraphRun {
             graph,
             bucket,
-            rows: &[Row { tokens, want }],
+            rows: &[BatchRow { tokens, want }],
         };
-        answers.extend(loaded.engine.run(&run, &Stop::default())?);
+        answers.extend(loaded.engine.run(&run, &RunStop::default())?);
     }
     Ok(answers)
 }

@@ -3,9 +3,9 @@
 
 use bytesize::ByteSize;
 
-use super::{Asked, Finding, Found, Seen};
+use super::{Asked, DriverFindings, Finding, MachineFindings};
 use crate::commands::doctor::library::{CudaProvider, Needed};
-use crate::gpu::{Gpu, Usage, Version};
+use crate::gpu::{Gpu, GpuUsage, Version};
 
 /// Compute capabilities, from and to, that the provider of the package
 /// onnxruntime-gpu 1.31.1 has all its kernels for: by the headers of its section
@@ -28,7 +28,7 @@ const fn version(major: i32, minor: i32) -> Version {
 }
 
 /// In the order in which to mend them.
-pub(super) fn findings(asked: &Asked, found: &Found) -> Vec<(String, Finding)> {
+pub(super) fn findings(asked: &Asked, found: &MachineFindings) -> Vec<(String, Finding)> {
     let provider = found.cuda.as_ref();
     let major = provider
         .and_then(CudaProvider::cuda_major)
@@ -51,7 +51,7 @@ fn driver_wanted(major: i32) -> String {
     }
 }
 
-fn driver(found: &Found, major: i32) -> Finding {
+fn driver(found: &MachineFindings, major: i32) -> Finding {
     let gpus = match &found.gpus {
         Ok(seen) => &seen.gpus,
         Err(reason) => {
@@ -91,8 +91,8 @@ fn driver(found: &Found, major: i32) -> Finding {
     Finding::Fine(text)
 }
 
-fn gpus(asked: &Asked, found: &Found) -> Finding {
-    let Ok(Seen { gpus, usage }) = &found.gpus else {
+fn gpus(asked: &Asked, found: &MachineFindings) -> Finding {
+    let Ok(DriverFindings { gpus, usage }) = &found.gpus else {
         return Finding::Bad("not known without an answer of the driver".to_owned(), None);
     };
     let visible = match &found.visible_devices {
@@ -139,7 +139,7 @@ fn gpus(asked: &Asked, found: &Found) -> Finding {
     }
 }
 
-fn line(gpu: &Gpu, usage: &[(i32, Usage)]) -> String {
+fn line(gpu: &Gpu, usage: &[(i32, GpuUsage)]) -> String {
     let usage = usage.iter().find(|(id, _)| *id == gpu.id);
     let memory = usage.and_then(|(_, usage)| usage.memory);
     let used = match memory {
@@ -172,7 +172,7 @@ fn kernels() -> String {
     ranges.join(", ")
 }
 
-fn provider_files(found: &Found) -> Finding {
+fn provider_files(found: &MachineFindings) -> Finding {
     let (Some(provider), Some(folder)) = (&found.cuda, &found.library.folder) else {
         return Finding::Bad(
             "there is no ONNX Runtime that it could be part of".to_owned(),
@@ -196,7 +196,7 @@ fn provider_files(found: &Found) -> Finding {
     )
 }
 
-fn libraries(found: &Found, major: i32) -> Finding {
+fn libraries(found: &MachineFindings, major: i32) -> Finding {
     let provider = match &found.cuda {
         Some(provider) if provider.is_whole() => provider,
         _ => {

@@ -1,11 +1,11 @@
 use super::*;
 use crate::commands::doctor::library::Needed;
-use crate::commands::doctor::machine::{Cpu, Memory};
+use crate::commands::doctor::machine::{Cpu, MemoryLimits};
 use crate::gpu::{Gpu, Gpus, MemoryUse, Version};
 use crate::model::precision::Provider;
 
 /// A machine with everything: two H100s, CUDA 13, ONNX Runtime for them.
-fn complete() -> Found {
+fn complete() -> MachineFindings {
     let gpu = |id| Gpu {
         id,
         name: "NVIDIA H100 80GB HBM3".to_owned(),
@@ -19,8 +19,8 @@ fn complete() -> Found {
         "libcurand.so.10",
         "libcudart.so.13",
     ];
-    Found {
-        machine: Machine {
+    MachineFindings {
+        machine: MachineLimits {
             cpu: Cpu {
                 model: Some("Xeon".to_owned()),
                 n_cpus: 8,
@@ -28,7 +28,7 @@ fn complete() -> Found {
                 quota: None,
                 flags: ["avx2", "fma"].map(str::to_owned).into(),
             },
-            memory: Memory {
+            memory: MemoryLimits {
                 total: Some(16 << 30),
                 available: Some(8 << 30),
                 limit: None,
@@ -36,7 +36,7 @@ fn complete() -> Found {
             huge_pages: Some("madvise".to_owned()),
             open_files_max: Some(1 << 20),
         },
-        cache: Cache {
+        cache: CacheFinding {
             folder: Ok("/cache".into()),
             space: Ok(10 << 30),
         },
@@ -57,7 +57,7 @@ fn complete() -> Found {
             unreadable: None,
             lost: None,
         }),
-        gpus: Ok(Seen {
+        gpus: Ok(DriverFindings {
             gpus: Gpus {
                 devices: vec![gpu(0), gpu(1)],
                 driver_version: Some("580.82.07".to_owned()),
@@ -69,12 +69,12 @@ fn complete() -> Found {
             },
             usage: vec![(
                 0,
-                Usage {
+                GpuUsage {
                     memory: Some(MemoryUse {
                         used_bytes: 1 << 30,
                         total_bytes: 80 << 30,
                     }),
-                    ..Usage::default()
+                    ..GpuUsage::default()
                 },
             )],
         }),
@@ -83,9 +83,9 @@ fn complete() -> Found {
 }
 
 /// The same without anything of NVIDIA's.
-fn without_gpu() -> Found {
+fn without_gpu() -> MachineFindings {
     let mut found = complete();
-    found.gpus = Ok(Seen {
+    found.gpus = Ok(DriverFindings {
         gpus: Gpus {
             absent: Some("the NVIDIA driver's library cannot be loaded: libcuda.so.1".to_owned()),
             ..Gpus::default()
@@ -99,11 +99,11 @@ fn without_gpu() -> Found {
     found
 }
 
-fn gpus_of(found: &mut Found) -> &mut Gpus {
+fn gpus_of(found: &mut MachineFindings) -> &mut Gpus {
     &mut found.gpus.as_mut().unwrap().gpus
 }
 
-fn missing_library(name: &str, words: &str) -> Found {
+fn missing_library(name: &str, words: &str) -> MachineFindings {
     let mut found = complete();
     let provider = found.cuda.as_mut().unwrap();
     let needed = provider
@@ -122,7 +122,7 @@ fn asked(provider: ProviderChoice, device_ids: &[i32]) -> Asked {
 }
 
 /// Judges where everything that is tried works; says what was tried.
-fn judged(asked: &Asked, found: &Found) -> (Report, Vec<(Provider, i32)>) {
+fn judged(asked: &Asked, found: &MachineFindings) -> (DoctorReport, Vec<(Provider, i32)>) {
     let mut tried = Vec::new();
     let report = judge(asked, found, &mut |provider, id| {
         tried.push((provider, id));
@@ -131,12 +131,12 @@ fn judged(asked: &Asked, found: &Found) -> (Report, Vec<(Provider, i32)>) {
     (report, tried)
 }
 
-fn check<'r>(report: &'r Report, name: &str) -> &'r Check {
+fn check<'r>(report: &'r DoctorReport, name: &str) -> &'r Check {
     let mut checks = report.checks.iter();
     checks.find(|check| check.name == name).unwrap()
 }
 
-fn result(report: &Report, name: &str) -> Outcome {
+fn result(report: &DoctorReport, name: &str) -> CheckOutcome {
     check(report, name).result
 }
 
@@ -149,7 +149,7 @@ fn a_machine_with_everything() {
     assert!(report.can_serve);
     assert_eq!(report.providers, ["cpu", "cuda"]);
     assert_eq!(tried, [(CPU, 0), (CUDA, 0)]);
-    let is_ok = |check: &Check| check.result == Outcome::Ok;
+    let is_ok = |check: &Check| check.result == CheckOutcome::Ok;
     assert!(report.checks.iter().all(is_ok), "{:?}", report.checks);
     let gpus = &check(&report, "GPUs").found;
     assert!(
@@ -175,8 +175,8 @@ fn each_gpu_that_was_asked_for_is_tried_and_nothing_else() {
     );
     assert!(!report.can_serve);
     assert_eq!(report.obstacles["cuda"], "CUDA failure 2: out of memory");
-    assert_eq!(result(&report, "inference on cuda:0"), Outcome::Ok);
-    assert_eq!(result(&report, "inference on cuda:1"), Outcome::Failed);
+    assert_eq!(result(&report, "inference on cuda:0"), CheckOutcome::Ok);
+    assert_eq!(result(&report, "inference on cuda:1"), CheckOutcome::Failed);
 }
 
 #[test]
@@ -185,16 +185,19 @@ fn without_a_gpu_auto_is_served_on_the_cpu_and_cuda_is_not() {
     assert!(report.can_serve);
     assert_eq!(tried, [(CPU, 0)], "nothing is tried that cannot be");
     for name in ["NVIDIA driver", "GPUs", "CUDA provider", "CUDA libraries"] {
-        assert_eq!(result(&report, name), Outcome::NotNeeded, "{name}");
+        assert_eq!(result(&report, name), CheckOutcome::NotNeeded, "{name}");
     }
-    assert_eq!(result(&report, "inference on cuda:0"), Outcome::NotNeeded);
+    assert_eq!(
+        result(&report, "inference on cuda:0"),
+        CheckOutcome::NotNeeded
+    );
     assert!(report.obstacles["cuda"].contains("driver 580 or newer"));
 
     let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &without_gpu());
     assert!(!report.can_serve);
     assert_eq!(tried, []);
-    assert_eq!(result(&report, "NVIDIA driver"), Outcome::Failed);
-    assert_eq!(result(&report, "CUDA provider"), Outcome::Failed);
+    assert_eq!(result(&report, "NVIDIA driver"), CheckOutcome::Failed);
+    assert_eq!(result(&report, "CUDA provider"), CheckOutcome::Failed);
 }
 
 #[test]
@@ -204,14 +207,14 @@ fn a_missing_library_is_named_with_its_package() {
     let (report, _) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
     assert_eq!(report.providers, ["cpu"]);
     // There is a GPU, so somebody may want it.
-    assert_eq!(result(&report, "CUDA libraries"), Outcome::Warning);
+    assert_eq!(result(&report, "CUDA libraries"), CheckOutcome::Warning);
     let obstacle = &report.obstacles["cuda"];
     assert!(
         obstacle.starts_with("libcublas.so.13 is missing: pip install 'nvidia-cublas==13.*'"),
         "{obstacle}"
     );
     let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
-    assert_eq!(result(&report, "CUDA libraries"), Outcome::Failed);
+    assert_eq!(result(&report, "CUDA libraries"), CheckOutcome::Failed);
 
     // It is there, but not where it is looked for.
     let mut found = found;
@@ -276,12 +279,12 @@ fn an_old_driver() {
         todo.contains("CUDA 13: install driver 580 or newer"),
         "{todo}"
     );
-    assert_eq!(result(&report, "GPUs"), Outcome::Ok);
+    assert_eq!(result(&report, "GPUs"), CheckOutcome::Ok);
 }
 
 #[test]
 fn gpus_that_cannot_be_used() {
-    let verdict = |found: &Found, ids: &[i32]| {
+    let verdict = |found: &MachineFindings, ids: &[i32]| {
         let (report, _) = judged(&asked(ProviderChoice::Cuda, ids), found);
         let gpus = check(&report, "GPUs").clone();
         (report.can_serve, gpus)
@@ -316,10 +319,10 @@ fn gpus_that_cannot_be_used() {
     };
     let (can_serve, gpus) = verdict(&found, &[1]);
     assert!(can_serve);
-    assert_eq!(gpus.result, Outcome::Warning);
+    assert_eq!(gpus.result, CheckOutcome::Warning);
     let todo = gpus.todo.unwrap();
     assert!(todo.contains("8.0 to 8.9, 9.0, 12.0; "), "{todo}");
-    assert_eq!(verdict(&found, &[0]).1.result, Outcome::Ok);
+    assert_eq!(verdict(&found, &[0]).1.result, CheckOutcome::Ok);
 }
 
 #[test]
@@ -330,7 +333,7 @@ fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
     assert_eq!(report.providers, ["cpu"]);
     assert_eq!(tried, [(CPU, 0)], "what hung once is not tried");
     // It is there, so it is no machine without a GPU.
-    assert_eq!(result(&report, "NVIDIA driver"), Outcome::Warning);
+    assert_eq!(result(&report, "NVIDIA driver"), CheckOutcome::Warning);
     let obstacle = &report.obstacles["cuda"];
     assert!(
         obstacle.contains("no answer within 1m: see whether nvidia-smi"),
@@ -338,7 +341,7 @@ fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
     );
     let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
-    assert_eq!(result(&report, "NVIDIA driver"), Outcome::Failed);
+    assert_eq!(result(&report, "NVIDIA driver"), CheckOutcome::Failed);
 }
 
 #[test]
@@ -349,7 +352,7 @@ fn a_provider_that_is_none_or_ends_its_process_is_told() {
     let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
     assert_eq!(tried, []);
-    assert_eq!(result(&report, "CUDA provider"), Outcome::Failed);
+    assert_eq!(result(&report, "CUDA provider"), CheckOutcome::Failed);
     assert!(
         report.obstacles["cuda"].starts_with("/ort/x.so is no library: junk: install it again")
     );
@@ -359,7 +362,7 @@ fn a_provider_that_is_none_or_ends_its_process_is_told() {
         ..CudaProvider::default()
     });
     let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
-    assert_eq!(result(&report, "CUDA libraries"), Outcome::Failed);
+    assert_eq!(result(&report, "CUDA libraries"), CheckOutcome::Failed);
     assert!(report.obstacles["cuda"].contains("signal: 11"));
 }
 
@@ -372,8 +375,8 @@ fn without_onnx_runtime_nothing_serves() {
         let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
         assert!(!report.can_serve);
         assert_eq!(tried, []);
-        assert_eq!(result(&report, "ONNX Runtime"), Outcome::Failed);
-        assert_eq!(result(&report, "inference on cpu"), Outcome::Failed);
+        assert_eq!(result(&report, "ONNX Runtime"), CheckOutcome::Failed);
+        assert_eq!(result(&report, "inference on cpu"), CheckOutcome::Failed);
         report.obstacles["cpu"].clone()
     };
     let missing = library(Err("No such file or directory".to_owned()));
@@ -399,11 +402,14 @@ fn a_trial_that_fails_is_a_warning_where_the_other_provider_serves() {
     };
     let report = broken(CUDA);
     assert_eq!(report.providers, ["cpu"]);
-    assert_eq!(result(&report, "inference on cuda:0"), Outcome::Warning);
+    assert_eq!(
+        result(&report, "inference on cuda:0"),
+        CheckOutcome::Warning
+    );
     assert_eq!(report.obstacles["cuda"], "ended with signal: 11");
     let report = broken(CPU);
     assert_eq!(report.providers, ["cuda"]);
-    assert_eq!(result(&report, "inference on cpu"), Outcome::Warning);
+    assert_eq!(result(&report, "inference on cpu"), CheckOutcome::Warning);
 }
 
 #[test]
@@ -415,22 +421,22 @@ fn what_could_not_be_tried_is_believed_and_said() {
     );
     assert!(report.can_serve);
     let trial = check(&report, "inference on cpu");
-    assert_eq!(trial.result, Outcome::Warning);
+    assert_eq!(trial.result, CheckOutcome::Warning);
     assert_eq!(trial.found, "not tried: no place for a tiny model");
     assert_eq!(trial.todo.as_deref(), Some("give a folder by --model"));
-    assert_eq!(result(&report, "CUDA"), Outcome::NotNeeded);
+    assert_eq!(result(&report, "CUDA"), CheckOutcome::NotNeeded);
 }
 
 #[test]
 fn a_small_machine_is_warned_of_and_serves() {
     let mut found = complete();
-    found.machine = Machine {
+    found.machine = MachineLimits {
         cpu: Cpu {
             n_cpus: 4,
             quota: Some(0.5),
             ..Cpu::default()
         },
-        memory: Memory {
+        memory: MemoryLimits {
             total: Some(16 << 30),
             available: None,
             limit: Some(512 << 20),
@@ -448,7 +454,7 @@ fn a_small_machine_is_warned_of_and_serves() {
         "open files",
         "compiled models",
     ] {
-        assert_eq!(result(&report, name), Outcome::Warning, "{name}");
+        assert_eq!(result(&report, name), CheckOutcome::Warning, "{name}");
         assert!(check(&report, name).todo.is_some(), "{name}");
     }
     assert_eq!(

@@ -11,10 +11,10 @@ use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Schema};
 use bytes::Bytes;
 
-use super::messages::{Batch, Messages};
+use super::messages::{ArrowBatch, Messages};
 use super::pages::{ParquetTable, Wanted};
-use super::{Broken, Reading, Sample, Seen, Visitor, unfit};
-use crate::client::pool::Fault;
+use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
+use crate::client::pool::ImageFault;
 use crate::commands::embed::location::Location;
 use crate::commands::embed::ranged::Ranged;
 
@@ -187,7 +187,12 @@ fn text_at(column: &dyn Array, row: usize) -> Option<String> {
     })
 }
 
-fn image_at(column: &dyn Array, row: usize, held: u64, reading: &Reading) -> Result<Bytes, Fault> {
+fn image_at(
+    column: &dyn Array,
+    row: usize,
+    held: u64,
+    reading: &Reading,
+) -> Result<Bytes, ImageFault> {
     let bytes = match column.data_type() {
         DataType::Struct(_) if column.is_null(row) => None,
         DataType::Struct(_) => column
@@ -197,7 +202,7 @@ fn image_at(column: &dyn Array, row: usize, held: u64, reading: &Reading) -> Res
         _ => bytes_at(column, row),
     };
     match bytes {
-        None => Err(Fault::invalid(
+        None => Err(ImageFault::invalid(
             "image: the row has no bytes; only what is stored in the file itself is read"
                 .to_owned(),
         )),
@@ -236,7 +241,7 @@ fn visit_batch(
             .and_then(|id| text_at(batch.column(id).as_ref(), row));
         let image = batch.column(columns.image).as_ref();
         let image = image_at(image, row, place.held, reading);
-        let seen = Seen {
+        let seen = PlacedSample {
             cursor: place.row,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: place.row as f64 / place.n_rows.max(1) as f64,
@@ -334,7 +339,7 @@ pub(super) fn read_arrow(
         n_rows: parquet::file::reader::Length::len(file),
         held: 0,
     };
-    messages.each(|Batch { mut rows, held }| {
+    messages.each(|ArrowBatch { mut rows, held }| {
         let n_rows = rows.num_rows() as u64;
         if place.row + n_rows <= cursor {
             place.row += n_rows;
@@ -359,7 +364,7 @@ mod tests {
 
     use super::super::tests::{local, read_all, reading};
     use super::*;
-    use crate::commands::embed::plan::{Kind, Shard};
+    use crate::commands::embed::plan::{Shard, ShardKind};
 
     /// Images of one byte, their row's number; row 3 has none.
     fn table(n_rows: u8) -> RecordBatch {
@@ -392,9 +397,9 @@ mod tests {
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
         let kind = if name == "t.parquet" {
-            Kind::Parquet(local(&path))
+            ShardKind::Parquet(local(&path))
         } else {
-            Kind::Arrow(local(&path))
+            ShardKind::Arrow(local(&path))
         };
         let shard = Shard {
             name: name.to_owned(),

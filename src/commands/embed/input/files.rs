@@ -8,9 +8,9 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use reqwest::Url;
 
-use super::{Broken, Reading, Sample, Seen, Visitor, too_large, unfit};
-use crate::client::pool::Fault;
-use crate::commands::embed::location::{Entry, Location, ReadError, Stores, fault};
+use super::{Broken, PlacedSample, Reading, Sample, Visitor, too_large, unfit};
+use crate::client::pool::ImageFault;
+use crate::commands::embed::location::{ListedObject, Location, ReadError, Stores, fault};
 use crate::commands::embed::web;
 use crate::commands::embed::web::WebClient;
 
@@ -22,23 +22,26 @@ const AT_ONCE: usize = 16;
 #[derive(Debug)]
 pub(in crate::commands::embed) enum Listing {
     /// What lies below a folder.
-    Tree { base: Location, entries: Vec<Entry> },
+    Tree {
+        base: Location,
+        entries: Vec<ListedObject>,
+    },
     /// What a list names, relative to its own folder.
     List {
         stores: Arc<Stores>,
         base: Location,
-        rows: Vec<Row>,
+        rows: Vec<ListedRow>,
     },
 }
 
 /// A line of a list.
 #[derive(Debug)]
-pub(in crate::commands::embed) struct Row {
+pub(in crate::commands::embed) struct ListedRow {
     pub(in crate::commands::embed) name: String,
     /// In the order of `--keep`.
     pub(in crate::commands::embed) kept: Vec<String>,
     /// What is wrong with the line itself.
-    pub(in crate::commands::embed) trouble: Option<Fault>,
+    pub(in crate::commands::embed) trouble: Option<ImageFault>,
 }
 
 impl Listing {
@@ -50,7 +53,7 @@ impl Listing {
     }
 
     /// What showed already when it was listed.
-    fn trouble(&self, idx: usize) -> Option<Fault> {
+    fn trouble(&self, idx: usize) -> Option<ImageFault> {
         match self {
             Self::Tree { entries, .. } => entries.get(idx)?.trouble.clone(),
             Self::List { rows, .. } => rows.get(idx)?.trouble.clone(),
@@ -143,7 +146,7 @@ pub(super) fn read(
         .buffered(AT_ONCE);
     let mut place = skipped as u64;
     while let Some((idx, room, image)) = reading.runtime.block_on(files.next()) {
-        let seen = Seen {
+        let seen = PlacedSample {
             cursor: place,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: place as f64 / length as f64,
@@ -168,10 +171,10 @@ async fn file(
     listing: &Listing,
     idx: usize,
     reading: &Reading,
-) -> anyhow::Result<Result<Bytes, Fault>> {
+) -> anyhow::Result<Result<Bytes, ImageFault>> {
     let max = reading.image_bytes_max.min(reading.memory.limit());
     let over = |bytes| unfit(bytes, 0, reading).unwrap_or_else(|| too_large(bytes, max));
-    let of_image = |fault: Fault| Fault {
+    let of_image = |fault: ImageFault| ImageFault {
         message: format!("image: {}", fault.message),
         ..fault
     };
@@ -182,15 +185,15 @@ async fn file(
     if let Some((client, url)) = listing.on_the_web(name)? {
         return Ok(
             match web::read(client, &url, max, reading.url_patience).await {
-                Ok(web::Answer::Image(bytes)) => Ok(bytes),
-                Ok(web::Answer::TooLarge(bytes)) => Err(over(bytes)),
+                Ok(web::WebAnswer::Image(bytes)) => Ok(bytes),
+                Ok(web::WebAnswer::TooLarge(bytes)) => Err(over(bytes)),
                 Err(fault) => Err(of_image(fault)),
             },
         );
     }
     let location = match listing.locate(name) {
         Ok(location) => location,
-        Err(error) => return Ok(Err(Fault::invalid(format!("image: {error:#}")))),
+        Err(error) => return Ok(Err(ImageFault::invalid(format!("image: {error:#}")))),
     };
     match location.read(max).await {
         Ok(Some(bytes)) => Ok(Ok(bytes)),

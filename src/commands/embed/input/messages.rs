@@ -17,7 +17,7 @@ use arrow_schema::{ArrowError, SchemaRef};
 use parquet::file::reader::Length as _;
 
 use super::{Broken, Reading};
-use crate::commands::embed::memory::Room;
+use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 
 const MAGIC: &[u8] = b"ARROW1";
@@ -35,7 +35,7 @@ const PADDING_MAX: u64 = 64;
 const ALIGNMENT: u64 = 16;
 
 /// A batch, with the memory that it and the dictionaries take.
-pub(super) struct Batch {
+pub(super) struct ArrowBatch {
     pub(super) rows: RecordBatch,
     pub(super) held: u64,
 }
@@ -47,7 +47,7 @@ pub(super) struct Messages<'a> {
     decoder: FileDecoder,
     schema: SchemaRef,
     /// Memory of dictionaries until the end.
-    dictionaries: Vec<Room>,
+    dictionaries: Vec<ImageRoom>,
     next: Next,
     /// What the file holds that none of its batches covers: rows that would be lost.
     uncovered: Option<String>,
@@ -159,7 +159,7 @@ impl<'a> Messages<'a> {
     /// Hands on all batches, until `visit` breaks.
     pub(super) fn each(
         &mut self,
-        mut visit: impl FnMut(Batch) -> Result<ControlFlow<()>, Broken>,
+        mut visit: impl FnMut(ArrowBatch) -> Result<ControlFlow<()>, Broken>,
     ) -> Result<(), Broken> {
         while let Some(block) = self.next_block()? {
             let (whole, room) = self.load(&block)?;
@@ -178,7 +178,7 @@ impl<'a> Messages<'a> {
                 continue;
             };
             let held = room.bytes().saturating_add(self.held());
-            if visit(Batch { rows, held })?.is_break() {
+            if visit(ArrowBatch { rows, held })?.is_break() {
                 return Ok(());
             }
         }
@@ -202,7 +202,7 @@ impl<'a> Messages<'a> {
     }
 
     /// A message with its body, in room for it and for what is made of it.
-    fn load(&self, block: &Block) -> Result<(arrow_buffer::Buffer, Room), Broken> {
+    fn load(&self, block: &Block) -> Result<(arrow_buffer::Buffer, ImageRoom), Broken> {
         let (start, header) = (size(block.offset())?, size(block.metaDataLength().into())?);
         let body = size(block.bodyLength())?;
         let whole = header.saturating_add(body);
@@ -229,7 +229,7 @@ impl<'a> Messages<'a> {
         Ok((arrow_buffer::Buffer::from_vec(bytes), room))
     }
 
-    fn room(&self, bytes: u64) -> Result<Room, Broken> {
+    fn room(&self, bytes: u64) -> Result<ImageRoom, Broken> {
         self.fits(bytes)?;
         let memory = &self.reading.memory;
         let room = memory.blocking_room(&self.reading.runtime, bytes);
@@ -238,7 +238,7 @@ impl<'a> Messages<'a> {
 
     /// Memory of the dictionaries.
     fn held(&self) -> u64 {
-        self.dictionaries.iter().map(Room::bytes).sum()
+        self.dictionaries.iter().map(ImageRoom::bytes).sum()
     }
 
     fn fits(&self, bytes: u64) -> Result<(), Broken> {

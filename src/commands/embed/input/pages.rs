@@ -27,7 +27,7 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use parquet::schema::types::SchemaDescriptor;
 
 use super::{Broken, Reading};
-use crate::commands::embed::memory::Room;
+use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 
 /// Rows that are decoded together, where they are small.
@@ -249,7 +249,7 @@ struct Held {
     reading: Reading,
     /// By leaf: what its dictionary takes, and its data pages of this batch.
     pages: HashMap<usize, (u64, Vec<u64>)>,
-    room: Option<Room>,
+    room: Option<ImageRoom>,
     /// Why the library was given an error instead of a page.
     over_limit: Option<String>,
 }

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use bytes::Bytes;
 
-use super::{Broken, Reading, Sample, Seen, Visitor, unfit};
-use crate::client::pool::Fault;
-use crate::commands::embed::memory::Room;
+use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
+use crate::client::pool::ImageFault;
+use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 use crate::files::IMAGES;
 
@@ -27,8 +27,8 @@ struct Gathered {
     key: String,
     /// Where its first file begins.
     start: u64,
-    image: Option<Result<Bytes, Fault>>,
-    room: Option<Room>,
+    image: Option<Result<Bytes, ImageFault>>,
+    room: Option<ImageRoom>,
     /// In the order of `--keep`.
     kept: Vec<Option<String>>,
     kinds: Vec<String>,
@@ -37,7 +37,7 @@ struct Gathered {
 impl Gathered {
     fn sample(self, names: &[String]) -> Result<Sample, Broken> {
         let image = self.image.unwrap_or_else(|| {
-            Err(Fault::invalid(format!(
+            Err(ImageFault::invalid(format!(
                 "image: the sample has none; its files are {}",
                 self.kinds.join(", ")
             )))
@@ -82,7 +82,7 @@ pub(super) fn read(
         |error: std::io::Error| Broken::Damaged(format!("the tar cannot be read on: {error}"));
     let bytes = parquet::file::reader::Length::len(file);
     let mut hand_over = |gathered: Gathered| {
-        Ok::<_, Broken>(visit(Seen {
+        Ok::<_, Broken>(visit(PlacedSample {
             cursor: gathered.start,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: gathered.start as f64 / bytes.max(1) as f64,
@@ -167,7 +167,7 @@ fn split(name: &str) -> Option<(&str, String)> {
 mod tests {
     use super::super::tests::{local, read_all, reading};
     use super::*;
-    use crate::commands::embed::plan::{Kind, Shard};
+    use crate::commands::embed::plan::{Shard, ShardKind};
 
     #[test]
     fn keys_end_at_the_first_point_of_the_file() {
@@ -197,7 +197,7 @@ mod tests {
         let shard = Shard {
             name: "0.tar".to_owned(),
             bytes: content.len() as u64,
-            kind: Kind::WebDataset(local(&path)),
+            kind: ShardKind::WebDataset(local(&path)),
         };
         (dir, shard)
     }

@@ -2,9 +2,9 @@
 //! several sizes do.
 
 use super::*;
-use crate::compile::{CompileOptions, Silent, Source};
+use crate::compile::{CompileOptions, ModelSource, Silent};
 use crate::model::GraphFiles;
-use crate::model::precision::{Provider, Task};
+use crate::model::precision::{CompileTask, Provider};
 use crate::runtime::library::{environment, find_library};
 
 const POSITIONS: usize = 1024;
@@ -28,14 +28,14 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     let path = folder.join("generate.onnx");
     if !path.exists() {
         let options = CompileOptions {
-            tasks: Some([Task::Generate].into()),
+            tasks: Some([CompileTask::Generate].into()),
             ..CompileOptions::default()
         };
-        let source = Source::parse("random:tiny", None);
+        let source = ModelSource::parse("random:tiny", None);
         crate::compile::compile(&source, folder, &options, runtime, &mut Silent)
             .expect("a compiled model");
     }
-    let options = Options {
+    let options = SequenceOptions {
         n_slots: SLOTS,
         bytes_max: 1 << 30,
         positions: POSITIONS,
@@ -52,9 +52,9 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
 /// A primer of so many tokens, fed to a slot.
 fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
     let tokens: Vec<u16> = (0..n_tokens).map(|idx| idx * 23 % 512).collect();
-    let feed = Feed {
+    let feed = SlotFeed {
         first_slot: slot,
-        rows: &[FeedRow {
+        rows: &[SlotFeedRow {
             tokens: &tokens,
             past: 0,
         }],
@@ -76,15 +76,15 @@ fn steps(
     let mut of_run = Vec::new();
     for step in 0..n_steps {
         let tokens: Vec<u16> = (0..3).map(|slot| (step * 31 + slot * 7) % 512).collect();
-        let rows: Vec<FeedRow<'_>> = tokens
+        let rows: Vec<SlotFeedRow<'_>> = tokens
             .iter()
             .zip(pasts)
-            .map(|(token, past)| FeedRow {
+            .map(|(token, past)| SlotFeedRow {
                 tokens: std::slice::from_ref(token),
                 past: past + usize::from(step),
             })
             .collect();
-        let feed = Feed {
+        let feed = SlotFeed {
             first_slot: 0,
             rows: &rows,
             prefixes,

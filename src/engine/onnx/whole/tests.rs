@@ -31,19 +31,19 @@ fn image(seed: u16) -> Vec<u16> {
 
 /// Answers of images at a size.
 fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>> {
-    let rows: Vec<Row<'_>> = images
+    let rows: Vec<BatchRow<'_>> = images
         .iter()
-        .map(|tokens| Row {
+        .map(|tokens| BatchRow {
             tokens,
             want: Want::Mean,
         })
         .collect();
-    let run = Run {
+    let run = GraphRun {
         graph: Graph::Hidden,
         bucket: size,
         rows: &rows,
     };
-    let batch = Batch {
+    let batch = WholeBatch {
         rows: &rows,
         size,
         positions: POSITIONS,
@@ -118,16 +118,16 @@ fn a_run_that_was_stopped_does_not_stop_the_next() {
     run(&mut graph, &images, 1);
     let options = graph.options(1).expect("options");
     options.terminate().expect("told to stop");
-    let rows = [Row {
+    let rows = [BatchRow {
         tokens: &images[0],
         want: Want::Mean,
     }];
-    let stopped = Run {
+    let stopped = GraphRun {
         graph: Graph::Hidden,
         bucket: 1,
         rows: &rows,
     };
-    let batch = Batch {
+    let batch = WholeBatch {
         rows: &rows,
         size: 1,
         positions: POSITIONS,
@@ -142,13 +142,13 @@ fn a_run_that_was_stopped_does_not_stop_the_next() {
 /// What an input's memory holds after a batch of two, and then of one.
 fn filled<T: From<i32> + Copy>(role: Role, start: Option<u16>) -> [Vec<T>; 2] {
     let images: [&[u16]; 2] = [&[1, 2, 3], &[4, 5, 65535]];
-    let rows = images.map(|tokens| Row {
+    let rows = images.map(|tokens| BatchRow {
         tokens,
         want: Want::Mean,
     });
     let mut places = vec![T::from(-1); 9];
-    let mut fill = |rows: &[Row<'_>]| {
-        let batch = Batch {
+    let mut fill = |rows: &[BatchRow<'_>]| {
+        let batch = WholeBatch {
             rows,
             size: 3,
             positions: 3,

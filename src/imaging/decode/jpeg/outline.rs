@@ -17,8 +17,8 @@ const SMOOTHED: usize = 10;
 /// Facts that the segments of a file state.
 #[derive(Debug)]
 pub(super) struct Outline<'a> {
-    pub(super) frame: Frame,
-    pub(super) scans: Vec<Scan>,
+    pub(super) frame: JpegFrame,
+    pub(super) scans: Vec<JpegScan>,
     /// Tables, frame and scans up to the end of the image.
     pub(super) stream: Vec<u8>,
     /// The first EXIF data.
@@ -29,7 +29,7 @@ pub(super) struct Outline<'a> {
 
 /// The frame header.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Frame {
+pub(super) struct JpegFrame {
     pub(super) progressive: bool,
     pub(super) width: u16,
     pub(super) height: u16,
@@ -45,7 +45,7 @@ pub(super) struct Component {
 
 /// A scan header.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Scan {
+pub(super) struct JpegScan {
     /// Where the scan begins in [`Outline::stream`].
     pub(super) at: usize,
     /// Indexes of its components.
@@ -155,8 +155,8 @@ impl<'a> Outline<'a> {
 
 /// Part of a file that was read so far.
 struct Reader<'a> {
-    frame: Option<Frame>,
-    scans: Vec<Scan>,
+    frame: Option<JpegFrame>,
+    scans: Vec<JpegScan>,
     tables: usize,
     stream: Vec<u8>,
     exif: Option<&'a [u8]>,
@@ -190,7 +190,7 @@ impl<'a> Reader<'a> {
                 if self.frame.is_some() {
                     return Err(header.damaged("two frame headers"));
                 }
-                self.frame = Some(Frame::read(kind == 0xc2, body, header)?);
+                self.frame = Some(JpegFrame::read(kind == 0xc2, body, header)?);
             }
             0xda => {
                 let Some(frame) = &self.frame else {
@@ -199,7 +199,7 @@ impl<'a> Reader<'a> {
                 if self.scans.len() == SCANS_MAX {
                     return Err(header.unsupported(format!("more than {SCANS_MAX} scans")));
                 }
-                let scan = Scan::read(body, self.stream.len(), frame)
+                let scan = JpegScan::read(body, self.stream.len(), frame)
                     .ok_or_else(|| header.damaged("a scan header that contradicts its frame"))?;
                 self.scans.push(scan);
             }
@@ -223,7 +223,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl Frame {
+impl JpegFrame {
     fn read(progressive: bool, body: &[u8], header: Header<'_>) -> Result<Self, PreprocessError> {
         let Some(&[precision, h0, h1, w0, w1, count]) = body.first_chunk() else {
             return Err(header.damaged("a frame header cut short"));
@@ -317,8 +317,8 @@ impl Frame {
     }
 }
 
-impl Scan {
-    fn read(body: &[u8], at: usize, frame: &Frame) -> Option<Self> {
+impl JpegScan {
+    fn read(body: &[u8], at: usize, frame: &JpegFrame) -> Option<Self> {
         let (&count, body) = body.split_first()?;
         let (components, rest) = body.split_at_checked(2 * usize::from(count))?;
         let &[first, last, bits] = <&[u8; 3]>::try_from(rest).ok()?;

@@ -4,7 +4,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 use weezl::{BitOrder, LzwStatus};
 
 use super::fax::Fax;
-use super::layout::{Compression, Image};
+use super::layout::{Image, TiffCompression};
 use super::{DecodeBudget, PreprocessError};
 
 /// Bytes that go into a codec, or come out of it, between two looks at the
@@ -87,13 +87,13 @@ impl Lzw {
 
 impl Codec {
     /// JPEGs are decoded as a whole, to bytes that are none.
-    pub(super) fn new(compression: Compression) -> Self {
+    pub(super) fn new(compression: TiffCompression) -> Self {
         match compression {
-            Compression::None | Compression::Jpeg => Self::None,
-            Compression::PackBits => Self::PackBits,
-            Compression::Lzw => Self::Lzw(Box::new(Lzw::new())),
-            Compression::Deflate => Self::Deflate(Decompress::new(true)),
-            Compression::Fax4 => Self::Fax4,
+            TiffCompression::None | TiffCompression::Jpeg => Self::None,
+            TiffCompression::PackBits => Self::PackBits,
+            TiffCompression::Lzw => Self::Lzw(Box::new(Lzw::new())),
+            TiffCompression::Deflate => Self::Deflate(Decompress::new(true)),
+            TiffCompression::Fax4 => Self::Fax4,
         }
     }
 }

@@ -23,7 +23,7 @@ pub(super) struct Directory<'a> {
 
 /// The values of one tag.
 #[derive(Clone, Copy)]
-pub(super) struct Values<'a> {
+pub(super) struct TagValues<'a> {
     /// As many bytes as the values take.
     bytes: &'a [u8],
     width: usize,
@@ -89,7 +89,7 @@ impl<'a> Directory<'a> {
 
     /// The values of a tag. The error is its number, when they are not there or
     /// no whole numbers without a sign.
-    pub(super) fn values(&self, tag: u16) -> Result<Option<Values<'a>>, u16> {
+    pub(super) fn values(&self, tag: u16) -> Result<Option<TagValues<'a>>, u16> {
         let (_, entry_len) = self.order.lens();
         let entry = self
             .entries
@@ -118,7 +118,7 @@ impl<'a> Directory<'a> {
         } else {
             part(self.file, self.order.number(value), len)
         };
-        Ok(Some(Values {
+        Ok(Some(TagValues {
             bytes: bytes.ok_or(tag)?,
             width,
             little: self.order.little,
@@ -133,7 +133,7 @@ impl Order {
     }
 }
 
-impl<'a> Values<'a> {
+impl<'a> TagValues<'a> {
     pub(super) fn len(self) -> usize {
         self.bytes.len() / self.width
     }

@@ -1,7 +1,7 @@
 //! What a TIFF's directory says of its image, checked against itself and the
 //! limits before anything is decoded.
 
-use super::directory::{Directory, Values};
+use super::directory::{Directory, TagValues};
 use super::{Header, PreprocessError};
 
 /// Strips and tiles of an image. Starting one costs as much as a thousand
@@ -41,7 +41,7 @@ mod tag {
 
 /// Meaning of a pixel's samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Colors {
+pub(super) enum TiffColors {
     /// True if 0 is white.
     Gray {
         inverted: bool,
@@ -52,7 +52,7 @@ pub(super) enum Colors {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Compression {
+pub(super) enum TiffCompression {
     None,
     PackBits,
     Lzw,
@@ -69,13 +69,13 @@ pub(super) enum Compression {
 pub(super) struct Image<'a> {
     pub(super) width: u32,
     pub(super) height: u32,
-    pub(super) colors: Colors,
+    pub(super) colors: TiffColors,
     /// True if the sample after the colors is alpha.
     pub(super) alpha: bool,
     pub(super) samples: usize,
     pub(super) bits: u32,
     pub(super) little: bool,
-    pub(super) compression: Compression,
+    pub(super) compression: TiffCompression,
     /// True if samples are differences from the pixel before.
     pub(super) predictor: bool,
     /// True if each sample has strips or tiles of its own.
@@ -85,15 +85,15 @@ pub(super) struct Image<'a> {
     /// Pixels of a strip or tile, those beyond the image's edges included.
     pub(super) chunk_width: u32,
     pub(super) chunk_height: u32,
-    pub(super) offsets: Values<'a>,
-    pub(super) lens: Values<'a>,
-    pub(super) palette: Option<Values<'a>>,
+    pub(super) offsets: TagValues<'a>,
+    pub(super) lens: TagValues<'a>,
+    pub(super) palette: Option<TagValues<'a>>,
     pub(super) jpeg_tables: Option<&'a [u8]>,
     pub(super) orientation: Option<u64>,
     pub(super) xmp: Option<&'a [u8]>,
 }
 
-impl Colors {
+impl TiffColors {
     pub(super) fn channels(self) -> usize {
         match self {
             Self::Gray { .. } | Self::Palette => 1,
@@ -110,7 +110,7 @@ struct Tags<'a> {
 }
 
 impl<'a> Tags<'a> {
-    fn values(&self, tag: u16) -> Result<Option<Values<'a>>, PreprocessError> {
+    fn values(&self, tag: u16) -> Result<Option<TagValues<'a>>, PreprocessError> {
         self.directory.values(tag).map_err(|tag| {
             self.header.damaged(format!(
                 "tag {tag} has values of no use, or outside the file"
@@ -164,7 +164,7 @@ impl<'a> Image<'a> {
             other => return Err(header.unsupported(format!("sample format {other}"))),
         }
         let small = matches!(bits, 1 | 2 | 4) && samples == 1;
-        let large = bits == 8 || (bits == 16 && colors != Colors::Palette);
+        let large = bits == 8 || (bits == 16 && colors != TiffColors::Palette);
         if !(small || large) {
             return Err(header.unsupported(format!("{samples} samples of {bits} bits")));
         }
@@ -197,7 +197,8 @@ impl<'a> Image<'a> {
             little,
             compression,
             // Only these apply it.
-            predictor: predictor && matches!(compression, Compression::Lzw | Compression::Deflate),
+            predictor: predictor
+                && matches!(compression, TiffCompression::Lzw | TiffCompression::Deflate),
             planar,
             reversed,
             chunk_width: chunks.width,
@@ -205,13 +206,13 @@ impl<'a> Image<'a> {
             offsets: chunks.offsets,
             lens: chunks.lens,
             palette: tags.values(tag::COLORS)?,
-            jpeg_tables: tags.values(tag::JPEG_TABLES)?.and_then(Values::as_bytes),
+            jpeg_tables: tags.values(tag::JPEG_TABLES)?.and_then(TagValues::as_bytes),
             orientation: tags.number(tag::ORIENTATION).ok().flatten(),
             xmp: tags
                 .values(tag::XMP)
                 .ok()
                 .flatten()
-                .and_then(Values::as_bytes),
+                .and_then(TagValues::as_bytes),
         };
         image.check(bytes.len(), header)?;
         Ok(image)
@@ -276,7 +277,7 @@ impl<'a> Image<'a> {
         }
         // Rows that are wanted of all, with what pads them to the right. A JPEG
         // is decoded down to its last row.
-        let rows = if self.compression == Compression::Jpeg {
+        let rows = if self.compression == TiffCompression::Jpeg {
             u64::from(down) * u64::from(self.chunk_height)
         } else {
             u64::from(self.height)
@@ -313,15 +314,15 @@ impl<'a> Image<'a> {
     /// Bytes that are made of a pixel.
     pub(super) fn pixel_bytes(&self) -> u64 {
         let colors = match self.colors {
-            Colors::Palette | Colors::Cmyk => 3,
-            Colors::Gray { .. } | Colors::Rgb => 0,
+            TiffColors::Palette | TiffColors::Cmyk => 3,
+            TiffColors::Gray { .. } | TiffColors::Rgb => 0,
         };
         self.channels() as u64 + colors
     }
 
     /// Where colors change in two rows.
     fn fax_bytes(&self) -> u64 {
-        if self.compression == Compression::Fax4 {
+        if self.compression == TiffCompression::Fax4 {
             16 * u64::from(self.chunk_width)
         } else {
             0
@@ -333,8 +334,8 @@ impl<'a> Image<'a> {
 struct Chunks<'a> {
     width: u32,
     height: u32,
-    offsets: Values<'a>,
-    lens: Values<'a>,
+    offsets: TagValues<'a>,
+    lens: TagValues<'a>,
 }
 
 impl<'a> Chunks<'a> {
@@ -371,14 +372,14 @@ impl<'a> Chunks<'a> {
 }
 
 /// Meaning of samples, their number, and whether one is alpha.
-fn read_samples(tags: &Tags<'_>) -> Result<(Colors, usize, bool), PreprocessError> {
+fn read_samples(tags: &Tags<'_>) -> Result<(TiffColors, usize, bool), PreprocessError> {
     let header = tags.header;
     let colors = match tags.number(tag::PHOTOMETRIC)? {
-        Some(0) => Colors::Gray { inverted: true },
-        Some(1) => Colors::Gray { inverted: false },
-        Some(2) => Colors::Rgb,
-        Some(3) => Colors::Palette,
-        Some(5) if tags.number_or(tag::INKS, 1)? == 1 => Colors::Cmyk,
+        Some(0) => TiffColors::Gray { inverted: true },
+        Some(1) => TiffColors::Gray { inverted: false },
+        Some(2) => TiffColors::Rgb,
+        Some(3) => TiffColors::Palette,
+        Some(5) if tags.number_or(tag::INKS, 1)? == 1 => TiffColors::Cmyk,
         Some(6) => return Err(header.unsupported("YCbCr")),
         Some(8..=10) => return Err(header.unsupported("L*a*b*")),
         Some(other) => return Err(header.unsupported(format!("photometric {other}"))),
@@ -402,20 +403,20 @@ fn read_samples(tags: &Tags<'_>) -> Result<(Colors, usize, bool), PreprocessErro
     let alpha = match extra {
         Some(extra) => matches!(extra.get(0), Some(1 | 2)),
         None if others == 0 => false,
-        None if others == 1 && colors == Colors::Rgb => true,
+        None if others == 1 && colors == TiffColors::Rgb => true,
         None => return Err(header.unsupported("samples without a meaning")),
     };
-    if alpha && matches!(colors, Colors::Palette | Colors::Cmyk) {
+    if alpha && matches!(colors, TiffColors::Palette | TiffColors::Cmyk) {
         return Err(header.unsupported("a palette or CMYK with alpha"));
     }
     let samples = usize::try_from(samples).unwrap_or(usize::MAX);
     Ok((colors, samples, alpha))
 }
 
-fn read_compression(tags: &Tags<'_>) -> Result<Compression, PreprocessError> {
+fn read_compression(tags: &Tags<'_>) -> Result<TiffCompression, PreprocessError> {
     let header = tags.header;
     let name = match tags.number_or(tag::COMPRESSION, 1)? {
-        1 => return Ok(Compression::None),
+        1 => return Ok(TiffCompression::None),
         4 => {
             let bits = tags.uniform(tag::BITS, 1, "bits")?;
             if bits != 1 || tags.number_or(tag::SAMPLES, 1)? != 1 {
@@ -424,17 +425,17 @@ fn read_compression(tags: &Tags<'_>) -> Result<Compression, PreprocessError> {
             if tags.number_or(tag::FAX_OPTIONS, 0)? != 0 {
                 return Err(header.unsupported("fax compression with uncompressed parts"));
             }
-            return Ok(Compression::Fax4);
+            return Ok(TiffCompression::Fax4);
         }
-        5 => return Ok(Compression::Lzw),
+        5 => return Ok(TiffCompression::Lzw),
         7 => {
             if tags.uniform(tag::BITS, 1, "bits")? != 8 {
                 return Err(header.unsupported("JPEG compression of other than 8 bits"));
             }
-            return Ok(Compression::Jpeg);
+            return Ok(TiffCompression::Jpeg);
         }
-        8 | 32946 => return Ok(Compression::Deflate),
-        32773 => return Ok(Compression::PackBits),
+        8 | 32946 => return Ok(TiffCompression::Deflate),
+        32773 => return Ok(TiffCompression::PackBits),
         2 | 3 => "fax compression of group 3",
         6 => "JPEG compression of the old kind",
         34661 => "JBIG compression",

@@ -92,7 +92,7 @@ impl<K: Tested> Call<K> {
         let shape = self.shape;
         let mut output = vec![f32::NAN; shape.batch * shape.length * shape.width()];
         let [mut keys, mut values] = self.kept.clone();
-        let cache = Cache::<K> {
+        let cache = KeyValueCache::<K> {
             keys: &mut keys,
             values: &mut values,
         };
@@ -305,7 +305,7 @@ fn scale(shape: CacheShape) -> f32 {
 fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::ALL
         .into_iter()
-        .filter(|k| k.is_available() && k.precision() == Precision::F32)
+        .filter(|k| k.is_available() && k.precision() == AttentionPrecision::F32)
 }
 
 /// The results are near, the cache is what it should be to the last bit, and
@@ -420,7 +420,7 @@ fn agrees_at_full_length() {
 }
 
 fn near<K: Tested>(call: &Call<K>) {
-    let done = call.run(Kernel::fastest(Precision::F32), 2);
+    let done = call.run(Kernel::fastest(AttentionPrecision::F32), 2);
     for (expected, actual) in call.reference().iter().zip(done.output) {
         assert!((expected - f64::from(actual)).abs() < 1e-5);
     }
@@ -638,7 +638,7 @@ fn refuses_what_it_cannot_do() {
         let mut call = good.clone();
         change(&mut call);
         let [keys, values] = &mut call.kept;
-        let cache = Cache::<bf16> { keys, values };
+        let cache = KeyValueCache::<bf16> { keys, values };
         let mut output = vec![0.0; 32];
         CachedAttention::new(call.shape, 1.0)
             .and_then(|attention| attention.run(&call.qkv, &call.past, &[], cache, &mut output, 1))

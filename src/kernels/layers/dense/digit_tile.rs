@@ -8,7 +8,7 @@
     reason = "intrinsics only become instructions inside a function that has them"
 )]
 
-use super::tile::{AHEAD, Ending};
+use super::tile::{AHEAD, TileEnding};
 use crate::kernels::layers::digits::{
     DIGITS, DigitRows, GROUP, GROUP_BYTES, HEAD_BYTES, LANES, LINE, Lanes, put_together,
 };
@@ -34,7 +34,7 @@ pub(super) struct DigitTile {
     /// here, which need not be there. None is asked for if this is none: the panel
     /// has just been read.
     pub(super) next: Option<*const u8>,
-    pub(super) ending: Ending,
+    pub(super) ending: TileEnding,
 }
 
 /// # Safety
@@ -68,7 +68,7 @@ impl DigitTile {
     ///
     /// # Safety
     /// The CPU has the instructions of `L`; there are `R` rows of as many groups,
-    /// and a panel; and as [`Ending::end`] for as many rows and columns.
+    /// and a panel; and as [`TileEnding::end`] for as many rows and columns.
     #[inline(always)]
     unsafe fn compute<L: Lanes, const R: usize, const S: usize>(&self) {
         let strip_bytes = self.n_groups * LINE;

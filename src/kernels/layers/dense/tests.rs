@@ -357,7 +357,7 @@ fn refuses_what_does_not_fit() {
 
 #[test]
 fn weights_begin_on_a_large_page() {
-    let pages = Pages::<f32>::zeroed(100).unwrap();
+    let pages = LargePages::<f32>::zeroed(100).unwrap();
     assert_eq!(pages.numbers(), [0.0; 100]);
     assert!(pages.numbers().as_ptr().addr().is_multiple_of(2 << 20));
 }

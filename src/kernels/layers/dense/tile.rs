@@ -57,7 +57,7 @@ impl Ahead {
 
 /// What becomes of the sums of a tile, and where.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ending {
+pub(super) struct TileEnding {
     /// These are as wide as the panel.
     pub(super) scales: Option<*const f32>,
     pub(super) bias: Option<*const f32>,
@@ -66,7 +66,7 @@ pub(super) struct Ending {
     pub(super) finish: Finish,
 }
 
-impl Ending {
+impl TileEnding {
     /// For a tile that begins at this row.
     pub(super) fn at_row(self, row: usize) -> Self {
         Self {
@@ -113,7 +113,7 @@ pub(super) struct Tile<N> {
     /// Where the panel is left as floats, if anywhere.
     pub(super) unpack: Option<*mut f32>,
     pub(super) ahead: Ahead,
-    pub(super) ending: Ending,
+    pub(super) ending: TileEnding,
 }
 
 /// # Safety
@@ -166,7 +166,7 @@ impl<N: Number> Tile<N> {
     /// # Safety
     /// The CPU has the instructions of `V`; there are `R` rows, and the panel has
     /// `VECTORS` vectors of `V` for each input, and what it is unpacked to has room
-    /// for them; and as [`Ending::end`] for as many rows and vectors.
+    /// for them; and as [`TileEnding::end`] for as many rows and vectors.
     #[inline(always)]
     unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
         // As `strip_width` has it: of one vector each, or one of all.

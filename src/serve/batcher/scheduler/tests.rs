@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::super::policy::Policy;
-use super::super::queue::Entry;
-use super::{Next, Picked, Scheduler, Steps};
+use super::super::queue::QueuedWork;
+use super::{NextTurn, Picked, Scheduler, Steps};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::metrics::Close;
+use crate::serve::metrics::BatchClose;
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 const GRAPHS: [Graph; 2] = [Graph::Hidden, Graph::Logits];
@@ -65,7 +65,7 @@ impl Random {
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Push {
-        class: Class,
+        class: Priority,
         graph: Graph,
         deadline_ms: Option<u64>,
     },
@@ -85,7 +85,15 @@ struct Checked {
     now: Instant,
     next_item: u64,
     /// Items that are in the queue by what happened to them.
-    waiting: BTreeMap<u64, (Class, Graph, super::super::queue::Place, Option<Instant>)>,
+    waiting: BTreeMap<
+        u64,
+        (
+            Priority,
+            Graph,
+            super::super::queue::QueuePosition,
+            Option<Instant>,
+        ),
+    >,
     n_pushed: u64,
     n_gone: u64,
     busy: bool,
@@ -115,7 +123,7 @@ impl Checked {
                 let item = self.next_item;
                 self.next_item += 1;
                 self.n_pushed += 1;
-                let entry = Entry {
+                let entry = QueuedWork {
                     item,
                     arrived: self.now,
                     deadline,
@@ -158,16 +166,16 @@ impl Checked {
                 lane.oldest + DELAY <= self.now || lane.len >= self.scheduler.largest(ONE)
             });
         match self.scheduler.next(ONE, self.now, false, None) {
-            Next::Idle => assert!(self.waiting.is_empty(), "idle while something waits"),
-            Next::WaitUntil(at) => {
+            NextTurn::Idle => assert!(self.waiting.is_empty(), "idle while something waits"),
+            NextTurn::WaitUntil(at) => {
                 assert!(
                     !due,
                     "nothing waits past its delay while the engine is free"
                 );
                 assert!(at > self.now && at <= self.now + DELAY);
             }
-            Next::Run(picked) => self.picked(&picked),
-            Next::Step => panic!("there are no sequences"),
+            NextTurn::Run(picked) => self.picked(&picked),
+            NextTurn::Step => panic!("there are no sequences"),
         }
         assert_eq!(
             self.n_pushed - self.n_gone,
@@ -180,9 +188,9 @@ impl Checked {
         assert!(picked.bucket <= self.scheduler.largest(ONE));
         assert!(picked.rows.len() <= picked.bucket, "never above the size");
         assert!(!picked.rows.is_empty() || !picked.late.is_empty());
-        for class in Class::ALL {
-            let of_class = |entry: &&Entry<u64>| self.waiting[&entry.item].0 == class;
-            let rows: Vec<&Entry<u64>> = picked.rows.iter().filter(of_class).collect();
+        for class in Priority::ALL {
+            let of_class = |entry: &&QueuedWork<u64>| self.waiting[&entry.item].0 == class;
+            let rows: Vec<&QueuedWork<u64>> = picked.rows.iter().filter(of_class).collect();
             // Order of arrival among equals.
             let mut without: Vec<u64> = Vec::new();
             for entry in &rows {
@@ -235,7 +243,7 @@ impl Checked {
 }
 
 fn steps() -> impl Strategy<Value = Step> {
-    let class = prop_oneof![Just(Class::Interactive), Just(Class::Bulk)];
+    let class = prop_oneof![Just(Priority::Interactive), Just(Priority::Bulk)];
     let graph = prop_oneof![Just(GRAPHS[0]), Just(GRAPHS[1])];
     prop_oneof![
         6 => (class, graph, proptest::option::of(0_u64..100)).prop_map(
@@ -266,7 +274,7 @@ fn invariants_hold_for_a_million_steps() {
     for _ in 0..1_000_000 {
         let step = match random.below(16) {
             0..=5 => Step::Push {
-                class: Class::ALL[usize::try_from(random.below(2)).expect("small")],
+                class: Priority::ALL[usize::try_from(random.below(2)).expect("small")],
                 graph: GRAPHS[usize::try_from(random.below(2)).expect("small")],
                 deadline_ms: (random.below(2) == 0).then(|| random.below(100)),
             },
@@ -321,12 +329,14 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
             && arrived <= until
         {
             arrivals.next();
-            let entry = Entry {
+            let entry = QueuedWork {
                 item: arrived,
                 arrived,
                 deadline: None,
             };
-            scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+            scheduler
+                .queue
+                .push(Priority::Interactive, GRAPHS[0], entry);
         }
         arrivals.peek().copied()
     };
@@ -342,7 +352,7 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
         } else {
             let next = push(&mut scheduler, free_at);
             match (scheduler.next(ONE, free_at, false, None), next) {
-                (Next::Run(picked), _) => (picked, free_at),
+                (NextTurn::Run(picked), _) => (picked, free_at),
                 (_, Some(next)) => {
                     free_at = next;
                     continue;
@@ -367,11 +377,11 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
             // The next one is formed now that this one has started.
             let next = push(&mut scheduler, starts);
             prepared = match scheduler.next(ONE, starts, false, None) {
-                Next::Run(picked) => Some(picked),
+                NextTurn::Run(picked) => Some(picked),
                 _ => next.filter(|&next| next < ends).and_then(|next| {
                     push(&mut scheduler, next);
                     match scheduler.next(ONE, next, false, None) {
-                        Next::Run(picked) => Some(picked),
+                        NextTurn::Run(picked) => Some(picked),
                         _ => None,
                     }
                 }),
@@ -459,24 +469,26 @@ fn mixed(
     let (mut n_bulk, mut n_interactive) = (0_u32, 0_u32);
     while now < end {
         while next_arrival <= now {
-            let entry = Entry {
-                item: Class::Interactive,
+            let entry = QueuedWork {
+                item: Priority::Interactive,
                 arrived: next_arrival,
                 deadline: None,
             };
-            scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+            scheduler
+                .queue
+                .push(Priority::Interactive, GRAPHS[0], entry);
             next_arrival += random.gap(interactive_per_second);
         }
-        while with_bulk && scheduler.queue.len_of(Class::Bulk) < 64 {
-            let entry = Entry {
-                item: Class::Bulk,
+        while with_bulk && scheduler.queue.len_of(Priority::Bulk) < 64 {
+            let entry = QueuedWork {
+                item: Priority::Bulk,
                 arrived: now,
                 deadline: None,
             };
-            scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
+            scheduler.queue.push(Priority::Bulk, GRAPHS[0], entry);
         }
         match scheduler.next(ONE, now, false, None) {
-            Next::Run(picked) => {
+            NextTurn::Run(picked) => {
                 let took = batch_time(picked.bucket);
                 now += took;
                 let images = as_images(picked.rows.len());
@@ -485,8 +497,8 @@ fn mixed(
                     .ran(GRAPHS[0], picked.bucket, images, took, now);
                 for row in picked.rows {
                     match row.item {
-                        Class::Bulk => n_bulk += 1,
-                        Class::Interactive => {
+                        Priority::Bulk => n_bulk += 1,
+                        Priority::Interactive => {
                             n_interactive += 1;
                             latencies.push(now - row.arrived);
                         }
@@ -494,9 +506,9 @@ fn mixed(
                 }
                 scheduler.ended(ONE, now);
             }
-            Next::WaitUntil(at) => now = at,
-            Next::Idle => now = next_arrival,
-            Next::Step => panic!("there are no sequences"),
+            NextTurn::WaitUntil(at) => now = at,
+            NextTurn::Idle => now = next_arrival,
+            NextTurn::Step => panic!("there are no sequences"),
         }
     }
     latencies.sort_unstable();
@@ -545,7 +557,7 @@ fn bulk_has_its_share_when_interactive_work_would_take_all() {
 fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
-    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     let at = |ms| start + MS(ms);
     let too_late = |scheduler: &Scheduler<u32>, deadline_ms| {
         scheduler.too_late(class, graph, at(deadline_ms), start)
@@ -560,7 +572,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     assert_eq!(too_late(&scheduler, 100), None);
     // Eight that go before it take two batches.
     for item in 0..8 {
-        let entry = Entry {
+        let entry = QueuedWork {
             item,
             arrived: start,
             deadline: Some(at(300)),
@@ -570,7 +582,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     assert_eq!(too_late(&scheduler, 290), None, "it goes before them");
     assert_eq!(too_late(&scheduler, 599), Some(MS(600)));
     // One of them runs, and the rest of its time counts.
-    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!(picked.rows.len(), 4);
@@ -581,7 +593,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
 fn a_queue_that_runs_one_by_one_counts_one_by_one() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(8), 1);
     let start = Instant::now();
-    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     // A CPU after its warm-up: since then only single images were run.
     for bucket in [1, 2, 4, 8] {
         let elapsed = MS(100 * bucket as u64);
@@ -602,7 +614,7 @@ fn a_queue_that_runs_one_by_one_counts_one_by_one() {
 fn those_for_whom_it_is_too_late_make_no_batch_large() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(8), 1);
     let start = Instant::now();
-    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     for (bucket, ms) in [(1, 20), (2, 21), (4, 23), (8, 27)] {
         scheduler
             .pace
@@ -616,7 +628,7 @@ fn those_for_whom_it_is_too_late_make_no_batch_large() {
     scheduler
         .queue
         .push(class, graph, entry(7, start, Some(start + MS(22))));
-    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.late.len(), picked.rows.len()), (7, 1));
@@ -636,27 +648,30 @@ fn who_would_ride_along_too_late_is_left_to_another_engine() {
     for item in 0..3 {
         scheduler
             .queue
-            .push(Class::Bulk, graph, entry(item, start, None));
+            .push(Priority::Bulk, graph, entry(item, start, None));
     }
     // Bulk has waited long enough, and has a row to spare.
     let now = start + Duration::from_secs(20);
     let urgent = entry(9, now, Some(now + MS(60)));
-    scheduler.queue.push(Class::Interactive, graph, urgent);
+    scheduler.queue.push(Priority::Interactive, graph, urgent);
     for (bucket, ms) in [(1, 45), (2, 60), (4, 80)] {
         scheduler
             .pace
             .ran(graph, bucket, as_images(bucket), MS(ms), now);
     }
-    let Next::Run(picked) = scheduler.next(ONE, now, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, now, false, None) else {
         panic!("bulk is owed");
     };
-    assert_eq!((picked.class, picked.rows.len()), (Class::Bulk, 3));
+    assert_eq!((picked.class, picked.rows.len()), (Priority::Bulk, 3));
     assert!(picked.late.is_empty());
     let later = now + MS(10);
-    let Next::Run(picked) = scheduler.next(OTHER, later, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(OTHER, later, false, None) else {
         panic!("one waits");
     };
-    assert_eq!((picked.class, picked.rows.len()), (Class::Interactive, 1));
+    assert_eq!(
+        (picked.class, picked.rows.len()),
+        (Priority::Interactive, 1)
+    );
     assert!(picked.late.is_empty());
 }
 
@@ -665,33 +680,35 @@ fn nobody_waits_for_company_that_would_not_help() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
     let push = |scheduler: &mut Scheduler<u32>| {
-        let entry = Entry {
+        let entry = QueuedWork {
             item: 0,
             arrived: start,
             deadline: None,
         };
-        scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+        scheduler
+            .queue
+            .push(Priority::Interactive, GRAPHS[0], entry);
     };
     push(&mut scheduler);
     assert!(matches!(
         scheduler.next(ONE, start, false, None),
-        Next::WaitUntil(_)
+        NextTurn::WaitUntil(_)
     ));
     for bucket in [1, 2, 4] {
         scheduler
             .pace
             .warmed(GRAPHS[0], bucket, like_a_cpu(bucket), start);
     }
-    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("one at a time is as fast as four");
     };
-    assert_eq!((picked.bucket, picked.close), (1, Close::Full));
+    assert_eq!((picked.bucket, picked.close), (1, BatchClose::Full));
     scheduler.ended(ONE, start);
     push(&mut scheduler);
     scheduler.pace.ran(GRAPHS[0], 4, 4.0, MS(11), start);
     assert!(matches!(
         scheduler.next(ONE, start, false, None),
-        Next::WaitUntil(_)
+        NextTurn::WaitUntil(_)
     ));
 }
 
@@ -699,33 +716,33 @@ fn nobody_waits_for_company_that_would_not_help() {
 fn a_batch_is_made_small_enough_for_the_most_urgent() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
     let start = Instant::now();
-    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     for (bucket, ms) in [(1, 100), (2, 150), (4, 250)] {
         scheduler
             .pace
             .ran(graph, bucket, as_images(bucket), MS(ms), start);
     }
     for (item, deadline_ms) in [(0, 160), (1, 1000), (2, 1000), (3, 1000)] {
-        let entry = Entry {
+        let entry = QueuedWork {
             item,
             arrived: start,
             deadline: Some(start + MS(deadline_ms)),
         };
         scheduler.queue.push(class, graph, entry);
     }
-    let Next::Run(picked) = scheduler.next(ONE, start, false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
     assert!(picked.late.is_empty());
     // What no size can serve is late and costs no run.
-    let late = Entry {
+    let late = QueuedWork {
         item: 9,
         arrived: start,
         deadline: Some(start + MS(50)),
     };
     scheduler.queue.push(class, graph, late);
-    let Next::Run(picked) = scheduler.next(ONE, start + MS(10), false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start + MS(10), false, None) else {
         panic!("its delay has passed");
     };
     assert_eq!(picked.late.len(), 1);
@@ -734,7 +751,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
 
 /// Engine time of batches and of steps in ten seconds in which bulk rows of
 /// 100 ms and sequences of this class always wait, with steps of 10 ms.
-fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
+fn shared_time(rows: Priority, sequences: Priority) -> (Duration, Duration) {
     let mut scheduler = Scheduler::<()>::new(policy(1), 1);
     let start = Instant::now();
     scheduler.pace.warmed(GRAPHS[0], 1, MS(100), start);
@@ -743,7 +760,7 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
     let mut since = start;
     while now < start + Duration::from_secs(10) {
         while scheduler.queue.len_of(rows) < 2 {
-            let entry = Entry {
+            let entry = QueuedWork {
                 item: (),
                 arrived: now,
                 deadline: None,
@@ -752,11 +769,11 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
         }
         let waiting = Steps {
             class: sequences,
-            bulk: sequences == Class::Bulk,
+            bulk: sequences == Priority::Bulk,
             since,
         };
         match scheduler.next(ONE, now, false, Some(waiting)) {
-            Next::Run(picked) => {
+            NextTurn::Run(picked) => {
                 let took = MS(100);
                 scheduler
                     .pace
@@ -764,7 +781,7 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
                 batches += took;
                 now += took;
             }
-            Next::Step => {
+            NextTurn::Step => {
                 let took = MS(10);
                 scheduler
                     .pace
@@ -773,7 +790,7 @@ fn shared_time(rows: Class, sequences: Class) -> (Duration, Duration) {
                 now += took;
                 since = now;
             }
-            Next::Idle | Next::WaitUntil(_) => panic!("something waits"),
+            NextTurn::Idle | NextTurn::WaitUntil(_) => panic!("something waits"),
         }
         scheduler.ended(ONE, now);
     }
@@ -791,31 +808,31 @@ fn steps_get_their_share_beside_a_caller_that_comes_back() {
     let (mut batches, mut steps) = (Duration::ZERO, Duration::ZERO);
     let mut is_back = true;
     while now < start + Duration::from_secs(10) {
-        if is_back && scheduler.queue.len_of(Class::Bulk) == 0 {
-            let entry = Entry {
+        if is_back && scheduler.queue.len_of(Priority::Bulk) == 0 {
+            let entry = QueuedWork {
                 item: (),
                 arrived: now,
                 deadline: None,
             };
-            scheduler.queue.push(Class::Bulk, GRAPHS[0], entry);
+            scheduler.queue.push(Priority::Bulk, GRAPHS[0], entry);
         }
         let waiting = Steps {
-            class: Class::Bulk,
+            class: Priority::Bulk,
             bulk: true,
             since: now,
         };
         let took = match scheduler.next(ONE, now, false, Some(waiting)) {
-            Next::Run(_) => {
+            NextTurn::Run(_) => {
                 is_back = false;
                 batches += MS(100);
                 MS(100)
             }
-            Next::Step => {
+            NextTurn::Step => {
                 is_back = true;
                 steps += MS(10);
                 MS(10)
             }
-            Next::Idle | Next::WaitUntil(_) => panic!("a sequence waits"),
+            NextTurn::Idle | NextTurn::WaitUntil(_) => panic!("a sequence waits"),
         };
         now += took;
         scheduler.ended(ONE, now);
@@ -830,7 +847,7 @@ fn steps_get_their_share_beside_a_caller_that_comes_back() {
 #[test]
 fn steps_and_batches_share_the_engine_by_class() {
     let seconds = |time: Duration| time.as_secs_f64();
-    for class in Class::ALL {
+    for class in Priority::ALL {
         let (batches, steps) = shared_time(class, class);
         assert!(
             (seconds(batches) - seconds(steps)).abs() <= 0.2,
@@ -839,10 +856,10 @@ fn steps_and_batches_share_the_engine_by_class() {
     }
     // Bulk has its share and no more, whichever of the two it is.
     let share = f64::from(policy(1).bulk_share) / 100.0;
-    let (batches, steps) = shared_time(Class::Bulk, Class::Interactive);
+    let (batches, steps) = shared_time(Priority::Bulk, Priority::Interactive);
     let got = seconds(batches) / seconds(batches + steps);
     assert!((got - share).abs() < 0.05, "{got} of {share}");
-    let (batches, steps) = shared_time(Class::Interactive, Class::Bulk);
+    let (batches, steps) = shared_time(Priority::Interactive, Priority::Bulk);
     let got = seconds(steps) / seconds(batches + steps);
     assert!((got - share).abs() < 0.05, "{got} of {share}");
 }
@@ -851,28 +868,30 @@ fn steps_and_batches_share_the_engine_by_class() {
 fn a_step_does_not_wait_for_a_batch_to_fill() {
     let mut scheduler = Scheduler::<()>::new(policy(4), 1);
     let now = Instant::now();
-    let entry = Entry {
+    let entry = QueuedWork {
         item: (),
         arrived: now,
         deadline: None,
     };
-    scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+    scheduler
+        .queue
+        .push(Priority::Interactive, GRAPHS[0], entry);
     let waiting = Steps {
-        class: Class::Bulk,
+        class: Priority::Bulk,
         bulk: true,
         since: now,
     };
     assert!(matches!(
         scheduler.next(ONE, now, false, Some(waiting)),
-        Next::Step
+        NextTurn::Step
     ));
 }
 
 /// An engine that shares the queue with the first.
 const OTHER: DeviceIdx = DeviceIdx(1);
 
-fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> Entry<T> {
-    Entry {
+fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> QueuedWork<T> {
+    QueuedWork {
         item,
         arrived,
         deadline,
@@ -883,7 +902,7 @@ fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> Entry<T> {
 fn two_engines_take_from_one_queue_half_as_long() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 2);
     let start = Instant::now();
-    let (class, graph) = (Class::Interactive, GRAPHS[0]);
+    let (class, graph) = (Priority::Interactive, GRAPHS[0]);
     let too_late = |scheduler: &Scheduler<u32>, deadline_ms, now| {
         scheduler.too_late(class, graph, start + MS(deadline_ms), now)
     };
@@ -905,7 +924,7 @@ fn two_engines_take_from_one_queue_half_as_long() {
     assert_eq!(too_late(&scheduler, 349, start), Some(MS(250 + 100)));
     // One of them runs at each engine, and one waits.
     for (device, at) in [(ONE, MS(0)), (OTHER, MS(50))] {
-        let Next::Run(picked) = scheduler.next(device, start + at, false, None) else {
+        let NextTurn::Run(picked) = scheduler.next(device, start + at, false, None) else {
             panic!("a full batch waits");
         };
         assert_eq!(picked.rows.len(), 4);
@@ -921,7 +940,7 @@ fn two_engines_take_from_one_queue_half_as_long() {
     // What its memory suffices for holds for it alone.
     scheduler.limit(ONE, 2);
     scheduler.ended(ONE, start + MS(240));
-    let Next::Run(picked) = scheduler.next(ONE, start + MS(240), false, None) else {
+    let NextTurn::Run(picked) = scheduler.next(ONE, start + MS(240), false, None) else {
         panic!("a full batch waits");
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
@@ -967,7 +986,7 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
                 scheduler.ended(device, now);
             }
             match scheduler.next(device, now, draining, None) {
-                Next::Run(picked) => {
+                NextTurn::Run(picked) => {
                     assert!(picked.rows.len() <= picked.bucket.min(scheduler.largest(device)));
                     n_taken += (picked.rows.len() + picked.late.len()) as u64;
                     if !picked.rows.is_empty() {
@@ -983,9 +1002,9 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
                         *end = Some(now + took);
                     }
                 }
-                Next::Idle => assert!(scheduler.queue.is_empty(), "idle while something waits"),
-                Next::WaitUntil(at) => assert!(at > now && at <= now + DELAY),
-                Next::Step => panic!("there are no sequences"),
+                NextTurn::Idle => assert!(scheduler.queue.is_empty(), "idle while something waits"),
+                NextTurn::WaitUntil(at) => assert!(at > now && at <= now + DELAY),
+                NextTurn::Step => panic!("there are no sequences"),
             }
         }
         busiest = busiest.max(ends.iter().flatten().count());
@@ -993,7 +1012,7 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
     };
     for _ in 0..100_000 {
         if random.below(2) == 0 {
-            let class = Class::ALL[usize::try_from(random.below(2)).expect("small")];
+            let class = Priority::ALL[usize::try_from(random.below(2)).expect("small")];
             let graph = GRAPHS[usize::try_from(random.below(2)).expect("small")];
             let deadline = (random.below(2) == 0).then(|| now + MS(random.below(100)));
             scheduler
@@ -1003,7 +1022,7 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
         }
         now += MS(random.below(2));
         n_gone += step(&mut scheduler, now, false);
-        let waiting = Class::ALL.map(|class| scheduler.queue.len_of(class) as u64);
+        let waiting = Priority::ALL.map(|class| scheduler.queue.len_of(class) as u64);
         assert_eq!(n_pushed - n_gone, waiting.iter().sum::<u64>());
     }
     while !scheduler.queue.is_empty() {
@@ -1027,16 +1046,16 @@ fn share_of_bulk(n_engines: usize) -> f64 {
         && now < start + Duration::from_mins(1)
     {
         let device = DeviceIdx(idx);
-        for class in Class::ALL {
+        for class in Priority::ALL {
             while scheduler.queue.len_of(class) < 2 {
                 scheduler.queue.push(class, GRAPHS[0], entry((), now, None));
             }
         }
         scheduler.ended(device, now);
-        let Next::Run(picked) = scheduler.next(device, now, false, None) else {
+        let NextTurn::Run(picked) = scheduler.next(device, now, false, None) else {
             panic!("both classes wait");
         };
-        n_bulk += u32::from(picked.class == Class::Bulk);
+        n_bulk += u32::from(picked.class == Priority::Bulk);
         n_all += 1;
         free_at[idx] = now + MS(10);
     }
@@ -1058,19 +1077,21 @@ fn a_batch_knows_since_when_it_was_possible() {
     let start = Instant::now();
     let at = |ms| start + MS(ms);
     let push = |scheduler: &mut Scheduler<u32>, arrived| {
-        let entry = Entry {
+        let entry = QueuedWork {
             item: 0,
             arrived,
             deadline: None,
         };
-        scheduler.queue.push(Class::Interactive, GRAPHS[0], entry);
+        scheduler
+            .queue
+            .push(Priority::Interactive, GRAPHS[0], entry);
     };
     let check = |arrived: &[u64], steps, now, expected| {
         let mut scheduler: Scheduler<u32> = Scheduler::new(policy(4), 1);
         for &ms in arrived {
             push(&mut scheduler, at(ms));
         }
-        let Next::Run(picked) = scheduler.next(ONE, at(now), false, steps) else {
+        let NextTurn::Run(picked) = scheduler.next(ONE, at(now), false, steps) else {
             panic!("{arrived:?} at {now}");
         };
         assert_eq!(picked.possible_since, at(expected), "{arrived:?} at {now}");
@@ -1084,7 +1105,7 @@ fn a_batch_knows_since_when_it_was_possible() {
     check(&[0, 3], None, 20, 5);
     // A step was possible earlier.
     let waiting = Steps {
-        class: Class::Bulk,
+        class: Priority::Bulk,
         bulk: true,
         since: at(2),
     };

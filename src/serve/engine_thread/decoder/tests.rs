@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
-use crate::serve::generate::{Generate, Keep};
+use crate::serve::generate::{GenerateRequest, KeptPixels};
 use crate::serve::job::{Answer, Permit, Reply, Ticket};
 use crate::serve::sequence::Sampling;
 
@@ -43,15 +43,15 @@ fn bench(n_slots: usize, can_copy: bool, script: Script) -> Bench {
 fn sequence(primer: &[u16], deadline: Option<Instant>) -> (Sequence, Outcome) {
     let (reply, outcome) = Reply::new();
     let ticket = Ticket {
-        class: Class::Interactive,
+        class: Priority::Interactive,
         deadline,
         entered_at: Instant::now(),
         span: tracing::Span::none(),
         reply,
         permit: Permit::none(),
     };
-    let generate = Generate {
-        keep: Keep::All,
+    let generate = GenerateRequest {
+        keep: KeptPixels::All,
         sampling: Sampling::greedy(),
         sample: 0,
         rows: None,
@@ -71,7 +71,7 @@ impl Bench {
         outcome
     }
 
-    fn step(&mut self) -> Step {
+    fn step(&mut self) -> DecoderStep {
         self.decoder.step(&mut self.engine).expect("a step")
     }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::serve::metrics::Metrics;
-use crate::serve::metrics::access::Outcome;
+use crate::serve::metrics::access::ConnectionOutcome;
 
 /// Age of a connection that has had no call, and rest since the last call of
 /// one that has, before which it is not sent away: clients that make one call
@@ -47,7 +47,7 @@ const REFLECTIONS_MAX: usize = 256;
 
 /// All places of the worker. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Places(Arc<Shared>);
+pub(super) struct ConnectionPermits(Arc<Shared>);
 
 struct Shared {
     max: usize,
@@ -96,15 +96,15 @@ pub(super) enum NoPlace {
 }
 
 impl NoPlace {
-    pub(super) fn outcome(self) -> Outcome {
+    pub(super) fn outcome(self) -> ConnectionOutcome {
         match self {
-            Self::Full => Outcome::Refused,
-            Self::Address => Outcome::RefusedAddress,
+            Self::Full => ConnectionOutcome::Refused,
+            Self::Address => ConnectionOutcome::RefusedAddress,
         }
     }
 }
 
-impl Places {
+impl ConnectionPermits {
     pub(super) fn new(max: usize, per_address_max: Option<usize>, metrics: Metrics) -> Self {
         Self(Arc::new(Shared {
             max,
@@ -162,9 +162,9 @@ impl Places {
     }
 }
 
-impl std::fmt::Debug for Places {
+impl std::fmt::Debug for ConnectionPermits {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Places")
+        f.write_str("ConnectionPermits")
     }
 }
 
@@ -240,7 +240,7 @@ fn subscriber(addr: IpAddr) -> IpAddr {
 /// One connection in its address's count.
 #[derive(Debug)]
 struct Address {
-    places: Places,
+    places: ConnectionPermits,
     addr: Option<IpAddr>,
 }
 
@@ -276,7 +276,7 @@ enum Seat {
 impl Newcomer {
     /// Returns its place, and how it learns that it has to leave; none if no place
     /// is free in time.
-    pub(super) async fn sit(self) -> Option<(Place, Leave)> {
+    pub(super) async fn sit(self) -> Option<(ConnectionPermit, Leave)> {
         let Self { address, seat } = self;
         let places = address.places.clone();
         let permit = match seat {
@@ -292,7 +292,7 @@ impl Newcomer {
                 permit.ok()?
             }
         };
-        Some(Place::new(places, address, permit))
+        Some(ConnectionPermit::new(places, address, permit))
     }
 }
 
@@ -307,15 +307,19 @@ pub(super) struct Leave {
 
 /// A connection's place, counted.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct ConnectionPermit {
     pub(super) guest: Guest,
-    pub(super) outcome: Outcome,
+    pub(super) outcome: ConnectionOutcome,
     _address: Address,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Place {
-    fn new(places: Places, address: Address, permit: OwnedSemaphorePermit) -> (Self, Leave) {
+impl ConnectionPermit {
+    fn new(
+        places: ConnectionPermits,
+        address: Address,
+        permit: OwnedSemaphorePermit,
+    ) -> (Self, Leave) {
         places.0.metrics.access().opened();
         let (leave_in, leave) = oneshot::channel();
         let (cut_in, cut) = oneshot::channel();
@@ -343,7 +347,7 @@ impl Place {
         };
         let place = Self {
             guest,
-            outcome: Outcome::Closed,
+            outcome: ConnectionOutcome::Closed,
             _address: address,
             _permit: permit,
         };
@@ -351,7 +355,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let places = &self.guest.places;
         let mut state = places.lock();
@@ -359,7 +363,9 @@ impl Drop for Place {
         let entry = state.guests.remove(&self.guest.id);
         drop(state);
         let outcome = match self.outcome {
-            Outcome::Closed if entry.is_some_and(|entry| entry.was_sent_away) => Outcome::SentAway,
+            ConnectionOutcome::Closed if entry.is_some_and(|entry| entry.was_sent_away) => {
+                ConnectionOutcome::SentAway
+            }
             outcome => outcome,
         };
         places.0.metrics.access().left(outcome);
@@ -370,7 +376,7 @@ impl Drop for Place {
 #[derive(Debug, Clone)]
 pub(in crate::serve::rpc) struct Guest {
     id: u64,
-    places: Places,
+    places: ConnectionPermits,
     open_calls: Arc<Semaphore>,
     watches: Arc<Semaphore>,
     reflections: Arc<Semaphore>,
@@ -435,7 +441,7 @@ impl Guest {
     }
 
     /// A watch of health.
-    pub(in crate::serve::rpc) fn watch(&self) -> Result<Watch, TooMany> {
+    pub(in crate::serve::rpc) fn watch(&self) -> Result<WatchPermit, TooMany> {
         let own = Arc::clone(&self.watches).try_acquire_owned();
         let own = own.map_err(|_| TooMany {
             what: "health: watches",
@@ -455,7 +461,7 @@ impl Guest {
                 remedy: "use Check",
             })?)
         };
-        Ok(Watch {
+        Ok(WatchPermit {
             _own: own,
             _shared: shared,
         })
@@ -492,7 +498,7 @@ impl Drop for InUse {
 
 /// A watch's share of what watches may hold.
 #[derive(Debug)]
-pub(in crate::serve::rpc) struct Watch {
+pub(in crate::serve::rpc) struct WatchPermit {
     _own: OwnedSemaphorePermit,
     _shared: Option<OwnedSemaphorePermit>,
 }
@@ -501,8 +507,8 @@ pub(in crate::serve::rpc) struct Watch {
 mod tests {
     use super::*;
 
-    fn places(max: usize, per_address_max: Option<usize>) -> Places {
-        Places::new(max, per_address_max, Metrics::new().unwrap())
+    fn places(max: usize, per_address_max: Option<usize>) -> ConnectionPermits {
+        ConnectionPermits::new(max, per_address_max, Metrics::new().unwrap())
     }
 
     fn address(text: &str) -> IpAddr {
@@ -510,14 +516,14 @@ mod tests {
     }
 
     /// A connection that is let in without waiting.
-    async fn sit(places: &Places) -> (Place, Leave) {
+    async fn sit(places: &ConnectionPermits) -> (ConnectionPermit, Leave) {
         let newcomer = places.enter(Some(address("10.0.0.1"))).unwrap();
         assert!(matches!(newcomer.seat, Seat::Free(_)));
         newcomer.sit().await.unwrap()
     }
 
     /// As though nothing had happened on it for a while.
-    fn rest(places: &Places, guest: &Guest) {
+    fn rest(places: &ConnectionPermits, guest: &Guest) {
         let mut state = places.lock();
         let entry = state.guests.get_mut(&guest.id).unwrap();
         entry.since -= REST_MIN;

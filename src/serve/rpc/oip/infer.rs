@@ -5,24 +5,24 @@ use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::parameters::{self, Manner, Options};
-use super::tensors::{Input, put_element};
+use super::parameters::{self, OutputOptions, RequestParameters};
+use super::tensors::{InferInput, put_element};
 use super::{Oip, TEXT_SHOWN, VERSION, metadata};
-use crate::engine::Facts;
-use crate::imaging::Picture;
-use crate::model::Task;
+use crate::engine::EngineFacts;
+use crate::imaging::ImageRequest;
+use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
 use crate::proto::pb;
-use crate::serve::capacity::Share;
-use crate::serve::class::Class;
-use crate::serve::error::{Error, Stage};
-use crate::serve::job::{Answer, Work};
+use crate::serve::capacity::CapacityShare;
+use crate::serve::class::Priority;
+use crate::serve::error::{Error, RequestStage};
+use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::embedding::Embedding;
-use crate::serve::rpc::observe::{Deadline, Held};
-use crate::serve::rpc::{Ask, Service, Submitted, call_bytes, convert, status};
+use crate::serve::rpc::observe::{AnswerBytes, Deadline};
+use crate::serve::rpc::{Ask, Submitted, WorkerService, call_bytes, convert, status};
 
 pub(super) const EMBEDDING: &str = "embedding";
 pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
@@ -38,15 +38,15 @@ const FINAL: &str = "triton_final_response";
 
 /// What a request inherits of its call.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Origin {
-    pub(super) class: Class,
+pub(super) struct CallOrigin {
+    pub(super) class: Priority,
     pub(super) deadline: Option<Instant>,
 }
 
-impl Origin {
+impl CallOrigin {
     pub(super) fn of(extensions: &tonic::Extensions) -> Self {
         Self {
-            class: extensions.get().copied().unwrap_or(Class::Interactive),
+            class: extensions.get().copied().unwrap_or(Priority::Interactive),
             deadline: extensions.get::<Deadline>().and_then(|deadline| deadline.0),
         }
     }
@@ -78,39 +78,39 @@ enum Kind {
 #[derive(Debug)]
 struct Plan {
     id: String,
-    facts: Facts,
+    facts: EngineFacts,
     outputs: Vec<Output>,
     n_images: usize,
     partial: bool,
     /// Where the status of each image stands among the outputs, if it was named.
     status_at: Option<usize>,
     marks_final: bool,
-    class: Class,
+    class: Priority,
     deadline: Option<Instant>,
 }
 
 /// A request that may be submitted.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub(super) struct PreparedInfer {
     plan: Plan,
     /// Of each output, in their order.
     asks: Vec<Ask>,
-    pictures: Vec<Result<Picture, Error>>,
+    pictures: Vec<Result<ImageRequest, Error>>,
 }
 
 /// A request in the worker.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(super) struct RunningInfer {
     plan: Plan,
     submitted: Submitted,
 }
 
-impl Prepared {
+impl PreparedInfer {
     /// Checks a request, the cheap questions first.
     pub(super) fn new(
         oip: &Oip,
         mut request: ModelInferRequest,
-        origin: Origin,
+        origin: CallOrigin,
     ) -> Result<Self, Error> {
         let service = &*oip.0;
         let facts = service.facts()?;
@@ -118,7 +118,7 @@ impl Prepared {
         let (manner, options) = parameters::of_request(&request.parameters)?;
         let preprocess = convert::preprocess(Some(&manner.preprocess))?;
         let (outputs, status_at) = outputs(service, &facts, &request, &options, &manner)?;
-        let input = Input::take(&mut request, service.model.positions())?;
+        let input = InferInput::take(&mut request, service.model.positions())?;
         let asks: Vec<Ask> = outputs.iter().map(|output| output.ask.clone()).collect();
         service.check_size(input.n_images, &asks)?;
         let n_images = input.n_images;
@@ -149,12 +149,12 @@ impl Prepared {
 
     /// What it will hold while it is in the worker.
     pub(super) fn bytes(&self) -> usize {
-        let bytes = call_bytes(&self.pictures, &self.asks, Share::default());
+        let bytes = call_bytes(&self.pictures, &self.asks, CapacityShare::default());
         bytes.request + bytes.answer
     }
 
     /// Sends it down the line, with what was taken for it as it arrived.
-    pub(super) fn submit(self, oip: &Oip, arrived: Share) -> Result<Running, Error> {
+    pub(super) fn submit(self, oip: &Oip, arrived: CapacityShare) -> Result<RunningInfer, Error> {
         let plan = self.plan;
         let submitted = oip.0.submit(
             self.pictures,
@@ -163,20 +163,23 @@ impl Prepared {
             plan.deadline,
             arrived,
         )?;
-        Ok(Running { plan, submitted })
+        Ok(RunningInfer { plan, submitted })
     }
 }
 
-impl Running {
+impl RunningInfer {
     /// The answer, once everything is computed.
-    pub(super) async fn finish(self, oip: &Oip) -> Result<(ModelInferResponse, Held), Error> {
+    pub(super) async fn finish(
+        self,
+        oip: &Oip,
+    ) -> Result<(ModelInferResponse, AnswerBytes), Error> {
         let (plan, submitted) = (self.plan, self.submitted);
         let outcomes = async {
             match plan.deadline {
                 Some(deadline) => tokio::time::timeout_at(deadline.into(), submitted.outcomes())
                     .await
                     .unwrap_or(Err(Error::DeadlineExceeded {
-                        stage: Stage::Queue,
+                        stage: RequestStage::Queue,
                     })),
                 None => submitted.outcomes().await,
             }
@@ -192,11 +195,11 @@ impl Running {
 /// The outputs that a request names, or the model's first, and where the status
 /// stands among them.
 fn outputs(
-    service: &Service,
-    facts: &Facts,
+    service: &WorkerService,
+    facts: &EngineFacts,
     request: &ModelInferRequest,
-    options: &Options,
-    manner: &Manner,
+    options: &OutputOptions,
+    manner: &RequestParameters,
 ) -> Result<(Vec<Output>, Option<usize>), Error> {
     if request.outputs.is_empty() {
         let name = metadata::default_output(service);
@@ -234,14 +237,14 @@ fn outputs(
 }
 
 fn output(
-    service: &Service,
-    facts: &Facts,
-    manner: &Manner,
+    service: &WorkerService,
+    facts: &EngineFacts,
+    manner: &RequestParameters,
     name: &str,
-    options: &Options,
+    options: &OutputOptions,
 ) -> Result<Output, Error> {
     let features = |name, pooling: i32| {
-        service.require(Task::Embed)?;
+        service.require(CallTask::Embed)?;
         let embedding = Embedding::new(
             &pb::EmbedStreamOptions {
                 preprocess: Some(manner.preprocess),
@@ -278,8 +281,8 @@ fn output(
         LAST_HIDDEN_STATE => features(LAST_HIDDEN_STATE, pb::Pooling::None.into()),
         LOGITS => logits(service, facts, options, ask),
         NLL => {
-            service.require(Task::Score)?;
-            let work = Work::Infer {
+            service.require(CallTask::Score)?;
+            let work = RequestedWork::Infer {
                 // The graph shifts by itself: it needs the last pixel, too.
                 context: Context::Raw,
                 want: Want::Nll,
@@ -292,7 +295,7 @@ fn output(
         }
         TOKENS => Ok(Output {
             name: TOKENS,
-            ask: ask(Work::Tokenize, positions),
+            ask: ask(RequestedWork::Tokenize, positions),
             kind: Kind::Tokens,
         }),
         name => {
@@ -309,10 +312,10 @@ fn output(
 }
 
 fn logits(
-    service: &Service,
-    facts: &Facts,
-    options: &Options,
-    ask: impl Fn(Work, usize) -> Ask,
+    service: &WorkerService,
+    facts: &EngineFacts,
+    options: &OutputOptions,
+    ask: impl Fn(RequestedWork, usize) -> Ask,
 ) -> Result<Output, Error> {
     let head = convert::head(&service.heads, &options.head, &service.model)?;
     let (work, n_computed) = if let Some(head) = head {
@@ -322,7 +325,7 @@ fn logits(
     } else {
         let context = convert::context(options.context)?;
         let want = Want::Logits;
-        (Work::Infer { context, want }, facts.n_classes)
+        (RequestedWork::Infer { context, want }, facts.n_classes)
     };
     let labels = head.map_or(&service.model.labels, |head| &head.labels);
     // Text is counted as if it were numbers, before it is made.
@@ -364,7 +367,7 @@ enum Row {
 }
 
 impl Tensor {
-    fn new(output: &Output, service: &Service, facts: &Facts, n_images: usize) -> Self {
+    fn new(output: &Output, service: &WorkerService, facts: &EngineFacts, n_images: usize) -> Self {
         let positions = service.model.positions();
         let (datatype, shape, width) = match &output.kind {
             Kind::Features(embedding) => match embedding.dtype {
@@ -402,7 +405,7 @@ impl Tensor {
     }
 
     /// One image's answer.
-    fn put(&mut self, kind: &Kind, service: &Service, answer: Answer) -> Result<(), Error> {
+    fn put(&mut self, kind: &Kind, service: &WorkerService, answer: Answer) -> Result<(), Error> {
         match (kind, answer) {
             (Kind::Features(embedding), answer) => {
                 let row = embedding.tensor(answer)?.data;
@@ -484,7 +487,7 @@ impl Tensor {
 impl Plan {
     fn response(
         self,
-        service: &Service,
+        service: &WorkerService,
         outcomes: Vec<Result<Answer, Error>>,
     ) -> Result<ModelInferResponse, Error> {
         let facts = &self.facts;

@@ -6,15 +6,15 @@ use std::collections::HashMap;
 use super::VERSION;
 use super::infer::{EMBEDDING, LAST_HIDDEN_STATE, LOGITS, NLL, TOKENS};
 use super::tensors::{IMAGE, INPUT_IDS, PIXELS};
-use crate::engine::Facts;
-use crate::model::Task;
+use crate::engine::EngineFacts;
+use crate::model::CallTask;
 use crate::model::graph::Graph;
 use crate::model::graph::Norm;
 use crate::proto::inference as oip;
 use crate::proto::inference::DataType;
 use crate::proto::inference::model_metadata_response::TensorMetadata;
 use crate::serve::error::Error;
-use crate::serve::rpc::Service;
+use crate::serve::rpc::WorkerService;
 
 /// What runs the model, as Triton names it.
 const PLATFORM: &str = "onnxruntime_onnx";
@@ -65,7 +65,7 @@ impl Tensor {
     }
 }
 
-fn inputs(service: &Service) -> Vec<Tensor> {
+fn inputs(service: &WorkerService) -> Vec<Tensor> {
     vec![
         // perf_analyzer cannot do with an image of no extents; [-1] is taken, too.
         Tensor::new(IMAGE, DataType::TypeString, &[1]),
@@ -79,18 +79,18 @@ fn inputs(service: &Service) -> Vec<Tensor> {
 }
 
 /// The model's outputs; the first is the one that is meant when none is named.
-fn outputs(service: &Service, facts: &Facts) -> Vec<Tensor> {
+fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     let model = &service.model;
     let (width, positions) = (facts.dimension, model.positions());
     let float = DataType::TypeFp32;
     let mut outputs = Vec::new();
-    if model.can(Task::Embed) {
+    if model.can(CallTask::Embed) {
         outputs.push(Tensor::new(EMBEDDING, float, &[width]));
     }
     if model.graphs.contains_key(&Graph::Hidden) {
         outputs.push(Tensor::new(LAST_HIDDEN_STATE, float, &[positions, width]));
     }
-    if model.can(Task::Classify) {
+    if model.can(CallTask::Classify) {
         outputs.push(Tensor::new(LOGITS, float, &[facts.n_classes]));
     } else if let [head] = &service.heads[..] {
         outputs.push(Tensor::new(LOGITS, float, &[head.labels.len()]));
@@ -102,7 +102,7 @@ fn outputs(service: &Service, facts: &Facts) -> Vec<Tensor> {
             dims: vec![-1],
         });
     }
-    if model.can(Task::Score) {
+    if model.can(CallTask::Score) {
         outputs.push(Tensor::new(NLL, float, &[positions]));
     }
     outputs.push(Tensor::new(TOKENS, DataType::TypeInt32, &[positions]));
@@ -110,14 +110,14 @@ fn outputs(service: &Service, facts: &Facts) -> Vec<Tensor> {
 }
 
 /// The output that is meant when none is named: the first of [`outputs`].
-pub(super) fn default_output(service: &Service) -> &'static str {
+pub(super) fn default_output(service: &WorkerService) -> &'static str {
     // Not by making the list, which every call would pay for.
     let model = &service.model;
-    if model.can(Task::Embed) {
+    if model.can(CallTask::Embed) {
         EMBEDDING
-    } else if model.can(Task::Classify) || !service.heads.is_empty() {
+    } else if model.can(CallTask::Classify) || !service.heads.is_empty() {
         LOGITS
-    } else if model.can(Task::Score) {
+    } else if model.can(CallTask::Score) {
         NLL
     } else {
         TOKENS
@@ -132,7 +132,7 @@ pub(super) fn server() -> oip::ServerMetadataResponse {
     }
 }
 
-pub(super) fn model(service: &Service) -> Result<oip::ModelMetadataResponse, Error> {
+pub(super) fn model(service: &WorkerService) -> Result<oip::ModelMetadataResponse, Error> {
     let facts = service.facts()?;
     let tensors = |tensors: Vec<Tensor>| tensors.into_iter().map(Tensor::metadata).collect();
     Ok(oip::ModelMetadataResponse {
@@ -145,7 +145,7 @@ pub(super) fn model(service: &Service) -> Result<oip::ModelMetadataResponse, Err
     })
 }
 
-fn properties(service: &Service, facts: &Facts) -> HashMap<String, String> {
+fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, String> {
     let model = &service.model;
     let json = |labels: &[String]| serde_json::Value::from(labels.to_vec()).to_string();
     let mut properties = vec![
@@ -176,7 +176,7 @@ fn properties(service: &Service, facts: &Facts) -> HashMap<String, String> {
     properties.into_iter().collect()
 }
 
-pub(super) fn config(service: &Service) -> Result<oip::ModelConfigResponse, Error> {
+pub(super) fn config(service: &WorkerService) -> Result<oip::ModelConfigResponse, Error> {
     let facts = service.facts()?;
     let limits = &service.limits;
     let input = |tensor: Tensor| oip::ModelInput {

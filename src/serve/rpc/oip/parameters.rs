@@ -10,15 +10,15 @@ use super::TEXT_SHOWN;
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::pb;
-use crate::serve::class::Class;
+use crate::serve::class::Priority;
 use crate::serve::error::Error;
 
 type Parameters = HashMap<String, InferParameter>;
 
 /// What concerns a request as a whole.
 #[derive(Debug, Default)]
-pub(super) struct Manner {
-    pub(super) class: Option<Class>,
+pub(super) struct RequestParameters {
+    pub(super) class: Option<Priority>,
     pub(super) timeout: Option<Duration>,
     /// Whether images that fail leave the others their answers.
     pub(super) partial: bool,
@@ -29,7 +29,7 @@ pub(super) struct Manner {
 
 /// What may differ from output to output, as the contract's own numbers.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Options {
+pub(super) struct OutputOptions {
     pub(super) layers: Vec<u32>,
     pub(super) norm: i32,
     pub(super) context: i32,
@@ -63,8 +63,10 @@ const DTYPES: [(&str, pb::DataType); 2] =
 const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
 
 /// The parameters of a request.
-pub(super) fn of_request(parameters: &Parameters) -> Result<(Manner, Options), Error> {
-    let (mut manner, mut options) = (Manner::default(), Options::default());
+pub(super) fn of_request(
+    parameters: &Parameters,
+) -> Result<(RequestParameters, OutputOptions), Error> {
+    let (mut manner, mut options) = (RequestParameters::default(), OutputOptions::default());
     for (name, parameter) in parameters {
         match name.as_str() {
             "priority" => manner.class = class(whole("priority", parameter)?),
@@ -91,7 +93,10 @@ pub(super) fn of_request(parameters: &Parameters) -> Result<(Manner, Options), E
 }
 
 /// The request's options with those of one output.
-pub(super) fn of_output(options: &Options, parameters: &Parameters) -> Result<Options, Error> {
+pub(super) fn of_output(
+    options: &OutputOptions,
+    parameters: &Parameters,
+) -> Result<OutputOptions, Error> {
     let mut options = options.clone();
     for (name, parameter) in parameters {
         refuse_misplaced(name)?;
@@ -106,7 +111,7 @@ pub(super) fn of_output(options: &Options, parameters: &Parameters) -> Result<Op
 pub(super) fn of_input(parameters: &Parameters) -> Result<(), Error> {
     for (name, parameter) in parameters {
         refuse_misplaced(name)?;
-        if Options::default().set(name, parameter)? {
+        if OutputOptions::default().set(name, parameter)? {
             return Err(misplaced(name));
         }
         ignored(name);
@@ -133,7 +138,7 @@ fn ignored(name: &str) {
     tracing::debug!(name, "a parameter that is not ours was ignored");
 }
 
-impl Options {
+impl OutputOptions {
     /// Takes a parameter, or says that it has no such one.
     fn set(&mut self, name: &str, parameter: &InferParameter) -> Result<bool, Error> {
         match name {
@@ -158,10 +163,10 @@ impl Options {
 
 /// 0 is the default, 1 the most urgent, and a level that there is not the
 /// default, as in Triton.
-fn class(priority: u64) -> Option<Class> {
+fn class(priority: u64) -> Option<Priority> {
     match priority {
-        1 => Some(Class::Interactive),
-        2 => Some(Class::Bulk),
+        1 => Some(Priority::Interactive),
+        2 => Some(Priority::Bulk),
         _ => None,
     }
 }
@@ -269,7 +274,7 @@ mod tests {
         let (manner, options) = of_request(&given).expect("good ones");
         assert_eq!(manner.preprocess.fit, i32::from(pb::Fit::CenterCrop));
         assert_eq!(manner.timeout, Some(Duration::from_micros(1500)));
-        assert_eq!(manner.class, Some(Class::Bulk));
+        assert_eq!(manner.class, Some(Priority::Bulk));
         assert!(manner.marks_final && !manner.partial);
         assert_eq!(options.layers, [1, 3]);
         let output = parameters(&[
@@ -304,7 +309,7 @@ mod tests {
             "neither a layer's",
         );
         let output = parameters(&[("fit", word("squash"))]);
-        let error = of_output(&Options::default(), &output).expect_err("the request's");
+        let error = of_output(&OutputOptions::default(), &output).expect_err("the request's");
         assert!(
             error.to_string().contains("fit is not a tensor's"),
             "{error}"

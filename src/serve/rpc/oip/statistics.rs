@@ -2,14 +2,14 @@
 
 use super::VERSION;
 use crate::proto::inference as oip;
-use crate::serve::metrics::totals::{Snapshot, Sum};
+use crate::serve::metrics::totals::{CountedTime, TotalsSnapshot};
 
-pub(super) fn of(model: &str, snapshot: &Snapshot) -> oip::ModelStatisticsResponse {
+pub(super) fn of(model: &str, snapshot: &TotalsSnapshot) -> oip::ModelStatisticsResponse {
     let sums = &snapshot.sums;
     // Load tools divide each time by its own count and hold the counts against
     // each other, so all are of the images that were run.
     let of_images = |ns| duration(sums.images.count, ns);
-    let batch = |(&batch_size, sum): (&usize, &Sum)| oip::InferBatchStatistics {
+    let batch = |(&batch_size, sum): (&usize, &CountedTime)| oip::InferBatchStatistics {
         batch_size: batch_size as u64,
         compute_input: duration(sum.count, 0),
         compute_infer: duration(sum.count, sum.ns),

@@ -18,18 +18,18 @@ use tonic::{Code, Request, Status, Streaming};
 use tracing::Instrument as _;
 
 use super::Oip;
-use super::infer::{Origin, Prepared};
+use super::infer::{CallOrigin, PreparedInfer};
 use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
-use crate::serve::capacity::Share;
+use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{Error, StreamEnd};
 use crate::serve::metrics::StreamOpen;
 use crate::serve::rpc::arriving;
 use crate::serve::rpc::arriving::Arrived;
 use crate::serve::rpc::listen::Peer;
-use crate::serve::rpc::observe::{Course, Ending, Held, InProgress};
+use crate::serve::rpc::observe::{AnswerBytes, CallCourse, CallEnding, InProgress};
 use crate::serve::rpc::status;
 use crate::serve::rpc::stream::outbox;
-use crate::serve::rpc::stream::outbox::{Outbox, Place};
+use crate::serve::rpc::stream::outbox::{Outbox, WindowPermit};
 use crate::serve::rpc::stream::{
     BoxFuture, DRAIN_PATIENCE_MAX, END_PATIENCE, STREAM_BYTES_PART, elsewhere, hurry, present, read,
 };
@@ -37,11 +37,11 @@ use crate::serve::rpc::stream::{
 type Requests = Streaming<ModelInferRequest>;
 
 /// Opens a stream, which needs no opening message.
-pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Error> {
+pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers, Error> {
     let service = &oip.0;
     service.facts()?;
     let (_, extensions, requests) = request.into_parts();
-    let origin = Origin::of(&extensions);
+    let origin = CallOrigin::of(&extensions);
     let arrived = extensions.get::<Arrived>().cloned().unwrap_or_default();
     let outbox = Arc::new(Outbox::new(arrived.clone()));
     let patience = DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2);
@@ -60,21 +60,21 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<Answers, Err
         bytes_max: service.admission.bytes().size_for(origin.class) / STREAM_BYTES_PART,
         n_read: 0,
         _open: service.metrics.stream(),
-        course: extensions.get::<Course>().and_then(Course::take),
+        course: extensions.get::<CallCourse>().and_then(CallCourse::take),
         oip: oip.clone(),
     };
     let session = session.run(requests, hurry).in_current_span();
-    Ok(Answers::new(outbox, session))
+    Ok(InferAnswers::new(outbox, session))
 }
 
 /// The response of a stream.
-pub(in crate::serve::rpc) type Answers = outbox::Answers<ModelStreamInferResponse>;
+pub(in crate::serve::rpc) type InferAnswers = outbox::OutboxAnswers<ModelStreamInferResponse>;
 
-/// The other end of [`Answers`].
+/// The other end of [`InferAnswers`].
 #[derive(Debug)]
 struct Session {
     oip: Oip,
-    origin: Origin,
+    origin: CallOrigin,
     /// Of the message that was read last.
     arrived: Arrived,
     /// When the connection is told to go away; it waits for the stream's end.
@@ -87,16 +87,16 @@ struct Session {
     n_read: u64,
     _open: StreamOpen,
     /// Counts the call when the session ends.
-    course: Option<(Ending, InProgress)>,
+    course: Option<(CallEnding, InProgress)>,
 }
 
 /// A request that was read.
 struct Ready {
     id: String,
     arrived: Instant,
-    prepared: Result<Prepared, Error>,
+    prepared: Result<PreparedInfer, Error>,
     /// Share that was taken for the message as it arrived.
-    share: Share,
+    share: CapacityShare,
     /// Its part of the stream's own share.
     bytes: usize,
 }
@@ -104,7 +104,7 @@ struct Ready {
 /// A request that has come to its end.
 struct Done {
     response: ModelStreamInferResponse,
-    place: Place,
+    place: WindowPermit,
 }
 
 impl Session {
@@ -183,8 +183,8 @@ impl Session {
         let arrived = Instant::now();
         let share = self.arrived.take();
         let id = request.id.clone();
-        let prepared = Prepared::new(&self.oip, request, self.origin);
-        let bytes = prepared.as_ref().map_or(0, Prepared::bytes);
+        let prepared = PreparedInfer::new(&self.oip, request, self.origin);
+        let bytes = prepared.as_ref().map_or(0, PreparedInfer::bytes);
         let (outbox, bytes_max) = (Arc::clone(&self.outbox), self.bytes_max);
         Box::pin(async move {
             outbox.room(bytes, bytes_max).await;
@@ -213,7 +213,7 @@ impl Session {
             let elapsed = ready.arrived.elapsed();
             oip.0.metrics.totals().call(outcome.is_ok(), elapsed);
             let (response, held) = answer(&oip, ready.id, outcome);
-            let place = Place {
+            let place = WindowPermit {
                 bytes: ready.bytes,
                 _share: held.map(|held| held.bytes),
             };
@@ -237,8 +237,8 @@ impl Drop for Session {
 fn answer(
     oip: &Oip,
     id: String,
-    outcome: Result<(ModelInferResponse, Held), Error>,
-) -> (ModelStreamInferResponse, Option<Held>) {
+    outcome: Result<(ModelInferResponse, AnswerBytes), Error>,
+) -> (ModelStreamInferResponse, Option<AnswerBytes>) {
     let (error_message, response, held) = match outcome {
         Ok((response, held)) => (String::new(), response, Some(held)),
         Err(error) => {

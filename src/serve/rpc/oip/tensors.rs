@@ -4,7 +4,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 use super::TEXT_SHOWN;
 use super::parameters;
-use crate::imaging::Picture;
+use crate::imaging::ImageRequest;
 use crate::imaging::{ImageInput, PreprocessOptions};
 use crate::proto::inference::model_infer_request::InferInputTensor;
 use crate::proto::inference::{InferTensorContents, ModelInferRequest};
@@ -15,7 +15,7 @@ const LENGTH_BYTES: usize = 4;
 
 /// The one input of a request, checked but not taken apart.
 #[derive(Debug)]
-pub(super) struct Input {
+pub(super) struct InferInput {
     /// The first extent.
     pub(super) n_images: usize,
     name: &'static str,
@@ -57,7 +57,7 @@ fn invalid(tensor: &str, problem: impl Into<String>) -> Error {
     }
 }
 
-impl Input {
+impl InferInput {
     /// Takes the input out of a request for a model of so many positions.
     pub(super) fn take(request: &mut ModelInferRequest, positions: usize) -> Result<Self, Error> {
         let mut inputs = std::mem::take(&mut request.inputs);
@@ -95,12 +95,12 @@ impl Input {
     pub(super) fn pictures(
         self,
         options: PreprocessOptions,
-    ) -> Result<Vec<Result<Picture, Error>>, Error> {
+    ) -> Result<Vec<Result<ImageRequest, Error>>, Error> {
         let (name, n_images, n_each) = (self.name, self.n_images, self.n_each);
         let n_elements = n_images
             .checked_mul(n_each)
             .ok_or_else(|| invalid(name, "its shape has more elements than can be counted"))?;
-        let picture = |input| Picture { input, options };
+        let picture = |input| ImageRequest { input, options };
         let pictures = match (self.form, self.contents) {
             (Form::Encoded, Contents::Raw(raw)) => elements(name, raw, n_images)?
                 .into_iter()

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tonic::Status;
 
 use super::super::arriving::Arrived;
-use crate::serve::capacity::Share;
+use crate::serve::capacity::CapacityShare;
 
 /// Answers of a stream that wait for its connection.
 #[derive(Debug)]
@@ -30,12 +30,12 @@ pub(in crate::serve::rpc) struct Outbox<T> {
 
 #[derive(Debug)]
 struct State<T> {
-    queue: VecDeque<(T, Option<Place>)>,
+    queue: VecDeque<(T, Option<WindowPermit>)>,
     end: End,
     /// Whoever takes answers, while there are none.
     taker: Option<Waker>,
     /// Of the answer that was taken last.
-    leaving: Option<Place>,
+    leaving: Option<WindowPermit>,
     /// Items that were read and whose answers are not known to have left.
     n_held: usize,
     bytes_held: usize,
@@ -56,14 +56,14 @@ enum End {
 
 /// An item's place in the window and its share of the worker's bytes.
 #[derive(Debug, Default)]
-pub(in crate::serve::rpc) struct Place {
+pub(in crate::serve::rpc) struct WindowPermit {
     /// What it counts in the stream's own share.
     pub(in crate::serve::rpc) bytes: usize,
-    pub(in crate::serve::rpc) _share: Option<Arc<Share>>,
+    pub(in crate::serve::rpc) _share: Option<Arc<CapacityShare>>,
 }
 
 impl<T> State<T> {
-    fn leave(&mut self, place: &Place) {
+    fn leave(&mut self, place: &WindowPermit) {
         self.n_held = self.n_held.saturating_sub(1);
         self.bytes_held = self.bytes_held.saturating_sub(place.bytes);
     }
@@ -132,14 +132,14 @@ impl<T> Outbox<T> {
     }
 
     /// An item leaves without an answer.
-    pub(in crate::serve::rpc) fn forget(&self, place: &Place) {
+    pub(in crate::serve::rpc) fn forget(&self, place: &WindowPermit) {
         self.lock().leave(place);
         self.taken.notify_one();
     }
 
     /// Puts a response in line: an item's answer with its place, or what
     /// answers no item.
-    pub(in crate::serve::rpc) fn push(&self, response: T, place: Option<Place>) {
+    pub(in crate::serve::rpc) fn push(&self, response: T, place: Option<WindowPermit>) {
         let mut state = self.lock();
         state.queue.push_back((response, place));
         state.active_at = Instant::now();
@@ -266,12 +266,12 @@ impl<T> Outbox<T> {
 
 /// The response of a stream, from its session's outbox.
 #[derive(Debug)]
-pub struct Answers<T> {
+pub struct OutboxAnswers<T> {
     outbox: Arc<Outbox<T>>,
     session: tokio::task::AbortHandle,
 }
 
-impl<T> Answers<T> {
+impl<T> OutboxAnswers<T> {
     /// What the outbox holds, which this session fills.
     pub(in crate::serve::rpc) fn new(
         outbox: Arc<Outbox<T>>,
@@ -282,7 +282,7 @@ impl<T> Answers<T> {
     }
 }
 
-impl<T> tokio_stream::Stream for Answers<T> {
+impl<T> tokio_stream::Stream for OutboxAnswers<T> {
     type Item = Result<T, Status>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -290,7 +290,7 @@ impl<T> tokio_stream::Stream for Answers<T> {
     }
 }
 
-impl<T> Drop for Answers<T> {
+impl<T> Drop for OutboxAnswers<T> {
     fn drop(&mut self) {
         self.session.abort();
         // Answers that nobody takes any more hold bytes.
@@ -320,8 +320,8 @@ mod tests {
         outbox.poll_take(&mut Context::from_waker(Waker::noop()))
     }
 
-    fn place(bytes: usize) -> Place {
-        Place {
+    fn place(bytes: usize) -> WindowPermit {
+        WindowPermit {
             bytes,
             ..Default::default()
         }

@@ -1,19 +1,19 @@
 //! Everybody who waits for one and the same answer.
 //!
-//! Identical work runs once: its callers gather in a crowd, which the batcher
+//! Identical work runs once: its callers gather in one value, which the batcher
 //! and the engine share. The batcher lets callers join and leave while the work
-//! waits or runs; the engine closes the crowd and answers whoever is in it. The
+//! waits or runs; the engine closes it and answers whoever is in it. The
 //! lock is held for a few pointer moves, never while anything runs.
 
 use std::time::Instant;
 
 use super::Ticket;
-use crate::serve::error::{Error, Stage};
+use crate::serve::error::{Error, RequestStage};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See the module.
 #[derive(Debug)]
-pub struct Crowd(Mutex<State>);
+pub struct CoalescedWaiters(Mutex<State>);
 
 #[derive(Debug)]
 enum State {
@@ -22,15 +22,15 @@ enum State {
     Closed,
 }
 
-/// Who is left in a crowd, and what the most urgent of them need.
+/// Callers that are left, and what the most urgent of them need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Left {
+pub struct WaitersLeft {
     pub n_tickets: usize,
-    pub class: Option<crate::serve::class::Class>,
+    pub class: Option<crate::serve::class::Priority>,
     pub deadline: Option<Instant>,
 }
 
-impl Crowd {
+impl CoalescedWaiters {
     #[must_use]
     pub fn new(first: Ticket) -> Self {
         Self(Mutex::new(State::Open(vec![first])))
@@ -45,10 +45,10 @@ impl Crowd {
     ///
     /// # Errors
     ///
-    /// The ticket, when the crowd is closed.
+    /// The ticket, when the answer is on its way.
     #[expect(
         clippy::result_large_err,
-        reason = "the ticket must go on to another crowd"
+        reason = "the ticket must go on to other work"
     )]
     pub fn join(&self, ticket: Ticket) -> Result<(), Ticket> {
         match &mut *self.lock() {
@@ -61,13 +61,18 @@ impl Crowd {
     }
 
     /// Answers those whom nothing helps any more, telling `dropped` why.
-    pub fn sweep(&self, now: Instant, stage: Stage, dropped: impl FnMut(&Error)) -> Left {
+    pub fn sweep(
+        &self,
+        now: Instant,
+        stage: RequestStage,
+        dropped: impl FnMut(&Error),
+    ) -> WaitersLeft {
         self.drop_if(|ticket| ticket.dead(now, stage), dropped)
     }
 
     /// Answers those whose own deadline is not after `limit`, for whom the work
     /// comes too late; it may be in time for the others.
-    pub fn late(&self, limit: Instant, error: &Error, dropped: impl FnMut(&Error)) -> Left {
+    pub fn late(&self, limit: Instant, error: &Error, dropped: impl FnMut(&Error)) -> WaitersLeft {
         let late = |ticket: &Ticket| {
             let late = ticket.deadline.is_some_and(|deadline| deadline <= limit);
             late.then(|| error.clone())
@@ -79,10 +84,10 @@ impl Crowd {
         &self,
         reason: impl Fn(&Ticket) -> Option<Error>,
         mut dropped: impl FnMut(&Error),
-    ) -> Left {
+    ) -> WaitersLeft {
         let mut dead = Vec::new();
         let left = match &mut *self.lock() {
-            State::Closed => Left {
+            State::Closed => WaitersLeft {
                 n_tickets: 0,
                 class: None,
                 deadline: None,
@@ -95,7 +100,7 @@ impl Crowd {
                         None => idx += 1,
                     }
                 }
-                Left {
+                WaitersLeft {
                     n_tickets: tickets.len(),
                     class: tickets.iter().map(|ticket| ticket.class).min(),
                     deadline: tickets.iter().filter_map(|ticket| ticket.deadline).min(),
@@ -133,12 +138,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::serve::class::Class;
+    use crate::serve::class::Priority;
     use crate::serve::job::{Answer, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
 
-    fn ticket(class: Class, deadline: Option<Instant>) -> (Ticket, Outcome) {
+    fn ticket(class: Priority, deadline: Option<Instant>) -> (Ticket, Outcome) {
         let (reply, outcome) = Reply::new();
         let ticket = Ticket {
             class,
@@ -155,20 +160,22 @@ mod tests {
     fn callers_leave_and_the_rest_are_answered_once() {
         let now = Instant::now();
         let soon = now + Duration::from_secs(1);
-        let (first, first_outcome) = ticket(Class::Bulk, None);
-        let (second, mut second_outcome) = ticket(Class::Interactive, Some(soon));
-        let (third, mut third_outcome) = ticket(Class::Bulk, Some(now));
-        let crowd = Crowd::new(first);
-        crowd.join(second).expect("open");
-        crowd.join(third).expect("open");
+        let (first, first_outcome) = ticket(Priority::Bulk, None);
+        let (second, mut second_outcome) = ticket(Priority::Interactive, Some(soon));
+        let (third, mut third_outcome) = ticket(Priority::Bulk, Some(now));
+        let waiters = CoalescedWaiters::new(first);
+        waiters.join(second).expect("open");
+        waiters.join(third).expect("open");
         drop(first_outcome);
         let mut reasons = Vec::new();
-        let left = crowd.sweep(now, Stage::Queue, |error| reasons.push(error.to_string()));
+        let left = waiters.sweep(now, RequestStage::Queue, |error| {
+            reasons.push(error.to_string())
+        });
         assert_eq!(
             left,
-            Left {
+            WaitersLeft {
                 n_tickets: 1,
-                class: Some(Class::Interactive),
+                class: Some(Priority::Interactive),
                 deadline: Some(soon)
             }
         );
@@ -177,13 +184,13 @@ mod tests {
             third_outcome.try_recv(),
             Ok(Err(Error::DeadlineExceeded { .. }))
         ));
-        for ticket in crowd.close() {
+        for ticket in waiters.close() {
             ticket.finish(Ok(Answer::Values(vec![1.0])));
         }
         assert!(matches!(second_outcome.try_recv(), Ok(Ok(_))));
-        let (late, _outcome) = ticket(Class::Bulk, None);
-        assert!(crowd.join(late).is_err(), "closed");
-        assert!(crowd.close().is_empty());
-        assert_eq!(crowd.sweep(now, Stage::Queue, |_| {}).n_tickets, 0);
+        let (late, _outcome) = ticket(Priority::Bulk, None);
+        assert!(waiters.join(late).is_err(), "closed");
+        assert!(waiters.close().is_empty());
+        assert_eq!(waiters.sweep(now, RequestStage::Queue, |_| {}).n_tickets, 0);
     }
 }
