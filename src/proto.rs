@@ -2,6 +2,9 @@
 //! them.
 
 pub(crate) mod codec;
+mod priority;
+
+pub use self::priority::Priority;
 
 use tonic::Code;
 

@@ -5,7 +5,6 @@ pub mod admission;
 pub mod batcher;
 pub mod cache;
 pub mod capacity;
-pub mod class;
 pub mod config;
 pub mod devices;
 pub(crate) mod engine_thread;

@@ -4,7 +4,7 @@
 //! does not show as the worker's latency on a machine that they share. Nothing
 //! here measures; `imagegpt bench` does.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::time::Duration;
 
 use anyhow::Context as _;

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 pub use super::capacity::{CapacityPool, CapacityShare};
 use crate::imaging::ImageRequest;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::error::Error;
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::preprocess::Preprocessing;

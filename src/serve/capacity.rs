@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 
 /// What a refused caller is told to wait before any batch was measured.
 const RETRY_UNMEASURED: Duration = Duration::from_secs(1);

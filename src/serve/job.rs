@@ -10,7 +10,7 @@ mod waiters;
 
 use crate::model::graph::Context;
 use crate::model::graph::Want;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -22,7 +22,7 @@ use metrics_exporter_prometheus::{
 
 use crate::engine::FallbackKind;
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::error::{Error, RequestStage};
 
 const REQUESTS: &str = "imagegpt_requests_total";

@@ -224,7 +224,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::serve::class::Priority;
+    use crate::proto::Priority;
     use crate::serve::job::{Permit, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;

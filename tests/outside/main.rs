@@ -239,7 +239,7 @@ fn metrics() {
 fn every_metric() -> imagegpt::serve::metrics::Metrics {
     use imagegpt::gpu::{GpuUsage, MemoryUse};
     use imagegpt::model::graph::Graph;
-    use imagegpt::serve::class::Priority;
+    use imagegpt::proto::Priority;
     use imagegpt::serve::metrics::{BatchClose, METHODS, Metrics};
 
     let metrics = Metrics::new().expect("metrics");

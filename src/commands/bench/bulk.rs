@@ -1,6 +1,6 @@
 //! A bulk load that takes all that the worker gives it.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! Flags of `imagegpt bench`. `--help` prints the comments.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -6,7 +6,7 @@
 //! depend on answers, and latency counts from then, so that a worker (or this
 //! tool) that falls behind shows it: no coordinated omission.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};

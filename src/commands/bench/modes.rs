@@ -1,6 +1,6 @@
 //! What the modes with plain measurements do, and what they make of them.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};

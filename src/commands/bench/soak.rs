@@ -4,7 +4,7 @@
 //! garbage, allow too little time. Whoever gets an answer must get its own,
 //! once. Processes must not grow.
 
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

@@ -7,7 +7,7 @@ use super::pace::Pace;
 use super::queue::LaneView;
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::metrics::BatchClose;
 
 /// The operator's choices.

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 
 /// How long after its arrival work without a deadline stands in line; a
 /// deadline further off counts as this. An image that has waited so long goes

@@ -11,7 +11,7 @@ use super::pace::Pace;
 use super::policy::{BulkLedger, Decision, Policy};
 use super::queue::{LaneView, QueuePosition, QueuedWork, WorkQueue};
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::metrics::BatchClose;
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::queue::{QueuedWork, WorkQueue};
 use super::scheduler::Steps;
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::{Error, RequestStage};
 use crate::serve::sequence::Sequence;

@@ -26,7 +26,7 @@ enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WaitersLeft {
     pub n_tickets: usize,
-    pub class: Option<crate::serve::class::Priority>,
+    pub class: Option<crate::proto::Priority>,
     pub deadline: Option<Instant>,
 }
 
@@ -138,7 +138,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::serve::class::Priority;
+    use crate::proto::Priority;
     use crate::serve::job::{Answer, Reply};
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;

@@ -13,7 +13,7 @@ use crossbeam_channel::Sender;
 
 use crate::imaging::ImageRequest;
 use crate::imaging::cost::DecodeCost;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::error::{Error, RequestStage};
 use crate::serve::job::Job;
 use crate::serve::metrics::Metrics;

@@ -33,9 +33,9 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::status;
+use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
-use crate::serve::class::Priority;
 use crate::serve::error::{Error, RequestStage};
 use crate::serve::readiness::Readiness;
 

@@ -46,19 +46,19 @@ mod imaging {
     }
 }
 
-mod serve {
-    pub mod class {
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum Priority {
-            Interactive,
-            Bulk,
-        }
-
-        impl Priority {
-            pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
-        }
+mod proto {
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+    pub enum Priority {
+        Interactive,
+        Bulk,
     }
 
+    impl Priority {
+        pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
+    }
+}
+
+mod serve {
     pub mod error {
         #[derive(Debug, Clone)]
         pub enum Error {
@@ -79,7 +79,7 @@ mod serve {
         use loom::sync::Arc;
         use loom::sync::atomic::{AtomicUsize, Ordering};
 
-        use crate::serve::class::Priority;
+        use crate::proto::Priority;
         use crate::serve::error::{Error, RequestStage};
 
         /// Counts how often it was answered.
@@ -142,8 +142,8 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
 use imaging::ImageRequest;
+use proto::Priority;
 use queue::ThreadReach;
-use serve::class::Priority;
 use serve::error::RequestStage;
 use serve::job::{Job, Ticket};
 use serve::metrics::Metrics;

@@ -11,7 +11,7 @@ use super::super::queue::QueuedWork;
 use super::{NextTurn, Picked, Scheduler, Steps};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;
-use crate::serve::class::Priority;
+use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::metrics::BatchClose;
 

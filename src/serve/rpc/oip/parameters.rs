@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::TEXT_SHOWN;
+use crate::proto::Priority;
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::pb;
-use crate::serve::class::Priority;
 use crate::serve::error::Error;
 
 type Parameters = HashMap<String, InferParameter>;

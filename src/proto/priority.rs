@@ -1,4 +1,4 @@
-//! Classes of calls.
+//! Priorities of calls, by their names in metadata.
 
 /// How urgent a call is. Ordered by urgency.
 #[derive(

@@ -1,0 +1,532 @@
+//! Invariants of ARCHITECTURE.md that text can check: which folder may use which,
+//! which crates are known where, and what no file may contain.
+//!
+//! Each rule is a function over the files of `src/`, and each has a planted
+//! violation that it must find.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Folders and files at the top of `src/`: each uses only those before it.
+const ORDER: [&str; 13] = [
+    "sync",
+    "files",
+    "telemetry",
+    "kernels",
+    "imaging",
+    "gpu",
+    "proto",
+    "model",
+    "runtime",
+    "compile",
+    "engine",
+    "serve",
+    "client",
+];
+/// Last in the order; everything may be used by commands.
+const LAST: &str = "commands";
+
+/// What a folder may not use although it comes before.
+const FORBIDDEN: [(&str, &str); 14] = [
+    ("kernels", "sync"),
+    ("kernels", "files"),
+    ("kernels", "telemetry"),
+    ("imaging", "sync"),
+    ("imaging", "files"),
+    ("imaging", "telemetry"),
+    ("imaging", "kernels"),
+    ("gpu", "kernels"),
+    ("gpu", "imaging"),
+    ("engine", "compile"),
+    ("serve", "compile"),
+    ("client", "serve"),
+    ("client", "engine"),
+    ("client", "compile"),
+];
+
+/// Crates, with the beginnings of paths that may name them.
+const CRATES: [(&str, &[&str]); 15] = [
+    ("tonic", &["serve/rpc", "client", "proto"]),
+    ("tonic_health", &["serve/rpc"]),
+    ("tonic_reflection", &["serve/rpc"]),
+    ("tonic_types", &["serve/rpc", "client", "proto"]),
+    ("tonic_web", &["serve/rpc"]),
+    ("hyper", &["serve/rpc", "serve/http"]),
+    ("ort", &["runtime", "engine", "compile/verify"]),
+    ("axum", &["serve/http"]),
+    ("arrow_array", &["commands"]),
+    ("arrow_ipc", &["commands"]),
+    ("parquet", &["commands"]),
+    ("object_store", &["commands"]),
+    ("reqwest", &["commands"]),
+    ("plotters", &["commands"]),
+    ("nvml_wrapper", &["gpu"]),
+];
+
+/// The line of stages; each knows only those that stand beside it here. What passes
+/// between them (`job`, `turn`, `sequence`) is no stage.
+const NEIGHBORS: [(&str, &[&str]); 5] = [
+    ("rpc", &["admission"]),
+    ("admission", &["preprocess"]),
+    ("preprocess", &["batcher"]),
+    ("batcher", &[]),
+    ("engine_thread", &["batcher"]),
+];
+
+/// Files that run on the threads of stages, where nothing awaits.
+const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
+
+/// Where unsafe code may be, each use with its reason.
+const UNSAFE: [&str; 9] = [
+    "kernels/attention",
+    "kernels/layers",
+    "kernels/vector",
+    "gpu",
+    "engine/onnx/sequences",
+    "runtime/arena",
+    "runtime/placement",
+    "runtime/operators/quick_gelu",
+    "runtime/operators/layers",
+];
+
+/// A file of `src/`, without its tests.
+struct Source {
+    /// Path below `src/`, without the extension.
+    path: String,
+    lines: Vec<(usize, String)>,
+}
+
+impl Source {
+    fn new(path: &str, text: &str) -> Self {
+        // Tests come last in a file.
+        let tests = text
+            .match_indices("#[cfg(test)]\n")
+            .find(|(at, mark)| {
+                let next = text[at + mark.len()..].lines().next().unwrap_or_default();
+                next.contains("mod tests {")
+            })
+            .map_or(text.len(), |(at, _)| at);
+        let text = &text[..tests];
+        Self {
+            path: path.to_owned(),
+            lines: text
+                .lines()
+                .enumerate()
+                .map(|(idx, line)| (idx + 1, line.to_owned()))
+                .collect(),
+        }
+    }
+
+    /// Lines of code, without comments of their own.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.lines
+            .iter()
+            .map(|(number, line)| (*number, line.as_str()))
+            .filter(|(_, line)| !line.trim_start().starts_with("//"))
+    }
+
+    fn folder(&self) -> &str {
+        self.path.split('/').next().unwrap_or_default()
+    }
+
+    /// Paths that the file names, from the crate's root, each with its line.
+    fn paths(&self) -> Vec<(usize, Vec<String>)> {
+        let mut found = Vec::new();
+        let mut statement = String::new();
+        let mut first = 0;
+        for (number, line) in self.code() {
+            let trimmed = line.trim();
+            let begins = trimmed.starts_with("use ")
+                || trimmed.starts_with("pub") && trimmed.contains(" use ");
+            if statement.is_empty() && begins {
+                first = number;
+            }
+            if begins || !statement.is_empty() {
+                statement.push_str(trimmed);
+                if trimmed.ends_with(';') {
+                    let tree = statement.split("use ").nth(1).unwrap_or_default();
+                    for path in expand(tree.trim_end_matches(';')) {
+                        found.extend(self.absolute(&path).map(|path| (first, path)));
+                    }
+                    statement.clear();
+                }
+                continue;
+            }
+            for start in ["crate::", "super::"] {
+                for (at, _) in line.match_indices(start) {
+                    if line[..at]
+                        .ends_with(|before: char| before.is_alphanumeric() || before == ':')
+                    {
+                        continue;
+                    }
+                    let path: String = line[at..]
+                        .chars()
+                        .take_while(|c| c.is_alphanumeric() || matches!(c, '_' | ':'))
+                        .collect();
+                    let path = path.split("::").map(str::to_owned).collect::<Vec<_>>();
+                    found.extend(self.absolute(&path).map(|path| (number, path)));
+                }
+            }
+        }
+        found
+    }
+
+    /// A path from the crate's root; `None` for those of other crates.
+    fn absolute(&self, path: &[String]) -> Option<Vec<String>> {
+        let mut here: Vec<String> = self.path.split('/').map(str::to_owned).collect();
+        let mut rest = path;
+        match rest.first()?.as_str() {
+            "crate" => return Some(rest[1..].to_vec()),
+            "self" => rest = &rest[1..],
+            "super" => {
+                while rest.first().is_some_and(|part| part == "super") {
+                    here.pop();
+                    rest = &rest[1..];
+                }
+            }
+            _ => return None,
+        }
+        here.extend(rest.iter().cloned());
+        Some(here)
+    }
+}
+
+/// The paths of a `use` tree.
+fn expand(tree: &str) -> Vec<Vec<String>> {
+    let Some((prefix, inner)) = tree.split_once('{') else {
+        let path = tree.split(" as ").next().unwrap_or_default().trim();
+        return vec![
+            path.split("::")
+                .map(|part| part.trim().to_owned())
+                .collect(),
+        ];
+    };
+    let inner = inner.rsplit_once('}').map_or(inner, |(inner, _)| inner);
+    let prefix: Vec<String> = prefix
+        .split("::")
+        .map(|part| part.trim().to_owned())
+        .filter(|part| !part.is_empty())
+        .collect();
+    let mut parts = vec![String::new()];
+    let mut depth = 0;
+    for c in inner.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(String::new());
+                continue;
+            }
+            _ => {}
+        }
+        parts.last_mut().expect("one at least").push(c);
+    }
+    parts
+        .iter()
+        .filter(|part| !part.trim().is_empty())
+        .flat_map(|part| expand(part.trim()))
+        .map(|path| [prefix.clone(), path].concat())
+        .collect()
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path
+                .strip_prefix(&root)
+                .expect("below src")
+                .with_extension("");
+            let name = name.to_str().expect("UTF-8").to_owned();
+            let is_source = path.extension().is_some_and(|extension| extension == "rs");
+            let is_other = ["lib", "main"].contains(&name.as_str()) || name.ends_with("tests");
+            if is_source && !is_other {
+                let text = std::fs::read_to_string(&path).expect("a source");
+                found.push(Source::new(&name, &text));
+            }
+        }
+    }
+    assert!(found.len() > 100, "src/ is where it was");
+    found
+}
+
+fn place(folder: &str) -> usize {
+    let known = ORDER.iter().position(|known| *known == folder);
+    known.unwrap_or(ORDER.len())
+}
+
+/// A violation, with its line.
+fn told(source: &Source, line: usize, what: impl std::fmt::Display) -> String {
+    format!("src/{}.rs:{line}: {what}", source.path)
+}
+
+fn folders_use_only_those_before_them(sources: &[Source]) -> Vec<String> {
+    let mut bad = Vec::new();
+    for source in sources {
+        let from = source.folder();
+        if place(from) == ORDER.len() && from != LAST {
+            bad.push(told(source, 1, format!("{from} has no place in the order")));
+        }
+        for (line, path) in source.paths() {
+            let Some(to) = path.first().map(String::as_str) else {
+                continue;
+            };
+            if from == to || to == "cfg" {
+                continue;
+            }
+            if place(to) > place(from) || FORBIDDEN.contains(&(from, to)) {
+                bad.push(told(
+                    source,
+                    line,
+                    format!("{from} uses {}", path.join("::")),
+                ));
+            }
+        }
+    }
+    bad
+}
+
+fn crates_are_known_where_they_may_be(sources: &[Source]) -> Vec<String> {
+    let mut bad = Vec::new();
+    for source in sources {
+        for (name, places) in CRATES {
+            if places.iter().any(|place| source.path.starts_with(place)) {
+                continue;
+            }
+            let path = format!("{name}::");
+            for (line, text) in source.code() {
+                let names = text.match_indices(&path).any(|(at, _)| {
+                    !text[..at]
+                        .ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | ':' | '"'))
+                });
+                if names {
+                    bad.push(told(source, line, format!("{name} is not known here")));
+                }
+            }
+        }
+    }
+    bad
+}
+
+fn stages_know_only_their_neighbors(sources: &[Source]) -> Vec<String> {
+    let stages: Vec<&str> = NEIGHBORS.iter().map(|(stage, _)| *stage).collect();
+    let mut bad = Vec::new();
+    for source in sources {
+        let mut parts = source.path.split('/').skip(1);
+        let own = parts.next().unwrap_or_default();
+        if source.folder() != "serve" || own == "worker" {
+            continue;
+        }
+        let neighbors = NEIGHBORS.iter().find(|(stage, _)| *stage == own);
+        for (line, path) in source.paths() {
+            let (Some(folder), Some(to)) = (path.first(), path.get(1)) else {
+                continue;
+            };
+            let to = to.as_str();
+            if folder != "serve" || to == own || !stages.contains(&to) {
+                continue;
+            }
+            // The pages show how full the worker is.
+            if own == "http" && to == "admission" {
+                continue;
+            }
+            if neighbors.is_none_or(|(_, known)| !known.contains(&to)) {
+                bad.push(told(source, line, format!("{own} uses the stage {to}")));
+            }
+        }
+    }
+    bad
+}
+
+/// Modules that use each other in a circle: folders, and within `serve` its files.
+fn modules_have_no_circles(sources: &[Source]) -> Vec<String> {
+    fn unit(path: &[impl AsRef<str>]) -> Option<String> {
+        let first = path.first()?.as_ref();
+        if first != "serve" {
+            return Some(first.to_owned());
+        }
+        Some(format!("serve::{}", path.get(1)?.as_ref()))
+    }
+    let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for source in sources {
+        let own: Vec<&str> = source.path.split('/').collect();
+        let Some(from) = unit(&own) else { continue };
+        for (_, path) in source.paths() {
+            if let Some(to) = unit(&path).filter(|to| *to != from) {
+                uses.entry(from.clone()).or_default().insert(to);
+            }
+        }
+    }
+    let reaches = |from: &str| {
+        let mut seen: BTreeSet<&str> = BTreeSet::new();
+        let mut next: Vec<&str> = vec![from];
+        while let Some(unit) = next.pop() {
+            for to in uses.get(unit).into_iter().flatten() {
+                if seen.insert(to) {
+                    next.push(to);
+                }
+            }
+        }
+        seen.contains(from)
+    };
+    let circles: Vec<String> = uses
+        .keys()
+        .filter(|unit| reaches(unit))
+        .map(|unit| format!("{unit} uses itself through others"))
+        .collect();
+    println!(
+        "modules: {}, of them in circles: {}",
+        uses.len(),
+        circles.len()
+    );
+    circles
+}
+
+/// Lines of files below some paths that have one of some words.
+fn without(sources: &[Source], below: &[&str], words: &[&str], why: &str) -> Vec<String> {
+    let mut bad = Vec::new();
+    for source in sources {
+        if !below.iter().any(|place| source.path.starts_with(place)) {
+            continue;
+        }
+        for (line, text) in source.code() {
+            if let Some(word) = words.iter().find(|word| text.contains(**word)) {
+                bad.push(told(source, line, format!("{word}: {why}")));
+            }
+        }
+    }
+    bad
+}
+
+fn channels_are_bounded(sources: &[Source]) -> Vec<String> {
+    let words = ["unbounded(", "unbounded_channel", "mpsc::channel()"];
+    without(sources, &[""], &words, "a channel without a bound")
+}
+
+fn threads_of_stages_do_not_await(sources: &[Source]) -> Vec<String> {
+    without(
+        sources,
+        &ON_THREADS,
+        &[".await", "async "],
+        "awaits on a stage's thread",
+    )
+}
+
+fn nothing_unwraps(sources: &[Source]) -> Vec<String> {
+    without(sources, &[""], &[".unwrap()"], "unwraps outside of tests")
+}
+
+fn unsafe_code_is_where_it_may_be(sources: &[Source]) -> Vec<String> {
+    let mut bad = Vec::new();
+    for source in sources {
+        if UNSAFE.iter().any(|place| source.path.starts_with(place)) {
+            continue;
+        }
+        for (line, text) in source.code() {
+            let has = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"]
+                .iter()
+                .any(|word| text.contains(word));
+            if has {
+                bad.push(told(source, line, "unsafe code"));
+            }
+        }
+    }
+    bad
+}
+
+type Rule = fn(&[Source]) -> Vec<String>;
+
+#[track_caller]
+fn holds(rule: Rule, planted: &[(&str, &str)]) {
+    let bad = rule(&sources());
+    assert!(bad.is_empty(), "\n{}", bad.join("\n"));
+    for (path, text) in planted {
+        let mut all = sources();
+        all.retain(|source| source.path != *path);
+        all.push(Source::new(path, text));
+        let found = rule(&all);
+        assert!(!found.is_empty(), "not found: {text}");
+        println!("planted: {}", found.join("; "));
+    }
+}
+
+#[test]
+fn folders() {
+    let planted = [
+        ("imaging/planted", "use crate::serve::{error::Error, job};"),
+        ("model/planted", "fn f() { crate::engine::onnx::load(); }"),
+        ("serve/planted", "pub use super::super::compile::compile;"),
+        ("kernels/planted", "use crate::files;"),
+        ("engine/planted", "use crate::{compile, proto};"),
+        ("elsewhere/planted", ""),
+    ];
+    holds(folders_use_only_those_before_them, &planted);
+}
+
+#[test]
+fn crates() {
+    holds(
+        crates_are_known_where_they_may_be,
+        &[
+            ("serve/planted", "use tonic::Status;"),
+            ("serve/batcher/planted", "fn f() -> ort::Result<()> {"),
+            ("commands/planted", "use axum::Router;"),
+            ("serve/planted", "use parquet::file::reader::FileReader;"),
+        ],
+    );
+}
+
+#[test]
+fn stages() {
+    holds(
+        stages_know_only_their_neighbors,
+        &[
+            ("serve/rpc/planted", "use crate::serve::batcher::Batcher;"),
+            ("serve/cache", "use super::admission::Admission;"),
+        ],
+    );
+}
+
+#[test]
+fn circles() {
+    holds(
+        modules_have_no_circles,
+        &[("serve/job", "use crate::serve::engine_thread::run;")],
+    );
+}
+
+#[test]
+fn channels() {
+    let text = "let (a, b) = crossbeam_channel::unbounded();";
+    holds(channels_are_bounded, &[("serve/planted", text)]);
+}
+
+#[test]
+fn awaits() {
+    let text = "    let turn = turns.recv().await;";
+    holds(
+        threads_of_stages_do_not_await,
+        &[("serve/engine_thread/planted", text)],
+    );
+}
+
+#[test]
+fn unwraps() {
+    holds(
+        nothing_unwraps,
+        &[("client/planted", "let x = y.unwrap();")],
+    );
+}
+
+#[test]
+fn unsafe_code() {
+    let text = "    unsafe { *pointer }";
+    holds(unsafe_code_is_where_it_may_be, &[("serve/planted", text)]);
+}
