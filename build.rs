@@ -1,6 +1,9 @@
-//! Compiles proto/ into Rust, without protoc.
+//! Compiles proto/ into Rust, without protoc, and names the methods of its services.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
+
+use prost_types::FileDescriptorSet;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -11,6 +14,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         out_dir.join("imagegpt.fds"),
         prost::Message::encode_to_vec(&descriptors),
     )?;
+    std::fs::write(out_dir.join("methods.rs"), methods(&descriptors)?)?;
     tonic_prost_build::configure()
         // Images and tensors are handed on as they came off the wire.
         .bytes(".imagegpt.v1")
@@ -19,4 +23,98 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .compile_fds(descriptors)?;
     Ok(())
+}
+
+/// An enum of the methods of all services, so that no list of them is written twice.
+fn methods(descriptors: &FileDescriptorSet) -> Result<String, std::fmt::Error> {
+    let mut names = Vec::new();
+    let (mut paths, mut client_streams, mut server_streams) =
+        (String::new(), String::new(), String::new());
+    let mut services = String::new();
+    for file in &descriptors.file {
+        for service in &file.service {
+            let service_path = format!("/{}.{}/", file.package(), service.name());
+            writeln!(services, "        {service_path:?},")?;
+            for method in &service.method {
+                let name = method.name();
+                writeln!(
+                    paths,
+                    "            \"{service_path}{name}\" => Self::{name},"
+                )?;
+                if method.client_streaming() {
+                    write!(client_streams, "Self::{name} | ")?;
+                }
+                if method.server_streaming() {
+                    write!(server_streams, "Self::{name} | ")?;
+                }
+                names.push(name.to_owned());
+            }
+        }
+    }
+    let variants: String = names
+        .iter()
+        .fold(String::new(), |text, name| text + "    " + name + ",\n");
+    let all: String = names
+        .iter()
+        .fold(String::new(), |text, name| text + "Self::" + name + ", ");
+    let spelled: String = names.iter().fold(String::new(), |text, name| {
+        text + &format!("            Self::{name} => {name:?},\n")
+    });
+    let (client_streams, server_streams) = (
+        client_streams.trim_end_matches(" | "),
+        server_streams.trim_end_matches(" | "),
+    );
+    let mut text = String::new();
+    write!(
+        text,
+        "/// Method of a service of the worker, by proto/.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RpcMethod {{
+{variants}    /// A method that the services do not have.
+    Other,
+}}
+
+impl RpcMethod {{
+    /// All methods, in the order of the enum.
+    pub const ALL: [Self; {count}] = [{all}Self::Other];
+
+    /// Paths of the services.
+    const SERVICES: &[&str] = &[
+{services}    ];
+
+    /// Name of the method, or `other`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {{
+        match self {{
+{spelled}            Self::Other => \"other\",
+        }}
+    }}
+
+    /// Method that a path names; `None` for services of others.
+    #[must_use]
+    pub fn of_path(path: &str) -> Option<Self> {{
+        Self::SERVICES
+            .iter()
+            .any(|service| path.starts_with(service))
+            .then(|| match path {{
+{paths}            _ => Self::Other,
+        }})
+    }}
+
+    /// Whether the client sends a stream of messages.
+    #[must_use]
+    pub const fn client_streams(self) -> bool {{
+        matches!(self, {client_streams})
+    }}
+
+    /// Whether the worker answers with a stream of messages.
+    #[must_use]
+    pub const fn server_streams(self) -> bool {{
+        matches!(self, {server_streams})
+    }}
+}}
+",
+        count = names.len() + 1,
+    )?;
+    Ok(text)
 }

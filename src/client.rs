@@ -18,8 +18,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::StatusExt as _;
 
 use crate::files::FlagFile;
-use crate::proto::pb;
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use crate::proto::{GrpcCode, pb};
 
 /// How long to look for the worker before giving up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -451,8 +451,7 @@ fn f32s(data: &[u8]) -> Vec<f32> {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct CallError {
-    /// The gRPC code's name.
-    pub code: &'static str,
+    pub code: GrpcCode,
     pub message: String,
 }
 
@@ -462,14 +461,17 @@ impl CallError {
     pub fn is_of_request(&self) -> bool {
         matches!(
             self.code,
-            "INVALID_ARGUMENT" | "NOT_FOUND" | "UNIMPLEMENTED" | "UNAUTHENTICATED"
+            GrpcCode::InvalidArgument
+                | GrpcCode::NotFound
+                | GrpcCode::Unimplemented
+                | GrpcCode::Unauthenticated
         )
     }
 }
 
 fn call_failed(status: &Status) -> anyhow::Error {
     anyhow::Error::new(CallError {
-        code: crate::proto::code_name(status.code()),
+        code: status.code().into(),
         message: status.message().to_owned(),
     })
 }

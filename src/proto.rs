@@ -1,12 +1,12 @@
 //! The contract: generated types, names of codes, and options as the contract has
 //! them.
 
+mod code;
 pub(crate) mod codec;
 mod priority;
 
+pub use self::code::GrpcCode;
 pub use self::priority::Priority;
-
-use tonic::Code;
 
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
 
@@ -43,28 +43,7 @@ pub mod inference {
     tonic::include_proto!("inference");
 }
 
-/// A code's name as the gRPC specification spells it.
-pub(crate) fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
-}
+include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
 /// Options of preprocessing as the contract has them.
 pub(crate) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {

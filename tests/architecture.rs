@@ -441,6 +441,36 @@ fn unsafe_code_is_where_it_may_be(sources: &[Source]) -> Vec<String> {
     bad
 }
 
+/// Codes are `GrpcCode`, and their names stand where that is defined. The Open
+/// Inference Protocol has a state that is called like one of them.
+fn codes_are_no_strings(sources: &[Source]) -> Vec<String> {
+    let words = [
+        "\"CANCELLED\"",
+        "\"INVALID_ARGUMENT\"",
+        "\"DEADLINE_EXCEEDED\"",
+        "\"NOT_FOUND\"",
+        "\"PERMISSION_DENIED\"",
+        "\"RESOURCE_EXHAUSTED\"",
+        "\"FAILED_PRECONDITION\"",
+        "\"ABORTED\"",
+        "\"UNIMPLEMENTED\"",
+        "\"INTERNAL\"",
+        "\"UNAVAILABLE\"",
+        "\"DATA_LOSS\"",
+    ];
+    let is_elsewhere =
+        |path: &str| !["proto/code", "serve/rpc/oip", "serve/rpc/status"].contains(&path);
+    let elsewhere: Vec<Source> = sources
+        .iter()
+        .filter(|source| is_elsewhere(&source.path))
+        .map(|source| Source {
+            path: source.path.clone(),
+            lines: source.lines.clone(),
+        })
+        .collect();
+    without(&elsewhere, &[""], &words, "a code as a string")
+}
+
 type Rule = fn(&[Source]) -> Vec<String>;
 
 #[track_caller]
@@ -529,4 +559,10 @@ fn unwraps() {
 fn unsafe_code() {
     let text = "    unsafe { *pointer }";
     holds(unsafe_code_is_where_it_may_be, &[("serve/planted", text)]);
+}
+
+#[test]
+fn codes() {
+    let text = "    let code = \"UNAVAILABLE\";";
+    holds(codes_are_no_strings, &[("client/planted", text)]);
 }

@@ -5,6 +5,7 @@
 //! here measures; `imagegpt bench` does.
 
 use crate::proto::Priority;
+use std::cmp::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -23,18 +24,62 @@ use tonic::{Code, ConnectError, Status};
 use tonic_types::StatusExt as _;
 
 use super::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
-use crate::proto::pb;
+use crate::proto::{GrpcCode, pb};
 
 /// Items of a stream between its writer and its connection; the worker's window
 /// is what bounds a stream.
 const STREAM_QUEUE: usize = 16;
 
-/// A call that did not come back in the tool's own patience.
-pub const CLIENT_TIMEOUT: &str = "CLIENT_TIMEOUT";
-/// A call for which there was no worker to connect to.
-pub const NO_WORKER: &str = "NO_WORKER";
-/// An image of an answer that has neither a result nor an error.
-pub const NO_OUTCOME: &str = "NO_OUTCOME";
+/// How a call or an image of its answer failed: by a code, or in a way that only the
+/// caller sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallCode {
+    Grpc(GrpcCode),
+    /// The call did not come back in the tool's own patience.
+    ClientTimeout,
+    /// There was no worker to connect to.
+    NoWorker,
+    /// An image of an answer has neither a result nor an error.
+    NoOutcome,
+}
+
+impl CallCode {
+    /// Name of the code in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Grpc(code) => code.name(),
+            Self::ClientTimeout => "CLIENT_TIMEOUT",
+            Self::NoWorker => "NO_WORKER",
+            Self::NoOutcome => "NO_OUTCOME",
+        }
+    }
+}
+
+/// Codes are in the order of their names, as reports list them.
+impl Ord for CallCode {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.name().cmp(other.name())
+    }
+}
+
+impl PartialOrd for CallCode {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl std::fmt::Display for CallCode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Serialize for CallCode {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
 
 /// What is asked of the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -57,14 +102,14 @@ impl Method {
     /// The outcome of each image in a response of this method.
     fn outcomes(self, body: Bytes) -> Result<Outcomes, prost::DecodeError> {
         fn failed(status: &tonic_types::Status) -> ImageOutcome {
-            Err(crate::proto::code_name(Code::from(status.code)))
+            Err(CallCode::Grpc(status.code.into()))
         }
         Ok(match self {
             Self::Embed => {
                 let outcome = |result: pb::EmbedResult| match result.outcome {
                     Some(pb::embed_result::Outcome::Embedding(tensor)) => Ok(tensor.data),
                     Some(pb::embed_result::Outcome::Error(status)) => failed(&status),
-                    None => Err(NO_OUTCOME),
+                    None => Err(CallCode::NoOutcome),
                 };
                 let results = pb::EmbedResponse::decode(body)?.results;
                 results.into_iter().map(outcome).collect()
@@ -73,7 +118,7 @@ impl Method {
                 let outcome = |result: pb::ClassifyResult| match result.outcome {
                     Some(pb::classify_result::Outcome::Classification(_)) => Ok(Bytes::new()),
                     Some(pb::classify_result::Outcome::Error(status)) => failed(&status),
-                    None => Err(NO_OUTCOME),
+                    None => Err(CallCode::NoOutcome),
                 };
                 let results = pb::ClassifyResponse::decode(body)?.results;
                 results.into_iter().map(outcome).collect()
@@ -82,7 +127,7 @@ impl Method {
                 let outcome = |result: pb::TokenizeResult| match result.outcome {
                     Some(pb::tokenize_result::Outcome::Tokens(_)) => Ok(Bytes::new()),
                     Some(pb::tokenize_result::Outcome::Error(status)) => failed(&status),
-                    None => Err(NO_OUTCOME),
+                    None => Err(CallCode::NoOutcome),
                 };
                 let results = pb::TokenizeResponse::decode(body)?.results;
                 results.into_iter().map(outcome).collect()
@@ -105,15 +150,14 @@ pub struct CallOptions {
 
 /// The numbers of an embedding (nothing for the other methods), or the code of
 /// the image's error.
-pub type ImageOutcome = Result<Bytes, &'static str>;
+pub type ImageOutcome = Result<Bytes, CallCode>;
 /// One for each image of a call.
 pub type Outcomes = Vec<ImageOutcome>;
 
 /// Why a call or a stream ended without an answer.
 #[derive(Debug, Clone)]
 pub struct Refusal {
-    /// The gRPC code's name, or [`CLIENT_TIMEOUT`] or [`NO_WORKER`].
-    pub code: &'static str,
+    pub code: CallCode,
     pub message: String,
     /// What `google.rpc.RetryInfo` asks to wait, if the status carries one.
     pub retry_after: Option<Duration>,
@@ -123,9 +167,9 @@ impl Refusal {
     fn new(status: &Status) -> Self {
         let unconnected = unconnected(status);
         let code = match &unconnected {
-            Some(_) => NO_WORKER,
-            None if never_left(status) => crate::proto::code_name(Code::Unavailable),
-            None => crate::proto::code_name(status.code()),
+            Some(_) => CallCode::NoWorker,
+            None if never_left(status) => CallCode::Grpc(GrpcCode::Unavailable),
+            None => CallCode::Grpc(status.code().into()),
         };
         Self {
             code,
@@ -140,19 +184,25 @@ impl Refusal {
     /// request: full, draining or not ready.
     #[must_use]
     pub fn is_reject(&self) -> bool {
-        matches!(self.code, "RESOURCE_EXHAUSTED" | "UNAVAILABLE")
+        matches!(
+            self.code,
+            CallCode::Grpc(GrpcCode::ResourceExhausted) | CallCode::Grpc(GrpcCode::Unavailable)
+        )
     }
 
     /// Whether a client with round robin would try the next worker.
     #[must_use]
     pub fn is_elsewhere(&self) -> bool {
-        matches!(self.code, "UNAVAILABLE" | NO_WORKER)
+        matches!(
+            self.code,
+            CallCode::Grpc(GrpcCode::Unavailable) | CallCode::NoWorker
+        )
     }
 
     /// Whether the worker does not have the call at all.
     #[must_use]
     pub fn is_unimplemented(&self) -> bool {
-        self.code == "UNIMPLEMENTED"
+        self.code == CallCode::Grpc(GrpcCode::Unimplemented)
     }
 }
 
@@ -250,7 +300,7 @@ impl LoadConnection {
                 .map_err(|error| malformed(&error)),
             Ok(Err(status)) => Err(Refusal::new(&status)),
             Err(_) => Err(Refusal {
-                code: CLIENT_TIMEOUT,
+                code: CallCode::ClientTimeout,
                 message: format!("no answer in {:?}", manner.patience),
                 retry_after: None,
             }),
@@ -388,9 +438,9 @@ impl StreamReader {
             let outcome = match result.outcome {
                 Some(pb::embed_stream_result::Outcome::Embedding(tensor)) => Ok(tensor.data),
                 Some(pb::embed_stream_result::Outcome::Error(status)) => {
-                    Err(crate::proto::code_name(Code::from(status.code)))
+                    Err(CallCode::Grpc(status.code.into()))
                 }
-                None => Err(NO_OUTCOME),
+                None => Err(CallCode::NoOutcome),
             };
             return StreamEvent::Answer(result.id.parse().ok(), outcome);
         }

@@ -10,6 +10,7 @@
 mod feed;
 mod session;
 
+use crate::proto::GrpcCode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -95,8 +96,8 @@ pub enum PoolAnswer {
 /// Why an image has no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFault {
-    /// A gRPC code's name.
-    pub code: &'static str,
+    /// What kind of failure it is.
+    pub code: GrpcCode,
     /// One sentence.
     pub message: String,
 }
@@ -106,7 +107,7 @@ impl ImageFault {
     #[must_use]
     pub fn invalid(message: String) -> Self {
         Self {
-            code: "INVALID_ARGUMENT",
+            code: GrpcCode::InvalidArgument,
             message,
         }
     }

@@ -5,6 +5,7 @@
 //! a small compressed request could take gigabytes. What is counted here is
 //! only what multiplies; everything else keeps its size when it is decoded.
 
+use crate::proto::RpcMethod;
 use std::marker::PhantomData;
 
 use bytes::Bytes;
@@ -48,19 +49,27 @@ pub(crate) struct Growth {
 }
 
 impl Growth {
-    /// By the method that gets the message.
-    pub(crate) fn of_method(method: &str) -> Self {
+    /// Growth of messages that hold names alone.
+    pub(crate) const NONE: Self = Self {
+        of: |_| 0,
+        most: |_| 0,
+    };
+
+    /// Growth by the method that gets the message.
+    pub(crate) fn of_method(method: RpcMethod) -> Self {
         match method {
-            "Embed" | "Classify" | "Score" | "Tokenize" => Self {
-                of: |message| {
-                    sum(message, |number, content| match number {
-                        IMAGES => IMAGE_GROWTH + image_growth(content),
-                        _ => 0,
-                    })
-                },
-                most: |n_bytes| n_bytes * IMAGE_GROWTH,
-            },
-            "EmbedStream" => Self {
+            RpcMethod::Embed | RpcMethod::Classify | RpcMethod::Score | RpcMethod::Tokenize => {
+                Self {
+                    of: |message| {
+                        sum(message, |number, content| match number {
+                            IMAGES => IMAGE_GROWTH + image_growth(content),
+                            _ => 0,
+                        })
+                    },
+                    most: |n_bytes| n_bytes * IMAGE_GROWTH,
+                }
+            }
+            RpcMethod::EmbedStream => Self {
                 of: |message| {
                     sum(message, |number, item| match number {
                         STREAM_ITEM => sum(item, |number, content| match number {
@@ -72,7 +81,7 @@ impl Growth {
                 },
                 most: |n_bytes| n_bytes.min(TOKENS_BYTES_MAX) * TOKEN_GROWTH,
             },
-            "Generate" => Self {
+            RpcMethod::Generate => Self {
                 of: |message| {
                     sum(message, |number, content| match number {
                         PREFIX => content.len() * TOKEN_GROWTH,
@@ -85,7 +94,7 @@ impl Growth {
                 },
                 most: |n_bytes| n_bytes.min(TOKENS_BYTES_MAX) * TOKEN_GROWTH,
             },
-            "ModelInfer" | "ModelStreamInfer" => Self {
+            RpcMethod::ModelInfer | RpcMethod::ModelStreamInfer => Self {
                 of: infer_growth,
                 most: |n_bytes| {
                     n_bytes.min(NUMBERS_BYTES_MAX) * NUMBER_GROWTH
@@ -93,10 +102,7 @@ impl Growth {
                 },
             },
             // Names.
-            _ => Self {
-                of: |_| 0,
-                most: |_| 0,
-            },
+            _ => Self::NONE,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The client of many workers (`rpc::pool`), with workers that misbehave.
 
+use imagegpt::proto::GrpcCode;
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -175,7 +176,7 @@ async fn serve(
 async fn answered(
     workers: &[SocketAddr],
     images: Vec<&'static [u8]>,
-) -> BTreeMap<u64, Result<PoolAnswer, &'static str>> {
+) -> BTreeMap<u64, Result<PoolAnswer, GrpcCode>> {
     let config = PoolConfig {
         endpoints: workers
             .iter()
@@ -240,7 +241,7 @@ async fn an_image_that_ends_workers_is_found_and_takes_nobody_along() {
     let outcomes = answered(&[one, other], images).await;
     for (id, outcome) in outcomes {
         if id == 17 {
-            assert_eq!(outcome, Err("ABORTED"));
+            assert_eq!(outcome, Err(GrpcCode::Aborted));
         } else {
             assert_eq!(outcome, Ok(embedding(b"good")));
         }

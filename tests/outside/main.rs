@@ -239,13 +239,13 @@ fn metrics() {
 fn every_metric() -> imagegpt::serve::metrics::Metrics {
     use imagegpt::gpu::{GpuUsage, MemoryUse};
     use imagegpt::model::graph::Graph;
-    use imagegpt::proto::Priority;
-    use imagegpt::serve::metrics::{BatchClose, METHODS, Metrics};
+    use imagegpt::proto::{GrpcCode, Priority, RpcMethod};
+    use imagegpt::serve::metrics::{BatchClose, Metrics};
 
     let metrics = Metrics::new().expect("metrics");
     let moment = Duration::from_millis(1);
-    for method in METHODS {
-        metrics.request(method, "OK", moment);
+    for method in RpcMethod::ALL {
+        metrics.request(method, GrpcCode::Ok, moment);
     }
     for graph in Graph::ALL {
         metrics.batch(graph, 1, 1, BatchClose::Full);

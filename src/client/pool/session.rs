@@ -1,7 +1,7 @@
 //! One worker's part of the work: a connection, one stream, and what to do when
 //! either ends.
 
-use crate::proto;
+use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 use tonic_types::StatusExt as _;
 
 use super::feed::{TakenTasks, is_guilty};
@@ -75,7 +75,7 @@ impl SessionEnd {
         let details = status.get_error_details();
         let cause = details.error_info().map(|info| info.reason.as_str());
         Self {
-            reason: format!("{}: {}", proto::code_name(status.code()), status.message()),
+            reason: format!("{}: {}", GrpcCode::from(status.code()), status.message()),
             rest: details
                 .retry_info()
                 .and_then(|info| info.retry_delay)
@@ -313,7 +313,7 @@ impl<'a> Outstanding<'a> {
             task.lost += 1;
             if is_guilty(&task) {
                 let fault = ImageFault {
-                    code: "ABORTED",
+                    code: GrpcCode::Aborted,
                     message: format!(
                         "image: {} workers ended or hung while they had it, the last ones while \
                          they had nothing else",
@@ -338,10 +338,14 @@ impl Drop for Outstanding<'_> {
 
 /// Whether another try, perhaps elsewhere, may end otherwise. What is wrong with
 /// the image itself does not change.
-fn may_pass(code: &str) -> bool {
+fn may_pass(code: GrpcCode) -> bool {
     !matches!(
         code,
-        "INVALID_ARGUMENT" | "OUT_OF_RANGE" | "FAILED_PRECONDITION" | "UNIMPLEMENTED" | "NOT_FOUND"
+        GrpcCode::InvalidArgument
+            | GrpcCode::OutOfRange
+            | GrpcCode::FailedPrecondition
+            | GrpcCode::Unimplemented
+            | GrpcCode::NotFound
     )
 }
 
@@ -511,14 +515,14 @@ fn image(task: &PoolTask) -> pb::Image {
 
 fn fault(error: tonic_types::Status) -> ImageFault {
     ImageFault {
-        code: proto::code_name(Code::from(error.code)),
+        code: error.code.into(),
         message: error.message,
     }
 }
 
 fn no_outcome() -> ImageFault {
     ImageFault {
-        code: "INTERNAL",
+        code: GrpcCode::Internal,
         message: "the worker sent no outcome".to_owned(),
     }
 }
@@ -675,8 +679,12 @@ mod tests {
 
     #[test]
     fn an_images_own_fault_is_final() {
-        assert!(!may_pass("INVALID_ARGUMENT"));
-        for code in ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL"] {
+        assert!(!may_pass(GrpcCode::InvalidArgument));
+        for code in [
+            GrpcCode::Unavailable,
+            GrpcCode::ResourceExhausted,
+            GrpcCode::Internal,
+        ] {
             assert!(may_pass(code), "{code}");
         }
     }

@@ -6,6 +6,7 @@
 //! depend on answers, and latency counts from then, so that a worker (or this
 //! tool) that falls behind shows it: no coordinated omission.
 
+use crate::client::load::CallCode;
 use crate::proto::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -23,7 +24,7 @@ use super::input::{self, BenchImages, MadeImage};
 use super::process::{self, ProcessUsage};
 use super::progress::Line;
 use super::stats::{CallCounts, EndedCall, Recorder, as_f64};
-use crate::client::load::{CallOptions, LoadConnection, NO_WORKER, Outcomes, Refusal};
+use crate::client::load::{CallOptions, LoadConnection, Outcomes, Refusal};
 use crate::proto::pb;
 
 /// How often the worker's processes are looked at.
@@ -100,7 +101,7 @@ impl Measurement {
     pub(super) fn broken(&self) -> Option<String> {
         let counts = &self.counts;
         let name = &self.name;
-        if let Some(lost) = counts.failed.get(NO_WORKER) {
+        if let Some(lost) = counts.failed.get(&CallCode::NoWorker) {
             let (calls, reason) = (lost.calls, &lost.message);
             let now = if self.worker_gone {
                 "the worker went away"
@@ -245,7 +246,7 @@ impl Bench {
     pub(super) async fn is_worker_gone(&self) -> bool {
         // The first connections are to each of them in turn.
         for lane in self.lanes.iter().take(self.n_endpoints()) {
-            if matches!(lane.model().await, Err(refusal) if refusal.code == NO_WORKER) {
+            if matches!(lane.model().await, Err(refusal) if refusal.code == CallCode::NoWorker) {
                 return true;
             }
         }
@@ -353,7 +354,7 @@ impl Bench {
             recorder.sent(due, n_images);
             let (outcome, retries) = self.call(caller, self.manner(), self.body()).await;
             let ended = Instant::now();
-            let is_lost = matches!(&outcome, Err(refusal) if refusal.code == NO_WORKER);
+            let is_lost = matches!(&outcome, Err(refusal) if refusal.code == CallCode::NoWorker);
             let done = EndedCall {
                 due,
                 sent: None,

@@ -1,5 +1,6 @@
 //! Numbers for people: the table and what stands around it.
 
+use crate::client::load::CallCode;
 use std::io::Write;
 
 use super::load::{LoadShape, Measurement};
@@ -128,7 +129,7 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     let counts = &phase.counts;
     let mut lines = Vec::new();
     for (code, refused) in counts.rejected.iter().chain(&counts.failed) {
-        lines.push(refusals(code, refused));
+        lines.push(refusals(*code, refused));
     }
     for (code, count) in &counts.images_failed {
         lines.push(format!("{count} images inside answers failed with {code}"));
@@ -209,7 +210,7 @@ pub(super) fn is_client_bound(phase: &Measurement) -> bool {
     phase.counts.unsent > 0 || late.p99_ms > LATE_MS.max(LATE_SHARE * latency.p50_ms)
 }
 
-fn refusals(code: &str, refused: &CodeCounts) -> String {
+fn refusals(code: CallCode, refused: &CodeCounts) -> String {
     let latency = refused.latency.map_or_else(String::new, |latency| {
         format!(
             " in p50 {} p99 {} max {}",

@@ -4,6 +4,8 @@
 //! garbage, allow too little time. Whoever gets an answer must get its own,
 //! once. Processes must not grow.
 
+use crate::client::load::CallCode;
+use crate::proto::GrpcCode;
 use crate::proto::Priority;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,8 +27,7 @@ use super::random::SplitMix64;
 use super::report::milliseconds;
 use super::stats::Latencies;
 use crate::client::load::{
-    CLIENT_TIMEOUT, CallOptions, LoadConnection, NO_WORKER, Outcomes, Refusal, StreamEvent,
-    StreamReader, StreamWriter,
+    CallOptions, LoadConnection, Outcomes, Refusal, StreamEvent, StreamReader, StreamWriter,
 };
 use crate::engine::fake::FakeEngine;
 use crate::model::graph::Want;
@@ -97,7 +98,10 @@ impl Ledger {
             self.verified,
             self.broken().len()
         );
-        (message, self.unexpected.contains_key(NO_WORKER))
+        (
+            message,
+            self.unexpected.contains_key(CallCode::NoWorker.name()),
+        )
     }
 
     fn broken(&self) -> Vec<String> {
@@ -467,7 +471,7 @@ impl Soak {
                 pictures.remove(at);
                 let mut ledger = lock(&self.ledger);
                 match outcome {
-                    Err("INVALID_ARGUMENT") => ledger.garbage_refused += 1,
+                    Err(CallCode::Grpc(GrpcCode::InvalidArgument)) => ledger.garbage_refused += 1,
                     _ => ledger.garbage_taken += 1,
                 }
                 drop(ledger);
@@ -506,13 +510,16 @@ impl Soak {
             match refusal.code {
                 // The tool's own library ends it as CANCELLED when the answer
                 // is still on its way at the deadline.
-                "DEADLINE_EXCEEDED" | "CANCELLED" if may_be_late => {
+                CallCode::Grpc(GrpcCode::DeadlineExceeded)
+                | CallCode::Grpc(GrpcCode::Cancelled)
+                    if may_be_late =>
+                {
                     ledger.late += 1;
                     return;
                 }
-                "RESOURCE_EXHAUSTED" => ledger.full += 1,
-                CLIENT_TIMEOUT => ledger.lost += 1,
-                code => ledger.unexpected(code),
+                CallCode::Grpc(GrpcCode::ResourceExhausted) => ledger.full += 1,
+                CallCode::ClientTimeout => ledger.lost += 1,
+                code => ledger.unexpected(code.name()),
             }
             refusal.retry_after.unwrap_or(SETTLE / 10)
         };
@@ -599,7 +606,9 @@ impl Soak {
             let mut ledger = lock(&self.ledger);
             match (number, outcome, own) {
                 (None, ..) => ledger.doubled += 1,
-                (Some(None), Err("INVALID_ARGUMENT"), _) => ledger.garbage_refused += 1,
+                (Some(None), Err(CallCode::Grpc(GrpcCode::InvalidArgument)), _) => {
+                    ledger.garbage_refused += 1
+                }
                 (Some(None), ..) => ledger.garbage_taken += 1,
                 (Some(Some(_)), Err(code), _) => ledger.unexpected(&format!("{code} of an item")),
                 (Some(Some(_)), Ok(_), Some(true)) => ledger.verified += 1,

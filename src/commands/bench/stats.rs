@@ -1,5 +1,6 @@
 //! What came of calls: counts, latencies, and the numbers made from them.
 
+use crate::client::load::CallCode;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -84,11 +85,11 @@ struct Tally {
     answered: Latencies,
     /// The same from when they were sent; open loop only.
     answered_from_send: Latencies,
-    refused: BTreeMap<&'static str, Refused>,
+    refused: BTreeMap<CallCode, Refused>,
     lateness: Latencies,
     retries: u64,
     images_answered: u64,
-    images_failed: BTreeMap<&'static str, u64>,
+    images_failed: BTreeMap<CallCode, u64>,
     /// Of all calls, those that ended within the window.
     window: Window,
 }
@@ -217,7 +218,7 @@ impl Recorder {
                     }
                     tally.images_answered += n_good;
                     for code in images.iter().filter_map(|image| image.as_ref().err()) {
-                        *tally.images_failed.entry(code).or_default() += 1;
+                        *tally.images_failed.entry(*code).or_default() += 1;
                     }
                 }
             }
@@ -316,10 +317,10 @@ impl Tally {
         self.retries += other.retries;
         self.images_answered += other.images_answered;
         for (code, count) in &other.images_failed {
-            *self.images_failed.entry(code).or_default() += count;
+            *self.images_failed.entry(*code).or_default() += count;
         }
         for (code, refused) in &other.refused {
-            let sum = self.refused.entry(code).or_default();
+            let sum = self.refused.entry(*code).or_default();
             sum.is_reject = refused.is_reject;
             sum.latencies.add(&refused.latencies);
             sum.latencies_from_send.add(&refused.latencies_from_send);
@@ -353,13 +354,13 @@ pub(super) struct CallCounts {
     pub in_flight_peak: u64,
     pub retries: u64,
     /// Calls that the worker had no room for, by code.
-    pub rejected: BTreeMap<&'static str, CodeCounts>,
+    pub rejected: BTreeMap<CallCode, CodeCounts>,
     /// Calls that ended with any other code.
-    pub failed: BTreeMap<&'static str, CodeCounts>,
+    pub failed: BTreeMap<CallCode, CodeCounts>,
     pub images_sent: u64,
     pub images_answered: u64,
     /// Errors of images inside answers, by code.
-    pub images_failed: BTreeMap<&'static str, u64>,
+    pub images_failed: BTreeMap<CallCode, u64>,
     pub requests_per_second: f64,
     pub images_per_second: f64,
     /// Images answered within `--slo`, or all without one.
@@ -409,13 +410,15 @@ pub(super) struct CodeCounts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::GrpcCode;
     use bytes::Bytes;
 
-    fn refusal(code: &'static str) -> Refusal {
+    fn refusal(code: CallCode) -> Refusal {
         Refusal {
             code,
-            message: code.to_lowercase(),
-            retry_after: (code == "RESOURCE_EXHAUSTED").then_some(Duration::from_millis(7)),
+            message: code.name().to_lowercase(),
+            retry_after: (code == CallCode::Grpc(GrpcCode::ResourceExhausted))
+                .then_some(Duration::from_millis(7)),
         }
     }
 
@@ -447,22 +450,39 @@ mod tests {
         call(
             400,
             410,
-            Ok(vec![Ok(Bytes::new()), Err("INVALID_ARGUMENT")]),
+            Ok(vec![
+                Ok(Bytes::new()),
+                Err(CallCode::Grpc(GrpcCode::InvalidArgument)),
+            ]),
         );
-        call(500, 501, Err(refusal("RESOURCE_EXHAUSTED")));
-        call(600, 660, Err(refusal("DEADLINE_EXCEEDED")));
+        call(
+            500,
+            501,
+            Err(refusal(CallCode::Grpc(GrpcCode::ResourceExhausted))),
+        );
+        call(
+            600,
+            660,
+            Err(refusal(CallCode::Grpc(GrpcCode::DeadlineExceeded))),
+        );
         recorder.sent(at(700), 2);
         let counts = recorder.counts(Duration::from_secs(1));
         assert_eq!((counts.sent, counts.answered), (7, 4));
         assert_eq!((counts.n_rejected(), counts.n_failed()), (1, 1));
         assert_eq!(counts.abandoned, 1);
         assert_eq!((counts.images_sent, counts.images_answered), (14, 7));
-        assert_eq!(counts.images_failed["INVALID_ARGUMENT"], 1);
+        assert_eq!(
+            counts.images_failed[&CallCode::Grpc(GrpcCode::InvalidArgument)],
+            1
+        );
         let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-6, "{got}");
         near(counts.requests_per_second, 4.0);
         near(counts.images_per_second, 7.0);
         near(counts.goodput_images_per_second, 3.0);
-        assert_eq!(counts.rejected["RESOURCE_EXHAUSTED"].with_retry_info, 1);
+        assert_eq!(
+            counts.rejected[&CallCode::Grpc(GrpcCode::ResourceExhausted)].with_retry_info,
+            1
+        );
         let latency = counts.latency.unwrap();
         assert!((latency.max_ms - 200.0).abs() < 1.0 && latency.count == 4);
     }

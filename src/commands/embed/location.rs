@@ -1,5 +1,6 @@
 //! Where data lies: a path, or a URL of an object store.
 
+use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -413,7 +414,7 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
     let name = below.to_string_lossy().into_owned();
     let unnamed = below.to_str().is_none().then(|| ImageFault {
-        code: "INVALID_ARGUMENT",
+        code: GrpcCode::InvalidArgument,
         message: "its name is not UTF-8, and ids are text; rename it".to_owned(),
     });
     let may_be_folder = found.may_be_folder();
@@ -434,8 +435,16 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
 
 /// What a file's trouble is for whoever reads the error file.
 pub(super) fn fault(trouble: &Trouble) -> ImageFault {
+    let code = match trouble {
+        Trouble::Missing | Trouble::LinkNowhere | Trouble::Folder => GrpcCode::NotFound,
+        Trouble::Denied | Trouble::FolderDenied => GrpcCode::PermissionDenied,
+        Trouble::LinkBroken(_) | Trouble::LinkCircle | Trouble::Special | Trouble::Deep => {
+            GrpcCode::FailedPrecondition
+        }
+        Trouble::Name(_) => GrpcCode::InvalidArgument,
+    };
     ImageFault {
-        code: trouble.code(),
+        code,
         message: trouble.to_string(),
     }
 }

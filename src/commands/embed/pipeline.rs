@@ -12,6 +12,7 @@
 //! they are read from, and at most [`PARTS_OPEN`] parts
 //! are begun and not written; the reader waits for both.
 
+use crate::proto::GrpcCode;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -344,9 +345,9 @@ impl Reader {
         }
         let damage = match read {
             Ok(()) => None,
-            Err(Broken::Damaged(reason)) => Some(("DATA_LOSS", reason)),
-            Err(Broken::OverLimit(reason)) => Some(("RESOURCE_EXHAUSTED", reason)),
-            Err(Broken::Unsuited(reason)) => Some(("INVALID_ARGUMENT", reason)),
+            Err(Broken::Damaged(reason)) => Some((GrpcCode::DataLoss, reason)),
+            Err(Broken::OverLimit(reason)) => Some((GrpcCode::ResourceExhausted, reason)),
+            Err(Broken::Unsuited(reason)) => Some((GrpcCode::InvalidArgument, reason)),
             Err(Broken::Failed(error)) => return Err(error),
         };
         Ok(self.end(part, &work.shard, damage))
@@ -419,7 +420,7 @@ impl Reader {
         &mut self,
         mut part: PartRead,
         shard: &Shard,
-        damage: Option<(&'static str, String)>,
+        damage: Option<(GrpcCode, String)>,
     ) -> ControlFlow<()> {
         self.begin(&mut part)?;
         if let Some((code, reason)) = damage {

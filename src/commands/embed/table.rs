@@ -1,5 +1,6 @@
 //! A part of the output as files: the same rows always give the same bytes.
 
+use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -66,7 +67,7 @@ pub(super) struct TableRow {
 #[derive(Debug, Serialize)]
 struct ErrorLine<'a> {
     id: &'a str,
-    code: &'a str,
+    code: GrpcCode,
     message: &'a str,
 }
 

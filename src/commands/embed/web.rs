@@ -5,6 +5,7 @@
 //! while; what will not (an address that is gone or forbidden, a host that nobody
 //! knows) is an error at once.
 
+use crate::proto::GrpcCode;
 use std::error::Error as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -214,7 +215,7 @@ impl WebClient {
             ),
         };
         ImageFault {
-            code: "FAILED_PRECONDITION",
+            code: GrpcCode::FailedPrecondition,
             message,
         }
     }
@@ -234,7 +235,7 @@ impl From<AddressRefused> for Unasked {
 
 fn lasting(message: String) -> Failure {
     Failure::Lasting(ImageFault {
-        code: "FAILED_PRECONDITION",
+        code: GrpcCode::FailedPrecondition,
         message,
     })
 }
@@ -300,7 +301,7 @@ async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, F
             "the server gave no answer: it took longer than {}",
             humantime::format_duration(limit)
         );
-        let code = "DEADLINE_EXCEEDED";
+        let code = GrpcCode::DeadlineExceeded;
         Failure::Passing(ImageFault { code, message }, None)
     };
     tokio::time::timeout(limit, once(client, url, max))
@@ -331,16 +332,16 @@ async fn once(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Fail
 /// What an answer other than the image means.
 fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure {
     let code = match status.as_u16() {
-        401 | 403 => "PERMISSION_DENIED",
-        404 | 410 => "NOT_FOUND",
-        408 | 429 | 500.. => "UNAVAILABLE",
-        _ => "FAILED_PRECONDITION",
+        401 | 403 => GrpcCode::PermissionDenied,
+        404 | 410 => GrpcCode::NotFound,
+        408 | 429 | 500.. => GrpcCode::Unavailable,
+        _ => GrpcCode::FailedPrecondition,
     };
     let fault = ImageFault {
         code,
         message: format!("the server answered {status}"),
     };
-    if code != "UNAVAILABLE" {
+    if code != GrpcCode::Unavailable {
         return Failure::Lasting(fault);
     }
     let asked = headers.get(RETRY_AFTER).and_then(|text| text.to_str().ok());
@@ -373,10 +374,10 @@ fn unanswered(error: reqwest::Error) -> Failure {
     });
     let is_lasting = unresolved || error.is_redirect() || error.is_builder();
     let code = match (unresolved, error.is_timeout()) {
-        (true, _) => "NOT_FOUND",
-        (_, true) => "DEADLINE_EXCEEDED",
-        _ if is_lasting => "FAILED_PRECONDITION",
-        _ => "UNAVAILABLE",
+        (true, _) => GrpcCode::NotFound,
+        (_, true) => GrpcCode::DeadlineExceeded,
+        _ if is_lasting => GrpcCode::FailedPrecondition,
+        _ => GrpcCode::Unavailable,
     };
     let what = causes.last().cloned();
     let fault = ImageFault {
@@ -441,20 +442,20 @@ mod tests {
 
     #[test]
     fn what_a_server_says_lasts_or_passes() {
-        let check = |status, expected: &str, lasts: bool| match refusal(status) {
+        let check = |status, expected: GrpcCode, lasts: bool| match refusal(status) {
             Failure::Lasting(fault) => assert_eq!((fault.code, true), (expected, lasts)),
             Failure::Passing(fault, _) => assert_eq!((fault.code, false), (expected, lasts)),
         };
-        check(400, "FAILED_PRECONDITION", true);
-        check(401, "PERMISSION_DENIED", true);
-        check(403, "PERMISSION_DENIED", true);
-        check(404, "NOT_FOUND", true);
-        check(410, "NOT_FOUND", true);
-        check(451, "FAILED_PRECONDITION", true);
-        check(408, "UNAVAILABLE", false);
-        check(429, "UNAVAILABLE", false);
-        check(500, "UNAVAILABLE", false);
-        check(503, "UNAVAILABLE", false);
+        check(400, GrpcCode::FailedPrecondition, true);
+        check(401, GrpcCode::PermissionDenied, true);
+        check(403, GrpcCode::PermissionDenied, true);
+        check(404, GrpcCode::NotFound, true);
+        check(410, GrpcCode::NotFound, true);
+        check(451, GrpcCode::FailedPrecondition, true);
+        check(408, GrpcCode::Unavailable, false);
+        check(429, GrpcCode::Unavailable, false);
+        check(500, GrpcCode::Unavailable, false);
+        check(503, GrpcCode::Unavailable, false);
         let headers = HeaderMap::from_iter([(RETRY_AFTER, "7".parse().unwrap())]);
         let busy = StatusCode::SERVICE_UNAVAILABLE;
         let Failure::Passing(_, asked) = refused(busy, &headers, SystemTime::now()) else {
@@ -500,7 +501,7 @@ mod tests {
         let busy = "HTTP/1.1 503 Busy\r\nretry-after: 18446744073709551615\r\n\
                     content-length: 0\r\nconnection: close\r\n\r\n";
         let got = read_from(&[busy], SHORT).await.unwrap_err();
-        assert_eq!(got.code, "UNAVAILABLE");
+        assert_eq!(got.code, GrpcCode::Unavailable);
         assert!(got.message.contains("(--url-patience)"), "{}", got.message);
     }
 
@@ -516,7 +517,7 @@ mod tests {
         assert_eq!(got.message, "the server answered 410 Gone");
         // Longer than there is patience for.
         let got = read_from(&[busy, image], REST_MIN / 2).await.unwrap_err();
-        assert_eq!(got.code, "UNAVAILABLE");
+        assert_eq!(got.code, GrpcCode::Unavailable);
         assert!(got.message.contains("(--url-patience)"), "{}", got.message);
     }
 
@@ -548,7 +549,7 @@ mod tests {
                 refused,
                 Failure::Passing(
                     ImageFault {
-                        code: "UNAVAILABLE",
+                        code: GrpcCode::Unavailable,
                         ..
                     },
                     None
@@ -562,11 +563,11 @@ mod tests {
             matches!(
                 &unknown,
                 Failure::Lasting(ImageFault {
-                    code: "NOT_FOUND",
+                    code: GrpcCode::NotFound,
                     ..
                 }) | Failure::Passing(
                     ImageFault {
-                        code: "UNAVAILABLE",
+                        code: GrpcCode::Unavailable,
                         ..
                     },
                     None
@@ -650,7 +651,12 @@ mod tests {
                 Ok(())
             }
             Err(fault) => {
-                assert_eq!(fault.code, "FAILED_PRECONDITION", "{}", fault.message);
+                assert_eq!(
+                    fault.code,
+                    GrpcCode::FailedPrecondition,
+                    "{}",
+                    fault.message
+                );
                 Err(fault.message)
             }
         }

@@ -1,140 +1,45 @@
 //! Metrics of connections, certificates and tokens.
 
-use std::collections::BTreeMap;
-
 use metrics::{Counter, Gauge};
 
-use super::{Registry, as_f64};
-
-const CONNECTIONS_OPEN: &str = "imagegpt_connections_open";
-const CONNECTIONS_MAX: &str = "imagegpt_connections_max";
-const CONNECTIONS: &str = "imagegpt_connections_total";
-const RELOADS: &str = "imagegpt_reloads_total";
-const RELOAD_FAILED: &str = "imagegpt_reload_failed";
-const CERTIFICATE_EXPIRY: &str = "imagegpt_tls_certificate_expiry_timestamp_seconds";
-
-pub(super) const COUNTERS: [(&str, &str); 2] = [
-    (
-        CONNECTIONS,
-        "Connections that ended or were refused, by outcome.",
-    ),
-    (
-        RELOADS,
-        "Times that a replaced certificate or token file was taken.",
-    ),
-];
-
-pub(super) const GAUGES: [(&str, &str); 4] = [
-    (
-        CONNECTIONS_OPEN,
-        "Connections that are open, with those that shake hands.",
-    ),
-    (CONNECTIONS_MAX, "The limit on open connections."),
-    (
-        RELOAD_FAILED,
-        "1 while the file as it is now cannot be used and the one before is in force.",
-    ),
-    (
-        CERTIFICATE_EXPIRY,
-        "When the certificate in force ends, in seconds since 1970; 0 without TLS.",
-    ),
-];
-
-/// What became of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ConnectionOutcome {
-    /// It was let in and has closed.
-    Closed,
-    /// It was closed at once, for want of a place.
-    Refused,
-    /// A connection was closed at once, because its address has as many as one may have.
-    RefusedAddress,
-    /// A connection without a call gave its place to another one.
-    SentAway,
-    /// The client did not finish its handshake, or not in time.
-    HandshakeFailed,
-    /// The system gave no connection, for want of file descriptors mostly.
-    AcceptFailed,
-}
-
-impl ConnectionOutcome {
-    const ALL: [Self; 6] = [
-        Self::Closed,
-        Self::Refused,
-        Self::RefusedAddress,
-        Self::SentAway,
-        Self::HandshakeFailed,
-        Self::AcceptFailed,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Closed => "closed",
-            Self::Refused => "refused",
-            Self::RefusedAddress => "refused_address",
-            Self::SentAway => "sent_away",
-            Self::HandshakeFailed => "handshake_failed",
-            Self::AcceptFailed => "accept_failed",
-        }
-    }
-}
-
-/// Files that may be replaced while the worker runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum AccessFile {
-    Certificate,
-    Tokens,
-}
-
-impl AccessFile {
-    const ALL: [Self; 2] = [Self::Certificate, Self::Tokens];
-
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Certificate => "certificate",
-            Self::Tokens => "tokens",
-        }
-    }
-}
+use super::as_f64;
+use super::labels::{AccessFile, ConnectionOutcome};
+use super::registry::{Family, Registry};
 
 /// Handles to these metrics.
 pub struct AccessMetrics {
     open: Gauge,
     max: Gauge,
-    outcomes: BTreeMap<ConnectionOutcome, Counter>,
-    reloads: BTreeMap<AccessFile, Counter>,
-    reload_failed: BTreeMap<AccessFile, Gauge>,
+    outcomes: Family<ConnectionOutcome, Counter>,
+    reloads: Family<AccessFile, Counter>,
+    reload_failed: Family<AccessFile, Gauge>,
     expiry: Gauge,
 }
 
 impl AccessMetrics {
-    pub(super) fn new(registry: &Registry<'_>) -> Self {
+    pub(super) fn new(metrics: &mut Registry<'_>) -> Self {
         Self {
-            open: registry.gauge(CONNECTIONS_OPEN, &[]),
-            max: registry.gauge(CONNECTIONS_MAX, &[]),
-            outcomes: ConnectionOutcome::ALL
-                .into_iter()
-                .map(|outcome| {
-                    let labels = [("outcome", outcome.label())];
-                    (outcome, registry.counter(CONNECTIONS, &labels))
-                })
-                .collect(),
-            reloads: AccessFile::ALL
-                .into_iter()
-                .map(|file| {
-                    let labels = [("file", file.label())];
-                    (file, registry.counter(RELOADS, &labels))
-                })
-                .collect(),
-            reload_failed: AccessFile::ALL
-                .into_iter()
-                .map(|file| {
-                    let labels = [("file", file.label())];
-                    (file, registry.gauge(RELOAD_FAILED, &labels))
-                })
-                .collect(),
-            expiry: registry.gauge(CERTIFICATE_EXPIRY, &[]),
+            open: metrics.gauge(
+                "imagegpt_connections_open",
+                "Connections that are open, with those that shake hands.",
+            ),
+            max: metrics.gauge("imagegpt_connections_max", "The limit on open connections."),
+            outcomes: metrics.counters(
+                "imagegpt_connections_total",
+                "Connections that ended or were refused, by outcome.",
+            ),
+            reloads: metrics.counters(
+                "imagegpt_reloads_total",
+                "Times that a replaced certificate or token file was taken.",
+            ),
+            reload_failed: metrics.gauges(
+                "imagegpt_reload_failed",
+                "1 while the file as it is now cannot be used and the one before is in force.",
+            ),
+            expiry: metrics.gauge(
+                "imagegpt_tls_certificate_expiry_timestamp_seconds",
+                "When the certificate in force ends, in seconds since 1970; 0 without TLS.",
+            ),
         }
     }
 
@@ -151,9 +56,7 @@ impl AccessMetrics {
 
     /// A connection ended, or never took a place.
     pub fn ended(&self, outcome: ConnectionOutcome) {
-        if let Some(counter) = self.outcomes.get(&outcome) {
-            counter.increment(1);
-        }
+        self.outcomes.of(outcome).increment(1);
     }
 
     /// How many may be open.
@@ -163,17 +66,15 @@ impl AccessMetrics {
 
     /// A replaced file is in force.
     pub fn reloaded(&self, file: AccessFile) {
-        if let Some(counter) = self.reloads.get(&file) {
-            counter.increment(1);
-        }
+        self.reloads.of(file).increment(1);
         self.reload_failed(file, false);
     }
 
     /// Whether the file as it is now cannot be used.
     pub fn reload_failed(&self, file: AccessFile, failed: bool) {
-        if let Some(gauge) = self.reload_failed.get(&file) {
-            gauge.set(if failed { 1.0 } else { 0.0 });
-        }
+        self.reload_failed
+            .of(file)
+            .set(if failed { 1.0 } else { 0.0 });
     }
 
     /// When the certificate in force ends.

@@ -2,47 +2,37 @@
 
 use metrics::{Counter, Gauge};
 
-use super::{Metrics, Registry, as_f64};
-
-const SEQUENCES: &str = "imagegpt_sequences";
-const SEQUENCES_MAX: &str = "imagegpt_sequences_max";
-const CACHE_BYTES_MAX: &str = "imagegpt_sequence_cache_bytes_max";
-const TOKENS: &str = "imagegpt_tokens_total";
-
-pub(super) const COUNTERS: [(&str, &str); 1] = [(
-    TOKENS,
-    "Tokens that were fed to sequences: drawn or known ones of a step, and those of primers.",
-)];
-
-pub(super) const GAUGES: [(&str, &str); 3] = [
-    (SEQUENCES, "Images that are being generated."),
-    (
-        SEQUENCES_MAX,
-        "The limit on images that are generated at one time.",
-    ),
-    (
-        CACHE_BYTES_MAX,
-        "Bytes of keys and values that so many images keep.",
-    ),
-];
+use super::labels::FedTokens;
+use super::registry::{Family, Registry};
+use super::{Metrics, as_f64};
 
 /// Handles to these metrics.
 pub struct GenerationMetrics {
     sequences: Gauge,
     sequences_max: Gauge,
     cache_bytes_max: Gauge,
-    stepped: Counter,
-    primers: Counter,
+    tokens: Family<FedTokens, Counter>,
 }
 
 impl GenerationMetrics {
-    pub(super) fn new(registry: &Registry<'_>) -> Self {
+    pub(super) fn new(metrics: &mut Registry<'_>) -> Self {
         Self {
-            sequences: registry.gauge(SEQUENCES, &[]),
-            sequences_max: registry.gauge(SEQUENCES_MAX, &[]),
-            cache_bytes_max: registry.gauge(CACHE_BYTES_MAX, &[]),
-            stepped: registry.counter(TOKENS, &[("kind", "step")]),
-            primers: registry.counter(TOKENS, &[("kind", "primer")]),
+            sequences: metrics.gauge(
+                "imagegpt_sequences",
+                "Images that are being generated.",
+            ),
+            sequences_max: metrics.gauge(
+                "imagegpt_sequences_max",
+                "The limit on images that are generated at one time.",
+            ),
+            cache_bytes_max: metrics.gauge(
+                "imagegpt_sequence_cache_bytes_max",
+                "Bytes of keys and values that so many images keep.",
+            ),
+            tokens: metrics.counters(
+                "imagegpt_tokens_total",
+                "Tokens that were fed to sequences: drawn or known ones of a step, and those of primers.",
+            ),
         }
     }
 }
@@ -51,13 +41,13 @@ impl Metrics {
     /// An engine generates so many images, after so many before.
     pub fn sequences(&self, before: usize, n: usize) {
         // A sum over engines, of which each knows its own part alone.
-        let gauge = &self.0.generation.sequences;
+        let gauge = &self.handles().generation.sequences;
         gauge.increment(as_f64(n) - as_f64(before));
     }
 
     /// An engine may generate so many, each keeping so many bytes.
     pub fn slots_added(&self, n: usize, bytes: usize) {
-        let metrics = &self.0.generation;
+        let metrics = &self.handles().generation;
         metrics.sequences_max.increment(as_f64(n));
         let all = as_f64(n.saturating_mul(bytes));
         metrics.cache_bytes_max.increment(all);
@@ -65,7 +55,7 @@ impl Metrics {
 
     /// That engine has ended.
     pub fn slots_removed(&self, n: usize, bytes: usize) {
-        let metrics = &self.0.generation;
+        let metrics = &self.handles().generation;
         metrics.sequences_max.decrement(as_f64(n));
         let all = as_f64(n.saturating_mul(bytes));
         metrics.cache_bytes_max.decrement(all);
@@ -73,11 +63,19 @@ impl Metrics {
 
     /// A step took so many sequences a pixel further.
     pub fn generated(&self, n: usize) {
-        self.0.generation.stepped.increment(n as u64);
+        self.handles()
+            .generation
+            .tokens
+            .of(FedTokens::Step)
+            .increment(n as u64);
     }
 
     /// So many tokens of a primer were fed.
     pub fn prefilled(&self, n: usize) {
-        self.0.generation.primers.increment(n as u64);
+        self.handles()
+            .generation
+            .tokens
+            .of(FedTokens::Primer)
+            .increment(n as u64);
     }
 }

@@ -1,50 +1,54 @@
 //! Metrics of the GPUs that the model runs on. Only a worker that uses CUDA has
 //! them: zero bytes of a GPU that is not there would be an answer, and wrong.
 
-use metrics::{Key, Label, Recorder as _};
-
-use super::{Metrics, Registry};
+use super::Metrics;
+use super::registry::{LateMetric, Registry};
 use crate::gpu::GpuUsage;
 
-const MEMORY_USED: &str = "imagegpt_gpu_memory_used_bytes";
-const MEMORY_TOTAL: &str = "imagegpt_gpu_memory_total_bytes";
-const UTILIZATION: &str = "imagegpt_gpu_utilization_ratio";
+/// Definitions of these metrics.
+pub(super) struct GpuMetrics {
+    memory_used: LateMetric,
+    memory_total: LateMetric,
+    utilization: LateMetric,
+}
 
-pub(super) const GAUGES: [(&str, &str); 3] = [
-    (
-        MEMORY_USED,
-        "Memory of the GPU that is in use, by whomever.",
-    ),
-    (MEMORY_TOTAL, "Memory of the GPU."),
-    (
-        UTILIZATION,
-        "Share of the last moments in which the GPU was computing.",
-    ),
-];
+impl GpuMetrics {
+    pub(super) fn new(metrics: &mut Registry<'_>) -> Self {
+        Self {
+            memory_used: metrics.device_gauge(
+                "imagegpt_gpu_memory_used_bytes",
+                "Memory of the GPU that is in use, by whomever.",
+            ),
+            memory_total: metrics
+                .device_gauge("imagegpt_gpu_memory_total_bytes", "Memory of the GPU."),
+            utilization: metrics.device_gauge(
+                "imagegpt_gpu_utilization_ratio",
+                "Share of the last moments in which the GPU was computing.",
+            ),
+        }
+    }
+}
 
 impl Metrics {
-    /// How the GPU that --device-id calls `id` is now; what it does not tell has
-    /// no series.
+    /// Usage of the GPU that --device-id calls `id`, as it is now; what it does not
+    /// tell has no series.
     pub fn gpu(&self, id: i32, usage: GpuUsage) {
-        let label = Label::new("device", id.to_string());
-        let set = |name: &'static str, value: Option<f64>| {
+        let (id, gpu) = (id.to_string(), &self.handles().gpu);
+        let set = |metric: &LateMetric, value: Option<f64>| {
             if let Some(value) = value {
-                let key = Key::from_parts(name, vec![label.clone()]);
-                let recorder = &self.0.recorder;
-                recorder
-                    .register_gauge(&key, &Registry::METADATA)
-                    .set(value);
+                metric.gauge(&self.0.recorder, &[&id]).set(value);
             }
         };
+        let memory = usage.memory;
         set(
-            MEMORY_USED,
-            usage.memory.map(|memory| bytes(memory.used_bytes)),
+            &gpu.memory_used,
+            memory.map(|memory| bytes(memory.used_bytes)),
         );
         set(
-            MEMORY_TOTAL,
-            usage.memory.map(|memory| bytes(memory.total_bytes)),
+            &gpu.memory_total,
+            memory.map(|memory| bytes(memory.total_bytes)),
         );
-        set(UTILIZATION, usage.utilization);
+        set(&gpu.utilization, usage.utilization);
     }
 }
 

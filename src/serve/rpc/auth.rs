@@ -16,7 +16,7 @@ use super::reload::{Follower, Latest, open};
 use super::status;
 use crate::files::FlagFile;
 use crate::serve::error::Error;
-use crate::serve::metrics::access::AccessFile;
+use crate::serve::metrics::AccessFile;
 
 /// Shorter ones can be guessed: 16 random letters and digits are 95 bits.
 const TOKEN_LEN_MIN: usize = 16;

@@ -3,7 +3,8 @@
 //! body on its way in through [`super::arriving`], an answer's on its way out
 //! through [`super::leaving`].
 
-use crate::proto;
+use crate::proto::GrpcCode;
+use crate::proto::RpcMethod;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,7 +26,7 @@ use crate::proto::Priority;
 use crate::proto::codec::Growth;
 use crate::serve::capacity::{CapacityPool, CapacityShare};
 use crate::serve::error::{Error, RequestStage};
-use crate::serve::metrics::{METHODS, Metrics};
+use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 
 /// Bytes of a message to health checks and reflection, which is a name. They are
@@ -35,14 +36,6 @@ const NAME_BYTES_MAX: usize = 4 << 10;
 const REQUEST_ID: &str = "x-request-id";
 /// The class of a call, by its name.
 const PRIORITY: &str = "imagegpt-priority";
-/// The methods whose request has no end: its messages are counted one by one,
-/// by its handler.
-const STREAMS: [&str; 2] = [BULK_STREAM, "ModelStreamInfer"];
-/// The one whose calls are bulk unless they say otherwise: a job over many
-/// images.
-const BULK_STREAM: &str = "EmbedStream";
-/// Its response is a stream, its request is not.
-const GENERATE: &str = "Generate";
 /// A caller's request id longer than this is replaced: it goes into every log
 /// line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
@@ -61,8 +54,15 @@ pub(super) struct ObserveLayer {
 
 impl ObserveLayer {
     /// The request with a body that is looked after on its way in.
-    fn arriving(&self, mut request: Request<Body>, method: &str, class: Priority) -> Request<Body> {
-        let is_stream = STREAMS.contains(&method);
+    fn arriving(
+        &self,
+        mut request: Request<Body>,
+        method: RpcMethod,
+        class: Priority,
+    ) -> Request<Body> {
+        // A request without an end: its messages are counted one by one, by its
+        // handler.
+        let is_stream = method.client_streams();
         let arrived = Arrived::default();
         let arrival = RequestFacts {
             bytes: Some(self.bytes.clone()),
@@ -184,7 +184,7 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let Some(method) = method(request.uri().path()) else {
+        let Some(method) = RpcMethod::of_path(request.uri().path()) else {
             // Health checks and reflection are not the worker's work. Their
             // messages are small, but may trickle in as well.
             let arrival = RequestFacts {
@@ -192,7 +192,7 @@ where
                 class: Priority::Interactive,
                 message_bytes_max: NAME_BYTES_MAX,
                 compression: None,
-                growth: Growth::of_method(""),
+                growth: Growth::NONE,
                 is_stream: true,
                 timeout: self.observe.request_timeout,
                 readiness: None,
@@ -205,7 +205,7 @@ where
         let trace_id = trace_id(request.headers()).unwrap_or_default();
         let span = tracing::info_span!(
             "call",
-            method,
+            method = method.name(),
             request_id = id.to_str().unwrap_or_default(),
             trace_id
         );
@@ -220,10 +220,7 @@ where
         let request_bytes_max = self.observe.request_bytes_max;
         let call = class(request.headers(), method).map(|class| {
             let mut request = self.observe.arriving(request, method, class);
-            if STREAMS.contains(&method) {
-                request.extensions_mut().insert(course.clone());
-            }
-            if method == GENERATE {
+            if method.client_streams() || method.server_streams() {
                 request.extensions_mut().insert(course.clone());
             }
             request.extensions_mut().insert(Deadline(deadline));
@@ -246,7 +243,7 @@ where
                 });
                 response.headers_mut().insert(REQUEST_ID, id);
                 let held = response.extensions_mut().remove::<AnswerBytes>();
-                let taking = leaving::Taking::of_this_call(STREAMS.contains(&method));
+                let taking = leaving::Taking::of_this_call(method.client_streams());
                 Ok(response
                     .map(|body| Body::new(LeavingBody::new(body, taking, held, in_progress))))
             }
@@ -275,10 +272,11 @@ where
 }
 
 /// The class that a call belongs to: as its metadata says, else by its method.
-fn class(headers: &HeaderMap, method: &str) -> Result<Priority, Error> {
+fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, Error> {
     let Some(given) = headers.get(PRIORITY) else {
         return Ok(match method {
-            BULK_STREAM => Priority::Bulk,
+            // A job over many images, unless its caller says otherwise.
+            RpcMethod::EmbedStream => Priority::Bulk,
             _ => Priority::Interactive,
         });
     };
@@ -295,7 +293,7 @@ fn class(headers: &HeaderMap, method: &str) -> Result<Priority, Error> {
 #[derive(Debug)]
 pub(super) struct CallEnding {
     metrics: Metrics,
-    method: &'static str,
+    method: RpcMethod,
     started: Instant,
     pub(super) code: Code,
 }
@@ -303,28 +301,13 @@ pub(super) struct CallEnding {
 impl Drop for CallEnding {
     fn drop(&mut self) {
         let elapsed = self.started.elapsed();
-        let code = proto::code_name(self.code);
+        let code = GrpcCode::from(self.code);
         self.metrics.request(self.method, code, elapsed);
         match self.code {
-            Code::Internal | Code::Unknown => tracing::warn!(code, ?elapsed, "call failed"),
-            _ => tracing::debug!(code, ?elapsed, "call ended"),
+            Code::Internal | Code::Unknown => tracing::warn!(%code, ?elapsed, "call failed"),
+            _ => tracing::debug!(%code, ?elapsed, "call ended"),
         }
     }
-}
-
-/// The services whose calls are observed.
-const SERVICES: [&str; 2] = [
-    "/imagegpt.v1.ImageGptService/",
-    "/inference.GRPCInferenceService/",
-];
-
-/// The method of our services that a path names, `other` for one they lack.
-fn method(path: &str) -> Option<&'static str> {
-    let method = SERVICES
-        .iter()
-        .find_map(|&service| path.strip_prefix(service))?;
-    let known = METHODS.iter().find(|&&known| known == method);
-    Some(known.copied().unwrap_or("other"))
 }
 
 /// A unary call that failed has its code in the headers; one that did not has
@@ -419,11 +402,16 @@ mod tests {
 
     #[test]
     fn methods() {
-        assert_eq!(method("/imagegpt.v1.ImageGptService/Embed"), Some("Embed"));
-        assert_eq!(method("/imagegpt.v1.ImageGptService/Nope"), Some("other"));
+        let check = |path, expected| assert_eq!(RpcMethod::of_path(path), expected, "{path}");
+        check("/imagegpt.v1.ImageGptService/Embed", Some(RpcMethod::Embed));
+        check("/imagegpt.v1.ImageGptService/Nope", Some(RpcMethod::Other));
         let infer = "/inference.GRPCInferenceService/ModelInfer";
-        assert_eq!(method(infer), Some("ModelInfer"));
-        assert_eq!(method("/grpc.health.v1.Health/Check"), None);
+        check(infer, Some(RpcMethod::ModelInfer));
+        check("/grpc.health.v1.Health/Check", None);
+        let streams = |method: RpcMethod| (method.client_streams(), method.server_streams());
+        assert_eq!(streams(RpcMethod::Embed), (false, false));
+        assert_eq!(streams(RpcMethod::EmbedStream), (true, true));
+        assert_eq!(streams(RpcMethod::Generate), (false, true));
     }
 
     #[test]
@@ -436,12 +424,32 @@ mod tests {
             (Err(error), Err(words)) => assert!(error.to_string().contains(words)),
             (got, _) => panic!("{got:?}"),
         };
-        check(&HeaderMap::new(), "Embed", Ok(Priority::Interactive));
-        check(&HeaderMap::new(), "EmbedStream", Ok(Priority::Bulk));
-        check(&headers(PRIORITY, "bulk"), "Embed", Ok(Priority::Bulk));
+        check(
+            &HeaderMap::new(),
+            RpcMethod::Embed,
+            Ok(Priority::Interactive),
+        );
+        check(
+            &HeaderMap::new(),
+            RpcMethod::EmbedStream,
+            Ok(Priority::Bulk),
+        );
+        check(
+            &headers(PRIORITY, "bulk"),
+            RpcMethod::Embed,
+            Ok(Priority::Bulk),
+        );
         let interactive = headers(PRIORITY, "interactive");
-        check(&interactive, "EmbedStream", Ok(Priority::Interactive));
-        check(&headers(PRIORITY, "urgent"), "Embed", Err("\"urgent\""));
+        check(
+            &interactive,
+            RpcMethod::EmbedStream,
+            Ok(Priority::Interactive),
+        );
+        check(
+            &headers(PRIORITY, "urgent"),
+            RpcMethod::Embed,
+            Err("\"urgent\""),
+        );
     }
 
     #[test]

@@ -13,8 +13,8 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
+use crate::serve::metrics::AccessFile;
 use crate::serve::metrics::Metrics;
-use crate::serve::metrics::access::AccessFile;
 
 /// How often the files are read again: a few KiB, which cost microseconds.
 const INTERVAL: Duration = Duration::from_secs(1);

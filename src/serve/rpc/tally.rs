@@ -1,7 +1,6 @@
 //! Counts each image of a call by its outcome, also when the call is dropped
 //! because its time is up or its caller has gone.
 
-use crate::proto;
 use std::time::Instant;
 
 use tonic::Code;
@@ -32,7 +31,7 @@ impl OutcomeTally {
 
     /// One of them has it.
     pub(super) fn one(&mut self, code: Code) {
-        self.metrics.image(proto::code_name(code));
+        self.metrics.image(code.into());
         self.n_uncounted = self.n_uncounted.saturating_sub(1);
     }
 

@@ -13,7 +13,8 @@ use tokio_rustls::rustls::{self, RootCertStore, ServerConfig, crypto};
 
 use super::reload::{Follower, Latest, open};
 use crate::files::FlagFile;
-use crate::serve::metrics::access::{AccessFile, AccessMetrics};
+use crate::serve::metrics::AccessFile;
+use crate::serve::metrics::access::AccessMetrics;
 
 /// What gRPC speaks, and what gRPC-Web may speak besides.
 const ALPN: &[u8] = b"h2";

@@ -1,6 +1,6 @@
 //! One inference request: what it asks for, and its answer.
 
-use crate::proto;
+use crate::proto::GrpcCode;
 use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -517,7 +517,7 @@ impl Plan {
                     return Err(Error::OfImage { index, cause });
                 }
                 Some(cause) => {
-                    let code = proto::code_name(status::code(&cause));
+                    let code = GrpcCode::from(status::code(&cause));
                     put_element(&mut statuses, &format!("{code}: {cause}"));
                 }
                 None if self.partial => put_element(&mut statuses, ""),

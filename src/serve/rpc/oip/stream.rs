@@ -6,7 +6,7 @@
 //! left. Unlike there, a request that finds the worker full is refused, as it
 //! would be by ModelInfer, and a request that fails does not end the stream.
 
-use crate::proto;
+use crate::proto::GrpcCode;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -250,7 +250,7 @@ fn answer(
                 ..Default::default()
             };
             // There is no place for a code but in the text.
-            let code = proto::code_name(status::code(&error));
+            let code = GrpcCode::from(status::code(&error));
             (format!("{code}: {error}"), response, None)
         }
     };
