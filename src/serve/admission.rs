@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 pub use super::capacity::{CapacityPool, CapacityShare};
 use crate::imaging::ImageRequest;
 use crate::proto::Priority;
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::preprocess::Preprocessing;
 use crate::serve::preprocess::queue::QueueEntrance;
@@ -79,7 +79,7 @@ impl Bytes {
     }
 }
 
-type Outcome = Result<Answer, Error>;
+type Outcome = Result<Answer, StageError>;
 
 /// The outcomes of a call's images. Dropped before all have come, it tells the
 /// stages that nobody waits for the rest.
@@ -100,7 +100,7 @@ impl PendingAnswers {
         // Looked at first and taken once it is there: if this future is
         // dropped while it waits, the image still counts as waited for.
         let outcome = self.outcomes.as_mut_slice().first_mut()?;
-        let outcome = outcome.await.unwrap_or(Err(Error::Lost));
+        let outcome = outcome.await.unwrap_or(Err(StageError::Lost));
         self.outcomes.next();
         Some(outcome)
     }
@@ -178,7 +178,7 @@ impl Admission {
     /// # Errors
     ///
     /// As [`Admission::submit`].
-    pub fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, Error> {
+    pub fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, StageError> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
         fits(&self.samples, class, n, what, flag)?;
         self.samples
@@ -190,9 +190,9 @@ impl Admission {
     ///
     /// # Errors
     ///
-    /// [`Error::Full`] when there is no room for the whole call now,
-    /// [`Error::NeverFits`] when there never is.
-    pub fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, Error> {
+    /// [`StageError::Full`] when there is no room for the whole call now,
+    /// [`StageError::NeverFits`] when there never is.
+    pub fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, StageError> {
         self.submit_with(call, 0).map(|(pending, _)| pending)
     }
 
@@ -206,7 +206,7 @@ impl Admission {
         &self,
         call: AdmissionCall,
         spare: usize,
-    ) -> Result<(PendingAnswers, CapacityShare), Error> {
+    ) -> Result<(PendingAnswers, CapacityShare), StageError> {
         let n_images = call.images.len();
         let n_bytes = call.bytes.all() + spare;
         for (pool, n, what, flag) in [
@@ -263,8 +263,8 @@ impl Admission {
     ///
     /// # Errors
     ///
-    /// [`Error::NeverFits`] when there never is.
-    pub async fn submit_when_room(&self, item: StreamItem) -> Result<PendingAnswers, Error> {
+    /// [`StageError::NeverFits`] when there never is.
+    pub async fn submit_when_room(&self, item: StreamItem) -> Result<PendingAnswers, StageError> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
         // Whoever waits has only what bulk work has too.
         fits(&self.bytes, Priority::Bulk, item.bytes.all(), what, flag)?;
@@ -309,8 +309,8 @@ impl Admission {
     }
 
     /// The refusal of a call that may fit later.
-    fn full(&self, what: &'static str, flag: &'static str) -> Error {
-        Error::Full {
+    fn full(&self, what: &'static str, flag: &'static str) -> StageError {
+        StageError::Full {
             what,
             flag,
             retry_after: self.drain.retry_after(self.images.taken(), jitter()),
@@ -325,10 +325,10 @@ fn fits(
     n: usize,
     what: &'static str,
     flag: &'static str,
-) -> Result<(), Error> {
+) -> Result<(), StageError> {
     let max = pool.size_for(class);
     if n > max {
-        return Err(Error::NeverFits {
+        return Err(StageError::NeverFits {
             given: n,
             max,
             what,
@@ -473,7 +473,7 @@ mod tests {
         let first = admission.submit(call(3, 10)).expect("there is room for 3");
         assert!(matches!(
             admission.submit(call(2, 10)),
-            Err(Error::Full { what: "images", .. })
+            Err(StageError::Full { what: "images", .. })
         ));
         assert_eq!(admission.occupancy().images(), 3);
         drop(first);
@@ -485,7 +485,7 @@ mod tests {
         let first = admission.submit(call(1, 80)).expect("there is room");
         assert!(matches!(
             admission.submit(call(1, 30)),
-            Err(Error::Full { what: "bytes", .. })
+            Err(StageError::Full { what: "bytes", .. })
         ));
         assert_eq!(
             admission.occupancy().images(),
@@ -493,7 +493,7 @@ mod tests {
             "a refusal keeps no images"
         );
         let job = queue.next(ThreadReach::Any).expect("a job");
-        job.ticket.finish(Err(Error::Lost));
+        job.ticket.finish(Err(StageError::Lost));
         assert_eq!(admission.occupancy().images(), 0);
         assert_eq!(
             admission.occupancy().bytes(),
@@ -509,7 +509,7 @@ mod tests {
         let (admission, _queue, _) = admission();
         assert!(matches!(
             admission.submit(call(5, 1)),
-            Err(Error::NeverFits { max: 4, .. })
+            Err(StageError::NeverFits { max: 4, .. })
         ));
         let bulk = AdmissionCall {
             class: Priority::Bulk,
@@ -517,7 +517,7 @@ mod tests {
         };
         assert!(matches!(
             admission.submit(bulk),
-            Err(Error::NeverFits { max: 3, .. })
+            Err(StageError::NeverFits { max: 3, .. })
         ));
     }
 
@@ -562,7 +562,7 @@ mod tests {
         assert!(arrivals.try_recv().is_err(), "and no other");
         let mut said = || pending.outcomes.next().map(|mut one| one.try_recv());
         assert!(said().is_some_and(|waits| waits.is_err()));
-        assert!(matches!(said(), Some(Ok(Err(Error::Image(_))))));
+        assert!(matches!(said(), Some(Ok(Err(StageError::Image(_))))));
         assert!(matches!(said(), Some(Ok(Ok(Answer::Tokens(ids)))) if *ids == [0]));
         assert!(said().is_some_and(|waits| waits.is_err()));
         let job = queue
@@ -602,14 +602,14 @@ mod tests {
             .next(ThreadReach::Any)
             .expect("a job")
             .ticket
-            .finish(Err(Error::Lost));
+            .finish(Err(StageError::Lost));
         assert!(waiting.await.is_ok());
         let error = admission.submit_when_room(item(76)).await;
-        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+        assert!(matches!(error, Err(StageError::NeverFits { max: 75, .. })));
         let mut interactive = item(76);
         interactive.class = Priority::Interactive;
         let error = admission.submit_when_room(interactive).await;
-        assert!(matches!(error, Err(Error::NeverFits { max: 75, .. })));
+        assert!(matches!(error, Err(StageError::NeverFits { max: 75, .. })));
     }
 
     /// Whether the future has nothing yet.

@@ -34,7 +34,7 @@ use crate::proto::Priority;
 use crate::serve::cache::{AnswerCache, AnswerKey};
 use crate::serve::capacity::DrainRate;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, CoalescedWaiters, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
@@ -412,7 +412,7 @@ impl State {
             let step = self.scheduler.pace.floor(Graph::Generate, now)?;
             let n_steps = u32::try_from(sequence.n_steps_left()).unwrap_or(u32::MAX);
             let needed = step.saturating_mul(n_steps);
-            (now + needed > ticket.deadline?).then_some(Error::DeadlineTooShort { needed })
+            (now + needed > ticket.deadline?).then_some(StageError::DeadlineTooShort { needed })
         };
         if let Some(error) = ticket.dead(now, RequestStage::Queue).or_else(too_late) {
             self.shared.metrics.dead(&error);
@@ -462,7 +462,7 @@ impl State {
         let needed =
             deadline.and_then(|deadline| self.scheduler.too_late(class, graph, deadline, now));
         if let Some(needed) = needed {
-            let error = Error::DeadlineTooShort { needed };
+            let error = StageError::DeadlineTooShort { needed };
             metrics.dead(&error);
             return ticket.finish(Err(error));
         }
@@ -523,11 +523,11 @@ impl State {
             let limit = entry.deadline.unwrap_or(now);
             let error = if limit > now {
                 // It is not over yet, but the run would end after it.
-                Error::DeadlineTooShort {
+                StageError::DeadlineTooShort {
                     needed: picked.needed,
                 }
             } else {
-                Error::DeadlineExceeded { stage }
+                StageError::DeadlineExceeded { stage }
             };
             let left = waiters.late(limit, &error, |error| metrics.dead(error));
             let Some(class) = left.class else {
@@ -626,7 +626,7 @@ impl State {
             forget(&mut self.known, &running);
             // Those whom it had not begun to serve; all others it has told.
             for (_, waiters) in running.units {
-                waiters.refuse(&Error::NotReady);
+                waiters.refuse(&StageError::NotReady);
             }
         }
         self.scheduler.gone(device);
@@ -729,10 +729,10 @@ impl State {
     fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
             if let Some(entry) = self.scheduler.queue.remove(&place) {
-                entry.item.waiters.refuse(&Error::NotReady);
+                entry.item.waiters.refuse(&StageError::NotReady);
             }
         }
-        self.sequences.refuse(&Error::NotReady);
+        self.sequences.refuse(&StageError::NotReady);
         self.show();
     }
 }
@@ -741,8 +741,8 @@ impl State {
 fn refuse_arrivals(channels: &Channels) {
     loop {
         match channels.jobs.recv_timeout(Duration::from_secs(1)) {
-            Ok(PreparedWork::Row(job)) => job.ticket.finish(Err(Error::NotReady)),
-            Ok(PreparedWork::Sequence(sequence)) => sequence.finish(Err(Error::NotReady)),
+            Ok(PreparedWork::Row(job)) => job.ticket.finish(Err(StageError::NotReady)),
+            Ok(PreparedWork::Sequence(sequence)) => sequence.finish(Err(StageError::NotReady)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }

@@ -30,7 +30,7 @@ use crate::model::graph::Graph;
 use crate::runtime::error::EngineError;
 use crate::serve::batcher::Batcher;
 use crate::serve::cache::AnswerCache;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::telemetry::panic_text;
@@ -100,7 +100,7 @@ impl Drop for Farewell {
         let _ = self.notices.send(EngineNotice::Gone(self.device));
         // Until the batcher has heard it and hangs up, a turn may still come.
         for turn in &self.turns {
-            turn.refuse(&Error::NotReady);
+            turn.refuse(&StageError::NotReady);
         }
     }
 }
@@ -139,7 +139,7 @@ impl Life {
                 })) => self.step(joining, possible_since),
                 Ok(None) => {
                     // Nobody is left here unless the batcher has failed.
-                    self.decoder.refuse(&Error::NotReady);
+                    self.decoder.refuse(&StageError::NotReady);
                     return Ok(());
                 }
                 Err(error) => Err(error),
@@ -342,7 +342,7 @@ impl Life {
             [_] if out_of_memory && smaller < bucket => self.attempt(graph, smaller, units),
             [unit] => {
                 let tickets = unit.waiters.close();
-                let error = Error::from(error);
+                let error = StageError::from(error);
                 for ticket in tickets {
                     let failed = || tracing::warn!("the model run of an image of this call failed");
                     ticket.span.in_scope(failed);
@@ -392,9 +392,9 @@ impl Life {
     fn leave(&self, units: &[BatchUnit]) {
         let stage = RequestStage::Engine;
         for unit in units {
-            let dropped = |error: &Error| self.runner.metrics.dead(error);
+            let dropped = |error: &StageError| self.runner.metrics.dead(error);
             unit.waiters.sweep(Instant::now(), stage, dropped);
-            unit.waiters.refuse(&Error::Cancelled { stage });
+            unit.waiters.refuse(&StageError::Cancelled { stage });
         }
     }
 }
@@ -402,9 +402,9 @@ impl Life {
 /// What those are told who were being served when the engine ended. What a
 /// panic leaves behind is unknown, and it is the worker's own fault; from a
 /// device that has failed another worker may be better.
-fn last_words(error: &EngineError) -> Error {
+fn last_words(error: &EngineError) -> StageError {
     match error {
         EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),
-        _ => Error::NotReady,
+        _ => StageError::NotReady,
     }
 }

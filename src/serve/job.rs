@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 
 pub use self::waiters::{CoalescedWaiters, WaitersLeft};
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::GenerateRequest;
 
 /// One image of one call, in the form that the next stage takes.
@@ -103,19 +103,19 @@ pub struct Ticket {
 impl Ticket {
     /// Why the job is no longer worth any work, if so.
     #[must_use]
-    pub fn dead(&self, now: Instant, stage: RequestStage) -> Option<Error> {
+    pub fn dead(&self, now: Instant, stage: RequestStage) -> Option<StageError> {
         // The deadline first: a caller whose time is up leaves, too.
         if self.deadline.is_some_and(|deadline| deadline <= now) {
-            Some(Error::DeadlineExceeded { stage })
+            Some(StageError::DeadlineExceeded { stage })
         } else if self.reply.is_closed() {
-            Some(Error::Cancelled { stage })
+            Some(StageError::Cancelled { stage })
         } else {
             None
         }
     }
 
     /// Answers the caller and gives the capacity back.
-    pub fn finish(self, outcome: Result<Answer, Error>) {
+    pub fn finish(self, outcome: Result<Answer, StageError>) {
         // Capacity first, so that a caller who has an answer can rely on the
         // room it left.
         drop(self.permit);
@@ -147,12 +147,12 @@ impl Permit {
 /// The way back to the caller. Used exactly once: sending consumes it, and
 /// dropping it unsent tells the caller that the worker lost the job.
 #[derive(Debug)]
-pub struct Reply(Option<oneshot::Sender<Result<Answer, Error>>>);
+pub struct Reply(Option<oneshot::Sender<Result<Answer, StageError>>>);
 
 impl Reply {
     /// A reply and the place where its outcome will arrive.
     #[must_use]
-    pub fn new() -> (Self, oneshot::Receiver<Result<Answer, Error>>) {
+    pub fn new() -> (Self, oneshot::Receiver<Result<Answer, StageError>>) {
         let (sender, receiver) = oneshot::channel();
         (Self(Some(sender)), receiver)
     }
@@ -164,7 +164,7 @@ impl Reply {
     }
 
     /// Delivers the outcome; a caller who has gone misses it.
-    pub fn send(mut self, outcome: Result<Answer, Error>) {
+    pub fn send(mut self, outcome: Result<Answer, StageError>) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(outcome);
         }
@@ -174,7 +174,7 @@ impl Reply {
 impl Drop for Reply {
     fn drop(&mut self) {
         if let Some(sender) = self.0.take() {
-            let _ = sender.send(Err(Error::Lost));
+            let _ = sender.send(Err(StageError::Lost));
         }
     }
 }
@@ -187,7 +187,7 @@ mod tests {
     fn a_dropped_reply_says_so() {
         let (reply, mut receiver) = Reply::new();
         drop(reply);
-        assert!(matches!(receiver.try_recv(), Ok(Err(Error::Lost))));
+        assert!(matches!(receiver.try_recv(), Ok(Err(StageError::Lost))));
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use self::registry::{MetricDefinition, MetricKind};
 use crate::engine::FallbackKind;
 use crate::model::graph::Graph;
 use crate::proto::{GrpcCode, Priority, RpcMethod};
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 
 /// Powers of two up to the largest batch that a flag may ask for.
 const BATCH_SIZES: [f64; 11] = [
@@ -349,11 +349,11 @@ impl Metrics {
     }
 
     /// An image was dropped, for this error and where it had got to.
-    pub fn dead(&self, error: &Error) {
+    pub fn dead(&self, error: &StageError) {
         let reason = match error {
-            Error::Cancelled { stage } => DropReason::Cancelled(*stage),
-            Error::DeadlineExceeded { stage } => DropReason::Deadline(*stage),
-            Error::DeadlineTooShort { .. } => DropReason::DeadlineTooShort,
+            StageError::Cancelled { stage } => DropReason::Cancelled(*stage),
+            StageError::DeadlineExceeded { stage } => DropReason::Deadline(*stage),
+            StageError::DeadlineTooShort { .. } => DropReason::DeadlineTooShort,
             _ => return,
         };
         self.handles().dropped.of(reason).increment(1);

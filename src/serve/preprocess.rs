@@ -17,7 +17,7 @@ use self::queue::{PreprocessQueue, ThreadReach};
 use crate::imaging::{DecodeBudget, ImageInput, PreprocessError, Preprocessor};
 use crate::model::graph::Context;
 use crate::serve::batcher::PreparedWork;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
@@ -59,12 +59,12 @@ impl Preprocessing {
         let outcome = match outcome {
             Ok(Err(PreprocessError::Abandoned)) => {
                 // Who has gone stays gone, and time does not turn back.
-                let error = dead().unwrap_or(Error::Lost);
+                let error = dead().unwrap_or(StageError::Lost);
                 metrics.dead(&error);
                 return job.ticket.finish(Err(error));
             }
-            Ok(outcome) => outcome.map_err(Error::from),
-            Err(_) => Err(Error::Lost),
+            Ok(outcome) => outcome.map_err(StageError::from),
+            Err(_) => Err(StageError::Lost),
         };
         let tokenized = match outcome {
             Ok(tokenized) => tokenized,
@@ -118,20 +118,20 @@ impl Preprocessing {
         // The batcher's queue holds as many as there are permits.
         if let Err(refused) = self.batcher.try_send(arrival) {
             match refused.into_inner() {
-                PreparedWork::Row(job) => job.ticket.finish(Err(Error::NotReady)),
-                PreparedWork::Sequence(sequence) => sequence.finish(Err(Error::NotReady)),
+                PreparedWork::Row(job) => job.ticket.finish(Err(StageError::NotReady)),
+                PreparedWork::Sequence(sequence) => sequence.finish(Err(StageError::NotReady)),
             }
         }
     }
 }
 
 /// Leaves a word in the log where the fault is the worker's.
-fn report(error: &Error) {
+fn report(error: &StageError) {
     match error {
-        Error::Image(cause) if matches!(**cause, PreprocessError::Panicked { .. }) => {
+        StageError::Image(cause) if matches!(**cause, PreprocessError::Panicked { .. }) => {
             tracing::error!(%error, "a decoder panicked");
         }
-        Error::Lost => tracing::error!("preprocessing panicked"),
+        StageError::Lost => tracing::error!("preprocessing panicked"),
         _ => {}
     }
 }

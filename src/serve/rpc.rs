@@ -9,6 +9,7 @@ mod convert;
 mod deadline;
 mod drive;
 mod embedding;
+mod error;
 mod generate;
 mod health;
 mod leaving;
@@ -29,6 +30,7 @@ pub use self::health::LIVENESS;
 pub use self::observe::CallsInProgress;
 use self::oip::Oip;
 use crate::proto;
+use crate::serve::error::StageError;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -58,10 +60,10 @@ use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServic
 use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
-use crate::serve::error::Error;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
+use crate::serve::rpc::error::RequestError;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
@@ -198,18 +200,18 @@ fn routes(service: WorkerService, reflection: bool) -> anyhow::Result<Routes> {
 
 impl WorkerService {
     /// The engine's facts, or why nothing is served now.
-    fn facts(&self) -> Result<EngineFacts, Error> {
+    fn facts(&self) -> Result<EngineFacts, RequestError> {
         self.readiness.serving().map_err(|unready| match unready {
-            Unready::Leaving | Unready::Draining => Error::Draining,
-            Unready::Loading | Unready::Failed => Error::NotReady,
+            Unready::Leaving | Unready::Draining => RequestError::Draining,
+            Unready::Loading | Unready::Failed => StageError::NotReady.into(),
         })
     }
 
-    fn require(&self, task: CallTask) -> Result<(), Error> {
+    fn require(&self, task: CallTask) -> Result<(), RequestError> {
         if self.model.can(task) {
             Ok(())
         } else {
-            Err(Error::TaskMissing {
+            Err(RequestError::TaskMissing {
                 task,
                 file: task.file(),
             })
@@ -226,7 +228,7 @@ impl WorkerService {
         n_values: usize,
         dtype: pb::DataType,
         extensions: &tonic::Extensions,
-    ) -> Result<(Vec<Result<Answer, Error>>, AnswerBytes), Error> {
+    ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
         let deadline = extensions.get::<Deadline>().and_then(|deadline| deadline.0);
         let class = extensions.get().copied().unwrap_or(Priority::Interactive);
         let ask = Ask {
@@ -249,13 +251,13 @@ impl WorkerService {
     }
 
     /// Whether a call may have so many images with so large an answer.
-    fn check_size(&self, n_images: usize, asks: &[Ask]) -> Result<(), Error> {
+    fn check_size(&self, n_images: usize, asks: &[Ask]) -> Result<(), RequestError> {
         if n_images == 0 {
-            return Err(Error::CallEmpty);
+            return Err(RequestError::CallEmpty);
         }
         let n_images_max = self.limits.images_per_call_max as usize;
         if n_images > n_images_max {
-            return Err(Error::CallTooLarge {
+            return Err(RequestError::CallTooLarge {
                 given: n_images,
                 max: n_images_max,
             });
@@ -267,7 +269,7 @@ impl WorkerService {
         let response_bytes = answer_bytes as u64 * n_images as u64;
         let response_bytes_max = self.limits.response_bytes_max.as_u64();
         if response_bytes > response_bytes_max {
-            return Err(Error::ResponseTooLarge {
+            return Err(RequestError::ResponseTooLarge {
                 given: response_bytes,
                 max: response_bytes_max,
             });
@@ -279,12 +281,12 @@ impl WorkerService {
     /// asked of it.
     fn submit(
         &self,
-        pictures: Vec<Result<ImageRequest, Error>>,
+        pictures: Vec<Result<ImageRequest, RequestError>>,
         asks: &[Ask],
         class: Priority,
         deadline: Option<Instant>,
         arrived: CapacityShare,
-    ) -> Result<Submitted, Error> {
+    ) -> Result<Submitted, RequestError> {
         let n_outcomes = pictures.len() * asks.len();
         let bytes = call_bytes(&pictures, asks, arrived);
         let mut known = Vec::with_capacity(n_outcomes);
@@ -304,7 +306,7 @@ impl WorkerService {
                         None
                     }
                     Some(Err(error)) => Some(error),
-                    None => Some(Error::Lost),
+                    None => Some(StageError::Lost.into()),
                 });
             }
         }
@@ -317,9 +319,8 @@ impl WorkerService {
             deadline,
             span: tracing::Span::current(),
         };
-        let pending = self.admission.submit(call).inspect_err(|error| {
-            tally.rest(status::code(error));
-        })?;
+        let pending = self.admission.submit(call).map_err(RequestError::from);
+        let pending = pending.inspect_err(|error| tally.rest(status::code(error)))?;
         Ok(Submitted {
             known,
             pending,
@@ -330,7 +331,7 @@ impl WorkerService {
     async fn embed(
         &self,
         request: Request<pb::EmbedRequest>,
-    ) -> Result<(pb::EmbedResponse, AnswerBytes), Error> {
+    ) -> Result<(pb::EmbedResponse, AnswerBytes), RequestError> {
         let facts = self.facts()?;
         self.require(CallTask::Embed)?;
         let (_, extensions, request) = request.into_parts();
@@ -355,7 +356,7 @@ impl WorkerService {
                 &extensions,
             )
             .await?;
-        let result = |outcome: Result<Answer, Error>| {
+        let result = |outcome: Result<Answer, RequestError>| {
             let outcome = match outcome.and_then(|answer| embedding.tensor(answer)) {
                 Ok(tensor) => pb::embed_result::Outcome::Embedding(tensor),
                 Err(error) => pb::embed_result::Outcome::Error(status::of_image(&error)),
@@ -381,7 +382,7 @@ impl WorkerService {
     async fn classify(
         &self,
         request: Request<pb::ClassifyRequest>,
-    ) -> Result<(pb::ClassifyResponse, AnswerBytes), Error> {
+    ) -> Result<(pb::ClassifyResponse, AnswerBytes), RequestError> {
         let facts = self.facts()?;
         let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
@@ -424,7 +425,9 @@ impl WorkerService {
                             .then(|| convert::tensor(&logits, &[logits.len()], pb::DataType::F32)),
                     })
                 }
-                Ok(_) => pb::classify_result::Outcome::Error(status::of_image(&Error::Lost)),
+                Ok(_) => {
+                    pb::classify_result::Outcome::Error(status::of_image(&StageError::Lost.into()))
+                }
                 Err(error) => pb::classify_result::Outcome::Error(status::of_image(&error)),
             };
             pb::ClassifyResult {
@@ -444,7 +447,7 @@ impl WorkerService {
     async fn tokenize(
         &self,
         request: Request<pb::TokenizeRequest>,
-    ) -> Result<(pb::TokenizeResponse, AnswerBytes), Error> {
+    ) -> Result<(pb::TokenizeResponse, AnswerBytes), RequestError> {
         self.facts()?;
         let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
@@ -462,7 +465,9 @@ impl WorkerService {
                 Ok(Answer::Tokens(tokens)) => pb::tokenize_result::Outcome::Tokens(pb::Tokens {
                     ids: tokens.iter().copied().map(u32::from).collect(),
                 }),
-                Ok(_) => pb::tokenize_result::Outcome::Error(status::of_image(&Error::Lost)),
+                Ok(_) => {
+                    pb::tokenize_result::Outcome::Error(status::of_image(&StageError::Lost.into()))
+                }
                 Err(error) => pb::tokenize_result::Outcome::Error(status::of_image(&error)),
             };
             pb::TokenizeResult {
@@ -477,7 +482,7 @@ impl WorkerService {
         Ok((response, held))
     }
 
-    fn get_model(&self) -> Result<pb::GetModelResponse, Error> {
+    fn get_model(&self) -> Result<pb::GetModelResponse, RequestError> {
         let facts = self.facts()?;
         let model = &self.model;
         let limits = &self.limits;
@@ -555,7 +560,7 @@ struct Ask {
 
 /// What a call holds while it is in the worker.
 fn call_bytes(
-    pictures: &[Result<ImageRequest, Error>],
+    pictures: &[Result<ImageRequest, RequestError>],
     asks: &[Ask],
     arrived: CapacityShare,
 ) -> Bytes {
@@ -575,7 +580,7 @@ fn call_bytes(
 #[derive(Debug)]
 struct Submitted {
     /// What never went down the line, by its place.
-    known: Vec<Option<Error>>,
+    known: Vec<Option<RequestError>>,
     pending: PendingAnswers,
     tally: OutcomeTally,
 }
@@ -583,12 +588,19 @@ struct Submitted {
 impl Submitted {
     /// What becomes of each image, in the call's order, and of what is asked of
     /// it, in that order.
-    async fn outcomes(mut self) -> Result<(Vec<Result<Answer, Error>>, AnswerBytes), Error> {
+    async fn outcomes(
+        mut self,
+    ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
         let mut results = Vec::with_capacity(self.known.len());
         for known in self.known {
             let outcome = match known {
                 Some(error) => Err(error),
-                None => self.pending.next().await.unwrap_or(Err(Error::Lost)),
+                None => self
+                    .pending
+                    .next()
+                    .await
+                    .unwrap_or(Err(StageError::Lost))
+                    .map_err(RequestError::from),
             };
             match outcome {
                 Err(error) if error.ends_call() => {
@@ -613,7 +625,7 @@ impl Submitted {
 
 /// An answer with its share of the worker's bytes, which it keeps until the
 /// caller has taken it.
-fn respond<T>(outcome: Result<(T, AnswerBytes), Error>) -> Result<Response<T>, Status> {
+fn respond<T>(outcome: Result<(T, AnswerBytes), RequestError>) -> Result<Response<T>, Status> {
     match outcome {
         Ok((answer, held)) => {
             let mut response = Response::new(answer);

@@ -10,7 +10,7 @@ use crate::serve::generate::KeptPixels;
 use crate::serve::sample::NotFinite;
 
 pub use super::sample::{DrawPlace, Sampling};
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Ticket};
 
 /// An image on its way to being complete.
@@ -210,7 +210,7 @@ impl Sequence {
     }
 
     /// Answers the caller: with the image, or with what went wrong.
-    pub fn finish(self, outcome: Result<(), Error>) {
+    pub fn finish(self, outcome: Result<(), StageError>) {
         let answer = Answer::Generated {
             tokens: self.pixels.into(),
             log_probs: self.log_probs,
@@ -227,7 +227,7 @@ mod tests {
     use crate::proto::Priority;
     use crate::serve::job::{Permit, Reply};
 
-    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
 
     /// An image of 2 by 2 over colors 0 to 3; 4 starts.
     fn sequence(

@@ -9,7 +9,7 @@ use crate::engine::WarmRun;
 use crate::model::graph::{Graph, Want};
 use crate::runtime::error::EngineError;
 use crate::serve::cache::{AnswerCache, AnswerKey};
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, CoalescedWaiters, Ticket};
 use crate::serve::sequence::Sequence;
 
@@ -50,7 +50,7 @@ pub(crate) enum EngineTurn {
 
 impl EngineTurn {
     /// Gives everybody in it the same bad news.
-    pub(crate) fn refuse(self, error: &Error) {
+    pub(crate) fn refuse(self, error: &StageError) {
         match self {
             Self::Batch(batch) => {
                 for unit in batch.units {
@@ -136,7 +136,7 @@ impl PendingReplies {
         let now = Instant::now();
         let outcome = |ticket: &Ticket, values: Vec<f32>| {
             if ticket.deadline.is_some_and(|deadline| deadline <= now) {
-                Err(Error::DeadlineExceeded {
+                Err(StageError::DeadlineExceeded {
                     stage: RequestStage::Engine,
                 })
             } else if finite {

@@ -129,7 +129,7 @@ pub struct WorkersConfig {
 
 /// What is computed.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "EmbedTask")]
+#[command(next_help_heading = "Task")]
 pub struct TaskConfig {
     /// embed gives a vector an image, classify its best classes, score how
     /// likely the model finds it

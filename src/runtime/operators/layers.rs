@@ -46,7 +46,7 @@ use crate::kernels::layers::{
 };
 
 /// The name of the operator within [`DOMAIN`](super::DOMAIN).
-pub const LAYERS: &str = "StepLayers";
+pub const LAYERS: &str = "Layers";
 
 /// Inputs before those of the layers.
 const FIRST: usize = 3;

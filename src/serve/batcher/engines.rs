@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender};
 use crate::engine::RunStop;
 use crate::serve::cache::AnswerKey;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 use crate::serve::job::CoalescedWaiters;
 use crate::serve::turn::EngineTurn;
 
@@ -121,7 +121,7 @@ impl Engines {
             None => Some(turn),
         };
         if let Some(turn) = refused {
-            turn.refuse(&Error::NotReady);
+            turn.refuse(&StageError::NotReady);
         }
     }
 

@@ -13,7 +13,7 @@ use super::scheduler::Steps;
 use crate::model::graph::Graph;
 use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::sequence::Sequence;
 use crate::serve::turn::SequenceCounts;
 
@@ -182,10 +182,10 @@ impl WaitingSequences {
     }
 
     /// Answers those whose time is up.
-    pub(super) fn expire(&mut self, now: Instant, mut dropped: impl FnMut(&Error)) {
+    pub(super) fn expire(&mut self, now: Instant, mut dropped: impl FnMut(&StageError)) {
         for place in self.queue.expired(now) {
             if let Some(entry) = self.queue.remove(&place) {
-                let error = Error::DeadlineExceeded {
+                let error = StageError::DeadlineExceeded {
                     stage: RequestStage::Queue,
                 };
                 dropped(&error);
@@ -195,7 +195,7 @@ impl WaitingSequences {
     }
 
     /// Gives up those whose callers have gone.
-    pub(super) fn sweep(&mut self, now: Instant, mut dropped: impl FnMut(&Error)) {
+    pub(super) fn sweep(&mut self, now: Instant, mut dropped: impl FnMut(&StageError)) {
         for place in self.queue.places() {
             let dead = self
                 .queue
@@ -211,7 +211,7 @@ impl WaitingSequences {
     }
 
     /// Gives everybody the same bad news.
-    pub(super) fn refuse(&mut self, error: &Error) {
+    pub(super) fn refuse(&mut self, error: &StageError) {
         for place in self.queue.places() {
             if let Some(entry) = self.queue.remove(&place) {
                 entry.item.finish(Err(error.clone()));

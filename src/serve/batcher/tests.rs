@@ -18,13 +18,13 @@ use crate::serve::devices::{DeviceIdx, WorkerState};
 use crate::serve::devices::{DeviceReports, DeviceStates};
 use crate::serve::engine_thread;
 use crate::serve::engine_thread::Runner;
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 use crate::serve::generate::{GenerateRequest, KeptPixels};
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::{Sampling, Sequence};
 
-type Outcome = oneshot::Receiver<Result<Answer, Error>>;
+type Outcome = oneshot::Receiver<Result<Answer, StageError>>;
 
 const WORK: [Want; 2] = [Want::Mean, Want::Logits];
 /// Of images to generate; the next id starts.
@@ -308,7 +308,7 @@ fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<b
                 assert_eq!(answer, Answer::Values(values));
                 true
             }
-            Err(Error::NotReady) => false,
+            Err(StageError::NotReady) => false,
             Err(error) => panic!("{error}"),
         }
     };
@@ -328,7 +328,7 @@ fn who_waits_when_the_batcher_panics_is_told() {
         panic!("as asked");
     });
     assert!(thread.join().is_err());
-    assert!(matches!(outcome.try_recv(), Ok(Err(Error::NotReady))));
+    assert!(matches!(outcome.try_recv(), Ok(Err(StageError::NotReady))));
 }
 
 #[test]
@@ -494,11 +494,11 @@ fn settle((token, want, outcome): (u16, Option<Want>, Outcome), tally: &mut Tall
                 tally.wrong += 1;
             }
         }
-        Ok(Err(Error::DeadlineExceeded { .. } | Error::DeadlineTooShort { .. })) => {
+        Ok(Err(StageError::DeadlineExceeded { .. } | StageError::DeadlineTooShort { .. })) => {
             tally.late += 1;
         }
-        Ok(Err(Error::Engine(_))) if fails => tally.failed += 1,
-        Ok(Err(Error::NotReady)) => tally.refused += 1,
+        Ok(Err(StageError::Engine(_))) if fails => tally.failed += 1,
+        Ok(Err(StageError::NotReady)) => tally.refused += 1,
         _ => tally.lost += 1,
     }
 }

@@ -17,7 +17,7 @@ use crate::kernels::attention::SharedPrefix;
 use crate::model::buckets::Buckets;
 use crate::proto::Priority;
 use crate::runtime::error::EngineError;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::{EngineFault, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::serve::turn::SequenceCounts;
@@ -91,7 +91,7 @@ impl Decoder {
         for sequence in sequences {
             match free.next() {
                 Some(slot) => *slot = Some(sequence),
-                None => sequence.finish(Err(Error::Lost)),
+                None => sequence.finish(Err(StageError::Lost)),
             }
         }
     }
@@ -119,7 +119,7 @@ impl Decoder {
     }
 
     /// Gives everybody the same bad news.
-    pub(super) fn refuse(&mut self, error: &Error) {
+    pub(super) fn refuse(&mut self, error: &StageError) {
         for sequence in self.slots.iter_mut().filter_map(Option::take) {
             sequence.finish(Err(error.clone()));
         }

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use super::Ticket;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See the module.
@@ -65,14 +65,19 @@ impl CoalescedWaiters {
         &self,
         now: Instant,
         stage: RequestStage,
-        dropped: impl FnMut(&Error),
+        dropped: impl FnMut(&StageError),
     ) -> WaitersLeft {
         self.drop_if(|ticket| ticket.dead(now, stage), dropped)
     }
 
     /// Answers those whose own deadline is not after `limit`, for whom the work
     /// comes too late; it may be in time for the others.
-    pub fn late(&self, limit: Instant, error: &Error, dropped: impl FnMut(&Error)) -> WaitersLeft {
+    pub fn late(
+        &self,
+        limit: Instant,
+        error: &StageError,
+        dropped: impl FnMut(&StageError),
+    ) -> WaitersLeft {
         let late = |ticket: &Ticket| {
             let late = ticket.deadline.is_some_and(|deadline| deadline <= limit);
             late.then(|| error.clone())
@@ -82,8 +87,8 @@ impl CoalescedWaiters {
 
     fn drop_if(
         &self,
-        reason: impl Fn(&Ticket) -> Option<Error>,
-        mut dropped: impl FnMut(&Error),
+        reason: impl Fn(&Ticket) -> Option<StageError>,
+        mut dropped: impl FnMut(&StageError),
     ) -> WaitersLeft {
         let mut dead = Vec::new();
         let left = match &mut *self.lock() {
@@ -126,7 +131,7 @@ impl CoalescedWaiters {
     }
 
     /// Closes it and gives everybody the same bad news.
-    pub fn refuse(&self, error: &Error) {
+    pub fn refuse(&self, error: &StageError) {
         for ticket in self.close() {
             ticket.finish(Err(error.clone()));
         }
@@ -141,7 +146,7 @@ mod tests {
     use crate::proto::Priority;
     use crate::serve::job::{Answer, Reply};
 
-    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
 
     fn ticket(class: Priority, deadline: Option<Instant>) -> (Ticket, Outcome) {
         let (reply, outcome) = Reply::new();
@@ -182,7 +187,7 @@ mod tests {
         assert_eq!(reasons.len(), 2);
         assert!(matches!(
             third_outcome.try_recv(),
-            Ok(Err(Error::DeadlineExceeded { .. }))
+            Ok(Err(StageError::DeadlineExceeded { .. }))
         ));
         for ticket in waiters.close() {
             ticket.finish(Ok(Answer::Values(vec![1.0])));

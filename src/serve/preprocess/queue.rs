@@ -14,7 +14,7 @@ use crossbeam_channel::Sender;
 use crate::imaging::ImageRequest;
 use crate::imaging::cost::DecodeCost;
 use crate::proto::Priority;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::Job;
 use crate::serve::metrics::Metrics;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -104,7 +104,7 @@ impl Waiting {
     }
 
     /// Takes out those that are dead, with the reason.
-    fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<ImageRequest>, Error)>) {
+    fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<ImageRequest>, StageError)>) {
         for waiting in [&mut self.cheap, &mut self.costly] {
             let is_dead = |_: &Rank, job: &mut Job<ImageRequest>| {
                 job.ticket.dead(now, RequestStage::Preprocess).is_some()
@@ -250,7 +250,7 @@ impl Drop for PreprocessQueue {
     fn drop(&mut self) {
         let state = std::mem::take(&mut *self.lock());
         for job in state.interactive.drain().chain(state.bulk.drain()) {
-            job.ticket.finish(Err(Error::NotReady));
+            job.ticket.finish(Err(StageError::NotReady));
         }
     }
 }
@@ -261,7 +261,7 @@ mod tests {
     use crate::imaging::{ImageInput, PreprocessOptions};
     use crate::serve::job::{Answer, Permit, Reply, RequestedWork, Ticket};
 
-    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, Error>>;
+    type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
 
     fn job(class: Priority, id: u32) -> (Job<ImageRequest>, Outcome) {
         let (reply, outcome) = Reply::new();
@@ -424,6 +424,6 @@ mod tests {
         door.push(job);
         drop(queue);
         drop(door);
-        assert!(matches!(outcome.try_recv(), Ok(Err(Error::NotReady))));
+        assert!(matches!(outcome.try_recv(), Ok(Err(StageError::NotReady))));
     }
 }

@@ -17,6 +17,7 @@
 //! that has room needs no more of it, waits for its own client only, and that
 //! for no longer than `--request-timeout`.
 
+use crate::serve::error::StageError;
 use std::future::Future;
 use std::io::{Cursor, Read as _};
 use std::pin::Pin;
@@ -36,8 +37,9 @@ use super::status;
 use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::RequestStage;
 use crate::serve::readiness::Readiness;
+use crate::serve::rpc::error::RequestError;
 
 /// When a request that did not fit while it arrived should come again.
 const RETRY_ARRIVING: Duration = Duration::from_secs(1);
@@ -189,7 +191,7 @@ impl RequestFacts {
         // A share is counted in 32 bits.
         let max = pool.size_for(self.class).min(u32::MAX as usize);
         if all > max {
-            return Err(status::of_call(&Error::NeverFits {
+            return Err(status::of_stage(StageError::NeverFits {
                 given: all,
                 max,
                 what,
@@ -197,7 +199,7 @@ impl RequestFacts {
             }));
         }
         let Some(share) = pool.try_take(self.class, n) else {
-            return Err(status::of_call(&Error::Full {
+            return Err(status::of_stage(StageError::Full {
                 what,
                 flag,
                 // What arrives is not yet in line, so no rate tells when.
@@ -240,7 +242,7 @@ impl RequestFacts {
                 self.message_bytes_max
             ));
         }
-        status::of_call(&Error::MessageTooLarge {
+        status::of_call(&RequestError::MessageTooLarge {
             max: self.message_bytes_max as u64,
         })
     }
@@ -626,8 +628,8 @@ impl Arriving {
                     }
                 };
                 let error = tokio::select! {
-                    () = drained => Error::Draining,
-                    () = tokio::time::sleep_until((since + max).into()) => Error::RequestSlow { max },
+                    () = drained => RequestError::Draining,
+                    () = tokio::time::sleep_until((since + max).into()) => RequestError::RequestSlow { max },
                 };
                 status::of_call(&error)
             })
@@ -696,7 +698,7 @@ pub(super) fn ended(status: Status, deadline: Option<Instant>) -> Status {
     }
     // A client that gives up at its deadline resets the stream.
     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-        return status::of_call(&Error::DeadlineExceeded {
+        return status::of_stage(StageError::DeadlineExceeded {
             stage: RequestStage::Queue,
         });
     }

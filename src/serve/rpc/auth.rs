@@ -15,8 +15,8 @@ use super::listen::Peer;
 use super::reload::{Follower, Latest, open};
 use super::status;
 use crate::files::FlagFile;
-use crate::serve::error::Error;
 use crate::serve::metrics::AccessFile;
+use crate::serve::rpc::error::RequestError;
 
 /// Shorter ones can be guessed: 16 random letters and digits are 95 bits.
 const TOKEN_LEN_MIN: usize = 16;
@@ -69,8 +69,8 @@ impl AcceptedTokens {
     }
 
     /// Whether a call may pass. It takes as long for every wrong token.
-    fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
-        let missing = Error::Unauthenticated {
+    fn check(&self, headers: &HeaderMap) -> Result<(), RequestError> {
+        let missing = RequestError::Unauthenticated {
             problem: "the call has no bearer token; send metadata `authorization: Bearer TOKEN`",
         };
         let token = headers
@@ -87,7 +87,7 @@ impl AcceptedTokens {
         if bool::from(accepted) {
             Ok(())
         } else {
-            Err(Error::Unauthenticated {
+            Err(RequestError::Unauthenticated {
                 problem: "the bearer token is not one that the worker accepts",
             })
         }

@@ -12,14 +12,14 @@ use crate::model::head::LinearHead;
 use crate::model::{CallTask, ClassActivation, Model};
 use crate::proto::pb;
 use crate::serve::devices::DeviceState;
-use crate::serve::error::Error;
 use crate::serve::job::RequestedWork;
+use crate::serve::rpc::error::RequestError;
 
 /// The images of a call: what can be tried, and what cannot with the reason.
 pub(super) fn pictures(
     images: Vec<pb::Image>,
     options: PreprocessOptions,
-) -> Vec<Result<ImageRequest, Error>> {
+) -> Vec<Result<ImageRequest, RequestError>> {
     let picture = |image: pb::Image| picture(image.source, options);
     images.into_iter().map(picture).collect()
 }
@@ -28,8 +28,8 @@ pub(super) fn pictures(
 pub(super) fn picture(
     source: Option<pb::image::Source>,
     options: PreprocessOptions,
-) -> Result<ImageRequest, Error> {
-    let input = match source.ok_or(Error::ImageMissing)? {
+) -> Result<ImageRequest, RequestError> {
+    let input = match source.ok_or(RequestError::ImageMissing)? {
         pb::image::Source::Encoded(bytes) => ImageInput::Encoded(bytes),
         pb::image::Source::Rgb8(raw) => ImageInput::Rgb8 {
             width: raw.width,
@@ -51,11 +51,13 @@ pub(super) fn picture_bytes(picture: &ImageRequest) -> usize {
 }
 
 /// An enum of the contract, or what is wrong with its number.
-fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, Error> {
-    T::try_from(value).map_err(|_| Error::OptionUnknown { field, value })
+fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, RequestError> {
+    T::try_from(value).map_err(|_| RequestError::OptionUnknown { field, value })
 }
 
-pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessOptions, Error> {
+pub(super) fn preprocess(
+    options: Option<&pb::Preprocess>,
+) -> Result<PreprocessOptions, RequestError> {
     let options = options.copied().unwrap_or_default();
     Ok(PreprocessOptions {
         fit: match known("preprocess.fit", options.fit)? {
@@ -70,7 +72,7 @@ pub(super) fn preprocess(options: Option<&pb::Preprocess>) -> Result<PreprocessO
 }
 
 /// The options as the contract has them.
-pub(super) fn context(value: i32) -> Result<Context, Error> {
+pub(super) fn context(value: i32) -> Result<Context, RequestError> {
     Ok(match known("context", value)? {
         pb::Context::Unspecified | pb::Context::Raw => Context::Raw,
         pb::Context::SosShifted => Context::SosShifted,
@@ -86,12 +88,17 @@ pub(super) fn context_applied(context: Context) -> i32 {
 }
 
 /// What to compute for these options, if the model has it.
-pub(super) fn want(model: &Model, pooling: i32, layers: &[u32], norm: Norm) -> Result<Want, Error> {
+pub(super) fn want(
+    model: &Model,
+    pooling: i32,
+    layers: &[u32],
+    norm: Norm,
+) -> Result<Want, RequestError> {
     let want = match known("pooling", pooling)? {
         pb::Pooling::Unspecified | pb::Pooling::Mean => {
             return model
                 .features(layers, norm)
-                .ok_or_else(|| Error::LayersMissing {
+                .ok_or_else(|| RequestError::LayersMissing {
                     given: layers.to_vec(),
                     served: ranges(&model.layers_served(norm)),
                 });
@@ -100,13 +107,13 @@ pub(super) fn want(model: &Model, pooling: i32, layers: &[u32], norm: Norm) -> R
         pb::Pooling::Last => Want::Last,
     };
     if !model.graphs.contains_key(&Graph::Hidden) {
-        return Err(Error::StatesMissing);
+        return Err(RequestError::StatesMissing);
     }
     // Only the last layer's states exist.
     match (layers, model.n_layers) {
         ([], _) => Ok(want),
         (&[layer], Some(last)) if layer == last => Ok(want),
-        (layers, last) => Err(Error::LayersMissing {
+        (layers, last) => Err(RequestError::LayersMissing {
             given: layers.to_vec(),
             served: last.map_or("its last layer only".to_owned(), |last| last.to_string()),
         }),
@@ -131,7 +138,7 @@ fn ranges(layers: &[u32]) -> String {
     }
 }
 
-pub(super) fn norm(value: i32) -> Result<Norm, Error> {
+pub(super) fn norm(value: i32) -> Result<Norm, RequestError> {
     Ok(match known("norm", value)? {
         pb::Norm::Unspecified | pb::Norm::PreAttnRms => Norm::PreAttnRms,
         pb::Norm::None => Norm::None,
@@ -172,12 +179,12 @@ pub(super) fn head<'a>(
     heads: &'a [LinearHead],
     given: &str,
     model: &Model,
-) -> Result<Option<&'a LinearHead>, Error> {
+) -> Result<Option<&'a LinearHead>, RequestError> {
     if given.is_empty() {
         return match heads {
             _ if model.can(CallTask::Classify) => Ok(None),
             [only] => Ok(Some(only)),
-            [] => Err(Error::TaskMissing {
+            [] => Err(RequestError::TaskMissing {
                 task: CallTask::Classify,
                 file: CallTask::Classify.file(),
             }),
@@ -190,9 +197,9 @@ pub(super) fn head<'a>(
     }
 }
 
-fn head_unknown(heads: &[LinearHead], given: &str) -> Error {
+fn head_unknown(heads: &[LinearHead], given: &str) -> RequestError {
     let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
-    Error::HeadUnknown {
+    RequestError::HeadUnknown {
         given: given.to_owned(),
         known: if known.is_empty() {
             "no heads".to_owned()
@@ -207,19 +214,20 @@ pub(super) fn head_work(
     head: &LinearHead,
     context: i32,
     model: &Model,
-) -> Result<RequestedWork, Error> {
+) -> Result<RequestedWork, RequestError> {
     let unset = context == pb::Context::Unspecified as i32;
     if !unset && self::context(context)? != head.context {
-        return Err(Error::HeadContext {
+        return Err(RequestError::HeadContext {
             head: head.name.clone(),
         });
     }
-    let want = model
-        .features(&[head.layer], head.norm)
-        .ok_or_else(|| Error::LayersMissing {
-            given: vec![head.layer],
-            served: ranges(&model.layers_served(head.norm)),
-        })?;
+    let want =
+        model
+            .features(&[head.layer], head.norm)
+            .ok_or_else(|| RequestError::LayersMissing {
+                given: vec![head.layer],
+                served: ranges(&model.layers_served(head.norm)),
+            })?;
     Ok(RequestedWork::Infer {
         context: head.context,
         want,
@@ -275,12 +283,12 @@ pub(super) fn activation(activation: ClassActivation) -> pb::Activation {
 }
 
 /// The order of a stream's answers.
-pub(super) fn order(value: i32) -> Result<pb::Order, Error> {
+pub(super) fn order(value: i32) -> Result<pb::Order, RequestError> {
     known("order", value)
 }
 
 /// The element type of an answer, never unspecified.
-pub(super) fn dtype(value: i32) -> Result<pb::DataType, Error> {
+pub(super) fn dtype(value: i32) -> Result<pb::DataType, RequestError> {
     Ok(match known("dtype", value)? {
         pb::DataType::Unspecified | pb::DataType::F32 => pb::DataType::F32,
         pb::DataType::F16 => pb::DataType::F16,

@@ -8,8 +8,9 @@ use crate::model::Model;
 use crate::model::graph::{Context, Norm, Want};
 use crate::proto;
 use crate::proto::pb;
-use crate::serve::error::Error;
+use crate::serve::error::StageError;
 use crate::serve::job::{Answer, RequestedWork};
+use crate::serve::rpc::error::RequestError;
 
 /// Options that the model can serve.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl Embedding {
         options: &pb::EmbedStreamOptions,
         model: &Model,
         facts: &EngineFacts,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, RequestError> {
         let preprocess = convert::preprocess(options.preprocess.as_ref())?;
         let context = convert::context(options.context)?;
         let norm = convert::norm(options.norm)?;
@@ -75,7 +76,7 @@ impl Embedding {
     }
 
     /// What one answer becomes.
-    pub(super) fn tensor(&self, answer: Answer) -> Result<pb::Tensor, Error> {
+    pub(super) fn tensor(&self, answer: Answer) -> Result<pb::Tensor, RequestError> {
         match answer {
             Answer::Values(mut values) => {
                 if self.normalize {
@@ -83,7 +84,7 @@ impl Embedding {
                 }
                 Ok(convert::tensor(&values, &self.shape, self.dtype))
             }
-            _ => Err(Error::Lost),
+            _ => Err(StageError::Lost.into()),
         }
     }
 

@@ -8,6 +8,7 @@
 //! the engine before the next step.
 
 use crate::proto;
+use crate::serve::error::StageError;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -30,9 +31,10 @@ use crate::proto::Priority;
 use crate::proto::pb;
 use crate::serve::admission::{AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::RequestStage;
 use crate::serve::generate::{GenerateRequest, GeneratedRow, KeptPixels};
 use crate::serve::job::{Answer, RequestedWork};
+use crate::serve::rpc::error::RequestError;
 use crate::serve::sample::TEMPERATURE_MAX;
 use crate::serve::sequence::Sampling;
 
@@ -57,10 +59,10 @@ struct Plan {
 pub(super) fn open(
     service: &WorkerService,
     request: Request<pb::GenerateRequest>,
-) -> Result<Samples, Error> {
+) -> Result<Samples, RequestError> {
     let facts = service.facts()?;
     if facts.sequences.is_none() {
-        return Err(Error::TaskMissing {
+        return Err(RequestError::TaskMissing {
             task: CallTask::Generate,
             file: CallTask::Generate.file(),
         });
@@ -105,6 +107,7 @@ pub(super) fn open(
     let (places, (pending, pngs)) = admission
         .samples(class, n_samples)
         .and_then(|places| Ok((places, admission.submit_with(call, n_samples * png_bytes)?)))
+        .map_err(RequestError::from)
         .inspect_err(|error| tally.rest(status::code(error)))?;
     // One first message, all rows, all results, one status.
     let (messages_in, messages) = mpsc::channel(2 + n_samples * (side + 1));
@@ -132,8 +135,8 @@ pub(super) fn open(
 }
 
 impl Plan {
-    fn new(request: pb::GenerateRequest, service: &WorkerService) -> Result<Self, Error> {
-        let invalid = |field, problem: String| Err(Error::OptionInvalid { field, problem });
+    fn new(request: pb::GenerateRequest, service: &WorkerService) -> Result<Self, RequestError> {
+        let invalid = |field, problem: String| Err(RequestError::OptionInvalid { field, problem });
         let n_samples = request.samples.max(1);
         let samples_max = service.limits.samples_per_call_max;
         if n_samples > samples_max {
@@ -184,14 +187,14 @@ impl Plan {
     /// Bytes that the call holds until its answer has been taken, beside the primer: for
     /// each sample its tokens in the worker, in rows and in the result, and its
     /// numbers; and what the picture of each sample takes at worst.
-    fn bytes(&self, service: &WorkerService) -> Result<(usize, usize), Error> {
+    fn bytes(&self, service: &WorkerService) -> Result<(usize, usize), RequestError> {
         let n_samples = self.n_samples as usize;
         let positions = service.model.positions();
         let png = 3 * positions * (self.scale * self.scale) as usize;
         let response = (n_samples * (png + 8 * positions)) as u64;
         let max = service.limits.response_bytes_max.as_u64();
         if response > max {
-            return Err(Error::SamplesTooLarge {
+            return Err(RequestError::SamplesTooLarge {
                 given: response,
                 max,
             });
@@ -225,8 +228,8 @@ fn any_seed() -> u64 {
 fn primer(
     primer: Option<pb::generate_request::Primer>,
     model: &Model,
-) -> Result<(ImageRequest, KeptPixels, Option<PreprocessOptions>), Error> {
-    let invalid = |field, problem| Err(Error::OptionInvalid { field, problem });
+) -> Result<(ImageRequest, KeptPixels, Option<PreprocessOptions>), RequestError> {
+    let invalid = |field, problem| Err(RequestError::OptionInvalid { field, problem });
     let image = match primer {
         None => return Ok((prefix(Vec::new()), KeptPixels::All, None)),
         Some(pb::generate_request::Primer::Prefix(tokens)) => {
@@ -327,7 +330,7 @@ impl Session {
         let outcome = tokio::select! {
             biased;
             outcome = self.gather(&mut pending, &mut rows) => outcome,
-            () = deadline::passed(deadline) => Err(Error::DeadlineExceeded { stage: RequestStage::Engine }),
+            () = deadline::passed(deadline) => Err(StageError::DeadlineExceeded { stage: RequestStage::Engine }.into()),
         };
         if let Err(error) = outcome {
             self.tally.rest(status::code(&error));
@@ -340,7 +343,7 @@ impl Session {
         &mut self,
         pending: &mut PendingAnswers,
         rows: &mut mpsc::Receiver<GeneratedRow>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), RequestError> {
         let mut sample = 0;
         while sample < self.plan.n_samples {
             tokio::select! {
@@ -351,7 +354,8 @@ impl Session {
                     while let Ok(row) = rows.try_recv() {
                         self.row(&row);
                     }
-                    self.result(sample, outcome.unwrap_or(Err(Error::Lost))).await?;
+                    let outcome = outcome.unwrap_or(Err(StageError::Lost));
+                    self.result(sample, outcome.map_err(RequestError::from)).await?;
                     sample += 1;
                 }
             }
@@ -367,7 +371,11 @@ impl Session {
         }));
     }
 
-    async fn result(&mut self, sample: u32, outcome: Result<Answer, Error>) -> Result<(), Error> {
+    async fn result(
+        &mut self,
+        sample: u32,
+        outcome: Result<Answer, RequestError>,
+    ) -> Result<(), RequestError> {
         let outcome = match outcome {
             Ok(answer) => self.image(answer).await,
             Err(error) => Err(error),
@@ -383,7 +391,9 @@ impl Session {
         let outcome = match outcome {
             Ok(image) => pb::generate_result::Outcome::Image(image),
             // All samples have the same primer.
-            Err(error @ (Error::Image(_) | Error::ImageMissing)) => return Err(error),
+            Err(
+                error @ (RequestError::Stage(StageError::Image(_)) | RequestError::ImageMissing),
+            ) => return Err(error),
             Err(error) if error.ends_call() => return Err(error),
             Err(error) => pb::generate_result::Outcome::Error(status::of_image(&error)),
         };
@@ -394,9 +404,9 @@ impl Session {
         Ok(())
     }
 
-    async fn image(&self, answer: Answer) -> Result<pb::GeneratedImage, Error> {
+    async fn image(&self, answer: Answer) -> Result<pb::GeneratedImage, RequestError> {
         let Answer::Generated { tokens, log_probs } = answer else {
-            return Err(Error::Lost);
+            return Err(StageError::Lost.into());
         };
         let (side, scale) = (self.model.side as usize, self.plan.scale as usize);
         let palette = self.model.palette_rgb8();
@@ -407,8 +417,8 @@ impl Session {
             render::png(&tokens, &palette, side, scale, png::Compression::Balanced)
         })
         .await
-        .map_err(|_| Error::Lost)?
-        .map_err(|_| Error::Lost)?;
+        .map_err(|_| StageError::Lost)?
+        .map_err(|_| StageError::Lost)?;
         Ok(pb::GeneratedImage {
             tokens: Some(pb::Tokens { ids }),
             png: png.into(),

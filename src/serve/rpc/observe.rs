@@ -5,6 +5,7 @@
 
 use crate::proto::GrpcCode;
 use crate::proto::RpcMethod;
+use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,9 +26,10 @@ use super::{deadline, status};
 use crate::proto::Priority;
 use crate::proto::codec::Growth;
 use crate::serve::capacity::{CapacityPool, CapacityShare};
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::RequestStage;
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
+use crate::serve::rpc::error::RequestError;
 
 /// Bytes of a message to health checks and reflection, which is a name. They are
 /// not counted: all of a connection's together are less than its window.
@@ -264,15 +266,15 @@ where
     tokio::time::timeout_at(deadline.into(), call)
         .await
         .unwrap_or_else(|_| {
-            let error = Error::DeadlineExceeded {
+            let error = StageError::DeadlineExceeded {
                 stage: RequestStage::Queue,
             };
-            Ok(status::of_call(&error).into_http())
+            Ok(status::of_stage(error).into_http())
         })
 }
 
 /// The class that a call belongs to: as its metadata says, else by its method.
-fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, Error> {
+fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestError> {
     let Some(given) = headers.get(PRIORITY) else {
         return Ok(match method {
             // A job over many images, unless its caller says otherwise.
@@ -283,7 +285,7 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, Error> {
     Priority::ALL
         .into_iter()
         .find(|class| given == class.label())
-        .ok_or_else(|| Error::PriorityUnknown {
+        .ok_or_else(|| RequestError::PriorityUnknown {
             given: String::from_utf8_lossy(given.as_bytes()).into_owned(),
         })
 }
@@ -326,7 +328,7 @@ fn correct(headers: &mut HeaderMap, request_bytes_max: u64, deadline: Option<Ins
         .map_or(&b""[..], HeaderValue::as_bytes);
     let code = code(headers);
     let status = if status::is_over_limit(code, message) {
-        status::of_call(&Error::MessageTooLarge {
+        status::of_call(&RequestError::MessageTooLarge {
             max: request_bytes_max,
         })
     } else if code == Code::Aborted {

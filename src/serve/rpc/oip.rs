@@ -21,8 +21,8 @@ use super::observe::AnswerBytes;
 use super::{WorkerService, respond, status};
 use crate::proto::inference as oip;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService;
-use crate::serve::error::Error;
 use crate::serve::readiness::Unready;
+use crate::serve::rpc::error::RequestError;
 
 /// The one version of the one model.
 const VERSION: &str = "1";
@@ -35,22 +35,22 @@ pub(super) struct Oip(pub(super) Arc<WorkerService>);
 
 impl Oip {
     /// Whether this model in this version is the one that is served.
-    fn check_model(&self, name: &str, version: &str) -> Result<(), Error> {
+    fn check_model(&self, name: &str, version: &str) -> Result<(), RequestError> {
         let shown = |text: &str| -> String { text.chars().take(TEXT_SHOWN).collect() };
         let served = &self.0.model.name;
         if name != served {
-            return Err(Error::ModelUnknown {
+            return Err(RequestError::ModelUnknown {
                 given: shown(name),
                 served: served.clone(),
             });
         }
         match version {
             "" | VERSION => Ok(()),
-            version if version.parse::<u64>().is_ok() => Err(Error::ModelUnknown {
+            version if version.parse::<u64>().is_ok() => Err(RequestError::ModelUnknown {
                 given: format!("{served}, version {}", shown(version)),
                 served: served.clone(),
             }),
-            version => Err(Error::OptionInvalid {
+            version => Err(RequestError::OptionInvalid {
                 field: "model_version",
                 problem: format!("{:?} is not a whole number", shown(version)),
             }),
@@ -60,7 +60,7 @@ impl Oip {
     async fn infer(
         &self,
         request: Request<oip::ModelInferRequest>,
-    ) -> Result<(oip::ModelInferResponse, AnswerBytes), Error> {
+    ) -> Result<(oip::ModelInferResponse, AnswerBytes), RequestError> {
         let (_, extensions, request) = request.into_parts();
         let origin = CallOrigin::of(&extensions);
         let arrived = extensions.get::<Arrived>().map(Arrived::take);
@@ -97,7 +97,7 @@ impl Oip {
 }
 
 /// An answer or an error, without bytes that it would hold.
-fn answer<T>(outcome: Result<T, Error>) -> Result<Response<T>, Status> {
+fn answer<T>(outcome: Result<T, RequestError>) -> Result<Response<T>, Status> {
     outcome
         .map(Response::new)
         .map_err(|error| status::of_call(&error))

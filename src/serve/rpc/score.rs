@@ -1,6 +1,7 @@
 //! Score: how likely the model finds images.
 
 use crate::proto;
+use crate::serve::error::StageError;
 use tonic::Request;
 
 use super::observe::AnswerBytes;
@@ -9,14 +10,14 @@ use crate::imaging::render;
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
 use crate::proto::pb;
-use crate::serve::error::Error;
 use crate::serve::job::{Answer, RequestedWork};
+use crate::serve::rpc::error::RequestError;
 
 /// Answers a call.
 pub(super) async fn score(
     service: &WorkerService,
     request: Request<pb::ScoreRequest>,
-) -> Result<(pb::ScoreResponse, AnswerBytes), Error> {
+) -> Result<(pb::ScoreResponse, AnswerBytes), RequestError> {
     service.facts()?;
     service.require(CallTask::Score)?;
     let (_, extensions, request) = request.into_parts();
@@ -49,7 +50,7 @@ pub(super) async fn score(
     };
     let results = tokio::task::spawn_blocking(results)
         .await
-        .map_err(|_| Error::Lost)?;
+        .map_err(|_| StageError::Lost)?;
     let response = pb::ScoreResponse {
         results,
         model_digest: service.model.digest.clone(),
@@ -65,7 +66,7 @@ struct Options {
     palette: Option<Vec<u8>>,
 }
 
-fn result(outcome: Result<Answer, Error>, options: &Options) -> pb::ScoreResult {
+fn result(outcome: Result<Answer, RequestError>, options: &Options) -> pb::ScoreResult {
     let outcome = match outcome.and_then(|answer| of(answer, options)) {
         Ok(score) => pb::score_result::Outcome::Score(score),
         Err(error) => pb::score_result::Outcome::Error(status::of_image(&error)),
@@ -76,9 +77,9 @@ fn result(outcome: Result<Answer, Error>, options: &Options) -> pb::ScoreResult 
 }
 
 #[expect(clippy::cast_precision_loss, reason = "an image has few tokens")]
-fn of(answer: Answer, options: &Options) -> Result<pb::Score, Error> {
+fn of(answer: Answer, options: &Options) -> Result<pb::Score, RequestError> {
     let Answer::Nll { tokens, nll } = answer else {
-        return Err(Error::Lost);
+        return Err(StageError::Lost.into());
     };
     let side = options.side;
     let nats: f64 = nll.iter().copied().map(f64::from).sum();
@@ -86,7 +87,8 @@ fn of(answer: Answer, options: &Options) -> Result<pb::Score, Error> {
     let complexity = match &options.palette {
         Some(palette) => {
             let best = png::Compression::High;
-            let file = render::png(&tokens, palette, side, 1, best).map_err(|_| Error::Lost)?;
+            let file =
+                render::png(&tokens, palette, side, 1, best).map_err(|_| StageError::Lost)?;
             Some(file.len() as f64 * 8.0 / nll.len().max(1) as f64)
         }
         None => None,

@@ -1,80 +1,94 @@
 //! The one table from errors to gRPC codes.
 
 use crate::proto::ERROR_DOMAIN;
+use crate::serve::error::StageError;
 use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::imaging::PreprocessError;
-use crate::serve::error::{Error, StreamEnd};
+use crate::serve::rpc::error::RequestError;
+use crate::serve::rpc::error::StreamEnd;
 
 /// The code and the machine-readable reason of each error.
-fn row(error: &Error) -> (Code, &'static str) {
+fn row(error: &RequestError) -> (Code, &'static str) {
     match error {
-        Error::Image(cause) => match &**cause {
-            PreprocessError::Panicked { .. } => (Code::Internal, "DECODER_PANICKED"),
-            _ => (Code::InvalidArgument, "IMAGE_INVALID"),
-        },
-        Error::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
-        Error::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
-        Error::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
-        Error::ResponseTooLarge { .. } | Error::SamplesTooLarge { .. } => {
+        RequestError::Stage(error) => stage_row(error),
+        RequestError::ImageMissing => (Code::InvalidArgument, "IMAGE_MISSING"),
+        RequestError::CallEmpty => (Code::InvalidArgument, "CALL_EMPTY"),
+        RequestError::CallTooLarge { .. } => (Code::InvalidArgument, "CALL_TOO_LARGE"),
+        RequestError::ResponseTooLarge { .. } | RequestError::SamplesTooLarge { .. } => {
             (Code::InvalidArgument, "RESPONSE_TOO_LARGE")
         }
-        Error::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
-        Error::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
-        Error::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
-        Error::LayersMissing { .. } => (Code::InvalidArgument, "LAYERS_MISSING"),
-        Error::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
-        Error::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
-        Error::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
-        Error::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
-        Error::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
-        Error::OfImage { cause, .. } => row(cause),
-        Error::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
-        Error::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
-        Error::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
-        Error::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
-        Error::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
-        Error::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
-        Error::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
-        Error::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
-        Error::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
-        Error::StreamMisused { .. } => (Code::InvalidArgument, "STREAM_MISUSED"),
-        Error::IdTooLong { .. } => (Code::InvalidArgument, "ID_TOO_LONG"),
-        Error::StreamEnded { cause, .. } => match cause {
+        RequestError::OptionUnknown { .. } => (Code::InvalidArgument, "OPTION_UNKNOWN"),
+        RequestError::OptionInvalid { .. } => (Code::InvalidArgument, "OPTION_INVALID"),
+        RequestError::TaskMissing { .. } => (Code::Unimplemented, "TASK_MISSING"),
+        RequestError::LayersMissing { .. } => (Code::InvalidArgument, "LAYERS_MISSING"),
+        RequestError::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
+        RequestError::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
+        RequestError::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
+        RequestError::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
+        RequestError::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
+        RequestError::OfImage { cause, .. } => row(cause),
+        RequestError::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
+        RequestError::PriorityUnknown { .. } => (Code::InvalidArgument, "PRIORITY_UNKNOWN"),
+        RequestError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
+        RequestError::RequestSlow { .. } => (Code::DeadlineExceeded, "REQUEST_SLOW"),
+        RequestError::StreamMisused { .. } => (Code::InvalidArgument, "STREAM_MISUSED"),
+        RequestError::IdTooLong { .. } => (Code::InvalidArgument, "ID_TOO_LONG"),
+        RequestError::StreamEnded { cause, .. } => match cause {
             StreamEnd::Draining => (Code::Unavailable, "DRAINING"),
             StreamEnd::ConnectionAge => (Code::Unavailable, "CONNECTION_AGE"),
             StreamEnd::Idle => (Code::Unavailable, "STREAM_IDLE"),
             StreamEnd::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
         },
-        Error::Draining => (Code::Unavailable, "DRAINING"),
-        Error::NotReady => (Code::Unavailable, "NOT_READY"),
-        Error::Engine(_) => (Code::Internal, "INFERENCE_FAILED"),
-        Error::Lost => (Code::Internal, "REQUEST_LOST"),
+        RequestError::Draining => (Code::Unavailable, "DRAINING"),
+    }
+}
+
+/// The same of errors that stages make.
+fn stage_row(error: &StageError) -> (Code, &'static str) {
+    match error {
+        StageError::Image(cause) => match &**cause {
+            PreprocessError::Panicked { .. } => (Code::Internal, "DECODER_PANICKED"),
+            _ => (Code::InvalidArgument, "IMAGE_INVALID"),
+        },
+        StageError::Full { .. } => (Code::ResourceExhausted, "WORKER_FULL"),
+        StageError::NeverFits { .. } => (Code::InvalidArgument, "NEVER_FITS"),
+        StageError::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        StageError::DeadlineTooShort { .. } => (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT"),
+        StageError::Cancelled { .. } => (Code::Cancelled, "CANCELLED"),
+        StageError::NotReady => (Code::Unavailable, "NOT_READY"),
+        StageError::Engine(_) => (Code::Internal, "INFERENCE_FAILED"),
+        StageError::Lost => (Code::Internal, "REQUEST_LOST"),
     }
 }
 
 /// The gRPC code of an error.
-pub(super) fn code(error: &Error) -> Code {
+pub(super) fn code(error: &RequestError) -> Code {
     row(error).0
 }
 
 /// The status that ends a whole call.
-pub(super) fn of_call(error: &Error) -> Status {
+pub(super) fn of_call(error: &RequestError) -> Status {
     let (code, reason) = row(error);
     let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata(error));
-    if let Error::Full { retry_after, .. } = error {
+    if let RequestError::Stage(StageError::Full { retry_after, .. }) = error {
         details.set_retry_info(Some(*retry_after));
     }
     Status::with_error_details(code, error.to_string(), details)
 }
 
+/// The status of a call that a stage ends.
+pub(super) fn of_stage(error: StageError) -> Status {
+    of_call(&error.into())
+}
+
 /// Numbers for a program that reads the status.
-fn metadata(error: &Error) -> HashMap<String, String> {
+fn metadata(error: &RequestError) -> HashMap<String, String> {
     match error {
-        Error::StreamEnded {
+        RequestError::StreamEnded {
             items_read,
             items_answered,
             ..
@@ -95,15 +109,15 @@ pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
         Code::OutOfRange => true,
         Code::ResourceExhausted => {
             // As it is, and as it is in a header.
-            message.starts_with(b"Error decompressing")
-                || message.starts_with(b"Error%20decompressing")
+            message.starts_with(b"RequestError decompressing")
+                || message.starts_with(b"RequestError%20decompressing")
         }
         _ => false,
     }
 }
 
 /// The status of one image.
-pub(super) fn of_image(error: &Error) -> tonic_types::Status {
+pub(super) fn of_image(error: &RequestError) -> tonic_types::Status {
     tonic_types::Status {
         code: code(error) as i32,
         message: error.to_string(),
@@ -126,37 +140,41 @@ mod tests {
     #[expect(clippy::too_many_lines, reason = "a table, a row an error")]
     fn each_error_has_its_code_and_reason() {
         let stage = RequestStage::Queue;
-        let ended = |cause| Error::StreamEnded {
+        let ended = |cause| RequestError::StreamEnded {
             cause,
             items_read: 3,
             items_answered: 3,
         };
-        let engine = || EngineError::Runtime("secret path".to_owned());
-        let rows: [(Error, Code, &str); 35] = [
+        let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
+        let rows: [(RequestError, Code, &str); 35] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
                 "IMAGE_INVALID",
             ),
-            (Error::ImageMissing, Code::InvalidArgument, "IMAGE_MISSING"),
-            (Error::CallEmpty, Code::InvalidArgument, "CALL_EMPTY"),
             (
-                Error::CallTooLarge { given: 2, max: 1 },
+                RequestError::ImageMissing,
+                Code::InvalidArgument,
+                "IMAGE_MISSING",
+            ),
+            (RequestError::CallEmpty, Code::InvalidArgument, "CALL_EMPTY"),
+            (
+                RequestError::CallTooLarge { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "CALL_TOO_LARGE",
             ),
             (
-                Error::ResponseTooLarge { given: 2, max: 1 },
+                RequestError::ResponseTooLarge { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "RESPONSE_TOO_LARGE",
             ),
             (
-                Error::SamplesTooLarge { given: 2, max: 1 },
+                RequestError::SamplesTooLarge { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "RESPONSE_TOO_LARGE",
             ),
             (
-                Error::OptionUnknown {
+                RequestError::OptionUnknown {
                     field: "fit",
                     value: 9,
                 },
@@ -164,7 +182,7 @@ mod tests {
                 "OPTION_UNKNOWN",
             ),
             (
-                Error::OptionInvalid {
+                RequestError::OptionInvalid {
                     field: "top_p",
                     problem: "7 is not above 0 and at most 1".to_owned(),
                 },
@@ -172,7 +190,7 @@ mod tests {
                 "OPTION_INVALID",
             ),
             (
-                Error::TaskMissing {
+                RequestError::TaskMissing {
                     task: CallTask::Embed,
                     file: "model.onnx",
                 },
@@ -180,7 +198,7 @@ mod tests {
                 "TASK_MISSING",
             ),
             (
-                Error::LayersMissing {
+                RequestError::LayersMissing {
                     given: vec![9],
                     served: "0 to 4".to_owned(),
                 },
@@ -188,12 +206,12 @@ mod tests {
                 "LAYERS_MISSING",
             ),
             (
-                Error::StatesMissing,
+                RequestError::StatesMissing,
                 Code::InvalidArgument,
                 "STATES_MISSING",
             ),
             (
-                Error::HeadUnknown {
+                RequestError::HeadUnknown {
                     given: "a".to_owned(),
                     known: "none".to_owned(),
                 },
@@ -201,14 +219,14 @@ mod tests {
                 "HEAD_UNKNOWN",
             ),
             (
-                Error::HeadContext {
+                RequestError::HeadContext {
                     head: "a".to_owned(),
                 },
                 Code::InvalidArgument,
                 "HEAD_CONTEXT",
             ),
             (
-                Error::ModelUnknown {
+                RequestError::ModelUnknown {
                     given: "a".to_owned(),
                     served: "b".to_owned(),
                 },
@@ -216,7 +234,7 @@ mod tests {
                 "MODEL_UNKNOWN",
             ),
             (
-                Error::TensorInvalid {
+                RequestError::TensorInvalid {
                     tensor: "image".to_owned(),
                     problem: "two".to_owned(),
                 },
@@ -224,7 +242,7 @@ mod tests {
                 "TENSOR_INVALID",
             ),
             (
-                Error::OfImage {
+                RequestError::OfImage {
                     index: 3,
                     cause: Box::new(engine().into()),
                 },
@@ -232,68 +250,75 @@ mod tests {
                 "INFERENCE_FAILED",
             ),
             (
-                Error::MessageTooLarge { max: 1 },
+                RequestError::MessageTooLarge { max: 1 },
                 Code::ResourceExhausted,
                 "MESSAGE_TOO_LARGE",
             ),
             (
-                Error::PriorityUnknown {
+                RequestError::PriorityUnknown {
                     given: "urgent".to_owned(),
                 },
                 Code::InvalidArgument,
                 "PRIORITY_UNKNOWN",
             ),
             (
-                Error::Full {
+                StageError::Full {
                     what: "images",
                     flag: "--images-in-flight-max",
                     retry_after: Duration::from_millis(1500),
-                },
+                }
+                .into(),
                 Code::ResourceExhausted,
                 "WORKER_FULL",
             ),
             (
-                Error::NeverFits {
+                StageError::NeverFits {
                     given: 2,
                     max: 1,
                     what: "images",
                     flag: "--images-in-flight-max",
-                },
+                }
+                .into(),
                 Code::InvalidArgument,
                 "NEVER_FITS",
             ),
             (
-                Error::DeadlineTooShort {
+                StageError::DeadlineTooShort {
                     needed: Duration::from_millis(400),
-                },
+                }
+                .into(),
                 Code::DeadlineExceeded,
                 "DEADLINE_TOO_SHORT",
             ),
             (
-                Error::Unauthenticated { problem: "a" },
+                RequestError::Unauthenticated { problem: "a" },
                 Code::Unauthenticated,
                 "UNAUTHENTICATED",
             ),
             (
-                Error::RequestSlow {
+                RequestError::RequestSlow {
                     max: std::time::Duration::from_secs(1),
                 },
                 Code::DeadlineExceeded,
                 "REQUEST_SLOW",
             ),
             (
-                Error::DeadlineExceeded { stage },
+                StageError::DeadlineExceeded { stage }.into(),
                 Code::DeadlineExceeded,
                 "DEADLINE_EXCEEDED",
             ),
-            (Error::Cancelled { stage }, Code::Cancelled, "CANCELLED"),
             (
-                Error::StreamMisused { problem: "twice" },
+                StageError::Cancelled { stage }.into(),
+                Code::Cancelled,
+                "CANCELLED",
+            ),
+            (
+                RequestError::StreamMisused { problem: "twice" },
                 Code::InvalidArgument,
                 "STREAM_MISUSED",
             ),
             (
-                Error::IdTooLong { given: 2, max: 1 },
+                RequestError::IdTooLong { given: 2, max: 1 },
                 Code::InvalidArgument,
                 "ID_TOO_LONG",
             ),
@@ -309,10 +334,10 @@ mod tests {
                 Code::DeadlineExceeded,
                 "DEADLINE_EXCEEDED",
             ),
-            (Error::Draining, Code::Unavailable, "DRAINING"),
-            (Error::NotReady, Code::Unavailable, "NOT_READY"),
+            (RequestError::Draining, Code::Unavailable, "DRAINING"),
+            (StageError::NotReady.into(), Code::Unavailable, "NOT_READY"),
             (engine().into(), Code::Internal, "INFERENCE_FAILED"),
-            (Error::Lost, Code::Internal, "REQUEST_LOST"),
+            (StageError::Lost.into(), Code::Internal, "REQUEST_LOST"),
         ];
         let known = include_str!("../../../tests/outside/reasons.txt");
         let mut reasons: Vec<String> = rows
@@ -342,22 +367,26 @@ mod tests {
 
     #[test]
     fn a_full_worker_says_when_to_come_back() {
-        let full = Error::Full {
+        let full = StageError::Full {
             what: "images",
             flag: "--images-in-flight-max",
             retry_after: Duration::from_millis(1500),
         };
-        let status = of_call(&full);
+        let status = of_stage(full);
         let retry = status.get_details_retry_info().expect("a RetryInfo");
         assert_eq!(retry.retry_delay, Some(Duration::from_millis(1500)));
         assert!(status.message().ends_with("retry after 1s 500ms"));
-        assert!(of_call(&Error::Draining).get_details_retry_info().is_none());
+        assert!(
+            of_call(&RequestError::Draining)
+                .get_details_retry_info()
+                .is_none()
+        );
     }
 
     #[test]
     fn a_stream_that_was_ended_says_how_far_it_came() {
         let ended = |items_answered| {
-            of_call(&Error::StreamEnded {
+            of_call(&RequestError::StreamEnded {
                 cause: StreamEnd::Draining,
                 items_read: 7,
                 items_answered,
@@ -380,7 +409,7 @@ mod tests {
 
     #[test]
     fn a_decoder_panic_is_internal() {
-        let error = Error::from(PreprocessError::Panicked {
+        let error = RequestError::from(PreprocessError::Panicked {
             format: crate::imaging::ImageFormat::Png,
         });
         assert_eq!(row(&error), (Code::Internal, "DECODER_PANICKED"));
@@ -388,7 +417,7 @@ mod tests {
 
     #[test]
     fn a_runtime_message_stays_in_the_log() {
-        let error = Error::from(EngineError::Runtime("/secret/path".to_owned()));
-        assert!(!of_call(&error).message().contains("secret"));
+        let error = StageError::from(EngineError::Runtime("/secret/path".to_owned()));
+        assert!(!of_stage(error).message().contains("secret"));
     }
 }

@@ -15,6 +15,7 @@
 
 pub(super) mod outbox;
 
+use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -41,10 +42,11 @@ use crate::proto::pb;
 use crate::proto::pb::embed_stream_request::Message;
 use crate::serve::admission::{Admission, Bytes, PendingAnswers, StreamItem};
 use crate::serve::config::LimitsConfig;
-use crate::serve::error::{Error, StreamEnd};
 use crate::serve::job::Answer;
 use crate::serve::metrics::StreamOpen;
 use crate::serve::readiness::Readiness;
+use crate::serve::rpc::error::RequestError;
+use crate::serve::rpc::error::StreamEnd;
 
 /// Bytes of an item's id: enough for any path or URL.
 const ID_BYTES_MAX: usize = 1024;
@@ -67,7 +69,7 @@ pub(super) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub(super) fn open(
     service: &WorkerService,
     request: Request<Requests>,
-) -> Result<EmbedAnswers, Error> {
+) -> Result<EmbedAnswers, RequestError> {
     let facts = service.facts()?;
     service.require(CallTask::Embed)?;
     let (_, extensions, requests) = request.into_parts();
@@ -145,7 +147,7 @@ struct Plan {
 /// An item that was let in, or why not.
 struct Submitted {
     id: String,
-    pending: Result<PendingAnswers, Error>,
+    pending: Result<PendingAnswers, RequestError>,
     /// Its part of the stream's own share.
     bytes: usize,
 }
@@ -153,7 +155,7 @@ struct Submitted {
 /// An item that has come to its end.
 struct Done {
     id: String,
-    outcome: Result<Answer, Error>,
+    outcome: Result<Answer, RequestError>,
     place: WindowPermit,
 }
 
@@ -202,8 +204,11 @@ impl InFlight {
 async fn done(item: Submitted) -> Done {
     let (outcome, share) = match item.pending {
         Ok(mut pending) => {
-            let outcome = pending.next().await.unwrap_or(Err(Error::Lost));
-            (outcome, Some(Arc::clone(&pending.bytes)))
+            let outcome = pending.next().await.unwrap_or(Err(StageError::Lost));
+            (
+                outcome.map_err(RequestError::from),
+                Some(Arc::clone(&pending.bytes)),
+            )
         }
         Err(error) => (Err(error), None),
     };
@@ -225,7 +230,7 @@ enum Close {
     /// The worker wants the client elsewhere.
     Elsewhere(StreamEnd),
     /// Something concerns all items.
-    Failed(Error),
+    Failed(RequestError),
     /// The request's body ended in an error.
     Broken(Status),
 }
@@ -238,7 +243,7 @@ impl Session {
             () = self.converse(requests) => return,
         };
         // The items in the worker have been dropped with the conversation.
-        let error = Error::StreamEnded {
+        let error = RequestError::StreamEnded {
             cause,
             items_read: self.n_read,
             items_answered: self.outbox.n_taken(),
@@ -309,7 +314,7 @@ impl Session {
     async fn close(&mut self, close: Close) {
         let end = match close {
             Close::Sent => Ok(()),
-            Close::Elsewhere(cause) => Err(status::of_call(&Error::StreamEnded {
+            Close::Elsewhere(cause) => Err(status::of_call(&RequestError::StreamEnded {
                 cause,
                 items_read: self.n_read,
                 items_answered: self.n_read - self.unanswered,
@@ -328,7 +333,7 @@ impl Session {
         request: Result<Option<pb::EmbedStreamRequest>, Status>,
         plan: &mut Option<Plan>,
     ) -> Result<Taken, Close> {
-        let misused = |problem| Err(Close::Failed(Error::StreamMisused { problem }));
+        let misused = |problem| Err(Close::Failed(RequestError::StreamMisused { problem }));
         let Some(request) = request.map_err(Close::Broken)? else {
             return match plan {
                 Some(_) => Err(Close::Sent),
@@ -348,7 +353,7 @@ impl Session {
         }
     }
 
-    fn settle(&self, options: &pb::EmbedStreamOptions) -> Result<(Plan, pb::Order), Error> {
+    fn settle(&self, options: &pb::EmbedStreamOptions) -> Result<(Plan, pb::Order), RequestError> {
         let embedding = Embedding::new(options, &self.model, &self.facts)?;
         let order = match convert::order(options.order)? {
             pb::Order::Unspecified | pb::Order::AsDone => pb::Order::AsDone,
@@ -357,7 +362,7 @@ impl Session {
         let tensor_bytes = embedding.n_values() * convert::dtype_bytes(embedding.dtype);
         let response_bytes_max = self.limits.response_bytes_max.as_u64();
         if tensor_bytes as u64 > response_bytes_max {
-            return Err(Error::ResponseTooLarge {
+            return Err(RequestError::ResponseTooLarge {
                 given: tensor_bytes as u64,
                 max: response_bytes_max,
             });
@@ -401,7 +406,7 @@ impl Session {
             let given = id.len();
             id.truncate(id.floor_char_boundary(ID_BYTES_MAX));
             id.shrink_to_fit();
-            Err(Error::IdTooLong {
+            Err(RequestError::IdTooLong {
                 given,
                 max: ID_BYTES_MAX,
             })
@@ -438,6 +443,7 @@ impl Session {
         Box::pin(async move {
             outbox.room(bytes, bytes_max).await;
             let pending = admission.submit_when_room(item).await;
+            let pending = pending.map_err(RequestError::from);
             Submitted { id, pending, bytes }
         })
     }
@@ -447,7 +453,7 @@ impl Session {
     fn answer(&mut self, item: Done, plan: Option<&Plan>) -> Result<(), Close> {
         let outcome = match (item.outcome, plan) {
             (Ok(answer), Some(plan)) => plan.embedding.tensor(answer),
-            (Ok(_), None) => Err(Error::Lost),
+            (Ok(_), None) => Err(StageError::Lost.into()),
             (Err(error), _) => Err(error),
         };
         self.tally
@@ -458,9 +464,9 @@ impl Session {
                 self.unanswered += 1;
                 self.outbox.forget(&item.place);
                 return Err(match error {
-                    Error::DeadlineExceeded { .. } | Error::DeadlineTooShort { .. } => {
-                        Close::Elsewhere(StreamEnd::Deadline)
-                    }
+                    RequestError::Stage(
+                        StageError::DeadlineExceeded { .. } | StageError::DeadlineTooShort { .. },
+                    ) => Close::Elsewhere(StreamEnd::Deadline),
                     error => Close::Failed(error),
                 });
             }
@@ -485,7 +491,8 @@ impl Drop for Session {
         // to take it.
         if std::thread::panicking() {
             self.set_code(Code::Internal);
-            self.outbox.abandon(status::of_call(&Error::Lost));
+            self.outbox
+                .abandon(status::of_call(&StageError::Lost.into()));
         }
     }
 }
@@ -497,8 +504,8 @@ enum Taken {
 }
 
 /// An item may need more than there is; the next one may not.
-fn ends_stream(error: &Error) -> bool {
-    error.ends_call() && !matches!(error, Error::NeverFits { .. })
+fn ends_stream(error: &RequestError) -> bool {
+    error.ends_call() && !matches!(error, RequestError::Stage(StageError::NeverFits { .. }))
 }
 
 /// What is in there, once it is; for ever if nothing is.

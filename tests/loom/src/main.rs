@@ -61,7 +61,7 @@ mod proto {
 mod serve {
     pub mod error {
         #[derive(Debug, Clone)]
-        pub enum Error {
+        pub enum StageError {
             Gone,
             NotReady,
         }
@@ -80,7 +80,7 @@ mod serve {
         use loom::sync::atomic::{AtomicUsize, Ordering};
 
         use crate::proto::Priority;
-        use crate::serve::error::{Error, RequestStage};
+        use crate::serve::error::{StageError, RequestStage};
 
         /// Counts how often it was answered.
         #[derive(Debug)]
@@ -101,11 +101,11 @@ mod serve {
                 }
             }
 
-            pub fn dead(&self, _now: Instant, _stage: RequestStage) -> Option<Error> {
-                self.gone.then_some(Error::Gone)
+            pub fn dead(&self, _now: Instant, _stage: RequestStage) -> Option<StageError> {
+                self.gone.then_some(StageError::Gone)
             }
 
-            pub fn finish(self, _outcome: Result<(), Error>) {
+            pub fn finish(self, _outcome: Result<(), StageError>) {
                 self.answers.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -122,7 +122,7 @@ mod serve {
         pub struct Metrics;
 
         impl Metrics {
-            pub fn dead(&self, _error: &crate::serve::error::Error) {}
+            pub fn dead(&self, _error: &crate::serve::error::StageError) {}
         }
     }
 }

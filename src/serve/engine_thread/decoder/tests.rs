@@ -14,7 +14,7 @@ use crate::serve::sequence::Sampling;
 const COLORS: u16 = 50;
 const SIDE: usize = 8;
 
-type Outcome = oneshot::Receiver<Result<Answer, Error>>;
+type Outcome = oneshot::Receiver<Result<Answer, StageError>>;
 
 struct Bench {
     decoder: Decoder,
@@ -306,7 +306,7 @@ fn whoever_has_gone_or_is_late_leaves_at_the_next_step() {
     assert_eq!(bench.decoder.sequences().n_free, 2);
     assert!(matches!(
         late_outcome.try_recv(),
-        Ok(Err(Error::DeadlineExceeded { .. }))
+        Ok(Err(StageError::DeadlineExceeded { .. }))
     ));
 }
 
@@ -334,7 +334,7 @@ fn a_step_that_fails_fails_only_whom_it_cannot_compute() {
                 assert!(!fails);
                 assert_eq!(*tokens, *image);
             }
-            Err(Error::Engine(_)) => assert!(fails),
+            Err(StageError::Engine(_)) => assert!(fails),
             other => panic!("{other:?}"),
         }
     }
@@ -350,6 +350,6 @@ fn a_device_that_fails_ends_the_engine() {
     let mut outcome = bench.join(&[]);
     let error = bench.decoder.step(&mut bench.engine).expect_err("fatal");
     assert!(matches!(error, EngineError::Device(_)));
-    bench.decoder.refuse(&Error::NotReady);
-    assert!(matches!(outcome.try_recv(), Ok(Err(Error::NotReady))));
+    bench.decoder.refuse(&StageError::NotReady);
+    assert!(matches!(outcome.try_recv(), Ok(Err(StageError::NotReady))));
 }

@@ -1,6 +1,7 @@
 //! One inference request: what it asks for, and its answer.
 
 use crate::proto::GrpcCode;
+use crate::serve::error::StageError;
 use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -18,9 +19,10 @@ use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
 use crate::proto::pb;
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::{Error, RequestStage};
+use crate::serve::error::RequestStage;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::embedding::Embedding;
+use crate::serve::rpc::error::RequestError;
 use crate::serve::rpc::observe::{AnswerBytes, Deadline};
 use crate::serve::rpc::{Ask, Submitted, WorkerService, call_bytes, convert, status};
 
@@ -95,7 +97,7 @@ pub(super) struct PreparedInfer {
     plan: Plan,
     /// Of each output, in their order.
     asks: Vec<Ask>,
-    pictures: Vec<Result<ImageRequest, Error>>,
+    pictures: Vec<Result<ImageRequest, RequestError>>,
 }
 
 /// A request in the worker.
@@ -111,7 +113,7 @@ impl PreparedInfer {
         oip: &Oip,
         mut request: ModelInferRequest,
         origin: CallOrigin,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, RequestError> {
         let service = &*oip.0;
         let facts = service.facts()?;
         oip.check_model(&request.model_name, &request.model_version)?;
@@ -154,7 +156,11 @@ impl PreparedInfer {
     }
 
     /// Sends it down the line, with what was taken for it as it arrived.
-    pub(super) fn submit(self, oip: &Oip, arrived: CapacityShare) -> Result<RunningInfer, Error> {
+    pub(super) fn submit(
+        self,
+        oip: &Oip,
+        arrived: CapacityShare,
+    ) -> Result<RunningInfer, RequestError> {
         let plan = self.plan;
         let submitted = oip.0.submit(
             self.pictures,
@@ -172,15 +178,16 @@ impl RunningInfer {
     pub(super) async fn finish(
         self,
         oip: &Oip,
-    ) -> Result<(ModelInferResponse, AnswerBytes), Error> {
+    ) -> Result<(ModelInferResponse, AnswerBytes), RequestError> {
         let (plan, submitted) = (self.plan, self.submitted);
         let outcomes = async {
             match plan.deadline {
                 Some(deadline) => tokio::time::timeout_at(deadline.into(), submitted.outcomes())
                     .await
-                    .unwrap_or(Err(Error::DeadlineExceeded {
+                    .unwrap_or(Err(StageError::DeadlineExceeded {
                         stage: RequestStage::Queue,
-                    })),
+                    }
+                    .into())),
                 None => submitted.outcomes().await,
             }
         };
@@ -200,12 +207,12 @@ fn outputs(
     request: &ModelInferRequest,
     options: &OutputOptions,
     manner: &RequestParameters,
-) -> Result<(Vec<Output>, Option<usize>), Error> {
+) -> Result<(Vec<Output>, Option<usize>), RequestError> {
     if request.outputs.is_empty() {
         let name = metadata::default_output(service);
         return Ok((vec![output(service, facts, manner, name, options)?], None));
     }
-    let invalid = |problem: String| Error::TensorInvalid {
+    let invalid = |problem: String| RequestError::TensorInvalid {
         tensor: "outputs".to_owned(),
         problem,
     };
@@ -242,7 +249,7 @@ fn output(
     manner: &RequestParameters,
     name: &str,
     options: &OutputOptions,
-) -> Result<Output, Error> {
+) -> Result<Output, RequestError> {
     let features = |name, pooling: i32| {
         service.require(CallTask::Embed)?;
         let embedding = Embedding::new(
@@ -300,7 +307,7 @@ fn output(
         }),
         name => {
             let given: String = name.chars().take(TEXT_SHOWN).collect();
-            Err(Error::TensorInvalid {
+            Err(RequestError::TensorInvalid {
                 tensor: "outputs".to_owned(),
                 problem: format!(
                     "{given:?} is none; name {EMBEDDING}, {LAST_HIDDEN_STATE}, {LOGITS}, {NLL} or \
@@ -316,7 +323,7 @@ fn logits(
     facts: &EngineFacts,
     options: &OutputOptions,
     ask: impl Fn(RequestedWork, usize) -> Ask,
-) -> Result<Output, Error> {
+) -> Result<Output, RequestError> {
     let head = convert::head(&service.heads, &options.head, &service.model)?;
     let (work, n_computed) = if let Some(head) = head {
         // What travels down the line are the features.
@@ -405,7 +412,12 @@ impl Tensor {
     }
 
     /// One image's answer.
-    fn put(&mut self, kind: &Kind, service: &WorkerService, answer: Answer) -> Result<(), Error> {
+    fn put(
+        &mut self,
+        kind: &Kind,
+        service: &WorkerService,
+        answer: Answer,
+    ) -> Result<(), RequestError> {
         match (kind, answer) {
             (Kind::Features(embedding), answer) => {
                 let row = embedding.tensor(answer)?.data;
@@ -434,7 +446,7 @@ impl Tensor {
                     self.raw.put_i32_le(token.into());
                 }
             }
-            _ => return Err(Error::Lost),
+            _ => return Err(StageError::Lost.into()),
         }
         Ok(())
     }
@@ -488,8 +500,8 @@ impl Plan {
     fn response(
         self,
         service: &WorkerService,
-        outcomes: Vec<Result<Answer, Error>>,
-    ) -> Result<ModelInferResponse, Error> {
+        outcomes: Vec<Result<Answer, RequestError>>,
+    ) -> Result<ModelInferResponse, RequestError> {
         let facts = &self.facts;
         let n_images = self.n_images;
         let mut tensors: Vec<Tensor> = self
@@ -504,7 +516,7 @@ impl Plan {
             for (output, tensor) in self.outputs.iter().zip(&mut tensors) {
                 let put = outcomes
                     .next()
-                    .unwrap_or(Err(Error::Lost))
+                    .unwrap_or(Err(StageError::Lost.into()))
                     .and_then(|answer| tensor.put(&output.kind, service, answer));
                 if let Err(cause) = put {
                     tensor.skip();
@@ -514,7 +526,7 @@ impl Plan {
             match failed {
                 Some(cause) if !self.partial => {
                     let cause = Box::new(cause);
-                    return Err(Error::OfImage { index, cause });
+                    return Err(RequestError::OfImage { index, cause });
                 }
                 Some(cause) => {
                     let code = GrpcCode::from(status::code(&cause));

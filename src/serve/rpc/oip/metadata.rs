@@ -13,8 +13,8 @@ use crate::model::graph::Norm;
 use crate::proto::inference as oip;
 use crate::proto::inference::DataType;
 use crate::proto::inference::model_metadata_response::TensorMetadata;
-use crate::serve::error::Error;
 use crate::serve::rpc::WorkerService;
+use crate::serve::rpc::error::RequestError;
 
 /// What runs the model, as Triton names it.
 const PLATFORM: &str = "onnxruntime_onnx";
@@ -132,7 +132,7 @@ pub(super) fn server() -> oip::ServerMetadataResponse {
     }
 }
 
-pub(super) fn model(service: &WorkerService) -> Result<oip::ModelMetadataResponse, Error> {
+pub(super) fn model(service: &WorkerService) -> Result<oip::ModelMetadataResponse, RequestError> {
     let facts = service.facts()?;
     let tensors = |tensors: Vec<Tensor>| tensors.into_iter().map(Tensor::metadata).collect();
     Ok(oip::ModelMetadataResponse {
@@ -176,7 +176,7 @@ fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, S
     properties.into_iter().collect()
 }
 
-pub(super) fn config(service: &WorkerService) -> Result<oip::ModelConfigResponse, Error> {
+pub(super) fn config(service: &WorkerService) -> Result<oip::ModelConfigResponse, RequestError> {
     let facts = service.facts()?;
     let limits = &service.limits;
     let input = |tensor: Tensor| oip::ModelInput {

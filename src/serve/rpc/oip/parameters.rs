@@ -11,7 +11,7 @@ use crate::proto::Priority;
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::pb;
-use crate::serve::error::Error;
+use crate::serve::rpc::error::RequestError;
 
 type Parameters = HashMap<String, InferParameter>;
 
@@ -65,7 +65,7 @@ const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"
 /// The parameters of a request.
 pub(super) fn of_request(
     parameters: &Parameters,
-) -> Result<(RequestParameters, OutputOptions), Error> {
+) -> Result<(RequestParameters, OutputOptions), RequestError> {
     let (mut manner, mut options) = (RequestParameters::default(), OutputOptions::default());
     for (name, parameter) in parameters {
         match name.as_str() {
@@ -96,7 +96,7 @@ pub(super) fn of_request(
 pub(super) fn of_output(
     options: &OutputOptions,
     parameters: &Parameters,
-) -> Result<OutputOptions, Error> {
+) -> Result<OutputOptions, RequestError> {
     let mut options = options.clone();
     for (name, parameter) in parameters {
         refuse_misplaced(name)?;
@@ -108,7 +108,7 @@ pub(super) fn of_output(
 }
 
 /// An input has none of ours.
-pub(super) fn of_input(parameters: &Parameters) -> Result<(), Error> {
+pub(super) fn of_input(parameters: &Parameters) -> Result<(), RequestError> {
     for (name, parameter) in parameters {
         refuse_misplaced(name)?;
         if OutputOptions::default().set(name, parameter)? {
@@ -119,16 +119,16 @@ pub(super) fn of_input(parameters: &Parameters) -> Result<(), Error> {
     Ok(())
 }
 
-fn refuse_misplaced(name: &str) -> Result<(), Error> {
+fn refuse_misplaced(name: &str) -> Result<(), RequestError> {
     if OF_REQUESTS.contains(&name) {
         return Err(misplaced(name));
     }
     Ok(())
 }
 
-fn misplaced(name: &str) -> Error {
+fn misplaced(name: &str) -> RequestError {
     let name: String = name.chars().take(TEXT_SHOWN).collect();
-    Error::OptionInvalid {
+    RequestError::OptionInvalid {
         field: "parameters",
         problem: format!("{name} is not a tensor's but the request's"),
     }
@@ -140,7 +140,7 @@ fn ignored(name: &str) {
 
 impl OutputOptions {
     /// Takes a parameter, or says that it has no such one.
-    fn set(&mut self, name: &str, parameter: &InferParameter) -> Result<bool, Error> {
+    fn set(&mut self, name: &str, parameter: &InferParameter) -> Result<bool, RequestError> {
         match name {
             "layer" => self.layers = layers(parameter)?,
             "norm" => self.norm = choice("norm", parameter, &NORMS)?.into(),
@@ -171,11 +171,11 @@ fn class(priority: u64) -> Option<Priority> {
     }
 }
 
-fn invalid(field: &'static str, problem: String) -> Error {
-    Error::OptionInvalid { field, problem }
+fn invalid(field: &'static str, problem: String) -> RequestError {
+    RequestError::OptionInvalid { field, problem }
 }
 
-fn whole(field: &'static str, parameter: &InferParameter) -> Result<u64, Error> {
+fn whole(field: &'static str, parameter: &InferParameter) -> Result<u64, RequestError> {
     match parameter.parameter_choice {
         Some(ParameterChoice::Uint64Param(value)) => Ok(value),
         Some(ParameterChoice::Int64Param(value)) => {
@@ -185,14 +185,14 @@ fn whole(field: &'static str, parameter: &InferParameter) -> Result<u64, Error> 
     }
 }
 
-fn truth(field: &'static str, parameter: &InferParameter) -> Result<bool, Error> {
+fn truth(field: &'static str, parameter: &InferParameter) -> Result<bool, RequestError> {
     match parameter.parameter_choice {
         Some(ParameterChoice::BoolParam(value)) => Ok(value),
         _ => Err(invalid(field, "it must be a bool_param".to_owned())),
     }
 }
 
-fn text<'a>(field: &'static str, parameter: &'a InferParameter) -> Result<&'a str, Error> {
+fn text<'a>(field: &'static str, parameter: &'a InferParameter) -> Result<&'a str, RequestError> {
     match &parameter.parameter_choice {
         Some(ParameterChoice::StringParam(value)) => Ok(value),
         _ => Err(invalid(field, "it must be a string_param".to_owned())),
@@ -203,7 +203,7 @@ fn choice<T: Copy>(
     field: &'static str,
     parameter: &InferParameter,
     choices: &[(&str, T)],
-) -> Result<T, Error> {
+) -> Result<T, RequestError> {
     let given = text(field, parameter)?;
     let known = choices
         .iter()
@@ -220,7 +220,7 @@ fn choice<T: Copy>(
 }
 
 /// One layer as a number, or several as text: "4,8".
-fn layers(parameter: &InferParameter) -> Result<Vec<u32>, Error> {
+fn layers(parameter: &InferParameter) -> Result<Vec<u32>, RequestError> {
     let refuse = |given: &str| {
         let given: String = given.chars().take(TEXT_SHOWN).collect();
         invalid(

@@ -7,6 +7,7 @@
 //! would be by ModelInfer, and a request that fails does not end the stream.
 
 use crate::proto::GrpcCode;
+use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -21,10 +22,11 @@ use super::Oip;
 use super::infer::{CallOrigin, PreparedInfer};
 use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::{Error, StreamEnd};
 use crate::serve::metrics::StreamOpen;
 use crate::serve::rpc::arriving;
 use crate::serve::rpc::arriving::Arrived;
+use crate::serve::rpc::error::RequestError;
+use crate::serve::rpc::error::StreamEnd;
 use crate::serve::rpc::listen::Peer;
 use crate::serve::rpc::observe::{AnswerBytes, CallCourse, CallEnding, InProgress};
 use crate::serve::rpc::status;
@@ -37,7 +39,7 @@ use crate::serve::rpc::stream::{
 type Requests = Streaming<ModelInferRequest>;
 
 /// Opens a stream, which needs no opening message.
-pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers, Error> {
+pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers, RequestError> {
     let service = &oip.0;
     service.facts()?;
     let (_, extensions, requests) = request.into_parts();
@@ -94,7 +96,7 @@ struct Session {
 struct Ready {
     id: String,
     arrived: Instant,
-    prepared: Result<PreparedInfer, Error>,
+    prepared: Result<PreparedInfer, RequestError>,
     /// Share that was taken for the message as it arrived.
     share: CapacityShare,
     /// Its part of the stream's own share.
@@ -123,7 +125,7 @@ impl Session {
     }
 
     fn ended(&self, cause: StreamEnd, items_answered: u64) -> Status {
-        status::of_call(&Error::StreamEnded {
+        status::of_call(&RequestError::StreamEnded {
             cause,
             items_read: self.n_read,
             items_answered,
@@ -228,7 +230,8 @@ impl Drop for Session {
         // to take it.
         if std::thread::panicking() {
             self.set_code(Code::Internal);
-            self.outbox.abandon(status::of_call(&Error::Lost));
+            self.outbox
+                .abandon(status::of_call(&StageError::Lost.into()));
         }
     }
 }
@@ -237,7 +240,7 @@ impl Drop for Session {
 fn answer(
     oip: &Oip,
     id: String,
-    outcome: Result<(ModelInferResponse, AnswerBytes), Error>,
+    outcome: Result<(ModelInferResponse, AnswerBytes), RequestError>,
 ) -> (ModelStreamInferResponse, Option<AnswerBytes>) {
     let (error_message, response, held) = match outcome {
         Ok((response, held)) => (String::new(), response, Some(held)),

@@ -8,7 +8,7 @@ use crate::imaging::ImageRequest;
 use crate::imaging::{ImageInput, PreprocessOptions};
 use crate::proto::inference::model_infer_request::InferInputTensor;
 use crate::proto::inference::{InferTensorContents, ModelInferRequest};
-use crate::serve::error::Error;
+use crate::serve::rpc::error::RequestError;
 
 /// Before each element of a BYTES tensor in raw form: its length.
 const LENGTH_BYTES: usize = 4;
@@ -50,8 +50,8 @@ pub(super) const IMAGE: &str = "image";
 pub(super) const INPUT_IDS: &str = "input_ids";
 pub(super) const PIXELS: &str = "pixels";
 
-fn invalid(tensor: &str, problem: impl Into<String>) -> Error {
-    Error::TensorInvalid {
+fn invalid(tensor: &str, problem: impl Into<String>) -> RequestError {
+    RequestError::TensorInvalid {
         tensor: tensor.to_owned(),
         problem: problem.into(),
     }
@@ -59,7 +59,10 @@ fn invalid(tensor: &str, problem: impl Into<String>) -> Error {
 
 impl InferInput {
     /// Takes the input out of a request for a model of so many positions.
-    pub(super) fn take(request: &mut ModelInferRequest, positions: usize) -> Result<Self, Error> {
+    pub(super) fn take(
+        request: &mut ModelInferRequest,
+        positions: usize,
+    ) -> Result<Self, RequestError> {
         let mut inputs = std::mem::take(&mut request.inputs);
         let raw = std::mem::take(&mut request.raw_input_contents);
         let n_inputs = inputs.len();
@@ -95,7 +98,7 @@ impl InferInput {
     pub(super) fn pictures(
         self,
         options: PreprocessOptions,
-    ) -> Result<Vec<Result<ImageRequest, Error>>, Error> {
+    ) -> Result<Vec<Result<ImageRequest, RequestError>>, RequestError> {
         let (name, n_images, n_each) = (self.name, self.n_images, self.n_each);
         let n_elements = n_images
             .checked_mul(n_each)
@@ -180,7 +183,7 @@ fn form(
     name: &'static str,
     tensor: &InferInputTensor,
     positions: usize,
-) -> Result<(Form, usize, usize), Error> {
+) -> Result<(Form, usize, usize), RequestError> {
     let refuse_datatype = |wanted: &str| {
         let given: String = tensor.datatype.chars().take(TEXT_SHOWN).collect();
         Err(invalid(
@@ -240,7 +243,7 @@ fn contents(
     name: &'static str,
     tensor: InferInputTensor,
     mut raw: Vec<Bytes>,
-) -> Result<Contents, Error> {
+) -> Result<Contents, RequestError> {
     match (raw.len(), tensor.contents) {
         (0, Some(typed)) => Ok(Contents::Typed(typed)),
         (0, None) => Err(invalid(
@@ -259,7 +262,12 @@ fn contents(
     }
 }
 
-fn check_raw(name: &str, n_bytes: usize, n_elements: usize, width: usize) -> Result<(), Error> {
+fn check_raw(
+    name: &str,
+    n_bytes: usize,
+    n_elements: usize,
+    width: usize,
+) -> Result<(), RequestError> {
     if n_elements.checked_mul(width) == Some(n_bytes) {
         return Ok(());
     }
@@ -272,7 +280,12 @@ fn check_raw(name: &str, n_bytes: usize, n_elements: usize, width: usize) -> Res
     ))
 }
 
-fn check_typed(name: &str, field: &str, n_given: usize, n_elements: usize) -> Result<(), Error> {
+fn check_typed(
+    name: &str,
+    field: &str,
+    n_given: usize,
+    n_elements: usize,
+) -> Result<(), RequestError> {
     if n_given == n_elements {
         return Ok(());
     }
@@ -283,7 +296,7 @@ fn check_typed(name: &str, field: &str, n_given: usize, n_elements: usize) -> Re
 }
 
 /// The elements of a BYTES tensor in raw form, which share its memory.
-fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>, Error> {
+fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>, RequestError> {
     let truncated = |idx: usize| {
         invalid(
             name,
@@ -316,11 +329,11 @@ fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>,
 }
 
 /// Tokens, if each may be one. Whether the palette has them is seen later.
-fn ids(ids: impl Iterator<Item = i64>) -> Result<ImageInput, Error> {
+fn ids(ids: impl Iterator<Item = i64>) -> Result<ImageInput, RequestError> {
     ids.map(|id| {
         u32::try_from(id).map_err(|_| invalid(INPUT_IDS, format!("{id} is no color's token")))
     })
-    .collect::<Result<Vec<u32>, Error>>()
+    .collect::<Result<Vec<u32>, RequestError>>()
     .map(ImageInput::Tokens)
 }
 
