@@ -109,8 +109,8 @@ pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
         Code::OutOfRange => true,
         Code::ResourceExhausted => {
             // As it is, and as it is in a header.
-            message.starts_with(b"RequestError decompressing")
-                || message.starts_with(b"RequestError%20decompressing")
+            message.starts_with(b"Error decompressing")
+                || message.starts_with(b"Error%20decompressing")
         }
         _ => false,
     }
