@@ -499,10 +499,10 @@ def unseen_problems(exported, named):
 def gpu_only_problems(exported):
     """What is taken on trust of a worker on a GPU is in its source, all of it, and
     is not what every worker exports."""
-    source = pathlib.Path("src/metrics/gpu.rs").read_text()
-    made = set(re.findall(r'const [A-Z_]+: &str = "(imagegpt_\w+)";', source))
+    source = pathlib.Path("src/serve/metrics/gpu.rs").read_text()
+    made = set(re.findall(r'device_gauge\(\s*"(imagegpt_\w+)"', source))
     for name in sorted(made ^ set(queries.GPU_ONLY)):
-        yield f"{name} is not both in src/metrics/gpu.rs and in queries.py"
+        yield f"{name} is not both in src/serve/metrics/gpu.rs and in queries.py"
     for name in sorted(set(exported) & set(queries.GPU_ONLY)):
         yield f"{name} is exported without a GPU"
 

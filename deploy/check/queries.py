@@ -11,7 +11,7 @@ FOREIGN = {
 }
 # Series that only a worker on a GPU exports, with label values as one has them:
 # the worker that this is held against has none. check.py
-# holds the names against src/metrics/gpu.rs.
+# holds the names against src/serve/metrics/gpu.rs.
 GPU_ONLY = {
     "imagegpt_gpu_memory_used_bytes": {"device": {"0"}},
     "imagegpt_gpu_memory_total_bytes": {"device": {"0"}},

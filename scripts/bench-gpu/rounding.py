@@ -2,7 +2,7 @@
 
 Prints ‖16 bit − fp32‖ / ‖fp32‖ of the pooled features (the worst layer), the last
 hidden states and the logits, with everything in 16 bits as compiled graphs have it:
-weights, activations and the residual stream. The tolerances in src/compile/options.rs
+weights, activations and the residual stream. The tolerances in src/model/precision.rs
 have room for this.
 """
 

@@ -4,7 +4,7 @@
 //!
 //! A change that is meant is written by `IMAGEGPT_SNAPSHOTS=write cargo test --test
 //! outside`, and has a line in CHANGELOG.md. Reasons of errors are compared where
-//! their table is, in `src/rpc/status.rs`.
+//! their table is, in `src/serve/rpc/status.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
