@@ -6,7 +6,8 @@
 
 use super::error::CompileError;
 use super::weights::{CheckpointWeights, Dense};
-use crate::model::architecture::{Architecture, FeedForwardActivation};
+use crate::kernels::layers::Activation;
+use crate::model::architecture::Architecture;
 
 /// Everything that any task could ask for, of each sequence.
 #[derive(Debug, Clone)]
@@ -232,15 +233,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn activate(activation: FeedForwardActivation, x: f64) -> f64 {
+fn activate(activation: Activation, x: f64) -> f64 {
     match activation {
-        FeedForwardActivation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
-        FeedForwardActivation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
-        FeedForwardActivation::GeluNew => {
+        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Activation::GeluNew => {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
             0.5 * x * (1.0 + inner.tanh())
         }
-        FeedForwardActivation::Relu => x.max(0.0),
+        Activation::Relu => x.max(0.0),
     }
 }
 

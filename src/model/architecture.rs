@@ -3,6 +3,7 @@
 //! What changes the computation is either supported or refused by name: a
 //! setting is never passed over in silence.
 
+use crate::kernels::layers::Activation;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -13,32 +14,6 @@ use crate::model::error::ModelFileError;
 
 /// The file's name.
 pub const FILE: &str = "config.json";
-
-/// The nonlinearity of the feed-forward part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FeedForwardActivation {
-    /// `x * sigmoid(1.702 x)`, what ImageGPT was trained with.
-    QuickGelu,
-    /// With the error function.
-    Gelu,
-    /// With the hyperbolic tangent.
-    GeluNew,
-    Relu,
-}
-
-impl FeedForwardActivation {
-    /// The name that `config.json` has for it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::QuickGelu => "quick_gelu",
-            Self::Gelu => "gelu",
-            Self::GeluNew => "gelu_new",
-            Self::Relu => "relu",
-        }
-    }
-}
 
 /// What of ImageGPT's configuration the computation depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,7 +27,7 @@ pub struct Architecture {
     /// Token ids, the start token included; the language head has one fewer.
     pub vocabulary: usize,
     pub epsilon: f32,
-    pub activation: FeedForwardActivation,
+    pub activation: Activation,
     /// Whether scores are divided by the root of the head dimension.
     pub scale_attention: bool,
     /// Whether scores are divided by the layer's number, too.
@@ -240,12 +215,12 @@ fn epsilon(fields: &Map<String, Value>) -> Result<f32, String> {
     Ok(value as f32)
 }
 
-fn activation(fields: &Map<String, Value>) -> Result<FeedForwardActivation, String> {
+fn activation(fields: &Map<String, Value>) -> Result<Activation, String> {
     match fields.get("activation_function").map(Value::as_str) {
-        None | Some(Some("quick_gelu")) => Ok(FeedForwardActivation::QuickGelu),
-        Some(Some("gelu")) => Ok(FeedForwardActivation::Gelu),
-        Some(Some("gelu_new" | "gelu_pytorch_tanh")) => Ok(FeedForwardActivation::GeluNew),
-        Some(Some("relu")) => Ok(FeedForwardActivation::Relu),
+        None => Ok(Activation::QuickGelu),
+        // The same by another name.
+        Some(Some("gelu_pytorch_tanh")) => Ok(Activation::GeluNew),
+        Some(Some(name)) if let Some(activation) = Activation::named(name) => Ok(activation),
         Some(other) => Err(format!(
             "has activation_function {:?}; quick_gelu, gelu, gelu_new and relu are supported",
             other.unwrap_or_default()

@@ -3,7 +3,7 @@
 use super::Attention;
 use super::builder::Builder;
 use crate::compile::store::{PARTS, block_size};
-use crate::model::architecture::FeedForwardActivation;
+use crate::kernels::layers::Activation;
 use crate::model::onnx::{AttributeProto, DataType, Dim, IMAGEGPT, MICROSOFT, ValueInfoProto};
 use crate::model::precision::{Precision, Provider};
 use crate::runtime::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
@@ -242,7 +242,7 @@ impl Builder<'_> {
 
     fn activation(&mut self, input: &str) -> String {
         match self.plan.architecture.activation {
-            FeedForwardActivation::QuickGelu => {
+            Activation::QuickGelu => {
                 let own = match (self.plan.provider, self.plan.precision) {
                     (Provider::Cuda, Precision::Fp16) => Some(QUICK_GELU_FP16),
                     (Provider::Cuda, Precision::Bf16) => Some(QUICK_GELU_BF16),
@@ -254,9 +254,9 @@ impl Builder<'_> {
                 let alpha = vec![AttributeProto::float("alpha", QUICK_GELU_FACTOR)];
                 self.fused("QuickGelu", &[input], alpha)
             }
-            FeedForwardActivation::Gelu => self.fused("Gelu", &[input], Vec::new()),
-            FeedForwardActivation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
-            FeedForwardActivation::Relu => self.standard("Relu", &[input], Vec::new()),
+            Activation::Gelu => self.fused("Gelu", &[input], Vec::new()),
+            Activation::GeluNew => self.fused("FastGelu", &[input], Vec::new()),
+            Activation::Relu => self.standard("Relu", &[input], Vec::new()),
         }
     }
 

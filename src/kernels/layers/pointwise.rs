@@ -14,9 +14,10 @@ use crate::kernels::attention::Kernel;
 use crate::kernels::vector::{LANES_MAX, Portable, Vector};
 
 /// The nonlinearity of the feed-forward part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// `x * sigmoid(1.702 x)`.
+    /// `x * sigmoid(1.702 x)`, what ImageGPT was trained with.
     QuickGelu,
     /// With the error function.
     Gelu,
@@ -26,16 +27,23 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// By the name that `config.json` has for it.
+    pub const ALL: [Self; 4] = [Self::QuickGelu, Self::Gelu, Self::GeluNew, Self::Relu];
+
+    /// The name that `config.json` has for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QuickGelu => "quick_gelu",
+            Self::Gelu => "gelu",
+            Self::GeluNew => "gelu_new",
+            Self::Relu => "relu",
+        }
+    }
+
+    /// The activation of such a name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
-        match name {
-            "quick_gelu" => Some(Self::QuickGelu),
-            "gelu" => Some(Self::Gelu),
-            "gelu_new" => Some(Self::GeluNew),
-            "relu" => Some(Self::Relu),
-            _ => None,
-        }
+        Self::ALL.into_iter().find(|one| one.name() == name)
     }
 
     /// Of every lane. What is not a number stays that.
