@@ -334,8 +334,8 @@ pub(crate) async fn until(
     panic!("never: {what}\n{page}");
 }
 
-/// Waits until a series has a value that will do: the value. What is counted at
-/// the end of a call comes a moment after the client has seen it.
+/// Waits until a series has a value that will do: the value. The end of a call is
+/// counted a moment after the client has seen it.
 pub(crate) async fn until_sample(
     worker: &impl Measured,
     series: &str,
@@ -352,7 +352,7 @@ pub(crate) async fn until_sample(
 }
 
 /// Lets time go by that is a part of a scenario: something goes on meanwhile, or
-/// must not happen. What is to come about has [`until`].
+/// must not happen. For all that is to come about there is [`until`].
 #[expect(
     clippy::disallowed_methods,
     reason = "the one pause of tasks, for tests that mean the time itself"

@@ -49,7 +49,7 @@ fn until_or(what: &str, mut condition: impl FnMut() -> bool, page: impl FnOnce()
 }
 
 /// Lets time go by that is a part of a scenario: something goes on meanwhile, or
-/// must not happen. What is to come about has [`until`].
+/// must not happen. For all that is to come about there is [`until`].
 #[expect(
     clippy::disallowed_methods,
     reason = "the one pause of threads, for tests that mean the time itself"
@@ -107,8 +107,9 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one with these flags of `serve` and waits until it is ready. Its
-    /// ports were free a moment ago: its log, which would tell them, is not read.
+    /// Starts a worker with these flags of `serve` and waits until it is ready, at
+    /// ports that were free a moment ago: its log, which would tell them, is not
+    /// read.
     pub(crate) fn start(flags: &[&str], log: impl Into<Stdio>) -> Self {
         let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
         Self::at(free_port(), free_port(), flags, log)
@@ -143,8 +144,8 @@ impl Worker {
         worker
     }
 
-    /// Starts one at ports that the system chooses and its log tells, and waits
-    /// until the log says that it is ready.
+    /// Starts a worker at ports that the system chooses and its log tells, and
+    /// waits until the log says that it is ready.
     pub(crate) fn logging(flags: &[&str]) -> (Self, Log) {
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut child = program()
@@ -209,7 +210,7 @@ impl Worker {
         self.child.try_wait().expect("a child")
     }
 
-    /// Waits for its end: the exit code, if no signal ended it.
+    /// Waits for the process to end: the exit code, if no signal ended it.
     pub(crate) fn wait(&mut self) -> Option<i32> {
         let mut status = None;
         until("a worker ends", || {
@@ -219,7 +220,7 @@ impl Worker {
         status.expect("its end").code()
     }
 
-    /// Ends it as an operator does.
+    /// Ends the worker as an operator does.
     pub(crate) fn end(mut self) {
         self.end_in_good_order();
     }
@@ -229,13 +230,13 @@ impl Worker {
         assert_eq!(self.wait(), Some(0), "a clean end");
     }
 
-    /// Ends it as an operator does, and starts another one in its place.
+    /// Ends the worker as an operator does, and starts another one in its place.
     pub(crate) fn end_and_replace(mut self) -> Self {
         self.end_in_good_order();
         self.another()
     }
 
-    /// SIGKILL, and another one in its place.
+    /// Kills the worker, and starts another one in its place.
     pub(crate) fn kill_and_replace(mut self) -> Self {
         self.child.kill().expect("a kill");
         self.child.wait().expect("its end");
