@@ -4,6 +4,12 @@
 //! Each rule is a function over the files of `src/`, and each has a planted
 //! violation that it must find.
 
+#![warn(clippy::disallowed_methods)]
+#![expect(
+    clippy::print_stdout,
+    reason = "what was planted and found is to be read"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -410,6 +416,16 @@ fn channels_are_bounded(sources: &[Source]) -> Vec<String> {
     without(sources, &[""], &words, "a channel without a bound")
 }
 
+fn threads_have_names(sources: &[Source]) -> Vec<String> {
+    let why = "a thread without a name: std::thread::Builder has one";
+    without(sources, &[""], &["thread::spawn"], why)
+}
+
+/// Holds `ort::init` off, which panics when the library is missing.
+fn a_missing_runtime_is_no_panic(sources: &[Source]) -> Vec<String> {
+    without(sources, &[""], &["ort::init("], "panics without a library")
+}
+
 fn threads_of_stages_do_not_await(sources: &[Source]) -> Vec<String> {
     without(
         sources,
@@ -536,6 +552,18 @@ fn circles() {
 fn channels() {
     let text = "let (a, b) = crossbeam_channel::unbounded();";
     holds(channels_are_bounded, &[("serve/planted", text)]);
+}
+
+#[test]
+fn threads() {
+    let text = "    std::thread::spawn(move || work());";
+    holds(threads_have_names, &[("serve/planted", text)]);
+}
+
+#[test]
+fn runtime() {
+    let text = "    let built = ort::init().build();";
+    holds(a_missing_runtime_is_no_panic, &[("runtime/planted", text)]);
 }
 
 #[test]

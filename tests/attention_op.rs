@@ -2,6 +2,7 @@
 //! and what a naive `f64` reference gives, on the session's own threads.
 //!
 //! Needs a libonnxruntime: `ORT_DYLIB_PATH`, or what `make setup` brought.
+#![warn(clippy::disallowed_methods)]
 #![expect(
     clippy::cast_precision_loss,
     clippy::unwrap_used,

@@ -1,6 +1,7 @@
 //! `imagegpt::compile` from a checkpoint to a folder, and everything that must
 //! leave no folder. Needs ONNX Runtime: what `make setup` brought, or
 //! `ORT_DYLIB_PATH`.
+#![warn(clippy::disallowed_methods)]
 #![allow(
     clippy::unwrap_used,
     reason = "a failure in a test's own work is a failed test"

@@ -1,11 +1,13 @@
 //! `imagegpt embed` with real processes: workers with the fake engine, whose
 //! answers are a function of the image's tokens, and clients that are killed.
 
+#![warn(clippy::disallowed_methods)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,9 +19,10 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
-/// How long anything may take before a test gives up; generous, because CI
-/// shares two cores.
-const PATIENCE: Duration = Duration::from_mins(1);
+use crate::process::{PATIENCE, Worker, said, signal, until};
+
+mod process;
+
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/untrained");
 
 /// Exit codes of the command.
@@ -28,78 +31,15 @@ const REFUSED: i32 = 2;
 const INTERRUPTED: i32 = 5;
 const TOO_MANY_ERRORS: i32 = 6;
 
-struct Worker {
-    child: Child,
-    grpc: SocketAddr,
-    metrics: SocketAddr,
-    cost: &'static str,
+/// A worker whose runs take so long.
+fn start(cost: &str) -> Worker {
+    Worker::start(&["--model", MODEL, "--fake-engine", cost], Stdio::null())
 }
 
-impl Worker {
-    fn start(cost: &'static str) -> Self {
-        let free = || {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-            listener.local_addr().expect("its address")
-        };
-        Self::at(free(), free(), cost)
-    }
-
-    fn at(grpc: SocketAddr, metrics: SocketAddr, cost: &'static str) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-            .args(["serve", "--model", MODEL, "--fake-engine", cost])
-            .args(["--listen", &grpc.to_string()])
-            .args(["--metrics-listen", &metrics.to_string()])
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("a worker");
-        let worker = Self {
-            child,
-            grpc,
-            metrics,
-            cost,
-        };
-        until("a worker is ready", || {
-            get(worker.metrics, "/readyz").contains("200 OK")
-        });
-        worker
-    }
-
-    fn signal(&self, name: &str) {
-        signal(&self.child, name);
-    }
-
-    fn url(&self) -> String {
-        format!("http://{}", self.grpc)
-    }
-
-    /// Images that it has embedded.
-    fn answered(&self) -> u64 {
-        let page = get(self.metrics, "/metrics");
-        let series = "imagegpt_images_total{code=\"OK\"} ";
-        let line = page.lines().find_map(|line| line.strip_prefix(series));
-        line.map_or(0, |count| count.parse().expect("a count"))
-    }
-
-    /// SIGKILL, and another one in its place.
-    fn kill_and_replace(mut self) -> Self {
-        self.child.kill().expect("a kill");
-        self.child.wait().expect("its end");
-        Self::at(self.grpc, self.metrics, self.cost)
-    }
-}
-
-/// A test that fails must not leave its workers behind.
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn signal(child: &Child, name: &str) {
-    let pid = child.id().to_string();
-    let sent = Command::new("kill").args([name, &pid]).status();
-    assert!(sent.expect("kill").success());
+/// Images that a worker has embedded.
+fn answered(worker: &Worker) -> f64 {
+    let count = worker.sample("imagegpt_images_total{code=\"OK\"}");
+    count.unwrap_or(0.0)
 }
 
 /// Whether SIGINT has a handler.
@@ -111,33 +51,12 @@ fn handles_interrupt(child: &Child) -> bool {
     caught.expect("hexadecimal") & 2 != 0
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !condition() {
-        assert!(started.elapsed() < PATIENCE, "never: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// A whole response over HTTP/1.1, empty while nobody listens.
-fn get(addr: SocketAddr, path: &str) -> String {
-    let mut text = String::new();
-    let Ok(mut stream) = TcpStream::connect(addr) else {
-        return text;
-    };
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
-    if std::io::Write::write_all(&mut stream, request.as_bytes()).is_ok() {
-        let _ = stream.read_to_string(&mut text);
-    }
-    text
-}
-
 /// `imagegpt embed INPUT --output OUTPUT`, against these workers.
 fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
     let urls: Vec<String> = workers.iter().map(Worker::url).collect();
     let urls = urls.join(",");
     let endpoints = ["--endpoint", &urls];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+    let mut command = process::program();
     command
         .args(["embed", "--part-items", "100"])
         .arg(input)
@@ -147,14 +66,6 @@ fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
-}
-
-fn said(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
 }
 
 /// Runs it to a good end; what it printed.
@@ -329,7 +240,7 @@ fn every_layout_gives_the_same_table_and_names_what_is_broken() {
     const IMAGES: usize = 250;
     let dir = tempfile::tempdir().expect("a folder");
     let at = |name: &str| dir.path().join(name);
-    let workers = [Worker::start("0s"), Worker::start("0s")];
+    let workers = [start("0s"), start("0s")];
     let tree = tree(dir.path(), IMAGES);
     let summary = done(&mut embed(&tree, &at("o-tree"), &workers));
     assert_eq!(summary["images"], IMAGES);
@@ -385,7 +296,7 @@ fn every_layout_gives_the_same_table_and_names_what_is_broken() {
         assert_eq!(failed(&output).len(), 3, "{name}");
     }
     for worker in &workers {
-        assert!(worker.answered() > 100, "both work");
+        assert!(answered(worker) > 100.0, "both work");
     }
 }
 
@@ -396,7 +307,7 @@ fn killed_at_any_moment_the_output_is_the_same_to_the_byte() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tars(dir.path(), IMAGES, 600);
     let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
-    let mut workers = vec![Worker::start("1ms+1ms"), Worker::start("1ms+1ms")];
+    let mut workers = vec![start("1ms+1ms"), start("1ms+1ms")];
     let flags = ["--item-timeout", "5s", "--keep", "cls"];
     done(embed(&input, &whole, &workers).args(flags));
     let mut random = std::process::id().into();
@@ -404,11 +315,11 @@ fn killed_at_any_moment_the_output_is_the_same_to_the_byte() {
         let mut client = embed(&input, &killed, &workers).args(flags).spawn();
         let client = client.as_mut().expect("a client");
         random = next_random(random);
-        std::thread::sleep(Duration::from_millis(50 + random % 300));
+        process::pause(Duration::from_millis(50 + random % 300));
         if kill % 2 == 0 {
             let worker = workers.remove(0);
             workers.push(worker.kill_and_replace());
-            std::thread::sleep(Duration::from_millis(random % 200));
+            process::pause(Duration::from_millis(random % 200));
         }
         client.kill().expect("a kill");
         client.wait().expect("its end");
@@ -439,10 +350,10 @@ fn shares_write_different_files_and_finish_looks_for_all_of_them() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), IMAGES);
     let (whole, shared) = (dir.path().join("whole"), dir.path().join("shared"));
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     done(&mut embed(&input, &whole, &workers));
     let finish = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        let mut command = process::program();
         command.args(["embed", "--finish", "--output"]).arg(&shared);
         command.output().expect("a run")
     };
@@ -492,7 +403,7 @@ fn what_has_changed_is_refused_by_name() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), 120);
     let output = dir.path().join("output");
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     done(&mut embed(&input, &output, &workers));
     let before = files(&output);
     let refused = |command: &mut Command, why: &str| {
@@ -538,12 +449,6 @@ fn error_lines(output: &Path) -> Vec<(String, String)> {
     lines
 }
 
-/// A pipe that nobody writes to.
-fn pipe(path: &Path) {
-    let made = Command::new("mkfifo").arg(path).status();
-    assert!(made.expect("mkfifo").success());
-}
-
 #[test]
 fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
     use std::os::unix::ffi::OsStrExt as _;
@@ -551,12 +456,12 @@ fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
 
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), 20);
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     symlink("gone.png", input.join("nowhere.png")).expect("a link");
     symlink("self.png", input.join("self.png")).expect("a link");
     std::fs::create_dir(input.join("sub")).expect("a folder");
     symlink("..", input.join("sub/up")).expect("a link");
-    pipe(&input.join("pipe.png"));
+    process::make_pipe(&input.join("pipe.png"));
     let unnamed = std::ffi::OsStr::from_bytes(b"\xff.png");
     std::fs::write(input.join(unnamed), image(1)).expect("a file");
     let output = dir.path().join("output");
@@ -649,7 +554,7 @@ fn web() -> SocketAddr {
 #[test]
 fn an_address_is_an_error_of_its_own_and_a_busy_server_is_asked_again() {
     let dir = tempfile::tempdir().expect("a folder");
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let (web, nobody) = (web(), {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.local_addr().expect("its address")
@@ -700,7 +605,7 @@ fn an_address_is_an_error_of_its_own_and_a_busy_server_is_asked_again() {
 #[test]
 fn a_server_that_asks_for_a_rest_of_ages_is_an_error_of_its_image() {
     let dir = tempfile::tempdir().expect("a folder");
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let web = web();
     let paths = ["ages", "good", "never"].map(|path| format!("http://{web}/{path}/1.png\n"));
     let list = dir.path().join("list.txt");
@@ -764,7 +669,7 @@ fn a_shard_that_lies_is_one_error_and_the_others_are_done() {
     {
         arrow(&shards.join(format!("{n}.arrow")), 5 * n, change);
     }
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let output = dir.path().join("output");
     let flags = ["--give-up-after", "5s"];
     let summary = done(embed(&shards, &output, &workers).args(flags));
@@ -810,7 +715,7 @@ fn a_shard_with_other_columns_is_one_error_and_alone_it_is_refused() {
             5 * n..5 * n + 5,
         );
     }
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let output = dir.path().join("output");
     let summary = done(&mut embed(&shards, &output, &workers));
     assert_eq!(
@@ -887,7 +792,7 @@ fn an_output_that_cannot_be_written_is_told_before_any_work() {
         ["--endpoint", "http://127.0.0.1:1"],
         ["--model", "/nowhere"],
     ] {
-        let ended = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        let ended = process::program()
             .arg("embed")
             .arg(&input)
             .arg("--output")
@@ -899,7 +804,7 @@ fn an_output_that_cannot_be_written_is_told_before_any_work() {
         assert!(said(&ended).contains("--output"), "{}", said(&ended));
     }
     // What may be mended while the output is as it was begun.
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let output = dir.path().join("output");
     std::fs::create_dir(&output).expect("a folder");
     std::fs::write(output.join("errors"), b"").expect("a file");
@@ -915,7 +820,7 @@ fn without_a_worker_it_fails_and_may_be_told_to_end() {
     let input = tree(dir.path(), 2);
     let output = dir.path().join("output");
     let job = |patience: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        let mut command = process::program();
         command
             .arg("embed")
             .arg(&input)
@@ -933,7 +838,7 @@ fn without_a_worker_it_fails_and_may_be_told_to_end() {
     signal(&client, "-INT");
     let ended = client.wait_with_output().expect("its end");
     assert_eq!(ended.status.code(), Some(INTERRUPTED), "{}", said(&ended));
-    let finish = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+    let finish = process::program()
         .args(["embed", "--finish", "--output"])
         .arg(&output)
         .output()
@@ -945,7 +850,7 @@ fn without_a_worker_it_fails_and_may_be_told_to_end() {
 fn too_many_errors_are_all_to_be_read() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), 250);
-    let workers = [Worker::start("0s")];
+    let workers = [start("0s")];
     let whole = dir.path().join("whole");
     done(&mut embed(&input, &whole, &workers));
     let output = dir.path().join("output");
@@ -983,12 +888,12 @@ fn a_worker_that_hangs_is_left_out() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), IMAGES);
     let output = dir.path().join("output");
-    let workers = [Worker::start("1ms+1ms"), Worker::start("1ms+1ms")];
+    let workers = [start("1ms+1ms"), start("1ms+1ms")];
     let mut command = embed(&input, &output, &workers);
     command.args(["--item-timeout", "1s"]);
     let client = command.spawn().expect("a client");
     until("both work", || {
-        workers.iter().all(|worker| worker.answered() > 0)
+        workers.iter().all(|worker| answered(worker) > 0.0)
     });
     workers[0].signal("-STOP");
     let ended = client.wait_with_output().expect("its end");
@@ -1003,7 +908,7 @@ fn told_to_end_it_says_how_to_go_on() {
     let dir = tempfile::tempdir().expect("a folder");
     let input = tree(dir.path(), 600);
     let output = dir.path().join("output");
-    let workers = [Worker::start("5ms+5ms")];
+    let workers = [start("5ms+5ms")];
     let client = embed(&input, &output, &workers).spawn().expect("a client");
     until("a part is there", || {
         output.join("part-00000-00000.parquet").exists()
@@ -1043,7 +948,7 @@ fn scores_are_those_of_the_command_for_a_few_images() {
     );
     let output = folder.path().join("scores");
     let program = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_imagegpt"));
+        let mut command = process::program();
         command
             .env("IMAGEGPT_CACHE_DIR", folder.path().join("cache"))
             .stdout(Stdio::piped())

@@ -1,9 +1,9 @@
 //! Downloading from a server that speaks the hub's protocol: one thread with
 //! a few files, which writes down what it was asked.
+#![warn(clippy::disallowed_methods)]
 #![allow(
     clippy::unwrap_used,
-    clippy::disallowed_methods,
-    reason = "a failure in a test's own work is a failed test, and its server needs no name"
+    reason = "a failure in a test's own work is a failed test"
 )]
 
 use std::fs;
@@ -37,11 +37,13 @@ fn serve(files: Files) -> Server {
         cache: cache.path().join("hub"),
     };
     let log = Arc::clone(&asked);
-    std::thread::spawn(move || {
+    let serve = move || {
         for stream in listener.incoming() {
             let _ = answer(&stream.unwrap(), files, &log);
         }
-    });
+    };
+    let thread = std::thread::Builder::new().name("hub".to_owned());
+    thread.spawn(serve).unwrap();
     Server {
         hub,
         asked,

@@ -2,6 +2,7 @@
 //! gives, on the session's own threads, over a cache in place or elsewhere.
 //!
 //! Needs a libonnxruntime: `ORT_DYLIB_PATH`, or what `make setup` brought.
+#![warn(clippy::disallowed_methods)]
 #![expect(
     unsafe_code,
     reason = "puts numbers into the memory of a cache, within bounds"

@@ -1,6 +1,7 @@
 //! The limits of decoding, held for what libraries allocate too: attacks that
 //! were made for them, and files that are tampered with at random.
 
+#![warn(clippy::disallowed_methods)]
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -1,6 +1,7 @@
 //! The preprocess stage against what Pillow and transformers made of the same
 //! files (`make_golden.py`).
 
+#![warn(clippy::disallowed_methods)]
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -3,7 +3,7 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,10 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_types::StatusExt as _;
 use tower::{Service as _, ServiceExt as _};
 
-use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
+use crate::harness::{
+    self, embed, fake_answer, seeded, tokens, until, until_in_flight, until_sample, vector,
+};
+use crate::process;
 
 const TOKEN: &str = "0123456789abcdef";
 
@@ -112,25 +115,11 @@ async fn call(worker: &Worker, scheme: &str, config: &ConnectConfig) -> Result<S
 }
 
 async fn sample(worker: &Worker, series: &str) -> f64 {
-    harness::sample(
-        &harness::get(worker.metrics_addr, "/metrics").await.1,
-        series,
-    )
-}
-
-async fn until_sample(worker: &Worker, series: &str, expected: f64) {
-    let started = Instant::now();
-    while sample(worker, series).await != expected {
-        assert!(
-            started.elapsed() < harness::PATIENCE,
-            "never: {series} {expected}"
-        );
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    harness::sample(&harness::metrics(worker).await, series)
 }
 
 async fn channel(worker: &Worker) -> Channel {
-    Channel::from_shared(format!("http://{}", worker.grpc_addr))
+    Channel::from_shared(harness::url(worker))
         .expect("a URL")
         .connect()
         .await
@@ -221,13 +210,18 @@ async fn a_replaced_certificate_meets_new_connections_and_leaves_old_ones() {
     std::fs::write(broken.path().join("server.crt"), "nothing").expect("written");
     swap(broken.path());
     let failed = "imagegpt_reload_failed{file=\"certificate\"}";
-    until_sample(&worker, failed, 1.0).await;
+    until_sample(&worker, failed, |n| n == 1.0).await;
     call(&worker, "https", &old.trusted())
         .await
         .expect("the old one");
 
     swap(new.dir.path());
-    until_sample(&worker, "imagegpt_reloads_total{file=\"certificate\"}", 1.0).await;
+    until_sample(
+        &worker,
+        "imagegpt_reloads_total{file=\"certificate\"}",
+        |n| n == 1.0,
+    )
+    .await;
     assert_eq!(sample(&worker, failed).await, 0.0);
     call(&worker, "https", &new.trusted())
         .await
@@ -296,11 +290,14 @@ async fn calls_need_a_token_and_probes_do_not() {
     );
 
     // A replaced token counts at once for open connections, too.
-    let url = format!("http://{}", worker.grpc_addr);
+    let url = harness::url(&worker);
     let mut open = Client::connect(&url, &right).await.expect("a connection");
     open.model().await.expect("a call");
     file("tokens", &format!("{TOKEN}-new"));
-    until_sample(&worker, "imagegpt_reloads_total{file=\"tokens\"}", 1.0).await;
+    until_sample(&worker, "imagegpt_reloads_total{file=\"tokens\"}", |n| {
+        n == 1.0
+    })
+    .await;
     open.model().await.expect_err("not a token any more");
     call(&worker, "http", &with("new", &format!("{TOKEN}-new")))
         .await
@@ -311,11 +308,7 @@ async fn calls_need_a_token_and_probes_do_not() {
 
 /// A worker whose runs wait until the gate opens.
 async fn gated(flags: &[&str]) -> (Worker, crossbeam_channel::Sender<()>) {
-    let (open, gate) = crossbeam_channel::bounded(16);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
+    let (open, script) = harness::gated();
     let flags = [flags, &["--max-batch-size", "1"]].concat();
     (start_with(script, &flags).await, open)
 }
@@ -337,10 +330,7 @@ async fn one_connection_too_many_is_closed_at_once_where_all_have_calls() {
             assert_eq!(vector(&results[0]).expect("a vector"), fake_answer(&ids));
             client
         }));
-        harness::until("a call in progress", || {
-            worker.images_in_flight() == n as usize
-        })
-        .await;
+        until_in_flight(&worker, n as usize).await;
     }
     let mut third = TcpStream::connect(worker.grpc_addr)
         .await
@@ -357,7 +347,7 @@ async fn one_connection_too_many_is_closed_at_once_where_all_have_calls() {
         clients.push(call.await.expect("no panic"));
     }
     clients.pop();
-    until_sample(&worker, OPEN, 1.0).await;
+    until_sample(&worker, OPEN, |n| n == 1.0).await;
     call(&worker, "http", &ConnectConfig::default())
         .await
         .expect("there is a place again");
@@ -396,7 +386,7 @@ async fn who_has_no_call_leaves_for_who_waits() {
         );
         idle.push(lingers(&worker).await);
     }
-    until_sample(&worker, OPEN, 8.0).await;
+    until_sample(&worker, OPEN, |n| n == 8.0).await;
     let mut newcomers = Vec::new();
     for _ in 0..6 {
         let started = Instant::now();
@@ -427,7 +417,7 @@ async fn the_least_recently_used_leaves_and_no_call_is_lost() {
     let ids = seeded(5);
     let request = embed(vec![tokens(ids.clone())]);
     let held = tokio::spawn(async move { busy.embed(request).await });
-    harness::until("a call in progress", || worker.images_in_flight() == 1).await;
+    until_in_flight(&worker, 1).await;
 
     // The one that never had a call goes first, and is told, then cut.
     let mut newcomers = vec![newcomer(&worker).await];
@@ -440,10 +430,10 @@ async fn the_least_recently_used_leaves_and_no_call_is_lost() {
     // The one that is used now and then finds a new connection by itself.
     newcomers.push(newcomer(&worker).await);
     assert_eq!(sample(&worker, SENT_AWAY).await, 2.0);
-    let started = Instant::now();
-    while let Err(status) = rested.get_model(pb::GetModelRequest {}).await {
-        assert!(started.elapsed() < harness::PATIENCE, "{status}");
-    }
+    until(&worker, "a call over a new connection", async || {
+        rested.get_model(pb::GetModelRequest {}).await.is_ok()
+    })
+    .await;
     // The one with a call stays, however many come.
     open.send(()).expect("the engine waits");
     let response = held.await.expect("no panic").expect("an answer");
@@ -455,18 +445,17 @@ async fn the_least_recently_used_leaves_and_no_call_is_lost() {
 
 /// A client that was let in and has made a call.
 async fn newcomer(worker: &Worker) -> ImageGptServiceClient<Channel> {
-    let started = Instant::now();
-    loop {
-        let url = format!("http://{}", worker.grpc_addr);
-        let status = match ImageGptServiceClient::connect(url).await {
-            Ok(mut client) => match client.get_model(pb::GetModelRequest {}).await {
-                Ok(_) => return client,
-                Err(status) => status.to_string(),
-            },
-            Err(error) => error.to_string(),
-        };
-        assert!(started.elapsed() < harness::PATIENCE, "never: {status}");
-    }
+    let mut called = None;
+    until(worker, "a newcomer is let in", async || {
+        if let Ok(mut client) = ImageGptServiceClient::connect(harness::url(worker)).await
+            && client.get_model(pb::GetModelRequest {}).await.is_ok()
+        {
+            called = Some(client);
+        }
+        called.is_some()
+    })
+    .await;
+    called.expect("a client")
 }
 
 /// Without a token: health may be asked, and keeps no place for it.
@@ -496,12 +485,11 @@ async fn watches_and_checks_keep_no_place_from_who_has_a_token() {
         ..Default::default()
     };
     let started = Instant::now();
-    while let Err(error) = call(&worker, "http", &config).await {
-        assert!(
-            started.elapsed() < Duration::from_secs(20),
-            "never: {error}"
-        );
-    }
+    until(&worker, "who has a token is let in", async || {
+        call(&worker, "http", &config).await.is_ok()
+    })
+    .await;
+    assert!(started.elapsed() < Duration::from_secs(20));
     assert!(sample(&worker, SENT_AWAY).await >= 1.0);
     drop(watches);
     end(worker).await;
@@ -535,13 +523,10 @@ async fn watches_and_reflection_have_limits_on_a_connection() {
         .await
         .expect("another connection has its own");
     watches.pop();
-    let started = Instant::now();
-    while health.watch(HealthCheckRequest::default()).await.is_err() {
-        assert!(
-            started.elapsed() < harness::PATIENCE,
-            "one that ended counts no more"
-        );
-    }
+    until(&worker, "a watch that ended counts no more", async || {
+        health.watch(HealthCheckRequest::default()).await.is_ok()
+    })
+    .await;
 
     let mut reflection = ServerReflectionClient::new(shared);
     let mut streams = Vec::new();
@@ -583,7 +568,7 @@ async fn an_address_has_a_limit_of_its_own() {
     other.write_all(hello).await.expect("sent");
     assert!(other.read(&mut [0]).await.expect("served") > 0);
     inside.pop();
-    until_sample(&worker, OPEN, 2.0).await;
+    until_sample(&worker, OPEN, |n| n == 2.0).await;
     inside.push(newcomer(&worker).await);
     drop((inside, other));
     end(worker).await;
@@ -602,13 +587,13 @@ async fn silence(scheme: &str, config: &ConnectConfig, flags: &[String]) {
         let stream = TcpStream::connect(worker.grpc_addr).await;
         silent.push(stream.expect("accepted"));
     }
-    until_sample(&worker, OPEN, 4.0).await;
+    until_sample(&worker, OPEN, |n| n == 4.0).await;
     // More than half of the places have had no call, so one is had at once.
     call(&worker, scheme, config).await.expect("a call");
     assert_eq!(sample(&worker, SENT_AWAY).await, 1.0);
     inside.model().await.expect("a call");
     let failed = "imagegpt_connections_total{outcome=\"handshake_failed\"}";
-    until_sample(&worker, failed, 2.0).await;
+    until_sample(&worker, failed, |n| n == 2.0).await;
     for mut stream in silent {
         // After what the server had to say, which ends by an end or an error.
         let mut said = Vec::new();
@@ -640,7 +625,7 @@ async fn silent_connections_are_cut() {
 #[tokio::test]
 async fn who_does_not_answer_pings_is_cut() {
     let worker = start(&["--keepalive-interval", "1s", "--keepalive-timeout", "1s"]).await;
-    let url = format!("http://{}", worker.grpc_addr);
+    let url = harness::url(&worker);
     let mut quiet = Client::connect(&url, &ConnectConfig::default())
         .await
         .expect("a connection");
@@ -652,7 +637,7 @@ async fn who_does_not_answer_pings_is_cut() {
     let settings_frame = [0, 0, 0, 4, 0, 0, 0, 0, 0];
     let hello = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings_frame].concat();
     hung.write_all(&hello).await.expect("sent");
-    until_sample(&worker, "imagegpt_connections_open", 2.0).await;
+    until_sample(&worker, "imagegpt_connections_open", |n| n == 2.0).await;
     let began = Instant::now();
     let mut said = Vec::new();
     let read = hung.read_to_end(&mut said);
@@ -664,11 +649,11 @@ async fn who_does_not_answer_pings_is_cut() {
     let taken = began.elapsed();
     assert!(taken >= Duration::from_secs(1), "{taken:?}");
 
-    until_sample(&worker, "imagegpt_connections_open", 1.0).await;
+    until_sample(&worker, "imagegpt_connections_open", |n| n == 1.0).await;
     quiet.model().await.expect("a call");
     let closed = "imagegpt_connections_total{outcome=\"closed\"}";
     // It would have come again if it had been cut.
-    until_sample(&worker, closed, 1.0).await;
+    until_sample(&worker, closed, |n| n == 1.0).await;
     drop(quiet);
     end(worker).await;
 }
@@ -709,19 +694,13 @@ async fn headers_have_a_limit() {
 /// client calls all the while.
 #[tokio::test]
 async fn an_aged_connection_goes_away_and_no_call_is_lost() {
-    let (open, gate) = crossbeam_channel::bounded(1);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
-    let flags = ["--max-connection-age", "1s", "--max-batch-size", "1"];
-    let worker = start_with(script, &flags).await;
+    let (worker, open) = gated(&["--max-connection-age", "1s"]).await;
     let channel = channel(&worker).await;
     let mut client = ImageGptServiceClient::new(channel.clone());
     let ids = seeded(7);
     let request = embed(vec![tokens(ids.clone())]);
     let held = tokio::spawn(async move { client.embed(request).await });
-    harness::until("a call in progress", || worker.images_in_flight() == 1).await;
+    until_in_flight(&worker, 1).await;
     let mut watch = HealthClient::new(channel)
         .watch(HealthCheckRequest::default())
         .await
@@ -832,7 +811,7 @@ fn what_is_wrong_is_told_at_start() {
     std::fs::write(&short, "hunter2").expect("written");
     let short = short.to_str().expect("UTF-8");
     let check = |flags: &[&str], expected: &str| {
-        let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+        let output = process::program()
             .args(["serve", "--metrics-listen", "127.0.0.1:0", "--model"])
             .arg(harness::model_dir("micro"))
             .args(flags)

@@ -6,17 +6,9 @@ use imagegpt::engine::fake::Script;
 use imagegpt::proto::pb;
 use tonic::{Code, Request};
 
-use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
-
-/// An engine that runs one batch for each message.
-pub(crate) fn gated() -> (crossbeam_channel::Sender<()>, Script) {
-    let (open, gate) = crossbeam_channel::bounded(64);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
-    (open, script)
-}
+use crate::harness::{
+    self, embed, fake_answer, gated, seeded, tokens, until, until_sample, vector,
+};
 
 #[tokio::test]
 async fn what_arrives_while_the_engine_is_busy_shares_the_next_batch() {
@@ -31,10 +23,7 @@ async fn what_arrives_while_the_engine_is_busy_shares_the_next_batch() {
     };
     // The first goes alone: nothing else was there when the engine was free.
     let first = call(0);
-    harness::until("the first batch is formed", || {
-        running.worker.images_in_flight() == 1
-    })
-    .await;
+    running.until_in_flight(1).await;
     wait_for_batches(&running, 1.0).await;
     let rest: Vec<_> = (1..=5).map(call).collect();
     running.until_in_flight(6).await;
@@ -64,31 +53,24 @@ pub(crate) fn distinct(first_seed: u32, n: u32) -> Vec<pb::Image> {
         .collect()
 }
 
+const BATCHES: &str = "imagegpt_batch_size_count{graph=\"hidden\"}";
+
 pub(crate) fn batches(page: &str) -> f64 {
-    harness::sample(page, "imagegpt_batch_size_count{graph=\"hidden\"}")
+    harness::sample(page, BATCHES)
 }
 
 pub(crate) async fn wait_for_batches(running: &harness::Running, n: f64) {
-    for _ in 0..10_000 {
-        if batches(&running.metrics().await) >= n {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("never {n} batches");
+    until_sample(running, BATCHES, |count| count >= n).await;
 }
 
 pub(crate) async fn wait_for_depth(running: &harness::Running, n: f64) {
-    for _ in 0..10_000 {
+    until(running, &format!("{n} in the queue"), async || {
         let page = running.metrics().await;
         let of =
             |class| harness::sample(&page, &format!("imagegpt_queue_depth{{class=\"{class}\"}}"));
-        if of("interactive") + of("bulk") >= n {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("never {n} in the queue");
+        of("interactive") + of("bulk") >= n
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::bench_stub::{self, Lie};
 use crate::harness::{self, Running};
+use crate::process;
 
 #[derive(Parser)]
 struct Cli {
@@ -28,11 +29,7 @@ struct Said {
 /// Runs the command with these arguments; short measurements unless they say
 /// otherwise.
 async fn run(running: &Running, arguments: &[&str]) -> Said {
-    run_at(
-        &[&format!("http://{}", running.worker.grpc_addr)],
-        arguments,
-    )
-    .await
+    run_at(&[&running.url()], arguments).await
 }
 
 async fn run_at(endpoints: &[&str], arguments: &[&str]) -> Said {
@@ -323,7 +320,7 @@ async fn the_knee_of_settings_recommends_flags() {
         "--p99",
         "200ms",
         "--program",
-        env!("CARGO_BIN_EXE_imagegpt"),
+        process::PROGRAM,
         "--serve",
         &serve,
         "--batch-sizes",
@@ -347,7 +344,7 @@ async fn the_knee_of_settings_recommends_flags() {
 async fn retries_go_to_the_next_worker() {
     let running = harness::fake(millis(1), &SMALL).await;
     let gone = harness::fake(millis(1), &SMALL).await;
-    let endpoints = [&running, &gone].map(|one| format!("http://{}", one.worker.grpc_addr));
+    let endpoints = [&running, &gone].map(Running::url);
     let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
     let arguments = [
         "saturate",
@@ -359,7 +356,7 @@ async fn retries_go_to_the_next_worker() {
         "4",
     ];
     let leave = async {
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        harness::pause(Duration::from_millis(700)).await;
         gone.end().await;
     };
     let (said, ()) = tokio::join!(run_at(&endpoints, &arguments), leave);
@@ -445,10 +442,10 @@ async fn a_worker_that_goes_away_is_told() {
     ] {
         modes.spawn(async move {
             let running = harness::fake(millis(5), &SMALL).await;
-            let endpoint = format!("http://{}", running.worker.grpc_addr);
+            let endpoint = running.url();
             let arguments = [arguments, &["--duration", "1500ms"]].concat();
             let leave = async {
-                tokio::time::sleep(Duration::from_millis(700)).await;
+                harness::pause(Duration::from_millis(700)).await;
                 running.end().await;
             };
             let endpoints = [endpoint.as_str()];
@@ -490,7 +487,7 @@ async fn a_worker_that_goes_away_is_told() {
 async fn the_exit_code_tells_of_calls_without_answers() {
     let exit_code = |endpoint: String, task: &'static str| {
         tokio::task::spawn_blocking(move || {
-            let ran = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+            let ran = process::program()
                 .args(["bench", "saturate", "--endpoint", &endpoint, "--task", task])
                 .args(["--warm-up", "0s", "--duration", "1s", "--callers", "2"])
                 .output()
@@ -500,13 +497,13 @@ async fn the_exit_code_tells_of_calls_without_answers() {
         })
     };
     let running = harness::fake(millis(5), &SMALL).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let (code, text) = exit_code(endpoint.clone(), "embed")
         .await
         .expect("no panic");
     assert_eq!(code, Some(0), "{text}");
     let leave = async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        harness::pause(Duration::from_millis(500)).await;
         running.end().await;
     };
     let (ran, ()) = tokio::join!(exit_code(endpoint, "embed"), leave);
@@ -517,7 +514,7 @@ async fn the_exit_code_tells_of_calls_without_answers() {
     let dir = harness::model_dir("no-labels");
     let engine = harness::fake_factory(Script::default());
     let only_classify = harness::start(&dir, &SMALL, Some(engine)).await;
-    let endpoint = format!("http://{}", only_classify.worker.grpc_addr);
+    let endpoint = only_classify.url();
     let (code, text) = exit_code(endpoint, "embed").await.expect("no panic");
     assert_eq!(code, Some(1), "{text}");
     assert!(

@@ -3,7 +3,7 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use clap::Parser;
@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use crate::generate::{causal, fake, likeliest, transformers};
 use crate::harness::{self, Running, seeded};
+use crate::process;
 
 const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/pictures");
 
@@ -51,7 +52,7 @@ async fn run_until(
     arguments: &[&str],
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<Said> {
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let all = [&["imagegpt"], arguments, &["--endpoint", &endpoint]].concat();
     let cli = Cli::try_parse_from(all).expect("arguments that parse");
     let mut out = Vec::new();
@@ -446,10 +447,7 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     let pictures = Pictures::new(&running, &[seeded(1), seeded(2)]).await;
     symlink(".", pictures.path("up")).expect("a link");
     symlink("gone.png", pictures.path("nowhere.png")).expect("a link");
-    let made = Command::new("mkfifo")
-        .arg(pictures.path("pipe.png"))
-        .status();
-    assert!(made.expect("mkfifo").success());
+    process::make_pipe(&pictures.path("pipe.png"));
     std::fs::create_dir(pictures.path("deep")).expect("a folder");
     symlink("..", pictures.path("deep/loop")).expect("a link");
     std::fs::rename(pictures.path("01.png"), pictures.path("a\nb\t.png")).expect("renamed");
@@ -469,7 +467,7 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
         (CommandOutcome::Failed, "")
     );
     let cli = ["neighbors", pictures.folder(), "--endpoint"];
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let output = tokio::task::spawn_blocking({
         let cli = cli.map(str::to_owned);
         move || imagegpt(&[&cli[0], &cli[1], &cli[2], &endpoint], b"")
@@ -532,7 +530,7 @@ fn a_sheet_that_cannot_be_written_is_told_at_once() {
 
 /// Runs the program with these bytes on standard input.
 fn imagegpt(arguments: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+    let mut child = process::program()
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

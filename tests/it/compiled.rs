@@ -20,6 +20,7 @@ use safetensors::tensor::TensorView;
 use tonic::Code;
 
 use crate::harness::{self, Case, Running, expected, f32s, relative_error, tokens, vector};
+use crate::process;
 
 fn runtime() -> Runtime {
     let library = onnx::find_library(None);
@@ -409,10 +410,7 @@ fn compiled_folder(to: &Path, precision: Precision) {
 
 /// The program's exit code and all that it wrote.
 fn run(args: &[&str]) -> (i32, String) {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-        .args(args)
-        .output()
-        .expect("the program");
+    let output = process::program().args(args).output().expect("the program");
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     (output.status.code().unwrap_or(-1), text)

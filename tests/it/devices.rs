@@ -13,9 +13,10 @@ use imagegpt::serve::devices::FailureKind;
 use imagegpt::serve::worker::{Worker, engines, onnx_engines};
 use tonic::{Code, Status};
 
-use crate::batching::{gated, wait_for_batches};
+use crate::batching::wait_for_batches;
 use crate::harness::{
-    self, Running, embed, fake_answer, flat, model_dir, sample, seeded, tokens, until, vector,
+    self, Running, embed, fake_answer, flat, gated, model_dir, sample, seeded, tokens, until,
+    until_sample, vector,
 };
 
 /// Batches of one image, so that each engine has its part.
@@ -56,8 +57,9 @@ async fn devices(running: &Running) -> Vec<pb::Device> {
 
 /// Whether each device is up, as GetModel and the metrics page say.
 async fn up(running: &Running) -> Vec<bool> {
-    let started = Instant::now();
-    loop {
+    let mut serving = Vec::new();
+    // One may fail between the two looks.
+    until(running, "GetModel and the page agree", async || {
         let devices = devices(running).await;
         let page = running.metrics().await;
         let agrees = |device: &pb::Device| {
@@ -66,21 +68,19 @@ async fn up(running: &Running) -> Vec<bool> {
             let expected = if device.serving { "1" } else { "0" };
             sample(&page, &series).to_string() == expected
         };
-        if devices.iter().all(agrees) {
-            return devices.iter().map(|device| device.serving).collect();
-        }
-        // One may have failed between the two looks.
-        assert!(started.elapsed() < harness::PATIENCE, "they never agree");
-    }
+        serving = devices.iter().map(|device| device.serving).collect();
+        devices.iter().all(agrees)
+    })
+    .await;
+    serving
 }
 
 /// Waits until so many serve; GetModel answers for as long as one does.
 async fn until_up(running: &Running, n: usize) {
-    let started = Instant::now();
-    while up(running).await.iter().filter(|&&up| up).count() != n {
-        assert!(started.elapsed() < harness::PATIENCE, "never {n} up");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until(running, &format!("{n} devices up"), async || {
+        up(running).await.iter().filter(|&&up| up).count() == n
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -190,11 +190,7 @@ async fn a_run_that_is_stopped_is_the_one_that_nobody_waits_for() {
     let staying = call(&running, stays.clone());
     wait_for_batches(&running, 2.0).await;
     gone.abort();
-    let started = Instant::now();
-    while running.sample("imagegpt_runs_stopped_total").await < 1.0 {
-        assert!(started.elapsed() < harness::PATIENCE, "never stopped");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, "imagegpt_runs_stopped_total", |n| n >= 1.0).await;
     assert!(!staying.is_finished(), "it waits for its gate");
     first.send(()).expect("an engine");
     second.send(()).expect("an engine");
@@ -245,18 +241,10 @@ async fn the_same_seed_draws_the_same_images_on_any_number_of_devices() {
     let model = running.client.clone().get_model(request).await;
     let limits = model.expect("a model").into_inner().limits;
     assert_eq!(limits.expect("limits").generate_slots, 8);
-    let (images, all_at_once) = tokio::join!(generated(&running, 5), async {
-        // One device has places for four.
-        let started = Instant::now();
-        while started.elapsed() < harness::PATIENCE {
-            if running.sample("imagegpt_sequences").await > 7.0 {
-                return true;
-            }
-        }
-        false
-    });
+    // Both devices draw: one has places for four.
+    let both = until_sample(&running, "imagegpt_sequences", |n| n > 7.0);
+    let (images, _) = tokio::join!(generated(&running, 5), both);
     assert_eq!(images, expected);
-    assert!(all_at_once, "both devices draw");
     running.end().await;
 }
 
@@ -312,14 +300,7 @@ async fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
     let worker = Worker::start(&config, model, Vec::new(), engines).await;
     let mut worker = worker.expect("a worker");
     let first = "imagegpt_device_up{device=\"0\"}";
-    let started = Instant::now();
-    while sample(
-        &harness::get(worker.metrics_addr, "/metrics").await.1,
-        first,
-    ) < 1.0
-    {
-        assert!(started.elapsed() < harness::PATIENCE, "never loaded");
-    }
+    until_sample(&worker, first, |up| up >= 1.0).await;
     assert!(worker.readiness().get().is_err(), "the other still loads");
     open.send(()).expect("it loads");
     worker.ready().await.expect("both are loaded");
@@ -332,7 +313,10 @@ async fn a_worker_starts_with_all_of_its_devices_or_not_at_all() {
     let mut worker = worker.expect("a worker");
     let error = worker.ready().await.expect_err("one is missing");
     assert_eq!(error.to_string(), "device 7: no such device");
-    until("the threads end", || worker.readiness().failure().is_some()).await;
+    until(&worker, "the threads end", async || {
+        worker.readiness().failure().is_some()
+    })
+    .await;
     worker.shutdown(harness::PATIENCE).await;
 }
 

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 use crate::harness::model_dir;
+use crate::process;
 
 /// A library that takes its process with it when it is loaded.
 const CRASH: &str = "#include <stdlib.h>
@@ -15,7 +16,7 @@ __attribute__((constructor)) static void crash(void) { abort(); }
 
 fn doctor(arguments: &[&str]) -> Output {
     let library = imagegpt::runtime::library::find_library(None);
-    Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+    process::program()
         .arg("doctor")
         .args(arguments)
         .env("ORT_DYLIB_PATH", library)

@@ -1,8 +1,6 @@
 //! An engine that fails: callers are told, and so is the world.
 
-use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFacts, GraphRun, RunStop, SlotFeed, WarmRun};
-use imagegpt::runtime::error::EngineError;
+use imagegpt::engine::fake::Script;
 use imagegpt::serve::devices::FailureKind;
 use tonic::Code;
 
@@ -65,35 +63,6 @@ async fn a_panic_answers_everyone_and_ends_readiness() {
     running.end().await;
 }
 
-/// Returns what its script says instead of an answer.
-struct Odd(FakeEngine, Vec<Vec<f32>>);
-
-impl Engine for Odd {
-    fn facts(&self) -> &EngineFacts {
-        self.0.facts()
-    }
-
-    fn warm(&self) -> &[WarmRun] {
-        &[]
-    }
-
-    fn run(&mut self, _run: &GraphRun<'_>, _stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
-        Ok(self.1.clone())
-    }
-
-    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.0.feed(feed, logits)
-    }
-
-    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        self.0.copy_slot(from, to, n)
-    }
-
-    fn canary(&mut self) -> Result<(), EngineError> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn numbers_that_are_none_are_an_error() {
     for odd in [
@@ -101,8 +70,8 @@ async fn numbers_that_are_none_are_an_error() {
         vec![vec![f32::INFINITY; 4]],
         vec![],
     ] {
-        let factory = Box::new(move || {
-            Ok(Box::new(Odd(FakeEngine::new(Script::default()), odd)) as Box<dyn Engine>)
+        let factory = harness::altered(Script::default(), |engine| {
+            engine.run = Box::new(move |_, _, _| Ok(odd.clone()));
         });
         let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
         let response = running

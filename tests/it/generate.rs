@@ -16,7 +16,7 @@ use imagegpt::runtime::Runtime;
 use serde::Deserialize;
 use tonic::{Code, Request, Status};
 
-use crate::harness::{self, Client, Running, embed, f32s, flat, seeded, tokens, until};
+use crate::harness::{self, Client, Running, embed, f32s, flat, seeded, tokens, until_sample};
 
 const SIDE: u32 = 8;
 const COLORS: u16 = 16;
@@ -349,15 +349,13 @@ async fn whoever_goes_frees_the_place_at_once() {
     running.until_in_flight(3).await;
     drop(stream);
     let left = Instant::now();
-    until("all places free", || running.worker.images_in_flight() == 0).await;
+    running.until_in_flight(0).await;
     assert!(
         left.elapsed() < Duration::from_secs(1),
         "long before they were done"
     );
     let requests = "imagegpt_requests_total{method=\"Generate\",code=\"CANCELLED\"}";
-    while running.sample(requests).await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, requests, |n| n >= 1.0).await;
     assert_eq!(running.sample("imagegpt_sequences").await, 0.0);
     assert!(generate(&running.client, greedy()).await.is_ok());
     running.end().await;
@@ -376,11 +374,11 @@ async fn pictures_that_wait_to_be_read_hold_their_own_size() {
     let stream = stream.expect("a stream").into_inner();
     running.until_in_flight(0).await;
     // 8 pictures of 256 pixels a side, of 3 bytes at worst.
-    let started = std::time::Instant::now();
     let at_worst = f64::from(8 * 256 * 256 * 3);
-    while running.sample("imagegpt_bytes_in_flight").await > at_worst / 10.0 {
-        assert!(started.elapsed() < harness::PATIENCE, "they hold all of it");
-    }
+    until_sample(&running, "imagegpt_bytes_in_flight", |held| {
+        held <= at_worst / 10.0
+    })
+    .await;
     drop(stream);
     running.end().await;
 }
@@ -404,7 +402,7 @@ async fn a_deadline_ends_the_stream() {
         .expect_err("too short");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(status.message().contains("would take at least"), "{status}");
-    until("all places free", || running.worker.images_in_flight() == 0).await;
+    running.until_in_flight(0).await;
     running.end().await;
 }
 

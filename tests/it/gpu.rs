@@ -7,16 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFactory, EngineFacts, GraphRun, RunStop, SlotFeed, WarmRun};
+use imagegpt::engine::fake::Script;
 use imagegpt::gpu::kernels::{Half, Numbers, quick_gelu};
 use imagegpt::proto::pb;
 use imagegpt::runtime;
-use imagegpt::runtime::error::EngineError;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::{self, model_dir};
+use crate::harness::{self, model_dir, until};
+use crate::process;
 
 const WHOLE: &str = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f";
 const PART: &str = "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f";
@@ -54,7 +53,7 @@ fn doctor(arguments: &[&str]) -> Value {
 }
 
 fn doctor_with(driver: &Path, arguments: &[&str]) -> Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+    let output = process::program()
         .args(["doctor", "--format", "json"])
         .args(arguments)
         .env(
@@ -154,35 +153,6 @@ fn a_driver_that_hangs_or_aborts_is_a_line_of_the_report() {
     });
 }
 
-/// A fake engine that says it is on a GPU.
-struct OnCuda(FakeEngine, EngineFacts);
-
-impl Engine for OnCuda {
-    fn facts(&self) -> &EngineFacts {
-        &self.1
-    }
-
-    fn warm(&self) -> &[WarmRun] {
-        self.0.warm()
-    }
-
-    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
-        self.0.run(run, stop)
-    }
-
-    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.0.feed(feed, logits)
-    }
-
-    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        self.0.copy_slot(from, to, n)
-    }
-
-    fn canary(&mut self) -> Result<(), EngineError> {
-        self.0.canary()
-    }
-}
-
 /// Loads the libraries into this process, where they are found by their bare names
 /// from then on.
 fn load() {
@@ -229,29 +199,19 @@ fn kernels_are_launched_as_declared() {
 #[tokio::test]
 async fn a_worker_on_a_gpu_says_which_and_how_it_is() {
     load();
-    let factory: EngineFactory = Box::new(|| {
-        let engine = FakeEngine::new(Script::default());
-        let facts = EngineFacts {
-            provider: "cuda",
-            ..engine.facts().clone()
-        };
-        Ok(Box::new(OnCuda(engine, facts)) as Box<dyn Engine>)
-    });
+    let factory = harness::altered(Script::default(), |engine| engine.facts.provider = "cuda");
     let flags = ["--device-id", "1"];
     let mut running = harness::start(&model_dir("micro"), &flags, Some(factory)).await;
     let series = format!(
         "imagegpt_gpu_memory_used_bytes{{device=\"1\"}} {}\n",
         1 << 30
     );
-    let started = std::time::Instant::now();
-    let page = loop {
-        let page = running.metrics().await;
-        if page.contains(&series) {
-            break page;
-        }
-        assert!(started.elapsed() < harness::PATIENCE, "never: {series}");
-        tokio::task::yield_now().await;
-    };
+    let mut page = String::new();
+    until(&running, &series, async || {
+        page = running.metrics().await;
+        page.contains(&series)
+    })
+    .await;
     assert!(page.contains("imagegpt_gpu_memory_total_bytes{device=\"1\"} 10737418240\n"));
     // A part of a GPU has no utilization, and the other device is not ours.
     assert!(!page.contains("imagegpt_gpu_utilization_ratio{"), "{page}");

@@ -1,26 +1,36 @@
 //! Starts a whole worker inside the test, on ports that the system chooses.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
 use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{Engine, EngineFactory};
+use imagegpt::engine::onnx::OnnxOptions;
+use imagegpt::engine::{
+    Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
+};
 use imagegpt::model::Model;
+use imagegpt::model::buckets::Buckets;
 use imagegpt::model::head::LinearHead;
+use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use imagegpt::runtime::error::EngineError;
+use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
 use imagegpt::serve::worker::{Worker, WorkerEnded, onnx_engines};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
+use crate::process;
+pub(crate) use crate::process::PATIENCE;
+
 pub(crate) type Client = ImageGptServiceClient<Channel>;
 
-/// How long anything may take before a test gives up; generous, because CI
-/// shares two cores.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// Time between two looks at what a test waits for.
+const POLL: Duration = Duration::from_millis(1);
 
 #[derive(Parser)]
 struct Cli {
@@ -70,6 +80,96 @@ pub(crate) async fn fake(script: Script, flags: &[&str]) -> Running {
 
 pub(crate) fn fake_factory(script: Script) -> EngineFactory {
     Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>))
+}
+
+/// An engine that runs one batch for each message.
+pub(crate) fn gated() -> (crossbeam_channel::Sender<()>, Script) {
+    let (open, gate) = crossbeam_channel::bounded(4096);
+    let script = Script {
+        gate: Some(gate),
+        ..Default::default()
+    };
+    (open, script)
+}
+
+type Run =
+    dyn FnMut(&mut FakeEngine, &GraphRun<'_>, &RunStop) -> Result<Vec<Vec<f32>>, EngineError>;
+
+/// A fake engine that says something else of itself, or runs otherwise.
+pub(crate) struct Altered {
+    engine: FakeEngine,
+    pub(crate) facts: EngineFacts,
+    pub(crate) run: Box<Run>,
+}
+
+/// Makes a fake engine and changes it.
+pub(crate) fn altered(
+    script: Script,
+    change: impl FnOnce(&mut Altered) + Send + 'static,
+) -> EngineFactory {
+    Box::new(|| {
+        let engine = FakeEngine::new(script);
+        let mut altered = Altered {
+            facts: engine.facts().clone(),
+            engine,
+            run: Box::new(FakeEngine::run),
+        };
+        change(&mut altered);
+        Ok(Box::new(altered))
+    })
+}
+
+impl Engine for Altered {
+    fn facts(&self) -> &EngineFacts {
+        &self.facts
+    }
+
+    fn warm(&self) -> &[WarmRun] {
+        self.engine.warm()
+    }
+
+    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
+        (self.run)(&mut self.engine, run, stop)
+    }
+
+    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.engine.feed(feed, logits)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
+        self.engine.copy_slot(from, to, n)
+    }
+
+    fn canary(&mut self) -> Result<(), EngineError> {
+        self.engine.canary()
+    }
+
+    fn last_span(&self) -> Option<RunSpan> {
+        self.engine.last_span()
+    }
+}
+
+/// Options of an engine with ONNX Runtime for a small model, on the CPU.
+pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
+    OnnxOptions {
+        library: find_library(None),
+        provider: ProviderChoice::Cpu,
+        device_id: 0,
+        intra_op_threads: 1,
+        positions: model.positions(),
+        n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
+        n_labels: model.labels.len(),
+        head_widths: Vec::new(),
+        compiled_for: None,
+        graphs: model.graphs,
+        files: model.files,
+        buckets: Buckets::powers_of_two(2),
+        generate_slots: 0,
+        generate_bytes_max: 0,
+        gpu_memory_limit: None,
+        cuda_graphs: false,
+    }
 }
 
 /// Device 0 and no other.
@@ -143,9 +243,11 @@ async fn start_worker(
 }
 
 pub(crate) async fn connect(worker: &Worker) -> Client {
-    Client::connect(format!("http://{}", worker.grpc_addr))
-        .await
-        .expect("a connection")
+    Client::connect(url(worker)).await.expect("a connection")
+}
+
+pub(crate) fn url(worker: &Worker) -> String {
+    format!("http://{}", worker.grpc_addr)
 }
 
 impl Running {
@@ -155,9 +257,13 @@ impl Running {
         assert_eq!(self.worker.shutdown(PATIENCE).await, WorkerEnded::Clean);
     }
 
+    pub(crate) fn url(&self) -> String {
+        url(&self.worker)
+    }
+
     /// The metrics page.
     pub(crate) async fn metrics(&self) -> String {
-        get(self.worker.metrics_addr, "/metrics").await.1
+        metrics(self).await
     }
 
     /// One sample of the metrics page, by its name and labels as printed.
@@ -167,11 +273,92 @@ impl Running {
 
     /// Waits until `n` images are in flight.
     pub(crate) async fn until_in_flight(&self, n: usize) {
-        until(&format!("{n} images in flight"), || {
-            self.worker.images_in_flight() == n
-        })
-        .await;
+        until_in_flight(&self.worker, n).await;
     }
+}
+
+/// Waits until `n` images are in flight.
+pub(crate) async fn until_in_flight(worker: &Worker, n: usize) {
+    let what = format!("{n} images in flight");
+    until(worker, &what, async || worker.images_in_flight() == n).await;
+}
+
+/// Something that has a metrics page: a worker, or the address of one that was
+/// moved elsewhere.
+pub(crate) trait Measured {
+    fn metrics_addr(&self) -> SocketAddr;
+}
+
+impl Measured for Running {
+    fn metrics_addr(&self) -> SocketAddr {
+        self.worker.metrics_addr
+    }
+}
+
+impl Measured for Worker {
+    fn metrics_addr(&self) -> SocketAddr {
+        self.metrics_addr
+    }
+}
+
+impl Measured for SocketAddr {
+    fn metrics_addr(&self) -> SocketAddr {
+        *self
+    }
+}
+
+/// The metrics page.
+pub(crate) async fn metrics(worker: &impl Measured) -> String {
+    get(worker.metrics_addr(), "/metrics").await.1
+}
+
+/// Waits until a condition holds; when it never does, panics with the worker's
+/// metrics page.
+pub(crate) async fn until(
+    worker: &impl Measured,
+    what: &str,
+    mut condition: impl AsyncFnMut() -> bool,
+) {
+    let holds = async {
+        while !condition().await {
+            pause(POLL).await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, holds).await.is_ok() {
+        return;
+    }
+    // Asked without blocking a runtime that has one thread, which may be the worker's.
+    let addr = worker.metrics_addr();
+    let page = tokio::task::spawn_blocking(move || process::get(addr, "/metrics"));
+    let page = page.await.expect("no panic");
+    panic!("never: {what}\n{page}");
+}
+
+/// Waits until a series has a value that will do: the value. The end of a call is
+/// counted a moment after the client has seen it.
+pub(crate) async fn until_sample(
+    worker: &impl Measured,
+    series: &str,
+    condition: impl Fn(f64) -> bool,
+) -> f64 {
+    let mut value = f64::NAN;
+    let what = format!("the wanted value of {series}");
+    until(worker, &what, async || {
+        value = sample(&metrics(worker).await, series);
+        condition(value)
+    })
+    .await;
+    value
+}
+
+/// Lets time go by that is a part of a scenario: something goes on meanwhile, or
+/// must not happen. For all that is to come about there is [`until`].
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one pause of tasks, for tests that mean the time itself"
+)]
+pub(crate) async fn pause(time: Duration) {
+    tokio::time::sleep(time).await;
 }
 
 /// Whether a call ended because its time was up: by the worker, or on a busy
@@ -187,29 +374,16 @@ pub(crate) fn is_clients_timer(status: &tonic::Status) -> bool {
 
 /// The value of a series on a metrics page.
 pub(crate) fn sample(page: &str, series: &str) -> f64 {
-    page.lines()
-        .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
-        .unwrap_or_else(|| panic!("no series {series} in:\n{page}"))
-        .parse()
-        .expect("a number")
-}
-
-/// Waits until a condition holds.
-pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !condition() {
-        assert!(started.elapsed() < PATIENCE, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    process::sample(page, series).unwrap_or_else(|| panic!("no series {series} in:\n{page}"))
 }
 
 /// GET over HTTP/1.1: status and body.
-pub(crate) async fn get(addr: std::net::SocketAddr, path: &str) -> (u16, String) {
+pub(crate) async fn get(addr: SocketAddr, path: &str) -> (u16, String) {
     ask(addr, "GET", path).await
 }
 
 /// A request over HTTP/1.1: status and body.
-pub(crate) async fn ask(addr: std::net::SocketAddr, method: &str, path: &str) -> (u16, String) {
+pub(crate) async fn ask(addr: SocketAddr, method: &str, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await

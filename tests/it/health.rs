@@ -1,7 +1,5 @@
 //! What probes, proxies and tools see.
 
-use std::time::Duration;
-
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
 use imagegpt::model::Model;
@@ -22,7 +20,7 @@ use crate::harness::{self, embed};
 const SERVICE: &str = "imagegpt.v1.ImageGptService";
 
 async fn channel(worker: &Worker) -> Channel {
-    Channel::from_shared(format!("http://{}", worker.grpc_addr))
+    Channel::from_shared(harness::url(worker))
         .expect("a URL")
         .connect()
         .await
@@ -78,17 +76,10 @@ async fn serving_begins_when_the_model_is_warm() {
     worker.ready().await.expect("a ready engine");
     for service in ["", SERVICE] {
         // The health service follows a moment later.
-        for _ in 0..1000 {
-            if status(&channel, service).await == ServingStatus::Serving {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        assert_eq!(
-            status(&channel, service).await,
-            ServingStatus::Serving,
-            "{service:?}"
-        );
+        harness::until(&worker, &format!("{service:?} is served"), async || {
+            status(&channel, service).await == ServingStatus::Serving
+        })
+        .await;
     }
     assert_eq!(harness::get(worker.metrics_addr, "/readyz").await.0, 200);
     client

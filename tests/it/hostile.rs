@@ -13,7 +13,7 @@ use imagegpt::serve::worker::{Worker, WorkerEnded};
 use prost::Message as _;
 use tonic::Code;
 
-use crate::harness::{self, Running, embed, flat};
+use crate::harness::{self, embed, flat, gated, until, until_sample};
 
 /// Metadata of a call.
 type Headers<'a> = &'a [(&'a str, &'a str)];
@@ -141,29 +141,8 @@ fn black(n_kib: usize) -> pb::Image {
     }
 }
 
-async fn until_sample(running: &Running, series: &str, condition: impl Fn(f64) -> bool) -> f64 {
-    let started = Instant::now();
-    loop {
-        let value = running.sample(series).await;
-        if condition(value) {
-            return value;
-        }
-        assert!(started.elapsed() < harness::PATIENCE, "{series}: {value}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
 fn requests(method: &str, code: &str) -> String {
     format!("imagegpt_requests_total{{method=\"{method}\",code=\"{code}\"}}")
-}
-
-fn gated() -> (crossbeam_channel::Sender<()>, Script) {
-    let (open, gate) = crossbeam_channel::bounded(1024);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
-    (open, script)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -437,7 +416,7 @@ async fn a_slow_reader_that_reads_gets_its_answer() {
         n_bytes += data.len();
         // 100 kB/s: some three seconds in all.
         let due = Duration::from_secs_f64(to_f64(n_bytes) / 100_000.0);
-        tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
+        harness::pause(due.saturating_sub(started.elapsed())).await;
         let _ = body.flow_control().release_capacity(data.len());
     }
     assert!(n_bytes > 250 * KIB, "{n_bytes}");
@@ -504,7 +483,7 @@ async fn messages_that_arrive_or_wait_on_streams_are_counted() {
     while started.elapsed() < Duration::from_millis(300) {
         let held = running.sample(BYTES).await;
         assert!(held <= 3.0 * 1024.0 * 1024.0, "{held}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        harness::pause(Duration::from_millis(5)).await;
     }
     for half in &mut halves {
         half.send(frame(0, &item)[KIB..].to_vec(), true);
@@ -647,24 +626,17 @@ async fn uploads_that_break_off_are_cancelled() {
                 .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
                 .sum()
         };
-        let started = Instant::now();
         // A call that was reset before the worker saw it has none.
-        loop {
+        until(&running, "all calls were cancelled", async || {
             let page = running.metrics().await;
             let cancelled = harness::sample(&page, &requests(method, "CANCELLED"));
             for code in ["INTERNAL", "UNKNOWN", "UNAVAILABLE"] {
                 let n = harness::sample(&page, &requests(method, code));
                 assert_eq!(n, 0.0, "{method} {code}");
             }
-            if cancelled >= 10.0 && cancelled == all(&page) {
-                break;
-            }
-            assert!(
-                started.elapsed() < harness::PATIENCE,
-                "{method}: {cancelled}"
-            );
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+            cancelled >= 10.0 && cancelled == all(&page)
+        })
+        .await;
     }
     assert!(n_calls > 0.0);
     drop(client);
@@ -698,16 +670,12 @@ async fn clients_that_stall_do_not_hold_the_end() {
         let client = connect(&worker, 0).await;
         let mut call = call(&client, path, &[]);
         call.send(body.to_vec(), is_last);
-        let metrics = worker.metrics_addr;
         // All there is to compute is done, or what was sent has come.
-        let started = Instant::now();
-        loop {
-            let page = harness::get(metrics, "/metrics").await.1;
-            if harness::sample(&page, BYTES) > 0.0 && worker.images_in_flight() == 0 {
-                break;
-            }
-            assert!(started.elapsed() < harness::PATIENCE, "{idx}: never there");
-        }
+        until(&worker, &format!("case {idx} is there"), async || {
+            let page = harness::metrics(&worker).await;
+            harness::sample(&page, BYTES) > 0.0 && worker.images_in_flight() == 0
+        })
+        .await;
         ends.spawn(async move {
             let started = Instant::now();
             let ended = worker.shutdown(Duration::from_secs(25)).await;

@@ -3,6 +3,7 @@
 //! One binary, because linking ONNX Runtime's bindings and tonic once is
 //! cheaper than once a file.
 
+#![warn(clippy::disallowed_methods)]
 #![expect(
     clippy::float_cmp,
     reason = "counts in metrics are whole numbers, and the fake engine is exact"
@@ -31,6 +32,8 @@ mod metrics;
 mod models;
 mod oip;
 mod pool;
+#[path = "../process/mod.rs"]
+mod process;
 mod provider;
 mod scheduling;
 mod scripts;

@@ -3,16 +3,14 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use imagegpt::engine::fake::{FakeEngine, Script};
-use imagegpt::engine::{
-    Engine, EngineFactory, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, WarmRun,
-};
-use imagegpt::runtime::error::EngineError;
+use imagegpt::engine::Engine as _;
+use imagegpt::engine::fake::Script;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::{self, embed, encoded};
+use crate::process;
 
 #[tokio::test]
 async fn every_series_exists_from_the_start_and_histograms_are_true() {
@@ -79,56 +77,28 @@ async fn every_series_exists_from_the_start_and_histograms_are_true() {
     running.end().await;
 }
 
-/// An engine that is outside of its runs for as long as within.
-struct Slow(FakeEngine, Option<RunSpan>);
-
 const EACH: Duration = Duration::from_millis(10);
-
-impl Engine for Slow {
-    fn facts(&self) -> &EngineFacts {
-        self.0.facts()
-    }
-
-    fn warm(&self) -> &[WarmRun] {
-        &[]
-    }
-
-    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
-        std::thread::sleep(EACH / 2);
-        let ((), span) = RunSpan::of(|| std::thread::sleep(EACH));
-        self.1 = Some(span);
-        std::thread::sleep(EACH / 2);
-        self.0.run(run, stop)
-    }
-
-    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.0.feed(feed, logits)
-    }
-
-    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        self.0.copy_slot(from, to, n)
-    }
-
-    fn canary(&mut self) -> Result<(), EngineError> {
-        Ok(())
-    }
-
-    fn last_span(&self) -> Option<RunSpan> {
-        self.1
-    }
-}
 
 #[tokio::test]
 async fn what_a_device_waits_for_the_worker_is_a_gap_and_idleness_is_none() {
-    let factory: EngineFactory = Box::new(|| {
-        let engine = FakeEngine::new(Script::default());
-        Ok(Box::new(Slow(engine, None)) as Box<dyn Engine>)
+    // Outside of its runs for as long as within.
+    let script = Script {
+        delay: EACH,
+        ..Default::default()
+    };
+    let factory = harness::altered(script, |engine| {
+        engine.run = Box::new(|engine, run, stop| {
+            process::pause(EACH / 2);
+            let outcome = engine.run(run, stop);
+            process::pause(EACH / 2);
+            outcome
+        });
     });
     let flags = ["--max-batch-size", "1", "--max-queue-delay", "0s"];
     let micro = harness::model_dir("micro");
     let mut running = harness::start(&micro, &flags, Some(factory)).await;
     // Long, measured by what a gap is; a busy machine makes it longer.
-    tokio::time::sleep(EACH * 50).await;
+    harness::pause(EACH * 50).await;
     let images = (0..8).map(harness::flat).collect();
     let response = running.client.embed(embed(images)).await;
     assert_eq!(response.expect("a response").get_ref().results.len(), 8);

@@ -2,13 +2,11 @@
 
 use std::path::Path;
 
-use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
+use imagegpt::engine::onnx::OnnxEngine;
 use imagegpt::model::Model;
-use imagegpt::model::buckets::Buckets;
-use imagegpt::model::precision::ProviderChoice;
-use imagegpt::runtime::library::find_library;
 
 use crate::harness;
+use crate::process;
 
 /// Opens and loads a folder; the first complaint, if any.
 fn complaint(dir: &Path) -> Option<String> {
@@ -16,26 +14,7 @@ fn complaint(dir: &Path) -> Option<String> {
         Ok(model) => model,
         Err(error) => return Some(error.to_string()),
     };
-    let options = OnnxOptions {
-        library: find_library(None),
-        provider: ProviderChoice::Cpu,
-        device_id: 0,
-        intra_op_threads: 1,
-        positions: model.positions(),
-        n_colors: model.clusters.len(),
-        sizes_are_given: model.sizes_are_given,
-        n_labels: model.labels.len(),
-        head_widths: Vec::new(),
-        compiled_for: None,
-        graphs: model.graphs,
-        files: model.files,
-        buckets: Buckets::powers_of_two(2),
-        generate_slots: 0,
-        generate_bytes_max: 0,
-        gpu_memory_limit: None,
-        cuda_graphs: false,
-    };
-    OnnxEngine::load(&options)
+    OnnxEngine::load(&harness::onnx_options(model))
         .err()
         .map(|error| error.to_string())
 }
@@ -252,7 +231,7 @@ fn a_digest_follows_content_and_not_place() {
 #[test]
 fn a_missing_library_is_one_clear_sentence() {
     // In a process of its own: the runtime is loaded once a process.
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_imagegpt"))
+    let output = process::program()
         .args([
             "serve",
             "--listen",

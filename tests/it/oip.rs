@@ -17,9 +17,10 @@ use imagegpt::proto::pb;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::batching::{gated, wait_for_batches, wait_for_depth};
+use crate::batching::{wait_for_batches, wait_for_depth};
 use crate::harness::{
-    self, Running, embed, encoded, fake_answer, flat, sample, seeded, tokens, vector,
+    self, Running, embed, encoded, fake_answer, flat, gated, sample, seeded, tokens, until_sample,
+    vector,
 };
 
 type Client = GrpcInferenceServiceClient<Channel>;
@@ -29,9 +30,7 @@ type Client = GrpcInferenceServiceClient<Channel>;
 const ALONE: [&str; 2] = ["--max-batch-size", "1"];
 
 async fn client(running: &Running) -> Client {
-    Client::connect(format!("http://{}", running.worker.grpc_addr))
-        .await
-        .expect("a connection")
+    Client::connect(running.url()).await.expect("a connection")
 }
 
 fn word(text: &str) -> ParameterChoice {
@@ -732,13 +731,7 @@ async fn a_stream_answers_in_order_and_outlives_errors() {
     assert!(answers.message().await.expect("a clean end").is_none());
     drop(answers);
     let calls = "imagegpt_requests_total{method=\"ModelStreamInfer\",code=\"OK\"}";
-    for _ in 0..1000 {
-        if running.sample(calls).await == 1.0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    assert_eq!(running.sample(calls).await, 1.0);
+    until_sample(&running, calls, |n| n == 1.0).await;
     assert_eq!(running.sample("imagegpt_streams").await, 0.0);
     running.end().await;
 }
@@ -755,7 +748,7 @@ async fn a_stream_reads_no_further_than_its_window() {
         .expect("a stream")
         .into_inner();
     running.until_in_flight(4).await;
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    harness::pause(Duration::from_millis(20)).await;
     assert_eq!(running.worker.images_in_flight(), 4);
     drop(open);
     for _ in 0..20 {

@@ -2,41 +2,23 @@
 //! be had. These tests run where there is no GPU, as CI does; on a machine with
 //! one they have nothing to show.
 
-use imagegpt::engine::fake::{FakeEngine, Script};
+use imagegpt::engine::fake::Script;
 use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
-use imagegpt::engine::{
-    Engine, EngineFactory, EngineFacts, Fallback, FallbackKind, GraphRun, RunStop, SlotFeed,
-    WarmRun,
-};
+use imagegpt::engine::{Engine, EngineFactory, Fallback, FallbackKind};
 use imagegpt::model::Model;
-use imagegpt::model::buckets::Buckets;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::runtime::error::EngineError;
-use imagegpt::runtime::library::find_library;
 
-use crate::harness::{self, Running};
+use crate::harness::{self, Running, until_sample};
 
 fn load(provider: ProviderChoice) -> Result<OnnxEngine, EngineError> {
     let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
     OnnxEngine::load(&OnnxOptions {
-        library: find_library(None),
         provider,
-        device_id: 0,
-        intra_op_threads: 1,
-        positions: model.positions(),
-        n_colors: model.clusters.len(),
-        sizes_are_given: model.sizes_are_given,
-        n_labels: model.labels.len(),
-        head_widths: Vec::new(),
-        compiled_for: None,
-        graphs: model.graphs,
-        files: model.files,
-        buckets: Buckets::powers_of_two(2),
-        generate_slots: 0,
-        generate_bytes_max: 0,
         gpu_memory_limit: Some(1 << 30),
         cuda_graphs: true,
+        ..harness::onnx_options(model)
     })
 }
 
@@ -79,10 +61,7 @@ fn cuda_is_had_or_an_error() {
 /// Waits for a series to be one: it is set by whoever announces the model, beside
 /// the first calls.
 async fn told(running: &Running, series: &str) {
-    let started = std::time::Instant::now();
-    while running.sample(series).await < 1.0 {
-        assert!(started.elapsed() < harness::PATIENCE, "{series} is not set");
-    }
+    until_sample(running, series, |value| value >= 1.0).await;
 }
 
 #[tokio::test]
@@ -99,14 +78,7 @@ async fn a_fallback_is_told_to_clients_and_to_prometheus() {
     assert_eq!(model.fallbacks.len(), 1);
     assert_eq!(model.fallbacks[0].kind, "cuda");
     let sample = |kind| format!("imagegpt_engine_fallback{{kind=\"{kind}\"}}");
-    // Set by whoever announces the model, beside the first calls.
-    let started = std::time::Instant::now();
-    while running.sample(&sample("cuda")).await < 1.0 {
-        assert!(
-            started.elapsed() < harness::PATIENCE,
-            "the metric is not set"
-        );
-    }
+    told(&running, &sample("cuda")).await;
     assert_eq!(running.sample(&sample("cuda_graphs")).await, 0.0);
     running.end().await;
 }
@@ -149,48 +121,14 @@ impl std::io::Write for Log {
     }
 }
 
-/// A fake engine that could not have something.
-struct Without(FakeEngine, EngineFacts);
-
-impl Engine for Without {
-    fn facts(&self) -> &EngineFacts {
-        &self.1
-    }
-
-    fn warm(&self) -> &[WarmRun] {
-        self.0.warm()
-    }
-
-    fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError> {
-        self.0.run(run, stop)
-    }
-
-    fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError> {
-        self.0.feed(feed, logits)
-    }
-
-    fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
-        self.0.copy_slot(from, to, n)
-    }
-
-    fn canary(&mut self) -> Result<(), EngineError> {
-        self.0.canary()
-    }
-}
-
 #[tokio::test]
 async fn a_refused_capture_is_told_to_clients_and_to_prometheus() {
-    let factory: EngineFactory = Box::new(|| {
-        let engine = FakeEngine::new(Script::default());
+    let factory = harness::altered(Script::default(), |engine| {
         let refused = Fallback {
             kind: FallbackKind::CudaGraphs,
             reason: "graph hidden: capture was refused".to_owned(),
         };
-        let facts = EngineFacts {
-            fallbacks: vec![refused],
-            ..engine.facts().clone()
-        };
-        Ok(Box::new(Without(engine, facts)) as Box<dyn Engine>)
+        engine.facts.fallbacks = vec![refused];
     });
     let mut running = harness::start(&harness::model_dir("micro"), &[], Some(factory)).await;
     let model = running.client.get_model(pb::GetModelRequest {}).await;

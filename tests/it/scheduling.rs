@@ -7,8 +7,10 @@ use imagegpt::proto::pb;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
 
-use crate::batching::{batches, distinct, gated, wait_for_batches, wait_for_depth};
-use crate::harness::{self, Running, embed, fake_answer, flat, sample, seeded, tokens, vector};
+use crate::batching::{batches, distinct, wait_for_batches, wait_for_depth};
+use crate::harness::{
+    self, Running, embed, fake_answer, flat, gated, sample, seeded, tokens, until_sample, vector,
+};
 
 fn bulk(images: Vec<pb::Image>) -> Request<pb::EmbedRequest> {
     of_class("bulk", images)
@@ -198,9 +200,7 @@ async fn identical_images_share_a_run() {
     // One more that joins what runs already.
     let same = call(&running, Request::new(embed(vec![flat(15)])));
     running.until_in_flight(12).await;
-    while running.sample("imagegpt_images_coalesced_total").await < 9.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, "imagegpt_images_coalesced_total", |n| n >= 9.0).await;
     open.send(()).expect("a run");
     open.send(()).expect("a run");
     answered(blocking).await;
@@ -269,17 +269,13 @@ async fn a_run_that_nobody_waits_for_is_stopped() {
     // The same image: the run goes on for whoever is left.
     let other = call(&running, Request::new(embed(vec![flat(15)])));
     running.until_in_flight(2).await;
-    while running.sample("imagegpt_images_coalesced_total").await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, "imagegpt_images_coalesced_total", |n| n >= 1.0).await;
     one.abort();
     running.until_in_flight(1).await;
     assert_eq!(running.sample("imagegpt_runs_stopped_total").await, 0.0);
     other.abort();
     running.until_in_flight(0).await;
-    while running.sample("imagegpt_runs_stopped_total").await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, "imagegpt_runs_stopped_total", |n| n >= 1.0).await;
     let page = running.metrics().await;
     let dropped = "imagegpt_images_dropped_total{reason=\"cancelled\",stage=\"engine\"}";
     assert_eq!(sample(&page, dropped), 2.0);
@@ -310,14 +306,10 @@ async fn a_run_of_onnx_runtime_is_stopped() {
         let (before, n_stopped) = (sample(&page, SECONDS), sample(&page, STOPPED));
         let n_batches = batches(&page);
         let one = ask(seed);
-        while batches(&running.metrics().await) == n_batches {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        wait_for_batches(&running, n_batches + 1.0).await;
         one.abort();
         running.until_in_flight(0).await;
-        while running.sample(SECONDS).await <= before {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        until_sample(&running, SECONDS, |seconds| seconds > before).await;
         let page = running.metrics().await;
         if sample(&page, STOPPED) > n_stopped {
             let stopped = sample(&page, SECONDS) - before;
@@ -342,9 +334,7 @@ async fn a_run_whose_callers_are_late_is_stopped() {
     request.set_timeout(Duration::from_millis(100));
     let error = running.client.clone().embed(request).await;
     assert!(harness::is_late(&error.expect_err("late")));
-    while running.sample("imagegpt_runs_stopped_total").await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, "imagegpt_runs_stopped_total", |n| n >= 1.0).await;
     let next = call(&running, Request::new(embed(distinct(1, 1))));
     open.send(()).expect("a run");
     answered(next).await;

@@ -12,7 +12,7 @@ fn in_scripts(path: &str) -> std::path::PathBuf {
 /// `scripts/bench-gpu.sh`, which finds the program of this build.
 fn bench_gpu(out: &Path, setting: (&str, &str)) -> Output {
     Command::new(in_scripts("bench-gpu.sh"))
-        .env("IMAGEGPT", env!("CARGO_BIN_EXE_imagegpt"))
+        .env("IMAGEGPT", crate::process::PROGRAM)
         .env("PROVIDER", "cpu")
         .env("OUT", out)
         .env(setting.0, setting.1)

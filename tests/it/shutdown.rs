@@ -1,9 +1,6 @@
 //! How it ends: in the process, and as a process under signals.
 
-use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use imagegpt::engine::fake::Script;
@@ -15,16 +12,13 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::generate::compiled;
-use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
+use crate::harness::{self, embed, fake_answer, seeded, tokens, until, vector};
+use crate::process::{self, Log, Worker};
 use crate::stream::Conversation;
 
 #[tokio::test]
 async fn what_was_admitted_is_finished() {
-    let (open, gate) = crossbeam_channel::bounded(64);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
+    let (open, script) = harness::gated();
     let running = harness::fake(script, &["--max-batch-size", "2"]).await;
     let mut client = running.client.clone();
     let images: Vec<Vec<u32>> = (0..9).map(seeded).collect();
@@ -34,7 +28,7 @@ async fn what_was_admitted_is_finished() {
     let metrics_addr = running.worker.metrics_addr;
     let readiness = running.worker.readiness().clone();
     let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
-    harness::until("draining", || readiness.get().is_err()).await;
+    until(&metrics_addr, "draining", async || readiness.get().is_err()).await;
     assert_eq!(
         harness::get(metrics_addr, "/readyz").await,
         (503, "draining\n".to_owned())
@@ -66,11 +60,7 @@ async fn what_was_admitted_is_finished() {
 
 #[tokio::test]
 async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
-    let (open, gate) = crossbeam_channel::bounded::<()>(1);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
+    let (open, script) = harness::gated();
     let running = harness::fake(script, &[]).await;
     let mut client = running.client.clone();
     let call = tokio::spawn(async move { client.embed(embed(vec![harness::flat(1); 3])).await });
@@ -86,7 +76,7 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_do_not_hold_the_end() {
     let running = harness::fake(Script::default(), &[]).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let channel = tonic::transport::Channel::from_shared(endpoint)
         .expect("a URL")
         .connect()
@@ -111,66 +101,15 @@ async fn idle_connections_do_not_hold_the_end() {
     drop((watch, silent));
 }
 
-/// The program itself, with the addresses that it logged.
-struct Process {
-    child: Child,
-    grpc: SocketAddr,
-    log: BufReader<std::process::ChildStderr>,
+/// A worker as a process, with its log.
+fn start(model: &Path, flags: &[&str]) -> (Worker, Log) {
+    let model = model.to_str().expect("UTF-8");
+    let fixed = ["--execution-provider", "cpu", "--model", model];
+    Worker::logging(&[&fixed, flags].concat())
 }
 
-/// The micro model's.
-fn process(flags: &[&str]) -> (Child, SocketAddr, BufReader<std::process::ChildStderr>) {
-    let process = start(&harness::model_dir("micro"), flags);
-    (process.child, process.grpc, process.log)
-}
-
-#[expect(
-    clippy::zombie_processes,
-    reason = "the test that gets the child waits for it"
-)]
-fn start(model: &Path, flags: &[&str]) -> Process {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-        .args([
-            "serve",
-            "--execution-provider",
-            "cpu",
-            "--log-format",
-            "json",
-        ])
-        .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
-        .args(flags)
-        .arg("--model")
-        .arg(model)
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the program");
-    let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
-    let mut addr = None;
-    let mut line = String::new();
-    while log.read_line(&mut line).expect("a log line") > 0 {
-        let event: serde_json::Value = serde_json::from_str(&line).expect("one JSON object a line");
-        match event["message"].as_str() {
-            Some("listening") => {
-                let text = event["grpc"].as_str().expect("an address");
-                addr = Some(text.parse().expect("an address"));
-            }
-            Some("ready") => {
-                let grpc = addr.expect("listening comes first");
-                return Process { child, grpc, log };
-            }
-            _ => {}
-        }
-        line.clear();
-    }
-    panic!("never ready");
-}
-
-fn kill(child: &Child, signal: &str) {
-    let status = Command::new("kill")
-        .args([signal, &child.id().to_string()])
-        .status()
-        .expect("kill");
-    assert!(status.success());
+fn start_micro(flags: &[&str]) -> (Worker, Log) {
+    start(&harness::model_dir("micro"), flags)
 }
 
 // Several threads, because the test blocks while its client must answer the
@@ -178,8 +117,8 @@ fn kill(child: &Child, signal: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_and_sigint_end_the_program_with_0() {
     for signal in ["-TERM", "-INT"] {
-        let (mut child, addr, log) = process(&[]);
-        let mut client = ImageGptServiceClient::connect(format!("http://{addr}"))
+        let (mut worker, log) = start_micro(&[]);
+        let mut client = ImageGptServiceClient::connect(worker.url())
             .await
             .expect("a connection");
         let response = client
@@ -188,10 +127,9 @@ async fn sigterm_and_sigint_end_the_program_with_0() {
             .expect("a response");
         vector(&response.get_ref().results[0]).expect("a vector");
         let started = Instant::now();
-        kill(&child, signal);
-        let rest: Vec<String> = log.lines().map_while(Result::ok).collect();
-        let status = child.wait().expect("an end");
-        assert_eq!(status.code(), Some(0), "{signal}: {rest:#?}");
+        worker.signal(signal);
+        let rest = log.rest();
+        assert_eq!(worker.wait(), Some(0), "{signal}: {rest:#?}");
         assert!(
             started.elapsed() < Duration::from_secs(10),
             "an open connection holds nothing"
@@ -205,18 +143,13 @@ async fn sigterm_and_sigint_end_the_program_with_0() {
 
 #[tokio::test]
 async fn a_worker_that_leaves_serves_on_and_one_that_drains_does_not() {
-    let (open, gate) = crossbeam_channel::bounded(64);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
+    let (open, script) = harness::gated();
     let running = harness::fake(script, &[]).await;
     let metrics_addr = running.worker.metrics_addr;
     running.worker.leave();
     let page = harness::get(metrics_addr, "/readyz").await;
     assert_eq!(page, (503, "leaving\n".to_owned()));
-    let channel =
-        tonic::transport::Channel::from_shared(format!("http://{}", running.worker.grpc_addr));
+    let channel = tonic::transport::Channel::from_shared(running.url());
     let channel = channel.expect("a URL").connect().await;
     let mut health = tonic_health::pb::health_client::HealthClient::new(
         channel.expect("new connections are taken, too"),
@@ -242,7 +175,10 @@ async fn a_worker_that_leaves_serves_on_and_one_that_drains_does_not() {
     running.until_in_flight(1).await;
     let readiness = running.worker.readiness().clone();
     let shutdown = tokio::spawn(running.worker.shutdown(harness::PATIENCE));
-    harness::until("draining", || readiness.serving().is_err()).await;
+    until(&metrics_addr, "draining", async || {
+        readiness.serving().is_err()
+    })
+    .await;
     let late = client.embed(embed(vec![harness::flat(3)])).await;
     let late = late.expect_err("draining");
     // By the worker, or by the client's own library once it knows that the
@@ -262,36 +198,32 @@ async fn a_worker_that_leaves_serves_on_and_one_that_drains_does_not() {
 
 #[test]
 fn a_second_signal_ends_the_delay_and_the_program_but_not_within_a_second() {
-    let (mut child, _, log) = process(&["--shutdown-delay", "1h"]);
+    let (mut worker, log) = start_micro(&["--shutdown-delay", "1h"]);
     let started = Instant::now();
-    kill(&child, "-TERM");
-    let mut lines = log.lines().map_while(Result::ok);
-    let leaving = lines.find(|line| line.contains("not ready"));
-    assert!(leaving.is_some(), "it says so");
+    worker.signal("-TERM");
+    assert!(log.reaches("not ready"), "it says so");
     // Over and over, as somebody impatient does it.
-    while child.try_wait().expect("a child").is_none() {
-        assert!(started.elapsed() < harness::PATIENCE);
-        let _ = Command::new("kill")
-            .args(["-TERM", &child.id().to_string()])
-            .stderr(Stdio::null())
-            .status();
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    process::until("the program ends", || {
+        let has_ended = worker.ended().is_some();
+        if !has_ended {
+            worker.signal("-TERM");
+        }
+        has_ended
+    });
     assert!(started.elapsed() >= Duration::from_secs(1));
-    assert_eq!(child.wait().expect("an end").code(), Some(1));
+    assert_eq!(worker.wait(), Some(1));
 }
 
 /// As `timeout` does it: one to the process, and one to its group.
 #[test]
 fn two_signals_at_once_are_one_request() {
-    let (mut child, _, log) = process(&["--shutdown-delay", "500ms"]);
-    kill(&child, "-TERM");
-    let mut lines = log.lines().map_while(Result::ok);
-    assert!(lines.any(|line| line.contains("not ready")), "it says so");
-    kill(&child, "-TERM");
-    kill(&child, "-INT");
-    let rest: Vec<String> = lines.collect();
-    assert_eq!(child.wait().expect("an end").code(), Some(0), "{rest:#?}");
+    let (mut worker, log) = start_micro(&["--shutdown-delay", "500ms"]);
+    worker.signal("-TERM");
+    assert!(log.reaches("not ready"), "it says so");
+    worker.signal("-TERM");
+    worker.signal("-INT");
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
 }
 
 /// The engine is in a step of the real runtime when the process ends, which must
@@ -302,8 +234,8 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
     let model = compiled(folder.path(), Precision::Fp32);
     for _ in 0..40 {
         let flags = ["--shutdown-grace-period", "1ms", "--generate-slots", "64"];
-        let mut process = start(&model, &flags);
-        let mut client = ImageGptServiceClient::connect(format!("http://{}", process.grpc))
+        let (mut worker, log) = start(&model, &flags);
+        let mut client = ImageGptServiceClient::connect(worker.url())
             .await
             .expect("a connection");
         let request = imagegpt::proto::pb::GenerateRequest {
@@ -316,10 +248,9 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
             matches!(message.message, Some(generate_response::Message::Row(_)))
         };
         while !row(samples.message().await.expect("a message").expect("more")) {}
-        kill(&process.child, "-TERM");
-        let status = process.child.wait().expect("an end");
-        let lines: Vec<String> = process.log.lines().map_while(Result::ok).collect();
-        assert_eq!(status.code(), Some(1), "{lines:#?}");
+        worker.signal("-TERM");
+        let lines = log.rest();
+        assert_eq!(worker.wait(), Some(1), "{lines:#?}");
         for line in &lines {
             let event: serde_json::Value = serde_json::from_str(line).expect("one JSON object");
             let is_end = event["message"] == "ended hard: the grace period ran out";
@@ -330,18 +261,17 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stalled_reader_does_not_hold_the_program() {
-    let (mut child, addr, log) = process(&["--shutdown-grace-period", "20s"]);
-    let client = ImageGptServiceClient::connect(format!("http://{addr}"))
+    let (mut worker, log) = start_micro(&["--shutdown-grace-period", "20s"]);
+    let client = ImageGptServiceClient::connect(worker.url())
         .await
         .expect("a connection");
     let options = imagegpt::proto::pb::EmbedStreamOptions::default();
     let conversation = Conversation::open(&client, options).await;
     conversation.item("never read", tokens(seeded(1))).await;
     let started = Instant::now();
-    kill(&child, "-TERM");
-    let rest: Vec<String> = log.lines().map_while(Result::ok).collect();
-    let status = child.wait().expect("an end");
-    assert_eq!(status.code(), Some(0), "{rest:#?}");
+    worker.signal("-TERM");
+    let rest = log.rest();
+    assert_eq!(worker.wait(), Some(0), "{rest:#?}");
     assert!(started.elapsed() < Duration::from_secs(19), "{rest:#?}");
     drop(conversation);
 }

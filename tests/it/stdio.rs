@@ -2,17 +2,16 @@
 //! every command keeps its exit code, and a worker serves on.
 
 use std::fs::File;
-use std::io::{PipeReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{PipeReader, Read as _};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use imagegpt::engine::fake::Script;
 use imagegpt::model::precision::Precision;
 
 use crate::generate::compiled;
 use crate::harness::{self, PATIENCE, embed, seeded, tokens};
+use crate::process::{PROGRAM, Worker};
 
 /// Where a stream of the program leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +56,7 @@ fn program(arguments: &[&str], out: Sink, err: Sink) -> Command {
     };
     let mut command = Command::new("sh");
     command
-        .args(["-c", script, env!("CARGO_BIN_EXE_imagegpt")])
+        .args(["-c", script, PROGRAM])
         .args(arguments)
         .env(
             "ORT_DYLIB_PATH",
@@ -191,7 +190,7 @@ fn pictures() -> tempfile::TempDir {
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_that_ask_a_worker_keep_their_codes() {
     let running = harness::fake(Script::default(), &[]).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let checks = tokio::task::spawn_blocking(move || {
         let folder = pictures();
         let path = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
@@ -243,130 +242,60 @@ async fn commands_that_ask_a_worker_keep_their_codes() {
     running.end().await;
 }
 
-/// A worker as a process, on ports that were free a moment ago: its log, which
-/// would tell, is not read.
-struct Server {
-    child: Child,
-    grpc: SocketAddr,
-    metrics: SocketAddr,
+/// A worker whose log goes somewhere.
+fn start(log: impl Into<Stdio>, level: &str) -> Worker {
+    let model = harness::model_dir("micro");
+    let model = model.to_str().expect("UTF-8");
+    let flags = ["--fake-engine", "0s", "--model", model, "--log", level];
+    Worker::start(&flags, log)
 }
 
-impl Server {
-    fn start(err: impl Into<Stdio>, flags: &[&str]) -> Self {
-        let free = || {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-            listener.local_addr().expect("an address")
-        };
-        let (grpc, metrics) = (free(), free());
-        let model = harness::model_dir("micro");
-        let child = Command::new(env!("CARGO_BIN_EXE_imagegpt"))
-            .args(["serve", "--fake-engine", "0s", "--model"])
-            .arg(model)
-            .args(["--listen", &grpc.to_string()])
-            .args(["--metrics-listen", &metrics.to_string()])
-            .args(flags)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(err)
-            .spawn()
-            .expect("started");
-        let server = Self {
-            child,
-            grpc,
-            metrics,
-        };
-        server.until("ready", |server| server.page("/readyz").contains(" 200 "));
-        server
-    }
-
-    /// A page with its head; nothing while nobody answers.
-    fn page(&self, path: &str) -> String {
-        let mut text = String::new();
-        if let Ok(mut stream) = TcpStream::connect(self.metrics) {
-            let _ = write!(stream, "GET {path} HTTP/1.1\r\nhost: test\r\n\r\n");
-            let _ = stream.read_to_string(&mut text);
-        }
-        text
-    }
-
-    fn dropped(&self) -> f64 {
-        harness::sample(&self.page("/metrics"), "imagegpt_log_lines_dropped_total")
-    }
-
-    fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
-        let started = Instant::now();
-        while !condition(self) {
-            assert!(started.elapsed() < PATIENCE, "never: {what}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Makes calls of which each is logged.
-    fn calls(&self, n: usize) {
-        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        runtime.block_on(async {
-            let mut client = harness::Client::connect(format!("http://{}", self.grpc))
-                .await
-                .expect("a connection");
-            for _ in 0..n {
-                let call = client.embed(embed(vec![tokens(seeded(1))]));
-                let answer = tokio::time::timeout(PATIENCE, call).await;
-                answer.expect("no answer").expect("an answer");
-            }
-        });
-    }
-
-    /// Ends it as an operator does.
-    fn end(mut self) {
-        let pid = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-TERM", &pid]).status();
-        assert!(sent.expect("kill").success());
-        let started = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().expect("a child") {
-                assert_eq!(status.code(), Some(0));
-                return;
-            }
-            assert!(started.elapsed() < PATIENCE, "never ends");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
+fn dropped(worker: &Worker) -> f64 {
+    let dropped = worker.sample("imagegpt_log_lines_dropped_total");
+    dropped.expect("the series")
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Where a test has failed; else it has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Makes calls of which each is logged.
+fn calls(worker: &Worker, n: usize) {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let mut client = harness::Client::connect(worker.url())
+            .await
+            .expect("a connection");
+        for _ in 0..n {
+            let call = client.embed(embed(vec![tokens(seeded(1))]));
+            let answer = tokio::time::timeout(PATIENCE, call).await;
+            answer.expect("no answer").expect("an answer");
+        }
+    });
 }
 
 #[test]
 fn a_worker_whose_log_cannot_be_written_serves_on() {
     for sink in [Sink::Full, Sink::Gone] {
-        let server = Server::start(sink.open(), &["--log", "debug"]);
-        server.calls(10);
-        server.until("counted", |server| server.dropped() >= 10.0);
-        server.end();
+        let worker = start(sink.open(), "debug");
+        calls(&worker, 10);
+        worker.until("counted", |worker| dropped(worker) >= 10.0);
+        worker.end();
     }
     // Standard error that was closed is no trouble: the program has /dev/null.
-    let server = Server::start(Stdio::null(), &["--log", "debug"]);
-    server.calls(10);
-    assert!(server.dropped() == 0.0);
-    server.end();
+    let worker = start(Stdio::null(), "debug");
+    calls(&worker, 10);
+    assert!(dropped(&worker) == 0.0);
+    worker.end();
 }
 
 #[test]
 fn a_log_collector_that_goes_away_takes_no_worker_along() {
     let (mut reader, writer) = std::io::pipe().expect("a pipe");
-    let server = Server::start(writer, &["--log", "debug"]);
-    server.calls(1);
+    let worker = start(writer, "debug");
+    calls(&worker, 1);
     let mut some = [0; 64];
     assert!(reader.read(&mut some).expect("a log") > 0);
     drop(reader);
-    server.calls(10);
-    server.until("counted", |server| server.dropped() > 0.0);
-    server.end();
+    calls(&worker, 10);
+    worker.until("counted", |worker| dropped(worker) > 0.0);
+    worker.end();
 }
 
 /// All that is left in a pipe.
@@ -382,38 +311,39 @@ fn rest(mut reader: PipeReader) -> std::thread::JoinHandle<String> {
         .expect("a thread")
 }
 
+/// Makes calls until the pipe and the queue before it are full.
+fn fill(worker: &Worker) {
+    worker.until("the pipe and the queue are full", |worker| {
+        let is_full = dropped(worker) > 0.0;
+        if !is_full {
+            calls(worker, 50);
+        }
+        is_full
+    });
+}
+
 #[test]
 fn a_log_that_nobody_reads_holds_neither_calls_nor_the_end() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
-    let server = Server::start(writer, &["--log", "trace"]);
-    let started = Instant::now();
-    while server.dropped() == 0.0 {
-        assert!(
-            started.elapsed() < PATIENCE,
-            "the pipe and the queue never fill"
-        );
-        server.calls(50);
-    }
-    server.end();
+    let worker = start(writer, "trace");
+    fill(&worker);
+    worker.end();
     drop(reader);
 
     // One that stops for a while gets the number of lines that it has missed, and
     // the last line of all.
     let (reader, writer) = std::io::pipe().expect("a pipe");
-    let server = Server::start(writer, &["--log", "trace"]);
-    while server.dropped() == 0.0 {
-        assert!(started.elapsed() < 2 * PATIENCE, "never fills");
-        server.calls(50);
-    }
+    let worker = start(writer, "trace");
+    fill(&worker);
     let text = rest(reader);
     let told = "log lines before this one were dropped";
-    server.calls(1);
-    server.until("the queue is empty", |server| {
-        let before = server.dropped();
-        server.calls(1);
-        server.dropped() == before
+    calls(&worker, 1);
+    worker.until("the queue is empty", |worker| {
+        let before = dropped(worker);
+        calls(worker, 1);
+        dropped(worker) == before
     });
-    server.end();
+    worker.end();
     let text = text.join().expect("text");
     assert!(text.contains(told));
     assert!(text.lines().any(|line| line.contains(" ended")));

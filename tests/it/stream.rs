@@ -12,17 +12,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::harness::{self, Client, Running, embed, f32s, fake_answer, flat, seeded, tokens};
-
-/// An engine that runs one batch for each message.
-fn gated() -> (crossbeam_channel::Sender<()>, Script) {
-    let (open, gate) = crossbeam_channel::bounded(4096);
-    let script = Script {
-        gate: Some(gate),
-        ..Default::default()
-    };
-    (open, script)
-}
+use crate::harness::{
+    self, Client, embed, f32s, fake_answer, flat, gated, seeded, tokens, until_sample,
+};
 
 /// Answers take a quarter of a megabyte, so that a few fill what HTTP/2 holds.
 const LARGE: pb::EmbedStreamOptions = pb::EmbedStreamOptions {
@@ -168,18 +160,6 @@ fn ended(code: Code, method: &str) -> String {
     format!("imagegpt_requests_total{{method=\"{method}\",code=\"{code}\"}}")
 }
 
-/// Waits until a series has a value: what a session counts at its end comes a
-/// moment after the client has seen it.
-async fn until_sample(running: &Running, series: &str, value: f64) {
-    for _ in 0..2000 {
-        if (running.sample(series).await - value).abs() < 1e-9 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    panic!("{series} never was {value}:\n{}", running.metrics().await);
-}
-
 #[tokio::test]
 async fn each_item_is_answered_under_its_id_in_both_orders() {
     let script = Script {
@@ -258,8 +238,8 @@ async fn each_item_is_answered_under_its_id_in_both_orders() {
         }
         assert_eq!(answers, expected);
     }
-    until_sample(&running, &ended(Code::Ok, "EmbedStream"), 2.0).await;
-    until_sample(&running, "imagegpt_streams", 0.0).await;
+    until_sample(&running, &ended(Code::Ok, "EmbedStream"), |n| n == 2.0).await;
+    until_sample(&running, "imagegpt_streams", |n| n == 0.0).await;
     let page = running.metrics().await;
     let count = |code| harness::sample(&page, &format!("imagegpt_images_total{{code=\"{code}\"}}"));
     assert_eq!(count("OK"), 72.0);
@@ -317,7 +297,7 @@ async fn no_more_than_the_window_is_read() {
     running.until_in_flight(8).await;
     for _ in 0..50 {
         assert_eq!(running.worker.images_in_flight(), 8);
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        harness::pause(Duration::from_millis(2)).await;
     }
     drop(open);
     let (answers, end) = conversation.rest().await;
@@ -333,7 +313,7 @@ async fn no_more_than_the_window_is_read() {
 async fn a_reader_that_stalls_holds_bounded_memory_and_harms_nobody() {
     // Vectors of all positions: 1 KiB an item of the micro model.
     let running = harness::fake(Script::default(), &["--stream-window-max", "16"]).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     // Little is taken by the connection itself.
     let channel = tonic::transport::Channel::from_shared(endpoint)
         .expect("a URL")
@@ -389,7 +369,7 @@ async fn a_client_that_vanishes_frees_its_places_at_once() {
         .enable_all()
         .build()
         .expect("a runtime");
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let conversation = runtime.spawn(async move {
         let client = Client::connect(endpoint).await.expect("a connection");
         let conversation = Conversation::open(&client, pb::EmbedStreamOptions::default()).await;
@@ -400,10 +380,16 @@ async fn a_client_that_vanishes_frees_its_places_at_once() {
     runtime.shutdown_background();
     running.until_in_flight(0).await;
     drop(conversation);
-    until_sample(&running, "imagegpt_streams", 0.0).await;
-    until_sample(&running, "imagegpt_bytes_in_flight", 0.0).await;
-    until_sample(&running, &ended(Code::Cancelled, "EmbedStream"), 2.0).await;
-    until_sample(&running, "imagegpt_images_total{code=\"CANCELLED\"}", 40.0).await;
+    until_sample(&running, "imagegpt_streams", |n| n == 0.0).await;
+    until_sample(&running, "imagegpt_bytes_in_flight", |n| n == 0.0).await;
+    until_sample(&running, &ended(Code::Cancelled, "EmbedStream"), |n| {
+        n == 2.0
+    })
+    .await;
+    until_sample(&running, "imagegpt_images_total{code=\"CANCELLED\"}", |n| {
+        n == 40.0
+    })
+    .await;
     drop(open);
     running.end().await;
 }
@@ -433,9 +419,14 @@ async fn the_deadline_ends_a_stream() {
     assert_eq!(reason(&status), "DEADLINE_EXCEEDED");
     assert!(started.elapsed() >= Duration::from_millis(450));
     running.until_in_flight(0).await;
-    until_sample(&running, &ended(Code::DeadlineExceeded, "EmbedStream"), 1.0).await;
+    until_sample(
+        &running,
+        &ended(Code::DeadlineExceeded, "EmbedStream"),
+        |n| n == 1.0,
+    )
+    .await;
     let late = "imagegpt_images_total{code=\"DEADLINE_EXCEEDED\"}";
-    until_sample(&running, late, 5.0).await;
+    until_sample(&running, late, |n| n == 5.0).await;
     drop(open);
     running.end().await;
 }
@@ -459,7 +450,7 @@ async fn a_deadline_and_idleness_free_what_a_stalled_reader_holds() {
 async fn stall(flags: &[&str]) {
     let idle = ["--stream-idle-timeout", "400ms"];
     let running = harness::fake(Script::default(), &[&idle, flags].concat()).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let channel = tonic::transport::Channel::from_shared(endpoint)
         .expect("a URL")
         .initial_stream_window_size(Some(1024))
@@ -482,12 +473,12 @@ async fn stall(flags: &[&str]) {
             let _ = conversation.sender.try_send(pb::EmbedStreamRequest {
                 message: Some(item(&idx.to_string(), flat(idx % 16))),
             });
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            harness::pause(Duration::from_millis(1)).await;
         }
         assert!(running.sample("imagegpt_bytes_in_flight").await > 0.0);
-        until_sample(&running, "imagegpt_bytes_in_flight", 0.0).await;
+        until_sample(&running, "imagegpt_bytes_in_flight", |n| n == 0.0).await;
         // The session lingers a moment for its end to be taken.
-        until_sample(&running, "imagegpt_streams", 0.0).await;
+        until_sample(&running, "imagegpt_streams", |n| n == 0.0).await;
         let (answers, end) = conversation.rest().await;
         let status = end.expect("an end");
         assert_eq!((status.code(), reason(&status).as_str()), (code, why));
@@ -600,7 +591,7 @@ async fn bytes_that_are_no_message_end_the_stream() {
     }
 
     let running = harness::fake(Script::default(), &[]).await;
-    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    let endpoint = running.url();
     let channel = tonic::transport::Channel::from_shared(endpoint)
         .expect("a URL")
         .connect()
@@ -655,7 +646,7 @@ async fn a_stream_ends_at_its_age_and_when_nothing_happens() {
         Conversation::open(&running.client, pb::EmbedStreamOptions::default()).await;
     // Life in it keeps it open.
     for _ in 0..6 {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        harness::pause(Duration::from_millis(100)).await;
         conversation.item("a", flat(1)).await;
         conversation.answer().await.1.expect("a vector");
     }
@@ -702,9 +693,7 @@ async fn a_stream_that_fills_the_worker_leaves_room_for_interactive_calls() {
     let call = tokio::spawn(async move { client.embed(embed(vec![flat(1); 4])).await });
     // Admitted is not yet in the queue, where identical images are one.
     let queued = "imagegpt_queue_depth{class=\"interactive\"}";
-    while running.sample(queued).await < 1.0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_sample(&running, queued, |n| n >= 1.0).await;
     // What runs now, and then the call.
     open.send(()).expect("a run");
     open.send(()).expect("a run");

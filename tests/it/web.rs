@@ -179,6 +179,6 @@ async fn a_connection_that_says_nothing_in_http1_is_closed_with_the_worker() {
         .write_all(b"POST /imagegpt.v1.ImageGptService/Embed HTTP/1.1\r\nhost: x\r\n")
         .await
         .expect("sent");
-    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    harness::pause(std::time::Duration::from_millis(20)).await;
     running.end().await;
 }

@@ -6,6 +6,8 @@
 //! outside`, and has a line in CHANGELOG.md. Reasons of errors are compared where
 //! their table is, in `src/serve/rpc/status.rs`.
 
+#![warn(clippy::disallowed_methods)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -192,7 +194,7 @@ fn series(page: &str) -> String {
                 .collect();
             let base = ["_bucket", "_sum", "_count"]
                 .iter()
-                .find_map(|suffix| Some(name.strip_suffix(suffix)?))
+                .find_map(|suffix| name.strip_suffix(suffix))
                 .filter(|base| kinds.get(base) == Some(&"histogram"))
                 .unwrap_or(name);
             let kind = kinds.get(base).copied().unwrap_or("untyped");

@@ -1,0 +1,296 @@
+//! The program as a process: workers that tests start, ask, tell and end.
+//!
+//! Part of several crates of tests.
+
+#![allow(dead_code, reason = "each crate of tests uses a part of it")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How long anything may take before a test gives up; generous, because CI
+/// shares two cores.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Time between two looks at a process.
+const POLL: Duration = Duration::from_millis(5);
+
+/// The program that was built.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_imagegpt");
+
+pub(crate) fn program() -> Command {
+    Command::new(PROGRAM)
+}
+
+/// All that a program wrote.
+pub(crate) fn said(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+/// Waits until a condition holds.
+pub(crate) fn until(what: &str, condition: impl FnMut() -> bool) {
+    until_or(what, condition, String::new);
+}
+
+/// Waits until a condition holds, or panics with a page.
+fn until_or(what: &str, mut condition: impl FnMut() -> bool, page: impl FnOnce() -> String) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < PATIENCE, "never: {what}\n{}", page());
+        pause(POLL);
+    }
+}
+
+/// Lets time go by that is a part of a scenario: something goes on meanwhile, or
+/// must not happen. For all that is to come about there is [`until`].
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one pause of threads, for tests that mean the time itself"
+)]
+pub(crate) fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// A port that was free a moment ago, to give to a process.
+pub(crate) fn free_port() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("its address")
+}
+
+pub(crate) fn signal(child: &Child, name: &str) {
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args([name, &pid]).status();
+    assert!(sent.expect("kill").success());
+}
+
+/// A pipe that nobody writes to.
+pub(crate) fn make_pipe(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status();
+    assert!(made.expect("mkfifo").success());
+}
+
+/// A whole response over HTTP/1.1, empty while nobody listens.
+pub(crate) fn get(addr: SocketAddr, path: &str) -> String {
+    let mut text = String::new();
+    let Ok(mut stream) = TcpStream::connect(addr) else {
+        return text;
+    };
+    let limit = stream.set_read_timeout(Some(PATIENCE));
+    limit.expect("a limit of time");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    if stream.write_all(request.as_bytes()).is_ok() {
+        let _ = stream.read_to_string(&mut text);
+    }
+    text
+}
+
+/// The value of a series on a metrics page.
+pub(crate) fn sample(page: &str, series: &str) -> Option<f64> {
+    let mut lines = page.lines();
+    let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))?;
+    Some(value.parse().expect("a number"))
+}
+
+/// A worker as a process, which does not outlive its test.
+pub(crate) struct Worker {
+    child: Child,
+    flags: Vec<String>,
+    pub(crate) grpc: SocketAddr,
+    pub(crate) metrics: SocketAddr,
+}
+
+impl Worker {
+    /// Starts a worker with these flags of `serve` and waits until it is ready, at
+    /// ports that were free a moment ago: its log, which would tell them, is not
+    /// read.
+    pub(crate) fn start(flags: &[&str], log: impl Into<Stdio>) -> Self {
+        let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        Self::at(free_port(), free_port(), flags, log)
+    }
+
+    fn at(
+        grpc: SocketAddr,
+        metrics: SocketAddr,
+        flags: Vec<String>,
+        log: impl Into<Stdio>,
+    ) -> Self {
+        let child = program()
+            .arg("serve")
+            .args(["--listen", &grpc.to_string()])
+            .args(["--metrics-listen", &metrics.to_string()])
+            .args(&flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("a worker");
+        let mut worker = Self {
+            child,
+            flags,
+            grpc,
+            metrics,
+        };
+        until("a worker is ready", || {
+            assert!(worker.ended().is_none(), "a worker ends at its start");
+            worker.page("/readyz").contains(" 200 ")
+        });
+        worker
+    }
+
+    /// Starts a worker at ports that the system chooses and its log tells, and
+    /// waits until the log says that it is ready.
+    pub(crate) fn logging(flags: &[&str]) -> (Self, Log) {
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut child = program()
+            .args(["serve", "--log-format", "json"])
+            .args(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"])
+            .args(flags)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("a worker");
+        let log = Log::new(child.stderr.take().expect("a pipe"));
+        let mut worker = Self {
+            child,
+            flags: Vec::new(),
+            grpc: nowhere,
+            metrics: nowhere,
+        };
+        while let Some(line) = log.next() {
+            let event: serde_json::Value =
+                serde_json::from_str(&line).expect("one JSON object a line");
+            let addr = |name: &str| {
+                let text = event[name].as_str().expect("an address");
+                text.parse().expect("an address")
+            };
+            match event["message"].as_str() {
+                Some("listening") => {
+                    (worker.grpc, worker.metrics) = (addr("grpc"), addr("metrics"));
+                }
+                Some("ready") => {
+                    assert_ne!(worker.grpc, nowhere, "listening comes first");
+                    return (worker, log);
+                }
+                _ => {}
+            }
+        }
+        panic!("never ready");
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.grpc)
+    }
+
+    /// A page with its head; nothing while nobody answers.
+    pub(crate) fn page(&self, path: &str) -> String {
+        get(self.metrics, path)
+    }
+
+    /// The value of a series, if the metrics page has it.
+    pub(crate) fn sample(&self, series: &str) -> Option<f64> {
+        sample(&self.page("/metrics"), series)
+    }
+
+    /// Waits until a condition holds.
+    pub(crate) fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        until_or(what, || condition(self), || self.page("/metrics"));
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        signal(&self.child, name);
+    }
+
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child")
+    }
+
+    /// Waits for the process to end: the exit code, if no signal ended it.
+    pub(crate) fn wait(&mut self) -> Option<i32> {
+        let mut status = None;
+        until("a worker ends", || {
+            status = self.ended();
+            status.is_some()
+        });
+        status.expect("its end").code()
+    }
+
+    /// Ends the worker as an operator does.
+    pub(crate) fn end(mut self) {
+        self.end_in_good_order();
+    }
+
+    fn end_in_good_order(&mut self) {
+        self.signal("-TERM");
+        assert_eq!(self.wait(), Some(0), "a clean end");
+    }
+
+    /// Ends the worker as an operator does, and starts another one in its place.
+    pub(crate) fn end_and_replace(mut self) -> Self {
+        self.end_in_good_order();
+        self.another()
+    }
+
+    /// Kills the worker, and starts another one in its place.
+    pub(crate) fn kill_and_replace(mut self) -> Self {
+        self.child.kill().expect("a kill");
+        self.child.wait().expect("its end");
+        self.another()
+    }
+
+    fn another(&self) -> Self {
+        Self::at(self.grpc, self.metrics, self.flags.clone(), Stdio::null())
+    }
+}
+
+/// A test that fails must not leave its workers behind.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Lines of a worker's log, which are read as they come.
+pub(crate) struct Log(mpsc::Receiver<String>);
+
+impl Log {
+    fn new(pipe: ChildStderr) -> Self {
+        let (lines, log) = mpsc::channel();
+        let read = move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                // Until nobody wants to know.
+                if lines.send(line).is_err() {
+                    return;
+                }
+            }
+        };
+        let reader = std::thread::Builder::new().name("log".to_owned());
+        reader.spawn(read).expect("a thread");
+        Self(log)
+    }
+
+    /// The next line; `None` once the worker has ended.
+    fn next(&self) -> Option<String> {
+        match self.0.recv_timeout(PATIENCE) {
+            Ok(line) => Some(line),
+            Err(mpsc::RecvTimeoutError::Disconnected) => None,
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("the log neither goes on nor ends"),
+        }
+    }
+
+    /// Reads on to a line that has these words; whether there is one.
+    pub(crate) fn reaches(&self, words: &str) -> bool {
+        std::iter::from_fn(|| self.next()).any(|line| line.contains(words))
+    }
+
+    /// All that is left, to the worker's end.
+    pub(crate) fn rest(self) -> Vec<String> {
+        std::iter::from_fn(|| self.next()).collect()
+    }
+}
