@@ -151,22 +151,12 @@ fn compile_fetched(
 
     let layer_parameters = weights.architecture.layer_parameters() * n_layers;
     progress.begin(CompileStep::Write, layer_parameters as u64);
-    let layout = if options.provider == Provider::Cuda {
-        WeightLayout::Apart
-    } else if options.precision == Precision::Int8
-        && tasks.contains(&CompileTask::Generate)
-        && attention(Graph::Generate, options, runtime) == Attention::GroupQuery
-    {
-        WeightLayout::WithBlocks
-    } else {
-        WeightLayout::Plain
-    };
     let parts = Parts {
         n_layers,
         language_head: tasks.contains(&CompileTask::Score)
             || tasks.contains(&CompileTask::Generate),
         classification_head: tasks.contains(&CompileTask::Classify),
-        layout,
+        layout: layout(&tasks, options, runtime),
     };
     let advance = |parameters| progress.advance(parameters);
     let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;
@@ -228,6 +218,20 @@ fn compile_fetched(
     stage.write(manifest::FILE, &text)?;
     stage.commit()?;
     Ok(manifest)
+}
+
+/// How weights lie in their file for the graphs that read them.
+fn layout(tasks: &[CompileTask], options: &CompileOptions, runtime: &Runtime) -> WeightLayout {
+    if options.provider == Provider::Cuda {
+        WeightLayout::Apart
+    } else if options.precision == Precision::Int8
+        && tasks.contains(&CompileTask::Generate)
+        && attention(Graph::Generate, options, runtime) == Attention::GroupQuery
+    {
+        WeightLayout::WithBlocks
+    } else {
+        WeightLayout::Plain
+    }
 }
 
 /// The compiled folder of `source` in the folder `cache`, made if it is not

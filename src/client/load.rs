@@ -186,7 +186,7 @@ impl Refusal {
     pub fn is_reject(&self) -> bool {
         matches!(
             self.code,
-            CallCode::Grpc(GrpcCode::ResourceExhausted) | CallCode::Grpc(GrpcCode::Unavailable)
+            CallCode::Grpc(GrpcCode::ResourceExhausted | GrpcCode::Unavailable)
         )
     }
 

@@ -510,10 +510,7 @@ impl Soak {
             match refusal.code {
                 // The tool's own library ends it as CANCELLED when the answer
                 // is still on its way at the deadline.
-                CallCode::Grpc(GrpcCode::DeadlineExceeded)
-                | CallCode::Grpc(GrpcCode::Cancelled)
-                    if may_be_late =>
-                {
+                CallCode::Grpc(GrpcCode::DeadlineExceeded | GrpcCode::Cancelled) if may_be_late => {
                     ledger.late += 1;
                     return;
                 }
@@ -607,7 +604,7 @@ impl Soak {
             match (number, outcome, own) {
                 (None, ..) => ledger.doubled += 1,
                 (Some(None), Err(CallCode::Grpc(GrpcCode::InvalidArgument)), _) => {
-                    ledger.garbage_refused += 1
+                    ledger.garbage_refused += 1;
                 }
                 (Some(None), ..) => ledger.garbage_taken += 1,
                 (Some(Some(_)), Err(code), _) => ledger.unexpected(&format!("{code} of an item")),

@@ -31,10 +31,6 @@ use crate::kernels::vector::scratch::AlignedScratch;
 
 /// One head of one image, and what it reads and writes. Rows begin at
 /// position 0 and hold `head_dim` floats.
-#[expect(
-    clippy::struct_field_names,
-    reason = "the field's word for how long a head's rows are"
-)]
 pub(super) struct HeadView {
     pub queries: *const f32,
     pub keys: *const f32,

@@ -45,28 +45,28 @@ impl Activation {
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.name() == name)
     }
+}
 
-    /// Of every lane. What is not a number stays that.
-    ///
-    /// # Safety
-    /// The CPU has the instructions of `V`.
-    #[inline(always)]
-    pub(super) unsafe fn of<V: Vector>(self, x: V) -> V {
-        // SAFETY: the caller vouches for the instructions.
-        unsafe {
-            match self {
-                Self::QuickGelu => x.mul(sigmoid(x.mul(V::splat(1.702)))),
-                // A hyperbolic tangent is a sigmoid of twice its argument.
-                Self::GeluNew => {
-                    let inner = x.mul(x).mul_add(V::splat(0.044_715), V::splat(1.0));
-                    x.mul(sigmoid(x.mul(inner).mul(V::splat(1.595_769))))
-                }
-                Self::Gelu => {
-                    let size = V::splat(0.0).sub(x).max(x);
-                    positive(x).sub(size.mul(upper_tail(size)))
-                }
-                Self::Relu => positive(x),
+/// Activates every lane. What is not a number stays that.
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
+#[inline(always)]
+pub(super) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
+        match activation {
+            Activation::QuickGelu => x.mul(sigmoid(x.mul(V::splat(1.702)))),
+            // A hyperbolic tangent is a sigmoid of twice its argument.
+            Activation::GeluNew => {
+                let inner = x.mul(x).mul_add(V::splat(0.044_715), V::splat(1.0));
+                x.mul(sigmoid(x.mul(inner).mul(V::splat(1.595_769))))
             }
+            Activation::Gelu => {
+                let size = V::splat(0.0).sub(x).max(x);
+                positive(x).sub(size.mul(upper_tail(size)))
+            }
+            Activation::Relu => positive(x),
         }
     }
 }

@@ -174,7 +174,7 @@ mod tests {
         drop(first_outcome);
         let mut reasons = Vec::new();
         let left = waiters.sweep(now, RequestStage::Queue, |error| {
-            reasons.push(error.to_string())
+            reasons.push(error.to_string());
         });
         assert_eq!(
             left,

@@ -9,6 +9,7 @@
 )]
 
 use super::Finish;
+use crate::kernels::layers::pointwise::activate;
 use crate::kernels::vector::{LANES_MAX, Number, Vector};
 
 /// How far ahead of its use a line of weights is asked for, in all strips. A few
@@ -94,7 +95,7 @@ impl TileEnding {
             match self.finish {
                 Finish::Set => {}
                 Finish::Add => sum = sum.add(V::load(to)),
-                Finish::Activate(activation) => sum = activation.of(sum),
+                Finish::Activate(activation) => sum = activate(activation, sum),
             }
             sum.store(to);
         }
