@@ -6,7 +6,7 @@
 //! batch and step they come.
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
+use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 
 /// How colors are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
