@@ -30,6 +30,7 @@ use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
+use procfs::{CpuInfo, Current as _, LoadAverage};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -242,19 +243,17 @@ async fn stop_on_interrupt(stop: watch::Sender<bool>) {
 }
 
 fn machine() -> Value {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpuinfo = read("/proc/cpuinfo");
-    let name = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map(|(_, name)| name);
-    let load = read("/proc/loadavg");
+    let cpus = CpuInfo::current().ok();
+    let load = LoadAverage::current().map_or_else(
+        |_| String::new(),
+        |load| format!("{:.2} {:.2} {:.2}", load.one, load.five, load.fifteen),
+    );
     json!({
-        "cpu": name,
+        "cpu": cpus.as_ref().and_then(|cpus| cpus.model_name(0)),
         "threads": std::thread::available_parallelism().map_or(0, usize::from),
-        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "kernel": rustix::system::uname().release().to_string_lossy(),
         // Others on the machine show here.
-        "load_average": load.split(' ').take(3).collect::<Vec<_>>().join(" "),
+        "load_average": load,
     })
 }
 

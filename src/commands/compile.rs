@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::commands::output::columns;
 use crate::compile::{CompileOptions, CompileProgress, CompileStep, ModelSource, compile};
 use crate::engine::onnx;
 use crate::model::manifest;
@@ -176,11 +177,15 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
         manifest.verification.tolerance
     )?;
     writeln!(out)?;
-    writeln!(
-        out,
-        "{:<20} {:>6} {:>12} {:>12} {:>10}  ran",
-        "graph", "layers", "GFLOP/image", "worst error", "cosine"
-    )?;
+    let header = [
+        "graph",
+        "layers",
+        "GFLOP/image",
+        "worst error",
+        "cosine",
+        "ran",
+    ];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
     for (name, graph) in &manifest.graphs {
         let worst = graph.errors.iter().copied().fold(0.0, f64::max);
         #[expect(clippy::cast_precision_loss, reason = "shown with four digits")]
@@ -196,19 +201,20 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
                     .map(move |(operator, n)| format!("{n} {operator} on {provider}"))
             })
             .collect();
-        writeln!(
-            out,
-            "{name:<20} {:>6} {gflop:>12.4} {worst:>12.1e} {:>10.6}  {}",
-            graph.n_layers,
-            graph.cosine,
-            fused.join(", ")
-        )?;
+        rows.push(vec![
+            name.clone(),
+            graph.n_layers.to_string(),
+            format!("{gflop:.4}"),
+            format!("{worst:.1e}"),
+            format!("{:.6}", graph.cosine),
+            fused.join(", "),
+        ]);
     }
+    columns(rows, |column| (1..=4).contains(&column), out)?;
     writeln!(out)?;
-    for (name, bytes) in &manifest.files {
-        writeln!(out, "{name:<28} {bytes:>14} bytes")?;
-    }
-    Ok(())
+    let files = manifest.files.iter();
+    let files = files.map(|(name, bytes)| vec![name.clone(), format!("{bytes} bytes")]);
+    columns(files, |column| column == 1, out)
 }
 
 /// Operators that stand for several of ONNX's own.

@@ -18,7 +18,7 @@ mod trial;
 
 use crate::model::precision::Provider;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -166,7 +166,7 @@ fn look(args: &DoctorArgs) -> MachineFindings {
     let library = child::ask(args, &["--look", "library"], args.look_timeout);
     let library = library.unwrap_or_else(|lost| Library::lost(args.onnxruntime.as_deref(), &lost));
     let mut found = MachineFindings {
-        machine: MachineLimits::read(Path::new("/")),
+        machine: MachineLimits::here(),
         cache: CacheFinding::find(args.cache_dir.as_deref()),
         library,
         cuda: None,

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::files::printable;
@@ -18,6 +19,27 @@ pub(crate) fn complain(text: &str) {
 /// One JSON object, on a line of its own.
 pub(super) fn json(out: &mut impl Write, value: &impl Serialize) -> anyhow::Result<()> {
     writeln!(out, "{}", serde_json::to_string(value)?)?;
+    Ok(())
+}
+
+/// Rows in columns two spaces apart, with nothing drawn around them. Those columns
+/// that `is_right` names by their number end at their right edge.
+pub(super) fn columns(
+    rows: impl IntoIterator<Item = Vec<String>>,
+    is_right: impl Fn(usize) -> bool,
+    out: &mut impl Write,
+) -> std::io::Result<()> {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+        if is_right(column.index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    for line in table.lines() {
+        writeln!(out, "{}", line.trim_end())?;
+    }
     Ok(())
 }
 

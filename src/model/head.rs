@@ -15,6 +15,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use ndarray::Array2;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -62,7 +63,7 @@ pub struct LinearHead {
     /// Numbers that it takes.
     pub width: usize,
     /// `labels.len()` rows of `width`.
-    weight: Vec<f32>,
+    weight: Array2<f32>,
     bias: Vec<f32>,
 }
 
@@ -112,10 +113,10 @@ impl LinearHead {
     /// The logit of each class.
     #[must_use]
     pub fn logits(&self, features: &[f32]) -> Vec<f32> {
-        self.weight
-            .chunks_exact(self.width)
-            .zip(&self.bias)
+        let rows = self.weight.rows().into_iter();
+        rows.zip(&self.bias)
             .map(|(row, &bias)| {
+                // Added in their order, which a product of `ndarray` is not.
                 let products = row
                     .iter()
                     .zip(features)
@@ -201,7 +202,8 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
             }
         },
         width,
-        weight: f32s("weight", &weight)?,
+        weight: Array2::from_shape_vec((n_classes, width), f32s("weight", &weight)?)
+            .map_err(|error| format!("weight: {error}"))?,
         bias: f32s("bias", &bias)?,
     })
 }

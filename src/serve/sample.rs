@@ -6,7 +6,7 @@
 //! batch and step they come.
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
+use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 
 /// How colors are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -266,6 +266,20 @@ mod tests {
         let distinct: std::collections::BTreeSet<u64> =
             pinned.iter().map(|number| number.to_bits()).collect();
         assert_eq!(distinct.len(), 4);
+        let words = [
+            ((0, 0, 0), 0x3fea_c80b_f125_fde0),
+            ((1, 0, 0), 0x3fd8_6a52_9268_3a56),
+            ((1, 1, 0), 0x3fba_8125_d48c_6fe8),
+            ((1, 0, 1), 0x3fd2_e016_dcbb_7540),
+            // On both sides of a block's end, and at the end of what there is.
+            ((7, 3, 7), 0x3fa6_2723_06ed_1be0),
+            ((7, 3, 8), 0x3fe1_1df8_0338_a103),
+            ((u64::MAX, u32::MAX, u32::MAX), 0x3fe2_6604_ed2b_c255),
+        ];
+        for ((seed, sample, pixel), bits) in words {
+            let number = uniform(seed, DrawPlace { sample, pixel });
+            assert_eq!(number.to_bits(), bits, "{seed} {sample} {pixel}: {number}");
+        }
         assert_eq!(row(1, 0)[..8], [3, 3, 6, 6, 6, 1, 6, 6]);
     }
 

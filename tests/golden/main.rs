@@ -117,6 +117,10 @@ fn mismatches(preprocessor: &Preprocessor, case: &Case, expected: &[u16]) -> Res
         .count())
 }
 
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Whether the decoder or what follows it is at fault.
 fn blame(case: &Case) -> &'static str {
     let bytes = fs::read(images().join(&case.file)).unwrap();
@@ -128,9 +132,7 @@ fn blame(case: &Case) -> &'static str {
     ) {
         Err(_) => "not decoded",
         Ok(image) if [image.width, image.height] != case.size => "another size",
-        Ok(image) if format!("{:x}", Sha256::digest(&image.pixels)) != case.rgb_sha256 => {
-            "other pixels"
-        }
+        Ok(image) if hex(&Sha256::digest(&image.pixels)) != case.rgb_sha256 => "other pixels",
         Ok(_) => "the right pixels",
     }
 }

@@ -3,10 +3,10 @@
 
 use crate::proto::GrpcCode;
 use std::collections::HashMap;
-use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::stream::FuturesUnordered;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -27,10 +27,15 @@ use crate::proto::pb::embed_stream_request::Message as Out;
 use crate::proto::pb::embed_stream_response::Message as In;
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 
-/// The first rest after a failure; it doubles with each that follows.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// The longest rest: a worker that comes back waits no longer for work.
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// Rests after failures that follow each other: the first is of 100 ms at most, and
+/// they double up to 10 s, so that a worker that comes back waits no longer for
+/// work. The jitter adds as much again as is written here; it spreads each rest over
+/// half of itself, so that the clients of that worker do not all come at once.
+const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
+    .with_min_delay(Duration::from_millis(50))
+    .with_max_delay(Duration::from_secs(5))
+    .with_jitter()
+    .without_max_times();
 /// Rest for a worker that serves something else, until it is rolled over.
 const BACKOFF_OTHER: Duration = Duration::from_secs(30);
 /// How long a `RetryInfo` is believed.
@@ -94,7 +99,7 @@ enum End {
 
 /// Serves one address until it is gone or everything has been answered.
 pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
-    let mut failures = 0_u32;
+    let mut backoff = BACKOFF.build();
     let mut finished = shared.finished.clone();
     loop {
         let mut answered = 0;
@@ -102,17 +107,22 @@ pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
             End::Finished => return address,
             End::Lost(lost) => lost,
         };
-        failures = if answered > 0 { 1 } else { failures + 1 };
+        if answered > 0 {
+            backoff = BACKOFF.build();
+        }
+        let next = backoff.next();
         // The names may have changed with whatever happened.
         shared.look.notify_one();
         let rest = if lost.orderly {
             tracing::info!(endpoint = %address, reason = lost.reason, "a stream ended");
-            backoff(0)
+            BACKOFF.build().next()
         } else {
             tracing::warn!(endpoint = %address, reason = lost.reason, "left out for a while");
             shared.trouble(&address, lost.reason);
-            lost.rest.unwrap_or_default().max(backoff(failures - 1))
+            // A rest that the worker asks for is had, and never less than one's own.
+            next.max(lost.rest)
         };
+        let rest = rest.unwrap_or_default();
         tokio::select! {
             () = tokio::time::sleep(rest) => {}
             () = end(&mut finished) => return address,
@@ -126,17 +136,6 @@ pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
 /// Resolves once everything has been answered.
 async fn end(finished: &mut watch::Receiver<bool>) {
     let _ = finished.wait_for(|&finished| finished).await;
-}
-
-/// Doubles, and is spread over half of itself, so that the clients of a worker
-/// that comes back do not all come at once.
-fn backoff(failures: u32) -> Duration {
-    let longest = BACKOFF_MIN
-        .saturating_mul(1 << failures.min(16))
-        .min(BACKOFF_MAX);
-    // Each hasher of the standard library is seeded anew.
-    let random = RandomState::new().hash_one(failures) % 1024;
-    longest / 2 + longest.mul_f64(f64::from(u32::try_from(random).unwrap_or(0)) / 2048.0)
 }
 
 async fn connect(
@@ -671,7 +670,7 @@ mod tests {
         for (failures, longest) in [(0, 100), (1, 200), (3, 800), (40, 10_000)] {
             let longest = Duration::from_millis(longest);
             for _ in 0..100 {
-                let rest = backoff(failures);
+                let rest = BACKOFF.build().nth(failures).unwrap();
                 assert!(rest >= longest / 2 && rest <= longest, "{rest:?}");
             }
         }

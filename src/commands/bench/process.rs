@@ -1,13 +1,11 @@
 //! What the worker's processes use, from /proc.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
+use procfs::process::Process;
 use serde::Serialize;
 
-/// Linux's USER_HZ: the unit of times in /proc/PID/stat, 100 on every platform
-/// that the worker runs on.
-const TICKS_PER_SECOND: f64 = 100.0;
+use super::stats::as_f64;
 
 /// What the processes use at one moment, summed over them.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -18,7 +16,7 @@ pub(super) struct ProcessUsage {
     pub cpu_seconds: f64,
     pub rss_kib: u64,
     pub threads: u64,
-    /// `None` if another user's.
+    /// `None` where they are not shown.
     pub file_descriptors: Option<u64>,
 }
 
@@ -27,7 +25,7 @@ pub(super) struct ProcessUsage {
 pub(super) fn usage(pids: &[u32]) -> Option<ProcessUsage> {
     let mut sum: Option<ProcessUsage> = None;
     for pid in pids {
-        let one = usage_of(&Path::new("/proc").join(pid.to_string()))?;
+        let one = usage_of(&Process::new(i32::try_from(*pid).ok()?).ok()?)?;
         sum = Some(match sum {
             None => one,
             Some(sum) => ProcessUsage {
@@ -62,28 +60,17 @@ pub(super) fn are_there(pids: &[u32]) -> anyhow::Result<()> {
 
 /// CPU seconds of the tool itself.
 pub(super) fn own_cpu_seconds() -> Option<f64> {
-    Some(usage_of(Path::new("/proc/self"))?.cpu_seconds)
+    Some(usage_of(&Process::myself().ok()?)?.cpu_seconds)
 }
 
-fn usage_of(folder: &Path) -> Option<ProcessUsage> {
-    let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
-    // The name, in parentheses, may hold anything; times come after it.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let fields: Vec<&str> = fields.split_whitespace().collect();
-    let ticks = |idx: usize| fields.get(idx)?.parse::<f64>().ok();
-    let status = std::fs::read_to_string(folder.join("status")).ok()?;
-    let number = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    let descriptors = std::fs::read_dir(folder.join("fd")).ok();
+fn usage_of(process: &Process) -> Option<ProcessUsage> {
+    let (stat, status) = (process.stat().ok()?, process.status().ok()?);
     Some(ProcessUsage {
         at: Instant::now(),
-        // utime and stime; fields count from 1 in proc(5), the name is the 2nd.
-        cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
-        rss_kib: number("VmRSS:")?,
-        threads: number("Threads:")?,
-        file_descriptors: descriptors.map(|entries| entries.count() as u64),
+        cpu_seconds: as_f64(stat.utime + stat.stime) / as_f64(procfs::ticks_per_second()),
+        rss_kib: status.vmrss?,
+        threads: status.threads,
+        file_descriptors: process.fd_count().ok().map(|count| count as u64),
     })
 }
 
@@ -119,7 +106,7 @@ pub(super) fn rss_slope(samples: &[ProcessUsage], since: Instant) -> Option<f64>
         .filter(|usage| usage.at >= since)
         .map(|usage| {
             let minutes = usage.at.duration_since(since).as_secs_f64() / 60.0;
-            (minutes, super::stats::as_f64(usage.rss_kib))
+            (minutes, as_f64(usage.rss_kib))
         })
         .collect();
     slope(&points)

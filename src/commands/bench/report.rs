@@ -6,6 +6,7 @@ use std::io::Write;
 use super::load::{LoadShape, Measurement};
 use super::modes::ModeFindings;
 use super::stats::{CodeCounts, as_f64};
+use crate::commands::output::columns;
 
 /// A tool that sends calls later than due by more than this part of their
 /// median latency measures itself.
@@ -46,25 +47,7 @@ impl Table {
     }
 
     pub(super) fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
-        let n_columns = self.0.first().map_or(0, Vec::len);
-        let width = |column: usize| {
-            let cells = self.0.iter().filter_map(|row| row.get(column));
-            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..n_columns).map(width).collect();
-        for row in &self.0 {
-            let cells = row.iter().zip(&widths).enumerate();
-            let cells = cells.map(|(column, (cell, &width))| {
-                if column == 0 {
-                    format!("{cell:width$}")
-                } else {
-                    format!("{cell:>width$}")
-                }
-            });
-            let line = cells.collect::<Vec<_>>().join("  ");
-            writeln!(out, "{}", line.trim_end())?;
-        }
-        Ok(())
+        columns(self.0.iter().cloned(), |column| column > 0, out)
     }
 }
 

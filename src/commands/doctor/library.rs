@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, EM_AARCH64, EM_X86_64, FileHeader64, Machine};
 use object::read::elf::{Dyn as _, FileHeader as _};
 use object::{Endianness, ReadCache};
+use procfs::process::{MMapPath, MemoryMaps, Process};
 use serde::{Deserialize, Serialize};
 
 use super::child::ChildLost;
@@ -92,21 +93,22 @@ impl Library {
 /// the list of what this process has mapped.
 fn folder(path: &Path) -> Option<PathBuf> {
     let file = match path.components().count() {
-        1 => mapped(&std::fs::read_to_string("/proc/self/maps").ok()?)?,
+        1 => mapped(Process::myself().and_then(|this| this.maps()).ok()?)?,
         _ => path.to_owned(),
     };
     let file = std::fs::canonicalize(file).ok()?;
     file.parent().map(Path::to_owned)
 }
 
-fn mapped(maps: &str) -> Option<PathBuf> {
-    maps.lines()
-        .filter_map(|line| line.find('/').map(|start| Path::new(&line[start..])))
-        .find(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with(LIBRARY)
-        })
-        .map(Path::to_owned)
+fn mapped(maps: MemoryMaps) -> Option<PathBuf> {
+    let files = maps.into_iter().filter_map(|map| match map.pathname {
+        MMapPath::Path(file) => Some(file),
+        _ => None,
+    });
+    files.into_iter().find(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(LIBRARY)
+    })
 }
 
 impl CudaProvider {
@@ -246,6 +248,8 @@ fn machine() -> Option<Machine> {
 
 #[cfg(test)]
 mod tests {
+    use procfs::FromRead as _;
+
     use super::*;
 
     #[test]
@@ -339,8 +343,9 @@ mod tests {
     fn a_library_that_the_system_found_is_found_in_the_maps() {
         let maps = "7f0-7f1 r--p 0 08:01 7 /lib/x86_64-linux-gnu/libc.so.6\n\
                     7f2-7f3 r--p 0 08:01 8 /opt/ort/libonnxruntime.so.1.31.1\n";
+        let mapped = |maps: &str| mapped(MemoryMaps::from_read(maps.as_bytes()).unwrap());
         let found = mapped(maps).unwrap();
         assert_eq!(found, Path::new("/opt/ort/libonnxruntime.so.1.31.1"));
-        assert_eq!(mapped("7f0-7f1 r--p 0 00:00 0\n"), None);
+        assert_eq!(mapped("7f0-7f1 r--p 0 00:00 0 \n"), None);
     }
 }

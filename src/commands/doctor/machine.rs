@@ -5,6 +5,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use procfs::process::Status;
+use procfs::{CpuInfo, FromRead, Meminfo, ProcessCGroups};
+use rustix::process::{Resource, getrlimit};
+
 /// What of the machine this process may use. What cannot be read is `None`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct MachineLimits {
@@ -49,41 +53,46 @@ const EXTENSIONS: [(&str, &[&[&str]]); 5] = [
 ];
 
 impl MachineLimits {
+    /// This machine, and this process's limit on files, which is the soft one.
+    pub(super) fn here() -> Self {
+        Self {
+            open_files_max: Some(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)),
+            ..Self::read(Path::new("/"))
+        }
+    }
+
     /// Reads `proc` and `sys` below `root`.
-    pub(super) fn read(root: &Path) -> Self {
-        let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
-        let groups = Groups::new(root, &read("proc/self/cgroup"));
-        let thp = read("sys/kernel/mm/transparent_hugepage/enabled");
+    fn read(root: &Path) -> Self {
+        let groups = Groups::new(root);
+        let thp = root.join("sys/kernel/mm/transparent_hugepage/enabled");
+        let thp = std::fs::read_to_string(thp).unwrap_or_default();
+        let cpu = parsed(root, "proc/cpuinfo").map(|info: CpuInfo| Cpu::new(&info));
+        let memory = parsed(root, "proc/meminfo").map(|info: Meminfo| MemoryLimits::new(&info));
         Self {
             cpu: Cpu {
-                n_allowed: allowed(&read("proc/self/status")),
+                n_allowed: parsed(root, "proc/self/status").and_then(|status| allowed(&status)),
                 quota: groups.cpu_quota(),
-                ..Cpu::parse(&read("proc/cpuinfo"))
+                ..cpu.unwrap_or_default()
             },
             memory: MemoryLimits {
                 limit: groups.memory_limit(),
-                ..MemoryLimits::parse(&read("proc/meminfo"))
+                ..memory.unwrap_or_default()
             },
             huge_pages: between(&thp, '[', ']').map(str::to_owned),
-            open_files_max: open_files(&read("proc/self/limits")),
+            open_files_max: None,
         }
     }
 }
 
 impl Cpu {
-    fn parse(cpuinfo: &str) -> Self {
-        let fields = || cpuinfo.lines().filter_map(|line| line.split_once(':'));
-        let first = |names: &[&str]| {
-            fields()
-                .find(|(name, _)| names.contains(&name.trim()))
-                .map(|(_, value)| value.trim())
-        };
+    /// What the first CPU is stands for all of them.
+    fn new(info: &CpuInfo) -> Self {
+        let flags = ["flags", "Features"].into_iter();
+        let flags = flags.filter_map(|name| info.get_field(0, name)).next();
         Self {
-            model: first(&["model name"]).map(str::to_owned),
-            n_cpus: fields()
-                .filter(|(name, _)| name.trim() == "processor")
-                .count(),
-            flags: first(&["flags", "Features"])
+            model: info.model_name(0).map(str::to_owned),
+            n_cpus: info.num_cores(),
+            flags: flags
                 .unwrap_or_default()
                 .split_whitespace()
                 .map(str::to_owned)
@@ -114,15 +123,10 @@ impl Cpu {
 }
 
 impl MemoryLimits {
-    fn parse(meminfo: &str) -> Self {
-        let bytes = |name: &str| {
-            let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-            let kib = line.trim_start_matches(':').trim().strip_suffix("kB")?;
-            Some(kib.trim().parse::<u64>().ok()? * 1024)
-        };
+    fn new(info: &Meminfo) -> Self {
         Self {
-            total: bytes("MemTotal"),
-            available: bytes("MemAvailable"),
+            total: Some(info.mem_total),
+            available: info.mem_available,
             limit: None,
         }
     }
@@ -144,20 +148,19 @@ struct Groups {
 }
 
 impl Groups {
-    fn new(root: &Path, cgroup: &str) -> Self {
+    fn new(root: &Path) -> Self {
         let mount = root.join("sys/fs/cgroup");
-        let folders = |controller: &str| {
-            cgroup.lines().find_map(|line| {
-                let mut parts = line.splitn(3, ':').skip(1);
-                let (controllers, path) = (parts.next()?, parts.next()?);
-                let is_it = controllers.split(',').any(|name| name == controller);
-                is_it.then(|| upwards(&mount.join(controllers), path))
+        let groups = parsed(root, "proc/self/cgroup").map_or(Vec::new(), |ProcessCGroups(all)| all);
+        let folders = |is_it: fn(&[String]) -> bool| {
+            let group = groups.iter().find(|group| is_it(&group.controllers));
+            group.map_or(Vec::new(), |group| {
+                upwards(&mount.join(group.controllers.join(",")), &group.pathname)
             })
         };
         Self {
-            unified: folders("").unwrap_or_default(),
-            cpu: folders("cpu").unwrap_or_default(),
-            memory: folders("memory").unwrap_or_default(),
+            unified: folders(<[String]>::is_empty),
+            cpu: folders(|names| names.iter().any(|name| name == "cpu")),
+            memory: folders(|names| names.iter().any(|name| name == "memory")),
         }
     }
 
@@ -212,27 +215,17 @@ fn number<T: FromStr>(file: &Path) -> Option<T> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
-/// CPUs in a list such as `0-3,8`.
-fn allowed(status: &str) -> Option<usize> {
-    let list = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
-    list.trim().split(',').try_fold(0, |sum, range| {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
-        Some(sum + last.checked_sub(first)? + 1)
-    })
+/// What a file of /proc says; nothing if it is not there or says something else.
+fn parsed<T: FromRead>(root: &Path, path: &str) -> Option<T> {
+    T::from_file(root.join(path)).ok()
 }
 
-/// The soft limit, which is the one in force.
-fn open_files(limits: &str) -> Option<u64> {
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"))?;
-    match line.split_whitespace().next()? {
-        "unlimited" => Some(u64::MAX),
-        soft => soft.parse().ok(),
-    }
+/// CPUs in the ranges that the process may run on.
+fn allowed(status: &Status) -> Option<usize> {
+    let mut ranges = status.cpus_allowed_list.as_ref()?.iter();
+    ranges.try_fold(0, |sum, (first, last)| {
+        Some(sum + usize::try_from(last.checked_sub(*first)?).ok()? + 1)
+    })
 }
 
 fn between(text: &str, open: char, close: char) -> Option<&str> {
@@ -263,14 +256,23 @@ mod tests {
                            processor\t: 1\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n\
                            flags\t\t: fpu avx2 fma\n";
 
+    /// As little as a kernel ever writes, and what is asked for.
+    const STATUS: &str = "Name:\tx\nState:\tR (running)\nTgid:\t7\nPid:\t7\nPPid:\t1\n\
+                          TracerPid:\t0\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nFDSize:\t64\n\
+                          Groups:\t\nThreads:\t1\nSigQ:\t0/7\nSigPnd:\t0\nShdPnd:\t0\n\
+                          SigBlk:\t0\nSigIgn:\t0\nSigCgt:\t0\nCapInh:\t0\nCapPrm:\t0\n\
+                          CapEff:\t0\nCpus_allowed_list:\t0-3,8\n";
+
+    const MEMINFO: &str = "MemTotal:       2048 kB\nMemFree: 1 kB\nMemAvailable:   1024 kB\n\
+                           Buffers: 0 kB\nCached: 0 kB\nSwapCached: 0 kB\nActive: 0 kB\n\
+                           Inactive: 0 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\nDirty: 0 kB\n\
+                           Writeback: 0 kB\nMapped: 0 kB\nSlab: 0 kB\nCommitted_AS: 0 kB\n\
+                           VmallocTotal: 0 kB\nVmallocUsed: 0 kB\nVmallocChunk: 0 kB\n";
+
     #[test]
     fn cpus_and_what_they_can_do() {
         let machine = MachineLimits::read(
-            root(&[
-                ("proc/cpuinfo", CPUINFO),
-                ("proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-3,8\n"),
-            ])
-            .path(),
+            root(&[("proc/cpuinfo", CPUINFO), ("proc/self/status", STATUS)]).path(),
         );
         let cpu = &machine.cpu;
         assert_eq!(
@@ -287,7 +289,8 @@ mod tests {
 
     #[test]
     fn arm_has_features_and_no_model_name() {
-        let cpu = Cpu::parse("processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd40\n");
+        let text = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd40\n";
+        let cpu = Cpu::new(&CpuInfo::from_read(text.as_bytes()).unwrap());
         assert_eq!((cpu.model.as_deref(), cpu.n_cpus), (None, 1));
         assert!(cpu.flags.contains("asimd"));
         assert_eq!(cpu.extensions().0, Vec::<&str>::new());
@@ -355,21 +358,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_pages_and_files() {
+    fn memory_and_pages() {
         let machine = MachineLimits::read(
             root(&[
-                (
-                    "proc/meminfo",
-                    "MemTotal:       2048 kB\nMemFree: 1 kB\nMemAvailable:   1024 kB\n",
-                ),
+                ("proc/meminfo", MEMINFO),
                 (
                     "sys/kernel/mm/transparent_hugepage/enabled",
                     "always [madvise] never\n",
-                ),
-                (
-                    "proc/self/limits",
-                    "Limit  Soft Limit  Hard Limit  Units\n\
-                     Max open files            1024                 524288               files\n",
                 ),
             ])
             .path(),
@@ -378,7 +373,21 @@ mod tests {
         assert_eq!(machine.memory.available, Some(1 << 20));
         assert_eq!(machine.memory.usable(), Some(2 << 20));
         assert_eq!(machine.huge_pages.as_deref(), Some("madvise"));
-        assert_eq!(machine.open_files_max, Some(1024));
+    }
+
+    #[test]
+    fn this_machine_is_known() {
+        let machine = MachineLimits::here();
+        assert!(machine.cpu.n_cpus > 0 && machine.cpu.n_allowed.is_some());
+        assert!(machine.memory.total > machine.memory.available);
+        // The shell knows the same limit.
+        let shell = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(shell.stdout).unwrap();
+        let limit = said.trim().parse().unwrap_or(u64::MAX);
+        assert_eq!(machine.open_files_max, Some(limit));
     }
 
     #[test]

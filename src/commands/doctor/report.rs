@@ -5,6 +5,7 @@ use std::io::Write;
 
 use serde::Serialize;
 
+use crate::commands::output::columns;
 use crate::gpu::{Gpu, GpuUsage};
 
 /// One line of the report.
@@ -79,27 +80,17 @@ impl DoctorReport {
     ///
     /// When nobody takes it.
     pub(super) fn table(&self, out: &mut impl Write) -> std::io::Result<()> {
-        let width = |of: fn(&Check) -> &str| {
-            let lengths = self.checks.iter().map(|check| of(check).len());
-            lengths.max().unwrap_or_default()
-        };
-        let (name, result) = (
-            width(|check| &check.name),
-            width(|check| check.result.text()),
-        );
-        for check in &self.checks {
-            writeln!(
-                out,
-                "{:name$}  {:result$}  {}",
-                check.name,
-                check.result.text(),
-                check.found
-            )?;
+        let rows = self.checks.iter().map(|check| {
             let is_urgent = matches!(check.result, CheckOutcome::Warning | CheckOutcome::Failed);
-            if let Some(todo) = check.todo.as_ref().filter(|_| is_urgent) {
-                writeln!(out, "{:1$}→ {todo}", "", name + result + 4)?;
-            }
-        }
+            let todo = check.todo.as_ref().filter(|_| is_urgent);
+            let todo = todo.map_or_else(String::new, |todo| format!("\n→ {todo}"));
+            vec![
+                check.name.clone(),
+                check.result.text().to_owned(),
+                format!("{}{todo}", check.found),
+            ]
+        });
+        columns(rows, |_| false, out)?;
         writeln!(out, "\n{}", self.summary())
     }
 

@@ -10,6 +10,7 @@ use std::error::Error as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::{Bytes, BytesMut};
 use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
@@ -19,9 +20,13 @@ use tokio::time::Instant;
 use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
 use crate::client::pool::ImageFault;
 
-/// Rests between attempts: the first, and what they double up to.
+/// The first rest between attempts; those after it double.
 const REST_MIN: Duration = Duration::from_millis(500);
-const REST_MAX: Duration = Duration::from_secs(10);
+/// Rests between attempts, up to the longest.
+const RESTS: ExponentialBuilder = ExponentialBuilder::new()
+    .with_min_delay(REST_MIN)
+    .with_max_delay(Duration::from_secs(10))
+    .without_max_times();
 /// The longest rest that a server may ask for: as long as `--url-patience` can
 /// be, so that more is only another way to say never.
 const RETRY_AFTER_MAX: Duration = Duration::from_hours(24);
@@ -270,14 +275,17 @@ pub(super) async fn read(
     patience: Duration,
 ) -> Result<WebAnswer, ImageFault> {
     let started = Instant::now();
-    let mut rest = REST_MIN;
+    let mut rests = RESTS.build();
     loop {
         let (fault, asked) = match attempt(client, url, max).await {
             Ok(answer) => return Ok(answer),
             Err(Failure::Lasting(fault)) => return Err(fault),
             Err(Failure::Passing(fault, asked)) => (fault, asked),
         };
-        let wait = asked.unwrap_or_default().min(RETRY_AFTER_MAX).max(rest);
+        let wait = rests
+            .next()
+            .max(asked.map(|asked| asked.min(RETRY_AFTER_MAX)));
+        let wait = wait.unwrap_or_default();
         if started.elapsed().saturating_add(wait) > patience {
             return Err(ImageFault {
                 message: format!(
@@ -289,7 +297,6 @@ pub(super) async fn read(
             });
         }
         tokio::time::sleep(wait).await;
-        rest = (rest * 2).min(REST_MAX);
     }
 }
 
@@ -402,6 +409,12 @@ mod tests {
     use super::*;
 
     const SHORT: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn rests_double_up_to_a_bound() {
+        let rests: Vec<u128> = RESTS.build().take(7).map(|rest| rest.as_millis()).collect();
+        assert_eq!(rests, [500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+    }
 
     /// A server that gives each connection the next of these answers.
     async fn server(answers: &[&'static str]) -> Url {

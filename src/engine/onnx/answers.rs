@@ -1,6 +1,6 @@
 //! From a run's output to what each caller wanted of it.
 
-use ort::value::Shape;
+use ndarray::{ArrayView2, ArrayViewD, Axis, Ix2, Ix3, s};
 
 use crate::engine::GraphRun;
 use crate::model::graph::Graph;
@@ -13,82 +13,76 @@ use crate::runtime::error::EngineError;
 pub(super) fn answers(
     run: &GraphRun<'_>,
     positions: usize,
-    shape: &Shape,
-    values: &[f32],
+    output: &ArrayViewD<'_, f32>,
 ) -> Result<Vec<Vec<f32>>, EngineError> {
-    let dims: Vec<usize> = shape
-        .iter()
-        .map(|&dim| usize::try_from(dim).unwrap_or(0))
-        .collect();
     let &GraphRun {
         graph,
         bucket,
         rows,
     } = run;
-    let row_len = match (graph, dims.as_slice()) {
-        (Graph::Hidden, &[n_rows, n_positions, width])
-            if n_rows == bucket && n_positions == positions && width > 0 =>
-        {
-            n_positions * width
-        }
-        (Graph::Features(_), &[n_rows, n_layers, width])
-            if n_rows == bucket && n_layers > 0 && width > 0 =>
-        {
-            n_layers * width
-        }
-        (Graph::Logits, &[n_rows, n_classes]) if n_rows == bucket && n_classes > 0 => n_classes,
-        (Graph::Score, &[n_rows, n_positions]) if n_rows == bucket && n_positions == positions => {
-            n_positions
-        }
-        _ => {
-            return Err(EngineError::Output {
-                got: format!("shape {dims:?}"),
-                expected: match graph {
-                    Graph::Features(_) => format!("[{bucket}, layers, width]"),
-                    Graph::Hidden => format!("[{bucket}, {positions}, width]"),
-                    Graph::Logits => format!("[{bucket}, classes]"),
-                    Graph::Score | Graph::Generate => format!("[{bucket}, {positions}]"),
-                },
-            });
-        }
+    let refused = || EngineError::Output {
+        got: format!("shape {:?}", output.shape()),
+        expected: match graph {
+            Graph::Features(_) => format!("[{bucket}, layers, width]"),
+            Graph::Hidden => format!("[{bucket}, {positions}, width]"),
+            Graph::Logits => format!("[{bucket}, classes]"),
+            Graph::Score | Graph::Generate => format!("[{bucket}, {positions}]"),
+        },
     };
-    let width = dims.last().copied().unwrap_or(0);
+    // Where a row is one vector, it is the only one of its row.
+    let view = output.view();
+    let vectors = match graph {
+        Graph::Hidden | Graph::Features(_) => view.into_dimensionality::<Ix3>(),
+        Graph::Logits | Graph::Score | Graph::Generate => view
+            .into_dimensionality::<Ix2>()
+            .map(|vectors| vectors.insert_axis(Axis(1))),
+    };
+    let fits = |&(n_rows, n_vectors, width): &(usize, usize, usize)| {
+        let fits = match graph {
+            Graph::Hidden => n_vectors == positions,
+            Graph::Features(_) => n_vectors > 0,
+            Graph::Logits => true,
+            Graph::Score => width == positions,
+            Graph::Generate => false,
+        };
+        n_rows == bucket && width > 0 && fits
+    };
+    let vectors = vectors.ok().filter(|vectors| fits(&vectors.dim()));
+    let vectors = vectors.ok_or_else(refused)?;
     rows.iter()
-        .zip(values.chunks_exact(row_len))
-        .map(|(row, values)| match row.want {
-            Want::Features { layers, .. } => pick(values, width, layers),
-            Want::States | Want::Logits | Want::Nll => Ok(values.to_vec()),
-            Want::Last => Ok(values[row_len - width..].to_vec()),
-            Want::Mean => Ok(mean(values, width)),
+        .zip(vectors.outer_iter())
+        .map(|(row, vectors)| match row.want {
+            Want::Features { layers, .. } => pick(vectors, layers),
+            Want::States | Want::Logits | Want::Nll => Ok(flat(vectors)),
+            Want::Last => Ok(flat(vectors.slice_move(s![-1.., ..]))),
+            Want::Mean => Ok(mean(vectors)),
         })
         .collect()
 }
 
+fn flat(vectors: ArrayView2<'_, f32>) -> Vec<f32> {
+    vectors.to_owned().into_raw_vec_and_offset().0
+}
+
 /// The features of some layers out of those of all.
-fn pick(values: &[f32], width: usize, layers: Layers) -> Result<Vec<f32>, EngineError> {
-    let mut picked = Vec::with_capacity(layers.len() * width);
-    for layer in layers.iter() {
-        let features = values.get(layer * width..(layer + 1) * width);
-        picked.extend_from_slice(features.ok_or_else(|| EngineError::Output {
-            got: format!("{} layers", values.len() / width),
+fn pick(features: ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, EngineError> {
+    let layers: Vec<usize> = layers.iter().collect();
+    let n_layers = features.nrows();
+    match layers.iter().find(|&&layer| layer >= n_layers) {
+        None => Ok(flat(features.select(Axis(0), &layers).view())),
+        Some(layer) => Err(EngineError::Output {
+            got: format!("{n_layers} layers"),
             expected: format!("layer {layer}"),
-        })?);
+        }),
     }
-    Ok(picked)
 }
 
 /// Mean over positions, summed in f64 so that the order of summation does not
 /// show in f32.
-fn mean(states: &[f32], width: usize) -> Vec<f32> {
-    let mut sums = vec![0.0_f64; width];
-    let states = states.chunks_exact(width);
+fn mean(states: ArrayView2<'_, f32>) -> Vec<f32> {
+    let sums = states.fold_axis(Axis(0), 0.0_f64, |sum, &value| sum + f64::from(value));
     #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^16")]
-    let n_states = states.len() as f64;
-    for state in states {
-        for (sum, &value) in sums.iter_mut().zip(state) {
-            *sum += f64::from(value);
-        }
-    }
+    let n_states = states.nrows() as f64;
     #[expect(
         clippy::cast_possible_truncation,
         reason = "the answer is f32, rounded once"
@@ -98,12 +92,46 @@ fn mean(states: &[f32], width: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::{Array2, Array3, array};
+
     use super::*;
     use crate::engine::BatchRow;
 
     #[test]
     fn a_mean_is_over_positions() {
-        assert_eq!(mean(&[1.0, 10.0, 3.0, 30.0], 2), [2.0, 20.0]);
+        let states = array![[1.0, 10.0], [3.0, 30.0]];
+        assert_eq!(mean(states.view()), [2.0, 20.0]);
+    }
+
+    #[test]
+    fn a_mean_adds_in_the_order_of_positions() {
+        for width in [1, 3] {
+            // Of values so different in size another order has other bits.
+            let states = Array2::from_shape_fn((100, width), |(position, column)| {
+                let exponent = (position * 37 + column) % 53;
+                2.0_f32.powi(i32::try_from(exponent).unwrap()) / 3.0
+            });
+            let expected = states.columns().into_iter().map(|column| {
+                let sum = column
+                    .iter()
+                    .fold(0.0, |sum, &value| sum + f64::from(value));
+                #[expect(clippy::cast_possible_truncation, reason = "as the mean is")]
+                {
+                    (sum / 100.0) as f32
+                }
+            });
+            let expected: Vec<f32> = expected.collect();
+            assert_eq!(mean(states.view()), expected);
+        }
+    }
+
+    #[test]
+    fn layers_are_picked_out_of_all() {
+        let features = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]];
+        let of = |list: &[u32]| pick(features.view(), Layers::ascending(list).unwrap());
+        assert_eq!(of(&[0, 2]).unwrap(), [1.0, 2.0, 5.0, 6.0]);
+        let error = of(&[1, 3]).unwrap_err().to_string();
+        assert_eq!(error, "the model returned 3 layers, not layer 3");
     }
 
     #[test]
@@ -113,13 +141,14 @@ mod tests {
             want,
         });
         let values: Vec<f32> = (0..16_u8).map(f32::from).collect();
+        let output = Array3::from_shape_vec((4, 2, 2), values).unwrap();
         // The fourth row is padding.
         let run = GraphRun {
             graph: Graph::Hidden,
             bucket: 4,
             rows: &rows,
         };
-        let got = answers(&run, 2, &Shape::new([4, 2, 2]), &values).expect("fits");
+        let got = answers(&run, 2, &output.view().into_dyn()).expect("fits");
         assert_eq!(
             got,
             [vec![1.0, 2.0], vec![6.0, 7.0], vec![8.0, 9.0, 10.0, 11.0]]
@@ -137,8 +166,9 @@ mod tests {
             bucket: 1,
             rows: &rows,
         };
-        let error = answers(&run, 2, &Shape::new([1, 3, 2]), &[0.0; 6])
-            .expect_err("three positions are not two");
+        let output = Array3::zeros((1, 3, 2));
+        let error =
+            answers(&run, 2, &output.view().into_dyn()).expect_err("three positions are not two");
         assert_eq!(
             error.to_string(),
             "the model returned shape [1, 3, 2], not [1, 2, width]"

@@ -215,8 +215,8 @@ impl WholeGraph {
         *span = Some(ran);
         outcome.map_err(run_failed)?;
         let output = bound.output()?;
-        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
-        answers(run, batch.positions, shape, values)
+        let output = output.try_extract_array().map_err(runtime)?;
+        answers(run, batch.positions, &output)
     }
 
     fn first_run(
@@ -233,11 +233,10 @@ impl WholeGraph {
         let output = outputs
             .get(&self.output)
             .ok_or_else(|| EngineError::Runtime("the run returned no output".to_owned()))?;
-        let (shape, values) = output.try_extract_tensor::<f32>().map_err(runtime)?;
-        let answers = answers(run, batch.positions, shape, values)?;
-        let sizes = shape.iter().skip(1);
-        let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(0));
-        self.row = Some(sizes.collect());
+        let output = output.try_extract_array().map_err(runtime)?;
+        let row = output.shape().iter().skip(1).copied().collect();
+        let answers = answers(run, batch.positions, &output)?;
+        self.row = Some(row);
         Ok(answers)
     }
 

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -401,10 +402,7 @@ fn jittered(age: Duration) -> Duration {
 /// worker would run out of them at other places, such as the metrics port,
 /// before it comes to its own limit.
 fn affordable(connections_max: usize) -> usize {
-    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let affordable = open_files(&limits).map_or(usize::MAX, |files| {
-        files.saturating_sub(FILES_RESERVED).max(1)
-    });
+    let affordable = connections(getrlimit(Resource::Nofile).current);
     if affordable < connections_max {
         tracing::warn!(
             connections_max = affordable,
@@ -414,12 +412,12 @@ fn affordable(connections_max: usize) -> usize {
     affordable.min(connections_max)
 }
 
-/// The soft limit, of the kernel's table of them; none if there is none.
-fn open_files(limits: &str) -> Option<usize> {
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"))?;
-    line.split_whitespace().next()?.parse().ok()
+/// Connections that so many files leave room for; `None` is no limit.
+fn connections(open_files_max: Option<u64>) -> usize {
+    open_files_max.map_or(usize::MAX, |files| {
+        let files = usize::try_from(files).unwrap_or(usize::MAX);
+        files.saturating_sub(FILES_RESERVED).max(1)
+    })
 }
 
 #[cfg(test)]
@@ -439,13 +437,13 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_on_open_files_is_read() {
-        let table = "Limit                     Soft Limit           Hard Limit           Units     \n\
-                     Max processes             7823                 7823                 processes \n\
-                     Max open files            1024                 524288               files     \n";
-        assert_eq!(open_files(table), Some(1024));
-        assert_eq!(open_files(&table.replace("1024", "unlimited")), None);
-        assert_eq!(open_files(""), None);
+    fn the_limit_on_open_files_leaves_room_for_others() {
+        assert_eq!(connections(Some(1024)), 1024 - FILES_RESERVED);
+        assert_eq!(connections(Some(1)), 1);
+        assert_eq!(connections(None), usize::MAX);
+        let here = connections(getrlimit(Resource::Nofile).current);
+        assert_eq!(affordable(usize::MAX), here);
+        assert_eq!(affordable(1), 1);
     }
 
     #[test]
