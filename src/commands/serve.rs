@@ -137,8 +137,8 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
 ///
 /// When there is no such model, or it cannot be compiled.
 pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyhow::Result<PathBuf> {
-    let library = onnx::find_library(config.model.onnxruntime.as_deref());
-    let provider = match config.model.execution_provider {
+    let library = onnx::find_library(config.model.library.onnxruntime.as_deref());
+    let provider = match config.model.devices.provider.execution_provider {
         ProviderChoice::Cuda => Provider::Cuda,
         // A GPU that is there by chance is no reason to compile for it.
         ProviderChoice::Cpu | ProviderChoice::Auto => Provider::Cpu,
@@ -159,7 +159,7 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyho
         tasks: None,
         feature_layer: compile.feature_layer,
     };
-    let cache_dir = compile.cache_dir.as_deref();
+    let cache_dir = compile.cache.cache_dir.as_deref();
     cache::locate(&source, cache_dir, &options, runtime, progress)
 }
 

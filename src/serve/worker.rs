@@ -252,7 +252,7 @@ pub fn engines(
             Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
         DeviceEngine { id, factory }
     };
-    Ok(config.model.device_ids.iter().map(engine).collect())
+    Ok(config.model.devices.ids.iter().map(engine).collect())
 }
 
 /// Engines for the model at hand, as the flags say.
@@ -265,7 +265,7 @@ pub fn onnx_engines(
     model: &Model,
     heads: &[LinearHead],
 ) -> Result<Vec<DeviceEngine>, EngineError> {
-    let ids = &config.model.device_ids;
+    let ids = &config.model.devices.ids;
     let options = onnx_options(config, model, heads);
     let (provider, ids) = match (options.provider, ids.as_slice()) {
         // Each engine would find out for itself, and a machine without GPUs would
@@ -304,7 +304,7 @@ pub fn onnx_engines(
 #[must_use]
 pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> EngineFactory {
     let options = onnx::OnnxOptions {
-        device_id: config.model.device_ids.first().copied().unwrap_or(0),
+        device_id: config.model.devices.ids.first().copied().unwrap_or(0),
         ..onnx_options(config, model, heads)
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
@@ -313,8 +313,8 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -
 /// What all of the model's engines are made from.
 fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
     onnx::OnnxOptions {
-        library: onnx::find_library(config.model.onnxruntime.as_deref()),
-        provider: config.model.execution_provider,
+        library: onnx::find_library(config.model.library.onnxruntime.as_deref()),
+        provider: config.model.devices.provider.execution_provider,
         // Each engine has one of them.
         device_id: 0,
         intra_op_threads: config.model.intra_op_threads.into(),
@@ -383,7 +383,7 @@ impl Worker {
         let side_tasks = vec![
             tokio::spawn(watch_gpus(
                 stages.devices.clone(),
-                config.model.device_ids.clone(),
+                config.model.devices.ids.clone(),
                 gpus.clone(),
                 metrics.clone(),
             )),

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::client::ConnectConfig;
 use crate::imaging::{Alpha, Fit};
+use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 
 /// Embed, classify or score a dataset of any size; killed at any moment, the same
@@ -91,7 +92,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_ITEM_TIMEOUT",
         default_value = "60s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub item_timeout: Duration,
 
@@ -101,7 +102,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_RESOLVE_INTERVAL",
         default_value = "10s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub resolve_interval: Duration,
 
@@ -111,7 +112,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_GIVE_UP_AFTER",
         default_value = "10m",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub give_up_after: Duration,
 
@@ -122,7 +123,8 @@ pub struct WorkersConfig {
         long,
         env = "IMAGEGPT_IMAGE_MEMORY",
         default_value = "256MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bounded_size(1 << 20, 1 << 30)
     )]
     pub image_memory: bytesize::ByteSize,
 }
@@ -241,7 +243,7 @@ pub struct TableConfig {
         env = "IMAGEGPT_URL_PATIENCE",
         default_value = "1min",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub url_patience: Duration,
 
@@ -408,5 +410,13 @@ mod tests {
         check(&["--finish"], "0 of 1");
         check(&["--finish", "in"], "cannot be used");
         check(&[], "INPUT");
+        check(
+            &["in", "--item-timeout", "99ms"],
+            "'99ms' for '--item-timeout <TIME>': it must be 100ms to 1day",
+        );
+        check(
+            &["in", "--image-memory", "2GiB"],
+            "'2GiB' for '--image-memory <SIZE>': it must be 1.0 MiB to 1.0 GiB",
+        );
     }
 }
