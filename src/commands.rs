@@ -23,7 +23,6 @@ mod tokenize;
 
 use std::io::{ErrorKind, Write};
 use std::pin::pin;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -37,15 +36,13 @@ use self::input::{CallBatch, CallLimits, Inputs};
 pub use self::input::{InputConfig, PreprocessConfig};
 pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
+use self::serve::{OwnWorker, OwnWorkerFlags};
 pub use self::tokenize::TokenizeArgs;
 use crate::client::{CallError, Client, ConnectConfig};
 use crate::proto::pb;
 use crate::serve::config::ServeConfig;
-use crate::serve::worker::Worker;
 use crate::telemetry;
 
-/// Time for the last answers of a worker of one's own: nobody waits for them.
-const GRACE: Duration = Duration::from_secs(1);
 /// Calls in flight: while one is answered and another decoded, the next is on
 /// its way.
 const CALLS: usize = 4;
@@ -96,21 +93,8 @@ pub struct WorkerConfig {
     )]
     pub endpoint: String,
 
-    // IMAGEGPT_MODEL is not read: in a worker's container it names what that
-    // worker serves, and these commands are there to ask it.
-    /// Serve this model within this process instead; what `imagegpt serve
-    /// --model` takes
-    #[arg(long, value_name = "SOURCE")]
-    pub model: Option<String>,
-
-    /// More flags of `imagegpt serve` for --model, split at spaces
-    #[arg(
-        long,
-        value_name = "FLAGS",
-        requires = "model",
-        allow_hyphen_values = true
-    )]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub own: OwnWorkerFlags,
 
     #[command(flatten)]
     pub connect: ConnectConfig,
@@ -136,11 +120,7 @@ pub struct EachConfig {
 impl WorkerConfig {
     /// The flags of a worker of one's own, where one is asked for.
     fn own(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
-        let Some(model) = &self.model else {
-            return Ok(None);
-        };
-        let defaults = [&QUIET, defaults].concat();
-        serve::own_worker(model, &defaults, self.serve.as_deref()).map(Some)
+        self.own.config(&[&QUIET, defaults].concat())
     }
 }
 
@@ -206,9 +186,9 @@ pub async fn run(
         None => None,
         Some(config) => {
             telemetry::init(&config.log)?;
-            tokio::select! {
-                worker = serve::load_and_start(&config) => Some(worker?),
-                () = &mut stop => return Ok(CommandOutcome::Interrupted),
+            match OwnWorker::start(&config, &mut stop).await? {
+                Some(worker) => Some(worker),
+                None => return Ok(CommandOutcome::Interrupted),
             }
         }
     };
@@ -221,7 +201,7 @@ pub async fn run(
         () = stop => Ok(CommandOutcome::Interrupted),
     };
     if let Some(worker) = own {
-        worker.shutdown(GRACE).await;
+        worker.end().await;
     }
     outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
         Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(CommandOutcome::Interrupted),
@@ -245,13 +225,10 @@ struct Session {
 }
 
 impl Session {
-    async fn open(config: &WorkerConfig, own: Option<&Worker>) -> anyhow::Result<Self> {
+    async fn open(config: &WorkerConfig, own: Option<&OwnWorker>) -> anyhow::Result<Self> {
         let mut client = match own {
             // It is let in by being in the same process.
-            Some(worker) => {
-                let endpoint = format!("http://{}", worker.grpc_addr);
-                Client::connect(&endpoint, &ConnectConfig::default()).await?
-            }
+            Some(worker) => Client::connect(&worker.endpoint(), &ConnectConfig::default()).await?,
             None => Client::connect(&config.endpoint, &config.connect).await?,
         };
         let model = client.model().await?;

@@ -88,7 +88,7 @@ fn config(
         "--generate-slots",
         "0",
     ];
-    let mut config = serve::own_worker(model, &flags, None)?;
+    let mut config = serve::own_config(model, &flags, None)?;
     config.model.library = args.library.clone();
     config.model.compile.cache = args.cache.clone();
     // One image is all there will be.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::client::ConnectConfig;
+use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
 use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
@@ -57,21 +58,8 @@ pub struct WorkersConfig {
     )]
     pub endpoints: Vec<String>,
 
-    /// Serve this model within this process instead; what `imagegpt serve
-    /// --model` takes
-    // Without an environment variable: a job's container may be the workers'
-    // own, where IMAGEGPT_MODEL says what they serve.
-    #[arg(long, value_name = "SOURCE")]
-    pub model: Option<String>,
-
-    /// More flags of `imagegpt serve` for --model, split at spaces
-    #[arg(
-        long,
-        value_name = "FLAGS",
-        requires = "model",
-        allow_hyphen_values = true
-    )]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub own: OwnWorkerFlags,
 
     /// Images that one worker may have at once; 0 is what it allows
     /// (--stream-window-max)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::commands::serve::own_worker;
+use crate::commands::serve::{MoreServeFlags, own_config};
 use crate::model::Model;
 use crate::model::graph::Graph;
 use crate::serve::config::bounds::{DAY, bounded_time};
@@ -92,9 +92,8 @@ pub struct EngineArgs {
     #[arg(long, value_name = "DIR")]
     pub reference: Option<String>,
 
-    /// More flags of `imagegpt serve`, split at spaces
-    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub more: MoreServeFlags,
 }
 
 impl EngineArgs {
@@ -152,7 +151,7 @@ impl EngineArgs {
             ]);
         }
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        own_worker(model, &flags, self.serve.as_deref())
+        own_config(model, &flags, self.more.serve.as_deref())
     }
 
     /// Leaves only the graphs that are asked for.
