@@ -15,8 +15,6 @@ use imagegpt::commands::doctor::{Diagnosis, DoctorArgs};
 use imagegpt::commands::embed;
 use imagegpt::commands::embed::flags::EmbedArgs;
 use imagegpt::commands::embed::{JobEnded, Terminal};
-use imagegpt::commands::neighbors;
-use imagegpt::commands::neighbors::NeighborsConfig;
 use imagegpt::commands::print::{Printer, Unread};
 use imagegpt::commands::serve::{OwnWorker, is_ready, start};
 use imagegpt::commands::{self, CommandOutcome, ImageCommand};
@@ -42,7 +40,6 @@ fn main() {
         CliCommand::Compile(args) => to_stdout(|out| compile::run(&args, out)),
         CliCommand::Inspect(args) => to_stdout(|out| compile::inspect(&args, out)),
         CliCommand::Image(command) => ask(&command),
-        CliCommand::Neighbors(config) => show_neighbors(&config),
         CliCommand::Embed(args) => embed(&args),
         CliCommand::Bench(args) => run_bench(&args),
         CliCommand::Doctor(args) => diagnose(&args),
@@ -227,11 +224,6 @@ fn ask(command: &ImageCommand) -> anyhow::Result<i32> {
         CommandOutcome::Failed => exit::FAILED,
         CommandOutcome::Interrupted => exit::INTERRUPTED,
     })
-}
-
-fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
-    runtime()?.block_on(neighbors::run(config, &mut Printer::stdout(Unread::GoesOn)))?;
-    Ok(exit::DONE)
 }
 
 fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {

@@ -31,7 +31,7 @@ use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
 use crate::serve::cache::AnswerCache;
 use crate::serve::capacity::DrainRate;
-use crate::serve::config::{CudaGraphs, ServeConfig};
+use crate::serve::config::{CudaGraphs, LimitsConfig, ServeConfig};
 use crate::serve::devices::{DeviceEngine, DeviceReports, DeviceStates};
 use crate::serve::devices::{DeviceIdx, WorkerFailure, WorkerState};
 use crate::serve::engine_thread;
@@ -95,16 +95,7 @@ impl Stages {
         metrics: &Metrics,
     ) -> anyhow::Result<Self> {
         let limits = &config.limits;
-        let palette = Palette::new(model.clusters.clone()).context("the palette")?;
-        let preprocessor = Arc::new(Preprocessor::new(
-            &palette,
-            model.side,
-            ImageLimits {
-                image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
-                image_pixels_max: limits.image_pixels_max,
-                decode_bytes_max: limits.decode_bytes_max.as_u64(),
-            },
-        ));
+        let preprocessor = Arc::new(preprocessor(model, limits)?);
         // The queue holds as many jobs as may be in flight, and a job holds its
         // permit: it cannot be full when a job arrives.
         let images_max = limits.images_in_flight_max as usize;
@@ -669,7 +660,23 @@ async fn announce(
     }
 }
 
-fn n_preprocess_threads(config: &ServeConfig) -> usize {
+/// What turns images into tokens for this model, within these limits.
+///
+/// # Errors
+///
+/// When the model's palette cannot be searched.
+pub fn preprocessor(model: &Model, limits: &LimitsConfig) -> anyhow::Result<Preprocessor> {
+    let palette = Palette::new(model.clusters.clone()).context("the palette")?;
+    let limits = ImageLimits {
+        image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
+        image_pixels_max: limits.image_pixels_max,
+        decode_bytes_max: limits.decode_bytes_max.as_u64(),
+    };
+    Ok(Preprocessor::new(&palette, model.side, limits))
+}
+
+/// Threads that turn images into tokens at one time.
+pub(crate) fn n_preprocess_threads(config: &ServeConfig) -> usize {
     match config.model.preprocess_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n.into(),
