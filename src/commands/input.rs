@@ -166,10 +166,15 @@ impl Inputs {
         }
     }
 
-    /// `n` of the images at most, evenly spread; what is none already stays, for its
-    /// reason to be told. Finds all of them, so it takes as long as that.
+    /// `n` of the images at most, evenly spread. What is not there stays besides, for
+    /// that to be told. Finds all of them, so it takes as long as that.
     pub(super) fn sample(self, n: usize) -> Self {
-        let (found, failed): (Vec<_>, Vec<_>) = self.sources.partition(Result::is_ok);
+        let is_there = |source: &Result<Source, CallImage>| match source {
+            Ok(Source::Stdin) => true,
+            Ok(Source::File(path)) => path.exists(),
+            Err(_) => false,
+        };
+        let (found, failed): (Vec<_>, Vec<_>) = self.sources.partition(is_there);
         Self {
             sources: Box::new(failed.into_iter().chain(sample(found, n))),
         }

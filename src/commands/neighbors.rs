@@ -135,7 +135,7 @@ pub(super) async fn run(
     let (items, outcome) = embed(args, session).await?;
     if items.len() < 2 {
         let text = format!(
-            "INPUT: the answers are for {} images; neighbors need at least 2",
+            "INPUT: images that have an answer: {}; neighbors need at least 2",
             items.len()
         );
         anyhow::ensure!(outcome == CommandOutcome::Failed, text);
