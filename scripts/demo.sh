@@ -16,7 +16,7 @@ pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 scripts/await-ready.sh "$pid" "$METRICS_PORT" "$log"
 export IMAGEGPT_ENDPOINT="http://127.0.0.1:$PORT"
-"$worker" neighbors models/pictures --white --head category --picture target/demo/neighbors.png
+"$worker" neighbors models/pictures --alpha white --head category --picture target/demo/neighbors.png
 echo
 "$worker" score models/pictures/flags models/pictures/food-drink --alpha white --complexity --sort \
     --map target/demo/maps

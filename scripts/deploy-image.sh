@@ -28,7 +28,7 @@ pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 scripts/await-ready.sh "$pid" "$metrics" "$root.log"
 grep -q '^Uid:	65532' "/proc/$pid/status"
-target/release/imagegpt neighbors models/pictures/animals-nature --white --endpoint "http://127.0.0.1:$grpc" \
+target/release/imagegpt neighbors models/pictures/animals-nature --alpha white --endpoint "http://127.0.0.1:$grpc" \
     | tail -4
 kill "$pid"
 wait "$pid"

@@ -1,5 +1,5 @@
 //! Commands that ask a worker about images: `imagegpt generate`, `score`,
-//! `classify` and `tokenize`.
+//! `classify`, `tokenize` and `neighbors`.
 //!
 //! What they have in common is here: which worker, how images reach it in calls
 //! that fit, and what becomes of those that fail. A command says what to ask and
@@ -13,19 +13,18 @@ pub mod doctor;
 pub mod embed;
 mod generate;
 mod input;
-pub mod neighbors;
+mod neighbors;
 mod output;
 pub mod print;
 mod score;
 pub mod serve;
 mod sheet;
 mod tokenize;
+mod tokens;
 
 use std::io::{ErrorKind, Write};
 use std::pin::pin;
-use std::time::Duration;
 
-use anyhow::Context as _;
 use bytes::Bytes;
 use clap::{Args, Subcommand};
 use futures_util::StreamExt as _;
@@ -35,17 +34,17 @@ pub use self::classify::ClassifyArgs;
 pub use self::generate::GenerateArgs;
 use self::input::{CallBatch, CallLimits, Inputs};
 pub use self::input::{InputConfig, PreprocessConfig};
+pub use self::neighbors::NeighborsArgs;
 pub(crate) use self::output::{check as check_output, complain};
 pub use self::score::ScoreArgs;
+use self::serve::{OwnWorker, OwnWorkerFlags};
 pub use self::tokenize::TokenizeArgs;
+use self::tokens::TokenFacts;
 use crate::client::{CallError, Client, ConnectConfig};
 use crate::proto::pb;
 use crate::serve::config::ServeConfig;
-use crate::serve::worker::Worker;
 use crate::telemetry;
 
-/// Time for the last answers of a worker of one's own: nobody waits for them.
-const GRACE: Duration = Duration::from_secs(1);
 /// Calls in flight: while one is answered and another decoded, the next is on
 /// its way.
 const CALLS: usize = 4;
@@ -69,6 +68,9 @@ pub enum ImageCommand {
     /// Show the color tokens that the model sees of images: a line is the file, a
     /// tab and the token ids
     Tokenize(Box<TokenizeArgs>),
+    /// Embed images and show which of them the model places together, as a table
+    /// and as a picture
+    Neighbors(Box<NeighborsArgs>),
 }
 
 /// How a command ended.
@@ -96,21 +98,8 @@ pub struct WorkerConfig {
     )]
     pub endpoint: String,
 
-    // IMAGEGPT_MODEL is not read: in a worker's container it names what that
-    // worker serves, and these commands are there to ask it.
-    /// Serve this model within this process instead; what `imagegpt serve
-    /// --model` takes
-    #[arg(long, value_name = "SOURCE")]
-    pub model: Option<String>,
-
-    /// More flags of `imagegpt serve` for --model, split at spaces
-    #[arg(
-        long,
-        value_name = "FLAGS",
-        requires = "model",
-        allow_hyphen_values = true
-    )]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub own: OwnWorkerFlags,
 
     #[command(flatten)]
     pub connect: ConnectConfig,
@@ -136,11 +125,7 @@ pub struct EachConfig {
 impl WorkerConfig {
     /// The flags of a worker of one's own, where one is asked for.
     fn own(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
-        let Some(model) = &self.model else {
-            return Ok(None);
-        };
-        let defaults = [&QUIET, defaults].concat();
-        serve::own_worker(model, &defaults, self.serve.as_deref()).map(Some)
+        self.own.config(&[&QUIET, defaults].concat())
     }
 }
 
@@ -151,6 +136,7 @@ impl ImageCommand {
             Self::Score(args) => &args.each.worker,
             Self::Classify(args) => &args.each.worker,
             Self::Tokenize(args) => &args.each.worker,
+            Self::Neighbors(args) => &args.each.worker,
         }
     }
 
@@ -159,13 +145,16 @@ impl ImageCommand {
     fn own_worker(&self) -> anyhow::Result<Option<ServeConfig>> {
         let no_slots = ["--generate-slots", "0"];
         let mut own = self.worker().own(match self {
-            Self::Generate(_) => &[],
-            Self::Score(_) | Self::Classify(_) => &no_slots,
-            // Tokens are made without the model, so none is loaded.
-            Self::Tokenize(_) => &["--fake-engine", "0s"],
+            Self::Generate(_) | Self::Tokenize(_) => &[],
+            Self::Score(_) | Self::Classify(_) | Self::Neighbors(_) => &no_slots,
         })?;
-        if let Self::Classify(args) = self {
-            args.add_head(own.as_mut())?;
+        let head = match self {
+            Self::Classify(args) => args.head.as_ref(),
+            Self::Neighbors(args) => args.head.as_ref(),
+            _ => None,
+        };
+        if let Some(head) = head {
+            head.add_to(own.as_mut())?;
         }
         Ok(own)
     }
@@ -176,6 +165,7 @@ impl ImageCommand {
             Self::Score(args) => score::run(args, session, out).await,
             Self::Classify(args) => classify::run(args, session, out).await,
             Self::Tokenize(args) => tokenize::run(args, session, out).await,
+            Self::Neighbors(args) => neighbors::run(args, session, out).await,
         }
     }
 
@@ -185,6 +175,7 @@ impl ImageCommand {
             Self::Score(args) => args.each.input.validate(),
             Self::Classify(args) => args.each.input.validate(),
             Self::Tokenize(args) => args.each.input.validate(),
+            Self::Neighbors(args) => args.validate(),
         }
     }
 }
@@ -202,15 +193,23 @@ pub async fn run(
 ) -> anyhow::Result<CommandOutcome> {
     let mut stop = pin!(stop);
     command.validate()?;
-    let own = match command.own_worker()? {
-        None => None,
-        Some(config) => {
-            telemetry::init(&config.log)?;
-            tokio::select! {
-                worker = serve::load_and_start(&config) => Some(worker?),
-                () = &mut stop => return Ok(CommandOutcome::Interrupted),
-            }
+    let own = command.own_worker()?;
+    if let Some(config) = &own {
+        telemetry::init(&config.log)?;
+    }
+    let own = match (command, own) {
+        (_, None) => None,
+        (ImageCommand::Tokenize(args), Some(config)) => {
+            let outcome = tokio::select! {
+                outcome = tokenize::run_here(args, config, out) => outcome,
+                () = stop => Ok(CommandOutcome::Interrupted),
+            };
+            return told(outcome);
         }
+        (_, Some(config)) => match OwnWorker::start(&config, &mut stop).await? {
+            Some(worker) => Some(worker),
+            None => return Ok(CommandOutcome::Interrupted),
+        },
     };
     let asked = async {
         let session = Session::open(command.worker(), own.as_ref()).await?;
@@ -221,8 +220,13 @@ pub async fn run(
         () = stop => Ok(CommandOutcome::Interrupted),
     };
     if let Some(worker) = own {
-        worker.shutdown(GRACE).await;
+        worker.end().await;
     }
+    told(outcome)
+}
+
+/// How a command ended, of which the errors that are no fault of the flags are told.
+fn told(outcome: anyhow::Result<CommandOutcome>) -> anyhow::Result<CommandOutcome> {
     outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
         Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(CommandOutcome::Interrupted),
         // What the flags ask for and the worker does not have is the flags' fault.
@@ -242,22 +246,69 @@ struct Session {
     client: Client,
     model: pb::GetModelResponse,
     limits: CallLimits,
+    tokens: TokenFacts,
+}
+
+/// How images are asked about.
+#[derive(Debug, Clone, Copy)]
+struct Calls {
+    limits: CallLimits,
+    n_at_once: usize,
+}
+
+impl Calls {
+    /// Asks about each image by `call`, and gives the answers to `take` in the
+    /// order of the inputs. What has no answer is a line on standard error.
+    async fn each<T, F>(
+        self,
+        inputs: Inputs,
+        call: impl Fn(Vec<Bytes>) -> F,
+        mut take: impl FnMut(&str, T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<CommandOutcome>
+    where
+        F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
+    {
+        let batches = ReceiverStream::new(inputs.batches(self.limits)?);
+        let calls = batches.map(|batch: CallBatch| {
+            let images = batch.images();
+            let call = (!images.is_empty()).then(|| call(images));
+            async move {
+                let outcomes = match call {
+                    Some(call) => call.await?,
+                    None => Vec::new(),
+                };
+                anyhow::Ok(batch.answered(outcomes))
+            }
+        });
+        let mut answers = pin!(calls.buffered(self.n_at_once));
+        let mut outcome = CommandOutcome::Done;
+        while let Some(answers) = answers.next().await {
+            for (name, answer) in answers? {
+                match answer {
+                    Ok(answer) => take(&name, answer)?,
+                    Err(reason) => {
+                        complain(&format!("{name}: {reason}"));
+                        outcome = CommandOutcome::Failed;
+                    }
+                }
+            }
+        }
+        Ok(outcome)
+    }
 }
 
 impl Session {
-    async fn open(config: &WorkerConfig, own: Option<&Worker>) -> anyhow::Result<Self> {
+    async fn open(config: &WorkerConfig, own: Option<&OwnWorker>) -> anyhow::Result<Self> {
         let mut client = match own {
             // It is let in by being in the same process.
-            Some(worker) => {
-                let endpoint = format!("http://{}", worker.grpc_addr);
-                Client::connect(&endpoint, &ConnectConfig::default()).await?
-            }
+            Some(worker) => Client::connect(&worker.endpoint(), &ConnectConfig::default()).await?,
             None => Client::connect(&config.endpoint, &config.connect).await?,
         };
         let model = client.model().await?;
         let limits = CallLimits::new(&model.limits.unwrap_or_default());
         Ok(Self {
             client,
+            tokens: TokenFacts::from(&model),
             model,
             limits,
         })
@@ -292,43 +343,22 @@ impl Session {
         writeln!(out, "{columns}")
     }
 
-    /// Asks about each image by `call`, and gives the answers to `take` in the
-    /// order of the inputs. What has no answer is a line on standard error.
+    /// Asks the worker about each image by `call`; see [`Calls::each`].
     async fn each<T, F>(
         &self,
         inputs: Inputs,
         call: impl Fn(Client, Vec<Bytes>) -> F,
-        mut take: impl FnMut(&str, T) -> anyhow::Result<()>,
+        take: impl FnMut(&str, T) -> anyhow::Result<()>,
     ) -> anyhow::Result<CommandOutcome>
     where
         F: Future<Output = anyhow::Result<Vec<Result<T, String>>>>,
     {
-        let batches = ReceiverStream::new(inputs.batches(self.limits)?);
-        let calls = batches.map(|batch: CallBatch| {
-            let images = batch.images();
-            let call = (!images.is_empty()).then(|| call(self.client.clone(), images));
-            async move {
-                let outcomes = match call {
-                    Some(call) => call.await?,
-                    None => Vec::new(),
-                };
-                anyhow::Ok(batch.answered(outcomes))
-            }
-        });
-        let mut answers = pin!(calls.buffered(CALLS));
-        let mut outcome = CommandOutcome::Done;
-        while let Some(answers) = answers.next().await {
-            for (name, answer) in answers? {
-                match answer {
-                    Ok(answer) => take(&name, answer)?,
-                    Err(reason) => {
-                        complain(&format!("{name}: {reason}"));
-                        outcome = CommandOutcome::Failed;
-                    }
-                }
-            }
-        }
-        Ok(outcome)
+        let calls = Calls {
+            limits: self.limits,
+            n_at_once: CALLS,
+        };
+        let call = |images| call(self.client.clone(), images);
+        calls.each(inputs, call, take).await
     }
 
     /// [`Self::each`] for the inputs and the preprocessing that the flags say.
@@ -344,19 +374,5 @@ impl Session {
         let preprocess = config.preprocess.to_pb();
         let call = |client, images| call(client, images, preprocess);
         self.each(Inputs::new(&config.input)?, call, take).await
-    }
-
-    /// Tokens as this crate has them.
-    fn tokens(&self, ids: &[u32]) -> anyhow::Result<Vec<u16>> {
-        let n_colors = self.model.palette_rgb8.len() / 3;
-        let token = |&id: &u32| {
-            u16::try_from(id)
-                .ok()
-                .filter(|&id| usize::from(id) < n_colors)
-        };
-        let tokens: Option<Vec<u16>> = ids.iter().map(token).collect();
-        tokens
-            .filter(|tokens| tokens.len() == self.model.positions as usize)
-            .context("the worker sent tokens that do not fit its model")
     }
 }

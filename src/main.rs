@@ -15,19 +15,14 @@ use imagegpt::commands::doctor::{Diagnosis, DoctorArgs};
 use imagegpt::commands::embed;
 use imagegpt::commands::embed::flags::EmbedArgs;
 use imagegpt::commands::embed::{JobEnded, Terminal};
-use imagegpt::commands::neighbors;
-use imagegpt::commands::neighbors::NeighborsConfig;
 use imagegpt::commands::print::{Printer, Unread};
-use imagegpt::commands::serve::{is_ready, load_and_start, own_worker, start};
+use imagegpt::commands::serve::{OwnWorker, is_ready, start};
 use imagegpt::commands::{self, CommandOutcome, ImageCommand};
 use imagegpt::serve::config::{NetworkConfig, ServeConfig};
 use imagegpt::serve::devices::{FailureKind, WorkerFailure};
 use imagegpt::serve::worker::{Worker, WorkerEnded};
 use imagegpt::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-
-/// Time for a job's own worker to end: its only client is done with it.
-const OWN_GRACE: Duration = Duration::from_secs(1);
 
 /// Signals that follow another one so soon are the same request: `timeout` and
 /// process managers send one to the process and one to its group.
@@ -45,7 +40,6 @@ fn main() {
         CliCommand::Compile(args) => to_stdout(|out| compile::run(&args, out)),
         CliCommand::Inspect(args) => to_stdout(|out| compile::inspect(&args, out)),
         CliCommand::Image(command) => ask(&command),
-        CliCommand::Neighbors(config) => show_neighbors(&config),
         CliCommand::Embed(args) => embed(&args),
         CliCommand::Bench(args) => run_bench(&args),
         CliCommand::Doctor(args) => diagnose(&args),
@@ -232,11 +226,6 @@ fn ask(command: &ImageCommand) -> anyhow::Result<i32> {
     })
 }
 
-fn show_neighbors(config: &NeighborsConfig) -> anyhow::Result<i32> {
-    runtime()?.block_on(neighbors::run(config, &mut Printer::stdout(Unread::GoesOn)))?;
-    Ok(exit::DONE)
-}
-
 fn run_bench(args: &BenchArgs) -> anyhow::Result<i32> {
     Ok(
         match bench::run(args, &mut Printer::stdout(Unread::GoesOn))? {
@@ -263,19 +252,17 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let ended = runtime.block_on(async {
         embed::check(args).await?;
         let mut signals = Signals::new()?;
-        let Some(model) = &args.workers.model else {
+        let Some(config) = args.workers.own.config(&[])? else {
             let endpoints = args.workers.endpoints.clone();
             return embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         };
         // The same pipeline, with a worker of its own at the other end.
-        let config = own_worker(model, &[], args.workers.serve.as_deref())?;
-        let worker = tokio::select! {
-            worker = load_and_start(&config) => worker?,
-            () = signals.recv() => return Ok(JobEnded::Interrupted),
+        let Some(worker) = OwnWorker::start(&config, signals.recv()).await? else {
+            return Ok(JobEnded::Interrupted);
         };
-        let endpoints = vec![format!("http://{}", worker.grpc_addr)];
+        let endpoints = vec![worker.endpoint()];
         let ended = embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
-        worker.shutdown(OWN_GRACE).await;
+        worker.end().await;
         ended
     });
     // A read that does not end must not hold the process.
@@ -294,6 +281,7 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
 mod tests {
     use std::path::Path;
 
+    use imagegpt::commands::serve::own_config;
     use imagegpt::engine::fake::{FakeEngine, Script};
     use imagegpt::engine::{Engine, EngineFactory};
     use imagegpt::model::Model;
@@ -306,7 +294,7 @@ mod tests {
     /// How a process ends whose engine meets a row that begins with a 3.
     async fn code_after(script: Script) -> i32 {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
-        let config = own_worker(dir.to_str().unwrap(), &[], None).unwrap();
+        let config = own_config(dir.to_str().unwrap(), &[], None).unwrap();
         let factory: EngineFactory =
             Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
         let engines = vec![DeviceEngine { id: 0, factory }];

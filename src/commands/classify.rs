@@ -54,7 +54,7 @@ impl FromStr for HeadChoice {
 }
 
 impl HeadChoice {
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         match self {
             Self::Name(name) => name,
             Self::File(flag) => &flag.name,
@@ -62,10 +62,10 @@ impl HeadChoice {
     }
 }
 
-impl ClassifyArgs {
+impl HeadChoice {
     /// Has a worker of one's own load the head.
-    pub(super) fn add_head(&self, own: Option<&mut ServeConfig>) -> anyhow::Result<()> {
-        let Some(HeadChoice::File(flag)) = &self.head else {
+    pub(super) fn add_to(&self, own: Option<&mut ServeConfig>) -> anyhow::Result<()> {
+        let Self::File(flag) = self else {
             return Ok(());
         };
         let Some(own) = own else {

@@ -7,7 +7,6 @@ use crate::commands::bench::flags::BenchArgs;
 use crate::commands::compile::{CompileArgs, InspectArgs};
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::embed::flags::EmbedArgs;
-use crate::commands::neighbors::NeighborsConfig;
 use crate::serve::config::ServeConfig;
 
 /// Exit codes, each with its meaning. `imagegpt serve` and the commands share them.
@@ -62,8 +61,6 @@ pub enum CliCommand {
     Inspect(InspectArgs),
     #[command(flatten)]
     Image(ImageCommand),
-    /// Embed a folder of images through a worker and show who looks like whom
-    Neighbors(NeighborsConfig),
     /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,
     /// Parquet out; killed at any moment, the same command goes on
     Embed(Box<EmbedArgs>),

@@ -15,6 +15,7 @@ use crate::model::manifest;
 use crate::model::manifest::Manifest;
 use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
+use crate::serve::config::LibraryFlags;
 
 /// Make graphs that run several times faster than a published export.
 #[derive(Debug, Clone, Args)]
@@ -57,9 +58,8 @@ pub struct CompileArgs {
     #[arg(long)]
     pub portable: bool,
 
-    /// ONNX Runtime's shared library, as for serve
-    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
-    pub onnxruntime: Option<PathBuf>,
+    #[command(flatten)]
+    pub library: LibraryFlags,
 }
 
 /// Show what a compiled directory holds.
@@ -82,7 +82,7 @@ pub struct InspectArgs {
 ///
 /// One sentence that says what to change.
 pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    let library = onnx::find_library(args.onnxruntime.as_deref());
+    let library = onnx::find_library(args.library.onnxruntime.as_deref());
     let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
     if args.portable {
         runtime.operators = None;

@@ -18,7 +18,6 @@ mod trial;
 
 use crate::model::precision::Provider;
 use std::io::Write;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -31,12 +30,13 @@ use self::machine::MachineLimits;
 use crate::compile::ModelSource;
 use crate::gpu::Monitor;
 use crate::model::precision::ProviderChoice;
-use crate::serve::config;
+use crate::serve::config::bounds::{DAY, bounded_time};
+use crate::serve::config::{CacheFlags, DeviceFlags, LibraryFlags};
 
 /// Check this machine.
 #[derive(Debug, Clone, Args)]
 pub struct DoctorArgs {
-    /// A folder to try, as for serve; what has to be compiled is compiled into
+    /// A directory to try, as for serve; what has to be compiled is compiled into
     /// --cache-dir. Nothing is downloaded [default: a tiny model of random
     /// weights, made on the spot]
     // IMAGEGPT_MODEL is not read: beside a worker that serves it, a second copy
@@ -44,33 +44,14 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "SOURCE")]
     pub model: Option<String>,
 
-    /// ONNX Runtime's shared library, as for serve
-    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
-    pub onnxruntime: Option<PathBuf>,
+    #[command(flatten)]
+    pub library: LibraryFlags,
 
-    /// What is to run the model. With auto it suffices that something can
-    #[arg(
-        long,
-        env = "IMAGEGPT_EXECUTION_PROVIDER",
-        value_enum,
-        default_value = "auto"
-    )]
-    pub execution_provider: ProviderChoice,
+    #[command(flatten)]
+    pub devices: DeviceFlags,
 
-    /// Which GPUs, counted from 0 among those that CUDA shows this process
-    #[arg(
-        long,
-        env = "IMAGEGPT_DEVICE_ID",
-        default_value = "0",
-        value_name = "N,N",
-        value_delimiter = ',',
-        value_parser = clap::value_parser!(i32).range(0..1024)
-    )]
-    pub device_id: Vec<i32>,
-
-    /// Where compiled models are kept, as for serve
-    #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
-    pub cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub cache: CacheFlags,
 
     /// How long ONNX Runtime's library, CUDA's and NVIDIA's driver may take to
     /// answer, each. Raise it where many GPUs have to wake up
@@ -79,7 +60,7 @@ pub struct DoctorArgs {
         env = "IMAGEGPT_LOOK_TIMEOUT",
         default_value = "1min",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::ZERO, DAY)
     )]
     pub look_timeout: Duration,
 
@@ -130,9 +111,9 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis>
     if let Some(model) = &args.model
         && let ModelSource::Hub { repository, .. } = ModelSource::parse(model, None)
     {
-        bail!("--model {repository} is no folder; the doctor downloads nothing");
+        bail!("--model {repository} is no directory; the doctor downloads nothing");
     }
-    let id = args.device_id.first().copied().unwrap_or_default();
+    let id = args.devices.ids.first().copied().unwrap_or_default();
     if let Some(provider) = args.trial {
         child::answer(&trial::here(args, provider, id), out)?;
         return Ok(Diagnosis::CanServe);
@@ -141,10 +122,10 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis>
         look_here(args, part, out)?;
         return Ok(Diagnosis::CanServe);
     }
-    config::check_devices(&args.device_id)?;
+    args.devices.validate()?;
     let asked = Asked {
-        provider: args.execution_provider,
-        device_ids: args.device_id.clone(),
+        provider: args.devices.provider.execution_provider,
+        device_ids: args.devices.ids.clone(),
     };
     let found = look(args);
     let report = judge::judge(&asked, &found, &mut |provider, id| {
@@ -164,16 +145,17 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis>
 /// Sees all that the judge wants to know.
 fn look(args: &DoctorArgs) -> MachineFindings {
     let library = child::ask(args, &["--look", "library"], args.look_timeout);
-    let library = library.unwrap_or_else(|lost| Library::lost(args.onnxruntime.as_deref(), &lost));
+    let library =
+        library.unwrap_or_else(|lost| Library::lost(args.library.onnxruntime.as_deref(), &lost));
     let mut found = MachineFindings {
         machine: MachineLimits::here(),
-        cache: CacheFinding::find(args.cache_dir.as_deref()),
+        cache: CacheFinding::find(args.cache.cache_dir.as_deref()),
         library,
         cuda: None,
         gpus: Ok(DriverFindings::default()),
         visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
     };
-    if args.execution_provider == ProviderChoice::Cpu {
+    if args.devices.provider.execution_provider == ProviderChoice::Cpu {
         return found;
     }
     if found.library.folder.is_some() {
@@ -187,7 +169,7 @@ fn look(args: &DoctorArgs) -> MachineFindings {
 
 /// Looks at one part in this process.
 fn look_here(args: &DoctorArgs, part: CheckPart, out: &mut impl Write) -> anyhow::Result<()> {
-    let library = || Library::find(args.onnxruntime.as_deref());
+    let library = || Library::find(args.library.onnxruntime.as_deref());
     match part {
         CheckPart::Library => child::answer(&library(), out),
         CheckPart::Cuda => {

@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -157,23 +157,6 @@ pub async fn run(
 impl EmbedArgs {
     fn validate(&self) -> anyhow::Result<()> {
         let (task, table) = (&self.task, &self.table);
-        for (name, time) in [
-            ("--item-timeout", self.workers.item_timeout),
-            ("--resolve-interval", self.workers.resolve_interval),
-            ("--give-up-after", self.workers.give_up_after),
-            ("--url-patience", table.url_patience),
-        ] {
-            anyhow::ensure!(
-                (Duration::from_millis(100)..=Duration::from_hours(24)).contains(&time),
-                "{name} is {}; it must be 100ms to 1day",
-                humantime::format_duration(time)
-            );
-        }
-        anyhow::ensure!(
-            (1 << 20..=1 << 30).contains(&self.workers.image_memory.as_u64()),
-            "--image-memory is {}; it must be 1 MiB to 1 GiB",
-            self.workers.image_memory
-        );
         if let Some(name) = table
             .keep
             .iter()

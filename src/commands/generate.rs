@@ -276,7 +276,7 @@ impl Report<'_> {
         let args = self.args;
         let file = match &mut self.folder {
             Some(folder) => {
-                let png = self.session.png(&drawn.tokens, args.scale)?;
+                let png = self.session.tokens.png(&drawn.tokens, args.scale)?;
                 let stem = input.map_or_else(|| "sample".to_owned(), stem);
                 // As a path, of which the ending is left out.
                 Some(folder.write(&format!("{stem}-{sample}.png"), &png)?)
@@ -351,7 +351,7 @@ async fn primers(
         |mut client: Client, images| async move { client.tokenize(images, preprocess).await };
     let mut primers = Vec::new();
     let take = |file: &str, ids: Vec<u32>| {
-        let tokens = session.tokens(&ids)?;
+        let tokens = session.tokens.check(&ids)?;
         let given: Cell = tokens.into_iter().map(Some).collect();
         let known = given.iter().zip(&kept);
         let known = known.map(|(token, kept)| token.filter(|_| *kept)).collect();
@@ -483,7 +483,9 @@ async fn draw(
             Message::Result(result) => {
                 let outcome = match result.outcome {
                     Some(pb::generate_result::Outcome::Image(image)) => Ok(Drawn {
-                        tokens: session.tokens(&image.tokens.unwrap_or_default().ids)?,
+                        tokens: session
+                            .tokens
+                            .check(&image.tokens.unwrap_or_default().ids)?,
                         log_probs: image.log_probs,
                     }),
                     Some(pb::generate_result::Outcome::Error(status)) => Err(status.message),

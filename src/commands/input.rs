@@ -13,11 +13,11 @@ use bytesize::ByteSize;
 use clap::Args;
 use tokio::sync::mpsc;
 
-use crate::commands::neighbors::find_images;
-use crate::files::{self, Trouble};
+use crate::files::{self, FoundFile, Trouble};
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::proto::pb;
 use crate::proto::preprocess_applied;
+use crate::serve::config::LimitsConfig;
 
 /// What stands for standard input.
 const STDIN: &str = "-";
@@ -31,8 +31,8 @@ const MESSAGE_OVERHEAD: u64 = 1024;
 /// Which images.
 #[derive(Debug, Clone, Args)]
 pub struct InputConfig {
-    /// Images (PNG, JPEG, WebP, GIF, BMP, TIFF), folders of images with their
-    /// subfolders, or - for the bytes of one image on standard input
+    /// Images (PNG, JPEG, WebP, GIF, BMP, TIFF), directories of images with those
+    /// below them, or - for the bytes of one image on standard input
     #[arg(value_name = "INPUT", required_unless_present = "list")]
     pub inputs: Vec<PathBuf>,
 
@@ -70,11 +70,15 @@ pub struct PreprocessConfig {
 }
 
 impl PreprocessConfig {
-    pub(super) fn to_pb(self) -> pb::Preprocess {
-        preprocess_applied(PreprocessOptions {
+    pub(super) fn options(self) -> PreprocessOptions {
+        PreprocessOptions {
             fit: self.fit,
             alpha: self.alpha,
-        })
+        }
+    }
+
+    pub(super) fn to_pb(self) -> pb::Preprocess {
+        preprocess_applied(self.options())
     }
 }
 
@@ -89,6 +93,18 @@ pub(super) struct CallLimits {
 }
 
 impl CallLimits {
+    /// One image a call, of the size that a worker with these limits would take.
+    pub(super) fn one(limits: &LimitsConfig) -> Self {
+        Self::new(&pb::Limits {
+            batch_size_max: 1,
+            images_per_call_max: 1,
+            images_in_flight_max: 1,
+            request_bytes_max: limits.request_bytes_max.as_u64(),
+            image_bytes_max: limits.image_bytes_max.as_u64(),
+            ..Default::default()
+        })
+    }
+
     /// A run's images a call, so that answers come as they are there: the worker
     /// makes batches over calls.
     pub(super) fn new(limits: &pb::Limits) -> Self {
@@ -150,6 +166,20 @@ impl Inputs {
         }
     }
 
+    /// `n` of the images at most, evenly spread. What is not there stays besides, for
+    /// that to be told. Finds all of them, so it takes as long as that.
+    pub(super) fn sample(self, n: usize) -> Self {
+        let is_there = |source: &Result<Source, CallImage>| match source {
+            Ok(Source::Stdin) => true,
+            Ok(Source::File(path)) => path.exists(),
+            Err(_) => false,
+        };
+        let (found, failed): (Vec<_>, Vec<_>) = self.sources.partition(is_there);
+        Self {
+            sources: Box::new(failed.into_iter().chain(sample(found, n))),
+        }
+    }
+
     /// Reads them on a thread, a call's worth at a time and one ahead.
     pub(super) fn batches(self, limits: CallLimits) -> anyhow::Result<mpsc::Receiver<CallBatch>> {
         let (batches_in, batches) = mpsc::channel(1);
@@ -188,7 +218,31 @@ fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, CallImage>
     })
 }
 
-/// A file as it is, a folder as the images in it.
+/// Every image below `folder`, by name, and what may be one and cannot be read.
+///
+/// # Errors
+///
+/// When the directory cannot be read.
+pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
+    let mut found = files::below(folder)?;
+    found.retain(FoundFile::may_be_image);
+    Ok(found)
+}
+
+/// `n` of these at most, evenly spread.
+pub(crate) fn sample<T>(all: Vec<T>, n: usize) -> Vec<T> {
+    let total = all.len();
+    if total <= n {
+        return all;
+    }
+    let mut chosen = (0..n).map(|idx| idx * total / n).peekable();
+    let numbered = all.into_iter().enumerate();
+    numbered
+        .filter_map(|(idx, one)| chosen.next_if_eq(&idx).map(|_| one))
+        .collect()
+}
+
+/// A file as it is, a directory as the images in it.
 fn expand(path: PathBuf) -> VecDeque<Result<Source, CallImage>> {
     if !path.is_dir() {
         return VecDeque::from([Ok(Source::File(path))]);
@@ -482,5 +536,23 @@ mod tests {
             list: Some(STDIN.into()),
         };
         assert!(config.validate().is_err());
+    }
+
+    #[test]
+    fn a_sample_is_spread_evenly() {
+        let paths = |n: usize| {
+            (0..n)
+                .map(|i| PathBuf::from(i.to_string()))
+                .collect::<Vec<_>>()
+        };
+        let names = |paths: Vec<PathBuf>| {
+            paths
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(names(sample(paths(10), 3)), "0 3 6");
+        assert_eq!(names(sample(paths(2), 3)), "0 1");
     }
 }

@@ -1,6 +1,6 @@
-//! `imagegpt neighbors`: embeds a folder through a worker and shows, as a
-//! table and as a picture, which images its features place together, and as
-//! which class a linear head takes each.
+//! `imagegpt neighbors`: embeds images and shows, as a table and as a picture,
+//! which of them their features place together, and as which class a linear head
+//! takes each.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,53 +10,52 @@ use bytes::Bytes;
 use clap::Args;
 use font8x8::{BASIC_FONTS, UnicodeFonts as _};
 use image::{ImageFormat, Rgb, RgbImage, imageops};
+use serde::Serialize;
 
-use crate::client::{Classes, Client, ConnectConfig};
+use super::classify::HeadChoice;
+use super::input::Inputs;
+use super::output::{json, stem};
+use super::{CommandOutcome, EachConfig, Session};
+use crate::client::{Classes, Client};
 use crate::commands::{check_output, complain};
-use crate::files::{self, FoundFile, printable};
+use crate::files::printable;
 use crate::imaging::DecodeBudget;
 use crate::imaging::decode::decode;
 use crate::imaging::{Alpha, ImageLimits};
 use crate::proto::pb;
 
-/// Embed a folder of images through a worker and show who looks like whom.
 #[derive(Debug, Clone, Args)]
-pub struct NeighborsConfig {
-    /// Folder of images (PNG, JPEG, WebP, GIF, BMP, TIFF); its subfolders too
-    pub folder: PathBuf,
-
-    /// Where the worker listens
-    #[arg(
-        long,
-        env = "IMAGEGPT_ENDPOINT",
-        default_value = "http://127.0.0.1:50051"
-    )]
-    pub endpoint: String,
-
-    #[command(flatten)]
-    pub connect: ConnectConfig,
-
+pub struct NeighborsArgs {
     /// Write a PNG with one row an image: the image, what the model sees of
     /// it, and its nearest neighbors
     #[arg(long, value_name = "FILE")]
     pub picture: Option<PathBuf>,
 
     /// Neighbors of each image
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub neighbors: u8,
 
-    /// Images at most; of more, an even sample by name is taken
-    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u16).range(2..=4096))]
+    /// Images at most; of more, an even sample in the inputs' order is taken
+    #[arg(long, default_value_t = 48, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=4096))]
     pub images_max: u16,
 
-    /// Show transparent pixels as white instead of the color stored under them
-    #[arg(long)]
-    pub white: bool,
+    /// Classify too, by a linear head: one of the worker's, or with --model
+    /// NAME=FILE, which loads one. An image whose directory is named like a class
+    /// (only letters and digits count) is right or wrong
+    #[arg(long, value_name = "NAME[=FILE]")]
+    pub head: Option<HeadChoice>,
 
-    /// Classify too, by this linear head of the worker. An image whose folder
-    /// is named like a class (only letters and digits count) is right or wrong
-    #[arg(long, value_name = "NAME")]
-    pub head: Option<String>,
+    #[command(flatten)]
+    pub each: EachConfig,
+}
+
+impl NeighborsArgs {
+    /// Checks what no flag can check by itself.
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        self.each.input.validate()?;
+        let picture = self.picture.as_deref();
+        picture.map_or(Ok(()), |path| check_output("--picture", path))
+    }
 }
 
 /// Side of a picture's cells in pixels: twice the published models' 32, so
@@ -78,6 +77,8 @@ const ROWS_PER_BLOCK: u32 = 16;
 
 /// An image with all that is shown of it.
 struct Item {
+    file: String,
+    /// What the table calls it.
     name: String,
     encoded: Bytes,
     embedding: Vec<f32>,
@@ -100,50 +101,98 @@ impl Class {
     }
 }
 
-/// Runs the command, with its table going to `out` and what is left out to
-/// standard error.
-///
-/// # Errors
-///
-/// When the folder or the worker cannot be read, or the picture not written.
-pub async fn run(config: &NeighborsConfig, out: &mut impl Write) -> anyhow::Result<()> {
-    if let Some(path) = &config.picture {
-        check_output("--picture", path)?;
+#[derive(Serialize)]
+struct Line<'a> {
+    file: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    class: Option<ClassLine<'a>>,
+    /// Nearest first.
+    neighbors: Vec<Neighbor<'a>>,
+    model_digest: &'a str,
+}
+
+#[derive(Serialize)]
+struct ClassLine<'a> {
+    label: &'a str,
+    score: f32,
+    /// Whether the directory is named like the class, if it is named like one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    right: Option<bool>,
+}
+
+#[derive(Serialize)]
+struct Neighbor<'a> {
+    file: &'a str,
+    /// Cosine of the angle between the embeddings.
+    similarity: f32,
+}
+
+pub(super) async fn run(
+    args: &NeighborsArgs,
+    session: &Session,
+    out: &mut impl Write,
+) -> anyhow::Result<CommandOutcome> {
+    let (items, outcome) = embed(args, session).await?;
+    if items.len() < 2 {
+        let text = format!(
+            "INPUT: images that have an answer: {}; neighbors need at least 2",
+            items.len()
+        );
+        anyhow::ensure!(outcome == CommandOutcome::Failed, text);
+        complain(&text);
+        return Ok(outcome);
     }
-    let paths = sample(images(config)?, config.images_max.into());
-    anyhow::ensure!(
-        paths.len() >= 2,
-        "{} has {} images; neighbors need at least 2",
-        config.folder.display(),
-        paths.len()
-    );
-    let mut client = Client::connect(&config.endpoint, &config.connect).await?;
-    let model = client.model().await?;
-    writeln!(
-        out,
-        "model {} ({}), {} dimensions, on {}",
-        model.name, model.digest, model.dimension, model.execution_provider
-    )?;
-    if !model.notice.is_empty() {
-        writeln!(out, "notice: {}", model.notice)?;
-    }
-    let items = embed(config, &mut client, &model, &paths).await?;
     let nearest: Vec<Vec<(usize, f32)>> = (0..items.len())
-        .map(|idx| nearest(&items, idx, config.neighbors.into()))
+        .map(|idx| nearest(&items, idx, args.neighbors.into()))
         .collect();
-    table(&items, &nearest, out)?;
-    share_right(&items, out)?;
-    if let Some(path) = &config.picture {
-        picture(&items, &nearest, &model)
+    // First, since nobody may read what is printed.
+    if let Some(path) = &args.picture {
+        picture(&items, &nearest, &session.model)
             .save_with_format(path, ImageFormat::Png)
             .with_context(|| format!("--picture {} cannot be written", path.display()))?;
+    }
+    if args.each.json {
+        lines(&items, &nearest, &session.model.digest, out)?;
+        return Ok(outcome);
+    }
+    session.introduce(out)?;
+    table(&items, &nearest, out)?;
+    share_right(&items, out)?;
+    if let Some(path) = &args.picture {
+        let side = session.model.side;
         writeln!(
             out,
-            "wrote {}: image, its {}x{} tokens, then neighbors, nearest first",
-            path.display(),
-            model.side,
-            model.side
+            "wrote {}: image, its {side}x{side} tokens, then neighbors, nearest first",
+            path.display()
         )?;
+    }
+    Ok(outcome)
+}
+
+/// One JSON object an image.
+fn lines(
+    items: &[Item],
+    nearest: &[Vec<(usize, f32)>],
+    model_digest: &str,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    for (item, nearest) in items.iter().zip(nearest) {
+        let class = item.class.as_ref().map(|class| ClassLine {
+            label: &class.label,
+            score: class.score,
+            right: class.is_right(),
+        });
+        let neighbors = nearest.iter().map(|&(idx, similarity)| Neighbor {
+            file: &items[idx].file,
+            similarity,
+        });
+        let line = Line {
+            file: &item.file,
+            class,
+            neighbors: neighbors.collect(),
+            model_digest,
+        };
+        json(out, &line)?;
     }
     Ok(())
 }
@@ -217,123 +266,84 @@ fn truth(path: &Path, labels: &[String]) -> Option<String> {
     labels.iter().find(|label| bare(label) == folder).cloned()
 }
 
-/// Every image below `folder`, by name, and what may be one and cannot be read.
-///
-/// # Errors
-///
-/// When the folder cannot be read.
-pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
-    let mut found = files::below(folder)?;
-    found.retain(FoundFile::may_be_image);
-    Ok(found)
-}
-
-/// The images of a folder; what cannot be read is a line for the person.
-fn images(config: &NeighborsConfig) -> anyhow::Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for found in find_images(&config.folder)? {
-        match found.file {
-            Ok(_) => paths.push(found.path),
-            Err(trouble) => {
-                complain(&format!("{}: left out: {trouble}", found.path.display()));
-            }
-        }
-    }
-    Ok(paths)
-}
-
-/// `n` of the paths at most, evenly spread.
-pub(crate) fn sample(paths: Vec<PathBuf>, n: usize) -> Vec<PathBuf> {
-    let total = paths.len();
-    if total <= n {
-        return paths;
-    }
-    (0..n).map(|idx| paths[idx * total / n].clone()).collect()
-}
-
+/// What the worker says of each image that it takes.
 async fn embed(
-    config: &NeighborsConfig,
-    client: &mut Client,
-    model: &pb::GetModelResponse,
-    paths: &[PathBuf],
-) -> anyhow::Result<Vec<Item>> {
-    let preprocess = pb::Preprocess {
-        alpha: if config.white {
-            pb::Alpha::White
-        } else {
-            pb::Alpha::Drop
-        }
-        .into(),
-        ..Default::default()
+    args: &NeighborsArgs,
+    session: &Session,
+) -> anyhow::Result<(Vec<Item>, CommandOutcome)> {
+    let labels = head_labels(args, session)?;
+    let preprocess = args.each.preprocess.to_pb();
+    let head = args.head.as_ref().map(HeadChoice::name);
+    let call = |client, images| answers(client, images, preprocess, head);
+    let mut items = Vec::new();
+    let take = |file: &str, found: Answer| {
+        items.push(Item {
+            name: printable(&stem(file)).into_owned(),
+            class: found.class.map(|class| Class {
+                label: class.label,
+                score: class.score,
+                truth: truth(Path::new(file), &labels),
+            }),
+            file: file.to_owned(),
+            encoded: found.encoded,
+            embedding: found.embedding,
+            tokens: found.tokens,
+        });
+        Ok(())
     };
-    let labels = head_labels(config, model)?;
-    // Small calls keep both ends' memory small; a worker batches over calls.
-    let per_call = model
-        .limits
-        .as_ref()
-        .map_or(1, |limits| limits.images_per_call_max.clamp(1, 16));
-    let mut items = Vec::with_capacity(paths.len());
-    for paths in paths.chunks(per_call as usize) {
-        let mut encoded = Vec::with_capacity(paths.len());
-        for path in paths {
-            let bytes = std::fs::read(path)
-                .with_context(|| format!("{} cannot be read", path.display()))?;
-            encoded.push(Bytes::from(bytes));
+    let (inputs, n_max) = (Inputs::new(&args.each.input)?, args.images_max.into());
+    // A list may come through a pipe that is slow.
+    let inputs = tokio::task::spawn_blocking(move || inputs.sample(n_max)).await?;
+    let outcome = session.each(inputs, call, take).await?;
+    Ok((items, outcome))
+}
+
+/// What the worker says of one image.
+struct Answer {
+    encoded: Bytes,
+    embedding: Vec<f32>,
+    tokens: Vec<u32>,
+    class: Option<pb::ClassScore>,
+}
+
+async fn answers(
+    mut client: Client,
+    images: Vec<Bytes>,
+    preprocess: pb::Preprocess,
+    head: Option<&str>,
+) -> anyhow::Result<Vec<Result<Answer, String>>> {
+    let embeddings = client.embed(images.clone(), preprocess).await?;
+    let tokens = client.tokenize(images.clone(), preprocess).await?;
+    let classes = match head {
+        Some(head) => {
+            let found = client.classify(images.clone(), preprocess, head, 1).await?;
+            let best =
+                |found: Result<Classes, String>| found.map(|found| found.best.into_iter().next());
+            found.into_iter().map(best).collect()
         }
-        let embeddings = client.embed(encoded.clone(), preprocess).await?;
-        let tokens = client.tokenize(encoded.clone(), preprocess).await?;
-        let classes = match &config.head {
-            Some(head) => {
-                let found = client
-                    .classify(encoded.clone(), preprocess, head, 1)
-                    .await?;
-                let best = |found: Result<Classes, String>| {
-                    found.map(|found| found.best.into_iter().next())
-                };
-                found.into_iter().map(best).collect()
-            }
-            None => vec![Ok(None); paths.len()],
-        };
-        let answers = embeddings.into_iter().zip(tokens).zip(classes);
-        for ((path, encoded), ((embedding, tokens), class)) in
-            paths.iter().zip(encoded).zip(answers)
-        {
-            let name = path
-                .file_stem()
-                .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-            let name = printable(&name).into_owned();
-            match (embedding, tokens, class) {
-                (Ok(embedding), Ok(tokens), Ok(class)) => items.push(Item {
-                    name,
-                    encoded,
-                    embedding,
-                    tokens,
-                    class: class.map(|class| Class {
-                        label: class.label,
-                        score: class.score,
-                        truth: truth(path, &labels),
-                    }),
-                }),
-                (Err(reason), ..) | (_, Err(reason), _) | (.., Err(reason)) => {
-                    complain(&format!("{}: left out: {reason}", path.display()));
-                }
-            }
-        }
-    }
-    Ok(items)
+        None => vec![Ok(None); images.len()],
+    };
+    let all = images.into_iter().zip(embeddings).zip(tokens).zip(classes);
+    let answer = |(((encoded, embedding), tokens), class)| {
+        Ok(Answer {
+            encoded,
+            embedding: embedding?,
+            tokens: tokens?,
+            class: class?,
+        })
+    };
+    Ok(all.map(answer).collect())
 }
 
 /// The classes of the head that `--head` names; none without the flag.
-fn head_labels(
-    config: &NeighborsConfig,
-    model: &pb::GetModelResponse,
-) -> anyhow::Result<Vec<String>> {
-    let Some(name) = &config.head else {
+fn head_labels(args: &NeighborsArgs, session: &Session) -> anyhow::Result<Vec<String>> {
+    let Some(name) = args.head.as_ref().map(HeadChoice::name) else {
         return Ok(Vec::new());
     };
-    let head = model.heads.iter().find(|head| head.name == *name);
+    let heads = &session.model.heads;
+    let head = heads.iter().find(|head| head.name == name);
     let head = head.with_context(|| {
-        let names: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
+        let names: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
         format!("--head {name}: the worker has no such head; it has {names:?}")
     })?;
     Ok(head.labels.clone())
@@ -454,6 +464,7 @@ mod tests {
 
     fn item(embedding: &[f32]) -> Item {
         Item {
+            file: String::new(),
             name: String::new(),
             encoded: Bytes::new(),
             embedding: embedding.to_vec(),
@@ -474,24 +485,6 @@ mod tests {
         assert_eq!(order(0), [2, 1]);
         assert_eq!(order(1), [2, 0]);
         assert_eq!(nearest(&items, 2, 1), [(1, 0.8)]);
-    }
-
-    #[test]
-    fn a_sample_is_spread_evenly() {
-        let paths = |n: usize| {
-            (0..n)
-                .map(|i| PathBuf::from(i.to_string()))
-                .collect::<Vec<_>>()
-        };
-        let names = |paths: Vec<PathBuf>| {
-            paths
-                .iter()
-                .map(|p| p.display().to_string())
-                .collect::<Vec<_>>()
-                .join(" ")
-        };
-        assert_eq!(names(sample(paths(10), 3)), "0 3 6");
-        assert_eq!(names(sample(paths(2), 3)), "0 1");
     }
 
     #[test]

@@ -2,24 +2,103 @@
 //! serve`, and for commands that are given a model instead of an endpoint. They
 //! reach theirs over gRPC too, so that both are one pipeline.
 
-use crate::compile::CompileOptions;
-use crate::compile::ModelSource;
-use crate::model::precision::ProviderChoice;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{Args, Parser};
 
 use crate::commands::compile::Bars;
-use crate::compile::{CompileProgress, cache};
+use crate::compile::{CompileOptions, CompileProgress, ModelSource, cache};
 use crate::engine::onnx;
 use crate::model::Model;
 use crate::model::head::LinearHead;
-use crate::model::precision::Provider;
+use crate::model::precision::{Provider, ProviderChoice};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
 use crate::serve::rpc;
 use crate::serve::worker::{Worker, engines};
+
+/// Time for the last answers of a worker of one's own: nobody waits for them.
+const OWN_GRACE: Duration = Duration::from_secs(1);
+
+/// Which model a command serves to itself.
+#[derive(Debug, Clone, Args)]
+pub struct OwnWorkerFlags {
+    // IMAGEGPT_MODEL is not read: in a worker's container, which may be a job's own
+    // too, it names what that worker serves, and these commands are there to ask it.
+    /// Serve this model within this process instead; what `imagegpt serve
+    /// --model` takes
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+
+    #[command(flatten)]
+    pub more: MoreServeFlags,
+}
+
+/// How a command serves the model that its `--model` names.
+#[derive(Debug, Clone, Args)]
+pub struct MoreServeFlags {
+    /// More flags of `imagegpt serve` for --model, split at spaces
+    #[arg(
+        long,
+        value_name = "FLAGS",
+        requires = "model",
+        allow_hyphen_values = true
+    )]
+    pub serve: Option<String>,
+}
+
+impl OwnWorkerFlags {
+    /// The flags of the worker, where one is asked for. `defaults` hold unless
+    /// `--serve` says otherwise.
+    ///
+    /// # Errors
+    ///
+    /// When `--serve` has no flags of `imagegpt serve`.
+    pub fn config(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
+        let more = self.more.serve.as_deref();
+        let config = |model: &String| own_config(model, defaults, more);
+        self.model.as_ref().map(config).transpose()
+    }
+}
+
+/// A worker within this process, for one command.
+pub struct OwnWorker(Worker);
+
+impl OwnWorker {
+    /// A worker that is ready, of a model that is compiled first if it has to be;
+    /// `None` if `stop` comes before that.
+    ///
+    /// # Errors
+    ///
+    /// When the model or the addresses cannot be used.
+    pub async fn start(
+        config: &ServeConfig,
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Option<Self>> {
+        let ready = async {
+            let mut worker = start(config).await?;
+            is_ready(&mut worker).await?;
+            anyhow::Ok(Self(worker))
+        };
+        tokio::select! {
+            worker = ready => worker.map(Some),
+            () = stop => Ok(None),
+        }
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.0.grpc_addr)
+    }
+
+    /// Ends it; its only client is done with it.
+    pub async fn end(self) {
+        self.0.shutdown(OWN_GRACE).await;
+    }
+}
 
 /// The flags of a worker for this process alone. `defaults` hold unless `more`,
 /// flags of `imagegpt serve` that are split at spaces, says otherwise.
@@ -27,7 +106,7 @@ use crate::serve::worker::{Worker, engines};
 /// # Errors
 ///
 /// When `more` is not such flags.
-pub fn own_worker(
+pub fn own_config(
     model: &str,
     defaults: &[&str],
     more: Option<&str>,
@@ -56,17 +135,6 @@ pub fn own_worker(
     Ok(config)
 }
 
-/// A worker that is ready, of a model that is compiled first if it has to be.
-///
-/// # Errors
-///
-/// When the model or the addresses cannot be used.
-pub async fn load_and_start(config: &ServeConfig) -> anyhow::Result<Worker> {
-    let mut worker = start(config).await?;
-    is_ready(&mut worker).await?;
-    Ok(worker)
-}
-
 /// Resolves when the worker is ready.
 ///
 /// # Errors
@@ -93,13 +161,7 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     }
     let owned = config.clone();
     let load = move || -> anyhow::Result<_> {
-        let mut bars = Bars::new();
-        let folder = locate(&owned, &mut bars);
-        bars.end();
-        let folder = folder?;
-        tracing::info!(folder = %folder.display(), "reading the model");
-        let name = name(&owned.model, &folder);
-        let model = Model::open(&folder, name.as_deref())?;
+        let model = open_model(&owned)?;
         let heads = owned.model.heads.iter().map(LinearHead::open);
         let heads = heads.collect::<Result<Vec<_>, _>>()?;
         for head in &heads {
@@ -112,6 +174,21 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     let worker = Worker::start(config, model, heads, engines).await?;
     tracing::info!(grpc = %worker.grpc_addr, metrics = %worker.metrics_addr, "listening");
     Ok(worker)
+}
+
+/// The model that a worker with these flags serves, compiled first if it has to be.
+///
+/// # Errors
+///
+/// When there is no such model, or it cannot be compiled.
+pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<Model> {
+    let mut bars = Bars::new();
+    let folder = locate(config, &mut bars);
+    bars.end();
+    let folder = folder?;
+    tracing::info!(folder = %folder.display(), "reading the model");
+    let name = name(&config.model, &folder);
+    Ok(Model::open(&folder, name.as_deref())?)
 }
 
 /// What the model is called: as the flag says, or like what was compiled, whose
@@ -137,8 +214,8 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
 ///
 /// When there is no such model, or it cannot be compiled.
 pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyhow::Result<PathBuf> {
-    let library = onnx::find_library(config.model.onnxruntime.as_deref());
-    let provider = match config.model.execution_provider {
+    let library = onnx::find_library(config.model.library.onnxruntime.as_deref());
+    let provider = match config.model.devices.provider.execution_provider {
         ProviderChoice::Cuda => Provider::Cuda,
         // A GPU that is there by chance is no reason to compile for it.
         ProviderChoice::Cpu | ProviderChoice::Auto => Provider::Cpu,
@@ -159,7 +236,7 @@ pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyho
         tasks: None,
         feature_layer: compile.feature_layer,
     };
-    let cache_dir = compile.cache_dir.as_deref();
+    let cache_dir = compile.cache.cache_dir.as_deref();
     cache::locate(&source, cache_dir, &options, runtime, progress)
 }
 
@@ -170,7 +247,7 @@ mod tests {
     #[test]
     fn a_compiled_model_is_called_like_its_source() {
         let called = |flags: &[&str], folder: &str| {
-            let config = own_worker(flags[0], &flags[1..], None).unwrap();
+            let config = own_config(flags[0], &flags[1..], None).unwrap();
             name(&config.model, Path::new(folder))
         };
         let cached = "/cache/models/0123456789abcdef";

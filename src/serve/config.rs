@@ -3,14 +3,18 @@
 //! The comments here are the operator's manual: `--help` prints them.
 
 mod access;
+pub(crate) mod bounds;
+mod runtime;
 
 pub(crate) use self::access::ANY_ORIGIN;
 pub use self::access::{AccessConfig, ConnectionsConfig};
+use self::bounds::{DAY, SECOND, bounded_size, bounded_time, size};
+pub(crate) use self::runtime::device_id;
+pub use self::runtime::{CacheFlags, DeviceFlags, LibraryFlags, ProviderFlags};
 use crate::model::precision::Precision;
 use crate::telemetry::LogConfig;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -19,7 +23,6 @@ use clap::Args;
 use crate::engine::fake;
 use crate::model::buckets::Buckets;
 use crate::model::head::HeadFlag;
-use crate::model::precision::ProviderChoice;
 
 /// Serve a model over gRPC.
 #[derive(Debug, Clone, Args)]
@@ -79,10 +82,8 @@ pub struct ModelConfig {
     )]
     pub model_name: Option<String>,
 
-    /// ONNX Runtime's shared library, version 1.24 or newer [default: the copy
-    /// beside the program, then the system's]
-    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
-    pub onnxruntime: Option<PathBuf>,
+    #[command(flatten)]
+    pub library: LibraryFlags,
 
     /// Run no model: each run takes TIME, or with TIME+TIME also so much an
     /// image (100ms, 2ms+1ms), and the answers are made up. Prices the server
@@ -90,31 +91,8 @@ pub struct ModelConfig {
     #[arg(long, env = "IMAGEGPT_FAKE_ENGINE", value_name = "TIME[+TIME]")]
     pub fake_engine: Option<fake::Cost>,
 
-    /// What runs the model. auto takes CUDA if it can and says in the log and
-    /// in GetModel what it took
-    #[arg(
-        long,
-        env = "IMAGEGPT_EXECUTION_PROVIDER",
-        value_enum,
-        default_value = "auto"
-    )]
-    pub execution_provider: ProviderChoice,
-
-    /// Which GPUs, counted from 0, at most 16. Each has the whole model and an
-    /// engine of its own, and all take from the one queue; a GPU that fails is
-    /// taken out while the others go on. On the CPU each number is one more
-    /// engine, for tests and for machines with several sockets, and
-    /// --intra-op-threads is an engine's: divide the cores by their number; auto
-    /// takes one engine where it takes the CPU
-    #[arg(
-        long = "device-id",
-        env = "IMAGEGPT_DEVICE_ID",
-        default_value = "0",
-        value_name = "N,N",
-        value_delimiter = ',',
-        value_parser = clap::value_parser!(i32).range(0..1024)
-    )]
-    pub device_ids: Vec<i32>,
+    #[command(flatten)]
+    pub devices: DeviceFlags,
 
     /// What the model may take of a GPU's memory, weights included; 0 for all.
     /// Generation's keys and values count too. With a limit nothing is captured
@@ -185,10 +163,8 @@ pub struct CompileConfig {
     #[arg(long, env = "IMAGEGPT_FEATURE_LAYER", value_name = "N")]
     pub feature_layer: Option<usize>,
 
-    /// Where compiled models are kept [default: imagegpt/ in XDG_CACHE_HOME or
-    /// ~/.cache]
-    #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
-    pub cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub cache: CacheFlags,
 }
 
 /// Where it listens and how it ends.
@@ -223,7 +199,7 @@ pub struct NetworkConfig {
         env = "IMAGEGPT_SHUTDOWN_DELAY",
         default_value = "0s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::ZERO, DAY)
     )]
     pub shutdown_delay: Duration,
 
@@ -237,7 +213,7 @@ pub struct NetworkConfig {
         env = "IMAGEGPT_SHUTDOWN_GRACE_PERIOD",
         default_value = "25s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::ZERO, DAY)
     )]
     pub shutdown_grace_period: Duration,
 
@@ -247,7 +223,7 @@ pub struct NetworkConfig {
         env = "IMAGEGPT_KEEPALIVE_INTERVAL",
         default_value = "30s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub keepalive_interval: Duration,
 
@@ -258,7 +234,7 @@ pub struct NetworkConfig {
         env = "IMAGEGPT_KEEPALIVE_TIMEOUT",
         default_value = "20s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub keepalive_timeout: Duration,
 
@@ -293,7 +269,7 @@ pub struct BatchingConfig {
         env = "IMAGEGPT_MAX_QUEUE_DELAY",
         default_value = "2ms",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::ZERO, Duration::from_mins(1))
     )]
     pub max_queue_delay: Duration,
 
@@ -328,7 +304,7 @@ pub struct BatchingConfig {
         env = "IMAGEGPT_BULK_WAIT_MAX",
         default_value = "10s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(1), DAY)
     )]
     pub bulk_wait_max: Duration,
 
@@ -352,7 +328,7 @@ pub struct BatchingConfig {
         env = "IMAGEGPT_CANARY_INTERVAL",
         default_value = "30s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::ZERO, DAY)
     )]
     pub canary_interval: Duration,
 }
@@ -360,12 +336,6 @@ pub struct BatchingConfig {
 impl BatchingConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let refuse = |text: String| Err(ConfigError(text));
-        if self.max_queue_delay > Duration::from_mins(1) {
-            return refuse(
-                "--max-queue-delay is over 60s; images would only wait; milliseconds are usual"
-                    .to_owned(),
-            );
-        }
         let sizes = &self.batch_sizes;
         if !sizes.is_empty() {
             if !sizes.windows(2).all(|pair| pair[0] < pair[1]) {
@@ -443,7 +413,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_BYTES_IN_FLIGHT_MAX",
         default_value = "1GiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 40)
     )]
     pub bytes_in_flight_max: ByteSize,
 
@@ -511,7 +481,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_STREAM_IDLE_TIMEOUT",
         default_value = "10m",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub stream_idle_timeout: Duration,
 
@@ -521,7 +491,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_REQUEST_BYTES_MAX",
         default_value = "64MiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 31)
     )]
     pub request_bytes_max: ByteSize,
 
@@ -531,7 +501,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_RESPONSE_BYTES_MAX",
         default_value = "128MiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 31)
     )]
     pub response_bytes_max: ByteSize,
 
@@ -541,7 +511,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_IMAGE_BYTES_MAX",
         default_value = "32MiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 31)
     )]
     pub image_bytes_max: ByteSize,
 
@@ -562,7 +532,7 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_DECODE_BYTES_MAX",
         default_value = "512MiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 40)
     )]
     pub decode_bytes_max: ByteSize,
 
@@ -574,24 +544,14 @@ pub struct LimitsConfig {
         env = "IMAGEGPT_DECODE_CPU_TIME_MAX",
         default_value = "60s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub decode_cpu_time_max: Duration,
 }
 
-const DAY: Duration = Duration::from_hours(24);
-/// As many GPUs as the largest machines have; each is a thread and a copy of the
-/// model.
-const DEVICES_MAX: usize = 16;
-
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
         .map_err(|_| "it must be an IP address and a port, such as 127.0.0.1:50051".to_owned())
-}
-
-fn size(text: &str) -> Result<ByteSize, String> {
-    text.parse()
-        .map_err(|_| "it must be a size such as 64MiB".to_owned())
 }
 
 /// A combination of flags that cannot work.
@@ -607,7 +567,6 @@ impl ServeConfig {
     /// One sentence that names the flags and says what to change.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.access.validate(self.network.listen)?;
-        self.connections.validate()?;
         let limits = &self.limits;
         let refuse = |text: String| Err(ConfigError(text));
         if limits.images_per_call_max > limits.images_in_flight_max {
@@ -644,87 +603,9 @@ impl ServeConfig {
                 ByteSize(1 << 32)
             ));
         }
-        for (flag, size, max) in [
-            ("--bytes-in-flight-max", limits.bytes_in_flight_max, 1 << 40),
-            ("--request-bytes-max", limits.request_bytes_max, 1 << 31),
-            ("--response-bytes-max", limits.response_bytes_max, 1 << 31),
-            ("--image-bytes-max", limits.image_bytes_max, 1 << 31),
-            ("--decode-bytes-max", limits.decode_bytes_max, 1 << 40),
-        ] {
-            if !(1024..=max).contains(&size.as_u64()) {
-                return refuse(format!(
-                    "{flag} is {size}; it must be 1 KiB to {}",
-                    ByteSize(max)
-                ));
-            }
-        }
-        self.validate_times()?;
         self.batching.validate()?;
         self.model.validate()
     }
-
-    fn validate_times(&self) -> Result<(), ConfigError> {
-        const SECOND: Duration = Duration::from_secs(1);
-        const ZERO: Duration = Duration::ZERO;
-        let Self {
-            network,
-            limits,
-            batching,
-            ..
-        } = self;
-        let idle_min = Duration::from_millis(100);
-        let wait_min = Duration::from_millis(1);
-        for (flag, time, min) in [
-            ("--keepalive-interval", network.keepalive_interval, SECOND),
-            ("--keepalive-timeout", network.keepalive_timeout, SECOND),
-            (
-                "--shutdown-grace-period",
-                network.shutdown_grace_period,
-                ZERO,
-            ),
-            ("--shutdown-delay", network.shutdown_delay, ZERO),
-            (
-                "--stream-idle-timeout",
-                limits.stream_idle_timeout,
-                idle_min,
-            ),
-            ("--decode-cpu-time-max", limits.decode_cpu_time_max, SECOND),
-            ("--bulk-wait-max", batching.bulk_wait_max, wait_min),
-            ("--canary-interval", batching.canary_interval, ZERO),
-        ] {
-            if !(min..=DAY).contains(&time) {
-                return Err(ConfigError(format!(
-                    "{flag} is {}; it must be {} to {}",
-                    humantime::format_duration(time),
-                    humantime::format_duration(min),
-                    humantime::format_duration(DAY)
-                )));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether a worker can have these devices.
-///
-/// # Errors
-///
-/// When they are too many, or one is named twice.
-pub fn check_devices(ids: &[i32]) -> Result<(), ConfigError> {
-    if ids.len() > DEVICES_MAX {
-        return Err(ConfigError(format!(
-            "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several",
-            ids.len()
-        )));
-    }
-    for (idx, id) in ids.iter().enumerate() {
-        if ids[..idx].contains(id) {
-            return Err(ConfigError(format!(
-                "--device-id has {id} twice; one engine is what a device can do"
-            )));
-        }
-    }
-    Ok(())
 }
 
 impl ModelConfig {
@@ -736,7 +617,7 @@ impl ModelConfig {
                     .to_owned(),
             ));
         }
-        check_devices(&self.device_ids)?;
+        self.devices.validate()?;
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
                 return Err(ConfigError(format!(
@@ -801,7 +682,7 @@ mod tests {
         );
         check(
             &["--request-bytes-max", "10"],
-            "--request-bytes-max is 10 B",
+            "'10' for '--request-bytes-max <SIZE>': it must be 1.0 KiB to 2.0 GiB",
         );
         check(&["--max-batch-size", "0"], "0 is not in 1..=1024");
         check(
@@ -816,15 +697,15 @@ mod tests {
         check(&["--max-queue-delay", "5"], "invalid value '5'");
         check(
             &["--max-queue-delay", "2h"],
-            "--max-queue-delay is over 60s",
+            "'2h' for '--max-queue-delay <TIME>': it must be 0s to 1m",
         );
         check(
             &["--keepalive-interval", "500ms"],
-            "--keepalive-interval is 500ms; it must be 1s to 1day",
+            "'500ms' for '--keepalive-interval <TIME>': it must be 1s to 1day",
         );
         check(
             &["--keepalive-timeout", "0s"],
-            "--keepalive-timeout is 0s; it must be 1s to 1day",
+            "'0s' for '--keepalive-timeout <TIME>': it must be 1s to 1day",
         );
         check(
             &["--listen", "0.0.0.0:1"],
@@ -842,18 +723,24 @@ mod tests {
         check(&["--tls-client-ca", "a"], "--tls-cert <FILE>");
         check(
             &["--header-bytes-max", "2MiB"],
-            "--header-bytes-max is 2.0 MiB; it must be 1.0 KiB to 1.0 MiB",
+            "'2MiB' for '--header-bytes-max <SIZE>': it must be 1.0 KiB to 1.0 MiB",
         );
         check(
             &["--max-connection-age", "10ms"],
-            "--max-connection-age is 10ms; it must be 1s to 1day",
+            "'10ms' for '--max-connection-age <TIME>': it must be 1s to 1day",
         );
-        check(&["--request-timeout", "0s"], "--request-timeout is 0s");
-        check(&["--answer-timeout", "0s"], "--answer-timeout is 0s");
+        check(
+            &["--request-timeout", "0s"],
+            "'0s' for '--request-timeout <TIME>': it must be 1s to 1day",
+        );
+        check(
+            &["--answer-timeout", "0s"],
+            "'0s' for '--answer-timeout <TIME>': it must be 1s to 1day",
+        );
         check(&["--connections-max", "0"], "1..=1000000");
         check(
             &["--shutdown-grace-period", "584000000000years"],
-            "--shutdown-grace-period",
+            "for '--shutdown-grace-period <TIME>': it must be 0s to 1day",
         );
         check(&["--preprocess-threads", "10000000"], "0..=1024");
         check(&["--request-bytes-max", "abc"], "a size such as 64MiB");

@@ -31,7 +31,7 @@ use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
 use crate::serve::cache::AnswerCache;
 use crate::serve::capacity::DrainRate;
-use crate::serve::config::{CudaGraphs, ServeConfig};
+use crate::serve::config::{CudaGraphs, LimitsConfig, ServeConfig};
 use crate::serve::devices::{DeviceEngine, DeviceReports, DeviceStates};
 use crate::serve::devices::{DeviceIdx, WorkerFailure, WorkerState};
 use crate::serve::engine_thread;
@@ -95,16 +95,7 @@ impl Stages {
         metrics: &Metrics,
     ) -> anyhow::Result<Self> {
         let limits = &config.limits;
-        let palette = Palette::new(model.clusters.clone()).context("the palette")?;
-        let preprocessor = Arc::new(Preprocessor::new(
-            &palette,
-            model.side,
-            ImageLimits {
-                image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
-                image_pixels_max: limits.image_pixels_max,
-                decode_bytes_max: limits.decode_bytes_max.as_u64(),
-            },
-        ));
+        let preprocessor = Arc::new(preprocessor(model, limits)?);
         // The queue holds as many jobs as may be in flight, and a job holds its
         // permit: it cannot be full when a job arrives.
         let images_max = limits.images_in_flight_max as usize;
@@ -252,7 +243,7 @@ pub fn engines(
             Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
         DeviceEngine { id, factory }
     };
-    Ok(config.model.device_ids.iter().map(engine).collect())
+    Ok(config.model.devices.ids.iter().map(engine).collect())
 }
 
 /// Engines for the model at hand, as the flags say.
@@ -265,7 +256,7 @@ pub fn onnx_engines(
     model: &Model,
     heads: &[LinearHead],
 ) -> Result<Vec<DeviceEngine>, EngineError> {
-    let ids = &config.model.device_ids;
+    let ids = &config.model.devices.ids;
     let options = onnx_options(config, model, heads);
     let (provider, ids) = match (options.provider, ids.as_slice()) {
         // Each engine would find out for itself, and a machine without GPUs would
@@ -304,7 +295,7 @@ pub fn onnx_engines(
 #[must_use]
 pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> EngineFactory {
     let options = onnx::OnnxOptions {
-        device_id: config.model.device_ids.first().copied().unwrap_or(0),
+        device_id: config.model.devices.ids.first().copied().unwrap_or(0),
         ..onnx_options(config, model, heads)
     };
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
@@ -313,8 +304,8 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -
 /// What all of the model's engines are made from.
 fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
     onnx::OnnxOptions {
-        library: onnx::find_library(config.model.onnxruntime.as_deref()),
-        provider: config.model.execution_provider,
+        library: onnx::find_library(config.model.library.onnxruntime.as_deref()),
+        provider: config.model.devices.provider.execution_provider,
         // Each engine has one of them.
         device_id: 0,
         intra_op_threads: config.model.intra_op_threads.into(),
@@ -383,7 +374,7 @@ impl Worker {
         let side_tasks = vec![
             tokio::spawn(watch_gpus(
                 stages.devices.clone(),
-                config.model.device_ids.clone(),
+                config.model.devices.ids.clone(),
                 gpus.clone(),
                 metrics.clone(),
             )),
@@ -669,7 +660,23 @@ async fn announce(
     }
 }
 
-fn n_preprocess_threads(config: &ServeConfig) -> usize {
+/// What turns images into tokens for this model, within these limits.
+///
+/// # Errors
+///
+/// When the model's palette cannot be searched.
+pub fn preprocessor(model: &Model, limits: &LimitsConfig) -> anyhow::Result<Preprocessor> {
+    let palette = Palette::new(model.clusters.clone()).context("the palette")?;
+    let limits = ImageLimits {
+        image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
+        image_pixels_max: limits.image_pixels_max,
+        decode_bytes_max: limits.decode_bytes_max.as_u64(),
+    };
+    Ok(Preprocessor::new(&palette, model.side, limits))
+}
+
+/// Threads that turn images into tokens at one time.
+pub(crate) fn n_preprocess_threads(config: &ServeConfig) -> usize {
     match config.model.preprocess_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n.into(),

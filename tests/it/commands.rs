@@ -1,5 +1,6 @@
-//! `imagegpt generate`, `score`, `classify` and `tokenize`, against workers with
-//! the fake engine and with a compiled model, and as processes of their own.
+//! `imagegpt generate`, `score`, `classify`, `tokenize` and `neighbors`, against
+//! workers with the fake engine and with a compiled model, and as processes of
+//! their own.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -474,11 +475,180 @@ async fn what_cannot_be_read_is_left_out_and_odd_names_stay_on_their_line() {
     });
     let output = output.await.expect("no panic");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert_eq!(output.status.code(), Some(1), "{text}");
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(told.matches("left out").count(), 4, "{told}");
-    assert_eq!(text.matches("left out").count(), 0, "{text}");
+    for name in ["up", "nowhere.png", "pipe.png", "deep/loop"] {
+        let line = format!("imagegpt: {}: ", pictures.text(name));
+        assert_eq!(told.matches(&line).count(), 1, "{told}");
+        assert_eq!(text.matches(name).count(), 0, "{text}");
+    }
+    assert_eq!(told.lines().count(), 4, "{told}");
     assert!(text.contains("a\\nb\\t"), "{text}");
+    running.end().await;
+}
+
+#[tokio::test]
+async fn neighbors_take_what_the_other_commands_take() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let images: Vec<Vec<u32>> = (0..5).map(seeded).collect();
+    let pictures = Pictures::new(&running, &images).await;
+    let (list, picture) = (pictures.text("list"), pictures.text("picture.png"));
+    let listed = [2, 3, 4].map(|idx| pictures.text(&format!("{idx:02}.png")));
+    std::fs::write(&list, listed.join("\n")).expect("written");
+    let files = [pictures.text("00.png"), pictures.text("01.png")];
+    let arguments = [
+        "neighbors",
+        &files[0],
+        &files[1],
+        "--list",
+        &list,
+        "--alpha",
+        "white",
+        "--neighbors",
+        "2",
+        "--json",
+        "--picture",
+        &picture,
+    ];
+    let said = run(&running, &arguments).await.expect("a run");
+    assert_eq!(said.outcome, CommandOutcome::Done);
+    let lines = said.json();
+    let all: Vec<&str> = files.iter().chain(&listed).map(String::as_str).collect();
+    let names: Vec<&str> = lines
+        .iter()
+        .map(|line| line["file"].as_str().expect("a file"))
+        .collect();
+    assert_eq!(names, all);
+    for line in &lines {
+        let neighbors = line["neighbors"].as_array().expect("neighbors");
+        let similarity = |idx: usize| neighbors[idx]["similarity"].as_f64().expect("a number");
+        assert_eq!(neighbors.len(), 2);
+        assert!(similarity(0) >= similarity(1), "{line}");
+        for neighbor in neighbors {
+            let file = neighbor["file"].as_str().expect("a file");
+            assert!(all.contains(&file) && line["file"] != file, "{line}");
+        }
+    }
+    assert!(size(Path::new(&picture)).0 > 0);
+
+    // An even sample, and bad files beside it.
+    let missing = pictures.text("missing.png");
+    let arguments = ["neighbors", pictures.folder(), "--images-max", "3"];
+    let said = run(&running, &[&arguments[..], &["--json"]].concat()).await;
+    let sampled: Vec<String> = said
+        .expect("a run")
+        .json()
+        .iter()
+        .map(|line| line["file"].as_str().expect("a file").to_owned())
+        .collect();
+    let even = ["00.png", "02.png", "04.png"].map(|name| pictures.text(name));
+    assert_eq!(sampled, even);
+    let said = run(&running, &[&arguments[..], &[&missing]].concat()).await;
+    assert_eq!(said.expect("a run").outcome, CommandOutcome::Failed);
+    let said = run(&running, &["neighbors", &files[0], &files[1], &missing]).await;
+    let said = said.expect("a run");
+    assert_eq!(said.outcome, CommandOutcome::Failed);
+    assert!(
+        said.text.starts_with("model micro (sha256:"),
+        "{}",
+        said.text
+    );
+
+    // One has no neighbors.
+    let error = run(&running, &["neighbors", &files[0]]).await;
+    let error = error.err().expect("an error").to_string();
+    assert!(error.contains("INPUT: "), "{error}");
+    assert!(error.contains("at least 2"), "{error}");
+    let said = run(&running, &["neighbors", &files[0], &missing]).await;
+    let said = said.expect("a run");
+    assert_eq!(
+        (said.outcome, said.text.as_str()),
+        (CommandOutcome::Failed, "")
+    );
+    let error = run(
+        &running,
+        &["neighbors", &files[0], &files[1], "--head", "pets"],
+    )
+    .await;
+    let error = error.err().expect("an error").to_string();
+    assert!(error.contains("--head pets"), "{error}");
+    running.end().await;
+}
+
+/// A command's arguments with a worker's endpoint or with the model itself.
+fn both_ways(running: &Running, arguments: &[&str], model: &str) -> [Output; 2] {
+    let endpoint = format!("http://{}", running.worker.grpc_addr);
+    [["--endpoint", &endpoint], ["--model", model]].map(|way| {
+        let all = [arguments, &way].concat();
+        imagegpt(&all, b"")
+    })
+}
+
+/// Without ONNX Runtime, which is not there where it is said to be.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_the_same_without_a_worker() {
+    let running = harness::fake(Script::default(), &[]).await;
+    let model = harness::model_dir("micro");
+    let model = model.to_str().expect("UTF-8");
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/images");
+    let folder = tempfile::tempdir().expect("a folder");
+    let bad = |name: &str, bytes: &[u8]| {
+        std::fs::write(folder.path().join(name), bytes).expect("written");
+    };
+    let whole = std::fs::read(format!("{golden}/bmp-rgb.bmp")).expect("a file");
+    let png = std::fs::read(format!("{golden}/emoji-1f308.png")).expect("a file");
+    bad("empty.png", b"");
+    bad("text.png", b"<html>no image</html>");
+    bad("cut.png", &png[..png.len() / 2]);
+    bad("cut.bmp", &whole[..20]);
+    let sparse = std::fs::File::create(folder.path().join("large.png")).expect("a file");
+    sparse.set_len(100 << 20).expect("a length");
+    let bad = folder.path().to_str().expect("UTF-8");
+    let few = format!("{PICTURES}/food-drink");
+    for (flags, pictures, n_good) in [
+        (&["--json"][..], golden, 100),
+        (&["--alpha", "white"], &few, 5),
+        (&["--fit", "center-crop"], &few, 5),
+    ] {
+        let arguments = [&["tokenize", pictures, bad, "/nowhere.png"], flags].concat();
+        let [asked, own] = tokio::task::block_in_place(|| both_ways(&running, &arguments, model));
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");
+        assert_eq!(text(&own.stdout), text(&asked.stdout));
+        assert_eq!(text(&own.stderr), text(&asked.stderr));
+        assert_eq!(own.status.code(), Some(1), "{}", text(&own.stderr));
+        assert_eq!(asked.status.code(), Some(1));
+        assert!(text(&own.stdout).lines().count() >= n_good);
+        let told = text(&own.stderr);
+        assert!(
+            told.contains("(--image-bytes-max, --request-bytes-max)"),
+            "{told}"
+        );
+        for name in ["empty.png", "text.png", "cut.png", "cut.bmp", "large.png"] {
+            assert!(told.contains(name), "{told}");
+        }
+    }
+    let output = process::program()
+        .env("ORT_DYLIB_PATH", "/nowhere/libonnxruntime.so")
+        .args([
+            "tokenize",
+            &format!("{golden}/bmp-rgb.bmp"),
+            "--model",
+            model,
+        ])
+        .output()
+        .expect("started");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    // Limits are those of the worker that --serve describes.
+    let flags = ["--serve", "--image-pixels-max 4"];
+    let one = format!("{golden}/bmp-rgb.bmp");
+    let output = imagegpt(
+        &[&["tokenize", &one, "--model", model], &flags[..]].concat(),
+        b"",
+    );
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("--image-pixels-max"), "{told}");
     running.end().await;
 }
 
@@ -579,6 +749,15 @@ fn standard_input_standard_error_and_exit_codes() {
     let output = run(&["classify", "--list", "-", "--json"], list.as_bytes());
     assert_eq!(text(&output.stdout).lines().count(), 2);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let output = run(&["neighbors", "-", good, "--json"], &png);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let lines = text(&output.stdout);
+    let files: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("a JSON object")["file"].clone())
+        .collect();
+    assert_eq!(files, ["-", good]);
 
     let output = run(&["tokenize", "-", "-"], &png);
     assert_eq!(output.status.code(), Some(2));

@@ -330,7 +330,7 @@ async fn ids_are_engines_on_the_cpu_and_one_engine_where_auto_takes_it() {
     };
     let on_cpu = onnx_engines(&config, &model, &[]).expect("ONNX Runtime");
     assert_eq!(ids(on_cpu), [0, 2]);
-    config.model.execution_provider = ProviderChoice::Auto;
+    config.model.devices.provider.execution_provider = ProviderChoice::Auto;
     // The library that tests run with has no CUDA.
     let auto = onnx_engines(&config, &model, &[]).expect("ONNX Runtime");
     assert_eq!(ids(auto), [0]);

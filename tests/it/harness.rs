@@ -211,7 +211,7 @@ pub(crate) async fn start(
         .collect();
     let engines = match factory {
         Some(factory) => {
-            let id = config.model.device_ids[0];
+            let id = config.model.devices.ids[0];
             vec![DeviceEngine { id, factory }]
         }
         None => onnx_engines(&config, &model, &heads).expect("ONNX Runtime"),

@@ -206,6 +206,7 @@ async fn commands_that_ask_a_worker_keep_their_codes() {
         ask(&["tokenize", &images], &asks);
         ask(&["tokenize", &images, "--json"], &asks);
         ask(&["classify", &images], &asks);
+        ask(&["neighbors", &images], &asks);
         // Something on standard error besides.
         let some = Codes {
             fine: 1,
@@ -218,7 +219,6 @@ async fn commands_that_ask_a_worker_keep_their_codes() {
             unread: 0,
             full: 2,
         };
-        ask(&["neighbors", &images], &goes_on);
         let bench = [
             "bench",
             "saturate",

@@ -266,7 +266,7 @@ fn measure(
 
 /// The product, where the model runs.
 fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
-    let library = onnx::find_library(loaded.config.model.onnxruntime.as_deref());
+    let library = onnx::find_library(loaded.config.model.library.onnxruntime.as_deref());
     let provider = match loaded.engine.facts().provider {
         "cuda" => Provider::Cuda,
         _ => Provider::Cpu,
@@ -275,7 +275,14 @@ fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
     let options = roofline::RooflineOptions {
         library: &library,
         provider,
-        device_id: loaded.config.model.device_ids.first().copied().unwrap_or(0),
+        device_id: loaded
+            .config
+            .model
+            .devices
+            .ids
+            .first()
+            .copied()
+            .unwrap_or(0),
         intra_op_threads: loaded.config.model.intra_op_threads.into(),
         precision: precision.unwrap_or(Precision::Fp32),
     };

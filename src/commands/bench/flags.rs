@@ -4,6 +4,7 @@ use crate::proto::Priority;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::TypedValueParser;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use super::engine::EngineArgs;
 use crate::client::ConnectConfig;
 use crate::client::load::Method;
+use crate::serve::config::bounds::{DAY, bounded_number, bounded_time};
 
 /// Load a worker and measure what it does.
 #[derive(Debug, Clone, Args)]
@@ -99,7 +101,7 @@ pub struct Flags {
 
     /// Share of images that repeat (0 to 1), to see what coalescing and a cache
     /// save. All others differ, so that neither flatters the worker
-    #[arg(long, global = true, default_value_t = 0.0, value_name = "SHARE", value_parser = share)]
+    #[arg(long, global = true, default_value_t = 0.0, value_name = "SHARE", value_parser = bounded_number(0.0, 1.0))]
     pub repeat_share: f64,
 
     /// Connections to each endpoint. A worker serves a connection on one core
@@ -134,12 +136,12 @@ pub struct Flags {
 
     /// Time before each measurement that does not count. Longer than a call
     /// takes under this load
-    #[arg(long, global = true, default_value = "2s", value_name = "TIME", value_parser = time)]
+    #[arg(long, global = true, default_value = "2s", value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub warm_up: Duration,
 
     /// Time of each measurement. For a slow model take at least 50 batches, or
     /// the last one to fall into it decides the figure
-    #[arg(long, global = true, default_value = "10s", value_name = "TIME", value_parser = time)]
+    #[arg(long, global = true, default_value = "10s", value_name = "TIME", value_parser = bounded_time(TIME_MIN, DAY))]
     pub duration: Duration,
 
     /// Measure this number of calls of a closed loop instead of a time
@@ -152,15 +154,15 @@ pub struct Flags {
     pub requests: Option<u64>,
 
     /// Answers later than this do not count as goodput [default: all count]
-    #[arg(long, global = true, value_name = "TIME", value_parser = time)]
+    #[arg(long, global = true, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub slo: Option<Duration>,
 
     /// Deadline that each call is sent with (grpc-timeout) [default: none]
-    #[arg(long, global = true, value_name = "TIME", value_parser = time)]
+    #[arg(long, global = true, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub deadline: Option<Duration>,
 
     /// After this time the tool gives a call up as CLIENT_TIMEOUT
-    #[arg(long, global = true, default_value = "60s", value_name = "TIME", value_parser = time)]
+    #[arg(long, global = true, default_value = "60s", value_name = "TIME", value_parser = bounded_time(TIME_MIN, DAY))]
     pub timeout: Duration,
 
     /// Class that calls are sent with [default: none is named]
@@ -249,18 +251,18 @@ impl Mode {
 #[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
     /// Images a second, one measurement each
-    #[arg(long, value_delimiter = ',', value_name = "R[,R]", value_parser = rate, conflicts_with = "of_saturation")]
+    #[arg(long, value_delimiter = ',', value_name = "R[,R]", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Vec<f64>,
 
     /// The same in percent of the saturation, which is measured first
-    #[arg(long, value_delimiter = ',', value_name = "P[,P]", default_value = "50,80,95", value_parser = percent)]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P]", default_value = "50,80,95", value_parser = percent())]
     pub of_saturation: Vec<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct OverloadArgs {
     /// How many times the saturation, which is measured first
-    #[arg(long, value_delimiter = ',', value_name = "X[,X]", default_value = "1.5,3", value_parser = times)]
+    #[arg(long, value_delimiter = ',', value_name = "X[,X]", default_value = "1.5,3", value_parser = bounded_number(0.01, 100.0))]
     pub times: Vec<f64>,
 }
 
@@ -277,11 +279,11 @@ pub enum BulkKind {
 #[derive(Debug, Clone, Args)]
 pub struct MixedArgs {
     /// Interactive images a second
-    #[arg(long, value_name = "R", value_parser = rate, conflicts_with = "of_saturation")]
+    #[arg(long, value_name = "R", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Option<f64>,
 
     /// The same in percent of the saturation, which is measured first
-    #[arg(long, value_name = "P", default_value = "30", value_parser = percent)]
+    #[arg(long, value_name = "P", default_value = "30", value_parser = percent())]
     pub of_saturation: f64,
 
     /// How the bulk load comes
@@ -297,11 +299,11 @@ pub struct MixedArgs {
 #[derive(Debug, Clone, Args)]
 pub struct SlowReaderArgs {
     /// Images a second of the callers that do read
-    #[arg(long, value_name = "R", value_parser = rate, conflicts_with = "of_saturation")]
+    #[arg(long, value_name = "R", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Option<f64>,
 
     /// The same in percent of the saturation, which is measured first
-    #[arg(long, value_name = "P", default_value = "50", value_parser = percent)]
+    #[arg(long, value_name = "P", default_value = "50", value_parser = percent())]
     pub of_saturation: f64,
 
     /// Streams that do not read
@@ -318,14 +320,14 @@ pub struct SoakArgs {
     /// Growth of the worker's memory that counts as broken, in KiB a minute
     /// after the first quarter of the time; needs --pid and a --duration of 90s
     /// or more [default: it is only reported]
-    #[arg(long, value_name = "KIB", value_parser = rate)]
+    #[arg(long, value_name = "KIB", value_parser = rate())]
     pub rss_slope_max: Option<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct KneeArgs {
     /// What 99 % of calls must be answered in
-    #[arg(long, value_name = "TIME", value_parser = time)]
+    #[arg(long, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub p99: Duration,
 
     /// Start workers with these flags of `imagegpt serve` (split at spaces) and
@@ -345,7 +347,7 @@ pub struct KneeArgs {
     pub batch_sizes: Vec<u16>,
 
     /// Values of --max-queue-delay to try
-    #[arg(long, value_delimiter = ',', value_name = "TIME[,TIME]", default_value = "0ms,2ms", value_parser = time)]
+    #[arg(long, value_delimiter = ',', value_name = "TIME[,TIME]", default_value = "0ms,2ms", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub queue_delays: Vec<Duration>,
 
     /// The program that serves [default: this one]
@@ -353,38 +355,19 @@ pub struct KneeArgs {
     pub program: Option<PathBuf>,
 }
 
-const DAY: Duration = Duration::from_hours(24);
+/// Shorter ones measure nothing.
+const TIME_MIN: Duration = Duration::from_millis(1);
 /// The quarter that warms up, and then a minute of readings and some to spare.
 const SLOPE_SOAK_MIN: Duration = Duration::from_secs(90);
 
-pub(super) fn time(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(time) if time <= DAY => Ok(time),
-        _ => Err("it must be a time of up to a day, such as 10s".to_owned()),
-    }
+/// Images a second.
+fn rate() -> impl TypedValueParser<Value = f64> {
+    bounded_number(0.001, 1e7)
 }
 
-fn number(text: &str, min: f64, max: f64) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if (min..=max).contains(&number) => Ok(number),
-        _ => Err(format!("it must be a number from {min} to {max}")),
-    }
-}
-
-fn rate(text: &str) -> Result<f64, String> {
-    number(text, 0.001, 1e7)
-}
-
-fn percent(text: &str) -> Result<f64, String> {
-    number(text, 0.1, 1000.0)
-}
-
-fn times(text: &str) -> Result<f64, String> {
-    number(text, 0.01, 100.0)
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    number(text, 0.0, 1.0)
+/// Percent of the saturation.
+fn percent() -> impl TypedValueParser<Value = f64> {
+    bounded_number(0.1, 1000.0)
 }
 
 /// What `engine` takes of the flags of the other modes.
@@ -419,10 +402,6 @@ impl BenchArgs {
 
 impl Flags {
     fn validate(&self, mode: &Mode) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            self.duration > Duration::ZERO && self.timeout > Duration::ZERO,
-            "--duration and --timeout must be over 0"
-        );
         anyhow::ensure!(
             self.requests.is_none() || matches!(mode, Mode::Saturate),
             "--requests counts the calls of a closed loop, which only saturate is; use --duration"
@@ -496,7 +475,10 @@ mod tests {
         );
         check(&["load", "--requests", "5"], Err("only saturate is"));
         check(&["soak", "--task", "classify"], Err("verifies embeddings"));
-        check(&["saturate", "--repeat-share", "2"], Err("from 0 to 1"));
+        check(
+            &["saturate", "--repeat-share", "2"],
+            Err("'2' for '--repeat-share <SHARE>': it must be 0 to 1"),
+        );
         check(&["soak", "--plot", "a.svg"], Err("drop it"));
         check(&["knee"], Err("--p99"));
         // On either side of the mode; also with the value that it has anyway.

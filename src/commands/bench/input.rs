@@ -9,7 +9,7 @@ use prost::Message as _;
 
 use super::random::SplitMix64;
 use crate::client::load::put_field;
-use crate::commands::neighbors;
+use crate::commands::input;
 use crate::proto::pb;
 
 /// Random images that others are made from.
@@ -82,9 +82,9 @@ impl BenchImages {
     ///
     /// When there is none, or one cannot be read.
     pub(super) fn folder(folder: &Path, seed: u64, repeat_share: f64) -> anyhow::Result<Self> {
-        let found = neighbors::find_images(folder)?.into_iter();
+        let found = input::find_images(folder)?.into_iter();
         let found = found.filter(|found| found.file.is_ok());
-        let paths = neighbors::sample(found.map(|found| found.path).collect(), FILES_MAX);
+        let paths = input::sample(found.map(|found| found.path).collect(), FILES_MAX);
         anyhow::ensure!(
             !paths.is_empty(),
             "--images {} has no image",

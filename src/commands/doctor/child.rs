@@ -65,8 +65,8 @@ pub(super) fn ask<T: DeserializeOwned>(
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let paths = [
-        ("--onnxruntime", &args.onnxruntime),
-        ("--cache-dir", &args.cache_dir),
+        ("--onnxruntime", &args.library.onnxruntime),
+        ("--cache-dir", &args.cache.cache_dir),
     ];
     for (flag, path) in paths {
         if let Some(path) = path {

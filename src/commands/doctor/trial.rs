@@ -88,9 +88,9 @@ fn config(
         "--generate-slots",
         "0",
     ];
-    let mut config = serve::own_worker(model, &flags, None)?;
-    config.model.onnxruntime.clone_from(&args.onnxruntime);
-    config.model.compile.cache_dir.clone_from(&args.cache_dir);
+    let mut config = serve::own_config(model, &flags, None)?;
+    config.model.library = args.library.clone();
+    config.model.compile.cache = args.cache.clone();
     // One image is all there will be.
     config.batching.max_batch_size = 1;
     config.batching.batch_sizes.clear();
@@ -110,7 +110,7 @@ fn tiny_config(
     let compile = &mut config.model.compile;
     (compile.revision, compile.feature_layer) = (None, None);
     compile.precision = Precision::Fp32;
-    compile.cache_dir = Some(scratch.join("compiled"));
+    compile.cache.cache_dir = Some(scratch.join("compiled"));
     Ok(config)
 }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::client::ConnectConfig;
+use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
+use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 
 /// Embed, classify or score a dataset of any size; killed at any moment, the same
@@ -56,21 +58,8 @@ pub struct WorkersConfig {
     )]
     pub endpoints: Vec<String>,
 
-    /// Serve this model within this process instead; what `imagegpt serve
-    /// --model` takes
-    // Without an environment variable: a job's container may be the workers'
-    // own, where IMAGEGPT_MODEL says what they serve.
-    #[arg(long, value_name = "SOURCE")]
-    pub model: Option<String>,
-
-    /// More flags of `imagegpt serve` for --model, split at spaces
-    #[arg(
-        long,
-        value_name = "FLAGS",
-        requires = "model",
-        allow_hyphen_values = true
-    )]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub own: OwnWorkerFlags,
 
     /// Images that one worker may have at once; 0 is what it allows
     /// (--stream-window-max)
@@ -91,7 +80,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_ITEM_TIMEOUT",
         default_value = "60s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub item_timeout: Duration,
 
@@ -101,7 +90,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_RESOLVE_INTERVAL",
         default_value = "10s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub resolve_interval: Duration,
 
@@ -111,7 +100,7 @@ pub struct WorkersConfig {
         env = "IMAGEGPT_GIVE_UP_AFTER",
         default_value = "10m",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub give_up_after: Duration,
 
@@ -122,7 +111,8 @@ pub struct WorkersConfig {
         long,
         env = "IMAGEGPT_IMAGE_MEMORY",
         default_value = "256MiB",
-        value_name = "SIZE"
+        value_name = "SIZE",
+        value_parser = bounded_size(1 << 20, 1 << 30)
     )]
     pub image_memory: bytesize::ByteSize,
 }
@@ -241,7 +231,7 @@ pub struct TableConfig {
         env = "IMAGEGPT_URL_PATIENCE",
         default_value = "1min",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(Duration::from_millis(100), DAY)
     )]
     pub url_patience: Duration,
 
@@ -408,5 +398,13 @@ mod tests {
         check(&["--finish"], "0 of 1");
         check(&["--finish", "in"], "cannot be used");
         check(&[], "INPUT");
+        check(
+            &["in", "--item-timeout", "99ms"],
+            "'99ms' for '--item-timeout <TIME>': it must be 100ms to 1day",
+        );
+        check(
+            &["in", "--image-memory", "2GiB"],
+            "'2GiB' for '--image-memory <SIZE>': it must be 1.0 MiB to 1.0 GiB",
+        );
     }
 }

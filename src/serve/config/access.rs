@@ -7,7 +7,8 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::Args;
 
-use super::{ConfigError, DAY, size};
+use super::ConfigError;
+use super::bounds::{DAY, SECOND, bounded_size, bounded_time};
 
 /// Any page.
 pub(crate) const ANY_ORIGIN: &str = "*";
@@ -137,7 +138,7 @@ pub struct ConnectionsConfig {
         env = "IMAGEGPT_HEADER_BYTES_MAX",
         default_value = "16KiB",
         value_name = "SIZE",
-        value_parser = size
+        value_parser = bounded_size(1 << 10, 1 << 20)
     )]
     pub header_bytes_max: ByteSize,
 
@@ -150,7 +151,7 @@ pub struct ConnectionsConfig {
         long,
         env = "IMAGEGPT_MAX_CONNECTION_AGE",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub max_connection_age: Option<Duration>,
 
@@ -164,7 +165,7 @@ pub struct ConnectionsConfig {
         env = "IMAGEGPT_REQUEST_TIMEOUT",
         default_value = "60s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub request_timeout: Duration,
 
@@ -179,7 +180,7 @@ pub struct ConnectionsConfig {
         env = "IMAGEGPT_ANSWER_TIMEOUT",
         default_value = "60s",
         value_name = "TIME",
-        value_parser = humantime::parse_duration
+        value_parser = bounded_time(SECOND, DAY)
     )]
     pub answer_timeout: Duration,
 }
@@ -239,31 +240,6 @@ impl ConnectionsConfig {
             0 => None,
             max => Some(max as usize),
         }
-    }
-
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        let bytes = self.header_bytes_max;
-        let (bytes_min, bytes_max) = (ByteSize::kib(1), ByteSize::mib(1));
-        if !(bytes_min..=bytes_max).contains(&bytes) {
-            return Err(ConfigError(format!(
-                "--header-bytes-max is {bytes}; it must be {bytes_min} to {bytes_max}"
-            )));
-        }
-        let times = [
-            ("--max-connection-age", self.max_connection_age),
-            ("--request-timeout", Some(self.request_timeout)),
-            ("--answer-timeout", Some(self.answer_timeout)),
-        ];
-        for (flag, time) in times {
-            let Some(time) = time else { continue };
-            if !(Duration::from_secs(1)..=DAY).contains(&time) {
-                return Err(ConfigError(format!(
-                    "{flag} is {}; it must be 1s to 1day",
-                    humantime::format_duration(time)
-                )));
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,16 +1,14 @@
 //! Flags of `imagegpt bench engine`. `--help` prints the comments.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::super::flags::time;
-use crate::commands::serve::own_worker;
+use crate::commands::serve::{MoreServeFlags, own_config};
 use crate::model::Model;
 use crate::model::graph::Graph;
-use crate::model::precision::ProviderChoice;
-use crate::serve::config::ServeConfig;
+use crate::serve::config::bounds::{DAY, bounded_time};
+use crate::serve::config::{LibraryFlags, ProviderFlags, ServeConfig, device_id};
 
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
@@ -19,27 +17,15 @@ pub struct EngineArgs {
     #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
     pub model: String,
 
-    /// What runs the model, as for serve
-    #[arg(
-        long,
-        env = "IMAGEGPT_EXECUTION_PROVIDER",
-        value_enum,
-        default_value = "auto"
-    )]
-    pub execution_provider: ProviderChoice,
+    #[command(flatten)]
+    pub provider: ProviderFlags,
 
     /// Which GPU, counted from 0
-    #[arg(
-        long,
-        default_value_t = 0,
-        value_name = "N",
-        value_parser = clap::value_parser!(i32).range(0..1024)
-    )]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = device_id())]
     pub device_id: i32,
 
-    /// ONNX Runtime's shared library, as for serve
-    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
-    pub onnxruntime: Option<PathBuf>,
+    #[command(flatten)]
+    pub library: LibraryFlags,
 
     /// Batch sizes that are run, ascending
     #[arg(
@@ -98,7 +84,7 @@ pub struct EngineArgs {
 
     /// Time of each graph at each size, over all rounds; one run a round at
     /// least
-    #[arg(long, default_value = "2s", value_name = "TIME", value_parser = time)]
+    #[arg(long, default_value = "2s", value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub seconds: Duration,
 
     /// The same checkpoint compiled in fp32: how far off its answers those of
@@ -106,9 +92,8 @@ pub struct EngineArgs {
     #[arg(long, value_name = "DIR")]
     pub reference: Option<String>,
 
-    /// More flags of `imagegpt serve`, split at spaces
-    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
-    pub serve: Option<String>,
+    #[command(flatten)]
+    pub more: MoreServeFlags,
 }
 
 impl EngineArgs {
@@ -146,7 +131,7 @@ impl EngineArgs {
     /// The flags of a worker that would run the same.
     pub(super) fn serve_config(&self, model: &str) -> anyhow::Result<ServeConfig> {
         let sizes: Vec<String> = self.batch_sizes.iter().map(u16::to_string).collect();
-        let provider = clap::ValueEnum::to_possible_value(&self.execution_provider);
+        let provider = clap::ValueEnum::to_possible_value(&self.provider.execution_provider);
         let mut flags = vec![
             "--execution-provider".to_owned(),
             provider.map_or_else(String::new, |value| value.get_name().to_owned()),
@@ -159,14 +144,14 @@ impl EngineArgs {
             "--generate-slots".to_owned(),
             self.generate_slots.to_string(),
         ];
-        if let Some(library) = &self.onnxruntime {
+        if let Some(library) = &self.library.onnxruntime {
             flags.extend([
                 "--onnxruntime".to_owned(),
                 library.to_string_lossy().into_owned(),
             ]);
         }
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        own_worker(model, &flags, self.serve.as_deref())
+        own_config(model, &flags, self.more.serve.as_deref())
     }
 
     /// Leaves only the graphs that are asked for.
