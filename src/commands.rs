@@ -9,6 +9,7 @@ pub mod bench;
 mod classify;
 pub mod cli;
 pub mod compile;
+mod contact_sheet;
 pub mod doctor;
 pub mod embed;
 mod generate;
@@ -18,7 +19,6 @@ mod output;
 pub mod print;
 mod score;
 pub mod serve;
-mod sheet;
 mod tokenize;
 mod tokens;
 

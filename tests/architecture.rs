@@ -70,7 +70,7 @@ const CRATES: [(&str, &[&str]); 15] = [
 ];
 
 /// The line of stages; each knows only those that stand beside it here. What passes
-/// between them (`job`, `turn`, `sequence`) is no stage.
+/// between them (`job`, `handoff`, `sequence`) is no stage.
 const NEIGHBORS: [(&str, &[&str]); 5] = [
     ("rpc", &["admission"]),
     ("admission", &["preprocess"]),

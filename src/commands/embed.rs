@@ -7,7 +7,6 @@
 //! the model and the options, the end is the same to the byte.
 
 mod address;
-mod asked;
 mod finish;
 pub mod flags;
 mod input;
@@ -18,6 +17,7 @@ mod pipeline;
 mod plan;
 mod progress;
 mod ranged;
+mod request;
 mod sink;
 mod table;
 mod web;
@@ -32,7 +32,6 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use self::asked::{asked, check_model, options};
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedContext, EmbedNorm, EmbedTask, JobShare, TableFormat};
 use self::input::{Broken, Reading};
@@ -43,6 +42,7 @@ use self::pipeline::{EmbedJob, IMAGES_QUEUE, ShardWork, Stopped};
 use self::plan::{InputPlan, Shard, plan};
 use self::progress::JobCounts;
 pub use self::progress::Terminal;
+use self::request::{asked, check_model, options};
 use self::sink::Sink;
 use self::table::{OWN_COLUMNS, StoredValues, TableShape};
 use self::web::WebTrust;

@@ -14,9 +14,9 @@ use image::{RgbImage, imageops};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::contact_sheet::{Cell, Sheet};
 use super::input::{Inputs, only_one_stdin};
 use super::output::{Folder, complain, json, stem};
-use super::sheet::{Cell, Sheet};
 use super::{CommandOutcome, PreprocessConfig, Session, WorkerConfig};
 use crate::client::Client;
 use crate::commands::neighbors::PICTURE_LIMITS;

@@ -9,7 +9,7 @@
 
 mod answers;
 mod sequences;
-mod whole;
+mod whole_images;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use ort::environment::Environment;
 
 use self::sequences::SequenceEngine;
-use self::whole::{WholeBatch, WholeGraph};
+use self::whole_images::{WholeBatch, WholeGraph};
 use super::{
     BatchRow, Engine, EngineFacts, Fallback, FallbackKind, GraphRun, RunSpan, RunStop, SlotFeed,
     WarmRun,

@@ -35,10 +35,10 @@ use crate::serve::cache::{AnswerCache, AnswerKey};
 use crate::serve::capacity::DrainRate;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::handoff::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn};
 use crate::serve::job::{Answer, CoalescedWaiters, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 type TokenJob = Job<Arc<[u16]>>;

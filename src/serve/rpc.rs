@@ -5,9 +5,9 @@
 mod access;
 mod arriving;
 mod auth;
+mod connection;
 mod convert;
 mod deadline;
-mod drive;
 mod embedding;
 mod error;
 mod generate;
@@ -16,11 +16,11 @@ mod leaving;
 mod listen;
 mod observe;
 mod oip;
+mod outcome_tally;
 mod reload;
 mod score;
 mod status;
 mod stream;
-mod tally;
 mod tls;
 mod usage;
 mod web;
@@ -45,7 +45,7 @@ use tower::Layer as _;
 use self::arriving::Arrived;
 use self::embedding::Embedding;
 use self::observe::{AnswerBytes, Deadline};
-use self::tally::OutcomeTally;
+use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
 use crate::gpu;
 use crate::imaging::ImageRequest;
@@ -139,7 +139,7 @@ pub async fn serve(
         max_connection_age: connections.max_connection_age,
         metrics,
     };
-    let driver = drive::ConnectionDriver {
+    let driver = connection::ConnectionDriver {
         http1: web.calls.is_some(),
         keepalive_interval: options.keepalive_interval,
         keepalive_timeout: options.keepalive_timeout,

@@ -33,7 +33,7 @@ use ort::value::{
     ValueType,
 };
 
-use super::whole::{GRAPH_ID, NO_GRAPH};
+use super::whole_images::{GRAPH_ID, NO_GRAPH};
 use crate::engine::{RunSpan, SequenceFacts, SlotFeed, SlotFeedRow, WarmRun};
 use crate::kernels::attention::{BLOCK, SharedPrefix};
 use crate::model::graph::Graph;

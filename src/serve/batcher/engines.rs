@@ -11,8 +11,8 @@ use crate::engine::RunStop;
 use crate::serve::cache::AnswerKey;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::StageError;
+use crate::serve::handoff::EngineTurn;
 use crate::serve::job::CoalescedWaiters;
-use crate::serve::turn::EngineTurn;
 
 /// The batcher's end of one engine.
 pub(crate) struct EngineLine {

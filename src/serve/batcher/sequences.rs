@@ -14,8 +14,8 @@ use crate::model::graph::Graph;
 use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::handoff::SequenceCounts;
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::SequenceCounts;
 
 /// See the module.
 #[derive(Debug)]

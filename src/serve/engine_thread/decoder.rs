@@ -18,9 +18,9 @@ use crate::model::buckets::Buckets;
 use crate::proto::Priority;
 use crate::runtime::error::EngineError;
 use crate::serve::error::{RequestStage, StageError};
+use crate::serve::handoff::SequenceCounts;
 use crate::serve::metrics::{EngineFault, Metrics};
 use crate::serve::sequence::Sequence;
-use crate::serve::turn::SequenceCounts;
 use crate::telemetry::panic_text;
 
 mod prefixes;

@@ -21,7 +21,7 @@ use tracing::Instrument as _;
 
 use super::arriving::Arrived;
 use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
-use super::tally::OutcomeTally;
+use super::outcome_tally::OutcomeTally;
 use super::{WorkerService, convert, deadline, status};
 use crate::imaging::ImageRequest;
 use crate::imaging::render;

@@ -31,7 +31,7 @@ use super::arriving::Arrived;
 use super::embedding::Embedding;
 use super::listen::Peer;
 use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
-use super::tally::OutcomeTally;
+use super::outcome_tally::OutcomeTally;
 use super::{WorkerService, arriving, convert, deadline, status};
 use crate::engine::EngineFacts;
 use crate::model::{CallTask, Model};
