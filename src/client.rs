@@ -2,7 +2,7 @@
 //!
 //! A call that a full worker refuses is made again after the time it says.
 
-pub mod load;
+pub(crate) mod load;
 pub mod pool;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

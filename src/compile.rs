@@ -10,18 +10,18 @@
 //! Nothing here knows of requests, and no Python runs.
 
 pub mod cache;
-pub mod checkpoint;
-pub mod error;
-pub mod graph;
+pub(crate) mod checkpoint;
+pub(crate) mod error;
+pub(crate) mod graph;
 pub mod hub;
-pub mod options;
-pub mod random;
-pub mod reference;
-pub mod source;
+pub(crate) mod options;
+pub(crate) mod random;
+pub(crate) mod reference;
+pub(crate) mod source;
 mod stage;
-pub mod store;
-pub mod verify;
-pub mod weights;
+pub(crate) mod store;
+pub(crate) mod verify;
+pub(crate) mod weights;
 
 use crate::files::hex;
 use crate::model::{architecture, manifest};

@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-pub mod budget;
+pub(crate) mod budget;
 pub(crate) mod cost;
 pub mod decode;
 mod error;
-pub mod quantize;
+pub(crate) mod quantize;
 pub mod render;
 pub mod resize;
 

@@ -24,9 +24,9 @@ use crate::files::hex;
 
 pub use self::files::GraphFiles;
 
-pub mod architecture;
+pub(crate) mod architecture;
 pub mod buckets;
-pub mod error;
+pub(crate) mod error;
 pub(crate) mod files;
 pub mod graph;
 pub mod head;

@@ -33,7 +33,7 @@ const STREAM_QUEUE: usize = 16;
 /// How a call or an image of its answer failed: by a code, or in a way that only the
 /// caller sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CallCode {
+pub(crate) enum CallCode {
     Grpc(GrpcCode),
     /// The call did not come back in the tool's own patience.
     ClientTimeout,
@@ -46,7 +46,7 @@ pub enum CallCode {
 impl CallCode {
     /// Name of the code in reports.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Grpc(code) => code.name(),
             Self::ClientTimeout => "CLIENT_TIMEOUT",
@@ -138,7 +138,7 @@ impl Method {
 
 /// How a call is made, whatever is in it.
 #[derive(Debug, Clone, Copy)]
-pub struct CallOptions {
+pub(crate) struct CallOptions {
     pub method: Method,
     /// `None` says nothing, so that the worker's default holds.
     pub priority: Option<Priority>,
@@ -150,13 +150,13 @@ pub struct CallOptions {
 
 /// The numbers of an embedding (nothing for the other methods), or the code of
 /// the image's error.
-pub type ImageOutcome = Result<Bytes, CallCode>;
+pub(crate) type ImageOutcome = Result<Bytes, CallCode>;
 /// One for each image of a call.
-pub type Outcomes = Vec<ImageOutcome>;
+pub(crate) type Outcomes = Vec<ImageOutcome>;
 
 /// Why a call or a stream ended without an answer.
 #[derive(Debug, Clone)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub code: CallCode,
     pub message: String,
     /// What `google.rpc.RetryInfo` asks to wait, if the status carries one.
@@ -183,7 +183,7 @@ impl Refusal {
     /// Whether the worker sent it away without a fault of its own or of the
     /// request: full, draining or not ready.
     #[must_use]
-    pub fn is_reject(&self) -> bool {
+    pub(crate) fn is_reject(&self) -> bool {
         matches!(
             self.code,
             CallCode::Grpc(GrpcCode::ResourceExhausted | GrpcCode::Unavailable)
@@ -192,7 +192,7 @@ impl Refusal {
 
     /// Whether a client with round robin would try the next worker.
     #[must_use]
-    pub fn is_elsewhere(&self) -> bool {
+    pub(crate) fn is_elsewhere(&self) -> bool {
         matches!(
             self.code,
             CallCode::Grpc(GrpcCode::Unavailable) | CallCode::NoWorker
@@ -201,7 +201,7 @@ impl Refusal {
 
     /// Whether the worker does not have the call at all.
     #[must_use]
-    pub fn is_unimplemented(&self) -> bool {
+    pub(crate) fn is_unimplemented(&self) -> bool {
         self.code == CallCode::Grpc(GrpcCode::Unimplemented)
     }
 }
@@ -239,7 +239,7 @@ fn never_left(status: &Status) -> bool {
 
 /// A connection to one worker.
 #[derive(Debug, Clone)]
-pub struct LoadConnection(Grpc<InterceptedService<Channel, Token>>);
+pub(crate) struct LoadConnection(Grpc<InterceptedService<Channel, Token>>);
 
 impl LoadConnection {
     /// Connects to `url`, such as `http://127.0.0.1:50051`.
@@ -252,7 +252,7 @@ impl LoadConnection {
     ///
     /// When the address is malformed, a file cannot be used, or nothing
     /// answers there.
-    pub async fn connect(
+    pub(crate) async fn connect(
         url: &str,
         config: &ConnectConfig,
         stream_window: Option<u32>,
@@ -274,7 +274,7 @@ impl LoadConnection {
     /// # Errors
     ///
     /// The call's status.
-    pub async fn model(&self) -> Result<pb::GetModelResponse, Refusal> {
+    pub(crate) async fn model(&self) -> Result<pb::GetModelResponse, Refusal> {
         let path = PathAndQuery::from_static("/imagegpt.v1.ImageGptService/GetModel");
         let body = self.unary(tonic::Request::new(Bytes::new()), path).await;
         let body = body.map_err(|status| Refusal::new(&status))?;
@@ -286,7 +286,7 @@ impl LoadConnection {
     /// # Errors
     ///
     /// What ended the call as a whole.
-    pub async fn call(&self, manner: CallOptions, body: Bytes) -> Result<Outcomes, Refusal> {
+    pub(crate) async fn call(&self, manner: CallOptions, body: Bytes) -> Result<Outcomes, Refusal> {
         let mut request = tonic::Request::new(body);
         if let Some(deadline) = manner.deadline {
             request.set_timeout(deadline);
@@ -325,7 +325,7 @@ impl LoadConnection {
     /// # Errors
     ///
     /// What the worker said instead of opening it.
-    pub async fn stream(
+    pub(crate) async fn stream(
         &self,
         priority: Option<Priority>,
         window: u32,
@@ -375,12 +375,12 @@ fn malformed(error: &prost::DecodeError) -> Refusal {
 /// The side of a stream that items go into. Dropping it ends the stream once
 /// its items are answered.
 #[derive(Debug, Clone)]
-pub struct StreamWriter(mpsc::Sender<Bytes>);
+pub(crate) struct StreamWriter(mpsc::Sender<Bytes>);
 
 impl StreamWriter {
     /// Sends one item; waits while the worker takes no more. `image` is an
     /// encoded [`pb::Image`]. `false` when the stream has ended.
-    pub async fn send(&self, id: u64, image: &[u8]) -> bool {
+    pub(crate) async fn send(&self, id: u64, image: &[u8]) -> bool {
         self.0.send(stream_item(id, image)).await.is_ok()
     }
 }
@@ -399,7 +399,7 @@ fn stream_item(id: u64, image: &[u8]) -> Bytes {
 }
 
 /// Appends a field that has a length: bytes, text or a message.
-pub fn put_field(number: u32, content: &[u8], to: &mut Vec<u8>) {
+pub(crate) fn put_field(number: u32, content: &[u8], to: &mut Vec<u8>) {
     prost::encoding::encode_key(number, prost::encoding::WireType::LengthDelimited, to);
     prost::encoding::encode_varint(content.len() as u64, to);
     to.extend_from_slice(content);
@@ -407,7 +407,7 @@ pub fn put_field(number: u32, content: &[u8], to: &mut Vec<u8>) {
 
 /// What comes out of a stream.
 #[derive(Debug)]
-pub enum StreamEvent {
+pub(crate) enum StreamEvent {
     /// An item's answer under the number that it was sent with; `None` if the
     /// worker made the id up.
     Answer(Option<u64>, ImageOutcome),
@@ -417,11 +417,11 @@ pub enum StreamEvent {
 
 /// The side of a stream that answers come out of.
 #[derive(Debug)]
-pub struct StreamReader(Streaming<Bytes>);
+pub(crate) struct StreamReader(Streaming<Bytes>);
 
 impl StreamReader {
     /// The next answer, or the end.
-    pub async fn next(&mut self) -> StreamEvent {
+    pub(crate) async fn next(&mut self) -> StreamEvent {
         loop {
             let body = match self.0.message().await {
                 Ok(Some(body)) => body,

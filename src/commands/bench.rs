@@ -11,7 +11,7 @@
 
 mod arrivals;
 mod bulk;
-pub mod engine;
+pub(crate) mod engine;
 pub mod flags;
 mod input;
 mod knee;

@@ -66,7 +66,7 @@ impl Element {
 
 /// Checkpoint whose tensors are read when they are asked for.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub(crate) struct Checkpoint {
     folder: PathBuf,
     files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
@@ -90,7 +90,7 @@ const SHARDS_MAX: usize = 256;
 /// # Errors
 ///
 /// When there are none, or the index of several cannot be understood.
-pub fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
     for (single, index) in SINGLE.iter().zip(INDEX) {
         if folder.join(single).is_file() {
             return Ok(vec![(*single).to_owned()]);
@@ -115,7 +115,7 @@ pub fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
 /// # Errors
 ///
 /// When the index cannot be understood or names a file outside its folder.
-pub fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
+pub(crate) fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
     let text = crate::model::architecture::read(path)?;
     let index: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|error| CompileError::weights(path, format!("is not JSON: {error}")))?;
@@ -149,7 +149,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// When a file is missing, truncated or of another format.
-    pub fn open(folder: &Path) -> Result<Self, CompileError> {
+    pub(crate) fn open(folder: &Path) -> Result<Self, CompileError> {
         let mut checkpoint = Self {
             folder: folder.to_owned(),
             files: Vec::new(),
@@ -182,7 +182,7 @@ impl Checkpoint {
 
     /// The shape of the tensor `name`, if there is one.
     #[must_use]
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         match &self.drawn {
             Some(drawn) => drawn.shape(name),
             None => self.entries.get(name).map(|entry| entry.shape.as_slice()),
@@ -195,7 +195,7 @@ impl Checkpoint {
     ///
     /// When it is not there, has another shape, is not made of floats or
     /// cannot be read.
-    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CompileError> {
         // Their shapes are of the same configuration as what is asked for.
         if let Some(drawn) = &self.drawn
             && drawn.shape(name) == Some(shape)
@@ -244,7 +244,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// When a file cannot be asked.
-    pub fn bytes(&self) -> Result<u64, CompileError> {
+    pub(crate) fn bytes(&self) -> Result<u64, CompileError> {
         let mut sum = 0;
         for (path, file) in &self.files {
             sum += file
@@ -261,7 +261,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// When a file cannot be read.
-    pub fn digest(&self, mut advance: impl FnMut(u64)) -> Result<String, CompileError> {
+    pub(crate) fn digest(&self, mut advance: impl FnMut(u64)) -> Result<String, CompileError> {
         let mut hash = Sha256::new();
         let config = self.folder.join(crate::model::architecture::FILE);
         hash.update(crate::model::architecture::read(&config)?);

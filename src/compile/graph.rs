@@ -19,11 +19,9 @@ use crate::model::architecture::Architecture;
 use crate::model::onnx::{DataType, ModelProto};
 use crate::model::precision::{Precision, Provider};
 
-pub use crate::model::graph::Norm;
-
 /// The operator that computes causal attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Attention {
+pub(crate) enum Attention {
     /// `com.microsoft.MultiHeadAttention`, which every execution provider has.
     MultiHead,
     /// `imagegpt.CausalAttention`, the worker's own kernel for the CPU.
@@ -38,7 +36,7 @@ pub enum Attention {
 impl Attention {
     /// The operator's name, as profiles show it.
     #[must_use]
-    pub fn operator(self) -> &'static str {
+    pub(crate) fn operator(self) -> &'static str {
         match self {
             Self::MultiHead => "MultiHeadAttention",
             Self::Causal => "CausalAttention",
@@ -50,7 +48,7 @@ impl Attention {
 
 /// All that a graph depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct GraphPlan<'a> {
+pub(crate) struct GraphPlan<'a> {
     pub architecture: &'a Architecture,
     pub store: &'a Store,
     pub precision: Precision,
@@ -66,7 +64,7 @@ impl GraphPlan<'_> {
     /// What the keys of a position and head are kept in, and its values, and how
     /// many of them.
     #[must_use]
-    pub fn cache_position(&self) -> (DataType, usize) {
+    pub(crate) fn cache_position(&self) -> (DataType, usize) {
         let head_dim = self.architecture.head_dim();
         match (self.attention, self.precision) {
             // It rounds to 8 bits of mantissa, as the weights are.
@@ -82,7 +80,7 @@ impl GraphPlan<'_> {
     /// images are attended to. On a GPU that is less work than to cut one product
     /// apart; a step, which is launches more than work, takes it in one.
     #[must_use]
-    pub fn is_apart(&self) -> bool {
+    pub(crate) fn is_apart(&self) -> bool {
         self.provider == Provider::Cuda
     }
 
@@ -100,7 +98,7 @@ impl GraphPlan<'_> {
 
 /// Builds a graph.
 #[must_use]
-pub fn build(graph: Graph, plan: &GraphPlan<'_>) -> ModelProto {
+pub(crate) fn build(graph: Graph, plan: &GraphPlan<'_>) -> ModelProto {
     match graph {
         Graph::Features(norm) => tasks::embed(plan, norm),
         Graph::Hidden => tasks::hidden(plan),

@@ -23,9 +23,9 @@ use crate::model::architecture;
 use crate::model::architecture::Architecture;
 
 /// What a source's name begins with.
-pub const PREFIX: &str = "random:";
+pub(crate) const PREFIX: &str = "random:";
 /// Stands in a folder for its weights, and says how they are drawn.
-pub const FILE: &str = "random_weights.json";
+pub(crate) const FILE: &str = "random_weights.json";
 
 /// Counts up when the same seed gives other weights.
 const GENERATOR: u32 = 1;
@@ -107,7 +107,7 @@ impl Drop for ScratchFolder {
 /// # Errors
 ///
 /// When there is no such shape, or the folder cannot be written.
-pub fn fetch(name: &str) -> Result<Local, CompileError> {
+pub(crate) fn fetch(name: &str) -> Result<Local, CompileError> {
     let Some(shape) = SHAPES.iter().find(|shape| shape.name == name) else {
         let known = SHAPES.map(|shape| format!("{PREFIX}{}", shape.name));
         return Err(CompileError::Options(format!(

@@ -11,7 +11,7 @@ use crate::model::architecture::Architecture;
 
 /// Everything that any task could ask for, of each sequence.
 #[derive(Debug, Clone)]
-pub struct Trace {
+pub(crate) struct Trace {
     /// Of the embedding and each layer run: means over positions of the
     /// residual stream, `(batch, width)`.
     pub raw: Vec<Vec<f64>>,
@@ -30,7 +30,7 @@ pub struct Trace {
 /// # Panics
 ///
 /// If a token is not in the vocabulary or a sequence has too many positions.
-pub fn trace(
+pub(crate) fn trace(
     weights: &CheckpointWeights<'_>,
     sequences: &[Vec<i32>],
     n_layers: usize,
@@ -77,7 +77,7 @@ pub fn trace(
 
 /// Rows times a head that lies `(outputs, width)`.
 #[must_use]
-pub fn head(rows: &[f64], head: &[f32], width: usize) -> Vec<f64> {
+pub(crate) fn head(rows: &[f64], head: &[f32], width: usize) -> Vec<f64> {
     rows.chunks_exact(width)
         .flat_map(|row| head.chunks_exact(width).map(move |weight| (row, weight)))
         .map(|(row, weight)| row.iter().zip(weight).map(|(x, w)| x * f64::from(*w)).sum())
@@ -86,7 +86,7 @@ pub fn head(rows: &[f64], head: &[f32], width: usize) -> Vec<f64> {
 
 /// The negative log-likelihood of `targets`, one a row of logits.
 #[must_use]
-pub fn nll(logits: &[f64], targets: &[usize], n_colors: usize) -> Vec<f64> {
+pub(crate) fn nll(logits: &[f64], targets: &[usize], n_colors: usize) -> Vec<f64> {
     logits
         .chunks_exact(n_colors)
         .zip(targets)
@@ -100,7 +100,7 @@ pub fn nll(logits: &[f64], targets: &[usize], n_colors: usize) -> Vec<f64> {
 
 /// Means over the positions of each sequence.
 #[must_use]
-pub fn means(rows: &[f64], length: usize, width: usize) -> Vec<f64> {
+pub(crate) fn means(rows: &[f64], length: usize, width: usize) -> Vec<f64> {
     #[expect(clippy::cast_precision_loss, reason = "sequences are short")]
     let share = 1.0 / length as f64;
     let mut means = Vec::new();

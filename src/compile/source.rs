@@ -11,7 +11,7 @@ use super::hub::Hub;
 use super::random::{self, PREFIX, ScratchFolder};
 
 /// The preprocessor's settings and palette, which `serve` needs.
-pub const PREPROCESSOR: &str = "preprocessor_config.json";
+pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
 
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,19 +21,19 @@ const ALIGNMENT: u64 = 4096;
 
 /// The tensors of `weights.bin`, as graphs refer to them.
 #[derive(Debug, Default)]
-pub struct Store {
+pub(crate) struct Store {
     tensors: BTreeMap<String, TensorProto>,
 }
 
 impl Store {
     /// What a graph declares to use the tensor `name`, if it was written.
     #[must_use]
-    pub fn get(&self, name: &str) -> Option<&TensorProto> {
+    pub(crate) fn get(&self, name: &str) -> Option<&TensorProto> {
         self.tensors.get(name)
     }
 
     #[must_use]
-    pub fn contains(&self, name: &str) -> bool {
+    pub(crate) fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
@@ -66,11 +66,11 @@ impl Store {
 }
 
 /// Queries, keys and values, where they are products of their own.
-pub const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
+pub(crate) const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
 
 /// How the weights of layers lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightLayout {
+pub(crate) enum WeightLayout {
     /// As products of whole images take them.
     Plain,
     /// Also 8-bit weights in blocks, for products that treat each row by itself.
@@ -82,7 +82,7 @@ pub enum WeightLayout {
 
 /// Which parts of the model the graphs will need.
 #[derive(Debug, Clone, Copy)]
-pub struct Parts {
+pub(crate) struct Parts {
     /// Layers to write; the norm in front of the next one comes with them.
     pub n_layers: usize,
     pub language_head: bool,
@@ -98,7 +98,7 @@ const BLOCK_MIN: usize = 16;
 
 /// Inputs of a block, for a product of so many.
 #[must_use]
-pub fn block_size(inputs: usize) -> usize {
+pub(crate) fn block_size(inputs: usize) -> usize {
     inputs.next_power_of_two().clamp(BLOCK_MIN, BLOCK_MAX)
 }
 
@@ -108,7 +108,7 @@ pub fn block_size(inputs: usize) -> usize {
 /// # Errors
 ///
 /// When a tensor does not fit the configuration or cannot be written.
-pub fn write(
+pub(crate) fn write(
     weights: &CheckpointWeights<'_>,
     precision: Precision,
     parts: Parts,

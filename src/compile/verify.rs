@@ -23,7 +23,7 @@ use crate::model::precision::{CompileTask, Provider};
 use crate::runtime::{Operators, Residence, Runtime, what_ran};
 
 /// Sequences in the trial: two show that rows do not mix.
-pub const N_SEQUENCES: usize = 2;
+pub(crate) const N_SEQUENCES: usize = 2;
 /// What the reference may take: about ten seconds on two cores.
 const REFERENCE_FLOP_MAX: usize = 20_000_000_000;
 /// Fewer tokens would not tell much about attention. With so many, imagegpt-large
@@ -31,7 +31,7 @@ const REFERENCE_FLOP_MAX: usize = 20_000_000_000;
 const N_POSITIONS_MIN: usize = 16;
 
 /// The fixed input, and what must come out.
-pub struct Trial {
+pub(crate) struct Trial {
     sequences: Vec<Vec<i32>>,
     targets: Vec<usize>,
     trace: Trace,
@@ -44,14 +44,14 @@ pub struct Trial {
 
 /// How near a graph came.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Nearness {
+pub(crate) struct Nearness {
     pub errors: Vec<f64>,
     pub cosine: f64,
 }
 
 /// Positions that a trial of this model has.
 #[must_use]
-pub fn n_positions(architecture: &Architecture, n_layers: usize) -> usize {
+pub(crate) fn n_positions(architecture: &Architecture, n_layers: usize) -> usize {
     let token_flop = 2 * N_SEQUENCES * architecture.layer_parameters() * n_layers.max(1);
     (REFERENCE_FLOP_MAX / token_flop)
         .max(N_POSITIONS_MIN)
@@ -64,7 +64,7 @@ impl Trial {
     /// # Errors
     ///
     /// When a tensor does not fit the configuration.
-    pub fn new(
+    pub(crate) fn new(
         weights: &CheckpointWeights<'_>,
         tasks: &[CompileTask],
         n_layers: usize,
@@ -114,7 +114,7 @@ impl Trial {
 
     /// Tokens of each sequence.
     #[must_use]
-    pub fn n_positions(&self) -> usize {
+    pub(crate) fn n_positions(&self) -> usize {
         self.sequences[0].len()
     }
 
@@ -124,7 +124,7 @@ impl Trial {
     ///
     /// When it does not run, is off by more than `tolerance`, or ran without
     /// the fused operators of `model`.
-    pub fn judge(
+    pub(crate) fn judge(
         &self,
         kind: Graph,
         plan: &GraphPlan<'_>,
@@ -244,7 +244,7 @@ impl Trial {
 
     /// What the graph takes of the manifest.
     #[must_use]
-    pub fn facts(
+    pub(crate) fn facts(
         &self,
         kind: Graph,
         task: CompileTask,

@@ -12,7 +12,7 @@ use crate::model::architecture::Architecture;
 
 /// A checkpoint, and the architecture that its shapes must fit.
 #[derive(Debug)]
-pub struct CheckpointWeights<'c> {
+pub(crate) struct CheckpointWeights<'c> {
     checkpoint: &'c Checkpoint,
     pub architecture: Architecture,
     prefix: &'static str,
@@ -24,7 +24,7 @@ pub struct CheckpointWeights<'c> {
 
 /// `y = x W + b`, with `W` as `(inputs, outputs)`.
 #[derive(Debug, Clone)]
-pub struct Dense {
+pub(crate) struct Dense {
     pub weight: Vec<f32>,
     /// `None` if it is all zero.
     pub bias: Option<Vec<f32>>,
@@ -34,7 +34,7 @@ pub struct Dense {
 
 /// The weights of one layer.
 #[derive(Debug, Clone)]
-pub struct CheckpointLayer {
+pub(crate) struct CheckpointLayer {
     pub attention_norm: Vec<f32>,
     /// Queries, keys and values side by side.
     pub qkv: Dense,
@@ -47,7 +47,7 @@ pub struct CheckpointLayer {
 impl<'c> CheckpointWeights<'c> {
     /// Finds the names and looks at the heads; tensors are read later.
     #[must_use]
-    pub fn new(checkpoint: &'c Checkpoint, architecture: Architecture) -> Self {
+    pub(crate) fn new(checkpoint: &'c Checkpoint, architecture: Architecture) -> Self {
         let prefix = if checkpoint.shape("transformer.wte.weight").is_some() {
             "transformer."
         } else {
@@ -70,7 +70,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// These and all below fail when the tensor is not there or does not fit.
-    pub fn token_embedding(&self) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn token_embedding(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.vocabulary, self.architecture.width];
         self.backbone("wte.weight", &shape)
     }
@@ -80,7 +80,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn position_embedding(&self) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn position_embedding(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.n_positions, self.architecture.width];
         self.backbone("wpe.weight", &shape)
     }
@@ -90,7 +90,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn attention_norm(&self, idx: usize) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn attention_norm(&self, idx: usize) -> Result<Vec<f32>, CompileError> {
         self.backbone(&format!("h.{idx}.ln_1.weight"), &[self.architecture.width])
     }
 
@@ -99,7 +99,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn final_norm(&self) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn final_norm(&self) -> Result<Vec<f32>, CompileError> {
         self.backbone("ln_f.weight", &[self.architecture.width])
     }
 
@@ -108,7 +108,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn layer(&self, idx: usize) -> Result<CheckpointLayer, CompileError> {
+    pub(crate) fn layer(&self, idx: usize) -> Result<CheckpointLayer, CompileError> {
         let (width, inner) = (self.architecture.width, self.architecture.inner_width);
         let name = |part: &str| format!("h.{idx}.{part}");
         Ok(CheckpointLayer {
@@ -126,7 +126,7 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn language_head(&self) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn language_head(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.n_colors(), self.architecture.width];
         self.checkpoint.read("lm_head.weight", &shape)
     }
@@ -136,14 +136,14 @@ impl<'c> CheckpointWeights<'c> {
     /// # Errors
     ///
     /// See [`CheckpointWeights::token_embedding`].
-    pub fn classification_head(&self) -> Result<Vec<f32>, CompileError> {
+    pub(crate) fn classification_head(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.n_classes.unwrap_or_default(), self.architecture.width];
         self.checkpoint.read("score.weight", &shape)
     }
 
     /// Parameters of the backbone, and those with all heads.
     #[must_use]
-    pub fn n_parameters(&self) -> (u64, u64) {
+    pub(crate) fn n_parameters(&self) -> (u64, u64) {
         let shape = &self.architecture;
         let width = shape.width;
         let embeddings = (shape.vocabulary + shape.n_positions) * width;

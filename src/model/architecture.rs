@@ -13,7 +13,7 @@ use crate::files;
 use crate::model::error::ModelFileError;
 
 /// The file's name.
-pub const FILE: &str = "config.json";
+pub(crate) const FILE: &str = "config.json";
 
 /// What of ImageGPT's configuration the computation depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -26,7 +26,7 @@ use crate::model::precision::{Precision, Provider};
 
 /// Where and how products are computed.
 #[derive(Debug, Clone, Copy)]
-pub struct RooflineOptions<'a> {
+pub(crate) struct RooflineOptions<'a> {
     /// The runtime's library.
     pub library: &'a Path,
     pub provider: Provider,
@@ -39,7 +39,7 @@ pub struct RooflineOptions<'a> {
 }
 
 /// See the module.
-pub struct Roofline {
+pub(crate) struct Roofline {
     /// Of the matrices.
     pub side: usize,
     /// "fp32", "fp16" or "bf16".
@@ -57,7 +57,7 @@ impl Roofline {
     ///
     /// When the library or the provider cannot be used, or memory does not
     /// suffice.
-    pub fn new(options: &RooflineOptions<'_>) -> Result<Self, EngineError> {
+    pub(crate) fn new(options: &RooflineOptions<'_>) -> Result<Self, EngineError> {
         let runtime_error = |error: ort::Error| EngineError::Runtime(error.to_string());
         let (data_type, precision) = match options.precision {
             Precision::Fp32 | Precision::Int8 => (DataType::Float, "fp32"),
@@ -113,7 +113,7 @@ impl Roofline {
 
     /// Multiplications and additions of one run.
     #[must_use]
-    pub fn flop(&self) -> u64 {
+    pub(crate) fn flop(&self) -> u64 {
         (2 * self.n_products * self.side.pow(3)) as u64
     }
 
@@ -122,7 +122,7 @@ impl Roofline {
     /// # Errors
     ///
     /// When the run failed.
-    pub fn run(&mut self) -> Result<Duration, EngineError> {
+    pub(crate) fn run(&mut self) -> Result<Duration, EngineError> {
         let started = Instant::now();
         // It returns when the device is done.
         self.session

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub use super::capacity::{CapacityPool, CapacityShare};
+pub(crate) use super::capacity::{CapacityPool, CapacityShare};
 use crate::imaging::ImageRequest;
 use crate::proto::Priority;
 use crate::serve::error::StageError;
@@ -22,7 +22,7 @@ use crate::serve::preprocess::queue::QueueEntrance;
 
 /// Bounds on what may be in the worker at once.
 #[derive(Debug, Clone, Copy)]
-pub struct Capacity {
+pub(crate) struct Capacity {
     pub images: usize,
     pub bytes: usize,
     /// Images that are generated or wait for it: each keeps its place for as
@@ -34,7 +34,7 @@ pub struct Capacity {
 
 /// One call, as admission sees it.
 #[derive(Debug)]
-pub struct AdmissionCall {
+pub(crate) struct AdmissionCall {
     /// Each image with what is wanted of it.
     pub images: Vec<(ImageRequest, RequestedWork)>,
     pub class: Priority,
@@ -46,7 +46,7 @@ pub struct AdmissionCall {
 
 /// One item of a stream, as admission sees it.
 #[derive(Debug)]
-pub struct StreamItem {
+pub(crate) struct StreamItem {
     pub picture: ImageRequest,
     pub work: RequestedWork,
     pub class: Priority,
@@ -58,7 +58,7 @@ pub struct StreamItem {
 
 /// Bytes that a call or an item holds in memory.
 #[derive(Debug, Default)]
-pub struct Bytes {
+pub(crate) struct Bytes {
     /// Bytes of the pictures, until the last of them is answered.
     pub request: usize,
     /// Share that was taken for the pictures while they arrived; more than they need or less.
@@ -84,7 +84,7 @@ type Outcome = Result<Answer, StageError>;
 /// The outcomes of a call's images. Dropped before all have come, it tells the
 /// stages that nobody waits for the rest.
 #[derive(Debug)]
-pub struct PendingAnswers {
+pub(crate) struct PendingAnswers {
     /// In the call's order.
     outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
     /// Keeps the answer's bytes accounted for until the caller has taken it; the
@@ -96,7 +96,7 @@ pub struct PendingAnswers {
 impl PendingAnswers {
     /// The outcome of the next image, in the call's order; `None` after the
     /// last.
-    pub async fn next(&mut self) -> Option<Outcome> {
+    pub(crate) async fn next(&mut self) -> Option<Outcome> {
         // Looked at first and taken once it is there: if this future is
         // dropped while it waits, the image still counts as waited for.
         let outcome = self.outcomes.as_mut_slice().first_mut()?;
@@ -118,7 +118,7 @@ impl Drop for PendingAnswers {
 
 /// The door of the worker. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Admission {
+pub(crate) struct Admission {
     images: CapacityPool,
     bytes: CapacityPool,
     samples: CapacityPool,
@@ -159,7 +159,7 @@ impl Admission {
 
     /// A view of how full the worker is, which does not keep the door open.
     #[must_use]
-    pub fn occupancy(&self) -> Occupancy {
+    pub(crate) fn occupancy(&self) -> Occupancy {
         Occupancy {
             images: self.images.clone(),
             bytes: self.bytes.clone(),
@@ -168,7 +168,7 @@ impl Admission {
 
     /// Where bytes of requests that are still arriving are counted.
     #[must_use]
-    pub fn bytes(&self) -> CapacityPool {
+    pub(crate) fn bytes(&self) -> CapacityPool {
         self.bytes.clone()
     }
 
@@ -178,7 +178,7 @@ impl Admission {
     /// # Errors
     ///
     /// As [`Admission::submit`].
-    pub fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, StageError> {
+    pub(crate) fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, StageError> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
         fits(&self.samples, class, n, what, flag)?;
         self.samples
@@ -192,7 +192,7 @@ impl Admission {
     ///
     /// [`StageError::Full`] when there is no room for the whole call now,
     /// [`StageError::NeverFits`] when there never is.
-    pub fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, StageError> {
+    pub(crate) fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, StageError> {
         self.submit_with(call, 0).map(|(pending, _)| pending)
     }
 
@@ -202,7 +202,7 @@ impl Admission {
     /// # Errors
     ///
     /// As [`Admission::submit`].
-    pub fn submit_with(
+    pub(crate) fn submit_with(
         &self,
         call: AdmissionCall,
         spare: usize,
@@ -264,7 +264,10 @@ impl Admission {
     /// # Errors
     ///
     /// [`StageError::NeverFits`] when there never is.
-    pub async fn submit_when_room(&self, item: StreamItem) -> Result<PendingAnswers, StageError> {
+    pub(crate) async fn submit_when_room(
+        &self,
+        item: StreamItem,
+    ) -> Result<PendingAnswers, StageError> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
         // Whoever waits has only what bulk work has too.
         fits(&self.bytes, Priority::Bulk, item.bytes.all(), what, flag)?;
@@ -352,7 +355,7 @@ fn jitter() -> f64 {
 
 /// How full the worker is.
 #[derive(Debug, Clone)]
-pub struct Occupancy {
+pub(crate) struct Occupancy {
     images: CapacityPool,
     bytes: CapacityPool,
 }
@@ -360,25 +363,25 @@ pub struct Occupancy {
 impl Occupancy {
     /// Images admitted and not yet answered.
     #[must_use]
-    pub fn images(&self) -> usize {
+    pub(crate) fn images(&self) -> usize {
         self.images.taken()
     }
 
     /// The limit on images in flight.
     #[must_use]
-    pub fn images_max(&self) -> usize {
+    pub(crate) fn images_max(&self) -> usize {
         self.images.size()
     }
 
     /// Bytes that requests and answers hold.
     #[must_use]
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes.taken()
     }
 
     /// The limit on bytes in flight.
     #[must_use]
-    pub fn bytes_max(&self) -> usize {
+    pub(crate) fn bytes_max(&self) -> usize {
         self.bytes.size()
     }
 }

@@ -11,10 +11,10 @@
 //! next deadline. A run that nobody waits for any more is stopped.
 
 mod engines;
-pub mod pace;
-pub mod policy;
-pub mod queue;
-pub mod scheduler;
+pub(crate) mod pace;
+pub(crate) mod policy;
+pub(crate) mod queue;
+pub(crate) mod scheduler;
 mod sequences;
 
 use std::collections::HashMap;

@@ -20,7 +20,7 @@ static HASHES: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 /// Work that has the same answer whoever asks.
 #[derive(Debug, Clone)]
-pub struct AnswerKey {
+pub(crate) struct AnswerKey {
     pub want: Want,
     /// As the model sees them, so the context is in them.
     pub tokens: Arc<[u16]>,
@@ -31,7 +31,7 @@ pub struct AnswerKey {
 
 impl AnswerKey {
     #[must_use]
-    pub fn new(want: Want, tokens: Arc<[u16]>) -> Self {
+    pub(crate) fn new(want: Want, tokens: Arc<[u16]>) -> Self {
         let hash = HASHES.hash_one((want, &tokens));
         Self { want, tokens, hash }
     }
@@ -54,12 +54,12 @@ impl Hash for AnswerKey {
 /// A bounded cache of answers. Cheap to clone; without a size it keeps
 /// nothing.
 #[derive(Debug, Clone)]
-pub struct AnswerCache(Option<Moka<AnswerKey, Arc<[f32]>>>);
+pub(crate) struct AnswerCache(Option<Moka<AnswerKey, Arc<[f32]>>>);
 
 impl AnswerCache {
     /// A cache of at most about so many bytes; 0 turns it off.
     #[must_use]
-    pub fn new(bytes_max: u64) -> Self {
+    pub(crate) fn new(bytes_max: u64) -> Self {
         Self((bytes_max > 0).then(|| {
             Moka::builder()
                 .max_capacity(bytes_max)
@@ -74,16 +74,16 @@ impl AnswerCache {
 
     /// Whether it keeps anything at all.
     #[must_use]
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.0.is_some()
     }
 
     #[must_use]
-    pub fn get(&self, key: &AnswerKey) -> Option<Arc<[f32]>> {
+    pub(crate) fn get(&self, key: &AnswerKey) -> Option<Arc<[f32]>> {
         self.0.as_ref()?.get(key)
     }
 
-    pub fn put(&self, key: AnswerKey, values: &[f32]) {
+    pub(crate) fn put(&self, key: AnswerKey, values: &[f32]) {
         if let Some(cache) = &self.0 {
             cache.insert(key, values.into());
         }
@@ -91,7 +91,7 @@ impl AnswerCache {
 
     /// Bytes that its entries take.
     #[must_use]
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.0.as_ref().map_or(0, |cache| {
             cache.run_pending_tasks();
             cache.weighted_size()

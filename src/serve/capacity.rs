@@ -24,7 +24,7 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct CapacityPool {
+pub(crate) struct CapacityPool {
     shared: Arc<Semaphore>,
     reserved: Arc<Semaphore>,
     size: usize,
@@ -33,7 +33,7 @@ pub struct CapacityPool {
 
 /// A part of a pool, given back when it is dropped.
 #[derive(Debug, Default)]
-pub struct CapacityShare {
+pub(crate) struct CapacityShare {
     shared: Option<OwnedSemaphorePermit>,
     reserved: Option<OwnedSemaphorePermit>,
 }
@@ -41,7 +41,7 @@ pub struct CapacityShare {
 impl CapacityPool {
     /// A pool of `size`, of which `reserve_percent` are for interactive calls.
     #[must_use]
-    pub fn new(size: usize, reserve_percent: u8) -> Self {
+    pub(crate) fn new(size: usize, reserve_percent: u8) -> Self {
         // Divided first: sizes in bytes may be near the largest number.
         let reserved = size / 100 * usize::from(reserve_percent)
             + size % 100 * usize::from(reserve_percent) / 100;
@@ -55,20 +55,20 @@ impl CapacityPool {
 
     /// How much there is.
     #[must_use]
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         self.size
     }
 
     /// How much is taken.
     #[must_use]
-    pub fn taken(&self) -> usize {
+    pub(crate) fn taken(&self) -> usize {
         let free = self.shared.available_permits() + self.reserved.available_permits();
         self.size.saturating_sub(free)
     }
 
     /// The most that a call of this class can ever have.
     #[must_use]
-    pub fn size_for(&self, class: Priority) -> usize {
+    pub(crate) fn size_for(&self, class: Priority) -> usize {
         match class {
             Priority::Interactive => self.size,
             Priority::Bulk => self.shared_size,
@@ -77,7 +77,7 @@ impl CapacityPool {
 
     /// `n` at once, or nothing.
     #[must_use]
-    pub fn try_take(&self, class: Priority, n: usize) -> Option<CapacityShare> {
+    pub(crate) fn try_take(&self, class: Priority, n: usize) -> Option<CapacityShare> {
         let mut share = CapacityShare::default();
         let mut rest = n;
         if class == Priority::Interactive {
@@ -97,7 +97,7 @@ impl CapacityPool {
     }
 
     /// `n`, once they are there. Pends for ever for more than bulk work can have.
-    pub async fn take(&self, class: Priority, n: usize) -> CapacityShare {
+    pub(crate) async fn take(&self, class: Priority, n: usize) -> CapacityShare {
         if let Some(share) = self.try_take(class, n) {
             return share;
         }
@@ -114,17 +114,17 @@ impl CapacityPool {
 /// Images per second that the engine answers while it is busy, as the batcher
 /// last measured it.
 #[derive(Debug, Clone, Default)]
-pub struct DrainRate(Arc<AtomicU64>);
+pub(crate) struct DrainRate(Arc<AtomicU64>);
 
 impl DrainRate {
     /// Replaces the rate.
-    pub fn set(&self, images_per_second: f64) {
+    pub(crate) fn set(&self, images_per_second: f64) {
         self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
     }
 
     /// The rate, once there is one.
     #[must_use]
-    pub fn get(&self) -> Option<f64> {
+    pub(crate) fn get(&self) -> Option<f64> {
         let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
         (rate > 0.0).then_some(rate)
     }
@@ -151,7 +151,7 @@ fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit>
 impl CapacityShare {
     /// One of them as a share of its own, if there is one left.
     #[must_use]
-    pub fn split_one(&mut self) -> Option<Self> {
+    pub(crate) fn split_one(&mut self) -> Option<Self> {
         let mut one = Self::default();
         if let Some(permit) = &mut self.shared {
             one.shared = permit.split(1);
@@ -165,14 +165,14 @@ impl CapacityShare {
 
     /// How much it is.
     #[must_use]
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         let permits = OwnedSemaphorePermit::num_permits;
         self.shared.as_ref().map_or(0, permits) + self.reserved.as_ref().map_or(0, permits)
     }
 
     /// `n` of it as a share of their own, or as many as there are.
     #[must_use]
-    pub fn split(&mut self, n: usize) -> Self {
+    pub(crate) fn split(&mut self, n: usize) -> Self {
         let shared = split(self.shared.as_mut(), n);
         let n_shared = shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let reserved = split(self.reserved.as_mut(), n - n_shared);
@@ -180,7 +180,7 @@ impl CapacityShare {
     }
 
     /// Puts another share of the same pool to this one.
-    pub fn merge(&mut self, other: Self) {
+    pub(crate) fn merge(&mut self, other: Self) {
         merge(&mut self.shared, other.shared);
         merge(&mut self.reserved, other.reserved);
     }

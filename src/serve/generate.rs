@@ -8,7 +8,7 @@ use super::sample::Sampling;
 
 /// What a caller keeps of a primer image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum KeptPixels {
+pub(crate) enum KeptPixels {
     /// All that was given, which may be less than an image.
     All,
     /// So many rows from the top.
@@ -19,7 +19,7 @@ pub enum KeptPixels {
 
 /// What is wanted of one sample.
 #[derive(Debug, Clone)]
-pub struct GenerateRequest {
+pub(crate) struct GenerateRequest {
     pub keep: KeptPixels,
     pub sampling: Sampling,
     /// Which sample of its call, counted from 0; each draws numbers of its own.
@@ -31,7 +31,7 @@ pub struct GenerateRequest {
 
 /// A row of a sample that is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GeneratedRow {
+pub(crate) struct GeneratedRow {
     pub sample: u32,
     pub row: u32,
     pub tokens: Box<[u16]>,

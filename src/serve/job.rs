@@ -16,33 +16,22 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub use self::waiters::{CoalescedWaiters, WaitersLeft};
+pub(crate) use self::waiters::CoalescedWaiters;
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::GenerateRequest;
 
 /// One image of one call, in the form that the next stage takes.
 #[derive(Debug)]
-pub struct Job<P> {
+pub(crate) struct Job<P> {
     pub payload: P,
     pub work: RequestedWork,
     pub ticket: Ticket,
 }
 
-impl<P> Job<P> {
-    /// The same job with its payload in another form.
-    pub fn with_payload<Q>(self, payload: Q) -> Job<Q> {
-        Job {
-            payload,
-            work: self.work,
-            ticket: self.ticket,
-        }
-    }
-}
-
 /// What the caller wants of an image.
 #[derive(Debug, Clone)]
-pub enum RequestedWork {
+pub(crate) enum RequestedWork {
     /// Only its tokens.
     Tokenize,
     /// A run of the model.
@@ -53,7 +42,7 @@ pub enum RequestedWork {
 
 /// The answer for one image.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Answer {
+pub(crate) enum Answer {
     Tokens(Box<[u16]>),
     /// The wanted numbers, row-major.
     Values(Vec<f32>),
@@ -73,7 +62,7 @@ pub enum Answer {
 impl Answer {
     /// The answer for tokens of which this was wanted and computed.
     #[must_use]
-    pub fn of(want: Want, tokens: &Arc<[u16]>, values: Vec<f32>) -> Self {
+    pub(crate) fn of(want: Want, tokens: &Arc<[u16]>, values: Vec<f32>) -> Self {
         match want {
             Want::Nll => Self::Nll {
                 tokens: Arc::clone(tokens),
@@ -86,7 +75,7 @@ impl Answer {
 
 /// What stays with a job from admission to reply.
 #[derive(Debug)]
-pub struct Ticket {
+pub(crate) struct Ticket {
     pub class: Priority,
     /// When the answer stops being useful.
     pub deadline: Option<Instant>,
@@ -103,7 +92,7 @@ pub struct Ticket {
 impl Ticket {
     /// Why the job is no longer worth any work, if so.
     #[must_use]
-    pub fn dead(&self, now: Instant, stage: RequestStage) -> Option<StageError> {
+    pub(crate) fn dead(&self, now: Instant, stage: RequestStage) -> Option<StageError> {
         // The deadline first: a caller whose time is up leaves, too.
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             Some(StageError::DeadlineExceeded { stage })
@@ -115,7 +104,7 @@ impl Ticket {
     }
 
     /// Answers the caller and gives the capacity back.
-    pub fn finish(self, outcome: Result<Answer, StageError>) {
+    pub(crate) fn finish(self, outcome: Result<Answer, StageError>) {
         // Capacity first, so that a caller who has an answer can rely on the
         // room it left.
         drop(self.permit);
@@ -123,9 +112,10 @@ impl Ticket {
     }
 }
 
-/// A job's share of the worker's capacity.
+/// A job's share of the worker's capacity, which goes back when it is dropped.
 #[derive(Debug)]
-pub struct Permit {
+#[expect(dead_code, reason = "held until the job ends, and not read")]
+pub(crate) struct Permit {
     /// One image of `--images-in-flight-max`.
     pub image: CapacityShare,
     /// The call's bytes of `--bytes-in-flight-max`, shared by all its images
@@ -133,10 +123,10 @@ pub struct Permit {
     pub bytes: Arc<CapacityShare>,
 }
 
+#[cfg(test)]
 impl Permit {
     /// For work that takes none of the worker's capacity.
-    #[must_use]
-    pub fn none() -> Self {
+    pub(crate) fn none() -> Self {
         Self {
             image: CapacityShare::default(),
             bytes: Arc::new(CapacityShare::default()),
@@ -147,24 +137,24 @@ impl Permit {
 /// The way back to the caller. Used exactly once: sending consumes it, and
 /// dropping it unsent tells the caller that the worker lost the job.
 #[derive(Debug)]
-pub struct Reply(Option<oneshot::Sender<Result<Answer, StageError>>>);
+pub(crate) struct Reply(Option<oneshot::Sender<Result<Answer, StageError>>>);
 
 impl Reply {
     /// A reply and the place where its outcome will arrive.
     #[must_use]
-    pub fn new() -> (Self, oneshot::Receiver<Result<Answer, StageError>>) {
+    pub(crate) fn new() -> (Self, oneshot::Receiver<Result<Answer, StageError>>) {
         let (sender, receiver) = oneshot::channel();
         (Self(Some(sender)), receiver)
     }
 
     /// Whether the caller has gone.
     #[must_use]
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.0.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
 
     /// Delivers the outcome; a caller who has gone misses it.
-    pub fn send(mut self, outcome: Result<Answer, StageError>) {
+    pub(crate) fn send(mut self, outcome: Result<Answer, StageError>) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(outcome);
         }

@@ -5,12 +5,12 @@
 //! model's and the devices', and no label value comes from a request: cardinality is
 //! fixed.
 
-pub mod access;
-pub mod generation;
-pub mod gpu;
+pub(crate) mod access;
+pub(crate) mod generation;
+pub(crate) mod gpu;
 mod labels;
 mod registry;
-pub mod totals;
+pub(crate) mod totals;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -5,7 +5,7 @@
 //! decoded, and are only checked, where they arrive. A job whose caller has gone
 //! or whose deadline has passed is dropped before it is decoded, and while it is.
 
-pub mod queue;
+pub(crate) mod queue;
 use crate::imaging::ImageRequest;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;

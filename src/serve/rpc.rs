@@ -25,9 +25,8 @@ mod tls;
 mod usage;
 mod web;
 
-pub use self::access::Access;
-pub use self::health::LIVENESS;
-pub use self::observe::CallsInProgress;
+pub(crate) use self::access::Access;
+pub(crate) use self::observe::CallsInProgress;
 use self::oip::Oip;
 use crate::proto;
 use crate::serve::error::StageError;
@@ -67,7 +66,7 @@ use crate::serve::rpc::error::RequestError;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]
-pub struct WorkerService {
+pub(crate) struct WorkerService {
     pub model: Arc<Model>,
     pub heads: Vec<LinearHead>,
     pub admission: Admission,
@@ -83,7 +82,7 @@ pub struct WorkerService {
 
 /// How the server listens.
 #[derive(Debug)]
-pub struct ServerOptions {
+pub(crate) struct ServerOptions {
     pub reflection: bool,
     pub keepalive_interval: Duration,
     /// Time that a client may take to answer an HTTP/2 ping.
@@ -100,7 +99,7 @@ pub struct ServerOptions {
 /// # Errors
 ///
 /// When the descriptors or the transport cannot be set up.
-pub async fn serve(
+pub(crate) async fn serve(
     service: WorkerService,
     listener: TcpListener,
     options: ServerOptions,

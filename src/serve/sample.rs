@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 
 /// How colors are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampling {
+pub(crate) struct Sampling {
     /// Divides the logits; 0 takes the likeliest color.
     pub temperature: f32,
     /// Of how many of the likeliest colors; 0 of all.
@@ -22,14 +22,14 @@ pub struct Sampling {
 
 /// Where a color is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DrawPlace {
+pub(crate) struct DrawPlace {
     pub sample: u32,
     pub pixel: u32,
 }
 
 /// A color that was drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DrawnColor {
+pub(crate) struct DrawnColor {
     pub token: u16,
     /// ln p under the model itself: temperature 1, all colors.
     pub log_prob: f32,
@@ -37,15 +37,15 @@ pub struct DrawnColor {
 
 /// Logits are not numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NotFinite;
+pub(crate) struct NotFinite;
 
 /// The largest temperature: logits are then as good as equal.
-pub const TEMPERATURE_MAX: f32 = 100.0;
+pub(crate) const TEMPERATURE_MAX: f32 = 100.0;
 
 impl Sampling {
     /// The likeliest color every time.
-    #[must_use]
-    pub fn greedy() -> Self {
+    #[cfg(test)]
+    pub(crate) fn greedy() -> Self {
         Self {
             temperature: 0.0,
             top_k: 0,
@@ -59,7 +59,7 @@ impl Sampling {
     /// # Errors
     ///
     /// When a logit is not finite.
-    pub fn draw(&self, logits: &[f32], place: DrawPlace) -> Result<DrawnColor, NotFinite> {
+    pub(crate) fn draw(&self, logits: &[f32], place: DrawPlace) -> Result<DrawnColor, NotFinite> {
         if logits.is_empty() || !logits.iter().all(|logit| logit.is_finite()) {
             return Err(NotFinite);
         }

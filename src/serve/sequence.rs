@@ -9,13 +9,13 @@ use crate::serve::generate::GeneratedRow;
 use crate::serve::generate::KeptPixels;
 use crate::serve::sample::NotFinite;
 
-pub use super::sample::{DrawPlace, Sampling};
+pub(crate) use super::sample::{DrawPlace, Sampling};
 use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Ticket};
 
 /// An image on its way to being complete.
 #[derive(Debug)]
-pub struct Sequence {
+pub(crate) struct Sequence {
     pub ticket: Ticket,
     generate: Box<GenerateRequest>,
     side: usize,
@@ -38,7 +38,7 @@ pub struct Sequence {
 /// What a sequence has been fed, in an order in which those that begin alike are
 /// neighbors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Past<'a> {
+pub(crate) struct Past<'a> {
     pub start: u16,
     pub pixels: &'a [u16],
 }
@@ -47,7 +47,7 @@ impl Sequence {
     /// The sequence for tokens that preprocessing found, of an image of `side`
     /// pixels a side whose start token is `start`.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         ticket: Ticket,
         generate: Box<GenerateRequest>,
         tokens: &[u16],
@@ -87,13 +87,13 @@ impl Sequence {
 
     /// Whether nothing is left to draw.
     #[must_use]
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.pixels.len() > self.last_unknown || self.pixels.len() == self.forced.len()
     }
 
     /// Runs that are left to make, at least.
     #[must_use]
-    pub fn n_steps_left(&self) -> usize {
+    pub(crate) fn n_steps_left(&self) -> usize {
         if self.is_done() {
             0
         } else {
@@ -103,26 +103,26 @@ impl Sequence {
 
     /// The part of what there was to draw that is drawn.
     #[must_use]
-    pub fn progress(&self) -> f64 {
+    pub(crate) fn progress(&self) -> f64 {
         let steps = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
         1.0 - steps(self.n_steps_left()) / steps(self.n_steps.max(1))
     }
 
     /// Tokens whose keys and values are kept.
     #[must_use]
-    pub fn n_fed(&self) -> usize {
+    pub(crate) fn n_fed(&self) -> usize {
         self.n_fed
     }
 
     /// Tokens that can be fed now: the start token and the pixels, less those
     /// that were.
     #[must_use]
-    pub fn n_to_feed(&self) -> usize {
+    pub(crate) fn n_to_feed(&self) -> usize {
         1 + self.pixels.len() - self.n_fed
     }
 
     /// The next `n` tokens to feed.
-    pub fn to_feed(&self, n: usize) -> impl Iterator<Item = u16> + '_ {
+    pub(crate) fn to_feed(&self, n: usize) -> impl Iterator<Item = u16> + '_ {
         std::iter::once(self.start)
             .chain(self.pixels.iter().copied())
             .skip(self.n_fed)
@@ -132,7 +132,7 @@ impl Sequence {
     /// Whether the other one's first tokens are the same as this one's, as far
     /// as `n`.
     #[must_use]
-    pub fn shares(&self, other: &Self, n: usize) -> bool {
+    pub(crate) fn shares(&self, other: &Self, n: usize) -> bool {
         let own = self.pixels.get(..n.saturating_sub(1));
         let others = other.pixels.get(..n.saturating_sub(1));
         self.start == other.start && own.is_some() && own == others
@@ -140,7 +140,7 @@ impl Sequence {
 
     /// The tokens whose keys and values are kept, if there are any.
     #[must_use]
-    pub fn past(&self) -> Option<Past<'_>> {
+    pub(crate) fn past(&self) -> Option<Past<'_>> {
         Some(Past {
             start: self.start,
             pixels: self.pixels.get(..self.n_fed.checked_sub(1)?)?,
@@ -148,7 +148,7 @@ impl Sequence {
     }
 
     /// `n` more tokens have their keys and values kept.
-    pub fn fed(&mut self, n: usize) {
+    pub(crate) fn fed(&mut self, n: usize) {
         self.n_fed += n;
     }
 
@@ -158,7 +158,7 @@ impl Sequence {
     /// # Errors
     ///
     /// When the logits are not numbers; nothing was drawn then.
-    pub fn advance(&mut self, logits: &[f32]) -> Result<(), NotFinite> {
+    pub(crate) fn advance(&mut self, logits: &[f32]) -> Result<(), NotFinite> {
         let pixel = self.pixels.len();
         let Some(&forced) = self.forced.get(pixel) else {
             return Ok(());
@@ -187,7 +187,7 @@ impl Sequence {
     }
 
     /// Sends the rows that are complete and were not sent yet.
-    pub fn send_rows(&mut self) {
+    pub(crate) fn send_rows(&mut self) {
         let Some(rows) = &self.generate.rows else {
             return;
         };
@@ -210,7 +210,7 @@ impl Sequence {
     }
 
     /// Answers the caller: with the image, or with what went wrong.
-    pub fn finish(self, outcome: Result<(), StageError>) {
+    pub(crate) fn finish(self, outcome: Result<(), StageError>) {
         let answer = Answer::Generated {
             tokens: self.pixels.into(),
             log_probs: self.log_probs,

@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::{Map, json};
 
-pub use self::flags::EngineArgs;
+pub(crate) use self::flags::EngineArgs;
 use self::flop::ImageWork;
 use self::nearness::BenchNearness;
 use super::flags::Flags;

@@ -16,7 +16,7 @@ const STALE: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Pace {
+pub(crate) struct Pace {
     sizes: BTreeMap<(Graph, usize), Recent>,
     /// Images, and what they took.
     runs: VecDeque<(f64, Duration)>,
@@ -34,7 +34,7 @@ struct Recent {
 
 impl Pace {
     /// A warm-up run: good enough to choose among sizes by.
-    pub fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration, now: Instant) {
+    pub(crate) fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration, now: Instant) {
         let times = VecDeque::from([elapsed]);
         self.sizes.entry((graph, bucket)).or_insert(Recent {
             times,
@@ -45,7 +45,7 @@ impl Pace {
 
     /// A run of so many images in a batch of `bucket` that succeeded; of an image
     /// that takes many runs, each is a part.
-    pub fn ran(
+    pub(crate) fn ran(
         &mut self,
         graph: Graph,
         bucket: usize,
@@ -74,7 +74,7 @@ impl Pace {
 
     /// How long a batch of this size usually takes.
     #[must_use]
-    pub fn typical(&self, graph: Graph, bucket: usize) -> Option<Duration> {
+    pub(crate) fn typical(&self, graph: Graph, bucket: usize) -> Option<Duration> {
         let times = &self.sizes.get(&(graph, bucket))?.times;
         let mut sorted: Vec<Duration> = times.iter().copied().collect();
         sorted.sort_unstable();
@@ -84,7 +84,7 @@ impl Pace {
     /// How long a batch of this size takes at least, if that was measured
     /// lately.
     #[must_use]
-    pub fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
+    pub(crate) fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;
         if recent.warm || now.saturating_duration_since(recent.at) > STALE {
             return None;
@@ -94,7 +94,7 @@ impl Pace {
 
     /// How long ago a batch of this size was last seen, if ever.
     #[must_use]
-    pub fn age(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
+    pub(crate) fn age(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;
         Some(now.saturating_duration_since(recent.at))
     }
@@ -103,7 +103,7 @@ impl Pace {
     /// lately. A size that was not may still be the fastest, and is what one image
     /// would run at while only large batches have been.
     #[must_use]
-    pub fn floor(&self, graph: Graph, now: Instant) -> Option<Duration> {
+    pub(crate) fn floor(&self, graph: Graph, now: Instant) -> Option<Duration> {
         let sizes = || self.sizes.iter().filter(|((of, _), _)| *of == graph);
         sizes().find_map(|(&(_, bucket), _)| self.at_least(graph, bucket, now))?;
         sizes().flat_map(|(_, recent)| &recent.times).min().copied()
@@ -111,7 +111,7 @@ impl Pace {
 
     /// Images per second while the engine is busy.
     #[must_use]
-    pub fn rate(&self) -> Option<f64> {
+    pub(crate) fn rate(&self) -> Option<f64> {
         let (mut images, mut busy) = (0.0, 0.0);
         for (of_run, elapsed) in &self.runs {
             images += of_run;

@@ -12,7 +12,7 @@ use crate::serve::metrics::BatchClose;
 
 /// The operator's choices.
 #[derive(Debug, Clone)]
-pub struct Policy {
+pub(crate) struct Policy {
     pub buckets: Buckets,
     /// How long an image may wait for others while the engine is free.
     pub max_queue_delay: Duration,
@@ -25,7 +25,7 @@ pub struct Policy {
 
 /// What to do while the engine is free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
+pub(crate) enum Decision {
     /// Nothing waits.
     Idle,
     /// A batch may still fill up until then.
@@ -39,7 +39,7 @@ impl Policy {
     /// or not. `full` says how many images of a graph gain nothing from more
     /// company, `bulk_owed` whether bulk has waited for its share.
     #[must_use]
-    pub fn decide(
+    pub(crate) fn decide(
         &self,
         lanes: &[LaneView],
         full: impl Fn(Graph) -> usize,
@@ -88,7 +88,7 @@ impl Policy {
     /// later, this one sooner, and whoever is more urgent need not wait for all
     /// of them.
     #[must_use]
-    pub fn bucket(
+    pub(crate) fn bucket(
         &self,
         graph: Graph,
         n: usize,
@@ -124,7 +124,7 @@ impl Policy {
     /// enough, when `n` images of it and of bulk wait: larger where that costs
     /// the interactive ones little time and spares bulk most of a run.
     #[must_use]
-    pub fn shared_bucket(
+    pub(crate) fn shared_bucket(
         &self,
         graph: Graph,
         bucket: usize,
@@ -168,7 +168,7 @@ const AHEAD_MAX: u32 = 4;
 /// Keeps account of what bulk is owed. Interactive work goes first; for the
 /// engine time that it takes while bulk waits, bulk earns its share.
 #[derive(Debug, Default)]
-pub struct BulkLedger {
+pub(crate) struct BulkLedger {
     /// Engine time that bulk has earned and not had.
     earned: Duration,
     /// Engine time that bulk has had beyond what it earned. One of the two is
@@ -180,7 +180,13 @@ pub struct BulkLedger {
 
 impl BulkLedger {
     /// A batch of this class took this long; bulk work waited meanwhile or not.
-    pub fn ran(&mut self, policy: &Policy, class: Priority, elapsed: Duration, bulk_waited: bool) {
+    pub(crate) fn ran(
+        &mut self,
+        policy: &Policy,
+        class: Priority,
+        elapsed: Duration,
+        bulk_waited: bool,
+    ) {
         match class {
             Priority::Bulk => {
                 let paid = elapsed.min(self.earned);
@@ -200,7 +206,7 @@ impl BulkLedger {
     }
 
     /// A batch of this class was formed.
-    pub fn served(&mut self, class: Priority, now: Instant) {
+    pub(crate) fn served(&mut self, class: Priority, now: Instant) {
         if class == Priority::Bulk {
             self.served_at = Some(now);
         }
@@ -209,7 +215,7 @@ impl BulkLedger {
     /// Whether bulk has earned a batch that takes `cost`, or has waited too
     /// long. `oldest` is when the bulk work that waits came.
     #[must_use]
-    pub fn bulk_is_owed(
+    pub(crate) fn bulk_is_owed(
         &self,
         policy: &Policy,
         cost: Duration,

@@ -16,18 +16,18 @@ use crate::proto::Priority;
 /// How long after its arrival work without a deadline stands in line; a
 /// deadline further off counts as this. An image that has waited so long goes
 /// before everything that arrives from now on.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The order within a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LaneRank {
+pub(crate) struct LaneRank {
     due: Instant,
     seq: u64,
 }
 
 /// Where an entry stands, to find it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QueuePosition {
+pub(crate) struct QueuePosition {
     pub class: Priority,
     pub graph: Graph,
     rank: LaneRank,
@@ -35,7 +35,7 @@ pub struct QueuePosition {
 
 /// Something that waits.
 #[derive(Debug)]
-pub struct QueuedWork<T> {
+pub(crate) struct QueuedWork<T> {
     pub item: T,
     pub arrived: Instant,
     pub deadline: Option<Instant>,
@@ -43,7 +43,7 @@ pub struct QueuedWork<T> {
 
 /// What a policy needs to know of a lane. Never empty.
 #[derive(Debug, Clone, Copy)]
-pub struct LaneView {
+pub(crate) struct LaneView {
     pub class: Priority,
     pub graph: Graph,
     pub len: usize,
@@ -55,7 +55,7 @@ pub struct LaneView {
 
 /// See the module.
 #[derive(Debug)]
-pub struct WorkQueue<T> {
+pub(crate) struct WorkQueue<T> {
     lanes: BTreeMap<(Priority, Graph), Entries<T>>,
     /// All deadlines, for a timer; the sequence number tells equal ones apart.
     deadlines: BTreeMap<(Instant, u64), QueuePosition>,
@@ -82,22 +82,22 @@ impl<T> Default for WorkQueue<T> {
 impl<T> WorkQueue<T> {
     /// How many wait in a class.
     #[must_use]
-    pub fn len_of(&self, class: Priority) -> usize {
+    pub(crate) fn len_of(&self, class: Priority) -> usize {
         let lanes = self.lanes.iter().filter(|((of, _), _)| *of == class);
         lanes.map(|(_, entries)| entries.by_rank.len()).sum()
     }
 
     /// How many wait in one lane.
     #[must_use]
-    pub fn len_in(&self, class: Priority, graph: Graph) -> usize {
+    pub(crate) fn len_in(&self, class: Priority, graph: Graph) -> usize {
         self.lanes
             .get(&(class, graph))
             .map_or(0, |lane| lane.by_rank.len())
     }
 
     /// Whether nothing waits.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.lanes.values().all(|lane| lane.by_rank.is_empty())
     }
 
@@ -111,7 +111,12 @@ impl<T> WorkQueue<T> {
     }
 
     /// Adds an entry to its lane.
-    pub fn push(&mut self, class: Priority, graph: Graph, entry: QueuedWork<T>) -> QueuePosition {
+    pub(crate) fn push(
+        &mut self,
+        class: Priority,
+        graph: Graph,
+        entry: QueuedWork<T>,
+    ) -> QueuePosition {
         let rank = self.rank(entry.arrived, entry.deadline);
         self.next_seq += 1;
         let place = QueuePosition { class, graph, rank };
@@ -128,7 +133,7 @@ impl<T> WorkQueue<T> {
     }
 
     /// Takes an entry out from wherever it stands.
-    pub fn remove(&mut self, place: &QueuePosition) -> Option<QueuedWork<T>> {
+    pub(crate) fn remove(&mut self, place: &QueuePosition) -> Option<QueuedWork<T>> {
         let lane = self.lanes.get_mut(&(place.class, place.graph))?;
         let entry = lane.by_rank.remove(&place.rank)?;
         lane.by_age.remove(&(entry.arrived, place.rank.seq));
@@ -139,7 +144,7 @@ impl<T> WorkQueue<T> {
     }
 
     /// Takes the first entry of a lane.
-    pub fn pop(&mut self, class: Priority, graph: Graph) -> Option<QueuedWork<T>> {
+    pub(crate) fn pop(&mut self, class: Priority, graph: Graph) -> Option<QueuedWork<T>> {
         let lane = self.lanes.get(&(class, graph))?;
         let (&rank, _) = lane.by_rank.first_key_value()?;
         self.remove(&QueuePosition { class, graph, rank })
@@ -147,7 +152,7 @@ impl<T> WorkQueue<T> {
 
     /// The lanes in which something waits.
     #[must_use]
-    pub fn lanes(&self) -> Vec<LaneView> {
+    pub(crate) fn lanes(&self) -> Vec<LaneView> {
         self.lanes
             .iter()
             .filter_map(|(&(class, graph), entries)| {
@@ -166,14 +171,14 @@ impl<T> WorkQueue<T> {
 
     /// The deadline of the first entry of a lane.
     #[must_use]
-    pub fn first_deadline(&self, class: Priority, graph: Graph) -> Option<Instant> {
+    pub(crate) fn first_deadline(&self, class: Priority, graph: Graph) -> Option<Instant> {
         let lane = self.lanes.get(&(class, graph))?;
         lane.by_rank.first_key_value()?.1.deadline
     }
 
     /// How many would go before an entry of this deadline that came now.
     #[must_use]
-    pub fn ahead(
+    pub(crate) fn ahead(
         &self,
         class: Priority,
         graph: Graph,
@@ -188,14 +193,14 @@ impl<T> WorkQueue<T> {
 
     /// The earliest deadline of all.
     #[must_use]
-    pub fn next_deadline(&self) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let (&(deadline, _), _) = self.deadlines.first_key_value()?;
         Some(deadline)
     }
 
     /// Where the entries stand whose deadline has passed.
     #[must_use]
-    pub fn expired(&self, now: Instant) -> Vec<QueuePosition> {
+    pub(crate) fn expired(&self, now: Instant) -> Vec<QueuePosition> {
         self.deadlines
             .range(..=(now, u64::MAX))
             .map(|(_, &place)| place)
@@ -204,7 +209,7 @@ impl<T> WorkQueue<T> {
 
     /// Where all entries stand.
     #[must_use]
-    pub fn places(&self) -> Vec<QueuePosition> {
+    pub(crate) fn places(&self) -> Vec<QueuePosition> {
         let places = |(&(class, graph), lane): (&(Priority, Graph), &Entries<T>)| {
             let ranks: Vec<LaneRank> = lane.by_rank.keys().copied().collect();
             ranks
@@ -216,7 +221,7 @@ impl<T> WorkQueue<T> {
 
     /// An entry where it stands.
     #[must_use]
-    pub fn get(&self, place: &QueuePosition) -> Option<&QueuedWork<T>> {
+    pub(crate) fn get(&self, place: &QueuePosition) -> Option<&QueuedWork<T>> {
         let lane = self.lanes.get(&(place.class, place.graph))?;
         lane.by_rank.get(&place.rank)
     }

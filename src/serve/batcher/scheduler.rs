@@ -17,7 +17,7 @@ use crate::serve::metrics::BatchClose;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Scheduler<T> {
+pub(crate) struct Scheduler<T> {
     pub queue: WorkQueue<T>,
     pub pace: Pace,
     policy: Policy,
@@ -53,7 +53,7 @@ struct Running {
 
 /// The sequences that a step would take further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Steps {
+pub(crate) struct Steps {
     /// The most urgent class among them.
     pub class: Priority,
     /// Whether there are any of bulk.
@@ -64,7 +64,7 @@ pub struct Steps {
 
 /// What to do with an engine that is free.
 #[derive(Debug)]
-pub enum NextTurn<T> {
+pub(crate) enum NextTurn<T> {
     Idle,
     WaitUntil(Instant),
     Run(Picked<T>),
@@ -74,7 +74,7 @@ pub enum NextTurn<T> {
 
 /// A batch, and those for whom it came too late.
 #[derive(Debug)]
-pub struct Picked<T> {
+pub(crate) struct Picked<T> {
     pub class: Priority,
     pub graph: Graph,
     pub bucket: usize,
@@ -91,7 +91,7 @@ pub struct Picked<T> {
 
 impl<T> Scheduler<T> {
     #[must_use]
-    pub fn new(policy: Policy, n_engines: usize) -> Self {
+    pub(crate) fn new(policy: Policy, n_engines: usize) -> Self {
         let largest = policy.buckets.largest();
         let engine = |idx| {
             let engine = Engine {
@@ -112,32 +112,32 @@ impl<T> Scheduler<T> {
 
     /// The largest batch that is formed now for an engine.
     #[must_use]
-    pub fn largest(&self, device: DeviceIdx) -> usize {
+    pub(crate) fn largest(&self, device: DeviceIdx) -> usize {
         self.engines.get(&device).map_or(1, |engine| engine.largest)
     }
 
     /// The engine takes no more than this from now on.
-    pub fn limit(&mut self, device: DeviceIdx, largest: usize) {
+    pub(crate) fn limit(&mut self, device: DeviceIdx, largest: usize) {
         if let Some(engine) = self.engines.get_mut(&device) {
             engine.largest = self.policy.buckets.at_most(largest);
         }
     }
 
     /// The engine takes no more work.
-    pub fn gone(&mut self, device: DeviceIdx) {
+    pub(crate) fn gone(&mut self, device: DeviceIdx) {
         self.engines.remove(&device);
     }
 
     /// Images per second while all engines are busy: they take from one queue, so
     /// each had as many of the runs that were measured as it is fast.
     #[must_use]
-    pub fn rate(&self) -> Option<f64> {
+    pub(crate) fn rate(&self) -> Option<f64> {
         let n_engines = u32::try_from(self.engines.len()).unwrap_or(u32::MAX);
         Some(self.pace.rate()? * f64::from(n_engines))
     }
 
     /// What this engine, which is free, should run.
-    pub fn next(
+    pub(crate) fn next(
         &mut self,
         device: DeviceIdx,
         now: Instant,
@@ -397,7 +397,7 @@ impl<T> Scheduler<T> {
     }
 
     /// The engine has ended the batch that was picked for it last.
-    pub fn ended(&mut self, device: DeviceIdx, now: Instant) {
+    pub(crate) fn ended(&mut self, device: DeviceIdx, now: Instant) {
         let Some(engine) = self.engines.get_mut(&device) else {
             return;
         };
@@ -420,7 +420,7 @@ impl<T> Scheduler<T> {
     /// shared out among the engines, its own run. By the shortest times that were
     /// measured lately, so that nobody is refused who might have been served.
     #[must_use]
-    pub fn too_late(
+    pub(crate) fn too_late(
         &self,
         class: Priority,
         graph: Graph,
@@ -454,12 +454,12 @@ impl<T> Scheduler<T> {
 
     /// When something will have to be looked at again, whatever arrives.
     #[must_use]
-    pub fn next_deadline(&self) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.queue.next_deadline()
     }
 
     /// Moves an entry to where it stands with this class and deadline.
-    pub fn promote(
+    pub(crate) fn promote(
         &mut self,
         place: &QueuePosition,
         class: Priority,

@@ -13,7 +13,7 @@ use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// See the module.
 #[derive(Debug)]
-pub struct CoalescedWaiters(Mutex<State>);
+pub(crate) struct CoalescedWaiters(Mutex<State>);
 
 #[derive(Debug)]
 enum State {
@@ -24,7 +24,7 @@ enum State {
 
 /// Callers that are left, and what the most urgent of them need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WaitersLeft {
+pub(crate) struct WaitersLeft {
     pub n_tickets: usize,
     pub class: Option<crate::proto::Priority>,
     pub deadline: Option<Instant>,
@@ -32,7 +32,7 @@ pub struct WaitersLeft {
 
 impl CoalescedWaiters {
     #[must_use]
-    pub fn new(first: Ticket) -> Self {
+    pub(crate) fn new(first: Ticket) -> Self {
         Self(Mutex::new(State::Open(vec![first])))
     }
 
@@ -50,7 +50,7 @@ impl CoalescedWaiters {
         clippy::result_large_err,
         reason = "the ticket must go on to other work"
     )]
-    pub fn join(&self, ticket: Ticket) -> Result<(), Ticket> {
+    pub(crate) fn join(&self, ticket: Ticket) -> Result<(), Ticket> {
         match &mut *self.lock() {
             State::Open(tickets) => {
                 tickets.push(ticket);
@@ -61,7 +61,7 @@ impl CoalescedWaiters {
     }
 
     /// Answers those whom nothing helps any more, telling `dropped` why.
-    pub fn sweep(
+    pub(crate) fn sweep(
         &self,
         now: Instant,
         stage: RequestStage,
@@ -72,7 +72,7 @@ impl CoalescedWaiters {
 
     /// Answers those whose own deadline is not after `limit`, for whom the work
     /// comes too late; it may be in time for the others.
-    pub fn late(
+    pub(crate) fn late(
         &self,
         limit: Instant,
         error: &StageError,
@@ -123,7 +123,7 @@ impl CoalescedWaiters {
     /// Nobody can join any more; whoever is in it gets an answer from the
     /// caller of this. Only the first call gets anybody.
     #[must_use]
-    pub fn close(&self) -> Vec<Ticket> {
+    pub(crate) fn close(&self) -> Vec<Ticket> {
         match std::mem::replace(&mut *self.lock(), State::Closed) {
             State::Open(tickets) => tickets,
             State::Closed => Vec::new(),
@@ -131,7 +131,7 @@ impl CoalescedWaiters {
     }
 
     /// Closes it and gives everybody the same bad news.
-    pub fn refuse(&self, error: &StageError) {
+    pub(crate) fn refuse(&self, error: &StageError) {
         for ticket in self.close() {
             ticket.finish(Err(error.clone()));
         }

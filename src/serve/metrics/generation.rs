@@ -7,7 +7,7 @@ use super::registry::{Family, Registry};
 use super::{Metrics, as_f64};
 
 /// Handles to these metrics.
-pub struct GenerationMetrics {
+pub(crate) struct GenerationMetrics {
     sequences: Gauge,
     sequences_max: Gauge,
     cache_bytes_max: Gauge,

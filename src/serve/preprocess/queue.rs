@@ -33,11 +33,11 @@ const PATIENCE_MAX: Duration = Duration::from_secs(30);
 
 /// The end that admission holds: the queue is closed when it is dropped.
 #[derive(Debug)]
-pub struct QueueEntrance(Arc<PreprocessQueue>);
+pub(crate) struct QueueEntrance(Arc<PreprocessQueue>);
 
 /// The end that preprocessing threads hold.
 #[derive(Debug)]
-pub struct PreprocessQueue {
+pub(crate) struct PreprocessQueue {
     state: Mutex<State>,
     /// Rung for threads that take any picture.
     arrived: Condvar,
@@ -51,7 +51,7 @@ pub struct PreprocessQueue {
 
 /// Which pictures a thread takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ThreadReach {
+pub(crate) enum ThreadReach {
     Any,
     /// Only those that are decoded in a moment, so that they pass while every
     /// other thread is held by large ones.
@@ -166,7 +166,7 @@ impl State {
 
 /// A queue and its door. `bell` has room for one ring; more mean the same.
 #[must_use]
-pub fn queue(bell: Sender<()>, metrics: Metrics) -> (QueueEntrance, Arc<PreprocessQueue>) {
+pub(crate) fn queue(bell: Sender<()>, metrics: Metrics) -> (QueueEntrance, Arc<PreprocessQueue>) {
     let queue = Arc::new(PreprocessQueue {
         state: Mutex::default(),
         arrived: Condvar::new(),
@@ -185,7 +185,7 @@ impl PreprocessQueue {
 
     /// The next picture within reach, once there is one; `None` once the door
     /// is closed and all within reach have gone through.
-    pub fn next(&self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
+    pub(crate) fn next(&self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
         let arrived = match reach {
             ThreadReach::Any => &self.arrived,
             ThreadReach::Cheap => &self.cheap_arrived,
@@ -206,7 +206,7 @@ impl PreprocessQueue {
 impl QueueEntrance {
     /// Puts a picture into its class, behind those that arrived before and
     /// before those that cost more.
-    pub fn push(&self, job: Job<ImageRequest>) {
+    pub(crate) fn push(&self, job: Job<ImageRequest>) {
         // Headers are read without the lock.
         let cost = job.payload.cost();
         self.0.lock().push(job, cost, Instant::now());
@@ -218,7 +218,7 @@ impl QueueEntrance {
 
     /// Answers those who have gone or are late, here and in the batcher, so
     /// that their places are free at once.
-    pub fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
         let now = Instant::now();
         let mut dead = Vec::new();
         {

@@ -12,7 +12,7 @@ use crate::serve::metrics::Metrics;
 
 /// Who is let in and how, with the files that say so read once.
 #[derive(Debug, Default)]
-pub struct Access {
+pub(crate) struct Access {
     tls: Option<(Latest<Tls>, Follower<Tls>)>,
     tokens: Option<(Latest<AcceptedTokens>, Follower<AcceptedTokens>)>,
     web: Web,
@@ -31,7 +31,7 @@ impl Access {
     /// # Errors
     ///
     /// One sentence on the file that is wrong.
-    pub fn open(config: &AccessConfig) -> anyhow::Result<Self> {
+    pub(crate) fn open(config: &AccessConfig) -> anyhow::Result<Self> {
         let tls = match (&config.tls_cert, &config.tls_key) {
             (Some(certificate), Some(key)) => Some(Tls::open(
                 FlagFile::new("--tls-cert", certificate),

@@ -273,7 +273,7 @@ fn prefix(ids: Vec<u32>) -> ImageRequest {
 
 /// The response: messages until the last one.
 #[derive(Debug)]
-pub struct Samples {
+pub(crate) struct Samples {
     messages: mpsc::Receiver<Message>,
     session: tokio::task::AbortHandle,
     /// Counts the call when its last message has been taken.

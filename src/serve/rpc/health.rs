@@ -24,7 +24,7 @@ use crate::serve::readiness::Readiness;
 const SERVER: &str = "";
 /// A name that stays SERVING while the worker loads and drains, and stops
 /// only when the engine has failed: what a liveness probe should ask for.
-pub const LIVENESS: &str = "liveness";
+pub(crate) const LIVENESS: &str = "liveness";
 
 /// A request is the name of a service.
 const REQUEST_BYTES_MAX: usize = 4096;

@@ -86,22 +86,22 @@ impl ObserveLayer {
 /// How many calls are in progress, from their arrival until their answer has
 /// been taken.
 #[derive(Debug, Clone)]
-pub struct CallsInProgress(Arc<watch::Sender<usize>>);
+pub(crate) struct CallsInProgress(Arc<watch::Sender<usize>>);
 
 impl CallsInProgress {
     #[must_use]
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new(watch::Sender::new(0)))
     }
 
     /// How many there are now.
     #[must_use]
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         *self.0.borrow()
     }
 
     /// Waits until there are none.
-    pub async fn none(&self) {
+    pub(crate) async fn none(&self) {
         // The sender lives in self, so waiting cannot fail.
         let _ = self.0.subscribe().wait_for(|&count| count == 0).await;
     }

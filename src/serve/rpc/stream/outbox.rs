@@ -266,7 +266,7 @@ impl<T> Outbox<T> {
 
 /// The response of a stream, from its session's outbox.
 #[derive(Debug)]
-pub struct OutboxAnswers<T> {
+pub(crate) struct OutboxAnswers<T> {
     outbox: Arc<Outbox<T>>,
     session: tokio::task::AbortHandle,
 }
