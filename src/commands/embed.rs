@@ -22,6 +22,8 @@ mod sink;
 mod table;
 mod web;
 
+use crate::model::graph::Context;
+use crate::model::graph::Norm;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
@@ -33,7 +35,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use self::finish::{finish, finish_alone, only_with_files};
-use self::flags::{EmbedArgs, EmbedContext, EmbedNorm, EmbedTask, JobShare, TableFormat};
+use self::flags::{EmbedArgs, EmbedTask, JobShare, TableFormat};
 use self::input::{Broken, Reading};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
@@ -182,10 +184,10 @@ impl EmbedArgs {
             EmbedTask::Classify | EmbedTask::Score if task.layer.is_some() => {
                 Err(unfit("--layer", "embed"))
             }
-            EmbedTask::Classify | EmbedTask::Score if task.context != EmbedContext::Raw => {
+            EmbedTask::Classify | EmbedTask::Score if task.context != Context::Raw => {
                 Err(unfit("--context", "embed"))
             }
-            EmbedTask::Classify | EmbedTask::Score if task.norm != EmbedNorm::PreAttnRms => {
+            EmbedTask::Classify | EmbedTask::Score if task.norm != Norm::PreAttnRms => {
                 Err(unfit("--norm", "embed"))
             }
             EmbedTask::Classify | EmbedTask::Score if task.normalize => {

@@ -2,12 +2,13 @@
 
 use super::precision::CompileTask;
 use crate::model::architecture::Architecture;
+use crate::proto::pb;
 
 /// The input of `generate` that says what sequences share.
 pub const PREFIXES: &str = "prefixes";
 
 /// What is pooled of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
 pub enum Norm {
     /// The paper's features: what the next layer's attention sees.
     PreAttnRms,
@@ -17,12 +18,30 @@ pub enum Norm {
 }
 
 /// Which tokens the model sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Context {
     /// The image's tokens as they are.
     Raw,
     /// The start token first and the last pixel dropped, as in pre-training.
     SosShifted,
+}
+
+impl From<Norm> for pb::Norm {
+    fn from(norm: Norm) -> Self {
+        match norm {
+            Norm::PreAttnRms => Self::PreAttnRms,
+            Norm::None => Self::None,
+        }
+    }
+}
+
+impl From<Context> for pb::Context {
+    fn from(context: Context) -> Self {
+        match context {
+            Context::Raw => Self::Raw,
+            Context::SosShifted => Self::SosShifted,
+        }
+    }
 }
 
 /// A computation that the model offers. Jobs of one batch share a graph.

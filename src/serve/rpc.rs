@@ -437,7 +437,7 @@ impl WorkerService {
             results: outcomes.into_iter().map(result).collect(),
             model_digest: self.model.digest.clone(),
             preprocess: Some(proto::preprocess_applied(preprocess)),
-            context: convert::context_applied(context),
+            context: pb::Context::from(context).into(),
             head: head.map(|head| head.name.clone()).unwrap_or_default(),
         };
         Ok((response, held))

@@ -1,6 +1,8 @@
 //! Flags of `imagegpt embed`, each also an environment variable where a job's
 //! template would set it.
 
+use crate::model::graph::Context;
+use crate::model::graph::Norm;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -137,7 +139,7 @@ pub struct TaskConfig {
     /// embed: the image alone, or after the start token as in pre-training; a
     /// head knows its own
     #[arg(long, env = "IMAGEGPT_CONTEXT", value_enum, default_value = "raw")]
-    pub context: EmbedContext,
+    pub context: Context,
 
     /// embed: the mean of all positions' states, or the last one
     #[arg(long, env = "IMAGEGPT_POOLING", value_enum, default_value = "mean")]
@@ -155,7 +157,7 @@ pub struct TaskConfig {
         value_enum,
         default_value = "pre-attn-rms"
     )]
-    pub norm: EmbedNorm,
+    pub norm: Norm,
 
     /// embed: scale vectors to length 1
     #[arg(long, env = "IMAGEGPT_NORMALIZE")]
@@ -332,18 +334,6 @@ pub enum EmbedTask {
     Embed,
     Classify,
     Score,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum EmbedContext {
-    Raw,
-    SosShifted,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum EmbedNorm {
-    PreAttnRms,
-    None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::flags::{Dtype, EmbedArgs, EmbedContext, EmbedNorm, EmbedTask, Pooling, TaskConfig};
+use super::flags::{Dtype, EmbedArgs, EmbedTask, Pooling, TaskConfig};
 use crate::client::pool;
 use crate::imaging::PreprocessOptions;
 use crate::proto::pb;
@@ -70,11 +70,7 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
     match task.task {
         EmbedTask::Embed => pool::PoolWork::Embed(pb::EmbedStreamOptions {
             preprocess: Some(preprocess(task)),
-            context: match task.context {
-                EmbedContext::Raw => pb::Context::Raw,
-                EmbedContext::SosShifted => pb::Context::SosShifted,
-            }
-            .into(),
+            context: pb::Context::from(task.context).into(),
             pooling: match task.pooling {
                 Pooling::Mean => pb::Pooling::Mean,
                 Pooling::Last => pb::Pooling::Last,
@@ -87,11 +83,7 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
             }
             .into(),
             layers: layer(task, model).into_iter().collect(),
-            norm: match task.norm {
-                EmbedNorm::PreAttnRms => pb::Norm::PreAttnRms,
-                EmbedNorm::None => pb::Norm::None,
-            }
-            .into(),
+            norm: pb::Norm::from(task.norm).into(),
             order: pb::Order::AsDone.into(),
             window: 0,
         }),

@@ -79,14 +79,6 @@ pub(super) fn context(value: i32) -> Result<Context, RequestError> {
     })
 }
 
-pub(super) fn context_applied(context: Context) -> i32 {
-    match context {
-        Context::Raw => pb::Context::Raw,
-        Context::SosShifted => pb::Context::SosShifted,
-    }
-    .into()
-}
-
 /// What to compute for these options, if the model has it.
 pub(super) fn want(
     model: &Model,
@@ -143,13 +135,6 @@ pub(super) fn norm(value: i32) -> Result<Norm, RequestError> {
         pb::Norm::Unspecified | pb::Norm::PreAttnRms => Norm::PreAttnRms,
         pb::Norm::None => Norm::None,
     })
-}
-
-pub(super) fn norm_applied(norm: Norm) -> pb::Norm {
-    match norm {
-        Norm::PreAttnRms => pb::Norm::PreAttnRms,
-        Norm::None => pb::Norm::None,
-    }
 }
 
 pub(super) fn pooling_applied(want: Want) -> i32 {
@@ -248,8 +233,8 @@ pub(super) fn head_info(head: &LinearHead) -> pb::Head {
         labels: head.labels.clone(),
         activation: activation(head.activation).into(),
         layer: head.layer,
-        norm: norm_applied(head.norm).into(),
-        context: context_applied(head.context),
+        norm: pb::Norm::from(head.norm).into(),
+        context: pb::Context::from(head.context).into(),
     }
 }
 

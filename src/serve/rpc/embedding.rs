@@ -93,12 +93,12 @@ impl Embedding {
     pub(super) fn applied(&self, model: &Model) -> pb::EmbedStreamOptions {
         pb::EmbedStreamOptions {
             preprocess: Some(proto::preprocess_applied(self.preprocess)),
-            context: convert::context_applied(self.context),
+            context: pb::Context::from(self.context).into(),
             pooling: convert::pooling_applied(self.want),
             normalize: self.normalize,
             dtype: self.dtype.into(),
             layers: convert::layers_applied(model, self.want),
-            norm: convert::norm_applied(self.norm).into(),
+            norm: pb::Norm::from(self.norm).into(),
             ..Default::default()
         }
     }
