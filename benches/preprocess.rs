@@ -8,12 +8,11 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
-use imagegpt::imaging::DecodeBudget;
 use imagegpt::imaging::decode::decode;
 use imagegpt::imaging::resize::resize;
 use imagegpt::imaging::{
-    Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor, Quantizer,
-    RgbImage,
+    Alpha, DecodeBudget, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor,
+    Quantizer, RgbImage,
 };
 
 const LIMITS: ImageLimits = ImageLimits {

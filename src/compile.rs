@@ -23,8 +23,6 @@ pub(crate) mod store;
 pub(crate) mod verify;
 pub(crate) mod weights;
 
-use crate::files::hex;
-use crate::model::{architecture, manifest};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -38,18 +36,18 @@ use self::stage::StagingFolder;
 use self::store::{Parts, WeightLayout};
 use self::verify::{Nearness, Trial};
 use self::weights::CheckpointWeights;
+use crate::files::hex;
 use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
-use crate::model::manifest::SourceFacts;
+use crate::model::manifest::{Manifest, SourceFacts};
 use crate::model::onnx::DataType;
-use crate::runtime::Operators;
+use crate::model::precision::{CompileTask, Precision, Provider};
+use crate::model::{architecture, manifest};
+use crate::runtime::{Operators, Runtime};
 
 pub use self::error::CompileError;
 pub use self::options::CompileOptions;
 pub use self::source::ModelSource;
-use crate::model::manifest::Manifest;
-use crate::model::precision::{CompileTask, Precision, Provider};
-use crate::runtime::Runtime;
 
 /// What a compilation is busy with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

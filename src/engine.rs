@@ -9,14 +9,14 @@ pub mod fake;
 pub mod onnx;
 mod stop;
 
-use crate::model::graph::Graph;
-use crate::runtime::error::EngineError;
 use std::time::{Duration, Instant};
 
-pub use self::stop::{RunStop, StopHook};
 use crate::kernels::attention::SharedPrefix;
+use crate::model::graph::{Graph, Want};
+use crate::runtime::error::EngineError;
+
+pub use self::stop::{RunStop, StopHook};
 pub use crate::model::buckets::Buckets;
-use crate::model::graph::Want;
 
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]

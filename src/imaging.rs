@@ -12,10 +12,11 @@
 //! [`decode`](decode::decode), [`resize`](resize::resize) and [`Quantizer`] also
 //! stand alone.
 
-use self::cost::DecodeCost;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+
+use self::cost::DecodeCost;
 
 pub(crate) mod budget;
 pub(crate) mod cost;

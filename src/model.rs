@@ -4,7 +4,6 @@
 //! that a directory that cannot be served is refused with the reason before
 //! anything listens; what only a run can show, `engine/onnx.rs` checks.
 
-use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
@@ -13,14 +12,13 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use self::files::{DigestOrigin, FilesByPath, Sha256Digest};
-
 use self::buckets::Buckets;
-use self::graph::Graph;
-use self::graph::{Layers, Norm, Want};
+use self::files::{DigestOrigin, FilesByPath, Sha256Digest};
+use self::graph::{Graph, Layers, Norm, Want};
 use self::manifest::Manifest;
 use self::precision::Precision;
 use crate::files::hex;
+use crate::model::precision::Provider;
 
 pub use self::files::GraphFiles;
 

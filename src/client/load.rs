@@ -4,7 +4,6 @@
 //! does not show as the worker's latency on a machine that they share. Nothing
 //! here measures; `imagegpt bench` does.
 
-use crate::proto::Priority;
 use std::cmp::Ordering;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use tonic::{Code, ConnectError, Status};
 use tonic_types::StatusExt as _;
 
 use super::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
-use crate::proto::{GrpcCode, pb};
+use crate::proto::{GrpcCode, Priority, pb};
 
 /// Items of a stream between its writer and its connection; the worker's window
 /// is what bounds a stream.

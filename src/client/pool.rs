@@ -10,7 +10,6 @@
 mod feed;
 mod session;
 
-use crate::proto::GrpcCode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,9 +20,10 @@ use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
-pub use self::feed::TaskFeed;
 use super::{ConnectConfig, Token};
-use crate::proto::pb;
+use crate::proto::{GrpcCode, pb};
+
+pub use self::feed::TaskFeed;
 
 /// Addresses that all names together may have: more would be a mistake of the
 /// name service, and each costs a connection.

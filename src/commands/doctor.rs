@@ -16,7 +16,6 @@ mod machine;
 mod report;
 mod trial;
 
-use crate::model::precision::Provider;
 use std::io::Write;
 use std::time::Duration;
 
@@ -29,7 +28,7 @@ use self::library::{CudaProvider, Library};
 use self::machine::MachineLimits;
 use crate::compile::ModelSource;
 use crate::gpu::Monitor;
-use crate::model::precision::ProviderChoice;
+use crate::model::precision::{Provider, ProviderChoice};
 use crate::serve::config::bounds::{DAY, bounded_time};
 use crate::serve::config::{CacheFlags, DeviceFlags, LibraryFlags};
 

@@ -22,8 +22,6 @@ mod sink;
 mod table;
 mod web;
 
-use crate::model::graph::Context;
-use crate::model::graph::Norm;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
@@ -43,14 +41,16 @@ use self::memory::ImageMemory;
 use self::pipeline::{EmbedJob, IMAGES_QUEUE, ShardWork, Stopped};
 use self::plan::{InputPlan, Shard, plan};
 use self::progress::JobCounts;
-pub use self::progress::Terminal;
 use self::request::{asked, check_model, options};
 use self::sink::Sink;
 use self::table::{OWN_COLUMNS, StoredValues, TableShape};
 use self::web::WebTrust;
 use crate::client::pool;
 use crate::client::pool::{PoolConfig, WorkerPool};
+use crate::model::graph::{Context, Norm};
 use crate::proto::pb;
+
+pub use self::progress::Terminal;
 
 /// What a message has besides its image.
 const MESSAGE_OVERHEAD: u64 = 2048;

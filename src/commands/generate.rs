@@ -22,9 +22,8 @@ use crate::client::Client;
 use crate::commands::neighbors::PICTURE_LIMITS;
 use crate::files::{self, printable};
 use crate::imaging;
-use crate::imaging::Alpha;
-use crate::imaging::DecodeBudget;
 use crate::imaging::decode::decode;
+use crate::imaging::{Alpha, DecodeBudget};
 use crate::proto::pb;
 use crate::proto::pb::generate_response::Message;
 

@@ -15,8 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::files::{self, FoundFile, Trouble};
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
-use crate::proto::pb;
-use crate::proto::preprocess_applied;
+use crate::proto::{pb, preprocess_applied};
 use crate::serve::config::LimitsConfig;
 
 /// What stands for standard input.

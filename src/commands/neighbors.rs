@@ -19,9 +19,8 @@ use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
 use crate::commands::{check_output, complain};
 use crate::files::printable;
-use crate::imaging::DecodeBudget;
 use crate::imaging::decode::decode;
-use crate::imaging::{Alpha, ImageLimits};
+use crate::imaging::{Alpha, DecodeBudget, ImageLimits};
 use crate::proto::pb;
 
 #[derive(Debug, Clone, Args)]

@@ -9,7 +9,6 @@ mod pickle;
 mod safetensors;
 mod torch;
 
-use crate::files::hex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
@@ -21,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::CompileError;
 use super::random::{self, RandomTensors};
+use crate::files::hex;
 use crate::model::files;
 
 /// Where a tensor lies and what it is made of.

@@ -10,12 +10,12 @@ mod backbone;
 mod builder;
 mod tasks;
 
-use crate::model::graph::Graph;
 use half::bf16;
 
 use super::store::Store;
 use crate::kernels::attention::{Int24, Kept as _};
 use crate::model::architecture::Architecture;
+use crate::model::graph::Graph;
 use crate::model::onnx::{DataType, ModelProto};
 use crate::model::precision::{Precision, Provider};
 

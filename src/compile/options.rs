@@ -1,11 +1,9 @@
 //! What to make of a source, in the words of the command line.
 
-use crate::model::precision::CompileTask;
-use crate::model::precision::Precision;
-use crate::model::precision::Provider;
 use std::collections::BTreeSet;
 
 use super::error::CompileError;
+use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 
 /// What to make of a source.

@@ -1,6 +1,5 @@
 //! Where a model comes from.
 
-use crate::model::error::ModelFileError;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use super::CompileProgress;
 use super::error::CompileError;
 use super::hub::Hub;
 use super::random::{self, PREFIX, ScratchFolder};
+use crate::model::error::ModelFileError;
 
 /// The preprocessor's settings and palette, which `serve` needs.
 pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::CompileError;
 use crate::files::hex;
-use crate::model::architecture;
-use crate::model::files;
+use crate::model::{architecture, files};
 
 /// Directory that a compiled model is made in.
 pub(super) struct StagingFolder {

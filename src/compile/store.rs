@@ -4,16 +4,15 @@
 //! memory; a graph that is tried maps it. Tensors start at multiples of a page,
 //! which is what mapping asks for.
 
-use crate::model::manifest::WEIGHTS_FILE;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::CompileError;
-use super::weights::CheckpointWeights;
-use super::weights::Dense;
+use super::weights::{CheckpointWeights, Dense};
 use crate::model::architecture::Architecture;
+use crate::model::manifest::WEIGHTS_FILE;
 use crate::model::onnx::{DataType, StringEntry, TensorProto};
 use crate::model::precision::Precision;
 

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-pub use self::cost::Cost;
 use super::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SequenceFacts, SlotFeed, WarmRun};
-use crate::model::graph::Graph;
-use crate::model::graph::Want;
+use crate::model::graph::{Graph, Want};
 use crate::runtime::error::EngineError;
+
+pub use self::cost::Cost;
 
 /// How often a run that takes long looks whether it should stop.
 const STOP_INTERVAL: Duration = Duration::from_millis(1);

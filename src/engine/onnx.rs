@@ -26,14 +26,11 @@ use super::{
 };
 use crate::model::GraphFiles;
 use crate::model::buckets::Buckets;
-use crate::model::graph::Graph;
-use crate::model::graph::{Layers, Want};
+use crate::model::graph::{Graph, Layers, Want};
 use crate::model::precision::{Provider, ProviderChoice};
-use crate::runtime::error::EngineError;
-use crate::runtime::error::runtime;
+use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
-use crate::runtime::{Residence, Runtime, operators};
-use crate::runtime::{arena, library};
+use crate::runtime::{Residence, Runtime, arena, library, operators};
 
 pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use crate::runtime::probe::probe;

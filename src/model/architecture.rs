@@ -3,13 +3,13 @@
 //! What changes the computation is either supported or refused by name: a
 //! setting is never passed over in silence.
 
-use crate::kernels::layers::Activation;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::files;
+use crate::kernels::layers::Activation;
 use crate::model::error::ModelFileError;
 
 /// The file's name.
@@ -230,8 +230,9 @@ fn activation(fields: &Map<String, Value>) -> Result<Activation, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     #[track_caller]
     fn refused(config: &Value, word: &str) {

@@ -226,8 +226,9 @@ fn f32s(name: &str, tensor: &TensorView<'_>) -> Result<Vec<f32>, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::collections::HashMap;
+
+    use super::*;
 
     /// Writes a head of 2 classes over 3 numbers, changed by `change`.
     fn head(

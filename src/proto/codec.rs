@@ -5,7 +5,6 @@
 //! a small compressed request could take gigabytes. What is counted here is
 //! only what multiplies; everything else keeps its size when it is decoded.
 
-use crate::proto::RpcMethod;
 use std::marker::PhantomData;
 
 use bytes::Bytes;
@@ -14,7 +13,7 @@ use tonic::{Code, Status};
 use tonic_prost::ProstEncoder;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::proto::{inference, pb};
+use crate::proto::{RpcMethod, inference, pb};
 
 /// No flag allows more images a call.
 pub(crate) const IMAGES_MAX: usize = 65_536;
@@ -528,8 +527,9 @@ pub(crate) fn malformed(reason: &str) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use prost::Message as _;
+
+    use super::*;
 
     fn check(message: &[u8], expected: Result<(), &str>) {
         match (pb::EmbedRequest::scan(message), expected) {

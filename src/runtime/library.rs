@@ -5,8 +5,7 @@ use std::sync::Mutex;
 
 use ort::environment::Environment;
 
-use crate::runtime::error::EngineError;
-use crate::runtime::error::runtime;
+use crate::runtime::error::{EngineError, runtime};
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";

@@ -20,18 +20,15 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
-use ort::value::PrimitiveTensorElementType;
-use ort::value::{DynValue, Tensor};
+use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
-use crate::model::GraphFiles;
 use crate::model::files::{FileReader, beside};
-use crate::model::manifest;
 use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
 use crate::model::wire::{self, ExternalTensor, Substitute};
+use crate::model::{GraphFiles, manifest};
 use crate::runtime::Runtime;
-use crate::runtime::error::EngineError;
-use crate::runtime::error::runtime;
+use crate::runtime::error::{EngineError, runtime};
 
 /// Tensors up to this size are written into the graph: all norms and biases, and no
 /// matrix of a real model.

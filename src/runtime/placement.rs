@@ -8,18 +8,16 @@
     reason = "ort has no safe way to ask where nodes were put"
 )]
 
-use crate::runtime::Runtime;
-use crate::runtime::error::EngineError;
-use crate::runtime::error::cannot_be_had;
-use ort::session::builder::SessionBuilder;
 use std::ffi::{CStr, c_char};
 use std::ptr;
 
 use ort::AsPointer as _;
 use ort::session::Session;
+use ort::session::builder::SessionBuilder;
 
 use crate::model::precision::Provider;
-use crate::runtime::Operators;
+use crate::runtime::error::{EngineError, cannot_be_had};
+use crate::runtime::{Operators, Runtime};
 
 /// What a session must be told, or else it does not remember.
 pub(crate) const RECORD: &str = "session.record_ep_graph_assignment_info";

@@ -9,8 +9,7 @@ use crate::model::onnx::{
     ValueInfoProto,
 };
 use crate::runtime::Runtime;
-use crate::runtime::error::EngineError;
-use crate::runtime::error::cannot_be_had;
+use crate::runtime::error::{EngineError, cannot_be_had};
 
 /// Runs the smallest of graphs. A provider that registers may still have no
 /// device, which only a session notices.

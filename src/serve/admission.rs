@@ -6,19 +6,20 @@
 //! a retry makes sense. Only a stream waits here: it is not read on until
 //! there is room for its next item.
 
-use crate::serve::capacity::DrainRate;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub(crate) use super::capacity::{CapacityPool, CapacityShare};
 use crate::imaging::ImageRequest;
 use crate::proto::Priority;
+use crate::serve::capacity::DrainRate;
 use crate::serve::error::StageError;
 use crate::serve::job::{Answer, Job, Permit, Reply, RequestedWork, Ticket};
 use crate::serve::preprocess::Preprocessing;
 use crate::serve::preprocess::queue::QueueEntrance;
+
+pub(crate) use super::capacity::{CapacityPool, CapacityShare};
 
 /// Bounds on what may be in the worker at once.
 #[derive(Debug, Clone, Copy)]

@@ -8,8 +8,7 @@
 //! interactive calls.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -201,8 +200,9 @@ fn merge(one: &mut Option<OwnedSemaphorePermit>, other: Option<OwnedSemaphorePer
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use Priority::{Bulk, Interactive};
+
+    use super::*;
 
     #[test]
     fn retry_times_follow_the_measured_rate() {

@@ -6,23 +6,24 @@ mod access;
 pub(crate) mod bounds;
 mod runtime;
 
-pub(crate) use self::access::ANY_ORIGIN;
-pub use self::access::{AccessConfig, ConnectionsConfig};
-use self::bounds::{DAY, SECOND, bounded_size, bounded_time, size};
-pub(crate) use self::runtime::device_id;
-pub use self::runtime::{CacheFlags, DeviceFlags, LibraryFlags, ProviderFlags};
-use crate::model::precision::Precision;
-use crate::telemetry::LogConfig;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::Args;
 
+use self::bounds::{DAY, SECOND, bounded_size, bounded_time, size};
 use crate::engine::fake;
 use crate::model::buckets::Buckets;
 use crate::model::head::HeadFlag;
+use crate::model::precision::Precision;
+use crate::telemetry::LogConfig;
+
+pub(crate) use self::access::ANY_ORIGIN;
+pub(crate) use self::runtime::device_id;
+
+pub use self::access::{AccessConfig, ConnectionsConfig};
+pub use self::runtime::{CacheFlags, DeviceFlags, LibraryFlags, ProviderFlags};
 
 /// Serve a model over gRPC.
 #[derive(Debug, Clone, Args)]
@@ -632,8 +633,9 @@ impl ModelConfig {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::Parser;
+
+    use super::*;
 
     #[derive(Parser)]
     struct Cli {

@@ -20,10 +20,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use self::decoder::Decoder;
 use self::gap::Metered;
-use super::devices::DeviceIdx;
-use super::devices::DeviceReports;
-use super::handoff::PendingReplies;
-use super::handoff::{Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn, FinishedRun};
+use super::devices::{DeviceIdx, DeviceReports};
+use super::handoff::{
+    Batch, BatchUnit, EngineNotice, EngineSlot, EngineTurn, FinishedRun, PendingReplies,
+};
 use crate::engine::{BatchRow, Engine, EngineFactory, GraphRun, RunStop};
 use crate::model::buckets::Buckets;
 use crate::model::graph::Graph;

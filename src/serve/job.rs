@@ -8,18 +8,18 @@
 
 mod waiters;
 
-use crate::model::graph::Context;
-use crate::model::graph::Want;
-use crate::proto::Priority;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-pub(crate) use self::waiters::CoalescedWaiters;
+use crate::model::graph::{Context, Want};
+use crate::proto::Priority;
 use crate::serve::capacity::CapacityShare;
 use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::GenerateRequest;
+
+pub(crate) use self::waiters::CoalescedWaiters;
 
 /// One image of one call, in the form that the next stage takes.
 #[derive(Debug)]

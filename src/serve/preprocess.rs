@@ -6,7 +6,6 @@
 //! or whose deadline has passed is dropped before it is decoded, and while it is.
 
 pub(crate) mod queue;
-use crate::imaging::ImageRequest;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +13,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use self::queue::{PreprocessQueue, ThreadReach};
-use crate::imaging::{DecodeBudget, ImageInput, PreprocessError, Preprocessor};
+use crate::imaging::{DecodeBudget, ImageInput, ImageRequest, PreprocessError, Preprocessor};
 use crate::model::graph::Context;
 use crate::serve::batcher::PreparedWork;
 use crate::serve::error::{RequestStage, StageError};

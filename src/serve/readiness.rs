@@ -7,8 +7,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::engine::EngineFacts;
-use crate::serve::devices::{DeviceState, DeviceStates};
-use crate::serve::devices::{WorkerFailure, WorkerState};
+use crate::serve::devices::{DeviceState, DeviceStates, WorkerFailure, WorkerState};
 
 /// A view of the worker's state that any part may hold.
 #[derive(Debug, Clone)]

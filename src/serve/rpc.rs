@@ -25,12 +25,6 @@ mod tls;
 mod usage;
 mod web;
 
-pub(crate) use self::access::Access;
-pub(crate) use self::observe::CallsInProgress;
-use self::oip::Oip;
-use crate::proto;
-use crate::serve::error::StageError;
-
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,25 +38,28 @@ use tower::Layer as _;
 use self::arriving::Arrived;
 use self::embedding::Embedding;
 use self::observe::{AnswerBytes, Deadline};
+use self::oip::Oip;
 use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
-use crate::gpu;
-use crate::imaging::ImageRequest;
-use crate::imaging::PreprocessOptions;
+use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::graph::{Norm, Want};
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
-use crate::proto::Priority;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
-use crate::proto::pb;
 use crate::proto::pb::image_gpt_service_server::{ImageGptService, ImageGptServiceServer};
+use crate::proto::{Priority, pb};
 use crate::serve::admission::{Admission, AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
 use crate::serve::config::{ConnectionsConfig, LimitsConfig};
+use crate::serve::error::StageError;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::{Readiness, Unready};
 use crate::serve::rpc::error::RequestError;
+use crate::{gpu, proto};
+
+pub(crate) use self::access::Access;
+pub(crate) use self::observe::CallsInProgress;
 
 /// What the surface needs of the worker.
 #[derive(Debug)]

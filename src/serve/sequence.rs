@@ -4,14 +4,12 @@
 //! A [`Sequence`] is the value that travels from preprocessing to the engine. It
 //! knows nothing of queues and nothing of the runtime.
 
-use crate::serve::generate::GenerateRequest;
-use crate::serve::generate::GeneratedRow;
-use crate::serve::generate::KeptPixels;
+use crate::serve::error::StageError;
+use crate::serve::generate::{GenerateRequest, GeneratedRow, KeptPixels};
+use crate::serve::job::{Answer, Ticket};
 use crate::serve::sample::NotFinite;
 
 pub(crate) use super::sample::{DrawPlace, Sampling};
-use crate::serve::error::StageError;
-use crate::serve::job::{Answer, Ticket};
 
 /// An image on its way to being complete.
 #[derive(Debug)]

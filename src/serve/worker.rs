@@ -5,8 +5,6 @@
 //! admission closes; preprocessing runs dry and hangs up on the batcher; the
 //! batcher hands on what waits and hangs up on the engine; the engine ends.
 
-use crate::model::precision::ProviderChoice;
-use crate::telemetry::panic_text;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -24,27 +22,25 @@ use crate::gpu;
 use crate::imaging::{ImageLimits, Palette, Preprocessor};
 use crate::model::Model;
 use crate::model::head::LinearHead;
+use crate::model::precision::ProviderChoice;
 use crate::runtime::error::EngineError;
 use crate::serve::admission::{Admission, Capacity, Occupancy};
-use crate::serve::batcher;
 use crate::serve::batcher::Batcher;
 use crate::serve::batcher::policy::Policy;
 use crate::serve::cache::AnswerCache;
 use crate::serve::capacity::DrainRate;
 use crate::serve::config::{CudaGraphs, LimitsConfig, ServeConfig};
-use crate::serve::devices::{DeviceEngine, DeviceReports, DeviceStates};
-use crate::serve::devices::{DeviceIdx, WorkerFailure, WorkerState};
-use crate::serve::engine_thread;
+use crate::serve::devices::{
+    DeviceEngine, DeviceIdx, DeviceReports, DeviceStates, WorkerFailure, WorkerState,
+};
 use crate::serve::engine_thread::Runner;
-use crate::serve::http;
 use crate::serve::http::PageSources;
 use crate::serve::metrics::Metrics;
-use crate::serve::preprocess;
-use crate::serve::preprocess::Preprocessing;
-use crate::serve::preprocess::queue;
 use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
+use crate::serve::preprocess::{Preprocessing, queue};
 use crate::serve::readiness::{Drain, Readiness};
-use crate::serve::rpc;
+use crate::serve::{batcher, engine_thread, http, preprocess, rpc};
+use crate::telemetry::panic_text;
 
 /// After the last call's answer has been handed to its connection, time for
 /// the connections to write it out and to close.

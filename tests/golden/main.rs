@@ -12,12 +12,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use imagegpt::imaging::DecodeBudget;
 use imagegpt::imaging::decode::decode;
 use imagegpt::imaging::resize::resize_to;
 use imagegpt::imaging::{
-    Alpha, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor, Quantizer,
-    RgbView,
+    Alpha, DecodeBudget, Fit, ImageInput, ImageLimits, Palette, PreprocessOptions, Preprocessor,
+    Quantizer, RgbView,
 };
 use serde::Deserialize;
 use sha2::{Digest, Sha256};

@@ -8,8 +8,7 @@ use imagegpt::model::Model;
 use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::runtime::error::EngineError;
-use imagegpt::serve::devices::DeviceEngine;
-use imagegpt::serve::devices::FailureKind;
+use imagegpt::serve::devices::{DeviceEngine, FailureKind};
 use imagegpt::serve::worker::{Worker, engines, onnx_engines};
 use tonic::{Code, Status};
 

@@ -5,8 +5,7 @@ use std::path::Path;
 use imagegpt::engine::onnx::OnnxEngine;
 use imagegpt::model::Model;
 
-use crate::harness;
-use crate::process;
+use crate::{harness, process};
 
 /// Opens and loads a folder; the first complaint, if any.
 fn complaint(dir: &Path) -> Option<String> {

@@ -1,6 +1,5 @@
 //! The client of many workers (`rpc::pool`), with workers that misbehave.
 
-use imagegpt::proto::GrpcCode;
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -11,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use imagegpt::client::ConnectConfig;
 use imagegpt::client::pool::{PoolAnswer, PoolConfig, PoolTask, PoolWork, WorkerPool};
-use imagegpt::proto::pb;
 use imagegpt::proto::pb::embed_stream_request::Message;
 use imagegpt::proto::pb::embed_stream_result::Outcome;
+use imagegpt::proto::{GrpcCode, pb};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::body::Body;

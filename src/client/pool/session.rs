@@ -1,7 +1,6 @@
 //! One worker's part of the work: a connection, one stream, and what to do when
 //! either ends.
 
-use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,10 +21,10 @@ use tonic_types::StatusExt as _;
 use super::feed::{TakenTasks, is_guilty};
 use super::{Address, ImageFault, PoolAnswer, PoolConfig, PoolOutcome, PoolTask, PoolWork, Shared};
 use crate::client::{RESPONSE_BYTES_MAX, Token};
-use crate::proto::pb;
 use crate::proto::pb::embed_stream_request::Message as Out;
 use crate::proto::pb::embed_stream_response::Message as In;
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
+use crate::proto::{GrpcCode, pb};
 
 /// Rests after failures that follow each other: the first is of 100 ms at most, and
 /// they double up to 10 s, so that a worker that comes back waits no longer for

@@ -1,6 +1,5 @@
 //! A bulk load that takes all that the worker gives it.
 
-use crate::proto::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,6 +10,7 @@ use super::flags::BulkKind;
 use super::input;
 use super::load::Bench;
 use crate::client::load::{CallOptions, Refusal, StreamEvent};
+use crate::proto::Priority;
 
 /// Two streams, so that one's round trips are the other's time.
 const STREAMS_DEFAULT: u16 = 2;

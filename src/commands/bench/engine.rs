@@ -10,7 +10,6 @@ mod flop;
 mod nearness;
 mod report;
 
-use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -20,7 +19,6 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::{Map, json};
 
-pub(crate) use self::flags::EngineArgs;
 use self::flop::ImageWork;
 use self::nearness::BenchNearness;
 use super::flags::Flags;
@@ -32,14 +30,15 @@ use crate::commands::serve::locate;
 use crate::engine::{BatchRow, Engine, GraphRun, RunStop, SlotFeed, SlotFeedRow, onnx};
 use crate::kernels::attention::SharedPrefix;
 use crate::model::Model;
-use crate::model::graph::Graph;
-use crate::model::graph::{Layers, Want};
+use crate::model::graph::{Graph, Layers, Want};
 use crate::model::manifest::Manifest;
-use crate::model::precision::Precision;
+use crate::model::precision::{Precision, Provider};
 use crate::runtime::roofline;
 use crate::runtime::roofline::Roofline;
 use crate::serve::config::ServeConfig;
 use crate::serve::worker::onnx_factory;
+
+pub(crate) use self::flags::EngineArgs;
 
 /// A model with the engine that runs it.
 struct Loaded {

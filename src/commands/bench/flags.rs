@@ -1,6 +1,5 @@
 //! Flags of `imagegpt bench`. `--help` prints the comments.
 
-use crate::proto::Priority;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use serde::Serialize;
 use super::engine::EngineArgs;
 use crate::client::ConnectConfig;
 use crate::client::load::Method;
+use crate::proto::Priority;
 use crate::serve::config::bounds::{DAY, bounded_number, bounded_time};
 
 /// Load a worker and measure what it does.
@@ -430,8 +430,9 @@ impl Flags {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::Parser;
+
+    use super::*;
 
     #[derive(Parser)]
     struct Cli {

@@ -6,8 +6,6 @@
 //! depend on answers, and latency counts from then, so that a worker (or this
 //! tool) that falls behind shows it: no coordinated omission.
 
-use crate::client::load::CallCode;
-use crate::proto::Priority;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -24,8 +22,8 @@ use super::input::{self, BenchImages, MadeImage};
 use super::process::{self, ProcessUsage};
 use super::progress::Line;
 use super::stats::{CallCounts, EndedCall, Recorder, as_f64};
-use crate::client::load::{CallOptions, LoadConnection, Outcomes, Refusal};
-use crate::proto::pb;
+use crate::client::load::{CallCode, CallOptions, LoadConnection, Outcomes, Refusal};
+use crate::proto::{Priority, pb};
 
 /// How often the worker's processes are looked at.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);

@@ -1,6 +1,5 @@
 //! What the modes with plain measurements do, and what they make of them.
 
-use crate::proto::Priority;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -11,6 +10,7 @@ use super::load::{Bench, Measurement};
 use super::progress::note;
 use super::report::{milliseconds, rate};
 use super::stats::{Percentiles, as_f64};
+use crate::proto::Priority;
 
 /// What a mode found out.
 #[derive(Debug, Default)]

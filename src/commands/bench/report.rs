@@ -1,11 +1,11 @@
 //! Numbers for people: the table and what stands around it.
 
-use crate::client::load::CallCode;
 use std::io::Write;
 
 use super::load::{LoadShape, Measurement};
 use super::modes::ModeFindings;
 use super::stats::{CodeCounts, as_f64};
+use crate::client::load::CallCode;
 use crate::commands::output::columns;
 
 /// A tool that sends calls later than due by more than this part of their

@@ -4,9 +4,6 @@
 //! garbage, allow too little time. Whoever gets an answer must get its own,
 //! once. Processes must not grow.
 
-use crate::client::load::CallCode;
-use crate::proto::GrpcCode;
-use crate::proto::Priority;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,11 +24,12 @@ use super::random::SplitMix64;
 use super::report::milliseconds;
 use super::stats::Latencies;
 use crate::client::load::{
-    CallOptions, LoadConnection, Outcomes, Refusal, StreamEvent, StreamReader, StreamWriter,
+    CallCode, CallOptions, LoadConnection, Outcomes, Refusal, StreamEvent, StreamReader,
+    StreamWriter,
 };
 use crate::engine::fake::FakeEngine;
 use crate::model::graph::Want;
-use crate::proto::pb;
+use crate::proto::{GrpcCode, Priority, pb};
 
 /// Images of a real model whose answers are asked first.
 const REFERENCES: u64 = 64;

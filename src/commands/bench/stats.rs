@@ -1,6 +1,5 @@
 //! What came of calls: counts, latencies, and the numbers made from them.
 
-use crate::client::load::CallCode;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::client::load::{Outcomes, Refusal};
+use crate::client::load::{CallCode, Outcomes, Refusal};
 
 /// Significant digits that a latency keeps.
 const DIGITS: u8 = 3;
@@ -409,9 +408,10 @@ pub(super) struct CodeCounts {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::proto::GrpcCode;
-    use bytes::Bytes;
 
     fn refusal(code: CallCode) -> Refusal {
         Refusal {

@@ -1,8 +1,7 @@
 //! The folder for compiled models: whether one can be made there, and the room.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use crate::compile::cache;
 

@@ -3,7 +3,6 @@
 
 mod cuda;
 
-use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 
 use bytesize::ByteSize;
@@ -15,7 +14,7 @@ use super::machine::MachineLimits;
 use super::report::{Check, CheckOutcome, DeviceReport, DoctorReport};
 use super::trial::Tried;
 use crate::gpu::{GpuUsage, Gpus};
-use crate::model::precision::ProviderChoice;
+use crate::model::precision::{Provider, ProviderChoice};
 use crate::runtime::MINOR_VERSION_MIN;
 
 /// Less is tight: a worker of imagegpt-small takes 0.6 GiB (`make bench-memory`),

@@ -237,8 +237,9 @@ fn between(text: &str, open: char, close: char) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tempfile::TempDir;
+
+    use super::*;
 
     /// A root with these files.
     fn root(files: &[(&str, &str)]) -> TempDir {

@@ -1,7 +1,6 @@
 //! One model run on one provider, through the engine that would serve it, in a
 //! process of its own.
 
-use crate::model::precision::Provider;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,9 +14,8 @@ use crate::compile::random::ScratchFolder;
 use crate::compile::{CompileProgress, Silent};
 use crate::engine::{BatchRow, Engine, GraphRun, RunStop};
 use crate::model::Model;
-use crate::model::graph::Graph;
-use crate::model::graph::Want;
-use crate::model::precision::Precision;
+use crate::model::graph::{Graph, Want};
+use crate::model::precision::{Precision, Provider};
 use crate::serve::config::ServeConfig;
 use crate::serve::worker::onnx_factory;
 

@@ -1,8 +1,6 @@
 //! Flags of `imagegpt embed`, each also an environment variable where a job's
 //! template would set it.
 
-use crate::model::graph::Context;
-use crate::model::graph::Norm;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -10,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::client::ConnectConfig;
 use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
+use crate::model::graph::{Context, Norm};
 use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 

@@ -1,6 +1,5 @@
 //! Where data lies: a path, or a URL of an object store.
 
-use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -19,6 +18,7 @@ use super::address::AddressBook;
 use super::web::{WebClient, WebTimes, WebTrust};
 use crate::client::pool::ImageFault;
 use crate::files::{self, FoundFile, Trouble};
+use crate::proto::GrpcCode;
 
 /// Requests to a store are repeated for so long; longer, and credentials may
 /// run out while they are. The job is begun again by the same command.

@@ -12,7 +12,6 @@
 //! they are read from, and at most [`PARTS_OPEN`] parts
 //! are begun and not written; the reader waits for both.
 
-use crate::proto::GrpcCode;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,6 +33,7 @@ use super::sink::Sink;
 use super::table::{self, TableRow, TableShape};
 use crate::client::pool::{ImageFault, PoolAnswer, PoolOutcome, PoolTask, WorkerPool};
 use crate::files::hex;
+use crate::proto::GrpcCode;
 use crate::telemetry::panic_text;
 
 /// Parts that are begun and not yet written: one that is read, one whose last

@@ -14,8 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::input::{ListedRow, Listing};
 use super::location::{ListedObject, Location, Stores, expand, fault};
 use crate::client::pool::ImageFault;
-use crate::files::hex;
-use crate::files::{IMAGES, Trouble};
+use crate::files::{IMAGES, Trouble, hex};
 
 /// A list of files is read whole; more lines are more memory than a job should
 /// take, and a folder or Parquet does as well.

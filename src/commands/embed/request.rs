@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use super::flags::{Dtype, EmbedArgs, EmbedTask, Pooling, TaskConfig};
 use crate::client::pool;
 use crate::imaging::PreprocessOptions;
-use crate::proto::pb;
-use crate::proto::preprocess_applied;
+use crate::proto::{pb, preprocess_applied};
 
 /// Whether the model can do what is asked, and says what it means.
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {

@@ -1,12 +1,12 @@
 //! A part of the output as files: the same rows always give the same bytes.
 
-use crate::proto::GrpcCode;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use arrow_array::builder::{FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder};
-use arrow_array::builder::{StringBuilder, UInt32Builder};
+use arrow_array::builder::{
+    FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder, StringBuilder, UInt32Builder,
+};
 use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, FieldRef, Schema};
 use bytes::Bytes;
@@ -21,7 +21,7 @@ use serde::Serialize;
 use super::flags::{Dtype, TableFormat};
 use super::journal::PartId;
 use crate::client::pool::{ImageFault, PoolAnswer};
-use crate::proto::pb;
+use crate::proto::{GrpcCode, pb};
 
 /// The key of what a file says of itself, as JSON.
 const METADATA_KEY: &str = "imagegpt";

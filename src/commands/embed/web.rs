@@ -5,7 +5,6 @@
 //! while; what will not (an address that is gone or forbidden, a host that nobody
 //! knows) is an error at once.
 
-use crate::proto::GrpcCode;
 use std::error::Error as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,6 +18,7 @@ use tokio::time::Instant;
 
 use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
 use crate::client::pool::ImageFault;
+use crate::proto::GrpcCode;
 
 /// The first rest between attempts; those after it double.
 const REST_MIN: Duration = Duration::from_millis(500);

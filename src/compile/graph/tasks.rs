@@ -3,9 +3,7 @@
 use super::backbone::{CacheInputs, ResidualStream, TokenInputs};
 use super::builder::Builder;
 use super::{Attention, GraphPlan};
-use crate::model::graph::Graph;
-use crate::model::graph::Norm;
-use crate::model::graph::PREFIXES;
+use crate::model::graph::{Graph, Norm, PREFIXES};
 use crate::model::onnx::{AttributeProto, DataType, Dim, ModelProto, TensorProto, ValueInfoProto};
 use crate::model::precision::Provider;
 

@@ -3,8 +3,7 @@
 use ndarray::{ArrayView2, ArrayViewD, Axis, Ix2, Ix3, s};
 
 use crate::engine::GraphRun;
-use crate::model::graph::Graph;
-use crate::model::graph::{Layers, Want};
+use crate::model::graph::{Graph, Layers, Want};
 use crate::runtime::error::EngineError;
 
 /// Cuts a run's output into the wanted numbers of each row. Pooling happens

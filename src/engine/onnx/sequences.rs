@@ -18,7 +18,6 @@
     reason = "ONNX Runtime has no safe way to bind a part of a buffer as input and as output"
 )]
 
-use crate::model::precision::Provider;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::path::Path;
@@ -36,13 +35,11 @@ use ort::value::{
 use super::whole_images::{GRAPH_ID, NO_GRAPH};
 use crate::engine::{RunSpan, SequenceFacts, SlotFeed, SlotFeedRow, WarmRun};
 use crate::kernels::attention::{BLOCK, SharedPrefix};
-use crate::model::graph::Graph;
-use crate::model::graph::PREFIXES;
-use crate::runtime::error::EngineError;
-use crate::runtime::error::{run_failed, runtime};
+use crate::model::graph::{Graph, PREFIXES};
+use crate::model::precision::Provider;
+use crate::runtime::error::{EngineError, run_failed, runtime};
 use crate::runtime::load::Loader;
-use crate::runtime::placement;
-use crate::runtime::{Residence, Runtime};
+use crate::runtime::{Residence, Runtime, placement};
 
 /// Tokens of a primer that are fed in one run. On a CPU about as long as a few
 /// steps of imagegpt-small, so that those who are being drawn hardly notice.

@@ -21,11 +21,9 @@ use super::answers::answers;
 use crate::engine::{BatchRow, GraphRun, RunSpan};
 use crate::model::graph::Graph;
 use crate::model::precision::Provider;
-use crate::runtime::Runtime;
-use crate::runtime::error::EngineError;
-use crate::runtime::error::{run_failed, runtime};
+use crate::runtime::error::{EngineError, run_failed, runtime};
 use crate::runtime::load::Loader;
-use crate::runtime::placement;
+use crate::runtime::{Runtime, placement};
 
 /// The key by which a run says which captured graph it is.
 pub(super) const GRAPH_ID: &str = "gpu_graph_id";

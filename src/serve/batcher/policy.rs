@@ -230,10 +230,11 @@ impl BulkLedger {
 
 #[cfg(test)]
 mod tests {
-    use super::super::queue::{QueuedWork, WorkQueue};
-    use super::*;
     use Graph::{Hidden, Logits};
     use Priority::{Bulk, Interactive};
+
+    use super::super::queue::{QueuedWork, WorkQueue};
+    use super::*;
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 

@@ -229,8 +229,9 @@ impl<T> WorkQueue<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use Priority::{Bulk, Interactive};
+
+    use super::*;
 
     const GRAPH: Graph = Graph::Hidden;
 

@@ -17,7 +17,6 @@
 //! that has room needs no more of it, waits for its own client only, and that
 //! for no longer than `--request-timeout`.
 
-use crate::serve::error::StageError;
 use std::future::Future;
 use std::io::{Cursor, Read as _};
 use std::pin::Pin;
@@ -28,7 +27,8 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
 use flate2::bufread::{GzDecoder, ZlibDecoder};
-use http::{HeaderMap, header::HeaderName};
+use http::HeaderMap;
+use http::header::HeaderName;
 use http_body::{Body as _, Frame, SizeHint};
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -37,7 +37,7 @@ use super::status;
 use crate::proto::Priority;
 use crate::proto::codec::{Growth, malformed};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
-use crate::serve::error::RequestStage;
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 

@@ -4,10 +4,8 @@ use bytes::Bytes;
 
 use crate::engine;
 use crate::gpu::Gpus;
-use crate::imaging::ImageRequest;
-use crate::imaging::{Alpha, Fit, ImageInput, PreprocessOptions};
-use crate::model::graph::Graph;
-use crate::model::graph::{Context, Norm, Want};
+use crate::imaging::{Alpha, Fit, ImageInput, ImageRequest, PreprocessOptions};
+use crate::model::graph::{Context, Graph, Norm, Want};
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, ClassActivation, Model};
 use crate::proto::pb;

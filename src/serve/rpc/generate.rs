@@ -7,8 +7,6 @@
 //! client goes, the response goes, with it the session, and the samples leave
 //! the engine before the next step.
 
-use crate::proto;
-use crate::serve::error::StageError;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -23,15 +21,13 @@ use super::arriving::Arrived;
 use super::observe::{CallCourse, CallEnding, Deadline, InProgress};
 use super::outcome_tally::OutcomeTally;
 use super::{WorkerService, convert, deadline, status};
-use crate::imaging::ImageRequest;
-use crate::imaging::render;
-use crate::imaging::{ImageInput, PreprocessOptions};
+use crate::imaging::{ImageInput, ImageRequest, PreprocessOptions, render};
 use crate::model::{CallTask, Model};
-use crate::proto::Priority;
-use crate::proto::pb;
+use crate::proto;
+use crate::proto::{Priority, pb};
 use crate::serve::admission::{AdmissionCall, Bytes, PendingAnswers};
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::RequestStage;
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::generate::{GenerateRequest, GeneratedRow, KeptPixels};
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::error::RequestError;

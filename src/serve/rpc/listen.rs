@@ -27,11 +27,11 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use self::places::{ConnectionPermit, ConnectionPermits, Leave, NoPlace, WAITING_MAX};
-pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
 use super::reload::Latest;
 use super::tls::Tls;
-use crate::serve::metrics::ConnectionOutcome;
-use crate::serve::metrics::Metrics;
+use crate::serve::metrics::{ConnectionOutcome, Metrics};
+
+pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
 
 /// Time for a client to finish its TLS handshake and to say that it speaks
 /// HTTP/2. It takes a few round trips; after it, pings find out who is gone.

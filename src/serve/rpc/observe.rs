@@ -3,9 +3,6 @@
 //! body on its way in through [`super::arriving`], an answer's on its way out
 //! through [`super::leaving`].
 
-use crate::proto::GrpcCode;
-use crate::proto::RpcMethod;
-use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,10 +20,10 @@ use tracing::Instrument as _;
 use super::arriving::{self, Arrived, MessageCompression, RequestFacts};
 use super::leaving::{self, LeavingBody};
 use super::{deadline, status};
-use crate::proto::Priority;
 use crate::proto::codec::Growth;
+use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::capacity::{CapacityPool, CapacityShare};
-use crate::serve::error::RequestStage;
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;

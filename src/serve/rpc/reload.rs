@@ -6,15 +6,14 @@
 //! taken while it is written and no certificate with the key of the one
 //! before. A content that cannot be used changes nothing.
 
-use crate::files::FlagFile;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
-use crate::serve::metrics::AccessFile;
-use crate::serve::metrics::Metrics;
+use crate::files::FlagFile;
+use crate::serve::metrics::{AccessFile, Metrics};
 
 /// How often the files are read again: a few KiB, which cost microseconds.
 const INTERVAL: Duration = Duration::from_secs(1);

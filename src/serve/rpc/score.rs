@@ -1,7 +1,5 @@
 //! Score: how likely the model finds images.
 
-use crate::proto;
-use crate::serve::error::StageError;
 use tonic::Request;
 
 use super::observe::AnswerBytes;
@@ -9,7 +7,9 @@ use super::{WorkerService, convert, status};
 use crate::imaging::render;
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
+use crate::proto;
 use crate::proto::pb;
+use crate::serve::error::StageError;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::error::RequestError;
 

@@ -1,15 +1,14 @@
 //! The one table from errors to gRPC codes.
 
-use crate::proto::ERROR_DOMAIN;
-use crate::serve::error::StageError;
 use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::imaging::PreprocessError;
-use crate::serve::rpc::error::RequestError;
-use crate::serve::rpc::error::StreamEnd;
+use crate::proto::ERROR_DOMAIN;
+use crate::serve::error::StageError;
+use crate::serve::rpc::error::{RequestError, StreamEnd};
 
 /// The code and the machine-readable reason of each error.
 fn row(error: &RequestError) -> (Code, &'static str) {

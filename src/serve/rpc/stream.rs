@@ -15,7 +15,6 @@
 
 pub(super) mod outbox;
 
-use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -35,18 +34,16 @@ use super::outcome_tally::OutcomeTally;
 use super::{WorkerService, arriving, convert, deadline, status};
 use crate::engine::EngineFacts;
 use crate::model::{CallTask, Model};
-use crate::proto::Priority;
-use crate::proto::codec;
 use crate::proto::codec::ScanMessage;
-use crate::proto::pb;
 use crate::proto::pb::embed_stream_request::Message;
+use crate::proto::{Priority, codec, pb};
 use crate::serve::admission::{Admission, Bytes, PendingAnswers, StreamItem};
 use crate::serve::config::LimitsConfig;
+use crate::serve::error::StageError;
 use crate::serve::job::Answer;
 use crate::serve::metrics::StreamOpen;
 use crate::serve::readiness::Readiness;
-use crate::serve::rpc::error::RequestError;
-use crate::serve::rpc::error::StreamEnd;
+use crate::serve::rpc::error::{RequestError, StreamEnd};
 
 /// Bytes of an item's id: enough for any path or URL.
 const ID_BYTES_MAX: usize = 1024;

@@ -15,8 +15,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::serve::metrics::ConnectionOutcome;
-use crate::serve::metrics::Metrics;
+use crate::serve::metrics::{ConnectionOutcome, Metrics};
 
 /// Age of a connection that has had no call, and rest since the last call of
 /// one that has, before which it is not sent away: clients that make one call

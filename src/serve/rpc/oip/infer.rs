@@ -1,7 +1,5 @@
 //! One inference request: what it asks for, and its answer.
 
-use crate::proto::GrpcCode;
-use crate::serve::error::StageError;
 use std::time::Instant;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -13,13 +11,12 @@ use crate::engine::EngineFacts;
 use crate::imaging::ImageRequest;
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
-use crate::proto::Priority;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
-use crate::proto::pb;
+use crate::proto::{GrpcCode, Priority, pb};
 use crate::serve::capacity::CapacityShare;
-use crate::serve::error::RequestStage;
+use crate::serve::error::{RequestStage, StageError};
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::embedding::Embedding;
 use crate::serve::rpc::error::RequestError;

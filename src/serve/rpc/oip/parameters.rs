@@ -7,10 +7,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::TEXT_SHOWN;
-use crate::proto::Priority;
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
-use crate::proto::pb;
+use crate::proto::{Priority, pb};
 use crate::serve::rpc::error::RequestError;
 
 type Parameters = HashMap<String, InferParameter>;

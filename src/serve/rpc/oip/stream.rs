@@ -6,8 +6,6 @@
 //! left. Unlike there, a request that finds the worker full is refused, as it
 //! would be by ModelInfer, and a request that fails does not end the stream.
 
-use crate::proto::GrpcCode;
-use crate::serve::error::StageError;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -20,21 +18,21 @@ use tracing::Instrument as _;
 
 use super::Oip;
 use super::infer::{CallOrigin, PreparedInfer};
+use crate::proto::GrpcCode;
 use crate::proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::serve::capacity::CapacityShare;
+use crate::serve::error::StageError;
 use crate::serve::metrics::StreamOpen;
-use crate::serve::rpc::arriving;
 use crate::serve::rpc::arriving::Arrived;
-use crate::serve::rpc::error::RequestError;
-use crate::serve::rpc::error::StreamEnd;
+use crate::serve::rpc::error::{RequestError, StreamEnd};
 use crate::serve::rpc::listen::Peer;
 use crate::serve::rpc::observe::{AnswerBytes, CallCourse, CallEnding, InProgress};
-use crate::serve::rpc::status;
-use crate::serve::rpc::stream::outbox;
 use crate::serve::rpc::stream::outbox::{Outbox, WindowPermit};
 use crate::serve::rpc::stream::{
-    BoxFuture, DRAIN_PATIENCE_MAX, END_PATIENCE, STREAM_BYTES_PART, elsewhere, hurry, present, read,
+    BoxFuture, DRAIN_PATIENCE_MAX, END_PATIENCE, STREAM_BYTES_PART, elsewhere, hurry, outbox,
+    present, read,
 };
+use crate::serve::rpc::{arriving, status};
 
 type Requests = Streaming<ModelInferRequest>;
 

@@ -2,10 +2,8 @@
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::TEXT_SHOWN;
-use super::parameters;
-use crate::imaging::ImageRequest;
-use crate::imaging::{ImageInput, PreprocessOptions};
+use super::{TEXT_SHOWN, parameters};
+use crate::imaging::{ImageInput, ImageRequest, PreprocessOptions};
 use crate::proto::inference::model_infer_request::InferInputTensor;
 use crate::proto::inference::{InferTensorContents, ModelInferRequest};
 use crate::serve::rpc::error::RequestError;
