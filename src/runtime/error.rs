@@ -100,7 +100,7 @@ pub(crate) fn cannot_be_had(provider: Provider, error: &ort::Error) -> EngineErr
 
 #[cfg(test)]
 mod tests {
-    use crate::runtime::error::*;
+    use super::*;
 
     #[test]
     fn failures_are_told_apart_by_their_words() {
