@@ -87,8 +87,8 @@ impl MachineLimits {
 impl Cpu {
     /// What the first CPU is stands for all of them.
     fn new(info: &CpuInfo) -> Self {
-        let flags = ["flags", "Features"].into_iter();
-        let flags = flags.filter_map(|name| info.get_field(0, name)).next();
+        let mut names = ["flags", "Features"].into_iter();
+        let flags = names.find_map(|name| info.get_field(0, name));
         Self {
             model: info.model_name(0).map(str::to_owned),
             n_cpus: info.num_cores(),

@@ -51,24 +51,24 @@ pub(super) fn answers(
     rows.iter()
         .zip(vectors.outer_iter())
         .map(|(row, vectors)| match row.want {
-            Want::Features { layers, .. } => pick(vectors, layers),
-            Want::States | Want::Logits | Want::Nll => Ok(flat(vectors)),
-            Want::Last => Ok(flat(vectors.slice_move(s![-1.., ..]))),
-            Want::Mean => Ok(mean(vectors)),
+            Want::Features { layers, .. } => pick(&vectors, layers),
+            Want::States | Want::Logits | Want::Nll => Ok(flat(&vectors)),
+            Want::Last => Ok(flat(&vectors.slice(s![-1.., ..]))),
+            Want::Mean => Ok(mean(&vectors)),
         })
         .collect()
 }
 
-fn flat(vectors: ArrayView2<'_, f32>) -> Vec<f32> {
+fn flat(vectors: &ArrayView2<'_, f32>) -> Vec<f32> {
     vectors.to_owned().into_raw_vec_and_offset().0
 }
 
 /// The features of some layers out of those of all.
-fn pick(features: ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, EngineError> {
+fn pick(features: &ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, EngineError> {
     let layers: Vec<usize> = layers.iter().collect();
     let n_layers = features.nrows();
     match layers.iter().find(|&&layer| layer >= n_layers) {
-        None => Ok(flat(features.select(Axis(0), &layers).view())),
+        None => Ok(flat(&features.select(Axis(0), &layers).view())),
         Some(layer) => Err(EngineError::Output {
             got: format!("{n_layers} layers"),
             expected: format!("layer {layer}"),
@@ -78,7 +78,7 @@ fn pick(features: ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, Engin
 
 /// Mean over positions, summed in f64 so that the order of summation does not
 /// show in f32.
-fn mean(states: ArrayView2<'_, f32>) -> Vec<f32> {
+fn mean(states: &ArrayView2<'_, f32>) -> Vec<f32> {
     let sums = states.fold_axis(Axis(0), 0.0_f64, |sum, &value| sum + f64::from(value));
     #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^16")]
     let n_states = states.nrows() as f64;
@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn a_mean_is_over_positions() {
         let states = array![[1.0, 10.0], [3.0, 30.0]];
-        assert_eq!(mean(states.view()), [2.0, 20.0]);
+        assert_eq!(mean(&states.view()), [2.0, 20.0]);
     }
 
     #[test]
@@ -120,14 +120,14 @@ mod tests {
                 }
             });
             let expected: Vec<f32> = expected.collect();
-            assert_eq!(mean(states.view()), expected);
+            assert_eq!(mean(&states.view()), expected);
         }
     }
 
     #[test]
     fn layers_are_picked_out_of_all() {
         let features = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]];
-        let of = |list: &[u32]| pick(features.view(), Layers::ascending(list).unwrap());
+        let of = |list: &[u32]| pick(&features.view(), Layers::ascending(list).unwrap());
         assert_eq!(of(&[0, 2]).unwrap(), [1.0, 2.0, 5.0, 6.0]);
         let error = of(&[1, 3]).unwrap_err().to_string();
         assert_eq!(error, "the model returned 3 layers, not layer 3");
