@@ -5,7 +5,7 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use imagegpt::preprocess::{
+use imagegpt::imaging::{
     Alpha, DecodeBudget, Fit, ImageInput, ImageLimits, Palette, PreprocessError, PreprocessOptions,
     Preprocessor,
 };
