@@ -133,7 +133,7 @@ fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
     let output = doctor(&["--model", "openai/imagegpt-small"]);
     assert_eq!(output.status.code(), Some(2));
     let complaint = String::from_utf8(output.stderr).expect("UTF-8");
-    assert!(complaint.contains("is no folder"), "{complaint}");
+    assert!(complaint.contains("is no directory"), "{complaint}");
 }
 
 #[test]
