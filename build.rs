@@ -93,10 +93,11 @@ impl RpcMethod {{
     /// Method that a path names; `None` for services of others.
     #[must_use]
     pub fn of_path(path: &str) -> Option<Self> {{
-        Self::SERVICES
-            .iter()
-            .any(|service| path.starts_with(service))
-            .then(|| match path {{
+        let is_ours = |service: &&str| path.starts_with(*service);
+        if !Self::SERVICES.iter().any(is_ours) {{
+            return None;
+        }}
+        Some(match path {{
 {paths}            _ => Self::Other,
         }})
     }}

@@ -117,7 +117,12 @@ fn mismatches(preprocessor: &Preprocessor, case: &Case, expected: &[u16]) -> Res
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    use std::fmt::Write as _;
+
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Whether the decoder or what follows it is at fault.
