@@ -30,7 +30,8 @@ use imagegpt::model::graph::{Graph, Layers, Norm, Want};
 use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::serve::config::ServeConfig;
-use imagegpt::serve::worker::{Worker, engines, onnx_factory};
+use imagegpt::serve::engines::{engines, onnx_factory};
+use imagegpt::serve::worker::Worker;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const SIZES: [usize; 3] = [1, 8, 64];

@@ -28,7 +28,8 @@ use imagegpt::proto::pb;
 use imagegpt::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
-use imagegpt::serve::worker::{Worker, onnx_engines};
+use imagegpt::serve::engines::onnx_engines;
+use imagegpt::serve::worker::Worker;
 
 const ROUNDS: usize = 5;
 const BATCH_SIZE: usize = 8;

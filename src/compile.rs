@@ -39,7 +39,7 @@ use self::weights::CheckpointWeights;
 use crate::files::hex;
 use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
-use crate::model::manifest::{Manifest, SourceFacts};
+use crate::model::manifest::{GraphFacts, Manifest, SourceFacts};
 use crate::model::onnx::DataType;
 use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::model::{architecture, manifest};
@@ -163,25 +163,16 @@ fn compile_fetched(
     let advance = |parameters| progress.advance(parameters);
     let trial = Trial::new(&weights, &tasks, n_layers, advance)?;
 
-    progress.begin(CompileStep::Verify, kinds.len() as u64);
-    let mut graphs = BTreeMap::new();
-    for (task, kind) in kinds {
-        let plan = GraphPlan {
-            architecture: &weights.architecture,
-            store: &store,
-            precision: options.precision,
-            provider: options.provider,
-            attention: attention(kind, options, runtime),
-            has_ours: runtime.operators.is_some(),
-            feature_layer,
-        };
-        let (plan, judgment) = build(kind, plan, &stage, &trial, runtime)?;
-        graphs.insert(
-            kind.file_stem().to_owned(),
-            trial.facts(kind, task, &plan, judgment),
-        );
-        progress.advance(1);
-    }
+    let plan = |kind| GraphPlan {
+        architecture: &weights.architecture,
+        store: &store,
+        precision: options.precision,
+        provider: options.provider,
+        attention: attention(kind, options, runtime),
+        has_ours: runtime.operators.is_some(),
+        feature_layer,
+    };
+    let graphs = graphs(&kinds, plan, &stage, &trial, runtime, progress)?;
 
     for name in [architecture::FILE, source::PREPROCESSOR] {
         stage.copy(&local.folder.join(name))?;
@@ -279,6 +270,26 @@ pub fn compile_cached(
             Err(_) => Err(error),
         },
     }
+}
+
+/// Writes and tries each graph, by the name of its file.
+fn graphs<'a>(
+    kinds: &[(CompileTask, Graph)],
+    plan: impl Fn(Graph) -> GraphPlan<'a>,
+    stage: &StagingFolder,
+    trial: &Trial,
+    runtime: &Runtime,
+    progress: &mut dyn CompileProgress,
+) -> Result<BTreeMap<String, GraphFacts>, CompileError> {
+    progress.begin(CompileStep::Verify, kinds.len() as u64);
+    let mut graphs = BTreeMap::new();
+    for &(task, kind) in kinds {
+        let (plan, judgment) = build(kind, plan(kind), stage, trial, runtime)?;
+        let facts = trial.facts(kind, task, &plan, judgment);
+        graphs.insert(kind.file_stem().to_owned(), facts);
+        progress.advance(1);
+    }
+    Ok(graphs)
 }
 
 /// Writes a graph and tries it.

@@ -8,6 +8,7 @@ pub(crate) mod capacity;
 pub mod config;
 pub mod devices;
 pub(crate) mod engine_thread;
+pub mod engines;
 pub(crate) mod error;
 pub(crate) mod generate;
 pub(crate) mod handoff;

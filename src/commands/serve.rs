@@ -16,8 +16,9 @@ use crate::model::head::LinearHead;
 use crate::model::precision::{Provider, ProviderChoice};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
+use crate::serve::engines::engines;
 use crate::serve::rpc;
-use crate::serve::worker::{Worker, engines};
+use crate::serve::worker::Worker;
 
 /// Time for the last answers of a worker of one's own: nobody waits for them.
 const OWN_GRACE: Duration = Duration::from_secs(1);

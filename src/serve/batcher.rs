@@ -140,13 +140,6 @@ impl Drop for HangUp<'_> {
 pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     let _hang_up = HangUp(batcher);
     let remembered = Remembered::of(&batcher.lock().shared);
-    let pay = |notice| {
-        if let EngineNotice::Ran(replies) = notice {
-            for reply in replies {
-                reply.deliver(&remembered.cache);
-            }
-        }
-    };
     let mut draining = false;
     let (mut next_sweep, mut sweep_at) = (None, None);
     let mut outlook = batcher.lock().look();
@@ -154,14 +147,17 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
         let wake = match outlook {
             Outlook::Done => {
                 // Of runs that ended since this thread looked last.
-                return channels.notices.try_iter().for_each(pay);
+                return channels
+                    .notices
+                    .try_iter()
+                    .for_each(|notice| remembered.deliver(notice));
             }
             Outlook::At(wake) => earlier(wake, sweep_at),
         };
         let mut event = match wait(channels, draining, wake) {
             // Without the lock, for which an engine may wait.
             Event::Notice(notice @ EngineNotice::Ran(_)) => {
-                pay(notice);
+                remembered.deliver(notice);
                 Event::Tick
             }
             event => event,
@@ -228,6 +224,15 @@ struct Remembered {
 }
 
 impl Remembered {
+    /// Gives the answers of a run, if that is what an engine tells of.
+    fn deliver(&self, notice: EngineNotice) {
+        if let EngineNotice::Ran(replies) = notice {
+            for reply in replies {
+                reply.deliver(&self.cache);
+            }
+        }
+    }
+
     fn of(shared: &BatcherParts) -> Self {
         Self {
             cache: shared.cache.clone(),

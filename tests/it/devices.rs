@@ -9,7 +9,8 @@ use imagegpt::model::precision::ProviderChoice;
 use imagegpt::proto::pb;
 use imagegpt::runtime::error::EngineError;
 use imagegpt::serve::devices::{DeviceEngine, FailureKind};
-use imagegpt::serve::worker::{Worker, engines, onnx_engines};
+use imagegpt::serve::engines::{engines, onnx_engines};
+use imagegpt::serve::worker::Worker;
 use tonic::{Code, Status};
 
 use crate::batching::wait_for_batches;

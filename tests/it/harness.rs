@@ -20,7 +20,8 @@ use imagegpt::runtime::error::EngineError;
 use imagegpt::runtime::library::find_library;
 use imagegpt::serve::config::ServeConfig;
 use imagegpt::serve::devices::DeviceEngine;
-use imagegpt::serve::worker::{Worker, WorkerEnded, onnx_engines};
+use imagegpt::serve::engines::onnx_engines;
+use imagegpt::serve::worker::{Worker, WorkerEnded};
 use serde::Deserialize;
 use tonic::transport::Channel;
 

@@ -36,7 +36,7 @@ use crate::model::precision::{Precision, Provider};
 use crate::runtime::roofline;
 use crate::runtime::roofline::Roofline;
 use crate::serve::config::ServeConfig;
-use crate::serve::worker::onnx_factory;
+use crate::serve::engines::onnx_factory;
 
 pub(crate) use self::flags::EngineArgs;
 

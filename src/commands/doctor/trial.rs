@@ -17,7 +17,7 @@ use crate::model::Model;
 use crate::model::graph::{Graph, Want};
 use crate::model::precision::{Precision, Provider};
 use crate::serve::config::ServeConfig;
-use crate::serve::worker::onnx_factory;
+use crate::serve::engines::onnx_factory;
 
 /// A trial that takes longer hangs: a tiny model takes seconds, and one of
 /// --model that has to be compiled first minutes.

@@ -229,30 +229,7 @@ async fn pieces(
         all_read: false,
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
-    let result = {
-        let written = writer.run(parts_out);
-        tokio::pin!(written);
-        tokio::pin!(collected);
-        tokio::select! {
-            result = &mut collected => match result {
-                Ok(()) => written.await,
-                Err(error) => match error.downcast_ref() {
-                    // Parts that are whole have their errors in their own files.
-                    Some(Stopped::TooManyErrors { unfinished, .. }) => {
-                        written.await?;
-                        for (id, lines) in unfinished {
-                            let name = format!("errors/{UNFINISHED}{id}.jsonl");
-                            sink.write(&name, lines.clone().into()).await?;
-                        }
-                        Err(error)
-                    }
-                    _ => Err(error),
-                }
-            },
-            // It ends before the collector only when it cannot go on.
-            result = &mut written => result,
-        }
-    };
+    let result = both(collected, writer.run(parts_out), &sink).await;
     // A reader that waits for room is told that there will be none.
     parts.close();
     memory.close();
@@ -269,6 +246,36 @@ async fn pieces(
     }
     drop(thread);
     Ok(())
+}
+
+/// Waits until all is collected and written. After too many errors, what was
+/// collected of parts that are not whole is written too.
+async fn both(
+    collected: impl Future<Output = anyhow::Result<()>>,
+    written: impl Future<Output = anyhow::Result<()>>,
+    sink: &Sink,
+) -> anyhow::Result<()> {
+    tokio::pin!(written);
+    tokio::pin!(collected);
+    tokio::select! {
+        result = &mut collected => match result {
+            Ok(()) => written.await,
+            Err(error) => match error.downcast_ref() {
+                // Parts that are whole have their errors in their own files.
+                Some(Stopped::TooManyErrors { unfinished, .. }) => {
+                    written.await?;
+                    for (id, lines) in unfinished {
+                        let name = format!("errors/{UNFINISHED}{id}.jsonl");
+                        sink.write(&name, lines.clone().into()).await?;
+                    }
+                    Err(error)
+                }
+                _ => Err(error),
+            }
+        },
+        // It ends before the collector only when it cannot go on.
+        result = &mut written => result,
+    }
 }
 
 /// The workers' sessions are gone while there is still something to ask them.

@@ -152,18 +152,7 @@ impl SequenceEngine {
                 options.bytes_max
             )));
         }
-        let (device, device_id) = if is_cuda {
-            (AllocationDevice::CUDA, runtime_.device_id)
-        } else {
-            (AllocationDevice::CPU, 0)
-        };
-        let memory = MemoryInfo::new(
-            device,
-            device_id,
-            AllocatorType::Device,
-            MemoryType::Default,
-        )
-        .map_err(runtime)?;
+        let memory = memory_of(runtime_).map_err(runtime)?;
         let mut uncaptured = RunOptions::new().map_err(runtime)?;
         if runtime_.cuda_graphs {
             uncaptured.set(GRAPH_ID, NO_GRAPH).map_err(runtime)?;
@@ -523,6 +512,20 @@ fn element_bytes(element: TensorElementType) -> usize {
         TensorElementType::Float16 | TensorElementType::Bfloat16 => 2,
         _ => 4,
     }
+}
+
+/// Memory of the device that a runtime runs on.
+fn memory_of(runtime: &Runtime) -> ort::Result<MemoryInfo<'static>> {
+    let (device, device_id) = match runtime.provider {
+        Provider::Cuda => (AllocationDevice::CUDA, runtime.device_id),
+        Provider::Cpu => (AllocationDevice::CPU, 0),
+    };
+    MemoryInfo::new(
+        device,
+        device_id,
+        AllocatorType::Device,
+        MemoryType::Default,
+    )
 }
 
 /// How many layers keep keys and values, of what type, and how many heads and

@@ -146,21 +146,7 @@ impl InferInput {
                     .collect()
             }
             (Form::Pixels { width, height }, contents) => {
-                let pixels = match contents {
-                    Contents::Raw(raw) => {
-                        check_raw(name, raw.len(), n_elements, 1)?;
-                        raw
-                    }
-                    Contents::Typed(typed) => {
-                        let given = typed.uint_contents;
-                        check_typed(name, "uint_contents", given.len(), n_elements)?;
-                        given
-                            .into_iter()
-                            .map(u8::try_from)
-                            .collect::<Result<_, _>>()
-                            .map_err(|_| invalid(name, "a number of UINT8 is over 255"))?
-                    }
-                };
+                let pixels = pixels(name, contents, n_elements)?;
                 (0..n_images)
                     .map(|idx| {
                         Ok(picture(ImageInput::Rgb8 {
@@ -173,6 +159,25 @@ impl InferInput {
             }
         };
         Ok(pictures)
+    }
+}
+
+/// The bytes of pixels, in whichever form they came.
+fn pixels(name: &str, contents: Contents, n_elements: usize) -> Result<Bytes, RequestError> {
+    match contents {
+        Contents::Raw(raw) => {
+            check_raw(name, raw.len(), n_elements, 1)?;
+            Ok(raw)
+        }
+        Contents::Typed(typed) => {
+            let given = typed.uint_contents;
+            check_typed(name, "uint_contents", given.len(), n_elements)?;
+            given
+                .into_iter()
+                .map(u8::try_from)
+                .collect::<Result<_, _>>()
+                .map_err(|_| invalid(name, "a number of UINT8 is over 255"))
+        }
     }
 }
 

@@ -1,0 +1,131 @@
+//! Which engines the flags ask for: one a device, of ONNX Runtime or made up.
+
+use crate::engine::fake::{FakeEngine, FakeSequences, Script};
+use crate::engine::onnx::{self, OnnxEngine};
+use crate::engine::{Engine, EngineFactory};
+use crate::model::Model;
+use crate::model::head::LinearHead;
+use crate::model::precision::ProviderChoice;
+use crate::runtime::error::EngineError;
+use crate::serve::config::{CudaGraphs, ServeConfig};
+use crate::serve::devices::DeviceEngine;
+
+/// The engines that the flags ask for, one a device.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[LinearHead],
+) -> Result<Vec<DeviceEngine>, EngineError> {
+    let Some(cost) = config.model.fake_engine else {
+        return onnx_engines(config, model, heads);
+    };
+    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    let n_slots = usize::from(config.generation.generate_slots);
+    let sequences = FakeSequences {
+        n_slots,
+        n_colors: model.clusters.len(),
+        delay: cost.fixed,
+        can_copy: true,
+    };
+    let engine = |&id| {
+        let script = Script {
+            sequences: (n_slots > 0).then_some(sequences),
+            ..cost.into()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
+    };
+    Ok(config.model.devices.ids.iter().map(engine).collect())
+}
+
+/// Engines for the model at hand, as the flags say.
+///
+/// # Errors
+///
+/// When ONNX Runtime cannot be used.
+pub fn onnx_engines(
+    config: &ServeConfig,
+    model: &Model,
+    heads: &[LinearHead],
+) -> Result<Vec<DeviceEngine>, EngineError> {
+    let ids = &config.model.devices.ids;
+    let options = onnx_options(config, model, heads);
+    let (provider, ids) = match (options.provider, ids.as_slice()) {
+        // Each engine would find out for itself, and a machine without GPUs would
+        // run its CPU several times over.
+        (ProviderChoice::Auto, [first, _, ..]) => {
+            let of_first = onnx::OnnxOptions {
+                device_id: *first,
+                ..options.clone()
+            };
+            if onnx::auto_takes_cuda(&of_first)? {
+                (ProviderChoice::Cuda, ids.as_slice())
+            } else {
+                tracing::info!(
+                    device_ids = ?ids,
+                    "--execution-provider auto takes the CPU, which is one device"
+                );
+                (ProviderChoice::Auto, &ids[..1])
+            }
+        }
+        (provider, ids) => (provider, ids),
+    };
+    let engine = |&id| {
+        let options = onnx::OnnxOptions {
+            provider,
+            device_id: id,
+            ..options.clone()
+        };
+        let factory: EngineFactory =
+            Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>));
+        DeviceEngine { id, factory }
+    };
+    Ok(ids.iter().map(engine).collect())
+}
+
+/// An engine for the model on the first device alone, as it would be served.
+#[must_use]
+pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> EngineFactory {
+    let options = onnx::OnnxOptions {
+        device_id: config.model.devices.ids.first().copied().unwrap_or(0),
+        ..onnx_options(config, model, heads)
+    };
+    Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
+}
+
+/// What all of the model's engines are made from.
+fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
+    onnx::OnnxOptions {
+        library: onnx::find_library(config.model.library.onnxruntime.as_deref()),
+        provider: config.model.devices.provider.execution_provider,
+        // Each engine has one of them.
+        device_id: 0,
+        intra_op_threads: config.model.intra_op_threads.into(),
+        graphs: model.graphs.clone(),
+        files: model.files.clone(),
+        positions: model.positions(),
+        n_colors: model.clusters.len(),
+        sizes_are_given: model.sizes_are_given,
+        n_labels: model.labels.len(),
+        head_widths: heads
+            .iter()
+            .map(|head| (head.width, head.name.clone()))
+            .collect(),
+        compiled_for: model.compiled.map(|compiled| compiled.provider),
+        buckets: model.buckets(config.batching.buckets()),
+        generate_slots: config.generation.generate_slots.into(),
+        generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),
+        gpu_memory_limit: Some(to_usize(config.model.gpu_memory_limit.as_u64()))
+            .filter(|&limit| limit > 0),
+        cuda_graphs: config.model.cuda_graphs == CudaGraphs::Auto,
+    }
+}
+
+fn to_usize(size: u64) -> usize {
+    usize::try_from(size).unwrap_or(usize::MAX)
+}
