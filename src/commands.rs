@@ -316,10 +316,15 @@ impl Session {
 
     /// Says to a person who answers.
     fn introduce(&self, out: &mut impl Write) -> std::io::Result<()> {
+        self.introduce_with("", out)
+    }
+
+    /// The same with what a command tells besides, after the digest.
+    fn introduce_with(&self, more: &str, out: &mut impl Write) -> std::io::Result<()> {
         let model = &self.model;
         writeln!(
             out,
-            "model {} ({}), on {}",
+            "model {} ({}){more}, on {}",
             model.name, model.digest, model.execution_provider
         )?;
         if !model.notice.is_empty() {

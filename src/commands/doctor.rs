@@ -34,6 +34,16 @@ use crate::serve::config::{CacheFlags, DeviceFlags, LibraryFlags};
 
 /// Check this machine.
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("execution_provider", |arg| {
+        arg.help("What is to run the model. With auto it suffices that something can")
+            .long_help(None)
+    }),
+    mut_arg("ids", |arg| {
+        arg.help("Which GPUs, counted from 0 among those that CUDA shows this process")
+            .long_help(None)
+    })
+)]
 pub struct DoctorArgs {
     /// A directory to try, as for serve; what has to be compiled is compiled into
     /// --cache-dir. Nothing is downloaded [default: a tiny model of random

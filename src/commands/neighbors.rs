@@ -134,7 +134,7 @@ pub(super) async fn run(
     let (items, outcome) = embed(args, session).await?;
     if items.len() < 2 {
         let text = format!(
-            "INPUT: images that have an answer: {}; neighbors need at least 2",
+            "images that have an answer: {}; neighbors need at least 2",
             items.len()
         );
         anyhow::ensure!(outcome == CommandOutcome::Failed, text);
@@ -154,7 +154,7 @@ pub(super) async fn run(
         lines(&items, &nearest, &session.model.digest, out)?;
         return Ok(outcome);
     }
-    session.introduce(out)?;
+    session.introduce_with(&format!(", {} dimensions", session.model.dimension), out)?;
     table(&items, &nearest, out)?;
     share_right(&items, out)?;
     if let Some(path) = &args.picture {

@@ -127,7 +127,13 @@ pub fn own_config(
         .chain(ports)
         .chain(defaults.iter().copied())
         .chain(more);
-    let mut config = Serve::try_parse_from(all).context("--serve")?.config;
+    let parsed = Serve::try_parse_from(all).map_err(|error| {
+        // Without the words that point to a help that is another command's.
+        let text = error.to_string();
+        let text = text.split("\n\n").next().unwrap_or_default();
+        anyhow::anyhow!("--serve: {}", text.trim_start_matches("error: "))
+    })?;
+    let mut config = parsed.config;
     // What the environment says of access is for a worker that others reach.
     let access = &mut config.access;
     (access.tls_cert, access.tls_key, access.tls_client_ca) = (None, None, None);
@@ -162,12 +168,7 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     }
     let owned = config.clone();
     let load = move || -> anyhow::Result<_> {
-        let model = open_model(&owned)?;
-        let heads = owned.model.heads.iter().map(LinearHead::open);
-        let heads = heads.collect::<Result<Vec<_>, _>>()?;
-        for head in &heads {
-            head.check(&model)?;
-        }
+        let (model, heads) = open_model(&owned)?;
         let engines = engines(&owned, &model, &heads)?;
         Ok((model, heads, engines))
     };
@@ -177,19 +178,26 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     Ok(worker)
 }
 
-/// The model that a worker with these flags serves, compiled first if it has to be.
+/// The model that a worker with these flags serves, compiled first if it has to be,
+/// with its heads.
 ///
 /// # Errors
 ///
-/// When there is no such model, or it cannot be compiled.
-pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<Model> {
+/// When there is no such model, it cannot be compiled, or a head does not fit it.
+pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<LinearHead>)> {
     let mut bars = Bars::new();
     let folder = locate(config, &mut bars);
     bars.end();
     let folder = folder?;
     tracing::info!(folder = %folder.display(), "reading the model");
     let name = name(&config.model, &folder);
-    Ok(Model::open(&folder, name.as_deref())?)
+    let model = Model::open(&folder, name.as_deref())?;
+    let heads = config.model.heads.iter().map(LinearHead::open);
+    let heads = heads.collect::<Result<Vec<_>, _>>()?;
+    for head in &heads {
+        head.check(&model)?;
+    }
+    Ok((model, heads))
 }
 
 /// What the model is called: as the flag says, or like what was compiled, whose

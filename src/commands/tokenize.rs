@@ -77,7 +77,7 @@ pub(super) async fn run_here(
     };
     let cpu_time_max = limits.decode_cpu_time_max;
     let open = move || {
-        let model = open_model(&config)?;
+        let (model, _) = open_model(&config)?;
         let preprocessor = preprocessor(&model, &config.limits)?;
         anyhow::Ok((TokenFacts::from(&model), Arc::new(preprocessor)))
     };

@@ -21,7 +21,7 @@ pub(crate) fn bounded_time(
             humantime::format_duration(min),
             humantime::format_duration(max),
         )),
-        Err(_) => Err("it must be a time such as 10s".to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
         for text in ["999ms", "25h", "584000000000years"] {
             assert_eq!(time(text).unwrap_err(), "it must be 1s to 1day", "{text}");
         }
-        assert!(time("5").unwrap_err().contains("such as 10s"));
+        assert!(time("5").unwrap_err().contains("time unit needed"));
         let size = bounded_size(1 << 10, 1 << 20);
         assert_eq!(size("1KiB"), Ok(ByteSize::kib(1)));
         assert_eq!(size("1MiB"), Ok(ByteSize::mib(1)));
