@@ -7,7 +7,7 @@
 //! engine that is idle, keeps the time, and gives the answers of engines that
 //! run on. Identical work stands in
 //! the queue once, with everybody who waits for it. Whoever has gone or is late
-//! leaves at once: the door rings when a caller goes, and a timer runs to the
+//! leaves at once: the queue of pictures tells when a caller goes, and a timer runs to the
 //! next deadline. A run that nobody waits for any more is stopped.
 
 mod engines;

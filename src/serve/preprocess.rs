@@ -21,7 +21,7 @@ use crate::serve::job::{Answer, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
 
-/// The life of one preprocessing thread: until the door is closed.
+/// The life of one preprocessing thread: until the queue of pictures is closed.
 pub(crate) fn run(preprocessing: &Preprocessing, pictures: &PreprocessQueue, reach: ThreadReach) {
     while let Some(job) = pictures.next(reach) {
         preprocessing.tokenize(job);
