@@ -557,7 +557,7 @@ async fn neighbors_take_what_the_other_commands_take() {
     // One has no neighbors.
     let error = run(&running, &["neighbors", &files[0]]).await;
     let error = error.err().expect("an error").to_string();
-    assert!(error.contains("INPUT: "), "{error}");
+    assert!(error.contains("images that have an answer: 1"), "{error}");
     assert!(error.contains("at least 2"), "{error}");
     let said = run(&running, &["neighbors", &files[0], &missing]).await;
     let said = said.expect("a run");
