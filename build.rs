@@ -102,13 +102,13 @@ impl RpcMethod {{
         }})
     }}
 
-    /// Whether the client sends a stream of messages.
+    /// True if the client sends a stream of messages.
     #[must_use]
     pub const fn client_streams(self) -> bool {{
         matches!(self, {client_streams})
     }}
 
-    /// Whether the worker answers with a stream of messages.
+    /// True if the worker answers with a stream of messages.
     #[must_use]
     pub const fn server_streams(self) -> bool {{
         matches!(self, {server_streams})

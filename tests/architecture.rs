@@ -32,7 +32,7 @@ const ORDER: [&str; 13] = [
 /// Last in the order; everything may be used by commands.
 const LAST: &str = "commands";
 
-/// What a folder may not use although it comes before.
+/// Folders that another one may not use although they come before it.
 const FORBIDDEN: [(&str, &str); 14] = [
     ("kernels", "sync"),
     ("kernels", "files"),

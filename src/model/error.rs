@@ -1,4 +1,4 @@
-//! What can be wrong with a file of a model.
+//! Errors of the files of a model.
 
 use std::path::{Path, PathBuf};
 

@@ -98,7 +98,7 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }
 
-/// What all of the model's engines are made from.
+/// Options that all of the model's engines have in common.
 fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
     onnx::OnnxOptions {
         library: onnx::find_library(config.model.library.onnxruntime.as_deref()),
@@ -126,6 +126,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
     }
 }
 
-fn to_usize(size: u64) -> usize {
+/// A size in bytes that is to be counted in memory.
+pub(super) fn to_usize(size: u64) -> usize {
     usize::try_from(size).unwrap_or(usize::MAX)
 }

@@ -64,7 +64,7 @@ pub enum StageError {
 }
 
 impl StageError {
-    /// Whether an image with this error ends its whole call: the trouble is the
+    /// True if an image with this error ends its whole call: the trouble is the
     /// worker's or the clock's, so the other images would fare no better, and a client
     /// retries by the call's code.
     #[must_use]

@@ -1,4 +1,4 @@
-//! What a caller wants of an image that is generated.
+//! A caller's request for an image that is generated.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What passes between the batcher and the engines' threads: turns one way, slots,
+//! Values that pass between the batcher and the engines' threads: turns one way, slots,
 //! notices and answers the other.
 
 use std::sync::Arc;

@@ -31,6 +31,7 @@ use crate::serve::devices::{
     DeviceEngine, DeviceIdx, DeviceReports, DeviceStates, WorkerFailure, WorkerState,
 };
 use crate::serve::engine_thread::Runner;
+use crate::serve::engines::to_usize;
 use crate::serve::http::PageSources;
 use crate::serve::metrics::Metrics;
 use crate::serve::preprocess::queue::{QueueEntrance, ThreadReach};
@@ -558,8 +559,4 @@ pub(crate) fn n_preprocess_threads(config: &ServeConfig) -> usize {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n.into(),
     }
-}
-
-fn to_usize(size: u64) -> usize {
-    usize::try_from(size).unwrap_or(usize::MAX)
 }

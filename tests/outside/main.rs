@@ -1,4 +1,4 @@
-//! What users, clients and dashboards rely on: the contract's messages, flags and
+//! Surface that users, clients and dashboards rely on: the contract's messages, flags and
 //! variables, metrics with their labels, exit codes. Each is compared with a text
 //! in this directory, so that no change of them happens by accident.
 //!

@@ -91,8 +91,6 @@ pub(super) fn read(
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
-    let ranged =
-        |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
     let (file, result) = match &shard.kind {
         ShardKind::Lost(fault) => {
             if cursor == 0 {
@@ -104,21 +102,21 @@ pub(super) fn read(
             return files::read(listing, range.clone(), cursor, reading, visit);
         }
         ShardKind::WebDataset(location) => {
-            let file = ranged(location);
+            let file = file_of(shard, location, reading);
             let result = caught(visit, |visit| {
                 webdataset::read(&file, cursor, reading, visit)
             });
             (file, result)
         }
         ShardKind::Parquet(location) => {
-            let file = ranged(location);
+            let file = file_of(shard, location, reading);
             let result = caught(visit, |visit| {
                 columns::read_parquet(&file, location, cursor, reading, visit)
             });
             (file, result)
         }
         ShardKind::Arrow(location) => {
-            let file = ranged(location);
+            let file = file_of(shard, location, reading);
             let result = caught(visit, |visit| {
                 columns::read_arrow(&file, location, cursor, reading, visit)
             });
@@ -132,13 +130,16 @@ pub(super) fn read(
     }
 }
 
+/// A shard's file, read by ranges.
+fn file_of(shard: &Shard, location: &Location, reading: &Reading) -> Ranged {
+    Ranged::new(location.clone(), shard.bytes, reading.runtime.clone())
+}
+
 /// Checks that a shard has the columns that are asked for, without reading rows.
 /// Shards without columns have them all.
 pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken> {
-    let ranged =
-        |location: &Location| Ranged::new(location.clone(), shard.bytes, reading.runtime.clone());
     let check = |location: &Location, check: fn(&Ranged, &Reading) -> Result<(), Broken>| {
-        let file = ranged(location);
+        let file = file_of(shard, location, reading);
         caught(&mut |_| ControlFlow::Break(()), |_| check(&file, reading))
     };
     match &shard.kind {

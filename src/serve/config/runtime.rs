@@ -21,7 +21,7 @@ pub struct LibraryFlags {
     pub onnxruntime: Option<PathBuf>,
 }
 
-/// What runs the model.
+/// Provider that runs the model.
 #[derive(Debug, Clone, Args)]
 pub struct ProviderFlags {
     /// What runs the model. auto takes CUDA if it can, and a worker says in the
@@ -35,7 +35,7 @@ pub struct ProviderFlags {
     pub execution_provider: ProviderChoice,
 }
 
-/// What runs the model, and on which devices.
+/// Provider that runs the model, and its devices.
 #[derive(Debug, Clone, Args)]
 pub struct DeviceFlags {
     #[command(flatten)]

@@ -57,7 +57,7 @@ const COUNTED: [GrpcCode; 13] = [
     GrpcCode::Unauthenticated,
 ];
 
-/// Whether a code has series of its own.
+/// True if a code has series of its own.
 #[cfg(test)]
 pub(crate) fn is_counted(code: GrpcCode) -> bool {
     COUNTED.contains(&code)
@@ -177,7 +177,7 @@ impl BatchClose {
     }
 }
 
-/// What went wrong in the engine.
+/// Kind of a fault in the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum EngineFault {
     /// A run failed.
@@ -203,7 +203,7 @@ impl EngineFault {
     }
 }
 
-/// What became of a connection.
+/// End of a connection, or the reason that it had none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ConnectionOutcome {
     /// The connection was let in and has closed.
@@ -261,7 +261,7 @@ impl AccessFile {
     }
 }
 
-/// Whether an answer was in the cache.
+/// Result of a look into the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CacheLookup {
     Hit,
@@ -279,7 +279,7 @@ impl CacheLookup {
     }
 }
 
-/// Whether an idle engine still gave the known answer.
+/// Result of a check of an idle engine, whose answer is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CanaryResult {
     Ok,

@@ -121,7 +121,7 @@ pub(super) enum RequestError {
 }
 
 impl RequestError {
-    /// Whether one image with this error ends its whole call: the trouble is
+    /// True if one image with this error ends its whole call: the trouble is
     /// the worker's or the clock's, so the other images would fare no better,
     /// and a client retries by the call's code.
     #[must_use]
