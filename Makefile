@@ -12,6 +12,11 @@ TRAIN_VENV ?= target/train-venv
 EMBED_VENV ?= target/embed-venv
 INTEROP_VENV ?= target/interop-venv
 ATTACK_VENV ?= target/attack-venv
+DOCS_VENV ?= target/docs-venv
+MDBOOK_VERSION ?= 0.5.4
+# Program that `make docs-check` runs, and the pages that it checks (all by default).
+DOCS_BINARY ?= target/demo/imagegpt
+PAGES ?=
 # What `make attack` attacks, and which attacks: names or their beginnings.
 BINARY ?= target/release/imagegpt
 ATTACKS ?=
@@ -38,7 +43,8 @@ build: setup ## Build the optimized binary: target/release/imagegpt
 	cargo build --release --locked
 
 .PHONY: demo
-demo: build ## Serve the trained model: what it takes pictures for, and which look alike to it
+demo: setup ## Build target/demo/imagegpt (no link-time optimization), serve the trained model, draw what it makes of pictures
+	cargo build --profile demo --locked
 	@PORT=$(DEMO_PORT) METRICS_PORT=$(DEMO_METRICS_PORT) scripts/demo.sh
 
 .PHONY: test
@@ -51,6 +57,29 @@ check: setup ## All that CI checks: format, lints, documentation, tests
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	cargo test --locked --lib --bins --tests
+
+.PHONY: docs
+docs: target/tools/bin/mdbook ## Build README's pages as a book: target/docs/index.html (builds mdbook first)
+	scripts/docs.sh
+
+target/tools/bin/mdbook:
+	cargo install --locked --debug --version $(MDBOOK_VERSION) --root target/tools mdbook
+
+.PHONY: docs-check
+docs-check: docs-links $(DOCS_VENV)/.done ## Run the commands of README and docs/ (PAGES="docs/cli.md" for some), after `make demo` or with BINARY=
+	DOCS_PYTHON=$(DOCS_VENV)/bin/python BINARY=$(DOCS_BINARY) python3 scripts/docs_check.py $(PAGES)
+
+$(DOCS_VENV)/.done: scripts/docs/requirements.txt
+	python3 -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: docs-links
+docs-links: ## Check every link between this repository's Markdown files (Node.js with npm)
+	npm install --silent --no-audit --no-fund --prefix target/docs-tools remark-cli@12.0.1 remark-validate-links@13.1.0
+	target/docs-tools/node_modules/.bin/remark --no-config --quiet --frail --no-stdout \
+	    --use "$(CURDIR)/target/docs-tools/node_modules/remark-validate-links/index.js=repository:false,root:\".\"" \
+	    $$(git ls-files --cached --others --exclude-standard '*.md')
 
 .PHONY: fuzz
 fuzz: ## Tamper with images for ten minutes (FUZZ_SECONDS), every decode within its limits in memory and time

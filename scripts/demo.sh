@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
 # Compiles models/emoji once, serves it with its head, embeds, classifies and
-# tokenizes the pictures in models/pictures over gRPC, prints who looks like
-# whom and draws it; scores some of them, and has the upper halves of others
-# completed; then ends the worker. The model was trained on none of these
+# tokenizes the pictures in models/pictures over gRPC, prints and draws which
+# pictures look alike to the model; scores some of them, completes the upper
+# halves of others, and ends the worker. The model was trained on none of these
 # pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-worker=target/release/imagegpt
-mkdir -p target/demo
-log=target/demo/worker.log
-"$worker" serve --model models/emoji --feature-layer 8 --model-name emoji --cache-dir target/demo/models \
+worker=target/demo/imagegpt
+pictures=target/demo-pictures
+mkdir -p "$pictures"
+log=$pictures/worker.log
+"$worker" serve --model models/emoji --feature-layer 8 --model-name emoji --cache-dir target/demo-pictures/models \
     --execution-provider cpu --head category=models/emoji/category.safetensors \
     --listen "127.0.0.1:$PORT" --metrics-listen "127.0.0.1:$METRICS_PORT" 2>"$log" &
 pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 scripts/await-ready.sh "$pid" "$METRICS_PORT" "$log"
 export IMAGEGPT_ENDPOINT="http://127.0.0.1:$PORT"
-"$worker" neighbors models/pictures --alpha white --head category --picture target/demo/neighbors.png
+"$worker" neighbors models/pictures --alpha white --head category --picture "$pictures/neighbors.png"
 echo
 "$worker" score models/pictures/flags models/pictures/food-drink --alpha white --complexity --sort \
-    --map target/demo/maps
+    --map "$pictures/maps"
 echo
 inputs=()
 for picture in animals-nature/rooster flags/rainbow-flag food-drink/cherries food-drink/bread \
@@ -27,6 +28,22 @@ for picture in animals-nature/rooster flags/rainbow-flag food-drink/cherries foo
     inputs+=(--input "models/pictures/$picture.png")
 done
 "$worker" generate "${inputs[@]}" --alpha white --samples 8 --seed 1 \
-    --output target/demo/completions.png | tail -n 1
+    --output "$pictures/completions.png" | tail -n 1
 kill "$pid"
 wait "$pid"
+trap - EXIT
+cat <<MESSAGE
+
+Look at:
+  $pictures/completions.png   input, its 32x32 tokens, the half that is kept, eight completions
+  $pictures/neighbors.png     each picture, its tokens, and its nearest neighbors
+  $pictures/maps              where the model finds a picture unlikely
+
+Type next:
+  export PATH="\$PWD/target/demo:\$PATH"
+  imagegpt serve --model models/emoji --head category=models/emoji/category.safetensors
+and in another terminal:
+  imagegpt classify models/pictures/food-drink --head category --alpha white
+  imagegpt generate --alpha white --samples 4 --output target/new.png
+README.md says how to call the worker from Python, embed a dataset and train a linear probe.
+MESSAGE

@@ -32,7 +32,7 @@ CUSTOM = {"monitoring.coreos.com/v1", "keda.sh/v1alpha1"}
 # Each combination of one of each must build and validate.
 AXES = [["cpu", "gpu"], [[], ["monitoring", "hpa"], ["monitoring", "keda"]],
         [[], "model-from-hub", "model-from-pvc"], [[], "mtls"]]
-# From a README figure: MiB that a worker of imagegpt-small has mapped and has of
+# From docs/benchmarks.md: MiB that a worker of imagegpt-small has mapped and has of
 # its own beside keys and values (`make bench-memory`).
 WORKER_MIB = 330 + 369
 # Left for the process to exit and the kubelet to see it.
