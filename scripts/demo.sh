@@ -35,7 +35,7 @@ trap - EXIT
 cat <<MESSAGE
 
 Look at:
-  $pictures/completions.png   input, its 32x32 tokens, the half that is kept, eight completions
+  $pictures/completions.png   input as the model sees it, the half that is kept, eight completions
   $pictures/neighbors.png     each picture, its tokens, and its nearest neighbors
   $pictures/maps              where the model finds a picture unlikely
 

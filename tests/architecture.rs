@@ -487,6 +487,41 @@ fn codes_are_no_strings(sources: &[Source]) -> Vec<String> {
     without(&elsewhere, &[""], &words, "a code as a string")
 }
 
+/// Words that a doc comment may not begin with: pronouns and relative clauses, which
+/// do not stand alone in generated documentation or in `--help`.
+const OPENINGS: [&str; 21] = [
+    "And", "As", "How", "It", "Its", "Of", "See", "So", "Such", "That", "These", "They", "Those",
+    "What", "Whatever", "When", "Where", "Whether", "Which", "Who", "Whoever",
+];
+
+fn doc_comments_stand_alone(sources: &[Source]) -> Vec<String> {
+    let mut bad = Vec::new();
+    let mut seen = 0;
+    for source in sources {
+        let mut within = false;
+        for (number, line) in &source.lines {
+            let line = line.trim_start();
+            let text = line
+                .strip_prefix("///")
+                .or_else(|| line.strip_prefix("//!"));
+            let Some(text) = text else {
+                within = false;
+                continue;
+            };
+            if !std::mem::replace(&mut within, true) {
+                seen += 1;
+                let first = text.split_whitespace().next().unwrap_or_default();
+                let word = first.trim_end_matches(|c: char| !c.is_alphanumeric());
+                if OPENINGS.contains(&word) {
+                    bad.push(told(source, *number, format!("begins with {word}")));
+                }
+            }
+        }
+    }
+    println!("{} of {seen} doc comments begin with a pronoun", bad.len());
+    bad
+}
+
 type Rule = fn(&[Source]) -> Vec<String>;
 
 #[track_caller]
@@ -593,4 +628,14 @@ fn unsafe_code() {
 fn codes() {
     let text = "    let code = \"UNAVAILABLE\";";
     holds(codes_are_no_strings, &[("client/planted", text)]);
+}
+
+#[test]
+fn sentences() {
+    let planted = [
+        ("serve/planted", "/// Those that live.\nstruct Planted;"),
+        ("serve/planted", "//! What bulk is owed."),
+        ("model/planted", "    /// See the module.\n    fn f() {}"),
+    ];
+    holds(doc_comments_stand_alone, &planted);
 }

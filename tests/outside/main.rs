@@ -156,6 +156,34 @@ fn table_of_metrics() {
     );
 }
 
+/// Figures of README are those of docs/benchmarks.md, which has their machines and
+/// dates.
+#[test]
+fn figures_of_readme() {
+    let read = |file: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        std::fs::read_to_string(path).expect("a document")
+    };
+    let (readme, benchmarks) = (read("README.md"), read("docs/benchmarks.md"));
+    let (_, table) = readme.split_once("## Figures").expect("the table");
+    let rows = table.lines().skip_while(|line| !line.starts_with("|---"));
+    let mut numbers = 0;
+    for row in rows.skip(1).take_while(|line| line.starts_with('|')) {
+        let figure = row.split('|').nth(2).expect("a figure");
+        let words = figure
+            .split_whitespace()
+            .map(|word| word.trim_matches([',', ';', '.']));
+        for number in words.filter(|word| word.starts_with(|c: char| c.is_ascii_digit())) {
+            assert!(
+                benchmarks.contains(number),
+                "{number} is not in docs/benchmarks.md: {row}"
+            );
+            numbers += 1;
+        }
+    }
+    assert!(numbers >= 10, "only {numbers} figures");
+}
+
 fn describe_command(command: &clap::Command, above: &str, text: &mut String) {
     let path = format!("{above}{}", command.get_name());
     for arg in command.get_arguments() {
