@@ -1,9 +1,9 @@
 #!/bin/sh
-# Builds the program; offline where /vendor has the crates (see vendor.sh).
-# With `dependencies`, builds an empty program with the same dependencies.
+# Builds the program, offline if /vendor has the crates (see vendor.sh).
+# With `dependencies` it builds an empty program with the same dependencies.
 set -eu
 if [ "${1:-}" = dependencies ]; then
-    # Every file that Cargo.toml names, by its path or, as benches, by its name.
+    # Every source file in Cargo.toml: by its path, or for benches by its name.
     sed -n -e 's/^path = "\(.*\.rs\)"/\1/p' \
         -e '/^\[\[bench\]\]/,/^$/s/^name = "\(.*\)"/benches\/\1.rs/p' Cargo.toml |
         while read -r file; do
@@ -11,8 +11,8 @@ if [ "${1:-}" = dependencies ]; then
             echo 'fn main() {}' >"$file"
         done
 else
-    # cargo goes by times, and those of a checkout are older than the empty
-    # program's.
+    # Cargo compares modification times, and those of a checkout are older than
+    # those of the empty program.
     find src -name '*.rs' -exec touch {} +
 fi
 set --

@@ -1,26 +1,26 @@
-# The worker for CPUs. From the repository's root, with BuildKit:
+# Image of the worker for CPUs. Build it from the repository's root, with BuildKit:
 #
 #   docker build -f deploy/images/cpu.Dockerfile -t imagegpt-worker:0.1.0 .
 #
-# Bases are pinned by tag, since digests could not be looked up where this was
-# written. Pin them where you build, and keep them in your build's settings:
+# The base images are pinned by tag, since digests could not be looked up when this
+# was written. Pin them by digest in the settings of your build:
 #
 #   docker buildx imagetools inspect rust:1.95.0-bookworm --format '{{.Manifest.Digest}}'
 #   docker build --build-arg RUST=rust@sha256:… --build-arg PYTHON=python@sha256:… …
 #
-# Without a network, from a folder that vendor.sh made where there is one:
+# To build without a network, run vendor.sh on a machine with a network:
 #
 #   deploy/images/vendor.sh target/vendor
 #   docker build --network none --build-context vendor=target/vendor …
 ARG RUST=rust:1.95.0-bookworm
 ARG PYTHON=python:3.11-slim-bookworm
 
-# Empty; --build-context vendor=… takes its place.
+# Empty; --build-context vendor=… replaces it.
 FROM scratch AS vendor
 
-# Dependencies alone, which change seldom: what cargo-chef does, by the two
-# files that say it all and an empty program, so that nothing has to be
-# installed and the same lines work offline.
+# Only the dependencies, which change seldom, so that this layer is cached. Like
+# cargo-chef, but with Cargo.toml, Cargo.lock and an empty program: no tool must be
+# installed, and the same lines work offline.
 FROM ${RUST} AS dependencies
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
@@ -42,16 +42,17 @@ RUN --mount=type=bind,from=vendor,target=/vendor \
     if [ -d /vendor/wheels ]; then export PIP_NO_INDEX=1 PIP_FIND_LINKS=/vendor/wheels; fi \
     && scripts/onnxruntime.sh
 
-# The final root: the program, ONNX Runtime, and the libraries that they are
-# linked with, all of this distribution.
+# The final root: the program, ONNX Runtime, and the libraries of this distribution
+# that both are linked with.
 FROM program AS root
 COPY --from=library /src/target/onnxruntime /onnxruntime
 COPY deploy/images/rootfs.sh deploy/images/
 RUN sh deploy/images/rootfs.sh /rootfs target/release/imagegpt /onnxruntime/libonnxruntime.so \
     && cp /onnxruntime/LICENSE /onnxruntime/ThirdPartyNotices.txt /rootfs/opt/onnxruntime/
-# The model that is baked in at /model: a folder of the build context. Weights are
-# compiled now, since a pod's root is read-only; what is compiled or published as
-# ONNX is copied. A volume may lie over it, or IMAGEGPT_MODEL name another path.
+# The model at /model, from a directory of the build context. Weights are compiled
+# now, since a pod's root is read-only; compiled directories and ONNX exports are
+# copied. A volume may be mounted over /model, or IMAGEGPT_MODEL may name another
+# path.
 ARG MODEL=models/emoji
 ARG PRECISION=int8
 COPY ${MODEL} /source
@@ -75,7 +76,7 @@ LABEL org.opencontainers.image.title="imagegpt-worker" \
 ENV ORT_DYLIB_PATH=/opt/onnxruntime/libonnxruntime.so \
     IMAGEGPT_MODEL=/model \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-# By number, so that runAsNonRoot can be checked.
+# A numeric user, because Kubernetes cannot check runAsNonRoot by name.
 USER 65532:65532
 EXPOSE 50051 9090
 ENTRYPOINT ["/usr/bin/imagegpt"]

@@ -1,18 +1,18 @@
-# The worker for NVIDIA GPUs: cpu.Dockerfile with ONNX Runtime's CUDA 13 build and
-# those of CUDA's libraries that it needs; the driver's (580 or newer) come from
-# the node. From the repository's root, with BuildKit:
+# Image of the worker for NVIDIA GPUs: like cpu.Dockerfile, with ONNX Runtime's
+# CUDA 13 build and the CUDA libraries that it needs. The driver's libraries (580 or
+# newer) come from the node. Build it from the repository's root, with BuildKit:
 #
 #   docker build -f deploy/images/cuda.Dockerfile -t imagegpt-worker-cuda:0.1.0 .
 #
-# cpu.Dockerfile says how to pin the bases by digest and how to build without a
-# network (`deploy/images/vendor.sh target/vendor cuda`).
+# cpu.Dockerfile explains how to pin the base images by digest, and how to build
+# without a network (`deploy/images/vendor.sh target/vendor cuda`).
 ARG RUST=rust:1.95.0-bookworm
 ARG PYTHON=python:3.11-slim-bookworm
 
-# Empty; --build-context vendor=… takes its place.
+# Empty; --build-context vendor=… replaces it.
 FROM scratch AS vendor
 
-# Dependencies alone, which change seldom; see cpu.Dockerfile.
+# Only the dependencies, which change seldom; see cpu.Dockerfile.
 FROM ${RUST} AS dependencies
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
@@ -26,8 +26,8 @@ COPY src src
 RUN --mount=type=bind,from=vendor,target=/vendor \
     sh deploy/images/cargo-build.sh
 
-# Only the shared libraries of the wheels, 1 GB, all in one folder: ONNX Runtime
-# looks for its providers beside itself.
+# Only the shared libraries of the wheels, 1 GB, all in one directory, because ONNX
+# Runtime looks for its providers next to itself.
 FROM ${PYTHON} AS library
 WORKDIR /src
 COPY deploy/images/cuda-requirements.txt ./
@@ -45,13 +45,13 @@ RUN --mount=type=bind,from=vendor,target=/vendor \
 
 FROM program AS root
 COPY deploy/images/rootfs.sh deploy/images/
-# The library is given so that what it is linked with comes along; the CUDA
-# provider is linked with the same libraries of the system.
+# ONNX Runtime is an argument so that the libraries that it is linked with are
+# copied too; the CUDA provider is linked with the same system libraries.
 COPY --from=library /onnxruntime/libonnxruntime.so /onnxruntime/
 RUN sh deploy/images/rootfs.sh /rootfs target/release/imagegpt /onnxruntime/libonnxruntime.so
-# The model that is baked in at /model, as it is: graphs for a GPU are compiled
-# where there is one (`imagegpt compile --provider cuda`, deploy/jobs/compile),
-# and a build has none. The default is ONNX that runs anywhere.
+# The model at /model, copied unchanged: graphs for a GPU are compiled on a machine
+# with a GPU (`imagegpt compile --provider cuda`, deploy/jobs/compile), and a build
+# has none. The default is an ONNX export that runs anywhere.
 ARG MODEL=models/untrained
 COPY ${MODEL} /rootfs/model
 
@@ -65,8 +65,8 @@ LABEL org.opencontainers.image.title="imagegpt-worker-cuda" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The container runtime puts the driver's libraries, libcuda.so.1 among them,
-# where Debian has its own.
+# LD_LIBRARY_PATH has Debian's library directories, because the container runtime
+# puts the driver's libraries there, including libcuda.so.1.
 ENV ORT_DYLIB_PATH=/opt/onnxruntime/libonnxruntime.so \
     LD_LIBRARY_PATH=/opt/onnxruntime:/usr/lib/x86_64-linux-gnu:/usr/lib64 \
     NVIDIA_VISIBLE_DEVICES=all \

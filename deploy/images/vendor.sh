@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Gathers all that an image needs besides its bases, for a build without a
-# network: crates by Cargo.lock, and wheels at pinned versions and checksums.
+# Downloads everything that an image needs besides its base images, for a build
+# without a network: crates by Cargo.lock, and wheels with pinned versions and
+# checksums.
 #
-#   vendor.sh FOLDER [cuda]
+#   vendor.sh DIR [cuda]
 set -euo pipefail
 folder=$(realpath -m "$1")
 cd "$(dirname "$0")/../.."
