@@ -153,7 +153,7 @@ impl Life {
             // is made.
             self.decoder.sweep(Instant::now());
             if let Err(error) = outcome {
-                tracing::error!(%error, "the engine can do no more");
+                tracing::error!(%error, "the engine failed and takes no more work");
                 self.decoder.refuse(&last_words(&error));
                 return Err(error);
             }
@@ -344,7 +344,7 @@ impl Life {
             tracing::warn!(
                 device = self.runner.device.0,
                 largest = smaller,
-                "memory does not suffice for larger batches; lower --max-batch-size to this"
+                "not enough memory for larger batches; lower --max-batch-size to this size"
             );
         }
         match units {
@@ -354,7 +354,8 @@ impl Life {
                 let tickets = unit.waiters.close();
                 let error = StageError::from(error);
                 for ticket in tickets {
-                    let failed = || tracing::warn!("the model run of an image of this call failed");
+                    let failed =
+                        || tracing::warn!("the model run failed for an image of this call");
                     ticket.span.in_scope(failed);
                     ticket.finish(Err(error.clone()));
                 }

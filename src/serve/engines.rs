@@ -23,7 +23,10 @@ pub fn engines(
     let Some(cost) = config.model.fake_engine else {
         return onnx_engines(config, model, heads);
     };
-    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    tracing::warn!(
+        ?cost,
+        "--fake-engine: no model is run; the answers are made up"
+    );
     let n_slots = usize::from(config.generation.generate_slots);
     let sequences = FakeSequences {
         n_slots,
@@ -68,7 +71,7 @@ pub fn onnx_engines(
             } else {
                 tracing::info!(
                     device_ids = ?ids,
-                    "--execution-provider auto takes the CPU, which is one device"
+                    "--execution-provider auto chose the CPU, which counts as one device"
                 );
                 (ProviderChoice::Auto, &ids[..1])
             }

@@ -31,8 +31,8 @@ pub enum StageError {
     },
     /// The call needs more than its class can ever have.
     #[error(
-        "images: the call needs {given} {what}, but {max} are all that a call of its class can \
-         have ({flag}, less --interactive-reserve for bulk); send less a call"
+        "images: the call needs {given} {what}; the limit for its class is {max} ({flag}, less \
+         --interactive-reserve for bulk); send less per call"
     )]
     NeverFits {
         given: usize,
@@ -51,7 +51,7 @@ pub enum StageError {
     )]
     DeadlineTooShort { needed: Duration },
     /// The caller disconnected or cancelled, so nobody reads this text.
-    #[error("the caller went away {stage}")]
+    #[error("the caller disconnected {stage}")]
     Cancelled { stage: RequestStage },
     /// The model is not loaded, or its engine has failed.
     #[error("the model is not ready; retry on another worker")]

@@ -67,7 +67,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::debug!(%error, "the metrics port cannot accept");
+                tracing::debug!(%error, "the metrics port cannot accept a connection");
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
             }
@@ -201,7 +201,7 @@ async fn livez(State(pages): State<PageSources>) -> impl IntoResponse {
         None => (StatusCode::OK, "alive\n".to_owned()),
         Some(failure) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("engine failed: {}\n", failure.reason),
+            format!("worker failed: {}\n", failure.reason),
         ),
     }
 }

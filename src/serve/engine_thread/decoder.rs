@@ -173,7 +173,7 @@ impl Decoder {
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
             Err(error) => {
                 self.metrics.fault(fault(&error));
-                tracing::error!(n_sequences = ready.len(), %error, "a step failed");
+                tracing::error!(n_sequences = ready.len(), %error, "a step of all sequences failed; running them one by one");
                 for &slot in &ready {
                     images += self.step_alone(engine, slot)?;
                 }
@@ -388,7 +388,7 @@ fn contained(
     if logits.is_empty() || !logits.len().is_multiple_of(rows.len()) {
         return Err(EngineError::Output {
             got: format!("{} logits", logits.len()),
-            expected: format!("as many for each of {} rows", rows.len()),
+            expected: format!("the same number for each of {} rows", rows.len()),
         });
     }
     Ok(())
