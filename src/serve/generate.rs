@@ -11,7 +11,7 @@ use super::sample::Sampling;
 pub(crate) enum KeptPixels {
     /// All given pixels, which may be less than an image.
     All,
-    /// This number of rows from the top.
+    /// Number of rows to keep from the top.
     Rows(u32),
     /// The pixels that are true, in raster order.
     Mask(Arc<[bool]>),

@@ -86,7 +86,7 @@ pub(crate) enum EngineNotice {
     Free,
     /// Answers that the batcher's thread should send, since the engine runs on.
     Ran(Vec<PendingReplies>),
-    /// The engine takes no more turns. This is its last notice.
+    /// The engine takes no more turns; always its last notice.
     Gone(DeviceIdx),
 }
 

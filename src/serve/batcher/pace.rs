@@ -82,8 +82,7 @@ impl Pace {
         sorted.get(sorted.len() / 2).copied()
     }
 
-    /// Shortest duration of a run of this size, if measured within the last 10
-    /// s.
+    /// Shortest duration of a run of this size, if measured in the last 10 s.
     #[must_use]
     pub(crate) fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;

@@ -169,8 +169,8 @@ const REMEASURE: Duration = Duration::from_mins(1);
 
 /// Largest lead of bulk work over its share, in bulk batches. Time that bulk
 /// work had while the engine was not needed otherwise is soon forgotten, but
-/// not at once: bulk would then be owed a batch as soon as a few interactive
-/// batches have run.
+/// not at once: otherwise bulk would be owed a batch as soon as a few
+/// interactive batches have run.
 const AHEAD_MAX: u32 = 4;
 
 /// Account of the engine time that bulk work is owed. Interactive work goes

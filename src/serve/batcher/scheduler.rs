@@ -147,7 +147,8 @@ impl<T> Scheduler<T> {
         steps: Option<Steps>,
     ) -> NextTurn<T> {
         let largest = self.largest(device);
-        // Bulk runs at other engines are charged when they end.
+        // Bulk runs at other engines are charged only when they end, so their
+        // time is counted in advance.
         let in_advance = self.bulk_at_engines();
         let lanes = self.queue.lanes();
         let bulk = lanes.iter().filter(|lane| lane.class == Priority::Bulk);

@@ -173,7 +173,7 @@ impl Decoder {
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
             Err(error) => {
                 self.metrics.fault(fault(&error));
-                tracing::error!(n_sequences = ready.len(), %error, "a step of all sequences failed; running them one by one");
+                tracing::error!(n_sequences = ready.len(), %error, "a step failed; each sequence is run alone");
                 for &slot in &ready {
                     images += self.step_alone(engine, slot)?;
                 }

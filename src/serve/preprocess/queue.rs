@@ -25,10 +25,9 @@ use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 /// work gets its share of that queue.
 const BULK_TURN: u32 = 5;
 
-/// Factor of a picture's own cost: pictures that arrive within that time may
-/// pass it. At 8, a picture that takes a second waits for at most 8 seconds of
-/// later arrivals, and a picture that takes a millisecond for those of the next
-/// 8 milliseconds.
+/// Multiple of a picture's own cost for which later arrivals may pass it. At 8,
+/// a picture that takes a second waits for at most 8 seconds of later arrivals,
+/// and a picture that takes a millisecond for those of the next 8 milliseconds.
 const PATIENCE: u32 = 8;
 /// Longest time in which later arrivals may pass a picture, whatever its header
 /// claims.

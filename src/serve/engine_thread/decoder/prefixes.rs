@@ -60,7 +60,7 @@ struct Cut {
     saved: usize,
 }
 
-/// For each number of pasts, the best way to cut the first that many.
+/// Returns the best way to cut the first `n` pasts, for each `n` from 0 on.
 fn cuts(common: &[usize]) -> Vec<Cut> {
     let mut cuts = vec![Cut { start: 0, saved: 0 }];
     for end in 1..=common.len() {
