@@ -173,7 +173,11 @@ impl Decoder {
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
             Err(error) => {
                 self.metrics.fault(fault(&error));
-                tracing::error!(n_sequences = ready.len(), %error, "a step failed; each sequence is run alone");
+                tracing::error!(
+                    n_sequences = ready.len(),
+                    %error,
+                    "a step failed; each sequence is run alone"
+                );
                 for &slot in &ready {
                     images += self.step_alone(engine, slot)?;
                 }
