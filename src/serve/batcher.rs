@@ -751,7 +751,7 @@ impl State {
         }
     }
 
-    /// Answers all callers whose work waits, with NotReady: the last engine has
+    /// Answers all callers whose work waits, with `NotReady`: the last engine has
     /// ended before its time.
     fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
@@ -764,7 +764,7 @@ impl State {
     }
 }
 
-/// Answers everything that still arrives with NotReady, until preprocessing
+/// Answers everything that still arrives with `NotReady`, until preprocessing
 /// ends.
 fn refuse_arrivals(channels: &Channels) {
     loop {

@@ -107,7 +107,7 @@ impl Engines {
     }
 
     /// Gives a free engine its turn. If the engine has failed meanwhile, the
-    /// callers in the turn are answered with NotReady.
+    /// callers in the turn are answered with `NotReady`.
     pub(super) fn give(
         &mut self,
         device: DeviceIdx,
