@@ -751,8 +751,8 @@ impl State {
         }
     }
 
-    /// Answers all callers whose work waits, with `NotReady`: the last engine has
-    /// ended before its time.
+    /// Answers all callers whose work waits, with `NotReady`: the last engine
+    /// has ended before its time.
     fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
             if let Some(entry) = self.scheduler.queue.remove(&place) {
