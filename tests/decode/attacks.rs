@@ -147,8 +147,8 @@ fn scans_are_added_up() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "encoded: the 92 scans of the JPEG go over 385875968 pixels together, over the limit of \
-         160000000, 32 times --image-pixels-max"
+        "encoded: the 92 scans of the JPEG cover 385875968 pixels in total, over the limit of \
+         160000000 (32 times --image-pixels-max)"
     );
 }
 
@@ -161,7 +161,7 @@ fn orders_of_scans_that_the_decoder_gets_wrong_are_refused() {
         let outcome = measure(&bytes, &LIMITS, None).outcome;
         let expected = if name.contains("apart") && !(name.contains("luma") || name.contains("310"))
         {
-            Some("components in scans of their own, not progressive")
+            Some("components in separate scans of a file that is not progressive")
         } else if name.contains("luma") {
             Some("luma at less than the full width")
         } else if name.contains("310") {

@@ -270,7 +270,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
         ),
         (
             with(|request| request.primer = prefix(&[0; 65])),
-            "prefix.ids: 65 tokens where an image has 64",
+            "prefix.ids: the prefix has 65 tokens; the limit is 64",
         ),
         (
             with(|request| request.primer = prefix(&[1, 16])),

@@ -48,7 +48,7 @@ fn a_flat_image_stays_flat() {
     }
 }
 
-/// A window must hold what the whole result holds there.
+/// Checks that a window holds the same pixels as the whole result does there.
 #[test]
 fn a_window_equals_its_part_of_the_whole() {
     let check = |width, height, shorter: usize| {
@@ -79,7 +79,7 @@ fn a_window_equals_its_part_of_the_whole() {
     check(250, 800, 250);
 }
 
-/// The offsets are Python's `int(round((side - 224) / 2.0))`.
+/// Checks offsets against Python's `int(round((side - 224) / 2.0))`.
 #[test]
 fn the_crop_is_centered_as_python_rounds() {
     let check = |source_len, shorter, result_len, start| {
@@ -95,7 +95,8 @@ fn the_crop_is_centered_as_python_rounds() {
     check(4000, 1, 896_000, 447_888);
 }
 
-/// Sides that no image should have, in little memory and time.
+/// Resizes images with sides that no image should have, in little memory and
+/// time.
 #[test]
 fn extreme_sides_are_cheap() {
     for (width, height) in [(1, 3_000_000), (3_000_000, 1)] {
