@@ -160,7 +160,7 @@ fn what_cannot_be_measured_is_refused() {
     refused(&["--model", "random:xyz"], "random:xyz");
     refused(
         &["--model", "random:tiny", "--batch-sizes", "2,1"],
-        "do not ascend",
+        "must be in ascending order",
     );
     refused(
         &["--model", "random:tiny", "--graphs", "pixels"],

@@ -652,12 +652,30 @@ async fn tokens_are_the_same_without_a_worker() {
     running.end().await;
 }
 
+/// Flags that could have no effect are refused before anything is asked.
+#[test]
+fn flags_without_their_model_are_refused() {
+    let serve = ["tokenize", "a.png", "--serve", "--log info"];
+    let endpoint = ["--endpoint", "http://127.0.0.1:1"];
+    for (arguments, expected) in [
+        (serve.to_vec(), "--model <SOURCE>"),
+        ([&serve[..], &endpoint].concat(), "cannot be used with"),
+        (vec!["classify", "a.png", "--head", "=x"], "NAME=FILE"),
+        (vec!["classify", "a.png", "--head", "a="], "NAME=FILE"),
+    ] {
+        let output = imagegpt(&arguments, b"");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
 #[test]
 fn inspect_says_what_it_shows() {
     for (source, expected) in [
         ("random:tiny", "it is a source, not yet compiled"),
         ("openai/imagegpt-small", "it is a source, not yet compiled"),
-        ("/nowhere", "there is no such folder"),
+        ("/nowhere", "there is no such directory"),
         (PICTURES, "it has no imagegpt.json"),
     ] {
         let output = imagegpt(&["inspect", source], b"");

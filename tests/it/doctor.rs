@@ -133,7 +133,7 @@ fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
     let output = doctor(&["--model", "openai/imagegpt-small"]);
     assert_eq!(output.status.code(), Some(2));
     let complaint = String::from_utf8(output.stderr).expect("UTF-8");
-    assert!(complaint.contains("is no directory"), "{complaint}");
+    assert!(complaint.contains("is not a directory"), "{complaint}");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn a_cache_that_cannot_be_made_is_told_and_devices_are_checked_as_by_serve() {
         check["found"].as_str().expect("text").to_owned()
     };
     let found = cache(file.to_str().expect("UTF-8"));
-    assert!(found.contains("is no folder"), "{found}");
+    assert!(found.contains("is not a directory"), "{found}");
     let found = cache("/proc/nope");
     assert!(found.contains("cannot be written (/proc: "), "{found}");
 

@@ -253,7 +253,7 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
         assert_eq!(worker.wait(), Some(1), "{lines:#?}");
         for line in &lines {
             let event: serde_json::Value = serde_json::from_str(line).expect("one JSON object");
-            let is_end = event["message"] == "ended hard: the grace period ran out";
+            let is_end = event["message"] == "forced shutdown: the grace period ran out";
             assert!(event["level"] != "ERROR" || is_end, "{lines:#?}");
         }
     }
