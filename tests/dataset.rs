@@ -368,7 +368,7 @@ fn shares_write_different_files_and_finish_looks_for_all_of_them() {
     let early = finish();
     assert_eq!(early.status.code(), Some(1));
     assert!(
-        said(&early).contains("part 00001-00000 and what follows, part 00003-00000"),
+        said(&early).contains("part 00001-00000 and the rest of its shard, part 00003-00000"),
         "{}",
         said(&early)
     );
@@ -413,15 +413,15 @@ fn what_has_changed_is_refused_by_name() {
     };
     refused(
         embed(&input, &output, &workers).args(["--fit", "center-crop"]),
-        "--fit was squash, is center-crop",
+        "--fit was squash, is now center-crop",
     );
     refused(
         embed(&input, &output, &workers).args(["--keep", "label"]),
-        "a folder of images, which has no columns",
+        "a directory of images, which has no columns",
     );
     refused(
         &mut embed(&input, &input.join("output"), &workers),
-        "the next run would find it there",
+        "the next run would read its own output",
     );
     std::fs::write(input.join("99999.png"), image(7)).expect("a file");
     refused(
@@ -774,9 +774,9 @@ fn inputs_that_can_never_be_read_end_with_exit_code_2() {
         assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
         assert!(said(&ended).contains(expected), "{}", said(&ended));
     };
-    run(&input, "it is a folder that may not be read");
+    run(&input, "it is a directory that may not be read");
     run(&input.join("00001.png"), "it may not be read");
-    run(Path::new(""), "'' is no path");
+    run(Path::new(""), "'' is neither a path");
     mode(&input, 0o700);
 }
 
@@ -862,7 +862,7 @@ fn too_many_errors_are_all_to_be_read() {
         "{}",
         said(&ended)
     );
-    assert!(said(&ended).contains("at last 00"), "{}", said(&ended));
+    assert!(said(&ended).contains("the last one is 00"), "{}", said(&ended));
     let summary: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
     assert_eq!(summary["errors"], error_lines(&output).len(), "{summary}");
     assert_eq!(summary["errors_this_run"], summary["errors"], "{summary}");
@@ -917,7 +917,7 @@ fn told_to_end_it_says_how_to_go_on() {
     let ended = client.wait_with_output().expect("its end");
     assert_eq!(ended.status.code(), Some(INTERRUPTED), "{}", said(&ended));
     assert!(
-        said(&ended).contains("the same command goes on"),
+        said(&ended).contains("the same command resumes the job"),
         "{}",
         said(&ended)
     );

@@ -56,7 +56,7 @@ pub(super) fn only_one_stdin<'a>(inputs: impl Iterator<Item = &'a Path>) -> anyh
     let n = inputs.filter(|path| *path == Path::new(STDIN)).count();
     anyhow::ensure!(
         n < 2,
-        "- is given {n} times; standard input can be read only once"
+        "standard input (-) is given {n} times; it can be read only once"
     );
     Ok(())
 }

@@ -726,7 +726,7 @@ fn jobs_of_an_older_version_go_on_or_are_refused_with_what_to_do() {
             assert_eq!(code, 2, "{said}");
             let now = Model::open(&folder, None).expect("a model").digest;
             let was = "sha256:dacbe542ce28e1ee066bc390205c6f6523e93a04b886bcb1ae6d4fb46584f2ff";
-            let sentence = format!("the model's digest was {was}, is {now}. Finish it with the");
+            let sentence = format!("the model's digest was {was}, is now {now}. Finish the output");
             assert!(said.contains(&sentence), "{said}");
         }
     }
