@@ -862,7 +862,11 @@ fn too_many_errors_are_all_to_be_read() {
         "{}",
         said(&ended)
     );
-    assert!(said(&ended).contains("the last one is 00"), "{}", said(&ended));
+    assert!(
+        said(&ended).contains("the last one is 00"),
+        "{}",
+        said(&ended)
+    );
     let summary: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
     assert_eq!(summary["errors"], error_lines(&output).len(), "{summary}");
     assert_eq!(summary["errors_this_run"], summary["errors"], "{summary}");

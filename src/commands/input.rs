@@ -69,7 +69,7 @@ pub struct PreprocessConfig {
     #[arg(long, value_enum, default_value = "squash")]
     pub fit: Fit,
 
-    /// Color of transparent pixels: the one stored under them (drop), or white
+    /// Color of transparent pixels: the color stored under them (drop), or white
     #[arg(long, value_enum, default_value = "drop")]
     pub alpha: Alpha,
 }

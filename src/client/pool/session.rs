@@ -44,7 +44,7 @@ const BACKOFF_OTHER: Duration = Duration::from_secs(30);
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
 /// Longest time to connect, and to get the first answer.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Interval of HTTP/2 pings. They detect a machine that has vanished without
+/// Interval of HTTP/2 pings, which detect a machine that has vanished without
 /// closing the connection.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest time for a single image while the worker answers others, in

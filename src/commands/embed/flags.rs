@@ -12,9 +12,8 @@ use crate::model::graph::{Context, Norm};
 use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 
-/// Embed, classify or score a dataset of any size. The job is resumable: after
-/// it was killed at any moment, the same command continues from the last
-/// finished part.
+/// Embed, classify or score a dataset of any size. Resumable: after a kill at
+/// any moment, the same command continues after the last finished part.
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
     /// Input to read: a directory tree of images; a list of images (.txt with
@@ -49,8 +48,8 @@ pub struct EmbedArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Workers")]
 pub struct WorkersConfig {
-    /// URL of the workers; give several, separated by commas or by repeating
-    /// the flag, to use all of them. A host name with several addresses (in
+    /// URL of a worker; give several, separated by commas or by repeating the
+    /// flag, to use all of them. A host name with several addresses (in
     /// Kubernetes a headless service) stands for one worker per address, and is
     /// resolved again as workers come and go
     #[arg(
@@ -77,9 +76,9 @@ pub struct WorkersConfig {
     )]
     pub window: u32,
 
-    /// Longest time without an answer from a worker that has images; after it
-    /// the worker is left out with exponential backoff and its images go to
-    /// other workers. Raise it where one batch takes longer
+    /// Longest time without an answer from a worker that has images. After this
+    /// time the worker is left out with exponential backoff, and its images go
+    /// to other workers. Raise the time where one batch takes longer
     #[arg(
         long,
         env = "IMAGEGPT_ITEM_TIMEOUT",
@@ -100,7 +99,7 @@ pub struct WorkersConfig {
     pub resolve_interval: Duration,
 
     /// Time without an answer from any worker after which the job ends with
-    /// exit code 1; the same command then resumes it
+    /// exit code 1; the same command then resumes the job
     #[arg(
         long,
         env = "IMAGEGPT_GIVE_UP_AFTER",
@@ -136,7 +135,8 @@ pub struct TaskConfig {
     #[arg(long, env = "IMAGEGPT_FIT", value_enum, default_value = "squash")]
     pub fit: Fit,
 
-    /// Color of transparent pixels: the one stored under them (drop), or white
+    /// Color of transparent pixels: the color stored under them (drop), or
+    /// white
     #[arg(long, env = "IMAGEGPT_ALPHA", value_enum, default_value = "drop")]
     pub alpha: Alpha,
 
@@ -211,7 +211,7 @@ pub struct TableConfig {
     pub keep: Vec<String>,
 
     /// Column that holds the images of a Parquet or Arrow table, or the paths
-    /// in a CSV [default: the one that looks like it]
+    /// in a CSV [default: found by the columns' names and types]
     #[arg(long, env = "IMAGEGPT_IMAGE_COLUMN", value_name = "COLUMN")]
     pub image_column: Option<String>,
 
@@ -221,8 +221,9 @@ pub struct TableConfig {
     pub id_column: Option<String>,
 
     /// Images per part, in the order of the input. At most four parts are
-    /// unfinished at the same time; they are held in memory, and are done again
-    /// after a kill: lower this for slow models and long vectors
+    /// unfinished at the same time. Unfinished parts are held in memory, and
+    /// are done again after a kill: lower the number for slow models and long
+    /// vectors
     #[arg(
         long,
         env = "IMAGEGPT_PART_ITEMS",
@@ -234,8 +235,9 @@ pub struct TableConfig {
 
     /// Time for which one image's URL in a list is retried, with exponential
     /// backoff, while its server is busy, unavailable or slow (5xx, 408, 429,
-    /// timeouts, refused connections). After it the image is recorded as an
-    /// error. An image that does not exist or is forbidden is an error at once
+    /// timeouts, refused connections). After this time the image is recorded as
+    /// an error; an image that does not exist or is forbidden is an error at
+    /// once
     #[arg(
         long,
         env = "IMAGEGPT_URL_PATIENCE",
@@ -247,12 +249,12 @@ pub struct TableConfig {
 
     /// Refuse every URL of a list, and every redirect, that leads to an address
     /// that is not public: loopback, private, shared, link-local, multicast.
-    /// Set it for a list from an untrusted source, which could otherwise make
-    /// this machine send requests to hosts that only its own network reaches.
-    /// Without this flag a list may name such hosts, and only the targets of
-    /// redirects from public addresses must be public. Addresses cannot be
-    /// checked through a proxy, so HTTP_PROXY, HTTPS_PROXY and ALL_PROXY must
-    /// not be set
+    /// Set the flag for a list from an untrusted source, which could otherwise
+    /// make this machine send requests to hosts that only its own network
+    /// reaches. Without the flag a list may name hosts on private networks, and
+    /// only redirects from public addresses must lead to public ones. Addresses
+    /// cannot be checked through a proxy, so HTTP_PROXY, HTTPS_PROXY and
+    /// ALL_PROXY must not be set
     #[arg(
         long,
         env = "IMAGEGPT_PUBLIC_ADDRESSES_ONLY",
@@ -283,8 +285,8 @@ pub struct ShareConfig {
     #[arg(long, env = "IMAGEGPT_SHARD", value_name = "I/N", value_parser = share, conflicts_with = "shards")]
     pub shard: Option<JobShare>,
 
-    /// Number of shares: do the one that the variable JOB_COMPLETION_INDEX
-    /// names, as an Indexed Job of Kubernetes sets it
+    /// Number of shares, of which this job does the share whose index is in the
+    /// variable JOB_COMPLETION_INDEX, as set by an Indexed Job of Kubernetes
     #[arg(
         long,
         env = "IMAGEGPT_SHARDS",
