@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Compiles models/emoji once, serves it with its head, embeds, classifies and
-# tokenizes the pictures in models/pictures over gRPC, prints who looks like
-# whom and draws it; scores some of them, and has the upper halves of others
-# completed; then ends the worker. The model was trained on none of these
-# pictures.
+# Compiles models/emoji once and serves it with its head. Embeds, classifies and
+# tokenizes the pictures in models/pictures over gRPC, and prints and draws the
+# nearest neighbors of each; scores some of the pictures, and completes the
+# upper halves of others; then ends the worker. The model was trained on none of
+# these pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
