@@ -83,7 +83,7 @@ pub struct InspectArgs {
 ///
 /// # Errors
 ///
-/// One sentence that says what to change.
+/// When the model cannot be read or compiled; the error says what to change.
 pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let library = onnx::find_library(args.library.onnxruntime.as_deref());
     let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;

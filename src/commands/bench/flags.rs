@@ -391,7 +391,8 @@ impl BenchArgs {
     ///
     /// # Errors
     ///
-    /// One sentence that names the flags and says what to change.
+    /// When flags contradict each other; the error names the flags and says how
+    /// to change them.
     pub fn validate(&self) -> anyhow::Result<()> {
         if let Mode::Engine(_) = self.mode {
             let strange = self
@@ -400,9 +401,10 @@ impl BenchArgs {
                 .iter()
                 .find(|flag| !OF_ENGINE.contains(&flag.as_str()));
             if let Some(flag) = strange {
-                let instead = match flag.as_str() {
-                    "duration" => "use --seconds",
-                    _ => "drop it",
+                let instead = if flag == "duration" {
+                    "use --seconds"
+                } else {
+                    "drop it"
                 };
                 anyhow::bail!(
                     "--{flag} is for modes that load a worker, and engine runs without one; \

@@ -58,7 +58,7 @@ pub struct WorkersConfig {
         default_value = "http://127.0.0.1:50051",
         value_delimiter = ',',
         value_name = "URL",
-        conflicts_with = "model"
+        conflicts_with_all = ["model", "serve"]
     )]
     pub endpoints: Vec<String>,
 
