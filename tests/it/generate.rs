@@ -251,7 +251,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
     let mut checks: Vec<(pb::GenerateRequest, &str)> = vec![
         (
             with(|request| request.samples = 5),
-            "samples: 5 in one call",
+            "samples: the call has 5 samples",
         ),
         (
             with(|request| request.temperature = Some(-1.0)),

@@ -455,11 +455,15 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
             invalid,
             "model_version: \"new\" is not a whole number",
         ),
-        (with(&|r| r.inputs.clear()), invalid, "inputs: there are 0"),
+        (
+            with(&|r| r.inputs.clear()),
+            invalid,
+            "inputs: the request has 0 inputs",
+        ),
         (
             with(&|r| r.inputs[0].name = "pixel_values".into()),
             invalid,
-            "\"pixel_values\" is none; send one of image",
+            "\"pixel_values\" is not an input; send image",
         ),
         (
             with(&|r| r.inputs[0].datatype = "FP32".into()),
@@ -484,7 +488,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.inputs[0].shape = vec![0, 64]),
             invalid,
-            "images: the call has none",
+            "images: the call has no image",
         ),
         (
             with(&|r| r.inputs[0].shape = vec![1 << 40, 64]),
@@ -499,12 +503,12 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.raw_input_contents.push(Bytes::new())),
             invalid,
-            "raw_input_contents: there are 2 for 1 input",
+            "raw_input_contents: the request has 2 entries for 1 input",
         ),
         (
             with(&|r| r.inputs[0].contents = Some(oip::InferTensorContents::default())),
             invalid,
-            "contents must not be set where raw_input_contents is",
+            "contents must not be set if raw_input_contents is set",
         ),
         (
             with(&|r| {
@@ -540,7 +544,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.outputs = outputs(&["scores"])),
             invalid,
-            "outputs: \"scores\" is none; name embedding",
+            "outputs: \"scores\" is not an output; name embedding",
         ),
         (
             with(&|r| r.outputs = outputs(&["tokens", "tokens"])),
@@ -550,7 +554,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.outputs = outputs(&["tokens", "status"])),
             invalid,
-            "status comes with the parameter partial",
+            "status is only available with the parameter partial",
         ),
         (
             with(&|r| r.outputs = outputs(&["nll"])),
