@@ -285,7 +285,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
     request.primer = rows(9);
     checks.push((request.clone(), "image.rows: 9"));
     request.primer = primer(pb::image_primer::Keep::Mask(vec![1; 63].into()));
-    checks.push((request.clone(), "image.mask: 63 bytes"));
+    checks.push((request.clone(), "image.mask: the mask has 63 bytes"));
     request.primer = Some(Primer::Image(pb::ImagePrimer {
         image: Some(flat(1)),
         ..Default::default()
