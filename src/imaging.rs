@@ -79,7 +79,7 @@ pub struct PreprocessOptions {
     pub alpha: Alpha,
 }
 
-/// An image, and the options by which it becomes tokens.
+/// An image, and the options by which the image becomes tokens.
 #[derive(Debug, Clone)]
 pub struct ImageRequest {
     pub input: ImageInput,

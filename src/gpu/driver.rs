@@ -192,7 +192,7 @@ fn absence(words: &str) -> String {
 /// `T` is the type of the function with this name, and the function is not
 /// called after `library` is unloaded.
 pub(super) unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
-    // SAFETY: the caller vouches for the type.
+    // SAFETY: the caller vouches for both.
     let found = unsafe { library.get::<T>(name) };
     found
         .map(|symbol| *symbol)

@@ -11,7 +11,7 @@ use super::{GpuUsage, Management, MemoryUse};
 /// where programs are compiled for NVML.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// Loads and starts NVML, if it is there.
+/// Loads and starts NVML, if the library is installed.
 pub(super) fn open() -> Option<Box<dyn Management>> {
     match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
         Ok(nvml) => Some(Box::new(nvml)),

@@ -106,7 +106,7 @@ impl From<BudgetEnd> for PreprocessError {
     }
 }
 
-/// CPU time that the calling thread has used.
+/// Returns the CPU time that the calling thread has used.
 fn thread_cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
@@ -121,7 +121,7 @@ pub(super) struct BudgetedSource<'a> {
     budget: &'a DecodeBudget<'a>,
     /// Positions at which a chunk ends early, in rising order.
     stops: &'a [usize],
-    /// Bytes until the next check.
+    /// Bytes that may be read before the next check.
     left: usize,
 }
 
@@ -155,7 +155,7 @@ impl<'a> BudgetedSource<'a> {
         Ok(())
     }
 
-    /// Bytes from here to the next check.
+    /// Returns the number of bytes from here to the next check.
     fn chunk(&self) -> usize {
         let at = usize::try_from(self.bytes.position()).unwrap_or(usize::MAX);
         let next = self.stops.partition_point(|&stop| stop <= at);

@@ -52,7 +52,7 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// The format whose signature the bytes start with.
+    /// Returns the format whose signature the bytes start with.
     #[must_use]
     pub fn guess(bytes: &[u8]) -> Option<Self> {
         match bytes {

@@ -35,7 +35,7 @@ pub(crate) fn tile_of(n_left: usize, most: usize) -> usize {
 /// Most lanes of a vector.
 pub(crate) const LANES_MAX: usize = 16;
 
-/// A vector of `LANES` floats, one query in each lane.
+/// A vector of `LANES` floats.
 ///
 /// # Safety
 ///

@@ -128,7 +128,7 @@ fn decode_scans(
         error => header.damaged(format!("{error:?}")),
     };
     let options = DecoderOptions::default()
-        // Otherwise the decoder returns what it could not decode as gray.
+        // Otherwise the decoder returns gray where it could not decode the file.
         .set_strict_mode(true)
         .set_max_width(usize::MAX)
         .set_max_height(usize::MAX)

@@ -65,8 +65,8 @@ struct File<'a> {
     animated: bool,
     /// Width and height of the canvas.
     canvas: (u32, u32),
-    /// True if transparency is shown. An extended header states whether it is;
-    /// without such a header it is.
+    /// True if transparency is shown: if the extended header says so, or if the
+    /// file has no extended header.
     alpha: bool,
     /// Column and row of the frame on the canvas.
     place: (u32, u32),

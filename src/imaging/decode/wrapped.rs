@@ -26,7 +26,7 @@ pub(super) fn bmp(
     Ok((read(decoder, header)?, Orientation::NoTransforms))
 }
 
-/// Decodes an image that was admitted.
+/// Decodes an image whose size was admitted.
 pub(super) fn read(
     decoder: impl ImageDecoder,
     header: Header<'_>,

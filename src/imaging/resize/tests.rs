@@ -4,7 +4,7 @@ fn noise(width: u32, height: u32) -> RgbImage {
     let mut state = u64::from(width) << 32 | u64::from(height) | 1;
     let pixels = (0..width as usize * height as usize * 3)
         .map(|_| {
-            // A linear congruential generator's high bits.
+            // The high bits of a linear congruential generator.
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);

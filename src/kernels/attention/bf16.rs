@@ -1,4 +1,4 @@
-//! Attention of one head with products in bfloat16, for CPUs that multiply it.
+//! Attention of one head with products in bfloat16, for CPUs that have them.
 //!
 //! The algorithm and its orientation are those of [`super::tile`], cut to the
 //! tiles of the matrix unit: a tile is 16 rows of 16 pairs of bfloat16, or 16

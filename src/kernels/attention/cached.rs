@@ -116,8 +116,8 @@ struct HeadTask {
 pub(crate) struct HeadTasks(Arc<[HeadTask]>);
 
 impl HeadTasks {
-    /// Creates the tasks of a call of `shape`. `prefixes` are none, or one per
-    /// sequence.
+    /// Creates the tasks of a call of `shape`. `prefixes` is empty or has one
+    /// prefix per sequence.
     ///
     /// # Errors
     /// If a prefix is longer than what one of its two sequences has, or is of a
@@ -261,8 +261,8 @@ impl CachedAttention {
 
     /// Prepares a call that puts the new tokens of `qkv` into `cache`, in which
     /// sequence `i` has `past[i]` tokens, and computes `output`.
-    /// [`CachedJob::work`] runs the call. `prefixes` are none, or one per
-    /// sequence.
+    /// [`CachedJob::work`] runs the call. `prefixes` is empty or has one prefix
+    /// per sequence.
     ///
     /// # Errors
     /// If a length differs from the shape's, a sequence would outgrow the

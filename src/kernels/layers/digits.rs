@@ -1,4 +1,5 @@
-//! Rounds rows to whole numbers, for products with weights of 8 bits.
+//! Rounds rows to whole numbers (quantization), for products with weights of
+//! 8 bits.
 //!
 //! CPUs with VNNI multiply bytes, four to a lane, and add the products up
 //! exactly. A row's numbers need more bits than a byte has, so they are rounded

@@ -1,7 +1,7 @@
 //! Phases of a step, which come one after the other. Each is cut into tasks
 //! that threads share out among themselves.
 //!
-//! Nobody depends on a thread that is not there: every thread that comes takes
+//! No thread depends on a thread that is absent: every thread that comes takes
 //! the tasks that are left, and waits only for tasks that another thread has
 //! begun. Therefore threads may come late, or never, as the threads of a pool
 //! do.

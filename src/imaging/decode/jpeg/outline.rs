@@ -14,7 +14,7 @@ const TABLES_MAX: usize = 1024;
 /// progressive file leaves them out.
 const SMOOTHED: usize = 10;
 
-/// Facts that the segments of a file state.
+/// Contents of a file's segments.
 #[derive(Debug)]
 pub(super) struct Outline<'a> {
     pub(super) frame: JpegFrame,
