@@ -336,7 +336,7 @@ fn graphs_for_a_gpu_take_and_give_little() {
     };
     let output = TempDir::new().unwrap();
     let error = run(source.path(), &output.path().join("out"), &options).unwrap_err();
-    assert!(error.to_string().contains("use bf16 or fp16"), "{error}");
+    assert!(error.to_string().contains("bf16 or fp16"), "{error}");
 }
 
 /// What `--portable` promises holds for a GPU as well.
@@ -530,7 +530,7 @@ fn recipes_of_other_generators_are_refused() {
     recipe(r#"{"generator": 9, "seed": 0, "standard_deviation": 0.02}"#);
     refused(folder.path(), &options, "generator 9");
     recipe("{}");
-    refused(folder.path(), &options, "no recipe");
+    refused(folder.path(), &options, "not a recipe");
 }
 
 #[test]
@@ -549,7 +549,7 @@ fn options_that_do_not_fit_are_refused() {
     refused(
         Path::new("/nowhere"),
         &CompileOptions::default(),
-        "no such folder",
+        "directory does not exist",
     );
 }
 
@@ -564,7 +564,7 @@ fn an_output_in_use_is_left_alone() {
         result
             .unwrap_err()
             .to_string()
-            .contains("not an empty folder")
+            .contains("not an empty directory")
     );
     assert_eq!(fs::read(&mine).unwrap(), b"precious");
 }

@@ -172,7 +172,7 @@ fn what_the_hub_does_not_give_is_told() {
         assert!(error.contains(word), "{error}");
         assert!(!error.contains(TOKEN), "{error}");
     };
-    refused(&server.hub, "neither safetensors nor");
+    refused(&server.hub, "neither model.safetensors nor");
     let stranger = Hub {
         token: None,
         ..server.hub.clone()

@@ -443,6 +443,6 @@ fn refuses_graphs_that_do_not_fit() {
         "activation \"mish\"",
     );
     refused(|node| drop(node.attribute.remove(2)), "epsilon is missing");
-    refused(|node| drop(node.input.pop()), "16 of each layer");
+    refused(|node| drop(node.input.pop()), "16 per layer");
     refused(|node| node.input.swap(5, 8), "weights of");
 }

@@ -782,7 +782,7 @@ mod tests {
         check(&["--preprocess-threads", "10000000"], "0..=1024");
         check(&["--request-bytes-max", "abc"], "a size such as 64MiB");
         check(&["--fake-engine", "2ms+1ms"], "fine");
-        check(&["--fake-engine", "fast"], "a time of up to 60s");
+        check(&["--fake-engine", "fast"], "a time per run of at most 60s");
         check(
             &["--fake-engine", "0s", "--head", "a=b"],
             "--fake-engine has no features",

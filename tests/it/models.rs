@@ -41,7 +41,7 @@ fn folders_that_cannot_be_served() {
         "no-such-folder",
         &[
             "no-such-folder",
-            "there is no such folder",
+            "the directory does not exist",
             "imagegpt compile",
             "Hugging Face",
             "hub id",
@@ -168,7 +168,7 @@ fn files_that_are_missing_or_broken() {
     let empty = tempfile::tempdir().expect("a folder");
     let complaint = complaint(empty.path()).expect("nothing is there");
     assert!(
-        complaint.contains("neither weights nor graphs (model.onnx, model_classification.onnx,"),
+        complaint.contains("neither weights nor graphs (model.onnx or model_classification.onnx,"),
         "{complaint}"
     );
 }

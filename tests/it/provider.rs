@@ -99,7 +99,7 @@ fn auto_says_in_the_log_that_it_takes_the_cpu() {
     let lines = String::from_utf8(lines).expect("text");
     let told = lines
         .lines()
-        .find(|line| line.contains("no CUDA execution provider; running on the CPU"));
+        .find(|line| line.contains("cannot use the CUDA execution provider; running on the CPU"));
     let told = told.unwrap_or_else(|| panic!("{lines}"));
     assert!(
         told.contains(" INFO ") && told.contains("imagegpt doctor"),
