@@ -241,9 +241,9 @@ mod tests {
 
     #[test]
     fn only_files_of_a_sensible_size_are_read() {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let source = FlagFile::new("--tls-cert", dir.path());
-        let text = format!("{:#}", source.read().expect_err("a folder"));
+        let text = format!("{:#}", source.read().expect_err("a directory"));
         assert!(
             text.starts_with("--tls-cert ") && text.contains("it is not a file"),
             "{text}"

@@ -130,7 +130,7 @@ mod tests {
 
     impl Files {
         fn new() -> Self {
-            let dir = tempfile::tempdir().expect("a folder");
+            let dir = tempfile::tempdir().expect("a directory");
             let files = Self { dir };
             for name in ["a", "b"] {
                 let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]);
