@@ -433,7 +433,10 @@ fn refuses_graphs_that_do_not_fit() {
             .unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     };
-    refused(|node| node.attribute[0].i = 5, "heads must divide the width");
+    refused(
+        |node| node.attribute[0].i = 5,
+        "heads must divide the width",
+    );
     refused(
         |node| node.attribute[1].floats.truncate(1),
         "1 scales for 2 layers",
