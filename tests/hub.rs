@@ -1,5 +1,5 @@
-//! Downloading from a server that speaks the hub's protocol: one thread with
-//! a few files, which writes down what it was asked.
+//! Downloads from a server with the hub's protocol: one thread with a few
+//! files, which records the requests.
 #![warn(clippy::disallowed_methods)]
 #![allow(
     clippy::unwrap_used,

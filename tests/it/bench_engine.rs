@@ -19,7 +19,7 @@ struct Cli {
     bench: BenchArgs,
 }
 
-/// The table, or why there is none.
+/// Runs the command, and returns its table or its error.
 fn run(arguments: &[&str]) -> Result<String, String> {
     let all = ["bench", "engine"].iter().chain(arguments);
     let args = Cli::try_parse_from(all)

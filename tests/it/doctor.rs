@@ -1,5 +1,5 @@
-//! `imagegpt doctor` as a process, on whatever machine this is, with the real
-//! ONNX Runtime: its build for CPUs, so CUDA is never had.
+//! `imagegpt doctor` as a process on any machine, with the real ONNX Runtime in
+//! its build for CPUs, so that CUDA is never available.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::harness::model_dir;
 use crate::process;
 
-/// A library that takes its process with it when it is loaded.
+/// Source of a library that ends its process when it is loaded.
 const CRASH: &str = "#include <stdlib.h>
 __attribute__((constructor)) static void crash(void) { abort(); }
 ";

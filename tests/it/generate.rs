@@ -1,5 +1,5 @@
-//! Generate and Score: over the fake engine what travels and who waits, over a
-//! compiled model what transformers computes.
+//! Generate and Score: messages and scheduling with the fake engine, and the
+//! results of a compiled model against those of transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,8 @@ use crate::harness::{self, Client, Running, embed, f32s, flat, seeded, tokens, u
 const SIDE: u32 = 8;
 const COLORS: u16 = 16;
 
-/// A fake worker that draws so many at a time, each step taking so long.
+/// Starts a fake worker that generates `n_slots` images at the same time, with
+/// `delay` per step.
 pub(crate) async fn fake(n_slots: usize, delay: Duration, flags: &[&str]) -> Running {
     let script = Script {
         sequences: Some(FakeSequences {
@@ -56,11 +57,11 @@ fn primer(keep: pb::image_primer::Keep) -> Option<Primer> {
     }))
 }
 
-/// All that a call sent.
+/// Everything that a call returned.
 #[derive(Debug, Default)]
 struct Sent {
     started: Option<pb::GenerateStarted>,
-    /// By sample, top to bottom.
+    /// Rows of each sample, top to bottom.
     rows: BTreeMap<u32, Vec<Vec<u32>>>,
     images: BTreeMap<u32, Result<pb::GeneratedImage, Code>>,
 }
@@ -104,7 +105,7 @@ async fn generate(
     Ok(sent)
 }
 
-/// What the fake engine takes for the likeliest.
+/// Returns the tokens that the fake engine finds most likely after `primer`.
 pub(crate) fn likeliest(primer: &[u32]) -> Vec<u32> {
     let primer: Vec<u16> = primer
         .iter()
@@ -361,7 +362,8 @@ async fn whoever_goes_frees_the_place_at_once() {
     running.end().await;
 }
 
-/// What a client has not read counts as large as it is, not as it might have been.
+/// Answers that a client has not read yet are counted with their real size, not
+/// with the largest possible size.
 #[tokio::test]
 async fn pictures_that_wait_to_be_read_hold_their_own_size() {
     let running = fake(4, Duration::ZERO, &[]).await;
@@ -444,12 +446,12 @@ async fn what_was_begun_is_finished_when_the_worker_drains() {
     assert_eq!(sent.ids(0), likeliest(&[]));
 }
 
-/// The causal micro model, compiled.
+/// Starts a worker with the causal micro model, compiled.
 pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
     harness::start(&compiled(folder, precision), flags, None).await
 }
 
-/// Its folder.
+/// Compiles the causal micro model and returns its directory.
 pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
     let output = folder.join(precision.name());
     if !output.is_dir() {
@@ -466,7 +468,7 @@ pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
     output
 }
 
-/// What transformers computes; see tests/data/models.
+/// Results of transformers; see tests/data/models.
 #[derive(Deserialize)]
 pub(crate) struct Expected {
     pub(crate) images: Vec<Image>,
