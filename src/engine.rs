@@ -1,9 +1,9 @@
 //! Runs batches: the [`Engine`] trait and its implementations.
 //!
-//! An engine is owned by one named thread (`runner.rs`), because ONNX Runtime's
-//! `Session::run` takes `&mut self`: a lock around it would only move the queue
-//! to a place where nothing can observe it. Several devices have one such
-//! thread each, all fed by one batcher.
+//! An engine is owned by one named thread (`serve/engine_thread.rs`), because
+//! ONNX Runtime's `Session::run` takes `&mut self`: a lock around it would only
+//! move the queue to a place where nothing can observe it. Several devices have
+//! one such thread each, all fed by one batcher.
 
 pub mod fake;
 pub mod onnx;
