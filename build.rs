@@ -1,4 +1,5 @@
-//! Compiles proto/ into Rust, without protoc, and names the methods of its services.
+//! Compiles `proto/` into Rust without protoc, and generates an enum of the
+//! methods of its services.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     std::fs::write(out_dir.join("methods.rs"), methods(&descriptors)?)?;
     tonic_prost_build::configure()
-        // Images and tensors are handed on as they came off the wire.
+        // Images and tensors are passed on as the bytes that were received.
         .bytes(".imagegpt.v1")
         .bytes(".inference")
         .codec_path("crate::proto::codec::ScanningCodec")
@@ -25,7 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// An enum of the methods of all services, so that no list of them is written twice.
+/// Generates an enum of the methods of all services, so that no list of methods
+/// is written by hand.
 fn methods(descriptors: &FileDescriptorSet) -> Result<String, std::fmt::Error> {
     let mut names = Vec::new();
     let (mut paths, mut client_streams, mut server_streams) =
@@ -67,10 +69,10 @@ fn methods(descriptors: &FileDescriptorSet) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     write!(
         text,
-        "/// Method of a service of the worker, by proto/.
+        "/// Method of one of the worker's gRPC services, which `proto/` defines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RpcMethod {{
-{variants}    /// A method that the services do not have.
+{variants}    /// Unknown method of one of the services.
     Other,
 }}
 
@@ -78,11 +80,11 @@ impl RpcMethod {{
     /// All methods, in the order of the enum.
     pub const ALL: [Self; {count}] = [{all}Self::Other];
 
-    /// Paths of the services.
+    /// Path prefixes of the services.
     const SERVICES: &[&str] = &[
 {services}    ];
 
-    /// Name of the method, or `other`.
+    /// Returns the name of the method, or `other`.
     #[must_use]
     pub const fn name(self) -> &'static str {{
         match self {{
@@ -90,7 +92,8 @@ impl RpcMethod {{
         }}
     }}
 
-    /// Method that a path names; `None` for services of others.
+    /// Returns the method of a request's path; `None` if the path belongs to
+    /// none of the services.
     #[must_use]
     pub fn of_path(path: &str) -> Option<Self> {{
         let is_ours = |service: &&str| path.starts_with(*service);

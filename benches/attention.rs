@@ -1,11 +1,12 @@
 //! The attention kernels beside ONNX Runtime's own, on the shapes of the three
 //! published models: `cargo bench --bench attention -- [THREADS] [ROUNDS]`.
 //!
-//! All of a shape take turns, one call each, `ROUNDS` times over: on a shared
-//! machine the ratios mean more than the milliseconds. `direct` is the kernel
-//! called on its own, threads started for each call; `op` is the same inside an
-//! ONNX Runtime session, on its threads. The last column is arithmetic on the
-//! causal half, `4 * S * S / 2 * d`, over the fastest call.
+//! All kernels of a shape take turns, one call each, `ROUNDS` times: on a
+//! shared machine the ratios mean more than the milliseconds. `direct` is the
+//! kernel called by itself, with threads started for each call; `op` is the
+//! kernel inside an ONNX Runtime session, on its threads. The last column is
+//! the arithmetic of the causal half, `4 * S * S / 2 * d`, divided by the
+//! fastest call.
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use ort::environment::Environment;
 use ort::session::Session;
 use ort::value::Tensor;
 
-/// Something to time, and what it is called.
+/// Function to time, with its name.
 type Contestant<'a> = (String, Box<dyn FnMut() -> anyhow::Result<()> + 'a>);
 
 fn main() -> anyhow::Result<()> {

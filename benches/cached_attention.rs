@@ -1,10 +1,11 @@
 //! Attention of a step of generation beside ONNX Runtime's GroupQueryAttention:
 //! `cargo bench --bench cached_attention -- [THREADS] [ROUNDS] [BATCH] [PAST] [LENGTH]`.
 //!
-//! Each is a session with several layers over caches of their own, bound in
-//! place and together far beyond the CPU's, as in a model; they take turns, one
-//! run each, `ROUNDS` times over. The last column is what a step has to read of
-//! the cache, over the fastest run.
+//! Each contestant is a session with several layers, whose key/value caches are
+//! bound in place and are together far larger than the CPU's caches, as in a
+//! model; the contestants take turns, one run each, `ROUNDS` times. The last
+//! column is the part of the cache that a step reads, divided by the fastest
+//! run.
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::cast_precision_loss, reason = "figures to print")]
 
@@ -32,7 +33,7 @@ const CAPACITY: usize = 1024;
 const HEADS: usize = 8;
 const HEAD_DIM: usize = 64;
 
-/// Something to time, what it is called, and bytes of a head's position.
+/// Function to time, with its name and the bytes per head and position.
 type Contestant<'a> = (String, usize, Box<dyn FnMut() -> anyhow::Result<()> + 'a>);
 
 fn main() -> anyhow::Result<()> {
@@ -220,7 +221,8 @@ fn model() -> ModelProto {
     }
 }
 
-/// The kernel alone over a cache of `one` element, threads started for each layer.
+/// Runs the kernel alone over a cache filled with `one`, with threads started
+/// for each layer.
 fn direct<K: Kept>(
     kernel: Kernel,
     one: K::Element,

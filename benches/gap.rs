@@ -1,13 +1,15 @@
-//! How long an engine has nothing to run between two batches, while more wait.
+//! Measures how long an engine is idle between two batches while more batches
+//! wait.
 //!
 //!     cargo bench --bench gap -- [SECONDS]
 //!
-//! A worker at saturation, in one process with its callers: three of them, each
-//! with a batch of images a call, so that a batch always waits. First an engine
-//! that sleeps through its runs and leaves the cores to everybody else, as a GPU
-//! does; then a real graph, `random:tiny`, on one core. What is printed is
-//! `imagegpt_engine_gap_seconds`; for the real graph also the part of it that the
-//! engine itself makes (tokens in, answers out), in a bare loop.
+//! A worker at saturation runs in one process with three callers, each of which
+//! sends one batch of images per call, so that a batch always waits. The first
+//! engine sleeps through its runs and leaves the cores to other threads, as a
+//! GPU does; the second runs a real graph, `random:tiny`, on one core. The
+//! benchmark prints `imagegpt_engine_gap_seconds`; for the real graph also the
+//! part of the gap that the engine itself causes (tokens in, answers out), in a
+//! bare loop.
 
 #![expect(
     clippy::print_stdout,
@@ -35,7 +37,7 @@ use imagegpt::serve::worker::Worker;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const SIZES: [usize; 3] = [1, 8, 64];
-/// One is running, one waits, one is on its way.
+/// Number of callers: one batch is running, one waits, one is being sent.
 const CALLERS: usize = 3;
 const WARM_UP: Duration = Duration::from_millis(500);
 
@@ -103,7 +105,8 @@ fn config(model: &str, size: usize, flags: &[&str]) -> anyhow::Result<ServeConfi
     Ok(Cli::try_parse_from(fixed.iter().chain(flags))?.serve)
 }
 
-/// Seconds of a call of the engine that are not the runtime's: the mean.
+/// Returns the mean time of a call of the engine outside the runtime, in
+/// seconds.
 fn outside_runs(
     config: &ServeConfig,
     folder: &Path,
@@ -142,7 +145,7 @@ fn outside_runs(
     Ok(outside.as_secs_f64() / runs)
 }
 
-/// What the metrics page says of runs.
+/// Metrics of the engine's runs.
 #[derive(Clone, Copy)]
 struct Runs {
     n: f64,
@@ -194,7 +197,7 @@ async fn saturated(
     })
 }
 
-/// The sums of a metrics page, over all graphs and devices.
+/// Returns the sums of a metrics page over all graphs and devices.
 async fn page(addr: SocketAddr) -> anyhow::Result<Runs> {
     let mut stream = tokio::net::TcpStream::connect(addr).await?;
     let request = "GET /metrics HTTP/1.1\r\nhost: gap\r\nconnection: close\r\n\r\n";
@@ -225,7 +228,8 @@ fn call(images: Vec<Vec<u16>>) -> pb::EmbedRequest {
     }
 }
 
-/// No two alike, or they would run once.
+/// Makes an image that differs for each seed, since identical images would be
+/// coalesced into one run.
 fn image(model: &Model, seed: usize) -> Vec<u16> {
     let n_colors = model.clusters.len();
     (0..model.positions())

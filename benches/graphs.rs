@@ -1,9 +1,9 @@
 //! Compiled graphs against the model card's recipe, interleaved in one
-//! process: `cargo bench --bench graphs -- RECIPE.onnx FOLDER...`, where
-//! folders are compiled from the checkpoint that RECIPE was exported from
+//! process: `cargo bench --bench graphs -- RECIPE.onnx DIR...`, where the
+//! directories are compiled from the checkpoint that RECIPE was exported from
 //! (`tests/parity/card_recipe.py`), with ONNX Runtime in `ORT_DYLIB_PATH`.
-//! `THREADS` (2), `BATCH` (1), `ROUNDS` (7) and `RESIDENCE` (mapped, or packed)
-//! are read from the environment.
+//! `THREADS` (default 2), `BATCH` (1), `ROUNDS` (7) and `RESIDENCE` (mapped or
+//! packed) are read from the environment.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use imagegpt::runtime::{Residence, Runtime};
 use ort::session::Session;
 use ort::value::{Tensor, TensorElementType};
 
-/// What is worth timing of a folder.
+/// Names of the graphs that are timed.
 const GRAPHS: [&str; 3] = ["hidden", "embed-pre_attn_rms", "embed-none"];
 
 struct Contender {
@@ -144,8 +144,9 @@ fn run(session: &mut Session, shape: [usize; 2], tokens: &[i32]) -> anyhow::Resu
     Ok(())
 }
 
-/// What all threads have used so far. On a machine that others use too, it
-/// says more than the clock on the wall; threads here do not spin.
+/// Returns the CPU time that all threads have used so far. On a shared machine,
+/// CPU time means more than wall time; the threads of this benchmark do not
+/// spin.
 fn cpu_seconds() -> anyhow::Result<f64> {
     let text = std::fs::read_to_string("/proc/self/stat")?;
     let (_, fields) = text.rsplit_once(") ").context("no process name")?;

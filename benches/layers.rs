@@ -1,12 +1,13 @@
 //! A step of generation through all layers, without ONNX Runtime:
 //! `cargo bench --bench layers -- [THREADS] [ROUNDS] [ROWS] [PAST] [SHARED]`.
 //!
-//! imagegpt-small's sizes with numbers made up, weights and cache in 24 bits, and
-//! weights in 8 bits with a cache in bfloat16, on every kernel of this CPU, with
-//! rows as floats and as digits where that is faster;
-//! they take turns, one step each, `ROUNDS` times over. The last columns are what
-//! a step has to read, weights and cache, over the fastest step, and what it has
-//! to multiply and add. All sequences share their first `SHARED` tokens.
+//! The layers have imagegpt-small's sizes and made-up numbers: weights and
+//! cache in 24 bits, and weights in 8 bits with a cache in bfloat16, on every
+//! kernel of this CPU, with rows as floats, and as digits where that is faster.
+//! They take turns, one step each, `ROUNDS` times. The last columns are the
+//! weights and cache that a step reads, divided by the fastest step, and its
+//! multiplications and additions. All sequences share their first `SHARED`
+//! tokens.
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 #![expect(clippy::cast_precision_loss, reason = "figures to print")]
 
@@ -30,7 +31,7 @@ const SIZES: Sizes = Sizes {
     activation: Activation::QuickGelu,
 };
 
-/// Something to time, what it is called, and bytes that it has to read.
+/// Function to time, with its name and the bytes that it reads.
 type Contestant = (String, usize, Box<dyn FnMut() -> anyhow::Result<()>>);
 
 fn main() -> anyhow::Result<()> {
@@ -88,8 +89,8 @@ fn weights_of_layer() -> usize {
     4 * width * width + 2 * width * inner_width
 }
 
-/// Steps of `n_rows` sequences, each with `past` tokens before, of which all have the
-/// first `shared`.
+/// Makes steps of `n_rows` sequences that have `past` tokens each and share the
+/// first `shared` of them.
 fn steps<W: Weight, K: Kept<Element: Pod>>(
     (kernel, n_threads, n_rows, past, shared): (Kernel, usize, usize, usize, usize),
     rows_as: RowsAs,

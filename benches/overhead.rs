@@ -1,11 +1,12 @@
-//! What the server costs: images per second through gRPC at saturation,
-//! against the same graph in a bare loop at whichever batch size is the fastest.
+//! Measures the cost of the server: images per second through gRPC at
+//! saturation, against the same graph in a bare loop at the fastest batch size.
 //!
 //!     cargo bench --bench overhead -- [MODEL_DIR]
 //!
-//! The two are interleaved in one process (A B A B) and compared round by round,
-//! because the machine is shared. Images travel as tokens, so that the server
-//! is measured and not image decoding (benches/preprocess.rs does that).
+//! Both are interleaved in one process (A B A B) and compared round by round,
+//! because the machine may be shared. Images are sent as tokens, so that the
+//! server is measured and not image decoding (benches/preprocess.rs measures
+//! decoding).
 
 #![expect(
     clippy::print_stdout,
@@ -33,9 +34,9 @@ use imagegpt::serve::worker::Worker;
 
 const ROUNDS: usize = 5;
 const BATCH_SIZE: usize = 8;
-/// Batches that each measurement runs.
+/// Number of batches per measurement.
 const BATCHES: usize = 12;
-/// Enough callers that a full batch always waits while one runs.
+/// Number of callers, enough that a full batch always waits while another runs.
 const CALLERS: usize = 4 * BATCH_SIZE;
 
 #[derive(clap::Parser)]
@@ -130,7 +131,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Images per second of the engine alone.
+/// Measures the images per second of the engine alone.
 fn bare_loop(engine: &mut OnnxEngine, bucket: usize, images: &[Vec<u16>]) -> anyhow::Result<f64> {
     let started = Instant::now();
     for batch in images.chunks(bucket) {
@@ -152,8 +153,8 @@ fn bare_loop(engine: &mut OnnxEngine, bucket: usize, images: &[Vec<u16>]) -> any
     Ok(as_f64(images.len()) / started.elapsed().as_secs_f64())
 }
 
-/// Images per second of callers that each send the next image once they have
-/// the last one's answer.
+/// Measures the images per second of callers, each of which sends its next
+/// image when it has the answer for the last one.
 async fn through_grpc(addr: std::net::SocketAddr, images: &[Vec<u16>]) -> anyhow::Result<f64> {
     let images: Arc<[Vec<u16>]> = images.into();
     let next = Arc::new(AtomicUsize::new(0));
@@ -207,7 +208,7 @@ fn as_f64(count: usize) -> f64 {
     count as f64
 }
 
-/// The processor's name and how many of its threads there are.
+/// Returns the processor's name and its number of threads.
 fn machine() -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = cpuinfo

@@ -1,4 +1,5 @@
-//! Images a second on one core, stage by stage. `cargo bench --bench preprocess`.
+//! Images per second on one core, stage by stage: `cargo bench --bench
+//! preprocess`.
 
 use std::fs;
 use std::hint::black_box;
@@ -21,7 +22,7 @@ const LIMITS: ImageLimits = ImageLimits {
     decode_bytes_max: 1 << 30,
 };
 
-/// A name and a file of each size.
+/// Returns the name and content of a file of each size.
 fn files() -> Vec<(&'static str, Vec<u8>)> {
     let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/images");
     let read = |name| fs::read(images.join(name)).expect("the golden images are committed");
@@ -42,7 +43,8 @@ fn decoded(bytes: &[u8]) -> RgbImage {
     decode(bytes, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).expect("the file is whole")
 }
 
-/// Each pixel repeated: as many details as a photo has, near enough.
+/// Enlarges an image by repeating its pixels, which gives about as much detail
+/// as a photo has.
 fn enlarged(image: &RgbImage, width: usize, height: usize) -> RgbImage {
     let (from_width, from_height) = (image.width as usize, image.height as usize);
     let mut pixels = Vec::with_capacity(width * height * 3);
@@ -59,7 +61,8 @@ fn enlarged(image: &RgbImage, width: usize, height: usize) -> RgbImage {
     }
 }
 
-/// 512 colors spread over the cube, about as a real palette's.
+/// Makes a palette of 512 colors that cover the color cube about as a real
+/// palette does.
 fn palette() -> Palette {
     let level = |step: u32| f64::from(step) / 3.5 - 1.0;
     let clusters = (0..512)

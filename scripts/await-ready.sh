@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: await-ready.sh PID METRICS_PORT LOG
-# Waits until the worker PID is ready; if it ends first, shows its log.
+# Waits until the worker PID is ready. If the worker ends first, prints its log.
 set -euo pipefail
 for _ in $(seq 600); do
     if ! kill -0 "$1" 2>/dev/null; then

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Generation through gRPC beside transformers with its cache and beside the bare
-# decode graph, on imagegpt-small's architecture with random weights. ROUNDS,
-# THREADS, SEQUENCES and PRECISIONS are tests/parity/bench_generate.py's.
+# Compares generation through gRPC with transformers (with key/value cache) and
+# with the bare decode graph, on imagegpt-small's architecture with random
+# weights. ROUNDS, THREADS, SEQUENCES and PRECISIONS are variables of
+# tests/parity/bench_generate.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PARITY_VENV/bin/python

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Compiled graphs beside the model card's recipe, on imagegpt-small's
-# architecture with random weights: images per second and ratios, interleaved
-# in one process. ROUNDS, THREADS, BATCH and RESIDENCE are benches/graphs.rs's.
+# Compares compiled graphs with the model card's recipe, on imagegpt-small's
+# architecture with random weights: images per second and ratios, interleaved in
+# one process. ROUNDS, THREADS, BATCH and RESIDENCE are variables of
+# benches/graphs.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PARITY_VENV/bin/python

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Memory of a worker that serves all tasks of imagegpt-small's architecture
-# (random weights, fp32), after its warm-up at batch size 1, by the kernel's
-# own account: pages of files (weights, libraries) counted once however often
-# they are mapped, and the worker's own pages (activations, tables, threads).
+# Measures the memory of a worker that serves all tasks of imagegpt-small's
+# architecture (random weights, fp32), after its warm-up at batch size 1, as the
+# kernel reports it: pages of files (weights, libraries), each counted once
+# however often it is mapped, and the worker's own pages (activations, tables,
+# threads).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=target/bench-graphs

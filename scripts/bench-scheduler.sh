@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What the scheduler promises, with an engine that takes 5 ms a batch and 1 ms
-# an image: goodput and refusals under overload, interactive calls beside bulk,
-# and beside clients that do not read. For `soak` as argument, ten minutes of
-# everything at once instead, with every answer verified.
+# Measures the scheduler's promises with an engine that takes 5 ms per batch and
+# 1 ms per image: goodput and refusals under overload, interactive calls beside
+# bulk work, and beside clients that do not read. With the argument `soak`, runs
+# all of these together for ten minutes instead and verifies every answer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt

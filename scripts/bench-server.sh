@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Prices the server alone: $MODEL's sizes with an engine that costs nothing.
-# Prints requests a second a core at saturation (64 callers, one image a call,
-# as tokens), the latency that the server adds at half of that, and at 4,000
-# requests a second. Where there are two cores or more the worker has one to
-# itself and this tool the others, so that a core is what it says.
+# Measures the cost of the server alone: $MODEL's sizes with an engine that
+# costs nothing. Prints requests per second per core at saturation (64 callers,
+# one image per call, as tokens), and the latency that the server adds at half
+# of saturation and at 4,000 requests per second. With two cores or more, the
+# worker has one core to itself and this tool has the others, so that the
+# figures per core are exact.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
 mkdir -p target/bench
 log=target/bench/worker.log
-# Those that this script may run on, one a line.
+# Cores that this script may run on, one per line.
 cores=$(awk '$1 == "Cpus_allowed_list:" { print $2 }' /proc/self/status | tr , '\n' |
     awk -F- '{ for (core = $1; core <= $NF; core++) print core }')
 first=$(head -n 1 <<<"$cores")
@@ -21,7 +22,7 @@ if [ -n "$others" ] && command -v taskset >/dev/null; then
 else
     echo "the worker and the tool share their cores"
 fi
-# Without a queue delay: it is a wait that is asked for, not a cost.
+# Without a queue delay, which is a wait on request and not a cost.
 "${on_first[@]}" "$worker" serve --model "$MODEL" --fake-engine 0s --max-queue-delay 0ms \
     --listen "127.0.0.1:$PORT" --metrics-listen "127.0.0.1:$METRICS_PORT" 2>"$log" &
 pid=$!

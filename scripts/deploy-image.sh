@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Shows that what the image holds is enough: makes the same root as
+# Shows that the contents of the image suffice: makes the same root directory as
 # deploy/images/cpu.Dockerfile from the worker that was built here, and serves a
-# model from it, read-only, with no shell in it and as user 65532. Needs root (for
+# model from it, read-only, without a shell and as user 65532. Needs root (for
 # chroot and mounts) and the distribution of the image, Debian 12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ sh deploy/images/rootfs.sh "$root" target/release/imagegpt target/onnxruntime/li
 target/release/imagegpt compile models/emoji --precision int8 --output "$root/model" 2>/dev/null >/dev/null
 echo "deploy-image.sh: $(find "$root" -type f | wc -l) files, $(du -sm "$root" | cut -f1) MB, shells: $(
     find "$root" -name '*sh' -path '*bin*' | wc -l)"
-# A mount namespace of its own, so that nothing here changes.
+# A mount namespace of its own keeps the mounts out of this system.
 unshare --mount bash -euc '
     mount --bind "$1" "$1"
     mount -o remount,ro,bind "$1"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs pools of real workers on this machine by what deploy/ says, and measures
-# them. Not in CI: it takes some twenty minutes.
+# Runs pools of real workers on this machine, with the settings in deploy/, and
+# measures them. Not in CI, because it takes some twenty minutes.
 #
 #   deploy-pool.sh [rolling] [scaling] [autoscale] [job] [arithmetic]    all of them without arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Brings kubectl.
+# deploy-check.sh installs kubectl.
 [ -x target/deploy-tools/layer/kubectl/kubectl ] || scripts/deploy-check.sh
 pool=target/deploy-pool
 mkdir -p "$pool"

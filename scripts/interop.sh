@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Serves what tests need, and calls it as clients of Triton and KServe do:
-# every method and output against the native service, 64 callers of each beside
-# each other, what the protocol costs, locust, and perf_analyzer where it can be run.
-# $WORKER is the binary, $INTEROP_VENV has the clients (see Makefile).
+# Serves test models and calls them as clients of Triton and KServe do: compares
+# every method and output with the native service, runs 64 callers of each at
+# the same time, and measures the protocol's overhead with locust, and with
+# perf_analyzer where it can run. $WORKER is the binary, $INTEROP_VENV has the
+# clients (see Makefile).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=${WORKER:-target/release/imagegpt}
@@ -32,8 +33,8 @@ stop() {
     pid=
 }
 
-# A published export: states and classes. A compiled model: layers and
-# likelihoods. Bits are compared, so every image runs alone.
+# A published export serves states and classes, a compiled model layers and
+# likelihoods. Answers are compared bit by bit, so every image runs alone.
 causal=target/interop/causal
 rm -rf "$causal"
 "$worker" compile tests/data/models/micro-causal --output "$causal" \

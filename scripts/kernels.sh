@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes src/gpu/kernels/*.ptx of the .cu beside them, with NVIDIA's compiler in a venv.
-# With `check`, says whether they are what the .cu make.
+# Compiles the .cu files in src/gpu/kernels/ to .ptx files beside them, with
+# NVIDIA's compiler in a venv. With `check`, only compares the .ptx files with
+# the compiler's output.
 #   usage: scripts/kernels.sh [check]
 #
-# The language version is set back to that of CUDA 11.4, which has all that is used:
-# a driver takes no newer one than its own.
+# The PTX version is set back to that of CUDA 11.4, which has everything that
+# the kernels use: a driver accepts no PTX version newer than its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${KERNELS_VENV:-target/kernels-venv}
@@ -14,7 +15,7 @@ if [ ! -f "$venv/.done" ]; then
         nvidia-cuda-nvcc==13.0.48 nvidia-nvvm==13.0.48 nvidia-cuda-crt==13.0.48 \
         nvidia-cuda-runtime==13.0.48 nvidia-cuda-cccl==13.0.85
     cuda=$(echo "$PWD/$venv"/lib/python3*/site-packages/nvidia/cu13)
-    # The packages have the compiler proper where nvcc does not look for it.
+    # The packages keep the compiler proper where nvcc does not look for it.
     mkdir -p "$cuda/nvvm/bin"
     ln -sf "$cuda/bin/cicc" "$cuda/nvvm/bin/cicc"
     touch "$venv/.done"
@@ -26,7 +27,7 @@ for source in src/gpu/kernels/*.cu; do
     name=$(basename "$source" .cu)
     "$cuda/bin/nvcc" -I"$cuda/include" -ptx -arch=compute_80 -O3 -o "$work/$name.ptx" "$source"
     sed -i 's/^\.version 9\.0$/.version 7.4/' "$work/$name.ptx"
-    # As the driver would, for the oldest and the newest that it is for.
+    # Assembles the PTX as a driver would, for GPUs from the oldest to the newest.
     for gpu in sm_80 sm_90 sm_120; do
         "$cuda/bin/ptxas" -arch="$gpu" -o "$work/$name.cubin" "$work/$name.ptx"
     done

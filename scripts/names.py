@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Prints how many exported types share their name with types of other files.
 
-A type is exported if it is `pub` in any form. It counts as sharing its name if
-types of two or more other files of src/ have it too. Types of tests, and types
-within functions, are left out.
+A type is exported if it is `pub` in any form. It shares its name if two or more
+other files of src/ have a type of that name. Types in tests and in functions are
+left out.
 
-    scripts/names.py            the figures
-    scripts/names.py --list     and the names, with their files
+    scripts/names.py            prints the figures
+    scripts/names.py --list     also prints the names, with their files
 """
 
 import collections

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings ONNX Runtime's shared library, from its PyPI wheel at a pinned version
-# and checksum, to target/onnxruntime/, where the worker looks for it.
+# Downloads ONNX Runtime's shared library, from its PyPI wheel at a pinned
+# version and checksum, to target/onnxruntime/, where the worker looks for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=1.31.1
@@ -21,7 +21,8 @@ if ! python3 -m pip --version >/dev/null 2>&1; then
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# The wheel is named in full, so that it does not matter which Python runs pip.
+# The wheel is specified completely, so that the Python that runs pip does not
+# matter.
 python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --python-version 3.11 --implementation cp --abi cp311 \
     --platform "manylinux_2_28_$(uname -m)" --dest "$work" "onnxruntime==$version"
@@ -30,7 +31,7 @@ echo "$checksum  $wheel" | sha256sum --check --quiet
 python3 -m zipfile -e "$wheel" "$work/x"
 mkdir -p "$target"
 cp "$work/x/onnxruntime/LICENSE" "$work/x/onnxruntime/ThirdPartyNotices.txt" "$target/"
-# Under its final name only when it is whole.
+# The file gets its final name only when it is complete.
 cp "$work/x/onnxruntime/capi/$library" "$target/.partial"
 mv "$target/.partial" "$target/$library"
 ln -sf "$library" "$target/libonnxruntime.so"

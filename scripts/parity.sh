@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves models/untrained as published, and models/emoji compiled in fp32 and
-# int8, and holds each worker's answers against transformers'; then what it
-# generates and how it scores.
+# int8, and compares each worker's answers with those of transformers; then
+# compares generation and scores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt
@@ -32,7 +32,7 @@ for precision in fp32 int8; do
     rm -rf "$model"
     "$worker" compile models/emoji --output "$model" --precision "$precision" \
         --tasks embed,hidden --feature-layer "$layers" >"$log"
-    # Every fourth picture or so: transformers' own attention is slow.
+    # About every fourth picture, since transformers' own attention is slow.
     compare "$model" parity.py --model "$model" --checkpoint models/emoji --images 32
 done
 model=target/parity/emoji-causal

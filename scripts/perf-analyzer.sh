@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# perf_analyzer against a running worker: scripts/perf-analyzer.sh ENDPOINT MODEL
-# Triton's load tool is in tritonclient's wheel up to 2.41, beside which it needs
-# a CUDA runtime (also without a GPU) and libb64. Says so where it cannot be run.
+# Runs perf_analyzer against a running worker: scripts/perf-analyzer.sh ENDPOINT
+# MODEL. Triton's load tool is part of tritonclient's wheel up to 2.41. It also
+# needs a CUDA runtime (even without a GPU) and libb64. If it cannot run, the
+# script says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 endpoint=$1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles models/emoji with the features of every layer, serves it and fits
-# linear probes on what it answers; then serves the head that came out, on the
-# model in fp32 and in int8.
+# linear probes on the answers; then serves the resulting head, on the model in
+# fp32 and in int8.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt

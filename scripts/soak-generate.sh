@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sixteen callers of Generate that start, cancel and finish at random, on
-# models/emoji. MINUTES (5) long; PRECISION (fp32) or int8.
+# Runs sixteen callers of Generate on models/emoji that start, cancel and finish
+# at random. MINUTES is the duration [5], PRECISION fp32 or int8 [fp32].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/release/imagegpt

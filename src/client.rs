@@ -1,6 +1,7 @@
-//! A client of the worker, for the commands that talk to one.
+//! Client of a worker, for the commands that talk to one.
 //!
-//! A call that a full worker refuses is made again after the time it says.
+//! The client repeats a call that a full worker rejects, after the delay that
+//! the worker asks for.
 
 pub(crate) mod load;
 pub mod pool;
@@ -21,33 +22,35 @@ use crate::files::FlagFile;
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use crate::proto::{GrpcCode, pb};
 
-/// How long to look for the worker before giving up.
+/// Longest time to establish a connection to a worker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Large enough for any response that a worker may be told to send.
+/// Largest response that the client decodes: larger than any that a worker may
+/// be told to send.
 pub(super) const RESPONSE_BYTES_MAX: usize = 1 << 31;
 
-/// How long a worker may go on refusing one call before it is given up: by then
-/// the rest would hardly fare better.
+/// Longest time for which one call that a worker rejects is repeated. After it
+/// the call fails, since the calls that follow would hardly fare better.
 const PATIENCE: Duration = Duration::from_mins(5);
-/// The least and the most that is waited before a refused call is made again. A
-/// worker measures what it says, and measurements may be off.
+/// Shortest and longest wait before a rejected call is repeated. The worker
+/// asks for a wait by its own measurements, which may be off.
 const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
-/// By argument, since a heading of the whole struct would go on over what the
-/// command has after it.
+/// Help heading of the flags below. Each argument names the heading, since a
+/// heading of the whole struct would also cover the flags that a command has
+/// after them.
 const ACCESS: &str = "Access";
 
-/// How to be let in by a worker: flags of every command that talks to one.
+/// TLS and authentication flags of every command that calls a worker.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConnectConfig {
-    /// Certificates in PEM of those who sign the worker's, for https://
-    /// endpoints [default: the public ones]
+    /// PEM file with the CA certificates that sign the worker's certificate,
+    /// for https:// endpoints [default: the public certificate authorities]
     #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_CLIENT_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
 
-    /// This client's own certificate chain in PEM, for workers that ask for
-    /// one
+    /// PEM file with this client's certificate chain, for workers that require
+    /// a client certificate
     #[arg(
         long,
         global = true,
@@ -58,7 +61,7 @@ pub struct ConnectConfig {
     )]
     pub tls_client_cert: Option<PathBuf>,
 
-    /// Private key of --tls-client-cert in PEM
+    /// PEM file with the private key of --tls-client-cert
     #[arg(
         long,
         global = true,
@@ -69,26 +72,28 @@ pub struct ConnectConfig {
     )]
     pub tls_client_key: Option<PathBuf>,
 
-    /// A file with the bearer token for every call; of several lines the first
-    /// that is no comment
+    /// File with the bearer token that every call sends: its first line that is
+    /// neither empty nor a comment (#)
     #[arg(long, global = true, help_heading = ACCESS, env = "IMAGEGPT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
 
 impl ConnectConfig {
-    /// What connects to `url`, such as `http://127.0.0.1:50051`.
+    /// Makes the endpoint, with TLS as the flags say, that connects to `url`,
+    /// such as `http://127.0.0.1:50051`.
     ///
     /// # Errors
     ///
     /// When the address is malformed or a file cannot be used.
     pub fn endpoint(&self, url: &str) -> anyhow::Result<Endpoint> {
         let endpoint = Endpoint::from_shared(url.to_owned())
-            .with_context(|| format!("--endpoint {url} is not a URL"))?
+            .with_context(|| format!("--endpoint {url} is not a URL; write http://HOST:PORT"))?
             .connect_timeout(CONNECT_TIMEOUT);
         if endpoint.uri().scheme_str() != Some("https") {
             anyhow::ensure!(
                 self.tls_ca.is_none() && self.tls_client_cert.is_none(),
-                "--endpoint {url} is not TLS, so certificates are of no use; write https://"
+                "--endpoint {url} does not use TLS, so --tls-ca and --tls-client-cert have no \
+                 effect; write https://, or leave them out"
             );
             return Ok(endpoint);
         }
@@ -103,16 +108,20 @@ impl ConnectConfig {
                 read("--tls-client-key", key)?,
             ));
         }
-        endpoint
-            .tls_config(tls)
-            .with_context(|| format!("the certificates for {url} cannot be used"))
+        endpoint.tls_config(tls).with_context(|| {
+            format!(
+                "--endpoint {url}: cannot use the certificates of --tls-ca, --tls-client-cert \
+                     and --tls-client-key"
+            )
+        })
     }
 
-    /// What every call must bring.
+    /// Reads the bearer token that every call must carry, if `--token-file` is
+    /// given.
     ///
     /// # Errors
     ///
-    /// When the file has no token.
+    /// When the token file cannot be read or has no token.
     pub fn token(&self) -> anyhow::Result<Token> {
         let Some(path) = &self.token_file else {
             return Ok(Token(None));
@@ -135,7 +144,7 @@ fn read(flag: &'static str, path: &Path) -> anyhow::Result<Vec<u8>> {
     FlagFile::new(flag, path).read()
 }
 
-/// Puts the token into each call.
+/// Interceptor that puts the bearer token into each call.
 #[derive(Debug, Clone)]
 pub struct Token(Option<AsciiMetadataValue>);
 
@@ -152,7 +161,7 @@ impl Interceptor for Token {
 
 type Inner = ImageGptServiceClient<InterceptedService<Channel, Token>>;
 
-/// A connection to one worker.
+/// Connection to one worker.
 #[derive(Debug, Clone)]
 pub struct Client(Inner);
 
@@ -175,11 +184,11 @@ impl Client {
         Ok(Self(client))
     }
 
-    /// What the worker serves.
+    /// Asks the worker which model it serves.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn model(&mut self) -> anyhow::Result<pb::GetModelResponse> {
         let request = pb::GetModelRequest {};
         self.call(request, async |client, request| {
@@ -188,12 +197,12 @@ impl Client {
         .await
     }
 
-    /// Mean-pooled f32 embeddings of encoded images; an image's own failure is
-    /// its sentence.
+    /// Computes mean-pooled f32 embeddings of length 1 of encoded images. An
+    /// image that fails has the text of its error instead.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn embed(
         &mut self,
         encoded: Vec<Bytes>,
@@ -218,12 +227,12 @@ impl Client {
         )
     }
 
-    /// The classes of encoded images, `top_k` of them, best first. `head` is a
-    /// linear head, or empty for the worker's default.
+    /// Classifies encoded images: the best `top_k` classes of each, best first.
+    /// `head` names a linear head, or is empty for the worker's default.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn classify(
         &mut self,
         encoded: Vec<Bytes>,
@@ -260,11 +269,11 @@ impl Client {
         )
     }
 
-    /// How likely the model finds encoded images.
+    /// Computes the likelihood of encoded images under the model.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn score(
         &mut self,
         encoded: Vec<Bytes>,
@@ -296,11 +305,11 @@ impl Client {
         )
     }
 
-    /// Tokens of encoded images.
+    /// Computes the tokens of encoded images.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn tokenize(
         &mut self,
         encoded: Vec<Bytes>,
@@ -325,11 +334,12 @@ impl Client {
         )
     }
 
-    /// Begins to make images. Dropping what comes back ends that.
+    /// Starts to generate images. Dropping the returned stream cancels the
+    /// call.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn generate(&mut self, request: pb::GenerateRequest) -> anyhow::Result<Generation> {
         let response = self.call(request, async |client, request| {
             client.generate(request).await
@@ -337,8 +347,8 @@ impl Client {
         Ok(Generation(response.await?))
     }
 
-    /// Makes a call, and makes it again for as long as the worker says when
-    /// there will be room.
+    /// Makes a call, and repeats it while the worker rejects it and says when
+    /// it will have room, for at most [`PATIENCE`].
     async fn call<Q: Clone, R>(
         &mut self,
         request: Q,
@@ -358,8 +368,8 @@ impl Client {
     }
 }
 
-/// What a worker that has no room asks to wait. Without such a time it is the
-/// call itself that is too large, now and later.
+/// Returns the delay that a worker without room asks for. RESOURCE_EXHAUSTED
+/// without a delay means that the call itself is too large, now and later.
 fn retry_after(status: &Status) -> Option<Duration> {
     if status.code() != Code::ResourceExhausted {
         return None;
@@ -368,49 +378,50 @@ fn retry_after(status: &Status) -> Option<Duration> {
     Some(wait.clamp(RETRY_MIN, RETRY_MAX))
 }
 
-/// What Classify says of one image.
+/// Result of Classify for one image.
 #[derive(Debug, Clone, Default)]
 pub struct Classes {
-    /// The linear head that scored; empty for the checkpoint's own.
+    /// Name of the linear head that scored; empty for the checkpoint's own
+    /// head.
     pub head: String,
-    /// Best first; empty when the model names no classes.
+    /// Classes, best first; empty when the model names no classes.
     pub best: Vec<pb::ClassScore>,
-    /// Only when the model names no classes.
+    /// Logits of all classes; set only when the model names no classes.
     pub logits: Vec<f32>,
 }
 
-/// What Score is asked for besides the sums.
+/// Optional results of Score, besides the sums.
 #[derive(Debug, Clone, Copy)]
 pub struct ScoreOptions {
     pub map: bool,
     pub complexity: bool,
 }
 
-/// What Score says of one image.
+/// Result of Score for one image.
 #[derive(Debug, Clone)]
 pub struct Score {
     pub nats: f64,
     pub nats_per_token: f64,
     pub bits_per_token: f64,
-    /// Each pixel's nats in raster order; empty unless asked for.
+    /// Nats of each pixel in raster order; empty unless asked for.
     pub map: Vec<f32>,
     pub complexity_bits_per_token: Option<f64>,
 }
 
-/// Images that are being made.
+/// Stream of images that a worker is generating.
 #[derive(Debug)]
 pub struct Generation(Streaming<pb::GenerateResponse>);
 
 impl Generation {
-    /// The next message; `None` when all images are there.
+    /// Returns the next message; `None` after the last image.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub async fn next(&mut self) -> anyhow::Result<Option<pb::generate_response::Message>> {
         loop {
             match self.0.message().await {
-                // What a newer worker adds.
+                // A message of a kind that only newer workers send is skipped.
                 Ok(Some(pb::GenerateResponse { message: None })) => {}
                 Ok(response) => return Ok(response.and_then(|response| response.message)),
                 Err(status) => return Err(call_failed(&status)),
@@ -421,8 +432,8 @@ impl Generation {
 
 const NO_OUTCOME: &str = "the worker sent no outcome";
 
-/// One outcome for each image, or answers would be taken for those of other
-/// images.
+/// Checks that there is one outcome for each image; otherwise answers could be
+/// taken for those of other images.
 fn complete<T>(
     n_images: usize,
     outcomes: impl ExactSizeIterator<Item = Result<T, String>>,
@@ -447,7 +458,7 @@ fn f32s(data: &[u8]) -> Vec<f32> {
         .collect()
 }
 
-/// A call that the worker did not do.
+/// Error of a call that the worker did not carry out.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct CallError {
@@ -456,7 +467,7 @@ pub struct CallError {
 }
 
 impl CallError {
-    /// Whether the same call would fail on a worker in good health, too.
+    /// True if the same call would also fail on a healthy worker.
     #[must_use]
     pub fn is_of_request(&self) -> bool {
         matches!(

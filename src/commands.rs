@@ -1,9 +1,9 @@
 //! Commands that ask a worker about images: `imagegpt generate`, `score`,
 //! `classify`, `tokenize` and `neighbors`.
 //!
-//! What they have in common is here: which worker, how images reach it in calls
-//! that fit, and what becomes of those that fail. A command says what to ask and
-//! how to show the answer.
+//! This module has the common parts: the choice of the worker, packing images
+//! into calls that fit the worker's limits, and reporting images that fail.
+//! Each command defines its request and the output of the answers.
 
 pub mod bench;
 mod classify;
@@ -45,56 +45,58 @@ use crate::proto::pb;
 use crate::serve::config::ServeConfig;
 use crate::telemetry;
 
-/// Calls in flight: while one is answered and another decoded, the next is on
-/// its way.
+/// Calls in flight per command: while one is answered and another is decoded,
+/// the next is on its way.
 const CALLS: usize = 4;
-/// A worker of one's own says only what keeps it from serving; whoever wants more
-/// says so with `--serve "--log info"`.
+/// Log flags of a worker in this process: only errors, unless `--serve "--log
+/// info"` asks for more.
 const QUIET: [&str; 2] = ["--log", "error"];
 
 /// Commands that ask a worker about images.
 #[derive(Debug, Clone, Subcommand)]
 pub enum ImageCommand {
-    /// Make images, or the rest of given ones, and draw a contact sheet
+    /// Generate images, or complete given ones, and draw a contact sheet
     Generate(Box<GenerateArgs>),
-    /// Show how likely the model finds images: a score, not a verdict that one is
-    /// an anomaly
+    /// Show the likelihood of images under the model: a score, not a verdict
+    /// that an image is an anomaly
     ///
-    /// Simple images are likelier than rich ones, whatever the model was trained
-    /// on. --complexity prints how rich an image is, to compare with.
+    /// Simple images are more likely than complex ones, whatever the model was
+    /// trained on. Use --complexity to print a measure of each image's
+    /// complexity for comparison.
     Score(Box<ScoreArgs>),
-    /// Show the likeliest classes of images
+    /// Show the most likely classes of images
     Classify(Box<ClassifyArgs>),
-    /// Show the color tokens that the model sees of images: a line is the file, a
-    /// tab and the token ids
+    /// Show the color tokens of images as the model sees them: each line has
+    /// the file, a tab and the token ids
     Tokenize(Box<TokenizeArgs>),
-    /// Embed images and show which of them the model places together, as a table
-    /// and as a picture
+    /// Embed images and show each image's nearest neighbors, as a table and as
+    /// a picture
     Neighbors(Box<NeighborsArgs>),
 }
 
-/// How a command ended.
+/// Outcome of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommandOutcome {
-    /// Every image has its answer.
+    /// Every image has been answered.
     Done,
-    /// Some have none, or the worker failed; standard error says which and why.
+    /// Some images have no answer, or the worker failed; standard error names
+    /// the images and the reasons.
     Failed,
-    /// It was told to end, or nobody reads what it prints.
+    /// The command was told to end, or nobody reads its output (broken pipe).
     Interrupted,
 }
 
-/// Which worker is asked.
+/// Flags that choose the worker to ask.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Worker")]
 pub struct WorkerConfig {
-    /// Where the worker listens
+    /// Address of the worker
     #[arg(
         long,
         env = "IMAGEGPT_ENDPOINT",
         default_value = "http://127.0.0.1:50051",
         value_name = "URL",
-        conflicts_with = "model"
+        conflicts_with_all = ["model", "serve"]
     )]
     pub endpoint: String,
 
@@ -105,7 +107,7 @@ pub struct WorkerConfig {
     pub connect: ConnectConfig,
 }
 
-/// What commands that ask about each image by itself have in common.
+/// Flags of commands that ask about each image separately.
 #[derive(Debug, Clone, Args)]
 pub struct EachConfig {
     #[command(flatten)]
@@ -114,7 +116,7 @@ pub struct EachConfig {
     #[command(flatten)]
     pub preprocess: PreprocessConfig,
 
-    /// Print one JSON object an image instead of a table
+    /// Print one JSON object per image instead of a table
     #[arg(long)]
     pub json: bool,
 
@@ -123,7 +125,7 @@ pub struct EachConfig {
 }
 
 impl WorkerConfig {
-    /// The flags of a worker of one's own, where one is asked for.
+    /// Flags of a worker in this process, or `None` without `--model`.
     fn own(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
         self.own.config(&[&QUIET, defaults].concat())
     }
@@ -140,8 +142,8 @@ impl ImageCommand {
         }
     }
 
-    /// The flags of a worker of one's own, with nothing in it that the command
-    /// does not need.
+    /// Flags of a worker in this process, or `None` without `--model`. Parts of
+    /// the worker that the command does not need are switched off.
     fn own_worker(&self) -> anyhow::Result<Option<ServeConfig>> {
         let no_slots = ["--generate-slots", "0"];
         let mut own = self.worker().own(match self {
@@ -180,12 +182,12 @@ impl ImageCommand {
     }
 }
 
-/// Runs a command, with its table or JSON going to `out`, until it is done or
-/// `stop` comes.
+/// Runs a command and writes its table or JSON to `out`, until the command is
+/// done or `stop` resolves.
 ///
 /// # Errors
 ///
-/// Flags, files or a worker that cannot be used.
+/// When the flags, the files or the worker cannot be used.
 pub async fn run(
     command: &ImageCommand,
     stop: impl Future<Output = ()>,
@@ -225,11 +227,13 @@ pub async fn run(
     told(outcome)
 }
 
-/// How a command ended, of which the errors that are no fault of the flags are told.
+/// Returns the outcome of a command. Errors that the flags did not cause are
+/// reported here and become [`CommandOutcome::Failed`].
 fn told(outcome: anyhow::Result<CommandOutcome>) -> anyhow::Result<CommandOutcome> {
     outcome.or_else(|error| match error.downcast_ref::<std::io::Error>() {
         Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(CommandOutcome::Interrupted),
-        // What the flags ask for and the worker does not have is the flags' fault.
+        // The flags are wrong if they ask for something that the worker does
+        // not have.
         _ if error
             .downcast_ref()
             .is_some_and(|error: &CallError| !error.is_of_request()) =>
@@ -241,7 +245,7 @@ fn told(outcome: anyhow::Result<CommandOutcome>) -> anyhow::Result<CommandOutcom
     })
 }
 
-/// A worker that answers, and what it serves.
+/// Connection to a worker, with the model and the limits of the worker.
 struct Session {
     client: Client,
     model: pb::GetModelResponse,
@@ -249,7 +253,7 @@ struct Session {
     tokens: TokenFacts,
 }
 
-/// How images are asked about.
+/// Limits and concurrency of calls.
 #[derive(Debug, Clone, Copy)]
 struct Calls {
     limits: CallLimits,
@@ -257,8 +261,9 @@ struct Calls {
 }
 
 impl Calls {
-    /// Asks about each image by `call`, and gives the answers to `take` in the
-    /// order of the inputs. What has no answer is a line on standard error.
+    /// Asks about each image with `call`, and passes the answers to `take` in
+    /// the order of the inputs. An image without an answer is reported on
+    /// standard error.
     async fn each<T, F>(
         self,
         inputs: Inputs,
@@ -300,7 +305,7 @@ impl Calls {
 impl Session {
     async fn open(config: &WorkerConfig, own: Option<&OwnWorker>) -> anyhow::Result<Self> {
         let mut client = match own {
-            // It is let in by being in the same process.
+            // A client in the same process needs neither TLS nor a token.
             Some(worker) => Client::connect(&worker.endpoint(), &ConnectConfig::default()).await?,
             None => Client::connect(&config.endpoint, &config.connect).await?,
         };
@@ -314,12 +319,13 @@ impl Session {
         })
     }
 
-    /// Says to a person who answers.
+    /// Prints the model and the provider of the worker that answers.
     fn introduce(&self, out: &mut impl Write) -> std::io::Result<()> {
         self.introduce_with("", out)
     }
 
-    /// The same with what a command tells besides, after the digest.
+    /// Prints the model and the provider, with a command's addition after the
+    /// digest.
     fn introduce_with(&self, more: &str, out: &mut impl Write) -> std::io::Result<()> {
         let model = &self.model;
         writeln!(
@@ -333,8 +339,8 @@ impl Session {
         Ok(())
     }
 
-    /// Says who answers and what the columns are, unless it is JSON that is
-    /// printed.
+    /// Prints the worker's model and the names of the columns, unless the
+    /// output is JSON.
     fn head(
         &self,
         config: &EachConfig,
@@ -348,7 +354,7 @@ impl Session {
         writeln!(out, "{columns}")
     }
 
-    /// Asks the worker about each image by `call`; see [`Calls::each`].
+    /// Asks the worker about each image with `call`; see [`Calls::each`].
     async fn each<T, F>(
         &self,
         inputs: Inputs,
@@ -366,7 +372,7 @@ impl Session {
         calls.each(inputs, call, take).await
     }
 
-    /// [`Self::each`] for the inputs and the preprocessing that the flags say.
+    /// Runs [`Self::each`] for the inputs and the preprocessing of the flags.
     async fn each_input<T, F>(
         &self,
         config: &EachConfig,

@@ -1,13 +1,13 @@
-//! From a checkpoint to graphs that run several times faster.
+//! Compiles a checkpoint into graphs that run several times faster.
 //!
 //! ```text
 //!   source ─▶ checkpoint ─▶ weights ─┬─▶ store (weights.bin) ─▶ graphs ─┐
 //!                                    └─▶ reference (float64) ───────────┴─▶ verify ─▶ manifest
 //! ```
 //!
-//! Everything is made in a folder beside the output, tried there, and moved
-//! into place at once; so a folder with a manifest is whole and was tried.
-//! Nothing here knows of requests, and no Python runs.
+//! Everything is written into a staging directory beside the output, verified
+//! there, and moved into place by one rename; so a directory with a manifest is
+//! complete and verified. Nothing here depends on requests, and no Python runs.
 
 pub mod cache;
 pub(crate) mod checkpoint;
@@ -49,30 +49,30 @@ pub use self::error::CompileError;
 pub use self::options::CompileOptions;
 pub use self::source::ModelSource;
 
-/// What a compilation is busy with.
+/// Step of a compilation, with the unit of its progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompileStep {
-    /// In bytes.
+    /// Download of a file from the hub, counted in bytes.
     Download,
-    /// Of the source, in bytes.
+    /// Digest of the source's weights, counted in bytes.
     Digest,
-    /// Of `weights.bin`, in parameters.
+    /// Writing of `weights.bin`, counted in parameters.
     Write,
-    /// In parameters.
+    /// Computation of the float64 reference, counted in parameters.
     Reference,
-    /// In graphs.
+    /// Verification, counted in graphs.
     Verify,
 }
 
-/// Is told how far a compilation is.
+/// Receiver of a compilation's progress.
 pub trait CompileProgress {
-    /// A step begins that will take `total` units.
+    /// Begins a step of `total` units.
     fn begin(&mut self, step: CompileStep, total: u64);
-    /// So many units more are done.
+    /// Adds `units` to the finished units of the step.
     fn advance(&mut self, units: u64);
 }
 
-/// Tells no one.
+/// Progress that is not reported.
 pub struct Silent;
 
 impl CompileProgress for Silent {
@@ -80,12 +80,13 @@ impl CompileProgress for Silent {
     fn advance(&mut self, _units: u64) {}
 }
 
-/// Makes the folder `output` from `source`, or nothing.
+/// Compiles `source` into the directory `output`; if this fails, nothing is
+/// written there.
 ///
 /// # Errors
 ///
-/// When the source is not an ImageGPT that fits `options`, when a graph does
-/// not do what it should, or when `output` exists or cannot be written.
+/// When the source is not an ImageGPT that fits `options`, when a graph fails
+/// its verification, or when `output` exists or cannot be written.
 ///
 /// # Panics
 ///
@@ -105,11 +106,11 @@ pub fn compile(
     compile_fetched(fetched, output, options, runtime, progress)
 }
 
-/// A source that is on this machine.
+/// Source whose files are on this machine.
 struct Fetched<'a> {
     source: &'a ModelSource,
     local: Local,
-    /// The weights' digest, where they have been read already.
+    /// Digest of the weights, if it was computed already.
     sha256: Option<String>,
 }
 
@@ -209,7 +210,8 @@ fn compile_fetched(
     Ok(manifest)
 }
 
-/// How weights lie in their file for the graphs that read them.
+/// Chooses the order of weights in their file, by the graphs that will read
+/// them.
 fn layout(tasks: &[CompileTask], options: &CompileOptions, runtime: &Runtime) -> WeightLayout {
     if options.provider == Provider::Cuda {
         WeightLayout::Apart
@@ -223,12 +225,12 @@ fn layout(tasks: &[CompileTask], options: &CompileOptions, runtime: &Runtime) ->
     }
 }
 
-/// The compiled folder of `source` in the folder `cache`, made if it is not
-/// there: for serving a source as it is.
+/// Returns the compiled directory of `source` in the directory `cache`, and
+/// compiles it first if it does not exist; for serving a source directly.
 ///
-/// It is found again by the weights' digest, the options and this version.
-/// Two processes may make it at once; the one that ends later takes what the
-/// other made.
+/// The directory's name is made from the digest of the weights, the options and
+/// this version. Two processes may compile it at the same time; the one that
+/// ends later takes the other's result.
 ///
 /// # Errors
 ///
@@ -243,7 +245,7 @@ pub fn compile_cached(
     let local = source.fetch(progress)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
     let sha256 = digest(&checkpoint, progress)?;
-    // The palette is copied into the folder, so another one is another folder.
+    // The palette is copied into the directory, so it is part of the name.
     let preprocessor = local.folder.join(source::PREPROCESSOR);
     let preprocessor = architecture::read(&preprocessor)?;
     let mut hash = Sha256::new();
@@ -254,7 +256,8 @@ pub fn compile_cached(
     if let Ok(manifest) = Manifest::read(&folder) {
         return Ok((folder, manifest));
     }
-    // Folders appear whole, so what cannot be read has been damaged since.
+    // Directories appear complete, so one that cannot be read was damaged
+    // since.
     if folder.exists() {
         std::fs::remove_dir_all(&folder).map_err(|error| CompileError::write(&folder, &error))?;
     }
@@ -272,7 +275,7 @@ pub fn compile_cached(
     }
 }
 
-/// Writes and tries each graph, by the name of its file.
+/// Writes and verifies each graph; the result has the facts by file name.
 fn graphs<'a>(
     kinds: &[(CompileTask, Graph)],
     plan: impl Fn(Graph) -> GraphPlan<'a>,
@@ -292,11 +295,12 @@ fn graphs<'a>(
     Ok(graphs)
 }
 
-/// Writes a graph and tries it.
+/// Writes a graph and verifies it.
 ///
-/// The worker's own steps keep 24 bits where weights have 32, which is not enough
-/// if the largest weights meet activations that are as much smaller. Then steps are
-/// ONNX Runtime's, which take longer.
+/// The worker's own operator for generation keeps 24 bits of 32-bit weights,
+/// which is not exact enough if the largest weights meet activations that are
+/// smaller by the same factor. Then generation uses ONNX Runtime's operators,
+/// which are slower.
 fn build<'a>(
     kind: Graph,
     plan: GraphPlan<'a>,
@@ -322,14 +326,17 @@ fn build<'a>(
             let Ok(judgment) = attempt(&exact) else {
                 return Err(error);
             };
-            tracing::warn!(%error, "steps of generation are ONNX Runtime's own, and slower");
+            tracing::warn!(
+                %error,
+                "generation uses ONNX Runtime's operators, which are slower than the worker's own"
+            );
             Ok((exact, judgment))
         }
         judgment => Ok((plan, judgment?)),
     }
 }
 
-/// Reads all of the weights.
+/// Computes the digest of the source, which reads all of the weights.
 fn digest(
     checkpoint: &Checkpoint,
     progress: &mut dyn CompileProgress,
@@ -338,7 +345,8 @@ fn digest(
     checkpoint.digest(|bytes| progress.advance(bytes))
 }
 
-/// What is asked for, or all that the checkpoint has heads for.
+/// Returns the tasks of `options`, or else all tasks that the checkpoint has
+/// heads for.
 fn tasks(
     weights: &CheckpointWeights<'_>,
     options: &CompileOptions,
@@ -365,8 +373,8 @@ fn tasks(
         }
         if !options.has_operators(*task) {
             return Err(CompileError::Options(format!(
-                "task {} cannot be had in {} on {}, whose attention over kept keys and values is \
-                 for 16 bits; use bf16 or fp16",
+                "task {} is not supported in {} on {}, where attention with a key/value cache has \
+                 kernels for 16 bits only; use --precision bf16 or fp16",
                 task.name(),
                 options.precision.name(),
                 options.provider.name(),
@@ -374,7 +382,9 @@ fn tasks(
         }
     }
     if asked.is_empty() {
-        return Err(CompileError::Options("no task is asked for".to_owned()));
+        return Err(CompileError::Options(
+            "there is no task to compile for; name at least one (--tasks)".to_owned(),
+        ));
     }
     Ok(asked.iter().copied().collect())
 }
@@ -390,7 +400,7 @@ fn feature_layer(
         return Ok(layer);
     }
     Err(CompileError::Options(format!(
-        "feature layer {layer} is beyond the model's {} layers",
+        "feature layer {layer} is beyond the model's {} layers (--feature-layer)",
         architecture.n_layers
     )))
 }

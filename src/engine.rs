@@ -1,9 +1,9 @@
-//! Runs batches: the [`Engine`] trait and what implements it.
+//! Runs batches: the [`Engine`] trait and its implementations.
 //!
-//! The engine lives on one named thread that owns it (`runner.rs`), because
+//! An engine is owned by one named thread (`serve/engine_thread.rs`), because
 //! ONNX Runtime's `Session::run` takes `&mut self`: a lock around it would only
-//! move the queue to where nothing can see it. Several devices are several such
-//! threads, which one batcher feeds.
+//! move the queue to a place where nothing can observe it. Several devices have
+//! one such thread each, all fed by one batcher.
 
 pub mod fake;
 pub mod onnx;
@@ -21,48 +21,49 @@ pub use crate::model::buckets::Buckets;
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct BatchRow<'a> {
-    /// As many token ids as the model has positions.
+    /// Token ids of the image, one per position of the model.
     pub tokens: &'a [u16],
     pub want: Want,
 }
 
-/// What an engine tells of itself once it is loaded.
+/// Facts about an engine once it is loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineFacts {
-    /// "cpu" or "cuda".
+    /// Execution provider: "cpu" or "cuda".
     pub provider: &'static str,
-    /// Version of the runtime underneath.
+    /// Version of ONNX Runtime.
     pub runtime_version: String,
-    /// Width of features and hidden states; 0 for classification alone.
+    /// Width of features and hidden states; 0 if the model has neither.
     pub dimension: usize,
-    /// Rows of the classification head; 0 without [`Graph::Logits`].
+    /// Number of classes of the classification head; 0 without
+    /// [`Graph::Logits`].
     pub n_classes: usize,
-    /// What it has for sequences, if the model has [`Graph::Generate`].
+    /// Facts about generation, if the model has [`Graph::Generate`].
     pub sequences: Option<SequenceFacts>,
-    /// What it does without.
+    /// Fallbacks to slower ways that were needed.
     pub fallbacks: Vec<Fallback>,
 }
 
-/// Something faster that could not be had, and why.
+/// Fallback to something slower, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fallback {
     pub kind: FallbackKind,
     pub reason: String,
 }
 
-/// What an engine can do without.
+/// Kind of feature that an engine can run without, more slowly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FallbackKind {
-    /// A GPU, where any execution provider will do.
+    /// A GPU, if any execution provider is allowed.
     Cuda,
-    /// Runs that are captured, and launched as one.
+    /// CUDA graphs: runs that are captured and then launched as a whole.
     CudaGraphs,
 }
 
 impl FallbackKind {
     pub const ALL: [Self; 2] = [Self::Cuda, Self::CudaGraphs];
 
-    /// Its label in metrics.
+    /// Returns the kind's label in metrics.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -72,23 +73,24 @@ impl FallbackKind {
     }
 }
 
-/// What an engine has for sequences that are generated.
+/// Facts about an engine's generation of sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SequenceFacts {
-    /// How many there may be at one time, each with keys and values of its own.
+    /// Number of slots, each with a key/value cache of its own: the largest
+    /// number of sequences at the same time.
     pub n_slots: usize,
-    /// Bytes of keys and values that one keeps.
+    /// Size of the key/value cache of one slot, in bytes.
     pub slot_bytes: usize,
-    /// Tokens of one sequence that are fed in one run at most.
+    /// Largest number of tokens of one sequence that are fed in one run.
     pub chunk: usize,
-    /// Rows of a step at least, where there are slots for it.
+    /// Smallest number of rows in a step, if there are that many slots.
     pub rows_min: usize,
-    /// Whether a step reads what sequences share once for several of them.
+    /// True if a step reads a prefix that several sequences share only once.
     pub shares_prefixes: bool,
 }
 
 impl SequenceFacts {
-    /// The sizes that steps run at.
+    /// Returns the batch sizes of steps.
     #[must_use]
     pub fn sizes(&self) -> Buckets {
         let least = self.rows_min.min(self.n_slots);
@@ -98,27 +100,28 @@ impl SequenceFacts {
     }
 }
 
-/// Tokens to feed to some sequences, in one run.
+/// Tokens that are fed to some sequences in one run.
 ///
-/// Sequences live in slots. What the runtime keeps of a slot is its first
-/// `past` tokens' keys and values; feeding adds to them.
+/// Each sequence has a slot. A slot's key/value cache holds the keys and values
+/// of its first `past` tokens; feeding adds to them.
 #[derive(Debug, Clone, Copy)]
 pub struct SlotFeed<'a> {
-    /// The slot of the first row; the others follow it.
+    /// Slot of the first row; the other rows are in the slots after it.
     pub first_slot: usize,
-    /// Never empty. Several rows have one token each; one row may have as many
-    /// as [`SequenceFacts::chunk`].
+    /// Rows, at least one. Several rows have one token each; a single row may
+    /// have up to [`SequenceFacts::chunk`] tokens.
     pub rows: &'a [SlotFeedRow<'a>],
-    /// None, or one for each row: which other one of them begins with the same
-    /// tokens, and with how many. Only where [`SequenceFacts::shares_prefixes`].
+    /// Shared prefixes: empty, or for each row another row that begins with the
+    /// same tokens, and their number. Used only with
+    /// [`SequenceFacts::shares_prefixes`].
     pub prefixes: &'a [SharedPrefix],
 }
 
-/// The tokens of one sequence in a [`SlotFeed`].
+/// Tokens of one sequence in a [`SlotFeed`].
 #[derive(Debug, Clone, Copy)]
 pub struct SlotFeedRow<'a> {
     pub tokens: &'a [u16],
-    /// Tokens that were fed before.
+    /// Number of tokens that were fed before.
     pub past: usize,
 }
 
@@ -126,14 +129,14 @@ pub struct SlotFeedRow<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct GraphRun<'a> {
     pub graph: Graph,
-    /// The size to run at: at least as many as there are rows. What is missing
-    /// is padding, which has no answer.
+    /// Batch size, at least the number of rows. The rest is padding, which has
+    /// no answer.
     pub bucket: usize,
-    /// Never empty.
+    /// Rows of the batch, at least one.
     pub rows: &'a [BatchRow<'a>],
 }
 
-/// How long a graph took at a size, when the engine warmed up.
+/// Duration of a graph's run at a batch size during the warm-up.
 #[derive(Debug, Clone, Copy)]
 pub struct WarmRun {
     pub graph: Graph,
@@ -141,7 +144,7 @@ pub struct WarmRun {
     pub elapsed: Duration,
 }
 
-/// When something was run.
+/// Start and end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunSpan {
     pub started: Instant,
@@ -149,7 +152,7 @@ pub struct RunSpan {
 }
 
 impl RunSpan {
-    /// Runs something, and says when.
+    /// Calls `run`, and returns its result with its start and end.
     pub fn of<T>(run: impl FnOnce() -> T) -> (T, Self) {
         let started = Instant::now();
         let outcome = run();
@@ -158,11 +161,11 @@ impl RunSpan {
     }
 }
 
-/// Computes batches. Built and used on the engine thread alone.
+/// Computes batches. An engine is created and used on the engine thread only.
 pub trait Engine {
     fn facts(&self) -> &EngineFacts;
 
-    /// What the warm-up took.
+    /// Returns the durations of the warm-up's runs.
     fn warm(&self) -> &[WarmRun];
 
     /// Runs one batch and returns the wanted numbers of each row, in order.
@@ -172,35 +175,36 @@ pub trait Engine {
     /// When the run failed or was stopped; then no row has an answer.
     fn run(&mut self, run: &GraphRun<'_>, stop: &RunStop) -> Result<Vec<Vec<f32>>, EngineError>;
 
-    /// Feeds tokens and puts the logits of what follows each row's last one into
-    /// `logits`, row after row.
+    /// Feeds tokens and writes the logits of the token after each row's last
+    /// token into `logits`, row after row.
     ///
-    /// What a row gets does not depend on the other rows.
+    /// The logits of a row do not depend on the other rows.
     ///
     /// # Errors
     ///
-    /// When the run failed; then each row may be fed once more.
+    /// When the run failed; then each row may be fed again.
     fn feed(&mut self, feed: &SlotFeed<'_>, logits: &mut Vec<f32>) -> Result<(), EngineError>;
 
-    /// Makes slot `to` keep what slot `from` keeps of its first `n` tokens.
-    /// Whether the engine can do that; if not, they have to be fed again.
+    /// Copies the key/value cache of the first `n` tokens from slot `from` to
+    /// slot `to`. Returns false if the engine cannot copy; then the tokens must
+    /// be fed to the slot again.
     fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool;
 
-    /// Computes something whose answer is known, to see that the device still
-    /// does.
+    /// Computes a row whose answer is known, to check that the device still
+    /// works.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
+    /// When the run fails or its answer differs from the known answer.
     fn canary(&mut self) -> Result<(), EngineError>;
 
-    /// When the runtime was at work in the last [`Engine::run`] or
-    /// [`Engine::feed`]; the rest of the call goes by while the device has
-    /// nothing to do. `None` stands for all of the call.
+    /// Returns the part of the last [`Engine::run`] or [`Engine::feed`] in
+    /// which the runtime was at work; during the rest of the call the device
+    /// was idle. `None` stands for the whole call.
     fn last_span(&self) -> Option<RunSpan> {
         None
     }
 }
 
-/// Makes the engine, on the engine's own thread.
+/// Function that creates the engine, called on the engine's own thread.
 pub type EngineFactory = Box<dyn FnOnce() -> Result<Box<dyn Engine>, EngineError> + Send>;

@@ -1,9 +1,9 @@
-//! Files that a person names: which there are below a folder, what keeps one
-//! from being read, and how its name is shown.
+//! Files that a user names: finding files in a directory, reading them, and
+//! showing their names.
 //!
-//! Folders hold what nobody expects: links that lead nowhere or in a circle,
-//! pipes that would be waited for without end, names that are no text. Each is a
-//! [`Trouble`] of that one file, and everybody else's images are read.
+//! A directory may hold broken or circular links, pipes that would block a
+//! reader for ever, and names that are not text. Each of these is a [`Trouble`]
+//! of its own file only; all other files are read.
 
 use std::borrow::Cow;
 use std::fs::Metadata;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-/// Lower-case hexadecimal digits of bytes.
+/// Formats bytes as lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -22,12 +22,13 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Whether a file can be written, before there is anything to write. Changes
-/// nothing; of what is no file, such as a pipe, only the writing itself tells.
+/// Checks that a file can be written, before there is anything to write.
+/// Changes nothing. A path that is not a regular file, such as a pipe, is only
+/// tested by the writing itself.
 ///
 /// # Errors
 ///
-/// Why it cannot.
+/// The reason why the file cannot be written.
 pub(crate) fn can_write(path: &Path) -> io::Result<()> {
     match std::fs::metadata(path) {
         Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
@@ -41,10 +42,11 @@ pub(crate) fn can_write(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A chain of certificates takes a few KiB.
+/// Largest size of a file that a flag names; a certificate chain takes a few
+/// KiB.
 const FLAG_FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// A file, with the flag that named it, for sentences about it.
+/// A file together with the flag that named it, for error messages.
 #[derive(Debug, Clone)]
 pub(crate) struct FlagFile {
     pub(crate) flag: &'static str,
@@ -62,7 +64,7 @@ impl FlagFile {
     pub(crate) fn read(&self) -> anyhow::Result<Vec<u8>> {
         let mut content = Vec::new();
         let mut read = || -> std::io::Result<u64> {
-            // A pipe would be waited for.
+            // Opening a pipe would block.
             if !std::fs::metadata(&self.path)?.is_file() {
                 return Err(std::io::Error::other("it is not a file"));
             }
@@ -86,41 +88,42 @@ impl std::fmt::Display for FlagFile {
     }
 }
 
-/// Folders within folders; what lies deeper is not looked at.
+/// Largest depth of nested directories; deeper ones are not searched.
 const DEPTH_MAX: usize = 64;
 
-/// Extensions of images, in lower case.
+/// File extensions of images, in lower case.
 pub(crate) const IMAGES: [&str; 9] = [
     "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
 ];
 
-/// Why a file, or what should be one, is not read.
+/// Reason why a path is not read as a file.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Trouble {
     #[error("there is no such file")]
     Missing,
-    #[error("it is a link that leads nowhere")]
+    #[error("it is a symbolic link whose target does not exist")]
     LinkNowhere,
-    #[error("it is a link that cannot be followed: {0}")]
+    #[error("it is a symbolic link that cannot be followed: {0}")]
     LinkBroken(io::Error),
-    #[error("it is a link back to a folder that it lies in")]
+    #[error("it is a symbolic link to a directory that contains it")]
     LinkCircle,
-    #[error("it may not be read")]
+    #[error("it may not be read (permission denied)")]
     Denied,
-    #[error("it is a folder that may not be read")]
+    #[error("it is a directory that may not be read (permission denied)")]
     FolderDenied,
-    #[error("it is a folder")]
+    #[error("it is a directory")]
     Folder,
-    #[error("it is neither a file nor a folder")]
+    #[error("it is neither a file nor a directory")]
     Special,
-    #[error("it lies more than {DEPTH_MAX} folders deep, which is not looked at")]
+    #[error("it is nested more than {DEPTH_MAX} directories deep, which is not searched")]
     Deep,
     #[error("no file can have this name: {0}")]
     Name(io::Error),
 }
 
 impl Trouble {
-    /// What will be so the next time, too; the disk's own troubles may not.
+    /// Returns the trouble for an error that would occur again, and the error
+    /// itself for others, such as a failing disk.
     fn of(error: io::Error) -> io::Result<Self> {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => Ok(Self::Missing),
@@ -138,16 +141,17 @@ impl Trouble {
     }
 }
 
-/// Something below a folder.
+/// An entry found in a directory or below it.
 #[derive(Debug)]
 pub(crate) struct FoundFile {
     pub(crate) path: PathBuf,
-    /// Of the file; a link is what it leads to.
+    /// Metadata of the file; of a link, metadata of its target.
     pub(crate) file: Result<Metadata, Trouble>,
 }
 
 impl FoundFile {
-    /// Whether its name is that of an image, or it may be a folder of them.
+    /// True if the file name is that of an image, or the entry may be a
+    /// directory of images.
     pub(crate) fn may_be_image(&self) -> bool {
         self.may_be_folder() || {
             let extension = self.path.extension().unwrap_or_default();
@@ -155,7 +159,8 @@ impl FoundFile {
         }
     }
 
-    /// Whether it cannot be read and is, or by its name may be, a folder.
+    /// True if the entry cannot be read and is a directory, or may be one by
+    /// its name.
     pub(crate) fn may_be_folder(&self) -> bool {
         match &self.file {
             Ok(_) => false,
@@ -165,12 +170,12 @@ impl FoundFile {
     }
 }
 
-/// All files below a folder, by name; what begins with a point is not data, as
-/// most tools have it.
+/// Finds all files in a directory and below it, sorted by path. Dotfiles and
+/// directories with a leading dot are skipped, as most tools do.
 ///
 /// # Errors
 ///
-/// When the folder itself cannot be read, or the disk fails.
+/// When the directory itself cannot be read, or the disk fails.
 pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
     let mut walk = Walk::default();
     let whole = std::fs::metadata(folder).and_then(|metadata| {
@@ -188,7 +193,7 @@ pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
 
 #[derive(Default)]
 struct Walk {
-    /// The folders that are being read, one in the other.
+    /// Stack of the directories that are being read, outermost first.
     above: Vec<(u64, u64)>,
     found: Vec<FoundFile>,
 }
@@ -237,7 +242,7 @@ impl Walk {
     }
 }
 
-/// What there is at a path, at the end of its links.
+/// Returns the metadata of a path, with links followed.
 fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
     let error = match std::fs::metadata(path) {
         Ok(metadata) => return Ok(Ok(metadata)),
@@ -251,12 +256,12 @@ fn look(path: &Path) -> io::Result<Result<Metadata, Trouble>> {
     }))
 }
 
-/// A file's bytes, or `None` in the place of more than `max`. Only of a regular
-/// file: a pipe would be waited for, and a device may have no end.
+/// Reads a file; `None` if it has more than `max` bytes. Only regular files are
+/// read: a pipe would block, and a device may be endless.
 ///
 /// # Errors
 ///
-/// The file's trouble within the disk's.
+/// An error of the disk; the inner error is the trouble of this file.
 pub(crate) fn read(path: &Path, max: u64) -> io::Result<Result<Option<Vec<u8>>, Trouble>> {
     match look(path)? {
         Ok(metadata) if metadata.is_file() => {}
@@ -269,13 +274,13 @@ pub(crate) fn read(path: &Path, max: u64) -> io::Result<Result<Option<Vec<u8>>, 
         Err(error) => return Trouble::of(error).map(Err),
     };
     let mut bytes = Vec::new();
-    // It may grow while it is read.
+    // The file may grow while it is read.
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     Ok(Ok((bytes.len() as u64 <= max).then_some(bytes)))
 }
 
-/// A name as it may stand in a table: one that has line ends or control
-/// characters would break it, or the terminal.
+/// Escapes a name for a table: line ends and control characters would break the
+/// table or the terminal.
 pub(crate) fn printable(name: &str) -> Cow<'_, str> {
     if !name.chars().any(char::is_control) {
         return name.into();
@@ -297,7 +302,7 @@ mod tests {
 
     use super::*;
 
-    /// A pipe that nobody writes to; the program is in every Unix.
+    /// Makes a pipe that nobody writes to; every Unix has the program mkfifo.
     fn pipe(path: &Path) {
         let made = std::process::Command::new("mkfifo").arg(path).status();
         assert!(made.unwrap().success());

@@ -1,10 +1,10 @@
-//! What GPUs this process has: for metrics, GetModel and `imagegpt doctor`.
+//! Finds the GPUs of this process, for metrics, GetModel and `imagegpt doctor`.
 //!
-//! Nothing here is needed to serve. The libraries are the driver's and are
-//! loaded when somebody asks; a machine without them has no GPUs, and a reason.
-//! CUDA's driver says which devices the process sees and in which order, which
-//! is what --device-id counts; NVML sees the whole machine, in another order,
-//! and says how devices are. UUIDs join the two.
+//! Nothing here is needed to serve. The libraries belong to the NVIDIA driver
+//! and are loaded on demand; a machine without them has no GPUs, and a reason
+//! why. CUDA's driver lists the devices that the process sees, in the order
+//! that --device-id counts. NVML sees the whole machine, in another order, and
+//! reports the devices' usage. UUIDs join the two.
 
 mod driver;
 pub mod kernels;
@@ -20,34 +20,35 @@ use crate::files::hex;
 /// A GPU, or a part of one (MIG), that this process sees.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
-    /// As --device-id counts.
+    /// Device number, as --device-id counts.
     pub id: i32,
     pub name: String,
-    /// As nvidia-smi writes it: `GPU-…`, or `MIG-…` for a part of one.
+    /// UUID as nvidia-smi writes it: `GPU-…`, or `MIG-…` for a part of a GPU.
     pub uuid: String,
     pub memory_bytes: u64,
-    /// What kernels must be made for, such as 9.0.
+    /// Compute capability for which kernels must be compiled, such as 9.0.
     pub compute_capability: Version,
 }
 
-/// How a GPU is at a moment. What it does not tell is `None`: a part of a GPU
-/// has no utilization, and one that shares the host's memory has none to fill.
+/// Usage of a GPU at one moment. Figures that the GPU does not report are
+/// `None`: a part of a GPU has no utilization, and a GPU that shares the host's
+/// memory has no memory of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct GpuUsage {
     pub memory: Option<MemoryUse>,
-    /// Share of the last moments in which it was computing, 0 to 1.
+    /// Share of the last moments in which the GPU was computing, 0 to 1.
     pub utilization: Option<f64>,
     pub power_watts: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryUse {
-    /// By everybody who uses the GPU.
+    /// Memory in use by all processes on the GPU.
     pub used_bytes: u64,
     pub total_bytes: u64,
 }
 
-/// Major and minor number.
+/// Version of a major and a minor number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Version {
@@ -56,7 +57,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// Of CUDA, as its libraries write it: 13000 is 13.0.
+    /// Reads a version of CUDA as its libraries write it: 13000 is 13.0.
     fn of_cuda(number: i32) -> Self {
         Self {
             major: number / 1000,
@@ -77,16 +78,16 @@ impl From<Version> for String {
     }
 }
 
-/// What was found.
+/// GPUs that were found, or the reason why there are none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpus {
-    /// In the order that --device-id counts in.
+    /// Devices in the order that --device-id counts.
     pub devices: Vec<Gpu>,
-    /// Of the installed driver, such as 580.82.07.
+    /// Version of the installed driver, such as 580.82.07.
     pub driver_version: Option<String>,
     /// The newest CUDA that this driver can run.
     pub cuda_version: Option<Version>,
-    /// Why there are no devices.
+    /// Reason why there are no devices.
     pub absent: Option<String>,
 }
 
@@ -99,26 +100,26 @@ impl TryFrom<String> for Version {
         parts
             .and_then(|(major, minor)| Some((number(major)?, number(minor)?)))
             .map(|(major, minor)| Self { major, minor })
-            .ok_or_else(|| format!("{text} is no version"))
+            .ok_or_else(|| format!("{text} is not a version such as 12.8"))
     }
 }
 
 impl Gpus {
-    /// The device that --device-id names.
+    /// Returns the device that --device-id names.
     #[must_use]
     pub fn device(&self, id: i32) -> Option<&Gpu> {
         self.devices.iter().find(|device| device.id == id)
     }
 }
 
-/// What CUDA's driver says.
+/// Answers of CUDA's driver.
 #[derive(Debug)]
 struct Driver {
     version: Version,
     devices: Result<Vec<CudaDevice>, String>,
 }
 
-/// One device, in the driver's words.
+/// One device, as CUDA's driver describes it.
 #[derive(Debug)]
 struct CudaDevice {
     uuid: [u8; 16],
@@ -127,26 +128,26 @@ struct CudaDevice {
     compute_capability: Version,
 }
 
-/// What NVML is asked. It may take its time, as long as a driver hangs even for
-/// ever, so it is never asked from where others wait.
+/// Queries to NVML. A query may take long, and forever if a driver hangs, so it
+/// is never made on a thread for which others wait.
 trait Management: Send + Sync {
     fn driver_version(&self) -> Option<String>;
-    /// Whether there is a device of this UUID.
+    /// Returns true if there is a device of this UUID.
     fn knows(&self, uuid: &str) -> bool;
     fn usage(&self, uuid: &str) -> GpuUsage;
 }
 
-/// Looks at GPUs, once and then again.
+/// Finds the GPUs once, and reads their usage again and again.
 pub struct Monitor {
     pub gpus: Gpus,
-    /// Who has no NVML (a container without the capability `utility`) still knows
-    /// its devices; only how they are stays unknown.
+    /// Access to NVML. Without NVML (in a container without the capability
+    /// `utility`) the devices are still known; only their usage is not.
     management: Option<Box<dyn Management>>,
 }
 
 impl Monitor {
     /// Loads the driver's libraries and finds the devices. Blocks, for a second
-    /// where the driver has to wake up.
+    /// if the driver must wake up.
     #[must_use]
     pub fn open() -> Self {
         let management = nvml::open();
@@ -182,7 +183,7 @@ impl Monitor {
         Self { gpus, management }
     }
 
-    /// How the devices with these ids are now. Blocks.
+    /// Returns the current usage of the devices with these ids. Blocks.
     #[must_use]
     pub fn usage(&self, ids: &[i32]) -> Vec<(i32, GpuUsage)> {
         let Some(management) = &self.management else {
@@ -201,13 +202,13 @@ impl fmt::Debug for Monitor {
     }
 }
 
-/// What the worker knows of its GPUs: nothing, until somebody has looked.
+/// GPUs as the worker knows them: nothing, until they were looked for.
 #[derive(Debug, Clone, Default)]
 pub struct KnownGpus(Arc<OnceLock<Gpus>>);
 
 impl KnownGpus {
     pub fn set(&self, gpus: Gpus) {
-        // Nobody looks twice.
+        // The GPUs are looked for only once.
         let _ = self.0.set(gpus);
     }
 
@@ -217,8 +218,9 @@ impl KnownGpus {
     }
 }
 
-/// CUDA gives sixteen bytes for GPUs and for parts of them alike; NVML knows
-/// which it is. Without NVML the name tells: a part's ends in `MIG 1g.10gb`.
+/// Formats the UUID of a device. CUDA gives sixteen bytes for whole GPUs and
+/// for parts of GPUs alike, but NVML knows which of both a device is. Without
+/// NVML the name tells: a part's name ends in `MIG 1g.10gb`.
 fn uuid_text(device: &CudaDevice, management: Option<&dyn Management>) -> String {
     let text = |kind: &str| {
         let hex = hex(&device.uuid);
@@ -300,7 +302,8 @@ mod tests {
 
     #[test]
     fn ids_are_cudas_and_usage_is_that_of_the_same_device() {
-        // CUDA_VISIBLE_DEVICES=1,0: NVML sees them the other way round.
+        // CUDA_VISIBLE_DEVICES=1,0: NVML sees the devices in the opposite
+        // order.
         let devices = vec![device(0xb, "B"), device(0xa, "A")];
         let monitor = Monitor::join(Ok(driver(devices)), Some(nvml(&[GPU_A, GPU_B])));
         assert_eq!(uuids(&monitor), [GPU_B, GPU_A]);
@@ -331,7 +334,7 @@ mod tests {
         let monitor = Monitor::join(Ok(driver(part())), Some(nvml(&[GPU_A, MIG_C])));
         assert_eq!(uuids(&monitor), [MIG_C]);
         assert_eq!(monitor.usage(&[0])[0].1.memory.unwrap().used_bytes, 1);
-        // The same without NVML, by its name.
+        // The same without NVML, by the device's name.
         let monitor = Monitor::join(Ok(driver(part())), None);
         assert_eq!(uuids(&monitor), [MIG_C]);
         assert_eq!(monitor.usage(&[0]), []);
@@ -352,7 +355,7 @@ mod tests {
             Some(nvml(&[GPU_A])),
             "the driver shows this process no GPU",
         );
-        // A driver that cannot start still says its version.
+        // A driver that cannot start still reports its version.
         let broken = Ok(Driver {
             version: Version::of_cuda(12_080),
             devices: Err("cuInit: system not yet initialized".to_owned()),

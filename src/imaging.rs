@@ -1,5 +1,5 @@
-//! From one image in any of its three forms to the color tokens that the model
-//! sees.
+//! Turns one image, in any form of [`ImageInput`], into the color tokens that
+//! the model reads.
 //!
 //! Promises: the tokens of losslessly stored images equal, bit for bit, those
 //! of Hugging Face's Pillow-based processor (`tests/golden`); an image over a
@@ -7,10 +7,10 @@
 //! within [`ImageLimits::decode_bytes_max`], give or take a few MiB; a decoder
 //! that panics harms only its own image.
 //!
-//! Does not: read files, start threads, know of requests or record metrics. The
-//! functions are pure, so the caller chooses where they run and what is timed.
-//! [`decode`](decode::decode), [`resize`](resize::resize) and [`Quantizer`] also
-//! stand alone.
+//! This module does not read files, start threads, record metrics or know of
+//! requests. The functions are pure, so the caller chooses where they run and
+//! what is timed. [`decode`](decode::decode), [`resize`](resize::resize) and
+//! [`Quantizer`] can also be used alone.
 
 use std::time::{Duration, Instant};
 
@@ -36,47 +36,50 @@ pub use self::quantize::{Palette, PaletteError, Quantizer};
 pub enum ImageInput {
     /// A whole image file.
     Encoded(Bytes),
-    /// Rows from top to bottom, 3 bytes a pixel.
+    /// Raw RGB pixels: rows from top to bottom, 3 bytes per pixel.
     Rgb8 {
         width: u32,
         height: u32,
         pixels: Bytes,
     },
-    /// Tokens made before with the same palette.
+    /// Tokens of a whole image, made earlier with the same palette.
     Tokens(Vec<u32>),
-    /// The first tokens of an image, less than all of them.
+    /// The first tokens of an image that is to be generated, at most all of
+    /// them.
     Prefix(Vec<u32>),
 }
 
-/// How an image that is not square becomes square.
+/// Method that makes an image square.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Fit {
-    /// Straight to the model's side, whatever the aspect ratio.
+    /// Resizes straight to the model's side, whatever the aspect ratio.
     #[default]
     Squash,
-    /// The shorter side to 7 times the model's side, the center square of that,
-    /// then down to the side: the paper's evaluation (224, then 32).
+    /// Resizes the shorter side to 7 times the model's side, crops the center
+    /// square and resizes the square to the side, as the paper's evaluation
+    /// does (224, then 32).
     CenterCrop,
 }
 
-/// What happens to transparency.
+/// Treatment of an image's transparency.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Alpha {
-    /// Ignored: a transparent pixel shows the color stored under it.
+    /// Ignores transparency: a transparent pixel shows the color stored under
+    /// it.
     #[default]
     Drop,
-    /// Composited onto white.
+    /// Composites the image onto white.
     White,
 }
 
-/// The steps that a caller can choose.
+/// Steps of preprocessing that a caller can choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PreprocessOptions {
     pub fit: Fit,
     pub alpha: Alpha,
 }
 
-/// An image and how it becomes tokens.
+/// An image, and the options by which the image becomes tokens.
 #[derive(Debug, Clone)]
 pub struct ImageRequest {
     pub input: ImageInput,
@@ -84,14 +87,15 @@ pub struct ImageRequest {
 }
 
 impl ImageRequest {
-    /// Whether it takes a few microseconds to check and nothing else, which a
-    /// thread of its own would take longer to wake up for.
+    /// Returns true if the image is given as tokens. Tokens are only checked,
+    /// which takes a few microseconds: less than to wake up a thread for the
+    /// work.
     #[must_use]
     pub fn is_tokens(&self) -> bool {
         matches!(self.input, ImageInput::Tokens(_))
     }
 
-    /// Estimates what the picture costs a preprocessing thread.
+    /// Estimates the time that a preprocessing thread needs for the picture.
     pub(crate) fn cost(&self) -> DecodeCost {
         DecodeCost::of(&self.input)
     }
@@ -100,15 +104,15 @@ impl ImageRequest {
 /// Bounds on one image, so that a small hostile file costs little.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageLimits {
-    /// Bytes of an encoded image.
+    /// Most bytes of an encoded image.
     pub image_bytes_max: usize,
-    /// Width times height, by the header.
+    /// Most pixels of an image: width times height, as its header states them.
     pub image_pixels_max: u64,
-    /// Bytes that decoding may hold at once, the pixels included.
+    /// Most bytes that decoding may hold at the same time, the pixels included.
     pub decode_bytes_max: u64,
 }
 
-/// The tokens of one image, and what they cost.
+/// The tokens of one image, and the time that each step took.
 #[derive(Clone, Debug)]
 pub struct Tokenized {
     /// `side * side` palette indexes in raster order.
@@ -116,12 +120,13 @@ pub struct Tokenized {
     pub timings: StageTimings,
 }
 
-/// Time spent on one image. Zero for a step that its form does not need.
+/// Time spent on the steps of one image; zero for a step that its form does not
+/// need.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StageTimings {
-    /// From file to pixels.
+    /// Time from file to pixels.
     pub decode: Duration,
-    /// From pixels to tokens: the resize and the nearest colors.
+    /// Time from pixels to tokens: the resize and the nearest colors.
     pub quantize: Duration,
 }
 
@@ -155,7 +160,7 @@ impl Preprocessor {
         self.side as usize
     }
 
-    /// Tokens an image: `side * side`.
+    /// Number of tokens of an image: `side * side`.
     #[must_use]
     pub fn positions(&self) -> usize {
         self.side as usize * self.side as usize
@@ -254,7 +259,8 @@ impl Preprocessor {
         })
     }
 
-    /// `field` is what the caller knows them by.
+    /// Checks tokens against the palette. `field` is the field's name in the
+    /// request, for errors.
     fn check_tokens(&self, field: &'static str, ids: &[u32]) -> Result<Tokenized, PreprocessError> {
         let colors = self.quantizer.colors();
         let tokens = ids
@@ -280,7 +286,7 @@ impl Preprocessor {
     }
 }
 
-/// Decoded pixels: rows from top to bottom, 3 bytes a pixel.
+/// Decoded pixels: rows from top to bottom, 3 bytes per pixel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RgbImage {
     pub width: u32,
@@ -290,7 +296,7 @@ pub struct RgbImage {
 }
 
 impl RgbImage {
-    /// The same pixels, borrowed.
+    /// Borrows the pixels.
     #[must_use]
     pub fn view(&self) -> RgbView<'_> {
         debug_assert_eq!(
@@ -314,7 +320,8 @@ pub struct RgbView<'a> {
 }
 
 impl<'a> RgbView<'a> {
-    /// None when there are no pixels, or not `width * height * 3` bytes of them.
+    /// Returns a view of the pixels, or `None` if there are no pixels or not
+    /// `width * height * 3` bytes of them.
     #[must_use]
     pub fn new(width: u32, height: u32, pixels: &'a [u8]) -> Option<Self> {
         let bytes = u128::from(width) * u128::from(height) * 3;

@@ -1,5 +1,5 @@
-//! Pure arithmetic on the CPU: attention, the layers of a step, and the vectors that
-//! both are written in.
+//! Pure arithmetic on the CPU: attention, the layers of a step, and the vectors
+//! with which both are written.
 
 pub mod attention;
 pub mod layers;

@@ -1,7 +1,7 @@
 //! A gRPC batch-processing worker that serves ImageGPT through ONNX Runtime.
 //!
-//! A request is one value moving down a line. Each stage is a file, and only
-//! neighbors know each other:
+//! A request moves through a line of stages. Each stage is a file and knows
+//! only its neighbors:
 //!
 //! ```text
 //!            async runtime          │        named threads
@@ -11,9 +11,10 @@
 //!              └──────── reply ◀────┼───────┴───────────────────────────┘
 //! ```
 //!
-//! `ARCHITECTURE.md` has the invariants and the reasons.
+//! `ARCHITECTURE.md` has the invariants and their reasons.
 
-// Each folder uses only those above it; `tests/architecture.rs` holds that.
+// Each module uses only modules above it; `tests/architecture.rs` checks this
+// order.
 mod files;
 mod sync;
 pub mod telemetry;

@@ -1,4 +1,4 @@
-//! The life of the process.
+//! The program's process: commands, signals, graceful shutdown and exit codes.
 
 use std::io::{ErrorKind, Write as _};
 use std::time::{Duration, Instant};
@@ -20,11 +20,12 @@ use imagegpt::serve::worker::{Worker, WorkerEnded};
 use imagegpt::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Signals that follow another one so soon are the same request: `timeout` and
-/// process managers send one to the process and one to its group.
+/// Time within which a second signal counts as the same request: `timeout` and
+/// process managers send one signal to the process and one to its process
+/// group.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
 
-/// Time for the answers that are left when the worker has failed.
+/// Grace period for the remaining answers after the worker has failed.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
 
 fn main() {
@@ -40,8 +41,8 @@ fn main() {
         CliCommand::Bench(args) => run_bench(&args),
         CliCommand::Doctor(args) => diagnose(&args),
     };
-    // Every line has been printed and its error told, since each is written as
-    // it ends.
+    // All output has been written, and its errors reported: every line is
+    // written as soon as it ends.
     let code = match outcome {
         Ok(code) => {
             telemetry::end(None);
@@ -52,12 +53,14 @@ fn main() {
             exit::USAGE
         }
     };
-    // Without what C and C++ libraries do at the end of a process: a thread may
-    // be in a run of the model, whose runtime would be torn down under it.
+    // Ends the process without the exit handlers of C and C++ libraries: a
+    // thread may still run the model, and its runtime would be torn down during
+    // that run.
     signal_hook::low_level::exit(code);
 }
 
-/// Prints the help, the version or what is wrong with the flags, and ends.
+/// Prints the help, the version or the error in the flags, and ends the
+/// process.
 fn explain(message: &clap::Error) -> ! {
     let printed = message.print().and_then(|()| std::io::stdout().flush());
     let code = match printed {
@@ -65,7 +68,8 @@ fn explain(message: &clap::Error) -> ! {
             telemetry::end(Some(&format!("standard output cannot be written: {error}")));
             exit::USAGE
         }
-        // Flags are as wrong where nobody hears of it.
+        // Wrong flags have their exit code even if the message could not be
+        // printed.
         _ => message.exit_code(),
     };
     signal_hook::low_level::exit(code);
@@ -94,14 +98,15 @@ fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
         let mut worker = tokio::select! {
             biased;
             worker = start(config) => worker?,
-            // Reading and compiling a model takes seconds to minutes.
+            // A signal must end this wait: reading and compiling a model takes
+            // seconds to minutes.
             () = signals.recv() => return Ok(exit::DONE),
         };
         tokio::select! {
             biased;
             ready = is_ready(&mut worker) => ready?,
-            // A worker that serves already, though it was not heard of yet, ends
-            // in good order.
+            // A worker that became ready a moment ago may have calls, so it
+            // shuts down gracefully.
             () = signals.recv() => return Ok(match worker.readiness().get() {
                 Ok(_) => end(worker, &mut signals, config).await,
                 Err(_) => exit::DONE,
@@ -109,12 +114,12 @@ fn serve(config: &ServeConfig) -> anyhow::Result<i32> {
         }
         Ok(serve_until(worker, &mut signals, config).await)
     });
-    // A run that does not end must not hold the process.
+    // A run of the model that does not end must not keep the process alive.
     runtime.shutdown_background();
     code
 }
 
-/// Serves until a signal or a failure, then ends in good order.
+/// Serves until a signal or a failure, then shuts down.
 async fn serve_until(mut worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32 {
     tokio::select! {
         () = signals.recv() => end(worker, signals, config).await,
@@ -122,13 +127,13 @@ async fn serve_until(mut worker: Worker, signals: &mut Signals, config: &ServeCo
     }
 }
 
-/// Ends in good order; another signal, [`SAME_REQUEST`] after the first or later,
-/// ends the process at once.
+/// Shuts down gracefully. Another signal, [`SAME_REQUEST`] after the first or
+/// later, ends the process at once.
 async fn end(worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32 {
     tokio::select! {
         code = leave(worker, &config.network) => code,
         () = signals.another() => {
-            tracing::error!("ended hard: a second signal");
+            tracing::error!("forced shutdown: a second signal arrived");
             exit::FAILED
         }
     }
@@ -137,7 +142,7 @@ async fn end(worker: Worker, signals: &mut Signals, config: &ServeConfig) -> i32
 async fn give_up(worker: Worker, failure: &WorkerFailure) -> i32 {
     tracing::error!(
         reason = failure.reason,
-        "the worker failed; ending so that a restart can help"
+        "the worker failed; the process ends, and a restart may help"
     );
     worker.shutdown(FAILED_GRACE).await;
     match failure.kind {
@@ -146,14 +151,15 @@ async fn give_up(worker: Worker, failure: &WorkerFailure) -> i32 {
     }
 }
 
-/// Lets load balancers notice, then drains.
+/// Waits until load balancers have noticed that the worker is not ready, then
+/// drains.
 async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     let (delay, grace) = (network.shutdown_delay, network.shutdown_grace_period);
     if !delay.is_zero() {
         worker.leave();
         tracing::info!(
             ?delay,
-            "not ready any more; serving whoever has not noticed"
+            "shutting down; still serving calls until load balancers have noticed"
         );
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
@@ -163,17 +169,18 @@ async fn leave(mut worker: Worker, network: &NetworkConfig) -> i32 {
     tracing::info!(images = worker.images_in_flight(), ?grace, "draining");
     match worker.shutdown(grace).await {
         WorkerEnded::Clean => {
-            tracing::info!("ended");
+            tracing::info!("shutdown complete");
             exit::DONE
         }
         WorkerEnded::Hard { calls } => {
-            tracing::error!(calls, "ended hard: the grace period ran out");
+            tracing::error!(calls, "forced shutdown: the grace period ran out");
             exit::FAILED
         }
     }
 }
 
-/// SIGTERM, as Kubernetes sends it, and SIGINT, as a terminal does.
+/// Signals that end the process: SIGTERM, which Kubernetes sends, and SIGINT,
+/// which a terminal sends.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -194,7 +201,7 @@ impl Signals {
         }
     }
 
-    /// After one has come: one that is a request of its own.
+    /// Waits, after a first signal, for a signal that is a separate request.
     async fn another(&mut self) {
         let first = Instant::now();
         loop {
@@ -213,7 +220,7 @@ fn ask(command: &ImageCommand) -> anyhow::Result<i32> {
         let out = &mut Printer::stdout(Unread::Ends);
         commands::run(command, signals.recv(), out).await
     });
-    // A read that does not end must not hold the process.
+    // A read that does not end must not keep the process alive.
     runtime.shutdown_background();
     Ok(match outcome? {
         CommandOutcome::Done => exit::DONE,
@@ -252,7 +259,7 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
             let endpoints = args.workers.endpoints.clone();
             return embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
         };
-        // The same pipeline, with a worker of its own at the other end.
+        // With --model, the same pipeline asks a worker in this process.
         let Some(worker) = OwnWorker::start(&config, signals.recv()).await? else {
             return Ok(JobEnded::Interrupted);
         };
@@ -261,10 +268,11 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
         worker.end().await;
         ended
     });
-    // A read that does not end must not hold the process.
+    // A read that does not end must not keep the process alive.
     runtime.shutdown_background();
     Ok(match ended? {
-        // All is there but the summary, which the same command prints again.
+        // The output is complete except for the printed summary; the same
+        // command prints the summary again.
         JobEnded::Done if out.has_failed() => exit::FAILED,
         JobEnded::Done => exit::DONE,
         JobEnded::Failed => exit::FAILED,
@@ -287,7 +295,7 @@ mod tests {
 
     use super::*;
 
-    /// How a process ends whose engine meets a row that begins with a 3.
+    /// Exit code of a process whose engine meets a row that begins with a 3.
     async fn code_after(script: Script) -> i32 {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
         let config = own_config(dir.to_str().unwrap(), &[], None).unwrap();

@@ -1,8 +1,8 @@
 //! Reads a model directory as published: graphs, palette, labels.
 //!
-//! Nothing here runs a model. What the files say is checked against itself, so
-//! that a directory that cannot be served is refused with the reason before
-//! anything listens; what only a run can show, `engine/onnx.rs` checks.
+//! Nothing here runs a model. The files are checked against each other, so that
+//! a directory that cannot be served is refused with the reason before the
+//! worker listens; `engine/onnx.rs` checks what only a run can show.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,12 +33,12 @@ pub mod onnx;
 pub mod precision;
 pub(crate) mod wire;
 
-/// What can be served, for whoever named something else.
-pub const ACCEPTED: &str = "--model takes a folder that `imagegpt compile` made, a Hugging Face folder \
-                            with weights (model.safetensors or pytorch_model.bin), a folder of ONNX \
-                            graphs (model.onnx or model_classification.onnx, beside \
-                            preprocessor_config.json), a hub id such as openai/imagegpt-small, or \
-                            random:small";
+/// Values that `--model` accepts, for the error texts of other values.
+pub const ACCEPTED: &str = "--model takes a directory made by `imagegpt compile`, a Hugging Face \
+                            directory with weights (model.safetensors or pytorch_model.bin), a \
+                            directory of ONNX graphs (model.onnx or model_classification.onnx, \
+                            beside preprocessor_config.json), a hub id such as \
+                            openai/imagegpt-small, or random:small";
 
 /// A kind of call that a model can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,11 +50,11 @@ pub enum CallTask {
 }
 
 impl CallTask {
-    /// Those that published directories have graphs for.
+    /// Tasks that published directories have graphs for.
     const PUBLISHED: [Self; 2] = [Self::Embed, Self::Classify];
 
-    /// The graph that serves the task, in published directories where they have
-    /// one.
+    /// Graph that serves the task; for `Embed` the graph of published
+    /// directories.
     fn graph(self) -> Graph {
         match self {
             Self::Embed => Graph::Hidden,
@@ -64,7 +64,7 @@ impl CallTask {
         }
     }
 
-    /// The file that holds that graph in published directories.
+    /// File of the task's graph in published directories, for error texts.
     #[must_use]
     pub fn file(self) -> &'static str {
         match self {
@@ -89,21 +89,21 @@ impl fmt::Display for CallTask {
     }
 }
 
-/// From logits to scores.
+/// Function that turns logits into scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClassActivation {
-    /// Over all classes.
+    /// Softmax over all classes.
     Softmax,
-    /// For each class by itself.
+    /// Sigmoid of each class by itself.
     Sigmoid,
 }
 
 impl ClassActivation {
-    /// The activation of a problem type, as transformers names them.
+    /// Returns the activation of a `problem_type`, as transformers names them.
     ///
     /// # Errors
     ///
-    /// When classes are not what the type is about.
+    /// When the type is not one of classification.
     pub fn of(problem_type: Option<&str>) -> Result<Self, String> {
         match problem_type {
             None | Some("single_label_classification") => Ok(Self::Softmax),
@@ -120,33 +120,34 @@ impl ClassActivation {
 #[derive(Debug, Clone)]
 pub struct Model {
     pub name: String,
-    /// "sha256:" and hexadecimal digits, over every file that answers come from:
-    /// graphs, all that they name, and what says how images become tokens.
+    /// "sha256:" and hexadecimal digits, over every file that answers depend
+    /// on: the graphs, the files that graphs name, and the configuration files.
     pub digest: String,
     pub graphs: BTreeMap<Graph, PathBuf>,
-    /// Files that are graphs or hold their weights.
+    /// Graphs and the files that hold their weights.
     pub files: GraphFiles,
-    /// An operator that mixes the images of a batch, in a graph of whole images.
+    /// Operator that mixes the images of a batch, if a graph of whole images
+    /// has one.
     pub batch_scaled: Option<&'static str>,
-    /// Centers in [-1, 1], red, green, blue, in token order.
+    /// Palette in token order: red, green and blue in [-1, 1].
     pub clusters: Vec<[f64; 3]>,
-    /// Side of the square that tokens are made from.
+    /// Side in pixels of the square that an image is reduced to.
     pub side: u32,
-    /// Whether config.json gave the vocabulary and the positions, so that they
-    /// have been compared.
+    /// True if config.json has `vocab_size` and `n_positions`, so that both
+    /// were compared with the palette and the side.
     pub sizes_are_given: bool,
-    /// Transformer blocks, if config.json says.
+    /// Number of transformer blocks, if config.json has `n_layer`.
     pub n_layers: Option<u32>,
-    /// How it was compiled; `None` for a published export.
+    /// Facts of the compilation; `None` for a published export.
     pub compiled: Option<CompiledFacts>,
     /// Class names by index; empty if config.json has none.
     pub labels: Vec<String>,
     pub activation: ClassActivation,
-    /// What the publisher wants users to know, from config.json.
+    /// Publisher's notice to users, from config.json; empty if there is none.
     pub notice: String,
 }
 
-/// Why a directory cannot be served. Each text names the file.
+/// Reason why a directory cannot be served. Each text names the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{file}: {reason}")]
 pub struct ModelError {
@@ -163,17 +164,18 @@ impl ModelError {
     }
 }
 
-/// Where published directories keep their graphs.
+/// Subdirectories in which published directories keep their graphs.
 const GRAPH_FOLDERS: [&str; 3] = ["", "model", "onnx"];
 const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 const CONFIG: &str = "config.json";
-/// Pillow's number for its bilinear filter, the one that is implemented.
+/// Pillow's number for its bilinear filter, the only filter that is
+/// implemented.
 const BILINEAR: u32 = 2;
-/// Sides that make sense: below 1 there is no pixel, above 256 an attention
-/// over all of them no longer fits a machine.
+/// Largest side of an image in pixels; attention over more than 256 x 256
+/// positions no longer fits the memory of a machine.
 const SIDE_MAX: u32 = 256;
-/// Config files are small; a larger one is something else. As values a byte of one
-/// takes up to 16.
+/// Largest size of a configuration file, in bytes; a larger file is something
+/// else. A byte takes up to 16 bytes of memory once it is parsed.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 #[derive(Deserialize)]
@@ -186,7 +188,7 @@ struct PreprocessorConfig {
     do_color_quantize: Option<bool>,
 }
 
-/// `32` in old files, `{"height": 32, "width": 32}` in new ones.
+/// Image size: `32` in old files, `{"height": 32, "width": 32}` in new files.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Size {
@@ -207,18 +209,18 @@ struct Config {
 }
 
 impl Model {
-    /// Reads the directory at `dir`, and calls the model `name` or else what
-    /// the directory is called.
+    /// Reads the directory at `dir`; the model is called `name`, or else by the
+    /// directory's name.
     ///
     /// # Errors
     ///
-    /// When a needed file is missing or says something that cannot be served.
+    /// When a needed file is missing or its content cannot be served.
     pub fn open(dir: &Path, name: Option<&str>) -> Result<Self, ModelError> {
         if !dir.is_dir() {
             let what = if dir.exists() {
-                "it is a file, and no folder"
+                "this is not a directory"
             } else {
-                "there is no such folder"
+                "the directory does not exist"
             };
             return Err(ModelError::new(dir, format!("{what}; {ACCEPTED}")));
         }
@@ -232,7 +234,8 @@ impl Model {
             find_config(dir, &graphs, PREPROCESSOR_CONFIG).ok_or_else(|| {
                 ModelError::new(
                     &dir.join(PREPROCESSOR_CONFIG),
-                    "missing; it holds the palette (clusters), without which images have no tokens",
+                    "the file is missing; it holds the palette (clusters) that turns images into \
+                     tokens",
                 )
             })?;
         let preprocessor: PreprocessorConfig = read_json(&preprocessor_path, &mut digest)?;
@@ -276,9 +279,9 @@ impl Model {
         })
     }
 
-    /// The batch sizes to run at, where `asked` are asked for: one image at a time
-    /// where an operator would mix them, since an image's answer must not depend on
-    /// its company.
+    /// Returns the batch sizes to run at: those in `asked`, or 1 alone if an
+    /// operator mixes the images of a batch, since an image's answer must not
+    /// depend on the other images of its batch.
     #[must_use]
     pub fn buckets(&self, asked: Buckets) -> Buckets {
         match self.batch_scaled {
@@ -287,13 +290,13 @@ impl Model {
         }
     }
 
-    /// Tokens an image.
+    /// Returns the number of tokens per image.
     #[must_use]
     pub fn positions(&self) -> usize {
         (self.side * self.side) as usize
     }
 
-    /// The palette as displayable colors, three bytes a token.
+    /// Returns the palette as displayable colors, three bytes per token.
     #[must_use]
     pub fn palette_rgb8(&self) -> Vec<u8> {
         let byte = |value: f64| {
@@ -313,7 +316,7 @@ impl Model {
             .collect()
     }
 
-    /// Whether the model has a graph for the task.
+    /// Returns true if the model has a graph for the task.
     #[must_use]
     pub fn can(&self, task: CallTask) -> bool {
         match task {
@@ -327,7 +330,8 @@ impl Model {
         }
     }
 
-    /// The layers whose pooled features it has, ascending.
+    /// Returns the layers whose pooled features the model has, in ascending
+    /// order.
     #[must_use]
     pub fn layers_served(&self, norm: Norm) -> Vec<u32> {
         let mut layers = Vec::new();
@@ -345,8 +349,8 @@ impl Model {
         layers
     }
 
-    /// The layer that is meant when none is named; `None` if that is the last
-    /// one of a model that does not say how many it has.
+    /// Returns the layer of requests that name none; `None` if this is the last
+    /// layer of a model whose number of layers is unknown.
     #[must_use]
     pub fn layer_default(&self) -> Option<u32> {
         match self.compiled {
@@ -362,8 +366,8 @@ impl Model {
         }
     }
 
-    /// What to compute for the pooled features of some layers (none: of the
-    /// default one), or `None` if the model does not have them.
+    /// Returns the computation of the pooled features of `layers` (empty means
+    /// the default layer), or `None` if the model does not have them.
     #[must_use]
     pub fn features(&self, layers: &[u32], norm: Norm) -> Option<Want> {
         let default;
@@ -372,7 +376,8 @@ impl Model {
                 default = [layer];
                 &default
             }
-            // A model that does not count its layers has its last one only.
+            // A model whose number of layers is unknown serves its last layer
+            // only.
             ([], None) => {
                 return self
                     .graphs
@@ -395,35 +400,36 @@ impl Model {
         } else if let &[_last] = layers {
             Some(Want::Mean)
         } else {
-            // Layers of two graphs would take two runs.
+            // Layers from two graphs would take two runs.
             None
         }
     }
 }
 
-/// What the worker's own compiler made of a model.
+/// Facts about a model that `imagegpt compile` made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompiledFacts {
     pub precision: Precision,
-    /// What its graphs are made for.
+    /// Provider that the graphs are made for.
     pub provider: Provider,
-    /// Pooled features are of layers 0 to this one.
+    /// Last layer of which pooled features exist; the first is layer 0.
     pub feature_layer: u32,
 }
 
-/// A compiled directory.
+/// A directory that `imagegpt compile` made.
 struct Compiled {
     facts: CompiledFacts,
     graphs: BTreeMap<Graph, PathBuf>,
-    /// What its numbers follow from.
+    /// Digest of the source, precision and compiler version, which determine
+    /// the model's numbers.
     identity: String,
-    /// Digests of its files, as they were when it was compiled; none of an older
-    /// version's folder.
+    /// Digests of the directory's files when it was compiled; empty for a
+    /// directory of an older version.
     recorded: BTreeMap<PathBuf, Sha256Digest>,
 }
 
 impl Compiled {
-    /// The manifest in `dir`, if there is one.
+    /// Reads the manifest in `dir`, if there is one.
     fn find(dir: &Path) -> Result<Option<Self>, ModelError> {
         let path = dir.join(manifest::FILE);
         if !path.is_file() {
@@ -446,7 +452,8 @@ impl Compiled {
         if graphs.is_empty() {
             return Err(ModelError::new(
                 &path,
-                "has no graph that can be served; compile with the tasks embed, hidden or classify",
+                "the manifest lists no graph that can be served; compile the model again with \
+                 tasks such as embed, hidden or classify (--tasks)",
             ));
         }
         Ok(Some(Self {
@@ -467,7 +474,7 @@ impl Compiled {
     }
 }
 
-/// Files that graphs are made of, as they are found.
+/// Files that graphs consist of, collected while graphs are read.
 struct Content<'a> {
     recorded: Option<&'a BTreeMap<PathBuf, Sha256Digest>>,
     found: FilesByPath,
@@ -475,7 +482,7 @@ struct Content<'a> {
 }
 
 impl Content<'_> {
-    /// Adds a graph and every file that it names to the digest.
+    /// Adds a graph and every file that the graph names to the digest.
     fn add(&mut self, graph: Graph, path: &Path, digest: &mut Sha256) -> Result<(), ModelError> {
         let refuse = |reason: String| ModelError::new(path, reason);
         let bytes = read_graph(path)?;
@@ -508,8 +515,9 @@ impl Content<'_> {
             tensor.range(size).map_err(refuse)?;
             files.insert(file, &tensor.location);
         }
-        // Where exporters put what protobuf's limit keeps out of a graph; they were
-        // in the digest before all that is named was.
+        // Exporters use these names for tensors that exceed protobuf's limit.
+        // The digest covered such files before it covered every file that a
+        // graph names, so they stay in it first and under their own names.
         for file in external_data(path) {
             self.add_file(&file)
                 .map_err(|error| ModelError::new(&file, error))?;
@@ -523,12 +531,13 @@ impl Content<'_> {
         Ok(())
     }
 
-    /// Makes a file known, and gives its size.
+    /// Records a file's size and digest, and returns the size in bytes.
     fn add_file(&mut self, path: &Path) -> std::io::Result<u64> {
         if let Some(bytes) = self.found.bytes(path) {
             return Ok(bytes);
         }
-        // Reading gigabytes twice would say no more: whoever loads it compares.
+        // A recorded digest is compared when the file is loaded, so gigabytes
+        // are not read twice.
         let recorded = self.recorded.and_then(|recorded| recorded.get(path));
         let (bytes, sha256, origin) = if let Some(recorded) = recorded {
             (files::open(path)?.1, *recorded, DigestOrigin::Recorded)
@@ -541,18 +550,18 @@ impl Content<'_> {
     }
 }
 
-/// A graph's bytes, which protobuf bounds.
+/// Reads a graph's bytes, at most as many as protobuf allows.
 fn read_graph(path: &Path) -> Result<Vec<u8>, ModelError> {
     let refuse = |reason: String| ModelError::new(path, reason);
     let (file, n_bytes) = files::open(path).map_err(|error| refuse(error.to_string()))?;
     if n_bytes > wire::GRAPH_BYTES_MAX {
         return Err(refuse(format!(
-            "has {n_bytes} bytes, over the {} of an ONNX graph; save it with external data",
+            "has {n_bytes} bytes; the limit of an ONNX graph is {}; save it with external data",
             wire::GRAPH_BYTES_MAX
         )));
     }
     let mut bytes = Vec::new();
-    // It may grow while it is read, or be larger than memory.
+    // The file may grow while it is read, or be larger than the memory.
     bytes
         .try_reserve_exact(usize::try_from(n_bytes).unwrap_or(usize::MAX))
         .map_err(|error| refuse(error.to_string()))?;
@@ -562,7 +571,7 @@ fn read_graph(path: &Path) -> Result<Vec<u8>, ModelError> {
     Ok(bytes)
 }
 
-/// Whether a directory has a published graph.
+/// Returns true if a directory has a published graph.
 #[must_use]
 pub fn has_graphs(dir: &Path) -> bool {
     find_graphs(dir).is_ok()
@@ -583,15 +592,15 @@ fn find_graphs(dir: &Path) -> Result<BTreeMap<Graph, PathBuf>, ModelError> {
         return Err(ModelError::new(
             dir,
             format!(
-                "has neither weights nor graphs (model.onnx, model_classification.onnx, at the top \
-                 or in model/ or onnx/); {ACCEPTED}"
+                "the directory has neither weights nor graphs (model.onnx or \
+                 model_classification.onnx, at the top or in model/ or onnx/); {ACCEPTED}"
             ),
         ));
     }
     Ok(graphs)
 }
 
-/// A config file at the top, or else beside a graph.
+/// Finds a configuration file in the directory itself, or else beside a graph.
 fn find_config(dir: &Path, graphs: &BTreeMap<Graph, PathBuf>, file: &str) -> Option<PathBuf> {
     let beside_graphs = graphs.values().filter_map(|path| path.parent());
     std::iter::once(dir)
@@ -600,7 +609,7 @@ fn find_config(dir: &Path, graphs: &BTreeMap<Graph, PathBuf>, file: &str) -> Opt
         .find(|path| path.is_file())
 }
 
-/// Files beside a graph that may hold its weights.
+/// Returns the files beside a graph that may hold its weights.
 fn external_data(graph: &Path) -> Vec<PathBuf> {
     let Some(name) = graph.file_name().and_then(|name| name.to_str()) else {
         return Vec::new();
@@ -641,19 +650,19 @@ fn palette(path: &Path, config: PreprocessorConfig) -> Result<(Vec<[f64; 3]>, u3
         Some(Size::Edges { height, width }) => {
             return refuse(format!("size is {height} x {width}; it must be square"));
         }
-        None => return refuse("size is missing; ImageGPT's is 32".to_owned()),
+        None => return refuse("size is missing; for ImageGPT it is 32".to_owned()),
     };
     if !(1..=SIDE_MAX).contains(&side) {
         return refuse(format!("size is {side}; it must be 1 to {SIDE_MAX}"));
     }
     let rows = config.clusters.unwrap_or_default();
     if rows.is_empty() {
-        return refuse("clusters is missing; it is the palette that tokens point into".to_owned());
+        return refuse("clusters is missing; it is the palette of the tokens' colors".to_owned());
     }
-    // Token ids travel as 16 bits, and one more is the start token.
+    // Token ids have 16 bits, and one id is the start token.
     if rows.len() >= usize::from(u16::MAX) {
         return refuse(format!(
-            "clusters has {} rows; at most {} fit",
+            "clusters has {} rows; the limit is {}",
             rows.len(),
             u16::MAX - 1
         ));
@@ -668,7 +677,7 @@ fn palette(path: &Path, config: PreprocessorConfig) -> Result<(Vec<[f64; 3]>, u3
         };
         if color.iter().any(|value| !(-1.5..=1.5).contains(value)) {
             return refuse(format!(
-                "clusters[{idx}] is {color:?}; colors are normalized to -1 to 1"
+                "clusters[{idx}] is {color:?}; colors must be normalized to -1 to 1"
             ));
         }
         clusters.push(color);
@@ -687,7 +696,7 @@ fn check_config(
     {
         return Err(ModelError::new(
             path,
-            format!("model_type is {model_type:?}; this worker serves \"imagegpt\""),
+            format!("model_type is {model_type:?}; this worker serves only \"imagegpt\""),
         ));
     }
     if let Some(vocab_size) = config.vocab_size
@@ -696,8 +705,8 @@ fn check_config(
         return Err(ModelError::new(
             path,
             format!(
-                "vocab_size is {vocab_size}, but the palette has {n_colors} colors, which with \
-                 the start token makes {}",
+                "vocab_size is {vocab_size}, but it must be {}: the palette has {n_colors} colors, \
+                 and the start token is one more",
                 n_colors + 1
             ),
         ));
@@ -716,7 +725,7 @@ fn check_config(
     Ok(())
 }
 
-/// Names in index order, or none.
+/// Returns the class names in index order; none if config.json has none.
 fn labels(
     path: &Path,
     id2label: Option<BTreeMap<String, String>>,
@@ -730,7 +739,9 @@ fn labels(
             _ => {
                 return Err(ModelError::new(
                     path,
-                    format!("id2label has the key {id:?}; keys must be 0, 1, 2 and so on"),
+                    format!(
+                        "id2label has the key {id:?}; keys must be 0, 1, 2 and so on without gaps"
+                    ),
                 ));
             }
         }
@@ -749,15 +760,18 @@ fn read_json<T: serde::de::DeserializeOwned>(
     if text.len() as u64 > CONFIG_BYTES_MAX {
         return Err(ModelError::new(
             path,
-            format!("has over {CONFIG_BYTES_MAX} bytes, which no configuration takes"),
+            format!(
+                "the file is larger than {CONFIG_BYTES_MAX} bytes, the limit of a configuration"
+            ),
         ));
     }
     mix(digest, path, &Sha256::digest(&text));
     serde_json::from_slice(&text).map_err(|error| ModelError::new(path, error))
 }
 
-/// Adds a file by its name and its own digest, so that neither where the
-/// directory lies nor where one file ends and the next begins matters.
+/// Adds a file by its name and its own digest, so that the digest depends
+/// neither on the directory's path nor on where one file ends and the next
+/// begins.
 fn mix(digest: &mut Sha256, path: &Path, content: &[u8]) {
     let name = path.file_name().map(|name| name.to_string_lossy());
     mix_named(digest, name.as_deref().unwrap_or_default(), content);

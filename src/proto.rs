@@ -1,5 +1,5 @@
-//! The contract: generated types, names of codes, and options as the contract has
-//! them.
+//! Contract between the worker and its clients: generated types, names of gRPC
+//! codes, and conversions of options.
 
 mod code;
 pub(crate) mod codec;
@@ -10,7 +10,7 @@ pub use self::priority::Priority;
 
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
 
-/// Who may act on the reasons of errors, as `google.rpc.ErrorInfo` asks.
+/// Domain of the reasons of errors in `google.rpc.ErrorInfo`.
 pub(crate) const ERROR_DOMAIN: &str = "imagegpt.v1";
 
 /// Types of the contract; see `proto/imagegpt/v1/imagegpt.proto`.
@@ -45,7 +45,7 @@ pub mod inference {
 
 include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
-/// Options of preprocessing as the contract has them.
+/// Converts options of preprocessing to the contract's type.
 pub(crate) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
     pb::Preprocess {
         fit: match options.fit {

@@ -1,5 +1,5 @@
-//! How sessions are opened, to serve graphs or to try them, and what ran in
-//! them.
+//! Opens sessions of ONNX Runtime, for serving and for verification, and reads
+//! the profiles of their runs.
 
 pub(crate) mod arena;
 pub mod error;
@@ -24,50 +24,50 @@ use serde::Deserialize;
 use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
 
-/// What sessions do with `weights.bin`.
+/// Place of the weights of `weights.bin` in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Residence {
-    /// They compute from where it lies, in memory that they share or, while graphs are
-    /// tried, in the mapped file: so all graphs together take the weights' size once,
-    /// with five tasks of imagegpt-small in fp32 350 MB.
+    /// Sessions compute from weights that they share, in memory or, during
+    /// verification, in the mapped file. All graphs together take the weights'
+    /// size once: 350 MB for five tasks of imagegpt-small in fp32.
     InPlace,
-    /// Each session copies its weights into the order that its kernels like
-    /// best: a few percent faster, 1.3 GB for the same five.
+    /// Each session copies its weights into the order that is fastest for its
+    /// kernels: a few percent faster, but 1.3 GB for the same five tasks.
     Packed,
 }
 
-/// What graphs run with. A process has one environment, so the caller brings
-/// it.
+/// Settings of the sessions that graphs run in. A process has one environment,
+/// so the caller provides it.
 #[derive(Clone)]
 pub struct Runtime {
     pub environment: Environment,
-    /// Where graphs run.
+    /// Execution provider that graphs run on.
     pub provider: Provider,
-    /// Which GPU.
+    /// Number of the GPU, from 0.
     pub device_id: i32,
     /// The worker's own operators. Without them graphs for the CPU use
     /// ONNX Runtime's attention.
     pub operators: Option<Arc<OperatorDomain>>,
-    /// Threads of one run; 0 lets the runtime take one a physical core.
+    /// Number of threads per run; 0 uses one thread per physical core.
     pub n_threads: usize,
     pub residence: Residence,
-    /// Whether sessions take the arena that their device has in common.
+    /// True if sessions use the arena that all sessions of their device share.
     pub shares_arena: bool,
-    /// Bytes of a GPU that the arena of a session may take; `None` for all.
+    /// Largest arena of a session on a GPU, in bytes; `None` sets no limit.
     pub gpu_memory_limit: Option<usize>,
-    /// Whether runs are captured as CUDA graphs.
+    /// True if runs are captured as CUDA graphs.
     pub cuda_graphs: bool,
 }
 
-/// Kernels that ran, by execution provider and operator.
+/// Number of kernels that ran, by execution provider and operator.
 pub type Operators = BTreeMap<String, BTreeMap<String, usize>>;
 
 impl Runtime {
-    /// A runtime with the worker's own operators.
+    /// Makes a runtime with the worker's own operators.
     ///
     /// # Errors
     ///
-    /// When they cannot be registered.
+    /// When the operators cannot be registered.
     pub fn new(environment: Environment, provider: Provider) -> ort::Result<Self> {
         Ok(Self {
             operators: Some(operators(&environment)?),
@@ -82,19 +82,20 @@ impl Runtime {
         })
     }
 
-    /// A session's options, before it has a graph.
+    /// Returns a builder of sessions with these settings.
     ///
     /// # Errors
     ///
-    /// When the provider cannot be had.
+    /// When the execution provider cannot be used.
     pub fn builder(&self) -> ort::Result<SessionBuilder> {
         let mut builder = Session::builder(&self.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
             // Spinning threads would take the cores that preprocessing needs.
             .with_intra_op_spinning(false)?
-            // Without it, a CPU that has AVX2 and no products of 8 bits (VNNI) adds
-            // pairs of them in 16 bits, which overflows: features would be several
-            // percent off. Other CPUs are as fast with it.
+            // Without this entry, a CPU with AVX2 but without 8-bit products
+            // (VNNI) adds pairs of products in 16 bits, which overflows:
+            // features would be wrong by several percent. Other CPUs are as
+            // fast with the entry.
             .with_config_entry("session.x64quantprecision", "1")?
             .with_prepacking(self.residence == Residence::Packed)?;
         if self.n_threads != 0 {
@@ -117,19 +118,21 @@ impl Runtime {
                 cuda = cuda.with_memory_limit(limit);
             }
             builder = builder
-                // It times kernels and takes the fastest, not the same one in each
-                // process: a seed would draw another image after a restart.
+                // Auto-tuning takes the kernel that was fastest, which differs
+                // from process to process: a seed would draw another image
+                // after a restart.
                 .with_config_entry("ep.cuda.enable_gemm_auto_tune", "0")?
                 .with_execution_providers([cuda.build().error_on_failure()])?;
         }
         Ok(builder)
     }
 
-    /// Opens a graph, recording what runs if `profile` says where to.
+    /// Opens a graph; with `profile`, ONNX Runtime writes a profile of its runs
+    /// to that path.
     ///
     /// # Errors
     ///
-    /// When ONNX Runtime does not take it.
+    /// When ONNX Runtime cannot load the graph.
     pub fn open(&self, graph: &Path, profile: Option<&Path>) -> ort::Result<Session> {
         let mut builder = self.builder()?;
         if let Some(profile) = profile {
@@ -139,16 +142,16 @@ impl Runtime {
     }
 }
 
-/// The oldest version of the library that is taken: 1 and this.
+/// Oldest minor version of ONNX Runtime 1 that is supported.
 pub const MINOR_VERSION_MIN: u32 = ort::MINOR_VERSION;
 
-/// Loads a shared library as ONNX Runtime's and its provider's are loaded, and
-/// keeps it.
+/// Loads a shared library in the way ONNX Runtime and its providers are loaded,
+/// and keeps it loaded.
 ///
 /// # Errors
 ///
-/// In the dynamic linker's words, when it is not there, or what it is linked
-/// with is not, or both are of another system.
+/// When the library or a library that it needs does not exist or is for another
+/// system; the text is the dynamic linker's.
 pub fn load(library: &Path) -> Result<(), String> {
     ort::util::preload_dylib(library).map_err(|error| {
         let words = std::error::Error::source(&error).map(ToString::to_string);
@@ -156,25 +159,25 @@ pub fn load(library: &Path) -> Result<(), String> {
     })
 }
 
-/// The second number of a library's version (31 of 1.31), as it says itself;
-/// `None` if it is not ONNX Runtime 1.
+/// Returns the minor version (31 of 1.31) that a library reports; `None` if it
+/// is not ONNX Runtime 1.
 #[must_use]
 pub fn minor_version(library: &Path) -> Option<u32> {
     ort::util::probe(library)
 }
 
-/// The worker's own operators, which an environment knows from then on.
+/// Registers the worker's own operators in an environment and returns them.
 ///
-/// ONNX Runtime notes a domain when the first session has it; of two that are
-/// first at one time, as with several devices, one fails. So a session that does
-/// nothing is first.
+/// ONNX Runtime registers a domain with the first session that uses it; if two
+/// sessions are the first at the same time, as with several devices, one fails.
+/// So a session that computes nothing is opened first.
 ///
 /// # Errors
 ///
-/// When ONNX Runtime does not take them.
+/// When ONNX Runtime does not accept the operators.
 #[expect(
     clippy::arc_with_non_send_sync,
-    reason = "it is the type that sessions share operators by"
+    reason = "sessions share operators by this type"
 )]
 pub fn operators(environment: &Environment) -> ort::Result<Arc<OperatorDomain>> {
     static IS_NOTED: Mutex<bool> = Mutex::new(false);
@@ -212,10 +215,10 @@ struct Arguments {
 }
 
 /// Ends the profile of `session`, removes its file and counts the kernels
-/// that ran, each once however often the graph did.
+/// that ran, each once no matter how often the graph ran.
 ///
-/// What ran says more than an optimized graph read back: it also tells where,
-/// and costs no copy of the weights.
+/// A profile tells more than reading back the optimized graph: it also has the
+/// execution provider of each kernel, and needs no copy of the weights.
 ///
 /// # Errors
 ///
@@ -223,10 +226,10 @@ struct Arguments {
 pub fn what_ran(session: &mut Session) -> Result<Operators, String> {
     let file = session.end_profiling().map_err(|error| error.to_string())?;
     let text = std::fs::read(&file).map_err(|error| format!("{file}: {error}"));
-    // A profile that stays behind would only take space.
+    // The profile is not needed any more and would only take space.
     let _ = std::fs::remove_file(&file);
     let events: Vec<Event> = serde_json::from_slice(&text?)
-        .map_err(|error| format!("the profile is not what ONNX Runtime used to write: {error}"))?;
+        .map_err(|error| format!("the profile of ONNX Runtime has an unknown format: {error}"))?;
     let mut nodes = BTreeMap::new();
     for event in events {
         if event.cat == "Node" && event.name.ends_with("_kernel_time") {

@@ -1,5 +1,6 @@
-//! The worker: a request is one value moving down a line, from the gRPC surface to
-//! the engine's thread and back. Only [`worker`] knows all stages.
+//! Worker: each request is one value that passes through a line of stages, from
+//! the gRPC surface to the engine's thread and back. Only [`worker`] knows all
+//! stages.
 
 pub(crate) mod admission;
 pub(crate) mod batcher;

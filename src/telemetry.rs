@@ -1,8 +1,8 @@
-//! Structured logs on standard error, which may be slow, full or gone.
+//! Structured logs on standard error, whose reader may be slow, full or gone.
 //!
-//! No thread that logs may be held or ended by where the log goes. Lines go
-//! through a bounded queue to a thread of their own, and a line that finds the
-//! queue full, or that cannot be written, is dropped and counted.
+//! A thread that logs must never block or end because of the log's destination.
+//! Lines go through a bounded queue to a thread of the log. A line is dropped
+//! and counted if the queue is full or the line cannot be written.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
@@ -18,12 +18,12 @@ use crossbeam_channel::{Receiver, Sender};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// What it writes to standard error.
+/// Flags of the log on standard error.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Log")]
 pub struct LogConfig {
-    /// Filter: error, warn, info, debug, trace, or by module, such as
-    /// info,imagegpt=debug
+    /// Log filter: a level (error, warn, info, debug or trace), or levels by
+    /// module, such as info,imagegpt=debug
     #[arg(
         long,
         env = "IMAGEGPT_LOG",
@@ -32,7 +32,7 @@ pub struct LogConfig {
     )]
     pub log: String,
 
-    /// One line of text, or one JSON object, an event
+    /// Format of the log: a line of text or a JSON object per event
     #[arg(long, env = "IMAGEGPT_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
 }
@@ -43,23 +43,25 @@ pub enum LogFormat {
     Json,
 }
 
-/// Lines that wait to be written: some seconds of a busy log at level debug.
+/// Most lines that wait to be written: some seconds of a busy log at level
+/// debug.
 const LINES_MAX: usize = 4096;
-/// Bytes of those lines; an error's cause may be a page long.
+/// Most bytes of the lines that wait; the cause of an error may be a page long.
 const BYTES_MAX: usize = 4 << 20;
-/// Time for the last lines at the end of the process. A terminal or a file needs
-/// milliseconds; a pipe that nobody reads must not hold the end.
+/// Longest wait for the last lines at the end of the process. A terminal or a
+/// file needs milliseconds; a pipe that nobody reads must not delay the end.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
-/// The same for the words of a panic, which may be a picture's and go on.
+/// Longest wait for the message of a panic. The panic may concern one image
+/// only, and the process then continues.
 const PANIC_FLUSH_MAX: Duration = Duration::from_millis(20);
 
-/// Lines that were dropped since the start.
+/// Number of lines that were dropped since the start of the process.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
-/// The process's log, once it is installed.
+/// Queue of the process's log, once the log is installed.
 static LOG: OnceLock<LogQueue> = OnceLock::new();
 
-/// What a panic said, if it said it in words.
+/// Returns the message of a panic, if the panic has a message.
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()
@@ -68,7 +70,8 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".to_owned())
 }
 
-/// Log lines that could not be written since the process began.
+/// Number of log lines that could not be written since the start of the
+/// process.
 pub(crate) fn lines_dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
@@ -77,17 +80,19 @@ pub(crate) fn lines_dropped() -> u64 {
 ///
 /// # Errors
 ///
-/// When the filter cannot be parsed, a subscriber is installed already, or there
-/// is no thread or file descriptor left for it.
+/// When the filter cannot be parsed, a subscriber is installed already, or no
+/// thread or file descriptor is left for the log.
 pub fn init(config: &LogConfig) -> anyhow::Result<()> {
-    // Past the lock of `std::io::stderr`, which a thread that is stuck in a write
-    // would hold, and every other thread with it.
+    // A descriptor of its own avoids the lock of `std::io::stderr`: a thread
+    // that is stuck in a write would hold the lock and block every other
+    // thread.
     let stderr = io::stderr().as_fd().try_clone_to_owned();
     let stderr = stderr.context("standard error cannot be opened for the log")?;
     init_to(config, File::from(stderr))
 }
 
-/// The same, through a writer that knows what else is on the terminal.
+/// Installs the log subscriber with a writer that also knows the progress bars
+/// on the terminal.
 ///
 /// # Errors
 ///
@@ -99,7 +104,8 @@ pub fn init_to(config: &LogConfig, out: impl Write + Send + 'static) -> anyhow::
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
-        // It prints them with `eprintln!`, which panics where it cannot.
+        // The subscriber prints its own errors with `eprintln!`, which panics
+        // if standard error cannot be written.
         .log_internal_errors(false)
         .with_writer(queue.clone());
     let installed = match config.log_format {
@@ -113,8 +119,9 @@ pub fn init_to(config: &LogConfig, out: impl Write + Send + 'static) -> anyhow::
     Ok(())
 }
 
-/// A line for the person at the log's terminal. It goes the log's way where there
-/// is a log, so that a standard error that nobody reads does not hold a worker.
+/// Prints a line for the person at the terminal. With a log, the line goes
+/// through the log's queue, so that a standard error that nobody reads does not
+/// block a worker.
 pub(crate) fn note(text: &str) {
     let line = format!("imagegpt: {text}\n");
     match LOG.get() {
@@ -126,8 +133,8 @@ pub(crate) fn note(text: &str) {
     }
 }
 
-/// Says why the process ends, and waits, a second at the most, until everything
-/// that was logged has been written.
+/// Says why the process ends, and waits up to a second until all log lines have
+/// been written.
 pub fn end(reason: Option<&str>) {
     if let Some(reason) = reason {
         note(reason);
@@ -137,8 +144,8 @@ pub fn end(reason: Option<&str>) {
     }
 }
 
-/// As the standard library's hook, which writes to standard error itself and so
-/// could be held there for ever.
+/// Panic hook that logs like the standard library's. The standard hook writes
+/// to standard error itself and could block there for ever.
 fn log_panic(info: &PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("<unnamed>");
@@ -154,7 +161,7 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     }
 }
 
-/// The lines that wait to be written. Cheap to clone.
+/// Queue of the lines that wait to be written. Cheap to clone.
 #[derive(Debug, Clone)]
 struct LogQueue {
     entries: Sender<Entry>,
@@ -164,7 +171,8 @@ struct LogQueue {
 #[derive(Debug)]
 enum Entry {
     Line(Box<[u8]>),
-    /// Answered once everything before has been written or dropped.
+    /// Request that is answered once all earlier lines have been written or
+    /// dropped.
     Flush(Sender<()>),
 }
 
@@ -183,7 +191,7 @@ impl LogQueue {
         Ok(queue)
     }
 
-    /// Takes a line, or drops it where too much waits already.
+    /// Queues a line, or drops the line if too many lines or bytes wait.
     fn push(&self, line: &[u8]) {
         let before = self.n_bytes.fetch_add(line.len(), Ordering::Relaxed);
         let fits = before + line.len() <= BYTES_MAX;
@@ -193,8 +201,8 @@ impl LogQueue {
         }
     }
 
-    /// Waits until everything that was pushed has been written or dropped, for
-    /// so long at the most.
+    /// Waits up to `max` until everything that was pushed has been written or
+    /// dropped.
     fn flush(&self, max: Duration) {
         let deadline = Instant::now() + max;
         let (done, written) = crossbeam_channel::bounded(1);
@@ -208,7 +216,7 @@ impl LogQueue {
     }
 }
 
-/// A line at a time, as the subscriber writes.
+/// Each write is one whole line, as the subscriber writes.
 impl Write for LogQueue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.push(line);
@@ -228,7 +236,7 @@ impl MakeWriter<'_> for LogQueue {
     }
 }
 
-/// The log's thread.
+/// Loop of the log's thread.
 fn write_all(entries: &Receiver<Entry>, n_bytes: &AtomicUsize, mut out: LogFile<impl Write>) {
     let mut n_told = 0;
     for entry in entries {
@@ -250,18 +258,18 @@ fn write_all(entries: &Receiver<Entry>, n_bytes: &AtomicUsize, mut out: LogFile<
             let lines = dropped - n_told;
             tracing::warn!(
                 lines,
-                "log lines before this one were dropped: they could not be written"
+                "log lines before this one were dropped, because they could not be written"
             );
-            // This one may be dropped, too.
+            // This warning may be dropped, too.
             n_told = dropped;
         }
     }
 }
 
-/// Where lines go, whole ones wherever it can be had.
+/// Destination of the lines, which keeps lines whole where possible.
 struct LogFile<W> {
     out: W,
-    /// True if the last write ended within a line.
+    /// True if the last write ended in the middle of a line.
     is_torn: bool,
 }
 
@@ -298,7 +306,7 @@ mod tests {
 
     use super::*;
 
-    /// Bytes that are written where a number of bytes fits.
+    /// Disk with room for a limited number of bytes.
     #[derive(Clone)]
     struct Disk {
         free: Arc<AtomicUsize>,
@@ -338,7 +346,7 @@ mod tests {
         assert_eq!(text, "one\ntwo\nthree\nfour\n");
     }
 
-    /// Holds the log's thread until the gate opens.
+    /// Blocks the log's thread until the gate opens.
     struct Gate(Receiver<()>);
 
     impl Write for Gate {
@@ -358,7 +366,7 @@ mod tests {
         let queue = LogQueue::start(Gate(gate)).unwrap();
         let before = lines_dropped();
         let begun = Instant::now();
-        // One is in the write, the others wait.
+        // One line is in the write, the others wait.
         let n_pushed = LINES_MAX + 100;
         for _ in 0..n_pushed {
             queue.push(b"a line\n");
@@ -366,7 +374,7 @@ mod tests {
         let n_dropped = lines_dropped() - before;
         assert!((99..=100).contains(&n_dropped), "{n_dropped}");
         queue.flush(Duration::from_millis(10));
-        // By bytes, too.
+        // The limit on bytes holds, too.
         queue.push(&vec![b'x'; BYTES_MAX + 1]);
         assert_eq!(lines_dropped() - before, n_dropped + 1);
         assert!(begun.elapsed() < Duration::from_secs(30));

@@ -1,5 +1,5 @@
-//! Invariants of ARCHITECTURE.md that text can check: which folder may use which,
-//! which crates are known where, and what no file may contain.
+//! Invariants of ARCHITECTURE.md that a text search can check: which module may
+//! use which, which modules may name a crate, and what no file may contain.
 //!
 //! Each rule is a function over the files of `src/`, and each has a planted
 //! violation that it must find.
@@ -13,7 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Folders and files at the top of `src/`: each uses only those before it.
+/// Directories and files at the top of `src/`, each of which uses only those
+/// before it.
 const ORDER: [&str; 13] = [
     "sync",
     "files",
@@ -29,10 +30,11 @@ const ORDER: [&str; 13] = [
     "serve",
     "client",
 ];
-/// Last in the order; everything may be used by commands.
+/// Last directory of the order, which may use all others.
 const LAST: &str = "commands";
 
-/// Folders that another one may not use although they come before it.
+/// Pairs of directories of which the first may not use the second, although the
+/// second comes before it.
 const FORBIDDEN: [(&str, &str); 14] = [
     ("kernels", "sync"),
     ("kernels", "files"),
@@ -50,7 +52,7 @@ const FORBIDDEN: [(&str, &str); 14] = [
     ("client", "compile"),
 ];
 
-/// Crates, with the beginnings of paths that may name them.
+/// Crates, with the prefixes of the paths that may name them.
 const CRATES: [(&str, &[&str]); 15] = [
     ("tonic", &["serve/rpc", "client", "proto"]),
     ("tonic_health", &["serve/rpc"]),
@@ -69,8 +71,8 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("nvml_wrapper", &["gpu"]),
 ];
 
-/// The line of stages; each knows only those that stand beside it here. What passes
-/// between them (`job`, `handoff`, `sequence`) is no stage.
+/// Stages in their order, each with the neighbors that it may use. The types
+/// that pass between stages (`job`, `handoff`, `sequence`) are not stages.
 const NEIGHBORS: [(&str, &[&str]); 5] = [
     ("rpc", &["admission"]),
     ("admission", &["preprocess"]),
@@ -79,10 +81,10 @@ const NEIGHBORS: [(&str, &[&str]); 5] = [
     ("engine_thread", &["batcher"]),
 ];
 
-/// Files that run on the threads of stages, where nothing awaits.
+/// Files that run on the threads of stages, which must not await.
 const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
 
-/// Where unsafe code may be, each use with its reason.
+/// Files that may contain unsafe code, each use with its reason.
 const UNSAFE: [&str; 9] = [
     "kernels/attention",
     "kernels/layers",
@@ -95,7 +97,7 @@ const UNSAFE: [&str; 9] = [
     "runtime/operators/layers",
 ];
 
-/// A file of `src/`, without its tests.
+/// File of `src/`, without its tests.
 struct Source {
     /// Path below `src/`, without the extension.
     path: String,
@@ -123,7 +125,7 @@ impl Source {
         }
     }
 
-    /// Lines of code, without comments of their own.
+    /// Returns the lines of code, without lines that are only comments.
     fn code(&self) -> impl Iterator<Item = (usize, &str)> {
         self.lines
             .iter()
@@ -135,7 +137,8 @@ impl Source {
         self.path.split('/').next().unwrap_or_default()
     }
 
-    /// Paths that the file names, from the crate's root, each with its line.
+    /// Returns the paths that the file names, from the crate's root, each with
+    /// its line.
     fn paths(&self) -> Vec<(usize, Vec<String>)> {
         let mut found = Vec::new();
         let mut statement = String::new();
@@ -177,7 +180,7 @@ impl Source {
         found
     }
 
-    /// A path from the crate's root; `None` for those of other crates.
+    /// Resolves a path from the crate's root; `None` for paths of other crates.
     fn absolute(&self, path: &[String]) -> Option<Vec<String>> {
         let mut here: Vec<String> = self.path.split('/').map(str::to_owned).collect();
         let mut rest = path;
@@ -197,7 +200,7 @@ impl Source {
     }
 }
 
-/// The paths of a `use` tree.
+/// Returns the paths of a `use` tree.
 fn expand(tree: &str) -> Vec<Vec<String>> {
     let Some((prefix, inner)) = tree.split_once('{') else {
         let path = tree.split(" as ").next().unwrap_or_default().trim();
@@ -268,7 +271,7 @@ fn place(folder: &str) -> usize {
     known.unwrap_or(ORDER.len())
 }
 
-/// A violation, with its line.
+/// Returns the text of a violation, with its line.
 fn told(source: &Source, line: usize, what: impl std::fmt::Display) -> String {
     format!("src/{}.rs:{line}: {what}", source.path)
 }
@@ -351,7 +354,8 @@ fn stages_know_only_their_neighbors(sources: &[Source]) -> Vec<String> {
     bad
 }
 
-/// Modules that use each other in a circle: folders, and within `serve` its files.
+/// Finds modules that use each other in a cycle: directories, and the files of
+/// `serve`.
 fn modules_have_no_circles(sources: &[Source]) -> Vec<String> {
     fn unit(path: &[impl AsRef<str>]) -> Option<String> {
         let first = path.first()?.as_ref();
@@ -395,7 +399,7 @@ fn modules_have_no_circles(sources: &[Source]) -> Vec<String> {
     circles
 }
 
-/// Lines of files below some paths that have one of some words.
+/// Finds lines with one of `words` in the files below `below`.
 fn without(sources: &[Source], below: &[&str], words: &[&str], why: &str) -> Vec<String> {
     let mut bad = Vec::new();
     for source in sources {
@@ -421,7 +425,7 @@ fn threads_have_names(sources: &[Source]) -> Vec<String> {
     without(sources, &[""], &["thread::spawn"], why)
 }
 
-/// Holds `ort::init` off, which panics when the library is missing.
+/// Finds uses of `ort::init`, which panics when the library is missing.
 fn a_missing_runtime_is_no_panic(sources: &[Source]) -> Vec<String> {
     without(sources, &[""], &["ort::init("], "panics without a library")
 }
@@ -457,8 +461,9 @@ fn unsafe_code_is_where_it_may_be(sources: &[Source]) -> Vec<String> {
     bad
 }
 
-/// Codes are `GrpcCode`, and their names stand where that is defined. The Open
-/// Inference Protocol has a state that is called like one of them.
+/// Finds names of status codes as strings. Codes are `GrpcCode`, and their
+/// names belong to its definition; the Open Inference Protocol has a state with
+/// the name of a code.
 fn codes_are_no_strings(sources: &[Source]) -> Vec<String> {
     let words = [
         "\"CANCELLED\"",

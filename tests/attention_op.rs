@@ -1,7 +1,7 @@
-//! The attention operator inside ONNX Runtime: it gives what the kernel gives,
-//! and what a naive `f64` reference gives, on the session's own threads.
+//! The attention operator inside ONNX Runtime, on the session's own threads,
+//! against the kernel and against a naive `f64` reference.
 //!
-//! Needs a libonnxruntime: `ORT_DYLIB_PATH`, or what `make setup` brought.
+//! Needs ONNX Runtime from `make setup` or `ORT_DYLIB_PATH`.
 #![warn(clippy::disallowed_methods)]
 #![expect(
     clippy::cast_precision_loss,
@@ -35,7 +35,7 @@ fn session(environment: &Environment, model: &str, n_threads: usize) -> ort::Res
         .commit_from_file(Path::new("tests/data").join(model))
 }
 
-/// Roughly normal numbers, the same for the same seed.
+/// Returns roughly normal numbers, the same for the same seed.
 fn normal(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut uniform = move || {

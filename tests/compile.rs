@@ -1,5 +1,5 @@
-//! `imagegpt::compile` from a checkpoint to a folder, and everything that must
-//! leave no folder. Needs ONNX Runtime: what `make setup` brought, or
+//! `imagegpt::compile` from a checkpoint to a directory, and all failures,
+//! which must leave no directory. Needs ONNX Runtime from `make setup` or
 //! `ORT_DYLIB_PATH`.
 #![warn(clippy::disallowed_methods)]
 #![allow(
@@ -35,7 +35,7 @@ const LAYERS: usize = 3;
 
 type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 
-/// Weights that look random and are the same everywhere.
+/// Makes weights that look random and are the same everywhere.
 fn tensors() -> Tensors {
     let mut state = 1_u32;
     let mut values = |n: usize, scale: f32| -> Vec<f32> {
@@ -130,7 +130,8 @@ fn run(source: &Path, output: &Path, options: &CompileOptions) -> Result<Manifes
     compile(&source, output, options, &runtime(), &mut Silent)
 }
 
-/// What compiling fails with; the output and all traces of it must be absent.
+/// Checks the error of a compilation, and that the output and all traces of it
+/// are absent.
 #[track_caller]
 fn refused(source: &Path, options: &CompileOptions, word: &str) {
     let parent = TempDir::new().unwrap();
@@ -171,8 +172,8 @@ fn every_task_is_compiled_and_described() {
     assert!(error.contains("hidden.onnx"), "{error}");
 }
 
-/// In 8 bits the cache may be rounded too; a portable graph has no operator of
-/// ours that would.
+/// With int8 the key/value cache may be rounded too, except in a portable
+/// graph, which has none of the worker's own operators.
 #[test]
 fn the_cache_is_kept_as_the_precision_allows() {
     let source = checkpoint(|_| {});
@@ -205,8 +206,9 @@ fn the_cache_is_kept_as_the_precision_allows() {
     }
 }
 
-/// The same model with an activation ten thousand times smaller, and weights as
-/// much larger: the others of their columns have too few of 24 bits.
+/// The same model with an activation ten thousand times smaller and its weights
+/// as many times larger: the other weights of their columns are left with too
+/// few of 24 bits.
 #[test]
 fn steps_that_24_bits_are_too_few_for_are_onnx_runtimes() {
     const FACTOR: f32 = 1e4;
@@ -230,8 +232,9 @@ fn steps_that_24_bits_are_too_few_for_are_onnx_runtimes() {
     assert!(facts.errors.iter().all(|error| *error <= tolerance));
 }
 
-/// An activation a hundred million times larger, with weights of zero: beside it the
-/// others of its row are nothing in 24 bits, where a CPU rounds rows to that.
+/// An activation a hundred million times larger, with weights of zero: the
+/// other activations of its row round to zero on a CPU that rounds rows to 24
+/// bits.
 #[test]
 fn steps_whose_rows_cannot_be_rounded_are_refused() {
     let source = checkpoint(|tensors| {
@@ -265,7 +268,8 @@ fn steps_whose_rows_cannot_be_rounded_are_refused() {
     }
 }
 
-/// ONNX Runtime makes one operator of a bias and the activation after it.
+/// A bias and the activation after it, which ONNX Runtime fuses into one
+/// operator.
 #[test]
 fn gelu_after_a_bias_counts_as_gelu() {
     let source = checkpoint(|_| {});
@@ -290,8 +294,8 @@ fn gelu_after_a_bias_counts_as_gelu() {
     assert!(ran.contains_key("BiasGelu"), "{ran:?}");
 }
 
-/// What a GPU is given: tokens of four bytes, attention in one operator a layer,
-/// and of embeddings no more back than the means.
+/// Graphs for a GPU: tokens of four bytes, attention as one operator per layer,
+/// and for embeddings only the means as output.
 #[test]
 fn graphs_for_a_gpu_take_and_give_little() {
     let source = checkpoint(|_| {});
@@ -336,10 +340,10 @@ fn graphs_for_a_gpu_take_and_give_little() {
     };
     let output = TempDir::new().unwrap();
     let error = run(source.path(), &output.path().join("out"), &options).unwrap_err();
-    assert!(error.to_string().contains("use bf16 or fp16"), "{error}");
+    assert!(error.to_string().contains("bf16 or fp16"), "{error}");
 }
 
-/// What `--portable` promises holds for a GPU as well.
+/// The promise of `--portable` for graphs for a GPU.
 #[test]
 fn graphs_for_a_gpu_do_without_the_workers_operators() {
     let source = checkpoint(|_| {});
@@ -530,7 +534,7 @@ fn recipes_of_other_generators_are_refused() {
     recipe(r#"{"generator": 9, "seed": 0, "standard_deviation": 0.02}"#);
     refused(folder.path(), &options, "generator 9");
     recipe("{}");
-    refused(folder.path(), &options, "no recipe");
+    refused(folder.path(), &options, "not a recipe");
 }
 
 #[test]
@@ -549,7 +553,7 @@ fn options_that_do_not_fit_are_refused() {
     refused(
         Path::new("/nowhere"),
         &CompileOptions::default(),
-        "no such folder",
+        "directory does not exist",
     );
 }
 
@@ -564,7 +568,7 @@ fn an_output_in_use_is_left_alone() {
         result
             .unwrap_err()
             .to_string()
-            .contains("not an empty folder")
+            .contains("not an empty directory")
     );
     assert_eq!(fs::read(&mine).unwrap(), b"precious");
 }
@@ -589,7 +593,8 @@ fn a_cached_folder_is_found_again() {
     assert_ne!(get(&int8).0, folder);
 }
 
-/// The weights of a large model take a minute to read.
+/// Weights are read once for the cache, since those of a large model take a
+/// minute.
 #[test]
 fn weights_are_read_once_for_the_cache() {
     #[derive(Default)]

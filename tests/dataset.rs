@@ -31,18 +31,18 @@ const REFUSED: i32 = 2;
 const INTERRUPTED: i32 = 5;
 const TOO_MANY_ERRORS: i32 = 6;
 
-/// A worker whose runs take so long.
+/// Starts a worker whose runs take the time `cost`.
 fn start(cost: &str) -> Worker {
     Worker::start(&["--model", MODEL, "--fake-engine", cost], Stdio::null())
 }
 
-/// Images that a worker has embedded.
+/// Returns the number of images that a worker has embedded.
 fn answered(worker: &Worker) -> f64 {
     let count = worker.sample("imagegpt_images_total{code=\"OK\"}");
     count.unwrap_or(0.0)
 }
 
-/// Whether SIGINT has a handler.
+/// Returns true if the process has a handler of SIGINT.
 fn handles_interrupt(child: &Child) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()));
     let status = status.expect("a process");
@@ -51,7 +51,7 @@ fn handles_interrupt(child: &Child) -> bool {
     caught.expect("hexadecimal") & 2 != 0
 }
 
-/// `imagegpt embed INPUT --output OUTPUT`, against these workers.
+/// Makes the command `imagegpt embed INPUT --output OUTPUT` with these workers.
 fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
     let urls: Vec<String> = workers.iter().map(Worker::url).collect();
     let urls = urls.join(",");
@@ -68,14 +68,15 @@ fn embed(input: &Path, output: &Path, workers: &[Worker]) -> Command {
     command
 }
 
-/// Runs it to a good end; what it printed.
+/// Runs a command that must succeed, and returns the JSON that it printed.
 fn done(command: &mut Command) -> Value {
     let output = command.output().expect("a run");
     assert!(output.status.success(), "{}", said(&output));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// One image, in a few colors, no two alike; every hundredth is none.
+/// Makes image `n` in a few colors, different for each number; every hundredth
+/// file is not an image.
 fn image(n: usize) -> Vec<u8> {
     if is_broken(n) {
         return b"no image".to_vec();
@@ -101,7 +102,7 @@ fn id(n: usize) -> String {
     format!("{n:05}")
 }
 
-/// Images as files.
+/// Writes images as files.
 fn tree(folder: &Path, n_images: usize) -> PathBuf {
     let tree = folder.join("tree");
     std::fs::create_dir(&tree).expect("a folder");
@@ -112,7 +113,7 @@ fn tree(folder: &Path, n_images: usize) -> PathBuf {
     tree
 }
 
-/// The same as WebDataset shards of `per_shard` images.
+/// Writes the same images as WebDataset shards of `per_shard` images each.
 fn tars(folder: &Path, n_images: usize, per_shard: usize) -> PathBuf {
     let tars = folder.join("tars");
     std::fs::create_dir(&tars).expect("a folder");
@@ -137,7 +138,7 @@ fn tars(folder: &Path, n_images: usize, per_shard: usize) -> PathBuf {
     tars
 }
 
-/// The same as a table of Hugging Face's layout.
+/// Writes the same images as a table in Hugging Face's layout.
 fn table(folder: &Path, n_images: usize) -> PathBuf {
     let images: Vec<Vec<u8>> = (0..n_images).map(image).collect();
     let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
@@ -169,7 +170,8 @@ fn table(folder: &Path, n_images: usize) -> PathBuf {
     at
 }
 
-/// All files below a folder, by name, but for what a kill may leave.
+/// Returns all files below a directory by name, except those that a kill may
+/// leave behind.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     fn walk(folder: &Path, prefix: &str, found: &mut BTreeMap<String, Vec<u8>>) {
         for entry in std::fs::read_dir(folder).expect("a folder") {
@@ -192,7 +194,8 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// Rows of the output by id: the vector, and the last column if it is a number.
+/// Returns the rows of the output by id: the vector, and the last column if it
+/// is a number.
 fn rows(output: &Path) -> BTreeMap<String, (Vec<f32>, Option<i64>)> {
     let mut rows = BTreeMap::new();
     for (name, content) in files(output) {
@@ -218,7 +221,7 @@ fn rows(output: &Path) -> BTreeMap<String, (Vec<f32>, Option<i64>)> {
     rows
 }
 
-/// Ids in the error files.
+/// Returns the ids in the error files (dead letters).
 fn failed(output: &Path) -> BTreeSet<String> {
     let files = files(output).into_iter();
     let errors = files.filter(|(name, _)| name.starts_with("errors/"));
@@ -338,7 +341,7 @@ fn killed_at_any_moment_the_output_is_the_same_to_the_byte() {
     }
 }
 
-/// As good as any for moments of kills.
+/// Returns the next pseudo-random number, for the moments of kills.
 fn next_random(state: u64) -> u64 {
     let state = state.wrapping_mul(6_364_136_223_846_793_005);
     state.wrapping_add(1_442_695_040_888_963_407) >> 1
@@ -368,7 +371,7 @@ fn shares_write_different_files_and_finish_looks_for_all_of_them() {
     let early = finish();
     assert_eq!(early.status.code(), Some(1));
     assert!(
-        said(&early).contains("part 00001-00000 and what follows, part 00003-00000"),
+        said(&early).contains("part 00001-00000 and the rest of its shard, part 00003-00000"),
         "{}",
         said(&early)
     );
@@ -413,15 +416,15 @@ fn what_has_changed_is_refused_by_name() {
     };
     refused(
         embed(&input, &output, &workers).args(["--fit", "center-crop"]),
-        "--fit was squash, is center-crop",
+        "--fit was squash, is now center-crop",
     );
     refused(
         embed(&input, &output, &workers).args(["--keep", "label"]),
-        "a folder of images, which has no columns",
+        "a directory of images, which has no columns",
     );
     refused(
         &mut embed(&input, &input.join("output"), &workers),
-        "the next run would find it there",
+        "the next run would read its own output",
     );
     std::fs::write(input.join("99999.png"), image(7)).expect("a file");
     refused(
@@ -431,7 +434,8 @@ fn what_has_changed_is_refused_by_name() {
     assert_eq!(files(&output), before);
 }
 
-/// Id and code of each line in the error files, those of unfinished parts too.
+/// Returns id and code of each line in the error files, including those of
+/// unfinished parts.
 fn error_lines(output: &Path) -> Vec<(String, String)> {
     let mut lines = Vec::new();
     for (name, content) in files(output) {
@@ -514,8 +518,8 @@ fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
     assert_eq!(ended.expect("a run").status.code(), Some(REFUSED));
 }
 
-/// A server of images that answers what the first part of a path says, with 503
-/// the first time for those of `/later`.
+/// Starts an HTTP server of images whose answer is chosen by the first part of
+/// the path; paths below `/later` get 503 the first time.
 fn web() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = listener.local_addr().expect("its address");
@@ -633,7 +637,8 @@ fn a_server_that_asks_for_a_rest_of_ages_is_an_error_of_its_image() {
     );
 }
 
-/// Images as an Arrow file, of which a number in the footer may be another.
+/// Writes images as an Arrow file, optionally with a changed number in the
+/// footer.
 fn arrow(at: &Path, first: usize, change: Option<i64>) {
     let images: Vec<Vec<u8>> = (first..first + 5).map(image).collect();
     let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
@@ -691,7 +696,7 @@ fn a_shard_that_lies_is_one_error_and_the_others_are_done() {
     assert_eq!(files(&output), before);
 }
 
-/// A Parquet file with images in a column of a name.
+/// Writes a Parquet file with images in the column `column`.
 fn parquet_of(at: &Path, column: &str, images: std::ops::Range<usize>) {
     let images: Vec<Vec<u8>> = images.map(image).collect();
     let bytes: BinaryArray = images.iter().map(|image| Some(&image[..])).collect();
@@ -742,7 +747,8 @@ fn a_shard_with_other_columns_is_one_error_and_alone_it_is_refused() {
     }
 }
 
-/// Somebody who may not read what this test makes; root may read anything.
+/// Runs a command as a user who may not read this test's files; root may read
+/// anything.
 fn as_nobody(command: &mut Command) -> &mut Command {
     use std::os::unix::fs::MetadataExt as _;
     use std::os::unix::process::CommandExt as _;
@@ -774,9 +780,9 @@ fn inputs_that_can_never_be_read_end_with_exit_code_2() {
         assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
         assert!(said(&ended).contains(expected), "{}", said(&ended));
     };
-    run(&input, "it is a folder that may not be read");
+    run(&input, "it is a directory that may not be read");
     run(&input.join("00001.png"), "it may not be read");
-    run(Path::new(""), "'' is no path");
+    run(Path::new(""), "'' is neither a path");
     mode(&input, 0o700);
 }
 
@@ -862,7 +868,11 @@ fn too_many_errors_are_all_to_be_read() {
         "{}",
         said(&ended)
     );
-    assert!(said(&ended).contains("at last 00"), "{}", said(&ended));
+    assert!(
+        said(&ended).contains("the last one is 00"),
+        "{}",
+        said(&ended)
+    );
     let summary: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
     assert_eq!(summary["errors"], error_lines(&output).len(), "{summary}");
     assert_eq!(summary["errors_this_run"], summary["errors"], "{summary}");
@@ -917,7 +927,7 @@ fn told_to_end_it_says_how_to_go_on() {
     let ended = client.wait_with_output().expect("its end");
     assert_eq!(ended.status.code(), Some(INTERRUPTED), "{}", said(&ended));
     assert!(
-        said(&ended).contains("the same command goes on"),
+        said(&ended).contains("the same command resumes the job"),
         "{}",
         said(&ended)
     );
@@ -936,8 +946,8 @@ fn told_to_end_it_says_how_to_go_on() {
     assert_eq!(summary["errors"], 6);
 }
 
-/// In process, with a real model, which is small: the table has what `imagegpt
-/// score` says of each image.
+/// A table that is made in the process with a small real model has the results
+/// of `imagegpt score` for each image.
 #[test]
 fn scores_are_those_of_the_command_for_a_few_images() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -1,5 +1,5 @@
-//! Downloading from a server that speaks the hub's protocol: one thread with
-//! a few files, which writes down what it was asked.
+//! Downloads from a server with the hub's protocol: one thread with a few
+//! files, which records the requests.
 #![warn(clippy::disallowed_methods)]
 #![allow(
     clippy::unwrap_used,
@@ -172,7 +172,7 @@ fn what_the_hub_does_not_give_is_told() {
         assert!(error.contains(word), "{error}");
         assert!(!error.contains(TOKEN), "{error}");
     };
-    refused(&server.hub, "neither safetensors nor");
+    refused(&server.hub, "neither model.safetensors nor");
     let stranger = Hub {
         token: None,
         ..server.hub.clone()

@@ -1,7 +1,7 @@
-//! All layers as one operator inside ONNX Runtime: it gives what the kernel
-//! gives, on the session's own threads, over a cache in place or elsewhere.
+//! All layers as one operator inside ONNX Runtime, on the session's own threads
+//! and with a cache in place or elsewhere, against the kernel itself.
 //!
-//! Needs a libonnxruntime: `ORT_DYLIB_PATH`, or what `make setup` brought.
+//! Needs ONNX Runtime from `make setup` or `ORT_DYLIB_PATH`.
 #![warn(clippy::disallowed_methods)]
 #![expect(
     unsafe_code,
@@ -44,7 +44,7 @@ const N_LAYERS: usize = 2;
 const SCALES: [f32; N_LAYERS] = [0.3, 0.2];
 const LENGTH: usize = 2;
 const PAST: [usize; 3] = [0, 31, 46];
-/// Sequences, heads, positions, and bytes of one.
+/// Shape of the cache: sequences, heads, positions, and bytes per position.
 const CACHE_DIMS: [usize; 4] = [3, 2, 48, 40];
 const HEAD_DIM: usize = 12;
 
@@ -57,7 +57,7 @@ fn environment() -> &'static Environment {
     })
 }
 
-/// Numbers from -1 to 1, the same for the same seed.
+/// Returns numbers from -1 to 1, the same for the same seed.
 fn noise(seed: usize, len: usize) -> Vec<f32> {
     let mut state = (seed as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     (0..len)
@@ -70,8 +70,8 @@ fn noise(seed: usize, len: usize) -> Vec<f32> {
         .collect()
 }
 
-/// The constants of a layer, in the operator's order: names, dimensions, numbers.
-/// Weights have no scale, and expansion and contraction no bias.
+/// Returns the constants of a layer in the operator's order: names, dimensions,
+/// numbers. Weights have no scale, and expansion and contraction have no bias.
 fn constants(layer: usize) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let (width, inner) = (SIZES.width, SIZES.inner_width);
     let sizes = [
@@ -107,7 +107,7 @@ fn names(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-/// A graph of the one operator, as `change` makes its node.
+/// Makes a graph of a single operator, whose node `change` may alter.
 fn model(element: DataType, change: impl FnOnce(&mut NodeProto)) -> ModelProto {
     // Each value's dimensions are its own, so that the operator decides.
     let dims = ["zero", "one", "two", "three"].map(Dim::Name);
@@ -189,7 +189,7 @@ fn rows() -> Vec<f32> {
     noise(100, PAST.len() * LENGTH * SIZES.width)
 }
 
-/// Keys and values of both layers before a run.
+/// Returns the keys and values of both layers before a run.
 fn cache<K: Kept<Element: Default>>() -> Vec<Vec<K::Element>> {
     let [sequences, heads, positions, _] = CACHE_DIMS;
     let n_positions = sequences * heads * positions;
@@ -221,7 +221,7 @@ fn cache<K: Kept<Element: Default>>() -> Vec<Vec<K::Element>> {
         .collect()
 }
 
-/// What the kernel gives, called directly: rows, keys and values.
+/// Calls the kernel directly, and returns rows, keys and values.
 fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
     let constants: Vec<_> = (0..N_LAYERS).map(constants).collect();
     let layers = constants.iter().zip(SCALES).map(|(constants, scale)| {
@@ -264,13 +264,13 @@ fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
     (output, cache)
 }
 
-/// Tokens after the run, less one.
+/// Returns the number of tokens of each sequence after the run, less one.
 fn seqlens_k() -> Vec<i32> {
     PAST.map(|past| i32::try_from(past + LENGTH - 1).unwrap())
         .to_vec()
 }
 
-/// Of sequences that share nothing.
+/// Returns the prefixes of sequences that share nothing.
 fn prefixes() -> Tensor<i32> {
     Tensor::from_array(([3_usize, 2], vec![0; 6])).unwrap()
 }
@@ -345,7 +345,8 @@ fn a_cache_that_is_its_own_output_is_changed_in_place() {
     }
 }
 
-/// Its numbers are rounded to fewer bits, so the result is near and not the same.
+/// A cache in bfloat16 rounds to fewer bits, so its result is near but not
+/// equal.
 #[test]
 fn a_cache_may_be_bfloat16() {
     let expected = directly::<bf16>();
@@ -433,7 +434,10 @@ fn refuses_graphs_that_do_not_fit() {
             .unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     };
-    refused(|node| node.attribute[0].i = 5, "heads divide the width");
+    refused(
+        |node| node.attribute[0].i = 5,
+        "heads must divide the width",
+    );
     refused(
         |node| node.attribute[1].floats.truncate(1),
         "1 scales for 2 layers",
@@ -443,6 +447,6 @@ fn refuses_graphs_that_do_not_fit() {
         "activation \"mish\"",
     );
     refused(|node| drop(node.attribute.remove(2)), "epsilon is missing");
-    refused(|node| drop(node.input.pop()), "16 of each layer");
+    refused(|node| drop(node.input.pop()), "16 per layer");
     refused(|node| node.input.swap(5, 8), "weights of");
 }

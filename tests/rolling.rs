@@ -1,9 +1,10 @@
 //! A rolling restart under load: three real workers are replaced one after the
 //! other, and no interactive call fails.
 //!
-//! The load is `imagegpt bench load`, round robin over the three. As gRPC
-//! clients with a retry policy do, it tries a call that is answered UNAVAILABLE
-//! on the next worker: a worker says that only of calls that it has not taken.
+//! The load is `imagegpt bench load`, round robin over the three. Like gRPC
+//! clients with a retry policy, it retries a call that is answered UNAVAILABLE
+//! on the next worker: a worker answers so only for calls that it has not
+//! accepted.
 
 #![warn(clippy::disallowed_methods)]
 
@@ -14,9 +15,9 @@ use crate::process::Worker;
 
 mod process;
 
-/// Calls a second; the workers together could do ten times as many.
+/// Calls per second; all workers together could do ten times as many.
 const RATE: u32 = 100;
-/// Long enough for three restarts.
+/// Duration of the load in seconds, long enough for three restarts.
 const SECONDS: u64 = 9;
 #[test]
 fn a_rolling_restart_fails_no_call() {

@@ -1,11 +1,12 @@
-"""Attacks a worker on this machine and says which of its promises held.
+"""Attacks a worker on this machine and reports which of its promises held.
 
-usage: attack.py [NAME…], names or beginnings of names; all without. Environment: BINARY (target/release/imagegpt),
-ATTACK_SHORT=1 (under a minute, for CI, also with an unoptimized binary). Exit code 1 when an outcome was wrong.
+usage: attack.py [NAME…], names of attacks or beginnings of names; without any, all attacks run. Environment: BINARY
+(target/release/imagegpt), ATTACK_SHORT=1 (under a minute, for CI, also with an unoptimized binary). Exit code 1 when an
+outcome was wrong.
 
-Everything is on loopback. A worker that takes more than 2 GiB is killed by its memory cgroup (where this user may make
-one) or by its address space, this process has a limit of its own, every attack has one in time, and whatever was started
-ends with it. Limits are set low, so that an attack on them takes seconds.
+Everything is on loopback. A worker that takes more than 2 GiB of memory is killed by its memory cgroup (where this user
+may create one) or by the limit on its address space. This process has a memory limit of its own, every attack has a time
+limit, and all processes end with this one. The workers' limits are low, so that an attack on them takes seconds.
 """
 
 import contextlib
@@ -50,9 +51,9 @@ from wire import HEALTH, IMAGEGPT, KSERVE, Wire, framed
 
 # An attack that takes longer has hung.
 ATTACK_SECONDS_MAX = 45
-# What the allocator keeps, and pages of the program that are touched for the first time.
+# Memory that the allocator keeps, and pages of the program that are touched for the first time.
 SLACK = 64 * MIB
-# Of the good client beside an attack that is not about processing time; its calls take milliseconds.
+# Seconds allowed for the good client's p99 beside an attack that is not about processing time; its calls take milliseconds.
 P99 = 1.0
 IN_FLIGHT = 64 * MIB
 LIMITS = [
@@ -95,7 +96,7 @@ def tokens(n=1):
 
 
 def tokenize(worker, data, timeout=20.0):
-    """Returns what becomes of an image: `row`, `refused: …` or a gRPC code."""
+    """Returns the outcome of an image: `row`, `refused…` or a gRPC code."""
     try:
         result = stub(worker).Tokenize(one_image(data), timeout=timeout).results[0]
     except grpc.RpcError as error:
@@ -111,7 +112,7 @@ def grpc_name(number):
 
 
 def settles(worker, seconds):
-    """Returns whether the worker's threads come to rest within so long."""
+    """Returns whether the worker's threads become idle within `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         before = worker.cpu()
@@ -139,7 +140,7 @@ def small_file(side=32):
 
 @functools.cache
 def tiny_model():
-    """A compiled model of random weights, for what the scripted engine cannot do."""
+    """Returns a compiled model of random weights, for attacks that the scripted engine cannot serve."""
     folder = FOLDER / "tiny"
     environment = {**os.environ, "ORT_DYLIB_PATH": str(ROOT / "target/onnxruntime/libonnxruntime.so")}
     subprocess.run(
@@ -153,7 +154,7 @@ def tiny_model():
 
 
 def try_pictures(row, files):
-    """Sends each picture alone; the right outcomes, and the seconds it may take, stand beside it."""
+    """Sends each picture alone; each has its set of right outcomes."""
     flags = [*PICTURE_LIMITS, "--request-bytes-max", "40MiB", "--log", "warn"]
     with contextlib.ExitStack() as stack:
         worker = None
@@ -169,7 +170,7 @@ def try_pictures(row, files):
             taken = time.monotonic() - began
             said = f"{name} ({len(data)} bytes) was {outcome}"
             if outcome == "UNAVAILABLE":
-                # A process that has hung up may not have ended yet.
+                # A process that has closed its connections may not have ended yet.
                 worker.exit_within(2)
             if not worker.alive():
                 row.expect(False, f"{said}: the worker ended with {worker.exit_within(5)}")
@@ -178,7 +179,7 @@ def try_pictures(row, files):
             row.expect(outcome in right, f"{said} after {taken:.1f} s, and {worker.cpu() - cpu:.1f} s of CPU")
             row.bounded(worker, DECODE_BYTES + SLACK, name)
             row.served(good, P99)
-            # A picture that is still being decoded would be measured again with the next.
+            # A picture that is still being decoded would count for the next one, too.
             if not row.expect(settles(worker, 2 * row.slow), f"{name} held its thread past its call"):
                 worker.kill()
 
@@ -243,7 +244,7 @@ def decode_ends(row):
     for name, data in slow.items():
         with Worker("--log", "warn") as worker, Good(worker, small_file(), timeout=5) as good:
             call = functools.partial(stub(worker).Tokenize.future, one_image(data))
-            # As many as there are threads.
+            # As many calls as there are threads.
             late = [call(timeout=0.4 * row.slow) for _ in range(2)]
             left = [late_one.code().name for late_one in late if wait_for(late_one)]
             row.expect(settles(worker, 1.5 * row.slow), f"{name}: threads ran on past the deadline ({left})")
@@ -263,7 +264,7 @@ def decode_ends(row):
 
 
 def wait_for(call):
-    """Waits for a call's end, whatever it is."""
+    """Waits until a call ends, with or without an error."""
     with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
         call.exception(timeout=10)
     return call.done()
@@ -343,7 +344,7 @@ def hog(row):
             row.served(good, (2 * alone + 0.25) / row.slow)
             stop.set()
             row.lives(worker)
-        # All calls end with the worker.
+        # Killing the worker ends all calls.
         worker.kill()
         for caller in callers:
             caller.join(10)
@@ -360,7 +361,7 @@ def hog(row):
 def gzip_hold(row):
     n_streams = 24
     big = one_image(bytes(15 * MIB // 2)).SerializeToString()
-    # An id is a byte here and four in memory.
+    # An id takes one byte on the wire and four in memory.
     many = tokens(1).images[0]
     many.tokens.ids[:] = [1] * 100_000
     ids = pb.EmbedRequest(images=[many] * 75).SerializeToString()
@@ -417,7 +418,7 @@ def slow_reader_unary(row):
         for size in sizes:
             body = framed(one_image(bytes(size)).SerializeToString(), "gzip")
             stream = wire.open(IMAGEGPT + "Embed", body, end=True, encoding="gzip")
-            # One after the other: what counts is what stays, not what is being worked on.
+            # One after the other: the attack is about answers that stay, not about work in progress.
             until(lambda stream=stream: not wire.pump(0.01) or stream in wire.status or stream in wire.ended, 0.08, step=0)
             streams.append(stream)
         wire.pump(0.5)
@@ -510,7 +511,7 @@ def stream_hold_arriving(row):
 
 @attack("stream-hold-waiting", "messages that wait for room are counted: streams hold no more than the limit", "`--bytes-in-flight-max`")
 def stream_hold_waiting(row):
-    # An honest picture, and after its end as much as a message may have.
+    # A valid picture, padded after its end to the largest message.
     data = pictures.small_png(5) + bytes(7 * MIB)
     item = pb.EmbedStreamRequest(item=pb.EmbedStreamItem(id="i", image=pb.Image(encoded=data))).SerializeToString()
     opening = framed(pb.EmbedStreamRequest(open=pb.EmbedStreamOptions()).SerializeToString())
@@ -519,7 +520,7 @@ def stream_hold_waiting(row):
         (KSERVE + "ModelStreamInfer", framed(infer(data), "deflate") * 4, "deflate"),
     ]
     for path, body, encoding in kinds:
-        # The engine answers nothing meanwhile, so the good client calls for tokens.
+        # The engine is too slow to answer during the attack, so the good client calls Tokenize.
         with (
             Worker(*LIMITS, "--log", "warn", fake="30s") as worker,
             Good(worker, small_file(), method="Tokenize") as good,
@@ -537,7 +538,7 @@ def stream_hold_waiting(row):
 
 
 def newcomer(worker, seconds):
-    """Connects anew and calls; returns how long that took, or the code of its failure."""
+    """Makes a new connection and a call; returns the seconds of both, or the code of the failure."""
     channel = grpc.insecure_channel(
         f"127.0.0.1:{worker.port}",
         [
@@ -554,7 +555,7 @@ def newcomer(worker, seconds):
                 call(tokens(), timeout=seconds)
                 return time.monotonic() - began
             except grpc.RpcError as error:
-                # As a client does whose connection was refused: it comes again.
+                # Retries, as a client does whose connection was refused.
                 if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() - began > seconds:
                     return error.code().name
                 time.sleep(0.1)
@@ -567,7 +568,7 @@ PLACES = ["--connections-max", str(N_PLACES), "--keepalive-interval", "1s", "--k
 
 
 def hold_places(row, connect, seconds):
-    """Takes all places again and again, by what connects, while newcomers come."""
+    """Holds all connections that the worker allows, by `connect`, while new clients try to connect."""
     with Worker(*PLACES) as worker:
         stop, held = threading.Event(), []
 
@@ -585,12 +586,12 @@ def hold_places(row, connect, seconds):
             holder = threading.Thread(target=hold, daemon=True)
             holder.start()
             until(lambda: len(held) >= N_PLACES - 2, 3)
-            # Long enough for pings to have been due.
+            # In this time keepalive pings are due.
             time.sleep(1.5)
             came = [newcomer(worker, seconds) for _ in range(2 if SHORT else 4)]
             failed = [code for code in came if isinstance(code, str)]
-            row.note(f"newcomers: {[one if isinstance(one, str) else f'{one:.2f} s' for one in came]}")
-            row.expect(not failed, f"{len(failed)} of {len(came)} newcomers were shut out: {sorted(set(failed))}")
+            row.note(f"new clients: {[one if isinstance(one, str) else f'{one:.2f} s' for one in came]}")
+            row.expect(not failed, f"{len(failed)} of {len(came)} new clients were shut out: {sorted(set(failed))}")
             row.served(good, P99)
             row.lives(worker)
             stop.set()
@@ -598,7 +599,7 @@ def hold_places(row, connect, seconds):
 
 
 class Silent:
-    """A connection that says little and then nothing."""
+    """A connection that sends a few bytes and then nothing."""
 
     def __init__(self, port, says=b""):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=2)
@@ -606,7 +607,7 @@ class Silent:
         self.socket.setblocking(False)
 
     def pump(self):
-        """Returns whether it is open."""
+        """Returns whether the connection is open."""
         try:
             while self.socket.recv(4096):
                 pass
@@ -673,7 +674,7 @@ def livez(row):
 def resets(row):
     with Worker("--log", "info") as worker, Good(worker) as good:
         body = framed(one_image(bytes(MIB // 2)).SerializeToString())
-        # What the worker warns of at its start is not the clients' doing.
+        # Warnings from the start of the worker are not caused by clients.
         at_start = len(worker.log_text())
         end, n, wire = time.monotonic() + (2 if SHORT else 5), 0, Wire(worker.port)
         while time.monotonic() < end:
@@ -682,7 +683,7 @@ def resets(row):
             how = n % 4
             stream = wire.open(IMAGEGPT + "Embed", body[: (0, 100, 40_000, len(body))[how]], patience=0.02)
             if how == 3 and n % 8 == 3:
-                # Whoever is gone resets nothing.
+                # A closed connection cannot reset its stream.
                 wire.close()
             else:
                 wire.reset(stream)
@@ -703,7 +704,7 @@ def resets(row):
 
 @attack("term", "SIGTERM ends a worker with exit code 0 in 5 s whatever its clients do", "5 s for readers that take nothing")
 def term(row):
-    # And what a drain takes besides, beside six others.
+    # The promised 5 s, plus the time of a drain beside six other workers.
     seconds = 5 + 2.5 * row.slow
     opening = framed(pb.EmbedStreamRequest(open=pb.EmbedStreamOptions()).SerializeToString())
     item = pb.EmbedStreamRequest(item=pb.EmbedStreamItem(id="i", image=tokens().images[0]))
@@ -724,7 +725,7 @@ def term(row):
         "a decode of hours": lambda wire: wire.open(IMAGEGPT + "Tokenize", tiles, end=True),
     }
     with contextlib.ExitStack() as stack:
-        # Only a model makes images.
+        # Only a real model generates images.
         real = {"model": tiny_model(), "fake": None}
         workers = [Worker("--log", "info", **(real if "Generate" in name else {"fake": "5ms"})) for name in clients]
         for worker in workers:
@@ -769,7 +770,7 @@ def log_sink(row):
                     row.expect(False, f"{name}: {error}")
                     continue
                 if name != "left":
-                    # Until the worker has ended.
+                    # Keeps the reader open until the worker has ended.
                     stack.push(reading.pop_all())
             if name == "not read":
                 fill(writer)
@@ -787,7 +788,7 @@ def log_sink(row):
                 n_lost = worker.metric(r"log.*(dropped|lost)|(dropped|lost).*log")
             except OSError:
                 n_lost = 0
-            # A program that begins without a standard error is given one that takes everything.
+            # A program that starts without standard error gets /dev/null, which accepts every line.
             row.expect(n_lost > 0 or name == "closed", f"{name}: no lost line is counted")
             worker.terminate()
             code = worker.exit_within(8 * row.slow)
@@ -795,7 +796,7 @@ def log_sink(row):
 
 
 def fill(writer):
-    """Fills a pipe to the brim, through a description of its own: the worker's stays one that blocks."""
+    """Fills a pipe completely, through a non-blocking file description of its own: the worker's still blocks."""
     own = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
     try:
         for size in (4096, 1):
@@ -844,7 +845,7 @@ def run(name, function, promise, limit):
     row = Row(name, promise, limit)
 
     def late(*_):
-        raise TimeoutError(f"it had not ended after {seconds} s")
+        raise TimeoutError(f"the attack had not ended after {seconds} s")
 
     seconds = int(ATTACK_SECONDS_MAX * row.slow)
     signal.signal(signal.SIGALRM, late)
@@ -870,15 +871,15 @@ def main():
     wanted = sys.argv[1:]
     unknown = [name for name in wanted if not any(known.startswith(name) for known in ATTACKS)]
     if unknown:
-        sys.exit(f"no attack is called {', '.join(unknown)}: there are {', '.join(ATTACKS)}")
+        sys.exit(f"there is no attack {', '.join(unknown)}; the attacks are {', '.join(ATTACKS)}")
     if not (ROOT / BINARY).exists():
-        sys.exit(f"{BINARY} is not there: build it, or name another by BINARY")
+        sys.exit(f"{BINARY} does not exist; build it, or name another program with BINARY")
     rows = []
     for name, (function, promise, limit, short) in ATTACKS.items():
         if any(name.startswith(start) for start in wanted) or (not wanted and (short or not SHORT)):
             rows.append(run(name, function, promise, limit))
     if MISSING:
-        print(f"this binary has no {', '.join(sorted(MISSING))}; it was attacked without")
+        print(f"this binary has no {', '.join(sorted(MISSING))}; it was attacked without these flags")
     print("\n" + table(rows))
     return any(row.wrong for row in rows)
 

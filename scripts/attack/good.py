@@ -1,7 +1,7 @@
-"""A well-behaved client in a process of its own, so that what it measures is the worker and not the attacker's Python.
+"""A well-behaved client in a process of its own, so that it measures the worker and not the attacker's Python.
 
-usage: good.py PORT IMAGE(file, or - for tokens) INTERVAL TIMEOUT METHOD(Embed or Tokenize); on standard input a line `take` prints what was seen
-since the last one, as a line of JSON.
+usage: good.py PORT IMAGE(file, or - for tokens) INTERVAL TIMEOUT METHOD(Embed or Tokenize). Each line on standard input
+prints the calls since the last line, as a line of JSON.
 """
 
 import collections
@@ -26,7 +26,7 @@ def main():
         with open(picture, "rb") as file:
             image = pb.Image(encoded=file.read())
     request = {"Embed": pb.EmbedRequest, "Tokenize": pb.TokenizeRequest}[method](images=[image])
-    # A client that was shut out comes again soon, as one that is served would.
+    # A client whose connection was refused reconnects soon, so that it counts as many calls as a served client.
     options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
     call = getattr(rpc.ImageGptServiceStub(grpc.insecure_channel(f"127.0.0.1:{port}", options)), method)
     lock, seen = threading.Lock(), []

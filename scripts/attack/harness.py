@@ -1,4 +1,4 @@
-"""Workers that may be attacked, what is measured of them, and the table of outcomes."""
+"""Workers to attack, the measurements of them, and the table of outcomes."""
 
 import atexit
 import contextlib
@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BINARY = os.environ.get("BINARY", "target/release/imagegpt")
 SHORT = os.environ.get("ATTACK_SHORT", "") not in ("", "0")
-# Seconds that an unoptimized binary may take where a release takes one.
+# Factor by which an unoptimized binary may be slower than a release build.
 UNOPTIMIZED = 4 if "debug" in BINARY else 1
-# Beyond this a machine is too busy to say anything.
+# Largest factor by which a busy machine may be slower; a busier one gives no useful result.
 PACE_MAX = 10.0
-# A worker is killed at this size, so that whatever it does the machine lives.
+# A worker is killed at this size, so that no attack takes the machine's memory.
 MEMORY_MAX = 2048 * MIB
 # Address space is more than memory: stacks of threads, arenas of the allocator, mapped files.
 ADDRESS_SPACE_MAX = 16 << 30
@@ -35,7 +35,7 @@ CGROUPS = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
 STUBS = ROOT / "target/attack-stubs"
 MODEL = "models/untrained"
 
-# This side has a limit as well: an attack that takes the attacker's memory shows nothing.
+# The attacker has a limit, too: an attack that takes the attacker's memory shows nothing.
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
 FOLDER = Path(tempfile.mkdtemp(prefix="imagegpt-attack-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -45,7 +45,7 @@ for ends in (signal.SIGTERM, signal.SIGHUP):
 
 
 def make_stubs():
-    """Makes Python's stubs of the contracts, once a run, so that they are those of this checkout."""
+    """Generates Python stubs of the .proto files of this checkout, once per run."""
     import grpc_tools
     from grpc_tools import protoc
 
@@ -58,7 +58,7 @@ def make_stubs():
     ]
     flags = [f"-I{ROOT}/proto", f"-I{known}", f"--python_out={STUBS}", f"--grpc_python_out={STUBS}"]
     if protoc.main(["protoc", *flags, *contracts]) != 0:
-        sys.exit("the contracts in proto/ do not compile")
+        sys.exit("the .proto files in proto/ do not compile")
     sys.path.insert(0, str(STUBS))
 
 
@@ -74,7 +74,7 @@ def manual(command):
 
 
 def pace():
-    """Returns how long a second of work takes on this machine now: more than one where others compute as well."""
+    """Returns how long a second of CPU work takes on this machine now: more than one if other processes are busy."""
     began, cpu = time.monotonic(), time.process_time()
     while time.process_time() - cpu < 0.15:
         pass
@@ -85,7 +85,7 @@ MISSING = set()
 
 
 def flag(name, value):
-    """Returns a flag if this binary has it, so that a worker that lacks a limit can be shown to lack it."""
+    """Returns a flag if this binary has it, so that a binary without the limit can be attacked as well."""
     if re.search(rf"{name}\b", manual("serve")):
         return [name, value]
     MISSING.add(name)
@@ -93,8 +93,8 @@ def flag(name, value):
 
 
 def confined(command, group):
-    """Returns a command that runs in a memory cgroup where that is allowed, with less address space, and no longer than
-    this process."""
+    """Returns a command that runs in the memory cgroup, if there is one, with a limited address space, and that ends
+    with this process."""
     script = 'for f; do shift; [ "$f" = -- ] && break; echo $$ >"$f/cgroup.procs"; done; exec "$@"'
     groups = [str(group)] if group else []
     return [
@@ -105,7 +105,7 @@ def confined(command, group):
 
 
 def new_cgroup(name):
-    """Returns a memory cgroup with the limit, or nothing where they are not ours to make."""
+    """Returns a memory cgroup with the limit, or None if this user may not create one."""
     for hierarchy, limit in zip(CGROUPS, ("memory.limit_in_bytes", "memory.max"), strict=True):
         group = hierarchy / f"imagegpt-attack-{os.getpid()}-{name}"
         with contextlib.suppress(OSError):
@@ -197,13 +197,13 @@ class Worker:
                 self.peak = max(self.peak, self._status("VmHWM"))
 
     def forget_peak(self):
-        """Begins a new peak at what the worker takes now."""
+        """Resets the peak to the worker's current memory."""
         with contextlib.suppress(OSError):
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")
             self.base = self.peak = self._status("VmRSS")
 
     def grown(self):
-        """Returns the peak over what the worker took at rest."""
+        """Returns the peak, less the worker's memory at rest."""
         with contextlib.suppress(OSError):
             self.peak = max(self.peak, self._status("VmHWM"))
         return self.peak - self.base
@@ -242,7 +242,7 @@ class Worker:
         return time.monotonic()
 
     def exit_within(self, seconds):
-        """Returns the exit code, or nothing when the worker runs on."""
+        """Returns the exit code, or None if the worker is still running."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -250,7 +250,7 @@ class Worker:
 
 
 class Good:
-    """A client that behaves, in a process of its own, beside an attacker."""
+    """A well-behaved client in a process of its own, beside an attacker."""
 
     def __init__(self, worker, image="-", interval=0.02, timeout=10.0, method="Embed"):
         self.process = subprocess.Popen(
@@ -268,7 +268,7 @@ class Good:
         until = time.monotonic() + 20
         while self.take()["calls"] < 3 and time.monotonic() < until:
             time.sleep(0.1)
-        # The first calls paid for the connection.
+        # The first calls include the connection, so they are dropped.
         time.sleep(0.3)
         self.quiet = self.take()
         return self
@@ -284,10 +284,10 @@ class Good:
 
 
 class Row:
-    """A line of the table: the promise, and whatever went against it."""
+    """A row of the table: the promise, and everything that broke it."""
 
     def __init__(self, attack, promise, limit):
-        # Times that are promised are those of a machine that nobody else uses.
+        # The promised times are for a machine without other load.
         self.slow = UNOPTIMIZED * pace()
         self.attack, self.promise, self.limit = attack, promise, limit
         self.wrong, self.peak, self.base, self.p99, self.errors, self.calls = [], 0, 0, None, {}, 0
@@ -302,7 +302,7 @@ class Row:
         self.notes.append(text)
 
     def saw(self, worker):
-        """Notes the worker's peak, if it grew more than others of this attack."""
+        """Notes the worker's peak, if the worker grew more than the others of this attack."""
         if worker.peak - worker.base >= self.peak - self.base:
             self.peak, self.base = worker.peak, worker.base
 
@@ -312,7 +312,7 @@ class Row:
         return self.expect(worker.alive(), f"the worker ended with {worker.process.poll()}")
 
     def bounded(self, worker, bytes_max, what):
-        """Expects a peak of no more than so many bytes over what the worker took at rest."""
+        """Expects a peak of at most `bytes_max` over the worker's memory at rest."""
         grown = worker.grown()
         self.lives(worker)
         self.expect(
@@ -320,7 +320,7 @@ class Row:
         )
 
     def served(self, good, p99_max, errors_max=0):
-        """Notes what the good client saw since it was last asked, and expects it to have been served."""
+        """Notes the good client's calls since the last time, and expects that they were served."""
         p99_max *= self.slow
         seen = good.take()
         n_errors = sum(seen["errors"].values())
@@ -328,7 +328,7 @@ class Row:
         for code, n in seen["errors"].items():
             self.errors[code] = self.errors.get(code, 0) + n
         if seen["p99"] is None:
-            return self.expect(False, "the good client had no answer at all")
+            return self.expect(False, "no call of the good client has ended")
         self.p99 = max(self.p99 or 0, seen["p99"])
         self.expect(n_errors <= errors_max, f"the good client had {n_errors} of {seen['calls']} calls fail: {seen['errors']}")
         return self.expect(

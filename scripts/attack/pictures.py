@@ -1,4 +1,4 @@
-"""Hostile pictures, each a function's worth of bytes: what their headers say is far more than what they hold."""
+"""Hostile pictures, one per function: their headers claim far more than the files hold."""
 
 import io
 import struct
@@ -12,7 +12,7 @@ DATA = object()
 
 
 def zeros(n_bytes):
-    """Returns so many zeros as a zlib stream, in no time: a block that needs nothing before it, again and again."""
+    """Returns `n_bytes` zeros as a zlib stream, quickly: an independent block of 1 MiB is repeated."""
     packer = zlib.compressobj(9, wbits=-15)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
     packer = zlib.compressobj(9, wbits=-15)
@@ -28,7 +28,7 @@ def saved(image, kind, **options):
 
 
 def tiff(data, **tags):
-    """Returns a little-endian TIFF of one image; every offset that is DATA is where the data begins."""
+    """Returns a little-endian TIFF of one image; DATA stands for the offset at which the data begins."""
     numbers = {
         "width": 256, "length": 257, "bits": 258, "compression": 259, "photometric": 262, "strips": 273,
         "samples": 277, "rows_per_strip": 278, "strip_bytes": 279, "tile_width": 322, "tile_length": 323,
@@ -36,7 +36,7 @@ def tiff(data, **tags):
     }  # fmt: skip
     entries = sorted((numbers[name], value if isinstance(value, list) else [value]) for name, value in tags.items())
     tail_at = 8 + 2 + 12 * len(entries) + 4
-    # All are LONG, which a reader takes for SHORT too; but extra samples are many, and the smallest file is wanted.
+    # All tags are LONG, which readers accept for SHORT; only the many extra samples are SHORT, to keep the file small.
     kinds = {number: (3, "H") if number == numbers["extra"] else (4, "I") for number, _ in entries}
     sizes = {number: len(values) * struct.calcsize(kinds[number][1]) for number, values in entries}
     data_at = tail_at + sum(size for size in sizes.values() if size > 4)
@@ -69,7 +69,7 @@ def strips(width, n_strips, data, compression):
 
 
 def tiff_tile():
-    """A row of its one tile is larger than any memory: 284 bytes, where the allocator's failure ends a process."""
+    """A TIFF of 284 bytes, in whose only tile a row is larger than any memory: a failed allocation ends the process."""
     return tiled(16, 16, (1 << 32) - 16, 16, 1, b"x" * 16, samples=64)
 
 
@@ -103,7 +103,7 @@ def png_metadata(n_bytes):
 
 
 def jpeg_scans(width, height, n_scans):
-    """A progressive gray JPEG with so many scans over all its blocks, each a few bytes: runs of 32767 empty blocks."""
+    """A progressive gray JPEG with `n_scans` scans over all blocks, each a few bytes long: runs of 32767 empty blocks."""
 
     def segment(marker, body):
         return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
@@ -130,7 +130,7 @@ def jpeg_scans(width, height, n_scans):
 
 
 def webp_hidden(side):
-    """A WebP of 64x64 by its header, an animation's frame that is none, and then a picture of side x side."""
+    """A WebP whose header says 64x64, with an invalid animation frame followed by a picture of side x side."""
     picture = saved(Image.new("RGB", (side, side), (1, 2, 3)), "WEBP", quality=1, method=0)[12:]
     canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (63).to_bytes(3, "little") * 2
     frame = b"ANMF" + struct.pack("<I", 24) + bytes(16) + b"JUNK" + struct.pack("<I", 0x7FFFFFF0)
@@ -145,7 +145,7 @@ def gif(screen, frame):
 
 
 def bmp(width, height):
-    """A BMP of run lengths that ends before its first pixel."""
+    """A run-length encoded BMP that ends before its first pixel."""
     palette, data = bytes(4 * 256), b"\0\1"
     start = 54 + len(palette)
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0)
@@ -153,11 +153,11 @@ def bmp(width, height):
 
 
 def small_png(seed, side=32):
-    """An honest picture, one of its kind for each seed."""
+    """A valid picture, different for each seed."""
     pixels = bytes((seed * 37 + x * 5 + y * 11 + 80 * c) % 256 for y in range(side) for x in range(side) for c in range(3))
     return saved(Image.frombytes("RGB", (side, side), pixels), "PNG")
 
 
 def hog(side=8000):
-    """A PNG at the pixel limit that is small on the wire and long to decode."""
+    """A PNG at the pixel limit that is small on the wire and slow to decode."""
     return png_of_zeros(side, side)

@@ -1,4 +1,4 @@
-"""HTTP/2 by hand: streams that stop where a well-behaved client would go on."""
+"""HTTP/2 by hand: streams that stop where a well-behaved client would continue."""
 
 import functools
 import gzip
@@ -28,16 +28,16 @@ HEALTH = "/grpc.health.v1.Health/"
 
 @functools.lru_cache(maxsize=64)
 def framed(message, encoding=None):
-    """Returns a message as gRPC frames it, compressed where an encoding is named."""
+    """Returns a message in gRPC framing, compressed if an encoding is named."""
     packers = {None: bytes, "gzip": functools.partial(gzip.compress, compresslevel=6), "deflate": zlib.compress}
     packed = packers[encoding](message)
     return bytes([encoding is not None]) + len(packed).to_bytes(4, "big") + packed
 
 
 class Wire:
-    """A connection whose client answers settings and pings, and whatever else only when told.
+    """A connection whose client answers settings and pings by itself, and does everything else only when told.
 
-    With `window` 0 it takes no answer: the worker may send headers and no message.
+    With `window` 0 the client accepts no answers: the worker may send headers, but no message.
     """
 
     def __init__(self, port, window=65535):
@@ -49,19 +49,19 @@ class Wire:
             initial_values={
                 SettingCodes.ENABLE_PUSH: 0,
                 SettingCodes.INITIAL_WINDOW_SIZE: window,
-                # h2 must name one, or it takes no header list that is longer.
+                # h2 needs a value here to accept longer header lists.
                 SettingCodes.MAX_HEADER_LIST_SIZE: 1 << 16,
             },
         )
         self.takes = window > 0
-        # By stream: what the worker answered.
+        # The worker's answers, by stream.
         self.status, self.bytes, self.ended = {}, {}, {}
         self.closed = False
         self.h2.initiate_connection()
         self.pump()
 
     def pump(self, seconds=0.0):
-        """Sends what is due and reads for so long; returns whether the connection is open."""
+        """Sends pending data and reads for `seconds`; returns whether the connection is open."""
         until = time.monotonic() + seconds
         while not self.closed:
             try:
@@ -142,14 +142,14 @@ class Wire:
         return sent
 
     def reset(self, stream):
-        """Cancels a call, as a client does whose own caller has left."""
+        """Cancels a call, as a client does whose own caller has disconnected."""
         try:
             self.h2.reset_stream(stream, ErrorCodes.CANCEL)
         except ProtocolError:
             pass
 
     def unfinished(self, streams):
-        """Returns those of the streams that the worker has not ended."""
+        """Returns the streams that the worker has not ended."""
         return [stream for stream in streams if stream not in self.ended and not self.closed]
 
     def close(self):

@@ -1,7 +1,7 @@
 """Runs the measurements of scripts/bench-gpu.sh, whose comment is the manual.
 
-A step that fails or does not fit into the time that is left is a line of the
-report; the others go on.
+A step that fails or does not fit into the remaining time becomes a line of the
+report; the other steps continue.
 """
 
 import json
@@ -30,16 +30,16 @@ except settings.Wrong as wrong:
     print(f"bench-gpu: {wrong}", file=sys.stderr)
     sys.exit(2)
 
-# Parts of the time that is left, against each other.
+# Relative shares of the remaining time.
 WEIGHTS = {"compile": 1, "engine": 3, "grpc": 3, "generate": 2, "cores": 2, "graphs": 1, "torch": 3}
-# Under this many seconds no step says anything.
+# A step with fewer seconds than this gives no useful result.
 LEAST = 3.0
-# A process that is asked to end gets so long.
+# Seconds in which a process must end after it was asked to.
 GRACE = 20.0
 POSITIONS = 1024
 START = time.monotonic()
 CORES = len(os.sched_getaffinity(0))
-# Of the last minute, before anything of ours runs.
+# Load average of the last minute, before the measurements begin.
 LOAD = os.getloadavg()[0]
 
 
@@ -56,12 +56,12 @@ def sizes(numbers: list[int]) -> str:
 
 
 class StepFailed(Exception):
-    """With a line for the report."""
+    """A step failed; the message becomes a line of the report."""
 
 
 def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = False) -> str:
-    """Runs a command to its end and returns what it printed; of one that takes too
-    long what it had printed, if that is of use."""
+    """Runs a command to its end and returns its output. If it takes too long and
+    `is_partial` is set, returns the output so far."""
     line = " ".join(arguments)
     print(f"$ {line}", file=log, flush=True)
     limit = max(left(), LEAST) + GRACE if seconds is None else seconds
@@ -74,20 +74,20 @@ def run(log, *arguments: str, seconds: float | None = None, is_partial: bool = F
             return expired.stdout.decode()
         raise StepFailed(f"ended after {limit:.0f} s: {line}") from None
     print(done.stdout, file=log, flush=True)
-    # 1 is a soak that found something broken, which its numbers say.
+    # Exit code 1 is a soak that found something broken; its results say what.
     if done.returncode not in (0, 1) or not done.stdout and done.returncode:
-        raise StepFailed(f"exit code {done.returncode}: {line}; log.txt has what it said")
+        raise StepFailed(f"exit code {done.returncode}: {line}; see log.txt for its output")
     return done.stdout
 
 
 def imagegpt_json(log, *arguments: str) -> dict:
-    """Runs `imagegpt bench` and returns its numbers."""
+    """Runs `imagegpt bench` and returns its results."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         run(log, SET.program, "bench", *arguments, "--json", file.name)
         try:
             return json.loads(Path(file.name).read_text())
         except ValueError:
-            raise StepFailed(f"no numbers of bench {arguments[0]}; see log.txt") from None
+            raise StepFailed(f"bench {arguments[0]} wrote no results; see log.txt") from None
 
 
 def free_port() -> int:
@@ -119,7 +119,7 @@ class Worker:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         self.__exit__()
-        raise StepFailed("the worker was not ready; log.txt has what it said")
+        raise StepFailed("the worker did not become ready; see log.txt for its output")
 
     def page(self, name: str) -> str:
         url = f"http://127.0.0.1:{self.metrics_port}/{name}"
@@ -137,7 +137,7 @@ class Worker:
 
 
 def gpu_bytes(worker: Worker) -> int | None:
-    """Memory in use on the first GPU, as nvidia-smi says, or the worker."""
+    """Memory in use on the first GPU, as nvidia-smi or else the worker reports it."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10)
@@ -154,7 +154,7 @@ def gpu_bytes(worker: Worker) -> int | None:
 
 
 class Readings:
-    """Memory of the GPU every second, until it is left."""
+    """Reads the memory of the GPU every second until the block ends."""
 
     def __init__(self, worker: Worker):
         self.worker, self.bytes, self.stop = worker, [], threading.Event()
@@ -206,8 +206,8 @@ class Bench:
     def model(self, shape: str, precision: str) -> Path:
         return self.work / f"{shape}-{precision}"
 
-    # Each step takes about the seconds that it is given, without what it costs to
-    # load a model, and returns what the report needs.
+    # Each step takes about the given number of seconds, not counting the
+    # loading of a model, and returns the data for the report.
 
     def compile(self, shape: str, precision: str, _seconds: float) -> dict:
         output = self.model(shape, precision)
@@ -228,7 +228,7 @@ class Bench:
         return self.bare(shape, precision, 0.6 * seconds / n_sizes, *arguments)
 
     def bare(self, shape: str, precision: str, each: float, *arguments: str) -> dict:
-        """`imagegpt bench engine` with so many seconds for each graph and size."""
+        """Runs `imagegpt bench engine` with `each` seconds per graph and size."""
         serve = ["--generate-cache-bytes", SET.cache, *SET.serve_flags]
         serve += [flag for flag in arguments if flag.startswith("--cuda-graphs")]
         arguments = [flag for flag in arguments if not flag.startswith("--cuda-graphs")]
@@ -243,7 +243,7 @@ class Bench:
         return Worker(self.log, self.model(shape, precision), *batches, *flags)
 
     def grpc(self, shape: str, precision: str, seconds: float) -> dict:
-        """Saturation, and with `latency` open loops at parts of it."""
+        """Measures saturation and, with `latency`, open loops at fractions of it."""
         modes = ["load", "--of-saturation", "50,80,95"] if "latency" in SET.steps else ["saturate"]
         each = 0.8 * seconds / (4 if "latency" in SET.steps else 1)
         with self.worker(shape, precision, "--generate-slots", "0") as worker:
@@ -257,7 +257,7 @@ class Bench:
         )  # fmt: skip
 
     def generate(self, shape: str, precision: str, seconds: float) -> list:
-        """Whole images through gRPC, as many at one time as there are."""
+        """Generates whole images through gRPC, more at the same time in each turn."""
         flags = (
             "--generate-slots", str(SET.slots), "--generate-cache-bytes", SET.cache,
             "--samples-in-flight-max", str(max(SET.slots, 128)),
@@ -266,7 +266,7 @@ class Bench:
         with self.worker(shape, precision, *flags) as worker:
             sheet = str(self.work / "sheet.png")
             n = 1
-            # The next one takes longer than the last did.
+            # The next turn takes longer than the last one.
             while n <= SET.slots and (not rows or time.monotonic() + rows[-1]["seconds"] < until):
                 started = time.monotonic()
                 run(
@@ -279,7 +279,7 @@ class Bench:
         return rows
 
     def cores(self, shape: str, precision: str, seconds: float) -> list:
-        """Encoded images at saturation, by the threads that decode them."""
+        """Measures encoded images at saturation, by the number of decoding threads."""
         counts = [n for n in (1, 2, 4, 8, 16) if n <= CORES]
         rows = []
         for n in counts:
@@ -293,9 +293,9 @@ class Bench:
         return rows
 
     def graphs(self, shape: str, precision: str, seconds: float) -> dict:
-        """With CUDA graphs and without, at the sizes where launches cost most."""
+        """Measures with CUDA graphs and without, at sizes where launches cost most."""
         if SET.provider != "cuda":
-            raise StepFailed("CUDA graphs are a GPU's, and PROVIDER is cpu")
+            raise StepFailed("CUDA graphs need a GPU, and PROVIDER is cpu")
         rows = {}
         for mode in ("auto", "off"):
             rows[mode] = self.bare(
@@ -314,9 +314,9 @@ class Bench:
         return {"soak": said, "gpu_bytes": readings.bytes}
 
     def torch(self, shape: str, precision: str, seconds: float) -> dict:
-        """PyTorch between two measurements of ours."""
+        """Measures PyTorch between two measurements of imagegpt."""
         if precision == "int8":
-            raise StepFailed("the model in PyTorch has no int8")
+            raise StepFailed("the PyTorch model does not support int8")
         try:
             run(self.log, sys.executable, "-c", "import torch", seconds=120)
         except StepFailed:
@@ -337,7 +337,7 @@ class Bench:
         return {"ours": [before, ours()], "torch": json.loads(theirs.splitlines()[-1])}
 
     def plan(self) -> list:
-        """Steps in the order of what is worth most if time runs out."""
+        """Returns the steps, the most valuable first, in case time runs out."""
         asked, plan = set(SET.steps), []
         for shape in SET.shapes:
             for precision in SET.precisions:
@@ -345,8 +345,9 @@ class Bench:
                 for step in ("engine", "grpc", "generate"):
                     if step in asked or (step == "grpc" and "latency" in asked):
                         plan.append((step, shape, precision))
-            # What differs little between precisions is measured in the last, and what
-            # differs little between shapes in the first, which answers the most images.
+            # Steps whose results depend little on the precision use the last
+            # one, and steps whose results depend little on the shape use the
+            # first, which answers the most images.
             for step in ("cores", "graphs", "soak", "torch"):
                 is_once = step in ("cores", "soak")
                 if step in asked and (not is_once or shape == SET.shapes[0]):
@@ -364,11 +365,11 @@ class Bench:
             else:
                 seconds = (left() - reserved) * WEIGHTS[step] / weights
             what = f"{step} {shape} {precision}"
-            # Why there is no model has been said.
+            # The failed step `compile` has already been reported.
             if step != "compile" and not self.model(shape, precision).exists():
                 continue
             if seconds < LEAST:
-                self.missing.append(f"{what}: no time was left of BUDGET={SET.budget:.0f}")
+                self.missing.append(f"{what}: no time was left (BUDGET={SET.budget:.0f})")
                 say(self.missing[-1])
                 continue
             say(f"{what}: {seconds:.0f} s")

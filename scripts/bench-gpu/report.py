@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def short(number: float | None) -> str:
-    """Three digits or more."""
+    """Formats a number with at least three significant digits."""
     if number is None:
         return "–"
     for limit, digits in ((100, 0), (10, 1), (1, 2), (0, 3)):
@@ -35,8 +35,8 @@ def is_loaded(load: float, n_cores: int) -> bool:
 
 def loaded(load: float, n_cores: int) -> str:
     return (
-        f"The machine was busy when this began (load average {load:.1f} on {n_cores} cores): what the "
-        "CPU does, such as launching kernels, may be slower here than it is"
+        f"The machine was busy at the start (load average {load:.1f} on {n_cores} cores): work of the "
+        "CPU, such as launching kernels, may have been slowed down"
     )
 
 
@@ -49,7 +49,7 @@ class Results:
         return [(result["shape"], result["precision"], result["found"]) for result in found]
 
     def best(self, shape: str, precision: str, graph: str) -> dict | None:
-        """The engine's fastest size for a graph."""
+        """Returns the engine's measurement of a graph at its fastest batch size."""
         for own_shape, own_precision, found in self.of("engine"):
             if (own_shape, own_precision) == (shape, precision):
                 rows = [row for row in found["findings"]["graphs"] if row["graph"] == graph]
@@ -142,10 +142,10 @@ def grpc(results: Results) -> list[str]:
     return [
         "## Through gRPC",
         "",
-        "Embed of token images, one a call, a closed loop; the bare engine is `features` above.",
+        "Embed of token images, one per call, in a closed loop; the bare engine is `features` above.",
         "",
         *table(header, rates),
-        "Open loop, calls at random at parts of that; latency from when a call was due, in ms:",
+        "Open loop, calls at random times at fractions of that rate; latency from when a call was due, in ms:",
         "",
         *table(["model", "load", "images/s", "p50", "p99", "p99.9", "not answered"], latencies),
     ]
@@ -174,9 +174,9 @@ def cores(results: Results, images: str) -> list[str]:
     return [
         "## Encoded images",
         "",
-        f"The same with files ({images}): how many images a second threads of decoding can give "
-        "the engine. Files repeat, and identical images in flight run once, so it is not the "
-        "engine that limits this.",
+        f"The same with files ({images}): the images per second that decoding threads can supply "
+        "to the engine. Files repeat, and identical images in flight run once, so the engine is "
+        "not the limit here.",
         "",
         *table(header, rows),
     ]
@@ -195,10 +195,10 @@ def generate(results: Results) -> list[str]:
     return [
         "## Generation",
         "",
-        "Steps of the engine alone, with so many sequences after so many tokens:",
+        "Steps of the engine alone, by the number of sequences and of tokens before the step:",
         "",
-        *table(["model", "at one time", "past", "median ms", "tokens/s"], bare),
-        "Whole images of 1024 tokens through gRPC, asked for at one time:",
+        *table(["model", "sequences", "past", "median ms", "tokens/s"], bare),
+        "Whole images of 1024 tokens through gRPC, by the number of images requested at the same time:",
         "",
         *table(["model", "images", "seconds", "tokens/s"], served),
     ]
@@ -207,9 +207,10 @@ def generate(results: Results) -> list[str]:
 def graphs(results: Results) -> list[str]:
     rows, without = [], []
     for shape, precision, found in results.of("graphs"):
-        # `auto` goes without where it has to; its gain is then chance.
+        # `auto` runs without CUDA graphs where they are not possible; a gain is
+        # then chance.
         if reason := found["auto"]["model"]["fallbacks"].get("cuda_graphs"):
-            without.append(f"{shape} {precision} could not be captured ({reason}); both columns are runs without.")
+            without.append(f"{shape} {precision} could not be captured ({reason}); both columns are runs without graphs.")
         pairs = zip(found["auto"]["findings"]["graphs"], found["off"]["findings"]["graphs"])
         for auto, off in pairs:
             rows.append(
@@ -228,7 +229,7 @@ def graphs(results: Results) -> list[str]:
         "",
         "Medians of the bare engine with `--cuda-graphs auto`, where a run of a batch size is captured "
         "while the engine warms up and then launched as one, and with `off`, where its kernels are "
-        "launched one by one. Small batches only: there launches are most of a run.",
+        "launched one by one. Only small batches, for which launches are most of a run.",
         "",
         *[line for reason in without for line in (reason, "")],
         *table(header, rows),
@@ -253,7 +254,8 @@ def soak(results: Results) -> list[str]:
         broken = said["broken"]
         rss = [(findings.get(name) or {}).get("rss_kib") for name in SERVER]
         slope = findings.get("rss_slope_kib_per_minute")
-        # A quarter in, what is taken once has been taken.
+        # After a quarter of the time, the GPU memory that is allocated once has
+        # been allocated.
         settled = gpu[len(gpu) // 4 :]
         mebibytes = [f"{value / 2**20:,.0f}" for value in (settled[:1] + settled[-1:])]
         rows.append(
@@ -263,7 +265,8 @@ def soak(results: Results) -> list[str]:
                 str(findings["ledger"]["verified"]),
                 "; ".join(broken) if broken else "nothing",
                 " → ".join("–" if kib is None else f"{kib / 1024:,.0f}" for kib in rss),
-                # The soak says none of readings that span less than a minute.
+                # The soak reports no growth if its readings span less than a
+                # minute.
                 short(slope) if slope is not None else "too short",
                 " → ".join(mebibytes) + f" (most {max(gpu) / 2**20:,.0f})" if gpu else "–",
             ]
@@ -272,8 +275,8 @@ def soak(results: Results) -> list[str]:
     return [
         "## Soak",
         "",
-        "RSS and the GPU's memory from a quarter of the time to its end. Growth a minute is not said of "
-        "readings that span less than one (`SOAK` under 90).",
+        "RSS and the GPU's memory after a quarter of the time and at the end. Growth per minute needs "
+        "readings over more than a minute (`SOAK` of at least 90).",
         "",
         *table(header, rows),
     ]
@@ -316,7 +319,7 @@ def torch(results: Results) -> list[str]:
         "## PyTorch",
         "",
         "The same architecture in the same precision, on the same device, between two measurements "
-        f"of ours. {', '.join(sorted(versions))}".rstrip(),
+        f"of imagegpt. {', '.join(sorted(versions))}".rstrip(),
         "",
         *table(header, rows),
     ]
@@ -336,7 +339,7 @@ def markdown(everything: dict) -> str:
         f"- {device}; {facts['cpu']}, {n_cores} cores",
         *([f"- **{loaded(load, n_cores)}**"] if is_loaded(load, n_cores) else []),
         f"- `{settings} {facts['command']}`",
-        "- Weights are random (`random:small` and the like): speed follows from the shape; answers "
+        "- Weights are random (such as `random:small`): speed depends only on the shape; answers "
         "mean nothing.",
         "",
         *engine(results),
@@ -349,7 +352,7 @@ def markdown(everything: dict) -> str:
         *torch(results),
         "## Left out",
         "",
-        *([f"- {line}" for line in everything["missing"]] or ["Nothing that was asked for."]),
+        *([f"- {line}" for line in everything["missing"]] or ["Nothing; all steps were measured."]),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,9 @@
-"""What 16-bit floats cost a model of random weights: PyTorch on a CPU, no GPU needed.
+"""Measures the rounding error of 16-bit floats on models of random weights, with PyTorch on a CPU.
 
 Prints ‖16 bit − fp32‖ / ‖fp32‖ of the pooled features (the worst layer), the last
-hidden states and the logits, with everything in 16 bits as compiled graphs have it:
-weights, activations and the residual stream. The tolerances in src/model/precision.rs
-have room for this.
+hidden states and the logits, with everything in 16 bits as in compiled graphs: weights,
+activations and the residual stream. The tolerances in src/model/precision.rs leave room
+for these errors.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch_imagegpt import COLORS, SHAPES
 
-# As many as `imagegpt compile` tries the largest models with.
+# Number of tokens with which `imagegpt compile` verifies the largest models.
 TOKENS = 16
 STD = 0.02
 

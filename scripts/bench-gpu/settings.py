@@ -18,12 +18,12 @@ PROVIDERS = ("cuda", "cpu")
 SHAPES = ("tiny", "small", "medium", "large")
 PRECISIONS = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "int8")}
 STEPS = ("engine", "grpc", "latency", "generate", "cores", "graphs", "soak", "torch")
-# What is asked of a GPU is asked in these; tiny is for a try.
+# Shapes that a GPU is measured with by default; tiny is for a quick try.
 DEFAULT_SHAPES = SHAPES[1:]
 
 
 class Wrong(Exception):
-    """A setting that cannot be used: which, and what it may be."""
+    """A wrong setting; the message names the setting and the allowed values."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Settings:
     serve_flags: list[str]
 
     def named(self) -> dict:
-        """As the report repeats them."""
+        """Returns the settings by the names of their variables, for the report."""
         return {
             "PROVIDER": self.provider,
             "SHAPES": self.shapes,
@@ -64,7 +64,7 @@ def words(name: str, text: str, allowed: tuple[str, ...]) -> list[str]:
     found = text.split()
     wrong = [word for word in found if word not in allowed]
     if wrong or not found:
-        raise Wrong(f"{name} has {' '.join(wrong) or 'nothing'}; it may have {' '.join(allowed)}")
+        raise Wrong(f"{name} has {' '.join(wrong) or 'nothing'}; allowed are {' '.join(allowed)}")
     twice = {word for word in found if found.count(word) > 1}
     if twice:
         raise Wrong(f"{name} has {min(twice)} twice")
@@ -77,12 +77,12 @@ def seconds(name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 1 <= value <= 86400:
-        raise Wrong(f"{name}={text} is no number of seconds from 1 to 86400")
+        raise Wrong(f"{name}={text} is not a number of seconds from 1 to 86400")
     return value
 
 
 def count(name: str, text: str, most: int) -> int:
-    # A plain number: int() takes signs, blanks and other digits besides.
+    # A plain number: int() also takes signs, blanks and other digits.
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
         raise Wrong(f"{name} has {text or 'nothing'}; it must be a number from 1 to {most}")
     return int(text)
@@ -90,7 +90,7 @@ def count(name: str, text: str, most: int) -> int:
 
 def file_or_folder(name: str, text: str, is_there) -> str:
     if not is_there(ROOT / text):
-        raise Wrong(f"{name}={text} is not there")
+        raise Wrong(f"{name}={text} does not exist")
     return text
 
 
@@ -99,7 +99,7 @@ def folder_to_make(name: str, text: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Wrong(f"{name}={text} cannot be made: {error.strerror}") from None
+        raise Wrong(f"{name}={text} cannot be created: {error.strerror}") from None
     if not os.access(path, os.W_OK):
         raise Wrong(f"{name}={text} cannot be written into")
     return path
@@ -111,14 +111,14 @@ def read(environment: Mapping[str, str]) -> Settings:
 
     provider = setting("PROVIDER", "cuda")
     if provider not in PROVIDERS:
-        raise Wrong(f"PROVIDER={provider} is unknown; it may be {' or '.join(PROVIDERS)}")
+        raise Wrong(f"PROVIDER={provider} is unknown; it must be {' or '.join(PROVIDERS)}")
     precisions = PRECISIONS[provider]
     default = precisions if provider == "cuda" else precisions[:1]
     budget = seconds("BUDGET", setting("BUDGET", "600"))
     batches = setting("BATCHES", "1,2,4,8,16,32,64").split(",")
     cache = setting("CACHE", "24GiB")
     if not re.fullmatch("[0-9]+(\\.[0-9]+)? ?([KMGT]i?)?B?", cache, re.IGNORECASE):
-        raise Wrong(f"CACHE={cache} is no size such as 24GiB")
+        raise Wrong(f"CACHE={cache} is not a size such as 24GiB")
     found = Settings(
         program=setting("IMAGEGPT", str(ROOT / "target/release/imagegpt")),
         out=Path(setting("OUT", str(ROOT / "target/bench-gpu"))),
@@ -140,8 +140,8 @@ def read(environment: Mapping[str, str]) -> Settings:
     if library := environment.get("ORT_DYLIB_PATH"):
         file_or_folder("ORT_DYLIB_PATH", library, Path.is_file)
     if not shutil.which(found.program):
-        raise Wrong(f"IMAGEGPT={found.program} is no program; run `make build` or name another")
-    # Last, so that nothing is made for settings that are wrong.
+        raise Wrong(f"IMAGEGPT={found.program} is not a program; run `make build` or name another")
+    # Last, so that wrong settings create no directories.
     work = environment.get("WORK")
     folder_to_make("OUT", str(found.out))
     kept = folder_to_make("WORK", work) if work else None
@@ -157,29 +157,29 @@ def test() -> None:
         except Wrong as wrong:
             assert expected and expected in str(wrong), (settings, str(wrong))
         else:
-            assert not expected, f"{settings} were taken"
+            assert not expected, f"{settings} were accepted"
 
     check("")
     check("", STEPS="soak", SHAPES="tiny small", BATCHES="1,2", BUDGET="30", CACHE="2GiB")
-    check("STEPS has nope; it may have engine", STEPS="nope")
-    check("BUDGET=x is no number", BUDGET="x")
-    check("BUDGET=nan is no number", BUDGET="nan")
-    check("SOAK=-3 is no number", SOAK="-3")
-    check("PROVIDER=tpu is unknown; it may be cuda or cpu", PROVIDER="tpu")
-    check("SHAPES has nope; it may have tiny", SHAPES="small nope")
+    check("STEPS has nope; allowed are engine", STEPS="nope")
+    check("BUDGET=x is not a number", BUDGET="x")
+    check("BUDGET=nan is not a number", BUDGET="nan")
+    check("SOAK=-3 is not a number", SOAK="-3")
+    check("PROVIDER=tpu is unknown; it must be cuda or cpu", PROVIDER="tpu")
+    check("SHAPES has nope; allowed are tiny", SHAPES="small nope")
     check("SHAPES has tiny twice", SHAPES="tiny tiny")
     check("STEPS has nothing", STEPS="  ")
-    check("PRECISIONS has bf16; it may have fp32 int8", PRECISIONS="bf16")
-    check("PRECISIONS has int8; it may have fp32 fp16 bf16", PRECISIONS="int8", PROVIDER="cuda")
+    check("PRECISIONS has bf16; allowed are fp32 int8", PRECISIONS="bf16")
+    check("PRECISIONS has int8; allowed are fp32 fp16 bf16", PRECISIONS="int8", PROVIDER="cuda")
     check("BATCHES has nothing", BATCHES="1,")
     check("BATCHES has 0", BATCHES="0,1")
     check("SLOTS has many", SLOTS="many")
-    check("CACHE=much is no size", CACHE="much")
-    check("IMAGES=/nowhere is not there", IMAGES="/nowhere")
+    check("CACHE=much is not a size", CACHE="much")
+    check("IMAGES=/nowhere does not exist", IMAGES="/nowhere")
     check("", IMAGES="/nowhere", STEPS="grpc")
-    check("ORT_DYLIB_PATH=/nowhere.so is not there", ORT_DYLIB_PATH="/nowhere.so")
-    check("IMAGEGPT=/nowhere is no program", IMAGEGPT="/nowhere")
-    check("OUT=/proc/nope cannot be made", OUT="/proc/nope")
+    check("ORT_DYLIB_PATH=/nowhere.so does not exist", ORT_DYLIB_PATH="/nowhere.so")
+    check("IMAGEGPT=/nowhere is not a program", IMAGEGPT="/nowhere")
+    check("OUT=/proc/nope cannot be created", OUT="/proc/nope")
     print("settings: fine")
 
 

@@ -1,11 +1,11 @@
-"""ImageGPT in PyTorch as one would write it for speed, with random weights.
+"""Measures ImageGPT in PyTorch, written for speed, with random weights.
 
     torch_imagegpt.py SHAPE PRECISION DEVICE BATCH_SIZES SECONDS
 
 Measures `features` (the mean after the norm in front of the layer two thirds up)
 and `hidden` (the mean after the last norm), eagerly and under torch.compile, with
-scaled_dot_product_attention; and transformers' own model where it is there. Prints
-a line of JSON after each variant, with all rows so far.
+scaled_dot_product_attention; and transformers' own model if it is installed. Prints a
+line of JSON after each variant, with all rows so far.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Layers, width, heads: those of src/compile/random.rs.
+# Layers, width and heads, as in src/compile/random.rs.
 SHAPES = {
     "tiny": (3, 64, 4),
     "small": (24, 512, 8),
@@ -33,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.ln_1, self.ln_2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
-        # Published biases are zero, and our graphs do without them, too.
+        # Published biases are zero, and our graphs have no biases either.
         self.c_attn = nn.Linear(width, 3 * width, bias=False)
         self.c_proj = nn.Linear(width, width, bias=False)
         self.c_fc = nn.Linear(width, 4 * width, bias=False)
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class ImageGpt(nn.Module):
-    """Its first layers; what comes out is the mean after the norm that follows."""
+    """The first layers of ImageGPT; the output is the mean after the next norm."""
 
     def __init__(self, shape: str, layers: int):
         super().__init__()
@@ -70,14 +70,14 @@ class ImageGpt(nn.Module):
 
 
 def compiled(model: ImageGpt) -> ImageGpt:
-    """Block by block: they share their kernels, so 48 layers compile like one."""
+    """Compiles each block alone: blocks share kernels, so 48 layers compile like one."""
     for block in model.blocks:
         block.compile(dynamic=False)
     return model
 
 
 class Transformers(nn.Module):
-    """transformers' model, all layers, as its model card has it."""
+    """transformers' model with all layers, as in its model card."""
 
     def __init__(self, shape: str):
         super().__init__()
@@ -93,7 +93,7 @@ class Transformers(nn.Module):
 
 
 def rate(model: nn.Module, batch: int, device: str, seconds: float) -> tuple[float, int]:
-    """Images a second, ids to the device and means back from it included."""
+    """Returns images per second, including the copies of ids and means, and the number of runs."""
     ids = torch.randint(0, COLORS, (batch, POSITIONS))
     times = []
 
@@ -115,7 +115,7 @@ def rate(model: nn.Module, batch: int, device: str, seconds: float) -> tuple[flo
 def main() -> None:
     shape, precision, device, sizes, seconds = sys.argv[1:]
     layers = SHAPES[shape][0]
-    # What `imagegpt compile` takes without --feature-layer.
+    # Default of `imagegpt compile` without --feature-layer.
     feature_layer = -(-2 * layers // 3)
     dtype = DTYPES[precision]
     variants = {
@@ -144,7 +144,8 @@ def main() -> None:
                             "runs": runs,
                         }
                     )
-        # Whatever a variant needs and does not have is no reason to lose the others.
+        # A variant that fails, such as for a missing package, must not end the
+        # others.
         except Exception as error:
             failed[f"{graph}, {variant}"] = str(error).strip().splitlines()[-1][:200]
         model = None

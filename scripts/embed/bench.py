@@ -1,12 +1,13 @@
-"""Measures `imagegpt embed` through two workers: how fast, how evenly, and what
-the client itself costs.
+"""Measures `imagegpt embed` with two workers: its speed, the speed at different
+sizes, and the cost of the client itself.
 
-The workers have the fake engine, which takes a given time a batch and an image
-(a small model on a device of its own) and leaves the cores to decoding and to
-the client. For 1,000, 10,000 and 100,000 images as WebDataset and as Parquet:
-images a second, CPU of the client beside that of the workers, and resident
-memory early, in the middle and late. Before, `imagegpt bench saturate` says what
-the two workers do at most with the same pictures. `make bench-embed` runs it.
+The workers have the fake engine, which takes a given time per batch and per image
+(like a small model on a device of its own) and leaves the cores to decoding and to
+the client. For 1,000, 10,000 and 100,000 images as WebDataset and as Parquet, the
+script prints images per second, CPU time of the client beside that of the workers,
+and resident memory early, in the middle and late. Before that, `imagegpt bench
+saturate` measures the two workers' highest rate with the same pictures. `make
+bench-embed` runs the script.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SAMPLE_SECONDS = 0.1
 
 
 def saturation(workers: list[common.Worker]) -> float:
-    """Images a second that the workers answer at most, whoever asks."""
+    """Returns the workers' highest rate in images per second."""
     images = FOLDER / "images"
     images.mkdir(parents=True, exist_ok=True)
     for number in range(1000):
@@ -64,7 +65,7 @@ def measure(source: Path, count: int, workers: list[common.Worker], *flags: str)
             client_cpu = common.cpu_seconds(client.pid)
         except (FileNotFoundError, IndexError):
             break
-        # One that has just ended is a zombie without memory.
+        # A process that has just ended is a zombie without memory.
         if memory[0] > 0:
             samples.append(memory)
         time.sleep(SAMPLE_SECONDS)
@@ -84,7 +85,7 @@ def measure(source: Path, count: int, workers: list[common.Worker], *flags: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=100_000, help="of the largest run")
+    parser.add_argument("--images", type=int, default=100_000, help="images of the largest run")
     parser.add_argument("--engine", default="2ms+1ms", help="--fake-engine of the workers")
     arguments = parser.parse_args()
     engine = ("--model", str(common.ROOT / "models" / "untrained"), "--fake-engine", arguments.engine)

@@ -1,13 +1,13 @@
-"""Kills a dataset job at random moments and compares what comes out.
+"""Kills a dataset job at random moments and compares its output.
 
     chaos.py           # on a disk
     chaos.py --s3      # with an S3-compatible server (moto) on loopback, which is
                        # stopped and slowed in between
 
-A job runs undisturbed once. Then the same job is begun again and again, and at
-a random moment the client or a worker is killed (SIGKILL), in turn; workers
-come back. At last it runs to its end, and every file must be the same to the
-byte. `make embed-chaos` does both.
+A job runs undisturbed once. Then the same job is started many times; each time the
+client is killed (SIGKILL) at a random moment, and every second time a worker, too,
+which is started again. At last the job runs to its end, and every file must be
+identical to that of the undisturbed job. `make embed-chaos` does both.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def digests(output: Path) -> dict[str, str]:
 
 
 class Disk:
-    # From a client's start to its first image.
+    # Seconds from a client's start to its first image.
     start_seconds = 0.1
 
     def __init__(self, tars: list[Path]):
@@ -52,7 +52,7 @@ class Disk:
         return digests(FOLDER / name)
 
     def disturb(self) -> None:
-        """A disk is not disturbed."""
+        """Does nothing: a disk is not disturbed."""
 
     def end(self) -> None:
         pass
@@ -107,7 +107,7 @@ class S3:
         return found
 
     def disturb(self) -> None:
-        """Stops it for up to two seconds, or slows it to a fifth for as long."""
+        """Stops the server for up to two seconds, or slows it to a fifth of its speed for that time."""
         if random.random() < 0.5:
             common.stop(self.process)
             time.sleep(random.uniform(0.2, 2))
@@ -155,7 +155,7 @@ def main() -> None:
             )
             disturbance = threading.Thread(target=store.disturb)
             disturbance.start()
-            # So that the kills are spread over the whole job.
+            # Spreads the kills over the whole job.
             time.sleep(store.start_seconds + random.uniform(0, 2) * took / arguments.kills)
             if turn % 2:
                 victim = random.choice(workers)

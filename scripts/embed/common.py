@@ -1,4 +1,4 @@
-"""What the scripts here share: pictures, workers and runs of `imagegpt embed`."""
+"""Shared parts of the scripts here: pictures, workers and runs of `imagegpt embed`."""
 
 import io
 import json
@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(os.environ.get("IMAGEGPT", ROOT / "target" / "release" / "imagegpt"))
-# A kill may leave these, and the next run writes over them.
+# Beginning of the names of temporary files, which a kill may leave behind and
+# the next run overwrites.
 TEMPORARY = "."
 SIDE = 16
 
 
 def picture(number: int) -> bytes:
-    """A PNG of noise, another one for each number."""
+    """Returns a PNG of noise that is different for each number."""
     state = (number * 2654435761 + 1) & 0xFFFFFFFF
     values = bytearray()
     while len(values) < SIDE * SIDE * 3:
@@ -45,7 +46,7 @@ def picture(number: int) -> bytes:
 
 
 def is_broken(number: int) -> bool:
-    """One in a hundred."""
+    """True for one in a hundred images."""
     return number % 100 == 42
 
 
@@ -58,7 +59,7 @@ def key(number: int) -> str:
 
 
 def make_tars(folder: Path, count: int, per_shard: int) -> list[Path]:
-    """WebDataset shards; made once."""
+    """Makes WebDataset shards; existing ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard, start in enumerate(range(0, count, per_shard)):
@@ -78,7 +79,7 @@ def make_tars(folder: Path, count: int, per_shard: int) -> list[Path]:
 
 
 def make_parquet(folder: Path, count: int, per_file: int) -> list[Path]:
-    """Files in Hugging Face's layout; made once."""
+    """Makes Parquet files in Hugging Face's layout; existing ones are kept."""
     import pyarrow
     import pyarrow.parquet
 
@@ -131,12 +132,12 @@ def await_port(port: int, process: subprocess.Popen, seconds: float = 60) -> Non
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"nobody listens on {port}") from None
+                raise SystemExit(f"no process listens on port {port}") from None
             time.sleep(0.05)
 
 
 class Worker:
-    """`imagegpt serve` on ports of its own, which it keeps when it is replaced."""
+    """`imagegpt serve` on ports of its own, which stay the same after a restart."""
 
     def __init__(self, *flags: str):
         self.flags = flags
@@ -171,7 +172,7 @@ def command(source: str, output: str, workers: list[Worker], *flags: str) -> lis
 
 
 def run(source: str, output: str, workers: list[Worker], *flags: str, env: dict | None = None) -> dict:
-    """To a good end; what it reports."""
+    """Runs a job, which must succeed, and returns its report."""
     done = subprocess.run(
         command(source, output, workers, *flags), capture_output=True, text=True, env=env
     )
@@ -181,7 +182,7 @@ def run(source: str, output: str, workers: list[Worker], *flags: str, env: dict 
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Returns the user and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

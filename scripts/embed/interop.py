@@ -1,11 +1,11 @@
-"""Reads what `imagegpt embed` wrote with the tools of data engineers, and trains
-a linear probe from it.
+"""Reads the output of `imagegpt embed` with the tools of data engineers, and trains
+a linear probe on it.
 
-First a generated dataset, in every format, is read with pyarrow, pandas, polars,
-DuckDB, Hugging Face datasets and NumPy, and each must see the same. Then the
-emoji that models/emoji was probed with are embedded from a Parquet file, and a
-logistic regression on the table, fitted as models/train/probe.py fits it, must
-have the accuracy of models/emoji/probe.json. `make interop-embed` runs it.
+First, a generated dataset in every format is read with pyarrow, pandas, polars,
+DuckDB, Hugging Face datasets and NumPy, and all must read the same data. Then the
+emoji on which models/emoji was probed are embedded from a Parquet file, and a
+logistic regression on the table, fitted as in models/train/probe.py, must have the
+accuracy in models/emoji/probe.json. `make interop-embed` runs the script.
 """
 
 import json
@@ -24,7 +24,8 @@ import pyarrow.parquet
 
 FOLDER = common.ROOT / "target" / "embed-interop"
 IMAGES = 1000
-# An accuracy may differ by so much: solvers of regressions change with versions.
+# Largest difference of an accuracy: solvers of regressions change with
+# versions.
 TOLERANCE = 0.006
 
 
@@ -111,7 +112,7 @@ def read_everywhere() -> None:
 
 
 def probe() -> None:
-    """What models/train/probe.py says of the features it asked for, from a table."""
+    """Fits the linear probe of models/train/probe.py on features from a table."""
     sys.path.insert(0, str(common.ROOT / "models" / "train"))
     import data
     from sklearn.linear_model import LogisticRegression
@@ -125,7 +126,8 @@ def probe() -> None:
         "split": [one.split for one in emoji],
         "category": [one.category for one in emoji],
     }
-    # What a run before has done is not done again: that is what resuming is for.
+    # A table that an earlier run has written is not written again: the job
+    # resumes.
     if not source.exists():
         pyarrow.parquet.write_table(pyarrow.table(columns), source)
     worker = common.Worker(
@@ -159,12 +161,12 @@ def probe() -> None:
         accuracy = regression.score((features - mean) / scale, labels)
         print(f"linear probe from the table, {name}: {accuracy:.4f} of {len(labels)}; the model card has {expected[name]:.4f}")
         if abs(accuracy - expected[name]) > TOLERANCE:
-            raise SystemExit("not the same accuracy")
+            raise SystemExit(f"the accuracy differs by more than {TOLERANCE}")
     found = polars.read_parquet(classes / "*.parquet").filter(polars.col("split") == "test")
     best = found["labels"].list.first() == found["category"]
     print(f"--task classify with the shipped head, test: {best.sum()} of {len(best)} right; the model card has 283")
     if best.sum() != 283 or (found["scores"].list.len() != 2).any():
-        raise SystemExit("not what the head says")
+        raise SystemExit("the classes differ from those in the model card")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Reads and writes datasets where `imagegpt embed` can, and compares with a disk.
+"""Reads and writes datasets in every store of `imagegpt embed`, and compares the
+tables with those of a disk.
 
     stores.py                   # HTTP, Google's and Azure's, each with a server of its own here
     stores.py --only http,az
 
-Some 30 images as WebDataset, as Parquet and as single files. HTTP: a server of
-this script that knows ranges, and Python's own, which does not. Azure: Azurite
-(npm install --prefix target/azurite azurite), read, listed and written. Google:
-gcp-storage-emulator, which has neither the listing nor the uploads in pieces
-that a folder needs, so named files are read and the table is written to a disk.
-S3 is chaos.py's.
+The datasets are 130 images as WebDataset and as Parquet, and 30 as single files.
+HTTP: a server of this script that supports range requests, and Python's own, which
+does not. Azure: Azurite (npm install --prefix target/azurite azurite), which is
+read, listed and written. Google: gcp-storage-emulator, which supports neither
+listing nor multipart uploads, which a directory needs; so named files are read, and
+the table is written to a disk. chaos.py tests S3.
 """
 
 import argparse
@@ -31,7 +32,7 @@ PER_SHARD = 50
 FLAGS = ("--part-items", "20", "--id-column", "key")
 ROOT = common.ROOT / "target" / "embed-stores"
 AZURITE = common.ROOT / "target" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
-# Azurite's, which everybody knows.
+# Azurite's published key, which is no secret.
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -40,7 +41,7 @@ RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
 
 
 def make() -> dict[str, list[Path]]:
-    """The same images in every layout, made once, by the folder that they lie in."""
+    """Makes the images in every layout; returns the files by directory."""
     tars = common.make_tars(ROOT / "tars", IMAGES, PER_SHARD)
     parquet = common.make_parquet(ROOT / "parquet", IMAGES, PER_SHARD)
     files = []
@@ -55,7 +56,7 @@ def make() -> dict[str, list[Path]]:
 
 
 def table(output: Path) -> dict[str, bytes]:
-    """What a job wrote, but for what names its input."""
+    """Returns the files that a job wrote, without those that name its input."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
@@ -65,7 +66,7 @@ def table(output: Path) -> dict[str, bytes]:
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Python's server with the one thing that it lacks."""
+    """Python's server with support for range requests, which it lacks."""
 
     def log_message(self, *_):
         pass
@@ -97,7 +98,7 @@ def serve(handler) -> str:
 
 
 class Check:
-    """Jobs whose tables must be those of jobs from a disk."""
+    """Runs jobs whose tables must equal those of jobs from a disk."""
 
     def __init__(self, worker: common.Worker):
         self.worker = worker
@@ -134,7 +135,8 @@ class Check:
 
 def over_http(check: Check) -> None:
     check.read("http", serve(Ranges), ("tars", "parquet", "list"))
-    # Without ranges whole files can be read, and of shards it is said why not.
+    # Without range requests, whole files can be read, and shards are refused
+    # with the reason.
     plain = serve(Plain)
     check.read("http-plain", plain, ("list",))
     command = common.command(
@@ -150,7 +152,7 @@ def google(check: Check, made: dict[str, list[Path]]) -> None:
     from gcp_storage_emulator import server as emulator
 
     class Bodiless:
-        """What a HEAD answers, which the emulator does not know: GET's headers."""
+        """Answers a HEAD request, which the emulator does not support, with GET's headers."""
 
         def __init__(self, file):
             self.file, self.is_body = file, False
@@ -166,7 +168,7 @@ def google(check: Check, made: dict[str, list[Path]]) -> None:
         handler.wfile = file
 
     def end_headers(handler):
-        # Google's always says both.
+        # Google's servers always send both headers.
         handler.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
         handler.send_header("ETag", '"1"')
         http.server.BaseHTTPRequestHandler.end_headers(handler)
@@ -197,7 +199,7 @@ def azure(check: Check, made: dict[str, list[Path]]) -> None:
     from azure.storage.blob import BlobServiceClient
 
     if not AZURITE.exists():
-        raise SystemExit(f"{AZURITE} is not there: npm install --prefix target/azurite azurite")
+        raise SystemExit(f"{AZURITE} does not exist; run npm install --prefix target/azurite azurite")
     port = common.free_port()
     server = subprocess.Popen(
         [AZURITE, "--blobPort", str(port), "--inMemoryPersistence", "--skipApiVersionCheck"],
@@ -206,7 +208,8 @@ def azure(check: Check, made: dict[str, list[Path]]) -> None:
     )
     url = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
     try:
-        # It answers 400 to a page that there is not.
+        # Azurite answers 400 to a page that does not exist, so only its port is
+        # awaited.
         common.await_port(port, server)
         client = BlobServiceClient(url, credential=AZURE_KEY)
         images, out = client.create_container("images"), client.create_container("out")
@@ -220,7 +223,7 @@ def azure(check: Check, made: dict[str, list[Path]]) -> None:
             "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
         }
         check.read("az", "az://images", ("tars", "parquet", "list"), env)
-        # A folder is listed, and the table is written there, too.
+        # A directory is listed, and the table is written to Azure, too.
         check.run("az", "az://images/tars", "az://out/table", env)
         got = {}
         for blob in out.list_blobs(name_starts_with="table/"):
@@ -228,7 +231,7 @@ def azure(check: Check, made: dict[str, list[Path]]) -> None:
             if name.startswith(("part-", "errors/")):
                 got[name] = out.download_blob(blob.name).readall()
         check.compare("az, written and listed", "tars", got)
-        # Nothing is left to do.
+        # The same job has nothing left to do.
         check.run("az", "az://images/tars", "az://out/table", env)
     finally:
         server.kill()

@@ -1,8 +1,9 @@
-//! Calls for `imagegpt bench`: cheap for the caller, and told apart by code.
+//! Calls for `imagegpt bench` that cost the caller little and report failures
+//! by code.
 //!
 //! Requests are bytes that were encoded before, so that the tool's own work
-//! does not show as the worker's latency on a machine that they share. Nothing
-//! here measures; `imagegpt bench` does.
+//! does not show as the worker's latency on a machine that both share.
+//! Measuring is the part of `imagegpt bench`, not of this module.
 
 use std::cmp::Ordering;
 use std::time::Duration;
@@ -25,25 +26,25 @@ use tonic_types::StatusExt as _;
 use super::{ConnectConfig, RESPONSE_BYTES_MAX, Token};
 use crate::proto::{GrpcCode, Priority, pb};
 
-/// Items of a stream between its writer and its connection; the worker's window
-/// is what bounds a stream.
+/// Items of a stream in the queue between its writer and its connection; the
+/// worker's window is the bound of the stream.
 const STREAM_QUEUE: usize = 16;
 
-/// How a call or an image of its answer failed: by a code, or in a way that only the
-/// caller sees.
+/// Failure of a call or of an image in its answer: a gRPC code, or a failure
+/// that only the caller sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CallCode {
     Grpc(GrpcCode),
-    /// The call did not come back in the tool's own patience.
+    /// The call got no answer within the tool's own patience.
     ClientTimeout,
-    /// There was no worker to connect to.
+    /// No worker accepted a connection.
     NoWorker,
     /// An image of an answer has neither a result nor an error.
     NoOutcome,
 }
 
 impl CallCode {
-    /// Name of the code in reports.
+    /// Returns the name of the code in reports.
     #[must_use]
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -55,7 +56,7 @@ impl CallCode {
     }
 }
 
-/// Codes are in the order of their names, as reports list them.
+/// Orders codes by their names, as reports list them.
 impl Ord for CallCode {
     fn cmp(&self, other: &Self) -> Ordering {
         self.name().cmp(other.name())
@@ -80,7 +81,7 @@ impl Serialize for CallCode {
     }
 }
 
-/// What is asked of the worker.
+/// Method of the worker that is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
@@ -98,7 +99,7 @@ impl Method {
         })
     }
 
-    /// The outcome of each image in a response of this method.
+    /// Decodes the outcome of each image from a response of this method.
     fn outcomes(self, body: Bytes) -> Result<Outcomes, prost::DecodeError> {
         fn failed(status: &tonic_types::Status) -> ImageOutcome {
             Err(CallCode::Grpc(status.code.into()))
@@ -135,30 +136,31 @@ impl Method {
     }
 }
 
-/// How a call is made, whatever is in it.
+/// Options of a call, apart from its images.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallOptions {
     pub method: Method,
-    /// `None` says nothing, so that the worker's default holds.
+    /// Priority class of the call; `None` sends no class, so that the worker's
+    /// default applies.
     pub priority: Option<Priority>,
-    /// Sent as `grpc-timeout`.
+    /// Deadline, sent as `grpc-timeout`.
     pub deadline: Option<Duration>,
-    /// After this time the tool gives up by itself.
+    /// Time after which the tool gives the call up by itself.
     pub patience: Duration,
 }
 
-/// The numbers of an embedding (nothing for the other methods), or the code of
-/// the image's error.
+/// Outcome of an image: the bytes of its embedding (empty for the other
+/// methods), or the code of its error.
 pub(crate) type ImageOutcome = Result<Bytes, CallCode>;
-/// One for each image of a call.
+/// Outcomes of a call, one for each image.
 pub(crate) type Outcomes = Vec<ImageOutcome>;
 
-/// Why a call or a stream ended without an answer.
+/// Reason for which a call or a stream ended without an answer.
 #[derive(Debug, Clone)]
 pub(crate) struct Refusal {
     pub code: CallCode,
     pub message: String,
-    /// What `google.rpc.RetryInfo` asks to wait, if the status carries one.
+    /// Delay that `google.rpc.RetryInfo` asks for, if the status carries one.
     pub retry_after: Option<Duration>,
 }
 
@@ -179,8 +181,8 @@ impl Refusal {
         }
     }
 
-    /// Whether the worker sent it away without a fault of its own or of the
-    /// request: full, draining or not ready.
+    /// True if the worker rejected the call without a fault of its own or of
+    /// the request: it is full, draining or not ready.
     #[must_use]
     pub(crate) fn is_reject(&self) -> bool {
         matches!(
@@ -189,7 +191,8 @@ impl Refusal {
         )
     }
 
-    /// Whether a client with round robin would try the next worker.
+    /// True if a client with round-robin load balancing would try the next
+    /// worker.
     #[must_use]
     pub(crate) fn is_elsewhere(&self) -> bool {
         matches!(
@@ -198,7 +201,7 @@ impl Refusal {
         )
     }
 
-    /// Whether the worker does not have the call at all.
+    /// True if the worker does not implement the method.
     #[must_use]
     pub(crate) fn is_unimplemented(&self) -> bool {
         self.code == CallCode::Grpc(GrpcCode::Unimplemented)
@@ -211,8 +214,9 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-/// Why no connection could be made, where that is what ended the call: tonic
-/// makes UNAVAILABLE of it, which is also what a worker says that drains.
+/// Returns the reason for which no connection could be made, if that is what
+/// ended the call. tonic reports it as UNAVAILABLE, which is also the code of a
+/// draining worker.
 fn unconnected(status: &Status) -> Option<String> {
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
@@ -224,28 +228,28 @@ fn unconnected(status: &Status) -> Option<String> {
     None
 }
 
-/// Whether a call was dropped before it was sent, because its connection was
-/// just closing: what a draining worker's clients meet. tonic makes CANCELLED of
-/// it, but nobody cancelled; gRPC's own clients try such a call again. Only
-/// statuses that were made on this side have a source.
+/// True if a call was dropped before it was sent, because its connection was
+/// just closing, as happens to the clients of a draining worker. tonic reports
+/// CANCELLED for it although nobody cancelled; gRPC's own clients retry such a
+/// call. Only statuses that were made on this side have a source.
 fn never_left(status: &Status) -> bool {
     status.code() == Code::Cancelled
         && std::error::Error::source(status).is_some()
-        // The text of hyper's error for a request that was dropped before it
-        // was processed; its type is not within reach.
+        // Text of hyper's error for a request that was dropped before it was
+        // processed; the type of the error is not accessible.
         && status.message() == "operation was canceled"
 }
 
-/// A connection to one worker.
+/// Connection to one worker.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadConnection(Grpc<InterceptedService<Channel, Token>>);
 
 impl LoadConnection {
     /// Connects to `url`, such as `http://127.0.0.1:50051`.
     ///
-    /// `stream_window` bounds the answers that the connection takes from the
-    /// worker before somebody reads them; `None` leaves it at the library's
-    /// default.
+    /// `stream_window` bounds the bytes of answers per stream that the
+    /// connection takes from the worker before they are read; `None` leaves the
+    /// library's default.
     ///
     /// # Errors
     ///
@@ -268,11 +272,11 @@ impl LoadConnection {
         Ok(Self(grpc))
     }
 
-    /// What the worker serves.
+    /// Asks the worker which model it serves.
     ///
     /// # Errors
     ///
-    /// The call's status.
+    /// The status with which the call failed.
     pub(crate) async fn model(&self) -> Result<pb::GetModelResponse, Refusal> {
         let path = PathAndQuery::from_static("/imagegpt.v1.ImageGptService/GetModel");
         let body = self.unary(tonic::Request::new(Bytes::new()), path).await;
@@ -280,11 +284,11 @@ impl LoadConnection {
         pb::GetModelResponse::decode(body).map_err(|error| malformed(&error))
     }
 
-    /// One call with a request that was encoded before.
+    /// Makes one call with a request that was encoded before.
     ///
     /// # Errors
     ///
-    /// What ended the call as a whole.
+    /// The failure that ended the call as a whole.
     pub(crate) async fn call(&self, manner: CallOptions, body: Bytes) -> Result<Outcomes, Refusal> {
         let mut request = tonic::Request::new(body);
         if let Some(deadline) = manner.deadline {
@@ -318,12 +322,12 @@ impl LoadConnection {
         Ok(grpc.unary(request, path, RawCodec).await?.into_inner())
     }
 
-    /// Opens an EmbedStream with default options; `window` 0 asks for all that
-    /// the worker allows.
+    /// Opens an EmbedStream with default options; `window` 0 asks for the
+    /// largest window that the worker allows.
     ///
     /// # Errors
     ///
-    /// What the worker said instead of opening it.
+    /// The status that the worker sent instead of opening the stream.
     pub(crate) async fn stream(
         &self,
         priority: Option<Priority>,
@@ -338,7 +342,7 @@ impl LoadConnection {
                 },
             )),
         };
-        // The queue is empty, so this cannot wait.
+        // The queue is empty, so sending cannot wait.
         let _ = items.try_send(Bytes::from(open.encode_to_vec()));
         let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
         set_priority(&mut request, priority);
@@ -371,20 +375,20 @@ fn malformed(error: &prost::DecodeError) -> Refusal {
     )))
 }
 
-/// The side of a stream that items go into. Dropping it ends the stream once
-/// its items are answered.
+/// Sending side of a stream. Dropping it ends the stream once its items are
+/// answered.
 #[derive(Debug, Clone)]
 pub(crate) struct StreamWriter(mpsc::Sender<Bytes>);
 
 impl StreamWriter {
-    /// Sends one item; waits while the worker takes no more. `image` is an
-    /// encoded [`pb::Image`]. `false` when the stream has ended.
+    /// Sends one item, and waits while the worker takes no more. `image` is an
+    /// encoded [`pb::Image`]. Returns `false` when the stream has ended.
     pub(crate) async fn send(&self, id: u64, image: &[u8]) -> bool {
         self.0.send(stream_item(id, image)).await.is_ok()
     }
 }
 
-/// An `EmbedStreamRequest` around an image that is encoded already.
+/// Encodes an `EmbedStreamRequest` around an image that is already encoded.
 fn stream_item(id: u64, image: &[u8]) -> Bytes {
     const ITEM: u32 = 2;
     const ITEM_ID: u32 = 1;
@@ -397,29 +401,29 @@ fn stream_item(id: u64, image: &[u8]) -> Bytes {
     message.into()
 }
 
-/// Appends a field that has a length: bytes, text or a message.
+/// Appends a length-delimited field: bytes, text or a message.
 pub(crate) fn put_field(number: u32, content: &[u8], to: &mut Vec<u8>) {
     prost::encoding::encode_key(number, prost::encoding::WireType::LengthDelimited, to);
     prost::encoding::encode_varint(content.len() as u64, to);
     to.extend_from_slice(content);
 }
 
-/// What comes out of a stream.
+/// Event that a stream's reader returns.
 #[derive(Debug)]
 pub(crate) enum StreamEvent {
-    /// An item's answer under the number that it was sent with; `None` if the
-    /// worker made the id up.
+    /// Answer for an item, with the number that it was sent with; `None` if the
+    /// worker sent an id that is no number.
     Answer(Option<u64>, ImageOutcome),
-    /// The stream ended; a refusal if not in good order.
+    /// End of the stream, with a refusal unless it ended in good order.
     End(Option<Refusal>),
 }
 
-/// The side of a stream that answers come out of.
+/// Receiving side of a stream.
 #[derive(Debug)]
 pub(crate) struct StreamReader(Streaming<Bytes>);
 
 impl StreamReader {
-    /// The next answer, or the end.
+    /// Returns the next answer, or the end of the stream.
     pub(crate) async fn next(&mut self) -> StreamEvent {
         loop {
             let body = match self.0.message().await {
@@ -446,7 +450,7 @@ impl StreamReader {
     }
 }
 
-/// Messages as they are on the wire.
+/// Codec that passes messages on as the bytes on the wire.
 #[derive(Debug, Clone, Copy, Default)]
 struct RawCodec;
 

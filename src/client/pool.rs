@@ -1,11 +1,12 @@
-//! Many workers as one, for jobs over datasets.
+//! Pool of many workers that does the work of jobs over datasets.
 //!
-//! Names are resolved again and again, and each address that they have gets a
-//! session: a task with a connection and one EmbedStream. A session takes the
-//! next image from the [`TaskFeed`] whenever its worker has room, so a worker that
-//! is twice as fast does twice as much, and one that stalls takes no more. What
-//! a session has when its stream ends, however it ends, goes back to the front
-//! of the feed. So an image is with one worker at a time, and is answered once.
+//! Host names are resolved again and again, and each address that they have
+//! gets a session: a task with a connection and one EmbedStream. A session
+//! takes the next image from the [`TaskFeed`] whenever its worker has room. So
+//! a worker that is twice as fast does twice as much, and a worker that stalls
+//! takes no more images. The unanswered images of a session go back to the
+//! front of the feed when its stream ends, for whatever reason. So an image is
+//! with one worker at a time, and is answered once.
 
 mod feed;
 mod session;
@@ -25,32 +26,38 @@ use crate::proto::{GrpcCode, pb};
 
 pub use self::feed::TaskFeed;
 
-/// Addresses that all names together may have: more would be a mistake of the
-/// name service, and each costs a connection.
+/// Addresses that all host names together may have. More would be a mistake of
+/// the name service, and each address costs a connection.
 const ADDRESSES_MAX: usize = 1024;
-/// Answers on their way to whoever collects them.
+/// Capacity of the queue of answers between the sessions and the collector.
 const ANSWERS_QUEUE: usize = 256;
-/// Rest between two looks for a worker while none has answered yet.
+/// Time between two attempts to find a worker while none has answered yet.
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_millis(300);
 
-/// Which workers, and how patient to be with them.
+/// Workers of a pool, and the time limits for them.
 #[derive(Debug, Clone)]
 pub struct PoolConfig {
-    /// `http://HOST:PORT` or `https://HOST:PORT`, each a name or an address.
+    /// Each is `http://HOST:PORT` or `https://HOST:PORT`; the host is a name or
+    /// an address.
     pub endpoints: Vec<String>,
     pub connect: ConnectConfig,
-    /// Images that one worker may have at once; 0 is what it allows.
+    /// Images that one worker may have in flight; 0 uses the worker's own
+    /// limit.
     pub window: u32,
-    /// A worker that has answered nothing for so long is left out.
+    /// Longest time without an answer from a worker that has images; after it
+    /// the worker is left out for a while.
     pub item_timeout: Duration,
-    /// How often names are resolved again.
+    /// Time between two DNS lookups of the host names.
     pub resolve_interval: Duration,
 }
 
 impl PoolConfig {
+    /// Checks the endpoints and the files of the flags, before any worker is
+    /// asked.
+    ///
     /// # Errors
     ///
-    /// What is wrong with the endpoints and the files, before any is asked.
+    /// Names the endpoint or the file that cannot be used.
     pub fn check(&self) -> anyhow::Result<()> {
         self.connect.token()?;
         for url in &self.endpoints {
@@ -61,7 +68,7 @@ impl PoolConfig {
     }
 }
 
-/// What is asked of the workers about each image.
+/// Request that the workers get for each image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PoolWork {
     Embed(pb::EmbedStreamOptions),
@@ -69,41 +76,44 @@ pub enum PoolWork {
     Score(pb::ScoreRequest),
 }
 
-/// An image that waits for its answer.
+/// Image that waits for its answer.
 #[derive(Debug)]
 pub struct PoolTask {
-    /// Comes back with the answer; no two tasks share one.
+    /// Number that comes back with the answer; no two tasks share a number.
     pub id: u64,
-    /// The encoded file.
+    /// Bytes of the encoded file.
     pub image: Bytes,
-    /// Its part of the memory that images may take; free when it is answered.
+    /// Memory that the image holds, out of the memory for images; released when
+    /// the image is answered.
     pub room: OwnedSemaphorePermit,
-    /// How often a worker has failed at it with a code that may pass.
+    /// Number of times that a worker answered this image with a code that may
+    /// pass.
     pub failures: u32,
-    /// How often a worker has ended, or hung, that had it.
+    /// Number of times that a worker ended or hung while it had this image.
     pub lost: u32,
 }
 
-/// What a worker said of an image.
+/// Answer of a worker for one image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PoolAnswer {
-    /// The numbers, little-endian, as the job's options ask for them.
+    /// Numbers of the vector, little-endian, in the format that the job's
+    /// options name.
     Embedding(Bytes),
     Classes(Vec<pb::ClassScore>),
     Score(pb::Score),
 }
 
-/// Why an image has no answer.
+/// Reason for which an image has no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFault {
-    /// What kind of failure it is.
+    /// Kind of the failure.
     pub code: GrpcCode,
-    /// One sentence.
+    /// Sentence that describes the failure.
     pub message: String,
 }
 
 impl ImageFault {
-    /// An image that no worker has to be asked about.
+    /// Makes the fault of an image that no worker needs to be asked about.
     #[must_use]
     pub fn invalid(message: String) -> Self {
         Self {
@@ -113,34 +123,35 @@ impl ImageFault {
     }
 }
 
-/// An image's end.
+/// Final outcome of an image.
 #[derive(Debug)]
 pub struct PoolOutcome {
     pub id: u64,
     pub outcome: Result<PoolAnswer, ImageFault>,
 }
 
-/// What all sessions share.
+/// State that all sessions share.
 #[derive(Debug)]
 struct Shared {
     config: PoolConfig,
     token: Token,
     job: PoolWork,
-    /// What every worker must serve.
+    /// Digest of the model that every worker must serve.
     digest: String,
     feed: TaskFeed,
     done: mpsc::Sender<PoolOutcome>,
-    /// The addresses that the names have now.
+    /// Addresses that the host names have now.
     addresses: watch::Sender<BTreeSet<Address>>,
-    /// Asks for the names to be resolved now.
+    /// Wakes the task that resolves host names, to do so now.
     look: Notify,
-    /// True once everything has been answered.
+    /// True once every image has been answered.
     finished: watch::Receiver<bool>,
-    /// The last trouble with each address, for whoever asks why nothing moves.
+    /// Latest trouble with each address, for the message that explains a
+    /// standstill.
     troubles: Mutex<BTreeMap<Address, String>>,
 }
 
-/// One of the addresses of an endpoint.
+/// Address of an endpoint, one of those that its host name has.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Address {
     url: String,
@@ -169,7 +180,7 @@ impl Shared {
     }
 }
 
-/// The workers at work. Dropping it ends all sessions at once.
+/// Running pool of workers. Dropping the pool ends all sessions at once.
 #[derive(Debug)]
 pub struct WorkerPool {
     shared: Arc<Shared>,
@@ -178,8 +189,8 @@ pub struct WorkerPool {
 }
 
 impl WorkerPool {
-    /// Starts on whatever comes out of `tasks`. The answers come in the order
-    /// in which they are there.
+    /// Starts to work on the tasks of the channel `tasks`. The answers come in
+    /// the order in which they are ready.
     ///
     /// # Errors
     ///
@@ -214,7 +225,8 @@ impl WorkerPool {
         Ok((pool, answers))
     }
 
-    /// Why workers are left out, one sentence each; empty when all are well.
+    /// Returns the reasons for which workers are left out, one sentence each;
+    /// empty when no worker is.
     #[must_use]
     pub fn troubles(&self) -> Vec<String> {
         let troubles = &self.shared.troubles;
@@ -223,15 +235,15 @@ impl WorkerPool {
         troubles.iter().map(sentence).collect()
     }
 
-    /// True if all sessions are gone, which they never are of themselves before
-    /// [`Self::finish`]: something in them has panicked.
+    /// True if all sessions have ended. Before [`Self::finish`] they end only
+    /// when a task of the pool has panicked.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.sessions.is_finished()
     }
 
-    /// The panic that ended the sessions; only of a pool that
-    /// [has ended](Self::has_ended).
+    /// Returns the panic that ended the sessions. To be called only on a pool
+    /// that [has ended](Self::has_ended).
     pub async fn why_ended(&mut self) -> Option<anyhow::Error> {
         let error = (&mut self.sessions).await.err()?;
         let panic = error.try_into_panic().ok()?;
@@ -239,10 +251,11 @@ impl WorkerPool {
         Some(anyhow::anyhow!("the pool of workers panicked: {text}"))
     }
 
-    /// Ends the streams in good order, once everything has been answered.
+    /// Closes the streams in good order, once every image has been answered.
     pub async fn finish(mut self) {
         let _ = self.finish.send(true);
-        // Sessions bound by themselves how long they wait for a worker's end.
+        // Sessions limit by themselves how long they wait for a worker to close
+        // its stream.
         let _ = (&mut self.sessions).await;
     }
 }
@@ -253,11 +266,11 @@ impl Drop for WorkerPool {
     }
 }
 
-/// Asks the endpoints what they serve until one answers.
+/// Asks the endpoints for their model until one of them answers.
 ///
 /// # Errors
 ///
-/// After `patience`, why none has answered.
+/// After `patience`, the reason for which each address has not answered.
 pub async fn first_model(
     config: &PoolConfig,
     patience: Duration,
@@ -286,13 +299,18 @@ pub async fn first_model(
                 .into_iter()
                 .map(|(at, reason)| format!("{at}: {reason}"))
                 .collect();
-            anyhow::bail!("no worker answers; {}", reasons.join("; "));
+            anyhow::bail!(
+                "no worker answers after {} (--give-up-after); {}",
+                humantime::format_duration(patience),
+                reasons.join("; ")
+            );
         }
         tokio::time::sleep(FIRST_LOOK_INTERVAL).await;
     }
 }
 
-/// Keeps a session for each address that the endpoints have.
+/// Keeps a session for each address that the endpoints have, until all is
+/// finished.
 async fn keep(shared: Arc<Shared>) {
     let mut sessions: JoinSet<Address> = JoinSet::new();
     let mut known = BTreeSet::new();
@@ -304,13 +322,15 @@ async fn keep(shared: Arc<Shared>) {
             _ = finished.wait_for(|&finished| finished) => break,
             Some(ended) = sessions.join_next() => {
                 match ended {
-                    // Its address is gone; should it come back, it is new.
+                    // The address has vanished; if it comes back, it gets a new
+                    // session.
                     Ok(address) => {
                         shared.well(&address);
                         known.remove(&address);
                     }
-                    // A session without its end would leave its images unasked
-                    // for ever: the job is to fail of it.
+                    // A session that ended without an outcome would leave its
+                    // images unanswered for ever, so the job must fail with its
+                    // panic.
                     Err(error) => {
                         if let Ok(panic) = error.try_into_panic() {
                             std::panic::resume_unwind(panic);
@@ -333,7 +353,8 @@ async fn keep(shared: Arc<Shared>) {
     while sessions.join_next().await.is_some() {}
 }
 
-/// A name that cannot be resolved now keeps the addresses that it had.
+/// Resolves all host names. A name that cannot be resolved now keeps the
+/// addresses that it had.
 async fn resolve_all(shared: &Shared) -> BTreeSet<Address> {
     let mut found = BTreeSet::new();
     for url in &shared.config.endpoints {
@@ -353,7 +374,7 @@ async fn resolve(url: &str) -> anyhow::Result<Vec<Address>> {
     let (host, port) = host_and_port(url)?;
     let found = tokio::net::lookup_host((host.as_str(), port))
         .await
-        .with_context(|| format!("--endpoint {url}: its name cannot be resolved"))?;
+        .with_context(|| format!("--endpoint {url}: cannot resolve its host name"))?;
     let url = url.to_owned();
     Ok(found
         .map(|addr| Address {
@@ -366,7 +387,7 @@ async fn resolve(url: &str) -> anyhow::Result<Vec<Address>> {
 fn host_and_port(url: &str) -> anyhow::Result<(String, u16)> {
     let uri: http::Uri = url
         .parse()
-        .with_context(|| format!("--endpoint {url} is not a URL"))?;
+        .with_context(|| format!("--endpoint {url} is not a URL; write http://HOST:PORT"))?;
     let host = uri
         .host()
         .with_context(|| format!("--endpoint {url} has no host; write http://HOST:PORT"))?;
@@ -375,7 +396,7 @@ fn host_and_port(url: &str) -> anyhow::Result<(String, u16)> {
     } else {
         80
     };
-    // Addresses of IPv6 stand in brackets in a URL only.
+    // IPv6 addresses stand in brackets only in a URL.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     Ok((host.to_owned(), uri.port_u16().unwrap_or(default)))
 }

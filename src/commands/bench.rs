@@ -1,13 +1,15 @@
-//! `imagegpt bench`: loads a worker and says what it does.
+//! `imagegpt bench`: loads a worker and reports its throughput and latency.
 //!
-//! The pieces: [`flags`] is the manual; `input` makes images; `load` has the
-//! closed and the open loop, `arrivals` says when calls of the latter are due,
-//! `bulk` is a load beside them; `stats` counts; `process` reads /proc; `modes`,
-//! `slow`, `soak` and `knee` are what can be measured; `report` and `plot` show
-//! it. `engine` measures without a worker. The connection itself is `crate::client::load`.
+//! Modules: [`flags`] has the command line and its help; `input` makes images;
+//! `load` has the closed and the open loop, `arrivals` the times at which calls
+//! of the open loop are due, `bulk` a bulk load beside both; `stats` counts;
+//! `process` reads /proc; `modes`, `slow`, `soak` and `knee` are the modes;
+//! `report` and `plot` show the results. `engine` measures without a worker.
+//! Connections are in `crate::client::load`.
 //!
-//! What it promises: latency counts from when a call was due, refusals are never
-//! mixed with answers, and where the tool itself was the limit it says so.
+//! Promises to the reader of the results: latency counts from the time at which
+//! a call was due, refusals are never mixed with answers, and a measurement in
+//! which the tool itself was the limit says so.
 
 mod arrivals;
 mod bulk;
@@ -40,12 +42,13 @@ use self::modes::{ModeFindings, Phases};
 use crate::files::can_write;
 use crate::proto::pb;
 
-/// More threads than this send no more calls; they only take cores.
+/// Most threads of the tool by default. More threads send no more calls; they
+/// only take cores from the worker.
 const CLIENT_THREADS_MAX: usize = 4;
-/// What a shell reports of a process that SIGINT ended.
+/// Exit code that a shell reports of a process that SIGINT ended.
 const EXIT_INTERRUPTED: i32 = 130;
 
-/// How it came out.
+/// Outcome of a benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BenchVerdict {
     Fine,
@@ -53,16 +56,18 @@ pub enum BenchVerdict {
     Broken,
 }
 
-/// Runs the command, with its table going to `out`.
+/// Runs `imagegpt bench` and writes its tables to `out`.
 ///
-/// It has a runtime of its own, so that nothing else delays its calls.
+/// Runs on an async runtime of its own, so that no other task delays its calls.
 ///
 /// # Errors
 ///
-/// When flags do not fit, a worker does not answer, or a file cannot be written.
+/// When flags contradict each other, a worker does not answer, or a file cannot
+/// be written.
 pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<BenchVerdict> {
     args.validate()?;
-    // What would fail at the end is told before the work.
+    // Files that cannot be written are reported before the measurement, not
+    // after it.
     for (flag, path) in [("--json", &args.flags.json), ("--plot", &args.flags.plot)] {
         if let Some(path) = path {
             can_write(path)
@@ -88,7 +93,7 @@ pub fn run(args: &BenchArgs, out: &mut impl Write) -> anyhow::Result<BenchVerdic
         .build()
         .context("the async runtime cannot be started")?;
     let verdict = runtime.block_on(measure(args, n_threads, out));
-    // Calls that were let go of must not hold the process.
+    // Calls that were abandoned must not keep the process alive.
     runtime.shutdown_background();
     verdict
 }
@@ -120,13 +125,13 @@ async fn measure(
                 Mode::SlowReader(args) => slow::run(&bench, args, &mut phases).await,
                 Mode::Soak(args) => soak::run(&bench, args).await,
                 Mode::Knee(args) => Ok(knee::of_endpoint(&bench, args, &mut phases).await),
-                // Needs no worker, and has been done.
+                // The mode needs no worker, and `run` has handled it already.
                 Mode::Engine(_) => Ok(ModeFindings::default()),
             };
             (Some(bench.model.clone()), Some(bench.lanes.len()), findings)
         }
     };
-    // What was measured before a failure is shown too.
+    // Measurements that were complete before a failure are shown too.
     report::table(&phases, out)?;
     let mut findings = findings?;
     findings
@@ -182,12 +187,12 @@ fn draw(
     if plot::draw(path, &format!("imagegpt bench {mode}{of}"), phases)? {
         writeln!(out, "wrote {}", path.display())?;
     } else {
-        writeln!(out, "--plot: nothing was measured that could be drawn")?;
+        writeln!(out, "--plot: no latency was measured, so nothing was drawn")?;
     }
     Ok(())
 }
 
-/// What the numbers below depend on.
+/// Writes the facts that all results depend on: machine, model and calls.
 fn header(bench: &Bench, mode: &Mode, out: &mut impl Write) -> std::io::Result<()> {
     let (model, flags) = (&bench.model, &bench.flags);
     let machine = machine();
@@ -229,14 +234,16 @@ fn header(bench: &Bench, mode: &Mode, out: &mut impl Write) -> std::io::Result<(
     )
 }
 
-/// Ends the run in good order at the first Ctrl-C, at once at the second.
+/// Ends the run at the first Ctrl-C and shows the results so far; ends the
+/// process at once at the second.
 async fn stop_on_interrupt(stop: watch::Sender<bool>) {
     if tokio::signal::ctrl_c().await.is_err() {
-        // Without a handler the signal ends the process by itself. The sender
-        // stays, so that nobody takes its end for a stop.
+        // Without a handler, the signal ends the process by itself. The sender
+        // is kept alive, because receivers would take its end for a request to
+        // stop.
         std::future::pending::<()>().await;
     }
-    progress::note("interrupted: showing what there is; once more to end at once");
+    progress::note("interrupted: showing the results so far; press Ctrl-C again to end at once");
     stop.send_replace(true);
     let _ = tokio::signal::ctrl_c().await;
     std::process::exit(EXIT_INTERRUPTED);
@@ -252,7 +259,7 @@ fn machine() -> Value {
         "cpu": cpus.as_ref().and_then(|cpus| cpus.model_name(0)),
         "threads": std::thread::available_parallelism().map_or(0, usize::from),
         "kernel": rustix::system::uname().release().to_string_lossy(),
-        // Others on the machine show here.
+        // Other load on the machine shows in the load average.
         "load_average": load,
     })
 }

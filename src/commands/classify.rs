@@ -1,6 +1,5 @@
-//! `imagegpt classify`: the likeliest classes of images.
+//! `imagegpt classify`: the most likely classes of images.
 
-use std::convert::Infallible;
 use std::io::Write;
 use std::str::FromStr;
 
@@ -14,18 +13,19 @@ use crate::files::printable;
 use crate::model::head::HeadFlag;
 use crate::serve::config::ServeConfig;
 
-/// Columns that a class's name takes in the table; the rest of a longer one
-/// pushes what follows.
+/// Width of the class column in the table; a longer name shifts the columns
+/// after it.
 const LABEL_WIDTH_MAX: usize = 24;
 
 #[derive(Debug, Clone, Args)]
 pub struct ClassifyArgs {
-    /// Which linear head: one of the worker's, or with --model NAME=FILE, which
-    /// loads one [default: the checkpoint's own, or the only one]
+    /// Linear head to use: the NAME of a head that the worker serves, or, with
+    /// --model, NAME=FILE to load one [default: the checkpoint's own head, or
+    /// the only head]
     #[arg(long, value_name = "NAME[=FILE]")]
     pub head: Option<HeadChoice>,
 
-    /// Classes of each image
+    /// Number of classes to show per image
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub top_k: u32,
 
@@ -33,23 +33,24 @@ pub struct ClassifyArgs {
     pub each: EachConfig,
 }
 
-/// What `--head` takes.
+/// Value of `--head`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HeadChoice {
-    /// One that the worker has.
+    /// Name of a head that the worker serves.
     Name(String),
-    /// One that a worker of one's own shall load.
+    /// Head that a worker in this process loads.
     File(HeadFlag),
 }
 
 impl FromStr for HeadChoice {
-    type Err = Infallible;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(match text.parse() {
-            Ok(flag) => Self::File(flag),
-            Err(_) => Self::Name(text.to_owned()),
-        })
+        // A name has no '=', so a text with one must be NAME=FILE as a whole.
+        if text.contains('=') {
+            return text.parse().map(Self::File);
+        }
+        Ok(Self::Name(text.to_owned()))
     }
 }
 
@@ -63,15 +64,15 @@ impl HeadChoice {
 }
 
 impl HeadChoice {
-    /// Has a worker of one's own load the head.
+    /// Adds the head to the flags of a worker in this process.
     pub(super) fn add_to(&self, own: Option<&mut ServeConfig>) -> anyhow::Result<()> {
         let Self::File(flag) = self else {
             return Ok(());
         };
         let Some(own) = own else {
             anyhow::bail!(
-                "--head {}={}: a worker that runs elsewhere loads no files; write --head {}, or \
-                 give --model",
+                "--head {}={}: a worker at --endpoint loads no files; use --head {} for a head \
+                 that it serves, or serve the model in this process (--model)",
                 flag.name,
                 flag.file.display(),
                 flag.name
@@ -88,7 +89,7 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     head: &'a str,
     classes: Vec<Class>,
-    /// Of a model that names no classes.
+    /// Logits of a model that names no classes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     logits: Vec<f32>,
     model_digest: &'a str,
@@ -111,7 +112,7 @@ pub(super) async fn run(
         client.classify(images, preprocess, head, top_k).await
     };
     let width = label_width(session, head);
-    // As wide as the columns below it.
+    // The header is as wide as the columns below it.
     let column = format!("score {:width$}  ", "class");
     let header = column.repeat(columns(session, head, top_k)) + "file";
     session.head(&args.each, &header, out)?;
@@ -143,11 +144,11 @@ pub(super) async fn run(
     session.each_input(&args.each, call, take).await
 }
 
-/// The names of the classes that will be shown; none of a model without.
+/// Names of the classes that can be shown; empty for a model without names.
 fn labels<'a>(session: &'a Session, head: &str) -> &'a [String] {
     let heads = &session.model.heads;
     let found = heads.iter().find(|found| found.name == head);
-    // Without a name it is the checkpoint's own, or the only one.
+    // Without a name, the checkpoint's own head or the only head answers.
     match (found, heads.as_slice()) {
         (Some(head), _) => &head.labels,
         (None, [only]) if session.model.labels.is_empty() => &only.labels,
@@ -173,8 +174,8 @@ fn columns(session: &Session, head: &str, top_k: u32) -> usize {
     }
 }
 
-/// The highest logits with their rows: a model without names has no more to
-/// say.
+/// Returns the highest logits with their row numbers, for models that name no
+/// classes.
 fn best(logits: &[f32], top_k: u32) -> Vec<(usize, f32)> {
     let mut all: Vec<(usize, f32)> = logits.iter().copied().enumerate().collect();
     all.sort_by(|a, b| b.1.total_cmp(&a.1));

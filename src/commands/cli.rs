@@ -1,4 +1,4 @@
-//! Command line of the program: commands, and the codes that they exit with.
+//! Command line of the program: its commands and exit codes.
 
 use clap::{Parser, Subcommand};
 
@@ -9,26 +9,28 @@ use crate::commands::doctor::DoctorArgs;
 use crate::commands::embed::flags::EmbedArgs;
 use crate::serve::config::ServeConfig;
 
-/// Exit codes, each with its meaning. `imagegpt serve` and the commands share them.
+/// Exit codes and their meaning, shared by `imagegpt serve` and all commands.
 pub mod exit {
-    /// All was done that was asked for.
+    /// Success: everything that was asked for was done.
     pub const DONE: i32 = 0;
-    /// Some of it was not.
+    /// Partial failure: a part of the work was not done.
     pub const FAILED: i32 = 1;
-    /// Flags or files are wrong: what clap exits with, too.
+    /// Wrong flags or files; clap exits with the same code.
     pub const USAGE: i32 = 2;
-    /// A stage of the worker failed while it served: only a restart helps.
+    /// A stage of the worker failed while the worker was serving; only a
+    /// restart helps.
     pub const WORKER: i32 = 3;
-    /// The device failed: a restart helps, perhaps only on another node.
+    /// The device failed; a restart helps, perhaps only on another node.
     pub const DEVICE: i32 = 4;
-    /// A job was told to end: the same command goes on.
+    /// A job was told to end; the same command resumes the job.
     pub const RESUMABLE: i32 = 5;
-    /// Too many images of a dataset failed: the same command would end so again.
+    /// Too many images of a dataset failed; the same command would end in the
+    /// same way again.
     pub const ERRORS: i32 = 6;
-    /// A command was told to end: what a shell takes SIGINT for.
+    /// A command was told to end; a shell reports SIGINT with the same code.
     pub const INTERRUPTED: i32 = 130;
 
-    /// All of them by name.
+    /// All exit codes by name.
     pub const ALL: [(&str, i32); 8] = [
         ("done", DONE),
         ("failed", FAILED),
@@ -55,22 +57,23 @@ pub struct Cli {
 pub enum CliCommand {
     /// Serve a model over gRPC
     Serve(Box<ServeConfig>),
-    /// Make graphs that run several times faster than a published export
+    /// Compile graphs that run several times faster than a published export
     Compile(CompileArgs),
-    /// Show what a compiled directory holds
+    /// Show the contents of a compiled directory
     Inspect(InspectArgs),
     #[command(flatten)]
     Image(ImageCommand),
-    /// Embed or classify a dataset of any size: files, WebDataset or Parquet in,
-    /// Parquet out; killed at any moment, the same command goes on
+    /// Embed or classify a dataset of any size. Reads files, WebDataset or
+    /// Parquet and writes Parquet. Resumable: after the process was killed, the
+    /// same command continues
     Embed(Box<EmbedArgs>),
-    /// Load a worker and measure what it does
+    /// Load a worker and measure its throughput and latency
     Bench(Box<BenchArgs>),
-    /// Check whether this machine can serve, and say what to install
+    /// Check whether this machine can serve a model, and say what to install
     ///
     /// Looks at CPU, memory, ONNX Runtime, the NVIDIA driver and CUDA's
     /// libraries, and runs a tiny model on each provider. Exit code 0 if a
-    /// worker can serve with what was asked for, 1 if not, 2 if the flags are
+    /// worker can serve with the given flags, 1 if not, 2 if the flags are
     /// wrong.
     Doctor(DoctorArgs),
 }

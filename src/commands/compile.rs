@@ -17,35 +17,38 @@ use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 use crate::serve::config::LibraryFlags;
 
-/// Make graphs that run several times faster than a published export.
+/// Compile graphs that run several times faster than a published export.
 #[derive(Debug, Clone, Args)]
 pub struct CompileArgs {
-    /// A Hugging Face directory (config.json, preprocessor_config.json, and
-    /// model.safetensors, sharded safetensors or pytorch_model.bin); a hub id
-    /// such as openai/imagegpt-small (downloads honor HF_HOME, HF_TOKEN and
-    /// HF_ENDPOINT); or random:small, random:medium, random:large or
-    /// random:tiny, which are shapes with random weights, to measure speed
+    /// Model to compile: a Hugging Face directory (config.json,
+    /// preprocessor_config.json, and model.safetensors, sharded safetensors or
+    /// pytorch_model.bin); a hub id such as openai/imagegpt-small (downloads
+    /// honor HF_HOME, HF_TOKEN and HF_ENDPOINT); or random:small,
+    /// random:medium, random:large or random:tiny, which have these shapes and
+    /// random weights, to measure speed
     pub source: String,
 
-    /// Directory to make; it must not exist, or be empty
+    /// Directory to create; it must not exist, or it must be empty
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
 
-    /// How weights are kept and computed: fp32 or int8 for the CPU, fp16 or
-    /// bf16 for a GPU
+    /// Precision of the weights and of the computation: fp32 or int8
+    /// (quantized) for the CPU, fp16 or bf16 for a GPU
     #[arg(long, value_enum, default_value = "fp32")]
     pub precision: Precision,
 
-    /// What to compile for [default: all that the checkpoint has heads for]
+    /// Tasks to compile graphs for [default: all tasks that the checkpoint has
+    /// heads for]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub tasks: Option<Vec<CompileTask>>,
 
-    /// Layer that pooled features come from, and all before it; fewer layers
-    /// are faster [default: two thirds of the depth, 16 for imagegpt-small]
+    /// Last layer whose pooled features can be served, along with all earlier
+    /// layers. Fewer layers are faster [default: two thirds of the depth, 16
+    /// for imagegpt-small]
     #[arg(long, value_name = "N")]
     pub feature_layer: Option<usize>,
 
-    /// What the graphs are for
+    /// Provider that the graphs will run on
     #[arg(long, value_enum, default_value = "cpu")]
     pub provider: Provider,
 
@@ -53,8 +56,8 @@ pub struct CompileArgs {
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
 
-    /// Use ONNX Runtime's own operators only, so that the graphs run without
-    /// this worker too; on a CPU attention is then several times slower
+    /// Use only ONNX Runtime's own operators, so that the graphs also run
+    /// outside this worker; attention on a CPU is then several times slower
     #[arg(long)]
     pub portable: bool,
 
@@ -62,16 +65,16 @@ pub struct CompileArgs {
     pub library: LibraryFlags,
 }
 
-/// Show what a compiled directory holds.
+/// Show the contents of a compiled directory.
 #[derive(Debug, Clone, Args)]
 pub struct InspectArgs {
-    /// A compiled directory
+    /// Compiled directory to show
     pub folder: PathBuf,
 
-    /// Read every file and compare its SHA-256 with what was recorded when the
-    /// directory was compiled: exit code 0 if all are the same, 2 if one is not,
-    /// with its name. Reads all of the weights, about a second a gigabyte; a
-    /// worker does so anyway when it loads them
+    /// Read every file and compare its SHA-256 with the value that was recorded
+    /// when the directory was compiled. Exit code 0 if all are equal, 2 with
+    /// the name of the file if one differs. Reads all weights, about a second
+    /// per gigabyte; a worker verifies the files that it loads in any case
     #[arg(long, env = "IMAGEGPT_VERIFY")]
     pub verify: bool,
 }
@@ -80,7 +83,7 @@ pub struct InspectArgs {
 ///
 /// # Errors
 ///
-/// One sentence that says what to change.
+/// When the model cannot be read or compiled; the error says what to change.
 pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let library = onnx::find_library(args.library.onnxruntime.as_deref());
     let mut runtime = Runtime::new(onnx::environment(&library)?, args.provider)?;
@@ -109,21 +112,21 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
 ///
 /// # Errors
 ///
-/// When the directory is not a whole compiled one.
+/// When the directory is not a complete compiled model.
 pub fn inspect(args: &InspectArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let folder = &args.folder;
     if !folder.join(manifest::FILE).is_file() {
         let text = folder.to_string_lossy();
         let what = match ModelSource::parse(&text, None) {
-            ModelSource::Folder(_) if !folder.exists() => "there is no such folder".to_owned(),
+            ModelSource::Folder(_) if !folder.exists() => "there is no such directory".to_owned(),
             ModelSource::Folder(_) => format!("it has no {}", manifest::FILE),
             ModelSource::Hub { .. } | ModelSource::Random(_) => {
                 "it is a source, not yet compiled".to_owned()
             }
         };
         anyhow::bail!(
-            "{text}: {what}; inspect shows a folder that `imagegpt compile SOURCE --output FOLDER` \
-             made"
+            "{text}: {what}; inspect takes a directory that `imagegpt compile SOURCE --output DIR` \
+             has made"
         );
     }
     let manifest = Manifest::read(folder)?;
@@ -217,7 +220,7 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
     columns(files, |column| column == 1, out)
 }
 
-/// Operators that stand for several of ONNX's own.
+/// Fused operators, each of which replaces several of ONNX's own.
 const FUSED: [&str; 12] = [
     "CausalAttention",
     "Layers",
@@ -233,7 +236,8 @@ const FUSED: [&str; 12] = [
     "SkipSimplifiedLayerNormalization",
 ];
 
-/// Progress for a person: a bar a step on a terminal, a line a step in a log.
+/// Progress for a person: a bar per step on a terminal, a line per step
+/// elsewhere.
 pub struct Bars {
     current: Option<ProgressBar>,
     is_terminal: bool,

@@ -1,4 +1,4 @@
-//! A contact sheet: many small pictures as one PNG file.
+//! Contact sheet: many small pictures in one PNG file.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -8,34 +8,34 @@ use anyhow::Context as _;
 
 use super::output::{check, part};
 
-/// Between pictures, and around all, in pixels of the model.
+/// Gap between pictures and around all of them, in pixels of the model.
 const GAP: usize = 2;
 const PAPER: [u8; 3] = [255, 255, 255];
-/// Pixels that nobody knows yet.
+/// Color of pixels that are not known.
 const UNKNOWN: [u8; 3] = [196, 196, 196];
 
-/// A picture's tokens in raster order; `None` is a pixel that is not known.
+/// Tokens of a picture in raster order; `None` is a pixel that is not known.
 pub(super) type Cell = Vec<Option<u16>>;
 
-/// Pictures in rows, as tokens: they become colors only as a line of the file is
-/// written, so that a sheet takes little memory at any scale.
+/// Pictures in rows, kept as tokens. Tokens become colors only while a line of
+/// the file is written, so that a sheet takes little memory at any scale.
 #[derive(Debug)]
 pub(super) struct Sheet<'a> {
     pub(super) side: usize,
-    /// Red, green, blue, in token order.
+    /// Colors as red, green and blue bytes, in token order.
     pub(super) palette: &'a [u8],
-    /// Pixels for one of the model's.
+    /// Side of a model pixel, in pixels of the file.
     pub(super) scale: usize,
     pub(super) rows: Vec<Vec<Cell>>,
 }
 
 impl Sheet<'_> {
-    /// Checks that a sheet of so many pictures in so many rows can be written
-    /// there, before there are any.
+    /// Checks that a sheet with these numbers of columns and rows can be
+    /// written to `path`, before there are any pictures.
     ///
     /// # Errors
     ///
-    /// As [`Self::save`], as far as it can be known.
+    /// The errors of [`Self::save`] that can be known in advance.
     pub(super) fn check(
         path: &Path,
         (n_columns, n_rows): (usize, usize),
@@ -48,18 +48,18 @@ impl Sheet<'_> {
         check("--output", path)
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically, through a temporary file that is renamed.
     ///
     /// # Errors
     ///
-    /// When it cannot be written, or would be larger than a PNG may be.
+    /// When the file cannot be written, or would be larger than a PNG may be.
     pub(super) fn save(&self, path: &Path) -> anyhow::Result<()> {
         let part = part(path);
         let written = self
             .write(&part)
             .and_then(|()| Ok(std::fs::rename(&part, path)?));
         if written.is_err() {
-            // There is none where it could not even be made.
+            // The temporary file does not exist if it could not be created.
             let _ = std::fs::remove_file(&part);
         }
         written.with_context(|| format!("--output {} cannot be written", path.display()))
@@ -86,12 +86,12 @@ impl Sheet<'_> {
         Ok(encoder.finish()?)
     }
 
-    /// A line of the file, as high as it is: `n` of the model's pixels.
+    /// Writes a line of the file as often as `n` model pixels are high.
     fn repeat(&self, file: &mut impl Write, line: &[u8], n: usize) -> std::io::Result<()> {
         (0..n * self.scale).try_for_each(|_| file.write_all(line))
     }
 
-    /// Line `y` of these pictures side by side.
+    /// Returns line `y` of these pictures side by side.
     fn line(&self, row: &[Cell], y: usize, n_columns: usize) -> Vec<u8> {
         let mut line = Vec::new();
         let mut put = |color: [u8; 3], n: usize| {
@@ -123,13 +123,13 @@ impl Sheet<'_> {
     }
 }
 
-/// Pixels of the file that `n` pictures take, with their gaps.
+/// Returns the pixels of the file that `n` pictures take, with their gaps.
 fn extent(n: usize, side: usize, scale: usize) -> anyhow::Result<u32> {
-    /// What a PNG may have.
+    /// Largest width and height of a PNG.
     const EXTENT_MAX: u32 = i32::MAX.unsigned_abs();
     let pixels = (n * (side + GAP) + GAP) * scale;
     let pixels = u32::try_from(pixels).ok().filter(|&n| n <= EXTENT_MAX);
-    pixels.context("it would be too large; lower --scale")
+    pixels.context("the sheet would be too large for a PNG; lower --scale")
 }
 
 #[cfg(test)]

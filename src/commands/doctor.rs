@@ -1,12 +1,12 @@
-//! `imagegpt doctor`: whether this machine can serve, on what, and if not, what
-//! to install.
+//! `imagegpt doctor`: checks whether this machine can serve, on which
+//! providers, and says what to install if not.
 //!
-//! Three steps: look (`machine`, `cache`, `library`, `gpu`), judge (`judge`, which
-//! is told what was seen and touches nothing) and show (`report`). What is seen is
-//! only half of it, so the judge has each provider tried (`trial`). Whatever calls
-//! a driver or loads a library does so in a process of its own, with a limit in
-//! time (`child`): a driver that takes its process with it, or never answers, must
-//! not take the report.
+//! Three steps: look (`machine`, `cache`, `library`, `gpu`), judge (`judge`,
+//! which only gets findings and never looks at the machine) and show
+//! (`report`). Looking alone does not prove that a provider works, so the judge
+//! also has each provider tried (`trial`). Code that calls a driver or loads a
+//! library runs in a child process with a time limit (`child`): a driver that
+//! crashes its process, or never answers, must not prevent the report.
 
 mod cache;
 mod child;
@@ -36,20 +36,20 @@ use crate::serve::config::{CacheFlags, DeviceFlags, LibraryFlags};
 #[derive(Debug, Clone, Args)]
 #[command(
     mut_arg("execution_provider", |arg| {
-        arg.help("What is to run the model. With auto it suffices that something can")
+        arg.help("Provider to check. With auto, one provider that can run the model suffices")
             .long_help(None)
     }),
     mut_arg("ids", |arg| {
-        arg.help("Which GPUs, counted from 0 among those that CUDA shows this process")
+        arg.help("Numbers of the GPUs to check, counted from 0 among the GPUs that CUDA shows")
             .long_help(None)
     })
 )]
 pub struct DoctorArgs {
-    /// A directory to try, as for serve; what has to be compiled is compiled into
-    /// --cache-dir. Nothing is downloaded [default: a tiny model of random
-    /// weights, made on the spot]
-    // IMAGEGPT_MODEL is not read: beside a worker that serves it, a second copy
-    // might not fit.
+    /// Model directory to try, as for serve; compiled into --cache-dir first if
+    /// needed. Nothing is downloaded [default: a tiny model with random
+    /// weights, made for the check]
+    // IMAGEGPT_MODEL is not read: beside a worker that serves this model,
+    // memory may not suffice for a second copy.
     #[arg(long, value_name = "SOURCE")]
     pub model: Option<String>,
 
@@ -62,8 +62,9 @@ pub struct DoctorArgs {
     #[command(flatten)]
     pub cache: CacheFlags,
 
-    /// How long ONNX Runtime's library, CUDA's and NVIDIA's driver may take to
-    /// answer, each. Raise it where many GPUs have to wake up
+    /// Longest wait for an answer of ONNX Runtime's library, of CUDA's
+    /// libraries and of NVIDIA's driver, each. Raise it where many GPUs have to
+    /// wake up
     #[arg(
         long,
         env = "IMAGEGPT_LOOK_TIMEOUT",
@@ -73,26 +74,27 @@ pub struct DoctorArgs {
     )]
     pub look_timeout: Duration,
 
-    /// A table for a person, or one JSON object
+    /// Format of the report: a table for a person, or one JSON object
     #[arg(long, value_enum, default_value = "table")]
     pub format: ReportFormat,
 
-    /// Only run a model on this provider, and say how it went; what the command
-    /// starts itself by
+    /// Only run a model on this provider and report the result; the command
+    /// starts itself with this flag
     #[arg(long, hide = true, value_enum, value_name = "PROVIDER")]
     pub trial: Option<Provider>,
 
-    /// Only look at this, and say in JSON what there is; as --trial
+    /// Only look at this part and print the findings as JSON; the command
+    /// starts itself with this flag
     #[arg(long, hide = true, value_enum, value_name = "PART")]
     pub look: Option<CheckPart>,
 }
 
-/// What is looked at in a process of its own.
+/// Parts of the machine that a child process looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CheckPart {
     /// ONNX Runtime's library.
     Library,
-    /// What its CUDA provider is linked with.
+    /// Libraries that ONNX Runtime's CUDA provider is linked with.
     Cuda,
     /// NVIDIA's driver, and NVML.
     Gpus,
@@ -104,23 +106,23 @@ pub enum ReportFormat {
     Json,
 }
 
-/// Whether a worker could serve with what was asked for.
+/// Result of the command: whether a worker could serve with the given flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Diagnosis {
     CanServe,
     CannotServe,
 }
 
-/// Runs the command.
+/// Runs `imagegpt doctor` and writes the report to `out`.
 ///
 /// # Errors
 ///
-/// When the flags cannot be used, or nobody takes what is printed.
+/// When the flags cannot be used, or the report cannot be written.
 pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis> {
     if let Some(model) = &args.model
         && let ModelSource::Hub { repository, .. } = ModelSource::parse(model, None)
     {
-        bail!("--model {repository} is no directory; the doctor downloads nothing");
+        bail!("--model {repository} is not a directory, and the doctor downloads nothing");
     }
     let id = args.devices.ids.first().copied().unwrap_or_default();
     if let Some(provider) = args.trial {
@@ -151,7 +153,7 @@ pub fn run(args: &DoctorArgs, out: &mut impl Write) -> anyhow::Result<Diagnosis>
     })
 }
 
-/// Sees all that the judge wants to know.
+/// Collects all findings that the judge needs.
 fn look(args: &DoctorArgs) -> MachineFindings {
     let library = child::ask(args, &["--look", "library"], args.look_timeout);
     let library =
@@ -176,7 +178,7 @@ fn look(args: &DoctorArgs) -> MachineFindings {
     found
 }
 
-/// Looks at one part in this process.
+/// Looks at one part of the machine in this process.
 fn look_here(args: &DoctorArgs, part: CheckPart, out: &mut impl Write) -> anyhow::Result<()> {
     let library = || Library::find(args.library.onnxruntime.as_deref());
     match part {

@@ -1,10 +1,11 @@
-//! `imagegpt embed`: a table of embeddings or classes of a dataset of any size,
-//! made by a pool of workers.
+//! Command `imagegpt embed`: writes a table of embeddings, classes or scores of
+//! a dataset of any size, computed by a pool of workers.
 //!
-//! The input is cut into parts, runs of images as they follow each other. A part
-//! is written, then recorded; a job that is killed goes on with the first part
-//! that has no record, and since a part's files depend on nothing but its images,
-//! the model and the options, the end is the same to the byte.
+//! The input is cut into parts: runs of images in the order of the input. A
+//! part is written and then recorded. A job that was killed resumes with the
+//! first part that has no record. A part's files depend only on its images, the
+//! model and the options, so the output is the same to the byte as that of an
+//! undisturbed run.
 
 mod address;
 mod finish;
@@ -52,9 +53,10 @@ use crate::proto::pb;
 
 pub use self::progress::Terminal;
 
-/// What a message has besides its image.
+/// Bytes of a message besides its image, at most.
 const MESSAGE_OVERHEAD: u64 = 2048;
-/// The environment's proxies, which look names up themselves.
+/// Environment variables that name proxies, which look host names up
+/// themselves.
 const PROXIES: [&str; 6] = [
     "HTTP_PROXY",
     "http_proxy",
@@ -63,25 +65,26 @@ const PROXIES: [&str; 6] = [
     "ALL_PROXY",
     "all_proxy",
 ];
-/// Shards that are looked at, before anything is done, for the columns that are
-/// asked for: files of other origin come at most a few in a row.
+/// Shards whose columns are checked before any work: files of other origin come
+/// at most a few in a row.
 const SHARDS_TRIED: usize = 8;
 
-/// How the command ended.
+/// Outcome of the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobEnded {
-    /// All that this job has to do is done.
+    /// All work of this job is done.
     Done,
-    /// It was told to end; the same command goes on.
+    /// The command was told to end; the same command resumes the job.
     Interrupted,
-    /// Over `--max-errors`: trying again alone does not help.
+    /// More errors than `--max-errors` allows: repeating the same command does
+    /// not help.
     TooManyErrors,
-    /// Something failed that may be mended; the same command goes on.
+    /// A failure that may be mended; the same command resumes the job.
     Failed,
 }
 
-/// The JSON at the end.
+/// JSON report at the end of the command.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     outcome: JobEnded,
@@ -90,28 +93,29 @@ struct Report<'a> {
     output: String,
     share: String,
     model: &'a ModelFact,
-    /// Of the parts of this share that are done, in this run and those before.
+    /// Images in the finished parts of this share, of this run and the runs
+    /// before.
     images: u64,
-    /// The same; after too many errors all that are to be read, also those of
-    /// parts that are not done.
+    /// Errors in the finished parts of this share; after too many errors all
+    /// that stand in error files, including those of unfinished parts.
     errors: u64,
     parts: usize,
-    /// Images that have an outcome in this run; of parts that were not written,
-    /// they will be done again.
+    /// Images that have an outcome in this run. Those of parts that were not
+    /// written will be done again.
     images_this_run: u64,
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
-    /// Whether all shares are done and the dataset's summary is written.
+    /// True if all shares are done and the dataset's summary is written.
     finished: bool,
 }
 
-/// Checks what can be checked before a model is loaded or a worker is asked: the
-/// flags, and that the output can be written.
+/// Checks the flags, and that the output can be written: all that can be
+/// checked before a model is loaded or a worker is asked.
 ///
 /// # Errors
 ///
-/// When they cannot be used.
+/// When the flags or the output cannot be used.
 pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
     let sink = Sink::open(&args.output, &Stores::default())?;
     if args.share.finish {
@@ -121,11 +125,12 @@ pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
     sink.check().await
 }
 
-/// Runs the command, which was [`check`]ed; the JSON goes to `out`.
+/// Runs the command after [`check`]; the JSON report goes to `out`.
 ///
 /// # Errors
 ///
-/// Flags, inputs or an output that cannot be used: trying again does not help.
+/// Flags, inputs or an output that cannot be used: repeating the same command
+/// does not help.
 pub async fn run(
     args: &EmbedArgs,
     endpoints: Vec<String>,
@@ -164,7 +169,7 @@ impl EmbedArgs {
             .iter()
             .find(|name| OWN_COLUMNS.contains(&name.as_str()))
         {
-            anyhow::bail!("--keep {name}: the table has a column of that name itself");
+            anyhow::bail!("--keep {name}: the table already has its own column of this name");
         }
         if let Some(name) = PROXIES
             .into_iter()
@@ -172,11 +177,13 @@ impl EmbedArgs {
             .find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
         {
             anyhow::bail!(
-                "--public-addresses-only: {name} is set, and where a proxy connects to cannot be \
-                 checked; unset it, or let the proxy refuse other addresses and leave the flag out"
+                "--public-addresses-only: {name} is set, and the addresses that a proxy connects \
+                 to cannot be checked; unset {name}, or let the proxy refuse other addresses and \
+                 leave the flag out"
             );
         }
-        let unfit = |flag: &str, of: &str| anyhow::anyhow!("{flag} is for --task {of}");
+        let unfit =
+            |flag: &str, of: &str| anyhow::anyhow!("{flag} can only be used with --task {of}");
         match task.task {
             EmbedTask::Embed | EmbedTask::Score if task.head.is_some() => {
                 Err(unfit("--head", "classify"))
@@ -207,8 +214,8 @@ enum Unprepared {
 }
 
 impl Unprepared {
-    /// An input that is wrong stays wrong; one that could not be looked at may be
-    /// there the next time.
+    /// Classifies an input's error. An input that is wrong stays wrong; an
+    /// input that could not be read may be readable the next time.
     fn of_input(error: anyhow::Error) -> Self {
         let away = |cause: &(dyn std::error::Error + 'static)| {
             let unread = cause.downcast_ref();
@@ -224,7 +231,7 @@ impl Unprepared {
     }
 }
 
-/// Everything that is settled before the first image is read.
+/// Facts that are settled before the first image is read.
 struct Prepared {
     share: JobShare,
     plan: InputPlan,
@@ -268,7 +275,8 @@ impl Prepared {
             item_timeout: args.workers.item_timeout,
             resolve_interval: args.workers.resolve_interval,
         };
-        // What is wrong with the flags shows at once, whoever answers later.
+        // Mistakes in the flags show at once, before the wait for a worker's
+        // answer.
         pool.check().map_err(Unprepared::Refused)?;
         let model = pool::first_model(&pool, args.workers.give_up_after)
             .await
@@ -323,7 +331,7 @@ impl Prepared {
         self.before().iter().map(|record| record.errors).sum()
     }
 
-    /// The shards of this share that are not done, and where to go on in each.
+    /// Unfinished shards of this share, with the place at which to resume each.
     fn work(&self) -> Vec<ShardWork> {
         let (index, of) = (self.share.index as usize, self.share.of as usize);
         let ours = self.plan.shards.iter().enumerate().skip(index).step_by(of);
@@ -363,9 +371,9 @@ impl Prepared {
             images_done = images_before,
             "{}",
             if before.is_empty() {
-                "beginning"
+                "starting the job"
             } else {
-                "going on"
+                "resuming the job"
             }
         );
         let counts = Arc::new(JobCounts::default());
@@ -406,7 +414,8 @@ impl Prepared {
         terminal: &Terminal,
     ) -> anyhow::Result<EmbedJob> {
         let limits = self.model.limits.unwrap_or_default();
-        // Less than what the worker takes, or the whole stream would end.
+        // Less than the worker's limit for a message, since a larger message
+        // would end the whole stream.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
         let values = match args.task.task {
             EmbedTask::Embed => StoredValues::Embedding {
@@ -451,29 +460,31 @@ impl Prepared {
         let done: Vec<&Record> = (0..self.plan.shards.len())
             .flat_map(|shard| journal::done(&records, shard))
             .collect();
-        // Of several shares none knows when the others are done.
+        // A share that is one of several does not know when the others are
+        // done.
         let finished = outcome == JobEnded::Done && of == 1;
         if finished {
             finish(&self.sink).await?;
         }
         match (&reason, outcome) {
             (Some(reason), _) => tracing::error!("{reason}"),
-            (None, JobEnded::Interrupted) => tracing::warn!("told to end"),
+            (None, JobEnded::Interrupted) => tracing::warn!("the job was told to end"),
             (None, _) => {}
         }
         match outcome {
             JobEnded::Done if !finished => tracing::info!(
-                "share {index}/{of} is done; when all are, run `imagegpt embed --finish --output {}`",
+                "share {index}/{of} is done; when all shares are done, run `imagegpt embed \
+                 --finish --output {}`",
                 self.sink
             ),
-            JobEnded::Done => tracing::info!("done: {}", self.sink),
+            JobEnded::Done => tracing::info!("the job is done; its output is {}", self.sink),
             JobEnded::TooManyErrors => tracing::error!(
-                "see {}/errors, of parts that were not finished in unfinished-*.jsonl; the same \
-                 command with a higher --max-errors goes on",
+                "the errors are in {}/errors, those of unfinished parts in unfinished-*.jsonl; the \
+                 same command with a higher --max-errors resumes the job",
                 self.sink
             ),
             JobEnded::Interrupted | JobEnded::Failed => tracing::warn!(
-                "{} parts are done and stay; the same command goes on after them",
+                "{} parts are done and will not be repeated; the same command resumes the job",
                 done.len()
             ),
         }
@@ -506,7 +517,7 @@ impl Prepared {
     }
 }
 
-/// What the flags say of reading.
+/// Gathers the flags that say how images are read.
 fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
     Ok(Reading {
         runtime: tokio::runtime::Handle::current(),
@@ -521,9 +532,9 @@ fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
     })
 }
 
-/// Looks for one shard with the columns that are asked for. A shard without them
-/// among others that have them is an error of its own; if none of the first
-/// [`SHARDS_TRIED`] has them, the flags are wrong.
+/// Looks for a shard that has the columns that the flags ask for. A shard
+/// without them, among others that have them, is an error of its own; if none
+/// of the first [`SHARDS_TRIED`] has them, the flags are wrong.
 fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<()> {
     let mut first = None;
     for shard in shards.iter().take(SHARDS_TRIED) {
@@ -531,16 +542,16 @@ fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<()> {
             Err(Broken::Unsuited(reason)) => {
                 first.get_or_insert_with(|| format!("{}: {reason}", shard.name));
             }
-            // A shard that cannot be read says nothing of columns, and is an error of
-            // its own.
+            // A shard that cannot be read shows nothing about columns, and is
+            // an error of its own.
             Ok(()) | Err(_) => return Ok(()),
         }
     }
     first.map_or(Ok(()), |reason| Err(anyhow::anyhow!(reason)))
 }
 
-/// Prints the line of JSON. What was done is done, whoever reads of it; whether
-/// it could be printed is for the owner of `out` to know.
+/// Prints the line of JSON. A failure to print does not change the outcome of
+/// the job; the owner of `out` finds it out.
 fn say(report: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
     let line = serde_json::to_string(report)?;
     if let Err(error) = writeln!(out, "{line}") {

@@ -1,5 +1,5 @@
-//! `imagegpt generate`: images pixel by pixel, from nothing or from a part of
-//! given ones, on a contact sheet.
+//! `imagegpt generate`: generates images pixel by pixel, from nothing or from a
+//! part of given images, and draws a contact sheet.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write};
@@ -27,35 +27,39 @@ use crate::imaging::{Alpha, DecodeBudget};
 use crate::proto::pb;
 use crate::proto::pb::generate_response::Message;
 
-/// Pictures side by side on a sheet where no input gives it its rows.
+/// Pictures per row of a sheet without inputs.
 const COLUMNS: usize = 8;
 const SAVE_SAMPLES: &str = "--save-samples";
-/// Calls in flight at most, whatever the worker has places for.
+/// Most calls in flight, however many images the worker can generate at the
+/// same time.
 const CALLS_MAX: usize = 64;
 
 #[derive(Debug, Clone, Args)]
 pub struct GenerateArgs {
-    /// An image that is completed, or a folder of them, as often as there are; -
-    /// is standard input. A row of the sheet shows it as the model sees it, what
-    /// is kept of it, and the samples. Without it images are made from nothing
+    /// Image to complete, or a directory of images; can be given several times;
+    /// - is standard input. A row of the sheet shows the input as the model
+    /// sees it, the part that is kept, and the samples. Without --input, images
+    /// are generated from nothing
     #[arg(long = "input", value_name = "IMAGE")]
     pub inputs: Vec<PathBuf>,
 
-    /// Rows that are kept, from the top [default: the upper half]
+    /// Number of rows to keep of each input, from the top [default: the upper
+    /// half]
     #[arg(long, value_name = "N", requires = "inputs", conflicts_with = "mask")]
     pub rows: Option<u32>,
 
-    /// An image that is light where inputs are kept and dark where they are made
-    /// anew. A kept pixel is seen by those after it in raster order only
+    /// Image that is light where inputs are kept and dark where they are
+    /// generated. A kept pixel influences only the pixels after it in raster
+    /// order
     #[arg(long, value_name = "FILE", requires = "inputs")]
     pub mask: Option<PathBuf>,
 
-    /// Images to make, of each input
+    /// Number of images to generate, per input
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub samples: u32,
 
-    /// Below 1 likelier colors are preferred, above 1 there is more variety; 0
-    /// takes the likeliest every time
+    /// Sampling temperature: below 1 prefers more likely colors, above 1 gives
+    /// more variety, and 0 always takes the most likely color
     #[arg(
         long,
         default_value_t = 1.0,
@@ -64,12 +68,13 @@ pub struct GenerateArgs {
     )]
     pub temperature: f32,
 
-    /// Draw from the so many likeliest colors only; 0 draws from all
+    /// Top-k sampling: draw only from the K most likely colors; 0 draws from
+    /// all colors
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: u32,
 
-    /// Draw only from the fewest likeliest colors that together have this
-    /// probability
+    /// Top-p sampling: draw only from the fewest most likely colors that
+    /// together have this probability; 1 draws from all colors
     #[arg(
         long,
         default_value_t = 1.0,
@@ -78,27 +83,28 @@ pub struct GenerateArgs {
     )]
     pub top_p: f32,
 
-    /// What the draws follow from: on a CPU the same seed repeats the images, on a
-    /// GPU it may draw others [default: one that is drawn and printed]
+    /// Seed of the random draws. On a CPU the same seed gives the same images;
+    /// on a GPU the images may differ [default: a random seed, which is
+    /// printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
 
-    /// The contact sheet, a PNG
+    /// Contact sheet to write, a PNG file
     #[arg(long, default_value = "sheet.png", value_name = "FILE")]
     pub output: PathBuf,
 
-    /// Write a PNG of each sample into this folder, too
+    /// Also write each sample as a PNG file into this directory
     #[arg(long, value_name = "DIR")]
     pub save_samples: Option<PathBuf>,
 
-    /// Pixels of the files for one of the model's, without smoothing
+    /// Side of a model pixel in the PNG files, in pixels, without smoothing
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
     pub scale: u8,
 
     #[command(flatten)]
     pub preprocess: PreprocessConfig,
 
-    /// Print one JSON object a sample instead of a table
+    /// Print one JSON object per sample instead of a table
     #[arg(long)]
     pub json: bool,
 
@@ -107,27 +113,28 @@ pub struct GenerateArgs {
 }
 
 impl GenerateArgs {
-    /// Checks what no flag can check by itself; the rest is the worker's to say.
+    /// Checks the flags that clap cannot check; the worker checks the others.
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         only_one_stdin(self.inputs.iter().map(PathBuf::as_path))?;
-        // How large it will be is known later; where it goes is known now.
+        // The size of the sheet is not known yet, but its path can be checked
+        // now.
         Sheet::check(&self.output, (0, 0), 0, 1)?;
         let save = self.save_samples.as_deref();
         save.map_or(Ok(()), |path| Folder::make(SAVE_SAMPLES, path).map(drop))
     }
 }
 
-/// What all samples of a row of the sheet begin with.
+/// Beginning that all samples of a row of the sheet share.
 #[derive(Debug)]
 struct Primer {
-    /// The input's; `None` without an input.
+    /// Path of the input; `None` without an input.
     file: Option<String>,
     request: Option<pb::generate_request::Primer>,
-    /// What the sheet shows before the samples.
+    /// Pictures that the sheet shows before the samples.
     shown: Vec<Cell>,
 }
 
-/// The samples of one call.
+/// Samples of one call.
 #[derive(Debug, Clone, Copy)]
 struct Part {
     primer_idx: usize,
@@ -136,11 +143,11 @@ struct Part {
     seed: u64,
 }
 
-/// A sample that is done.
+/// A finished sample.
 #[derive(Debug)]
 struct Drawn {
     tokens: Vec<u16>,
-    /// Of each pixel that was not given.
+    /// Log probability of each pixel that was not given.
     log_probs: Vec<f32>,
 }
 
@@ -153,9 +160,10 @@ struct Line<'a> {
     temperature: f32,
     top_k: u32,
     top_p: f32,
-    /// Pixels that were drawn; the others were given.
+    /// Number of pixels that were drawn; the other pixels were given.
     pixels_drawn: usize,
-    /// Mean of ln p of the drawn pixels, under the model itself.
+    /// Mean of ln p of the drawn pixels under the model, without temperature,
+    /// top-k and top-p.
     log_prob_mean: Option<f64>,
     log_prob_sum: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -172,7 +180,7 @@ pub(super) async fn run(
     let (primers, outcome) = primers(args, session).await?;
     anyhow::ensure!(
         !primers.is_empty() || outcome == CommandOutcome::Failed,
-        "--input: there is no image"
+        "--input: no images were found"
     );
     if primers.is_empty() {
         return Ok(outcome);
@@ -222,14 +230,14 @@ pub(super) async fn run(
     report.save(out)
 }
 
-/// What comes of the samples: lines, files, and their places on the sheet.
+/// Output of the samples: lines, files, and places on the sheet.
 struct Report<'a> {
     args: &'a GenerateArgs,
     session: &'a Session,
     bar: &'a Bar,
     folder: Option<Folder>,
     seed: u64,
-    /// By primer.
+    /// Cells of the sheet by primer.
     cells: Vec<Vec<Cell>>,
     outcome: CommandOutcome,
 }
@@ -246,7 +254,7 @@ impl Report<'_> {
             let sample = part.first_sample + idx;
             let drawn = drawn
                 .remove(&idx)
-                .unwrap_or_else(|| Err("it has no outcome".to_owned()));
+                .unwrap_or_else(|| Err("the worker sent no outcome".to_owned()));
             let cell = match drawn {
                 Ok(drawn) => {
                     self.sample(input, sample, &drawn, out)?;
@@ -277,7 +285,7 @@ impl Report<'_> {
             Some(folder) => {
                 let png = self.session.tokens.png(&drawn.tokens, args.scale)?;
                 let stem = input.map_or_else(|| "sample".to_owned(), stem);
-                // As a path, of which the ending is left out.
+                // A path; the folder drops its extension.
                 Some(folder.write(&format!("{stem}-{sample}.png"), &png)?)
             }
             None => None,
@@ -325,7 +333,7 @@ impl Report<'_> {
     }
 }
 
-/// The inputs' known parts, and whether all inputs could be used.
+/// Returns the known parts of the inputs, and whether all inputs could be used.
 async fn primers(
     args: &GenerateArgs,
     session: &Session,
@@ -373,23 +381,23 @@ async fn primers(
     Ok((primers, outcome))
 }
 
-/// Columns and rows of the sheet.
+/// Returns the number of columns and rows of the sheet.
 fn shape(args: &GenerateArgs, n_primers: usize) -> (usize, usize) {
     let n_samples = args.samples as usize;
     if args.inputs.is_empty() {
         return (n_samples.min(COLUMNS), n_samples.div_ceil(COLUMNS));
     }
-    // The input itself and what is kept of it stand before the samples.
+    // The input and its kept part stand before the samples.
     (2 + n_samples, n_primers)
 }
 
-/// Which pixels of an input are kept, in raster order.
+/// Returns for each pixel of an input, in raster order, whether it is kept.
 fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
     let Some(path) = &args.mask else {
         let rows = rows(args, side);
         anyhow::ensure!(
             rows <= side,
-            "--rows {rows} are more than the {side} that the model's images have"
+            "--rows is {rows}; the model's images have {side} rows"
         );
         return Ok((0..side * side).map(|pixel| pixel / side < rows).collect());
     };
@@ -405,7 +413,7 @@ fn kept(args: &GenerateArgs, side: u32) -> anyhow::Result<Vec<bool>> {
 fn mask_pixels(path: &Path) -> anyhow::Result<imaging::RgbImage> {
     let bytes_max = PICTURE_LIMITS.image_bytes_max;
     let bytes = files::read(path, bytes_max as u64)??;
-    let bytes = bytes.with_context(|| format!("it has more than {bytes_max} bytes"))?;
+    let bytes = bytes.with_context(|| format!("the file has more than {bytes_max} bytes"))?;
     Ok(decode(
         &bytes,
         Alpha::White,
@@ -414,14 +422,14 @@ fn mask_pixels(path: &Path) -> anyhow::Result<imaging::RgbImage> {
     )?)
 }
 
-/// How many rows of an input are kept, without a mask.
+/// Number of rows of an input that are kept without a mask.
 fn rows(args: &GenerateArgs, side: u32) -> u32 {
     args.rows.unwrap_or(side / 2)
 }
 
-/// Calls of no more samples than the worker takes in one. A sample is drawn by
-/// the seed and its number in its call, so each further call has a seed of its
-/// own.
+/// Splits the samples into calls of at most as many samples as the worker takes
+/// per call. A sample is drawn from the seed and its number in the call, so
+/// each further call has a seed of its own.
 fn parts(args: &GenerateArgs, session: &Session, n_primers: usize, seed: u64) -> Vec<Part> {
     let per_call = samples_per_call(args, session);
     let of_primer = |primer_idx| {
@@ -444,8 +452,8 @@ fn samples_per_call(args: &GenerateArgs, session: &Session) -> u32 {
     args.samples.min(most).max(1)
 }
 
-/// As many calls as fill the worker's places, and one more that is there when a
-/// place becomes free.
+/// Number of calls in flight: as many as fill the worker's generation slots,
+/// and one more that is waiting when a slot becomes free.
 fn calls_in_flight(args: &GenerateArgs, session: &Session) -> usize {
     let n_slots = session.model.limits.unwrap_or_default().generate_slots;
     let calls = n_slots.div_ceil(samples_per_call(args, session)) as usize + 1;
@@ -461,13 +469,13 @@ fn request(args: &GenerateArgs, primer: &Primer, part: Part) -> pb::GenerateRequ
         top_p: Some(args.top_p),
         seed: Some(part.seed),
         log_probs: true,
-        // Files are drawn here, of the tokens.
+        // The PNG files are drawn here, from the tokens.
         scale: 1,
         no_rows: false,
     }
 }
 
-/// Makes a call, and gives its samples by number.
+/// Makes a call and returns its samples by number.
 async fn draw(
     session: &Session,
     request: pb::GenerateRequest,
@@ -497,10 +505,10 @@ async fn draw(
     Ok(drawn)
 }
 
-/// A seed that nobody asked for, short enough to type.
+/// Returns a random seed that is short enough to type.
 fn any_seed() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
-    // Each has keys of its own.
+    // Each `RandomState` has random keys of its own.
     RandomState::new().hash_one(0_u8) & u64::from(u32::MAX)
 }
 
@@ -524,8 +532,9 @@ impl Line<'_> {
     }
 }
 
-/// Progress over pixels: a bar on a terminal, a line at the beginning and one at
-/// the end elsewhere. On standard error, so that what is printed stays clean.
+/// Progress over pixels, on standard error, so that standard output stays
+/// clean: a bar on a terminal; elsewhere a line at the beginning and one at the
+/// end.
 struct Bar {
     shown: Option<ProgressBar>,
     begun: Instant,
@@ -541,7 +550,9 @@ impl Bar {
         });
         if shown.is_none() {
             let n_pixels = n_samples * positions;
-            complain(&format!("making {n_pixels} pixels, {positions} an image"));
+            complain(&format!(
+                "generating {n_pixels} pixels, {positions} per image"
+            ));
         }
         Self {
             shown,
@@ -555,7 +566,7 @@ impl Bar {
         }
     }
 
-    /// Prints something while the bar is out of the way.
+    /// Prints something while the bar is hidden.
     fn aside<T>(&self, print: impl FnOnce() -> T) -> T {
         match &self.shown {
             Some(bar) => bar.suspend(print),

@@ -1,4 +1,4 @@
-//! Where images come from, and how many of them go into a call.
+//! Images that a command reads, and the number of images per call.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -18,52 +18,58 @@ use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::proto::{pb, preprocess_applied};
 use crate::serve::config::LimitsConfig;
 
-/// What stands for standard input.
+/// Name of standard input as an input.
 const STDIN: &str = "-";
-/// Bytes of files that go into one call, unless a single file is larger: so much
-/// a call is what this side holds in memory.
+/// Bytes of files that go into one call, unless a single file is larger. A
+/// client holds a few calls of this size in memory.
 const CALL_BYTES_MAX: u64 = 16 << 20;
-/// What a message has besides an image's bytes, and besides its images.
+/// Bytes of a message per image besides the image, and besides all images.
 const IMAGE_OVERHEAD: u64 = 16;
 const MESSAGE_OVERHEAD: u64 = 1024;
 
-/// Which images.
+/// Flags that name the images.
 #[derive(Debug, Clone, Args)]
 pub struct InputConfig {
-    /// Images (PNG, JPEG, WebP, GIF, BMP, TIFF), directories of images with those
-    /// below them, or - for the bytes of one image on standard input
+    /// Images (PNG, JPEG, WebP, GIF, BMP, TIFF), directories of images
+    /// including their subdirectories, or - for the bytes of one image on
+    /// standard input
     #[arg(value_name = "INPUT", required_unless_present = "list")]
     pub inputs: Vec<PathBuf>,
 
-    /// A file that names more inputs, one a line; - is standard input
+    /// File that names more inputs, one per line; - reads the list from
+    /// standard input
     #[arg(long, value_name = "FILE")]
     pub list: Option<PathBuf>,
 }
 
 impl InputConfig {
-    /// Checks what no flag can check by itself.
+    /// Checks the rules that clap cannot check.
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         let list = self.list.as_deref().into_iter();
         only_one_stdin(self.inputs.iter().map(PathBuf::as_path).chain(list))
     }
 }
 
-/// Standard input is read once, so only one input may be it.
+/// Checks that standard input, which can be read only once, is at most one of
+/// the inputs.
 pub(super) fn only_one_stdin<'a>(inputs: impl Iterator<Item = &'a Path>) -> anyhow::Result<()> {
     let n = inputs.filter(|path| *path == Path::new(STDIN)).count();
-    anyhow::ensure!(n < 2, "- is standard input, which can be read only once");
+    anyhow::ensure!(
+        n < 2,
+        "standard input (-) is given {n} times; it can be read only once"
+    );
     Ok(())
 }
 
-/// From files to tokens.
+/// Flags for the way from an image file to tokens.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct PreprocessConfig {
-    /// How an image becomes square: resized straight to the model's side, or its
-    /// center cut out
+    /// Way in which an image becomes square: resized straight to the model's
+    /// side (squash), or its center cut out (center-crop)
     #[arg(long, value_enum, default_value = "squash")]
     pub fit: Fit,
 
-    /// What transparent pixels show: the color stored under them, or white
+    /// Color of transparent pixels: the color stored under them (drop), or white
     #[arg(long, value_enum, default_value = "drop")]
     pub alpha: Alpha,
 }
@@ -81,18 +87,19 @@ impl PreprocessConfig {
     }
 }
 
-/// What fits into a call.
+/// Limits of one call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CallLimits {
     pub(super) images: usize,
-    /// Of a call's images together.
+    /// Bytes of a call's images together.
     pub(super) bytes: u64,
-    /// Of one image.
+    /// Bytes of one image.
     pub(super) image_bytes: u64,
 }
 
 impl CallLimits {
-    /// One image a call, of the size that a worker with these limits would take.
+    /// Returns limits with one image per call, of the size that a worker with
+    /// these limits would take.
     pub(super) fn one(limits: &LimitsConfig) -> Self {
         Self::new(&pb::Limits {
             batch_size_max: 1,
@@ -104,8 +111,8 @@ impl CallLimits {
         })
     }
 
-    /// A run's images a call, so that answers come as they are there: the worker
-    /// makes batches over calls.
+    /// Returns limits with the images of one model run per call, so that
+    /// answers arrive as they are ready. The worker forms batches across calls.
     pub(super) fn new(limits: &pb::Limits) -> Self {
         let images = [
             limits.batch_size_max,
@@ -124,20 +131,20 @@ impl CallLimits {
     }
 }
 
-/// All inputs of a command, found and read one after the other as they are
-/// needed.
+/// Inputs of a command, which are found and read one after the other as they
+/// are needed.
 pub(super) struct Inputs {
     sources: Box<dyn Iterator<Item = Result<Source, CallImage>> + Send>,
 }
 
-/// A file that was found.
+/// Input that was found: standard input or a file.
 #[derive(Debug, PartialEq, Eq)]
 enum Source {
     Stdin,
     File(PathBuf),
 }
 
-/// One image of a call: its bytes, or why there are none.
+/// Image of a call: its bytes, or the reason for which there are none.
 #[derive(Debug)]
 pub(super) struct CallImage {
     name: String,
@@ -145,6 +152,8 @@ pub(super) struct CallImage {
 }
 
 impl Inputs {
+    /// Finds the inputs that the flags name.
+    ///
     /// # Errors
     ///
     /// When the list cannot be opened.
@@ -165,8 +174,9 @@ impl Inputs {
         }
     }
 
-    /// `n` of the images at most, evenly spread. What is not there stays besides, for
-    /// that to be told. Finds all of them, so it takes as long as that.
+    /// Keeps at most `n` of the images, evenly spread. Inputs that cannot be
+    /// found are kept as well, so that their errors are reported. Takes the
+    /// time that it takes to find all inputs.
     pub(super) fn sample(self, n: usize) -> Self {
         let is_there = |source: &Result<Source, CallImage>| match source {
             Ok(Source::Stdin) => true,
@@ -179,7 +189,7 @@ impl Inputs {
         }
     }
 
-    /// Reads them on a thread, a call's worth at a time and one ahead.
+    /// Reads the inputs on a thread, in batches of one call, one batch ahead.
     pub(super) fn batches(self, limits: CallLimits) -> anyhow::Result<mpsc::Receiver<CallBatch>> {
         let (batches_in, batches) = mpsc::channel(1);
         let read = move || {
@@ -192,7 +202,7 @@ impl Inputs {
                 next: None,
                 limits,
             }) {
-                // Whoever took them has gone.
+                // The receiver was dropped.
                 if batches_in.blocking_send(batch).is_err() {
                     return;
                 }
@@ -201,12 +211,12 @@ impl Inputs {
         std::thread::Builder::new()
             .name("read".to_owned())
             .spawn(read)
-            .context("a thread to read images cannot be started")?;
+            .context("cannot start a thread that reads images")?;
         Ok(batches)
     }
 }
 
-/// The images behind what stands on the command line.
+/// Finds the images that the arguments of the command line name.
 fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, CallImage>> + Send {
     inputs.into_iter().flat_map(|path| {
         if path == Path::new(STDIN) {
@@ -217,7 +227,8 @@ fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, CallImage>
     })
 }
 
-/// Every image below `folder`, by name, and what may be one and cannot be read.
+/// Finds every image below the directory `folder`, by name, and every entry
+/// that may be an image and cannot be read.
 ///
 /// # Errors
 ///
@@ -228,7 +239,7 @@ pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
     Ok(found)
 }
 
-/// `n` of these at most, evenly spread.
+/// Keeps at most `n` elements, evenly spread.
 pub(crate) fn sample<T>(all: Vec<T>, n: usize) -> Vec<T> {
     let total = all.len();
     if total <= n {
@@ -241,7 +252,7 @@ pub(crate) fn sample<T>(all: Vec<T>, n: usize) -> Vec<T> {
         .collect()
 }
 
-/// A file as it is, a directory as the images in it.
+/// Expands an input: a file is itself, a directory the images in it.
 fn expand(path: PathBuf) -> VecDeque<Result<Source, CallImage>> {
     if !path.is_dir() {
         return VecDeque::from([Ok(Source::File(path))]);
@@ -251,7 +262,7 @@ fn expand(path: PathBuf) -> VecDeque<Result<Source, CallImage>> {
             let name = path.display().to_string();
             VecDeque::from([Err(CallImage::failed(
                 name,
-                "no images are in this folder".to_owned(),
+                "this directory has no images".to_owned(),
             ))])
         }
         Ok(found) => {
@@ -271,7 +282,7 @@ fn expand(path: PathBuf) -> VecDeque<Result<Source, CallImage>> {
     }
 }
 
-/// Paths, one a line, whatever bytes they are of.
+/// Reads the paths of a list, one per line; a path need not be UTF-8.
 fn lines(
     list: &Path,
 ) -> anyhow::Result<impl Iterator<Item = Result<PathBuf, CallImage>> + Send + use<>> {
@@ -279,7 +290,7 @@ fn lines(
     let reader: Box<dyn Read + Send> = if list == Path::new(STDIN) {
         Box::new(io::stdin())
     } else {
-        let file = File::open(list).with_context(|| format!("--list {name} cannot be read"))?;
+        let file = File::open(list).with_context(|| format!("cannot read --list {name}"))?;
         Box::new(file)
     };
     let lines = BufReader::new(reader).split(b'\n');
@@ -306,12 +317,13 @@ impl Source {
         let bytes = match read {
             Ok(Ok(Some(bytes))) => Ok(bytes.into()),
             Ok(Ok(None)) => Err(format!(
-                "over the worker's limit of {} an image (--image-bytes-max, --request-bytes-max)",
+                "the image is over the worker's limit of {} per image (--image-bytes-max, \
+                 --request-bytes-max)",
                 ByteSize(bytes_max)
             )),
-            Ok(Err(trouble @ Trouble::Special)) => {
-                Err(format!("{trouble}; of a pipe - takes what is in it"))
-            }
+            Ok(Err(trouble @ Trouble::Special)) => Err(format!(
+                "{trouble}; to read a pipe, redirect it to standard input and give -"
+            )),
             Ok(Err(trouble)) => Err(trouble.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -319,7 +331,7 @@ impl Source {
     }
 }
 
-/// No more than the worker takes; `None` where there is more.
+/// Reads at most `bytes_max` bytes; `None` if the input has more.
 fn read(input: &mut impl Read, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     input.take(bytes_max + 1).read_to_end(&mut bytes)?;
@@ -335,7 +347,7 @@ impl CallImage {
     }
 }
 
-/// What goes into one call, with what failed in between.
+/// Batch of images for one call, with the failed images between them.
 #[derive(Debug)]
 pub(super) struct CallBatch(Vec<CallImage>);
 
@@ -345,8 +357,8 @@ impl CallBatch {
         self.0.iter().filter_map(read).collect()
     }
 
-    /// Each item's name with its outcome, one of which there is for each of
-    /// [`Self::images`].
+    /// Pairs each image's name with its outcome. `outcomes` has one element for
+    /// each of [`Self::images`].
     pub(super) fn answered<T>(
         self,
         outcomes: Vec<Result<T, String>>,
@@ -356,7 +368,7 @@ impl CallBatch {
             let outcome = match item.bytes {
                 Ok(_) => outcomes
                     .next()
-                    .unwrap_or_else(|| Err("it has no answer".to_owned())),
+                    .unwrap_or_else(|| Err("the worker sent no answer for this image".to_owned())),
                 Err(reason) => Err(reason),
             };
             (item.name, outcome)
@@ -365,10 +377,10 @@ impl CallBatch {
     }
 }
 
-/// Items cut into batches within the limits.
+/// Iterator that cuts images into batches within the limits.
 struct Batches<I> {
     items: I,
-    /// What the last batch had no room for.
+    /// Image for which the last batch had no room.
     next: Option<CallImage>,
     limits: CallLimits,
 }
@@ -416,7 +428,7 @@ mod tests {
                 size => Ok(vec![0; *size].into()),
             },
         };
-        // Each image is 16 bytes more.
+        // Each image takes 16 bytes more than its content.
         let sizes = [10, 10, 10, 10, 60, 8, 84, 200, 0, 1];
         let items = sizes.iter().enumerate().map(item);
         let batches = Batches {
@@ -448,7 +460,10 @@ mod tests {
             ("a".to_owned(), Ok(1)),
             ("b".to_owned(), reason("unread")),
             ("c".to_owned(), reason("refused")),
-            ("d".to_owned(), reason("it has no answer")),
+            (
+                "d".to_owned(),
+                reason("the worker sent no answer for this image"),
+            ),
         ];
         assert_eq!(answered, expected);
     }
@@ -471,7 +486,7 @@ mod tests {
             ..limits
         };
         assert_eq!(CallLimits::new(&few).images, 2);
-        // A worker that says nothing is asked for one at a time.
+        // A worker that reports no limits gets one image per call.
         assert_eq!(CallLimits::new(&pb::Limits::default()).images, 1);
     }
 
@@ -483,9 +498,9 @@ mod tests {
         let path = folder.path().join("10.png");
         std::fs::write(&path, [1; 10]).unwrap();
         let error = Source::File(path).read(9).bytes.unwrap_err();
-        assert!(error.contains("9 B an image"), "{error}");
+        assert!(error.contains("9 B per image"), "{error}");
         let error = Source::File("/dev/zero".into()).read(9).bytes.unwrap_err();
-        assert!(error.contains("neither a file nor a folder"), "{error}");
+        assert!(error.contains("neither a file nor a directory"), "{error}");
     }
 
     #[test]
@@ -523,7 +538,7 @@ mod tests {
         let expected = [
             "stdin",
             "in/notes.txt",
-            "no images are in this folder",
+            "this directory has no images",
             "in/a.JPG",
             "in/b.png",
             "in/deep/c.webp",

@@ -1,6 +1,6 @@
-//! `imagegpt neighbors`: embeds images and shows, as a table and as a picture,
-//! which of them their features place together, and as which class a linear head
-//! takes each.
+//! Command `imagegpt neighbors`: embeds images and shows, as a table and as a
+//! picture, the images that are nearest to each by their features, and the
+//! class that a linear head gives each.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -25,22 +25,23 @@ use crate::proto::pb;
 
 #[derive(Debug, Clone, Args)]
 pub struct NeighborsArgs {
-    /// Write a PNG with one row an image: the image, what the model sees of
-    /// it, and its nearest neighbors
+    /// Write a PNG with one row per image: the image, its tokens as the model
+    /// sees them, and its nearest neighbors
     #[arg(long, value_name = "FILE")]
     pub picture: Option<PathBuf>,
 
-    /// Neighbors of each image
+    /// Number of neighbors to show for each image
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub neighbors: u8,
 
-    /// Images at most; of more, an even sample in the inputs' order is taken
+    /// Largest number of images; of more images an even sample in the inputs'
+    /// order is taken
     #[arg(long, default_value_t = 48, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=4096))]
     pub images_max: u16,
 
-    /// Classify too, by a linear head: one of the worker's, or with --model
-    /// NAME=FILE, which loads one. An image whose directory is named like a class
-    /// (only letters and digits count) is right or wrong
+    /// Also classify with a linear head: NAME is a head of the worker, or with
+    /// --model NAME=FILE loads one. An image in a directory that is named like
+    /// a class (only letters and digits count) is marked as right or wrong
     #[arg(long, value_name = "NAME[=FILE]")]
     pub head: Option<HeadChoice>,
 
@@ -49,7 +50,7 @@ pub struct NeighborsArgs {
 }
 
 impl NeighborsArgs {
-    /// Checks what no flag can check by itself.
+    /// Checks the rules that clap cannot check.
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         self.each.input.validate()?;
         let picture = self.picture.as_deref();
@@ -57,16 +58,16 @@ impl NeighborsArgs {
     }
 }
 
-/// Side of a picture's cells in pixels: twice the published models' 32, so
-/// that palette pixels show.
+/// Side of a picture's cells in pixels: twice the 32 of the published models,
+/// so that pixels of the palette are visible.
 const CELL: u32 = 64;
 const GAP: u32 = 8;
 /// Gap between the tokens' column and the neighbors' columns.
 const WIDE_GAP: u32 = 24;
-/// Height of a line of text, and of the two lines on top.
+/// Height of a line of text, and of the header's two lines.
 const LINE: u32 = 12;
 const HEADER: u32 = GAP + 2 * LINE;
-/// What decoding one image may cost this side.
+/// Limits of decoding one image in this process.
 pub(crate) const PICTURE_LIMITS: ImageLimits = ImageLimits {
     image_bytes_max: 64 << 20,
     image_pixels_max: 100_000_000,
@@ -74,23 +75,24 @@ pub(crate) const PICTURE_LIMITS: ImageLimits = ImageLimits {
 };
 const ROWS_PER_BLOCK: u32 = 16;
 
-/// An image with all that is shown of it.
+/// Image with everything that is shown of it.
 struct Item {
     file: String,
-    /// What the table calls it.
+    /// Name of the image in the table.
     name: String,
     encoded: Bytes,
     embedding: Vec<f32>,
     tokens: Vec<u32>,
-    /// With `--head` only.
+    /// Set only with `--head`.
     class: Option<Class>,
 }
 
-/// What a head says of an image.
+/// Class that a head gives an image.
 struct Class {
     label: String,
     score: f32,
-    /// What the folder says, if it is one of the head's classes.
+    /// Class by the name of the image's directory, if that is one of the head's
+    /// classes.
     truth: Option<String>,
 }
 
@@ -105,7 +107,7 @@ struct Line<'a> {
     file: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     class: Option<ClassLine<'a>>,
-    /// Nearest first.
+    /// Neighbors, nearest first.
     neighbors: Vec<Neighbor<'a>>,
     model_digest: &'a str,
 }
@@ -114,7 +116,8 @@ struct Line<'a> {
 struct ClassLine<'a> {
     label: &'a str,
     score: f32,
-    /// Whether the directory is named like the class, if it is named like one.
+    /// True if the directory is named like the class; `None` if it is named
+    /// like none of the head's classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     right: Option<bool>,
 }
@@ -144,7 +147,7 @@ pub(super) async fn run(
     let nearest: Vec<Vec<(usize, f32)>> = (0..items.len())
         .map(|idx| nearest(&items, idx, args.neighbors.into()))
         .collect();
-    // First, since nobody may read what is printed.
+    // The picture is written first, since printing may fail when nobody reads.
     if let Some(path) = &args.picture {
         picture(&items, &nearest, &session.model)
             .save_with_format(path, ImageFormat::Png)
@@ -168,7 +171,7 @@ pub(super) async fn run(
     Ok(outcome)
 }
 
-/// One JSON object an image.
+/// Prints one JSON object per image.
 fn lines(
     items: &[Item],
     nearest: &[Vec<(usize, f32)>],
@@ -196,8 +199,8 @@ fn lines(
     Ok(())
 }
 
-/// One row an image: its class, and its neighbors in columns with their cosine
-/// similarity.
+/// Prints one row per image: its class, and its neighbors in columns with their
+/// cosine similarity.
 fn table(
     items: &[Item],
     nearest: &[Vec<(usize, f32)>],
@@ -227,7 +230,7 @@ fn table(
     Ok(())
 }
 
-/// An image's class with its score; a wrong one is marked as such.
+/// Formats an image's class with its score; a wrong class is marked.
 fn class_text(item: &Item) -> String {
     item.class.as_ref().map_or_else(String::new, |class| {
         let mark = match class.is_right() {
@@ -238,7 +241,8 @@ fn class_text(item: &Item) -> String {
     })
 }
 
-/// How many classes are those of the images' folders, if any folder is one.
+/// Prints how many classes match the names of the images' directories, if any
+/// directory is named like a class.
 fn share_right(items: &[Item], out: &mut impl Write) -> std::io::Result<()> {
     let verdicts: Vec<bool> = items
         .iter()
@@ -250,12 +254,12 @@ fn share_right(items: &[Item], out: &mut impl Write) -> std::io::Result<()> {
     let n_right = verdicts.iter().filter(|&&right| right).count();
     writeln!(
         out,
-        "{n_right} of {} classes are right, by the folders' names",
+        "{n_right} of {} classes are right by the names of the directories",
         verdicts.len()
     )
 }
 
-/// The class that an image's folder is named like, if there is one.
+/// Returns the class that an image's directory is named like, if there is one.
 fn truth(path: &Path, labels: &[String]) -> Option<String> {
     let bare = |text: &str| -> String {
         let kept = text.chars().filter(|letter| letter.is_alphanumeric());
@@ -265,7 +269,7 @@ fn truth(path: &Path, labels: &[String]) -> Option<String> {
     labels.iter().find(|label| bare(label) == folder).cloned()
 }
 
-/// What the worker says of each image that it takes.
+/// Collects the worker's answers for all images that the worker accepts.
 async fn embed(
     args: &NeighborsArgs,
     session: &Session,
@@ -291,13 +295,13 @@ async fn embed(
         Ok(())
     };
     let (inputs, n_max) = (Inputs::new(&args.each.input)?, args.images_max.into());
-    // A list may come through a pipe that is slow.
+    // Blocking, since a list may come through a slow pipe.
     let inputs = tokio::task::spawn_blocking(move || inputs.sample(n_max)).await?;
     let outcome = session.each(inputs, call, take).await?;
     Ok((items, outcome))
 }
 
-/// What the worker says of one image.
+/// Answers of the worker for one image.
 struct Answer {
     encoded: Bytes,
     embedding: Vec<f32>,
@@ -334,7 +338,7 @@ async fn answers(
     Ok(all.map(answer).collect())
 }
 
-/// The classes of the head that `--head` names; none without the flag.
+/// Returns the classes of the head that `--head` names; none without the flag.
 fn head_labels(args: &NeighborsArgs, session: &Session) -> anyhow::Result<Vec<String>> {
     let Some(name) = args.head.as_ref().map(HeadChoice::name) else {
         return Ok(Vec::new());
@@ -343,13 +347,13 @@ fn head_labels(args: &NeighborsArgs, session: &Session) -> anyhow::Result<Vec<St
     let head = heads.iter().find(|head| head.name == name);
     let head = head.with_context(|| {
         let names: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
-        format!("--head {name}: the worker has no such head; it has {names:?}")
+        format!("--head {name}: the worker has no such head; its heads are {names:?}")
     })?;
     Ok(head.labels.clone())
 }
 
-/// The items most like `items[of]`, by cosine similarity (embeddings come
-/// with length 1), best first.
+/// Returns the items that are most similar to `items[of]`, by cosine similarity
+/// (embeddings have length 1), best first.
 fn nearest(items: &[Item], of: usize, n: usize) -> Vec<(usize, f32)> {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
     let mut others: Vec<(usize, f32)> = items
@@ -369,7 +373,8 @@ fn picture(
     model: &pb::GetModelResponse,
 ) -> RgbImage {
     let n_neighbors = to_u32(nearest.iter().map(Vec::len).max().unwrap_or(0));
-    // Side by side in blocks, so that the sheet is no ribbon.
+    // Rows stand side by side in blocks, so that the sheet is not one long
+    // strip.
     let n_blocks = to_u32(items.len()).div_ceil(ROWS_PER_BLOCK);
     let n_rows = to_u32(items.len()).div_ceil(n_blocks.max(1));
     let block_width = (2 + n_neighbors) * (CELL + GAP) + 2 * WIDE_GAP;
@@ -378,7 +383,8 @@ fn picture(
         HEADER + GAP + n_rows * (CELL + GAP),
         Rgb([255; 3]),
     );
-    // A picture travels without its table, so it says itself what it shows.
+    // The picture may be passed on without its table, so its header says what
+    // it shows.
     write_line(
         &mut sheet,
         0,
@@ -406,7 +412,8 @@ fn picture(
     sheet
 }
 
-/// One line of 8 x 8 letters in the header; what does not fit is cut off.
+/// Writes one line of 8 x 8 letters into the header; text that does not fit is
+/// cut off.
 fn write_line(sheet: &mut RgbImage, line: u32, text: &str) {
     for (column, letter) in (0..).zip(text.chars()) {
         let Some(glyph) = BASIC_FONTS.get(letter) else {
@@ -427,8 +434,8 @@ fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-/// The image itself, small, on white. Only the worker's verdict decides
-/// whether an image is good; one that cannot be drawn here shows as grey.
+/// Draws the image itself, small, on white. Only the worker decides whether an
+/// image is good; an image that cannot be drawn here is shown as gray.
 fn thumbnail(item: &Item) -> RgbImage {
     let decoded = decode(
         &item.encoded,
@@ -445,7 +452,7 @@ fn thumbnail(item: &Item) -> RgbImage {
         )
 }
 
-/// What the model sees: each token in its palette's color.
+/// Draws the image as the model sees it: each token in its palette's color.
 fn from_tokens(item: &Item, model: &pb::GetModelResponse) -> RgbImage {
     RgbImage::from_fn(model.side, model.side, |x, y| {
         let token = item.tokens.get((y * model.side + x) as usize).copied();
@@ -526,7 +533,7 @@ mod tests {
             "image  class             nearest (cosine similarity)\n\
              flag   Flags 0.50\n\
              bread  Flags 0.50 wrong\n\
-             1 of 2 classes are right, by the folders' names\n"
+             1 of 2 classes are right by the names of the directories\n"
         );
     }
 

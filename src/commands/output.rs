@@ -1,4 +1,4 @@
-//! What the commands print and write.
+//! Output of the commands: messages, JSON lines, tables and image files.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -10,20 +10,20 @@ use serde::Serialize;
 
 use crate::files::printable;
 
-/// A line for the person, whatever names and reasons are in it.
+/// Prints a message to standard error; control characters of names are escaped.
 pub(crate) fn complain(text: &str) {
     // Without standard error there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "imagegpt: {}", printable(text));
 }
 
-/// One JSON object, on a line of its own.
+/// Writes one JSON object on a line of its own.
 pub(super) fn json(out: &mut impl Write, value: &impl Serialize) -> anyhow::Result<()> {
     writeln!(out, "{}", serde_json::to_string(value)?)?;
     Ok(())
 }
 
-/// Rows in columns two spaces apart, with nothing drawn around them. Those columns
-/// that `is_right` names by their number end at their right edge.
+/// Writes rows as columns two spaces apart, without borders. A column is
+/// aligned to the right if `is_right` is true for its index.
 pub(super) fn columns(
     rows: impl IntoIterator<Item = Vec<String>>,
     is_right: impl Fn(usize) -> bool,
@@ -43,7 +43,7 @@ pub(super) fn columns(
     Ok(())
 }
 
-/// What files that are made of an image are named like.
+/// Returns the stem of the names of files that are made from an image.
 pub(super) fn stem(name: &str) -> String {
     match name {
         "-" => "stdin".to_owned(),
@@ -54,7 +54,7 @@ pub(super) fn stem(name: &str) -> String {
     }
 }
 
-/// A folder that gets a file for each image.
+/// Directory that gets a file per image.
 #[derive(Debug)]
 pub(super) struct Folder {
     flag: &'static str,
@@ -63,12 +63,15 @@ pub(super) struct Folder {
 }
 
 impl Folder {
+    /// Creates the directory, and checks that files can be written into it.
+    ///
     /// # Errors
     ///
-    /// When it is not there and cannot be made, or cannot be written into.
+    /// When the directory does not exist and cannot be created, or cannot be
+    /// written into.
     pub(super) fn make(flag: &'static str, folder: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)
-            .with_context(|| format!("{flag} {} cannot be made", folder.display()))?;
+            .with_context(|| format!("{flag} {} cannot be created", folder.display()))?;
         probe(&folder.join(format!(".imagegpt.{}.part", std::process::id())))
             .with_context(|| format!("{flag} {} cannot be written into", folder.display()))?;
         Ok(Self {
@@ -78,12 +81,13 @@ impl Folder {
         })
     }
 
-    /// Writes a PNG file that is named like `name`, an image's path, and says
-    /// which. Images of one name in several folders are numbered.
+    /// Writes a PNG file that is named like `name`, the path of an image, and
+    /// returns its path. Images of the same name in several directories are
+    /// numbered.
     ///
     /// # Errors
     ///
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub(super) fn write(&mut self, name: &str, png: &[u8]) -> anyhow::Result<PathBuf> {
         let stem = stem(name);
         let numbered = (2..).map(|n: u64| format!("{stem}-{n}"));
@@ -104,25 +108,25 @@ impl Folder {
 ///
 /// # Errors
 ///
-/// When it cannot.
+/// When the file cannot be written.
 pub(crate) fn check(flag: &str, path: &Path) -> anyhow::Result<()> {
     let checked = if path.is_dir() {
-        Err(anyhow::anyhow!("it is a folder"))
+        Err(anyhow::anyhow!("it is a directory"))
     } else {
         probe(&part(path)).map_err(Into::into)
     };
     checked.with_context(|| format!("{flag} {} cannot be written", path.display()))
 }
 
-/// Where a file is while it is written.
+/// Returns the path of the temporary file that is renamed once it is complete.
 pub(super) fn part(path: &Path) -> PathBuf {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     part.into()
 }
 
-/// Makes the file and removes it again, so that what cannot be written is told
-/// before there is something to write.
+/// Creates the file and removes it again, to find out in advance whether it can
+/// be written.
 fn probe(path: &Path) -> std::io::Result<()> {
     std::fs::File::create(path)?;
     std::fs::remove_file(path)

@@ -1,17 +1,20 @@
-//! Standard output, whose reader may leave and whose disk may be full.
+//! Standard output, whose reader may go away (broken pipe) and whose disk may
+//! be full.
 
 use std::io::{self, ErrorKind, Write};
 
-/// A command's conduct once nobody reads what it prints.
+/// Behavior of a command once nobody reads its output (broken pipe).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unread {
-    /// The command ends by the error, since printing is all that it is for.
+    /// The command ends with the error, since printing is its only purpose.
     Ends,
-    /// The command goes on, since its work and its exit code count by themselves.
+    /// The command continues, since its work and its exit code matter by
+    /// themselves.
     GoesOn,
 }
 
-/// Standard output of a command. An error says what cannot be written.
+/// Standard output of a command. Its errors say that standard output cannot be
+/// written.
 #[derive(Debug)]
 pub struct Printer<W> {
     out: W,
@@ -37,12 +40,14 @@ impl<W: Write> Printer<W> {
         }
     }
 
-    /// True if something could not be printed that somebody may wait for.
+    /// True if writing failed, other than by a broken pipe after which the
+    /// command continues.
     pub fn has_failed(&self) -> bool {
         self.has_failed
     }
 
-    /// Returns the error with its sentence, or `done` where the command is to go on.
+    /// Returns the error with its explanation, or `done` if the command
+    /// continues.
     fn settle<T>(&mut self, written: io::Result<T>, done: T) -> io::Result<T> {
         let error = match written {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),

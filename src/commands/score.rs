@@ -1,4 +1,4 @@
-//! `imagegpt score`: how likely the model finds images.
+//! `imagegpt score`: the likelihood of images under the model.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,21 +14,24 @@ use crate::files::printable;
 
 #[derive(Debug, Clone, Args)]
 pub struct ScoreArgs {
-    /// Also show how far the tokens compress without the model, in bits a token:
-    /// what is unlikely and complex may be merely complex
+    /// Also show the complexity of each image: the size of its tokens when
+    /// compressed without the model, in bits per token. A complex image is
+    /// unlikely even if it is normal
     #[arg(long)]
     pub complexity: bool,
 
-    /// Write a PNG for each image into this folder that shows how unlikely each
-    /// pixel was: from dark, certain, to yellow, as unlikely as by chance or more
+    /// Write a PNG file for each image into this directory that shows how
+    /// unlikely each pixel is: from dark (certain) to yellow (as unlikely as a
+    /// random color, or more)
     #[arg(long, value_name = "DIR")]
     pub map: Option<PathBuf>,
 
-    /// Pixels of a map for one of the model's, without smoothing
+    /// Side of a model pixel in the maps, in pixels, without smoothing
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
     pub scale: u8,
 
-    /// Unlikeliest first, when all are there, instead of in the inputs' order
+    /// Print the least likely images first, once all are scored, instead of in
+    /// the order of the inputs
     #[arg(long)]
     pub sort: bool,
 
@@ -64,8 +67,8 @@ pub(super) async fn run(
         client.score(images, preprocess, options).await
     };
     let mut sorted = Vec::new();
-    // The file stands last, so that no width has to be known before all are
-    // there.
+    // The file stands last, so that its width need not be known before all
+    // images are scored.
     let complexity = if args.complexity { "  complexity" } else { "" };
     let columns = format!("nats/token  bits/token       nats{complexity}  file");
     session.head(&args.each, &columns, out)?;
@@ -121,8 +124,9 @@ fn show(args: &ScoreArgs, line: &Line<'_>, out: &mut impl Write) -> anyhow::Resu
 }
 
 impl Session {
-    /// Each pixel's nats as a PNG file. All maps of a model have one scale, so
-    /// that they compare: to the nats of a guess among all colors.
+    /// Draws the nats of each pixel as a PNG file. All maps of a model have the
+    /// same color scale, so that they can be compared: from 0 to the nats of a
+    /// random guess among all colors.
     fn heat(&self, nats: &[f32], scale: u8) -> anyhow::Result<Vec<u8>> {
         let n_colors = u16::try_from(self.model.palette_rgb8.len() / 3).unwrap_or(u16::MAX);
         let chance = f32::from(n_colors.max(2)).ln();
@@ -133,7 +137,7 @@ impl Session {
         let side = self.model.side;
         let pixels = nats.iter().flat_map(color).collect();
         let map = image::RgbImage::from_raw(side, side, pixels)
-            .ok_or_else(|| anyhow::anyhow!("the worker sent a map of another size"))?;
+            .ok_or_else(|| anyhow::anyhow!("the worker sent a map of the wrong size"))?;
         let edge = side * u32::from(scale);
         let map = image::imageops::resize(&map, edge, edge, image::imageops::FilterType::Nearest);
         let mut file = std::io::Cursor::new(Vec::new());

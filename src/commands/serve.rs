@@ -1,6 +1,7 @@
-//! A worker within this process, from its flags to its readiness: for `imagegpt
-//! serve`, and for commands that are given a model instead of an endpoint. They
-//! reach theirs over gRPC too, so that both are one pipeline.
+//! Worker within this process, from its flags to its readiness: for `imagegpt
+//! serve`, and for commands that get a model instead of an endpoint. Such
+//! commands call their own worker over gRPC too, so that both cases use the
+//! same pipeline.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,16 +21,18 @@ use crate::serve::engines::engines;
 use crate::serve::rpc;
 use crate::serve::worker::Worker;
 
-/// Time for the last answers of a worker of one's own: nobody waits for them.
+/// Longest time for the last answers of a command's own worker, for which
+/// nobody waits.
 const OWN_GRACE: Duration = Duration::from_secs(1);
 
-/// Which model a command serves to itself.
+/// Flags of the model that a command serves to itself.
 #[derive(Debug, Clone, Args)]
 pub struct OwnWorkerFlags {
-    // IMAGEGPT_MODEL is not read: in a worker's container, which may be a job's own
-    // too, it names what that worker serves, and these commands are there to ask it.
-    /// Serve this model within this process instead; what `imagegpt serve
-    /// --model` takes
+    // IMAGEGPT_MODEL is not read here. In a worker's container, which may also
+    // be the job's, the variable names the model of the worker, and these
+    // commands are there to call that worker.
+    /// Serve this model within this process instead of calling a worker; takes
+    /// the same values as `imagegpt serve --model`
     #[arg(long, value_name = "SOURCE")]
     pub model: Option<String>,
 
@@ -37,10 +40,11 @@ pub struct OwnWorkerFlags {
     pub more: MoreServeFlags,
 }
 
-/// How a command serves the model that its `--model` names.
+/// Flags for the way in which a command serves the model of its `--model`.
 #[derive(Debug, Clone, Args)]
 pub struct MoreServeFlags {
-    /// More flags of `imagegpt serve` for --model, split at spaces
+    /// More flags of `imagegpt serve` for the model of --model, separated by
+    /// spaces
     #[arg(
         long,
         value_name = "FLAGS",
@@ -51,12 +55,12 @@ pub struct MoreServeFlags {
 }
 
 impl OwnWorkerFlags {
-    /// The flags of the worker, where one is asked for. `defaults` hold unless
-    /// `--serve` says otherwise.
+    /// Returns the flags of the worker, if `--model` asks for one. `defaults`
+    /// apply unless `--serve` overrides them.
     ///
     /// # Errors
     ///
-    /// When `--serve` has no flags of `imagegpt serve`.
+    /// When `--serve` contains something other than flags of `imagegpt serve`.
     pub fn config(&self, defaults: &[&str]) -> anyhow::Result<Option<ServeConfig>> {
         let more = self.more.serve.as_deref();
         let config = |model: &String| own_config(model, defaults, more);
@@ -64,12 +68,12 @@ impl OwnWorkerFlags {
     }
 }
 
-/// A worker within this process, for one command.
+/// Worker within this process, for one command.
 pub struct OwnWorker(Worker);
 
 impl OwnWorker {
-    /// A worker that is ready, of a model that is compiled first if it has to be;
-    /// `None` if `stop` comes before that.
+    /// Starts a worker and waits until it is ready; the model is compiled first
+    /// if necessary. Returns `None` if `stop` resolves before that.
     ///
     /// # Errors
     ///
@@ -89,24 +93,25 @@ impl OwnWorker {
         }
     }
 
-    /// Where it listens.
+    /// Returns the URL at which the worker listens.
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.0.grpc_addr)
     }
 
-    /// Ends it; its only client is done with it.
+    /// Ends the worker, whose only client is done.
     pub async fn end(self) {
         self.0.shutdown(OWN_GRACE).await;
     }
 }
 
-/// The flags of a worker for this process alone. `defaults` hold unless `more`,
-/// flags of `imagegpt serve` that are split at spaces, says otherwise.
+/// Parses the flags of a worker for this process alone. `defaults` apply unless
+/// `more`, which has flags of `imagegpt serve` separated by spaces, overrides
+/// them.
 ///
 /// # Errors
 ///
-/// When `more` is not such flags.
+/// When `more` contains something other than flags of `imagegpt serve`.
 pub fn own_config(
     model: &str,
     defaults: &[&str],
@@ -119,7 +124,8 @@ pub fn own_config(
         config: ServeConfig,
     }
     let own = ["serve", "--model", model];
-    // Any free port, so that it is in nobody's way; and nobody else's business.
+    // Any free port, to avoid conflicts, on an address that other machines
+    // cannot reach.
     let ports = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"];
     let more = more.unwrap_or_default().split_whitespace();
     let all = own
@@ -128,13 +134,15 @@ pub fn own_config(
         .chain(defaults.iter().copied())
         .chain(more);
     let parsed = Serve::try_parse_from(all).map_err(|error| {
-        // Without the words that point to a help that is another command's.
+        // Only the first paragraph, since the rest points to the help of
+        // another command.
         let text = error.to_string();
         let text = text.split("\n\n").next().unwrap_or_default();
         anyhow::anyhow!("--serve: {}", text.trim_start_matches("error: "))
     })?;
     let mut config = parsed.config;
-    // What the environment says of access is for a worker that others reach.
+    // Access settings of the environment are meant for a worker that others
+    // reach.
     let access = &mut config.access;
     (access.tls_cert, access.tls_key, access.tls_client_ca) = (None, None, None);
     access.auth_tokens_file = None;
@@ -142,28 +150,29 @@ pub fn own_config(
     Ok(config)
 }
 
-/// Resolves when the worker is ready.
+/// Waits until the worker is ready.
 ///
 /// # Errors
 ///
-/// When its model cannot be served.
+/// When the worker's model cannot be served.
 pub async fn is_ready(worker: &mut Worker) -> anyhow::Result<()> {
     let ready = worker.ready().await;
     ready.map(drop).context("the model cannot be served")
 }
 
-/// A worker that listens, and will be ready once its engine has loaded the model.
+/// Starts a worker that listens, and becomes ready once its engine has loaded
+/// the model.
 ///
 /// # Errors
 ///
 /// When the model or the addresses cannot be used.
 pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
-    // What is wrong with them is told before a model is compiled.
+    // Errors in the access flags are reported before a model is compiled.
     rpc::Access::open(&config.access)?;
     if config.access.tokens_in_the_clear(config.network.listen) {
         tracing::warn!(
             "bearer tokens will cross the network unencrypted; give --tls-cert and --tls-key, or \
-             let a proxy on this machine do TLS"
+             let a proxy on this machine terminate TLS"
         );
     }
     let owned = config.clone();
@@ -178,12 +187,13 @@ pub async fn start(config: &ServeConfig) -> anyhow::Result<Worker> {
     Ok(worker)
 }
 
-/// The model that a worker with these flags serves, compiled first if it has to be,
-/// with its heads.
+/// Opens the model that a worker with these flags serves, with its heads. The
+/// model is compiled first if necessary.
 ///
 /// # Errors
 ///
-/// When there is no such model, it cannot be compiled, or a head does not fit it.
+/// When the model does not exist or cannot be compiled, or a head does not fit
+/// the model.
 pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<LinearHead>)> {
     let mut bars = Bars::new();
     let folder = locate(config, &mut bars);
@@ -200,9 +210,9 @@ pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<Lin
     Ok((model, heads))
 }
 
-/// What the model is called: as the flag says, or like what was compiled, whose
-/// folder in the cache has a name that says nothing to a person. Otherwise the
-/// model's own folder names it.
+/// Returns the model's name: the flag's, or that of the source that was
+/// compiled, since the compiled directory in the cache has a name that means
+/// nothing to a person. `None` leaves the name to the model's own directory.
 fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
     let given = config.model_name.clone();
     let source = Path::new(&config.model);
@@ -210,28 +220,29 @@ fn name(config: &ModelConfig, folder: &Path) -> Option<String> {
         return given;
     }
     let name = source.file_name().map(ToOwned::to_owned).or_else(|| {
-        // Such as `.`.
+        // The source is a path such as `.`.
         let folder = source.canonicalize().ok()?;
         folder.file_name().map(ToOwned::to_owned)
     });
     name.map(|name| name.to_string_lossy().into_owned())
 }
 
-/// The directory to serve, compiled if it has to be.
+/// Finds the directory to serve, which is compiled first if necessary.
 ///
 /// # Errors
 ///
-/// When there is no such model, or it cannot be compiled.
+/// When the model does not exist or cannot be compiled.
 pub fn locate(config: &ServeConfig, progress: &mut dyn CompileProgress) -> anyhow::Result<PathBuf> {
     let library = onnx::find_library(config.model.library.onnxruntime.as_deref());
     let provider = match config.model.devices.provider.execution_provider {
         ProviderChoice::Cuda => Provider::Cuda,
-        // A GPU that is there by chance is no reason to compile for it.
+        // A GPU that happens to be present is no reason to compile for a GPU.
         ProviderChoice::Cpu | ProviderChoice::Auto => Provider::Cpu,
     };
     let runtime = || {
         let runtime = Runtime::new(onnx::environment(&library)?, provider)?;
-        // Better now than when everything but the last trial is done.
+        // A provider that cannot run fails here, before everything but the last
+        // trial is done.
         if provider == Provider::Cuda {
             onnx::probe(&runtime)?;
         }

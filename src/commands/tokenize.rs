@@ -1,4 +1,4 @@
-//! `imagegpt tokenize`: what the model sees of images.
+//! Command `imagegpt tokenize`: the tokens that the model sees of images.
 
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
@@ -23,12 +23,12 @@ use crate::serve::worker::{n_preprocess_threads, preprocessor};
 
 #[derive(Debug, Clone, Args)]
 pub struct TokenizeArgs {
-    /// Write a PNG of each image's tokens in the palette's colors into this
+    /// Write a PNG of each image's tokens, in the palette's colors, into this
     /// directory
     #[arg(long, value_name = "DIR")]
     pub preview: Option<PathBuf>,
 
-    /// Pixels of a preview for one of the model's, without smoothing
+    /// Side in pixels of the preview's square for each token, without smoothing
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
     pub scale: u8,
 
@@ -45,7 +45,7 @@ struct Line<'a> {
     model_digest: &'a str,
 }
 
-/// Has a worker make the tokens.
+/// Lets a worker compute the tokens.
 pub(super) async fn run(
     args: &TokenizeArgs,
     session: &Session,
@@ -63,8 +63,8 @@ pub(super) async fn run(
     print(args, &session.tokens, calls, call, out).await
 }
 
-/// Makes the tokens in this process, as a worker with these flags would. Neither
-/// the model's graphs nor ONNX Runtime are needed for that.
+/// Computes the tokens in this process, as a worker with these flags would.
+/// Needs neither the model's graphs nor ONNX Runtime.
 pub(super) async fn run_here(
     args: &TokenizeArgs,
     config: ServeConfig,
@@ -95,7 +95,8 @@ pub(super) async fn run_here(
     print(args, &facts, calls, call, out).await
 }
 
-/// An image's tokens, or the sentence that a worker would say of it.
+/// Computes an image's tokens, or the message that a worker would send for the
+/// image.
 fn ids(
     preprocessor: &Preprocessor,
     image: Bytes,
@@ -104,8 +105,8 @@ fn ids(
 ) -> Result<Vec<u32>, String> {
     let budget = DecodeBudget::new(&|| false, cpu_time_max);
     let input = ImageInput::Encoded(image);
-    // Decoders' panics are contained where they happen; one from anywhere else must
-    // not take the other images along.
+    // Panics of decoders are contained in the decoders; a panic from elsewhere
+    // must not fail the other images.
     let tokenize = AssertUnwindSafe(|| preprocessor.tokenize(&input, options, &budget));
     match std::panic::catch_unwind(tokenize) {
         Ok(Ok(tokenized)) => Ok(tokenized.tokens.iter().copied().map(u32::from).collect()),
@@ -114,7 +115,7 @@ fn ids(
     }
 }
 
-/// Prints and draws the tokens that `call` makes of the images.
+/// Prints and draws the tokens that `call` computes for the images.
 async fn print<F>(
     args: &TokenizeArgs,
     facts: &TokenFacts,

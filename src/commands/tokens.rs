@@ -1,4 +1,5 @@
-//! Tokens as commands show them, whoever made them.
+//! Tokens as commands show them, whether a worker or this process computed
+//! them.
 
 use anyhow::Context as _;
 
@@ -6,15 +7,15 @@ use crate::imaging::render;
 use crate::model::Model;
 use crate::proto::pb;
 
-/// What a model's tokens are shown by.
+/// Facts about a model that its tokens are shown with.
 #[derive(Debug, Clone)]
 pub(super) struct TokenFacts {
     pub(super) model_digest: String,
     /// Side in pixels of the model's images.
     pub(super) side: usize,
-    /// Tokens of an image.
+    /// Tokens per image.
     n_positions: usize,
-    /// Three bytes a color.
+    /// Palette with three bytes per color.
     palette_rgb8: Vec<u8>,
 }
 
@@ -41,11 +42,11 @@ impl From<&Model> for TokenFacts {
 }
 
 impl TokenFacts {
-    /// Tokens as this crate has them.
+    /// Checks tokens, and converts them to this crate's type.
     ///
     /// # Errors
     ///
-    /// When they are not those of an image of this model.
+    /// When the tokens are not those of an image of this model.
     pub(super) fn check(&self, ids: &[u32]) -> anyhow::Result<Vec<u16>> {
         let n_colors = self.palette_rgb8.len() / 3;
         let token = |&id: &u32| {
@@ -59,7 +60,7 @@ impl TokenFacts {
             .context("the worker sent tokens that do not fit its model")
     }
 
-    /// Tokens as a PNG file in the palette's colors.
+    /// Draws tokens as a PNG file in the palette's colors.
     ///
     /// # Errors
     ///

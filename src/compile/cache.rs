@@ -1,5 +1,5 @@
-//! Where `serve --model SOURCE` finds a directory that it can serve: as it is,
-//! or compiled once and kept.
+//! Finds the directory for `serve --model SOURCE`: the source itself, or its
+//! compiled form, which is compiled once and cached.
 
 use std::path::{Path, PathBuf};
 
@@ -9,12 +9,13 @@ use crate::model;
 use crate::model::manifest;
 use crate::runtime::Runtime;
 
-/// Finds the directory to serve for what a user wrote after `--model`. What has
-/// weights but no graphs is compiled into the cache, unless it is there.
+/// Finds the directory to serve for the value of `--model`. A source that has
+/// weights but no graphs is compiled into the cache, unless it is cached
+/// already.
 ///
 /// # Errors
 ///
-/// When there is no such source, or it cannot be compiled.
+/// When the source does not exist or cannot be compiled.
 pub fn locate(
     source: &ModelSource,
     cache_dir: Option<&Path>,
@@ -25,8 +26,8 @@ pub fn locate(
     if let ModelSource::Folder(folder) = source
         && (is_servable(folder) || weight_files(folder).is_err())
     {
-        // What has neither graphs nor weights is for the model's own checks to
-        // complain about.
+        // A directory with neither graphs nor weights is refused later, by the
+        // model's own checks.
         return Ok(folder.clone());
     }
     let cache = self::folder(cache_dir)?;
@@ -38,11 +39,12 @@ fn is_servable(folder: &Path) -> bool {
     folder.join(manifest::FILE).is_file() || model::has_graphs(folder)
 }
 
-/// `--cache-dir`, else where the user's caches are.
+/// Returns the cache directory: `--cache-dir`, or else `imagegpt` in the user's
+/// cache directory.
 ///
 /// # Errors
 ///
-/// When the user has no home.
+/// When the user has no home directory.
 pub fn folder(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     if let Some(folder) = given {
         return Ok(folder.to_owned());
@@ -53,6 +55,9 @@ pub fn folder(given: Option<&Path>) -> anyhow::Result<PathBuf> {
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))
         .map(|folder| folder.join("imagegpt"))
         .ok_or_else(|| {
-            anyhow::anyhow!("there is no home folder to keep compiled models in; set --cache-dir")
+            anyhow::anyhow!(
+                "the home directory is unknown, so compiled models cannot be cached; set \
+                 --cache-dir"
+            )
         })
 }

@@ -1,7 +1,7 @@
-//! A folder's weights as named tensors, whatever files hold them.
+//! The weights of a directory as named tensors, independent of the file format.
 //!
 //! Opening reads only the tables of contents; [`Checkpoint::read`] then takes
-//! one tensor at a time, so that a model of several gigabytes never lies in
+//! one tensor at a time, so that a model of several gigabytes is never in
 //! memory as a whole. Files are read at offsets and not mapped, because a
 //! mapped file that someone truncates ends the process.
 
@@ -23,15 +23,15 @@ use super::random::{self, RandomTensors};
 use crate::files::hex;
 use crate::model::files;
 
-/// Where a tensor lies and what it is made of.
+/// Place, type and shape of a tensor in a file.
 #[derive(Debug, Clone, PartialEq)]
 struct Entry {
     file: usize,
-    /// Of the first element, from the start of the file.
+    /// Offset of the first element from the start of the file, in bytes.
     offset: u64,
     element: Element,
     shape: Vec<usize>,
-    /// In elements; one for each dimension.
+    /// Stride of each dimension, in elements.
     strides: Vec<usize>,
 }
 
@@ -41,12 +41,12 @@ enum Element {
     F32,
     F16,
     Bf16,
-    /// Anything else, by its bytes: masks and counters, never weights.
+    /// Any other type, by its size in bytes: masks and counters, never weights.
     Other(usize),
 }
 
 impl Entry {
-    /// Bytes of all elements.
+    /// Returns the size of all elements, in bytes.
     fn bytes(&self) -> u64 {
         let elements = self.shape.iter().map(|&size| size as u64);
         elements.fold(self.element.bytes() as u64, u64::saturating_mul)
@@ -70,26 +70,29 @@ pub(crate) struct Checkpoint {
     folder: PathBuf,
     files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
-    /// Where tensors are drawn and not read; then there are no entries.
+    /// Random tensors, if the weights are drawn by a recipe; then there are no
+    /// entries.
     drawn: Option<RandomTensors>,
 }
 
-/// What published folders call their weights, the first found is taken.
+/// File names of weights in published directories; the first that exists is
+/// taken.
 pub(super) const SINGLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 pub(super) const INDEX: [&str; 2] = [
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 ];
 
-/// Files that weights are spread over; all are open at one time. imagegpt-large has
-/// one, models of a hundred times its size some dozens.
+/// Largest number of files (shards) of a checkpoint, all of which are open at
+/// the same time. imagegpt-large has one file, models a hundred times as large
+/// have some dozens.
 const SHARDS_MAX: usize = 256;
 
-/// Names of the files that hold the weights of `folder`.
+/// Returns the names of the files that hold the weights of `folder`.
 ///
 /// # Errors
 ///
-/// When there are none, or the index of several cannot be understood.
+/// When there are no weights, or the index of the shards is not valid.
 pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
     for (single, index) in SINGLE.iter().zip(INDEX) {
         if folder.join(single).is_file() {
@@ -105,16 +108,16 @@ pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>, CompileError> {
     }
     Err(CompileError::weights(
         folder,
-        "has no weights: model.safetensors, pytorch_model.bin and the .index.json of either are \
-         known",
+        "has no weights: it must have model.safetensors, pytorch_model.bin or the .index.json of \
+         either",
     ))
 }
 
-/// The files that an index names, each once.
+/// Returns the files that an index names, each once.
 ///
 /// # Errors
 ///
-/// When the index cannot be understood or names a file outside its folder.
+/// When the index is not valid or names a file outside its directory.
 pub(crate) fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
     let text = crate::model::architecture::read(path)?;
     let index: serde_json::Value = serde_json::from_slice(&text)
@@ -129,14 +132,14 @@ pub(crate) fn indexed_files(path: &Path) -> Result<Vec<String>, CompileError> {
         if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
             return Err(CompileError::weights(
                 path,
-                format!("names {name:?}, which is no file beside it"),
+                format!("names {name:?}, which is not a file in the same directory"),
             ));
         }
         names.insert(name.to_owned());
         if names.len() > SHARDS_MAX {
             return Err(CompileError::weights(
                 path,
-                format!("names more than {SHARDS_MAX} files"),
+                format!("names more than {SHARDS_MAX} files, the limit of a checkpoint"),
             ));
         }
     }
@@ -180,7 +183,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The shape of the tensor `name`, if there is one.
+    /// Returns the shape of the tensor `name`, if the checkpoint has that
+    /// tensor.
     #[must_use]
     pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         match &self.drawn {
@@ -193,10 +197,10 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// When it is not there, has another shape, is not made of floats or
-    /// cannot be read.
+    /// When the tensor is missing, has another shape, does not consist of
+    /// finite floats or cannot be read.
     pub(crate) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CompileError> {
-        // Their shapes are of the same configuration as what is asked for.
+        // Random tensors have their shapes from the same configuration.
         if let Some(drawn) = &self.drawn
             && drawn.shape(name) == Some(shape)
         {
@@ -213,7 +217,7 @@ impl Checkpoint {
             return Err(CompileError::weights(
                 path,
                 format!(
-                    "has {name} of shape {:?} where config.json makes it {shape:?}",
+                    "has the tensor {name} of shape {:?}; by config.json it must be {shape:?}",
                     entry.shape
                 ),
             ));
@@ -225,7 +229,7 @@ impl Checkpoint {
         let values = decode(&bytes, entry.element).ok_or_else(|| {
             CompileError::weights(
                 path,
-                format!("has {name}, but not in f16, bf16, f32 or f64"),
+                format!("has the tensor {name}, but not in f16, bf16, f32 or f64"),
             )
         })?;
         let values = gather(values, &entry.shape, &entry.strides);
@@ -234,16 +238,16 @@ impl Checkpoint {
         } else {
             Err(CompileError::weights(
                 path,
-                format!("has {name} with values that are not finite"),
+                format!("has the tensor {name} with values that are not finite"),
             ))
         }
     }
 
-    /// Sum of the sizes of the files.
+    /// Returns the total size of the files, in bytes.
     ///
     /// # Errors
     ///
-    /// When a file cannot be asked.
+    /// When the size of a file cannot be read.
     pub(crate) fn bytes(&self) -> Result<u64, CompileError> {
         let mut sum = 0;
         for (path, file) in &self.files {
@@ -255,8 +259,9 @@ impl Checkpoint {
         Ok(sum)
     }
 
-    /// SHA-256 over `config.json` and the weights, which is what graphs are
-    /// made of; `advance` is told of bytes as they pass.
+    /// Computes the SHA-256 over `config.json` and the weights, from which
+    /// graphs are made; `advance` is called with the number of bytes that were
+    /// read.
     ///
     /// # Errors
     ///
@@ -284,18 +289,18 @@ impl Checkpoint {
     }
 }
 
+/// Returns the row-major strides of `shape`.
 #[must_use]
-/// Row-major strides of `shape`.
 fn contiguous(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1_usize; shape.len()];
     for axis in (1..shape.len()).rev() {
-        // Beside a size of zero the others may be anything.
+        // If one size is zero, the others may have any value.
         strides[axis - 1] = strides[axis].saturating_mul(shape[axis]);
     }
     strides
 }
 
-/// Elements from the first to the last one, both counted.
+/// Returns the number of elements from the first to the last, both included.
 fn span(shape: &[usize], strides: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;
@@ -307,7 +312,7 @@ fn span(shape: &[usize], strides: &[usize]) -> usize {
         .sum::<usize>()
 }
 
-/// Puts elements that lie `strides` apart into row-major order.
+/// Reorders elements with the given strides into row-major order.
 fn gather(values: Vec<f32>, shape: &[usize], strides: &[usize]) -> Vec<f32> {
     if strides == contiguous(shape) || values.is_empty() {
         return values;

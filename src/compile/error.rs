@@ -1,35 +1,36 @@
-//! What can go wrong between a checkpoint and its graphs.
+//! Errors of the compilation of a checkpoint.
 
 use std::path::{Path, PathBuf};
 
 use crate::model::error::ModelFileError;
 
-/// Every text is one sentence that says what to change.
+/// Reason why a compilation failed. Every text is one sentence that says what
+/// to change.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
-    /// A file of the source cannot be read, or is not of an ImageGPT that this
-    /// compiler supports.
+    /// A file of the source cannot be read, or belongs to a model that this
+    /// compiler does not support.
     #[error(transparent)]
     File(#[from] ModelFileError),
-    /// The weights are missing, truncated or of another shape.
+    /// The weights are missing or truncated, or have an unexpected shape.
     #[error("{} {reason}", path.display())]
     Weights { path: PathBuf, reason: String },
     /// The options do not fit the model or each other.
     #[error("{0}")]
     Options(String),
-    /// A hub would not give what was asked for.
+    /// The files of a hub's repository cannot be downloaded.
     #[error("{repository} cannot be downloaded: {reason}")]
     Hub { repository: String, reason: String },
     /// The output cannot be written.
     #[error("{} cannot be written: {reason}", path.display())]
     Write { path: PathBuf, reason: String },
-    /// ONNX Runtime would not load or run a graph.
+    /// ONNX Runtime cannot load or run a graph.
     #[error("graph {graph} does not run: {reason}")]
     Runtime { graph: String, reason: String },
-    /// A graph does not compute what the reference does.
+    /// A graph's results differ too much from the reference.
     #[error(
-        "graph {graph} is off the float64 reference by {error:.2e} in {output}, above the \
-         tolerance of {tolerance:.0e} for {precision}; nothing was written"
+        "graph {graph} has a relative error of {error:.2e} against the float64 reference in \
+         {output}; the tolerance of {precision} is {tolerance:.0e}; nothing was written"
     )]
     Tolerance {
         graph: String,
@@ -38,10 +39,10 @@ pub enum CompileError {
         error: f64,
         tolerance: f64,
     },
-    /// ONNX Runtime took a graph's fused operators apart or left them out.
+    /// ONNX Runtime did not run all of a graph's fused operators as such.
     #[error(
-        "graph {graph} ran {found} of {operator} on {provider} where {expected} belong, so it \
-         would be slow; use an ONNX Runtime that has this operator"
+        "graph {graph} ran {found} {operator} operators on {provider} instead of {expected}, so \
+         it would be slow; use an ONNX Runtime that has this operator"
     )]
     NotFused {
         graph: String,

@@ -1,10 +1,10 @@
-//! The graphs: one for each task, all over the same backbone and weights.
+//! Builds the graphs of all tasks, which share one backbone and its weights.
 //!
-//! Between layers activations lie as rows, `(batch * sequence, width)`, so
-//! that a dense product is one `Gemm` that adds its bias as it goes, and on a CPU
-//! the residual. RMS norm, quick-gelu and attention are written as fused operators,
-//! ONNX Runtime's or the worker's own, not as patterns that an optimizer might fuse.
-//! Batch and sequence are open: one file serves any batch.
+//! Between layers activations are rows, `(batch * sequence, width)`, so that a
+//! dense product is one `Gemm` that also adds the bias, and on a CPU the
+//! residual. RMS norm, quick-gelu and attention are written as fused operators,
+//! ONNX Runtime's or the worker's own, not as patterns that an optimizer might
+//! fuse. Batch and sequence are open dimensions: one file serves any batch.
 
 mod backbone;
 mod builder;
@@ -26,15 +26,15 @@ pub(crate) enum Attention {
     MultiHead,
     /// `imagegpt.CausalAttention`, the worker's own kernel for the CPU.
     Causal,
-    /// `com.microsoft.GroupQueryAttention`, which keeps keys and values.
+    /// `com.microsoft.GroupQueryAttention`, which has a key/value cache.
     GroupQuery,
-    /// `imagegpt.Layers`, the worker's own kernel for steps on the CPU: not
-    /// attention alone, but all that is around it as well.
+    /// `imagegpt.Layers`, the worker's own kernel for steps of generation on
+    /// the CPU, which computes whole layers, not only attention.
     Layers,
 }
 
 impl Attention {
-    /// The operator's name, as profiles show it.
+    /// Returns the operator's name, as in profiles.
     #[must_use]
     pub(crate) fn operator(self) -> &'static str {
         match self {
@@ -46,7 +46,7 @@ impl Attention {
     }
 }
 
-/// All that a graph depends on.
+/// Everything that the content of a graph depends on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GraphPlan<'a> {
     pub architecture: &'a Architecture,
@@ -54,20 +54,20 @@ pub(crate) struct GraphPlan<'a> {
     pub precision: Precision,
     pub provider: Provider,
     pub attention: Attention,
-    /// Whether a graph may have the worker's own operators.
+    /// True if graphs may contain the worker's own operators.
     pub has_ours: bool,
-    /// Where `embed` ends.
+    /// Last layer of `embed`.
     pub feature_layer: usize,
 }
 
 impl GraphPlan<'_> {
-    /// What the keys of a position and head are kept in, and its values, and how
-    /// many of them.
+    /// Returns the data type of the key/value cache, and the number of its
+    /// elements per position and head, for keys and for values each.
     #[must_use]
     pub(crate) fn cache_position(&self) -> (DataType, usize) {
         let head_dim = self.architecture.head_dim();
         match (self.attention, self.precision) {
-            // It rounds to 8 bits of mantissa, as the weights are.
+            // bfloat16 has 8 bits of mantissa, which suits weights of 8 bits.
             (Attention::Layers, Precision::Int8) => {
                 (DataType::Bfloat16, bf16::position_len(head_dim))
             }
@@ -76,15 +76,17 @@ impl GraphPlan<'_> {
         }
     }
 
-    /// Whether queries, keys and values are products of their own where whole
-    /// images are attended to. On a GPU that is less work than to cut one product
-    /// apart; a step, which is launches more than work, takes it in one.
+    /// Returns true if queries, keys and values are separate products in graphs
+    /// of whole images. On a GPU this is less work than to split one product; a
+    /// step of generation, whose time is mostly kernel launches, has one
+    /// product.
     #[must_use]
     pub(crate) fn is_apart(&self) -> bool {
         self.provider == Provider::Cuda
     }
 
-    /// Outputs and inputs of a layer's product by the name of its weight.
+    /// Returns the outputs and inputs of a layer's product, by the name of its
+    /// weight.
     fn product(&self, name: &str) -> [usize; 2] {
         let (width, inner) = (self.architecture.width, self.architecture.inner_width);
         match name.rsplit('.').next() {

@@ -1,8 +1,9 @@
-//! Downloads from a hub into the cache that Hugging Face's own tools use.
+//! Downloads models from a hub into the cache that Hugging Face's own tools
+//! use.
 //!
-//! `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` mean here what they mean there. Of
-//! a repository only the weights of one format are taken, and all files from
-//! one commit. Without a connection, what the cache holds is used.
+//! `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` have the same meaning as in these
+//! tools. The weights are downloaded in one format only, and all files come
+//! from the same commit. Without a connection, cached files are used.
 
 use std::path::PathBuf;
 
@@ -14,11 +15,11 @@ use super::source::{Local, PREPROCESSOR};
 use super::{CompileProgress, CompileStep, checkpoint};
 use crate::model::architecture;
 
-/// Attempts to go on with a download that broke off.
+/// Number of times that an interrupted download is resumed.
 const N_RETRIES: usize = 3;
 const MAIN: &str = "main";
 
-/// Where to ask, as whom, and where to keep the answers.
+/// Connection to a hub: its address, the user's token, and the cache directory.
 #[derive(Debug, Clone)]
 pub struct Hub {
     pub endpoint: Option<String>,
@@ -27,17 +28,18 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// As `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` say, else as a login left
-    /// it.
+    /// Takes the settings of `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT`; without
+    /// `HF_TOKEN`, the token that a login has stored.
     ///
     /// # Errors
     ///
-    /// When there is no place for a cache.
+    /// When there is no directory for a cache.
     pub fn from_env() -> Result<Self, CompileError> {
         let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         if set("HF_HOME").is_none() && std::env::home_dir().is_none() {
             return Err(CompileError::Options(
-                "there is no home folder to cache downloads in; set HF_HOME".to_owned(),
+                "the home directory is unknown, so downloads cannot be cached; set HF_HOME"
+                    .to_owned(),
             ));
         }
         let cache = Cache::from_env();
@@ -48,13 +50,13 @@ impl Hub {
         })
     }
 
-    /// Makes the files of `repository` at `revision` (`main` if `None`)
-    /// available.
+    /// Downloads the files of `repository` at `revision` (`main` if `None`), or
+    /// finds them in the cache.
     ///
     /// # Errors
     ///
-    /// When the hub does not have it, or does not answer and the cache does
-    /// not have it either.
+    /// When the hub does not have the files, or cannot be reached and the cache
+    /// does not have them either.
     pub fn fetch(
         &self,
         repository: &str,
@@ -76,7 +78,7 @@ impl Hub {
                 let local = self.cached(at(revision));
                 if let Some(local) = &local {
                     let folder = local.folder.display();
-                    tracing::warn!(%error, %folder, "the hub does not answer; using its cache");
+                    tracing::warn!(%error, %folder, "cannot query the hub; using cached files");
                 }
                 return local.ok_or_else(|| failed(error.to_string()));
             }
@@ -102,7 +104,8 @@ impl Hub {
             } else {
                 continue;
             }
-            // So that the cache can answer for this name, too.
+            // Records the revision's commit, so that the cache can resolve its
+            // name without a connection.
             let cache = Cache::new(self.cache.clone()).repo(at(revision));
             cache
                 .create_ref(&info.sha)
@@ -114,7 +117,7 @@ impl Hub {
             });
         }
         Err(failed(
-            "it has neither safetensors nor pytorch_model.bin".to_owned(),
+            "the repository has neither model.safetensors nor pytorch_model.bin".to_owned(),
         ))
     }
 
@@ -146,7 +149,7 @@ impl Hub {
     }
 }
 
-/// The files of one commit.
+/// Download of the files of one commit.
 struct Download<'p> {
     repo: ApiRepo,
     cache: Cache,

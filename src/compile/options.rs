@@ -1,4 +1,4 @@
-//! What to make of a source, in the words of the command line.
+//! Options of a compilation, named as on the command line.
 
 use std::collections::BTreeSet;
 
@@ -6,14 +6,14 @@ use super::error::CompileError;
 use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 
-/// What to make of a source.
+/// Options of a compilation.
 #[derive(Debug, Clone)]
 pub struct CompileOptions {
     pub precision: Precision,
     pub provider: Provider,
-    /// `None` for all that the checkpoint has heads for.
+    /// Tasks to compile for; `None` for all that the checkpoint has heads for.
     pub tasks: Option<BTreeSet<CompileTask>>,
-    /// Where `embed` ends; `None` for two thirds of the depth.
+    /// Last layer of `embed`; `None` for two thirds of the depth.
     pub feature_layer: Option<usize>,
 }
 
@@ -29,35 +29,38 @@ impl Default for CompileOptions {
 }
 
 impl CompileOptions {
-    /// Refuses what cannot be made, or not tried in `runtime`.
+    /// Refuses options that are not supported, or whose graphs cannot be
+    /// verified in `runtime`.
     pub(super) fn check(&self, runtime: &Runtime) -> Result<(), CompileError> {
         let refuse = |text: &str| Err(CompileError::Options(text.to_owned()));
         match (self.precision, self.provider) {
-            (Precision::Int8, Provider::Cuda) => {
-                refuse("int8 is for the CPU, ONNX Runtime has no such product for CUDA; use bf16")
-            }
-            (Precision::Fp16 | Precision::Bf16, Provider::Cpu) => refuse(
-                "ONNX Runtime computes fp16 and bf16 on the CPU slowly or not at all; use int8, or \
-                 compile for CUDA",
+            (Precision::Int8, Provider::Cuda) => refuse(
+                "precision int8 is not supported on CUDA, for which ONNX Runtime has no 8-bit \
+                 matrix product; use --precision bf16",
             ),
-            (Precision::Bf16, Provider::Cuda) if runtime.provider == Provider::Cpu => {
-                refuse("bf16 can only be tried on a GPU, so compile where there is one")
-            }
+            (Precision::Fp16 | Precision::Bf16, Provider::Cpu) => refuse(
+                "precisions fp16 and bf16 are not supported on the CPU, where ONNX Runtime \
+                 computes them slowly or not at all; use --precision int8, or compile for CUDA \
+                 (--provider cuda)",
+            ),
+            (Precision::Bf16, Provider::Cuda) if runtime.provider == Provider::Cpu => refuse(
+                "graphs in bf16 can be verified on a GPU only; compile on a machine with a GPU",
+            ),
             (_, Provider::Cpu) if runtime.provider == Provider::Cuda => {
-                refuse("graphs for the CPU are tried on the CPU")
+                refuse("graphs for the CPU must be verified on the CPU, not on a GPU")
             }
             _ => Ok(()),
         }
     }
 
-    /// Whether ONNX Runtime can compute the task with these options: on CUDA,
-    /// `GroupQueryAttention` has kernels for 16 bits alone.
+    /// Returns true if ONNX Runtime can compute the task with these options: on
+    /// CUDA, `GroupQueryAttention` has kernels for 16 bits only.
     pub(super) fn has_operators(&self, task: CompileTask) -> bool {
         let has_cache = task == CompileTask::Generate;
         !(has_cache && self.provider == Provider::Cuda && self.precision == Precision::Fp32)
     }
 
-    /// A folder's name for what these options make of weights.
+    /// Returns the name of the cached directory for weights with this digest.
     pub(super) fn cache_key(&self, sha256: &str, runtime: &Runtime) -> String {
         let mut parts = vec![
             sha256[..16].to_owned(),

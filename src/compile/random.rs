@@ -1,10 +1,11 @@
-//! Models with random weights, for measurements where no checkpoint is at hand.
+//! Models with random weights, for measurements without a checkpoint.
 //!
-//! How fast a model is follows from its shape alone. `random:small` and the
-//! like are the published shapes with weights that are drawn as transformers
-//! initializes them, from a seed and their names, whenever they are read: so a
-//! model of several gigabytes needs no file and never lies in memory as a
-//! whole. A folder with a `random_weights.json` is such a checkpoint, too.
+//! A model's speed depends on its shape only. `random:small` and its siblings
+//! are the published shapes with weights that are drawn as transformers
+//! initializes them. Each tensor is generated from a seed and its name whenever
+//! it is read, so a model of several gigabytes needs no file and is never in
+//! memory as a whole. A directory with a `random_weights.json` is such a
+//! checkpoint, too.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,19 +23,22 @@ use super::source::{Local, PREPROCESSOR};
 use crate::model::architecture;
 use crate::model::architecture::Architecture;
 
-/// What a source's name begins with.
+/// Prefix of a source's name that asks for random weights.
 pub(crate) const PREFIX: &str = "random:";
-/// Stands in a folder for its weights, and says how they are drawn.
+/// Name of the file that replaces the weights of a directory, and holds the
+/// recipe by which they are drawn.
 pub(crate) const FILE: &str = "random_weights.json";
 
-/// Counts up when the same seed gives other weights.
+/// Version of the generator; raised when the same seed gives other weights.
 const GENERATOR: u32 = 1;
-/// What transformers initializes ImageGPT with.
+/// Standard deviation of the weights that transformers initializes ImageGPT
+/// with.
 const STANDARD_DEVIATION: f64 = 0.02;
-/// Side of the palette's cube of colors.
+/// Number of levels per color channel of the palette, which is a cube of
+/// colors.
 const COLORS_A_SIDE: u32 = 8;
 
-/// A shape with a name.
+/// Named shape of a model.
 struct Shape {
     name: &'static str,
     n_layers: usize,
@@ -70,17 +74,17 @@ const SHAPES: [Shape; 4] = [
     },
 ];
 
-/// A folder that goes when nobody needs it any more.
+/// Temporary directory that is removed when it is dropped.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ScratchFolder(PathBuf);
 
 impl ScratchFolder {
-    /// A folder of a name that nobody has, or else somebody could have put
-    /// something into it.
+    /// Creates a directory with a random name, so that nobody else can have
+    /// created it before and put files into it.
     ///
     /// # Errors
     ///
-    /// When it cannot be made.
+    /// When the directory cannot be created.
     pub fn new(purpose: &str) -> Result<Self, CompileError> {
         let name = format!("imagegpt-{purpose}-{:016x}", super::stage::random());
         let folder = std::env::temp_dir().join(name);
@@ -96,22 +100,22 @@ impl ScratchFolder {
 
 impl Drop for ScratchFolder {
     fn drop(&mut self) {
-        // There is nobody left to tell.
+        // An error cannot be reported here.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// The checkpoint of the shape `name`: its configuration, a palette and the
-/// recipe of its weights, a few kilobytes in a temporary folder.
+/// Makes the checkpoint of the shape `name`: its configuration, a palette and
+/// the recipe of its weights, a few kilobytes in a temporary directory.
 ///
 /// # Errors
 ///
-/// When there is no such shape, or the folder cannot be written.
+/// When the shape is unknown, or the directory cannot be written.
 pub(crate) fn fetch(name: &str) -> Result<Local, CompileError> {
     let Some(shape) = SHAPES.iter().find(|shape| shape.name == name) else {
         let known = SHAPES.map(|shape| format!("{PREFIX}{}", shape.name));
         return Err(CompileError::Options(format!(
-            "there is no model {PREFIX}{name}; {} are known",
+            "there is no model {PREFIX}{name}; known models are {}",
             known.join(", ")
         )));
     };
@@ -148,7 +152,8 @@ fn config_json(shape: &Shape) -> String {
     format!("{config:#}\n")
 }
 
-/// A grid of colors, in the published settings.
+/// Returns the preprocessor's file: a grid of colors, and the published
+/// settings.
 fn preprocessor_json() -> String {
     let level = |idx: u32| f64::from(2 * idx) / f64::from(COLORS_A_SIDE - 1) - 1.0;
     let clusters: Vec<[f64; 3]> = (0..COLORS_A_SIDE.pow(3))
@@ -177,7 +182,7 @@ fn recipe_json() -> String {
     format!("{recipe:#}\n")
 }
 
-/// What `random_weights.json` says.
+/// Content of `random_weights.json`.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Recipe {
@@ -186,7 +191,7 @@ struct Recipe {
     standard_deviation: f64,
 }
 
-/// How a tensor is filled.
+/// Content of a tensor.
 #[derive(Debug, Clone, Copy)]
 enum Fill {
     Zeros,
@@ -194,7 +199,7 @@ enum Fill {
     Normal { standard_deviation: f64 },
 }
 
-/// The tensors of a checkpoint that has only a recipe.
+/// Tensors of a checkpoint whose weights are drawn by a recipe.
 #[derive(Debug)]
 pub(super) struct RandomTensors {
     seed: u64,
@@ -205,13 +210,14 @@ impl RandomTensors {
     /// Reads the recipe at `path`, and the shapes from `config.json` beside it.
     pub(super) fn open(folder: &Path, path: &Path) -> Result<Self, CompileError> {
         let text = crate::model::architecture::read(path)?;
-        let recipe: Recipe = serde_json::from_slice(&text)
-            .map_err(|error| CompileError::weights(path, format!("is no recipe: {error}")))?;
+        let recipe: Recipe = serde_json::from_slice(&text).map_err(|error| {
+            CompileError::weights(path, format!("is not a recipe of weights: {error}"))
+        })?;
         if recipe.generator != GENERATOR {
             return Err(CompileError::weights(
                 path,
                 format!(
-                    "is for generator {}, this version has {GENERATOR}",
+                    "is for generator {}; this version has generator {GENERATOR}",
                     recipe.generator
                 ),
             ));
@@ -227,7 +233,7 @@ impl RandomTensors {
         self.tensors.get(name).map(|(shape, _)| shape.as_slice())
     }
 
-    /// The numbers of a tensor that there is.
+    /// Draws the numbers of the tensor `name`; none if there is no such tensor.
     pub(super) fn read(&self, name: &str) -> Vec<f32> {
         let Some((shape, fill)) = self.tensors.get(name) else {
             return Vec::new();
@@ -246,8 +252,9 @@ impl RandomTensors {
     }
 }
 
-/// Names, shapes and contents, as transformers initializes them: what adds to
-/// the residual stream is narrower the more layers there are.
+/// Returns the shape and content of each tensor, as transformers initializes
+/// them: weights that add to the residual stream have a standard deviation that
+/// falls with the number of layers.
 fn tensors(
     architecture: &Architecture,
     standard_deviation: f64,
@@ -304,11 +311,11 @@ fn tensors(
     tensors
 }
 
-/// Values that share a stream of the generator.
+/// Number of values that are drawn from one stream of the generator.
 const STREAM: usize = 1 << 16;
 
-/// Fills `values` from the generator that `key` begins, on all cores; the
-/// numbers do not depend on how many there are.
+/// Fills `values` from the generator with the seed `key`, on all cores; the
+/// numbers do not depend on the number of cores.
 fn draw(key: [u8; 32], standard_deviation: f64, values: &mut [f32]) {
     let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let n_streams = values.len().div_ceil(STREAM);
@@ -328,12 +335,12 @@ fn draw(key: [u8; 32], standard_deviation: f64, values: &mut [f32]) {
     });
 }
 
-/// Uniforms in the sum that stands for a normal.
+/// Number of uniform values whose sum approximates a normal value.
 const N_UNIFORMS: u32 = 12;
 
-/// A sum of twelve uniforms of 16 bits: its deviation is that of one normal,
-/// its shape nearly. Unlike logarithms and cosines it is the same to the bit on
-/// every machine.
+/// Draws a nearly normal value as the sum of twelve uniform 16-bit values,
+/// which has the standard deviation 1 before it is scaled. Unlike logarithms
+/// and cosines, the sum is the same to the bit on every machine.
 fn normal(random: &mut ChaCha8Rng, standard_deviation: f64) -> f32 {
     let mut sum = 0_u32;
     for _ in 0..N_UNIFORMS / 4 {
@@ -375,8 +382,8 @@ mod tests {
         assert_eq!(values[..2], FIRST);
     }
 
-    /// Pinned, so that a seed means the same weights in every version and on
-    /// every machine; others need another `GENERATOR`.
+    /// First values, pinned so that a seed gives the same weights in every
+    /// version and on every machine; other values need another `GENERATOR`.
     const FIRST: [f32; 2] = [0.002_355_346_7, 0.003_276_062];
 
     #[test]

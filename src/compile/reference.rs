@@ -1,27 +1,28 @@
-//! What the model computes, in float64 and as plainly as it can be written.
+//! Reference implementation of the model in float64, as plain as possible.
 //!
-//! Nothing here is shared with the graphs but the weights: no fused operator,
-//! no packing, no cache. It is what compiled graphs are judged by, so being
-//! easy to check by eye matters more than speed; threads only split rows.
+//! The reference shares nothing with the graphs but the weights: no fused
+//! operator, no packing, no cache. Compiled graphs are compared with it, so
+//! being easy to check by eye matters more than speed; threads only split rows.
 
 use super::error::CompileError;
 use super::weights::{CheckpointWeights, Dense};
 use crate::kernels::layers::Activation;
 use crate::model::architecture::Architecture;
 
-/// Everything that any task could ask for, of each sequence.
+/// Results of the reference that the tasks need, for each sequence.
 #[derive(Debug, Clone)]
 pub(crate) struct Trace {
-    /// Of the embedding and each layer run: means over positions of the
-    /// residual stream, `(batch, width)`.
+    /// Means over positions of the residual stream, `(batch, width)`: after the
+    /// embedding and after each layer.
     pub raw: Vec<Vec<f64>>,
-    /// The same after the norm in front of the next layer.
+    /// Means as in `raw`, but after the norm in front of the next layer.
     pub normed: Vec<Vec<f64>>,
-    /// After the norm that ended the run, `(batch * sequence, width)`.
+    /// Activations after the norm that ends the run, `(batch * sequence,
+    /// width)`.
     pub hidden: Vec<f64>,
 }
 
-/// Runs the first `n_layers` on sequences of equal length.
+/// Runs the first `n_layers` layers on sequences of equal length.
 ///
 /// # Errors
 ///
@@ -66,7 +67,7 @@ pub(crate) fn trace(
     };
     let hidden = norm(architecture, &rows, &last_norm);
     normed_means.push(means(&hidden, length, width));
-    // transformers shows the last hidden state only after the final norm.
+    // transformers returns the last hidden state after the final norm only.
     raw.push(means(if is_whole { &hidden } else { &rows }, length, width));
     Ok(Trace {
         raw,
@@ -75,7 +76,7 @@ pub(crate) fn trace(
     })
 }
 
-/// Rows times a head that lies `(outputs, width)`.
+/// Multiplies rows by a head of the shape `(outputs, width)`.
 #[must_use]
 pub(crate) fn head(rows: &[f64], head: &[f32], width: usize) -> Vec<f64> {
     rows.chunks_exact(width)
@@ -84,7 +85,7 @@ pub(crate) fn head(rows: &[f64], head: &[f32], width: usize) -> Vec<f64> {
         .collect()
 }
 
-/// The negative log-likelihood of `targets`, one a row of logits.
+/// Returns the negative log-likelihood of `targets`, one per row of logits.
 #[must_use]
 pub(crate) fn nll(logits: &[f64], targets: &[usize], n_colors: usize) -> Vec<f64> {
     logits
@@ -98,7 +99,7 @@ pub(crate) fn nll(logits: &[f64], targets: &[usize], n_colors: usize) -> Vec<f64
         .collect()
 }
 
-/// Means over the positions of each sequence.
+/// Returns the means over the positions of each sequence.
 #[must_use]
 pub(crate) fn means(rows: &[f64], length: usize, width: usize) -> Vec<f64> {
     #[expect(clippy::cast_precision_loss, reason = "sequences are short")]
@@ -245,8 +246,8 @@ fn activate(activation: Activation, x: f64) -> f64 {
     }
 }
 
-/// The error function by its series with terms of one sign, which loses
-/// nothing to cancellation (Abramowitz and Stegun, 7.1.6).
+/// Computes the error function by its series with terms of one sign, which has
+/// no cancellation (Abramowitz and Stegun, 7.1.6).
 fn erf(x: f64) -> f64 {
     if x.abs() > 6.0 {
         return x.signum();

@@ -1,4 +1,4 @@
-//! Where a model comes from.
+//! Sources of models: a directory, a hub, or random weights.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,31 +10,33 @@ use super::hub::Hub;
 use super::random::{self, PREFIX, ScratchFolder};
 use crate::model::error::ModelFileError;
 
-/// The preprocessor's settings and palette, which `serve` needs.
+/// Name of the file of the preprocessor's settings and palette, which `serve`
+/// needs.
 pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
 
 /// A model in Hugging Face's layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
-    /// On this machine.
+    /// Directory on this machine.
     Folder(PathBuf),
-    /// On a hub, for instance `openai/imagegpt-small`.
+    /// Repository on a hub, for instance `openai/imagegpt-small`.
     Hub {
         repository: String,
-        /// A branch, tag or commit; `None` for `main`.
+        /// Branch, tag or commit; `None` for `main`.
         revision: Option<String>,
     },
-    /// A shape with random weights, for instance `small`.
+    /// Random weights in a published shape, for instance `small`.
     Random(String),
 }
 
-/// A source as files on this machine.
+/// Files of a source on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Local {
     pub folder: PathBuf,
-    /// The commit, if a hub named one.
+    /// Commit of the files, if they come from a hub.
     pub revision: Option<String>,
-    /// Keeps the folder where it is ours alone.
+    /// Guard that removes the directory after its last use, if it is a
+    /// temporary directory of this process.
     pub scratch: Option<Arc<ScratchFolder>>,
 }
 
@@ -49,8 +51,8 @@ impl fmt::Display for ModelSource {
 }
 
 impl ModelSource {
-    /// Takes what a user wrote: a folder if there is one by that name, else a
-    /// shape with random weights or a hub's id if it looks like one.
+    /// Parses the value that a user gave: a directory if it exists, else a
+    /// shape with random weights (`random:SHAPE`) or a hub id (`owner/name`).
     #[must_use]
     pub fn parse(text: &str, revision: Option<&str>) -> Self {
         let folder = PathBuf::from(text);
@@ -68,11 +70,11 @@ impl ModelSource {
         }
     }
 
-    /// Makes the files available.
+    /// Makes the source's files available on this machine.
     ///
     /// # Errors
     ///
-    /// When the folder is not there or the hub does not give the files.
+    /// When the directory does not exist or the files cannot be downloaded.
     pub fn fetch(&self, progress: &mut dyn CompileProgress) -> Result<Local, CompileError> {
         match self {
             Self::Folder(folder) if folder.is_dir() => Ok(Local {
@@ -82,7 +84,7 @@ impl ModelSource {
             }),
             Self::Folder(folder) => Err(ModelFileError::Read {
                 path: folder.clone(),
-                reason: "there is no such folder, and it is no hub id like \
+                reason: "the directory does not exist, and this is not a hub id such as \
                          openai/imagegpt-small"
                     .to_owned(),
             }
@@ -96,7 +98,7 @@ impl ModelSource {
     }
 }
 
-/// `owner/name`, of the characters that hubs allow.
+/// Returns true for `owner/name` in the characters that hubs allow.
 fn is_repository(text: &str) -> bool {
     let is_name = |name: &str| {
         !name.is_empty()
@@ -117,7 +119,7 @@ mod tests {
     fn kinds_of_sources_are_told_apart() {
         let is_hub = |text| matches!(ModelSource::parse(text, None), ModelSource::Hub { .. });
         assert!(is_hub("openai/imagegpt-small"));
-        // This package has such a folder.
+        // This package has a directory of that name.
         assert!(!is_hub("src/compile"));
         let random = ModelSource::Random("small".to_owned());
         assert_eq!(ModelSource::parse("random:small", None), random);

@@ -1,8 +1,9 @@
-//! The folder that an output is made in before it takes its place.
+//! The staging directory, in which an output is made before it is moved into
+//! place.
 //!
-//! It lies beside the output, so that moving it is one rename. If a
-//! compilation fails it is removed; if it is killed, the next one in the same
-//! folder removes it.
+//! The staging directory is beside the output, so that one rename moves it. A
+//! compilation that fails removes it; after a compilation that was killed, the
+//! next one in the same parent directory removes it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,18 +13,19 @@ use super::error::CompileError;
 use crate::files::hex;
 use crate::model::{architecture, files};
 
-/// Directory that a compiled model is made in.
+/// Directory in which a compiled model is made.
 pub(super) struct StagingFolder {
     folder: PathBuf,
     output: PathBuf,
     is_committed: bool,
-    /// Held for as long as somebody works here; the system lets go of it when
-    /// the process ends, however it ends.
+    /// Lock that marks the directory as in use; the system releases it when the
+    /// process ends, however it ends.
     _lock: File,
 }
 
 impl StagingFolder {
-    /// Begins to make `output`, which must not be there or be empty.
+    /// Creates the staging directory of `output`, which must not exist or be an
+    /// empty directory.
     pub(super) fn new(output: &Path) -> Result<Self, CompileError> {
         let refuse = |reason: &str| CompileError::Write {
             path: output.to_owned(),
@@ -32,12 +34,12 @@ impl StagingFolder {
         if fs::exists(output).map_err(|error| CompileError::write(output, &error))? {
             let is_empty = fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_none());
             if !is_empty {
-                return Err(refuse("it exists and is not an empty folder"));
+                return Err(refuse("it exists and is not an empty directory"));
             }
         }
         let name = output
             .file_name()
-            .ok_or_else(|| refuse("its path does not end in a name"))?
+            .ok_or_else(|| refuse("the path does not end in a name"))?
             .to_string_lossy();
         let parent = parent(output);
         fs::create_dir_all(parent).map_err(|error| CompileError::write(parent, &error))?;
@@ -77,7 +79,7 @@ impl StagingFolder {
         Ok(())
     }
 
-    /// Bytes of each file so far, but for a profile that is being read.
+    /// Returns the size of each file so far, except ONNX Runtime's profiles.
     pub(super) fn files(&self) -> Result<BTreeMap<String, u64>, CompileError> {
         let read = |error| CompileError::read(&self.folder, &error);
         let mut files = BTreeMap::new();
@@ -92,7 +94,7 @@ impl StagingFolder {
         Ok(files)
     }
 
-    /// The SHA-256 of each of these files.
+    /// Returns the SHA-256 of each of the named files.
     pub(super) fn sha256<'a>(
         &self,
         names: impl Iterator<Item = &'a String>,
@@ -123,7 +125,7 @@ impl StagingFolder {
 
 impl Drop for StagingFolder {
     fn drop(&mut self) {
-        // There is nobody left to tell.
+        // An error cannot be reported here.
         if !self.is_committed {
             let _ = fs::remove_dir_all(&self.folder);
         }
@@ -138,24 +140,26 @@ fn parent(output: &Path) -> &Path {
     }
 }
 
-/// What marks the name of a stage.
+/// Part of a name that marks a staging directory.
 const INFIX: &str = ".partial-";
 
-/// Not a process's id: in containers that share a volume, all have the same.
+/// Returns a random number for a name. A process id would not do: processes in
+/// containers that share a volume have the same id.
 pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
     RandomState::new().hash_one(std::process::id())
 }
 
-/// Beside the folder, since the folder becomes the output.
+/// Returns the path of a staging directory's lock, which is beside the
+/// directory because the directory becomes the output.
 fn lock_path(folder: &Path) -> PathBuf {
     let mut name = folder.as_os_str().to_owned();
     name.push(".lock");
     name.into()
 }
 
-/// Removes what compilations that are no more left behind: stages whose lock
-/// nobody holds.
+/// Removes the staging directories of compilations that were killed: those
+/// whose lock is not held.
 fn remove_abandoned(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -167,8 +171,8 @@ fn remove_abandoned(parent: &Path) {
             continue;
         }
         let lock = lock_path(&path);
-        // A lock is made before its folder and removed after it, so a folder
-        // without one is nobody's.
+        // A lock is created before its directory and removed after it, so a
+        // directory without a lock belongs to no process.
         let is_held = File::open(&lock).is_ok_and(|lock| lock.try_lock().is_err());
         if !is_held {
             let _ = fs::remove_dir_all(&path);

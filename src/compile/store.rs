@@ -1,8 +1,9 @@
-//! `weights.bin`: the one file that all graphs of a folder point into.
+//! `weights.bin`: the file of the weights of all graphs of a compiled
+//! directory.
 //!
 //! Graphs that run in one process share its tensors, which a worker reads into
-//! memory; a graph that is tried maps it. Tensors start at multiples of a page,
-//! which is what mapping asks for.
+//! memory; for verification a graph maps the file. Tensors start at multiples
+//! of the page size, as mapping requires.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,7 +26,8 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// What a graph declares to use the tensor `name`, if it was written.
+    /// Returns the declaration by which a graph uses the tensor `name`, if that
+    /// tensor was written.
     #[must_use]
     pub(crate) fn get(&self, name: &str) -> Option<&TensorProto> {
         self.tensors.get(name)
@@ -36,8 +38,8 @@ impl Store {
         self.tensors.contains_key(name)
     }
 
-    /// Makes one of [`PARTS`], of a tensor whose first axis they share, a tensor of
-    /// its own, over the same bytes.
+    /// Declares one of [`PARTS`] as a tensor of its own, over bytes of the
+    /// tensor `whole`, whose first axis the parts divide.
     fn cut(&mut self, whole: &str, part: &str, idx: u64) {
         let Some(mut tensor) = self.tensors.get(whole).cloned() else {
             return;
@@ -64,45 +66,49 @@ impl Store {
     }
 }
 
-/// Queries, keys and values, where they are products of their own.
+/// Names of the weights of queries, keys and values, if these are separate
+/// products.
 pub(crate) const PARTS: [&str; 3] = ["qkv.query", "qkv.key", "qkv.value"];
 
-/// How the weights of layers lie.
+/// Order of the weights of layers in `weights.bin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WeightLayout {
-    /// As products of whole images take them.
+    /// Weights for products over whole images.
     Plain,
-    /// Also 8-bit weights in blocks, for products that treat each row by itself.
+    /// Weights as in `Plain`, and 8-bit weights in blocks for products that
+    /// treat each row by itself.
     WithBlocks,
-    /// [`PARTS`] can be had by themselves: the outputs of the three lie one after
-    /// the other, so that each is a part of the whole.
+    /// Weights with [`PARTS`] as separate tensors: the outputs of queries, keys
+    /// and values follow one another, so that each is a part of the whole
+    /// tensor.
     Apart,
 }
 
-/// Which parts of the model the graphs will need.
+/// Parts of the model that the graphs will need.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parts {
-    /// Layers to write; the norm in front of the next one comes with them.
+    /// Number of layers to write, followed by the norm in front of the next
+    /// layer.
     pub n_layers: usize,
     pub language_head: bool,
     pub classification_head: bool,
     pub layout: WeightLayout,
 }
 
-/// Inputs of a block of 8-bit weights that share a scale, at most. Fewer are more
-/// exact, more are faster.
+/// Largest number of inputs in a block of 8-bit weights that share a scale.
+/// Smaller blocks are more exact, larger ones are faster.
 const BLOCK_MAX: usize = 128;
-/// The operator takes no smaller ones.
+/// Smallest block that the operator supports.
 const BLOCK_MIN: usize = 16;
 
-/// Inputs of a block, for a product of so many.
+/// Returns the block size of a product with `inputs` inputs.
 #[must_use]
 pub(crate) fn block_size(inputs: usize) -> usize {
     inputs.next_power_of_two().clamp(BLOCK_MIN, BLOCK_MAX)
 }
 
-/// Writes what `parts` ask for, one tensor in memory at a time; `advance` is
-/// told of parameters as they pass.
+/// Writes the weights that `parts` names, with one tensor in memory at a time;
+/// `advance` is called with the number of parameters that were written.
 ///
 /// # Errors
 ///
@@ -173,8 +179,8 @@ pub(crate) fn write(
         let norm = weights.attention_norm(parts.n_layers)?;
         writer.floats(&name, float, &[width], &norm)?;
     }
-    // Heads are small and what they feed is compared closely, so they are
-    // never narrower than the activations.
+    // Heads are small and their results are compared closely, so they are never
+    // narrower than the activations.
     if parts.language_head {
         let shape = [weights.architecture.n_colors(), width];
         writer.floats("language_head", float, &shape, &weights.language_head()?)?;
@@ -234,7 +240,8 @@ impl Writer {
         }
     }
 
-    /// `layer` is what names begin with.
+    /// Writes the weights of queries, keys and values as separate tensors;
+    /// `layer` is the beginning of their names.
     fn apart(
         &mut self,
         layer: &str,
@@ -262,8 +269,9 @@ impl Writer {
         Ok(())
     }
 
-    /// As `MatMulNBits` takes them: `(outputs, blocks, block)` bytes about 128,
-    /// and a scale for each block. The bias is that of the other form.
+    /// Writes weights for `MatMulNBits`: bytes `(outputs, blocks, block)` with
+    /// the zero point 128, and a scale per block. The bias is written by
+    /// `dense`.
     fn blocks(&mut self, name: &str, dense: &Dense) -> Result<(), CompileError> {
         let block = block_size(dense.inputs);
         let n_blocks = dense.inputs.div_ceil(block);
@@ -340,8 +348,8 @@ impl Writer {
     }
 }
 
-/// Symmetric 8-bit weights about 128 with a scale for each block of an output's
-/// inputs, rounded to nearest. What is missing to a whole block counts zero.
+/// Quantizes weights to 8 bits with the zero point 128 and a scale per block of
+/// an output's inputs, rounded to nearest. The last block is padded with zeros.
 fn quantize_blocks(dense: &Dense, block: usize) -> (Vec<u8>, Vec<f32>) {
     let n_blocks = dense.inputs.div_ceil(block);
     let mut bytes = Vec::with_capacity(dense.outputs * n_blocks * block);
@@ -369,7 +377,8 @@ fn quantize_blocks(dense: &Dense, block: usize) -> (Vec<u8>, Vec<f32>) {
     (bytes, scales)
 }
 
-/// Symmetric 8-bit weights with a scale for each output, rounded to nearest.
+/// Quantizes weights to symmetric 8 bits with a scale per output, rounded to
+/// nearest.
 fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
     let mut largest = vec![0.0_f32; dense.outputs];
     for row in dense.weight.chunks_exact(dense.outputs) {
@@ -377,7 +386,7 @@ fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
             *largest = largest.max(value.abs());
         }
     }
-    // A column of zeros has any scale.
+    // For a column of zeros any scale will do.
     let scales: Vec<f32> = largest
         .iter()
         .map(|largest| if *largest > 0.0 { largest / 127.0 } else { 1.0 })

@@ -1,8 +1,10 @@
-//! Every graph is run and judged before anything is kept.
+//! Verification: runs every graph and compares it with the reference before the
+//! output is kept.
 //!
-//! The trial is on fixed pseudo-random tokens, in a batch, against the
-//! float64 [`reference`](mod@super::reference); and on what ONNX Runtime says that
-//! it ran, which must be the fused operators that the graph was written with.
+//! The trial is a batch of fixed pseudo-random tokens, whose results are
+//! compared with the float64 [`reference`](mod@super::reference). In addition,
+//! ONNX Runtime's profile must show the fused operators that the graph was
+//! written with.
 
 mod generate;
 
@@ -22,15 +24,16 @@ use crate::model::onnx::ModelProto;
 use crate::model::precision::{CompileTask, Provider};
 use crate::runtime::{Operators, Residence, Runtime, what_ran};
 
-/// Sequences in the trial: two show that rows do not mix.
+/// Number of sequences in the trial: two show that rows do not mix.
 pub(crate) const N_SEQUENCES: usize = 2;
-/// What the reference may take: about ten seconds on two cores.
+/// Largest cost of the reference in operations: about ten seconds on two cores.
 const REFERENCE_FLOP_MAX: usize = 20_000_000_000;
-/// Fewer tokens would not tell much about attention. With so many, imagegpt-large
-/// takes the reference four times as long; `imagegpt.json` says how many there were.
+/// Smallest number of tokens per sequence; fewer would hardly test attention.
+/// With 16 tokens, the reference of imagegpt-large takes four times
+/// [`REFERENCE_FLOP_MAX`]; `imagegpt.json` has the number that was used.
 const N_POSITIONS_MIN: usize = 16;
 
-/// The fixed input, and what must come out.
+/// Fixed inputs of the graphs and the expected results.
 pub(crate) struct Trial {
     sequences: Vec<Vec<i32>>,
     targets: Vec<usize>,
@@ -42,14 +45,14 @@ pub(crate) struct Trial {
     n_classes: usize,
 }
 
-/// How near a graph came.
+/// Distance of a graph's results from the reference.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Nearness {
     pub errors: Vec<f64>,
     pub cosine: f64,
 }
 
-/// Positions that a trial of this model has.
+/// Returns the number of positions in the trial of a model.
 #[must_use]
 pub(crate) fn n_positions(architecture: &Architecture, n_layers: usize) -> usize {
     let token_flop = 2 * N_SEQUENCES * architecture.layer_parameters() * n_layers.max(1);
@@ -59,7 +62,7 @@ pub(crate) fn n_positions(architecture: &Architecture, n_layers: usize) -> usize
 }
 
 impl Trial {
-    /// Computes what graphs of up to `n_layers` are judged by.
+    /// Computes the expected results of graphs of up to `n_layers` layers.
     ///
     /// # Errors
     ///
@@ -112,18 +115,18 @@ impl Trial {
         })
     }
 
-    /// Tokens of each sequence.
+    /// Returns the number of tokens per sequence.
     #[must_use]
     pub(crate) fn n_positions(&self) -> usize {
         self.sequences[0].len()
     }
 
-    /// Runs the graph in `file` and judges it.
+    /// Runs the graph in `file` and compares its results with the reference.
     ///
     /// # Errors
     ///
-    /// When it does not run, is off by more than `tolerance`, or ran without
-    /// the fused operators of `model`.
+    /// When the graph does not run, its error exceeds the tolerance of its
+    /// precision, or it ran without the fused operators of `model`.
     pub(crate) fn judge(
         &self,
         kind: Graph,
@@ -137,7 +140,8 @@ impl Trial {
             reason,
         };
         let profile: PathBuf = file.with_extension("profile");
-        // Steps are served from packed weights, so they are tried with them.
+        // Generation is served with packed weights, so it is verified with
+        // them.
         let packed = Runtime {
             residence: Residence::Packed,
             ..runtime.clone()
@@ -162,7 +166,7 @@ impl Trial {
                 .map_err(|error| failed(error.to_string()))?;
             let (shape, values) = outputs
                 .get(kind.output_name())
-                .ok_or_else(|| failed("it has no output".to_owned()))?
+                .ok_or_else(|| failed("the run returned no output".to_owned()))?
                 .try_extract_tensor::<f32>()
                 .map_err(|error| failed(error.to_string()))?;
             let width = shape.last().and_then(|size| usize::try_from(*size).ok());
@@ -171,7 +175,7 @@ impl Trial {
         let operators = what_ran(&mut session).map_err(failed)?;
         let tolerance = plan.precision.tolerance();
         for (idx, error) in nearness.errors.iter().enumerate() {
-            // Not a number is not near either.
+            // A NaN exceeds the tolerance, too.
             if error.is_nan() || *error > tolerance {
                 let output = match kind {
                     Graph::Features(_) => format!("{} of layer {idx}", kind.output_name()),
@@ -186,8 +190,8 @@ impl Trial {
                 });
             }
         }
-        // On the CPU, graphs for GPUs are only judged by what they compute:
-        // it has no fused operators in fp16.
+        // Graphs for GPUs that run on the CPU are verified by their results
+        // only, since the CPU has no fused operators in fp16.
         if runtime.provider == plan.provider {
             check_fused(kind, model, &operators, runtime.provider)?;
         }
@@ -217,7 +221,7 @@ impl Trial {
                     Norm::PreAttnRms => &self.trace.normed,
                     Norm::None => &self.trace.raw,
                 };
-                // (batch, layers, width) to the reference's order.
+                // Reorders (batch, layers, width) as in the reference.
                 let n_features = values.len() / (width * self.sequences.len());
                 let mut errors = Vec::new();
                 let mut cosine = 1.0_f64;
@@ -242,7 +246,7 @@ impl Trial {
         }
     }
 
-    /// What the graph takes of the manifest.
+    /// Returns the graph's entry in the manifest.
     #[must_use]
     pub(crate) fn facts(
         &self,
@@ -279,8 +283,8 @@ impl Nearness {
     }
 }
 
-/// Norm of the difference to norm of the reference; infinite if the sizes
-/// differ.
+/// Returns the norm of the difference divided by the norm of the reference;
+/// infinity if the sizes differ.
 fn relative_error(found: &[f32], expected: &[f64]) -> f64 {
     if found.len() != expected.len() {
         return f64::INFINITY;
@@ -307,7 +311,8 @@ fn smallest_cosine(found: &[f32], expected: &[f64], width: usize) -> f64 {
     .fold(1.0, f64::min)
 }
 
-/// Operators that stand for a whole pattern: the graph is slow without them.
+/// Fused operators, each of which replaces a pattern of nodes; graphs are slow
+/// without them.
 const FUSED: [&str; 13] = [
     "SimplifiedLayerNormalization",
     "SkipSimplifiedLayerNormalization",
@@ -341,7 +346,7 @@ fn check_fused(
             let of_provider = operators.get(provider);
             of_provider.and_then(|ran| ran.get(operator)).copied()
         };
-        // ONNX Runtime joins a bias in front of it to it.
+        // ONNX Runtime may fuse a bias in front of Gelu into BiasGelu.
         let joined = (operator == "Gelu").then(|| ran("BiasGelu")).flatten();
         let found = ran(operator).unwrap_or(0) + joined.unwrap_or(0);
         if found < expected {
@@ -357,7 +362,8 @@ fn check_fused(
     Ok(())
 }
 
-/// `SplitMix64`: the same tokens for everyone, forever.
+/// `SplitMix64`, a generator that gives the same tokens on every machine and in
+/// every version.
 struct Random(u64);
 
 impl Random {

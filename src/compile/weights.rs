@@ -1,9 +1,9 @@
 //! ImageGPT's weights by their place in the model.
 //!
-//! Checkpoints of the whole model prefix names by `transformer.`, those of
-//! the backbone alone do not. Dense weights lie `(in, out)`, heads
-//! `(out, in)`. Biases are there in the published checkpoints but all zero,
-//! and then graphs do without them. What else a file holds (causal masks) is
+//! Checkpoints of the whole model prefix names with `transformer.`, those of
+//! the backbone alone do not. Dense weights have the shape `(in, out)`, heads
+//! `(out, in)`. The biases of the published checkpoints are all zero, and
+//! graphs leave such biases out. Other tensors of a file (causal masks) are
 //! ignored.
 
 use super::checkpoint::Checkpoint;
@@ -18,7 +18,8 @@ pub(crate) struct CheckpointWeights<'c> {
     prefix: &'static str,
     /// Rows of the classification head, if the checkpoint has one.
     pub n_classes: Option<usize>,
-    /// Whether there is a language head, which scoring and generating need.
+    /// True if the checkpoint has a language head, which scoring and generation
+    /// need.
     pub has_language_head: bool,
 }
 
@@ -26,7 +27,7 @@ pub(crate) struct CheckpointWeights<'c> {
 #[derive(Debug, Clone)]
 pub(crate) struct Dense {
     pub weight: Vec<f32>,
-    /// `None` if it is all zero.
+    /// Bias of each output; `None` if all are zero.
     pub bias: Option<Vec<f32>>,
     pub inputs: usize,
     pub outputs: usize,
@@ -45,7 +46,7 @@ pub(crate) struct CheckpointLayer {
 }
 
 impl<'c> CheckpointWeights<'c> {
-    /// Finds the names and looks at the heads; tensors are read later.
+    /// Finds the prefix of names and the heads; tensors are read later.
     #[must_use]
     pub(crate) fn new(checkpoint: &'c Checkpoint, architecture: Architecture) -> Self {
         let prefix = if checkpoint.shape("transformer.wte.weight").is_some() {
@@ -65,17 +66,18 @@ impl<'c> CheckpointWeights<'c> {
         }
     }
 
-    /// The embedding of tokens, `(vocabulary, width)`.
+    /// Reads the embedding of tokens, `(vocabulary, width)`.
     ///
     /// # Errors
     ///
-    /// These and all below fail when the tensor is not there or does not fit.
+    /// When the tensor is missing, cannot be read or has another shape; so do
+    /// all methods below.
     pub(crate) fn token_embedding(&self) -> Result<Vec<f32>, CompileError> {
         let shape = [self.architecture.vocabulary, self.architecture.width];
         self.backbone("wte.weight", &shape)
     }
 
-    /// The embedding of positions, `(positions, width)`.
+    /// Reads the embedding of positions, `(positions, width)`.
     ///
     /// # Errors
     ///
@@ -85,7 +87,7 @@ impl<'c> CheckpointWeights<'c> {
         self.backbone("wpe.weight", &shape)
     }
 
-    /// The norm in front of layer `idx`.
+    /// Reads the norm in front of layer `idx`.
     ///
     /// # Errors
     ///
@@ -94,7 +96,7 @@ impl<'c> CheckpointWeights<'c> {
         self.backbone(&format!("h.{idx}.ln_1.weight"), &[self.architecture.width])
     }
 
-    /// The norm after the last layer.
+    /// Reads the norm after the last layer.
     ///
     /// # Errors
     ///
@@ -103,7 +105,7 @@ impl<'c> CheckpointWeights<'c> {
         self.backbone("ln_f.weight", &[self.architecture.width])
     }
 
-    /// All of layer `idx`.
+    /// Reads all weights of layer `idx`.
     ///
     /// # Errors
     ///
@@ -121,7 +123,7 @@ impl<'c> CheckpointWeights<'c> {
         })
     }
 
-    /// The language head, `(colors, width)`.
+    /// Reads the language head, `(colors, width)`.
     ///
     /// # Errors
     ///
@@ -131,7 +133,7 @@ impl<'c> CheckpointWeights<'c> {
         self.checkpoint.read("lm_head.weight", &shape)
     }
 
-    /// The classification head, `(classes, width)`.
+    /// Reads the classification head, `(classes, width)`.
     ///
     /// # Errors
     ///
@@ -141,7 +143,7 @@ impl<'c> CheckpointWeights<'c> {
         self.checkpoint.read("score.weight", &shape)
     }
 
-    /// Parameters of the backbone, and those with all heads.
+    /// Returns the number of parameters of the backbone, and with all heads.
     #[must_use]
     pub(crate) fn n_parameters(&self) -> (u64, u64) {
         let shape = &self.architecture;

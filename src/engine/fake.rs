@@ -1,7 +1,8 @@
-//! A scripted engine for tests and for pricing the server alone.
+//! A scripted engine, for tests and for measuring the cost of the server alone.
 //!
-//! Its answers are a pure function of a row's tokens, so that a test can tell
-//! whether each caller got its own. Its faults are those of a real engine.
+//! An answer is a pure function of a row's tokens, so that a test can check
+//! that each caller got its own answer. Scripted faults are those of a real
+//! engine.
 
 mod cost;
 
@@ -15,37 +16,37 @@ use crate::runtime::error::EngineError;
 
 pub use self::cost::Cost;
 
-/// How often a run that takes long looks whether it should stop.
+/// Interval at which a long run checks whether it should stop.
 const STOP_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What the engine does with a batch.
+/// Behavior of the engine: its speed and its faults.
 #[derive(Debug, Default)]
 pub struct Script {
     /// Time that each run takes.
     pub delay: Duration,
-    /// Time that each row of a run takes besides, padding too.
+    /// Additional time that each row of a run takes, padding included.
     pub delay_per_row: Duration,
-    /// If set, each run waits for one message first; a test holds the engine
-    /// busy by sending none.
+    /// Gate before each run: the run waits for one message, so that a test can
+    /// keep the engine busy by sending none.
     pub gate: Option<Receiver<()>>,
-    /// A row that begins with this token makes the run fail, and a step in which
-    /// a sequence is fed it last.
+    /// Token that makes a run fail if a row begins with it, and a step if it is
+    /// the last token that a sequence is fed.
     pub fail_on: Option<u16>,
-    /// A row that begins with this token makes the run panic.
+    /// Token that makes a run panic, by the same rule as `fail_on`.
     pub panic_on: Option<u16>,
-    /// A row that begins with this token makes the device fail.
+    /// Token that makes the device fail, by the same rule as `fail_on`.
     pub device_fails_on: Option<u16>,
-    /// Memory suffices for batches of this size.
+    /// Largest batch that fits the memory; larger batches fail.
     pub memory_for: Option<usize>,
-    /// The idle check fails once this many were made.
+    /// Number of idle checks that succeed before all later checks fail.
     pub canaries_until_failure: Option<usize>,
-    /// Images that are generated at one time. Tokens are those of the palette
-    /// that a test's model has.
+    /// Settings of generation, if the engine can generate; the number of colors
+    /// is that of the palette of the test's model.
     pub sequences: Option<FakeSequences>,
 }
 
 impl Script {
-    /// Passes the time of a run of so many rows.
+    /// Waits for the gate and then for the duration of a run of `n_rows` rows.
     fn pass(&self, n_rows: usize, stop: &RunStop) -> Result<(), EngineError> {
         if let Some(gate) = &self.gate {
             // A closed gate lets everything through, so that a test that ends
@@ -60,7 +61,7 @@ impl Script {
         take_time(self.delay + self.delay_per_row * n_rows, stop)
     }
 
-    /// What goes wrong with rows that these tokens stand for.
+    /// Fails or panics if one of `tokens` is scripted to do so.
     fn faults<'a>(&self, tokens: impl Iterator<Item = &'a u16>) -> Result<(), EngineError> {
         let tokens: Vec<u16> = tokens.copied().collect();
         let are_there = |token: Option<u16>| token.is_some_and(|token| tokens.contains(&token));
@@ -78,41 +79,42 @@ impl Script {
     }
 }
 
-/// What a fake engine has for sequences.
+/// Settings of a fake engine's generation.
 #[derive(Debug, Clone, Copy)]
 pub struct FakeSequences {
     pub n_slots: usize,
     pub n_colors: usize,
     /// Time that a step takes.
     pub delay: Duration,
-    /// Whether it can copy what a slot keeps.
+    /// True if the engine can copy slots.
     pub can_copy: bool,
 }
 
-/// See the module.
+/// Scripted engine.
 #[derive(Debug)]
 pub struct FakeEngine {
     facts: EngineFacts,
     script: Script,
     warm: Vec<WarmRun>,
-    /// What each slot keeps: after each token, a hash of all up to it.
+    /// State of each slot, instead of keys and values: for each token, a hash
+    /// of all tokens up to it.
     kept: Vec<Vec<u32>>,
-    /// When it last passed time as a device would.
+    /// Start and end of the last run.
     span: Option<RunSpan>,
 }
 
 impl FakeEngine {
-    /// Width of the vectors that it returns.
+    /// Width of features and hidden states.
     pub const DIMENSION: usize = 4;
-    /// Rows of its classification head.
+    /// Number of classes of the classification head.
     pub const CLASSES: usize = 3;
 
     #[must_use]
     pub fn new(script: Script) -> Self {
-        // Nobody knows how long a gate stays closed.
+        // With a gate the duration of a run is unknown.
         let graphs = Graph::ALL.into_iter().filter(|_| script.gate.is_none());
         let warm = graphs.flat_map(|graph| {
-            // Sizes that nobody asks for do no harm.
+            // Sizes that are never requested do no harm.
             (0..11).map(move |power| (graph, 1_u32 << power))
         });
         let warm = warm
@@ -147,8 +149,8 @@ impl FakeEngine {
         }
     }
 
-    /// The answer for these tokens: sums that differ when any token differs
-    /// in value or in place.
+    /// Returns the answer for `tokens`: numbers that differ if any token
+    /// differs in value or position.
     #[must_use]
     pub fn answer(tokens: &[u16], want: Want) -> Vec<f32> {
         let n_values = match want {
@@ -170,7 +172,8 @@ impl FakeEngine {
 }
 
 impl FakeEngine {
-    /// The logits after tokens of this hash: small numbers that differ.
+    /// Returns the logits after tokens with this hash: small, different
+    /// numbers.
     fn next_logits(hash: u32, n_colors: usize) -> impl Iterator<Item = f32> {
         (0..n_colors).map(move |color| {
             let mixed = mix(hash, u16::try_from(color).unwrap_or(u16::MAX));
@@ -178,8 +181,8 @@ impl FakeEngine {
         })
     }
 
-    /// The likeliest tokens after the start token and these, up to `n_tokens`
-    /// in all.
+    /// Returns `primer` continued with the most likely tokens, up to `n_tokens`
+    /// tokens in all.
     #[must_use]
     pub fn greedy(start: u16, primer: &[u16], n_colors: usize, n_tokens: usize) -> Vec<u16> {
         let mut tokens = primer.to_vec();
@@ -202,7 +205,7 @@ impl FakeEngine {
     }
 }
 
-/// Where a hash of tokens begins.
+/// Initial value of a hash of tokens.
 const SEED: u32 = 17;
 
 fn mix(hash: u32, token: u16) -> u32 {
@@ -298,8 +301,9 @@ impl Engine for FakeEngine {
     }
 }
 
-/// Passes time as a run does, until it is stopped. Sleeping is coarse to about
-/// a tenth of a millisecond; shorter times are spun.
+/// Waits for the duration of a run, or until the run is stopped. Sleeping is
+/// exact to about a tenth of a millisecond only, so shorter times are spent
+/// spinning.
 fn take_time(time: Duration, stop: &RunStop) -> Result<(), EngineError> {
     let until = Instant::now() + time;
     loop {
@@ -310,7 +314,7 @@ fn take_time(time: Duration, stop: &RunStop) -> Result<(), EngineError> {
         if stop.requested() {
             return Err(EngineError::Stopped);
         }
-        // The rest of a sleep is spun, so that it does not end late.
+        // The rest of the time is spent spinning, so that it does not end late.
         let sleep = left.min(STOP_INTERVAL).saturating_sub(STOP_INTERVAL / 4);
         if sleep > STOP_INTERVAL / 4 {
             std::thread::sleep(sleep);

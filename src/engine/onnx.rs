@@ -1,11 +1,11 @@
 //! ONNX Runtime behind the [`Engine`] trait.
 //!
 //! The runtime is a shared library that is loaded when the worker starts, so
-//! one binary serves CPU and GPU. Graphs are taken as exporters left them:
-//! inputs are bound by name and in the integer type that the graph declares,
-//! an attention mask is filled with ones and position ids with 0, 1, 2 and so
-//! on. After loading, one warm-up run with every token id in it proves that
-//! the graph takes the model's vocabulary and returns the shape it promised.
+//! one binary serves CPU and GPU. Graphs are used as exporters wrote them:
+//! inputs are bound by name and in the integer type that the graph declares, an
+//! attention mask is filled with ones and position ids with 0, 1, 2 and so on.
+//! After loading, warm-up runs with every token id prove that the graph takes
+//! the model's vocabulary and returns the expected shape.
 
 mod answers;
 mod sequences;
@@ -35,44 +35,48 @@ use crate::runtime::{Residence, Runtime, arena, library, operators};
 pub use crate::runtime::library::{LIBRARY, LIBRARY_FOLDER, environment, find_library};
 pub use crate::runtime::probe::probe;
 
-/// All that an engine is made from.
+/// Settings of an engine.
 #[derive(Debug, Clone)]
 pub struct OnnxOptions {
-    /// Where the runtime's library is.
+    /// Path of the runtime's library.
     pub library: PathBuf,
     pub provider: ProviderChoice,
-    /// Which GPU.
+    /// Number of the GPU, from 0.
     pub device_id: i32,
-    /// Threads of one run; 0 lets the runtime take one a physical core.
+    /// Number of threads per run; 0 uses one thread per physical core.
     pub intra_op_threads: usize,
     pub graphs: BTreeMap<Graph, PathBuf>,
-    /// Files that the graphs are made of, as they were when the model was opened.
+    /// Files of the graphs, as they were when the model was opened.
     pub files: GraphFiles,
-    /// Tokens of one row.
+    /// Number of tokens per row.
     pub positions: usize,
-    /// Colors of the palette; the start token is the next id.
+    /// Number of colors of the palette; the start token is the next id.
     pub n_colors: usize,
-    /// Whether config.json gives the vocabulary and the positions. If not,
-    /// trial runs find out whether the graph has more than the palette and the
-    /// size say.
+    /// True if config.json gives the vocabulary and the positions. If not,
+    /// trial runs check that the graph takes no more token ids than the palette
+    /// has and no more positions than the size has.
     pub sizes_are_given: bool,
-    /// Classes that config.json names; 0 if it names none.
+    /// Number of classes that config.json names; 0 if it names none.
     pub n_labels: usize,
-    /// Width of the features that each linear head was trained on, with its
-    /// name to say if it does not fit.
+    /// Width of the features that each linear head was trained on, with the
+    /// head's name for error texts.
     pub head_widths: Vec<(usize, String)>,
-    /// What the graphs were compiled for; `None` for a published export.
+    /// Provider that the graphs were compiled for; `None` for a published
+    /// export.
     pub compiled_for: Option<Provider>,
-    /// The batch sizes; the warm-up runs at each, so that no caller's batch is
-    /// the first of its size.
+    /// Batch sizes. The warm-up runs at each of them, so that no caller's batch
+    /// is the first of its size.
     pub buckets: Buckets,
-    /// Images that are generated at one time; 0 for none.
+    /// Largest number of images that are generated at the same time; 0 disables
+    /// generation.
     pub generate_slots: usize,
-    /// What their keys and values may take.
+    /// Largest size of the key/value cache of all these images, in bytes.
     pub generate_bytes_max: usize,
-    /// Bytes of the GPU that graphs may take, weights included; `None` for all.
+    /// Largest memory of a GPU that graphs may take, weights included, in
+    /// bytes; `None` sets no limit.
     pub gpu_memory_limit: Option<usize>,
-    /// Whether runs on a GPU are captured as CUDA graphs, where that works.
+    /// True if runs on a GPU are captured as CUDA graphs where this is
+    /// possible.
     pub cuda_graphs: bool,
 }
 
@@ -81,16 +85,16 @@ pub struct OnnxEngine {
     facts: EngineFacts,
     graphs: BTreeMap<Graph, WholeGraph>,
     positions: usize,
-    /// The id after the last color.
+    /// Id of the start token, which is the id after the last color.
     start: u16,
     sequences: Option<SequenceEngine>,
     warm: Vec<WarmRun>,
     canary: Option<Canary>,
-    /// Of the last run that the runtime was given.
+    /// Start and end of the last run of the runtime.
     span: Option<RunSpan>,
 }
 
-/// A row whose answer is known.
+/// Row whose answer is known.
 struct Canary {
     graph: Graph,
     bucket: usize,
@@ -99,20 +103,21 @@ struct Canary {
     answer: Vec<f32>,
 }
 
-/// How far a known answer may move: a device may add in another order from run
-/// to run, but not more than that.
+/// Largest relative difference from a known answer: a device may add in another
+/// order from run to run, which explains only smaller differences.
 const CANARY_TOLERANCE: f64 = 1e-2;
 
-/// A warm-up run that takes less than this is done twice.
+/// Duration of a warm-up run below which the run is repeated.
 const WARM_TWICE: Duration = Duration::from_millis(500);
 
-/// While a thread captures a run, what another does on any GPU of the process, such
-/// as taking memory, fails and spoils the capture: so devices that capture come up
-/// one after the other.
+/// Lock of an engine that loads with CUDA graphs. While a thread captures a
+/// run, operations of other threads on any GPU of the process, such as
+/// allocations, fail and spoil the capture: so devices that capture load one
+/// after the other.
 static CAPTURING: Mutex<()> = Mutex::new(());
 
 impl OnnxEngine {
-    /// Loads every graph and runs each once.
+    /// Loads every graph and warms it up.
     ///
     /// # Errors
     ///
@@ -145,7 +150,7 @@ impl OnnxEngine {
         };
         let served = |graph| graph != Graph::Generate || options.generate_slots > 0;
         let graphs = options.graphs.iter().filter(|(graph, _)| served(**graph));
-        // Only graphs of ours, on a CPU, compute from weights where they lie.
+        // Only compiled graphs on a CPU compute from shared weights in place.
         let shares =
             options.compiled_for == Some(Provider::Cpu) && runtime.provider == Provider::Cpu;
         let sharing = graphs.clone().map(|(_, path)| path).filter(|_| shares);
@@ -160,8 +165,8 @@ impl OnnxEngine {
         Ok(engine)
     }
 
-    /// Loads and warms a graph; without CUDA graphs, where it cannot be
-    /// captured.
+    /// Loads a graph and warms it up; if it cannot be captured as a CUDA graph,
+    /// it is loaded without.
     fn load_graph(
         &mut self,
         runtime: &Runtime,
@@ -173,7 +178,8 @@ impl OnnxEngine {
         let is_compiled = options.compiled_for.is_some();
         let n_warm = self.warm.len();
         let load = |cuda_graphs| {
-            // What a first try has left, its memory above all.
+            // Drops the results of a failed first attempt, above all its
+            // memory.
             self.warm.truncate(n_warm);
             self.graphs.remove(&graph);
             let runtime = Runtime {
@@ -192,7 +198,7 @@ impl OnnxEngine {
 
     fn not_captured(&mut self, graph: Graph, error: &EngineError) {
         let graph = graph.label();
-        tracing::warn!(graph, %error, "no CUDA graphs; launching kernels one by one");
+        tracing::warn!(graph, %error, "cannot use CUDA graphs; launching kernels one by one");
         self.facts.fallbacks.push(Fallback {
             kind: FallbackKind::CudaGraphs,
             reason: format!("graph {graph}: {error}"),
@@ -231,9 +237,10 @@ impl OnnxEngine {
         Ok(())
     }
 
-    /// Proves that the graph takes every token id and learns its width.
+    /// Runs the graph at every batch size with every token id, and learns the
+    /// width of its output.
     fn warm_up(&mut self, graph: Graph, options: &OnnxOptions) -> Result<(), EngineError> {
-        // The start token is never what comes next.
+        // The start token is never a target of `score`.
         let n_ids = options.n_colors + usize::from(graph != Graph::Score);
         let tokens: Vec<u16> = (0..options.positions)
             .map(|position| u16::try_from(position % n_ids).unwrap_or(0))
@@ -269,9 +276,10 @@ impl OnnxEngine {
             let mut started = Instant::now();
             let first = self.run(&run, &RunStop::default());
             let values = match first {
-                // The first run of a size allocates and tunes; sizes are chosen
-                // by what comes after. Where a run takes long that is little of
-                // it, and another would cost more than it tells.
+                // The first run of a size allocates and tunes, so the second
+                // run is measured, by which batch sizes are chosen. In a long
+                // run the overhead is small, so that a second run is not worth
+                // its time.
                 Ok(_) if started.elapsed() < WARM_TWICE => {
                     started = Instant::now();
                     self.run(&run, &RunStop::default())
@@ -280,9 +288,9 @@ impl OnnxEngine {
             }
             .map_err(|error| {
                 refuse(format!(
-                    "a trial run of {bucket} images with every token id (0 to {}) failed, so the \
-                     graph does not fit the palette or the positions, or memory does not suffice: \
-                     {error}",
+                    "a trial run of {bucket} images with every token id (0 to {}) failed: the \
+                     graph does not fit the palette or the positions, or there is not enough \
+                     memory: {error}",
                     n_ids - 1
                 ))
             })?;
@@ -312,7 +320,7 @@ impl OnnxEngine {
                 if let Some((expected, head)) = heads.find(|(expected, _)| *expected != width) {
                     return Err(refuse(format!(
                         "features have {width} numbers, but the head {head} was trained on \
-                         {expected}"
+                         {expected} numbers"
                     )));
                 }
                 self.facts.dimension = width;
@@ -332,9 +340,9 @@ impl OnnxEngine {
     }
 
     /// Refuses a graph that takes a token id beyond the start token, or a
-    /// position beyond the last: then the palette or the size is another
-    /// model's, and answers would look right and be wrong. A CPU says so by
-    /// failing; a GPU would not.
+    /// position beyond the last: then the palette or the size belongs to
+    /// another model, and answers would look right but be wrong. A CPU fails
+    /// for ids that the graph does not have; a GPU would not.
     fn check_sizes(&mut self, graph: Graph, n_colors: usize) -> Result<(), EngineError> {
         let positions = self.positions;
         let loaded = self.graphs.get_mut(&graph).ok_or_else(|| no_graph(graph))?;
@@ -363,8 +371,8 @@ impl OnnxEngine {
                 return Err(EngineError::Graph {
                     file: loaded.file.clone(),
                     reason: format!(
-                        "takes {what}, so preprocessor_config.json is another model's; put the \
-                         model's config.json beside it if that is meant"
+                        "takes {what}, so preprocessor_config.json belongs to another model; if \
+                         this is intended, put the model's config.json beside it"
                     ),
                 });
             }
@@ -373,14 +381,14 @@ impl OnnxEngine {
     }
 }
 
-/// Loads something so that its runs are captured, if that is wanted, or else so
-/// that they are not; gives why it could not be captured.
+/// Calls `load` with CUDA graphs if they are wanted, and without them if this
+/// fails; returns the reason why runs cannot be captured.
 fn captured_or_not(
     wanted: bool,
     mut load: impl FnMut(bool) -> Result<(), EngineError>,
 ) -> Result<Option<EngineError>, EngineError> {
     match load(wanted) {
-        // It is worse than nothing only if it works without.
+        // The error is about CUDA graphs only if loading works without them.
         Err(error) if wanted && !matches!(error, EngineError::Device(_)) => {
             load(false).map(|()| Some(error))
         }
@@ -392,8 +400,8 @@ fn no_graph(graph: Graph) -> EngineError {
     EngineError::Runtime(format!("no graph {} is loaded", graph.label()))
 }
 
-/// Graphs that were compiled for one provider are slow on another or do not
-/// run there.
+/// Refuses graphs that were compiled for another provider than `provider`, on
+/// which they would be slow or not run at all.
 fn check_compiled_for(
     compiled_for: Option<Provider>,
     provider: Provider,
@@ -410,7 +418,8 @@ fn check_compiled_for(
     }
 }
 
-/// What runs the graphs; what could not be had is added to `fallbacks`.
+/// Chooses the execution provider and its settings, and adds features that
+/// cannot be used to `fallbacks`.
 fn choose(
     environment: &Environment,
     options: &OnnxOptions,
@@ -419,7 +428,7 @@ fn choose(
     let of = |provider| runtime_of(environment.clone(), options, provider);
     let provider = match (options.provider, options.compiled_for) {
         (ProviderChoice::Cpu, _) | (ProviderChoice::Auto, Some(Provider::Cpu)) => Provider::Cpu,
-        // Graphs for CUDA have nowhere to fall back to.
+        // Graphs for CUDA cannot fall back to the CPU.
         (ProviderChoice::Cuda, _) | (ProviderChoice::Auto, Some(Provider::Cuda)) => {
             probe(&of(Provider::Cuda)?)?;
             Provider::Cuda
@@ -427,7 +436,10 @@ fn choose(
         (ProviderChoice::Auto, None) => match probe(&of(Provider::Cuda)?) {
             Ok(()) => Provider::Cuda,
             Err(error) => {
-                tracing::info!(%error, "no CUDA execution provider; running on the CPU");
+                tracing::info!(
+                    %error,
+                    "cannot use the CUDA execution provider; running on the CPU"
+                );
                 fallbacks.push(Fallback {
                     kind: FallbackKind::Cuda,
                     reason: error.to_string(),
@@ -437,21 +449,29 @@ fn choose(
         },
     };
     let mut runtime = of(provider)?;
-    // Without a limit a GPU's sessions have arenas of their own, as is usual.
+    // Without a limit, each session on a GPU has an arena of its own, as is
+    // usual.
     if provider == Provider::Cpu || options.gpu_memory_limit.is_some() {
         let limit = runtime.gpu_memory_limit;
         arena::share(environment, provider, runtime.device_id, limit).map_err(|error| {
-            EngineError::NotLoaded(format!("no arena for {}: {error}", provider.name()))
+            EngineError::NotLoaded(format!(
+                "cannot create a memory arena for {}: {error}",
+                provider.name()
+            ))
         })?;
         runtime.shares_arena = true;
     }
     if runtime.shares_arena && runtime.cuda_graphs {
-        // A captured run goes on writing where its memory was, which the arena
-        // has given away since: another graph's weights may lie there.
+        // A captured run writes to the memory that it had when it was captured,
+        // which the arena may have given to another graph since, even for its
+        // weights.
         runtime.cuda_graphs = false;
-        let reason = "--gpu-memory-limit has all graphs share their memory, which captured runs \
-                      need for themselves";
-        tracing::warn!(reason, "no CUDA graphs; launching kernels one by one");
+        let reason = "with --gpu-memory-limit all graphs share their memory, but captured runs \
+                      need memory of their own";
+        tracing::warn!(
+            reason,
+            "cannot use CUDA graphs; launching kernels one by one"
+        );
         fallbacks.push(Fallback {
             kind: FallbackKind::CudaGraphs,
             reason: reason.to_owned(),
@@ -460,7 +480,7 @@ fn choose(
     Ok(runtime)
 }
 
-/// Whether `auto` takes CUDA for these options.
+/// Returns true if the execution provider `auto` means CUDA for these options.
 ///
 /// # Errors
 ///
@@ -474,15 +494,15 @@ pub fn auto_takes_cuda(options: &OnnxOptions) -> Result<bool, EngineError> {
     Ok(probe(&cuda).is_ok())
 }
 
-/// How sessions are opened for these options.
+/// Returns the settings of sessions on `provider` for these options.
 fn runtime_of(
     environment: Environment,
     options: &OnnxOptions,
     provider: Provider,
 ) -> Result<Runtime, EngineError> {
     let (operators, residence) = if options.compiled_for.is_some() {
-        // Compiled graphs share one file's weights and compute from where they
-        // lie; packing would copy them for every graph.
+        // Compiled graphs share the weights of one file and compute from them
+        // in place; packing would copy them for every graph.
         let operators = operators(&environment).map_err(runtime)?;
         (Some(operators), Residence::InPlace)
     } else {
@@ -525,7 +545,7 @@ impl Engine for OnnxEngine {
         let options = loaded.options(run.bucket).map_err(runtime)?;
         let terminate = Arc::clone(&options);
         stop.arm(Box::new(move || {
-            // It fails for options that have gone, and these have not.
+            // This fails only for dropped options, and these are still alive.
             let _ = terminate.terminate();
         }));
         loaded.run(run, batch, &options, &mut self.span)
@@ -565,8 +585,8 @@ impl Engine for OnnxEngine {
             Ok(())
         } else {
             Err(EngineError::Output {
-                got: format!("an answer {moved:.3} of its length from the known one"),
-                expected: "the known one".to_owned(),
+                got: format!("an answer with a relative error of {moved:.3}"),
+                expected: "the known answer".to_owned(),
             })
         }
     }
@@ -576,7 +596,8 @@ impl Engine for OnnxEngine {
     }
 }
 
-/// ‖a − b‖ / ‖b‖; infinite where an answer is unusable.
+/// Returns the relative difference ‖a − b‖ / ‖b‖; infinity if an answer is
+/// unusable.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     if a.len() != b.len() {
         return f64::INFINITY;
@@ -600,7 +621,8 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 mod tests {
     use super::*;
 
-    /// What loading came to, and how it was tried, where it fails with these.
+    /// Returns the outcome of loading that fails with `failures`, and for each
+    /// attempt whether it was captured.
     fn tried(
         wanted: bool,
         failures: Vec<EngineError>,
@@ -623,7 +645,8 @@ mod tests {
         assert_eq!(tried(false, vec![]), (Ok(None), vec![false]));
         let without = (Ok(Some(text.clone())), vec![true, false]);
         assert_eq!(tried(true, vec![refusal()]), without);
-        // What fails without, too, has another reason, and that is told.
+        // Loading that fails without CUDA graphs, too, has another reason,
+        // which is reported.
         let other = EngineError::Runtime("never".to_owned());
         let never = (Err(other.to_string()), vec![true, false]);
         assert_eq!(tried(true, vec![refusal(), other]), never);

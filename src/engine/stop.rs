@@ -1,26 +1,27 @@
-//! Stops a run whose every caller has gone.
+//! Stops a run after all of its callers have cancelled or disconnected.
 //!
-//! The engine thread is inside the runtime then, so somebody else has to say
-//! it: the batcher, which knows the run by its number. A request that comes
-//! late finds another number and does nothing, so it can never stop the next
-//! run; one that comes before its run is kept for it. Numbers rise.
+//! The engine thread is inside the runtime during a run, so the batcher
+//! requests the stop, by the number of the run. Numbers rise from run to run: a
+//! request that comes too late has an old number and does nothing, so it can
+//! never stop the next run; a request that comes before its run is kept until
+//! the run begins.
 
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Tells the runtime to stop; cheap, and harmless when it has ended.
+/// Function that tells the runtime to stop; cheap, and harmless after the run.
 pub type StopHook = Box<dyn Fn() + Send>;
 
-/// See the module.
+/// Stop requests for the runs of one engine.
 #[derive(Default)]
 pub struct RunStop(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    /// The run in progress; 0 between runs.
+    /// Number of the run in progress; 0 between runs.
     run: u64,
-    /// The last one that has begun.
+    /// Number of the last run that has begun.
     last: u64,
-    /// One that is yet to begin and is to be stopped.
+    /// Number of a later run that is to be stopped as soon as it begins.
     ahead: u64,
     requested: bool,
     hook: Option<StopHook>,
@@ -38,7 +39,7 @@ impl RunStop {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The engine begins a run.
+    /// Begins a run; called by the engine.
     pub fn begin(&self, run: u64) {
         let mut state = self.lock();
         *state = State {
@@ -50,7 +51,7 @@ impl RunStop {
         };
     }
 
-    /// The run has ended; returns whether it was to be stopped.
+    /// Ends the run; returns true if a stop was requested.
     pub fn end(&self) -> bool {
         let mut state = self.lock();
         state.run = 0;
@@ -58,8 +59,8 @@ impl RunStop {
         std::mem::take(&mut state.requested)
     }
 
-    /// The engine says how the run in progress is stopped; called at once if
-    /// that was asked for already.
+    /// Sets the hook that stops the run in progress; the hook is called at once
+    /// if a stop was requested before.
     pub fn arm(&self, hook: StopHook) {
         let mut state = self.lock();
         if state.requested {
@@ -68,7 +69,8 @@ impl RunStop {
         state.hook = Some(hook);
     }
 
-    /// Stops the run of this number, if it has not ended.
+    /// Stops the run with the number `run`, unless it has ended. Returns false
+    /// if the run has ended or was told to stop before.
     pub fn request(&self, run: u64) -> bool {
         let mut state = self.lock();
         if run > state.last {
@@ -85,7 +87,7 @@ impl RunStop {
         true
     }
 
-    /// Whether the run in progress should stop.
+    /// Returns true if the run in progress should stop.
     #[must_use]
     pub fn requested(&self) -> bool {
         self.lock().requested

@@ -1,6 +1,6 @@
-//! CUDA's driver, libcuda.so.1: which devices this process sees, in CUDA's
-//! order, after `CUDA_VISIBLE_DEVICES` and whatever a container shows of the
-//! machine.
+//! Asks CUDA's driver, libcuda.so.1, for the devices that this process sees, in
+//! CUDA's order, after `CUDA_VISIBLE_DEVICES` and the restrictions of a
+//! container.
 #![expect(
     unsafe_code,
     reason = "calls a C library that is loaded at run time; see `Functions`"
@@ -19,13 +19,14 @@ pub(super) const SUCCESS: c_int = 0;
 pub(super) type ErrorText = unsafe extern "C" fn(status: c_int, text: *mut *const c_char) -> c_int;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `…_MINOR`.
 const CAPABILITY: [c_int; 2] = [75, 76];
-/// Longer than any device's name; the driver cuts what does not fit.
+/// Longer than any device's name; the driver cuts a name that does not fit.
 const NAME_BYTES: usize = 256;
 
-/// What is called of the driver, each as cuda.h declares it: an int says how a
-/// call went, and results are written where a pointer says. So a call is sound
-/// when the pointer is to a value of the type that is named here, and no longer
-/// used afterwards, which holds for all calls below.
+/// Functions of the driver that are called, each as cuda.h declares it: the
+/// returned int is the status of the call, and results are written to the
+/// pointer arguments. A call is therefore sound when the pointer is to a value
+/// of the type that is named here, and no longer used afterwards, which holds
+/// for all calls below.
 struct Functions {
     init: unsafe extern "C" fn(flags: c_uint) -> c_int,
     version: unsafe extern "C" fn(version: *mut c_int) -> c_int,
@@ -38,8 +39,8 @@ struct Functions {
     error: ErrorText,
 }
 
-/// Asks the driver. Waking it takes up to a second; no device gets a context, so
-/// none of their memory is taken.
+/// Asks the driver for its devices. Waking the driver takes up to a second; no
+/// device gets a context, so no device's memory is taken.
 pub(super) fn look() -> Result<Driver, String> {
     let functions = Functions::load()?;
     let version = functions.version()?;
@@ -52,16 +53,16 @@ pub(super) fn look() -> Result<Driver, String> {
 impl Functions {
     fn load() -> Result<Self, String> {
         let library = library()?;
-        // SAFETY: the types are those of cuda.h, which the driver keeps for good:
-        // functions that change get another name.
+        // SAFETY: the types are those of cuda.h, which the driver keeps for
+        // good: a function that changes gets another name.
         let functions = unsafe {
             Self {
                 init: symbol(&library, "cuInit")?,
                 version: symbol(&library, "cuDriverGetVersion")?,
                 count: symbol(&library, "cuDeviceGetCount")?,
                 get: symbol(&library, "cuDeviceGet")?,
-                // Before 11.4 there is only the first, which gives a part of a
-                // GPU (MIG) the UUID of the whole.
+                // Before 11.4 there is only `cuDeviceGetUuid`, which gives a
+                // part of a GPU (MIG) the UUID of the whole GPU.
                 uuid: symbol(&library, "cuDeviceGetUuid_v2")
                     .or_else(|_| symbol(&library, "cuDeviceGetUuid"))?,
                 name: symbol(&library, "cuDeviceGetName")?,
@@ -70,8 +71,8 @@ impl Functions {
                 error: symbol(&library, "cuGetErrorString")?,
             }
         };
-        // The functions are good for as long as the library is there, and a
-        // driver that has started threads is not to be taken away from them.
+        // The functions are valid as long as the library is loaded, and a
+        // driver that has started threads must not be unloaded under them.
         std::mem::forget(library);
         Ok(functions)
     }
@@ -137,30 +138,30 @@ impl Functions {
         Ok(name.to_string_lossy().into_owned())
     }
 
-    /// An error in the driver's words.
+    /// Returns an error in the driver's words, unless `status` is success.
     fn check(&self, call: &str, status: c_int) -> Result<(), String> {
         if status == SUCCESS {
             return Ok(());
         }
-        // SAFETY: it is the driver's function for that.
+        // SAFETY: `error` is the driver's function for error texts.
         Err(unsafe { failure(self.error, call, status) })
     }
 }
 
-/// The driver's library.
+/// Loads the driver's library.
 pub(super) fn library() -> Result<Library, String> {
-    // SAFETY: the driver's library is made to be loaded in this way, and what
-    // it does on loading is its own affair.
+    // SAFETY: the driver's library is made to be loaded in this way, and is
+    // responsible for what it does on loading.
     unsafe { Library::new(LIBRARY) }.map_err(|error| {
         let words = std::error::Error::source(&error).map(ToString::to_string);
         absence(&words.unwrap_or_else(|| error.to_string()))
     })
 }
 
-/// A call that failed, in the driver's words.
+/// Formats the error of a failed call, in the driver's words.
 ///
 /// # Safety
-/// `error` is what the type says.
+/// `error` is the function that its type names.
 pub(super) unsafe fn failure(error: ErrorText, call: &str, status: c_int) -> String {
     let mut text = std::ptr::null();
     // SAFETY: see `Functions`. The text, if there is one, is a constant of the
@@ -175,7 +176,8 @@ pub(super) unsafe fn failure(error: ErrorText, call: &str, status: c_int) -> Str
     format!("{call} of the NVIDIA driver failed: {words} (error {status})")
 }
 
-/// Why the driver's library was not loaded, from the dynamic linker's words.
+/// Explains, from the dynamic linker's words, why the driver's library was not
+/// loaded.
 fn absence(words: &str) -> String {
     if words.contains("No such file") {
         format!("there is no NVIDIA driver ({LIBRARY})")
@@ -184,15 +186,17 @@ fn absence(words: &str) -> String {
     }
 }
 
+/// Finds a function of the driver.
+///
 /// # Safety
-/// `T` is the type of the function with this name, and what is returned is not
-/// called after `library` has gone.
+/// `T` is the type of the function with this name, and the function is not
+/// called after `library` is unloaded.
 pub(super) unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller vouches for both.
     let found = unsafe { library.get::<T>(name) };
     found
         .map(|symbol| *symbol)
-        .map_err(|error| format!("{LIBRARY} has no {name}: {error}"))
+        .map_err(|error| format!("{LIBRARY} has no function {name}: {error}"))
 }
 
 #[cfg(test)]

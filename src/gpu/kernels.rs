@@ -1,5 +1,5 @@
 //! The worker's own kernels for GPUs. The driver compiles them for the GPU that
-//! there is, once a context.
+//! is there, once per context.
 #![expect(
     unsafe_code,
     reason = "calls a C library that is loaded at run time; see `Functions`"
@@ -11,22 +11,22 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::driver::{self, SUCCESS, symbol};
 
-/// What `make kernels` makes of quick_gelu.cu. It ends in a zero, as the driver
-/// wants it.
+/// PTX that `make kernels` compiles from quick_gelu.cu. The text ends in a zero
+/// byte, as the driver requires.
 const QUICK_GELU: &str = concat!(include_str!("kernels/quick_gelu.ptx"), "\0");
-/// Threads of a block: a multiple of a warp that every GPU takes.
+/// Threads per block: a multiple of a warp that every GPU accepts.
 const BLOCK: c_uint = 256;
-/// Numbers that a thread computes; quick_gelu.cu has the same.
+/// Numbers that one thread computes; quick_gelu.cu has the same constant.
 const PACK: usize = 8;
 
-/// Numbers of 16 bits.
+/// Format of numbers of 16 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Half {
     Fp16,
     Bf16,
 }
 
-/// Numbers in the memory of the device that the thread works with.
+/// Numbers in the memory of the current device of the thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Numbers {
     pub x: *const c_void,
@@ -34,8 +34,9 @@ pub struct Numbers {
     pub n: usize,
 }
 
-/// What is called of the driver, each as cuda.h declares it: an int says how a
-/// call went, and results are written where a pointer says.
+/// Functions of the driver that are called, each as cuda.h declares it: the
+/// returned int is the status of the call, and results are written to the
+/// pointer arguments.
 struct Functions {
     context: unsafe extern "C" fn(context: *mut Handle) -> c_int,
     load: unsafe extern "C" fn(module: *mut Handle, image: *const c_void) -> c_int,
@@ -57,15 +58,16 @@ struct Functions {
     error: driver::ErrorText,
 }
 
-/// The driver's; it is thread-safe about them.
+/// Handle of an object of the driver, whose functions are thread-safe.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]
 struct Handle(*mut c_void);
 
-// SAFETY: what handles stand for may be used by any thread.
+// SAFETY: the objects of the driver that handles stand for may be used by any
+// thread.
 unsafe impl Send for Handle {}
 
-/// The kernels of one context.
+/// Kernels that are loaded into one context.
 #[derive(Clone, Copy)]
 struct Loaded {
     context: Handle,
@@ -74,20 +76,22 @@ struct Loaded {
 }
 
 static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
-/// One a GPU, so few.
+/// Loaded kernels, one entry per GPU, so only few.
 static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
 
-/// Starts `y = x / (1 + exp(-factor x))` on a stream, and does not wait for it.
+/// Starts `y = x / (1 + exp(-factor x))` on a stream, without waiting for the
+/// result.
 ///
 /// # Errors
 ///
-/// In the driver's words, when it is not there or refuses.
+/// When the driver does not exist or refuses the call; the text is the
+/// driver's.
 ///
 /// # Safety
 ///
-/// A context is the thread's, the stream is one of it, and `n` numbers at `x` and
-/// at `y`, whose addresses are multiples of 16 bytes, are in its memory until the
-/// stream has passed this.
+/// The thread has a current context, the stream belongs to it, and `n` numbers
+/// at `x` and at `y`, whose addresses are multiples of 16 bytes, stay in the
+/// context's memory until the stream has passed this call.
 pub unsafe fn quick_gelu(
     half: Half,
     numbers: Numbers,
@@ -107,7 +111,8 @@ pub unsafe fn quick_gelu(
         Half::Bf16 => loaded.bf16,
     };
     let blocks = numbers.n.div_ceil(PACK * BLOCK as usize);
-    let grid = c_uint::try_from(blocks).map_err(|_| "too many numbers".to_owned())?;
+    let grid = c_uint::try_from(blocks)
+        .map_err(|_| format!("{} numbers are too many for one kernel", numbers.n))?;
     let (mut x, mut y) = (numbers.x, numbers.y);
     let (mut n, mut factor) = (numbers.n as u64, factor);
     let mut parameters: [*mut c_void; 4] = [
@@ -117,7 +122,8 @@ pub unsafe fn quick_gelu(
         (&raw mut factor).cast(),
     ];
     // SAFETY: the parameters are those of the kernel in quick_gelu.cu, and are
-    // copied before the call returns; the caller vouches for what they point to.
+    // copied before the call returns; the caller vouches for the memory that
+    // they point to.
     let status = unsafe {
         (functions.launch)(
             function,
@@ -150,19 +156,20 @@ impl Functions {
                 error: symbol(&library, "cuGetErrorString")?,
             }
         };
-        // As in `driver`.
+        // The library stays loaded, for the reason in `driver`.
         std::mem::forget(library);
         Ok(functions)
     }
 
-    /// The kernels of the thread's context.
+    /// Returns the kernels of the thread's current context, and loads them
+    /// first if needed.
     fn loaded(&self) -> Result<Loaded, String> {
         let mut context = Handle(ptr::null_mut());
-        // SAFETY: writes to the place that it is given.
+        // SAFETY: the function writes to the place that it is given.
         let status = unsafe { (self.context)(&raw mut context) };
         self.check("cuCtxGetCurrent", status)?;
         if context.0.is_null() {
-            return Err("no GPU is the thread's".to_owned());
+            return Err("the calling thread has no current CUDA context".to_owned());
         }
         let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = all.iter().find(|loaded| loaded.context == context) {
@@ -174,7 +181,7 @@ impl Functions {
         self.check("cuModuleLoadData", status)?;
         let kernel = |name: &CStr| {
             let mut function = Handle(ptr::null_mut());
-            // SAFETY: the module has just been loaded, and stays.
+            // SAFETY: the module has just been loaded, and stays loaded.
             let status = unsafe { (self.function)(&raw mut function, module, name.as_ptr()) };
             self.check("cuModuleGetFunction", status).map(|()| function)
         };
@@ -191,7 +198,7 @@ impl Functions {
         if status == SUCCESS {
             return Ok(());
         }
-        // SAFETY: it is the driver's function for that.
+        // SAFETY: `error` is the driver's function for error texts.
         Err(unsafe { driver::failure(self.error, call, status) })
     }
 }

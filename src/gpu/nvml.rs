@@ -1,4 +1,5 @@
-//! NVML, libnvidia-ml.so.1: the driver's version, and how devices are.
+//! Asks NVML, libnvidia-ml.so.1, for the driver's version and the devices'
+//! usage.
 
 use std::ffi::OsStr;
 
@@ -6,16 +7,16 @@ use nvml_wrapper::{Device, Nvml};
 
 use super::{GpuUsage, Management, MemoryUse};
 
-/// As the driver installs it; the name without a version is only there for
-/// those who compile.
+/// Library as the driver installs it. The name without a version exists only
+/// where programs are compiled for NVML.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// Loads and starts NVML, if it is there.
+/// Loads and starts NVML, if the library is installed.
 pub(super) fn open() -> Option<Box<dyn Management>> {
     match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
         Ok(nvml) => Some(Box::new(nvml)),
         Err(error) => {
-            tracing::debug!(%error, "no NVML");
+            tracing::debug!(%error, "NVML cannot be used: the usage of GPUs is not known");
             None
         }
     }
@@ -36,7 +37,8 @@ impl Management for Nvml {
     }
 }
 
-/// Each for itself: what one kind of device cannot say, another can.
+/// Reads each figure separately: a figure that one kind of device does not
+/// report, another does.
 fn usage_of(device: &Device<'_>) -> GpuUsage {
     let memory = device.memory_info().ok();
     let rates = device.utilization_rates().ok();

@@ -1,9 +1,10 @@
 //! The budget of decoding one image: when to stop although the file goes on.
 //!
-//! A decode's memory and work are bounded by its header before it begins. The
-//! budget ends a decode early once nobody waits for the image, and limits the
-//! CPU time as a last net. Decoders ask between chunks, by
-//! [`DecodeBudget::check`] or through a source that fails once the budget is spent.
+//! The header bounds a decode's memory and work before decoding begins. The
+//! budget ends a decode early once no caller waits for the image, and limits
+//! the CPU time as a last safeguard. Decoders check the budget between chunks,
+//! by [`DecodeBudget::check`] or through a source that fails once the budget is
+//! spent.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
@@ -13,23 +14,26 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::PreprocessError;
 
-/// Input bytes that a [`BudgetedSource`] hands out between two checks. Small
-/// enough that even data that inflates a thousandfold is checked every few
-/// milliseconds, large enough that checks cost nothing beside decoding.
+/// Input bytes that a [`BudgetedSource`] hands out between two checks of the
+/// budget. The chunk is small enough that even data that inflates a
+/// thousandfold is checked every few milliseconds, and large enough that checks
+/// cost nothing beside decoding.
 const CHUNK_BYTES: usize = 4096;
 
-/// Permission of one decode to go on, which ends.
+/// Permission of one decode to go on, until the decode is abandoned or has used
+/// up its CPU time.
 pub struct DecodeBudget<'a> {
-    /// True if nobody waits for the image any more.
+    /// Returns true once no caller waits for the image any longer.
     abandoned: &'a dyn Fn() -> bool,
-    /// Limit on the thread's CPU time, and that time as the decode began.
+    /// Limit on the thread's CPU time, and the CPU time at which the decode
+    /// began.
     cpu_time_max: Option<(Duration, Duration)>,
-    /// Kept, because a decoder may wrap the error that ended it beyond
-    /// recognition.
+    /// Reason of the end. The budget keeps it because a decoder may wrap the
+    /// error that ended the decode beyond recognition.
     ended: Cell<Option<BudgetEnd>>,
 }
 
-/// Why a budget ended a decode.
+/// Reason why a budget ended a decode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum BudgetEnd {
     Abandoned,
@@ -37,8 +41,8 @@ enum BudgetEnd {
 }
 
 impl<'a> DecodeBudget<'a> {
-    /// A budget that ends once `abandoned` says so, or after `cpu_time_max` on
-    /// the calling thread.
+    /// Creates a budget that ends once `abandoned` returns true, or after
+    /// `cpu_time_max` of CPU time on the calling thread.
     #[must_use]
     pub fn new(abandoned: &'a dyn Fn() -> bool, cpu_time_max: Duration) -> Self {
         Self {
@@ -48,7 +52,7 @@ impl<'a> DecodeBudget<'a> {
         }
     }
 
-    /// A budget that ends once `abandoned` says so.
+    /// Creates a budget that ends only once `abandoned` returns true.
     pub(super) fn until(abandoned: &'a dyn Fn() -> bool) -> Self {
         Self {
             abandoned,
@@ -57,18 +61,18 @@ impl<'a> DecodeBudget<'a> {
         }
     }
 
-    /// A budget without an end, for images that nobody sent.
+    /// Creates a budget without an end, for images that no caller sent.
     #[must_use]
     pub fn endless() -> DecodeBudget<'static> {
         DecodeBudget::until(&|| false)
     }
 
-    /// Ends the decode once the budget is spent.
+    /// Fails once the budget is spent, which ends the decode.
     ///
     /// # Errors
     ///
     /// [`PreprocessError::Abandoned`] or [`PreprocessError::CpuTimeOverLimit`],
-    /// from then on at every call.
+    /// and the same error at every later call.
     pub fn check(&self) -> Result<(), PreprocessError> {
         if self.ended.get().is_none() {
             self.ended.set(self.look());
@@ -79,7 +83,7 @@ impl<'a> DecodeBudget<'a> {
         }
     }
 
-    /// The error of the budget where it ended the decode, else `error`.
+    /// Returns the budget's error if the budget ended the decode, else `error`.
     pub(super) fn error_or(&self, error: PreprocessError) -> PreprocessError {
         self.ended.get().map_or(error, PreprocessError::from)
     }
@@ -102,7 +106,7 @@ impl From<BudgetEnd> for PreprocessError {
     }
 }
 
-/// CPU time that the calling thread has used.
+/// Returns the CPU time that the calling thread has used.
 fn thread_cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
@@ -110,14 +114,14 @@ fn thread_cpu_time() -> Duration {
     Duration::new(seconds, nanos)
 }
 
-/// The bytes of a file for a decoder that reads, which fail to be read once the
-/// budget is spent.
+/// The bytes of a file, for a decoder that reads from a source. Reading fails
+/// once the budget is spent.
 pub(super) struct BudgetedSource<'a> {
     bytes: Cursor<&'a [u8]>,
     budget: &'a DecodeBudget<'a>,
-    /// Where chunks end in any case, in rising order.
+    /// Positions at which a chunk ends early, in rising order.
     stops: &'a [usize],
-    /// Bytes until the next check.
+    /// Bytes that may be read before the next check.
     left: usize,
 }
 
@@ -126,8 +130,9 @@ impl<'a> BudgetedSource<'a> {
         Self::with_stops(bytes, budget, &[])
     }
 
-    /// A source that is checked at `stops`, in rising order, as well: where a
-    /// few bytes begin work that has nothing to do with their number.
+    /// Creates a source that also checks the budget at `stops`, in rising
+    /// order. At a stop, a few bytes begin work that is out of proportion to
+    /// their number.
     pub(super) fn with_stops(
         bytes: &'a [u8],
         budget: &'a DecodeBudget<'a>,
@@ -141,7 +146,7 @@ impl<'a> BudgetedSource<'a> {
         }
     }
 
-    /// Checks the budget where a chunk has been handed out.
+    /// Checks the budget once a chunk has been handed out.
     fn spend(&mut self) -> io::Result<()> {
         if self.left == 0 {
             self.budget.check().map_err(io::Error::other)?;
@@ -150,7 +155,7 @@ impl<'a> BudgetedSource<'a> {
         Ok(())
     }
 
-    /// Bytes from here to the next check.
+    /// Returns the number of bytes from here to the next check.
     fn chunk(&self) -> usize {
         let at = usize::try_from(self.bytes.position()).unwrap_or(usize::MAX);
         let next = self.stops.partition_point(|&stop| stop <= at);
@@ -185,8 +190,8 @@ impl BufRead for BudgetedSource<'_> {
 
 impl Seek for BudgetedSource<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        // A seek counts as a byte, or a file that is sought through without an
-        // end would never be checked.
+        // A seek counts as one byte. Otherwise a file that is sought through
+        // endlessly would never be checked.
         self.spend()?;
         self.left -= 1;
         self.bytes.seek(to)
@@ -226,7 +231,8 @@ mod tests {
         let mut read = Vec::new();
         source.read_to_end(&mut read).unwrap();
         assert_eq!(read, bytes);
-        // To 10, to 20, a chunk, the rest; and the end is seen in the last one.
+        // Checks at 10, at 20, after a chunk, and for the rest, which includes
+        // the end.
         assert_eq!(checks.get(), 4);
     }
 

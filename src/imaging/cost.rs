@@ -1,7 +1,7 @@
-//! An estimate of what a picture costs to decode, from its header alone.
+//! Estimate of the time that a picture takes to decode, from its header alone.
 //!
-//! The estimate orders the queue and decides nothing else: a header that lies
-//! only moves its own picture, and the bounds of decoding hold in any case.
+//! The estimate orders the queue and decides nothing else. A header that lies
+//! only moves its own picture, and the limits of decoding hold in any case.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -9,27 +9,28 @@ use std::time::Duration;
 use super::ImageInput;
 use super::budget::{BudgetedSource, DecodeBudget};
 
-/// Time to decode and shrink a pixel, as the slower decoders take it: a PNG
-/// inflates 50 million pixels per second and core.
+/// Time to decode and shrink one pixel with the slower decoders: a PNG inflates
+/// 50 million pixels per second and core.
 const PIXEL: Duration = Duration::from_nanos(20);
-/// Time to read a byte of a file, which counts where there are many to a pixel.
+/// Time to read one byte of a file, which matters for a file with many bytes
+/// per pixel.
 const BYTE: Duration = Duration::from_nanos(10);
-/// Time per byte of a file whose header does not say its size.
+/// Time per byte of a file whose size in pixels was not found.
 const BYTE_OF_UNKNOWN: Duration = Duration::from_nanos(100);
-/// Chunks of a file that are looked through for its size. A header that has not
-/// come by then, behind megabytes of metadata in small pieces, counts by its
-/// bytes: the estimate is made where connections are served, so it takes
-/// microseconds and at most a millisecond.
+/// Most chunks of a file that are searched for its size in pixels. A file whose
+/// header comes later, behind megabytes of metadata in small pieces, is
+/// estimated by its bytes. The estimate is made on the threads that serve
+/// connections, so it takes microseconds, and at most a millisecond.
 const CHUNKS_MAX: u32 = 16;
 
-/// Estimated CPU time from a picture to its tokens.
+/// Estimated CPU time to turn a picture into tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct DecodeCost(pub(crate) Duration);
 
 impl DecodeCost {
-    /// Most that a picture may cost to count as cheap: 5 million pixels. Most
-    /// photos in data sets are far smaller, photos as cameras write them are
-    /// larger.
+    /// Highest cost at which a picture counts as cheap: that of 5 million
+    /// pixels. Most photos in data sets are far smaller; photos as cameras
+    /// write them are larger.
     const CHEAP_MAX: Self = Self(Duration::from_millis(100));
 
     /// Estimates the cost of an image in any of its forms.
@@ -48,13 +49,14 @@ impl DecodeCost {
         })
     }
 
-    /// True if the picture may pass on the way that is kept for cheap ones.
+    /// True if the picture counts as cheap, so that it can overtake costly
+    /// ones.
     pub(crate) fn is_cheap(self) -> bool {
         self <= Self::CHEAP_MAX
     }
 }
 
-/// Width times height as the header of a file states them.
+/// Returns width times height as the header of a file states them.
 fn pixels_claimed(bytes: &[u8]) -> Option<u64> {
     let n_chunks = Cell::new(0);
     let enough = || n_chunks.replace(n_chunks.get() + 1) >= CHUNKS_MAX;
@@ -117,7 +119,8 @@ mod tests {
 
     #[test]
     fn a_header_that_never_comes_counts_by_its_bytes() {
-        // JPEG comments without a frame: 8 MiB that a reader would walk through.
+        // JPEG comments without a frame: 8 MiB that a reader would walk
+        // through.
         let comments = [
             b"\xff\xd8".as_slice(),
             &b"\xff\xfe\0\x04ab".repeat(1_400_000),
@@ -126,7 +129,7 @@ mod tests {
         let len = comments.len() as u64;
         let cost = DecodeCost::of(&ImageInput::Encoded(Bytes::from(comments)));
         assert_eq!(cost.0, Duration::from_nanos(100 * len));
-        // A segment of no length, and a BigTIFF of 2^64 entries.
+        // A segment of length 0, and a BigTIFF of 2^64 entries.
         let stuck = b"\xff\xd8\xff\xe1\0\0".to_vec();
         let entries = [
             b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff".as_slice(),

@@ -1,13 +1,13 @@
-//! From the bytes of an image file to RGB pixels, upright.
+//! Decodes the bytes of an image file to upright RGB pixels.
 //!
 //! Promises Pillow's pixels: `ImageOps.exif_transpose(image).convert("RGB")`,
 //! or with [`Alpha::White`] the composite that transformers' `convert_to_rgb`
 //! makes. The format is found by content. Size and memory are checked from the
-//! header before any pixel is decoded; of an animation only the first frame is.
-//! A file that is cut short is an error, what follows a whole one is not, and
-//! color profiles and gamma are ignored.
+//! header before any pixel is decoded, and only the first frame of an animation
+//! is decoded. A file that is cut short is an error, bytes behind a whole file
+//! are not, and color profiles and gamma are ignored.
 //!
-//! Where Pillow is not followed:
+//! Differences from Pillow:
 //!
 //! - JPEG and lossy WebP decoders round differently, by a level or two.
 //! - 16-bit gray keeps its high byte, as 16-bit color does. Pillow clips it, so
@@ -36,8 +36,8 @@ mod tiff;
 mod webp;
 mod wrapped;
 
-/// The reader that decoders take their bytes from: it fails once the budget is
-/// spent, which ends the decode.
+/// Reader from which decoders take their bytes. The reader fails once the
+/// budget is spent, which ends the decode.
 type Source<'a> = BudgetedSource<'a>;
 
 /// The accepted file formats.
@@ -52,7 +52,7 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// The format whose signature the bytes start with.
+    /// Returns the format whose signature the bytes start with.
     #[must_use]
     pub fn guess(bytes: &[u8]) -> Option<Self> {
         match bytes {
@@ -132,7 +132,8 @@ pub fn decode(
             ImageFormat::Bmp => wrapped::bmp(bytes, header),
             ImageFormat::Tiff => tiff::decode(bytes, header),
         }?;
-        // A decoder may take bytes that it was not given for the end of the file.
+        // A decoder may take a read that the budget refused for the end of the
+        // file.
         budget.check()?;
         Ok(turn(pixels.into_rgb(alpha), orientation))
     }))
@@ -140,7 +141,7 @@ pub fn decode(
     .map_err(|error| budget.error_or(error))
 }
 
-/// The orientation in EXIF data, or else in XMP.
+/// Returns the orientation in EXIF data, or else in XMP.
 ///
 /// JPEG puts "Exif" before the data, and some writers carry it over to other
 /// formats. XMP is searched as text, as Pillow does.
@@ -163,7 +164,8 @@ fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
     Orientation::from_exif(digit - b'0')
 }
 
-/// What a decoder checks its header against, and how it says that it failed.
+/// Format of a file, for errors, with the limits and the budget that its
+/// decoder must keep to.
 #[derive(Clone, Copy)]
 struct Header<'a> {
     format: ImageFormat,
@@ -172,16 +174,18 @@ struct Header<'a> {
 }
 
 impl<'a> Header<'a> {
-    /// The bytes of the file for a decoder that reads.
+    /// Returns the bytes of the file as a source that fails once the budget is
+    /// spent.
     fn source(self, bytes: &'a [u8]) -> Source<'a> {
         BudgetedSource::new(bytes, self.budget)
     }
 
     /// Refuses an image that is too large.
     ///
-    /// `pixel_bytes` is the most that the decoder holds for a pixel, with its
-    /// own output but without what follows it here: the pixels as RGB, and
-    /// while they are turned once more. `other_bytes` is what it holds besides.
+    /// `pixel_bytes` is the most that the decoder holds per pixel, its own
+    /// output included. The RGB pixels that are made of the output, and their
+    /// copy while they are turned, are added here. `other_bytes` is the memory
+    /// that the decoder holds besides.
     fn admit(
         self,
         width: u32,
@@ -192,7 +196,7 @@ impl<'a> Header<'a> {
         let format = self.format;
         self.admit_pixels(width, height)?;
         let pixels = u64::from(width) * u64::from(height);
-        // What the decoder holds besides is gone once there is only RGB left.
+        // The decoder's other memory is free again once there is only RGB left.
         let decoding = pixels
             .saturating_mul(pixel_bytes)
             .saturating_add(other_bytes);
@@ -213,11 +217,13 @@ impl<'a> Header<'a> {
         Ok(())
     }
 
-    /// Refuses an image of too many pixels, or none.
+    /// Refuses an image that has too many pixels, or none.
     fn admit_pixels(self, width: u32, height: u32) -> Result<(), PreprocessError> {
         let pixels = u64::from(width) * u64::from(height);
         if pixels == 0 {
-            return Err(self.damaged(format!("{width} x {height} has no pixels")));
+            return Err(self.damaged(format!(
+                "a size of {width} x {height}; both sides must be at least 1 pixel"
+            )));
         }
         let pixels_max = self.limits.image_pixels_max;
         if pixels > pixels_max {
@@ -231,7 +237,7 @@ impl<'a> Header<'a> {
         Ok(())
     }
 
-    /// Bytes that a decoder with a limit of its own may use.
+    /// Returns the limit in bytes for a decoder that limits its memory itself.
     fn decode_bytes_max(self) -> usize {
         usize::try_from(self.limits.decode_bytes_max).unwrap_or(usize::MAX)
     }
@@ -258,7 +264,7 @@ impl<'a> Header<'a> {
     }
 }
 
-/// A decoder's message as the end of a sentence of ours, on one line.
+/// Formats a decoder's message as the end of an error text, on one line.
 fn sentence(detail: &impl fmt::Display) -> String {
     let text = detail.to_string();
     let words: Vec<&str> = text.split_whitespace().collect();

@@ -1,5 +1,5 @@
-//! What can be wrong with an image, in words for the caller: the field, what was
-//! found, and the limit's flag.
+//! Errors of one image, worded for the caller: the field, the value that was
+//! found, and the limit with its flag.
 
 use std::time::Duration;
 
@@ -7,16 +7,19 @@ use thiserror::Error;
 
 use super::ImageFormat;
 
-/// The first tokens of an image that is generated, as callers know them.
+/// Name under which callers know the first tokens of an image that is
+/// generated.
 pub(super) const PREFIX: &str = "prefix";
 
-/// Why an image has no tokens. The caller can mend all of these but
-/// [`Panicked`](Self::Panicked), which is a defect on this side.
+/// Reason why an image has no tokens. The caller can correct every cause but
+/// [`Panicked`](Self::Panicked), which is a defect of the worker.
 #[derive(Debug, Error)]
 pub enum PreprocessError {
-    #[error("encoded: no bytes")]
+    #[error("encoded: the image file is empty (0 bytes)")]
     Empty,
-    #[error("encoded: {bytes} bytes are over the limit of {bytes_max} (--image-bytes-max)")]
+    #[error(
+        "encoded: the file has {bytes} bytes, over the limit of {bytes_max} (--image-bytes-max)"
+    )]
     BytesOverLimit { bytes: usize, bytes_max: usize },
     #[error("encoded: not an image in an accepted format (PNG, JPEG, WebP, GIF, BMP or TIFF)")]
     NotAnImage,
@@ -54,8 +57,8 @@ pub enum PreprocessError {
         bytes_max: u64,
     },
     #[error(
-        "encoded: the {scans} scans of the {format} go over {pixels} pixels together, over the \
-         limit of {pixels_max}, {passes} times --image-pixels-max"
+        "encoded: the {scans} scans of the {format} cover {pixels} pixels in total, over the limit \
+         of {pixels_max} ({passes} times --image-pixels-max)"
     )]
     ScansOverLimit {
         format: ImageFormat,
@@ -70,11 +73,12 @@ pub enum PreprocessError {
     Damaged { format: ImageFormat, detail: String },
     #[error("encoded: the {format} decoder failed on these bytes; this is a defect of the worker")]
     Panicked { format: ImageFormat },
-    /// Nobody reads this: the stage that ran the decode says why it was given up.
-    #[error("encoded: decoding was given up, since nobody waits for the image any more")]
+    /// Error of a cancelled decode. No caller reads its text: the stage that
+    /// ran the decode reports why the decode was cancelled.
+    #[error("encoded: decoding was cancelled, because no caller waits for the image any longer")]
     Abandoned,
     #[error(
-        "encoded: decoding took more than {} of CPU time (--decode-cpu-time-max)",
+        "encoded: decoding took more CPU time than the limit of {} (--decode-cpu-time-max)",
         humantime::format_duration(*.max)
     )]
     CpuTimeOverLimit { max: Duration },
@@ -91,7 +95,7 @@ pub enum PreprocessError {
         pixels_max: u64,
     },
     #[error(
-        "rgb8.pixels: {bytes} bytes where {width} x {height} x 3 needs {}",
+        "rgb8.pixels: the field has {bytes} bytes; {width} x {height} pixels of 3 bytes need {}",
         u128::from(*.width) * u128::from(*.height) * 3
     )]
     Rgb8Length {
@@ -99,13 +103,14 @@ pub enum PreprocessError {
         height: u32,
         bytes: usize,
     },
-    #[error("tokens.ids: {count} tokens where the model takes {expected}")]
+    #[error("tokens.ids: the image has {count} tokens; the model needs exactly {expected}")]
     TokenCount { count: usize, expected: usize },
-    #[error("prefix.ids: {count} tokens where an image has {max}")]
+    #[error("prefix.ids: the prefix has {count} tokens; the limit is {max}, a whole image")]
     PrefixLong { count: usize, max: usize },
     #[error(
-        "{field}.ids: index {index} is {id}, the start token, which is not a color; {}",
-        if *.field == PREFIX { "every image that is generated begins with it" }
+        "{field}.ids: index {index} is {id}, the start token, which is not a color; leave it out, \
+         since {}",
+        if *.field == PREFIX { "every generated image begins with it" }
         else { "the context SOS_SHIFTED adds it" }
     )]
     StartToken {
@@ -113,7 +118,9 @@ pub enum PreprocessError {
         index: usize,
         id: u32,
     },
-    #[error("{field}.ids: index {index} is {id}, outside the palette (0 to {id_max})")]
+    #[error(
+        "{field}.ids: index {index} is {id}, outside the palette (color ids are 0 to {id_max})"
+    )]
     TokenOutsidePalette {
         field: &'static str,
         index: usize,

@@ -1,43 +1,44 @@
-//! The nearest palette color of each pixel: the model's tokens.
+//! Finds the nearest palette color of each pixel: the model's tokens.
 //!
 //! Promises the exact answer: the least `sum((x / 127.5 - 1 - c)^2)` in f64, and
 //! the lowest index among equals, as numpy's argmin over all colors finds it.
 //!
 //! Comparing all 512 colors for 1024 pixels costs about as much as decoding a
-//! small image. So the color cube is cut into 32 x 32 x 32 cells, and each cell
-//! keeps the few colors that can be nearest to any point in it. That is proven
-//! by distance bounds, not sampled, so nothing is approximate.
+//! small image. Therefore the color cube is cut into 32 x 32 x 32 cells, and
+//! each cell keeps the few colors that can be nearest to any point in it. The
+//! choice of these colors is proven by distance bounds, not sampled, so nothing
+//! is approximate.
 
 use thiserror::Error;
 
-/// Cells along one side of the color cube, and byte values along one side of a
-/// cell, for the coarse and the fine cut.
+/// Number of cells along one side of the color cube, and of byte values along
+/// one side of a cell, for the coarse and the fine cut.
 const COARSE: usize = 8;
 const FINE: usize = 32;
 const COARSE_STEP: usize = 256 / COARSE;
 const FINE_STEP: usize = 256 / FINE;
 
-/// How much a bound may be off by rounding, relative to distances of about 1. A
-/// million times what f64 needs, and it adds next to no candidates.
+/// Largest error of a bound by rounding, relative to distances of about 1. The
+/// margin is a million times what f64 needs, and adds next to no candidates.
 const MARGIN: f64 = 1e-9;
 
 /// A model's colors, in token order.
 ///
-/// Floats where -1 is black and 1 is full, red then green then blue, as in
-/// `preprocessor_config.json`'s `clusters`.
+/// The colors are floats where -1 is black and 1 is full, red then green then
+/// blue, as in `preprocessor_config.json`'s `clusters`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Palette {
     clusters: Vec<[f64; 3]>,
 }
 
-/// Why a palette cannot be used.
+/// Reason why a palette cannot be used.
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum PaletteError {
-    #[error("clusters: there are none")]
+    #[error("clusters: the list of colors is empty")]
     Empty,
-    #[error("clusters: {count} colors do not fit 16-bit tokens (at most {count_max})")]
+    #[error("clusters: {count} colors do not fit 16-bit tokens; the limit is {count_max}")]
     TooMany { count: usize, count_max: usize },
-    #[error("clusters: color {index} is {value:?}, which is not finite or far outside -1 to 1")]
+    #[error("clusters: color {index} is {value:?}; each number must be finite and near -1 to 1")]
     OutOfRange { index: usize, value: [f64; 3] },
 }
 
@@ -46,10 +47,11 @@ impl Palette {
     ///
     /// # Errors
     ///
-    /// When there are none or too many, or one is not a number near -1 to 1.
+    /// When there are no colors or too many, or a color is not a number near -1
+    /// to 1.
     pub fn new(clusters: Vec<[f64; 3]>) -> Result<Self, PaletteError> {
-        // One below the number of 16-bit values: the start token follows the
-        // colors.
+        // One below the number of 16-bit values, since the start token follows
+        // the colors.
         let count_max = usize::from(u16::MAX);
         if clusters.is_empty() {
             return Err(PaletteError::Empty);
@@ -60,8 +62,8 @@ impl Palette {
                 count_max,
             });
         }
-        // Real ones reach -1 and 1. The bound is wide, and only keeps MARGIN
-        // large beside the rounding of squares; a NaN fails it too.
+        // Real palettes reach -1 and 1. The bound is wide, and only keeps
+        // MARGIN large beside the rounding of squares; a NaN fails it too.
         let usable = |value: &f64| value.abs() <= 16.0;
         match clusters.iter().position(|color| !color.iter().all(usable)) {
             Some(index) => Err(PaletteError::OutOfRange {
@@ -72,27 +74,28 @@ impl Palette {
         }
     }
 
-    /// The colors, in token order.
+    /// Returns the colors, in token order.
     #[must_use]
     pub fn clusters(&self) -> &[[f64; 3]] {
         &self.clusters
     }
 }
 
-/// Finds nearest colors.
+/// Search structure that finds the nearest color of a pixel.
 #[derive(Debug)]
 pub struct Quantizer {
     clusters: Box<[[f64; 3]]>,
-    /// `x / 127.5 - 1` of each byte.
+    /// Level of each byte on the palette's scale: `x / 127.5 - 1`.
     levels: [f64; 256],
-    /// Where each cell's candidates end; they start where the last cell's end.
+    /// End of each cell's candidates, which start at the end of the last
+    /// cell's.
     ends: Box<[usize]>,
     /// The candidates of all cells, in token order within each.
     candidates: Box<[u16]>,
 }
 
 impl Quantizer {
-    /// Works out the candidates of every cell.
+    /// Computes the candidates of every cell.
     #[must_use]
     pub fn new(palette: &Palette) -> Self {
         let clusters: Box<[_]> = palette.clusters().into();
@@ -100,8 +103,8 @@ impl Quantizer {
         let levels = std::array::from_fn(|byte| byte as f64 / 127.5 - 1.0);
         let all: Vec<u16> = (0..=u16::MAX).take(clusters.len()).collect();
 
-        // Two cuts, since testing every color in every fine cell would take
-        // eight times as long.
+        // There are two cuts, since testing every color in every fine cell
+        // would take eight times as long.
         let mut coarse = Vec::with_capacity(COARSE.pow(3));
         for cell in cells(COARSE) {
             coarse.push(near(&clusters, &levels, cell, COARSE_STEP, &all));
@@ -122,13 +125,13 @@ impl Quantizer {
         }
     }
 
-    /// How many colors the palette has.
+    /// Returns the number of colors in the palette.
     #[must_use]
     pub fn colors(&self) -> usize {
         self.clusters.len()
     }
 
-    /// The token of one color.
+    /// Returns the token of the color that is nearest to `rgb`.
     #[must_use]
     pub fn nearest(&self, rgb: [u8; 3]) -> u16 {
         let cell = cell_index(rgb.map(|byte| usize::from(byte) / FINE_STEP), FINE);
@@ -145,7 +148,7 @@ impl Quantizer {
         best.1
     }
 
-    /// The tokens of pixels in the same order, 3 bytes each.
+    /// Returns the tokens of pixels in the same order; a pixel has 3 bytes.
     #[must_use]
     pub fn quantize(&self, pixels: &[u8]) -> Box<[u16]> {
         let (pixels, rest) = pixels.as_chunks::<3>();
@@ -159,7 +162,7 @@ fn distance(a: [f64; 3], b: [f64; 3]) -> f64 {
     squares[0] + squares[1] + squares[2]
 }
 
-/// All cells of a cut, in the order of [`cell_index`].
+/// Iterates over all cells of a cut, in the order of [`cell_index`].
 fn cells(cut: usize) -> impl Iterator<Item = [usize; 3]> {
     (0..cut.pow(3)).map(move |index| [index / cut / cut, index / cut % cut, index % cut])
 }
@@ -168,8 +171,8 @@ fn cell_index([red, green, blue]: [usize; 3], cut: usize) -> usize {
     (red * cut + green) * cut + blue
 }
 
-/// Of some colors, those that can be nearest to a point in a cell: the ones
-/// whose least distance to the cell is not above another's greatest.
+/// Returns the colors of `among` that can be nearest to a point in a cell: the
+/// colors whose least distance to the cell is not above another's greatest.
 fn near(
     clusters: &[[f64; 3]],
     levels: &[f64; 256],

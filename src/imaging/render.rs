@@ -1,15 +1,17 @@
-//! Tokens as a picture again.
+//! Renders tokens as a picture again.
 
-/// Pixels of a picture's side for one of the image's, at most: 1024 for the
-/// published models.
+/// Largest number of picture pixels per side of one image pixel. The published
+/// models then give 1024 pixels a side.
 pub const SCALE_MAX: u32 = 32;
 
-/// A PNG file of an image of `side` by `side` tokens, `scale` pixels a side for
-/// each, in the colors of `palette` (red, green, blue, in token order).
+/// Renders an image of `side` by `side` tokens as a PNG file. Each token
+/// becomes a square of `scale` by `scale` pixels, in its color of `palette`
+/// (red, green, blue, in token order).
 ///
 /// # Errors
 ///
-/// Only when there are not `side * side` tokens, or no color for one.
+/// When there are not `side * side` tokens, or a token has no color. There are
+/// no other errors.
 pub fn png(
     tokens: &[u16],
     palette: &[u8],

@@ -4,12 +4,12 @@
 //! on 8-bit RGB: a triangle filter whose support grows with the downscale
 //! factor, in two passes that each round to 8 bits, in fixed point with 22
 //! fractional bits. The rounding is part of the contract: it decides tokens at
-//! the border between two colors. So is the order of the passes, horizontal
-//! first but for tall images, which is as in Pillow 13; up to Pillow 12 it was
-//! always horizontal first.
+//! the border between two colors. The order of the passes is part of the
+//! contract too. As in Pillow 13, the horizontal pass is first except for tall
+//! images; up to Pillow 12 it was always first.
 //!
 //! Memory does not grow with the image: source rows pass through in blocks, and
-//! of an intermediate size only the window that is wanted is computed. A 1 x
+//! of an intermediate size only the window that is needed is computed. A 1 x
 //! 4000 image whose center crop goes through 224 x 896000 costs three rows.
 
 use std::ops::Range;
@@ -21,20 +21,21 @@ use super::{Fit, RgbImage, RgbView};
 mod axis;
 mod weights;
 
-/// Fractional bits of a weight: 32, less 8 for the pixel, less 2 for sums that
-/// overshoot. Pillow's choice, and visible in the result.
+/// Number of fractional bits of a weight: 32, less 8 for the pixel, less 2 for
+/// sums that overshoot. The number is Pillow's choice, and affects the result.
 const WEIGHT_BITS: u32 = 32 - 8 - 2;
 const HALF: u32 = 1 << (WEIGHT_BITS - 1);
 
-/// Source bytes of one block of rows. A block is read once for each output
-/// column, so it should stay in the second-level cache.
+/// Source bytes of one block of rows. A block is read once per output column,
+/// so it should stay in the second-level cache.
 const BLOCK_BYTES: usize = 512 * 1024;
 const BLOCK_ROWS_MAX: usize = 4096;
 
-/// The paper crops 224 of what becomes 32.
+/// Side of the crop, as a multiple of the model's side: the paper crops 224
+/// pixels, which become 32.
 const CROP_FACTOR: u64 = 7;
 
-/// Makes the model's square of an image.
+/// Resizes an image to the model's square.
 ///
 /// # Panics
 ///
@@ -56,7 +57,7 @@ pub fn resize(image: RgbView<'_>, side: u32, fit: Fit) -> RgbImage {
     }
 }
 
-/// Pillow's `Image.resize((width, height), BILINEAR)`.
+/// Resizes an image as Pillow's `Image.resize((width, height), BILINEAR)` does.
 ///
 /// # Panics
 ///
@@ -71,9 +72,9 @@ pub fn resize_to(image: RgbView<'_>, width: u32, height: u32) -> RgbImage {
     )
 }
 
-/// Both passes, for the window that the two axes name.
+/// Runs both passes, for the window that the two axes select.
 fn resample(image: RgbView<'_>, horizontal: &Axis, vertical: &Axis) -> RgbImage {
-    // Pillow 13's rule (python-pillow/Pillow#9549), meant to save time there.
+    // Pillow 13's rule (python-pillow/Pillow#9549), which saves time in Pillow.
     let vertical_first =
         vertical.shrinkage() > 0 && vertical.shrinkage() > 2 * horizontal.shrinkage();
     if vertical_first && !horizontal.is_identity() {
@@ -147,9 +148,10 @@ impl Columns {
     }
 }
 
-/// Adds one row's part to the vertical pass's sums.
+/// Adds one row's weighted pixels to the sums of the vertical pass.
 fn add_weighted(sums: &mut [u32], pixels: &[u8], weight: u32) {
-    // The same product twice: of 16 bits it is far faster, see `ColumnWeights`.
+    // Both branches compute the same product. With a 16-bit weight it is far
+    // faster, see `ColumnWeights`.
     if let Ok(weight) = u16::try_from(weight) {
         for (sum, &pixel) in sums.iter_mut().zip(pixels) {
             *sum += u32::from(weight) * u32::from(pixel);

@@ -72,7 +72,7 @@ fn raw_pixels_are_checked() {
     );
     check(
         rgb8(2, 2, &[0; 11]),
-        "rgb8.pixels: 11 bytes where 2 x 2 x 3 needs 12",
+        "rgb8.pixels: the field has 11 bytes; 2 x 2 pixels of 3 bytes need 12",
     );
     check(
         rgb8(101, 100, &[]),
@@ -96,21 +96,27 @@ fn tokens_are_checked() {
         );
     };
     check(&[3, 2, 1, 0], Ok(&[3, 2, 1, 0]));
-    check(&[], Err("tokens.ids: 0 tokens where the model takes 4"));
-    check(&[0; 5], Err("tokens.ids: 5 tokens where the model takes 4"));
+    check(
+        &[],
+        Err("tokens.ids: the image has 0 tokens; the model needs exactly 4"),
+    );
+    check(
+        &[0; 5],
+        Err("tokens.ids: the image has 5 tokens; the model needs exactly 4"),
+    );
     check(
         &[0, 0, 4, 0],
         Err(
             "tokens.ids: index 2 is 4, the start token, which is not a color; \
-             the context SOS_SHIFTED adds it",
+             leave it out, since the context SOS_SHIFTED adds it",
         ),
     );
     check(
         &[0, 5, 4, 0],
-        Err("tokens.ids: index 1 is 5, outside the palette (0 to 3)"),
+        Err("tokens.ids: index 1 is 5, outside the palette (color ids are 0 to 3)"),
     );
     check(
         &[0, 0, 0, 70_000],
-        Err("tokens.ids: index 3 is 70000, outside the palette (0 to 3)"),
+        Err("tokens.ids: index 3 is 70000, outside the palette (color ids are 0 to 3)"),
     );
 }

@@ -1,23 +1,24 @@
-//! Causal self-attention on the CPU, the one kernel the worker stands on.
+//! Causal self-attention on the CPU, the worker's central kernel.
 //!
-//! Input is what the model's `c_attn` product leaves: `(batch, positions, 3 * d)`
-//! floats, queries, keys and values side by side, each `d = heads * head_dim`
-//! with head `h` at `h * head_dim`. Output is `(batch, positions, d)`, laid out
-//! the same way. Position `i` attends to positions `0..=i`. Nothing else is
-//! offered, no mask and no dropout, but the same over a cache for generation:
-//! [`CachedAttention`].
+//! The input is the result of the model's `c_attn` product: `(batch, positions,
+//! 3 * d)` floats, queries, keys and values side by side, each `d = heads *
+//! head_dim` with head `h` at `h * head_dim`. The output is `(batch, positions,
+//! d)`, laid out in the same way. Position `i` attends to positions `0..=i`.
+//! There is no other mask and no dropout. For generation, [`CachedAttention`]
+//! attends over a key/value cache.
 //!
-//! Work is cut into blocks of a few queries of one head; a [`AttentionJob`] hands them
-//! out to however many threads come to [`AttentionJob::work`], so it runs in whatever
-//! pool the caller has. Results do not depend on the number of threads, and what
-//! comes after a position changes nothing there, not by one bit, as long as it is
-//! finite: an infinity or a NaN also spoils up to 63 positions before it, which
-//! are computed beside it and count it zero times.
+//! Work is cut into blocks of a few queries of one head. An [`AttentionJob`]
+//! hands the blocks out to all threads that call [`AttentionJob::work`], so it
+//! runs in any thread pool that the caller has. Results do not depend on the
+//! number of threads. Input after a position changes nothing at the position,
+//! not by one bit, as long as the input is finite: an infinity or a NaN also
+//! spoils up to 63 positions before it, which are computed beside it and
+//! multiply it by zero.
 //!
-//! What makes a call sound is checked in safe code by [`CausalAttention::job`].
+//! [`CausalAttention::job`] checks in safe code all that makes a call sound.
 #![expect(
     unsafe_code,
-    reason = "hands disjoint parts of one output to several threads, and calls what the CPU was asked for"
+    reason = "hands disjoint parts of one output to several threads, and calls instructions for which the CPU was checked"
 )]
 
 use std::cell::RefCell;
@@ -50,7 +51,7 @@ mod cached_tile;
 mod tests;
 mod tile;
 
-/// The sizes of one call.
+/// Sizes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
     pub batch: usize,
@@ -60,13 +61,14 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    /// Floats in a row of the output.
+    /// Returns the number of floats in a row of the output.
     #[must_use]
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Floating-point operations of the causal half of both products.
+    /// Returns the floating-point operations of the causal half of both
+    /// products.
     #[must_use]
     #[expect(
         clippy::cast_precision_loss,
@@ -85,21 +87,22 @@ impl AttentionShape {
     }
 }
 
-/// How the products are computed. The softmax is always `f32`.
+/// Precision of the products. The softmax is always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AttentionPrecision {
     /// All in `f32`: within 2e-6 of the largest value.
     #[default]
     F32,
-    /// Factors rounded to bfloat16, sums in `f32`: within 1e-2 of it. On a CPU
-    /// without bfloat16 products this is [`AttentionPrecision::F32`].
+    /// Factors rounded to bfloat16, sums in `f32`: within 1e-2 of the largest
+    /// value. On a CPU without bfloat16 products the same as
+    /// [`AttentionPrecision::F32`].
     Bf16,
 }
 
-/// The instructions a call runs on.
+/// Instructions on which a call runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
-    /// Whatever the compiler makes of plain code.
+    /// Plain code, with the instructions that the compiler chooses.
     Portable,
     /// AVX2 and FMA.
     Avx2,
@@ -107,7 +110,8 @@ pub enum Kernel {
     Avx512,
     /// AVX-512 F, DQ, BW and BF16; products in bfloat16.
     Avx512Bf16,
-    /// AMX tiles, and AVX-512 as above; products in bfloat16.
+    /// AMX tiles, and AVX-512 as for [`Kernel::Avx512Bf16`]; products in
+    /// bfloat16.
     Amx,
 }
 
@@ -120,10 +124,11 @@ impl Kernel {
         Self::Amx,
     ];
 
-    /// The fastest one that this CPU has.
+    /// Returns the fastest kernel that this CPU has.
     ///
-    /// [`Kernel::Avx512Bf16`] is never it: where it has been measured, on a CPU
-    /// with a matrix unit, `f32` is faster; on others nobody has measured it.
+    /// [`Kernel::Avx512Bf16`] is never returned. It has been measured on a CPU
+    /// with a matrix unit, where `f32` is faster; on other CPUs it has not been
+    /// measured.
     #[must_use]
     pub fn fastest(precision: AttentionPrecision) -> Self {
         let by_speed: &[Self] = match precision {
@@ -137,8 +142,8 @@ impl Kernel {
             .unwrap_or(Self::Portable)
     }
 
-    /// Whether this CPU, and the system, let the kernel run. The answer is
-    /// remembered, so asking is cheap.
+    /// Returns true if this CPU and the operating system let the kernel run.
+    /// The answer is remembered, so asking is cheap.
     #[cfg(target_arch = "x86_64")]
     #[must_use]
     pub fn is_available(self) -> bool {
@@ -157,14 +162,14 @@ impl Kernel {
         }
     }
 
-    /// Whether this CPU, and the system, let the kernel run.
+    /// Returns true if this CPU and the operating system let the kernel run.
     #[cfg(not(target_arch = "x86_64"))]
     #[must_use]
     pub fn is_available(self) -> bool {
         self == Self::Portable
     }
 
-    /// What the kernel's products are computed in.
+    /// Returns the precision of the kernel's products.
     #[must_use]
     pub fn precision(self) -> AttentionPrecision {
         match self {
@@ -173,7 +178,7 @@ impl Kernel {
         }
     }
 
-    /// Queries in a block.
+    /// Returns the number of queries in a block.
     fn queries_per_block(self) -> usize {
         match self {
             Self::Portable => 8,
@@ -182,8 +187,10 @@ impl Kernel {
         }
     }
 
+    /// Computes the blocks that `next` returns.
+    ///
     /// # Safety
-    /// The kernel is available, and as [`tile::attend`].
+    /// The kernel is available, and the contract of [`tile::attend`] holds.
     unsafe fn attend(
         self,
         head: &HeadView,
@@ -207,14 +214,14 @@ impl Kernel {
     }
 }
 
-/// Why a call cannot be made.
+/// Reason why a call is refused.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum AttentionError {
-    #[error("attention over {heads} heads of {head_dim}: both must be at least one")]
+    #[error("attention over {heads} heads of {head_dim} dimensions: both must be at least one")]
     Empty { heads: usize, head_dim: usize },
-    #[error("attention scale {0} is not a finite number above zero")]
+    #[error("attention scale {0}: it must be a finite number above zero")]
     Scale(f32),
-    #[error("this cpu, or this kind of attention, has no {0:?} kernel")]
+    #[error("the {0:?} kernel is not available on this CPU or for this kind of attention")]
     Kernel(Kernel),
     #[error("attention over {0:?} is too large to address")]
     TooLarge(AttentionShape),
@@ -225,7 +232,7 @@ pub enum AttentionError {
         expected: usize,
         actual: usize,
     },
-    #[error("a cache of {0} positions: it must be whole blocks of {BLOCK}")]
+    #[error("a cache of {0} positions: it must be whole blocks of {BLOCK} positions")]
     Capacity(usize),
     #[error("attention over {0:?} is too large to address")]
     CacheTooLarge(CacheShape),
@@ -236,18 +243,23 @@ pub enum AttentionError {
         expected: usize,
         actual: usize,
     },
-    #[error("{actual} shared prefixes of {expected} sequences")]
+    #[error(
+        "{actual} shared prefixes for {expected} sequences: there must be none, or one per sequence"
+    )]
     Prefixes { expected: usize, actual: usize },
     #[error(
         "sequence {sequence} cannot share its first {len} positions with sequence {of}: both must \
-         have them, that one must share nobody else's, and each must have one new token"
+         have them, sequence {of} must not share a prefix itself, and every sequence must have \
+         one new token"
     )]
     Prefix {
         sequence: usize,
         of: usize,
         len: usize,
     },
-    #[error("a sequence of {past} tokens and {length} more outgrows its cache of {capacity}")]
+    #[error(
+        "a sequence of {past} tokens and {length} more outgrows its cache of {capacity} positions"
+    )]
     Full {
         past: usize,
         length: usize,
@@ -265,11 +277,12 @@ pub struct CausalAttention {
 }
 
 impl CausalAttention {
-    /// `scale` is what scores are multiplied with, in these models
-    /// `1 / sqrt(head_dim)`.
+    /// Creates the attention of a shape. `scale` is the factor of the scores,
+    /// in these models `1 / sqrt(head_dim)`.
     ///
     /// # Errors
-    /// If a size is zero that may not be, or the scale is not above zero.
+    /// If there is no head or dimension, the scale is not above zero, or the
+    /// shape is too large.
     pub fn new(
         shape: AttentionShape,
         scale: f32,
@@ -278,10 +291,12 @@ impl CausalAttention {
         Self::with_kernel(shape, scale, Kernel::fastest(precision))
     }
 
-    /// The same on a kernel of the caller's choice, for tests and benchmarks.
+    /// Creates the attention on a kernel of the caller's choice, for tests and
+    /// benchmarks.
     ///
     /// # Errors
-    /// As [`CausalAttention::new`], and if this CPU cannot run the kernel.
+    /// The errors of [`CausalAttention::new`], and an error if this CPU cannot
+    /// run the kernel.
     pub fn with_kernel(
         shape: AttentionShape,
         scale: f32,
@@ -299,8 +314,8 @@ impl CausalAttention {
         if !kernel.is_available() {
             return Err(AttentionError::Kernel(kernel));
         }
-        // Also three times as many bytes as an allocation can hold, so that no
-        // offset below overflows.
+        // The input, three times as many bytes as the output, must also fit an
+        // allocation, so that no offset below overflows.
         let output_len = shape
             .output_len()
             .filter(|len| *len <= isize::MAX as usize / 12)
@@ -318,10 +333,11 @@ impl CausalAttention {
         self.kernel
     }
 
-    /// Gets ready to compute `output` from `qkv`; [`AttentionJob::work`] does it.
+    /// Prepares the computation of `output` from `qkv`, which
+    /// [`AttentionJob::work`] runs.
     ///
     /// # Errors
-    /// If a length is not what the shape says.
+    /// If a length differs from the shape's.
     pub fn job<'a>(
         &self,
         qkv: &'a [f32],
@@ -345,7 +361,8 @@ impl CausalAttention {
             .shape
             .positions
             .div_ceil(self.kernel.queries_per_block());
-        // None where there are no positions: then no head has a first row either.
+        // No heads if there are no positions: then no head has a first row
+        // either.
         let n_heads = match blocks_per_head {
             0 => 0,
             _ => self.shape.batch * self.shape.heads,
@@ -363,11 +380,12 @@ impl CausalAttention {
         })
     }
 
-    /// Computes `output` on `n_threads` threads, this one among them. The
-    /// others are started for the call: about 30 µs each.
+    /// Computes `output` on `n_threads` threads, the calling thread among them.
+    /// The other threads are started for the call, which takes about 30 µs
+    /// each.
     ///
     /// # Errors
-    /// If a length is not what the shape says.
+    /// If a length differs from the shape's.
     pub fn run(
         &self,
         qkv: &[f32],
@@ -385,23 +403,23 @@ impl CausalAttention {
     }
 }
 
-/// One call's blocks, to be worked on by any number of threads.
+/// Blocks of one call, to be worked on by any number of threads.
 #[derive(Debug)]
 pub struct AttentionJob<'a> {
     attention: CausalAttention,
     qkv: &'a [f32],
     output: *mut f32,
     borrow: PhantomData<&'a mut [f32]>,
-    /// The first head that no thread has begun.
+    /// First head that no thread has begun.
     next_head: AtomicUsize,
-    /// For each head of each image, blocks that no thread has begun: those with
-    /// the first queries.
+    /// Number of blocks that no thread has begun, for each head of each image.
+    /// The blocks left are those with the first queries.
     blocks_left: Box<[AtomicUsize]>,
     n_blocks: usize,
 }
 
 // SAFETY: a block is given to one thread only, and no two blocks write the same
-// float of `output`; nobody reads it while the job borrows it.
+// float of `output`; nobody else reads `output` while the job borrows it.
 unsafe impl Sync for AttentionJob<'_> {}
 // SAFETY: the same; a job is a borrow of the output and some counters.
 unsafe impl Send for AttentionJob<'_> {}
@@ -411,17 +429,18 @@ thread_local! {
 }
 
 impl AttentionJob<'_> {
-    /// How many blocks there are: more threads than this have nothing to do.
+    /// Returns the number of blocks: further threads have nothing to do.
     #[must_use]
     pub fn n_blocks(&self) -> usize {
         self.n_blocks
     }
 
     /// Computes blocks until none is left to begin. The output is complete when
-    /// this has returned on every thread that called it, at least one.
+    /// this function has returned on every thread that called it, at least one.
     ///
-    /// A thread takes a head of its own while there is one, because a head's
-    /// keys and values then stay in its cache, and helps the others after that.
+    /// A thread takes a head of its own as long as there is one, because the
+    /// head's keys and values then stay in the thread's cache. After that, the
+    /// thread helps with the heads of other threads.
     pub fn work(&self) {
         SCRATCH.with_borrow_mut(|scratch| {
             loop {
@@ -431,18 +450,19 @@ impl AttentionJob<'_> {
                 }
                 self.attend(head, scratch);
             }
-            // The last ones begun have most left.
+            // The heads that were begun last have the most blocks left.
             for head in (0..self.blocks_left.len()).rev() {
                 self.attend(head, scratch);
             }
         });
     }
 
-    /// The next block of a head: from the last, which is the longest, to the
-    /// first, so that threads that share a head finish together.
+    /// Takes the next block of a head: from the last block, which is the
+    /// longest, to the first, so that threads that share a head finish
+    /// together.
     fn next_block(&self, head: usize) -> Option<Block> {
         let queries_per_block = self.attention.kernel.queries_per_block();
-        // Nothing is passed from thread to thread through the counters.
+        // No data is passed from thread to thread through the counters.
         let block = self.blocks_left[head]
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 left.checked_sub(1)
@@ -467,7 +487,8 @@ impl AttentionJob<'_> {
         let width = shape.width();
         let (image, column) = (head / shape.heads, head % shape.heads * shape.head_dim);
         let image_rows = self.qkv[image * shape.positions * 3 * width..].as_ptr();
-        // SAFETY: `job` has checked both lengths; image and column are within.
+        // SAFETY: `job` has checked both lengths; image and column are within
+        // them.
         let head = unsafe {
             HeadView {
                 queries: image_rows.add(column),
@@ -480,8 +501,9 @@ impl AttentionJob<'_> {
                 scale_log2: scale * std::f32::consts::LOG2_E,
             }
         };
-        // SAFETY: the kernel is available, `with_kernel` has asked; the head's
-        // rows are within both slices, and a block's output is this thread's.
+        // SAFETY: the kernel is available, as `with_kernel` has checked; the
+        // head's rows are within both slices, and a block's output is this
+        // thread's.
         unsafe { kernel.attend(&head, next, scratch) }
     }
 }

@@ -1,18 +1,19 @@
-//! All layers of the model for a few new tokens: a step of generation.
+//! All layers of the model for a few new tokens, as in a step of generation.
 //!
 //! A step of a few rows reads every weight once and computes next to nothing
-//! with it, so it takes as long as memory does, if nothing else holds it up.
-//! Where each product and each norm is an operator, something does: threads are
-//! woken for each and go to sleep after it, hundreds of times a step. Here they
-//! come once, and go through all layers together ([`LayersStep::work`]), part by part
-//! (`phase.rs`): norm, queries and keys and values, attention over the cache
-//! ([`CachedAttention`]), projection, norm, expansion, contraction.
+//! with it, so it takes as long as reading memory does, if nothing else delays
+//! it. If each product and each norm is an operator, the threads delay it: they
+//! are woken for each operator and go to sleep after it, hundreds of times per
+//! step. Here the threads come once, and go through all layers together
+//! ([`LayersStep::work`]), part by part (`phase.rs`): norm, queries and keys
+//! and values, attention over the cache ([`CachedAttention`]), projection,
+//! norm, expansion, contraction.
 //!
-//! Weights are given in `f32` and kept in 24 bits ([`Int24`](crate::kernels::attention::Int24)),
-//! or in 8 bits with a scale for each output. Rows and sums are `f32`; only where
-//! weights have 8 bits and the CPU multiplies bytes, rows are rounded to 24 bits
-//! first (`digits.rs`). A token's result depends on its sequence alone, to the last
-//! bit.
+//! Weights are given in `f32` and kept in 24 bits
+//! ([`Int24`](crate::kernels::attention::Int24)), or are given in 8 bits with a
+//! scale per output. Rows and sums are `f32`. Only if weights have 8 bits and
+//! the CPU multiplies bytes, rows are rounded to 24 bits first (`digits.rs`). A
+//! token's result depends on its sequence alone, to the last bit.
 #![expect(
     unsafe_code,
     reason = "threads share the rows between the parts of a step, in disjoint pieces"
@@ -42,14 +43,16 @@ mod pointwise;
 #[cfg(test)]
 mod tests;
 
-/// Why layers cannot be had, or a step not made.
+/// Reason why layers cannot be prepared, or a step cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum LayersError {
-    #[error("layers of {0:?}: all must be at least one, and heads divide the width")]
+    #[error("layers of {0:?}: all sizes must be at least one, and the heads must divide the width")]
     Sizes(Sizes),
-    #[error("this cpu has no {0:?} kernel for f32 products")]
+    #[error("the {0:?} kernel is not available on this CPU, or its products are not f32")]
     Kernel(Kernel),
-    #[error("no products of bytes: not with such weights, on this cpu, or of {0} inputs")]
+    #[error(
+        "products of bytes are not available with these weights, on this CPU or for {0} inputs"
+    )]
     Digits(usize),
     #[error("a product of {rows} rows from {inputs} to {outputs} is too large to address")]
     TooLarge {
@@ -63,22 +66,22 @@ pub enum LayersError {
         expected: usize,
         actual: usize,
     },
-    #[error("{0} rows in one step")]
+    #[error("a step of {0} rows is too large")]
     Rows(usize),
-    #[error("no memory for {0} bytes of weights")]
+    #[error("cannot allocate {0} bytes for weights")]
     Memory(usize),
     #[error(transparent)]
     Attention(#[from] AttentionError),
 }
 
-/// What all layers have in common.
+/// Sizes that all layers have in common.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sizes {
     pub width: usize,
-    /// Between expansion and contraction.
+    /// Width between expansion and contraction.
     pub inner_width: usize,
     pub heads: usize,
-    /// What norms add to the mean square.
+    /// Number that norms add to the mean square.
     pub epsilon: f32,
     pub activation: Activation,
 }
@@ -87,9 +90,9 @@ pub struct Sizes {
 #[derive(Clone, Copy, Debug)]
 pub struct LayerWeights<'a, W> {
     pub attention_norm: &'a [f32],
-    /// What scores are multiplied with.
+    /// Factor of the attention's scores.
     pub attention_scale: f32,
-    /// To queries, keys and values side by side.
+    /// Product that makes queries, keys and values, side by side.
     pub qkv: DenseWeights<'a, W>,
     pub projection: DenseWeights<'a, W>,
     pub inner_norm: &'a [f32],
@@ -99,7 +102,8 @@ pub struct LayerWeights<'a, W> {
 
 #[derive(Debug)]
 struct Layer<W: Weight> {
-    /// Norms have zeros up to whole vectors.
+    /// Weights of the norm, padded with zeros to whole vectors. The same holds
+    /// for `inner_norm`.
     attention_norm: Vec<f32>,
     attention_scale: f32,
     qkv: Panels<W>,
@@ -118,24 +122,26 @@ pub struct StepLayers<W: Weight> {
     packed: Vec<Layer<W>>,
 }
 
-/// New tokens of some sequences, and what those have.
+/// New tokens of some sequences, and the tokens and caches that the sequences
+/// have.
 #[derive(Debug)]
 pub struct NewTokens<'a, K: Kept> {
-    /// `(sequences, length, width)`: what the first layer takes.
+    /// Input of the first layer, `(sequences, length, width)`.
     pub rows: &'a [f32],
-    /// New tokens of each sequence.
+    /// Number of new tokens of each sequence.
     pub length: usize,
-    /// Tokens that each sequence has before them.
+    /// Number of tokens that each sequence has before the new ones.
     pub past: &'a [usize],
-    /// What sequences share with others: none, or one of each.
+    /// Prefixes that sequences share with others: none, or one per sequence.
     pub prefixes: &'a [SharedPrefix],
-    /// Positions that each sequence's cache has room for.
+    /// Number of positions that each sequence's cache has room for.
     pub capacity: usize,
     /// Keys and values of each layer.
     pub caches: Vec<KeyValueCache<'a, K>>,
 }
 
-/// Memory of steps, one at a time; as large as the largest.
+/// Memory of steps, which run one after the other. It is as large as the
+/// largest step needs.
 #[derive(Default)]
 pub struct StepMemory {
     rows: AlignedScratch,
@@ -149,7 +155,8 @@ impl std::fmt::Debug for StepMemory {
 }
 
 impl<W: Weight> StepLayers<W> {
-    /// Puts weights in order, for the fastest kernel that this CPU has.
+    /// Packs weights in the order in which they are read, for the fastest
+    /// kernel that this CPU has.
     ///
     /// # Errors
     /// If sizes do not fit, or memory does not suffice.
@@ -163,12 +170,13 @@ impl<W: Weight> StepLayers<W> {
         Self::with_kernel(sizes, layers, kernel, rows_as)
     }
 
-    /// The same with a kernel and products of the caller's choice, for tests and
-    /// benchmarks.
+    /// Packs weights for a kernel and products of the caller's choice, for
+    /// tests and benchmarks.
     ///
     /// # Errors
-    /// As [`StepLayers::pack`], and if this CPU cannot run the kernel or its products
-    /// are not `f32`, or it has no such products.
+    /// The errors of [`StepLayers::pack`], and an error if this CPU cannot run
+    /// the kernel, the kernel's products are not `f32`, or the CPU has no
+    /// products of the kind.
     pub fn with_kernel<'a>(
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
@@ -216,17 +224,18 @@ impl<W: Weight> StepLayers<W> {
         self.sizes
     }
 
-    /// How many layers there are.
+    /// Returns the number of layers.
     #[must_use]
     pub fn n_layers(&self) -> usize {
         self.packed.len()
     }
 
-    /// Gets ready to take `tokens` through all layers; [`LayersStep::work`] does it.
+    /// Prepares a step that takes `tokens` through all layers.
+    /// [`LayersStep::work`] runs the step.
     ///
     /// # Errors
-    /// If a length does not fit, a sequence would outgrow its cache, or a prefix
-    /// cannot be.
+    /// If a length does not fit, a sequence would outgrow its cache, or a
+    /// prefix is not possible.
     pub fn step<'a, K: Kept>(
         &'a self,
         tokens: NewTokens<'a, K>,
@@ -240,7 +249,7 @@ impl<W: Weight> StepLayers<W> {
         } = self.sizes;
         let batch = tokens.past.len();
         let n_rows = size(batch, tokens.length, 1)?;
-        // The widest rows, with what they are longer.
+        // The widest rows, with their padding.
         size(n_rows, 1, stride(3 * width.max(inner_width)))?;
         if n_rows * heads > TASKS_MAX {
             return Err(LayersError::Rows(n_rows));
@@ -272,7 +281,7 @@ impl<W: Weight> StepLayers<W> {
             stride: digits.stride * size_of::<f32>(),
         };
         for (row, from) in tokens.rows.chunks_exact(width).enumerate() {
-            // SAFETY: there are so many rows, of a stride each, and this thread
+            // SAFETY: there are as many rows, of a stride each, and this thread
             // has them all.
             let to = unsafe {
                 std::slice::from_raw_parts_mut(
@@ -282,7 +291,7 @@ impl<W: Weight> StepLayers<W> {
             };
             let (to, beyond) = to.split_at_mut(width);
             to.copy_from_slice(from);
-            // Norms take whole vectors.
+            // Norms read whole vectors.
             beyond.fill(0.0);
         }
         let rows = CachedRows {
@@ -321,8 +330,8 @@ impl<W: Weight> StepLayers<W> {
     }
 }
 
-/// Floats from a row to the next: room for whole panels, and an odd number of
-/// lines, so that rows do not lie a power of two apart.
+/// Returns the number of floats from a row to the next: room for whole panels,
+/// and an odd number of lines, so that rows do not lie a power of two apart.
 fn stride(width: usize) -> usize {
     ((width + PANEL_WIDTH_MAX).div_ceil(LANES_MAX) | 1) * LANES_MAX
 }
@@ -337,8 +346,8 @@ fn norm_weights(weights: &[f32], width: usize) -> Result<Vec<f32>, LayersError> 
 fn size(rows: usize, inputs: usize, outputs: usize) -> Result<usize, LayersError> {
     rows.checked_mul(inputs)
         .and_then(|product| product.checked_mul(outputs))
-        // A few times as many bytes as an allocation holds, so that no offset
-        // overflows.
+        // The limit keeps a few times as many bytes within an allocation, so
+        // that no offset overflows.
         .filter(|floats| *floats <= isize::MAX as usize / 64)
         .ok_or(LayersError::TooLarge {
             rows,
@@ -358,7 +367,7 @@ fn check(name: &'static str, actual: usize, expected: usize) -> Result<(), Layer
     })
 }
 
-/// What a layer does, one after the other.
+/// Parts of a layer, in the order in which they run.
 #[derive(Clone, Copy, Debug)]
 enum Part {
     AttentionNorm,
@@ -387,14 +396,15 @@ impl Part {
 }
 
 impl Part {
-    /// The layer that a phase is of, and what it does there.
+    /// Returns the layer of a phase, and the part of the layer that the phase
+    /// is.
     fn of(phase: usize) -> (usize, Self) {
         let parts = Self::ALL.len();
         (phase / parts, Self::ALL[phase % parts])
     }
 }
 
-/// A task, and where in memory its thread will most likely go on to read.
+/// A task, and the address at which its thread will most likely read next.
 #[derive(Clone, Copy, Debug)]
 struct Task {
     idx: usize,
@@ -408,41 +418,42 @@ struct Place {
     stride: usize,
 }
 
-/// One call, to be worked on by any number of threads.
+/// One step, to be worked on by any number of threads.
 #[derive(Debug)]
 pub struct LayersStep<'a, W: Weight, K: Kept> {
     layers: &'a StepLayers<W>,
     n_rows: usize,
-    /// What goes through all layers and is added to.
+    /// Rows that go through all layers, to which the layers' results are added.
     stream: Place,
     normed: Place,
     qkv: Place,
     attended: Place,
     inner: Place,
-    /// What the next product takes, where it takes digits.
+    /// Rows of digits that the next product reads, if it multiplies digits.
     digits: DigitRows,
-    /// Of each layer.
+    /// Attention heads of each layer.
     heads: Vec<CachedHeads<'a, K>>,
-    /// Each layer's parts.
+    /// Phases of all layers: the parts of each layer.
     phases: &'a [LayerPhase],
-    /// Threads that have come.
+    /// Number of threads that have called [`LayersStep::work`].
     n_threads: AtomicUsize,
-    /// Of the rows, which are the room's.
+    /// Borrow of the rows, which belong to the step's memory.
     borrow: PhantomData<&'a mut [f32]>,
 }
 
 // SAFETY: a task is given to one thread only, and tasks of one part write
-// disjoint pieces of what no task of that part reads, but for pieces that are
-// their own; parts come one after the other, and what one has written can be seen
-// when the next begins. Nobody else has the rows or the caches while the step
-// borrows them.
+// disjoint pieces of memory that no task of the part reads, except the task's
+// own pieces; parts come one after the other, and the memory that one part has
+// written can be seen when the next part begins. Nobody else has the rows or
+// the caches while the step borrows them.
 unsafe impl<W: Weight, K: Kept> Sync for LayersStep<'_, W, K> {}
 // SAFETY: the same; a step is borrows of numbers and counters.
 unsafe impl<W: Weight, K: Kept> Send for LayersStep<'_, W, K> {}
 
 impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
-    /// Takes part in all layers, from where the other threads are. The step is
-    /// done when this has returned on any thread that called it.
+    /// Takes part in all layers, from the part at which the other threads are.
+    /// The step is done when this function has returned on any thread that
+    /// called it.
     pub fn work(&self) {
         if self.is_done() {
             return;
@@ -464,8 +475,8 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
         }
     }
 
-    /// Where in memory a task of a phase begins to read what nobody has read in
-    /// this step.
+    /// Returns the address at which a task of a phase begins to read memory
+    /// that no thread has read in this step.
     fn reads(&self, idx: usize, task: usize) -> Option<*const u8> {
         let (layer, part) = Part::of(idx);
         let packed = &self.layers.packed[layer];
@@ -481,31 +492,33 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
         })
     }
 
-    /// Where a thread begins that comes to this phase.
+    /// Returns the address at which a thread begins to read that comes to this
+    /// phase.
     fn first_read(&self, idx: usize, place: phase::ThreadPlace) -> Option<*const u8> {
         (idx..self.phases.len()).find_map(|idx| self.reads(idx, place.first(self.n_tasks(idx))?))
     }
 
-    /// Whether all layers are done. Then the rows are complete.
+    /// Returns true if all layers are done, so that the rows are complete.
     fn is_done(&self) -> bool {
         let last = self.phases.len().checked_sub(1);
         last.is_none_or(|idx| self.phases[idx].is_over(self.n_tasks(idx)))
     }
 
-    /// What comes out of the last layer, `(sequences, length, width)`, once a
-    /// thread has returned from [`LayersStep::work`].
+    /// Copies out the result of the last layer, `(sequences, length, width)`,
+    /// once a thread has returned from [`LayersStep::work`].
     ///
     /// # Errors
-    /// If the output is not as long.
+    /// If the output has another length.
     ///
     /// # Panics
     /// If the step is not done.
     pub fn finish(self, output: &mut [f32]) -> Result<(), LayersError> {
-        assert!(self.is_done(), "nobody has worked on this step");
+        assert!(self.is_done(), "no thread has worked on this step");
         let width = self.layers.sizes.width;
         check("output", output.len(), self.n_rows * width)?;
         for (row, to) in output.chunks_exact_mut(width).enumerate() {
-            // SAFETY: there are so many rows, and all threads are done with them.
+            // SAFETY: there are as many rows, and all threads are done with
+            // them.
             let from = unsafe {
                 std::slice::from_raw_parts(self.stream.floats.add(row * self.stream.stride), width)
             };
@@ -535,12 +548,12 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
         }
     }
 
-    /// Does a task of a phase; what lies at `next`, if anything does, is wanted
-    /// after it.
+    /// Does a task of a phase, and prefetches the memory at `next`, if there is
+    /// any, which is needed after the task.
     ///
     /// # Safety
-    /// The task is one of the phase's, nobody else has it or had it, and all phases
-    /// before are over.
+    /// The task is one of the phase's, no other thread has or had the task, and
+    /// all phases before are over.
     unsafe fn run(&self, idx: usize, task: usize, next: *const u8) {
         let (layer, part) = Part::of(idx);
         let heads = &self.heads[layer];
@@ -577,8 +590,10 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
         }
     }
 
+    /// Norms a row of the stream.
+    ///
     /// # Safety
-    /// As [`LayersStep::run`].
+    /// The contract of [`LayersStep::run`] holds.
     unsafe fn norm(&self, weights: &[f32], task: Task) {
         let row = task.idx;
         let Sizes { width, epsilon, .. } = self.layers.sizes;
@@ -598,20 +613,25 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
         }
     }
 
+    /// Rounds a row to digits.
+    ///
     /// # Safety
-    /// As [`LayersStep::run`], for a row of so many numbers at `from`.
+    /// The contract of [`LayersStep::run`] holds, for a row of `width` numbers at
+    /// `from`.
     unsafe fn round(&self, from: Place, width: usize, row: usize) {
         let to = self.digits.row(row);
-        // SAFETY: `with_kernel` has asked for the kernel; the row is this thread's,
-        // and there is room for the widest.
+        // SAFETY: `with_kernel` has checked the kernel; the row is this
+        // thread's, and there is room for the widest row.
         unsafe {
             let from = from.floats.add(row * from.stride);
             digits::round(self.layers.kernel, from, width, to);
         }
     }
 
+    /// Computes a panel of a product.
+    ///
     /// # Safety
-    /// As [`LayersStep::run`].
+    /// The contract of [`LayersStep::run`] holds.
     unsafe fn dense(&self, panels: &Panels<W>, task: Task, from: Place, to: Place, finish: Finish) {
         let rows = Rows {
             n: self.n_rows,
@@ -621,8 +641,8 @@ impl<W: Weight, K: Kept> LayersStep<'_, W, K> {
             output: to.floats,
             output_stride: to.stride,
         };
-        // SAFETY: `with_kernel` has asked for the kernel; the panel is this
-        // thread's, and with it these columns.
+        // SAFETY: `with_kernel` has checked the kernel; the panel is this
+        // thread's, and with the panel these columns.
         unsafe { panels.compute(task.idx, rows, finish, task.next) }
     }
 }

@@ -1,7 +1,8 @@
-//! The vector arithmetic that kernels are written in, and its portable form.
+//! The vector arithmetic in which kernels are written, and its portable form.
 //!
-//! One trait, so that a kernel's pointer arithmetic exists once: Miri checks it
-//! through [`Portable`], and the wide forms only exchange the arithmetic.
+//! There is one trait, so that a kernel's pointer arithmetic exists once: Miri
+//! checks it through [`Portable`], and the wide forms only exchange the
+//! arithmetic.
 #![expect(
     unsafe_code,
     reason = "reads and writes unaligned vectors through raw pointers: bounds checks in the inner loop cost a third of the speed"
@@ -21,7 +22,8 @@ pub(crate) mod scratch;
 pub use self::number::{Int24, Kept};
 pub(crate) use self::number::{Number, magnitude};
 
-/// Rows that remain, cut into tiles of powers of two, the largest first.
+/// Returns the number of rows in the next tile, of `n_left` rows that remain:
+/// tiles are powers of two, the largest first.
 pub(crate) fn tile_of(n_left: usize, most: usize) -> usize {
     if n_left >= most {
         most
@@ -30,10 +32,10 @@ pub(crate) fn tile_of(n_left: usize, most: usize) -> usize {
     }
 }
 
-/// The most lanes that a vector has.
+/// Most lanes of a vector.
 pub(crate) const LANES_MAX: usize = 16;
 
-/// A vector of `LANES` floats, one query in each lane.
+/// A vector of `LANES` floats.
 ///
 /// # Safety
 ///
@@ -48,32 +50,40 @@ pub unsafe trait Vector: Copy {
     /// # Safety
     /// The CPU has this vector's instructions.
     unsafe fn splat(x: f32) -> Self;
+    /// Reads `LANES` floats.
     /// # Safety
-    /// As [`Vector::splat`], and `LANES` floats at `from` are readable.
+    /// The contract of [`Vector::splat`] holds, and `LANES` floats at `from` are
+    /// readable.
     unsafe fn load(from: *const f32) -> Self;
     /// Reads `len` floats; the other lanes are zero.
     /// # Safety
-    /// As [`Vector::splat`], and `len <= LANES` floats at `from` are readable.
+    /// The contract of [`Vector::splat`] holds, and `len <= LANES` floats at
+    /// `from` are readable.
     unsafe fn load_partial(from: *const f32, len: usize) -> Self;
-    /// Reads bfloat16, of which the bits are at `from`.
+    /// Reads numbers in bfloat16, whose bits are at `from`.
     /// # Safety
-    /// As [`Vector::splat`], and `LANES` of them are readable.
+    /// The contract of [`Vector::splat`] holds, and `LANES` numbers at `from`
+    /// are readable.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Reads `LANES` whole numbers of 8 bits.
     /// # Safety
-    /// As [`Vector::splat`], and `LANES` numbers at `from` are readable.
+    /// The contract of [`Vector::splat`] holds, and `LANES` numbers at `from` are
+    /// readable.
     unsafe fn load_i8(from: *const i8) -> Self;
     /// Reads whole numbers of three bytes, the lowest first, times 256.
     /// # Safety
-    /// As [`Vector::splat`], and three bytes a lane are readable.
+    /// The contract of [`Vector::splat`] holds, and three bytes per lane at
+    /// `from` are readable.
     unsafe fn load_i24(from: *const u8) -> Self;
-    /// Reads `len` bfloat16; the other lanes are zero.
+    /// Reads `len` numbers in bfloat16; the other lanes are zero.
     /// # Safety
-    /// As [`Vector::splat`], and `len <= LANES` of them are readable.
+    /// The contract of [`Vector::splat`] holds, and `len <= LANES` numbers at
+    /// `from` are readable.
     #[inline(always)]
     unsafe fn load_bf16_partial(from: *const u16, len: usize) -> Self {
         let mut bits = [0_u16; LANES_MAX];
         for (lane, bits) in bits.iter_mut().enumerate().take(len) {
-            // SAFETY: the caller vouches for `len` of them.
+            // SAFETY: the caller vouches for `len` numbers.
             *bits = unsafe { *from.add(lane) };
         }
         // SAFETY: the caller vouches for the instructions; no vector has more
@@ -87,12 +97,13 @@ pub unsafe trait Vector: Copy {
     /// `len <= LANES` floats at `to` are writable.
     unsafe fn store_partial(self, to: *mut f32, len: usize);
 
-    /// Says that what lies `at` will be wanted soon; it need not be valid.
+    /// Prefetches the memory at `at`, which will be needed soon and need not be
+    /// valid.
     #[inline(always)]
     fn prefetch<T>(_at: *const T) {}
 
-    /// The same for what lies kilobytes ahead: the second level of the cache,
-    /// which can wait for more at once than the first.
+    /// Prefetches memory kilobytes ahead to the second level of the cache,
+    /// which can wait for more at the same time than the first level.
     #[inline(always)]
     fn prefetch_far<T>(_at: *const T) {}
 
@@ -100,15 +111,17 @@ pub unsafe trait Vector: Copy {
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn div(self, other: Self) -> Self;
-    /// `self * factor + addend`, fused where the CPU can.
+    /// Computes `self * factor + addend`, fused if the CPU can.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
-    /// The larger of the two; `other` where `self` is not a number.
+    /// Returns the larger of the two; `other` if `self` is NaN.
     fn max(self, other: Self) -> Self;
-    /// `2^self` for `self <= 0`; exactly zero for minus infinity.
+    /// Computes `2^self` for `self <= 0`; exactly zero for minus infinity.
     fn exp2(self) -> Self;
-    /// Minus infinity in the lanes before `first`.
+    /// Returns minus infinity in the lanes before `first`, and the other lanes
+    /// unchanged.
     fn mask_before(self, first: usize) -> Self;
-    /// Minus infinity in the lanes that are below those of `least`.
+    /// Returns minus infinity in the lanes that are below those of `least`, and
+    /// the other lanes unchanged.
     fn mask_below(self, least: Self) -> Self;
 
     /// Transposes `rows` by `cols` floats, each at most `LANES`, so that
@@ -148,14 +161,16 @@ pub(crate) const EXP2: [f32; 7] = [
     0.000_153_458_12,
 ];
 
-/// Below this, `2^x` is zero: the exponent leaves the normal range of `f32`.
+/// Smallest `x` for which `2^x` is computed. Below it `2^x` is zero, since the
+/// exponent leaves the normal range of `f32`.
 pub(crate) const EXP2_MIN: f32 = -127.0;
 
-/// Adding this rounds a float to the nearest integer, which is then in the low
-/// bits of its mantissa.
+/// Number whose addition rounds a float to the nearest integer, which is then
+/// in the low bits of the float's mantissa.
 pub(crate) const ROUND: f32 = 12_582_912.0;
 
-/// Four lanes: what every 64-bit CPU has, so the compiler can use its vectors.
+/// Vector of four lanes, which every 64-bit CPU has, so that the compiler can
+/// use the CPU's vectors.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 4]);
 
@@ -197,20 +212,20 @@ unsafe impl Vector for Portable {
 
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self {
-        // SAFETY: the caller vouches for four of them.
+        // SAFETY: the caller vouches for four numbers.
         let bits = unsafe { from.cast::<[u16; 4]>().read() };
         Self(bits.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
 
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self {
-        // SAFETY: the caller vouches for four of them.
+        // SAFETY: the caller vouches for four numbers.
         Self(unsafe { from.cast::<[i8; 4]>().read() }.map(f32::from))
     }
 
     #[inline(always)]
     unsafe fn load_i24(from: *const u8) -> Self {
-        // SAFETY: the caller vouches for four of them.
+        // SAFETY: the caller vouches for four numbers.
         let numbers = unsafe { from.cast::<[[u8; 3]; 4]>().read() };
         #[expect(clippy::cast_precision_loss, reason = "24 bits and eight of zero")]
         Self(numbers.map(|[a, b, c]| i32::from_le_bytes([0, a, b, c]) as f32))
@@ -250,7 +265,8 @@ unsafe impl Vector for Portable {
         self.zip(other, |a, b| a / b)
     }
 
-    // Not `f32::mul_add`: without the instruction that is a library call.
+    // Not `f32::mul_add`: without the instruction, `f32::mul_add` is a library
+    // call.
     #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         self.mul(factor).add(addend)
@@ -265,7 +281,7 @@ unsafe impl Vector for Portable {
     fn exp2(self) -> Self {
         let mut out = self;
         for lane in &mut out.0 {
-            // Not a number stays itself: the comparison is false.
+            // A NaN stays a NaN, because the comparison is false.
             let x = if *lane < EXP2_MIN { EXP2_MIN } else { *lane };
             let rounded = x + ROUND;
             let r = x - (rounded - ROUND);
@@ -273,7 +289,8 @@ unsafe impl Vector for Portable {
             for c in EXP2[..6].iter().rev() {
                 p = p * r + c;
             }
-            // The exponent of a float made from its integer part; -127 makes zero.
+            // The exponent of a float is made from the integer part; -127 makes
+            // zero.
             let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
             *lane = p * power;
         }

@@ -1,7 +1,7 @@
 //! `config.json` as the architecture that graphs are made for.
 //!
-//! What changes the computation is either supported or refused by name: a
-//! setting is never passed over in silence.
+//! Every setting that changes the computation is either supported or refused by
+//! name; none is ignored silently.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use crate::files;
 use crate::kernels::layers::Activation;
 use crate::model::error::ModelFileError;
 
-/// The file's name.
+/// Name of the configuration file.
 pub(crate) const FILE: &str = "config.json";
 
-/// What of ImageGPT's configuration the computation depends on.
+/// Settings of ImageGPT's configuration that the computation depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Architecture {
     pub n_layers: usize,
@@ -24,13 +24,16 @@ pub struct Architecture {
     /// Width of the feed-forward part.
     pub inner_width: usize,
     pub n_positions: usize,
-    /// Token ids, the start token included; the language head has one fewer.
+    /// Number of token ids, the start token included; the language head has one
+    /// output fewer.
     pub vocabulary: usize,
     pub epsilon: f32,
     pub activation: Activation,
-    /// Whether scores are divided by the root of the head dimension.
+    /// True if attention scores are divided by the square root of the head
+    /// dimension.
     pub scale_attention: bool,
-    /// Whether scores are divided by the layer's number, too.
+    /// True if attention scores are divided by the layer's number (from 1) as
+    /// well.
     pub scale_attention_by_layer: bool,
 }
 
@@ -39,7 +42,8 @@ impl Architecture {
     ///
     /// # Errors
     ///
-    /// When it is missing, not ImageGPT's, or asks for what is not supported.
+    /// When the file is missing, is not ImageGPT's, or has a setting that is
+    /// not supported.
     pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
         let path = folder.join(FILE);
         let text = read(&path)?;
@@ -52,8 +56,12 @@ impl Architecture {
         let fields = value.as_object().ok_or("is not a JSON object")?;
         match fields.get("model_type").and_then(Value::as_str) {
             Some("imagegpt") => {}
-            Some(other) => return Err(format!("is of a {other:?} model, not of ImageGPT")),
-            None => return Err("has no model_type, so it is not ImageGPT's".to_owned()),
+            Some(other) => {
+                return Err(format!(
+                    "has model_type {other:?}; only \"imagegpt\" is supported"
+                ));
+            }
+            None => return Err("has no model_type; it must be \"imagegpt\"".to_owned()),
         }
         refuse(fields, "add_cross_attention", "cross-attention")?;
         refuse(
@@ -82,29 +90,33 @@ impl Architecture {
         };
         if !architecture.width.is_multiple_of(architecture.n_heads) {
             return Err(format!(
-                "has n_embd {} that n_head {} does not divide",
+                "has n_embd {} and n_head {}; n_embd must be a multiple of n_head",
                 architecture.width, architecture.n_heads
             ));
         }
         if architecture.vocabulary < 2 {
-            return Err("has a vocab_size without a color".to_owned());
+            return Err(
+                "has vocab_size 1; it must be at least 2, for one color and the start token"
+                    .to_owned(),
+            );
         }
         Ok(architecture)
     }
 
-    /// Width of one attention head.
+    /// Returns the width of one attention head.
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.width / self.n_heads
     }
 
-    /// Colors of the palette, and the width of the language head.
+    /// Returns the number of colors of the palette, which is the language
+    /// head's number of outputs.
     #[must_use]
     pub fn n_colors(&self) -> usize {
         self.vocabulary - 1
     }
 
-    /// Parameters of one layer.
+    /// Returns the number of parameters of one layer.
     #[must_use]
     pub fn layer_parameters(&self) -> usize {
         let (width, inner) = (self.width, self.inner_width);
@@ -113,7 +125,7 @@ impl Architecture {
         attention + feed_forward + 2 * width
     }
 
-    /// What scores of `layer` are multiplied by.
+    /// Returns the factor of the attention scores of `layer`.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "both counts are small")]
     pub fn attention_scale(&self, layer: usize) -> f64 {
@@ -127,14 +139,15 @@ impl Architecture {
         scale
     }
 
-    /// The layer whose features are best for linear probes: two thirds up.
+    /// Returns the layer whose features are best for linear probes: the one at
+    /// two thirds of the depth.
     #[must_use]
     pub fn default_feature_layer(&self) -> usize {
         (2 * self.n_layers).div_ceil(3)
     }
 
-    /// Multiplications and additions of one image through the first
-    /// `n_layers` blocks, of attention only the causal half.
+    /// Returns the multiplications and additions of one image in the first
+    /// `n_layers` blocks, counting only the causal half of attention.
     #[must_use]
     pub fn flop(&self, n_layers: usize, n_positions: usize) -> u64 {
         let products = 4 * self.width * self.width + 2 * self.width * self.inner_width;
@@ -143,22 +156,23 @@ impl Architecture {
     }
 }
 
-/// Configurations are some kilobytes, palette included, and 100 KB in an index of
-/// weights; as values a byte of them takes up to 32.
+/// Largest size of a configuration file, in bytes. Configurations take some
+/// kilobytes, palette included, and an index of weights 100 KB; a byte takes up
+/// to 32 bytes of memory once it is parsed.
 pub(crate) const BYTES_MAX: u64 = 4 << 20;
 
-/// Reads a small file.
+/// Reads a configuration file.
 ///
 /// # Errors
 ///
-/// When it cannot be read, or is larger than such files are.
+/// When the file cannot be read or is larger than [`BYTES_MAX`].
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelFileError> {
     let bytes = files::read(path, BYTES_MAX).map_err(|error| ModelFileError::read(path, &error))?;
     match bytes {
         Ok(Some(bytes)) => Ok(bytes),
         Ok(None) => Err(ModelFileError::content(
             path,
-            format!("has over {BYTES_MAX} bytes, which no configuration takes"),
+            format!("has over {BYTES_MAX} bytes, the limit of a configuration"),
         )),
         Err(trouble) => Err(ModelFileError::Read {
             path: path.to_owned(),
@@ -169,7 +183,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelFileError> {
 
 fn refuse(fields: &Map<String, Value>, name: &str, what: &str) -> Result<(), String> {
     if flag(fields, name, false)? {
-        return Err(format!("sets {name}, and {what} is not supported"));
+        return Err(format!("sets {name}; {what} is not supported"));
     }
     Ok(())
 }
@@ -178,28 +192,24 @@ fn flag(fields: &Map<String, Value>, name: &str, default: bool) -> Result<bool, 
     match fields.get(name) {
         None | Some(Value::Null) => Ok(default),
         Some(Value::Bool(value)) => Ok(*value),
-        Some(other) => Err(format!(
-            "has {name} {other}, which is neither true nor false"
-        )),
+        Some(other) => Err(format!("has {name} {other}; it must be true or false")),
     }
 }
 
 fn number(fields: &Map<String, Value>, name: &str, default: usize) -> Result<usize, String> {
-    // Larger than any model, and small enough that products do not overflow.
+    // Larger than in any model, and small enough that products do not overflow.
     const MAX: usize = 1 << 20;
     let value = match fields.get(name) {
         None | Some(Value::Null) => default,
         Some(other) => other
             .as_u64()
             .and_then(|value| usize::try_from(value).ok())
-            .ok_or_else(|| format!("has {name} {other}, which is not a count"))?,
+            .ok_or_else(|| format!("has {name} {other}; it must be a whole number"))?,
     };
     if (1..=MAX).contains(&value) {
         Ok(value)
     } else {
-        Err(format!(
-            "has {name} {value}, which is not within 1 to {MAX}"
-        ))
+        Err(format!("has {name} {value}; it must be 1 to {MAX}"))
     }
 }
 
@@ -209,7 +219,9 @@ fn epsilon(fields: &Map<String, Value>) -> Result<f32, String> {
         Some(other) => other
             .as_f64()
             .filter(|value| *value >= 0.0 && *value < 1.0)
-            .ok_or_else(|| format!("has layer_norm_epsilon {other}, which is no small number"))?,
+            .ok_or_else(|| {
+                format!("has layer_norm_epsilon {other}; it must be at least 0 and less than 1")
+            })?,
     };
     #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
     Ok(value as f32)
@@ -218,7 +230,7 @@ fn epsilon(fields: &Map<String, Value>) -> Result<f32, String> {
 fn activation(fields: &Map<String, Value>) -> Result<Activation, String> {
     match fields.get("activation_function").map(Value::as_str) {
         None => Ok(Activation::QuickGelu),
-        // The same by another name.
+        // Another name of the same function.
         Some(Some("gelu_pytorch_tanh")) => Ok(Activation::GeluNew),
         Some(Some(name)) if let Some(activation) = Activation::named(name) => Ok(activation),
         Some(other) => Err(format!(

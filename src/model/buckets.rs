@@ -1,15 +1,15 @@
 //! The batch sizes that an engine runs at.
 //!
-//! Every size is run once before the worker is ready, so that no caller meets
-//! a first run; what does not fill a size is padded up to it. Fixed sizes keep
-//! a GPU's memory flat and are what its graphs are captured for.
+//! Every size is run once before the worker is ready (warm-up), so that no
+//! caller waits for a first run; smaller batches are padded. Fixed sizes keep a
+//! GPU's memory use constant, and CUDA graphs are captured per size.
 
-/// A few sizes, ascending. Never empty.
+/// Batch sizes in ascending order; never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Buckets(Vec<usize>);
 
 impl Buckets {
-    /// 1, 2, 4 and so on up to `largest`, which is always one of them.
+    /// Returns 1, 2, 4 and so on up to `largest`, which is always included.
     #[must_use]
     pub fn powers_of_two(largest: usize) -> Self {
         let largest = largest.max(1);
@@ -19,14 +19,14 @@ impl Buckets {
         Self(sizes)
     }
 
-    /// These sizes, if they ascend from at least 1.
+    /// Takes `sizes` if they ascend and begin with at least 1.
     #[must_use]
     pub fn ascending(sizes: Vec<usize>) -> Option<Self> {
         let ascends = sizes.windows(2).all(|pair| pair[0] < pair[1]);
         (ascends && sizes.first().is_some_and(|&size| size > 0)).then_some(Self(sizes))
     }
 
-    /// One by one.
+    /// Iterates over the sizes in ascending order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = usize> {
         self.0.iter().copied()
     }
@@ -41,14 +41,16 @@ impl Buckets {
         self.0.last().copied().unwrap_or(1)
     }
 
-    /// The smallest size that holds `n`, or the largest.
+    /// Returns the smallest size that holds `n` images, or else the largest
+    /// size.
     #[must_use]
     pub fn at_least(&self, n: usize) -> usize {
         let found = self.iter().find(|&size| size >= n);
         found.unwrap_or_else(|| self.largest())
     }
 
-    /// The largest size that `n` fill, or the smallest.
+    /// Returns the largest size that `n` images fill, or else the smallest
+    /// size.
     #[must_use]
     pub fn at_most(&self, n: usize) -> usize {
         let found = self.iter().rev().find(|&size| size <= n);

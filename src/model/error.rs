@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-/// Why a file of a model cannot be used. Every text is one sentence.
+/// Reason why a file of a model cannot be used. Every text is one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelFileError {
     /// The file cannot be read.
     #[error("{} cannot be read: {reason}", path.display())]
     Read { path: PathBuf, reason: String },
-    /// The file says something that is not supported.
+    /// The file's content is not supported.
     #[error("{} {reason}", path.display())]
     Content { path: PathBuf, reason: String },
 }

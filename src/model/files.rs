@@ -1,10 +1,10 @@
-//! The files that graphs are served from, and that they are still those which
-//! the model's digest is over.
+//! The files that graphs are loaded from, with a check that they are still the
+//! files that the model's digest covers.
 //!
-//! A file that is mapped ends the process when somebody cuts it, and gives other
-//! numbers when somebody writes into it. So graphs and their weights are read into
-//! memory, hashed on the way, and served from there: what happens to the files
-//! afterwards is of no concern to those who are served.
+//! A memory-mapped file ends the process when somebody truncates it, and gives
+//! other numbers when somebody writes into it. So graphs and their weights are
+//! read into memory, hashed on the way, and served from there: later changes of
+//! the files do not affect running workers.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,37 +16,38 @@ use sha2::{Digest, Sha256};
 
 use crate::files::hex;
 
-/// Bytes read at once.
+/// Number of bytes per read.
 const CHUNK: usize = 1 << 20;
 
-/// A file's SHA-256.
+/// SHA-256 of a file.
 pub(crate) type Sha256Digest = [u8; 32];
 
-/// Facts about a file since the model was opened.
+/// Facts about a file, recorded when the model was opened.
 #[derive(Debug)]
 struct Known {
     bytes: u64,
     sha256: Sha256Digest,
     origin: DigestOrigin,
-    /// Content of the file, for as long as an engine loads from it: several devices read
-    /// it once.
+    /// Content of the file while an engine loads from it, so that several
+    /// devices share one read.
     content: Mutex<Option<Weak<[u8]>>>,
 }
 
-/// Who says what a file's digest is.
+/// Origin of a file's expected digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DigestOrigin {
-    /// The manifest of a compiled folder.
+    /// The manifest of a compiled directory.
     Recorded,
     /// The file itself, when the model was opened.
     Opened,
 }
 
-/// Files of a model, as the module says. Clones are of the same files.
+/// Files of a model, read and checked as the module describes. Clones share
+/// them.
 #[derive(Debug, Clone, Default)]
 pub struct GraphFiles(Arc<BTreeMap<PathBuf, Known>>);
 
-/// Files as they become known.
+/// Files of a model while they are collected.
 #[derive(Debug, Default)]
 pub(super) struct FilesByPath(BTreeMap<PathBuf, Known>);
 
@@ -81,7 +82,7 @@ impl FilesByPath {
 }
 
 impl GraphFiles {
-    /// These files as they are now.
+    /// Takes the files at `paths` with their present digests.
     #[cfg(test)]
     pub(crate) fn of(paths: &[PathBuf]) -> Self {
         let mut found = FilesByPath::default();
@@ -92,14 +93,15 @@ impl GraphFiles {
         found.done()
     }
 
-    /// A file's content, if it is still what it was.
+    /// Returns a file's content, if it has not changed since the model was
+    /// opened.
     ///
     /// # Errors
     ///
-    /// When it is not, or cannot be read.
+    /// When the file has changed or cannot be read.
     pub(crate) fn read(&self, path: &Path) -> Result<Arc<[u8]>, String> {
         let known = self.known(path)?;
-        // Whoever else wants it waits, and has it then.
+        // Other callers wait for the lock and then share this content.
         let mut held = known.content.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(content) = held.as_ref().and_then(Weak::upgrade) {
             return Ok(content);
@@ -114,8 +116,7 @@ impl GraphFiles {
         Ok(content)
     }
 
-    /// A reader of a file, which says at the end whether it was what it should
-    /// be.
+    /// Opens a file for reading; `FileReader::finish` then compares its digest.
     pub(crate) fn reader(&self, path: &Path) -> Result<FileReader<'_>, String> {
         let known = self.known(path)?;
         let (file, bytes) = open(path).map_err(|error| error.to_string())?;
@@ -137,7 +138,7 @@ impl GraphFiles {
 
     fn known(&self, path: &Path) -> Result<&Known, String> {
         let known = self.0.get(path);
-        known.ok_or_else(|| "is no file that the model's digest is over".to_owned())
+        known.ok_or_else(|| "is not a file that the model's digest covers".to_owned())
     }
 }
 
@@ -152,12 +153,12 @@ impl DigestOrigin {
     fn remedy(self) -> &'static str {
         match self {
             Self::Recorded => "restore the file, or compile the model again",
-            Self::Opened => "it was changed while the model was loaded; start again",
+            Self::Opened => "the file changed while the model was loaded; start the worker again",
         }
     }
 }
 
-/// Reads a file from its beginning to its end.
+/// Reader of a file from its beginning to its end, which hashes what it reads.
 pub(crate) struct FileReader<'a> {
     file: File,
     known: &'a Known,
@@ -170,9 +171,10 @@ impl FileReader<'_> {
         self.known.bytes
     }
 
-    /// Reads as much as `place` holds.
+    /// Reads the next bytes, as many as `place` holds.
     pub(crate) fn fill(&mut self, place: &mut [u8]) -> Result<(), String> {
-        // In pieces, so that what is hashed is still in the processor's cache.
+        // In pieces, so that bytes are still in the processor's cache when they
+        // are hashed.
         for piece in place.chunks_mut(CHUNK) {
             self.file
                 .read_exact(piece)
@@ -183,7 +185,7 @@ impl FileReader<'_> {
         Ok(())
     }
 
-    /// Reads on to a place, for the digest alone.
+    /// Reads up to the offset `to`, for the digest only.
     pub(crate) fn pass(&mut self, to: u64) -> Result<(), String> {
         let mut scratch = Vec::new();
         while self.position < to {
@@ -194,7 +196,7 @@ impl FileReader<'_> {
         Ok(())
     }
 
-    /// Reads what is left, and compares.
+    /// Reads the rest of the file and compares the digest.
     pub(crate) fn finish(mut self) -> Result<(), String> {
         self.pass(self.known.bytes)?;
         let found = Sha256Digest::from(self.hash.finalize());
@@ -207,7 +209,7 @@ impl FileReader<'_> {
     fn failed(&self, error: &io::Error) -> String {
         if error.kind() == io::ErrorKind::UnexpectedEof {
             return format!(
-                "was cut to less than its {} bytes while it was read; {}",
+                "was truncated to less than its {} bytes while it was read; {}",
                 self.known.bytes,
                 self.known.origin.remedy()
             );
@@ -216,7 +218,7 @@ impl FileReader<'_> {
     }
 }
 
-/// Error for a file whose digest is another.
+/// Error text for a file whose digest differs from the expected digest.
 pub(super) fn differs(found: Sha256Digest, wanted: Sha256Digest, origin: DigestOrigin) -> String {
     format!(
         "has the SHA-256 {} where {} has {}; {}",
@@ -227,27 +229,28 @@ pub(super) fn differs(found: Sha256Digest, wanted: Sha256Digest, origin: DigestO
     )
 }
 
-/// Memory of a size, or a sentence: an allocation that fails would end the process.
+/// Allocates `bytes` zeros, or returns an error text; an allocation that fails
+/// would end the process.
 fn zeros(bytes: u64) -> Result<Arc<[u8]>, String> {
     let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-    // Given back at once; it is there for whoever asks next.
+    // The trial allocation is freed at once, so that the next one can have it.
     let is_there = Vec::<u8>::new().try_reserve_exact(length).is_ok();
     if !is_there {
         return Err(format!(
-            "takes {bytes} bytes of memory, which are not there"
+            "needs {bytes} bytes of memory, more than can be allocated"
         ));
     }
     Ok(std::iter::repeat_n(0, length).collect())
 }
 
-/// A regular file and its size. Others are refused: a pipe would be waited for, and
-/// a device may have no end.
+/// Opens a regular file and returns its size in bytes. Other files are refused:
+/// a pipe might block forever, and a device may be endless.
 pub(crate) fn open(path: &Path) -> io::Result<(File, u64)> {
     let regular = |metadata: &std::fs::Metadata| {
         if metadata.is_file() {
             Ok(metadata.len())
         } else {
-            Err(io::Error::other("is no regular file"))
+            Err(io::Error::other("is not a regular file"))
         }
     };
     regular(&std::fs::metadata(path)?)?;
@@ -256,7 +259,7 @@ pub(crate) fn open(path: &Path) -> io::Result<(File, u64)> {
     Ok((file, bytes))
 }
 
-/// Size and digest of a file.
+/// Returns the size and the digest of a file.
 pub(crate) fn sha256(path: &Path) -> io::Result<(u64, Sha256Digest)> {
     let (mut file, _) = open(path)?;
     let mut hash = Sha256::new();
@@ -272,18 +275,20 @@ pub(crate) fn sha256(path: &Path) -> io::Result<(u64, Sha256Digest)> {
     }
 }
 
-/// The file that a graph names, which must be beside the graph or below.
+/// Returns the path of a file that a graph names, which must be in the graph's
+/// directory or below.
 ///
-/// Links are followed: what a hub's cache has in a snapshot are links to where its
-/// files are, and so have volumes of Kubernetes. Whoever makes a link chose where
-/// it leads; a graph's name is its publisher's.
+/// Symbolic links are followed: the snapshots of a hub's cache consist of
+/// links, and so do volumes of Kubernetes. A link was made by the operator of
+/// this machine, who chose its target; a name in a graph was chosen by its
+/// publisher.
 pub(crate) fn beside(graph: &Path, location: &str) -> Result<PathBuf, String> {
     let is_inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
     let relative = Path::new(location);
     if location.is_empty() || location.contains('\0') || !relative.components().all(is_inside) {
         return Err(format!(
-            "names the file {location:?}, which is not in the graph's folder; move the file there \
-             and save the graph again with its name alone"
+            "names the file {location:?}, which is not in the graph's directory; move \
+             the file there and save the graph again with the file's name alone"
         ));
     }
     Ok(graph.with_file_name("").join(relative))
@@ -325,7 +330,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         refused("No such file");
         std::fs::create_dir(&path).unwrap();
-        refused("no regular file");
+        refused("not a regular file");
         assert!(files.read(dir.path()).unwrap_err().contains("digest"));
     }
 
@@ -341,7 +346,7 @@ mod tests {
         file.set_len(100).unwrap();
         let error = reader.finish().unwrap_err();
         assert!(
-            error.contains("was cut to less than its 4194304"),
+            error.contains("was truncated to less than its 4194304"),
             "{error}"
         );
     }
@@ -353,7 +358,7 @@ mod tests {
         assert_eq!(beside("./d/w").unwrap(), Path::new("m/onnx/d/w"));
         for name in ["", "../w.bin", "/etc/passwd", "d/../../w", "..", "a\0b"] {
             let error = beside(name).unwrap_err();
-            assert!(error.contains("not in the graph's folder"), "{error}");
+            assert!(error.contains("not in the graph's directory"), "{error}");
         }
     }
 

@@ -1,23 +1,24 @@
-//! Graphs that a model has, and which numbers of them are wanted.
+//! The graphs that a model may have, and the numbers that callers want of them.
 
 use super::precision::CompileTask;
 use crate::model::architecture::Architecture;
 use crate::proto::pb;
 
-/// The input of `generate` that says what sequences share.
+/// Name of the input of `generate` that describes shared prefixes of sequences.
 pub const PREFIXES: &str = "prefixes";
 
-/// What is pooled of a layer.
+/// Activations of a layer that are pooled into features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
 pub enum Norm {
-    /// The paper's features: what the next layer's attention sees.
+    /// The paper's features: the residual stream after the norm in front of the
+    /// next layer's attention.
     PreAttnRms,
-    /// The residual stream itself; for the last layer it is what `ln_f` leaves,
-    /// as in transformers' `hidden_states`.
+    /// The residual stream itself; for the last layer, the output of `ln_f`, as
+    /// in transformers' `hidden_states`.
     None,
 }
 
-/// Which tokens the model sees.
+/// Tokens of an image that the model is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Context {
     /// The image's tokens as they are.
@@ -47,15 +48,16 @@ impl From<Context> for pb::Context {
 /// A computation that the model offers. Jobs of one batch share a graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Graph {
-    /// Tokens to pooled features of every layer up to the feature layer.
+    /// From tokens to pooled features of every layer up to the feature layer.
     Features(Norm),
-    /// Tokens to last hidden states.
+    /// From tokens to last hidden states.
     Hidden,
-    /// Tokens to scores of the classification head.
+    /// From tokens to scores of the classification head.
     Logits,
-    /// Tokens to how unlikely each of them is.
+    /// From tokens to the negative log-likelihood of each token.
     Score,
-    /// Tokens of sequences to logits of what follows: run by `Engine::feed`.
+    /// From tokens of sequences to logits of the next token; run by
+    /// `Engine::feed`.
     Generate,
 }
 
@@ -69,7 +71,7 @@ impl Graph {
         Self::Generate,
     ];
 
-    /// The graph that computes what is wanted.
+    /// Returns the graph that computes `want`.
     #[must_use]
     pub fn of(want: Want) -> Self {
         match want {
@@ -80,7 +82,7 @@ impl Graph {
         }
     }
 
-    /// The graph's label in metrics and logs.
+    /// Returns the graph's label in metrics and logs.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -93,7 +95,7 @@ impl Graph {
         }
     }
 
-    /// The files that a task needs.
+    /// Returns the graphs that a task needs.
     #[must_use]
     pub fn of_task(task: CompileTask) -> &'static [Self] {
         match task {
@@ -105,7 +107,7 @@ impl Graph {
         }
     }
 
-    /// The name that its file begins with.
+    /// Returns the name of the graph's file without its extension.
     #[must_use]
     pub fn file_stem(self) -> &'static str {
         match self {
@@ -118,7 +120,7 @@ impl Graph {
         }
     }
 
-    /// The name of its output, other than the cache.
+    /// Returns the name of the graph's output other than the key/value cache.
     #[must_use]
     pub fn output_name(self) -> &'static str {
         match self {
@@ -129,7 +131,7 @@ impl Graph {
         }
     }
 
-    /// Layers that it runs.
+    /// Returns the number of layers that the graph runs.
     #[must_use]
     pub fn n_layers(self, architecture: &Architecture, feature_layer: usize) -> usize {
         match self {
@@ -139,10 +141,10 @@ impl Graph {
     }
 }
 
-/// Which numbers of a run are the answer.
+/// Numbers of a run that are the answer to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Want {
-    /// Pooled features of these layers, one after the other.
+    /// Pooled features of `layers`, one layer after the other.
     Features { layers: Layers, norm: Norm },
     /// Mean of the last hidden states over all positions.
     Mean,
@@ -152,29 +154,31 @@ pub enum Want {
     States,
     /// Scores of the classification head.
     Logits,
-    /// How unlikely each token is after those before it, in nats.
+    /// Negative log-likelihood of each token given the tokens before it, in
+    /// nats.
     Nll,
 }
 
-/// Some of a model's layers, in ascending order. Never empty.
+/// Set of a model's layers, in ascending order; never empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Layers(u64);
 
 impl Layers {
-    /// One more than the largest layer that can be named; the deepest
-    /// published model has 48.
+    /// First layer number that cannot be in a set; the deepest published model
+    /// has 48 layers.
     pub const END: usize = 64;
 
-    /// The embedding alone, which every model has.
+    /// Layer 0 alone: the embedding, which every model has.
     pub const FIRST: Self = Self(1);
 
-    /// The layers of a list, which must ascend.
+    /// Takes the layers of `list`, or returns `None` if the list is empty, does
+    /// not ascend or has a layer of [`Self::END`] or more.
     #[must_use]
     pub fn ascending(list: &[u32]) -> Option<Self> {
         let mut bits = 0_u64;
         for &layer in list {
             let bit = 1_u64.checked_shl(layer)?;
-            // Ascending means larger than all before.
+            // In an ascending list each layer is larger than all before it.
             if bits >= bit {
                 return None;
             }
@@ -183,18 +187,19 @@ impl Layers {
         (bits != 0).then_some(Self(bits))
     }
 
-    /// One by one.
+    /// Iterates over the layers in ascending order.
     pub fn iter(self) -> impl Iterator<Item = usize> {
         (0..Self::END).filter(move |layer| self.0 >> layer & 1 == 1)
     }
 
-    /// How many there are.
+    /// Returns the number of layers.
     #[must_use]
     pub fn len(self) -> usize {
         self.0.count_ones() as usize
     }
 
-    /// Never, but clippy asks.
+    /// Returns false, since a set is never empty; clippy asks for it beside
+    /// `len`.
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.0 == 0

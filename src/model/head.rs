@@ -1,13 +1,14 @@
-//! Linear heads: classes from pooled features, with no second run.
+//! Linear heads: classification by pooled features, without a second run of the
+//! model.
 //!
 //! A head is a safetensors file. Tensors: `weight` (classes, width) and `bias`
-//! (classes), both f32; a class's logit is their row's product with the
-//! features plus its bias. Metadata, all text:
+//! (classes), both f32; a class's logit is the product of its row of `weight`
+//! with the features, plus its bias. Metadata, all text:
 //!
 //! | key | value |
 //! |---|---|
 //! | `labels` | JSON array of the classes' names, in row order |
-//! | `layer` | the layer whose features it was trained on, as Embed counts |
+//! | `layer` | number of the layer whose features the head was trained on, as in Embed |
 //! | `norm` | `PRE_ATTN_RMS` or `NONE` |
 //! | `context` | `RAW` or `SOS_SHIFTED` |
 //! | `problem_type` | optional; `single_label_classification` (default) or `multi_label_classification` |
@@ -23,12 +24,13 @@ use crate::files;
 use crate::model::graph::{Context, Norm};
 use crate::model::{ClassActivation, Model};
 
-/// A head file is small; a larger one is something else.
+/// Largest size of a head file, in bytes; a larger file is something else.
 const FILE_BYTES_MAX: u64 = 64 << 20;
-/// Names of 20,000 classes take a megabyte; as values a byte of it takes some ten.
+/// Largest header of a head file, in bytes. The names of 20,000 classes take a
+/// megabyte; a byte takes about ten bytes of memory once it is parsed.
 const HEADER_BYTES_MAX: u64 = 4 << 20;
 
-/// What `--head` takes: a name and a file.
+/// Value of `--head`: a name and a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeadFlag {
     pub name: String,
@@ -44,7 +46,7 @@ impl FromStr for HeadFlag {
                 name: name.to_owned(),
                 file: file.into(),
             }),
-            _ => Err("it must be NAME=FILE".to_owned()),
+            _ => Err("the value must be NAME=FILE".to_owned()),
         }
     }
 }
@@ -53,21 +55,21 @@ impl FromStr for HeadFlag {
 #[derive(Debug, Clone)]
 pub struct LinearHead {
     pub name: String,
-    /// Where it was read from.
+    /// File that the head was read from.
     pub file: PathBuf,
     pub labels: Vec<String>,
     pub activation: ClassActivation,
     pub layer: u32,
     pub norm: Norm,
     pub context: Context,
-    /// Numbers that it takes.
+    /// Number of features that the head takes.
     pub width: usize,
     /// `labels.len()` rows of `width`.
     weight: Array2<f32>,
     bias: Vec<f32>,
 }
 
-/// Why a file is not a head. The text names the file.
+/// Reason why a head cannot be used. The text names the flag and the file.
 #[derive(Debug, thiserror::Error)]
 #[error("--head {name}={}: {reason}", file.display())]
 pub struct HeadError {
@@ -81,7 +83,7 @@ impl LinearHead {
     ///
     /// # Errors
     ///
-    /// When the file cannot be read or lacks something.
+    /// When the file cannot be read or is not a head.
     pub fn open(flag: &HeadFlag) -> Result<Self, HeadError> {
         read(&flag.name, &flag.file).map_err(|reason| HeadError {
             name: flag.name.clone(),
@@ -90,11 +92,11 @@ impl LinearHead {
         })
     }
 
-    /// Whether the model has the features that the head was trained on.
+    /// Checks that the model has the features that the head was trained on.
     ///
     /// # Errors
     ///
-    /// When it does not have them.
+    /// When the model does not have these features.
     pub fn check(&self, model: &Model) -> Result<(), HeadError> {
         if model.features(&[self.layer], self.norm).is_some() {
             return Ok(());
@@ -103,20 +105,22 @@ impl LinearHead {
             name: self.name.clone(),
             file: self.file.clone(),
             reason: format!(
-                "it was trained on layer {}, which the model does not serve pooled; it serves {:?}",
+                "the head was trained on layer {}; the model serves pooled features of the \
+                 layers {:?}",
                 self.layer,
                 model.layers_served(self.norm)
             ),
         })
     }
 
-    /// The logit of each class.
+    /// Returns the logit of each class.
     #[must_use]
     pub fn logits(&self, features: &[f32]) -> Vec<f32> {
         let rows = self.weight.rows().into_iter();
         rows.zip(&self.bias)
             .map(|(row, &bias)| {
-                // Added in their order, which a product of `ndarray` is not.
+                // Added in the order of the features, unlike in a product of
+                // `ndarray`.
                 let products = row
                     .iter()
                     .zip(features)
@@ -134,13 +138,13 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
     let bytes = files::read(file, FILE_BYTES_MAX)
         .map_err(|error| error.to_string())?
         .map_err(|trouble| trouble.to_string())?
-        .ok_or_else(|| format!("it has over {FILE_BYTES_MAX} bytes, more than a head has"))?;
+        .ok_or_else(|| format!("the file has over {FILE_BYTES_MAX} bytes, the limit of a head"))?;
     let header = bytes
         .first_chunk()
         .map_or(0, |head| u64::from_le_bytes(*head));
     if header > HEADER_BYTES_MAX {
         return Err(format!(
-            "not a safetensors file: its header would be of {header} bytes, over \
+            "not a safetensors file: its header would have {header} bytes; the limit is \
              {HEADER_BYTES_MAX}"
         ));
     }
@@ -150,12 +154,14 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
     let metadata = header.metadata().clone().unwrap_or_default();
     let entry = |key: &str| {
         let value = metadata.get(key).map(String::as_str);
-        value.ok_or_else(|| format!("its metadata has no {key}"))
+        value.ok_or_else(|| format!("the metadata has no {key}"))
     };
     let weight = tensors
         .tensor("weight")
-        .map_err(|_| "has no tensor weight")?;
-    let bias = tensors.tensor("bias").map_err(|_| "has no tensor bias")?;
+        .map_err(|_| "the file has no tensor \"weight\"")?;
+    let bias = tensors
+        .tensor("bias")
+        .map_err(|_| "the file has no tensor \"bias\"")?;
     let &[n_classes, width] = weight.shape() else {
         return Err(format!(
             "weight has the shape {:?}; it must be (classes, width)",
@@ -164,7 +170,7 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
     };
     if bias.shape() != [n_classes] || n_classes == 0 || width == 0 {
         return Err(format!(
-            "bias has the shape {:?} beside a weight of {:?}; it must be (classes)",
+            "bias has the shape {:?} and weight {:?}; they must be (classes) and (classes, width)",
             bias.shape(),
             weight.shape()
         ));
@@ -172,7 +178,10 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
     let labels: Vec<String> = serde_json::from_str(entry("labels")?)
         .map_err(|error| format!("labels are not a JSON array of names: {error}"))?;
     if labels.len() != n_classes {
-        return Err(format!("{} labels for {n_classes} classes", labels.len()));
+        return Err(format!(
+            "labels has {} names; weight has {n_classes} classes",
+            labels.len()
+        ));
     }
     let layer = entry("layer")?;
     Ok(LinearHead {
@@ -182,7 +191,7 @@ fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
         activation: ClassActivation::of(metadata.get("problem_type").map(String::as_str))?,
         layer: layer
             .parse()
-            .map_err(|_| format!("layer is {layer:?}, which is no number"))?,
+            .map_err(|_| format!("layer is {layer:?}; it must be a whole number"))?,
         norm: match entry("norm")? {
             "PRE_ATTN_RMS" => Norm::PreAttnRms,
             "NONE" => Norm::None,
@@ -309,7 +318,7 @@ mod tests {
                 "{error}"
             );
         };
-        check("labels", "[\"cat\"]", "1 labels for 2 classes");
+        check("labels", "[\"cat\"]", "1 names; weight has 2 classes");
         check("labels", "cat", "labels are not a JSON array");
         check("layer", "last", "layer is \"last\"");
         check("norm", "L2", "norm is \"L2\"");
@@ -320,7 +329,7 @@ mod tests {
             "problem_type is \"regression\"",
         );
         let error = head(|metadata, _| drop(metadata.remove("norm"))).unwrap_err();
-        assert!(error.contains("its metadata has no norm"), "{error}");
+        assert!(error.contains("the metadata has no norm"), "{error}");
         let error = head(|_, shape| *shape = vec![3, 2]).unwrap_err();
         assert!(error.contains("bias has the shape [2]"), "{error}");
     }

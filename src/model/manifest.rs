@@ -1,6 +1,8 @@
-//! `imagegpt.json`: what a compiled folder holds, and how exact it is.
+//! `imagegpt.json`, the manifest of a compiled directory: its files, and how
+//! exact its graphs are.
 //!
-//! It is written last, so a folder without one is not a compiled folder.
+//! The manifest is written last, so a directory without a manifest is not a
+//! compiled directory.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
@@ -14,104 +16,108 @@ use crate::model::error::ModelFileError;
 use crate::model::files::{self, Sha256Digest};
 use crate::model::precision::{CompileTask, Precision, Provider};
 
-/// The file's name.
+/// Name of the manifest file.
 pub const FILE: &str = "imagegpt.json";
-/// File of all weights, beside the graphs.
+/// Name of the file of all weights, beside the graphs.
 pub const WEIGHTS_FILE: &str = "weights.bin";
-/// Counts up when older readers would be wrong about a folder.
+/// Version of the manifest's format; raised when older readers would misread a
+/// directory.
 pub const FORMAT: u32 = 6;
 
 /// Contents of the manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub format: u32,
-    /// Version of the compiler.
+    /// Version of this package that compiled the model.
     pub tool_version: String,
     pub source: SourceFacts,
     pub precision: Precision,
-    /// What the graphs are made for; they are slow elsewhere or do not run.
+    /// Provider that the graphs are made for; on another provider they are slow
+    /// or do not run.
     pub provider: Provider,
     pub tasks: Vec<CompileTask>,
     pub architecture: Architecture,
-    /// Where `embed` ends: its features are of layers 0 to this one.
+    /// Last layer of `embed`, whose features begin at layer 0.
     pub feature_layer: usize,
-    /// Of the backbone, and with all heads.
+    /// Number of parameters: of the backbone, and with all heads.
     pub parameters: (u64, u64),
-    /// Classes of the head that `classify` ends in.
+    /// Number of classes of the classification head, if the model has one.
     pub n_classes: Option<usize>,
     pub graphs: BTreeMap<String, GraphFacts>,
     pub verification: Verification,
-    /// Bytes of each file.
+    /// Size of each file in bytes.
     pub files: BTreeMap<String, u64>,
-    /// SHA-256 of each file; empty in folders of versions that did not record them,
-    /// which then take longer to open.
+    /// SHA-256 of each file; empty in directories of versions that did not
+    /// record digests, whose files are hashed when they are opened.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sha256: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceFacts {
-    /// The folder or hub id as it was given.
+    /// Directory or hub id, as the user gave it.
     pub name: String,
-    /// The commit that a hub gave.
+    /// Commit of the hub's repository.
     pub revision: Option<String>,
     /// SHA-256 over `config.json` and the weights.
     pub sha256: String,
 }
 
-/// One graph file.
+/// Facts about one graph file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GraphFacts {
     pub file: String,
     pub task: CompileTask,
     pub n_layers: usize,
-    /// Multiplications and additions for one image.
+    /// Number of multiplications and additions for one image.
     pub flop: u64,
-    /// Largest relative error of each output against the reference; for
-    /// features, of each layer.
+    /// Relative error of the output against the reference; for features, one
+    /// error per layer.
     pub errors: Vec<f64>,
-    /// Smallest cosine between a row of the output and the reference's.
+    /// Smallest cosine between a row of the output and the same row of the
+    /// reference.
     pub cosine: f64,
-    /// Kernels that ran in the trial, by execution provider and operator.
+    /// Number of kernels that ran in the verification, by execution provider
+    /// and operator.
     pub operators: BTreeMap<String, BTreeMap<String, usize>>,
 }
 
-/// How the graphs were tried.
+/// Conditions under which the graphs were verified.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Verification {
-    /// Where they ran.
+    /// Provider that the graphs ran on.
     pub provider: Provider,
-    /// Largest relative error (norm of the difference to norm of the
-    /// reference) that was allowed.
+    /// Largest relative error that was allowed: the norm of the difference
+    /// divided by the norm of the reference.
     pub tolerance: f64,
     pub n_sequences: usize,
-    /// Tokens of each; fewer than an image's for models so large that the
-    /// reference would take minutes.
+    /// Number of tokens per sequence; fewer than an image's for large models,
+    /// whose reference would take minutes.
     pub n_positions: usize,
 }
 
 impl Manifest {
-    /// Reads the manifest of a compiled folder.
+    /// Reads the manifest of a compiled directory.
     ///
     /// # Errors
     ///
-    /// When there is none, or it is of another format, or a file that it
-    /// names is missing or of another size.
+    /// When the manifest is missing or has another format, or a file that it
+    /// names is missing or has another size.
     pub fn read(folder: &Path) -> Result<Self, ModelFileError> {
         let path = folder.join(FILE);
         let text = architecture::read(&path)?;
         let refuse = |reason: String| ModelFileError::content(&path, reason);
         let manifest: Self = serde_json::from_slice(&text)
-            .map_err(|error| refuse(format!("is not a compiled folder's: {error}")))?;
+            .map_err(|error| refuse(format!("is not a manifest that can be read: {error}")))?;
         if manifest.format != FORMAT {
             return Err(refuse(format!(
-                "is of format {}, this version reads {FORMAT}; compile the model again",
+                "has format {}; this version reads format {FORMAT}; compile the model again",
                 manifest.format
             )));
         }
         if manifest.feature_layer > manifest.architecture.n_layers {
             return Err(refuse(format!(
-                "names feature layer {} of a model of {} layers; compile the model again",
+                "has feature_layer {}; the model has {} layers; compile the model again",
                 manifest.feature_layer, manifest.architecture.n_layers
             )));
         }
@@ -128,7 +134,7 @@ impl Manifest {
             let is_inside = |part| matches!(part, Component::Normal(_));
             if !Path::new(name).components().all(is_inside) {
                 return Err(refuse(format!(
-                    "names {name:?}, which is no file of the folder; compile the model again"
+                    "names {name:?}, which is not in its directory; compile the model again"
                 )));
             }
             let found = std::fs::metadata(folder.join(name))
@@ -136,19 +142,21 @@ impl Manifest {
                 .ok();
             if found != Some(*bytes) {
                 return Err(refuse(format!(
-                    "names {name} of {bytes} bytes, which is {}; compile the model again",
-                    found.map_or("missing".to_owned(), |bytes| format!("of {bytes} bytes"))
+                    "names {name} of {bytes} bytes, but the file {}; compile the model again",
+                    found.map_or("is missing".to_owned(), |bytes| format!(
+                        "has {bytes} bytes"
+                    ))
                 )));
             }
         }
         Ok(manifest)
     }
 
-    /// The recorded digests by file.
+    /// Returns the recorded digests by file; none if the manifest has none.
     ///
     /// # Errors
     ///
-    /// When there are some and not of every file, or one is no SHA-256.
+    /// When only some files have a digest, or a digest is not a SHA-256.
     pub(crate) fn digests(&self) -> Result<BTreeMap<&str, Sha256Digest>, String> {
         let mut digests = BTreeMap::new();
         if self.sha256.is_empty() {
@@ -156,25 +164,28 @@ impl Manifest {
         }
         for name in self.files.keys() {
             let digest = self.sha256.get(name).and_then(|text| unhex(text));
-            let digest = digest
-                .ok_or_else(|| format!("has no SHA-256 of {name}; compile the model again"))?;
+            let digest = digest.ok_or_else(|| {
+                format!("has no valid SHA-256 of {name}; compile the model again")
+            })?;
             digests.insert(name.as_str(), digest);
         }
         Ok(digests)
     }
 
-    /// Reads every file of `folder` and compares it with what was recorded.
+    /// Reads every file of `folder` and compares its digest with the recorded
+    /// one.
     ///
     /// # Errors
     ///
-    /// When one is another, with all that are; or when nothing was recorded.
+    /// When files differ (the text lists all of them), or when no digests were
+    /// recorded.
     pub fn verify(&self, folder: &Path) -> Result<(), ModelFileError> {
         let refuse = |reason: String| ModelFileError::content(folder, reason);
         let digests = self.digests().map_err(refuse)?;
         if digests.is_empty() {
             return Err(refuse(
-                "was compiled before SHA-256s were recorded, so there is nothing to compare its \
-                 files with; compile the model again"
+                "was compiled before SHA-256s were recorded, so its files cannot be verified; \
+                 compile the model again"
                     .to_owned(),
             ));
         }
@@ -194,7 +205,7 @@ impl Manifest {
             return Ok(());
         }
         Err(refuse(format!(
-            "is not what was compiled: {}; compile the model again",
+            "has changed since it was compiled: {}; compile the model again",
             differing.join(", and ")
         )))
     }

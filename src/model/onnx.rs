@@ -1,19 +1,19 @@
-//! The part of ONNX's file format that the graphs need.
+//! The part of ONNX's file format that compiled graphs need.
 //!
-//! Field numbers are those of `onnx.proto`; the rest of that file would only
-//! add code that nothing runs.
+//! Field numbers are those of `onnx.proto`; the other messages of that file
+//! would only add unused code.
 
 use half::{bf16, f16};
 use prost::{Enumeration, Message};
 
-/// Which version of the standard operators graphs are written in; 18 is the
-/// first where reductions take their axes as an input.
+/// Version of the standard operators (opset) that graphs are written in; 18 is
+/// the first version in which reductions take their axes as an input.
 pub const OPSET: i64 = 18;
-/// Goes with the opset: the file format's own version.
+/// Version of ONNX's file format that belongs to the opset.
 pub const IR_VERSION: i64 = 9;
-/// The domain of ONNX Runtime's fused operators.
+/// Domain of ONNX Runtime's fused operators.
 pub const MICROSOFT: &str = "com.microsoft";
-/// The domain of the worker's own operators.
+/// Domain of the worker's own operators.
 pub const IMAGEGPT: &str = "imagegpt";
 
 #[derive(Clone, PartialEq, Message)]
@@ -161,13 +161,13 @@ pub struct TensorProto {
     pub raw_data: Vec<u8>,
     #[prost(message, repeated, tag = "13")]
     pub external_data: Vec<StringEntry>,
-    /// 1 if the bytes are in another file.
+    /// Place of the bytes: 1 if they are in another file, else 0.
     #[prost(int32, tag = "14")]
     pub data_location: i32,
 }
 
 impl TensorProto {
-    /// A small constant that lies in the graph itself.
+    /// Makes a small constant whose bytes are in the graph itself.
     #[must_use]
     pub fn int64s(name: &str, values: &[i64]) -> Self {
         Self {
@@ -197,8 +197,8 @@ pub enum DataType {
 }
 
 impl DataType {
-    /// Numbers as tensors of this type keep them; as float where it is none of
-    /// the narrower ones.
+    /// Returns the bytes of `values` in a tensor of this type; types other than
+    /// float16 and bfloat16 give 32-bit floats.
     #[must_use]
     pub fn bytes(self, values: &[f32]) -> Vec<u8> {
         match self {
@@ -276,7 +276,7 @@ pub enum Dim {
 }
 
 impl ValueInfoProto {
-    /// A tensor that enters or leaves a graph.
+    /// Describes a tensor that is an input or output of a graph.
     #[must_use]
     pub fn tensor(name: &str, data_type: DataType, dims: &[Dim]) -> Self {
         let dim = dims

@@ -1,10 +1,10 @@
-//! What a compiled model computes in, for which device, and what it can do.
+//! The choices of a compiled model: its precision, its provider and its tasks.
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::onnx::DataType;
 
-/// How numbers are kept and computed.
+/// Number format of weights and computation.
 #[derive(
     Debug,
     Clone,
@@ -20,13 +20,15 @@ use crate::model::onnx::DataType;
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// All in 32-bit floats.
+    /// 32-bit floats throughout.
     Fp32,
-    /// All in 16-bit floats, for GPUs.
+    /// 16-bit floats throughout, for GPUs.
     Fp16,
-    /// All in bfloat16, for GPUs: less exact than fp16, but never too large.
+    /// bfloat16 throughout, for GPUs: less exact than fp16, but cannot
+    /// overflow.
     Bf16,
-    /// Dense products in 8-bit integers, the rest in 32-bit floats, for CPUs.
+    /// Dense products in 8-bit integers (quantization), the rest in 32-bit
+    /// floats, for CPUs.
     Int8,
 }
 
@@ -41,21 +43,22 @@ impl Precision {
         }
     }
 
-    /// Relative error against the reference above which nothing is written.
+    /// Returns the largest relative error against the reference; a compilation
+    /// with a larger error fails and writes nothing.
     #[must_use]
     pub fn tolerance(self) -> f64 {
         match self {
             Self::Fp32 => 1e-5,
             Self::Fp16 => 1e-2,
-            // It has three bits less than fp16, and the residual stream rounds
-            // twice a layer: 1.9e-2 over 48 layers in PyTorch, which
-            // scripts/bench-gpu/rounding.py prints.
+            // bfloat16 has three bits less than fp16, and the residual stream
+            // is rounded twice per layer: an error of 1.9e-2 over 48 layers in
+            // PyTorch, which scripts/bench-gpu/rounding.py prints.
             Self::Bf16 => 3e-2,
             Self::Int8 => 5e-2,
         }
     }
 
-    /// What flows between operators.
+    /// Returns the data type of activations between operators.
     pub(crate) fn activation(self) -> DataType {
         match self {
             Self::Fp32 | Self::Int8 => DataType::Float,
@@ -65,7 +68,7 @@ impl Precision {
     }
 }
 
-/// What a compiled folder can do.
+/// Task that a model is compiled for.
 #[derive(
     Debug,
     Clone,
@@ -87,7 +90,7 @@ pub enum CompileTask {
     Hidden,
     /// Scores of a fine-tuned classification head.
     Classify,
-    /// How unlikely each token of an image is.
+    /// The negative log-likelihood of each token of an image.
     Score,
     /// New images, token by token.
     Generate,
@@ -114,7 +117,7 @@ impl CompileTask {
     }
 }
 
-/// What graphs are made for.
+/// Execution provider that graphs are made for.
 #[derive(
     Debug,
     Clone,
@@ -135,7 +138,7 @@ pub enum Provider {
 }
 
 impl Provider {
-    /// As flags and answers have it.
+    /// Returns the provider's name in flags and answers.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -144,7 +147,7 @@ impl Provider {
         }
     }
 
-    /// ONNX Runtime's name of it.
+    /// Returns ONNX Runtime's name of the provider.
     #[must_use]
     pub fn runtime_name(self) -> &'static str {
         match self {
@@ -154,10 +157,10 @@ impl Provider {
     }
 }
 
-/// Provider that a flag asks for.
+/// Execution provider that a flag asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum ProviderChoice {
-    /// CUDA if it can be had, else the CPU, and the log says which.
+    /// CUDA if it can be used, else the CPU; the log says which.
     Auto,
     /// The CPU.
     Cpu,

@@ -1,27 +1,28 @@
-//! Looks through an ONNX graph's bytes without making values of them.
+//! Scans the bytes of an ONNX graph without decoding its messages into values.
 //!
-//! Graphs are other people's files of up to 2 GiB. What is wanted of them is
-//! little: which files hold their tensors, and whether an operator mixes the
-//! images of a batch. So the bytes are walked as they lie; nothing is copied but
-//! names, and what is kept is bounded by constants beside their reasons.
+//! Graphs are untrusted files of up to 2 GiB, and only two facts about them are
+//! needed: the files that hold their tensors, and whether an operator mixes the
+//! images of a batch. So the bytes are scanned in place; only names are copied,
+//! and all memory is bounded by the constants below, each with its reason.
 //!
 //! Field numbers are those of `onnx.proto`.
 
 use std::collections::HashSet;
 
-/// Messages within messages, as protobuf's own readers have it.
+/// Deepest nesting of messages, the limit of protobuf's own readers too.
 const DEPTH_MAX: usize = 100;
-/// Tensors in other files; imagegpt-large has 700.
+/// Largest number of tensors in other files; imagegpt-large has 700.
 const EXTERNAL_MAX: usize = 100_000;
-/// Dimensions of one of them; operators know of 8 at most.
+/// Largest number of dimensions of a tensor; operators support at most 8.
 const DIMENSIONS_MAX: usize = 32;
-/// Bytes of a name; what is longer is no name.
+/// Longest name, in bytes; real names are far shorter.
 const NAME_BYTES_MAX: usize = 4096;
-/// Protobuf's own limit for a message.
+/// Largest graph in bytes, which is protobuf's limit for a message.
 pub(crate) const GRAPH_BYTES_MAX: u64 = (1 << 31) - 1;
 
-/// Operators that find one scale for all that they are given, so that an image's
-/// numbers depend on its company. The last takes the scale that another found.
+/// Operators that choose one scale for their whole input, so that an image's
+/// numbers depend on the other images of its batch. The last operator takes the
+/// scale that another one chose.
 const BATCH_SCALED: [&str; 4] = [
     "DynamicQuantizeLinear",
     "DynamicQuantizeMatMul",
@@ -34,19 +35,19 @@ const QUANTIZE: &str = "QuantizeLinear";
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct ExternalTensor {
     pub(crate) name: String,
-    /// As the graph writes it.
+    /// Name of the file, as it is written in the graph.
     pub(crate) location: String,
     pub(crate) offset: u64,
-    /// `None` where the shape says it.
+    /// Length in bytes; `None` if it follows from the shape.
     pub(crate) length: Option<u64>,
     pub(crate) data_type: i32,
     pub(crate) dims: Vec<i64>,
-    /// True if it is in a graph within the graph, or in a function.
+    /// True if the tensor is in a graph within the graph, or in a function.
     pub(crate) is_nested: bool,
 }
 
 impl ExternalTensor {
-    /// Bytes that it takes of its file.
+    /// Returns the number of bytes that the tensor takes in its file.
     pub(crate) fn bytes(&self) -> Result<u64, String> {
         let elements = self.dims.iter().try_fold(1_u64, |product, &size| {
             product.checked_mul(u64::try_from(size).ok()?)
@@ -58,19 +59,19 @@ impl ExternalTensor {
             .map(|bits| bits.div_ceil(8));
         match (self.length, of_shape) {
             (Some(given), Some(needed)) if given != needed => Err(format!(
-                "the tensor {} has a length of {given} bytes, and its shape takes {needed}",
+                "the tensor {} has a length of {given} bytes, but its shape takes {needed}",
                 self.name
             )),
             (Some(given), _) => Ok(given),
             (None, Some(needed)) => Ok(needed),
             (None, None) => Err(format!(
-                "the tensor {} has no length, and its type {} is not known",
+                "the tensor {} has no length, and its type {} is unknown",
                 self.name, self.data_type
             )),
         }
     }
 
-    /// Where its bytes begin and end in a file of so many.
+    /// Returns the range of the tensor's bytes in a file of `file_bytes` bytes.
     pub(crate) fn range(&self, file_bytes: u64) -> Result<std::ops::Range<usize>, String> {
         let length = self.bytes()?;
         let end = self.offset.checked_add(length);
@@ -79,14 +80,14 @@ impl ExternalTensor {
             .and_then(|end| Some(usize::try_from(self.offset).ok()?..usize::try_from(end).ok()?));
         range.ok_or_else(|| {
             format!(
-                "the tensor {} takes {length} bytes from {} on, and {} has {file_bytes}",
+                "the tensor {} takes {length} bytes from offset {}, but {} has {file_bytes}",
                 self.name, self.offset, self.location
             )
         })
     }
 }
 
-/// Bits of an element of `TensorProto.DataType`.
+/// Returns the size of an element of a `TensorProto.DataType`, in bits.
 fn element_bits(data_type: i32) -> Option<u64> {
     Some(match data_type {
         // Bool, int8, uint8 and the floats of 8 bits.
@@ -101,19 +102,19 @@ fn element_bits(data_type: i32) -> Option<u64> {
     })
 }
 
-/// Facts that a graph states.
+/// Facts about a graph.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct GraphSummary {
     pub(crate) external: Vec<ExternalTensor>,
-    /// An operator that mixes the images of a batch.
+    /// Operator that mixes the images of a batch, if the graph has one.
     pub(crate) batch_scaled: Option<&'static str>,
 }
 
-/// Looks through a graph.
+/// Scans a graph.
 ///
 /// # Errors
 ///
-/// When it is no ONNX graph, or beyond a limit.
+/// When the bytes are not an ONNX graph or exceed a limit.
 pub(crate) fn look(graph: &[u8]) -> Result<GraphSummary, String> {
     let mut walk = Walk::default();
     walk.message(Kind::Model, graph, Place::default())?;
@@ -126,22 +127,22 @@ pub(crate) enum Substitute {
     Keep,
     /// The bytes themselves.
     Inline(Vec<u8>),
-    /// Another place.
+    /// Another file or offset.
     Elsewhere {
         location: String,
         offset: u64,
     },
 }
 
-/// Says what takes a tensor's place.
+/// Function that chooses the replacement of a tensor.
 pub(crate) type Substitution<'a> = &'a dyn Fn(&ExternalTensor) -> Result<Substitute, String>;
 
-/// A copy of the graph with other tensors; `None` if all are kept.
+/// Returns a copy of the graph with replaced tensors; `None` if all are kept.
 ///
 /// # Errors
 ///
-/// As for [`look`], when there is no substitute, or when the copy would be larger
-/// than protobuf allows.
+/// When [`look`] fails, `substitution` fails, or the copy would be larger than
+/// protobuf allows.
 pub(crate) fn rewrite(
     graph: &[u8],
     substitution: Substitution<'_>,
@@ -153,7 +154,7 @@ pub(crate) fn rewrite(
     walk.message(Kind::Model, graph, Place::default())
 }
 
-/// The messages that lead to tensors and nodes.
+/// Kinds of messages that contain tensors or nodes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Model,
@@ -167,7 +168,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// Meaning of a field of the message.
+    /// Returns the kind of a field's message; `None` for all other fields.
     fn child(self, field: u64) -> Option<Self> {
         Some(match (self, field) {
             (Self::Model, 7) | (Self::Training, 1 | 2) | (Self::Attribute, 6 | 11) => Self::Graph,
@@ -192,9 +193,9 @@ struct Place {
 struct Walk<'a> {
     external: Vec<ExternalTensor>,
     batch_scaled: Option<&'static str>,
-    /// Names of what does not change from run to run.
+    /// Names of values that do not change from run to run.
     constants: HashSet<&'a [u8]>,
-    /// Names of scales.
+    /// Names of the scales of `QuantizeLinear` nodes.
     scales: Vec<&'a [u8]>,
     substitution: Option<Substitution<'a>>,
 }
@@ -210,7 +211,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Goes through a message; gives its bytes if they are to be others.
+    /// Scans a message; returns its new bytes if a tensor in it was replaced.
     fn message(
         &mut self,
         kind: Kind,
@@ -223,7 +224,7 @@ impl<'a> Walk<'a> {
             _ => {}
         }
         if place.depth > DEPTH_MAX {
-            return Err(format!("has messages more than {DEPTH_MAX} deep"));
+            return Err(format!("has messages nested more than {DEPTH_MAX} deep"));
         }
         let mut changed = Vec::new();
         let mut kept = 0;
@@ -325,7 +326,7 @@ fn name_of(tensor: &[u8]) -> Result<&[u8], String> {
     Ok(name)
 }
 
-/// The tensor, if its bytes are in another file.
+/// Reads a tensor; `None` if its bytes are in the graph itself.
 fn external(bytes: &[u8]) -> Result<Option<ExternalTensor>, String> {
     let mut tensor = ExternalTensor::default();
     let mut is_external = false;
@@ -358,11 +359,11 @@ fn external(bytes: &[u8]) -> Result<Option<ExternalTensor>, String> {
         let number = |value: &str| {
             value.parse::<u64>().map_err(|_| {
                 let name = &tensor.name;
-                format!("the tensor {name} has the {key} {value:?}, which is no number of bytes")
+                format!("the tensor {name} has the {key} {value:?}; it must be a number of bytes")
             })
         };
         match &*key {
-            // Which of two is meant is for each reader to choose.
+            // Readers differ in which of two locations they take.
             "location" if location.is_some() => {
                 return Err(format!("the tensor {} has two locations", tensor.name));
             }
@@ -374,7 +375,7 @@ fn external(bytes: &[u8]) -> Result<Option<ExternalTensor>, String> {
     }
     tensor.location = location.ok_or_else(|| {
         format!(
-            "the tensor {} is in another file without a name",
+            "the tensor {} is in another file, but has no location",
             tensor.name
         )
     })?;
@@ -384,7 +385,7 @@ fn external(bytes: &[u8]) -> Result<Option<ExternalTensor>, String> {
 fn push_dim(dims: &mut Vec<i64>, size: u64) -> Result<(), String> {
     if dims.len() == DIMENSIONS_MAX {
         return Err(format!(
-            "has a tensor of more than {DIMENSIONS_MAX} dimensions"
+            "has a tensor with more than {DIMENSIONS_MAX} dimensions"
         ));
     }
     dims.push(size.cast_signed());
@@ -407,7 +408,7 @@ fn entry_of(bytes: &[u8]) -> Result<(String, String), String> {
 fn text(bytes: &[u8]) -> Result<String, String> {
     if bytes.len() > NAME_BYTES_MAX {
         return Err(format!(
-            "has a name of {} bytes, over {NAME_BYTES_MAX}",
+            "has a name of {} bytes; the limit is {NAME_BYTES_MAX}",
             bytes.len()
         ));
     }
@@ -415,7 +416,7 @@ fn text(bytes: &[u8]) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// A tensor that has its bytes in itself.
+/// Returns a copy of the tensor that contains its bytes itself.
 fn with_raw_data(tensor: &[u8], data: &[u8]) -> Result<Vec<u8>, String> {
     check_size(tensor.len().saturating_add(data.len()))?;
     let mut inlined = without_data(tensor)?;
@@ -423,7 +424,7 @@ fn with_raw_data(tensor: &[u8], data: &[u8]) -> Result<Vec<u8>, String> {
     Ok(inlined)
 }
 
-/// A tensor whose bytes are in another place.
+/// Returns a copy of the tensor whose bytes are at another place.
 fn at(tensor: &[u8], location: &str, offset: u64, length: u64) -> Result<Vec<u8>, String> {
     let mut moved = without_data(tensor)?;
     let (offset, length) = (offset.to_string(), length.to_string());
@@ -442,7 +443,7 @@ fn at(tensor: &[u8], location: &str, offset: u64, length: u64) -> Result<Vec<u8>
     Ok(moved)
 }
 
-/// A tensor without its bytes, and without where they are.
+/// Returns a copy of the tensor without its bytes and without their location.
 fn without_data(tensor: &[u8]) -> Result<Vec<u8>, String> {
     let mut left = Vec::new();
     let mut fields = Fields::new(tensor);
@@ -472,7 +473,7 @@ fn put_field(out: &mut Vec<u8>, number: u64, content: &[u8]) {
 
 fn put_number(out: &mut Vec<u8>, mut number: u64) {
     loop {
-        // Seven bits of it.
+        // The low seven bits.
         let low = (number & 0x7f) as u8;
         number >>= 7;
         if number == 0 {
@@ -486,7 +487,7 @@ fn put_number(out: &mut Vec<u8>, mut number: u64) {
 struct Field<'a> {
     number: u64,
     content: Content<'a>,
-    /// Where it begins and ends, its tag included.
+    /// Start of the field in the message, with its tag; `end` is its end.
     start: usize,
     end: usize,
 }
@@ -542,14 +543,14 @@ impl<'a> Fields<'a> {
         Ok(taken)
     }
 
-    /// A number of seven bits a byte, ten bytes at most.
+    /// Reads a varint: seven bits per byte, at most ten bytes.
     fn number(&mut self) -> Result<u64, String> {
         let mut number = 0;
         for shift in (0..70).step_by(7) {
             let &[byte] = self.take(1)? else {
                 return Err(NOT_ONNX.to_owned());
             };
-            // The tenth byte has one bit that counts.
+            // Only one bit of the tenth byte counts.
             number |= u64::from(byte & 0x7f).checked_shl(shift).unwrap_or(0);
             if byte & 0x80 == 0 {
                 return Ok(number);
@@ -559,7 +560,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-const NOT_ONNX: &str = "not a graph that ONNX Runtime can load: cut short, or no ONNX";
+const NOT_ONNX: &str = "not a graph that ONNX Runtime can load: truncated, or not ONNX";
 
 #[cfg(test)]
 #[path = "wire/tests.rs"]

@@ -1,12 +1,12 @@
-//! Codes of gRPC, by their names in the specification.
+//! Status codes of gRPC, by their names in the specification.
 
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 use tonic::Code;
 
-/// Status code of gRPC. Also what happens to an image of a job is told by these
-/// codes, since most of it happens at a worker.
+/// Status code of gRPC. The outcomes of a job's images are reported with these
+/// codes, too, since most of them come from a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum GrpcCode {
     Ok,
@@ -78,7 +78,7 @@ impl From<Code> for GrpcCode {
     }
 }
 
-/// The code of a number on the wire.
+/// Converts the number of a code on the wire.
 impl From<i32> for GrpcCode {
     fn from(code: i32) -> Self {
         Code::from(code).into()

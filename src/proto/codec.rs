@@ -1,9 +1,9 @@
-//! Looks at a request's bytes before they become values.
+//! Checks of a request's bytes before they are decoded.
 //!
-//! A protobuf message of two bytes an image would become a vector of a hundred
-//! bytes an image, so limits that are checked after decoding come too late:
-//! a small compressed request could take gigabytes. What is counted here is
-//! only what multiplies; everything else keeps its size when it is decoded.
+//! A protobuf message of two bytes per image would become a vector of a hundred
+//! bytes per image, so limits that are checked after decoding come too late: a
+//! small compressed request could take gigabytes. Only the fields that grow are
+//! counted here; everything else keeps its size when it is decoded.
 
 use std::marker::PhantomData;
 
@@ -15,46 +15,51 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::proto::{RpcMethod, inference, pb};
 
-/// No flag allows more images a call.
+/// Largest number of images in one call; no flag allows more.
 pub(crate) const IMAGES_MAX: usize = 65_536;
-/// Far more than all other fields of a request take.
+/// Largest size of all other fields of a request: far more than valid requests
+/// need.
 const OTHER_BYTES_MAX: usize = 4096;
-/// Tokens of the largest square that a model may have (256 x 256), at the most
-/// bytes that an id takes on the wire.
+/// Largest size of an image's tokens: the largest image that a model may have
+/// has 256 x 256 tokens, and an id takes at most 6 bytes on the wire.
 const TOKENS_BYTES_MAX: usize = 65_536 * 6;
 
-/// Tensors of an inference request, of any kind: there is one input and there
-/// are few outputs.
+/// Largest number of tensors of an inference request, inputs and outputs
+/// together: a request has one input and a few outputs.
 const TENSORS_MAX: usize = 64;
-/// Numbers of a tensor that are not in raw form, as they are on the wire. A byte
-/// there may be eight in memory; 2 Mi tokens and more fit.
+/// Largest size on the wire of a request's numbers that are not in raw form.
+/// One byte on the wire may become eight in memory; more than 2 Mi tokens fit.
 const NUMBERS_BYTES_MAX: usize = 4 << 20;
 
-/// Bytes in memory of a token or number that was one byte on the wire, and of an
-/// image or element, which was two: vectors double as they grow.
+/// Bytes in memory of a token that was one byte on the wire; the factor 2 is
+/// there because vectors double as they grow.
 const TOKEN_GROWTH: usize = 2 * size_of::<u32>();
+/// Bytes in memory of a number that was one byte on the wire.
 const NUMBER_GROWTH: usize = 2 * size_of::<u64>();
+/// Bytes in memory of an image that was two bytes on the wire.
 const IMAGE_GROWTH: usize = 2 * size_of::<pb::Image>();
+/// Bytes in memory of an element that was two bytes on the wire.
 const ELEMENT_GROWTH: usize = 2 * size_of::<bytes::Bytes>();
 
-/// Growth of a message that becomes values, in bytes beside its own: what has a length
-/// on the wire and is not numbers stays where it is.
+/// Growth of a message when it is decoded, in bytes in addition to its own. A
+/// field that has a length on the wire and holds no numbers is not copied.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Growth {
-    /// Of this message.
+    /// Returns the growth of a given message.
     pub(crate) of: fn(&[u8]) -> usize,
-    /// Of any message of so many bytes that is not refused.
+    /// Returns the largest growth of an accepted message of a given size in
+    /// bytes.
     pub(crate) most: fn(usize) -> usize,
 }
 
 impl Growth {
-    /// Growth of messages that hold names alone.
+    /// Growth of messages that hold only names.
     pub(crate) const NONE: Self = Self {
         of: |_| 0,
         most: |_| 0,
     };
 
-    /// Growth by the method that gets the message.
+    /// Returns the growth of the requests of a method.
     pub(crate) fn of_method(method: RpcMethod) -> Self {
         match method {
             RpcMethod::Embed | RpcMethod::Classify | RpcMethod::Score | RpcMethod::Tokenize => {
@@ -100,13 +105,14 @@ impl Growth {
                         + (n_bytes / 2).min(IMAGES_MAX) * ELEMENT_GROWTH
                 },
             },
-            // Names.
+            // The requests of other methods hold only names.
             _ => Self::NONE,
         }
     }
 }
 
-/// Adds up what fields with a length become; what is broken is refused later.
+/// Adds up the growth of a message's fields that have a length. A broken
+/// message is rejected later.
 fn sum(message: &[u8], growth: impl Fn(u64, &[u8]) -> usize) -> usize {
     Fields(message)
         .map_while(Result::ok)
@@ -137,9 +143,9 @@ fn infer_growth(message: &[u8]) -> usize {
     })
 }
 
-/// A message that may be looked at before it is decoded.
+/// Message that is checked before it is decoded.
 pub(crate) trait ScanMessage {
-    /// Refuses what would grow out of bounds.
+    /// Fails for a message that would grow out of bounds.
     fn scan(_message: &[u8]) -> Result<(), String> {
         Ok(())
     }
@@ -171,8 +177,8 @@ impl ScanMessage for pb::ScoreRequest {
 
 impl ScanMessage for pb::GenerateRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
-        // A prefix, or one image with a byte for each of its pixels, and a few
-        // numbers. What is given several times is put together.
+        // The request holds a prefix, or one image with a byte per pixel, and a
+        // few numbers. Decoding merges a field that is given several times.
         let (mut n_token_bytes, mut n_other_bytes) = (0, 0);
         for field in Fields(message) {
             let (number, content, size) = field?;
@@ -188,8 +194,8 @@ impl ScanMessage for pb::GenerateRequest {
 
 impl ScanMessage for pb::EmbedStreamRequest {
     fn scan(message: &[u8]) -> Result<(), String> {
-        // An opening holds options only, an item at most one image. What is given
-        // several times is put together.
+        // An opening holds only options, an item at most one image. Decoding
+        // merges a field that is given several times.
         let (mut n_token_bytes, mut n_other_bytes) = (0, 0);
         for field in Fields(message) {
             let (number, content, size) = field?;
@@ -209,7 +215,7 @@ impl ScanMessage for inference::ModelInferRequest {
         for field in Fields(message) {
             let (number, content, size) = field?;
             let n_bytes = match number {
-                // Without the contents, which are looked at by themselves.
+                // The contents are counted separately.
                 INFER_INPUT => contents.scan(content)?,
                 RAW_CONTENTS => 0,
                 _ => size,
@@ -218,7 +224,10 @@ impl ScanMessage for inference::ModelInferRequest {
             if matches!(number, INFER_INPUT | INFER_OUTPUT | RAW_CONTENTS) {
                 n_tensors += 1;
                 if n_tensors > TENSORS_MAX {
-                    return Err(format!("request: more than {TENSORS_MAX} tensors"));
+                    return Err(format!(
+                        "request: the request has more than {TENSORS_MAX} tensors, which is the \
+                         limit"
+                    ));
                 }
             }
         }
@@ -226,7 +235,7 @@ impl ScanMessage for inference::ModelInferRequest {
     }
 }
 
-/// What is in a request's tensors, all together.
+/// Sizes of the contents of all tensors of a request together.
 #[derive(Default)]
 struct ContentsSize {
     n_elements: usize,
@@ -234,8 +243,8 @@ struct ContentsSize {
 }
 
 impl ContentsSize {
-    /// Looks through one input; how many bytes its name, shape and parameters
-    /// take.
+    /// Adds the contents of one input, and returns the bytes of its name, shape
+    /// and parameters.
     fn scan(&mut self, tensor: &[u8]) -> Result<usize, String> {
         let mut n_other_bytes = 0;
         for field in Fields(tensor) {
@@ -249,20 +258,23 @@ impl ContentsSize {
                 if number == BYTES_CONTENTS {
                     self.n_elements += 1;
                 } else {
-                    // Packed, a number has a byte or more; by itself a tag, too.
+                    // A packed number takes at least a byte; a single number
+                    // has a tag, too.
                     self.n_number_bytes += numbers.len().max(size / 2);
                 }
             }
         }
         if self.n_elements > IMAGES_MAX {
             return Err(format!(
-                "inputs: more than {IMAGES_MAX} images in one call; split the call"
+                "inputs: the call has more than {IMAGES_MAX} images, which is the limit; split the \
+                 call"
             ));
         }
         if self.n_number_bytes > NUMBERS_BYTES_MAX {
             return Err(format!(
-                "inputs: the contents have more than {NUMBERS_BYTES_MAX} bytes; send them as \
-                 raw_input_contents"
+                "inputs: the contents have {} bytes; the limit is {NUMBERS_BYTES_MAX}; send them \
+                 as raw_input_contents",
+                self.n_number_bytes
             ));
         }
         Ok(n_other_bytes)
@@ -270,7 +282,7 @@ impl ContentsSize {
 }
 
 impl ScanMessage for pb::GetModelRequest {}
-// A few names, which keep their size.
+// These requests hold a few names, which keep their size.
 impl ScanMessage for inference::ServerLiveRequest {}
 impl ScanMessage for inference::ServerReadyRequest {}
 impl ScanMessage for inference::ModelReadyRequest {}
@@ -279,7 +291,7 @@ impl ScanMessage for inference::ModelMetadataRequest {}
 impl ScanMessage for inference::ModelConfigRequest {}
 impl ScanMessage for inference::ModelStatisticsRequest {}
 impl ScanMessage for inference::RepositoryIndexRequest {}
-// A client trusts the worker that it chose.
+// Responses are not checked, since a client trusts the worker that it chose.
 impl ScanMessage for pb::EmbedResponse {}
 impl ScanMessage for pb::EmbedStreamResponse {}
 impl ScanMessage for pb::ClassifyResponse {}
@@ -298,28 +310,31 @@ impl ScanMessage for inference::ModelConfigResponse {}
 impl ScanMessage for inference::ModelStatisticsResponse {}
 impl ScanMessage for inference::RepositoryIndexResponse {}
 
-/// All requests with images have them in field 1.
+/// Field number of the images in all requests that have images.
 const IMAGES: u64 = 1;
-/// `Image.tokens`.
+/// Field number of `Image.tokens`.
 const TOKENS: u64 = 3;
-/// `EmbedStreamRequest.item`.
+/// Field number of `EmbedStreamRequest.item`.
 const STREAM_ITEM: u64 = 2;
-/// `EmbedStreamItem.image`.
+/// Field number of `EmbedStreamItem.image`.
 const ITEM_IMAGE: u64 = 2;
 
-/// `GenerateRequest.prefix` and `GenerateRequest.image`.
+/// Field number of `GenerateRequest.prefix`.
 const PREFIX: u64 = 1;
+/// Field number of `GenerateRequest.image`.
 const PRIMER_IMAGE: u64 = 2;
-/// `ImagePrimer.image`.
+/// Field number of `ImagePrimer.image`.
 const IMAGE_OF_PRIMER: u64 = 1;
 
-/// `ModelInferRequest.inputs`, `outputs` and `raw_input_contents`.
+/// Field number of `ModelInferRequest.inputs`.
 const INFER_INPUT: u64 = 5;
+/// Field number of `ModelInferRequest.outputs`.
 const INFER_OUTPUT: u64 = 6;
+/// Field number of `ModelInferRequest.raw_input_contents`.
 const RAW_CONTENTS: u64 = 7;
-/// `InferInputTensor.contents`.
+/// Field number of `InferInputTensor.contents`.
 const TENSOR_CONTENTS: u64 = 5;
-/// `InferTensorContents.bytes_contents`.
+/// Field number of `InferTensorContents.bytes_contents`.
 const BYTES_CONTENTS: u64 = 8;
 
 fn scan_primer(primer: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
@@ -336,7 +351,8 @@ fn count_tokens(ids: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     *n_token_bytes += ids.len();
     if *n_token_bytes > TOKENS_BYTES_MAX {
         return Err(format!(
-            "ids: {n_token_bytes} bytes of ids, more than any model takes"
+            "ids: the ids have {n_token_bytes} bytes; the limit is {TOKENS_BYTES_MAX}, more than \
+             any model takes"
         ));
     }
     Ok(())
@@ -353,7 +369,8 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
         n_images += 1;
         if n_images > IMAGES_MAX {
             return Err(format!(
-                "images: more than {IMAGES_MAX} in one call; split the call"
+                "images: the call has more than {IMAGES_MAX} images, which is the limit; split the \
+                 call"
             ));
         }
         scan_image(content, &mut 0)?;
@@ -361,7 +378,8 @@ fn scan_images(message: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Counts the image's tokens to those before.
+/// Adds the bytes of an image's tokens to `n_token_bytes`, and checks the
+/// limit.
 fn scan_image(image: &[u8], n_token_bytes: &mut usize) -> Result<(), String> {
     for field in Fields(image) {
         let (number, content, _) = field?;
@@ -386,14 +404,14 @@ fn count_other(size: usize, n_other_bytes: &mut usize) -> Result<(), String> {
     *n_other_bytes += size;
     if *n_other_bytes > OTHER_BYTES_MAX {
         return Err(format!(
-            "request: options take more than {OTHER_BYTES_MAX} bytes"
+            "request: the options take more than {OTHER_BYTES_MAX} bytes, which is the limit"
         ));
     }
     Ok(())
 }
 
-/// The fields of a message: number, content if it has a length, and bytes on
-/// the wire.
+/// Iterator over the fields of a message: the number of each field, its content
+/// if the field has a length, and its bytes on the wire.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Iterator for Fields<'a> {
@@ -408,7 +426,9 @@ impl<'a> Iterator for Fields<'a> {
             // Nothing after a broken field can be trusted.
             self.0 = &[];
         }
-        Some(field.ok_or_else(|| "request: not a protobuf message of this method".to_owned()))
+        Some(field.ok_or_else(|| {
+            "request: the bytes are not a protobuf message of this method".to_owned()
+        }))
     }
 }
 
@@ -427,7 +447,7 @@ impl<'a> Fields<'a> {
                 self.take(len)?
             }
             5 => self.take(4)?,
-            // Groups, which proto3 does not have.
+            // Other wire types are groups, which proto3 does not have.
             _ => return None,
         };
         Some((tag >> 3, content, start - self.0.len()))
@@ -453,7 +473,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The codec that generated code uses.
+/// Codec of the generated code, which checks messages before it decodes them.
 #[derive(Debug, Clone)]
 pub(crate) struct ScanningCodec<T, U>(PhantomData<(T, U)>);
 
@@ -482,7 +502,7 @@ where
     }
 }
 
-/// Decoder that looks at a message before it decodes it.
+/// Decoder that checks a message before it decodes the message.
 #[derive(Debug)]
 pub(crate) struct ScanningDecoder<U>(PhantomData<U>);
 
@@ -492,26 +512,26 @@ impl<U: prost::Message + ScanMessage + Default> Decoder for ScanningDecoder<U> {
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         use bytes::Buf as _;
-        // tonic gathers a message in one piece before it asks to decode it. As
-        // bytes of its own it is decoded in half of the time: the buffer does
-        // more for each of a thousand tokens.
+        // tonic gathers a message in one piece before it calls the decoder.
+        // Decoding from `Bytes` takes half of the time of decoding from the
+        // buffer, which does more work for each of a thousand tokens.
         decode(buffer.copy_to_bytes(buffer.remaining())).map(Some)
     }
 
     fn buffer_settings(&self) -> BufferSettings {
-        // An empty buffer takes a message over as it is, where any other would
-        // copy it. Nothing is inflated with these settings: a worker does so
-        // before, and a client asks for no compression.
+        // An empty buffer takes over a message without a copy; any other buffer
+        // would copy it. No message is inflated with these settings: a worker
+        // inflates messages before, and a client asks for no compression.
         BufferSettings::new(0, 0)
     }
 }
 
-/// Decodes a message that was looked at first.
+/// Checks a message and decodes it.
 ///
 /// # Errors
 ///
-/// INVALID_ARGUMENT for bytes that are no message of this kind, or that would
-/// grow out of bounds.
+/// Returns INVALID_ARGUMENT for bytes that are not a message of this type, or
+/// that would grow out of bounds.
 pub(crate) fn decode<U: prost::Message + ScanMessage + Default>(
     message: Bytes,
 ) -> Result<U, Status> {
@@ -519,7 +539,7 @@ pub(crate) fn decode<U: prost::Message + ScanMessage + Default>(
     U::decode(message).map_err(|error| malformed(&format!("request: {error}")))
 }
 
-/// The refusal of a request that is not what its method takes.
+/// Returns the status that rejects a malformed request.
 pub(crate) fn malformed(reason: &str) -> Status {
     let details = ErrorDetails::with_error_info("REQUEST_MALFORMED", super::ERROR_DOMAIN, []);
     Status::with_error_details(Code::InvalidArgument, reason, details)

@@ -1,15 +1,15 @@
-//! Priorities of calls, by their names in metadata.
+//! Priority classes of calls, by their names in metadata.
 
-/// How urgent a call is. Ordered by urgency.
+/// Priority class of a call. Ordered by urgency, the most urgent first.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
-    /// Somebody waits for the answer: goes first.
+    /// Call for whose answer somebody waits; it is run first.
     Interactive,
-    /// A job over many images: fills what is left, and gets its share of the
-    /// engine when there is nothing left.
+    /// Job over many images; it runs in the time that interactive work leaves,
+    /// and gets at least --bulk-share of the engine's time.
     Bulk,
 }
 

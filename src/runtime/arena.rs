@@ -1,9 +1,9 @@
-//! One arena for all graphs of a device.
+//! One memory arena for all graphs of a device.
 //!
-//! A session keeps the most memory that any of its runs took. The graphs of a
-//! worker run one after the other, so with an arena in common they keep what
-//! the largest needs, not the sum; and on a GPU one limit bounds them all,
-//! weights included.
+//! A session keeps the largest memory that any of its runs took. The graphs of
+//! a worker run one after the other, so with a shared arena they keep the
+//! memory of the largest graph, not the sum; and on a GPU one limit bounds all
+//! graphs, weights included.
 #![expect(unsafe_code, reason = "ort has no safe way to register an arena")]
 
 use std::collections::BTreeSet;
@@ -16,20 +16,21 @@ use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 
 use crate::model::precision::Provider;
 
-/// An arena grows by what is asked for, not by powers of two.
+/// Value by which an arena grows by the requested size, not by powers of two.
 const EXTEND_AS_REQUESTED: i32 = 1;
-/// Lets ONNX Runtime choose.
+/// Value that lets ONNX Runtime choose.
 const DEFAULT: i32 = -1;
 
-/// The devices that have one: a second would be refused.
+/// Devices that have an arena; ONNX Runtime would refuse a second one.
 static SHARED: Mutex<BTreeSet<(Provider, i32)>> = Mutex::new(BTreeSet::new());
 
-/// Gives a device an arena that sessions with `use_env_allocators` take, of
-/// `limit` bytes at most; the first limit holds.
+/// Creates a device's arena of at most `limit` bytes, which sessions with
+/// `use_env_allocators` share. If the device has an arena already, nothing
+/// changes: the first limit stays.
 ///
 /// # Errors
 ///
-/// When ONNX Runtime does not make one.
+/// When ONNX Runtime cannot create the arena.
 pub(crate) fn share(
     environment: &Environment,
     provider: Provider,
@@ -53,9 +54,9 @@ pub(crate) fn share(
     };
     let api = ort::api();
     let mut arena = ptr::null_mut();
-    // SAFETY: every pointer is of a value that lives during the call, the keys
-    // and values are none; ONNX Runtime copies the configuration, which is
-    // released once.
+    // SAFETY: every pointer is to a value that lives during the call, and the
+    // lists of keys and values are empty; ONNX Runtime copies the
+    // configuration, which is released once.
     unsafe {
         let status = (api.CreateArenaCfg)(
             limit.unwrap_or(usize::MAX),

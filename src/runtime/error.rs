@@ -1,21 +1,21 @@
-//! Failures of the runtime underneath an engine, told apart by their words, since
-//! the runtime has no codes for them.
+//! Errors of ONNX Runtime, classified by their texts, since the runtime has no
+//! codes for them.
 
 use crate::model::precision::Provider;
 
-/// Why an engine could not be loaded, or a batch not run.
+/// Reason why an engine could not be loaded or a batch could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The runtime's library is missing or cannot be used.
     #[error("{0}")]
     Library(String),
-    /// The execution provider that was asked for cannot be had.
+    /// The requested execution provider cannot be used.
     #[error("{0}")]
     Provider(String),
     /// A graph is not one that this worker can serve.
     #[error("{file}: {reason}")]
     Graph { file: String, reason: String },
-    /// The engine could not be loaded, for a reason that says it all.
+    /// The engine could not be loaded; the text is complete by itself.
     #[error("{0}")]
     NotLoaded(String),
     /// The runtime failed.
@@ -24,13 +24,13 @@ pub enum EngineError {
     /// There was not enough memory for a batch of this size.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
-    /// The device is gone or in a state that only a new process leaves.
+    /// The device is lost, or in a state that only a new process can leave.
     #[error("the device has failed: {0}")]
     Device(String),
-    /// The run was stopped because nobody waited for it any more.
+    /// The run was stopped because no caller waited for it any more.
     #[error("the run was stopped")]
     Stopped,
-    /// The run's numbers are not what the graph promised.
+    /// The run's output does not have the expected shape or values.
     #[error("the model returned {got}, not {expected}")]
     Output { got: String, expected: String },
     /// Numbers of a run are not finite.
@@ -41,7 +41,7 @@ pub enum EngineError {
     Panicked(String),
 }
 
-/// What the runtime says when memory does not suffice, in lower case.
+/// Parts of the runtime's texts that mean too little memory, in lower case.
 const OUT_OF_MEMORY: [&str; 6] = [
     "out of memory",
     "failed to allocate memory",
@@ -51,8 +51,8 @@ const OUT_OF_MEMORY: [&str; 6] = [
     "alloc_failed",
 ];
 
-/// What it says when the device or its context is lost: CUDA's errors that
-/// every later call repeats.
+/// Parts of the runtime's texts that mean a lost device or context: CUDA's
+/// errors that every later call repeats.
 const DEVICE_FAILED: [&str; 11] = [
     "illegal memory access",
     "illegal address",
@@ -67,7 +67,7 @@ const DEVICE_FAILED: [&str; 11] = [
     "driver shutting down",
 ];
 
-/// The failure of a run.
+/// Classifies the error of a run by its text.
 pub(crate) fn run_failed(error: impl std::fmt::Display) -> EngineError {
     let text = error.to_string();
     let lower = text.to_lowercase();
@@ -81,19 +81,19 @@ pub(crate) fn run_failed(error: impl std::fmt::Display) -> EngineError {
     }
 }
 
-/// A failure of anything else.
+/// Wraps any other error of the runtime.
 pub(crate) fn runtime(error: impl std::fmt::Display) -> EngineError {
     EngineError::Runtime(error.to_string())
 }
 
-/// Failure to open a session on a provider, with what to do about it.
+/// Error of a session on a provider that cannot be used, with the remedy.
 pub(crate) fn cannot_be_had(provider: Provider, error: &ort::Error) -> EngineError {
     match provider {
         Provider::Cpu => runtime(error),
         Provider::Cuda => EngineError::Provider(format!(
-            "the CUDA execution provider cannot be used: {error}; `imagegpt doctor` says what is \
-             missing; it needs a GPU, onnxruntime-gpu's library by --onnxruntime and CUDA's \
-             libraries on LD_LIBRARY_PATH; or choose --execution-provider cpu"
+            "the CUDA execution provider cannot be used: {error}; it needs a GPU, the library of \
+             onnxruntime-gpu (--onnxruntime) and CUDA's libraries on LD_LIBRARY_PATH; \
+             `imagegpt doctor` says what is missing; or use --execution-provider cpu"
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! The shared library, found and loaded once a process.
+//! Finds the shared library of ONNX Runtime, and loads it once per process.
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -9,22 +9,23 @@ use crate::runtime::error::{EngineError, runtime};
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";
-/// Where the project's own set-up puts it, beside the build.
+/// Directory beside the build in which `make setup` puts the library.
 pub const LIBRARY_FOLDER: &str = "onnxruntime";
 
-/// ONNX Runtime allows one environment a process and forgets it when its last
-/// user goes, after which no other can be made: so the first stays.
+/// The process's environment, which is never dropped: ONNX Runtime allows one
+/// environment per process, and none can be created after the last use of the
+/// first.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-/// What to do about the library.
-const LIBRARY_HINT: &str = "give the path of a libonnxruntime.so of version 1.24 or newer by \
-                            --onnxruntime or ORT_DYLIB_PATH, or run `make setup`";
+/// Remedy for a library that cannot be used.
+const LIBRARY_HINT: &str = "set --onnxruntime or ORT_DYLIB_PATH to the path of a libonnxruntime.so \
+                            of version 1.24 or newer, or run `make setup`";
 
-/// The process's environment, made from `library` the first time.
+/// Returns the process's environment, created from `library` on the first call.
 ///
 /// # Errors
 ///
-/// When the library is missing or of another version; the text says what to
+/// When the library is missing or has another version; the text says what to
 /// do.
 pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     let mut environment = ENVIRONMENT
@@ -33,17 +34,17 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     if let Some(environment) = &*environment {
         return Ok(environment.clone());
     }
-    // The dynamic linker's own complaint does not get through.
+    // The dynamic linker's own error text would be lost.
     if library.components().count() > 1 && !library.is_file() {
         return Err(EngineError::Library(format!(
-            "{} is not there; {LIBRARY_HINT}",
+            "{} does not exist; {LIBRARY_HINT}",
             library.display()
         )));
     }
     let built = ort::init_from(library)
         .map_err(|error| {
             EngineError::Library(format!(
-                "{} cannot be used as ONNX Runtime: {error}; {LIBRARY_HINT}",
+                "{} cannot be loaded as ONNX Runtime: {error}; {LIBRARY_HINT}",
                 library.display()
             ))
         })?
@@ -54,14 +55,15 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
     Ok(environment.insert(built).clone())
 }
 
-/// Finds the library. A bare name that is given is a file in the current folder,
-/// or else one for the dynamic linker to find; if none is given, it lies beside
-/// the running program or up to two folders above it (where a build and its tests
-/// run), or the dynamic linker finds it.
+/// Finds the library. A given name without a directory is a file in the current
+/// directory, or else a library that the dynamic linker finds. Without a given
+/// name, the library is beside the running program or up to two directories
+/// above it (where a build and its tests run), or else the dynamic linker finds
+/// it.
 #[must_use]
 pub fn find_library(given: Option<&Path>) -> PathBuf {
     if let Some(path) = given {
-        // The dynamic linker looks for a bare name everywhere but here.
+        // The dynamic linker does not look in the current directory.
         let is_bare = path.components().count() == 1 && path.is_file();
         let here = is_bare.then(|| std::path::absolute(path).ok()).flatten();
         return here.unwrap_or_else(|| path.to_owned());
@@ -81,8 +83,9 @@ pub fn find_library(given: Option<&Path>) -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(LIBRARY))
 }
 
-/// The library's version: from its file's name (`libonnxruntime.so.1.31.1`),
-/// where links lead to it, else as far as the library itself tells.
+/// Returns the library's version: from its file name
+/// (`libonnxruntime.so.1.31.1`, to which links are followed), or else the
+/// version that the library reports.
 pub(crate) fn version(library: &Path) -> String {
     let file = std::fs::canonicalize(library).unwrap_or_default();
     let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -102,7 +105,7 @@ mod tests {
         let found = |given| find_library(Some(Path::new(given)));
         assert_eq!(found("/x/y.so"), Path::new("/x/y.so"));
         assert_eq!(found("y.so"), Path::new("y.so"), "for the linker");
-        // Tests run where this is.
+        // Tests run in the package's directory.
         let here = std::path::absolute("Cargo.toml").unwrap();
         assert_eq!(found("Cargo.toml"), here);
     }

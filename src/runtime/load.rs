@@ -1,16 +1,18 @@
-//! From files to sessions, through memory.
+//! Loads sessions from files that are read into memory first.
 //!
-//! ONNX Runtime would map the files that a graph names: then whoever cuts one ends
-//! the process, and whoever writes into one changes the numbers. So graphs and
-//! weights are read and compared with the model's digest, and given from memory.
+//! ONNX Runtime would map the files that a graph names: truncating such a file
+//! would end the process, and writing into it would change the numbers. So
+//! graphs and weights are read, compared with the model's digest, and passed
+//! from memory.
 //!
-//! Graphs that were compiled for a CPU compute from weights where they lie, so all
-//! of an engine's sessions are given the same tensors. They are replaced by name:
-//! in the graph itself stands a place that nothing can be read from, so that a
-//! session which would read a tensor otherwise fails and does not compute with
-//! something else. Small ones are written into the graph, because ONNX Runtime's
-//! optimizations look at some. What does not work that way, such as graphs for GPUs
-//! and other people's, is given the files as a whole, which each session copies.
+//! Graphs that were compiled for a CPU compute from weights in place, so all
+//! sessions of an engine are given the same tensors by name. In the graph
+//! itself, these tensors get a location that cannot be read, so that a session
+//! that would read a tensor from its file fails, and does not compute with
+//! other numbers. Small tensors are written into the graph, because ONNX
+//! Runtime's optimizations need the values of some. Other graphs, such as those
+//! for GPUs and published exports, are given the files as a whole, and each
+//! session copies its weights.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -30,27 +32,27 @@ use crate::model::{GraphFiles, manifest};
 use crate::runtime::Runtime;
 use crate::runtime::error::{EngineError, runtime};
 
-/// Tensors up to this size are written into the graph: all norms and biases, and no
-/// matrix of a real model.
+/// Largest tensor that is written into the graph, in bytes: this includes all
+/// norms and biases, and no matrix of a real model.
 const INLINE_BYTES_MAX: u64 = 64 << 10;
-/// The place that nothing can be read from: beyond any file.
+/// Offset that cannot be read because it is beyond the end of any file.
 const NOWHERE: u64 = 1 << 50;
-/// Where a graph from memory looks for the files that it names.
+/// Setting of the directory in which a graph from memory looks for its files.
 const FOLDER: &str = "session.model_external_initializers_file_folder_path";
 
-/// Loader of an engine's sessions. Lives as long as an engine loads.
+/// Loader of an engine's sessions, which is dropped when the engine is loaded.
 pub(crate) struct Loader {
     files: GraphFiles,
-    /// Weights that sessions share, by file; empty where they do not.
+    /// Weights that sessions share, by file; empty if nothing is shared.
     shared: BTreeMap<PathBuf, Weights>,
     /// Files that sessions copy from.
     copied: BTreeMap<PathBuf, Arc<[u8]>>,
 }
 
-/// A file's tensors, by what graphs say of them.
+/// Tensors of a file, by their place and type.
 type Weights = BTreeMap<Key, Held>;
 
-/// Where a tensor lies and what it is.
+/// Place, type and shape of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     offset: u64,
@@ -65,12 +67,12 @@ enum Held {
 }
 
 impl Loader {
-    /// With `graphs` that are to share their weights, if they can; none do
-    /// otherwise.
+    /// Makes a loader whose `graphs` share their weights if possible; sessions
+    /// of other graphs copy their weights.
     ///
     /// # Errors
     ///
-    /// When a file cannot be read or is not what it was.
+    /// When a file cannot be read or has changed since the model was opened.
     pub(crate) fn new<'a>(
         files: GraphFiles,
         graphs: impl Iterator<Item = &'a PathBuf>,
@@ -102,7 +104,7 @@ impl Loader {
         })
     }
 
-    /// Opens a graph.
+    /// Opens a session of a graph.
     pub(crate) fn session(
         &mut self,
         runtime_: &Runtime,
@@ -115,7 +117,7 @@ impl Loader {
         if !self.shared.is_empty() && runtime_.provider == Provider::Cpu {
             match self.with_shared(runtime_, path, &graph) {
                 Err(EngineError::Graph { file, reason }) => {
-                    tracing::info!(file, reason, "weights are copied, not shared");
+                    tracing::info!(file, reason, "cannot share weights; copying them");
                 }
                 outcome => return outcome,
             }
@@ -181,8 +183,8 @@ impl Loader {
             let content = self.copied.get(&file);
             content.ok_or_else(|| format!("{} was not read", file.display()))
         };
-        // ONNX Runtime takes only those of the outermost graph from memory, and needs
-        // small ones, such as shapes, before it takes any.
+        // ONNX Runtime takes only tensors of the outermost graph from memory,
+        // and it needs small tensors, such as shapes, before that.
         let is_inline = |tensor: &ExternalTensor| {
             tensor.is_nested || tensor.bytes().is_ok_and(|bytes| bytes <= INLINE_BYTES_MAX)
         };
@@ -251,8 +253,8 @@ impl Key {
     }
 }
 
-/// Reads a file's tensors; `None` if they cannot be shared, because some lie over
-/// each other or are of a type that no weights are of.
+/// Reads a file's tensors; `None` if they cannot be shared, because some
+/// overlap, end beyond the file, or have a type that weights do not have.
 fn weights(mut reader: FileReader<'_>, mut keys: Vec<Key>) -> Result<Option<Weights>, String> {
     keys.sort_unstable();
     keys.dedup();
@@ -280,7 +282,7 @@ fn weights(mut reader: FileReader<'_>, mut keys: Vec<Key>) -> Result<Option<Weig
     Ok(Some(weights))
 }
 
-/// Reads a tensor into memory.
+/// Reads a tensor into memory; `None` for a type that weights do not have.
 fn value(reader: &mut FileReader<'_>, key: &Key) -> Result<Option<DynValue>, String> {
     let value = match DataType::try_from(key.data_type) {
         Ok(DataType::Float) => filled::<f32>(reader, &key.dims),
@@ -297,15 +299,15 @@ fn filled<T: PrimitiveTensorElementType + Debug + bytemuck::Pod>(
     reader: &mut FileReader<'_>,
     dims: &[i64],
 ) -> Result<DynValue, String> {
-    // ONNX Runtime computes where they lie only from values that are not its own.
+    // ONNX Runtime computes in place only from memory that it did not allocate.
     let n = dims.iter().try_fold(1_usize, |n, &size| {
         n.checked_mul(usize::try_from(size).ok()?)
     });
-    let n = n.ok_or("has a tensor of an impossible shape")?;
+    let n = n.ok_or("has a tensor whose shape is not valid")?;
     let mut numbers = Vec::new();
     numbers
         .try_reserve_exact(n)
-        .map_err(|error| format!("has a tensor of {n} numbers: {error}"))?;
+        .map_err(|error| format!("has a tensor of {n} numbers, too large for memory: {error}"))?;
     numbers.resize(n, T::zeroed());
     reader.fill(bytemuck::cast_slice_mut(&mut numbers))?;
     let tensor = Tensor::from_array((dims.to_vec(), numbers));

@@ -1,8 +1,8 @@
 //! The worker's own kernels as operators of ONNX Runtime.
 //!
-//! On a CPU they run on the threads of the session that calls them, as many as its
-//! `intra_threads`, and on no others. Attention and layers are for the CPU alone,
-//! quick-gelu in 16 bits is for GPUs.
+//! On a CPU they run only on the threads of the session that calls them
+//! (`intra_threads`). Attention and layers are for the CPU only, quick-gelu in
+//! 16 bits is for GPUs.
 
 use ort::operator::{ComputeContext, OperatorDomain};
 use ort::value::{DynTensorRef, DynTensorRefMut, IntoShape};
@@ -18,13 +18,14 @@ mod attention;
 mod layers;
 mod quick_gelu;
 
-/// The domain of this worker's operators.
+/// Name of the domain of this worker's operators.
 pub const DOMAIN: &str = "imagegpt";
 
-/// The domain with its operators, for `SessionBuilder::with_operators`.
+/// Creates the domain with its operators, for `SessionBuilder::with_operators`.
 ///
 /// # Errors
-/// If ONNX Runtime cannot make a domain.
+///
+/// When ONNX Runtime cannot create the domain.
 pub fn domain() -> ort::Result<OperatorDomain> {
     let mut domain = OperatorDomain::new(DOMAIN)?
         .add(attention::CausalAttentionOp)?

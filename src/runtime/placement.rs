@@ -1,8 +1,8 @@
-//! Which execution provider got which nodes of a graph.
+//! Checks the placement of a graph's nodes on execution providers.
 //!
-//! A provider takes the nodes that it has kernels for, and ONNX Runtime gives
-//! the others to the CPU without a word: a graph that was meant for a GPU may
-//! then copy its activations back and forth, and be right and slow.
+//! A provider takes the nodes that it has kernels for, and ONNX Runtime
+//! silently gives the others to the CPU: a graph for a GPU may then copy its
+//! activations back and forth, and be correct but slow.
 #![expect(
     unsafe_code,
     reason = "ort has no safe way to ask where nodes were put"
@@ -19,11 +19,12 @@ use crate::model::precision::Provider;
 use crate::runtime::error::{EngineError, cannot_be_had};
 use crate::runtime::{Operators, Runtime};
 
-/// What a session must be told, or else it does not remember.
+/// Setting by which a session records the placement of its nodes.
 pub(crate) const RECORD: &str = "session.record_ep_graph_assignment_info";
 
-/// What exporters make of shapes and positions. ONNX Runtime keeps it on the
-/// CPU on purpose: a few integers, which a GPU would be asked for in vain.
+/// Operators of shapes and positions in exported graphs. ONNX Runtime
+/// deliberately keeps them on the CPU: they compute a few integers, for which a
+/// GPU is no help.
 const OF_SHAPES: [&str; 28] = [
     "Shape",
     "Size",
@@ -55,7 +56,7 @@ const OF_SHAPES: [&str; 28] = [
     "Identity",
 ];
 
-/// Operators that compute attention in one piece.
+/// Fused operators that compute whole attention.
 const FUSED_ATTENTION: [&str; 4] = [
     "Attention",
     "MultiHeadAttention",
@@ -63,18 +64,19 @@ const FUSED_ATTENTION: [&str; 4] = [
     "PackedMultiHeadAttention",
 ];
 
-/// The nodes of a session by provider and operator, as they were given out
-/// before any fusion.
+/// Returns the number of nodes of a session by provider and operator, as they
+/// were assigned before any fusion.
 ///
 /// # Errors
 ///
-/// When ONNX Runtime does not say.
+/// When ONNX Runtime does not report the assignment.
 pub(crate) fn placement(session: &Session) -> ort::Result<Operators> {
     let api = ort::api();
     let mut operators = Operators::new();
     let (mut pieces, mut n_pieces) = (ptr::null(), 0);
-    // SAFETY: the session lives during the call, and both places are written to
-    // before it returns well; the pieces are the session's and live as long.
+    // SAFETY: the session lives during the call, and both variables are written
+    // before it returns successfully; the pieces belong to the session and live
+    // as long as it does.
     let pieces = unsafe {
         let status = (api.Session_GetEpGraphAssignmentInfo)(
             session.ptr(),
@@ -87,7 +89,7 @@ pub(crate) fn placement(session: &Session) -> ort::Result<Operators> {
     for &piece in pieces {
         let (mut nodes, mut n_nodes) = (ptr::null(), 0);
         let mut name: *const c_char = ptr::null();
-        // SAFETY: as above; the piece is one of those that were just given.
+        // SAFETY: as above; the piece is one of those that were just returned.
         let (name, nodes) = unsafe {
             let status = (api.EpAssignedSubgraph_GetEpName)(piece, &raw mut name);
             ort::Error::result_from_status(status)?;
@@ -110,17 +112,21 @@ pub(crate) fn placement(session: &Session) -> ort::Result<Operators> {
     Ok(operators)
 }
 
+/// Makes a slice of a list of ONNX Runtime.
+///
 /// # Safety
 ///
-/// `first` is null or the first of `n` that live for `'a`.
+/// `first` is null or points to the first of `n` values that live for `'a`.
 unsafe fn list<'a, T>(first: *const T, n: usize) -> &'a [T] {
     if first.is_null() || n == 0 {
         return &[];
     }
-    // SAFETY: the caller says so.
+    // SAFETY: the caller guarantees that `first` points to `n` values.
     unsafe { std::slice::from_raw_parts(first, n) }
 }
 
+/// Copies a text of ONNX Runtime; null gives an empty text.
+///
 /// # Safety
 ///
 /// `text` is null or ends with a zero byte.
@@ -128,18 +134,18 @@ unsafe fn text(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: the caller says so.
+    // SAFETY: the caller guarantees that `text` ends with a zero byte.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_string_lossy().into_owned()
 }
 
-/// Refuses a graph of which another provider than `provider` computes
-/// something; of graphs that this project made, also one whose attention is not
-/// in one piece.
+/// Refuses a graph with nodes on another provider than `provider`, except
+/// operators of shapes; with `is_compiled`, also a graph for CUDA without fused
+/// attention.
 ///
 /// # Errors
 ///
-/// What is where.
+/// When the graph is refused; the text lists the nodes on other providers.
 pub(crate) fn check(
     operators: &Operators,
     provider: Provider,
@@ -154,8 +160,8 @@ pub(crate) fn check(
         .collect();
     if !strays.is_empty() {
         return Err(format!(
-            "{} has no kernels for some of its nodes, which would run elsewhere and slow \
-             everything down: {}",
+            "{} has no kernels for some of the graph's nodes, which would run on another provider \
+             and slow everything down: {}",
             provider.runtime_name(),
             strays.join(", ")
         ));
@@ -166,12 +172,15 @@ pub(crate) fn check(
         names.any(|name| FUSED_ATTENTION.contains(&name.as_str()))
     });
     if is_compiled && provider == Provider::Cuda && !is_fused {
-        return Err("its attention is not in one operator; compile the model again".to_owned());
+        return Err(
+            "the graph's attention is not a fused operator; compile the model again".to_owned(),
+        );
     }
     Ok(())
 }
 
-/// A session's options, or what to do when the provider cannot be had.
+/// Returns a builder of sessions that record their placement; the error of a
+/// provider that cannot be used has the remedy.
 pub(crate) fn builder(runtime: &Runtime) -> Result<SessionBuilder, EngineError> {
     let recording = |builder: SessionBuilder| Ok(builder.with_config_entry(RECORD, "1")?);
     runtime

@@ -1,5 +1,5 @@
-//! Whether an execution provider can be had: registered, with a device, and
-//! able to run something.
+//! Probe of an execution provider: that it is registered, has a device, and can
+//! run a graph.
 
 use ort::value::Tensor;
 use prost::Message as _;
@@ -11,12 +11,12 @@ use crate::model::onnx::{
 use crate::runtime::Runtime;
 use crate::runtime::error::{EngineError, cannot_be_had};
 
-/// Runs the smallest of graphs. A provider that registers may still have no
-/// device, which only a session notices.
+/// Runs a tiny graph on the provider. A provider that registers may still have
+/// no device, which only a session notices.
 ///
 /// # Errors
 ///
-/// Why it cannot be had.
+/// When the provider cannot be used; the text has the reason and the remedy.
 pub fn probe(runtime: &Runtime) -> Result<(), EngineError> {
     let plain = Runtime {
         shares_arena: false,

@@ -1,11 +1,11 @@
-//! The rate of a large matrix product, through the same runtime as the model:
-//! what a model's own rate is a fraction of.
+//! Measures the rate of a large matrix product in the model's runtime (the
+//! roofline), as the ceiling of the model's own rate.
 //!
-//! A device's data sheet promises more than any program gets, so the ceiling is
-//! measured: products of square matrices, large enough to fill the device, of
-//! random numbers (zeros take less power, and so run faster), where they lie
-//! already. What a model cannot reach of it is lost in its smaller products, in
-//! attention, in norms and in launches.
+//! A device's data sheet promises more than any program reaches, so the ceiling
+//! is measured: products of square matrices that are large enough to fill the
+//! device, are already in its memory, and hold random numbers (zeros take less
+//! power, and so run faster). A model is slower than the ceiling because of its
+//! smaller products, attention, norms and kernel launches.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -24,34 +24,37 @@ use crate::model::onnx::{
 };
 use crate::model::precision::{Precision, Provider};
 
-/// Where and how products are computed.
+/// Settings of the measurement.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RooflineOptions<'a> {
-    /// The runtime's library.
+    /// Path of the runtime's library.
     pub library: &'a Path,
     pub provider: Provider,
     pub device_id: i32,
-    /// As the engine's: 0 takes one a physical core.
+    /// Number of threads, as in the engine; 0 uses one thread per physical
+    /// core.
     pub intra_op_threads: usize,
-    /// The model's. int8 is measured in fp32, which most of such a model is not
-    /// computed in: its fraction may be over 1.
+    /// Precision of the model. For int8, the roofline is measured in fp32,
+    /// although most of such a model is computed in 8 bits: its fraction may
+    /// exceed 1.
     pub precision: Precision,
 }
 
-/// See the module.
+/// Measurement of a device's roofline, with a session that is ready to run.
 pub(crate) struct Roofline {
-    /// Of the matrices.
+    /// Number of rows and of columns of the matrices.
     pub side: usize,
-    /// "fp32", "fp16" or "bf16".
+    /// Precision of the products: "fp32", "fp16" or "bf16".
     pub precision: &'static str,
-    /// The binding refers to the session, so it goes first.
+    /// Binding of the session's input and output; dropped before the session,
+    /// to which it refers.
     binding: IoBinding,
     session: Session,
     n_products: usize,
 }
 
 impl Roofline {
-    /// Makes the matrices and warms the device up.
+    /// Creates the matrices and warms up the device.
     ///
     /// # Errors
     ///
@@ -64,8 +67,8 @@ impl Roofline {
             Precision::Fp16 => (DataType::Float16, "fp16"),
             Precision::Bf16 => (DataType::Bfloat16, "bf16"),
         };
-        // About 0.1 s on a CPU; on a GPU enough that the start of a run does not
-        // show.
+        // About 0.1 s on a CPU; on a GPU long enough that the start of a run
+        // does not matter.
         let (side, n_products) = match options.provider {
             Provider::Cpu => (2048, 1),
             Provider::Cuda => (8192, 8),
@@ -82,7 +85,7 @@ impl Roofline {
         let open = || -> ort::Result<(Session, IoBinding)> {
             let session = runtime.builder()?.commit_from_memory(&model)?;
             let mut binding = session.create_binding()?;
-            // Copied to the device now, and not in every run.
+            // Copied to the device now, not in every run.
             binding.bind_input("x", &tensor(side, data_type, factor)?)?;
             let device = match options.provider {
                 Provider::Cpu => AllocationDevice::CPU,
@@ -111,20 +114,20 @@ impl Roofline {
         Ok(roofline)
     }
 
-    /// Multiplications and additions of one run.
+    /// Returns the number of multiplications and additions of one run.
     #[must_use]
     pub(crate) fn flop(&self) -> u64 {
         (2 * self.n_products * self.side.pow(3)) as u64
     }
 
-    /// Computes them once and says how long it took.
+    /// Computes the products once and returns how long this took.
     ///
     /// # Errors
     ///
     /// When the run failed.
     pub(crate) fn run(&mut self) -> Result<Duration, EngineError> {
         let started = Instant::now();
-        // It returns when the device is done.
+        // The call returns when the device has finished.
         self.session
             .run_binding(&self.binding)
             .map_err(|error| EngineError::Runtime(error.to_string()))?;
@@ -132,7 +135,7 @@ impl Roofline {
     }
 }
 
-/// x W W ⋯ W.
+/// Builds the graph of a chain of products, x W W ⋯ W.
 pub(super) fn chain(
     side: usize,
     n_products: usize,
@@ -177,8 +180,8 @@ pub(super) fn chain(
     }
 }
 
-/// Random numbers of a square matrix, such that a product with it is about as
-/// long as what went in.
+/// Returns random numbers for a square matrix whose products have about the
+/// same norm as their inputs.
 fn numbers(side: usize) -> Vec<f32> {
     #[expect(
         clippy::cast_precision_loss,

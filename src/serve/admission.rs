@@ -1,10 +1,11 @@
-//! Lets calls in, up to the worker's capacity, and counts nothing twice.
+//! Admission control: admits calls up to the worker's capacity, and counts
+//! nothing twice.
 //!
-//! Capacity has two measures: images, which bound the queues, and bytes,
-//! which bound memory (what arrived plus what the answer will take). A call
-//! gets all it needs at once or is refused at once, with the time after which
-//! a retry makes sense. Only a stream waits here: it is not read on until
-//! there is room for its next item.
+//! Capacity has two measures: images, which bound the queues, and bytes, which
+//! bound memory (bytes that arrived plus bytes that the answer will take). A
+//! call gets all it needs at once, or is rejected at once with the time after
+//! which a retry makes sense (load shedding). Only a stream waits here
+//! (backpressure): it is not read on until there is room for its next item.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,31 +22,32 @@ use crate::serve::preprocess::queue::QueueEntrance;
 
 pub(crate) use super::capacity::{CapacityPool, CapacityShare};
 
-/// Bounds on what may be in the worker at once.
+/// Bounds on the work that may be in the worker at the same time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Capacity {
     pub images: usize,
     pub bytes: usize,
-    /// Images that are generated or wait for it: each keeps its place for as
-    /// long as a thousand steps take, so they must not take all of them.
+    /// Largest number of images that are being generated or wait for it: each
+    /// keeps its place for as long as a thousand steps take, so they must not
+    /// take all places.
     pub samples: usize,
-    /// How much of both bulk work cannot take, in percent.
+    /// Share of each bound that bulk work cannot take, in percent.
     pub interactive_reserve: u8,
 }
 
-/// One call, as admission sees it.
+/// Call to be admitted.
 #[derive(Debug)]
 pub(crate) struct AdmissionCall {
-    /// Each image with what is wanted of it.
+    /// Each image with the work requested for it.
     pub images: Vec<(ImageRequest, RequestedWork)>,
     pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
-    /// Where the call's log lines belong.
+    /// Tracing span of the call, for its log lines.
     pub span: tracing::Span,
 }
 
-/// One item of a stream, as admission sees it.
+/// Item of a stream to be admitted.
 #[derive(Debug)]
 pub(crate) struct StreamItem {
     pub picture: ImageRequest,
@@ -53,18 +55,19 @@ pub(crate) struct StreamItem {
     pub class: Priority,
     pub bytes: Bytes,
     pub deadline: Option<Instant>,
-    /// Where the stream's log lines belong.
+    /// Tracing span of the stream, for its log lines.
     pub span: tracing::Span,
 }
 
-/// Bytes that a call or an item holds in memory.
+/// Bytes of memory that a call or an item of a stream holds.
 #[derive(Debug, Default)]
 pub(crate) struct Bytes {
-    /// Bytes of the pictures, until the last of them is answered.
+    /// Bytes of the pictures, held until the last picture is answered.
     pub request: usize,
-    /// Share that was taken for the pictures while they arrived; more than they need or less.
+    /// Share that was taken for the pictures while they arrived; may be more or
+    /// less than they need.
     pub arrived: CapacityShare,
-    /// Bytes of the answer, until that has been taken.
+    /// Bytes of the answer, held until the caller has taken the answer.
     pub answer: usize,
 }
 
@@ -73,7 +76,7 @@ impl Bytes {
         self.request + self.answer
     }
 
-    /// Bytes to be taken besides those that have arrived.
+    /// Bytes to be taken in addition to the share of those that have arrived.
     fn missing(&self) -> usize {
         let n_arrived = self.arrived.size();
         (self.request.max(n_arrived) + self.answer) - n_arrived
@@ -82,24 +85,25 @@ impl Bytes {
 
 type Outcome = Result<Answer, StageError>;
 
-/// The outcomes of a call's images. Dropped before all have come, it tells the
-/// stages that nobody waits for the rest.
+/// Outcomes of a call's images. If dropped before all outcomes have arrived,
+/// the stages are told that nobody waits for the rest.
 #[derive(Debug)]
 pub(crate) struct PendingAnswers {
-    /// In the call's order.
+    /// Outcomes in the call's order.
     outcomes: std::vec::IntoIter<oneshot::Receiver<Outcome>>,
-    /// Keeps the answer's bytes accounted for until the caller has taken it; the
-    /// pictures' are free once the last is answered.
+    /// Keeps the answer's bytes accounted for until the caller has taken the
+    /// answer; the bytes of the pictures are returned once the last picture is
+    /// answered.
     pub bytes: Arc<CapacityShare>,
     door: Arc<QueueEntrance>,
 }
 
 impl PendingAnswers {
-    /// The outcome of the next image, in the call's order; `None` after the
-    /// last.
+    /// Waits for the outcome of the next image, in the call's order; `None`
+    /// after the last.
     pub(crate) async fn next(&mut self) -> Option<Outcome> {
-        // Looked at first and taken once it is there: if this future is
-        // dropped while it waits, the image still counts as waited for.
+        // The receiver is taken only once its outcome is there: if this future
+        // is dropped while it waits, the image still counts as waited for.
         let outcome = self.outcomes.as_mut_slice().first_mut()?;
         let outcome = outcome.await.unwrap_or(Err(StageError::Lost));
         self.outcomes.next();
@@ -110,14 +114,14 @@ impl PendingAnswers {
 impl Drop for PendingAnswers {
     fn drop(&mut self) {
         if self.outcomes.len() > 0 {
-            // Their replies see it from now on.
+            // The replies see from now on that their receivers are gone.
             self.outcomes = Vec::new().into_iter();
             self.door.sweep();
         }
     }
 }
 
-/// The door of the worker. Cheap to clone.
+/// Entrance of the worker, which admits or rejects calls. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Admission {
     images: CapacityPool,
@@ -146,19 +150,21 @@ impl Admission {
         }
     }
 
-    /// The way of an image from here on: to a preprocessing thread, or straight
-    /// to the batcher where there is nothing to decode.
+    /// Sends an image to a preprocessing thread, or straight to the batcher if
+    /// there is nothing to decode.
     fn enter(&self, job: Job<ImageRequest>) {
         match job.work {
             RequestedWork::Infer { .. } | RequestedWork::Tokenize if job.payload.is_tokens() => {
                 self.preprocessing.tokenize(job);
             }
-            // Rows of an image to generate are encoded as it begins.
+            // An image to generate takes the queue even if it is tokens, since
+            // its known rows are encoded as it begins.
             _ => self.door.push(job),
         }
     }
 
-    /// A view of how full the worker is, which does not keep the door open.
+    /// Returns a view of the worker's occupancy, which does not keep the
+    /// entrance open.
     #[must_use]
     pub(crate) fn occupancy(&self) -> Occupancy {
         Occupancy {
@@ -167,18 +173,19 @@ impl Admission {
         }
     }
 
-    /// Where bytes of requests that are still arriving are counted.
+    /// Returns the pool in which bytes of requests that are still arriving are
+    /// counted.
     #[must_use]
     pub(crate) fn bytes(&self) -> CapacityPool {
         self.bytes.clone()
     }
 
-    /// Places for the samples of a call that generates images, besides those that
-    /// [`Admission::submit`] takes.
+    /// Takes places for the samples of a call that generates images, besides
+    /// the places that [`Admission::submit`] takes.
     ///
     /// # Errors
     ///
-    /// As [`Admission::submit`].
+    /// Same errors as [`Admission::submit`].
     pub(crate) fn samples(&self, class: Priority, n: usize) -> Result<CapacityShare, StageError> {
         let (what, flag) = ("samples", "--samples-in-flight-max");
         fits(&self.samples, class, n, what, flag)?;
@@ -187,22 +194,23 @@ impl Admission {
             .ok_or_else(|| self.full(what, flag))
     }
 
-    /// Sends every image of the call down the line.
+    /// Admits a call whole, and sends every image of it on its way.
     ///
     /// # Errors
     ///
-    /// [`StageError::Full`] when there is no room for the whole call now,
-    /// [`StageError::NeverFits`] when there never is.
+    /// [`StageError::Full`] if there is no room for the whole call now,
+    /// [`StageError::NeverFits`] if there never is.
     pub(crate) fn submit(&self, call: AdmissionCall) -> Result<PendingAnswers, StageError> {
         self.submit_with(call, 0).map(|(pending, _)| pending)
     }
 
-    /// The same for a call that may hold so many bytes more: as a share of their
-    /// own, to give back what it turns out not to need.
+    /// Admits a call that may hold `spare` more bytes: returns these as a share
+    /// of their own, so that the caller can give back the part that turns out
+    /// not to be needed.
     ///
     /// # Errors
     ///
-    /// As [`Admission::submit`].
+    /// Same errors as [`Admission::submit`].
     pub(crate) fn submit_with(
         &self,
         call: AdmissionCall,
@@ -241,7 +249,7 @@ impl Admission {
                 span: call.span.clone(),
                 reply,
                 permit: Permit {
-                    // One was taken for each picture.
+                    // One place was taken for each picture.
                     image: images.split_one().unwrap_or_default(),
                     bytes: Arc::clone(&request),
                 },
@@ -260,24 +268,26 @@ impl Admission {
         Ok((pending, spare))
     }
 
-    /// Sends one item of a stream down the line, once there is room for it.
+    /// Sends an item of a stream on its way, once there is room for it.
     ///
     /// # Errors
     ///
-    /// [`StageError::NeverFits`] when there never is.
+    /// [`StageError::NeverFits`] if there never is room.
     pub(crate) async fn submit_when_room(
         &self,
         item: StreamItem,
     ) -> Result<PendingAnswers, StageError> {
         let (what, flag) = ("bytes", "--bytes-in-flight-max");
-        // Whoever waits has only what bulk work has too.
+        // An item that waits can only have the part that bulk work can have
+        // too.
         fits(&self.bytes, Priority::Bulk, item.bytes.all(), what, flag)?;
-        // Always in this order, and whoever holds both is in the line and
-        // ends: so nobody waits for somebody who waits. Bytes first: they come
-        // back when readers take their answers, which may be never, and an
-        // image's place held meanwhile would be idle. A message was read only
-        // once there was room for all that its item holds, so an item that came
-        // with its share does not wait for bytes here.
+        // Always in this order (bytes, then an image's place), so that there is
+        // no deadlock: an item that holds both is on its way and ends, and
+        // therefore no item waits for another one that waits. Bytes come first:
+        // they are returned when readers take their answers, which may be
+        // never, and an image's place held meanwhile would be idle. A message
+        // was read only once there was room for all that its item holds, so an
+        // item that came with its share does not wait for bytes here.
         let item_bytes = item.bytes;
         let n_arrived = item_bytes.arrived.size();
         let mut bytes = item_bytes.arrived;
@@ -312,7 +322,7 @@ impl Admission {
         })
     }
 
-    /// The refusal of a call that may fit later.
+    /// Returns the rejection of a call that may fit later.
     fn full(&self, what: &'static str, flag: &'static str) -> StageError {
         StageError::Full {
             what,
@@ -322,7 +332,7 @@ impl Admission {
     }
 }
 
-/// Refuses what a class can never have of a pool.
+/// Rejects a request for more of a pool than its class can ever have.
 fn fits(
     pool: &CapacityPool,
     class: Priority,
@@ -342,11 +352,11 @@ fn fits(
     Ok(())
 }
 
-/// A number from 0 to 1 that differs from call to call, so that those who were
-/// refused together do not come back together.
+/// Returns a number from 0 to 1 that differs from call to call, so that callers
+/// who were rejected together do not come back together (jitter).
 fn jitter() -> f64 {
     use std::hash::{BuildHasher as _, RandomState};
-    // Each has keys of its own.
+    // Each `RandomState` has random keys of its own.
     let hash = RandomState::new().hash_one(0_u8);
     #[expect(clippy::cast_precision_loss, reason = "32 bits fit")]
     {
@@ -354,7 +364,7 @@ fn jitter() -> f64 {
     }
 }
 
-/// How full the worker is.
+/// Occupancy of the worker: images and bytes in flight.
 #[derive(Debug, Clone)]
 pub(crate) struct Occupancy {
     images: CapacityPool,
@@ -362,25 +372,25 @@ pub(crate) struct Occupancy {
 }
 
 impl Occupancy {
-    /// Images admitted and not yet answered.
+    /// Number of images that were admitted and are not yet answered.
     #[must_use]
     pub(crate) fn images(&self) -> usize {
         self.images.taken()
     }
 
-    /// The limit on images in flight.
+    /// Limit on images in flight.
     #[must_use]
     pub(crate) fn images_max(&self) -> usize {
         self.images.size()
     }
 
-    /// Bytes that requests and answers hold.
+    /// Number of bytes that requests and answers hold.
     #[must_use]
     pub(crate) fn bytes(&self) -> usize {
         self.bytes.taken()
     }
 
-    /// The limit on bytes in flight.
+    /// Limit on bytes in flight.
     #[must_use]
     pub(crate) fn bytes_max(&self) -> usize {
         self.bytes.size()

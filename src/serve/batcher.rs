@@ -1,14 +1,16 @@
-//! Gathers jobs into batches, under one lock and with a thread of its own.
+//! Gathers jobs into batches, under one lock and with a thread of its own
+//! (continuous batching).
 //!
-//! Late binding: a batch is formed only when an engine has said that it is free,
-//! from everything that waits at that moment; several engines take from the one
-//! queue, whoever has been free longest first. The engine's thread forms it
-//! itself where something waits; this thread does so when something comes to an
-//! engine that is idle, keeps the time, and gives the answers of engines that
-//! run on. Identical work stands in
-//! the queue once, with everybody who waits for it. Whoever has gone or is late
-//! leaves at once: the queue of pictures tells when a caller goes, and a timer runs to the
-//! next deadline. A run that nobody waits for any more is stopped.
+//! Late binding: a batch is formed only when an engine has said that it is
+//! free, from everything that waits at that moment. All engines take from one
+//! queue; the engine that has been free longest comes first. The engine's
+//! thread forms the batch itself if something waits. The batcher's thread forms
+//! it if work arrives while an engine is idle; it also keeps the timers, and
+//! sends the answers of engines that run on. Identical work is in the queue
+//! once, with all callers that wait for the answer (coalescing). A caller that
+//! has disconnected or is past its deadline leaves the queue at once: the
+//! preprocessing queue rings a bell when a caller disconnects, and a timer runs
+//! to the next deadline. A run that no caller waits for any more is stopped.
 
 mod engines;
 pub(crate) mod pace;
@@ -43,7 +45,7 @@ use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 type TokenJob = Job<Arc<[u16]>>;
 
-/// What preprocessing hands on.
+/// Work that preprocessing hands on to the batcher.
 #[derive(Debug)]
 pub(crate) enum PreparedWork {
     /// One row of a run.
@@ -52,38 +54,40 @@ pub(crate) enum PreparedWork {
     Sequence(Sequence),
 }
 
-/// Jobs that are taken in at one time: an engine may wait for the lock meanwhile,
-/// about a tenth of a millisecond.
+/// Jobs that the batcher takes in while it holds the lock once: an engine may
+/// have to wait for the lock meanwhile, about a tenth of a millisecond.
 const PUSHED_AT_ONCE: usize = 64;
 
-/// Deadlines within this of each other are dealt with at one time, and so are
-/// callers that go: finding them takes as long as many wait.
+/// Time within which deadlines, and disconnections of callers, are handled
+/// together, since finding them takes time in proportion to the work that
+/// waits.
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
 
-/// Times as long as a sweep takes nobody sweeps after it.
+/// Pause after a sweep, as a multiple of the sweep's own duration.
 const SWEEP_PAUSE: u32 = 9;
 
 /// The batcher's ends of its channels.
 pub(crate) struct Channels {
-    /// From preprocessing.
+    /// Work from preprocessing.
     pub(crate) jobs: Receiver<PreparedWork>,
-    /// From admission, when callers have gone.
+    /// Bell that admission rings when callers have disconnected.
     pub(crate) bell: Receiver<()>,
-    /// From the engines.
+    /// Notices from the engines.
     pub(crate) notices: Receiver<EngineNotice>,
 }
 
-/// What the batcher shares with others.
+/// Parts of the worker that the batcher shares with other stages.
 pub(crate) struct BatcherParts {
     pub(crate) cache: AnswerCache,
     pub(crate) drain: DrainRate,
-    /// Percent of the sequences that bulk cannot have.
+    /// Percentage of each engine's slots for sequences that bulk work cannot
+    /// take.
     pub(crate) interactive_reserve: u8,
     pub(crate) metrics: Metrics,
 }
 
-/// Where batches are formed, for the batcher's thread and the engines'. Cheap to
-/// clone.
+/// State from which batches are formed, shared by the batcher's thread and the
+/// engines' threads. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Batcher(Arc<Mutex<State>>);
 
@@ -102,27 +106,29 @@ impl Batcher {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A thread that has panicked here ends the worker.
+        // A thread that panics while it holds this lock ends the worker.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An engine is free. When this returns it has its turn, if there is one for
-    /// it already; if not, the batcher's thread is told.
+    /// Takes note that an engine is free. If there is work for the engine, its
+    /// turn has been given when this function returns; if not, the batcher's
+    /// thread is told.
     pub(crate) fn free(&self, slot: EngineSlot, notices: &Sender<EngineNotice>) {
         let device = slot.device;
         let mut state = self.lock();
         state.ended(slot);
         state.look();
         if state.engines.is_free(device) {
-            // Where there is no room, the thread is still to look.
+            // If the channel is full, the thread has yet to look anyway.
             let _ = notices.try_send(EngineNotice::Free);
         }
     }
 }
 
-/// Hangs up on the engines, however the batcher's thread ends. If it ends before
-/// its time, whoever waits is told; who is still in its channels is lost with
-/// them, and told that.
+/// Closes the engines' channels when the batcher's thread ends, in whichever
+/// way. If the thread panics, all callers whose work waits are answered; work
+/// that is still in the thread's channels is dropped with them, and its callers
+/// are told that the worker lost the job.
 struct HangUp<'a>(&'a Batcher);
 
 impl Drop for HangUp<'_> {
@@ -135,7 +141,7 @@ impl Drop for HangUp<'_> {
     }
 }
 
-/// The life of the batcher thread: until preprocessing has ended and all that
+/// Runs the batcher's thread until preprocessing has ended and all work that
 /// waits has been handed on.
 pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     let _hang_up = HangUp(batcher);
@@ -146,7 +152,7 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     loop {
         let wake = match outlook {
             Outlook::Done => {
-                // Of runs that ended since this thread looked last.
+                // Answers of runs that ended since this thread looked last.
                 return channels
                     .notices
                     .try_iter()
@@ -155,14 +161,15 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
             Outlook::At(wake) => earlier(wake, sweep_at),
         };
         let mut event = match wait(channels, draining, wake) {
-            // Without the lock, for which an engine may wait.
+            // Answers are sent without the lock, since an engine may wait for
+            // it.
             Event::Notice(notice @ EngineNotice::Ran(_)) => {
                 remembered.deliver(notice);
                 Event::Tick
             }
             event => event,
         };
-        // Everything that has arrived by now belongs in the decision.
+        // Everything that has arrived by now takes part in the decision.
         let mut jobs = Vec::new();
         if let Event::Job(first) = event {
             let others = channels.jobs.try_iter().take(PUSHED_AT_ONCE);
@@ -192,7 +199,8 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
             Event::NoMoreJobs => {
                 draining = true;
                 state.draining = true;
-                // The bell is not listened to from here on, and may have rung.
+                // The bell is not listened to from here on, and may have rung
+                // just before.
                 sweep_at = Some(Instant::now());
             }
             Event::EnginesGone => {
@@ -207,7 +215,8 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
         let now = Instant::now();
         if sweep_at.is_some_and(|at| at <= now) {
             state.sweep(now);
-            // A long one is not soon followed by another, or engines wait.
+            // A long sweep is not soon followed by another, or engines would
+            // wait for the lock.
             let took = now.elapsed();
             next_sweep = Some(now + took + (took * SWEEP_PAUSE).max(TIMER_GRAIN));
             sweep_at = None;
@@ -216,15 +225,15 @@ pub(crate) fn run(batcher: &Batcher, channels: &Channels) {
     }
 }
 
-/// Answers that need no run. They are given without the lock, since copying them
-/// takes a while.
+/// Sends answers that need no run: from the cache, or from a run that has
+/// ended. They are sent without the lock, since copying them takes a while.
 struct Remembered {
     cache: AnswerCache,
     metrics: Metrics,
 }
 
 impl Remembered {
-    /// Gives the answers of a run, if that is what an engine tells of.
+    /// Sends the answers of a run, if the notice has any.
     fn deliver(&self, notice: EngineNotice) {
         if let EngineNotice::Ran(replies) = notice {
             for reply in replies {
@@ -240,7 +249,8 @@ impl Remembered {
         }
     }
 
-    /// Answers what arrives, or gives it back.
+    /// Answers a job from the cache, or gives the job back if the cache has no
+    /// answer.
     fn answer(&self, arrival: PreparedWork) -> Option<PreparedWork> {
         let PreparedWork::Row(mut job) = arrival else {
             return Some(arrival);
@@ -269,25 +279,26 @@ impl Remembered {
     }
 }
 
-/// What is to come once all engines that are free have what there is for them.
+/// Next thing to do once every free engine has been given its work.
 enum Outlook {
     /// The worker ends, and nothing waits or runs.
     Done,
-    /// Nothing is to be done before this, if there is such a time.
+    /// Nothing has to be done before this time, if there is a time.
     At(Option<Instant>),
 }
 
-/// What came of looking for work for the engines that are free.
+/// Result of looking for work for the engines that are free.
 enum Fed {
-    /// One of them has its turn, or what waits has changed: look again.
+    /// An engine has been given its turn, or the waiting work has changed: look
+    /// again.
     Given,
-    /// A batch may still fill up until then.
+    /// A batch may still fill up until this time.
     WaitUntil(Instant),
-    /// Nothing waits, or no engine is free.
+    /// No work waits, or no engine is free.
     Nothing,
 }
 
-/// All that can happen to the batcher.
+/// Events that wake the batcher's thread.
 #[expect(
     clippy::large_enum_variant,
     reason = "there is one at a time, on the stack"
@@ -301,13 +312,13 @@ enum Event {
     Tick,
 }
 
-/// Waits for the next event. Jobs are listened to until they have ended.
+/// Waits for the next event. Jobs are received until preprocessing has ended.
 fn wait(channels: &Channels, draining: bool, wake: Option<Instant>) -> Event {
     let never_jobs = crossbeam_channel::never();
     let never_bell = crossbeam_channel::never();
     let tick = wake.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
     let (jobs, bell) = if draining {
-        // The door, and the bell with it, has gone.
+        // Admission has ended, and the bell with it.
         (&never_jobs, &never_bell)
     } else {
         (&channels.jobs, &channels.bell)
@@ -320,19 +331,20 @@ fn wait(channels: &Channels, draining: bool, wake: Option<Instant>) -> Event {
     }
 }
 
-/// The earlier of two times that may not be.
+/// Earlier of two optional times; `None` if both are `None`.
 fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
     one.into_iter().chain(other).min()
 }
 
-/// Work that waits.
+/// Work in the queue, with the callers that wait for its answer.
 #[derive(Debug)]
 struct Waiting {
     key: AnswerKey,
     waiters: Arc<CoalescedWaiters>,
 }
 
-/// Where work is that others may join.
+/// Work that identical jobs may join, and its place: in the queue or at an
+/// engine.
 struct Known {
     waiters: Arc<CoalescedWaiters>,
     at: At,
@@ -347,17 +359,17 @@ enum At {
 struct State {
     scheduler: Scheduler<Waiting>,
     sequences: WaitingSequences,
-    /// By what it is, so that identical work is found.
+    /// Work that waits or runs, by its key, so that identical work is found.
     known: HashMap<AnswerKey, Known>,
     engines: Engines,
-    /// Whether the worker shuts down and waits for nobody.
+    /// True if the worker drains: batches no longer wait to fill up.
     draining: bool,
     batch_id: u64,
     shared: BatcherParts,
 }
 
 impl State {
-    /// Gives every engine that is free what there is for it.
+    /// Gives every free engine its work, if there is any.
     fn look(&mut self) -> Outlook {
         loop {
             let now = Instant::now();
@@ -373,8 +385,8 @@ impl State {
         }
     }
 
-    /// Gives the engine that has been free longest and has something to do its
-    /// turn.
+    /// Gives one turn: to the engine that has been free longest among those for
+    /// which there is work.
     fn feed(&mut self, now: Instant) -> Fed {
         let mut wake = None;
         for device in self.engines.free() {
@@ -426,7 +438,7 @@ impl State {
         self.sequences.push(sequence, now);
     }
 
-    /// The sequences that join the engine's next step.
+    /// Takes out the sequences that join the engine's next step.
     fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
         let joining = self.sequences.join(device, now);
         for sequence in &joining {
@@ -439,7 +451,7 @@ impl State {
 
     fn push_row(&mut self, job: TokenJob) {
         let RequestedWork::Infer { want, .. } = job.work else {
-            // Preprocessing answers Tokenize itself.
+            // Preprocessing answers Tokenize jobs itself.
             debug_assert!(false, "a tokenize job reached the batcher");
             return;
         };
@@ -459,7 +471,7 @@ impl State {
                     self.urge(&key, class, deadline);
                     return;
                 }
-                // Answered this moment: it runs once more.
+                // Answered this very moment: the work runs once more.
                 Err(refused) => ticket = refused,
             }
         }
@@ -484,8 +496,8 @@ impl State {
         self.known.insert(key, Known { waiters, at });
     }
 
-    /// Somebody more urgent has joined: the work moves up to where they would
-    /// stand.
+    /// Moves work up in the queue after a more urgent job has joined it, to the
+    /// place where that job would stand.
     fn urge(&mut self, key: &AnswerKey, class: Priority, deadline: Option<Instant>) {
         let Some(known) = self.known.get_mut(key) else {
             return;
@@ -493,7 +505,8 @@ impl State {
         let place = match known.at {
             At::Queue(place) => place,
             At::Engine(device) => {
-                // It runs already; whoever joined must be told in time all the same.
+                // The work runs already; the job that joined must still be
+                // answered by its deadline.
                 if let Some(running) = self.engines.running(device) {
                     running.deadline = earlier(running.deadline, deadline);
                 }
@@ -512,7 +525,8 @@ impl State {
         }
     }
 
-    /// Makes the batch that was picked, without those who are late or gone.
+    /// Makes a batch of the picked rows, without callers that have disconnected
+    /// or are past their deadline.
     fn form(
         &mut self,
         device: DeviceIdx,
@@ -524,10 +538,12 @@ impl State {
             let Waiting { key, waiters } = entry.item;
             let stage = RequestStage::Queue;
             waiters.sweep(now, stage, |error| metrics.dead(error));
-            // Only those whose deadline it is; it may be in time for the rest.
+            // Only the callers with this deadline are late; the work may be in
+            // time for the others.
             let limit = entry.deadline.unwrap_or(now);
             let error = if limit > now {
-                // It is not over yet, but the run would end after it.
+                // The deadline has not passed yet, but the run would end after
+                // it.
                 StageError::DeadlineTooShort {
                     needed: picked.needed,
                 }
@@ -559,11 +575,12 @@ impl State {
             let Waiting { key, waiters } = entry.item;
             let left = waiters.sweep(now, RequestStage::Queue, |error| metrics.dead(error));
             if left.n_tickets == 0 {
-                // Nobody can join it without the lock.
+                // No job can join this work now, since that needs the lock.
                 self.known.remove(&key);
                 continue;
             }
-            // A row may be of the other class, where it would have been padding.
+            // A row may be of the other class, if it takes the place of
+            // padding.
             let class = left.class.unwrap_or(picked.class);
             let waited = now.saturating_duration_since(entry.arrived);
             metrics.queued(class, waited);
@@ -604,7 +621,7 @@ impl State {
         Some((batch, running))
     }
 
-    /// An engine is free: it is done with what it ran.
+    /// Takes note that an engine is free and has ended its run.
     fn ended(&mut self, slot: EngineSlot) {
         let (device, now) = (slot.device, Instant::now());
         if let Some(running) = self.engines.freed(device, now) {
@@ -625,11 +642,13 @@ impl State {
         }
     }
 
-    /// An engine takes no more turns. What waits is for the others.
+    /// Takes note that an engine takes no more turns. The work in the queue is
+    /// left to the other engines.
     fn gone(&mut self, device: DeviceIdx) {
         if let Some(running) = self.engines.remove(device) {
             forget(&mut self.known, &running);
-            // Those whom it had not begun to serve; all others it has told.
+            // Callers of a batch that the engine had not begun; the engine has
+            // answered all others itself.
             for (_, waiters) in running.units {
                 waiters.refuse(&StageError::NotReady);
             }
@@ -646,7 +665,7 @@ impl State {
         }
     }
 
-    /// The next deadline, in the queue or at an engine.
+    /// Earliest deadline of all work, in the queue or at an engine.
     fn next_deadline(&self) -> Option<Instant> {
         let waiting = earlier(
             self.scheduler.next_deadline(),
@@ -655,7 +674,7 @@ impl State {
         earlier(waiting, self.engines.next_deadline())
     }
 
-    /// Answers those whose time is up.
+    /// Answers the callers whose deadline has passed.
     fn expire(&mut self, now: Instant) {
         let expired = self.scheduler.queue.expired(now);
         if !expired.is_empty() {
@@ -671,7 +690,8 @@ impl State {
         }
     }
 
-    /// Callers have gone: gives their places free, wherever they stand.
+    /// Removes the work of callers that have disconnected, in the queue and at
+    /// the engines.
     fn sweep(&mut self, now: Instant) {
         for place in self.scheduler.queue.places() {
             self.sweep_place(&place, now);
@@ -694,8 +714,8 @@ impl State {
                 self.known.remove(&entry.item.key);
             }
         } else if entry.deadline != left.deadline {
-            // Whoever was the most urgent has gone; the rest is not so urgent,
-            // but keeps its class.
+            // The most urgent caller has left; the work takes the deadline of
+            // the others, but keeps its class.
             let key = entry.item.key.clone();
             let moved = self.scheduler.promote(place, place.class, left.deadline);
             if let (Some(known), Some(moved)) = (self.known.get_mut(&key), moved) {
@@ -717,7 +737,8 @@ impl State {
             if n_tickets == 0 && !running.stopping {
                 running.stopping = true;
                 stop.request(running.id);
-                // Whoever comes now wants a run that is not stopped.
+                // Identical work that arrives from now on needs a run that is
+                // not stopped.
                 forget(&mut self.known, running);
             }
         }
@@ -730,7 +751,8 @@ impl State {
         }
     }
 
-    /// The last engine has ended before its time: whoever waits is told.
+    /// Answers all callers whose work waits, with `NotReady`: the last engine
+    /// has ended before its time.
     fn refuse_all(&mut self) {
         for place in self.scheduler.queue.places() {
             if let Some(entry) = self.scheduler.queue.remove(&place) {
@@ -742,7 +764,8 @@ impl State {
     }
 }
 
-/// And so is whoever still comes.
+/// Answers everything that still arrives with `NotReady`, until preprocessing
+/// ends.
 fn refuse_arrivals(channels: &Channels) {
     loop {
         match channels.jobs.recv_timeout(Duration::from_secs(1)) {
@@ -754,8 +777,9 @@ fn refuse_arrivals(channels: &Channels) {
     }
 }
 
-/// Nobody can join this run any more. The same work may be known elsewhere: for
-/// those who came after the answer, or after all others had gone.
+/// Removes a run from the work that others can join. Work with the same key
+/// stays if it is not of this run: it belongs to jobs that came after the
+/// answer, or after all callers of the run had left.
 fn forget(known: &mut HashMap<AnswerKey, Known>, running: &RunningBatch) {
     for (key, waiters) in &running.units {
         if let Some(found) = known.get(key)

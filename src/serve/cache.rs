@@ -1,6 +1,6 @@
-//! Answers that were given before, if the operator wants them kept.
+//! Cache of answers, if the operator turns it on.
 //!
-//! The key is the work itself, tokens and all, and not a hash of it: two
+//! The key is the work itself, with all its tokens, and not a hash: two
 //! pictures can never be taken for one another. A worker serves one model, so
 //! the model is not in the key.
 
@@ -11,21 +11,22 @@ use moka::sync::Cache as Moka;
 
 use crate::model::graph::Want;
 
-/// What an entry takes besides its tokens and numbers, roughly: the key, two
-/// reference counts, the cache's own book-keeping.
+/// Approximate size in bytes of an entry besides its tokens and numbers: the
+/// key, two reference counts, the cache's own bookkeeping.
 const ENTRY_OVERHEAD_BYTES: usize = 256;
 
-/// Of this process, so that nobody can send images that collide.
+/// Hasher with random keys per process, so that nobody can send images whose
+/// hashes collide.
 static HASHES: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
-/// Work that has the same answer whoever asks.
+/// Key of work that has the same answer for every caller.
 #[derive(Debug, Clone)]
 pub(crate) struct AnswerKey {
     pub want: Want,
-    /// As the model sees them, so the context is in them.
+    /// Tokens as the model sees them, so the context is included.
     pub tokens: Arc<[u16]>,
-    /// Of both, since the tokens are long and the work is looked up several
-    /// times on its way.
+    /// Hash of `want` and `tokens`, computed once since the tokens are long and
+    /// the work is looked up several times on its way.
     hash: u64,
 }
 
@@ -51,13 +52,12 @@ impl Hash for AnswerKey {
     }
 }
 
-/// A bounded cache of answers. Cheap to clone; without a size it keeps
-/// nothing.
+/// Bounded cache of answers. Cheap to clone; with a size of 0 it keeps nothing.
 #[derive(Debug, Clone)]
 pub(crate) struct AnswerCache(Option<Moka<AnswerKey, Arc<[f32]>>>);
 
 impl AnswerCache {
-    /// A cache of at most about so many bytes; 0 turns it off.
+    /// Creates a cache of about `bytes_max` bytes; 0 turns the cache off.
     #[must_use]
     pub(crate) fn new(bytes_max: u64) -> Self {
         Self((bytes_max > 0).then(|| {
@@ -72,7 +72,7 @@ impl AnswerCache {
         }))
     }
 
-    /// Whether it keeps anything at all.
+    /// True if the cache keeps anything at all.
     #[must_use]
     pub(crate) fn is_on(&self) -> bool {
         self.0.is_some()
@@ -89,7 +89,7 @@ impl AnswerCache {
         }
     }
 
-    /// Bytes that its entries take.
+    /// Size of all entries in bytes.
     #[must_use]
     pub(crate) fn bytes(&self) -> u64 {
         self.0.as_ref().map_or(0, |cache| {

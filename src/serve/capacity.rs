@@ -1,11 +1,11 @@
-//! One measure of the worker's capacity, with a part that bulk work cannot
-//! take.
+//! Pool of one measure of the worker's capacity, with a part that bulk work
+//! cannot take.
 //!
-//! Two semaphores, because of how a fair one treats those who wait: a place
-//! that comes free goes to the first who waits, so a bulk stream that always
-//! waits would take every place and calls that do not wait would find none.
-//! Bulk work waits at the shared part alone; the reserved part stays for
-//! interactive calls.
+//! A pool has two semaphores, because of how a fair semaphore treats those who
+//! wait: a place that becomes free goes to the first in line, so a bulk stream
+//! that always waits would take every place, and calls that do not wait would
+//! find none. Bulk work waits at the shared part alone; the reserved part stays
+//! for interactive calls.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,13 +15,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::proto::Priority;
 
-/// What a refused caller is told to wait before any batch was measured.
+/// Retry delay for a rejected caller before any batch was measured.
 const RETRY_UNMEASURED: Duration = Duration::from_secs(1);
-/// Shorter than this a retry is a busy loop, longer than this it is a guess.
+/// Bounds of the retry delay: shorter, a retry is a busy loop; longer, the
+/// delay is a guess.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
-/// See the module. Cheap to clone.
+/// Pool of capacity, in images, bytes or samples. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct CapacityPool {
     shared: Arc<Semaphore>,
@@ -30,7 +31,7 @@ pub(crate) struct CapacityPool {
     shared_size: usize,
 }
 
-/// A part of a pool, given back when it is dropped.
+/// Part of a pool, returned to the pool when this value is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct CapacityShare {
     shared: Option<OwnedSemaphorePermit>,
@@ -38,10 +39,12 @@ pub(crate) struct CapacityShare {
 }
 
 impl CapacityPool {
-    /// A pool of `size`, of which `reserve_percent` are for interactive calls.
+    /// Creates a pool of `size`, of which `reserve_percent` percent are for
+    /// interactive calls alone.
     #[must_use]
     pub(crate) fn new(size: usize, reserve_percent: u8) -> Self {
-        // Divided first: sizes in bytes may be near the largest number.
+        // The division comes first: sizes in bytes may be near the largest
+        // number.
         let reserved = size / 100 * usize::from(reserve_percent)
             + size % 100 * usize::from(reserve_percent) / 100;
         Self {
@@ -52,20 +55,20 @@ impl CapacityPool {
         }
     }
 
-    /// How much there is.
+    /// Size of the whole pool.
     #[must_use]
     pub(crate) fn size(&self) -> usize {
         self.size
     }
 
-    /// How much is taken.
+    /// Size of the part that is taken.
     #[must_use]
     pub(crate) fn taken(&self) -> usize {
         let free = self.shared.available_permits() + self.reserved.available_permits();
         self.size.saturating_sub(free)
     }
 
-    /// The most that a call of this class can ever have.
+    /// Largest part that a call of this class can ever have.
     #[must_use]
     pub(crate) fn size_for(&self, class: Priority) -> usize {
         match class {
@@ -74,15 +77,15 @@ impl CapacityPool {
         }
     }
 
-    /// `n` at once, or nothing.
+    /// Takes `n` at once, or nothing.
     #[must_use]
     pub(crate) fn try_take(&self, class: Priority, n: usize) -> Option<CapacityShare> {
         let mut share = CapacityShare::default();
         let mut rest = n;
         if class == Priority::Interactive {
-            // The reserve first, so that what bulk work could use is left to
-            // it. Between looking and taking another call may be faster; then
-            // the shared part has to do.
+            // The reserve is taken first, so that the shared part is left to
+            // bulk work. Another call may be faster between looking and taking;
+            // then the shared part has to suffice.
             let n_reserved = self.reserved.available_permits().min(n);
             share.reserved = acquire(&self.reserved, n_reserved);
             if share.reserved.is_some() {
@@ -95,7 +98,8 @@ impl CapacityPool {
         Some(share)
     }
 
-    /// `n`, once they are there. Pends for ever for more than bulk work can have.
+    /// Takes `n` once they are free. Pends for ever if `n` is more than bulk
+    /// work can have.
     pub(crate) async fn take(&self, class: Priority, n: usize) -> CapacityShare {
         if let Some(share) = self.try_take(class, n) {
             return share;
@@ -110,8 +114,8 @@ impl CapacityPool {
     }
 }
 
-/// Images per second that the engine answers while it is busy, as the batcher
-/// last measured it.
+/// Rate in images per second at which the engines answer while they are busy,
+/// as the batcher last measured it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DrainRate(Arc<AtomicU64>);
 
@@ -121,15 +125,15 @@ impl DrainRate {
         self.0.store(images_per_second.to_bits(), Ordering::Relaxed);
     }
 
-    /// The rate, once there is one.
+    /// Returns the rate, once one was measured.
     #[must_use]
     pub(crate) fn get(&self) -> Option<f64> {
         let rate = f64::from_bits(self.0.load(Ordering::Relaxed));
         (rate > 0.0).then_some(rate)
     }
 
-    /// When a refused caller should try again: when half to all of what is in
-    /// the worker now has been answered.
+    /// Retry delay for a rejected caller: the time in which half to all of the
+    /// images in the worker will have been answered.
     pub(super) fn retry_after(&self, n_images: usize, jitter: f64) -> Duration {
         let Some(rate) = self.get() else {
             return RETRY_UNMEASURED;
@@ -148,7 +152,7 @@ fn acquire(semaphore: &Arc<Semaphore>, n: usize) -> Option<OwnedSemaphorePermit>
 }
 
 impl CapacityShare {
-    /// One of them as a share of its own, if there is one left.
+    /// Splits off one unit as a share of its own, if one is left.
     #[must_use]
     pub(crate) fn split_one(&mut self) -> Option<Self> {
         let mut one = Self::default();
@@ -162,14 +166,14 @@ impl CapacityShare {
         Some(one)
     }
 
-    /// How much it is.
+    /// Size of the share.
     #[must_use]
     pub(crate) fn size(&self) -> usize {
         let permits = OwnedSemaphorePermit::num_permits;
         self.shared.as_ref().map_or(0, permits) + self.reserved.as_ref().map_or(0, permits)
     }
 
-    /// `n` of it as a share of their own, or as many as there are.
+    /// Splits off `n` units as a share of their own, or as many as there are.
     #[must_use]
     pub(crate) fn split(&mut self, n: usize) -> Self {
         let shared = split(self.shared.as_mut(), n);
@@ -178,7 +182,7 @@ impl CapacityShare {
         Self { shared, reserved }
     }
 
-    /// Puts another share of the same pool to this one.
+    /// Adds another share of the same pool to this one.
     pub(crate) fn merge(&mut self, other: Self) {
         merge(&mut self.shared, other.shared);
         merge(&mut self.reserved, other.reserved);

@@ -1,6 +1,7 @@
 //! Flags of `imagegpt serve`, each also an environment variable.
 //!
-//! The comments here are the operator's manual: `--help` prints them.
+//! The doc comments of the fields are the operator's manual: `--help` prints
+//! them.
 
 mod access;
 pub(crate) mod bounds;
@@ -46,25 +47,27 @@ pub struct ServeConfig {
     pub log: LogConfig,
 }
 
-/// What runs.
+/// Flags that choose the model and how it runs.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelConfig {
-    /// A directory or a hub id. A compiled directory (see `imagegpt compile`);
-    /// a published ONNX directory (model.onnx and/or
-    /// model_classification.onnx, at the top or in model/ or onnx/, beside
-    /// preprocessor_config.json); a Hugging Face directory with weights, a hub
-    /// id such as openai/imagegpt-small, or random:small, random:medium,
-    /// random:large or random:tiny (random weights, to measure speed), all of
-    /// which are compiled once into --cache-dir
+    /// Model to serve: a directory, a hub id or random weights.
+    ///
+    /// SOURCE is a compiled directory (see `imagegpt compile`); a published
+    /// ONNX directory (model.onnx and/or model_classification.onnx, at the top
+    /// or in model/ or onnx/, beside preprocessor_config.json); a Hugging Face
+    /// directory with weights; a hub id such as openai/imagegpt-small; or
+    /// random:small, random:medium, random:large or random:tiny (random
+    /// weights, to measure speed). The last three kinds are compiled once, into
+    /// --cache-dir
     #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
     pub model: String,
 
     #[command(flatten)]
     pub compile: CompileConfig,
 
-    /// A linear head for Classify, as often as there are heads: a name that
-    /// calls use, and a safetensors file (see README)
+    /// Linear head for Classify: the name by which calls choose it, and its
+    /// safetensors file (see README). Repeat the flag for more heads
     #[arg(
         long = "head",
         env = "IMAGEGPT_HEADS",
@@ -73,8 +76,8 @@ pub struct ModelConfig {
     )]
     pub heads: Vec<HeadFlag>,
 
-    /// Name that clients see [default: the name of the directory, or of what was
-    /// compiled]
+    /// Name of the model that clients see [default: the name of the directory,
+    /// or of the source that was compiled]
     #[arg(
         long,
         env = "IMAGEGPT_MODEL_NAME",
@@ -86,18 +89,18 @@ pub struct ModelConfig {
     #[command(flatten)]
     pub library: LibraryFlags,
 
-    /// Run no model: each run takes TIME, or with TIME+TIME also so much an
-    /// image (100ms, 2ms+1ms), and the answers are made up. Prices the server
-    /// alone, for `imagegpt bench`; needs no ONNX Runtime
+    /// Simulate the model: each run takes the first TIME, plus the second TIME
+    /// per image (100ms, 2ms+1ms), and the answers are made up. Use it with
+    /// `imagegpt bench` to measure the server alone; no ONNX Runtime is needed
     #[arg(long, env = "IMAGEGPT_FAKE_ENGINE", value_name = "TIME[+TIME]")]
     pub fake_engine: Option<fake::Cost>,
 
     #[command(flatten)]
     pub devices: DeviceFlags,
 
-    /// What the model may take of a GPU's memory, weights included; 0 for all.
-    /// Generation's keys and values count too. With a limit nothing is captured
-    /// as a CUDA graph
+    /// GPU memory that the model may use on each device; 0 allows all of it.
+    /// The weights and the key/value cache of generation count too. With a
+    /// limit, no runs are captured as CUDA graphs
     #[arg(
         long,
         env = "IMAGEGPT_GPU_MEMORY_LIMIT",
@@ -107,15 +110,16 @@ pub struct ModelConfig {
     )]
     pub gpu_memory_limit: ByteSize,
 
-    /// Capture runs on a GPU as CUDA graphs, one a batch size, so that a run is
-    /// launched at once and not kernel by kernel. auto does without where it
-    /// cannot be done, as with --gpu-memory-limit, and says so in the log, in
-    /// GetModel and in a metric
+    /// Capture runs on a GPU as CUDA graphs, one per batch size, so that a run
+    /// is launched in one step instead of kernel by kernel. Where graphs cannot
+    /// be captured, for example with --gpu-memory-limit, auto runs without them
+    /// and reports that in the log, in GetModel and in a metric
     #[arg(long, env = "IMAGEGPT_CUDA_GRAPHS", value_enum, default_value = "auto")]
     pub cuda_graphs: CudaGraphs,
 
-    /// Threads of one model run on the CPU; 0 takes one a physical core. Lower
-    /// it when several workers share a machine, or several engines a worker
+    /// Threads of one model run on the CPU; 0 uses one thread per physical
+    /// core. Lower the number when several workers share a machine, or when a
+    /// worker has several engines
     #[arg(
         long,
         env = "IMAGEGPT_INTRA_OP_THREADS",
@@ -125,11 +129,12 @@ pub struct ModelConfig {
     )]
     pub intra_op_threads: u16,
 
-    /// Threads that decode and quantize images; 0 uses one thread per core. An
-    /// image costs about a millisecond, so few are enough on a CPU; on a GPU
-    /// raise it until the queue is never empty. One further thread takes only
-    /// images of at most 5 million pixels, so that larger ones never hold them
-    /// up
+    /// Threads that decode and quantize images; 0 uses one thread per core.
+    ///
+    /// An image costs about a millisecond, so a few threads are enough when the
+    /// model runs on a CPU; on a GPU raise the number until the queue is never
+    /// empty. One additional thread takes only images of at most 5 million
+    /// pixels, so that small images never wait behind large ones
     #[arg(
         long,
         env = "IMAGEGPT_PREPROCESS_THREADS",
@@ -140,26 +145,28 @@ pub struct ModelConfig {
     pub preprocess_threads: u16,
 }
 
-/// Whether runs on a GPU are captured.
+/// Use of CUDA graphs for runs on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum CudaGraphs {
-    /// Where it works.
+    /// Runs are captured where that works.
     Auto,
+    /// Runs are never captured.
     Off,
 }
 
-/// How a model is compiled that has to be.
+/// Flags for the compilation of a model that is not compiled yet.
 #[derive(Debug, Clone, Args)]
 pub struct CompileConfig {
-    /// Branch, tag or commit of a hub id [default: main]
+    /// Branch, tag or commit of the model on the hub, if --model is a hub id
+    /// [default: main]
     #[arg(long, env = "IMAGEGPT_REVISION", value_name = "REVISION")]
     pub revision: Option<String>,
 
-    /// How weights are kept and computed when --model has to be compiled
+    /// Number format of weights and computation if --model must be compiled
     #[arg(long, env = "IMAGEGPT_PRECISION", value_enum, default_value = "fp32")]
     pub precision: Precision,
 
-    /// Layer that pooled features come from when --model has to be compiled
+    /// Layer from which pooled features are taken if --model must be compiled
     /// [default: two thirds of the depth]
     #[arg(long, env = "IMAGEGPT_FEATURE_LAYER", value_name = "N")]
     pub feature_layer: Option<usize>,
@@ -168,11 +175,11 @@ pub struct CompileConfig {
     pub cache: CacheFlags,
 }
 
-/// Where it listens and how it ends.
+/// Flags for the worker's addresses, its shutdown and its keepalive.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Network")]
 pub struct NetworkConfig {
-    /// Address for gRPC
+    /// IP address and port on which gRPC is served
     #[arg(
         long,
         env = "IMAGEGPT_LISTEN",
@@ -182,7 +189,8 @@ pub struct NetworkConfig {
     )]
     pub listen: SocketAddr,
 
-    /// Address for /metrics, /livez and /readyz over HTTP
+    /// IP address and port on which /metrics, /livez and /readyz are served
+    /// over HTTP
     #[arg(
         long,
         env = "IMAGEGPT_METRICS_LISTEN",
@@ -192,9 +200,10 @@ pub struct NetworkConfig {
     )]
     pub metrics_listen: SocketAddr,
 
-    /// After SIGTERM or SIGINT the worker is at once not ready, and serves on for
-    /// so long, so that load balancers stop sending before it stops taking. 5s
-    /// suits Kubernetes; 0s where nothing looks at readiness
+    /// Time for which the worker still accepts calls after SIGTERM or SIGINT.
+    /// The worker reports at once that it is not ready; the delay lets load
+    /// balancers stop sending calls before the worker stops accepting them. 5s
+    /// suits Kubernetes, 0s suits setups in which nothing checks readiness
     #[arg(
         long,
         env = "IMAGEGPT_SHUTDOWN_DELAY",
@@ -204,10 +213,14 @@ pub struct NetworkConfig {
     )]
     pub shutdown_delay: Duration,
 
-    /// After --shutdown-delay, time to finish what was admitted; then the worker
-    /// ends hard, with exit code 1. Requests that are still arriving are refused
-    /// at once, and answers that are not taken for 5s (or half of this time) are
-    /// given up; neither makes the end a hard one. Keep the sum of both under Kubernetes'
+    /// Time after --shutdown-delay for calls in progress to finish (graceful
+    /// shutdown). When the time is over, the worker aborts the remaining calls
+    /// and exits with code 1.
+    ///
+    /// Requests that are still arriving are rejected at once, and an answer
+    /// whose client stops reading for 5s (or half of this time, if that is
+    /// shorter) is dropped; neither changes the exit code. Keep the sum of
+    /// --shutdown-delay and this time below Kubernetes'
     /// terminationGracePeriodSeconds
     #[arg(
         long,
@@ -218,7 +231,7 @@ pub struct NetworkConfig {
     )]
     pub shutdown_grace_period: Duration,
 
-    /// Time between HTTP/2 pings to quiet clients
+    /// Interval between HTTP/2 pings to a client that sends nothing
     #[arg(
         long,
         env = "IMAGEGPT_KEEPALIVE_INTERVAL",
@@ -228,8 +241,8 @@ pub struct NetworkConfig {
     )]
     pub keepalive_interval: Duration,
 
-    /// Time that a client may take to answer a ping; then its connection is
-    /// closed and its calls are given up
+    /// Longest time for a client to answer an HTTP/2 ping; after it the
+    /// connection is closed and its calls are cancelled
     #[arg(
         long,
         env = "IMAGEGPT_KEEPALIVE_TIMEOUT",
@@ -248,12 +261,13 @@ pub struct NetworkConfig {
     pub no_reflection: bool,
 }
 
-/// How images share runs of the model.
+/// Flags for the batches in which images share runs of the model.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Batching")]
 pub struct BatchingConfig {
-    /// Images in one run at most. On a CPU more than a few only adds latency;
-    /// on a GPU raise it until images per second stop rising
+    /// Largest number of images in one run of the model. On a CPU more than a
+    /// few images only add latency; on a GPU raise the number until images per
+    /// second stop rising
     #[arg(
         long,
         env = "IMAGEGPT_MAX_BATCH_SIZE",
@@ -263,8 +277,9 @@ pub struct BatchingConfig {
     )]
     pub max_batch_size: u16,
 
-    /// How long an image may wait for others while the model is free, where
-    /// larger batches are faster. While the model is busy images gather anyway
+    /// Longest time that an image waits for others to form a batch while the
+    /// model is idle. Images wait only where a larger batch has a higher
+    /// throughput; while the model is busy, images gather in the queue anyway
     #[arg(
         long,
         env = "IMAGEGPT_MAX_QUEUE_DELAY",
@@ -274,9 +289,10 @@ pub struct BatchingConfig {
     )]
     pub max_queue_delay: Duration,
 
-    /// The batch sizes that are run, ascending, the last one --max-batch-size;
-    /// each is warmed before the worker is ready, and a batch is padded up to
-    /// one of them where that pays [default: powers of two]
+    /// Batch sizes at which the model is run, in ascending order; the last must
+    /// be --max-batch-size. Each size is warmed up before the worker is ready,
+    /// and a batch is padded to the next size where that is faster [default:
+    /// powers of two up to --max-batch-size]
     #[arg(
         long,
         env = "IMAGEGPT_BATCH_SIZES",
@@ -286,9 +302,9 @@ pub struct BatchingConfig {
     )]
     pub batch_sizes: Vec<u16>,
 
-    /// Percent of the model's time that bulk work gets at least while
-    /// interactive work waits too. Interactive work goes first in the rest;
-    /// whatever it leaves is bulk's
+    /// Smallest share of the model's time, in percent, that bulk work gets
+    /// while interactive work waits too. In the remaining time interactive work
+    /// runs first, and bulk work uses the time that interactive work leaves
     #[arg(
         long,
         env = "IMAGEGPT_BULK_SHARE",
@@ -298,8 +314,8 @@ pub struct BatchingConfig {
     )]
     pub bulk_share: u8,
 
-    /// The longest that bulk work goes without a batch while it waits, whatever
-    /// its share
+    /// Longest time that waiting bulk work goes without a batch, whatever
+    /// --bulk-share is
     #[arg(
         long,
         env = "IMAGEGPT_BULK_WAIT_MAX",
@@ -309,9 +325,10 @@ pub struct BatchingConfig {
     )]
     pub bulk_wait_max: Duration,
 
-    /// Memory for answers that were given before; the same image under the same
-    /// options is then answered without a run. 0 keeps none. Identical images
-    /// that are in the worker at one time share a run in any case
+    /// Memory for the cache of answers: the same image with the same options is
+    /// then answered without a run of the model. 0 turns the cache off.
+    /// Identical images that are in the worker at the same time share one run
+    /// in any case (coalescing)
     #[arg(
         long,
         env = "IMAGEGPT_CACHE_BYTES",
@@ -321,9 +338,9 @@ pub struct BatchingConfig {
     )]
     pub cache_bytes: ByteSize,
 
-    /// When the model has been idle so long, it is run once on an image whose
-    /// answer is known; a device that fails is noticed before a caller does. 0s
-    /// turns that off
+    /// Idle time after which the model is run once on an image whose answer is
+    /// known, so that a failed device is noticed before a call meets it. 0s
+    /// turns the check off
     #[arg(
         long,
         env = "IMAGEGPT_CANARY_INTERVAL",
@@ -340,11 +357,13 @@ impl BatchingConfig {
         let sizes = &self.batch_sizes;
         if !sizes.is_empty() {
             if !sizes.windows(2).all(|pair| pair[0] < pair[1]) {
-                return refuse(format!("--batch-sizes {sizes:?} do not ascend"));
+                return refuse(format!(
+                    "--batch-sizes {sizes:?} must be in ascending order"
+                ));
             }
             if sizes.last() != Some(&self.max_batch_size) {
                 return refuse(format!(
-                    "--batch-sizes {sizes:?} do not end with --max-batch-size {}",
+                    "--batch-sizes {sizes:?} must end with --max-batch-size {}",
                     self.max_batch_size
                 ));
             }
@@ -352,7 +371,7 @@ impl BatchingConfig {
         Ok(())
     }
 
-    /// The batch sizes, given or not.
+    /// Returns the sizes of --batch-sizes, or powers of two if none are given.
     #[must_use]
     pub fn buckets(&self) -> Buckets {
         let sizes = self.batch_sizes.iter().copied().map(usize::from).collect();
@@ -361,14 +380,17 @@ impl BatchingConfig {
     }
 }
 
-/// How images are generated.
+/// Flags for the generation of images.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
 pub struct GenerationConfig {
-    /// Images that each device generates at one time; more wait for a place. A
-    /// step of all of them takes little longer than one of a single image while
-    /// reading the weights is most of it. 0 turns generation off and saves the
-    /// memory of its graph
+    /// Largest number of images that each device generates at the same time
+    /// (continuous batching); further images wait in the queue. 0 turns
+    /// generation off and saves the memory of its graph.
+    ///
+    /// A step for all of these images takes little longer than a step for one
+    /// image, as long as most of the step's time is spent on reading the
+    /// weights
     #[arg(
         long,
         env = "IMAGEGPT_GENERATE_SLOTS",
@@ -378,10 +400,13 @@ pub struct GenerationConfig {
     )]
     pub generate_slots: u16,
 
-    /// What the keys and values of these images may take on each device; there
-    /// are fewer places if it does not suffice. imagegpt-small keeps 74 MiB an
-    /// image in fp32, 48 in int8 and fp16. On a CPU memory is taken at the start
-    /// where the system gives huge pages, elsewhere as it is used
+    /// Memory for the key/value cache of generated images on each device. If
+    /// the memory is too small for --generate-slots images, fewer images are
+    /// generated at the same time.
+    ///
+    /// imagegpt-small keeps 74 MiB per image in fp32, and 48 MiB in int8 and
+    /// fp16. On a CPU the memory is taken at the start if the system provides
+    /// huge pages, otherwise as it is used
     #[arg(
         long,
         env = "IMAGEGPT_GENERATE_CACHE_BYTES",
@@ -392,12 +417,13 @@ pub struct GenerationConfig {
     pub generate_cache_bytes: ByteSize,
 }
 
-/// Bounds on what comes in.
+/// Flags that limit requests, images and streams.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Limits")]
 pub struct LimitsConfig {
-    /// Images in the worker at once, over all calls; past it calls get
-    /// RESOURCE_EXHAUSTED. Bounds how long an image can wait
+    /// Largest number of images in the worker at the same time, over all calls;
+    /// calls above the limit are rejected with RESOURCE_EXHAUSTED. The limit
+    /// bounds how long an image can wait
     #[arg(
         long,
         env = "IMAGEGPT_IMAGES_IN_FLIGHT_MAX",
@@ -407,8 +433,8 @@ pub struct LimitsConfig {
     )]
     pub images_in_flight_max: u32,
 
-    /// Bytes in the worker at once: requests and the answers they will get.
-    /// Bounds memory
+    /// Largest number of bytes in the worker at the same time: all requests,
+    /// and the answers that they will get. The limit bounds the worker's memory
     #[arg(
         long,
         env = "IMAGEGPT_BYTES_IN_FLIGHT_MAX",
@@ -418,7 +444,7 @@ pub struct LimitsConfig {
     )]
     pub bytes_in_flight_max: ByteSize,
 
-    /// Images in one call
+    /// Largest number of images in one call
     #[arg(
         long,
         env = "IMAGEGPT_IMAGES_PER_CALL_MAX",
@@ -428,9 +454,9 @@ pub struct LimitsConfig {
     )]
     pub images_per_call_max: u32,
 
-    /// Images that are generated or wait for it, over all calls. They keep their
-    /// places for long, so this is well under --images-in-flight-max: whatever
-    /// else the worker does finds room beside them
+    /// Largest number of images that are being generated or wait for
+    /// generation, over all calls. Generation takes long, so keep the limit
+    /// well below --images-in-flight-max: other calls then still find room
     #[arg(
         long,
         env = "IMAGEGPT_SAMPLES_IN_FLIGHT_MAX",
@@ -440,7 +466,7 @@ pub struct LimitsConfig {
     )]
     pub samples_in_flight_max: u32,
 
-    /// Samples of one Generate call
+    /// Largest number of samples of one Generate call
     #[arg(
         long,
         env = "IMAGEGPT_SAMPLES_PER_CALL_MAX",
@@ -450,8 +476,9 @@ pub struct LimitsConfig {
     )]
     pub samples_per_call_max: u32,
 
-    /// Percent of the images and bytes in flight that bulk work cannot take, so
-    /// that interactive calls find room while a bulk job fills the rest
+    /// Share of --images-in-flight-max and --bytes-in-flight-max, in percent,
+    /// that bulk work cannot use, so that interactive calls find room while a
+    /// bulk job fills the rest
     #[arg(
         long,
         env = "IMAGEGPT_INTERACTIVE_RESERVE",
@@ -461,9 +488,10 @@ pub struct LimitsConfig {
     )]
     pub interactive_reserve: u8,
 
-    /// Items of one EmbedStream in the worker at once; past it the stream is
-    /// not read on until the client takes answers. A few batches keep the model
-    /// busy from one stream
+    /// Largest number of items of one EmbedStream in the worker at the same
+    /// time; at the limit the worker reads no further items until the client
+    /// reads answers (backpressure). A few batches of items keep the model busy
+    /// from one stream
     #[arg(
         long,
         env = "IMAGEGPT_STREAM_WINDOW_MAX",
@@ -473,10 +501,11 @@ pub struct LimitsConfig {
     )]
     pub stream_window_max: u32,
 
-    /// A stream in which the client neither sends nor takes anything for so long,
-    /// while the worker has nothing to do for it, is ended so that the client
-    /// can go on in another. Longer than a client pauses, or forgotten streams
-    /// and readers that stall would hold their places for ever
+    /// Time after which the worker ends a stream whose client neither sends
+    /// items nor reads answers while the worker has no work for that stream;
+    /// the client can continue in a new stream. Choose a time longer than the
+    /// longest pause of a client. Without the limit, forgotten streams and
+    /// stalled readers would hold their share of the worker for ever
     #[arg(
         long,
         env = "IMAGEGPT_STREAM_IDLE_TIMEOUT",
@@ -486,7 +515,7 @@ pub struct LimitsConfig {
     )]
     pub stream_idle_timeout: Duration,
 
-    /// Bytes of one request message, after decompression
+    /// Largest size of one request message, after decompression
     #[arg(
         long,
         env = "IMAGEGPT_REQUEST_BYTES_MAX",
@@ -496,7 +525,7 @@ pub struct LimitsConfig {
     )]
     pub request_bytes_max: ByteSize,
 
-    /// Bytes of all tensors in one response
+    /// Largest size of all tensors in one response together
     #[arg(
         long,
         env = "IMAGEGPT_RESPONSE_BYTES_MAX",
@@ -506,7 +535,7 @@ pub struct LimitsConfig {
     )]
     pub response_bytes_max: ByteSize,
 
-    /// Bytes of one encoded image
+    /// Largest size of one encoded image
     #[arg(
         long,
         env = "IMAGEGPT_IMAGE_BYTES_MAX",
@@ -516,7 +545,8 @@ pub struct LimitsConfig {
     )]
     pub image_bytes_max: ByteSize,
 
-    /// Pixels of one image, by its header, before anything is decoded
+    /// Largest number of pixels of one image. The header of the image is
+    /// checked before anything is decoded
     #[arg(
         long,
         env = "IMAGEGPT_IMAGE_PIXELS_MAX",
@@ -526,8 +556,8 @@ pub struct LimitsConfig {
     )]
     pub image_pixels_max: u64,
 
-    /// Memory that decoding one image may take. As many images are decoded at
-    /// once as there are preprocess threads, and one more
+    /// Largest memory for the decoding of one image. The number of images that
+    /// are decoded at the same time is --preprocess-threads plus one
     #[arg(
         long,
         env = "IMAGEGPT_DECODE_BYTES_MAX",
@@ -537,9 +567,10 @@ pub struct LimitsConfig {
     )]
     pub decode_bytes_max: ByteSize,
 
-    /// CPU time that decoding one image may take. A last net: the other limits
-    /// bound the work by the header of a file, far below this time. Whether an
-    /// image is refused by it depends on the machine, so leave it high
+    /// Largest CPU time for the decoding of one image. The time is a last
+    /// resort: the other limits bound the work by the file's header, and normal
+    /// images need far less. A slow machine can reject an image that a fast one
+    /// accepts, so keep the time high
     #[arg(
         long,
         env = "IMAGEGPT_DECODE_CPU_TIME_MAX",
@@ -561,44 +592,47 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 pub struct ConfigError(String);
 
 impl ServeConfig {
-    /// Checks what no flag can check by itself.
+    /// Checks combinations of flags, which no flag's parser can check by
+    /// itself.
     ///
     /// # Errors
     ///
-    /// One sentence that names the flags and says what to change.
+    /// Returns one sentence that names the flags and says what to change.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.access.validate(self.network.listen)?;
         let limits = &self.limits;
         let refuse = |text: String| Err(ConfigError(text));
         if limits.images_per_call_max > limits.images_in_flight_max {
             return refuse(format!(
-                "--images-per-call-max is {}, over --images-in-flight-max {}: such a call could \
-                 never be admitted; raise the latter",
+                "--images-per-call-max is {}, over --images-in-flight-max {}: a call with that \
+                 many images could never be admitted; raise --images-in-flight-max",
                 limits.images_per_call_max, limits.images_in_flight_max
             ));
         }
         if u32::from(self.batching.max_batch_size) > limits.images_in_flight_max {
             return refuse(format!(
-                "--max-batch-size is {}, over --images-in-flight-max {}: such a batch could never \
-                 fill; raise the latter",
+                "--max-batch-size is {}, over --images-in-flight-max {}: a batch of that size \
+                 could never fill; raise --images-in-flight-max",
                 self.batching.max_batch_size, limits.images_in_flight_max
             ));
         }
-        // An answer is counted as it was computed (f32), as a tensor and as the
-        // message that carries it: up to four times its own size for f16.
+        // An answer is counted as the computed values (f32), as a tensor and as
+        // the message that carries the tensor: up to four times the size of the
+        // tensor for f16.
         let one_call = limits.request_bytes_max.as_u64() + 4 * limits.response_bytes_max.as_u64();
         if one_call > limits.bytes_in_flight_max.as_u64() {
             return refuse(format!(
                 "--request-bytes-max {} and four times --response-bytes-max {} are over \
-                 --bytes-in-flight-max {}: such a call could never be admitted; raise the latter",
+                 --bytes-in-flight-max {}: a call of that size could never be admitted; raise \
+                 --bytes-in-flight-max",
                 limits.request_bytes_max, limits.response_bytes_max, limits.bytes_in_flight_max
             ));
         }
-        // A call's bytes are taken as one permit of 32 bits.
+        // The semaphore counts the bytes of one call in 32 bits.
         if one_call > u64::from(u32::MAX) {
             return refuse(format!(
                 "--request-bytes-max {} and four times --response-bytes-max {} are over {}, the \
-                 most that is counted for one call; lower one of them",
+                 limit for one call; lower one of the two",
                 limits.request_bytes_max,
                 limits.response_bytes_max,
                 ByteSize(1 << 32)
@@ -614,7 +648,8 @@ impl ModelConfig {
         let heads = &self.heads;
         if self.fake_engine.is_some() && !heads.is_empty() {
             return Err(ConfigError(
-                "--fake-engine has no features that a --head could score; drop one of them"
+                "--fake-engine has no features that a --head could score; remove one of the two \
+                 flags"
                     .to_owned(),
             ));
         }
@@ -622,7 +657,7 @@ impl ModelConfig {
         for (idx, head) in heads.iter().enumerate() {
             if heads[..idx].iter().any(|other| other.name == head.name) {
                 return Err(ConfigError(format!(
-                    "--head {} is given twice; names must differ",
+                    "--head {} is given twice; the names of heads must differ",
                     head.name
                 )));
             }
@@ -689,11 +724,11 @@ mod tests {
         check(&["--max-batch-size", "0"], "0 is not in 1..=1024");
         check(
             &["--batch-sizes", "4,2", "--max-batch-size", "2"],
-            "do not ascend",
+            "must be in ascending order",
         );
         check(
             &["--batch-sizes", "1,6"],
-            "--batch-sizes [1, 6] do not end with --max-batch-size 8",
+            "--batch-sizes [1, 6] must end with --max-batch-size 8",
         );
         check(&["--batch-sizes", "1,6,8"], "fine");
         check(&["--max-queue-delay", "5"], "invalid value '5'");
@@ -747,7 +782,7 @@ mod tests {
         check(&["--preprocess-threads", "10000000"], "0..=1024");
         check(&["--request-bytes-max", "abc"], "a size such as 64MiB");
         check(&["--fake-engine", "2ms+1ms"], "fine");
-        check(&["--fake-engine", "fast"], "a time of up to 60s");
+        check(&["--fake-engine", "fast"], "a time per run of at most 60s");
         check(
             &["--fake-engine", "0s", "--head", "a=b"],
             "--fake-engine has no features",

@@ -1,5 +1,5 @@
-//! What has become of each device, and what that makes of the worker: ready once
-//! all have loaded, and for as long as one of them serves.
+//! State of each device, and the state of the worker that follows: the worker
+//! is ready once all devices have loaded, and as long as one of them serves.
 
 use std::sync::Arc;
 
@@ -9,43 +9,44 @@ use crate::engine::{EngineFactory, EngineFacts};
 use crate::runtime::error::EngineError;
 use crate::serve::metrics::Metrics;
 
-/// Which of a worker's engines: its place in `--device-id`, counted from 0.
+/// Index of a worker's engine: its position in `--device-id`, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeviceIdx(pub usize);
 
-/// Where a worker's engines are in their life, all taken together.
+/// State of all engines of a worker together.
 #[derive(Debug, Clone)]
 pub enum WorkerState {
-    /// Loading and warming up.
+    /// Engines are loading and warming up.
     Loading,
-    /// All were loaded, and one at least still serves.
+    /// All engines were loaded, and at least one still serves.
     Ready(EngineFacts),
-    /// Ended in good order after the last batch.
+    /// All engines have ended in good order after the last batch.
     Stopped,
-    /// One was never started, or the last has ended before its time; the process
-    /// should end too.
+    /// An engine could not be loaded, or the last engine has ended before its
+    /// time; the process should end too.
     Failed(WorkerFailure),
 }
 
-/// Why a worker cannot go on.
+/// Reason why a worker cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerFailure {
     pub kind: FailureKind,
     pub reason: String,
 }
 
-/// Who is to blame for a failure.
+/// Cause of a failure: the worker or the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureKind {
-    /// One of the worker's own stages.
+    /// One of the worker's own stages failed.
     Worker,
-    /// The device or the runtime on it: a restart elsewhere may be better.
+    /// The device, or the runtime on it, failed: a restart elsewhere may be
+    /// better.
     Device,
 }
 
-/// A device's engine that is yet to be made.
+/// Engine of a device, before it is loaded.
 pub struct DeviceEngine {
-    /// As `--device-id` has it.
+    /// Device number, as in `--device-id`.
     pub id: i32,
     pub factory: EngineFactory,
 }
@@ -58,36 +59,36 @@ impl std::fmt::Debug for DeviceEngine {
     }
 }
 
-/// One device of a worker.
+/// State of one device of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceState {
-    /// As `--device-id` has it.
+    /// Device number, as in `--device-id`.
     pub id: i32,
-    /// What its engine told of itself, once it was loaded.
+    /// Facts that the device's engine reported once it was loaded.
     pub facts: Option<EngineFacts>,
-    /// Whether its engine takes no more work, for whatever reason.
+    /// True if the device's engine takes no more work, for whatever reason.
     pub ended: bool,
 }
 
 impl DeviceState {
-    /// Whether its engine takes work.
+    /// True if the device's engine takes work.
     #[must_use]
     pub fn serves(&self) -> bool {
         self.facts.is_some() && !self.ended
     }
 }
 
-/// All devices of a worker, in the order of `--device-id`.
+/// States of all devices of a worker, in the order of `--device-id`.
 #[derive(Debug, Clone)]
 pub struct DeviceStates {
     each: Vec<DeviceState>,
-    /// What has ended the worker; the first of its kind, for what follows is
-    /// mostly its consequence.
+    /// Failure that has ended the worker: the first one, since later failures
+    /// mostly follow from it.
     failure: Option<WorkerFailure>,
 }
 
 impl DeviceStates {
-    /// Devices that are still to be loaded.
+    /// Creates the states of devices that are not loaded yet.
     pub fn loading(ids: impl IntoIterator<Item = i32>) -> Self {
         let device = |id| DeviceState {
             id,
@@ -105,19 +106,19 @@ impl DeviceStates {
         &self.each
     }
 
-    /// Why the worker cannot go on, if so.
+    /// Returns the failure that ends the worker, if there is one.
     #[must_use]
     pub fn failure(&self) -> Option<&WorkerFailure> {
         self.failure.as_ref()
     }
 
-    /// How many serve.
+    /// Number of devices that serve.
     #[must_use]
     pub fn n_serving(&self) -> usize {
         self.each.iter().filter(|device| device.serves()).count()
     }
 
-    /// What all of them come to.
+    /// Returns the state of the worker that follows from all devices.
     #[must_use]
     pub fn state(&self) -> WorkerState {
         if let Some(failure) = &self.failure {
@@ -131,8 +132,8 @@ impl DeviceStates {
             .map_or(WorkerState::Stopped, WorkerState::Ready)
     }
 
-    /// What those that serve can do together: they run the same graphs, and each
-    /// has slots of its own for sequences.
+    /// Facts of the serving devices together: all run the same graphs, and each
+    /// has its own slots for sequences.
     fn facts(&self) -> Option<EngineFacts> {
         let serving = || self.each.iter().filter(|device| device.serves());
         let mut facts = serving().find_map(|device| device.facts.clone())?;
@@ -157,8 +158,9 @@ impl DeviceStates {
         }
     }
 
-    /// A device has failed, and with it the worker if others still load, since a
-    /// worker starts with all of its devices, or if none is left.
+    /// Records that a device has failed. The worker fails too if other devices
+    /// still load, since a worker starts with all of its devices, or if no
+    /// device is left.
     fn failed(&mut self, device: DeviceIdx, failure: WorkerFailure) {
         let loading = self.each.iter().any(|device| device.facts.is_none());
         self.ended(device);
@@ -172,7 +174,8 @@ impl DeviceStates {
     }
 }
 
-/// Where engines and stages say what became of them.
+/// Handle through which engines and stages report that they have loaded, ended
+/// or failed.
 #[derive(Debug, Clone)]
 pub(crate) struct DeviceReports {
     devices: Arc<watch::Sender<DeviceStates>>,
@@ -191,20 +194,21 @@ impl DeviceReports {
         (reports, seen)
     }
 
-    /// An engine is loaded and warm.
+    /// Reports that an engine is loaded and warm.
     pub(crate) fn loaded(&self, device: DeviceIdx, facts: &EngineFacts) {
         self.devices
             .send_modify(|devices| devices.loaded(device, facts));
         self.show();
     }
 
-    /// An engine has ended in good order.
+    /// Reports that an engine has ended in good order.
     pub(crate) fn ended(&self, device: DeviceIdx) {
         self.devices.send_modify(|devices| devices.ended(device));
         self.show();
     }
 
-    /// An engine could not be loaded, or has ended before its time.
+    /// Reports that an engine could not be loaded, or has ended before its
+    /// time.
     pub(crate) fn failed(&self, device: DeviceIdx, error: &EngineError) {
         let kind = match error {
             EngineError::Device(_) => FailureKind::Device,
@@ -213,7 +217,7 @@ impl DeviceReports {
         let (mut id, mut n_left, reason) = (0, 0, error.to_string());
         self.devices.send_modify(|devices| {
             id = devices.each.get(device.0).map_or(0, |device| device.id);
-            // One alone needs no name.
+            // A single device needs no name.
             let reason = match devices.each.len() {
                 1 => reason.clone(),
                 _ => format!("device {id}: {reason}"),
@@ -225,7 +229,7 @@ impl DeviceReports {
         tracing::error!(device = id, n_left, reason, "a device is out of service");
     }
 
-    /// One of the worker's own parts has ended before its time.
+    /// Reports that one of the worker's own parts has ended before its time.
     pub(crate) fn fail(&self, reason: String) {
         let kind = FailureKind::Worker;
         self.devices

@@ -1,14 +1,15 @@
-//! The engine's thread: load, then ask for batches until the batcher hangs up.
+//! Thread of one engine: loads the engine, then asks for batches until the
+//! batcher closes the channel.
 //!
-//! It asks for a batch when it is free (a [`EngineSlot`] for the batcher) and never
-//! before, so a batch is formed at the last moment: by this thread, if something
-//! waits, because the way to another one and back would take longer. Nothing
-//! here awaits.
+//! The thread asks for a batch when the engine is free (an [`EngineSlot`] for
+//! the batcher) and never before, so a batch is formed at the last moment. If
+//! work waits, this thread forms the batch itself, because the way to another
+//! thread and back would take longer. Nothing here awaits.
 //!
-//! A batch that fails is split and tried again, so that one row that cannot be
-//! computed fails alone. A batch that memory does not suffice for lowers the
-//! largest size. A device that has failed ends its engine, and with the last one
-//! the worker.
+//! A batch that fails is split and tried again, so that a row that cannot be
+//! computed fails alone. A batch that does not fit into memory lowers the
+//! largest size. A device that has failed ends its engine, and the worker if no
+//! other engine is left.
 
 mod decoder;
 mod gap;
@@ -35,14 +36,15 @@ use crate::serve::metrics::{EngineFault, EngineGap, Metrics};
 use crate::serve::sequence::Sequence;
 use crate::telemetry::panic_text;
 
-/// What the thread needs besides the engine.
+/// Parts that the thread needs besides the engine.
 pub(crate) struct Runner {
     pub(crate) device: DeviceIdx,
     pub(crate) batcher: Batcher,
     pub(crate) notices: Sender<EngineNotice>,
     pub(crate) turns: Receiver<EngineTurn>,
     pub(crate) buckets: Buckets,
-    /// How long the engine may be idle before it is tried.
+    /// Time that the engine may be idle before the canary is run; `None` turns
+    /// the canary off.
     pub(crate) canary_interval: Option<Duration>,
     pub(crate) stop: Arc<RunStop>,
     pub(crate) cache: AnswerCache,
@@ -51,7 +53,7 @@ pub(crate) struct Runner {
     pub(crate) reports: DeviceReports,
 }
 
-/// The life of the engine thread.
+/// Runs the engine's thread to its end.
 pub(crate) fn run(factory: EngineFactory, runner: Runner) {
     let farewell = Farewell {
         device: runner.device,
@@ -80,14 +82,15 @@ pub(crate) fn run(factory: EngineFactory, runner: Runner) {
         Err(error) => {
             reports.failed(device, &error);
             drop(farewell);
-            // What the runtime does when it frees memory of a device that has
-            // failed is unknown, and other devices serve on in this process.
+            // The effect of freeing memory of a failed device is unknown, and
+            // other devices in this process continue to serve.
             std::mem::forget(life.engine);
         }
     }
 }
 
-/// Tells the batcher that the engine is gone, however its thread ends.
+/// Guard that tells the batcher that the engine is gone, however its thread
+/// ends.
 struct Farewell {
     device: DeviceIdx,
     notices: Sender<EngineNotice>,
@@ -96,30 +99,32 @@ struct Farewell {
 
 impl Drop for Farewell {
     fn drop(&mut self) {
-        // There is room for it: see the channel.
+        // The channel has room for this notice: see where it is made.
         let _ = self.notices.send(EngineNotice::Gone(self.device));
-        // Until the batcher has heard it and hangs up, a turn may still come.
+        // A turn may still arrive until the batcher has read the notice and
+        // closes the channel.
         for turn in &self.turns {
             turn.refuse(&StageError::NotReady);
         }
     }
 }
 
-/// A loaded engine at work.
+/// Loaded engine, with the state of its thread.
 struct Life {
     engine: Metered,
     decoder: Decoder,
     runner: Runner,
-    /// The largest batch that memory suffices for.
+    /// Largest batch that fits into memory.
     largest: usize,
-    /// Runs since the last slot.
+    /// Runs that have succeeded since the last slot.
     runs: Vec<FinishedRun>,
-    /// Answers of the runs since then.
+    /// Answers that are computed and not yet sent.
     replies: Vec<PendingReplies>,
 }
 
 impl Life {
-    /// Until the batcher hangs up, or the engine can do no more.
+    /// Runs turns until the batcher closes the channel or the engine cannot go
+    /// on.
     fn live(&mut self) -> Result<(), EngineError> {
         let mut warm = self.engine.warm().to_vec();
         loop {
@@ -138,16 +143,17 @@ impl Life {
                     possible_since,
                 })) => self.step(joining, possible_since),
                 Ok(None) => {
-                    // Nobody is left here unless the batcher has failed.
+                    // No sequence is left here unless the batcher has failed.
                     self.decoder.refuse(&StageError::NotReady);
                     return Ok(());
                 }
                 Err(error) => Err(error),
             };
-            // A caller who has gone frees the slot also while no step is made.
+            // A caller who has disconnected frees the slot even while no step
+            // is made.
             self.decoder.sweep(Instant::now());
             if let Err(error) = outcome {
-                tracing::error!(%error, "the engine can do no more");
+                tracing::error!(%error, "the engine failed and takes no more work");
                 self.decoder.refuse(&last_words(&error));
                 return Err(error);
             }
@@ -162,10 +168,10 @@ impl Life {
             self.runner.metrics.stopped();
         }
         outcome.inspect_err(|error| {
-            // Pieces of it that were run before.
+            // Pieces of the batch that were run before the failure.
             self.deliver();
-            // None of it goes to another device: what has just failed this one may
-            // be an input that would fail every device in turn.
+            // No part of the batch goes to another device: the cause of this
+            // failure may be an input that would fail every device in turn.
             for unit in &batch.units {
                 unit.waiters.refuse(&last_words(error));
             }
@@ -191,7 +197,8 @@ impl Life {
         Ok(())
     }
 
-    /// The next turn. Replies are given, or on its way, when it comes.
+    /// Returns the next turn. All answers are sent, or handed over to the
+    /// batcher's thread, by then.
     fn next(&mut self) -> Result<Option<EngineTurn>, EngineError> {
         if let Ok(turn) = self.runner.turns.try_recv() {
             self.hand_over();
@@ -201,7 +208,8 @@ impl Life {
         self.receive()
     }
 
-    /// Waits for a turn; meanwhile, if it takes long, the canary is run.
+    /// Waits for a turn, and runs the canary whenever the engine has been idle
+    /// for the interval.
     fn receive(&mut self) -> Result<Option<EngineTurn>, EngineError> {
         let Some(interval) = self.runner.canary_interval else {
             return Ok(self.runner.turns.recv().ok());
@@ -221,18 +229,20 @@ impl Life {
         self.runner.metrics.canary(outcome.is_ok());
         outcome.map_err(|error| match error {
             EngineError::Panicked(_) => error,
-            // Nothing but the device can be wrong with an input that was right
-            // before.
+            // Only the device can be at fault, since this input was computed
+            // correctly before.
             error => EngineError::Device(format!("the idle check failed: {error}")),
         })
     }
 
-    /// Runs units of one graph and answers them; splits them if that fails.
-    /// Recursion halves, so it is as deep as the size has bits.
+    /// Runs units of one graph and answers them; splits them if the run fails.
+    /// Each recursion halves the units, so its depth is the logarithm of the
+    /// size.
     ///
     /// # Errors
     ///
-    /// What ends the engine.
+    /// Returns the errors that end the engine; every other failure is answered
+    /// here.
     fn attempt(
         &mut self,
         graph: Graph,
@@ -296,7 +306,7 @@ impl Life {
                 });
                 Err(error)
             }
-            // The runtime may say what it likes when it was told to stop.
+            // A run that was told to stop may end with any error.
             Err(_) if self.runner.stop.requested() => {
                 self.leave(units);
                 Ok(())
@@ -305,8 +315,8 @@ impl Life {
         }
     }
 
-    /// Deals with a run that failed: smaller pieces, until what cannot be
-    /// computed is alone.
+    /// Runs the units of a failed run in smaller pieces, until a unit that
+    /// cannot be computed is alone.
     fn again(
         &mut self,
         graph: Graph,
@@ -334,17 +344,18 @@ impl Life {
             tracing::warn!(
                 device = self.runner.device.0,
                 largest = smaller,
-                "memory does not suffice for larger batches; lower --max-batch-size to this"
+                "not enough memory for larger batches; lower --max-batch-size to this size"
             );
         }
         match units {
-            // At a smaller size it may fit.
+            // The unit may fit at a smaller size.
             [_] if out_of_memory && smaller < bucket => self.attempt(graph, smaller, units),
             [unit] => {
                 let tickets = unit.waiters.close();
                 let error = StageError::from(error);
                 for ticket in tickets {
-                    let failed = || tracing::warn!("the model run of an image of this call failed");
+                    let failed =
+                        || tracing::warn!("the model run failed for an image of this call");
                     ticket.span.in_scope(failed);
                     ticket.finish(Err(error.clone()));
                 }
@@ -354,7 +365,7 @@ impl Life {
                 let half = units.len().div_ceil(2).min(self.largest);
                 let mut rest = units;
                 while !rest.is_empty() {
-                    // An earlier piece may have found that even less fits.
+                    // An earlier piece may have shown that even less fits.
                     let n = half.min(self.largest).min(rest.len());
                     let (piece, after) = rest.split_at(n);
                     let bucket = self.runner.buckets.at_least(n);
@@ -366,15 +377,16 @@ impl Life {
         }
     }
 
-    /// Gives the answers that are there and not yet given.
+    /// Sends the answers that are computed and not yet sent.
     fn deliver(&mut self) {
         for reply in self.replies.drain(..) {
             reply.deliver(&self.runner.cache);
         }
     }
 
-    /// Has them given while the device runs. One is given as soon as another
-    /// thread is woken.
+    /// Hands the answers over to the batcher's thread, which sends them while
+    /// the device runs. A single answer is sent here, since that takes no
+    /// longer than waking another thread.
     fn hand_over(&mut self) {
         if self.replies.len() > 1 {
             let notice = EngineNotice::Ran(std::mem::take(&mut self.replies));
@@ -387,8 +399,8 @@ impl Life {
         self.deliver();
     }
 
-    /// Nobody waited any more when the run was stopped; says so to whoever the
-    /// batcher has not told yet.
+    /// Answers the remaining callers of a stopped run, for which no caller was
+    /// waiting any more.
     fn leave(&self, units: &[BatchUnit]) {
         let stage = RequestStage::Engine;
         for unit in units {
@@ -399,9 +411,9 @@ impl Life {
     }
 }
 
-/// What those are told who were being served when the engine ended. What a
-/// panic leaves behind is unknown, and it is the worker's own fault; from a
-/// device that has failed another worker may be better.
+/// Error for the callers that were being served when the engine ended. After a
+/// panic the worker's state is unknown, and the fault is the worker's own;
+/// after a failure of the device another worker may do better.
 fn last_words(error: &EngineError) -> StageError {
     match error {
         EngineError::Panicked(text) => EngineError::Panicked(text.clone()).into(),

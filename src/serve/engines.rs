@@ -1,4 +1,4 @@
-//! Which engines the flags ask for: one a device, of ONNX Runtime or made up.
+//! Engines that the flags ask for, one per device: of ONNX Runtime, or fake.
 
 use crate::engine::fake::{FakeEngine, FakeSequences, Script};
 use crate::engine::onnx::{self, OnnxEngine};
@@ -10,11 +10,11 @@ use crate::runtime::error::EngineError;
 use crate::serve::config::{CudaGraphs, ServeConfig};
 use crate::serve::devices::DeviceEngine;
 
-/// The engines that the flags ask for, one a device.
+/// Returns the engines that the flags ask for, one per device.
 ///
 /// # Errors
 ///
-/// When ONNX Runtime cannot be used.
+/// Fails if ONNX Runtime cannot be used.
 pub fn engines(
     config: &ServeConfig,
     model: &Model,
@@ -23,7 +23,10 @@ pub fn engines(
     let Some(cost) = config.model.fake_engine else {
         return onnx_engines(config, model, heads);
     };
-    tracing::warn!(?cost, "--fake-engine: no model is run, answers are made up");
+    tracing::warn!(
+        ?cost,
+        "--fake-engine: no model is run; the answers are made up"
+    );
     let n_slots = usize::from(config.generation.generate_slots);
     let sequences = FakeSequences {
         n_slots,
@@ -43,11 +46,11 @@ pub fn engines(
     Ok(config.model.devices.ids.iter().map(engine).collect())
 }
 
-/// Engines for the model at hand, as the flags say.
+/// Returns ONNX Runtime engines for the model, as the flags say.
 ///
 /// # Errors
 ///
-/// When ONNX Runtime cannot be used.
+/// Fails if ONNX Runtime cannot be used.
 pub fn onnx_engines(
     config: &ServeConfig,
     model: &Model,
@@ -56,8 +59,8 @@ pub fn onnx_engines(
     let ids = &config.model.devices.ids;
     let options = onnx_options(config, model, heads);
     let (provider, ids) = match (options.provider, ids.as_slice()) {
-        // Each engine would find out for itself, and a machine without GPUs would
-        // run its CPU several times over.
+        // Otherwise each engine would choose a provider by itself, and on a
+        // machine without GPUs several engines would run on the CPU.
         (ProviderChoice::Auto, [first, _, ..]) => {
             let of_first = onnx::OnnxOptions {
                 device_id: *first,
@@ -68,7 +71,7 @@ pub fn onnx_engines(
             } else {
                 tracing::info!(
                     device_ids = ?ids,
-                    "--execution-provider auto takes the CPU, which is one device"
+                    "--execution-provider auto chose the CPU, which counts as one device"
                 );
                 (ProviderChoice::Auto, &ids[..1])
             }
@@ -88,7 +91,8 @@ pub fn onnx_engines(
     Ok(ids.iter().map(engine).collect())
 }
 
-/// An engine for the model on the first device alone, as it would be served.
+/// Returns an engine for the model on the first device alone, as the worker
+/// would serve it.
 #[must_use]
 pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> EngineFactory {
     let options = onnx::OnnxOptions {
@@ -98,12 +102,12 @@ pub fn onnx_factory(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -
     Box::new(move || Ok(Box::new(OnnxEngine::load(&options)?) as Box<dyn Engine>))
 }
 
-/// Options that all of the model's engines have in common.
+/// Options that all engines of the model have in common.
 fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> onnx::OnnxOptions {
     onnx::OnnxOptions {
         library: onnx::find_library(config.model.library.onnxruntime.as_deref()),
         provider: config.model.devices.provider.execution_provider,
-        // Each engine has one of them.
+        // Replaced per engine.
         device_id: 0,
         intra_op_threads: config.model.intra_op_threads.into(),
         graphs: model.graphs.clone(),
@@ -126,7 +130,8 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
     }
 }
 
-/// A size in bytes that is to be counted in memory.
+/// Converts a size in bytes to `usize`; a size that is too large becomes the
+/// largest one.
 pub(super) fn to_usize(size: u64) -> usize {
     usize::try_from(size).unwrap_or(usize::MAX)
 }

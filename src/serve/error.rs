@@ -1,8 +1,8 @@
-//! Everything that can end a request other than its answer.
+//! Errors that can end a request.
 //!
-//! The stages know nothing of gRPC: `rpc/status.rs` alone turns an [`StageError`]
-//! into a code. Texts are written for the caller and say what to change; what
-//! only an operator should read goes to the log where it happens.
+//! The stages know nothing of gRPC: `rpc/status.rs` alone turns a
+//! [`StageError`] into a code. Texts are written for the caller and say what to
+//! change; texts for the operator alone go to the log where the error happens.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,28 +10,29 @@ use std::time::Duration;
 use crate::imaging::PreprocessError;
 use crate::runtime::error::EngineError;
 
-/// Why an image has no answer, as far as the stages know: the gRPC surface has
-/// reasons of its own besides.
+/// Reason why an image has no answer, as known to the stages; the gRPC surface
+/// has further reasons of its own.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StageError {
-    /// One image could not become tokens.
+    /// The image could not be turned into tokens.
     #[error(transparent)]
     Image(Arc<PreprocessError>),
-    /// The queue is full.
+    /// The worker has no room for the call now (load shedding).
     #[error(
-        "the worker is full: {what} in flight would pass {flag}; retry after {}",
+        "the worker is full: {what} in flight would exceed {flag}; retry after {}",
         humantime::format_duration(whole_ms(*retry_after))
     )]
     Full {
         what: &'static str,
         flag: &'static str,
-        /// When a retry makes sense, by the rate at which work is done now.
+        /// Time after which a retry makes sense, by the rate at which work is
+        /// done now.
         retry_after: Duration,
     },
     /// The call needs more than its class can ever have.
     #[error(
-        "images: the call needs {given} {what}, but {max} are all that a call of its class can \
-         have ({flag}, less --interactive-reserve for bulk); send less a call"
+        "images: the call needs {given} {what}; the limit for its class is {max} ({flag}, less \
+         --interactive-reserve for bulk); send less per call"
     )]
     NeverFits {
         given: usize,
@@ -42,15 +43,15 @@ pub enum StageError {
     /// The caller's deadline passed before the answer was ready.
     #[error("the deadline passed {stage}")]
     DeadlineExceeded { stage: RequestStage },
-    /// The model cannot be run in the time that is left, by how long its runs
-    /// take now.
+    /// The model cannot be run in the time that is left, by the duration of its
+    /// latest runs.
     #[error(
         "the deadline is too short: the answer would take at least {}",
         humantime::format_duration(whole_ms(*needed))
     )]
     DeadlineTooShort { needed: Duration },
-    /// The caller went away; nobody reads this.
-    #[error("the caller went away {stage}")]
+    /// The caller disconnected or cancelled, so nobody reads this text.
+    #[error("the caller disconnected {stage}")]
     Cancelled { stage: RequestStage },
     /// The model is not loaded, or its engine has failed.
     #[error("the model is not ready; retry on another worker")]
@@ -58,15 +59,16 @@ pub enum StageError {
     /// The model run failed.
     #[error("the model run failed; the worker's log has the cause")]
     Engine(Arc<EngineError>),
-    /// A stage dropped the request without answering: a defect of the worker.
+    /// A stage dropped the request without answering, which is a defect of the
+    /// worker.
     #[error("the worker lost the request; please report this with the worker's log")]
     Lost,
 }
 
 impl StageError {
-    /// True if an image with this error ends its whole call: the trouble is the
-    /// worker's or the clock's, so the other images would fare no better, and a client
-    /// retries by the call's code.
+    /// True if an image with this error ends its whole call: the cause is the
+    /// worker or the clock, so the other images would fare no better, and a
+    /// client retries by the call's code.
     #[must_use]
     pub fn ends_call(&self) -> bool {
         match self {
@@ -81,17 +83,18 @@ impl StageError {
     }
 }
 
-/// A time as a person reads it: nobody needs the microseconds.
+/// Rounds a time down to whole milliseconds, and up to 1 ms, for a reader who
+/// does not need the microseconds.
 fn whole_ms(time: Duration) -> Duration {
     Duration::from_millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)).max(MS)
 }
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Where a request was when it ended.
+/// Stage at which a request was when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestStage {
-    /// Waiting for a preprocessing thread, or on one.
+    /// Waiting for a preprocessing thread, or in one.
     Preprocess,
     /// Waiting for the engine.
     Queue,

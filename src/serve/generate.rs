@@ -1,4 +1,4 @@
-//! A caller's request for an image that is generated.
+//! Request for an image that is generated.
 
 use std::sync::Arc;
 
@@ -6,30 +6,31 @@ use tokio::sync::mpsc;
 
 use super::sample::Sampling;
 
-/// What a caller keeps of a primer image.
+/// Part of a primer image that is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum KeptPixels {
-    /// All that was given, which may be less than an image.
+    /// All given pixels, which may be less than an image.
     All,
-    /// So many rows from the top.
+    /// Number of rows to keep from the top.
     Rows(u32),
     /// The pixels that are true, in raster order.
     Mask(Arc<[bool]>),
 }
 
-/// What is wanted of one sample.
+/// Request for one sample.
 #[derive(Debug, Clone)]
 pub(crate) struct GenerateRequest {
     pub keep: KeptPixels,
     pub sampling: Sampling,
-    /// Which sample of its call, counted from 0; each draws numbers of its own.
+    /// Index of the sample in its call, counted from 0; each sample draws its
+    /// own random numbers.
     pub sample: u32,
-    /// Where rows go as they are done. It has room for all of them, so that a
-    /// caller who does not read holds up nobody.
+    /// Channel for finished rows. It has room for all rows, so that a caller
+    /// who does not read holds up nobody.
     pub rows: Option<mpsc::Sender<GeneratedRow>>,
 }
 
-/// A row of a sample that is done.
+/// Finished row of a sample.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct GeneratedRow {
     pub sample: u32,

@@ -1,5 +1,5 @@
-//! Values that pass between the batcher and the engines' threads: turns one way, slots,
-//! notices and answers the other.
+//! Values that pass between the batcher and the engines' threads: turns go to
+//! the engines; slots, notices and answers come back.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,18 +16,19 @@ use crate::serve::sequence::Sequence;
 /// A batch on its way to the engine.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    /// Counted from 1, for [`Stop`].
+    /// Number of the batch, counted from 1, by which
+    /// [`RunStop`](crate::engine::RunStop) names the run.
     pub id: u64,
     pub graph: Graph,
-    /// The size to run at, at least as many as there are units.
+    /// Size of the run in rows, at least the number of units.
     pub bucket: usize,
-    /// Never empty.
+    /// Rows of the batch. Never empty.
     pub units: Vec<BatchUnit>,
-    /// Since when an engine that was free could have run something.
+    /// Earliest time at which a free engine could have run this batch.
     pub possible_since: Instant,
 }
 
-/// One row of a batch with everybody who waits for it.
+/// One row of a batch, with all callers that wait for its answer.
 #[derive(Debug, Clone)]
 pub(crate) struct BatchUnit {
     pub tokens: Arc<[u16]>,
@@ -35,21 +36,22 @@ pub(crate) struct BatchUnit {
     pub waiters: Arc<CoalescedWaiters>,
 }
 
-/// What the engine is given to do when it is free.
+/// Work that a free engine is given.
 #[derive(Debug)]
 pub(crate) enum EngineTurn {
     /// One run of a graph.
     Batch(Batch),
-    /// One step of the sequences that it has, and of these, which join them.
+    /// One step of the sequences that the engine has, and of those that join
+    /// them.
     Step {
         joining: Vec<Sequence>,
-        /// As of a batch.
+        /// Earliest time at which a free engine could have made this step.
         possible_since: Instant,
     },
 }
 
 impl EngineTurn {
-    /// Gives everybody in it the same bad news.
+    /// Answers all callers in the turn with this error.
     pub(crate) fn refuse(self, error: &StageError) {
         match self {
             Self::Batch(batch) => {
@@ -66,56 +68,57 @@ impl EngineTurn {
     }
 }
 
-/// The sequences that an engine has.
+/// Number of sequences that an engine has and has room for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct SequenceCounts {
-    /// How many more there may be.
+    /// Free slots.
     pub n_free: usize,
-    /// Those of interactive callers.
+    /// Sequences of interactive callers.
     pub interactive: usize,
-    /// Those of bulk callers.
+    /// Sequences of bulk callers.
     pub bulk: usize,
 }
 
-/// What engines tell the batcher's thread.
+/// Messages from the engines to the batcher's thread.
 #[derive(Debug)]
 pub(crate) enum EngineNotice {
-    /// An engine is free, and there was nothing for it yet.
+    /// An engine is free, and there was no work for it yet.
     Free,
-    /// Answers that the thread should give, since the engine runs on.
+    /// Answers that the batcher's thread should send, since the engine runs on.
     Ran(Vec<PendingReplies>),
-    /// The engine takes no more turns. The last thing that it says.
+    /// The engine takes no more turns; always its last notice.
     Gone(DeviceIdx),
 }
 
-/// An engine's word that it is free for one batch, and what it did since the
-/// last one.
+/// Notice that an engine is free for one turn, with the runs since its last
+/// slot.
 #[derive(Debug)]
 pub(crate) struct EngineSlot {
     pub device: DeviceIdx,
-    /// Runs of the warm-up; in the first slot only.
+    /// Runs of the warm-up; only in the first slot.
     pub warm: Vec<WarmRun>,
-    /// Runs that succeeded.
+    /// Runs that have succeeded since the last slot.
     pub runs: Vec<FinishedRun>,
-    /// The largest batch that the engine takes from now on.
+    /// Largest batch that the engine takes from now on.
     pub largest: usize,
     pub sequences: SequenceCounts,
 }
 
-/// One run that succeeded.
+/// Measurement of one run that succeeded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FinishedRun {
     pub graph: Graph,
     pub bucket: usize,
-    /// Images that it has brought to an end, where an image takes many runs as
-    /// parts of them.
+    /// Images that the run has finished; if an image takes many runs, each run
+    /// counts as a fraction of the image.
     pub images: f64,
     pub elapsed: Duration,
 }
 
-/// An answer that is there and not yet given: a row's numbers and everybody who
-/// waits for them. While something waits for the device, answers are given by the
-/// batcher's thread, which has nothing to do while the device runs.
+/// Answer that is computed and not yet sent: the numbers of a row, and all
+/// callers that wait for them. While work waits for the device, the batcher's
+/// thread sends the answers, since it has nothing else to do while the device
+/// runs.
 #[derive(Debug)]
 pub(crate) struct PendingReplies {
     pub(crate) unit: BatchUnit,
@@ -123,7 +126,7 @@ pub(crate) struct PendingReplies {
 }
 
 impl PendingReplies {
-    /// Gives everybody the answer.
+    /// Caches the answer and sends it to all callers.
     pub(crate) fn deliver(self, cache: &AnswerCache) {
         let Self { unit, values } = self;
         let finite = values.iter().all(|value| value.is_finite());

@@ -1,4 +1,5 @@
-//! The operator's port: /metrics, /livez and /readyz, and nothing else.
+//! HTTP server on the operator's port: /metrics, /livez and /readyz, and
+//! nothing else.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,23 +24,27 @@ use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::telemetry;
 
-/// Connections at once. Scrapes and probes come a few at a time; each
-/// connection is one request, so that none is held between them. When all are
-/// taken, the next one gets the place of the oldest that has asked for nothing
-/// yet, or else of the oldest: so a probe waits for nobody, however many connect
-/// and say nothing, or take nothing of their page.
+/// Largest number of connections at the same time. Scrapes and probes come a
+/// few at a time, and each connection carries one request, so no connection is
+/// held between them. When all places are taken, the next connection gets the
+/// place of the oldest connection that has sent no request yet, or else of the
+/// oldest one: so a probe never waits, however many clients connect and send
+/// nothing, or do not read their page.
 const CONNECTIONS_MAX: usize = 128;
-/// From its accept until its request's head is there: a round trip or two.
+/// Longest time from accepting a connection until its request's head has
+/// arrived: a round trip or two.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
-/// From its accept to its close. A page is made in milliseconds.
+/// Longest time from accepting a connection to closing it. A page is made in
+/// milliseconds.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
-/// Pages of metrics that are made at once: each takes a core for milliseconds, and
-/// however many ask, probes and calls need the others.
+/// Largest number of metrics pages that are made at the same time: each takes a
+/// core for milliseconds, and probes and calls need the other cores, however
+/// many clients ask.
 const RENDERS_MAX: usize = 1;
-/// Rest after an accept that failed, for want of file descriptors mostly.
+/// Pause after an accept that failed, mostly for lack of file descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// What the pages show.
+/// Sources of the values that the pages show.
 #[derive(Clone)]
 pub(crate) struct PageSources {
     pub(crate) metrics: Metrics,
@@ -49,7 +54,7 @@ pub(crate) struct PageSources {
 }
 
 /// Serves the pages until the process ends: while the worker drains, a scrape
-/// still sees it drain.
+/// can still see that.
 pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
     let router = Router::new()
         .route("/metrics", get(metrics))
@@ -62,7 +67,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::debug!(%error, "the metrics port cannot accept");
+                tracing::debug!(%error, "the metrics port cannot accept a connection");
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
             }
@@ -70,7 +75,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
         if free.available_permits() == 0 {
             places.give_up_one();
         }
-        // A connection that was given up is gone as soon as its task has run.
+        // A connection that was given up has ended as soon as its task has run.
         let permit = Arc::clone(&free).acquire_owned().await;
         let (place, given_up) = places.enter();
         let router = router.clone();
@@ -84,7 +89,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: PageSources) {
     }
 }
 
-/// Answers a connection's one request.
+/// Answers the single request of a connection.
 async fn answer(stream: TcpStream, router: Router, place: &Arc<Place>) {
     let asking = Arc::clone(place);
     let router = router.map_request(move |request: Request<Incoming>| {
@@ -96,26 +101,27 @@ async fn answer(stream: TcpStream, router: Router, place: &Arc<Place>) {
         .header_read_timeout(HEAD_TIME_MAX)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    // How a client fails is its own affair.
+    // A client's failure is its own affair.
     let _ = tokio::time::timeout(CONNECTION_TIME_MAX, answer).await;
 }
 
-/// The port's connections.
+/// Connections of the port.
 #[derive(Debug, Clone, Default)]
 struct Places(Arc<Mutex<Guests>>);
 
 #[derive(Debug, Default)]
 struct Guests {
-    /// How many have come so far.
+    /// Number of connections that have been accepted so far.
     count: u64,
-    /// Connections that have asked for nothing yet, by when they came.
+    /// Connections that have sent no request yet, in order of arrival.
     silent: BTreeMap<u64, oneshot::Sender<()>>,
-    /// The others.
+    /// Connections that have sent a request, in order of arrival.
     asked: BTreeMap<u64, oneshot::Sender<()>>,
 }
 
 impl Places {
-    /// Returns a place, and a future that resolves when it goes to another.
+    /// Returns a place, and a future that resolves when the place goes to
+    /// another connection.
     fn enter(&self) -> (Arc<Place>, oneshot::Receiver<()>) {
         let (give_up, given_up) = oneshot::channel();
         let mut state = self.lock();
@@ -140,7 +146,7 @@ impl Places {
     }
 }
 
-/// One connection among those.
+/// Place of one connection.
 #[derive(Debug)]
 struct Place {
     places: Places,
@@ -148,7 +154,7 @@ struct Place {
 }
 
 impl Place {
-    /// The head of its request is there.
+    /// Records that the head of the connection's request has arrived.
     fn asks(&self) {
         let mut state = self.places.lock();
         if let Some(give_up) = state.silent.remove(&self.id) {
@@ -169,8 +175,8 @@ async fn metrics(State(pages): State<PageSources>) -> impl IntoResponse {
     static RENDERS: Semaphore = Semaphore::const_new(RENDERS_MAX);
     // Never closed, so there is no error.
     let _turn = RENDERS.acquire().await;
-    // Read when asked for, from where the truth is, so that no path can
-    // forget to count down.
+    // Read when the page is requested, from the source of each value, so that
+    // no code path can forget to count down.
     let (metrics, occupancy) = (&pages.metrics, &pages.occupancy);
     metrics.in_flight(occupancy.images(), occupancy.images_max());
     metrics.bytes(
@@ -189,13 +195,13 @@ async fn metrics(State(pages): State<PageSources>) -> impl IntoResponse {
     )
 }
 
-/// Alive until the engine has failed: then only a restart helps.
+/// Answers "alive" until the worker has failed: then only a restart helps.
 async fn livez(State(pages): State<PageSources>) -> impl IntoResponse {
     match pages.readiness.failure() {
         None => (StatusCode::OK, "alive\n".to_owned()),
         Some(failure) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("engine failed: {}\n", failure.reason),
+            format!("worker failed: {}\n", failure.reason),
         ),
     }
 }

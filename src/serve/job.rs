@@ -1,10 +1,10 @@
-//! The value that travels down the line: one image of one call.
+//! Job: one image of one call, as it travels from stage to stage.
 //!
 //! A [`Job`] carries its payload, which each stage replaces by the next form
 //! (image, then tokens), and a [`Ticket`], which stays with it to the end: its
-//! deadline, its share of the worker's capacity and the way back to the
+//! deadline, its share of the worker's capacity, and the way back to the
 //! caller. Because the capacity travels inside the job, queues sized by that
-//! capacity cannot overflow, even when callers vanish.
+//! capacity cannot overflow, even when callers disconnect.
 
 mod waiters;
 
@@ -29,38 +29,38 @@ pub(crate) struct Job<P> {
     pub ticket: Ticket,
 }
 
-/// What the caller wants of an image.
+/// Work that the caller requests for an image.
 #[derive(Debug, Clone)]
 pub(crate) enum RequestedWork {
-    /// Only its tokens.
+    /// Only the image's tokens.
     Tokenize,
     /// A run of the model.
     Infer { context: Context, want: Want },
-    /// What is not known of it, pixel by pixel.
+    /// Completion of the image: unknown pixels are drawn one by one.
     Generate(Box<GenerateRequest>),
 }
 
-/// The answer for one image.
+/// Answer for one image.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Answer {
     Tokens(Box<[u16]>),
-    /// The wanted numbers, row-major.
+    /// The requested numbers, row-major.
     Values(Vec<f32>),
-    /// How unlikely each of the tokens is, in nats.
+    /// Negative log-likelihood of each token, in nats.
     Nll {
         tokens: Arc<[u16]>,
         nll: Vec<f32>,
     },
-    /// An image that was made.
+    /// A generated image.
     Generated {
         tokens: Box<[u16]>,
-        /// ln p of each token that was drawn.
+        /// Natural logarithm of the probability of each token that was drawn.
         log_probs: Vec<f32>,
     },
 }
 
 impl Answer {
-    /// The answer for tokens of which this was wanted and computed.
+    /// Builds the answer for these tokens from the requested numbers.
     #[must_use]
     pub(crate) fn of(want: Want, tokens: &Arc<[u16]>, values: Vec<f32>) -> Self {
         match want {
@@ -73,27 +73,29 @@ impl Answer {
     }
 }
 
-/// What stays with a job from admission to reply.
+/// Part of a job that stays with it from admission to reply.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub class: Priority,
-    /// When the answer stops being useful.
+    /// Deadline after which the answer is useless.
     pub deadline: Option<Instant>,
-    /// When the job entered the stage it is in.
+    /// Time at which the job entered its current stage.
     pub entered_at: Instant,
-    /// Where the call's log lines belong.
+    /// Tracing span of the call, for its log lines.
     pub span: tracing::Span,
-    /// The way back to the caller.
+    /// Way back to the caller.
     pub reply: Reply,
-    /// The job's share of the worker's capacity, returned when the job ends.
+    /// Share of the worker's capacity, returned when the job ends.
     pub permit: Permit,
 }
 
 impl Ticket {
-    /// Why the job is no longer worth any work, if so.
+    /// Returns the reason why the job is not worth any more work, if there is
+    /// one.
     #[must_use]
     pub(crate) fn dead(&self, now: Instant, stage: RequestStage) -> Option<StageError> {
-        // The deadline first: a caller whose time is up leaves, too.
+        // The deadline is checked first: a caller whose deadline has passed
+        // also disconnects.
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             Some(StageError::DeadlineExceeded { stage })
         } else if self.reply.is_closed() {
@@ -103,16 +105,16 @@ impl Ticket {
         }
     }
 
-    /// Answers the caller and gives the capacity back.
+    /// Answers the caller and returns the capacity.
     pub(crate) fn finish(self, outcome: Result<Answer, StageError>) {
-        // Capacity first, so that a caller who has an answer can rely on the
-        // room it left.
+        // The capacity is returned first, so that a caller who has an answer
+        // can rely on the room that its image has left.
         drop(self.permit);
         self.reply.send(outcome);
     }
 }
 
-/// A job's share of the worker's capacity, which goes back when it is dropped.
+/// Job's share of the worker's capacity, returned when this value is dropped.
 #[derive(Debug)]
 #[expect(dead_code, reason = "held until the job ends, and not read")]
 pub(crate) struct Permit {
@@ -125,7 +127,7 @@ pub(crate) struct Permit {
 
 #[cfg(test)]
 impl Permit {
-    /// For work that takes none of the worker's capacity.
+    /// Permit for work that takes none of the worker's capacity.
     pub(crate) fn none() -> Self {
         Self {
             image: CapacityShare::default(),
@@ -134,26 +136,26 @@ impl Permit {
     }
 }
 
-/// The way back to the caller. Used exactly once: sending consumes it, and
+/// Way back to the caller, used exactly once: sending consumes the reply, and
 /// dropping it unsent tells the caller that the worker lost the job.
 #[derive(Debug)]
 pub(crate) struct Reply(Option<oneshot::Sender<Result<Answer, StageError>>>);
 
 impl Reply {
-    /// A reply and the place where its outcome will arrive.
+    /// Returns a reply and the receiver at which its outcome will arrive.
     #[must_use]
     pub(crate) fn new() -> (Self, oneshot::Receiver<Result<Answer, StageError>>) {
         let (sender, receiver) = oneshot::channel();
         (Self(Some(sender)), receiver)
     }
 
-    /// Whether the caller has gone.
+    /// True if the caller has disconnected.
     #[must_use]
     pub(crate) fn is_closed(&self) -> bool {
         self.0.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
 
-    /// Delivers the outcome; a caller who has gone misses it.
+    /// Sends the outcome, which is dropped if the caller has disconnected.
     pub(crate) fn send(mut self, outcome: Result<Answer, StageError>) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(outcome);

@@ -1,9 +1,9 @@
 //! Every metric of the worker.
 //!
-//! Stages get handles, made once here by one expression a metric, so that a hot path
-//! never looks a name up. Every series exists from the start, at zero, but for the
-//! model's and the devices', and no label value comes from a request: cardinality is
-//! fixed.
+//! The stages get handles, which are made once, by one expression per metric,
+//! so that a hot path never looks up a name. Every series exists from the
+//! start, at zero, except those labeled with the model or a device. No label
+//! value comes from a request, so the cardinality is fixed.
 
 pub(crate) mod access;
 pub(crate) mod generation;
@@ -42,12 +42,13 @@ struct Recorded {
     recorder: PrometheusRecorder,
     prometheus: PrometheusHandle,
     handles: Handles,
-    /// What the gauge of the largest batch shows, since gauges cannot be read.
+    /// Current value of the gauge of the largest batch, since gauges cannot be
+    /// read.
     batch_size_smallest: AtomicUsize,
     totals: totals::Totals,
 }
 
-/// All handles, one or a family of them a metric.
+/// Handles of all metrics: one handle or one family of handles per metric.
 struct Handles {
     request: RequestHandles,
     engine: EngineHandles,
@@ -77,7 +78,8 @@ impl std::fmt::Debug for Metrics {
 }
 
 impl Metrics {
-    /// Definitions of all metrics, by name: for documentation and checks.
+    /// Returns the definitions of all metrics, by name, for documentation and
+    /// checks.
     #[must_use]
     pub fn definitions() -> Vec<MetricDefinition> {
         let mut registry = Registry::new(&NoopRecorder);
@@ -85,11 +87,12 @@ impl Metrics {
         registry.into_definitions()
     }
 
-    /// A recorder of its own, so that several workers can live in one process.
+    /// Makes metrics with a recorder of their own, so that several workers can
+    /// live in one process.
     ///
     /// # Errors
     ///
-    /// Never in practice: only empty bucket lists are refused.
+    /// Fails only if a histogram has no buckets, which none has.
     pub fn new() -> anyhow::Result<Self> {
         let mut builder = PrometheusBuilder::new();
         for definition in Self::definitions() {
@@ -119,31 +122,31 @@ impl Metrics {
         &self.0.handles
     }
 
-    /// Connections, certificates and tokens.
+    /// Returns the metrics of connections, certificates and tokens.
     #[must_use]
     pub fn access(&self) -> &access::AccessMetrics {
         &self.handles().access
     }
 
-    /// Sums that the worker itself can read.
+    /// Returns the sums that the worker itself can read.
     #[must_use]
     pub fn totals(&self) -> &totals::Totals {
         &self.0.totals
     }
 
-    /// The exposition format that Prometheus scrapes.
+    /// Renders all metrics in the exposition format that Prometheus scrapes.
     #[must_use]
     pub fn render(&self) -> String {
         self.upkeep();
         self.0.prometheus.render()
     }
 
-    /// Folds what histograms have gathered, as rendering does.
+    /// Folds the samples that histograms have gathered, as rendering does.
     pub fn upkeep(&self) {
         self.0.prometheus.run_upkeep();
     }
 
-    /// A call was answered.
+    /// Counts a call that was answered.
     pub fn request(&self, method: RpcMethod, code: GrpcCode, elapsed: Duration) {
         self.handles()
             .request
@@ -168,19 +171,20 @@ impl Metrics {
         }
     }
 
-    /// A stream was opened; it counts as open until what this gives is dropped.
+    /// Counts a stream as open until the returned guard is dropped.
     #[must_use]
     pub fn stream(&self) -> StreamOpen {
         self.handles().request.streams.increment(1.0);
         StreamOpen(self.handles().request.streams.clone())
     }
 
-    /// An image of a call has its outcome.
+    /// Counts an image of a call whose outcome is known.
     pub fn image(&self, code: GrpcCode) {
         self.handles().request.images.of(code).increment(1);
     }
 
-    /// An image was dropped, for this error and where it had got to.
+    /// Counts an image that was dropped, by the error and the stage that the
+    /// image had reached.
     pub fn dead(&self, error: &StageError) {
         let reason = match error {
             StageError::Cancelled { stage } => DropReason::Cancelled(*stage),
@@ -191,13 +195,14 @@ impl Metrics {
         self.handles().request.dropped.of(reason).increment(1);
     }
 
-    /// How much of the capacity is in use.
+    /// Sets the number of images in flight, and its limit.
     pub fn in_flight(&self, images: usize, max: usize) {
         self.handles().request.images_in_flight.set(as_f64(images));
         self.handles().request.images_in_flight_max.set(as_f64(max));
     }
 
-    /// One image was decoded, resized and quantized.
+    /// Records the times in which one image was decoded, and was resized and
+    /// quantized.
     pub fn preprocessed(&self, decode: Option<Duration>, quantize: Option<Duration>) {
         if let Some(decode) = decode {
             self.handles().request.decode_duration.record(decode);
@@ -209,7 +214,8 @@ impl Metrics {
         self.0.totals.preprocessed(both);
     }
 
-    /// How much memory requests, answers and the cache hold.
+    /// Sets the bytes of requests and answers in flight, their limit, and the
+    /// bytes of the cache.
     pub fn bytes(&self, in_flight: usize, max: usize, cache: u64) {
         self.handles()
             .request
@@ -222,7 +228,7 @@ impl Metrics {
             .set(as_f64(usize::try_from(cache).unwrap_or(usize::MAX)));
     }
 
-    /// Images of this class now wait for the engine.
+    /// Sets the number of images of a class that wait for the engine.
     pub fn queue_depth(&self, class: Priority, images: usize) {
         self.handles()
             .engine
@@ -231,7 +237,7 @@ impl Metrics {
             .set(as_f64(images));
     }
 
-    /// One image left the queue for the engine.
+    /// Records the time that one image waited in the queue for the engine.
     pub fn queued(&self, class: Priority, waited: Duration) {
         self.handles()
             .engine
@@ -240,17 +246,18 @@ impl Metrics {
             .record(waited);
     }
 
-    /// An answer was given up because its client did not take it.
+    /// Counts an answer that was dropped because its client did not read it in
+    /// time.
     pub fn answer_not_taken(&self) {
         self.handles().request.answers_not_taken.increment(1);
     }
 
-    /// An image shares another one's run.
+    /// Counts an image that shares the run of an identical image.
     pub fn coalesced(&self) {
         self.handles().engine.coalesced.increment(1);
     }
 
-    /// An image was looked for in the cache.
+    /// Counts a lookup of an image in the cache.
     pub fn cache(&self, hit: bool) {
         self.0.totals.cache(hit);
         let result = if hit {
@@ -261,18 +268,20 @@ impl Metrics {
         self.handles().request.cache_lookups.of(result).increment(1);
     }
 
-    /// All engines answer so many images a second while they are busy.
+    /// Sets the images per second that all engines together answer while they
+    /// are busy.
     pub fn drain_rate(&self, images_per_second: f64) {
         self.handles().engine.drain_rate.set(images_per_second);
     }
 
-    /// The largest batch that every device takes.
+    /// Sets the largest batch that every device takes.
     pub fn batch_size_max(&self, images: usize) {
         self.0.batch_size_smallest.store(images, Ordering::Relaxed);
         self.handles().engine.batch_size_max.set(as_f64(images));
     }
 
-    /// A device takes no larger batches any more.
+    /// Lowers the largest batch that every device takes, if one device now
+    /// takes fewer images.
     pub fn batch_size_lowered(&self, images: usize) {
         let smallest = &self.0.batch_size_smallest;
         let before = smallest.fetch_min(images, Ordering::Relaxed);
@@ -282,24 +291,24 @@ impl Metrics {
             .set(as_f64(before.min(images)));
     }
 
-    /// A device began or ceased to take work.
+    /// Sets whether a device takes work.
     pub fn device_up(&self, id: i32, up: bool) {
         let up = if up { 1.0 } else { 0.0 };
         let gauge = &self.handles().engine.device_up;
         gauge.gauge(&self.0.recorder, &[&id.to_string()]).set(up);
     }
 
-    /// A run failed.
+    /// Counts a run that failed.
     pub fn fault(&self, fault: EngineFault) {
         self.handles().engine.engine_faults.of(fault).increment(1);
     }
 
-    /// A run was stopped.
+    /// Counts a run that was stopped.
     pub fn stopped(&self) {
         self.handles().engine.runs_stopped.increment(1);
     }
 
-    /// An idle engine was checked.
+    /// Counts a check of an idle engine.
     pub fn canary(&self, ok: bool) {
         let result = if ok {
             CanaryResult::Ok
@@ -309,7 +318,7 @@ impl Metrics {
         self.handles().engine.canaries.of(result).increment(1);
     }
 
-    /// A batch of `size` images was formed, to run at the size `bucket`.
+    /// Counts a batch of `size` images that will run padded to `bucket` rows.
     pub fn batch(&self, graph: Graph, size: usize, bucket: usize, close: BatchClose) {
         self.handles()
             .engine
@@ -327,12 +336,12 @@ impl Metrics {
         self.handles().engine.batches.of(close).increment(1);
     }
 
-    /// The engine does without something.
+    /// Sets that the engine runs with this fallback.
     pub fn fell_back(&self, kind: FallbackKind) {
         self.handles().engine.engine_fallback.of(kind).set(1.0);
     }
 
-    /// The engine ran a batch.
+    /// Records the time in which the engine ran a batch.
     pub fn inference(&self, graph: Graph, elapsed: Duration) {
         self.handles()
             .engine
@@ -341,19 +350,19 @@ impl Metrics {
             .record(elapsed);
     }
 
-    /// Where the gaps between the runs of a device are counted.
+    /// Returns the histogram of the gaps between the runs of a device.
     #[must_use]
     pub fn engine_gap(&self, id: i32) -> EngineGap {
         let gap = &self.handles().engine.engine_gap;
         EngineGap(gap.histogram(&self.0.recorder, &[&id.to_string()]))
     }
 
-    /// Number of log lines that were dropped since the process began.
+    /// Sets the number of log lines that were dropped since the process began.
     pub fn log_lines_dropped(&self, lines: u64) {
         self.handles().worker.log_lines_dropped.absolute(lines);
     }
 
-    /// The worker began or ceased to serve.
+    /// Sets whether the worker serves.
     pub fn ready(&self, ready: bool) {
         self.handles()
             .worker
@@ -361,7 +370,7 @@ impl Metrics {
             .set(if ready { 1.0 } else { 0.0 });
     }
 
-    /// A model was loaded and warmed.
+    /// Sets the model that was loaded and warmed up, and the time that it took.
     pub fn model_loaded(&self, name: &str, digest: &str, provider: &str, elapsed: Duration) {
         self.handles()
             .worker
@@ -373,7 +382,7 @@ impl Metrics {
     }
 }
 
-/// One open stream.
+/// Guard of one open stream, which counts as open until the guard is dropped.
 pub struct StreamOpen(Gauge);
 
 impl std::fmt::Debug for StreamOpen {
@@ -388,12 +397,13 @@ impl Drop for StreamOpen {
     }
 }
 
-/// The gaps between the runs of one device.
+/// Histogram of the gaps between the runs of one device.
 #[derive(Clone)]
 pub struct EngineGap(Histogram);
 
 impl EngineGap {
-    /// The device had nothing to run for so long, though something waited.
+    /// Records a gap in which the device ran nothing although a run was
+    /// possible.
     pub fn record(&self, gap: Duration) {
         self.0.record(gap);
     }

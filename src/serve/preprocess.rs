@@ -1,9 +1,10 @@
-//! The threads that turn pictures into tokens.
+//! Preprocessing: threads that turn pictures into tokens.
 //!
-//! Preprocessing is plain CPU work, so it runs on its own named threads and
-//! not on the async runtime. Images that are tokens already have nothing to be
-//! decoded, and are only checked, where they arrive. A job whose caller has gone
-//! or whose deadline has passed is dropped before it is decoded, and while it is.
+//! Preprocessing is plain CPU work, so it runs on its own named threads and not
+//! on the async runtime. Images that are tokens already need no decoding; they
+//! are only checked, on the thread on which they arrive. A job whose caller has
+//! disconnected or whose deadline has passed is dropped before its image is
+//! decoded, and also during decoding.
 
 pub(crate) mod queue;
 use std::panic::AssertUnwindSafe;
@@ -21,34 +22,36 @@ use crate::serve::job::{Answer, Job, RequestedWork};
 use crate::serve::metrics::Metrics;
 use crate::serve::sequence::Sequence;
 
-/// The life of one preprocessing thread: until the queue of pictures is closed.
+/// Runs one preprocessing thread until the queue of pictures is closed.
 pub(crate) fn run(preprocessing: &Preprocessing, pictures: &PreprocessQueue, reach: ThreadReach) {
     while let Some(job) = pictures.next(reach) {
         preprocessing.tokenize(job);
     }
 }
 
-/// Turns pictures into tokens and hands them on to the batcher, on whatever
-/// thread it is asked to.
+/// Turns pictures into tokens and hands them on to the batcher, on the calling
+/// thread.
 #[derive(Debug, Clone)]
 pub(crate) struct Preprocessing {
     pub(crate) preprocessor: Arc<Preprocessor>,
-    /// The last net under the bounds that decoding has by a file's header.
+    /// Longest CPU time for decoding one picture: the last limit, after those
+    /// that follow from a file's header.
     pub(crate) decode_cpu_time_max: Duration,
     pub(crate) batcher: Sender<PreparedWork>,
     pub(crate) metrics: Metrics,
 }
 
 impl Preprocessing {
-    /// Answers the job, or hands it on.
+    /// Turns a job's picture into tokens; answers the job or hands it on to the
+    /// batcher.
     pub(crate) fn tokenize(&self, job: Job<ImageRequest>) {
         let (preprocessor, metrics) = (&self.preprocessor, &self.metrics);
         if let Some(error) = job.ticket.dead(Instant::now(), RequestStage::Preprocess) {
             metrics.dead(&error);
             return job.ticket.finish(Err(error));
         }
-        // Decoders' panics are contained where they happen; one from anywhere
-        // else must not take the thread along.
+        // Panics of decoders are caught where they happen; a panic from
+        // anywhere else must not end the thread.
         let dead = || job.ticket.dead(Instant::now(), RequestStage::Preprocess);
         let abandoned = || dead().is_some();
         let budget = DecodeBudget::new(&abandoned, self.decode_cpu_time_max);
@@ -57,7 +60,8 @@ impl Preprocessing {
         }));
         let outcome = match outcome {
             Ok(Err(PreprocessError::Abandoned)) => {
-                // Who has gone stays gone, and time does not turn back.
+                // A caller who has disconnected stays so, and a deadline stays
+                // passed.
                 let error = dead().unwrap_or(StageError::Lost);
                 metrics.dead(&error);
                 return job.ticket.finish(Err(error));
@@ -114,7 +118,7 @@ impl Preprocessing {
     }
 
     fn hand_on(&self, arrival: PreparedWork) {
-        // The batcher's queue holds as many as there are permits.
+        // The batcher's queue has room for as many jobs as there are permits.
         if let Err(refused) = self.batcher.try_send(arrival) {
             match refused.into_inner() {
                 PreparedWork::Row(job) => job.ticket.finish(Err(StageError::NotReady)),
@@ -124,7 +128,7 @@ impl Preprocessing {
     }
 }
 
-/// Leaves a word in the log where the fault is the worker's.
+/// Logs an error that is the worker's fault.
 fn report(error: &StageError) {
     match error {
         StageError::Image(cause) if matches!(**cause, PreprocessError::Panicked { .. }) => {
@@ -135,7 +139,7 @@ fn report(error: &StageError) {
     }
 }
 
-/// The start token first, the last pixel dropped.
+/// Puts the start token first and drops the last pixel.
 fn shift(tokens: &mut [u16], start: u16) {
     tokens.rotate_right(1);
     if let Some(first) = tokens.first_mut() {

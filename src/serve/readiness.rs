@@ -1,6 +1,6 @@
-//! Whether the worker is ready and whether it serves, which differ for a while
-//! at its end: a load balancer needs time to see that a worker is not ready any
-//! more, and what it sends in that time is still served.
+//! Readiness of the worker, and whether the worker serves. The two differ
+//! during graceful shutdown: a load balancer needs time to notice that a worker
+//! is no longer ready, and calls that arrive in that time are still served.
 
 use std::sync::Arc;
 
@@ -9,30 +9,32 @@ use tokio::sync::watch;
 use crate::engine::EngineFacts;
 use crate::serve::devices::{DeviceState, DeviceStates, WorkerFailure, WorkerState};
 
-/// A view of the worker's state that any part may hold.
+/// View of the worker's state that any part may hold.
 #[derive(Debug, Clone)]
 pub struct Readiness {
     devices: watch::Receiver<DeviceStates>,
     phase: watch::Receiver<Phase>,
 }
 
-/// How far the worker's end has come.
+/// Phase of the worker's graceful shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Nobody asked it to end.
+    /// No shutdown was requested.
     Staying,
-    /// Not ready, so that nobody new comes; whoever comes is served.
+    /// The worker is not ready, so that no new callers are sent to it; calls
+    /// that still arrive are served.
     Leaving,
-    /// No new work is taken.
+    /// The worker takes no new work.
     Draining,
 }
 
-/// Why the worker is not ready, or does not serve.
+/// Reason why the worker is not ready or does not serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unready {
     /// The engines load and warm up.
     Loading,
-    /// The worker was asked to end, and still serves whoever has not noticed.
+    /// The worker was asked to end, and still serves callers that have not
+    /// noticed.
     Leaving,
     /// The worker was asked to end and takes no new work.
     Draining,
@@ -51,12 +53,12 @@ impl std::fmt::Display for Unready {
     }
 }
 
-/// The end that says that the worker ends. Nothing of it can be undone.
+/// Handle that begins the worker's graceful shutdown. No step can be undone.
 #[derive(Debug, Clone)]
 pub struct Drain(Arc<watch::Sender<Phase>>);
 
 impl Drain {
-    /// From now on the worker is not ready, but serves.
+    /// Makes the worker not ready; calls are still served.
     pub fn leave(&self) {
         self.0.send_if_modified(|phase| {
             let staying = *phase == Phase::Staying;
@@ -67,26 +69,27 @@ impl Drain {
         });
     }
 
-    /// From now on no new work is taken.
+    /// Makes the worker refuse new work.
     pub fn begin(&self) {
         self.0.send_replace(Phase::Draining);
     }
 }
 
 impl Readiness {
-    /// Readiness of a worker with these devices, and the means to end it.
+    /// Returns the readiness of a worker with these devices, and the handle
+    /// that ends the worker.
     #[must_use]
     pub fn new(devices: watch::Receiver<DeviceStates>) -> (Self, Drain) {
         let (drain, phase) = watch::channel(Phase::Staying);
         (Self { devices, phase }, Drain(Arc::new(drain)))
     }
 
-    /// Whether the worker is ready, as probes and load balancers ask, with what
-    /// the engine told of itself.
+    /// Returns the engine's facts if the worker is ready, for probes and load
+    /// balancers.
     ///
     /// # Errors
     ///
-    /// Why it is not.
+    /// Returns the reason why the worker is not ready.
     pub fn get(&self) -> Result<EngineFacts, Unready> {
         match *self.phase.borrow() {
             Phase::Leaving => Err(Unready::Leaving),
@@ -94,12 +97,12 @@ impl Readiness {
         }
     }
 
-    /// Whether the worker takes work, as handlers ask; one that is leaving
-    /// still does.
+    /// Returns the engine's facts if the worker takes work, for handlers; a
+    /// worker that is leaving still does.
     ///
     /// # Errors
     ///
-    /// Why it does not.
+    /// Returns the reason why the worker takes no work.
     pub fn serving(&self) -> Result<EngineFacts, Unready> {
         if *self.phase.borrow() == Phase::Draining {
             return Err(Unready::Draining);
@@ -112,20 +115,20 @@ impl Readiness {
         }
     }
 
-    /// Why the worker can do no more, if so.
+    /// Returns the failure that ends the worker, if there is one.
     #[must_use]
     pub fn failure(&self) -> Option<WorkerFailure> {
         self.devices.borrow().failure().cloned()
     }
 
-    /// The devices one by one.
+    /// Returns the state of each device.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceState> {
         self.devices.borrow().each().to_vec()
     }
 
-    /// Waits until no new work is taken because the worker ends; for ever if
-    /// that can no longer be.
+    /// Waits until the worker drains, that is, takes no new work because it
+    /// ends; for ever if that cannot happen any more.
     pub async fn drained(&mut self) {
         let draining = |phase: &Phase| *phase == Phase::Draining;
         if self.phase.wait_for(draining).await.is_err() {
@@ -133,8 +136,8 @@ impl Readiness {
         }
     }
 
-    /// Waits until readiness may have changed. Pends for ever once nothing
-    /// can change any more.
+    /// Waits until readiness may have changed; for ever once nothing can change
+    /// any more.
     pub async fn changed(&mut self) {
         let (devices, phase) = (&mut self.devices, &mut self.phase);
         let devices = async {

@@ -1,6 +1,8 @@
-//! The gRPC surface; with its submodules, the only part that knows tonic.
+//! The gRPC surface. This module and its submodules are the only part of the
+//! worker that uses tonic.
 //!
-//! A handler decodes, submits to admission, awaits the outcomes and encodes.
+//! A handler decodes the request, submits its images to admission, awaits their
+//! outcomes and encodes the response.
 
 mod access;
 mod arriving;
@@ -61,7 +63,7 @@ use crate::{gpu, proto};
 pub(crate) use self::access::Access;
 pub(crate) use self::observe::CallsInProgress;
 
-/// What the surface needs of the worker.
+/// Parts of the worker that the gRPC surface uses.
 #[derive(Debug)]
 pub(crate) struct WorkerService {
     pub model: Arc<Model>,
@@ -70,32 +72,32 @@ pub(crate) struct WorkerService {
     pub readiness: Readiness,
     pub limits: LimitsConfig,
     pub max_batch_size: u16,
-    /// What is known of GPUs that the model runs on.
+    /// Known facts about the GPUs on which the model runs.
     pub gpus: gpu::KnownGpus,
     pub metrics: Metrics,
-    /// What calls are given to end when the worker does.
+    /// Time for calls in progress to finish when the worker shuts down.
     pub shutdown_grace_period: Duration,
 }
 
-/// How the server listens.
+/// Settings of the server.
 #[derive(Debug)]
 pub(crate) struct ServerOptions {
     pub reflection: bool,
     pub keepalive_interval: Duration,
-    /// Time that a client may take to answer an HTTP/2 ping.
+    /// Longest time for a client to answer an HTTP/2 ping.
     pub keepalive_timeout: Duration,
-    /// Counts calls in progress, for whoever waits for their end.
+    /// Counter of calls in progress, which the shutdown waits for.
     pub calls: CallsInProgress,
     /// Certificates and tokens.
     pub access: Access,
     pub connections: ConnectionsConfig,
 }
 
-/// Serves until `stop` resolves, then lets calls in progress end.
+/// Serves until `stop` resolves, then lets calls in progress finish.
 ///
 /// # Errors
 ///
-/// When the descriptors or the transport cannot be set up.
+/// Fails if the descriptors for reflection cannot be set up.
 pub(crate) async fn serve(
     service: WorkerService,
     listener: TcpListener,
@@ -118,7 +120,8 @@ pub(crate) async fn serve(
     };
     let patience = leaving::Patience {
         answer_timeout: connections.answer_timeout,
-        // What a session says of its end has time to be taken.
+        // The session ends an idle stream first; then the client still has time
+        // to read the status.
         stream_timeout: service.limits.stream_idle_timeout + connections.answer_timeout,
         drain_timeout: stream::DRAIN_PATIENCE_MAX.min(service.shutdown_grace_period / 2),
         readiness: service.readiness.clone(),
@@ -143,7 +146,7 @@ pub(crate) async fn serve(
         header_bytes_max: u32::try_from(connections.header_bytes_max.as_u64()).unwrap_or(u32::MAX),
         patience: Arc::new(patience),
     };
-    // The outermost first: calls that are refused are counted, too.
+    // The outermost layer comes first; rejected calls are counted, too.
     let layers = (
         tower::util::option_layer(web.cors),
         tower::util::option_layer(web.calls),
@@ -151,8 +154,8 @@ pub(crate) async fn serve(
         auth,
     );
     let serve = move |connection: listen::Connection, farewell: listen::ConnectionEnd| {
-        // Calls are counted by their connection behind the layer of tokens, so
-        // that calls that are refused there count for nothing.
+        // The layer that counts a connection's calls is behind the layer that
+        // checks tokens, so that calls rejected there do not count.
         let counted = usage::UsageLayer(connection.guest()).layer(routes.clone());
         let calls = layers.layer(counted);
         driver.clone().serve(connection, farewell, calls)
@@ -169,9 +172,10 @@ fn routes(service: WorkerService, reflection: bool) -> anyhow::Result<Routes> {
     let service = Arc::new(service);
     let imagegpt = ImageGptServiceServer::from_arc(Arc::clone(&service))
         .max_decoding_message_size(request_bytes_max)
-        // Taken but not given: vectors hardly shrink, and most clients accept
-        // gzip without wanting to wait for it. Messages are inflated before they
-        // come here; this is for the refusal of other encodings.
+        // Requests may be compressed, responses are not: vectors hardly shrink,
+        // and most clients accept gzip without wanting to wait for it. Messages
+        // are inflated before they come here; the setting makes tonic reject
+        // other encodings.
         .accept_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Deflate);
     let inference = GrpcInferenceServiceServer::new(Oip(service))
@@ -195,7 +199,8 @@ fn routes(service: WorkerService, reflection: bool) -> anyhow::Result<Routes> {
 }
 
 impl WorkerService {
-    /// The engine's facts, or why nothing is served now.
+    /// Returns the engine's facts, or the reason for which nothing is served
+    /// now.
     fn facts(&self) -> Result<EngineFacts, RequestError> {
         self.readiness.serving().map_err(|unready| match unready {
             Unready::Leaving | Unready::Draining => RequestError::Draining,
@@ -214,8 +219,8 @@ impl WorkerService {
         }
     }
 
-    /// Sends the images of a call down the line and awaits what becomes of
-    /// each, in the call's order.
+    /// Submits the images of a call and awaits the outcome of each, in the
+    /// call's order.
     async fn outcomes(
         &self,
         images: Vec<pb::Image>,
@@ -246,7 +251,7 @@ impl WorkerService {
         .await
     }
 
-    /// Whether a call may have so many images with so large an answer.
+    /// Checks the number of images of a call, and the size of its answer.
     fn check_size(&self, n_images: usize, asks: &[Ask]) -> Result<(), RequestError> {
         if n_images == 0 {
             return Err(RequestError::CallEmpty);
@@ -273,8 +278,7 @@ impl WorkerService {
         Ok(())
     }
 
-    /// Sends the images of a call down the line, each with everything that is
-    /// asked of it.
+    /// Submits the images of a call, each once per entry of `asks`.
     fn submit(
         &self,
         pictures: Vec<Result<ImageRequest, RequestError>>,
@@ -290,7 +294,8 @@ impl WorkerService {
         for picture in pictures {
             let mut picture = Some(picture);
             for (idx, ask) in asks.iter().enumerate() {
-                // The last one takes it: most calls ask for one thing.
+                // The last ask takes the image without a copy; most calls have
+                // one ask.
                 let picture = if idx + 1 == asks.len() {
                     picture.take()
                 } else {
@@ -447,7 +452,7 @@ impl WorkerService {
         self.facts()?;
         let (_, extensions, request) = request.into_parts();
         let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-        // An id takes as much as a number.
+        // An id takes as many bytes as an f32.
         let (n_ids, dtype, work) = (
             self.model.positions(),
             pb::DataType::F32,
@@ -545,16 +550,16 @@ impl WorkerService {
     }
 }
 
-/// What is asked of each image of a call.
+/// Work that is asked for each image of a call.
 #[derive(Debug, Clone)]
 struct Ask {
     work: RequestedWork,
-    /// Numbers in the answer.
+    /// Number of values in the answer.
     n_values: usize,
     dtype: pb::DataType,
 }
 
-/// What a call holds while it is in the worker.
+/// Returns the bytes that a call holds while it is in the worker.
 fn call_bytes(
     pictures: &[Result<ImageRequest, RequestError>],
     asks: &[Ask],
@@ -572,18 +577,20 @@ fn call_bytes(
     }
 }
 
-/// A call in the worker. Dropped before its end, it leaves the line.
+/// Call whose images were submitted. Dropping it before its end cancels the
+/// images.
 #[derive(Debug)]
 struct Submitted {
-    /// What never went down the line, by its place.
+    /// Errors of images that were not submitted, by their places in the call;
+    /// none for images that were.
     known: Vec<Option<RequestError>>,
     pending: PendingAnswers,
     tally: OutcomeTally,
 }
 
 impl Submitted {
-    /// What becomes of each image, in the call's order, and of what is asked of
-    /// it, in that order.
+    /// Awaits the outcomes: images in the call's order, and for each image its
+    /// asks in their order.
     async fn outcomes(
         mut self,
     ) -> Result<(Vec<Result<Answer, RequestError>>, AnswerBytes), RequestError> {
@@ -619,8 +626,8 @@ impl Submitted {
     }
 }
 
-/// An answer with its share of the worker's bytes, which it keeps until the
-/// caller has taken it.
+/// Makes a response of an answer and its share of the worker's bytes, which is
+/// kept until the caller has read the answer.
 fn respond<T>(outcome: Result<(T, AnswerBytes), RequestError>) -> Result<Response<T>, Status> {
     match outcome {
         Ok((answer, held)) => {

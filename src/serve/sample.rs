@@ -1,49 +1,52 @@
 //! Draws a color from logits.
 //!
-//! The number that decides is a pure function of the seed, the sample and the
-//! pixel, not of what was drawn before or beside it: a `ChaCha` stream is read at
-//! a place of its own. So the same logits give the same color in whichever
-//! batch and step they come.
+//! The random number that decides is a pure function of the seed, the sample
+//! and the pixel, and not of earlier or neighboring draws: each draw reads a
+//! `ChaCha` stream at its own position. The same logits therefore give the same
+//! color in every batch and step.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 
-/// How colors are drawn.
+/// Sampling options: temperature, top-k, top-p and seed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Sampling {
-    /// Divides the logits; 0 takes the likeliest color.
+    /// Temperature, by which the logits are divided; 0 takes the likeliest
+    /// color.
     pub temperature: f32,
-    /// Of how many of the likeliest colors; 0 of all.
+    /// Number of likeliest colors to draw from; 0 draws from all.
     pub top_k: u32,
-    /// Of the fewest likeliest colors that together have this probability.
+    /// Probability that the colors to draw from have together: the fewest
+    /// likeliest colors that reach it are kept.
     pub top_p: f32,
     pub seed: u64,
 }
 
-/// Where a color is drawn.
+/// Place of a draw: the sample and the pixel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DrawPlace {
     pub sample: u32,
     pub pixel: u32,
 }
 
-/// A color that was drawn.
+/// Color that was drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct DrawnColor {
     pub token: u16,
-    /// ln p under the model itself: temperature 1, all colors.
+    /// Natural logarithm of the color's probability under the model itself: at
+    /// temperature 1 and over all colors.
     pub log_prob: f32,
 }
 
-/// Logits are not numbers.
+/// Error for logits that are not finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NotFinite;
 
-/// The largest temperature: logits are then as good as equal.
+/// Largest temperature: at this value the logits are as good as equal.
 pub(crate) const TEMPERATURE_MAX: f32 = 100.0;
 
 impl Sampling {
-    /// The likeliest color every time.
+    /// Sampling that always takes the likeliest color.
     #[cfg(test)]
     pub(crate) fn greedy() -> Self {
         Self {
@@ -54,11 +57,11 @@ impl Sampling {
         }
     }
 
-    /// One color out of as many as there are logits.
+    /// Draws one color from the logits, which have one value per color.
     ///
     /// # Errors
     ///
-    /// When a logit is not finite.
+    /// Fails if a logit is not finite.
     pub(crate) fn draw(&self, logits: &[f32], place: DrawPlace) -> Result<DrawnColor, NotFinite> {
         if logits.is_empty() || !logits.iter().all(|logit| logit.is_finite()) {
             return Err(NotFinite);
@@ -71,7 +74,7 @@ impl Sampling {
                 .map(|&logit| ((f64::from(logit) - max) / temperature).exp());
             powers.collect()
         };
-        // In the order of colors, so that sums have one order.
+        // Weights are in the order of the colors, so that sums have one order.
         let own = powers(1.0);
         let sum: f64 = own.iter().sum();
         let color = if self.temperature <= 0.0 {
@@ -89,7 +92,7 @@ impl Sampling {
         })
     }
 
-    /// One color out of as many as there are weights.
+    /// Draws one color from the weights, which have one value per color.
     fn pick(&self, mut weights: Vec<f64>, place: DrawPlace) -> usize {
         let top_k = self.top_k as usize;
         if (1..weights.len()).contains(&top_k) {
@@ -119,7 +122,7 @@ impl Sampling {
     }
 }
 
-/// The likeliest color; the first of equals.
+/// Returns the likeliest color; the first one among equals.
 fn argmax(logits: &[f32]) -> usize {
     let mut best = 0;
     for (color, logit) in logits.iter().enumerate() {
@@ -130,8 +133,8 @@ fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-/// Colors whose weight is below `least` are not drawn; equal ones are kept
-/// together.
+/// Sets weights below `least` to zero, so that their colors are not drawn;
+/// equal weights are kept together.
 fn keep_from(weights: &mut [f64], least: f64) {
     for weight in weights {
         if *weight < least {
@@ -140,7 +143,8 @@ fn keep_from(weights: &mut [f64], least: f64) {
     }
 }
 
-/// The least weight among the fewest largest that make up `part` of the sum.
+/// Returns the smallest weight of the nucleus, which is the fewest largest
+/// weights that make up `part` of the sum (top-p).
 fn nucleus(weights: &[f64], part: f64) -> f64 {
     let mut sorted: Vec<f64> = weights.iter().copied().filter(|w| *w > 0.0).collect();
     sorted.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -155,7 +159,8 @@ fn nucleus(weights: &[f64], part: f64) -> f64 {
     0.0
 }
 
-/// A number from 0 to less than 1 that belongs to the place alone.
+/// Returns a number from 0 to less than 1 that depends on the seed and the
+/// place alone.
 fn uniform(seed: u64, place: DrawPlace) -> f64 {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -198,7 +203,7 @@ mod tests {
         counts
     }
 
-    /// Pearson's statistic of counts against weights.
+    /// Pearson's chi-squared statistic of counts against weights.
     fn chi_square(counts: &[u32], weights: &[f64]) -> f64 {
         let sum: f64 = weights.iter().sum();
         let n: f64 = counts.iter().map(|&count| f64::from(count)).sum();
@@ -271,7 +276,7 @@ mod tests {
             ((1, 0, 0), 0x3fd8_6a52_9268_3a56),
             ((1, 1, 0), 0x3fba_8125_d48c_6fe8),
             ((1, 0, 1), 0x3fd2_e016_dcbb_7540),
-            // On both sides of a block's end, and at the end of what there is.
+            // On both sides of a block's end, and at the end of the range.
             ((7, 3, 7), 0x3fa6_2723_06ed_1be0),
             ((7, 3, 8), 0x3fe1_1df8_0338_a103),
             ((u64::MAX, u32::MAX, u32::MAX), 0x3fe2_6604_ed2b_c255),

@@ -1,8 +1,8 @@
-//! One image that is made pixel by pixel: what is known of it, how the rest is
-//! drawn, and how far it has come.
+//! Sequence: one image that is generated pixel by pixel, with its known pixels,
+//! its sampling and its progress.
 //!
-//! A [`Sequence`] is the value that travels from preprocessing to the engine. It
-//! knows nothing of queues and nothing of the runtime.
+//! A [`Sequence`] is the value that travels from preprocessing to the engine.
+//! This module knows nothing of queues or of the runtime.
 
 use crate::serve::error::StageError;
 use crate::serve::generate::{GenerateRequest, GeneratedRow, KeptPixels};
@@ -11,30 +11,32 @@ use crate::serve::sample::NotFinite;
 
 pub(crate) use super::sample::{DrawPlace, Sampling};
 
-/// An image on its way to being complete.
+/// Image that is being generated.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub ticket: Ticket,
     generate: Box<GenerateRequest>,
     side: usize,
     start: u16,
-    /// Pixels so far: the known ones before the first unknown, then what was
-    /// drawn or forced.
+    /// Pixels so far: the known pixels before the first unknown one, then the
+    /// pixels that were drawn or forced.
     pixels: Vec<u16>,
-    /// Pixels that are known though they come later.
+    /// Known pixels of the whole image; those after the first unknown pixel are
+    /// forced when it is their turn.
     forced: Box<[Option<u16>]>,
-    /// The pixel after which nothing is drawn.
+    /// Last pixel that is drawn.
     last_unknown: usize,
-    /// Runs to make when it began, at least.
+    /// Smallest number of runs that the sequence needed when it began.
     n_steps: usize,
-    /// Tokens whose keys and values are kept: the start token and pixels.
+    /// Number of tokens, the start token and pixels, whose keys and values are
+    /// kept.
     n_fed: usize,
     log_probs: Vec<f32>,
     rows_sent: usize,
 }
 
-/// What a sequence has been fed, in an order in which those that begin alike are
-/// neighbors.
+/// Tokens that a sequence has been fed, ordered so that sequences that begin
+/// alike are neighbors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Past<'a> {
     pub start: u16,
@@ -42,8 +44,8 @@ pub(crate) struct Past<'a> {
 }
 
 impl Sequence {
-    /// The sequence for tokens that preprocessing found, of an image of `side`
-    /// pixels a side whose start token is `start`.
+    /// Creates the sequence for `tokens` from preprocessing, of an image of
+    /// `side` by `side` pixels with the start token `start`.
     #[must_use]
     pub(crate) fn new(
         ticket: Ticket,
@@ -83,13 +85,13 @@ impl Sequence {
         sequence
     }
 
-    /// Whether nothing is left to draw.
+    /// True if nothing is left to draw.
     #[must_use]
     pub(crate) fn is_done(&self) -> bool {
         self.pixels.len() > self.last_unknown || self.pixels.len() == self.forced.len()
     }
 
-    /// Runs that are left to make, at least.
+    /// Smallest number of runs that are left to make.
     #[must_use]
     pub(crate) fn n_steps_left(&self) -> usize {
         if self.is_done() {
@@ -99,27 +101,27 @@ impl Sequence {
         }
     }
 
-    /// The part of what there was to draw that is drawn.
+    /// Fraction of the sequence's runs that are done, from 0 to 1.
     #[must_use]
     pub(crate) fn progress(&self) -> f64 {
         let steps = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
         1.0 - steps(self.n_steps_left()) / steps(self.n_steps.max(1))
     }
 
-    /// Tokens whose keys and values are kept.
+    /// Number of tokens whose keys and values are kept.
     #[must_use]
     pub(crate) fn n_fed(&self) -> usize {
         self.n_fed
     }
 
-    /// Tokens that can be fed now: the start token and the pixels, less those
-    /// that were.
+    /// Number of tokens that can be fed now: the start token and the pixels,
+    /// less those that were fed.
     #[must_use]
     pub(crate) fn n_to_feed(&self) -> usize {
         1 + self.pixels.len() - self.n_fed
     }
 
-    /// The next `n` tokens to feed.
+    /// Returns the next `n` tokens to feed.
     pub(crate) fn to_feed(&self, n: usize) -> impl Iterator<Item = u16> + '_ {
         std::iter::once(self.start)
             .chain(self.pixels.iter().copied())
@@ -127,8 +129,7 @@ impl Sequence {
             .take(n)
     }
 
-    /// Whether the other one's first tokens are the same as this one's, as far
-    /// as `n`.
+    /// True if the first `n` tokens of both sequences are known and the same.
     #[must_use]
     pub(crate) fn shares(&self, other: &Self, n: usize) -> bool {
         let own = self.pixels.get(..n.saturating_sub(1));
@@ -136,7 +137,7 @@ impl Sequence {
         self.start == other.start && own.is_some() && own == others
     }
 
-    /// The tokens whose keys and values are kept, if there are any.
+    /// Returns the tokens whose keys and values are kept, if there are any.
     #[must_use]
     pub(crate) fn past(&self) -> Option<Past<'_>> {
         Some(Past {
@@ -145,17 +146,17 @@ impl Sequence {
         })
     }
 
-    /// `n` more tokens have their keys and values kept.
+    /// Records that the keys and values of `n` more tokens are kept.
     pub(crate) fn fed(&mut self, n: usize) {
         self.n_fed += n;
     }
 
-    /// The logits of the next pixel have come: draws it, or takes what is
-    /// known, and goes on over all that is known.
+    /// Takes the logits of the next pixel: draws the pixel, or takes it if it
+    /// is known. After the last drawn pixel, adds the known pixels that follow.
     ///
     /// # Errors
     ///
-    /// When the logits are not numbers; nothing was drawn then.
+    /// Fails if a logit is not finite; nothing is drawn then.
     pub(crate) fn advance(&mut self, logits: &[f32]) -> Result<(), NotFinite> {
         let pixel = self.pixels.len();
         let Some(&forced) = self.forced.get(pixel) else {
@@ -174,7 +175,7 @@ impl Sequence {
         };
         self.pixels.push(token);
         if self.is_done() {
-            // What follows is known, and nobody asks how likely it was.
+            // The rest is known, and its probability is not asked for.
             let rest = self.forced[self.pixels.len()..]
                 .iter()
                 .map_while(|&token| token);
@@ -184,7 +185,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// Sends the rows that are complete and were not sent yet.
+    /// Sends the rows that are complete and not yet sent.
     pub(crate) fn send_rows(&mut self) {
         let Some(rows) = &self.generate.rows else {
             return;
@@ -198,7 +199,8 @@ impl Sequence {
                 row: u32::try_from(self.rows_sent).unwrap_or(u32::MAX),
                 tokens: row.into(),
             };
-            // There is room for every row; a caller who has gone misses it.
+            // The channel has room for every row; a caller who has disconnected
+            // misses the row.
             let _ = rows.try_send(row);
             self.rows_sent += 1;
             if self.rows_sent * self.side >= self.forced.len() {
@@ -207,7 +209,7 @@ impl Sequence {
         }
     }
 
-    /// Answers the caller: with the image, or with what went wrong.
+    /// Answers the caller with the image or with an error.
     pub(crate) fn finish(self, outcome: Result<(), StageError>) {
         let answer = Answer::Generated {
             tokens: self.pixels.into(),
@@ -227,7 +229,7 @@ mod tests {
 
     type Outcome = tokio::sync::oneshot::Receiver<Result<Answer, StageError>>;
 
-    /// An image of 2 by 2 over colors 0 to 3; 4 starts.
+    /// Image of 2 by 2 pixels over colors 0 to 3; the start token is 4.
     fn sequence(
         tokens: &[u16],
         keep: KeptPixels,

@@ -1,9 +1,10 @@
-//! The composition root: builds the stages, wires their channels, owns their
-//! threads. The only file that knows them all.
+//! Composition root: builds the stages, wires their channels, and owns their
+//! threads. This is the only file that knows all stages.
 //!
-//! A worker ends by ownership. When the server stops, the last door to
-//! admission closes; preprocessing runs dry and hangs up on the batcher; the
-//! batcher hands on what waits and hangs up on the engine; the engine ends.
+//! A worker shuts down by ownership. When the server stops, the last handle to
+//! admission's entrance is dropped; preprocessing finishes its queue and closes
+//! the batcher's channel; the batcher hands on the waiting work and closes the
+//! engines' channels; the engines end.
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
@@ -40,21 +41,21 @@ use crate::serve::readiness::{Drain, Readiness};
 use crate::serve::{batcher, engine_thread, http, preprocess, rpc};
 use crate::telemetry::panic_text;
 
-/// After the last call's answer has been handed to its connection, time for
-/// the connections to write it out and to close.
+/// Time for the connections to write out the last answers and to close, after
+/// the last call's answer has been handed to its connection.
 const LINGER: Duration = Duration::from_secs(1);
-/// How often histograms are folded when nobody scrapes; they would otherwise
-/// grow with every observation.
+/// Interval at which histograms are folded if nobody scrapes; otherwise they
+/// would grow with every observation.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
-/// How often GPUs are asked how they are: as fresh as any scrape needs, and NVML
-/// answers within milliseconds.
+/// Interval at which the GPUs' usage is read: as fresh as any scrape needs, and
+/// NVML answers within milliseconds.
 const GPU_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A worker that listens.
+/// Worker whose ports are bound.
 pub struct Worker {
-    /// Where gRPC is served.
+    /// Address at which gRPC is served.
     pub grpc_addr: SocketAddr,
-    /// Where metrics are served.
+    /// Address at which metrics are served.
     pub metrics_addr: SocketAddr,
     readiness: Readiness,
     drain: Drain,
@@ -64,15 +65,15 @@ pub struct Worker {
     server: tokio::task::JoinHandle<()>,
     stop: oneshot::Sender<()>,
     threads: Vec<JoinHandle<()>>,
-    /// Metrics pages and upkeep, which end with the worker.
+    /// Tasks for metrics pages and upkeep, which end with the worker.
     side_tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// The stages that have threads of their own, wired up.
+/// Stages that have their own threads, connected by their channels.
 struct Stages {
-    /// Where admission puts its jobs.
+    /// Entrance for the jobs that admission lets in.
     door: QueueEntrance,
-    /// Where it puts those that need no thread.
+    /// Preprocessing for jobs of admission that need no thread.
     preprocessing: Preprocessing,
     drain: DrainRate,
     cache: AnswerCache,
@@ -90,18 +91,19 @@ impl Stages {
     ) -> anyhow::Result<Self> {
         let limits = &config.limits;
         let preprocessor = Arc::new(preprocessor(model, limits)?);
-        // The queue holds as many jobs as may be in flight, and a job holds its
-        // permit: it cannot be full when a job arrives.
+        // The queue has room for as many jobs as may be in flight, and each job
+        // holds its permit: the queue cannot be full when a job arrives.
         let images_max = limits.images_in_flight_max as usize;
         let (tokens_in, tokens) = crossbeam_channel::bounded(images_max);
-        // One ring, because two mean the same.
+        // Room for one ring, because two mean the same.
         let (bell_in, bell) = crossbeam_channel::bounded(1);
         let (door, pictures) = queue::queue(bell_in, metrics.clone());
-        // An engine says at most what its last run answered, and that it is free
-        // or has ended; where there is no room, it waits or need not say it.
+        // An engine sends at most the answers of its last run, and that it is
+        // free or has ended; if there is no room, the engine waits or need not
+        // send the notice.
         let (notices_in, notices) = crossbeam_channel::bounded(2 * engines.len());
-        // Whichever thread ends before its time ends the worker's readiness; what
-        // becomes of devices they decide together.
+        // Any thread that ends before its time ends the worker's readiness; the
+        // end of a device does so only as all devices together decide.
         let ids = engines.iter().map(|engine| engine.id);
         let (reports, devices) = DeviceReports::new(ids, metrics.clone());
         let batching = &config.batching;
@@ -111,15 +113,15 @@ impl Stages {
         {
             tracing::info!(
                 operator,
-                "images run one by one: in a batch the model's operator gives all of them one \
-                 scale, and an image's answer would depend on its company"
+                "images run one by one: in a batch the model's operator would give all images one \
+                 scale, and an image's answer would depend on the other images"
             );
         }
         metrics.batch_size_max(buckets.largest());
         let drain = DrainRate::default();
         let cache = AnswerCache::new(batching.cache_bytes.as_u64());
 
-        // One batch, after each slot.
+        // Each channel holds one turn, which is sent after a slot.
         let lines = engines.iter().map(|_| batcher::EngineLine::new());
         let (lines, ends): (Vec<_>, Vec<_>) = lines.unzip();
         let policy = Policy {
@@ -155,7 +157,7 @@ impl Stages {
                 engine_thread::run(factory, runner);
             })?);
         }
-        // So that the batcher sees the last of them go.
+        // Dropped so that the batcher sees when the last engine has ended.
         drop(notices_in);
         let channels = batcher::Channels {
             jobs: tokens,
@@ -171,9 +173,9 @@ impl Stages {
             batcher: tokens_in,
             metrics: metrics.clone(),
         };
-        // One thread more than asked for takes cheap pictures only. It is idle
-        // while the others keep up, and shares their cores while all of them are
-        // held by large pictures.
+        // One thread more than `--preprocess-threads` takes cheap pictures
+        // only. It is idle while the others keep up, and shares their cores
+        // while large pictures occupy all of them.
         let reaches = (0..n_preprocess_threads(config)).map(|_| ThreadReach::Any);
         for (idx, reach) in reaches.chain([ThreadReach::Cheap]).enumerate() {
             let (preprocessing, pictures) = (preprocessing.clone(), Arc::clone(&pictures));
@@ -193,16 +195,16 @@ impl Stages {
     }
 }
 
-/// How a worker ended.
+/// Outcome of a worker's shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerEnded {
-    /// Every call in progress was answered, and its answer taken, unless its
-    /// client took nothing of it for as long as the drain waits for readers:
-    /// nothing that the worker could have done is lost.
+    /// Every call in progress was answered, and its answer taken by its client,
+    /// except where the client read nothing for as long as the drain waits for
+    /// readers: nothing was lost that the worker could have delivered.
     Clean,
-    /// The grace period ran out first.
+    /// The grace period ended before the calls.
     Hard {
-        /// Calls that were in progress.
+        /// Number of calls that were in progress.
         calls: usize,
     },
 }
@@ -213,7 +215,7 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// When a port is taken or a thread cannot be started.
+    /// Fails if a port is taken or a thread cannot be started.
     pub async fn start(
         config: &ServeConfig,
         model: Model,
@@ -310,11 +312,11 @@ impl Worker {
         })
     }
 
-    /// Waits until the model is loaded and warm.
+    /// Waits until the model is loaded and warmed up.
     ///
     /// # Errors
     ///
-    /// Why it could not be loaded.
+    /// Returns the reason why the model could not be loaded.
     pub async fn ready(&mut self) -> Result<EngineFacts, EngineError> {
         let state = self
             .devices
@@ -330,7 +332,7 @@ impl Worker {
         }
     }
 
-    /// Resolves with the reason when the worker can do no more; pends otherwise.
+    /// Resolves with the reason when the worker cannot go on; pends otherwise.
     pub async fn failed(&mut self) -> WorkerFailure {
         let failed = |devices: &DeviceStates| devices.failure().is_some();
         let devices = self.devices.wait_for(failed).await;
@@ -341,24 +343,26 @@ impl Worker {
         }
     }
 
-    /// Whether it serves.
+    /// Returns the worker's readiness.
     #[must_use]
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
     }
 
-    /// Images admitted and not yet answered.
+    /// Number of images that were admitted and are not yet answered.
     #[must_use]
     pub fn images_in_flight(&self) -> usize {
         self.occupancy.images()
     }
 
-    /// Not ready from now on, so that nobody new comes; whoever comes is served.
+    /// Makes the worker not ready, so that no new callers are sent to it; calls
+    /// that still arrive are served.
     pub fn leave(&self) {
         self.drain.leave();
     }
 
-    /// Stops taking calls and finishes those in progress, within `grace`.
+    /// Stops taking calls and finishes the calls in progress, within `grace`
+    /// (graceful shutdown).
     pub async fn shutdown(mut self, grace: Duration) -> WorkerEnded {
         let deadline = tokio::time::Instant::now() + grace;
         self.drain.begin();
@@ -366,8 +370,9 @@ impl Worker {
         let ended = tokio::time::timeout_at(deadline, async {
             tokio::select! {
                 _ = &mut self.server => true,
-                // Connections without calls may never close: a health watch, a
-                // client that does not answer. Nobody waits for them.
+                // Connections without calls may never close: a health watch, or
+                // a client that does not respond. The shutdown does not wait
+                // for them.
                 () = self.calls.none() => {
                     tokio::time::timeout(LINGER, &mut self.server).await.is_ok()
                 }
@@ -384,10 +389,12 @@ impl Worker {
             };
         };
         if !server_ended {
-            // The service, and with it the door to the stages, lives on in the
+            // The service, and with it admission's entrance, lives on in the
             // connections that are left, so the threads do not end by
-            // themselves; but they have nothing to do.
-            tracing::info!("clients keep idle connections open; ending without them");
+            // themselves; but they have nothing left to do.
+            tracing::info!(
+                "clients keep idle connections open; the worker ends without waiting for them"
+            );
             self.server.abort();
             return WorkerEnded::Clean;
         }
@@ -399,18 +406,19 @@ impl Worker {
     }
 }
 
-/// Resolves when all stages have ended. On a thread of its own: a runtime waits
-/// for its own blocking threads when it ends, however long they take.
+/// Resolves when all stages have ended. The wait is on a thread of its own,
+/// because a runtime waits for its own blocking threads when it ends, however
+/// long they take.
 fn join(threads: Vec<JoinHandle<()>>) -> oneshot::Receiver<()> {
     let (done, joined) = oneshot::channel();
     let join = move || {
         for thread in threads {
-            // Its panic has been reported where it happened.
+            // A panic of the thread has been reported where it happened.
             let _ = thread.join();
         }
         let _ = done.send(());
     };
-    // Without a thread to wait on there is only the grace period.
+    // If the thread cannot be started, the shutdown ends with the grace period.
     let _ = std::thread::Builder::new()
         .name("join".to_owned())
         .spawn(join);
@@ -420,11 +428,11 @@ fn join(threads: Vec<JoinHandle<()>>) -> oneshot::Receiver<()> {
 async fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(addr)
         .await
-        .with_context(|| format!("{flag} {addr} cannot be listened on"))
+        .with_context(|| format!("cannot bind {addr} ({flag})"))
 }
 
-/// Starts a stage's thread. A panic there ends readiness: without one of its
-/// stages the line does not move.
+/// Starts a stage's thread. A panic in the thread ends readiness: without one
+/// of its stages the worker cannot answer.
 fn spawn(
     name: &str,
     reports: &DeviceReports,
@@ -440,7 +448,7 @@ fn spawn(
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(supervised)
-        .with_context(|| format!("the thread {name} cannot be started"))
+        .with_context(|| format!("cannot start the thread {name}"))
 }
 
 async fn keep_metrics(metrics: Metrics) {
@@ -451,7 +459,8 @@ async fn keep_metrics(metrics: Metrics) {
     }
 }
 
-/// What was loaded, and on how many devices, once it is.
+/// Waits until the engines are loaded; returns their facts and the number of
+/// devices that serve.
 async fn loaded(mut devices: watch::Receiver<DeviceStates>) -> Option<(EngineFacts, usize)> {
     let devices = devices
         .wait_for(|devices| !matches!(devices.state(), WorkerState::Loading))
@@ -463,8 +472,9 @@ async fn loaded(mut devices: watch::Receiver<DeviceStates>) -> Option<(EngineFac
     }
 }
 
-/// Finds out what GPUs the model runs on, once it does, and from then on how they
-/// are. A driver may hang; then only this waits, and nobody asks it again.
+/// Reports the GPUs that the model runs on, once it is loaded, and then their
+/// usage at each interval. A driver may hang; then only this task waits, and
+/// the driver is not asked again.
 async fn watch_gpus(
     devices: watch::Receiver<DeviceStates>,
     ids: Vec<i32>,
@@ -487,12 +497,15 @@ async fn watch_gpus(
             memory_bytes = gpu.memory_bytes,
             compute_capability = %gpu.compute_capability,
             driver = gpus.driver_version,
-            "runs on a GPU"
+            "the model runs on a GPU"
         );
     }
     known.set(gpus.clone());
     if let Some(reason) = &gpus.absent {
-        tracing::warn!(reason, "nothing is known of the GPU; it has no metrics");
+        tracing::warn!(
+            reason,
+            "the GPU cannot be monitored; its metrics are absent"
+        );
         return;
     }
     let monitor = Arc::new(monitor);
@@ -508,7 +521,7 @@ async fn watch_gpus(
     }
 }
 
-/// Tells the operator what was loaded, once it is.
+/// Logs and publishes the loaded model, once it is loaded.
 async fn announce(
     devices: watch::Receiver<DeviceStates>,
     model: Arc<Model>,
@@ -538,13 +551,15 @@ async fn announce(
     }
 }
 
-/// What turns images into tokens for this model, within these limits.
+/// Returns the preprocessor that turns images into tokens for this model,
+/// within these limits.
 ///
 /// # Errors
 ///
-/// When the model's palette cannot be searched.
+/// Fails if the model's palette cannot be searched.
 pub fn preprocessor(model: &Model, limits: &LimitsConfig) -> anyhow::Result<Preprocessor> {
-    let palette = Palette::new(model.clusters.clone()).context("the palette")?;
+    let palette =
+        Palette::new(model.clusters.clone()).context("the model's palette cannot be used")?;
     let limits = ImageLimits {
         image_bytes_max: to_usize(limits.image_bytes_max.as_u64()),
         image_pixels_max: limits.image_pixels_max,
@@ -553,7 +568,8 @@ pub fn preprocessor(model: &Model, limits: &LimitsConfig) -> anyhow::Result<Prep
     Ok(Preprocessor::new(&palette, model.side, limits))
 }
 
-/// Threads that turn images into tokens at one time.
+/// Number of threads that turn images into tokens; 0 in the configuration means
+/// one thread per CPU that the process may use.
 pub(crate) fn n_preprocess_threads(config: &ServeConfig) -> usize {
     match config.model.preprocess_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),

@@ -1,5 +1,5 @@
-//! Files that were made to hold a decoder or its memory, by the limits that a
-//! worker has by default.
+//! Files that were made to occupy a decoder or its memory, under a worker's
+//! default limits.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const LIMITS: ImageLimits = ImageLimits {
     decode_bytes_max: 512 << 20,
 };
 
-/// Refused, soon, for what the header says.
+/// Checks that a file is refused quickly because of its header.
 fn refused(name: &str, bytes: &[u8], expected: &str) {
     let measured = measure(bytes, &LIMITS, None);
     let error = measured.outcome.map(|_| ()).unwrap_err().to_string();
@@ -36,7 +36,7 @@ fn refused(name: &str, bytes: &[u8], expected: &str) {
     );
 }
 
-/// Entries of tiles of a size.
+/// Returns the TIFF entries of an image in tiles.
 fn tiled(size: (u32, u32), tile: (u32, u32), samples: u32) -> Vec<Entry> {
     let mut entries = facts(size, samples, 8, 8, if samples < 3 { 1 } else { 2 });
     entries.extend([(322, 4, vec![tile.0]), (323, 4, vec![tile.1])]);
@@ -147,8 +147,8 @@ fn scans_are_added_up() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "encoded: the 92 scans of the JPEG go over 385875968 pixels together, over the limit of \
-         160000000, 32 times --image-pixels-max"
+        "encoded: the 92 scans of the JPEG cover 385875968 pixels in total, over the limit of \
+         160000000 (32 times --image-pixels-max)"
     );
 }
 
@@ -161,7 +161,7 @@ fn orders_of_scans_that_the_decoder_gets_wrong_are_refused() {
         let outcome = measure(&bytes, &LIMITS, None).outcome;
         let expected = if name.contains("apart") && !(name.contains("luma") || name.contains("310"))
         {
-            Some("components in scans of their own, not progressive")
+            Some("components in separate scans of a file that is not progressive")
         } else if name.contains("luma") {
             Some("luma at less than the full width")
         } else if name.contains("310") {
@@ -183,7 +183,7 @@ fn orders_of_scans_that_the_decoder_gets_wrong_are_refused() {
     }
 }
 
-/// A WebP of these chunks.
+/// Makes a WebP of these chunks.
 fn webp(chunks: &[(&[u8; 4], Vec<u8>)]) -> Vec<u8> {
     let mut bytes = b"RIFF\0\0\0\0WEBP".to_vec();
     for (kind, body) in chunks {
@@ -197,7 +197,7 @@ fn webp(chunks: &[(&[u8; 4], Vec<u8>)]) -> Vec<u8> {
     bytes
 }
 
-/// Anything that a decoder would take for the frame.
+/// WebP files with chunks that a decoder might take for the frame.
 #[test]
 fn frames_are_as_large_as_their_canvas() {
     let header = vec![0, 0, 0, 0, 63, 0, 0, 63, 0, 0];
@@ -224,7 +224,7 @@ fn frames_are_as_large_as_their_canvas() {
     );
 }
 
-/// Bits, lowest first.
+/// Bit writer, lowest bit first.
 #[derive(Default)]
 struct Bits {
     bytes: Vec<u8>,
@@ -243,7 +243,8 @@ impl Bits {
         }
     }
 
-    /// A code of the 11 lengths 1 to 10 and 10, whose table has 1024 entries.
+    /// Writes a code with the 11 lengths 1 to 10 and 10, whose table has 1024
+    /// entries.
     fn push_code(&mut self) {
         self.push(0, 1);
         self.push(15, 4);
@@ -313,7 +314,7 @@ fn codes_are_counted_before_they_are_built() {
     );
 }
 
-/// Codes without pixels cost no more than the pixels do.
+/// Huffman codes without pixels cost no more time than pixels.
 #[test]
 fn codes_without_pixels_are_not_worked_through() {
     let strip = |compression, part: Vec<u8>| {

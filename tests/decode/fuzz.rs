@@ -1,8 +1,8 @@
-//! Files that are tampered with: each is decoded or refused, within the limits
-//! in memory and in a bounded time, and given up once nobody waits.
+//! Files that are tampered with: each is decoded or refused within the limits
+//! of memory and time, and decoding stops when no caller waits any more.
 //!
-//! `IMAGEGPT_FUZZ_SECONDS` says for how long, `IMAGEGPT_FUZZ_SEED` where to
-//! begin; `make fuzz` runs it for ten minutes.
+//! `IMAGEGPT_FUZZ_SECONDS` sets the duration, `IMAGEGPT_FUZZ_SEED` the first
+//! seed; `make fuzz` runs this test for ten minutes.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -14,18 +14,20 @@ use super::mutate::{Dice, mutate};
 use super::seeds::{Seed, seeds};
 use super::{SLACK_BYTES, measure};
 
-/// Small enough that no file takes long, large enough for the seeds.
+/// Limits that are small enough that no file takes long, and large enough for
+/// the seeds.
 const LIMITS: ImageLimits = ImageLimits {
     image_bytes_max: 1 << 20,
     image_pixels_max: 250_000,
     decode_bytes_max: 4 << 20,
 };
 
-/// CPU time of a run: 32 passes over the largest image, with debug assertions,
-/// on a busy machine.
+/// Largest CPU time of a run: 32 passes over the largest image, with debug
+/// assertions, on a busy machine.
 const CPU_MAX: Duration = Duration::from_secs(2);
 
-/// CPU time of a run once nobody waits: a pass over the largest image.
+/// Largest CPU time of a run after its caller has left: a pass over the largest
+/// image.
 const CPU_ABANDONED_MAX: Duration = Duration::from_millis(250);
 
 const FORMATS: [ImageFormat; 6] = [

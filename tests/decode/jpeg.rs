@@ -1,11 +1,11 @@
-//! JPEGs of flat blocks, in any sampling and any order of scans.
+//! Writer of JPEGs with flat blocks, in any sampling and any order of scans.
 
 use super::seeds::Seed;
 
-/// A component's sampling: horizontal, vertical.
+/// Sampling factors of a component: horizontal, vertical.
 pub(crate) type Sampling = (u8, u8);
 
-/// How a file is put together.
+/// Structure of a file.
 pub(crate) struct Shape<'a> {
     pub(crate) size: (u16, u16),
     pub(crate) sampling: &'a [Sampling],
@@ -15,7 +15,8 @@ pub(crate) struct Shape<'a> {
     pub(crate) progressive: bool,
 }
 
-/// Level of the block at a place: gray enough that no color is out of range.
+/// Returns the level of the block at a place, near enough to gray that no color
+/// is out of range.
 fn level(component: usize, x: usize, y: usize) -> i32 {
     let step = (x * 3 + y * 5 + component * 7) % 11;
     i32::try_from(step).unwrap() * 8 - 40
@@ -157,7 +158,7 @@ fn segment(file: &mut Vec<u8>, kind: u8, body: &[u8]) {
     file.extend(body);
 }
 
-/// Three components as they are.
+/// Makes a JPEG of three components without subsampling.
 pub(crate) fn plain(width: u16, height: u16) -> Vec<u8> {
     Shape {
         size: (width, height),

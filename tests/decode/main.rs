@@ -1,5 +1,5 @@
-//! The limits of decoding, held for what libraries allocate too: attacks that
-//! were made for them, and files that are tampered with at random.
+//! The limits of decoding, including the allocations of libraries: attacks on
+//! these limits, and files that are tampered with at random.
 
 #![warn(clippy::disallowed_methods)]
 #![expect(
@@ -22,11 +22,11 @@ mod jpeg;
 mod mutate;
 mod seeds;
 
-/// Bytes that a decode may hold over its limit: the file itself does not count, nor
-/// do error messages and what the test keeps of them.
+/// Number of bytes that a decode may hold above its limit: the file itself does
+/// not count, nor do error messages and the test's copies of them.
 const SLACK_BYTES: u64 = 256 << 10;
 
-/// Counts the bytes that each thread holds.
+/// Allocator that counts the bytes that each thread holds.
 struct Counting;
 
 thread_local! {
@@ -83,7 +83,7 @@ struct Measured {
     outcome: Result<RgbImage, PreprocessError>,
     peak_bytes: u64,
     cpu: Duration,
-    /// CPU time from the moment that nobody waited any more.
+    /// CPU time after the caller had left.
     cpu_abandoned: Option<Duration>,
 }
 
@@ -95,7 +95,7 @@ fn cpu_time() -> Duration {
     )
 }
 
-/// Decodes a file for somebody who leaves after so many looks at the budget.
+/// Decodes a file for a caller that leaves after `looks` checks of the budget.
 fn measure(bytes: &[u8], limits: &ImageLimits, looks: Option<u32>) -> Measured {
     let looked = Cell::new(0);
     let left = Cell::new(None);

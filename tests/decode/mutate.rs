@@ -1,8 +1,9 @@
-//! Changes to files: sizes and offsets first, then bytes, then parts of others.
+//! Mutations of files: of sizes and offsets, of bytes, and by parts of other
+//! files.
 
 use imagegpt::imaging::ImageFormat;
 
-/// Pseudo-random numbers, the same for the same seed.
+/// Generator of pseudo-random numbers, the same for the same seed.
 pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
@@ -14,7 +15,7 @@ impl Dice {
     }
 }
 
-/// A number in a file.
+/// Place of a number in a file.
 #[derive(Clone, Copy)]
 struct Field {
     at: usize,
@@ -22,7 +23,7 @@ struct Field {
     little: bool,
 }
 
-/// Values at which arithmetic and limits turn.
+/// Boundary values of arithmetic and limits.
 const TURNS: [u64; 24] = [
     0,
     1,
@@ -50,7 +51,7 @@ const TURNS: [u64; 24] = [
     u64::MAX,
 ];
 
-/// Changes a file in some places. `other` is one of the same format.
+/// Changes a file in some places; `other` is a file of the same format.
 pub(crate) fn mutate(format: ImageFormat, bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
     for _ in 0..=dice.roll(3) {
         match dice.roll(8) {
@@ -110,7 +111,7 @@ fn change_byte(bytes: &mut Vec<u8>, dice: &mut Dice) {
     }
 }
 
-/// Replaces a part by one of another file, or repeats it.
+/// Replaces a part of a file by a part of another file, or repeats it.
 fn splice(bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
     let from = if dice.roll(2) == 0 {
         other.to_vec()
@@ -124,7 +125,7 @@ fn splice(bytes: &mut Vec<u8>, other: &[u8], dice: &mut Dice) {
     bytes.splice(at..to, from[start..end].iter().copied());
 }
 
-/// Numbers of a file that say how large or where something is.
+/// Returns the places of a file's sizes and offsets.
 fn fields(format: ImageFormat, bytes: &[u8]) -> Vec<Field> {
     match format {
         ImageFormat::Png => png(bytes),
@@ -165,7 +166,8 @@ fn word(bytes: &[u8], at: usize, width: usize, little: bool) -> Option<usize> {
     })
 }
 
-/// Places of chunks: kind and length in some order, a body, and what follows.
+/// Returns the places of chunks, which consist of kind and length in either
+/// order, a body, and a checksum or padding.
 fn chunks(bytes: &[u8], start: usize, png: bool) -> Vec<(usize, usize)> {
     let mut found = Vec::new();
     let mut at = start;
@@ -338,7 +340,7 @@ fn tiff(bytes: &[u8]) -> Vec<Field> {
     fields
 }
 
-/// Makes checksums right, and the length of the whole.
+/// Corrects the checksums and the length of the whole file.
 fn repair(format: ImageFormat, bytes: &mut [u8]) {
     match format {
         ImageFormat::Png => {

@@ -13,14 +13,15 @@ use imagegpt::imaging::ImageFormat;
 
 use super::jpeg;
 
-/// A file to begin with.
+/// File from which tampered files are made.
 #[derive(Clone)]
 pub(crate) struct Seed {
     pub(crate) name: String,
     pub(crate) bytes: Vec<u8>,
 }
 
-/// Seeds of a format: the golden images that are small, and what those lack.
+/// Returns the seeds of a format: the small golden images, and files of the
+/// kinds that they lack.
 pub(crate) fn seeds(format: ImageFormat) -> Vec<Seed> {
     const BYTES_MAX: usize = 20_000;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/images");
@@ -40,10 +41,11 @@ pub(crate) fn seeds(format: ImageFormat) -> Vec<Seed> {
     seeds
 }
 
-/// A directory entry: tag, kind (3 of 16 bits, 4 of 32, 7 of bytes), values.
+/// Entry of a TIFF directory: tag, kind (3 for 16 bits, 4 for 32 bits, 7 for
+/// bytes), values.
 pub(crate) type Entry = (u16, u16, Vec<u32>);
 
-/// A file's byte order and width of offsets.
+/// Byte order and width of offsets of a file.
 #[derive(Clone, Copy)]
 pub(crate) struct Container {
     pub(crate) little: bool,
@@ -65,8 +67,8 @@ impl Container {
     }
 }
 
-/// A TIFF of these entries, with the chunks behind them and their places in
-/// tags of `places`: offsets, lengths.
+/// Makes a TIFF of these entries, followed by the chunks, whose offsets and
+/// lengths are in the tags `places`.
 pub(crate) fn tiff(
     container: Container,
     entries: &[Entry],
@@ -142,7 +144,7 @@ pub(crate) fn tiff(
     bytes
 }
 
-/// Entries that every image has.
+/// Returns the entries that every image has.
 pub(crate) fn facts(
     (width, height): (u32, u32),
     samples: u32,
@@ -205,7 +207,7 @@ fn group4(bytes: &[u8], width: u16) -> Vec<u8> {
     encoder.finish().unwrap().finish()
 }
 
-/// Rows of a picture that is neither flat nor noise.
+/// Makes rows of a picture that is neither flat nor noise.
 pub(crate) fn picture(row_bytes: usize, rows: usize) -> Vec<u8> {
     (0..row_bytes * rows)
         .map(|at| {
@@ -215,10 +217,10 @@ pub(crate) fn picture(row_bytes: usize, rows: usize) -> Vec<u8> {
         .collect()
 }
 
-/// A compression of a strip or tile.
+/// Function that compresses a strip or tile.
 type Encode = fn(&[u8]) -> Vec<u8>;
 
-/// TIFFs of 48 x 40 of every kind that is decoded.
+/// Makes TIFFs of 48 x 40 pixels of every kind that is decoded.
 #[expect(
     clippy::too_many_lines,
     reason = "a list of files, each with what sets it apart"

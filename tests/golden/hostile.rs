@@ -1,5 +1,6 @@
-//! Files that are cut short, lie or were tampered with: each gives tokens or an
-//! error, soon, and never a panic. `tests/decode` tampers with files at random.
+//! Files that are truncated, inconsistent or tampered with: each gives tokens
+//! or an error in a short time, and never a panic. `tests/decode` tampers at
+//! random.
 
 use std::fs;
 
@@ -34,7 +35,8 @@ fn files() -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// As Pillow, which raises "image file is truncated".
+/// Truncated files are refused, as by Pillow, which raises "image file is
+/// truncated".
 #[test]
 fn files_cut_in_half_are_refused() {
     let preprocessor = preprocessor(LIMITS);
@@ -65,7 +67,7 @@ fn a_jpeg_without_its_end_is_refused() {
     }
 }
 
-/// Headers that claim what is not there, in every format.
+/// Headers that claim more pixels than the file has, in every format.
 #[test]
 fn large_claims_are_refused_by_the_header() {
     let preprocessor = preprocessor(LIMITS);
@@ -116,7 +118,7 @@ fn large_claims_are_refused_by_the_header() {
     );
 }
 
-/// 150 MB of zeros in about 1 MB of zlib.
+/// Compresses 150 MB of zeros to about 1 MB of zlib.
 fn zlib_bomb() -> Vec<u8> {
     const MATCHES: u32 = 600_000;
     let mut bits = Bits::default();
@@ -137,7 +139,7 @@ fn zlib_bomb() -> Vec<u8> {
     bytes
 }
 
-/// Bits as deflate packs them, lowest first.
+/// Bit writer in the order of deflate, lowest bit first.
 #[derive(Default)]
 struct Bits {
     bytes: Vec<u8>,
@@ -156,7 +158,7 @@ impl Bits {
         }
     }
 
-    /// Huffman codes go highest bit first.
+    /// Writes a Huffman code, highest bit first.
     fn push_code(&mut self, code: u32, count: u32) {
         self.push(code.reverse_bits() >> (32 - count), count);
     }
@@ -167,7 +169,7 @@ impl Bits {
     }
 }
 
-/// A PNG with the chunk in front of its pixels.
+/// Inserts a chunk in front of a PNG's pixels.
 fn with_chunk(png: &[u8], kind: [u8; 4], body: &[u8]) -> Vec<u8> {
     let crc = [kind.as_slice(), body]
         .concat()
@@ -183,7 +185,8 @@ fn with_chunk(png: &[u8], kind: [u8; 4], body: &[u8]) -> Vec<u8> {
     [head, &len, &kind, body, &(!crc).to_be_bytes(), tail].concat()
 }
 
-/// Runs in a process of its own, since peak memory is the process's.
+/// Peak memory of hostile files, measured in a process of its own because peak
+/// memory is per process.
 #[test]
 #[ignore = "run by compressed_bombs_stay_small"]
 fn decode_bombs() {

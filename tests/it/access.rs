@@ -1,4 +1,4 @@
-//! Who is let in, and how much of the worker one client may hold.
+//! TLS and authentication, and limits of the worker's resources per client.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ use crate::process;
 
 const TOKEN: &str = "0123456789abcdef";
 
-/// Someone who signs certificates, and a folder for them.
+/// Certificate authority, with a directory for its certificates.
 struct Authority {
     dir: tempfile::TempDir,
     issuer: Issuer<'static, KeyPair>,
@@ -54,7 +54,7 @@ impl Authority {
         authority
     }
 
-    /// Writes NAME.crt and NAME.key, good until that year.
+    /// Writes NAME.crt and NAME.key, valid until the year `until`.
     fn sign(&self, name: &str, until: i32) {
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
         let mut params = CertificateParams::new(names).expect("names");
@@ -69,7 +69,7 @@ impl Authority {
         self.dir.path().join(name)
     }
 
-    /// A client that trusts it.
+    /// Returns the settings of a client that trusts this authority.
     fn trusted(&self) -> ConnectConfig {
         ConnectConfig {
             tls_ca: Some(self.path("ca.crt")),
@@ -103,8 +103,8 @@ async fn end(worker: Worker) {
     assert_eq!(worker.shutdown(harness::PATIENCE).await, WorkerEnded::Clean);
 }
 
-/// What GetModel says over a new connection: the model's name, or all that
-/// went wrong.
+/// Calls GetModel over a new connection, and returns the model's name or the
+/// error with its causes.
 async fn call(worker: &Worker, scheme: &str, config: &ConnectConfig) -> Result<String, String> {
     let url = format!("{scheme}://{}", worker.grpc_addr);
     let call = async {
@@ -180,7 +180,8 @@ async fn mutual_tls_asks_clients_for_a_certificate() {
     end(worker).await;
 }
 
-/// As Kubernetes replaces a secret: by a link to a folder.
+/// Certificates are replaced as Kubernetes replaces a secret: by a symbolic
+/// link to another directory.
 #[tokio::test]
 async fn a_replaced_certificate_meets_new_connections_and_leaves_old_ones() {
     let (old, new) = (Authority::new(), Authority::new());
@@ -306,7 +307,7 @@ async fn calls_need_a_token_and_probes_do_not() {
     end(worker).await;
 }
 
-/// A worker whose runs wait until the gate opens.
+/// Starts a worker whose runs wait until the gate opens.
 async fn gated(flags: &[&str]) -> (Worker, crossbeam_channel::Sender<()>) {
     let (open, script) = harness::gated();
     let flags = [flags, &["--max-batch-size", "1"]].concat();
@@ -355,8 +356,8 @@ async fn one_connection_too_many_is_closed_at_once_where_all_have_calls() {
     end(worker).await;
 }
 
-/// Speaks HTTP/2 as far as a client has to that says nothing, answers pings, and
-/// does not go away when it is told to.
+/// Opens an HTTP/2 connection that makes no calls, answers pings, and stays
+/// open after GOAWAY.
 async fn lingers(worker: &Worker) -> tokio::task::JoinHandle<Vec<u8>> {
     let stream = TcpStream::connect(worker.grpc_addr).await;
     let mut stream = stream.expect("accepted");
@@ -371,8 +372,8 @@ async fn lingers(worker: &Worker) -> tokio::task::JoinHandle<Vec<u8>> {
     })
 }
 
-/// Connections that hold all places and say nothing, or no more than they must:
-/// newcomers get in all the same.
+/// New clients are admitted even if silent or nearly silent connections hold
+/// all places.
 #[tokio::test]
 async fn who_has_no_call_leaves_for_who_waits() {
     let worker = start(&["--connections-max", "8"]).await;
@@ -402,8 +403,8 @@ async fn who_has_no_call_leaves_for_who_waits() {
     end(worker).await;
 }
 
-/// A client that keeps its connection, with calls now and then, a client amid a
-/// call, and one that has only ever connected.
+/// Clients with an idle connection that is used now and then, with a call in
+/// progress, and with no call ever.
 #[tokio::test]
 async fn the_least_recently_used_leaves_and_no_call_is_lost() {
     let (worker, open) = gated(&["--connections-max", "3"]).await;
@@ -443,7 +444,7 @@ async fn the_least_recently_used_leaves_and_no_call_is_lost() {
     end(worker).await;
 }
 
-/// A client that was let in and has made a call.
+/// Connects a new client and makes a call.
 async fn newcomer(worker: &Worker) -> ImageGptServiceClient<Channel> {
     let mut called = None;
     until(worker, "a newcomer is let in", async || {
@@ -458,7 +459,8 @@ async fn newcomer(worker: &Worker) -> ImageGptServiceClient<Channel> {
     called.expect("a client")
 }
 
-/// Without a token: health may be asked, and keeps no place for it.
+/// Health checks need no token, and a connection without a token keeps no
+/// place.
 #[tokio::test]
 async fn watches_and_checks_keep_no_place_from_who_has_a_token() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -574,8 +576,8 @@ async fn an_address_has_a_limit_of_its_own() {
     end(worker).await;
 }
 
-/// Clients that connect and say nothing keep nobody out, and are cut after the
-/// time that a handshake may take.
+/// Checks that silent connections keep no client out, and are closed after the
+/// time limit of a handshake.
 async fn silence(scheme: &str, config: &ConnectConfig, flags: &[String]) {
     let flags = [flags, &["--connections-max".to_owned(), "4".to_owned()]].concat();
     let worker = start(&flags).await;
@@ -620,8 +622,8 @@ async fn silent_connections_are_cut() {
     );
 }
 
-/// A client that has shaken hands and then hangs, as one behind a cable that was
-/// pulled, is cut and its work given up; one that answers pings stays.
+/// A client that hangs after its handshake, as behind an unplugged cable, is
+/// disconnected and its work is dropped; a client that answers pings stays.
 #[tokio::test]
 async fn who_does_not_answer_pings_is_cut() {
     let worker = start(&["--keepalive-interval", "1s", "--keepalive-timeout", "1s"]).await;
@@ -658,7 +660,7 @@ async fn who_does_not_answer_pings_is_cut() {
     end(worker).await;
 }
 
-/// The types of HTTP/2's frames.
+/// Returns the types of HTTP/2 frames.
 fn frames(mut bytes: &[u8]) -> impl Iterator<Item = u8> {
     std::iter::from_fn(move || {
         let [a, b, c, frame, ..] = *bytes else {
@@ -690,8 +692,8 @@ async fn headers_have_a_limit() {
     end(worker).await;
 }
 
-/// A call is in progress when its connection is told to go away; another
-/// client calls all the while.
+/// A call is in progress when its connection gets GOAWAY, while another client
+/// makes calls.
 #[tokio::test]
 async fn an_aged_connection_goes_away_and_no_call_is_lost() {
     let (worker, open) = gated(&["--max-connection-age", "1s"]).await;
@@ -739,7 +741,7 @@ async fn an_aged_connection_goes_away_and_no_call_is_lost() {
     end(worker).await;
 }
 
-/// A message of 1,000 bytes of which no more than the first few come.
+/// Message of 1,000 bytes of which only the first few arrive.
 struct Trickle(Vec<u8>);
 
 impl Body for Trickle {
@@ -803,7 +805,7 @@ async fn trickle(mut channel: Channel, path: &str) {
     assert!(started.elapsed() >= Duration::from_secs(1));
 }
 
-/// Flags and files that are wrong end the program with 2 and one sentence.
+/// Wrong flags and files end the program with exit code 2 and one sentence.
 #[test]
 fn what_is_wrong_is_told_at_start() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -1,5 +1,5 @@
-//! Hostile and mistaken requests: each gets the right code and a sentence,
-//! and the worker serves on.
+//! Hostile and mistaken requests: each gets the right code and a message, and
+//! the worker continues to serve.
 
 use imagegpt::engine::fake::Script;
 use imagegpt::proto::pb;
@@ -7,7 +7,7 @@ use tonic::Code;
 
 use crate::harness::{self, embed, encoded, fake_answer, seeded, tokens, vector};
 
-/// Bad images of one call, each beside a good one, with what must be said.
+/// Bad images of one call, each beside a good image, with the expected error.
 #[tokio::test]
 async fn a_bad_image_fails_alone_and_says_why() {
     let mut running = harness::fake(Script::default(), &[]).await;
@@ -78,7 +78,7 @@ fn with(idx: usize, id: u32) -> Vec<u32> {
     ids
 }
 
-/// A PNG of 65 bytes whose header claims any size.
+/// Makes a PNG of 65 bytes whose header claims the given size.
 fn png_claiming(width: u32, height: u32) -> Vec<u8> {
     let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
     let mut chunk = |kind: &[u8; 4], data: &[u8]| {
@@ -183,7 +183,7 @@ async fn a_bad_call_fails_whole_and_says_why() {
     running.end().await;
 }
 
-/// 200 callers at once, each with a mix of its own.
+/// 200 callers at the same time, each with its own mix of requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_callers_with_good_and_bad_images_each_get_their_own() {
     let running = harness::onnx("micro", &[]).await;

@@ -1,4 +1,5 @@
-//! Late binding, mixing of calls, and dropping of work that nobody wants.
+//! Late forming of batches, batches of several calls, and dropping of cancelled
+//! work.
 
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ async fn what_arrives_while_the_engine_is_busy_shares_the_next_batch() {
     running.end().await;
 }
 
-/// Images that share no run.
+/// Makes images that differ, so that they are not coalesced.
 pub(crate) fn distinct(first_seed: u32, n: u32) -> Vec<pb::Image> {
     (first_seed..first_seed + n)
         .map(|seed| tokens(seeded(seed)))
@@ -126,7 +127,8 @@ async fn a_late_call_is_told_so_and_costs_no_run() {
     panic!("the client's own timer came first every time");
 }
 
-/// Whether it was the worker that told the caller.
+/// Makes a call that misses its deadline; returns true if the worker ended the
+/// call, not the client's own timer.
 async fn late_call() -> bool {
     let (open, script) = gated();
     let running = harness::fake(script, &["--max-queue-delay", "0s"]).await;

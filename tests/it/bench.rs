@@ -19,15 +19,15 @@ struct Cli {
     bench: BenchArgs,
 }
 
-/// What a run said: its verdict, its table, its numbers.
+/// Output of a run: its verdict, its table and its numbers.
 struct Said {
     verdict: BenchVerdict,
     table: String,
     json: Value,
 }
 
-/// Runs the command with these arguments; short measurements unless they say
-/// otherwise.
+/// Runs the command with `arguments`, and with short measurements unless the
+/// arguments say otherwise.
 async fn run(running: &Running, arguments: &[&str]) -> Said {
     run_at(&[&running.url()], arguments).await
 }
@@ -48,8 +48,10 @@ async fn run_at(endpoints: &[&str], arguments: &[&str]) -> Said {
             all.extend([flag, value]);
         }
     }
-    all.push("--endpoint");
-    all.extend_from_slice(endpoints);
+    if !endpoints.is_empty() {
+        all.push("--endpoint");
+        all.extend_from_slice(endpoints);
+    }
     let args = Cli::try_parse_from(all)
         .expect("arguments that parse")
         .bench;
@@ -69,7 +71,7 @@ async fn run_at(endpoints: &[&str], arguments: &[&str]) -> Said {
 }
 
 impl Said {
-    /// A measurement by its name.
+    /// Returns a measurement by its name.
     fn measurement(&self, name: &str) -> &Value {
         let all = self.json["measurements"].as_array().expect("measurements");
         let named = all.iter().find(|one| one["name"] == name);
@@ -89,7 +91,7 @@ fn number(value: &Value) -> f64 {
         .unwrap_or_else(|| panic!("no number: {value}"))
 }
 
-/// What must hold of every measurement.
+/// Checks the properties that every measurement must have.
 fn check(said: &Said) {
     let all = said.json["measurements"].as_array().expect("measurements");
     for one in all {
@@ -123,7 +125,7 @@ fn millis(time: u64) -> Script {
     }
 }
 
-/// Batches of 2 in 20 ms: 100 images a second.
+/// Flags for batches of 2 images, which take 20 ms: 100 images per second.
 const SMALL: [&str; 2] = ["--max-batch-size", "2"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -162,8 +164,8 @@ async fn saturate_counts_every_call() {
     running.end().await;
 }
 
-/// Twice what the worker can do: callers of a closed loop never wait longer
-/// than for each other, but those who come by themselves queue up.
+/// Load at twice the worker's capacity: callers of a closed loop never wait
+/// longer than for each other, but with an open loop calls queue up.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_loop_shows_the_queue() {
     let running = harness::fake(millis(50), &SMALL).await;
@@ -277,7 +279,7 @@ async fn soak_verifies_every_answer() {
     running.end().await;
 }
 
-/// The soak must see it when the worker fails: here every run does.
+/// The soak must notice a worker whose runs all fail.
 #[tokio::test(flavor = "multi_thread")]
 async fn soak_sees_what_breaks() {
     let script = Script {
@@ -310,7 +312,7 @@ async fn the_knee_lies_below_saturation() {
     running.end().await;
 }
 
-/// Workers of its own, with the program that was built.
+/// The command starts workers itself, with the program that was built.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_knee_of_settings_recommends_flags() {
     let model = harness::model_dir("micro");
@@ -330,7 +332,7 @@ async fn the_knee_of_settings_recommends_flags() {
         "--duration",
         "400ms",
     ];
-    let said = run_at(&["http://127.0.0.1:1"], &arguments).await;
+    let said = run_at(&[], &arguments).await;
     check(&said);
     let settings = said.finding("settings").as_array().expect("rows").clone();
     assert_eq!(settings.len(), 2);
@@ -339,7 +341,7 @@ async fn the_knee_of_settings_recommends_flags() {
     assert_eq!(said.finding("recommended")["max_batch_size"], 4);
 }
 
-/// Calls find another worker while one is away.
+/// Calls go to another worker while one worker is down.
 #[tokio::test(flavor = "multi_thread")]
 async fn retries_go_to_the_next_worker() {
     let running = harness::fake(millis(1), &SMALL).await;
@@ -367,7 +369,7 @@ async fn retries_go_to_the_next_worker() {
     running.end().await;
 }
 
-/// Streams, against a stub that is honest and then lies.
+/// Streams against a stub that answers correctly first, and then wrongly.
 #[tokio::test(flavor = "multi_thread")]
 async fn soak_sees_lost_doubled_and_swapped_items() {
     for (lie, broke) in [
@@ -397,8 +399,7 @@ async fn soak_sees_lost_doubled_and_swapped_items() {
     }
 }
 
-/// What a run with these arguments complains of, before it has asked for a
-/// worker, of which there is none.
+/// Runs the command without any worker, and returns its error.
 async fn refused(arguments: &[&str]) -> String {
     let all = ["bench", "--endpoint", "http://127.0.0.1:1"].iter();
     let args = Cli::try_parse_from(all.chain(arguments))
@@ -425,8 +426,8 @@ async fn what_cannot_end_well_is_told_before_the_load() {
     }
 }
 
-/// Every mode says that its worker has gone, and takes nothing that it saw for
-/// what the worker can do.
+/// Every mode reports that its worker has disappeared, and does not report its
+/// figures as the worker's capacity.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_goes_away_is_told() {
     let mut modes = tokio::task::JoinSet::new();
@@ -481,8 +482,8 @@ async fn a_worker_that_goes_away_is_told() {
     modes.join_all().await;
 }
 
-/// The same for whoever sees only the exit code; and calls that a worker refuses,
-/// all of them, are no measurement either.
+/// The exit code reports a worker that has disappeared, and a worker that
+/// refuses all calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_exit_code_tells_of_calls_without_answers() {
     let exit_code = |endpoint: String, task: &'static str| {
@@ -524,8 +525,8 @@ async fn the_exit_code_tells_of_calls_without_answers() {
     only_classify.end().await;
 }
 
-/// The tool's side of a stream: it stops reading, then reads all; and as a bulk
-/// load it counts what it gets.
+/// The client's side of a stream: a reader that stops and then reads
+/// everything, and a bulk load that counts its answers.
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_stall_and_recover() {
     let endpoint = format!("http://{}", bench_stub::start(Lie::None).await);

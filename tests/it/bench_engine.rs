@@ -19,7 +19,7 @@ struct Cli {
     bench: BenchArgs,
 }
 
-/// The table, or why there is none.
+/// Runs the command, and returns its table or its error.
 fn run(arguments: &[&str]) -> Result<String, String> {
     let all = ["bench", "engine"].iter().chain(arguments);
     let args = Cli::try_parse_from(all)
@@ -160,7 +160,7 @@ fn what_cannot_be_measured_is_refused() {
     refused(&["--model", "random:xyz"], "random:xyz");
     refused(
         &["--model", "random:tiny", "--batch-sizes", "2,1"],
-        "do not ascend",
+        "must be in ascending order",
     );
     refused(
         &["--model", "random:tiny", "--graphs", "pixels"],

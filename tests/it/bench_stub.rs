@@ -1,4 +1,5 @@
-//! A worker that can lie, to see whether `imagegpt bench` notices.
+//! A worker that gives wrong answers on purpose, to check that `imagegpt bench`
+//! notices.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -18,7 +19,7 @@ const POSITIONS: usize = 64;
 const COLORS: u32 = 16;
 const WINDOW: usize = 16;
 
-/// What it does wrong, at every tenth item of a stream.
+/// Fault of the worker at every tenth item of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lie {
     None,
@@ -26,13 +27,13 @@ pub(crate) enum Lie {
     Double,
     /// An item is never answered.
     Lose,
-    /// An item gets another one's answer.
+    /// An item gets the answer of another item.
     Swap,
 }
 
 struct Stub(Lie);
 
-/// Serves in the background until the test's runtime ends.
+/// Starts the worker in the background, until the test's runtime ends.
 pub(crate) async fn start(lie: Lie) -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
     let listener = listener.expect("a port");
@@ -44,7 +45,7 @@ pub(crate) async fn start(lie: Lie) -> SocketAddr {
     addr
 }
 
-/// The fake engine's answer, or why there is none.
+/// Returns the fake engine's answer or an error.
 fn answer(image: Option<pb::Image>) -> Result<pb::Tensor, tonic_types::Status> {
     let tokens = match image.and_then(|image| image.source) {
         Some(pb::image::Source::Tokens(tokens))

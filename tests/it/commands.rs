@@ -28,7 +28,7 @@ struct Cli {
     ask: ImageCommand,
 }
 
-/// How a command ended and what it printed.
+/// Exit status and output of a command.
 struct Said {
     outcome: CommandOutcome,
     text: String,
@@ -68,11 +68,11 @@ async fn palette(running: &Running) -> bytes::Bytes {
     model.expect("a model").into_inner().palette_rgb8
 }
 
-/// A folder of pictures whose tokens are known.
+/// Directory of pictures whose tokens are known.
 struct Pictures(TempDir);
 
 impl Pictures {
-    /// `palette` is that of the model that will see them.
+    /// Writes pictures with these tokens in the palette of the worker's model.
     async fn new(running: &Running, images: &[Vec<u32>]) -> Self {
         let palette = palette(running).await;
         let folder = tempfile::tempdir().expect("a folder");
@@ -283,8 +283,7 @@ async fn scores_are_sorted_mapped_and_those_of_transformers() {
     running.end().await;
 }
 
-/// What the fake engine makes of an image's upper half, as a saved sample shows
-/// it.
+/// Returns the tokens of a saved sample by the palette's colors.
 fn saved(path: &Path, palette: &[u8]) -> Vec<u32> {
     let bytes = std::fs::read(path).expect("a file");
     let picture = image::load_from_memory(&bytes).expect("a PNG").into_rgb8();
@@ -575,7 +574,7 @@ async fn neighbors_take_what_the_other_commands_take() {
     running.end().await;
 }
 
-/// A command's arguments with a worker's endpoint or with the model itself.
+/// Runs a command with a worker's endpoint, and with the model itself.
 fn both_ways(running: &Running, arguments: &[&str], model: &str) -> [Output; 2] {
     let endpoint = format!("http://{}", running.worker.grpc_addr);
     [["--endpoint", &endpoint], ["--model", model]].map(|way| {
@@ -584,7 +583,8 @@ fn both_ways(running: &Running, arguments: &[&str], model: &str) -> [Output; 2] 
     })
 }
 
-/// Without ONNX Runtime, which is not there where it is said to be.
+/// Tokens are the same with and without a worker, and need no ONNX Runtime,
+/// whose path does not exist here.
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_the_same_without_a_worker() {
     let running = harness::fake(Script::default(), &[]).await;
@@ -652,12 +652,30 @@ async fn tokens_are_the_same_without_a_worker() {
     running.end().await;
 }
 
+/// Flags that would have no effect are refused before any call.
+#[test]
+fn flags_without_their_model_are_refused() {
+    let serve = ["tokenize", "a.png", "--serve", "--log info"];
+    let endpoint = ["--endpoint", "http://127.0.0.1:1"];
+    for (arguments, expected) in [
+        (serve.to_vec(), "--model <SOURCE>"),
+        ([&serve[..], &endpoint].concat(), "cannot be used with"),
+        (vec!["classify", "a.png", "--head", "=x"], "NAME=FILE"),
+        (vec!["classify", "a.png", "--head", "a="], "NAME=FILE"),
+    ] {
+        let output = imagegpt(&arguments, b"");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
 #[test]
 fn inspect_says_what_it_shows() {
     for (source, expected) in [
         ("random:tiny", "it is a source, not yet compiled"),
         ("openai/imagegpt-small", "it is a source, not yet compiled"),
-        ("/nowhere", "there is no such folder"),
+        ("/nowhere", "there is no such directory"),
         (PICTURES, "it has no imagegpt.json"),
     ] {
         let output = imagegpt(&["inspect", source], b"");
@@ -667,7 +685,8 @@ fn inspect_says_what_it_shows() {
     }
 }
 
-/// Neither the worker, which is not there, nor anything else is asked before.
+/// Outputs that cannot be written are refused before any call; no worker runs
+/// here.
 #[test]
 fn a_sheet_that_cannot_be_written_is_told_at_once() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -698,7 +717,7 @@ fn a_sheet_that_cannot_be_written_is_told_at_once() {
     }
 }
 
-/// Runs the program with these bytes on standard input.
+/// Runs the program with `input` on standard input.
 fn imagegpt(arguments: &[&str], input: &[u8]) -> Output {
     let mut child = process::program()
         .args(arguments)

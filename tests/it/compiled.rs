@@ -1,4 +1,4 @@
-//! Compiled models: every layer and norm, linear heads, and sources that are
+//! Compiled models: all layers and norms, linear heads, and sources that are
 //! compiled when they are served.
 
 use std::collections::HashMap;
@@ -183,8 +183,8 @@ async fn what_is_not_compiled_is_refused_by_name() {
     running.end().await;
 }
 
-/// Writes a head of 2 classes over `width` numbers: the first number of the
-/// features, and its negative.
+/// Writes a head of 2 classes over `width` features, whose logits are the first
+/// feature and its negative.
 fn head(folder: &Path, name: &str, width: usize, layer: &str) -> PathBuf {
     let mut weight = vec![0.0_f32; 2 * width];
     weight[0] = 1.0;
@@ -379,7 +379,7 @@ async fn a_checkpoint_is_compiled_once() {
     running.end().await;
 }
 
-/// The folder of what an older version left behind.
+/// Returns the directory with the files that an older version wrote.
 fn before(name: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     root.join("tests/data/before-sha256").join(name)
@@ -398,7 +398,7 @@ fn copy_all(from: &Path, to: &Path) {
     }
 }
 
-/// A compiled copy of the micro checkpoint.
+/// Compiles the micro checkpoint into a directory.
 fn compiled_folder(to: &Path, precision: Precision) {
     let options = CompileOptions {
         precision,
@@ -409,7 +409,7 @@ fn compiled_folder(to: &Path, precision: Precision) {
     compile(&source, to, &options, &runtime(), &mut Silent).expect("compiled");
 }
 
-/// The program's exit code and all that it wrote.
+/// Runs the program, and returns its exit code and output.
 fn run(args: &[&str]) -> (i32, String) {
     let output = process::program().args(args).output().expect("the program");
     let text = [output.stdout, output.stderr].concat();
@@ -421,7 +421,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a name")
 }
 
-/// Why a model is not served, by its own worker.
+/// Starts a worker that must refuse the model, and returns its error.
 async fn why_not(folder: &Path) -> String {
     let model = match Model::open(folder, None) {
         Ok(model) => model,
@@ -470,8 +470,8 @@ async fn weights_that_are_cut_or_written_over_change_no_answer() {
     }
 }
 
-/// Each byte counts, whichever file it is in, and nothing is served but what was
-/// compiled.
+/// A change of any byte in any file of a compiled model is found, and the model
+/// is not served.
 #[tokio::test]
 async fn a_folder_that_is_not_what_was_compiled_is_refused() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -530,12 +530,12 @@ async fn a_folder_that_is_not_what_was_compiled_is_refused() {
     );
 }
 
-/// A field of a protobuf message: its number, its content where that has a length,
-/// and all of its bytes.
+/// Field of a protobuf message: its number, its content if it has a length, and
+/// all of its bytes.
 type WireField<'a> = (u64, &'a [u8], &'a [u8]);
 
-/// The fields of a message, those too that [`onnx_file`] does not know and would
-/// drop.
+/// Returns the fields of a message, including those that [`onnx_file`] does not
+/// know and would drop.
 fn wire_fields(mut bytes: &[u8]) -> Vec<WireField<'_>> {
     let mut fields = Vec::new();
     while !bytes.is_empty() {
@@ -562,7 +562,7 @@ fn put_field(number: u64, content: &[u8], to: &mut Vec<u8>) {
     to.extend(content);
 }
 
-/// An ONNX export of the micro model whose weights lie in another file.
+/// Writes an ONNX export of the micro model whose weights are in another file.
 fn external_export(folder: &Path, location: &str) {
     const GRAPH: u64 = 7;
     const INITIALIZER: u64 = 5;
@@ -673,8 +673,8 @@ async fn a_folder_of_an_older_version_is_served() {
     assert!(said.contains("before SHA-256s were recorded"), "{said}");
 }
 
-/// The inputs of a job are where this checkout is, so they are written into what was
-/// left behind.
+/// Restores the job of an older version, with the path of its inputs in this
+/// checkout.
 fn job_of_an_older_version(job: &str, output: &Path, whole: &Path) {
     copy_all(&before(job), output);
     let read = |folder: &Path| -> serde_json::Value {
@@ -726,14 +726,14 @@ fn jobs_of_an_older_version_go_on_or_are_refused_with_what_to_do() {
             assert_eq!(code, 2, "{said}");
             let now = Model::open(&folder, None).expect("a model").digest;
             let was = "sha256:dacbe542ce28e1ee066bc390205c6f6523e93a04b886bcb1ae6d4fb46584f2ff";
-            let sentence = format!("the model's digest was {was}, is {now}. Finish it with the");
+            let sentence = format!("the model's digest was {was}, is now {now}. Finish the output");
             assert!(said.contains(&sentence), "{said}");
         }
     }
 }
 
-/// An image's numbers do not depend on its company, also where an operator would
-/// give all of a batch one scale.
+/// An image's numbers do not depend on the other images of its batch, even if
+/// an operator would use one scale for the whole batch.
 #[tokio::test]
 async fn int8_gives_an_image_the_same_bits_in_any_company() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -1,4 +1,4 @@
-//! Several devices that take from one queue, and what is left when one of them
+//! Several devices that share one queue, and the worker after one of them
 //! fails.
 
 use std::time::{Duration, Instant};
@@ -19,10 +19,10 @@ use crate::harness::{
     until_sample, vector,
 };
 
-/// Batches of one image, so that each engine has its part.
+/// Flags for batches of one image, so that each engine gets some of the work.
 const ALONE: [&str; 4] = ["--max-batch-size", "1", "--max-queue-delay", "0s"];
 
-/// The token that a device fails on.
+/// Token that makes a device fail.
 const POISON: u16 = 13;
 
 fn poisoned() -> Script {
@@ -33,7 +33,8 @@ fn poisoned() -> Script {
     }
 }
 
-/// Images that share no run and do no harm.
+/// Returns images that differ, so that they are not coalesced, without
+/// [`POISON`].
 fn harmless() -> impl Iterator<Item = Vec<u32>> {
     (0..).map(seeded).filter(|ids| ids[0] != u32::from(POISON))
 }
@@ -55,7 +56,7 @@ async fn devices(running: &Running) -> Vec<pb::Device> {
     response.expect("a model").into_inner().devices
 }
 
-/// Whether each device is up, as GetModel and the metrics page say.
+/// Returns for each device whether it is up, by GetModel and the metrics page.
 async fn up(running: &Running) -> Vec<bool> {
     let mut serving = Vec::new();
     // One may fail between the two looks.
@@ -75,7 +76,8 @@ async fn up(running: &Running) -> Vec<bool> {
     serving
 }
 
-/// Waits until so many serve; GetModel answers for as long as one does.
+/// Waits until `n` devices serve; GetModel answers as long as one device
+/// serves.
 async fn until_up(running: &Running, n: usize) {
     until(running, &format!("{n} devices up"), async || {
         up(running).await.iter().filter(|&&up| up).count() == n
@@ -200,7 +202,7 @@ async fn a_run_that_is_stopped_is_the_one_that_nobody_waits_for() {
     running.end().await;
 }
 
-/// What a call for eight images gives.
+/// Returns the images of a call that generates eight images.
 async fn generated(running: &Running, seed: u64) -> Vec<Vec<u32>> {
     use pb::generate_response::Message;
     let request = pb::GenerateRequest {

@@ -1,5 +1,5 @@
-//! `imagegpt doctor` as a process, on whatever machine this is, with the real
-//! ONNX Runtime: its build for CPUs, so CUDA is never had.
+//! `imagegpt doctor` as a process on any machine, with the real ONNX Runtime in
+//! its build for CPUs, so that CUDA is never available.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::harness::model_dir;
 use crate::process;
 
-/// A library that takes its process with it when it is loaded.
+/// Source of a library that ends its process when it is loaded.
 const CRASH: &str = "#include <stdlib.h>
 __attribute__((constructor)) static void crash(void) { abort(); }
 ";
@@ -133,7 +133,7 @@ fn a_model_or_library_that_cannot_be_used_fails_and_says_why() {
     let output = doctor(&["--model", "openai/imagegpt-small"]);
     assert_eq!(output.status.code(), Some(2));
     let complaint = String::from_utf8(output.stderr).expect("UTF-8");
-    assert!(complaint.contains("is no directory"), "{complaint}");
+    assert!(complaint.contains("is not a directory"), "{complaint}");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn a_cache_that_cannot_be_made_is_told_and_devices_are_checked_as_by_serve() {
         check["found"].as_str().expect("text").to_owned()
     };
     let found = cache(file.to_str().expect("UTF-8"));
-    assert!(found.contains("is no folder"), "{found}");
+    assert!(found.contains("is not a directory"), "{found}");
     let found = cache("/proc/nope");
     assert!(found.contains("cannot be written (/proc: "), "{found}");
 

@@ -1,4 +1,4 @@
-//! Every option of every call, on real graphs.
+//! All options of all calls, on real graphs.
 
 use imagegpt::proto::pb;
 use tonic::Code;
@@ -14,7 +14,7 @@ fn request(case: &Case, context: pb::Context, pooling: pb::Pooling) -> pb::Embed
     }
 }
 
-/// All poolings and contexts of one published folder.
+/// Checks all poolings and contexts of one published directory.
 async fn check_embed(folder: &str) {
     let mut running = harness::onnx(folder, &[]).await;
     let cases = expected();

@@ -1,5 +1,5 @@
-//! The trained model in models/emoji, as the demo shows it: its head on
-//! pictures that neither it nor the head was trained on.
+//! The trained model in models/emoji, as in the demo: its head on pictures that
+//! neither the model nor the head was trained on.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,13 @@ use imagegpt::runtime::Runtime;
 
 use crate::harness::{self, Running};
 
-/// Every third picture by name: without optimization each takes a second.
+/// Step through the pictures by name: every third one, since without
+/// optimization a picture takes a second.
 const EVERY: usize = 3;
-/// How many of those `make demo` calls right, of 15.
+/// Number of these 15 pictures that `make demo` classifies correctly.
 const RIGHT: usize = 10;
-/// Other processors round differently, and a picture or two may tip over.
+/// Number of pictures that may differ, since other processors round
+/// differently.
 const MARGIN: usize = 2;
 
 async fn emoji(folder: &Path) -> Running {
@@ -41,7 +43,8 @@ async fn emoji(folder: &Path) -> Running {
     harness::start(&output, &["--head", &flag], None).await
 }
 
-/// Pictures with the names of their folders, which are their classes'.
+/// Returns the pictures with the names of their directories, which are the
+/// classes.
 fn pictures() -> Vec<(String, pb::Image)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/pictures");
     let entries = |folder: &Path| -> Vec<PathBuf> {
@@ -66,7 +69,8 @@ fn pictures() -> Vec<(String, pb::Image)> {
         .collect()
 }
 
-/// "Food & Drink" is the folder food-drink.
+/// Returns the directory of a class: "Food & Drink" has the directory
+/// food-drink.
 fn folder_of(label: &str) -> String {
     let words = label.split(|letter: char| !letter.is_alphanumeric());
     let words: Vec<String> = words

@@ -1,4 +1,5 @@
-//! An engine that fails: callers are told, and so is the world.
+//! An engine that fails: callers get errors, and health and metrics show the
+//! failure.
 
 use imagegpt::engine::fake::Script;
 use imagegpt::serve::devices::FailureKind;

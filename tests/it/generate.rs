@@ -1,5 +1,5 @@
-//! Generate and Score: over the fake engine what travels and who waits, over a
-//! compiled model what transformers computes.
+//! Generate and Score: messages and scheduling with the fake engine, and the
+//! results of a compiled model against those of transformers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,8 @@ use crate::harness::{self, Client, Running, embed, f32s, flat, seeded, tokens, u
 const SIDE: u32 = 8;
 const COLORS: u16 = 16;
 
-/// A fake worker that draws so many at a time, each step taking so long.
+/// Starts a fake worker that generates `n_slots` images at the same time, with
+/// `delay` per step.
 pub(crate) async fn fake(n_slots: usize, delay: Duration, flags: &[&str]) -> Running {
     let script = Script {
         sequences: Some(FakeSequences {
@@ -56,11 +57,11 @@ fn primer(keep: pb::image_primer::Keep) -> Option<Primer> {
     }))
 }
 
-/// All that a call sent.
+/// Everything that a call returned.
 #[derive(Debug, Default)]
 struct Sent {
     started: Option<pb::GenerateStarted>,
-    /// By sample, top to bottom.
+    /// Rows of each sample, top to bottom.
     rows: BTreeMap<u32, Vec<Vec<u32>>>,
     images: BTreeMap<u32, Result<pb::GeneratedImage, Code>>,
 }
@@ -104,7 +105,7 @@ async fn generate(
     Ok(sent)
 }
 
-/// What the fake engine takes for the likeliest.
+/// Returns the tokens that the fake engine finds most likely after `primer`.
 pub(crate) fn likeliest(primer: &[u32]) -> Vec<u32> {
     let primer: Vec<u16> = primer
         .iter()
@@ -251,7 +252,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
     let mut checks: Vec<(pb::GenerateRequest, &str)> = vec![
         (
             with(|request| request.samples = 5),
-            "samples: 5 in one call",
+            "samples: the call has 5 samples",
         ),
         (
             with(|request| request.temperature = Some(-1.0)),
@@ -270,7 +271,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
         ),
         (
             with(|request| request.primer = prefix(&[0; 65])),
-            "prefix.ids: 65 tokens where an image has 64",
+            "prefix.ids: the prefix has 65 tokens; the limit is 64",
         ),
         (
             with(|request| request.primer = prefix(&[1, 16])),
@@ -285,7 +286,7 @@ async fn what_makes_no_sense_is_refused_with_its_name() {
     request.primer = rows(9);
     checks.push((request.clone(), "image.rows: 9"));
     request.primer = primer(pb::image_primer::Keep::Mask(vec![1; 63].into()));
-    checks.push((request.clone(), "image.mask: 63 bytes"));
+    checks.push((request.clone(), "image.mask: the mask has 63 bytes"));
     request.primer = Some(Primer::Image(pb::ImagePrimer {
         image: Some(flat(1)),
         ..Default::default()
@@ -361,7 +362,8 @@ async fn whoever_goes_frees_the_place_at_once() {
     running.end().await;
 }
 
-/// What a client has not read counts as large as it is, not as it might have been.
+/// Answers that a client has not read yet are counted with their real size, not
+/// with the largest possible size.
 #[tokio::test]
 async fn pictures_that_wait_to_be_read_hold_their_own_size() {
     let running = fake(4, Duration::ZERO, &[]).await;
@@ -444,12 +446,12 @@ async fn what_was_begun_is_finished_when_the_worker_drains() {
     assert_eq!(sent.ids(0), likeliest(&[]));
 }
 
-/// The causal micro model, compiled.
+/// Starts a worker with the causal micro model, compiled.
 pub(crate) async fn causal(folder: &Path, precision: Precision, flags: &[&str]) -> Running {
     harness::start(&compiled(folder, precision), flags, None).await
 }
 
-/// Its folder.
+/// Compiles the causal micro model and returns its directory.
 pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
     let output = folder.join(precision.name());
     if !output.is_dir() {
@@ -466,7 +468,7 @@ pub(crate) fn compiled(folder: &Path, precision: Precision) -> PathBuf {
     output
 }
 
-/// What transformers computes; see tests/data/models.
+/// Results of transformers; see tests/data/models.
 #[derive(Deserialize)]
 pub(crate) struct Expected {
     pub(crate) images: Vec<Image>,

@@ -1,7 +1,8 @@
-//! What a worker and the doctor say of GPUs, with a driver of our own: two small
-//! libraries in C that answer as NVIDIA's would, compiled by the C compiler that
-//! Rust links with. What the functions do is made up; that they are called as
-//! declared, and that every answer lands where it belongs, is not.
+//! Reports of the worker and the doctor about GPUs, with a fake driver: two
+//! small libraries in C that answer as NVIDIA's would, compiled by the C
+//! compiler that Rust links with. The results are made up, but the tests check
+//! that the functions are called as declared and that every result is reported
+//! in the right place.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,13 +21,13 @@ use crate::process;
 const WHOLE: &str = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f";
 const PART: &str = "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f";
 
-/// The folder with the libraries, made once.
+/// Returns the directory with the libraries, which is made once.
 fn driver() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     FOLDER.get_or_init(|| compile(None)).path()
 }
 
-/// Compiles the libraries, with a macro that breaks them.
+/// Compiles the libraries, optionally with a macro that breaks them.
 fn compile(broken: Option<&str>) -> TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     for (source, library) in [("cuda.c", "libcuda.so.1"), ("nvml.c", "libnvidia-ml.so.1")] {
@@ -153,7 +154,7 @@ fn a_driver_that_hangs_or_aborts_is_a_line_of_the_report() {
     });
 }
 
-/// Loads the libraries into this process, where they are found by their bare names
+/// Loads the libraries into this process, which finds them by their bare names
 /// from then on.
 fn load() {
     for library in ["libcuda.so.1", "libnvidia-ml.so.1"] {

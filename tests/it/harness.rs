@@ -30,7 +30,7 @@ pub(crate) use crate::process::PATIENCE;
 
 pub(crate) type Client = ImageGptServiceClient<Channel>;
 
-/// Time between two looks at what a test waits for.
+/// Interval between two checks of the condition that a test waits for.
 const POLL: Duration = Duration::from_millis(1);
 
 #[derive(Parser)]
@@ -39,7 +39,7 @@ struct Cli {
     serve: ServeConfig,
 }
 
-/// A folder below tests/data/models, or `untrained`.
+/// Returns a directory below tests/data/models, or that of `untrained`.
 pub(crate) fn model_dir(name: &str) -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     match name {
@@ -48,7 +48,7 @@ pub(crate) fn model_dir(name: &str) -> PathBuf {
     }
 }
 
-/// The config that these flags make, for the model in `dir`.
+/// Returns the configuration by `flags` for the model in `dir`.
 pub(crate) fn config(dir: &std::path::Path, flags: &[&str]) -> ServeConfig {
     let dir = dir.to_str().expect("an UTF-8 path");
     let fixed = [
@@ -74,7 +74,7 @@ pub(crate) struct Running {
     pub(crate) client: Client,
 }
 
-/// A worker on the micro model's files with a scripted engine.
+/// Starts a worker on the micro model's files with a scripted engine.
 pub(crate) async fn fake(script: Script, flags: &[&str]) -> Running {
     start(&model_dir("micro"), flags, Some(fake_factory(script))).await
 }
@@ -83,7 +83,7 @@ pub(crate) fn fake_factory(script: Script) -> EngineFactory {
     Box::new(|| Ok(Box::new(FakeEngine::new(script)) as Box<dyn Engine>))
 }
 
-/// An engine that runs one batch for each message.
+/// Makes the script of an engine that runs one batch per message.
 pub(crate) fn gated() -> (crossbeam_channel::Sender<()>, Script) {
     let (open, gate) = crossbeam_channel::bounded(4096);
     let script = Script {
@@ -96,7 +96,7 @@ pub(crate) fn gated() -> (crossbeam_channel::Sender<()>, Script) {
 type Run =
     dyn FnMut(&mut FakeEngine, &GraphRun<'_>, &RunStop) -> Result<Vec<Vec<f32>>, EngineError>;
 
-/// A fake engine that says something else of itself, or runs otherwise.
+/// Fake engine with other facts or another behavior.
 pub(crate) struct Altered {
     engine: FakeEngine,
     pub(crate) facts: EngineFacts,
@@ -150,7 +150,8 @@ impl Engine for Altered {
     }
 }
 
-/// Options of an engine with ONNX Runtime for a small model, on the CPU.
+/// Returns the options of an engine with ONNX Runtime for a small model on the
+/// CPU.
 pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
     OnnxOptions {
         library: find_library(None),
@@ -173,12 +174,13 @@ pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
     }
 }
 
-/// Device 0 and no other.
+/// Makes device 0 alone.
 pub(crate) fn one(factory: EngineFactory) -> Vec<DeviceEngine> {
     vec![DeviceEngine { id: 0, factory }]
 }
 
-/// A worker on the micro model's files with a scripted engine for each device.
+/// Starts a worker on the micro model's files with a scripted engine for each
+/// device.
 pub(crate) async fn fake_devices(scripts: Vec<Script>, flags: &[&str]) -> Running {
     let dir = model_dir("micro");
     let engine = |(id, script)| DeviceEngine {
@@ -192,7 +194,7 @@ pub(crate) async fn fake_devices(scripts: Vec<Script>, flags: &[&str]) -> Runnin
     Running { worker, client }
 }
 
-/// A worker that runs the model in a test folder.
+/// Starts a worker that runs the model in a test directory.
 pub(crate) async fn onnx(name: &str, flags: &[&str]) -> Running {
     start(&model_dir(name), flags, None).await
 }
@@ -222,7 +224,7 @@ pub(crate) async fn start(
     Running { worker, client }
 }
 
-/// A worker on the micro model's files, without a client.
+/// Starts a worker on the micro model's files, without a client.
 pub(crate) async fn fake_worker(script: Script, flags: &[&str]) -> Worker {
     let dir = model_dir("micro");
     let model = Model::open(&dir, None).expect("a model");
@@ -252,7 +254,7 @@ pub(crate) fn url(worker: &Worker) -> String {
 }
 
 impl Running {
-    /// Ends the worker in good order.
+    /// Shuts the worker down gracefully.
     pub(crate) async fn end(self) {
         drop(self.client);
         assert_eq!(self.worker.shutdown(PATIENCE).await, WorkerEnded::Clean);
@@ -262,12 +264,12 @@ impl Running {
         url(&self.worker)
     }
 
-    /// The metrics page.
+    /// Returns the metrics page.
     pub(crate) async fn metrics(&self) -> String {
         metrics(self).await
     }
 
-    /// One sample of the metrics page, by its name and labels as printed.
+    /// Returns a sample of the metrics page, by its name and labels as printed.
     pub(crate) async fn sample(&self, series: &str) -> f64 {
         sample(&self.metrics().await, series)
     }
@@ -284,7 +286,7 @@ pub(crate) async fn until_in_flight(worker: &Worker, n: usize) {
     until(worker, &what, async || worker.images_in_flight() == n).await;
 }
 
-/// Something that has a metrics page: a worker, or the address of one that was
+/// Source of a metrics page: a worker, or the address of a worker that was
 /// moved elsewhere.
 pub(crate) trait Measured {
     fn metrics_addr(&self) -> SocketAddr;
@@ -308,12 +310,12 @@ impl Measured for SocketAddr {
     }
 }
 
-/// The metrics page.
+/// Returns the metrics page.
 pub(crate) async fn metrics(worker: &impl Measured) -> String {
     get(worker.metrics_addr(), "/metrics").await.1
 }
 
-/// Waits until a condition holds; when it never does, panics with the worker's
+/// Waits until a condition holds; if it never does, panics with the worker's
 /// metrics page.
 pub(crate) async fn until(
     worker: &impl Measured,
@@ -335,8 +337,8 @@ pub(crate) async fn until(
     panic!("never: {what}\n{page}");
 }
 
-/// Waits until a series has a value that will do: the value. The end of a call is
-/// counted a moment after the client has seen it.
+/// Waits until a series has an acceptable value, and returns the value. The end
+/// of a call is counted a moment after the client has seen it.
 pub(crate) async fn until_sample(
     worker: &impl Measured,
     series: &str,
@@ -352,8 +354,8 @@ pub(crate) async fn until_sample(
     value
 }
 
-/// Lets time go by that is a part of a scenario: something goes on meanwhile, or
-/// must not happen. For all that is to come about there is [`until`].
+/// Waits for a fixed time that is part of a scenario: something goes on
+/// meanwhile, or must not happen. To wait for an event, use [`until`].
 #[expect(
     clippy::disallowed_methods,
     reason = "the one pause of tasks, for tests that mean the time itself"
@@ -362,28 +364,28 @@ pub(crate) async fn pause(time: Duration) {
     tokio::time::sleep(time).await;
 }
 
-/// Whether a call ended because its time was up: by the worker, or on a busy
+/// Returns true if a call ended at its deadline: by the worker, or on a busy
 /// machine by tonic's own timer in the client, a few milliseconds later.
 pub(crate) fn is_late(status: &tonic::Status) -> bool {
     status.code() == tonic::Code::DeadlineExceeded || is_clients_timer(status)
 }
 
-/// Whether the client's own timer came first.
+/// Returns true if the client's own timer ended the call.
 pub(crate) fn is_clients_timer(status: &tonic::Status) -> bool {
     status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
 }
 
-/// The value of a series on a metrics page.
+/// Returns the value of a series on a metrics page.
 pub(crate) fn sample(page: &str, series: &str) -> f64 {
     process::sample(page, series).unwrap_or_else(|| panic!("no series {series} in:\n{page}"))
 }
 
-/// GET over HTTP/1.1: status and body.
+/// Sends a GET over HTTP/1.1, and returns status and body.
 pub(crate) async fn get(addr: SocketAddr, path: &str) -> (u16, String) {
     ask(addr, "GET", path).await
 }
 
-/// A request over HTTP/1.1: status and body.
+/// Sends a request over HTTP/1.1, and returns status and body.
 pub(crate) async fn ask(addr: SocketAddr, method: &str, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::TcpStream::connect(addr)
@@ -398,12 +400,12 @@ pub(crate) async fn ask(addr: SocketAddr, method: &str, path: &str) -> (u16, Str
     (status.expect("a status"), body.to_owned())
 }
 
-/// An image of the micro model's 64 tokens, each `token`.
+/// Makes an image of the micro model whose 64 tokens are all `token`.
 pub(crate) fn flat(token: u32) -> pb::Image {
     tokens(vec![token; 64])
 }
 
-/// An image of the micro model, different for each seed.
+/// Makes an image of the micro model that differs for each seed.
 pub(crate) fn seeded(seed: u32) -> Vec<u32> {
     let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
     (0..64)
@@ -433,7 +435,7 @@ pub(crate) fn embed(images: Vec<pb::Image>) -> pb::EmbedRequest {
     }
 }
 
-/// The vector of a result, or its error's code and sentence.
+/// Returns the vector of a result, or its error's code and message.
 pub(crate) fn vector(result: &pb::EmbedResult) -> Result<Vec<f32>, (tonic::Code, String)> {
     match result.outcome.as_ref().expect("an outcome") {
         pb::embed_result::Outcome::Embedding(tensor) => Ok(f32s(tensor)),
@@ -454,7 +456,7 @@ pub(crate) fn f32s(tensor: &pb::Tensor) -> Vec<f32> {
     values
 }
 
-/// ‖a − b‖ / ‖b‖.
+/// Returns the relative error ‖a − b‖ / ‖b‖.
 pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
@@ -462,8 +464,8 @@ pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     (difference / square(&mut b.iter().map(|&b| f64::from(b)))).sqrt()
 }
 
-/// Tokens of an image of the micro model, with what PyTorch answered for its
-/// weights; see tests/data/models.
+/// Tokens of an image of the micro model, with PyTorch's results for the
+/// model's weights; see tests/data/models.
 #[derive(Deserialize)]
 pub(crate) struct Case {
     pub(crate) tokens: Vec<u32>,
@@ -477,7 +479,7 @@ pub(crate) struct Answers {
     pub(crate) last: Vec<f32>,
     pub(crate) first: Vec<f32>,
     pub(crate) logits: Vec<f32>,
-    /// By layer from the embedding on.
+    /// Raw features by layer, from the embedding on.
     pub(crate) layers_raw: Vec<Vec<f32>>,
     pub(crate) layers_normed: Vec<Vec<f32>>,
 }
@@ -493,7 +495,7 @@ pub(crate) fn expected() -> Vec<Case> {
         .cases
 }
 
-/// What the fake engine answers for these tokens.
+/// Returns the fake engine's answer for these tokens.
 pub(crate) fn fake_answer(ids: &[u32]) -> Vec<f32> {
     let tokens: Vec<u16> = ids
         .iter()

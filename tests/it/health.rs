@@ -1,4 +1,4 @@
-//! What probes, proxies and tools see.
+//! Health checks, reflection and other services for probes, proxies and tools.
 
 use imagegpt::engine::fake::{FakeEngine, Script};
 use imagegpt::engine::{Engine, EngineFactory};
@@ -90,7 +90,7 @@ async fn serving_begins_when_the_model_is_warm() {
     worker.shutdown(harness::PATIENCE).await;
 }
 
-/// The next status of a watch.
+/// Returns the next status of a health watch.
 async fn next(watch: &mut Streaming<HealthCheckResponse>) -> ServingStatus {
     let update = watch.message().await.expect("a status");
     update.expect("not the end").status()

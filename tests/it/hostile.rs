@@ -1,5 +1,5 @@
-//! Clients that send and take as they should not, in frames of their own: what
-//! they make the worker hold is counted, bounded, and free again in time.
+//! Hostile clients that send and read in frames of their own: the memory that
+//! they make the worker hold is counted, bounded, and freed in time.
 
 use std::io::Write as _;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ const GENERATE: &str = "/imagegpt.v1.ImageGptService/Generate";
 const MODEL_STREAM_INFER: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 const BYTES: &str = "imagegpt_bytes_in_flight";
 const KIB: usize = 1 << 10;
-/// Little enough that a few calls fill the worker.
+/// Flags of a worker that a few calls fill.
 const SMALL: [&str; 6] = [
     "--request-bytes-max",
     "1MiB",
@@ -34,7 +34,8 @@ const SMALL: [&str; 6] = [
     "4MiB",
 ];
 
-/// A connection whose client has room for so many bytes of each answer.
+/// Opens a connection whose client has a flow-control window of `window` bytes
+/// per answer.
 async fn connect(worker: &Worker, window: u32) -> SendRequest<Bytes> {
     let stream = tokio::net::TcpStream::connect(worker.grpc_addr)
         .await
@@ -71,7 +72,8 @@ impl Call {
         let _ = self.request.send_data(data.into(), is_last);
     }
 
-    /// The call's code, from its headers or its trailers, and its sentence.
+    /// Returns the call's status code, from its headers or trailers, and its
+    /// message.
     async fn end(self) -> (Code, String) {
         let answer = async {
             let response = self.response.await.expect("a response");
@@ -92,7 +94,7 @@ impl Call {
             .expect("an end")
     }
 
-    /// How its stream is reset.
+    /// Waits until the stream is reset, and returns the reason.
     async fn reset(self) -> Option<Reason> {
         let reset = async {
             match self.response.await {
@@ -114,7 +116,7 @@ fn frame(flag: u8, message: &[u8]) -> Vec<u8> {
     [&[flag][..], &len.to_be_bytes(), message].concat()
 }
 
-/// Compression of a message.
+/// Function that compresses a message.
 type Compress = fn(&[u8]) -> Vec<u8>;
 
 fn gzip(message: &[u8]) -> Vec<u8> {
@@ -129,7 +131,7 @@ fn deflate(message: &[u8]) -> Vec<u8> {
     encoder.finish().expect("finished")
 }
 
-/// A black image of so many KiB.
+/// Makes a black image of `n_kib` KiB.
 fn black(n_kib: usize) -> pb::Image {
     let (width, height) = (1024, u32::try_from(n_kib).expect("small"));
     pb::Image {
@@ -298,8 +300,8 @@ async fn a_body_that_is_not_one_message_is_the_clients_fault() {
     running.end().await;
 }
 
-/// A call's deadline, and the time that a request has, free what has come of it,
-/// while the client goes on withholding the rest.
+/// A call's deadline and the time limit of a request free the received part,
+/// even if the client never sends the rest.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_has_arrived_is_free_at_the_deadline() {
     let flags = [&SMALL[..], &["--request-timeout", "2s"]].concat();
@@ -325,7 +327,8 @@ async fn what_has_arrived_is_free_at_the_deadline() {
     running.end().await;
 }
 
-/// Tokens are a byte on the wire and eight as they are read.
+/// Tokens that take one byte on the wire are counted as eight bytes when
+/// decoded.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_message_becomes_is_counted() {
     let running = harness::fake(Script::default(), &SMALL).await;
@@ -347,8 +350,8 @@ async fn what_a_message_becomes_is_counted() {
     running.end().await;
 }
 
-/// One connection whose client takes nothing fills the worker; its answers end,
-/// and others are served again.
+/// A connection whose client reads nothing fills the worker; its answers end,
+/// and other clients are served again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_is_not_taken_ends() {
     let flags = [&SMALL[..], &["--answer-timeout", "1s"]].concat();
@@ -397,7 +400,8 @@ async fn an_answer_that_is_not_taken_ends() {
     }
 }
 
-/// A client of a thin link takes its answer in little pieces, and gets all of it.
+/// A client with a slow link reads its answer in small pieces, and gets all of
+/// it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_that_reads_gets_its_answer() {
     let running = harness::fake(Script::default(), &["--answer-timeout", "10s"]).await;
@@ -429,8 +433,8 @@ async fn a_slow_reader_that_reads_gets_its_answer() {
     running.end().await;
 }
 
-/// Messages of streams are counted from their arrival; those for which there is
-/// no room are not read, and all are answered in the end.
+/// Messages of streams are counted from their arrival; messages without room
+/// are not read (backpressure), and all are answered in the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_arrive_or_wait_on_streams_are_counted() {
     let (open, script) = gated();
@@ -502,8 +506,8 @@ async fn messages_that_arrive_or_wait_on_streams_are_counted() {
     running.end().await;
 }
 
-/// What a stream's messages took is free once they are answered, while the stream
-/// stays open.
+/// Memory of a stream's messages is freed when they are answered, while the
+/// stream stays open.
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_keep_nothing_of_what_they_have_answered() {
     const N_STREAMS: usize = 16;
@@ -560,8 +564,8 @@ async fn streams_keep_nothing_of_what_they_have_answered() {
     running.end().await;
 }
 
-/// A client that announces much and sends nothing ends in time, on both kinds of
-/// streams, and gives its room back.
+/// A client that announces much and sends nothing is ended in time, on both
+/// kinds of streams, and its room is freed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_never_ends_is_ended() {
     let flags = [&SMALL[..], &["--request-timeout", "1s"]].concat();
@@ -580,7 +584,8 @@ async fn a_message_that_never_ends_is_ended() {
     running.end().await;
 }
 
-/// However a client's transport ends a call, that is the client's doing.
+/// Calls that a client's transport ends count as cancelled by the client,
+/// however it ends them.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_break_off_are_cancelled() {
     let running = harness::fake(Script::default(), &[]).await;
@@ -643,7 +648,7 @@ async fn uploads_that_break_off_are_cancelled() {
     running.end().await;
 }
 
-/// A drain waits for work, not for clients that neither send nor take.
+/// A drain waits for work, not for clients that neither send nor read.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_stall_do_not_hold_the_end() {
     let sequences = FakeSequences {

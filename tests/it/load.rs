@@ -1,4 +1,5 @@
-//! Many callers at once: nothing lost, nothing doubled, nothing left behind.
+//! Many callers at the same time: no answer is lost or doubled, and nothing is
+//! left behind.
 
 use std::time::Duration;
 
@@ -7,8 +8,9 @@ use tonic::{Code, Request};
 
 use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
 
-/// Callers that leave at random moments, callers in a hurry and callers with
-/// patience: whoever gets an answer gets its own, and nothing is left behind.
+/// Callers that cancel at random moments, callers with short deadlines and
+/// patient callers: each answer goes to its own caller, and nothing is left
+/// behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn cancels_and_deadlines_at_random_moments() {
     let script = Script {

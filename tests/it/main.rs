@@ -1,7 +1,7 @@
-//! The whole worker, over its sockets.
+//! Tests of the whole worker over its sockets.
 //!
-//! One binary, because linking ONNX Runtime's bindings and tonic once is
-//! cheaper than once a file.
+//! They are one binary, because linking ONNX Runtime's bindings and tonic once
+//! is cheaper than once per file.
 
 #![warn(clippy::disallowed_methods)]
 #![expect(

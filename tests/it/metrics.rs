@@ -1,4 +1,4 @@
-//! The operator's page.
+//! The HTTP server of metrics and probes.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -128,7 +128,7 @@ async fn the_port_serves_nothing_else() {
     running.end().await;
 }
 
-/// How long a probe waits, and its status.
+/// Sends a probe, and returns its status and duration.
 async fn probe(addr: std::net::SocketAddr) -> (u16, Duration) {
     let started = Instant::now();
     let probe = harness::get(addr, "/livez");
@@ -138,7 +138,7 @@ async fn probe(addr: std::net::SocketAddr) -> (u16, Duration) {
     (status, started.elapsed())
 }
 
-/// Opens connections that have sent these bytes and read nothing.
+/// Opens connections that send `sent` and read nothing.
 async fn connections(addr: std::net::SocketAddr, n: usize, sent: &[u8]) -> Vec<TcpStream> {
     let mut streams = Vec::with_capacity(n);
     for _ in 0..n {
@@ -153,9 +153,9 @@ async fn connections(addr: std::net::SocketAddr, n: usize, sent: &[u8]) -> Vec<T
     streams
 }
 
-/// Clients that say nothing, half of something, or take nothing of a page: a
-/// probe beside them is answered within a second, again and again, and all of
-/// them are cut.
+/// Clients that send nothing, send half a request, or do not read the page:
+/// probes beside them are answered within a second each, and all such clients
+/// are disconnected.
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_are_answered_beside_clients_that_hang() {
     let running = harness::fake(Script::default(), &[]).await;

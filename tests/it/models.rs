@@ -1,4 +1,4 @@
-//! Model folders that cannot be served, and what is said about each.
+//! Model directories that cannot be served, and the error of each.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use imagegpt::model::Model;
 
 use crate::{harness, process};
 
-/// Opens and loads a folder; the first complaint, if any.
+/// Opens and loads a directory, and returns the first error, if any.
 fn complaint(dir: &Path) -> Option<String> {
     let model = match Model::open(dir, None) {
         Ok(model) => model,
@@ -41,7 +41,7 @@ fn folders_that_cannot_be_served() {
         "no-such-folder",
         &[
             "no-such-folder",
-            "there is no such folder",
+            "the directory does not exist",
             "imagegpt compile",
             "Hugging Face",
             "hub id",
@@ -49,7 +49,8 @@ fn folders_that_cannot_be_served() {
     );
 }
 
-/// A copy of the micro folder in which one file was changed.
+/// Loads a copy of the micro model in which one file was changed, and returns
+/// the error.
 fn changed(file: &str, change: impl FnOnce(serde_json::Value) -> serde_json::Value) -> String {
     let dir = copy_of("micro");
     let path = dir.path().join(file);
@@ -168,12 +169,13 @@ fn files_that_are_missing_or_broken() {
     let empty = tempfile::tempdir().expect("a folder");
     let complaint = complaint(empty.path()).expect("nothing is there");
     assert!(
-        complaint.contains("neither weights nor graphs (model.onnx, model_classification.onnx,"),
+        complaint.contains("neither weights nor graphs (model.onnx or model_classification.onnx,"),
         "{complaint}"
     );
 }
 
-/// Without config.json nothing names the vocabulary; the trial run finds out.
+/// Without config.json the vocabulary is unknown; the trial run checks the
+/// palette.
 #[test]
 fn a_vocabulary_that_does_not_fit_shows_in_the_trial_run() {
     let dir = copy_of("vocab-too-small");
@@ -185,7 +187,8 @@ fn a_vocabulary_that_does_not_fit_shows_in_the_trial_run() {
     );
 }
 
-/// Nor the palette: one that is too small, or a size, of another model.
+/// Without config.json a palette that is too small, or a size, of another model
+/// is found by the trial run.
 #[test]
 fn a_palette_of_another_model_shows_in_the_trial_run() {
     let check = |key: &str, value: serde_json::Value, words: &str| {

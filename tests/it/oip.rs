@@ -1,5 +1,5 @@
-//! The Open Inference Protocol: answers equal the native service's bit for bit,
-//! and everything that may be wrong is told.
+//! The Open Inference Protocol: answers equal those of the native service bit
+//! for bit, and every kind of wrong request gets its error.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -25,8 +25,8 @@ use crate::harness::{
 
 type Client = GrpcInferenceServiceClient<Channel>;
 
-/// Kernels for one row may add in another order than those for several, so
-/// where bits are compared every image runs alone.
+/// Flags that run every image alone where bits are compared, since kernels for
+/// one row may add in another order than those for several rows.
 const ALONE: [&str; 2] = ["--max-batch-size", "1"];
 
 async fn client(running: &Running) -> Client {
@@ -57,7 +57,7 @@ fn outputs(names: &[&str]) -> Vec<InferRequestedOutputTensor> {
     names.iter().map(|name| output(name, &[])).collect()
 }
 
-/// A request with one raw input.
+/// Makes a request with one raw input.
 fn raw(name: &str, datatype: &str, shape: &[i64], contents: impl Into<Bytes>) -> Asked {
     oip::ModelInferRequest {
         model_name: "micro".to_owned(),
@@ -78,7 +78,7 @@ fn extent(n: usize) -> i64 {
     i64::try_from(n).expect("few")
 }
 
-/// A request of these images as INT64 tokens.
+/// Makes a request of `images` as INT64 tokens.
 fn ids(images: &[Vec<u32>]) -> Asked {
     let mut contents = BytesMut::new();
     for &id in images.iter().flatten() {
@@ -102,7 +102,7 @@ async fn infer(client: &mut Client, request: &Asked) -> Result<oip::ModelInferRe
     Ok(response)
 }
 
-/// An output by its name: datatype, shape and bytes.
+/// Returns an output by its name: datatype, shape and bytes.
 fn tensor<'a>(response: &'a oip::ModelInferResponse, name: &str) -> (&'a str, &'a [i64], &'a [u8]) {
     let idx = response
         .outputs
@@ -117,7 +117,7 @@ fn tensor<'a>(response: &'a oip::ModelInferResponse, name: &str) -> (&'a str, &'
     )
 }
 
-/// The elements of a BYTES tensor.
+/// Returns the elements of a BYTES tensor.
 fn elements(mut raw: &[u8]) -> Vec<String> {
     let mut elements = Vec::new();
     while let Some((length, rest)) = raw.split_first_chunk() {
@@ -129,7 +129,7 @@ fn elements(mut raw: &[u8]) -> Vec<String> {
     elements
 }
 
-/// The bytes of native embeddings, row after row.
+/// Returns the bytes of native embeddings, row after row.
 async fn native(running: &Running, request: pb::EmbedRequest) -> Vec<u8> {
     let response = running.client.clone().embed(request).await;
     let results = response.expect("embeddings").into_inner().results;
@@ -426,7 +426,7 @@ async fn classification_names_the_best_classes() {
     running.end().await;
 }
 
-/// A request that is wrong in one place, and what is said about it.
+/// Requests that are wrong in one place, with the expected error.
 #[expect(clippy::too_many_lines, reason = "a table, a fault a row")]
 fn wrong() -> Vec<(Asked, Code, &'static str)> {
     let good = || ids(&[seeded(1), seeded(2)]);
@@ -455,11 +455,15 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
             invalid,
             "model_version: \"new\" is not a whole number",
         ),
-        (with(&|r| r.inputs.clear()), invalid, "inputs: there are 0"),
+        (
+            with(&|r| r.inputs.clear()),
+            invalid,
+            "inputs: the request has 0 inputs",
+        ),
         (
             with(&|r| r.inputs[0].name = "pixel_values".into()),
             invalid,
-            "\"pixel_values\" is none; send one of image",
+            "\"pixel_values\" is not an input; send image",
         ),
         (
             with(&|r| r.inputs[0].datatype = "FP32".into()),
@@ -484,7 +488,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.inputs[0].shape = vec![0, 64]),
             invalid,
-            "images: the call has none",
+            "images: the call has no image",
         ),
         (
             with(&|r| r.inputs[0].shape = vec![1 << 40, 64]),
@@ -499,12 +503,12 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.raw_input_contents.push(Bytes::new())),
             invalid,
-            "raw_input_contents: there are 2 for 1 input",
+            "raw_input_contents: the request has 2 entries for 1 input",
         ),
         (
             with(&|r| r.inputs[0].contents = Some(oip::InferTensorContents::default())),
             invalid,
-            "contents must not be set where raw_input_contents is",
+            "contents must not be set if raw_input_contents is set",
         ),
         (
             with(&|r| {
@@ -540,7 +544,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.outputs = outputs(&["scores"])),
             invalid,
-            "outputs: \"scores\" is none; name embedding",
+            "outputs: \"scores\" is not an output; name embedding",
         ),
         (
             with(&|r| r.outputs = outputs(&["tokens", "tokens"])),
@@ -550,7 +554,7 @@ fn wrong() -> Vec<(Asked, Code, &'static str)> {
         (
             with(&|r| r.outputs = outputs(&["tokens", "status"])),
             invalid,
-            "status comes with the parameter partial",
+            "status is only available with the parameter partial",
         ),
         (
             with(&|r| r.outputs = outputs(&["nll"])),

@@ -1,4 +1,4 @@
-//! The client of many workers (`rpc::pool`), with workers that misbehave.
+//! The client's pool of workers (`client::pool`), with workers that misbehave.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -23,26 +23,27 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::harness::PATIENCE;
 
 const WINDOW: u32 = 8;
-/// A worker that meets these bytes ends.
+/// Image that ends a worker.
 const POISON: &[u8] = b"poison";
 
-/// What a worker does with a stream.
+/// Behavior of a worker with a stream.
 #[derive(Debug, Clone, Copy)]
 enum Manner {
-    /// Answers each image, and ends when it meets poison.
+    /// Answers each image, and ends at [`POISON`].
     Fine,
-    /// Takes an image and ends the stream, full for so long.
+    /// Takes an image and ends the stream as full, with this time until a
+    /// retry.
     Full(Duration),
     /// Serves another model.
     Other,
-    /// Takes images and says nothing.
+    /// Takes images and never answers.
     Hangs,
 }
 
-/// A worker of one call. The generated trait would want all of them.
+/// Worker with a single method; the generated trait would need all methods.
 #[derive(Debug, Clone)]
 struct Stub {
-    /// One for each stream; the last one for all that follow.
+    /// Behavior of each stream; the last one is for all later streams too.
     manners: Arc<Mutex<VecDeque<Manner>>>,
     opened: Arc<Mutex<Vec<Instant>>>,
 }
@@ -99,7 +100,7 @@ impl tower::Service<http::Request<Body>> for Stub {
     }
 }
 
-/// One stream.
+/// Handler of one stream.
 struct One(Manner);
 
 type Answers = ReceiverStream<Result<pb::EmbedStreamResponse, Status>>;
@@ -171,7 +172,8 @@ async fn serve(
     }
 }
 
-/// What became of images, by their ids; none is answered twice.
+/// Sends images to the workers and returns their answers by id; checks that
+/// none is answered twice.
 async fn answered(
     workers: &[SocketAddr],
     images: Vec<&'static [u8]>,

@@ -1,6 +1,6 @@
-//! What runs the model, and what a worker says where something faster could not
-//! be had. These tests run where there is no GPU, as CI does; on a machine with
-//! one they have nothing to show.
+//! The execution provider that runs the model, and how a worker reports that
+//! something faster cannot be used. These tests need a machine without a GPU,
+//! such as in CI; with a GPU they test nothing.
 
 use imagegpt::engine::fake::Script;
 use imagegpt::engine::onnx::{OnnxEngine, OnnxOptions};
@@ -58,8 +58,8 @@ fn cuda_is_had_or_an_error() {
     }
 }
 
-/// Waits for a series to be one: it is set by whoever announces the model, beside
-/// the first calls.
+/// Waits for a series to be 1: the task that announces the model sets the
+/// series while the first calls are served.
 async fn told(running: &Running, series: &str) {
     until_sample(running, series, |value| value >= 1.0).await;
 }
@@ -99,7 +99,7 @@ fn auto_says_in_the_log_that_it_takes_the_cpu() {
     let lines = String::from_utf8(lines).expect("text");
     let told = lines
         .lines()
-        .find(|line| line.contains("no CUDA execution provider; running on the CPU"));
+        .find(|line| line.contains("cannot use the CUDA execution provider; running on the CPU"));
     let told = told.unwrap_or_else(|| panic!("{lines}"));
     assert!(
         told.contains(" INFO ") && told.contains("imagegpt doctor"),
@@ -107,7 +107,7 @@ fn auto_says_in_the_log_that_it_takes_the_cpu() {
     );
 }
 
-/// What was logged.
+/// Log in memory.
 #[derive(Clone, Default)]
 struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 

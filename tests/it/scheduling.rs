@@ -1,4 +1,5 @@
-//! Classes, sharing of runs, runs that are stopped, refusals that say when.
+//! Priority classes, coalescing of identical requests, stopped runs, and
+//! rejections with a time until a retry.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ fn call(running: &Running, request: Request<pb::EmbedRequest>) -> Call {
     tokio::spawn(async move { client.embed(request).await })
 }
 
-/// A call that the engine is busy with until it is opened once.
+/// Makes a call that keeps the engine busy until its gate is opened once.
 async fn occupy(running: &Running) -> Call {
     let blocking = call(running, Request::new(embed(vec![flat(15)])));
     wait_for_batches(running, 1.0).await;
@@ -286,7 +287,7 @@ async fn a_run_that_nobody_waits_for_is_stopped() {
     running.end().await;
 }
 
-/// The same of ONNX Runtime, which ends in the middle when it is told to.
+/// Stopping a run of ONNX Runtime, which ends in the middle of the run.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_of_onnx_runtime_is_stopped() {
     const SECONDS: &str = "imagegpt_inference_duration_seconds_sum{graph=\"hidden\"}";

@@ -1,4 +1,4 @@
-//! Scripts that have settings refuse what they cannot use, before any work.
+//! Scripts refuse settings that they cannot use, before any work.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,7 +9,7 @@ fn in_scripts(path: &str) -> std::path::PathBuf {
         .join(path)
 }
 
-/// `scripts/bench-gpu.sh`, which finds the program of this build.
+/// Runs `scripts/bench-gpu.sh` with one setting and the program of this build.
 fn bench_gpu(out: &Path, setting: (&str, &str)) -> Output {
     Command::new(in_scripts("bench-gpu.sh"))
         .env("IMAGEGPT", crate::process::PROGRAM)

@@ -1,4 +1,5 @@
-//! How it ends: in the process, and as a process under signals.
+//! Graceful shutdown: of a worker inside the test, and of a process under
+//! signals.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -71,8 +72,8 @@ async fn a_grace_period_that_runs_out_ends_hard_and_says_what_was_left() {
     drop(call);
 }
 
-/// A health watch, as clients with health checking keep one open, and a
-/// connection that says nothing are no calls; nobody waits for them.
+/// A drain does not wait for health watches, which clients with health checking
+/// keep open, nor for silent connections.
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_do_not_hold_the_end() {
     let running = harness::fake(Script::default(), &[]).await;
@@ -101,7 +102,7 @@ async fn idle_connections_do_not_hold_the_end() {
     drop((watch, silent));
 }
 
-/// A worker as a process, with its log.
+/// Starts a worker as a process, with its log.
 fn start(model: &Path, flags: &[&str]) -> (Worker, Log) {
     let model = model.to_str().expect("UTF-8");
     let fixed = ["--execution-provider", "cpu", "--model", model];
@@ -214,7 +215,7 @@ fn a_second_signal_ends_the_delay_and_the_program_but_not_within_a_second() {
     assert_eq!(worker.wait(), Some(1));
 }
 
-/// As `timeout` does it: one to the process, and one to its group.
+/// Two signals, as from `timeout`: one to the process and one to its group.
 #[test]
 fn two_signals_at_once_are_one_request() {
     let (mut worker, log) = start_micro(&["--shutdown-delay", "500ms"]);
@@ -226,8 +227,9 @@ fn two_signals_at_once_are_one_request() {
     assert_eq!(worker.wait(), Some(0), "{rest:#?}");
 }
 
-/// The engine is in a step of the real runtime when the process ends, which must
-/// not be torn down under it: that showed in about every fifth try.
+/// The process ends while the engine is in a step of the real runtime, which
+/// must not be torn down during a run: such a failure showed in about every
+/// fifth attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -253,7 +255,7 @@ async fn an_end_amid_a_run_leaves_nothing_in_the_log_but_its_reason() {
         assert_eq!(worker.wait(), Some(1), "{lines:#?}");
         for line in &lines {
             let event: serde_json::Value = serde_json::from_str(line).expect("one JSON object");
-            let is_end = event["message"] == "ended hard: the grace period ran out";
+            let is_end = event["message"] == "forced shutdown: the grace period ran out";
             assert!(event["level"] != "ERROR" || is_end, "{lines:#?}");
         }
     }

@@ -1,5 +1,5 @@
-//! Standard output and standard error that are closed, full, or read by nobody:
-//! every command keeps its exit code, and a worker serves on.
+//! Standard output and standard error that are closed, full, or a broken pipe:
+//! every command keeps its exit code, and a worker continues to serve.
 
 use std::fs::File;
 use std::io::{PipeReader, Read as _};
@@ -13,13 +13,13 @@ use crate::generate::compiled;
 use crate::harness::{self, PATIENCE, embed, seeded, tokens};
 use crate::process::{PROGRAM, Worker};
 
-/// Where a stream of the program leads.
+/// Destination of an output stream of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sink {
     Read,
     Closed,
     Full,
-    /// A pipe whose reader has gone.
+    /// Broken pipe: its reader has closed it.
     Gone,
 }
 
@@ -46,7 +46,8 @@ fn full() -> File {
     file.expect("a disk without room")
 }
 
-/// The program with its streams so; a shell closes those that are to be closed.
+/// Makes a command with these destinations; a shell closes the streams that
+/// must be closed.
 fn program(arguments: &[&str], out: Sink, err: Sink) -> Command {
     let script = match (out, err) {
         (Sink::Closed, Sink::Closed) => "exec \"$0\" \"$@\" >&- 2>&-",
@@ -68,7 +69,7 @@ fn program(arguments: &[&str], out: Sink, err: Sink) -> Command {
     command
 }
 
-/// The exit code, and what was said on standard error.
+/// Runs the program, and returns its exit code and standard error.
 fn run(arguments: &[&str], out: Sink, err: Sink) -> (Option<i32>, String) {
     let output = program(arguments, out, err).output().expect("started");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -76,7 +77,7 @@ fn run(arguments: &[&str], out: Sink, err: Sink) -> (Option<i32>, String) {
     (output.status.code(), said)
 }
 
-/// Exit codes of a command, by what becomes of its output.
+/// Exit codes of a command, by the destination of its output.
 struct Codes {
     fine: i32,
     unread: i32,
@@ -175,7 +176,8 @@ fn doctor_ends_with_its_verdict() {
     check(&["doctor", "--execution-provider", "cpu"], &codes);
 }
 
-/// A folder of a picture, and a list of pictures of which one is not there.
+/// Makes a directory with a picture, and a list of pictures of which one does
+/// not exist.
 fn pictures() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     let picture = image::RgbImage::from_pixel(20, 10, image::Rgb([200, 30, 90]));
@@ -242,7 +244,7 @@ async fn commands_that_ask_a_worker_keep_their_codes() {
     running.end().await;
 }
 
-/// A worker whose log goes somewhere.
+/// Starts a worker with a destination for its log.
 fn start(log: impl Into<Stdio>, level: &str) -> Worker {
     let model = harness::model_dir("micro");
     let model = model.to_str().expect("UTF-8");
@@ -255,7 +257,7 @@ fn dropped(worker: &Worker) -> f64 {
     dropped.expect("the series")
 }
 
-/// Makes calls of which each is logged.
+/// Makes `n` calls, each of which is logged.
 fn calls(worker: &Worker, n: usize) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
@@ -298,7 +300,7 @@ fn a_log_collector_that_goes_away_takes_no_worker_along() {
     worker.end();
 }
 
-/// All that is left in a pipe.
+/// Reads the rest of a pipe in a thread.
 fn rest(mut reader: PipeReader) -> std::thread::JoinHandle<String> {
     let read = move || {
         let mut text = String::new();
@@ -311,7 +313,7 @@ fn rest(mut reader: PipeReader) -> std::thread::JoinHandle<String> {
         .expect("a thread")
 }
 
-/// Makes calls until the pipe and the queue before it are full.
+/// Makes calls until the pipe and the log's queue in front of it are full.
 fn fill(worker: &Worker) {
     worker.until("the pipe and the queue are full", |worker| {
         let is_full = dropped(worker) > 0.0;

@@ -1,4 +1,5 @@
-//! EmbedStream: answers under their ids, credit both ways, and every end.
+//! EmbedStream: answers by their ids, flow control in both directions, and all
+//! ways in which a stream ends.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -16,7 +17,8 @@ use crate::harness::{
     self, Client, embed, f32s, fake_answer, flat, gated, seeded, tokens, until_sample,
 };
 
-/// Answers take a quarter of a megabyte, so that a few fill what HTTP/2 holds.
+/// Options whose answers take a quarter of a megabyte, so that a few of them
+/// fill HTTP/2's windows.
 const LARGE: pb::EmbedStreamOptions = pb::EmbedStreamOptions {
     pooling: pb::Pooling::None as i32,
     preprocess: None,
@@ -81,7 +83,8 @@ impl Conversation {
         Ok(message.map(|message| message.message.expect("a message")))
     }
 
-    /// The next answer: its id, and the vector or the code of its error.
+    /// Returns the next answer: its id, and the vector or the code of its
+    /// error.
     pub(crate) async fn answer(&mut self) -> (String, Result<Vec<f32>, Code>) {
         let got = tokio::time::timeout(harness::PATIENCE, self.message());
         match got.await.expect("in time").expect("no end") {
@@ -90,7 +93,7 @@ impl Conversation {
         }
     }
 
-    /// The answers that are left, and the end.
+    /// Returns the remaining answers, and the status of the end.
     pub(crate) async fn rest(&mut self) -> (Vec<(String, Result<Vec<f32>, Code>)>, Option<Status>) {
         let mut answers = Vec::new();
         loop {
@@ -112,8 +115,8 @@ impl Conversation {
         self.sender = closed;
     }
 
-    /// Sends items 0, 1, … until the worker takes no more for a while; how many
-    /// it took.
+    /// Sends items 0, 1, … until the worker takes no more for a while, and
+    /// returns the number that it took.
     async fn flood(&self, n_most: u32) -> u32 {
         for idx in 0..n_most {
             let message = item(&idx.to_string(), tokens(seeded(idx)));
@@ -307,8 +310,8 @@ async fn no_more_than_the_window_is_read() {
     running.end().await;
 }
 
-/// A reader that stops holds its window and no more, other callers notice
-/// nothing, and it gets all its answers when it reads on.
+/// A reader that stops holds only its own window and does not delay other
+/// callers, and it gets all its answers when it reads on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_stalls_holds_bounded_memory_and_harms_nobody() {
     // Vectors of all positions: 1 KiB an item of the micro model.
@@ -431,8 +434,8 @@ async fn the_deadline_ends_a_stream() {
     running.end().await;
 }
 
-/// The connection does not ask a stalled reader's stream for anything, and
-/// still it ends in time and holds nothing.
+/// A stalled reader's stream ends in time and holds nothing, although its
+/// connection never polls it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_and_idleness_free_what_a_stalled_reader_holds() {
     stall(&[]).await;
@@ -544,13 +547,13 @@ async fn what_concerns_all_items_ends_the_stream() {
     running.end().await;
 }
 
-/// A message that is no message ends the stream, after the answers to those
-/// before it.
+/// Bytes that are not a valid message end the stream, after the answers to the
+/// messages before them.
 #[tokio::test]
 async fn bytes_that_are_no_message_end_the_stream() {
     use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
-    /// Sends bytes as they are.
+    /// Encoder that sends bytes unchanged.
     #[derive(Default)]
     struct Raw;
 
@@ -655,7 +658,8 @@ async fn a_stream_ends_at_its_age_and_when_nothing_happens() {
     running.end().await;
 }
 
-/// Bulk by default, so that interactive calls find room and go first.
+/// Streams are bulk work by default, so that interactive calls find room and go
+/// first.
 #[tokio::test]
 async fn a_stream_that_fills_the_worker_leaves_room_for_interactive_calls() {
     let (open, script) = gated();
@@ -708,8 +712,8 @@ async fn a_stream_that_fills_the_worker_leaves_room_for_interactive_calls() {
     running.end().await;
 }
 
-/// A drain loses nothing and doubles nothing for a client that goes on with
-/// the ids that have no answer.
+/// A drain neither loses nor doubles answers for a client that resumes with the
+/// ids that have no answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_goes_on_elsewhere_with_what_has_no_answer() {
     let script = || Script {

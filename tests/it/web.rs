@@ -1,4 +1,4 @@
-//! gRPC-Web over HTTP/1.1, as browsers speak it, and what they are allowed.
+//! gRPC-Web over HTTP/1.1, as browsers use it, and its cross-origin rules.
 
 use imagegpt::engine::fake::Script;
 use imagegpt::proto::inference as oip;
@@ -7,7 +7,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::harness::{self, embed, fake_answer, seeded, tokens, vector};
 
-/// A request over HTTP/1.1 on a connection of its own; all that comes back.
+/// Sends a request over HTTP/1.1 on a new connection, and returns the whole
+/// response.
 async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
     let mut stream = tokio::net::TcpStream::connect(addr)
         .await
@@ -28,7 +29,7 @@ async fn ask(addr: std::net::SocketAddr, head: &str, body: &[u8]) -> (String, Ve
     (String::from_utf8_lossy(&answer).to_lowercase(), body)
 }
 
-/// The frames of a chunked gRPC-Web body: flag and content.
+/// Returns the frames of a chunked gRPC-Web body: flag and content.
 fn frames(mut chunked: &[u8]) -> Vec<(u8, Vec<u8>)> {
     let mut body = Vec::new();
     while let Some(at) = chunked.windows(2).position(|two| two == b"\r\n") {

@@ -1,13 +1,14 @@
-//! Surface that users, clients and dashboards rely on: the contract's messages, flags and
-//! variables, metrics with their labels, exit codes. Each is compared with a text
-//! in this directory, so that no change of them happens by accident.
+//! The surface that users, clients and dashboards rely on: the contract's
+//! messages, flags and variables, metrics with their labels, and exit codes.
+//! Each is compared with a text in this directory (a snapshot), so that none
+//! changes by accident.
 //!
 //! Two pages for users, docs/flags.md and the table in docs/metrics.md, are made
 //! from the code and compared in the same way.
 //!
-//! A change that is meant is written by `IMAGEGPT_SNAPSHOTS=write cargo test --test
-//! outside`, and has a line in CHANGELOG.md. Reasons of errors are compared where
-//! their table is, in `src/serve/rpc/status.rs`.
+//! An intended change is written by `IMAGEGPT_SNAPSHOTS=write cargo test --test
+//! outside`, and needs a line in CHANGELOG.md. Reasons of errors are compared
+//! beside their table, in `src/serve/rpc/status.rs`.
 
 #![warn(clippy::disallowed_methods)]
 
@@ -24,7 +25,7 @@ use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorSet};
 
-/// Compares with the text of that name, or writes it.
+/// Compares `actual` with the snapshot `name`, or writes the snapshot.
 fn compare(name: &str, actual: &str) {
     compare_file(&format!("tests/outside/{name}.txt"), actual);
 }
@@ -229,8 +230,8 @@ fn exit_codes() {
     compare("exit_codes", &text);
 }
 
-/// Every series of a page, with its type and the values of its labels; numbers of
-/// devices, versions and names of models are no part of it.
+/// Returns every series of a page, with its type and the values of its labels,
+/// but without numbers of devices, versions and names of models.
 fn series(page: &str) -> String {
     let mut kinds: BTreeMap<&str, &str> = BTreeMap::new();
     let mut lines: BTreeSet<String> = BTreeSet::new();
@@ -269,7 +270,7 @@ fn series(page: &str) -> String {
     })
 }
 
-/// Bounds of each histogram's buckets.
+/// Returns the bounds of each histogram's buckets.
 fn buckets(page: &str) -> String {
     let mut bounds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for line in page.lines() {
@@ -298,7 +299,7 @@ fn metrics() {
     compare("metrics", &format!("{}{}", series(&page), buckets(&page)));
 }
 
-/// A page on which everything has happened once.
+/// Makes metrics in which everything has happened once.
 fn every_metric() -> imagegpt::serve::metrics::Metrics {
     use imagegpt::gpu::{GpuUsage, MemoryUse};
     use imagegpt::model::graph::Graph;

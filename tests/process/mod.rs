@@ -1,6 +1,6 @@
-//! The program as a process: workers that tests start, ask, tell and end.
+//! The program as a process: workers that tests start, query, signal and stop.
 //!
-//! Part of several crates of tests.
+//! This module is part of several test crates.
 
 #![allow(dead_code, reason = "each crate of tests uses a part of it")]
 
@@ -11,21 +11,21 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// How long anything may take before a test gives up; generous, because CI
-/// shares two cores.
+/// Longest time that a test waits for anything; generous, because CI shares two
+/// cores.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Time between two looks at a process.
+/// Interval between two checks of a process.
 const POLL: Duration = Duration::from_millis(5);
 
-/// The program that was built.
+/// Path of the program that was built.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_imagegpt");
 
 pub(crate) fn program() -> Command {
     Command::new(PROGRAM)
 }
 
-/// All that a program wrote.
+/// Returns everything that a program wrote.
 pub(crate) fn said(output: &Output) -> String {
     format!(
         "{}{}",
@@ -39,7 +39,7 @@ pub(crate) fn until(what: &str, condition: impl FnMut() -> bool) {
     until_or(what, condition, String::new);
 }
 
-/// Waits until a condition holds, or panics with a page.
+/// Waits until a condition holds, or panics with a metrics page.
 fn until_or(what: &str, mut condition: impl FnMut() -> bool, page: impl FnOnce() -> String) {
     let started = Instant::now();
     while !condition() {
@@ -48,8 +48,8 @@ fn until_or(what: &str, mut condition: impl FnMut() -> bool, page: impl FnOnce()
     }
 }
 
-/// Lets time go by that is a part of a scenario: something goes on meanwhile, or
-/// must not happen. For all that is to come about there is [`until`].
+/// Waits for a fixed time that is part of a scenario: something goes on
+/// meanwhile, or must not happen. To wait for an event, use [`until`].
 #[expect(
     clippy::disallowed_methods,
     reason = "the one pause of threads, for tests that mean the time itself"
@@ -58,7 +58,7 @@ pub(crate) fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// A port that was free a moment ago, to give to a process.
+/// Returns a port that was free a moment ago, for a process.
 pub(crate) fn free_port() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     listener.local_addr().expect("its address")
@@ -70,13 +70,13 @@ pub(crate) fn signal(child: &Child, name: &str) {
     assert!(sent.expect("kill").success());
 }
 
-/// A pipe that nobody writes to.
+/// Creates a named pipe that nobody writes to.
 pub(crate) fn make_pipe(path: &Path) {
     let made = Command::new("mkfifo").arg(path).status();
     assert!(made.expect("mkfifo").success());
 }
 
-/// A whole response over HTTP/1.1, empty while nobody listens.
+/// Returns a whole response over HTTP/1.1; empty if nobody listens.
 pub(crate) fn get(addr: SocketAddr, path: &str) -> String {
     let mut text = String::new();
     let Ok(mut stream) = TcpStream::connect(addr) else {
@@ -91,14 +91,14 @@ pub(crate) fn get(addr: SocketAddr, path: &str) -> String {
     text
 }
 
-/// The value of a series on a metrics page.
+/// Returns the value of a series on a metrics page.
 pub(crate) fn sample(page: &str, series: &str) -> Option<f64> {
     let mut lines = page.lines();
     let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))?;
     Some(value.parse().expect("a number"))
 }
 
-/// A worker as a process, which does not outlive its test.
+/// Worker as a process, which does not outlive its test.
 pub(crate) struct Worker {
     child: Child,
     flags: Vec<String>,
@@ -107,9 +107,9 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a worker with these flags of `serve` and waits until it is ready, at
-    /// ports that were free a moment ago: its log, which would tell them, is not
-    /// read.
+    /// Starts a worker with `flags` of `serve` and waits until it is ready. The
+    /// ports were free a moment ago; the system cannot choose them, since the
+    /// log, which would name them, is not read.
     pub(crate) fn start(flags: &[&str], log: impl Into<Stdio>) -> Self {
         let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
         Self::at(free_port(), free_port(), flags, log)
@@ -144,8 +144,8 @@ impl Worker {
         worker
     }
 
-    /// Starts a worker at ports that the system chooses and its log tells, and
-    /// waits until the log says that it is ready.
+    /// Starts a worker at ports that the system chooses and the log names, and
+    /// waits until the log says that the worker is ready.
     pub(crate) fn logging(flags: &[&str]) -> (Self, Log) {
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut child = program()
@@ -187,12 +187,12 @@ impl Worker {
         format!("http://{}", self.grpc)
     }
 
-    /// A page with its head; nothing while nobody answers.
+    /// Returns a page with its head; empty if nobody answers.
     pub(crate) fn page(&self, path: &str) -> String {
         get(self.metrics, path)
     }
 
-    /// The value of a series, if the metrics page has it.
+    /// Returns the value of a series, if the metrics page has the series.
     pub(crate) fn sample(&self, series: &str) -> Option<f64> {
         sample(&self.page("/metrics"), series)
     }
@@ -210,7 +210,8 @@ impl Worker {
         self.child.try_wait().expect("a child")
     }
 
-    /// Waits for the process to end: the exit code, if no signal ended it.
+    /// Waits for the process to end and returns its exit code, unless a signal
+    /// ended the process.
     pub(crate) fn wait(&mut self) -> Option<i32> {
         let mut status = None;
         until("a worker ends", || {
@@ -220,7 +221,7 @@ impl Worker {
         status.expect("its end").code()
     }
 
-    /// Ends the worker as an operator does.
+    /// Stops the worker as an operator does.
     pub(crate) fn end(mut self) {
         self.end_in_good_order();
     }
@@ -230,7 +231,8 @@ impl Worker {
         assert_eq!(self.wait(), Some(0), "a clean end");
     }
 
-    /// Ends the worker as an operator does, and starts another one in its place.
+    /// Stops the worker as an operator does, and starts another one in its
+    /// place.
     pub(crate) fn end_and_replace(mut self) -> Self {
         self.end_in_good_order();
         self.another()
@@ -248,7 +250,7 @@ impl Worker {
     }
 }
 
-/// A test that fails must not leave its workers behind.
+/// Kills the worker, since a test that fails must not leave its workers behind.
 impl Drop for Worker {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -256,7 +258,7 @@ impl Drop for Worker {
     }
 }
 
-/// Lines of a worker's log, which are read as they come.
+/// Lines of a worker's log, read as they are written.
 pub(crate) struct Log(mpsc::Receiver<String>);
 
 impl Log {
@@ -275,7 +277,7 @@ impl Log {
         Self(log)
     }
 
-    /// The next line; `None` once the worker has ended.
+    /// Returns the next line; `None` after the worker has ended.
     fn next(&self) -> Option<String> {
         match self.0.recv_timeout(PATIENCE) {
             Ok(line) => Some(line),
@@ -284,12 +286,13 @@ impl Log {
         }
     }
 
-    /// Reads on to a line that has these words; whether there is one.
+    /// Reads up to a line that contains `words`; returns false if there is
+    /// none.
     pub(crate) fn reaches(&self, words: &str) -> bool {
         std::iter::from_fn(|| self.next()).any(|line| line.contains(words))
     }
 
-    /// All that is left, to the worker's end.
+    /// Returns the remaining lines, up to the worker's end.
     pub(crate) fn rest(self) -> Vec<String> {
         std::iter::from_fn(|| self.next()).collect()
     }

@@ -1,8 +1,9 @@
-//! Where sessions take images from: those that came back first, then new ones.
+//! Queue from which sessions take images: first the images that came back from
+//! a worker, then new ones.
 //!
-//! An image that was with several workers when they ended is a suspect: it is
-//! given to a worker that has nothing else, so that it shows whether it is the
-//! cause, and takes nobody else along if it is.
+//! An image that was with several workers when they ended is a suspect. A
+//! suspect is given to a worker that has no other images: this shows whether
+//! the image is the cause, and if it is, no other image is lost with it.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,13 +12,17 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc};
 
 use super::PoolTask;
 
-/// Workers that may end with an image before it is a suspect. Ordinary trouble,
-/// a rolling restart or a spot machine that goes, meets an image once or twice.
+/// Workers that may end with an image before the image is a suspect. Ordinary
+/// trouble, a rolling restart or a reclaimed spot machine, meets an image once
+/// or twice.
 const LOST_BEFORE_SUSPECT: u32 = 3;
-/// Workers that may end with an image that they have alone.
+/// Workers that may end with a suspect that they have alone, before it is an
+/// error.
 const LOST_ALONE: u32 = 3;
 
-/// See the module. What came back is bounded by what was taken.
+/// Feed of images for all sessions: images that came back, and then new ones.
+/// The number of images that came back is bounded by the number that were
+/// taken.
 #[derive(Debug)]
 pub struct TaskFeed {
     returned: Mutex<Returned>,
@@ -27,23 +32,24 @@ pub struct TaskFeed {
 
 #[derive(Debug, Default)]
 struct Returned {
-    /// By id: the oldest first, since a part waits for it.
+    /// Images that are no suspects, in the order of their ids: the oldest
+    /// first, since a part waits for it.
     innocent: VecDeque<PoolTask>,
     suspects: VecDeque<PoolTask>,
 }
 
-/// What a session was given.
+/// Image that a session was given.
 #[derive(Debug)]
 pub(super) struct TakenTasks {
     pub(super) task: PoolTask,
-    /// It must have its worker to itself.
+    /// True if the worker must have no other image with it.
     pub(super) alone: bool,
 }
 
-/// What came back, for a session that asks.
+/// Answer to a session that asks for an image that came back.
 enum CameBack {
     This(TakenTasks),
-    /// Suspects, which only an idle worker is given.
+    /// Only suspects wait, and they are given only to an idle worker.
     NotYet,
     Nothing,
 }
@@ -57,16 +63,16 @@ impl TaskFeed {
         }
     }
 
-    /// The next image; pends when there is none, and for ever when there will
-    /// be none: the pool's end is not the feed's to say, since images that are
-    /// with a worker may come back. While a suspect waits, only a session whose
-    /// worker has nothing is given something. Nothing is lost when it is
-    /// dropped.
+    /// Takes the next image. Pends when there is none, and for ever when there
+    /// will be no more: the feed cannot tell the pool's end, since images that
+    /// are with a worker may come back. While a suspect waits, only a session
+    /// whose worker has no images is given one. The future can be dropped
+    /// without losing an image.
     pub(super) async fn take(&self, worker_is_idle: bool) -> TakenTasks {
         loop {
             match self.came_back(worker_is_idle) {
                 CameBack::This(taken) => return taken,
-                // Asked again after the worker's next answer.
+                // The session asks again after the worker's next answer.
                 CameBack::NotYet => return std::future::pending().await,
                 CameBack::Nothing => {}
             }
@@ -98,7 +104,7 @@ impl TaskFeed {
         })
     }
 
-    /// One that is there already and may have company.
+    /// Takes an image that is ready now and need not be alone with its worker.
     pub(super) fn try_take(&self) -> Option<PoolTask> {
         match self.came_back(false) {
             CameBack::This(taken) => return Some(taken.task),
@@ -108,7 +114,7 @@ impl TaskFeed {
         self.fresh.try_lock().ok()?.try_recv().ok()
     }
 
-    /// Takes an image back that has no answer.
+    /// Takes back an image that has no answer.
     pub(super) fn give_back(&self, task: PoolTask) {
         let mut returned = self.returned();
         if is_suspect(&task) {
@@ -131,7 +137,8 @@ fn is_suspect(task: &PoolTask) -> bool {
     task.lost >= LOST_BEFORE_SUSPECT
 }
 
-/// Whether an image has ended so many workers that it must not have another.
+/// True if so many workers ended with this image that no other worker may get
+/// it.
 pub(super) fn is_guilty(task: &PoolTask) -> bool {
     task.lost >= LOST_BEFORE_SUSPECT + LOST_ALONE
 }
@@ -166,7 +173,8 @@ mod tests {
         assert_eq!(feed.take(false).await.task.id, 3);
         assert_eq!(feed.take(false).await.task.id, 5);
         assert_eq!(feed.take(false).await.task.id, 7);
-        // A sleeper is woken by what comes back, also when nothing new comes.
+        // An image that comes back wakes a sleeping session, also when there
+        // are no new images.
         drop(fresh);
         let (taken, ()) = tokio::join!(feed.take(false), async {
             tokio::task::yield_now().await;
@@ -181,7 +189,7 @@ mod tests {
         let feed = TaskFeed::new(tasks);
         feed.give_back(task(1, 0));
         feed.give_back(task(2, LOST_BEFORE_SUSPECT));
-        // Whoever is busy is to become idle first.
+        // A busy worker must become idle first.
         let busy = tokio::time::timeout(Duration::from_secs(1), feed.take(false));
         assert!(busy.await.is_err());
         assert!(feed.try_take().is_none());

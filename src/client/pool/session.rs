@@ -1,5 +1,5 @@
-//! One worker's part of the work: a connection, one stream, and what to do when
-//! either ends.
+//! Session of one worker: a connection, one stream, and what to do when either
+//! ends.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,43 +26,49 @@ use crate::proto::pb::embed_stream_response::Message as In;
 use crate::proto::pb::image_gpt_service_client::ImageGptServiceClient;
 use crate::proto::{GrpcCode, pb};
 
-/// Rests after failures that follow each other: the first is of 100 ms at most, and
-/// they double up to 10 s, so that a worker that comes back waits no longer for
-/// work. The jitter adds as much again as is written here; it spreads each rest over
-/// half of itself, so that the clients of that worker do not all come at once.
+/// Exponential backoff with jitter after failures in a row: the first rest is
+/// at most 100 ms, and the rests double up to 10 s, so that a worker that comes
+/// back waits no longer for work. The delays written here are half of those
+/// bounds, since the jitter adds up to as much again. The jitter spreads each
+/// rest over its upper half, so that the clients of one worker do not all
+/// return at the same time.
 const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
     .with_min_delay(Duration::from_millis(50))
     .with_max_delay(Duration::from_secs(5))
     .with_jitter()
     .without_max_times();
-/// Rest for a worker that serves something else, until it is rolled over.
+/// Rest for a worker that serves another model or applies other options, until
+/// it is rolled over.
 const BACKOFF_OTHER: Duration = Duration::from_secs(30);
-/// How long a `RetryInfo` is believed.
+/// Longest delay that is accepted from a worker's `RetryInfo`.
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
-/// Time to connect, and to answer the first words.
+/// Longest time to connect, and to get the first answer.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pings find out that a machine is gone though its connection is not closed.
+/// Interval of HTTP/2 pings, which detect a machine that has vanished without
+/// closing the connection.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// A single image may take this many times `item_timeout` while others are
-/// answered.
+/// Longest time for a single image while the worker answers others, in
+/// multiples of `item_timeout`.
 const STRAGGLER_FACTOR: u32 = 10;
-/// An image that failed this often with a code that may pass has failed.
+/// Failures with a code that may pass after which an image counts as failed.
 const FAILURES_MAX: u32 = 4;
-/// After the last answer, time for the worker to end the stream.
+/// Longest wait after the last answer for the worker to close the stream.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// Images a call where there is no stream, and calls at once.
+/// Images per call of a task that has no stream, and calls at the same time.
 const CALL_IMAGES: usize = 16;
 const CALLS: usize = 4;
 
 type Client = ImageGptServiceClient<InterceptedService<Channel, Token>>;
 
-/// Why a session's stream ended.
+/// Reason for which a session's stream ended.
 #[derive(Debug)]
 pub(super) struct SessionEnd {
     pub(super) reason: String,
-    /// Rest before the next try; `None` leaves it to the backoff.
+    /// Rest before the next try, as the worker asks or the reason demands;
+    /// `None` leaves it to the backoff.
     rest: Option<Duration>,
-    /// The worker has said itself where to go on: this is no failure.
+    /// True if the worker closed the stream as planned (connection age,
+    /// draining, idle stream), which is no failure.
     orderly: bool,
 }
 
@@ -89,14 +95,16 @@ impl SessionEnd {
     }
 }
 
-/// How a session goes on.
+/// Outcome of one connection of a session.
 enum End {
-    /// Everything has been answered.
+    /// Every image of the job has been answered.
     Finished,
+    /// The connection or the stream ended before.
     Lost(SessionEnd),
 }
 
-/// Serves one address until it is gone or everything has been answered.
+/// Serves one address until the address has vanished or every image has been
+/// answered.
 pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
     let mut backoff = BACKOFF.build();
     let mut finished = shared.finished.clone();
@@ -110,15 +118,20 @@ pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
             backoff = BACKOFF.build();
         }
         let next = backoff.next();
-        // The names may have changed with whatever happened.
+        // The addresses of the host names may have changed with the failure.
         shared.look.notify_one();
         let rest = if lost.orderly {
             tracing::info!(endpoint = %address, reason = lost.reason, "a stream ended");
             BACKOFF.build().next()
         } else {
-            tracing::warn!(endpoint = %address, reason = lost.reason, "left out for a while");
+            tracing::warn!(
+                endpoint = %address,
+                reason = lost.reason,
+                "a worker is left out for a while"
+            );
             shared.trouble(&address, lost.reason);
-            // A rest that the worker asks for is had, and never less than one's own.
+            // The rest is at least the one that the worker asks for, and at
+            // least the backoff's.
             next.max(lost.rest)
         };
         let rest = rest.unwrap_or_default();
@@ -132,7 +145,7 @@ pub(super) async fn run(address: Address, shared: Arc<Shared>) -> Address {
     }
 }
 
-/// Resolves once everything has been answered.
+/// Resolves once every image has been answered.
 async fn end(finished: &mut watch::Receiver<bool>) {
     let _ = finished.wait_for(|&finished| finished).await;
 }
@@ -150,7 +163,8 @@ async fn connect(
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)
         .keep_alive_while_idle(true);
-    // The URL keeps the name, which TLS checks; the socket has the address.
+    // The URL keeps the host name, which TLS checks; the socket uses the
+    // address.
     let addr = address.addr;
     let connector = tower::service_fn(move |_: http::Uri| async move {
         let socket = TcpStream::connect(addr).await?;
@@ -159,15 +173,16 @@ async fn connect(
     });
     let channel = timeout(HELLO_TIMEOUT, endpoint.connect_with_connector(connector))
         .await
-        .map_err(|_| SessionEnd::new("it does not take connections"))?
-        .map_err(|error| SessionEnd::new(format!("no connection: {}", chain(&error))))?;
+        .map_err(|_| SessionEnd::new(no_hello("accept the connection")))?
+        .map_err(|error| SessionEnd::new(format!("cannot connect: {}", chain(&error))))?;
     Ok(
         ImageGptServiceClient::with_interceptor(channel, token.clone())
             .max_decoding_message_size(RESPONSE_BYTES_MAX),
     )
 }
 
-/// An error with its causes: tonic's own text is only "transport error".
+/// Describes an error with its causes, since tonic's own text is only
+/// "transport error".
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -178,7 +193,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What the worker at an address serves.
+/// Asks the worker at an address which model it serves.
 pub(super) async fn model(
     address: &Address,
     config: &PoolConfig,
@@ -187,7 +202,7 @@ pub(super) async fn model(
     let mut client = connect(address, config, token).await?;
     let response = timeout(HELLO_TIMEOUT, client.get_model(pb::GetModelRequest {})).await;
     Ok(response
-        .map_err(|_| SessionEnd::new("it does not say what it serves"))?
+        .map_err(|_| SessionEnd::new(no_hello("answer GetModel")))?
         .map_err(|status| SessionEnd::status(&status))?
         .into_inner())
 }
@@ -215,6 +230,13 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
     }
 }
 
+/// Reason of a worker that has not done its first step within
+/// [`HELLO_TIMEOUT`].
+fn no_hello(step: &str) -> String {
+    let limit = humantime::format_duration(HELLO_TIMEOUT);
+    format!("the worker did not {step} within {limit}")
+}
+
 fn same_model(shared: &Shared, digest: &str) -> Result<(), SessionEnd> {
     if digest == shared.digest {
         return Ok(());
@@ -222,18 +244,19 @@ fn same_model(shared: &Shared, digest: &str) -> Result<(), SessionEnd> {
     Err(SessionEnd {
         rest: Some(BACKOFF_OTHER),
         ..SessionEnd::new(format!(
-            "it serves another model ({digest}) than the job began with ({})",
+            "the worker serves another model ({digest}) than the job began with ({})",
             shared.digest
         ))
     })
 }
 
-/// The images that the worker has. They go back however the stream ends, also
-/// when the session is dropped in the middle of it.
+/// Images that the worker has and has not answered. They go back to the feed
+/// however the stream ends, also when the session is dropped in the middle of
+/// the stream.
 struct Outstanding<'a> {
     shared: &'a Shared,
     tasks: HashMap<u64, (PoolTask, Instant)>,
-    /// One of them must have no company.
+    /// True if the worker has a suspect, which must be its only image.
     alone: bool,
 }
 
@@ -250,7 +273,8 @@ impl<'a> Outstanding<'a> {
         self.tasks.insert(task.id, (task, Instant::now()));
     }
 
-    /// Images that may be added, of `window` in all.
+    /// Returns the number of images that may be added, with at most `window` in
+    /// all.
     fn room(&self, window: usize) -> usize {
         if self.alone {
             0
@@ -263,15 +287,18 @@ impl<'a> Outstanding<'a> {
         self.tasks.values().map(|(_, since)| *since).min()
     }
 
-    /// Passes an outcome on, or the image back if it may be better next time.
+    /// Passes an outcome on, or gives the image back if another try may
+    /// succeed.
     async fn settle(
         &mut self,
         id: u64,
         outcome: Result<PoolAnswer, ImageFault>,
     ) -> Result<(), SessionEnd> {
-        // An id that is not ours, or a second answer: neither is believed.
+        // Neither an unknown id nor a second answer for an id is accepted.
         let Some((mut task, _)) = self.tasks.remove(&id) else {
-            return Err(SessionEnd::new("it answered an image that it did not have"));
+            return Err(SessionEnd::new(
+                "the worker answered an image that it did not have",
+            ));
         };
         self.alone = false;
         if let Err(fault) = &outcome
@@ -294,14 +321,17 @@ impl<'a> Outstanding<'a> {
             id: task.id,
             outcome,
         };
-        // Its memory is free before whoever collects has taken it.
+        // The image's memory is released before the collector has taken the
+        // outcome.
         drop(task);
-        // Nobody collects any more: the job is being given up.
+        // An error means that nobody collects any more: the job is being given
+        // up.
         let sent = self.shared.done.send(done).await;
-        sent.map_err(|_| SessionEnd::new("the job ends"))
+        sent.map_err(|_| SessionEnd::new("the job is ending"))
     }
 
-    /// The worker has ended, or is taken to have, with these images.
+    /// Counts these images as lost: the worker has ended with them, or is taken
+    /// to have.
     async fn lost(&mut self, lost: &SessionEnd) {
         if lost.orderly {
             return;
@@ -313,8 +343,8 @@ impl<'a> Outstanding<'a> {
                 let fault = ImageFault {
                     code: GrpcCode::Aborted,
                     message: format!(
-                        "image: {} workers ended or hung while they had it, the last ones while \
-                         they had nothing else",
+                        "image: {} workers ended or hung while they had this image, the last ones \
+                         while they had no other",
                         task.lost
                     ),
                 };
@@ -334,8 +364,8 @@ impl Drop for Outstanding<'_> {
     }
 }
 
-/// Whether another try, perhaps elsewhere, may end otherwise. What is wrong with
-/// the image itself does not change.
+/// True if another try, perhaps on another worker, may succeed. A fault of the
+/// image itself does not change.
 fn may_pass(code: GrpcCode) -> bool {
     !matches!(
         code,
@@ -347,7 +377,7 @@ fn may_pass(code: GrpcCode) -> bool {
     )
 }
 
-/// Embeds over one stream, until it ends.
+/// Embeds images over one stream until the stream ends.
 async fn stream(
     address: &Address,
     mut client: Client,
@@ -362,7 +392,7 @@ async fn stream(
     let mut out = Some(out);
     let mut finished = shared.finished.clone();
     let mut last_answer = Instant::now();
-    // Looking a few times in its patience is exact enough, and costs nothing.
+    // A check every quarter of the patience is exact enough and cheap.
     let mut look = tokio::time::interval(patience / 4);
     loop {
         let has_room = outstanding.room(window) > 0;
@@ -372,19 +402,21 @@ async fn stream(
                 let message = match message {
                     Ok(Some(message)) => message.message,
                     Ok(None) if out.is_none() => return Ok(()),
-                    Ok(None) => return Err(SessionEnd::new("it ended the stream")),
+                    Ok(None) => return Err(SessionEnd::new("the worker ended the stream")),
                     Err(status) => return Err(SessionEnd::status(&status)),
                 };
                 let Some(In::Result(result)) = message else { continue };
                 let Ok(id) = result.id.parse() else {
-                    return Err(SessionEnd::new("it answered under an id that was not sent"));
+                    return Err(SessionEnd::new(
+                        "the worker answered under an id that it was not sent",
+                    ));
                 };
                 last_answer = Instant::now();
                 *answered += 1;
                 outstanding.settle(id, embedding(result.outcome)).await?;
             }
             TakenTasks { task, alone } = shared.feed.take(is_idle), if has_room && out.is_some() => {
-                // A worker that had nothing to do has not been silent.
+                // A worker that had no images has not been silent.
                 if is_idle {
                     last_answer = Instant::now();
                 }
@@ -393,10 +425,12 @@ async fn stream(
                 while let Some(task) = next {
                     let message = item(&task);
                     outstanding.insert(task);
-                    // It holds as many as may be outstanding, so it is not full.
+                    // The queue holds as many items as may be outstanding, so
+                    // it is not full.
                     let sent = out.as_ref().is_some_and(|out| out.try_send(message).is_ok());
                     if !sent {
-                        // The status says why; it is what the answers end with.
+                        // The stream is closed; the status that the answers end
+                        // with says why.
                         out = None;
                         break;
                     }
@@ -413,7 +447,8 @@ async fn stream(
                 let oldest = outstanding.oldest().map_or(Duration::ZERO, |since| since.elapsed());
                 if last_answer.elapsed() > patience || oldest > patience * STRAGGLER_FACTOR {
                     return Err(SessionEnd::new(format!(
-                        "no answer in {} (--item-timeout); its {} images go elsewhere",
+                        "no answer in {} for the oldest image (--item-timeout); the worker's {} \
+                         images go to other workers",
                         humantime::format_duration(Duration::from_secs(oldest.as_secs())),
                         outstanding.tasks.len()
                     )));
@@ -429,7 +464,8 @@ type Opened = (
     usize,
 );
 
-/// Opens a stream and checks what the worker makes of it.
+/// Opens a stream, and checks that the worker applies the job's model and
+/// options.
 async fn open(
     client: &mut Client,
     options: &pb::EmbedStreamOptions,
@@ -443,8 +479,9 @@ async fn open(
     let opening = pb::EmbedStreamRequest {
         message: Some(Out::Open(options.clone())),
     };
-    // The window is not known before the stream is open, so what goes out is one
-    // queue for the opening and another, as large as the window, behind it.
+    // The window is unknown until the stream is open. So the outgoing messages
+    // are one queue for the opening, followed by another queue as large as the
+    // window.
     let (rest, later) = tokio::sync::oneshot::channel::<mpsc::Receiver<_>>();
     let _ = first.try_send(opening);
     drop(first);
@@ -463,10 +500,12 @@ async fn open(
     };
     let (answers, opened) = timeout(HELLO_TIMEOUT, hello)
         .await
-        .map_err(|_| SessionEnd::new("it takes connections, but does not open a stream"))?
+        .map_err(|_| SessionEnd::new(no_hello("open a stream")))?
         .map_err(|status| SessionEnd::status(&status))?;
     let Some(In::Opened(opened)) = opened.and_then(|opened| opened.message) else {
-        return Err(SessionEnd::new("its stream does not begin with an opening"));
+        return Err(SessionEnd::new(
+            "the worker's stream does not begin with an opening",
+        ));
     };
     same_model(shared, &opened.model_digest)?;
     let applied = opened.options.unwrap_or_default();
@@ -475,7 +514,7 @@ async fn open(
         window,
         ..options.clone()
     };
-    // Which layer is the last one only the worker knows.
+    // Only the worker knows which layer is the last one.
     let wanted = pb::EmbedStreamOptions {
         layers: if wanted.layers.is_empty() {
             applied.layers.clone()
@@ -487,7 +526,7 @@ async fn open(
     if applied != wanted {
         return Err(SessionEnd {
             rest: Some(BACKOFF_OTHER),
-            ..SessionEnd::new("it applies other options than the job's")
+            ..SessionEnd::new("the worker applies other options than the job's")
         });
     }
     let window = (window as usize).max(1);
@@ -553,8 +592,8 @@ fn score(result: pb::ScoreResult) -> Result<PoolAnswer, ImageFault> {
     }
 }
 
-/// Asks in calls of several images, a few calls at a time: what there is for
-/// tasks that have no stream.
+/// Asks in calls of several images, a few calls at the same time, for tasks
+/// that have no stream.
 async fn calls(
     address: &Address,
     client: Client,
@@ -575,7 +614,11 @@ async fn calls(
                 let response = response?;
                 same_model(shared, &response.model_digest)?;
                 if response.outcomes.len() != ids.len() {
-                    return Err(SessionEnd::new("it answered another number of images than it was sent"));
+                    return Err(SessionEnd::new(format!(
+                        "the worker sent {} results for {} images",
+                        response.outcomes.len(),
+                        ids.len()
+                    )));
                 }
                 shared.well(address);
                 for (id, outcome) in ids.into_iter().zip(response.outcomes) {
@@ -602,14 +645,14 @@ async fn calls(
     }
 }
 
-/// What a call was answered.
+/// Response to a call of Classify or Score.
 struct Response {
     model_digest: String,
-    /// One for each image, in the call's order.
+    /// Outcome of each image, in the call's order.
     outcomes: Vec<Result<PoolAnswer, ImageFault>>,
 }
 
-/// One call of these images.
+/// Makes one call for these images.
 async fn ask(
     mut client: Client,
     job: PoolWork,
@@ -636,7 +679,8 @@ async fn ask(
     })
 }
 
-/// A table is not made for somebody who waits for one picture.
+/// Marks a request as bulk work, since nobody waits for a single image of a
+/// table.
 fn bulk<T>(message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     let bulk = tonic::metadata::MetadataValue::from_static("bulk");
@@ -653,7 +697,7 @@ async fn answer(
         Ok(Ok(response)) => Ok(response),
         Ok(Err(status)) => Err(SessionEnd::status(&status)),
         Err(_) => Err(SessionEnd::new(format!(
-            "no answer in {} (--item-timeout); its images go elsewhere",
+            "no answer in {} (--item-timeout); the call's images go to other workers",
             humantime::format_duration(patience)
         ))),
     };

@@ -1,31 +1,32 @@
-//! When calls of an open loop are due.
+//! Arrival times: when the calls of an open loop are due.
 
 use std::time::Duration;
 
 use super::random::SplitMix64;
 
-/// How calls are spread over time.
+/// Distribution of calls over time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Spread {
-    /// Independent callers: exponential gaps.
+    /// Poisson process, as of independent callers: exponential gaps.
     Poisson,
     /// Equal gaps.
     Constant,
 }
 
-/// The times since the start at which calls are due, without end.
+/// Endless iterator over the times, since the start, at which calls are due.
 #[derive(Debug, Clone)]
 pub(super) struct Arrivals {
     spread: Spread,
-    /// Calls a second.
+    /// Calls per second.
     rate: f64,
     random: SplitMix64,
-    /// In seconds; summed in f64, whose error over hours is below a nanosecond
-    /// a call.
+    /// Time of the last arrival in seconds. Summed in f64, whose error over
+    /// hours is below a nanosecond per call.
     at: f64,
 }
 
-/// Slower than this nothing would arrive in any run.
+/// Lowest rate in calls per second; at a lower rate no call would arrive in any
+/// run.
 const RATE_MIN: f64 = 1e-3;
 
 impl Arrivals {
@@ -69,9 +70,10 @@ mod tests {
         let n_gaps = f64::from(u32::try_from(gaps.len()).unwrap());
         let mean = gaps.iter().sum::<f64>() / n_gaps;
         let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / n_gaps;
-        // The mean of n exponential gaps is off by 1/√n: five times that.
+        // The mean of n exponential gaps has a relative deviation of 1/√n; five
+        // times that are allowed.
         assert!((mean * 500.0 - 1.0).abs() < 5.0 / n_gaps.sqrt(), "{mean}");
-        // An exponential's deviation equals its mean.
+        // The deviation of an exponential distribution equals its mean.
         assert!((variance.sqrt() / mean - 1.0).abs() < 0.03, "{variance}");
     }
 

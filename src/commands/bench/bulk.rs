@@ -1,4 +1,4 @@
-//! A bulk load that takes all that the worker gives it.
+//! Bulk load that uses all capacity that the worker gives to bulk work.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,14 +12,15 @@ use super::load::Bench;
 use crate::client::load::{CallOptions, Refusal, StreamEvent};
 use crate::proto::Priority;
 
-/// Two streams, so that one's round trips are the other's time.
+/// Number of streams per endpoint by default. With two, one works during the
+/// round trips of the other.
 const STREAMS_DEFAULT: u16 = 2;
-/// A refused caller waits this long, unless the worker says how long.
+/// Pause of a rejected caller, unless the worker says how long to wait.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Runs until it is dropped or ended.
+/// Bulk load that runs until it is dropped or ended.
 pub(super) struct Bulk {
-    /// Images answered with a result.
+    /// Images that were answered with a result.
     pub(super) answered: Arc<AtomicU64>,
     pub(super) kind: BulkKind,
     pub(super) clients: usize,
@@ -52,7 +53,8 @@ impl Bulk {
         }
     }
 
-    /// Ends it. Whatever ended a client before its time is returned.
+    /// Ends the load. Returns the error of a client that had ended early, if
+    /// any.
     pub(super) async fn end(mut self) -> Option<Refusal> {
         let mut ended = None;
         while let Some(client) = self.clients_running.try_join_next() {
@@ -63,10 +65,10 @@ impl Bulk {
     }
 }
 
-/// Whether the worker serves EmbedStream.
+/// Returns true if the worker serves EmbedStream.
 pub(super) async fn has_streams(bench: &Bench) -> Result<bool, Refusal> {
     match bench.lanes[0].stream(None, 1).await {
-        // Dropping both ends gives it up.
+        // Dropping both ends cancels the stream.
         Ok(_) => Ok(true),
         Err(refusal) if refusal.is_unimplemented() => Ok(false),
         Err(refusal) => Err(refusal),
@@ -83,7 +85,7 @@ async fn stream(bench: &Bench, client: usize, answered: &AtomicU64) -> Option<Re
         loop {
             let picture = bench.input.next();
             if !writer.send(picture.number, &picture.encoded).await {
-                // The reader says why.
+                // The reader returns the reason.
                 std::future::pending::<()>().await;
             }
         }

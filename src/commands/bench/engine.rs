@@ -1,9 +1,10 @@
-//! `imagegpt bench engine`: the engine alone in a bare loop, with no server
-//! around it, beside the rate of a large matrix product in the same process.
+//! `imagegpt bench engine`: measures the engine alone in a bare loop, with no
+//! server around it, beside the rate of a large matrix product in the same
+//! process.
 //!
-//! What is measured takes turns: in each round every graph runs at every batch
-//! size, then the product, so that a machine that slows down slows all of them.
-//! Figures are medians over all rounds.
+//! The product and the graphs take turns: each round runs the product and then
+//! every graph at every batch size, so that a machine that slows down slows all
+//! of them. Results are medians over all rounds.
 
 mod flags;
 mod flop;
@@ -49,7 +50,7 @@ struct Loaded {
     elapsed: Duration,
 }
 
-/// A graph at a batch size.
+/// Measurement of one graph at one batch size.
 #[derive(Debug, Clone, Serialize)]
 struct Measured {
     graph: &'static str,
@@ -57,7 +58,7 @@ struct Measured {
     runs: usize,
     median_ms: f64,
     images_per_second: f64,
-    /// Multiplications and additions of one image, if the architecture is known.
+    /// Multiplications and additions per image, if the architecture is known.
     flop_per_image: Option<u64>,
     tflop_per_second: Option<f64>,
     roofline_share: Option<f64>,
@@ -67,12 +68,13 @@ struct Measured {
     times: Vec<Duration>,
 }
 
-/// A step of some sequences, each after as many tokens.
+/// Measurement of a step that adds one token to each of some sequences.
 #[derive(Debug, Clone, Serialize)]
 struct Stepped {
     slots: usize,
     past: usize,
-    /// Tokens of it that all have, and that are read once for several.
+    /// Earlier tokens that all sequences share; a step reads the keys and
+    /// values of these tokens once for several sequences.
     shared: usize,
     runs: usize,
     median_ms: f64,
@@ -81,7 +83,7 @@ struct Stepped {
     times: Vec<Duration>,
 }
 
-/// The product, or nothing where it was not asked for.
+/// Roofline: measured rate of a large matrix product.
 #[derive(Debug, Clone, Serialize)]
 struct Ceiling {
     precision: &'static str,
@@ -91,17 +93,17 @@ struct Ceiling {
     tflop_per_second: f64,
 }
 
-/// All that was found.
+/// All results of the command.
 #[derive(Debug, Serialize)]
 struct Findings {
     roofline: Ceiling,
     graphs: Vec<Measured>,
     generate: Vec<Stepped>,
-    /// Against `--reference`.
+    /// Differences from the answers of `--reference`.
     nearness: Vec<BenchNearness>,
 }
 
-/// Runs the command.
+/// Runs `imagegpt bench engine` and writes its tables to `out`.
 ///
 /// # Errors
 ///
@@ -109,7 +111,8 @@ struct Findings {
 pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> anyhow::Result<()> {
     args.validate()?;
     let work_of = |loaded: &Loaded| ImageWork::of(&loaded.folder, &loaded.model);
-    // First and gone before the other is loaded: both may not fit a device.
+    // The reference is loaded and dropped before the model is loaded: a device
+    // may not have room for both.
     let reference = match &args.reference {
         Some(reference) => Some(nearness::answers(args, reference, flags.seed)?),
         None => None,
@@ -141,7 +144,8 @@ pub(super) fn run(flags: &Flags, args: &EngineArgs, out: &mut impl Write) -> any
     Ok(())
 }
 
-/// What `imagegpt serve` with these flags would load.
+/// Loads the model and the engine that `imagegpt serve` would load with these
+/// flags.
 fn load(args: &EngineArgs, model: &str) -> anyhow::Result<Loaded> {
     let mut config = args.serve_config(model)?;
     let mut bars = Bars::new();
@@ -154,7 +158,8 @@ fn load(args: &EngineArgs, model: &str) -> anyhow::Result<Loaded> {
         && config.batching.buckets().largest() > 1
     {
         progress::note(&format!(
-            "batch size 1 alone, as it is served: {operator} gives all images of a batch one scale"
+            "measuring batch size 1 alone, as a worker would serve this model: {operator} uses \
+             one quantization scale for all images of a batch"
         ));
         config.batching.batch_sizes = vec![1];
         config.batching.max_batch_size = 1;
@@ -263,7 +268,7 @@ fn measure(
     })
 }
 
-/// The product, where the model runs.
+/// Prepares the matrix product on the provider and device of the model.
 fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
     let library = onnx::find_library(loaded.config.model.library.onnxruntime.as_deref());
     let provider = match loaded.engine.facts().provider {
@@ -288,7 +293,7 @@ fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
     Ok(Roofline::new(&options)?)
 }
 
-/// Random images as tokens, no two alike.
+/// Random images as tokens; no two are equal.
 fn tokens(model: &Model, n_images: usize, seed: u64) -> Vec<Vec<u16>> {
     let n_colors = model.clusters.len() as u64;
     (0..n_images as u64)
@@ -301,7 +306,7 @@ fn tokens(model: &Model, n_images: usize, seed: u64) -> Vec<Vec<u16>> {
         .collect()
 }
 
-/// What of a graph's output is asked for: as little as calls usually do.
+/// Output that is asked of a graph: as little as calls usually ask for.
 fn want(graph: Graph, model: &Model) -> Want {
     match graph {
         Graph::Features(norm) => {
@@ -340,8 +345,9 @@ fn graphs(loaded: &Loaded) -> Vec<Measured> {
         .collect()
 }
 
-/// One, two, four and so on up to all sequences, each after as many tokens as was
-/// asked for, or at the beginning, in the middle and at the end of an image.
+/// Steps to measure: each number of sequences that a worker steps at the same
+/// time, after each of `--generate-pasts`, or else at the beginning, in the
+/// middle and at the end of an image.
 fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
     let Some(sequences) = loaded.engine.facts().sequences else {
         return Ok(Vec::new());
@@ -353,7 +359,9 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
         .map(|past| usize::from(*past))
         .collect();
     if let Some(past) = pasts.iter().find(|past| **past > last) {
-        anyhow::bail!("--generate-pasts: an image has {last} tokens before its last, not {past}");
+        anyhow::bail!(
+            "--generate-pasts: {past} is too large; an image has {last} tokens before its last one"
+        );
     }
     if pasts.is_empty() {
         pasts = vec![1.min(last), last.div_ceil(2), last];
@@ -361,8 +369,8 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
     pasts.dedup();
     if args.generate_own.is_some() && !sequences.shares_prefixes {
         anyhow::bail!(
-            "--generate-own: steps of this model, here, read each past by itself (only those of \
-             imagegpt's own operators on a CPU share any)"
+            "--generate-own: steps of this model share no prefixes on this provider (only \
+             imagegpt's own operators on a CPU do); drop --generate-own"
         );
     }
     let shared = |past: usize| {
@@ -387,13 +395,13 @@ fn steps(args: &EngineArgs, loaded: &Loaded) -> anyhow::Result<Vec<Stepped>> {
     Ok(steps)
 }
 
-/// Sequences that get keys and values one by one where they cannot be copied.
-/// A GPU would take a minute for hundreds, and steps read as many bytes of the
-/// others, whatever is in them.
+/// Most sequences whose key/value cache is filled token by token where caches
+/// cannot be copied. A GPU would take a minute for hundreds, and a step reads
+/// the same number of bytes of the others, whatever their caches contain.
 const PREFILLED_MAX: usize = 16;
 
-/// Gives sequences the keys and values of an image, so that steps read what they
-/// would read.
+/// Fills the key/value caches of the sequences with an image, so that steps
+/// read real values.
 fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
     let Some(sequences) = loaded
         .engine
@@ -403,7 +411,7 @@ fn prefill(loaded: &mut Loaded, steps: &[Stepped]) -> anyhow::Result<()> {
     else {
         return Ok(());
     };
-    progress::note("filling keys and values");
+    progress::note("filling key/value caches");
     let image = tokens(&loaded.model, 1, 0).concat();
     let mut logits = Vec::new();
     for slot in 0..sequences.n_slots {
@@ -459,7 +467,8 @@ fn step(loaded: &mut Loaded, slots: usize, past: usize, shared: usize) -> anyhow
     Ok(loaded.engine.feed(&feed, &mut Vec::new())?)
 }
 
-/// Does something for a time, at least once.
+/// Repeats `something` until `time` is over, at least once, and records each
+/// duration.
 fn repeat(
     time: Duration,
     times: &mut Vec<Duration>,
@@ -481,7 +490,7 @@ fn median(times: &mut [Duration]) -> Duration {
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
-/// The manifest of a compiled folder; none for published exports.
+/// Manifest of a compiled directory; `None` for a published export.
 fn manifest(folder: &Path) -> Option<Manifest> {
     Manifest::read(folder).ok()
 }

@@ -1,4 +1,4 @@
-//! Flags of `imagegpt bench`. `--help` prints the comments.
+//! Flags of `imagegpt bench`. `--help` prints the doc comments.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,11 +14,12 @@ use crate::client::load::Method;
 use crate::proto::Priority;
 use crate::serve::config::bounds::{DAY, bounded_number, bounded_time};
 
-/// Load a worker and measure what it does.
+/// Load a worker and measure throughput and latency.
 #[derive(Debug, Clone, Args)]
 #[command(subcommand_precedence_over_arg = true)]
 pub struct BenchArgs {
-    // First: parsing the others takes their values away.
+    // The first field, because parsing the other fields takes their values out
+    // of the matches.
     #[command(flatten)]
     given: Given,
     #[command(flatten)]
@@ -27,8 +28,8 @@ pub struct BenchArgs {
     pub mode: Mode,
 }
 
-/// Which of [`Flags`] are on the command line: one that has a default does not
-/// tell by its value.
+/// Names of the [`Flags`] that are on the command line. The value of a flag
+/// with a default does not tell whether the flag was given.
 #[derive(Debug, Clone, Default)]
 struct Given(Vec<String>);
 
@@ -62,10 +63,11 @@ impl Args for Given {
     }
 }
 
-/// What holds for every mode.
+/// Flags of all modes.
 #[derive(Debug, Clone, Args)]
 pub struct Flags {
-    /// Where workers listen; of several, each gets every other connection
+    /// Addresses of the workers. With several, connections are spread over them
+    /// in turn
     #[arg(
         long = "endpoint",
         global = true,
@@ -80,11 +82,11 @@ pub struct Flags {
     #[command(flatten)]
     pub connect: ConnectConfig,
 
-    /// What is asked for
+    /// Method to call
     #[arg(long, global = true, value_enum, default_value = "embed")]
     pub task: Method,
 
-    /// Images in each call
+    /// Images per call
     #[arg(
         long,
         global = true,
@@ -94,25 +96,27 @@ pub struct Flags {
     )]
     pub images_per_call: u32,
 
-    /// Send the image files of this folder instead of random tokens, so that
-    /// decoding is measured too
+    /// Send the image files of this directory instead of random tokens, so that
+    /// the measurement includes decoding
     #[arg(long, global = true, value_name = "DIR")]
     pub images: Option<PathBuf>,
 
-    /// Share of images that repeat (0 to 1), to see what coalescing and a cache
-    /// save. All others differ, so that neither flatters the worker
+    /// Share of images that repeat (0 to 1), to see how much coalescing of
+    /// identical requests and a cache save. All other images differ, so that
+    /// coalescing and caches do not make the worker look faster
     #[arg(long, global = true, default_value_t = 0.0, value_name = "SHARE", value_parser = bounded_number(0.0, 1.0))]
     pub repeat_share: f64,
 
-    /// Connections to each endpoint. A worker serves a connection on one core
-    /// at a time, and takes some 200 calls at once on each [default: enough for
-    /// all calls that the worker has room for, 8 to 64]
+    /// Connections per endpoint. A worker serves each connection on one core at
+    /// a time and takes about 200 concurrent calls per connection [default:
+    /// enough for all calls that the worker has room for, 8 to 64]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub connections: Option<u16>,
 
-    /// Callers of a closed loop, each with one call at a time; saturate takes
-    /// several numbers, one measurement each [default: four full batches, at
-    /// least 16, at most what the worker has room for]
+    /// Callers of a closed loop; each has one call in flight. The mode saturate
+    /// takes several numbers and makes one measurement for each [default:
+    /// enough callers for four full batches, at least 16, at most as many as
+    /// the worker has room for]
     #[arg(
         long,
         global = true,
@@ -122,9 +126,9 @@ pub struct Flags {
     )]
     pub callers: Vec<u16>,
 
-    /// Calls that an open loop has in flight at most. More that are due wait,
-    /// and their latency counts from when they were due; the table then says
-    /// that the tool was late
+    /// Limit on calls in flight in an open loop. Calls that are due above the
+    /// limit wait; their latency counts from the time at which they were due,
+    /// and the table says that the tool was late
     #[arg(
         long,
         global = true,
@@ -134,17 +138,18 @@ pub struct Flags {
     )]
     pub in_flight_max: u32,
 
-    /// Time before each measurement that does not count. Longer than a call
-    /// takes under this load
+    /// Warm-up before each measurement, which does not count. Choose a time
+    /// longer than one call takes under this load
     #[arg(long, global = true, default_value = "2s", value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub warm_up: Duration,
 
-    /// Time of each measurement. For a slow model take at least 50 batches, or
-    /// the last one to fall into it decides the figure
+    /// Duration of each measurement. For a slow model, allow for at least 50
+    /// batches; with fewer, one batch more or less changes the result
     #[arg(long, global = true, default_value = "10s", value_name = "TIME", value_parser = bounded_time(TIME_MIN, DAY))]
     pub duration: Duration,
 
-    /// Measure this number of calls of a closed loop instead of a time
+    /// Measure this number of calls instead of a duration; only in the mode
+    /// saturate
     #[arg(
         long,
         global = true,
@@ -153,24 +158,26 @@ pub struct Flags {
     )]
     pub requests: Option<u64>,
 
-    /// Answers later than this do not count as goodput [default: all count]
+    /// Latency objective: answers that take longer do not count as goodput
+    /// [default: all answers count]
     #[arg(long, global = true, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub slo: Option<Duration>,
 
-    /// Deadline that each call is sent with (grpc-timeout) [default: none]
+    /// Deadline that is sent with each call (grpc-timeout) [default: none]
     #[arg(long, global = true, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub deadline: Option<Duration>,
 
-    /// After this time the tool gives a call up as CLIENT_TIMEOUT
+    /// Time after which the tool gives up a call and counts it as
+    /// CLIENT_TIMEOUT
     #[arg(long, global = true, default_value = "60s", value_name = "TIME", value_parser = bounded_time(TIME_MIN, DAY))]
     pub timeout: Duration,
 
-    /// Class that calls are sent with [default: none is named]
+    /// Priority class that is sent with each call [default: none is sent]
     #[arg(long, global = true, value_enum)]
     pub priority: Option<Priority>,
 
-    /// How often a call that ends UNAVAILABLE is tried again, each time on the
-    /// next connection: what a client with round robin does
+    /// Retries of a call that ends with UNAVAILABLE or finds no worker, each on
+    /// the next connection, as a client with round-robin load balancing does
     #[arg(
         long,
         global = true,
@@ -180,21 +187,22 @@ pub struct Flags {
     )]
     pub retries: u8,
 
-    /// Space the calls of open loops evenly. Otherwise they arrive by Poisson,
-    /// as independent callers do, which is harder
+    /// Space the calls of open loops evenly. Without this flag they arrive as a
+    /// Poisson process, like calls of independent callers, which is harder for
+    /// a worker
     #[arg(long, global = true)]
     pub constant: bool,
 
-    /// Seed of images and arrivals; the same one repeats a run
+    /// Seed of images and arrival times; the same seed repeats a run
     #[arg(long, global = true, default_value_t = 1, value_name = "N")]
     pub seed: u64,
 
-    /// Process ids of the workers on this machine: adds CPU, memory, and
-    /// requests a second a core
+    /// Process ids of the workers on this machine; adds their CPU time, memory
+    /// and requests per second per core to the results
     #[arg(long = "pid", global = true, value_delimiter = ',', value_name = "PID")]
     pub pids: Vec<u32>,
 
-    /// Write every number to this file
+    /// Write all results to this JSON file
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
@@ -202,33 +210,34 @@ pub struct Flags {
     #[arg(long, global = true, value_name = "FILE")]
     pub plot: Option<PathBuf>,
 
-    /// Threads of the tool itself. Keep it away from the worker's cores where
-    /// there are enough [default: the machine's, at most 4]
+    /// Threads of the tool itself. Where there are enough cores, run the tool
+    /// on other cores than the worker [default: one thread per core, at most 4]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub client_threads: Option<u16>,
 }
 
-/// What is measured.
+/// Modes of `imagegpt bench`: what is measured.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Mode {
-    /// Closed loop: how much the worker does at most
+    /// Closed loop: the highest throughput of the worker
     Saturate,
-    /// Open loop: how long callers wait at a given load
+    /// Open loop: the latency of calls at a given load
     Load(LoadArgs),
-    /// More than the worker can do: what is left of it, and how refusals come
+    /// Open loop above saturation: the goodput that remains, and how calls are
+    /// rejected
     Overload(OverloadArgs),
-    /// Interactive calls beside a bulk load that takes all it gets
+    /// Interactive calls beside a bulk load that uses all remaining capacity
     Mixed(MixedArgs),
     /// Callers beside clients of EmbedStream that stop reading
     SlowReader(SlowReaderArgs),
-    /// Mixed load with cancels, garbage and short deadlines, each answer
-    /// verified; exit code 1 when something broke
+    /// Mixed load with cancelled calls, garbage and short deadlines, in which
+    /// every answer is verified; exit code 1 if a promise was broken
     Soak(SoakArgs),
-    /// The highest load, or the best flags, for a given p99
+    /// The highest load, or the best flags, for a given p99 latency
     Knee(KneeArgs),
-    /// No worker: each graph of a model in a bare loop, against the rate of a
-    /// large matrix product. Of the flags of the other modes it takes --json and
-    /// --seed
+    /// The engine without a worker: each graph of a model in a bare loop,
+    /// compared with the rate of a large matrix product. Takes only --json and
+    /// --seed of the flags that the other modes share
     Engine(EngineArgs),
 }
 
@@ -250,27 +259,28 @@ impl Mode {
 
 #[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
-    /// Images a second, one measurement each
+    /// Offered loads in images per second, one measurement for each
     #[arg(long, value_delimiter = ',', value_name = "R[,R]", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Vec<f64>,
 
-    /// The same in percent of the saturation, which is measured first
+    /// Offered loads in percent of the saturation, which is measured first
     #[arg(long, value_delimiter = ',', value_name = "P[,P]", default_value = "50,80,95", value_parser = percent())]
     pub of_saturation: Vec<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct OverloadArgs {
-    /// How many times the saturation, which is measured first
+    /// Offered loads as multiples of the saturation, which is measured first
     #[arg(long, value_delimiter = ',', value_name = "X[,X]", default_value = "1.5,3", value_parser = bounded_number(0.01, 100.0))]
     pub times: Vec<f64>,
 }
 
-/// How a bulk load comes.
+/// Kinds of calls that a bulk load consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum BulkKind {
-    /// EmbedStream; plain calls if the worker does not serve it
+    /// Streams of EmbedStream; plain calls if the worker does not serve
+    /// EmbedStream
     Stream,
     /// Plain calls with the metadata `imagegpt-priority: bulk`
     Unary,
@@ -278,65 +288,67 @@ pub enum BulkKind {
 
 #[derive(Debug, Clone, Args)]
 pub struct MixedArgs {
-    /// Interactive images a second
+    /// Interactive load in images per second
     #[arg(long, value_name = "R", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Option<f64>,
 
-    /// The same in percent of the saturation, which is measured first
+    /// Interactive load in percent of the saturation, which is measured first
     #[arg(long, value_name = "P", default_value = "30", value_parser = percent())]
     pub of_saturation: f64,
 
-    /// How the bulk load comes
+    /// Kind of calls that the bulk load consists of
     #[arg(long, value_enum, default_value = "stream")]
     pub bulk: BulkKind,
 
-    /// Bulk streams, or callers [default: 2 streams, or callers for four full
-    /// batches]
+    /// Number of bulk streams or bulk callers [default: 2 streams per endpoint,
+    /// or enough callers for four full batches]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub bulk_clients: Option<u16>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct SlowReaderArgs {
-    /// Images a second of the callers that do read
+    /// Load of the callers that do read, in images per second
     #[arg(long, value_name = "R", value_parser = rate(), conflicts_with = "of_saturation")]
     pub rate: Option<f64>,
 
-    /// The same in percent of the saturation, which is measured first
+    /// Load of the callers that do read, in percent of the saturation, which is
+    /// measured first
     #[arg(long, value_name = "P", default_value = "50", value_parser = percent())]
     pub of_saturation: f64,
 
-    /// Streams that do not read
+    /// Number of streams that nobody reads
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub readers: u16,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct SoakArgs {
-    /// Streams among the clients, if the worker serves EmbedStream
+    /// Number of streams among the clients, if the worker serves EmbedStream; 0
+    /// soaks without streams
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub streams: u16,
 
-    /// Growth of the worker's memory that counts as broken, in KiB a minute
-    /// after the first quarter of the time; needs --pid and a --duration of 90s
-    /// or more [default: it is only reported]
+    /// Growth of the worker's memory that counts as broken, in KiB per minute,
+    /// measured after the first quarter of the run. Needs --pid and a
+    /// --duration of at least 90s [default: growth is only reported]
     #[arg(long, value_name = "KIB", value_parser = rate())]
     pub rss_slope_max: Option<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub struct KneeArgs {
-    /// What 99 % of calls must be answered in
+    /// Latency within which 99 % of the calls must be answered
     #[arg(long, value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub p99: Duration,
 
-    /// Start workers with these flags of `imagegpt serve` (split at spaces) and
-    /// each of the settings below, and recommend one. Without it, the running
-    /// worker's highest rate is found
+    /// Start workers with these flags of `imagegpt serve` (separated by spaces)
+    /// and each combination of --batch-sizes and --queue-delays, and recommend
+    /// one. Without this flag, the highest rate of the running worker is found
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
     pub serve: Option<String>,
 
-    /// Values of --max-batch-size to try
+    /// Values of --max-batch-size to try, with --serve
     #[arg(
         long,
         value_delimiter = ',',
@@ -346,39 +358,41 @@ pub struct KneeArgs {
     )]
     pub batch_sizes: Vec<u16>,
 
-    /// Values of --max-queue-delay to try
+    /// Values of --max-queue-delay to try, with --serve
     #[arg(long, value_delimiter = ',', value_name = "TIME[,TIME]", default_value = "0ms,2ms", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub queue_delays: Vec<Duration>,
 
-    /// The program that serves [default: this one]
+    /// Program to run as the worker [default: this program]
     #[arg(long, value_name = "FILE", hide = true)]
     pub program: Option<PathBuf>,
 }
 
-/// Shorter ones measure nothing.
+/// Shortest measurement: a shorter one has no meaningful result.
 const TIME_MIN: Duration = Duration::from_millis(1);
-/// The quarter that warms up, and then a minute of readings and some to spare.
+/// Shortest soak with a memory slope: a quarter of it is warm-up, and the rest
+/// leaves a minute of readings with some to spare.
 const SLOPE_SOAK_MIN: Duration = Duration::from_secs(90);
 
-/// Images a second.
+/// Parses a load in images per second.
 fn rate() -> impl TypedValueParser<Value = f64> {
     bounded_number(0.001, 1e7)
 }
 
-/// Percent of the saturation.
+/// Parses a percentage of the saturation.
 fn percent() -> impl TypedValueParser<Value = f64> {
     bounded_number(0.1, 1000.0)
 }
 
-/// What `engine` takes of the flags of the other modes.
+/// Flags of all modes that the mode `engine` takes.
 const OF_ENGINE: [&str; 2] = ["json", "seed"];
 
 impl BenchArgs {
-    /// Checks what no flag can check by itself.
+    /// Checks the combinations of flags that clap cannot check.
     ///
     /// # Errors
     ///
-    /// One sentence that names the flags and says what to change.
+    /// When flags contradict each other; the error names the flags and says how
+    /// to change them.
     pub fn validate(&self) -> anyhow::Result<()> {
         if let Mode::Engine(_) = self.mode {
             let strange = self
@@ -387,15 +401,28 @@ impl BenchArgs {
                 .iter()
                 .find(|flag| !OF_ENGINE.contains(&flag.as_str()));
             if let Some(flag) = strange {
+                let instead = if flag == "duration" {
+                    "use --seconds"
+                } else {
+                    "drop it"
+                };
                 anyhow::bail!(
-                    "--{flag} is for modes that load a worker, and engine has none; drop it"
+                    "--{flag} is for modes that load a worker, and engine runs without one; \
+                     {instead}"
                 );
             }
         }
         anyhow::ensure!(
             self.flags.plot.is_none() || !matches!(self.mode, Mode::Soak(_)),
-            "--plot draws latency against load, and soak has one load; drop it"
+            "--plot draws latency against load, and soak has only one load; drop it"
         );
+        if let Mode::Knee(args) = &self.mode {
+            anyhow::ensure!(
+                args.serve.is_none() || !self.given.0.iter().any(|flag| flag == "endpoint"),
+                "--endpoint: with --serve, knee measures the workers that it starts; drop \
+                 --endpoint or --serve"
+            );
+        }
         self.flags.validate(&self.mode)
     }
 }
@@ -404,24 +431,24 @@ impl Flags {
     fn validate(&self, mode: &Mode) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.requests.is_none() || matches!(mode, Mode::Saturate),
-            "--requests counts the calls of a closed loop, which only saturate is; use --duration"
+            "--requests counts the calls of a closed loop, and only saturate is one; use --duration"
         );
         anyhow::ensure!(
             self.task == Method::Embed || !matches!(mode, Mode::Soak(_)),
-            "soak verifies embeddings; drop --task"
+            "--task: soak verifies embeddings only; drop --task"
         );
         if let Mode::Soak(args) = mode {
             anyhow::ensure!(
                 args.rss_slope_max.is_none() || self.duration >= SLOPE_SOAK_MIN,
-                "--rss-slope-max: growth a minute is not to be had in so short a --duration; it \
-                 must be {} or more",
+                "--rss-slope-max: --duration is too short to measure growth per minute; it must \
+                 be {} or more",
                 humantime::format_duration(SLOPE_SOAK_MIN)
             );
         }
         if let Mode::Knee(args) = mode {
             anyhow::ensure!(
                 args.serve.is_none() || self.pids.is_empty(),
-                "--pid: knee knows the workers that it starts with --serve; drop --pid"
+                "--pid: with --serve, knee measures the workers that it starts; drop --pid"
             );
         }
         Ok(())
@@ -459,7 +486,8 @@ mod tests {
 
     #[test]
     fn flags() {
-        // A mode ends the list of endpoints, and flags may stand on both sides.
+        // The name of a mode ends the list of endpoints. Flags are accepted
+        // before and after the mode.
         check(
             &["--endpoint", "a", "b", "saturate", "--callers", "1,8"],
             Ok("Saturate [\"a\", \"b\"]"),
@@ -476,13 +504,17 @@ mod tests {
         );
         check(&["load", "--requests", "5"], Err("only saturate is"));
         check(&["soak", "--task", "classify"], Err("verifies embeddings"));
+        let knee = ["knee", "--p99", "9ms", "--serve", "--model x"];
+        check(&knee, Ok("Knee"));
+        check(&[&knee[..], &["--endpoint", "a"]].concat(), Err("drop"));
         check(
             &["saturate", "--repeat-share", "2"],
             Err("'2' for '--repeat-share <SHARE>': it must be 0 to 1"),
         );
         check(&["soak", "--plot", "a.svg"], Err("drop it"));
         check(&["knee"], Err("--p99"));
-        // On either side of the mode; also with the value that it has anyway.
+        // Flags are refused before and after the mode, and also if their value
+        // is the default.
         let engine = |flags: &[&'static str], expected| {
             let after = [&["engine", "--model", "x"], flags].concat();
             let before = [flags, &["engine", "--model", "x"]].concat();
@@ -496,6 +528,7 @@ mod tests {
         engine(&["--images", "a"], Err("--images is for modes"));
         engine(&["--warm-up", "2s"], Err("--warm-up is for modes"));
         engine(&["--constant"], Err("--constant is for modes"));
+        engine(&["--duration", "1s"], Err("use --seconds"));
         engine(&["--token-file", "a"], Err("--token-file is for modes"));
         check(&[], Err("Usage"));
     }

@@ -1,4 +1,4 @@
-//! The images that are sent, encoded before they are needed.
+//! Images that are sent, encoded in advance.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,19 +12,21 @@ use crate::client::load::put_field;
 use crate::commands::input;
 use crate::proto::pb;
 
-/// Random images that others are made from.
+/// Number of random images that all others are made from.
 const TEMPLATES: u64 = 64;
-/// Images that repeat, with `--repeat-share`.
+/// Number of images that repeat, with `--repeat-share`.
 const HOT: u64 = 16;
-/// Files of `--images` at most, and their bytes together: they stay in memory.
+/// Most files that are read of `--images`, and their largest size in total: the
+/// files stay in memory.
 const FILES_MAX: usize = 4096;
 const FILES_BYTES_MAX: u64 = 512 << 20;
-/// `EmbedRequest.images`, and those of the other requests.
+/// Field number of `EmbedRequest.images`, which is the same in the other
+/// requests.
 const IMAGES: u32 = 1;
-/// Token ids below this take one byte on the wire.
+/// First token id that takes two bytes on the wire.
 const ONE_BYTE: u64 = 128;
 
-/// Where images come from. Shared by all callers; each image is numbered.
+/// Source of images, shared by all callers. Each image has a number.
 #[derive(Debug)]
 pub(super) struct BenchImages {
     kind: Kind,
@@ -35,27 +37,29 @@ pub(super) struct BenchImages {
 
 #[derive(Debug)]
 enum Kind {
-    /// Tokens; every number makes another image.
+    /// Random tokens; every number makes a different image.
     Tokens(Vec<Template>),
-    /// Encoded `pb::Image`s of files, over and over.
+    /// Encoded `pb::Image`s of files, repeated in a cycle.
     Files(Vec<Bytes>),
 }
 
-/// A random image, which becomes another one by its first tokens: they spell
-/// the image's number. So all images differ, and making one is a copy.
+/// A random image that is varied by its first tokens, which spell the image's
+/// number. In this way all images differ, and making one is only a copy.
 #[derive(Debug)]
 struct Template {
     tokens: Vec<u16>,
     /// An encoded `pb::Image` with these tokens.
     encoded: Vec<u8>,
-    /// Where its token ids begin; those that spell the number take a byte each.
+    /// Offset of the token ids in `encoded`; the ids that spell the number take
+    /// one byte each.
     ids_at: usize,
-    /// Tokens that spell the number, and how many values each has.
+    /// Number of tokens that spell the number.
     n_digits: usize,
+    /// Number of values that each of these tokens can have.
     base: u64,
 }
 
-/// An image that was made, and its number.
+/// An image to send, and its number.
 #[derive(Debug, Clone)]
 pub(super) struct MadeImage {
     pub(super) number: u64,
@@ -64,7 +68,7 @@ pub(super) struct MadeImage {
 }
 
 impl BenchImages {
-    /// Random tokens of the model's shape.
+    /// Makes images of random tokens in the model's shape.
     pub(super) fn tokens(model: &pb::GetModelResponse, seed: u64, repeat_share: f64) -> Self {
         let n_positions = model.positions as usize;
         let n_colors = (model.palette_rgb8.len() / 3) as u64;
@@ -76,18 +80,18 @@ impl BenchImages {
         )
     }
 
-    /// The files of a folder.
+    /// Reads the image files of a directory.
     ///
     /// # Errors
     ///
-    /// When there is none, or one cannot be read.
+    /// When there is no image, or a file cannot be read.
     pub(super) fn folder(folder: &Path, seed: u64, repeat_share: f64) -> anyhow::Result<Self> {
         let found = input::find_images(folder)?.into_iter();
         let found = found.filter(|found| found.file.is_ok());
         let paths = input::sample(found.map(|found| found.path).collect(), FILES_MAX);
         anyhow::ensure!(
             !paths.is_empty(),
-            "--images {} has no image",
+            "--images {} has no images that can be read",
             folder.display()
         );
         let (mut files, mut n_bytes) = (Vec::with_capacity(paths.len()), 0);
@@ -97,7 +101,7 @@ impl BenchImages {
             n_bytes += bytes.len() as u64;
             anyhow::ensure!(
                 n_bytes <= FILES_BYTES_MAX,
-                "--images {}: its files take over {}; take a smaller folder",
+                "--images {}: the files have more than {} in total; use a smaller directory",
                 folder.display(),
                 bytesize::ByteSize(FILES_BYTES_MAX)
             );
@@ -119,7 +123,7 @@ impl BenchImages {
         }
     }
 
-    /// How many images differ, if that is bounded.
+    /// Number of different images; `None` if there is no limit.
     pub(super) fn n_distinct(&self) -> Option<usize> {
         match &self.kind {
             Kind::Tokens(_) => None,
@@ -127,26 +131,27 @@ impl BenchImages {
         }
     }
 
-    /// What is sent, in words.
+    /// Description of the images for the report.
     pub(super) fn describe(&self) -> String {
         let repeated = if self.repeat_share > 0.0 {
             format!(
-                "; {:.0} % out of {HOT} that repeat",
+                "; {:.0} % from {HOT} images that repeat",
                 100.0 * self.repeat_share
             )
         } else {
             String::new()
         };
         match &self.kind {
-            Kind::Tokens(_) => format!("random tokens, no image twice{repeated}"),
+            Kind::Tokens(_) => format!("random tokens, all images different{repeated}"),
             Kind::Files(files) => format!(
-                "{} files, over and over: the worker may know them{repeated}",
+                "{} files in a cycle, which the worker's cache may know{repeated}",
                 files.len()
             ),
         }
     }
 
-    /// An image that has not been sent yet, unless it is one that repeats.
+    /// Returns the next image: one that has not been sent before, or, with the
+    /// probability of `--repeat-share`, one of those that repeat.
     pub(super) fn next(&self) -> MadeImage {
         let count = self.next.fetch_add(1, Ordering::Relaxed);
         let mut random = SplitMix64::fork(self.seed, count);
@@ -158,7 +163,7 @@ impl BenchImages {
         self.picture(number)
     }
 
-    /// The image of a number; always the same.
+    /// Returns the image of a number, which is always the same.
     pub(super) fn picture(&self, number: u64) -> MadeImage {
         let encoded = match &self.kind {
             Kind::Tokens(templates) => pick(templates, number).spell(number),
@@ -167,7 +172,7 @@ impl BenchImages {
         MadeImage { number, encoded }
     }
 
-    /// The tokens of an image, if it is made of tokens.
+    /// Returns the tokens of an image, or `None` if it comes from a file.
     pub(super) fn tokens_of(&self, number: u64) -> Option<Vec<u16>> {
         match &self.kind {
             Kind::Tokens(templates) => Some(pick(templates, number).tokens_of(number)),
@@ -176,13 +181,13 @@ impl BenchImages {
     }
 }
 
-/// Kinds are never empty.
+/// Picks an item by number. The list is never empty.
 fn pick<T>(items: &[T], number: u64) -> &T {
     let n_items = items.len() as u64;
     &items[usize::try_from(number % n_items).unwrap_or(0)]
 }
 
-/// A request of any method with these images and default options.
+/// Encodes a request of any method with these images and default options.
 pub(super) fn request(pictures: &[MadeImage]) -> Bytes {
     let n_bytes: usize = pictures
         .iter()
@@ -198,7 +203,7 @@ pub(super) fn request(pictures: &[MadeImage]) -> Bytes {
 impl Template {
     fn new(random: &mut SplitMix64, n_positions: usize, n_colors: u64) -> Self {
         let base = n_colors.clamp(1, ONE_BYTE);
-        // Enough digits for 64 bits, or as many as there are positions.
+        // Enough digits for 64 bits, or one per position if there are fewer.
         let digits_wanted = if base < 2 { 0 } else { 64 / base.ilog2() + 1 };
         let n_digits = n_positions.min(digits_wanted as usize);
         let tokens: Vec<u16> = (0..n_positions)
@@ -226,7 +231,7 @@ impl Template {
         }
     }
 
-    /// The digits of a number, each below 128.
+    /// Returns the digits of a number, each below 128.
     fn digits(&self, number: u64) -> impl Iterator<Item = u8> {
         let base = self.base.max(2);
         let digits = std::iter::successors(Some(number), move |rest| Some(rest / base));

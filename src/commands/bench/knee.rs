@@ -1,9 +1,10 @@
-//! The highest load at which 99 % of calls are answered in a given time, and
-//! the flags that raise it.
+//! The knee: highest load at which 99 % of calls are answered within a given
+//! time, and the flags that raise it.
 //!
-//! The search halves an interval, so it takes latency to rise with load; where
-//! a machine's noise breaks that, the answer is one of several. Every
-//! measurement is in the table, for whoever wants to look.
+//! The search halves an interval and assumes that latency rises with load.
+//! Where noise of the machine breaks this assumption, the result is one of
+//! several possible. Every measurement is in the table, so that a reader can
+//! judge the result.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -24,30 +25,34 @@ use super::stats::as_f64;
 use crate::client::ConnectConfig;
 use crate::client::load::LoadConnection;
 
-/// The search ends when the interval is this part of the saturation.
+/// The search ends when the interval is this fraction of the saturation.
 const RESOLUTION: f64 = 0.05;
-/// Of a thousand calls one may be refused; those are not in the percentiles.
+/// Largest fraction of calls that may be refused, since percentiles do not
+/// include refused calls: one in a thousand.
 const REFUSED_MAX: f64 = 0.001;
-/// Settings within this part of the best are as good.
+/// Settings whose knee is within this fraction of the best count as equally
+/// good.
 const TIE: f64 = 0.03;
-/// A model may have to be downloaded and compiled first.
+/// Time until a started worker must be ready; the model may have to be
+/// downloaded and compiled first.
 const READY_WITHIN: Duration = Duration::from_mins(10);
 const READY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// One load that was tried.
+/// A load that was tried.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Point {
-    /// Of the saturation.
+    /// Load as a fraction of the saturation.
     share: f64,
     meets: bool,
 }
 
-/// The share of the saturation to try next, or `None` when the knee is known.
+/// Returns the fraction of the saturation to try next, or `None` when the knee
+/// is known.
 pub(super) fn next_share(points: &[Point]) -> Option<f64> {
     let good = points.iter().filter(|point| point.meets);
     let bad = points.iter().filter(|point| !point.meets);
     let high = bad.map(|point| point.share).fold(1.0, f64::min);
-    // What met the target above a load that did not was luck.
+    // A load that met the target above a load that missed the target was luck.
     let low = good
         .map(|point| point.share)
         .filter(|&share| share < high)
@@ -55,19 +60,19 @@ pub(super) fn next_share(points: &[Point]) -> Option<f64> {
     (high - low > RESOLUTION).then(|| f64::midpoint(low, high))
 }
 
-/// A setting of a worker and what came of it.
+/// Setting of a worker, with the results of its measurements.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Setting {
     max_batch_size: u16,
     max_queue_delay: Duration,
     saturation_images_per_second: f64,
-    /// 0 when no load met the target.
+    /// Highest rate that met the target; 0 if no load did.
     knee_images_per_second: f64,
     p99_ms: Option<f64>,
 }
 
-/// The setting to take: the highest knee; among those as good, the smallest
-/// batch, then the shortest delay, since both only add latency.
+/// Returns the setting with the highest knee. Among equally good settings, the
+/// smallest batch wins, then the shortest delay, since both only add latency.
 pub(super) fn recommend(settings: &[Setting]) -> Option<&Setting> {
     let knees = settings.iter().map(|s| s.knee_images_per_second);
     let best = knees.fold(0.0, f64::max);
@@ -77,7 +82,7 @@ pub(super) fn recommend(settings: &[Setting]) -> Option<&Setting> {
         .min_by_key(|s| (s.max_batch_size, s.max_queue_delay))
 }
 
-/// Of a worker that runs.
+/// Finds the knee of a running worker.
 pub(super) async fn of_endpoint(
     bench: &Arc<Bench>,
     args: &KneeArgs,
@@ -114,7 +119,7 @@ impl Found {
                 rate(self.saturation)
             ),
             None => format!(
-                "p99 stays within {target} at no load that was tried, down to {:.0} % of \
+                "p99 exceeds {target} at every load that was tried, down to {:.0} % of \
                  saturation {}",
                 100.0 * RESOLUTION,
                 rate(self.saturation)
@@ -158,7 +163,8 @@ fn meets(phase: &Measurement, target: Duration) -> bool {
         && as_f64(refused) <= REFUSED_MAX * as_f64(counts.sent)
 }
 
-/// Of workers that are started here, one after the other.
+/// Finds the knee of each setting, with workers that are started here one after
+/// the other.
 pub(super) async fn of_settings(
     flags: &Flags,
     args: &KneeArgs,
@@ -216,7 +222,7 @@ pub(super) async fn of_settings(
                 best.p99_ms.map_or_else(|| "?".to_owned(), milliseconds)
             ));
         }
-        None => findings.line("no setting meets the target at any load that was tried".to_owned()),
+        None => findings.line("no setting met the target at any load that was tried".to_owned()),
     }
     Ok(findings)
 }
@@ -231,7 +237,7 @@ fn setting_row(setting: &Setting) -> serde_json::Value {
     })
 }
 
-/// A worker that ends with its owner.
+/// A worker process that ends when this value is dropped.
 struct Served {
     child: Child,
     endpoint: String,
@@ -245,11 +251,11 @@ impl Served {
         max_batch_size: u16,
         max_queue_delay: Duration,
     ) -> anyhow::Result<Self> {
-        // Free now; somebody could take it before the worker does, and then
-        // the worker says so.
+        // The port is free now. If another process takes it before the worker
+        // does, the worker's log reports the conflict.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .and_then(|listener| listener.local_addr())
-            .context("no free port")?
+            .context("there is no free port on 127.0.0.1")?
             .port();
         let log = std::env::temp_dir().join(format!("imagegpt-knee-{port}.log"));
         let to_log = std::fs::File::create(&log)
@@ -277,7 +283,8 @@ impl Served {
     async fn ready(&mut self, stop: &watch::Receiver<bool>) -> anyhow::Result<()> {
         let started = Instant::now();
         loop {
-            // Its own worker, on loopback, asks nobody.
+            // The worker listens on loopback and is asked without TLS and
+            // tokens.
             let connect = ConnectConfig::default();
             if let Ok(lane) = LoadConnection::connect(&self.endpoint, &connect, None).await
                 && lane.model().await.is_ok()
@@ -287,7 +294,7 @@ impl Served {
             let is_gone = !matches!(self.child.try_wait(), Ok(None));
             anyhow::ensure!(
                 !is_gone && started.elapsed() < READY_WITHIN && !*stop.borrow(),
-                "the worker of --serve did not get ready; its log ends with:\n{}",
+                "--serve: the worker did not become ready; the end of its log:\n{}",
                 self.log_end()
             );
             tokio::time::sleep(READY_INTERVAL).await;
@@ -303,7 +310,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        // It has no caller left, so nothing is lost by ending it hard.
+        // The worker has no callers left, so killing it loses nothing.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.log);
@@ -314,8 +321,8 @@ impl Drop for Served {
 mod tests {
     use super::*;
 
-    /// Searches a worker whose latency is that of a queue: 1 ms of service,
-    /// more the nearer the load is to what it can do.
+    /// Searches the knee of a worker whose latency is that of a queue: 1 ms of
+    /// service, and more the closer the load is to saturation.
     fn knee(target_ms: f64) -> (f64, usize) {
         let mut points = Vec::new();
         while let Some(share) = next_share(&points) {
@@ -342,7 +349,7 @@ mod tests {
             );
             assert!(tries <= 6, "{tries}");
         }
-        // Slower than the target even when idle.
+        // A target below the latency of an idle worker.
         let (found, tries) = knee(0.5);
         assert!(found < 1e-9 && tries <= 6);
     }

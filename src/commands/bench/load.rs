@@ -1,10 +1,12 @@
-//! The two ways to load a worker, and what is measured of each.
+//! The two ways to load a worker, closed loop and open loop, and the
+//! measurement of each.
 //!
-//! Closed loop: a number of callers, each of which sends its next call when it
-//! has the last one's answer. That finds what the worker can do, and hides how
-//! long anybody would wait. Open loop: calls are due at times that do not
-//! depend on answers, and latency counts from then, so that a worker (or this
-//! tool) that falls behind shows it: no coordinated omission.
+//! Closed loop: each of a number of callers sends its next call when its last
+//! call was answered. A closed loop finds the throughput of the worker, but
+//! hides how long callers would wait. Open loop: calls are due at times that do
+//! not depend on answers, and latency counts from the due time. A worker (or
+//! this tool) that falls behind therefore shows in the latencies: there is no
+//! coordinated omission.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -25,40 +27,42 @@ use super::stats::{CallCounts, EndedCall, Recorder, as_f64};
 use crate::client::load::{CallCode, CallOptions, LoadConnection, Outcomes, Refusal};
 use crate::proto::{Priority, pb};
 
-/// How often the worker's processes are looked at.
+/// Interval at which the resource use of the worker's processes is read.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
-/// A generator that sleeps looks up this often whether it should end.
+/// Interval at which a sleeping generator checks whether the run should end.
 const STOP_INTERVAL: Duration = Duration::from_millis(50);
-/// Between retries, times their number: a worker that has gone needs a moment
-/// to be missed.
+/// Pause before a retry, multiplied by the number of the retry: load balancers
+/// and callers need a moment to notice that a worker has gone.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
-/// A connection is served by one task of the worker at a time, so several are
-/// needed to use its cores.
+/// Smallest default of connections. One task of the worker serves a connection
+/// at a time, so using all cores of the worker needs several.
 const CONNECTIONS_MIN: usize = 8;
 const CONNECTIONS_MAX: usize = 64;
-/// A connection carries this many calls at once by the usual default of HTTP/2
-/// servers; calls above it wait in the tool's own library.
+/// Concurrent calls that one connection carries by the usual default of HTTP/2
+/// servers; calls above this limit wait in the tool's own HTTP/2 library.
 const CALLS_PER_CONNECTION_MAX: usize = 200;
-/// Half of that leaves room for refusals that are on their way.
+/// Calls planned per connection: half of the limit, which leaves room for
+/// refusals that are on their way.
 const CALLS_PER_CONNECTION: usize = CALLS_PER_CONNECTION_MAX / 2;
-/// Four full batches: one runs, one is ready, two are on their way.
+/// Default of callers, in full batches: one batch runs, one is ready, two are
+/// on their way.
 const CALLERS_BATCHES: usize = 4;
 const CALLERS_MIN: usize = 16;
 
-/// A tool that is connected to its workers.
+/// State of the tool, connected to its workers.
 #[derive(Debug)]
 pub(super) struct Bench {
     pub(super) flags: Flags,
-    /// Connections; those of several endpoints alternate.
+    /// Connections; those to several endpoints alternate.
     pub(super) lanes: Vec<LoadConnection>,
     next_lane: AtomicUsize,
-    /// What the first endpoint serves.
+    /// Model that the first endpoint serves.
     pub(super) model: pb::GetModelResponse,
     pub(super) input: BenchImages,
     stop: watch::Receiver<bool>,
 }
 
-/// How a measurement loads the worker.
+/// Kind and size of the load of a measurement.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase", tag = "loop")]
 pub(super) enum LoadShape {
@@ -66,36 +70,36 @@ pub(super) enum LoadShape {
     Open { offered_images_per_second: f64 },
 }
 
-/// One measurement.
+/// Result of one measurement.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Measurement {
     pub name: String,
     #[serde(flatten)]
     pub shape: LoadShape,
-    /// Measured, after the warm-up.
+    /// Duration of the measurement, after the warm-up.
     pub seconds: f64,
-    /// Whether it was ended before its time.
+    /// True if the measurement was interrupted.
     pub interrupted: bool,
     #[serde(flatten)]
     pub counts: CallCounts,
-    /// With `--pid`.
+    /// Resource use of the worker's processes, with `--pid`.
     pub server: Option<ServerUse>,
     pub connections: usize,
-    /// Cores that this tool itself used.
+    /// CPU cores that this tool itself used.
     pub client_cores: Option<f64>,
-    /// What a bulk load got meanwhile.
+    /// Rate of a bulk load that ran at the same time.
     pub bulk_images_per_second: Option<f64>,
-    /// Whether calls found no worker, and there was none at the end either.
+    /// True if calls found no worker, and there was still none at the end.
     pub worker_gone: bool,
 }
 
 impl Measurement {
-    /// Whether it says something of a worker: one was there, and answered.
+    /// True if a worker was there and answered, so that the result is valid.
     pub(super) fn is_whole(&self) -> bool {
         !self.worker_gone && self.counts.answered > 0
     }
 
-    /// What was not as it must be, whatever is measured.
+    /// Returns the promise that was broken, checked in every mode, if any.
     pub(super) fn broken(&self) -> Option<String> {
         let counts = &self.counts;
         let name = &self.name;
@@ -104,10 +108,10 @@ impl Measurement {
             let now = if self.worker_gone {
                 "the worker went away"
             } else {
-                "the worker was away for a time"
+                "the worker was away for some time"
             };
             return Some(format!(
-                "{name}: {now}; {calls} calls found none ({reason})"
+                "{name}: {now}; {calls} calls found no worker ({reason})"
             ));
         }
         if self.worker_gone {
@@ -118,24 +122,25 @@ impl Measurement {
         }
         let mut refused = counts.failed.iter().chain(&counts.rejected);
         let why = refused.next().map_or_else(
-            || "none came back".to_owned(),
+            || "no call ended".to_owned(),
             |(code, refused)| format!("{code}: {}", refused.message),
         );
         Some(format!("{name}: no call was answered ({why})"))
     }
 
-    /// Whether more calls were in flight than connections usually carry: some
-    /// then waited in the tool, and count as the worker's latency.
+    /// True if more calls were in flight than connections usually carry. Some
+    /// calls then waited in the tool, and their wait counts as the worker's
+    /// latency.
     pub(super) fn is_crowded(&self) -> bool {
         let room = self.connections.saturating_mul(CALLS_PER_CONNECTION_MAX);
         usize::try_from(self.counts.in_flight_peak).is_ok_and(|peak| peak > room)
     }
 }
 
-/// What the worker's processes used during a measurement.
+/// Resource use of the worker's processes during a measurement.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct ServerUse {
-    /// CPU seconds a second.
+    /// CPU seconds per second.
     pub cores: f64,
     pub requests_per_second_per_core: f64,
     pub images_per_second_per_core: f64,
@@ -149,7 +154,8 @@ impl Bench {
     ///
     /// # Errors
     ///
-    /// When one does not answer, or cannot do what the flags ask for.
+    /// When an endpoint does not answer, or its worker cannot do what the flags
+    /// ask for.
     pub(super) async fn connect(
         flags: &Flags,
         stop: watch::Receiver<bool>,
@@ -165,7 +171,7 @@ impl Bench {
         let k = flags.images_per_call as usize;
         anyhow::ensure!(
             flags.images_per_call <= limits.images_per_call_max,
-            "--images-per-call is {k}, but the worker takes {}",
+            "--images-per-call is {k}; the worker's limit is {} (--images-per-call-max)",
             limits.images_per_call_max
         );
         let calls_max = limits.images_in_flight_max as usize / k;
@@ -196,7 +202,7 @@ impl Bench {
         }))
     }
 
-    /// How a call is made if nothing else is said.
+    /// Call options from the flags.
     pub(super) fn manner(&self) -> CallOptions {
         CallOptions {
             method: self.flags.task,
@@ -215,7 +221,8 @@ impl Bench {
         limits.batch_size_max.max(1) as usize
     }
 
-    /// Callers that saturate the worker, and that it has room for.
+    /// Default number of callers: enough to saturate the worker, and no more
+    /// than it has room for.
     pub(super) fn callers_default(&self) -> usize {
         let k = self.flags.images_per_call as usize;
         let limits = self.model.limits.unwrap_or_default();
@@ -224,7 +231,7 @@ impl Bench {
         callers.clamp(CALLERS_MIN, CALLERS_MIN.max(room)).min(room) * self.n_endpoints()
     }
 
-    /// Callers of a closed loop where only one number is wanted.
+    /// Number of callers of a closed loop in the modes that take one number.
     pub(super) fn callers(&self) -> usize {
         let given = self.flags.callers.iter().copied().max();
         given.map_or_else(|| self.callers_default(), usize::from)
@@ -234,15 +241,14 @@ impl Bench {
         *self.stop.borrow()
     }
 
-    /// Whether nothing more is to be measured: somebody stopped it, or there is
-    /// no worker any more.
+    /// True if the run should end: it was interrupted, or the worker has gone.
     pub(super) fn is_over(&self, phases: &[Measurement]) -> bool {
         self.is_stopped() || phases.last().is_some_and(|phase| phase.worker_gone)
     }
 
-    /// Whether one of the endpoints has no worker now.
+    /// Returns true if one of the endpoints has no worker now.
     pub(super) async fn is_worker_gone(&self) -> bool {
-        // The first connections are to each of them in turn.
+        // The first connections lead to each endpoint in turn.
         for lane in self.lanes.iter().take(self.n_endpoints()) {
             if matches!(lane.model().await, Err(refusal) if refusal.code == CallCode::NoWorker) {
                 return true;
@@ -255,7 +261,7 @@ impl Bench {
     pub(super) async fn stopped(&self) {
         let mut stop = self.stop.clone();
         if stop.wait_for(|stop| *stop).await.is_err() {
-            // Nobody is left who could stop it.
+            // The sender was dropped, so the run cannot be stopped any more.
             std::future::pending::<()>().await;
         }
     }
@@ -273,8 +279,9 @@ impl Bench {
         input::request(&self.pictures(k))
     }
 
-    /// A call, with as many retries as the flags allow; each on the next
-    /// connection, which with several endpoints is another worker's.
+    /// Makes a call, with as many retries as the flags allow. Each retry uses
+    /// the next connection, which leads to another worker if there are several
+    /// endpoints.
     pub(super) async fn call(
         &self,
         lane: usize,
@@ -296,8 +303,8 @@ impl Bench {
         }
     }
 
-    /// A closed loop of so many callers. `bulk` counts what another load gets
-    /// meanwhile.
+    /// Runs a closed loop with `callers` callers. `bulk` counts the images of
+    /// another load at the same time.
     pub(super) async fn closed(
         self: &Arc<Self>,
         name: &str,
@@ -326,7 +333,7 @@ impl Bench {
             () = async { while loops.join_next().await.is_some() {} } => {}
             () = self.stopped() => loops.abort_all(),
         }
-        // What was aborted has let go of its counts when it is joined.
+        // Aborted tasks have released the recorder once they are joined.
         while loops.join_next().await.is_some() {}
         let observed = watch.end().await;
         self.phase(name, LoadShape::Closed { callers }, &recorder, &observed)
@@ -363,13 +370,14 @@ impl Bench {
             };
             recorder.done(caller, done);
             if is_lost {
-                // It would try again as fast as this machine can.
+                // Without a pause, this caller would retry as fast as the
+                // machine can.
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
         }
     }
 
-    /// An open loop at so many images a second.
+    /// Runs an open loop at `images_per_second`.
     pub(super) async fn open(
         self: &Arc<Self>,
         name: &str,
@@ -404,11 +412,13 @@ impl Bench {
         let places = Arc::clone(&generator.places);
         let arrivals = Arrivals::new(spread, calls_per_second, flags.seed);
         let runtime = tokio::runtime::Handle::current();
-        // A thread, because a timer of the runtime is a millisecond coarse.
+        // A thread, because the runtime's timers have a resolution of only a
+        // millisecond.
         let generated = tokio::task::spawn_blocking(move || generator.run(arrivals, &runtime));
-        // It reports nothing, and a panic there has been reported.
+        // The generator returns nothing, and the panic hook has reported a
+        // panic.
         let _ = generated.await;
-        // All places are free again when every call has ended.
+        // All permits are free again when every call has ended.
         tokio::select! {
             _ = places.acquire_many(n_places) => {}
             () = self.stopped() => {}
@@ -447,7 +457,7 @@ impl Bench {
     }
 }
 
-/// Sends the calls of an open loop when they are due.
+/// Generator that sends the calls of an open loop when they are due.
 struct Generator {
     bench: Arc<Bench>,
     manner: CallOptions,
@@ -466,7 +476,8 @@ impl Generator {
                 return;
             }
             let Some(place) = self.place(runtime) else {
-                // The time is up: what is due by now was never sent.
+                // The measurement is over, so this call, though due, is never
+                // sent.
                 if self.recorder.measures(due) {
                     self.recorder.unsent();
                 }
@@ -498,7 +509,7 @@ impl Generator {
         }
     }
 
-    /// Sleeps until a call is due; `false` when the run should end.
+    /// Sleeps until a call is due; returns `false` when the run should end.
     fn wait(&self, due: Instant) -> bool {
         loop {
             if self.bench.is_stopped() {
@@ -512,7 +523,8 @@ impl Generator {
         }
     }
 
-    /// A place among the calls in flight; `None` when none gets free in time.
+    /// Waits for a permit among the calls in flight; `None` if none is free
+    /// before the end of the measurement.
     fn place(&self, runtime: &tokio::runtime::Handle) -> Option<OwnedSemaphorePermit> {
         let places = Arc::clone(&self.places);
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
@@ -528,7 +540,7 @@ impl Generator {
     }
 }
 
-/// Looks at the worker, the tool and the clock while a measurement runs.
+/// Samples the worker, the tool and the clock while a measurement runs.
 struct Watch {
     task: JoinHandle<Observed>,
     end: oneshot::Sender<()>,
@@ -606,7 +618,7 @@ async fn watch(
     let ended_at = Instant::now();
     let observed = Observed {
         elapsed: match until {
-            // The window is what counts are taken from, to the nanosecond.
+            // Rates refer to the exact window in which calls are counted.
             Some(until) if ended_at >= until => until.saturating_duration_since(from),
             _ => ended_at.saturating_duration_since(started),
         },
@@ -628,7 +640,8 @@ impl Observed {
         let (first, last) = (self.samples.first()?, self.samples.last()?);
         let seconds = last.at.duration_since(first.at).as_secs_f64();
         let cores = (last.cpu_seconds - first.cpu_seconds) / seconds.max(1e-9);
-        // Less than the kernel's clock can tell apart is no measurement.
+        // A difference below the resolution of the kernel's clock is no
+        // measurement.
         let per_core = |rate: f64| if cores > 0.0 { rate / cores } else { 0.0 };
         let rss = self.samples.iter().map(|usage| usage.rss_kib);
         Some(ServerUse {

@@ -1,4 +1,4 @@
-//! What the modes with plain measurements do, and what they make of them.
+//! Modes that consist of plain measurements, with their findings.
 
 use std::sync::Arc;
 
@@ -12,14 +12,14 @@ use super::report::{milliseconds, rate};
 use super::stats::{Percentiles, as_f64};
 use crate::proto::Priority;
 
-/// What a mode found out.
+/// Findings of a mode.
 #[derive(Debug, Default)]
 pub(super) struct ModeFindings {
-    /// For a person, below the table.
+    /// Lines for a person, printed below the table.
     pub lines: Vec<String>,
-    /// For a program: the mode's own numbers.
+    /// Numbers for a program, in `--json`.
     pub numbers: Map<String, Value>,
-    /// Promises that the worker broke; the exit code tells.
+    /// Promises that the worker broke; with any, the exit code is 1.
     pub broken: Vec<String>,
 }
 
@@ -33,7 +33,7 @@ impl ModeFindings {
     }
 }
 
-/// All measurements so far. A mode that is interrupted leaves them behind.
+/// All measurements so far, which an interrupted mode leaves behind.
 pub(super) type Phases = Vec<Measurement>;
 
 pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> ModeFindings {
@@ -60,8 +60,8 @@ pub(super) async fn saturate(bench: &Arc<Bench>, phases: &mut Phases) -> ModeFin
     findings
 }
 
-/// Images a second that the worker does at most, measured now; 0 if there was
-/// none that answered.
+/// Measures the saturation: highest throughput of the worker in images per
+/// second; 0 if no worker answered.
 pub(super) async fn saturation(bench: &Arc<Bench>, name: &str, phases: &mut Phases) -> f64 {
     let phase = bench.closed(name, bench.callers(), None).await;
     let rate = if phase.is_whole() {
@@ -120,7 +120,8 @@ pub(super) async fn overload(
     if bench.is_over(phases) {
         return findings;
     }
-    // On a shared machine the base moves; so it is taken on both sides.
+    // On a shared machine the saturation varies, so it is measured before and
+    // after.
     let after = saturation(bench, "saturation again", phases).await;
     if bench.is_over(phases) {
         return findings;
@@ -154,7 +155,7 @@ pub(super) async fn overload(
                 p99_from_send.map_or_else(|| "?".to_owned(), milliseconds)
             ),
             None if *times > 1.0 => {
-                "no rejects: the worker's queue was still filling; take a longer --warm-up"
+                "no rejects: the worker's queue was still filling; use a longer --warm-up"
                     .to_owned()
             }
             None => "no rejects".to_owned(),
@@ -175,7 +176,7 @@ pub(super) async fn overload(
     findings
 }
 
-/// The worst code's 99th percentile.
+/// Returns the largest 99th percentile over all codes.
 fn worst_p99(latencies: impl Iterator<Item = Option<Percentiles>>) -> Option<f64> {
     let p99s = latencies.flatten().map(|latency| latency.p99_ms);
     p99s.fold(None, |worst: Option<f64>, p99| {
@@ -191,7 +192,7 @@ pub(super) async fn mixed(
     let mut findings = ModeFindings::default();
     let kind = match args.bulk {
         BulkKind::Stream if !has_streams(bench).await? => {
-            note("the worker does not serve EmbedStream: the bulk load comes as plain calls");
+            note("the worker does not serve EmbedStream; the bulk load consists of plain calls");
             BulkKind::Unary
         }
         kind => kind,
@@ -222,7 +223,7 @@ pub(super) async fn mixed(
     phases.push(beside.clone());
     if let Some(refusal) = bulk.end().await {
         findings.line(format!(
-            "a bulk client ended before its time: {refusal}; its share is too low"
+            "a bulk client ended early ({refusal}), so the bulk rate is too low"
         ));
         findings.number("bulk_ended", refusal.to_string());
     }
@@ -247,8 +248,8 @@ pub(super) async fn mixed(
         let allowed = 1.2 * alone + batch_ms;
         findings.number("interactive_p99_allowed_ms", allowed);
         findings.line(format!(
-            "interactive p99: {} alone, {} beside bulk; 20 % and one full batch ({}, batch size \
-             over saturation) would be {}",
+            "interactive p99: {} alone, {} beside bulk; 20 % more plus one full batch ({}, batch \
+             size divided by saturation) is {}",
             milliseconds(alone),
             milliseconds(beside),
             milliseconds(batch_ms),
@@ -256,7 +257,8 @@ pub(super) async fn mixed(
         ));
     }
     findings.line(format!(
-        "bulk: {} images/s, {share:.1} % of what was left (saturation {} less interactive {})",
+        "bulk: {} images/s, {share:.1} % of the remaining capacity (saturation {} minus \
+         interactive {})",
         rate(bulk_rate),
         rate(at_most),
         rate(beside.counts.images_per_second)
@@ -264,7 +266,7 @@ pub(super) async fn mixed(
     Ok(findings)
 }
 
-/// Whether the worker serves EmbedStream.
+/// Returns true if the worker serves EmbedStream.
 pub(super) async fn has_streams(bench: &Bench) -> anyhow::Result<bool> {
     bulk::has_streams(bench)
         .await

@@ -1,4 +1,4 @@
-//! Latency against load as a picture.
+//! Plot of latency against load.
 
 use std::path::Path;
 
@@ -10,8 +10,8 @@ use super::stats::Percentiles;
 const SIZE: (u32, u32) = (960, 600);
 const FONT: &str = "sans-serif";
 
-/// The percentiles that are drawn, and their colors: told apart also without
-/// red and green (Okabe and Ito's palette).
+/// Percentiles that are drawn, and their colors, which can also be told apart
+/// without red and green (palette of Okabe and Ito).
 type Line = (&'static str, fn(&Percentiles) -> f64, RGBColor);
 const LINES: [Line; 4] = [
     ("p50", |l| l.p50_ms, RGBColor(0, 114, 178)),
@@ -21,16 +21,16 @@ const LINES: [Line; 4] = [
 ];
 const GRAY: RGBColor = RGBColor(120, 120, 120);
 
-/// What is drawn: latencies by load, in order of load.
+/// Data of the plot: latencies in order of load.
 struct Picture<'a> {
     title: String,
     x_name: &'a str,
     points: Vec<(f64, Percentiles)>,
-    /// A line across, with its name.
+    /// Vertical line at this load, with its name.
     x_mark: Option<(f64, String)>,
 }
 
-/// Writes an SVG. `false` if there is nothing to draw.
+/// Writes the plot as SVG; returns `false` if there is nothing to draw.
 ///
 /// # Errors
 ///
@@ -44,7 +44,8 @@ pub(super) fn draw(path: &Path, title: &str, phases: &[Measurement]) -> anyhow::
     Ok(true)
 }
 
-/// Open loops over the offered rate, or else closed ones over their callers.
+/// Points of open loops by offered rate, or, without any, points of closed
+/// loops by number of callers.
 fn picture<'a>(title: &str, phases: &[Measurement]) -> Option<Picture<'a>> {
     let open = |phase: &Measurement| match phase.shape {
         LoadShape::Open {
@@ -90,7 +91,8 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
         let points = picture.points.iter();
         points.flat_map(|(_, l)| LINES.map(|(_, of, _)| of(l)))
     };
-    // A logarithm has no zero; a microsecond is below all that is measured.
+    // A logarithmic axis has no zero; a microsecond is below every measured
+    // latency.
     let y_min = all().fold(f64::INFINITY, f64::min).max(1e-3) / 1.5;
     let y_max = all().fold(y_min, f64::max) * 1.5;
     let y_axis = (y_min..y_max)
@@ -144,8 +146,8 @@ fn render(path: &Path, picture: &Picture<'_>) -> Result<(), Box<dyn std::error::
     Ok(())
 }
 
-/// 1, 2 and 5 of each decade. A logarithm's own ticks are gone where there is no
-/// power of ten.
+/// Ticks at 1, 2 and 5 of each decade. The default ticks of a logarithmic axis
+/// vanish where the axis contains no power of ten.
 fn ticks(min: f64, max: f64) -> Vec<f64> {
     let decades = (-6..=9).map(|power| 10_f64.powi(power));
     decades
@@ -154,7 +156,7 @@ fn ticks(min: f64, max: f64) -> Vec<f64> {
         .collect()
 }
 
-/// As few digits as tell ticks of a logarithmic axis apart.
+/// Formats a tick with as few digits as tell neighboring ticks apart.
 fn significant(number: f64) -> String {
     match number {
         _ if number >= 1.0 => format!("{number:.0}"),

@@ -1,4 +1,4 @@
-//! What the worker's processes use, from /proc.
+//! Resource use of the worker's processes, read from /proc.
 
 use std::time::{Duration, Instant};
 
@@ -7,20 +7,21 @@ use serde::Serialize;
 
 use super::stats::as_f64;
 
-/// What the processes use at one moment, summed over them.
+/// Resource use of the processes at one moment, summed over all.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct ProcessUsage {
     #[serde(skip)]
     pub at: Instant,
-    /// Since each process began.
+    /// CPU time since each process began.
     pub cpu_seconds: f64,
     pub rss_kib: u64,
     pub threads: u64,
-    /// `None` where they are not shown.
+    /// Open file descriptors; `None` without permission to count them.
     pub file_descriptors: Option<u64>,
 }
 
-/// What the processes use now; `None` if there are none or one is gone.
+/// Reads the current resource use; `None` if there are no processes or one has
+/// ended.
 #[must_use]
 pub(super) fn usage(pids: &[u32]) -> Option<ProcessUsage> {
     let mut sum: Option<ProcessUsage> = None;
@@ -43,11 +44,11 @@ pub(super) fn usage(pids: &[u32]) -> Option<ProcessUsage> {
     sum
 }
 
-/// Checks that each process is there.
+/// Checks that each process exists.
 ///
 /// # Errors
 ///
-/// Names the first that is not.
+/// Names the first process that does not exist.
 pub(super) fn are_there(pids: &[u32]) -> anyhow::Result<()> {
     for pid in pids {
         anyhow::ensure!(
@@ -74,8 +75,8 @@ fn usage_of(process: &Process) -> Option<ProcessUsage> {
     })
 }
 
-/// The slope of the least-squares line through points (x, y); `None` if they do
-/// not spread over x.
+/// Slope of the least-squares line through points (x, y); `None` if all points
+/// have the same x.
 #[must_use]
 pub(super) fn slope(points: &[(f64, f64)]) -> Option<f64> {
     let n = points.iter().fold(0.0, |n, _| n + 1.0);
@@ -89,11 +90,11 @@ pub(super) fn slope(points: &[(f64, f64)]) -> Option<f64> {
     (squares > 0.0).then(|| products / squares)
 }
 
-/// Readings over less time say what an allocator did at the moment, and nothing
-/// of a minute.
+/// Shortest time of readings for a slope. A shorter time shows only what the
+/// allocator did at the moment, and not a growth per minute.
 pub(super) const SLOPE_TIME_MIN: Duration = Duration::from_mins(1);
 
-/// KiB a minute that memory grows by, from `since` on; `None` if the readings
+/// Growth of memory from `since` on, in KiB per minute; `None` if the readings
 /// span less than [`SLOPE_TIME_MIN`].
 #[must_use]
 pub(super) fn rss_slope(samples: &[ProcessUsage], since: Instant) -> Option<f64> {
@@ -127,7 +128,7 @@ mod tests {
         check(&[(1.0, 5.0), (1.0, 7.0)], None);
         check(&[(0.0, 7.0), (1.0, 7.0), (5.0, 7.0)], Some(0.0));
         check(&[(0.0, 100.0), (1.0, 130.0), (2.0, 160.0)], Some(30.0));
-        // Noise that is the same on both sides does not tilt the line.
+        // Noise that is equal at both ends does not tilt the line.
         check(&[(0.0, 1.0), (0.0, 3.0), (2.0, 5.0), (2.0, 7.0)], Some(2.0));
     }
 
@@ -158,7 +159,7 @@ mod tests {
         assert!(usage.file_descriptors.is_some_and(|count| count > 0));
         assert!(super::usage(&[]).is_none());
         assert!(are_there(&[std::process::id()]).is_ok());
-        // No pid is as large as this.
+        // No process has such a large id.
         let error = are_there(&[std::process::id(), u32::MAX]).unwrap_err();
         assert!(error.to_string().contains("--pid 4294967295"), "{error}");
     }

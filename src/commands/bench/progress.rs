@@ -1,12 +1,13 @@
-//! What a person sees while it runs: a line that moves on a terminal, a line a
-//! measurement elsewhere. On standard error, so that the table stays clean.
+//! Progress for a person, on standard error, so that the table on standard
+//! output stays clean: a progress bar on a terminal, one line per measurement
+//! elsewhere.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// One measurement's line; cleared when dropped.
+/// Progress line of one measurement; cleared when dropped.
 #[derive(Debug)]
 pub(super) struct Line {
     bar: Option<ProgressBar>,
@@ -14,7 +15,8 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// `total` is the time it will take, if that is known.
+    /// Shows the line; `total` is the duration of the measurement, if it is
+    /// known.
     pub(super) fn begin(name: &str, total: Option<Duration>) -> Self {
         if !std::io::stderr().is_terminal() {
             let time = total.map_or_else(String::new, |total| {
@@ -60,7 +62,7 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A line for the person, at any time.
+/// Prints a line for the person, at any time.
 pub(super) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "imagegpt: {text}");
 }

@@ -1,7 +1,7 @@
-//! Numbers by seed, so that a run can be repeated.
+//! Random numbers from a seed, so that a run can be repeated.
 
 /// SplitMix64 (Steele, Lea, Flood 2014): small, and good enough for arrivals
-/// and pictures.
+/// and images.
 #[derive(Debug, Clone)]
 pub(super) struct SplitMix64(u64);
 
@@ -10,7 +10,7 @@ impl SplitMix64 {
         Self(seed)
     }
 
-    /// A source of its own for each of many users of one seed.
+    /// Returns an independent generator for each of many users of one seed.
     pub(super) fn fork(seed: u64, idx: u64) -> Self {
         Self(mix(seed ^ mix(idx.wrapping_add(1))))
     }
@@ -20,12 +20,13 @@ impl SplitMix64 {
         mix(self.0)
     }
 
-    /// Below `n`, which is not 0. The bias is below n / 2⁶⁴.
+    /// Returns a number below `n`, which must not be 0. The bias is below n /
+    /// 2⁶⁴.
     pub(super) fn below(&mut self, n: u64) -> u64 {
         self.next() % n.max(1)
     }
 
-    /// At least 0, below 1.
+    /// Returns a number that is at least 0 and below 1.
     #[expect(clippy::cast_precision_loss, reason = "53 bits fit an f64")]
     pub(super) fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64

@@ -1,4 +1,4 @@
-//! Numbers for people: the table and what stands around it.
+//! Report for a person: the table and the lines around it.
 
 use std::io::Write;
 
@@ -8,23 +8,24 @@ use super::stats::{CodeCounts, as_f64};
 use crate::client::load::CallCode;
 use crate::commands::output::columns;
 
-/// A tool that sends calls later than due by more than this part of their
-/// median latency measures itself.
+/// Largest tolerated lateness of the tool, as a fraction of the median latency.
+/// A tool that sends calls later than this measures itself.
 const LATE_SHARE: f64 = 0.1;
-/// Less than this is the kernel's clock and nobody's fault.
+/// Lateness in milliseconds that is always tolerated, since the kernel's clock
+/// causes it.
 const LATE_MS: f64 = 1.0;
 
-/// A time with a sensible number of digits.
+/// Formats a time with a sensible number of digits.
 pub(super) fn milliseconds(time: f64) -> String {
     format!("{} ms", short(time))
 }
 
-/// A rate with a sensible number of digits.
+/// Formats a rate with a sensible number of digits.
 pub(super) fn rate(rate: f64) -> String {
     short(rate)
 }
 
-/// Three digits or more.
+/// Formats a number with at least three significant digits.
 pub(super) fn short(number: f64) -> String {
     match number {
         _ if number >= 100.0 => format!("{number:.0}"),
@@ -34,7 +35,7 @@ pub(super) fn short(number: f64) -> String {
     }
 }
 
-/// Right-aligned columns, the first one left-aligned.
+/// Table with right-aligned columns; only the first column is left-aligned.
 pub(super) struct Table(Vec<Vec<String>>);
 
 impl Table {
@@ -53,7 +54,8 @@ impl Table {
 
 pub(super) const NONE: &str = "-";
 
-/// One row a measurement; refusals, lateness and cores below.
+/// Writes one row per measurement, and below the rows lines about refusals,
+/// lateness and cores.
 pub(super) fn table(phases: &[Measurement], out: &mut impl Write) -> std::io::Result<()> {
     if phases.is_empty() {
         return Ok(());
@@ -107,7 +109,7 @@ pub(super) fn table(phases: &[Measurement], out: &mut impl Write) -> std::io::Re
     Ok(())
 }
 
-/// What a row of numbers does not say about a measurement.
+/// Writes the facts about a measurement that its row does not show.
 fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     let counts = &phase.counts;
     let mut lines = Vec::new();
@@ -119,7 +121,8 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     }
     if let Some(server) = &phase.server {
         lines.push(format!(
-            "server: {:.2} cores, {} requests/s a core, {} images/s a core, memory up to {} MiB{}",
+            "server: {:.2} cores, {} requests/s per core, {} images/s per core, memory up to {} \
+             MiB{}",
             server.cores,
             short(server.requests_per_second_per_core),
             short(server.images_per_second_per_core),
@@ -130,7 +133,10 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
         ));
     }
     if let Some(bulk) = phase.bulk_images_per_second {
-        lines.push(format!("bulk meanwhile: {} images/s", short(bulk)));
+        lines.push(format!(
+            "bulk load at the same time: {} images/s",
+            short(bulk)
+        ));
     }
     if let Some(late) = counts.lateness {
         let from_send = counts
@@ -157,12 +163,12 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     for (count, what) in [
         (
             counts.unsent,
-            "calls were due but not sent, because --in-flight-max were in flight",
+            "calls were due but not sent, because of the limit on calls in flight (--in-flight-max)",
         ),
         (counts.retries, "retries"),
         (
             counts.abandoned,
-            "calls were let go of when the run was interrupted",
+            "calls were abandoned when the run was interrupted",
         ),
     ] {
         if count > 0 {
@@ -171,8 +177,8 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     }
     if phase.is_crowded() {
         lines.push(format!(
-            "up to {} calls in flight on {} connections, which usually carry 200 each: some waited \
-             in this tool; raise --connections",
+            "up to {} calls were in flight on {} connections, which usually carry 200 each, so \
+             some waited in this tool; raise --connections",
             counts.in_flight_peak, phase.connections
         ));
     }
@@ -185,7 +191,7 @@ fn remarks(phase: &Measurement, out: &mut impl Write) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether the tool fell behind so far that it shows in the figures.
+/// True if the tool was so late that the latencies are wrong.
 pub(super) fn is_client_bound(phase: &Measurement) -> bool {
     let Some((late, latency)) = phase.counts.lateness.zip(phase.counts.latency) else {
         return false;
@@ -222,7 +228,7 @@ fn refusals(code: CallCode, refused: &CodeCounts) -> String {
     )
 }
 
-/// What the mode makes of it all.
+/// Writes the findings of the mode and the promises that were broken.
 pub(super) fn findings(findings: &ModeFindings, out: &mut impl Write) -> std::io::Result<()> {
     for line in &findings.lines {
         writeln!(out, "{line}")?;

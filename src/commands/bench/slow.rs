@@ -1,4 +1,4 @@
-//! Callers beside clients that open streams and stop reading.
+//! Mode slow-reader: callers beside clients that open streams and stop reading.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,9 +13,9 @@ use super::progress::note;
 use super::report::milliseconds;
 use crate::client::load::{LoadConnection, StreamEvent, StreamReader, StreamWriter};
 
-/// Bytes of answers that a connection takes before somebody reads them: the
-/// smallest window that HTTP/2 clients usually open, so that the worker soon
-/// has nowhere to put more.
+/// Window of a stream: bytes of answers that a connection accepts before the
+/// client reads. The smallest window that HTTP/2 clients usually open, so that
+/// the worker soon cannot send more.
 const STREAM_WINDOW: u32 = 65_535;
 
 pub(super) async fn run(
@@ -67,7 +67,8 @@ pub(super) async fn run(
     phases.push(beside.clone());
     let rss_stalled = process::usage(&bench.flags.pids).map(|usage| usage.rss_kib);
     let accepted_stalled = accepted.load(Ordering::Relaxed);
-    // No more items; what is in the streams is read at last.
+    // Nothing more is sent; the answers of the items in the streams are read
+    // now.
     stalled.shutdown().await;
     let (answered, ended_badly) = read_all(bench, readers).await;
     let accepted = accepted.load(Ordering::Relaxed);
@@ -81,28 +82,28 @@ pub(super) async fn run(
     findings.number("rss_kib_while_stalled", rss_stalled);
     if let Some((alone, beside)) = alone.counts.p99_ms().zip(beside.counts.p99_ms()) {
         findings.line(format!(
-            "callers' p99: {} alone, {} beside {} streams that nobody read",
+            "p99 of the callers: {} alone, {} beside {} streams that nobody read",
             milliseconds(alone),
             milliseconds(beside),
             args.readers
         ));
     }
     findings.line(format!(
-        "those streams took {accepted_stalled} items and then no more; {answered} of {accepted} \
-         answered once read"
+        "the streams accepted {accepted_stalled} items and then no more; {answered} of {accepted} \
+         were answered once the streams were read"
     ));
     if let Some((before, stalled)) = rss_before.zip(rss_stalled) {
         findings.line(format!(
-            "worker's memory: {before} KiB, {stalled} KiB while they stalled"
+            "memory of the worker: {before} KiB before, {stalled} KiB while the streams stalled"
         ));
     }
     if let Some(reason) = ended_badly {
         findings
             .broken
-            .push(format!("a stream that was read late ended: {reason}"));
+            .push(format!("a stream that was read late ended badly: {reason}"));
     }
     if answered != accepted && !bench.is_stopped() {
-        let text = format!("{accepted} items were taken, {answered} answered");
+        let text = format!("the streams accepted {accepted} items and answered {answered}");
         findings.broken.push(text);
     }
     Ok(findings)
@@ -118,7 +119,8 @@ async fn write(bench: &Bench, writer: &StreamWriter, accepted: &AtomicU64) {
     }
 }
 
-/// Answers that come until each stream ends, and how the first bad end was.
+/// Reads answers until each stream ends; returns their number and the error of
+/// the first stream that ended badly.
 async fn read_all(bench: &Bench, readers: Vec<StreamReader>) -> (u64, Option<String>) {
     let mut reading = JoinSet::new();
     for mut reader in readers {
@@ -145,7 +147,10 @@ async fn read_all(bench: &Bench, readers: Vec<StreamReader>) -> (u64, Option<Str
     };
     let in_time = tokio::time::timeout(bench.flags.timeout, all).await.is_ok();
     if !in_time {
-        ended_badly = Some(format!("not at all within {:?}", bench.flags.timeout));
+        ended_badly = Some(format!(
+            "no end within {:?} (--timeout)",
+            bench.flags.timeout
+        ));
     }
     (answered, ended_badly)
 }

@@ -1,8 +1,8 @@
-//! A long mixed load in which every answer is verified.
+//! Mode soak: a long mixed load in which every answer is verified.
 //!
-//! Callers and streams do what clients do to a worker: ask, leave, send
-//! garbage, allow too little time. Whoever gets an answer must get its own,
-//! once. Processes must not grow.
+//! Callers and streams do what clients do to a worker: they ask, disconnect,
+//! send garbage and set short deadlines. Each image must get its own answer,
+//! exactly once. The worker's processes must not grow.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,31 +31,35 @@ use crate::engine::fake::FakeEngine;
 use crate::model::graph::Want;
 use crate::proto::{GrpcCode, Priority, pb};
 
-/// Images of a real model whose answers are asked first.
+/// Number of reference images of a real model; their answers are asked for
+/// first.
 const REFERENCES: u64 = 64;
-/// An answer may differ from the first one by this much of its length: an int8
-/// model's rounding depends on who shares the batch. It must be nearest to its
-/// own image's in any case.
+/// Largest distance of an answer from its reference, as a fraction of the
+/// reference's length: the rounding of an int8 model depends on the other
+/// images of the batch. In any case, the answer must be nearer to its own
+/// reference than to any other.
 const TOLERANCE: f64 = 0.1;
-/// Images of a call.
+/// Most images per call.
 const IMAGES_MAX: u64 = 4;
-/// Items of a stream before it ends and another one begins.
+/// Items of a stream before it ends and the next stream begins.
 const STREAM_ITEMS: u64 = 200;
-/// Of a hundred calls: those that leave, that hold garbage, that allow little
-/// time, and that are bulk. The rest is ordinary.
+/// Calls out of a hundred that are cancelled by the caller, hold garbage, have
+/// a short deadline, or are bulk work. The other calls are ordinary.
 const LEAVE: u64 = 8;
 const GARBAGE: u64 = 8;
 const HURRY: u64 = 8;
 const BULK: u64 = 6;
-/// Those that leave or hurry do so within this time.
+/// Longest time until a caller cancels, and longest of the short deadlines.
 const HURRY_MAX_MS: u64 = 30;
-/// A caller thinks up to this long between calls.
+/// Longest pause of a caller between calls.
 const THINK_MAX_MS: u64 = 4;
 const SAMPLES: u32 = 200;
-/// After the last call, time for the worker to close what it had open.
+/// Time after the last call in which the worker can close its connections and
+/// files.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// What happened. The first group are promises; the rest is told.
+/// Counts of a soak. The first group counts broken promises; the second is for
+/// the report.
 #[derive(Debug, Clone, Default, Serialize)]
 struct Ledger {
     /// Answers that are not the image's own.
@@ -63,13 +67,14 @@ struct Ledger {
     /// Images without an answer although the call or stream ended well, and
     /// calls that were never answered.
     lost: u64,
-    /// Answers that nobody had asked for, or a second time.
+    /// Answers that were not asked for, or that came a second time.
     doubled: u64,
     /// Garbage that was not refused as INVALID_ARGUMENT.
     garbage_taken: u64,
-    /// Codes that the call gave no reason for.
+    /// Calls that ended with an error code that the call gave no reason for, by
+    /// code.
     unexpected: BTreeMap<String, u64>,
-    /// The soak ended because nobody was left to ask.
+    /// True if the soak ended early because the worker went away.
     worker_gone: bool,
 
     calls: u64,
@@ -88,7 +93,8 @@ impl Ledger {
         *self.unexpected.entry(what.to_owned()).or_default() += 1;
     }
 
-    /// A few words for the progress line, and whether a call found no worker.
+    /// Returns a summary for the progress line, and whether a call found no
+    /// worker.
     fn glance(&self) -> (String, bool) {
         let message = format!(
             "{} calls, {} answers verified, {} broken",
@@ -123,15 +129,16 @@ impl Ledger {
     }
 }
 
-/// Tells whether an answer is an image's own.
+/// Verifier that tells whether an answer is an image's own.
 enum Verifier {
-    /// The fake engine's answers can be computed.
+    /// Verifies against the fake engine, whose answers can be computed.
     Fake,
-    /// The answers of images 0 to n, as they came when asked one by one.
+    /// Verifies against the answers of images 0 to n, which were asked for one
+    /// by one.
     References(Vec<Vec<f32>>),
 }
 
-/// What all clients share.
+/// State that all clients share.
 struct Soak {
     bench: Arc<Bench>,
     verifier: Verifier,
@@ -191,8 +198,8 @@ pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<M
         ))
     ));
     findings.line(format!(
-        "{} callers left, {} streams left, {} garbage images refused, {} calls late as they had \
-         to be, {} calls found the worker full",
+        "{} calls cancelled, {} streams cancelled, {} garbage images refused, {} calls ended at \
+         their deadline, {} calls rejected because the worker was full",
         ledger.left, ledger.streams_left, ledger.garbage_refused, ledger.late, ledger.full
     ));
     findings.line(format!(
@@ -201,14 +208,17 @@ pub(super) async fn run(bench: &Arc<Bench>, args: &SoakArgs) -> anyhow::Result<M
     ));
     findings.broken = ledger.broken();
     if ledger.verified == 0 && !bench.is_stopped() {
-        findings.broken.push("no answer at all".to_owned());
+        findings
+            .broken
+            .push("no answer could be verified".to_owned());
     }
     judge_growth(bench, args, &samples, started, &mut findings);
     Ok(findings)
 }
 
-/// Memory, threads and files of the worker's processes over the run. The first
-/// quarter warms up: allocators and thread pools grow to their size.
+/// Judges the growth of memory, threads and open files of the worker's
+/// processes. The first quarter of the run is warm-up: allocators and thread
+/// pools grow to their size.
 fn judge_growth(
     bench: &Bench,
     args: &SoakArgs,
@@ -236,7 +246,7 @@ fn judge_growth(
         first.rss_kib,
         last.rss_kib,
         slope.map_or_else(
-            || "under a minute of readings, too short for a slope".to_owned(),
+            || "too few readings for a slope (less than a minute)".to_owned(),
             |slope| format!("slope {slope:.1} KiB/min")
         ),
         first.threads,
@@ -255,12 +265,15 @@ fn judge_growth(
     if let Some((slope, max)) = slope.zip(args.rss_slope_max)
         && slope > max
     {
-        let text = format!("memory grew by {slope:.1} KiB/min, over --rss-slope-max {max}");
+        let text = format!(
+            "memory grew by {slope:.1} KiB/min; the limit is {max} KiB/min (--rss-slope-max)"
+        );
         findings.broken.push(text);
     }
 }
 
-/// Prepares to verify, which with a real model takes a call an image.
+/// Prepares the verifier; with a real model, this takes one call per reference
+/// image.
 async fn verifier(bench: &Arc<Bench>) -> anyhow::Result<Verifier> {
     if bench.model.execution_provider == "fake" && bench.input.n_distinct().is_none() {
         return Ok(Verifier::Fake);
@@ -271,18 +284,19 @@ async fn verifier(bench: &Arc<Bench>) -> anyhow::Result<Verifier> {
         let body = input::request(&[bench.input.picture(number)]);
         let lane = usize::try_from(number).unwrap_or(0);
         let (outcome, _) = bench.call(lane, bench.manner(), body).await;
-        let images = outcome.map_err(|refusal| anyhow::anyhow!("no reference: {refusal}"))?;
+        let images = outcome
+            .map_err(|refusal| anyhow::anyhow!("a reference image was refused: {refusal}"))?;
         match images.into_iter().next() {
             Some(Ok(data)) => references.push(f32s(&data)),
-            Some(Err(code)) => anyhow::bail!("no reference: an image failed with {code}"),
-            None => anyhow::bail!("no reference: the answer is empty"),
+            Some(Err(code)) => anyhow::bail!("a reference image failed with {code}"),
+            None => anyhow::bail!("the answer for a reference image is empty"),
         }
     }
     Ok(Verifier::References(references))
 }
 
 impl Verifier {
-    /// An image that can be verified.
+    /// Returns an image whose answer can be verified.
     fn picture(&self, bench: &Bench, random: &mut SplitMix64) -> MadeImage {
         match self {
             Self::Fake => bench.input.next(),
@@ -295,7 +309,7 @@ impl Verifier {
         match self {
             Self::Fake => bench.input.tokens_of(number).is_some_and(|tokens| {
                 let expected = FakeEngine::answer(&tokens, Want::Mean);
-                // The same numbers, to the bit.
+                // Both must be equal to the bit.
                 got.iter()
                     .map(|value| value.to_bits())
                     .eq(expected.iter().map(|value| value.to_bits()))
@@ -343,8 +357,8 @@ impl Soak {
         Instant::now() >= self.until || self.bench.is_stopped()
     }
 
-    /// Looks at the worker until all clients are done; the last sample comes
-    /// after they have settled.
+    /// Samples the worker until all clients are done, and once more after the
+    /// worker had time to settle.
     async fn watch(&self, clients: &mut JoinSet<()>) -> Vec<ProcessUsage> {
         let flags = &self.bench.flags;
         let started = Instant::now();
@@ -459,7 +473,7 @@ impl Soak {
         }
     }
 
-    /// Good images around one that is none: it alone must fail.
+    /// Sends good images around a garbage image, which alone must fail.
     async fn garbage(&self, caller: usize, mut pictures: Vec<MadeImage>, random: &mut SplitMix64) {
         let at = usize::try_from(random.below(pictures.len() as u64)).unwrap_or(0);
         pictures[at].encoded = garbage(&self.bench.model, random);
@@ -501,13 +515,14 @@ impl Soak {
         }
     }
 
-    /// `may_be_late`: whether the call had a deadline.
+    /// Counts a call that ended with an error. `may_be_late` is true if the
+    /// call had a deadline.
     async fn refused(&self, refusal: &Refusal, may_be_late: bool) {
         let pause = {
             let mut ledger = lock(&self.ledger);
             match refusal.code {
-                // The tool's own library ends it as CANCELLED when the answer
-                // is still on its way at the deadline.
+                // The tool's HTTP/2 library ends the call as CANCELLED when the
+                // answer is still on its way at the deadline.
                 CallCode::Grpc(GrpcCode::DeadlineExceeded | GrpcCode::Cancelled) if may_be_late => {
                     ledger.late += 1;
                     return;
@@ -521,7 +536,7 @@ impl Soak {
         tokio::time::sleep(pause.min(SETTLE)).await;
     }
 
-    /// One stream after the other; some are left in the middle.
+    /// Runs one stream after the other; some are cancelled in the middle.
     async fn streamer(&self, stream: usize) {
         let mut random = SplitMix64::fork(self.bench.flags.seed, u64::MAX - stream as u64);
         let lane = &self.bench.lanes[stream % self.bench.lanes.len()];
@@ -544,7 +559,8 @@ impl Soak {
         tokio::join!(items, answers).1
     }
 
-    /// Numbers of the items are their ids here; garbage has none of its own.
+    /// Sends the items. Their ids count from 0; `asked` maps each id to the
+    /// number of its image, or to `None` for garbage.
     async fn send_items(
         &self,
         writer: StreamWriter,
@@ -562,7 +578,7 @@ impl Soak {
             }
             lock(asked).insert(id, (!is_garbage).then_some(picture.number));
             if !writer.send(id, &picture.encoded).await {
-                // The reader says how it ended.
+                // The reader reports how the stream ended.
                 lock(asked).remove(&id);
                 return;
             }
@@ -582,8 +598,9 @@ impl Soak {
                 lock(&self.ledger).streams_left += 1;
                 return Ok(());
             }
-            // A stream of bulk work beside a saturating load may take long;
-            // lost is what has no answer while none at all comes.
+            // A stream of bulk work beside a saturating load may take long.
+            // Items count as lost only if no answer at all arrives within the
+            // timeout.
             let event = tokio::time::timeout(self.bench.flags.timeout, reader.next());
             let (id, outcome) = match event.await {
                 Ok(StreamEvent::Answer(id, outcome)) => (id, outcome),
@@ -615,7 +632,7 @@ impl Soak {
     }
 }
 
-/// An encoded `pb::Image` that no worker may take.
+/// Returns an encoded `pb::Image` that every worker must refuse.
 fn garbage(model: &pb::GetModelResponse, random: &mut SplitMix64) -> Bytes {
     let n_positions = model.positions as usize;
     let n_colors = u32::try_from(model.palette_rgb8.len() / 3).unwrap_or(u32::MAX);
@@ -631,7 +648,7 @@ fn garbage(model: &pb::GetModelResponse, random: &mut SplitMix64) -> Bytes {
             ids: vec![0; n_positions.saturating_sub(1)],
         })),
         2 => Some(pb::image::Source::Tokens(pb::Tokens {
-            // The first id that is no color.
+            // The first id that is not a color.
             ids: vec![n_colors; n_positions],
         })),
         3 => Some(pb::image::Source::Rgb8(pb::RawImage {

@@ -1,4 +1,4 @@
-//! What came of calls: counts, latencies, and the numbers made from them.
+//! Statistics of calls: counts, latencies, and the numbers computed from them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,9 +10,10 @@ use serde::Serialize;
 
 use crate::client::load::{CallCode, Outcomes, Refusal};
 
-/// Significant digits that a latency keeps.
+/// Significant digits of a recorded latency.
 const DIGITS: u8 = 3;
-/// Locks that callers spread over, so that they rarely meet at one.
+/// Number of shards, each with a lock of its own, that callers spread over to
+/// avoid contention.
 const SHARDS: usize = 16;
 
 #[expect(
@@ -23,7 +24,7 @@ pub(super) fn as_f64(count: u64) -> f64 {
     count as f64
 }
 
-/// A histogram of times, to three digits.
+/// Histogram of times with three significant digits.
 #[derive(Debug, Clone)]
 pub(super) struct Latencies(Histogram<u64>);
 
@@ -36,16 +37,17 @@ impl Default for Latencies {
 impl Latencies {
     pub(super) fn record(&mut self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        // It grows up to all that a u64 holds, so this cannot fail.
+        // The histogram grows to the whole range of a u64, so recording cannot
+        // fail.
         let _ = self.0.record(nanoseconds);
     }
 
     fn add(&mut self, other: &Self) {
-        // Fails only for a histogram that cannot grow.
+        // Adding fails only for a histogram that cannot grow.
         let _ = self.0.add(&other.0);
     }
 
-    /// `None` if nothing was recorded.
+    /// Returns the percentiles, or `None` if nothing was recorded.
     #[must_use]
     pub(super) fn percentiles(&self) -> Option<Percentiles> {
         if self.0.is_empty() {
@@ -65,7 +67,7 @@ impl Latencies {
     }
 }
 
-/// Latencies in milliseconds.
+/// Number, mean, percentiles and maximum of latencies, in milliseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct Percentiles {
     pub count: u64,
@@ -77,23 +79,23 @@ pub(super) struct Percentiles {
     pub max_ms: f64,
 }
 
-/// What came of the calls that belong to a measurement: those that were sent,
-/// or should have been, after the warm-up.
+/// Counts of the calls of a measurement: calls that were sent, or should have
+/// been sent, after the warm-up.
 #[derive(Debug, Clone, Default)]
 struct Tally {
     answered: Latencies,
-    /// The same from when they were sent; open loop only.
+    /// Latencies from the time of sending; open loop only.
     answered_from_send: Latencies,
     refused: BTreeMap<CallCode, Refused>,
     lateness: Latencies,
     retries: u64,
     images_answered: u64,
     images_failed: BTreeMap<CallCode, u64>,
-    /// Of all calls, those that ended within the window.
+    /// Counts of all calls that ended within the measured window.
     window: Window,
 }
 
-/// Calls that ended with one code.
+/// Calls that ended with one error code.
 #[derive(Debug, Clone, Default)]
 struct Refused {
     is_reject: bool,
@@ -102,11 +104,12 @@ struct Refused {
     images: u64,
     with_retry_info: u64,
     retry_after_max: Duration,
-    /// What the first one said.
+    /// Message of the first of these calls.
     message: String,
 }
 
-/// What ended while the clock ran: the base of every "per second".
+/// Counts of what ended within the measured window: the base of every rate per
+/// second.
 #[derive(Debug, Clone, Copy, Default)]
 struct Window {
     calls: u64,
@@ -114,7 +117,7 @@ struct Window {
     images_within_slo: u64,
 }
 
-/// Gathers what comes of calls, from many callers at once.
+/// Recorder of finished calls, shared by many callers.
 #[derive(Debug)]
 pub(super) struct Recorder {
     shards: Vec<Mutex<Tally>>,
@@ -124,15 +127,16 @@ pub(super) struct Recorder {
     in_flight_peak: AtomicU64,
     slo: Option<Duration>,
     from: Instant,
-    /// `None` while nobody knows when the measurement ends.
+    /// End of the measurement; `None` if it ends after a number of calls.
     until: Option<Instant>,
 }
 
-/// A call that has ended.
+/// A finished call.
 pub(super) struct EndedCall {
-    /// When it should have been sent.
+    /// Time at which the call should have been sent.
     pub(super) due: Instant,
-    /// When it was, if that may differ.
+    /// Time at which the call was sent; `None` in a closed loop, where it is
+    /// the due time.
     pub(super) sent: Option<Instant>,
     pub(super) ended: Instant,
     pub(super) n_images: u64,
@@ -154,7 +158,7 @@ impl Recorder {
         }
     }
 
-    /// Whether a call due at this time is measured.
+    /// Returns true if a call due at this time belongs to the measurement.
     pub(super) fn measures(&self, due: Instant) -> bool {
         due >= self.from
     }
@@ -172,7 +176,7 @@ impl Recorder {
         self.unsent.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many calls are in flight now.
+    /// Records the number of calls in flight now.
     pub(super) fn in_flight(&self, n_calls: u64) {
         self.in_flight_peak.fetch_max(n_calls, Ordering::Relaxed);
     }
@@ -182,7 +186,7 @@ impl Recorder {
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How much later than due a call was sent.
+    /// Records how much later than due a call was sent.
     pub(super) fn lateness(&self, of: usize, due: Instant, sent: Instant) {
         if self.measures(due) {
             let late = sent.saturating_duration_since(due);
@@ -241,7 +245,7 @@ impl Recorder {
         }
     }
 
-    /// A few words for the progress line.
+    /// Returns a summary for the progress line.
     pub(super) fn glance(&self) -> String {
         let (mut calls, mut images) = (0, 0);
         for idx in 0..SHARDS {
@@ -253,8 +257,8 @@ impl Recorder {
         format!("{calls} calls, {:.1} images/s", as_f64(images) / seconds)
     }
 
-    /// All of it in one, after the last call has ended. `elapsed` is how long
-    /// the window was.
+    /// Returns the sum of all shards, once the last call has ended. `elapsed`
+    /// is the length of the measured window.
     pub(super) fn counts(&self, elapsed: Duration) -> CallCounts {
         let mut sum = Tally::default();
         for idx in 0..SHARDS {
@@ -336,40 +340,42 @@ impl Tally {
     }
 }
 
-/// The numbers of one measurement. Calls: `sent` = `answered` + `rejected` +
-/// `failed` + `abandoned`. What is per second counts the calls that ended
-/// within the window; all else the calls that were due in it.
+/// Results of one measurement. For calls, `sent` = `answered` + `rejected` +
+/// `failed` + `abandoned`. Rates per second refer to calls that ended within
+/// the window, all other counts to calls that were due in the window.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct CallCounts {
     pub sent: u64,
-    /// Calls with an answer, even if it says that an image failed.
+    /// Calls that were answered, even if the answer says that an image failed.
     pub answered: u64,
-    /// Calls that the tool let go of because it was interrupted.
+    /// Calls that the tool abandoned because it was interrupted.
     pub abandoned: u64,
-    /// Calls that were due while `--in-flight-max` were in flight, until the
-    /// end.
+    /// Calls that could not be sent before the end of the measurement because
+    /// `--in-flight-max` calls were in flight.
     pub unsent: u64,
-    /// Most calls in flight at once; open loop only.
+    /// Largest number of calls in flight at the same time; open loop only.
     pub in_flight_peak: u64,
     pub retries: u64,
-    /// Calls that the worker had no room for, by code.
+    /// Calls that the worker rejected for lack of room, by code.
     pub rejected: BTreeMap<CallCode, CodeCounts>,
-    /// Calls that ended with any other code.
+    /// Calls that ended with any other error code, by code.
     pub failed: BTreeMap<CallCode, CodeCounts>,
     pub images_sent: u64,
     pub images_answered: u64,
-    /// Errors of images inside answers, by code.
+    /// Failed images inside answers, by code.
     pub images_failed: BTreeMap<CallCode, u64>,
     pub requests_per_second: f64,
     pub images_per_second: f64,
-    /// Images answered within `--slo`, or all without one.
+    /// Images per second that were answered within `--slo`; all images without
+    /// `--slo`.
     pub goodput_images_per_second: f64,
-    /// Of answered calls, from the time they were due.
+    /// Latencies of answered calls from the time at which they were due.
     pub latency: Option<Percentiles>,
-    /// The same from when they left the tool; open loop only. Where this is
-    /// much less, the tool or its machine was late, not the worker.
+    /// Latencies of answered calls from the time at which they left the tool;
+    /// open loop only. If they are much shorter than `latency`, the tool or its
+    /// machine was late, not the worker.
     pub latency_from_send: Option<Percentiles>,
-    /// How much later than due calls left the tool; open loop only.
+    /// Lateness of the tool: time from due to sent; open loop only.
     pub lateness: Option<Percentiles>,
 }
 
@@ -384,25 +390,26 @@ impl CallCounts {
         self.failed.values().map(|code| code.calls).sum()
     }
 
-    /// The 99th percentile of answered calls, in milliseconds.
+    /// Returns the 99th percentile of answered calls, in milliseconds.
     #[must_use]
     pub(super) fn p99_ms(&self) -> Option<f64> {
         self.latency.map(|latency| latency.p99_ms)
     }
 }
 
-/// Calls that ended with one code.
+/// Calls that ended with one error code.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct CodeCounts {
     pub calls: u64,
     pub images: u64,
     pub latency: Option<Percentiles>,
-    /// The same from when they left the tool; open loop only.
+    /// Latencies from the time at which the calls left the tool; open loop
+    /// only.
     pub latency_from_send: Option<Percentiles>,
-    /// Those whose status carries a `google.rpc.RetryInfo`.
+    /// Calls whose status carries a `google.rpc.RetryInfo`.
     pub with_retry_info: u64,
     pub retry_after_max_ms: f64,
-    /// What the first of them said.
+    /// Message of the first of these calls.
     pub message: String,
 }
 
@@ -440,10 +447,10 @@ mod tests {
             recorder.done(usize::try_from(due).unwrap(), done);
         };
         let good = || Ok(vec![Ok(Bytes::new()), Ok(Bytes::new())]);
-        // Sent during the warm-up: only its end is within the window.
+        // Sent during the warm-up; only the end is within the window.
         call(50, 150, good());
         call(200, 210, good());
-        // Over the SLO.
+        // Slower than the SLO.
         call(300, 400, good());
         // Sent within the window, answered after it.
         call(1000, 1200, good());

@@ -1,21 +1,23 @@
-//! The folder for compiled models: whether one can be made there, and the room.
+//! Directory for compiled models: whether it can be created, and its free
+//! space.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::compile::cache;
 
-/// The folder for compiled models.
+/// Findings about the directory for compiled models.
 #[derive(Debug, Clone)]
 pub(super) struct CacheFinding {
-    /// Or why there is none.
+    /// Path of the directory, or the reason why there is none.
     pub(super) folder: Result<PathBuf, String>,
-    /// Bytes that are free, or why nothing can be written there.
+    /// Free space in bytes, or the reason why nothing can be written there.
     pub(super) space: Result<u64, String>,
 }
 
 impl CacheFinding {
-    /// Where `serve` would keep them; the folder need not be there yet.
+    /// Finds the directory that `serve` would use; the directory need not exist
+    /// yet.
     pub(super) fn find(given: Option<&Path>) -> Self {
         let folder = cache::folder(given).map_err(|error| error.to_string());
         let space = folder.as_deref().map_err(Clone::clone).and_then(space);
@@ -23,16 +25,17 @@ impl CacheFinding {
     }
 }
 
-/// What is free where `folder` is or will be.
+/// Returns the free space where `folder` is or will be.
 fn space(folder: &Path) -> Result<u64, String> {
     let there = nearest(folder).map_err(|error| error.to_string())?;
     let of = |error: io::Error| format!("{}: {error}", there.display());
-    // Of a link that leads nowhere this is an error, as it would be of a folder
-    // that is to be made in its place.
+    // A broken link is an error here, as it would be when the directory is
+    // created in its place.
     if !fs::metadata(&there).map_err(of)?.is_dir() {
-        return Err(format!("{} is no folder", there.display()));
+        return Err(format!("{} is not a directory", there.display()));
     }
-    // Permissions do not tell it all: some file systems take no folders.
+    // Permissions do not tell everything: some file systems allow no new
+    // directories.
     let probe = there.join(format!(".imagegpt-doctor.{}", std::process::id()));
     fs::create_dir(&probe).map_err(of)?;
     fs::remove_dir(&probe).map_err(of)?;
@@ -40,7 +43,7 @@ fn space(folder: &Path) -> Result<u64, String> {
     Ok(volume.f_bavail * volume.f_frsize)
 }
 
-/// The last part of the path that is there, whatever it is.
+/// Returns the longest beginning of the path that exists, of whatever type.
 fn nearest(folder: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(folder)?;
     let mut ancestors = absolute.ancestors();
@@ -70,10 +73,10 @@ mod tests {
             let reason = space(path).unwrap_err();
             assert!(reason.contains(expected), "{}: {reason}", path.display());
         };
-        check(&file, "file is no folder");
-        check(&file.join("below"), "file is no folder");
+        check(&file, "file is not a directory");
+        check(&file.join("below"), "file is not a directory");
         check(&link, "No such file or directory");
-        // It is a folder, and takes no others.
+        // /proc is a directory in which no directory can be created.
         check(Path::new("/proc/nope"), "/proc: ");
     }
 }

@@ -1,7 +1,8 @@
-//! This program once more, for what may take its process with it or never come
-//! back: what a driver or a library does to that process is a line of the report.
+//! Child processes of the doctor: this program once more, for code that may
+//! crash its process or never return. The fate of the child process becomes a
+//! line of the report.
 //!
-//! The other process says in JSON what it found, on its last line.
+//! A child process prints its findings as JSON on its last line.
 
 use std::fmt;
 use std::io::{self, Read as _, Write};
@@ -13,16 +14,17 @@ use serde::de::DeserializeOwned;
 
 use super::DoctorArgs;
 
-/// How often a process is looked at; each takes some milliseconds at least.
+/// Interval at which a child process is polled; each runs for some milliseconds
+/// at least.
 const POLL: Duration = Duration::from_millis(10);
-/// Time to end for a process that was killed. One that waits within the kernel,
-/// as a driver's calls do, may never; it is left behind.
+/// Time in which a killed process should end. A process that waits within the
+/// kernel, as calls of a driver do, may never end and is left behind.
 const KILL_GRACE: Duration = Duration::from_secs(1);
 
-/// Why there is no answer.
+/// Reason why a child process gave no answer.
 #[derive(Debug)]
 pub(super) enum ChildLost {
-    /// It was given so long.
+    /// The child process did not end within this time.
     Hung(Duration),
     Ended(ExitStatus),
     Io(io::Error),
@@ -35,8 +37,8 @@ impl fmt::Display for ChildLost {
                 let time = humantime::format_duration(*time);
                 write!(f, "there was no answer within {time}")
             }
-            Self::Ended(status) => write!(f, "the process that tried it ended with {status}"),
-            Self::Io(error) => write!(f, "no process to try it in: {error}"),
+            Self::Ended(status) => write!(f, "the child process ended with {status}"),
+            Self::Io(error) => write!(f, "no child process could be run: {error}"),
         }
     }
 }
@@ -47,12 +49,12 @@ impl From<io::Error> for ChildLost {
     }
 }
 
-/// Starts this program's doctor with `question`, and with what `args` say of the
-/// machine, and waits for what it answers.
+/// Starts this program's doctor with the flags `question` and the paths in
+/// `args`, and returns its answer.
 ///
 /// # Errors
 ///
-/// When it says nothing.
+/// When the child process gives no answer.
 pub(super) fn ask<T: DeserializeOwned>(
     args: &DoctorArgs,
     question: &[&str],
@@ -78,17 +80,17 @@ pub(super) fn ask<T: DeserializeOwned>(
     }
     let mut child = command.spawn()?;
     let Some(status) = end_of(&mut child, time_max)? else {
-        // If it cannot be killed, it has ended by itself.
+        // A process that cannot be killed has ended by itself.
         let _ = child.kill();
         let _ = end_of(&mut child, KILL_GRACE)?;
         return Err(ChildLost::Hung(time_max));
     };
-    // What it says fits the pipe, so it never waited for a reader.
+    // The answer fits into the pipe, so the process never waited for a reader.
     let mut said = Vec::new();
     if let Some(mut stdout) = child.stdout.take() {
         stdout.read_to_end(&mut said)?;
     }
-    // A library may have said something before.
+    // A library may have printed something before the answer.
     let said = String::from_utf8_lossy(&said);
     let answer = said.lines().last().map(serde_json::from_str);
     match answer {
@@ -108,11 +110,11 @@ fn end_of(child: &mut Child, time_max: Duration) -> io::Result<Option<ExitStatus
     }
 }
 
-/// What the other process says.
+/// Prints the answer of a child process.
 ///
 /// # Errors
 ///
-/// When nobody takes it.
+/// When the answer cannot be written.
 pub(super) fn answer(found: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
     writeln!(out, "{}", serde_json::to_string(found)?)?;
     Ok(())

@@ -1,5 +1,5 @@
-//! From what was seen to what it means. Nothing here looks at the machine, so
-//! that any machine can be made up.
+//! Judgment of the findings. Nothing here looks at the machine, so that tests
+//! can invent any machine.
 
 mod cuda;
 
@@ -17,51 +17,52 @@ use crate::gpu::{GpuUsage, Gpus};
 use crate::model::precision::{Provider, ProviderChoice};
 use crate::runtime::MINOR_VERSION_MIN;
 
-/// Less is tight: a worker of imagegpt-small takes 0.6 GiB (`make bench-memory`),
-/// and requests in flight take theirs.
+/// Memory below which the doctor warns: a worker of imagegpt-small takes 0.6
+/// GiB (`make bench-memory`), and requests in flight take more.
 const MEMORY_MIN: u64 = 1 << 30;
-/// Less fills up: imagegpt-small takes 0.35 GiB in fp32, and is written beside its
-/// place before it is there.
+/// Free disk space below which the doctor warns: imagegpt-small takes 0.35 GiB
+/// in fp32 and is written completely before it is moved to its place.
 const SPACE_MIN: u64 = 1 << 30;
-/// 1024 connections (--connections-max), and as many again for files, probes and
-/// connections that shake hands.
+/// Limit on open files below which the doctor warns: 1024 connections
+/// (--connections-max), and as many again for files, probes and connections in
+/// the TLS handshake.
 const OPEN_FILES_MIN: u64 = 2048;
 
-/// What the worker is to serve with.
+/// Provider and GPUs that the worker is to serve with.
 #[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) provider: ProviderChoice,
     pub(super) device_ids: Vec<i32>,
 }
 
-/// What was seen.
+/// All findings about the machine.
 #[derive(Debug, Clone)]
 pub(super) struct MachineFindings {
     pub(super) machine: MachineLimits,
     pub(super) cache: CacheFinding,
     pub(super) library: Library,
-    /// `None` if there is no library to be beside of, or nobody asks for CUDA.
+    /// `None` if there is no usable ONNX Runtime, or CUDA was not asked for.
     pub(super) cuda: Option<CudaProvider>,
-    /// What the driver and NVML said, or why they said nothing.
+    /// Findings of the driver and NVML, or the reason why neither answered.
     pub(super) gpus: Result<DriverFindings, String>,
-    /// `CUDA_VISIBLE_DEVICES`.
+    /// Value of `CUDA_VISIBLE_DEVICES`.
     pub(super) visible_devices: Option<String>,
 }
 
-/// What the driver and NVML said.
+/// Findings of the driver and NVML.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct DriverFindings {
     pub(super) gpus: Gpus,
     pub(super) usage: Vec<(i32, GpuUsage)>,
 }
 
-/// What one check found, before it is known who needs it.
+/// Result of one check, before it is known whether the result matters.
 #[derive(Debug, Clone)]
 enum Finding {
     Fine(String),
-    /// It serves, but...
+    /// A worker serves, but not well; with advice.
     Doubt(String, Option<String>),
-    /// It does not serve.
+    /// A worker does not serve; with advice.
     Bad(String, Option<String>),
 }
 
@@ -74,7 +75,7 @@ impl Finding {
         Self::Doubt(found.into(), Some(todo.into()))
     }
 
-    /// What keeps the worker from serving, in one sentence.
+    /// Returns the reason why a worker cannot serve, in one sentence.
     fn obstacle(&self) -> Option<String> {
         match self {
             Self::Bad(found, Some(todo)) => Some(format!("{found}: {todo}")),
@@ -83,7 +84,8 @@ impl Finding {
         }
     }
 
-    /// As a line of the report, where `bad` is what becomes of what is bad.
+    /// Converts the finding to a line of the report; a bad finding gets the
+    /// result `bad`.
     fn check(self, name: &str, bad: CheckOutcome) -> Check {
         let (result, found, todo) = match self {
             Self::Fine(found) => (CheckOutcome::Ok, found, None),
@@ -99,7 +101,7 @@ impl Finding {
     }
 }
 
-/// All that was found of one provider, and whether it serves.
+/// Findings about one provider, and the first reason why it cannot serve.
 #[derive(Default)]
 struct Side {
     findings: Vec<(String, Finding)>,
@@ -112,7 +114,7 @@ impl Side {
         Self { findings, obstacle }
     }
 
-    /// Runs a model, if nothing is in the way of that already.
+    /// Runs a model, unless an earlier finding rules that out.
     fn try_out(&mut self, name: String, run: impl FnOnce() -> Tried) {
         if self.obstacle.is_some() {
             let finding = Finding::Bad("not tried: see above".to_owned(), None);
@@ -122,9 +124,10 @@ impl Side {
         let finding = match run() {
             Tried::Passed(text) => Finding::Fine(text),
             Tried::Failed(reason) => Finding::Bad(reason, None),
-            Tried::Untried(reason) => {
-                Finding::doubt(format!("not tried: {reason}"), "give a folder by --model")
-            }
+            Tried::Untried(reason) => Finding::doubt(
+                format!("not tried: {reason}"),
+                "name a directory with --model",
+            ),
         };
         self.obstacle = finding.obstacle();
         self.findings.push((name, finding));
@@ -136,7 +139,7 @@ impl Side {
     }
 }
 
-/// Judges what was found; `try_out` runs a model on a provider and a device.
+/// Judges the findings; `try_out` runs a model on a provider and a device.
 pub(super) fn judge(
     asked: &Asked,
     found: &MachineFindings,
@@ -175,7 +178,8 @@ pub(super) fn judge(
 
     let mut checks = machine(found);
     checks.push(library.check("ONNX Runtime", CheckOutcome::Failed));
-    // Where one of both suffices the other one's troubles are a warning.
+    // If one of the two providers can serve, problems of the other are only
+    // warnings.
     let bad = |is_there: bool| match (can_serve, is_there) {
         (false, _) => CheckOutcome::Failed,
         (true, true) => CheckOutcome::Warning,
@@ -183,7 +187,7 @@ pub(super) fn judge(
     };
     checks.extend(cpu.checks(bad(true)));
     if wants_cuda {
-        // A driver that is broken is there.
+        // A broken driver counts as present.
         let has_gpu = found
             .gpus
             .as_ref()
@@ -196,7 +200,7 @@ pub(super) fn judge(
         checks.push(Check {
             name: "CUDA".to_owned(),
             result: CheckOutcome::NotNeeded,
-            found: "not looked at: --execution-provider is cpu".to_owned(),
+            found: "not checked: --execution-provider is cpu".to_owned(),
             todo: None,
         });
     }
@@ -229,7 +233,7 @@ fn library(library: &Library) -> Finding {
         Ok(minor) if *minor < MINOR_VERSION_MIN => Finding::bad(
             format!("{path} is version 1.{minor}"),
             format!(
-                "give one of version 1.{MINOR_VERSION_MIN} or newer by --onnxruntime or \
+                "name a library of version 1.{MINOR_VERSION_MIN} or newer with --onnxruntime or \
                  ORT_DYLIB_PATH: pip install onnxruntime"
             ),
         ),
@@ -238,13 +242,14 @@ fn library(library: &Library) -> Finding {
         )),
         Err(reason) => Finding::bad(
             format!("{path} cannot be used ({reason})"),
-            "give the path of a libonnxruntime.so by --onnxruntime or ORT_DYLIB_PATH: pip install \
+            "name a libonnxruntime.so with --onnxruntime or ORT_DYLIB_PATH: pip install \
              onnxruntime, or onnxruntime-gpu for a GPU",
         ),
     }
 }
 
-/// What all providers stand on. None of it keeps a worker from serving.
+/// Checks of what all providers depend on. A warning here keeps no worker from
+/// serving.
 fn machine(found: &MachineFindings) -> Vec<Check> {
     let machine = &found.machine;
     let findings = [
@@ -268,7 +273,7 @@ fn cpu(machine: &MachineLimits) -> Finding {
         some => some.join(", "),
     };
     let quota = match cpu.quota {
-        Some(quota) => format!(" (the control group gives {quota:.1})"),
+        Some(quota) => format!(" (cgroup limit {quota:.1})"),
         None => String::new(),
     };
     let is_slow = !there.contains(&"AVX2");
@@ -283,7 +288,7 @@ fn cpu(machine: &MachineLimits) -> Finding {
     if is_slow {
         return Finding::doubt(
             text,
-            "attention runs as plain code, which is slower; a CPU with AVX2 would not",
+            "attention runs without vector instructions, which is slower; use a CPU with AVX2",
         );
     }
     Finding::Fine(text)
@@ -295,7 +300,7 @@ fn memory(machine: &MachineLimits) -> Finding {
         bytes.map_or_else(|| "unknown".to_owned(), |bytes| ByteSize(bytes).to_string())
     };
     let limit = match memory.limit {
-        Some(limit) => format!(", of which the control group gives {}", ByteSize(limit)),
+        Some(limit) => format!(", cgroup limit {}", ByteSize(limit)),
         None => String::new(),
     };
     let text = format!(
@@ -307,8 +312,8 @@ fn memory(machine: &MachineLimits) -> Finding {
         Some(usable) if usable < MEMORY_MIN => Finding::doubt(
             text,
             format!(
-                "give it {} and more: imagegpt-small takes 0.6 GiB beside its requests \
-                 (--bytes-in-flight-max)",
+                "provide at least {}: imagegpt-small takes 0.6 GiB, and requests in flight take \
+                 more (--bytes-in-flight-max)",
                 ByteSize(MEMORY_MIN)
             ),
         ),
@@ -320,8 +325,8 @@ fn huge_pages(machine: &MachineLimits) -> Finding {
     match machine.huge_pages.as_deref() {
         Some("never") => Finding::doubt(
             "transparent huge pages are off",
-            "have the node write madvise into /sys/kernel/mm/transparent_hugepage/enabled: on a \
-             CPU steps of generation read their cache faster",
+            "write madvise into /sys/kernel/mm/transparent_hugepage/enabled on the node: on a CPU, \
+             generation then reads its key/value cache faster",
         ),
         Some(mode) => Finding::Fine(format!("transparent, {mode}")),
         None => Finding::Fine("unknown".to_owned()),
@@ -331,33 +336,33 @@ fn huge_pages(machine: &MachineLimits) -> Finding {
 fn open_files(machine: &MachineLimits) -> Finding {
     match machine.open_files_max {
         Some(max) if max < OPEN_FILES_MIN => Finding::doubt(
-            format!("{max} at most"),
+            format!("limit {max}"),
             format!(
-                "ulimit -n {OPEN_FILES_MIN}, or a --connections-max of {}",
+                "raise the limit (ulimit -n {OPEN_FILES_MIN}), or lower --connections-max to {}",
                 max / 2
             ),
         ),
         Some(u64::MAX) => Finding::Fine("no limit".to_owned()),
-        Some(max) => Finding::Fine(format!("{max} at most")),
+        Some(max) => Finding::Fine(format!("limit {max}")),
         None => Finding::Fine("limit unknown".to_owned()),
     }
 }
 
 fn compiled_models(cache: &CacheFinding) -> Finding {
-    let only = "only models that still have to be compiled need it";
+    let only = "only models that are not compiled yet need this directory";
     let folder = match &cache.folder {
         Ok(folder) => folder.display(),
-        Err(reason) => return Finding::doubt(reason, format!("give --cache-dir; {only}")),
+        Err(reason) => return Finding::doubt(reason, format!("set --cache-dir; {only}")),
     };
     match cache.space {
         Ok(bytes) if bytes < SPACE_MIN => Finding::doubt(
             format!("{folder}, {} free", ByteSize(bytes)),
-            format!("make room or give another --cache-dir; {only}"),
+            format!("free some space or use another --cache-dir; {only}"),
         ),
         Ok(bytes) => Finding::Fine(format!("{folder}, {} free", ByteSize(bytes))),
         Err(ref reason) => Finding::doubt(
             format!("{folder} cannot be written ({reason})"),
-            format!("give another --cache-dir; {only}"),
+            format!("use another --cache-dir; {only}"),
         ),
     }
 }

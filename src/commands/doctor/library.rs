@@ -1,4 +1,4 @@
-//! ONNX Runtime's library, and what its CUDA provider needs besides.
+//! ONNX Runtime's library, and the libraries that its CUDA provider needs.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,59 +14,61 @@ use crate::engine::onnx;
 use crate::runtime;
 use crate::runtime::library::LIBRARY;
 
-/// What the CUDA provider is in, beside ONNX Runtime's library: it loads the
-/// second through the first.
+/// Files of the CUDA provider, beside ONNX Runtime's library, which loads the
+/// second file through the first.
 pub(super) const PROVIDER_FILES: [&str; 2] = [
     "libonnxruntime_providers_shared.so",
     "libonnxruntime_providers_cuda.so",
 ];
-/// The driver's part of what the provider is linked with: it comes with the
-/// driver, not with CUDA.
+/// Library of the NVIDIA driver that the provider is linked with; part of the
+/// driver, not of CUDA.
 const DRIVER: &str = "libcuda.so.1";
 
-/// The library as it was found.
+/// Findings about ONNX Runtime's library.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Library {
     pub(super) path: PathBuf,
-    /// Its version's second number (31 of 1.31), or why it cannot be used.
+    /// Minor version (31 of 1.31), or the reason why the library cannot be
+    /// used.
     pub(super) minor: Result<u32, String>,
-    /// The folder that it was loaded from.
+    /// Directory that the library was loaded from.
     pub(super) folder: Option<PathBuf>,
 }
 
-/// The CUDA provider beside it.
+/// Findings about the CUDA provider beside ONNX Runtime's library.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct CudaProvider {
-    /// Files of the provider that are not there.
+    /// Files of the provider that do not exist.
     pub(super) missing_files: Vec<String>,
-    /// Libraries that it is linked with, but for the driver's; empty if it could
-    /// not be read.
+    /// Libraries of CUDA that the provider is linked with; empty if its files
+    /// could not be read.
     pub(super) needed: Vec<Needed>,
-    /// Why it is no library for this machine.
+    /// Reason why a file is not a library for this machine.
     pub(super) unreadable: Option<String>,
-    /// What became of the process that loaded the libraries.
+    /// Fate of the child process that loaded the libraries, if it gave no
+    /// answer.
     pub(super) lost: Option<String>,
 }
 
-/// A library that another one is linked with.
+/// A library that another library is linked with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Needed {
     pub(super) name: String,
-    /// Why it cannot be loaded, in the dynamic linker's words.
+    /// Error of the dynamic linker, if the library cannot be loaded.
     pub(super) error: Option<String>,
-    /// Whether it lies beside ONNX Runtime's library, which is not where the
-    /// published provider looks.
+    /// True if the library lies beside ONNX Runtime's library, where the
+    /// published provider does not look.
     pub(super) is_beside: bool,
 }
 
 impl Library {
-    /// Finds and loads it, as `serve` would.
+    /// Finds and loads the library, as `serve` would.
     pub(super) fn find(given: Option<&Path>) -> Self {
         let path = onnx::find_library(given);
         let minor = match runtime::load(&path) {
             Err(words) => Err(words),
             Ok(()) => {
-                runtime::minor_version(&path).ok_or_else(|| "it is not ONNX Runtime 1.x".to_owned())
+                runtime::minor_version(&path).ok_or_else(|| "not ONNX Runtime 1.x".to_owned())
             }
         };
         let folder = minor.is_ok().then(|| folder(&path)).flatten();
@@ -79,7 +81,7 @@ impl Library {
 }
 
 impl Library {
-    /// The process that looked at it did not say anything.
+    /// Finding for a child process that gave no answer.
     pub(super) fn lost(given: Option<&Path>, lost: &ChildLost) -> Self {
         Self {
             path: onnx::find_library(given),
@@ -89,8 +91,9 @@ impl Library {
     }
 }
 
-/// Where the file really is. What the dynamic linker found by a bare name is in
-/// the list of what this process has mapped.
+/// Returns the directory that the file is really in. A library that the dynamic
+/// linker found by its bare name is looked up in the memory map of this
+/// process.
 fn folder(path: &Path) -> Option<PathBuf> {
     let file = match path.components().count() {
         1 => mapped(Process::myself().and_then(|this| this.maps()).ok()?)?,
@@ -112,8 +115,8 @@ fn mapped(maps: MemoryMaps) -> Option<PathBuf> {
 }
 
 impl CudaProvider {
-    /// Looks at the provider's files in `folder`, and loads what they need from
-    /// where the dynamic linker finds it.
+    /// Looks at the provider's files in `folder`, and loads the libraries that
+    /// they need from where the dynamic linker finds them.
     pub(super) fn find(folder: &Path) -> Self {
         let missing_files: Vec<String> = PROVIDER_FILES
             .into_iter()
@@ -146,8 +149,8 @@ impl CudaProvider {
         }
     }
 
-    /// The process that looked at it did not say anything. Its files are there,
-    /// or it would not have begun to load what they need.
+    /// Finding for a child process that gave no answer. The provider's files
+    /// exist, because loading the libraries begins only after that check.
     pub(super) fn lost(lost: &ChildLost) -> Self {
         Self {
             lost: Some(lost.to_string()),
@@ -155,12 +158,13 @@ impl CudaProvider {
         }
     }
 
-    /// Whether its files are there and are libraries.
+    /// True if all files of the provider exist and are libraries.
     pub(super) fn is_whole(&self) -> bool {
         self.missing_files.is_empty() && self.unreadable.is_none()
     }
 
-    /// The CUDA that it was made for, by the libraries that are numbered like it.
+    /// Major version of the CUDA that the provider was built for, taken from
+    /// the names of libraries that carry this number.
     pub(super) fn cuda_major(&self) -> Option<i32> {
         let numbered = ["libcudart.so.", "libcublas.so.", "libcublasLt.so."];
         let names = self.needed.iter().map(|needed| needed.name.as_str());
@@ -170,8 +174,9 @@ impl CudaProvider {
     }
 }
 
-/// The provider is linked with the C library and the like too, as ONNX Runtime
-/// is, which has been loaded; and with the driver, which is a check of its own.
+/// True for libraries of CUDA. The other libraries that the provider is linked
+/// with are left out: the C library and similar ones are loaded already, with
+/// ONNX Runtime, and the driver has a check of its own.
 fn is_of_cuda(name: &str) -> bool {
     name.starts_with("libcu") && name != DRIVER || name.starts_with("libnv")
 }
@@ -191,16 +196,15 @@ fn load(folder: &Path, name: String, looks_beside: bool) -> Needed {
     }
 }
 
-/// What a library is linked with.
+/// Libraries that a library is linked with.
 struct Linked {
     names: Vec<String>,
-    /// Whether the dynamic linker looks for them in the library's own folder
-    /// first.
+    /// True if the dynamic linker searches the library's own directory first.
     looks_beside: bool,
 }
 
-/// What a library is linked with, by its own table. Of its hundreds of megabytes
-/// only the table is read.
+/// Reads the libraries that a library is linked with from its dynamic section.
+/// Only this section is read of a file of hundreds of megabytes.
 fn needed(file: &Path) -> Result<Linked, String> {
     let opened = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let data = ReadCache::new(opened);
@@ -214,7 +218,7 @@ fn needed(file: &Path) -> Result<Linked, String> {
         if let Some(machine) = machine()
             && header.e_machine(endian) != machine
         {
-            anyhow::bail!("made for another kind of processor");
+            anyhow::bail!("the file is for another kind of processor");
         }
         let sections = header.sections(endian, &data)?;
         let Some((entries, strings)) = sections.dynamic(endian, &data)? else {
@@ -234,10 +238,10 @@ fn needed(file: &Path) -> Result<Linked, String> {
         }
         Ok(linked)
     };
-    linked().map_err(|error| format!("{} is no library: {error}", file.display()))
+    linked().map_err(|error| format!("{} is not a library: {error}", file.display()))
 }
 
-/// How libraries for this machine are marked.
+/// Machine type in the headers of libraries for this machine.
 fn machine() -> Option<Machine> {
     match std::env::consts::ARCH {
         "x86_64" => Some(EM_X86_64),
@@ -254,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_library_says_what_it_is_linked_with() {
-        // This test's own binary is one, and uses the C library.
+        // This test's own binary is linked with the C library.
         let names = needed(&std::env::current_exe().unwrap()).unwrap().names;
         assert!(
             names.iter().any(|name| name.starts_with("libc.so")),
@@ -267,7 +271,7 @@ mod tests {
         )
         .unwrap();
         let reason = needed(text.path()).map(|linked| linked.names).unwrap_err();
-        assert!(reason.contains("is no library"), "{reason}");
+        assert!(reason.contains("is not a library"), "{reason}");
     }
 
     #[test]
@@ -281,7 +285,7 @@ mod tests {
             std::fs::write(folder.path().join(junk), "junk").unwrap();
             let reason = CudaProvider::find(folder.path()).unreadable.unwrap();
             assert!(reason.contains(junk), "{reason}");
-            // Of its header only the processor (at 18) is another one.
+            // Only the machine type in the header (at 18) differs.
             let mut foreign = std::fs::read(&program).unwrap();
             foreign[18..20].copy_from_slice(&8_u16.to_le_bytes());
             std::fs::write(folder.path().join(junk), foreign).unwrap();
@@ -332,7 +336,7 @@ mod tests {
                 .collect(),
             ..CudaProvider::default()
         };
-        // cuRAND counts for itself.
+        // cuRAND has version numbers of its own.
         let of = |names: &[&str]| provider(names).cuda_major();
         assert_eq!(of(&["libcurand.so.10", "libcudart.so.13"]), Some(13));
         assert_eq!(of(&["libcublasLt.so.12"]), Some(12));

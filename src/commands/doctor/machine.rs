@@ -1,5 +1,5 @@
-//! The machine as Linux describes it, read from files below a root, so that a
-//! test can bring its own.
+//! Limits of the machine as Linux describes them, read from files below a root,
+//! so that a test can provide its own root.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,41 +9,42 @@ use procfs::process::Status;
 use procfs::{CpuInfo, FromRead, Meminfo, ProcessCGroups};
 use rustix::process::{Resource, getrlimit};
 
-/// What of the machine this process may use. What cannot be read is `None`.
+/// Resources of the machine that this process may use. An unreadable value is
+/// `None`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct MachineLimits {
     pub(super) cpu: Cpu,
     pub(super) memory: MemoryLimits,
-    /// Whether transparent huge pages are had: "always", "madvise" or "never".
+    /// Mode of transparent huge pages: "always", "madvise" or "never".
     pub(super) huge_pages: Option<String>,
-    /// Files and connections that the process may have open.
+    /// Limit on open files and connections of the process.
     pub(super) open_files_max: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Cpu {
     pub(super) model: Option<String>,
-    /// CPUs of the machine.
+    /// Number of CPUs of the machine.
     pub(super) n_cpus: usize,
-    /// Those that the process may run on.
+    /// Number of CPUs that the process may run on.
     pub(super) n_allowed: Option<usize>,
-    /// How many CPUs' time its control group gets.
+    /// CPU quota of the process's cgroup, in CPUs.
     pub(super) quota: Option<f64>,
-    /// What the kernel says that they can do.
+    /// CPU features, as the kernel names them.
     pub(super) flags: BTreeSet<String>,
 }
 
-/// In bytes.
+/// Memory sizes in bytes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct MemoryLimits {
     pub(super) total: Option<u64>,
     pub(super) available: Option<u64>,
-    /// What its control group may take.
+    /// Memory limit of the process's cgroup.
     pub(super) limit: Option<u64>,
 }
 
-/// Vector instructions that kernels use, by the kernel's flags; each alternative
-/// needs all of its own.
+/// Vector extensions that the kernels use, with the CPU flags of each: an
+/// extension is present if all flags of one alternative are.
 const EXTENSIONS: [(&str, &[&[&str]]); 5] = [
     ("AVX2", &[&["avx2", "fma"]]),
     ("AVX-512", &[&["avx512f", "avx512dq", "avx512bw"]]),
@@ -53,7 +54,8 @@ const EXTENSIONS: [(&str, &[&[&str]]); 5] = [
 ];
 
 impl MachineLimits {
-    /// This machine, and this process's limit on files, which is the soft one.
+    /// Reads the limits of this machine, and the soft limit on open files of
+    /// this process.
     pub(super) fn here() -> Self {
         Self {
             open_files_max: Some(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)),
@@ -61,7 +63,7 @@ impl MachineLimits {
         }
     }
 
-    /// Reads `proc` and `sys` below `root`.
+    /// Reads the files below `root/proc` and `root/sys`.
     fn read(root: &Path) -> Self {
         let groups = Groups::new(root);
         let thp = root.join("sys/kernel/mm/transparent_hugepage/enabled");
@@ -85,7 +87,7 @@ impl MachineLimits {
 }
 
 impl Cpu {
-    /// What the first CPU is stands for all of them.
+    /// Reads the features of the first CPU, which stands for all CPUs.
     fn new(info: &CpuInfo) -> Self {
         let mut names = ["flags", "Features"].into_iter();
         let flags = names.find_map(|name| info.get_field(0, name));
@@ -101,14 +103,15 @@ impl Cpu {
         }
     }
 
-    /// CPUs whose time the process can have.
+    /// Number of CPUs whose time the process can use.
     pub(super) fn usable(&self) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "machines have few CPUs")]
         let allowed = self.n_allowed.unwrap_or(self.n_cpus) as f64;
         self.quota.map_or(allowed, |quota| quota.min(allowed))
     }
 
-    /// The extensions of our kernels, those that are there and those that are not.
+    /// Vector extensions of the kernels: first the present ones, then the
+    /// missing ones.
     pub(super) fn extensions(&self) -> (Vec<&'static str>, Vec<&'static str>) {
         let has = |alternatives: &[&[&str]]| {
             let whole = |flags: &&[&str]| flags.iter().all(|&flag| self.flags.contains(flag));
@@ -131,18 +134,18 @@ impl MemoryLimits {
         }
     }
 
-    /// What the process may take of it at most.
+    /// Memory that the process may use at most, in bytes.
     pub(super) fn usable(&self) -> Option<u64> {
         self.total.into_iter().chain(self.limit).min()
     }
 }
 
-/// The folders of the control groups that the process is in, innermost first;
-/// each may have a limit, and the smallest holds.
+/// Directories of the process's cgroups, innermost first. Each may have a
+/// limit; the smallest limit applies.
 struct Groups {
-    /// Of the unified hierarchy.
+    /// Directories in the unified hierarchy (cgroup v2).
     unified: Vec<PathBuf>,
-    /// Of the older ones, where they are used.
+    /// Directories in the older hierarchies (cgroup v1), where they are used.
     cpu: Vec<PathBuf>,
     memory: Vec<PathBuf>,
 }
@@ -186,7 +189,7 @@ impl Groups {
         };
         let unified = limit(&self.unified, "memory.max");
         let older = limit(&self.memory, "memory.limit_in_bytes");
-        // The older hierarchy writes "none" as the largest number of pages.
+        // A cgroup v1 without a limit reports the largest number of pages.
         unified
             .into_iter()
             .chain(older)
@@ -195,8 +198,8 @@ impl Groups {
     }
 }
 
-/// `path` below `mount`, and every folder above it up to `mount`: in a container
-/// the path may be the host's, and then only the last is there.
+/// Returns `path` below `mount`, and every directory above it up to `mount`. In
+/// a container, the path may be the host's, and then only `mount` exists.
 fn upwards(mount: &Path, path: &str) -> Vec<PathBuf> {
     let inner = mount.join(path.trim_start_matches('/'));
     inner
@@ -206,7 +209,7 @@ fn upwards(mount: &Path, path: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A number of CPUs; a quota of -1 is none.
+/// Returns a quota as a number of CPUs; a quota of -1 means no limit.
 fn share(quota: f64, period: f64) -> Option<f64> {
     (quota > 0.0 && period > 0.0).then(|| quota / period)
 }
@@ -215,12 +218,13 @@ fn number<T: FromStr>(file: &Path) -> Option<T> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
-/// What a file of /proc says; nothing if it is not there or says something else.
+/// Parses a file of /proc; `None` if the file does not exist or cannot be
+/// parsed.
 fn parsed<T: FromRead>(root: &Path, path: &str) -> Option<T> {
     T::from_file(root.join(path)).ok()
 }
 
-/// CPUs in the ranges that the process may run on.
+/// Counts the CPUs in the ranges that the process may run on.
 fn allowed(status: &Status) -> Option<usize> {
     let mut ranges = status.cpus_allowed_list.as_ref()?.iter();
     ranges.try_fold(0, |sum, (first, last)| {
@@ -241,7 +245,7 @@ mod tests {
 
     use super::*;
 
-    /// A root with these files.
+    /// Makes a root directory with these files.
     fn root(files: &[(&str, &str)]) -> TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -257,7 +261,7 @@ mod tests {
                            processor\t: 1\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n\
                            flags\t\t: fpu avx2 fma\n";
 
-    /// As little as a kernel ever writes, and what is asked for.
+    /// The fields that every kernel writes, and the field that is read.
     const STATUS: &str = "Name:\tx\nState:\tR (running)\nTgid:\t7\nPid:\t7\nPPid:\t1\n\
                           TracerPid:\t0\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nFDSize:\t64\n\
                           Groups:\t\nThreads:\t1\nSigQ:\t0/7\nSigPnd:\t0\nShdPnd:\t0\n\
@@ -312,13 +316,13 @@ mod tests {
             ("sys/fs/cgroup/pods/memory.max", "2147483648\n"),
         ];
         assert_eq!(limits(&pod), (Some(2.5), Some(2 << 30)));
-        // A container that sees its own group as the root.
+        // A container that sees its own cgroup as the root.
         let inside = [
             ("proc/self/cgroup", "0::/\n"),
             ("sys/fs/cgroup/cpu.max", "50000 100000\n"),
         ];
         assert_eq!(limits(&inside), (Some(0.5), None));
-        // The older hierarchies, under a path that only the host has.
+        // Older hierarchies, under a path that only the host has.
         let older = [
             (
                 "proc/self/cgroup",
@@ -381,7 +385,7 @@ mod tests {
         let machine = MachineLimits::here();
         assert!(machine.cpu.n_cpus > 0 && machine.cpu.n_allowed.is_some());
         assert!(machine.memory.total > machine.memory.available);
-        // The shell knows the same limit.
+        // The shell reports the same limit.
         let shell = std::process::Command::new("sh")
             .args(["-c", "ulimit -n"])
             .output()

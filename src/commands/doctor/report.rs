@@ -1,4 +1,4 @@
-//! What the doctor says: a table with a sentence at its end, or JSON.
+//! Report of the doctor: a table that ends with a sentence, or JSON.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -13,9 +13,9 @@ use crate::gpu::{Gpu, GpuUsage};
 pub(super) struct Check {
     pub(super) name: String,
     pub(super) result: CheckOutcome,
-    /// What was found.
+    /// Finding of the check.
     pub(super) found: String,
-    /// What to do about it.
+    /// Advice on what to do about the finding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) todo: Option<String>,
 }
@@ -24,12 +24,12 @@ pub(super) struct Check {
 pub(super) enum CheckOutcome {
     #[serde(rename = "ok")]
     Ok,
-    /// It serves, but worse than it could.
+    /// A worker serves, but worse than it could.
     #[serde(rename = "warning")]
     Warning,
     #[serde(rename = "failed")]
     Failed,
-    /// It is missing, and nothing that was asked for needs it.
+    /// Something is missing that the given flags do not need.
     #[serde(rename = "not needed")]
     NotNeeded,
 }
@@ -45,7 +45,7 @@ impl CheckOutcome {
     }
 }
 
-/// A GPU, and how it is.
+/// A GPU with its current usage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct DeviceReport {
     #[serde(flatten)]
@@ -54,31 +54,35 @@ pub(super) struct DeviceReport {
     pub(super) usage: GpuUsage,
 }
 
-/// All of it.
+/// Complete report.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct DoctorReport {
-    /// Whether a worker could serve with what was asked for.
+    /// True if a worker could serve with the given flags.
     pub(super) can_serve: bool,
-    /// The providers that it could serve on, out of those asked for.
+    /// Providers that a worker could serve on, out of those asked for.
     pub(super) providers: Vec<&'static str>,
-    /// Why it could not on the others.
+    /// Reasons why a worker could not serve on the others, by provider.
     pub(super) obstacles: BTreeMap<&'static str, String>,
     pub(super) checks: Vec<Check>,
     pub(super) gpus: Vec<DeviceReport>,
 }
 
 impl DoctorReport {
+    /// Writes the report as one JSON object.
+    ///
     /// # Errors
     ///
-    /// When nobody takes it.
+    /// When the report cannot be written.
     pub(super) fn json(&self, out: &mut impl Write) -> anyhow::Result<()> {
         writeln!(out, "{}", serde_json::to_string(self)?)?;
         Ok(())
     }
 
+    /// Writes the report as a table.
+    ///
     /// # Errors
     ///
-    /// When nobody takes it.
+    /// When the report cannot be written.
     pub(super) fn table(&self, out: &mut impl Write) -> std::io::Result<()> {
         let rows = self.checks.iter().map(|check| {
             let is_urgent = matches!(check.result, CheckOutcome::Warning | CheckOutcome::Failed);
@@ -94,7 +98,7 @@ impl DoctorReport {
         writeln!(out, "\n{}", self.summary())
     }
 
-    /// One sentence.
+    /// Summary of the report in one sentence.
     fn summary(&self) -> String {
         let providers = match self.providers.as_slice() {
             [] => "nothing".to_owned(),

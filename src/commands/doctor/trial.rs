@@ -1,5 +1,5 @@
-//! One model run on one provider, through the engine that would serve it, in a
-//! process of its own.
+//! Trial of a provider: runs a model through the engine that would serve it, in
+//! a child process.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -19,42 +19,43 @@ use crate::model::precision::{Precision, Provider};
 use crate::serve::config::ServeConfig;
 use crate::serve::engines::onnx_factory;
 
-/// A trial that takes longer hangs: a tiny model takes seconds, and one of
-/// --model that has to be compiled first minutes.
+/// Longest time of a trial; a longer trial hangs. A tiny model takes seconds, a
+/// model of --model that must be compiled first takes minutes.
 const TIME_MAX: Duration = Duration::from_mins(15);
-/// What is run if --model says nothing else.
+/// Model to run without --model.
 const TINY: &str = "random:tiny";
-/// How far two answers to one question may lie apart: a GPU may add in another
-/// order from run to run.
+/// Largest relative difference of two answers to the same image: a GPU may add
+/// in another order from run to run.
 const TOLERANCE: f64 = 1e-2;
 
-/// How it went.
+/// Result of a trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Tried {
-    /// With what and how fast.
+    /// The model ran; the text names the model, the graph and the time.
     Passed(String),
-    /// Why.
+    /// The model did not run, for this reason.
     Failed(String),
-    /// It says nothing of the provider that nothing could be run: why.
+    /// The provider is unknown, because no model could be prepared, for this
+    /// reason.
     Untried(String),
 }
 
-/// Has another process try it.
+/// Runs the trial in a child process.
 pub(super) fn in_a_process(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     let id = id.to_string();
     let question = ["--trial", provider.name(), "--device-id", &id];
     child::ask(args, &question, TIME_MAX).unwrap_or_else(|lost| Tried::Failed(lost.to_string()))
 }
 
-/// Tries it in this process.
+/// Runs the trial in this process.
 pub(super) fn here(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     let scratch = match &args.model {
         Some(_) => None,
-        None => match ScratchFolder::new("doctor").context("TMPDIR names it") {
+        None => match ScratchFolder::new("doctor").context("TMPDIR names its parent") {
             Ok(scratch) => Some(scratch),
             Err(error) => {
-                return Tried::Untried(format!("no place for a tiny model: {error:#}"));
+                return Tried::Untried(format!("no directory for a tiny model: {error:#}"));
             }
         },
     };
@@ -70,7 +71,7 @@ pub(super) fn here(args: &DoctorArgs, provider: Provider, id: i32) -> Tried {
     }
 }
 
-/// As `serve` would run the model by these flags.
+/// Returns the flags with which `serve` would run the model.
 fn config(
     args: &DoctorArgs,
     provider: Provider,
@@ -89,13 +90,14 @@ fn config(
     let mut config = serve::own_config(model, &flags, None)?;
     config.model.library = args.library.clone();
     config.model.compile.cache = args.cache.clone();
-    // One image is all there will be.
+    // The trial runs one image at a time.
     config.batching.max_batch_size = 1;
     config.batching.batch_sizes.clear();
     Ok(config)
 }
 
-/// The same for a tiny model, which is compiled in the folder `scratch`.
+/// Returns the flags for a tiny model, which is compiled in the directory
+/// `scratch`.
 fn tiny_config(
     args: &DoctorArgs,
     provider: Provider,
@@ -104,7 +106,7 @@ fn tiny_config(
 ) -> anyhow::Result<ServeConfig> {
     let mut config = config(args, provider, id, TINY)?;
     config.model.model_name = Some("tiny".to_owned());
-    // What the environment says of compiling is about another model.
+    // Variables of the environment about compiling are for another model.
     let compile = &mut config.model.compile;
     (compile.revision, compile.feature_layer) = (None, None);
     compile.precision = Precision::Fp32;
@@ -123,7 +125,7 @@ fn run(
     let facts = engine.facts().clone();
     ensure!(
         facts.provider == provider.name(),
-        "it ran on {} instead",
+        "the model ran on {} instead",
         facts.provider
     );
     let (graph, want) = model
@@ -152,7 +154,7 @@ fn run(
     ))
 }
 
-/// Something that depends on the whole of a graph's output.
+/// Returns an output that depends on all values of the graph.
 fn want(model: &Model, graph: Graph) -> Option<Want> {
     match graph {
         Graph::Features(norm) => model.features(&[model.layer_default()?], norm),
@@ -173,8 +175,8 @@ fn answer_of(engine: &mut dyn Engine, graph: Graph, row: BatchRow<'_>) -> anyhow
     answers.into_iter().next().context("there was no answer")
 }
 
-/// Refuses what no model answers, and what a device answers that computes
-/// differently from one time to the next.
+/// Returns an error for an answer that no model gives, and for a device that
+/// computes differently from run to run.
 fn compare(first: &[f32], second: &[f32]) -> anyhow::Result<()> {
     let length = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect::<Vec<_>>();
@@ -182,14 +184,14 @@ fn compare(first: &[f32], second: &[f32]) -> anyhow::Result<()> {
     let is_finite = |values: &[f64]| values.iter().all(|value| value.is_finite());
     ensure!(
         is_finite(&a) && is_finite(&b),
-        "the answer has numbers that are none (NaN or infinite)"
+        "the answer has values that are not finite (NaN or infinite)"
     );
     let size = length(&mut a.iter().copied());
     ensure!(size > 0.0, "the answer is all zeros");
     let apart = length(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / size;
     ensure!(
         a.len() == b.len() && apart <= TOLERANCE,
-        "the same image had another answer the second time, {apart:.3} of its length away"
+        "the same image had another answer the second time; the relative difference is {apart:.3}"
     );
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Which addresses a list's URL may lead to. Names are no evidence: what counts
-//! is the address that a connection is opened to, so the same rule is asked by
-//! whoever resolves names.
+//! Rules for the addresses that a list's URLs may lead to. A host name proves
+//! nothing: the address that a connection is opened to decides, so the resolver
+//! of host names applies the same rules.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -9,16 +9,16 @@ use std::sync::Arc;
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// How far an address reaches.
+/// Reach of an address: from where the address can be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AddressScope {
-    /// Anybody on the internet can reach it.
+    /// Reachable from anywhere on the internet.
     Public,
-    /// Only this machine or its own network can: loopback, private, shared,
-    /// multicast, reserved.
+    /// Reachable only from this machine or its own network: loopback, private,
+    /// shared, multicast, reserved.
     Private,
-    /// Only the machine's own link can, where clouds have their metadata and
-    /// credentials.
+    /// Reachable only on the machine's own link, where clouds serve metadata
+    /// and credentials.
     LinkLocal,
 }
 
@@ -40,8 +40,9 @@ const METADATA_V4: [Ipv4Addr; 2] = [
     Ipv4Addr::new(192, 0, 0, 192),
 ];
 
-/// How far an address reaches, by IANA's registries of special addresses; one of
-/// IPv6 that stands for one of IPv4 reaches no further than that.
+/// Returns the reach of an address by IANA's registries of special addresses.
+/// An IPv6 address that stands for an IPv4 address reaches no further than the
+/// IPv4 address.
 pub(super) fn scope(address: IpAddr) -> AddressScope {
     match address {
         IpAddr::V4(address) => scope_v4(address),
@@ -81,7 +82,8 @@ fn scope_v6(address: Ipv6Addr) -> AddressScope {
     }
     let octets = address.octets();
     let v4 = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);
-    // A gateway of the own network may lead anywhere in it.
+    // A gateway of this machine's network may lead to any address in that
+    // network.
     let private_at_most = |inner: AddressScope| match inner {
         AddressScope::LinkLocal => AddressScope::LinkLocal,
         AddressScope::Public | AddressScope::Private => AddressScope::Private,
@@ -93,29 +95,30 @@ fn scope_v6(address: Ipv6Addr) -> AddressScope {
         _ if octets[..12] == [0; 12] => private_at_most(scope_v4(v4(12))),
         (0x64, 0xff9b, 0) if octets[4..12] == [0; 8] => scope_v4(v4(12)),
         (0x64, 0xff9b, 1) => private_at_most(scope_v4(v4(12))),
-        // 6to4 has it after the prefix, Teredo inverted at the end.
+        // 6to4 has the IPv4 address after the prefix, Teredo inverted at the
+        // end.
         (0x2002, ..) => scope_v4(v4(2)),
         (0x2001, 0, _) => private_at_most(scope_v4(Ipv4Addr::from_bits(!v4(12).to_bits()))),
-        // The IETF's own, documentation.
+        // Addresses of the IETF's protocols, and of documentation.
         (0x2001, 0x1..=0x1ff | 0xdb8, _) | (0x3fff, 0..=0x0fff, _) => AddressScope::Private,
-        // Global unicast; all else is loopback, unique local, multicast or not
-        // given out.
+        // Global unicast. Every other address is loopback, unique local,
+        // multicast or not assigned.
         (0x2000..=0x3fff, ..) => AddressScope::Public,
         _ => AddressScope::Private,
     }
 }
 
-/// Which addresses a request may be sent to.
+/// Rule for the addresses that a request may be sent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AddressRule {
-    /// Address that a list names itself, or a host that only the own network reaches
-    /// redirects to.
+    /// Address that a list names itself, or that is the target of a redirect
+    /// from a host that only this machine's network reaches.
     Named {
-        /// True if `--link-local-addresses` allows those, too.
+        /// True if `--link-local-addresses` allows link-local addresses, too.
         link_local: bool,
     },
-    /// Address that a public one redirects to, and everything with
-    /// `--public-addresses-only`.
+    /// Address that is the target of a redirect from a public address; with
+    /// `--public-addresses-only` every address.
     Public,
 }
 
@@ -129,7 +132,7 @@ impl AddressRule {
     }
 }
 
-/// An address that the rule does not allow.
+/// Error of an address that the rule does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{address} is a {scope} address")]
 pub(super) struct AddressRefused {
@@ -137,8 +140,8 @@ pub(super) struct AddressRefused {
     pub(super) scope: AddressScope,
 }
 
-/// Where names and the reach of addresses are looked up. Tests have a network of
-/// their own.
+/// Lookup of host names, and of the reach of addresses. Tests replace both with
+/// a network of their own.
 #[derive(Clone)]
 pub(super) struct AddressBook {
     pub(super) names: Arc<dyn Resolve>,
@@ -161,7 +164,7 @@ impl Default for AddressBook {
 }
 
 impl AddressBook {
-    /// True if the rule allows an address.
+    /// Checks that the rule allows an address.
     pub(super) fn check(&self, rule: AddressRule, address: IpAddr) -> Result<(), AddressRefused> {
         let scope = (self.scope)(address);
         if rule.allows(scope) {
@@ -171,9 +174,9 @@ impl AddressBook {
         }
     }
 
-    /// The same of a URL whose host is an address, which is connected to without
-    /// asking for a name. Other spellings than the usual (2130706433, 0x7f.1)
-    /// are the usual one in a parsed URL.
+    /// Checks that the rule allows the host of a URL if the host is an address,
+    /// since a connection to an address resolves no name. Unusual spellings
+    /// (2130706433, 0x7f.1) have become the usual one in a parsed URL.
     pub(super) fn check_literal(&self, rule: AddressRule, url: &Url) -> Result<(), AddressRefused> {
         let host = url.host_str().unwrap_or_default();
         let host = host.trim_start_matches('[').trim_end_matches(']');
@@ -182,7 +185,7 @@ impl AddressBook {
     }
 }
 
-/// The system's own resolver.
+/// Resolver of the system.
 #[derive(Debug)]
 struct SystemNames;
 
@@ -196,8 +199,8 @@ impl Resolve for SystemNames {
     }
 }
 
-/// A resolver that knows only addresses that its rule allows: a connection is
-/// opened to one of them or to none, however often a name changes.
+/// Resolver that returns only addresses that its rule allows. So a connection
+/// is opened to an allowed address or to none, however often a name changes.
 #[derive(Debug)]
 pub(super) struct RuledNames {
     pub(super) book: AddressBook,
@@ -322,7 +325,7 @@ mod tests {
         assert!(refused("http://[::1]/").is_some());
         assert!(refused("http://[::ffff:a9fe:a9fe]/").is_some());
         assert_eq!(refused("http://8.8.8.8/"), None);
-        // Whoever resolves the name finds out.
+        // The resolver of the name checks its addresses.
         assert_eq!(refused("http://localhost/"), None);
     }
 

@@ -1,4 +1,4 @@
-//! Whether all parts are there, and what they are together.
+//! Check that all parts of a job exist, and the summary of the whole dataset.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -11,12 +11,12 @@ use super::journal::{self, JobManifest, ModelFact, PartId, Record};
 use super::sink::Sink;
 use crate::files::hex;
 
-/// A summary of all parts, once they are there.
+/// Path of the summary of all parts, written once they exist.
 const SUMMARY: &str = "_imagegpt/summary.json";
-/// Parts that `--finish` names when they are missing.
+/// Missing parts that the error of `--finish` names.
 const MISSING_SHOWN: usize = 10;
 
-/// What is known of a whole dataset; the same however it came about.
+/// Summary of a whole dataset; the same whatever runs and shares produced it.
 #[derive(Debug, Serialize)]
 pub(super) struct DatasetSummary {
     model: ModelFact,
@@ -25,12 +25,13 @@ pub(super) struct DatasetSummary {
     rows: u64,
     errors: u64,
     parts: usize,
-    /// Over the digests of all files, by name.
+    /// SHA-256 over the digests and names of all files, in the order of the
+    /// parts.
     sha256: String,
 }
 
-/// Records whose files are all there, as large as they were written. Whatever
-/// somebody has deleted is done again.
+/// Keeps the records whose files all exist with the size that was written. A
+/// part with a deleted file is done again.
 pub(super) async fn only_with_files(
     sink: &Sink,
     mut records: BTreeMap<PartId, Record>,
@@ -42,14 +43,16 @@ pub(super) async fn only_with_files(
             .iter()
             .all(|file| there.get(&file.name) == Some(&file.bytes));
         if !whole {
-            tracing::warn!("files of part {id} are missing or were changed; it is done again");
+            tracing::warn!(
+                "files of part {id} are missing or were changed; the part must be done again"
+            );
         }
         whole
     });
     Ok(records)
 }
 
-/// All files of the output, with their sizes.
+/// Lists all files of the output, with their sizes.
 async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
     let mut files = BTreeMap::new();
     for folder in ["", "errors", "img_emb", "metadata"] {
@@ -72,7 +75,7 @@ pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::R
             Ok(JobEnded::Done)
         }
         Err(error) if error.is::<NotBegun>() => Err(error),
-        // Parts that are missing, or a bucket that is away.
+        // Parts are missing, or the bucket is unavailable.
         Err(error) => {
             tracing::error!("{error:#}");
             Ok(JobEnded::Failed)
@@ -80,22 +83,26 @@ pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::R
     }
 }
 
-/// There is nothing to finish.
+/// Error of an output in which no job has begun, so that there is nothing to
+/// finish.
 #[derive(Debug, thiserror::Error)]
-#[error("{output} has no manifest: no `imagegpt embed` has begun there")]
+#[error("--output {output} has no manifest: no `imagegpt embed` has begun there")]
 struct NotBegun {
     output: String,
 }
 
-/// Parts are missing.
+/// Error of an output in which parts are missing.
 #[derive(Debug, thiserror::Error)]
-#[error("{output} is not whole: {}; run their jobs again", missing.join(", "))]
+#[error(
+    "--output {output} is not complete; missing: {}; run the jobs of these parts again",
+    missing.join(", ")
+)]
 struct Incomplete {
     output: String,
     missing: Vec<String>,
 }
 
-/// Checks that all parts are there, and writes the summary.
+/// Checks that all parts exist, and writes the summary.
 pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
     let manifest = JobManifest::read(sink).await?.ok_or_else(|| NotBegun {
         output: sink.to_string(),
@@ -108,7 +115,8 @@ pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
         let done = journal::done(&records, shard);
         if done.last().is_none_or(|last| last.next.is_some()) {
             let part = done.len();
-            missing.push(format!("part {} and what follows", PartId { shard, part }));
+            let first = PartId { shard, part };
+            missing.push(format!("part {first} and the rest of its shard"));
         }
         whole.extend(done);
     }

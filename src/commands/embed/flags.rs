@@ -1,5 +1,5 @@
-//! Flags of `imagegpt embed`, each also an environment variable where a job's
-//! template would set it.
+//! Flags of `imagegpt embed`. Each flag that a job's template would set is also
+//! an environment variable.
 
 use std::time::Duration;
 
@@ -12,20 +12,22 @@ use crate::model::graph::{Context, Norm};
 use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 
-/// Embed, classify or score a dataset of any size; killed at any moment, the same
-/// command goes on where it was.
+/// Embed, classify or score a dataset of any size. Resumable: after a kill at
+/// any moment, the same command continues after the last finished part.
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
-    /// What to read: a folder tree of images; a list of images (.txt, one a
-    /// line, or .csv with a header); WebDataset shards (.tar); Parquet, also
-    /// with images as Hugging Face stores them; Arrow (.arrow); or a folder of
-    /// such shards. A path, or a URL: s3://, gs://, az://, http://, https://.
-    /// {000..999} and {a,b} are written out
+    /// Input to read: a directory tree of images; a list of images (.txt with
+    /// one path or URL per line, or .csv with a header); WebDataset shards
+    /// (.tar); Parquet, also with images as Hugging Face stores them; Arrow
+    /// (.arrow); or a directory of such shards. A path, or a URL: s3://, gs://,
+    /// az://, http://, https://. Brace patterns such as {000..999} and {a,b}
+    /// are expanded
     #[arg(value_name = "INPUT", required_unless_present = "finish")]
     pub inputs: Vec<String>,
 
-    /// Where the table goes: a folder, or a URL (s3://, gs://, az://)
-    #[arg(short, long, env = "IMAGEGPT_OUTPUT", value_name = "FOLDER")]
+    /// Directory or URL (s3://, gs://, az://) into which the output table is
+    /// written
+    #[arg(short, long, env = "IMAGEGPT_OUTPUT", value_name = "DIR")]
     pub output: String,
 
     #[command(flatten)]
@@ -42,28 +44,29 @@ pub struct EmbedArgs {
     pub log: LogConfig,
 }
 
-/// Who does the work.
+/// Flags that name the workers and bound what they are given.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Workers")]
 pub struct WorkersConfig {
-    /// Where workers listen, as often as there are; a name with several
-    /// addresses (in Kubernetes a headless service) is all of them, and is
-    /// resolved again as they come and go
+    /// URL of a worker; give several, separated by commas or by repeating the
+    /// flag, to use all of them. A host name with several addresses (in
+    /// Kubernetes a headless service) stands for one worker per address, and is
+    /// resolved again as workers come and go
     #[arg(
         long = "endpoint",
         env = "IMAGEGPT_ENDPOINT",
         default_value = "http://127.0.0.1:50051",
         value_delimiter = ',',
         value_name = "URL",
-        conflicts_with = "model"
+        conflicts_with_all = ["model", "serve"]
     )]
     pub endpoints: Vec<String>,
 
     #[command(flatten)]
     pub own: OwnWorkerFlags,
 
-    /// Images that one worker may have at once; 0 is what it allows
-    /// (--stream-window-max)
+    /// Images that one worker may have in flight at the same time; 0 uses the
+    /// limit that the worker reports (its --stream-window-max)
     #[arg(
         long,
         env = "IMAGEGPT_WINDOW",
@@ -73,9 +76,9 @@ pub struct WorkersConfig {
     )]
     pub window: u32,
 
-    /// A worker that has images and answers none of them for so long is left
-    /// out for a while, and its images go elsewhere. Raise it where one batch
-    /// takes longer
+    /// Longest time without an answer from a worker that has images. After this
+    /// time the worker is left out with exponential backoff, and its images go
+    /// to other workers. Raise the time where one batch takes longer
     #[arg(
         long,
         env = "IMAGEGPT_ITEM_TIMEOUT",
@@ -85,7 +88,7 @@ pub struct WorkersConfig {
     )]
     pub item_timeout: Duration,
 
-    /// How often names of endpoints are resolved again
+    /// Time between two DNS lookups of the endpoints' host names
     #[arg(
         long,
         env = "IMAGEGPT_RESOLVE_INTERVAL",
@@ -95,7 +98,8 @@ pub struct WorkersConfig {
     )]
     pub resolve_interval: Duration,
 
-    /// End, resumably, when no worker has answered anything for so long
+    /// Time without an answer from any worker after which the job ends with
+    /// exit code 1; the same command then resumes the job
     #[arg(
         long,
         env = "IMAGEGPT_GIVE_UP_AFTER",
@@ -105,9 +109,9 @@ pub struct WorkersConfig {
     )]
     pub give_up_after: Duration,
 
-    /// Memory for reading and waiting together: files that are read ahead, pages
-    /// and record batches as they are after decompression, and images until their
-    /// answers are there. A shard or an image that cannot fit is an error
+    /// Memory for reading and waiting together: files that are read ahead,
+    /// pages and record batches after decompression, and images until they are
+    /// answered. A shard or an image that cannot fit is recorded as an error
     #[arg(
         long,
         env = "IMAGEGPT_IMAGE_MEMORY",
@@ -118,38 +122,42 @@ pub struct WorkersConfig {
     pub image_memory: bytesize::ByteSize,
 }
 
-/// What is computed.
+/// Flags that say what is computed for each image.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Task")]
 pub struct TaskConfig {
-    /// embed gives a vector an image, classify its best classes, score how
-    /// likely the model finds it
+    /// Result for each image: embed stores its vector, classify its best
+    /// classes, score its likelihood under the model
     #[arg(long, env = "IMAGEGPT_TASK", value_enum, default_value = "embed")]
     pub task: EmbedTask,
 
-    /// How an image becomes square
+    /// Way in which an image that is not square becomes square
     #[arg(long, env = "IMAGEGPT_FIT", value_enum, default_value = "squash")]
     pub fit: Fit,
 
-    /// What transparent pixels show: the color stored under them, or white
+    /// Color of transparent pixels: the color stored under them (drop), or
+    /// white
     #[arg(long, env = "IMAGEGPT_ALPHA", value_enum, default_value = "drop")]
     pub alpha: Alpha,
 
-    /// embed: the image alone, or after the start token as in pre-training; a
-    /// head knows its own
+    /// embed: tokens that the model sees: the image alone (raw), or the image
+    /// after the start token as in pre-training (sos-shifted). A linear head
+    /// records its own context
     #[arg(long, env = "IMAGEGPT_CONTEXT", value_enum, default_value = "raw")]
     pub context: Context,
 
-    /// embed: the mean of all positions' states, or the last one
+    /// embed: how the states of all positions become one vector: their mean, or
+    /// the last position's state
     #[arg(long, env = "IMAGEGPT_POOLING", value_enum, default_value = "mean")]
     pub pooling: Pooling,
 
-    /// embed: whose features, out of GetModel's layers_served [default: the
-    /// model's own]
+    /// embed: layer whose features are stored, one of layers_served in GetModel
+    /// [default: layer_default in GetModel; the last layer with --pooling last]
     #[arg(long, env = "IMAGEGPT_LAYER", value_name = "N")]
     pub layer: Option<u32>,
 
-    /// embed: after the next block's norm, or the residual stream itself
+    /// embed: point at which features are taken: after the next block's norm,
+    /// or the residual stream itself
     #[arg(
         long,
         env = "IMAGEGPT_NORM",
@@ -158,20 +166,20 @@ pub struct TaskConfig {
     )]
     pub norm: Norm,
 
-    /// embed: scale vectors to length 1
+    /// embed: scale each vector to length 1
     #[arg(long, env = "IMAGEGPT_NORMALIZE")]
     pub normalize: bool,
 
-    /// embed: how numbers are stored
+    /// embed: number format in which vectors are stored
     #[arg(long, env = "IMAGEGPT_DTYPE", value_enum, default_value = "f32")]
     pub dtype: Dtype,
 
-    /// classify: this linear head of the workers [default: the checkpoint's
-    /// own]
+    /// classify: name of the workers' linear head to use [default: the
+    /// checkpoint's own head]
     #[arg(long, env = "IMAGEGPT_HEAD", value_name = "NAME")]
     pub head: Option<String>,
 
-    /// classify: how many classes, best first
+    /// classify: number of classes to store per image, best first
     #[arg(
         long,
         env = "IMAGEGPT_TOP_K",
@@ -182,18 +190,18 @@ pub struct TaskConfig {
     pub top_k: u32,
 }
 
-/// What the table looks like.
+/// Flags of the output table, of the input's columns, and of lists' URLs.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Table")]
 pub struct TableConfig {
-    /// parquet and arrow hold ids, vectors and kept columns; npy holds vectors
-    /// in img_emb/, and ids and kept columns in metadata/, as clip-retrieval
-    /// has them
+    /// File format of the table: parquet and arrow hold ids, vectors and kept
+    /// columns; npy holds vectors in img_emb/, and ids and kept columns in
+    /// metadata/, as clip-retrieval lays them out
     #[arg(long, env = "IMAGEGPT_FORMAT", value_enum, default_value = "parquet")]
     pub format: TableFormat,
 
-    /// Columns of the input that are carried over; for WebDataset kinds of
-    /// sidecar files (json,txt,cls)
+    /// Columns of the input that are copied into the table; for WebDataset the
+    /// extensions of sidecar files (json,txt,cls)
     #[arg(
         long,
         env = "IMAGEGPT_KEEP",
@@ -202,18 +210,20 @@ pub struct TableConfig {
     )]
     pub keep: Vec<String>,
 
-    /// Column of a table that has the images, or of a CSV that has their paths
-    /// [default: the one that looks like it]
+    /// Column that holds the images of a Parquet or Arrow table, or the paths
+    /// in a CSV [default: found by the columns' names and types]
     #[arg(long, env = "IMAGEGPT_IMAGE_COLUMN", value_name = "COLUMN")]
     pub image_column: Option<String>,
 
-    /// Column of a table that has the ids [default: the file's name and the row]
+    /// Column of a Parquet or Arrow table that holds the ids [default: the
+    /// file's name and the row]
     #[arg(long, env = "IMAGEGPT_ID_COLUMN", value_name = "COLUMN")]
     pub id_column: Option<String>,
 
-    /// Images a part, as they follow each other in the input. Parts that are not
-    /// finished, four at most, are done again after a kill and are in memory
-    /// until then: take fewer for slow models and long vectors
+    /// Images per part, in the order of the input. At most four parts are
+    /// unfinished at the same time. Unfinished parts are held in memory, and
+    /// are done again after a kill: lower the number for slow models and long
+    /// vectors
     #[arg(
         long,
         env = "IMAGEGPT_PART_ITEMS",
@@ -223,10 +233,11 @@ pub struct TableConfig {
     )]
     pub part_items: u32,
 
-    /// How long the URL of one image in a list is asked for again while its server
-    /// is busy, away or slow (5xx, 408, 429, timeouts, connections that are
-    /// refused); after that it is an error of this image, as one that is gone
-    /// or forbidden is at once
+    /// Time for which one image's URL in a list is retried, with exponential
+    /// backoff, while its server is busy, unavailable or slow (5xx, 408, 429,
+    /// timeouts, refused connections). After this time the image is recorded as
+    /// an error; an image that does not exist or is forbidden is an error at
+    /// once
     #[arg(
         long,
         env = "IMAGEGPT_URL_PATIENCE",
@@ -236,13 +247,14 @@ pub struct TableConfig {
     )]
     pub url_patience: Duration,
 
-    /// Refuses every URL of a list, and every redirect, that leads to another
-    /// than a public address: loopback, private, shared, link-local, multicast.
-    /// Set it for a list from somebody who is not trusted, who could otherwise
-    /// have this machine ask hosts that only the own network reaches. Without
-    /// it a list may name such hosts, and only what a public address redirects
-    /// to must be public. Cannot be checked through a proxy, so HTTP_PROXY,
-    /// HTTPS_PROXY and ALL_PROXY must not be set
+    /// Refuse every URL of a list, and every redirect, that leads to an address
+    /// that is not public: loopback, private, shared, link-local, multicast.
+    /// Set the flag for a list from an untrusted source, which could otherwise
+    /// make this machine send requests to hosts that only its own network
+    /// reaches. Without the flag a list may name hosts on private networks, and
+    /// only redirects from public addresses must lead to public ones. Addresses
+    /// cannot be checked through a proxy, so HTTP_PROXY, HTTPS_PROXY and
+    /// ALL_PROXY must not be set
     #[arg(
         long,
         env = "IMAGEGPT_PUBLIC_ADDRESSES_ONLY",
@@ -250,28 +262,31 @@ pub struct TableConfig {
     )]
     pub public_addresses_only: bool,
 
-    /// Allows URLs of a list to lead to link-local addresses, where clouds have
-    /// the metadata and credentials of a machine (169.254.0.0/16, fe80::/10 and
-    /// the like). Off, since hardly any data lies there; also with it no public
-    /// address redirects there
+    /// Allow URLs of a list to lead to link-local addresses (169.254.0.0/16,
+    /// fe80::/10 and metadata services elsewhere), where clouds serve a
+    /// machine's metadata and credentials. Off by default, since hardly any
+    /// data lies there. Even with this flag, redirects from public addresses to
+    /// link-local ones are refused
     #[arg(long, env = "IMAGEGPT_LINK_LOCAL_ADDRESSES")]
     pub link_local_addresses: bool,
 
-    /// End when more images than this have failed [default: never]
+    /// Number of failed images, over all runs of this job, above which the job
+    /// ends with exit code 6 [default: no limit]
     #[arg(long, env = "IMAGEGPT_MAX_ERRORS", value_name = "N")]
     pub max_errors: Option<u64>,
 }
 
-/// Which part of the work.
+/// Flags that divide a job among several machines.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Several jobs")]
 pub struct ShareConfig {
-    /// Do the I-th of N shares, counted from 0; no two write the same file
+    /// Do only the share I of N, where I counts from 0. No two shares write the
+    /// same file
     #[arg(long, env = "IMAGEGPT_SHARD", value_name = "I/N", value_parser = share, conflicts_with = "shards")]
     pub shard: Option<JobShare>,
 
-    /// Do the share that JOB_COMPLETION_INDEX says, out of so many: what an
-    /// Indexed Job of Kubernetes sets
+    /// Number of shares, of which this job does the share whose index is in the
+    /// variable JOB_COMPLETION_INDEX, as set by an Indexed Job of Kubernetes
     #[arg(
         long,
         env = "IMAGEGPT_SHARDS",
@@ -280,13 +295,13 @@ pub struct ShareConfig {
     )]
     pub shards: Option<u32>,
 
-    /// Check that all parts of a job are there, and write its summary; with
-    /// --output alone
+    /// Check that all parts of a job exist, and write its summary. Takes no
+    /// inputs, only --output
     #[arg(long, conflicts_with_all = ["shard", "shards", "inputs"])]
     pub finish: bool,
 }
 
-/// One of several shares.
+/// One share of a job that is divided among several machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JobShare {
     pub index: u32,
@@ -302,12 +317,13 @@ fn share(text: &str) -> Result<JobShare, String> {
     let parsed = parts.and_then(|(index, of)| Some((index.parse().ok()?, of.parse().ok()?)));
     match parsed {
         Some((index, of)) if index < of => Ok(JobShare { index, of }),
-        _ => Err("it must be I/N, with I from 0 to N-1, such as 0/4".to_owned()),
+        _ => Err("a share must be I/N, with I from 0 to N-1, such as 0/4".to_owned()),
     }
 }
 
 impl ShareConfig {
-    /// What this job is to do.
+    /// Returns the share that this process does, from the flags or from
+    /// `JOB_COMPLETION_INDEX`.
     pub(super) fn share(&self) -> anyhow::Result<JobShare> {
         if let Some(share) = self.shard {
             return Ok(share);
@@ -319,10 +335,13 @@ impl ShareConfig {
         let index = index.as_deref().map(str::parse::<u32>);
         match index {
             Some(Ok(index)) if index < of => Ok(JobShare { index, of }),
-            Some(_) => anyhow::bail!("JOB_COMPLETION_INDEX must be a number under --shards {of}"),
+            Some(_) => anyhow::bail!(
+                "JOB_COMPLETION_INDEX must be a number from 0 to {} (--shards {of})",
+                of - 1
+            ),
             None => anyhow::bail!(
-                "--shards {of} takes the share that JOB_COMPLETION_INDEX says, which is not set; \
-                 give --shard I/N"
+                "--shards {of} takes the share that the variable JOB_COMPLETION_INDEX names, which \
+                 is not set; set it, or give --shard I/{of}"
             ),
         }
     }

@@ -1,8 +1,9 @@
-//! What comes in: shards of a dataset, one sample after the other.
+//! Input of a job: shards of a dataset, read one sample after the other.
 //!
-//! A reader is plain code that runs on the reader's thread and hands each sample
-//! to a visitor, together with a cursor: where to begin so that this sample is
-//! the first. That is all that resuming needs to know of a format.
+//! A reader is blocking code that runs on the reader's thread. The reader hands
+//! each sample to a visitor, together with a cursor: the position from which
+//! reading must begin so that this sample is the first. Resuming a job needs no
+//! other knowledge of a format.
 
 mod columns;
 mod files;
@@ -28,62 +29,63 @@ use crate::telemetry::panic_text;
 
 pub(super) use self::files::{ListedRow, Listing};
 
-/// One image, with what goes with it.
+/// Image with its id and the columns that are kept.
 #[derive(Debug)]
 pub(super) struct Sample {
     pub(super) id: String,
-    /// The encoded file, or why there is none.
+    /// Bytes of the encoded file, or the reason for which there are none.
     pub(super) image: Result<Bytes, ImageFault>,
-    /// The room that the image takes, if it was asked for already.
+    /// Memory that the image holds, if it was acquired already.
     pub(super) room: Option<ImageRoom>,
-    /// One row of the columns that are kept; `None` when none are.
+    /// One row of the columns that are kept; `None` when none are kept.
     pub(super) kept: Option<RecordBatch>,
 }
 
-/// A sample and its place.
+/// Sample with its position in the shard.
 #[derive(Debug)]
 pub(super) struct PlacedSample {
-    /// Where to begin so that this sample is the first.
+    /// Cursor from which reading must begin so that this sample is the first.
     pub(super) cursor: u64,
-    /// How much of the shard lies before it, 0 to 1.
+    /// Share of the shard that lies before this sample, 0 to 1.
     pub(super) share: f64,
     pub(super) sample: Sample,
 }
 
-/// What readers must know besides the shard.
+/// Options and resources of a reader, besides the shard.
 #[derive(Debug, Clone)]
 pub(super) struct Reading {
     pub(super) runtime: Handle,
     pub(super) memory: ImageMemory,
-    /// Larger images are not read.
+    /// Largest image in bytes; larger images are not read.
     pub(super) image_bytes_max: u64,
-    /// Columns, or kinds of sidecar files.
+    /// Columns to keep, or extensions of sidecar files.
     pub(super) keep: Vec<String>,
     pub(super) image_column: Option<String>,
     pub(super) id_column: Option<String>,
-    /// How long a URL of a list is asked for again.
+    /// Longest time for which a URL of a list is retried.
     pub(super) url_patience: Duration,
 }
 
-/// Why a shard cannot be read to its end.
+/// Reason for which a shard cannot be read to its end.
 #[derive(Debug)]
 pub(super) enum Broken {
-    /// Its content is damaged, and will be the next time: an error of the
+    /// The content is damaged, and will be the next time: an error of the
     /// dataset, like an image that cannot be decoded.
     Damaged(String),
-    /// The shard's pages or batches do not fit into the memory that there is for images:
-    /// an error of the dataset as well.
+    /// The shard's pages or batches do not fit into `--image-memory`: an error
+    /// of the dataset as well.
     OverLimit(String),
-    /// The shard has other columns than the flags ask for, or none that is known to
-    /// hold images: an error of the dataset as well, unless no shard has them.
+    /// The shard lacks a column that the flags ask for, or a column that is
+    /// known to hold images: an error of the dataset as well, unless no shard
+    /// has such columns.
     Unsuited(String),
-    /// The shard could not be read this time: the job ends.
+    /// The shard could not be read this time, so the job ends.
     Failed(anyhow::Error),
 }
 
 type Visitor<'a> = dyn FnMut(PlacedSample) -> ControlFlow<()> + 'a;
 
-/// Visits a shard's samples from `cursor` on (0 is its beginning), until the
+/// Visits a shard's samples from `cursor` on (0 is the beginning), until the
 /// visitor breaks.
 pub(super) fn read(
     shard: &Shard,
@@ -124,19 +126,20 @@ pub(super) fn read(
         }
     };
     match (result, file.failure()) {
-        // Whatever the format's reader made of it: the bytes did not come.
+        // Whatever error the format's reader made of it, the cause is that the
+        // bytes could not be fetched.
         (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
         (result, _) => result,
     }
 }
 
-/// A shard's file, read by ranges.
+/// Opens a shard's file for reading by ranges.
 fn file_of(shard: &Shard, location: &Location, reading: &Reading) -> Ranged {
     Ranged::new(location.clone(), shard.bytes, reading.runtime.clone())
 }
 
-/// Checks that a shard has the columns that are asked for, without reading rows.
-/// Shards without columns have them all.
+/// Checks that a shard has the columns that the flags ask for, without reading
+/// rows. A shard of a format without columns always passes.
 pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken> {
     let check = |location: &Location, check: fn(&Ranged, &Reading) -> Result<(), Broken>| {
         let file = file_of(shard, location, reading);
@@ -149,8 +152,9 @@ pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken
     }
 }
 
-/// The last net under the readers of formats: a library that panics on what a
-/// file says has found it damaged. A panic of the visitor is none of the file's.
+/// Catches panics of the formats' readers: a library that panics on a file's
+/// content has found the file damaged. A panic of the visitor is not the file's
+/// fault, and goes on.
 fn caught(
     visit: &mut Visitor<'_>,
     read: impl FnOnce(&mut Visitor<'_>) -> Result<(), Broken>,
@@ -168,13 +172,13 @@ fn caught(
         Ok(result) => result,
         Err(panic) if visiting.get() => resume_unwind(panic),
         Err(panic) => Err(Broken::Damaged(format!(
-            "the reader of its format panicked: {}",
+            "the reader of the file's format panicked: {}",
             panic_text(&*panic)
         ))),
     }
 }
 
-/// What stands for all samples of a shard that cannot be read.
+/// Makes the sample that stands for all samples of a shard that cannot be read.
 fn lost(shard: &Shard, fault: &ImageFault) -> PlacedSample {
     PlacedSample {
         cursor: 0,
@@ -188,8 +192,8 @@ fn lost(shard: &Shard, fault: &ImageFault) -> PlacedSample {
     }
 }
 
-/// Why an image of so many bytes is not read, if it is not: `held` is what the
-/// page or the batch that it lies in takes beside it.
+/// Returns the fault of an image of `bytes` bytes that is over a limit. `held`
+/// is the memory of the page or the batch that contains the image.
 fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<ImageFault> {
     if bytes > reading.image_bytes_max {
         return Some(too_large(bytes, reading.image_bytes_max));
@@ -197,22 +201,22 @@ fn unfit(bytes: u64, held: u64, reading: &Reading) -> Option<ImageFault> {
     let limit = reading.memory.limit();
     (bytes.saturating_add(held) > limit).then(|| {
         let beside = if held > 0 {
-            format!(", with {held} bytes of the file around it")
+            format!(", with {held} bytes of its page or batch")
         } else {
             String::new()
         };
         ImageFault::invalid(format!(
-            "image: {bytes} bytes{beside}, over the limit of {limit} (--image-memory); it was not \
-             sent"
+            "image: {bytes} bytes{beside}, over the limit of {limit} (--image-memory); the image \
+             was not sent"
         ))
     })
 }
 
-/// What an image over the limit has as its outcome.
+/// Makes the fault of an image that is over the worker's limit.
 fn too_large(bytes: u64, max: u64) -> ImageFault {
     ImageFault::invalid(format!(
-        "image: {bytes} bytes, over the limit of {max} (--image-bytes-max of the worker); it was \
-         not sent"
+        "image: {bytes} bytes, over the limit of {max} (--image-bytes-max of the worker); the \
+         image was not sent"
     ))
 }
 
@@ -233,8 +237,8 @@ pub(super) mod tests {
         }
     }
 
-    /// Reads a shard on a thread of its own, as the pipeline does: each sample as
-    /// its cursor, its id and its image.
+    /// Reads a shard on a thread of its own, as the pipeline does, and returns
+    /// each sample with its cursor.
     pub(in crate::commands::embed) async fn read_all(
         shard: Shard,
         cursor: u64,

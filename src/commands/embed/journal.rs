@@ -1,10 +1,11 @@
-//! What a job remembers, beside its output: a manifest of what it was asked to
-//! do, and a journal of the parts that are done.
+//! Persistent state of a job, beside its output: a manifest that says what the
+//! job computes, and a journal of the parts that are done.
 //!
-//! The journal is a folder that only grows: a record for each part, written
-//! after the part's files are there. So what has a record is done, and what has
-//! none is done again, into the same names and with the same bytes. Nothing in
-//! either depends on time or on who did the work.
+//! The journal is a directory that only grows: one record per part, written
+//! after the part's files exist. So a part with a record is done, and a part
+//! without a record is done again, with the same file names and the same bytes.
+//! Neither the manifest nor the journal depends on time or on the worker that
+//! did the work.
 
 use std::collections::BTreeMap;
 
@@ -15,24 +16,26 @@ use serde::{Deserialize, Serialize};
 use super::plan::Fact;
 use super::sink::Sink;
 
-/// In a folder that readers of datasets pass over, by its name.
+/// Path of the manifest, in a directory that readers of datasets skip because
+/// of its name.
 const MANIFEST: &str = "_imagegpt/manifest.json";
 const RECORDS: &str = "_imagegpt/journal";
-/// Raised when the same input would give other bytes.
+/// Version of the manifest, raised when the same input would give other bytes.
 const VERSION: u32 = 1;
-/// Records that are read at once.
+/// Records that are read at the same time.
 const AT_ONCE: usize = 16;
-/// Differences that are named; more say no more.
+/// Differences that an error names; more would not tell more.
 const DIFFERENCES_SHOWN: usize = 5;
 
-/// What the job is.
+/// Manifest: the job's model, options and inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct JobManifest {
     pub(super) version: u32,
     pub(super) model: ModelFact,
-    /// What is computed and how it is stored, by the names of the flags.
+    /// Options of the computation and of the table, by the names of their
+    /// flags.
     pub(super) options: BTreeMap<String, String>,
-    /// How many shards there are.
+    /// Number of shards of the inputs.
     pub(super) shards: usize,
     pub(super) inputs: Vec<Fact>,
 }
@@ -59,11 +62,11 @@ impl JobManifest {
         }
     }
 
-    /// Writes it, or checks that what is there already is the same.
+    /// Writes the manifest, or checks that the existing one is the same.
     ///
     /// # Errors
     ///
-    /// [`Differs`] when it is not.
+    /// [`Differs`] when the existing manifest is another.
     pub(super) async fn settle(&self, sink: &Sink) -> anyhow::Result<()> {
         let mut text = serde_json::to_string_pretty(self)?;
         text.push('\n');
@@ -71,7 +74,10 @@ impl JobManifest {
             return Ok(());
         }
         let Some(began) = Self::read(sink).await? else {
-            anyhow::bail!("{sink}/{MANIFEST} came and went; does somebody delete files there?");
+            anyhow::bail!(
+                "{sink}/{MANIFEST} existed and was deleted meanwhile; let nobody delete files \
+                 there while a job runs"
+            );
         };
         let differences = began.differences(self);
         if differences.is_empty() {
@@ -95,16 +101,16 @@ impl JobManifest {
             return Ok(None);
         };
         let manifest = serde_json::from_slice(&content)
-            .with_context(|| format!("{sink}/{MANIFEST} is no manifest of this program"))?;
+            .with_context(|| format!("{sink}/{MANIFEST} is not a manifest of imagegpt embed"))?;
         Ok(Some(manifest))
     }
 
-    /// What `now` has otherwise, one sentence each.
+    /// Lists what differs in the manifest `now`, one sentence each.
     fn differences(&self, now: &Self) -> Vec<String> {
         let mut found = Vec::new();
         let mut compare = |what: &str, then: &str, now: &str| {
             if then != now {
-                found.push(format!("{what} was {then}, is {now}"));
+                found.push(format!("{what} was {then}, is now {now}"));
             }
         };
         compare(
@@ -125,14 +131,14 @@ impl JobManifest {
         }
         if self.inputs.len() != now.inputs.len() {
             found.push(format!(
-                "there were {} inputs, there are {}",
+                "there were {} inputs, there are now {}",
                 self.inputs.len(),
                 now.inputs.len()
             ));
         }
         for (then, now) in self.inputs.iter().zip(&now.inputs) {
             if then.name != now.name {
-                found.push(format!("the input was {}, is {}", then.name, now.name));
+                found.push(format!("the input was {}, is now {}", then.name, now.name));
             } else if then != now {
                 found.push(format!("{} has changed: {}", then.name, changed(then, now)));
             }
@@ -147,10 +153,10 @@ fn changed(then: &Fact, now: &Fact) -> String {
             .map_or_else(String::new, |items| format!("{items} images in "))
     };
     if (then.items, then.bytes) == (now.items, now.bytes) {
-        return "its files are others, or were written again".to_owned();
+        return "it has other files, or its files were written again".to_owned();
     }
     format!(
-        "it was {}{} bytes, is {}{} bytes",
+        "it was {}{} bytes, is now {}{} bytes",
         items(then),
         then.bytes,
         items(now),
@@ -158,10 +164,11 @@ fn changed(then: &Fact, now: &Fact) -> String {
     )
 }
 
-/// The output belongs to another job.
+/// Error of an output that belongs to another job.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{output} was begun with something else, and parts of both would not fit together; {}. {remedy}",
+    "--output {output} belongs to a job with another model, other inputs or other options, and \
+     parts of both jobs would not fit together: {}. {remedy}",
     shown(differences)
 )]
 pub(super) struct Differs {
@@ -171,12 +178,13 @@ pub(super) struct Differs {
 }
 
 /// Remedy for an output that belongs to another job.
-const REMEDY: &str = "Give what it was begun with, or another --output";
-/// The same, when the model's digest differs. Digests of compiled models cover graphs
-/// and weights since their manifests record them: what an older version began under
-/// the digest of the checkpoint alone may be of any weights.
-const MODEL_REMEDY: &str = "Finish it with the model, and the version of imagegpt, that it was \
-                            begun with, or give another --output";
+const REMEDY: &str = "Repeat the command that the output was begun with, or give another --output";
+/// Remedy for an output whose job had another model digest. Digests of compiled
+/// models cover graphs and weights only since their manifests record them: an
+/// output that an older version began under the digest of the checkpoint alone
+/// may have been made with any weights.
+const MODEL_REMEDY: &str = "Finish the output with the model, and the version of imagegpt, that it \
+                            was begun with, or give another --output";
 
 fn shown(differences: &[String]) -> String {
     let mut text = differences
@@ -194,7 +202,7 @@ fn shown(differences: &[String]) -> String {
     text
 }
 
-/// Which part, of which shard.
+/// Number of a part: its shard, and its place in the shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct PartId {
     pub(super) shard: usize,
@@ -217,21 +225,22 @@ impl PartId {
     }
 }
 
-/// A part that is done.
+/// Record of a part that is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     #[serde(flatten)]
     pub(super) id: PartId,
-    /// Images that were read.
+    /// Images of the part that were read.
     pub(super) images: u64,
-    /// Of those, how many have no answer.
+    /// Images of the part that have no answer.
     pub(super) errors: u64,
-    /// Where the next part of the shard begins; `None` when this is the last.
+    /// Cursor at which the next part of the shard begins; `None` for the last
+    /// part.
     pub(super) next: Option<u64>,
     pub(super) files: Vec<OutputFile>,
 }
 
-/// A file of the output.
+/// File of the output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct OutputFile {
     pub(super) name: String,
@@ -247,7 +256,7 @@ impl Record {
             .await
     }
 
-    /// Records of the shards that `wanted` says.
+    /// Reads the records of the shards for which `wanted` is true.
     pub(super) async fn read_all(
         sink: &Sink,
         wanted: impl Fn(usize) -> bool,
@@ -260,9 +269,11 @@ impl Record {
         let read = async |id: PartId| {
             let name = format!("{RECORDS}/{id}.json");
             let content = sink.read(&name).await?;
-            let content = content.with_context(|| format!("{sink}/{name} went away"))?;
+            let content = content.with_context(|| {
+                format!("{sink}/{name} was deleted while the records were read")
+            })?;
             let record: Self = serde_json::from_slice(&content)
-                .with_context(|| format!("{sink}/{name} is no record of this program"))?;
+                .with_context(|| format!("{sink}/{name} is not a record of imagegpt embed"))?;
             Ok::<_, anyhow::Error>((id, record))
         };
         futures_util::stream::iter(ids)
@@ -273,7 +284,8 @@ impl Record {
     }
 }
 
-/// How far a shard is: its records from the first on, without a gap.
+/// Returns the finished parts of a shard: its records from the first on, up to
+/// the first gap.
 pub(super) fn done(records: &BTreeMap<PartId, Record>, shard: usize) -> Vec<&Record> {
     let mut done = Vec::new();
     while let Some(record) = records.get(&PartId {
@@ -326,10 +338,10 @@ mod tests {
         assert!(error.is::<Differs>());
         let text = error.to_string();
         for part in [
-            "--dtype was f32, is unset",
-            "--fit was squash, is center-crop",
-            "--layer was unset, is 3",
-            "/data/0.tar has changed: it was 5 bytes, is 6 bytes",
+            "--dtype was f32, is now unset",
+            "--fit was squash, is now center-crop",
+            "--layer was unset, is now 3",
+            "/data/0.tar has changed: it was 5 bytes, is now 6 bytes",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
@@ -344,9 +356,9 @@ mod tests {
         let mut other = first.clone();
         other.model.digest = "sha256:2".to_owned();
         let text = other.settle(&sink).await.unwrap_err().to_string();
-        let expected = "the model's digest was sha256:1, is sha256:2. Finish it with the model, \
-                        and the version of imagegpt, that it was begun with, or give another \
-                        --output";
+        let expected = "the model's digest was sha256:1, is now sha256:2. Finish the output with \
+                        the model, and the version of imagegpt, that it was begun with, or give \
+                        another --output";
         assert!(text.ends_with(expected), "{text}");
     }
 

@@ -1,4 +1,4 @@
-//! Where data lies: a path, or a URL of an object store.
+//! Location of data: a path, or a URL of an object store.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,22 +20,24 @@ use crate::client::pool::ImageFault;
 use crate::files::{self, FoundFile, Trouble};
 use crate::proto::GrpcCode;
 
-/// Requests to a store are repeated for so long; longer, and credentials may
-/// run out while they are. The job is begun again by the same command.
+/// Longest time for which a request to a store is retried. After a longer time
+/// the credentials may expire between the retries; the same command then
+/// resumes the job.
 const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
 const RETRIES_MAX: usize = 60;
-/// A block of 4 MiB takes a second or so; a bucket that stalls is asked again.
+/// Longest time for a request. A block of 4 MiB takes about a second, and a
+/// request to a bucket that stalls is repeated.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A file, a folder, or a prefix of a bucket.
+/// File, directory, or prefix of a bucket.
 #[derive(Debug, Clone)]
 pub(super) enum Location {
     Local(PathBuf),
     Remote {
         store: Arc<dyn ObjectStore>,
         path: object_store::path::Path,
-        /// As a person would write it.
+        /// URL as a person would write it.
         url: String,
     },
 }
@@ -49,22 +51,24 @@ impl std::fmt::Display for Location {
     }
 }
 
-/// Something at a location.
+/// File or object that a listing found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ListedObject {
-    /// Its path below the location that was listed, with slashes.
+    /// Path below the location that was listed, with slashes.
     pub(super) name: String,
     pub(super) bytes: u64,
-    /// Differs when the content does: an entity tag, or when it was changed.
+    /// Version that differs when the content does: an entity tag, or the time
+    /// of the last change.
     pub(super) version: String,
-    /// Why it cannot be read, where that shows already.
+    /// Reason for which the file cannot be read, if the listing shows one.
     pub(super) trouble: Option<ImageFault>,
-    /// Whether it cannot be read and may be a folder of anything.
+    /// True if the entry cannot be read and may be a directory with any
+    /// content.
     pub(super) may_be_folder: bool,
 }
 
-/// Clients of object stores, one for each bucket or host, and one of all servers
-/// of single images.
+/// Clients of object stores, one for each bucket or host, and one client for
+/// single images on web servers.
 #[derive(Debug, Default)]
 pub(super) struct Stores {
     by_root: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
@@ -80,12 +84,14 @@ impl Stores {
         }
     }
 
-    /// What `text` names: a URL if it has a scheme, a path otherwise.
+    /// Finds the location that `text` names: a URL if `text` has a scheme,
+    /// otherwise a path.
     pub(super) fn locate(&self, text: &str) -> anyhow::Result<Location> {
         let (scheme, rest) = text.split_once("://").unwrap_or(("file", text));
-        anyhow::ensure!(!rest.is_empty(), "'{text}' is no path and no URL");
+        anyhow::ensure!(!rest.is_empty(), "'{text}' is neither a path nor a URL");
         if scheme == "file" {
-            // Whatever is wrong with it will be so the next time.
+            // A plain error without a cause: a path that is wrong now stays
+            // wrong.
             let path = std::path::absolute(rest)
                 .map_err(|error| anyhow::anyhow!("{text} is not a path: {error}"))?;
             return Ok(Location::Local(path));
@@ -101,11 +107,11 @@ impl Stores {
             store
         };
         let key = key.trim_end_matches('/');
-        // Keys of buckets are written as they are, paths of URLs with escapes.
+        // Keys of buckets are written literally, paths of URLs with escapes.
         let path = if scheme.starts_with("http") {
             anyhow::ensure!(
                 !key.contains(['?', '#']),
-                "{text}: what follows ? or # cannot be asked for; give a URL without it"
+                "{text}: the part after ? or # cannot be requested; give a URL without it"
             );
             object_store::path::Path::from_url_path(key)
         } else {
@@ -113,16 +119,16 @@ impl Stores {
         };
         Ok(Location::Remote {
             store,
-            path: path.with_context(|| format!("{text} is not a path that can be used"))?,
+            path: path.with_context(|| format!("the path of {text} cannot be used"))?,
             url: text.trim_end_matches('/').to_owned(),
         })
     }
 
-    /// The client that reads single images from the web.
+    /// Returns the client that reads single images from web servers.
     ///
     /// # Errors
     ///
-    /// When there can be none.
+    /// When the client cannot be made.
     pub(super) fn web(&self) -> anyhow::Result<&WebClient> {
         if let Some(client) = self.web.get() {
             return Ok(client);
@@ -136,10 +142,11 @@ impl Stores {
     }
 }
 
-/// Credentials and endpoints come from the environment, under the names that
-/// each cloud's own tools have (AWS_…, GOOGLE_…, AZURE_…).
+/// Makes the client of a store. Credentials and endpoints come from the
+/// environment, under the names that each cloud's own tools use (AWS_…,
+/// GOOGLE_…, AZURE_…).
 fn connect(scheme: &str, root: &str) -> anyhow::Result<Arc<dyn ObjectStore>> {
-    // Whichever of the two libraries of TLS comes first installs it.
+    // Whichever of the two TLS libraries comes first installs the provider.
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
     let retry = RetryConfig {
         max_retries: RETRIES_MAX,
@@ -149,8 +156,8 @@ fn connect(scheme: &str, root: &str) -> anyhow::Result<Arc<dyn ObjectStore>> {
     let client = ClientOptions::new()
         .with_timeout(REQUEST_TIMEOUT)
         .with_connect_timeout(CONNECT_TIMEOUT);
-    // The builders take such options one by one from the environment; setting
-    // them all at once would undo it.
+    // The builders take client options one by one from the environment; setting
+    // all options at the same time would undo that.
     let set = |key, value: Duration| (key, format!("{}s", value.as_secs()));
     let times = [
         set(object_store::ClientConfigKey::Timeout, REQUEST_TIMEOUT),
@@ -197,21 +204,22 @@ fn connect(scheme: &str, root: &str) -> anyhow::Result<Arc<dyn ObjectStore>> {
                 .with_context(|| root.to_owned())?,
         ),
         _ => anyhow::bail!(
-            "{root}: {scheme}:// is not known; write a path, or s3://, gs://, az://, http:// or \
+            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http:// or \
              https://"
         ),
     })
 }
 
 impl Location {
-    /// What lies at `name` below it.
+    /// Returns the location `name` below this location.
     pub(super) fn join(&self, name: &str) -> Self {
         match self {
             Self::Local(folder) => Self::Local(folder.join(name)),
             Self::Remote { store, path, url } => Self::Remote {
                 store: Arc::clone(store),
-                // As it is: escapes would be part of the name. What cannot be so,
-                // such as .., is escaped, and found nowhere.
+                // Parsed literally, since escapes would become part of the
+                // name. A part that cannot be literal, such as `..`, is
+                // escaped, and found nowhere.
                 path: object_store::path::Path::parse(format!("{path}/{name}")).unwrap_or_else(
                     |_| {
                         name.split('/')
@@ -223,7 +231,7 @@ impl Location {
         }
     }
 
-    /// The folder that it lies in.
+    /// Returns the directory that contains this location.
     pub(super) fn parent(&self) -> Self {
         match self {
             Self::Local(path) => Self::Local(path.parent().unwrap_or(path).to_owned()),
@@ -242,7 +250,7 @@ impl Location {
         }
     }
 
-    /// Its address, if it lies on a web server.
+    /// Returns the URL of this location, if it lies on a web server.
     pub(super) fn web_url(&self) -> Option<reqwest::Url> {
         let Self::Remote { path, url, .. } = self else {
             return None;
@@ -251,7 +259,8 @@ impl Location {
         if !address.scheme().starts_with("http") {
             return None;
         }
-        // The path is as names are; here what cannot stand in a URL is escaped.
+        // The path holds literal names, so characters that cannot stand in a
+        // URL are escaped here.
         address
             .path_segments_mut()
             .ok()?
@@ -262,7 +271,7 @@ impl Location {
         Some(address)
     }
 
-    /// The last part of its path.
+    /// Returns the last part of the path.
     pub(super) fn file_name(&self) -> &str {
         match self {
             Self::Local(path) => path.file_name().and_then(|name| name.to_str()),
@@ -271,14 +280,15 @@ impl Location {
         .unwrap_or_default()
     }
 
-    /// What is known of the file there; `None` if there is none (it may be a
-    /// folder).
+    /// Returns the facts about the file at this location; `None` if no file is
+    /// there (the location may be a directory).
     pub(super) async fn stat(&self) -> anyhow::Result<Option<ListedObject>> {
         let name = self.file_name().to_owned();
         match self {
             Self::Local(path) => match std::fs::metadata(path) {
                 Ok(metadata) if metadata.is_file() => Ok(Some(entry(name, &metadata))),
-                // What it is instead, or why not, is `trouble`'s affair.
+                // The reason, or what the path is instead, is found by
+                // `trouble`.
                 Ok(_) | Err(_) => Ok(None),
             },
             Self::Remote { store, path, .. } => match store.head(path).await {
@@ -289,7 +299,7 @@ impl Location {
         }
     }
 
-    /// All files below it, by name; none where there is nothing.
+    /// Lists all files below this location, by name; none if nothing is there.
     pub(super) async fn list(&self) -> anyhow::Result<Vec<ListedObject>> {
         let mut entries = match self {
             Self::Local(folder) => {
@@ -320,7 +330,8 @@ impl Location {
         Ok(entries)
     }
 
-    /// Why a file on a disk cannot be opened; a bucket says so when it is asked.
+    /// Returns the reason for which a file on a disk cannot be opened. A bucket
+    /// reports its reason only when it is read.
     pub(super) fn trouble(&self) -> anyhow::Result<Option<Trouble>> {
         let Self::Local(path) = self else {
             return Ok(None);
@@ -329,7 +340,8 @@ impl Location {
         Ok(found.err())
     }
 
-    /// A whole file, or `None` in the place of one that is larger than `max`.
+    /// Reads a whole file; returns `None` for a file that is larger than `max`
+    /// bytes.
     pub(super) async fn read(&self, max: u64) -> Result<Option<Bytes>, ReadError> {
         match self {
             Self::Local(path) => {
@@ -352,10 +364,10 @@ impl Location {
     }
 }
 
-/// Why something could not be read.
+/// Reason for which a file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReadError {
-    /// It cannot be, today or tomorrow.
+    /// The file cannot be read, now or later.
     #[error(transparent)]
     Trouble(#[from] Trouble),
     #[error(transparent)]
@@ -373,9 +385,10 @@ impl From<object_store::Error> for ReadError {
     }
 }
 
-/// Why a file could not be read. On a web server each address is a matter of its
-/// own, so one that may not be read says nothing of the others; in a bucket it is
-/// credentials that have run out, and a job that went on would fail every image.
+/// Converts a store's error. On a web server each URL has its own permissions,
+/// so a URL that may not be read shows nothing about the others. In a bucket
+/// the cause is credentials that have expired, and a job that continued would
+/// fail every image.
 fn refused(url: &str, error: object_store::Error) -> ReadError {
     use object_store::Error::{PermissionDenied, Unauthenticated};
     match error {
@@ -415,7 +428,7 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     let name = below.to_string_lossy().into_owned();
     let unnamed = below.to_str().is_none().then(|| ImageFault {
         code: GrpcCode::InvalidArgument,
-        message: "its name is not UTF-8, and ids are text; rename it".to_owned(),
+        message: "the file's name is not UTF-8, and ids must be text; rename the file".to_owned(),
     });
     let may_be_folder = found.may_be_folder();
     match found.file {
@@ -433,7 +446,7 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     }
 }
 
-/// What a file's trouble is for whoever reads the error file.
+/// Converts a file's trouble into the fault that the error file records.
 pub(super) fn fault(trouble: &Trouble) -> ImageFault {
     let code = match trouble {
         Trouble::Missing | Trouble::LinkNowhere | Trouble::Folder => GrpcCode::NotFound,
@@ -449,9 +462,11 @@ pub(super) fn fault(trouble: &Trouble) -> ImageFault {
     }
 }
 
-/// `{a,b}` and `{000..012}` written out, as shells and WebDataset do.
+/// Expands the brace patterns `{a,b}` and `{000..012}`, as shells and
+/// WebDataset do.
 pub(super) fn expand(pattern: &str) -> anyhow::Result<Vec<String>> {
-    /// What all braces together may make: a mistyped range is no data set.
+    /// Names that all braces together may make; more is taken for a mistyped
+    /// range.
     const EXPANDED_MAX: usize = 1_000_000;
     let Some((before, rest)) = pattern.split_once('{') else {
         return Ok(vec![pattern.to_owned()]);
@@ -467,7 +482,7 @@ pub(super) fn expand(pattern: &str) -> anyhow::Result<Vec<String>> {
     let afters = expand(after)?;
     anyhow::ensure!(
         middles.len().saturating_mul(afters.len()) <= EXPANDED_MAX,
-        "{pattern} makes over {EXPANDED_MAX} names; split the job"
+        "{pattern} expands to over {EXPANDED_MAX} names; split the job"
     );
     let join = |middle: &String| {
         let start = format!("{before}{middle}");

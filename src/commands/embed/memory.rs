@@ -1,28 +1,28 @@
-//! The memory that images take between their reading and their answer, and the
-//! pages and batches that they are read from.
+//! Memory for images from their reading to their answer, and for the pages and
+//! batches from which they are read.
 //!
-//! Whoever reads asks for room before there are bytes. Rooms are given in the
-//! order in which they were asked for, and one that is full of bytes waits for
-//! nobody but the workers: so the first image always comes through.
+//! A reader acquires room before it reads the bytes. Rooms are granted in the
+//! order of the requests. A room that is full waits only for the workers, so
+//! the first image always gets through.
 
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// `--image-memory`, and what is left of it.
+/// Memory of `--image-memory`, with the part that is free.
 #[derive(Debug, Clone)]
 pub(super) struct ImageMemory {
     free: Arc<Semaphore>,
     limit: u32,
 }
 
-/// A part of the memory; free when it is dropped.
+/// Room: a part of the memory, released when it is dropped.
 #[derive(Debug)]
 pub(super) struct ImageRoom(OwnedSemaphorePermit);
 
 impl ImageRoom {
-    /// Gives back all but `bytes`.
+    /// Releases all of the room but `bytes`.
     pub(super) fn shrink(&mut self, bytes: u64) {
         let kept = usize::try_from(bytes).unwrap_or(usize::MAX).max(1);
         if let Some(surplus) = self.0.num_permits().checked_sub(kept) {
@@ -40,7 +40,7 @@ impl ImageRoom {
 }
 
 impl ImageMemory {
-    /// `limit` is checked with the flags.
+    /// Makes the memory of `limit` bytes; the flags' bounds are checked before.
     pub(super) fn new(limit: u32) -> Self {
         Self {
             free: Arc::new(Semaphore::new(limit as usize)),
@@ -48,13 +48,13 @@ impl ImageMemory {
         }
     }
 
-    /// How much there is when nobody has any.
+    /// Returns the size of the whole memory.
     pub(super) fn limit(&self) -> u64 {
         self.limit.into()
     }
 
-    /// Room for so many bytes, at most for all there are; `None` once the job
-    /// has ended.
+    /// Acquires room for `bytes` bytes, at most the whole memory; `None` once
+    /// the job has ended.
     pub(super) async fn room(&self, bytes: u64) -> Option<ImageRoom> {
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let permits = permits.clamp(1, self.limit);
@@ -62,12 +62,12 @@ impl ImageMemory {
         room.ok().map(ImageRoom)
     }
 
-    /// The same on a thread that may wait.
+    /// Acquires room as [`Self::room`] does, on a thread that may block.
     pub(super) fn blocking_room(&self, runtime: &Handle, bytes: u64) -> Option<ImageRoom> {
         runtime.block_on(self.room(bytes))
     }
 
-    /// Nobody is given anything any more.
+    /// Ends the memory: requests for room get none from now on.
     pub(super) fn close(&self) {
         self.free.close();
     }
@@ -80,7 +80,7 @@ mod tests {
     #[tokio::test]
     async fn rooms_together_are_never_over_the_limit() {
         let memory = ImageMemory::new(100);
-        // More than there is, is all there is.
+        // A request for more than the whole memory gets the whole memory.
         let mut all = memory.room(u64::MAX).await.unwrap();
         assert_eq!(all.bytes(), 100);
         all.shrink(40);

@@ -1,16 +1,16 @@
-//! From shards to files: a thread that reads, workers that answer, a task that
-//! puts rows in order, and one that writes parts.
+//! Pipeline from shards to files: a thread reads images, workers answer them, a
+//! task puts the rows in order, and another writes the parts.
 //!
 //! ```text
 //!   reader ──images──▶ pool ──answers──▶ collector ──parts──▶ writer
 //!      └──────rows, ends of parts───────────▲
 //! ```
 //!
-//! Parts are made, written and recorded in the order of the input, whatever
-//! order the answers come in. Two bounds hold all of it: images take at most
-//! `--image-memory` until they are answered, with the pages and batches that
-//! they are read from, and at most [`PARTS_OPEN`] parts
-//! are begun and not written; the reader waits for both.
+//! Parts are made, written and recorded in the order of the input, whatever the
+//! order of the answers. Two bounds limit the whole pipeline, and the reader
+//! waits for both: images that are not answered, with the pages and batches
+//! from which they are read, take at most `--image-memory`; and at most
+//! [`PARTS_OPEN`] parts are begun and not yet written.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -36,36 +36,41 @@ use crate::files::hex;
 use crate::proto::GrpcCode;
 use crate::telemetry::panic_text;
 
-/// Parts that are begun and not yet written: one that is read, one whose last
-/// answers come, one that is written, and one for the slowest answer.
+/// Parts that are begun and not yet written: a part that is read, a part that
+/// waits for its last answers, a part that is written, and a part that waits
+/// for the slowest answer.
 const PARTS_OPEN: usize = 4;
-/// Images between the reader and the workers, besides those that they have.
+/// Images in the queue between the reader and the workers, besides those that
+/// the workers have.
 pub(super) const IMAGES_QUEUE: usize = 256;
-/// Rows between the reader and the collector.
+/// Rows in the queue between the reader and the collector.
 const ROWS_QUEUE: usize = 256;
-/// How often progress is shown, and a standstill looked for.
+/// Interval at which progress is shown, and at which a standstill is looked
+/// for.
 const TICK: Duration = Duration::from_millis(500);
-/// Rows of a part have the lower half of a task's id.
+/// Bits of a task's id that number the row within its part; the upper bits
+/// number the part.
 const ROW_BITS: u32 = 32;
 
-/// A shard, and where to go on in it.
+/// Shard to work on, with the place at which to resume.
 #[derive(Debug)]
 pub(super) struct ShardWork {
     pub(super) idx: usize,
     pub(super) shard: Shard,
-    /// The first part that is not done.
+    /// Number of the first part that is not done.
     pub(super) part: usize,
     pub(super) cursor: u64,
 }
 
-/// What to do, and within which bounds.
+/// Work of the job, and its bounds.
 #[derive(Debug)]
 pub(super) struct EmbedJob {
     pub(super) work: Vec<ShardWork>,
     pub(super) reading: Reading,
     pub(super) part_items: usize,
     pub(super) give_up_after: Duration,
-    /// Errors of parts that were done before, and how many there may be.
+    /// Errors of the parts that were done before, and the limit of
+    /// `--max-errors`.
     pub(super) errors_before: u64,
     pub(super) errors_max: Option<u64>,
     pub(super) sink: Sink,
@@ -73,33 +78,37 @@ pub(super) struct EmbedJob {
     pub(super) terminal: Terminal,
 }
 
-/// How it went on, other than to the end.
+/// Reason for which the job stopped before its end.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Stopped {
     #[error("more than {max} images failed (--max-errors){}", such_as(last.as_ref()))]
     TooManyErrors {
         max: u64,
-        /// The id and why, unless all were in runs before.
+        /// Id of the last image that failed, with the reason, unless all
+        /// failures were in runs before.
         last: Option<(String, String)>,
-        /// Of the parts that were not finished: error files of what has an
-        /// outcome so far.
+        /// Error files of the unfinished parts, with the errors known so far.
         unfinished: Vec<(PartId, Vec<u8>)>,
     },
-    #[error("no worker has answered anything for {}; {troubles}", humantime::format_duration(*after))]
+    #[error(
+        "no worker has answered any image for {} (--give-up-after); {troubles}",
+        humantime::format_duration(*after)
+    )]
     Standstill { after: Duration, troubles: String },
 }
 
 fn such_as(last: Option<&(String, String)>) -> String {
     last.map_or_else(String::new, |(id, message)| {
-        format!(", at last {id}: {message}")
+        format!("; the last one is {id}: {message}")
     })
 }
 
-/// Where the errors of a part stand that was not finished. A run that goes on
-/// removes them: it finds its own.
+/// Prefix of the error files of unfinished parts. The next run removes these
+/// files, since it finds the same errors itself.
 const UNFINISHED: &str = "unfinished-";
 
-/// Removes what an earlier run, which had too many errors, left of these shards.
+/// Removes the error files of unfinished parts that an earlier run, which had
+/// too many errors, left of these shards.
 pub(super) async fn forget_unfinished(
     sink: &Sink,
     is_ours: impl Fn(usize) -> bool,
@@ -115,14 +124,14 @@ pub(super) async fn forget_unfinished(
     Ok(())
 }
 
-/// How a part ends.
+/// End of a part.
 #[derive(Debug, Clone, Copy)]
 struct End {
-    /// Where the shard's next part begins, if there is one.
+    /// Cursor at which the shard's next part begins, if there is one.
     next: Option<u64>,
 }
 
-/// What the reader tells.
+/// Event that the reader sends to the collector.
 enum Event {
     Begin {
         id: PartId,
@@ -131,22 +140,23 @@ enum Event {
     Row {
         id: String,
         kept: Option<RecordBatch>,
-        /// Set when no worker has to be asked.
+        /// Set when no worker needs to be asked.
         fault: Option<ImageFault>,
     },
-    /// The part has all its rows.
+    /// End of the current part, which has all its rows.
     End(End),
-    /// There are no more rows: everything that follows is silence.
+    /// End of all rows. After it, silence of the reader is no failure.
     AllRead,
     Failed(anyhow::Error),
 }
 
-/// Does the job in a task of its own, so that a panic in any of its pieces is
-/// what the job failed of.
+/// Runs the job in a task of its own, so that a panic in any of its pieces
+/// becomes the job's error.
 ///
 /// # Errors
 ///
-/// What ended it before its end; what has been recorded until then counts.
+/// The failure that ended the job early. Parts that were recorded before it
+/// stay done.
 pub(super) async fn run(
     job: EmbedJob,
     pool: WorkerPool,
@@ -154,7 +164,7 @@ pub(super) async fn run(
     answers: mpsc::Receiver<PoolOutcome>,
     counts: &Arc<JobCounts>,
 ) -> anyhow::Result<()> {
-    // Dropped when the job is told to end, which ends the task as well.
+    // Dropped when the job is told to end, which also ends the task.
     let mut whole = JoinSet::new();
     let counts = Arc::clone(counts);
     whole.spawn(async move { pieces(job, pool, tasks, answers, &counts).await });
@@ -165,7 +175,7 @@ pub(super) async fn run(
     }
 }
 
-/// The error that a task's panic is.
+/// Makes the error of a task that panicked.
 fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
     match error.try_into_panic() {
         Ok(panic) => anyhow::anyhow!("{what} panicked: {}", panic_text(&*panic)),
@@ -173,14 +183,14 @@ fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
     }
 }
 
-/// The body of the reader's thread. A reader that panics says so: nobody waits
-/// for rows that do not come.
+/// Body of the reader's thread. A panic of the reader is sent as an event, so
+/// that nobody waits for rows that never come.
 fn read_to_the_end(reader: Reader, work: &[ShardWork]) {
     let events = reader.events.clone();
     let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
     if let Err(panic) = read {
         let error = anyhow::anyhow!("the reader's thread panicked: {}", panic_text(&*panic));
-        // Without a collector there is nobody to tell.
+        // Without a collector nobody is left to tell.
         let _ = events.blocking_send(Event::Failed(error));
     }
 }
@@ -209,7 +219,7 @@ async fn pieces(
         .name("reader".to_owned())
         .spawn(move || read_to_the_end(reader, &work))
         .context("the reader's thread cannot be started")?;
-    // It holds as many parts as may be open, so it is never full.
+    // The channel holds as many parts as may be open, so it is never full.
     let (parts_in, parts_out) = mpsc::channel(PARTS_OPEN);
     let sink = job.sink;
     let writer = Writer {
@@ -230,7 +240,7 @@ async fn pieces(
     };
     let collected = collector.run(events, answers, &pool, job.give_up_after);
     let result = both(collected, writer.run(parts_out), &sink).await;
-    // A reader that waits for room is told that there will be none.
+    // A reader that waits for room learns here that there will be none.
     parts.close();
     memory.close();
     match result {
@@ -248,8 +258,8 @@ async fn pieces(
     Ok(())
 }
 
-/// Waits until all is collected and written. After too many errors, what was
-/// collected of parts that are not whole is written too.
+/// Waits until everything is collected and written. After too many errors, the
+/// errors of unfinished parts are written too.
 async fn both(
     collected: impl Future<Output = anyhow::Result<()>>,
     written: impl Future<Output = anyhow::Result<()>>,
@@ -261,7 +271,7 @@ async fn both(
         result = &mut collected => match result {
             Ok(()) => written.await,
             Err(error) => match error.downcast_ref() {
-                // Parts that are whole have their errors in their own files.
+                // The errors of finished parts are in those parts' own files.
                 Some(Stopped::TooManyErrors { unfinished, .. }) => {
                     written.await?;
                     for (id, lines) in unfinished {
@@ -273,17 +283,17 @@ async fn both(
                 _ => Err(error),
             }
         },
-        // It ends before the collector only when it cannot go on.
+        // The writer ends before the collector only when it cannot go on.
         result = &mut written => result,
     }
 }
 
-/// The workers' sessions are gone while there is still something to ask them.
+/// Error of a pool whose sessions ended while images were still unanswered.
 #[derive(Debug, thiserror::Error)]
 #[error("the pool of workers has ended before the job")]
 struct PoolEnded;
 
-/// The plain code on a thread of its own.
+/// Reader: blocking code that runs on a thread of its own.
 struct Reader {
     reading: Reading,
     part_items: usize,
@@ -291,11 +301,11 @@ struct Reader {
     tasks: mpsc::Sender<PoolTask>,
     parts: Arc<Semaphore>,
     counts: Arc<JobCounts>,
-    /// Parts that were begun in this run.
+    /// Number of parts that were begun in this run.
     n_parts: u64,
 }
 
-/// The part that is being read.
+/// Part that is being read.
 struct PartRead {
     id: PartId,
     n_rows: usize,
@@ -312,7 +322,7 @@ impl Reader {
             let share = move |share: f64| (before + share * bytes(work)) / total;
             match self.shard(work, share) {
                 Ok(ControlFlow::Continue(())) => {}
-                // Nobody listens any more.
+                // The collector or the pool has ended.
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
                     let _ = self.events.blocking_send(Event::Failed(error));
@@ -421,8 +431,8 @@ impl Reader {
         })
     }
 
-    /// Ends a shard. One without images has a part, too, so that it is recorded;
-    /// one that is damaged has that as its last row.
+    /// Ends a shard. A shard without images has a part, too, so that it is
+    /// recorded. A damaged shard has its damage as its last row.
     fn end(
         &mut self,
         mut part: PartRead,
@@ -451,13 +461,13 @@ impl Reader {
     }
 }
 
-/// A part whose rows are being answered.
+/// Part whose rows are waiting for answers.
 struct OpenPart {
     id: PartId,
     permit: OwnedSemaphorePermit,
     rows: Vec<OpenRow>,
     unanswered: usize,
-    /// Set once it has all its rows.
+    /// Set once the part has all its rows.
     end: Option<End>,
 }
 
@@ -467,7 +477,7 @@ struct OpenRow {
     outcome: Option<Result<PoolAnswer, ImageFault>>,
 }
 
-/// A part with all its answers.
+/// Part that has all its answers.
 struct WholePart {
     id: PartId,
     rows: Vec<TableRow>,
@@ -475,10 +485,11 @@ struct WholePart {
     _permit: OwnedSemaphorePermit,
 }
 
-/// Puts answers to their rows.
+/// Collector: assigns answers to rows, and finished parts to the writer.
 struct Collector {
     open: VecDeque<OpenPart>,
-    /// The number of the first open part, by which tasks name it.
+    /// Number of the first open part; the ids of tasks count parts by this
+    /// number.
     first: u64,
     last_answer: Instant,
     writer: mpsc::Sender<WholePart>,
@@ -486,9 +497,9 @@ struct Collector {
     counts: Arc<JobCounts>,
     errors_before: u64,
     errors_max: Option<u64>,
-    /// The id of an image, and why it has no row.
+    /// Id of the last image that failed, with the reason.
     last_error: Option<(String, String)>,
-    /// True if the reader has told its last row.
+    /// True if the reader has sent its last row.
     all_read: bool,
 }
 
@@ -506,11 +517,14 @@ impl Collector {
             tokio::select! {
                 event = events.recv(), if !self.all_read => match event {
                     Some(event) => self.hear(event)?,
-                    // It says when it has read everything.
-                    None => anyhow::bail!("the reader's thread ended before it had read everything"),
+                    // The reader sends `AllRead` when it has read everything.
+                    None => anyhow::bail!(
+                        "the reader's thread ended before it had read all shards"
+                    ),
                 },
                 Some(done) = answers.recv() => {
-                    // Its row was told before it was asked, but in another queue.
+                    // The row of this answer was sent before the image, but in
+                    // another queue.
                     while let Ok(event) = events.try_recv() {
                         self.hear(event)?;
                     }
@@ -529,8 +543,9 @@ impl Collector {
         Ok(())
     }
 
-    /// Ends the job as soon as there are more errors than there may be: all of
-    /// those before are in this run's files, or in those of runs before.
+    /// Ends the job as soon as there are more errors than `--max-errors`
+    /// allows. All errors up to then are in the files of this run, or of the
+    /// runs before.
     fn has_too_many_errors(&self) -> anyhow::Result<()> {
         let errors = self.errors_before + self.counts.errors.load(Ordering::Relaxed);
         let Some(max) = self.errors_max.filter(|&max| errors > max) else {
@@ -569,7 +584,8 @@ impl Collector {
                 if let Some(fault) = &fault {
                     self.count(Some((id.clone(), fault.message.clone())));
                 } else if self.open.iter().all(|part| part.unanswered == 0) {
-                    // Nobody was silent before there was something to say.
+                    // Workers are silent only from the time at which they have
+                    // an image.
                     self.last_answer = Instant::now();
                 }
                 let part = self.open.back_mut();
@@ -610,7 +626,7 @@ impl Collector {
         Ok(())
     }
 
-    /// Counts an outcome; of one that failed with its id and why.
+    /// Counts an outcome. A failure comes with the image's id and the reason.
     fn count(&mut self, failed: Option<(String, String)>) {
         self.counts.images.fetch_add(1, Ordering::Relaxed);
         if failed.is_some() {
@@ -619,7 +635,8 @@ impl Collector {
         }
     }
 
-    /// Hands on what is whole, from the first on.
+    /// Hands finished parts on to the writer, in order, up to the first
+    /// unfinished part.
     fn close_parts(&mut self) -> anyhow::Result<()> {
         while let Some(part) = self.open.front()
             && part.unanswered == 0
@@ -644,7 +661,7 @@ impl Collector {
                 _permit: part.permit,
             };
             if self.writer.try_send(whole).is_err() {
-                // Its error is what ends the job.
+                // The writer's own error is the one that ends the job.
                 anyhow::bail!("the writer has ended");
             }
         }
@@ -663,7 +680,7 @@ impl Collector {
     }
 }
 
-/// Makes files of parts, and records them.
+/// Writer: makes the files of parts, and records the parts.
 struct Writer {
     sink: Sink,
     shape: TableShape,

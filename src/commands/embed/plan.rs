@@ -1,5 +1,5 @@
-//! From what the command line names to shards, in an order that is the same
-//! every time.
+//! Plan of the input: converts the command line's inputs into shards, always in
+//! the same order.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -16,10 +16,10 @@ use super::location::{ListedObject, Location, Stores, expand, fault};
 use crate::client::pool::ImageFault;
 use crate::files::{IMAGES, Trouble, hex};
 
-/// A list of files is read whole; more lines are more memory than a job should
-/// take, and a folder or Parquet does as well.
+/// Largest list, which is read whole. More lines would take more memory than a
+/// job should, and a directory or Parquet serves as well.
 const LIST_BYTES_MAX: u64 = 4 << 30;
-/// Columns of a CSV that may hold the paths.
+/// Columns of a CSV that may hold the paths, in the order of preference.
 const PATH_COLUMNS: [&str; 7] = [
     "path",
     "image",
@@ -30,19 +30,20 @@ const PATH_COLUMNS: [&str; 7] = [
     "url",
 ];
 
-/// Something that is read from one end to the other by one job.
+/// Shard: a piece of the input that one job reads from its beginning to its
+/// end.
 #[derive(Debug, Clone)]
 pub(super) struct Shard {
-    /// For people and for the error file.
+    /// Name for people and for the error file.
     pub(super) name: String,
-    /// How much it is beside the others.
+    /// Size of the shard, to compare shards by when progress is shown.
     pub(super) bytes: u64,
     pub(super) kind: ShardKind,
 }
 
 #[derive(Debug, Clone)]
 pub(super) enum ShardKind {
-    /// A run of files: as many as one part of the output has.
+    /// Run of files, as many as one part of the output has.
     Files {
         listing: Arc<Listing>,
         range: Range<usize>,
@@ -50,21 +51,22 @@ pub(super) enum ShardKind {
     WebDataset(Location),
     Parquet(Location),
     Arrow(Location),
-    /// It lies in a folder of shards and cannot be read: one error for all that
-    /// it may hold.
+    /// Shard of a directory that cannot be read: one error stands for all
+    /// images that the shard may hold.
     Lost(ImageFault),
 }
 
-/// What the manifest remembers of an input, so that a change shows.
+/// Facts about an input that the manifest records, so that a change is noticed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Fact {
     pub(super) name: String,
     pub(super) kind: String,
-    /// Files of a folder, lines of a list.
+    /// Number of files in a directory, or of lines in a list.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) items: Option<u64>,
     pub(super) bytes: u64,
-    /// An entity tag, a time of change, or a digest over those of many files.
+    /// Entity tag, time of the last change, or a digest over the versions of
+    /// many files.
     pub(super) version: String,
 }
 
@@ -74,20 +76,21 @@ pub(super) struct InputPlan {
     pub(super) facts: Vec<Fact>,
 }
 
-/// How inputs are to be read.
+/// Options for the plan of the inputs.
 pub(super) struct PlanOptions<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
-    /// Where the output goes, which must not become input.
+    /// Location of the output, which must not become input.
     pub(super) output: &'a str,
 }
 
-/// Looks at all inputs.
+/// Lists all inputs and divides them into shards.
 ///
 /// # Errors
 ///
-/// When one is missing or is nothing that can be read; it is named.
+/// When an input is missing or has a type that cannot be read; the error names
+/// the input.
 pub(super) async fn plan(
     inputs: &[String],
     stores: &Arc<Stores>,
@@ -111,7 +114,7 @@ pub(super) async fn plan(
     }
     anyhow::ensure!(
         !plan.shards.is_empty(),
-        "the inputs have no images: {}",
+        "the inputs contain no images: {}",
         inputs.join(" ")
     );
     Ok(plan)
@@ -132,7 +135,8 @@ impl InputPlan {
     ) -> anyhow::Result<()> {
         let extension = extension(&entry.name);
         if let Some(kind) = shard_kind(&extension, location) {
-            // Whoever names a shard wants it, and not an error in its place.
+            // A shard that the command line names must be readable; it does not
+            // become an error among others.
             if let Some(trouble) = location.trouble()? {
                 anyhow::bail!("{location}: {trouble}");
             }
@@ -147,13 +151,13 @@ impl InputPlan {
             "txt" | "lst" | "list" => {
                 anyhow::ensure!(
                     options.keep.is_empty(),
-                    "--keep: {location} is a list of names alone; give a CSV with columns"
+                    "--keep: {location} is a list of names without columns; give a CSV with columns"
                 );
                 lines(&list(location).await?)
             }
             _ => anyhow::bail!(
-                "{location} is nothing that can be read: give a folder, .tar, .parquet, .arrow, \
-                 or a list of images in .txt or .csv"
+                "{location} has a file type that cannot be read; give a directory, .tar, .parquet, \
+                 .arrow, or a list of images in .txt or .csv"
             ),
         };
         self.facts.push(Fact {
@@ -169,7 +173,7 @@ impl InputPlan {
             base: location.parent(),
             rows,
         });
-        // How large the files are is not known: each counts as one.
+        // The sizes of the files are unknown, so each file counts as one byte.
         self.files(&listing, n_rows, location, options, |range| {
             range.len() as u64
         });
@@ -180,8 +184,8 @@ impl InputPlan {
         let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
         anyhow::ensure!(
             !inside.starts_with(&outside),
-            "--output {} lies in {folder}, which is read: the next run would find it there; write \
-             elsewhere",
+            "--output {} lies inside the input {folder}, and the next run would read its own \
+             output; give an --output elsewhere",
             options.output
         );
         let mut by_kind: BTreeMap<&str, Vec<ListedObject>> = BTreeMap::new();
@@ -204,14 +208,17 @@ impl InputPlan {
         let kinds: Vec<&str> = by_kind.keys().copied().collect();
         anyhow::ensure!(
             kinds.len() <= 1,
-            "{folder} holds files of several kinds ({}); name those to read",
+            "{folder} contains files of several kinds ({}); name the files to read",
             kinds.join(", ")
         );
         let Some((kind, mut entries)) = by_kind.pop_first() else {
             if matches!(folder, Location::Local(_)) {
-                anyhow::bail!("{folder} is a folder without images or shards");
+                anyhow::bail!("{folder} is a directory without images or shards");
             }
-            anyhow::bail!("{folder}: there is no such file, and no folder with images or shards");
+            anyhow::bail!(
+                "{folder} does not exist: there is no such file, and no directory with images or \
+                 shards"
+            );
         };
         if !may_be_folders.is_empty() {
             entries.append(&mut may_be_folders);
@@ -222,7 +229,7 @@ impl InputPlan {
         }
         anyhow::ensure!(
             options.keep.is_empty(),
-            "--keep: {folder} is a folder of images, which has no columns"
+            "--keep: {folder} is a directory of images, which has no columns"
         );
         let mut digest = Sha256::new();
         for entry in &entries {
@@ -257,7 +264,8 @@ impl InputPlan {
         Ok(())
     }
 
-    /// Shards of a folder; of one that cannot be read there is an error.
+    /// Adds the shards of a directory. A shard that cannot be read becomes an
+    /// error.
     fn shards(&mut self, folder: &Location, entries: &[ListedObject]) -> anyhow::Result<()> {
         for entry in entries {
             let location = folder.join(&entry.name);
@@ -268,7 +276,7 @@ impl InputPlan {
             };
             let kind = match trouble {
                 Some(fault) => Some(ShardKind::Lost(ImageFault {
-                    message: format!("nothing of the file is read: {}", fault.message),
+                    message: format!("the whole file is skipped: {}", fault.message),
                     ..fault
                 })),
                 None => shard_kind(&extension, &location),
@@ -301,8 +309,8 @@ impl InputPlan {
         });
     }
 
-    /// Files are cut into shards of one part each, so that several jobs can
-    /// share them.
+    /// Cuts files into shards of one part each, so that several jobs can share
+    /// them.
     fn files(
         &mut self,
         listing: &Arc<Listing>,
@@ -339,10 +347,14 @@ async fn list(location: &Location) -> anyhow::Result<Bytes> {
     let content = location.read(LIST_BYTES_MAX).await;
     content
         .with_context(|| location.to_string())?
-        .with_context(|| format!("{location} is over {LIST_BYTES_MAX} bytes; split it"))
+        .with_context(|| {
+            format!(
+                "the list {location} has over {LIST_BYTES_MAX} bytes, the limit; split the list"
+            )
+        })
 }
 
-/// What some editors begin a text with.
+/// Byte order mark, with which some editors begin a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 fn lines(text: &[u8]) -> Vec<ListedRow> {
@@ -354,7 +366,7 @@ fn lines(text: &[u8]) -> Vec<ListedRow> {
         .collect()
 }
 
-/// A line, of which one that is no text is an error.
+/// Makes the row of a line. A line that is not UTF-8 becomes an error.
 fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
     let mut is_text = true;
     let mut text = |bytes: &[u8]| {
@@ -363,7 +375,11 @@ fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
         text.into_owned()
     };
     let (name, kept) = (text(name), kept.map(&mut text).collect());
-    let fault = || ImageFault::invalid("its line is not UTF-8; write the list in UTF-8".to_owned());
+    let fault = || {
+        ImageFault::invalid(
+            "this line of the list is not UTF-8; write the list in UTF-8".to_owned(),
+        )
+    };
     ListedRow {
         name,
         kept,
@@ -379,7 +395,7 @@ fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<Listed
     let path = match options.image_column {
         Some(name) => place(name).with_context(|| {
             format!(
-                "--image-column {name}: there is no such column; there are {}",
+                "--image-column {name}: the list has no such column; its columns are {}",
                 names()
             )
         })?,
@@ -388,7 +404,8 @@ fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<Listed
             .find_map(|name| place(name))
             .with_context(|| {
                 format!(
-                    "which column has the paths? there are {}; say it with --image-column",
+                    "no column is known to hold paths; the list's columns are {}; name one with \
+                     --image-column",
                     names()
                 )
             })?,
@@ -396,7 +413,7 @@ fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<Listed
     let keep = options.keep.iter().map(|name| {
         place(name).with_context(|| {
             format!(
-                "--keep {name}: there is no such column; there are {}",
+                "--keep {name}: the list has no such column; its columns are {}",
                 names()
             )
         })
@@ -472,20 +489,20 @@ mod tests {
         refused(folder("mixed"), &[], "several kinds (image, tar)").await;
         refused(folder("nowhere"), &[], "there is no such file").await;
         std::os::unix::fs::symlink("gone", dir.path().join("link")).unwrap();
-        refused(folder("link"), &[], "it is a link that leads nowhere").await;
+        refused(folder("link"), &[], "it is a symbolic link whose target").await;
         let pipe = folder("pipe.txt");
         let made = std::process::Command::new("mkfifo").arg(&pipe).status();
         assert!(made.unwrap().success());
-        refused(pipe, &[], "it is neither a file nor a folder").await;
-        refused(String::new(), &[], "'' is no path").await;
+        refused(pipe, &[], "it is neither a file nor a directory").await;
+        refused(String::new(), &[], "'' is neither a path").await;
         std::fs::create_dir(dir.path().join("empty")).unwrap();
-        refused(folder("empty"), &[], "a folder without images").await;
-        refused(write("a.zip", "x"), &[], "nothing that can be read").await;
+        refused(folder("empty"), &[], "a directory without images").await;
+        refused(write("a.zip", "x"), &[], "a file type that cannot be read").await;
         refused(folder("tree"), &["label".to_owned()], "has no columns").await;
         refused(
             write("m.csv", "a,b\n1,2\n"),
             &[],
-            "which column has the paths",
+            "no column is known to hold paths",
         )
         .await;
     }

@@ -1,5 +1,5 @@
-//! What a person sees while it runs: a bar on a terminal, a line from time to
-//! time elsewhere.
+//! Progress of a running job: a bar on a terminal, otherwise a log line at
+//! intervals.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,15 +8,18 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a line is written where there is no terminal.
+/// Interval of the log lines when standard error is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// The rate is that of the last few seconds, so that a stall shows.
+/// Window of the rate that is shown: the last few seconds, so that a stall
+/// shows.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
-/// Parts of the whole that the bar and the time left know.
+/// Steps into which the bar and the estimate of the time left divide the whole
+/// job.
 const STEPS: u64 = 1_000_000;
 
-/// The terminal, which the bar and the log share: a line of the log is written
-/// above the bar. Not by a `MultiProgress`, which panics when the terminal is gone.
+/// Terminal that the bar and the log share: a line of the log is written above
+/// the bar. `MultiProgress` is not used, since it panics when the terminal has
+/// vanished.
 #[derive(Debug, Clone, Default)]
 pub struct Terminal(Arc<Mutex<Option<ProgressBar>>>);
 
@@ -40,19 +43,20 @@ impl Write for Terminal {
     }
 }
 
-/// Counts that the pipeline's tasks share.
+/// Counters that the pipeline's tasks share.
 #[derive(Debug, Default)]
 pub(super) struct JobCounts {
-    /// Images that have an outcome, in this run.
+    /// Images that have an outcome in this run.
     pub(super) images: AtomicU64,
-    /// Of those, how many failed.
+    /// Images among them that failed.
     pub(super) errors: AtomicU64,
-    /// How much has been read, of [`STEPS`].
+    /// Share of the input that has been read, in units of 1 / [`STEPS`].
     read: AtomicU64,
 }
 
 impl JobCounts {
-    /// `share` of everything has been read, 0 to 1.
+    /// Records that the share `share` of the whole input, 0 to 1, has been
+    /// read.
     pub(super) fn has_read(&self, share: f64) {
         #[expect(
             clippy::cast_possible_truncation,
@@ -70,10 +74,11 @@ impl JobCounts {
 pub(super) struct JobProgress {
     bar: Option<ProgressBar>,
     started: Instant,
-    /// What had been read when it started.
+    /// Share of the input that had been read when this run started.
     began_at: Option<u64>,
     last_line: Instant,
-    /// The rate's window: when it began, and how many images there were.
+    /// Window of the rate: the time at which it began, and the number of images
+    /// then.
     window: (Instant, u64),
     rate: f64,
 }
@@ -97,7 +102,7 @@ impl JobProgress {
         }
     }
 
-    /// Called every second or so.
+    /// Updates the bar or logs a line. Called about every half second.
     pub(super) fn update(&mut self, counts: &JobCounts, trouble: &[String]) {
         let images = counts.images.load(Ordering::Relaxed);
         let errors = counts.errors.load(Ordering::Relaxed);
@@ -118,7 +123,7 @@ impl JobProgress {
         let trouble = if trouble.is_empty() {
             String::new()
         } else {
-            format!(", {} workers left out", trouble.len())
+            format!(", {} workers are left out", trouble.len())
         };
         let text = format!(
             "{images} images, {:.1}/s, {errors} errors{left}{trouble}",
@@ -147,7 +152,8 @@ fn percent(read: u64) -> f64 {
     100.0 * read as f64 / STEPS as f64
 }
 
-/// In whole seconds, once enough is done to tell.
+/// Estimates the time left, in whole seconds, once enough is done to estimate
+/// it.
 fn left(elapsed: Duration, began_at: u64, read: u64) -> Option<Duration> {
     let done = read.saturating_sub(began_at);
     if done < STEPS / 1000 || elapsed < Duration::from_secs(2) {

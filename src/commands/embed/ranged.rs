@@ -1,7 +1,8 @@
-//! A large file, read in blocks that are asked for ahead of time.
+//! Large file that is read in blocks, which are requested ahead of time.
 //!
-//! Readers of tar, Parquet and Arrow are plain code on a thread of its own; here
-//! is what makes a bucket look like a file to them, in bounded memory.
+//! Readers of tar, Parquet and Arrow are blocking code on a thread of its own.
+//! This module makes an object in a bucket look like a file to them, with range
+//! requests and in bounded memory.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -15,16 +16,18 @@ use tokio::task::JoinHandle;
 
 use super::location::Location;
 
-/// Large enough that a request's latency is small beside its transfer.
+/// Size of a block: large enough that a request's latency is small beside its
+/// transfer.
 const BLOCK_BYTES: u64 = 4 << 20;
-/// Blocks that are asked for before they are needed: at 50 ms a request this
-/// is 160 MB/s or so.
+/// Blocks that are requested before they are needed. At 50 ms per request this
+/// gives about 160 MB/s.
 const AHEAD: u64 = 2;
-/// Blocks that are kept. Parquet's columns are read side by side, each at its
-/// own place.
+/// Blocks that are kept. Parquet's columns are read side by side, each from its
+/// own position.
 const KEPT: usize = 12;
 
-/// See the module. Clones share their blocks, and have a position each.
+/// File that is read by ranges. Clones share their blocks, and each has its own
+/// position.
 #[derive(Debug, Clone)]
 pub(super) struct Ranged {
     blocks: Arc<Blocks>,
@@ -37,8 +40,9 @@ struct Blocks {
     bytes: u64,
     runtime: Handle,
     kept: Mutex<VecDeque<(u64, Block)>>,
-    /// Why a block did not come. Readers of formats make texts of their own of
-    /// it, which do not tell a damaged file from a bucket that is away.
+    /// Reason for which a block could not be fetched. The formats' readers turn
+    /// such an error into texts of their own, which do not distinguish a
+    /// damaged file from an unavailable bucket.
     failure: Mutex<Option<String>>,
 }
 
@@ -49,7 +53,7 @@ enum Block {
 }
 
 impl Ranged {
-    /// `bytes` is how long the file is.
+    /// Makes a reader of the file at `location`, which has `bytes` bytes.
     pub(super) fn new(location: Location, bytes: u64, runtime: Handle) -> Self {
         let blocks = Arc::new(Blocks {
             location,
@@ -61,14 +65,15 @@ impl Ranged {
         Self { blocks, at: 0 }
     }
 
-    /// Why a block did not come, if one did not.
+    /// Takes the reason for which a block could not be fetched, if one could
+    /// not.
     pub(super) fn failure(&self) -> Option<anyhow::Error> {
         let failure = self.blocks.failure.lock();
         let reason = failure.unwrap_or_else(PoisonError::into_inner).take()?;
         Some(anyhow::anyhow!("{}: {reason}", self.blocks.location))
     }
 
-    /// The same file from `at` on.
+    /// Returns a reader of the same file that begins at the offset `at`.
     pub(super) fn from(&self, at: u64) -> Self {
         Self {
             blocks: Arc::clone(&self.blocks),
@@ -89,7 +94,8 @@ impl Blocks {
         let n_blocks = self.bytes.div_ceil(BLOCK_BYTES);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let has = |kept: &VecDeque<(u64, Block)>, idx| kept.iter().any(|(other, _)| *other == idx);
-        // Whoever reads the first block, or goes on from another, will go on.
+        // A reader of the first block, or of a block whose predecessor was
+        // read, is taken to continue.
         let goes_on = idx == 0 || has(&kept, idx - 1);
         let last = if goes_on { idx + AHEAD } else { idx };
         for idx in idx..=last.min(n_blocks.saturating_sub(1)) {
@@ -114,7 +120,7 @@ impl Blocks {
                     kept.pop_front();
                 }
             }
-            // It may be asked for again.
+            // The block may be requested again.
             Err(error) => {
                 kept.remove(place);
                 let failure = self.failure.lock();
@@ -150,7 +156,8 @@ impl Read for Ranged {
             return Ok(0);
         }
         let block = self.blocks.get(self.at / BLOCK_BYTES)?;
-        // Less than a block, so it fits any machine's word.
+        // The offset is less than a block, so it fits into `usize` on every
+        // machine.
         let start = usize::try_from(self.at % BLOCK_BYTES).map_err(io::Error::other)?;
         let there = block.get(start..).unwrap_or_default();
         let n = there.len().min(buffer.len());
@@ -188,7 +195,7 @@ impl ChunkReader for Ranged {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
-        // Within a block nothing has to be copied.
+        // A range within one block needs no copy.
         let offset = usize::try_from(start % BLOCK_BYTES).map_err(io::Error::other)?;
         let block = self.blocks.get(start / BLOCK_BYTES)?;
         if let Some(end) = offset.checked_add(length)

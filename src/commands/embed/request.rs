@@ -1,4 +1,5 @@
-//! From flags to what workers are asked, and to what the manifest remembers.
+//! Conversion of flags into the requests that workers get, and into the options
+//! that the manifest records.
 
 use std::collections::BTreeMap;
 
@@ -7,25 +8,25 @@ use crate::client::pool;
 use crate::imaging::PreprocessOptions;
 use crate::proto::{pb, preprocess_applied};
 
-/// Whether the model can do what is asked, and says what it means.
+/// Checks that the workers' model can do the task, and explains what it lacks.
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
     let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
     match (task.task, &task.head) {
         (EmbedTask::Score, _) => anyhow::ensure!(
             can(pb::Task::Score),
-            "--task score: the workers' model {} gives no likelihoods",
+            "--task score: the workers' model {} cannot compute likelihoods",
             model.name
         ),
         (EmbedTask::Embed, _) => anyhow::ensure!(
             can(pb::Task::Embed) && model.dimension > 0,
-            "--task embed: the workers' model {} gives no vectors",
+            "--task embed: the workers' model {} cannot compute embeddings",
             model.name
         ),
         (EmbedTask::Classify, Some(name)) => {
             let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
             anyhow::ensure!(
                 heads.contains(&name.as_str()),
-                "--head {name}: the workers' model {} has {}",
+                "--head {name}: the workers' model {} has no such head; its linear heads: {}",
                 model.name,
                 if heads.is_empty() {
                     "none".to_owned()
@@ -36,11 +37,13 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
         }
         (EmbedTask::Classify, None) => {
             let own = can(pb::Task::Classify) && !model.labels.is_empty();
-            // Without a head of its own the only loaded one is meant.
+            // If the checkpoint has no head of its own, the only loaded head is
+            // meant.
             let only = !can(pb::Task::Classify) && model.heads.len() == 1;
             anyhow::ensure!(
                 own || only,
-                "--task classify: the workers' model {} has no classes with names; give --head",
+                "--task classify: the workers' model {} has no classes with names; give --head \
+                 to use a linear head",
                 model.name
             );
         }
@@ -55,7 +58,7 @@ fn preprocess(task: &TaskConfig) -> pb::Preprocess {
     })
 }
 
-/// The layer that is asked for, if the pooling has a choice.
+/// Returns the layer to ask for, if the pooling allows a choice.
 fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
     match task.pooling {
         Pooling::Mean => Some(task.layer.unwrap_or(model.layer_default)),
@@ -63,8 +66,8 @@ fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
     }
 }
 
-/// What workers are asked, with every default written out: they are to apply
-/// exactly this.
+/// Makes the request that workers get. Every default is written out, since
+/// workers must apply exactly these options.
 pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::PoolWork {
     match task.task {
         EmbedTask::Embed => pool::PoolWork::Embed(pb::EmbedStreamOptions {
@@ -95,8 +98,8 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
         EmbedTask::Classify => pool::PoolWork::Classify(pb::ClassifyRequest {
             images: Vec::new(),
             preprocess: Some(preprocess(task)),
-            // The checkpoint's own head takes the image alone, as Hugging Face's
-            // classes do; a linear head knows its own.
+            // The checkpoint's own head takes the image alone, as Hugging
+            // Face's classes do; a linear head records its own context.
             context: pb::Context::Unspecified.into(),
             top_k: task.top_k,
             logits: false,
@@ -105,7 +108,8 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
     }
 }
 
-/// All that the output's bytes depend on, besides the model and the input.
+/// Lists all options on which the output's bytes depend, besides the model and
+/// the input.
 pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMap<String, String> {
     let (task, table) = (&args.task, &args.table);
     let mut options = BTreeMap::new();
@@ -141,7 +145,7 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
     options
 }
 
-/// As it stands on the command line.
+/// Formats a value as it is written on the command line.
 fn value_name(value: &impl clap::ValueEnum) -> String {
     let name = value.to_possible_value();
     name.map_or_else(String::new, |name| name.get_name().to_owned())

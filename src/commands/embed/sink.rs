@@ -1,7 +1,8 @@
-//! Where output goes: files appear whole or not at all.
+//! Output of a job: files that appear whole or not at all.
 //!
-//! On a disk a file is written under another name, flushed and renamed; in a
-//! bucket an upload of one or of several parts shows once it is complete.
+//! On a disk a file is written under a temporary name, flushed and renamed. In
+//! a bucket an upload, of one or of several pieces, becomes visible once it is
+//! complete.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -14,15 +15,16 @@ use object_store::{ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
 use super::location::{Location, ReadError, Stores};
 use crate::files::Trouble;
 
-/// Larger objects are uploaded in pieces, since a request has to fit into its
-/// time.
+/// Largest object that is uploaded in one request. Larger objects are uploaded
+/// in pieces, since a request must fit into its time limit.
 const WHOLE_BYTES_MAX: usize = 8 << 20;
-/// Pieces of an upload that are on their way at once.
+/// Pieces of an upload that are in flight at the same time.
 const PIECES: usize = 4;
-/// What this program itself wrote and reads again: a manifest, a record.
+/// Largest file that is read back: a manifest or a record, which this program
+/// wrote.
 const NOTE_BYTES_MAX: u64 = 1 << 30;
 
-/// A folder that is written into.
+/// Directory, or prefix of a bucket, that output is written into.
 #[derive(Debug, Clone)]
 pub(super) struct Sink(Location);
 
@@ -36,13 +38,14 @@ impl Sink {
     pub(super) fn open(text: &str, stores: &Stores) -> anyhow::Result<Self> {
         anyhow::ensure!(
             !text.starts_with("http://") && !text.starts_with("https://"),
-            "--output {text}: nothing can be written over HTTP; give a folder, s3://, gs:// or az://"
+            "--output {text}: cannot write over HTTP; give a directory, s3://, gs:// or az://"
         );
         Ok(Self(stores.locate(text)?))
     }
 
-    /// Checks that a folder on a disk can be written into, or made where it is not
-    /// there yet; whether a bucket can be shows when the manifest is written.
+    /// Checks that a directory on a disk can be written into, or created if it
+    /// does not exist. A bucket shows whether it can be written only when the
+    /// manifest is written.
     pub(super) async fn check(&self) -> anyhow::Result<()> {
         let Location::Local(folder) = &self.0 else {
             return Ok(());
@@ -52,7 +55,7 @@ impl Sink {
         probed.with_context(|| format!("--output {self} cannot be written"))
     }
 
-    /// Removes a file; there may be none.
+    /// Removes a file; a file that does not exist is no error.
     pub(super) async fn remove(&self, name: &str) -> anyhow::Result<()> {
         let at = self.0.join(name);
         let result: anyhow::Result<()> = match &at {
@@ -68,8 +71,8 @@ impl Sink {
         result.with_context(|| format!("{at} cannot be removed"))
     }
 
-    /// Writes a file, or replaces it: before, there is the old one or none;
-    /// after, the new one.
+    /// Writes or replaces a file. A reader finds the old file, or none, until
+    /// the new file is complete.
     pub(super) async fn write(&self, name: &str, content: Bytes) -> anyhow::Result<()> {
         let at = self.0.join(name);
         let result = match &at {
@@ -90,7 +93,7 @@ impl Sink {
                         upload.wait_for_capacity(PIECES).await?;
                         upload.put(content.slice_ref(piece));
                     }
-                    // An upload that is not finished leaves no object.
+                    // An unfinished upload leaves no object.
                     upload.finish().await?;
                     Ok(())
                 }
@@ -100,7 +103,7 @@ impl Sink {
         result.with_context(|| format!("{at} cannot be written"))
     }
 
-    /// Writes a file that must not be there; `false` if it is.
+    /// Writes a file that must not exist; returns `false` if the file exists.
     pub(super) async fn create(&self, name: &str, content: Bytes) -> anyhow::Result<bool> {
         let at = self.0.join(name);
         let result = match &at {
@@ -120,7 +123,7 @@ impl Sink {
         result.with_context(|| format!("{at} cannot be written"))
     }
 
-    /// A file that this program wrote, if it is there.
+    /// Reads a file that this program wrote; `None` if the file does not exist.
     pub(super) async fn read(&self, name: &str) -> anyhow::Result<Option<Bytes>> {
         let at = self.0.join(name);
         match at.read(NOTE_BYTES_MAX).await {
@@ -130,7 +133,8 @@ impl Sink {
         }
     }
 
-    /// Names and sizes of the files in a folder; none where there is no folder.
+    /// Lists names and sizes of the files in a directory; empty if the
+    /// directory does not exist.
     pub(super) async fn list(&self, folder: &str) -> anyhow::Result<Vec<(String, u64)>> {
         let at = if folder.is_empty() {
             self.0.clone()
@@ -157,11 +161,12 @@ impl Sink {
     }
 }
 
-/// Writes into the folder, or into the one that it would be made in.
+/// Writes a temporary file into the directory, or into its nearest existing
+/// parent.
 fn probe(folder: &Path) -> anyhow::Result<()> {
     let there = folder.ancestors().find(|folder| folder.exists());
-    let there = there.context("nothing of its path is there")?;
-    anyhow::ensure!(there.is_dir(), "{} is no folder", there.display());
+    let there = there.context("no directory of this path exists")?;
+    anyhow::ensure!(there.is_dir(), "{} is not a directory", there.display());
     let file = there.join(format!(".imagegpt.{}.tmp", std::process::id()));
     std::fs::write(&file, b"probe")?;
     std::fs::remove_file(&file)?;
@@ -187,14 +192,15 @@ fn list_folder(path: &Path) -> std::io::Result<Vec<(String, u64)>> {
     Ok(found)
 }
 
-/// `false` when `new` and it is there already. What a kill leaves is a file
-/// whose name begins with a point, which the same job writes over.
+/// Writes a file through a temporary file; `false` if `new` is set and the file
+/// exists. A kill can leave a dotfile, which the same job overwrites.
 fn write_file(path: &Path, content: &[u8], new: bool) -> anyhow::Result<bool> {
-    let folder = path.parent().context("it has no folder")?;
+    let folder = path.parent().context("the path has no directory")?;
     std::fs::create_dir_all(folder)?;
-    let name = path.file_name().context("it has no name")?;
+    let name = path.file_name().context("the path has no file name")?;
     let name = name.to_string_lossy();
-    // Jobs that begin at once must not write into each other's.
+    // Jobs that begin at the same time must not write into each other's
+    // temporary files.
     let temporary: PathBuf = if new {
         folder.join(format!(".{name}.{}.tmp", std::process::id()))
     } else {
@@ -205,7 +211,7 @@ fn write_file(path: &Path, content: &[u8], new: bool) -> anyhow::Result<bool> {
     file.sync_all()?;
     drop(file);
     let created = if new {
-        // A link fails where a rename would replace.
+        // A hard link fails where a rename would replace the file.
         let linked = std::fs::hard_link(&temporary, path);
         std::fs::remove_file(&temporary)?;
         match linked {
@@ -217,7 +223,8 @@ fn write_file(path: &Path, content: &[u8], new: bool) -> anyhow::Result<bool> {
         std::fs::rename(&temporary, path)?;
         true
     };
-    // The name itself is to outlive the machine.
+    // Flushes the directory too, so that the file's name survives a crash of
+    // the machine.
     std::fs::File::open(folder)?.sync_all()?;
     Ok(created)
 }
@@ -233,7 +240,7 @@ mod tests {
         let sink = Sink::open(folder.to_str().unwrap(), &Stores::default()).unwrap();
         assert_eq!(sink.list("a").await.unwrap(), []);
         assert_eq!(sink.read("a/b").await.unwrap(), None);
-        // What a killed job left.
+        // A temporary file that a killed job left.
         std::fs::create_dir_all(folder.join("a")).unwrap();
         std::fs::write(folder.join("a/.b.tmp"), "longer than what follows").unwrap();
         sink.write("a/b", "one".into()).await.unwrap();

@@ -1,4 +1,4 @@
-//! A part of the output as files: the same rows always give the same bytes.
+//! Files of a part of the output. The same rows always give the same bytes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use super::journal::PartId;
 use crate::client::pool::{ImageFault, PoolAnswer};
 use crate::proto::{GrpcCode, pb};
 
-/// The key of what a file says of itself, as JSON.
+/// Key of the metadata in a file that describes the file, as JSON.
 const METADATA_KEY: &str = "imagegpt";
-/// Columns that are the table's own.
+/// Names of the table's own columns.
 pub(super) const OWN_COLUMNS: [&str; 9] = [
     "id",
     "embedding",
@@ -38,16 +38,16 @@ pub(super) const OWN_COLUMNS: [&str; 9] = [
     "complexity_bits_per_token",
 ];
 
-/// What all parts have in common.
+/// Properties that all parts have in common.
 #[derive(Debug, Clone)]
 pub(super) struct TableShape {
     pub(super) format: TableFormat,
     pub(super) values: StoredValues,
-    /// The model and the options, as JSON.
+    /// Description of the model and the options, as JSON.
     pub(super) metadata: String,
 }
 
-/// What is stored of each image.
+/// Values that are stored for each image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StoredValues {
     Embedding { dimension: usize, dtype: Dtype },
@@ -55,7 +55,7 @@ pub(super) enum StoredValues {
     Scores,
 }
 
-/// An image and what became of it.
+/// Row of the table: an image's id, its kept columns and its outcome.
 #[derive(Debug)]
 pub(super) struct TableRow {
     pub(super) id: String,
@@ -63,7 +63,7 @@ pub(super) struct TableRow {
     pub(super) outcome: Result<PoolAnswer, ImageFault>,
 }
 
-/// A line of the error file.
+/// Line of the error file.
 #[derive(Debug, Serialize)]
 struct ErrorLine<'a> {
     id: &'a str,
@@ -71,7 +71,7 @@ struct ErrorLine<'a> {
     message: &'a str,
 }
 
-/// Appends a line to an error file.
+/// Appends a line to the content of an error file.
 pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &ImageFault) -> anyhow::Result<()> {
     let line = ErrorLine {
         id,
@@ -83,8 +83,8 @@ pub(super) fn error_line(errors: &mut Vec<u8>, id: &str, fault: &ImageFault) -> 
     Ok(())
 }
 
-/// Names and contents. Rows that failed are in the error file only; what would
-/// be empty is not written.
+/// Makes the files of a part, as names and contents. Rows that failed are only
+/// in the error file. A file that would be empty is not written.
 pub(super) fn files(
     id: PartId,
     rows: Vec<TableRow>,
@@ -142,10 +142,12 @@ fn concatenated(kept: &[RecordBatch]) -> anyhow::Result<Option<RecordBatch>> {
         return Ok(None);
     };
     let all = arrow_select::concat::concat_batches(&first.schema(), kept);
-    Ok(Some(all.context("the kept columns do not fit together")?))
+    Ok(Some(all.context(
+        "the kept columns of a part do not fit together",
+    )?))
 }
 
-/// A table with the id first and what is kept last.
+/// Makes a table with the id as its first column and the kept columns last.
 fn batch(
     ids: &[String],
     values: Vec<(FieldRef, ArrayRef)>,
@@ -163,7 +165,8 @@ fn batch(
         fields.extend(kept.schema().fields().iter().cloned());
         columns.extend(kept.columns().iter().cloned());
     }
-    // One key, since a map has no order that would be the same every time.
+    // A single key, since the order of several keys in a map is not always the
+    // same.
     let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata.to_owned())]);
     let schema = Schema::new_with_metadata(fields, metadata);
     Ok(RecordBatch::try_new(Arc::new(schema), columns)?)
@@ -182,17 +185,18 @@ fn columns(
     }
 }
 
-/// The bytes of a vector, if it has the length that all have.
+/// Returns the bytes of a vector, after checking that it has the length of all
+/// vectors.
 fn vector(answer: &PoolAnswer, dimension: usize, dtype: Dtype) -> anyhow::Result<&Bytes> {
     let wanted = dimension * width(dtype);
     match answer {
         PoolAnswer::Embedding(bytes) if bytes.len() == wanted => Ok(bytes),
         PoolAnswer::Embedding(bytes) => anyhow::bail!(
-            "a worker answered {} bytes where the model's dimension makes {wanted}",
+            "a worker answered with a vector of {} bytes; the model's dimension makes {wanted}",
             bytes.len()
         ),
         PoolAnswer::Classes(_) | PoolAnswer::Score(_) => {
-            anyhow::bail!("a worker answered something else where a vector was asked")
+            anyhow::bail!("a worker's answer is not the vector that it was asked for")
         }
     }
 }
@@ -243,7 +247,7 @@ fn embeddings(
     Ok((Arc::new(Field::new("embedding", kind, false)), column))
 }
 
-/// Best first, in three lists of one length.
+/// Makes the columns of classes, best first, as three lists of the same length.
 fn classes(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     let item = |kind| Arc::new(Field::new("item", kind, false));
     let mut indexes = ListBuilder::new(UInt32Builder::new()).with_field(item(DataType::UInt32));
@@ -281,7 +285,8 @@ fn classes(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     ]
 }
 
-/// The likelihood, and how far the tokens compress without the model.
+/// Makes the columns of the likelihood, and of the size to which the tokens
+/// compress without the model.
 fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     let column = |name: &str, number: fn(&pb::Score) -> f64| {
         let numbers = answers.iter().map(|answer| match answer {
@@ -303,14 +308,15 @@ fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
 }
 
 fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
-    // Numbers of a vector neither repeat nor compress, and nobody asks for the
-    // largest.
+    // The numbers of a vector neither repeat nor compress, and nobody needs
+    // their largest or smallest.
     let vectors = ColumnPath::from(vec![
         "embedding".to_owned(),
         "list".to_owned(),
         "item".to_owned(),
     ]);
-    // Readers that know Arrow's schema look there; the others look here.
+    // Readers that know Arrow's schema find the metadata there; others find it
+    // here.
     let about = KeyValue::new(METADATA_KEY.to_owned(), metadata.to_owned());
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
@@ -331,11 +337,11 @@ fn arrow(table: &RecordBatch) -> anyhow::Result<Bytes> {
     Ok(writer.into_inner()?.into())
 }
 
-/// Version 1.0 of NumPy's format.
+/// Makes a file of version 1.0 of NumPy's format.
 fn npy(answers: &[PoolAnswer], dimension: usize, dtype: Dtype) -> anyhow::Result<Bytes> {
     const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
-    /// What the header's length is a multiple of, so that the numbers are
-    /// aligned in memory.
+    /// Multiple to which the header is padded, so that the numbers are aligned
+    /// in memory.
     const ALIGNMENT: usize = 64;
     let kind = match dtype {
         Dtype::F32 => "<f4",

@@ -1,9 +1,10 @@
-//! Images that a list names by URL. What a server does with one is that image's
-//! outcome: of a million addresses some are gone, and their job goes on.
+//! Download of images that a list names by URL. A server's answer for a URL
+//! decides only that image's outcome: among a million URLs some are dead, and
+//! the job goes on.
 //!
-//! What may pass (a server that is busy, away or slow) is asked again for a
-//! while; what will not (an address that is gone or forbidden, a host that nobody
-//! knows) is an error at once.
+//! Failures that may pass (a server that is busy, unavailable or slow) are
+//! retried for a while with exponential backoff. Failures that last (a URL that
+//! does not exist or is forbidden, an unknown host) are errors at once.
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -20,62 +21,64 @@ use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, Rul
 use crate::client::pool::ImageFault;
 use crate::proto::GrpcCode;
 
-/// The first rest between attempts; those after it double.
+/// First rest between attempts; the rests after it double.
 const REST_MIN: Duration = Duration::from_millis(500);
-/// Rests between attempts, up to the longest.
+/// Exponential backoff between attempts, up to the longest rest.
 const RESTS: ExponentialBuilder = ExponentialBuilder::new()
     .with_min_delay(REST_MIN)
     .with_max_delay(Duration::from_secs(10))
     .without_max_times();
-/// The longest rest that a server may ask for: as long as `--url-patience` can
-/// be, so that more is only another way to say never.
+/// Longest rest that is accepted from a server's `Retry-After`: the largest
+/// value of `--url-patience`, so that a longer rest would mean never.
 const RETRY_AFTER_MAX: Duration = Duration::from_hours(24);
-/// Redirects of one address, as browsers and curl bound them; more lead in a
-/// circle.
+/// Redirects that are followed for one URL, a bound like that of browsers and
+/// curl; more are a redirect loop.
 const REDIRECTS_MAX: usize = 10;
-/// Some servers answer nobody who does not say who they are.
+/// User agent of each request, since some servers answer no request without
+/// one.
 const USER_AGENT: &str = concat!("imagegpt/", env!("CARGO_PKG_VERSION"));
 
-/// What is at an address.
+/// Answer of a server for a URL.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum WebAnswer {
     Image(Bytes),
-    /// So many bytes or more, which is over the limit.
+    /// The image has at least this number of bytes, which is over the limit.
     TooLarge(u64),
 }
 
-/// What keeps an image from being read.
+/// Failure that keeps an image from being read.
 #[derive(Debug, PartialEq, Eq)]
 enum Failure {
     Lasting(ImageFault),
-    /// And the rest that the server asks for.
+    /// Failure that may pass, with the rest that the server asks for.
     Passing(ImageFault, Option<Duration>),
 }
 
-/// Trust in a list.
+/// Addresses that the flags allow to the URLs of a list.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct WebTrust {
-    /// `--link-local-addresses`.
+    /// True with `--link-local-addresses`.
     pub(super) link_local: bool,
-    /// `--public-addresses-only`.
+    /// True with `--public-addresses-only`.
     pub(super) public_only: bool,
 }
 
-/// How long servers are waited for.
+/// Time limits for a server.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WebTimes {
     pub(super) connect: Duration,
-    /// For one attempt with all its redirects.
+    /// Limit for one attempt with all its redirects.
     pub(super) request: Duration,
 }
 
-/// A client of all servers. Each rule has connections of its own: one that a
-/// list may have opened is never there for what a public address redirects to.
+/// HTTP client for all servers. Each address rule has connections of its own,
+/// so that a connection to an address that only the list may name is never
+/// reused for a redirect from a public address.
 #[derive(Debug)]
 pub(super) struct WebClient {
     named: Client,
     public: Client,
-    /// For what goes through a proxy, which looks names up itself.
+    /// Client for requests through a proxy, which looks host names up itself.
     proxied: Client,
     proxies: Matcher,
     book: AddressBook,
@@ -84,22 +87,24 @@ pub(super) struct WebClient {
 }
 
 impl WebClient {
+    /// Makes the HTTP clients: one per address rule, and one for proxies.
+    ///
     /// # Errors
     ///
-    /// When the process cannot have one.
+    /// When the process cannot make an HTTP client.
     pub(super) fn new(
         trust: WebTrust,
         times: WebTimes,
         book: AddressBook,
     ) -> reqwest::Result<Self> {
-        // Whichever of the two libraries of TLS comes first installs it.
+        // Whichever of the two TLS libraries comes first installs the provider.
         let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
         let builder = || {
             Client::builder()
                 .user_agent(USER_AGENT)
                 .connect_timeout(times.connect)
                 .timeout(times.request)
-                // Each step is looked at before it is taken.
+                // Each redirect is checked before it is followed.
                 .redirect(redirect::Policy::none())
         };
         let ruled = |rule| {
@@ -113,7 +118,7 @@ impl WebClient {
             })?,
             public: ruled(AddressRule::Public)?,
             proxied: builder().build()?,
-            // Where reqwest looks, too.
+            // Reads the same environment variables as reqwest.
             proxies: Matcher::from_system(),
             book,
             trust,
@@ -121,7 +126,7 @@ impl WebClient {
         })
     }
 
-    /// The rule for what a list names itself.
+    /// Returns the rule for the URLs that a list names itself.
     fn first_rule(&self) -> AddressRule {
         if self.trust.public_only {
             AddressRule::Public
@@ -137,7 +142,7 @@ impl WebClient {
         uri.is_ok_and(|uri| self.proxies.intercept(&uri).is_some())
     }
 
-    /// One request, to an address that the rule allows.
+    /// Sends one request, to an address that the rule allows.
     async fn ask(&self, url: &Url, rule: AddressRule) -> Result<Response, Unasked> {
         self.book.check_literal(rule, url)?;
         let client = if self.goes_through_a_proxy(url) {
@@ -158,8 +163,9 @@ impl WebClient {
         })
     }
 
-    /// The rule for what this answer redirects to: whatever a public address,
-    /// or one that nobody knows, says is none of the list's own words.
+    /// Returns the rule for the target of this answer's redirect. A public
+    /// address, or an address that is unknown because of a proxy, does not
+    /// speak for the list, so its targets must be public.
     fn next_rule(&self, rule: AddressRule, url: &Url, response: &Response) -> AddressRule {
         let peer = response.remote_addr().map(|peer| peer.ip());
         let scope = peer.map(|peer| (self.book.scope)(peer));
@@ -173,7 +179,7 @@ impl WebClient {
         }
     }
 
-    /// Follows redirects to an answer that is none.
+    /// Sends the request, and follows redirects until an answer is none.
     async fn follow(&self, first: &Url) -> Result<Response, Failure> {
         let mut rule = self.first_rule();
         let mut url = first.clone();
@@ -198,7 +204,8 @@ impl WebClient {
         )))
     }
 
-    /// Why an address is not asked: by which flag, or since it was redirected to.
+    /// Describes why an address is refused: the flag, or the redirect that led
+    /// to it.
     fn fault_of_address(
         &self,
         url: &Url,
@@ -209,14 +216,18 @@ impl WebClient {
         let what = format!("{url} leads to {address}, a {scope} address");
         let message = match (self.trust.public_only, from, scope) {
             (true, ..) => format!("{what}, which --public-addresses-only refuses"),
-            (false, None, _) => format!("{what}; --link-local-addresses allows such"),
+            (false, None, _) => {
+                format!("{what}; --link-local-addresses allows link-local addresses")
+            }
             (false, Some(from), _) if self.book.check(self.first_rule(), address).is_err() => {
                 format!(
-                    "{what}, to which {from} redirects; --link-local-addresses allows such in a                      list and behind private addresses"
+                    "{what}, to which {from} redirects; --link-local-addresses allows link-local \
+                     addresses in a list and in redirects from private addresses"
                 )
             }
             (false, Some(from), _) => format!(
-                "{what}, to which {from} redirects, and no public address may; name it in the                  list itself"
+                "{what}, to which {from} redirects; public addresses may redirect only to public \
+                 addresses, so name the target in the list itself"
             ),
         };
         ImageFault {
@@ -226,7 +237,7 @@ impl WebClient {
     }
 }
 
-/// Why there is no answer.
+/// Reason for which a request has no answer.
 enum Unasked {
     Refused(AddressRefused),
     Unanswered(reqwest::Error),
@@ -245,8 +256,9 @@ fn lasting(message: String) -> Failure {
     })
 }
 
-/// Where an answer redirects to, if it does. From https to http is followed as
-/// well: an image is no secret, and nothing secret is sent for it.
+/// Returns the target of an answer that is a redirect. A redirect from https to
+/// http is followed as well: an image is no secret, and the request carries
+/// none.
 fn redirected(url: &Url, response: &Response) -> Result<Option<Url>, Failure> {
     let status = response.status();
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
@@ -261,13 +273,13 @@ fn redirected(url: &Url, response: &Response) -> Result<Option<Url>, Failure> {
             "{url} redirects to {target}, which is neither http:// nor https://"
         ))),
         None => Err(lasting(format!(
-            "the server answered {status} and no address to go to"
+            "the server answered {status} without a usable address to redirect to"
         ))),
     }
 }
 
-/// Reads an image of `max` bytes at most; what may pass is tried again for
-/// `patience`.
+/// Reads an image of at most `max` bytes. Failures that may pass are retried
+/// for at most `patience`.
 pub(super) async fn read(
     client: &WebClient,
     url: &Url,
@@ -289,7 +301,7 @@ pub(super) async fn read(
         if started.elapsed().saturating_add(wait) > patience {
             return Err(ImageFault {
                 message: format!(
-                    "{}, also when asked again for {} (--url-patience)",
+                    "{}, also after retries for {} (--url-patience)",
                     fault.message,
                     humantime::format_duration(patience)
                 ),
@@ -300,12 +312,12 @@ pub(super) async fn read(
     }
 }
 
-/// One attempt, which has its time with all redirects.
+/// Makes one attempt; its time limit includes all redirects.
 async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Failure> {
     let limit = client.times.request;
     let slow = |_| {
         let message = format!(
-            "the server gave no answer: it took longer than {}",
+            "the server gave no answer within {}",
             humantime::format_duration(limit)
         );
         let code = GrpcCode::DeadlineExceeded;
@@ -336,7 +348,7 @@ async fn once(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Fail
     Ok(WebAnswer::Image(image.freeze()))
 }
 
-/// What an answer other than the image means.
+/// Converts an answer other than success into a failure.
 fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure {
     let code = match status.as_u16() {
         401 | 403 => GrpcCode::PermissionDenied,
@@ -355,27 +367,28 @@ fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure 
     Failure::Passing(fault, asked.and_then(|text| retry_after(text, now)))
 }
 
-/// The rest that `Retry-After` asks for, in seconds or until a date. Whatever is
-/// neither asks for nothing, and no rest is longer than [`RETRY_AFTER_MAX`],
-/// however many digits it has.
+/// Parses `Retry-After`, a number of seconds or a date, into a rest. Any other
+/// text asks for no rest. No rest is longer than [`RETRY_AFTER_MAX`], however
+/// many digits the number has.
 fn retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
     let rest = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         text.parse().map_or(Duration::MAX, Duration::from_secs)
     } else {
         let until = httpdate::parse_http_date(text).ok()?;
-        // One that is past asks to come back now.
+        // A date in the past asks for a retry now.
         until.duration_since(now).unwrap_or_default()
     };
     Some(rest.min(RETRY_AFTER_MAX))
 }
 
-/// What it means that there is no answer, or not all of it.
+/// Converts the error of a request without an answer, or with only a part of
+/// it, into a failure.
 fn unanswered(error: reqwest::Error) -> Failure {
     let error = error.without_url();
     let causes = std::iter::successors(error.source(), |&cause| cause.source());
     let causes: Vec<String> = causes.map(ToString::to_string).collect();
-    // The system's own resolver has no kind of error for it.
+    // The system's resolver has no error kind for an unknown host name.
     let unresolved = causes.iter().any(|cause| {
         cause.contains("failed to lookup address") && !cause.contains("Temporary failure")
     });

@@ -1,7 +1,7 @@
-//! Reads the one kind of pickle that a state dict is, and runs none of it.
+//! Reads the pickle of a state dict without running any code of it.
 //!
-//! A pickle is a program for a stack machine that can call any function of
-//! the reader. This machine has no functions: it knows the handful of names
+//! A pickle is a program for a stack machine that can call any function of the
+//! reader. The machine in this module has no functions: it knows the few names
 //! that `torch.save` writes for tensors, and each builds plain data. Every
 //! other name or operation is refused by name.
 
@@ -16,7 +16,7 @@ pub(super) struct PickledTensor {
     /// Name of the archive's entry that holds the bytes.
     pub(super) storage: Rc<str>,
     pub(super) element: Element,
-    /// Of the first element in the storage.
+    /// Offset of the first element in the storage, in elements.
     pub(super) offset: usize,
     pub(super) shape: Vec<usize>,
     pub(super) strides: Vec<usize>,
@@ -29,10 +29,10 @@ enum Value {
     Bool,
     Int(i64),
     Text(Rc<str>),
-    /// With how deep tuples lie in it, which is bounded: values are dropped by
-    /// recursion.
+    /// A tuple and its depth of nested tuples, which is bounded because values
+    /// are dropped by recursion.
     Tuple(Rc<[Value]>, usize),
-    /// A list; what it holds is of no use here.
+    /// A list; its items are not needed.
     List,
     Dict(Vec<(Value, Value)>),
     Global(Global),
@@ -48,18 +48,20 @@ enum Global {
     Storage(Element),
 }
 
-/// A tensor's arguments lie two deep.
+/// Deepest nesting of tuples; the arguments of a tensor are nested two deep.
 const TUPLE_DEPTH_MAX: usize = 8;
-/// No weight has more dimensions, and no storage more elements.
+/// Largest number of dimensions of a tensor; no weight has more.
 const DIMENSIONS_MAX: usize = 8;
+/// Largest number of elements of a tensor; no storage has more.
 const ELEMENTS_MAX: usize = 1 << 40;
-/// Values that are there at one time, and values that are remembered: a state dict
-/// of imagegpt-large has some 10,000 of each. Each takes up to a hundred bytes, so
-/// with this many and the program's texts a pickle takes 50 MiB at most.
+/// Largest number of values on the stack, and of remembered values: a state
+/// dict of imagegpt-large has some 10,000 of each. A value takes up to a
+/// hundred bytes, so a pickle takes at most 50 MiB, the program's texts
+/// included.
 const VALUES_MAX: usize = 200_000;
 
-/// A value inside another one. A dict there holds nothing that is needed, and
-/// keeping it would let dicts nest and multiply.
+/// Returns a value as part of another value. Nested dicts are not needed and
+/// are dropped, since kept dicts could nest and multiply.
 fn nested(value: Value) -> Value {
     match value {
         Value::Dict(_) => Value::None,
@@ -67,14 +69,15 @@ fn nested(value: Value) -> Value {
     }
 }
 
-/// The tensors of a state dict by name.
+/// Reads the tensors of a state dict, by name.
 pub(super) fn state_dict(program: &[u8]) -> Result<BTreeMap<String, PickledTensor>, String> {
     let Value::Dict(items) = Machine::new(program).run()? else {
         return Err("it is not a dict of tensors".to_owned());
     };
     let mut tensors = BTreeMap::new();
     for item in items {
-        // Whatever is not a named tensor, for instance a counter, is no weight.
+        // Items other than named tensors, for instance counters, are not
+        // weights.
         if let (Value::Text(name), Value::Tensor(tensor)) = item {
             tensors.insert(name.to_string(), (*tensor).clone());
         }
@@ -101,13 +104,14 @@ impl<'p> Machine<'p> {
         loop {
             if self.stack.len() > VALUES_MAX || self.memo.len() > VALUES_MAX {
                 return Err(format!(
-                    "it has more than {VALUES_MAX} values at one time, which no state dict has"
+                    "it has more than {VALUES_MAX} values at the same time, the limit of a state \
+                     dict"
                 ));
             }
             let [operation] = self.take()?;
             match operation {
                 b'.' => return self.pop(),
-                // PROTO, FRAME: what follows is the same to us.
+                // PROTO, FRAME: their arguments do not matter here.
                 0x80 => drop(self.take::<1>()?),
                 0x95 => drop(self.take::<8>()?),
                 b'(' => self.stack.push(Value::Mark),
@@ -149,7 +153,7 @@ impl<'p> Machine<'p> {
         let slot = match operation {
             b'q' | b'h' => u32::from(u8::from_le_bytes(self.take()?)),
             b'r' | b'j' => u32::from_le_bytes(self.take()?),
-            _ => u32::try_from(self.memo.len()).map_err(|_| "it is too long")?,
+            _ => u32::try_from(self.memo.len()).map_err(|_| "it remembers too many values")?,
         };
         if matches!(operation, b'h' | b'j') {
             self.recall(slot)
@@ -191,7 +195,7 @@ impl<'p> Machine<'p> {
                 self.push_tuple(items)?;
             }
             0x85..=0x87 => self.tuple(usize::from(operation - 0x84))?,
-            // BUILD, APPEND, APPENDS: attributes and lists, dropped.
+            // BUILD, APPEND, APPENDS: attributes and list items are dropped.
             b'b' | b'a' => drop(self.pop()?),
             b'e' => drop(self.pop_to_mark()?),
             b's' => {
@@ -210,7 +214,7 @@ impl<'p> Machine<'p> {
             }
             other => {
                 return Err(format!(
-                    "operation 0x{other:02x} is none that a state dict needs"
+                    "it has the operation 0x{other:02x}, which no state dict needs"
                 ));
             }
         }
@@ -246,8 +250,8 @@ impl<'p> Machine<'p> {
         std::str::from_utf8(bytes).map_err(|_| "it has a name that is not UTF-8".to_owned())
     }
 
-    /// LONG1: a little-endian integer of any length; longer than 8 bytes is
-    /// no size.
+    /// Reads LONG1, a little-endian integer of any length; sizes have at most 8
+    /// bytes, so longer integers are refused.
     fn long(&mut self) -> Result<i64, String> {
         let [length] = self.take()?;
         let bytes = self.bytes(length.into())?;
@@ -267,7 +271,7 @@ impl<'p> Machine<'p> {
     fn pop(&mut self) -> Result<Value, String> {
         self.stack
             .pop()
-            .ok_or_else(|| "it takes more than it has".to_owned())
+            .ok_or_else(|| "it takes a value from an empty stack".to_owned())
     }
 
     fn pop_text(&mut self) -> Result<Rc<str>, String> {
@@ -282,7 +286,7 @@ impl<'p> Machine<'p> {
             .stack
             .iter()
             .rposition(|value| matches!(value, Value::Mark))
-            .ok_or("it takes more than it has")?;
+            .ok_or("it takes values up to a mark that does not exist")?;
         let items = self.stack.split_off(mark + 1);
         self.stack.pop();
         Ok(items)
@@ -293,7 +297,7 @@ impl<'p> Machine<'p> {
             .stack
             .len()
             .checked_sub(length)
-            .ok_or("it takes more than it has")?;
+            .ok_or("it takes more values than are on the stack")?;
         let items = self.stack.split_off(start);
         self.push_tuple(items)
     }
@@ -306,7 +310,10 @@ impl<'p> Machine<'p> {
         });
         let depth = 1 + inner.max().unwrap_or(0);
         if depth > TUPLE_DEPTH_MAX {
-            return Err("it has tuples in tuples deeper than a state dict's".to_owned());
+            return Err(format!(
+                "it has tuples in tuples more than {TUPLE_DEPTH_MAX} deep, the limit of a state \
+                 dict"
+            ));
         }
         self.stack.push(Value::Tuple(items, depth));
         Ok(())
@@ -319,10 +326,15 @@ impl<'p> Machine<'p> {
         }
     }
 
-    /// A container is remembered empty, before it is filled; so it must not
-    /// be recalled, which `torch.save` does not do.
+    /// Remembers the value on top of the stack. A container is remembered
+    /// before it is filled, so it must not be recalled; `torch.save` never does
+    /// so.
     fn remember(&mut self, slot: u32) -> Result<(), String> {
-        let value = match self.stack.last().ok_or("it takes more than it has")? {
+        let value = match self
+            .stack
+            .last()
+            .ok_or("it remembers a value of an empty stack")?
+        {
             Value::Dict(_) | Value::List => Value::Mark,
             other => other.clone(),
         };
@@ -332,7 +344,7 @@ impl<'p> Machine<'p> {
 
     fn recall(&mut self, slot: u32) -> Result<(), String> {
         match self.memo.get(&slot) {
-            None => Err("it recalls what it never had".to_owned()),
+            None => Err("it recalls a value that it never remembered".to_owned()),
             Some(Value::Mark) => Err("it uses a container twice".to_owned()),
             Some(value) => {
                 self.stack.push(value.clone());
@@ -362,7 +374,7 @@ fn global(module: &str, name: &str) -> Result<Global, String> {
     Ok(global)
 }
 
-/// `("storage", type, key, device, length)`.
+/// Reads the reference to a storage: `("storage", type, key, device, length)`.
 fn storage(id: &Value) -> Result<Value, String> {
     if let Value::Tuple(parts, _) = id
         && let [
@@ -405,7 +417,7 @@ fn call(callee: &Value, arguments: &Value) -> Result<Value, String> {
             check_extent(&tensor)?;
             Ok(Value::Tensor(Rc::new(tensor)))
         }
-        _ => Err(format!("it calls {global:?} in a way that is not known")),
+        _ => Err(format!("it calls {global:?} with unknown arguments")),
     }
 }
 
@@ -423,10 +435,10 @@ fn size(value: i64) -> Result<usize, String> {
     usize::try_from(value)
         .ok()
         .filter(|value| *value <= ELEMENTS_MAX)
-        .ok_or_else(|| format!("it has a size of {value}"))
+        .ok_or_else(|| format!("it has a size of {value}; sizes must be 0 to {ELEMENTS_MAX}"))
 }
 
-/// Keeps hostile sizes from overflowing what is computed from them.
+/// Refuses sizes that would overflow later computations.
 fn check_extent(tensor: &PickledTensor) -> Result<(), String> {
     let n_dimensions = tensor.shape.len();
     if n_dimensions > DIMENSIONS_MAX || n_dimensions != tensor.strides.len() {
@@ -446,7 +458,7 @@ fn check_extent(tensor: &PickledTensor) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!(
-            "it has a tensor of the shape {:?}, which is over {ELEMENTS_MAX} elements",
+            "it has a tensor of the shape {:?}, over the limit of {ELEMENTS_MAX} elements",
             tensor.shape
         ))
     }

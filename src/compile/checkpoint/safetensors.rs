@@ -11,8 +11,9 @@ use safetensors::tensor::Metadata;
 use super::{Element, Entry, contiguous};
 use crate::compile::error::CompileError;
 
-/// The header of imagegpt-large takes 70 KB; as values a byte of it takes some ten.
-/// The crate's own limit of 100 MB would take a gigabyte.
+/// Largest header, in bytes. The header of imagegpt-large takes 70 KB; a byte
+/// takes about ten bytes of memory once it is parsed, so the crate's own limit
+/// of 100 MB would take a gigabyte.
 const HEADER_BYTES_MAX: u64 = 4 << 20;
 
 pub(super) fn entries(
@@ -29,8 +30,8 @@ pub(super) fn entries(
         return Err(CompileError::weights(
             path,
             format!(
-                "is not a safetensors file: its header would be of {header_bytes} bytes, over \
-                 {HEADER_BYTES_MAX}"
+                "is not a safetensors file: its header would have {header_bytes} bytes; the limit \
+                 is {HEADER_BYTES_MAX}"
             ),
         ));
     }
@@ -47,7 +48,7 @@ pub(super) fn entries(
     if expected != file_bytes {
         return Err(CompileError::weights(
             path,
-            format!("is truncated: it has {file_bytes} bytes of {expected}"),
+            format!("is truncated or damaged: it has {file_bytes} bytes instead of {expected}"),
         ));
     }
     Ok(metadata

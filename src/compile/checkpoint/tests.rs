@@ -79,7 +79,10 @@ fn shards_are_found_by_their_index() {
     assert_eq!(checkpoint.read("half", &[1, 2]).unwrap(), [1.0, -2.5]);
     refused(folder(&[(name, index)]).path(), "a.safetensors");
     let outside = br#"{"weight_map": {"single": "../a.safetensors"}}"#;
-    refused(folder(&[(name, outside)]).path(), "no file beside it");
+    refused(
+        folder(&[(name, outside)]).path(),
+        "not a file in the same directory",
+    );
     refused(folder(&[(name, b"{}")]).path(), "no weight_map");
 }
 
@@ -126,7 +129,7 @@ fn other_torch_files_are_refused() {
         bin(&fs::read(data("legacy.bin")).unwrap()).path(),
         "before 1.6",
     );
-    refused(bin(b"hello, world").path(), "not a file of torch.save");
+    refused(bin(b"hello, world").path(), "not written by torch.save");
     refused(bin(b"PK").path(), "truncated");
     let whole = fs::read(data("pytorch_model.bin")).unwrap();
     for n_bytes in (4..whole.len()).step_by(97) {
@@ -148,9 +151,9 @@ fn hostile_pickles_are_refused() {
         "builtins.eval",
     );
     refused(b"\x80\x02].", "not a dict");
-    refused(b"\x80\x02R", "more than it has");
+    refused(b"\x80\x02R", "empty stack");
     refused(b"\x80\x02}q\x00h\x00.", "twice");
-    refused(b"\x80\x02h\x07.", "never had");
+    refused(b"\x80\x02h\x07.", "never remembered");
     refused(b"\x80\x02i", "0x69");
     refused(b"\x80\x02X\xff\xff\xff\xffa", "truncated");
     // A million tuples, each in the next.
@@ -181,7 +184,7 @@ fn strided_elements_are_put_in_order() {
     assert_eq!(span(&[0, 2], &[2, 1]), 0);
 }
 
-/// A state dict of tensors by name: `(name, storage, elements, shape, strides)`.
+/// Tensor of a state dict, as it is pickled.
 struct Pickled<'a> {
     name: &'a str,
     storage: &'a str,
@@ -262,20 +265,20 @@ fn more_elements_than_are_stored_are_refused() {
     refused(
         &[million, million],
         &[0, 0],
-        "elements over 1 that are stored",
+        "elements share 1 stored elements",
     );
     refused(
         &[million, 2],
         &[0, 1],
-        "2097152 elements over 2 that are stored",
+        "2097152 elements share 2 stored elements",
     );
     // Rows that lie over each other.
-    refused(&[3, 3], &[1, 1], "9 elements over 5 that are stored");
+    refused(&[3, 3], &[1, 1], "9 elements share 5 stored elements");
     refused(&[3, 3], &[3, 1], "reaches beyond its storage");
     refused(
         &[million, million, 2],
         &[1, 1, 1],
-        "over 1099511627776 elements",
+        "limit of 1099511627776 elements",
     );
     refused(&[-1], &[1], "a size of -1");
     refused(&[1; 9], &[1; 9], "strides that do not fit");
@@ -383,9 +386,9 @@ fn headers_that_lie_are_refused() {
     let of = |header: &str, data| file(header.len() as u64, header, data);
     refused(
         file(100_000_000, "{}", 10).path(),
-        "header would be of 100000000 bytes, over",
+        "header would have 100000000 bytes; the limit is",
     );
-    refused(file(u64::MAX, "{}", 10).path(), "header would be of");
+    refused(file(u64::MAX, "{}", 10).path(), "header would have");
     refused(file(4 << 20, "{}", 10).path(), "truncated in its header");
     let tensor = |name: &str, shape: &str, from: u64, to: u64| {
         format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{from},{to}]}}"#)
@@ -430,6 +433,6 @@ fn configurations_of_any_size_are_refused() {
     for outside in ["/etc/passwd", "..", "a/../../b", "..\\\\b", ""] {
         let index = format!("{{\"weight_map\":{{\"a\":\"{outside}\"}}}}");
         let outside = folder(&[("model.safetensors.index.json", index.as_bytes())]);
-        refused(outside.path(), "no file beside it");
+        refused(outside.path(), "not a file in the same directory");
     }
 }

@@ -1,4 +1,4 @@
-//! The table of contents of a `.bin` that `torch.save` wrote.
+//! The table of contents of a `.bin` file that `torch.save` wrote.
 //!
 //! The file is a zip archive of stored entries: `data.pkl` describes the
 //! tensors, and `data/KEY` holds the bytes of each storage.
@@ -15,14 +15,15 @@ use super::pickle::{self, PickledTensor};
 use super::{Element, Entry, span};
 use crate::compile::error::CompileError;
 
-/// The state dict of imagegpt-large takes 120 KiB; what is made of a byte takes up
-/// to some hundreds.
+/// Largest `data.pkl`, in bytes. The state dict of imagegpt-large takes 120
+/// KiB; a byte takes up to some hundred bytes of memory once it is read.
 const PICKLE_BYTES_MAX: u64 = 1 << 20;
-/// All that is read to find the tensors: the archive's directory and the pickle. The
-/// directory of imagegpt-large takes 80 KiB.
+/// Largest number of bytes that are read to find the tensors: the archive's
+/// directory and the pickle. The directory of imagegpt-large takes 80 KiB.
 const READ_BYTES_MAX: u64 = 8 << 20;
-/// Tensors that share a storage, such as tied embeddings, make a checkpoint larger
-/// than its file. More than twice is no model's.
+/// Largest size of all tensors, as a multiple of the file's size. Tensors that
+/// share a storage, such as tied embeddings, take more than the file; no model
+/// takes more than twice its size.
 const SHARED_MAX: u64 = 2;
 
 pub(super) fn entries(
@@ -37,12 +38,12 @@ pub(super) fn entries(
     if magic[0] == 0x80 {
         return Err(refuse(
             "is in the format of PyTorch before 1.6; load it in PyTorch and save it again, or \
-             give model.safetensors"
+             provide model.safetensors"
                 .to_owned(),
         ));
     }
     if magic != *b"PK\x03\x04" {
-        return Err(refuse("is not a file of torch.save".to_owned()));
+        return Err(refuse("was not written by torch.save".to_owned()));
     }
     let file_bytes = file
         .metadata()
@@ -64,7 +65,7 @@ pub(super) fn entries(
         .map_err(|error| CompileError::read(path, &error))?;
     if program.len() as u64 > PICKLE_BYTES_MAX {
         return Err(refuse(format!(
-            "has a data.pkl of over {PICKLE_BYTES_MAX} bytes, which no state dict takes"
+            "has a data.pkl of over {PICKLE_BYTES_MAX} bytes, the limit of a state dict"
         )));
     }
     let tensors = pickle::state_dict(&program)
@@ -103,18 +104,18 @@ fn place(
     }
     let start = entry.data_start().ok_or("has no place in the archive")?;
     let n_elements = span(&tensor.shape, &tensor.strides) as u64;
-    // As after `expand`, by strides of zero: a few stored numbers that would become
-    // any number of them.
+    // Strides of zero, as after `expand`, would turn a few stored numbers into
+    // any number of elements.
     let of_shape = tensor.shape.iter().product::<usize>() as u64;
-    // What are no floats are no weights, and are never read.
+    // Tensors of other types than floats are not weights and are never read.
     if of_shape > n_elements && !matches!(tensor.element, Element::Other(_)) {
         return Err(format!(
-            "is of the shape {:?} with the strides {:?}: {of_shape} elements over {n_elements} \
-             that are stored; save it contiguous",
+            "has the shape {:?} and the strides {:?}, so {of_shape} elements share {n_elements} \
+             stored elements; save it as a contiguous tensor",
             tensor.shape, tensor.strides
         ));
     }
-    // What the archive says of a size need not be so.
+    // The size in the archive's directory may be wrong.
     let stored = entry.size().min(file_bytes.saturating_sub(start));
     let first = tensor.offset as u64;
     let bytes = tensor.element.bytes() as u64;
@@ -134,7 +135,8 @@ fn place(
     })
 }
 
-/// A file of which only so much is read: an archive may claim any number of entries.
+/// File of which at most [`READ_BYTES_MAX`] bytes are read, since an archive
+/// may claim any number of entries.
 struct Bounded<'f> {
     file: &'f File,
     bytes: u64,
@@ -157,7 +159,7 @@ impl Read for Bounded<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.left == 0 {
             return Err(io::Error::other(format!(
-                "its directory has over {READ_BYTES_MAX} bytes, which no checkpoint takes"
+                "its directory has over {READ_BYTES_MAX} bytes, the limit of a checkpoint"
             )));
         }
         let n_bytes = buffer
@@ -177,7 +179,8 @@ impl Seek for Bounded<'_> {
             SeekFrom::End(by) => self.bytes.checked_add_signed(by),
             SeekFrom::Current(by) => self.position.checked_add_signed(by),
         };
-        self.position = to.ok_or_else(|| io::Error::other("it points to before its beginning"))?;
+        self.position =
+            to.ok_or_else(|| io::Error::other("an offset is before the file's start"))?;
         Ok(self.position)
     }
 }

@@ -1,4 +1,4 @@
-//! The layers that all tasks share.
+//! The embedding and the layers that the graphs of all tasks share.
 
 use super::Attention;
 use super::builder::Builder;
@@ -8,17 +8,16 @@ use crate::model::onnx::{AttributeProto, DataType, Dim, IMAGEGPT, MICROSOFT, Val
 use crate::model::precision::{Precision, Provider};
 use crate::runtime::operators::{QUICK_GELU_BF16, QUICK_GELU_FACTOR, QUICK_GELU_FP16};
 
-/// Where token ids enter, and the shapes that follow from them.
+/// Names of the input of token ids and of the shapes that follow from it.
 pub(super) struct TokenInputs {
     pub(super) ids: String,
-    /// `[batch, sequence]`, known when the graph runs.
+    /// Tensor `[batch, sequence]`, whose values are known when the graph runs.
     pub(super) shape: String,
-    /// `[sequence]`.
+    /// Tensor `[sequence]`.
     pub(super) sequence: String,
 }
 
-/// The residual stream: what came in, and perhaps what a layer adds to it, which
-/// nobody has added yet.
+/// Residual stream: its rows, and possibly an addend that is not added yet.
 pub(super) struct ResidualStream {
     rows: String,
     addend: Option<String>,
@@ -30,14 +29,14 @@ impl ResidualStream {
     }
 }
 
-/// Whether a row is computed beside the same rows every time.
+/// Other rows in the batch of a row: the same in every run, or changing.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Company {
     Fixed,
     Changing,
 }
 
-/// What tells attention where the keys of the past are.
+/// Names of the inputs that describe the length of the key/value cache.
 pub(super) struct CacheInputs {
     pub(super) seqlens_k: String,
     pub(super) total_sequence_length: String,
@@ -57,7 +56,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Rows of embedded tokens at positions 0, 1, 2 and so on.
+    /// Returns the rows of embedded tokens at the positions 0, 1, 2 and so on.
     pub(super) fn embedded(&mut self, tokens: &TokenInputs) -> String {
         let table = self.weight("wpe");
         let zero = self.int64s("zero", &[0]);
@@ -65,7 +64,7 @@ impl Builder<'_> {
         self.embedded_at(tokens, &positions)
     }
 
-    /// Rows of embedded tokens plus embedded positions.
+    /// Returns the rows of embedded tokens plus embedded `positions`.
     pub(super) fn embedded_at(&mut self, tokens: &TokenInputs, positions: &str) -> String {
         let table = self.weight("wte");
         let embedded = self.standard("Gather", &[&table, &tokens.ids], Vec::new());
@@ -73,14 +72,14 @@ impl Builder<'_> {
         self.rows(&sum)
     }
 
-    /// `(batch, sequence, width)` as `(batch * sequence, width)`.
+    /// Reshapes `(batch, sequence, width)` to `(batch * sequence, width)`.
     pub(super) fn rows(&mut self, value: &str) -> String {
         let width = as_i64(self.plan.architecture.width);
         let shape = self.int64s("rows", &[-1, width]);
         self.standard("Reshape", &[value, &shape], Vec::new())
     }
 
-    /// Rows of `width` as `(batch, sequence, width)`.
+    /// Reshapes rows of `width` to `(batch, sequence, width)`.
     pub(super) fn sequences(&mut self, tokens: &TokenInputs, rows: &str, width: usize) -> String {
         let last = self.int64s(&format!("width.{width}"), &[as_i64(width)]);
         let axis = vec![AttributeProto::int("axis", 0)];
@@ -88,7 +87,8 @@ impl Builder<'_> {
         self.standard("Reshape", &[rows, &shape], Vec::new())
     }
 
-    /// RMS norm of each row.
+    /// Adds the pending addend to the stream and computes the RMS norm of each
+    /// row.
     pub(super) fn norm(&mut self, stream: &mut ResidualStream, weight: &str) -> String {
         let weight = self.weight(weight);
         let epsilon = AttributeProto::float("epsilon", self.plan.architecture.epsilon);
@@ -111,7 +111,7 @@ impl Builder<'_> {
         normed
     }
 
-    /// The stream with all that belongs to it.
+    /// Returns the rows of the stream, with the pending addend added.
     pub(super) fn settled(&mut self, stream: &mut ResidualStream) -> String {
         if let Some(addend) = stream.addend.take() {
             stream.rows = self.standard("Add", &[&addend, &stream.rows], Vec::new());
@@ -119,8 +119,8 @@ impl Builder<'_> {
         stream.rows.clone()
     }
 
-    /// Adds `x W` to the stream. A GPU does so in the norm that follows, which
-    /// reads both anyway; a CPU in the product.
+    /// Adds `x W` to the stream. A GPU adds in the norm that follows, which
+    /// reads both anyway; a CPU adds in the product.
     fn add_dense(
         &mut self,
         stream: &mut ResidualStream,
@@ -136,7 +136,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Layer `idx`; `normed` is what comes to it after the norm.
+    /// Adds layer `idx`; `normed` is the stream after the norm in front of it.
     pub(super) fn layer(
         &mut self,
         idx: usize,
@@ -148,7 +148,7 @@ impl Builder<'_> {
         let width = self.plan.architecture.width;
         self.scope = format!("h.{idx}");
         let name = |part: &str| format!("h.{idx}.{part}");
-        // Whoever has a cache is in company that changes from step to step.
+        // With a cache, the other rows change from step to step.
         let company = if cache.is_some() {
             Company::Changing
         } else {
@@ -173,7 +173,7 @@ impl Builder<'_> {
         self.add_dense(stream, &inner, &name("contract"), company);
     }
 
-    /// `x W + b + residual`.
+    /// Computes `x W + b + residual`.
     fn dense(
         &mut self,
         input: &str,
@@ -222,9 +222,9 @@ impl Builder<'_> {
         }
     }
 
-    /// `x W` in 8 bits, where the scale of each row is its own. The operator that
-    /// is fast for whole images takes one scale for all rows, so that a row's
-    /// result would depend on the others.
+    /// Computes `x W` in 8 bits with a scale per row. The operator that is fast
+    /// for whole images has one scale for all rows, so a row's result would
+    /// depend on the other rows.
     fn by_row(&mut self, input: &str, name: &str) -> String {
         let blocks = self.weight(&format!("{name}.blocks"));
         let scales = self.weight(&format!("{name}.block_scales"));
@@ -260,7 +260,7 @@ impl Builder<'_> {
         }
     }
 
-    /// An operator of the worker's own.
+    /// Adds one of the worker's own operators.
     fn ours(&mut self, operator: &str, input: &str) -> String {
         let output = self.fresh(operator);
         let outputs = vec![output.clone()];
@@ -268,7 +268,8 @@ impl Builder<'_> {
         output
     }
 
-    /// `(batch, sequence, 3 * width)` to `(batch, sequence, width)`.
+    /// Adds attention, from `(batch, sequence, 3 * width)` to `(batch,
+    /// sequence, width)`.
     fn attention(&mut self, idx: usize, qkv: &str, cache: Option<&CacheInputs>) -> String {
         if let Some(cache) = cache {
             let attributes = self.attention_attributes(idx, false);
@@ -277,8 +278,9 @@ impl Builder<'_> {
         if self.plan.attention == Attention::Causal {
             let mut attributes = self.attention_attributes(idx, false);
             let output = self.fresh("CausalAttention");
-            // Beside products in 8 bits, bfloat16's rounding is ten times
-            // smaller; it is used where a matrix unit makes it faster.
+            // The rounding of bfloat16 is ten times smaller than that of
+            // products in 8 bits; the kernel uses it where a matrix unit makes
+            // it faster.
             let bf16 = self.plan.precision == Precision::Int8;
             attributes.push(AttributeProto::int("bf16", i64::from(bf16)));
             let outputs = vec![output.clone()];
@@ -293,7 +295,8 @@ impl Builder<'_> {
         self.attention_apart(idx, &parts)
     }
 
-    /// Queries, keys and values, each `(batch, sequence, width)`, to the same.
+    /// Adds attention over separate queries, keys and values, each of the shape
+    /// `(batch, sequence, width)`, which is the result's shape too.
     fn attention_apart(&mut self, idx: usize, parts: &[String; 3]) -> String {
         let attributes = self.attention_attributes(idx, true);
         let [query, key, value] = parts;
@@ -314,9 +317,9 @@ impl Builder<'_> {
         attributes
     }
 
-    /// Attention over a cache that the caller binds as input and as output:
-    /// if both are one buffer, keys and values are appended in place. In what
-    /// order the numbers of a head lie there is the operator's.
+    /// Adds attention over a key/value cache that the caller binds as input and
+    /// as output: if both are one buffer, keys and values are appended in
+    /// place. The operator chooses the order of numbers within a head.
     fn cached_attention(
         &mut self,
         idx: usize,
@@ -336,7 +339,8 @@ impl Builder<'_> {
         output
     }
 
-    /// Declares a layer's keys and values: as they were, then as they become.
+    /// Declares a layer's cached keys and values: as inputs before the step,
+    /// and as outputs after it.
     fn kept(&mut self, idx: usize) -> [String; 4] {
         let architecture = self.plan.architecture;
         let (element, position_len) = self.plan.cache_position();
@@ -358,8 +362,8 @@ impl Builder<'_> {
         names
     }
 
-    /// All layers in one operator, over a cache as above, of sequences that share
-    /// prefixes.
+    /// Adds all layers as one operator, over a key/value cache as in
+    /// `cached_attention`, for sequences that may share prefixes.
     pub(super) fn all_layers(&mut self, rows: &str, cache: &CacheInputs, prefixes: &str) -> String {
         let architecture = self.plan.architecture;
         let output = self.fresh("Layers");
@@ -393,7 +397,8 @@ impl Builder<'_> {
         output
     }
 
-    /// A product's weights, scales and bias; what it does not have is empty.
+    /// Returns a product's weights, scales and bias; an empty tensor stands for
+    /// missing scales or a missing bias.
     fn product(&mut self, name: &str) -> [String; 3] {
         let [scale, bias] = ["scale", "bias"].map(|part| {
             let name = format!("{name}.{part}");
@@ -407,8 +412,9 @@ impl Builder<'_> {
     }
 }
 
-/// Sizes come from an [`Architecture`](crate::model::architecture::Architecture),
-/// which bounds them.
+/// Converts a size of an
+/// [`Architecture`](crate::model::architecture::Architecture), which bounds its
+/// sizes.
 fn as_i64(size: usize) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }

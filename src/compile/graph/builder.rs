@@ -1,4 +1,5 @@
-//! Nodes one after another, each named by what it is for.
+//! Builder of a graph, which adds nodes one by one and names them by their
+//! layer.
 
 use std::collections::BTreeSet;
 
@@ -8,12 +9,12 @@ use crate::model::onnx::{
     OPSET, OperatorSet, TensorProto, ValueInfoProto,
 };
 
-/// See the module.
+/// Builder of one graph.
 pub(super) struct Builder<'p> {
     pub(super) plan: &'p GraphPlan<'p>,
     graph: GraphProto,
     initializers: BTreeSet<String>,
-    /// What nodes are named after: the layer, mostly.
+    /// Prefix of the names of new nodes, mostly the layer.
     pub(super) scope: String,
 }
 
@@ -36,20 +37,20 @@ impl<'p> Builder<'p> {
         name
     }
 
-    /// Declares `value` to be an output. The last node that made it is made to
-    /// write under the output's name.
+    /// Declares `value` as an output, through a node that gives it the output's
+    /// name.
     pub(super) fn output(&mut self, value: &str, info: ValueInfoProto) {
         let name = info.name.clone();
         self.graph.output.push(info);
         self.push("Identity", "", &[value], vec![name], Vec::new());
     }
 
-    /// Declares an output that a node already writes by its name.
+    /// Declares an output that a node already writes under the output's name.
     pub(super) fn declare_output(&mut self, info: ValueInfoProto) {
         self.graph.output.push(info);
     }
 
-    /// A tensor of `weights.bin`.
+    /// Adds a tensor of `weights.bin`, once, and returns its name.
     pub(super) fn weight(&mut self, name: &str) -> String {
         let tensor = self
             .plan
@@ -62,7 +63,8 @@ impl<'p> Builder<'p> {
         name.to_owned()
     }
 
-    /// A small constant; `name` must say its value.
+    /// Adds a small constant, once, and returns its name; the same name must
+    /// always stand for the same value.
     pub(super) fn int64s(&mut self, name: &str, values: &[i64]) -> String {
         if self.initializers.insert(name.to_owned()) {
             self.graph
@@ -72,7 +74,8 @@ impl<'p> Builder<'p> {
         name.to_owned()
     }
 
-    /// No numbers at all, where an operator cannot do without an input.
+    /// Adds an empty tensor, for a required input of an operator that has no
+    /// value.
     pub(super) fn nothing(&mut self) -> String {
         let name = "nothing";
         if self.initializers.insert(name.to_owned()) {
@@ -86,7 +89,7 @@ impl<'p> Builder<'p> {
         name.to_owned()
     }
 
-    /// A standard operator with one output.
+    /// Adds a standard operator with one output, and returns the output's name.
     pub(super) fn standard(
         &mut self,
         operator: &str,
@@ -98,7 +101,8 @@ impl<'p> Builder<'p> {
         output
     }
 
-    /// A fused operator with one output.
+    /// Adds a fused operator of ONNX Runtime with one output, and returns the
+    /// output's name.
     pub(super) fn fused(
         &mut self,
         operator: &str,
@@ -135,7 +139,7 @@ impl<'p> Builder<'p> {
         });
     }
 
-    /// A name that no value has yet.
+    /// Returns a name that no value has yet.
     pub(super) fn fresh(&self, what: &str) -> String {
         format!("{}/{what}:{}", self.scope, self.graph.node.len())
     }

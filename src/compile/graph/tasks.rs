@@ -1,4 +1,4 @@
-//! What each task takes from the backbone.
+//! The graphs of the tasks: the backbone, and the output of each task.
 
 use super::backbone::{CacheInputs, ResidualStream, TokenInputs};
 use super::builder::Builder;
@@ -10,8 +10,9 @@ use crate::model::precision::Provider;
 const BATCH: Dim = Dim::Name("batch");
 const SEQUENCE: Dim = Dim::Name("sequence");
 
-/// `features`: of every layer from the embedding to the feature layer, the
-/// mean over positions, `(batch, feature_layer + 1, width)`.
+/// Builds `embed`, with the output `features`: means over positions of every
+/// layer from the embedding to the feature layer, `(batch, feature_layer + 1,
+/// width)`.
 pub(super) fn embed(plan: &GraphPlan<'_>, norm: Norm) -> ModelProto {
     let architecture = plan.architecture;
     let mut builder = Builder::new(plan, Graph::Features(norm).file_stem());
@@ -48,7 +49,8 @@ pub(super) fn embed(plan: &GraphPlan<'_>, norm: Norm) -> ModelProto {
     builder.finish()
 }
 
-/// `last_hidden_state`, `(batch, sequence, width)`.
+/// Builds `hidden`, with the output `last_hidden_state`, `(batch, sequence,
+/// width)`.
 pub(super) fn hidden(plan: &GraphPlan<'_>) -> ModelProto {
     let width = plan.architecture.width;
     let mut builder = Builder::new(plan, Graph::Hidden.file_stem());
@@ -64,7 +66,8 @@ pub(super) fn hidden(plan: &GraphPlan<'_>) -> ModelProto {
     builder.finish()
 }
 
-/// `logits` of a fine-tuned head over the mean, `(batch, classes)`.
+/// Builds `classify`, with the output `logits`, `(batch, classes)`: a
+/// fine-tuned head over the mean.
 pub(super) fn classify(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Logits.file_stem());
     let tokens = builder.tokens();
@@ -83,9 +86,10 @@ pub(super) fn classify(plan: &GraphPlan<'_>) -> ModelProto {
     builder.finish()
 }
 
-/// `nll`: how unlikely each of `targets` is after the `input_ids` up to its
-/// position, in nats, `(batch, sequence)`. To score an image, `input_ids` are
-/// the start token and all tokens but the last, and `targets` all tokens.
+/// Builds `score`, with the output `nll`, `(batch, sequence)`: the negative
+/// log-likelihood of each of `targets` given the `input_ids` up to its
+/// position, in nats. To score an image, `input_ids` are the start token and
+/// all tokens but the last, and `targets` are all tokens.
 pub(super) fn score(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Score.file_stem());
     let tokens = builder.tokens();
@@ -106,16 +110,19 @@ pub(super) fn score(plan: &GraphPlan<'_>) -> ModelProto {
     builder.finish()
 }
 
-/// `logits` of what follows the last of `input_ids`, `(batch, colors)`.
+/// Builds `generate`, with the output `logits`, `(batch, colors)`: logits of
+/// the token after the last of `input_ids`.
 ///
-/// `position_ids` say where each token stands. `seqlens_k` and
-/// `total_sequence_length` are ONNX Runtime's: how many tokens each sequence
-/// has after this step, less one, and the most that any has (which
-/// `Layers` does not ask for, and instead has `prefixes`: for each sequence another
-/// one, and how many of its first positions it has as well). `past_key.N` and
-/// `key.N`, and the same of values, should be one buffer of `(batch, heads, capacity,
-/// elements)`, the capacity whole blocks of [`BLOCK`](crate::kernels::attention::BLOCK). With
-/// more than one token at once (a primer), all sequences must begin.
+/// `position_ids` are the positions of the tokens. `seqlens_k` and
+/// `total_sequence_length` follow ONNX Runtime's convention: the number of
+/// tokens of each sequence after this step, less one, and the largest number of
+/// any sequence. `Layers` has no `total_sequence_length`, but has `prefixes`:
+/// for each sequence another sequence, and the number of first positions that
+/// both have in common. `past_key.N` and `key.N` should be one buffer of
+/// `(batch, heads, capacity, elements)`, and so should `past_value.N` and
+/// `value.N`; the capacity is a multiple of
+/// [`BLOCK`](crate::kernels::attention::BLOCK). With more than one token per
+/// sequence (a primer), all sequences must be at their beginning.
 pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Generate.file_stem());
     let tokens = builder.tokens();
@@ -154,7 +161,7 @@ pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
 }
 
 impl Builder<'_> {
-    /// Rows after all layers and the final norm.
+    /// Returns the rows after all layers and the final norm.
     fn final_rows(&mut self, tokens: &TokenInputs) -> String {
         let rows = self.embedded(tokens);
         let mut stream = self.through_layers(tokens, rows, None);
@@ -177,8 +184,8 @@ impl Builder<'_> {
         stream
     }
 
-    /// What attention of layer `idx` sees; after the last layer, the final
-    /// norm.
+    /// Adds the norm in front of layer `idx`, or the final norm after the last
+    /// layer.
     fn norm_before(&mut self, idx: usize, stream: &mut ResidualStream) -> String {
         if idx == self.plan.architecture.n_layers {
             self.norm(stream, "final_norm")
@@ -187,9 +194,9 @@ impl Builder<'_> {
         }
     }
 
-    /// `(1, sequence)` of `1 / sequence`: a product with it is a mean over
-    /// positions. `ReduceMean` over the middle axis takes 1.6 ms a layer and
-    /// image where this takes a few tenths.
+    /// Returns a tensor `(1, sequence)` of `1 / sequence`, whose product with
+    /// rows is their mean over positions. `ReduceMean` over the middle axis
+    /// takes 1.6 ms per layer and image, the product a few tenths.
     fn mean_row(&mut self, tokens: &TokenInputs) -> String {
         let one = self.int64s("one", &[1]);
         let row = self.ones(&[&one, &tokens.sequence]);
@@ -197,15 +204,16 @@ impl Builder<'_> {
             let length = self.float(&tokens.sequence);
             return self.standard("Div", &[&row, &length], Vec::new());
         }
-        // A length that the host knows would be copied to the GPU in each run,
-        // and then runs cannot be captured. Counted there it is exact.
+        // A length from the host would be copied to the GPU in each run, and
+        // then runs could not be captured. Counting on the GPU is exact.
         let column = self.ones(&[&tokens.sequence, &one]);
         let length = self.standard("MatMul", &[&row, &column], Vec::new());
         let mean = self.standard("Div", &[&row, &length], Vec::new());
         self.activation_type(&mean)
     }
 
-    /// Ones in f32, of sizes that are known when it runs.
+    /// Returns a tensor of ones in f32, whose sizes are known when the graph
+    /// runs.
     fn ones(&mut self, sizes: &[&str]) -> String {
         let axis = vec![AttributeProto::int("axis", 0)];
         let shape = self.standard("Concat", sizes, axis);
@@ -219,9 +227,9 @@ impl Builder<'_> {
         self.standard("ConstantOfShape", &[&shape], value)
     }
 
-    /// Mean over positions, `(batch, 1, width)`, always in f32. A GPU adds
-    /// numbers of 16 bits in f32 as it reads them, and rounds the mean; as f32
-    /// all of them would be written and read once more.
+    /// Returns the means over positions, `(batch, 1, width)`, always in f32. A
+    /// GPU adds 16-bit numbers in f32 and rounds the mean; to convert them to
+    /// f32 first, all of them would have to be written and read once more.
     fn pooled(&mut self, tokens: &TokenInputs, rows: &str, mean: &str) -> String {
         let width = self.plan.architecture.width;
         let sequences = self.sequences(tokens, rows, width);
@@ -233,14 +241,14 @@ impl Builder<'_> {
         }
     }
 
-    /// `x H^T` with a head that lies `(outputs, width)`.
+    /// Computes `x H^T` with a head of the shape `(outputs, width)`.
     fn head(&mut self, rows: &str, name: &str) -> String {
         let head = self.weight(name);
         let attributes = vec![AttributeProto::int("transB", 1)];
         self.standard("Gemm", &[rows, &head], attributes)
     }
 
-    /// As f32; ONNX Runtime removes a cast that changes nothing.
+    /// Converts to f32; ONNX Runtime removes a cast that changes nothing.
     fn float(&mut self, value: &str) -> String {
         let to = vec![AttributeProto::int(
             "to",

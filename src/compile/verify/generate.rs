@@ -1,5 +1,6 @@
-//! The trial of `generate`: a primer at once, then tokens one by one, with
-//! sequences at different positions and the cache in place.
+//! Verification of `generate`: a primer in one run, then tokens one by one,
+//! with sequences at different positions and a key/value cache that is updated
+//! in place.
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
@@ -12,7 +13,7 @@ use crate::model::graph::PREFIXES;
 use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
 
-/// Tokens that the second sequence lags behind the first.
+/// Number of tokens by which the second sequence lags behind the first.
 const LAG: usize = 3;
 
 pub(super) fn nearness(
@@ -48,15 +49,15 @@ pub(super) fn nearness(
     };
     step([primer, primer], primer)?;
     for end in primer + 1..=n_positions {
-        // The second sequence goes back and computes what it had once more.
+        // The second sequence goes back and computes earlier tokens once more.
         step([end, end.saturating_sub(LAG).max(1)], 1)?;
     }
     cache.clear();
     Ok(Nearness::of(&found, &expected, n_colors))
 }
 
-/// Binds each cache tensor as past and as present; they must outlive the
-/// binding's use.
+/// Binds each tensor of the key/value cache as input and as output; the
+/// returned tensors must outlive the binding's use.
 fn bind_cache(
     trial: &Trial,
     session: &Session,
@@ -96,7 +97,8 @@ fn bind_cache(
     Ok(cache)
 }
 
-/// Feeds the `length` tokens before `ends`.
+/// Binds the inputs of a step: of each sequence, the `length` tokens before its
+/// end.
 fn bind_step(
     trial: &Trial,
     plan: &GraphPlan<'_>,
@@ -118,7 +120,7 @@ fn bind_step(
     binding.bind_input("position_ids", &Tensor::from_array((shape, positions))?)?;
     binding.bind_input("seqlens_k", &Tensor::from_array(([ends.len()], past))?)?;
     if plan.attention == Attention::Layers {
-        // They share nothing.
+        // The sequences share no prefixes.
         let none = vec![0; 2 * ends.len()];
         binding.bind_input(PREFIXES, &Tensor::from_array(([ends.len(), 2], none))?)?;
     }

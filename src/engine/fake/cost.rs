@@ -1,19 +1,19 @@
-//! The flag `serve --fake-engine`.
+//! The value of the flag `serve --fake-engine`.
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use super::Script;
 
-/// What a fake run costs: `serve --fake-engine`. Written as a time a run, or
-/// as a time a run and one a row: `100ms`, `2ms+1ms`.
+/// Duration of a fake run, the value of `serve --fake-engine`: a time per run
+/// (`100ms`), or a time per run and a time per image (`2ms+1ms`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
     pub fixed: Duration,
     pub per_row: Duration,
 }
 
-/// Longer runs are a typing error.
+/// Longest time that is accepted; a longer one is most likely a typing error.
 const COST_MAX: Duration = Duration::from_mins(1);
 
 impl FromStr for Cost {
@@ -23,8 +23,8 @@ impl FromStr for Cost {
         let time = |text: &str| match humantime::parse_duration(text.trim()) {
             Ok(time) if time <= COST_MAX => Ok(time),
             _ => Err(
-                "it must be a time of up to 60s, such as 100ms, or two of them, a run's and \
-                      an image's, such as 2ms+1ms"
+                "the value must be a time per run of at most 60s, such as 100ms, or a time per \
+                      run and a time per image, such as 2ms+1ms"
                     .to_owned(),
             ),
         };

@@ -1,4 +1,4 @@
-//! From a run's output to what each caller wanted of it.
+//! Extracts the numbers that each caller wants from a run's output.
 
 use ndarray::{ArrayView2, ArrayViewD, Axis, Ix2, Ix3, s};
 
@@ -6,9 +6,9 @@ use crate::engine::GraphRun;
 use crate::model::graph::{Graph, Layers, Want};
 use crate::runtime::error::EngineError;
 
-/// Cuts a run's output into the wanted numbers of each row. Pooling happens
-/// here, next to the runtime's memory, so that of a row's states (2 MiB for
-/// imagegpt-small) only the vector is copied out.
+/// Extracts the wanted numbers of each row from a run's output. Pooling happens
+/// here, on the runtime's memory, so that only a vector is copied, not all
+/// states of a row (2 MiB for imagegpt-small).
 pub(super) fn answers(
     run: &GraphRun<'_>,
     positions: usize,
@@ -28,7 +28,8 @@ pub(super) fn answers(
             Graph::Score | Graph::Generate => format!("[{bucket}, {positions}]"),
         },
     };
-    // Where a row is one vector, it is the only one of its row.
+    // If the answer of a row is one vector, it becomes a matrix with a single
+    // row.
     let view = output.view();
     let vectors = match graph {
         Graph::Hidden | Graph::Features(_) => view.into_dimensionality::<Ix3>(),
@@ -63,7 +64,7 @@ fn flat(vectors: &ArrayView2<'_, f32>) -> Vec<f32> {
     vectors.to_owned().into_raw_vec_and_offset().0
 }
 
-/// The features of some layers out of those of all.
+/// Selects the features of some layers from those of all layers.
 fn pick(features: &ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, EngineError> {
     let layers: Vec<usize> = layers.iter().collect();
     let n_layers = features.nrows();
@@ -76,8 +77,8 @@ fn pick(features: &ArrayView2<'_, f32>, layers: Layers) -> Result<Vec<f32>, Engi
     }
 }
 
-/// Mean over positions, summed in f64 so that the order of summation does not
-/// show in f32.
+/// Computes the mean over positions, with sums in f64 so that the order of
+/// summation does not show in f32.
 fn mean(states: &ArrayView2<'_, f32>) -> Vec<f32> {
     let sums = states.fold_axis(Axis(0), 0.0_f64, |sum, &value| sum + f64::from(value));
     #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^16")]
@@ -105,7 +106,8 @@ mod tests {
     #[test]
     fn a_mean_adds_in_the_order_of_positions() {
         for width in [1, 3] {
-            // Of values so different in size another order has other bits.
+            // With values of such different sizes, another order gives other
+            // bits.
             let states = Array2::from_shape_fn((100, width), |(position, column)| {
                 let exponent = (position * 37 + column) % 53;
                 2.0_f32.powi(i32::try_from(exponent).unwrap()) / 3.0

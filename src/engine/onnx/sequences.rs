@@ -1,18 +1,19 @@
-//! Sequences in ONNX Runtime: the graph `generate` and the memory where their
-//! keys and values stay.
+//! Generation of sequences in ONNX Runtime: the graph `generate` and its
+//! key/value cache.
 //!
-//! Each layer's keys, and its values, are one buffer of `(slots, heads,
-//! positions, elements)` that is made once. A run sees the rows of some slots of
-//! it, as past and as present, so what it adds it writes in place and nothing is
-//! copied. These views are bound once for each range of slots that is ever run;
-//! what changes from step to step is a few integers.
+//! The keys of a layer are one buffer of `(slots, heads, positions, elements)`
+//! that is allocated once, and so are its values. A run is given the rows of
+//! some slots as input and as output, so it writes new keys and values in place
+//! and copies nothing. These views are bound once for each range of slots that
+//! is ever run; only a few integers change from step to step.
 //!
-//! On a GPU a step always runs at the size of all slots: what is not launched for
-//! fewer rows is hardly saved. That one step is captured as a CUDA graph, if that is
-//! wanted, and then what it reads and writes stays in the device's memory as well.
+//! On a GPU a step always runs with all slots, since fewer rows would hardly
+//! save time. With CUDA graphs this step is captured, and then its inputs and
+//! outputs stay in the device's memory as well.
 //!
-//! In which order numbers lie within a head is the graph's attention operator's;
-//! all of them keep whole blocks of [`BLOCK`] positions one after another.
+//! The attention operator of the graph chooses the order of numbers within a
+//! head; all operators keep whole blocks of [`BLOCK`] positions one after
+//! another.
 #![expect(
     unsafe_code,
     reason = "ONNX Runtime has no safe way to bind a part of a buffer as input and as output"
@@ -41,41 +42,45 @@ use crate::runtime::error::{EngineError, run_failed, runtime};
 use crate::runtime::load::Loader;
 use crate::runtime::{Residence, Runtime, placement};
 
-/// Tokens of a primer that are fed in one run. On a CPU about as long as a few
-/// steps of imagegpt-small, so that those who are being drawn hardly notice.
+/// Number of tokens of a primer that are fed in one run on a CPU. Such a run
+/// takes about as long as a few steps of imagegpt-small, so that it hardly
+/// delays the images that are being generated.
 const CHUNK_CPU: usize = 64;
-/// Rows of a step on a CPU, where there are slots for it: kernels for a single row
-/// add in another order than those for several.
+/// Smallest number of rows of a step on a CPU, if there are that many slots:
+/// kernels for a single row add in another order than those for several rows.
 const ROWS_MIN_CPU: usize = 2;
-/// No worker has as many slots.
+/// Bound of the number of slots for the arithmetic of sizes; no worker has as
+/// many.
 const SLOTS_MAX: usize = 1 << 16;
-/// A GPU is not full with less.
+/// Number of tokens of a primer that are fed in one run on a GPU, which fewer
+/// tokens would not fill.
 const CHUNK_CUDA: usize = 256;
 
-/// The inputs of a step that change.
+/// Inputs of a step that change from step to step.
 const STEP_INPUTS: [&str; 3] = ["input_ids", "position_ids", "seqlens_k"];
-/// The captured step's name; there is one.
+/// Id of the captured step, the only one of its session.
 const STEP_GRAPH: &str = "1";
 
-/// What sequences are made from.
+/// Settings of generation.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SequenceOptions {
-    /// How many there may be; fewer if `bytes_max` does not suffice.
+    /// Number of slots; fewer are made if `bytes_max` does not suffice.
     pub(super) n_slots: usize,
-    /// What all keys and values may take.
+    /// Largest size of all keys and values, in bytes.
     pub(super) bytes_max: usize,
     pub(super) positions: usize,
     pub(super) n_colors: usize,
 }
 
-/// Steps of generation over keys and values that stay where they are.
+/// Engine of generation, with a key/value cache that is updated in place.
 pub(super) struct SequenceEngine {
     pub(super) facts: SequenceFacts,
-    /// The bindings refer to the buffers, so they go first.
+    /// Bindings by first slot and number of slots; dropped before the buffers,
+    /// to which they refer.
     bound: BTreeMap<(usize, usize), IoBinding>,
-    /// A step of all slots, where it always runs at that size.
+    /// Step of all slots, if steps always run at that size.
     step: Option<Step>,
-    /// What other runs are told.
+    /// Options of runs that are not captured.
     uncaptured: RunOptions,
     captures: bool,
     session: Session,
@@ -83,27 +88,29 @@ pub(super) struct SequenceEngine {
     memory: MemoryInfo<'static>,
     is_cuda: bool,
     element: TensorElementType,
-    /// Of one slot in one buffer: heads, positions in whole blocks, elements.
+    /// Shape of one slot in one buffer: heads, positions in whole blocks,
+    /// elements.
     slot: [usize; 3],
     positions: usize,
     n_colors: usize,
-    /// With a single slot, one more that is run beside it: a product of one row
-    /// may add in another order than one of several.
+    /// True if there is an unused slot that is run beside the only real slot,
+    /// since a product of one row may add in another order than a product of
+    /// several rows.
     has_scratch: bool,
 }
 
-/// The keys or values of one layer.
+/// Buffer of the keys or the values of one layer.
 struct Buffer {
     past: String,
     present: String,
     place: Place,
 }
 
-/// Where a buffer is.
+/// Memory of a buffer.
 enum Place {
-    /// In huge pages, where the system has them: a step reads a little at the
-    /// beginning of thousands of places, and with small pages would wait for
-    /// their addresses as long as for the numbers.
+    /// Memory of the host, in huge pages if the system has them: a step reads
+    /// small parts at thousands of places, and with small pages would wait for
+    /// address translation as long as for the numbers.
     Host(MmapMut),
     Device(DynTensor),
 }
@@ -130,8 +137,8 @@ impl SequenceEngine {
             reason,
         };
         let is_cuda = runtime_.provider == Provider::Cuda;
-        // A step reads every weight for a few rows: packed ones are twice as
-        // fast, and give each row the same bits in whatever company.
+        // A step reads every weight for a few rows: packed weights are twice as
+        // fast, and give each row the same bits whatever the other rows are.
         let packed = Runtime {
             residence: Residence::Packed,
             ..runtime_.clone()
@@ -140,14 +147,17 @@ impl SequenceEngine {
         let placement = placement::placement(&session).map_err(runtime)?;
         placement::check(&placement, runtime_.provider, true).map_err(refuse)?;
         let (n_layers, element, slot) = layout(&session, options.positions)
-            .ok_or_else(|| refuse("its keys and values are not laid out as expected".to_owned()))?;
-        let slot_bytes = slot_bytes(n_layers, slot, element)
-            .ok_or_else(|| refuse(format!("its keys and values of {slot:?} have no room")))?;
+            .ok_or_else(|| refuse("the inputs of its key/value cache are not known".to_owned()))?;
+        let slot_bytes = slot_bytes(n_layers, slot, element).ok_or_else(|| {
+            refuse(format!(
+                "its key/value cache of {slot:?} per layer and image is too large for memory"
+            ))
+        })?;
         let n_slots = options.n_slots.min(options.bytes_max / slot_bytes.max(1));
         if n_slots == 0 {
             return Err(EngineError::NotLoaded(format!(
-                "one image that is generated keeps {slot_bytes} bytes of keys and values, over \
-                 --generate-cache-bytes {}; raise it, or turn generation off with \
+                "the key/value cache of one generated image takes {slot_bytes} bytes; the limit is \
+                 {} (--generate-cache-bytes); raise it, or turn generation off with \
                  --generate-slots 0",
                 options.bytes_max
             )));
@@ -157,7 +167,7 @@ impl SequenceEngine {
         if runtime_.cuda_graphs {
             uncaptured.set(GRAPH_ID, NO_GRAPH).map_err(runtime)?;
         }
-        // Tests capture on a CPU, as far as that goes.
+        // Tests use the path of captured runs on a CPU.
         let has_one_size = is_cuda || runtime_.cuda_graphs;
         let shares_prefixes = (session.inputs().iter()).any(|input| input.name() == PREFIXES);
         let mut engine = Self {
@@ -189,7 +199,7 @@ impl SequenceEngine {
         Ok(engine)
     }
 
-    /// Slots that there is memory for.
+    /// Returns the number of slots that have memory, the scratch slot included.
     fn n_buffers(&self) -> usize {
         self.facts.n_slots + usize::from(self.has_scratch)
     }
@@ -208,7 +218,7 @@ impl SequenceEngine {
         Ok(())
     }
 
-    /// Memory for one buffer.
+    /// Allocates the memory of one buffer.
     fn place(&self) -> Result<Place, EngineError> {
         if self.is_cuda {
             let allocator = Allocator::new(&self.session, self.memory.clone()).map_err(runtime)?;
@@ -220,20 +230,22 @@ impl SequenceEngine {
         }
         let bytes = self.n_buffers() * self.buffer_bytes();
         let memory = MmapMut::map_anon(bytes).map_err(|error| {
-            EngineError::OutOfMemory(format!("{bytes} bytes of keys or values: {error}"))
+            EngineError::OutOfMemory(format!(
+                "cannot allocate {bytes} bytes for keys or values: {error}"
+            ))
         })?;
-        // Where there are none, small pages have to do.
+        // Without huge pages, small pages are used.
         #[cfg(target_os = "linux")]
         let _ = memory.advise(memmap2::Advice::HugePage);
         Ok(Place::Host(memory))
     }
 
-    /// Bytes of one slot in one buffer.
+    /// Returns the size of one slot in one buffer, in bytes.
     fn buffer_bytes(&self) -> usize {
         self.slot.iter().product::<usize>() * element_bytes(self.element)
     }
 
-    /// Runs each size of step, and a primer, before anybody waits for them.
+    /// Runs a primer and a step of each size, before any caller waits for them.
     pub(super) fn warm_up(&mut self) -> Result<Vec<WarmRun>, EngineError> {
         let mut warm = Vec::new();
         let chunk: Vec<u16> = vec![0; self.facts.chunk.min(self.positions)];
@@ -334,7 +346,7 @@ impl SequenceEngine {
         Ok(())
     }
 
-    /// A binding that sees `n` slots from `first` on.
+    /// Binds the keys and values of `n` slots from `first` on, and the logits.
     fn bind(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
         let mut binding = self.bind_slots(first, n)?;
         let host = MemoryInfo::new(
@@ -350,11 +362,11 @@ impl SequenceEngine {
         Ok(binding)
     }
 
-    /// A binding of the keys and values of `n` slots from `first` on.
+    /// Binds the keys and values of `n` slots from `first` on.
     fn bind_slots(&mut self, first: usize, n: usize) -> Result<IoBinding, EngineError> {
         if first + n > self.n_buffers() {
             return Err(EngineError::Runtime(format!(
-                "slots {first} to {} of {} were asked for",
+                "slots {first} to {} were requested; there are {}",
                 first + n,
                 self.n_buffers()
             )));
@@ -377,7 +389,7 @@ impl SequenceEngine {
         Ok(binding)
     }
 
-    /// The step of all slots.
+    /// Makes the step of all slots.
     fn step(&mut self) -> Result<Step, EngineError> {
         let n_rows = self.n_buffers();
         let mut binding = self.bind_slots(0, n_rows)?;
@@ -391,9 +403,9 @@ impl SequenceEngine {
         binding
             .bind_output("logits", &mut device.logits)
             .map_err(runtime)?;
-        // Read on the host, so a captured step would be run again with what it
-        // was: the most there can be, which decides no more than how the work is
-        // split.
+        // This input is read on the host, so a captured step always has the
+        // value of its capture: the largest possible number, which only affects
+        // how the work is split.
         let scalar: [usize; 0] = [];
         let most = i32::try_from(self.positions).unwrap_or(i32::MAX);
         let most = Tensor::from_array((scalar, vec![most])).map_err(runtime)?;
@@ -413,8 +425,8 @@ impl SequenceEngine {
         })
     }
 
-    /// Copies the first `n` positions of a slot, and what else is in their last
-    /// block; false where the memory is not the CPU's.
+    /// Copies the first `n` positions of a slot, rounded up to whole blocks;
+    /// returns false if the memory is not the host's.
     pub(super) fn copy_slot(&mut self, from: usize, to: usize, n: usize) -> bool {
         let [heads, positions, position_len] = self.slot;
         let position_bytes = position_len * element_bytes(self.element);
@@ -437,9 +449,9 @@ impl SequenceEngine {
     }
 }
 
-/// What a step reads and writes other than keys and values.
+/// Inputs and outputs of a step other than keys and values.
 struct Placed {
-    /// As [`STEP_INPUTS`].
+    /// Inputs in the order of [`STEP_INPUTS`].
     tokens: [Tensor<i32>; 3],
     logits: Tensor<f32>,
 }
@@ -457,10 +469,10 @@ impl Placed {
     }
 }
 
-/// A step of all slots, bound once to memory of the device.
+/// Step of all slots, bound once to memory of the device.
 struct Step {
     n_rows: usize,
-    /// It refers to what follows, so it goes first.
+    /// Binding of the tensors below, before which it is dropped.
     binding: IoBinding,
     host: Placed,
     device: Placed,
@@ -468,7 +480,7 @@ struct Step {
 }
 
 impl Step {
-    /// The logits of all rows.
+    /// Runs the step and returns the logits of all rows.
     fn run(
         &mut self,
         session: &mut Session,
@@ -498,8 +510,9 @@ impl Step {
     }
 }
 
-/// Bytes of the keys and values of one image, if several are addressable. With
-/// that none of the sizes and offsets below overflows.
+/// Returns the size of the key/value cache of one image in bytes, or `None` if
+/// [`SLOTS_MAX`] images would not be addressable. Thus none of the sizes and
+/// offsets below overflows.
 fn slot_bytes(n_layers: usize, slot: [usize; 3], element: TensorElementType) -> Option<usize> {
     let mut factors = [2, n_layers].into_iter().chain(slot);
     let numbers = factors.try_fold(element_bytes(element), usize::checked_mul)?;
@@ -514,7 +527,7 @@ fn element_bytes(element: TensorElementType) -> usize {
     }
 }
 
-/// Memory of the device that a runtime runs on.
+/// Returns the memory of the device that a runtime runs on.
 fn memory_of(runtime: &Runtime) -> ort::Result<MemoryInfo<'static>> {
     let (device, device_id) = match runtime.provider {
         Provider::Cuda => (AllocationDevice::CUDA, runtime.device_id),
@@ -528,8 +541,8 @@ fn memory_of(runtime: &Runtime) -> ort::Result<MemoryInfo<'static>> {
     )
 }
 
-/// How many layers keep keys and values, of what type, and how many heads and
-/// positions there are of one image, and elements of each.
+/// Returns the number of layers with a key/value cache, its type, and its shape
+/// for one image: heads, positions in whole blocks, and elements per position.
 fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementType, [usize; 3])> {
     let mut keys = session
         .inputs()
@@ -553,7 +566,7 @@ fn layout(session: &Session, positions: usize) -> Option<(usize, TensorElementTy
     ))
 }
 
-/// Some slots of a buffer.
+/// View of some slots of a buffer.
 struct View<'a> {
     memory: &'a MemoryInfo<'static>,
     first: usize,
@@ -561,7 +574,7 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    /// Binds it as past and as present.
+    /// Binds the view as input (past) and as output (present).
     fn bind<T: PrimitiveTensorElementType + std::fmt::Debug>(
         &self,
         binding: &mut IoBinding,
@@ -574,16 +587,16 @@ impl View<'_> {
             self.shape
                 .map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
         );
-        // SAFETY: `bind_slots` has checked that the slots are within the buffer,
-        // whose size has not overflowed when it was made, which `self.memory`
-        // describes and which `SequenceEngine` keeps, where it is, for as long as any
-        // binding.
+        // SAFETY: `bind_slots` has checked that the slots are within the
+        // buffer. The buffer's size did not overflow when it was allocated,
+        // `self.memory` describes it, and `SequenceEngine` neither moves nor
+        // frees it while a binding exists.
         let view: TensorRefMut<'_, T> =
             unsafe { TensorRefMut::from_raw(self.memory.clone(), data, shape)? };
         let name = CString::new(buffer.past.as_str()).map_err(ort::Error::wrap)?;
-        // SAFETY: all three pointers are of values that live during the call;
-        // ONNX Runtime keeps a reference to the tensor of its own. The safe
-        // `bind_input` would bind a copy of it.
+        // SAFETY: all three pointers are to values that live during the call,
+        // and ONNX Runtime keeps its own reference to the tensor. The safe
+        // `bind_input` would bind a copy of the tensor.
         unsafe {
             ort::Error::result_from_status((ort::api().BindInput)(
                 binding.ptr_mut(),
@@ -595,7 +608,7 @@ impl View<'_> {
     }
 }
 
-/// Binds what changes from run to run.
+/// Binds the inputs that change from run to run.
 fn bind_tokens(binding: &mut IoBinding, rows: &[SlotFeedRow<'_>]) -> ort::Result<()> {
     let int32 = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
     let n_rows = rows.len();
@@ -623,7 +636,7 @@ fn bind_tokens(binding: &mut IoBinding, rows: &[SlotFeedRow<'_>]) -> ort::Result
     )
 }
 
-/// Binds what each of so many rows shares.
+/// Binds the shared prefixes of `n_rows` rows.
 fn bind_prefixes(
     binding: &mut IoBinding,
     n_rows: usize,

@@ -1,10 +1,10 @@
 // Quick-gelu, x / (1 + exp(-factor x)), of numbers of 16 bits, computed in f32 and
-// rounded once. It reads and writes 16 bytes at a time, so memory is all that it
-// waits for: of imagegpt-small's 64 images ONNX Runtime's own takes 0.50 ms a layer,
-// and a copy of as many bytes an eighth of a millisecond.
+// rounded once. The kernel reads and writes 16 bytes at a time, so it waits for memory
+// only: for 64 images of imagegpt-small ONNX Runtime's own kernel takes 0.50 ms per
+// layer, and a copy of as many bytes an eighth of a millisecond.
 //
-// `make kernels` makes quick_gelu.ptx of it, which the worker carries and the driver
-// compiles for the GPU that there is (compute capability 8.0 or newer).
+// `make kernels` compiles this file to quick_gelu.ptx, which the worker carries and the
+// driver compiles for the GPU that there is (compute capability 8.0 or newer).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,12 +1,13 @@
-//! GIF, its first frame.
+//! Decoder of GIF files, for the first frame only.
 //!
-//! The `gif` crate itself, not `image`'s wrapper: the wrapper makes transparent
-//! pixels black, and Pillow shows the palette's color.
+//! Uses the `gif` crate itself, not `image`'s wrapper: the wrapper makes
+//! transparent pixels black, but Pillow shows the palette's color.
 //!
-//! Memory: an index a pixel of the frame, 3 or 4 bytes a pixel of the screen
-//! that the frame lies on, and metadata in front of the frame, as long as in the
-//! file. Work: the blocks up to the frame's last pixel, and each pixel once.
-//! What follows is not read, and codes beyond the last pixel are not expanded.
+//! Memory: one index per pixel of the frame, 3 or 4 bytes per pixel of the
+//! screen on which the frame lies, and the metadata in front of the frame, as
+//! long as in the file. Work: the blocks up to the frame's last pixel, and each
+//! pixel once. Bytes behind the frame are not read, and codes beyond the last
+//! pixel are not expanded.
 
 use gif::{DecodeOptions, DecodingError, MemoryLimit};
 use image::metadata::Orientation;
@@ -14,10 +15,10 @@ use image::metadata::Orientation;
 use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
-/// An index, and the color that is made of it.
+/// Bytes per pixel: an index, and the color that is made of the index.
 const PIXEL_BYTES: u64 = 5;
 
-/// Tables for colors and codes.
+/// Bytes of the tables for colors and codes.
 const OTHER_BYTES: u64 = 128 << 10;
 
 pub(super) fn decode(
@@ -28,7 +29,7 @@ pub(super) fn decode(
     // Metadata is collected in a vector that doubles.
     let other_bytes = OTHER_BYTES + 2 * bytes.len() as u64;
     let mut options = DecodeOptions::new();
-    // For metadata only: the frame's size is checked below.
+    // The limit is for metadata only: the frame's size is checked below.
     options.set_memory_limit(
         u64::try_from(header.decode_bytes_max())
             .ok()
@@ -62,7 +63,8 @@ pub(super) fn decode(
         PixelLayout::Rgb
     };
     let channels = layout.channels();
-    // Around the frame, Pillow has the transparent color or else the first.
+    // Around the frame, Pillow shows the transparent color, or else the first
+    // color.
     let around = &colors[usize::from(transparent.unwrap_or(0))][..channels];
     let mut data = Vec::with_capacity(width * height * channels);
     for row in 0..height {
@@ -88,7 +90,7 @@ pub(super) fn decode(
     Ok((pixels, orientation(None, decoder.xmp_metadata())))
 }
 
-/// The palette as RGBA, black where it has no color.
+/// Returns the palette as RGBA, with black for missing colors.
 fn colors(palette: &[u8], transparent: Option<u8>) -> [[u8; 4]; 256] {
     let mut colors = [[0, 0, 0, 255]; 256];
     let (entries, _) = palette.as_chunks::<3>();

@@ -1,25 +1,28 @@
-//! JPEG.
+//! Decoder of JPEG files.
 //!
-//! The `zune-jpeg` crate itself, not `image`'s wrapper: the wrapper copies the
-//! file, parses its headers three times, and passes a file that is cut short as
-//! whole, the rest gray. CMYK and YCCK become RGB as Pillow's `convert` does,
-//! with Adobe's inversion always assumed.
+//! Uses the `zune-jpeg` crate itself, not `image`'s wrapper: the wrapper copies
+//! the file, parses its headers three times, and accepts a file that is cut
+//! short as whole, with the rest gray. CMYK and YCCK become RGB as Pillow's
+//! `convert` does, with Adobe's inversion always assumed.
 //!
-//! The decoder is given what [`Outline`] found of a file, not the file: its
-//! tables, frame and scans, and nothing between or behind them.
+//! The decoder is not given the file, but the parts of the file that
+//! [`Outline`] found: its tables, frame and scans, and nothing between or
+//! behind them.
 //!
-//! Memory: that copy, the pixels, a few rows of blocks, and for a progressive
-//! file 2 bytes a coefficient, padded to whole units of the largest sampling.
+//! Memory: the copy of these parts, the pixels, a few rows of blocks, and for a
+//! progressive file 2 bytes per coefficient, padded to whole units of the
+//! largest sampling.
 //!
 //! Work: each scan goes over the blocks of its components, whatever the number
-//! of its bytes. Their sum over all scans is limited to [`PASSES_MAX`] times the
-//! pixels that an image may have; then each block is transformed once.
+//! of its bytes. The sum over all scans is limited to [`PASSES_MAX`] times the
+//! pixels that an image may have. After the scans, each block is transformed
+//! once.
 //!
-//! Refused by name, since the decoder gets them wrong: sequential files with
+//! Refused by name, because the decoder gets them wrong: sequential files with
 //! more than one scan, luma that is stored at less than the full width,
-//! sampling that no whole factor undoes, color in halves that is at most
-//! 2 pixels wide, and progressive files whose first coefficients are not
-//! complete, which Pillow smooths.
+//! sampling factors that do not divide the largest, chroma at half the width
+//! that is at most 2 pixels wide, and progressive files whose first
+//! coefficients are not complete, which Pillow smooths.
 
 use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
@@ -33,9 +36,9 @@ use super::{BudgetedSource, Header, PreprocessError, orientation};
 
 mod outline;
 
-/// How often the scans of a file may go over the pixels of the largest image
-/// that is accepted, each component counted for itself. A progressive file of
-/// libjpeg's goes over those of its own 14 times in color, 24 times in CMYK.
+/// Most passes of a file's scans over the pixels of the largest image that is
+/// accepted, each component counted for itself. A progressive file of libjpeg's
+/// goes over its own pixels 14 times in color, 24 times in CMYK.
 const PASSES_MAX: u64 = 32;
 
 pub(super) fn decode(
@@ -61,20 +64,22 @@ pub(super) fn decode(
     Ok((pixels, orientation(outline.exif, outline.xmp)))
 }
 
-/// Requirements on a JPEG inside another file, and the work that was done already.
+/// Requirements on a JPEG inside another file, and the work and memory that the
+/// file took so far.
 pub(super) struct Inside {
     pub(super) width: u32,
-    /// Rows that are wanted, and as many as there may be with those below the
-    /// image.
+    /// Rows that are needed, and rows of a whole strip or tile. The JPEG must
+    /// have one of these two heights.
     pub(super) rows: (u32, u32),
     pub(super) components: usize,
-    /// Pixels that scans went over, for all JPEGs of a file.
+    /// Pixels that the scans of all JPEGs of the file went over so far.
     pub(super) scanned: u64,
     /// Bytes that the file's decoder holds.
     pub(super) held_bytes: u64,
 }
 
-/// Decodes a JPEG of samples without a meaning of their own, as TIFF has them.
+/// Decodes a JPEG inside a TIFF to its samples as stored, since the TIFF gives
+/// them their meaning.
 pub(super) fn decode_samples(
     bytes: &[u8],
     inside: &mut Inside,
@@ -88,7 +93,8 @@ pub(super) fn decode_samples(
         && frame.components.len() == inside.components;
     if !fits {
         return Err(header.damaged(format!(
-            "a JPEG of {width} x {height} and {} components in a strip or tile of {} x {} and {}",
+            "a JPEG of {width} x {height} and {} components in a strip or tile of {} x {} and {} \
+             components",
             frame.components.len(),
             inside.width,
             inside.rows.1,
@@ -104,11 +110,11 @@ pub(super) fn decode_samples(
     Ok(decode_scans(&outline, Colors::Stored, header)?.1)
 }
 
-/// Colors that the components become.
+/// Colors to which the components are converted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Colors {
     Rgb,
-    /// As they are.
+    /// The components as stored, without conversion.
     Stored,
 }
 
@@ -122,12 +128,13 @@ fn decode_scans(
         error => header.damaged(format!("{error:?}")),
     };
     let options = DecoderOptions::default()
-        // Or it passes what it could not decode as gray.
+        // Otherwise the decoder returns gray where it could not decode the file.
         .set_strict_mode(true)
         .set_max_width(usize::MAX)
         .set_max_height(usize::MAX)
         .jpeg_set_max_scans(outline::SCANS_MAX);
-    // A scan of few bytes can go over the whole image.
+    // A scan of few bytes can go over the whole image, so the budget is checked
+    // at each scan.
     let stops: Vec<usize> = outline.scans.iter().map(|scan| scan.at).collect();
     let source = BudgetedSource::with_stops(&outline.stream, header.budget, &stops);
     let mut decoder = JpegDecoder::new_with_options(source, options);
@@ -137,7 +144,9 @@ fn decode_scans(
     };
     let (layout, target) = match (stored, colors) {
         (ColorSpace::Luma, _) => (PixelLayout::Gray, ColorSpace::Luma),
-        (ColorSpace::MultiBand(_), _) => return Err(header.unsupported("two components")),
+        (ColorSpace::MultiBand(_), _) => {
+            return Err(header.unsupported("2 components; 1, 3 and 4 are supported"));
+        }
         (_, Colors::Rgb) => (PixelLayout::Rgb, ColorSpace::RGB),
         (stored, Colors::Stored) => (PixelLayout::Rgb, stored),
     };
@@ -177,8 +186,8 @@ fn held_bytes(outline: &Outline<'_>) -> u64 {
     outline.stream.len() as u64 + coefficients + row_bytes(frame) + TABLES
 }
 
-/// A row of units as it passes through the decoder: as it was decoded, enlarged,
-/// and what of it the next one needs.
+/// Bytes of a row of units in the decoder: as decoded, enlarged, and the part
+/// that the next row needs.
 fn row_bytes(frame: &JpegFrame) -> u64 {
     const COPIES: u64 = 4;
     let (horizontal, vertical) = frame.largest_sampling();

@@ -1,5 +1,5 @@
-//! Decoded pixels in the layouts that decoders give, and their way to upright
-//! RGB: alpha, then orientation.
+//! Decoded pixels in the layouts of the decoders, and their conversion to
+//! upright RGB: alpha first, then orientation.
 
 use image::metadata::Orientation;
 
@@ -68,24 +68,24 @@ fn convert<const CHANNELS: usize>(
     rgb
 }
 
-/// One level over white, rounded to nearest: what Pillow's `alpha_composite`
-/// comes to when the background is opaque, as the test over all 65536 pairs
-/// shows.
+/// Composites one level onto white, rounded to nearest. The result is that of
+/// Pillow's `alpha_composite` with an opaque background, as the test over all
+/// 65536 pairs shows.
 fn on_white(level: u8, alpha: u8) -> u8 {
     let sum = u32::from(level) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 128;
     // Division by 255, exact in this range.
     u8::try_from((sum + (sum >> 8)) >> 8).unwrap_or(u8::MAX)
 }
 
-/// Side of the squares that are turned one after another: going along whole rows
-/// of one image would miss the cache at every pixel of the other.
+/// Side of the square tiles that are turned one after another. Going along
+/// whole rows of one image would miss the cache at every pixel of the other.
 const TILE: usize = 32;
 
 /// Turns and mirrors an image as its EXIF orientation says.
 pub(super) fn turn(image: RgbImage, orientation: Orientation) -> RgbImage {
     use Orientation as O;
-    // Where the pixel of a row and column of the result comes from: whether
-    // rows and columns change places, then which ends are swapped in the source.
+    // Source of a pixel of the result: true first if rows and columns change
+    // places, then for each direction if its ends are swapped in the source.
     let (transposed, from_right, from_bottom) = match orientation {
         O::NoTransforms => return image,
         O::FlipHorizontal => (false, true, false),
@@ -142,7 +142,7 @@ pub(super) fn turn(image: RgbImage, orientation: Orientation) -> RgbImage {
 mod tests {
     use super::*;
 
-    /// Pillow's own steps, in its fixed point.
+    /// Computes Pillow's own steps, in its fixed point.
     fn pillow_on_white(level: u32, alpha: u32) -> u32 {
         if alpha == 0 {
             return 255;

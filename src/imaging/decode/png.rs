@@ -1,12 +1,13 @@
-//! PNG.
+//! Decoder of PNG files.
 //!
-//! The `png` crate itself, not `image`'s wrapper: the wrapper checks the size
-//! without telling it, keeps text chunks and inflates color profiles. Here both
-//! are skipped unread, so a compressed bomb in them costs nothing.
+//! Uses the `png` crate itself, not `image`'s wrapper: the wrapper checks the
+//! size without reporting it, keeps text chunks and inflates color profiles.
+//! Here text chunks and color profiles are skipped unread, so a decompression
+//! bomb in them costs nothing.
 //!
-//! Memory: up to 4 bytes a pixel, some rows as they are stored, and the largest
-//! chunk beside the pixels. Work: each byte of the file once, and each pixel;
-//! what is compressed behind the last pixel is not inflated.
+//! Memory: up to 4 bytes per pixel, some rows as they are stored, and the
+//! largest chunk other than pixels. Work: each byte of the file once, and each
+//! pixel once; data that is compressed behind the last pixel is not inflated.
 
 use image::metadata::Orientation;
 use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
@@ -14,10 +15,10 @@ use png::{BitDepth, ColorType, DecodingError, Limits, Transformations};
 use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError, orientation};
 
-/// Windows and buffers for inflating.
+/// Bytes of windows and buffers for inflating.
 const OTHER_BYTES: u64 = 512 << 10;
-/// Three bytes for each of 256 colors. The decoder panics on palettes of more,
-/// and on those that end within a color.
+/// Most bytes of a palette: three for each of 256 colors. The decoder panics on
+/// larger palettes, and on palettes that end within a color.
 const PALETTE_BYTES_MAX: usize = 3 * 256;
 
 pub(super) fn decode(
@@ -32,8 +33,8 @@ pub(super) fn decode(
     let mut decoder = png::Decoder::new_with_limits(header.source(bytes), limits);
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
-    // Palettes and small grays to bytes, transparent colors to alpha, and of 16
-    // bits the high byte.
+    // Palettes and small grays become bytes, transparent colors become alpha,
+    // and 16-bit samples keep their high byte.
     decoder.set_transformations(Transformations::EXPAND | Transformations::STRIP_16);
     let info = decoder.read_header_info().map_err(fail)?;
     let (width, height) = info.size();
@@ -45,7 +46,10 @@ pub(super) fn decode(
     if let Some(palette) = &reader.info().palette
         && (palette.len() % 3 != 0 || palette.len() > PALETTE_BYTES_MAX)
     {
-        return Err(header.damaged(format!("a palette of {} bytes", palette.len())));
+        return Err(header.damaged(format!(
+            "a palette of {} bytes; it must have 3 bytes per color and at most {PALETTE_BYTES_MAX}",
+            palette.len()
+        )));
     }
     let layout = match reader.output_color_type() {
         (ColorType::Grayscale, BitDepth::Eight) => PixelLayout::Gray,
@@ -66,7 +70,8 @@ pub(super) fn decode(
     Ok((pixels, orientation))
 }
 
-/// The most that a pixel takes, with the alpha that a transparent color makes.
+/// Returns the most bytes per pixel, with the alpha that a transparent color
+/// makes.
 fn pixel_bytes(color: ColorType) -> u64 {
     match color {
         ColorType::Grayscale | ColorType::GrayscaleAlpha => 2,
@@ -74,16 +79,17 @@ fn pixel_bytes(color: ColorType) -> u64 {
     }
 }
 
-/// Rows that the decoder holds as they are stored.
+/// Returns the bytes of the rows that the decoder holds as stored.
 fn row_bytes(info: &png::Info<'_>) -> u64 {
     const ROWS: u64 = 16;
     let row = info.raw_row_length() as u64;
     let rows = ROWS.min(2 * u64::from(info.height));
-    // And two as they are given.
+    // Two more rows are held as they are returned.
     row * rows + 8 * u64::from(info.width)
 }
 
-/// Bytes of the largest chunk that is held whole: pixels are not.
+/// Returns the bytes of the largest chunk that is held whole. Chunks of pixels
+/// are not held whole.
 fn largest_chunk(bytes: &[u8]) -> u64 {
     chunks(bytes)
         .filter(|(kind, _)| ![*b"IDAT", *b"fdAT"].contains(*kind))
@@ -92,15 +98,15 @@ fn largest_chunk(bytes: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// The body of the first chunk of a kind, before the pixels or after them. Of
-/// text chunks, the first with XMP.
+/// Returns the body of the first chunk of a kind, before the pixels or after
+/// them. Of text chunks, returns the first that holds XMP.
 fn chunk(bytes: &[u8], kind: [u8; 4]) -> Option<&[u8]> {
     chunks(bytes)
         .find(|(found, body)| **found == kind && (kind != *b"iTXt" || xmp(body).is_some()))
         .map(|(_, body)| body)
 }
 
-/// Kinds and bodies of all chunks that are whole.
+/// Iterates over the kinds and bodies of all chunks that are whole.
 fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
     let mut rest = bytes.get(8..).unwrap_or(&[]);
     std::iter::from_fn(move || {
@@ -112,7 +118,7 @@ fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
     })
 }
 
-/// The text of an XMP chunk that is not compressed.
+/// Returns the text of an XMP chunk that is not compressed.
 fn xmp(body: &[u8]) -> Option<&[u8]> {
     body.strip_prefix(b"XML:com.adobe.xmp\0\0\0")
 }

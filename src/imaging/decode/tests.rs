@@ -12,7 +12,7 @@ fn error(bytes: &[u8]) -> String {
         .to_string()
 }
 
-/// A PNG of one chunk after another, with right checksums.
+/// Builds a PNG of one chunk after another, with right checksums.
 fn png(chunks: &[(&[u8; 4], &[u8])]) -> Vec<u8> {
     let mut bytes = b"\x89PNG\r\n\x1a\n".to_vec();
     for (kind, body) in chunks {
@@ -56,7 +56,7 @@ fn formats_are_known_by_content() {
 
 #[test]
 fn what_is_no_image_is_told_so() {
-    assert_eq!(error(b""), "encoded: no bytes");
+    assert_eq!(error(b""), "encoded: the image file is empty (0 bytes)");
     assert_eq!(
         error(b"<!DOCTYPE html><html></html>"),
         "encoded: not an image in an accepted format (PNG, JPEG, WebP, GIF, BMP or TIFF)"
@@ -69,7 +69,7 @@ fn what_is_no_image_is_told_so() {
         decode(b"12345", Alpha::Drop, &limits, &DecodeBudget::endless())
             .unwrap_err()
             .to_string(),
-        "encoded: 5 bytes are over the limit of 4 (--image-bytes-max)"
+        "encoded: the file has 5 bytes, over the limit of 4 (--image-bytes-max)"
     );
 }
 
@@ -169,6 +169,7 @@ fn palettes_are_whole_colors_and_at_most_256() {
     }
     assert_eq!(
         error(&indexed(&[7; 64])),
-        "encoded: the PNG is damaged or cut short: a palette of 64 bytes"
+        "encoded: the PNG is damaged or cut short: a palette of 64 bytes; it must have 3 bytes per \
+         color and at most 768"
     );
 }

@@ -1,22 +1,24 @@
-//! TIFF, its first page.
+//! Decoder of TIFF files, for the first page only.
 //!
-//! The container is read here ([`directory`], [`layout`]); decompressors are
-//! other crates'. The `tiff` crate is not used: it makes room for a strip or
-//! tile, and decodes it, before anything of it was checked, and is wrong about
-//! several kinds in silence.
+//! The container is read here ([`directory`], [`layout`]); the decompressors
+//! are other crates'. The `tiff` crate is not used: it allocates a strip or
+//! tile and decodes it before checking anything of it, and decodes several
+//! kinds of files wrongly without an error.
 //!
-//! Memory: the channels of a pixel, the RGB that palettes and CMYK become, a row
-//! of a strip or tile and the decompressor's tables. Strips and tiles are read
-//! row by row, but JPEGs whole, each within the limits of a JPEG.
+//! Memory: the channels of a pixel, the RGB that palettes and CMYK become, a
+//! row of a strip or tile and the decompressor's tables. Strips and tiles are
+//! read row by row, except JPEGs, which are decoded whole, each within the
+//! limits of a JPEG.
 //!
-//! Work: what all strips and tiles hold together, the padding of tiles included,
-//! is at most as much as decoding may hold. Their number is limited, and the
-//! bytes that they are made of, which may be the same for many, are at most
-//! those of the file and as many as they become.
+//! Work: the decoded size of all strips and tiles together, the padding of
+//! tiles included, is at most as much as decoding may hold. The number of
+//! strips and tiles is limited. Many of them may share the same bytes of the
+//! file, so their encoded size is limited too: to the size of the file plus the
+//! decoded size.
 //!
-//! Refused by name: YCbCr, L*a*b*, samples of 32 bits, with a sign or of
-//! floats, several samples of less than 8 bits, associated alpha being the
-//! caller's to divide out.
+//! Refused by name: YCbCr, L*a*b*, samples of 32 bits, signed or floating-point
+//! samples, and several samples of less than 8 bits. Associated alpha is
+//! accepted, but dividing it out is left to the caller.
 
 use image::metadata::Orientation;
 
@@ -31,12 +33,13 @@ mod directory;
 mod fax;
 mod layout;
 
-/// Encoded bytes that are read for a byte of a strip or tile. Fax codes take six
-/// times as much as the pixels at worst, all others twice.
+/// Most encoded bytes that are read per byte of a strip or tile. At worst, fax
+/// codes take six times as much as the pixels, all other codes twice.
 const ENCODED_RATIO_MAX: u64 = 8;
-/// Encoded bytes that are read besides, for what strips begin and end with.
+/// Encoded bytes that may be read besides, for the beginnings and ends of
+/// strips.
 const ENCODED_SPARE: u64 = 4 << 10;
-/// Tables and windows of a decompressor.
+/// Bytes of a decompressor's tables and windows.
 const OTHER_BYTES: u64 = 256 << 10;
 
 pub(super) fn decode(
@@ -77,20 +80,20 @@ pub(super) fn decode(
     Ok((pixels, turned))
 }
 
-/// Strips or tiles on their way to an image.
+/// State of reading strips or tiles into an image.
 struct Reader<'a> {
     file: &'a [u8],
     image: &'a Image<'a>,
     header: Header<'a>,
-    /// The image's channels, a byte each.
+    /// The image's channels, one byte each.
     data: Vec<u8>,
-    /// A row of a strip or tile.
+    /// One row of the current strip or tile.
     row: Vec<u8>,
-    /// Pixels that the scans of JPEGs went over.
+    /// Pixels that the scans of JPEGs went over so far.
     scanned: u64,
 }
 
-/// Where a strip or tile is: its plane, and its column and row among others.
+/// Position of a strip or tile: its plane, and its column and row in the grid.
 #[derive(Clone, Copy)]
 struct Position {
     plane: usize,
@@ -134,8 +137,8 @@ impl<'a> Reader<'a> {
         let whole = image.row_bytes(image.chunk_width);
         let wanted = image.row_bytes(pixels);
         let jpeg;
-        // Codes that stand for no pixel, such as those that clear LZW's table, may
-        // not cost more than the pixels that the header claims.
+        // Codes that stand for no pixel, such as codes that clear LZW's table,
+        // must not cost more than the pixels that the header claims.
         let encoded_max = (whole * u64::from(rows))
             .saturating_mul(ENCODED_RATIO_MAX)
             .saturating_add(ENCODED_SPARE);
@@ -161,7 +164,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The bytes of a strip or tile.
+    /// Returns the encoded bytes of a strip or tile.
     fn encoded(&self, at: Position) -> Result<&'a [u8], PreprocessError> {
         let (across, down) = self.image.grid();
         let (across, down) = (across as usize, down as usize);
@@ -173,19 +176,22 @@ impl<'a> Reader<'a> {
         };
         part(index).ok_or_else(|| {
             self.header
-                .damaged(format!("strip or tile {index} is not in the file"))
+                .damaged(format!("strip or tile {index} lies outside the file"))
         })
     }
 
     fn decode_jpeg(&mut self, bytes: &[u8], rows: u32) -> Result<Vec<u8>, PreprocessError> {
         let image = self.image;
-        // Tables that all have in common come first, without their end.
+        // Tables that all strips or tiles share come first, without their end
+        // marker.
         let tables = image.jpeg_tables.unwrap_or(b"\xff\xd8\xff\xd9");
         let (Some(tables), Some(rest)) = (
             tables.strip_suffix(b"\xff\xd9"),
             bytes.strip_prefix(b"\xff\xd8"),
         ) else {
-            return Err(self.header.damaged("JPEG data without their markers"));
+            return Err(self
+                .header
+                .damaged("JPEG data without their start or end marker"));
         };
         let whole = [tables, rest].concat();
         let pixels = u64::from(image.width) * u64::from(image.height);
@@ -201,7 +207,7 @@ impl<'a> Reader<'a> {
         Ok(samples)
     }
 
-    /// Puts a row of samples where it belongs.
+    /// Puts a row of samples into its place in the image.
     fn place(&mut self, at: Position, y: u32, pixels: u32, row: &[u8]) {
         let image = self.image;
         let channels = image.channels();
@@ -212,7 +218,7 @@ impl<'a> Reader<'a> {
         let samples = image.chunk_samples();
         match image.bits {
             16 => {
-                // The high byte.
+                // Index of the high byte.
                 let high = usize::from(image.little);
                 let (words, _) = row.as_chunks::<2>();
                 let levels = words.iter().map(|word| word[high]);
@@ -238,7 +244,8 @@ fn failure(error: ChunkError, header: Header<'_>) -> PreprocessError {
     }
 }
 
-/// Adds each sample to the one before it in its row, of the same color.
+/// Undoes the predictor: adds to each sample the previous sample of the same
+/// color in its row.
 fn undo_differences(row: &mut [u8], image: &Image<'_>) {
     let samples = image.chunk_samples();
     if image.bits == 8 {
@@ -262,8 +269,8 @@ fn undo_differences(row: &mut [u8], image: &Image<'_>) {
     }
 }
 
-/// Puts samples into the channels of pixels, from channel `plane` on. Those that
-/// there is no channel for are dropped.
+/// Puts samples into the channels of pixels, from channel `plane` on. Samples
+/// without a channel are dropped.
 fn spread(
     target: &mut [u8],
     channels: usize,
@@ -282,8 +289,8 @@ fn spread(
     }
 }
 
-/// Samples of 1, 2 or 4 bits as bytes: indexes as they are, gray levels spread
-/// to 255.
+/// Unpacks samples of 1, 2 or 4 bits into bytes: indexes stay as they are, gray
+/// levels are spread to 255.
 fn unpack(target: &mut [u8], row: &[u8], bits: u32, palette: bool) {
     let mask = (1_u8 << bits) - 1;
     let factor = if palette { 1 } else { 255 / mask };
@@ -295,7 +302,8 @@ fn unpack(target: &mut [u8], row: &[u8], bits: u32, palette: bool) {
     }
 }
 
-/// Pillow's formula: each ink and black multiply, rounded to nearest.
+/// Converts CMYK to RGB by Pillow's formula: each ink is multiplied with black,
+/// rounded to nearest.
 fn cmyk_to_rgb(data: &[u8]) -> Vec<u8> {
     let (pixels, _) = data.as_chunks::<4>();
     pixels
@@ -311,7 +319,8 @@ fn cmyk_to_rgb(data: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// Colors from a map of 16-bit levels: all reds, all greens, all blues.
+/// Looks up the colors of indexes in a map of 16-bit levels: all reds, all
+/// greens, all blues.
 fn look_up(indexes: &[u8], colors: &[u16]) -> Vec<u8> {
     let count = colors.len() / 3;
     let level = |channel: usize, index: usize| {

@@ -1,18 +1,19 @@
-//! WebP, of an animation its first frame.
+//! Decoder of WebP files, for the first frame of an animation only.
 //!
-//! The decoder believes whatever sizes it finds last, so it is given a file of
-//! its own: the chunks of one frame, whose sizes agree with each other and were
-//! checked. What else a file holds is never decoded. The first frame of an
-//! animation is laid on its canvas here, transparent around it and without
-//! blending, as there is nothing below it.
+//! The decoder trusts the last sizes that it finds in a file. Therefore it is
+//! given a file that is made here: the chunks of one frame, whose sizes agree
+//! with each other and were checked. Other parts of the caller's file are never
+//! decoded. The first frame of an animation is placed on its canvas here,
+//! transparent around it and without blending, because there is nothing below
+//! it.
 //!
-//! Memory: the copy of the frame's bytes, and up to 12 bytes a pixel (the ARGB
-//! of a lossless frame or of compressed alpha, its planes, the output), with the
-//! codes that [`lossless`] counts.
+//! Memory: the copy of the frame's bytes, and up to 12 bytes per pixel (the
+//! ARGB of a lossless frame or of compressed alpha, its planes, the output),
+//! with the codes that [`lossless`] counts.
 //!
 //! Work: a few passes over the frame's pixels and one over its bytes. A lossy
-//! frame is read whole before it is decoded, so a budget that ends meanwhile
-//! is seen after its pixels.
+//! frame is read whole before it is decoded, so a budget that ends during the
+//! decode is noticed only after the frame's pixels.
 
 use image::ImageDecoder;
 use image::codecs::webp::WebPDecoder;
@@ -25,12 +26,12 @@ use super::{Header, PreprocessError, orientation};
 mod lossless;
 mod lossy;
 
-/// The most that the decoder holds for a pixel: the planes of a lossy frame,
-/// its output, and the ARGB that its alpha is taken from. A lossless frame takes
-/// less, as does the canvas of an animation once its frame is decoded.
+/// Most bytes that the decoder holds per pixel: the planes of a lossy frame,
+/// its output, and the ARGB from which its alpha is taken. A lossless frame
+/// takes less, as does the canvas of an animation once its frame is decoded.
 const PIXEL_BYTES: u64 = 12;
 
-/// Tables, and what goes with a row.
+/// Bytes of tables, and of buffers for a row.
 const OTHER_BYTES: u64 = 256 << 10;
 
 pub(super) fn decode(
@@ -59,22 +60,22 @@ pub(super) fn decode(
     Ok((pixels, orientation(file.exif, file.xmp)))
 }
 
-/// The chunks of a file that matter.
+/// Parts of a file that decoding needs.
 struct File<'a> {
     animated: bool,
-    /// Width and height.
+    /// Width and height of the canvas.
     canvas: (u32, u32),
-    /// True if transparency is shown, as the file says where it has a header for
-    /// that.
+    /// True if transparency is shown: if the extended header says so, or if the
+    /// file has no extended header.
     alpha: bool,
-    /// Column and row of the frame.
+    /// Column and row of the frame on the canvas.
     place: (u32, u32),
     frame: Frame<'a>,
     exif: Option<&'a [u8]>,
     xmp: Option<&'a [u8]>,
 }
 
-/// One image: its alpha, if that is stored apart, and its pixels.
+/// One image: its pixels, and its alpha if the alpha is stored separately.
 struct Frame<'a> {
     width: u32,
     height: u32,
@@ -85,7 +86,7 @@ struct Frame<'a> {
 
 impl<'a> File<'a> {
     fn read(bytes: &'a [u8], header: Header<'_>) -> Result<Self, PreprocessError> {
-        let cut = || header.damaged("a file without a whole frame");
+        let cut = || header.damaged("a file without a complete frame");
         let mut chunks = Chunks(riff(bytes).ok_or_else(cut)?);
         let first = Chunks(chunks.0).next().ok_or_else(cut)?;
         let (flags, extended) = match first {
@@ -128,7 +129,7 @@ impl<'a> File<'a> {
         };
         if !fits {
             return Err(header.damaged(format!(
-                "a frame of {} x {} on a canvas of {} x {}",
+                "a frame of {} x {} on a canvas of {} x {}, which it does not fit",
                 frame.width, frame.height, canvas.0, canvas.1
             )));
         }
@@ -143,7 +144,7 @@ impl<'a> File<'a> {
         })
     }
 
-    /// The frame where it belongs, transparent black around it.
+    /// Places the frame on its canvas, with transparent black around it.
     fn on_canvas(&self, frame: &Pixels) -> Pixels {
         let (width, height) = self.canvas;
         let layout = if self.alpha {
@@ -172,7 +173,7 @@ impl<'a> File<'a> {
     }
 }
 
-/// The place and the image of an animation's frame.
+/// Reads the frame of an animation: its place on the canvas and its image.
 fn read_animated<'a>(
     body: &'a [u8],
     header: Header<'_>,
@@ -223,7 +224,8 @@ impl<'a> Frame<'a> {
         })
     }
 
-    /// Bytes that decoding holds beside the pixels, where the sizes inside are right.
+    /// Checks the sizes inside the frame, and returns the bytes that decoding
+    /// holds beside the pixels.
     fn check(&self, header: Header<'_>) -> Result<u64, PreprocessError> {
         let bytes = (self.pixels.len() + self.alpha.map_or(0, <[u8]>::len)) as u64;
         header.admit_pixels(self.width, self.height)?;
@@ -238,11 +240,11 @@ impl<'a> Frame<'a> {
                 _ => 0,
             }
         };
-        // The copy, and for a lossy frame its parts once and twice more.
+        // One copy of the frame, and for a lossy frame three more of its parts.
         Ok(OTHER_BYTES + 4 * bytes + codes)
     }
 
-    /// The frame as a file of its own.
+    /// Returns the frame as a file of its own.
     fn alone(&self, header: Header<'_>) -> Result<Vec<u8>, PreprocessError> {
         let mut chunks = Vec::with_capacity(self.pixels.len() + 64);
         chunks.extend_from_slice(b"RIFF\0\0\0\0WEBP");
@@ -268,7 +270,7 @@ impl<'a> Frame<'a> {
 /// Appends a chunk with its length and padding.
 fn push(file: &mut Vec<u8>, kind: [u8; 4], body: &[u8]) {
     file.extend_from_slice(&kind);
-    // Bodies are parts of a file whose lengths were 32-bit numbers.
+    // Each body is part of a file that gave its length as a 32-bit number.
     let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
     file.extend_from_slice(&len.to_le_bytes());
     file.extend_from_slice(body);
@@ -277,7 +279,8 @@ fn push(file: &mut Vec<u8>, kind: [u8; 4], body: &[u8]) {
     }
 }
 
-/// Kinds and bodies of chunks, up to the first that is not whole.
+/// Iterator over the kinds and bodies of chunks, up to the first chunk that is
+/// not whole.
 struct Chunks<'a>(&'a [u8]);
 
 impl<'a> Iterator for Chunks<'a> {
@@ -293,8 +296,9 @@ impl<'a> Iterator for Chunks<'a> {
     }
 }
 
-/// Chunks that a file says that it holds. Bytes behind them do not belong to it, and a
-/// file that is shorter is cut short.
+/// Returns the chunks that a file claims to hold. Bytes behind them do not
+/// belong to the file; a file that is shorter than its claim is cut short and
+/// gives `None`.
 fn riff(bytes: &[u8]) -> Option<&[u8]> {
     let len = u32::from_le_bytes(*bytes.get(4..)?.first_chunk()?);
     bytes.get(8..)?.get(..usize::try_from(len).ok()?)?.get(4..)

@@ -1,8 +1,9 @@
-//! BMP, by the `image` crate, and what WebP's still images share with it.
+//! Decoder of BMP files, by the `image` crate; its `read` also decodes WebP
+//! images.
 //!
 //! Memory: the pixels, a row of the file, and a palette of at most 256 colors.
-//! Work: each pixel once, and each byte of run lengths once. Pictures of other
-//! formats inside are refused by the decoder.
+//! Work: each pixel once, and each byte of run lengths once. The decoder
+//! refuses pictures of other formats inside a BMP.
 
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
@@ -11,7 +12,7 @@ use image::{ColorType, ImageDecoder};
 use super::pixels::{PixelLayout, Pixels};
 use super::{Header, PreprocessError};
 
-/// The palette, twice.
+/// Bytes of the palette, twice.
 const OTHER_BYTES: u64 = 16 << 10;
 
 pub(super) fn bmp(
@@ -25,7 +26,7 @@ pub(super) fn bmp(
     Ok((read(decoder, header)?, Orientation::NoTransforms))
 }
 
-/// Decodes an image that was admitted.
+/// Decodes an image whose size was admitted.
 pub(super) fn read(
     decoder: impl ImageDecoder,
     header: Header<'_>,
@@ -35,7 +36,7 @@ pub(super) fn read(
         ColorType::La8 => PixelLayout::GrayAlpha,
         ColorType::Rgb8 => PixelLayout::Rgb,
         ColorType::Rgba8 => PixelLayout::Rgba,
-        color => return Err(header.unsupported(format!("{color:?} samples"))),
+        color => return Err(header.unsupported(format!("samples of type {color:?}"))),
     };
     let (width, height) = decoder.dimensions();
     let mut data = vec![0; width as usize * height as usize * layout.channels()];

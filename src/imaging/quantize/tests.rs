@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// All colors compared, as numpy would.
+/// Compares all colors, as numpy would.
 fn brute_force(palette: &Palette, rgb: [u8; 3]) -> u16 {
     let color = rgb.map(|byte| f64::from(byte) / 127.5 - 1.0);
     let mut best = (f64::INFINITY, 0);
@@ -54,24 +54,24 @@ fn palettes_are_checked() {
     let check = |clusters: Vec<[f64; 3]>, expected: &str| {
         assert_eq!(Palette::new(clusters).unwrap_err().to_string(), expected);
     };
-    check(vec![], "clusters: there are none");
+    check(vec![], "clusters: the list of colors is empty");
     check(
         vec![[0.0; 3]; 65_536],
-        "clusters: 65536 colors do not fit 16-bit tokens (at most 65535)",
+        "clusters: 65536 colors do not fit 16-bit tokens; the limit is 65535",
     );
     check(
         vec![[0.0; 3], [0.0, f64::NAN, 0.0]],
-        "clusters: color 1 is [0.0, NaN, 0.0], which is not finite or far outside -1 to 1",
+        "clusters: color 1 is [0.0, NaN, 0.0]; each number must be finite and near -1 to 1",
     );
     check(
         vec![[f64::INFINITY, 0.0, 0.0]],
-        "clusters: color 0 is [inf, 0.0, 0.0], which is not finite or far outside -1 to 1",
+        "clusters: color 0 is [inf, 0.0, 0.0]; each number must be finite and near -1 to 1",
     );
 }
 
 fn any_palette() -> impl Strategy<Value = Palette> {
     let float = prop::array::uniform3(-1.1..1.1_f64);
-    // On byte levels ties are frequent, and with few of them colors repeat.
+    // With byte levels ties are frequent, and with few levels colors repeat.
     let byte = prop::array::uniform3(0..=255_u8)
         .prop_map(|rgb| rgb.map(|byte| f64::from(byte) / 127.5 - 1.0));
     let coarse =

@@ -1,5 +1,4 @@
-//! Where the pixels of a result come from, and with what weight, along one
-//! direction.
+//! Source pixels of each result pixel, and their weights, along one direction.
 
 use std::ops::Range;
 
@@ -7,7 +6,7 @@ use super::WEIGHT_BITS;
 
 const ONE: f64 = (1 << WEIGHT_BITS) as f64;
 
-/// One direction of a resize: which part of the result is wanted.
+/// One direction of a resize, with the part of the result that is wanted.
 #[derive(Clone, Debug)]
 pub(super) struct Axis {
     pub(super) source_len: usize,
@@ -20,9 +19,9 @@ impl Axis {
         Self::part(source_len, result_len as u64, 0..result_len as u64)
     }
 
-    /// The middle `crop` pixels after the shorter side has become `crop` long.
-    /// The arithmetic is Python's: true division, truncation, and an offset
-    /// rounded half to even.
+    /// Returns the middle `crop` pixels after the shorter side has become
+    /// `crop` long. The arithmetic is Python's: true division, truncation, and
+    /// an offset rounded half to even.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -43,17 +42,19 @@ impl Axis {
         }
     }
 
-    /// Every pixel as it is.
+    /// Returns an axis that keeps every pixel as it is.
     pub(super) fn identity(source_len: usize) -> Self {
         Self::whole(source_len, source_len)
     }
 
-    /// Whether the length stays, so that Pillow skips the pass.
+    /// Returns true if the length stays the same, so that Pillow skips the
+    /// pass.
     pub(super) fn is_identity(&self) -> bool {
         self.source_len as u64 == self.result_len
     }
 
-    /// By how much the length shrinks; negative when it grows.
+    /// Returns the number of pixels by which the length shrinks; negative if it
+    /// grows.
     pub(super) fn shrinkage(&self) -> i128 {
         self.source_len as i128 - i128::from(self.result_len)
     }
@@ -66,7 +67,7 @@ impl Axis {
     }
 }
 
-/// The source pixels that one result pixel is a weighted mean of.
+/// The source pixels of which one result pixel is a weighted mean.
 ///
 /// The weights themselves are computed when they are needed: keeping all of
 /// them would take memory in proportion to the longest side.
@@ -117,7 +118,7 @@ impl Taps {
         (1.0 - distance.abs()).max(0.0)
     }
 
-    /// The weight of one source pixel in fixed point, rounded half up.
+    /// Returns the weight of one source pixel in fixed point, rounded half up.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

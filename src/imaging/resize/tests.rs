@@ -4,7 +4,7 @@ fn noise(width: u32, height: u32) -> RgbImage {
     let mut state = u64::from(width) << 32 | u64::from(height) | 1;
     let pixels = (0..width as usize * height as usize * 3)
         .map(|_| {
-            // A linear congruential generator's high bits.
+            // The high bits of a linear congruential generator.
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
@@ -48,7 +48,7 @@ fn a_flat_image_stays_flat() {
     }
 }
 
-/// A window must hold what the whole result holds there.
+/// Checks that a window holds the same pixels as the whole result does there.
 #[test]
 fn a_window_equals_its_part_of_the_whole() {
     let check = |width, height, shorter: usize| {
@@ -79,7 +79,7 @@ fn a_window_equals_its_part_of_the_whole() {
     check(250, 800, 250);
 }
 
-/// The offsets are Python's `int(round((side - 224) / 2.0))`.
+/// Checks offsets against Python's `int(round((side - 224) / 2.0))`.
 #[test]
 fn the_crop_is_centered_as_python_rounds() {
     let check = |source_len, shorter, result_len, start| {
@@ -95,7 +95,8 @@ fn the_crop_is_centered_as_python_rounds() {
     check(4000, 1, 896_000, 447_888);
 }
 
-/// Sides that no image should have, in little memory and time.
+/// Resizes images with sides that no image should have, in little memory and
+/// time.
 #[test]
 fn extreme_sides_are_cheap() {
     for (width, height) in [(1, 3_000_000), (3_000_000, 1)] {

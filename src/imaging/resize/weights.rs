@@ -5,17 +5,18 @@ use super::{HALF, to_byte};
 
 /// The weights of one result column.
 ///
-/// Of many, the inner loop decides. They are kept three times each, so that they
-/// line up with red, green and blue, and in 16-bit halves: the product of a byte
-/// and a half is an operation that every x86-64 and ARM vector unit has, and in
-/// the compiler's default target a 32-bit product is not. Of few, the plain loop
-/// is faster.
+/// With many weights, the inner loop decides the speed. The weights are kept
+/// three times each, so that they line up with red, green and blue, and in
+/// 16-bit halves: the product of a byte and a half is an operation that every
+/// x86-64 and ARM vector unit has, but a 32-bit product is not an operation of
+/// the compiler's default target. With few weights, the plain loop is faster.
 #[derive(Debug, Default)]
 pub(super) struct ColumnWeights {
-    /// Empty when there are many.
+    /// Whole weights. Empty if there are many.
     few: Vec<u32>,
     low: Vec<u16>,
-    /// Empty when all are zero, as they are when shrinking 64-fold or more.
+    /// Upper halves. Empty if all are zero, as they are when the image shrinks
+    /// 64-fold or more.
     high: Vec<u16>,
 }
 
@@ -66,10 +67,10 @@ impl ColumnWeights {
     }
 }
 
-/// The weighted sums of interleaved red, green and blue.
+/// Returns the weighted sums of interleaved red, green and blue.
 ///
 /// No sum overflows: the weights add up to one (2^22) but for their rounding,
-/// which at most doubles it, and a pixel is below 2^8.
+/// which at most doubles the sum, and a pixel is below 2^8.
 fn dot3(pixels: &[u8], weights: &[u16]) -> [u32; 3] {
     // The least common multiple of 3 channels and 8 lanes.
     const LANES: usize = 24;

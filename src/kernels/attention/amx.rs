@@ -1,8 +1,8 @@
-//! Tiles of bfloat16 multiplied by the matrix unit (AMX): sixteen times the
+//! Multiplies tiles of bfloat16 with the matrix unit (AMX): sixteen times the
 //! speed of `f32` vectors, on Intel from Sapphire Rapids on, under Linux.
 //!
-//! The standard library's intrinsics for it are not stable (Rust 1.95), so the
-//! instructions are written out.
+//! The standard library's intrinsics for AMX are not stable (Rust 1.95), so the
+//! instructions are written as inline assembly.
 #![expect(
     unsafe_code,
     reason = "inline assembly, and raw pointers; see the contract of `Multiply`"
@@ -20,8 +20,9 @@ use super::bf16::{self, Multiply, SumStart, Tiles};
 use super::tile::{Block, HeadView};
 use crate::kernels::vector::scratch::AlignedScratch;
 
-/// Whether the CPU has the matrix unit and Linux lets this process use it, which
-/// must be asked for: its registers make every thread's saved state 8 KiB larger.
+/// Returns true if the CPU has the matrix unit and Linux lets this process use
+/// it. Linux must be asked, because the unit's registers make every thread's
+/// saved state 8 KiB larger.
 pub(super) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
@@ -32,7 +33,7 @@ pub(super) fn is_available() -> bool {
     })
 }
 
-/// Asks Linux for the tile registers, for this process and its threads to come.
+/// Asks Linux for the tile registers, for this process and its future threads.
 #[cfg(target_os = "linux")]
 fn request_permission() -> bool {
     const ARCH_PRCTL: usize = 158;
@@ -61,8 +62,8 @@ fn request_permission() -> bool {
 }
 
 /// # Safety
-/// The CPU has AVX-512 F, DQ, BW and BF16, [`is_available`] has said yes; and as
-/// [`bf16::attend`].
+/// The CPU has AVX-512 F, DQ, BW and BF16, [`is_available`] has said yes, and
+/// the contract of [`bf16::attend`] holds.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn attend(
     head: &HeadView,
@@ -75,7 +76,8 @@ pub(super) unsafe fn attend(
 
 struct MatrixUnit;
 
-/// What `ldtilecfg` reads: all eight tiles are 16 rows of 64 bytes.
+/// Configuration that `ldtilecfg` reads: all eight tiles are 16 rows of 64
+/// bytes.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -93,7 +95,8 @@ static CONFIG: Config = Config {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// One call's products: `$start` readies the four tiles of sums, tmm0 to tmm3.
+/// Computes the products of one call. `$start` prepares the four tiles of sums,
+/// tmm0 to tmm3.
 macro_rules! multiply {
     ($tiles:ident, $($start:literal),*) => {
         asm!(
@@ -136,12 +139,12 @@ macro_rules! multiply {
     };
 }
 
-// SAFETY: stores four tiles, those of the sums.
+// SAFETY: `multiply` stores four tiles, those of the sums.
 unsafe impl Multiply for MatrixUnit {
     #[inline(always)]
     unsafe fn begin() {
         // SAFETY: the caller vouches for the instructions; the configuration is
-        // one that the unit takes. It stays until `end`: nothing else on this
+        // one that the unit accepts. It stays until `end`: nothing else on this
         // thread uses tiles in between.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) }
     }
@@ -173,8 +176,9 @@ unsafe impl Multiply for MatrixUnit {
 
     #[inline(always)]
     unsafe fn end() {
-        // SAFETY: the caller vouches for the instructions. Idle tiles would be
-        // saved at every switch of threads.
+        // SAFETY: the caller vouches for the instructions. The tiles are
+        // released because idle tiles would be saved at every switch of
+        // threads.
         unsafe { asm!("tilerelease", options(nostack, nomem)) }
     }
 }

@@ -1,7 +1,7 @@
-//! AVX2 and FMA: 8 queries a vector, 2 vectors by 6 rows of accumulators.
+//! AVX2 and FMA: 8 queries per vector, 2 vectors by 6 rows of accumulators.
 #![expect(
     unsafe_code,
-    reason = "calls what the CPU was asked for, with raw pointers"
+    reason = "calls instructions for which the CPU was checked, with raw pointers"
 )]
 
 use super::cached_tile::{self, TileWork};
@@ -11,7 +11,7 @@ use crate::kernels::vector::avx2::Avx2;
 use crate::kernels::vector::scratch::AlignedScratch;
 
 /// # Safety
-/// The CPU has AVX2 and FMA; and as [`tile::attend`].
+/// The CPU has AVX2 and FMA, and the contract of [`tile::attend`] holds.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn attend(
     head: &HeadView,
@@ -23,7 +23,7 @@ pub(super) unsafe fn attend(
 }
 
 /// # Safety
-/// The CPU has AVX2 and FMA; and as [`cached_tile::attend`].
+/// The CPU has AVX2 and FMA, and the contract of [`cached_tile::attend`] holds.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn attend_cached<K: Kept>(work: &TileWork<'_, K>, scratch: &mut AlignedScratch) {
     // SAFETY: the caller vouches for the instructions and the heads.

@@ -1,7 +1,8 @@
-//! AVX-512 (F, DQ and BW): 16 queries a vector, 4 vectors by 6 rows of accumulators.
+//! AVX-512 (F, DQ and BW): 16 queries per vector, 4 vectors by 6 rows of
+//! accumulators.
 #![expect(
     unsafe_code,
-    reason = "calls what the CPU was asked for, with raw pointers"
+    reason = "calls instructions for which the CPU was checked, with raw pointers"
 )]
 
 use super::cached_tile::{self, TileWork};
@@ -11,7 +12,8 @@ use crate::kernels::vector::avx512::Avx512;
 use crate::kernels::vector::scratch::AlignedScratch;
 
 /// # Safety
-/// The CPU has AVX-512 F, DQ and BW; and as [`tile::attend`].
+/// The CPU has AVX-512 F, DQ and BW, and the contract of [`tile::attend`]
+/// holds.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn attend(
     head: &HeadView,
@@ -23,7 +25,8 @@ pub(super) unsafe fn attend(
 }
 
 /// # Safety
-/// The CPU has AVX-512 F, DQ and BW; and as [`cached_tile::attend`].
+/// The CPU has AVX-512 F, DQ and BW, and the contract of
+/// [`cached_tile::attend`] holds.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn attend_cached<K: Kept>(work: &TileWork<'_, K>, scratch: &mut AlignedScratch) {
     // SAFETY: the caller vouches for the instructions and the heads.

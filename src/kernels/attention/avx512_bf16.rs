@@ -1,5 +1,5 @@
-//! Tiles of bfloat16 multiplied with AVX-512 BF16: twice the speed of `f32` where
-//! the CPU has a full unit for it, as Zen 4 does.
+//! Multiplies tiles of bfloat16 with AVX-512 BF16: twice the speed of `f32` on
+//! a CPU that has a full unit for it, as Zen 4 does.
 #![expect(
     unsafe_code,
     reason = "vector intrinsics and raw pointers; see the contract of `Multiply`"
@@ -23,7 +23,8 @@ use super::tile::{Block, HeadView};
 use crate::kernels::vector::scratch::AlignedScratch;
 
 /// # Safety
-/// The CPU has AVX-512 F, DQ, BW and BF16; and as [`bf16::attend`].
+/// The CPU has AVX-512 F, DQ, BW and BF16, and the contract of [`bf16::attend`]
+/// holds.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn attend(
     head: &HeadView,
@@ -36,10 +37,10 @@ pub(super) unsafe fn attend(
 
 struct DotProducts;
 
-/// Rows of sums kept in registers, times two vectors.
+/// Rows of sums that are kept in registers, times two vectors.
 const ROWS: usize = 8;
 
-// SAFETY: writes 16 rows of each tile of sums.
+// SAFETY: `multiply` writes 16 rows of each tile of sums.
 unsafe impl Multiply for DotProducts {
     #[inline(always)]
     unsafe fn begin() {}

@@ -1,16 +1,16 @@
-//! Attention of one head with products in bfloat16, for CPUs that multiply it.
+//! Attention of one head with products in bfloat16, for CPUs that have them.
 //!
-//! The same algorithm and orientation as [`super::tile`], cut to what the matrix
-//! unit takes: a tile is 16 rows of 16 pairs of bfloat16, or 16 rows of 16
-//! floats, 1 KiB either way. Scores are keys by queries, so their tiles turn into
-//! the probabilities that the second product takes without a transpose; values
-//! are transposed as they are packed, once a head.
+//! The algorithm and its orientation are those of [`super::tile`], cut to the
+//! tiles of the matrix unit: a tile is 16 rows of 16 pairs of bfloat16, or 16
+//! rows of 16 floats, 1 KiB either way. Scores are keys by queries, so their
+//! tiles turn into the probabilities that the second product takes without a
+//! transpose; values are transposed as they are packed, once per head.
 //!
-//! The running maximum only moves once scores outgrow it by a factor of 256:
+//! The running maximum only moves once scores exceed it by a factor of 256:
 //! until then the output needs no correction, and nothing comes near overflow.
 #![expect(
     unsafe_code,
-    reason = "vector intrinsics and raw pointers; bounds are reasoned once a block"
+    reason = "vector intrinsics and raw pointers, with bounds argued once per block"
 )]
 #![expect(
     clippy::inline_always,
@@ -34,8 +34,8 @@ use crate::kernels::vector::scratch::AlignedScratch;
 /// Queries in a block: two pairs of tiles.
 const QUERIES: usize = 64;
 
-/// Keys whose scores are kept at a time: 32 KiB of them, and half of that again
-/// for the probabilities.
+/// Keys whose scores are kept at the same time: 32 KiB of scores, and half of
+/// that again for the probabilities.
 const KEYS_PER_STEP: usize = 128;
 
 /// Floats, or pairs of bfloat16, in a tile.
@@ -48,58 +48,62 @@ const VECTORS: usize = QUERIES / 16;
 /// first. Largest relative error 7.5e-5, a fiftieth of bfloat16's step.
 const EXP2: [f32; 4] = [0.999_925_2, 0.695_833_56, 0.226_067_16, 0.078_024_52];
 
-/// How far above the maximum scores may go, as a power of two.
+/// Most by which scores may exceed the running maximum, as a power of two.
 const SLACK: f32 = 8.0;
 
 /// Two by two tiles of sums, of `n` products each. Offsets are in floats.
 pub(super) struct Tiles {
-    /// Two tiles of rows, `left_next` apart, the next factor `left_step` on.
+    /// Left factors: two tiles of rows, `left_next` apart, each next factor
+    /// `left_step` further on.
     pub left: *const f32,
     pub left_next: usize,
     pub left_step: usize,
-    /// Two tiles of columns, likewise.
+    /// Right factors: two tiles of columns, likewise.
     pub right: *const f32,
     pub right_next: usize,
     pub right_step: usize,
     pub n: usize,
-    /// The tile at row `i`, column `j` is `i * sum_below + j * sum_beside` on.
+    /// Sums. The tile at row `i`, column `j` is `i * sum_below + j *
+    /// sum_beside` on.
     pub sum: *mut f32,
     pub sum_below: usize,
     pub sum_beside: usize,
 }
 
-/// Whether sums begin at zero or with what is there.
+/// Start of the sums: zero, or the sums that are there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum SumStart {
     New,
     More,
 }
 
-/// Something that multiplies tiles.
+/// Unit that multiplies tiles.
 ///
 /// # Safety
 /// `multiply` writes the four tiles of sums and nothing else.
 pub(super) unsafe trait Multiply {
-    /// Readies this thread.
+    /// Prepares the calling thread.
     ///
     /// # Safety
     /// The CPU has the instructions.
     unsafe fn begin();
 
     /// # Safety
-    /// As [`Multiply::begin`], which has been called, and the tiles are valid.
+    /// The contract of [`Multiply::begin`] holds, which has been called, and
+    /// the tiles are valid.
     unsafe fn multiply(tiles: &Tiles, sum: SumStart);
 
     /// # Safety
-    /// As [`Multiply::begin`].
+    /// The contract of [`Multiply::begin`] holds.
     unsafe fn end();
 }
 
-/// Computes the blocks that `next` gives, of which the first has the last keys.
+/// Computes the blocks that `next` returns, of which the first has the last
+/// keys.
 ///
 /// # Safety
-/// The CPU has AVX-512 F, DQ, BW and BF16 and what `M` needs, and as
-/// [`super::tile::attend`].
+/// The CPU has AVX-512 F, DQ, BW and BF16 and what `M` needs, and the contract
+/// of [`super::tile::attend`] holds.
 #[inline(always)]
 pub(super) unsafe fn attend<M: Multiply>(
     head: &HeadView,
@@ -120,7 +124,7 @@ pub(super) unsafe fn attend<M: Multiply>(
     ]);
     let (keys, values) = (keys.as_mut_ptr(), values.as_mut_ptr());
     // SAFETY: the caller vouches for the instructions, the head and its blocks;
-    // scratch is as large as is asked for above.
+    // scratch is as large as requested above.
     unsafe {
         M::begin();
         pack_keys(head, n_keys, keys);
@@ -148,21 +152,23 @@ pub(super) unsafe fn attend<M: Multiply>(
     unsafe { M::end() };
 }
 
-/// Sixteen floats of a row from column `d`, zero past its end.
+/// Loads sixteen floats of a row from column `d`, zero past the row's end.
 ///
 /// # Safety
 /// The CPU has AVX-512; the row has `head_dim` floats.
 #[inline(always)]
 unsafe fn columns(row: *const f32, d: usize, head_dim: usize) -> __m512 {
     let len = head_dim.saturating_sub(d).min(16);
-    // SAFETY: masked lanes are not read, and the pointer to none may be anywhere.
+    // SAFETY: masked lanes are not read, and a pointer to no lane may be
+    // anywhere.
     unsafe { _mm512_maskz_loadu_ps(first_lanes(len), row.wrapping_add(d)) }
 }
 
-/// 32 floats of a row from column `d` as bfloat16, zero past its end.
+/// Loads 32 floats of a row from column `d` as bfloat16, zero past the row's
+/// end.
 ///
 /// # Safety
-/// As [`columns`], and AVX-512 BF16.
+/// The contract of [`columns`] holds, and AVX-512 BF16.
 #[inline(always)]
 unsafe fn row_pairs(row: *const f32, d: usize, head_dim: usize) -> __m512i {
     // SAFETY: the caller vouches for the instructions and the row.
@@ -172,10 +178,12 @@ unsafe fn row_pairs(row: *const f32, d: usize, head_dim: usize) -> __m512i {
     }
 }
 
-/// Keys as left tiles: 16 keys by 32 columns, all columns of 16 keys together.
+/// Packs keys as left tiles: 16 keys by 32 columns, all columns of 16 keys
+/// together.
 ///
 /// # Safety
-/// As [`attend`]; `to` has room for `n_keys` rounded up to 32.
+/// The contract of [`attend`] holds; `to` has room for `n_keys` rounded up to
+/// 32.
 #[inline(always)]
 unsafe fn pack_keys(head: &HeadView, n_keys: usize, to: *mut f32) {
     let column_groups = head.head_dim.div_ceil(32);
@@ -195,15 +203,15 @@ unsafe fn pack_keys(head: &HeadView, n_keys: usize, to: *mut f32) {
     }
 }
 
-/// Values as left tiles, transposed: 16 columns by 32 keys, all columns of 32
-/// keys together.
+/// Packs values as left tiles, transposed: 16 columns by 32 keys, all columns
+/// of 32 keys together.
 ///
 /// # Safety
-/// As [`pack_keys`].
+/// The contract of [`pack_keys`] holds.
 #[inline(always)]
 unsafe fn pack_values(head: &HeadView, n_keys: usize, to: *mut f32) {
     let column_tiles = head.head_dim.div_ceil(32) * 2;
-    // One from the lower half, one from the upper, and so on.
+    // One number from the lower half, one from the upper half, and so on.
     let mut interleave = [0_u16; 32];
     for (pair, from) in (0..16).zip(interleave.chunks_exact_mut(2)) {
         from.copy_from_slice(&[pair, pair + 16]);
@@ -238,27 +246,29 @@ unsafe fn pack_values(head: &HeadView, n_keys: usize, to: *mut f32) {
     }
 }
 
-/// One block and the scratch it is computed in, all of it tiles.
+/// One block, and the scratch memory in which it is computed, all of it tiles.
 struct Work<'a> {
     head: &'a HeadView,
     block: Block,
     column_groups: usize,
     keys: *const f32,
     values: *const f32,
-    /// Right tiles: 32 columns by 16 queries, all columns of a vector together.
+    /// Queries, as right tiles: 32 columns by 16 queries, all columns of a
+    /// vector together.
     queries: *mut f32,
-    /// For each vector a plane with a row for each key of a step.
+    /// Scores: a plane per vector, in it a row per key of a step.
     scores: *mut f32,
-    /// What each key's value counts. Right tiles: 32 keys by 16 queries, all
+    /// Weight of each key's value, as right tiles: 32 keys by 16 queries, all
     /// keys of a vector together.
     shares: *mut f32,
-    /// Sums: 16 columns by 16 queries, all vectors of 16 columns together.
+    /// Output so far, as sums: 16 columns by 16 queries, all vectors of 16
+    /// columns together.
     output: *mut f32,
 }
 
 impl Work<'_> {
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn run<M: Multiply>(&self) {
         let Block {
@@ -348,7 +358,7 @@ impl Work<'_> {
     }
 
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn fetch_queries(&self, n_vectors: usize) {
         let Block {
@@ -376,11 +386,12 @@ impl Work<'_> {
         }
     }
 
-    /// Turns a vector's scores of `n_keys` keys, a multiple of 32, into what the
-    /// keys' values count, and brings `max`, `sum` and the output up to date.
+    /// Turns a vector's scores of `n_keys` keys, a multiple of 32, into the
+    /// weights of the keys' values, and brings `max`, `sum` and the output up
+    /// to date.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn soften(
         &self,
@@ -391,7 +402,7 @@ impl Work<'_> {
         sum: &mut __m512,
     ) {
         let first_query = self.block.first_query + vector * 16;
-        // From here on, some queries come before the key.
+        // From this key on, some queries come before the key.
         let diagonal = first_query.saturating_sub(first_key).min(n_keys);
         // SAFETY: keys are below `n_keys`, and `vector` is one of the block's.
         unsafe {
@@ -430,8 +441,9 @@ impl Work<'_> {
             let growth = _mm512_mul_ps(_mm512_sub_ps(top, *max), scale);
             let outgrown = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(growth, _mm512_set1_ps(SLACK));
             if outgrown != 0 {
-                // Each query for itself: one that sees more must not change, by
-                // a rounding, what those beside it get.
+                // Each query is corrected separately: a query that sees more
+                // keys must not change, by a rounding, the results of the
+                // queries beside it.
                 let top = _mm512_mask_mov_ps(*max, outgrown, top);
                 let factor = _mm512_mask_mov_ps(
                     _mm512_set1_ps(1.0),
@@ -463,8 +475,8 @@ impl Work<'_> {
                 let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at.add(16)), scale, offset));
                 sums[0] = _mm512_add_ps(sums[0], even);
                 sums[1] = _mm512_add_ps(sums[1], odd);
-                // Rounded to bfloat16 by adding half a step: both are at least
-                // zero and at most 256.
+                // Rounded to bfloat16 by adding half a step: both numbers are
+                // at least zero and at most 256.
                 let even =
                     _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(even), half));
                 let odd = _mm512_add_epi32(_mm512_castps_si512(odd), half);
@@ -476,10 +488,11 @@ impl Work<'_> {
         }
     }
 
-    /// Divides a vector's output by its `sum` and writes it where it belongs.
+    /// Divides a vector's output by its `sum` and writes it to its place in
+    /// memory.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn finish(&self, vector: usize, sum: __m512) {
         let head = self.head;
@@ -507,7 +520,7 @@ impl Work<'_> {
     }
 }
 
-/// `2^x`, zero for minus infinity.
+/// Computes `2^x`, zero for minus infinity.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and DQ.

@@ -1,25 +1,26 @@
-//! Attention of a few new tokens over the keys and values of all before them:
-//! what a step of generation does.
+//! Attention of a few new tokens over the keys and values of all tokens before
+//! them, as in a step of generation.
 //!
-//! Input is as for [`CausalAttention`](super::CausalAttention), of the new
-//! tokens only. Their keys and values are put into the cache behind what the
-//! sequence has, as [`Int24`](super::Int24) or rounded to bfloat16; then each
-//! attends to the cache up to itself. A step reads the whole cache once and
-//! computes next to nothing, so its time is that of the bytes. Sums and softmax are
-//! `f32`.
+//! The input is that of [`CausalAttention`](super::CausalAttention), for the
+//! new tokens only. Their keys and values are appended to the cache of their
+//! sequence, as [`Int24`](super::Int24) or rounded to bfloat16; then each new
+//! token attends to the cache up to itself. A step reads the whole cache once
+//! and computes next to nothing, so its time is that of reading the bytes. Sums
+//! and softmax are `f32`.
 //!
-//! Of sequences that begin alike ([`SharedPrefix`]), a step reads that part once for
-//! several of them.
+//! If sequences begin alike ([`SharedPrefix`]), a step reads the common part
+//! once for several of them.
 //!
-//! The cache of a sequence's head is blocks of [`BLOCK`] positions in the order in
-//! which they are read: of keys a row of [`BLOCK`] numbers for each dimension, so
-//! that scores of a block are sums of whole vectors; of values a row for each
-//! position; and behind either the positions' factors, where numbers have some.
+//! The cache of a sequence's head is stored in blocks of [`BLOCK`] positions,
+//! in the order in which they are read. A block of keys has a row of [`BLOCK`]
+//! numbers per dimension, so that scores of a block are sums of whole vectors.
+//! A block of values has a row per position. In both, the positions' factors
+//! follow, if the numbers have factors.
 //!
 //! A token's result depends on its sequence alone, to the last bit: not on how
-//! many sequences or new tokens run with it, not on whether it shares a prefix, not
-//! on the threads, and not on what the cache or the input holds after it, finite or
-//! not.
+//! many sequences or new tokens run with it, not on whether the sequence shares
+//! a prefix, not on the threads, and not on what the cache or the input holds
+//! after the token, finite or not.
 #![expect(
     unsafe_code,
     reason = "hands disjoint parts of the cache and the output to several threads"
@@ -38,33 +39,35 @@ pub use super::cached_tile::BLOCK;
 #[cfg(test)]
 mod tests;
 
-/// The sizes of one call.
+/// Sizes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
     pub batch: usize,
-    /// New tokens of each sequence.
+    /// Number of new tokens of each sequence.
     pub length: usize,
-    /// Positions that the cache has room for: a multiple of [`BLOCK`].
+    /// Number of positions that a sequence's cache has room for: a multiple of
+    /// [`BLOCK`].
     pub capacity: usize,
     pub heads: usize,
     pub head_dim: usize,
 }
 
 impl CacheShape {
-    /// Floats in a row of the output.
+    /// Returns the number of floats in a row of the output.
     #[must_use]
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Floats of the output, and numbers of the keys, which the values have too.
+    /// Returns the number of floats of the output, and that of the keys'
+    /// numbers, which the values have too.
     fn lens(&self) -> Option<(usize, usize)> {
         let width = self.heads.checked_mul(self.head_dim)?;
         let rows = |each: usize| self.batch.checked_mul(each)?.checked_mul(width);
-        // Three times as many bytes as an allocation can hold are too many, so
+        // Three times a length, in bytes of floats, must fit an allocation, so
         // that no offset overflows: not with a factor for every number either.
         let fits = |len: &usize| *len <= isize::MAX as usize / 12;
-        // Of no sequences too.
+        // The limit holds for no sequences too.
         self.capacity.checked_mul(width).filter(fits)?;
         Some((
             rows(self.length).filter(fits)?,
@@ -73,49 +76,53 @@ impl CacheShape {
     }
 }
 
-/// All sequences' keys and values, of `(batch, heads, capacity)` positions of
-/// [`Kept::position_len`] each, in the order that the module describes.
+/// Keys and values of all sequences: `(batch, heads, capacity)` positions of
+/// [`Kept::position_len`] elements each, in the order that the module
+/// describes.
 #[derive(Debug)]
 pub struct KeyValueCache<'a, K: Kept> {
     pub keys: &'a mut [K::Element],
     pub values: &'a mut [K::Element],
 }
 
-/// A sequence's first positions, of which another one of the same call has the very
-/// same: they may be read there.
+/// First positions of a sequence that are exactly those of another sequence of
+/// the same call, and may be read there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SharedPrefix {
-    /// The other one, which shares nobody else's; or the sequence itself.
+    /// Index of the other sequence, which must not share a prefix itself; or
+    /// the sequence's own index.
     pub of: usize,
-    /// How many positions: none if it shares nothing.
+    /// Number of shared positions; 0 if the sequence shares nothing.
     pub len: usize,
 }
 
-/// The most sequences that are computed together.
+/// Most sequences that are computed together.
 const TOGETHER_MAX: usize = 4;
 
-/// One head of sequences that are computed together.
+/// One head of the sequences that are computed together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct HeadTask {
     head: usize,
-    /// The first so many.
+    /// Indexes of the sequences, of which the first `n` count.
     sequences: [usize; TOGETHER_MAX],
     n: usize,
-    /// Whole blocks.
+    /// Shared prefix, in whole blocks.
     prefix: SharedPrefix,
 }
 
-/// What the threads that take part in a call share out among themselves. The same
+/// Tasks of a call, to be shared out among its threads. The tasks are the same
 /// for all layers.
 #[derive(Clone, Debug)]
 pub(crate) struct HeadTasks(Arc<[HeadTask]>);
 
 impl HeadTasks {
-    /// Tasks of a call of `shape`. `prefixes` are none or one of each sequence.
+    /// Creates the tasks of a call of `shape`. `prefixes` is empty or has one
+    /// prefix per sequence.
     ///
     /// # Errors
-    /// If a prefix is longer than what one of the two has, or of a sequence that is
-    /// not there or shares another's.
+    /// If a prefix is longer than what one of its two sequences has, or is of a
+    /// sequence that does not exist or shares another's prefix, or if there is
+    /// not one new token per sequence.
     pub(crate) fn new(
         shape: CacheShape,
         past: &[usize],
@@ -157,11 +164,12 @@ impl HeadTasks {
                 of: first,
                 len: shared.unwrap_or(0),
             };
-            // Of none, each is by itself.
+            // Without a shared prefix, each sequence is computed by itself.
             let together = if prefix.len > 0 { together(kernel) } else { 1 };
             let all: Vec<usize> = std::iter::once(first).chain(with).collect();
             for head in 0..heads {
-                // One after the other, so that the prefix is still in the cache.
+                // The groups of one head follow each other, so that the prefix
+                // is still in the CPU's cache.
                 let mut rest = &all[..];
                 while !rest.is_empty() {
                     let (some, others) = rest.split_at(tile_of(rest.len(), together));
@@ -181,7 +189,8 @@ impl HeadTasks {
     }
 }
 
-/// As many queries as a tile has: 4, or 2 where there are fewer registers.
+/// Returns the number of queries in a tile: 4, or 2 if the CPU has fewer
+/// registers.
 fn together(kernel: Kernel) -> usize {
     match kernel {
         Kernel::Avx2 => 2,
@@ -189,7 +198,8 @@ fn together(kernel: Kernel) -> usize {
     }
 }
 
-/// Attention over a cache, for one shape, checked, with its kernel chosen.
+/// Attention over a key/value cache, for one shape, checked, with its kernel
+/// chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedAttention {
     shape: CacheShape,
@@ -199,22 +209,22 @@ pub struct CachedAttention {
 }
 
 impl CachedAttention {
-    /// `scale` is what scores are multiplied with, in these models
-    /// `1 / sqrt(head_dim)`.
+    /// Creates the attention of a shape. `scale` is the factor of the scores,
+    /// in these models `1 / sqrt(head_dim)`.
     ///
     /// # Errors
-    /// If there is no head or dimension, the scale is not above zero, or the
-    /// capacity is not whole blocks.
+    /// If there is no head or dimension, the scale is not above zero, the
+    /// capacity is not whole blocks, or the shape is too large.
     pub fn new(shape: CacheShape, scale: f32) -> Result<Self, AttentionError> {
         Self::with_kernel(shape, scale, Kernel::fastest(AttentionPrecision::F32))
     }
 
-    /// The same on a kernel of the caller's choice, for tests and benchmarks:
-    /// one of those whose products are `f32`.
+    /// Creates the attention on a kernel of the caller's choice, for tests and
+    /// benchmarks. The kernel's products must be `f32`.
     ///
     /// # Errors
-    /// As [`CachedAttention::new`], and if this CPU cannot run the kernel or it
-    /// is none of those.
+    /// The errors of [`CachedAttention::new`], and an error if this CPU cannot
+    /// run the kernel or the kernel's products are not `f32`.
     pub fn with_kernel(
         shape: CacheShape,
         scale: f32,
@@ -249,13 +259,14 @@ impl CachedAttention {
         self.kernel
     }
 
-    /// Gets ready to put the new tokens of `qkv` into `cache`, where sequence
-    /// `i` has `past[i]` tokens, and to compute `output`; [`CachedJob::work`]
-    /// does it. `prefixes` are none, or one of each sequence.
+    /// Prepares a call that puts the new tokens of `qkv` into `cache`, in which
+    /// sequence `i` has `past[i]` tokens, and computes `output`.
+    /// [`CachedJob::work`] runs the call. `prefixes` is empty or has one prefix
+    /// per sequence.
     ///
     /// # Errors
-    /// If a length is not what the shape says, a sequence would outgrow the
-    /// cache, or a prefix cannot be.
+    /// If a length differs from the shape's, a sequence would outgrow the
+    /// cache, or a prefix is not possible.
     pub fn job<'a, K: Kept>(
         &self,
         qkv: &'a [f32],
@@ -281,11 +292,11 @@ impl CachedAttention {
         })
     }
 
-    /// The heads of a call whose rows lie somewhere. `tasks` are of the same shape,
-    /// past and kernel.
+    /// Returns the heads of a call whose rows are in memory that the caller
+    /// manages. `tasks` must be of the same shape, past and kernel.
     ///
     /// # Errors
-    /// If a length is not what the shape says, or a sequence would outgrow the
+    /// If a length differs from the shape's, or a sequence would outgrow the
     /// cache.
     pub(crate) fn heads<'a, K: Kept>(
         &self,
@@ -343,11 +354,11 @@ impl CachedAttention {
         })
     }
 
-    /// Computes `output` on `n_threads` threads, this one among them, as
-    /// [`CausalAttention::run`](super::CausalAttention::run) does.
+    /// Computes `output` on `n_threads` threads, the calling thread among them,
+    /// as [`CausalAttention::run`](super::CausalAttention::run) does.
     ///
     /// # Errors
-    /// As [`CachedAttention::job`].
+    /// The errors of [`CachedAttention::job`].
     pub fn run<K: Kept>(
         &self,
         qkv: &[f32],
@@ -368,8 +379,9 @@ impl CachedAttention {
     }
 }
 
-/// Where a call's rows lie: queries, keys and values of the new tokens side by
-/// side, and what comes out; each row so many floats after the one before.
+/// Memory of a call's rows: queries, keys and values of the new tokens side by
+/// side, and the output. A stride is the number of floats from a row to the
+/// next row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CachedRows {
     pub(crate) qkv: *const f32,
@@ -378,7 +390,7 @@ pub(crate) struct CachedRows {
     pub(crate) output_stride: usize,
 }
 
-/// One call's heads, for a caller that sees to threads itself.
+/// Heads of one call, for a caller that manages the threads itself.
 #[derive(Debug)]
 pub(crate) struct CachedHeads<'a, K: Kept> {
     attention: CachedAttention,
@@ -391,12 +403,13 @@ pub(crate) struct CachedHeads<'a, K: Kept> {
 }
 
 impl<K: Kept> CachedHeads<'_, K> {
-    /// How many tasks there are.
+    /// Returns the number of tasks.
     pub(crate) fn len(&self) -> usize {
         self.tasks.0.len()
     }
 
-    /// Where task `idx` begins to read; nothing if there is no such task.
+    /// Returns the address at which task `idx` begins to read, or null if there
+    /// is no such task.
     pub(crate) fn first_read(&self, idx: usize) -> *const K::Element {
         let task = self.tasks.0.get(idx);
         task.map_or(std::ptr::null(), |task| {
@@ -405,23 +418,25 @@ impl<K: Kept> CachedHeads<'_, K> {
         })
     }
 
-    /// A head's place among those of all sequences.
+    /// Returns a head's index among the heads of all sequences.
     fn head_idx(&self, sequence: usize, head: usize) -> usize {
         sequence * self.attention.shape.heads + head
     }
 
-    /// Elements of a head's keys.
+    /// Returns the number of elements of a head's keys.
     fn head_len(&self) -> usize {
         let shape = self.attention.shape;
         shape.capacity * K::position_len(shape.head_dim)
     }
 
-    /// Does task `idx`, and asks for what lies at `next`, which need not be valid.
+    /// Does task `idx`, and prefetches the memory at `next`, which need not be
+    /// valid.
     ///
     /// # Safety
     /// `idx` is below [`CachedHeads::len`], and no other thread has that task;
-    /// there are as many rows as the shape says, whole, and until this returns
-    /// nobody writes the task's part of them or reads that of the output.
+    /// there are as many rows as the shape states, whole, and until this
+    /// function returns nobody writes the task's part of the rows or reads the
+    /// task's part of the output.
     pub(crate) unsafe fn attend(&self, idx: usize, next: *const u8) {
         let task = self.tasks.0[idx];
         // SAFETY: the caller vouches for the heads and their rows.
@@ -438,9 +453,9 @@ impl<K: Kept> CachedHeads<'_, K> {
             next,
         };
         SCRATCH.with_borrow_mut(|scratch| {
-            // SAFETY: the kernel is available, `with_kernel` has asked; the
-            // heads are this thread's, and nobody writes within the prefix, which
-            // all of them have.
+            // SAFETY: the kernel is available, as `with_kernel` has checked;
+            // the heads are this thread's, and nobody writes within the prefix,
+            // which all of the heads have.
             unsafe {
                 match self.attention.kernel {
                     #[cfg(target_arch = "x86_64")]
@@ -453,8 +468,10 @@ impl<K: Kept> CachedHeads<'_, K> {
         });
     }
 
+    /// Returns the head of a sequence, with the memory of its rows and cache.
+    ///
     /// # Safety
-    /// As [`CachedHeads::attend`].
+    /// The contract of [`CachedHeads::attend`] holds.
     unsafe fn head(&self, sequence: usize, head: usize) -> CachedHead<K> {
         let CachedAttention { shape, scale, .. } = self.attention;
         let rows = self.rows;
@@ -463,7 +480,7 @@ impl<K: Kept> CachedHeads<'_, K> {
         let first = sequence * shape.length;
         let cached = self.head_idx(sequence, head) * self.head_len();
         // SAFETY: `heads` has checked the lengths of the cache, and the caller
-        // vouches for the rows; sequence and column are within.
+        // vouches for the rows; sequence and column are within them.
         unsafe {
             let qkv = rows.qkv.add(first * rows.qkv_stride + column);
             CachedHead {
@@ -484,35 +501,36 @@ impl<K: Kept> CachedHeads<'_, K> {
     }
 }
 
-/// One call's heads, to be worked on by any number of threads.
+/// Heads of one call, to be worked on by any number of threads.
 #[derive(Debug)]
 pub struct CachedJob<'a, K: Kept> {
     heads: CachedHeads<'a, K>,
-    /// Of the input and the output.
+    /// Borrow of the input and the output.
     borrow: PhantomData<(&'a [f32], &'a mut [f32])>,
-    /// The first task that no thread has begun.
+    /// First task that no thread has begun.
     next_task: AtomicUsize,
 }
 
-// SAFETY: a head of a sequence is given to one thread only; no two of them write
-// the same number of the cache or of `output`, and what several read of the cache
-// none writes; nobody else has either while the job borrows them.
+// SAFETY: a head of a sequence is given to one thread only; no two threads
+// write the same number of the cache or of `output`, and numbers of the cache
+// that several threads read are written by none; nobody else has access to
+// either while the job borrows them.
 unsafe impl<K: Kept> Sync for CachedJob<'_, K> {}
 // SAFETY: the same; a job is borrows of numbers and a counter.
 unsafe impl<K: Kept> Send for CachedJob<'_, K> {}
 
 impl<K: Kept> CachedJob<'_, K> {
-    /// More threads than this have nothing to do.
+    /// Returns the number of tasks: further threads have nothing to do.
     #[must_use]
     pub fn n_tasks(&self) -> usize {
         self.heads.len()
     }
 
-    /// Does tasks until none is left to begin. The output is complete when
-    /// this has returned on every thread that called it, at least one.
+    /// Does tasks until none is left to begin. The output is complete when this
+    /// function has returned on every thread that called it, at least one.
     pub fn work(&self) {
         loop {
-            // Nothing is passed from thread to thread through the counter.
+            // No data is passed from thread to thread through the counter.
             let idx = self.next_task.fetch_add(1, Ordering::Relaxed);
             if idx >= self.heads.len() {
                 break;

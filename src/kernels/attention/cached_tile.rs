@@ -1,17 +1,17 @@
-//! One head of [`super::cached`]: new tokens over a cache, or new tokens of several
-//! sequences over caches that begin alike.
+//! Attention of one head of [`super::cached`]: new tokens of one sequence over
+//! its cache, or new tokens of several sequences over caches that begin alike.
 //!
 //! The lanes of a vector are positions while scores are computed, and
-//! dimensions while values are added up; both are read as they lie. A score is
-//! one sum over the dimensions in order, a result one sum over the positions in
-//! order, whatever the tiles are, so tiles are chosen for speed alone: several
-//! vectors of one token hide how long an addition takes, several tokens share
-//! the work of loading. Factors of positions are multiplied with scores and with
-//! probabilities, of which there are far fewer than numbers; they are powers of
-//! two, so that rounds nothing.
+//! dimensions while values are added up; both are read in place. A score is one
+//! sum over the dimensions in order, and a result is one sum over the positions
+//! in order, whatever the tiles are. Therefore tiles are chosen for speed
+//! alone: several vectors of one token hide the latency of an addition, several
+//! tokens share the work of loading. Factors of positions are multiplied with
+//! scores and with probabilities, of which there are far fewer than numbers.
+//! The factors are powers of two, so that multiplying by them rounds nothing.
 #![expect(
     unsafe_code,
-    reason = "the hot loop of generation: raw pointers, bounds reasoned once a head"
+    reason = "the hot loop of generation: raw pointers, with bounds argued once per head"
 )]
 #![expect(
     clippy::inline_always,
@@ -27,67 +27,70 @@ use std::ops::Range;
 use crate::kernels::vector::scratch::AlignedScratch;
 use crate::kernels::vector::{Kept, Vector};
 
-/// Positions in a block of keys. A multiple of every vector's lanes.
+/// Number of positions in a block of keys. A multiple of every vector's lanes.
 pub const BLOCK: usize = 16;
 
-/// Bytes ahead of a value that are asked for, about as many as come while what
-/// is there is added up: the CPU's own guesses are half as fast.
+/// Bytes ahead of a value that are prefetched, about as many as arrive while
+/// the values at hand are added up: the CPU's own prefetching is half as fast.
 const AHEAD: usize = 8192;
 
-/// Probabilities that are below two to the power of this are zero: beside the
-/// largest, of 1, they are nothing, and for numbers that are not normal, as still
-/// smaller ones would be, a CPU takes a hundred times as long.
+/// Probabilities below two to the power of this number are set to zero. Beside
+/// the largest probability, of 1, they count for nothing. Still smaller
+/// probabilities would be subnormal numbers, for which a CPU takes a hundred
+/// times as long.
 const LEAST_LOG2: f32 = -64.0;
 
-/// What factors of values are multiplied with before probabilities are, and sums
-/// are divided by: so that their products are normal numbers too. 2^30, as the
-/// factor of numbers up to 2 is 2^-30.
+/// Scale of the values' factors: they are multiplied with it before they are
+/// multiplied with probabilities, and sums are divided by it, so that the
+/// products are normal numbers too. 2^30, as the factor of numbers up to 2 is
+/// 2^-30.
 const FACTOR_SCALE: f32 = 1_073_741_824.0;
 
-/// One head of one sequence, and what it reads and writes.
+/// One head of one sequence, with the memory that it reads and writes.
 #[derive(Clone, Copy)]
 pub(super) struct CachedHead<K: Kept> {
     /// Rows of the first new token, `head_dim` floats each.
     pub queries: *const f32,
     pub new_keys: *const f32,
     pub new_values: *const f32,
-    /// Floats from a new token's row to the next one's.
+    /// Floats from a new token's row to the next token's row.
     pub row_stride: usize,
-    /// The cache.
+    /// Keys and values of the head in the cache.
     pub keys: *mut K::Element,
     pub values: *mut K::Element,
     pub output: *mut f32,
     pub output_stride: usize,
     pub head_dim: usize,
-    /// Positions of the cache that are filled.
+    /// Number of positions of the cache that are filled.
     pub past: usize,
     pub length: usize,
-    /// What scores are multiplied with, times log2(e). Above zero.
+    /// Factor of the scores, times log2(e). Above zero.
     pub scale_log2: f32,
 }
 
-/// The first positions of several sequences, which are the same in all.
+/// First positions of several sequences, which are the same in all of them.
 #[derive(Clone, Copy)]
 pub(super) struct SharedPositions<K: Kept> {
-    /// Where they are read; of one head that shares nothing, its own.
+    /// Keys and values of the positions. A head that shares nothing reads its
+    /// own.
     pub keys: *const K::Element,
     pub values: *const K::Element,
-    /// How many: whole blocks, at most those that each sequence has.
+    /// Number of positions: whole blocks, at most those that each sequence has.
     pub len: usize,
 }
 
-/// What is computed together, and what the thread reads next: that is asked for,
-/// and need not be there.
+/// Heads that are computed together, and the address at which the thread reads
+/// next. The address is prefetched, and need not be valid.
 pub(super) struct TileWork<'a, K: Kept> {
-    /// One head, or as many as there are queries in a tile or half as many, of one
-    /// new token each and of the same sizes.
+    /// One head; or as many heads as a tile has queries, or half as many, of
+    /// one new token each and of the same sizes.
     pub heads: &'a [CachedHead<K>],
     pub prefix: SharedPositions<K>,
     pub next: *const u8,
 }
 
-/// Appends the new tokens and computes their output, `QUERIES` at a time while
-/// there are as many, in tiles of up to `VECTORS` vectors.
+/// Appends the new tokens and computes their output, `QUERIES` tokens at a time
+/// while that many are left, in tiles of up to `VECTORS` vectors.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`; rows of the heads are valid for `length`
@@ -102,7 +105,7 @@ pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECT
     const { assert!(BLOCK.is_multiple_of(V::LANES) && V::LANES <= BLOCK && QUERIES >= 2) };
     let ends = work.heads.iter().map(|head| head.past + head.length);
     // One more line, so that rows of a power of two do not share their sets of
-    // the cache.
+    // the CPU's cache.
     let stride = ends.max().unwrap_or(0).next_multiple_of(BLOCK) + BLOCK;
     let [scores] = scratch.split([QUERIES * stride]);
     let scores = Scores {
@@ -125,17 +128,19 @@ pub(super) unsafe fn attend<K: Kept, V: Vector, const QUERIES: usize, const VECT
     }
 }
 
-/// Rows of scores, and then of probabilities: one for each query of a group.
+/// Rows of scores, later of probabilities: one row per query of a group.
 #[derive(Clone, Copy)]
 struct Scores {
     rows: *mut f32,
-    /// A block longer than all positions.
+    /// Floats from a row to the next: a block more than all positions.
     stride: usize,
 }
 
 impl Scores {
+    /// Returns row `idx`.
+    ///
     /// # Safety
-    /// There are so many rows.
+    /// There are more than `idx` rows.
     unsafe fn row(self, idx: usize) -> *mut f32 {
         // SAFETY: the caller vouches for the row.
         unsafe { self.rows.add(idx * self.stride) }
@@ -143,25 +148,26 @@ impl Scores {
 }
 
 impl<K: Kept> CachedHead<K> {
-    /// Elements of a block's numbers, after which come its factors.
+    /// Returns the number of elements of a block's numbers. The block's factors
+    /// follow the numbers.
     fn numbers_len(&self) -> usize {
         BLOCK * self.head_dim * K::PER_NUMBER
     }
 
-    /// Elements from a block to the next.
+    /// Returns the number of elements from a block to the next.
     fn block_len(&self) -> usize {
         BLOCK * K::position_len(self.head_dim)
     }
 
-    /// Where the block of a position begins.
+    /// Returns the address of the block of a position.
     fn block(&self, of: *const K::Element, position: usize) -> *const K::Element {
         of.wrapping_add(position / BLOCK * self.block_len())
     }
 
-    /// Several new tokens of one sequence, or none.
+    /// Computes several new tokens of one sequence, or none.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn tokens<V: Vector, const QUERIES: usize, const VECTORS: usize>(
         &self,
@@ -183,10 +189,10 @@ impl<K: Kept> CachedHead<K> {
         }
     }
 
-    /// Puts the new keys and values into the cache.
+    /// Appends the new keys and values to the cache.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn append(&self) {
         for token in 0..self.length {
@@ -212,7 +218,7 @@ impl<K: Kept> CachedHead<K> {
         }
     }
 
-    /// Where the factors of the positions from one on are.
+    /// Returns the address of the factors of the positions from `position` on.
     ///
     /// # Safety
     /// The position is within the cache.
@@ -254,10 +260,12 @@ impl<K: Kept> CachedHead<K> {
     }
 
     /// Multiplies the probabilities of some positions, whole vectors, with the
-    /// factors of their values, scaled. What comes after a token may become anything.
+    /// factors of their values, scaled by [`FACTOR_SCALE`]. Probabilities of
+    /// positions after a token may become anything.
     ///
     /// # Safety
-    /// As [`CachedHead::soften`], and the positions are within the cache.
+    /// The contract of [`CachedHead::soften`] holds, and the positions are
+    /// within the cache.
     #[inline(always)]
     unsafe fn weigh<V: Vector>(
         &self,
@@ -278,24 +286,26 @@ impl<K: Kept> CachedHead<K> {
     }
 }
 
-/// New tokens that are computed together: one each of sequences that begin alike,
-/// or some that follow each other in one sequence.
+/// New tokens that are computed together: one token each of sequences that
+/// begin alike, or consecutive tokens of one sequence.
 struct Group<'a, K: Kept, const Q: usize> {
-    /// Where each finds what it alone sees.
+    /// Head of each token, which holds the positions that the token alone sees.
     heads: [&'a CachedHead<K>; Q],
-    /// Which of its head's new tokens each is.
+    /// Index of each token among the new tokens of its head.
     tokens: [usize; Q],
-    /// What all see: keys of so many positions, values of so many.
+    /// Positions that all tokens see. Keys are read for `prefix.len` positions,
+    /// values for `n_values` positions.
     prefix: SharedPositions<K>,
     n_values: usize,
     next: *const u8,
-    /// Whether it reads from memory, and asks for what comes next. Tokens of one
-    /// sequence compute longer than they wait.
+    /// True if the group waits for memory, and therefore prefetches what is
+    /// read next. Groups of tokens of one sequence compute longer than they
+    /// wait.
     asks: bool,
 }
 
 impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
-    /// The only new token of each head.
+    /// Creates a group of the only new token of each head.
     fn step(heads: [&'a CachedHead<K>; Q], work: &TileWork<'_, K>) -> Self {
         Self {
             heads,
@@ -307,8 +317,8 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
         }
     }
 
-    /// The new tokens from `first` on, which are in the cache. Keys are read for
-    /// all as far as the last one sees.
+    /// Creates a group of the new tokens from `first` on, which are in the
+    /// cache. Keys are read for all tokens as far as the last token sees.
     fn of(head: &'a CachedHead<K>, first: usize, next: *const u8) -> Self {
         let n_seen = head.past + first + 1;
         Self {
@@ -325,15 +335,16 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
         }
     }
 
-    /// Positions that a query sees: it is the last of them.
+    /// Returns the number of positions that a query sees, of which its own is
+    /// the last.
     fn n_keys(&self, query: usize) -> usize {
         self.heads[query].past + self.tokens[query] + 1
     }
 
-    /// The query of one of the tokens.
+    /// Returns the query of one of the tokens.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     unsafe fn query(&self, query: usize) -> *const f32 {
         let head = self.heads[query];
         // SAFETY: the token is one of the head's.
@@ -341,7 +352,7 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
     }
 
     /// # Safety
-    /// As [`attend`]; `scores` has a row for each token.
+    /// The contract of [`attend`] holds; `scores` has a row for each token.
     #[inline(always)]
     unsafe fn run<V: Vector, const N: usize>(&self, scores: Scores) {
         let head = self.heads[0];
@@ -369,7 +380,7 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
             let mut factors = [0.0; Q];
             for query in 0..Q {
                 let (row, n_keys) = (scores.row(query), self.n_keys(query));
-                // What comes after the token, whatever it is, counts nothing.
+                // Positions after the token, whatever they hold, count nothing.
                 let end = n_keys.next_multiple_of(BLOCK);
                 for position in n_keys..end {
                     *row.add(position) = f32::NEG_INFINITY;
@@ -392,11 +403,11 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
         }
     }
 
-    /// Scores with the positions that one token alone sees. It is put into the
-    /// cache meanwhile.
+    /// Computes the scores of the positions that one token alone sees.
+    /// Meanwhile, the token is put into the cache.
     ///
     /// # Safety
-    /// As [`Group::run`].
+    /// The contract of [`Group::run`] holds.
     #[inline(always)]
     unsafe fn score_own<V: Vector, const N: usize>(&self, query: usize, scores: Scores) {
         let head = self.heads[query];
@@ -425,8 +436,8 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
                 rows: scores.row(query),
                 ..scores
             };
-            // Blocks that are full already are first: while they are read, the
-            // lines that the new key goes to are on their way.
+            // Blocks that are full already come first: while they are read, the
+            // cache lines for the new key are on their way.
             let full = (head.past / BLOCK * BLOCK).max(shared);
             keys.score::<V, N>(shared..full, scores);
             head.append();
@@ -437,24 +448,25 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
 
 /// Keys of one cache, and the tokens that see them.
 struct Keys<'a, K: Kept, const Q: usize> {
-    /// For the sizes.
+    /// Head from which the sizes are taken.
     head: &'a CachedHead<K>,
     start: *const K::Element,
     queries: [*const f32; Q],
-    /// How many positions there are, and what is read after them.
+    /// Number of positions, and the address that is read after them.
     end: usize,
     beyond: *const K::Element,
-    /// The same positions' values, whose factors will be wanted all at once.
+    /// Values of the same positions, whose factors will be needed all at once.
     values: *const K::Element,
     asks: bool,
 }
 
 impl<K: Kept, const Q: usize> Keys<'_, K, Q> {
-    /// Scores with the keys of some positions, whole blocks, before they are
-    /// scaled.
+    /// Computes the scores of some positions, whole blocks, before the scores
+    /// are scaled.
     ///
     /// # Safety
-    /// As [`Group::run`]; the positions are within the cache's blocks.
+    /// The contract of [`Group::run`] holds; the positions are within the
+    /// cache's blocks.
     #[inline(always)]
     unsafe fn score<V: Vector, const N: usize>(&self, positions: Range<usize>, scores: Scores) {
         let (mut vector, end) = (positions.start / V::LANES, positions.end / V::LANES);
@@ -474,10 +486,10 @@ impl<K: Kept, const Q: usize> Keys<'_, K, Q> {
         }
     }
 
-    /// The `N` vectors of positions from `vector` on.
+    /// Computes the scores of the `N` vectors of positions from `vector` on.
     ///
     /// # Safety
-    /// As [`Keys::score`].
+    /// The contract of [`Keys::score`] holds.
     #[inline(always)]
     unsafe fn tile<V: Vector, const N: usize>(&self, vector: usize, scores: Scores) {
         let head = self.head;
@@ -502,7 +514,7 @@ impl<K: Kept, const Q: usize> Keys<'_, K, Q> {
                 let mut k = [V::splat(0.0); N];
                 for j in 0..N {
                     let at = keys[j].add(d * BLOCK * K::PER_NUMBER);
-                    // Once a line.
+                    // One prefetch per cache line.
                     if self.asks
                         && (j * V::LANES).is_multiple_of(BLOCK)
                         && (d * BLOCK).is_multiple_of(K::PER_LINE)
@@ -539,25 +551,25 @@ impl<K: Kept, const Q: usize> Keys<'_, K, Q> {
     }
 }
 
-/// Values to be added up, weighted.
+/// Sum of values, weighted by probabilities.
 struct Mix<'a, K: Kept, const Q: usize> {
     group: &'a Group<'a, K, Q>,
     /// Probabilities, times the factors of the values.
     scores: Scores,
-    /// What a token's sum is multiplied with in the end.
+    /// Factor by which each token's sum is multiplied in the end.
     factors: &'a [f32; Q],
 }
 
 impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
     /// # Safety
-    /// As [`Group::run`].
+    /// The contract of [`Group::run`] holds.
     #[inline(always)]
     unsafe fn run<V: Vector, const N: usize>(&self) {
         let head_dim = self.group.heads[0].head_dim;
         let mut d = 0;
         // SAFETY: tiles end within `head_dim`.
         unsafe {
-            // Where one token leaves registers free, a whole row is one tile.
+            // One token leaves registers free, so a whole row is one tile.
             if Q == 1 {
                 while d + 8 * V::LANES <= head_dim {
                     self.tile::<V, 8>(d, V::LANES);
@@ -580,11 +592,11 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
         }
     }
 
-    /// The output's dimensions `d..d + N * LANES`, of the last vector only
-    /// `lanes`.
+    /// Computes the output's dimensions `d..d + N * LANES`, of which the last
+    /// vector has only `lanes`.
     ///
     /// # Safety
-    /// As [`Group::run`]; the dimensions are the head's.
+    /// The contract of [`Group::run`] holds; the dimensions are the head's.
     #[inline(always)]
     unsafe fn tile<V: Vector, const N: usize>(&self, d: usize, lanes: usize) {
         let group = self.group;
@@ -607,7 +619,8 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
                     }
                 }
             }
-            // Then what each alone sees: no token touches what it may not see.
+            // Then the positions that each token alone sees: no token touches
+            // positions that it may not see.
             for i in 0..Q {
                 let head = group.heads[i];
                 let n_keys = group.n_keys(i);
@@ -636,8 +649,8 @@ impl<K: Kept, const Q: usize> Mix<'_, K, Q> {
         }
     }
 
-    /// Values of so many positions, at those dimensions, after which `next` is
-    /// read.
+    /// Returns the values of `n` positions at the dimensions of a tile. The
+    /// memory at `next` is read after them.
     #[inline(always)]
     fn values(
         &self,
@@ -669,17 +682,18 @@ struct Values<K: Kept> {
     d: usize,
     lanes: usize,
     asks: bool,
-    /// The position from which on [`AHEAD`] is beyond them.
+    /// First position from which [`AHEAD`] bytes ahead is beyond the values.
     last: usize,
-    /// How far ahead what comes next is from there.
+    /// Distance in bytes from position `last` to the memory that is read next.
     to_next: usize,
 }
 
 impl<K: Kept> Values<K> {
-    /// A position's, and what will be wanted is asked for.
+    /// Loads the values of a position, and prefetches values that are needed
+    /// later.
     ///
     /// # Safety
-    /// As [`Mix::tile`], and a token sees the position.
+    /// The contract of [`Mix::tile`] holds, and a token sees the position.
     #[inline(always)]
     unsafe fn load<V: Vector, const N: usize>(&self, position: usize) -> [V; N] {
         let ahead = if position < self.last {
@@ -696,7 +710,7 @@ impl<K: Kept> Values<K> {
             let mut v = [V::splat(0.0); N];
             for j in 0..N {
                 let at = row.add(j * V::LANES * K::PER_NUMBER);
-                // Once a line, where rows are lines.
+                // One prefetch per cache line, if rows are whole lines.
                 if self.asks && (j * V::LANES).is_multiple_of(K::PER_LINE) {
                     V::prefetch_far(at.wrapping_byte_add(ahead));
                 }

@@ -1,4 +1,4 @@
-//! Every kernel this CPU has, against a naive reference in `f64`.
+//! Tests every kernel that this CPU has, against a naive reference in `f64`.
 //!
 //! Errors are relative to the largest value, which bounds what attention can
 //! return: at most 2e-6 in `f32`, 1e-2 in bfloat16.
@@ -11,8 +11,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Softmax attention as it is written down, in `f64`: the other way to compute
-/// the same thing, sharing nothing with the kernels.
+/// Computes softmax attention as it is written down, in `f64`: another way to
+/// the same result, sharing nothing with the kernels.
 fn reference(shape: AttentionShape, scale: f32, qkv: &[f32]) -> Vec<f64> {
     let width = shape.width();
     let row = |image: usize, position: usize, part: usize, head: usize| {
@@ -47,7 +47,7 @@ fn reference(shape: AttentionShape, scale: f32, qkv: &[f32]) -> Vec<f64> {
     output
 }
 
-/// Numbers from -0.5 to 0.5, the same for the same seed.
+/// Returns numbers from -0.5 to 0.5, the same for the same seed.
 fn uniform(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
@@ -58,7 +58,7 @@ fn uniform(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-/// Roughly normal numbers.
+/// Returns roughly normal numbers.
 fn normal(seed: u64, len: usize) -> Vec<f32> {
     let mut uniform = uniform(seed);
     (0..len)
@@ -106,7 +106,7 @@ fn check(shape: AttentionShape, scale: f32, qkv: &[f32], n_threads: usize) -> Re
             .iter()
             .zip(&output)
             .map(|(expected, actual)| (expected - f64::from(*actual)).abs())
-            // Not a number is worse than any error.
+            // A NaN is worse than any error.
             .fold(0.0, |max, error| if error <= max { max } else { error })
             / f64::from(largest);
         let tolerance = match kernel.precision() {
@@ -149,8 +149,9 @@ proptest! {
         check(shape, scale(shape), &qkv, n_threads).map_err(TestCaseError::fail)?;
     }
 
-    /// Scores up to ten thousand either way, with exact products, so that all
-    /// error is the softmax's. Runs of rising scores move the maximum all the way.
+    /// Tests scores up to ten thousand either way, with exact products, so that
+    /// all error is the softmax's. Runs of rising scores move the maximum all
+    /// the way.
     #[test]
     fn large_scores_stay_stable(shape in shapes(), seed: u64, rising: bool) {
         let mut uniform = uniform(seed);
@@ -177,8 +178,8 @@ proptest! {
     }
 }
 
-/// What comes after `cut` changes nothing before, not by one bit; nor do the
-/// threads.
+/// Checks that input after `cut` changes nothing before it, not by one bit, and
+/// that the number of threads changes nothing.
 fn check_causal(shape: AttentionShape, seed: u64, cut: usize) -> Result<(), String> {
     let qkv = normal(seed, 3 * len(shape));
     let visible = (cut + 1) * shape.width();
@@ -201,8 +202,9 @@ fn check_causal(shape: AttentionShape, seed: u64, cut: usize) -> Result<(), Stri
     Ok(())
 }
 
-/// A query whose scores outgrow the maximum once changed the rounding of the 15
-/// queries computed beside it, some of them before it.
+/// Tests that a query whose scores exceed the maximum does not change the
+/// rounding of the 15 queries computed beside it, some of them before it, as
+/// was once the case.
 #[test]
 fn queries_do_not_disturb_each_other() {
     let shape = AttentionShape {
@@ -216,7 +218,7 @@ fn queries_do_not_disturb_each_other() {
     }
 }
 
-/// The shapes of the published models, with fewer heads.
+/// Tests the shapes of the published models, with fewer heads.
 #[test]
 fn agrees_at_full_length() {
     for head_dim in [64, 96, 128] {
@@ -231,8 +233,8 @@ fn agrees_at_full_length() {
     }
 }
 
-/// Small enough for Miri, which runs only the portable kernel: the pointer
-/// arithmetic of all `f32` kernels is the same code.
+/// Tests shapes small enough for Miri, which runs only the portable kernel: the
+/// pointer arithmetic of all `f32` kernels is the same code.
 #[test]
 fn tiny_shapes() {
     for (batch, positions, heads, head_dim) in [

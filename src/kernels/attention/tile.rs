@@ -1,19 +1,19 @@
-//! Attention of one block of queries over the keys it may see, in `f32`.
+//! Attention of one block of queries over the keys that they may see, in `f32`.
 //!
-//! The lanes of a vector are queries. So the queries are transposed once a
-//! block, scores come out as one row of queries a key, the softmax runs down
-//! the rows with no sum across lanes, and keys and values are read as they lie,
-//! one float at a time, broadcast: no key is ever packed or transposed. Both
+//! The lanes of a vector are queries. Therefore the queries are transposed once
+//! per block, scores come out as one row of queries per key, the softmax runs
+//! down the rows with no sum across lanes, and keys and values are read row by
+//! row, one float at a time, broadcast: no key is ever transposed. Both
 //! products are the same loop, `ROWS` rows by `VECTORS` vectors of accumulators
 //! that stay in registers.
 //!
-//! Keys are taken `keys_per_step` at a time; the running maximum, sum and
+//! Keys are taken [`KEYS_PER_STEP`] at a time. The running maximum, sum and
 //! output are corrected as the maximum grows (online softmax), so scores never
 //! take more than one step's room. Vectors of queries that all come before a
-//! key are skipped, the one that straddles it is masked.
+//! key are skipped; the vector of which only some queries do is masked.
 #![expect(
     unsafe_code,
-    reason = "the one hot loop of the product: raw pointers, bounds reasoned once a block"
+    reason = "the product's hot loop: raw pointers, with bounds argued once per block"
 )]
 #![expect(
     clippy::inline_always,
@@ -29,25 +29,26 @@ use std::ops::Range;
 use crate::kernels::vector::Vector;
 use crate::kernels::vector::scratch::AlignedScratch;
 
-/// One head of one image, and what it reads and writes. Rows begin at
+/// One head of one image, with the rows that it reads and writes. Rows begin at
 /// position 0 and hold `head_dim` floats.
 pub(super) struct HeadView {
     pub queries: *const f32,
     pub keys: *const f32,
     pub values: *const f32,
     pub output: *mut f32,
-    /// Floats from a row of queries, keys or values to the next.
+    /// Floats from a row of queries, keys or values to the next row.
     pub row_stride: usize,
     pub output_stride: usize,
     pub head_dim: usize,
-    /// What scores are multiplied with, times log2(e). Above zero.
+    /// Factor of the scores, times log2(e). Above zero.
     pub scale_log2: f32,
 }
 
 impl HeadView {
-    /// Asks for some rows of a block to be written, and of the `distance` before
-    /// it, which is likely the next, to be read. Both come from far away, and
-    /// asked for all at once they are waited for: a few with each tile are not.
+    /// Prefetches some rows of a block to be written, and the rows of queries
+    /// that lie `distance` before them and are likely the next block's, to be
+    /// read. Both come from far away. The CPU would wait for all of them at the
+    /// same time, but does not wait for a few with each tile.
     #[inline(always)]
     pub(super) fn prefetch<V: Vector>(&self, block: Block, rows: Range<usize>, distance: usize) {
         for row in rows {
@@ -68,22 +69,23 @@ impl HeadView {
 #[derive(Clone, Copy)]
 pub(super) struct Block {
     pub first_query: usize,
-    /// At least one, at most as many as the lanes of all vectors.
+    /// Number of queries: at least one, at most the lanes of all vectors.
     pub n_queries: usize,
 }
 
 impl Block {
-    /// The keys that the last query sees, which is the one to see most.
+    /// Returns the number of keys that the last query sees, which sees most.
     pub(super) fn n_keys(self) -> usize {
         self.first_query + self.n_queries
     }
 }
 
-/// Keys whose scores are kept at a time. With 64 queries, 15 KiB: under half of
-/// a small first-level cache. A multiple of every `ROWS`.
+/// Keys whose scores are kept at the same time. With 64 queries the scores take
+/// 15 KiB, under half of a small first-level cache. A multiple of every `ROWS`.
 const KEYS_PER_STEP: usize = 60;
 
-/// Computes the blocks that `next` gives, of which the first has the last keys.
+/// Computes the blocks that `next` returns, of which the first has the last
+/// keys.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`, `head`'s rows are valid for
@@ -99,8 +101,8 @@ pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(
     let Some(mut block) = next() else { return };
     let width = V::LANES * VECTORS;
     let row = head.head_dim.next_multiple_of(16);
-    // Tiles read whole groups of `ROWS` keys: what they make of rows past the
-    // last key, whatever it holds, nobody reads.
+    // Tiles read whole groups of `ROWS` keys. Their results for rows past the
+    // last key, whatever the rows hold, are never read.
     let packed = block.n_keys().next_multiple_of(ROWS) * row;
     let [keys, values, queries, scores, output] = scratch.split([
         packed,
@@ -111,7 +113,7 @@ pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(
     ]);
     let (keys, values) = (keys.as_mut_ptr(), values.as_mut_ptr());
     // SAFETY: the caller vouches for the instructions, the head and its blocks;
-    // scratch is as large as is asked for above.
+    // scratch is as large as requested above.
     unsafe {
         pack::<V>(head, head.keys, block.n_keys(), keys, row);
         pack::<V>(head, head.values, block.n_keys(), values, row);
@@ -139,11 +141,11 @@ pub(super) unsafe fn attend<V: Vector, const ROWS: usize, const VECTORS: usize>(
 
 /// Copies the first `n_rows` rows of keys or values to `to`.
 ///
-/// Where they lie, rows are nearly a power of two apart and fall into few sets
-/// of a cache: read in place, they throw each other out of the second level.
+/// In the input, rows are nearly a power of two apart and fall into few sets of
+/// a cache: read there, they evict each other from the second level.
 ///
 /// # Safety
-/// As [`attend`]; `to` has `n_rows` rows of `row` floats.
+/// The contract of [`attend`] holds; `to` has `n_rows` rows of `row` floats.
 #[inline(always)]
 unsafe fn pack<V: Vector>(
     head: &HeadView,
@@ -170,11 +172,11 @@ unsafe fn pack<V: Vector>(
     }
 }
 
-/// One block and the scratch it is computed in.
+/// One block, and the scratch memory in which it is computed.
 struct Work<'a> {
     head: &'a HeadView,
     block: Block,
-    /// Vectors of queries, the last of them perhaps not full.
+    /// Number of vectors of queries, the last of which may not be full.
     n_vectors: usize,
     /// Floats in a row of queries, scores and output.
     width: usize,
@@ -183,29 +185,29 @@ struct Work<'a> {
     /// The keys and values that the block sees, packed.
     keys: *const f32,
     values: *const f32,
-    /// `head_dim` rows: the queries, transposed.
+    /// Queries, transposed: `head_dim` rows.
     queries: *mut f32,
-    /// Scores, then probabilities, of a step: a plane for each vector, in it a
-    /// vector for each key. Side by side, a row of four vectors would repeat the
-    /// low 12 bits of its address every 16 keys, and loads wait for stores that
-    /// look like theirs.
+    /// Scores, then probabilities, of a step: one plane per vector, in it one
+    /// vector per key. Side by side, a row of four vectors would repeat the low
+    /// 12 bits of its address every 16 keys, and loads would wait for stores
+    /// that seem to be to the same address.
     scores: *mut f32,
-    /// `head_dim` rows: the output so far, transposed.
+    /// Output so far, transposed: `head_dim` rows.
     output: *mut f32,
 }
 
-/// What becomes of the output so far.
+/// Treatment of the output so far, when values are added to it.
 #[derive(Clone, Copy)]
 enum Before<'a, V> {
-    /// There is none.
+    /// There is no output yet.
     Nothing,
-    /// It counts as it is.
+    /// The output stays as it is.
     Same,
-    /// Each vector of queries counts this much.
+    /// The output is multiplied by a factor per vector of queries.
     Times(&'a [V]),
 }
 
-/// The keys of one step.
+/// Keys of one step.
 #[derive(Clone, Copy)]
 struct Step {
     first_key: usize,
@@ -214,7 +216,7 @@ struct Step {
 
 impl Work<'_> {
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn run<V: Vector, const ROWS: usize, const VECTORS: usize>(&self) {
         debug_assert!(self.block.n_queries >= 1 && self.n_vectors <= VECTORS);
@@ -232,7 +234,8 @@ impl Work<'_> {
                 };
                 for key in (0..step.n_keys).step_by(ROWS) {
                     if first_key == 0 {
-                        // All rows within the step's tiles, a few with each.
+                        // All rows are prefetched within the step's tiles, a
+                        // few with each.
                         let queries = self.block.n_queries;
                         let row = |key: usize| queries * key.min(step.n_keys) / step.n_keys;
                         self.head
@@ -251,14 +254,15 @@ impl Work<'_> {
                     factors[vector] =
                         self.soften::<V>(step, vector, &mut max[vector], &mut sum[vector]);
                 }
-                // Keys by the first vector that sees them: all vectors see the
-                // first ones, fewer and fewer those on the diagonal.
+                // Keys are taken by the first vector that sees them: all
+                // vectors see the first keys, fewer and fewer see the keys on
+                // the diagonal.
                 let mut from = 0;
                 for vector in 0..self.n_vectors {
                     let to = self.visible_keys::<V>(step, vector);
                     if from < to {
-                        // The output is corrected once a step; vectors before
-                        // this one see none of its keys.
+                        // The output is corrected once per step; vectors before
+                        // this one see none of these keys.
                         let before = match (first_key, from) {
                             (0, 0) => Before::Nothing,
                             (_, 0) => Before::Times(&factors[vector..]),
@@ -282,29 +286,29 @@ impl Work<'_> {
         }
     }
 
-    /// The first vector with a query that sees the step's `key`.
+    /// Returns the first vector with a query that sees the step's `key`.
     #[inline(always)]
     fn first_vector<V: Vector>(&self, step: Step, key: usize) -> usize {
         (step.first_key + key).saturating_sub(self.block.first_query) / V::LANES
     }
 
-    /// How many of the step's keys some query of `vector` sees.
+    /// Returns the number of the step's keys that some query of `vector` sees.
     #[inline(always)]
     fn visible_keys<V: Vector>(&self, step: Step, vector: usize) -> usize {
         let end = self.block.first_query + (vector + 1) * V::LANES;
         end.saturating_sub(step.first_key).min(step.n_keys)
     }
 
-    /// Queries in `vector`.
+    /// Returns the number of queries in `vector`.
     #[inline(always)]
     fn lanes<V: Vector>(&self, vector: usize) -> usize {
         (self.block.n_queries - vector * V::LANES).min(V::LANES)
     }
 
-    /// Fetches the block's queries.
+    /// Fetches the block's queries and transposes them.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn transpose_queries<V: Vector>(&self) {
         let HeadView {
@@ -338,10 +342,10 @@ impl Work<'_> {
         }
     }
 
-    /// Writes the output, times `factors`, where it belongs.
+    /// Multiplies the output by `factors` and writes it to its place in memory.
     ///
     /// # Safety
-    /// As [`attend`]; there is a factor for each vector.
+    /// The contract of [`attend`] holds; there is a factor for each vector.
     #[inline(always)]
     unsafe fn finish<V: Vector>(&self, factors: &[V]) {
         let HeadView {
@@ -373,10 +377,12 @@ impl Work<'_> {
         }
     }
 
-    /// Scores of `ROWS` keys from `key` for the last `N` vectors of queries.
+    /// Computes the scores of `ROWS` keys from `key` for the last `N` vectors
+    /// of queries.
     ///
     /// # Safety
-    /// As [`attend`]; `N` is at least one and at most `n_vectors`.
+    /// The contract of [`attend`] holds; `N` is at least one and at most
+    /// `n_vectors`.
     #[inline(always)]
     unsafe fn score<V: Vector, const ROWS: usize, const N: usize>(&self, step: Step, key: usize) {
         let first_lane = (self.n_vectors - N) * V::LANES;
@@ -411,17 +417,17 @@ impl Work<'_> {
         }
     }
 
-    /// Turns the scores of `vector` into probabilities, up to a factor: `max`
-    /// and `sum` are brought up to date, and what the output so far must be
-    /// multiplied with is returned.
+    /// Turns the scores of `vector` into probabilities, up to a factor. Brings
+    /// `max` and `sum` up to date, and returns the factor by which the output
+    /// so far must be multiplied.
     ///
     /// # Safety
-    /// As [`attend`].
+    /// The contract of [`attend`] holds.
     #[inline(always)]
     unsafe fn soften<V: Vector>(&self, step: Step, vector: usize, max: &mut V, sum: &mut V) -> V {
         let first_lane = vector * V::LANES;
         let visible = self.visible_keys::<V>(step, vector);
-        // From here on, some queries come before the key.
+        // From this key on, some queries come before the key.
         let diagonal = (self.block.first_query + first_lane)
             .saturating_sub(step.first_key)
             .min(visible);
@@ -457,8 +463,9 @@ impl Work<'_> {
     /// the last `N` vectors.
     ///
     /// # Safety
-    /// As [`attend`]; `N` is at most `n_vectors`, `to` at most `n_keys`, and
-    /// `before` has `N` factors, if any. All vectors see the first key.
+    /// The contract of [`attend`] holds; `N` is at most `n_vectors`, `to` at
+    /// most `n_keys`, and `before` has `N` factors, if any. All vectors see the
+    /// first key.
     #[inline(always)]
     unsafe fn mix<V: Vector, const ROWS: usize, const N: usize>(
         &self,
@@ -490,7 +497,7 @@ impl Work<'_> {
     }
 
     /// # Safety
-    /// As [`Work::mix`], and `d + R` is at most `head_dim`.
+    /// The contract of [`Work::mix`] holds, and `d + R` is at most `head_dim`.
     #[inline(always)]
     unsafe fn mix_tile<V: Vector, const R: usize, const N: usize>(
         &self,
@@ -542,7 +549,7 @@ impl Work<'_> {
                     }
                 }
                 scores = scores.wrapping_add(V::LANES);
-                // Past the last key, this may point outside.
+                // Past the last key, this pointer may be outside the values.
                 values = values.wrapping_add(self.row);
             }
             for (i, acc) in acc.iter().enumerate() {

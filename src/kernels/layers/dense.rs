@@ -1,12 +1,13 @@
-//! Dense products of a few rows: what a step of generation does over and over.
+//! Dense products of a few rows, the most frequent work of a step of
+//! generation.
 //!
-//! With a few rows a product computes less than it reads: all of its weights,
-//! once. So they lie in the order in which they are read ([`Panels`]), on large
-//! pages, and every row that there is uses them while they pass.
+//! With a few rows, a product computes less than it reads, which is all of its
+//! weights, once. Therefore the weights lie in the order in which they are read
+//! ([`Panels`]), on large pages, and all rows use the weights while they pass.
 //!
 //! A row's result depends on that row alone, to the last bit: not on how many
-//! others run with it, nor on threads, because each of its numbers is summed in
-//! the order of the inputs, whatever the tile.
+//! other rows run with it, nor on threads, because each of its numbers is
+//! summed in the order of the inputs, whatever the tile.
 #![expect(
     unsafe_code,
     reason = "threads write disjoint columns of one output, through raw pointers"
@@ -32,36 +33,37 @@ mod digit_tile;
 mod tests;
 mod tile;
 
-/// A number that weights are given in: `f32`, or `i8` with a scale for each output.
+/// Format in which weights are given: `f32`, or `i8` with a scale per output.
 pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
-    /// What they are kept in.
+    /// Format in which the weights are kept.
     type Packed: Number + Pod;
-    /// Whether reading them is work that several tiles should not do over again.
+    /// True if reading the weights takes work that several tiles should not
+    /// repeat.
     const IS_UNPACKED: bool;
 
-    /// What each output's sum is multiplied with for how its weights are kept,
-    /// if with anything.
+    /// Returns the factor of each output's sum that the format of the kept
+    /// weights requires, if it requires any.
     fn factors(weights: &[Self], outputs: usize) -> Option<Vec<f32>>;
 
     fn pack(self, factor: f32) -> Self::Packed;
 
-    /// The weights, where they are of 8 bits.
+    /// Returns the weights, if they have 8 bits.
     fn bytes(weights: &[Self]) -> Option<&[i8]>;
 }
 
-/// What a row's numbers are while they are multiplied with weights.
+/// Format of a row's numbers while they are multiplied with weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowsAs {
-    /// As they are.
+    /// Floats, as the numbers are.
     Floats,
-    /// Rounded to 24 bits; only with weights of 8 bits.
+    /// Whole numbers, rounded to 24 bits; only with weights of 8 bits.
     Digits,
 }
 
 impl RowsAs {
     pub const ALL: [Self; 2] = [Self::Floats, Self::Digits];
 
-    /// What is fastest with such weights.
+    /// Returns the fastest format for weights of the type `W`.
     #[must_use]
     pub fn fastest<W: Weight>(kernel: Kernel, inputs: usize) -> Self {
         let digits = Self::Digits.are_available::<W>(kernel, inputs);
@@ -72,7 +74,8 @@ impl RowsAs {
         }
     }
 
-    /// Whether a kernel that is available has such products of so many inputs.
+    /// Returns true if a kernel that is available has products of this format,
+    /// of weights `W` and of `inputs` inputs.
     #[must_use]
     pub fn are_available<W: Weight>(self, kernel: Kernel, inputs: usize) -> bool {
         let are_bytes = || W::bytes(&[]).is_some() && inputs <= digits::INPUTS_MAX;
@@ -122,32 +125,32 @@ impl Weight for i8 {
 
 thread_local! {
     /// A panel's weights as floats, for the tiles after the first: 256 KiB for
-    /// imagegpt-small on AVX-512, which the second level of the cache of such CPUs
-    /// has room for.
+    /// imagegpt-small on AVX-512. The second level of the cache of CPUs with
+    /// AVX-512 has room for that.
     static UNPACKED: RefCell<AlignedScratch> = const { RefCell::new(AlignedScratch::new()) };
 }
 
-/// What a product is made of.
+/// Weights, scales and bias of a product.
 #[derive(Clone, Copy, Debug)]
 pub struct DenseWeights<'a, W> {
-    /// `(inputs, outputs)`.
+    /// Weights, `(inputs, outputs)`.
     pub weights: &'a [W],
-    /// `(outputs)`: what each output's sum is multiplied with. None is ones.
+    /// Factors of the outputs' sums, `(outputs)`. `None` means ones.
     pub scales: Option<&'a [f32]>,
-    /// `(outputs)`, added to every row.
+    /// Numbers that are added to every row, `(outputs)`.
     pub bias: Option<&'a [f32]>,
 }
 
-/// The weights of a product: panels of a few columns, made of strips one after the
-/// other, in each a row of as many numbers as it has columns for every input. What
-/// the last panel has too many is zero.
+/// Packed weights of a product: panels of a few columns, made of strips one
+/// after the other. A strip has a row per input, and a row has a number per
+/// column of the strip. Columns that the last panel has too many are zero.
 #[derive(Debug)]
 pub(super) struct Panels<W: Weight> {
     inputs: usize,
     outputs: usize,
     kernel: Kernel,
     packed: Packed<W>,
-    /// One for each column of the panels.
+    /// One scale for each column of the panels.
     scales: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
 }
@@ -155,13 +158,13 @@ pub(super) struct Panels<W: Weight> {
 #[derive(Debug)]
 enum Packed<W: Weight> {
     Floats(LargePages<W::Packed>),
-    /// A strip has [`digits::LANES`] columns, and in a row of it each column's
-    /// weights of a whole group of inputs, all with 128 more.
+    /// A strip has [`digits::LANES`] columns. A row of the strip holds each
+    /// column's weights of a whole group of inputs, all with 128 added.
     Bytes(LargePages<u8>),
 }
 
 impl<W: Weight> Packed<W> {
-    /// Columns of a panel.
+    /// Returns the number of columns of a panel.
     fn width(&self, kernel: Kernel) -> usize {
         match self {
             Self::Floats(_) => panel_width(kernel),
@@ -170,31 +173,33 @@ impl<W: Weight> Packed<W> {
     }
 }
 
-/// Rows of a product's input and output; each so many floats after the one
-/// before.
+/// Rows of a product's input and output. A stride is the number of floats from
+/// a row to the next row.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     pub(super) n: usize,
-    /// For panels of floats; others do not look at it.
+    /// Input for panels of floats; other panels do not read it.
     pub(super) input: *const f32,
     pub(super) input_stride: usize,
-    /// The same rows rounded, for panels of bytes; others do not look at it.
+    /// The same rows rounded, for panels of bytes; other panels do not read
+    /// them.
     pub(super) digits: DigitRows,
-    /// In each row there is room for whole panels.
+    /// Output, with room for whole panels in each row.
     pub(super) output: *mut f32,
     pub(super) output_stride: usize,
 }
 
-/// What becomes of a sum.
+/// Treatment of a sum when it is written.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Finish {
     Set,
-    /// It is added to what is there.
+    /// The sum is added to the output that is there.
     Add,
     Activate(Activation),
 }
 
-/// Rows cut into tiles of up to so many: the first of each, and how many.
+/// Cuts rows into tiles of up to `most` rows. Returns each tile's first row and
+/// number of rows.
 fn tiles(n_rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut row = 0;
     std::iter::from_fn(move || {
@@ -205,8 +210,9 @@ fn tiles(n_rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Floats in a panel's row: so many vectors that there are enough sums for the
-/// CPU to have something to do while one is added to, and registers for all.
+/// Returns the number of floats in a panel's row: as many vectors as give the
+/// CPU enough sums to work on while one is added to, and as there are registers
+/// for.
 pub(super) fn panel_width(kernel: Kernel) -> usize {
     match kernel {
         Kernel::Portable => 8,
@@ -215,7 +221,7 @@ pub(super) fn panel_width(kernel: Kernel) -> usize {
     }
 }
 
-/// Numbers in a strip's row. [`tile`] reads them so.
+/// Returns the number of numbers in a strip's row, as [`tile`] reads them.
 fn strip_width<N: Number>(kernel: Kernel) -> usize {
     match kernel {
         Kernel::Portable | Kernel::Avx2 => panel_width(kernel),
@@ -224,11 +230,12 @@ fn strip_width<N: Number>(kernel: Kernel) -> usize {
     }
 }
 
-/// The widest panel of any kernel.
+/// Width of the widest panel of any kernel.
 pub(super) const PANEL_WIDTH_MAX: usize = 32;
 const _: () = assert!(digit_tile::WIDTH <= PANEL_WIDTH_MAX);
 
-/// Rows that are computed together, at most: as many as there are registers for.
+/// Returns the most rows that are computed together: as many as there are
+/// registers for.
 fn tile_rows(kernel: Kernel) -> usize {
     match kernel {
         Kernel::Portable | Kernel::Avx2 => 4,
@@ -236,7 +243,7 @@ fn tile_rows(kernel: Kernel) -> usize {
     }
 }
 
-/// One for each column of whole panels; what is too many is zero.
+/// Pads floats with zeros, to one for each column of whole panels.
 fn padded(
     name: &'static str,
     floats: Option<&[f32]>,
@@ -252,12 +259,13 @@ fn padded(
     Ok(Some(padded))
 }
 
-/// Bytes of so many columns.
+/// Returns the bytes of `columns` columns.
 fn bytes_len(inputs: usize, columns: usize) -> usize {
     inputs.next_multiple_of(digits::GROUP) * columns
 }
 
-/// Weights as they are multiplied with floats, and what [`Weight::factors`] are.
+/// Packs weights to be multiplied with floats, and returns their
+/// [`Weight::factors`].
 fn pack_floats<W: Weight>(
     weights: &[W],
     [inputs, outputs]: [usize; 2],
@@ -286,7 +294,7 @@ fn pack_floats<W: Weight>(
     Ok((Packed::Floats(pages), factors))
 }
 
-/// Weights as they are multiplied with digits.
+/// Packs weights to be multiplied with digits.
 fn pack_bytes<W: Weight>(
     weights: &[W],
     [inputs, outputs]: [usize; 2],
@@ -305,7 +313,7 @@ fn pack_bytes<W: Weight>(
             for (at, byte) in line.iter_mut().enumerate() {
                 let column = first + at / digits::GROUP;
                 let input = group * digits::GROUP + at % digits::GROUP;
-                // A column too many comes to zero, as elsewhere, and an input too
+                // A column too many gives zero, as in floats, and an input too
                 // many has digits of zero.
                 let is_one = input < inputs && column < outputs;
                 let weight = if is_one {
@@ -321,8 +329,8 @@ fn pack_bytes<W: Weight>(
 }
 
 impl<W: Weight> Panels<W> {
-    /// Puts weights in order for a kernel, which must be available, and with it such
-    /// products ([`RowsAs::are_available`]).
+    /// Packs weights for a kernel. The kernel and its products of this kind
+    /// ([`RowsAs::are_available`]) must be available.
     ///
     /// # Errors
     /// If the sizes do not fit, or memory does not suffice.
@@ -368,10 +376,10 @@ impl<W: Weight> Panels<W> {
         self.outputs.div_ceil(self.packed.width(self.kernel))
     }
 
-    /// Where a panel begins.
+    /// Returns the address at which a panel begins.
     ///
     /// # Panics
-    /// If there is none of this number.
+    /// If there is no panel `idx`.
     pub(super) fn panel(&self, idx: usize) -> *const u8 {
         let width = self.packed.width(self.kernel);
         match &self.packed {
@@ -386,14 +394,15 @@ impl<W: Weight> Panels<W> {
         }
     }
 
-    /// Computes the columns of panel `idx` in all rows, and asks for what lies at
-    /// `next`, which need not be valid.
+    /// Computes the columns of panel `idx` in all rows, and prefetches the
+    /// memory at `next`, which need not be valid.
     ///
     /// # Safety
-    /// The kernel and its products are available and `idx` below [`Panels::len`];
-    /// `rows` are so many, with room for whole panels; those that the panel takes,
-    /// floats or digits, have all inputs, and until this returns nobody writes them;
-    /// and nobody else has these columns of the output.
+    /// The kernel and its products are available and `idx` is below
+    /// [`Panels::len`]; there are `rows.n` rows, with room for whole panels;
+    /// the rows that the panel reads, floats or digits, have all inputs, and
+    /// until this function returns nobody writes them; and nobody else has
+    /// these columns of the output.
     pub(super) unsafe fn compute(&self, idx: usize, rows: Rows, finish: Finish, next: *const u8) {
         let first = idx * self.packed.width(self.kernel);
         let panel = self.panel(idx);
@@ -415,8 +424,10 @@ impl<W: Weight> Panels<W> {
         }
     }
 
+    /// Computes the columns of a panel of floats.
+    ///
     /// # Safety
-    /// As [`Panels::compute`], with that panel.
+    /// The contract of [`Panels::compute`] holds, with the panel given.
     unsafe fn compute_floats(
         &self,
         panel: *const W::Packed,
@@ -435,9 +446,9 @@ impl<W: Weight> Panels<W> {
             for (row, n) in tiles(rows.n, most) {
                 let size = size_of::<W::Packed>();
                 let unpack = (keeps && row == 0).then_some(floats);
-                // SAFETY: the caller vouches for the rows, of which these are some,
-                // and for the instructions; the panel is there, and so are its
-                // floats once the first tile has left them.
+                // SAFETY: the caller vouches for the rows, of which these are
+                // some, and for the instructions; the panel is there, and so
+                // are its floats once the first tile has written them.
                 unsafe {
                     let tile = Tile {
                         rows: rows.input.add(row * rows.input_stride),
@@ -458,8 +469,10 @@ impl<W: Weight> Panels<W> {
         });
     }
 
+    /// Computes the columns of a panel of bytes.
+    ///
     /// # Safety
-    /// As [`Panels::compute`], with that panel.
+    /// The contract of [`Panels::compute`] holds, with the panel given.
     unsafe fn compute_bytes(
         &self,
         panel: *const u8,
@@ -475,12 +488,12 @@ impl<W: Weight> Panels<W> {
                 },
                 n_groups: self.inputs.div_ceil(digits::GROUP),
                 panel,
-                // Those after the first find it in the cache.
+                // The tiles after the first find the panel in the cache.
                 next: (row == 0).then_some(next),
                 ending: ending.at_row(row),
             };
-            // SAFETY: the caller vouches for the rows, of which these are some, and
-            // for the instructions; the panel is there.
+            // SAFETY: the caller vouches for the rows, of which these are some,
+            // and for the instructions; the panel is there.
             unsafe {
                 match self.kernel {
                     #[cfg(target_arch = "x86_64")]
@@ -491,8 +504,10 @@ impl<W: Weight> Panels<W> {
         }
     }
 
+    /// Computes a tile with the kernel's vectors.
+    ///
     /// # Safety
-    /// As [`Tile::compute_rows`], with the kernel's vectors.
+    /// The contract of [`Tile::compute_rows`] holds, with the kernel's vectors.
     unsafe fn run<N: Number>(&self, tile: &Tile<N>, n_rows: usize) {
         // SAFETY: the caller vouches for all of it.
         unsafe {

@@ -1,17 +1,19 @@
-//! Rows as whole numbers, for products with weights of 8 bits.
+//! Rounds rows to whole numbers (quantization), for products with weights of
+//! 8 bits.
 //!
-//! CPUs with VNNI multiply bytes, four to a lane, and add the products up exactly.
-//! A row's numbers need more bits than that, so they are rounded to 24 under a
-//! factor of the row's own, and kept as three digits of 8 bits each: a product is
-//! three sums of bytes, put together at the end. Per row, four inputs and 16 columns
-//! take three instructions, where floats take four and a part of what unpacks the
-//! weights.
+//! CPUs with VNNI multiply bytes, four to a lane, and add the products up
+//! exactly. A row's numbers need more bits than a byte has, so they are rounded
+//! to 24 bits under a factor of the row's own, and kept as three digits of 8
+//! bits each: a product is three sums of bytes, combined at the end. Per row,
+//! four inputs and 16 columns take three instructions, where floats take four
+//! and a part of the work that unpacks the weights.
 //!
-//! All of a row are rounded to steps of its largest number over 8 million. Where that
-//! one has weights of zero and is R times larger than the others, what comes out is
-//! some 3.5e-8 R off beside those, which is as much as rounding weights to 8 bits
-//! costs at an R of 200,000. `imagegpt compile` tries every checkpoint, and refuses
-//! what is too far off.
+//! All numbers of a row are rounded to steps of the row's largest number
+//! divided by 8 million. If the largest number has weights of zero and is R
+//! times larger than the others, the results are some 3.5e-8 R off beside those
+//! of the others, which is as much as rounding weights to 8 bits costs at an R
+//! of 200,000. `imagegpt compile` tests every checkpoint, and refuses a
+//! checkpoint whose results are too far off.
 #![expect(
     unsafe_code,
     reason = "reads and writes vectors through raw pointers: the inner loop is the whole cost of a step"
@@ -30,58 +32,62 @@ pub(super) use self::avx512::Vnni;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-/// Digits of a number, from -128 to 127, the lowest first.
+/// Number of digits of a number. Digits are -128 to 127, the lowest first.
 pub(super) const DIGITS: usize = 3;
 
-/// Numbers that are multiplied and added up together.
+/// Number of inputs whose products are added up together.
 pub(super) const GROUP: usize = 4;
 
-/// Sums in a vector, each of a column.
+/// Number of sums in a vector, each of a column.
 pub(super) const LANES: usize = 16;
 
 /// Bytes of a group of inputs' weights for all lanes.
 pub(super) const LINE: usize = GROUP * LANES;
 
-/// A group's digits: all lowest ones, then all second ones, then all highest.
+/// Bytes of a group's digits: all lowest digits, then all second, then all
+/// highest.
 pub(super) const GROUP_BYTES: usize = DIGITS * GROUP;
 
-/// Inputs of a product at most, so that no sum overflows: of 255 times 128 each,
-/// and of as much again for where it begins.
+/// Most inputs of a product, so that no sum overflows: a sum of 255 times 128
+/// per input, and as much again for the number with which the sum begins.
 pub(super) const INPUTS_MAX: usize = 1 << 15;
 
-/// The largest whole number: a little less than all digits at their largest, since
-/// the factor and its inverse are rounded, so that a number may come out as more.
+/// The largest whole number: a little less than all digits at their largest,
+/// because the factor and its inverse are rounded, so that a number may come
+/// out larger.
 const LARGEST: f32 = 127.0 * 65_536.0;
 
-/// Rows whose largest number is less are rounded as if it were this, so that no
-/// factor leaves the normal range: 2^-100.
+/// Smallest largest number of a row: rows of smaller numbers are rounded as if
+/// they had this one, so that no factor leaves the normal range: 2^-100.
 const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
 
-/// What a row begins with.
+/// Header in front of a row's digits.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct RowHeader {
-    /// What whole numbers are multiplied with.
+    /// Factor with which the row's whole numbers are multiplied.
     pub(super) factor: f32,
-    /// What each digit's sum begins with. Bytes are multiplied as one with a sign
-    /// and one without, so weights have 128 too much; this takes it away.
+    /// Number with which each digit's sum begins. Products are of a signed byte
+    /// and an unsigned byte, so weights have 128 too much; this number takes
+    /// the excess away.
     pub(super) begin: [i32; DIGITS],
 }
 
-/// Bytes from a row's beginning to its first group: a line.
+/// Bytes from a row's beginning to its first group: one line.
 pub(super) const HEAD_BYTES: usize = 64;
 
-/// Rows one after the other.
+/// Rows of digits, one after the other.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DigitRows {
     pub(super) start: *mut u8,
-    /// Bytes from a row to the next.
+    /// Bytes from a row to the next row.
     pub(super) stride: usize,
 }
 
 impl DigitRows {
-    /// Bytes that rows of up to so many numbers take: whole vectors, and an odd
-    /// number of lines, so that they do not lie a power of two apart.
+    /// Returns the bytes that a row of up to `width` numbers takes: whole
+    /// vectors, and an odd number of lines, so that rows do not lie a power of
+    /// two apart.
     pub(super) fn stride(width: usize) -> usize {
         let bytes = HEAD_BYTES + width.next_multiple_of(LANES) * DIGITS;
         (bytes.div_ceil(64) | 1) * 64
@@ -91,16 +97,18 @@ impl DigitRows {
         self.start.wrapping_add(idx * self.stride)
     }
 
+    /// Reads the header of a row.
+    ///
     /// # Safety
-    /// A row of this number has been rounded.
+    /// Row `idx` has been rounded.
     #[inline(always)]
     pub(super) unsafe fn head(self, idx: usize) -> RowHeader {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller vouches for the row.
         unsafe { self.row(idx).cast::<RowHeader>().read_unaligned() }
     }
 }
 
-/// Whether a kernel multiplies bytes.
+/// Returns true if a kernel multiplies bytes.
 pub(super) fn are_available(kernel: Kernel) -> bool {
     match kernel {
         // Not faster than floats; for tests, and for Miri.
@@ -114,13 +122,13 @@ pub(super) fn are_available(kernel: Kernel) -> bool {
 /// Sixteen sums of products of bytes.
 ///
 /// # Safety
-/// A value may exist only where the CPU has the instructions that its methods use:
-/// constructors demand that of their caller. Pointers are to as many bytes or
-/// floats as each method names.
+/// A value may exist only where the CPU has the instructions that its methods
+/// use: constructors demand that of their caller. Pointers are to as many bytes
+/// or floats as each method names.
 pub(super) unsafe trait Lanes: Copy {
     /// Weights of a group of inputs, for each lane.
     type Line: Copy;
-    /// Floats of the same instructions.
+    /// Vectors of floats with the same instructions.
     type Floats: Vector;
 
     /// # Safety
@@ -128,11 +136,12 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn splat(x: i32) -> Self;
 
     /// # Safety
-    /// As [`Lanes::splat`], and 64 bytes at `from` are readable.
+    /// The contract of [`Lanes::splat`] holds, and 64 bytes at `from` are
+    /// readable.
     unsafe fn line(from: *const u8) -> Self::Line;
 
-    /// Adds to each lane the products of its weights, which have no sign, with four
-    /// bytes, which have.
+    /// Adds to each lane the products of its weights, which are unsigned, with
+    /// four signed bytes.
     ///
     /// # Safety
     /// Four bytes are readable.
@@ -140,8 +149,9 @@ pub(super) unsafe trait Lanes: Copy {
 
     fn numbers(self) -> [i32; LANES];
 
-    /// Writes the digits of up to 16 numbers times `inverse`, and of zeros up to
-    /// 16. Lane `4 i + d` of `self` has the sum of digits `d` of group `i` added.
+    /// Writes the digits of up to 16 numbers times `inverse`, and of zeros up
+    /// to 16. To lane `4 i + d` of `self`, the sum of digits `d` of group `i`
+    /// is added.
     ///
     /// # Safety
     /// `n <= 16` floats are readable and [`GROUP_BYTES`] for each group of 16
@@ -149,11 +159,12 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn split(self, from: *const f32, n: usize, inverse: f32, to: *mut u8) -> Self;
 }
 
-/// Whatever the compiler makes of it.
+/// Sums in plain code, with the instructions that the compiler chooses.
 #[derive(Clone, Copy)]
 pub(super) struct Plain([i32; LANES]);
 
-// SAFETY: needs no special instructions, and touches exactly what is named.
+// SAFETY: no special instructions are needed, and exactly the named memory is
+// touched.
 unsafe impl Lanes for Plain {
     type Line = [[u8; GROUP]; LANES];
     type Floats = Portable;
@@ -201,14 +212,15 @@ unsafe impl Lanes for Plain {
     }
 }
 
-/// A whole number's digits, of which each next one counts 256 times as much.
+/// Returns a whole number's digits, of which each next digit counts 256 times
+/// as much.
 fn digits(steps: i32) -> [i8; DIGITS] {
-    // With 128 more to each they have no sign, and are the bytes.
+    // With 128 added, the digits are unsigned and are the bytes of the sum.
     let [a, b, c, _] = steps.wrapping_add(0x80_8080).to_le_bytes();
     [a, b, c].map(|byte| (byte ^ 0x80).cast_signed())
 }
 
-/// Rounds a row.
+/// Rounds a row to digits.
 ///
 /// # Safety
 /// Digits are available; `width` floats of the row are readable, and at `to` the
@@ -224,8 +236,10 @@ pub(super) unsafe fn round(kernel: Kernel, row: *const f32, width: usize, to: *m
     }
 }
 
+/// Rounds a row with the instructions of `L`.
+///
 /// # Safety
-/// As [`round`], and the CPU has the instructions of `L`.
+/// The contract of [`round`] holds, and the CPU has the instructions of `L`.
 #[inline(always)]
 unsafe fn round_by<L: Lanes>(row: *const f32, width: usize, to: *mut u8) {
     // SAFETY: the caller vouches for the row, the bytes and the instructions.
@@ -249,8 +263,8 @@ unsafe fn round_by<L: Lanes>(row: *const f32, width: usize, to: *mut u8) {
     }
 }
 
-/// What whole numbers are multiplied with, where the largest is this. Not a number
-/// if that is not finite: then nothing of the row is.
+/// Returns the factor of a row's whole numbers, where `largest` is the row's
+/// largest number; NaN if that is not finite, so that the whole row is NaN.
 fn factor_of(largest: f32) -> f32 {
     if largest.is_finite() {
         largest.max(SMALLEST) / LARGEST
@@ -259,7 +273,7 @@ fn factor_of(largest: f32) -> f32 {
     }
 }
 
-/// What the sums of digits come to, under the row's factor.
+/// Combines the sums of digits, still without the row's factor.
 #[inline(always)]
 pub(super) fn put_together([low, middle, high]: [[i32; LANES]; DIGITS]) -> [f32; LANES] {
     let mut found = [0.0; LANES];
@@ -283,7 +297,8 @@ mod tests {
             .filter(|kernel| are_available(*kernel))
     }
 
-    /// A rounded row: its numbers again, and what sums begin with.
+    /// Returns a rounded row: its numbers, read back, and the numbers with
+    /// which sums begin.
     fn rounded(kernel: Kernel, row: &[f32]) -> (Vec<f64>, [i32; DIGITS]) {
         let mut lines = vec![[0_u64; 8]; DigitRows::stride(row.len()) / 64];
         let to: *mut u8 = lines.as_mut_ptr().cast();
@@ -315,8 +330,8 @@ mod tests {
         let (numbers, _) = expected;
         let step = f64::from(largest.max(SMALLEST) / LARGEST);
         for (x, found) in row.iter().zip(&numbers) {
-            // Half of a step, and three roundings as floats: of the factor, of its
-            // inverse, and of the number times that.
+            // Half of a step, and three roundings of floats: of the factor, of
+            // its inverse, and of the number times the inverse.
             let error = (f64::from(*x) - found).abs();
             if error > 0.5 * step + f64::from(x.abs()) * 1.8e-7 {
                 return Err(format!("{x} is {error:e} off, of {largest}"));
@@ -338,7 +353,7 @@ mod tests {
             exponent in -60..60_i32,
         ) {
             check_row(&row).map_err(TestCaseError::fail)?;
-            // And numbers near each other.
+            // Test numbers near each other, too.
             let near = row.iter().map(|x| x % 1.0 * 2.0_f32.powi(exponent));
             check_row(&near.collect::<Vec<_>>()).map_err(TestCaseError::fail)?;
         }

@@ -1,6 +1,6 @@
-//! Memory for weights, on large pages where the system has them: a step reads
-//! hundreds of megabytes in order, and looking up a page for every 4 KiB of them
-//! takes a tenth of its time.
+//! Memory for weights, on large pages if the system has them: a step reads
+//! hundreds of megabytes in order, and looking up a page for every 4 KiB takes
+//! a tenth of the step's time.
 
 use std::marker::PhantomData;
 
@@ -9,14 +9,14 @@ use memmap2::MmapMut;
 
 use super::LayersError;
 
-/// The size of a large page.
+/// Size of a large page, in bytes.
 const LARGE: usize = 2 << 20;
 
-/// Numbers of its own, that begin on a large page.
+/// Owned numbers that begin on a large page.
 #[derive(Debug)]
 pub(super) struct LargePages<T> {
     map: MmapMut,
-    /// Of the first number, in bytes.
+    /// Offset of the first number, in bytes.
     start: usize,
     n_bytes: usize,
     numbers: PhantomData<T>,
@@ -26,11 +26,11 @@ impl<T: Pod> LargePages<T> {
     pub(super) fn zeroed(n_numbers: usize) -> Result<Self, LayersError> {
         let n_bytes = n_numbers * size_of::<T>();
         let failed = LayersError::Memory(n_bytes);
-        // Addresses cost nothing, only pages that are written do.
+        // Addresses cost nothing; only pages that are written do.
         let room = n_bytes.checked_add(LARGE).ok_or(failed)?;
         let map = MmapMut::map_anon(room).map_err(|_| failed)?;
         let start = map.as_ptr().align_offset(LARGE);
-        // Without large pages it is slower and not wrong.
+        // Without large pages the memory is slower, but not wrong.
         #[cfg(target_os = "linux")]
         let _ = map.advise_range(memmap2::Advice::HugePage, start, n_bytes);
         Ok(Self {

@@ -1,30 +1,33 @@
-//! Parts of a step that come one after the other, each cut into tasks that
-//! threads share out among themselves.
+//! Phases of a step, which come one after the other. Each is cut into tasks
+//! that threads share out among themselves.
 //!
-//! Nobody depends on a thread that is not there: whoever comes takes what tasks
-//! are left and waits only for those that another has begun. So threads may come
-//! late, or never, as those of a pool do.
+//! No thread depends on a thread that is absent: every thread that comes takes
+//! the tasks that are left, and waits only for tasks that another thread has
+//! begun. Therefore threads may come late, or never, as the threads of a pool
+//! do.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Looks before a thread that waits lets another run: a few microseconds, longer
-/// than tasks of equal length end apart. Then the other may have lost its core.
+/// Checks that a waiting thread makes before it yields to another thread: a few
+/// microseconds, longer than the ends of tasks of equal length are apart. After
+/// that, the other thread may have lost its core.
 const LOOKS: u32 = 512;
 
-/// From which end a thread takes tasks. What they read lies in their order, so a
-/// thread that goes on where it is reads on, and knows what it will read next.
+/// End from which a thread takes tasks. Tasks read memory in their order, so a
+/// thread that goes on at its place reads on, and knows what it will read next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TaskEnd {
     Front,
     Back,
 }
 
-/// A thread's place among all that have come: half of them begin at each end.
+/// Place of a thread among all that have come: half of the threads begin at
+/// each end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ThreadPlace {
     end: TaskEnd,
-    /// Threads at this end that came before.
+    /// Number of threads at the same end that came before.
     before: usize,
 }
 
@@ -40,12 +43,13 @@ impl ThreadPlace {
         }
     }
 
-    /// Where it takes its tasks.
+    /// Returns the end from which the thread takes its tasks.
     pub(super) fn end(self) -> TaskEnd {
         self.end
     }
 
-    /// The task that it takes first, if no thread is much faster than others.
+    /// Returns the task that the thread takes first, if no thread is much
+    /// faster than others.
     pub(super) fn first(self, n_tasks: usize) -> Option<usize> {
         let others_after = n_tasks.checked_sub(self.before + 1)?;
         Some(match self.end {
@@ -54,8 +58,8 @@ impl ThreadPlace {
         })
     }
 
-    /// And the one after a task that it has taken, of `n_threads`; none if that is
-    /// not left.
+    /// Returns the task that the thread takes after `task`, if `n_threads` are
+    /// as fast; none if that task is not left.
     pub(super) fn next(
         self,
         task: usize,
@@ -63,7 +67,7 @@ impl ThreadPlace {
         phase: &LayerPhase,
         n_tasks: usize,
     ) -> Option<usize> {
-        // So many take one meanwhile at this end.
+        // As many threads take a task at this end in the meantime.
         let step = match self.end {
             TaskEnd::Front => n_threads.div_ceil(2),
             TaskEnd::Back => n_threads / 2,
@@ -76,36 +80,37 @@ impl ThreadPlace {
     }
 }
 
-/// One part. On lines of its own, since all threads write it.
+/// One phase. Aligned to lines of its own, because all threads write it.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(super) struct LayerPhase {
-    /// How many were begun at the back, in the upper half, and at the front; in
-    /// the end more than there are, by as many as there are threads.
+    /// Number of tasks begun at the back, in the upper half, and at the front.
+    /// In the end the sum is more than the tasks that exist, by up to the
+    /// number of threads.
     begun: AtomicU64,
     n_done: AtomicUsize,
 }
 
-/// Tasks of a phase at most: with one look more for each thread they must not
+/// Most tasks of a phase: with one more attempt per thread, the number must not
 /// overflow half of a counter.
 pub(super) const TASKS_MAX: usize = (u32::MAX / 2) as usize;
 
-/// One begun at the back.
+/// One task begun at the back.
 const AT_BACK: u64 = 1 << 32;
 
 impl LayerPhase {
-    /// Ready to begin again.
+    /// Resets the phase, so that it can begin again.
     pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
-    /// A task to do, the next one at this end; none if all are begun.
+    /// Takes the next task at this end; none if all tasks are begun.
     pub(super) fn take(&self, n_tasks: usize, end: TaskEnd) -> Option<usize> {
         let one = match end {
             TaskEnd::Front => 1,
             TaskEnd::Back => AT_BACK,
         };
-        // Nothing is passed from thread to thread through this counter.
+        // No data is passed from thread to thread through this counter.
         let mut left = left(self.begun.fetch_add(one, Ordering::Relaxed), n_tasks);
         match end {
             TaskEnd::Front => left.next(),
@@ -113,13 +118,13 @@ impl LayerPhase {
         }
     }
 
-    /// Tasks that nobody has begun.
+    /// Returns the tasks that no thread has begun.
     fn left(&self, n_tasks: usize) -> Range<usize> {
         left(self.begun.load(Ordering::Relaxed), n_tasks)
     }
 
-    /// A task that was taken is done. What it wrote can be seen by whoever finds
-    /// the phase over.
+    /// Counts a task that was taken as done. Its results can be seen by every
+    /// thread that finds the phase over.
     pub(super) fn done(&self) {
         self.n_done.fetch_add(1, Ordering::Release);
     }
@@ -128,7 +133,7 @@ impl LayerPhase {
         self.n_done.load(Ordering::Acquire) >= n_tasks
     }
 
-    /// Waits until all tasks are done, of which none may be left to take.
+    /// Waits until all tasks are done. None may be left to take.
     pub(super) fn wait(&self, n_tasks: usize) {
         let mut looks = 0;
         while !self.is_over(n_tasks) {

@@ -1,4 +1,4 @@
-//! What is done to each number, or to each row, between products.
+//! Operations on each number, or on each row, between products.
 #![expect(
     unsafe_code,
     reason = "reads and writes vectors through raw pointers; see the contract of `Vector`"
@@ -17,11 +17,11 @@ use crate::kernels::vector::{LANES_MAX, Portable, Vector};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// `x * sigmoid(1.702 x)`, what ImageGPT was trained with.
+    /// `x * sigmoid(1.702 x)`, with which ImageGPT was trained.
     QuickGelu,
-    /// With the error function.
+    /// GELU with the error function.
     Gelu,
-    /// With the hyperbolic tangent.
+    /// GELU with the hyperbolic tangent.
     GeluNew,
     Relu,
 }
@@ -29,7 +29,7 @@ pub enum Activation {
 impl Activation {
     pub const ALL: [Self; 4] = [Self::QuickGelu, Self::Gelu, Self::GeluNew, Self::Relu];
 
-    /// The name that `config.json` has for it.
+    /// Returns the activation's name in `config.json`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -40,14 +40,14 @@ impl Activation {
         }
     }
 
-    /// The activation of such a name.
+    /// Returns the activation of this name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.name() == name)
     }
 }
 
-/// Activates every lane. What is not a number stays that.
+/// Activates every lane. A NaN stays a NaN.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`.
@@ -71,7 +71,8 @@ pub(super) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
     }
 }
 
-/// The larger of each lane and zero; the order keeps what is not a number.
+/// Returns the larger of each lane and zero. The order of the arguments keeps a
+/// NaN.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`.
@@ -81,7 +82,7 @@ unsafe fn positive<V: Vector>(x: V) -> V {
     unsafe { V::splat(0.0) }.max(x)
 }
 
-/// `1 / (1 + e^-x)`, by powers that are at most one.
+/// Computes `1 / (1 + e^-x)`, by powers that are at most one.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`.
@@ -95,8 +96,8 @@ unsafe fn sigmoid<V: Vector>(x: V) -> V {
     numerator.div(one.add(power))
 }
 
-/// How likely a normal variable is to be above `x >= 0`, within 1e-7
-/// (Abramowitz and Stegun, 7.1.26).
+/// Returns the probability that a normal variable is above `x >= 0`, within
+/// 1e-7 (Abramowitz and Stegun, 7.1.26).
 ///
 /// # Safety
 /// The CPU has the instructions of `V`.
@@ -123,12 +124,14 @@ unsafe fn upper_tail<V: Vector>(x: V) -> V {
     }
 }
 
-/// A row's numbers over the root of their mean square, each times its weight.
+/// Divides a row's numbers by the root of their mean square, and multiplies
+/// each by its weight.
 ///
 /// # Safety
-/// The kernel is available; row and weight are `width` floats and others up to a
-/// multiple of [`LANES_MAX`]: zeros, unless the row has an infinity or a NaN, which
-/// spoils it as a whole. The output has room for as many, and nobody else has it.
+/// The kernel is available; row and weight are `width` floats and further
+/// floats up to a multiple of [`LANES_MAX`]: zeros, unless the row has an
+/// infinity or a NaN, which spoils the row as a whole. The output has room for
+/// as many floats, and nobody else has it.
 pub(super) unsafe fn norm(
     kernel: Kernel,
     row: *const f32,
@@ -165,8 +168,10 @@ struct Norm {
 }
 
 impl Norm {
+    /// Runs the norm with AVX2.
+    ///
     /// # Safety
-    /// The CPU has AVX2 and FMA; and as [`norm`].
+    /// The CPU has AVX2 and FMA, and the contract of [`norm`] holds.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2(&self) {
@@ -174,8 +179,10 @@ impl Norm {
         unsafe { self.run::<crate::kernels::vector::avx2::Avx2>() }
     }
 
+    /// Runs the norm with AVX-512.
+    ///
     /// # Safety
-    /// The CPU has AVX-512 F, DQ and BW; and as [`norm`].
+    /// The CPU has AVX-512 F, DQ and BW, and the contract of [`norm`] holds.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
     unsafe fn avx512(&self) {
@@ -183,11 +190,13 @@ impl Norm {
         unsafe { self.run::<crate::kernels::vector::avx512::Avx512>() }
     }
 
+    /// Runs the norm with the vectors `V`.
+    ///
     /// # Safety
-    /// The CPU has the instructions of `V`; and as [`norm`].
+    /// The CPU has the instructions of `V`, and the contract of [`norm`] holds.
     #[inline(always)]
     unsafe fn run<V: Vector>(&self) {
-        // SAFETY: whole vectors, which the caller vouches for.
+        // SAFETY: all accesses are whole vectors, which the caller vouches for.
         unsafe {
             let mut squares = V::splat(0.0);
             for at in (0..self.width).step_by(V::LANES) {

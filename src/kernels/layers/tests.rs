@@ -1,5 +1,5 @@
-//! All kernels and precisions, step by step over a cache, against layers as they
-//! are written down, in `f64`, over whole sequences.
+//! Tests all kernels and precisions, step by step over a cache, against layers
+//! as they are written down, in `f64`, over whole sequences.
 #![expect(
     clippy::cast_precision_loss,
     reason = "small whole numbers and 24-bit fractions"
@@ -10,7 +10,7 @@ use half::bf16;
 use super::*;
 use crate::kernels::attention::Int24;
 
-/// Numbers from -0.5 to 0.5, the same for the same seed.
+/// Returns numbers from -0.5 to 0.5, the same for the same seed.
 pub(super) fn uniform(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
@@ -22,7 +22,7 @@ pub(super) fn uniform(seed: u64) -> impl FnMut() -> f32 {
 }
 
 trait Tested: Weight + Into<f32> {
-    /// A weight of about this, where it has a scale of a hundredth.
+    /// Returns a weight of about `value`, if its scale is a hundredth.
     fn of(value: f32) -> Self;
     const SCALE: f32;
 }
@@ -53,7 +53,7 @@ struct Dense<W> {
 
 impl<W: Tested> Dense<W> {
     fn random([inputs, outputs]: [usize; 2], uniform: &mut impl FnMut() -> f32) -> Self {
-        // About as much comes out as goes in.
+        // Results are about as large as the input.
         let size = 3.4 / (inputs as f32).sqrt();
         Self {
             weights: (0..inputs * outputs)
@@ -96,11 +96,11 @@ struct LayerOf<W> {
     products: [Dense<W>; 4],
 }
 
-/// A few layers, and rows for some sequences to begin with.
+/// A few layers, and input rows for some sequences.
 struct Model<W> {
     sizes: Sizes,
     layers: Vec<LayerOf<W>>,
-    /// Of each sequence.
+    /// Input rows of each sequence.
     rows: Vec<Vec<f32>>,
 }
 
@@ -146,7 +146,7 @@ impl<W: Tested> Model<W> {
         StepLayers::with_kernel(self.sizes, layers, kernel, rows_as).unwrap()
     }
 
-    /// What comes out for all tokens of a sequence.
+    /// Returns the result of all tokens of a sequence.
     fn reference(&self, sequence: usize) -> Vec<f64> {
         let Sizes { width, heads, .. } = self.sizes;
         let head_dim = width / heads;
@@ -218,8 +218,8 @@ fn activated(activation: Activation, x: f64) -> f64 {
     }
 }
 
-/// How likely a normal variable is to be below `x`: its density added up in small
-/// steps from far below, with Simpson's rule.
+/// Returns the probability that a normal variable is below `x`: its density
+/// added up in small steps from far below, with Simpson's rule.
 fn normal(x: f64) -> f64 {
     let from = -10.0_f64;
     let n_steps = 4000;
@@ -239,9 +239,9 @@ fn normal(x: f64) -> f64 {
     sum * step / 3.0
 }
 
-/// How keys and values are kept, of which some are none.
+/// Format of keys and values, in which some are NaN.
 trait Blank: Kept {
-    /// Where all elements are this, there is no number.
+    /// Element of which a NaN is made, if all elements are this.
     const NONE: Self::Element;
 }
 
@@ -253,7 +253,7 @@ impl Blank for Int24 {
     const NONE: u8 = 0xFF;
 }
 
-/// Sequences that are fed, with their cache.
+/// Sequences that are fed to the layers, with their cache.
 struct Fed<'m, W, K: Kept> {
     model: &'m Model<W>,
     sequences: Vec<usize>,
@@ -264,7 +264,7 @@ struct Fed<'m, W, K: Kept> {
     past: Vec<usize>,
     prefixes: Vec<SharedPrefix>,
     room: StepMemory,
-    /// What came out, of each sequence.
+    /// Results of each sequence.
     rows: Vec<Vec<f32>>,
 }
 
@@ -273,7 +273,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
         let width = model.sizes.width;
         let n_tokens = model.rows[0].len() / width;
         let capacity = n_tokens.next_multiple_of(crate::kernels::attention::BLOCK);
-        // What is beyond a sequence's end must not matter.
+        // Memory beyond a sequence's end must not matter, so it holds NaN.
         let Sizes { heads, .. } = model.sizes;
         let n_positions = sequences.len() * heads * capacity;
         let cache = vec![K::NONE; n_positions * K::position_len(width / heads)];
@@ -290,7 +290,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
         }
     }
 
-    /// The next `length` tokens of each.
+    /// Feeds the next `length` tokens of each sequence.
     fn feed(&mut self, layers: &StepLayers<W>, length: usize) {
         let width = self.model.sizes.width;
         let n = length * width;
@@ -334,7 +334,8 @@ pub(super) fn kernels() -> impl Iterator<Item = Kernel> {
         .filter(|kernel| kernel.is_available() && kernel.precision() == AttentionPrecision::F32)
 }
 
-/// Kernels, and what they can multiply such weights with.
+/// Returns the kernels, with the formats of rows that they can multiply weights
+/// `W` with.
 pub(super) fn ways<W: Weight>() -> impl Iterator<Item = (Kernel, RowsAs)> {
     let ways = kernels().flat_map(|kernel| RowsAs::ALL.map(|rows_as| (kernel, rows_as)));
     ways.filter(|(kernel, rows_as)| rows_as.are_available::<W>(*kernel, 1))
@@ -345,7 +346,7 @@ fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
     let all: Vec<usize> = (0..model.rows.len()).collect();
     for kernel in ways::<W>() {
         let layers = model.pack(kernel);
-        // A primer, and then one by one.
+        // A primer, and then one token after the other.
         let mut together = Fed::<W, K>::new(model, all.clone(), 1);
         together.feed(&layers, n_tokens / 2);
         for _ in n_tokens / 2..n_tokens {
@@ -362,7 +363,7 @@ fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
                     model.sizes
                 );
             }
-            // Two of each sequence, which share all that they have.
+            // Two copies of each sequence, which share all that they have.
             let mut twice = Fed::<W, K>::new(model, vec![sequence; 2], 2);
             for past in 0..n_tokens {
                 twice.prefixes = vec![SharedPrefix { of: 0, len: past }; 2];
@@ -410,8 +411,8 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
     }
 }
 
-/// Small enough for Miri, which runs only the portable kernel: the pointer
-/// arithmetic of all is the same code.
+/// Tests layers small enough for Miri, which runs only the portable kernel: the
+/// pointer arithmetic of all kernels is the same code.
 #[test]
 fn tiny_layers() {
     let sizes = sizes(6, 9, 2, Activation::QuickGelu);
@@ -437,7 +438,7 @@ fn activations_are_what_their_names_say() {
     assert_eq!(Activation::named("mish"), None);
 }
 
-/// By a product with one, a row for each number.
+/// Activates numbers by a product with one, in a row for each number.
 fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> {
     let one = DenseWeights {
         weights: &[1.0_f32],
@@ -462,7 +463,7 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
     output.iter().step_by(PANEL_WIDTH_MAX).copied().collect()
 }
 
-/// What is not a number stays in its sequence.
+/// Checks that a NaN stays in its sequence.
 #[test]
 fn a_sequence_that_is_not_finite_spoils_no_other() {
     check_spoiled::<f32>();
@@ -482,13 +483,14 @@ fn check_spoiled<W: Tested>() {
     for (way, clean) in ways::<W>().zip(clean) {
         let spoiled = run(&model, way);
         assert_eq!((&spoiled[0], &spoiled[2]), (&clean[0], &clean[2]));
-        // The token before it is clean, too.
+        // The token before the NaN is clean, too.
         assert_eq!(spoiled[1][..16], clean[1][..16]);
         assert!(spoiled[1][16..].iter().all(|x| x.is_nan()), "{way:?}");
     }
 }
 
-/// What [`StepLayers::pack`] takes is one of the ways, and refusing is not panicking.
+/// Checks that [`StepLayers::pack`] chooses one of the ways, and that refusing
+/// is not a panic.
 #[test]
 fn digits_are_for_weights_of_8_bits() {
     let floats = Model::<f32>::random(sizes(8, 16, 2, Activation::Relu), 1, 1, 2);
@@ -503,7 +505,7 @@ fn digits_are_for_weights_of_8_bits() {
     let bytes = StepLayers::pack(floats.sizes, std::iter::empty::<LayerWeights<'_, i8>>()).unwrap();
     assert!(ways::<i8>().any(|way| way == (bytes.kernel, bytes.rows_as)));
     for kernel in kernels() {
-        // Sums of so many would overflow.
+        // Sums of as many inputs would overflow.
         assert!(!RowsAs::Digits.are_available::<i8>(kernel, digits::INPUTS_MAX + 1));
         assert_eq!(RowsAs::fastest::<i8>(kernel, usize::MAX), RowsAs::Floats);
         assert_eq!(RowsAs::fastest::<f32>(kernel, 1), RowsAs::Floats);
@@ -539,7 +541,7 @@ fn refuse_what_they_cannot_do() {
     };
     assert_eq!(with(|_| {}), Ok(()));
     let changes: [(Change, &str); 4] = [
-        (|sizes| sizes.heads = 3, "heads divide the width"),
+        (|sizes| sizes.heads = 3, "heads must divide the width"),
         (|sizes| sizes.inner_width = 0, "at least one"),
         (
             |sizes| sizes.inner_width = 15,

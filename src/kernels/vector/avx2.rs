@@ -1,4 +1,4 @@
-//! AVX2 and FMA: 8 lanes.
+//! Vectors of AVX2 and FMA: 8 lanes.
 #![expect(
     unsafe_code,
     reason = "vector intrinsics and raw pointers; see the contract of `Vector`"
@@ -25,7 +25,8 @@ use super::{EXP2, EXP2_MIN, ROUND, Vector};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(__m256);
 
-/// All ones in the first `len` lanes, zero in the others.
+/// Returns a mask with all ones in the first `len` lanes, and zeros in the
+/// others.
 ///
 /// # Safety
 /// The CPU has AVX2.
@@ -46,7 +47,8 @@ unsafe fn first_lanes(len: usize) -> __m256i {
 }
 
 // SAFETY: constructors demand AVX2 and FMA of their caller, and a value proves
-// that one was called; loads and stores touch exactly the floats named.
+// that a constructor was called; loads and stores touch exactly the floats
+// named.
 unsafe impl Vector for Avx2 {
     const LANES: usize = 8;
 
@@ -90,7 +92,8 @@ unsafe impl Vector for Avx2 {
     unsafe fn load_i24(from: *const u8) -> Self {
         // SAFETY: the caller vouches for the instructions and 24 bytes.
         unsafe {
-            // Of the second half, which begins after 12, the last 16.
+            // The second half begins after 12 bytes; its load takes the last 16
+            // bytes.
             let low = _mm256_castsi128_si256(_mm_loadu_si128(from.cast()));
             let high = _mm_loadu_si128(from.add(8).cast());
             let bytes = _mm256_inserti128_si256::<1>(low, high);
@@ -166,7 +169,7 @@ unsafe impl Vector for Avx2 {
     fn exp2(self) -> Self {
         // SAFETY: `self` proves the instructions.
         unsafe {
-            // The bound first, so that a lane that is not a number stays itself.
+            // The bound is the first argument, so that a NaN lane stays a NaN.
             let x = _mm256_max_ps(_mm256_set1_ps(EXP2_MIN), self.0);
             let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));
             let r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, _mm256_set1_ps(ROUND)));
@@ -174,7 +177,8 @@ unsafe impl Vector for Avx2 {
             for c in EXP2[..6].iter().rev() {
                 p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
             }
-            // The exponent of a float made from its integer part; -127 makes zero.
+            // The exponent of a float is made from the integer part; -127 makes
+            // zero.
             let biased = _mm256_add_epi32(_mm256_castps_si256(rounded), _mm256_set1_epi32(127));
             let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased));
             Self(_mm256_mul_ps(p, power))

@@ -1,4 +1,4 @@
-//! AVX-512 (F, DQ and BW): 16 lanes.
+//! Vectors of AVX-512 (F, DQ and BW): 16 lanes.
 #![expect(
     unsafe_code,
     reason = "vector intrinsics and raw pointers; see the contract of `Vector`"
@@ -38,7 +38,7 @@ const EXP2: [f32; 7] = [
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(__m512);
 
-/// The mask of the first `len` lanes.
+/// Returns the mask of the first `len` lanes.
 #[inline(always)]
 pub(crate) fn first_lanes(len: usize) -> u16 {
     debug_assert!(len <= 16);
@@ -48,7 +48,7 @@ pub(crate) fn first_lanes(len: usize) -> u16 {
 }
 
 // SAFETY: constructors demand AVX-512 of their caller, and a value proves that
-// one was called; loads and stores touch exactly the floats named.
+// a constructor was called; loads and stores touch exactly the floats named.
 unsafe impl Vector for Avx512 {
     const LANES: usize = 16;
 
@@ -92,11 +92,13 @@ unsafe impl Vector for Avx512 {
     unsafe fn load_i24(from: *const u8) -> Self {
         // SAFETY: the caller vouches for the instructions and 48 bytes.
         unsafe {
-            // In two parts: a mask would be made anew for each vector.
+            // Loaded in two parts, since a mask would be made anew for each
+            // vector.
             let bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(from.cast()));
             let last = _mm_loadu_si128(from.add(32).cast());
             let bytes = _mm512_inserti32x4::<2>(bytes, last);
-            // Four numbers to each 128 bits, and there three bytes up each.
+            // Four numbers go to each 128 bits, and in these three bytes one
+            // place up each.
             let quarters = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
             let quarters = _mm512_permutexvar_epi32(quarters, bytes);
             let upper = _mm_setr_epi8(-1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11);
@@ -169,8 +171,8 @@ unsafe impl Vector for Avx512 {
     fn exp2(self) -> Self {
         // SAFETY: `self` proves the instructions.
         unsafe {
-            // The part above the integer below; zero for minus infinity. `scalef`
-            // takes that integer itself, and any exponent.
+            // The part above the next lower integer; zero for minus infinity.
+            // `scalef` takes the integer itself, and any exponent.
             let r = _mm512_reduce_ps::<0x09>(self.0);
             let mut p = _mm512_set1_ps(EXP2[6]);
             for c in EXP2[..6].iter().rev() {

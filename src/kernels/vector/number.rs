@@ -1,4 +1,4 @@
-//! Numbers as they are kept in memory; all are computed with as `f32`.
+//! Number formats in memory. All numbers are computed with as `f32`.
 #![expect(
     unsafe_code,
     reason = "reads vectors through raw pointers; see the contract of `Vector`"
@@ -16,66 +16,76 @@ use super::{LANES_MAX, Vector};
 #[cfg(test)]
 mod tests;
 
-/// Bytes that come from memory together.
+/// Bytes that come from memory together: a cache line.
 const LINE: usize = 64;
 
-/// A number that vectors are loaded from.
+/// Number format from which vectors are loaded.
 pub trait Number: Copy + Send + Sync + std::fmt::Debug + 'static {
-    /// So many in a row meet every line that they lie in at least once.
+    /// Numbers in a row of which at least one lies in every line that the row
+    /// touches.
     const PER_LINE: usize = LINE / size_of::<Self>();
-    /// Whether a panel of the widest vectors is in strips: reading is what takes
-    /// the time, and a CPU reads two places faster than one.
+    /// True if a panel of the widest vectors is cut into strips. Reading takes
+    /// most of the time, and a CPU reads from two places faster than from one.
     const IN_STRIPS: bool = false;
 
+    /// Loads `LANES` numbers.
     /// # Safety
-    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
+    /// The contract of `Vector::splat` holds, and `LANES` numbers at `from` are
+    /// readable.
     unsafe fn load<V: Vector>(from: *const Self) -> V;
 }
 
-/// How keys and values are kept: numbers of a position and head, and what all of
-/// them are multiplied with, if anything.
+/// Format in which keys and values are kept: the numbers of a position and
+/// head, and the factor with which all of them are multiplied, if there is one.
 pub trait Kept: Copy + Send + Sync + std::fmt::Debug + 'static {
-    /// What memory of them is made of.
+    /// Element of the memory that holds the numbers.
     type Element: Copy + Send + Sync + std::fmt::Debug + 'static;
-    /// How many make a number.
+    /// Number of elements that make a number.
     const PER_NUMBER: usize;
-    /// How many make a position's factor; none if there is no factor.
+    /// Number of elements that make a position's factor; 0 if there is no
+    /// factor.
     const PER_FACTOR: usize;
-    /// So many numbers in a row meet every line that they lie in at least once.
+    /// Numbers in a row of which at least one lies in every line that the row
+    /// touches.
     const PER_LINE: usize;
 
-    /// Elements of a position's `head_dim` numbers, with their factor.
+    /// Returns the number of elements of a position's `head_dim` numbers, with
+    /// their factor.
     #[must_use]
     fn position_len(head_dim: usize) -> usize {
         head_dim * Self::PER_NUMBER + Self::PER_FACTOR
     }
 
-    /// The factor of a position's numbers.
+    /// Returns the factor of a position's numbers.
     fn factor(row: &[f32]) -> f32;
 
-    /// Keeps what is nearest to each number of a row under its factor, each so
-    /// many elements after the one before.
+    /// Writes each number of a row, rounded to the nearest under the row's
+    /// factor. `stride` is the number of elements from a number to the next.
     /// # Safety
-    /// From `to` on the elements of so many numbers are writable.
+    /// From `to` on the elements of all the row's numbers are writable.
     unsafe fn put_row(row: &[f32], factor: f32, to: *mut Self::Element, stride: usize);
 
+    /// Writes a position's factor.
     /// # Safety
     /// A factor's elements at `to` are writable.
     unsafe fn put_factor(factor: f32, to: *mut Self::Element);
 
-    /// Reads numbers, without their factor.
+    /// Reads `LANES` numbers, without their factor.
     /// # Safety
-    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
+    /// The contract of `Vector::splat` holds, and `LANES` numbers at `from` are
+    /// readable.
     unsafe fn load<V: Vector>(from: *const Self::Element) -> V;
 
-    /// Reads `len` of them; the other lanes are zero.
+    /// Reads `len` numbers; the other lanes are zero.
     /// # Safety
-    /// As `Vector::splat`, and `len <= LANES` of them at `from` are readable.
+    /// The contract of `Vector::splat` holds, and `len <= LANES` numbers at
+    /// `from` are readable.
     unsafe fn load_partial<V: Vector>(from: *const Self::Element, len: usize) -> V;
 
     /// Reads the factors of positions that follow each other.
     /// # Safety
-    /// As `Vector::splat`, and `LANES` of them at `from` are readable.
+    /// The contract of `Vector::splat` holds, and `LANES` factors at `from` are
+    /// readable.
     unsafe fn load_factors<V: Vector>(from: *const Self::Element) -> V;
 }
 
@@ -95,7 +105,7 @@ impl Number for i8 {
     }
 }
 
-/// Rounded to 8 bits, each by itself.
+/// Each number is rounded to 8 bits, separately.
 impl Kept for bf16 {
     type Element = Self;
     const PER_NUMBER: usize = 1;
@@ -138,36 +148,40 @@ impl Kept for bf16 {
 }
 
 /// A whole number of 24 bits, the lowest byte first, times a power of two that
-/// several share: those of a position and head, or the weights of an output.
+/// several numbers share: the numbers of a position and head, or the weights of
+/// an output.
 ///
-/// The largest of them is rounded to 23 bits or more, where `f32` has 24, and the
-/// others to the same multiple. What is added up over all of them is then about as
-/// exact as with `f32`, whose sums round as much, in three quarters of the bytes;
-/// but not if the largest of them are multiplied with far smaller numbers than the
-/// others are. And sums must have room for numbers of 31 bits before their factor.
+/// The largest of the numbers is rounded to 23 bits or more, where `f32` has
+/// 24, and the others to the same multiple. A sum over all of them is then
+/// about as exact as with `f32`, whose sums round as much, in three quarters of
+/// the bytes; but not if the largest of the numbers are multiplied with far
+/// smaller factors than the others are. Sums must also have room for numbers of
+/// 31 bits, before the numbers are multiplied with their factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Int24([u8; 3]);
 
-// SAFETY: three bytes, of which zeros are zero.
+// SAFETY: the type is three bytes, of which zeros are zero.
 unsafe impl Zeroable for Int24 {}
-// SAFETY: three bytes of whatever value, and nothing else.
+// SAFETY: the type is three bytes of any value, and nothing else.
 unsafe impl Pod for Int24 {}
 
 impl Int24 {
-    /// The largest.
+    /// The largest whole number of 24 bits.
     const MAX: f32 = 8_388_607.0;
-    /// They are read as the upper 24 of 32 bits.
+    /// Factor by which numbers are read too large, since they are read as the
+    /// upper 24 of 32 bits.
     const READ_AS: f32 = 256.0;
     /// Exponent bits of the least number for which factors are normal numbers.
     const EXPONENT_MIN: u32 = 31;
-    /// The same for keys and values, whose factors are multiplied with
-    /// probabilities of 2^-64. Numbers below 2^-84 are zero then, and nothing beside
-    /// any that matter.
+    /// Like `EXPONENT_MIN`, for keys and values, whose factors are multiplied
+    /// with probabilities of 2^-64. Numbers below 2^-84 are zero then, and
+    /// nothing beside any that matter.
     const KEPT_EXPONENT_MIN: u32 = 65;
 
-    /// What numbers as they are read are multiplied with, where the largest
-    /// [`magnitude`] is this. Not a number if that is no finite one's.
+    /// Returns the factor of numbers as they are read, where the largest of
+    /// them has this [`magnitude`]; NaN if the magnitude is not that of a
+    /// finite number.
     #[inline(always)]
     pub(crate) fn factor_of(magnitude: u32) -> f32 {
         Self::factor_from(magnitude, Self::EXPONENT_MIN)
@@ -181,18 +195,19 @@ impl Int24 {
             return f32::NAN;
         }
         // Of the 24 bits one is the sign, 22 are behind the largest number's
-        // first, and 8 are `READ_AS`.
+        // first bit, and 8 are `READ_AS`.
         f32::from_bits((exponent.max(exponent_min) - 30) << 23)
     }
 
-    /// What is nearest to `value` under a factor.
+    /// Rounds `value` to the nearest number under a factor.
     #[inline(always)]
     pub(crate) fn of(value: f32, factor: f32) -> Self {
         Self::from_steps(Self::steps(value, Self::inverse(factor)))
     }
 
-    /// What numbers are multiplied with to be whole. Exact, as factors are powers
-    /// of two that are neither the largest nor the smallest.
+    /// Returns the number with which values are multiplied to become whole
+    /// numbers. The result is exact, as factors are powers of two that are
+    /// neither the largest nor the smallest.
     #[inline(always)]
     fn inverse(factor: f32) -> f32 {
         1.0 / (factor * Self::READ_AS)
@@ -213,14 +228,14 @@ impl Int24 {
     }
 }
 
-/// Bits that are larger for a number further from zero, and largest for infinity
-/// and what is no number.
+/// Returns bits that are larger for a number further from zero, and largest for
+/// infinity and NaN.
 #[inline(always)]
 pub(crate) fn magnitude(value: f32) -> u32 {
     value.to_bits() & (u32::MAX >> 1)
 }
 
-/// Without their factor.
+/// Numbers are loaded without their factor.
 impl Number for Int24 {
     // A row of 16 is 48 bytes.
     const PER_LINE: usize = 16;
@@ -250,13 +265,14 @@ impl Kept for Int24 {
         let inverse = Self::inverse(factor);
         let mut places = (0..).map(|i| to.wrapping_add(i * stride).cast::<Self>());
         for values in row.chunks(LANES_MAX) {
-            // All before any is written: that the CPU does several at a time.
+            // All numbers are rounded before any is written, so that the CPU
+            // rounds several at the same time.
             let mut steps = [0; LANES_MAX];
             for (steps, value) in steps.iter_mut().zip(values) {
                 *steps = Self::steps(*value, inverse);
             }
             for (steps, to) in steps[..values.len()].iter().zip(&mut places) {
-                // SAFETY: the caller vouches for three bytes for each number.
+                // SAFETY: the caller vouches for three bytes per number.
                 unsafe { to.write(Self::from_steps(*steps)) }
             }
         }
@@ -288,7 +304,8 @@ impl Kept for Int24 {
     #[inline(always)]
     unsafe fn load_factors<V: Vector>(from: *const u8) -> V {
         let mut factors = [0.0_f32; LANES_MAX];
-        // They lie at any address, and `load` may want whole numbers.
+        // Factors may lie at any address, but `load` may require aligned
+        // numbers.
         // SAFETY: the caller vouches for the instructions and a vector of them.
         unsafe {
             let to = factors.as_mut_ptr().cast::<u8>();

@@ -1,15 +1,16 @@
-//! Memory that a thread keeps from one block to the next.
+//! Scratch memory that a thread keeps from one block to the next.
 #![expect(
     unsafe_code,
     reason = "one cast: lines of floats to floats, for their alignment"
 )]
 
-/// A cache line, so that scratch begins on one.
+/// A cache line, so that scratch memory begins on one.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Floats on cache lines. Grows to the largest block seen, a few tens of KiB.
+/// Floats on cache lines. The memory grows to the largest block seen, a few
+/// tens of KiB.
 #[derive(Default)]
 pub(crate) struct AlignedScratch {
     lines: Vec<Line>,
@@ -20,8 +21,8 @@ impl AlignedScratch {
         Self { lines: Vec::new() }
     }
 
-    /// Pieces of these lengths, each on a cache line. What they hold is whatever
-    /// the last block left.
+    /// Returns pieces of these lengths, each beginning on a cache line. The
+    /// pieces hold whatever the last block left.
     pub(crate) fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
         let n_lines = lengths.iter().map(|length| length.div_ceil(16)).sum();
         if self.lines.len() < n_lines {

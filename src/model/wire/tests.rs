@@ -63,7 +63,7 @@ fn of_tensor(entries: &[(&str, &str)]) -> Vec<u8> {
     })
 }
 
-/// A tensor in every place that a graph has for one.
+/// Graph with a tensor in every place where a graph can have one.
 fn everywhere() -> Vec<u8> {
     let tensor = |location: &str| external(location, &[("location", location)]).encode_to_vec();
     let inner = |location: &str| field(5, &tensor(location));
@@ -169,15 +169,15 @@ fn sizes_and_places_are_checked() {
     };
     beyond(
         &[("offset", "9")],
-        "takes 24 bytes from 9 on, and w.bin has 32",
+        "takes 24 bytes from offset 9, but w.bin has 32",
     );
     beyond(
         &[("offset", "18446744073709551615")],
-        "from 18446744073709551615 on",
+        "from offset 18446744073709551615",
     );
     beyond(
         &[("length", "25")],
-        "length of 25 bytes, and its shape takes 24",
+        "length of 25 bytes, but its shape takes 24",
     );
     let mut huge = tensor(&[]);
     huge.dims = vec![i64::MAX, 3];
@@ -192,14 +192,14 @@ fn sizes_and_places_are_checked() {
 
 #[test]
 fn what_cannot_be_meant_is_refused() {
-    refused(&of_tensor(&[]), "in another file without a name");
+    refused(&of_tensor(&[]), "in another file, but has no location");
     refused(
         &of_tensor(&[("location", "a"), ("location", "b")]),
         "two locations",
     );
     for offset in ["-1", "1.5", "", "99999999999999999999"] {
         let graph = of_tensor(&[("location", "a"), ("offset", offset)]);
-        refused(&graph, "no number of bytes");
+        refused(&graph, "must be a number of bytes");
     }
     refused(
         &of_tensor(&[("location", &"a".repeat(5000))]),
@@ -214,7 +214,7 @@ fn what_cannot_be_meant_is_refused() {
         ..GraphProto::default()
     };
     refused(&model(many), "more than 32 dimensions");
-    refused(b"hello, world", "cut short, or no ONNX");
+    refused(b"hello, world", "truncated, or not ONNX");
     let whole = everywhere();
     for length in 1..whole.len() {
         let _ = look(&whole[..length]);
@@ -242,7 +242,7 @@ fn operators_that_mix_a_batch_are_found() {
     for name in BATCH_SCALED {
         assert_eq!(found(of(vec![node(name, &["x"], &["y"])])), Some(name));
     }
-    // A scale that the graph has, as initializer or constant, is of no image.
+    // A scale that is an initializer or constant does not depend on the images.
     let quantize = || node("QuantizeLinear", &["x", "scale"], &["y"]);
     assert_eq!(found(of(vec![quantize()])), Some("QuantizeLinear"));
     let constant = node("Constant", &[], &["scale"]);

@@ -48,7 +48,7 @@ fn what_would_grow_is_refused() {
         ..Default::default()
     };
     check(&request.encode_to_vec(), Err("options take more than"));
-    // Tokens that come in pieces, which decoding puts together.
+    // Decoding merges tokens that come in pieces.
     let ids = pb::Tokens {
         ids: vec![1; TOKENS_BYTES_MAX / 2 + 1],
     };
@@ -68,7 +68,7 @@ fn what_would_grow_is_refused() {
     let once = generate.encode_to_vec();
     assert!(pb::GenerateRequest::scan(&once).is_ok());
     assert!(pb::GenerateRequest::scan(&[&once[..], &once[..]].concat()).is_err());
-    // The same list, each id with a tag of its own.
+    // A list in which each number has a tag of its own is counted, too.
     check(&[0x38, 0x01].repeat(3000), Err("options take more than"));
 }
 

@@ -1,14 +1,15 @@
-//! The kernel of [`crate::kernels::attention`] as an operator.
+//! The operator `imagegpt.CausalAttention`, attention over whole sequences by
+//! the kernel of [`crate::kernels::attention`].
 //!
-//! `imagegpt.CausalAttention`, for whole sequences:
+//! Its inputs, outputs and attributes:
 //!
 //! | | |
 //! |---|---|
 //! | input 0 | `qkv`, f32, `(batch, positions, 3 * d)` |
 //! | output 0 | f32, `(batch, positions, d)` |
 //! | `num_heads` | int, required |
-//! | `scale` | float, `1 / sqrt(d / num_heads)` if it is not there |
-//! | `bf16` | int, 1 for [`AttentionPrecision::Bf16`], 0 if it is not there |
+//! | `scale` | float, `1 / sqrt(d / num_heads)` by default |
+//! | `bf16` | int, 1 for [`AttentionPrecision::Bf16`], 0 by default |
 
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
@@ -18,7 +19,7 @@ use ort::value::{TensorElementType, ValueType};
 
 use crate::kernels::attention::{AttentionPrecision, AttentionShape, CausalAttention};
 
-/// The name of an operator within [`DOMAIN`](super::DOMAIN).
+/// Name of the operator within [`DOMAIN`](super::DOMAIN).
 pub const CAUSAL_ATTENTION: &str = "CausalAttention";
 
 pub(super) fn heads(context: &KernelContext<'_>) -> ort::Result<usize> {
@@ -26,7 +27,7 @@ pub(super) fn heads(context: &KernelContext<'_>) -> ort::Result<usize> {
         .get::<i64>("num_heads")
         .and_then(|heads| usize::try_from(heads).ok())
         .filter(|heads| *heads > 0)
-        .ok_or_else(|| ort::Error::new("num_heads must be given, and at least one"))
+        .ok_or_else(|| ort::Error::new("the attribute num_heads must be given and at least 1"))
 }
 
 #[expect(
@@ -73,7 +74,8 @@ impl Operator for CausalAttentionOp {
     }
 }
 
-/// The output is this part of the input's last dimension, where that is known.
+/// Declares the output's shape: the input's, with the last dimension divided by
+/// `part`. Unknown dimensions stay unknown.
 pub(super) fn infer_part(
     context: &mut ShapeInferenceContext,
     input: ValueType,
@@ -87,8 +89,8 @@ pub(super) fn infer_part(
     else {
         return Ok(());
     };
-    // An unknown extent without a name would be taken for a real -1; then
-    // nothing is said, and the run finds out.
+    // An unknown extent without a name would be taken for a real -1; then no
+    // shape is declared, and the run determines it.
     let mut extents = shape.iter().zip(dimension_symbols.iter());
     if extents.any(|(extent, symbol)| *extent < 0 && symbol.is_empty()) {
         return Ok(());
@@ -153,8 +155,8 @@ impl Kernel for CausalAttentionKernel {
         if job.n_blocks() == 0 {
             return Ok(());
         }
-        // Each thread's first call takes blocks until none is left; the calls
-        // after that find nothing to do.
+        // Each thread's first call takes blocks until none is left; later calls
+        // find nothing to do.
         context.par_for(job.n_blocks(), 0, |_| job.work())
     }
 }

@@ -1,31 +1,32 @@
-//! The kernel of [`crate::kernels::layers`] as an operator.
+//! The operator `imagegpt.Layers`, all layers for new tokens of sequences with
+//! a key/value cache, by the kernel of [`crate::kernels::layers`].
 //!
-//! `imagegpt.Layers`, all layers for new tokens of sequences that have a cache.
-//! After the first three, its inputs are the same sixteen for each layer:
+//! After the first three inputs, each layer has the same sixteen inputs:
 //!
 //! | | |
 //! |---|---|
-//! | input 0 | what the first layer takes, f32, `(batch * length, width)` |
-//! | input 1 | `seqlens_k`, i32, `(batch)`: tokens after this run, less one |
-//! | input 2 | `prefixes`, i32, `(batch, 2)`: another sequence of the batch, and how many of its first positions this one has as well, which may be read there ([`SharedPrefix`]) |
-//! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16, of which n is `head_dim`, or bytes of [`Int24`], `3 * head_dim + 4` |
+//! | input 0 | input of the first layer, f32, `(batch * length, width)` |
+//! | input 1 | `seqlens_k`, i32, `(batch)`: number of tokens after this run, less one |
+//! | input 2 | `prefixes`, i32, `(batch, 2)`: another sequence of the batch, and the number of its first positions that this sequence has too and that may be read there ([`SharedPrefix`]) |
+//! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16 with n = `head_dim`, or bytes of [`Int24`] with n = `3 * head_dim + 4` |
 //! | + 2 | the norm before attention, f32, `(width)` |
-//! | + 3, 4, 5 | to queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
-//! | + 6, 7, 8 | the projection: the same of `(width, width)` |
+//! | + 3, 4, 5 | queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
+//! | + 6, 7, 8 | the projection: the same with `(width, width)` |
 //! | + 9 | the norm before the feed-forward part, f32, `(width)` |
-//! | + 10, 11, 12 | the expansion: the same of `(width, inner)` |
-//! | + 13, 14, 15 | the contraction: the same of `(inner, width)` |
-//! | output 0 | as input 0 |
-//! | outputs | `key`, `value` of each layer, as its past |
+//! | + 10, 11, 12 | the expansion: the same with `(width, inner)` |
+//! | + 13, 14, 15 | the contraction: the same with `(inner, width)` |
+//! | output 0 | output of the last layer, with the shape of input 0 |
+//! | outputs | `key`, `value` of each layer, with the shape of its `past_key`, `past_value` |
 //! | `num_heads` | int |
-//! | `scale` | floats: what each layer's scores are multiplied with |
+//! | `scale` | floats: factor of the attention scores of each layer |
 //! | `epsilon` | float, of the norms |
 //! | `activation` | string: `quick_gelu`, `gelu`, `gelu_new` or `relu` |
 //!
-//! All but the caches are constants, which are put in order once. Scales and
-//! biases of no numbers are none. The order of numbers within a head of the cache
-//! is the kernel's. An output that is bound to the memory of its past is changed
-//! in place; the past is copied to any other.
+//! All inputs of a layer but the caches are constants, which are packed once.
+//! An empty tensor stands for no scales or no bias. The kernel chooses the
+//! order of numbers within a head of the cache. An output that is bound to the
+//! memory of its past is changed in place; to any other output the past is
+//! copied first.
 
 use std::ops::Range;
 
@@ -45,16 +46,16 @@ use crate::kernels::layers::{
     Activation, DenseWeights, LayerWeights, NewTokens, Sizes, StepLayers, StepMemory, Weight,
 };
 
-/// The name of the operator within [`DOMAIN`](super::DOMAIN).
+/// Name of the operator within [`DOMAIN`](super::DOMAIN).
 pub const LAYERS: &str = "Layers";
 
-/// Inputs before those of the layers.
+/// Number of inputs before those of the layers.
 const FIRST: usize = 3;
-/// Inputs of each layer.
+/// Number of inputs per layer.
 const PER_LAYER: usize = 16;
-/// Outputs of a single layer.
+/// Number of outputs of a node with a single layer.
 const OUTPUTS_MIN: usize = 3;
-/// More calls than this to the threads of a session: it has no more threads.
+/// Largest number of threads of a session that take part in a run.
 const THREADS_MAX: usize = 64;
 
 pub(super) struct LayersOp;
@@ -88,7 +89,7 @@ impl Operator for LayersOp {
             TensorElementType::Int8 => Packed::Int8(pack(context)?),
             other => {
                 return Err(ort::Error::new(format!(
-                    "weights are {other}, not f32 or i8"
+                    "weights have the type {other}; f32 and i8 are supported"
                 )));
             }
         };
@@ -106,8 +107,9 @@ impl Operator for LayersOp {
             .enumerate()
             .filter(|(idx, _)| idx % PER_LAYER < 2)
             .map(|(_, cache)| cache);
-        // No more than every node has by the schema: how many outputs this one has
-        // is not to be had here, and of others older ONNX Runtimes write beyond.
+        // Only the outputs that every node has: the number of this node's
+        // outputs is unknown here, and for outputs that do not exist older
+        // versions of ONNX Runtime write out of bounds.
         let known = inputs.first().into_iter().chain(caches).take(OUTPUTS_MIN);
         for (idx, output) in known.enumerate() {
             let is_known = match output {
@@ -130,9 +132,9 @@ impl Operator for LayersOp {
     }
 }
 
-/// The constants of a node.
+/// Constant inputs of a node.
 struct Constants<'ctx> {
-    /// Of each layer, all but its caches.
+    /// Inputs of each layer without its caches.
     layers: Vec<Vec<DynTensorRef<'ctx>>>,
 }
 
@@ -142,7 +144,7 @@ impl<'ctx> Constants<'ctx> {
         let n_layers = n_inputs.saturating_sub(FIRST) / PER_LAYER;
         if n_layers == 0 || FIRST + n_layers * PER_LAYER != n_inputs {
             return Err(ort::Error::new(format!(
-                "{n_inputs} inputs are not {FIRST} and {PER_LAYER} of each layer"
+                "there are {n_inputs} inputs; there must be {FIRST}, and {PER_LAYER} per layer"
             )));
         }
         let constants = |layer: usize| {
@@ -163,7 +165,7 @@ impl<'ctx> Constants<'ctx> {
     }
 }
 
-/// Weights in order, of a node whose weights are `W`.
+/// Packs the weights of a node whose weights have the type `W`.
 fn pack<W: Weight + PrimitiveTensorElementType>(
     context: &KernelContext<'_>,
 ) -> ort::Result<StepLayers<W>> {
@@ -186,7 +188,7 @@ fn pack<W: Weight + PrimitiveTensorElementType>(
     for (constants, attention_scale) in constants.layers.iter().zip(scales) {
         layers.push(layer_weights::<W>(constants, attention_scale)?);
     }
-    // What the first layer has, all must have.
+    // Packing checks that all layers have the sizes of the first one.
     let first = layers
         .first()
         .map_or((0, 0), |layer: &LayerWeights<'_, W>| {
@@ -208,12 +210,10 @@ fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
     attention_scale: f32,
 ) -> ort::Result<LayerWeights<'a, W>> {
     for constant in constants {
-        // A file of weights may put them anywhere, and whoever reads them as
-        // numbers must not.
+        // Weights may be at any offset in their file, but numbers must be
+        // aligned to be read.
         if !constant.data_ptr().addr().is_multiple_of(align_of::<f32>()) {
-            return Err(ort::Error::new(
-                "weights that do not begin at whole numbers",
-            ));
+            return Err(ort::Error::new("weights are not aligned to 4 bytes"));
         }
     }
     let floats = |idx: usize| Ok::<_, ort::Error>(constants[idx].try_extract_tensor::<f32>()?.1);
@@ -237,7 +237,7 @@ fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
     })
 }
 
-/// Weights as they are kept.
+/// Packed weights, by their type.
 enum Packed {
     Float(StepLayers<f32>),
     Int8(StepLayers<i8>),
@@ -264,7 +264,7 @@ impl Kernel for LayersKernel {
             (Packed::Int8(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
             (Packed::Int8(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
             (_, other) => Err(ort::Error::new(format!(
-                "a cache of {other}, not u8 or bf16"
+                "the cache has the type {other}; u8 and bf16 are supported"
             ))),
         }
     }
@@ -323,7 +323,8 @@ impl Call<'_> {
                 kept.push(present);
             }
         }
-        // From here on nobody looks at the past, which may be what is written.
+        // From here on the past is not read, since its memory may be the
+        // output's.
         apart::<K::Element>(&kept)?;
         let mut caches: Vec<KeyValueCache<'_, K>> = Vec::with_capacity(layers.n_layers());
         for pair in kept.chunks_exact_mut(2) {
@@ -342,15 +343,15 @@ impl Call<'_> {
             caches,
         };
         let step = layers.step(tokens, self.room).map_err(ort::Error::wrap)?;
-        // Each thread's first call goes through all layers; the calls after that
-        // find nothing to do.
+        // Each thread's first call goes through all layers; later calls find
+        // nothing to do.
         context.par_for(THREADS_MAX, 0, |_| step.work())?;
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         step.finish(output).map_err(ort::Error::wrap)
     }
 }
 
-/// Makes sure that no two caches share memory.
+/// Checks that no two caches share memory.
 fn apart<K>(caches: &[DynTensorRefMut<'_>]) -> ort::Result<()> {
     let mut ranges: Vec<_> = caches.iter().map(|cache| bytes::<K>(cache)).collect();
     ranges.sort_unstable_by_key(|range| range.start);
@@ -360,8 +361,8 @@ fn apart<K>(caches: &[DynTensorRefMut<'_>]) -> ort::Result<()> {
     Ok(())
 }
 
-/// Tokens of each sequence before `length` new ones, from how many it has after
-/// them, less one.
+/// Returns the number of tokens of each sequence before its `length` new ones;
+/// `ends` has the number after them, less one.
 fn past(ends: &[i32], length: usize) -> ort::Result<Vec<usize>> {
     let past = ends.iter().map(|&end| {
         let end = usize::try_from(end).ok()?.checked_add(1)?;
@@ -369,12 +370,13 @@ fn past(ends: &[i32], length: usize) -> ort::Result<Vec<usize>> {
     });
     past.collect::<Option<_>>().ok_or_else(|| {
         ort::Error::new(format!(
-            "seqlens_k {ends:?} are not tokens after {length} new ones, less one"
+            "seqlens_k is {ends:?}; each must be the tokens after {length} new ones, less one"
         ))
     })
 }
 
-/// What sequences share, from pairs of another one and positions.
+/// Reads the shared prefixes from pairs of a sequence and a number of
+/// positions.
 fn shared(pairs: &[i32]) -> ort::Result<Vec<SharedPrefix>> {
     let size = |size: i32| usize::try_from(size).ok();
     let (pairs, rest) = pairs.as_chunks::<2>();
@@ -388,35 +390,35 @@ fn shared(pairs: &[i32]) -> ort::Result<Vec<SharedPrefix>> {
     shared.ok_or_else(|| ort::Error::new("prefixes are not pairs of a sequence and positions"))
 }
 
-/// Makes `present` what `past` is; it may be the same memory already, but
-/// nothing between that and other memory.
+/// Copies `past` to `present`, unless both are the same memory; memory that
+/// overlaps in part is refused.
 fn keep<K: PrimitiveTensorElementType + Copy>(
     past: &DynTensor,
     present: &mut DynTensorRefMut<'_>,
 ) -> ort::Result<()> {
-    // The order matters: while there is a slice of one, the other's memory must
-    // not be within it.
+    // The addresses are compared before slices exist, since the slices of
+    // `past` and `present` must not overlap.
     let (from, to) = (bytes::<K>(past), bytes::<K>(present));
     if from == to {
         return Ok(());
     }
     if overlap(&from, &to) {
         return Err(ort::Error::new(
-            "a cache's output is partly the memory of its input",
+            "the output of a cache overlaps the memory of its input in part",
         ));
     }
     let (_, past) = past.try_extract_tensor::<K>()?;
     let (_, present) = present.try_extract_tensor_mut::<K>()?;
     if past.len() != present.len() {
         return Err(ort::Error::new(
-            "a cache's output is not as long as its input",
+            "the output of a cache is not as long as its input",
         ));
     }
     present.copy_from_slice(past);
     Ok(())
 }
 
-/// The addresses of a tensor of `K`.
+/// Returns the range of addresses of a tensor with elements `K`.
 fn bytes<K>(tensor: &DynTensor) -> Range<usize> {
     let start = tensor.data_ptr().addr();
     start..start + tensor.shape().num_elements() * size_of::<K>()

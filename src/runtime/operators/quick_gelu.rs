@@ -1,13 +1,15 @@
-//! Quick-gelu in numbers of 16 bits, with the GPU's kernel of [`crate::gpu`].
+//! The operators `imagegpt.QuickGeluFp16` and `imagegpt.QuickGeluBf16`,
+//! quick-gelu in 16 bits by the GPU kernel of [`crate::gpu`].
 //!
-//! `imagegpt.QuickGeluFp16` and `imagegpt.QuickGeluBf16`:
+//! Their inputs and outputs:
 //!
 //! | | |
 //! |---|---|
 //! | input 0 | `x`, fp16 or bf16, of any shape |
-//! | output 0 | `x / (1 + exp(-1.702 x))`, the same |
+//! | output 0 | `x / (1 + exp(-1.702 x))`, with the type and shape of `x` |
 //!
-//! The CPU has them too, so that graphs for a GPU can be tried without one.
+//! The CPU has the operators too, so that graphs for a GPU can be verified
+//! without a GPU.
 #![expect(unsafe_code, reason = "a GPU's memory is known by its address alone")]
 
 use half::{bf16, f16};
@@ -21,11 +23,12 @@ use super::{inputs, output};
 use crate::gpu::kernels::{self, Half, Numbers};
 use crate::model::precision::Provider;
 
-/// The names of the operators within [`DOMAIN`](super::DOMAIN).
+/// Name of the fp16 operator within [`DOMAIN`](super::DOMAIN).
 pub const QUICK_GELU_FP16: &str = "QuickGeluFp16";
+/// Name of the bf16 operator within [`DOMAIN`](super::DOMAIN).
 pub const QUICK_GELU_BF16: &str = "QuickGeluBf16";
 
-/// How quick-gelu got its name: this factor.
+/// Factor in the exponent of quick-gelu.
 pub const FACTOR: f32 = 1.702;
 
 #[derive(Clone, Copy)]
@@ -96,9 +99,9 @@ impl Kernel for QuickGelu {
             y: y.data_ptr().cast_mut().cast(),
             n,
         };
-        // SAFETY: ONNX Runtime has made the device the thread's, gives its stream,
-        // keeps both tensors until that has passed, and allocates at multiples of
-        // 256 bytes.
+        // SAFETY: ONNX Runtime has made the device current for this thread,
+        // passes its stream, keeps both tensors until the stream has finished
+        // with them, and allocates at multiples of 256 bytes.
         unsafe { kernels::quick_gelu(self.half, numbers, FACTOR, stream) }.map_err(ort::Error::new)
     }
 }

@@ -14,7 +14,7 @@ fn picture() -> ImageRequest {
     }
 }
 
-/// For models of one pixel and two colors.
+/// Preprocessing for a model of one pixel and two colors.
 fn preprocessing(batcher: crossbeam_channel::Sender<PreparedWork>) -> Preprocessing {
     let palette = Palette::new(vec![[-1.0; 3], [1.0; 3]]).expect("a palette");
     let limits = ImageLimits {
@@ -225,7 +225,7 @@ async fn a_stream_waits_for_room() {
     assert!(matches!(error, Err(StageError::NeverFits { max: 75, .. })));
 }
 
-/// Whether the future has nothing yet.
+/// True if the future is still pending.
 async fn futures_pending<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> bool {
     tokio::select! {
         biased;

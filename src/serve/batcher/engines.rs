@@ -1,5 +1,5 @@
-//! The engines as the batcher sees them: which are free, and what the others
-//! run.
+//! State of the engines as the batcher sees them: the engines that are free,
+//! and the batches that the others run.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,13 +16,14 @@ use crate::serve::job::CoalescedWaiters;
 
 /// The batcher's end of one engine.
 pub(crate) struct EngineLine {
-    /// Room for one, and sent to only after a slot: never full.
+    /// Channel with room for one turn. A turn is sent only after the engine's
+    /// slot, so the channel is never full.
     turns: Sender<EngineTurn>,
     stop: Arc<RunStop>,
 }
 
 impl EngineLine {
-    /// And the engine's end.
+    /// Returns the batcher's end and the engine's end.
     pub(crate) fn new() -> (Self, (Receiver<EngineTurn>, Arc<RunStop>)) {
         let (turns, of_engine) = crossbeam_channel::bounded(1);
         let stop = Arc::new(RunStop::default());
@@ -39,18 +40,19 @@ pub(super) struct RunningBatch {
     pub(super) id: u64,
     pub(super) units: Vec<(AnswerKey, Arc<CoalescedWaiters>)>,
     pub(super) stopping: bool,
-    /// The earliest deadline among its callers.
+    /// Earliest deadline among the batch's callers.
     pub(super) deadline: Option<Instant>,
 }
 
 struct Engine {
     line: EngineLine,
-    /// Since when, if it is free.
+    /// Time since which the engine has been free; `None` while the engine runs
+    /// something.
     free_since: Option<Instant>,
     running: Option<RunningBatch>,
 }
 
-/// Those that live.
+/// Engines that are still running, by device.
 pub(super) struct Engines(BTreeMap<DeviceIdx, Engine>);
 
 impl Engines {
@@ -58,7 +60,7 @@ impl Engines {
         let engine = |(idx, line)| {
             let engine = Engine {
                 line,
-                // Until it says otherwise it loads.
+                // An engine loads until it says that it is free.
                 free_since: None,
                 running: None,
             };
@@ -71,7 +73,7 @@ impl Engines {
         self.0.is_empty()
     }
 
-    /// Those that are free, whoever has been so longest first.
+    /// Returns the free engines, the one that has been free longest first.
     pub(super) fn free(&self) -> Vec<DeviceIdx> {
         let free = self.0.iter();
         let mut free: Vec<(Instant, DeviceIdx)> = free
@@ -81,31 +83,31 @@ impl Engines {
         free.into_iter().map(|(_, device)| device).collect()
     }
 
-    /// Whether an engine has no turn.
+    /// True if the engine is waiting for a turn.
     pub(super) fn is_free(&self, device: DeviceIdx) -> bool {
         let engine = self.0.get(&device);
         engine.is_some_and(|engine| engine.free_since.is_some())
     }
 
-    /// Forgets all of them, who see it.
+    /// Forgets all engines; each sees that its channel has closed.
     pub(super) fn hang_up(&mut self) {
         self.0.clear();
     }
 
-    /// Whether none runs anything.
+    /// True if no engine runs anything.
     pub(super) fn all_free(&self) -> bool {
         self.0.values().all(|engine| engine.free_since.is_some())
     }
 
-    /// An engine is free; gives what it ran.
+    /// Takes note that an engine is free, and returns the batch that has ended.
     pub(super) fn freed(&mut self, device: DeviceIdx, now: Instant) -> Option<RunningBatch> {
         let engine = self.0.get_mut(&device)?;
         engine.free_since = Some(now);
         engine.running.take()
     }
 
-    /// Gives an engine that is free its turn. One that has failed meanwhile
-    /// refuses it.
+    /// Gives a free engine its turn. If the engine has failed meanwhile, the
+    /// callers in the turn are answered with `NotReady`.
     pub(super) fn give(
         &mut self,
         device: DeviceIdx,
@@ -125,24 +127,25 @@ impl Engines {
         }
     }
 
-    /// Forgets an engine that takes no more turns, and hangs up on it; gives what
-    /// it ran.
+    /// Forgets an engine that takes no more turns, closes its channel, and
+    /// returns the batch that was running.
     pub(super) fn remove(&mut self, device: DeviceIdx) -> Option<RunningBatch> {
         self.0.remove(&device)?.running
     }
 
-    /// What an engine runs.
+    /// Returns the batch that an engine runs.
     pub(super) fn running(&mut self, device: DeviceIdx) -> Option<&mut RunningBatch> {
         self.0.get_mut(&device)?.running.as_mut()
     }
 
-    /// What all of them run, each with the means to stop it.
+    /// Returns the batches of all engines, each with the handle that stops its
+    /// run.
     pub(super) fn all_running(&mut self) -> impl Iterator<Item = (&mut RunningBatch, &RunStop)> {
         let engines = self.0.values_mut();
         engines.filter_map(|engine| Some((engine.running.as_mut()?, &*engine.line.stop)))
     }
 
-    /// The earliest deadline of what they run.
+    /// Returns the earliest deadline of the batches that are running.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let running = self.0.values().filter_map(|engine| engine.running.as_ref());
         running.filter_map(|running| running.deadline).min()

@@ -1,39 +1,40 @@
-//! How fast the engine is, by what it was seen to do.
+//! Measured speed of the engines: durations of runs by graph and size, and
+//! images per second.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::model::graph::Graph;
 
-/// Runs of a graph at one size that are remembered: enough that one slow run
-/// does not decide, few enough that a change shows within a second.
+/// Number of runs that are remembered per graph and size: enough that one slow
+/// run does not decide, few enough that a change shows within a second.
 const RUNS: usize = 8;
-/// Runs of any kind that the rate is taken over.
+/// Number of runs, of any graph and size, that the rate is computed from.
 const RATE_RUNS: usize = 32;
-/// Nobody is refused by a measurement older than this: refusing ends the runs
-/// that would correct it.
+/// Age after which a measurement refuses no more work: refusing ends the runs
+/// that would correct the measurement.
 const STALE: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// Durations of the latest runs, by graph and size, and the rate that follows.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     sizes: BTreeMap<(Graph, usize), Recent>,
-    /// Images, and what they took.
+    /// Images of each of the latest runs, and the run's duration.
     runs: VecDeque<(f64, Duration)>,
 }
 
 #[derive(Debug)]
 struct Recent {
     times: VecDeque<Duration>,
-    /// Whether there is only the warm-up, whose first run of a size may be
-    /// slower than those to come.
+    /// True if only the warm-up was measured; the first run of a size may be
+    /// slower than later runs.
     warm: bool,
-    /// When the last one ended.
+    /// Time at which the last run ended.
     at: Instant,
 }
 
 impl Pace {
-    /// A warm-up run: good enough to choose among sizes by.
+    /// Records a warm-up run, which is good enough for choosing among sizes.
     pub(crate) fn warmed(&mut self, graph: Graph, bucket: usize, elapsed: Duration, now: Instant) {
         let times = VecDeque::from([elapsed]);
         self.sizes.entry((graph, bucket)).or_insert(Recent {
@@ -43,8 +44,8 @@ impl Pace {
         });
     }
 
-    /// A run of so many images in a batch of `bucket` that succeeded; of an image
-    /// that takes many runs, each is a part.
+    /// Records a successful run of `images` in a batch of size `bucket`. If an
+    /// image takes many runs, each run counts as a fraction of the image.
     pub(crate) fn ran(
         &mut self,
         graph: Graph,
@@ -72,7 +73,7 @@ impl Pace {
         self.runs.push_back((images, elapsed));
     }
 
-    /// How long a batch of this size usually takes.
+    /// Typical (median) duration of a run of this size, if any was measured.
     #[must_use]
     pub(crate) fn typical(&self, graph: Graph, bucket: usize) -> Option<Duration> {
         let times = &self.sizes.get(&(graph, bucket))?.times;
@@ -81,8 +82,7 @@ impl Pace {
         sorted.get(sorted.len() / 2).copied()
     }
 
-    /// How long a batch of this size takes at least, if that was measured
-    /// lately.
+    /// Shortest duration of a run of this size, if measured in the last 10 s.
     #[must_use]
     pub(crate) fn at_least(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;
@@ -92,16 +92,17 @@ impl Pace {
         recent.times.iter().min().copied()
     }
 
-    /// How long ago a batch of this size was last seen, if ever.
+    /// Time since the last run of this size, if there was any.
     #[must_use]
     pub(crate) fn age(&self, graph: Graph, bucket: usize, now: Instant) -> Option<Duration> {
         let recent = self.sizes.get(&(graph, bucket))?;
         Some(now.saturating_duration_since(recent.at))
     }
 
-    /// How long any batch of this graph takes at least, if one was measured
-    /// lately. A size that was not may still be the fastest, and is what one image
-    /// would run at while only large batches have been.
+    /// Shortest duration of a run of this graph at any size, if one of the
+    /// sizes was measured within the last 10 s. Older measurements of the other
+    /// sizes count as well, since such a size may still be the fastest: one
+    /// image would run at it, even while only large batches have run lately.
     #[must_use]
     pub(crate) fn floor(&self, graph: Graph, now: Instant) -> Option<Duration> {
         let sizes = || self.sizes.iter().filter(|((of, _), _)| *of == graph);

@@ -1,5 +1,6 @@
-//! When to close a batch, of whom, and how large: pure functions of what waits,
-//! of the time, and of what was measured.
+//! Rules for when to close a batch, of which class and graph, and at which
+//! size: pure functions of the waiting work, the time and the measured
+//! durations.
 
 use std::time::{Duration, Instant};
 
@@ -10,34 +11,36 @@ use crate::model::graph::Graph;
 use crate::proto::Priority;
 use crate::serve::metrics::BatchClose;
 
-/// The operator's choices.
+/// Scheduling options that the operator sets.
 #[derive(Debug, Clone)]
 pub(crate) struct Policy {
     pub buckets: Buckets,
-    /// How long an image may wait for others while the engine is free.
+    /// Longest time that an image waits for a batch to fill up while the engine
+    /// is free.
     pub max_queue_delay: Duration,
-    /// The share of engine time that bulk gets at least while both classes
+    /// Smallest share of engine time that bulk work gets while both classes
     /// wait, in percent.
     pub bulk_share: u8,
-    /// The longest that bulk goes without a batch while it waits.
+    /// Longest time that bulk work waits without getting a batch.
     pub bulk_wait_max: Duration,
 }
 
-/// What to do while the engine is free.
+/// Decision about a free engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decision {
-    /// Nothing waits.
+    /// No work waits.
     Idle,
-    /// A batch may still fill up until then.
+    /// A batch may still fill up until this time.
     WaitUntil(Instant),
-    /// Form a batch of this lane now.
+    /// Form a batch of this class and graph now.
     Flush(Priority, Graph, BatchClose),
 }
 
 impl Policy {
-    /// Decides among lanes, for a worker that drains (and so waits for nobody)
-    /// or not. `full` says how many images of a graph gain nothing from more
-    /// company, `bulk_owed` whether bulk has waited for its share.
+    /// Decides which lane gets the next batch, and when. While the worker
+    /// drains, no batch waits to fill up. `full` gives the number of images of
+    /// a graph from which a larger batch gains nothing; `bulk_owed` is true if
+    /// bulk work has earned the next batch.
     #[must_use]
     pub(crate) fn decide(
         &self,
@@ -56,21 +59,23 @@ impl Policy {
                 draining.then_some(BatchClose::Drain)
             }
         };
-        // While nobody's time is up the engine may stay idle for company.
+        // While no image has waited for the whole queue delay, the engine may
+        // stay idle so that batches fill up.
         if lanes.iter().all(|lane| reason(lane).is_none()) {
             let wake = lanes.iter().map(|lane| lane.oldest + self.max_queue_delay);
             return wake.min().map_or(Decision::Idle, Decision::WaitUntil);
         }
-        // Once it starts something anyway, the most urgent goes first, though
-        // it might have waited a little longer: else it waits for a batch.
+        // If a batch is due anyway, the most urgent lane goes first, though it
+        // might have waited a little longer: otherwise it would wait for the
+        // whole batch.
         let waits = |class| lanes.iter().any(|lane| lane.class == class);
         let class = if waits(Priority::Interactive) && !(bulk_owed && waits(Priority::Bulk)) {
             Priority::Interactive
         } else {
             Priority::Bulk
         };
-        // Among graphs, whoever's first image is the most urgent, so that no
-        // graph starves another.
+        // Among graphs, the one whose first image is the most urgent goes
+        // first, so that no graph starves another.
         lanes
             .iter()
             .filter(|lane| lane.class == class)
@@ -81,12 +86,12 @@ impl Policy {
             })
     }
 
-    /// How large a batch to form of `n` images that wait: the smallest size at
-    /// which the engine answers nearly the most images a second. Where padding
-    /// is free (a GPU that is not full) that is a large one, where every row
-    /// costs the same (a CPU) it is one image: then the others are answered no
-    /// later, this one sooner, and whoever is more urgent need not wait for all
-    /// of them.
+    /// Chooses the size of a batch when `n` images wait: the smallest size at
+    /// which the engine answers nearly the most images per second. If padding
+    /// is free (a GPU that is not full), that is a large size. If every row
+    /// costs the same (a CPU), it is one image: the other images are then
+    /// answered no later, this image sooner, and more urgent work need not wait
+    /// for all of them.
     #[must_use]
     pub(crate) fn bucket(
         &self,
@@ -102,7 +107,7 @@ impl Policy {
             let (Some(time), Some(age)) =
                 (pace.typical(graph, bucket), pace.age(graph, bucket, now))
             else {
-                // Nothing to choose by.
+                // Without a measurement there is nothing to choose by.
                 return up;
             };
             if age >= REMEASURE && bucket <= n {
@@ -120,9 +125,9 @@ impl Policy {
 }
 
 impl Policy {
-    /// How large to make a batch of interactive work, for which `bucket` is
-    /// enough, when `n` images of it and of bulk wait: larger where that costs
-    /// the interactive ones little time and spares bulk most of a run.
+    /// Chooses the size of an interactive batch, for which `bucket` is enough,
+    /// when `n` interactive and bulk images wait: a larger size if it costs the
+    /// interactive images little time and saves bulk work most of a run.
     #[must_use]
     pub(crate) fn shared_bucket(
         &self,
@@ -147,39 +152,44 @@ impl Policy {
     }
 }
 
-/// How much longer an interactive batch may take so that bulk rides along: less
-/// than twice, which is what two images take where every row costs.
+/// Largest factor by which an interactive batch may take longer so that bulk
+/// work can share it: less than 2, which is the cost of two images where every
+/// row costs the same.
 const STRETCH: f64 = 1.9;
 
-/// What a batch costs besides its run: the way to the engine and back, about.
+/// Time that a batch costs besides its run, about: the way to the engine and
+/// back.
 const HANDOVER: Duration = Duration::from_micros(100);
-/// How much of the best rate a smaller batch is worth.
+/// Share of the best rate from which a smaller batch is preferred.
 const NEARLY: f64 = 0.98;
-/// A size that was not run for so long is run once: a measurement that was
-/// wrong, or is no longer right, would else keep a size from being used for
-/// ever.
+/// Age of a measurement after which its size is run once more: otherwise a
+/// measurement that was wrong, or is no longer right, would keep a size from
+/// being used for ever.
 const REMEASURE: Duration = Duration::from_mins(1);
 
-/// How many of its own batches bulk may have had ahead of its share: what it had
-/// while the engine was not needed otherwise is soon forgotten, but not at once,
-/// or it would be owed a batch as soon as a few interactive ones have run.
+/// Largest lead of bulk work over its share, in bulk batches. Time that bulk
+/// work had while the engine was not needed otherwise is soon forgotten, but
+/// not at once: otherwise bulk would be owed a batch as soon as a few
+/// interactive batches have run.
 const AHEAD_MAX: u32 = 4;
 
-/// Keeps account of what bulk is owed. Interactive work goes first; for the
-/// engine time that it takes while bulk waits, bulk earns its share.
+/// Account of the engine time that bulk work is owed. Interactive work goes
+/// first; for the engine time that interactive work takes while bulk waits,
+/// bulk earns its share.
 #[derive(Debug, Default)]
 pub(crate) struct BulkLedger {
-    /// Engine time that bulk has earned and not had.
+    /// Engine time that bulk work has earned and not yet had.
     earned: Duration,
-    /// Engine time that bulk has had beyond what it earned. One of the two is
-    /// zero.
+    /// Engine time that bulk work has had beyond its earnings. Either this or
+    /// `earned` is zero.
     ahead: Duration,
-    /// When bulk last had a batch.
+    /// Time at which bulk work last got a batch.
     served_at: Option<Instant>,
 }
 
 impl BulkLedger {
-    /// A batch of this class took this long; bulk work waited meanwhile or not.
+    /// Records that a batch of this class took `elapsed`, and whether bulk work
+    /// waited meanwhile.
     pub(crate) fn ran(
         &mut self,
         policy: &Policy,
@@ -193,7 +203,7 @@ impl BulkLedger {
                 self.earned -= paid;
                 self.ahead = (self.ahead + elapsed.saturating_sub(paid)).min(elapsed * AHEAD_MAX);
             }
-            // What nobody waits for is not owed later.
+            // Bulk that did not wait is owed nothing later.
             Priority::Interactive if !bulk_waited => self.earned = Duration::ZERO,
             Priority::Interactive => {
                 let share = u32::from(policy.bulk_share.min(99));
@@ -205,15 +215,16 @@ impl BulkLedger {
         }
     }
 
-    /// A batch of this class was formed.
+    /// Records that a batch of this class was formed.
     pub(crate) fn served(&mut self, class: Priority, now: Instant) {
         if class == Priority::Bulk {
             self.served_at = Some(now);
         }
     }
 
-    /// Whether bulk has earned a batch that takes `cost`, or has waited too
-    /// long. `oldest` is when the bulk work that waits came.
+    /// True if bulk work has earned a batch that takes `cost`, or has waited
+    /// for `--bulk-wait-max`. `oldest` is the arrival of the bulk image that
+    /// has waited longest.
     #[must_use]
     pub(crate) fn bulk_is_owed(
         &self,
@@ -247,7 +258,8 @@ mod tests {
         }
     }
 
-    /// Each lane: class, graph, how many wait, when they came.
+    /// Checks a decision. Each lane is a class, a graph, a number of waiting
+    /// images and their arrival.
     fn check(
         lanes: &[(Priority, Graph, usize, u64)],
         now_ms: u64,
@@ -320,7 +332,8 @@ mod tests {
             pace.warmed(Hidden, size, MS(10 * size as u64), now);
         }
         assert_eq!(sizes(&pace, now), [1; 5]);
-        // What was not seen for long is tried once, where enough wait for it.
+        // A size that has not run for a minute is tried once, if enough images
+        // wait.
         let later = now + REMEASURE;
         pace.ran(Hidden, 1, 1.0, MS(10), later);
         assert_eq!(sizes(&pace, later), [1, 2, 2, 2, 2]);
@@ -334,7 +347,7 @@ mod tests {
         assert_eq!(sizes(&pace, now), [1, 2, 4, 4, 4]);
         let limited = policy.bucket(Hidden, 9, 2, &pace, now);
         assert_eq!(limited, 2, "what the engine takes");
-        // Something between: padding costs more than it brings.
+        // Something in between: padding costs more than it brings.
         let mut pace = Pace::default();
         for (size, ms) in [(1, 10), (2, 16), (4, 28)] {
             pace.warmed(Hidden, size, MS(ms), now);

@@ -1,11 +1,13 @@
-//! What waits for the engine, in the order in which it should run.
+//! Work that waits for an engine, in the order in which it should run.
 //!
-//! One lane for each class and graph. Within a lane the earliest deadline goes
-//! first; what has no deadline stands as if it had one [`PATIENCE`] after it
-//! came, so it keeps its order among its like, and nothing that comes later
-//! can overtake it for ever. Equal deadlines leave in the order of arrival.
+//! There is one lane per class and graph. Within a lane the earliest deadline
+//! goes first. Work without a deadline is placed as if its deadline were
+//! [`PATIENCE`] after its arrival: such work keeps its order of arrival, and
+//! later work cannot overtake it for ever. Equal deadlines leave in the order
+//! of arrival.
 //!
-//! A plain data structure: the time is given, nothing here waits or answers.
+//! The queue is a plain data structure: the caller passes the time, and nothing
+//! here waits or answers.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,19 +15,19 @@ use std::time::{Duration, Instant};
 use crate::model::graph::Graph;
 use crate::proto::Priority;
 
-/// How long after its arrival work without a deadline stands in line; a
-/// deadline further off counts as this. An image that has waited so long goes
-/// before everything that arrives from now on.
+/// Time after arrival at which work without a deadline is placed in its lane; a
+/// deadline further off counts as this one. An image that has waited this long
+/// goes before everything that arrives from now on.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The order within a lane.
+/// Sort key of an entry within a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LaneRank {
     due: Instant,
     seq: u64,
 }
 
-/// Where an entry stands, to find it again.
+/// Position of an entry, by which the entry can be found again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QueuePosition {
     pub class: Priority,
@@ -33,7 +35,7 @@ pub(crate) struct QueuePosition {
     rank: LaneRank,
 }
 
-/// Something that waits.
+/// Entry of the queue.
 #[derive(Debug)]
 pub(crate) struct QueuedWork<T> {
     pub item: T,
@@ -41,23 +43,24 @@ pub(crate) struct QueuedWork<T> {
     pub deadline: Option<Instant>,
 }
 
-/// What a policy needs to know of a lane. Never empty.
+/// Summary of a lane for the policy. Never of an empty lane.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LaneView {
     pub class: Priority,
     pub graph: Graph,
     pub len: usize,
-    /// When the one who has waited longest came.
+    /// Arrival of the entry that has waited longest.
     pub oldest: Instant,
-    /// The rank of the one who goes first.
+    /// Rank of the entry that goes first.
     pub first: LaneRank,
 }
 
-/// See the module.
+/// Queue of work for the engines, with one lane per class and graph.
 #[derive(Debug)]
 pub(crate) struct WorkQueue<T> {
     lanes: BTreeMap<(Priority, Graph), Entries<T>>,
-    /// All deadlines, for a timer; the sequence number tells equal ones apart.
+    /// All deadlines, for a timer; the sequence number tells equal deadlines
+    /// apart.
     deadlines: BTreeMap<(Instant, u64), QueuePosition>,
     next_seq: u64,
 }
@@ -65,7 +68,7 @@ pub(crate) struct WorkQueue<T> {
 #[derive(Debug)]
 struct Entries<T> {
     by_rank: BTreeMap<LaneRank, QueuedWork<T>>,
-    /// By order of arrival; an entry that was moved has a later number.
+    /// Ranks in order of arrival; an entry that was moved has a later number.
     by_age: BTreeMap<(Instant, u64), LaneRank>,
 }
 
@@ -80,14 +83,14 @@ impl<T> Default for WorkQueue<T> {
 }
 
 impl<T> WorkQueue<T> {
-    /// How many wait in a class.
+    /// Number of entries of a class.
     #[must_use]
     pub(crate) fn len_of(&self, class: Priority) -> usize {
         let lanes = self.lanes.iter().filter(|((of, _), _)| *of == class);
         lanes.map(|(_, entries)| entries.by_rank.len()).sum()
     }
 
-    /// How many wait in one lane.
+    /// Number of entries in one lane.
     #[must_use]
     pub(crate) fn len_in(&self, class: Priority, graph: Graph) -> usize {
         self.lanes
@@ -95,13 +98,13 @@ impl<T> WorkQueue<T> {
             .map_or(0, |lane| lane.by_rank.len())
     }
 
-    /// Whether nothing waits.
+    /// True if the queue is empty.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.lanes.values().all(|lane| lane.by_rank.is_empty())
     }
 
-    /// Where an entry with this deadline would stand if it came now.
+    /// Returns the rank of an entry with this deadline if it were added now.
     fn rank(&self, arrived: Instant, deadline: Option<Instant>) -> LaneRank {
         let patience = arrived + PATIENCE;
         LaneRank {
@@ -132,7 +135,7 @@ impl<T> WorkQueue<T> {
         place
     }
 
-    /// Takes an entry out from wherever it stands.
+    /// Takes an entry out, wherever in its lane it is.
     pub(crate) fn remove(&mut self, place: &QueuePosition) -> Option<QueuedWork<T>> {
         let lane = self.lanes.get_mut(&(place.class, place.graph))?;
         let entry = lane.by_rank.remove(&place.rank)?;
@@ -150,7 +153,7 @@ impl<T> WorkQueue<T> {
         self.remove(&QueuePosition { class, graph, rank })
     }
 
-    /// The lanes in which something waits.
+    /// Returns the lanes that are not empty.
     #[must_use]
     pub(crate) fn lanes(&self) -> Vec<LaneView> {
         self.lanes
@@ -169,14 +172,15 @@ impl<T> WorkQueue<T> {
             .collect()
     }
 
-    /// The deadline of the first entry of a lane.
+    /// Returns the deadline of the first entry of a lane.
     #[must_use]
     pub(crate) fn first_deadline(&self, class: Priority, graph: Graph) -> Option<Instant> {
         let lane = self.lanes.get(&(class, graph))?;
         lane.by_rank.first_key_value()?.1.deadline
     }
 
-    /// How many would go before an entry of this deadline that came now.
+    /// Number of entries that would go before an entry with this deadline if it
+    /// were added now.
     #[must_use]
     pub(crate) fn ahead(
         &self,
@@ -191,14 +195,14 @@ impl<T> WorkQueue<T> {
             .map_or(0, |lane| lane.by_rank.range(..rank).count())
     }
 
-    /// The earliest deadline of all.
+    /// Returns the earliest deadline of all entries.
     #[must_use]
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let (&(deadline, _), _) = self.deadlines.first_key_value()?;
         Some(deadline)
     }
 
-    /// Where the entries stand whose deadline has passed.
+    /// Returns the positions of the entries whose deadline has passed.
     #[must_use]
     pub(crate) fn expired(&self, now: Instant) -> Vec<QueuePosition> {
         self.deadlines
@@ -207,7 +211,7 @@ impl<T> WorkQueue<T> {
             .collect()
     }
 
-    /// Where all entries stand.
+    /// Returns the positions of all entries.
     #[must_use]
     pub(crate) fn places(&self) -> Vec<QueuePosition> {
         let places = |(&(class, graph), lane): (&(Priority, Graph), &Entries<T>)| {
@@ -219,7 +223,7 @@ impl<T> WorkQueue<T> {
         self.lanes.iter().flat_map(places).collect()
     }
 
-    /// An entry where it stands.
+    /// Returns the entry at a position.
     #[must_use]
     pub(crate) fn get(&self, place: &QueuePosition) -> Option<&QueuedWork<T>> {
         let lane = self.lanes.get(&(place.class, place.graph))?;
@@ -254,7 +258,7 @@ mod tests {
             (3, 2, Some(10)),
             (4, 2, Some(5)),
             (5, 3, Some(10)),
-            // Further off than patience: as if it had none.
+            // Further off than `PATIENCE`: treated as if it had no deadline.
             (6, 4, Some(1000)),
         ] {
             queue.push(Bulk, GRAPH, entry(item, at(arrived), deadline.map(at)));
@@ -275,7 +279,7 @@ mod tests {
         let start = Instant::now();
         let mut queue = WorkQueue::default();
         queue.push(Bulk, GRAPH, entry(0, start, None));
-        // A stream of urgent work: after `PATIENCE` even it comes later.
+        // Urgent work, once `PATIENCE` is over, goes after older work.
         let late = start + PATIENCE + Duration::from_secs(1);
         queue.push(
             Bulk,

@@ -1,8 +1,8 @@
-//! The queue, the policy and the measurements together: what an engine that is
-//! free should run next.
+//! Scheduler: decides from the queue, the policy and the measurements which
+//! work a free engine should run next.
 //!
-//! Nothing here waits, answers or reads a clock, so that tests run days of
-//! traffic in a moment; `batcher.rs` gives it a thread.
+//! Nothing here waits, answers or reads a clock, so tests can run days of
+//! traffic in a moment; `batcher.rs` provides the thread.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,27 +15,28 @@ use crate::proto::Priority;
 use crate::serve::devices::DeviceIdx;
 use crate::serve::metrics::BatchClose;
 
-/// See the module.
+/// Queue, policy and measurements of all engines, from which the next turn is
+/// decided.
 #[derive(Debug)]
 pub(crate) struct Scheduler<T> {
     pub queue: WorkQueue<T>,
     pub pace: Pace,
     policy: Policy,
-    /// What bulk is owed of the time of all engines together.
+    /// Engine time that bulk work is owed, over all engines.
     ledger: BulkLedger,
-    /// Those that live.
+    /// Engines that are still running, by device.
     engines: BTreeMap<DeviceIdx, Engine>,
 }
 
-/// An engine, as far as it matters to what is run next.
+/// State of an engine that matters for the choice of its next turn.
 #[derive(Debug)]
 struct Engine {
-    /// The largest batch that it takes; lowered when its memory does not suffice
-    /// for more.
+    /// Largest batch that the engine takes; lowered when its memory does not
+    /// suffice for more.
     largest: usize,
     running: Option<Running>,
-    /// The class in which both a batch and a step wait for it, and by how much of
-    /// its time, in seconds, batches are ahead of steps since then.
+    /// Class in which both a batch and a step wait for the engine, and the
+    /// engine time, in seconds, that batches are ahead of steps since then.
     contended: Option<(Priority, f64)>,
 }
 
@@ -45,47 +46,47 @@ struct Running {
     is_step: bool,
     bulk_waits: bool,
     started: Instant,
-    /// What it usually takes; nothing if that is not known.
+    /// Typical duration of the run; zero if unknown.
     typical: Duration,
-    /// When it ends at the earliest, by what was measured.
+    /// Earliest end of the run, by the shortest measured duration.
     ends: Instant,
 }
 
-/// The sequences that a step would take further.
+/// Summary of the sequences that a step would advance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Steps {
-    /// The most urgent class among them.
+    /// Most urgent class among the sequences.
     pub class: Priority,
-    /// Whether there are any of bulk.
+    /// True if there are bulk sequences.
     pub bulk: bool,
-    /// When the last step was made, or the first of them came.
+    /// Time of the last step or, without one, arrival of the first sequence.
     pub since: Instant,
 }
 
-/// What to do with an engine that is free.
+/// Decision about a free engine.
 #[derive(Debug)]
 pub(crate) enum NextTurn<T> {
     Idle,
     WaitUntil(Instant),
     Run(Picked<T>),
-    /// A step of the sequences.
+    /// Advance the sequences by one step.
     Step,
 }
 
-/// A batch, and those for whom it came too late.
+/// Rows of the next batch, and work for which the batch comes too late.
 #[derive(Debug)]
 pub(crate) struct Picked<T> {
     pub class: Priority,
     pub graph: Graph,
     pub bucket: usize,
     pub close: BatchClose,
-    /// Since when an engine that was free could have run something.
+    /// Earliest time at which a free engine could have run something.
     pub possible_since: Instant,
-    /// At most `bucket`; none if all were too late.
+    /// At most `bucket` rows; none if all were too late.
     pub rows: Vec<QueuedWork<T>>,
-    /// Whose deadline comes before the run can end.
+    /// Work whose deadline comes before the run can end.
     pub late: Vec<QueuedWork<T>>,
-    /// What the run takes at least, by what was measured.
+    /// Shortest measured duration of a run of this size; zero if unknown.
     pub needed: Duration,
 }
 
@@ -110,33 +111,34 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// The largest batch that is formed now for an engine.
+    /// Returns the largest batch that is now formed for an engine.
     #[must_use]
     pub(crate) fn largest(&self, device: DeviceIdx) -> usize {
         self.engines.get(&device).map_or(1, |engine| engine.largest)
     }
 
-    /// The engine takes no more than this from now on.
+    /// Lowers the largest batch that an engine takes, for good.
     pub(crate) fn limit(&mut self, device: DeviceIdx, largest: usize) {
         if let Some(engine) = self.engines.get_mut(&device) {
             engine.largest = self.policy.buckets.at_most(largest);
         }
     }
 
-    /// The engine takes no more work.
+    /// Forgets an engine that takes no more work.
     pub(crate) fn gone(&mut self, device: DeviceIdx) {
         self.engines.remove(&device);
     }
 
-    /// Images per second while all engines are busy: they take from one queue, so
-    /// each had as many of the runs that were measured as it is fast.
+    /// Rate in images per second while all engines are busy. All engines take
+    /// from one queue, so each is represented among the measured runs in
+    /// proportion to its speed.
     #[must_use]
     pub(crate) fn rate(&self) -> Option<f64> {
         let n_engines = u32::try_from(self.engines.len()).unwrap_or(u32::MAX);
         Some(self.pace.rate()? * f64::from(n_engines))
     }
 
-    /// What this engine, which is free, should run.
+    /// Decides what this engine, which is free, should run.
     pub(crate) fn next(
         &mut self,
         device: DeviceIdx,
@@ -145,13 +147,14 @@ impl<T> Scheduler<T> {
         steps: Option<Steps>,
     ) -> NextTurn<T> {
         let largest = self.largest(device);
-        // What bulk is having elsewhere is paid when that ends.
+        // Bulk runs at other engines are charged only when they end, so their
+        // time is counted in advance.
         let in_advance = self.bulk_at_engines();
         let lanes = self.queue.lanes();
         let bulk = lanes.iter().filter(|lane| lane.class == Priority::Bulk);
         let bulk_owed = bulk.min_by_key(|lane| lane.first).is_some_and(|lane| {
             let bucket = self.bucket(lane.graph, lane.len, largest, now);
-            // What was never seen to run is not owed on account.
+            // A size that has never run gets no batch on account.
             let cost = self.pace.typical(lane.graph, bucket);
             let cost = cost.unwrap_or(self.policy.bulk_wait_max);
             self.ledger
@@ -177,9 +180,9 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// Since when something could have been run: since the queue delay of some
-    /// image was over, or a step waited, or the last image came of a batch that
-    /// is full.
+    /// Earliest time at which something could have been run: the end of some
+    /// image's queue delay, the time since which a step has waited, or the
+    /// arrival of the last image of a full batch.
     fn possible_since(
         &self,
         lanes: &[LaneView],
@@ -204,21 +207,21 @@ impl<T> Scheduler<T> {
         draining: bool,
         bulk_owed: bool,
     ) -> Decision {
-        // The size that a full queue would run at: where it is one image, as on
-        // a CPU, nobody waits for company.
+        // Size at which a full queue would run: if that is one image, as on a
+        // CPU, no image waits for a batch to fill up.
         let full = |graph| self.bucket(graph, largest, largest, now);
         self.policy.decide(lanes, full, now, draining, bulk_owed)
     }
 
-    /// Engine time that runs of bulk are about to take.
+    /// Engine time that the current runs of bulk work are expected to take.
     fn bulk_at_engines(&self) -> Duration {
         let running = self.engines.values().filter_map(|engine| engine.running);
         let bulk = running.filter(|running| running.class == Priority::Bulk);
         bulk.map(|running| running.typical).sum()
     }
 
-    /// Keeps account for an engine for which both a batch and a step of one class
-    /// wait.
+    /// Keeps the account of an engine for which both a batch and a step of one
+    /// class wait.
     fn contend(&mut self, device: DeviceIdx, steps: Option<Steps>, decision: Decision) {
         let Some(engine) = self.engines.get_mut(&device) else {
             return;
@@ -228,8 +231,8 @@ impl<T> Scheduler<T> {
                 let before = engine.contended.filter(|(before, _)| *before == class);
                 Some(before.unwrap_or((class, 0.0)))
             }
-            // What batches have had too much is still to be made up for when their
-            // callers come back, as those do who wait for each answer.
+            // An excess of batches is still to be made up for when their
+            // callers come back, as callers do who wait for each answer.
             (Some(steps), _) => {
                 let before = engine.contended;
                 before.filter(|(class, ahead)| *class == steps.class && *ahead > 0.0)
@@ -238,9 +241,10 @@ impl<T> Scheduler<T> {
         };
     }
 
-    /// Whether a step goes before the batch that could be run. A step is short,
-    /// so it never waits for a batch to fill up; between classes the rules are
-    /// those of batches; within one, both get the same time.
+    /// True if a step goes before the batch that could be run. A step is short,
+    /// so it never waits for a batch to fill up. Between classes the rules are
+    /// those of batches; within a class, batches and steps get the same engine
+    /// time.
     fn step_goes_first(
         &self,
         device: DeviceIdx,
@@ -301,7 +305,8 @@ impl<T> Scheduler<T> {
         now: Instant,
     ) -> Picked<T> {
         let largest = self.largest(device);
-        // Whom no size serves in time does not make it small for the others.
+        // Work that no size serves in time does not make the batch small for
+        // others.
         let mut late = Vec::new();
         let smallest = self.policy.buckets.at_most(1);
         while let Some(deadline) = self.queue.first_deadline(class, graph)
@@ -318,7 +323,8 @@ impl<T> Scheduler<T> {
                 .policy
                 .shared_bucket(graph, bucket, len + bulk, largest, &self.pace);
         }
-        // The most urgent decides: a smaller batch if only that is in time.
+        // The most urgent entry decides: the batch is made smaller if only a
+        // smaller one is in time.
         while let Some(deadline) = self.queue.first_deadline(class, graph)
             && !self.in_time(graph, bucket, deadline, now)
             && self.policy.buckets.at_most(bucket - 1) < bucket
@@ -369,8 +375,9 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// Gives room in a batch to work of a class that it is not for. Whom the batch
-    /// does not serve in time another may: a smaller one, or another engine's.
+    /// Fills rows of a batch that would be padding with work of the other
+    /// class. Work that this batch does not serve in time is left to a smaller
+    /// batch, or to one of another engine.
     fn fill(
         &mut self,
         class: Priority,
@@ -396,7 +403,8 @@ impl<T> Scheduler<T> {
         now + least <= deadline
     }
 
-    /// The engine has ended the batch that was picked for it last.
+    /// Records that the engine has ended the batch or step that was picked
+    /// last.
     pub(crate) fn ended(&mut self, device: DeviceIdx, now: Instant) {
         let Some(engine) = self.engines.get_mut(&device) else {
             return;
@@ -415,10 +423,11 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// How long work that comes now needs at least, if that is longer than its
-    /// deadline leaves: the rest of the run that ends first, what goes before it,
-    /// shared out among the engines, its own run. By the shortest times that were
-    /// measured lately, so that nobody is refused who might have been served.
+    /// Shortest time in which work that arrives now can be done, if that is
+    /// past its deadline: the rest of the run that ends first, the work ahead
+    /// of it, shared out among the engines, and its own run. All are the
+    /// shortest durations that were measured lately, so that no work is
+    /// rejected that might have been served in time.
     #[must_use]
     pub(crate) fn too_late(
         &self,
@@ -435,16 +444,16 @@ impl<T> Scheduler<T> {
         };
         let rests: Vec<Duration> = self.engines.values().map(rest).collect();
         let largest = self.engines.values().map(|engine| engine.largest).max()?;
-        // As large as batches of a full queue are: where every row costs the same
-        // they are of one image, and the largest are never run.
+        // Size of the batches of a full queue: if every row costs the same,
+        // that is one image, and the largest size is never run.
         let full = self.bucket(graph, largest, largest, now);
         let each = self.pace.at_least(graph, full, now).unwrap_or_default();
         let needed = |ahead: usize| {
             let batches = u32::try_from(ahead / full.max(1)).unwrap_or(u32::MAX);
             begins_in(&rests, each, batches) + own
         };
-        // Counting those ahead takes as long as there are many, so only where it
-        // matters.
+        // Counting the entries ahead takes time in proportion to their number,
+        // so it is done only if the answer can matter.
         if now + needed(self.queue.len_in(class, graph)) <= deadline {
             return None;
         }
@@ -452,13 +461,14 @@ impl<T> Scheduler<T> {
         (now + needed > deadline).then_some(needed)
     }
 
-    /// When something will have to be looked at again, whatever arrives.
+    /// Earliest deadline of the waiting work, at which the queue must be looked
+    /// at again.
     #[must_use]
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.queue.next_deadline()
     }
 
-    /// Moves an entry to where it stands with this class and deadline.
+    /// Moves an entry to its place under a new class and deadline.
     pub(crate) fn promote(
         &mut self,
         place: &QueuePosition,
@@ -471,12 +481,12 @@ impl<T> Scheduler<T> {
     }
 }
 
-/// When a batch begins that comes after so many others, which take `each` and go
-/// to whichever engine is free first. The engines are busy for `rests`, of which
-/// there is one at least.
+/// Time until a batch begins that has `batches` batches ahead of it, each of
+/// which takes `each` and goes to the first engine that is free. The engines
+/// are busy for `rests`, of which there is at least one.
 fn begins_in(rests: &[Duration], each: Duration, batches: u32) -> Duration {
     let first = rests.iter().min().copied().unwrap_or_default();
-    // Batches that have begun by then, where one engine would begin them all.
+    // Batches that have begun within this time.
     let begun = |within: Duration| -> u128 {
         let on =
             |rest: &Duration| Some((within.checked_sub(*rest)?).as_nanos() / each.as_nanos() + 1);
@@ -485,7 +495,7 @@ fn begins_in(rests: &[Duration], each: Duration, batches: u32) -> Duration {
     if each.is_zero() {
         return first;
     }
-    // The earliest time by which it is one of them. The first engine alone is
+    // Earliest time by which this batch has begun. The first engine alone is
     // never sooner than all of them.
     let (mut low, mut high) = (first, first + each * batches);
     while low < high {

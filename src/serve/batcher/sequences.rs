@@ -1,9 +1,11 @@
-//! Images to generate that wait for a slot at an engine, and how many are where.
+//! Images to generate (sequences) that wait for a slot at an engine, and the
+//! number of sequences at each engine.
 //!
-//! Interactive ones go first, by deadline and arrival as rows do. Bulk leaves a
-//! part of the slots alone: an image keeps its slot for a thousand steps, which
-//! nobody who waits should have to wait for. An image stays with the engine that
-//! it joined; among several engines those that wait are shared out evenly.
+//! Interactive sequences go first, by deadline and arrival as rows do. Bulk
+//! work cannot take all slots: a sequence keeps its slot for a thousand steps,
+//! which an interactive caller should not have to wait for. A sequence stays
+//! with the engine that it joined; waiting sequences are shared out evenly
+//! among several engines.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -17,24 +19,25 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::handoff::SequenceCounts;
 use crate::serve::sequence::Sequence;
 
-/// See the module.
+/// Queue of the sequences that wait for a slot, with the occupancy of each
+/// engine.
 #[derive(Debug)]
 pub(super) struct WaitingSequences {
     queue: WorkQueue<Sequence>,
     engines: BTreeMap<DeviceIdx, AtEngine>,
     reserve_percent: u8,
-    /// The longest that bulk waits for a slot while interactive ones take all that
-    /// come free.
+    /// Longest time that bulk work waits for a slot while interactive sequences
+    /// take every slot that becomes free.
     bulk_wait_max: Duration,
-    /// When one of bulk last got a slot.
+    /// Time at which a bulk sequence last got a slot.
     bulk_joined_at: Option<Instant>,
 }
 
-/// Those that an engine has.
+/// Sequences at one engine.
 #[derive(Debug, Default)]
 struct AtEngine {
     sequences: SequenceCounts,
-    /// When its last step was decided on.
+    /// Time at which the engine's last step was decided on.
     stepped_at: Option<Instant>,
 }
 
@@ -59,28 +62,30 @@ impl WaitingSequences {
         self.queue.push(class, Graph::Generate, entry);
     }
 
-    /// An engine has told whom it has.
+    /// Records the number of sequences that an engine has reported.
     pub(super) fn at_engine(&mut self, device: DeviceIdx, sequences: SequenceCounts) {
         self.engines.entry(device).or_default().sequences = sequences;
     }
 
-    /// The engine takes no more, and whom it had it has answered.
+    /// Forgets an engine that takes no more sequences and has answered those
+    /// that it had.
     pub(super) fn gone(&mut self, device: DeviceIdx) {
         self.engines.remove(&device);
     }
 
-    /// How many of a class wait.
+    /// Number of waiting sequences of a class.
     pub(super) fn len_of(&self, class: Priority) -> usize {
         self.queue.len_of(class)
     }
 
-    /// How many of a class there is room for at an engine.
+    /// Number of sequences of a class that an engine has room for.
     fn room(&self, class: Priority, at: SequenceCounts) -> usize {
         match class {
             Priority::Interactive => at.n_free,
             Priority::Bulk => {
                 let n_slots = at.n_free + at.interactive + at.bulk;
-                // All but the reserve, but one at least.
+                // Bulk work may take all slots but the reserve, and at least
+                // one.
                 let reserved = n_slots * usize::from(self.reserve_percent) / 100;
                 let most = (n_slots - reserved).max(1);
                 most.saturating_sub(at.bulk).min(at.n_free)
@@ -88,9 +93,10 @@ impl WaitingSequences {
         }
     }
 
-    /// How many of a class that wait are this engine's: what brings it up to the
-    /// mean of those that have room. One of them is below it, so nobody waits
-    /// though there is room, except until that engine is free.
+    /// Number of waiting sequences of a class that this engine should take: as
+    /// many as bring the engine up to the mean of the engines with room. At
+    /// least one engine with room is below the mean, so no sequence waits while
+    /// there is room, except until that engine is free.
     fn share(&self, class: Priority, device: DeviceIdx) -> usize {
         let Some(engine) = self.engines.get(&device) else {
             return 0;
@@ -106,7 +112,8 @@ impl WaitingSequences {
         mean.saturating_sub(n_there(at)).min(self.room(class, at))
     }
 
-    /// What a step of this engine would be for, if there is anybody.
+    /// Describes the next step of this engine; `None` if there are no sequences
+    /// for it.
     pub(super) fn steps(&self, device: DeviceIdx) -> Option<Steps> {
         let AtEngine {
             sequences,
@@ -125,7 +132,7 @@ impl WaitingSequences {
             (false, true) => Priority::Bulk,
             (false, false) => return None,
         };
-        // Whoever is at the engine waits since the last step.
+        // Sequences at the engine have waited since the last step.
         let at_engine = sequences.interactive + sequences.bulk > 0;
         let stepped = stepped_at.filter(|_| at_engine);
         Some(Steps {
@@ -135,7 +142,7 @@ impl WaitingSequences {
         })
     }
 
-    /// Takes out those who join this engine's next step.
+    /// Takes out the sequences that join this engine's next step.
     pub(super) fn join(&mut self, device: DeviceIdx, now: Instant) -> Vec<Sequence> {
         let mut joining = Vec::new();
         if self.bulk_is_owed(now) && self.share(Priority::Bulk, device) > 0 {
@@ -167,7 +174,8 @@ impl WaitingSequences {
         Some(entry.item)
     }
 
-    /// Whether one of bulk has waited so long that it goes before interactive ones.
+    /// True if a bulk sequence has waited for so long that it goes before
+    /// interactive ones.
     fn bulk_is_owed(&self, now: Instant) -> bool {
         let lanes = self.queue.lanes();
         let Some(lane) = lanes.iter().find(|lane| lane.class == Priority::Bulk) else {
@@ -181,7 +189,7 @@ impl WaitingSequences {
         self.queue.next_deadline()
     }
 
-    /// Answers those whose time is up.
+    /// Answers the callers whose deadline has passed.
     pub(super) fn expire(&mut self, now: Instant, mut dropped: impl FnMut(&StageError)) {
         for place in self.queue.expired(now) {
             if let Some(entry) = self.queue.remove(&place) {
@@ -194,7 +202,7 @@ impl WaitingSequences {
         }
     }
 
-    /// Gives up those whose callers have gone.
+    /// Drops the sequences whose callers have disconnected.
     pub(super) fn sweep(&mut self, now: Instant, mut dropped: impl FnMut(&StageError)) {
         for place in self.queue.places() {
             let dead = self
@@ -210,7 +218,7 @@ impl WaitingSequences {
         }
     }
 
-    /// Gives everybody the same bad news.
+    /// Answers all waiting callers with this error.
     pub(super) fn refuse(&mut self, error: &StageError) {
         for place in self.queue.places() {
             if let Some(entry) = self.queue.remove(&place) {
@@ -271,12 +279,12 @@ mod tests {
         waiting.at_engine(OTHER, at(4, 0));
         assert_eq!(waiting.join(ONE, now).len(), 2);
         assert_eq!(waiting.join(OTHER, now).len(), 1);
-        // The one with fewer takes the next.
+        // The engine with fewer sequences takes the next.
         push(&mut waiting, Priority::Interactive, 1);
         assert_eq!(waiting.join(ONE, now).len(), 0);
         assert!(waiting.steps(ONE).is_some(), "for those that it has");
         assert_eq!(waiting.join(OTHER, now).len(), 1);
-        // The one that is full leaves all to the other.
+        // The engine that is full leaves all to the other.
         waiting.at_engine(OTHER, at(0, 4));
         push(&mut waiting, Priority::Interactive, 5);
         assert_eq!(waiting.join(OTHER, now).len(), 0);
@@ -285,7 +293,7 @@ mod tests {
             2,
             "as many as it has room for"
         );
-        // With one gone there are no fewer for those that are left.
+        // An engine that is gone reduces nobody's share.
         waiting.gone(ONE);
         assert!(waiting.steps(ONE).is_none());
         waiting.at_engine(OTHER, at(4, 0));
@@ -316,7 +324,7 @@ mod tests {
         let mut joined = Vec::new();
         for second in 0..20 {
             push(&mut waiting, Priority::Interactive, 2);
-            // One is done each second.
+            // One sequence ends per second.
             let bulk = joined.len();
             let at = SequenceCounts {
                 n_free: 1,

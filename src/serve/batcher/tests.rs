@@ -1,5 +1,5 @@
-//! The batcher and two engines' threads together, with callers that come, go and
-//! are late at random.
+//! Tests of the batcher together with engines' threads, with callers that come,
+//! disconnect and are late at random.
 
 use std::time::{Duration, Instant};
 
@@ -26,10 +26,11 @@ use crate::serve::sequence::{Sampling, Sequence};
 type Outcome = oneshot::Receiver<Result<Answer, StageError>>;
 
 const WORK: [Want; 2] = [Want::Mean, Want::Logits];
-/// Of images to generate; the next id starts.
+/// Number of colors of images to generate; the next number is the start token.
 const COLORS: u16 = 64;
 
-/// A row of this want, or an image of 2 by 2 that begins with the token.
+/// Job for a row of this want, or for an image of 2 by 2 pixels that begins
+/// with the token.
 fn job(
     token: u16,
     want: Option<Want>,
@@ -67,20 +68,20 @@ fn job(
     (PreparedWork::Row(job), outcome)
 }
 
-/// How the callers of one thread fared.
+/// Outcomes of one thread's callers.
 #[derive(Debug, Default)]
 struct Tally {
     right: usize,
     wrong: usize,
     late: usize,
     failed: usize,
-    /// Because a device died.
+    /// Refused because a device failed.
     refused: usize,
     lost: usize,
     left: usize,
 }
 
-/// A batcher with an engine for each script.
+/// Running batcher, with one engine per script.
 struct Running {
     jobs: crossbeam_channel::Sender<PreparedWork>,
     bell: crossbeam_channel::Sender<()>,
@@ -91,7 +92,7 @@ struct Running {
 }
 
 impl Running {
-    /// Waits until a series of the metrics page has come to so much.
+    /// Waits until a series of the metrics page has this value.
     fn until(&self, series: &str, value: f64) {
         let is_there = |line: &str| {
             let shown = line.strip_prefix(series);
@@ -102,8 +103,8 @@ impl Running {
         }
     }
 
-    /// Waits until only so many engines serve: one that ends answers its callers
-    /// before it says so.
+    /// Waits until only `n` engines serve: an engine that ends answers its
+    /// callers before it reports its end.
     fn until_serving(&self, n: usize) {
         while self.devices.borrow().n_serving() > n {
             std::thread::yield_now();
@@ -111,7 +112,7 @@ impl Running {
         assert_eq!(self.devices.borrow().n_serving(), n);
     }
 
-    /// In good order.
+    /// Ends everything in good order.
     fn end(self) -> watch::Receiver<DeviceStates> {
         drop((self.jobs, self.bell));
         for thread in self.threads {
@@ -145,7 +146,7 @@ fn shared(metrics: &Metrics) -> BatcherParts {
 }
 
 fn start(scripts: Vec<Script>) -> Running {
-    // As many as there are permits, and one that has none.
+    // As many places as there are permits, and one for a job without a permit.
     let (jobs_in, jobs) = crossbeam_channel::bounded(257);
     let (bell_in, bell) = crossbeam_channel::bounded(1);
     let (notices_in, notices) = crossbeam_channel::bounded(2 * scripts.len());
@@ -181,7 +182,7 @@ fn start(scripts: Vec<Script>) -> Running {
         bell,
         notices,
     };
-    // With its channels, so that the engines see it end.
+    // The thread owns its channels, so that the engines see it end.
     threads.push(spawn("batcher", move || {
         super::run(&batcher, &channels);
     }));
@@ -207,8 +208,8 @@ fn with_sequences() -> Script {
     }
 }
 
-/// How all fared while two threads of callers had so many jobs each, and `also`
-/// happened; and the devices at the end.
+/// Runs two threads of callers with `n_jobs` jobs each while `also` happens;
+/// returns all outcomes, and the devices at the end.
 fn storm(
     scripts: Vec<Script>,
     n_jobs: u64,
@@ -270,14 +271,14 @@ fn everyone_is_answered_once_whichever_engine_dies() {
         let scripts = std::iter::repeat_with(script).take(DEATHS + 1).collect();
         let (all, devices) = storm(scripts, 5_000, |running| {
             for n_dead in 1..=DEATHS {
-                // Under load, and not before it.
+                // The device fails under load, and not before.
                 std::thread::sleep(Duration::from_millis(20));
                 assert_eq!(one_by_one(running, [POISON]), [false]);
                 running.until_serving(DEATHS + 1 - n_dead);
             }
         });
-        // Those only who were being served: rows or sequences, of a few callers
-        // each; what waited went to the others.
+        // Only callers that were being served are refused: rows or sequences
+        // with a few callers each; waiting work went to the other engines.
         assert!(all.refused <= DEATHS * 64, "{all:?}");
         let devices = devices.borrow();
         assert_eq!(devices.failure(), None);
@@ -295,8 +296,8 @@ fn row(token: u16) -> (PreparedWork, Outcome) {
     )
 }
 
-/// Sends rows of these tokens one by one, each after the one before was answered,
-/// and says how it went.
+/// Sends rows of these tokens one by one, each after the row before was
+/// answered, and returns whether each was answered.
 fn one_by_one(running: &Running, tokens: impl IntoIterator<Item = u16>) -> Vec<bool> {
     let ask = |token| {
         let (job, outcome) = row(token);
@@ -345,7 +346,7 @@ fn what_ends_an_engine_is_not_given_to_the_next_one() {
         running.devices.borrow().state(),
         WorkerState::Ready(_)
     ));
-    // The last one goes, and with it everything.
+    // The last engine fails, and the worker with it.
     assert_eq!(one_by_one(&running, [13, 8, 9]), [false; 3]);
     let devices = running.end();
     assert!(matches!(devices.borrow().state(), WorkerState::Failed(_)));
@@ -365,7 +366,7 @@ fn callers_join_what_either_engine_runs() {
         running.jobs.send(job).expect("a batcher");
         outcomes.push((token, outcome));
     };
-    // Each of them keeps an engine busy.
+    // Each token keeps one engine busy.
     for (token, n_batches) in [(1, 1.0), (2, 2.0)] {
         send(token);
         running.until("imagegpt_batch_size_count{graph=\"hidden\"}", n_batches);
@@ -400,7 +401,7 @@ fn the_rate_is_that_of_all_engines_that_live() {
         one_by_one(&running, token..token + 3);
         running.drain.get().expect("some runs")
     };
-    // One image a run, which takes 50 ms or on a busy machine a little more.
+    // One image per run, which takes 50 ms, or a little more on a busy machine.
     let two = rate(1);
     assert!(two <= 40.0, "{two}");
     assert_eq!(one_by_one(&running, [13]), [false]);
@@ -410,7 +411,7 @@ fn the_rate_is_that_of_all_engines_that_live() {
     running.end();
 }
 
-/// Sends jobs, leaves some of them, and waits for the rest.
+/// Sends jobs, abandons some of them, and waits for the rest.
 fn caller(
     seed: u64,
     n_jobs: u64,
@@ -454,7 +455,7 @@ fn caller(
         let (job, outcome) = job(token, want, class, deadline, permit);
         jobs_in.try_send(job).expect("as much room as permits");
         if (bits >> 13) % 4 == 0 {
-            // Gone, now or a little later.
+            // The caller disconnects now or a little later.
             if bits >> 15 & 1 == 0 {
                 std::thread::yield_now();
             }
@@ -473,7 +474,7 @@ fn caller(
 
 fn settle((token, want, outcome): (u16, Option<Want>, Outcome), tally: &mut Tally) {
     let image = FakeEngine::greedy(COLORS, &[token], COLORS.into(), 4);
-    // The last one is never fed.
+    // The last token is never fed.
     let fails = match want {
         Some(_) => token == 13,
         None => image[..3].contains(&13),

@@ -1,4 +1,4 @@
-//! Who may connect, and how much of the worker a client may hold.
+//! Flags for access (TLS, tokens, gRPC-Web) and for the limits of connections.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,17 +10,19 @@ use clap::Args;
 use super::ConfigError;
 use super::bounds::{DAY, SECOND, bounded_size, bounded_time};
 
-/// Any page.
+/// Value of --cors-origin that allows pages of every origin.
 pub(crate) const ANY_ORIGIN: &str = "*";
 
-/// Who is let in.
+/// Flags for TLS, authentication and gRPC-Web.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Access")]
 pub struct AccessConfig {
-    /// Certificate chain in PEM; with it gRPC is served over TLS only. The
-    /// files of this section are read again when their contents change; new
-    /// ones that cannot be used are logged and leave the old ones in force.
-    /// Open connections live on
+    /// Certificate chain in PEM; with the flag, gRPC is served over TLS only.
+    ///
+    /// The files of --tls-cert, --tls-key, --tls-client-ca and
+    /// --auth-tokens-file are read again when their contents change. If the new
+    /// contents cannot be used, the error is logged and the old contents stay
+    /// in force. Open connections stay open
     #[arg(
         long,
         env = "IMAGEGPT_TLS_CERT",
@@ -38,8 +40,8 @@ pub struct AccessConfig {
     )]
     pub tls_key: Option<PathBuf>,
 
-    /// Certificates in PEM of those who sign clients' certificates; with it
-    /// every client must have one (mutual TLS)
+    /// Certificates in PEM of the authorities that sign client certificates;
+    /// with the flag, every client must present a certificate (mutual TLS)
     #[arg(
         long,
         env = "IMAGEGPT_TLS_CLIENT_CA",
@@ -48,15 +50,16 @@ pub struct AccessConfig {
     )]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// Bearer tokens that calls may bring (metadata `authorization: Bearer
-    /// TOKEN`), one a line, of 16 characters or more; lines with # are
-    /// comments. Without one of them a call is UNAUTHENTICATED; only
-    /// grpc.health.v1 stays open, for probes
+    /// File with the bearer tokens that authenticate calls (metadata
+    /// `authorization: Bearer TOKEN`): one token per line, of 16 characters or
+    /// more; lines that begin with # are comments. A call without one of the
+    /// tokens fails with UNAUTHENTICATED; only grpc.health.v1 needs no token,
+    /// so that probes work
     #[arg(long, env = "IMAGEGPT_AUTH_TOKENS_FILE", value_name = "FILE")]
     pub auth_tokens_file: Option<PathBuf>,
 
-    /// Serve on an address that is not loopback with neither TLS nor tokens,
-    /// where the network itself keeps strangers out
+    /// Allow a --listen address that is not loopback with neither TLS nor
+    /// tokens. Use the flag only where the network itself keeps strangers out
     #[arg(
         long,
         env = "IMAGEGPT_INSECURE",
@@ -64,9 +67,9 @@ pub struct AccessConfig {
     )]
     pub insecure: bool,
 
-    /// Serve gRPC-Web too, and HTTP/1.1 for it, to browsers and gateways that
+    /// Also serve gRPC-Web, over HTTP/1.1 too, to browsers and gateways that
     /// cannot speak gRPC's HTTP/2. A connection that speaks HTTP/1.1 has one
-    /// call at a time, and is closed when it has none for 30 s
+    /// call at a time, and is closed after 30 s without a call
     #[arg(
         long,
         env = "IMAGEGPT_GRPC_WEB",
@@ -74,9 +77,10 @@ pub struct AccessConfig {
     )]
     pub grpc_web: bool,
 
-    /// Pages that may call over gRPC-Web from a browser, by their origin
-    /// (`https://app.example`), as often as there are origins; * is any page.
-    /// Whoever may call is still the business of tokens and certificates
+    /// Origin of web pages (`https://app.example`) that may call over gRPC-Web
+    /// from a browser; * allows every origin. Repeat the flag for more origins.
+    /// The flag does not authenticate callers: tokens and certificates are
+    /// required as usual
     #[arg(
         long = "cors-origin",
         env = "IMAGEGPT_CORS_ORIGINS",
@@ -86,16 +90,20 @@ pub struct AccessConfig {
     pub cors_origins: Vec<String>,
 }
 
-/// What clients' connections may hold.
+/// Flags that limit connections and the time of transfers.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connections")]
 pub struct ConnectionsConfig {
-    /// Open gRPC connections. For one more, one that has no call in progress is
-    /// told to go away, the least recently used first, and is cut after a
-    /// second; where all have calls, or had one within a second, the new one is
-    /// closed at once, so that its client goes elsewhere instead of waiting. A
-    /// client needs one, and each may hold 4 MiB that no call has taken yet,
-    /// and 256 KiB of answers. Lowered to what the limit on open files allows (ulimit -n)
+    /// Largest number of open gRPC connections. The worker lowers the number if
+    /// the limit on open files (ulimit -n) allows fewer.
+    ///
+    /// When a new connection arrives at the limit, the least recently used
+    /// connection without a call in progress is asked to close (GOAWAY), and is
+    /// cut after a second. If every connection has a call in progress, or had
+    /// one within the last second, the new connection is closed at once, so
+    /// that its client goes to another worker instead of waiting. A client
+    /// needs one connection; each connection may hold 4 MiB of requests that no
+    /// call has read yet, and 256 KiB of answers
     #[arg(
         long,
         env = "IMAGEGPT_CONNECTIONS_MAX",
@@ -105,13 +113,15 @@ pub struct ConnectionsConfig {
     )]
     pub connections_max: u32,
 
-    /// Open gRPC connections from one address, so that one host cannot take all
-    /// of --connections-max; one more is closed at once. An IPv6 address counts
-    /// by its first 64 bits, since every host of a subscriber can have 2^64
-    /// addresses of one such network. 0 is no limit, which is the default
-    /// because all clients of a pool often come from the one address of a proxy
-    /// or balancer; where clients come by themselves, give a few times what one
-    /// of their hosts needs
+    /// Largest number of open gRPC connections from one IP address, so that one
+    /// host cannot use up --connections-max; a connection above the limit is
+    /// closed at once. 0 sets no limit.
+    ///
+    /// An IPv6 address counts by its first 64 bits, since a subscriber's host
+    /// can use any of the 2^64 addresses of such a network. The default is 0
+    /// because the clients of a pool often share the address of a proxy or load
+    /// balancer. Where clients connect directly, set a few times the number of
+    /// connections that one client host needs
     #[arg(
         long,
         env = "IMAGEGPT_CONNECTIONS_PER_ADDRESS_MAX",
@@ -121,7 +131,8 @@ pub struct ConnectionsConfig {
     )]
     pub connections_per_address_max: u32,
 
-    /// Calls on one connection at once; more wait on the client's side
+    /// Largest number of calls in progress on one connection; further calls
+    /// wait on the client's side
     #[arg(
         long,
         env = "IMAGEGPT_STREAMS_PER_CONNECTION_MAX",
@@ -131,8 +142,8 @@ pub struct ConnectionsConfig {
     )]
     pub streams_per_connection_max: u32,
 
-    /// Bytes of one call's headers, counted as HTTP/2 does: 32 more for each.
-    /// A token and a trace take less than 1 KiB
+    /// Largest size of the headers of one call, counted as in HTTP/2: 32 bytes
+    /// are added per header. A token and a trace context take less than 1 KiB
     #[arg(
         long,
         env = "IMAGEGPT_HEADER_BYTES_MAX",
@@ -142,11 +153,13 @@ pub struct ConnectionsConfig {
     )]
     pub header_bytes_max: ByteSize,
 
-    /// Age at which a connection is told to go away: calls on it end in their
-    /// own time, new ones go to a new connection, and so to workers that were
-    /// added since, and through certificates that were replaced. Each
-    /// connection's age is up to 10 % shorter or longer, so that clients do
-    /// not come back all at once [default: none]
+    /// Age at which a client is asked to open a new connection (GOAWAY), so
+    /// that its calls reach workers that were added and use certificates that
+    /// were replaced in the meantime [default: no limit].
+    ///
+    /// Calls in progress finish on the old connection. The age of each
+    /// connection is up to 10 % shorter or longer (jitter), so that not all
+    /// clients reconnect at the same time
     #[arg(
         long,
         env = "IMAGEGPT_MAX_CONNECTION_AGE",
@@ -155,11 +168,14 @@ pub struct ConnectionsConfig {
     )]
     pub max_connection_age: Option<Duration>,
 
-    /// Time for the whole of one request to arrive; then the call is
-    /// DEADLINE_EXCEEDED. A request holds its share of --bytes-in-flight-max
-    /// while it arrives. The default is enough for the largest request (64
-    /// MiB) at 9 Mbit/s. A stream may stay open; each of its messages has as
-    /// long, from when there is room for it
+    /// Longest time for one request to arrive completely; after it the call
+    /// fails with DEADLINE_EXCEEDED.
+    ///
+    /// While a request arrives, its bytes count in --bytes-in-flight-max, so
+    /// slow clients must not hold them for ever. The default is enough for the
+    /// largest request (64 MiB) at 9 Mbit/s. A stream may stay open for longer:
+    /// the time applies to each message, from the moment at which the worker
+    /// has room for the message
     #[arg(
         long,
         env = "IMAGEGPT_REQUEST_TIMEOUT",
@@ -169,12 +185,16 @@ pub struct ConnectionsConfig {
     )]
     pub request_timeout: Duration,
 
-    /// Time for an answer to be taken: for each 64 KiB of it, and in all for each
-    /// 2 MiB of it or part of that. Then its stream is reset, and its share of
-    /// --bytes-in-flight-max is free. The default is enough at 0.3 Mbit/s, and
-    /// at 1 kbit/s for an answer of a few KiB. Raise it for clients that pause
-    /// before they read on; lower it where they are near. EmbedStream and
-    /// ModelStreamInfer have --stream-idle-timeout besides
+    /// Longest time for a client to read the next 64 KiB of an answer. A client
+    /// that reads too slowly has its call reset, which frees the answer's bytes
+    /// in --bytes-in-flight-max.
+    ///
+    /// A second limit bounds the time for the whole answer: this time once per
+    /// started 2 MiB (with 60s, an answer of 5 MiB must be read within 180s).
+    /// The default is enough for clients that read at 0.3 Mbit/s, and at 1
+    /// kbit/s for answers of a few KiB. Raise the time for clients that pause
+    /// while they read; lower it for clients on a fast network. In EmbedStream
+    /// and ModelStreamInfer, --stream-idle-timeout is added to this time
     #[arg(
         long,
         env = "IMAGEGPT_ANSWER_TIMEOUT",
@@ -186,8 +206,8 @@ pub struct ConnectionsConfig {
 }
 
 impl AccessConfig {
-    /// Whether strangers are kept out by the network alone, and nobody said
-    /// that they are.
+    /// Refuses an address that is not loopback with neither TLS nor tokens,
+    /// unless --insecure is given.
     pub(super) fn validate(&self, listen: SocketAddr) -> Result<(), ConfigError> {
         self.validate_web()?;
         let guarded = self.tls_cert.is_some() || self.auth_tokens_file.is_some();
@@ -211,7 +231,7 @@ impl AccessConfig {
         for origin in origins {
             let problem = match check_origin(origin) {
                 Ok(()) if origin == ANY_ORIGIN && origins.len() > 1 => {
-                    "any page is allowed already"
+                    "* already allows every page; remove the other origins"
                 }
                 Ok(()) => continue,
                 Err(problem) => problem,
@@ -221,7 +241,8 @@ impl AccessConfig {
         Ok(())
     }
 
-    /// Whether tokens cross a network that others may read.
+    /// Returns true if tokens cross a network without TLS, so that others may
+    /// read them.
     #[must_use]
     pub fn tokens_in_the_clear(&self, listen: SocketAddr) -> bool {
         self.auth_tokens_file.is_some() && self.tls_cert.is_none() && !is_loopback(listen)
@@ -234,7 +255,8 @@ fn is_loopback(addr: SocketAddr) -> bool {
 }
 
 impl ConnectionsConfig {
-    /// The limit of one address, if there is one.
+    /// Returns the limit on connections of one address; none if there is no
+    /// limit.
     pub(crate) fn per_address_max(&self) -> Option<usize> {
         match self.connections_per_address_max {
             0 => None,
@@ -243,7 +265,7 @@ impl ConnectionsConfig {
     }
 }
 
-/// What is wrong with an origin as a flag has it.
+/// Checks the origin of a --cors-origin flag, and says what is wrong with it.
 fn check_origin(origin: &str) -> Result<(), &'static str> {
     if origin == ANY_ORIGIN {
         return Ok(());
@@ -254,7 +276,7 @@ fn check_origin(origin: &str) -> Result<(), &'static str> {
         .ok_or("it must begin with https:// or http://, or be *")?;
     let is_host = |byte: u8| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte);
     if host.is_empty() || !host.bytes().all(is_host) {
-        return Err("after the scheme it has a host and perhaps a port, and no path");
+        return Err("after the scheme it must have a host, optionally a port, and no path");
     }
     Ok(())
 }

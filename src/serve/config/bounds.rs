@@ -1,16 +1,16 @@
-//! Parsers of flags' values with their bounds, for each flag to have its own beside
-//! it. What is out of bounds has one form of error: clap names the value and the
-//! flag, and these the limits.
+//! Parsers of flag values with bounds, which each flag states beside its
+//! definition. All errors about a value out of bounds have one form: clap names
+//! the value and the flag, and the parser names the limits.
 
 use std::time::Duration;
 
 use bytesize::ByteSize;
 
-/// The longest time that a flag takes.
+/// Longest time that a flag accepts.
 pub(crate) const DAY: Duration = Duration::from_hours(24);
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
-/// Parses a time such as 10s that is `min` to `max`.
+/// Parses a time such as 10s that must be from `min` to `max`.
 pub(crate) fn bounded_time(
     min: Duration,
     max: Duration,
@@ -25,7 +25,7 @@ pub(crate) fn bounded_time(
     }
 }
 
-/// Parses a size such as 64MiB that is `min` to `max` bytes.
+/// Parses a size such as 64MiB that must be from `min` to `max` bytes.
 pub(crate) fn bounded_size(
     min: u64,
     max: u64,
@@ -36,7 +36,7 @@ pub(crate) fn bounded_size(
     }
 }
 
-/// Parses a number that is `min` to `max`.
+/// Parses a number that must be from `min` to `max`.
 pub(crate) fn bounded_number(
     min: f64,
     max: f64,
@@ -48,7 +48,7 @@ pub(crate) fn bounded_number(
     }
 }
 
-/// Parses a size such as 64MiB, whatever it is.
+/// Parses a size such as 64MiB, without bounds.
 pub(crate) fn size(text: &str) -> Result<ByteSize, String> {
     text.parse()
         .map_err(|_| "it must be a size such as 64MiB".to_owned())

@@ -1,5 +1,5 @@
-//! Flags that a worker shares with other commands that run models: each is defined
-//! here once, and flattened where it is needed.
+//! Flags that `serve` shares with other commands that run models: each flag is
+//! defined here once, and flattened into the commands that need it.
 
 use std::path::PathBuf;
 
@@ -8,11 +8,11 @@ use clap::Args;
 use super::ConfigError;
 use crate::model::precision::ProviderChoice;
 
-/// As many GPUs as the largest machines have; each is a thread and a copy of the
-/// model.
+/// Largest number of devices of a worker: the GPUs of the largest machines.
+/// Each device costs a thread and a copy of the model.
 const DEVICES_MAX: usize = 16;
 
-/// Where ONNX Runtime is.
+/// Location of ONNX Runtime.
 #[derive(Debug, Clone, Args)]
 pub struct LibraryFlags {
     /// ONNX Runtime's shared library, version 1.24 or newer [default: the copy
@@ -21,11 +21,12 @@ pub struct LibraryFlags {
     pub onnxruntime: Option<PathBuf>,
 }
 
-/// Provider that runs the model.
+/// Execution provider that runs the model.
 #[derive(Debug, Clone, Args)]
 pub struct ProviderFlags {
-    /// What runs the model. auto takes CUDA if it can, and a worker says in the
-    /// log and in GetModel what it took
+    /// Execution provider that runs the model. auto uses CUDA if that works and
+    /// the CPU otherwise; a worker reports its choice in the log and in
+    /// GetModel
     #[arg(
         long,
         env = "IMAGEGPT_EXECUTION_PROVIDER",
@@ -35,18 +36,21 @@ pub struct ProviderFlags {
     pub execution_provider: ProviderChoice,
 }
 
-/// Provider that runs the model, and its devices.
+/// Execution provider that runs the model, and its devices.
 #[derive(Debug, Clone, Args)]
 pub struct DeviceFlags {
     #[command(flatten)]
     pub provider: ProviderFlags,
 
-    /// Which GPUs, counted from 0 among those that CUDA shows this process, at
-    /// most 16. Each has the whole model and an engine of its own, and all take
-    /// from the one queue; a GPU that fails is taken out while the others go on.
-    /// On the CPU each number is one more engine, for tests and for machines with
-    /// several sockets, and --intra-op-threads is an engine's: divide the cores
-    /// by their number; auto takes one engine where it takes the CPU
+    /// GPUs that run the model, at most 16, by their numbers among the GPUs
+    /// that CUDA shows this process, counted from 0.
+    ///
+    /// Each GPU has an engine with the whole model, and all engines take work
+    /// from one queue; if a GPU fails, the others continue without it. With
+    /// --execution-provider cpu each number adds an engine, for tests and for
+    /// machines with several sockets; --intra-op-threads then applies to each
+    /// engine, so divide the cores by the number of engines. If auto falls back
+    /// to the CPU, it uses one engine
     #[arg(
         long = "device-id",
         env = "IMAGEGPT_DEVICE_ID",
@@ -58,38 +62,39 @@ pub struct DeviceFlags {
     pub ids: Vec<i32>,
 }
 
-/// Where compiled models are.
+/// Location of compiled models.
 #[derive(Debug, Clone, Args)]
 pub struct CacheFlags {
-    /// Where compiled models are kept [default: imagegpt/ in XDG_CACHE_HOME or
-    /// ~/.cache]
+    /// Directory in which compiled models are kept [default: imagegpt/ in
+    /// XDG_CACHE_HOME or ~/.cache]
     #[arg(long, env = "IMAGEGPT_CACHE_DIR", value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
 }
 
-/// Parses the number of a GPU.
+/// Returns the parser of a GPU's number, from 0 to 1023.
 pub(crate) fn device_id() -> clap::builder::RangedI64ValueParser<i32> {
     clap::value_parser!(i32).range(0..1024)
 }
 
 impl DeviceFlags {
-    /// Whether a worker can have these devices.
+    /// Checks that a worker can use these devices.
     ///
     /// # Errors
     ///
-    /// When they are too many, or one is named twice.
+    /// Fails if there are too many devices, or if a device is named twice.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let ids = &self.ids;
         if ids.len() > DEVICES_MAX {
             return Err(ConfigError(format!(
-                "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several",
+                "--device-id has {} devices; a worker has at most {DEVICES_MAX}: start several \
+                 workers",
                 ids.len()
             )));
         }
         for (idx, id) in ids.iter().enumerate() {
             if ids[..idx].contains(id) {
                 return Err(ConfigError(format!(
-                    "--device-id has {id} twice; one engine is what a device can do"
+                    "--device-id has {id} twice; each device can have only one engine"
                 )));
             }
         }

@@ -1,13 +1,14 @@
-//! Sequences in progress, on the engine's thread: continuous batching.
+//! Sequences in progress, on the engine's thread (continuous batching).
 //!
 //! A sequence lives in a slot, where the engine keeps the keys and values of
-//! its past. A step feeds one token of each and draws the next; whoever is done
-//! or gone leaves before the next step, and whoever comes joins it. What a
-//! sequence begins with is fed first, in chunks, one a step, so that the others
-//! are not held up; its last token goes with everybody's step, so that every
-//! color is drawn from the same computation, however the sequence came by its
-//! past. Where a slot's memory can be copied, on a CPU, samples of one primer
-//! compute it once, and a step reads it once for several of them.
+//! its past. A step feeds one token of each sequence and draws the next.
+//! Sequences that are done or whose caller has disconnected leave before the
+//! next step, and new sequences join it. A sequence's primer is fed first, in
+//! chunks, one chunk per step, so that the other sequences are not held up. The
+//! primer's last token is fed in a step of all sequences, so that every color
+//! is drawn from the same computation, however the sequence came by its past.
+//! Where a slot's memory can be copied, on a CPU, samples of one primer compute
+//! it once, and a step reads it once for several of them.
 
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
@@ -25,28 +26,28 @@ use crate::telemetry::panic_text;
 
 mod prefixes;
 
-/// See the module.
+/// Slots of one engine, with the sequences in them.
 pub(super) struct Decoder {
     slots: Vec<Option<Sequence>>,
     sizes: Buckets,
     chunk: usize,
     shares_prefixes: bool,
-    /// Until the engine says that it cannot.
+    /// True until the engine reports that it cannot copy a slot.
     can_copy: bool,
-    /// Of the last run.
+    /// Logits of the last run.
     logits: Vec<f32>,
     slot_bytes: usize,
-    /// How many the metric counts.
+    /// Number of sequences that the metric shows at present.
     n_shown: usize,
     metrics: Metrics,
 }
 
-/// What a step did.
+/// Result of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct DecoderStep {
-    /// The size that it ran at; 0 if it only fed primers.
+    /// Size of the run in rows; 0 if the step only fed primers.
     pub(super) size: usize,
-    /// What it has made, as parts of whole images.
+    /// Images that the step has made, counted in fractions of an image.
     pub(super) images: f64,
 }
 
@@ -69,7 +70,7 @@ impl Decoder {
         }
     }
 
-    /// Who is there.
+    /// Returns the number of sequences by class, and of free slots.
     pub(super) fn sequences(&self) -> SequenceCounts {
         let of = |class| {
             let there = self.slots.iter().flatten();
@@ -85,7 +86,8 @@ impl Decoder {
         }
     }
 
-    /// Takes in whoever there is a slot for; the batcher sends no more.
+    /// Takes new sequences into free slots; the batcher sends no more than
+    /// there are.
     pub(super) fn join(&mut self, sequences: Vec<Sequence>) {
         let mut free = self.slots.iter_mut().filter(|slot| slot.is_none());
         for sequence in sequences {
@@ -96,7 +98,8 @@ impl Decoder {
         }
     }
 
-    /// Answers those whom nothing helps any more.
+    /// Answers the callers that have disconnected or are past their deadline,
+    /// and frees their slots.
     pub(super) fn sweep(&mut self, now: Instant) {
         for slot in &mut self.slots {
             let dead = slot
@@ -118,7 +121,7 @@ impl Decoder {
         self.n_shown = there;
     }
 
-    /// Gives everybody the same bad news.
+    /// Answers all callers with this error.
     pub(super) fn refuse(&mut self, error: &StageError) {
         for sequence in self.slots.iter_mut().filter_map(Option::take) {
             sequence.finish(Err(error.clone()));
@@ -126,17 +129,19 @@ impl Decoder {
         self.show();
     }
 
-    /// One step of all that are here.
+    /// Makes one step of all sequences.
     ///
     /// # Errors
     ///
-    /// What ends the engine; everything else is its sequence's own.
+    /// Returns the errors that end the engine; every other failure is answered
+    /// to the sequence that it belongs to.
     pub(super) fn step(&mut self, engine: &mut dyn Engine) -> Result<DecoderStep, EngineError> {
         self.sweep(Instant::now());
         self.gather(engine);
         self.share_primers(engine);
         self.feed_primer(engine)?;
-        // Once more before anybody with the same primer may be done and gone.
+        // Once more, before a sequence with the same primer may be done and
+        // leave.
         self.share_primers(engine);
         let ready: Vec<usize> = self
             .occupied()
@@ -168,7 +173,11 @@ impl Decoder {
             Err(error) if ends_engine(&error) => return Err(self.fatal(error)),
             Err(error) => {
                 self.metrics.fault(fault(&error));
-                tracing::error!(n_sequences = ready.len(), %error, "a step failed");
+                tracing::error!(
+                    n_sequences = ready.len(),
+                    %error,
+                    "a step failed; each sequence is run alone"
+                );
                 for &slot in &ready {
                     images += self.step_alone(engine, slot)?;
                 }
@@ -183,9 +192,10 @@ impl Decoder {
         slots.filter_map(|(idx, slot)| Some((idx, slot.as_ref()?)))
     }
 
-    /// One token for each of the first slots. A slot whose sequence is not
-    /// ready is run as well: what that leaves lies after what is kept of it, and
-    /// is overwritten before it is ever seen.
+    /// Returns one token for each of the first `size` slots. A slot whose
+    /// sequence is not ready is run as well: the keys and values that this
+    /// leaves lie after those that the sequence keeps, and are overwritten
+    /// before they are ever read.
     fn rows(&self, size: usize) -> Vec<(u16, usize)> {
         let row = |slot: &Option<Sequence>| match slot {
             Some(sequence) => (
@@ -220,7 +230,7 @@ impl Decoder {
         contained(engine, &feed, &mut self.logits)
     }
 
-    /// Moves sequences to lower slots where that makes a step smaller.
+    /// Moves sequences to lower slots if that makes a step smaller.
     fn gather(&mut self, engine: &mut dyn Engine) {
         while self.can_copy {
             let Some(last) = self.slots.iter().rposition(Option::is_some) else {
@@ -241,7 +251,8 @@ impl Decoder {
         }
     }
 
-    /// Whoever begins with what somebody here began with takes it over.
+    /// Copies the keys and values of a primer to new sequences from a sequence
+    /// that has begun with the same tokens.
     fn share_primers(&mut self, engine: &mut dyn Engine) {
         if !self.can_copy {
             return;
@@ -272,14 +283,15 @@ impl Decoder {
         }
     }
 
-    /// Feeds a chunk of one primer, if there is one to feed, up to its last
-    /// token.
+    /// Feeds a chunk of one primer, without its last token, if a primer is left
+    /// to feed.
     fn feed_primer(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
         let begun = |sequence: &Sequence| std::cmp::Reverse(sequence.n_fed());
         let Some((slot, sequence)) = self
             .occupied()
             .filter(|(_, sequence)| sequence.n_to_feed() > 1)
-            // One after the other: others may begin with the same.
+            // One primer after the other: others may begin with the same
+            // tokens.
             .min_by_key(|(_, sequence)| begun(sequence))
         else {
             return Ok(());
@@ -311,8 +323,8 @@ impl Decoder {
         }
     }
 
-    /// A step of one sequence, after one of all has failed, and the part of the
-    /// image that it has made.
+    /// Makes a step of one sequence, after a step of all has failed, and
+    /// returns the fraction of the image that the step has made.
     fn step_alone(&mut self, engine: &mut dyn Engine, slot: usize) -> Result<f64, EngineError> {
         let Some(sequence) = self.slots[slot].as_ref() else {
             return Ok(0.0);
@@ -331,7 +343,7 @@ impl Decoder {
         }
     }
 
-    /// A run failed that was this sequence's alone.
+    /// Answers a sequence with the error of a run that was for it alone.
     fn fail(&mut self, slot: usize, error: EngineError) {
         self.metrics.fault(fault(&error));
         if let Some(sequence) = self.slots[slot].take() {
@@ -368,7 +380,7 @@ fn fault(error: &EngineError) -> EngineFault {
     }
 }
 
-/// Feeds tokens; a panic is an error.
+/// Feeds tokens; a panic becomes an error.
 fn contained(
     engine: &mut dyn Engine,
     feed: &SlotFeed<'_>,
@@ -380,14 +392,14 @@ fn contained(
     if logits.is_empty() || !logits.len().is_multiple_of(rows.len()) {
         return Err(EngineError::Output {
             got: format!("{} logits", logits.len()),
-            expected: format!("as many for each of {} rows", rows.len()),
+            expected: format!("the same number for each of {} rows", rows.len()),
         });
     }
     Ok(())
 }
 
-/// Gives a sequence its logits; answers it and empties its slot when it ends.
-/// Whether it is complete.
+/// Gives a sequence its logits; answers the sequence and empties its slot when
+/// it ends. Returns the fraction of the image that was made.
 fn advance(slot: &mut Option<Sequence>, logits: &[f32]) -> f64 {
     let Some(sequence) = slot else {
         return 0.0;

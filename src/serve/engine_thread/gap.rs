@@ -1,9 +1,9 @@
-//! How long a device has nothing to run though something waits for it.
+//! Measures for how long a device has nothing to run though work for it waits.
 //!
-//! From the end of one run to the beginning of the next, within the runtime: so
-//! it has all that lies between, from the cutting of the answers over the way to
-//! the batcher and back to the tokens that are copied in. What a device waits
-//! because nothing is there, or because a batch may still fill up, does not
+//! A gap lasts from the end of one run to the beginning of the next, both
+//! within the runtime. It therefore includes everything in between: cutting the
+//! answers, the way to the batcher and back, and copying the tokens in. Time in
+//! which no work is there, or in which a batch may still fill up, does not
 //! count.
 
 use std::time::{Duration, Instant};
@@ -12,13 +12,13 @@ use crate::engine::{Engine, EngineFacts, GraphRun, RunSpan, RunStop, SlotFeed, W
 use crate::runtime::error::EngineError;
 use crate::serve::metrics::EngineGap;
 
-/// An engine whose gaps are measured.
+/// Engine whose gaps are measured.
 pub(super) struct Metered {
     engine: Box<dyn Engine>,
     metric: EngineGap,
-    /// When the device last ended a run.
+    /// Time at which the device last ended a run.
     ended: Instant,
-    /// Since when the turn at hand was possible.
+    /// Earliest time at which the current turn could have begun.
     possible_since: Instant,
 }
 
@@ -33,12 +33,13 @@ impl Metered {
         }
     }
 
-    /// Runs to come are of a turn that was possible since then.
+    /// Begins a turn that could have begun at `possible_since`; the next runs
+    /// belong to it.
     pub(super) fn turn(&mut self, possible_since: Instant) {
         self.possible_since = possible_since;
     }
 
-    /// Something was run, in a call that began then.
+    /// Records a run, in a call that began at `called`.
     fn ran(&mut self, called: Instant) {
         let span = self.engine.last_span().unwrap_or_else(|| RunSpan {
             started: called,
@@ -50,7 +51,7 @@ impl Metered {
     }
 }
 
-/// What the device waited for a run that it might have begun earlier.
+/// Time that the device waited for a run that could have begun earlier.
 fn gap(ended: Instant, possible_since: Instant, started: Instant) -> Duration {
     started.saturating_duration_since(ended.max(possible_since))
 }
@@ -84,7 +85,7 @@ impl Engine for Metered {
 
     fn canary(&mut self) -> Result<(), EngineError> {
         let outcome = self.engine.canary();
-        // Whoever comes meanwhile waits for a device that runs something.
+        // Work that arrives meanwhile waits for a device that is busy.
         self.ended = Instant::now();
         outcome
     }
@@ -106,11 +107,11 @@ mod tests {
             let gap = gap(at(ended), at(possible_since), at(started));
             assert_eq!(gap, Duration::from_micros(expected));
         };
-        // It waited while the run before it went on.
+        // The work waited while the run before it went on.
         check(100, 20, 130, 30);
-        // It came when the device had long been idle.
+        // The work came when the device had long been idle.
         check(100, 500, 530, 30);
-        // Nothing is to be gained where it began at once.
+        // There is no gap where the run began at once.
         check(100, 100, 100, 0);
         check(100, 500, 499, 0);
     }

@@ -1,9 +1,9 @@
-//! Everybody who waits for one and the same answer.
+//! All callers that wait for the same answer (coalescing).
 //!
 //! Identical work runs once: its callers gather in one value, which the batcher
 //! and the engine share. The batcher lets callers join and leave while the work
-//! waits or runs; the engine closes it and answers whoever is in it. The
-//! lock is held for a few pointer moves, never while anything runs.
+//! waits or runs; the engine closes the value and answers the callers in it.
+//! The lock is held for a few pointer moves, never while anything runs.
 
 use std::time::Instant;
 
@@ -11,18 +11,19 @@ use super::Ticket;
 use crate::serve::error::{RequestStage, StageError};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
-/// See the module.
+/// Callers that wait for the same answer.
 #[derive(Debug)]
 pub(crate) struct CoalescedWaiters(Mutex<State>);
 
 #[derive(Debug)]
 enum State {
     Open(Vec<Ticket>),
-    /// The answer is on its way; whoever comes now comes too late.
+    /// The answer is on its way; a caller that comes now comes too late.
     Closed,
 }
 
-/// Callers that are left, and what the most urgent of them need.
+/// Number of callers that are left, with the most urgent class and the earliest
+/// deadline among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WaitersLeft {
     pub n_tickets: usize,
@@ -45,7 +46,7 @@ impl CoalescedWaiters {
     ///
     /// # Errors
     ///
-    /// The ticket, when the answer is on its way.
+    /// Returns the ticket if the answer is on its way.
     #[expect(
         clippy::result_large_err,
         reason = "the ticket must go on to other work"
@@ -60,7 +61,8 @@ impl CoalescedWaiters {
         }
     }
 
-    /// Answers those whom nothing helps any more, telling `dropped` why.
+    /// Answers the callers that have disconnected or are past their deadline,
+    /// and passes each error to `dropped`.
     pub(crate) fn sweep(
         &self,
         now: Instant,
@@ -70,8 +72,9 @@ impl CoalescedWaiters {
         self.drop_if(|ticket| ticket.dead(now, stage), dropped)
     }
 
-    /// Answers those whose own deadline is not after `limit`, for whom the work
-    /// comes too late; it may be in time for the others.
+    /// Answers the callers whose own deadline is not after `limit` and for whom
+    /// the work therefore comes too late; the work may be in time for the
+    /// others.
     pub(crate) fn late(
         &self,
         limit: Instant,
@@ -112,7 +115,7 @@ impl CoalescedWaiters {
                 }
             }
         };
-        // Callers are woken without the lock.
+        // Callers are woken after the lock has been released.
         for (ticket, error) in dead {
             dropped(&error);
             ticket.finish(Err(error));
@@ -120,8 +123,8 @@ impl CoalescedWaiters {
         left
     }
 
-    /// Nobody can join any more; whoever is in it gets an answer from the
-    /// caller of this. Only the first call gets anybody.
+    /// Closes the value to new callers and returns those in it, which the
+    /// calling code must answer. Only the first call returns any.
     #[must_use]
     pub(crate) fn close(&self) -> Vec<Ticket> {
         match std::mem::replace(&mut *self.lock(), State::Closed) {
@@ -130,7 +133,7 @@ impl CoalescedWaiters {
         }
     }
 
-    /// Closes it and gives everybody the same bad news.
+    /// Closes the value and answers all its callers with this error.
     pub(crate) fn refuse(&self, error: &StageError) {
         for ticket in self.close() {
             ticket.finish(Err(error.clone()));

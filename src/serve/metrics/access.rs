@@ -6,7 +6,7 @@ use super::as_f64;
 use super::labels::{AccessFile, ConnectionOutcome};
 use super::registry::{Family, Registry};
 
-/// Handles to these metrics.
+/// Handles to the metrics of connections, certificates and tokens.
 pub struct AccessMetrics {
     open: Gauge,
     max: Gauge,
@@ -21,63 +21,68 @@ impl AccessMetrics {
         Self {
             open: metrics.gauge(
                 "imagegpt_connections_open",
-                "Connections that are open, with those that shake hands.",
+                "Open connections, including those whose TLS or HTTP handshake is in progress.",
             ),
-            max: metrics.gauge("imagegpt_connections_max", "The limit on open connections."),
+            max: metrics.gauge(
+                "imagegpt_connections_max",
+                "Limit on open connections: --connections-max, or fewer if ulimit -n allows fewer.",
+            ),
             outcomes: metrics.counters(
                 "imagegpt_connections_total",
-                "Connections that ended or were refused, by outcome.",
+                "Connections that were closed, rejected or could not be accepted, by outcome.",
             ),
             reloads: metrics.counters(
                 "imagegpt_reloads_total",
-                "Times that a replaced certificate or token file was taken.",
+                "Reloads of a changed certificate or token file that succeeded, by file.",
             ),
             reload_failed: metrics.gauges(
                 "imagegpt_reload_failed",
-                "1 while the file as it is now cannot be used and the one before is in force.",
+                "1 while the current contents of a file cannot be used and the previous ones stay \
+                 in force, else 0.",
             ),
             expiry: metrics.gauge(
                 "imagegpt_tls_certificate_expiry_timestamp_seconds",
-                "When the certificate in force ends, in seconds since 1970; 0 without TLS.",
+                "Unix time at which the TLS certificate in force expires, in seconds since 1970; \
+                 0 without TLS.",
             ),
         }
     }
 
-    /// A connection has taken a place.
+    /// Counts a connection as open.
     pub fn opened(&self) {
         self.open.increment(1.0);
     }
 
-    /// A connection has left its place.
+    /// Counts an open connection as ended.
     pub fn left(&self, outcome: ConnectionOutcome) {
         self.open.decrement(1.0);
         self.ended(outcome);
     }
 
-    /// A connection ended, or never took a place.
+    /// Counts the outcome of a connection that ended or was never let in.
     pub fn ended(&self, outcome: ConnectionOutcome) {
         self.outcomes.of(outcome).increment(1);
     }
 
-    /// How many may be open.
+    /// Sets the limit on open connections.
     pub fn connections_max(&self, max: usize) {
         self.max.set(as_f64(max));
     }
 
-    /// A replaced file is in force.
+    /// Counts a changed file whose new contents are in force.
     pub fn reloaded(&self, file: AccessFile) {
         self.reloads.of(file).increment(1);
         self.reload_failed(file, false);
     }
 
-    /// Whether the file as it is now cannot be used.
+    /// Sets whether the current contents of a file cannot be used.
     pub fn reload_failed(&self, file: AccessFile, failed: bool) {
         self.reload_failed
             .of(file)
             .set(if failed { 1.0 } else { 0.0 });
     }
 
-    /// When the certificate in force ends.
+    /// Sets the time at which the certificate in force expires.
     pub fn certificate_expiry(&self, seconds_since_1970: f64) {
         self.expiry.set(seconds_since_1970);
     }

@@ -6,7 +6,7 @@ use super::labels::FedTokens;
 use super::registry::{Family, Registry};
 use super::{Metrics, as_f64};
 
-/// Handles to these metrics.
+/// Handles to the metrics of generated images.
 pub(crate) struct GenerationMetrics {
     sequences: Gauge,
     sequences_max: Gauge,
@@ -17,35 +17,36 @@ pub(crate) struct GenerationMetrics {
 impl GenerationMetrics {
     pub(super) fn new(metrics: &mut Registry<'_>) -> Self {
         Self {
-            sequences: metrics.gauge(
-                "imagegpt_sequences",
-                "Images that are being generated.",
-            ),
+            sequences: metrics.gauge("imagegpt_sequences", "Images that are being generated now."),
             sequences_max: metrics.gauge(
                 "imagegpt_sequences_max",
-                "The limit on images that are generated at one time.",
+                "Limit on images that are generated at the same time, over all devices.",
             ),
             cache_bytes_max: metrics.gauge(
                 "imagegpt_sequence_cache_bytes_max",
-                "Bytes of keys and values that so many images keep.",
+                "Bytes of the key/value cache when imagegpt_sequences_max images are being \
+                 generated.",
             ),
             tokens: metrics.counters(
                 "imagegpt_tokens_total",
-                "Tokens that were fed to sequences: drawn or known ones of a step, and those of primers.",
+                "Tokens fed to images that are generated, by kind: drawn or known tokens of a \
+                 step (step), or tokens of a primer (primer).",
             ),
         }
     }
 }
 
 impl Metrics {
-    /// An engine generates so many images, after so many before.
+    /// Changes the number of images that an engine generates from `before` to
+    /// `n`.
     pub fn sequences(&self, before: usize, n: usize) {
-        // A sum over engines, of which each knows its own part alone.
+        // The gauge is a sum over engines; each engine knows only its own part.
         let gauge = &self.handles().generation.sequences;
         gauge.increment(as_f64(n) - as_f64(before));
     }
 
-    /// An engine may generate so many, each keeping so many bytes.
+    /// Adds the slots of an engine that generates up to `n` images at the same
+    /// time, each with `bytes` bytes of key/value cache.
     pub fn slots_added(&self, n: usize, bytes: usize) {
         let metrics = &self.handles().generation;
         metrics.sequences_max.increment(as_f64(n));
@@ -53,7 +54,7 @@ impl Metrics {
         metrics.cache_bytes_max.increment(all);
     }
 
-    /// That engine has ended.
+    /// Removes the slots of an engine that has ended.
     pub fn slots_removed(&self, n: usize, bytes: usize) {
         let metrics = &self.handles().generation;
         metrics.sequences_max.decrement(as_f64(n));
@@ -61,7 +62,7 @@ impl Metrics {
         metrics.cache_bytes_max.decrement(all);
     }
 
-    /// A step took so many sequences a pixel further.
+    /// Counts a step that advanced `n` images by one pixel each.
     pub fn generated(&self, n: usize) {
         self.handles()
             .generation
@@ -70,7 +71,7 @@ impl Metrics {
             .increment(n as u64);
     }
 
-    /// So many tokens of a primer were fed.
+    /// Counts `n` tokens of a primer that were fed.
     pub fn prefilled(&self, n: usize) {
         self.handles()
             .generation

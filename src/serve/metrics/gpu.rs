@@ -1,11 +1,11 @@
 //! Metrics of the GPUs that the model runs on. Only a worker that uses CUDA has
-//! them: zero bytes of a GPU that is not there would be an answer, and wrong.
+//! these metrics: zero bytes for a GPU that does not exist would be wrong.
 
 use super::Metrics;
 use super::registry::{LateMetric, Registry};
 use crate::gpu::GpuUsage;
 
-/// Definitions of these metrics.
+/// Definitions of the metrics of GPUs.
 pub(super) struct GpuMetrics {
     memory_used: LateMetric,
     memory_total: LateMetric,
@@ -17,21 +17,24 @@ impl GpuMetrics {
         Self {
             memory_used: metrics.device_gauge(
                 "imagegpt_gpu_memory_used_bytes",
-                "Memory of the GPU that is in use, by whomever.",
+                "GPU memory in use by all processes, in bytes, by device.",
             ),
-            memory_total: metrics
-                .device_gauge("imagegpt_gpu_memory_total_bytes", "Memory of the GPU."),
+            memory_total: metrics.device_gauge(
+                "imagegpt_gpu_memory_total_bytes",
+                "Total GPU memory in bytes, by device.",
+            ),
             utilization: metrics.device_gauge(
                 "imagegpt_gpu_utilization_ratio",
-                "Share of the last moments in which the GPU was computing.",
+                "Share of the last sampling period in which the GPU was computing, from 0 to 1, \
+                 by device.",
             ),
         }
     }
 }
 
 impl Metrics {
-    /// Usage of the GPU that --device-id calls `id`, as it is now; what it does not
-    /// tell has no series.
+    /// Sets the current usage of the GPU with this number in --device-id;
+    /// values that the GPU does not report get no series.
     pub fn gpu(&self, id: i32, usage: GpuUsage) {
         let (id, gpu) = (id.to_string(), &self.handles().gpu);
         let set = |metric: &LateMetric, value: Option<f64>| {

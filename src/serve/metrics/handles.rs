@@ -1,4 +1,5 @@
-//! Metrics of calls, of the engine and of the worker: an expression each.
+//! Metrics of calls, of the engine and of the worker, one expression per
+//! metric.
 
 use metrics::{Counter, Gauge, Histogram};
 
@@ -13,10 +14,10 @@ const BATCH_SIZES: [f64; 11] = [
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
 ];
 
-/// Eighths: below 1 the engine ran with room to spare.
+/// Eighths of a full batch; below 1 the engine ran padding.
 const FILLS: [f64; 8] = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0];
 
-/// Handles of calls, their images and what they hold.
+/// Handles of the metrics of calls, their images and their memory.
 pub(super) struct RequestHandles {
     pub(super) requests: Family<(RpcMethod, GrpcCode), Counter>,
     pub(super) request_duration: Family<RpcMethod, Histogram>,
@@ -39,41 +40,45 @@ impl RequestHandles {
         Self {
             requests: metrics.counters(
                 "imagegpt_requests_total",
-                "Calls answered, by method and gRPC code.",
+                "Answered calls, by method and gRPC code.",
             ),
             request_duration: metrics.histograms(
                 "imagegpt_request_duration_seconds",
-                "Time from a call's arrival to its answer.",
+                "Time from the arrival of a call to its answer, by method.",
                 durations(),
             ),
             images: metrics.counters(
                 "imagegpt_images_total",
-                "Images answered, by the code of their own outcome.",
+                "Answered images, by the gRPC code of the image's own outcome.",
             ),
             dropped: metrics.counters(
                 "imagegpt_images_dropped_total",
-                "Images dropped before they had an answer, by reason and the stage they had reached.",
+                "Images dropped without an answer, by reason and by the stage that the image had \
+                 reached.",
             ),
             images_in_flight: metrics.gauge(
                 "imagegpt_images_in_flight",
-                "Images admitted and not yet answered.",
+                "Images that are admitted and not yet answered.",
             ),
             images_in_flight_max: metrics.gauge(
                 "imagegpt_images_in_flight_max",
-                "The limit on images in flight.",
+                "Limit on images in flight (--images-in-flight-max).",
             ),
             bytes_in_flight: metrics.gauge(
                 "imagegpt_bytes_in_flight",
-                "Bytes that requests and answers hold.",
+                "Bytes of memory that requests and answers in the worker use.",
             ),
             bytes_in_flight_max: metrics.gauge(
                 "imagegpt_bytes_in_flight_max",
-                "The limit on bytes in flight.",
+                "Limit on bytes in flight (--bytes-in-flight-max).",
             ),
-            streams: metrics.gauge("imagegpt_streams", "Streams that are open."),
+            streams: metrics.gauge(
+                "imagegpt_streams",
+                "Open streams (EmbedStream and ModelStreamInfer).",
+            ),
             answers_not_taken: metrics.counter(
                 "imagegpt_answers_not_taken_total",
-                "Answers that were given up because their client did not take them.",
+                "Answers dropped because the client did not read them in time (--answer-timeout).",
             ),
             decode_duration: metrics.histogram(
                 "imagegpt_decode_duration_seconds",
@@ -82,22 +87,19 @@ impl RequestHandles {
             ),
             quantize_duration: metrics.histogram(
                 "imagegpt_quantize_duration_seconds",
-                "Time to resize one image and find its color tokens.",
+                "Time to resize one image and quantize its pixels to color tokens.",
                 durations(),
             ),
             cache_lookups: metrics.counters(
                 "imagegpt_cache_lookups_total",
-                "Images looked for in the cache, by result.",
+                "Lookups of images in the cache of answers, by result.",
             ),
-            cache_bytes: metrics.gauge(
-                "imagegpt_cache_bytes",
-                "Bytes of answers that are kept.",
-            ),
+            cache_bytes: metrics.gauge("imagegpt_cache_bytes", "Bytes of answers in the cache."),
         }
     }
 }
 
-/// Handles of the queue and of runs of the model.
+/// Handles of the metrics of the queue and of runs of the model.
 pub(super) struct EngineHandles {
     pub(super) queue_depth: Family<Priority, Gauge>,
     pub(super) queue_duration: Family<Priority, Histogram>,
@@ -122,78 +124,83 @@ impl EngineHandles {
         Self {
             queue_depth: metrics.gauges(
                 "imagegpt_queue_depth",
-                "Images that wait for the engine, by class.",
+                "Images that wait for the engine, by priority class.",
             ),
             queue_duration: metrics.histograms(
                 "imagegpt_queue_duration_seconds",
-                "Time an image waited for the engine after preprocessing.",
+                "Time that an image waited for the engine after preprocessing, by priority class.",
                 durations(),
             ),
             coalesced: metrics.counter(
                 "imagegpt_images_coalesced_total",
-                "Images that shared another one's run because they were the same.",
+                "Images that shared the run of an identical image (coalescing).",
             ),
             batches: metrics.counters(
                 "imagegpt_batches_total",
-                "Batches formed, by what closed them.",
+                "Batches formed, by the reason for which no more images were awaited.",
             ),
             batch_size: metrics.histograms(
                 "imagegpt_batch_size",
-                "Images in one run, by graph.",
+                "Images in one run of the model, without padding, by graph.",
                 BATCH_SIZES.to_vec(),
             ),
             batch_size_max: metrics.gauge(
                 "imagegpt_batch_size_max",
-                "The largest batch that every device takes; below --max-batch-size after memory ran out.",
+                "Largest batch that every device takes; below --max-batch-size after a device ran \
+                 out of memory.",
             ),
             batch_fill: metrics.histogram(
                 "imagegpt_batch_fill_ratio",
-                "Images in one run divided by the size that it ran at.",
+                "Images in one run divided by the batch size of the run, padding included.",
                 FILLS.to_vec(),
             ),
             batch_padding: metrics.counter(
                 "imagegpt_batch_padding_images_total",
-                "Rows that were run to fill a batch size.",
+                "Rows of padding that were run to fill a batch up to its batch size.",
             ),
             inference_duration: metrics.histograms(
                 "imagegpt_inference_duration_seconds",
-                "Time of one run of the model, by graph.",
+                "Duration of one run of the model, by graph.",
                 durations(),
             ),
             drain_rate: metrics.gauge(
                 "imagegpt_drain_rate_images_per_second",
-                "Images per second that all engines answer while they are busy.",
+                "Measured throughput of all engines together while they are busy, in images per \
+                 second.",
             ),
             engine_gap: metrics.device_histogram(
                 "imagegpt_engine_gap_seconds",
-                "Time a device had nothing to run before a run that was already possible.",
+                "Time that a device was idle before a run although the run was already possible, \
+                 by device.",
                 durations(),
             ),
             engine_fallback: metrics.gauges(
                 "imagegpt_engine_fallback",
-                "1 if the engine does without this kind of thing, which could not be had.",
+                "1 if the engine runs without CUDA (cuda) or CUDA graphs (cuda_graphs) because \
+                 they could not be used, else 0.",
             ),
             engine_faults: metrics.counters(
                 "imagegpt_engine_faults_total",
-                "Runs of the model that failed, by kind.",
+                "Runs of the model that failed, by kind of fault.",
             ),
             runs_stopped: metrics.counter(
                 "imagegpt_runs_stopped_total",
-                "Runs that were stopped because nobody waited for them any more.",
+                "Runs of the model that were stopped because no caller waited for their results \
+                 any more.",
             ),
             canaries: metrics.counters(
                 "imagegpt_canary_runs_total",
-                "Checks of an idle engine, by result.",
+                "Runs on a known image that checked an idle engine (--canary-interval), by result.",
             ),
             device_up: metrics.device_gauge(
                 "imagegpt_device_up",
-                "1 while a device takes work, else 0.",
+                "1 while the device takes work, else 0.",
             ),
         }
     }
 }
 
-/// Handles of the worker as a whole.
+/// Handles of the metrics of the worker as a whole.
 pub(super) struct WorkerHandles {
     pub(super) ready: Gauge,
     pub(super) model_load_duration: Gauge,
@@ -208,21 +215,22 @@ impl WorkerHandles {
             ready: metrics.gauge("imagegpt_ready", "1 while the worker serves, else 0."),
             model_load_duration: metrics.gauge(
                 "imagegpt_model_load_duration_seconds",
-                "Seconds from start to a loaded and warmed model.",
+                "Time from the start of the worker until its model was loaded and warmed up.",
             ),
             model_info: metrics.late_gauge(
                 "imagegpt_model_info",
-                "1, labeled with the model that is served.",
+                "Always 1; the labels name the model that is served.",
                 &["name", "digest", "execution_provider"],
             ),
             build_info: metrics.late_gauge(
                 "imagegpt_build_info",
-                "1, labeled with the worker's version.",
+                "Always 1; the label is the worker's version.",
                 &["version"],
             ),
             log_lines_dropped: metrics.counter(
                 "imagegpt_log_lines_dropped_total",
-                "Log lines that could not be written to standard error, or not fast enough.",
+                "Log lines dropped because they could not be written to standard error, or not \
+                 fast enough.",
             ),
         }
     }

@@ -1,4 +1,4 @@
-//! Values that labels of metrics may have. None comes from a request.
+//! Values of the labels of metrics. No value comes from a request.
 
 use super::registry::LabelSet;
 use crate::engine::FallbackKind;
@@ -6,7 +6,8 @@ use crate::model::graph::{Graph, Norm};
 use crate::proto::{GrpcCode, Priority, RpcMethod};
 use crate::serve::error::RequestStage;
 
-/// A label of an enum without fields, whose `ALL` is in the order of its variants.
+/// Implements [`LabelSet`] for an enum without fields whose `ALL` is in the
+/// order of its variants.
 macro_rules! label {
     ($type:ty, $name:literal, $value:ident) => {
         impl LabelSet for $type {
@@ -39,8 +40,8 @@ label!(CacheLookup, "result", label);
 label!(CanaryResult, "result", label);
 label!(FedTokens, "kind", label);
 
-/// Codes that have series: those that the worker or its gRPC library can answer
-/// with. Any other would be counted as UNKNOWN.
+/// Codes that have series of their own: all codes with which the worker or its
+/// gRPC library can answer. Other codes are counted as UNKNOWN.
 const COUNTED: [GrpcCode; 13] = [
     GrpcCode::Unknown,
     GrpcCode::Ok,
@@ -72,7 +73,7 @@ impl LabelSet for GrpcCode {
     }
 
     fn index(self) -> usize {
-        // UNKNOWN is the first.
+        // Index 0 is UNKNOWN.
         COUNTED.iter().position(|code| *code == self).unwrap_or(0)
     }
 
@@ -105,12 +106,14 @@ impl LabelSet for Graph {
     }
 }
 
-/// Why an image was dropped before it had an answer, and where it had got to.
+/// Reason for which an image was dropped without an answer, and the stage that
+/// the image had reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DropReason {
     Cancelled(RequestStage),
     Deadline(RequestStage),
-    /// Refused as it comes to the queue, so there is no other stage.
+    /// Too little time for a run before the deadline; the only stage is the
+    /// queue, since the image is rejected when it gets there.
     DeadlineTooShort,
 }
 
@@ -150,17 +153,17 @@ impl LabelSet for DropReason {
     }
 }
 
-/// Why a batch was formed.
+/// Reason for which a batch was formed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum BatchClose {
-    /// The batch had reached the size that the engine is fastest at.
+    /// The batch had reached the size at which the engine is fastest.
     Full,
-    /// Its oldest image had waited the queue delay.
+    /// The oldest image of the batch had waited for --max-queue-delay.
     Delay,
-    /// The engine was about to run something anyway, so waiting for company
-    /// would have meant waiting for that.
+    /// The engine would otherwise have run another batch, and this batch would
+    /// have had to wait for that run.
     Turn,
-    /// The worker is shutting down and waits for nobody.
+    /// The worker is shutting down and waits for no further images.
     Drain,
 }
 
@@ -184,7 +187,7 @@ pub enum EngineFault {
     Run,
     /// Memory did not suffice for a batch.
     OutOfMemory,
-    /// The device can do no more.
+    /// The device failed and can run nothing more.
     Device,
     /// The engine panicked.
     Panic,
@@ -203,20 +206,22 @@ impl EngineFault {
     }
 }
 
-/// End of a connection, or the reason that it had none.
+/// Reason for which a connection ended or was never let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ConnectionOutcome {
     /// The connection was let in and has closed.
     Closed,
-    /// The connection was closed at once, for want of a place.
+    /// The connection was closed at once because of --connections-max.
     Refused,
-    /// A connection was closed at once, because its address has as many as one may have.
+    /// The connection was closed at once because its address had reached
+    /// --connections-per-address-max.
     RefusedAddress,
-    /// A connection without a call gave its place to another one.
+    /// The connection had no call and was closed to make room for a new one.
     SentAway,
     /// The client did not finish its handshake, or not in time.
     HandshakeFailed,
-    /// The system gave no connection, for want of file descriptors mostly.
+    /// The system could not accept a connection, mostly for lack of file
+    /// descriptors.
     AcceptFailed,
 }
 
@@ -261,7 +266,7 @@ impl AccessFile {
     }
 }
 
-/// Result of a look into the cache.
+/// Result of a lookup in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CacheLookup {
     Hit,
@@ -279,7 +284,7 @@ impl CacheLookup {
     }
 }
 
-/// Result of a check of an idle engine, whose answer is known.
+/// Result of the check of an idle engine on an image whose answer is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CanaryResult {
     Ok,
@@ -297,7 +302,7 @@ impl CanaryResult {
     }
 }
 
-/// Which tokens are fed to sequences.
+/// Kind of tokens that are fed to images that are generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FedTokens {
     Step,
@@ -344,7 +349,7 @@ mod tests {
         is_indexed::<CacheLookup>();
         is_indexed::<CanaryResult>();
         is_indexed::<FedTokens>();
-        // What has no series of its own is counted all the same.
+        // A code without a series of its own is counted as UNKNOWN.
         assert_eq!(GrpcCode::DataLoss.index(), GrpcCode::Unknown.index());
     }
 }

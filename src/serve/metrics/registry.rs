@@ -1,6 +1,6 @@
-//! Definitions of metrics. One expression gives a metric its name, its help, its
-//! labels, its buckets and its handles, and each value of a label has a handle from
-//! the start: nothing is looked up, so no count can be lost.
+//! Definitions of metrics. One expression gives a metric its name, help,
+//! labels, buckets and handles. Each value of a label has a handle from the
+//! start: nothing is looked up later, so no count can be lost.
 
 use std::marker::PhantomData;
 
@@ -26,19 +26,19 @@ impl MetricKind {
     }
 }
 
-/// Definition of a metric, as its documentation has it.
+/// Definition of a metric, for documentation and checks.
 #[derive(Debug, Clone)]
 pub struct MetricDefinition {
     pub name: &'static str,
     pub kind: MetricKind,
     pub help: &'static str,
-    /// Names of its labels.
+    /// Names of the metric's labels.
     pub labels: &'static [&'static str],
     /// Upper bounds of a histogram's buckets; none for other kinds.
     pub buckets: Vec<f64>,
 }
 
-/// Values of a metric's labels, of which there are finitely many.
+/// Type whose finitely many values are the values of a metric's labels.
 pub(crate) trait LabelSet: Copy + 'static {
     /// Names of the labels.
     const LABELS: &'static [&'static str];
@@ -46,13 +46,13 @@ pub(crate) trait LabelSet: Copy + 'static {
     /// Number of values.
     const COUNT: usize;
 
-    /// All values, in the order of their indexes.
+    /// Returns all values, in the order of their indexes.
     fn all() -> Vec<Self>;
 
-    /// Index of the value among [`LabelSet::all`].
+    /// Returns the index of the value in [`LabelSet::all`].
     fn index(self) -> usize;
 
-    /// The value of each label.
+    /// Returns the value of each label.
     fn values(self) -> Vec<&'static str>;
 }
 
@@ -78,21 +78,21 @@ impl<A: LabelSet, B: LabelSet> LabelSet for (A, B) {
     }
 }
 
-/// Handles of one metric, one for each value of its labels.
+/// Handles of one metric, one handle per value of its labels.
 pub(super) struct Family<L, H> {
     handles: Vec<H>,
     labels: PhantomData<L>,
 }
 
 impl<L: LabelSet, H> Family<L, H> {
-    /// The handle of a value.
+    /// Returns the handle of a value.
     pub(super) fn of(&self, label: L) -> &H {
         &self.handles[label.index()]
     }
 }
 
-/// A metric whose label is known only while the worker runs, such as a device. Its
-/// series begin with their first value.
+/// Metric whose label values are known only while the worker runs, such as
+/// devices. Each series begins with its first value.
 pub(super) struct LateMetric {
     name: &'static str,
     labels: &'static [&'static str],
@@ -116,19 +116,21 @@ impl LateMetric {
 
 const METADATA: Metadata<'static> = Metadata::new("imagegpt", Level::INFO, Some(module_path!()));
 
-/// Label of metrics of one device.
+/// Label of metrics that have one series per device.
 const DEVICE: &[&str] = &["device"];
 
-/// Powers of two from 15 microseconds to 4 minutes: stages differ by six
-/// orders of magnitude between a 2 KiB token request on a GPU and a batch of
-/// imagegpt-large on a CPU, and a factor of two locates a change well enough.
+/// Returns the buckets of durations, in seconds: powers of two from 15
+/// microseconds to 4 minutes. Stages differ by six orders of magnitude between
+/// a 2 KiB token request on a GPU and a batch of imagegpt-large on a CPU, and a
+/// factor of two locates a change well enough.
 pub(super) fn durations() -> Vec<f64> {
     (0..25)
         .map(|exponent| 15e-6 * f64::from(1 << exponent))
         .collect()
 }
 
-/// Maker of handles in one recorder, which remembers what it defined.
+/// Maker of handles in one recorder, which also collects the definitions of the
+/// metrics.
 pub(super) struct Registry<'a> {
     recorder: &'a dyn Recorder,
     definitions: Vec<MetricDefinition>,
@@ -142,7 +144,7 @@ impl<'a> Registry<'a> {
         }
     }
 
-    /// All definitions, by name.
+    /// Returns all definitions, sorted by name.
     pub(super) fn into_definitions(mut self) -> Vec<MetricDefinition> {
         self.definitions.sort_by_key(|definition| definition.name);
         self.definitions
@@ -190,8 +192,9 @@ impl<'a> Registry<'a> {
         }
     }
 
-    /// Registering alone exports nothing; a series that appears with its first event
-    /// hides that event from `rate()`.
+    /// Registers a counter with the value 0, so that its series is exported at
+    /// once: a series that appears with its first event hides that event from
+    /// `rate()`, and registering alone exports nothing.
     fn counter_at_zero(&self, key: &Key) -> Counter {
         let counter = self.recorder.register_counter(key, &METADATA);
         counter.increment(0);
@@ -253,7 +256,7 @@ impl<'a> Registry<'a> {
         Self::family(name, |key| self.recorder.register_histogram(key, &METADATA))
     }
 
-    /// A gauge whose labels are known later.
+    /// Defines a gauge whose label values are known later.
     pub(super) fn late_gauge(
         &mut self,
         name: &'static str,
@@ -264,12 +267,12 @@ impl<'a> Registry<'a> {
         LateMetric { name, labels }
     }
 
-    /// A gauge of each device.
+    /// Defines a gauge with one series per device.
     pub(super) fn device_gauge(&mut self, name: &'static str, help: &'static str) -> LateMetric {
         self.late_gauge(name, help, DEVICE)
     }
 
-    /// A histogram of each device.
+    /// Defines a histogram with one series per device.
     pub(super) fn device_histogram(
         &mut self,
         name: &'static str,

@@ -1,12 +1,12 @@
-//! Sums since the start, for whoever asks the worker itself: the exporter's
-//! histograms can be rendered, but not read.
+//! Sums since the start, which the worker itself can read and report: the
+//! exporter's histograms can be rendered, but not read.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-/// How often, and how long together.
+/// Number of events, and their time together in nanoseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CountedTime {
     pub count: u64,
@@ -20,36 +20,38 @@ impl CountedTime {
     }
 }
 
-/// What was done since the start, whoever asked for it.
+/// Sums over all callers since the start of the worker.
 #[derive(Debug, Default)]
 pub struct Totals {
-    /// Decoding, resizing and quantizing.
+    /// Time of decoding, resizing and quantizing.
     input_ns: AtomicU64,
-    /// Waiting for the engine.
+    /// Time of waiting for the engine.
     queue_ns: AtomicU64,
-    /// Making tensors of answers, where it is measured.
+    /// Time of making tensors from answers, where that time is measured.
     output_ns: AtomicU64,
     cache_hits: AtomicU64,
     cache_misses: AtomicU64,
-    /// Together, so that no reader sees one without the others.
+    /// Sums behind one lock, so that a reader sees all of them in one state.
     sums: Mutex<TotalSums>,
 }
 
-/// What changes together.
+/// Sums that are changed and read together.
 #[derive(Debug, Clone, Default)]
 pub struct TotalSums {
-    /// Calls that were answered, and that were not.
+    /// Calls for inference that succeeded.
     pub success: CountedTime,
+    /// Calls for inference that failed.
     pub fail: CountedTime,
-    /// Images that were run; each takes as long as its run.
+    /// Images that were run; the time of a run counts once per image in the
+    /// run.
     pub images: CountedTime,
-    /// Runs by the images in them: as many sizes as batches may have.
+    /// Runs of the model, by the number of images in the run.
     pub runs: BTreeMap<usize, CountedTime>,
-    /// Milliseconds since 1970, of the last run.
+    /// Time of the last run, in milliseconds since 1970.
     pub last_run_ms: u64,
 }
 
-/// A look at all of it.
+/// Copy of all sums at one moment.
 #[derive(Debug, Clone)]
 pub struct TotalsSnapshot {
     pub sums: TotalSums,
@@ -61,7 +63,7 @@ pub struct TotalsSnapshot {
 }
 
 impl Totals {
-    /// A call for inference has ended.
+    /// Counts a call for inference that has ended.
     pub fn call(&self, ok: bool, elapsed: Duration) {
         let mut sums = self.lock();
         if ok {
@@ -71,7 +73,7 @@ impl Totals {
         }
     }
 
-    /// The engine has run so many images.
+    /// Counts a run of `n_images` images.
     pub fn ran(&self, n_images: usize, elapsed: Duration) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let mut sums = self.lock();
@@ -83,22 +85,22 @@ impl Totals {
         sums.last_run_ms = u64::try_from(now).unwrap_or(u64::MAX);
     }
 
-    /// An image became tokens.
+    /// Adds the time in which an image became tokens.
     pub fn preprocessed(&self, elapsed: Duration) {
         self.input_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
     }
 
-    /// An image waited for the engine.
+    /// Adds the time that an image waited for the engine.
     pub fn waited(&self, elapsed: Duration) {
         self.queue_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
     }
 
-    /// An answer was made.
+    /// Adds the time in which the tensor of an answer was made.
     pub fn answered(&self, elapsed: Duration) {
         self.output_ns.fetch_add(ns(elapsed), Ordering::Relaxed);
     }
 
-    /// An image was looked for in the cache.
+    /// Counts a lookup of an image in the cache.
     pub fn cache(&self, hit: bool) {
         let counter = if hit {
             &self.cache_hits

@@ -1,10 +1,11 @@
-//! Where pictures wait for a preprocessing thread.
+//! Queue of pictures that wait for a preprocessing thread.
 //!
-//! A lock and not a channel, because those who gave up leave from the middle,
-//! because interactive pictures overtake bulk ones, and because cheap pictures
-//! overtake costly ones within a bound of age: a few callers whose pictures take
-//! a second each would otherwise hold up everybody's. It needs no bound of
-//! its own: a job holds its permit, so there are at most as many as permits.
+//! The queue is a lock and not a channel for three reasons: pictures whose
+//! callers gave up leave from the middle, interactive pictures overtake bulk
+//! ones, and cheap pictures overtake costly ones within a bound of age.
+//! Otherwise a few callers whose pictures take a second each would hold up all
+//! others (head-of-line blocking). The queue needs no bound of its own: each
+//! job holds its permit, so there are at most as many jobs as permits.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -19,50 +20,53 @@ use crate::serve::job::Job;
 use crate::serve::metrics::Metrics;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// While both classes wait, every so many pictures a bulk one goes first, so
-/// that interactive ones alone cannot fill the queue before the engine and bulk
-/// gets its share of that.
+/// Number of pictures of which one is bulk while both classes wait, so that
+/// interactive pictures alone cannot fill the queue before the engine, and bulk
+/// work gets its share of that queue.
 const BULK_TURN: u32 = 5;
 
-/// A picture lets those pass that arrive within so many times its own cost. At
-/// 8 a picture of a second waits for at most 8 seconds of later arrivals, and
-/// one of a millisecond for those of the next 8 milliseconds.
+/// Multiple of a picture's own cost for which later arrivals may pass it. At 8,
+/// a picture that takes a second waits for at most 8 seconds of later arrivals,
+/// and a picture that takes a millisecond for those of the next 8 milliseconds.
 const PATIENCE: u32 = 8;
-/// Longest that a picture lets later ones pass, whatever its header claims.
+/// Longest time in which later arrivals may pass a picture, whatever its header
+/// claims.
 const PATIENCE_MAX: Duration = Duration::from_secs(30);
 
-/// The end that admission holds: the queue is closed when it is dropped.
+/// Admission's end of the queue, which is closed when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct QueueEntrance(Arc<PreprocessQueue>);
 
-/// The end that preprocessing threads hold.
+/// End of the queue that the preprocessing threads hold.
 #[derive(Debug)]
 pub(crate) struct PreprocessQueue {
     state: Mutex<State>,
-    /// Rung for threads that take any picture.
+    /// Signal for threads that take any picture.
     arrived: Condvar,
-    /// Rung for threads that take cheap ones only: a shared bell could wake one
-    /// of them for a picture that it must leave.
+    /// Signal for threads that take cheap pictures only: a shared signal could
+    /// wake one of them for a picture that it must leave.
     cheap_arrived: Condvar,
-    /// Rung when callers have gone, for the batcher to look at its own queue.
+    /// Bell that is rung when callers have disconnected, so that the batcher
+    /// looks at its own queue.
     bell: Sender<()>,
     metrics: Metrics,
 }
 
-/// Which pictures a thread takes.
+/// Pictures that a thread takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ThreadReach {
     Any,
-    /// Only those that are decoded in a moment, so that they pass while every
-    /// other thread is held by large ones.
+    /// Only pictures that are decoded in a moment, so that these pass while
+    /// large pictures occupy all other threads.
     Cheap,
 }
 
-/// The order of pictures within a class: by arrival, put off by their cost.
+/// Sort key of pictures within a class: time of arrival plus a delay for the
+/// picture's cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     at: Instant,
-    /// Tells apart what arrives at one instant.
+    /// Number that tells apart pictures with the same time.
     nth: u64,
 }
 
@@ -75,7 +79,7 @@ struct State {
     closed: bool,
 }
 
-/// The pictures of one class that wait.
+/// Waiting pictures of one class.
 #[derive(Debug, Default)]
 struct Waiting {
     cheap: BTreeMap<Rank, Job<ImageRequest>>,
@@ -103,14 +107,14 @@ impl Waiting {
             .or_else(|| self.costly.remove(&rank))
     }
 
-    /// Takes out those that are dead, with the reason.
+    /// Takes out the jobs that are dead, with the reason.
     fn sweep(&mut self, now: Instant, dead: &mut Vec<(Job<ImageRequest>, StageError)>) {
         for waiting in [&mut self.cheap, &mut self.costly] {
             let is_dead = |_: &Rank, job: &mut Job<ImageRequest>| {
                 job.ticket.dead(now, RequestStage::Preprocess).is_some()
             };
             dead.extend(waiting.extract_if(.., is_dead).filter_map(|(_, job)| {
-                // Dead a moment ago is dead now.
+                // A job that was dead a moment ago is dead now.
                 let error = job.ticket.dead(now, RequestStage::Preprocess)?;
                 Some((job, error))
             }));
@@ -156,7 +160,7 @@ impl State {
         let job = self.lane(class).take(rank)?;
         self.turn = match class {
             Priority::Bulk => 0,
-            // Counted only while bulk waits.
+            // Interactive pictures are counted only while bulk waits.
             Priority::Interactive if bulk.is_none() => 0,
             Priority::Interactive => self.turn + 1,
         };
@@ -164,7 +168,8 @@ impl State {
     }
 }
 
-/// A queue and its door. `bell` has room for one ring; more mean the same.
+/// Creates a queue and its entrance. `bell` needs room for one ring, since two
+/// mean the same.
 #[must_use]
 pub(crate) fn queue(bell: Sender<()>, metrics: Metrics) -> (QueueEntrance, Arc<PreprocessQueue>) {
     let queue = Arc::new(PreprocessQueue {
@@ -183,8 +188,8 @@ impl PreprocessQueue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next picture within reach, once there is one; `None` once the door
-    /// is closed and all within reach have gone through.
+    /// Waits for the next picture within reach; `None` once the entrance is
+    /// closed and all pictures within reach have been taken.
     pub(crate) fn next(&self, reach: ThreadReach) -> Option<Job<ImageRequest>> {
         let arrived = match reach {
             ThreadReach::Any => &self.arrived,
@@ -204,8 +209,8 @@ impl PreprocessQueue {
 }
 
 impl QueueEntrance {
-    /// Puts a picture into its class, behind those that arrived before and
-    /// before those that cost more.
+    /// Adds a picture to its class, with a place that follows from its arrival
+    /// and its cost.
     pub(crate) fn push(&self, job: Job<ImageRequest>) {
         // Headers are read without the lock.
         let cost = job.payload.cost();
@@ -216,8 +221,8 @@ impl QueueEntrance {
         }
     }
 
-    /// Answers those who have gone or are late, here and in the batcher, so
-    /// that their places are free at once.
+    /// Answers callers that have disconnected or are past their deadline, here
+    /// and in the batcher, so that their places are free at once.
     pub(crate) fn sweep(&self) {
         let now = Instant::now();
         let mut dead = Vec::new();
@@ -227,12 +232,13 @@ impl QueueEntrance {
                 state.lane(class).sweep(now, &mut dead);
             }
         }
-        // Callers are woken without the lock.
+        // Callers are woken after the lock has been released.
         for (job, error) in dead {
             self.0.metrics.dead(&error);
             job.ticket.finish(Err(error));
         }
-        // Full means that the batcher has a ring to hear yet.
+        // A full channel means that the batcher has yet to hear an earlier
+        // ring.
         let _ = self.0.bell.try_send(());
     }
 }
@@ -245,7 +251,8 @@ impl Drop for QueueEntrance {
     }
 }
 
-/// Whoever still waits when the last end goes is told, since nobody else would.
+/// Answers jobs that are still in the queue when its last end is dropped, since
+/// nothing else would.
 impl Drop for PreprocessQueue {
     fn drop(&mut self) {
         let state = std::mem::take(&mut *self.lock());
@@ -361,13 +368,13 @@ mod tests {
             order(&[(0, 5), (0, 5), (1, 5)], ThreadReach::Any),
             [0, 1, 2]
         );
-        // A picture of a second lets pass what arrives within eight.
+        // A picture of a second lets arrivals of the next eight seconds pass.
         let hog = (0, 1000);
         assert_eq!(
             order(&[hog, (1, 1), (7_900, 1), (8_100, 1)], ThreadReach::Any),
             [1, 2, 0, 3]
         );
-        // The largest claim waits no longer than the bound.
+        // A picture with the largest claim waits no longer than the bound.
         let claim = (0, u64::MAX / 2_000_000);
         assert_eq!(
             order(&[claim, (29_000, 1), (31_000, 1)], ThreadReach::Any),
@@ -397,7 +404,8 @@ mod tests {
             height: side,
             pixels: bytes::Bytes::new(),
         };
-        // Waits before anything has come, and is woken for the one it takes.
+        // The thread waits before any picture has come, and is woken for the
+        // one that it takes.
         let cheap = std::thread::scope(|scope| {
             let waiter = scope.spawn(|| queue.next(ThreadReach::Cheap));
             push(rgb8(8000));

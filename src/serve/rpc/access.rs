@@ -1,4 +1,4 @@
-//! Certificates and tokens, and that they are followed when they change.
+//! Certificates and tokens, which are reloaded when their files change.
 
 use tokio::task::JoinSet;
 
@@ -10,7 +10,7 @@ use crate::files::FlagFile;
 use crate::serve::config::AccessConfig;
 use crate::serve::metrics::Metrics;
 
-/// Who is let in and how, with the files that say so read once.
+/// TLS, tokens and gRPC-Web settings, with their files read once.
 #[derive(Debug, Default)]
 pub(crate) struct Access {
     tls: Option<(Latest<Tls>, Follower<Tls>)>,
@@ -18,7 +18,7 @@ pub(crate) struct Access {
     web: Web,
 }
 
-/// Who is let in now.
+/// Current TLS, tokens and gRPC-Web settings, for the server.
 pub(super) struct Guards {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) tokens: Option<Latest<AcceptedTokens>>,
@@ -30,7 +30,7 @@ impl Access {
     ///
     /// # Errors
     ///
-    /// One sentence on the file that is wrong.
+    /// Returns one sentence about the file that cannot be used.
     pub(crate) fn open(config: &AccessConfig) -> anyhow::Result<Self> {
         let tls = match (&config.tls_cert, &config.tls_key) {
             (Some(certificate), Some(key)) => Some(Tls::open(
@@ -55,7 +55,8 @@ impl Access {
         Ok(Self { tls, tokens, web })
     }
 
-    /// Follows the files until the returned tasks are dropped.
+    /// Starts tasks that reload the files when they change, until the returned
+    /// tasks are dropped.
     pub(super) fn follow(self, metrics: &Metrics) -> (Guards, JoinSet<()>) {
         let mut followers = JoinSet::new();
         let tls = self.tls.map(|(latest, follower)| {

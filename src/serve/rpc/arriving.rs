@@ -1,21 +1,21 @@
-//! A request's body on its way in: cut into messages, inflated and counted
+//! Body of a request on its way in: cut into messages, inflated and counted
 //! before the gRPC library sees any of it.
 //!
-//! The library would gather a message, inflate it and turn it into values
-//! before it knows that the request ends there, and count nothing. Here every
-//! byte is taken from the worker's bytes before there is memory for it: of the
-//! message as it came, of what it inflates to, and of the values that it
-//! becomes. The library gets whole messages that are not compressed.
+//! The library would gather a message, inflate it and decode it before it knows
+//! that the request ends there, and would count no bytes. Here every byte is
+//! taken from `--bytes-in-flight-max` before memory is allocated for it: the
+//! bytes of the received message, of the inflated message, and of the values
+//! decoded from it. The library gets whole messages that are not compressed.
 //!
-//! A method that takes one message gets it once the request has ended: until
-//! then it is bytes as they came, neither inflated nor decoded. A second message
-//! is refused at once.
+//! A method that takes one message gets the message once the request has ended;
+//! until then its bytes are neither inflated nor decoded. A second message is
+//! rejected at once.
 //!
 //! A message of a stream waits for room before it arrives: its length is read,
-//! and nothing after it until the most that it can become has been taken. A
-//! stream that waits therefore holds nothing that another one waits for; one
-//! that has room needs no more of it, waits for its own client only, and that
-//! for no longer than `--request-timeout`.
+//! and nothing more until the most bytes that the message can become have been
+//! taken. A stream that waits for room therefore holds nothing for which
+//! another stream waits. A stream that has room needs no further room; it waits
+//! only for its own client, for at most `--request-timeout`.
 
 use std::future::Future;
 use std::io::{Cursor, Read as _};
@@ -41,27 +41,29 @@ use crate::serve::error::{RequestStage, StageError};
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 
-/// When a request that did not fit while it arrived should come again.
+/// Retry delay for a request that did not fit while it arrived.
 const RETRY_ARRIVING: Duration = Duration::from_secs(1);
-/// How messages are compressed, if they are.
+/// Header that names the compression of the messages.
 pub(super) const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
-/// Compressed or not, and a length.
+/// Length of a message's prefix: a byte that says whether the message is
+/// compressed, and the message's length in four bytes.
 const PREFIX_LEN: usize = 5;
-/// A message without content, which tells the library that one has arrived.
+/// Message without content, which tells the library that a message has arrived.
 const EMPTY_MESSAGE: [u8; PREFIX_LEN] = [0; PREFIX_LEN];
-/// Bytes that a message's buffer begins with; most requests of tokens fit, and a
-/// client that announces much and sends little holds no more.
+/// First size of a message's buffer. Most requests of tokens fit, and a client
+/// that announces a long message and sends little holds no more memory.
 const BUFFER_MIN: usize = 4 << 10;
-/// Bytes inflated before other calls of the thread have their turn: about a
-/// millisecond.
+/// Bytes that are inflated before other calls of the thread have their turn:
+/// about a millisecond of work.
 const INFLATE_STEP: usize = 256 << 10;
-/// Most bytes that a byte of DEFLATE can become, by its format.
+/// Largest number of bytes that a byte of DEFLATE can become, by its format.
 const DEFLATE_RATIO_MAX: usize = 1032;
-/// Log text for a request that broke off; the client has gone.
-const BROKEN: &str =
-    "the request ended before it was whole: its stream was reset, or its connection lost";
+/// Status text for a request that broke off because its client disconnected or
+/// cancelled.
+const BROKEN: &str = "the request ended before all of it had arrived: its stream was reset, or \
+                      its connection was lost";
 
-/// How a message may be compressed.
+/// Compression of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MessageCompression {
     Gzip,
@@ -69,8 +71,8 @@ pub(super) enum MessageCompression {
 }
 
 impl MessageCompression {
-    /// Takes the header away, so that the library expects no compression; one
-    /// that is not known here stays, and the library refuses it.
+    /// Removes the header, so that the library expects no compression. An
+    /// unknown compression stays in the header, and the library rejects it.
     pub(super) fn take(headers: &mut HeaderMap) -> Option<Self> {
         let compression = match headers.get(ENCODING)?.as_bytes() {
             b"gzip" => Self::Gzip,
@@ -82,31 +84,31 @@ impl MessageCompression {
     }
 }
 
-/// A message's share of the worker's bytes on its way to the handler, which
-/// finds it in the request.
+/// Share of the worker's bytes that a message holds on its way to the handler,
+/// which finds it in the extensions of the request.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Arrived(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     share: Mutex<CapacityShare>,
-    /// The message of a stream, which the library does not see: its buffer would
-    /// keep the memory until the stream ends.
+    /// Latest message of a stream, which bypasses the library: the library's
+    /// buffer would keep the memory until the stream ends.
     message: Mutex<Option<Bytes>>,
-    /// Bytes that a stream's handler needs beside each message.
+    /// Bytes that a stream's handler needs in addition to each message.
     beside: AtomicUsize,
     /// True if a stream's next message waits for room.
     waits: AtomicBool,
 }
 
 impl Arrived {
-    /// The share of the message that came last.
+    /// Takes the share of the latest message.
     pub(super) fn take(&self) -> CapacityShare {
         let mut share = self.0.share.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut share)
     }
 
-    /// The bytes of a stream's message that came last, once.
+    /// Takes the latest message of a stream; none if it was taken already.
     pub(super) fn take_message(&self) -> Option<Bytes> {
         let mut message = self
             .0
@@ -134,40 +136,41 @@ impl Arrived {
         drop(before);
     }
 
-    /// From now on so many bytes are taken beside each message.
+    /// Sets the bytes that are taken in addition to each message from now on.
     pub(super) fn beside(&self, bytes: usize) {
         self.0.beside.store(bytes, Ordering::Relaxed);
     }
 
-    /// True if the next message waits for room: nothing that the client could do
-    /// anything about.
+    /// Returns true if the next message waits for room, for which the client is
+    /// not to blame.
     pub(super) fn waits(&self) -> bool {
         self.0.waits.load(Ordering::Relaxed)
     }
 }
 
-/// Facts about a request before its body.
+/// Facts about a request that are known before its body.
 pub(super) struct RequestFacts {
-    /// Where bytes are counted; none for requests that are not the worker's work.
+    /// Pool in which bytes are counted; none for health checks and reflection.
     pub(super) bytes: Option<CapacityPool>,
     pub(super) class: Priority,
-    /// Bytes of one message, inflated.
+    /// Limit on the bytes of one message, inflated.
     pub(super) message_bytes_max: usize,
     pub(super) compression: Option<MessageCompression>,
-    /// Growth of a message that becomes values.
+    /// Growth of a message when it is decoded.
     pub(super) growth: Growth,
     /// True if the method takes any number of messages.
     pub(super) is_stream: bool,
-    /// How long the request may take; of a stream, each of its messages.
+    /// Longest time for the request to arrive; for a stream, for each of its
+    /// messages.
     pub(super) timeout: Duration,
-    /// Once the worker drains, a request that is still arriving is refused like
-    /// one that comes then.
+    /// Readiness of the worker: once the worker drains, a request that is still
+    /// arriving is rejected like a new one. None for streams.
     pub(super) readiness: Option<Arc<Readiness>>,
     pub(super) arrived: Arrived,
 }
 
 impl RequestFacts {
-    /// The body that the library gets.
+    /// Wraps a request's body as the body that the library gets.
     pub(super) fn body(self, body: Body) -> Body {
         Body::new(Arriving {
             arrival: self,
@@ -181,7 +184,8 @@ impl RequestFacts {
         })
     }
 
-    /// Takes bytes at once, to those that are held.
+    /// Takes `n` more bytes from the pool and adds them to `held`; fails at
+    /// once if there is no room.
     fn hold(&self, held: &mut CapacityShare, n: usize) -> Result<(), Status> {
         let Some(pool) = &self.bytes else {
             return Ok(());
@@ -202,7 +206,8 @@ impl RequestFacts {
             return Err(status::of_stage(StageError::Full {
                 what,
                 flag,
-                // What arrives is not yet in line, so no rate tells when.
+                // A request that arrives is not in the queue yet, so the drain
+                // rate does not tell when there will be room.
                 retry_after: RETRY_ARRIVING,
             }));
         };
@@ -210,7 +215,7 @@ impl RequestFacts {
         Ok(())
     }
 
-    /// Facts that the first bytes of a message state.
+    /// Reads the prefix of a message.
     fn prefix(&self, prefix: [u8; PREFIX_LEN]) -> Result<Prefix, Status> {
         let [flag, len @ ..] = prefix;
         let compression = match (flag, self.compression) {
@@ -218,13 +223,13 @@ impl RequestFacts {
             (1, Some(compression)) => Some(compression),
             (1, None) => {
                 return Err(malformed(
-                    "request: a message is compressed, and the header grpc-encoding does not say \
-                     how",
+                    "request: a message is compressed, but the header grpc-encoding does not name \
+                     its compression; use gzip or deflate",
                 ));
             }
             (flag, _) => {
                 return Err(malformed(&format!(
-                    "request: a message begins with {flag}, which is neither 0 nor 1"
+                    "request: a message begins with {flag}; its first byte must be 0 or 1"
                 )));
             }
         };
@@ -238,7 +243,7 @@ impl RequestFacts {
     fn too_large(&self) -> Status {
         if self.bytes.is_none() {
             return Status::out_of_range(format!(
-                "request: the message is over the limit of {} bytes",
+                "request: the message is too large; the limit is {} bytes",
                 self.message_bytes_max
             ));
         }
@@ -247,7 +252,8 @@ impl RequestFacts {
         })
     }
 
-    /// The most that a message can hold, with what its handler needs beside it.
+    /// Returns the most bytes that a message can hold, including the bytes that
+    /// its handler needs in addition.
     fn most(&self, prefix: &Prefix) -> usize {
         let inflated = match prefix.compression {
             None => 0,
@@ -269,10 +275,10 @@ struct Prefix {
     len: usize,
 }
 
-/// Waits for the room of a stream's message.
+/// Future that waits for the room of a stream's message.
 type Room = Pin<Box<dyn Future<Output = CapacityShare> + Send>>;
 
-/// How far the message that arrives has come.
+/// Progress of the message that is arriving.
 enum Part {
     Prefix {
         bytes: [u8; PREFIX_LEN],
@@ -282,13 +288,14 @@ enum Part {
         prefix: Prefix,
         room: Room,
     },
-    /// With the prefix that the library will read.
+    /// Content of the message, in a buffer that begins with the prefix that the
+    /// library will read.
     Message {
         prefix: Prefix,
         buffer: Vec<u8>,
     },
     Inflating(Box<Inflating>),
-    /// Everything was handed on, or refused.
+    /// Everything was passed to the library, or rejected.
     Over,
 }
 
@@ -301,12 +308,13 @@ impl Default for Part {
     }
 }
 
-/// A message that is being inflated.
+/// Message that is being inflated.
 struct Inflating {
     inflater: Inflater,
-    /// With the prefix that the library will read.
+    /// Inflated message, which begins with the prefix that the library will
+    /// read.
     buffer: Vec<u8>,
-    /// Bytes of the message as it came.
+    /// Bytes of the compressed message.
     compressed_bytes: usize,
 }
 
@@ -341,7 +349,7 @@ impl Inflating {
         }
     }
 
-    /// Inflates up to so many bytes; none at the end.
+    /// Inflates up to `n` bytes and returns their number; 0 at the end.
     fn read(&mut self, n: usize) -> Result<usize, Status> {
         let start = self.buffer.len();
         self.buffer.resize(start + n, 0);
@@ -355,35 +363,36 @@ impl Inflating {
 struct Arriving {
     arrival: RequestFacts,
     body: Body,
-    /// Bytes that came and have not been looked at.
+    /// Received bytes that have not been processed.
     rest: Bytes,
-    /// True if nothing more comes.
+    /// True if the body has ended.
     has_ended: bool,
     part: Part,
-    /// Of the message that arrives.
+    /// Share of the message that is arriving.
     held: CapacityShare,
-    /// When the request, or the message of a stream, began to arrive.
+    /// Time at which the request, or the message of a stream, began to arrive.
     since: Instant,
-    /// Made once something has to be waited for: most requests are here at once.
+    /// Timer of the arrival, made at the first wait: most requests arrive at
+    /// once.
     end: Option<Pin<Box<dyn Future<Output = Status> + Send>>>,
 }
 
-/// The next thing to do.
+/// Next action on a body.
 enum Step {
-    /// Hand this to the library.
+    /// Pass a message to the library.
     Give(Bytes),
-    /// Look at what has changed.
+    /// Take another step, since the part has changed.
     Again,
-    /// The next piece of the body is needed.
+    /// Read the next piece of the body.
     Read,
-    /// Others have their turn first.
+    /// Let other tasks run first.
     Yield,
-    /// There is nothing more.
+    /// End the body.
     End,
 }
 
 impl Arriving {
-    /// Goes one step on with what is here.
+    /// Takes one step with the received bytes.
     fn step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step, Status>> {
         match &mut self.part {
             Part::Over => Poll::Ready(Ok(Step::End)),
@@ -394,7 +403,7 @@ impl Arriving {
                 self.arrival.arrived.0.waits.store(false, Ordering::Relaxed);
                 let prefix = *prefix;
                 self.held = share;
-                // From here on the client is waited for, and nobody else.
+                // From here on the body waits only for the client.
                 self.since = Instant::now();
                 self.end = None;
                 self.part = Part::Message {
@@ -426,22 +435,25 @@ impl Arriving {
             }
             return match (*n, self.arrival.is_stream) {
                 (0, true) => Ok(Step::End),
-                (0, false) => Err(malformed("request: it has no message; send one")),
+                (0, false) => Err(malformed("request: the body has no message; send one")),
                 _ => Err(truncated()),
             };
         }
         let prefix = self.arrival.prefix(*bytes)?;
         self.part = match &self.arrival.bytes {
             Some(pool) if self.arrival.is_stream => {
-                // The share of a message that nobody took, such as an opening,
-                // goes now: a stream that waits for room holds none.
+                // A share that no handler took, such as the share of the
+                // opening, is released now: a stream that waits for room must
+                // hold none.
                 drop(self.arrival.arrived.take());
-                // Whoever waits has only what bulk work has too.
+                // A stream that waits gets room only from the part that bulk
+                // work may use.
                 let most = self.arrival.most(&prefix);
                 let most = most.min(pool.size_for(Priority::Bulk));
                 let pool = pool.clone();
-                // Not of the reserve, whatever the stream's class: a message may
-                // take long to arrive, and calls that do not wait need it.
+                // The room does not come from the interactive reserve, whatever
+                // the stream's class: a message may take long to arrive, and
+                // calls that do not wait need the reserve.
                 let room = Box::pin(async move { pool.take(Priority::Bulk, most).await });
                 Part::Room { prefix, room }
             }
@@ -453,8 +465,8 @@ impl Arriving {
         Ok(Step::Again)
     }
 
-    /// A request of one message that is here in one piece, as most are: it is
-    /// handed on as it is, without a copy.
+    /// Takes the message of a request that arrived in one piece, as most
+    /// requests do, without a copy; none if the request has another form.
     fn whole(&mut self) -> Result<Option<Bytes>, Status> {
         if self.arrival.is_stream || !self.has_ended || self.rest.len() < PREFIX_LEN {
             return Ok(None);
@@ -473,7 +485,7 @@ impl Arriving {
         Ok(Some(std::mem::take(&mut self.rest)))
     }
 
-    /// Gathers a message.
+    /// Gathers the content of a message.
     fn message(&mut self) -> Result<Step, Status> {
         let Part::Message { prefix, buffer } = &mut self.part else {
             return Ok(Step::Again);
@@ -512,7 +524,7 @@ impl Arriving {
         if !is_stream {
             if !self.rest.is_empty() {
                 return Err(malformed(
-                    "request: it has a second message; this method takes one",
+                    "request: the body has a second message; this method takes one",
                 ));
             }
             if !self.has_ended {
@@ -546,7 +558,7 @@ impl Arriving {
         while n_step < INFLATE_STEP {
             let len = inflating.buffer.len();
             if len == max {
-                // One byte more shows that there are more.
+                // One further byte shows that the message is too large.
                 if inflating.inflater.read(&mut [0])? > 0 {
                     return Err(self.arrival.too_large());
                 }
@@ -578,7 +590,7 @@ impl Arriving {
         Ok(Step::Yield)
     }
 
-    /// Hands a message on, with its share.
+    /// Passes a message and its share on.
     fn give(&mut self, buffer: Vec<u8>) -> Result<Step, Status> {
         let n_grown = (self.arrival.growth.of)(&buffer[PREFIX_LEN..]);
         if self.arrival.is_stream {
@@ -601,7 +613,7 @@ impl Arriving {
         Ok(Step::Give(message))
     }
 
-    /// True if the client is waited for, and may not be for ever.
+    /// Returns true if the body waits for its client, which has a time limit.
     fn is_timed(&self) -> bool {
         match self.part {
             Part::Message { .. } => true,
@@ -611,7 +623,8 @@ impl Arriving {
         }
     }
 
-    /// The end of a request that has not arrived in time.
+    /// Resolves to the status of a request that has not arrived in time, or
+    /// that the draining worker rejects.
     fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
         if !self.is_timed() {
             return Poll::Pending;
@@ -637,7 +650,7 @@ impl Arriving {
         end.as_mut().poll(cx)
     }
 
-    /// Reads on.
+    /// Reads the next piece of the body.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Status>> {
         let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
             return self.poll_late(cx).map(Err);
@@ -648,7 +661,7 @@ impl Arriving {
                     self.rest = data;
                     self.has_ended = self.body.is_end_stream();
                 }
-                // Trailers, of which a request has none that matter.
+                // A request's trailers do not matter.
                 Err(_) => self.has_ended = true,
             },
             Some(Err(status)) => return Poll::Ready(Err(broken(&status))),
@@ -673,25 +686,25 @@ impl Arriving {
     }
 }
 
-/// A request that ends amid a message.
+/// Returns the status of a request that ends within a message.
 fn truncated() -> Status {
-    malformed("request: it ends before its message does")
+    malformed("request: the body ends before its message is complete")
 }
 
-/// Status of a call whose request broke off. The library hides a body's
-/// CANCELLED and answers as if the request had ended, so it is told ABORTED,
-/// which nothing else of ours is; see [`ended`].
+/// Returns the status of a call whose request broke off. The library hides a
+/// body's CANCELLED and answers as if the request had ended, so the body fails
+/// with ABORTED, which the worker uses for nothing else; see [`ended`].
 fn broken(status: &Status) -> Status {
     use std::error::Error as _;
     if status.source().is_some() {
-        tracing::debug!(error = %status, "a request broke off");
+        tracing::debug!(error = %status, "request broke off");
         return Status::aborted(BROKEN);
     }
-    // Without a cause of the transport's: gRPC-Web's frames make no sense.
+    // Without a cause from the transport, gRPC-Web could not parse its frames.
     malformed(&format!("request: {}", status.message()))
 }
 
-/// Status of a call whose request's body ended in the given one.
+/// Returns the status of a call whose request body failed with `status`.
 pub(super) fn ended(status: Status, deadline: Option<Instant>) -> Status {
     if status.code() != Code::Aborted {
         return status;
@@ -716,7 +729,8 @@ impl http_body::Body for Arriving {
         let this = &mut *self;
         let polled = ready!(this.poll_message(cx));
         if polled.is_err() {
-            // What it holds is free at once, whenever the library lets go of it.
+            // The body's memory and share are freed at once, whenever the
+            // library drops the body.
             this.part = Part::Over;
             this.rest = Bytes::new();
             this.body = Body::empty();

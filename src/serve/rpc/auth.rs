@@ -1,4 +1,5 @@
-//! Bearer tokens: a layer that refuses calls before their bodies are read.
+//! Authentication by bearer tokens: a layer that rejects calls before their
+//! bodies are read.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -18,15 +19,18 @@ use crate::files::FlagFile;
 use crate::serve::metrics::AccessFile;
 use crate::serve::rpc::error::RequestError;
 
-/// Shorter ones can be guessed: 16 random letters and digits are 95 bits.
+/// Shortest length of a token: 16 random letters and digits have 95 bits;
+/// shorter tokens can be guessed.
 const TOKEN_LEN_MIN: usize = 16;
-/// Every call is held against every token.
+/// Largest number of tokens, since every call is compared with every token.
 const TOKENS_MAX: usize = 256;
-/// What stays open: probes of Kubernetes cannot send a token.
+/// Path prefix of calls that need no token: probes of Kubernetes cannot send
+/// one.
 pub(super) const OPEN: &str = "/grpc.health.v1.Health/";
 
-/// The tokens that are accepted, as hashes: of equal length, so that comparing
-/// tells nothing of it, and no tokens lie in memory.
+/// Hashes of the accepted tokens. Hashes have equal length, so that a
+/// comparison reveals nothing about a token's length, and no tokens are kept in
+/// memory.
 #[derive(Debug)]
 pub(super) struct AcceptedTokens(Vec<[u8; 32]>);
 
@@ -38,9 +42,10 @@ impl AcceptedTokens {
         })
     }
 
-    /// One token a line. What is wrong is told by its line, never by its text.
+    /// Parses a file with one token per line. Errors name the line, never its
+    /// text.
     fn parse(content: &[u8]) -> anyhow::Result<Self> {
-        let text = std::str::from_utf8(content).context("it is not text")?;
+        let text = std::str::from_utf8(content).context("the file is not UTF-8 text")?;
         let mut tokens = Vec::new();
         for (idx, line) in text.lines().enumerate() {
             let token = line.trim();
@@ -50,7 +55,7 @@ impl AcceptedTokens {
             let line = idx + 1;
             anyhow::ensure!(
                 token.bytes().all(|byte| byte.is_ascii_graphic()),
-                "line {line}: a token has only ASCII characters and no space"
+                "line {line}: a token must have only ASCII characters and no spaces"
             );
             anyhow::ensure!(
                 token.len() >= TOKEN_LEN_MIN,
@@ -60,15 +65,19 @@ impl AcceptedTokens {
             );
             anyhow::ensure!(
                 tokens.len() < TOKENS_MAX,
-                "line {line}: there are more than {TOKENS_MAX} tokens"
+                "line {line}: the file has more than {TOKENS_MAX} tokens, which is the limit"
             );
             tokens.push(hash(token));
         }
-        anyhow::ensure!(!tokens.is_empty(), "it has no token; put one on a line");
+        anyhow::ensure!(
+            !tokens.is_empty(),
+            "the file has no token; write one token per line"
+        );
         Ok(Self(tokens))
     }
 
-    /// Whether a call may pass. It takes as long for every wrong token.
+    /// Checks that a call has an accepted token. The check takes the same time
+    /// for every wrong token.
     fn check(&self, headers: &HeaderMap) -> Result<(), RequestError> {
         let missing = RequestError::Unauthenticated {
             problem: "the call has no bearer token; send metadata `authorization: Bearer TOKEN`",
@@ -98,15 +107,16 @@ fn hash(token: impl AsRef<[u8]>) -> [u8; 32] {
     Sha256::digest(token).into()
 }
 
-/// The token of an `authorization` header; its scheme may be written in any
-/// case.
+/// Returns the token of an `authorization` header, whose scheme may be written
+/// in upper or lower case.
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = value.split_at_checked("bearer ".len())?;
     let token = token.trim_ascii();
     (scheme.eq_ignore_ascii_case(b"bearer ") && !token.is_empty()).then_some(token)
 }
 
-/// Lets pass what brings a token, or everything if none are asked for.
+/// Layer that lets calls with an accepted token pass, or every call if no
+/// tokens are configured.
 #[derive(Debug, Clone)]
 pub(super) struct Auth(pub(super) Option<Latest<AcceptedTokens>>);
 
@@ -146,17 +156,18 @@ where
             && let Err(error) = tokens.get().check(request.headers())
         {
             let peer = request.extensions().get::<Peer>();
-            tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "a call was refused");
+            tracing::debug!(addr = ?peer.and_then(|peer| peer.addr), %error, "rejected a call");
             return AuthFuture::Refusal(Some(status::of_call(&error).into_http()));
         }
         AuthFuture::Passed(self.inner.call(request))
     }
 }
 
-/// A call that may pass, or its refusal. Not boxed: every call comes by here.
+/// Future of a call that may pass, or of its rejection. Not boxed, since every
+/// call passes through it.
 pub(super) enum AuthFuture<F> {
     Passed(F),
-    /// Taken when it is polled, once.
+    /// Response that rejects the call, taken at the first poll.
     Refusal(Option<Response<Body>>),
 }
 
@@ -199,18 +210,18 @@ mod tests {
         check(TOKEN.as_bytes(), Ok(1));
         let several = format!("# ours\n{TOKEN}\r\n\n  {TOKEN}x\n#{TOKEN}");
         check(several.as_bytes(), Ok(2));
-        check(b"", Err("it has no token"));
-        check(b"# secret only", Err("it has no token"));
+        check(b"", Err("the file has no token"));
+        check(b"# secret only", Err("the file has no token"));
         check(
             b"\nsecret",
             Err("line 2: the token has 6 characters; make it 16"),
         );
         check(
             b"secret secret secret",
-            Err("line 1: a token has only ASCII"),
+            Err("line 1: a token must have only ASCII"),
         );
         check("sécret-sécret-sécret".as_bytes(), Err("only ASCII"));
-        check(b"\xff", Err("it is not text"));
+        check(b"\xff", Err("not UTF-8 text"));
         let many = format!("{TOKEN}\n").repeat(TOKENS_MAX + 1);
         check(many.as_bytes(), Err("more than 256 tokens"));
     }

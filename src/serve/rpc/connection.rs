@@ -1,9 +1,9 @@
-//! One connection, from its first byte to its last: HTTP/2, and HTTP/1.1 where
-//! that is served, with a task for each call that is watched.
+//! Serving of one connection from its first byte to its last: HTTP/2, and
+//! HTTP/1.1 for gRPC-Web, with a watched task per call.
 //!
-//! The gRPC library's own server would do, but for two things: it lets nobody
-//! see a call's task, and so nobody end one whose client takes nothing, and it
-//! does not say what a connection may buffer.
+//! The gRPC library's own server has two gaps: it does not give access to a
+//! call's task, so a call whose client reads nothing could not be ended, and it
+//! has no setting for the bytes that a connection may buffer.
 
 use std::future::Future;
 use std::pin::pin;
@@ -24,21 +24,23 @@ use super::deadline;
 use super::leaving::Patience;
 use super::listen::{Connection, ConnectionEnd};
 
-/// Bytes that a client may send before it must wait for us: one stream may
-/// hold a large image without a round trip for every 64 KiB.
+/// Bytes that a client may send on one stream before it must wait for the
+/// worker: large enough for a large image without a round trip per 64 KiB.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-/// Calls on one connection that may be cancelled before a handler took them;
-/// past it the connection is closed as an attack. The library's own limit of
-/// 20 would cut off a client that gives up on a burst of calls.
+/// Largest number of calls on one connection that were cancelled before a
+/// handler took them; above the limit the connection is closed as an attack.
+/// The library's own limit of 20 would cut off a client that cancels a burst of
+/// calls.
 const PENDING_RESETS_MAX: usize = 1024;
-/// Bytes of one call that a connection may have to write. They are parts of
-/// answers that the worker counts, so a few pieces that keep it busy are enough.
+/// Bytes of one call that a connection may buffer for writing. The worker
+/// counts these bytes with the answers, so a few pieces that keep the
+/// connection busy are enough.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// How connections are served.
+/// Settings with which connections are served.
 #[derive(Debug, Clone)]
 pub(super) struct ConnectionDriver {
     pub(super) http1: bool,
@@ -51,8 +53,9 @@ pub(super) struct ConnectionDriver {
 }
 
 impl ConnectionDriver {
-    /// Serves a connection until it closes. It is told to go away at its age, and
-    /// when its farewell comes; calls in progress end in their own time.
+    /// Serves a connection until it closes. The client is asked to close it
+    /// (GOAWAY) at the largest age and when `farewell` resolves; calls in
+    /// progress may finish.
     pub(super) async fn serve<S, B>(
         self,
         connection: Connection,
@@ -88,7 +91,7 @@ impl ConnectionDriver {
                 tokio::select! {
                     ended = &mut driven => {
                         if let Err(error) = ended {
-                            tracing::debug!(error, "a connection broke");
+                            tracing::debug!(error, "connection failed");
                         }
                         return;
                     }
@@ -98,7 +101,8 @@ impl ConnectionDriver {
                 driven.as_mut().graceful_shutdown();
             }
         };
-        // For a call over HTTP/1.1, which has no task of its own.
+        // The connection is watched for HTTP/1.1, whose calls have no task of
+        // their own.
         self.patience.watch(loose, driven).await;
     }
 
@@ -118,7 +122,8 @@ impl ConnectionDriver {
             .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
             .max_header_list_size(self.header_bytes_max)
             .max_send_buf_size(SEND_BUFFER_BYTES);
-        // With it, a head of HTTP/1.1 has 30 s to come.
+        // With a timer, the head of an HTTP/1.1 request must arrive within 30
+        // s.
         builder.http1().timer(TokioTimer::new());
         builder
     }
@@ -128,7 +133,7 @@ impl ConnectionDriver {
 #[derive(Debug, Clone)]
 struct CallTasks {
     patience: Arc<Patience>,
-    /// Pieces of answers in the connection that nobody waits for.
+    /// Bytes of answers in the connection whose writing is not awaited.
     loose: Arc<AtomicUsize>,
 }
 

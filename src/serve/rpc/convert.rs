@@ -1,4 +1,4 @@
-//! Between the contract's types and the worker's own.
+//! Conversions between the contract's types and the worker's own.
 
 use bytes::Bytes;
 
@@ -13,7 +13,7 @@ use crate::serve::devices::DeviceState;
 use crate::serve::job::RequestedWork;
 use crate::serve::rpc::error::RequestError;
 
-/// The images of a call: what can be tried, and what cannot with the reason.
+/// Converts the images of a call; an image without a source becomes an error.
 pub(super) fn pictures(
     images: Vec<pb::Image>,
     options: PreprocessOptions,
@@ -22,7 +22,7 @@ pub(super) fn pictures(
     images.into_iter().map(picture).collect()
 }
 
-/// One image, in whichever form it has.
+/// Converts one image, in any of its three forms.
 pub(super) fn picture(
     source: Option<pb::image::Source>,
     options: PreprocessOptions,
@@ -39,7 +39,7 @@ pub(super) fn picture(
     Ok(ImageRequest { input, options })
 }
 
-/// Bytes that the image holds while it is in the worker.
+/// Returns the bytes that an image holds while it is in the worker.
 pub(super) fn picture_bytes(picture: &ImageRequest) -> usize {
     match &picture.input {
         ImageInput::Encoded(bytes) => bytes.len(),
@@ -48,7 +48,7 @@ pub(super) fn picture_bytes(picture: &ImageRequest) -> usize {
     }
 }
 
-/// An enum of the contract, or what is wrong with its number.
+/// Converts a number to an enum of the contract; fails for an unknown number.
 fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, RequestError> {
     T::try_from(value).map_err(|_| RequestError::OptionUnknown { field, value })
 }
@@ -69,7 +69,7 @@ pub(super) fn preprocess(
     })
 }
 
-/// The options as the contract has them.
+/// Converts the contract's number of a context.
 pub(super) fn context(value: i32) -> Result<Context, RequestError> {
     Ok(match known("context", value)? {
         pb::Context::Unspecified | pb::Context::Raw => Context::Raw,
@@ -77,7 +77,7 @@ pub(super) fn context(value: i32) -> Result<Context, RequestError> {
     })
 }
 
-/// What to compute for these options, if the model has it.
+/// Returns the values to compute for these options, if the model has them.
 pub(super) fn want(
     model: &Model,
     pooling: i32,
@@ -99,7 +99,7 @@ pub(super) fn want(
     if !model.graphs.contains_key(&Graph::Hidden) {
         return Err(RequestError::StatesMissing);
     }
-    // Only the last layer's states exist.
+    // The model has only the states of the last layer.
     match (layers, model.n_layers) {
         ([], _) => Ok(want),
         (&[layer], Some(last)) if layer == last => Ok(want),
@@ -110,7 +110,7 @@ pub(super) fn want(
     }
 }
 
-/// Ascending numbers in words: "0 to 16 and 24".
+/// Describes ascending numbers in words, such as "0 to 16 and 24".
 fn ranges(layers: &[u32]) -> String {
     let mut words: Vec<String> = Vec::new();
     let chunks = layers.chunk_by(|a, b| a + 1 == *b);
@@ -144,7 +144,8 @@ pub(super) fn pooling_applied(want: Want) -> i32 {
     .into()
 }
 
-/// The layers that were computed, as far as the model counts them.
+/// Returns the layers that were computed; none if the model's number of layers
+/// is unknown.
 pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
     match want {
         Want::Features { layers, .. } => layers
@@ -157,7 +158,8 @@ pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
     }
 }
 
-/// The linear head that a call means: `None` for the checkpoint's own.
+/// Returns the linear head that a call names or implies; `None` is the
+/// checkpoint's own head.
 pub(super) fn head<'a>(
     heads: &'a [LinearHead],
     given: &str,
@@ -192,7 +194,7 @@ fn head_unknown(heads: &[LinearHead], given: &str) -> RequestError {
     }
 }
 
-/// What a linear head needs to be computed.
+/// Returns the work that computes the features for a linear head.
 pub(super) fn head_work(
     head: &LinearHead,
     context: i32,
@@ -217,7 +219,7 @@ pub(super) fn head_work(
     })
 }
 
-/// What GetModel tells of something that could not be had.
+/// Converts a fallback of the engine for GetModel.
 pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
     pb::Fallback {
         kind: fallback.kind.label().to_owned(),
@@ -236,7 +238,8 @@ pub(super) fn head_info(head: &LinearHead) -> pb::Head {
     }
 }
 
-/// A device of the model's, with what is known of it by now.
+/// Converts a device for GetModel, with the facts about its GPU that are known
+/// by now.
 pub(super) fn device(device: &DeviceState, gpus: Option<&Gpus>) -> pb::Device {
     let facts = device.facts.as_ref();
     let named = pb::Device {
@@ -265,12 +268,13 @@ pub(super) fn activation(activation: ClassActivation) -> pb::Activation {
     }
 }
 
-/// The order of a stream's answers.
+/// Converts the contract's number of the order of a stream's answers.
 pub(super) fn order(value: i32) -> Result<pb::Order, RequestError> {
     known("order", value)
 }
 
-/// The element type of an answer, never unspecified.
+/// Converts the contract's number of an element type; the result is never
+/// unspecified.
 pub(super) fn dtype(value: i32) -> Result<pb::DataType, RequestError> {
     Ok(match known("dtype", value)? {
         pb::DataType::Unspecified | pb::DataType::F32 => pb::DataType::F32,
@@ -285,20 +289,21 @@ pub(super) fn dtype_bytes(dtype: pb::DataType) -> usize {
     }
 }
 
-/// What an answer holds until it has left: the numbers as they were computed,
-/// as a tensor, and as the message that carries it.
+/// Returns the bytes that an answer holds until it has left: its computed
+/// values, its tensor, and the message that carries the tensor.
 pub(super) fn answer_bytes(n_values: usize, dtype: pb::DataType) -> usize {
     n_values * (size_of::<f32>() + 2 * dtype_bytes(dtype))
 }
 
-/// Numbers as they travel: little-endian, row-major.
+/// Encodes values as a tensor: little-endian, row-major.
 pub(super) fn tensor(values: &[f32], shape: &[usize], dtype: pb::DataType) -> pb::Tensor {
     let data = match dtype {
         pb::DataType::F16 => values
             .iter()
             .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
             .collect(),
-        // On the usual little-endian machine the numbers are the bytes.
+        // On a little-endian machine the values have the tensor's bytes
+        // already.
         _ if cfg!(target_endian = "little") => Bytes::copy_from_slice(bytemuck::cast_slice(values)),
         _ => values
             .iter()
@@ -332,7 +337,8 @@ pub(super) fn normalize(values: &mut [f32], width: usize) {
     }
 }
 
-/// The `top_k` best classes (0: five), best first, equal ones in index order.
+/// Returns the `top_k` best classes (0 returns five), best first, and classes
+/// with equal scores in index order.
 pub(super) fn classes(
     logits: &[f32],
     labels: &[String],
@@ -362,7 +368,8 @@ fn scores(logits: &[f32], activation: ClassActivation) -> Vec<f32> {
             .map(|&logit| (1.0 / (1.0 + (-f64::from(logit)).exp())) as f32)
             .collect(),
         ClassActivation::Softmax => {
-            // Shifted by the largest, so that no exponential overflows.
+            // The logits are shifted by the largest, so that no exponential
+            // overflows.
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let weights: Vec<f64> = logits
                 .iter()
@@ -420,7 +427,7 @@ mod tests {
             cuda_version: "13.2".to_owned(),
         };
         assert_eq!(known, expected);
-        // Not looked at yet, or not seen by the driver.
+        // The GPU was not queried yet, or the driver does not see it.
         let bare = pb::Device {
             id: 1,
             execution_provider: "cuda".to_owned(),

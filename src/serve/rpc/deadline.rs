@@ -1,26 +1,28 @@
-//! Reads `grpc-timeout`, so that a late call ends as DEADLINE_EXCEEDED.
+//! Deadlines of calls from `grpc-timeout`, so that a late call ends with
+//! DEADLINE_EXCEEDED.
 //!
-//! The worker's own deadline lies a little before the caller's: late enough to
-//! use the time given, early enough that the answer arrives before the caller
-//! gives up.
+//! The worker's own deadline is a little before the caller's: late enough to
+//! use the caller's time, and early enough that the answer arrives before the
+//! caller gives up.
 
 use std::time::{Duration, Instant};
 
 use http::HeaderMap;
 
-/// How much earlier than the caller's deadline the worker gives up, at most;
-/// never more than a tenth of the time given.
+/// Longest time between the worker's and the caller's deadline; at most a tenth
+/// of the caller's timeout.
 const MARGIN_MAX: Duration = Duration::from_millis(5);
 
-/// When the worker must have answered, if the caller set a time.
+/// Returns the time by which the worker must have answered, if the caller set a
+/// timeout.
 pub(super) fn of(headers: &HeaderMap, now: Instant) -> Option<Instant> {
     let timeout = parse(headers.get("grpc-timeout")?.to_str().ok()?)?;
     let margin = MARGIN_MAX.min(timeout / 10);
-    // A timeout too long to represent is none.
+    // A timeout that is too long to represent counts as no timeout.
     now.checked_add(timeout.saturating_sub(margin))
 }
 
-/// Resolves at that time; never, if there is none.
+/// Resolves at the given time; never if there is none.
 pub(super) async fn passed(instant: Option<Instant>) {
     match instant {
         Some(instant) => tokio::time::sleep_until(instant.into()).await,
@@ -28,7 +30,7 @@ pub(super) async fn passed(instant: Option<Instant>) {
     }
 }
 
-/// At most eight digits and a unit, by the gRPC specification.
+/// Parses at most eight digits and a unit, as the gRPC specification defines.
 fn parse(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {

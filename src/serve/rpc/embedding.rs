@@ -1,5 +1,5 @@
-//! What Embed and EmbedStream share: options, checked once for a whole call,
-//! and what they make of each answer.
+//! Options of Embed and EmbedStream, checked once per call, and their
+//! application to each answer.
 
 use super::convert;
 use crate::engine::EngineFacts;
@@ -12,7 +12,7 @@ use crate::serve::error::StageError;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::error::RequestError;
 
-/// Options that the model can serve.
+/// Checked options of Embed or EmbedStream that the model can serve.
 #[derive(Debug)]
 pub(super) struct Embedding {
     pub(super) preprocess: PreprocessOptions,
@@ -21,13 +21,14 @@ pub(super) struct Embedding {
     want: Want,
     norm: Norm,
     normalize: bool,
-    /// Of one vector.
+    /// Width of one vector.
     width: usize,
     shape: Vec<usize>,
 }
 
 impl Embedding {
-    /// Checks a call's options, in the form that a stream has them.
+    /// Checks the options of a call, given in the form of EmbedStream's
+    /// options.
     pub(super) fn new(
         options: &pb::EmbedStreamOptions,
         model: &Model,
@@ -65,17 +66,17 @@ impl Embedding {
         }
     }
 
-    /// Numbers in one answer.
+    /// Returns the number of values in one answer.
     pub(super) fn n_values(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// The extents of one answer.
+    /// Returns the shape of one answer.
     pub(super) fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    /// What one answer becomes.
+    /// Converts one answer to a tensor, normalized if that is asked for.
     pub(super) fn tensor(&self, answer: Answer) -> Result<pb::Tensor, RequestError> {
         match answer {
             Answer::Values(mut values) => {
@@ -88,8 +89,8 @@ impl Embedding {
         }
     }
 
-    /// The options as they are applied, with defaults filled in; those of
-    /// streams alone are the caller's to add.
+    /// Returns the options as they are applied, with defaults filled in; the
+    /// caller adds the options that only streams have.
     pub(super) fn applied(&self, model: &Model) -> pb::EmbedStreamOptions {
         pb::EmbedStreamOptions {
             preprocess: Some(proto::preprocess_applied(self.preprocess)),

@@ -1,11 +1,11 @@
-//! Generate: images that are made pixel by pixel.
+//! Generate: images that are generated pixel by pixel.
 //!
-//! Each sample goes down the line as an image of its own. A session gathers
-//! what comes of them and puts it into a channel that has room for all there can
-//! be, so that a client who does not read holds up neither the engine nor the
-//! other callers; what waits there is counted in the call's bytes. When the
-//! client goes, the response goes, with it the session, and the samples leave
-//! the engine before the next step.
+//! Each sample is submitted as an image of its own. A session gathers the
+//! samples' rows and results and puts them into a channel with room for all of
+//! them, so that a client that does not read holds up neither the engine nor
+//! other callers; the bytes in the channel count in the call's bytes. When the
+//! client disconnects, the response is dropped and with it the session, and the
+//! samples leave the engine before the next step.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,7 +36,7 @@ use crate::serve::sequence::Sampling;
 
 type Message = Result<pb::GenerateResponse, Status>;
 
-/// What a request asks for, with defaults filled in.
+/// Options of a request, with defaults filled in.
 #[derive(Debug)]
 struct Plan {
     picture: ImageRequest,
@@ -46,12 +46,12 @@ struct Plan {
     scale: u32,
     log_probs: bool,
     rows: bool,
-    /// Set when the primer is an image.
+    /// Options of preprocessing, if the primer is an image.
     preprocess: Option<PreprocessOptions>,
 }
 
-/// Sends the samples of a call down the line and returns what will come of
-/// them.
+/// Submits the samples of a call and returns the response, which streams their
+/// rows and results.
 pub(super) fn open(
     service: &WorkerService,
     request: Request<pb::GenerateRequest>,
@@ -105,7 +105,8 @@ pub(super) fn open(
         .and_then(|places| Ok((places, admission.submit_with(call, n_samples * png_bytes)?)))
         .map_err(RequestError::from)
         .inspect_err(|error| tally.rest(status::code(error)))?;
-    // One first message, all rows, all results, one status.
+    // The channel has room for the first message, all rows, all results and one
+    // status.
     let (messages_in, messages) = mpsc::channel(2 + n_samples * (side + 1));
     let share = Arc::clone(&pending.bytes);
     let pngs = Arc::new(Mutex::new(pngs));
@@ -139,7 +140,7 @@ impl Plan {
             return invalid(
                 "samples",
                 format!(
-                    "{n_samples} in one call, over the limit of {samples_max} \
+                    "the call has {n_samples} samples; the limit is {samples_max} \
                      (--samples-per-call-max); split the call"
                 ),
             );
@@ -148,7 +149,7 @@ impl Plan {
         if !(0.0..=TEMPERATURE_MAX).contains(&temperature) {
             return invalid(
                 "temperature",
-                format!("{temperature} is not within 0 and {TEMPERATURE_MAX}"),
+                format!("{temperature} is not between 0 and {TEMPERATURE_MAX}"),
             );
         }
         let top_p = request.top_p.unwrap_or(1.0);
@@ -159,7 +160,7 @@ impl Plan {
         if scale > render::SCALE_MAX {
             return invalid(
                 "scale",
-                format!("{scale} is over the limit of {}", render::SCALE_MAX),
+                format!("{scale} is too large; the limit is {}", render::SCALE_MAX),
             );
         }
         let (picture, keep, preprocess) = primer(request.primer, &service.model)?;
@@ -180,9 +181,10 @@ impl Plan {
         })
     }
 
-    /// Bytes that the call holds until its answer has been taken, beside the primer: for
-    /// each sample its tokens in the worker, in rows and in the result, and its
-    /// numbers; and what the picture of each sample takes at worst.
+    /// Returns the bytes that the call holds, in addition to the primer, until
+    /// its answer has been read, and the largest size of one sample's PNG file.
+    /// The bytes count for each sample its tokens in the worker, in rows and in
+    /// the result, and its log probabilities.
     fn bytes(&self, service: &WorkerService) -> Result<(usize, usize), RequestError> {
         let n_samples = self.n_samples as usize;
         let positions = service.model.positions();
@@ -213,14 +215,15 @@ impl Plan {
     }
 }
 
-/// A seed that nobody asked for.
+/// Returns a random seed, for a request without one.
 fn any_seed() -> u64 {
     use std::hash::{BuildHasher as _, RandomState};
-    // Each has keys of its own.
+    // Each `RandomState` has keys of its own.
     RandomState::new().hash_one(0_u8)
 }
 
-/// The known part of the image.
+/// Returns the known part of the image, the pixels that are kept, and the
+/// options of preprocessing if the primer is an image.
 fn primer(
     primer: Option<pb::generate_request::Primer>,
     model: &Model,
@@ -237,7 +240,7 @@ fn primer(
     let keep = match image.keep {
         Some(pb::image_primer::Keep::Rows(rows)) if rows <= model.side => KeptPixels::Rows(rows),
         Some(pb::image_primer::Keep::Rows(rows)) => {
-            let problem = format!("{rows} are more than the {} that there are", model.side);
+            let problem = format!("{rows} rows are too many; the image has {}", model.side);
             return invalid("image.rows", problem);
         }
         Some(pb::image_primer::Keep::Mask(mask)) if mask.len() == model.positions() => {
@@ -245,14 +248,14 @@ fn primer(
         }
         Some(pb::image_primer::Keep::Mask(mask)) => {
             let problem = format!(
-                "{} bytes where {} are needed",
+                "the mask has {} bytes; it must have {}, one per pixel",
                 mask.len(),
                 model.positions()
             );
             return invalid("image.mask", problem);
         }
         None => {
-            let problem = "neither rows nor mask says what to keep; set one".to_owned();
+            let problem = "neither rows nor mask is set; set one of them".to_owned();
             return invalid("image.keep", problem);
         }
     };
@@ -267,15 +270,15 @@ fn prefix(ids: Vec<u32>) -> ImageRequest {
     }
 }
 
-/// The response: messages until the last one.
+/// Response of a Generate call: a stream of messages.
 #[derive(Debug)]
 pub(crate) struct Samples {
     messages: mpsc::Receiver<Message>,
     session: tokio::task::AbortHandle,
-    /// Counts the call when its last message has been taken.
+    /// Guards that count the call when its last message has been taken.
     course: Option<(CallEnding, InProgress)>,
     _share: Arc<CapacityShare>,
-    /// Of the pictures that were not taken yet.
+    /// Share of the PNG files in the call.
     _pngs: Arc<Mutex<CapacityShare>>,
 }
 
@@ -287,7 +290,7 @@ impl Stream for Samples {
         if let Some((ending, _)) = &mut self.course {
             match &message {
                 Some(Err(status)) => ending.code = status.code(),
-                // A status that was sent before stands.
+                // If an error was sent before, its code stays.
                 None if ending.code == Code::Cancelled => ending.code = Code::Ok,
                 _ => {}
             }
@@ -302,18 +305,20 @@ impl Drop for Samples {
     }
 }
 
-/// The other end of [`Samples`].
+/// Task that gathers rows and results and produces [`Samples`].
 #[derive(Debug)]
 struct Session {
     model: Arc<Model>,
     plan: Plan,
     deadline: Option<Instant>,
     tally: OutcomeTally,
-    /// What a picture takes at worst, and what all of them hold.
+    /// Largest size of one PNG file.
     png_bytes: usize,
+    /// Share of the PNG files of all samples.
     pngs: Arc<Mutex<CapacityShare>>,
-    /// Before the last message is the last, so that a caller who has it can rely
-    /// on the room it left: fields are dropped in this order.
+    /// Places of the samples. The field is dropped before `messages`, since
+    /// fields are dropped in their order: a caller that sees the end of the
+    /// stream can rely on the places being free.
     _places: CapacityShare,
     messages: mpsc::Sender<Message>,
 }
@@ -334,7 +339,7 @@ impl Session {
         }
     }
 
-    /// Passes on rows and results until every sample has one.
+    /// Passes on rows and results until every sample has a result.
     async fn gather(
         &mut self,
         pending: &mut PendingAnswers,
@@ -376,8 +381,8 @@ impl Session {
             Ok(answer) => self.image(answer).await,
             Err(error) => Err(error),
         };
-        // Now it is known how large the picture is: a small part, since a palette
-        // packs well.
+        // Now the size of the PNG file is known: a small part of the largest
+        // size, since palette colors compress well.
         let n_bytes = outcome.as_ref().map_or(0, |image| image.png.len());
         let mut pngs = self.pngs.lock().unwrap_or_else(PoisonError::into_inner);
         drop(pngs.split(self.png_bytes.saturating_sub(n_bytes)));
@@ -386,7 +391,8 @@ impl Session {
             .one(outcome.as_ref().map_or_else(status::code, |_| Code::Ok));
         let outcome = match outcome {
             Ok(image) => pb::generate_result::Outcome::Image(image),
-            // All samples have the same primer.
+            // All samples have the same primer, so the error concerns all of
+            // them.
             Err(
                 error @ (RequestError::Stage(StageError::Image(_)) | RequestError::ImageMissing),
             ) => return Err(error),
@@ -407,8 +413,8 @@ impl Session {
         let (side, scale) = (self.model.side as usize, self.plan.scale as usize);
         let palette = self.model.palette_rgb8();
         let ids = tokens.iter().copied().map(u32::from).collect();
-        // A large picture takes milliseconds, which are not for the runtime's
-        // own threads.
+        // Encoding a large PNG file takes milliseconds, which must not block
+        // the runtime's own threads.
         let png = tokio::task::spawn_blocking(move || {
             render::png(&tokens, &palette, side, scale, png::Compression::Balanced)
         })
@@ -430,7 +436,8 @@ impl Session {
         let response = pb::GenerateResponse {
             message: Some(message),
         };
-        // There is room for all there can be; a client who has gone misses it.
+        // The channel has room for all messages; sending fails only if the
+        // client has disconnected.
         let _ = self.messages.try_send(Ok(response));
     }
 }

@@ -1,9 +1,9 @@
-//! grpc.health.v1: what readiness says, in that contract's words.
+//! Health service (grpc.health.v1), which reports the worker's readiness.
 //!
 //! tonic-health's own service answers a watch of an unknown name with
-//! NOT_FOUND, where the contract asks for SERVICE_UNKNOWN on an open stream,
-//! and keeps a copy of what readiness already knows. Only its generated code
-//! is used.
+//! NOT_FOUND, where the protocol asks for SERVICE_UNKNOWN on an open stream,
+//! and keeps a copy of the state that readiness already has. Therefore only
+//! tonic-health's generated code is used.
 
 use std::time::Instant;
 
@@ -20,13 +20,13 @@ use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService
 use crate::proto::pb::image_gpt_service_server::ImageGptServiceServer;
 use crate::serve::readiness::Readiness;
 
-/// The whole server, as probes that name no service ask for it.
+/// Name of the whole server, for probes that name no service.
 const SERVER: &str = "";
-/// A name that stays SERVING while the worker loads and drains, and stops
-/// only when the engine has failed: what a liveness probe should ask for.
+/// Name for liveness probes: it stays SERVING while the worker loads and
+/// drains, and becomes NOT_SERVING only when the engine has failed.
 pub(crate) const LIVENESS: &str = "liveness";
 
-/// A request is the name of a service.
+/// Largest size of a request, which holds the name of a service.
 const REQUEST_BYTES_MAX: usize = 4096;
 
 pub(super) fn server(readiness: Readiness) -> HealthServer<impl Health> {
@@ -38,7 +38,7 @@ struct Service {
     readiness: Readiness,
 }
 
-/// What a name stands for; nothing for one that is not served.
+/// Meaning of a service name.
 #[derive(Debug, Clone, Copy)]
 enum Subject {
     Readiness,
@@ -84,7 +84,9 @@ impl Health for Service {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
         match Subject::of(&request.get_ref().service).status(&self.readiness) {
-            ServingStatus::ServiceUnknown => Err(Status::not_found("no service of that name")),
+            ServingStatus::ServiceUnknown => {
+                Err(Status::not_found("the worker has no service of this name"))
+            }
             status => Ok(Response::new(answer(status))),
         }
     }
@@ -98,7 +100,8 @@ impl Health for Service {
         let leaves_at = request.extensions().get::<Peer>().and_then(Peer::leaves_at);
         let subject = Subject::of(&request.get_ref().service);
         let place = place(request.extensions())?;
-        // Whoever does not read has one status waiting, and then the newest.
+        // A watcher that does not read has one status waiting; the next one
+        // that it gets is the newest.
         let (updates, stream) = mpsc::channel(1);
         let readiness = self.readiness.clone();
         tokio::spawn(async move {
@@ -109,15 +112,15 @@ impl Health for Service {
     }
 }
 
-/// A watch's place among those of its connection. Calls that came over no
-/// connection, as within a test, have none to count by.
+/// Returns the permit of a watch on its connection; none for a call without a
+/// connection, as in a test.
 fn place(extensions: &tonic::Extensions) -> Result<Option<WatchPermit>, Status> {
     let place = extensions.get::<Guest>().map(Guest::watch).transpose();
     place.map_err(|error| Status::resource_exhausted(error.to_string()))
 }
 
-/// Sends a name's status now and each time that it changes, until the watcher
-/// has gone or its connection is told to go away: a watch has no end of its
+/// Sends the status of a name now and at each change, until the watcher
+/// disconnects or the connection is asked to close: a watch has no end of its
 /// own, and would hold the connection for ever.
 async fn follow(
     subject: Subject,
@@ -141,7 +144,9 @@ async fn follow(
         () = follow => {}
         () = updates.closed() => {}
         () = super::deadline::passed(leaves_at) => {
-            let goodbye = Status::unavailable("the connection has reached its age; watch again");
+            let goodbye = Status::unavailable(
+                "the connection has reached its age limit (--max-connection-age); watch again",
+            );
             let _ = updates.try_send(Err(goodbye));
         }
     }

@@ -1,20 +1,21 @@
-//! An answer's body on its way out: handed on in pieces, and given up when its
-//! client does not take it.
+//! Body of an answer on its way out: sent in pieces, and dropped when its
+//! client does not read it in time.
 //!
-//! HTTP/2 lets a client take as little as it likes, and an answer that is not
-//! taken holds its share of the worker's bytes. The server asks for a piece, and
-//! then waits by itself until the client has room for it; a body that has been
-//! asked cannot say any more that it has waited for long enough. So each call's
-//! task is watched from outside ([`Patience::watch`]): when time is up the body
-//! ends in an error if the server asks on, which resets the stream and clears
-//! what of it waits in the connection; if the server still waits with the first
-//! piece, the task is dropped, which resets the stream too.
+//! HTTP/2 lets a client read as slowly as it likes, and an answer that is not
+//! read holds its share of the worker's bytes. The server polls the body for a
+//! piece, and then itself waits until the client has room for the piece;
+//! meanwhile the body is not polled and cannot report that the wait is too
+//! long. Therefore each call's task is watched from outside
+//! ([`Patience::watch`]). When the time is over, the body ends in an error if
+//! the server polls it again, which resets the stream and clears its pieces in
+//! the connection; if the server still waits with the first piece, the task is
+//! dropped, which resets the stream too.
 //!
-//! A piece goes out once the one before has been written, so what the connection
-//! has of an answer is one piece, and the answer's share is held until the last
-//! has been written. An answer that is one piece would pay for that with a wait
-//! of its own; so a connection may have [`LOOSE_BYTES_MAX`] of such pieces that
-//! nobody waits for.
+//! A piece is sent once the piece before it has been written, so the connection
+//! holds at most one piece of an answer, and the answer's share is held until
+//! the last piece has been written. An answer of a single piece would have to
+//! wait just for that; so a connection may hold up to [`LOOSE_BYTES_MAX`] of
+//! single-piece answers whose writing is not awaited.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -33,40 +34,42 @@ use super::observe::{AnswerBytes, InProgress};
 use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 
-/// Bytes handed on at once: four HTTP/2 frames, so that waking the connection
-/// costs little beside writing it.
+/// Largest size of a piece: four HTTP/2 frames, so that waking the connection
+/// costs little compared with writing the piece.
 const PIECE_BYTES: usize = 64 << 10;
-/// Bytes that one connection may have of answers that are over as far as the
-/// worker knows: some dozens of vectors, little beside the connection's window
-/// of 4 MiB.
+/// Largest number of bytes in one connection of answers that the worker already
+/// counts as finished: some dozens of vectors, which is little compared with
+/// the connection's window of 4 MiB.
 const LOOSE_BYTES_MAX: usize = 256 << 10;
-/// An answer has the limit once for each of these, so that one that is taken drop
-/// by drop ends too: at 60 s, 0.3 Mbit/s.
+/// Bytes per timeout: a whole answer must be read within one timeout per
+/// started 2 MiB, so that an answer that is read in tiny steps ends too. With
+/// 60 s, the slowest rate is 0.3 Mbit/s.
 const TIMED_BYTES: usize = 2 << 20;
 
 tokio::task_local! {
     static TAKING: Taking;
 }
 
-/// The end of a wait for a client.
+/// Future that resolves when a client has been awaited for too long.
 type WaitEnd = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// How long answers wait for their clients.
+/// Time limits within which clients must read their answers.
 #[derive(Debug, Clone)]
 pub(super) struct Patience {
-    /// For one piece, and for so many bytes.
+    /// Time limit for one piece, and for each started [`TIMED_BYTES`].
     pub(super) answer_timeout: Duration,
-    /// The same for streams, whose sessions end them before.
+    /// Like `answer_timeout`, for streams; longer, since a stream's session
+    /// ends an idle stream itself.
     pub(super) stream_timeout: Duration,
-    /// The same for one piece while the worker drains.
+    /// Time limit for one piece while the worker drains.
     pub(super) drain_timeout: Duration,
     pub(super) readiness: Readiness,
     pub(super) metrics: Metrics,
 }
 
 impl Patience {
-    /// Runs one call, or one connection of HTTP/1.1, until its end or until its
-    /// client has not taken its answer for too long.
+    /// Runs one call, or one HTTP/1.1 connection, until its end, or until its
+    /// client has not read its answer in time; then returns none.
     pub(super) async fn watch<F: Future>(
         self: Arc<Self>,
         loose: Arc<AtomicUsize>,
@@ -91,7 +94,7 @@ impl Patience {
                     ready!(end.as_mut().poll(cx));
                 }
                 taking.give_up(&self.metrics);
-                // The body says so where it is asked.
+                // If the server polls the body, the body now ends in an error.
                 match future.as_mut().poll(cx) {
                     Poll::Ready(output) => Poll::Ready(Some(output)),
                     Poll::Pending => Poll::Ready(None),
@@ -102,7 +105,7 @@ impl Patience {
         TAKING.scope(taking.clone(), watched).await
     }
 
-    /// Resolves when a piece has waited for too long.
+    /// Resolves when a piece has waited for its client for too long.
     async fn over(self: Arc<Self>, wait: Wait) {
         let timeout = if wait.is_stream {
             self.stream_timeout
@@ -114,7 +117,7 @@ impl Patience {
         let late = tokio::time::sleep_until(whole.min(wait.since + timeout).into());
         let drained = async {
             if wait.is_stream {
-                // Its session gives it up.
+                // The stream's session ends a stalled stream itself.
                 std::future::pending::<()>().await;
             }
             self.readiness.clone().drained().await;
@@ -127,19 +130,20 @@ impl Patience {
     }
 }
 
-/// Progress of an answer that is taken piece by piece: the body tells, and
-/// whoever watches the call looks.
+/// Progress of an answer that is read piece by piece: the body updates it, and
+/// the watcher of the call reads it.
 #[derive(Debug, Clone)]
 pub(super) struct Taking(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    /// True if the connection has a piece; see [`Piece`].
+    /// [`NONE`], [`LOOSE`] or [`TIGHT`]: the piece of the answer that the
+    /// connection holds.
     out: AtomicU8,
-    /// Woken when it has none any more.
+    /// Waker of the body, woken when the connection holds no piece any more.
     waker: AtomicWaker,
-    /// Bytes that the connection has and nobody waits for.
+    /// Bytes in the connection whose writing is not awaited.
     loose: Arc<AtomicUsize>,
 }
 
@@ -152,14 +156,16 @@ struct State {
     span: Option<tracing::Span>,
 }
 
-/// A piece that has not been taken.
+/// Wait for a client to read a piece.
 #[derive(Debug, Clone, Copy)]
 struct Wait {
-    /// Differs from piece to piece.
+    /// Number of the wait, which differs from piece to piece.
     seq: u64,
     since: Instant,
-    /// Of the answer, or the message, that it is a piece of.
+    /// Time at which the answer or stream message with the piece began to
+    /// leave.
     answer_since: Instant,
+    /// Size of the answer or stream message with the piece.
     answer_bytes: usize,
     is_stream: bool,
 }
@@ -174,7 +180,7 @@ impl Taking {
         }))
     }
 
-    /// State of the call that is being answered.
+    /// Returns the state of the call that is being answered.
     pub(super) fn of_this_call(is_stream: bool) -> Self {
         let taking = TAKING
             .try_with(Clone::clone)
@@ -206,12 +212,12 @@ impl Taking {
         span.in_scope(|| {
             tracing::debug!(
                 ?waited,
-                "an answer was given up: its client does not take it"
+                "dropped an answer: its client did not read it in time"
             );
         });
     }
 
-    /// A piece leaves, the whole of an answer or a part.
+    /// Hands a piece to the connection: a whole answer or a part of it.
     fn hand(&self, piece: Bytes, is_whole: bool, answer: Answer) -> Bytes {
         let n_bytes = piece.len();
         self.blame(answer);
@@ -220,7 +226,8 @@ impl Taking {
             (loose <= LOOSE_BYTES_MAX).then_some(loose)
         };
         let order = Ordering::Relaxed;
-        // A part would keep all of its answer in memory.
+        // A part keeps its whole answer in memory, so only whole answers are
+        // loose.
         let is_loose = is_whole && self.0.loose.fetch_update(order, order, take).is_ok();
         let out = if is_loose { LOOSE } else { TIGHT };
         self.0.out.store(out, Ordering::Release);
@@ -231,7 +238,7 @@ impl Taking {
         })
     }
 
-    /// From now on the next move is the client's.
+    /// Starts the time in which the client must read the next piece.
     fn blame(&self, answer: Answer) {
         let mut state = self.lock();
         state.n_waits += 1;
@@ -244,32 +251,33 @@ impl Taking {
         });
     }
 
-    /// Pieces in the connection, for a body that goes on once they have been written.
+    /// Returns the state of the piece in the connection; if there is one, the
+    /// body is woken once the piece has been written.
     fn out(&self, cx: &Context<'_>) -> u8 {
         if self.0.out.load(Ordering::Acquire) == NONE {
             return NONE;
         }
         self.0.waker.register(cx.waker());
-        // It may have been written meanwhile.
+        // The piece may have been written in the meantime.
         self.0.out.load(Ordering::Acquire)
     }
 }
 
-/// Resets the stream as one that nobody wants any more.
+/// Returns the status that resets the stream of a dropped answer (CANCEL).
 fn not_taken() -> Status {
-    let mut status = Status::cancelled("the answer was not taken");
+    let mut status = Status::cancelled("the client did not read the answer in time");
     status.set_source(Arc::new(h2::Error::from(h2::Reason::CANCEL)));
     status
 }
 
-/// The connection has nothing of the answer.
+/// The connection holds no piece of the answer.
 const NONE: u8 = 0;
-/// The connection has a piece that nobody need wait for.
+/// The connection holds a piece whose writing need not be awaited.
 const LOOSE: u8 = 1;
-/// The connection has a piece that the answer's end waits for.
+/// The connection holds a piece that must be written before the answer ends.
 const TIGHT: u8 = 2;
 
-/// A piece in the hands of the server or its connection.
+/// Piece of an answer that the server or its connection holds.
 struct Piece {
     bytes: Bytes,
     is_loose: bool,
@@ -293,18 +301,18 @@ impl Drop for Piece {
     }
 }
 
-/// The answer that a piece belongs to.
+/// Start time and size of the answer to which a piece belongs.
 #[derive(Debug, Clone, Copy)]
 struct Answer {
     since: Instant,
     n_bytes: usize,
 }
 
-/// Body of an answer on its way out. It keeps the call in progress, and its share, until it has
-/// been taken.
+/// Body of an answer on its way out. The body keeps the call in progress, and
+/// the answer's share of the worker's bytes, until the answer has been written.
 pub(super) struct LeavingBody {
     body: Body,
-    /// Part of the body's last frame that has not been handed on.
+    /// Part of the body's last frame that has not been sent.
     rest: Bytes,
     answer: Answer,
     taking: Taking,
@@ -342,7 +350,7 @@ impl http_body::Body for LeavingBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        // The server asks on, so what it had is with the connection.
+        // The server polls again, so the piece before is with the connection.
         if this.taking.lock().is_given_up {
             return Poll::Ready(Some(Err(not_taken())));
         }

@@ -1,10 +1,11 @@
-//! The accept loop: lets connections in up to a limit, shakes hands with each
-//! in a task of its own, and sees them out.
+//! The accept loop: lets connections in up to a limit, does each TLS handshake
+//! in a task of its own, and tells connections when to close.
 //!
-//! A connection holds a place from its accept to its close. Until it has
-//! shaken hands and said that it speaks HTTP/2 it is pending, which it may be
-//! for a short time. When all places are taken, a newcomer gets that of a
-//! connection without a call (`places.rs`), or is closed at once.
+//! A connection holds a place from its accept to its close. The connection is
+//! pending until its handshake is done and its client has said that it speaks
+//! HTTP/2, for which there is a short time limit. When all places are taken, a
+//! new connection gets the place of a connection without a call (`places.rs`),
+//! or is closed at once.
 
 mod places;
 
@@ -34,36 +35,39 @@ use crate::serve::metrics::{ConnectionOutcome, Metrics};
 pub(super) use self::places::{Guest, InUse, TooMany, WatchPermit};
 
 /// Time for a client to finish its TLS handshake and to say that it speaks
-/// HTTP/2. It takes a few round trips; after it, pings find out who is gone.
+/// HTTP/2, which takes a few round trips. Afterwards, pings detect clients that
+/// vanished.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// `PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n`, with which a client begins; a head of
-/// HTTP/1.1, where that is served, is longer.
+/// Length of `PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n`, with which an HTTP/2 client
+/// begins; the head of an HTTP/1.1 request is longer.
 const PREFACE_LEN: usize = 24;
-/// Rest after the system could not give a connection. It is still there, in
-/// the kernel's queue, so asking again at once would only burn a core.
+/// Pause after the system could not accept a connection. The connection stays
+/// in the kernel's queue, so accepting again at once would only burn a core.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-/// Trouble with connections is told this often at most: whoever may connect
-/// may not fill the log.
+/// Shortest interval between two warnings about connections, so that clients
+/// cannot fill the log.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
-/// Connections differ in age by a tenth at most, either way.
+/// Jitter of the largest age of a connection: up to a tenth shorter or longer.
 const AGE_JITTER: f64 = 0.1;
-/// File descriptors for everything but connections that have a place: those that
-/// wait for one, models, the log, the metrics port, the runtime.
+/// File descriptors that are reserved for everything but connections that have
+/// a place: waiting connections, models, the log, the metrics port, the
+/// runtime.
 const FILES_RESERVED: usize = 192 + WAITING_MAX;
 
-/// What connections are met with.
+/// TLS settings and limits of new connections.
 #[derive(Clone)]
 pub(super) struct ConnectionLimits {
     pub(super) tls: Option<Latest<Tls>>,
     pub(super) connections_max: usize,
-    /// Limit on the connections of one address; none is no limit.
+    /// Limit on the connections of one address; none if there is no limit.
     pub(super) per_address_max: Option<usize>,
     pub(super) max_connection_age: Option<Duration>,
     pub(super) metrics: Metrics,
 }
 
-/// Accepts until `stop`, hands each connection to `serve`, and ends when the
-/// last one has ended. `serve` is told when to see its connection out.
+/// Accepts connections until `stop` resolves, hands each to `serve`, and
+/// returns when the last connection has ended. `serve` is told when to close
+/// its connection.
 pub(super) async fn run<S, F>(
     listener: TcpListener,
     door: ConnectionLimits,
@@ -78,7 +82,7 @@ pub(super) async fn run<S, F>(
     let places =
         ConnectionPermits::new(connections_max, door.per_address_max, door.metrics.clone());
     let (stopping, stopped) = watch::channel(false);
-    // As many tasks as places, and as newcomers may wait for one.
+    // There are at most as many tasks as places and waiting connections.
     let mut connections = JoinSet::new();
     let mut warned = Warned::default();
     let mut stop = pin!(stop);
@@ -94,7 +98,7 @@ pub(super) async fn run<S, F>(
             Err(error) => {
                 door.metrics.access().ended(ConnectionOutcome::AcceptFailed);
                 if warned.may() {
-                    tracing::error!(%error, "no connection can be accepted");
+                    tracing::error!(%error, "cannot accept connections");
                 }
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
@@ -133,14 +137,14 @@ pub(super) async fn run<S, F>(
             }
         });
     }
-    // Whoever comes now is refused by the kernel, and goes elsewhere.
+    // From now on the kernel refuses new connections, so clients go elsewhere.
     drop(listener);
     stopping.send_replace(true);
     while connections.join_next().await.is_some() {}
 }
 
-/// When to stop serving a connection: the worker ends, another connection waits
-/// for the place, or it has closed.
+/// Signal to stop serving a connection: the worker shuts down, another
+/// connection waits for the place, or the connection has closed.
 #[derive(Debug)]
 pub(super) struct ConnectionEnd {
     stopped: watch::Receiver<bool>,
@@ -151,41 +155,41 @@ pub(super) struct ConnectionEnd {
 impl ConnectionEnd {
     pub(super) async fn wait(mut self) {
         tokio::select! {
-            // An error is the end of the loop, which is the same.
+            // An error means that the accept loop has ended, which is the same.
             _ = self.stopped.wait_for(|&stop| stop) => {}
             _ = self.closed => {}
-            // An error is the end of its place, which is the same.
+            // An error means that the place is gone, which is the same.
             _ = self.leave => {}
         }
     }
 }
 
 impl ConnectionLimits {
-    /// Says why a connection was closed at once.
+    /// Logs the reason for which a connection was closed at once.
     fn refused(&self, reason: NoPlace, connections_max: usize, addr: IpAddr) {
         match reason {
             NoPlace::Full => tracing::warn!(
                 connections_max,
-                "a connection was closed for want of a place (--connections-max): all have calls, \
-                 or had one within a second"
+                "rejected a connection: the limit is reached (--connections-max), and every open \
+                 connection has a call or had one within the last second"
             ),
             NoPlace::Address => tracing::warn!(
                 %addr,
                 max = self.per_address_max,
-                "a connection was closed because its address has as many as one may have \
+                "rejected a connection: its address has reached the limit on connections \
                  (--connections-per-address-max)"
             ),
         }
     }
 
-    /// Shakes hands.
+    /// Does the TLS handshake of a new connection, if TLS is used.
     async fn greet(
         &self,
         stream: TcpStream,
         mut place: ConnectionPermit,
         leave: Leave,
     ) -> Option<(Connection, oneshot::Receiver<()>, oneshot::Receiver<()>)> {
-        // Small answers leave at once.
+        // Small answers are sent at once.
         let _ = stream.set_nodelay(true);
         let addr = stream.peer_addr().ok();
         let deadline = tokio::time::Instant::now() + HANDSHAKE_TIMEOUT;
@@ -201,7 +205,7 @@ impl ConnectionLimits {
                 match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                     Ok(stream) => Stream::Tls(Box::new(stream)),
                     Err(error) => {
-                        tracing::debug!(?addr, %error, "a TLS handshake failed");
+                        tracing::debug!(?addr, %error, "TLS handshake failed");
                         place.outcome = ConnectionOutcome::HandshakeFailed;
                         return None;
                     }
@@ -228,18 +232,19 @@ impl ConnectionLimits {
     }
 }
 
-/// Whom a call came from; tonic leaves it in each request's extensions.
+/// Client of a connection, stored in the extensions of each request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer {
     pub(super) addr: Option<SocketAddr>,
-    /// The age at which the connection is told to go away.
+    /// Age at which the connection is asked to close.
     pub(super) age: Option<Duration>,
     since: Instant,
 }
 
 impl Peer {
-    /// When the connection is told to go away. Calls in progress may go on, but
-    /// one that would never end must end itself, or the connection never does.
+    /// Returns the time at which the connection is asked to close. Calls in
+    /// progress may go on, but a call that would never end must end itself;
+    /// otherwise the connection never closes.
     pub(super) fn leaves_at(&self) -> Option<Instant> {
         self.since.checked_add(self.age?)
     }
@@ -249,13 +254,15 @@ impl Peer {
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Stream,
-    /// Until the client has begun to speak HTTP/2.
+    /// State of a connection whose client has not yet begun to speak HTTP/2.
     pending: Option<Pending>,
     pub(super) peer: Peer,
     place: ConnectionPermit,
-    /// Resolves when it has to go at once; none once it has.
+    /// Resolves when the connection must close at once; none once it was told
+    /// so.
     cut: Option<oneshot::Receiver<()>>,
-    /// Dropped with the connection, which is how the farewell learns of it.
+    /// Sender that is dropped with the connection, which resolves
+    /// [`ConnectionEnd::wait`].
     _open: oneshot::Sender<()>,
 }
 
@@ -272,15 +279,15 @@ struct Pending {
 }
 
 impl Connection {
-    /// The connection as its calls know it.
+    /// Returns the handle of the connection for its calls.
     pub(super) fn guest(&self) -> Guest {
         self.place.guest.clone()
     }
 
-    /// An error once the place was given to somebody else.
+    /// Fails once the place was given to another connection.
     fn check_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if let Some(cut) = &mut self.cut {
-            // An error cannot be: the sender lives as long as the place.
+            // The receiver cannot fail: the sender lives as long as the place.
             if Pin::new(cut).poll(cx).is_pending() {
                 return Ok(());
             }
@@ -366,7 +373,7 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// A failed accept that concerns that one client only.
+/// Returns true if a failed accept concerns only the client that connected.
 fn is_the_clients(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -376,7 +383,7 @@ fn is_the_clients(error: &io::Error) -> bool {
     )
 }
 
-/// When trouble was told last.
+/// Time of the last warning about connections.
 #[derive(Debug, Default)]
 struct Warned(Option<Instant>);
 
@@ -392,27 +399,29 @@ impl Warned {
 }
 
 fn jittered(age: Duration) -> Duration {
-    // Differently seeded each time.
+    // Each `RandomState` has another seed.
     let random = RandomState::new().hash_one(()) >> 32;
     let random = f64::from(u32::try_from(random).unwrap_or(0)) / f64::from(u32::MAX);
     age.mul_f64(1.0 - AGE_JITTER + 2.0 * AGE_JITTER * random)
 }
 
-/// As many connections as there are file descriptors for. Without this the
-/// worker would run out of them at other places, such as the metrics port,
-/// before it comes to its own limit.
+/// Lowers the limit on connections to the number for which there are file
+/// descriptors. Otherwise the worker would run out of descriptors elsewhere,
+/// for example at the metrics port, before it reaches its own limit.
 fn affordable(connections_max: usize) -> usize {
     let affordable = connections(getrlimit(Resource::Nofile).current);
     if affordable < connections_max {
         tracing::warn!(
             connections_max = affordable,
-            "the limit on open files (ulimit -n) leaves fewer connections than --connections-max"
+            "lowered --connections-max: the limit on open files (ulimit -n) allows fewer \
+             connections"
         );
     }
     affordable.min(connections_max)
 }
 
-/// Connections that so many files leave room for; `None` is no limit.
+/// Returns the number of connections for which a limit on open files leaves
+/// room; `None` is no limit.
 fn connections(open_files_max: Option<u64>) -> usize {
     open_files_max.map_or(usize::MAX, |files| {
         let files = usize::try_from(files).unwrap_or(usize::MAX);
@@ -431,7 +440,7 @@ mod tests {
         for age in &ages {
             assert!((900..=1100).contains(&age.as_secs()), "{age:?}");
         }
-        // By chance once in 10^30 runs.
+        // The check fails by chance once in 10^30 runs.
         assert!(ages.iter().any(|&age| age < Duration::from_secs(950)));
         assert!(ages.iter().any(|&age| age > Duration::from_secs(1050)));
     }

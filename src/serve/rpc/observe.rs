@@ -1,7 +1,7 @@
-//! Sees every call from outside its handler: request id, span, duration, code
-//! and deadline, for calls that never reach a handler too; and puts a request's
-//! body on its way in through [`super::arriving`], an answer's on its way out
-//! through [`super::leaving`].
+//! Layer around all handlers, which gives every call its request id, tracing
+//! span, duration, code and deadline, even if the call never reaches a handler.
+//! The layer also passes the body of a request through [`super::arriving`], and
+//! the body of an answer through [`super::leaving`].
 
 use std::future::Future;
 use std::pin::Pin;
@@ -28,39 +28,40 @@ use crate::serve::metrics::Metrics;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::RequestError;
 
-/// Bytes of a message to health checks and reflection, which is a name. They are
-/// not counted: all of a connection's together are less than its window.
+/// Largest size of a message to health checks and reflection, which holds a
+/// name. These bytes are not counted: all of them on one connection are less
+/// than its window.
 const NAME_BYTES_MAX: usize = 4 << 10;
-/// Names a call in logs and in its response; taken from the caller if given.
+/// Header with the id of a call in logs and in its response; the caller's id is
+/// used if there is one.
 const REQUEST_ID: &str = "x-request-id";
-/// The class of a call, by its name.
+/// Header with the name of a call's priority class.
 const PRIORITY: &str = "imagegpt-priority";
-/// A caller's request id longer than this is replaced: it goes into every log
-/// line of the call.
+/// Largest length of a caller's request id; a longer id is replaced, since the
+/// id is in every log line of the call.
 const REQUEST_ID_LEN_MAX: usize = 128;
 
 #[derive(Debug, Clone)]
 pub(super) struct ObserveLayer {
     pub(super) metrics: Metrics,
     pub(super) request_bytes_max: u64,
-    /// How long a request may take to arrive.
+    /// Longest time for a request to arrive.
     pub(super) request_timeout: Duration,
-    /// Where bytes that are arriving are counted.
+    /// Pool in which the bytes of arriving requests are counted.
     pub(super) bytes: CapacityPool,
     pub(super) readiness: Arc<Readiness>,
     pub(super) calls: CallsInProgress,
 }
 
 impl ObserveLayer {
-    /// The request with a body that is looked after on its way in.
+    /// Wraps the body of a request so that it is counted while it arrives.
     fn arriving(
         &self,
         mut request: Request<Body>,
         method: RpcMethod,
         class: Priority,
     ) -> Request<Body> {
-        // A request without an end: its messages are counted one by one, by its
-        // handler.
+        // The messages of a stream are counted one by one, by its handler.
         let is_stream = method.client_streams();
         let arrived = Arrived::default();
         let arrival = RequestFacts {
@@ -71,7 +72,8 @@ impl ObserveLayer {
             growth: Growth::of_method(method),
             is_stream,
             timeout: self.request_timeout,
-            // A stream sees the drain by itself, and ends with its answers.
+            // A stream's session watches the drain itself, and ends after its
+            // answers.
             readiness: (!is_stream).then(|| Arc::clone(&self.readiness)),
             arrived: arrived.clone(),
         };
@@ -80,8 +82,8 @@ impl ObserveLayer {
     }
 }
 
-/// How many calls are in progress, from their arrival until their answer has
-/// been taken.
+/// Counter of calls in progress; a call counts from its arrival until its
+/// answer has been written.
 #[derive(Debug, Clone)]
 pub(crate) struct CallsInProgress(Arc<watch::Sender<usize>>);
 
@@ -91,13 +93,13 @@ impl CallsInProgress {
         Self(Arc::new(watch::Sender::new(0)))
     }
 
-    /// How many there are now.
+    /// Returns the number of calls in progress.
     #[must_use]
     pub(crate) fn count(&self) -> usize {
         *self.0.borrow()
     }
 
-    /// Waits until there are none.
+    /// Waits until no call is in progress.
     pub(crate) async fn none(&self) {
         // The sender lives in self, so waiting cannot fail.
         let _ = self.0.subscribe().wait_for(|&count| count == 0).await;
@@ -115,7 +117,7 @@ impl Default for CallsInProgress {
     }
 }
 
-/// One call in progress.
+/// Guard of one call in progress.
 #[derive(Debug)]
 pub(super) struct InProgress(CallsInProgress);
 
@@ -125,13 +127,14 @@ impl Drop for InProgress {
     }
 }
 
-/// When a call must be answered; handlers find it in the request.
+/// Time by which a call must be answered, if the caller set one; handlers find
+/// it in the extensions of the request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(pub(super) Option<Instant>);
 
-/// A call's count and its place among those in progress. Observed calls end
-/// with their response; a stream, whose code comes last, takes both over and
-/// ends them itself.
+/// Guards of a call: its metrics and its place among the calls in progress. The
+/// layer ends a unary call with its response; a stream, whose code comes last,
+/// takes both guards and ends the call itself.
 #[derive(Debug, Clone)]
 pub(super) struct CallCourse(Arc<Mutex<Option<(CallEnding, InProgress)>>>);
 
@@ -140,13 +143,14 @@ impl CallCourse {
         Self(Arc::new(Mutex::new(Some((ending, in_progress)))))
     }
 
-    /// From now on the caller's, if nobody took it before.
+    /// Takes the guards, if they were not taken before.
     pub(super) fn take(&self) -> Option<(CallEnding, InProgress)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-/// An answer's share of the worker's bytes; handlers leave it in the response.
+/// Share of the worker's bytes that an answer holds; handlers put it into the
+/// extensions of the response.
 #[derive(Debug, Clone)]
 pub(super) struct AnswerBytes {
     pub(super) bytes: Arc<CapacityShare>,
@@ -184,8 +188,8 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let Some(method) = RpcMethod::of_path(request.uri().path()) else {
-            // Health checks and reflection are not the worker's work. Their
-            // messages are small, but may trickle in as well.
+            // Health checks and reflection are not counted as work. Their
+            // messages are small, but may also arrive slowly.
             let arrival = RequestFacts {
                 bytes: None,
                 class: Priority::Interactive,
@@ -228,8 +232,8 @@ where
         });
         Box::pin(
             async move {
-                // Named whole, so that the future owns all of it and its drop
-                // counts the call.
+                // The whole value is moved into the future, so that dropping
+                // the future counts the call.
                 let course = course;
                 let mut response = match call {
                     Ok(call) => until(deadline, call).await?,
@@ -251,8 +255,8 @@ where
     }
 }
 
-/// The call's response, or DEADLINE_EXCEEDED when its time is up, be it that
-/// the request was still arriving.
+/// Awaits a call's response, or answers DEADLINE_EXCEEDED at its deadline, even
+/// if the request is still arriving.
 async fn until<F, E>(deadline: Option<Instant>, call: F) -> Result<Response<Body>, E>
 where
     F: Future<Output = Result<Response<Body>, E>>,
@@ -270,11 +274,12 @@ where
         })
 }
 
-/// The class that a call belongs to: as its metadata says, else by its method.
+/// Returns the priority class of a call, from its metadata or else by its
+/// method.
 fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestError> {
     let Some(given) = headers.get(PRIORITY) else {
         return Ok(match method {
-            // A job over many images, unless its caller says otherwise.
+            // A stream is usually a job over many images.
             RpcMethod::EmbedStream => Priority::Bulk,
             _ => Priority::Interactive,
         });
@@ -287,8 +292,8 @@ fn class(headers: &HeaderMap, method: RpcMethod) -> Result<Priority, RequestErro
         })
 }
 
-/// Counts the call when it ends, also when its future is dropped because the
-/// caller went away.
+/// Guard that counts a call when it ends, also if its future is dropped because
+/// the caller disconnected.
 #[derive(Debug)]
 pub(super) struct CallEnding {
     metrics: Metrics,
@@ -309,16 +314,17 @@ impl Drop for CallEnding {
     }
 }
 
-/// A unary call that failed has its code in the headers; one that did not has
-/// it in the trailers, which are yet to come.
+/// Returns the code of a response by its headers: a failed unary call has its
+/// code there, while a successful call has it in the trailers, which come
+/// later.
 fn code(headers: &HeaderMap) -> Code {
     headers
         .get("grpc-status")
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-/// Errors of the library in the worker's words: a message over the limit, and a
-/// request that broke off.
+/// Replaces two statuses of the library by the worker's own: for a message over
+/// the limit, and for a request that broke off.
 fn correct(headers: &mut HeaderMap, request_bytes_max: u64, deadline: Option<Instant>) {
     let message = headers
         .get("grpc-message")
@@ -336,7 +342,8 @@ fn correct(headers: &mut HeaderMap, request_bytes_max: u64, deadline: Option<Ins
     for name in ["grpc-status", "grpc-message", "grpc-status-details-bin"] {
         headers.remove(name);
     }
-    // Fails only for metadata that is not ASCII, of which there is none.
+    // Adding the header fails only for metadata that is not ASCII; there is
+    // none.
     if status.add_header(headers).is_err() {
         headers.insert("grpc-status", HeaderValue::from(status.code() as i32));
     }
@@ -353,8 +360,8 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         .unwrap_or_else(generated_id)
 }
 
-/// Unique in the process by a counter, and among processes by the time of
-/// start and the process id.
+/// Returns a new request id, which is unique in the process by a counter, and
+/// among processes by a random prefix.
 fn generated_id() -> HeaderValue {
     static PREFIX: std::sync::LazyLock<u64> = std::sync::LazyLock::new(|| {
         use std::hash::{BuildHasher as _, RandomState};
@@ -366,8 +373,8 @@ fn generated_id() -> HeaderValue {
         .unwrap_or_else(|_| HeaderValue::from_static("unknown"))
 }
 
-/// The trace id of a W3C `traceparent`: version, 32 hexadecimal digits that
-/// are not all zero, parent id, flags.
+/// Returns the trace id of a W3C `traceparent` header, which has a version, the
+/// trace id (32 hexadecimal digits, not all zero), a parent id and flags.
 fn trace_id(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get("traceparent")?.to_str().ok()?;
     let mut parts = value.split('-');

@@ -1,8 +1,9 @@
-//! The Open Inference Protocol, as clients of Triton and KServe speak it: the
-//! same work as the native service's, through the same door.
+//! Open Inference Protocol, which clients of Triton and KServe speak: the same
+//! work as the native service's, through the same admission.
 //!
-//! A request is prepared (checked, with its pictures), submitted, and finished;
-//! apart, because a stream waits for room between the first two.
+//! A request is prepared (checked and converted to images), submitted, and
+//! finished. These are separate steps because a stream waits for room between
+//! the first two.
 
 mod infer;
 mod metadata;
@@ -24,17 +25,17 @@ use crate::proto::inference::grpc_inference_service_server::GrpcInferenceService
 use crate::serve::readiness::Unready;
 use crate::serve::rpc::error::RequestError;
 
-/// The one version of the one model.
+/// Version of the served model, the only one.
 const VERSION: &str = "1";
-/// Characters of a caller's text that are echoed in an error.
+/// Largest number of characters of a caller's text that an error repeats.
 const TEXT_SHOWN: usize = 64;
 
-/// The protocol's service.
+/// Service of the Open Inference Protocol.
 #[derive(Debug, Clone)]
 pub(super) struct Oip(pub(super) Arc<WorkerService>);
 
 impl Oip {
-    /// Whether this model in this version is the one that is served.
+    /// Checks that a model and its version are the served ones.
     fn check_model(&self, name: &str, version: &str) -> Result<(), RequestError> {
         let shown = |text: &str| -> String { text.chars().take(TEXT_SHOWN).collect() };
         let served = &self.0.model.name;
@@ -96,7 +97,8 @@ impl Oip {
     }
 }
 
-/// An answer or an error, without bytes that it would hold.
+/// Makes a response of an answer that holds no share of the worker's bytes, or
+/// a status of its error.
 fn answer<T>(outcome: Result<T, RequestError>) -> Result<Response<T>, Status> {
     outcome
         .map(Response::new)
@@ -181,7 +183,7 @@ impl GrpcInferenceService for Oip {
         request: Request<oip::ModelStatisticsRequest>,
     ) -> Result<Response<oip::ModelStatisticsResponse>, Status> {
         let request = request.get_ref();
-        // No name: all models.
+        // Without a name, all models are meant.
         let known = if request.name.is_empty() {
             Ok(())
         } else {

@@ -1,5 +1,5 @@
-//! Counts each image of a call by its outcome, also when the call is dropped
-//! because its time is up or its caller has gone.
+//! Counts of a call's images by their outcomes, also if the call is dropped
+//! because its deadline has passed or its caller has disconnected.
 
 use std::time::Instant;
 
@@ -7,7 +7,8 @@ use tonic::Code;
 
 use crate::serve::metrics::Metrics;
 
-/// See the module.
+/// Counter of a call's images, by outcome. Images that are not counted when the
+/// counter is dropped count as cancelled, or as late after the call's deadline.
 #[derive(Debug)]
 pub(super) struct OutcomeTally {
     metrics: Metrics,
@@ -24,18 +25,18 @@ impl OutcomeTally {
         }
     }
 
-    /// So many images more will have an outcome.
+    /// Announces `n_images` more images that will have an outcome.
     pub(super) fn expect(&mut self, n_images: usize) {
         self.n_uncounted += n_images;
     }
 
-    /// One of them has it.
+    /// Counts the outcome of one image.
     pub(super) fn one(&mut self, code: Code) {
         self.metrics.image(code.into());
         self.n_uncounted = self.n_uncounted.saturating_sub(1);
     }
 
-    /// All that are left have the same.
+    /// Counts the same outcome for all images that are left.
     pub(super) fn rest(&mut self, code: Code) {
         while self.n_uncounted > 0 {
             self.one(code);

@@ -1,10 +1,11 @@
-//! Files that may be replaced while the worker runs: certificates and tokens.
+//! Reload of files that may be replaced while the worker runs: certificates and
+//! tokens.
 //!
-//! Their contents are compared, not their times: Kubernetes swaps a link above
-//! the file, which changes neither its name nor, as a rule, its time. A new
-//! content counts once two looks in a row have found it, so that no file is
-//! taken while it is written and no certificate with the key of the one
-//! before. A content that cannot be used changes nothing.
+//! The contents of the files are compared, not their times: Kubernetes swaps a
+//! symbolic link above the file, which changes neither the file's name nor, as
+//! a rule, its time. New contents are used once two checks in a row have found
+//! them, so that no half-written file is used, and no certificate with the key
+//! of the one before. Contents that cannot be used change nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,8 @@ use tokio::sync::watch;
 use crate::files::FlagFile;
 use crate::serve::metrics::{AccessFile, Metrics};
 
-/// How often the files are read again: a few KiB, which cost microseconds.
+/// Interval at which the files are read again: a few KiB, which cost
+/// microseconds.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 impl<T> std::fmt::Debug for Follower<T> {
@@ -26,7 +28,7 @@ impl<T> std::fmt::Debug for Follower<T> {
     }
 }
 
-/// What the files' contents mean, newest usable version.
+/// Value parsed from the newest usable contents of the files.
 #[derive(Debug)]
 pub(super) struct Latest<T>(watch::Receiver<Arc<T>>);
 
@@ -45,7 +47,7 @@ impl<T> Latest<T> {
 type Contents = Vec<Vec<u8>>;
 type Parse<T> = dyn Fn(&[Vec<u8>]) -> anyhow::Result<T> + Send + Sync;
 
-/// Reads the files again and again.
+/// Task that reads the files at each interval and publishes changed values.
 pub(super) struct Follower<T> {
     what: AccessFile,
     sources: Vec<FlagFile>,
@@ -54,11 +56,11 @@ pub(super) struct Follower<T> {
     state: Settling,
 }
 
-/// Reads `sources` and makes of them what `parse` says.
+/// Reads `sources` and parses them with `parse`, now and at each change.
 ///
 /// # Errors
 ///
-/// One sentence on the file that is wrong.
+/// Returns one sentence about the file that cannot be used.
 pub(super) fn open<T: Send + Sync + 'static>(
     what: AccessFile,
     sources: Vec<FlagFile>,
@@ -77,8 +79,8 @@ pub(super) fn open<T: Send + Sync + 'static>(
 }
 
 impl<T: Send + Sync + 'static> Follower<T> {
-    /// Follows the files for as long as it is polled; `changed` sees each new
-    /// version.
+    /// Follows the files for as long as the future is polled; `changed` is
+    /// called with each new value.
     pub(super) async fn run(mut self, metrics: Metrics, changed: impl Fn(&T) + Send) {
         let metrics = metrics.access();
         let mut interval = tokio::time::interval(INTERVAL);
@@ -86,10 +88,11 @@ impl<T: Send + Sync + 'static> Follower<T> {
         loop {
             interval.tick().await;
             let sources = self.sources.clone();
-            // A file may lie on a slow network: not on the runtime's threads.
+            // A file may be on a slow network, so it is not read on the
+            // runtime's threads.
             let contents = tokio::task::spawn_blocking(move || read(&sources)).await;
             let Ok(contents) = contents else {
-                // The runtime ends.
+                // The runtime is shutting down.
                 return;
             };
             let seen = contents
@@ -104,14 +107,17 @@ impl<T: Send + Sync + 'static> Follower<T> {
                         self.latest.send_replace(Arc::new(value));
                         self.state.take();
                         metrics.reloaded(self.what);
-                        tracing::info!(what = self.what.label(), "the new file is in force");
+                        tracing::info!(
+                            what = self.what.label(),
+                            "reloaded a changed file; its new contents are in force"
+                        );
                     }
                     Err(error) => {
                         metrics.reload_failed(self.what, true);
                         tracing::error!(
                             what = self.what.label(),
                             error = format!("{error:#}"),
-                            "the new file cannot be used; the old one stays in force"
+                            "cannot use the changed file; its old contents stay in force"
                         );
                     }
                 },
@@ -124,7 +130,7 @@ fn read(sources: &[FlagFile]) -> anyhow::Result<Contents> {
     sources.iter().map(FlagFile::read).collect()
 }
 
-/// Stands for the contents, so that no key is kept only to be compared.
+/// Hash of the contents, so that no private key is kept only for comparison.
 type Fingerprint = [u8; 32];
 
 fn fingerprint(contents: &[Vec<u8>]) -> Fingerprint {
@@ -136,22 +142,22 @@ fn fingerprint(contents: &[Vec<u8>]) -> Fingerprint {
     hash.finalize().into()
 }
 
-/// When a change is one.
+/// Detection of changes that have settled.
 #[derive(Debug)]
 struct Settling {
     in_force: Fingerprint,
-    /// What the last look found; none when the files could not be read.
+    /// Contents that the last check found; none if the files could not be read.
     last: Option<Fingerprint>,
-    /// Whether the last look's finding has been judged.
+    /// True if the contents of the last check were reported already.
     judged: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Look {
     Nothing,
-    /// Something new, twice in a row: try it.
+    /// New contents were found twice in a row and should be tried.
     Settled,
-    /// What is in force is there again, after something that was not taken.
+    /// The contents in force are back, after contents that were not used.
     BackAgain,
 }
 
@@ -180,7 +186,7 @@ impl Settling {
         }
     }
 
-    /// What was tried is in force now.
+    /// Notes that the contents that were tried are in force now.
     fn take(&mut self) {
         if let Some(last) = self.last {
             self.in_force = last;
@@ -197,7 +203,7 @@ mod tests {
         let [old, torn, new] = [[0; 32], [1; 32], [2; 32]];
         let mut state = Settling::new(old);
         assert_eq!(state.look(Some(old)), Look::Nothing);
-        // Caught between the certificate and its key.
+        // The check came between the writing of the certificate and of its key.
         assert_eq!(state.look(Some(torn)), Look::Nothing);
         assert_eq!(state.look(Some(new)), Look::Nothing);
         assert_eq!(state.look(Some(new)), Look::Settled);
@@ -211,7 +217,7 @@ mod tests {
         let mut state = Settling::new(old);
         state.look(Some(broken));
         assert_eq!(state.look(Some(broken)), Look::Settled);
-        // It was not taken.
+        // The broken contents were not used.
         assert_eq!(state.look(Some(broken)), Look::Nothing);
         state.look(None);
         assert_eq!(state.look(None), Look::Settled);
@@ -235,9 +241,9 @@ mod tests {
 
     #[test]
     fn only_files_of_a_sensible_size_are_read() {
-        let dir = tempfile::tempdir().expect("a folder");
+        let dir = tempfile::tempdir().expect("a directory");
         let source = FlagFile::new("--tls-cert", dir.path());
-        let text = format!("{:#}", source.read().expect_err("a folder"));
+        let text = format!("{:#}", source.read().expect_err("a directory"));
         assert!(
             text.starts_with("--tls-cert ") && text.contains("it is not a file"),
             "{text}"

@@ -1,4 +1,4 @@
-//! Score: how likely the model finds images.
+//! Score: the negative log-likelihood of images under the model.
 
 use tonic::Request;
 
@@ -13,7 +13,7 @@ use crate::serve::error::StageError;
 use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::error::RequestError;
 
-/// Answers a call.
+/// Answers a Score call.
 pub(super) async fn score(
     service: &WorkerService,
     request: Request<pb::ScoreRequest>,
@@ -23,7 +23,7 @@ pub(super) async fn score(
     let (_, extensions, request) = request.into_parts();
     let preprocess = convert::preprocess(request.preprocess.as_ref())?;
     let work = RequestedWork::Infer {
-        // The graph shifts by itself: it needs the last pixel, too.
+        // The graph itself shifts the tokens: it needs the last pixel, too.
         context: Context::Raw,
         want: Want::Nll,
     };
@@ -42,8 +42,8 @@ pub(super) async fn score(
         map: request.map,
         palette: request.complexity.then(|| service.model.palette_rgb8()),
     };
-    // Compressing takes a millisecond an image, which is not for the runtime's
-    // own threads.
+    // Compressing takes a millisecond per image, which must not block the
+    // runtime's own threads.
     let results = move || -> Vec<pb::ScoreResult> {
         let result = |outcome| result(outcome, &options);
         outcomes.into_iter().map(result).collect()
@@ -62,7 +62,7 @@ pub(super) async fn score(
 struct Options {
     side: usize,
     map: bool,
-    /// With complexity.
+    /// Palette, if the complexity is asked for.
     palette: Option<Vec<u8>>,
 }
 

@@ -1,4 +1,4 @@
-//! The one table from errors to gRPC codes.
+//! Table from errors to gRPC codes, the only one in the worker.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::proto::ERROR_DOMAIN;
 use crate::serve::error::StageError;
 use crate::serve::rpc::error::{RequestError, StreamEnd};
 
-/// The code and the machine-readable reason of each error.
+/// Returns the gRPC code and the machine-readable reason of an error.
 fn row(error: &RequestError) -> (Code, &'static str) {
     match error {
         RequestError::Stage(error) => stage_row(error),
@@ -46,7 +46,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
     }
 }
 
-/// The same of errors that stages make.
+/// Returns the gRPC code and the machine-readable reason of a stage's error.
 fn stage_row(error: &StageError) -> (Code, &'static str) {
     match error {
         StageError::Image(cause) => match &**cause {
@@ -64,12 +64,12 @@ fn stage_row(error: &StageError) -> (Code, &'static str) {
     }
 }
 
-/// The gRPC code of an error.
+/// Returns the gRPC code of an error.
 pub(super) fn code(error: &RequestError) -> Code {
     row(error).0
 }
 
-/// The status that ends a whole call.
+/// Returns the status of a call that ends with this error.
 pub(super) fn of_call(error: &RequestError) -> Status {
     let (code, reason) = row(error);
     let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata(error));
@@ -79,12 +79,13 @@ pub(super) fn of_call(error: &RequestError) -> Status {
     Status::with_error_details(code, error.to_string(), details)
 }
 
-/// The status of a call that a stage ends.
+/// Returns the status of a call that ends with a stage's error.
 pub(super) fn of_stage(error: StageError) -> Status {
     of_call(&error.into())
 }
 
-/// Numbers for a program that reads the status.
+/// Returns the metadata of the status for programs: the counts of a stream's
+/// items.
 fn metadata(error: &RequestError) -> HashMap<String, String> {
     match error {
         RequestError::StreamEnded {
@@ -99,15 +100,15 @@ fn metadata(error: &RequestError) -> HashMap<String, String> {
     }
 }
 
-/// Whether the library says, in its own words, that a message is over the
-/// limit: OUT_OF_RANGE, where gRPC's own libraries say RESOURCE_EXHAUSTED, or
-/// the latter and no word on what to change when the message was compressed. No
-/// handler of ours answers either like that.
+/// Returns true if a status is the library's own for a message over the limit:
+/// OUT_OF_RANGE, where gRPC's own libraries use RESOURCE_EXHAUSTED; or, for a
+/// compressed message, RESOURCE_EXHAUSTED with a text that does not say what to
+/// change. The worker's handlers use neither.
 pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
     match code {
         Code::OutOfRange => true,
         Code::ResourceExhausted => {
-            // As it is, and as it is in a header.
+            // The text as it is, and percent-encoded as in a header.
             message.starts_with(b"Error decompressing")
                 || message.starts_with(b"Error%20decompressing")
         }
@@ -115,7 +116,7 @@ pub(super) fn is_over_limit(code: Code, message: &[u8]) -> bool {
     }
 }
 
-/// The status of one image.
+/// Returns the status of one image.
 pub(super) fn of_image(error: &RequestError) -> tonic_types::Status {
     tonic_types::Status {
         code: code(error) as i32,
@@ -402,7 +403,7 @@ mod tests {
         assert!(
             ended(5)
                 .message()
-                .contains("of 7 items that were read 5 were answered")
+                .contains("of 7 items that were read, 5 were answered")
         );
     }
 

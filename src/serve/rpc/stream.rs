@@ -1,17 +1,19 @@
-//! EmbedStream: a conversation of any length in bounded memory.
+//! EmbedStream: a stream of any length in bounded memory.
 //!
 //! Each stream has a session, a task that reads items, submits them and puts
-//! their answers into an [`Outbox`], from where the connection takes them. The
+//! their answers into an [`Outbox`], from which the connection takes them. The
 //! session is a task of its own because a connection whose client stops reading
-//! does not ask for answers any more, so nothing else could see the deadline
-//! pass. It ends with the response: when the client vanishes the connection
-//! drops the response, which aborts the session, which frees all its places.
+//! does not poll for answers any more, so nothing else could notice that the
+//! deadline has passed. The session ends with the response: when the client
+//! disconnects, the connection drops the response, which aborts the session and
+//! frees all its places.
 //!
-//! An item holds a place in the stream's window from the moment it is read until
-//! its answer has left, and the session reads on only while there is a place.
-//! So a client that stops taking answers is not read either, and HTTP/2's flow
-//! control stops it. An item that finds the worker full waits in the session,
-//! one a stream; nothing is refused for lack of room.
+//! An item holds a place in the stream's window from the time at which it is
+//! read until its answer has left, and the session reads only while a place is
+//! free. If a client stops reading answers, the worker stops reading its items,
+//! and HTTP/2 flow control stops the client (backpressure). If the worker is
+//! full, one item per stream waits in the session; no item is rejected for lack
+//! of room.
 
 pub(super) mod outbox;
 
@@ -45,24 +47,25 @@ use crate::serve::metrics::StreamOpen;
 use crate::serve::readiness::Readiness;
 use crate::serve::rpc::error::{RequestError, StreamEnd};
 
-/// Bytes of an item's id: enough for any path or URL.
+/// Largest size of an item's id: enough for any path or URL.
 const ID_BYTES_MAX: usize = 1024;
-/// One stream's part of the bytes that its class can have: so many readers that
-/// stall must come together before other streams wait for them.
+/// Divisor for the bytes of one stream: a stream may hold an eighth of the
+/// bytes of its class, so eight stalled readers are needed before other streams
+/// wait.
 pub(super) const STREAM_BYTES_PART: usize = 8;
-/// While the worker drains, how long a client may take no answer before it is
-/// given up; never more than half of the grace period.
+/// Longest time without a read answer, while the worker drains, before a client
+/// is given up; the time is at most half of the grace period.
 pub(super) const DRAIN_PATIENCE_MAX: Duration = Duration::from_secs(5);
-/// After a stream was ended at once, time for its status to be taken.
+/// Time for a client to read the status of a stream that was ended at once.
 pub(super) const END_PATIENCE: Duration = Duration::from_secs(1);
 
 type Requests = Streaming<pb::EmbedStreamRequest>;
 pub(super) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// Answers a request for a stream; its options come later.
+/// Opens a stream, whose options come with its first message.
 ///
 /// The response begins before the first message is read, because some clients
-/// send nothing before they have it.
+/// send nothing before the response has begun.
 pub(super) fn open(
     service: &WorkerService,
     request: Request<Requests>,
@@ -102,10 +105,10 @@ pub(super) fn open(
     Ok(EmbedAnswers::new(outbox, session))
 }
 
-/// The response of a stream.
+/// Response of an EmbedStream.
 pub(super) type EmbedAnswers = outbox::OutboxAnswers<pb::EmbedStreamResponse>;
 
-/// The other end of [`EmbedAnswers`].
+/// Task that reads a stream's items and produces its [`EmbedAnswers`].
 #[derive(Debug)]
 struct Session {
     model: Arc<Model>,
@@ -113,43 +116,44 @@ struct Session {
     admission: Admission,
     readiness: Readiness,
     limits: LimitsConfig,
-    /// When the connection is told to go away; it waits for the stream's end.
+    /// Time at which the connection is asked to close, which it cannot do
+    /// before the stream ends.
     leaves_at: Option<Instant>,
     class: Priority,
     deadline: Option<Instant>,
-    /// Of the message that was read last.
+    /// Share of the latest message.
     arrived: Arrived,
     outbox: Arc<Outbox<pb::EmbedStreamResponse>>,
-    /// Items that were read.
+    /// Number of items that were read.
     n_read: u64,
-    /// Of those, how many will have no answer.
+    /// Number of items that were read and will have no answer.
     unanswered: u64,
     tally: OutcomeTally,
     _open: StreamOpen,
-    /// Counts the call when the session ends.
+    /// Guards that count the call when the session ends.
     course: Option<(CallEnding, InProgress)>,
 }
 
-/// What an opening settles.
+/// Options of a stream, settled by its opening.
 #[derive(Debug)]
 struct Plan {
     embedding: Embedding,
     window: usize,
-    /// What an answer holds.
+    /// Bytes that an answer holds.
     answer_bytes: usize,
-    /// What all items of the stream may hold together.
+    /// Limit on the bytes of all items of the stream together.
     bytes_max: usize,
 }
 
-/// An item that was let in, or why not.
+/// Item that was submitted, or its error.
 struct Submitted {
     id: String,
     pending: Result<PendingAnswers, RequestError>,
-    /// Its part of the stream's own share.
+    /// Bytes of the item that count against the stream's own limit.
     bytes: usize,
 }
 
-/// An item that has come to its end.
+/// Item whose outcome is known.
 struct Done {
     id: String,
     outcome: Result<Answer, RequestError>,
@@ -185,7 +189,8 @@ impl InFlight {
         }
     }
 
-    /// The next that is done; for ever when nothing is in the worker.
+    /// Awaits the next item whose outcome is known; for ever if no item is in
+    /// the worker.
     async fn next(&mut self) -> Done {
         let done = match self {
             Self::AsDone(items) => items.next().await,
@@ -220,15 +225,15 @@ async fn done(item: Submitted) -> Done {
     }
 }
 
-/// How a stream ends once all that was read has been answered.
+/// Way in which a stream ends once every item that was read has been answered.
 enum Close {
-    /// The client has sent all.
+    /// The client has sent all items.
     Sent,
-    /// The worker wants the client elsewhere.
+    /// The client should continue in another stream.
     Elsewhere(StreamEnd),
-    /// Something concerns all items.
+    /// An error concerns all items.
     Failed(RequestError),
-    /// The request's body ended in an error.
+    /// The body of the request failed.
     Broken(Status),
 }
 
@@ -249,7 +254,7 @@ impl Session {
         self.set_code(status.code());
         self.tally.rest(status.code());
         self.outbox.abandon(status);
-        // A client that has stalled takes it when it reads on, without us.
+        // A stalled client reads the status later, without this session.
         let _ = tokio::time::timeout(END_PATIENCE, self.outbox.ended()).await;
     }
 
@@ -259,12 +264,13 @@ impl Session {
         }
     }
 
-    /// Reads and answers until all is read and answered, and the end taken.
+    /// Reads and answers items until all are answered and the client has read
+    /// the status.
     async fn converse(&mut self, requests: Requests) {
         let mut elsewhere = pin!(elsewhere(self.readiness.clone(), self.leaves_at));
         let mut requests = Some(requests);
         let mut plan: Option<Plan> = None;
-        // An item that was read and waits for room.
+        // Item that was read and waits for room.
         let mut waiting: Option<BoxFuture<Submitted>> = None;
         let mut in_flight = InFlight::new(pb::Order::AsDone);
         let mut close = Close::Sent;
@@ -294,10 +300,10 @@ impl Session {
                     }
                 }
             };
-            // The first reason to close is the reason, unless it is only that the
-            // client has sent all: an item that has no answer must show. Dropping
-            // the rest of the request lets HTTP/2 discard what the client goes on
-            // to send.
+            // The first reason to close counts, except that the client has sent
+            // all items: a later item without an answer must show in the
+            // status. When the request is dropped, HTTP/2 discards whatever
+            // else the client sends.
             if let Some(closed) = closed {
                 requests = None;
                 if matches!(close, Close::Sent) {
@@ -324,7 +330,7 @@ impl Session {
         self.outbox.ended().await;
     }
 
-    /// What a message asks for, or why it is the last one.
+    /// Handles a message, or returns the way in which it ends the stream.
     fn take(
         &mut self,
         request: Result<Option<pb::EmbedStreamRequest>, Status>,
@@ -334,7 +340,7 @@ impl Session {
         let Some(request) = request.map_err(Close::Broken)? else {
             return match plan {
                 Some(_) => Err(Close::Sent),
-                None => misused("it ended before it was opened; send open first"),
+                None => misused("the request ended without an opening; send open first"),
             };
         };
         match (request.message, &plan) {
@@ -344,9 +350,9 @@ impl Session {
                 Ok(Taken::Order(order))
             }
             (Some(Message::Item(item)), Some(plan)) => Ok(Taken::Item(self.item(item, plan))),
-            (Some(Message::Item(_)), None) => misused("the first message is no opening"),
-            (Some(Message::Open(_)), Some(_)) => misused("it was opened twice"),
-            (None, _) => misused("a message is neither an opening nor an item"),
+            (Some(Message::Item(_)), None) => misused("the first message must be open, not item"),
+            (Some(Message::Open(_)), Some(_)) => misused("open was sent twice; send it once"),
+            (None, _) => misused("a message has neither open nor item set"),
         }
     }
 
@@ -392,7 +398,7 @@ impl Session {
         Ok((plan, order))
     }
 
-    /// Lets an item in, once there is room.
+    /// Submits an item once there is room for it.
     fn item(&mut self, item: pb::EmbedStreamItem, plan: &Plan) -> BoxFuture<Submitted> {
         self.n_read += 1;
         self.tally.expect(1);
@@ -445,8 +451,8 @@ impl Session {
         })
     }
 
-    /// Puts an item's answer in line. An outcome that would be that of all items
-    /// closes the stream instead, and leaves its own without an answer.
+    /// Puts an item's answer into the outbox. An error that concerns all items
+    /// closes the stream instead, and its item has no answer.
     fn answer(&mut self, item: Done, plan: Option<&Plan>) -> Result<(), Close> {
         let outcome = match (item.outcome, plan) {
             (Ok(answer), Some(plan)) => plan.embedding.tensor(answer),
@@ -484,8 +490,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // After a panic; in any other case the end is set, or nobody is there
-        // to take it.
+        // Only after a panic: otherwise the end is set already, or the client
+        // has disconnected.
         if std::thread::panicking() {
             self.set_code(Code::Internal);
             self.outbox
@@ -494,18 +500,20 @@ impl Drop for Session {
     }
 }
 
-/// What became of a message.
+/// Result of a message: the settled order of the opening, or an item that is
+/// being submitted.
 enum Taken {
     Order(pb::Order),
     Item(BoxFuture<Submitted>),
 }
 
-/// An item may need more than there is; the next one may not.
+/// Returns true if an item's error ends its stream. An item that needs more
+/// room than the worker has does not, since the next item may fit.
 fn ends_stream(error: &RequestError) -> bool {
     error.ends_call() && !matches!(error, RequestError::Stage(StageError::NeverFits { .. }))
 }
 
-/// What is in there, once it is; for ever if nothing is.
+/// Awaits the future; for ever if there is none.
 pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
     match future {
         Some(future) => future.await,
@@ -513,7 +521,7 @@ pub(super) async fn present<T>(future: &mut Option<BoxFuture<T>>) -> T {
     }
 }
 
-/// The next message, once there is a place for an item.
+/// Reads the next message, once the window has a free place for an item.
 pub(super) async fn read<Q: prost::Message + ScanMessage + Default, T>(
     requests: &mut Option<Streaming<Q>>,
     arrived: &Arrived,
@@ -525,14 +533,14 @@ pub(super) async fn read<Q: prost::Message + ScanMessage + Default, T>(
         return Ok(None);
     };
     let message = requests.message().await?;
-    // What came through the library only says that there is one.
+    // The library's message is empty: it only tells that a message has arrived.
     match arrived.take_message() {
         Some(bytes) if message.is_some() => codec::decode(bytes).map(Some),
         _ => Ok(message),
     }
 }
 
-/// Resolves when the client should go on in another stream.
+/// Resolves when the client should continue in another stream.
 pub(super) async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instant>) -> StreamEnd {
     tokio::select! {
         () = readiness.drained() => StreamEnd::Draining,
@@ -540,7 +548,7 @@ pub(super) async fn elsewhere(mut readiness: Readiness, leaves_at: Option<Instan
     }
 }
 
-/// Resolves when the stream must end at once, whatever is in it.
+/// Resolves when the stream must end at once, even with items in the worker.
 pub(super) async fn hurry<T>(
     outbox: Arc<Outbox<T>>,
     deadline: Option<Instant>,

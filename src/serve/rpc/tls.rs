@@ -1,4 +1,4 @@
-//! TLS and mutual TLS, from files that may be replaced.
+//! TLS and mutual TLS, from files that may be replaced while the worker runs.
 
 mod expiry;
 
@@ -16,21 +16,22 @@ use crate::files::FlagFile;
 use crate::serve::metrics::AccessFile;
 use crate::serve::metrics::access::AccessMetrics;
 
-/// What gRPC speaks, and what gRPC-Web may speak besides.
+/// ALPN protocol of gRPC.
 const ALPN: &[u8] = b"h2";
+/// Additional ALPN protocol if gRPC-Web is served.
 const ALPN_WEB: &[u8] = b"http/1.1";
 
-/// What a new connection is met with.
+/// TLS settings of new connections.
 #[derive(Debug)]
 pub(super) struct Tls {
     pub(super) config: Arc<ServerConfig>,
-    /// When the certificate ends.
+    /// Time at which the certificate expires; none if it could not be read.
     expiry: Option<SystemTime>,
 }
 
 impl Tls {
-    /// Reads a certificate, its key, and the certificates of those who sign
-    /// clients' certificates, if they must have one.
+    /// Reads a certificate, its key, and for mutual TLS the certificates of the
+    /// authorities that sign client certificates.
     pub(super) fn open(
         certificate: FlagFile,
         key: FlagFile,
@@ -84,19 +85,19 @@ impl Tls {
         })
     }
 
-    /// Tells the operator how long the certificate lasts.
+    /// Reports the expiry of the certificate in the log and in a metric.
     pub(super) fn report(&self, metrics: &AccessMetrics) {
         let Some(expiry) = self.expiry else {
-            tracing::warn!("the certificate's end could not be read");
+            tracing::warn!("cannot read the expiry of the TLS certificate");
             return;
         };
         let since_1970 = expiry.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         metrics.certificate_expiry(since_1970.as_secs_f64());
         let until = humantime::format_rfc3339_seconds(expiry);
         if expiry <= SystemTime::now() {
-            tracing::error!(%until, "the certificate has ended; clients will not connect");
+            tracing::error!(%until, "the TLS certificate has expired; clients will not connect");
         } else {
-            tracing::info!(%until, "the certificate is in force");
+            tracing::info!(%until, "the TLS certificate is in force");
         }
     }
 }
@@ -104,7 +105,7 @@ impl Tls {
 fn certificates(source: &FlagFile, content: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let chain = CertificateDer::pem_slice_iter(content)
         .collect::<Result<Vec<_>, _>>()
-        .with_context(|| format!("{source} is broken PEM"))?;
+        .with_context(|| format!("{source} is not valid PEM"))?;
     anyhow::ensure!(!chain.is_empty(), "{source} holds no certificate in PEM");
     Ok(chain)
 }
@@ -114,7 +115,7 @@ fn roots(source: &FlagFile, content: &[u8]) -> anyhow::Result<RootCertStore> {
     for certificate in certificates(source, content)? {
         roots
             .add(certificate)
-            .with_context(|| format!("{source} holds a certificate that is broken"))?;
+            .with_context(|| format!("{source} holds an invalid certificate"))?;
     }
     Ok(roots)
 }
@@ -129,7 +130,7 @@ mod tests {
 
     impl Files {
         fn new() -> Self {
-            let dir = tempfile::tempdir().expect("a folder");
+            let dir = tempfile::tempdir().expect("a directory");
             let files = Self { dir };
             for name in ["a", "b"] {
                 let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]);
@@ -180,7 +181,12 @@ mod tests {
             None,
             "--tls-cert text holds no certificate in PEM",
         );
-        check("broken", "a.key", None, "--tls-cert broken is broken PEM");
+        check(
+            "broken",
+            "a.key",
+            None,
+            "--tls-cert broken is not valid PEM",
+        );
         check(
             "a.crt",
             "a.crt",

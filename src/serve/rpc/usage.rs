@@ -1,6 +1,7 @@
-//! A layer that counts calls by their connection: calls that keep its place, and
-//! the limits on the others. It is within the layer of tokens, so that calls that
-//! are refused there count for nothing.
+//! Layer that counts the calls of each connection: calls that keep the
+//! connection's place, and health checks and reflection, which have limits. The
+//! layer is behind the layer that checks tokens, so that calls rejected there
+//! do not count.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,10 +18,10 @@ use tower::{Layer, Service};
 use super::auth::OPEN;
 use super::listen::{Guest, InUse, TooMany};
 
-/// Both versions of reflection.
+/// Path prefix of both versions of reflection.
 const REFLECTION: &str = "/grpc.reflection.";
 
-/// The layer of one connection.
+/// Layer that counts the calls of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct UsageLayer(pub(super) Guest);
 
@@ -41,7 +42,8 @@ pub(super) struct Used<S> {
     guest: Guest,
 }
 
-/// Place that a call takes of its connection until its answer has been taken.
+/// Guard of a call among those of its connection, kept until the call's answer
+/// has been written.
 #[derive(Debug)]
 pub(super) enum CallPlace {
     Work { _in_use: InUse },
@@ -95,10 +97,11 @@ where
     }
 }
 
-/// A call that may pass, or its refusal. Not boxed: every call comes by here.
+/// Future of a call that may pass, or of its rejection. Not boxed, since every
+/// call passes through it.
 pub(super) enum UsageFuture<F> {
     Passed(F, Option<CallPlace>),
-    /// Taken when it is polled, once.
+    /// Response that rejects the call, taken at the first poll.
     Refusal(Option<Response<Body>>),
 }
 
@@ -128,7 +131,7 @@ where
     }
 }
 
-/// An answer that has yet to be taken.
+/// Body of an answer, which keeps the call's guard until the body is dropped.
 struct Leaving {
     body: Body,
     _taken: Option<CallPlace>,

@@ -1,10 +1,10 @@
-//! gRPC-Web, for browsers and gateways that cannot speak gRPC's HTTP/2, and
-//! the CORS headers without which a browser does not let a page call.
+//! gRPC-Web, for browsers and gateways that cannot speak gRPC's HTTP/2, and the
+//! CORS headers without which a browser does not let a page call.
 //!
-//! With it connections may speak HTTP/1.1, one call at a time: hyper closes one
-//! whose next request's head has not come within 30 s or is over its own bounds
-//! (100 headers, 400 KiB), and a request's body has `--request-timeout` as any
-//! other.
+//! With gRPC-Web, connections may also speak HTTP/1.1, with one call at a time.
+//! hyper closes such a connection if the head of its next request does not
+//! arrive within 30 s or is over hyper's own limits (100 headers, 400 KiB). The
+//! body of a request has `--request-timeout`, as on any other connection.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::serve::config::{ANY_ORIGIN, AccessConfig};
 
-/// How long a browser may remember what it was allowed.
+/// Time for which a browser may cache the answer to a CORS preflight request.
 const PREFLIGHT_MAX_AGE: Duration = Duration::from_hours(1);
 
-/// What calls may bring.
+/// Request headers that pages may send.
 const REQUEST_HEADERS: [HeaderName; 8] = [
     header::AUTHORIZATION,
     header::CONTENT_TYPE,
@@ -28,7 +28,7 @@ const REQUEST_HEADERS: [HeaderName; 8] = [
     HeaderName::from_static("x-request-id"),
     HeaderName::from_static("x-user-agent"),
 ];
-/// What pages may read of an answer.
+/// Response headers that pages may read.
 const RESPONSE_HEADERS: [HeaderName; 4] = [
     HeaderName::from_static("grpc-message"),
     HeaderName::from_static("grpc-status"),
@@ -36,10 +36,10 @@ const RESPONSE_HEADERS: [HeaderName; 4] = [
     HeaderName::from_static("x-request-id"),
 ];
 
-/// How gRPC-Web is served, if it is.
+/// Layers for gRPC-Web; none if it is not served.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Web {
-    /// Also what lets HTTP/1.1 in.
+    /// Layer that translates gRPC-Web; if set, connections may speak HTTP/1.1.
     pub(super) calls: Option<GrpcWebLayer>,
     pub(super) cors: Option<CorsLayer>,
 }
@@ -56,18 +56,20 @@ impl Web {
     }
 }
 
-/// None without origins: pages of the worker's own origin need no permission.
+/// Returns the CORS layer; none without origins, since pages of the worker's
+/// own origin need no permission.
 fn cors(origins: &[String]) -> Option<CorsLayer> {
     let origins = match origins {
         [] => return None,
         [only] if only == ANY_ORIGIN => AllowOrigin::any(),
         origins => {
-            // Flags were checked: nothing but what a header may hold.
+            // The flags were checked: every origin is a valid header value.
             let values = origins.iter().filter_map(|o| HeaderValue::from_str(o).ok());
             AllowOrigin::list(values)
         }
     };
-    // Without credentials of the browser's own: tokens come in a header.
+    // The browser's own credentials (cookies) are not allowed, since tokens
+    // come in a header.
     Some(
         CorsLayer::new()
             .allow_origin(origins)

@@ -1,22 +1,24 @@
-//! Tries every order in which threads may meet in the worker's three meeting
-//! places, with loom's locks in place of the standard library's.
+//! Tries every interleaving of threads in the worker's three synchronization
+//! points, with loom's locks in place of the standard library's.
 //!
-//! The files under test are the worker's own, included as they are; what they
-//! touch besides is replaced by the little below. `make loom` runs it.
+//! The files under test are the worker's own, included unchanged; their other
+//! dependencies are replaced by the small modules below. `make loom` runs this
+//! test.
 
 #![allow(
     dead_code,
     reason = "the stand-ins have what the files name, used here or not"
 )]
 
-/// What `src/sync.rs` is in the worker.
+/// Replacement of the worker's `src/sync.rs`.
 mod sync {
     pub(crate) use std::sync::PoisonError;
 
     pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
 }
 
-/// What the worker's imaging and stages have of these, as far as the files use it.
+/// Replacement of the worker's imaging and stages, as far as the files use
+/// them.
 mod imaging {
     use std::time::Duration;
 
@@ -35,7 +37,7 @@ mod imaging {
         }
     }
 
-    /// A picture that costs so many seconds.
+    /// Picture with a cost in seconds.
     #[derive(Debug)]
     pub struct ImageRequest(pub u64);
 
@@ -82,7 +84,7 @@ mod serve {
         use crate::proto::Priority;
         use crate::serve::error::{StageError, RequestStage};
 
-        /// Counts how often it was answered.
+        /// Caller that counts its answers.
         #[derive(Debug)]
         pub struct Ticket {
             pub class: Priority,
@@ -150,8 +152,8 @@ use serve::metrics::Metrics;
 use stop::RunStop;
 use waiters::CoalescedWaiters;
 
-/// The batcher lets callers join and leave while the engine answers: each is
-/// answered exactly once.
+/// Checks that each caller is answered exactly once, while callers join and
+/// leave and the engine answers.
 fn callers_join_and_leave() {
     let answers: [Arc<AtomicUsize>; 3] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
     let mut leaving = Ticket::new(&answers[1]);
@@ -178,7 +180,8 @@ fn callers_join_and_leave() {
     }
 }
 
-/// A request to stop a run never stops the next one, and is not lost.
+/// Checks that a request to stop a run never stops the next run and is not
+/// lost.
 fn a_run_is_stopped() {
     let stop = Arc::new(RunStop::default());
     let (first, second) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -204,8 +207,9 @@ fn a_run_is_stopped() {
     assert_eq!(second.load(Ordering::Relaxed), 0);
 }
 
-/// Pictures are pushed and swept while a thread takes them and another takes
-/// only the cheap ones: each comes out once, and both threads see the end.
+/// Checks that each picture comes out once and that both threads see the end,
+/// while pictures are pushed and swept, one thread takes all and another only
+/// the cheap ones.
 fn pictures_pass() {
     let answers: [Arc<AtomicUsize>; 2] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
     let (bell, _rings) = crossbeam_channel::bounded(1);

@@ -1,4 +1,4 @@
-//! Flags of `imagegpt bench engine`. `--help` prints the comments.
+//! Flags of `imagegpt bench engine`. `--help` prints the doc comments.
 
 use std::time::Duration;
 
@@ -12,22 +12,22 @@ use crate::serve::config::{LibraryFlags, ProviderFlags, ServeConfig, device_id};
 
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
-    /// What is measured, as for `imagegpt serve`: a compiled directory, or
-    /// random:small and the like, which are compiled first
+    /// Model to measure, as for `imagegpt serve`: a compiled directory, or a
+    /// source such as random:small, which is compiled first
     #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
     pub model: String,
 
     #[command(flatten)]
     pub provider: ProviderFlags,
 
-    /// Which GPU, counted from 0
+    /// Number of the GPU to use, counted from 0
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = device_id())]
     pub device_id: i32,
 
     #[command(flatten)]
     pub library: LibraryFlags,
 
-    /// Batch sizes that are run, ascending
+    /// Batch sizes to measure, in ascending order
     #[arg(
         long,
         value_delimiter = ',',
@@ -37,15 +37,15 @@ pub struct EngineArgs {
     )]
     pub batch_sizes: Vec<u16>,
 
-    /// Graphs that are loaded and measured, as metrics call them: features,
-    /// features_raw, hidden, logits, score, generate [default: all that the
-    /// model has]
+    /// Graphs to load and measure, by their names in metrics: features,
+    /// features_raw, hidden, logits, score, generate [default: all graphs of
+    /// the model]
     #[arg(long, value_delimiter = ',', value_name = "GRAPH[,GRAPH]")]
     pub graphs: Vec<String>,
 
-    /// Images that are generated at one time, in the sizes that steps of a worker
-    /// have: 2, 4 and so on up to this many, on a GPU this many alone; 0 does not
-    /// measure generation
+    /// Number of images that are generated at the same time. Steps are measured
+    /// in the sizes that a worker runs: 2, 4 and so on up to this number; on a
+    /// GPU this number alone. 0 does not measure generation
     #[arg(
         long,
         default_value_t = 8,
@@ -54,8 +54,8 @@ pub struct EngineArgs {
     )]
     pub generate_slots: u16,
 
-    /// Tokens before the one that a step adds to each image [default: 1, half of
-    /// an image, all but its last]
+    /// Numbers of earlier tokens that each image has when a step adds the next
+    /// token [default: 1, half of an image, and all but its last token]
     #[arg(
         long,
         value_delimiter = ',',
@@ -64,8 +64,9 @@ pub struct EngineArgs {
     )]
     pub generate_pasts: Vec<u16>,
 
-    /// Tokens that each image has for itself before that one, where what comes
-    /// before them is the same in all, as in samples of one primer [default: all]
+    /// Number of the earlier tokens that each image has for itself; the tokens
+    /// before these are shared by all images, as in samples of one primer
+    /// [default: all, so that nothing is shared]
     #[arg(
         long,
         value_name = "N",
@@ -73,7 +74,7 @@ pub struct EngineArgs {
     )]
     pub generate_own: Option<u16>,
 
-    /// How often everything takes its turn
+    /// Number of rounds; in each round every graph runs at every batch size
     #[arg(
         long,
         default_value_t = 5,
@@ -82,13 +83,13 @@ pub struct EngineArgs {
     )]
     pub rounds: u16,
 
-    /// Time of each graph at each size, over all rounds; one run a round at
-    /// least
+    /// Time to spend on each graph at each batch size, over all rounds; every
+    /// graph runs at least once per round
     #[arg(long, default_value = "2s", value_name = "TIME", value_parser = bounded_time(Duration::ZERO, DAY))]
     pub seconds: Duration,
 
-    /// The same checkpoint compiled in fp32: how far off its answers those of
-    /// --model are
+    /// The same checkpoint compiled in fp32: reports how much the answers of
+    /// --model differ from its answers
     #[arg(long, value_name = "DIR")]
     pub reference: Option<String>,
 
@@ -101,34 +102,34 @@ impl EngineArgs {
         let sizes = &self.batch_sizes;
         anyhow::ensure!(
             sizes.windows(2).all(|pair| pair[0] < pair[1]),
-            "--batch-sizes {sizes:?} do not ascend"
+            "--batch-sizes {sizes:?} must be in ascending order"
         );
         for name in &self.graphs {
             anyhow::ensure!(
                 Graph::ALL.iter().any(|graph| graph.label() == name),
-                "--graphs: there is no graph {name}; {} are known",
+                "--graphs: there is no graph {name}; the graphs are {}",
                 Graph::ALL.map(Graph::label).join(", ")
             );
         }
         match self.graphs.as_slice() {
-            // What there is shows once the model is loaded.
+            // The graphs are not known before the model is loaded.
             [] => Ok(()),
             graphs => self.check_steps(graphs.iter().map(String::as_str)),
         }
     }
 
-    /// Refuses what would measure nothing.
+    /// Returns an error if the flags leave nothing to measure.
     fn check_steps<'a>(&self, mut graphs: impl Iterator<Item = &'a str>) -> anyhow::Result<()> {
         let only_steps = graphs.all(|graph| graph == Graph::Generate.label());
         anyhow::ensure!(
             self.generate_slots > 0 || !only_steps,
-            "--generate-slots 0 leaves nothing to measure of the graph generate; raise it, or ask \
-             for other --graphs"
+            "--generate-slots 0 leaves nothing to measure of the graph generate; raise it, or name \
+             other graphs (--graphs)"
         );
         Ok(())
     }
 
-    /// The flags of a worker that would run the same.
+    /// Flags of a worker that would run the same graphs.
     pub(super) fn serve_config(&self, model: &str) -> anyhow::Result<ServeConfig> {
         let sizes: Vec<String> = self.batch_sizes.iter().map(u16::to_string).collect();
         let provider = clap::ValueEnum::to_possible_value(&self.provider.execution_provider);
@@ -154,7 +155,7 @@ impl EngineArgs {
         own_config(model, &flags, self.more.serve.as_deref())
     }
 
-    /// Leaves only the graphs that are asked for.
+    /// Removes the graphs that were not asked for.
     pub(super) fn keep_asked(&self, model: &mut Model) -> anyhow::Result<()> {
         let is_asked = |graph: Graph| {
             let asked = &self.graphs;
@@ -163,7 +164,7 @@ impl EngineArgs {
         model.graphs.retain(|graph, _| is_asked(*graph));
         anyhow::ensure!(
             !model.graphs.is_empty(),
-            "the model has none of the graphs {}",
+            "--graphs: the model has none of the graphs {}",
             self.graphs.join(", ")
         );
         self.check_steps(model.graphs.keys().map(|graph| graph.label()))

@@ -1,12 +1,13 @@
-//! What an image costs, counted from the architecture.
+//! Floating-point operations per image, counted from the architecture.
 //!
-//! A multiplication and an addition are two. Counted are the matrix products of
-//! each layer that a graph runs, `2 T (4 d² + 2 d m)` for `T` tokens, a width of
-//! `d` and an inner width of `m`; the causal half of attention, `2 d T (T + 1)`
-//! a layer; and the head, `2 T d C` for a likelihood over `C` colors or `2 d C`
-//! for `C` classes. Not counted: norms, activations, softmax and embeddings,
-//! which are less than a percent; nor what a kernel computes of the other half
-//! of attention, which is no use to anybody.
+//! A multiplication and an addition count as two operations. The count includes
+//! the matrix products of each layer that a graph runs, `2 T (4 d² + 2 d m)`
+//! for `T` tokens, a width of `d` and an inner width of `m`; the causal half of
+//! attention, `2 d T (T + 1)` per layer; and the head, `2 T d C` for a
+//! likelihood over `C` colors or `2 d C` for `C` classes. Norms, activations,
+//! softmax and embeddings are left out, since they are less than one percent,
+//! and so is everything that a kernel computes of the other half of attention,
+//! since no answer uses it.
 
 use std::path::Path;
 
@@ -15,9 +16,9 @@ use crate::model::Model;
 use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
 
-/// What images of a model cost.
+/// Sizes of a model that determine the work per image.
 pub(super) struct ImageWork {
-    /// `None` for exports without a config.json of ImageGPT's.
+    /// `None` for an export without a config.json of ImageGPT.
     architecture: Option<Architecture>,
     feature_layer: usize,
     n_classes: usize,
@@ -40,7 +41,7 @@ impl ImageWork {
         }
     }
 
-    /// Multiplications and additions of one image.
+    /// Multiplications and additions per image, if the architecture is known.
     pub(super) fn flop(&self, graph: Graph) -> Option<u64> {
         let architecture = self.architecture.as_ref()?;
         let (width, n_positions) = (architecture.width, architecture.n_positions);

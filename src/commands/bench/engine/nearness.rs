@@ -1,4 +1,4 @@
-//! How far a model's answers are off those of the same weights in fp32.
+//! Difference of a model's answers from those of the same weights in fp32.
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -7,29 +7,29 @@ use super::{EngineArgs, Loaded, load, manifest, tokens, want};
 use crate::engine::{BatchRow, GraphRun, RunStop};
 use crate::model::graph::Graph;
 
-/// Images that are compared. Each is a few hundred thousand roundings deep, so
-/// that more would say the same.
+/// Number of images that are compared. Each answer is the result of a few
+/// hundred thousand roundings, so that more images would show the same.
 const N_IMAGES: usize = 8;
 
-/// A graph's answers against the reference's.
+/// Difference of a graph's answers from those of the reference.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct BenchNearness {
     pub(super) graph: &'static str,
     pub(super) n_images: usize,
     /// ‖answer − reference‖ / ‖reference‖ over all images.
     pub(super) relative_error: f64,
-    /// The smallest of any image.
+    /// Smallest cosine similarity over all images.
     pub(super) cosine: f64,
 }
 
-/// What the reference answered.
+/// Answers of the reference, with the images and the digest of the weights.
 pub(super) struct Reference {
     sha256: String,
     tokens: Vec<Vec<u16>>,
     answers: Vec<(Graph, Vec<Vec<f32>>)>,
 }
 
-/// Loads the reference, asks it and lets go of it.
+/// Loads the reference, computes its answers and drops it.
 pub(super) fn answers(args: &EngineArgs, reference: &str, seed: u64) -> anyhow::Result<Reference> {
     let own = EngineArgs {
         batch_sizes: vec![1],
@@ -52,14 +52,15 @@ pub(super) fn answers(args: &EngineArgs, reference: &str, seed: u64) -> anyhow::
     })
 }
 
-/// Compares what both have.
+/// Compares the answers of the graphs that both models have.
 pub(super) fn compare(
     loaded: &mut Loaded,
     reference: &Reference,
 ) -> anyhow::Result<Vec<BenchNearness>> {
     anyhow::ensure!(
         weights(loaded)? == reference.sha256,
-        "--reference was compiled from other weights than --model"
+        "--reference was compiled from other weights than --model; compile both from the same \
+         checkpoint"
     );
     let mut found = Vec::new();
     for (graph, expected) in &reference.answers {
@@ -85,14 +86,14 @@ pub(super) fn compare(
     Ok(found)
 }
 
-/// The digest of what a folder was compiled from.
+/// Digest of the weights that a directory was compiled from.
 fn weights(loaded: &Loaded) -> anyhow::Result<String> {
     manifest(&loaded.folder)
         .map(|manifest| manifest.source.sha256)
-        .with_context(|| format!("{} is not a compiled folder", loaded.folder.display()))
+        .with_context(|| format!("{} is not a compiled directory", loaded.folder.display()))
 }
 
-/// One image a run, so that what is compared does not depend on the batch.
+/// Runs one image at a time, so that answers do not depend on the batch.
 fn ask(loaded: &mut Loaded, graph: Graph, tokens: &[Vec<u16>]) -> anyhow::Result<Vec<Vec<f32>>> {
     let bucket = loaded.config.batching.buckets().smallest();
     let want = want(graph, &loaded.model);

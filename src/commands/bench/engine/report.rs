@@ -1,4 +1,4 @@
-//! The tables of `imagegpt bench engine`.
+//! Tables of `imagegpt bench engine`.
 
 use std::io::Write;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::super::report::{NONE, Table, short};
 use super::{Findings, Loaded};
 
-/// What the numbers below depend on.
+/// Writes the facts that all results depend on: machine, model and engine.
 pub(super) fn header(
     loaded: &Loaded,
     machine: &Value,
@@ -110,7 +110,7 @@ fn generate(findings: &Findings) -> Table {
     let mut table = Table::new(&header);
     for row in &findings.generate {
         table.row(vec![
-            format!("{} at one time", row.slots),
+            format!("{} at the same time", row.slots),
             row.past.to_string(),
             row.shared.to_string(),
             row.runs.to_string(),

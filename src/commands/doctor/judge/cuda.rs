@@ -1,5 +1,5 @@
-//! What CUDA needs: a driver, a GPU, ONNX Runtime's provider, and the libraries
-//! that the provider is linked with.
+//! Checks of what CUDA needs: a driver, a GPU, ONNX Runtime's provider, and the
+//! libraries that the provider is linked with.
 
 use bytesize::ByteSize;
 
@@ -7,27 +7,27 @@ use super::{Asked, DriverFindings, Finding, MachineFindings};
 use crate::commands::doctor::library::{CudaProvider, Needed};
 use crate::gpu::{Gpu, GpuUsage, Version};
 
-/// Compute capabilities, from and to, that the provider of the package
-/// onnxruntime-gpu 1.31.1 has all its kernels for: by the headers of its section
-/// .nv_fatbin, which has them for sm_80, 86, 89, 90 and 120a, two thirds of them
-/// for sm_75, none for sm_100, and no PTX that a driver could compile. Within a
-/// major number a kernel runs on its own minor number and on later ones, except
-/// for those with an `a`.
+/// Ranges of compute capabilities, first to last, for which the provider of the
+/// package onnxruntime-gpu 1.31.1 has all its kernels. The headers of its
+/// section .nv_fatbin list all kernels for sm_80, 86, 89, 90 and 120a, two
+/// thirds of them for sm_75, none for sm_100, and no PTX that a driver could
+/// compile. Within a major number, a kernel runs on its own minor number and on
+/// later ones, except for kernels with an `a`.
 const KERNELS: [(Version, Version); 3] = [
     (version(8, 0), version(8, 9)),
     (version(9, 0), version(9, 0)),
     (version(12, 0), version(12, 0)),
 ];
-/// What CUDA a provider is for that cannot be asked.
+/// CUDA version that is assumed if the provider's libraries do not tell.
 const CUDA_MAJOR: i32 = 13;
-/// The first driver of each CUDA, as its release notes say.
+/// Oldest driver for each CUDA version, from CUDA's release notes.
 const DRIVERS: [(i32, u32); 2] = [(12, 525), (13, 580)];
 
 const fn version(major: i32, minor: i32) -> Version {
     Version { major, minor }
 }
 
-/// In the order in which to mend them.
+/// Returns the findings, in the order in which to solve them.
 pub(super) fn findings(asked: &Asked, found: &MachineFindings) -> Vec<(String, Finding)> {
     let provider = found.cuda.as_ref();
     let major = provider
@@ -43,7 +43,7 @@ pub(super) fn findings(asked: &Asked, found: &MachineFindings) -> Vec<(String, F
     .into()
 }
 
-/// Of the driver that a CUDA wants.
+/// Describes the driver that a CUDA version needs.
 fn driver_wanted(major: i32) -> String {
     match DRIVERS.iter().find(|(cuda, _)| *cuda == major) {
         Some((_, driver)) => format!("driver {driver} or newer"),
@@ -56,18 +56,18 @@ fn driver(found: &MachineFindings, major: i32) -> Finding {
         Ok(seen) => &seen.gpus,
         Err(reason) => {
             return Finding::bad(
-                format!("NVIDIA's driver (libcuda.so.1, libnvidia-ml.so.1) was asked and {reason}"),
-                "see whether nvidia-smi answers and what dmesg says of NVRM and Xid, then restart \
-                 the machine or its driver; if GPUs only wake up slowly, raise --look-timeout",
+                format!("NVIDIA's driver (libcuda.so.1, libnvidia-ml.so.1): {reason}"),
+                "see whether nvidia-smi answers, look for NVRM and Xid in dmesg, then restart the \
+                 machine or its driver; if the GPUs only wake up slowly, raise --look-timeout",
             );
         }
     };
     let Some(cuda) = gpus.cuda_version else {
         let reason = gpus.absent.clone();
         return Finding::bad(
-            reason.unwrap_or_else(|| "the NVIDIA driver does not say its version".to_owned()),
+            reason.unwrap_or_else(|| "the NVIDIA driver reports no version".to_owned()),
             format!(
-                "install NVIDIA's {}; in a container, have the container runtime bring it \
+                "install NVIDIA's {}; in a container, let the container runtime provide it \
                  (docker run --gpus all, or a limit of nvidia.com/gpu in Kubernetes)",
                 driver_wanted(major)
             ),
@@ -75,7 +75,7 @@ fn driver(found: &MachineFindings, major: i32) -> Finding {
     };
     let text = match &gpus.driver_version {
         Some(driver) => format!("version {driver}, for CUDA up to {cuda}"),
-        None => format!("for CUDA up to {cuda}; NVML does not say more"),
+        None => format!("for CUDA up to {cuda}; NVML reports no driver version"),
     };
     if cuda.major < major {
         return Finding::bad(
@@ -93,7 +93,7 @@ fn driver(found: &MachineFindings, major: i32) -> Finding {
 
 fn gpus(asked: &Asked, found: &MachineFindings) -> Finding {
     let Ok(DriverFindings { gpus, usage }) = &found.gpus else {
-        return Finding::Bad("not known without an answer of the driver".to_owned(), None);
+        return Finding::Bad("unknown, since the driver gave no answer".to_owned(), None);
     };
     let visible = match &found.visible_devices {
         Some(list) => format!(" (CUDA_VISIBLE_DEVICES={list})"),
@@ -101,13 +101,13 @@ fn gpus(asked: &Asked, found: &MachineFindings) -> Finding {
     };
     if gpus.devices.is_empty() {
         if gpus.cuda_version.is_none() {
-            return Finding::Bad("none are seen without a driver".to_owned(), None);
+            return Finding::Bad("unknown without a driver".to_owned(), None);
         }
-        let reason = gpus.absent.as_deref().unwrap_or("there are none");
+        let reason = gpus.absent.as_deref().unwrap_or("CUDA shows no GPUs");
         return Finding::bad(
             format!("{reason}{visible}"),
-            "see whether nvidia-smi shows them, give them to the container, and look at \
-             CUDA_VISIBLE_DEVICES",
+            "see whether nvidia-smi shows the GPUs, make them available to the container, and \
+             check CUDA_VISIBLE_DEVICES",
         );
     }
     let n_devices = gpus.devices.len();
@@ -117,7 +117,10 @@ fn gpus(asked: &Asked, found: &MachineFindings) -> Finding {
         .find(|id| gpus.device(**id).is_none());
     if let Some(missing) = missing {
         return Finding::bad(
-            format!("there is no GPU {missing}: CUDA sees {n_devices}{visible}"),
+            format!(
+                "there is no GPU {missing}; the number of GPUs that CUDA shows is \
+                 {n_devices}{visible}"
+            ),
             format!("--device-id counts from 0 to {}", n_devices - 1),
         );
     }
@@ -130,8 +133,8 @@ fn gpus(asked: &Asked, found: &MachineFindings) -> Finding {
         Some(gpu) => Finding::doubt(
             text,
             format!(
-                "onnxruntime-gpu 1.31 has its kernels for compute capabilities {}; whether this \
-                 one has them for {}, the inference below shows",
+                "onnxruntime-gpu 1.31 has its kernels for compute capabilities {}; the inference \
+                 below shows whether this build has kernels for {}",
                 kernels(),
                 gpu.compute_capability
             ),
@@ -174,16 +177,13 @@ fn kernels() -> String {
 
 fn provider_files(found: &MachineFindings) -> Finding {
     let (Some(provider), Some(folder)) = (&found.cuda, &found.library.folder) else {
-        return Finding::Bad(
-            "there is no ONNX Runtime that it could be part of".to_owned(),
-            None,
-        );
+        return Finding::Bad("unknown without a usable ONNX Runtime".to_owned(), None);
     };
     let folder = folder.display();
     if let Some(reason) = &provider.unreadable {
         return Finding::bad(
             reason,
-            "install it again: pip install --force-reinstall onnxruntime-gpu",
+            "reinstall it: pip install --force-reinstall onnxruntime-gpu",
         );
     }
     if provider.missing_files.is_empty() {
@@ -191,8 +191,8 @@ fn provider_files(found: &MachineFindings) -> Finding {
     }
     Finding::bad(
         format!("{} not in {folder}", are(&provider.missing_files)),
-        "pip install onnxruntime-gpu, and give the path of its libonnxruntime.so by --onnxruntime \
-         or ORT_DYLIB_PATH",
+        "pip install onnxruntime-gpu, and name its libonnxruntime.so with --onnxruntime or \
+         ORT_DYLIB_PATH",
     )
 }
 
@@ -200,14 +200,14 @@ fn libraries(found: &MachineFindings, major: i32) -> Finding {
     let provider = match &found.cuda {
         Some(provider) if provider.is_whole() => provider,
         _ => {
-            let text = "not known without the provider, which is linked with them";
+            let text = "unknown without the CUDA provider, which is linked with the libraries";
             return Finding::Bad(text.to_owned(), None);
         }
     };
     if let Some(reason) = &provider.lost {
         return Finding::bad(
-            format!("what the provider is linked with was loaded and {reason}"),
-            "install CUDA's libraries again, or take other ones off LD_LIBRARY_PATH",
+            format!("loading the libraries that the provider is linked with: {reason}"),
+            "reinstall CUDA's libraries, or remove other versions of them from LD_LIBRARY_PATH",
         );
     }
     let (missing, there): (Vec<&Needed>, Vec<&Needed>) = provider
@@ -220,7 +220,7 @@ fn libraries(found: &MachineFindings, major: i32) -> Finding {
     if missing.is_empty() {
         return Finding::Fine(format!("CUDA {major}: {}", names(&there).join(", ")));
     }
-    // A file that is there and does not load has a story of its own.
+    // The error of a library that exists and cannot be loaded is shown, too.
     let stories = missing.iter().filter_map(|needed| needed.error.as_deref());
     let stories: Vec<&str> = stories
         .filter(|story| !story.contains("No such file"))
@@ -237,8 +237,8 @@ fn libraries(found: &MachineFindings, major: i32) -> Finding {
         return Finding::bad(
             text,
             format!(
-                "put {folder} on LD_LIBRARY_PATH: they are there, but the provider does not look \
-                 beside itself"
+                "add {folder} to LD_LIBRARY_PATH: the libraries are there, but the provider does \
+                 not search its own directory"
             ),
         );
     }
@@ -257,11 +257,11 @@ fn libraries(found: &MachineFindings, major: i32) -> Finding {
     };
     Finding::bad(
         text,
-        format!("{get}, and put the folder that they come in ({folder}) on LD_LIBRARY_PATH"),
+        format!("{get}, and add the directory that contains them ({folder}) to LD_LIBRARY_PATH"),
     )
 }
 
-/// The Python package that has a library of CUDA, as pip takes it.
+/// Returns the Python package of a CUDA library, as an argument of pip.
 fn wheel(library: &str, cuda_major: i32) -> Option<String> {
     let (name, number) = library.split_once(".so.")?;
     let part = match name {
@@ -273,7 +273,7 @@ fn wheel(library: &str, cuda_major: i32) -> Option<String> {
         "libcudnn" => return Some(format!("nvidia-cudnn-cu{cuda_major}")),
         _ => return None,
     };
-    // Since CUDA 13 packages are named without it.
+    // Since CUDA 13, the names of packages do not contain the version.
     if cuda_major < 13 {
         return Some(format!("nvidia-{part}-cu{cuda_major}"));
     }
@@ -281,7 +281,7 @@ fn wheel(library: &str, cuda_major: i32) -> Option<String> {
     Some(format!("'nvidia-{part}=={major}.*'"))
 }
 
-/// "a is", or "a, b and c are".
+/// Formats names as "a is", or "a, b and c are".
 fn are<T: AsRef<str>>(names: &[T]) -> String {
     let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
     match names.as_slice() {

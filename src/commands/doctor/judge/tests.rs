@@ -4,7 +4,8 @@ use crate::commands::doctor::machine::{Cpu, MemoryLimits};
 use crate::gpu::{Gpu, Gpus, MemoryUse, Version};
 use crate::model::precision::Provider;
 
-/// A machine with everything: two H100s, CUDA 13, ONNX Runtime for them.
+/// A machine that has everything: two H100s, CUDA 13, and ONNX Runtime for
+/// CUDA.
 fn complete() -> MachineFindings {
     let gpu = |id| Gpu {
         id,
@@ -82,7 +83,7 @@ fn complete() -> MachineFindings {
     }
 }
 
-/// The same without anything of NVIDIA's.
+/// The same machine without any software of NVIDIA.
 fn without_gpu() -> MachineFindings {
     let mut found = complete();
     found.gpus = Ok(DriverFindings {
@@ -121,7 +122,7 @@ fn asked(provider: ProviderChoice, device_ids: &[i32]) -> Asked {
     }
 }
 
-/// Judges where everything that is tried works; says what was tried.
+/// Judges a machine on which every trial passes; returns the trials, too.
 fn judged(asked: &Asked, found: &MachineFindings) -> (DoctorReport, Vec<(Provider, i32)>) {
     let mut tried = Vec::new();
     let report = judge(asked, found, &mut |provider, id| {
@@ -164,7 +165,7 @@ fn each_gpu_that_was_asked_for_is_tried_and_nothing_else() {
     let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[1, 0]), &complete());
     assert_eq!(report.providers, ["cuda"]);
     assert_eq!(tried, [(CUDA, 1), (CUDA, 0)]);
-    // One that fails is one too few.
+    // One GPU that fails makes the whole provider fail.
     let report = judge(
         &asked(ProviderChoice::Cuda, &[0, 1]),
         &complete(),
@@ -206,7 +207,7 @@ fn a_missing_library_is_named_with_its_package() {
     let found = missing_library("libcublas.so.13", gone);
     let (report, _) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
     assert_eq!(report.providers, ["cpu"]);
-    // There is a GPU, so somebody may want it.
+    // The machine has a GPU, so a user may want CUDA.
     assert_eq!(result(&report, "CUDA libraries"), CheckOutcome::Warning);
     let obstacle = &report.obstacles["cuda"];
     assert!(
@@ -216,7 +217,7 @@ fn a_missing_library_is_named_with_its_package() {
     let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert_eq!(result(&report, "CUDA libraries"), CheckOutcome::Failed);
 
-    // It is there, but not where it is looked for.
+    // The library exists, but not where the provider looks.
     let mut found = found;
     for needed in &mut found.cuda.as_mut().unwrap().needed {
         needed.is_beside = true;
@@ -226,11 +227,11 @@ fn a_missing_library_is_named_with_its_package() {
     assert_eq!(
         todo,
         Some(
-            "put /ort on LD_LIBRARY_PATH: they are there, but the provider does not look beside itself"
+            "add /ort to LD_LIBRARY_PATH: the libraries are there, but the provider does not search its own directory"
         )
     );
 
-    // What is there and does not load says why.
+    // A library that exists and cannot be loaded is reported with the reason.
     let found = missing_library("libcurand.so.10", "libcurand.so.10: file too short");
     let (report, _) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     let obstacle = &report.obstacles["cuda"];
@@ -295,11 +296,11 @@ fn gpus_that_cannot_be_used() {
     assert!(!can_serve);
     assert_eq!(
         gpus.found,
-        "there is no GPU 2: CUDA sees 2 (CUDA_VISIBLE_DEVICES=3,5)"
+        "there is no GPU 2; the number of GPUs that CUDA shows is 2 (CUDA_VISIBLE_DEVICES=3,5)"
     );
     assert_eq!(gpus.todo.as_deref(), Some("--device-id counts from 0 to 1"));
 
-    // The driver is there and its devices are not.
+    // The driver is there, but shows no devices.
     found.visible_devices = Some("-1".to_owned());
     gpus_of(&mut found).devices.clear();
     gpus_of(&mut found).absent =
@@ -311,7 +312,7 @@ fn gpus_that_cannot_be_used() {
         "cuInit failed: no CUDA-capable device is detected (CUDA_VISIBLE_DEVICES=-1)"
     );
 
-    // Another build may have kernels for it, so only the trial knows.
+    // Another build may have kernels for this GPU, so only the trial can tell.
     let mut found = complete();
     gpus_of(&mut found).devices[1].compute_capability = Version {
         major: 10,
@@ -332,7 +333,7 @@ fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
     let (report, tried) = judged(&asked(ProviderChoice::Auto, &[0]), &found);
     assert_eq!(report.providers, ["cpu"]);
     assert_eq!(tried, [(CPU, 0)], "what hung once is not tried");
-    // It is there, so it is no machine without a GPU.
+    // The driver exists, so this is not a machine without a GPU.
     assert_eq!(result(&report, "NVIDIA driver"), CheckOutcome::Warning);
     let obstacle = &report.obstacles["cuda"];
     assert!(
@@ -348,14 +349,12 @@ fn a_driver_that_says_nothing_is_a_trouble_that_somebody_has() {
 fn a_provider_that_is_none_or_ends_its_process_is_told() {
     let mut found = complete();
     let provider = found.cuda.as_mut().unwrap();
-    provider.unreadable = Some("/ort/x.so is no library: junk".to_owned());
+    provider.unreadable = Some("/ort/x.so is not a library: junk".to_owned());
     let (report, tried) = judged(&asked(ProviderChoice::Cuda, &[0]), &found);
     assert!(!report.can_serve);
     assert_eq!(tried, []);
     assert_eq!(result(&report, "CUDA provider"), CheckOutcome::Failed);
-    assert!(
-        report.obstacles["cuda"].starts_with("/ort/x.so is no library: junk: install it again")
-    );
+    assert!(report.obstacles["cuda"].starts_with("/ort/x.so is not a library: junk: reinstall it"));
 
     found.cuda = Some(CudaProvider {
         lost: Some("the process that tried it ended with signal: 11".to_owned()),
@@ -423,7 +422,7 @@ fn what_could_not_be_tried_is_believed_and_said() {
     let trial = check(&report, "inference on cpu");
     assert_eq!(trial.result, CheckOutcome::Warning);
     assert_eq!(trial.found, "not tried: no place for a tiny model");
-    assert_eq!(trial.todo.as_deref(), Some("give a folder by --model"));
+    assert_eq!(trial.todo.as_deref(), Some("name a directory with --model"));
     assert_eq!(result(&report, "CUDA"), CheckOutcome::NotNeeded);
 }
 
@@ -459,8 +458,8 @@ fn a_small_machine_is_warned_of_and_serves() {
     }
     assert_eq!(
         check(&report, "CPU").found,
-        "model unknown, 0.5 of 4 CPUs (the control group gives 0.5); has none; lacks AVX2, \
-         AVX-512, VNNI, BF16, AMX"
+        "model unknown, 0.5 of 4 CPUs (cgroup limit 0.5); has none; lacks AVX2, AVX-512, VNNI, \
+         BF16, AMX"
     );
     found.cache.space = Err("Read-only file system".to_owned());
     let (report, _) = judged(&asked(ProviderChoice::Cpu, &[0]), &found);

@@ -1,5 +1,5 @@
-//! Tables: Parquet and Arrow, with images in a column of bytes or, as Hugging
-//! Face's datasets have it, in a struct of bytes and path.
+//! Reader of tables: Parquet and Arrow, with images in a column of bytes or, as
+//! in Hugging Face's datasets, in a struct of bytes and path.
 
 use std::ops::ControlFlow;
 
@@ -18,14 +18,14 @@ use crate::client::pool::ImageFault;
 use crate::commands::embed::location::Location;
 use crate::commands::embed::ranged::Ranged;
 
-/// Columns that a message names.
+/// Columns that an error message lists.
 const LISTED_MAX: usize = 32;
-/// Names of columns of plain bytes that are images without being asked for.
+/// Names of binary columns that are taken for images without `--image-column`.
 const IMAGE_COLUMNS: [&str; 8] = [
     "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
 ];
 
-/// Which columns are what, by their places in a schema.
+/// Positions of the image, id and kept columns in a schema.
 #[derive(Debug)]
 struct Columns {
     image: usize,
@@ -68,7 +68,8 @@ impl Columns {
         })
     }
 
-    /// All of them, ascending and once each.
+    /// Returns the positions of all these columns, ascending and without
+    /// duplicates.
     fn places(&self) -> Vec<usize> {
         let mut places: Vec<usize> = self.keep.iter().copied().chain(self.id).collect();
         places.push(self.image);
@@ -77,7 +78,7 @@ impl Columns {
         places
     }
 
-    /// The same columns in a table that has only [`Self::places`].
+    /// Returns the same columns in a table that has only [`Self::places`].
     fn projected(&self) -> Self {
         let places = self.places();
         let new = |old: &usize| places.binary_search(old).unwrap_or_default();
@@ -98,7 +99,7 @@ fn is_bytes(kind: &DataType) -> bool {
 
 fn is_image(kind: &DataType) -> bool {
     match kind {
-        // By name: older files have the path first.
+        // Fields are found by name, since older files have the path first.
         DataType::Struct(fields) => fields
             .iter()
             .any(|field| field.name() == "bytes" && is_bytes(field.data_type())),
@@ -106,8 +107,8 @@ fn is_image(kind: &DataType) -> bool {
     }
 }
 
-/// Names of a table's columns with their types, for a message: at most so many
-/// that a line holds them.
+/// Lists a table's columns with their types for an error message, at most
+/// [`LISTED_MAX`] of them.
 fn listed(schema: &Schema) -> String {
     let fields = schema.fields();
     if fields.is_empty() {
@@ -166,7 +167,7 @@ fn bytes_at(column: &dyn Array, row: usize) -> Option<&[u8]> {
     }
 }
 
-/// Text, or a whole number as text.
+/// Returns a text, or an integer as text.
 fn text_at(column: &dyn Array, row: usize) -> Option<String> {
     if column.is_null(row) {
         return None;
@@ -203,7 +204,7 @@ fn image_at(
     };
     match bytes {
         None => Err(ImageFault::invalid(
-            "image: the row has no bytes; only what is stored in the file itself is read"
+            "image: the row has no bytes; only images that are stored in the file itself are read"
                 .to_owned(),
         )),
         Some(bytes) => match unfit(bytes.len() as u64, held, reading) {
@@ -213,12 +214,12 @@ fn image_at(
     }
 }
 
-/// Where in a table of how many rows.
+/// Position in a table, with the table's size.
 struct Place<'a> {
     location: &'a Location,
     row: u64,
     n_rows: u64,
-    /// Memory that the batch takes, and that none of its images can have.
+    /// Memory that the batch takes, which is not available to its images.
     held: u64,
 }
 
@@ -260,17 +261,17 @@ fn visit_batch(
     Ok(ControlFlow::Continue(()))
 }
 
-/// Checks the columns of a Parquet file.
+/// Checks that a Parquet file has the columns that the flags ask for.
 pub(super) fn check_parquet(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
     Columns::find(ParquetTable::open(file, reading)?.schema(), reading).map(drop)
 }
 
-/// Checks the columns of an Arrow file or stream.
+/// Checks that an Arrow file or stream has the columns that the flags ask for.
 pub(super) fn check_arrow(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
     Columns::find(Messages::open(file, reading)?.schema(), reading).map(drop)
 }
 
-/// `cursor` is a row.
+/// Reads the rows of a Parquet file; `cursor` is the number of a row.
 pub(super) fn read_parquet(
     file: &Ranged,
     location: &Location,
@@ -295,7 +296,7 @@ pub(super) fn read_parquet(
     };
     for group in 0..table.n_groups() {
         let rows = table.rows(group)?;
-        // Groups that lie before the cursor are not even looked at.
+        // Row groups before the cursor are not read at all.
         if place.row.saturating_add(rows) <= cursor {
             place.row = place.row.saturating_add(rows);
             continue;
@@ -312,7 +313,7 @@ pub(super) fn read_parquet(
         }
         if place.row != end {
             return Err(Broken::Damaged(format!(
-                "row group {group} claims {rows} rows and has {} less",
+                "row group {group} claims {rows} rows and has {} fewer",
                 end.saturating_sub(place.row)
             )));
         }
@@ -320,8 +321,8 @@ pub(super) fn read_parquet(
     Ok(())
 }
 
-/// Both of Arrow's formats: a file, or a stream as Hugging Face's cache has it.
-/// `cursor` is a row.
+/// Reads the rows of both of Arrow's formats: a file, or a stream as in Hugging
+/// Face's cache. `cursor` is the number of a row.
 pub(super) fn read_arrow(
     file: &Ranged,
     location: &Location,
@@ -334,8 +335,8 @@ pub(super) fn read_arrow(
     let mut place = Place {
         location,
         row: 0,
-        // How many rows there are is written nowhere; bytes are as good for the
-        // eye.
+        // The number of rows is not recorded anywhere; for the progress display
+        // the number of bytes serves as well.
         n_rows: parquet::file::reader::Length::len(file),
         held: 0,
     };

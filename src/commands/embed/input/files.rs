@@ -1,4 +1,4 @@
-//! Images that are files: of a folder tree, or named by a list.
+//! Reader of images that are files: of a directory tree, or named by a list.
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -14,19 +14,19 @@ use crate::commands::embed::location::{ListedObject, Location, ReadError, Stores
 use crate::commands::embed::web;
 use crate::commands::embed::web::WebClient;
 
-/// Files that are read at once, each up to the largest image: enough for a disk,
-/// and to hide a bucket's latency.
+/// Files that are read at the same time, each up to the largest image: enough
+/// for a disk, and to hide a bucket's latency.
 const AT_ONCE: usize = 16;
 
-/// Names of files, in memory: 100 bytes or so each.
+/// Names of files, which are held in memory with about 100 bytes each.
 #[derive(Debug)]
 pub(in crate::commands::embed) enum Listing {
-    /// What lies below a folder.
+    /// Files below a directory.
     Tree {
         base: Location,
         entries: Vec<ListedObject>,
     },
-    /// What a list names, relative to its own folder.
+    /// Files that a list names, relative to the list's own directory.
     List {
         stores: Arc<Stores>,
         base: Location,
@@ -34,13 +34,13 @@ pub(in crate::commands::embed) enum Listing {
     },
 }
 
-/// A line of a list.
+/// Line of a list.
 #[derive(Debug)]
 pub(in crate::commands::embed) struct ListedRow {
     pub(in crate::commands::embed) name: String,
-    /// In the order of `--keep`.
+    /// Values of the kept columns, in the order of `--keep`.
     pub(in crate::commands::embed) kept: Vec<String>,
-    /// What is wrong with the line itself.
+    /// Fault of the line itself.
     pub(in crate::commands::embed) trouble: Option<ImageFault>,
 }
 
@@ -52,7 +52,7 @@ impl Listing {
         }
     }
 
-    /// What showed already when it was listed.
+    /// Returns the fault that showed when the file was listed.
     fn trouble(&self, idx: usize) -> Option<ImageFault> {
         match self {
             Self::Tree { entries, .. } => entries.get(idx)?.trouble.clone(),
@@ -60,8 +60,8 @@ impl Listing {
         }
     }
 
-    /// Bytes that a file may take once it is read: as much as any, where nobody knows
-    /// yet.
+    /// Returns the memory that a file may take once it is read: as much as the
+    /// largest image if its size is unknown.
     fn room(&self, idx: usize, reading: &Reading) -> u64 {
         let max = reading.image_bytes_max.min(reading.memory.limit());
         match self {
@@ -70,13 +70,14 @@ impl Listing {
         }
     }
 
-    /// The address of an image on a web server, and who asks there.
+    /// Returns the URL of an image on a web server, with the client that reads
+    /// it.
     fn on_the_web(&self, name: &str) -> anyhow::Result<Option<(&WebClient, Url)>> {
         let Self::List { stores, base, .. } = self else {
             return Ok(None);
         };
         let url = if name.starts_with("http://") || name.starts_with("https://") {
-            // One that is none is refused where it is located.
+            // A malformed URL is refused when it is located.
             Url::parse(name).ok()
         } else if name.contains("://") || name.starts_with('/') {
             None
@@ -117,7 +118,7 @@ impl Listing {
     }
 }
 
-/// `cursor` counts from the beginning of `range`.
+/// Reads the files of `range`; `cursor` counts from the beginning of `range`.
 pub(super) fn read(
     listing: &Arc<Listing>,
     range: Range<usize>,
@@ -129,8 +130,8 @@ pub(super) fn read(
     let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
     let mut files = futures_util::stream::iter(range.skip(skipped))
         .map(|idx| async move {
-            // In the order of the files, so that none that comes later has what
-            // the first one waits for.
+            // Room is acquired in the order of the files, so that no later file
+            // holds the room that the first file waits for.
             let mut room = reading.memory.room(listing.room(idx, reading)).await;
             let image = file(listing, idx, reading).await;
             match &image {
@@ -165,8 +166,7 @@ pub(super) fn read(
     Ok(())
 }
 
-/// A file's bytes, or what is wrong with it; an error when the store cannot be
-/// read.
+/// Reads a file: its bytes, or its fault. Fails when the store cannot be read.
 async fn file(
     listing: &Listing,
     idx: usize,

@@ -1,9 +1,10 @@
-//! Arrow's two formats, message by message: a file has a footer that says where
-//! each begins, a stream has one after the other.
+//! Reader of Arrow's two formats, message by message: a file has a footer with
+//! the position of each message, and a stream has one message after the other.
 //!
-//! A file's own numbers are not believed: where a message lies, how long its
-//! buffers are and how large they are once decompressed is looked at before the
-//! library is given any of it, since it allocates what a buffer claims.
+//! The numbers that a file states are not trusted: where a message lies, how
+//! long its buffers are and how large they become once decompressed is checked
+//! before the library gets any of it, since the library allocates whatever a
+//! buffer claims.
 
 use std::io::Read as _;
 use std::ops::ControlFlow;
@@ -23,44 +24,48 @@ use crate::commands::embed::ranged::Ranged;
 const MAGIC: &[u8] = b"ARROW1";
 /// Bytes at the end of a file: the footer's length, and the magic.
 const TRAILER_BYTES: u64 = 10;
-/// Marker of a message of today's format, before its length.
+/// Marker of a message of the current format, before its length.
 const CONTINUATION: [u8; 4] = [0xff; 4];
-/// A footer or a message without its body: a million columns have less. Much
-/// more would be memory that no image takes.
+/// Largest footer, and largest message without its body: even a million columns
+/// have less. A larger one would take memory that is not counted as image
+/// memory.
 const HEADER_BYTES_MAX: u64 = 16 << 20;
-/// Bytes of padding between messages: writers align them to 8 or 64.
+/// Largest padding in bytes between messages: writers align messages to 8 or
+/// 64.
 const PADDING_MAX: u64 = 64;
-/// The alignment that no type of Arrow asks more than; what lies otherwise is
-/// copied.
+/// Largest alignment that any type of Arrow needs; a buffer that is not aligned
+/// is copied.
 const ALIGNMENT: u64 = 16;
 
-/// A batch, with the memory that it and the dictionaries take.
+/// Record batch, with the memory that it and the dictionaries take.
 pub(super) struct ArrowBatch {
     pub(super) rows: RecordBatch,
     pub(super) held: u64,
 }
 
-/// A file or a stream whose schema has been read.
+/// Arrow file or stream whose schema has been read.
 pub(super) struct Messages<'a> {
     file: &'a Ranged,
     reading: &'a Reading,
     decoder: FileDecoder,
     schema: SchemaRef,
-    /// Memory of dictionaries until the end.
+    /// Memory of the dictionaries, held until the end of the file.
     dictionaries: Vec<ImageRoom>,
     next: Next,
-    /// What the file holds that none of its batches covers: rows that would be lost.
+    /// Description of bytes in the file that none of its batches covers, whose
+    /// rows would be lost.
     uncovered: Option<String>,
 }
 
 enum Next {
-    /// Blocks of a file, the next one last.
+    /// Blocks of a file, in reverse order: the next block is the last element.
     Blocks(Vec<Block>),
-    /// Where the next message of a stream begins.
+    /// Offset at which the next message of a stream begins.
     At(u64),
 }
 
-/// Damage in one line, whatever lines the library makes of it.
+/// Makes an error of damage in a single line, whatever lines the library's text
+/// has.
 fn damaged(what: impl std::fmt::Display) -> Broken {
     let what = what.to_string();
     let words: Vec<&str> = what.split_whitespace().collect();
@@ -85,21 +90,24 @@ impl<'a> Messages<'a> {
         let end = file.len().checked_sub(TRAILER_BYTES);
         let end = end.ok_or_else(|| damaged("the file is too short for a footer"))?;
         let trailer = bytes_at(file, end, TRAILER_BYTES)?;
-        let trailer = trailer.try_into().map_err(|_| damaged("no trailer"))?;
+        let trailer = trailer
+            .try_into()
+            .map_err(|_| damaged("the file has no trailer"))?;
         let length = read_footer_length(trailer).map_err(damaged)? as u64;
         let start = end
             .checked_sub(length)
             .filter(|_| length <= HEADER_BYTES_MAX);
         let start = start.ok_or_else(|| {
             damaged(format!(
-                "its footer claims {length} bytes, of {end} in the file"
+                "the footer claims {length} bytes; the file has {end} before its trailer, and the \
+                 limit is {HEADER_BYTES_MAX}"
             ))
         })?;
         let footer = bytes_at(file, start, length)?;
         let footer = root_as_footer(&footer)
-            .map_err(|error| damaged(format!("its footer cannot be read: {error}")))?;
+            .map_err(|error| damaged(format!("the footer cannot be read: {error}")))?;
         let schema = footer.schema();
-        let schema = schema.ok_or_else(|| damaged("its footer has no schema"))?;
+        let schema = schema.ok_or_else(|| damaged("the footer has no schema"))?;
         let schema = own_schema(schema)?;
         let mut blocks: Vec<Block> = footer
             .recordBatches()
@@ -201,7 +209,8 @@ impl<'a> Messages<'a> {
         }
     }
 
-    /// A message with its body, in room for it and for what is made of it.
+    /// Loads a message with its body, in room for both and for the memory that
+    /// decoding takes.
     fn load(&self, block: &Block) -> Result<(arrow_buffer::Buffer, ImageRoom), Broken> {
         let (start, header) = (size(block.offset())?, size(block.metaDataLength().into())?);
         let body = size(block.bodyLength())?;
@@ -209,7 +218,8 @@ impl<'a> Messages<'a> {
         let end = end_of(block)?;
         if !(8..=HEADER_BYTES_MAX).contains(&header) || end > self.file.len() {
             return Err(damaged(format!(
-                "a message claims to be {header} and {body} bytes at {start}, of {} in the file",
+                "a message claims a header of {header} bytes and a body of {body} at offset \
+                 {start}; the file has {} bytes",
                 self.file.len()
             )));
         }
@@ -219,8 +229,8 @@ impl<'a> Messages<'a> {
         let (header_bytes, body_bytes) = bytes.split_at_checked(split).unwrap_or_default();
         let more = claimed(header_bytes, body_bytes)?;
         if more > 0 {
-            // Given back first: whoever holds one room and waits for another
-            // could wait for itself.
+            // The room is released before a larger one is acquired: a reader
+            // that holds one room and waits for another could wait for itself.
             let all = whole.saturating_add(more);
             self.fits(all)?;
             drop(room);
@@ -236,7 +246,7 @@ impl<'a> Messages<'a> {
         room.ok_or_else(|| Broken::Failed(anyhow::anyhow!("the job has ended")))
     }
 
-    /// Memory of the dictionaries.
+    /// Returns the memory of the dictionaries.
     fn held(&self) -> u64 {
         self.dictionaries.iter().map(ImageRoom::bytes).sum()
     }
@@ -250,7 +260,7 @@ impl<'a> Messages<'a> {
         Err(Broken::OverLimit(format!(
             "a record batch takes {bytes} bytes{}, over the limit of {limit} (--image-memory)",
             if held > 0 {
-                format!(" and dictionaries {held}")
+                format!(" and its dictionaries {held}")
             } else {
                 String::new()
             }
@@ -260,17 +270,19 @@ impl<'a> Messages<'a> {
 
 fn own_schema(schema: arrow_ipc::Schema<'_>) -> Result<SchemaRef, Broken> {
     if !schema.endianness().equals_to_target_endianness() {
-        return Err(damaged("its numbers have the other byte order"));
+        return Err(damaged(
+            "the file's numbers have another byte order than this machine's",
+        ));
     }
     try_fb_to_schema(schema).map(Arc::new).map_err(damaged)
 }
 
 fn size(claimed: i64) -> Result<u64, Broken> {
     let size = u64::try_from(claimed);
-    size.map_err(|_| damaged(format!("a message claims a length or place of {claimed}")))
+    size.map_err(|_| damaged(format!("a message claims a length or offset of {claimed}")))
 }
 
-/// The flatbuffer of a message that begins with its length.
+/// Returns the flatbuffer of a message, without the length before it.
 fn unprefixed(message: &[u8]) -> &[u8] {
     let prefix = if message.starts_with(&CONTINUATION) {
         8
@@ -285,11 +297,11 @@ fn end_of(block: &Block) -> Result<u64, Broken> {
     let header = size(block.metaDataLength().into())?;
     let end = start.checked_add(header);
     end.and_then(|end| end.checked_add(u64::try_from(block.bodyLength()).ok()?))
-        .ok_or_else(|| damaged("a message claims to end past all files"))
+        .ok_or_else(|| damaged("a message claims an end beyond the largest possible file"))
 }
 
-/// The message that begins at `at`; `None` at the end of the stream, which may
-/// be marked or not.
+/// Finds the message that begins at offset `at`; `None` at the end of the
+/// stream, which may be marked or not.
 fn next_of_stream(file: &Ranged, at: u64) -> Result<Option<Block>, Broken> {
     let left = file.len().saturating_sub(at);
     if left < 4 {
@@ -309,7 +321,7 @@ fn next_of_stream(file: &Ranged, at: u64) -> Result<Option<Block>, Broken> {
     let length = size(length.into())?;
     if length > HEADER_BYTES_MAX || length > left - prefix_bytes {
         return Err(damaged(format!(
-            "a message claims a header of {length} bytes at {at}, of {} in the file",
+            "a message claims a header of {length} bytes at offset {at}; the file has {} bytes",
             file.len()
         )));
     }
@@ -320,22 +332,25 @@ fn next_of_stream(file: &Ranged, at: u64) -> Result<Option<Block>, Broken> {
     Ok(Some(Block::new(start, whole, message.bodyLength())))
 }
 
-/// What follows the end of a stream, if anything does.
+/// Describes the bytes after the end of a stream, if there are any.
 fn after_stream(file: &Ranged, at: u64) -> Option<String> {
     let left = file.len().saturating_sub(at);
-    // A mark of today's format, of the older one, or none.
+    // The end is marked as in the current format, as in the older format, or
+    // not at all.
     let is_end = matches!(left, 0 | 4 | 8);
     (!is_end).then(|| {
         format!(
-            "its stream ends at {at}, of {} in the file: what follows is not read",
+            "the stream ends at offset {at} of {} bytes in the file; the bytes after the end are \
+             not read",
             file.len()
         )
     })
 }
 
-/// Bytes between the schema and the footer that no message of the footer covers.
+/// Describes the bytes between the schema and the footer that no message of the
+/// footer covers, if there are any.
 fn uncovered(file: &Ranged, mut blocks: Vec<Block>, footer: u64) -> Result<Option<String>, Broken> {
-    // The magic is filled up to the writer's alignment.
+    // The magic is padded to the writer's alignment.
     let head = bytes_at(file, 0, footer.min(PADDING_MAX + 8))?;
     let words = head.chunks(8).enumerate().skip(1);
     let schema = words
@@ -348,7 +363,7 @@ fn uncovered(file: &Ranged, mut blocks: Vec<Block>, footer: u64) -> Result<Optio
     blocks.sort_unstable_by_key(Block::offset);
     let mut covered = end_of(&schema)?;
     for block in &blocks {
-        // One that lies is damage where it is read.
+        // A block with a wrong position is reported as damage when it is read.
         let (Ok(start), Ok(end)) = (size(block.offset()), end_of(block)) else {
             return Ok(None);
         };
@@ -359,12 +374,14 @@ fn uncovered(file: &Ranged, mut blocks: Vec<Block>, footer: u64) -> Result<Optio
     }
     let left = footer.saturating_sub(covered);
     Ok((left > PADDING_MAX + 8).then(|| {
-        format!("its footer names none of the {left} bytes at {covered}: their rows are not read")
+        format!(
+            "the footer names none of the {left} bytes at offset {covered}; their rows are not read"
+        )
     }))
 }
 
-/// Memory that the library allocates for a message besides its bytes, by what its
-/// buffers say.
+/// Returns the memory that the library allocates for a message besides its
+/// bytes, as its buffers claim.
 fn claimed(header: &[u8], body: &[u8]) -> Result<u64, Broken> {
     let message = root_as_message(unprefixed(header)).map_err(damaged)?;
     let batch = match message.header_type() {
@@ -372,10 +389,10 @@ fn claimed(header: &[u8], body: &[u8]) -> Result<u64, Broken> {
         MessageHeader::DictionaryBatch => message
             .header_as_dictionary_batch()
             .and_then(|dictionary| dictionary.data()),
-        // The library refuses it.
+        // The library refuses messages of other types.
         _ => return Ok(0),
     };
-    let batch = batch.ok_or_else(|| damaged("a message has no batch"))?;
+    let batch = batch.ok_or_else(|| damaged("a message has no record batch"))?;
     let is_compressed = batch.compression().is_some();
     let mut all = 0_u64;
     for buffer in batch.buffers().into_iter().flatten() {
@@ -387,7 +404,7 @@ fn claimed(header: &[u8], body: &[u8]) -> Result<u64, Broken> {
             end.and_then(|end| Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?));
         let content = range.and_then(|range| body.get(range)).ok_or_else(|| {
             damaged(format!(
-                "a buffer claims {length} bytes at {start}, of {} in its message",
+                "a buffer claims {length} bytes at offset {start}; its message has {} bytes",
                 body.len()
             ))
         })?;
@@ -405,10 +422,10 @@ fn claimed(header: &[u8], body: &[u8]) -> Result<u64, Broken> {
             .first_chunk()
             .map(|claim| i64::from_le_bytes(*claim));
         match claim {
-            // As it is.
+            // The buffer is stored without compression.
             Some(-1) => {}
             Some(claim) => all = all.saturating_add(size(claim)?),
-            None => return Err(damaged("a compressed buffer has no length")),
+            None => return Err(damaged("a compressed buffer does not state its length")),
         }
     }
     Ok(all)

@@ -1,9 +1,10 @@
-//! Parquet, page by page: what a page's header claims is looked at before the
-//! library allocates it, and the pages that are held have their room.
+//! Reader of Parquet, page by page: the sizes that a page's header claims are
+//! checked before the library allocates them, and the pages that are held count
+//! against `--image-memory`.
 //!
-//! The library reads a page's header through [`ChunkReader::get_read`] and then
-//! its bytes through [`ChunkReader::get_bytes`], so that is where both are
-//! looked at. It is given a page only when what it becomes fits.
+//! The library reads a page's header through [`ChunkReader::get_read`], and
+//! then the page's bytes through [`ChunkReader::get_bytes`], so both are
+//! checked there. The library gets a page only if the decompressed page fits.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -30,22 +31,22 @@ use super::{Broken, Reading};
 use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 
-/// Rows that are decoded together, where they are small.
+/// Largest number of rows that are decoded together.
 const BATCH_ROWS: u64 = 16;
-/// Shares of the memory that a batch of several rows may take; of larger rows
-/// there is one.
+/// Divisor of the memory that gives the limit of a batch of several rows; rows
+/// that are larger are decoded one by one.
 const BATCH_SHARES: u64 = 16;
-/// Shares of the memory that a footer may take: what is made of it is several
-/// times as large.
+/// Divisor of the memory that gives the limit of a footer: the structures that
+/// are made from a footer are several times as large.
 const FOOTER_SHARES: u64 = 16;
-/// A footer that is always read, whatever the memory: one of ten thousand
-/// columns and groups.
+/// Size of a footer that is always accepted, whatever the memory: such a footer
+/// has ten thousand columns and groups.
 const FOOTER_BYTES_MIN: u64 = 1 << 20;
 /// Memory for a value of a page or a dictionary: its levels, and its offset or
 /// the number itself.
 const VALUE_BYTES: u64 = 16;
-/// Most bytes of a page's header. Older writers put the least and the greatest
-/// value of the page into it, which in a column of images are two images.
+/// Largest page header in bytes. Older writers put the page's smallest and
+/// largest value into it, which in a column of images are two images.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
 
 fn damaged(error: impl std::fmt::Display) -> Broken {
@@ -56,7 +57,7 @@ fn error(text: impl Into<String>) -> ParquetError {
     ParquetError::General(text.into())
 }
 
-/// A file whose footer has been read.
+/// Parquet file whose footer has been read.
 pub(super) struct ParquetTable<'a> {
     file: &'a Ranged,
     reading: &'a Reading,
@@ -69,8 +70,8 @@ impl<'a> ParquetTable<'a> {
         let limit = (reading.memory.limit() / FOOTER_SHARES).max(FOOTER_BYTES_MIN);
         if footer > limit {
             return Err(Broken::OverLimit(format!(
-                "its footer takes {footer} bytes, over the limit of {limit}, a sixteenth of \
-                 --image-memory"
+                "the footer takes {footer} bytes; the limit is {limit}, a sixteenth of \
+                 --image-memory but at least {FOOTER_BYTES_MIN}"
             )));
         }
         let options = ArrowReaderOptions::new();
@@ -90,20 +91,21 @@ impl<'a> ParquetTable<'a> {
         self.metadata.metadata().num_row_groups()
     }
 
-    /// Number of rows as the file states it, for the eye.
+    /// Returns the number of rows that the file states, for the progress
+    /// display.
     pub(super) fn n_rows(&self) -> u64 {
         let rows = self.metadata.metadata().file_metadata().num_rows();
         u64::try_from(rows).unwrap_or(0)
     }
 
-    /// How many rows a group claims to have.
+    /// Returns the number of rows that a group claims.
     pub(super) fn rows(&self, group: usize) -> Result<u64, Broken> {
         let rows = self.metadata.metadata().row_group(group).num_rows();
         u64::try_from(rows).map_err(|_| damaged(format!("row group {group} claims {rows} rows")))
     }
 
-    /// Hands on the batches of a group after so many rows, each with the memory
-    /// that it takes.
+    /// Hands on the batches of a group after its first `skipped` rows, each
+    /// with the memory that the batch takes.
     pub(super) fn each(
         &self,
         group: usize,
@@ -153,8 +155,8 @@ impl<'a> ParquetTable<'a> {
         .map_err(|error| of_error(&error))?;
         for batch in batches {
             let batch = batch.map_err(|error| of_error(&error))?;
-            // What the last page was decompressed from is gone, and images wait
-            // for the room that it had.
+            // The compressed bytes of the last page are released here, and
+            // images wait for the room that they had.
             let bytes = lock(&held).settle();
             if visit(&batch, bytes)?.is_break() {
                 return Ok(ControlFlow::Break(()));
@@ -164,8 +166,8 @@ impl<'a> ParquetTable<'a> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// As many rows as are small together by what the group says; a group that
-    /// lies has its pages refused.
+    /// Returns the number of rows per batch, small enough by the sizes that the
+    /// group states. If a group states wrong sizes, its pages are refused.
     fn batch_rows(&self, group: usize, mask: &ProjectionMask) -> usize {
         let group = self.metadata.metadata().row_group(group);
         let chunks = group.columns().iter().enumerate();
@@ -180,15 +182,16 @@ impl<'a> ParquetTable<'a> {
     }
 }
 
-/// Which columns are read.
+/// Columns that are read.
 pub(super) struct Wanted<'a> {
     pub(super) places: &'a [usize],
-    /// The images' column, if it is nothing else: its values stay where they are
-    /// in their page, and of a structure only the bytes are read.
+    /// Column of the images, if it is not also the id or a kept column. Its
+    /// values are not copied out of their page, and of a struct only the bytes
+    /// are read.
     pub(super) viewed: Option<usize>,
 }
 
-/// The leaf that has the bytes of the images.
+/// Finds the leaf that holds the bytes of the images.
 fn image_leaf(schema: &SchemaDescriptor, place: usize) -> Option<usize> {
     (0..schema.num_columns()).find(|&leaf| {
         let column = schema.column(leaf);
@@ -198,7 +201,7 @@ fn image_leaf(schema: &SchemaDescriptor, place: usize) -> Option<usize> {
     })
 }
 
-/// The fields of a table, with the bytes of the images as views.
+/// Returns the fields of a table, with the bytes of the images as views.
 fn with_views(schema: &Schema, viewed: Option<usize>) -> Fields {
     fn view(field: &FieldRef) -> FieldRef {
         match field.data_type() {
@@ -229,7 +232,7 @@ fn with_views(schema: &Schema, viewed: Option<usize>) -> Fields {
         .collect()
 }
 
-/// How long a file says that its footer is.
+/// Returns the length that a file states for its footer.
 fn footer_bytes(file: &Ranged) -> Result<u64, Broken> {
     let end = file.len().checked_sub(8);
     let end = end.ok_or_else(|| damaged("the file is too short for a footer"))?;
@@ -238,19 +241,19 @@ fn footer_bytes(file: &Ranged) -> Result<u64, Broken> {
     let length = u64::from(u32::from_le_bytes(length));
     if length > end {
         return Err(damaged(format!(
-            "its footer claims {length} bytes, of {end} in the file"
+            "the footer claims {length} bytes; the file has {end} before its length"
         )));
     }
     Ok(length)
 }
 
-/// The pages of one group that are held.
+/// Pages of a row group that are held in memory.
 struct Held {
     reading: Reading,
-    /// By leaf: what its dictionary takes, and its data pages of this batch.
+    /// Memory by leaf: of its dictionary, and of its data pages in this batch.
     pages: HashMap<usize, (u64, Vec<u64>)>,
     room: Option<ImageRoom>,
-    /// Why the library was given an error instead of a page.
+    /// Reason for which the library got an error instead of a page.
     over_limit: Option<String>,
 }
 
@@ -270,7 +273,8 @@ impl Held {
         })
     }
 
-    /// Of each column only the page is held on that the next batch goes on with.
+    /// Drops all pages but the last of each column, with which the next batch
+    /// continues.
     fn batch_is_done(&mut self) {
         for (_, pages) in self.pages.values_mut() {
             let done = pages.len().saturating_sub(1);
@@ -279,7 +283,8 @@ impl Held {
         self.settle();
     }
 
-    /// Gives back what the pages do not take, and says what stays.
+    /// Releases the room that the pages do not take, and returns the room that
+    /// stays.
     fn settle(&mut self) -> u64 {
         let bytes = self.bytes();
         self.room.as_mut().map_or(0, |room| {
@@ -288,7 +293,8 @@ impl Held {
         })
     }
 
-    /// Makes room for a page of a column, or says why there can be none.
+    /// Makes room for a page of a column, or fails with the reason for which
+    /// there can be none.
     fn add(&mut self, column: &Column, page: &PageHeader) -> ParquetResult<()> {
         let transient = match column.compression {
             Compression::UNCOMPRESSED => 0,
@@ -296,7 +302,8 @@ impl Held {
         };
         let mut kept = page.compressed.max(page.uncompressed);
         if !(column.is_viewed && page.is_plain) {
-            // Values are copied out of the page, at most all of them.
+            // Values are copied out of the page; at most all of them are
+            // copied.
             kept = kept.saturating_mul(2);
         }
         let kept = kept.saturating_add(page.values.saturating_mul(VALUE_BYTES));
@@ -310,16 +317,16 @@ impl Held {
         let limit = self.reading.memory.limit();
         if all > limit {
             let why = format!(
-                "the pages of a batch take {all} bytes, over the limit of {limit} (--image-memory): \
-                 the last one claims {} bytes, {} decompressed, and {} values",
+                "the pages of a batch take {all} bytes, over the limit of {limit} \
+                 (--image-memory): the last page claims {} bytes, {} decompressed, and {} values",
                 page.compressed, page.uncompressed, page.values
             );
             self.over_limit = Some(why.clone());
             return Err(error(why));
         }
         if self.room.as_ref().is_none_or(|room| room.bytes() < all) {
-            // Given back first: whoever holds one room and waits for another
-            // could wait for itself.
+            // The room is released before a larger one is acquired: a reader
+            // that holds one room and waits for another could wait for itself.
             self.room = None;
             let memory = &self.reading.memory;
             self.room = memory.blocking_room(&self.reading.runtime, all);
@@ -331,7 +338,7 @@ impl Held {
     }
 }
 
-/// One row group.
+/// Pages of one row group.
 struct GroupPages {
     file: Ranged,
     metadata: Arc<ParquetMetaData>,
@@ -351,8 +358,8 @@ impl RowGroups for GroupPages {
         let columns = group.columns();
         let chunk = columns
             .get(leaf)
-            .ok_or_else(|| error("there is no such column"))?;
-        // Where `byte_range` would panic.
+            .ok_or_else(|| error(format!("the row group has no column {leaf}")))?;
+        // The same as `byte_range`, which would panic on wrong numbers.
         let start = chunk
             .dictionary_page_offset()
             .unwrap_or(chunk.data_page_offset());
@@ -360,7 +367,7 @@ impl RowGroups for GroupPages {
         let bytes = i64::try_from(self.file.len()).unwrap_or(i64::MAX);
         if start < 0 || chunk.compressed_size() < 0 || end.is_none_or(|end| end > bytes) {
             return Err(error(format!(
-                "column {leaf} claims {} bytes at {start}, of {bytes} in the file",
+                "column {leaf} claims {} bytes at offset {start}; the file has {bytes} bytes",
                 chunk.compressed_size()
             )));
         }
@@ -412,7 +419,7 @@ struct Column {
     is_viewed: bool,
 }
 
-/// The file as one column reads it.
+/// File as one column reads it, with its pages' headers checked.
 struct CheckedFile {
     file: Ranged,
     column: Column,
@@ -420,8 +427,8 @@ struct CheckedFile {
     headers: Mutex<Headers>,
 }
 
-/// The last headers that were read, with where their pages begin. A dictionary
-/// that is passed over may be asked for later.
+/// Headers that were read last, with the offsets at which their pages begin. A
+/// dictionary that was skipped may be requested later.
 #[derive(Default)]
 struct Headers {
     dictionary: Option<(u64, PageHeader)>,
@@ -449,7 +456,8 @@ impl ChunkReader for CheckedFile {
 
     fn get_read(&self, start: u64) -> ParquetResult<Ranged> {
         let mut headers = self.headers.lock().unwrap_or_else(PoisonError::into_inner);
-        // After a header was looked at on its own, this is asked for its page.
+        // After a header was read on its own, the library requests the page at
+        // the header's end.
         if headers.of(start).is_none() {
             let header = PageHeader::read(self.file.from(start))?;
             let known = Some((start.saturating_add(header.length), header));
@@ -469,7 +477,7 @@ impl ChunkReader for CheckedFile {
         drop(headers);
         if header.compressed != length as u64 {
             return Err(error(
-                "a page is asked for with another length than its header's",
+                "a page is requested with another length than its header states",
             ));
         }
         lock(&self.held).add(&self.column, &header)?;
@@ -479,8 +487,8 @@ impl ChunkReader for CheckedFile {
     }
 }
 
-/// True if a page becomes no more than its header claims, for the formats that
-/// the library reads to their end whatever the claim is.
+/// Checks that a page decompresses to no more than its header claims, for the
+/// formats that the library reads to their end whatever the claim is.
 fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResult<()> {
     let one_more = claim.saturating_add(1);
     let inflated = match compression {
@@ -488,17 +496,18 @@ fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResu
             let inflater = flate2::read::MultiGzDecoder::new(page);
             std::io::copy(&mut inflater.take(one_more), &mut std::io::sink())
         }
-        // Blocks that have their lengths; frames are what it falls back to.
+        // The format has blocks with their lengths; the library falls back to
+        // frames.
         Compression::LZ4 => {
             let inflater = lz4_flex::frame::FrameDecoder::new(page);
             std::io::copy(&mut inflater.take(one_more), &mut std::io::sink())
         }
         _ => return Ok(()),
     };
-    // What cannot be read is the library's to say.
+    // A page that cannot be decompressed is reported by the library.
     if inflated.is_ok_and(|bytes| bytes > claim) {
         return Err(error(format!(
-            "a page is larger than the {claim} bytes it claims"
+            "a page is larger than the {claim} bytes that its header claims"
         )));
     }
     Ok(())
@@ -507,14 +516,14 @@ fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResu
 /// Facts that a page's header states.
 #[derive(Debug, Clone, Copy, Default)]
 struct PageHeader {
-    /// Of the header itself.
+    /// Length of the header itself.
     length: u64,
     compressed: u64,
     uncompressed: u64,
     values: u64,
     is_dictionary: bool,
-    /// True if its values stand in it one after the other, or are numbers of a
-    /// dictionary's.
+    /// True if the values stand in the page one after the other, or are indexes
+    /// into a dictionary.
     is_plain: bool,
 }
 
@@ -531,7 +540,7 @@ impl PageHeader {
                 (0, 2, I32) => page.uncompressed = size(thrift.integer()?)?,
                 (0, 3, I32) => page.compressed = size(thrift.integer()?)?,
                 // Each kind of page has a header of its own, which begins with
-                // its number of values and has its encoding.
+                // the number of values and contains the encoding.
                 (0, kind @ (5 | 7 | 8), STRUCT) => {
                     let encoding = if kind == 8 { 4 } else { 2 };
                     thrift.each_field(1, &mut |thrift, field, kind, _| {
@@ -558,7 +567,7 @@ fn size(claimed: i64) -> ParquetResult<u64> {
     u64::try_from(claimed).map_err(|_| error(format!("a page claims a size of {claimed}")))
 }
 
-/// Kinds of a field in Thrift's compact protocol.
+/// Type codes of a field in Thrift's compact protocol.
 const TRUE: u8 = 1;
 const FALSE: u8 = 2;
 const BYTE: u8 = 3;
@@ -568,11 +577,11 @@ const I64: u8 = 6;
 const DOUBLE: u8 = 7;
 const BINARY: u8 = 8;
 const STRUCT: u8 = 12;
-/// Structures within structures; a page's header has two.
+/// Nesting of structs; a page's header has two levels.
 const DEPTH_MAX: usize = 8;
 
-/// As much of Thrift as a page's header needs: numbers are read, all else is
-/// passed over.
+/// Reader of as much of Thrift as a page's header needs: numbers are read, all
+/// other fields are skipped.
 struct Thrift {
     file: std::io::BufReader<Ranged>,
     read: u64,
@@ -584,7 +593,7 @@ impl Thrift {
     fn byte(&mut self) -> ParquetResult<u8> {
         if self.read >= HEADER_BYTES_MAX {
             return Err(error(format!(
-                "a page's header is over {HEADER_BYTES_MAX} bytes"
+                "a page's header has over {HEADER_BYTES_MAX} bytes, the limit"
             )));
         }
         let mut byte = [0];
@@ -602,7 +611,7 @@ impl Thrift {
                 return Ok(value);
             }
         }
-        Err(error("a page's header has a number without an end"))
+        Err(error("a page's header has an unterminated number"))
     }
 
     fn integer(&mut self) -> ParquetResult<i64> {
@@ -610,11 +619,11 @@ impl Thrift {
         Ok((zigzag >> 1).cast_signed() ^ -(zigzag & 1).cast_signed())
     }
 
-    /// Calls `field` for each; one that it has not read, and says so, is passed
-    /// over.
+    /// Calls `field` for each field. A field for which it returns `false`,
+    /// since it has not read the field, is skipped.
     fn each_field(&mut self, depth: usize, field: &mut Field<'_>) -> ParquetResult<()> {
         if depth > DEPTH_MAX {
-            return Err(error("a page's header is nested too deep"));
+            return Err(error("a page's header is nested too deeply"));
         }
         let mut number = 0_i64;
         loop {
@@ -649,13 +658,13 @@ impl Thrift {
                 }
             }
             STRUCT => self.each_field(depth + 1, &mut |_, _, _, _| Ok(false))?,
-            _ => return Err(error("a page's header has a list")),
+            _ => return Err(error("a page's header has an unexpected list")),
         }
         Ok(())
     }
 }
 
-/// Pages whose own claims about their values are looked at once they are
+/// Pages whose claims about their values are checked once they are
 /// decompressed.
 struct CheckedPages {
     pages: Box<SerializedPageReader<CheckedFile>>,
@@ -687,7 +696,7 @@ impl CheckedPages {
         Ok(())
     }
 
-    /// Part of a page after its levels.
+    /// Returns the part of a page after its levels.
     fn values<'p>(&self, page: &'p Page) -> ParquetResult<&'p [u8]> {
         let short = || error("a page ends within its levels");
         let bytes: &[u8] = page.buffer();
@@ -711,7 +720,8 @@ impl CheckedPages {
     }
 }
 
-/// How many numbers a run of deltas claims to have; what follows it is left.
+/// Returns the number of values that a run of deltas claims, and advances
+/// `bytes` to the end of the run.
 fn deltas(bytes: &mut &[u8]) -> Option<u64> {
     fn varint(bytes: &mut &[u8]) -> Option<u64> {
         let mut value = 0_u64;
@@ -733,7 +743,7 @@ fn deltas(bytes: &mut &[u8]) -> Option<u64> {
     if of_miniblock == 0 {
         return None;
     }
-    // The first stands in the head.
+    // The first value stands in the head.
     let mut left = values.saturating_sub(1);
     while left > 0 {
         varint(bytes)?;

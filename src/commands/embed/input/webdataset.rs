@@ -1,5 +1,5 @@
-//! WebDataset: a tar whose files of one name, up to its first point, are one
-//! sample.
+//! Reader of WebDataset: a tar in which the files with the same name, up to the
+//! first dot, are one sample.
 
 use std::io::Read as _;
 use std::ops::ControlFlow;
@@ -14,22 +14,22 @@ use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 use crate::files::IMAGES;
 
-/// A tar is made of blocks of this size.
+/// Size of a tar's blocks.
 const BLOCK: u64 = 512;
-/// A kept caption or label; more is no caption.
+/// Largest sidecar file that is kept: a caption or a label is never larger.
 const SIDECAR_BYTES_MAX: u64 = 1 << 20;
-/// Files of one sample whose kinds are told when it has no image.
+/// Files of a sample that the error of a sample without an image lists.
 const KINDS_SHOWN: usize = 8;
 
-/// A sample whose files are being gathered.
+/// Sample whose files are being gathered.
 #[derive(Debug, Default)]
 struct Gathered {
     key: String,
-    /// Where its first file begins.
+    /// Offset at which the sample's first file begins.
     start: u64,
     image: Option<Result<Bytes, ImageFault>>,
     room: Option<ImageRoom>,
-    /// In the order of `--keep`.
+    /// Contents of the kept sidecar files, in the order of `--keep`.
     kept: Vec<Option<String>>,
     kinds: Vec<String>,
 }
@@ -38,7 +38,7 @@ impl Gathered {
     fn sample(self, names: &[String]) -> Result<Sample, Broken> {
         let image = self.image.unwrap_or_else(|| {
             Err(ImageFault::invalid(format!(
-                "image: the sample has none; its files are {}",
+                "image: the sample has no image; its files are {}",
                 self.kinds.join(", ")
             )))
         });
@@ -51,8 +51,8 @@ impl Gathered {
     }
 }
 
-/// One row of what is kept. `cls` holds numbers of classes by WebDataset's
-/// convention; everything else is text.
+/// Makes the row of the kept columns. `cls` holds class numbers by WebDataset's
+/// convention; every other column is text.
 fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch>, Broken> {
     if names.is_empty() {
         return Ok(None);
@@ -71,7 +71,7 @@ fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch
         .map_err(|error| Broken::Failed(error.into()))
 }
 
-/// `cursor` is an offset in bytes.
+/// Reads a tar's samples; `cursor` is an offset in bytes.
 pub(super) fn read(
     file: &Ranged,
     cursor: u64,
@@ -79,7 +79,7 @@ pub(super) fn read(
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
     let damaged =
-        |error: std::io::Error| Broken::Damaged(format!("the tar cannot be read on: {error}"));
+        |error: std::io::Error| Broken::Damaged(format!("cannot read on in the tar: {error}"));
     let bytes = parquet::file::reader::Length::len(file);
     let mut hand_over = |gathered: Gathered| {
         Ok::<_, Broken>(visit(PlacedSample {
@@ -91,8 +91,8 @@ pub(super) fn read(
     };
     let mut archive = tar::Archive::new(file.from(cursor));
     let mut gathered: Option<Gathered> = None;
-    // The end of the file before, which is where this one begins, with all its
-    // headers.
+    // End of the previous file, at which the next file with all its headers
+    // begins.
     let mut start = cursor;
     for entry in archive.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
@@ -148,17 +148,18 @@ pub(super) fn read(
     Ok(())
 }
 
-/// All of an entry; `size` is within a limit already.
+/// Reads a whole entry, whose `size` has been checked against a limit.
 fn content(entry: &mut tar::Entry<'_, Ranged>, size: u64) -> std::io::Result<Vec<u8>> {
     let mut content = vec![0; usize::try_from(size).map_err(std::io::Error::other)?];
     entry.read_exact(&mut content)?;
     Ok(content)
 }
 
-/// `a/b/000.seg.PNG` is the key `a/b/000` and the kind `seg.png`.
+/// Splits a file name: `a/b/000.seg.PNG` has the key `a/b/000` and the
+/// extension `seg.png`.
 fn split(name: &str) -> Option<(&str, String)> {
     let file = name.rfind('/').map_or(0, |slash| slash + 1);
-    // A name that begins with a point is hidden, and has no key.
+    // A dotfile has no key.
     let point = file + name[file..].find('.').filter(|&at| at > 0)?;
     Some((&name[..point], name[point + 1..].to_ascii_lowercase()))
 }
@@ -204,7 +205,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_cursor_begins_at_its_sample() {
-        // Longer than a header's field, so it is in a header of its own.
+        // Longer than the header's field, so the name has a header of its own.
         let long = format!("{}/3.jpg", "long".repeat(60));
         let content = tar(&[
             ("0.txt", b"none"),
@@ -226,7 +227,10 @@ mod tests {
         assert_eq!(all[0].1.image.as_deref(), Ok(&b"zero"[..]));
         assert_eq!(all[1].1.image.as_ref().unwrap().len(), 700);
         let message = |idx: usize| all[idx].1.image.as_ref().unwrap_err().message.as_str();
-        assert_eq!(message(2), "image: the sample has none; its files are json");
+        assert_eq!(
+            message(2),
+            "image: the sample has no image; its files are json"
+        );
         assert!(message(4).contains("1001 bytes, over the limit of 1000"));
         let kept = all[1].1.kept.as_ref().unwrap();
         let numbers = kept.column(0).as_any().downcast_ref::<Int64Array>();
@@ -245,7 +249,7 @@ mod tests {
         let (_dir, shard) = shard(&content);
         let (seen, result) = read_all(shard, 0, reading(&[])).await;
         assert!(matches!(result, Err(Broken::Damaged(_))), "{result:?}");
-        // The second may have begun: only what is whole comes.
+        // The second sample may have begun; only complete samples are visited.
         assert!(seen.len() <= 1);
     }
 }

@@ -11,7 +11,7 @@ fn rests_double_up_to_a_bound() {
     assert_eq!(rests, [500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
 }
 
-/// A server that gives each connection the next of these answers.
+/// Starts a server that answers each connection with the next of these answers.
 async fn server(answers: &[&'static str]) -> Url {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/a.png", listener.local_addr().unwrap());
@@ -120,7 +120,7 @@ async fn what_passes_is_asked_again_and_what_lasts_is_not() {
     assert_eq!(got, Ok(WebAnswer::Image(Bytes::from_static(b"abc"))));
     let got = read_from(&[gone, image], SHORT).await.unwrap_err();
     assert_eq!(got.message, "the server answered 410 Gone");
-    // Longer than there is patience for.
+    // The rest that the server asks for is longer than the patience.
     let got = read_from(&[busy, image], REST_MIN / 2).await.unwrap_err();
     assert_eq!(got.code, GrpcCode::Unavailable);
     assert!(got.message.contains("(--url-patience)"), "{}", got.message);
@@ -130,7 +130,7 @@ async fn what_passes_is_asked_again_and_what_lasts_is_not() {
 async fn what_is_too_large_is_not_read_to_its_end() {
     let long = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
     assert_eq!(read_from(&[long], SHORT).await, Ok(WebAnswer::TooLarge(5)));
-    // Of a length that nobody says.
+    // An image whose length no header states.
     let stream = "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabcde";
     assert_eq!(
         read_from(&[stream], SHORT).await,
@@ -162,7 +162,7 @@ async fn a_server_that_is_not_there_may_come_and_a_host_that_nobody_knows_not() 
         ),
         "{refused:?}"
     );
-    // On a machine without a name server it is one that may come, too.
+    // Without a name server the host counts as one that may be found later.
     let unknown = failure("http://nowhere.invalid/".parse().unwrap()).await;
     assert!(
         matches!(
@@ -182,8 +182,8 @@ async fn a_server_that_is_not_there_may_come_and_a_host_that_nobody_knows_not() 
     );
 }
 
-/// A network of loopback addresses: some count as public, some as
-/// link-local, and names are known by their address.
+/// Makes a network of loopback addresses: some count as public, some as
+/// link-local, and a table gives each host name its address.
 fn network() -> AddressBook {
     use std::net::{IpAddr, SocketAddr};
 
@@ -210,8 +210,8 @@ fn network() -> AddressBook {
     AddressBook { names, scope }
 }
 
-/// Servers at all three addresses and one port: `/to/URL` redirects there
-/// and `/code/N/URL` does so with another status; all else is an image.
+/// Starts servers at all three addresses, on one port: `/to/URL` redirects to URL,
+/// `/code/N/URL` does so with status N, and every other path is an image.
 async fn servers() -> u16 {
     async fn serve(listener: TcpListener) {
         loop {
@@ -305,7 +305,10 @@ async fn a_public_address_leads_to_public_ones_only() {
     }
     for (lasts, why) in [
         (format!("{public}/to/ftp://{port}/a"), "neither http:// nor"),
-        (format!("{public}/to/http://[::/a"), "no address to go to"),
+        (
+            format!("{public}/to/http://[::/a"),
+            "without a usable address",
+        ),
     ] {
         let got = got(trust, &lasts).await.unwrap_err();
         assert!(got.contains(why), "{got}");

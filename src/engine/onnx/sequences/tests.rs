@@ -1,5 +1,5 @@
-//! The step of one size, which is a GPU's, on a CPU: it must draw what steps of
-//! several sizes do.
+//! Tests, on a CPU, of the step of one size that a GPU uses: it must draw the
+//! same as steps of several sizes.
 
 use super::*;
 use crate::compile::{CompileOptions, ModelSource, Silent};
@@ -11,10 +11,11 @@ const POSITIONS: usize = 1024;
 const COLORS: usize = 512;
 const SLOTS: usize = 3;
 
-/// `one_size`: as if steps were captured.
+/// Loads the model's sequences; with `one_size`, steps run as if they were
+/// captured.
 fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
     let environment = environment(&find_library(None)).expect("make setup has brought it");
-    // Attention as ONNX Runtime has it, as on a GPU.
+    // ONNX Runtime's attention, as on a GPU.
     let runtime = Runtime {
         operators: None,
         n_threads: 1,
@@ -49,7 +50,7 @@ fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     engine
 }
 
-/// A primer of so many tokens, fed to a slot.
+/// Feeds a primer of `n_tokens` tokens to a slot and returns their number.
 fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
     let tokens: Vec<u16> = (0..n_tokens).map(|idx| idx * 23 % 512).collect();
     let feed = SlotFeed {
@@ -65,7 +66,8 @@ fn prime(engine: &mut SequenceEngine, slot: usize, n_tokens: u16) -> usize {
     tokens.len()
 }
 
-/// Logits of so many steps: a token to each slot, after what it has.
+/// Returns the logits of `n_steps` steps, each of which feeds a token to each
+/// slot.
 fn steps(
     engine: &mut SequenceEngine,
     n_steps: u16,
@@ -96,7 +98,7 @@ fn steps(
     Ok(all)
 }
 
-/// Logits of some steps: a primer in one slot, then a token to each.
+/// Returns the logits of some steps after a primer in one slot.
 fn logits(engine: &mut SequenceEngine) -> Vec<f32> {
     let n_primer = prime(engine, 1, 20);
     steps(engine, 6, [0, n_primer, 0], &[]).expect("steps")
@@ -116,11 +118,11 @@ fn a_step_of_one_size_draws_the_same() {
     let distance = several.iter().zip(&one).map(|(a, b)| (a - b).abs());
     let worst = distance.fold(0.0, f32::max);
     assert!(worst < 1e-5, "{worst}");
-    // It is not that nothing is computed.
+    // The logits are not all zero.
     assert!(several.iter().any(|logit| logit.abs() > 0.1));
 }
 
-/// Three samples of one primer, with and without what they share being read once.
+/// Compares three samples of one primer with and without a shared prefix.
 #[test]
 fn a_shared_prefix_changes_no_bit() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -140,7 +142,7 @@ fn a_shared_prefix_changes_no_bit() {
     let shared = |len| [SharedPrefix { of: 0, len }; SLOTS];
     let alike = drawn(&shared(n_primer)).expect("steps");
     assert!(apart == alike, "a shared prefix changes logits");
-    // The operator does look at it.
+    // The operator does use the prefixes.
     let error = drawn(&shared(n_primer + 1)).expect_err("a prefix that nobody has");
     assert!(error.to_string().contains("cannot share"), "{error}");
 }

@@ -1,5 +1,5 @@
-//! What a GPU's path shares with the CPU's: buffers that are bound once, also
-//! those of a run that is captured.
+//! Tests, on a CPU, of the code that GPUs share: buffers that are bound once,
+//! also those of captured runs.
 
 use super::*;
 use crate::model::GraphFiles;
@@ -29,7 +29,7 @@ fn image(seed: u16) -> Vec<u16> {
     tokens.map(|idx| (idx * 7 + seed * 13) % 16).collect()
 }
 
-/// Answers of images at a size.
+/// Returns the answers of `images` at a batch size.
 fn run(graph: &mut WholeGraph, images: &[Vec<u16>], size: usize) -> Vec<Vec<f32>> {
     let rows: Vec<BatchRow<'_>> = images
         .iter()
@@ -61,7 +61,7 @@ fn near(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
 #[test]
 fn buffers_are_made_once_and_hold_each_batch_in_turn() {
     let images: Vec<Vec<u16>> = (0..4).map(image).collect();
-    // The first run of a session is of no buffers.
+    // The first run of a session has no bound buffers.
     let expected: Vec<Vec<f32>> = images
         .iter()
         .map(|image| {
@@ -84,7 +84,7 @@ fn buffers_are_made_once_and_hold_each_batch_in_turn() {
                 "{captures}"
             );
             if round == 0 {
-                // The first was before its shape was known.
+                // The first run was before the output's shape was known.
                 assert!(!graph.bound.contains_key(&1));
             }
         }
@@ -139,7 +139,7 @@ fn a_run_that_was_stopped_does_not_stop_the_next() {
     assert!(Arc::ptr_eq(&options, &graph.options(1).expect("options")));
 }
 
-/// What an input's memory holds after a batch of two, and then of one.
+/// Returns an input's memory after a batch of two images, and then of one.
 fn filled<T: From<i32> + Copy>(role: Role, start: Option<u16>) -> [Vec<T>; 2] {
     let images: [&[u16]; 2] = [&[1, 2, 3], &[4, 5, 65535]];
     let rows = images.map(|tokens| BatchRow {
@@ -193,6 +193,6 @@ fn all_nodes_are_where_they_should_be() {
     assert_eq!(placement.len(), 1);
     assert!(of_cpu.values().sum::<usize>() > 10, "{of_cpu:?}");
     placement::check(&placement, Provider::Cpu, false).expect("all on the CPU");
-    // The same graph would not do on a GPU that takes none of it.
+    // The same graph is refused on a GPU that takes none of its nodes.
     placement::check(&placement, Provider::Cuda, false).expect_err("nothing is on the GPU");
 }

@@ -1,33 +1,33 @@
-//! The segments of a JPEG, without its pixels: what its frame and scans say, and
-//! a copy of what the decoder needs.
+//! Reads the segments of a JPEG, without its pixels: the contents of its frame
+//! and scan headers, and a copy of the parts that the decoder needs.
 
 use super::super::{Header, PreprocessError};
 
-/// Scans of a progressive file. Encoders use about 10.
+/// Most scans of a file. Encoders of progressive files use about 10.
 pub(super) const SCANS_MAX: usize = 100;
 
-/// Segments with tables. An encoder writes at most a few for each scan; building
-/// one takes as long as some thousand bytes of pixels.
+/// Most segments with tables. An encoder writes at most a few per scan;
+/// building a table takes as long as some thousand bytes of pixels.
 const TABLES_MAX: usize = 1024;
 
-/// Coefficients that libjpeg guesses where a progressive file leaves them out,
-/// in the order of the file.
+/// Number of coefficients, in the order of the file, that libjpeg guesses if a
+/// progressive file leaves them out.
 const SMOOTHED: usize = 10;
 
-/// Facts that the segments of a file state.
+/// Contents of a file's segments.
 #[derive(Debug)]
 pub(super) struct Outline<'a> {
     pub(super) frame: JpegFrame,
     pub(super) scans: Vec<JpegScan>,
-    /// Tables, frame and scans up to the end of the image.
+    /// Tables, frame and scans up to the end of the image, for the decoder.
     pub(super) stream: Vec<u8>,
-    /// The first EXIF data.
+    /// First EXIF data of the file.
     pub(super) exif: Option<&'a [u8]>,
-    /// The first XMP.
+    /// First XMP data of the file.
     pub(super) xmp: Option<&'a [u8]>,
 }
 
-/// The frame header.
+/// Contents of the frame header.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct JpegFrame {
     pub(super) progressive: bool,
@@ -43,22 +43,22 @@ pub(super) struct Component {
     vertical: u8,
 }
 
-/// A scan header.
+/// Contents of a scan header.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct JpegScan {
-    /// Where the scan begins in [`Outline::stream`].
+    /// Position in [`Outline::stream`] at which the scan begins.
     pub(super) at: usize,
-    /// Indexes of its components.
+    /// Indexes of the scan's components in the frame.
     components: Vec<usize>,
-    /// First and last coefficient.
+    /// First and last coefficient of the scan.
     band: (u8, u8),
-    /// Lowest bit that it gives.
+    /// Lowest bit of the coefficients that the scan gives.
     bit: u8,
 }
 
 impl<'a> Outline<'a> {
-    /// Reads a file up to its end-of-image marker. Pillow refuses a file without
-    /// one as truncated.
+    /// Reads a file up to its end-of-image marker. A file without the marker is
+    /// refused, as by Pillow, which calls it truncated.
     pub(super) fn read(bytes: &'a [u8], header: Header<'_>) -> Result<Self, PreprocessError> {
         let mut reader = Reader {
             frame: None,
@@ -77,14 +77,16 @@ impl<'a> Outline<'a> {
             rest = after;
             match kind {
                 0xd9 => break,
-                // Markers without a body, where none belongs.
+                // Markers without a body that have no meaning here.
                 0x01 | 0xd0..=0xd8 => continue,
                 _ => {}
             }
             let (len, _) = rest.split_first_chunk::<2>().ok_or_else(cut)?;
             let len = usize::from(u16::from_be_bytes(*len));
             if len < 2 {
-                return Err(header.damaged(format!("a segment of {len} bytes")));
+                return Err(header.damaged(format!(
+                    "a segment of {len} bytes, less than its length field of 2"
+                )));
             }
             let (segment, after) = rest.split_at_checked(len).ok_or_else(cut)?;
             rest = after;
@@ -97,7 +99,7 @@ impl<'a> Outline<'a> {
         }
         reader.stream.extend_from_slice(b"\xff\xd9");
         let (Some(frame), false) = (reader.frame, reader.scans.is_empty()) else {
-            return Err(header.damaged("no frame or no scan"));
+            return Err(header.damaged("no frame header or no scan"));
         };
         Ok(Self {
             frame,
@@ -108,7 +110,8 @@ impl<'a> Outline<'a> {
         })
     }
 
-    /// Pixels that all scans go over, each component counted for itself.
+    /// Returns the pixels that all scans go over, each component counted for
+    /// itself.
     pub(super) fn scanned(&self) -> u64 {
         self.scans
             .iter()
@@ -117,7 +120,7 @@ impl<'a> Outline<'a> {
             .sum()
     }
 
-    /// Refuses what the decoder would get wrong.
+    /// Refuses files that the decoder would get wrong.
     pub(super) fn check(&self, header: Header<'_>) -> Result<(), PreprocessError> {
         self.frame.check(header)?;
         if !self.frame.progressive {
@@ -125,7 +128,8 @@ impl<'a> Outline<'a> {
             return if whole && self.scans.len() == 1 {
                 Ok(())
             } else {
-                Err(header.unsupported("components in scans of their own, not progressive"))
+                Err(header
+                    .unsupported("components in separate scans of a file that is not progressive"))
             };
         }
         for index in 0..self.frame.components.len() {
@@ -140,7 +144,8 @@ impl<'a> Outline<'a> {
         Ok(())
     }
 
-    /// The lowest bit that the scans give of each coefficient of a component.
+    /// Returns, for each coefficient of a component, the lowest bit that the
+    /// scans give.
     fn bits(&self, index: usize) -> [Option<u8>; 64] {
         let mut bits = [None; 64];
         for scan in &self.scans {
@@ -153,7 +158,7 @@ impl<'a> Outline<'a> {
     }
 }
 
-/// Part of a file that was read so far.
+/// State of reading the segments of a file.
 struct Reader<'a> {
     frame: Option<JpegFrame>,
     scans: Vec<JpegScan>,
@@ -164,7 +169,7 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Takes a segment in: `segment` is its length and its body.
+    /// Reads one segment. `segment` is its length field and its body.
     fn segment(
         &mut self,
         kind: u8,
@@ -177,7 +182,9 @@ impl<'a> Reader<'a> {
             0xdb | 0xc4 | 0xdd => {
                 self.tables += 1;
                 if self.tables > TABLES_MAX {
-                    return Err(header.unsupported(format!("more than {TABLES_MAX} tables")));
+                    return Err(
+                        header.unsupported(format!("more than {TABLES_MAX} segments with tables"))
+                    );
                 }
             }
             0xc9..=0xcf => {
@@ -185,7 +192,9 @@ impl<'a> Reader<'a> {
             }
             0xc3 => return Err(header.unsupported("lossless coding")),
             0xc5..=0xc7 | 0xde | 0xdf => return Err(header.unsupported("hierarchical coding")),
-            0xdc => return Err(header.unsupported("a height that follows the pixels")),
+            0xdc => {
+                return Err(header.unsupported("a height that follows the pixels (a DNL segment)"));
+            }
             0xc0..=0xc2 => {
                 if self.frame.is_some() {
                     return Err(header.damaged("two frame headers"));
@@ -203,8 +212,8 @@ impl<'a> Reader<'a> {
                     .ok_or_else(|| header.damaged("a scan header that contradicts its frame"))?;
                 self.scans.push(scan);
             }
-            // Motion JPEG's, which stands for default tables, and Adobe's, which
-            // names the colors.
+            // Motion JPEG's segment, which stands for default tables, and
+            // Adobe's segment, which names the colors: the decoder needs both.
             0xe0 if body.starts_with(b"AVI1\0") => {}
             0xee => {}
             0xe1 => {
@@ -229,17 +238,24 @@ impl JpegFrame {
             return Err(header.damaged("a frame header cut short"));
         };
         if precision != 8 {
-            return Err(header.unsupported(format!("samples of {precision} bits")));
+            return Err(
+                header.unsupported(format!("samples of {precision} bits; only 8 are supported"))
+            );
         }
         let (components, rest) = body[6..].as_chunks::<3>();
         if components.len() != usize::from(count) || !rest.is_empty() {
-            return Err(header.damaged("a frame header of another length than its components"));
+            return Err(header
+                .damaged("a frame header whose length does not match its number of components"));
         }
         match count {
             0 => return Err(header.damaged("no components")),
             1 | 3 | 4 => {}
-            2 => return Err(header.unsupported("two components")),
-            _ => return Err(header.unsupported(format!("{count} components"))),
+            2 => return Err(header.unsupported("2 components; 1, 3 and 4 are supported")),
+            _ => {
+                return Err(
+                    header.unsupported(format!("{count} components; 1, 3 and 4 are supported"))
+                );
+            }
         }
         let components: Vec<Component> = components
             .iter()
@@ -253,7 +269,7 @@ impl JpegFrame {
             let sides = [component.horizontal, component.vertical];
             if sides.iter().any(|side| !(1..=4).contains(side)) {
                 return Err(header.damaged(format!(
-                    "sampling of {} x {}, where 1 to 4 is allowed",
+                    "a component sampled {} x {}; each factor must be 1 to 4",
                     component.horizontal, component.vertical
                 )));
             }
@@ -266,14 +282,14 @@ impl JpegFrame {
         })
     }
 
-    /// The largest sampling factors, horizontal and vertical.
+    /// Returns the largest sampling factors, horizontal and vertical.
     pub(super) fn largest_sampling(&self) -> (u64, u64) {
         let side =
             |of: fn(&Component) -> u8| u64::from(self.components.iter().map(of).max().unwrap_or(1));
         (side(|c| c.horizontal), side(|c| c.vertical))
     }
 
-    /// Samples of a component, with the padding to whole units.
+    /// Returns the samples of a component, with the padding to whole units.
     fn component_pixels(&self, index: usize) -> u64 {
         let component = &self.components[index];
         let (horizontal, vertical) = self.largest_sampling();
@@ -282,7 +298,7 @@ impl JpegFrame {
         units * 64 * u64::from(component.horizontal) * u64::from(component.vertical)
     }
 
-    /// Samples of all components, with the padding to whole units.
+    /// Returns the samples of all components, with the padding to whole units.
     pub(super) fn padded_pixels(&self) -> u64 {
         (0..self.components.len())
             .map(|index| self.component_pixels(index))
@@ -292,7 +308,7 @@ impl JpegFrame {
     fn check(&self, header: Header<'_>) -> Result<(), PreprocessError> {
         let (horizontal, vertical) = self.largest_sampling();
         let luma = self.components[0];
-        // The sampling of a single component says nothing.
+        // The sampling factors of a single component have no effect.
         if self.components.len() == 1 && horizontal != 3 {
             return Ok(());
         }
@@ -310,7 +326,9 @@ impl JpegFrame {
                 )));
             }
             if 2 * h == horizontal && u64::from(self.width).div_ceil(2) <= 2 {
-                return Err(header.unsupported("color in halves, at most 2 pixels wide"));
+                return Err(
+                    header.unsupported("chroma at half the width that is at most 2 pixels wide")
+                );
             }
         }
         Ok(())
@@ -339,20 +357,21 @@ impl JpegScan {
     }
 }
 
-/// Where the kind of the next marker is, behind its 0xff.
+/// Returns the position of the next marker's kind, the byte behind its 0xff.
 fn marker(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
         at += bytes.get(at..)?.iter().position(|&byte| byte == 0xff)?;
         at += bytes[at..].iter().position(|&byte| byte != 0xff)?;
-        // A stuffed byte is no marker.
+        // A stuffed byte is not a marker.
         if bytes[at] != 0 {
             return Some(at);
         }
     }
 }
 
-/// Bytes of a scan's data: up to a marker that does not belong to it.
+/// Returns the length of a scan's data in bytes: up to a marker that does not
+/// belong to the data.
 fn scan_len(bytes: &[u8]) -> usize {
     let mut at = 0;
     while let Some(next) = bytes[at..].iter().position(|&byte| byte == 0xff) {

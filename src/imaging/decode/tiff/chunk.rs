@@ -1,4 +1,4 @@
-//! The bytes of one strip or tile, uncompressed as they are asked for.
+//! Decompresses the bytes of one strip or tile as they are asked for.
 
 use flate2::{Decompress, FlushDecompress, Status};
 use weezl::{BitOrder, LzwStatus};
@@ -7,22 +7,23 @@ use super::fax::Fax;
 use super::layout::{Image, TiffCompression};
 use super::{DecodeBudget, PreprocessError};
 
-/// Bytes that go into a codec, or come out of it, between two looks at the
-/// budget.
+/// Most bytes that go into a codec, or come out of it, between two checks of
+/// the budget.
 const STEP_BYTES: usize = 4096;
-/// Encoded bytes of LZW that an image may have beyond one and a half for each
-/// byte of pixels, which is what the longest code, of 12 bits, takes for a single
-/// byte: two steps, since a step is taken before its pixels are made.
+/// Encoded bytes of LZW that an image may have beyond one and a half per byte
+/// of pixels, the length of the longest code, of 12 bits, for a single byte.
+/// The allowance is two steps, since a step is taken before its pixels are
+/// made.
 const LZW_SPARE: u64 = 2 * STEP_BYTES as u64;
-/// The same for each strip or tile: its first clear code, its end, and bits that
-/// the decoder reads ahead.
+/// Further encoded bytes of LZW for each strip or tile: its first clear code,
+/// its end, and bits that the decoder reads ahead.
 const LZW_CHUNK_SPARE: u64 = 32;
 
-/// Why a strip or tile cannot be read.
+/// Reason why a strip or tile cannot be read.
 pub(super) enum ChunkError {
     /// The data end before the pixels.
     Short,
-    /// The data are not what the codec writes.
+    /// The data are not valid for the codec.
     Invalid,
     Other(PreprocessError),
 }
@@ -33,8 +34,8 @@ impl From<PreprocessError> for ChunkError {
     }
 }
 
-/// Decompressors, which are kept from one strip or tile to the next: making one
-/// takes longer than most strips.
+/// Decompressors, which are kept from one strip or tile to the next: making a
+/// decompressor takes longer than most strips.
 pub(super) enum Codec {
     None,
     PackBits,
@@ -43,9 +44,9 @@ pub(super) enum Codec {
     Fax4,
 }
 
-/// LZW of one image. A code that clears the table stands for no pixel and takes the
-/// decoder as long as hundreds that do, so encoded bytes are counted against the
-/// pixels that come of them.
+/// LZW decoder of one image. A code that clears the table stands for no pixel
+/// but takes the decoder as long as hundreds of codes for pixels. Therefore
+/// encoded bytes are counted against the pixels that they become.
 pub(super) struct Lzw {
     decoder: weezl::decode::Decoder,
     /// Encoded bytes that may be taken before more pixels come.
@@ -68,7 +69,7 @@ impl Lzw {
         self.allowance = self.allowance.saturating_add(LZW_CHUNK_SPARE);
     }
 
-    /// Decodes a step: the numbers of bytes taken and made.
+    /// Decodes a step. Returns the numbers of bytes taken and made.
     fn step(&mut self, from: &[u8], to: &mut [u8]) -> Result<(usize, usize), ChunkError> {
         let done = self.decoder.decode_bytes(from, to);
         let earned = (done.consumed_out as u64).saturating_mul(3).div_ceil(2);
@@ -86,7 +87,8 @@ impl Lzw {
 }
 
 impl Codec {
-    /// JPEGs are decoded as a whole, to bytes that are none.
+    /// Creates the decompressor of an image. For JPEGs, which are decoded as a
+    /// whole, it is [`Codec::None`].
     pub(super) fn new(compression: TiffCompression) -> Self {
         match compression {
             TiffCompression::None | TiffCompression::Jpeg => Self::None,
@@ -103,17 +105,18 @@ pub(super) struct Chunk<'a> {
     codec: &'a mut Codec,
     data: Data<'a>,
     budget: &'a DecodeBudget<'a>,
-    /// The byte that repeats, and the bytes to come of a run of `PackBits`.
+    /// State of a `PackBits` run: the byte that repeats, if any, and the number
+    /// of bytes to come.
     run: (Option<u8>, usize),
     fax: Option<Fax>,
 }
 
-/// Encoded bytes, with their bits turned around if need be.
+/// Encoded bytes, with the bits of each byte reversed if the file needs that.
 pub(super) struct Data<'a> {
     rest: &'a [u8],
     reversed: bool,
     turned: [u8; STEP_BYTES],
-    /// Bytes of `turned` that were taken, and that are there.
+    /// Bytes of `turned` that were taken, and bytes that are in it.
     taken: usize,
     filled: usize,
 }
@@ -129,7 +132,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// The next bytes, at most a step of them, and none at the end.
+    /// Returns the next bytes, at most a step of them, and none at the end.
     fn peek(&mut self) -> &[u8] {
         if !self.reversed {
             return &self.rest[..self.rest.len().min(STEP_BYTES)];
@@ -181,7 +184,8 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// A strip or tile that is uncompressed already. `codec` is to be none.
+    /// Creates a reader of a strip or tile that is uncompressed already.
+    /// `codec` must be [`Codec::None`].
     pub(super) fn plain(
         codec: &'a mut Codec,
         bytes: &'a [u8],
@@ -196,7 +200,7 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// The next bytes, as many as there is room for.
+    /// Reads the next bytes, as many as `to` has room for.
     pub(super) fn read(&mut self, mut to: &mut [u8]) -> Result<(), ChunkError> {
         while !to.is_empty() {
             self.budget.check()?;
@@ -207,7 +211,7 @@ impl<'a> Chunk<'a> {
         Ok(())
     }
 
-    /// Passes over bytes.
+    /// Skips `count` bytes.
     pub(super) fn skip(&mut self, mut count: u64) -> Result<(), ChunkError> {
         let mut scratch = [0; STEP_BYTES];
         while count > 0 {
@@ -259,10 +263,10 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    /// A part of a `PackBits` run.
+    /// Decodes a part of a `PackBits` run.
     fn unpack(&mut self, to: &mut [u8]) -> Result<usize, ChunkError> {
         if self.run.1 == 0 {
-            // 128 means nothing.
+            // A head of 128 has no meaning and is skipped.
             let mut head = self.data.byte();
             while head == Some(128) {
                 head = self.data.byte();
@@ -289,7 +293,8 @@ impl<'a> Chunk<'a> {
     }
 }
 
-/// Bytes that were made: none means that there are no more.
+/// Returns the number of bytes that were made, or an error for 0, which means
+/// that there are no more.
 fn some(count: usize) -> Result<usize, ChunkError> {
     if count == 0 {
         Err(ChunkError::Short)

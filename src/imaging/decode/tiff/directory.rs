@@ -1,16 +1,16 @@
-//! The directory of a TIFF's first page: its tags, read where they stand.
+//! Reads the directory of a TIFF's first page: its tags, in place.
 //!
-//! Nothing is copied and nothing is believed: an entry whose values are not in
+//! Nothing is copied and nothing is trusted: an entry whose values are not in
 //! the file is an error, and each value is read when it is asked for.
 
-/// Entries of a directory. Writers use about 20.
+/// Most entries of a directory. Writers use about 20.
 const ENTRIES_MAX: u64 = 4096;
 
-/// How numbers are stored in a file.
+/// Byte order and width of the numbers in a file.
 #[derive(Clone, Copy)]
 pub(super) struct Order {
     pub(super) little: bool,
-    /// BigTIFF, with offsets of 8 bytes.
+    /// True for BigTIFF, with offsets of 8 bytes.
     big: bool,
 }
 
@@ -24,7 +24,7 @@ pub(super) struct Directory<'a> {
 /// The values of one tag.
 #[derive(Clone, Copy)]
 pub(super) struct TagValues<'a> {
-    /// As many bytes as the values take.
+    /// Bytes of the values, exactly as many as the values take.
     bytes: &'a [u8],
     width: usize,
     little: bool,
@@ -45,7 +45,7 @@ fn number(bytes: &[u8], little: bool) -> u64 {
     }
 }
 
-/// `len` bytes at an offset, if they are there.
+/// Returns `len` bytes at an offset, or `None` if they are not all in the file.
 fn part(file: &[u8], at: u64, len: u64) -> Option<&[u8]> {
     let start = usize::try_from(at).ok()?;
     let end = usize::try_from(at.checked_add(len)?).ok()?;
@@ -53,9 +53,9 @@ fn part(file: &[u8], at: u64, len: u64) -> Option<&[u8]> {
 }
 
 impl<'a> Directory<'a> {
-    /// The error is what is wrong with the file.
+    /// Reads the directory. The error says what is wrong with the file.
     pub(super) fn read(file: &'a [u8]) -> Result<Self, &'static str> {
-        const CUT: &str = "a directory that is not in the file";
+        const CUT: &str = "a directory that lies outside the file";
         let head = part(file, 0, 8).ok_or(CUT)?;
         let order = Order {
             little: head[0] == b'I',
@@ -64,7 +64,7 @@ impl<'a> Directory<'a> {
         let at = if order.big {
             let sizes = order.number(&head[4..6]);
             if sizes != 8 || head[6..8] != [0, 0] {
-                return Err("offsets of another size than 8 bytes");
+                return Err("BigTIFF offsets of another size than 8 bytes");
             }
             order.number(part(file, 8, 8).ok_or(CUT)?)
         } else {
@@ -73,7 +73,7 @@ impl<'a> Directory<'a> {
         let (count_len, entry_len) = order.lens();
         let count = order.number(part(file, at, count_len).ok_or(CUT)?);
         if count > ENTRIES_MAX {
-            return Err("a directory of more than 4096 entries");
+            return Err("a directory of more than 4096 entries, the limit");
         }
         let start = at.checked_add(count_len).ok_or(CUT)?;
         Ok(Self {
@@ -87,8 +87,8 @@ impl<'a> Directory<'a> {
         self.order
     }
 
-    /// The values of a tag. The error is its number, when they are not there or
-    /// no whole numbers without a sign.
+    /// Returns the values of a tag. The error is the tag's number, if the
+    /// values are outside the file or not whole numbers without a sign.
     pub(super) fn values(&self, tag: u16) -> Result<Option<TagValues<'a>>, u16> {
         let (_, entry_len) = self.order.lens();
         let entry = self
@@ -127,7 +127,7 @@ impl<'a> Directory<'a> {
 }
 
 impl Order {
-    /// Bytes of the number of entries, and of an entry.
+    /// Returns the bytes of the number of entries, and of an entry.
     fn lens(self) -> (u64, u64) {
         if self.big { (8, 20) } else { (2, 12) }
     }
@@ -150,7 +150,7 @@ impl<'a> TagValues<'a> {
             .map(move |bytes| number(bytes, self.little))
     }
 
-    /// The values as they stand, where each is a byte.
+    /// Returns the values as they are stored, if each is a byte.
     pub(super) fn as_bytes(self) -> Option<&'a [u8]> {
         (self.width == 1).then_some(self.bytes)
     }

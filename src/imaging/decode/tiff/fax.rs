@@ -1,24 +1,26 @@
-//! Fax compression of group 4 (T.6), row by row: each says where its colors
-//! change beside those of the row above.
+//! Decodes fax compression of group 4 (T.6), row by row. Each row states its
+//! color changes relative to those of the row above.
 //!
-//! The codes are the `fax` crate's. Its decoder is not used: it takes changes
-//! that go back to the left, and then a row can take as long as one likes.
+//! The codes are the `fax` crate's. Its decoder is not used: it accepts changes
+//! that go back to the left, with which a row can take any amount of time.
 
 use fax::maps::{Mode, black, mode, white};
 
 use super::chunk::Data;
 
-/// Zeros that are read behind the data: codes are looked up by 16 bits.
+/// Most zero bytes that are read behind the data, since codes are looked up by
+/// 16 bits.
 const ZEROS_MAX: u32 = 4;
 
 pub(super) struct Fax {
     width: u32,
     bits: Bits,
-    /// Columns where the color changes, from white on: of the row above, and of
-    /// this one.
+    /// Columns at which the color changes, beginning with white: of the row
+    /// above, and of the current row.
     above: Vec<u32>,
     changes: Vec<u32>,
-    /// The row as bytes, black as ones, and those that were taken.
+    /// The current row as bytes, black as ones, and the number of bytes that
+    /// were taken.
     line: Vec<u8>,
     taken: usize,
 }
@@ -85,7 +87,7 @@ impl Fax {
         }
     }
 
-    /// Bytes of the current row.
+    /// Takes bytes of the current row.
     pub(super) fn take(&mut self, to: &mut [u8]) -> usize {
         let count = to.len().min(self.line.len() - self.taken);
         to[..count].copy_from_slice(&self.line[self.taken..self.taken + count]);
@@ -93,8 +95,8 @@ impl Fax {
         count
     }
 
-    /// Decodes the next row, if the current one was taken. None when there is
-    /// none, or no valid one.
+    /// Decodes the next row, if the current row was taken. Returns `None` if
+    /// there is no row left, or no valid one.
     pub(super) fn row(&mut self, data: &mut Data<'_>) -> Option<()> {
         if self.taken < self.line.len() {
             return Some(());
@@ -107,8 +109,8 @@ impl Fax {
         std::mem::swap(&mut self.above, &mut self.changes);
         self.changes.clear();
         let (above, changes, width) = (&self.above, &mut self.changes, self.width);
-        // As many as there are pixels, for runs of no pixels would fill any
-        // memory.
+        // There are no more changes than pixels, and one: runs of no pixels
+        // would otherwise fill any memory.
         let mut change = |at: u32| {
             let room = changes.len() <= width as usize;
             changes.push(at);
@@ -116,8 +118,8 @@ impl Fax {
         };
         let (mut at, mut is_black, mut next, mut first) = (0, false, 0, true);
         while at < width {
-            // The first change above that is right of here and to the other
-            // color, and the one behind it.
+            // The first change above that is to the right of `at` and to the
+            // other color, and the change behind it.
             while next > 0 && above[next - 1] > at {
                 next -= 1;
             }
@@ -152,7 +154,7 @@ impl Fax {
         Some(())
     }
 
-    /// Makes the changes a row of bits.
+    /// Paints the row's bits from its changes.
     fn paint(&mut self) {
         self.taken = 0;
         self.line.fill(0);
@@ -182,7 +184,8 @@ fn fill(line: &mut [u8], start: u32, end: u32) {
     }
 }
 
-/// The length of a run: parts of 64 pixels and more, then one of less.
+/// Reads the length of a run: parts of 64 pixels and more, then one part of
+/// less than 64.
 fn run(of_black: bool, reader: &mut BitReader<'_, '_>) -> Option<u32> {
     let mut sum = 0_u32;
     loop {

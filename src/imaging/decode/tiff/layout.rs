@@ -1,15 +1,15 @@
-//! What a TIFF's directory says of its image, checked against itself and the
-//! limits before anything is decoded.
+//! Reads the description of an image from a TIFF's directory, and checks it
+//! against itself and the limits before anything is decoded.
 
 use super::directory::{Directory, TagValues};
 use super::{Header, PreprocessError};
 
-/// Strips and tiles of an image. Starting one costs as much as a thousand
-/// pixels; the largest image that is accepted by default has 250000 tiles of
-/// 16 x 16, the smallest that the specification allows.
+/// Most strips or tiles of an image. Starting one costs as much as a thousand
+/// pixels; the largest image that is accepted by default has 250000 tiles of 16
+/// x 16, the smallest size that the specification allows.
 const CHUNKS_MAX: u64 = 1 << 18;
 
-/// Samples of a pixel, those without a meaning included.
+/// Most samples of a pixel, samples without a meaning included.
 const SAMPLES_MAX: u64 = 16;
 
 mod tag {
@@ -42,7 +42,7 @@ mod tag {
 /// Meaning of a pixel's samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TiffColors {
-    /// True if 0 is white.
+    /// Gray levels; `inverted` is true if 0 is white.
     Gray {
         inverted: bool,
     },
@@ -61,7 +61,7 @@ pub(super) enum TiffCompression {
     Fax4,
 }
 
-/// How an image is stored.
+/// Description of an image and of how it is stored.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is a tag of the format with two values, which mix freely"
@@ -76,13 +76,14 @@ pub(super) struct Image<'a> {
     pub(super) bits: u32,
     pub(super) little: bool,
     pub(super) compression: TiffCompression,
-    /// True if samples are differences from the pixel before.
+    /// True if samples are stored as differences from the pixel before.
     pub(super) predictor: bool,
     /// True if each sample has strips or tiles of its own.
     pub(super) planar: bool,
     /// True if bytes begin with their lowest bit.
     pub(super) reversed: bool,
-    /// Pixels of a strip or tile, those beyond the image's edges included.
+    /// Width in pixels of a strip or tile, pixels beyond the image's edges
+    /// included.
     pub(super) chunk_width: u32,
     pub(super) chunk_height: u32,
     pub(super) offsets: TagValues<'a>,
@@ -103,7 +104,7 @@ impl TiffColors {
     }
 }
 
-/// The tags of a directory, with errors as callers see them.
+/// Tags of a directory, with errors worded for callers.
 struct Tags<'a> {
     directory: Directory<'a>,
     header: Header<'a>,
@@ -113,7 +114,7 @@ impl<'a> Tags<'a> {
     fn values(&self, tag: u16) -> Result<Option<TagValues<'a>>, PreprocessError> {
         self.directory.values(tag).map_err(|tag| {
             self.header.damaged(format!(
-                "tag {tag} has values of no use, or outside the file"
+                "tag {tag} has values of an invalid type, or outside the file"
             ))
         })
     }
@@ -126,13 +127,16 @@ impl<'a> Tags<'a> {
         Ok(self.number(tag)?.unwrap_or(default))
     }
 
-    /// A side in pixels.
+    /// Reads a side in pixels.
     fn side(&self, tag: u16) -> Result<u32, PreprocessError> {
         let side = self.number(tag)?.and_then(|side| u32::try_from(side).ok());
-        side.ok_or_else(|| self.header.damaged(format!("tag {tag} is missing")))
+        side.ok_or_else(|| {
+            self.header
+                .damaged(format!("tag {tag} is missing or too large"))
+        })
     }
 
-    /// One value for all samples, which may be repeated for each.
+    /// Reads a value that holds for all samples and may be repeated for each.
     fn uniform(&self, tag: u16, default: u64, name: &str) -> Result<u64, PreprocessError> {
         let Some(values) = self.values(tag)? else {
             return Ok(default);
@@ -141,7 +145,7 @@ impl<'a> Tags<'a> {
         if values.len() as u64 > SAMPLES_MAX || values.iter().any(|value| value != first) {
             return Err(self
                 .header
-                .unsupported(format!("samples of different {name}")));
+                .unsupported(format!("samples whose {name} differ")));
         }
         Ok(first)
     }
@@ -159,27 +163,35 @@ impl<'a> Image<'a> {
         let bits = tags.uniform(tag::BITS, 1, "bits")?;
         match tags.uniform(tag::SAMPLE_FORMAT, 1, "formats")? {
             1 | 4 => {}
-            2 => return Err(header.unsupported("samples with a sign")),
-            3 => return Err(header.unsupported("samples that are floats")),
+            2 => return Err(header.unsupported("signed samples")),
+            3 => return Err(header.unsupported("floating-point samples")),
             other => return Err(header.unsupported(format!("sample format {other}"))),
         }
         let small = matches!(bits, 1 | 2 | 4) && samples == 1;
         let large = bits == 8 || (bits == 16 && colors != TiffColors::Palette);
         if !(small || large) {
-            return Err(header.unsupported(format!("{samples} samples of {bits} bits")));
+            return Err(
+                header.unsupported(format!("{samples} samples per pixel of {bits} bits each"))
+            );
         }
         let compression = read_compression(&tags)?;
         let predictor = match tags.number_or(tag::PREDICTOR, 1)? {
             1 => false,
             2 if bits >= 8 => true,
             other => {
-                return Err(header.unsupported(format!("predictor {other} of {bits} bits")));
+                return Err(
+                    header.unsupported(format!("predictor {other} with samples of {bits} bits"))
+                );
             }
         };
         let reversed = match tags.number_or(tag::FILL_ORDER, 1)? {
             1 => false,
             2 if bits <= 8 => true,
-            other => return Err(header.unsupported(format!("fill order {other} of {bits} bits"))),
+            other => {
+                return Err(
+                    header.unsupported(format!("fill order {other} with samples of {bits} bits"))
+                );
+            }
         };
         let planar = match tags.number_or(tag::PLANAR, 1)? {
             1 => false,
@@ -196,7 +208,7 @@ impl<'a> Image<'a> {
             bits: u32::try_from(bits).unwrap_or(16),
             little,
             compression,
-            // Only these apply it.
+            // Only these compressions apply the predictor.
             predictor: predictor
                 && matches!(compression, TiffCompression::Lzw | TiffCompression::Deflate),
             planar,
@@ -218,12 +230,13 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    /// Channels of the image as it is made: the colors, and alpha.
+    /// Returns the number of channels that are decoded: the colors, and alpha.
     pub(super) fn channels(&self) -> usize {
         self.colors.channels() + usize::from(self.alpha)
     }
 
-    /// Strips or tiles from left to right, and from top to bottom.
+    /// Returns the number of strips or tiles from left to right, and from top
+    /// to bottom.
     pub(super) fn grid(&self) -> (u32, u32) {
         (
             self.width.div_ceil(self.chunk_width),
@@ -231,23 +244,25 @@ impl<'a> Image<'a> {
         )
     }
 
-    /// Samples of a pixel that lie together.
+    /// Returns the number of samples of a pixel that are stored together.
     pub(super) fn chunk_samples(&self) -> usize {
         if self.planar { 1 } else { self.samples }
     }
 
-    /// Samples that have strips or tiles of their own and are wanted.
+    /// Returns the number of planes that are decoded: one per needed sample if
+    /// each sample has strips or tiles of its own, else 1.
     pub(super) fn planes(&self) -> usize {
         if self.planar { self.channels() } else { 1 }
     }
 
-    /// Bytes of `pixels` in a row of a strip or tile.
+    /// Returns the bytes of `pixels` pixels in a row of a strip or tile.
     pub(super) fn row_bytes(&self, pixels: u32) -> u64 {
         let bits = u64::from(pixels) * self.chunk_samples() as u64 * u64::from(self.bits);
         bits.div_ceil(8)
     }
 
-    /// Pixels of a strip or tile that are inside the image, and its rows.
+    /// Returns the width in pixels of a strip or tile inside the image, and its
+    /// rows there.
     pub(super) fn inside(&self, column: u32, row: u32) -> (u32, u32) {
         (
             self.chunk_width.min(self.width - column * self.chunk_width),
@@ -261,22 +276,22 @@ impl<'a> Image<'a> {
         let planes = if self.planar { self.samples as u64 } else { 1 };
         let count = (u64::from(across) * u64::from(down)).saturating_mul(planes);
         if count > CHUNKS_MAX {
-            return Err(
-                header.unsupported(format!("{count} strips or tiles, more than {CHUNKS_MAX}"))
-            );
+            return Err(header.unsupported(format!(
+                "{count} strips or tiles; the limit is {CHUNKS_MAX}"
+            )));
         }
         if [self.offsets, self.lens]
             .iter()
             .any(|values| values.len() as u64 != count)
         {
             return Err(header.damaged(format!(
-                "{} offsets and {} lengths of {count} strips or tiles",
+                "{} offsets and {} lengths for {count} strips or tiles",
                 self.offsets.len(),
                 self.lens.len()
             )));
         }
-        // Rows that are wanted of all, with what pads them to the right. A JPEG
-        // is decoded down to its last row.
+        // Rows that are needed of all strips or tiles, padded to the right. A
+        // JPEG is decoded down to its last row.
         let rows = if self.compression == TiffCompression::Jpeg {
             u64::from(down) * u64::from(self.chunk_height)
         } else {
@@ -294,12 +309,13 @@ impl<'a> Image<'a> {
                 bytes_max,
             });
         }
-        // Several may be the same bytes, as those of empty tiles are. But then
-        // they are not longer than what they become.
+        // Several strips or tiles may share the same bytes, as empty tiles do.
+        // But then these bytes are not longer than the pixels that they become.
         let encoded = self.lens.iter().fold(0, u64::saturating_add);
         if encoded > (file as u64).saturating_add(decoded) {
             return Err(header.damaged(format!(
-                "strips or tiles of {encoded} bytes in a file of {file}"
+                "strips or tiles of {encoded} bytes; the limit is the file's {file} bytes plus the \
+                 {decoded} that they become"
             )));
         }
         let row = self.row_bytes(self.width).saturating_mul(2);
@@ -311,7 +327,8 @@ impl<'a> Image<'a> {
         )
     }
 
-    /// Bytes that are made of a pixel.
+    /// Returns the bytes that are held per pixel: the channels, and the RGB
+    /// that palettes and CMYK become.
     pub(super) fn pixel_bytes(&self) -> u64 {
         let colors = match self.colors {
             TiffColors::Palette | TiffColors::Cmyk => 3,
@@ -320,7 +337,8 @@ impl<'a> Image<'a> {
         self.channels() as u64 + colors
     }
 
-    /// Where colors change in two rows.
+    /// Returns the bytes of the columns at which colors change, in two rows of
+    /// fax codes.
     fn fax_bytes(&self) -> u64 {
         if self.compression == TiffCompression::Fax4 {
             16 * u64::from(self.chunk_width)
@@ -330,7 +348,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Where the strips or tiles are.
+/// Size of the strips or tiles, and their bytes in the file.
 struct Chunks<'a> {
     width: u32,
     height: u32,
@@ -341,7 +359,7 @@ struct Chunks<'a> {
 impl<'a> Chunks<'a> {
     fn read(tags: &Tags<'a>, (width, height): (u32, u32)) -> Result<Self, PreprocessError> {
         let header = tags.header;
-        let missing = || header.damaged("no offsets or lengths of strips or tiles");
+        let missing = || header.damaged("no offsets or no lengths of strips or tiles");
         let strips = tags.values(tag::STRIP_OFFSETS)?;
         let tiles = tags.values(tag::TILE_OFFSETS)?;
         let chunks = match (strips, tiles) {
@@ -349,7 +367,7 @@ impl<'a> Chunks<'a> {
                 let rows = tags.number_or(tag::ROWS_PER_STRIP, u64::MAX)?;
                 Self {
                     width,
-                    // A default of 2^32 - 1 means one strip.
+                    // The default, 2^32 - 1, means one strip.
                     height: u32::try_from(rows).unwrap_or(height).min(height),
                     offsets,
                     lens: tags.values(tag::STRIP_BYTES)?.ok_or_else(missing)?,
@@ -371,7 +389,7 @@ impl<'a> Chunks<'a> {
     }
 }
 
-/// Meaning of samples, their number, and whether one is alpha.
+/// Reads the meaning of samples, their number, and whether one is alpha.
 fn read_samples(tags: &Tags<'_>) -> Result<(TiffColors, usize, bool), PreprocessError> {
     let header = tags.header;
     let colors = match tags.number(tag::PHOTOMETRIC)? {
@@ -380,31 +398,42 @@ fn read_samples(tags: &Tags<'_>) -> Result<(TiffColors, usize, bool), Preprocess
         Some(2) => TiffColors::Rgb,
         Some(3) => TiffColors::Palette,
         Some(5) if tags.number_or(tag::INKS, 1)? == 1 => TiffColors::Cmyk,
-        Some(6) => return Err(header.unsupported("YCbCr")),
-        Some(8..=10) => return Err(header.unsupported("L*a*b*")),
-        Some(other) => return Err(header.unsupported(format!("photometric {other}"))),
+        Some(6) => return Err(header.unsupported("colors in YCbCr")),
+        Some(8..=10) => return Err(header.unsupported("colors in L*a*b*")),
+        Some(other) => {
+            return Err(header.unsupported(format!("photometric interpretation {other}")));
+        }
         None => return Err(header.unsupported("no photometric interpretation")),
     };
     let samples = tags.number_or(tag::SAMPLES, 1)?;
     let channels = colors.channels() as u64;
     if samples < channels {
-        return Err(header.damaged(format!("{samples} samples of {channels} colors")));
+        return Err(header.damaged(format!(
+            "{samples} samples per pixel; its colors need {channels}"
+        )));
     }
     if samples > SAMPLES_MAX {
-        return Err(header.unsupported(format!("{samples} samples, more than {SAMPLES_MAX}")));
+        return Err(header.unsupported(format!(
+            "{samples} samples per pixel; the limit is {SAMPLES_MAX}"
+        )));
     }
     let extra = tags.values(tag::EXTRA)?;
     let others = samples - channels;
     if extra.is_some_and(|extra| extra.len() as u64 != others) {
-        return Err(header.damaged(format!("{samples} samples of {channels} colors and others")));
+        return Err(header.damaged(format!(
+            "{samples} samples per pixel and {channels} colors, but tag 338 lists another number \
+             of extra samples"
+        )));
     }
-    // Alpha is the first of the others, if that is said, or if nothing is said
-    // of a fourth sample.
+    // Alpha is the first extra sample, if the file states so, or if an RGB
+    // image has a fourth sample without a stated meaning.
     let alpha = match extra {
         Some(extra) => matches!(extra.get(0), Some(1 | 2)),
         None if others == 0 => false,
         None if others == 1 && colors == TiffColors::Rgb => true,
-        None => return Err(header.unsupported("samples without a meaning")),
+        None => {
+            return Err(header.unsupported("extra samples whose meaning the file does not state"));
+        }
     };
     if alpha && matches!(colors, TiffColors::Palette | TiffColors::Cmyk) {
         return Err(header.unsupported("a palette or CMYK with alpha"));
@@ -420,7 +449,9 @@ fn read_compression(tags: &Tags<'_>) -> Result<TiffCompression, PreprocessError>
         4 => {
             let bits = tags.uniform(tag::BITS, 1, "bits")?;
             if bits != 1 || tags.number_or(tag::SAMPLES, 1)? != 1 {
-                return Err(header.unsupported("fax compression of other than 1 bit"));
+                return Err(
+                    header.unsupported("fax compression of other than 1 sample of 1 bit per pixel")
+                );
             }
             if tags.number_or(tag::FAX_OPTIONS, 0)? != 0 {
                 return Err(header.unsupported("fax compression with uncompressed parts"));
@@ -430,20 +461,20 @@ fn read_compression(tags: &Tags<'_>) -> Result<TiffCompression, PreprocessError>
         5 => return Ok(TiffCompression::Lzw),
         7 => {
             if tags.uniform(tag::BITS, 1, "bits")? != 8 {
-                return Err(header.unsupported("JPEG compression of other than 8 bits"));
+                return Err(header.unsupported("JPEG compression of samples of other than 8 bits"));
             }
             return Ok(TiffCompression::Jpeg);
         }
         8 | 32946 => return Ok(TiffCompression::Deflate),
         32773 => return Ok(TiffCompression::PackBits),
         2 | 3 => "fax compression of group 3",
-        6 => "JPEG compression of the old kind",
+        6 => "JPEG compression of the old kind (6)",
         34661 => "JBIG compression",
         34712 => "JPEG 2000 compression",
         34925 => "LZMA compression",
         50000 => "Zstandard compression",
         50001 => "WebP compression",
-        other => return Err(header.unsupported(format!("compression {other}"))),
+        other => return Err(header.unsupported(format!("compression scheme {other}"))),
     };
     Err(header.unsupported(name))
 }

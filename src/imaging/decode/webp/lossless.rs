@@ -1,14 +1,14 @@
-//! The sizes inside a lossless frame (VP8L), or of alpha that is stored like
-//! one: how much its Huffman codes take.
+//! Checks the sizes inside a lossless frame (VP8L), or inside alpha that is
+//! stored in the same way: the memory that its Huffman codes take.
 //!
-//! A code can take three hundred times its bytes, there may be 65536 groups of
-//! five, and how many there are stands in an image inside the frame. So what
-//! stands in front of the pixels is read here, with the small images of its
-//! transforms.
+//! A code can take three hundred times its bytes in memory. There may be 65536
+//! groups of five codes, and the number of groups is stored in an image inside
+//! the frame. Therefore everything in front of the pixels is read here, with
+//! the small images of the frame's transforms.
 
 use super::super::{Header, PreprocessError};
 
-/// Width and height.
+/// Returns width and height of a frame.
 pub(super) fn size(frame: &[u8]) -> Option<(u32, u32)> {
     let &[0x2f, b0, b1, b2, b3] = frame.first_chunk()? else {
         return None;
@@ -17,8 +17,8 @@ pub(super) fn size(frame: &[u8]) -> Option<(u32, u32)> {
     Some(((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1))
 }
 
-/// Bytes that the decoder holds for the codes of a frame: `stream` follows its
-/// header.
+/// Returns the bytes that the decoder holds for the codes of a frame. `stream`
+/// is the data behind the frame's header.
 pub(super) fn code_bytes(
     stream: &[u8],
     width: u32,
@@ -55,24 +55,25 @@ pub(super) fn code_bytes(
     Ok(bytes)
 }
 
-/// A group beside its tables, in a vector that doubles.
+/// Bytes of a group beside its tables, in a vector that doubles.
 const GROUP_BYTES: u64 = 1024;
 
-/// Colors that repeat earlier ones, by their number in the cache, begin here.
+/// First symbol that repeats an earlier color, given by its number in the
+/// cache.
 const CACHED: u16 = 256 + 24;
 
-/// The longest code.
+/// Length in bits of the longest code.
 const LENGTH_MAX: usize = 15;
 
-/// Symbols of a group's five codes: green with lengths and cached colors, red,
-/// blue, alpha, distance.
+/// Returns the number of symbols of each of a group's five codes: green with
+/// lengths and cached colors, red, blue, alpha, distance.
 fn alphabets(cache: Option<u32>) -> [u16; 5] {
     let cached = cache.map_or(0, |bits| 1 << bits);
     [CACHED + cached, 256, 256, 256, 40]
 }
 
-/// A Huffman code: how many codes there are of each length, and their symbols
-/// from the shortest.
+/// A Huffman code: the number of codes of each length, and their symbols from
+/// the shortest.
 struct Code {
     counts: [u16; LENGTH_MAX + 1],
     symbols: Vec<u16>,
@@ -102,7 +103,7 @@ impl Code {
         whole.then_some(Self { counts, symbols })
     }
 
-    /// Bytes that the decoder's table and tree take.
+    /// Returns the bytes of the decoder's table and tree for the code.
     fn held_bytes(&self) -> u64 {
         const TABLE_BITS: usize = 10;
         const NODE: u64 = 16;
@@ -112,13 +113,13 @@ impl Code {
             .iter()
             .map(|&count| u64::from(count))
             .sum();
-        // Up to two nodes a symbol, in a vector that may double, or the three
-        // of a code of two.
+        // Up to two nodes per symbol, in a vector that may double, or the three
+        // nodes of a code of two symbols.
         table + 4 * NODE * (long + 1)
     }
 }
 
-/// Bits, lowest first.
+/// Reader of bits, lowest first.
 struct Reader<'a> {
     stream: &'a [u8],
     bits: u64,
@@ -129,10 +130,10 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn damaged(&self) -> PreprocessError {
         self.header
-            .damaged("a lossless frame cut short or of codes that are none")
+            .damaged("a lossless frame that is cut short or has invalid codes")
     }
 
-    /// The next number of at most 16 bits.
+    /// Reads a number of at most 16 bits.
     fn number(&mut self, bits: u32) -> Result<u32, PreprocessError> {
         while self.count < bits {
             let (&byte, rest) = self.stream.split_first().ok_or_else(|| self.damaged())?;
@@ -150,13 +151,13 @@ impl Reader<'_> {
         Ok(self.number(1)? == 1)
     }
 
-    /// A number as a symbol or a length.
+    /// Reads a number that is a symbol or a length.
     fn small(&mut self, bits: u32) -> Result<u16, PreprocessError> {
         Ok(u16::try_from(self.number(bits)?).unwrap_or(0))
     }
 
-    /// Passes over the transforms. Returns the width that is left: several
-    /// pixels of few colors share one.
+    /// Skips the transforms. Returns the width that is left: if there are few
+    /// colors, several pixels share one.
     fn transforms(&mut self, mut width: u32, height: u32) -> Result<u32, PreprocessError> {
         let mut seen = 0_u8;
         while self.flag()? {
@@ -186,8 +187,8 @@ impl Reader<'_> {
         Ok(width)
     }
 
-    /// An image of a pixel for each square block of another, whose side it
-    /// says.
+    /// Reads an image that has one pixel for each square block of another
+    /// image. The side of the blocks is read first.
     fn blocks(&mut self, width: u32, height: u32) -> Result<Vec<[u8; 4]>, PreprocessError> {
         let bits = self.number(3)? + 2;
         self.image(width.div_ceil(1 << bits), height.div_ceil(1 << bits))
@@ -203,7 +204,7 @@ impl Reader<'_> {
         }
     }
 
-    /// How many groups of codes the frame has.
+    /// Returns the number of groups of codes in the frame.
     fn groups(&mut self, width: u32, height: u32) -> Result<u32, PreprocessError> {
         if !self.flag()? {
             return Ok(1);
@@ -232,7 +233,7 @@ impl Reader<'_> {
         Code::new(&lengths).ok_or_else(|| self.damaged())
     }
 
-    /// A code of one or two symbols.
+    /// Reads a code of one or two symbols.
     fn simple_code(&mut self, alphabet: u16) -> Result<Code, PreprocessError> {
         let two = self.flag()?;
         let bits = if self.flag()? { 8 } else { 1 };
@@ -248,7 +249,7 @@ impl Reader<'_> {
         Ok(Code { counts, symbols })
     }
 
-    /// The lengths of a code, which are coded themselves.
+    /// Reads the lengths of a code, which are coded themselves.
     fn lengths(&mut self, code: &Code, alphabet: u16) -> Result<Vec<u8>, PreprocessError> {
         let mut left = alphabet;
         if self.flag()? {
@@ -298,7 +299,7 @@ impl Reader<'_> {
         Err(self.damaged())
     }
 
-    /// An image of one group of codes, which has no images inside.
+    /// Reads an image that has one group of codes and no images inside.
     fn image(&mut self, width: u32, height: u32) -> Result<Vec<[u8; 4]>, PreprocessError> {
         const CHECKED: usize = 4096;
         let cache_bits = self.cache_bits()?;
@@ -345,21 +346,22 @@ impl Reader<'_> {
         Ok(pixels)
     }
 
-    /// A length or distance, whose last bits follow its symbol.
+    /// Reads a length or distance, whose last bits follow its symbol.
     fn distance(&mut self, symbol: u16) -> Result<usize, PreprocessError> {
         if symbol < 4 {
             return Ok(usize::from(symbol) + 1);
         }
         let bits = u32::from((symbol - 2) >> 1);
         let offset = (2 + (usize::from(symbol) & 1)) << bits;
-        // Up to 18 bits, more than are read at once.
+        // Up to 18 bits, more than `number` reads in one call.
         let low = self.number(bits.min(16))? as usize;
         let high = self.number(bits.saturating_sub(16))? as usize;
         Ok(offset + (high << 16 | low) + 1)
     }
 }
 
-/// Pixels back to where a copy begins: small codes mean places nearby.
+/// Returns the number of pixels back to the start of a copy. Small codes mean
+/// places nearby.
 fn back(code: usize, width: u32) -> usize {
     let Some(&(x, y)) = NEARBY.get(code - 1) else {
         return code - NEARBY.len();
@@ -368,7 +370,8 @@ fn back(code: usize, width: u32) -> usize {
     usize::try_from(back.max(1)).unwrap_or(1)
 }
 
-/// Columns to the left and rows up, in the order of their codes.
+/// Columns to the left and rows up of the places nearby, in the order of their
+/// codes.
 #[rustfmt::skip]
 const NEARBY: [(i8, i8); 120] = [
     (0, 1),  (1, 0),  (1, 1),  (-1, 1), (0, 2),  (2, 0),  (1, 2),  (-1, 2),

@@ -1,11 +1,11 @@
-//! The sizes inside a lossy frame (VP8, RFC 6386).
+//! Checks the sizes inside a lossy frame (VP8, RFC 6386).
 
 use super::super::{Header, PreprocessError};
 
-/// Bytes of the frame header that is not coded.
+/// Bytes of the part of the frame header that is not arithmetically coded.
 const HEAD: usize = 10;
 
-/// Width and height of a key frame.
+/// Returns width and height of a key frame.
 pub(super) fn size(frame: &[u8]) -> Option<(u32, u32)> {
     let &[tag, _, _, 0x9d, 0x01, 0x2a, w0, w1, h0, h1] = frame.first_chunk::<HEAD>()? else {
         return None;
@@ -14,8 +14,8 @@ pub(super) fn size(frame: &[u8]) -> Option<(u32, u32)> {
     (tag & 1 == 0).then_some((side(w0, w1), side(h0, h1)))
 }
 
-/// Refuses partitions that reach beyond the frame: the decoder makes room for
-/// each before it reads any of it.
+/// Refuses partitions that reach beyond the frame, because the decoder makes
+/// room for each partition before it reads any of it.
 pub(super) fn check(frame: &[u8], header: Header<'_>) -> Result<(), PreprocessError> {
     let cut = || header.damaged("a partition that reaches beyond its frame");
     let &[t0, t1, t2] = frame.first_chunk().ok_or_else(cut)?;
@@ -34,7 +34,7 @@ pub(super) fn check(frame: &[u8], header: Header<'_>) -> Result<(), PreprocessEr
     Ok(())
 }
 
-/// The arithmetic decoder, for flags that are as likely as not.
+/// Arithmetic decoder for flags that are as likely true as false.
 struct Bools<'a> {
     rest: &'a [u8],
     value: u32,
@@ -56,7 +56,7 @@ impl<'a> Bools<'a> {
         bools
     }
 
-    /// The next byte, 0 after the end, as in every decoder.
+    /// Returns the next byte, or 0 after the end, as every decoder does.
     fn byte(&mut self) -> u32 {
         let Some((&byte, rest)) = self.rest.split_first() else {
             return 0;
@@ -90,8 +90,8 @@ impl<'a> Bools<'a> {
         (0..bits).fold(0, |number, _| number << 1 | u32::from(self.flag()))
     }
 
-    /// Passes over `count` numbers of some bits, each behind a flag that it is
-    /// there.
+    /// Skips `count` optional numbers of `bits` bits. A flag in front of each
+    /// number tells if the number follows.
     fn skip_optional(&mut self, count: u32, bits: u32) {
         for _ in 0..count {
             if self.flag() {
@@ -100,7 +100,8 @@ impl<'a> Bools<'a> {
         }
     }
 
-    /// Binary logarithm of the number of partitions behind the first.
+    /// Returns the binary logarithm of the number of partitions behind the
+    /// first.
     fn partitions(mut self) -> u32 {
         // Color space and clamping.
         self.number(2);

@@ -1,5 +1,6 @@
-//! Every kernel with products in `f32`, against attention as it is written
-//! down, in `f64`, over keys and values that were rounded like the cache's.
+//! Tests every kernel with products in `f32`, against attention as it is
+//! written down, in `f64`, over keys and values that were rounded as the cache
+//! rounds them.
 #![expect(
     clippy::cast_precision_loss,
     reason = "small whole numbers and 24-bit fractions"
@@ -11,7 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::kernels::attention::Int24;
 
-/// A call's input and the cache that it finds.
+/// Input of a call, and the cache that the call finds.
 #[derive(Clone)]
 struct Call<K: Tested> {
     shape: CacheShape,
@@ -23,12 +24,12 @@ struct Call<K: Tested> {
 
 type Change = fn(&mut Call<bf16>);
 
-/// Keys and values, which are parts 1 and 2 of a row.
+/// Keys and values are parts 1 and 2 of a row.
 const PARTS: [usize; 2] = [1, 2];
 
-/// Of what tests are made, besides what kernels need.
+/// Format of kept numbers, with what tests need besides what kernels need.
 trait Tested: Kept<Element: PartialEq + Default> {
-    /// A number, by its elements and those of its factor.
+    /// Reads a number from its elements and those of its factor.
     fn read(number: &[Self::Element], factor: &[Self::Element]) -> f32;
 }
 
@@ -45,14 +46,14 @@ impl Tested for Int24 {
     }
 }
 
-/// What a call leaves.
+/// Output and cache after a call.
 #[derive(Clone, Debug, PartialEq)]
 struct Done<E> {
     output: Vec<f32>,
     kept: [Vec<E>; 2],
 }
 
-/// Numbers from -0.5 to 0.5, the same for the same seed.
+/// Returns numbers from -0.5 to 0.5, the same for the same seed.
 fn uniform(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
@@ -64,7 +65,8 @@ fn uniform(seed: u64) -> impl FnMut() -> f32 {
 }
 
 impl<K: Tested> Call<K> {
-    /// The cache is full of numbers, past each sequence's end as well.
+    /// Creates a call whose cache is full of numbers, past each sequence's end
+    /// as well.
     fn random(shape: CacheShape, past: Vec<usize>, seed: u64) -> Self {
         let mut uniform = uniform(seed);
         let (output, _) = shape.lens().unwrap();
@@ -113,7 +115,7 @@ impl<K: Tested> Call<K> {
         }
     }
 
-    /// Elements of a number, and of its factor.
+    /// Returns the elements of a number, and of its factor.
     fn place(
         &self,
         part: usize,
@@ -142,7 +144,7 @@ impl<K: Tested> Call<K> {
         ]
     }
 
-    /// Puts a position's numbers where they belong.
+    /// Puts a position's numbers into the cache.
     fn put(&mut self, part: usize, at: [usize; 3], row: &[f32]) {
         let by = K::factor(row);
         for (d, value) in row.iter().enumerate() {
@@ -156,7 +158,7 @@ impl<K: Tested> Call<K> {
         }
     }
 
-    /// The same call, when its keys and values are in the cache.
+    /// Returns the same call with its keys and values in the cache.
     fn after(&self) -> Self {
         let mut after = self.clone();
         let CacheShape { length, .. } = self.shape;
@@ -224,7 +226,7 @@ impl<K: Tested> Call<K> {
         output
     }
 
-    /// The call of one of the sequences alone.
+    /// Returns the call of one of the sequences alone.
     fn alone(&self, sequence: usize) -> Self {
         let one = CacheShape {
             batch: 1,
@@ -244,7 +246,8 @@ impl<K: Tested> Call<K> {
         }
     }
 
-    /// Makes a sequence's first positions another one's, in every head.
+    /// Copies a sequence's first positions from another sequence, in every
+    /// head.
     fn share(&mut self, sequence: usize, prefix: SharedPrefix) {
         let CacheShape {
             capacity,
@@ -263,8 +266,9 @@ impl<K: Tested> Call<K> {
         }
     }
 
-    /// The call of one of the tokens alone, over what `done` left; what comes
-    /// after it is there already, and no number.
+    /// Returns the call of one of the tokens alone, over the cache that `done`
+    /// left. Positions after the token are there already, and hold NaN or
+    /// infinity.
     fn token(&self, token: usize, done: &Done<K::Element>) -> Self {
         let width = 3 * self.shape.width();
         let mut after = self.clone();
@@ -287,7 +291,7 @@ impl<K: Tested> Call<K> {
     }
 }
 
-/// Some positions of every sequence and head.
+/// Returns some positions of every sequence and head.
 fn positions(
     shape: CacheShape,
     of: impl Fn(usize) -> std::ops::Range<usize>,
@@ -308,8 +312,9 @@ fn kernels() -> impl Iterator<Item = Kernel> {
         .filter(|k| k.is_available() && k.precision() == AttentionPrecision::F32)
 }
 
-/// The results are near, the cache is what it should be to the last bit, and
-/// nothing depends on company, threads or what comes after.
+/// Checks that the results are near, that the cache is right to the last bit,
+/// and that nothing depends on other sequences, on threads or on later
+/// positions.
 fn check<K: Tested>(call: &Call<K>) -> Result<(), String> {
     let expected = call.reference();
     let shape = call.shape;
@@ -319,7 +324,7 @@ fn check<K: Tested>(call: &Call<K>) -> Result<(), String> {
             .iter()
             .zip(&done.output)
             .map(|(expected, actual)| (expected - f64::from(*actual)).abs())
-            // Not a number is worse than any error.
+            // A NaN is worse than any error.
             .fold(0.0, |max, error| if error <= max { max } else { error });
         // Numbers are up to 3.5.
         if error.is_nan() || error > 1e-5 {
@@ -363,7 +368,7 @@ fn check<K: Tested>(call: &Call<K>) -> Result<(), String> {
     Ok(())
 }
 
-/// A shape, and what each sequence has already.
+/// Generates a shape, and the number of tokens that each sequence has already.
 fn calls() -> impl Strategy<Value = (CacheShape, Vec<usize>)> {
     let head_dim = prop_oneof![
         1..20_usize,
@@ -399,8 +404,8 @@ proptest! {
     }
 }
 
-/// A model of this size, in the middle of an image and at its end; and a chunk
-/// of a primer.
+/// Tests heads as large as those of a model, in the middle of an image and at
+/// its end; and with a chunk of a primer.
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
 fn agrees_at_full_length() {
@@ -426,8 +431,9 @@ fn near<K: Tested>(call: &Call<K>) {
     }
 }
 
-/// Groups of every size that tiles are cut to, one after the other and mixed, with
-/// those who share nothing, less than a block or another's past to its last token.
+/// Tests groups of every size into which tiles are cut, one after the other and
+/// mixed with sequences that share nothing, less than a block, or another's
+/// past to its last token.
 fn begin_alike<K: Tested>(head_dim: usize, capacity: usize, kernels: impl Iterator<Item = Kernel>) {
     let shape = CacheShape {
         batch: 13,
@@ -460,7 +466,7 @@ fn begin_alike<K: Tested>(head_dim: usize, capacity: usize, kernels: impl Iterat
                 "{kernel:?} {head_dim}"
             );
         }
-        // It is read where it is shared.
+        // The prefix is read in the sequence that shares it.
         for at in positions(shape, |sequence| {
             0..usize::from(sequence == 4) * prefixes[4].len
         }) {
@@ -482,7 +488,7 @@ fn what_begins_alike_is_read_once_and_changes_nothing() {
     }
 }
 
-/// The same for Miri.
+/// Tests a small case of the same for Miri.
 #[test]
 fn a_tiny_beginning_is_read_once() {
     begin_alike::<Int24>(3, 48, [Kernel::Portable].into_iter());
@@ -505,8 +511,9 @@ fn a_prefix_that_nobody_has_is_refused() {
     assert_eq!(tasks(shape, &[(0, 0), (0, 20), (0, 20)]), Ok(2));
     assert_eq!(tasks(shape, &[(1, 20), (1, 0), (1, 16)]), Ok(2));
     for prefixes in [
-        // Longer than the one's past and than the other's; of nobody; of one that
-        // shares itself.
+        // Prefixes that are longer than one sequence's past, longer than the
+        // other's past, of a sequence that does not exist, and of a sequence
+        // that shares a prefix itself.
         [(0, 0), (0, 21), (0, 0)],
         [(0, 0), (1, 0), (1, 21)],
         [(0, 0), (3, 1), (0, 0)],
@@ -518,13 +525,16 @@ fn a_prefix_that_nobody_has_is_refused() {
         ));
     }
     let error = tasks(shape, &[(0, 0), (0, 20)]).unwrap_err();
-    assert_eq!(error.to_string(), "2 shared prefixes of 3 sequences");
+    assert_eq!(
+        error.to_string(),
+        "2 shared prefixes for 3 sequences: there must be none, or one per sequence"
+    );
     let several = CacheShape { length: 2, ..shape };
     assert!(tasks(several, &[(0, 0), (0, 16), (0, 0)]).is_err());
 }
 
-/// Small enough for Miri, which runs only the portable kernel: the pointer
-/// arithmetic of all is the same code.
+/// Tests shapes small enough for Miri, which runs only the portable kernel: the
+/// pointer arithmetic of all kernels is the same code.
 #[test]
 fn tiny_shapes() {
     for (length, capacity, heads, head_dim, past) in [
@@ -545,7 +555,7 @@ fn tiny_shapes() {
     }
 }
 
-/// A token of a sequence with one head.
+/// Shape of one token of a sequence with one head.
 const ONE_HEAD: CacheShape = CacheShape {
     batch: 1,
     length: 1,
@@ -554,7 +564,7 @@ const ONE_HEAD: CacheShape = CacheShape {
     head_dim: 8,
 };
 
-/// Scores far apart, on the last of which everything rests.
+/// Tests scores that are far apart, so that everything rests on the last score.
 #[test]
 fn large_scores_stay_stable() {
     let mut call = Call::<bf16>::random(ONE_HEAD, vec![40], 5);
@@ -566,8 +576,8 @@ fn large_scores_stay_stable() {
     }
 }
 
-/// What a softmax gives nothing to does not show, however large it is, and nothing
-/// is left of tiny values but themselves.
+/// Checks that a value of no weight does not show, however large it is, and
+/// that of tiny values nothing is left but themselves.
 #[test]
 fn nothing_is_seen_of_what_has_no_weight() {
     let mut call = Call::<Int24>::random(ONE_HEAD, vec![40], 5);
@@ -590,8 +600,8 @@ fn nothing_is_seen_of_what_has_no_weight() {
     }
 }
 
-/// Tokens at the edge of what counts, one by one and several at one time: where
-/// they stand among others changes no bit.
+/// Checks tokens at the edge of what has weight, alone and several at the same
+/// time: their place among others changes no bit.
 #[test]
 fn what_comes_after_counts_nothing() {
     let shape = CacheShape {

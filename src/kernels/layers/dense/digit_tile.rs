@@ -14,31 +14,33 @@ use crate::kernels::layers::digits::{
 };
 use crate::kernels::vector::Vector;
 
-/// Rows that are computed together, at most: with a sum for each digit there are
+/// Most rows that are computed together: with a sum for each digit there are
 /// registers for no more.
 pub(super) const ROWS_MAX: usize = 8;
 
-/// Strips of a panel.
+/// Number of strips in a panel.
 const STRIPS: usize = 2;
 
-/// Columns of a panel.
+/// Number of columns in a panel.
 pub(super) const WIDTH: usize = STRIPS * LANES;
 
 /// A tile: some rows, and the columns of one panel.
 pub(super) struct DigitTile {
     pub(super) rows: DigitRows,
     pub(super) n_groups: usize,
-    /// [`STRIPS`] strips, of a line for each group.
+    /// Panel of [`STRIPS`] strips, with a line per group.
     pub(super) panel: *const u8,
-    /// Weights are asked for before they are used, and in the end those that lie
-    /// here, which need not be there. None is asked for if this is none: the panel
-    /// has just been read.
+    /// Memory that is prefetched after the panel's own weights, and need not be
+    /// valid. `None` prefetches nothing, because the panel has just been read.
     pub(super) next: Option<*const u8>,
     pub(super) ending: TileEnding,
 }
 
+/// Computes a tile with VNNI.
+///
 /// # Safety
-/// The CPU has AVX-512 F, DQ, BW and VNNI; and as [`DigitTile::compute`].
+/// The CPU has AVX-512 F, DQ, BW and VNNI, and the contract of
+/// [`DigitTile::compute`] holds.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni")]
 pub(super) unsafe fn avx512(tile: &DigitTile, n_rows: usize) {
@@ -47,12 +49,14 @@ pub(super) unsafe fn avx512(tile: &DigitTile, n_rows: usize) {
 }
 
 impl DigitTile {
+    /// Computes the tile for `n` rows.
+    ///
     /// # Safety
-    /// As [`DigitTile::compute`]; `n` is 1, 2, 4 or 8.
+    /// The contract of [`DigitTile::compute`] holds; `n` is 1, 2, 4 or 8.
     #[inline(always)]
     pub(super) unsafe fn compute_rows<L: Lanes>(&self, n: usize) {
-        // With few rows both strips are read at once: memory is faster from two
-        // places.
+        // With few rows, both strips are read at the same time: memory is
+        // faster from two places.
         // SAFETY: the caller vouches for the rows.
         unsafe {
             match n {
@@ -64,11 +68,12 @@ impl DigitTile {
         }
     }
 
-    /// `S` strips at a time.
+    /// Computes the tile for `R` rows, `S` strips at a time.
     ///
     /// # Safety
-    /// The CPU has the instructions of `L`; there are `R` rows of as many groups,
-    /// and a panel; and as [`TileEnding::end`] for as many rows and columns.
+    /// The CPU has the instructions of `L`; there are `R` rows of as many
+    /// groups, and a panel; and the contract of [`TileEnding::end`] holds for
+    /// as many rows and columns.
     #[inline(always)]
     unsafe fn compute<L: Lanes, const R: usize, const S: usize>(&self) {
         let strip_bytes = self.n_groups * LINE;
@@ -85,7 +90,7 @@ impl DigitTile {
             let asks = self.next.is_some();
             let mut ahead = strips.wrapping_add(n_ahead * LINE);
             let (mut line, mut group) = (strips, self.rows.start.wrapping_add(HEAD_BYTES));
-            // SAFETY: as many groups as the caller vouches for.
+            // SAFETY: there are as many groups as the caller vouches for.
             unsafe {
                 let mut sums = [[[L::splat(0); DIGITS]; S]; R];
                 for (i, sums) in sums.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! Every kernel, against sums in `f64`.
+//! Tests every kernel, against sums in `f64`.
 #![expect(
     clippy::cast_precision_loss,
     reason = "small whole numbers and 24-bit fractions"
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::kernels::layers::tests::{uniform, ways};
 
-/// A product and what it is of.
+/// A product: its weights and rows.
 #[derive(Clone)]
 struct Call<W> {
     inputs: usize,
@@ -23,7 +23,7 @@ struct Call<W> {
     residual: Option<Vec<f32>>,
 }
 
-/// Weights from numbers between -0.5 and 0.5.
+/// Weights that are made from numbers between -0.5 and 0.5.
 trait Tested: Weight + Into<f32> {
     fn from_uniform(uniform: f32) -> Self;
 }
@@ -42,15 +42,15 @@ impl Tested for i8 {
     }
 }
 
-/// A row's length where whole panels fit.
+/// Returns a row's length that has room for whole panels.
 fn stride(outputs: usize) -> usize {
     outputs.next_multiple_of(super::super::PANEL_WIDTH_MAX) + 16
 }
 
-/// Shared among threads.
+/// Rows that are shared among threads.
 struct Shared(Rows);
 
-// SAFETY: no two threads take one panel.
+// SAFETY: no two threads take the same panel.
 unsafe impl Sync for Shared {}
 
 impl<W: Tested> Call<W> {
@@ -144,7 +144,7 @@ impl<W: Tested> Call<W> {
         rows.flat_map(|row| &row[..self.outputs]).copied().collect()
     }
 
-    /// One of its rows by itself.
+    /// Returns the call of one of its rows alone.
     fn alone(&self, row: usize) -> Self {
         let of = |values: &[f32], width: usize| values[row * width..][..width].to_vec();
         Self {
@@ -178,10 +178,11 @@ impl<W: Tested> Call<W> {
     }
 }
 
-/// The results are near, and depend neither on threads nor on company.
+/// Checks that the results are near, and depend neither on threads nor on other
+/// rows.
 fn check_call<W: Tested>(call: &Call<W>) -> Result<(), String> {
     let expected = call.reference();
-    // Terms are up to a quarter, and about a ninth of that on average.
+    // Terms are up to a quarter, and about a ninth of a quarter on average.
     let tolerance = 1e-6 * (call.inputs as f64).max(8.0).sqrt();
     for kernel in ways::<W>() {
         let panels = call.pack(kernel);
@@ -224,7 +225,7 @@ proptest! {
     }
 }
 
-/// The widest product of imagegpt-small, for a full step.
+/// Tests the widest product of imagegpt-small, for a full step.
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
 fn agrees_at_full_width() {
@@ -232,8 +233,8 @@ fn agrees_at_full_width() {
     check_call::<i8>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
 }
 
-/// Small enough for Miri, which runs only the portable kernel: the pointer
-/// arithmetic of all is the same code.
+/// Tests products small enough for Miri, which runs only the portable kernel:
+/// the pointer arithmetic of all kernels is the same code.
 #[test]
 fn tiny_sizes() {
     for (n_rows, sizes, addends) in [
@@ -247,7 +248,7 @@ fn tiny_sizes() {
     }
 }
 
-/// What is not a number stays in its row.
+/// Checks that a NaN stays in its row.
 #[test]
 fn a_row_that_is_not_finite_spoils_no_other() {
     check_spoiled(Call::<f32>::random(5, [20, 40], 3, 3));
@@ -271,8 +272,9 @@ fn check_spoiled<W: Tested>(mut call: Call<W>) {
     }
 }
 
-/// A number a thousand times larger than the others, with weights of zero, costs
-/// them ten bits of 24, which is still nothing beside weights of 8.
+/// Checks that a number a thousand times larger than the others, with weights
+/// of zero, costs the others ten bits of 24, which is still nothing beside
+/// weights of 8 bits.
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
 fn one_large_number_leaves_the_others_enough() {
@@ -292,7 +294,8 @@ fn one_large_number_leaves_the_others_enough() {
     }
 }
 
-/// Sums of as many as there may be, all as large as can be, do not overflow.
+/// Checks that sums of as many inputs as there may be, all as large as can be,
+/// do not overflow.
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
 fn the_largest_numbers_are_added_up() {

@@ -1,4 +1,4 @@
-//! The innermost part: a few rows by one panel.
+//! The innermost part of products of floats: a few rows by one panel.
 #![expect(
     unsafe_code,
     reason = "reads and writes vectors through raw pointers: the inner loop is the whole cost of a step"
@@ -12,30 +12,31 @@ use super::Finish;
 use crate::kernels::layers::pointwise::activate;
 use crate::kernels::vector::{LANES_MAX, Number, Vector};
 
-/// How far ahead of its use a line of weights is asked for, in all strips. A few
-/// hundred nanoseconds at the speed of memory; the processor's own prefetching stops
-/// at every page.
+/// Bytes ahead of its use at which a line of weights is prefetched, in all
+/// strips together. They take a few hundred nanoseconds at the speed of memory;
+/// the processor's own prefetching stops at every page.
 pub(super) const AHEAD: usize = 4096;
 
-/// Which weights are asked for while others are used. What comes after the panel
-/// need not be there.
+/// Weights that are prefetched while others are used. The memory behind the
+/// panel need not be valid.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ahead {
-    /// Those that the tile itself comes to, then the first of the next panel.
+    /// The weights that the tile itself reads next, then the first of the next
+    /// panel.
     Own { next: *const u8 },
-    /// With several tiles a panel passes through, all but the first find it in
-    /// the cache and leave memory idle; so each asks for a part of the next one.
+    /// A part of the next panel. If several tiles pass over a panel, all but
+    /// the first find the panel in the cache and would leave memory idle.
     Next {
         from: *const u8,
-        /// Bytes further with each input.
+        /// Bytes further per input.
         step: usize,
     },
 }
 
 impl Ahead {
-    /// For tile `idx` of so many over a panel of so many rows of weights, each so
-    /// many of `size` bytes. Of 8 bits there are so few that memory is not what
-    /// several tiles wait for.
+    /// Returns the prefetching of tile `idx` of `n_tiles` over a panel of
+    /// `inputs` rows of `width` weights, of `size` bytes each. Weights of 8
+    /// bits are so few that several tiles do not wait for memory.
     pub(super) fn of(
         n_tiles: usize,
         idx: usize,
@@ -56,10 +57,10 @@ impl Ahead {
     }
 }
 
-/// What becomes of the sums of a tile, and where.
+/// Treatment of the sums of a tile, and the place of the results.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TileEnding {
-    /// These are as wide as the panel.
+    /// Scales, and below the bias; both are as wide as the panel.
     pub(super) scales: Option<*const f32>,
     pub(super) bias: Option<*const f32>,
     pub(super) output: *mut f32,
@@ -68,7 +69,7 @@ pub(super) struct TileEnding {
 }
 
 impl TileEnding {
-    /// For a tile that begins at this row.
+    /// Returns the ending of a tile that begins at row `row`.
     pub(super) fn at_row(self, row: usize) -> Self {
         Self {
             output: self.output.wrapping_add(row * self.output_stride),
@@ -76,7 +77,7 @@ impl TileEnding {
         }
     }
 
-    /// Makes a sum what is wanted, and writes it to row `i`.
+    /// Scales a sum, adds the bias, finishes the sum and writes it to row `i`.
     ///
     /// # Safety
     /// The CPU has the instructions of `V`; scales, bias and the row have a vector
@@ -105,20 +106,22 @@ impl TileEnding {
 /// A tile: some rows, and the columns of one panel.
 pub(super) struct Tile<N> {
     pub(super) rows: *const f32,
-    /// Floats from a row to the next. Not a power of two, or they would drive
-    /// each other out of the cache.
+    /// Floats from a row to the next. Must not be a power of two, or rows would
+    /// evict each other from the cache.
     pub(super) row_stride: usize,
     pub(super) inputs: usize,
-    /// In each strip of it a row for each input.
+    /// Panel, whose strips have a row per input.
     pub(super) panel: *const N,
-    /// Where the panel is left as floats, if anywhere.
+    /// Memory to which the panel is unpacked as floats, if it is.
     pub(super) unpack: Option<*mut f32>,
     pub(super) ahead: Ahead,
     pub(super) ending: TileEnding,
 }
 
+/// Computes a tile with AVX2.
+///
 /// # Safety
-/// The CPU has AVX2 and FMA; and as [`Tile::compute`].
+/// The CPU has AVX2 and FMA, and the contract of [`Tile::compute`] holds.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2<N: Number>(tile: &Tile<N>, n_rows: usize) {
@@ -126,8 +129,10 @@ pub(super) unsafe fn avx2<N: Number>(tile: &Tile<N>, n_rows: usize) {
     unsafe { tile.compute_rows::<crate::kernels::vector::avx2::Avx2, 3>(n_rows) }
 }
 
+/// Computes a tile with AVX-512.
+///
 /// # Safety
-/// The CPU has AVX-512 F, DQ and BW; and as [`Tile::compute`].
+/// The CPU has AVX-512 F, DQ and BW, and the contract of [`Tile::compute`] holds.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn avx512<N: Number>(tile: &Tile<N>, n_rows: usize) {
@@ -136,7 +141,8 @@ pub(super) unsafe fn avx512<N: Number>(tile: &Tile<N>, n_rows: usize) {
 }
 
 impl<N: Number> Tile<N> {
-    /// The same over other weights: those that another tile has left.
+    /// Returns the same tile over other weights: those that another tile has
+    /// unpacked.
     pub(super) fn over<M>(&self, panel: *const M) -> Tile<M> {
         Tile {
             rows: self.rows,
@@ -149,8 +155,10 @@ impl<N: Number> Tile<N> {
         }
     }
 
+    /// Computes the tile for `n` rows.
+    ///
     /// # Safety
-    /// As [`Tile::compute`]; `n` is 1, 2, 4 or 8.
+    /// The contract of [`Tile::compute`] holds; `n` is 1, 2, 4 or 8.
     #[inline(always)]
     pub(super) unsafe fn compute_rows<V: Vector, const VECTORS: usize>(&self, n: usize) {
         // SAFETY: the caller vouches for the rows.
@@ -164,13 +172,17 @@ impl<N: Number> Tile<N> {
         }
     }
 
+    /// Computes the tile for `R` rows.
+    ///
     /// # Safety
     /// The CPU has the instructions of `V`; there are `R` rows, and the panel has
-    /// `VECTORS` vectors of `V` for each input, and what it is unpacked to has room
-    /// for them; and as [`TileEnding::end`] for as many rows and vectors.
+    /// `VECTORS` vectors of `V` for each input, and the memory to which it is
+    /// unpacked has room for them; and the contract of [`TileEnding::end`] holds for
+    /// as many rows and vectors.
     #[inline(always)]
     unsafe fn compute<V: Vector, const VECTORS: usize, const R: usize>(&self) {
-        // As `strip_width` has it: of one vector each, or one of all.
+        // The number of strips that `strip_width` makes: strips of one vector,
+        // or one strip of all vectors.
         let n_strips = const {
             if N::IN_STRIPS && V::LANES == LANES_MAX {
                 VECTORS
@@ -186,7 +198,7 @@ impl<N: Number> Tile<N> {
         let n_own = self.inputs.saturating_sub(n_ahead);
         let mut ahead = self.panel.cast::<u8>().wrapping_add(n_ahead * row_bytes);
         let (mut rows, mut panel) = (self.rows, self.panel);
-        // SAFETY: as many inputs as the caller vouches for.
+        // SAFETY: there are as many inputs as the caller vouches for.
         unsafe {
             let mut sums = [[V::splat(0.0); VECTORS]; R];
             for input in 0..self.inputs {

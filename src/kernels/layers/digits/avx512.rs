@@ -13,16 +13,20 @@ use crate::kernels::vector::avx512::{Avx512, first_lanes};
 #[derive(Clone, Copy)]
 pub(in super::super) struct Vnni(__m512i);
 
+/// Rounds a row to digits with VNNI.
+///
 /// # Safety
-/// As [`super::round`], and the CPU has AVX-512 F, DQ, BW and VNNI.
+/// The contract of [`super::round`] holds, and the CPU has AVX-512 F, DQ, BW and
+/// VNNI.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni")]
 pub(super) unsafe fn round(row: *const f32, width: usize, to: *mut u8) {
     // SAFETY: the caller vouches for all of it.
     unsafe { super::round_by::<Vnni>(row, width, to) }
 }
 
-// SAFETY: constructors demand AVX-512 with VNNI of their caller, and a value proves
-// that one was called; what is touched is what the caller vouches for.
+// SAFETY: constructors demand AVX-512 with VNNI of their caller, and a value
+// proves that a constructor was called; only memory that the caller vouches for
+// is touched.
 unsafe impl Lanes for Vnni {
     type Line = __m512i;
     type Floats = Avx512;
@@ -63,10 +67,11 @@ unsafe impl Lanes for Vnni {
         unsafe {
             let x = _mm512_maskz_loadu_ps(first_lanes(n), from);
             let steps = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
-            // With 128 more to each digit they have no sign, and are the bytes.
+            // With 128 added, the digits are unsigned and are the bytes of the
+            // sum.
             let more = _mm512_set1_epi32(0x80_8080);
             let digits = _mm512_xor_si512(_mm512_add_epi32(steps, more), more);
-            // A group to each 128 bits, and there digit by digit.
+            // One group per 128 bits, and in it digit by digit.
             let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1);
             let groups = _mm512_shuffle_epi8(digits, _mm512_broadcast_i32x4(order));
             let twelve = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 0, 0, 0, 0);

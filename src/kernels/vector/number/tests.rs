@@ -1,4 +1,4 @@
-//! Numbers of 24 bits, alone and in the vectors of this CPU.
+//! Tests numbers of 24 bits, alone and in the vectors of this CPU.
 #![expect(clippy::cast_precision_loss, reason = "24 bits")]
 
 use proptest::prelude::*;
@@ -10,11 +10,11 @@ use crate::kernels::vector::Portable;
 use crate::kernels::vector::avx2::Avx2;
 use crate::kernels::vector::avx512::Avx512;
 
-/// What is read again of a row that is kept.
+/// Reads back a row after it is written as kept numbers.
 fn kept(row: &[f32]) -> Vec<f32> {
     let factor = <Int24 as Kept>::factor(row);
     let mut bytes = vec![0; 3 * row.len()];
-    // SAFETY: there are three bytes for each.
+    // SAFETY: there are three bytes for each number.
     unsafe { Int24::put_row(row, factor, bytes.as_mut_ptr(), 3) };
     let numbers = bytes.chunks_exact(3);
     numbers
@@ -22,7 +22,7 @@ fn kept(row: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-/// Numbers far larger and far smaller than one, and of either sign.
+/// Generates numbers far larger and far smaller than one, and of either sign.
 fn row() -> impl Strategy<Value = Vec<f32>> {
     let spread = prop_oneof![Just(0_i32), 1..20_i32, Just(80_i32)];
     (-90..100_i32, spread).prop_flat_map(|(exponent, spread)| {
@@ -33,16 +33,19 @@ fn row() -> impl Strategy<Value = Vec<f32>> {
 }
 
 proptest! {
-    /// No number is further off than half of the last of 23 bits of the largest.
+    /// Checks that no number is further off than half of the last of the
+    /// largest number's 23 bits.
     #[test]
     #[cfg_attr(miri, ignore = "takes too long")]
     fn a_row_is_as_exact_as_its_largest_number(row in row()) {
         let largest = row.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
-        // Below this products with the factor would not be normal numbers.
+        // Below this bound, products with the factor would not be normal
+        // numbers.
         let most = f64::from(largest).max(2_f64.powi(-62)) * 2_f64.powi(-23);
         for (value, read) in row.iter().zip(kept(&row)) {
             let error = (f64::from(*value) - f64::from(read)).abs();
-            // The largest number of 24 bits has no next one to be rounded to.
+            // The largest number of 24 bits has no next number to be rounded
+            // to.
             prop_assert!(error <= most, "{value} is read as {read}, {error:e} off");
         }
     }
@@ -53,11 +56,11 @@ fn what_24_bits_hold_is_exact() {
     let row = [1.0, -1.0, 0.5, 1.5 + 2_f32.powi(-22), -2_f32.powi(-22), 0.0];
     assert_eq!(kept(&row), row);
     assert_eq!(kept(&[0.0, -0.0]), [0.0, 0.0]);
-    // As small as what is as exact as any, and smaller.
+    // The smallest number that is as exact as any, and a smaller number.
     let least = [2_f32.powi(-62), 2_f32.powi(-84)];
     assert_eq!(kept(&least), least);
     assert_eq!(kept(&[f32::MIN_POSITIVE]), [0.0]);
-    // Half a step is rounded to even, and never beyond the largest.
+    // Half a step is rounded to even, and never beyond the largest number.
     assert_eq!(kept(&[f32::MAX]), [f32::MAX - 2_f32.powi(127 - 23)]);
     assert_eq!(
         kept(&[1.0, 2_f32.powi(-23), 3.0 * 2_f32.powi(-23)])[1..],
@@ -72,13 +75,14 @@ fn no_number_spoils_its_row() {
     }
 }
 
-/// Reads numbers as one vector type does, which must be there.
+/// Reads numbers with one vector type, whose instructions the CPU must have.
 fn read<V: Vector>(bytes: &[u8]) -> Vec<f32> {
     bytes
         .chunks_exact(3 * V::LANES)
         .flat_map(|bytes| {
             let mut lanes = [0.0; LANES_MAX];
-            // SAFETY: whoever asks knows the instructions; there are enough bytes.
+            // SAFETY: the caller of this test function has checked the
+            // instructions; there are enough bytes.
             unsafe { V::load_i24(bytes.as_ptr()).store(lanes.as_mut_ptr()) };
             lanes.into_iter().take(V::LANES)
         })

@@ -1,5 +1,5 @@
-//! The scheduler under a clock of its own: invariants under random traffic, and
-//! what its rules gain.
+//! Tests of the scheduler under a simulated clock: invariants under random
+//! traffic, and the gain from each rule.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ fn as_images(n: usize) -> f64 {
     f64::from(u32::try_from(n).expect("a few"))
 }
 
-/// A generator of random numbers that is the same on every machine.
+/// Random number generator with the same numbers on every machine.
 struct Random(u64);
 
 impl Random {
@@ -49,19 +49,19 @@ impl Random {
         (self.next() >> 33) % n
     }
 
-    /// From 0 to 1, without either.
+    /// Returns a number between 0 and 1, excluding both.
     fn unit(&mut self) -> f64 {
         let bits = u32::try_from(self.next() >> 32).expect("32 bits");
         (f64::from(bits) + 0.5) / (f64::from(u32::MAX) + 1.0)
     }
 
-    /// A time between arrivals of a Poisson process.
+    /// Returns a time between two arrivals of a Poisson process.
     fn gap(&mut self, per_second: f64) -> Duration {
         Duration::from_secs_f64(-self.unit().ln() / per_second)
     }
 }
 
-/// What can happen to a scheduler.
+/// Events that a scheduler is tested with.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Push {
@@ -69,22 +69,22 @@ enum Step {
         graph: Graph,
         deadline_ms: Option<u64>,
     },
-    /// Some item that waits leaves.
+    /// A waiting item is cancelled.
     Cancel(u64),
     /// Time passes.
     Pass(u64),
-    /// The engine is done and asks for more.
+    /// The engine has ended its run and asks for more work.
     Free,
-    /// Memory does not suffice for the largest size.
+    /// The largest size does not fit into memory.
     Shrink,
 }
 
-/// Runs steps and checks after each of them what must always hold.
+/// Scheduler that is checked for its invariants after each step.
 struct Checked {
     scheduler: Scheduler<u64>,
     now: Instant,
     next_item: u64,
-    /// Items that are in the queue by what happened to them.
+    /// Items that must be in the queue, by all that has happened to them.
     waiting: BTreeMap<
         u64,
         (
@@ -191,7 +191,7 @@ impl Checked {
         for class in Priority::ALL {
             let of_class = |entry: &&QueuedWork<u64>| self.waiting[&entry.item].0 == class;
             let rows: Vec<&QueuedWork<u64>> = picked.rows.iter().filter(of_class).collect();
-            // Order of arrival among equals.
+            // Equal deadlines leave in the order of arrival.
             let mut without: Vec<u64> = Vec::new();
             for entry in &rows {
                 assert_eq!(self.waiting[&entry.item].1, picked.graph);
@@ -232,7 +232,7 @@ impl Checked {
         }
     }
 
-    /// Everything that waits leaves in the end.
+    /// Checks that everything that waits leaves in the end.
     fn drain(mut self) {
         while !self.waiting.is_empty() {
             self.now += DELAY;
@@ -287,18 +287,19 @@ fn invariants_hold_for_a_million_steps() {
     checked.drain();
 }
 
-/// How the next batch is formed.
+/// Moment at which the next batch is formed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Binding {
-    /// When the engine is free.
+    /// Formed when the engine is free.
     Late,
-    /// When the engine begins the batch before it, or, if nothing waited then,
-    /// with the first that comes.
+    /// Formed when the engine begins the batch before or, if nothing waited
+    /// then, with the first arrival after that.
     Early,
 }
 
-/// Poisson arrivals at an engine whose batches take 10 ms and 1 ms an image;
-/// the mean time from arrival to answer, and images a batch.
+/// Simulates Poisson arrivals at an engine whose batches take 10 ms plus 1 ms
+/// per image; returns the mean time from arrival to answer, and the mean number
+/// of images per batch.
 fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
     const IMAGES: usize = 20_000;
     let batch_time = |bucket: usize| MS(10 + bucket as u64);
@@ -344,9 +345,9 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
     let mut free_at = start;
     let mut prepared: Option<Picked<Instant>> = None;
     loop {
-        // The batch that runs next, and when it starts.
+        // The batch that runs next, and the time at which it starts.
         let (picked, starts) = if let Some(picked) = prepared.take() {
-            // Frozen: what has arrived since waits for the one after it.
+            // The batch is fixed: later arrivals wait for the batch after it.
             let formed = picked.rows.iter().map(|row| row.arrived).max();
             (picked, formed.map_or(free_at, |formed| formed.max(free_at)))
         } else {
@@ -374,7 +375,7 @@ fn simulate(binding: Binding, per_second: f64) -> (Duration, f64) {
         n_batches += 1;
         scheduler.ended(ONE, ends);
         if binding == Binding::Early {
-            // The next one is formed now that this one has started.
+            // The next batch is formed now that this one has started.
             let next = push(&mut scheduler, starts);
             prepared = match scheduler.next(ONE, starts, false, None) {
                 NextTurn::Run(picked) => Some(picked),
@@ -410,20 +411,20 @@ fn late_binding_answers_sooner_than_early_commitment() {
         assert!(late < early, "{row}");
         assert!(late_size >= 0.99 * early_size, "{row}");
     }
-    // At two thirds of what the engine can do it is worth a quarter of the
-    // time.
+    // At two thirds of the engine's capacity late binding saves a quarter of
+    // the time.
     let (late, _) = simulate(Binding::Late, 300.0);
     let (early, _) = simulate(Binding::Early, 300.0);
     assert!(late * 4 < early * 3, "{late:?} against {early:?}");
 }
 
-/// For whoever runs it with --nocapture to read the figures.
+/// Prints a figure, for a run with --nocapture.
 #[expect(clippy::print_stdout, reason = "a test's figures")]
 fn show(row: &str) {
     println!("{row}");
 }
 
-/// What a run of two classes came to.
+/// Results of a simulation with both classes.
 #[derive(Debug)]
 struct Mixed {
     interactive_p99: Duration,
@@ -431,17 +432,18 @@ struct Mixed {
     bulk_per_second: f64,
 }
 
-/// 10 ms an image at any size.
+/// Duration of a batch on a CPU: 10 ms per image at any size.
 fn like_a_cpu(bucket: usize) -> Duration {
     MS(10 * bucket as u64)
 }
 
-/// 8 images in 80 ms, and one in 45.
+/// Duration of a batch on a GPU: 80 ms for 8 images, 45 ms for one.
 fn like_a_gpu(bucket: usize) -> Duration {
     MS(40 + 5 * bucket as u64)
 }
 
-/// Interactive Poisson arrivals, and bulk that always has 64 images waiting.
+/// Simulates interactive Poisson arrivals, and bulk work that always has 64
+/// images waiting.
 fn mixed(
     batch_time: fn(usize) -> Duration,
     interactive_per_second: f64,
@@ -522,7 +524,8 @@ fn mixed(
 
 #[test]
 fn bulk_moves_interactive_latency_by_little_and_takes_what_is_left() {
-    // Either engine does 100 images a second, and its largest batch takes 80 ms.
+    // Either engine runs 100 images per second, and its largest batch takes 80
+    // ms.
     let (capacity, one_batch) = (100.0, MS(80));
     for batch_time in [like_a_cpu, like_a_gpu] {
         for interactive in [5.0, 10.0, 20.0, 40.0] {
@@ -570,7 +573,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     }
     assert_eq!(too_late(&scheduler, 99), Some(MS(100)));
     assert_eq!(too_late(&scheduler, 100), None);
-    // Eight that go before it take two batches.
+    // Eight entries that go before it take two batches.
     for item in 0..8 {
         let entry = QueuedWork {
             item,
@@ -581,7 +584,7 @@ fn whoever_cannot_be_served_in_time_is_told_before_it_waits() {
     }
     assert_eq!(too_late(&scheduler, 290), None, "it goes before them");
     assert_eq!(too_late(&scheduler, 599), Some(MS(600)));
-    // One of them runs, and the rest of its time counts.
+    // One of the batches runs, and the rest of its time counts.
     let NextTurn::Run(picked) = scheduler.next(ONE, start, false, None) else {
         panic!("a full batch waits");
     };
@@ -594,7 +597,7 @@ fn a_queue_that_runs_one_by_one_counts_one_by_one() {
     let mut scheduler: Scheduler<u32> = Scheduler::new(policy(8), 1);
     let start = Instant::now();
     let (class, graph) = (Priority::Interactive, GRAPHS[0]);
-    // A CPU after its warm-up: since then only single images were run.
+    // A CPU after its warm-up, which has run only single images since.
     for bucket in [1, 2, 4, 8] {
         let elapsed = MS(100 * bucket as u64);
         scheduler.pace.warmed(graph, bucket, elapsed, start);
@@ -650,7 +653,7 @@ fn who_would_ride_along_too_late_is_left_to_another_engine() {
             .queue
             .push(Priority::Bulk, graph, entry(item, start, None));
     }
-    // Bulk has waited long enough, and has a row to spare.
+    // Bulk has waited long enough, and its batch has a row to spare.
     let now = start + Duration::from_secs(20);
     let urgent = entry(9, now, Some(now + MS(60)));
     scheduler.queue.push(Priority::Interactive, graph, urgent);
@@ -735,7 +738,7 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
     };
     assert_eq!((picked.bucket, picked.rows.len()), (2, 2));
     assert!(picked.late.is_empty());
-    // What no size can serve is late and costs no run.
+    // An entry that no size can serve is late and costs no run.
     let late = QueuedWork {
         item: 9,
         arrived: start,
@@ -749,8 +752,9 @@ fn a_batch_is_made_small_enough_for_the_most_urgent() {
     assert_eq!(picked.rows.len(), 2, "and makes no batch small");
 }
 
-/// Engine time of batches and of steps in ten seconds in which bulk rows of
-/// 100 ms and sequences of this class always wait, with steps of 10 ms.
+/// Returns the engine time of batches and of steps in ten seconds, in which
+/// rows of 100 ms and sequences with steps of 10 ms, of these classes, always
+/// wait.
 fn shared_time(rows: Priority, sequences: Priority) -> (Duration, Duration) {
     let mut scheduler = Scheduler::<()>::new(policy(1), 1);
     let start = Instant::now();
@@ -797,8 +801,8 @@ fn shared_time(rows: Priority, sequences: Priority) -> (Duration, Duration) {
     (batches, steps)
 }
 
-/// A caller who waits for each answer and comes back one step later: the queue is
-/// empty whenever a batch ends.
+/// Simulates a caller who waits for each answer and comes back one step later:
+/// the queue is empty whenever a batch ends.
 #[test]
 fn steps_get_their_share_beside_a_caller_that_comes_back() {
     let mut scheduler = Scheduler::<()>::new(policy(1), 1);
@@ -854,7 +858,7 @@ fn steps_and_batches_share_the_engine_by_class() {
             "{class:?}: half of the time each, {batches:?} and {steps:?}"
         );
     }
-    // Bulk has its share and no more, whichever of the two it is.
+    // Bulk has its share and no more, whether it is the rows or the sequences.
     let share = f64::from(policy(1).bulk_share) / 100.0;
     let (batches, steps) = shared_time(Priority::Bulk, Priority::Interactive);
     let got = seconds(batches) / seconds(batches + steps);
@@ -887,7 +891,7 @@ fn a_step_does_not_wait_for_a_batch_to_fill() {
     ));
 }
 
-/// An engine that shares the queue with the first.
+/// Engine that shares the queue with the first.
 const OTHER: DeviceIdx = DeviceIdx(1);
 
 fn entry<T>(item: T, arrived: Instant, deadline: Option<Instant>) -> QueuedWork<T> {
@@ -913,8 +917,8 @@ fn two_engines_take_from_one_queue_half_as_long() {
     }
     let rate = scheduler.pace.rate().expect("two runs");
     assert!((scheduler.rate().expect("two runs") - 2.0 * rate).abs() < 1e-9);
-    // Twelve that go before it take three batches: the third begins when the first
-    // has ended, and it when the second has.
+    // Twelve entries that go before it take three batches: the third begins
+    // when the first has ended, and its own when the second has.
     for item in 0..12 {
         let deadline = Some(start + MS(340));
         scheduler
@@ -922,7 +926,7 @@ fn two_engines_take_from_one_queue_half_as_long() {
             .push(class, graph, entry(item, start, deadline));
     }
     assert_eq!(too_late(&scheduler, 349, start), Some(MS(250 + 100)));
-    // One of them runs at each engine, and one waits.
+    // One batch runs at each engine, and one waits.
     for (device, at) in [(ONE, MS(0)), (OTHER, MS(50))] {
         let NextTurn::Run(picked) = scheduler.next(device, start + at, false, None) else {
             panic!("a full batch waits");
@@ -930,14 +934,15 @@ fn two_engines_take_from_one_queue_half_as_long() {
         assert_eq!(picked.rows.len(), 4);
     }
     let now = start + MS(50);
-    // The batch that waits begins after 200 ms, and it when the other ends: 250.
+    // The batch that waits begins after 200 ms, and its own when the other
+    // ends: 250 ms.
     assert_eq!(too_late(&scheduler, 399, now), Some(MS(250 + 100)));
     assert_eq!(too_late(&scheduler, 400, now), None);
-    // With one engine left it comes after that batch.
+    // With one engine left its own batch comes after the waiting one.
     scheduler.gone(OTHER);
     assert_eq!(too_late(&scheduler, 400, now), Some(MS(200 + 250 + 100)));
     assert!((scheduler.rate().expect("two runs") - rate).abs() < 1e-9);
-    // What its memory suffices for holds for it alone.
+    // The memory limit of one engine holds for that engine alone.
     scheduler.limit(ONE, 2);
     scheduler.ended(ONE, start + MS(240));
     let NextTurn::Run(picked) = scheduler.next(ONE, start + MS(240), false, None) else {
@@ -960,7 +965,7 @@ fn a_batch_begins_when_the_first_of_several_engines_is_free_for_it() {
     check(&[0, 0], 10, 5, 20);
     check(&[0, 5], 10, 1, 5);
     check(&[0, 5], 10, 2, 10);
-    // It ends long after the others; nobody waits for it.
+    // One engine ends long after the others; no batch waits for it.
     check(&[0, 1000], 10, 3, 30);
     check(&[0, 15], 10, 2, 15);
     check(&[3, 4], 0, 9, 3);
@@ -972,7 +977,7 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
     let mut scheduler: Scheduler<u64> = Scheduler::new(policy(8), ENGINES);
     let mut random = Random(11);
     let mut now = Instant::now();
-    // When each engine ends what it runs.
+    // Time at which each engine ends its run.
     let mut ends: [Option<Instant>; ENGINES] = [None; ENGINES];
     let (mut n_pushed, mut n_gone, mut busiest) = (0_u64, 0_u64, 0);
     let mut step = |scheduler: &mut Scheduler<u64>, now: Instant, draining: bool| {
@@ -1033,15 +1038,15 @@ fn random_traffic_on_several_engines_keeps_every_item_once() {
     assert_eq!(busiest, ENGINES, "all of them were busy at one time");
 }
 
-/// Engine time of bulk in a minute in which both classes always wait for this
-/// many engines, as a part of all.
+/// Returns bulk work's share of all engine time in a minute in which both
+/// classes always wait for this number of engines.
 fn share_of_bulk(n_engines: usize) -> f64 {
     let mut scheduler = Scheduler::<()>::new(policy(1), n_engines);
     let start = Instant::now();
     scheduler.pace.warmed(GRAPHS[0], 1, MS(10), start);
     let mut free_at = vec![start; n_engines];
     let (mut n_bulk, mut n_all) = (0_u32, 0_u32);
-    // Whoever is free first.
+    // The engine that is free first comes next.
     while let Some((idx, &now)) = free_at.iter().enumerate().min_by_key(|&(_, &at)| at)
         && now < start + Duration::from_mins(1)
     {
@@ -1096,11 +1101,13 @@ fn a_batch_knows_since_when_it_was_possible() {
         };
         assert_eq!(picked.possible_since, at(expected), "{arrived:?} at {now}");
     };
-    // Full: with the last that it takes, and not with those that come after.
+    // A full batch was possible with the last image that it takes, not with
+    // later ones.
     check(&[0, 1, 2, 3, 4], None, 4, 3);
-    // The queue delay of five was over before it was full.
+    // The queue delay of 5 ms was over before the batch was full.
     check(&[0, 1, 2, 9], None, 10, 5);
-    // Not full: with the delay of the first.
+    // A batch that is not full was possible once the first image's delay was
+    // over.
     check(&[0, 3], None, 5, 5);
     check(&[0, 3], None, 20, 5);
     // A step was possible earlier.

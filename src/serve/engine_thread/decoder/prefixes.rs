@@ -1,15 +1,16 @@
-//! Which sequences of a step begin alike, so that it reads that part of their past
-//! once for several of them.
+//! Prefix sharing: finds the sequences of a step that begin alike, so that the
+//! step reads that part of their key/value cache once for several of them.
 
 use crate::kernels::attention::{BLOCK, SharedPrefix};
 use crate::serve::sequence::{Past, Sequence};
 
-/// For each slot which other one it shares its first positions with. In the same
-/// past there are the same keys and values: they depend on nothing else.
+/// For each slot, returns the slot with which it shares its first positions,
+/// and their number. Equal pasts have equal keys and values, since these depend
+/// on nothing else.
 ///
-/// Those that are neighbors in the order of their tokens have the most in common, so
-/// groups are runs of that order, cut where most is saved: positions that one of a
-/// group reads for the others.
+/// Sequences that are neighbors in the order of their tokens have the most in
+/// common. Groups are therefore runs in that order, cut so that the most reads
+/// are saved: positions that one sequence of a group reads for the others.
 pub(super) fn prefixes(slots: &[Option<Sequence>]) -> Vec<SharedPrefix> {
     let mut prefixes: Vec<_> = (0..slots.len())
         .map(|of| SharedPrefix { of, len: 0 })
@@ -19,7 +20,7 @@ pub(super) fn prefixes(slots: &[Option<Sequence>]) -> Vec<SharedPrefix> {
         .filter_map(|(slot, sequence)| Some((sequence.as_ref()?.past()?, slot)))
         .collect();
     pasts.sort_unstable();
-    // What each has in common with the one before it.
+    // Positions that each past has in common with the one before it.
     let common: Vec<usize> = std::iter::once(0)
         .chain(pasts.windows(2).map(|pair| blocks(pair[0].0, pair[1].0)))
         .collect();
@@ -40,7 +41,7 @@ pub(super) fn prefixes(slots: &[Option<Sequence>]) -> Vec<SharedPrefix> {
     prefixes
 }
 
-/// Positions that two pasts have in common, whole blocks.
+/// Number of positions that two pasts have in common, in whole blocks.
 fn blocks(one: Past<'_>, other: Past<'_>) -> usize {
     if one.start != other.start {
         return 0;
@@ -50,16 +51,16 @@ fn blocks(one: Past<'_>, other: Past<'_>) -> usize {
     n_same / BLOCK * BLOCK
 }
 
-/// The best way to cut the first few of a run into groups.
+/// Best way to cut the first few pasts into groups.
 #[derive(Clone, Copy)]
 struct Cut {
-    /// Where the last group starts.
+    /// Index at which the last group starts.
     start: usize,
-    /// Positions that are not read.
+    /// Positions that need not be read.
     saved: usize,
 }
 
-/// For each number of them the best way to cut the first so many.
+/// Returns the best way to cut the first `n` pasts, for each `n` from 0 on.
 fn cuts(common: &[usize]) -> Vec<Cut> {
     let mut cuts = vec![Cut { start: 0, saved: 0 }];
     for end in 1..=common.len() {

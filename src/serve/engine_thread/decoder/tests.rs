@@ -1,5 +1,5 @@
-//! Sequences over the fake engine, whose every color follows from all tokens
-//! before it: a slot that kept another one's past would show.
+//! Sequences on the fake engine, in which every color follows from all tokens
+//! before it: a slot that kept the past of another sequence would show.
 
 use std::time::{Duration, Instant};
 
@@ -124,7 +124,7 @@ fn sequences_come_and_go_and_each_is_its_own() {
             });
         }
         assert_eq!(bench.decoder.sequences().n_free, 4);
-        // Each is counted once, however many steps it took.
+        // Each image is counted once, however many steps it took.
         assert!((images - 12.0_f64).abs() < 1e-9, "{images}");
     }
 }
@@ -173,7 +173,7 @@ fn one_primer_is_fed_once() {
     assert_eq!(fed(false), "80");
 }
 
-/// What slots share, and the sequences whose tokens those are.
+/// Shared prefixes of slots, and the sequences whose tokens they hold.
 fn shared(of: &[(&[u16], usize)]) -> Vec<(usize, usize)> {
     let slots: Vec<_> = of
         .iter()
@@ -196,8 +196,8 @@ fn those_who_begin_alike_share_what_saves_most() {
     let other: Vec<u16> = (0..63).map(|pixel| (pixel * 3 + 1) % COLORS).collect();
     let half: Vec<u16> = [&image[..31], &other[..30]].concat();
     let none = |slot: usize| (slot, 0);
-    // Whole blocks of what both were fed, the start token too; and less than a block,
-    // and nothing.
+    // Two share whole blocks of the tokens that both were fed, with the start
+    // token; two others less than a block, and two nothing.
     assert_eq!(
         shared(&[
             (&image, 50),
@@ -228,7 +228,7 @@ fn those_who_begin_alike_share_what_saves_most() {
 #[test]
 fn what_is_saved_does_not_depend_on_who_came_first() {
     let image: Vec<u16> = (0..63).map(|pixel| pixel % COLORS).collect();
-    // As white margins: alike for a block, and then not.
+    // White margins, for example: alike for a block, and then not.
     let half: Vec<u16> = image
         .iter()
         .enumerate()
@@ -248,7 +248,8 @@ fn what_is_saved_does_not_depend_on_who_came_first() {
             seen.insert(shared(&slots).iter().map(|(_, len)| len).sum::<usize>());
         }
     }
-    // Two of the one primer and four of the other read nothing of 64 positions.
+    // Two samples of one primer and four of the other read none of 64
+    // positions.
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [6 * 64]);
 }
 
@@ -263,7 +264,8 @@ fn samples_of_a_primer_share_it_as_long_as_there_are_several() {
         prefixes.iter().map(|prefix| prefix.len).collect::<Vec<_>>()
     };
     assert_eq!(shared(&bench), [0, 32, 32, 0], "whole blocks");
-    // All draw what is likeliest, and so share what they draw as well.
+    // All draw the likeliest color, and so also share the colors that they
+    // draw.
     while bench.decoder.slots[0].as_ref().expect("there").n_fed() < 48 {
         bench.step();
     }

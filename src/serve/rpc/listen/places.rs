@@ -1,12 +1,13 @@
-//! The places of connections, and which connection leaves when another waits.
+//! Places of open connections, and the choice of the connection that must close
+//! when a new one waits for a place.
 //!
 //! A client that answers pings could hold its connections for ever, so a place
-//! without a call is only lent. When all are taken, a newcomer's arrival sends
-//! one of those away that have no call in progress. The ones that never had a
-//! call leave first, in the order in which they came, then the others by the
-//! end of their last call. Calls that need no token (health) and reflection
-//! neither keep a connection nor renew it, or a client without a token could
-//! hold a place by them.
+//! without a call is only lent. When all places are taken, each new connection
+//! makes one connection without a call in progress close. Connections that
+//! never had a call close first, in the order of their arrival; then the
+//! others, in the order in which their last calls ended. Calls that need no
+//! token (health) and reflection do not count as calls here; otherwise a client
+//! without a token could hold a place with them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -17,40 +18,46 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::serve::metrics::{ConnectionOutcome, Metrics};
 
-/// Age of a connection that has had no call, and rest since the last call of
-/// one that has, before which it is not sent away: clients that make one call
-/// after another keep their places, and a newcomer has time for its handshake
-/// and its first call.
+/// Shortest time since a connection's last call, or since its arrival if the
+/// connection has had no call, before the connection may be closed for a new
+/// one. Clients that make one call after another keep their places, and a new
+/// connection has time for its handshake and its first call.
 const REST_MIN: Duration = Duration::from_secs(1);
-/// Time for a connection that was told to go away to do so, a round trip and a
-/// ping; then it is cut.
+/// Time for a connection to close after it was asked to (a round trip and a
+/// ping); after it the connection is cut.
 const LEAVE_TIME: Duration = Duration::from_secs(1);
-/// Time for a connection that was cut to be gone: its task only has to run.
+/// Time for a connection that was cut to free its place: its task only has to
+/// run.
 const CUT_TIME: Duration = Duration::from_secs(1);
-/// Newcomers that may wait for a place at once; each holds a file descriptor.
+/// Largest number of new connections that wait for a place at the same time;
+/// each holds a file descriptor.
 pub(super) const WAITING_MAX: usize = 64;
-/// Calls without a token in progress on one connection, watches with them. A
-/// probe has one; each costs a task and some kilobytes.
+/// Largest number of calls without a token in progress on one connection,
+/// including watches. A probe needs one call; each call costs a task and a few
+/// kilobytes.
 const OPEN_CALLS_PER_CONNECTION: usize = 16;
-/// Watches of one connection. A client that balances its own load has one for
-/// each name that it asks about, and the worker has four.
+/// Largest number of health watches on one connection. A client that balances
+/// its own load has one watch per service name that it asks about, and the
+/// worker has four names.
 const WATCHES_PER_CONNECTION: usize = 8;
-/// Watches of all connections beyond the first of each. The first is always
-/// had, so that nobody can use up what others need.
+/// Largest number of health watches over all connections, not counting the
+/// first watch of each connection. The first watch is always granted, so that
+/// no client can use up the watches that others need.
 const WATCHES_SHARED: usize = 4096;
-/// Streams of reflection on one connection: a tool opens one after the other.
+/// Largest number of reflection streams on one connection: a tool opens one
+/// after the other.
 const REFLECTIONS_PER_CONNECTION: usize = 4;
-/// Streams of reflection in the worker. Each may hold an answer (some 64 KiB)
-/// that its client does not take.
+/// Largest number of reflection streams in the worker. Each stream may hold an
+/// answer of about 64 KiB that its client does not read.
 const REFLECTIONS_MAX: usize = 256;
 
-/// All places of the worker. Cheap to clone.
+/// All places for connections of the worker. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct ConnectionPermits(Arc<Shared>);
 
 struct Shared {
     max: usize,
-    /// None is no limit.
+    /// Limit on connections of one address; none if there is no limit.
     per_address_max: Option<usize>,
     free: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
@@ -62,35 +69,38 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Grows with each arrival and each end of a connection's last call.
+    /// Counter that grows with each new connection and each end of a
+    /// connection's last call.
     clock: u64,
     guests: HashMap<u64, Entry>,
-    /// Connections that have had no call, by when they came.
+    /// Connections that have had no call, by their order of arrival.
     unused: BTreeMap<u64, u64>,
-    /// Connections that have no call now, by when the last one ended.
+    /// Connections that have no call now, by the order in which their last
+    /// calls ended.
     rested: BTreeMap<u64, u64>,
     addresses: HashMap<IpAddr, usize>,
 }
 
 struct Entry {
     n_calls: usize,
-    /// Key of the connection where it is listed, if it is.
+    /// Key of the connection in `unused` or `rested`, if one of them lists the
+    /// connection.
     order: Option<u64>,
     was_used: bool,
     since: Instant,
-    /// True if its client has yet to begin to speak HTTP.
+    /// True if the client has not yet begun to speak HTTP.
     is_pending: bool,
     was_sent_away: bool,
     leave: Option<oneshot::Sender<()>>,
     cut: Option<oneshot::Sender<()>>,
 }
 
-/// Why a connection gets no place.
+/// Reason for which a connection gets no place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NoPlace {
-    /// All are taken, and nobody can be sent away.
+    /// All places are taken, and no connection can be closed.
     Full,
-    /// The address has as many connections as one may have.
+    /// The address has reached its limit on connections.
     Address,
 }
 
@@ -117,8 +127,8 @@ impl ConnectionPermits {
         }))
     }
 
-    /// A place for a connection from this address, or the right to wait for one
-    /// that somebody is asked to leave.
+    /// Returns a place for a connection from this address, or the right to wait
+    /// for the place of a connection that was asked to close.
     pub(super) fn enter(&self, addr: Option<IpAddr>) -> Result<Newcomer, NoPlace> {
         let address = self.count_address(addr)?;
         if let Ok(permit) = Arc::clone(&self.0.free).try_acquire_owned() {
@@ -173,15 +183,16 @@ impl State {
         self.clock
     }
 
-    /// Asks the connection that has been without a call the longest to leave;
-    /// none where all have calls or had one a moment ago.
+    /// Asks the connection that has been without a call for the longest time to
+    /// close, and returns its id; none if all connections have calls or had one
+    /// a moment ago.
     fn send_away(&mut self, max: usize) -> Option<u64> {
         let rests = |state: &Self, id: &u64| {
             let entry = state.guests.get(id);
             entry.is_some_and(|entry| entry.since.elapsed() >= REST_MIN)
         };
-        // Clients that only connect may not take more than half of the places
-        // from those that call, however fast they come.
+        // Clients that only connect may take at most half of the places from
+        // clients that call, however fast they connect.
         let crowded = self.unused.len() > max / 2;
         let oldest = self.unused.values().next().copied();
         let unused = oldest.filter(|id| crowded || rests(self, id));
@@ -191,7 +202,8 @@ impl State {
         let entry = self.guests.get_mut(&id)?;
         entry.was_sent_away = true;
         let word = if entry.is_pending {
-            // Nothing is lost with it.
+            // No call is lost with a connection that has not begun to speak
+            // HTTP.
             entry.cut.take()
         } else {
             entry.leave.take()
@@ -202,7 +214,8 @@ impl State {
         Some(id)
     }
 
-    /// Takes a connection out of the lists of those that may be sent away.
+    /// Removes a connection from the lists of connections that may be asked to
+    /// close.
     fn unlist(&mut self, id: u64) {
         let Some(entry) = self.guests.get_mut(&id) else {
             return;
@@ -213,7 +226,7 @@ impl State {
         }
     }
 
-    /// Ends a connection that was asked to leave and has no call.
+    /// Cuts a connection that was asked to close and has no call.
     fn cut(&mut self, id: u64) {
         let entry = self.guests.get_mut(&id);
         if let Some(entry) = entry.filter(|entry| entry.n_calls == 0)
@@ -224,8 +237,9 @@ impl State {
     }
 }
 
-/// Returns the network or host that an address counts as. A provider gives a subscriber of IPv6 a /64 at
-/// the least, and with it 2^64 addresses to come from.
+/// Returns the network or host as which an address is counted. An IPv6
+/// subscriber gets a /64 network or a larger one from the provider, and can use
+/// all of its 2^64 addresses.
 fn subscriber(addr: IpAddr) -> IpAddr {
     match addr.to_canonical() {
         IpAddr::V6(addr) => {
@@ -236,7 +250,7 @@ fn subscriber(addr: IpAddr) -> IpAddr {
     }
 }
 
-/// One connection in its address's count.
+/// Guard that counts one connection of an address.
 #[derive(Debug)]
 struct Address {
     places: ConnectionPermits,
@@ -273,8 +287,8 @@ enum Seat {
 }
 
 impl Newcomer {
-    /// Returns its place, and how it learns that it has to leave; none if no place
-    /// is free in time.
+    /// Waits for the connection's place, and returns the place and the signals
+    /// that the connection must close; none if no place becomes free in time.
     pub(super) async fn sit(self) -> Option<(ConnectionPermit, Leave)> {
         let Self { address, seat } = self;
         let places = address.places.clone();
@@ -295,16 +309,16 @@ impl Newcomer {
     }
 }
 
-/// How a connection learns that it has to leave.
+/// Signals by which a connection learns that it must close.
 #[derive(Debug)]
 pub(super) struct Leave {
-    /// After the calls that it has.
+    /// Asks the connection to close after its calls in progress.
     pub(super) leave: oneshot::Receiver<()>,
-    /// Now.
+    /// Tells the connection to close at once.
     pub(super) cut: oneshot::Receiver<()>,
 }
 
-/// A connection's place, counted.
+/// Place of one connection, which counts as open until the place is dropped.
 #[derive(Debug)]
 pub(super) struct ConnectionPermit {
     pub(super) guest: Guest,
@@ -371,7 +385,7 @@ impl Drop for ConnectionPermit {
     }
 }
 
-/// A connection, as its calls know it. Cheap to clone.
+/// Handle of a connection for its calls. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(in crate::serve::rpc) struct Guest {
     id: u64,
@@ -381,7 +395,7 @@ pub(in crate::serve::rpc) struct Guest {
     reflections: Arc<Semaphore>,
 }
 
-/// Too many of a kind: how many may be, and of what.
+/// Error of a call or stream beyond a limit of its connection or of the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {max} are in progress on this {whole}, which is the limit; {remedy}")]
 pub(in crate::serve::rpc) struct TooMany {
@@ -392,15 +406,15 @@ pub(in crate::serve::rpc) struct TooMany {
 }
 
 impl Guest {
-    /// The client has begun to speak HTTP.
+    /// Notes that the client has begun to speak HTTP.
     pub(super) fn speaks(&self) {
         if let Some(entry) = self.places.lock().guests.get_mut(&self.id) {
             entry.is_pending = false;
         }
     }
 
-    /// A call that keeps the connection's place until what this gives is
-    /// dropped.
+    /// Counts a call that keeps the connection's place until the returned guard
+    /// is dropped.
     pub(in crate::serve::rpc) fn call(&self) -> InUse {
         let mut state = self.places.lock();
         if let Some(entry) = state.guests.get_mut(&self.id) {
@@ -428,7 +442,7 @@ impl Guest {
         }
     }
 
-    /// A call without a token.
+    /// Counts a call without a token until the returned permit is dropped.
     pub(in crate::serve::rpc) fn open_call(&self) -> Result<OwnedSemaphorePermit, TooMany> {
         let permit = Arc::clone(&self.open_calls).try_acquire_owned();
         permit.map_err(|_| TooMany {
@@ -439,7 +453,7 @@ impl Guest {
         })
     }
 
-    /// A watch of health.
+    /// Counts a health watch until the returned permit is dropped.
     pub(in crate::serve::rpc) fn watch(&self) -> Result<WatchPermit, TooMany> {
         let own = Arc::clone(&self.watches).try_acquire_owned();
         let own = own.map_err(|_| TooMany {
@@ -466,7 +480,7 @@ impl Guest {
         })
     }
 
-    /// A stream of reflection.
+    /// Counts a reflection stream until the returned permits are dropped.
     pub(in crate::serve::rpc) fn reflection(
         &self,
     ) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit), TooMany> {
@@ -485,7 +499,7 @@ impl Guest {
     }
 }
 
-/// A call in progress on a connection.
+/// Guard of a call in progress on a connection.
 #[derive(Debug)]
 pub(in crate::serve::rpc) struct InUse(Guest);
 
@@ -495,7 +509,7 @@ impl Drop for InUse {
     }
 }
 
-/// A watch's share of what watches may hold.
+/// Permit of one health watch.
 #[derive(Debug)]
 pub(in crate::serve::rpc) struct WatchPermit {
     _own: OwnedSemaphorePermit,

@@ -1,4 +1,4 @@
-//! One inference request: what it asks for, and its answer.
+//! Inference request of the protocol: its checks, its work and its response.
 
 use std::time::Instant;
 
@@ -28,14 +28,17 @@ pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
 pub(super) const LOGITS: &str = "logits";
 pub(super) const NLL: &str = "nll";
 pub(super) const TOKENS: &str = "tokens";
-/// Of a class that is named, besides its label: length, value and index.
+/// Bytes of a named class in addition to its label: its length, value and
+/// index.
 const NAMED_CLASS_BYTES: usize = 64;
-/// With the parameter `partial` only.
+/// Name of the output with the status of each image, which needs the parameter
+/// `partial`.
 const STATUS: &str = "status";
-/// What a stream's answer is marked with where that is asked for.
+/// Parameter that marks the only response to a request of a stream, if the
+/// request asks for the mark.
 const FINAL: &str = "triton_final_response";
 
-/// What a request inherits of its call.
+/// Priority class and deadline that a request inherits from its call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CallOrigin {
     pub(super) class: Priority,
@@ -51,7 +54,7 @@ impl CallOrigin {
     }
 }
 
-/// One output that was asked for.
+/// Output that a request asks for.
 #[derive(Debug)]
 struct Output {
     name: &'static str,
@@ -64,16 +67,16 @@ enum Kind {
     /// Pooled features or states.
     Features(Box<Embedding>),
     Logits {
-        /// By its place; none: the checkpoint's own.
+        /// Index of the linear head; none for the checkpoint's own head.
         head: Option<usize>,
-        /// How many classes to name instead of all their numbers.
+        /// Number of best classes to name, instead of all logits.
         n_named: Option<usize>,
     },
     Nll,
     Tokens,
 }
 
-/// What a request asks for, once all of it is known to make sense.
+/// Checked options of a request.
 #[derive(Debug)]
 struct Plan {
     id: String,
@@ -81,23 +84,23 @@ struct Plan {
     outputs: Vec<Output>,
     n_images: usize,
     partial: bool,
-    /// Where the status of each image stands among the outputs, if it was named.
+    /// Index of the status among the outputs, if the request names it.
     status_at: Option<usize>,
     marks_final: bool,
     class: Priority,
     deadline: Option<Instant>,
 }
 
-/// A request that may be submitted.
+/// Request that was checked and may be submitted.
 #[derive(Debug)]
 pub(super) struct PreparedInfer {
     plan: Plan,
-    /// Of each output, in their order.
+    /// Work for each output, in the order of the outputs.
     asks: Vec<Ask>,
     pictures: Vec<Result<ImageRequest, RequestError>>,
 }
 
-/// A request in the worker.
+/// Request that was submitted.
 #[derive(Debug)]
 pub(super) struct RunningInfer {
     plan: Plan,
@@ -105,7 +108,7 @@ pub(super) struct RunningInfer {
 }
 
 impl PreparedInfer {
-    /// Checks a request, the cheap questions first.
+    /// Checks a request, with the cheap checks first, and converts its images.
     pub(super) fn new(
         oip: &Oip,
         mut request: ModelInferRequest,
@@ -146,13 +149,13 @@ impl PreparedInfer {
         })
     }
 
-    /// What it will hold while it is in the worker.
+    /// Returns the bytes that the request will hold while it is in the worker.
     pub(super) fn bytes(&self) -> usize {
         let bytes = call_bytes(&self.pictures, &self.asks, CapacityShare::default());
         bytes.request + bytes.answer
     }
 
-    /// Sends it down the line, with what was taken for it as it arrived.
+    /// Submits the request, with the share that was taken while it arrived.
     pub(super) fn submit(
         self,
         oip: &Oip,
@@ -171,7 +174,7 @@ impl PreparedInfer {
 }
 
 impl RunningInfer {
-    /// The answer, once everything is computed.
+    /// Awaits the outcomes and makes the response.
     pub(super) async fn finish(
         self,
         oip: &Oip,
@@ -196,8 +199,8 @@ impl RunningInfer {
     }
 }
 
-/// The outputs that a request names, or the model's first, and where the status
-/// stands among them.
+/// Returns the outputs that a request names, or the model's first, and the
+/// index of the status among them.
 fn outputs(
     service: &WorkerService,
     facts: &EngineFacts,
@@ -220,7 +223,7 @@ fn outputs(
         if tensor.name == STATUS {
             if !manner.partial || status_at.is_some() {
                 return Err(invalid(
-                    "status comes with the parameter partial, once".to_owned(),
+                    "status is only available with the parameter partial, and only once".to_owned(),
                 ));
             }
             status_at = Some(outputs.len());
@@ -234,7 +237,7 @@ fn outputs(
     }
     if outputs.is_empty() {
         return Err(invalid(
-            "status alone is no output; name another".to_owned(),
+            "status alone is not enough; name another output too".to_owned(),
         ));
     }
     Ok((outputs, status_at))
@@ -273,7 +276,7 @@ fn output(
             kind: Kind::Features(Box::new(embedding)),
         })
     };
-    // Numbers that have one type only.
+    // Outputs whose values have only one type.
     let ask = |work, n_values| Ask {
         work,
         n_values,
@@ -287,7 +290,8 @@ fn output(
         NLL => {
             service.require(CallTask::Score)?;
             let work = RequestedWork::Infer {
-                // The graph shifts by itself: it needs the last pixel, too.
+                // The graph itself shifts the tokens: it needs the last pixel,
+                // too.
                 context: Context::Raw,
                 want: Want::Nll,
             };
@@ -307,8 +311,8 @@ fn output(
             Err(RequestError::TensorInvalid {
                 tensor: "outputs".to_owned(),
                 problem: format!(
-                    "{given:?} is none; name {EMBEDDING}, {LAST_HIDDEN_STATE}, {LOGITS}, {NLL} or \
-                     {TOKENS}"
+                    "{given:?} is not an output; name {EMBEDDING}, {LAST_HIDDEN_STATE}, {LOGITS}, \
+                     {NLL} or {TOKENS}"
                 ),
             })
         }
@@ -323,7 +327,7 @@ fn logits(
 ) -> Result<Output, RequestError> {
     let head = convert::head(&service.heads, &options.head, &service.model)?;
     let (work, n_computed) = if let Some(head) = head {
-        // What travels down the line are the features.
+        // The engine computes the features; the head is applied to them later.
         let work = convert::head_work(head, options.context, &service.model)?;
         (work, head.width.max(head.labels.len()))
     } else {
@@ -332,7 +336,7 @@ fn logits(
         (RequestedWork::Infer { context, want }, facts.n_classes)
     };
     let labels = head.map_or(&service.model.labels, |head| &head.labels);
-    // Text is counted as if it were numbers, before it is made.
+    // The text of named classes is counted before it is made, in units of f32.
     let n_text = options.n_classes.map_or(0, |n_named| {
         let longest = labels.iter().map(String::len).max().unwrap_or(0);
         n_named.min(n_computed) * (longest + NAMED_CLASS_BYTES) / size_of::<f32>()
@@ -348,25 +352,26 @@ fn logits(
     })
 }
 
-/// A tensor while its rows come.
+/// Output tensor that is filled row by row, one row per image.
 struct Tensor {
     name: &'static str,
     datatype: &'static str,
-    /// Of one image.
+    /// Shape of one row.
     shape: Vec<usize>,
     raw: BytesMut,
-    /// The only row, as it came: most requests have one image.
+    /// Only row of a tensor for one image, kept without a copy: most requests
+    /// have one image.
     only: Option<Bytes>,
     n_images: usize,
     row: Row,
 }
 
-/// What stands for an image that has no answer.
+/// Placeholder row of an image that has no answer.
 #[derive(Clone, Copy)]
 enum Row {
-    /// Bytes of zero.
+    /// Number of zero bytes.
     Zeros(usize),
-    /// Empty elements.
+    /// Number of empty elements.
     Empty(usize),
 }
 
@@ -397,7 +402,7 @@ impl Tensor {
             name: output.name,
             datatype,
             raw: BytesMut::with_capacity(match &output.kind {
-                // It is the row itself.
+                // The only row is kept without a copy.
                 Kind::Features(_) if n_images == 1 => 0,
                 _ => n_images * n_each * width,
             }),
@@ -408,7 +413,7 @@ impl Tensor {
         }
     }
 
-    /// One image's answer.
+    /// Appends the answer of one image.
     fn put(
         &mut self,
         kind: &Kind,
@@ -454,8 +459,8 @@ impl Tensor {
         }
     }
 
-    /// The classification extension: "value:index:label", best first, equal
-    /// ones in index order.
+    /// Appends the best classes in the form of the classification extension,
+    /// "value:index:label": best first, and equal values in index order.
     fn put_classes(&mut self, logits: &[f32], labels: &[String]) {
         let n_named = self.shape.first().copied().unwrap_or(0);
         let mut order: Vec<usize> = (0..logits.len()).collect();
@@ -470,7 +475,7 @@ impl Tensor {
         }
     }
 
-    /// An image without an answer.
+    /// Appends the placeholder of an image without an answer.
     fn skip(&mut self) {
         match self.row {
             Row::Zeros(n_bytes) => self.raw.put_bytes(0, n_bytes),

@@ -1,5 +1,6 @@
-//! What the server and the model are, in the protocol's words. Only what is
-//! true of the model that is loaded is listed.
+//! Metadata and configuration of the server and the model, in the protocol's
+//! terms. Only the inputs, outputs and properties of the loaded model are
+//! listed.
 
 use std::collections::HashMap;
 
@@ -15,7 +16,7 @@ use crate::proto::inference::model_metadata_response::TensorMetadata;
 use crate::serve::rpc::WorkerService;
 use crate::serve::rpc::error::RequestError;
 
-/// What runs the model, as Triton names it.
+/// Triton's name of the platform that runs the model.
 const PLATFORM: &str = "onnxruntime_onnx";
 const BACKEND: &str = "onnxruntime";
 const EXTENSIONS: [&str; 5] = [
@@ -25,14 +26,14 @@ const EXTENSIONS: [&str; 5] = [
     "schedule_policy",
     "statistics",
 ];
-/// Interactive and bulk.
+/// Number of priority levels: interactive and bulk.
 const PRIORITY_LEVELS: u64 = 2;
 
-/// One tensor of the model.
+/// Input or output tensor of the model.
 struct Tensor {
     name: &'static str,
     data_type: DataType,
-    /// Of one image.
+    /// Extents of the tensor of one image.
     dims: Vec<i64>,
 }
 
@@ -66,7 +67,8 @@ impl Tensor {
 
 fn inputs(service: &WorkerService) -> Vec<Tensor> {
     vec![
-        // perf_analyzer cannot do with an image of no extents; [-1] is taken, too.
+        // perf_analyzer cannot handle an image without extents; a request may
+        // also have the shape [-1].
         Tensor::new(IMAGE, DataType::TypeString, &[1]),
         Tensor::new(INPUT_IDS, DataType::TypeInt64, &[service.model.positions()]),
         Tensor {
@@ -77,7 +79,8 @@ fn inputs(service: &WorkerService) -> Vec<Tensor> {
     ]
 }
 
-/// The model's outputs; the first is the one that is meant when none is named.
+/// Returns the model's outputs; the first is the default of a request that
+/// names none.
 fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     let model = &service.model;
     let (width, positions) = (facts.dimension, model.positions());
@@ -94,7 +97,7 @@ fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     } else if let [head] = &service.heads[..] {
         outputs.push(Tensor::new(LOGITS, float, &[head.labels.len()]));
     } else if !service.heads.is_empty() {
-        // As many as the head that is named has.
+        // The number of classes depends on the head that a request names.
         outputs.push(Tensor {
             name: LOGITS,
             data_type: float,
@@ -108,9 +111,10 @@ fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     outputs
 }
 
-/// The output that is meant when none is named: the first of [`outputs`].
+/// Returns the default output of a request that names none: the first of
+/// [`outputs`].
 pub(super) fn default_output(service: &WorkerService) -> &'static str {
-    // Not by making the list, which every call would pay for.
+    // The list itself is not made here, since every call would pay for it.
     let model = &service.model;
     if model.can(CallTask::Embed) {
         EMBEDDING
@@ -206,7 +210,7 @@ pub(super) fn config(service: &WorkerService) -> Result<oip::ModelConfigResponse
         output: outputs(service, &facts).into_iter().map(output).collect(),
         default_model_filename: String::new(),
         dynamic_batching: Some(oip::ModelDynamicBatching {
-            // What is formed depends on measurements; see the README.
+            // The sizes of batches depend on measurements; see the README.
             preferred_batch_size: Vec::new(),
             max_queue_delay_microseconds: 0,
             preserve_ordering: false,

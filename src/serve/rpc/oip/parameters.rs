@@ -1,7 +1,8 @@
-//! Parameters of requests and of their outputs: the protocol's, and ours.
+//! Parameters of requests and of their outputs: the protocol's and the worker's
+//! own.
 //!
-//! Names that are nobody's here are ignored, since load tools and gateways send
-//! their own; ours with values that make no sense are refused.
+//! Unknown parameters are ignored, since load tools and gateways send their
+//! own; a known parameter with an invalid value is an error.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,19 +15,20 @@ use crate::serve::rpc::error::RequestError;
 
 type Parameters = HashMap<String, InferParameter>;
 
-/// What concerns a request as a whole.
+/// Parameters of a request as a whole.
 #[derive(Debug, Default)]
 pub(super) struct RequestParameters {
     pub(super) class: Option<Priority>,
     pub(super) timeout: Option<Duration>,
-    /// Whether images that fail leave the others their answers.
+    /// True if the other images keep their answers when some images fail.
     pub(super) partial: bool,
-    /// Whether a stream's answer should say that it is the only one.
+    /// True if a response of a stream should be marked as the only one.
     pub(super) marks_final: bool,
     pub(super) preprocess: pb::Preprocess,
 }
 
-/// What may differ from output to output, as the contract's own numbers.
+/// Parameters that may differ between outputs; enums are numbers of the
+/// contract.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OutputOptions {
     pub(super) layers: Vec<u32>,
@@ -36,7 +38,7 @@ pub(super) struct OutputOptions {
     pub(super) normalize: bool,
     pub(super) dtype: i32,
     pub(super) head: String,
-    /// How many classes to name instead of all their numbers.
+    /// Number of best classes to name, instead of all logits.
     pub(super) n_classes: Option<usize>,
 }
 
@@ -58,10 +60,11 @@ const POOLINGS: [(&str, pb::Pooling); 2] =
 const DTYPES: [(&str, pb::DataType); 2] =
     [("fp32", pb::DataType::F32), ("fp16", pb::DataType::F16)];
 
-/// Parameters that are a whole request's.
+/// Names of parameters that only a whole request may have.
 const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
 
-/// The parameters of a request.
+/// Reads the parameters of a request, and the options that hold for all its
+/// outputs.
 pub(super) fn of_request(
     parameters: &Parameters,
 ) -> Result<(RequestParameters, OutputOptions), RequestError> {
@@ -70,7 +73,7 @@ pub(super) fn of_request(
         match name.as_str() {
             "priority" => manner.class = class(whole("priority", parameter)?),
             "timeout" => {
-                // Zero is none, as the protocol has it.
+                // In the protocol, 0 means no timeout.
                 manner.timeout = Some(whole("timeout", parameter)?)
                     .filter(|&time| time > 0)
                     .map(Duration::from_micros);
@@ -91,7 +94,7 @@ pub(super) fn of_request(
     Ok((manner, options))
 }
 
-/// The request's options with those of one output.
+/// Returns the request's options, overridden by the parameters of one output.
 pub(super) fn of_output(
     options: &OutputOptions,
     parameters: &Parameters,
@@ -106,7 +109,7 @@ pub(super) fn of_output(
     Ok(options)
 }
 
-/// An input has none of ours.
+/// Checks the parameters of an input, which may have none of the worker's own.
 pub(super) fn of_input(parameters: &Parameters) -> Result<(), RequestError> {
     for (name, parameter) in parameters {
         refuse_misplaced(name)?;
@@ -129,16 +132,16 @@ fn misplaced(name: &str) -> RequestError {
     let name: String = name.chars().take(TEXT_SHOWN).collect();
     RequestError::OptionInvalid {
         field: "parameters",
-        problem: format!("{name} is not a tensor's but the request's"),
+        problem: format!("{name} is a parameter of the request, not of this tensor"),
     }
 }
 
 fn ignored(name: &str) {
-    tracing::debug!(name, "a parameter that is not ours was ignored");
+    tracing::debug!(name, "ignored an unknown parameter");
 }
 
 impl OutputOptions {
-    /// Takes a parameter, or says that it has no such one.
+    /// Sets an option from a parameter; returns false if the name is unknown.
     fn set(&mut self, name: &str, parameter: &InferParameter) -> Result<bool, RequestError> {
         match name {
             "layer" => self.layers = layers(parameter)?,
@@ -150,7 +153,7 @@ impl OutputOptions {
             "head" => text("head", parameter)?.clone_into(&mut self.head),
             "classification" => {
                 let n_classes = whole("classification", parameter)?;
-                // Zero is none, as clients send it that do not want any.
+                // Clients that want no class names send 0.
                 self.n_classes =
                     (n_classes > 0).then(|| usize::try_from(n_classes).unwrap_or(usize::MAX));
             }
@@ -160,8 +163,8 @@ impl OutputOptions {
     }
 }
 
-/// 0 is the default, 1 the most urgent, and a level that there is not the
-/// default, as in Triton.
+/// Converts a priority level: 1 is the most urgent; 0 and unknown levels are
+/// the default, as in Triton.
 fn class(priority: u64) -> Option<Priority> {
     match priority {
         1 => Some(Priority::Interactive),
@@ -218,13 +221,13 @@ fn choice<T: Copy>(
     ))
 }
 
-/// One layer as a number, or several as text: "4,8".
+/// Reads one layer as a number, or several as text such as "4,8".
 fn layers(parameter: &InferParameter) -> Result<Vec<u32>, RequestError> {
     let refuse = |given: &str| {
         let given: String = given.chars().take(TEXT_SHOWN).collect();
         invalid(
             "layer",
-            format!("{given:?} is neither a layer's number nor several with commas between"),
+            format!("{given:?} is neither a layer's number nor a comma-separated list of them"),
         )
     };
     if let Some(ParameterChoice::StringParam(list)) = &parameter.parameter_choice {
@@ -310,7 +313,9 @@ mod tests {
         let output = parameters(&[("fit", word("squash"))]);
         let error = of_output(&OutputOptions::default(), &output).expect_err("the request's");
         assert!(
-            error.to_string().contains("fit is not a tensor's"),
+            error
+                .to_string()
+                .contains("fit is a parameter of the request"),
             "{error}"
         );
         let input = parameters(&[("layer", ParameterChoice::Int64Param(1))]);

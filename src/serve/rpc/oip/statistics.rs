@@ -1,4 +1,4 @@
-//! What was computed since the start, in the protocol's words.
+//! Statistics since the start of the worker, in the protocol's terms.
 
 use super::VERSION;
 use crate::proto::inference as oip;
@@ -6,8 +6,8 @@ use crate::serve::metrics::totals::{CountedTime, TotalsSnapshot};
 
 pub(super) fn of(model: &str, snapshot: &TotalsSnapshot) -> oip::ModelStatisticsResponse {
     let sums = &snapshot.sums;
-    // Load tools divide each time by its own count and hold the counts against
-    // each other, so all are of the images that were run.
+    // Load tools divide each time by its own count and compare the counts with
+    // each other, so all of them count the images that were run.
     let of_images = |ns| duration(sums.images.count, ns);
     let batch = |(&batch_size, sum): (&usize, &CountedTime)| oip::InferBatchStatistics {
         batch_size: batch_size as u64,

@@ -1,10 +1,11 @@
-//! ModelStreamInfer: requests one after the other on one call, answered in
-//! their order, in bounded memory.
+//! ModelStreamInfer: a stream of requests, answered in their order, in bounded
+//! memory.
 //!
-//! As in EmbedStream a task reads, submits, and puts answers into an outbox,
-//! and a request holds a place in the stream's window until its answer has
-//! left. Unlike there, a request that finds the worker full is refused, as it
-//! would be by ModelInfer, and a request that fails does not end the stream.
+//! As in EmbedStream, a task reads requests, submits them and puts their
+//! answers into an outbox, and a request holds a place in the stream's window
+//! until its answer has left. Unlike EmbedStream, the worker rejects a request
+//! when it is full, as ModelInfer does, and a request that fails does not end
+//! the stream.
 
 use std::future::Future;
 use std::pin::pin;
@@ -67,41 +68,42 @@ pub(super) fn open(oip: &Oip, request: Request<Requests>) -> Result<InferAnswers
     Ok(InferAnswers::new(outbox, session))
 }
 
-/// The response of a stream.
+/// Response of a ModelStreamInfer.
 pub(in crate::serve::rpc) type InferAnswers = outbox::OutboxAnswers<ModelStreamInferResponse>;
 
-/// The other end of [`InferAnswers`].
+/// Task that reads a stream's requests and produces its [`InferAnswers`].
 #[derive(Debug)]
 struct Session {
     oip: Oip,
     origin: CallOrigin,
-    /// Of the message that was read last.
+    /// Share of the latest message.
     arrived: Arrived,
-    /// When the connection is told to go away; it waits for the stream's end.
+    /// Time at which the connection is asked to close, which it cannot do
+    /// before the stream ends.
     leaves_at: Option<Instant>,
     outbox: Arc<Outbox<ModelStreamInferResponse>>,
-    /// Requests that may be held.
+    /// Limit on the requests that are held at the same time.
     window: usize,
-    /// What all of them may hold together.
+    /// Limit on the bytes of all held requests together.
     bytes_max: usize,
     n_read: u64,
     _open: StreamOpen,
-    /// Counts the call when the session ends.
+    /// Guards that count the call when the session ends.
     course: Option<(CallEnding, InProgress)>,
 }
 
-/// A request that was read.
+/// Request that was read and may be submitted.
 struct Ready {
     id: String,
     arrived: Instant,
     prepared: Result<PreparedInfer, RequestError>,
-    /// Share that was taken for the message as it arrived.
+    /// Share that was taken for the message while it arrived.
     share: CapacityShare,
-    /// Its part of the stream's own share.
+    /// Bytes of the request that count against the stream's own limit.
     bytes: usize,
 }
 
-/// A request that has come to its end.
+/// Request whose response is ready.
 struct Done {
     response: ModelStreamInferResponse,
     place: WindowPermit,
@@ -118,7 +120,7 @@ impl Session {
         let status = self.ended(cause, self.outbox.n_taken());
         self.set_code(status.code());
         self.outbox.abandon(status);
-        // A client that has stalled takes it when it reads on, without us.
+        // A stalled client reads the status later, without this session.
         let _ = tokio::time::timeout(END_PATIENCE, self.outbox.ended()).await;
     }
 
@@ -136,12 +138,14 @@ impl Session {
         }
     }
 
-    /// Reads and answers until all is read and answered, and the end taken.
+    /// Reads and answers requests until all are answered and the client has
+    /// read the status.
     async fn converse(&mut self, requests: Requests) {
         let readiness = self.oip.0.readiness.clone();
         let mut elsewhere = pin!(elsewhere(readiness, self.leaves_at));
         let mut requests = Some(requests);
-        // A request that was read and waits for the stream's own room.
+        // Request that was read and waits for room within the stream's own
+        // limit.
         let mut waiting: Option<BoxFuture<Ready>> = None;
         let mut in_flight: FuturesOrdered<BoxFuture<Done>> = FuturesOrdered::new();
         let mut end = Ok(());
@@ -200,7 +204,8 @@ impl Session {
 
     fn submit(&self, ready: Ready) -> BoxFuture<Done> {
         let oip = self.oip.clone();
-        // At once, so that requests enter the line in their order.
+        // Requests are submitted at once, so that they enter the queue in their
+        // order.
         let share = ready.share;
         let running = ready
             .prepared
@@ -224,8 +229,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // After a panic; in any other case the end is set, or nobody is there
-        // to take it.
+        // Only after a panic: otherwise the end is set already, or the client
+        // has disconnected.
         if std::thread::panicking() {
             self.set_code(Code::Internal);
             self.outbox
@@ -234,7 +239,8 @@ impl Drop for Session {
     }
 }
 
-/// A request's answer, or its error with what tells whose it is.
+/// Makes the response to a request: its answer, or its error with the id of the
+/// request.
 fn answer(
     oip: &Oip,
     id: String,
@@ -243,14 +249,15 @@ fn answer(
     let (error_message, response, held) = match outcome {
         Ok((response, held)) => (String::new(), response, Some(held)),
         Err(error) => {
-            tracing::debug!(id, %error, "a request of a stream has no answer");
+            tracing::debug!(id, %error, "a request of a stream failed");
             let response = ModelInferResponse {
                 model_name: oip.0.model.name.clone(),
                 model_version: super::VERSION.to_owned(),
                 id,
                 ..Default::default()
             };
-            // There is no place for a code but in the text.
+            // The message has no field for the code, so the text begins with
+            // it.
             let code = GrpcCode::from(status::code(&error));
             (format!("{code}: {error}"), response, None)
         }

@@ -1,4 +1,4 @@
-//! Tensors of requests to pictures, and answers to tensors.
+//! Conversion of the tensors of requests to images, and of text to tensors.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
@@ -8,33 +8,32 @@ use crate::proto::inference::model_infer_request::InferInputTensor;
 use crate::proto::inference::{InferTensorContents, ModelInferRequest};
 use crate::serve::rpc::error::RequestError;
 
-/// Before each element of a BYTES tensor in raw form: its length.
+/// Size of the length that precedes each element of a BYTES tensor in raw form.
 const LENGTH_BYTES: usize = 4;
 
-/// The one input of a request, checked but not taken apart.
+/// Only input of a request, checked but not converted to images.
 #[derive(Debug)]
 pub(super) struct InferInput {
-    /// The first extent.
+    /// Number of images, the first extent of the shape.
     pub(super) n_images: usize,
     name: &'static str,
     form: Form,
-    /// Elements of one image.
+    /// Number of elements of one image.
     n_each: usize,
     contents: Contents,
 }
 
-/// How the images are given.
+/// Form in which the images are given.
 #[derive(Debug, Clone, Copy)]
 enum Form {
-    /// Files.
+    /// Encoded image files.
     Encoded,
-    /// Tokens, as numbers of 4 bytes or of 8.
+    /// Tokens as numbers of 4 bytes.
     Ids32,
+    /// Tokens as numbers of 8 bytes.
     Ids64,
-    Pixels {
-        width: u32,
-        height: u32,
-    },
+    /// Decoded pixels.
+    Pixels { width: u32, height: u32 },
 }
 
 #[derive(Debug)]
@@ -43,9 +42,11 @@ enum Contents {
     Typed(InferTensorContents),
 }
 
-/// The inputs that there are, one of which a request has.
+/// Name of the input with encoded image files.
 pub(super) const IMAGE: &str = "image";
+/// Name of the input with tokens.
 pub(super) const INPUT_IDS: &str = "input_ids";
+/// Name of the input with decoded pixels.
 pub(super) const PIXELS: &str = "pixels";
 
 fn invalid(tensor: &str, problem: impl Into<String>) -> RequestError {
@@ -56,7 +57,8 @@ fn invalid(tensor: &str, problem: impl Into<String>) -> RequestError {
 }
 
 impl InferInput {
-    /// Takes the input out of a request for a model of so many positions.
+    /// Takes the input out of a request, for a model whose images have
+    /// `positions` tokens.
     pub(super) fn take(
         request: &mut ModelInferRequest,
         positions: usize,
@@ -67,7 +69,9 @@ impl InferInput {
         let (Some(tensor), 1) = (inputs.pop(), n_inputs) else {
             return Err(invalid(
                 "inputs",
-                format!("there are {n_inputs}; send one of {IMAGE}, {INPUT_IDS} and {PIXELS}"),
+                format!(
+                    "the request has {n_inputs} inputs; send one: {IMAGE}, {INPUT_IDS} or {PIXELS}"
+                ),
             ));
         };
         let name = [IMAGE, INPUT_IDS, PIXELS]
@@ -77,7 +81,7 @@ impl InferInput {
                 let given: String = tensor.name.chars().take(TEXT_SHOWN).collect();
                 invalid(
                     "inputs",
-                    format!("{given:?} is none; send one of {IMAGE}, {INPUT_IDS} and {PIXELS}"),
+                    format!("{given:?} is not an input; send {IMAGE}, {INPUT_IDS} or {PIXELS}"),
                 )
             })?;
         parameters::of_input(&tensor.parameters)?;
@@ -92,7 +96,8 @@ impl InferInput {
         })
     }
 
-    /// The images; one that is not right by itself comes with the reason.
+    /// Converts the input to images; an image that is invalid by itself becomes
+    /// an error.
     pub(super) fn pictures(
         self,
         options: PreprocessOptions,
@@ -162,7 +167,7 @@ impl InferInput {
     }
 }
 
-/// The bytes of pixels, in whichever form they came.
+/// Returns the bytes of pixels, from raw or typed contents.
 fn pixels(name: &str, contents: Contents, n_elements: usize) -> Result<Bytes, RequestError> {
     match contents {
         Contents::Raw(raw) => {
@@ -176,12 +181,13 @@ fn pixels(name: &str, contents: Contents, n_elements: usize) -> Result<Bytes, Re
                 .into_iter()
                 .map(u8::try_from)
                 .collect::<Result<_, _>>()
-                .map_err(|_| invalid(name, "a number of UINT8 is over 255"))
+                .map_err(|_| invalid(name, "a UINT8 value is over 255"))
         }
     }
 }
 
-/// The form of an input, how many images it has, and elements of each.
+/// Returns the form of an input, its number of images, and the number of
+/// elements of each image.
 fn form(
     name: &'static str,
     tensor: &InferInputTensor,
@@ -206,7 +212,7 @@ fn form(
     let shape = shape.unwrap_or_default();
     match (name, tensor.datatype.as_str()) {
         (IMAGE, "BYTES") => match shape[..] {
-            // With an extent of one, as Triton's models have them.
+            // Triton's models have an additional extent of one.
             [n_images] | [n_images, 1] => Ok((Form::Encoded, n_images, 1)),
             _ => refuse_shape("[-1]".to_owned()),
         },
@@ -241,7 +247,7 @@ fn form(
     }
 }
 
-/// Where the input's elements are.
+/// Returns the contents of the input, raw or typed.
 fn contents(
     name: &'static str,
     tensor: InferInputTensor,
@@ -255,12 +261,12 @@ fn contents(
         )),
         (_, Some(_)) => Err(invalid(
             name,
-            "contents must not be set where raw_input_contents is",
+            "contents must not be set if raw_input_contents is set",
         )),
         (1, None) => Ok(Contents::Raw(raw.swap_remove(0))),
         (n_raw, None) => Err(invalid(
             "raw_input_contents",
-            format!("there are {n_raw} for 1 input"),
+            format!("the request has {n_raw} entries for 1 input; send one entry"),
         )),
     }
 }
@@ -298,7 +304,8 @@ fn check_typed(
     ))
 }
 
-/// The elements of a BYTES tensor in raw form, which share its memory.
+/// Returns the elements of a BYTES tensor in raw form, which share the tensor's
+/// memory.
 fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>, RequestError> {
     let truncated = |idx: usize| {
         invalid(
@@ -306,7 +313,7 @@ fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>,
             format!("its raw contents end within element {idx} of {n_elements}"),
         )
     };
-    // Fewer than there are lengths for.
+    // The capacity is at most the number of lengths for which `raw` has room.
     let mut elements = Vec::with_capacity(n_elements.min(raw.len() / LENGTH_BYTES));
     for idx in 0..n_elements {
         let Some(&length) = raw.first_chunk::<LENGTH_BYTES>() else {
@@ -331,16 +338,17 @@ fn elements(name: &str, mut raw: Bytes, n_elements: usize) -> Result<Vec<Bytes>,
     ))
 }
 
-/// Tokens, if each may be one. Whether the palette has them is seen later.
+/// Converts numbers to tokens; preprocessing checks later that the palette has
+/// them.
 fn ids(ids: impl Iterator<Item = i64>) -> Result<ImageInput, RequestError> {
     ids.map(|id| {
-        u32::try_from(id).map_err(|_| invalid(INPUT_IDS, format!("{id} is no color's token")))
+        u32::try_from(id).map_err(|_| invalid(INPUT_IDS, format!("{id} is not a color token")))
     })
     .collect::<Result<Vec<u32>, RequestError>>()
     .map(ImageInput::Tokens)
 }
 
-/// Appends an element of a BYTES tensor.
+/// Appends an element to a BYTES tensor in raw form.
 pub(super) fn put_element(raw: &mut BytesMut, element: &str) {
     raw.put_u32_le(u32::try_from(element.len()).unwrap_or(u32::MAX));
     raw.put_slice(element.as_bytes());

@@ -1,9 +1,9 @@
-//! Answers on their way from a session to its connection.
+//! Queue of answers from a stream's session to its connection.
 //!
-//! Not a channel: what waits here must be given up when the deadline passes
-//! though nobody takes it, and an item's place goes back only when its answer
-//! has been taken. It needs no bound of its own: a session reads an item only
-//! while fewer than its window are held.
+//! A channel would not do: waiting answers must be dropped when the deadline
+//! passes although no one takes them, and an item's place becomes free only
+//! when its answer has been taken. The queue needs no bound of its own: a
+//! session reads an item only while fewer items than its window are held.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -18,13 +18,13 @@ use tonic::Status;
 use super::super::arriving::Arrived;
 use crate::serve::capacity::CapacityShare;
 
-/// Answers of a stream that wait for its connection.
+/// Queue of a stream's answers that wait for its connection.
 #[derive(Debug)]
 pub(in crate::serve::rpc) struct Outbox<T> {
     state: Mutex<State<T>>,
-    /// Rung for the session, the only one who waits, when something was taken.
+    /// Notification of the session, the only waiter, when an answer was taken.
     taken: Notify,
-    /// Tells whether the next message waits for the worker.
+    /// State of the next message, which may wait for room in the worker.
     arrived: Arrived,
 }
 
@@ -32,15 +32,17 @@ pub(in crate::serve::rpc) struct Outbox<T> {
 struct State<T> {
     queue: VecDeque<(T, Option<WindowPermit>)>,
     end: End,
-    /// Whoever takes answers, while there are none.
+    /// Waker of the connection's task, while it waits for answers.
     taker: Option<Waker>,
-    /// Of the answer that was taken last.
+    /// Place of the answer that was taken last.
     leaving: Option<WindowPermit>,
-    /// Items that were read and whose answers are not known to have left.
+    /// Number of items that were read and whose answers are not known to have
+    /// left.
     n_held: usize,
     bytes_held: usize,
     n_taken: u64,
-    /// When the client last did something, or was last given something to do.
+    /// Time at which the client last did something, or was last given something
+    /// to do.
     active_at: Instant,
 }
 
@@ -48,16 +50,16 @@ struct State<T> {
 enum End {
     /// There may be more answers.
     Open,
-    /// After the last answer, this.
+    /// The stream ends with this result after the last answer.
     Set(Result<(), Status>),
-    /// It has been taken.
+    /// The end has been taken.
     Taken,
 }
 
-/// An item's place in the window and its share of the worker's bytes.
+/// Place of an item in the window, with its share of the worker's bytes.
 #[derive(Debug, Default)]
 pub(in crate::serve::rpc) struct WindowPermit {
-    /// What it counts in the stream's own share.
+    /// Bytes of the item that count against the stream's own limit.
     pub(in crate::serve::rpc) bytes: usize,
     pub(in crate::serve::rpc) _share: Option<Arc<CapacityShare>>,
 }
@@ -68,7 +70,7 @@ impl<T> State<T> {
         self.bytes_held = self.bytes_held.saturating_sub(place.bytes);
     }
 
-    /// Whether the client has something to take.
+    /// Returns true if the client has an answer to read.
     fn has_something(&self) -> bool {
         !self.queue.is_empty() || self.leaving.is_some()
     }
@@ -97,10 +99,11 @@ impl<T> Outbox<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the condition holds, which taking or forgetting brings about.
+    /// Waits until the condition returns a value; it is checked again whenever
+    /// an answer was taken or an item forgotten.
     async fn once<V>(&self, mut condition: impl FnMut(&mut State<T>) -> Option<V>) -> V {
         loop {
-            // A ring that comes before the wait is kept.
+            // A notification that comes before the wait is kept.
             if let Some(value) = condition(&mut self.lock()) {
                 return value;
             }
@@ -114,15 +117,15 @@ impl<T> Outbox<T> {
             .await;
     }
 
-    /// An item was read.
+    /// Counts an item that was read.
     pub(in crate::serve::rpc) fn hold(&self) {
         let mut state = self.lock();
         state.n_held += 1;
         state.active_at = Instant::now();
     }
 
-    /// Waits until the stream's items together hold no more than `max` with
-    /// these bytes added; a single item may hold more.
+    /// Waits until the stream's items together hold at most `max` bytes with
+    /// `bytes` added; a single item may hold more.
     pub(in crate::serve::rpc) async fn room(&self, bytes: usize, max: usize) {
         self.once(|state| {
             let fits = state.bytes_held == 0 || state.bytes_held.saturating_add(bytes) <= max;
@@ -131,14 +134,14 @@ impl<T> Outbox<T> {
         .await;
     }
 
-    /// An item leaves without an answer.
+    /// Frees the place of an item that has no answer.
     pub(in crate::serve::rpc) fn forget(&self, place: &WindowPermit) {
         self.lock().leave(place);
         self.taken.notify_one();
     }
 
-    /// Puts a response in line: an item's answer with its place, or what
-    /// answers no item.
+    /// Adds a response to the queue: an item's answer with its place, or a
+    /// response to no item.
     pub(in crate::serve::rpc) fn push(&self, response: T, place: Option<WindowPermit>) {
         let mut state = self.lock();
         state.queue.push_back((response, place));
@@ -150,12 +153,13 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// Nothing more comes after what is in line.
+    /// Sets the end of the stream, after the answers in the queue.
     pub(in crate::serve::rpc) fn finish(&self, end: Result<(), Status>) {
         self.set_end(end, false);
     }
 
-    /// Nothing more comes, not even what is in line; what it holds is free.
+    /// Ends the stream at once with an error, drops the answers in the queue
+    /// and frees their places.
     pub(in crate::serve::rpc) fn abandon(&self, status: Status) {
         self.set_end(Err(status), true);
     }
@@ -174,14 +178,15 @@ impl<T> Outbox<T> {
         }
         let taker = state.taker.take();
         drop(state);
-        // Shares wake those who wait for them, without the lock.
+        // Dropped shares wake tasks that wait for room, so the lock is released
+        // first.
         drop(dropped);
         if let Some(taker) = taker {
             taker.wake();
         }
     }
 
-    /// Answers that were taken.
+    /// Returns the number of items whose answers were taken.
     pub(in crate::serve::rpc) fn n_taken(&self) -> u64 {
         self.lock().n_taken
     }
@@ -192,17 +197,18 @@ impl<T> Outbox<T> {
             .await;
     }
 
-    /// Waits until the client has done nothing for so long, though the next
-    /// move was its own. It may be though items have no answer yet: those may
-    /// wait for what it does not take.
+    /// Waits until the client has done nothing for `timeout` although it was
+    /// the client's turn. The client's turn may come while items have no answer
+    /// yet, since these items may wait for answers that the client does not
+    /// read.
     pub(in crate::serve::rpc) async fn idle(&self, timeout: Duration) {
         let is_to_blame =
             |state: &State<T>| state.has_something() || state.n_held == 0 && !self.arrived.waits();
         self.silent(timeout, Instant::now(), is_to_blame).await;
     }
 
-    /// Waits until the client, from now on, has taken nothing for so long,
-    /// though there was something to take.
+    /// Waits until the client has read nothing for `timeout` from now on,
+    /// although there was something to read.
     pub(in crate::serve::rpc) async fn stalled(&self, timeout: Duration) {
         let has_something =
             |state: &State<T>| matches!(state.end, End::Set(_)) || state.has_something();
@@ -230,9 +236,10 @@ impl<T> Outbox<T> {
         }
     }
 
-    /// The next response. Asking for one says that the connection has room, and
-    /// so that the one before has left: until then its place is taken, or a
-    /// reader that stalls would hold one more than its window.
+    /// Takes the next response. The poll tells that the connection has room, so
+    /// the response before has left and its place becomes free. If the place
+    /// became free earlier, a stalled reader would hold one item more than its
+    /// window.
     pub(in crate::serve::rpc) fn poll_take(
         &self,
         cx: &mut Context<'_>,
@@ -258,13 +265,13 @@ impl<T> Outbox<T> {
         };
         drop(state);
         drop(left);
-        // Also after a poll that only gave a place back.
+        // The session is also notified after a poll that only freed a place.
         self.taken.notify_one();
         polled
     }
 }
 
-/// The response of a stream, from its session's outbox.
+/// Response of a stream, taken from its session's outbox.
 #[derive(Debug)]
 pub(crate) struct OutboxAnswers<T> {
     outbox: Arc<Outbox<T>>,
@@ -272,7 +279,7 @@ pub(crate) struct OutboxAnswers<T> {
 }
 
 impl<T> OutboxAnswers<T> {
-    /// What the outbox holds, which this session fills.
+    /// Spawns the session, which fills the outbox, and returns the response.
     pub(in crate::serve::rpc) fn new(
         outbox: Arc<Outbox<T>>,
         session: impl Future<Output = ()> + Send + 'static,
@@ -293,9 +300,9 @@ impl<T> tokio_stream::Stream for OutboxAnswers<T> {
 impl<T> Drop for OutboxAnswers<T> {
     fn drop(&mut self) {
         self.session.abort();
-        // Answers that nobody takes any more hold bytes.
+        // Answers that are never read must not hold bytes.
         self.outbox
-            .abandon(Status::cancelled("the caller went away"));
+            .abandon(Status::cancelled("the caller disconnected or cancelled"));
     }
 }
 
@@ -393,7 +400,8 @@ mod tests {
         std::thread::sleep(timeout);
         outbox.idle(timeout).await;
         outbox.stalled(timeout).await;
-        // Nor does an item count that waits for what the client does not take.
+        // An item that waits for answers that the client does not read does not
+        // make the stream busy.
         outbox.hold();
         let room = tokio::time::timeout(Duration::from_millis(5), outbox.room(2, 2));
         assert!(room.await.is_ok());

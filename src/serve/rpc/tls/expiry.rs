@@ -1,8 +1,9 @@
-//! When a certificate ends: the one field of it that nothing else reads, and
-//! that an operator wants to be warned of.
+//! Expiry of a certificate: the one field that no other code reads, and of
+//! which an operator wants to be warned.
 //!
-//! Just enough DER (X.690) to walk to `validity.notAfter` of RFC 5280. A
-//! certificate that cannot be read so has no known end.
+//! The parser knows just enough DER (X.690) to walk to `validity.notAfter` of
+//! RFC
+//! 5280. If it cannot read a certificate, the expiry is unknown.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,7 +11,7 @@ const SEQUENCE: u8 = 0x30;
 const INTEGER: u8 = 0x02;
 const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
-/// `[0] EXPLICIT Version`.
+/// Tag of the optional version: `[0] EXPLICIT Version`.
 const VERSION: u8 = 0xa0;
 
 pub(super) fn of(certificate: &[u8]) -> Option<SystemTime> {
@@ -29,14 +30,15 @@ pub(super) fn of(certificate: &[u8]) -> Option<SystemTime> {
     time(tag, text)
 }
 
-/// Takes one value off the front: its tag and its content.
+/// Takes one value off the front and returns its tag and its content.
 fn value<'a>(der: &mut &'a [u8], expected: Option<u8>) -> Option<(u8, &'a [u8])> {
     let (&tag, rest) = der.split_first()?;
     let (&short, rest) = rest.split_first()?;
     let (len, rest) = if short < 0x80 {
         (usize::from(short), rest)
     } else {
-        // No certificate is longer than three bytes can say.
+        // No certificate is so long that its length needs more than three
+        // bytes.
         let n_bytes = usize::from(short & 0x7f);
         if n_bytes > 3 {
             return None;
@@ -52,7 +54,7 @@ fn value<'a>(der: &mut &'a [u8], expected: Option<u8>) -> Option<(u8, &'a [u8])>
     (expected.is_none_or(|expected| expected == tag)).then_some((tag, content))
 }
 
-/// `YYMMDDHHMMSSZ` with years from 1950 to 2049, or `YYYYMMDDHHMMSSZ`.
+/// Parses `YYMMDDHHMMSSZ` with years from 1950 to 2049, or `YYYYMMDDHHMMSSZ`.
 fn time(tag: u8, text: &[u8]) -> Option<SystemTime> {
     let digits = text.strip_suffix(b"Z")?;
     let number = |digits: &[u8]| -> Option<u32> { std::str::from_utf8(digits).ok()?.parse().ok() };
@@ -79,10 +81,10 @@ fn time(tag: u8, text: &[u8]) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
-/// In the Gregorian calendar, counting years from March so that the leap day
-/// comes last.
+/// Returns the days from 1 January 1970 in the Gregorian calendar. Years are
+/// counted from March, so that the leap day comes last.
 fn days_since_1970(year: u32, month: u32, day: u32) -> u32 {
-    /// 1 January 1970, counted so.
+    /// Number of 1 January 1970 when days are counted from March of the year 0.
     const EPOCH: u32 = 719_468;
     let (year, month) = if month < 3 {
         (year - 1, month + 9)
@@ -104,7 +106,7 @@ mod tests {
             let expected = expected.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
             assert_eq!(got, expected, "{text}");
         };
-        // Checked with `date -u -d ... +%s`.
+        // The expected times were checked with `date -u -d ... +%s`.
         check(UTC_TIME, "700101000000Z", Some(0));
         check(UTC_TIME, "261124081530Z", Some(1_795_508_130));
         check(UTC_TIME, "240229235959Z", Some(1_709_251_199));
@@ -133,7 +135,7 @@ mod tests {
             "2031-05-06T00:00:00Z"
         );
         for len in 0..der.len() {
-            // Nothing panics; whether a part still tells the end is no matter.
+            // Nothing must panic; a part may still have a readable expiry.
             let _ = of(&der[..len]);
         }
         assert_eq!(of(&[0x30, 0x84, 1, 1, 1, 1]), None);

@@ -7,7 +7,8 @@ use super::super::tests::{local, read_all, reading};
 use super::*;
 use crate::commands::embed::plan::{Shard, ShardKind};
 
-/// Images of one byte, their row's number; row 3 has none.
+/// Makes a table whose images are one byte, the number of their row; row 3 has
+/// none.
 fn table(n_rows: u8) -> RecordBatch {
     let rows: Vec<[u8; 1]> = (0..n_rows).map(|n| [n]).collect();
     let bytes: BinaryArray = rows
@@ -81,7 +82,8 @@ fn arrow_stream(batch: &RecordBatch) -> Vec<u8> {
 async fn rows_outside_of_what_an_arrow_file_names_are_an_error() {
     let table = table(20);
     let (whole, stream) = (arrow_file(&table), arrow_stream(&table));
-    // A vector of the footer counts its two blocks just before the first.
+    // A vector of the footer stores its number of blocks, two, just before the
+    // first.
     let trailer = whole.len() - 10;
     let length = arrow_ipc::reader::read_footer_length(whole[trailer..].try_into().unwrap());
     let start = trailer - length.unwrap();
@@ -99,8 +101,8 @@ async fn rows_outside_of_what_an_arrow_file_names_are_an_error() {
         file[place - 4..place].copy_from_slice(&count.to_le_bytes());
         file
     };
-    let named = "its footer names none of the ";
-    let after = "what follows is not read";
+    let named = "the footer names none of the ";
+    let after = "the bytes after the end are not read";
     for (name, content, n_rows, reason) in [
         ("t.arrow", counted(0), 0, named),
         ("t.arrow", counted(1), 9, named),
@@ -158,7 +160,7 @@ async fn flags_that_do_not_fit_are_told_with_the_columns() {
     assert!(text.starts_with(expected), "{text}");
 }
 
-/// How reading ends, and how many rows there were before.
+/// Returns how reading ends, and the number of rows before that.
 async fn end_of(name: &str, content: &[u8]) -> (usize, String) {
     let (_dir, shard) = shard(name, content);
     let (seen, result) = read_all(shard, 0, reading(&[])).await;
@@ -172,7 +174,7 @@ async fn end_of(name: &str, content: &[u8]) -> (usize, String) {
     (seen.len(), end)
 }
 
-/// `content` with the last place that has `old` changed to `new`.
+/// Returns `content` with the last occurrence of `old` replaced by `new`.
 fn patched(content: &[u8], old: i64, new: i64) -> Vec<u8> {
     let old = old.to_le_bytes();
     let at = content.windows(8).rposition(|bytes| bytes == old).unwrap();
@@ -202,7 +204,7 @@ async fn an_arrow_file_whose_blocks_lie_is_damaged() {
     let mut long = content.clone();
     long[trailer..trailer + 4].copy_from_slice(&i32::MAX.to_le_bytes());
     let (_, end) = end_of("t.arrow", &long).await;
-    assert!(end.starts_with("damaged: its footer claims"), "{end}");
+    assert!(end.starts_with("damaged: the footer claims"), "{end}");
 }
 
 #[tokio::test]

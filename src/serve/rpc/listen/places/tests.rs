@@ -8,14 +8,14 @@ fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// A connection that is let in without waiting.
+/// Lets in a connection, which must get its place without waiting.
 async fn sit(places: &ConnectionPermits) -> (ConnectionPermit, Leave) {
     let newcomer = places.enter(Some(address("10.0.0.1"))).unwrap();
     assert!(matches!(newcomer.seat, Seat::Free(_)));
     newcomer.sit().await.unwrap()
 }
 
-/// As though nothing had happened on it for a while.
+/// Makes a connection look as if its last call had ended a while ago.
 fn rest(places: &ConnectionPermits, guest: &Guest) {
     let mut state = places.lock();
     let entry = state.guests.get_mut(&guest.id).unwrap();
@@ -32,7 +32,8 @@ async fn those_that_never_called_leave_first_and_then_by_their_last_call() {
         seated.push((place, leave));
     }
     let guest = |n: usize| seated[n].0.guest.clone();
-    // The order of their last calls: 2, 0; 1 is in a call, 3 had none.
+    // The last calls ended in the order 2, 0; connection 1 is in a call, and 3
+    // had none.
     drop(guest(2).call());
     drop(guest(0).call());
     let in_call = guest(1).call();
@@ -78,7 +79,8 @@ async fn those_that_only_connect_get_half_of_the_places_however_fast_they_come()
     for _ in 0..3 {
         pending.push(sit(&places).await);
     }
-    // Young, but too many, and cut without a goodbye.
+    // The oldest pending connection is young, but pending ones are too many; it
+    // is cut at once.
     let newcomer = places.enter(None).unwrap();
     assert!(pending[0].1.cut.try_recv().is_ok());
     assert!(used_leave.leave.try_recv().is_err());
