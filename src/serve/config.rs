@@ -67,7 +67,7 @@ pub struct ModelConfig {
     pub compile: CompileConfig,
 
     /// Linear head for Classify: the name by which calls choose it, and its
-    /// safetensors file (see README). Repeat the flag for more heads
+    /// safetensors file (see docs/probing.md). Repeat the flag for more heads
     #[arg(
         long = "head",
         env = "IMAGEGPT_HEADS",

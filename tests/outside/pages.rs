@@ -12,7 +12,7 @@ fn cell(text: &str) -> String {
 }
 
 /// One row per metric: name with its labels, kind, help.
-pub fn metrics_table() -> String {
+pub(crate) fn metrics_table() -> String {
     let mut table = String::from("| metric | kind | what it is |\n|---|---|---|\n");
     for metric in Metrics::definitions() {
         let labels = match metric.labels {
@@ -28,7 +28,7 @@ pub fn metrics_table() -> String {
 
 /// The manual of all commands, a section per command and a table per group of
 /// flags.
-pub fn flags_page(cli: &clap::Command) -> String {
+pub(crate) fn flags_page(cli: &clap::Command) -> String {
     let mut page = String::from(
         "# All flags\n\nThis page is made from the code, as `imagegpt COMMAND --help` is \
          (`IMAGEGPT_SNAPSHOTS=write cargo test --test outside`).\n\
