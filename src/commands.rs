@@ -41,6 +41,7 @@ use self::serve::{OwnWorker, OwnWorkerFlags};
 pub use self::tokenize::TokenizeArgs;
 use self::tokens::TokenFacts;
 use crate::client::{CallError, Client, ConnectConfig};
+use crate::model::{CallTask, ModelNeed};
 use crate::proto::pb;
 use crate::serve::config::ServeConfig;
 use crate::telemetry;
@@ -158,7 +159,25 @@ impl ImageCommand {
         if let Some(head) = head {
             head.add_to(own.as_mut())?;
         }
+        if let Some(own) = &mut own {
+            own.model.needs = Some(self.needs());
+        }
         Ok(own)
+    }
+
+    /// Computations that the command needs of a model.
+    fn needs(&self) -> Vec<ModelNeed> {
+        let task = match self {
+            Self::Generate(_) => CallTask::Generate,
+            Self::Score(_) => CallTask::Score,
+            // The features of a linear head are needed because the head is
+            // loaded.
+            Self::Classify(args) if args.head.is_some() => return Vec::new(),
+            Self::Classify(_) => CallTask::Classify,
+            Self::Tokenize(_) => return Vec::new(),
+            Self::Neighbors(_) => CallTask::Embed,
+        };
+        vec![ModelNeed::Call(task)]
     }
 
     async fn run(&self, session: &Session, out: &mut impl Write) -> anyhow::Result<CommandOutcome> {

@@ -42,6 +42,9 @@ pub struct EngineFacts {
     pub sequences: Option<SequenceFacts>,
     /// Fallbacks to slower ways that were needed.
     pub fallbacks: Vec<Fallback>,
+    /// True if the warm-up ran only the smallest batch size: larger sizes are
+    /// then tried with images that wait anyway.
+    pub sizes_untried: bool,
 }
 
 /// Fallback to something slower, with the reason.

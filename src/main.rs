@@ -255,17 +255,24 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     let ended = runtime.block_on(async {
         embed::check(args).await?;
         let mut signals = Signals::new()?;
-        let Some(config) = args.workers.own.config(&[])? else {
-            let endpoints = args.workers.endpoints.clone();
-            return embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
-        };
+        let mut config = args.workers.own.config(&[])?;
+        let mut own = None;
         // With --model, the same pipeline asks a worker in this process.
-        let Some(worker) = OwnWorker::start(&config, signals.recv()).await? else {
-            return Ok(JobEnded::Interrupted);
+        let endpoints = async {
+            let Some(config) = &mut config else {
+                return Ok(args.workers.endpoints.clone());
+            };
+            config.model.needs = Some(args.needs());
+            let started = OwnWorker::start(config, std::future::pending()).await?;
+            let worker = started.context("the worker ended before it was ready")?;
+            let endpoint = worker.endpoint();
+            own = Some(worker);
+            Ok(vec![endpoint])
         };
-        let endpoints = vec![worker.endpoint()];
         let ended = embed::run(args, endpoints, &terminal, signals.recv(), &mut out).await;
-        worker.end().await;
+        if let Some(worker) = own {
+            worker.end().await;
+        }
         ended
     });
     // A read that does not end must not keep the process alive.

@@ -4,7 +4,7 @@
 //! a directory that cannot be served is refused with the reason before the
 //! worker listens; `engine/onnx.rs` checks what only a run can show.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,17 @@ pub enum CallTask {
     Classify,
     Score,
     Generate,
+}
+
+/// A computation for which a model is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelNeed {
+    /// Calls of this kind, with default options.
+    Call(CallTask),
+    /// Pooled features of these layers; none means the default layer.
+    Features { layers: Vec<u32>, norm: Norm },
+    /// States of the last layer.
+    States,
 }
 
 impl CallTask {
@@ -314,6 +325,29 @@ impl Model {
             .flatten()
             .map(|&value| byte(value))
             .collect()
+    }
+
+    /// Forgets all graphs but those that `needs` asks for. If the model lacks
+    /// one of them, or nothing is needed, all graphs stay, so that the call that
+    /// needs one says what is missing.
+    pub fn serve_only(&mut self, needs: &[ModelNeed]) {
+        if needs.is_empty() {
+            return;
+        }
+        let graphs = needs.iter().map(|need| {
+            let graph = match need {
+                ModelNeed::Call(CallTask::Embed) => {
+                    Graph::of(self.features(&[], Norm::PreAttnRms)?)
+                }
+                ModelNeed::Call(task) => task.graph(),
+                ModelNeed::Features { layers, norm } => Graph::of(self.features(layers, *norm)?),
+                ModelNeed::States => Graph::Hidden,
+            };
+            self.graphs.contains_key(&graph).then_some(graph)
+        });
+        if let Some(graphs) = graphs.collect::<Option<BTreeSet<Graph>>>() {
+            self.graphs.retain(|graph, _| graphs.contains(graph));
+        }
     }
 
     /// Returns true if the model has a graph for the task.

@@ -809,6 +809,17 @@ fn an_output_that_cannot_be_written_is_told_before_any_work() {
         assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
         assert!(said(&ended).contains("--output"), "{}", said(&ended));
     }
+    // An input that does not exist is told before the model is looked for, too.
+    let ended = process::program()
+        .arg("embed")
+        .arg(dir.path().join("missing"))
+        .arg("--output")
+        .arg(dir.path().join("unused"))
+        .args(["--model", "/nowhere"])
+        .output()
+        .expect("a run");
+    assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+    assert!(said(&ended).contains("missing"), "{}", said(&ended));
     // What may be mended while the output is as it was begun.
     let workers = [start("0s")];
     let output = dir.path().join("output");

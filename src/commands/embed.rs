@@ -34,7 +34,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use self::finish::{finish, finish_alone, only_with_files};
-use self::flags::{EmbedArgs, EmbedTask, JobShare, TableFormat};
+use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
 use self::input::{Broken, Reading};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
@@ -49,6 +49,7 @@ use self::web::WebTrust;
 use crate::client::pool;
 use crate::client::pool::{PoolConfig, WorkerPool};
 use crate::model::graph::{Context, Norm};
+use crate::model::{CallTask, ModelNeed};
 use crate::proto::pb;
 
 pub use self::progress::Terminal;
@@ -125,7 +126,9 @@ pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
     sink.check().await
 }
 
-/// Runs the command after [`check`]; the JSON report goes to `out`.
+/// Runs the command after [`check`]; the JSON report goes to `out`. The inputs
+/// are looked at before `endpoints` is awaited, which may load a model: a wrong
+/// input is reported at once.
 ///
 /// # Errors
 ///
@@ -133,7 +136,7 @@ pub async fn check(args: &EmbedArgs) -> anyhow::Result<()> {
 /// does not help.
 pub async fn run(
     args: &EmbedArgs,
-    endpoints: Vec<String>,
+    endpoints: impl Future<Output = anyhow::Result<Vec<String>>>,
     terminal: &Terminal,
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
@@ -162,6 +165,24 @@ pub async fn run(
 }
 
 impl EmbedArgs {
+    /// Computations that the job needs of a model that is served for it alone.
+    #[must_use]
+    pub fn needs(&self) -> Vec<ModelNeed> {
+        let task = &self.task;
+        vec![match (task.task, task.pooling) {
+            (EmbedTask::Score, _) => ModelNeed::Call(CallTask::Score),
+            // The features of a linear head are needed because the head is
+            // loaded.
+            (EmbedTask::Classify, _) if task.head.is_some() => return Vec::new(),
+            (EmbedTask::Classify, _) => ModelNeed::Call(CallTask::Classify),
+            (EmbedTask::Embed, Pooling::Last) => ModelNeed::States,
+            (EmbedTask::Embed, Pooling::Mean) => ModelNeed::Features {
+                layers: task.layer.into_iter().collect(),
+                norm: task.norm,
+            },
+        }]
+    }
+
     fn validate(&self) -> anyhow::Result<()> {
         let (task, table) = (&self.task, &self.table);
         if let Some(name) = table
@@ -245,7 +266,7 @@ struct Prepared {
 impl Prepared {
     async fn new(
         args: &EmbedArgs,
-        endpoints: Vec<String>,
+        endpoints: impl Future<Output = anyhow::Result<Vec<String>>>,
         stores: &Arc<Stores>,
         sink: Sink,
     ) -> Result<Self, Unprepared> {
@@ -269,7 +290,7 @@ impl Prepared {
             .map_err(|error| Unprepared::Failed(error.into()))?
             .map_err(Unprepared::Refused)?;
         let pool = PoolConfig {
-            endpoints,
+            endpoints: endpoints.await.map_err(Unprepared::Refused)?,
             connect: args.connect.clone(),
             window: args.workers.window,
             item_timeout: args.workers.item_timeout,

@@ -12,9 +12,9 @@ use clap::{Args, Parser};
 use crate::commands::compile::Bars;
 use crate::compile::{CompileOptions, CompileProgress, ModelSource, cache};
 use crate::engine::onnx;
-use crate::model::Model;
 use crate::model::head::LinearHead;
 use crate::model::precision::{Provider, ProviderChoice};
+use crate::model::{Model, ModelNeed};
 use crate::runtime::Runtime;
 use crate::serve::config::{ModelConfig, ServeConfig};
 use crate::serve::engines::engines;
@@ -201,11 +201,19 @@ pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<Lin
     let folder = folder?;
     tracing::info!(folder = %folder.display(), "reading the model");
     let name = name(&config.model, &folder);
-    let model = Model::open(&folder, name.as_deref())?;
+    let mut model = Model::open(&folder, name.as_deref())?;
     let heads = config.model.heads.iter().map(LinearHead::open);
     let heads = heads.collect::<Result<Vec<_>, _>>()?;
     for head in &heads {
         head.check(&model)?;
+    }
+    if let Some(needs) = &config.model.needs {
+        let of_heads = heads.iter().map(|head| ModelNeed::Features {
+            layers: vec![head.layer],
+            norm: head.norm,
+        });
+        let needs: Vec<ModelNeed> = needs.iter().cloned().chain(of_heads).collect();
+        model.serve_only(&needs);
     }
     Ok((model, heads))
 }

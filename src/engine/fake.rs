@@ -142,6 +142,7 @@ impl FakeEngine {
                     shares_prefixes: true,
                 }),
                 fallbacks: Vec::new(),
+                sizes_untried: false,
             },
             kept: vec![Vec::new(); script.sequences.map_or(0, |sequences| sequences.n_slots)],
             script,

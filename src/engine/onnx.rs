@@ -139,6 +139,7 @@ impl OnnxEngine {
                 n_classes: 0,
                 sequences: None,
                 fallbacks,
+                sizes_untried: runtime.provider == Provider::Cpu,
             },
             graphs: BTreeMap::new(),
             positions: options.positions,
@@ -267,7 +268,14 @@ impl OnnxEngine {
             reason,
         };
         let mut answer = Vec::new();
-        for bucket in options.buckets.iter() {
+        // A GPU captures each size now. A CPU is ready sooner, and takes less
+        // memory, if the larger sizes wait until images fill them.
+        let n_sizes = if self.facts.sizes_untried {
+            1
+        } else {
+            usize::MAX
+        };
+        for bucket in options.buckets.iter().take(n_sizes) {
             let run = GraphRun {
                 graph,
                 bucket,

@@ -633,6 +633,7 @@ impl State {
         for warm in slot.warm {
             pace.warmed(warm.graph, warm.bucket, warm.elapsed, now);
         }
+        pace.sizes_untried |= slot.sizes_untried;
         for ran in slot.runs {
             pace.ran(ran.graph, ran.bucket, ran.images, ran.elapsed, now);
         }

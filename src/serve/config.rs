@@ -15,6 +15,7 @@ use clap::Args;
 
 use self::bounds::{DAY, SECOND, bounded_size, bounded_time, size};
 use crate::engine::fake;
+use crate::model::ModelNeed;
 use crate::model::buckets::Buckets;
 use crate::model::head::HeadFlag;
 use crate::model::precision::Precision;
@@ -62,6 +63,12 @@ pub struct ModelConfig {
     /// --cache-dir
     #[arg(long, env = "IMAGEGPT_MODEL", value_name = "SOURCE")]
     pub model: String,
+
+    /// Computations for which the model is served, besides those of its heads;
+    /// `None` for all that it has. Set by commands that serve a model to
+    /// themselves, so that they load nothing else.
+    #[arg(skip)]
+    pub needs: Option<Vec<ModelNeed>>,
 
     #[command(flatten)]
     pub compile: CompileConfig,
@@ -118,7 +125,7 @@ pub struct ModelConfig {
     pub cuda_graphs: CudaGraphs,
 
     /// Threads of one model run on the CPU; 0 uses one thread per physical
-    /// core. Lower the number when several workers share a machine, or when a
+    /// core, within the container's CPU quota. Lower the number when several workers share a machine, or when a
     /// worker has several engines
     #[arg(
         long,

@@ -262,6 +262,7 @@ mod tests {
                 shares_prefixes: false,
             }),
             fallbacks: Vec::new(),
+            sizes_untried: false,
         }
     }
 

@@ -131,6 +131,7 @@ impl Life {
             let slot = EngineSlot {
                 device: self.runner.device,
                 warm: std::mem::take(&mut warm),
+                sizes_untried: self.engine.facts().sizes_untried,
                 runs: std::mem::take(&mut self.runs),
                 largest: self.largest,
                 sequences: self.decoder.sequences(),

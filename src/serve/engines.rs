@@ -7,6 +7,7 @@ use crate::model::Model;
 use crate::model::head::LinearHead;
 use crate::model::precision::ProviderChoice;
 use crate::runtime::error::EngineError;
+use crate::runtime::threads_within_quota;
 use crate::serve::config::{CudaGraphs, ServeConfig};
 use crate::serve::devices::DeviceEngine;
 
@@ -109,7 +110,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
         provider: config.model.devices.provider.execution_provider,
         // Replaced per engine.
         device_id: 0,
-        intra_op_threads: config.model.intra_op_threads.into(),
+        intra_op_threads: threads_within_quota(config.model.intra_op_threads.into()),
         graphs: model.graphs.clone(),
         files: model.files.clone(),
         positions: model.positions(),

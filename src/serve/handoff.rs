@@ -97,6 +97,8 @@ pub(crate) struct EngineSlot {
     pub device: DeviceIdx,
     /// Runs of the warm-up; only in the first slot.
     pub warm: Vec<WarmRun>,
+    /// True if batch sizes that have no measurement were never run.
+    pub sizes_untried: bool,
     /// Runs that have succeeded since the last slot.
     pub runs: Vec<FinishedRun>,
     /// Largest batch that the engine takes from now on.

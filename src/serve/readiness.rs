@@ -170,6 +170,7 @@ mod tests {
             n_classes: 3,
             sequences: None,
             fallbacks: Vec::new(),
+            sizes_untried: false,
         }
     }
 

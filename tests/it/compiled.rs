@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use imagegpt::compile::{CompileOptions, ModelSource, Silent, cache, compile};
 use imagegpt::engine::onnx;
-use imagegpt::model::Model;
+use imagegpt::model::graph::{Graph, Norm};
 use imagegpt::model::head::LinearHead;
 use imagegpt::model::onnx as onnx_file;
 use imagegpt::model::precision::{CompileTask, Precision, Provider};
+use imagegpt::model::{CallTask, Model, ModelNeed};
 use imagegpt::proto::pb;
 use imagegpt::runtime::Runtime;
 use imagegpt::serve::engines::onnx_engines;
@@ -42,6 +43,55 @@ async fn compiled(folder: &Path, feature_layer: usize, flags: &[&str]) -> Runnin
     let source = ModelSource::Folder(harness::model_dir("micro-checkpoint"));
     compile(&source, &output, &options, &runtime(), &mut Silent).expect("compiled");
     harness::start(&output, flags, None).await
+}
+
+#[test]
+fn only_the_graphs_that_are_needed_are_served() {
+    use Graph::{Features, Generate, Hidden, Score};
+    let folder = tempfile::tempdir().expect("a directory");
+    let output = folder.path().join("compiled");
+    let options = CompileOptions {
+        feature_layer: Some(1),
+        ..Default::default()
+    };
+    let source = ModelSource::Folder(harness::model_dir("micro-checkpoint"));
+    compile(&source, &output, &options, &runtime(), &mut Silent).expect("compiled");
+    let all = Model::open(&output, None).expect("a model").graphs;
+    let served = |needs: &[ModelNeed]| {
+        let mut model = Model::open(&output, None).expect("a model");
+        model.serve_only(needs);
+        let mut graphs: Vec<Graph> = model.graphs.into_keys().collect();
+        graphs.sort_unstable();
+        graphs
+    };
+    let features = |layers: &[u32], norm| ModelNeed::Features {
+        layers: layers.to_vec(),
+        norm,
+    };
+    let normed = Features(Norm::PreAttnRms);
+    assert_eq!(served(&[ModelNeed::Call(CallTask::Score)]), [Score]);
+    assert_eq!(served(&[ModelNeed::Call(CallTask::Generate)]), [Generate]);
+    assert_eq!(served(&[ModelNeed::Call(CallTask::Embed)]), [normed]);
+    assert_eq!(
+        served(&[features(&[1], Norm::None)]),
+        [Features(Norm::None)]
+    );
+    // The checkpoint has two layers, and its features end at the first.
+    assert_eq!(served(&[features(&[2], Norm::PreAttnRms)]), [Hidden]);
+    assert_eq!(
+        served(&[
+            ModelNeed::Call(CallTask::Score),
+            features(&[], Norm::PreAttnRms)
+        ]),
+        [normed, Score]
+    );
+    // Without the one graph that is needed, calls say what is missing.
+    let missing = [
+        ModelNeed::Call(CallTask::Score),
+        features(&[99], Norm::None),
+    ];
+    assert_eq!(served(&missing).len(), all.len());
+    assert_eq!(served(&[]).len(), all.len());
 }
 
 fn request(case: &Case, layers: &[u32], norm: pb::Norm) -> pb::EmbedRequest {

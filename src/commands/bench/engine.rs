@@ -34,8 +34,8 @@ use crate::model::Model;
 use crate::model::graph::{Graph, Layers, Want};
 use crate::model::manifest::Manifest;
 use crate::model::precision::{Precision, Provider};
-use crate::runtime::roofline;
 use crate::runtime::roofline::Roofline;
+use crate::runtime::{roofline, threads_within_quota};
 use crate::serve::config::ServeConfig;
 use crate::serve::engines::onnx_factory;
 
@@ -287,7 +287,7 @@ fn ceiling(loaded: &Loaded) -> anyhow::Result<Roofline> {
             .first()
             .copied()
             .unwrap_or(0),
-        intra_op_threads: loaded.config.model.intra_op_threads.into(),
+        intra_op_threads: threads_within_quota(loaded.config.model.intra_op_threads.into()),
         precision: precision.unwrap_or(Precision::Fp32),
     };
     Ok(Roofline::new(&options)?)

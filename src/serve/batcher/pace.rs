@@ -21,6 +21,9 @@ pub(crate) struct Pace {
     sizes: BTreeMap<(Graph, usize), Recent>,
     /// Images of each of the latest runs, and the run's duration.
     runs: VecDeque<(f64, Duration)>,
+    /// True if the engines' warm-up ran only the smallest size: a larger size
+    /// without a measurement was then never run.
+    pub(crate) sizes_untried: bool,
 }
 
 #[derive(Debug)]

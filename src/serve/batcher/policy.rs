@@ -92,6 +92,10 @@ impl Policy {
     /// costs the same (a CPU), it is one image: the other images are then
     /// answered no later, this image sooner, and more urgent work need not wait
     /// for all of them.
+    ///
+    /// A size that was never run is tried once `n` images fill it, if the size
+    /// before it was faster per image than its own predecessor: so an engine
+    /// that gains nothing by two images never runs four.
     #[must_use]
     pub(crate) fn bucket(
         &self,
@@ -101,12 +105,42 @@ impl Policy {
         pace: &Pace,
         now: Instant,
     ) -> usize {
+        self.choose(graph, n, largest, pace, now, true)
+    }
+
+    /// Returns the number of images from which a larger batch gains nothing, by
+    /// the sizes that were run so far: no image waits for others so that a size
+    /// can be tried.
+    #[must_use]
+    pub(crate) fn full(&self, graph: Graph, largest: usize, pace: &Pace, now: Instant) -> usize {
+        self.choose(graph, largest, largest, pace, now, false)
+    }
+
+    fn choose(
+        &self,
+        graph: Graph,
+        n: usize,
+        largest: usize,
+        pace: &Pace,
+        now: Instant,
+        tries: bool,
+    ) -> usize {
         let up = self.buckets.at_least(n.min(largest)).min(largest);
-        let mut rates = Vec::new();
+        let mut rates: Vec<(usize, f64)> = Vec::new();
         for bucket in self.buckets.iter().take_while(|&bucket| bucket <= up) {
             let (Some(time), Some(age)) =
                 (pace.typical(graph, bucket), pace.age(graph, bucket, now))
             else {
+                if pace.sizes_untried && !rates.is_empty() {
+                    let gains = match rates[..] {
+                        [.., (_, before), (_, last)] => last * NEARLY > before,
+                        _ => true,
+                    };
+                    if tries && gains && bucket <= n {
+                        return bucket;
+                    }
+                    break;
+                }
                 // Without a measurement there is nothing to choose by.
                 return up;
             };
@@ -353,6 +387,34 @@ mod tests {
             pace.warmed(Hidden, size, MS(ms), now);
         }
         assert_eq!(sizes(&pace, now), [1, 2, 2, 4, 4]);
+    }
+
+    #[test]
+    fn sizes_are_tried_with_images_that_wait() {
+        let policy = policy();
+        let now = Instant::now();
+        let mut pace = Pace {
+            sizes_untried: true,
+            ..Pace::default()
+        };
+        let sizes = |pace: &Pace| [1, 2, 3, 4, 9].map(|n| policy.bucket(Hidden, n, 4, pace, now));
+        let full = |pace: &Pace| policy.full(Hidden, 4, pace, now);
+        pace.warmed(Hidden, 1, MS(10), now);
+        assert_eq!(sizes(&pace), [1, 2, 2, 2, 2], "two images fill a new size");
+        assert_eq!(full(&pace), 1, "no image waits for another one");
+        // Two are no faster per image than one: four are never run.
+        pace.ran(Hidden, 2, 2.0, MS(20), now);
+        assert_eq!(sizes(&pace), [1; 5]);
+        assert_eq!(full(&pace), 1);
+        // Two are faster: four are tried once four wait.
+        for _ in 0..8 {
+            pace.ran(Hidden, 2, 2.0, MS(14), now);
+        }
+        assert_eq!(sizes(&pace), [1, 2, 2, 4, 4]);
+        assert_eq!(full(&pace), 2);
+        pace.ran(Hidden, 4, 4.0, MS(20), now);
+        assert_eq!(sizes(&pace), [1, 2, 4, 4, 4]);
+        assert_eq!(full(&pace), 4);
     }
 
     #[test]

@@ -209,7 +209,7 @@ impl<T> Scheduler<T> {
     ) -> Decision {
         // Size at which a full queue would run: if that is one image, as on a
         // CPU, no image waits for a batch to fill up.
-        let full = |graph| self.bucket(graph, largest, largest, now);
+        let full = |graph| self.policy.full(graph, largest, &self.pace, now);
         self.policy.decide(lanes, full, now, draining, bulk_owed)
     }
 

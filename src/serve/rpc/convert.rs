@@ -412,6 +412,7 @@ mod tests {
                 n_classes: 0,
                 sequences: None,
                 fallbacks: Vec::new(),
+                sizes_untried: false,
             }),
             ended,
         };
