@@ -10,7 +10,7 @@ end with exit code 0. A comment above a block changes that:
                                       block begins once URL answers 200
     <!-- output differs by machine --> a console block's output is not compared
 
-The output of a console block is compared with the page: numbers to one in 200,
+The standard output of a console block is compared with the page: numbers to one in 200,
 "…" stands for any text, and "..." on a line of its own for any lines. Directories
 that a page names after --output below target/ are removed before the page runs.
 """
@@ -195,7 +195,7 @@ class Page:
             if code != 0:
                 return f"$ {command}\nexit code {code}:\n{(out + err)[-3000:]}"
             if block.directive != "output differs by machine":
-                line = compare(expected, out + err)
+                line = compare(expected, out)
                 if line is not None:
                     return f"$ {command}\nthe page has a line that the output lacks: {line}\n{out + err}"
         return None
