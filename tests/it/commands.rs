@@ -375,7 +375,7 @@ async fn a_sheet_shows_inputs_what_is_kept_and_samples() {
     assert_eq!(got.get_pixel(13, 25).0, color(images[0][6 * 8 + 3]), "kept");
 
     for (flags, words) in [
-        (["--rows", "9"], "--rows 9"),
+        (["--rows", "9"], "--rows is 9"),
         (["--mask", &sheet[..5]], "--mask"),
         (["--output", "/nowhere/sheet.png"], "--output /nowhere"),
         (["--temperature", "-1"], "temperature: -1"),
