@@ -1,17 +1,9 @@
 #!/usr/bin/env bash
-<<<<<<< HEAD
-# Compiles models/emoji once, serves it with its head, embeds, classifies and
-# tokenizes the pictures in models/pictures over gRPC, prints and draws which
-# pictures look alike to the model; scores some of them, completes the upper
-# halves of others, and ends the worker. The model was trained on none of these
-# pictures.
-=======
 # Compiles models/emoji once and serves it with its head. Embeds, classifies and
 # tokenizes the pictures in models/pictures over gRPC, and prints and draws the
 # nearest neighbors of each; scores some of the pictures, and completes the
 # upper halves of others; then ends the worker. The model was trained on none of
 # these pictures.
->>>>>>> sweep
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/demo/imagegpt
