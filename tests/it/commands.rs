@@ -670,6 +670,29 @@ fn flags_without_their_model_are_refused() {
     }
 }
 
+/// A variable for all commands does not contradict a flag of this one; a flag
+/// does.
+#[test]
+fn a_model_needs_no_endpoint() {
+    let tokenize = |more: &[&str]| {
+        let model = harness::model_dir("micro");
+        let output = process::program()
+            .args(["tokenize", &format!("{PICTURES}/flags"), "--model"])
+            .arg(model)
+            .args(more)
+            .env("IMAGEGPT_ENDPOINT", "http://127.0.0.1:1")
+            .output()
+            .expect("the program");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = tokenize(&[]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = tokenize(&["--endpoint", "http://127.0.0.1:1"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("cannot be used with"), "{said}");
+}
+
 #[test]
 fn inspect_says_what_it_shows() {
     for (source, expected) in [
