@@ -41,8 +41,8 @@ Look at:
 
 Type next:
   export PATH="\$PWD/target/demo:\$PATH"
-  imagegpt serve --model models/emoji --head category=models/emoji/category.safetensors
-and in another terminal:
+  imagegpt serve --model models/emoji --feature-layer 8 --head category=models/emoji/category.safetensors
+and, when it has logged "ready", in another terminal after the same export:
   imagegpt classify models/pictures/food-drink --head category --alpha white
   imagegpt generate --alpha white --samples 4 --output target/new.png
 README.md says how to call the worker from Python, embed a dataset and train a linear probe.

@@ -209,8 +209,10 @@ def main():
     pages = args.pages or ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
     environment = dict(os.environ)
     program = ROOT / environment.get("BINARY", "target/demo/imagegpt")
-    environment["PATH"] = f"{program.parent}:{environment['PATH']}"
-    environment.setdefault("DOCS_PYTHON", sys.executable)
+    environment["DOCS_PYTHON"] = str((ROOT / environment.get("DOCS_PYTHON", sys.executable)).absolute())
+    # `python3` of the pages is the one that has what they import.
+    first = [str(program.parent), str(Path(environment["DOCS_PYTHON"]).parent)]
+    environment["PATH"] = ":".join([*first, environment["PATH"]])
     passed, skipped, failed = 0, 0, 0
     for name in pages:
         page, found = Page(name, environment), blocks(name)

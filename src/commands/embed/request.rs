@@ -24,7 +24,9 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
                 model.name
             );
             let served = &model.layers_served;
-            if let (Some(layer), [first, .., last]) = (task.layer, served.as_slice()) {
+            if let (Some(layer), Some(first), Some(last)) =
+                (task.layer, served.first(), served.last())
+            {
                 anyhow::ensure!(
                     served.contains(&layer),
                     "--layer {layer}: the workers' model {} serves layers {first} to {last}, {} \
