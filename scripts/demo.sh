@@ -1,17 +1,9 @@
 #!/usr/bin/env bash
-<<<<<<< HEAD
-# Compiles models/emoji once, serves it with its head, embeds, classifies and
-# tokenizes the pictures in models/pictures over gRPC, prints and draws which
-# pictures look alike to the model; scores some of them, completes the upper
-# halves of others, and ends the worker. The model was trained on none of these
-# pictures.
-=======
 # Compiles models/emoji once and serves it with its head. Embeds, classifies and
 # tokenizes the pictures in models/pictures over gRPC, and prints and draws the
 # nearest neighbors of each; scores some of the pictures, and completes the
 # upper halves of others; then ends the worker. The model was trained on none of
 # these pictures.
->>>>>>> sweep
 set -euo pipefail
 cd "$(dirname "$0")/.."
 worker=target/demo/imagegpt
@@ -49,8 +41,8 @@ Look at:
 
 Type next:
   export PATH="\$PWD/target/demo:\$PATH"
-  imagegpt serve --model models/emoji --head category=models/emoji/category.safetensors
-and in another terminal:
+  imagegpt serve --model models/emoji --feature-layer 8 --head category=models/emoji/category.safetensors
+and, when it has logged "ready", in another terminal after the same export:
   imagegpt classify models/pictures/food-drink --head category --alpha white
   imagegpt generate --alpha white --samples 4 --output target/new.png
 README.md says how to call the worker from Python, embed a dataset and train a linear probe.

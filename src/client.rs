@@ -89,6 +89,10 @@ impl ConnectConfig {
         let endpoint = Endpoint::from_shared(url.to_owned())
             .with_context(|| format!("--endpoint {url} is not a URL; write http://HOST:PORT"))?
             .connect_timeout(CONNECT_TIMEOUT);
+        anyhow::ensure!(
+            matches!(endpoint.uri().scheme_str(), Some("http" | "https")),
+            "--endpoint {url} begins with neither http:// nor https://; write http://HOST:PORT"
+        );
         if endpoint.uri().scheme_str() != Some("https") {
             anyhow::ensure!(
                 self.tls_ca.is_none() && self.tls_client_cert.is_none(),

@@ -4,7 +4,6 @@ use std::io::{ErrorKind, Write as _};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Parser as _;
 use imagegpt::commands::bench::BenchVerdict;
 use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::commands::cli::{Cli, CliCommand, exit};
@@ -29,7 +28,7 @@ const SAME_REQUEST: Duration = Duration::from_secs(1);
 const FAILED_GRACE: Duration = Duration::from_secs(1);
 
 fn main() {
-    let command = Cli::try_parse()
+    let command = Cli::try_from_args(std::env::args_os().collect())
         .unwrap_or_else(|message| explain(&message))
         .command;
     let outcome = match command {

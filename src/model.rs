@@ -80,7 +80,10 @@ impl CallTask {
     pub fn file(self) -> &'static str {
         match self {
             Self::Embed => "model.onnx",
-            Self::Classify => "model_classification.onnx",
+            Self::Classify => {
+                "model_classification.onnx or fine-tuned head; a linear head is loaded with --head \
+                 NAME=FILE and named in the call"
+            }
             Self::Score => "score.onnx, which only `imagegpt compile` makes",
             Self::Generate => {
                 "generate.onnx, which only `imagegpt compile` makes, or --generate-slots is 0"

@@ -464,7 +464,7 @@ fn graphs_that_are_off_leave_nothing() {
     refused(
         source.path(),
         &options,
-        "above the tolerance of 5e-2 for int8; nothing was written",
+        "the tolerance of int8 is 5e-2; nothing was written",
     );
 }
 

@@ -831,6 +831,35 @@ fn an_output_that_cannot_be_written_is_told_before_any_work() {
     done(&mut embed(&input, &output, &workers));
 }
 
+/// A mistake that every worker would refuse ends the command before a manifest
+/// fixes it for the runs to come.
+#[test]
+fn a_layer_or_an_address_that_cannot_be_is_refused_at_once() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = tree(dir.path(), 2);
+    let output = dir.path().join("output");
+    let workers = [start("0s")];
+    let refused = |command: &mut Command, expected: &str| {
+        let ended = command.output().expect("a run");
+        assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+        assert!(said(&ended).contains(expected), "{}", said(&ended));
+        assert!(!output.join("_imagegpt").exists(), "{}", said(&ended));
+    };
+    refused(
+        embed(&input, &output, &workers).args(["--layer", "99"]),
+        "--layer 99: the workers' model",
+    );
+    refused(
+        process::program()
+            .arg("embed")
+            .arg(&input)
+            .arg("--output")
+            .arg(&output)
+            .args(["--endpoint", "127.0.0.1:50051"]),
+        "write http://HOST:PORT",
+    );
+}
+
 #[test]
 fn without_a_worker_it_fails_and_may_be_told_to_end() {
     let dir = tempfile::tempdir().expect("a folder");

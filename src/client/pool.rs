@@ -277,6 +277,7 @@ pub async fn first_model(
 ) -> anyhow::Result<pb::GetModelResponse> {
     let token = config.connect.token()?;
     let deadline = tokio::time::Instant::now() + patience;
+    let mut has_told = false;
     loop {
         let mut reasons = BTreeMap::new();
         for url in &config.endpoints {
@@ -294,15 +295,18 @@ pub async fn first_model(
                 };
             }
         }
+        let reasons: Vec<String> = reasons
+            .into_iter()
+            .map(|(at, reason)| format!("{at}: {reason}"))
+            .collect();
+        let (reasons, patience) = (reasons.join("; "), humantime::format_duration(patience));
         if tokio::time::Instant::now() >= deadline {
-            let reasons: Vec<String> = reasons
-                .into_iter()
-                .map(|(at, reason)| format!("{at}: {reason}"))
-                .collect();
-            anyhow::bail!(
-                "no worker answers after {} (--give-up-after); {}",
-                humantime::format_duration(patience),
-                reasons.join("; ")
+            anyhow::bail!("no worker answers after {patience} (--give-up-after); {reasons}");
+        }
+        if !std::mem::replace(&mut has_told, true) {
+            tracing::warn!(
+                reasons,
+                "no worker answers yet; waiting for {patience} at most"
             );
         }
         tokio::time::sleep(FIRST_LOOK_INTERVAL).await;

@@ -1,6 +1,9 @@
 //! Command line of the program: its commands and exit codes.
 
-use clap::{Parser, Subcommand};
+use std::ffi::{OsStr, OsString};
+
+use clap::builder::Resettable;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::commands::ImageCommand;
 use crate::commands::bench::flags::BenchArgs;
@@ -50,6 +53,35 @@ pub mod exit {
 pub struct Cli {
     #[command(subcommand)]
     pub command: CliCommand,
+}
+
+impl Cli {
+    /// Parses the arguments of a process. A `--model` among them is an answer to
+    /// the question which worker is asked, so the variable for `--endpoint`,
+    /// which an environment may set for all commands, is then not read.
+    ///
+    /// # Errors
+    ///
+    /// When the arguments are wrong, or ask for help or the version.
+    pub fn try_from_args(args: Vec<OsString>) -> Result<Self, clap::Error> {
+        let is_model = |arg: &OsString| {
+            arg.to_str()
+                .is_some_and(|arg| arg == "--model" || arg.starts_with("--model="))
+        };
+        let mut command = Self::command();
+        if args.iter().any(is_model) {
+            command = command.mut_subcommands(|command| {
+                command.mut_args(|arg| {
+                    if arg.get_env() == Some(OsStr::new("IMAGEGPT_ENDPOINT")) {
+                        arg.env(Resettable::Reset)
+                    } else {
+                        arg
+                    }
+                })
+            });
+        }
+        Self::from_arg_matches(&command.try_get_matches_from(args)?)
+    }
 }
 
 /// Commands of the program.

@@ -36,8 +36,8 @@ const CALLS_MAX: usize = 64;
 
 #[derive(Debug, Clone, Args)]
 pub struct GenerateArgs {
-    /// Image to complete, or a directory of images; can be given several times;
-    /// - is standard input. A row of the sheet shows the input as the model
+    /// Image to complete, or a directory of images; can be given several times.
+    /// Standard input is written `-`. A row of the sheet shows the input as the model
     /// sees it, the part that is kept, and the samples. Without --input, images
     /// are generated from nothing
     #[arg(long = "input", value_name = "IMAGE")]

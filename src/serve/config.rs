@@ -209,7 +209,7 @@ pub struct NetworkConfig {
 
     /// Time for which the worker still accepts calls after SIGTERM or SIGINT.
     /// The worker reports at once that it is not ready; the delay lets load
-    /// balancers stop sending calls before the worker stops accepting them. 5s
+    /// balancers stop sending calls before the worker stops accepting them. 10s
     /// suits Kubernetes, 0s suits setups in which nothing checks readiness
     #[arg(
         long,

@@ -375,7 +375,7 @@ async fn a_sheet_shows_inputs_what_is_kept_and_samples() {
     assert_eq!(got.get_pixel(13, 25).0, color(images[0][6 * 8 + 3]), "kept");
 
     for (flags, words) in [
-        (["--rows", "9"], "--rows 9"),
+        (["--rows", "9"], "--rows is 9"),
         (["--mask", &sheet[..5]], "--mask"),
         (["--output", "/nowhere/sheet.png"], "--output /nowhere"),
         (["--temperature", "-1"], "temperature: -1"),
@@ -668,6 +668,29 @@ fn flags_without_their_model_are_refused() {
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains(expected), "{said}");
     }
+}
+
+/// A variable for all commands does not contradict a flag of this one; a flag
+/// does.
+#[test]
+fn a_model_needs_no_endpoint() {
+    let tokenize = |more: &[&str]| {
+        let model = harness::model_dir("micro");
+        let output = process::program()
+            .args(["tokenize", &format!("{PICTURES}/flags"), "--model"])
+            .arg(model)
+            .args(more)
+            .env("IMAGEGPT_ENDPOINT", "http://127.0.0.1:1")
+            .output()
+            .expect("the program");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = tokenize(&[]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = tokenize(&["--endpoint", "http://127.0.0.1:1"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("cannot be used with"), "{said}");
 }
 
 #[test]

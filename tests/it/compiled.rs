@@ -575,7 +575,7 @@ async fn a_folder_that_is_not_what_was_compiled_is_refused() {
     file.set_len(5000).expect("cut");
     let why = why_not(&folder).await;
     assert!(
-        why.contains("weights.bin of 90176 bytes, which is of 5000"),
+        why.contains("weights.bin of 90176 bytes, but the file has 5000"),
         "{why}"
     );
 }

@@ -115,7 +115,8 @@ fn the_doctor_sees_the_devices_that_cuda_shows() {
     let obstacle = report["obstacles"]["cuda"].as_str().expect("text");
     assert!(
         obstacle.starts_with(
-            "there is no GPU 2: CUDA sees 2 (CUDA_VISIBLE_DEVICES=1,MIG-10111213): --device-id"
+            "there is no GPU 2; the number of GPUs that CUDA shows is 2 \
+             (CUDA_VISIBLE_DEVICES=1,MIG-10111213): --device-id"
         ),
         "{obstacle}"
     );

@@ -168,9 +168,17 @@ async fn what_is_inflated_is_counted_and_only_once_the_request_has_ended() {
         let expected = 20.0 * to_f64(frame.len());
         let held = until_sample(&running, BYTES, |held| held >= expected).await;
         assert!(held <= 2.0 * expected, "{name}: {held}");
-        // Then six images fit, and the others are told when to come back.
-        for call in &mut calls {
+        // Then six images fit, and the others are told when to come back. One
+        // request ends after the other: what two of them take while they are
+        // decoded would count beside the images that wait.
+        let refused = requests("Embed", "RESOURCE_EXHAUSTED");
+        for (n_before, call) in calls.iter_mut().enumerate() {
             call.send(Bytes::new(), true);
+            harness::until(&running, "the call is admitted or refused", async || {
+                let n_refused = running.sample(&refused).await;
+                to_f64(running.worker.images_in_flight()) + n_refused >= to_f64(n_before + 1)
+            })
+            .await;
         }
         running.until_in_flight(6).await;
         let expected = 6.0 * to_f64(image_bytes);

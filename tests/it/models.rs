@@ -249,7 +249,8 @@ fn a_missing_library_is_one_clear_sentence() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(
-        text.contains("/nowhere/libonnxruntime.so is not there") && text.contains("--onnxruntime"),
+        text.contains("/nowhere/libonnxruntime.so does not exist")
+            && text.contains("--onnxruntime"),
         "{text}"
     );
     assert!(!text.contains("panicked"), "{text}");

@@ -202,7 +202,7 @@ fn a_second_signal_ends_the_delay_and_the_program_but_not_within_a_second() {
     let (mut worker, log) = start_micro(&["--shutdown-delay", "1h"]);
     let started = Instant::now();
     worker.signal("-TERM");
-    assert!(log.reaches("not ready"), "it says so");
+    assert!(log.reaches("still serving"), "it says so");
     // Over and over, as somebody impatient does it.
     process::until("the program ends", || {
         let has_ended = worker.ended().is_some();
@@ -220,7 +220,7 @@ fn a_second_signal_ends_the_delay_and_the_program_but_not_within_a_second() {
 fn two_signals_at_once_are_one_request() {
     let (mut worker, log) = start_micro(&["--shutdown-delay", "500ms"]);
     worker.signal("-TERM");
-    assert!(log.reaches("not ready"), "it says so");
+    assert!(log.reaches("still serving"), "it says so");
     worker.signal("-TERM");
     worker.signal("-INT");
     let rest = log.rest();

@@ -17,11 +17,25 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
             "--task score: the workers' model {} cannot compute likelihoods",
             model.name
         ),
-        (EmbedTask::Embed, _) => anyhow::ensure!(
-            can(pb::Task::Embed) && model.dimension > 0,
-            "--task embed: the workers' model {} cannot compute embeddings",
-            model.name
-        ),
+        (EmbedTask::Embed, _) => {
+            anyhow::ensure!(
+                can(pb::Task::Embed) && model.dimension > 0,
+                "--task embed: the workers' model {} cannot compute embeddings",
+                model.name
+            );
+            let served = &model.layers_served;
+            if let (Some(layer), Some(first), Some(last)) =
+                (task.layer, served.first(), served.last())
+            {
+                anyhow::ensure!(
+                    served.contains(&layer),
+                    "--layer {layer}: the workers' model {} serves layers {first} to {last}, {} \
+                     in all; serve it with another --feature-layer, or take one of these",
+                    model.name,
+                    served.len()
+                );
+            }
+        }
         (EmbedTask::Classify, Some(name)) => {
             let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
             anyhow::ensure!(
