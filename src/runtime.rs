@@ -67,7 +67,7 @@ pub type Operators = BTreeMap<String, BTreeMap<String, usize>>;
 /// features would be wrong by several percent. `session.x64quantprecision`
 /// avoids that at a price: with it, CPUs with VNNI do not use VNNI either,
 /// which takes 1.55 to 1.6 times as long on a Zen 5.
-fn products_of_bytes_overflow() -> bool {
+pub(crate) fn products_of_bytes_overflow() -> bool {
     #[cfg(target_arch = "x86_64")]
     return !(is_x86_feature_detected!("avx512vnni") || is_x86_feature_detected!("avxvnni"));
     #[cfg(not(target_arch = "x86_64"))]

@@ -238,8 +238,8 @@ impl OnnxEngine {
         Ok(())
     }
 
-    /// Runs the graph at every batch size with every token id, and learns the
-    /// width of its output.
+    /// Runs the graph with every token id, at every batch size that is warmed up
+    /// (on a CPU the smallest alone), and learns the width of its output.
     fn warm_up(&mut self, graph: Graph, options: &OnnxOptions) -> Result<(), EngineError> {
         // The start token is never a target of `score`.
         let n_ids = options.n_colors + usize::from(graph != Graph::Score);

@@ -29,8 +29,8 @@ use crate::model::onnx::DataType;
 use crate::model::precision::Provider;
 use crate::model::wire::{self, ExternalTensor, Substitute};
 use crate::model::{GraphFiles, manifest};
-use crate::runtime::Runtime;
 use crate::runtime::error::{EngineError, runtime};
+use crate::runtime::{Runtime, products_of_bytes_overflow};
 
 /// Largest tensor that is written into the graph, in bytes: this includes all
 /// norms and biases, and no matrix of a real model.
@@ -59,6 +59,17 @@ struct Key {
     bytes: u64,
     data_type: i32,
     dims: Vec<i64>,
+}
+
+/// Returns true if a graph has products whose weights ONNX Runtime converts as
+/// it opens the graph, on CPUs where products of bytes overflow: a session
+/// cannot share weights that it converts, and would fail with an error in the
+/// log.
+fn has_products_of_bytes(graph: &[u8]) -> bool {
+    const OPERATOR: &[u8] = b"DynamicQuantizeMatMul";
+    graph
+        .windows(OPERATOR.len())
+        .any(|window| window == OPERATOR)
 }
 
 enum Held {
@@ -114,7 +125,8 @@ impl Loader {
             .files
             .read(path)
             .map_err(|reason| refuse(path, reason))?;
-        if !self.shared.is_empty() && runtime_.provider == Provider::Cpu {
+        let can_share = !self.shared.is_empty() && runtime_.provider == Provider::Cpu;
+        if can_share && !(products_of_bytes_overflow() && has_products_of_bytes(&graph)) {
             match self.with_shared(runtime_, path, &graph) {
                 Err(EngineError::Graph { file, reason }) => {
                     tracing::info!(file, reason, "cannot share weights; copying them");

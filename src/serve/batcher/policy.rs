@@ -393,10 +393,8 @@ mod tests {
     fn sizes_are_tried_with_images_that_wait() {
         let policy = policy();
         let now = Instant::now();
-        let mut pace = Pace {
-            sizes_untried: true,
-            ..Pace::default()
-        };
+        let mut pace = Pace::default();
+        pace.sizes_untried = true;
         let sizes = |pace: &Pace| [1, 2, 3, 4, 9].map(|n| policy.bucket(Hidden, n, 4, pace, now));
         let full = |pace: &Pace| policy.full(Hidden, 4, pace, now);
         pace.warmed(Hidden, 1, MS(10), now);
