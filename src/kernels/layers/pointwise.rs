@@ -52,7 +52,7 @@ impl Activation {
 /// # Safety
 /// The CPU has the instructions of `V`.
 #[inline(always)]
-pub(super) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
+pub(in crate::kernels) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
     // SAFETY: the caller vouches for the instructions.
     unsafe {
         match activation {
@@ -132,7 +132,7 @@ unsafe fn upper_tail<V: Vector>(x: V) -> V {
 /// floats up to a multiple of [`LANES_MAX`]: zeros, unless the row has an
 /// infinity or a NaN, which spoils the row as a whole. The output has room for
 /// as many floats, and nobody else has it.
-pub(super) unsafe fn norm(
+pub(in crate::kernels) unsafe fn norm(
     kernel: Kernel,
     row: *const f32,
     weight: *const f32,
