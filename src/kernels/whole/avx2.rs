@@ -47,6 +47,7 @@ unsafe impl Sums for Words {
     type Floats = Avx2;
     type Weights = __m256i;
     type Inputs = __m256i;
+    const ARE_WHOLE: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> Self {

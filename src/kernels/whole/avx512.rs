@@ -58,6 +58,7 @@ unsafe impl Sums for Words {
     type Floats = Avx512;
     type Weights = __m512i;
     type Inputs = __m512i;
+    const ARE_WHOLE: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -112,6 +113,7 @@ unsafe impl Sums for Bytes {
     type Floats = Avx512;
     type Weights = __m512i;
     type Inputs = __m512i;
+    const ARE_WHOLE: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> Self {

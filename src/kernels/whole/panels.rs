@@ -4,6 +4,8 @@
     reason = "threads write disjoint rows of one output, through raw pointers"
 )]
 
+use std::ops::Range;
+
 use super::plain::{PlainBytes, PlainWords};
 use super::round::{self, EXCESS, RoundedRows};
 use super::tile::{self, Floats, PANEL_WIDTH_MAX, Product, STEP};
@@ -15,23 +17,63 @@ use crate::kernels::vector::Portable;
 
 /// Weights of a product: panels of a few columns, one after the other. A panel
 /// has a row per step, and the row has a column's weights of that step side by
-/// side, as the bytes of one number. Columns that the last panel has too many,
-/// and inputs that the last step has too many, are zero.
+/// side, as the bytes of one number. Columns that the last panel has too many
+/// are never read, and inputs that the last step has too many are multiplied
+/// with zeros.
 #[derive(Debug)]
 pub(super) struct Panels {
     inputs: usize,
     outputs: usize,
     kernels: ImageKernels,
     packed: LargePages<u32>,
-    /// One scale for each column of the panels.
-    scales: Option<Vec<f32>>,
-    bias: Option<Vec<f32>>,
+    /// One scale for each column of the panels; below the same.
+    scales: Vec<f32>,
+    bias: Vec<f32>,
     /// Largest whole number to which rows are rounded.
     pub(super) limit: i16,
 }
 
-/// Returns the index of a step's weight, if there is one.
-type Place<'a> = dyn Fn(usize) -> Option<usize> + 'a;
+/// Weights as they are given, and what they are packed as.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Floats(&'a [f32]),
+    Words(&'a [i8]),
+    Bytes(&'a [i8]),
+}
+
+impl<'a> Source<'a> {
+    /// Returns the weights for products of a kind; none if they are of another.
+    fn of<W: Weight>(weights: &'a [W], products: Products) -> Option<Self> {
+        match products {
+            Products::Floats => W::floats(weights).map(Self::Floats),
+            Products::Words => W::bytes(weights).map(Self::Words),
+            Products::Bytes => W::bytes(weights).map(Self::Bytes),
+        }
+    }
+
+    /// Packs weights of one input, input `i` of a step, for as many columns.
+    fn put(self, weights: Range<usize>, i: usize, step: &mut [u32]) {
+        match self {
+            Self::Floats(floats) => {
+                for (to, weight) in step.iter_mut().zip(&floats[weights]) {
+                    *to = weight.to_bits();
+                }
+            }
+            Self::Words(bytes) => {
+                let step: &mut [[i16; 2]] = bytemuck::cast_slice_mut(step);
+                for (to, weight) in step.iter_mut().zip(&bytes[weights]) {
+                    to[i] = i16::from(*weight);
+                }
+            }
+            Self::Bytes(bytes) => {
+                let step: &mut [[u8; STEP]] = bytemuck::cast_slice_mut(step);
+                for (to, weight) in step.iter_mut().zip(&bytes[weights]) {
+                    to[i] = weight.cast_unsigned().wrapping_add(EXCESS);
+                }
+            }
+        }
+    }
+}
 
 /// Rows of a product's input and output. A stride is the number of floats from
 /// a row to the next row.
@@ -80,54 +122,31 @@ impl Panels {
         let per_step = kernels.products.per_step();
         let n_steps = inputs.div_ceil(per_step);
         let mut packed = LargePages::<u32>::zeroed(size(1, n_steps, columns)?)?;
-        let floats = W::floats(dense.weights);
-        let bytes = W::bytes(dense.weights);
-        let mut limit = 0;
-        // Returns the bytes of a step, from the places of its weights.
-        let unit: &dyn Fn(&Place) -> [u8; STEP] = match (kernels.products, floats, bytes) {
-            (Products::Floats, Some(floats), _) => {
-                &|place| place(0).map_or([0; STEP], |at| floats[at].to_ne_bytes())
-            }
-            (Products::Words, _, Some(bytes)) => {
-                limit = round::limit_of_words(bytes, outputs)?;
-                &|place| {
-                    let word = |i| place(i).map_or(0, |at| i16::from(bytes[at])).to_ne_bytes();
-                    let [[a, b], [c, d]] = [word(0), word(1)];
-                    [a, b, c, d]
-                }
-            }
-            (Products::Bytes, _, Some(bytes)) => {
-                limit = round::limit_of_bytes(inputs)?;
-                &|place| {
-                    [0, 1, 2, 3].map(|i| {
-                        let weight = place(i).map_or(0, |at| bytes[at]);
-                        weight.cast_unsigned().wrapping_add(EXCESS)
-                    })
-                }
-            }
-            _ => return Err(LayersError::Digits(inputs)),
-        };
+        let source =
+            Source::of(dense.weights, kernels.products).ok_or(LayersError::Digits(inputs))?;
         let panels = packed.numbers_mut().chunks_exact_mut(n_steps * width);
-        for (panel, rows) in panels.enumerate() {
-            for (step, row) in rows.chunks_exact_mut(width).enumerate() {
-                for (lane, packed) in row.iter_mut().enumerate() {
-                    let column = panel * width + lane;
-                    let bytes = unit(&|i| {
-                        let input = step * per_step + i;
-                        let is_one = input < inputs && column < outputs;
-                        is_one.then_some(input * outputs + column)
-                    });
-                    *packed = u32::from_ne_bytes(bytes);
-                }
+        for (panel, steps) in panels.enumerate() {
+            let first = outputs.min(panel * width);
+            let n_columns = width.min(outputs - first);
+            for input in 0..inputs {
+                let step = &mut steps[input / per_step * width..][..n_columns];
+                let weights = input * outputs + first;
+                source.put(weights..weights + n_columns, input % per_step, step);
             }
         }
+        let limit = match source {
+            Source::Floats(_) => 0,
+            Source::Words(weights) => round::limit_of_words(weights, outputs)?,
+            Source::Bytes(_) => round::limit_of_bytes(inputs)?,
+        };
         Ok(Self {
             inputs,
             outputs,
             kernels,
             packed,
-            scales: padded("scales", dense.scales, outputs, width)?,
-            bias: padded("bias", dense.bias, outputs, width)?,
+            scales: padded("scales", dense.scales, outputs, width)?
+                .unwrap_or_else(|| vec![1.0; columns]),
+            bias: padded("bias", dense.bias, outputs, width)?.unwrap_or_else(|| vec![0.0; columns]),
             limit,
         })
     }
@@ -144,12 +163,12 @@ impl Panels {
             n_rows: rows.n,
             rows: rows.input.cast(),
             row_stride: rows.input_stride * STEP,
-            heads: None,
+            heads: room.rounded.heads,
             n_steps: self.inputs.div_ceil(self.kernels.products.per_step()),
             panels: self.packed.numbers().as_ptr().cast(),
             outputs: self.outputs,
-            scales: self.scales.as_ref().map(Vec::as_ptr),
-            bias: self.bias.as_ref().map(Vec::as_ptr),
+            scales: self.scales.as_ptr(),
+            bias: self.bias.as_ptr(),
             output: rows.output,
             output_stride: rows.output_stride,
             finish: rows.finish,
@@ -181,7 +200,6 @@ impl Panels {
         let product = Product {
             rows: room.rounded.start.cast(),
             row_stride: room.rounded.stride * STEP,
-            heads: Some(room.rounded.heads),
             ..as_floats
         };
         // SAFETY: as above, and the rows have just been rounded.

@@ -31,6 +31,7 @@ unsafe impl Sums for PlainWords {
     type Floats = Portable;
     type Weights = [[i16; 2]; LANES];
     type Inputs = [i16; 2];
+    const ARE_WHOLE: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -84,6 +85,7 @@ unsafe impl Sums for PlainBytes {
     type Floats = Portable;
     type Weights = [[u8; 4]; LANES];
     type Inputs = [i8; 4];
+    const ARE_WHOLE: bool = true;
 
     #[inline(always)]
     unsafe fn zero() -> Self {

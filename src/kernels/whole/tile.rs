@@ -12,8 +12,8 @@
     reason = "intrinsics only become instructions inside a function that has them"
 )]
 
-use crate::kernels::layers::Finish;
 use crate::kernels::layers::pointwise::activate;
+use crate::kernels::layers::{Activation, Finish};
 use crate::kernels::vector::{Portable, Vector};
 
 /// Bytes of a row, and of a column, that are multiplied in a step.
@@ -21,7 +21,7 @@ pub(super) const STEP: usize = 4;
 
 /// Bytes of a panel that all rows pass over before the next bytes: half of the
 /// smallest first level of a cache, which also holds the rows of a tile.
-const PART_BYTES: usize = 8 << 10;
+const PART_BYTES: usize = 16 << 10;
 
 /// Steps that are written out one after the other, with one prefetch for all.
 const UNROLLED: usize = 4;
@@ -42,6 +42,8 @@ pub(super) unsafe trait Sums: Copy {
     type Weights: Copy;
     /// Inputs of a step, the same in all lanes.
     type Inputs: Copy;
+    /// True if the numbers are whole, so that rows have heads.
+    const ARE_WHOLE: bool;
 
     /// # Safety
     /// The CPU has the instructions.
@@ -76,6 +78,7 @@ unsafe impl<V: Vector> Sums for Floats<V> {
     type Floats = V;
     type Weights = V;
     type Inputs = V;
+    const ARE_WHOLE: bool = false;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -134,15 +137,15 @@ pub(super) struct Product {
     pub(super) rows: *const u8,
     /// Bytes from a row to the next row.
     pub(super) row_stride: usize,
-    /// Heads of the rows, if they are whole numbers.
-    pub(super) heads: Option<*const RowHead>,
+    /// Heads of the rows; read only if they are whole numbers.
+    pub(super) heads: *const RowHead,
     pub(super) n_steps: usize,
     /// Panels of all steps, one after the other.
     pub(super) panels: *const u8,
     pub(super) outputs: usize,
     /// Factors of the columns, and below their addends, for whole panels.
-    pub(super) scales: Option<*const f32>,
-    pub(super) bias: Option<*const f32>,
+    pub(super) scales: *const f32,
+    pub(super) bias: *const f32,
     pub(super) output: *mut f32,
     /// Floats from a row to the next row.
     pub(super) output_stride: usize,
@@ -229,28 +232,55 @@ impl Product {
     /// The contract of [`Product::compute`] holds, and the sums are complete.
     #[inline(always)]
     unsafe fn end<S: Sums, const N: usize>(&self, column: usize) {
+        use Activation::{Gelu, GeluNew, QuickGelu, Relu};
+        use Finish::{Activate, Add, Set};
+        // Each has a loop of its own, since the CPU has no room for a loop that
+        // could do all of them several times at the same time.
+        // SAFETY: the caller vouches for all of it.
+        unsafe {
+            match self.finish {
+                Set => self.end_rows::<S, N>(column, Set),
+                Add => self.end_rows::<S, N>(column, Add),
+                Activate(QuickGelu) => self.end_rows::<S, N>(column, Activate(QuickGelu)),
+                Activate(Gelu) => self.end_rows::<S, N>(column, Activate(Gelu)),
+                Activate(GeluNew) => self.end_rows::<S, N>(column, Activate(GeluNew)),
+                Activate(Relu) => self.end_rows::<S, N>(column, Activate(Relu)),
+            }
+        }
+    }
+
+    /// Does the work of [`Product::end`] for one way to finish.
+    ///
+    /// # Safety
+    /// The contract of [`Product::end`] holds.
+    #[inline(always)]
+    unsafe fn end_rows<S: Sums, const N: usize>(&self, column: usize, finish: Finish) {
         let lanes = S::Floats::LANES;
         let n_columns = self.outputs - column;
         // SAFETY: rows and columns are those that the caller vouches for; scales
         // and bias have whole panels.
         unsafe {
             for row in 0..self.n_rows {
-                let head = self.heads.map(|heads| *heads.add(row));
+                let head = if S::ARE_WHOLE {
+                    *self.heads.add(row)
+                } else {
+                    RowHead {
+                        factor: 1.0,
+                        addend: 0,
+                    }
+                };
+                let factor = S::Floats::splat(head.factor);
                 for first in (0..n_columns.min(N * lanes)).step_by(lanes) {
                     let sums = S::load(self.sums.add(row * N * lanes + first));
-                    let mut sum = sums.floats(head.map_or(0, |head| head.addend));
-                    if let Some(head) = head {
-                        sum = sum.mul(S::Floats::splat(head.factor));
+                    let mut sum = sums.floats(head.addend);
+                    if S::ARE_WHOLE {
+                        sum = sum.mul(factor);
                     }
-                    if let Some(scales) = self.scales {
-                        sum = sum.mul(S::Floats::load(scales.add(column + first)));
-                    }
-                    if let Some(bias) = self.bias {
-                        sum = sum.add(S::Floats::load(bias.add(column + first)));
-                    }
+                    sum = sum.mul(S::Floats::load(self.scales.add(column + first)));
+                    sum = sum.add(S::Floats::load(self.bias.add(column + first)));
                     let to = self.output.add(row * self.output_stride + column + first);
                     let len = lanes.min(n_columns - first);
-                    match self.finish {
+                    match finish {
                         Finish::Set => {}
                         Finish::Add if len < lanes => {
                             sum = sum.add(S::Floats::load_partial(to, len));
