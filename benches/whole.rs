@@ -123,7 +123,7 @@ fn main() -> anyhow::Result<()> {
         positions: numbers.next().unwrap_or(1024),
         batch: numbers.next().unwrap_or(1),
     };
-    for kernel in [Kernel::Avx512, Kernel::Avx2] {
+    for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
         if kernel.is_available() {
             compare(kernel, case, n_rounds)?;
         }

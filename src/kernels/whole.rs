@@ -275,7 +275,7 @@ impl ImageLayers {
         }
         let chunks = positions.div_ceil(CHUNK);
         let blocks = ImageBlocks::new(batch, positions, images.n_threads);
-        if blocks.len() > TASKS_MAX - batch {
+        if blocks.len().saturating_add(batch) > TASKS_MAX {
             return Err(LayersError::Rows(n_rows));
         }
         let ImageMemory {

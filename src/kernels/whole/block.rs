@@ -1,4 +1,4 @@
-//! What a block of rows goes through between two attentions.
+//! The way of a block of rows between two attentions.
 #![expect(
     unsafe_code,
     reason = "reads and writes rows through raw pointers, which threads share"

@@ -24,7 +24,7 @@ use crate::kernels::vector::{ROUND, magnitude};
 /// room.
 const LARGEST_BYTE: i16 = 127;
 
-/// What weights of bytes have too much while they are multiplied: the CPU's
+/// Excess of weights of bytes while they are multiplied: the CPU's
 /// products are of a signed and an unsigned byte.
 pub(super) const EXCESS: u8 = 128;
 
