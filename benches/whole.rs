@@ -137,8 +137,8 @@ fn compare(kernel: Kernel, case: Case, n_rounds: usize) -> anyhow::Result<()> {
     let mut runs = Vec::new();
     for products in Products::ALL {
         let contestant = match products {
-            Products::Floats => layers::<f32>(kernel, products, case, 0.01)?,
-            _ => layers::<i8>(kernel, products, case, 1)?,
+            Products::Floats => layers::<f32>(kernel, products, case)?,
+            _ => layers::<i8>(kernel, products, case)?,
         };
         let Some(contestant) = contestant else {
             continue;
@@ -203,12 +203,10 @@ fn layers<W: Weight + Made>(
     kernel: Kernel,
     products: Products,
     case: Case,
-    one: W,
 ) -> anyhow::Result<Option<Contestant>> {
     if !products.are_available::<W>(kernel) {
         return Ok(None);
     }
-    let _ = one;
     let kernels = ImageKernels {
         products,
         products_on: kernel,
