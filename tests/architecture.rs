@@ -85,10 +85,11 @@ const NEIGHBORS: [(&str, &[&str]); 5] = [
 const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
 
 /// Files that may contain unsafe code, each use with its reason.
-const UNSAFE: [&str; 9] = [
+const UNSAFE: [&str; 10] = [
     "kernels/attention",
     "kernels/layers",
     "kernels/vector",
+    "kernels/whole",
     "gpu",
     "engine/onnx/sequences",
     "runtime/arena",

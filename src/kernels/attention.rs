@@ -357,6 +357,18 @@ impl CausalAttention {
         };
         check("qkv", 3 * self.output_len, qkv.len())?;
         check("output", self.output_len, output.len())?;
+        // SAFETY: the lengths are those of the shape, and the job borrows both
+        // slices.
+        Ok(unsafe { self.job_at(qkv.as_ptr(), output.as_mut_ptr()) })
+    }
+
+    /// Prepares the computation of the output from memory that a caller shares
+    /// out itself.
+    ///
+    /// # Safety
+    /// For `'a` both places have as many floats as the shape says; until the
+    /// job's blocks are done, nobody writes the first or has the second.
+    pub(crate) unsafe fn job_at<'a>(&self, qkv: *const f32, output: *mut f32) -> AttentionJob<'a> {
         let blocks_per_head = self
             .shape
             .positions
@@ -367,17 +379,17 @@ impl CausalAttention {
             0 => 0,
             _ => self.shape.batch * self.shape.heads,
         };
-        Ok(AttentionJob {
+        AttentionJob {
             attention: *self,
             qkv,
-            output: output.as_mut_ptr(),
+            output,
             borrow: PhantomData,
             next_head: AtomicUsize::new(0),
             blocks_left: (0..n_heads)
                 .map(|_| AtomicUsize::new(blocks_per_head))
                 .collect(),
             n_blocks: n_heads * blocks_per_head,
-        })
+        }
     }
 
     /// Computes `output` on `n_threads` threads, the calling thread among them.
@@ -407,7 +419,7 @@ impl CausalAttention {
 #[derive(Debug)]
 pub struct AttentionJob<'a> {
     attention: CausalAttention,
-    qkv: &'a [f32],
+    qkv: *const f32,
     output: *mut f32,
     borrow: PhantomData<&'a mut [f32]>,
     /// First head that no thread has begun.
@@ -486,10 +498,10 @@ impl AttentionJob<'_> {
         let next = &mut || self.next_block(head);
         let width = shape.width();
         let (image, column) = (head / shape.heads, head % shape.heads * shape.head_dim);
-        let image_rows = self.qkv[image * shape.positions * 3 * width..].as_ptr();
-        // SAFETY: `job` has checked both lengths; image and column are within
-        // them.
+        // SAFETY: both places are as long as the shape says, and image and column
+        // are within it.
         let head = unsafe {
+            let image_rows = self.qkv.add(image * shape.positions * 3 * width);
             HeadView {
                 queries: image_rows.add(column),
                 keys: image_rows.add(width + column),

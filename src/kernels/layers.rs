@@ -22,7 +22,7 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::dense::{Finish, PANEL_WIDTH_MAX, Panels, Rows};
+use self::dense::{PANEL_WIDTH_MAX, Panels, Rows};
 use self::digits::DigitRows;
 use self::phase::{LayerPhase, TASKS_MAX};
 use crate::kernels::attention::{
@@ -33,15 +33,16 @@ use crate::kernels::vector::scratch::AlignedScratch;
 use crate::kernels::vector::{Kept, LANES_MAX};
 
 pub use self::dense::{DenseWeights, RowsAs, Weight};
+pub(in crate::kernels) use self::dense::{Finish, padded};
 pub use self::pointwise::Activation;
 
 mod dense;
 mod digits;
-mod pages;
-mod phase;
-mod pointwise;
+pub(in crate::kernels) mod pages;
+pub(in crate::kernels) mod phase;
+pub(in crate::kernels) mod pointwise;
 #[cfg(test)]
-mod tests;
+pub(in crate::kernels) mod tests;
 
 /// Reason why layers cannot be prepared, or a step cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -332,18 +333,25 @@ impl<W: Weight> StepLayers<W> {
 
 /// Returns the number of floats from a row to the next: room for whole panels,
 /// and an odd number of lines, so that rows do not lie a power of two apart.
-fn stride(width: usize) -> usize {
+pub(in crate::kernels) fn stride(width: usize) -> usize {
     ((width + PANEL_WIDTH_MAX).div_ceil(LANES_MAX) | 1) * LANES_MAX
 }
 
-fn norm_weights(weights: &[f32], width: usize) -> Result<Vec<f32>, LayersError> {
+pub(in crate::kernels) fn norm_weights(
+    weights: &[f32],
+    width: usize,
+) -> Result<Vec<f32>, LayersError> {
     check("norm", weights.len(), width)?;
     let mut weights = weights.to_vec();
     weights.resize(width.next_multiple_of(LANES_MAX), 0.0);
     Ok(weights)
 }
 
-fn size(rows: usize, inputs: usize, outputs: usize) -> Result<usize, LayersError> {
+pub(in crate::kernels) fn size(
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+) -> Result<usize, LayersError> {
     rows.checked_mul(inputs)
         .and_then(|product| product.checked_mul(outputs))
         // The limit keeps a few times as many bytes within an allocation, so
@@ -356,7 +364,11 @@ fn size(rows: usize, inputs: usize, outputs: usize) -> Result<usize, LayersError
         })
 }
 
-fn check(name: &'static str, actual: usize, expected: usize) -> Result<(), LayersError> {
+pub(in crate::kernels) fn check(
+    name: &'static str,
+    actual: usize,
+    expected: usize,
+) -> Result<(), LayersError> {
     if actual == expected {
         return Ok(());
     }

@@ -176,6 +176,11 @@ pub(crate) struct Portable([f32; 4]);
 
 impl Portable {
     #[inline(always)]
+    pub(crate) fn from_lanes(lanes: [f32; 4]) -> Self {
+        Self(lanes)
+    }
+
+    #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         let mut out = self;
         for lane in 0..4 {

@@ -47,6 +47,9 @@ pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
 
     fn pack(self, factor: f32) -> Self::Packed;
 
+    /// Returns the weights, if they are floats.
+    fn floats(weights: &[Self]) -> Option<&[f32]>;
+
     /// Returns the weights, if they have 8 bits.
     fn bytes(weights: &[Self]) -> Option<&[i8]>;
 }
@@ -101,6 +104,10 @@ impl Weight for f32 {
         Int24::of(self, factor)
     }
 
+    fn floats(weights: &[f32]) -> Option<&[f32]> {
+        Some(weights)
+    }
+
     fn bytes(_weights: &[f32]) -> Option<&[i8]> {
         None
     }
@@ -116,6 +123,10 @@ impl Weight for i8 {
 
     fn pack(self, _factor: f32) -> i8 {
         self
+    }
+
+    fn floats(_weights: &[i8]) -> Option<&[f32]> {
+        None
     }
 
     fn bytes(weights: &[i8]) -> Option<&[i8]> {
@@ -191,7 +202,7 @@ pub(super) struct Rows {
 
 /// Treatment of a sum when it is written.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Finish {
+pub(in crate::kernels) enum Finish {
     Set,
     /// The sum is added to the output that is there.
     Add,
@@ -244,7 +255,7 @@ fn tile_rows(kernel: Kernel) -> usize {
 }
 
 /// Pads floats with zeros, to one for each column of whole panels.
-fn padded(
+pub(in crate::kernels) fn padded(
     name: &'static str,
     floats: Option<&[f32]>,
     outputs: usize,

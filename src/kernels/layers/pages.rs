@@ -14,7 +14,7 @@ const LARGE: usize = 2 << 20;
 
 /// Owned numbers that begin on a large page.
 #[derive(Debug)]
-pub(super) struct LargePages<T> {
+pub(in crate::kernels) struct LargePages<T> {
     map: MmapMut,
     /// Offset of the first number, in bytes.
     start: usize,
@@ -23,7 +23,7 @@ pub(super) struct LargePages<T> {
 }
 
 impl<T: Pod> LargePages<T> {
-    pub(super) fn zeroed(n_numbers: usize) -> Result<Self, LayersError> {
+    pub(in crate::kernels) fn zeroed(n_numbers: usize) -> Result<Self, LayersError> {
         let n_bytes = n_numbers * size_of::<T>();
         let failed = LayersError::Memory(n_bytes);
         // Addresses cost nothing; only pages that are written do.
@@ -41,11 +41,11 @@ impl<T: Pod> LargePages<T> {
         })
     }
 
-    pub(super) fn numbers(&self) -> &[T] {
+    pub(in crate::kernels) fn numbers(&self) -> &[T] {
         bytemuck::cast_slice(&self.map[self.start..][..self.n_bytes])
     }
 
-    pub(super) fn numbers_mut(&mut self) -> &mut [T] {
+    pub(in crate::kernels) fn numbers_mut(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(&mut self.map[self.start..][..self.n_bytes])
     }
 }

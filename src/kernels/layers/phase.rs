@@ -17,7 +17,7 @@ const LOOKS: u32 = 512;
 /// End from which a thread takes tasks. Tasks read memory in their order, so a
 /// thread that goes on at its place reads on, and knows what it will read next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum TaskEnd {
+pub(in crate::kernels) enum TaskEnd {
     Front,
     Back,
 }
@@ -25,14 +25,14 @@ pub(super) enum TaskEnd {
 /// Place of a thread among all that have come: half of the threads begin at
 /// each end.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ThreadPlace {
+pub(in crate::kernels) struct ThreadPlace {
     end: TaskEnd,
     /// Number of threads at the same end that came before.
     before: usize,
 }
 
 impl ThreadPlace {
-    pub(super) fn new(idx: usize) -> Self {
+    pub(in crate::kernels) fn new(idx: usize) -> Self {
         Self {
             end: if idx.is_multiple_of(2) {
                 TaskEnd::Front
@@ -44,7 +44,7 @@ impl ThreadPlace {
     }
 
     /// Returns the end from which the thread takes its tasks.
-    pub(super) fn end(self) -> TaskEnd {
+    pub(in crate::kernels) fn end(self) -> TaskEnd {
         self.end
     }
 
@@ -83,7 +83,7 @@ impl ThreadPlace {
 /// One phase. Aligned to lines of its own, because all threads write it.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(super) struct LayerPhase {
+pub(in crate::kernels) struct LayerPhase {
     /// Number of tasks begun at the back, in the upper half, and at the front.
     /// In the end the sum is more than the tasks that exist, by up to the
     /// number of threads.
@@ -93,19 +93,19 @@ pub(super) struct LayerPhase {
 
 /// Most tasks of a phase: with one more attempt per thread, the number must not
 /// overflow half of a counter.
-pub(super) const TASKS_MAX: usize = (u32::MAX / 2) as usize;
+pub(in crate::kernels) const TASKS_MAX: usize = (u32::MAX / 2) as usize;
 
 /// One task begun at the back.
 const AT_BACK: u64 = 1 << 32;
 
 impl LayerPhase {
     /// Resets the phase, so that it can begin again.
-    pub(super) fn reset(&mut self) {
+    pub(in crate::kernels) fn reset(&mut self) {
         *self = Self::default();
     }
 
     /// Takes the next task at this end; none if all tasks are begun.
-    pub(super) fn take(&self, n_tasks: usize, end: TaskEnd) -> Option<usize> {
+    pub(in crate::kernels) fn take(&self, n_tasks: usize, end: TaskEnd) -> Option<usize> {
         let one = match end {
             TaskEnd::Front => 1,
             TaskEnd::Back => AT_BACK,
@@ -125,24 +125,29 @@ impl LayerPhase {
 
     /// Counts a task that was taken as done. Its results can be seen by every
     /// thread that finds the phase over.
-    pub(super) fn done(&self) {
+    pub(in crate::kernels) fn done(&self) {
         self.n_done.fetch_add(1, Ordering::Release);
     }
 
-    pub(super) fn is_over(&self, n_tasks: usize) -> bool {
+    pub(in crate::kernels) fn is_over(&self, n_tasks: usize) -> bool {
         self.n_done.load(Ordering::Acquire) >= n_tasks
     }
 
     /// Waits until all tasks are done. None may be left to take.
-    pub(super) fn wait(&self, n_tasks: usize) {
-        let mut looks = 0;
-        while !self.is_over(n_tasks) {
-            if looks < LOOKS {
-                looks += 1;
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
+    pub(in crate::kernels) fn wait(&self, n_tasks: usize) {
+        wait_until(|| self.is_over(n_tasks));
+    }
+}
+
+/// Waits until `is_over` returns true, for what other threads have begun.
+pub(in crate::kernels) fn wait_until(is_over: impl Fn() -> bool) {
+    let mut looks = 0;
+    while !is_over() {
+        if looks < LOOKS {
+            looks += 1;
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
         }
     }
 }

@@ -52,18 +52,25 @@ impl Activation {
 /// # Safety
 /// The CPU has the instructions of `V`.
 #[inline(always)]
-pub(super) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
+pub(in crate::kernels) unsafe fn activate<V: Vector>(activation: Activation, x: V) -> V {
     // SAFETY: the caller vouches for the instructions.
     unsafe {
         match activation {
-            Activation::QuickGelu => x.mul(sigmoid(x.mul(V::splat(1.702)))),
+            Activation::QuickGelu => {
+                let size = magnitude(x);
+                let tail = lower_sigmoid(size.mul(V::splat(-1.702 * LOG2_E)));
+                positive(x).sub(size.mul(tail))
+            }
             // A hyperbolic tangent is a sigmoid of twice its argument.
             Activation::GeluNew => {
+                let size = magnitude(x);
                 let inner = x.mul(x).mul_add(V::splat(0.044_715), V::splat(1.0));
-                x.mul(sigmoid(x.mul(inner).mul(V::splat(1.595_769))))
+                let scale = V::splat(-1.595_769 * LOG2_E);
+                let tail = lower_sigmoid(size.mul(inner).mul(scale));
+                positive(x).sub(size.mul(tail))
             }
             Activation::Gelu => {
-                let size = V::splat(0.0).sub(x).max(x);
+                let size = magnitude(x);
                 positive(x).sub(size.mul(upper_tail(size)))
             }
             Activation::Relu => positive(x),
@@ -82,18 +89,27 @@ unsafe fn positive<V: Vector>(x: V) -> V {
     unsafe { V::splat(0.0) }.max(x)
 }
 
-/// Computes `1 / (1 + e^-x)`, by powers that are at most one.
+/// Returns each lane without its sign.
 ///
 /// # Safety
 /// The CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn sigmoid<V: Vector>(x: V) -> V {
+unsafe fn magnitude<V: Vector>(x: V) -> V {
     // SAFETY: the caller vouches for the instructions.
-    let (zero, one, scale) = unsafe { (V::splat(0.0), V::splat(1.0), V::splat(-LOG2_E)) };
-    let minus = zero.sub(x);
-    let numerator = minus.max(zero).mul(scale).exp2();
-    let power = minus.max(x).mul(scale).exp2();
-    numerator.div(one.add(power))
+    unsafe { V::splat(0.0) }.sub(x).max(x)
+}
+
+/// Computes the sigmoid of `x <= 0`, which is given times log2(e): by a power
+/// that is at most one. A number times its sigmoid is the number, or zero if
+/// that is larger, less the number's size times the sigmoid of minus its size.
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
+#[inline(always)]
+unsafe fn lower_sigmoid<V: Vector>(x: V) -> V {
+    let power = x.exp2();
+    // SAFETY: the caller vouches for the instructions.
+    power.div(unsafe { V::splat(1.0) }.add(power))
 }
 
 /// Returns the probability that a normal variable is above `x >= 0`, within
@@ -132,7 +148,7 @@ unsafe fn upper_tail<V: Vector>(x: V) -> V {
 /// floats up to a multiple of [`LANES_MAX`]: zeros, unless the row has an
 /// infinity or a NaN, which spoils the row as a whole. The output has room for
 /// as many floats, and nobody else has it.
-pub(super) unsafe fn norm(
+pub(in crate::kernels) unsafe fn norm(
     kernel: Kernel,
     row: *const f32,
     weight: *const f32,

@@ -11,7 +11,7 @@ use super::*;
 use crate::kernels::attention::Int24;
 
 /// Returns numbers from -0.5 to 0.5, the same for the same seed.
-pub(super) fn uniform(seed: u64) -> impl FnMut() -> f32 {
+pub(in crate::kernels) fn uniform(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
         state ^= state << 13;
@@ -21,7 +21,7 @@ pub(super) fn uniform(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-trait Tested: Weight + Into<f32> {
+pub(in crate::kernels) trait Tested: Weight + Into<f32> {
     /// Returns a weight of about `value`, if its scale is a hundredth.
     fn of(value: f32) -> Self;
     const SCALE: f32;
@@ -45,7 +45,7 @@ impl Tested for i8 {
     }
 }
 
-struct Dense<W> {
+pub(in crate::kernels) struct Dense<W> {
     weights: Vec<W>,
     scales: Vec<f32>,
     bias: Vec<f32>,
@@ -90,22 +90,27 @@ impl<W: Tested> Dense<W> {
     }
 }
 
-struct LayerOf<W> {
+pub(in crate::kernels) struct LayerOf<W> {
     norms: [Vec<f32>; 2],
     scale: f32,
     products: [Dense<W>; 4],
 }
 
 /// A few layers, and input rows for some sequences.
-struct Model<W> {
-    sizes: Sizes,
+pub(in crate::kernels) struct Model<W> {
+    pub(in crate::kernels) sizes: Sizes,
     layers: Vec<LayerOf<W>>,
     /// Input rows of each sequence.
-    rows: Vec<Vec<f32>>,
+    pub(in crate::kernels) rows: Vec<Vec<f32>>,
 }
 
 impl<W: Tested> Model<W> {
-    fn random(sizes: Sizes, n_layers: usize, n_sequences: usize, n_tokens: usize) -> Self {
+    pub(in crate::kernels) fn random(
+        sizes: Sizes,
+        n_layers: usize,
+        n_sequences: usize,
+        n_tokens: usize,
+    ) -> Self {
         let mut uniform = uniform(7);
         let (width, inner) = (sizes.width, sizes.inner_width);
         let layers = (0..n_layers).map(|idx| LayerOf {
@@ -131,7 +136,11 @@ impl<W: Tested> Model<W> {
     }
 
     fn pack(&self, (kernel, rows_as): (Kernel, RowsAs)) -> StepLayers<W> {
-        let layers = self.layers.iter().map(|layer| {
+        StepLayers::with_kernel(self.sizes, self.layers(), kernel, rows_as).unwrap()
+    }
+
+    pub(in crate::kernels) fn layers(&self) -> impl Iterator<Item = LayerWeights<'_, W>> {
+        self.layers.iter().map(|layer| {
             let [qkv, projection, expand, contract] = &layer.products;
             LayerWeights {
                 attention_norm: &layer.norms[0],
@@ -142,15 +151,21 @@ impl<W: Tested> Model<W> {
                 expand: expand.weights(),
                 contract: contract.weights(),
             }
-        });
-        StepLayers::with_kernel(self.sizes, layers, kernel, rows_as).unwrap()
+        })
     }
 
     /// Returns the result of all tokens of a sequence.
     fn reference(&self, sequence: usize) -> Vec<f64> {
+        self.streams(sequence).pop().unwrap()
+    }
+
+    /// Returns all tokens of a sequence in front of each layer, and after the
+    /// last.
+    pub(in crate::kernels) fn streams(&self, sequence: usize) -> Vec<Vec<f64>> {
         let Sizes { width, heads, .. } = self.sizes;
         let head_dim = width / heads;
         let mut stream: Vec<f64> = self.rows[sequence].iter().map(|x| f64::from(*x)).collect();
+        let mut streams = vec![stream.clone()];
         for layer in &self.layers {
             let [qkv, projection, expand, contract] = &layer.products;
             let qkv = qkv.reference(&self.norm(&stream, &layer.norms[0]));
@@ -184,11 +199,12 @@ impl<W: Tested> Model<W> {
                 *x = activated(self.sizes.activation, *x);
             }
             add(&mut stream, &contract.reference(&inner));
+            streams.push(stream.clone());
         }
-        stream
+        streams
     }
 
-    fn norm(&self, rows: &[f64], weights: &[f32]) -> Vec<f64> {
+    pub(in crate::kernels) fn norm(&self, rows: &[f64], weights: &[f32]) -> Vec<f64> {
         let mut normed = Vec::new();
         for row in rows.chunks_exact(weights.len()) {
             let mean = row.iter().map(|x| x * x).sum::<f64>() / weights.len() as f64;
@@ -328,7 +344,7 @@ impl<'m, W: Tested, K: Blank> Fed<'m, W, K> {
     }
 }
 
-pub(super) fn kernels() -> impl Iterator<Item = Kernel> {
+pub(in crate::kernels) fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::ALL
         .into_iter()
         .filter(|kernel| kernel.is_available() && kernel.precision() == AttentionPrecision::F32)
@@ -381,7 +397,12 @@ fn check_model<W: Tested, K: Blank>(model: &Model<W>, tolerance: f64) {
     }
 }
 
-fn sizes(width: usize, inner_width: usize, heads: usize, activation: Activation) -> Sizes {
+pub(in crate::kernels) fn sizes(
+    width: usize,
+    inner_width: usize,
+    heads: usize,
+    activation: Activation,
+) -> Sizes {
     Sizes {
         width,
         inner_width,

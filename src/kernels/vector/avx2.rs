@@ -46,6 +46,18 @@ unsafe fn first_lanes(len: usize) -> __m256i {
     }
 }
 
+impl Avx2 {
+    /// Converts whole numbers.
+    ///
+    /// # Safety
+    /// The contract of [`Vector::splat`] holds.
+    #[inline(always)]
+    pub(crate) unsafe fn from_i32(numbers: __m256i) -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm256_cvtepi32_ps(numbers) })
+    }
+}
+
 // SAFETY: constructors demand AVX2 and FMA of their caller, and a value proves
 // that a constructor was called; loads and stores touch exactly the floats
 // named.

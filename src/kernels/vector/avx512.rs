@@ -9,8 +9,8 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm_setr_epi8,
-    _mm256_loadu_si256, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castsi512_ps,
+    __m512, __m512i, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch,
+    _mm_setr_epi8, _mm256_loadu_si256, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
     _mm512_div_ps, _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_loadu_ps, _mm512_mask_mov_ps,
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
@@ -45,6 +45,18 @@ pub(crate) fn first_lanes(len: usize) -> u16 {
     #[expect(clippy::cast_possible_truncation, reason = "sixteen bits, as shifted")]
     let mask = ((1_u32 << len) - 1) as u16;
     mask
+}
+
+impl Avx512 {
+    /// Converts whole numbers.
+    ///
+    /// # Safety
+    /// The contract of [`Vector::splat`] holds.
+    #[inline(always)]
+    pub(crate) unsafe fn from_i32(numbers: __m512i) -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm512_cvtepi32_ps(numbers) })
+    }
 }
 
 // SAFETY: constructors demand AVX-512 of their caller, and a value proves that

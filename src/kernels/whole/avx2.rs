@@ -1,0 +1,102 @@
+//! Products with AVX2.
+#![expect(
+    unsafe_code,
+    reason = "vector intrinsics and raw pointers; see the contract of `Sums`"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "intrinsics only become instructions inside a function that has them"
+)]
+
+use std::arch::x86_64::{
+    __m256i, _mm256_add_epi32, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_epi32,
+    _mm256_setzero_si256, _mm256_storeu_si256,
+};
+
+use super::round;
+use super::tile::{Floats, Product, RowHead, Sums};
+use crate::kernels::vector::avx2::Avx2;
+
+/// Computes a product of floats.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn floats(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Floats<Avx2>, 2, 6>() }
+}
+
+/// Computes a product of words.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn words(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Words, 2, 4>() }
+}
+
+/// Eight sums of products of words, two at a step.
+#[derive(Clone, Copy)]
+struct Words(__m256i);
+
+// SAFETY: constructors demand AVX2 of their caller, and a value proves that a
+// constructor was called; only memory that the caller vouches for is touched.
+unsafe impl Sums for Words {
+    type Floats = Avx2;
+    type Weights = __m256i;
+    type Inputs = __m256i;
+    const ARE_WHOLE: bool = true;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm256_setzero_si256() })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and 32 bytes.
+        Self(unsafe { _mm256_loadu_si256(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves the instructions, the caller vouches for 32 bytes.
+        unsafe { _mm256_storeu_si256(to.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(from: *const u8) -> __m256i {
+        // SAFETY: the caller vouches for the instructions and 32 bytes.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn inputs(from: *const u8) -> __m256i {
+        // SAFETY: the caller vouches for the instructions and four bytes.
+        unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    fn add(self, weights: __m256i, inputs: __m256i) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm256_add_epi32(self.0, _mm256_madd_epi16(weights, inputs)) })
+    }
+
+    #[inline(always)]
+    fn floats(self, addend: i32) -> Avx2 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { Avx2::from_i32(_mm256_add_epi32(self.0, _mm256_set1_epi32(addend))) }
+    }
+}
+
+/// Rounds a row to words.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn round_words(from: &[f32], limit: i16, to: &mut [i16]) -> RowHead {
+    round::words(from, limit, to)
+}

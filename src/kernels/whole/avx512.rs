@@ -1,0 +1,177 @@
+//! Products with AVX-512.
+#![expect(
+    unsafe_code,
+    reason = "vector intrinsics and raw pointers; see the contract of `Sums`"
+)]
+#![expect(
+    clippy::inline_always,
+    reason = "intrinsics only become instructions inside a function that has them"
+)]
+
+use std::arch::x86_64::{
+    __m512i, _mm512_add_epi32, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+};
+
+use super::round;
+use super::tile::{Floats, Product, RowHead, Sums};
+use crate::kernels::vector::avx512::Avx512;
+
+/// Computes a product of floats.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) unsafe fn floats(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Floats<Avx512>, 2, 12>() }
+}
+
+/// Computes a product of words.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) unsafe fn words(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Words, 2, 12>() }
+}
+
+/// Computes a product of bytes.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ, BW and VNNI, and the contract of
+/// [`Product::compute`] holds.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni")]
+pub(super) unsafe fn bytes(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Bytes, 2, 12>() }
+}
+
+/// Sixteen sums of products of words, two at a step.
+#[derive(Clone, Copy)]
+struct Words(__m512i);
+
+// SAFETY: constructors demand AVX-512 of their caller, and a value proves that a
+// constructor was called; only memory that the caller vouches for is touched.
+unsafe impl Sums for Words {
+    type Floats = Avx512;
+    type Weights = __m512i;
+    type Inputs = __m512i;
+    const ARE_WHOLE: bool = true;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm512_setzero_si512() })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        Self(unsafe { _mm512_loadu_si512(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves the instructions, the caller vouches for 64 bytes.
+        unsafe { _mm512_storeu_si512(to.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(from: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn inputs(from: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for the instructions and four bytes.
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    fn add(self, weights: __m512i, inputs: __m512i) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm512_add_epi32(self.0, _mm512_madd_epi16(weights, inputs)) })
+    }
+
+    #[inline(always)]
+    fn floats(self, addend: i32) -> Avx512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
+    }
+}
+
+/// Sixteen sums of products of bytes, four at a step.
+#[derive(Clone, Copy)]
+struct Bytes(__m512i);
+
+// SAFETY: constructors demand AVX-512 with VNNI of their caller, and a value proves that a
+// constructor was called; only memory that the caller vouches for is touched.
+unsafe impl Sums for Bytes {
+    type Floats = Avx512;
+    type Weights = __m512i;
+    type Inputs = __m512i;
+    const ARE_WHOLE: bool = true;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm512_setzero_si512() })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        Self(unsafe { _mm512_loadu_si512(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves the instructions, the caller vouches for 64 bytes.
+        unsafe { _mm512_storeu_si512(to.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(from: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn inputs(from: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for the instructions and four bytes.
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    fn add(self, weights: __m512i, inputs: __m512i) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { _mm512_dpbusd_epi32(self.0, weights, inputs) })
+    }
+
+    #[inline(always)]
+    fn floats(self, addend: i32) -> Avx512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
+    }
+}
+
+/// Rounds a row to words.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) fn round_words(from: &[f32], limit: i16, to: &mut [i16]) -> RowHead {
+    round::words(from, limit, to)
+}
+
+/// Rounds a row to bytes.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) fn round_bytes(from: &[f32], limit: i16, to: &mut [i8]) -> RowHead {
+    round::bytes(from, limit, to)
+}
