@@ -75,15 +75,13 @@ impl CallTask {
         }
     }
 
-    /// File of the task's graph in published directories, for error texts.
+    /// File of the task's graph in published directories; for tasks that they
+    /// do not have, words for what is missing.
     #[must_use]
     pub fn file(self) -> &'static str {
         match self {
             Self::Embed => "model.onnx",
-            Self::Classify => {
-                "model_classification.onnx or fine-tuned head; a linear head is loaded with --head \
-                 NAME=FILE and named in the call"
-            }
+            Self::Classify => "model_classification.onnx",
             Self::Score => "score.onnx, which only `imagegpt compile` makes",
             Self::Generate => {
                 "generate.onnx, which only `imagegpt compile` makes, or --generate-slots is 0"

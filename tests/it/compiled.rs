@@ -47,7 +47,7 @@ async fn compiled(folder: &Path, feature_layer: usize, flags: &[&str]) -> Runnin
 
 #[test]
 fn only_the_graphs_that_are_needed_are_served() {
-    use Graph::{Features, Generate, Hidden, Score};
+    use Graph::{Features, Hidden, Logits};
     let folder = tempfile::tempdir().expect("a directory");
     let output = folder.path().join("compiled");
     let options = CompileOptions {
@@ -69,8 +69,7 @@ fn only_the_graphs_that_are_needed_are_served() {
         norm,
     };
     let normed = Features(Norm::PreAttnRms);
-    assert_eq!(served(&[ModelNeed::Call(CallTask::Score)]), [Score]);
-    assert_eq!(served(&[ModelNeed::Call(CallTask::Generate)]), [Generate]);
+    assert_eq!(served(&[ModelNeed::Call(CallTask::Classify)]), [Logits]);
     assert_eq!(served(&[ModelNeed::Call(CallTask::Embed)]), [normed]);
     assert_eq!(
         served(&[features(&[1], Norm::None)]),
@@ -80,10 +79,10 @@ fn only_the_graphs_that_are_needed_are_served() {
     assert_eq!(served(&[features(&[2], Norm::PreAttnRms)]), [Hidden]);
     assert_eq!(
         served(&[
-            ModelNeed::Call(CallTask::Score),
+            ModelNeed::Call(CallTask::Classify),
             features(&[], Norm::PreAttnRms)
         ]),
-        [normed, Score]
+        [normed, Logits]
     );
     // Without the one graph that is needed, calls say what is missing.
     let missing = [
