@@ -388,15 +388,9 @@ impl Model {
     /// layer of a model whose number of layers is unknown.
     #[must_use]
     pub fn layer_default(&self) -> Option<u32> {
+        let has_features = |graph: &Graph| matches!(graph, Graph::Features(_));
         match self.compiled {
-            Some(compiled) if !self.layers_served(Norm::PreAttnRms).is_empty() => {
-                let has_features = |&graph: &Graph| matches!(graph, Graph::Features(_));
-                if self.graphs.keys().any(has_features) {
-                    Some(compiled.feature_layer)
-                } else {
-                    self.n_layers
-                }
-            }
+            Some(compiled) if self.graphs.keys().any(has_features) => Some(compiled.feature_layer),
             _ => self.n_layers,
         }
     }

@@ -91,6 +91,12 @@ fn only_the_graphs_that_are_needed_are_served() {
     ];
     assert_eq!(served(&missing).len(), all.len());
     assert_eq!(served(&[]).len(), all.len());
+    // The default layer is the same, whichever norm is needed.
+    for norm in [Norm::PreAttnRms, Norm::None] {
+        let mut model = Model::open(&output, None).expect("a model");
+        model.serve_only(&[features(&[], norm)]);
+        assert_eq!(model.layer_default(), Some(1), "{norm:?}");
+    }
 }
 
 fn request(case: &Case, layers: &[u32], norm: pb::Norm) -> pb::EmbedRequest {
