@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w*)\s*$")
 DIRECTIVE = re.compile(r"^<!-- (not run|background|output differs by machine)(?:: (.*?))? -->$")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SHELL = ["bash", "-euo", "pipefail", "-c"]
 TIMEOUT_S = 1800
 READY_S = 180
 
@@ -118,36 +119,29 @@ class Page:
     def __init__(self, page, environment):
         self.page, self.environment, self.background = page, environment, []
 
-    def shell(self, text):
+    def run(self, command, text=""):
+        """Runs a command with text on standard input."""
         run = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text],
+            command,
             cwd=ROOT,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            input=text,
+            capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
         )
         return run.returncode, run.stdout, run.stderr
 
+    def shell(self, text):
+        return self.run([*SHELL, text])
+
     def python(self, text):
-        run = subprocess.run(
-            [self.environment["DOCS_PYTHON"], "-"],
-            cwd=ROOT,
-            env=self.environment,
-            input=text,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-        return run.returncode, run.stdout, run.stderr
+        return self.run([self.environment["DOCS_PYTHON"], "-"], text)
 
     def start(self, block):
         log = open(ROOT / "target" / "docs-check.log", "w+")
         process = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", f"exec {block.text}"],
+            [*SHELL, f"exec {block.text}"],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,

@@ -87,6 +87,22 @@ pub struct Sizes {
     pub activation: Activation,
 }
 
+impl Sizes {
+    /// Refuses sizes of zero, and heads that do not divide the width.
+    pub(in crate::kernels) fn check(self) -> Result<(), LayersError> {
+        let Self {
+            width,
+            inner_width,
+            heads,
+            ..
+        } = self;
+        if width == 0 || inner_width == 0 || heads == 0 || !width.is_multiple_of(heads) {
+            return Err(LayersError::Sizes(self));
+        }
+        Ok(())
+    }
+}
+
 /// The weights of one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerWeights<'a, W> {
@@ -184,15 +200,10 @@ impl<W: Weight> StepLayers<W> {
         kernel: Kernel,
         rows_as: RowsAs,
     ) -> Result<Self, LayersError> {
+        sizes.check()?;
         let Sizes {
-            width,
-            inner_width,
-            heads,
-            ..
+            width, inner_width, ..
         } = sizes;
-        if width == 0 || inner_width == 0 || heads == 0 || !width.is_multiple_of(heads) {
-            return Err(LayersError::Sizes(sizes));
-        }
         if !kernel.is_available() || kernel.precision() != AttentionPrecision::F32 {
             return Err(LayersError::Kernel(kernel));
         }

@@ -198,15 +198,8 @@ impl ImageLayers {
         final_norm: Option<&[f32]>,
         kernels: ImageKernels,
     ) -> Result<Self, LayersError> {
-        let Sizes {
-            width,
-            inner_width,
-            heads,
-            ..
-        } = sizes;
-        if width == 0 || inner_width == 0 || heads == 0 || !width.is_multiple_of(heads) {
-            return Err(LayersError::Sizes(sizes));
-        }
+        sizes.check()?;
+        let width = sizes.width;
         for kernel in [kernels.products_on, kernels.attention_on] {
             if !kernel.is_available() {
                 return Err(LayersError::Kernel(kernel));
