@@ -19,6 +19,7 @@
 )]
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::block::{Block, LayerOfImages};
@@ -119,12 +120,52 @@ impl ImageKernels {
     }
 }
 
+/// Packed weights of a layer, which the layers of several graphs may share.
+#[derive(Debug)]
+pub struct PackedLayer {
+    sizes: Sizes,
+    kernels: ImageKernels,
+    weights: LayerOfImages,
+}
+
+impl PackedLayer {
+    /// Packs weights in the order in which they are read.
+    ///
+    /// # Errors
+    /// If sizes do not fit, this CPU does not have the kernels, their products
+    /// are not `f32` or not of these weights, sums of whole numbers could
+    /// overflow, or memory does not suffice.
+    pub fn pack<W: Weight>(
+        sizes: Sizes,
+        layer: &LayerWeights<'_, W>,
+        kernels: ImageKernels,
+    ) -> Result<Self, LayersError> {
+        sizes.check()?;
+        for kernel in [kernels.products_on, kernels.attention_on] {
+            if !kernel.is_available() {
+                return Err(LayersError::Kernel(kernel));
+            }
+        }
+        if kernels.products_on.precision() != AttentionPrecision::F32 {
+            return Err(LayersError::Kernel(kernels.products_on));
+        }
+        if !kernels.products.are_available::<W>(kernels.products_on) {
+            return Err(LayersError::Digits(sizes.width));
+        }
+        Ok(Self {
+            sizes,
+            kernels,
+            weights: LayerOfImages::pack(sizes, layer, kernels)?,
+        })
+    }
+}
+
 /// Layers that whole images pass through.
 #[derive(Debug)]
 pub struct ImageLayers {
     sizes: Sizes,
     kernels: ImageKernels,
-    packed: Vec<LayerOfImages>,
+    packed: Vec<Arc<PackedLayer>>,
     /// Weights of the norm after the last layer, padded with zeros to whole
     /// vectors.
     final_norm: Option<Vec<f32>>,
@@ -186,40 +227,47 @@ const CHUNK: usize = 16;
 const BLOCK_ROWS_MAX: usize = 4 * CHUNK;
 
 impl ImageLayers {
-    /// Packs weights in the order in which they are read.
+    /// Packs the weights of all layers.
     ///
     /// # Errors
-    /// If sizes do not fit, this CPU does not have the kernels, their products
-    /// are not `f32` or not of these weights, sums of whole numbers could
-    /// overflow, or memory does not suffice.
+    /// The errors of [`PackedLayer::pack`] and [`ImageLayers::new`].
     pub fn pack<'a, W: Weight>(
         sizes: Sizes,
         layers: impl IntoIterator<Item = LayerWeights<'a, W>>,
         final_norm: Option<&[f32]>,
         kernels: ImageKernels,
     ) -> Result<Self, LayersError> {
-        sizes.check()?;
-        let width = sizes.width;
-        for kernel in [kernels.products_on, kernels.attention_on] {
-            if !kernel.is_available() {
-                return Err(LayersError::Kernel(kernel));
-            }
-        }
-        if kernels.products_on.precision() != AttentionPrecision::F32 {
-            return Err(LayersError::Kernel(kernels.products_on));
-        }
-        if !kernels.products.are_available::<W>(kernels.products_on) {
-            return Err(LayersError::Digits(width));
-        }
         let layers = layers
             .into_iter()
-            .map(|layer| LayerOfImages::pack(sizes, &layer, kernels));
+            .map(|layer| PackedLayer::pack(sizes, &layer, kernels).map(Arc::new));
+        let packed = layers.collect::<Result<_, LayersError>>()?;
+        Self::new(sizes, packed, final_norm, kernels)
+    }
+
+    /// Puts packed layers together.
+    ///
+    /// # Errors
+    /// If a layer was packed for other sizes or kernels, or the final norm has
+    /// another width.
+    pub fn new(
+        sizes: Sizes,
+        packed: Vec<Arc<PackedLayer>>,
+        final_norm: Option<&[f32]>,
+        kernels: ImageKernels,
+    ) -> Result<Self, LayersError> {
+        sizes.check()?;
+        if let Some(other) = packed.iter().find(|layer| layer.sizes != sizes) {
+            return Err(LayersError::Sizes(other.sizes));
+        }
+        if let Some(other) = packed.iter().find(|layer| layer.kernels != kernels) {
+            return Err(LayersError::Kernel(other.kernels.products_on));
+        }
         Ok(Self {
             sizes,
             kernels,
-            packed: layers.collect::<Result<_, LayersError>>()?,
+            packed,
             final_norm: final_norm
-                .map(|weights| norm_weights(weights, width))
+                .map(|weights| norm_weights(weights, sizes.width))
                 .transpose()?,
         })
     }
@@ -293,7 +341,7 @@ impl ImageLayers {
         let (qkv, attended) = (qkv.as_mut_ptr(), attended.as_mut_ptr());
         let attention = self.packed.iter().map(|layer| {
             let kernel = self.kernels.attention_on;
-            let attention = CausalAttention::with_kernel(shape, layer.attention_scale(), kernel)?;
+            let attention = CausalAttention::with_kernel(shape, layer.weights.attention_scale(), kernel)?;
             // SAFETY: there are as many floats, which this run has to itself;
             // its gates and phases keep other work on them apart.
             Ok(unsafe { attention.job_at(qkv, attended) })

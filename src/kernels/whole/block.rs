@@ -211,10 +211,10 @@ impl<'a> Block<'a> {
             unsafe {
                 match idx.checked_sub(1) {
                     None => self.copy_in(),
-                    Some(before) => self.end_layer(&layers.packed[before], places),
+                    Some(before) => self.end_layer(&layers.packed[before].weights, places),
                 }
                 match layers.packed.get(idx) {
-                    Some(layer) => self.begin_layer(layer, idx, places),
+                    Some(layer) => self.begin_layer(&layer.weights, idx, places),
                     None => self.end(places),
                 }
             }
