@@ -2,9 +2,8 @@
 //! published models: `cargo bench --bench attention -- [THREADS] [ROUNDS]`.
 //!
 //! All kernels of a shape take turns, one call each, `ROUNDS` times: on a
-//! shared machine the ratios mean more than the milliseconds. `direct` is the
-//! kernel called by itself, with threads started for each call; `op` is the
-//! kernel inside an ONNX Runtime session, on its threads. The last column is
+//! shared machine the ratios mean more than the milliseconds. The kernels are
+//! called by themselves, with threads started for each call. The last column is
 //! the arithmetic of the causal half, `4 * S * S / 2 * d`, divided by the
 //! fastest call.
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
@@ -14,7 +13,6 @@ use std::time::Instant;
 
 use imagegpt::kernels::attention::{AttentionShape, CausalAttention, Kernel};
 use imagegpt::runtime::library::find_library;
-use imagegpt::runtime::operators;
 use ort::environment::Environment;
 use ort::session::Session;
 use ort::value::Tensor;
@@ -52,7 +50,6 @@ fn compare(
     let width = shape.width();
     let qkv = noise(shape.positions * 3 * width);
     let dimensions = [1, shape.positions, width];
-    let packed = Tensor::from_array(([1, shape.positions, 3 * width], qkv.clone()))?;
     let parts = [0, 1, 2].map(|part| {
         qkv.chunks_exact(width)
             .skip(part)
@@ -77,18 +74,6 @@ fn compare(
             Ok(())
         }),
     ));
-    for bf16 in ["", "_bf16"] {
-        let model = format!("causal_attention_{}{bf16}", shape.heads);
-        let mut ours = session(environment, &model, n_threads)?;
-        let packed = &packed;
-        contestants.push((
-            format!("op{}", bf16.replace('_', " ")),
-            Box::new(move || {
-                ours.run(ort::inputs!["qkv" => packed])?;
-                Ok(())
-            }),
-        ));
-    }
     for kernel in Kernel::ALL {
         if !kernel.is_available() {
             continue;
@@ -98,7 +83,7 @@ fn compare(
         let attention = CausalAttention::with_kernel(shape, scale, kernel)?;
         let (qkv, mut output) = (&qkv, vec![0.0; shape.positions * width]);
         contestants.push((
-            format!("direct {kernel:?}"),
+            format!("{kernel:?}"),
             Box::new(move || Ok(attention.run(qkv, &mut output, n_threads)?)),
         ));
     }
@@ -143,7 +128,6 @@ fn session(environment: &Environment, model: &str, n_threads: usize) -> ort::Res
         .with_intra_threads(n_threads)?
         // Threads that spin after their share is done would slow the next in turn.
         .with_intra_op_spinning(false)?
-        .with_operators(operators::domain()?)?
         .commit_from_file(data.join(model).with_extension("onnx"))
 }
 

@@ -40,7 +40,6 @@ use crate::files::hex;
 use crate::model::architecture::Architecture;
 use crate::model::graph::Graph;
 use crate::model::manifest::{GraphFacts, Manifest, SourceFacts};
-use crate::model::onnx::DataType;
 use crate::model::precision::{CompileTask, Precision, Provider};
 use crate::model::{architecture, manifest};
 use crate::runtime::{Operators, Runtime};
@@ -158,7 +157,8 @@ fn compile_fetched(
         layout: layout(&tasks, options, runtime),
     };
     let advance = |parameters| progress.advance(parameters);
-    let store = store::write(&weights, options.precision, parts, stage.folder(), advance)?;
+    let formats = (options.precision, options.provider);
+    let store = store::write(&weights, formats, parts, stage.folder(), advance)?;
 
     progress.begin(CompileStep::Reference, layer_parameters as u64);
     let advance = |parameters| progress.advance(parameters);
@@ -406,14 +406,12 @@ fn feature_layer(
 }
 
 fn attention(kind: Graph, options: &CompileOptions, runtime: &Runtime) -> Attention {
-    // The worker's own attention is for CPUs.
+    // The worker's own layers are for CPUs.
     let is_ours = options.provider == Provider::Cpu && runtime.operators.is_some();
     match kind {
-        Graph::Generate if is_ours && options.precision.activation() == DataType::Float => {
-            Attention::Layers
-        }
+        Graph::Generate if is_ours => Attention::Layers,
         Graph::Generate => Attention::GroupQuery,
-        _ if is_ours => Attention::Causal,
+        _ if is_ours => Attention::ImageLayers,
         _ => Attention::MultiHead,
     }
 }

@@ -1,5 +1,6 @@
-//! All layers as one operator inside ONNX Runtime, on the session's own threads
-//! and with a cache in place or elsewhere, against the kernel itself.
+//! All layers as one operator inside ONNX Runtime, on the session's own threads,
+//! against the kernels themselves: for new tokens, with a cache in place or
+//! elsewhere, and for whole images.
 //!
 //! Needs ONNX Runtime from `make setup` or `ORT_DYLIB_PATH`.
 #![warn(clippy::disallowed_methods)]
@@ -17,10 +18,11 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use half::bf16;
-use imagegpt::kernels::attention::{BLOCK, Int24, Kept, KeyValueCache};
+use imagegpt::kernels::attention::{AttentionPrecision, BLOCK, Int24, Kept, KeyValueCache};
 use imagegpt::kernels::layers::{
     Activation, DenseWeights, LayerWeights, NewTokens, Sizes, StepLayers, StepMemory,
 };
+use imagegpt::kernels::whole::{ImageKernels, ImageLayers, ImageMemory, Images, Means, MeansOf};
 use imagegpt::model::onnx::{
     AttributeProto, DataType, Dim, GraphProto, IR_VERSION, ModelProto, NodeProto, OPSET,
     OperatorSet, TensorProto as Constant, ValueInfoProto,
@@ -150,22 +152,35 @@ fn model(element: DataType, change: impl FnOnce(&mut NodeProto)) -> ModelProto {
             node.input.push(past);
             node.output.push(present);
         }
-        for (name, dims, numbers) in constants(layer) {
-            graph.initializer.push(Constant {
-                name: name.clone(),
-                dims: dims.into_iter().map(as_i64).collect(),
-                data_type: DataType::Float.into(),
-                raw_data: numbers
-                    .iter()
-                    .flat_map(|number| number.to_le_bytes())
-                    .collect(),
-                ..Constant::default()
-            });
-            node.input.push(name);
-        }
+        put_constants(constants(layer), &mut graph, &mut node);
     }
     change(&mut node);
     graph.node.push(node);
+    model_of(graph)
+}
+
+/// Adds tensors as constants of the graph and inputs of the node.
+fn put_constants(
+    constants: Vec<(String, Vec<usize>, Vec<f32>)>,
+    graph: &mut GraphProto,
+    node: &mut NodeProto,
+) {
+    for (name, dims, numbers) in constants {
+        graph.initializer.push(Constant {
+            name: name.clone(),
+            dims: dims.into_iter().map(as_i64).collect(),
+            data_type: DataType::Float.into(),
+            raw_data: numbers
+                .iter()
+                .flat_map(|number| number.to_le_bytes())
+                .collect(),
+            ..Constant::default()
+        });
+        node.input.push(name);
+    }
+}
+
+fn model_of(graph: GraphProto) -> ModelProto {
     let version_of = |domain: &str, version| OperatorSet {
         domain: domain.to_owned(),
         version,
@@ -221,26 +236,31 @@ fn cache<K: Kept<Element: Default>>() -> Vec<Vec<K::Element>> {
         .collect()
 }
 
+/// Returns the weights that a layer's constants and scale are.
+fn weights<'a>(
+    (constants, scale): (&'a Vec<(String, Vec<usize>, Vec<f32>)>, f32),
+) -> LayerWeights<'a, f32> {
+    let floats = |idx: usize| constants[idx].2.as_slice();
+    let dense = |idx: usize| DenseWeights {
+        weights: floats(idx),
+        scales: None,
+        bias: Some(floats(idx + 2)).filter(|bias| !bias.is_empty()),
+    };
+    LayerWeights {
+        attention_norm: floats(0),
+        attention_scale: scale,
+        qkv: dense(1),
+        projection: dense(4),
+        inner_norm: floats(7),
+        expand: dense(8),
+        contract: dense(11),
+    }
+}
+
 /// Calls the kernel directly, and returns rows, keys and values.
 fn directly<K: Kept<Element: Default>>() -> (Vec<f32>, Vec<Vec<K::Element>>) {
     let constants: Vec<_> = (0..N_LAYERS).map(constants).collect();
-    let layers = constants.iter().zip(SCALES).map(|(constants, scale)| {
-        let floats = |idx: usize| constants[idx].2.as_slice();
-        let dense = |idx: usize| DenseWeights {
-            weights: floats(idx),
-            scales: None,
-            bias: Some(floats(idx + 2)).filter(|bias| !bias.is_empty()),
-        };
-        LayerWeights {
-            attention_norm: floats(0),
-            attention_scale: scale,
-            qkv: dense(1),
-            projection: dense(4),
-            inner_norm: floats(7),
-            expand: dense(8),
-            contract: dense(11),
-        }
-    });
+    let layers = constants.iter().zip(SCALES).map(weights);
     let layers = StepLayers::pack(SIZES, layers).unwrap();
     let mut cache = cache::<K>();
     let caches = cache.chunks_exact_mut(2).map(|pair| {
@@ -449,4 +469,192 @@ fn refuses_graphs_that_do_not_fit() {
     refused(|node| drop(node.attribute.remove(2)), "epsilon is missing");
     refused(|node| drop(node.input.pop()), "16 per layer");
     refused(|node| node.input.swap(5, 8), "weights of");
+}
+
+/// Images and positions of a run of whole images.
+const IMAGES: [usize; 2] = [3, 35];
+
+/// Makes a graph of whole images, whose node `change` may alter.
+fn image_model(output: &str, has_norm: bool, change: impl FnOnce(&mut NodeProto)) -> ModelProto {
+    let dims = ["zero", "one", "two"].map(Dim::Name);
+    let mut graph = GraphProto {
+        name: "layers".to_owned(),
+        input: vec![ValueInfoProto::tensor("rows", DataType::Float, &dims)],
+        output: vec![ValueInfoProto::tensor("output", DataType::Float, &dims)],
+        ..GraphProto::default()
+    };
+    let mut node = NodeProto {
+        input: names(&["rows"]),
+        output: names(&["output"]),
+        name: "node".to_owned(),
+        op_type: operators::IMAGE_LAYERS.to_owned(),
+        domain: operators::DOMAIN.to_owned(),
+        attribute: vec![
+            AttributeProto::int("num_heads", as_i64(SIZES.heads)),
+            AttributeProto::floats("scale", SCALES.to_vec()),
+            AttributeProto::float("epsilon", SIZES.epsilon),
+            AttributeProto::string("activation", "quick_gelu"),
+            AttributeProto::string("output", output),
+        ],
+    };
+    let norm = final_norm(has_norm);
+    let norm = vec![("norm".to_owned(), vec![norm.len()], norm)];
+    put_constants(norm, &mut graph, &mut node);
+    for layer in 0..N_LAYERS {
+        put_constants(constants(layer), &mut graph, &mut node);
+    }
+    change(&mut node);
+    graph.node.push(node);
+    model_of(graph)
+}
+
+fn final_norm(has_norm: bool) -> Vec<f32> {
+    noise(300, if has_norm { SIZES.width } else { 0 })
+}
+
+fn images() -> Vec<f32> {
+    noise(301, IMAGES[0] * IMAGES[1] * SIZES.width)
+}
+
+/// Calls the kernel directly, and returns rows, or means of a stream.
+fn images_directly(means_of: Option<MeansOf>, has_norm: bool) -> Vec<f32> {
+    let constants: Vec<_> = (0..N_LAYERS).map(constants).collect();
+    let layers = constants.iter().zip(SCALES).map(weights);
+    let norm = final_norm(has_norm);
+    let norm = Some(norm.as_slice()).filter(|_| has_norm);
+    let kernels = ImageKernels::fastest::<f32>(AttentionPrecision::F32);
+    let layers = ImageLayers::pack(SIZES, layers, norm, kernels).unwrap();
+    let [batch, positions] = IMAGES;
+    let rows = images();
+    let n_rows = match means_of {
+        None => positions,
+        Some(_) => N_LAYERS + 1,
+    };
+    let mut output = vec![f32::NAN; batch * n_rows * SIZES.width];
+    let (rows_to, means) = match means_of {
+        None => (Some(&mut output[..]), None),
+        Some(of) => (
+            None,
+            Some(Means {
+                of,
+                to: &mut output,
+            }),
+        ),
+    };
+    let mut memory = ImageMemory::default();
+    let images = Images {
+        batch,
+        positions,
+        rows: &rows,
+        output: rows_to,
+        means,
+        n_threads: 1,
+    };
+    let run = layers.run(images, &mut memory).unwrap();
+    run.work();
+    assert_eq!(run.finish(), 1);
+    output
+}
+
+#[test]
+fn images_are_as_from_the_kernel() {
+    let [batch, positions] = IMAGES;
+    let outputs = [
+        ("rows", None, positions),
+        ("normed_means", Some(MeansOf::Normed), N_LAYERS + 1),
+        ("raw_means", Some(MeansOf::Raw), N_LAYERS + 1),
+    ];
+    for (name, means_of, n_rows) in outputs {
+        for has_norm in [false, true] {
+            let expected = images_directly(means_of, has_norm);
+            for n_threads in [1, 2, 3] {
+                let model = image_model(name, has_norm, |_| {});
+                let mut session = open(&model, n_threads).unwrap();
+                // Runs with another number of images lie between equal runs.
+                for n_images in [batch, 1, batch] {
+                    let len = n_images * positions * SIZES.width;
+                    let rows = images()[..len].to_vec();
+                    let dims = [n_images, positions, SIZES.width];
+                    let rows = Tensor::from_array((dims, rows)).unwrap();
+                    let outputs = session.run(ort::inputs!["rows" => rows]).unwrap();
+                    let (dims, found) = outputs["output"].try_extract_tensor::<f32>().unwrap();
+                    let row_dims = [n_images, n_rows, SIZES.width].map(as_i64);
+                    assert_eq!(dims[..], row_dims);
+                    let expected = &expected[..found.len()];
+                    assert_eq!(found, expected, "{name}, {n_threads} threads");
+                }
+            }
+        }
+    }
+}
+
+/// Graphs of one model have their weights in common, and other weights are
+/// never taken for them.
+#[test]
+fn layers_of_other_weights_are_not_shared() {
+    let mut domain_sessions = Vec::new();
+    let domain = std::sync::Arc::new(operators::domain().unwrap());
+    let mut found = Vec::new();
+    for factor in [1.0_f32, 1.0, 2.0] {
+        let mut model = image_model("rows", true, |_| {});
+        for tensor in &mut model.graph.as_mut().unwrap().initializer {
+            if tensor.name == "constant.1.1" {
+                let floats: &[[u8; 4]] = tensor.raw_data.as_chunks().0;
+                let scaled = floats
+                    .iter()
+                    .flat_map(|&bytes| (f32::from_le_bytes(bytes) * factor).to_le_bytes());
+                tensor.raw_data = scaled.collect();
+            }
+        }
+        let mut session = Session::builder(environment())
+            .unwrap()
+            .with_operators(std::sync::Arc::clone(&domain))
+            .unwrap()
+            .commit_from_memory(&model.encode_to_vec())
+            .unwrap();
+        let dims = [IMAGES[0], IMAGES[1], SIZES.width];
+        let rows = Tensor::from_array((dims, images())).unwrap();
+        let outputs = session.run(ort::inputs!["rows" => rows]).unwrap();
+        found.push(
+            outputs["output"]
+                .try_extract_tensor::<f32>()
+                .unwrap()
+                .1
+                .to_vec(),
+        );
+        drop(outputs);
+        domain_sessions.push(session);
+    }
+    assert_eq!(found[0], found[1]);
+    assert_ne!(found[0], found[2]);
+}
+
+#[test]
+fn refuses_images_that_do_not_fit() {
+    let refused = |change: fn(&mut NodeProto), word: &str| {
+        let error = open(&image_model("rows", true, change), 1)
+            .map(|_| ())
+            .unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refused(
+        |node| node.attribute[4].s = b"all".to_vec(),
+        "output \"all\"",
+    );
+    refused(|node| drop(node.attribute.pop()), "output is missing");
+    refused(|node| drop(node.input.pop()), "14 per layer");
+    refused(|node| node.input.swap(1, 3), "weights of 24 numbers");
+    let mut session = open(&image_model("rows", true, |_| {}), 1).unwrap();
+    for dims in [vec![3, 35, 23], vec![105, 24]] {
+        let numbers = vec![0.0_f32; dims.iter().product()];
+        let rows = Tensor::from_array((dims, numbers)).unwrap();
+        let error = session
+            .run(ort::inputs!["rows" => rows])
+            .map(|_| ())
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("(batch, positions, 24)"),
+            "{error}"
+        );
+    }
 }

@@ -222,7 +222,7 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
 
 /// Fused operators, each of which replaces several of ONNX's own.
 const FUSED: [&str; 12] = [
-    "CausalAttention",
+    "ImageLayers",
     "Layers",
     "MultiHeadAttention",
     "GroupQueryAttention",

@@ -1,10 +1,11 @@
 //! Builds the graphs of all tasks, which share one backbone and its weights.
 //!
-//! Between layers activations are rows, `(batch * sequence, width)`, so that a
-//! dense product is one `Gemm` that also adds the bias, and on a CPU the
-//! residual. RMS norm, quick-gelu and attention are written as fused operators,
-//! ONNX Runtime's or the worker's own, not as patterns that an optimizer might
-//! fuse. Batch and sequence are open dimensions: one file serves any batch.
+//! On a CPU all layers are one operator, the worker's own. On a GPU, and without
+//! that operator, activations between layers are rows, `(batch * sequence,
+//! width)`, so that a dense product is one `Gemm` that also adds the bias, and
+//! on a CPU the residual; RMS norm, quick-gelu and attention are written as
+//! fused operators, ONNX Runtime's or the worker's own, not as patterns that an
+//! optimizer might fuse. Batch and sequence are open dimensions: one file serves any batch.
 
 mod backbone;
 mod builder;
@@ -19,17 +20,19 @@ use crate::model::graph::Graph;
 use crate::model::onnx::{DataType, ModelProto};
 use crate::model::precision::{Precision, Provider};
 
-/// The operator that computes causal attention.
+/// The operator that computes causal attention, alone or with the rest of the
+/// layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Attention {
     /// `com.microsoft.MultiHeadAttention`, which every execution provider has.
     MultiHead,
-    /// `imagegpt.CausalAttention`, the worker's own kernel for the CPU.
-    Causal,
     /// `com.microsoft.GroupQueryAttention`, which has a key/value cache.
     GroupQuery,
+    /// `imagegpt.ImageLayers`, the worker's own kernel for whole images on the
+    /// CPU, which computes all layers.
+    ImageLayers,
     /// `imagegpt.Layers`, the worker's own kernel for steps of generation on
-    /// the CPU, which computes whole layers, not only attention.
+    /// the CPU, which computes all layers.
     Layers,
 }
 
@@ -39,8 +42,8 @@ impl Attention {
     pub(crate) fn operator(self) -> &'static str {
         match self {
             Self::MultiHead => "MultiHeadAttention",
-            Self::Causal => "CausalAttention",
             Self::GroupQuery => "GroupQueryAttention",
+            Self::ImageLayers => "ImageLayers",
             Self::Layers => "Layers",
         }
     }
@@ -67,13 +70,19 @@ impl GraphPlan<'_> {
     pub(crate) fn cache_position(&self) -> (DataType, usize) {
         let head_dim = self.architecture.head_dim();
         match (self.attention, self.precision) {
-            // bfloat16 has 8 bits of mantissa, which suits weights of 8 bits.
-            (Attention::Layers, Precision::Int8) => {
+            // bfloat16 has 8 bits of mantissa, which suits weights of as many.
+            (Attention::Layers, Precision::Int8 | Precision::Bf16) => {
                 (DataType::Bfloat16, bf16::position_len(head_dim))
             }
             (Attention::Layers, _) => (DataType::Uint8, Int24::position_len(head_dim)),
-            _ => (self.precision.activation(), head_dim),
+            _ => (self.activation(), head_dim),
         }
+    }
+
+    /// Returns the data type of activations between operators.
+    #[must_use]
+    pub(crate) fn activation(&self) -> DataType {
+        self.precision.activation(self.provider)
     }
 
     /// Returns true if queries, keys and values are separate products in graphs

@@ -15,7 +15,7 @@ use super::weights::{CheckpointWeights, Dense};
 use crate::model::architecture::Architecture;
 use crate::model::manifest::WEIGHTS_FILE;
 use crate::model::onnx::{DataType, StringEntry, TensorProto};
-use crate::model::precision::Precision;
+use crate::model::precision::{Precision, Provider};
 
 const ALIGNMENT: u64 = 4096;
 
@@ -115,7 +115,7 @@ pub(crate) fn block_size(inputs: usize) -> usize {
 /// When a tensor does not fit the configuration or cannot be written.
 pub(crate) fn write(
     weights: &CheckpointWeights<'_>,
-    precision: Precision,
+    (precision, provider): (Precision, Provider),
     parts: Parts,
     folder: &Path,
     mut advance: impl FnMut(u64),
@@ -128,7 +128,7 @@ pub(crate) fn write(
         ..
     } = weights.architecture;
     let mut writer = Writer::create(folder.join(WEIGHTS_FILE))?;
-    let float = precision.activation();
+    let float = precision.activation(provider);
     writer.floats(
         "wte",
         float,
@@ -154,12 +154,20 @@ pub(crate) fn write(
         if parts.layout == WeightLayout::Apart {
             writer.apart(&name(""), float, &layer.qkv)?;
         } else {
-            writer.dense(&name("qkv"), precision, &layer.qkv)?;
+            writer.dense(&name("qkv"), (precision.weights(), float), &layer.qkv)?;
         }
-        writer.dense(&name("projection"), precision, &layer.projection)?;
+        writer.dense(
+            &name("projection"),
+            (precision.weights(), float),
+            &layer.projection,
+        )?;
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
-        writer.dense(&name("expand"), precision, &layer.expand)?;
-        writer.dense(&name("contract"), precision, &layer.contract)?;
+        writer.dense(&name("expand"), (precision.weights(), float), &layer.expand)?;
+        writer.dense(
+            &name("contract"),
+            (precision.weights(), float),
+            &layer.contract,
+        )?;
         if parts.layout == WeightLayout::WithBlocks {
             for (part, dense) in [
                 ("qkv", &layer.qkv),
@@ -214,11 +222,11 @@ impl Writer {
     fn dense(
         &mut self,
         name: &str,
-        precision: Precision,
+        (weights, float): (DataType, DataType),
         dense: &Dense,
     ) -> Result<(), CompileError> {
         let shape = [dense.inputs, dense.outputs];
-        if precision == Precision::Int8 {
+        if weights == DataType::Int8 {
             let (values, scales) = quantize(dense);
             let bytes: Vec<u8> = values.iter().map(|value| value.cast_unsigned()).collect();
             self.bytes(name, DataType::Int8, &shape, &bytes)?;
@@ -229,13 +237,13 @@ impl Writer {
                 &scales,
             )?;
         } else {
-            self.floats(name, precision.activation(), &shape, &dense.weight)?;
+            self.floats(name, weights, &shape, &dense.weight)?;
         }
         match &dense.bias {
             None => Ok(()),
             Some(bias) => {
                 let name = format!("{name}.bias");
-                self.floats(&name, precision.activation(), &[dense.outputs], bias)
+                self.floats(&name, float, &[dense.outputs], bias)
             }
         }
     }

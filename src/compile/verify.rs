@@ -323,7 +323,7 @@ const FUSED: [&str; 13] = [
     "FastGelu",
     "MultiHeadAttention",
     "GroupQueryAttention",
-    "CausalAttention",
+    "ImageLayers",
     "Layers",
     "DynamicQuantizeMatMul",
     "MatMulNBits",

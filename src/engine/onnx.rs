@@ -163,6 +163,7 @@ impl OnnxEngine {
             }
             engine.load_graph(&runtime, &mut loader, graph, path, options)?;
         }
+        loader.finish();
         Ok(engine)
     }
 

@@ -341,7 +341,8 @@ impl ImageLayers {
         let (qkv, attended) = (qkv.as_mut_ptr(), attended.as_mut_ptr());
         let attention = self.packed.iter().map(|layer| {
             let kernel = self.kernels.attention_on;
-            let attention = CausalAttention::with_kernel(shape, layer.weights.attention_scale(), kernel)?;
+            let attention =
+                CausalAttention::with_kernel(shape, layer.weights.attention_scale(), kernel)?;
             // SAFETY: there are as many floats, which this run has to itself;
             // its gates and phases keep other work on them apart.
             Ok(unsafe { attention.job_at(qkv, attended) })
@@ -492,16 +493,17 @@ impl ImagesRun<'_> {
     }
 
     /// Completes output and means, once a thread has returned from
-    /// [`ImagesRun::work`].
+    /// [`ImagesRun::work`]. Returns the number of threads that came.
     ///
     /// # Panics
     /// If the run is not done.
-    pub fn finish(self) {
+    pub fn finish(self) -> usize {
         assert!(self.is_done(), "no thread has worked on these images");
         for image in 0..self.blocks.batch {
             // SAFETY: all phases are over, and the run is nobody else's.
             unsafe { self.take_mean(image, self.layers.packed.len()) }
         }
+        self.n_threads.into_inner()
     }
 
     /// Returns the number of tasks of a phase: the blocks, and then the means

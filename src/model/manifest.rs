@@ -22,7 +22,7 @@ pub const FILE: &str = "imagegpt.json";
 pub const WEIGHTS_FILE: &str = "weights.bin";
 /// Version of the manifest's format; raised when older readers would misread a
 /// directory.
-pub const FORMAT: u32 = 6;
+pub const FORMAT: u32 = 7;
 
 /// Contents of the manifest file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

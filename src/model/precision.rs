@@ -24,8 +24,9 @@ pub enum Precision {
     Fp32,
     /// 16-bit floats throughout, for GPUs.
     Fp16,
-    /// bfloat16 throughout, for GPUs: less exact than fp16, but cannot
-    /// overflow.
+    /// bfloat16: throughout on a GPU, where it is less exact than fp16 but
+    /// cannot overflow; on a CPU with instructions for it in products and
+    /// attention, the rest in 32-bit floats.
     Bf16,
     /// Dense products in 8-bit integers (quantization), the rest in 32-bit
     /// floats, for CPUs.
@@ -59,11 +60,21 @@ impl Precision {
     }
 
     /// Returns the data type of activations between operators.
-    pub(crate) fn activation(self) -> DataType {
+    pub(crate) fn activation(self, provider: Provider) -> DataType {
+        match (self, provider) {
+            (Self::Fp32 | Self::Int8, _) | (Self::Bf16, Provider::Cpu) => DataType::Float,
+            (Self::Fp16, _) => DataType::Float16,
+            (Self::Bf16, Provider::Cuda) => DataType::Bfloat16,
+        }
+    }
+
+    /// Returns the data type of the weights of dense products.
+    pub(crate) fn weights(self) -> DataType {
         match self {
-            Self::Fp32 | Self::Int8 => DataType::Float,
+            Self::Fp32 => DataType::Float,
             Self::Fp16 => DataType::Float16,
             Self::Bf16 => DataType::Bfloat16,
+            Self::Int8 => DataType::Int8,
         }
     }
 }

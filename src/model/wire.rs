@@ -1,13 +1,16 @@
 //! Scans the bytes of an ONNX graph without decoding its messages into values.
 //!
-//! Graphs are untrusted files of up to 2 GiB, and only two facts about them are
-//! needed: the files that hold their tensors, and whether an operator mixes the
-//! images of a batch. So the bytes are scanned in place; only names are copied,
+//! Graphs are untrusted files of up to 2 GiB, and only three facts about them
+//! are needed: the files that hold their tensors, the tensors that only the
+//! worker's own operators read, and whether an operator mixes the images of a
+//! batch. So the bytes are scanned in place; only names are copied,
 //! and all memory is bounded by the constants below, each with its reason.
 //!
 //! Field numbers are those of `onnx.proto`.
 
 use std::collections::HashSet;
+
+use super::onnx::IMAGEGPT;
 
 /// Deepest nesting of messages, the limit of protobuf's own readers too.
 const DEPTH_MAX: usize = 100;
@@ -44,6 +47,8 @@ pub(crate) struct ExternalTensor {
     pub(crate) dims: Vec<i64>,
     /// True if the tensor is in a graph within the graph, or in a function.
     pub(crate) is_nested: bool,
+    /// True if only operators of [`IMAGEGPT`] read the tensor.
+    pub(crate) is_packed: bool,
 }
 
 impl ExternalTensor {
@@ -197,6 +202,9 @@ struct Walk<'a> {
     constants: HashSet<&'a [u8]>,
     /// Names of the scales of `QuantizeLinear` nodes.
     scales: Vec<&'a [u8]>,
+    /// Names of the values that operators of other domains than [`IMAGEGPT`]
+    /// read, and of the graph's outputs.
+    read: HashSet<&'a [u8]>,
     substitution: Option<Substitution<'a>>,
 }
 
@@ -205,9 +213,13 @@ impl<'a> Walk<'a> {
         let constants = &self.constants;
         let is_found = |scale: &&[u8]| !constants.contains(scale);
         let found = self.scales.iter().any(is_found).then_some(QUANTIZE);
+        let mut external = self.external;
+        for tensor in &mut external {
+            tensor.is_packed = !self.read.contains(tensor.name.as_bytes());
+        }
         GraphSummary {
             batch_scaled: self.batch_scaled.or(found),
-            external: self.external,
+            external,
         }
     }
 
@@ -230,6 +242,11 @@ impl<'a> Walk<'a> {
         let mut kept = 0;
         let mut fields = Fields::new(bytes);
         while let Some(field) = fields.next()? {
+            if let (Kind::Graph, GRAPH_OUTPUT, Content::Bytes(output)) =
+                (kind, field.number, field.content)
+            {
+                self.read.insert(value_name(output)?);
+            }
             let (Some(child), Content::Bytes(content)) = (kind.child(field.number), field.content)
             else {
                 continue;
@@ -261,6 +278,7 @@ impl<'a> Walk<'a> {
     fn node(&mut self, bytes: &'a [u8]) -> Result<(), String> {
         let (mut operator, mut scale, mut n_inputs) = (&bytes[..0], None, 0);
         let mut outputs = Vec::new();
+        let mut domain = &bytes[..0];
         let mut fields = Fields::new(bytes);
         while let Some(field) = fields.next()? {
             match (field.number, field.content) {
@@ -272,7 +290,16 @@ impl<'a> Walk<'a> {
                 }
                 (2, Content::Bytes(output)) => outputs.push(output),
                 (4, Content::Bytes(name)) => operator = name,
+                (7, Content::Bytes(name)) => domain = name,
                 _ => {}
+            }
+        }
+        if domain != IMAGEGPT.as_bytes() {
+            let mut fields = Fields::new(bytes);
+            while let Some(field) = fields.next()? {
+                if let (1, Content::Bytes(input)) = (field.number, field.content) {
+                    self.read.insert(input);
+                }
             }
         }
         if operator == b"Constant" {
@@ -310,20 +337,34 @@ impl<'a> Walk<'a> {
     }
 }
 
+const GRAPH_OUTPUT: u64 = 12;
+const VALUE_NAME: u64 = 1;
 const TENSOR_NAME: u64 = 8;
 const TENSOR_RAW_DATA: u64 = 9;
 const TENSOR_EXTERNAL_DATA: u64 = 13;
 const TENSOR_DATA_LOCATION: u64 = 14;
 
 fn name_of(tensor: &[u8]) -> Result<&[u8], String> {
-    let mut name = &tensor[..0];
-    let mut fields = Fields::new(tensor);
+    last_bytes(tensor, TENSOR_NAME)
+}
+
+fn value_name(value: &[u8]) -> Result<&[u8], String> {
+    last_bytes(value, VALUE_NAME)
+}
+
+/// Returns the bytes of a field; none if the message lacks the field. As in
+/// protobuf, the last of several counts.
+fn last_bytes(message: &[u8], number: u64) -> Result<&[u8], String> {
+    let mut bytes = &message[..0];
+    let mut fields = Fields::new(message);
     while let Some(field) = fields.next()? {
-        if let (TENSOR_NAME, Content::Bytes(found)) = (field.number, field.content) {
-            name = found;
+        if let Content::Bytes(found) = field.content
+            && field.number == number
+        {
+            bytes = found;
         }
     }
-    Ok(name)
+    Ok(bytes)
 }
 
 /// Reads a tensor; `None` if its bytes are in the graph itself.

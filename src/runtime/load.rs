@@ -14,7 +14,12 @@
 //! for GPUs and published exports, are given the files as a whole, and each
 //! session copies its weights.
 
-use std::collections::BTreeMap;
+#![expect(
+    unsafe_code,
+    reason = "memory is given back to the system inside an allocation"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +27,8 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
-use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
+use ort::value::{DynTensorValueType, DynValue, PrimitiveTensorElementType, Tensor};
+use rustix::mm::Advice;
 
 use crate::model::files::{FileReader, beside};
 use crate::model::onnx::DataType;
@@ -47,6 +53,8 @@ pub(crate) struct Loader {
     shared: BTreeMap<PathBuf, Weights>,
     /// Files that sessions copy from.
     copied: BTreeMap<PathBuf, Arc<[u8]>>,
+    /// Shared weights that operators of ONNX Runtime read in each run.
+    read: BTreeSet<(PathBuf, Key)>,
 }
 
 /// Tensors of a file, by their place and type.
@@ -89,12 +97,16 @@ impl Loader {
         graphs: impl Iterator<Item = &'a PathBuf>,
     ) -> Result<Self, EngineError> {
         let mut wanted: BTreeMap<PathBuf, Vec<Key>> = BTreeMap::new();
+        let mut read = BTreeSet::new();
         for path in graphs {
             let refuse = |reason| refuse(path, reason);
             let graph = files.read(path).map_err(refuse)?;
             for tensor in wire::look(&graph).map_err(refuse)?.external {
                 let file = beside(path, &tensor.location).map_err(refuse)?;
                 let key = Key::of(&tensor).map_err(refuse)?;
+                if !tensor.is_packed {
+                    read.insert((file.clone(), key.clone()));
+                }
                 wanted.entry(file).or_default().push(key);
             }
         }
@@ -112,7 +124,23 @@ impl Loader {
             files,
             shared,
             copied: BTreeMap::new(),
+            read,
         })
+    }
+
+    /// Ends loading, when every graph has been opened: gives the memory of the
+    /// weights back that only the worker's own operators read, which have packed
+    /// them.
+    pub(crate) fn finish(self) {
+        for (path, weights) in &self.shared {
+            for (key, held) in weights {
+                if let Held::Shared(value) = held
+                    && !self.read.contains(&(path.clone(), key.clone()))
+                {
+                    give_back(value, key.bytes);
+                }
+            }
+        }
     }
 
     /// Opens a session of a graph.
@@ -265,6 +293,34 @@ impl Key {
     }
 }
 
+/// Gives the memory of a tensor's whole pages back to the system, after which
+/// its numbers are zeros.
+fn give_back(value: &DynValue, bytes: u64) {
+    let Ok(tensor) = value.view().downcast::<DynTensorValueType>() else {
+        return;
+    };
+    let page = rustix::param::page_size();
+    let start = tensor.data_ptr().addr();
+    let end = start.saturating_add(usize::try_from(bytes).unwrap_or(0)) / page * page;
+    let first = start.next_multiple_of(page);
+    if first >= end {
+        return;
+    }
+    let pages = tensor
+        .data_ptr()
+        .wrapping_byte_add(first - start)
+        .cast_mut();
+    // SAFETY: the pages lie within an allocation of the tensor alone, whose
+    // memory is private and anonymous, so afterwards they can be read and written
+    // as before. No one reads the tensor at this moment, and any numbers are
+    // valid ones.
+    let given = unsafe { rustix::mm::madvise(pages.cast(), end - first, Advice::LinuxDontNeed) };
+    // Locked memory, for one, stays; then it is only not given back.
+    if let Err(error) = given {
+        tracing::debug!(%error, "cannot give the memory of packed weights back");
+    }
+}
+
 /// Reads a file's tensors; `None` if they cannot be shared, because some
 /// overlap, end beyond the file, or have a type that weights do not have.
 fn weights(mut reader: FileReader<'_>, mut keys: Vec<Key>) -> Result<Option<Weights>, String> {
@@ -324,4 +380,23 @@ fn filled<T: PrimitiveTensorElementType + Debug + bytemuck::Pod>(
     reader.fill(bytemuck::cast_slice_mut(&mut numbers))?;
     let tensor = Tensor::from_array((dims.to_vec(), numbers));
     Ok(tensor.map_err(|error| error.to_string())?.into_dyn())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::library::{environment, find_library};
+
+    #[test]
+    fn memory_that_is_given_back_can_be_used() {
+        environment(&find_library(None)).unwrap();
+        let page = rustix::param::page_size();
+        let bytes = 8 * page + 3;
+        let tensor = Tensor::from_array(([bytes], vec![1_u8; bytes])).unwrap();
+        let value = tensor.into_dyn();
+        give_back(&value, bytes as u64);
+        let (_, numbers) = value.try_extract_tensor::<u8>().unwrap();
+        let n_zeros = numbers.iter().filter(|number| **number == 0).count();
+        assert!(n_zeros >= 7 * page && n_zeros <= 8 * page, "{n_zeros}");
+    }
 }

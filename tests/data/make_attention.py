@@ -1,6 +1,6 @@
-"""Makes the one-node models that the attention operator is tested and measured with.
+"""Makes the one-node models that the attention kernels are measured beside.
 
-Run with any Python that has `onnx`; the files are committed, so tests need none:
+Run with any Python that has `onnx`; the files are committed, so benchmarks need none:
 
     python tests/data/make_attention.py
 """
@@ -30,35 +30,6 @@ def write(name, node, inputs, domain):
     checker.check_model(model)
     save(model, HERE / f"{name}.onnx")
 
-
-# The worker's operator. Two heads leave the scale to the operator; eight and
-# sixteen are small's, medium's and large's.
-for heads, bf16 in [(2, 0), (2, 1), (8, 0), (8, 1), (16, 0), (16, 1)]:
-    attributes = {"num_heads": heads}
-    if bf16:
-        attributes["bf16"] = 1
-    write(
-        f"causal_attention_{heads}{'_bf16' if bf16 else ''}",
-        helper.make_node(
-            "CausalAttention", ["qkv"], ["output"], domain="imagegpt", **attributes
-        ),
-        ["qkv"],
-        "imagegpt",
-    )
-
-write(
-    "causal_attention_scaled",
-    helper.make_node(
-        "CausalAttention",
-        ["qkv"],
-        ["output"],
-        domain="imagegpt",
-        num_heads=2,
-        scale=0.5,
-    ),
-    ["qkv"],
-    "imagegpt",
-)
 
 # ONNX Runtime's own, to compare with.
 for heads in [8, 16]:

@@ -1,6 +1,5 @@
 //! The embedding and the layers that the graphs of all tasks share.
 
-use super::Attention;
 use super::builder::Builder;
 use crate::compile::store::{PARTS, block_size};
 use crate::kernels::layers::Activation;
@@ -26,6 +25,28 @@ pub(super) struct ResidualStream {
 impl ResidualStream {
     pub(super) fn new(rows: String) -> Self {
         Self { rows, addend: None }
+    }
+}
+
+/// Content of the output of an operator of all layers of whole images.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum LayersOutput {
+    /// Rows after the last layer.
+    Rows,
+    /// Means over positions of the normed stream, in front of each layer and
+    /// after the last.
+    NormedMeans,
+    /// Means over positions of the stream itself.
+    RawMeans,
+}
+
+impl LayersOutput {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rows => "rows",
+            Self::NormedMeans => "normed_means",
+            Self::RawMeans => "raw_means",
+        }
     }
 }
 
@@ -56,7 +77,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Returns the rows of embedded tokens at the positions 0, 1, 2 and so on.
+    /// Returns embedded tokens at the positions 0, 1, 2 and so on, `(batch,
+    /// sequence, width)`.
     pub(super) fn embedded(&mut self, tokens: &TokenInputs) -> String {
         let table = self.weight("wpe");
         let zero = self.int64s("zero", &[0]);
@@ -64,12 +86,11 @@ impl Builder<'_> {
         self.embedded_at(tokens, &positions)
     }
 
-    /// Returns the rows of embedded tokens plus embedded `positions`.
+    /// Returns embedded tokens plus embedded `positions`.
     pub(super) fn embedded_at(&mut self, tokens: &TokenInputs, positions: &str) -> String {
         let table = self.weight("wte");
         let embedded = self.standard("Gather", &[&table, &tokens.ids], Vec::new());
-        let sum = self.standard("Add", &[&embedded, positions], Vec::new());
-        self.rows(&sum)
+        self.standard("Add", &[&embedded, positions], Vec::new())
     }
 
     /// Reshapes `(batch, sequence, width)` to `(batch * sequence, width)`.
@@ -275,18 +296,6 @@ impl Builder<'_> {
             let attributes = self.attention_attributes(idx, false);
             return self.cached_attention(idx, qkv, cache, attributes);
         }
-        if self.plan.attention == Attention::Causal {
-            let mut attributes = self.attention_attributes(idx, false);
-            let output = self.fresh("CausalAttention");
-            // The rounding of bfloat16 is ten times smaller than that of
-            // products in 8 bits; the kernel uses it where a matrix unit makes
-            // it faster.
-            let bf16 = self.plan.precision == Precision::Int8;
-            attributes.push(AttributeProto::int("bf16", i64::from(bf16)));
-            let outputs = vec![output.clone()];
-            self.push("CausalAttention", IMAGEGPT, &[qkv], outputs, attributes);
-            return output;
-        }
         let width = as_i64(self.plan.architecture.width);
         let sizes = self.int64s("qkv_widths", &[width, width, width]);
         let parts = ["query", "key", "value"].map(|part| self.fresh(part));
@@ -371,30 +380,73 @@ impl Builder<'_> {
             .map(str::to_owned)
             .to_vec();
         let mut outputs = vec![output.clone()];
-        let mut scales = Vec::new();
         for idx in 0..architecture.n_layers {
-            let name = |part: &str| format!("h.{idx}.{part}");
             let [past_key, past_value, key, value] = self.kept(idx);
             inputs.extend([past_key, past_value]);
             outputs.extend([key, value]);
-            inputs.push(self.weight(&name("attention_norm")));
-            inputs.extend(self.product(&name("qkv")));
-            inputs.extend(self.product(&name("projection")));
-            inputs.push(self.weight(&name("inner_norm")));
-            inputs.extend(self.product(&name("expand")));
-            inputs.extend(self.product(&name("contract")));
-            #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
-            scales.push(architecture.attention_scale(idx) as f32);
+            inputs.extend(self.layer_constants(idx));
         }
-        let attributes = vec![
-            AttributeProto::int("num_heads", as_i64(architecture.n_heads)),
-            AttributeProto::floats("scale", scales),
-            AttributeProto::float("epsilon", architecture.epsilon),
-            AttributeProto::string("activation", architecture.activation.name()),
-        ];
+        let attributes = self.layers_attributes(architecture.n_layers);
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
         self.push("Layers", IMAGEGPT, &inputs, outputs, attributes);
         output
+    }
+
+    /// Adds the first `n_layers` layers of whole images as one operator, from
+    /// `(batch, sequence, width)`, and the norm that follows them unless the
+    /// output is the raw stream of a layer inside the model.
+    pub(super) fn image_layers(
+        &mut self,
+        input: &str,
+        n_layers: usize,
+        output: LayersOutput,
+    ) -> String {
+        let norm = if n_layers == self.plan.architecture.n_layers {
+            self.weight("final_norm")
+        } else if output == LayersOutput::NormedMeans {
+            self.weight(&format!("h.{n_layers}.attention_norm"))
+        } else {
+            self.nothing()
+        };
+        let mut inputs = vec![input.to_owned(), norm];
+        for idx in 0..n_layers {
+            inputs.extend(self.layer_constants(idx));
+        }
+        let mut attributes = self.layers_attributes(n_layers);
+        attributes.push(AttributeProto::string("output", output.name()));
+        let value = self.fresh("ImageLayers");
+        let outputs = vec![value.clone()];
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        self.push("ImageLayers", IMAGEGPT, &inputs, outputs, attributes);
+        value
+    }
+
+    /// Returns the constant inputs of a layer within an operator of all layers.
+    fn layer_constants(&mut self, idx: usize) -> Vec<String> {
+        let name = |part: &str| format!("h.{idx}.{part}");
+        let mut constants = vec![self.weight(&name("attention_norm"))];
+        constants.extend(self.product(&name("qkv")));
+        constants.extend(self.product(&name("projection")));
+        constants.push(self.weight(&name("inner_norm")));
+        constants.extend(self.product(&name("expand")));
+        constants.extend(self.product(&name("contract")));
+        constants
+    }
+
+    /// Returns the attributes of an operator of the first `n_layers` layers.
+    fn layers_attributes(&self, n_layers: usize) -> Vec<AttributeProto> {
+        let architecture = self.plan.architecture;
+        let scales = (0..n_layers).map(|idx| {
+            #[expect(clippy::cast_possible_truncation, reason = "ONNX attributes are f32")]
+            let scale = architecture.attention_scale(idx) as f32;
+            scale
+        });
+        vec![
+            AttributeProto::int("num_heads", as_i64(architecture.n_heads)),
+            AttributeProto::floats("scale", scales.collect()),
+            AttributeProto::float("epsilon", architecture.epsilon),
+            AttributeProto::string("activation", architecture.activation.name()),
+        ]
     }
 
     /// Returns a product's weights, scales and bias; an empty tensor stands for

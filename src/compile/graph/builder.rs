@@ -74,19 +74,25 @@ impl<'p> Builder<'p> {
         name.to_owned()
     }
 
-    /// Adds an empty tensor, for a required input of an operator that has no
-    /// value.
-    pub(super) fn nothing(&mut self) -> String {
-        let name = "nothing";
+    /// Adds a constant of zeros in f32, once, and returns its name.
+    pub(super) fn zeros(&mut self, name: &str, dims: &[usize]) -> String {
         if self.initializers.insert(name.to_owned()) {
+            let as_i64 = |size: &usize| i64::try_from(*size).unwrap_or(i64::MAX);
             self.graph.initializer.push(TensorProto {
                 name: name.to_owned(),
-                dims: vec![0],
+                dims: dims.iter().map(as_i64).collect(),
                 data_type: DataType::Float.into(),
+                raw_data: vec![0; dims.iter().product::<usize>() * size_of::<f32>()],
                 ..TensorProto::default()
             });
         }
         name.to_owned()
+    }
+
+    /// Adds an empty tensor, for a required input of an operator that has no
+    /// value.
+    pub(super) fn nothing(&mut self) -> String {
+        self.zeros("nothing", &[0])
     }
 
     /// Adds a standard operator with one output, and returns the output's name.

@@ -1,6 +1,6 @@
 //! The graphs of the tasks: the backbone, and the output of each task.
 
-use super::backbone::{CacheInputs, ResidualStream, TokenInputs};
+use super::backbone::{CacheInputs, LayersOutput, ResidualStream, TokenInputs};
 use super::builder::Builder;
 use super::{Attention, GraphPlan};
 use crate::model::graph::{Graph, Norm, PREFIXES};
@@ -17,8 +17,24 @@ pub(super) fn embed(plan: &GraphPlan<'_>, norm: Norm) -> ModelProto {
     let architecture = plan.architecture;
     let mut builder = Builder::new(plan, Graph::Features(norm).file_stem());
     let tokens = builder.tokens();
+    let dims = [
+        BATCH,
+        Dim::Size(plan.feature_layer + 1),
+        Dim::Size(architecture.width),
+    ];
+    let info = ValueInfoProto::tensor("features", DataType::Float, &dims);
+    if plan.attention == Attention::ImageLayers && plan.feature_layer > 0 {
+        let output = match norm {
+            Norm::PreAttnRms => LayersOutput::NormedMeans,
+            Norm::None => LayersOutput::RawMeans,
+        };
+        let input = builder.embedded(&tokens);
+        let features = builder.image_layers(&input, plan.feature_layer, output);
+        builder.output(&features, info);
+        return builder.finish();
+    }
     let mean = builder.mean_row(&tokens);
-    let mut stream = ResidualStream::new(builder.embedded(&tokens));
+    let mut stream = builder.stream(&tokens);
     let mut pooled = Vec::new();
     for idx in 0..=plan.feature_layer {
         builder.scope = format!("h.{idx}");
@@ -37,15 +53,7 @@ pub(super) fn embed(plan: &GraphPlan<'_>, norm: Norm) -> ModelProto {
     }
     let inputs: Vec<&str> = pooled.iter().map(String::as_str).collect();
     let features = builder.standard("Concat", &inputs, vec![AttributeProto::int("axis", 1)]);
-    let dims = [
-        BATCH,
-        Dim::Size(pooled.len()),
-        Dim::Size(architecture.width),
-    ];
-    builder.output(
-        &features,
-        ValueInfoProto::tensor("features", DataType::Float, &dims),
-    );
+    builder.output(&features, info);
     builder.finish()
 }
 
@@ -55,9 +63,13 @@ pub(super) fn hidden(plan: &GraphPlan<'_>) -> ModelProto {
     let width = plan.architecture.width;
     let mut builder = Builder::new(plan, Graph::Hidden.file_stem());
     let tokens = builder.tokens();
-    let rows = builder.final_rows(&tokens);
-    let rows = builder.float(&rows);
-    let hidden = builder.sequences(&tokens, &rows, width);
+    let hidden = if plan.attention == Attention::ImageLayers {
+        builder.final_sequences(&tokens)
+    } else {
+        let rows = builder.final_rows(&tokens);
+        let rows = builder.float(&rows);
+        builder.sequences(&tokens, &rows, width)
+    };
     let dims = [BATCH, SEQUENCE, Dim::Size(width)];
     builder.output(
         &hidden,
@@ -71,9 +83,18 @@ pub(super) fn hidden(plan: &GraphPlan<'_>) -> ModelProto {
 pub(super) fn classify(plan: &GraphPlan<'_>) -> ModelProto {
     let mut builder = Builder::new(plan, Graph::Logits.file_stem());
     let tokens = builder.tokens();
-    let mean = builder.mean_row(&tokens);
-    let rows = builder.final_rows(&tokens);
-    let pooled = builder.pooled(&tokens, &rows, &mean);
+    let pooled = if plan.attention == Attention::ImageLayers {
+        let input = builder.embedded(&tokens);
+        let n_layers = plan.architecture.n_layers;
+        let means = builder.image_layers(&input, n_layers, LayersOutput::RawMeans);
+        let last = builder.int64s("last", &[-1]);
+        let axis = vec![AttributeProto::int("axis", 1)];
+        builder.standard("Gather", &[&means, &last], axis)
+    } else {
+        let mean = builder.mean_row(&tokens);
+        let rows = builder.final_rows(&tokens);
+        builder.pooled(&tokens, &rows, &mean)
+    };
     let pooled = builder.rows(&pooled);
     let pooled = builder.activation_type(&pooled);
     let logits = builder.head(&pooled, "classification_head");
@@ -135,6 +156,7 @@ pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
     let table = builder.weight("wpe");
     let positions = builder.standard("Gather", &[&table, &positions], Vec::new());
     let rows = builder.embedded_at(&tokens, &positions);
+    let rows = builder.rows(&rows);
     let rows = if plan.attention == Attention::Layers {
         let prefixes = builder.input(int32(PREFIXES, &[BATCH, Dim::Size(2)]));
         builder.all_layers(&rows, &cache, &prefixes)
@@ -150,7 +172,11 @@ pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
     let rows = builder.standard("Gather", &[&sequences, &last], axis);
     let rows = builder.rows(&rows);
     let normed = builder.norm(&mut ResidualStream::new(rows), "final_norm");
-    let logits = builder.head(&normed, "language_head");
+    let logits = if plan.attention == Attention::Layers {
+        builder.head_beside_nothing(&normed, "language_head")
+    } else {
+        builder.head(&normed, "language_head")
+    };
     let logits = builder.float(&logits);
     let dims = [BATCH, Dim::Size(plan.architecture.n_colors())];
     builder.output(
@@ -161,9 +187,28 @@ pub(super) fn generate(plan: &GraphPlan<'_>) -> ModelProto {
 }
 
 impl Builder<'_> {
+    /// Returns `(batch, sequence, width)` after all layers and the final norm,
+    /// from one operator.
+    fn final_sequences(&mut self, tokens: &TokenInputs) -> String {
+        let input = self.embedded(tokens);
+        let n_layers = self.plan.architecture.n_layers;
+        self.image_layers(&input, n_layers, LayersOutput::Rows)
+    }
+
+    /// Returns the stream before the first layer.
+    fn stream(&mut self, tokens: &TokenInputs) -> ResidualStream {
+        let embedded = self.embedded(tokens);
+        ResidualStream::new(self.rows(&embedded))
+    }
+
     /// Returns the rows after all layers and the final norm.
     fn final_rows(&mut self, tokens: &TokenInputs) -> String {
+        if self.plan.attention == Attention::ImageLayers {
+            let sequences = self.final_sequences(tokens);
+            return self.rows(&sequences);
+        }
         let rows = self.embedded(tokens);
+        let rows = self.rows(&rows);
         let mut stream = self.through_layers(tokens, rows, None);
         self.norm(&mut stream, "final_norm")
     }
@@ -234,7 +279,7 @@ impl Builder<'_> {
         let width = self.plan.architecture.width;
         let sequences = self.sequences(tokens, rows, width);
         let pooled = self.standard("MatMul", &[mean, &sequences], Vec::new());
-        if self.plan.precision.activation() == DataType::Float {
+        if self.plan.activation() == DataType::Float {
             pooled
         } else {
             self.float(&pooled)
@@ -248,6 +293,20 @@ impl Builder<'_> {
         self.standard("Gemm", &[rows, &head], attributes)
     }
 
+    /// Computes `x H^T` with a row of zeros below `x`: ONNX Runtime adds in
+    /// another order for a single row than for several, and a token's logits
+    /// must not depend on the number of sequences.
+    fn head_beside_nothing(&mut self, rows: &str, name: &str) -> String {
+        let width = self.plan.architecture.width;
+        let zeros = self.zeros("no_row", &[1, width]);
+        let axis = || vec![AttributeProto::int("axis", 0)];
+        let rows = self.standard("Concat", &[rows, &zeros], axis());
+        let logits = self.head(&rows, name);
+        let [first, end, rows_axis] = [("first", 0), ("end", -1), ("rows_axis", 0)]
+            .map(|(name, at)| self.int64s(name, &[at]));
+        self.standard("Slice", &[&logits, &first, &end, &rows_axis], Vec::new())
+    }
+
     /// Converts to f32; ONNX Runtime removes a cast that changes nothing.
     fn float(&mut self, value: &str) -> String {
         let to = vec![AttributeProto::int(
@@ -258,7 +317,7 @@ impl Builder<'_> {
     }
 
     fn activation_type(&mut self, value: &str) -> String {
-        let to = i32::from(self.plan.precision.activation());
+        let to = i32::from(self.plan.activation());
         let to = vec![AttributeProto::int("to", to.into())];
         self.standard("Cast", &[value], to)
     }

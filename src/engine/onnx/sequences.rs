@@ -46,8 +46,9 @@ use crate::runtime::{Residence, Runtime, placement};
 /// takes about as long as a few steps of imagegpt-small, so that it hardly
 /// delays the images that are being generated.
 const CHUNK_CPU: usize = 64;
-/// Smallest number of rows of a step on a CPU, if there are that many slots:
-/// kernels for a single row add in another order than those for several rows.
+/// Smallest number of rows of a step of ONNX Runtime's operators on a CPU, if
+/// there are that many slots: kernels for a single row add in another order than
+/// those for several rows. The worker's own operator does not.
 const ROWS_MIN_CPU: usize = 2;
 /// Bound of the number of slots for the arithmetic of sizes; no worker has as
 /// many.
@@ -169,13 +170,19 @@ impl SequenceEngine {
         }
         // Tests use the path of captured runs on a CPU.
         let has_one_size = is_cuda || runtime_.cuda_graphs;
+        // Only the worker's own operator has this input.
         let shares_prefixes = (session.inputs().iter()).any(|input| input.name() == PREFIXES);
+        let rows_min = match (has_one_size, shares_prefixes) {
+            (true, _) => n_slots,
+            (false, true) => 1,
+            (false, false) => ROWS_MIN_CPU,
+        };
         let mut engine = Self {
             facts: SequenceFacts {
                 n_slots,
                 slot_bytes,
                 chunk: if is_cuda { CHUNK_CUDA } else { CHUNK_CPU },
-                rows_min: if has_one_size { n_slots } else { ROWS_MIN_CPU },
+                rows_min,
                 shares_prefixes,
             },
             bound: BTreeMap::new(),
@@ -190,7 +197,7 @@ impl SequenceEngine {
             slot,
             positions: options.positions,
             n_colors: options.n_colors,
-            has_scratch: n_slots == 1,
+            has_scratch: n_slots == 1 && !shares_prefixes,
         };
         engine.allocate(n_layers)?;
         if has_one_size {

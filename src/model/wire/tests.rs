@@ -2,7 +2,8 @@ use prost::Message as _;
 
 use super::*;
 use crate::model::onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, StringEntry, TensorProto,
+    AttributeProto, DataType, GraphProto, ModelProto, NodeProto, StringEntry, TensorProto,
+    ValueInfoProto,
 };
 
 fn external(name: &str, entries: &[(&str, &str)]) -> TensorProto {
@@ -264,4 +265,29 @@ fn operators_that_mix_a_batch_are_found() {
         look(&branch).unwrap().batch_scaled,
         Some("DynamicQuantizeLinear")
     );
+}
+
+#[test]
+fn tensors_of_the_workers_own_operators_are_known() {
+    let ours = |inputs: &[&str]| NodeProto {
+        domain: IMAGEGPT.to_owned(),
+        ..node("ImageLayers", inputs, &["y"])
+    };
+    let graph = |nodes: Vec<NodeProto>, output: &str| {
+        let graph = GraphProto {
+            initializer: ["a", "b", "c"]
+                .map(|name| external(name, &[("location", "w")]))
+                .into(),
+            node: nodes,
+            output: vec![ValueInfoProto::tensor(output, DataType::Float, &[])],
+            ..GraphProto::default()
+        };
+        let external = look(&model(graph)).unwrap().external;
+        external.iter().map(|t| t.is_packed).collect::<Vec<_>>()
+    };
+    let all = ["a", "b", "c"];
+    assert_eq!(graph(vec![ours(&all)], "y"), [true; 3]);
+    // Other operators read b, and c is also a result.
+    let gather = node("Gather", &["b", "i"], &["x"]);
+    assert_eq!(graph(vec![ours(&all), gather], "c"), [true, false, false]);
 }

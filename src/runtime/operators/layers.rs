@@ -1,7 +1,8 @@
 //! The operator `imagegpt.Layers`, all layers for new tokens of sequences with
 //! a key/value cache, by the kernel of [`crate::kernels::layers`].
 //!
-//! After the first three inputs, each layer has the same sixteen inputs:
+//! After the first three inputs, each layer has two caches and fourteen
+//! constants ([`Constants`], which also has the attributes):
 //!
 //! | | |
 //! |---|---|
@@ -9,24 +10,12 @@
 //! | input 1 | `seqlens_k`, i32, `(batch)`: number of tokens after this run, less one |
 //! | input 2 | `prefixes`, i32, `(batch, 2)`: another sequence of the batch, and the number of its first positions that this sequence has too and that may be read there ([`SharedPrefix`]) |
 //! | + 0, 1 | `past_key`, `past_value`, `(batch, heads, capacity, n)`: bf16 with n = `head_dim`, or bytes of [`Int24`] with n = `3 * head_dim + 4` |
-//! | + 2 | the norm before attention, f32, `(width)` |
-//! | + 3, 4, 5 | queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
-//! | + 6, 7, 8 | the projection: the same with `(width, width)` |
-//! | + 9 | the norm before the feed-forward part, f32, `(width)` |
-//! | + 10, 11, 12 | the expansion: the same with `(width, inner)` |
-//! | + 13, 14, 15 | the contraction: the same with `(inner, width)` |
 //! | output 0 | output of the last layer, with the shape of input 0 |
 //! | outputs | `key`, `value` of each layer, with the shape of its `past_key`, `past_value` |
-//! | `num_heads` | int |
-//! | `scale` | floats: factor of the attention scores of each layer |
-//! | `epsilon` | float, of the norms |
-//! | `activation` | string: `quick_gelu`, `gelu`, `gelu_new` or `relu` |
 //!
-//! All inputs of a layer but the caches are constants, which are packed once.
-//! An empty tensor stands for no scales or no bias. The kernel chooses the
-//! order of numbers within a head of the cache. An output that is bound to the
-//! memory of its past is changed in place; to any other output the past is
-//! copied first.
+//! Constants are packed once. The kernel chooses the order of numbers within a
+//! head of the cache. An output that is bound to the memory of its past is
+//! changed in place; to any other output the past is copied first.
 
 use std::ops::Range;
 
@@ -36,23 +25,22 @@ use ort::operator::{
     ShapeInferenceContext,
 };
 use ort::value::{
-    DynTensor, DynTensorRef, DynTensorRefMut, DynTensorValueType, PrimitiveTensorElementType,
-    TensorElementType, ValueType,
+    DynTensor, DynTensorRef, DynTensorRefMut, PrimitiveTensorElementType, TensorElementType,
 };
 
-use super::attention::heads;
+use super::constants::{CONSTANTS, Constants};
 use crate::kernels::attention::{Int24, Kept, KeyValueCache, SharedPrefix};
-use crate::kernels::layers::{
-    Activation, DenseWeights, LayerWeights, NewTokens, Sizes, StepLayers, StepMemory, Weight,
-};
+use crate::kernels::layers::{NewTokens, Sizes, StepLayers, StepMemory, Weight};
 
 /// Name of the operator within [`DOMAIN`](super::DOMAIN).
 pub const LAYERS: &str = "Layers";
 
 /// Number of inputs before those of the layers.
 const FIRST: usize = 3;
+/// Number of inputs of a layer before its constants.
+const CACHES: usize = 2;
 /// Number of inputs per layer.
-const PER_LAYER: usize = 16;
+const PER_LAYER: usize = CACHES + CONSTANTS;
 /// Number of outputs of a node with a single layer.
 const OUTPUTS_MIN: usize = 3;
 /// Largest number of threads of a session that take part in a run.
@@ -84,9 +72,10 @@ impl Operator for LayersOp {
     }
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<LayersKernel> {
-        let packed = match Constants::of(context)?.weights_type()? {
-            TensorElementType::Float32 => Packed::Float(pack(context)?),
-            TensorElementType::Int8 => Packed::Int8(pack(context)?),
+        let constants = Constants::of(context, FIRST, CACHES)?;
+        let packed = match constants.weights_type() {
+            TensorElementType::Float32 => Packed::Float(pack(&constants)?),
+            TensorElementType::Int8 => Packed::Int8(pack(&constants)?),
             other => {
                 return Err(ort::Error::new(format!(
                     "weights have the type {other}; f32 and i8 are supported"
@@ -112,129 +101,19 @@ impl Operator for LayersOp {
         // versions of ONNX Runtime write out of bounds.
         let known = inputs.first().into_iter().chain(caches).take(OUTPUTS_MIN);
         for (idx, output) in known.enumerate() {
-            let is_known = match output {
-                ValueType::Tensor {
-                    shape,
-                    dimension_symbols,
-                    ..
-                } => {
-                    // An unknown extent without a name would be taken for a real -1.
-                    let mut extents = shape.iter().zip(dimension_symbols.iter());
-                    extents.all(|(extent, symbol)| *extent >= 0 || !symbol.is_empty())
-                }
-                _ => false,
-            };
-            if is_known {
-                context.set_output(idx, output)?;
-            }
+            super::infer_same(context, idx, output)?;
         }
         Ok(())
     }
 }
 
-/// Constant inputs of a node.
-struct Constants<'ctx> {
-    /// Inputs of each layer without its caches.
-    layers: Vec<Vec<DynTensorRef<'ctx>>>,
-}
-
-impl<'ctx> Constants<'ctx> {
-    fn of(context: &KernelContext<'ctx>) -> ort::Result<Self> {
-        let n_inputs = context.inputs()?.len();
-        let n_layers = n_inputs.saturating_sub(FIRST) / PER_LAYER;
-        if n_layers == 0 || FIRST + n_layers * PER_LAYER != n_inputs {
-            return Err(ort::Error::new(format!(
-                "there are {n_inputs} inputs; there must be {FIRST}, and {PER_LAYER} per layer"
-            )));
-        }
-        let constants = |layer: usize| {
-            let first = FIRST + layer * PER_LAYER;
-            (first + 2..first + PER_LAYER)
-                .map(|idx| context.constant_input::<DynTensorValueType>(idx))
-                .collect::<ort::Result<Vec<_>>>()
-        };
-        Ok(Self {
-            layers: (0..n_layers).map(constants).collect::<ort::Result<_>>()?,
-        })
-    }
-
-    fn weights_type(&self) -> ort::Result<TensorElementType> {
-        let first = self.layers.first().and_then(|layer| layer.get(1));
-        let first = first.ok_or_else(|| ort::Error::new("there is no layer"))?;
-        Ok(*first.data_type())
-    }
-}
-
 /// Packs the weights of a node whose weights have the type `W`.
 fn pack<W: Weight + PrimitiveTensorElementType>(
-    context: &KernelContext<'_>,
+    constants: &Constants<'_>,
 ) -> ort::Result<StepLayers<W>> {
-    let missing = |name: &str| ort::Error::new(format!("the attribute {name} is missing"));
-    let constants = Constants::of(context)?;
-    let scales: Vec<f32> = context.get("scale").ok_or_else(|| missing("scale"))?;
-    if scales.len() != constants.layers.len() {
-        return Err(ort::Error::new(format!(
-            "{} scales for {} layers",
-            scales.len(),
-            constants.layers.len()
-        )));
-    }
-    let activation: String = context
-        .get("activation")
-        .ok_or_else(|| missing("activation"))?;
-    let activation = Activation::named(&activation)
-        .ok_or_else(|| ort::Error::new(format!("there is no activation {activation:?}")))?;
-    let mut layers = Vec::new();
-    for (constants, attention_scale) in constants.layers.iter().zip(scales) {
-        layers.push(layer_weights::<W>(constants, attention_scale)?);
-    }
-    // Packing checks that all layers have the sizes of the first one.
-    let first = layers
-        .first()
-        .map_or((0, 0), |layer: &LayerWeights<'_, W>| {
-            (layer.attention_norm.len(), layer.contract.weights.len())
-        });
-    let (width, inner_width) = (first.0, first.1 / first.0.max(1));
-    let sizes = Sizes {
-        width,
-        inner_width,
-        heads: heads(context)?,
-        epsilon: context.get("epsilon").ok_or_else(|| missing("epsilon"))?,
-        activation,
-    };
-    StepLayers::pack(sizes, layers).map_err(ort::Error::wrap)
-}
-
-fn layer_weights<'a, W: Weight + PrimitiveTensorElementType>(
-    constants: &'a [DynTensorRef<'_>],
-    attention_scale: f32,
-) -> ort::Result<LayerWeights<'a, W>> {
-    for constant in constants {
-        // Weights may be at any offset in their file, but numbers must be
-        // aligned to be read.
-        if !constant.data_ptr().addr().is_multiple_of(align_of::<f32>()) {
-            return Err(ort::Error::new("weights are not aligned to 4 bytes"));
-        }
-    }
-    let floats = |idx: usize| Ok::<_, ort::Error>(constants[idx].try_extract_tensor::<f32>()?.1);
-    let some =
-        |idx: usize| Ok::<_, ort::Error>(Some(floats(idx)?).filter(|floats| !floats.is_empty()));
-    let dense = |idx: usize| {
-        Ok::<_, ort::Error>(DenseWeights {
-            weights: constants[idx].try_extract_tensor::<W>()?.1,
-            scales: some(idx + 1)?,
-            bias: some(idx + 2)?,
-        })
-    };
-    Ok(LayerWeights {
-        attention_norm: floats(0)?,
-        attention_scale,
-        qkv: dense(1)?,
-        projection: dense(4)?,
-        inner_norm: floats(7)?,
-        expand: dense(8)?,
-        contract: dense(11)?,
-    })
+    let layers = (0..constants.n_layers()).map(|layer| constants.layer::<W>(layer));
+    let layers = layers.collect::<ort::Result<Vec<_>>>()?;
+    StepLayers::pack(constants.sizes, layers).map_err(ort::Error::wrap)
 }
 
 /// Packed weights, by their type.

@@ -74,7 +74,7 @@ impl Operator for QuickGelu {
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
         match context.inputs().into_iter().next() {
-            Some(x) => super::attention::infer_part(context, x, 1),
+            Some(x) => super::infer_same(context, 0, &x),
             None => Ok(()),
         }
     }

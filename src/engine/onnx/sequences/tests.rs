@@ -146,3 +146,33 @@ fn a_shared_prefix_changes_no_bit() {
     let error = drawn(&shared(n_primer + 1)).expect_err("a prefix that nobody has");
     assert!(error.to_string().contains("cannot share"), "{error}");
 }
+
+/// Compares a sequence that runs alone with the same sequence beside two
+/// others.
+#[test]
+fn a_step_of_one_row_changes_no_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let environment = environment(&find_library(None)).expect("make setup has brought it");
+    let runtime = Runtime {
+        n_threads: 2,
+        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
+    };
+    let mut engine = load(&folder.path().join("model"), &runtime);
+    assert_eq!(engine.facts.rows_min, 1);
+    let beside = steps(&mut engine, 20, [0; SLOTS], &[]).expect("steps");
+    let mut of_run = Vec::new();
+    for (step, beside) in (0..20).zip(beside.chunks_exact(SLOTS * COLORS)) {
+        let row = SlotFeedRow {
+            tokens: &[step * 31 % 512],
+            past: usize::from(step),
+        };
+        let feed = SlotFeed {
+            first_slot: 0,
+            rows: &[row],
+            prefixes: &[],
+        };
+        let alone = engine.feed(&feed, &mut of_run, &mut None);
+        alone.expect("a step");
+        assert!(of_run == beside[..COLORS], "step {step}");
+    }
+}
