@@ -157,11 +157,14 @@ impl OnnxEngine {
         let sharing = graphs.clone().map(|(_, path)| path).filter(|_| shares);
         let mut loader = Loader::new(options.files.clone(), sharing)?;
         for (&graph, path) in graphs {
+            let started = Instant::now();
             if graph == Graph::Generate {
                 engine.load_sequences(&runtime, &mut loader, path, options)?;
-                continue;
+            } else {
+                engine.load_graph(&runtime, &mut loader, graph, path, options)?;
             }
-            engine.load_graph(&runtime, &mut loader, graph, path, options)?;
+            let seconds = started.elapsed().as_secs_f64();
+            tracing::debug!(graph = graph.label(), seconds, "graph loaded and warmed up");
         }
         loader.finish();
         Ok(engine)

@@ -24,7 +24,7 @@ use std::ffi::{CString, c_void};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, UncheckedAdvice};
 use ort::AsPointer as _;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, RunOptions, Session};
@@ -292,7 +292,24 @@ impl SequenceEngine {
                 elapsed,
             });
         }
+        self.give_back();
         Ok(warm)
+    }
+
+    /// Gives the memory of keys and values back to the system until sequences
+    /// use it: a few positions in each slot took all of it, in huge pages.
+    fn give_back(&self) {
+        for buffer in &self.buffers {
+            if let Place::Host(memory) = &buffer.place {
+                // SAFETY: the mapping is anonymous, so it reads as zeros
+                // afterwards, and no run reads keys or values that it has not
+                // written since.
+                let given = unsafe { memory.unchecked_advise(UncheckedAdvice::DontNeed) };
+                if let Err(error) = given {
+                    tracing::debug!(%error, "cannot give the memory of keys and values back");
+                }
+            }
+        }
     }
 
     pub(super) fn feed(
