@@ -71,6 +71,14 @@ impl Products {
         }
     }
 
+    /// Returns the bytes in which a column's weights of a step are kept.
+    fn packed_bytes(self) -> usize {
+        match self {
+            Self::Words => 2,
+            Self::Floats | Self::Bytes => 4,
+        }
+    }
+
     /// Returns true if a kernel that is available has these products, of weights
     /// `W`.
     #[must_use]
@@ -341,7 +349,8 @@ impl ImageLayers {
         let (qkv, attended) = (qkv.as_mut_ptr(), attended.as_mut_ptr());
         let attention = self.packed.iter().map(|layer| {
             let kernel = self.kernels.attention_on;
-            let attention = CausalAttention::with_kernel(shape, layer.weights.attention_scale(), kernel)?;
+            let attention =
+                CausalAttention::with_kernel(shape, layer.weights.attention_scale(), kernel)?;
             // SAFETY: there are as many floats, which this run has to itself;
             // its gates and phases keep other work on them apart.
             Ok(unsafe { attention.job_at(qkv, attended) })
