@@ -71,6 +71,14 @@ impl Products {
         }
     }
 
+    /// Returns the bytes in which a column's weights of a step are kept.
+    fn packed_bytes(self) -> usize {
+        match self {
+            Self::Words => 2,
+            Self::Floats | Self::Bytes => 4,
+        }
+    }
+
     /// Returns true if a kernel that is available has these products, of weights
     /// `W`.
     #[must_use]

@@ -9,8 +9,8 @@
 )]
 
 use std::arch::x86_64::{
-    __m256i, _mm256_add_epi32, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_epi32,
-    _mm256_setzero_si256, _mm256_storeu_si256,
+    __m256i, _mm_loadu_si128, _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_storeu_si256,
 };
 
 use super::round;
@@ -48,6 +48,7 @@ unsafe impl Sums for Words {
     type Weights = __m256i;
     type Inputs = __m256i;
     const ARE_WHOLE: bool = true;
+    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -71,6 +72,15 @@ unsafe impl Sums for Words {
     unsafe fn weights(from: *const u8) -> __m256i {
         // SAFETY: the caller vouches for the instructions and 32 bytes.
         unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(from: *const u8, to: *mut u8) {
+        // SAFETY: the caller vouches for the instructions, 16 bytes and room for 32.
+        unsafe {
+            let words = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+            _mm256_storeu_si256(to.cast(), words);
+        }
     }
 
     #[inline(always)]

@@ -9,8 +9,9 @@
 )]
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_epi32, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_madd_epi16,
-    _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+    __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_cvtepi8_epi16, _mm512_dpbusd_epi32,
+    _mm512_loadu_si512, _mm512_madd_epi16, _mm512_set1_epi32, _mm512_setzero_si512,
+    _mm512_storeu_si512,
 };
 
 use super::round;
@@ -59,6 +60,7 @@ unsafe impl Sums for Words {
     type Weights = __m512i;
     type Inputs = __m512i;
     const ARE_WHOLE: bool = true;
+    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -82,6 +84,15 @@ unsafe impl Sums for Words {
     unsafe fn weights(from: *const u8) -> __m512i {
         // SAFETY: the caller vouches for the instructions and 64 bytes.
         unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(from: *const u8, to: *mut u8) {
+        // SAFETY: the caller vouches for the instructions, 32 bytes and room for 64.
+        unsafe {
+            let words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast()));
+            _mm512_storeu_si512(to.cast(), words);
+        }
     }
 
     #[inline(always)]

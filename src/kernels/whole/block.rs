@@ -8,7 +8,7 @@ use std::cell::RefCell;
 
 use super::panels::{Panels, Room, Rows};
 use super::round::RoundedRows;
-use super::tile::{PANEL_WIDTH_MAX, RowHead};
+use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead};
 use super::{BLOCK_ROWS_MAX, CHUNK, ImageKernels, ImagesRun, MeansOf, Products};
 use crate::kernels::layers::{
     DenseWeights, Finish, LayerWeights, LayersError, Sizes, Weight, check, norm_weights, pointwise,
@@ -180,13 +180,18 @@ impl<'a> Block<'a> {
             Products::Floats => (0, 0),
             _ => (stride(width.max(inner_width).div_ceil(2)), n),
         };
+        let unpacked = match layers.kernels.products {
+            Products::Words => PART_BYTES,
+            Products::Floats | Products::Bytes => 0,
+        };
         BLOCK.with_borrow_mut(|scratch| {
-            let [normed, inner_rows, rounded_rows, heads, sums] = scratch.split([
+            let [normed, inner_rows, rounded_rows, heads, sums, unpacked] = scratch.split([
                 n * one,
                 n * inner,
                 n * rounded,
                 n_heads * size_of::<RowHead>() / size_of::<f32>(),
                 n * PANEL_WIDTH_MAX,
+                unpacked / size_of::<f32>(),
             ]);
             let places = Places {
                 normed: Place {
@@ -204,6 +209,7 @@ impl<'a> Block<'a> {
                         heads: heads.as_mut_ptr().cast(),
                     },
                     sums: sums.as_mut_ptr(),
+                    unpacked: unpacked.as_mut_ptr().cast(),
                 },
             };
             // SAFETY: the caller vouches for the block and the order; the places

@@ -17,15 +17,14 @@ use crate::kernels::vector::Portable;
 
 /// Weights of a product: panels of a few columns, one after the other. A panel
 /// has a row per step, and the row has a column's weights of that step side by
-/// side, as the bytes of one number. Columns that the last panel has too many
-/// are never read, and inputs that the last step has too many are multiplied
-/// with zeros.
+/// side. Sums of columns that the last panel has too many are never read, and
+/// inputs that the last step has too many are zeros.
 #[derive(Debug)]
 pub(super) struct Panels {
     inputs: usize,
     outputs: usize,
     kernels: ImageKernels,
-    packed: LargePages<u32>,
+    packed: LargePages<u8>,
     /// One scale for each column of the panels; below the same.
     scales: Vec<f32>,
     bias: Vec<f32>,
@@ -52,21 +51,20 @@ impl<'a> Source<'a> {
     }
 
     /// Packs weights of one input, input `i` of a step, for as many columns.
-    fn put(self, weights: Range<usize>, i: usize, step: &mut [u32]) {
+    fn put(self, weights: Range<usize>, i: usize, step: &mut [u8]) {
         match self {
             Self::Floats(floats) => {
-                for (to, weight) in step.iter_mut().zip(&floats[weights]) {
-                    *to = weight.to_bits();
-                }
+                let step: &mut [f32] = bytemuck::cast_slice_mut(step);
+                step.copy_from_slice(&floats[weights]);
             }
             Self::Words(bytes) => {
-                let step: &mut [[i16; 2]] = bytemuck::cast_slice_mut(step);
+                let step: &mut [[i8; 2]] = bytemuck::cast_slice_mut(step);
                 for (to, weight) in step.iter_mut().zip(&bytes[weights]) {
-                    to[i] = i16::from(*weight);
+                    to[i] = *weight;
                 }
             }
             Self::Bytes(bytes) => {
-                let step: &mut [[u8; STEP]] = bytemuck::cast_slice_mut(step);
+                let step: &mut [[u8; 4]] = bytemuck::cast_slice_mut(step);
                 for (to, weight) in step.iter_mut().zip(&bytes[weights]) {
                     to[i] = weight.cast_unsigned().wrapping_add(EXCESS);
                 }
@@ -94,6 +92,8 @@ pub(super) struct Room {
     pub(super) rounded: RoundedRows,
     /// Sums of all rows with one panel.
     pub(super) sums: *mut f32,
+    /// Unpacked weights, [`tile::PART_BYTES`], if products unpack any.
+    pub(super) unpacked: *mut u8,
 }
 
 /// Returns the number of columns of a panel.
@@ -121,15 +121,18 @@ impl Panels {
         let columns = outputs.next_multiple_of(width);
         let per_step = kernels.products.per_step();
         let n_steps = inputs.div_ceil(per_step);
-        let mut packed = LargePages::<u32>::zeroed(size(1, n_steps, columns)?)?;
+        let packed_bytes = kernels.products.packed_bytes();
+        let n_bytes = size(1, n_steps, columns)? * packed_bytes;
+        let mut packed = LargePages::<u8>::zeroed(n_bytes)?;
         let source =
             Source::of(dense.weights, kernels.products).ok_or(LayersError::Digits(inputs))?;
-        let panels = packed.numbers_mut().chunks_exact_mut(n_steps * width);
+        let row_bytes = width * packed_bytes;
+        let panels = packed.numbers_mut().chunks_exact_mut(n_steps * row_bytes);
         for (panel, steps) in panels.enumerate() {
             let first = outputs.min(panel * width);
             let n_columns = width.min(outputs - first);
             for input in 0..inputs {
-                let step = &mut steps[input / per_step * width..][..n_columns];
+                let step = &mut steps[input / per_step * row_bytes..][..n_columns * packed_bytes];
                 let weights = input * outputs + first;
                 source.put(weights..weights + n_columns, input % per_step, step);
             }
@@ -165,7 +168,7 @@ impl Panels {
             row_stride: rows.input_stride * STEP,
             heads: room.rounded.heads,
             n_steps: self.inputs.div_ceil(self.kernels.products.per_step()),
-            panels: self.packed.numbers().as_ptr().cast(),
+            panels: self.packed.numbers().as_ptr(),
             outputs: self.outputs,
             scales: self.scales.as_ptr(),
             bias: self.bias.as_ptr(),
@@ -173,6 +176,7 @@ impl Panels {
             output_stride: rows.output_stride,
             finish: rows.finish,
             sums: room.sums,
+            unpacked: room.unpacked,
         };
         let kernel = self.kernels.products_on;
         if self.kernels.products == Products::Floats {

@@ -32,6 +32,7 @@ unsafe impl Sums for PlainWords {
     type Weights = [[i16; 2]; LANES];
     type Inputs = [i16; 2];
     const ARE_WHOLE: bool = true;
+    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -54,6 +55,16 @@ unsafe impl Sums for PlainWords {
     unsafe fn weights(from: *const u8) -> Self::Weights {
         // SAFETY: the caller vouches for the bytes.
         unsafe { from.cast::<Self::Weights>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(from: *const u8, to: *mut u8) {
+        // SAFETY: the caller vouches for the bytes.
+        unsafe {
+            let bytes = from.cast::<[[i8; 2]; LANES]>().read();
+            to.cast::<Self::Weights>()
+                .write_unaligned(bytes.map(|step| step.map(i16::from)));
+        }
     }
 
     #[inline(always)]

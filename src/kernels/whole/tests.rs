@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::panels::{Panels, Room, Rows};
 use super::round::{self, RoundedRows};
-use super::tile::{PANEL_WIDTH_MAX, RowHead};
+use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead, STEP};
 use super::*;
 use crate::kernels::layers::tests::{Model, Tested, kernels, sizes, uniform};
 use crate::kernels::layers::{Activation, DenseWeights, Finish};
@@ -75,6 +75,7 @@ impl<W: Tested> Call<W> {
             None => (vec![f32::NAN; n * self.outputs], Finish::Set),
         };
         let mut sums = vec![f32::NAN; n * PANEL_WIDTH_MAX];
+        let mut unpacked = vec![u32::MAX; PART_BYTES / STEP];
         let mut rounded = vec![u32::MAX; n * self.inputs];
         let mut heads = vec![
             RowHead {
@@ -98,6 +99,7 @@ impl<W: Tested> Call<W> {
                 heads: heads.as_mut_ptr(),
             },
             sums: sums.as_mut_ptr(),
+            unpacked: unpacked.as_mut_ptr().cast(),
         };
         // SAFETY: the kernels are available, and there is room for all rows.
         unsafe { panels.compute(rows, room) }

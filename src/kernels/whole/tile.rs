@@ -2,7 +2,9 @@
 //!
 //! One loop serves all formats. At each step a row contributes four bytes (one
 //! float, two whole numbers of 16 bits, or four of 8 bits), and so does each
-//! column. [`Sums`] says what becomes of them.
+//! column. [`Sums`] says what becomes of them. Weights that are kept in fewer
+//! bytes are unpacked once for all rows, a part of a panel at a time, to memory
+//! that stays in the first level of the cache.
 #![expect(
     unsafe_code,
     reason = "reads and writes vectors through raw pointers: the inner loop is nearly the whole cost of an image"
@@ -21,7 +23,7 @@ pub(super) const STEP: usize = 4;
 
 /// Bytes of a panel that all rows pass over before the next bytes: half of the
 /// smallest first level of a cache, which also holds the rows of a tile.
-const PART_BYTES: usize = 16 << 10;
+pub(super) const PART_BYTES: usize = 16 << 10;
 
 /// Steps that are written out one after the other, with one prefetch for all.
 const UNROLLED: usize = 4;
@@ -44,6 +46,8 @@ pub(super) unsafe trait Sums: Copy {
     type Inputs: Copy;
     /// True if the numbers are whole, so that rows have heads.
     const ARE_WHOLE: bool;
+    /// Bytes in which a column's weights of a step are kept.
+    const PACKED_BYTES: usize = STEP;
 
     /// # Safety
     /// The CPU has the instructions.
@@ -59,6 +63,11 @@ pub(super) unsafe trait Sums: Copy {
     /// The contract of [`Sums::zero`] holds, and [`STEP`] bytes for each lane are
     /// readable.
     unsafe fn weights(from: *const u8) -> Self::Weights;
+    /// Unpacks a step's weights that are kept in fewer bytes than [`STEP`].
+    /// # Safety
+    /// The contract of [`Sums::zero`] holds; for each lane [`Sums::PACKED_BYTES`]
+    /// are readable and [`STEP`] bytes writable.
+    unsafe fn unpack(_from: *const u8, _to: *mut u8) {}
     /// # Safety
     /// The contract of [`Sums::zero`] holds, and [`STEP`] bytes are readable.
     unsafe fn inputs(from: *const u8) -> Self::Inputs;
@@ -152,6 +161,9 @@ pub(super) struct Product {
     pub(super) finish: Finish,
     /// Room for the sums of all rows with one panel.
     pub(super) sums: *mut f32,
+    /// Room for [`PART_BYTES`] of unpacked weights; not written if the weights are
+    /// kept as they are multiplied.
+    pub(super) unpacked: *mut u8,
 }
 
 /// Computes a product with plain code.
@@ -179,14 +191,31 @@ const fn tile_height(n_left: usize, most: usize) -> usize {
     }
 }
 
+/// Unpacks `n` vectors of weights.
+///
+/// # Safety
+/// The CPU has the instructions of `S`; there are as many packed weights, and room
+/// for as many unpacked.
+#[inline(always)]
+unsafe fn unpack<S: Sums>(from: *const u8, n: usize, to: *mut u8) {
+    let lanes = S::Floats::LANES;
+    for idx in 0..n {
+        // SAFETY: the caller vouches for the vectors.
+        unsafe {
+            let from = from.add(idx * lanes * S::PACKED_BYTES);
+            S::unpack(from, to.add(idx * lanes * STEP));
+        }
+    }
+}
+
 impl Product {
     /// Computes the product with tiles of up to `MOST` rows by `N` vectors.
     ///
     /// # Safety
     /// The CPU has the instructions of `S`; rows, heads, panels of `N` vectors,
-    /// scales, bias and sums are as large as their descriptions say, and nobody
-    /// writes them, but this thread the sums; the output has `outputs` floats in
-    /// each row, and nobody else has them.
+    /// scales, bias, sums and unpacked weights are as large as their descriptions
+    /// say, and nobody writes them, but this thread the latter two; the output has
+    /// `outputs` floats in each row, and nobody else has them.
     #[inline(always)]
     pub(super) unsafe fn compute<S: Sums, const N: usize, const MOST: usize>(&self) {
         let width = N * S::Floats::LANES;
@@ -196,8 +225,15 @@ impl Product {
         for column in (0..self.outputs).step_by(width) {
             for first in (0..self.n_steps).step_by(part) {
                 let n_steps = part.min(self.n_steps - first);
-                let bytes = n_steps * width * STEP;
+                let bytes = n_steps * width * S::PACKED_BYTES;
                 let next = weights.wrapping_add(bytes);
+                let mut part = weights;
+                if S::PACKED_BYTES < STEP {
+                    // SAFETY: the caller vouches for the panels, and for room for
+                    // a part.
+                    unsafe { unpack::<S>(weights, n_steps * N, self.unpacked) }
+                    part = self.unpacked;
+                }
                 let (mut row, mut idx) = (0, 0);
                 while row < self.n_rows {
                     let height = tile_height(self.n_rows - row, MOST);
@@ -205,11 +241,11 @@ impl Product {
                         rows: self.rows.wrapping_add(row * self.row_stride + first * STEP),
                         row_stride: self.row_stride,
                         n_steps,
-                        weights,
+                        weights: part,
                         is_first: first == 0,
                         sums: self.sums.wrapping_add(row * width),
                         ahead: next.wrapping_add(bytes / n_tiles * idx),
-                        ahead_step: UNROLLED * width * STEP / n_tiles,
+                        ahead_step: UNROLLED * width * S::PACKED_BYTES / n_tiles,
                     };
                     // SAFETY: the rows, steps and sums are some of those that
                     // the caller vouches for.
