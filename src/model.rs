@@ -449,11 +449,10 @@ pub struct CompiledFacts {
 struct Compiled {
     facts: CompiledFacts,
     graphs: BTreeMap<Graph, PathBuf>,
-    /// Digest of the source, precision and compiler version, which determine
-    /// the model's numbers.
+    /// Digest of the source, precision, compiler version and format, which
+    /// determine the model's numbers.
     identity: String,
-    /// Digests of the directory's files when it was compiled; empty for a
-    /// directory of an older version.
+    /// Digests of the directory's files when it was compiled.
     recorded: BTreeMap<PathBuf, Sha256Digest>,
 }
 
@@ -494,10 +493,11 @@ impl Compiled {
             graphs,
             recorded,
             identity: format!(
-                "{} {} {}",
+                "{} {} {} {}",
                 manifest.source.sha256,
                 manifest.precision.name(),
-                manifest.tool_version
+                manifest.tool_version,
+                manifest.format
             ),
         }))
     }

@@ -47,10 +47,38 @@ pub struct Manifest {
     pub verification: Verification,
     /// Size of each file in bytes.
     pub files: BTreeMap<String, u64>,
-    /// SHA-256 of each file; empty in directories of versions that did not
-    /// record digests, whose files are hashed when they are opened.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    /// SHA-256 of each file.
     pub sha256: BTreeMap<String, String>,
+}
+
+/// Fields of a manifest that every format has, for directories of other
+/// versions.
+#[derive(Deserialize)]
+struct ManifestHead {
+    format: u32,
+    #[serde(default)]
+    tool_version: String,
+    source: Option<SourceFacts>,
+    /// Name of the precision, which this version need not know.
+    precision: Option<String>,
+}
+
+impl ManifestHead {
+    /// Returns the reason why the directory is refused, and what to do.
+    fn refusal(&self) -> String {
+        let (format, version) = (self.format, &self.tool_version);
+        let command = match (&self.source, &self.precision) {
+            (Some(source), Some(precision)) => format!(
+                " (imagegpt compile {} --precision {precision} --output DIR)",
+                source.name
+            ),
+            _ => String::new(),
+        };
+        format!(
+            "has format {format} of version {version}; this version reads format {FORMAT}; \
+             compile the model again{command}"
+        )
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -107,14 +135,12 @@ impl Manifest {
         let path = folder.join(FILE);
         let text = architecture::read(&path)?;
         let refuse = |reason: String| ModelFileError::content(&path, reason);
-        let manifest: Self = serde_json::from_slice(&text)
-            .map_err(|error| refuse(format!("is not a manifest that can be read: {error}")))?;
-        if manifest.format != FORMAT {
-            return Err(refuse(format!(
-                "has format {}; this version reads format {FORMAT}; compile the model again",
-                manifest.format
-            )));
+        let unreadable = |error| refuse(format!("is not a manifest that can be read: {error}"));
+        let head: ManifestHead = serde_json::from_slice(&text).map_err(unreadable)?;
+        if head.format != FORMAT {
+            return Err(refuse(head.refusal()));
         }
+        let manifest: Self = serde_json::from_slice(&text).map_err(unreadable)?;
         if manifest.feature_layer > manifest.architecture.n_layers {
             return Err(refuse(format!(
                 "has feature_layer {}; the model has {} layers; compile the model again",
@@ -152,16 +178,13 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Returns the recorded digests by file; none if the manifest has none.
+    /// Returns the recorded digests by file.
     ///
     /// # Errors
     ///
-    /// When only some files have a digest, or a digest is not a SHA-256.
+    /// When a file has no digest, or a digest is not a SHA-256.
     pub(crate) fn digests(&self) -> Result<BTreeMap<&str, Sha256Digest>, String> {
         let mut digests = BTreeMap::new();
-        if self.sha256.is_empty() {
-            return Ok(digests);
-        }
         for name in self.files.keys() {
             let digest = self.sha256.get(name).and_then(|text| unhex(text));
             let digest = digest.ok_or_else(|| {
@@ -177,18 +200,10 @@ impl Manifest {
     ///
     /// # Errors
     ///
-    /// When files differ (the text lists all of them), or when no digests were
-    /// recorded.
+    /// When files differ (the text lists all of them).
     pub fn verify(&self, folder: &Path) -> Result<(), ModelFileError> {
         let refuse = |reason: String| ModelFileError::content(folder, reason);
         let digests = self.digests().map_err(refuse)?;
-        if digests.is_empty() {
-            return Err(refuse(
-                "was compiled before SHA-256s were recorded, so its files cannot be verified; \
-                 compile the model again"
-                    .to_owned(),
-            ));
-        }
         let mut differing = Vec::new();
         for (name, recorded) in digests {
             match files::sha256(&folder.join(name)) {
