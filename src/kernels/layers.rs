@@ -10,8 +10,8 @@
 //! norm, expansion, contraction.
 //!
 //! Weights are given in `f32` and kept in 24 bits
-//! ([`Int24`](crate::kernels::attention::Int24)), or are given in 8 bits with a
-//! scale per output. Rows and sums are `f32`. Only if weights have 8 bits and
+//! ([`Int24`](crate::kernels::attention::Int24)), or are given and kept in
+//! bfloat16, or in 8 bits with a scale per output. Rows and sums are `f32`. Only if weights have 8 bits and
 //! the CPU multiplies bytes, rows are rounded to 24 bits first (`digits.rs`). A
 //! token's result depends on its sequence alone, to the last bit.
 #![expect(

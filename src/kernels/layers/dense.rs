@@ -16,6 +16,7 @@
 use std::cell::RefCell;
 
 use bytemuck::Pod;
+use half::bf16;
 
 use self::digit_tile::DigitTile;
 use self::tile::{Ahead, Tile, TileEnding};
@@ -33,7 +34,8 @@ mod digit_tile;
 mod tests;
 mod tile;
 
-/// Format in which weights are given: `f32`, or `i8` with a scale per output.
+/// Format in which weights are given: `f32`, `bf16`, or `i8` with a scale per
+/// output.
 pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Format in which the weights are kept.
     type Packed: Number + Pod;
@@ -48,10 +50,19 @@ pub trait Weight: Copy + Send + Sync + std::fmt::Debug + 'static {
     fn pack(self, factor: f32) -> Self::Packed;
 
     /// Returns the weights, if they are floats.
-    fn floats(weights: &[Self]) -> Option<&[f32]>;
+    fn floats(_weights: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    /// Returns the weights, if they are in bfloat16.
+    fn bf16(_weights: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 
     /// Returns the weights, if they have 8 bits.
-    fn bytes(weights: &[Self]) -> Option<&[i8]>;
+    fn bytes(_weights: &[Self]) -> Option<&[i8]> {
+        None
+    }
 }
 
 /// Format of a row's numbers while they are multiplied with weights.
@@ -107,9 +118,22 @@ impl Weight for f32 {
     fn floats(weights: &[f32]) -> Option<&[f32]> {
         Some(weights)
     }
+}
 
-    fn bytes(_weights: &[f32]) -> Option<&[i8]> {
+impl Weight for bf16 {
+    type Packed = Self;
+    const IS_UNPACKED: bool = false;
+
+    fn factors(_weights: &[bf16], _outputs: usize) -> Option<Vec<f32>> {
         None
+    }
+
+    fn pack(self, _factor: f32) -> bf16 {
+        self
+    }
+
+    fn bf16(weights: &[bf16]) -> Option<&[bf16]> {
+        Some(weights)
     }
 }
 
@@ -123,10 +147,6 @@ impl Weight for i8 {
 
     fn pack(self, _factor: f32) -> i8 {
         self
-    }
-
-    fn floats(_weights: &[i8]) -> Option<&[f32]> {
-        None
     }
 
     fn bytes(weights: &[i8]) -> Option<&[i8]> {

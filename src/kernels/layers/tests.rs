@@ -35,6 +35,14 @@ impl Tested for f32 {
     }
 }
 
+impl Tested for bf16 {
+    const SCALE: f32 = 1.0;
+
+    fn of(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
 impl Tested for i8 {
     const SCALE: f32 = 0.01;
 
@@ -425,9 +433,11 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
         for n_sequences in [1, 2, 5, 8] {
             check_model::<f32, Int24>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
             check_model::<i8, Int24>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
+            check_model::<bf16, Int24>(&Model::random(sizes, 3, n_sequences, 19), 2e-5);
         }
         // Keys and values have 8 bits.
         check_model::<f32, bf16>(&Model::random(sizes, 3, 2, 19), 4e-2);
+        check_model::<bf16, bf16>(&Model::random(sizes, 3, 2, 19), 4e-2);
         check_model::<i8, bf16>(&Model::random(sizes, 3, 2, 19), 4e-2);
     }
 }
@@ -438,6 +448,7 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
 fn tiny_layers() {
     let sizes = sizes(6, 9, 2, Activation::QuickGelu);
     check_model::<f32, Int24>(&Model::random(sizes, 2, 2, 3), 1e-5);
+    check_model::<bf16, Int24>(&Model::random(sizes, 1, 2, 3), 1e-5);
     check_model::<i8, bf16>(&Model::random(sizes, 1, 2, 3), 4e-2);
 }
 
@@ -488,6 +499,7 @@ fn activate(kernel: Kernel, activation: Activation, inputs: &[f32]) -> Vec<f32> 
 #[test]
 fn a_sequence_that_is_not_finite_spoils_no_other() {
     check_spoiled::<f32>();
+    check_spoiled::<bf16>();
     check_spoiled::<i8>();
 }
 

@@ -97,6 +97,14 @@ impl Number for f32 {
     }
 }
 
+impl Number for bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller vouches for all of it; the type is its bits.
+        unsafe { V::load_bf16(from.cast()) }
+    }
+}
+
 impl Number for i8 {
     #[inline(always)]
     unsafe fn load<V: Vector>(from: *const Self) -> V {

@@ -34,6 +34,12 @@ impl Tested for f32 {
     }
 }
 
+impl Tested for bf16 {
+    fn from_uniform(uniform: f32) -> Self {
+        Self::from_f32(uniform)
+    }
+}
+
 impl Tested for i8 {
     fn from_uniform(uniform: f32) -> Self {
         #[expect(clippy::cast_possible_truncation, reason = "within 127")]
@@ -220,6 +226,8 @@ proptest! {
         let sizes = [inputs, outputs];
         check_call::<f32>(&Call::random(n_rows, sizes, addends, seed))
             .map_err(TestCaseError::fail)?;
+        check_call::<bf16>(&Call::random(n_rows, sizes, addends, seed))
+            .map_err(TestCaseError::fail)?;
         check_call::<i8>(&Call::random(n_rows, sizes, addends, seed))
             .map_err(TestCaseError::fail)?;
     }
@@ -230,6 +238,7 @@ proptest! {
 #[cfg_attr(miri, ignore = "takes too long")]
 fn agrees_at_full_width() {
     check_call::<f32>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
+    check_call::<bf16>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
     check_call::<i8>(&Call::random(16, [2048, 512], 3, 1)).unwrap();
 }
 
@@ -244,6 +253,7 @@ fn tiny_sizes() {
         (6, [5, 15], 2),
     ] {
         check_call::<f32>(&Call::random(n_rows, sizes, addends, 2)).unwrap();
+        check_call::<bf16>(&Call::random(n_rows, sizes, addends, 2)).unwrap();
         check_call::<i8>(&Call::random(n_rows, sizes, addends, 2)).unwrap();
     }
 }
@@ -252,6 +262,7 @@ fn tiny_sizes() {
 #[test]
 fn a_row_that_is_not_finite_spoils_no_other() {
     check_spoiled(Call::<f32>::random(5, [20, 40], 3, 3));
+    check_spoiled(Call::<bf16>::random(5, [20, 40], 3, 3));
     check_spoiled(Call::<i8>::random(5, [20, 40], 3, 3));
 }
 
