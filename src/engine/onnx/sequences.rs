@@ -24,7 +24,7 @@ use std::ffi::{CString, c_void};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use memmap2::{MmapMut, UncheckedAdvice};
+use memmap2::{Advice, MmapMut, UncheckedAdvice};
 use ort::AsPointer as _;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, RunOptions, Session};
@@ -241,9 +241,6 @@ impl SequenceEngine {
                 "cannot allocate {bytes} bytes for keys or values: {error}"
             ))
         })?;
-        // Without huge pages, small pages are used.
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
         Ok(Place::Host(memory))
     }
 
@@ -292,21 +289,24 @@ impl SequenceEngine {
                 elapsed,
             });
         }
-        self.give_back();
+        self.use_huge_pages();
         Ok(warm)
     }
 
-    /// Gives the memory of keys and values back to the system until sequences
-    /// use it: a few positions in each slot took all of it, in huge pages.
-    fn give_back(&self) {
+    /// Asks for huge pages, once the warm-up is over: it writes a few positions
+    /// of each slot and head, for which huge pages would take all of the memory
+    /// before there is a sequence.
+    fn use_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
         for buffer in &self.buffers {
             if let Place::Host(memory) = &buffer.place {
                 // SAFETY: the mapping is anonymous, so it reads as zeros
                 // afterwards, and no run reads keys or values that it has not
-                // written since.
+                // written since. The small pages would stay where they are.
                 let given = unsafe { memory.unchecked_advise(UncheckedAdvice::DontNeed) };
-                if let Err(error) = given {
-                    tracing::debug!(%error, "cannot give the memory of keys and values back");
+                // Without huge pages, small pages are used.
+                if let Err(error) = given.and(memory.advise(Advice::HugePage)) {
+                    tracing::debug!(%error, "keys and values are in small pages");
                 }
             }
         }

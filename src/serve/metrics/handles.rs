@@ -147,7 +147,7 @@ impl EngineHandles {
             batch_size_max: metrics.gauge(
                 "imagegpt_batch_size_max",
                 "Largest batch that every device takes; below --max-batch-size after a device ran \
-                 out of memory, and 1 for a model that runs images one by one (int8 on a CPU).",
+                 out of memory, and 1 for a model that runs images one by one (int8 compiled with --portable).",
             ),
             batch_fill: metrics.histogram(
                 "imagegpt_batch_fill_ratio",
