@@ -26,6 +26,8 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::tile::{Block, HeadView};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::vector;
 use crate::kernels::vector::Portable;
 use crate::kernels::vector::scratch::AlignedScratch;
 
@@ -126,20 +128,34 @@ impl Kernel {
 
     /// Returns the fastest kernel that this CPU has.
     ///
-    /// [`Kernel::Avx512Bf16`] is never returned. It has been measured on a CPU
-    /// with a matrix unit, where `f32` is faster; on other CPUs it has not been
-    /// measured.
+    /// [`Kernel::Avx512Bf16`] is not returned on a CPU with a matrix unit, even
+    /// if this process may not use the unit: there it has been measured, and
+    /// `f32` is faster. On other CPUs it has not been measured, but Zen 4 and
+    /// later have a full unit for it.
     #[must_use]
     pub fn fastest(precision: AttentionPrecision) -> Self {
         let by_speed: &[Self] = match precision {
             AttentionPrecision::F32 => &[Self::Avx512, Self::Avx2],
-            AttentionPrecision::Bf16 => &[Self::Amx, Self::Avx512, Self::Avx2],
+            AttentionPrecision::Bf16 if Self::has_matrix_unit() => {
+                &[Self::Amx, Self::Avx512, Self::Avx2]
+            }
+            AttentionPrecision::Bf16 => &[Self::Avx512Bf16, Self::Avx512, Self::Avx2],
         };
         by_speed
             .iter()
             .copied()
             .find(|kernel| kernel.is_available())
             .unwrap_or(Self::Portable)
+    }
+
+    /// Returns true if this CPU has a matrix unit, which the operating system may
+    /// still withhold.
+    fn has_matrix_unit() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let is_present = vector::amx::is_present();
+        #[cfg(not(target_arch = "x86_64"))]
+        let is_present = false;
+        is_present
     }
 
     /// Returns true if this CPU and the operating system let the kernel run.
@@ -158,7 +174,7 @@ impl Kernel {
             Self::Avx512Bf16 => {
                 Self::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
             }
-            Self::Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
+            Self::Amx => Self::Avx512Bf16.is_available() && vector::amx::is_available(),
         }
     }
 

@@ -13,56 +13,14 @@
 )]
 
 use std::arch::asm;
-use std::arch::x86_64::__cpuid_count;
-use std::sync::OnceLock;
 
 use super::bf16::{self, Multiply, SumStart, Tiles};
 use super::tile::{Block, HeadView};
+use crate::kernels::vector::amx;
 use crate::kernels::vector::scratch::AlignedScratch;
 
-/// Returns true if the CPU has the matrix unit and Linux lets this process use
-/// it. Linux must be asked, because the unit's registers make every thread's
-/// saved state 8 KiB larger.
-pub(super) fn is_available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| {
-        const BF16: u32 = 1 << 22;
-        const TILES: u32 = 1 << 24;
-        let features = __cpuid_count(7, 0).edx;
-        features & BF16 != 0 && features & TILES != 0 && request_permission()
-    })
-}
-
-/// Asks Linux for the tile registers, for this process and its future threads.
-#[cfg(target_os = "linux")]
-fn request_permission() -> bool {
-    const ARCH_PRCTL: usize = 158;
-    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
-    const XFEATURE_XTILEDATA: usize = 18;
-    let status: isize;
-    // SAFETY: a system call that takes two numbers and touches no memory of
-    // ours; the kernel overwrites rcx and r11.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") ARCH_PRCTL => status,
-            in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA,
-            lateout("rcx") _,
-            lateout("r11") _,
-            options(nostack),
-        );
-    }
-    status == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn request_permission() -> bool {
-    false
-}
-
 /// # Safety
-/// The CPU has AVX-512 F, DQ, BW and BF16, [`is_available`] has said yes, and
+/// The CPU has AVX-512 F, DQ, BW and BF16, [`amx::is_available`] has said yes, and
 /// the contract of [`bf16::attend`] holds.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn attend(
@@ -75,25 +33,6 @@ pub(super) unsafe fn attend(
 }
 
 struct MatrixUnit;
-
-/// Configuration that `ldtilecfg` reads: all eight tiles are 16 rows of 64
-/// bytes.
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-static CONFIG: Config = Config {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
 
 /// Computes the products of one call. `$start` prepares the four tiles of sums,
 /// tmm0 to tmm3.
@@ -143,10 +82,8 @@ macro_rules! multiply {
 unsafe impl Multiply for MatrixUnit {
     #[inline(always)]
     unsafe fn begin() {
-        // SAFETY: the caller vouches for the instructions; the configuration is
-        // one that the unit accepts. It stays until `end`: nothing else on this
-        // thread uses tiles in between.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) }
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { amx::begin() }
     }
 
     #[inline(always)]
@@ -176,9 +113,7 @@ unsafe impl Multiply for MatrixUnit {
 
     #[inline(always)]
     unsafe fn end() {
-        // SAFETY: the caller vouches for the instructions. The tiles are
-        // released because idle tiles would be saved at every switch of
-        // threads.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { amx::end() }
     }
 }
