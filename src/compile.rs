@@ -97,6 +97,7 @@ pub fn compile(
     runtime: &Runtime,
     progress: &mut dyn CompileProgress,
 ) -> Result<Manifest, CompileError> {
+    options.check_cpu()?;
     let fetched = Fetched {
         source,
         local: source.fetch(progress)?,
@@ -242,6 +243,7 @@ pub fn compile_cached(
     runtime: &Runtime,
     progress: &mut dyn CompileProgress,
 ) -> Result<(PathBuf, Manifest), CompileError> {
+    options.check_cpu()?;
     let local = source.fetch(progress)?;
     let checkpoint = Checkpoint::open(&local.folder)?;
     let sha256 = digest(&checkpoint, progress)?;
@@ -413,5 +415,40 @@ fn attention(kind: Graph, options: &CompileOptions, runtime: &Runtime) -> Attent
         Graph::Generate => Attention::GroupQuery,
         _ if is_ours => Attention::ImageLayers,
         _ => Attention::MultiHead,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::library::{environment, find_library};
+
+    /// Compiles for a CPU in bfloat16, also where the CPU has no instructions
+    /// for it: the same products in plain code are slow, but can be verified.
+    #[test]
+    fn bf16_for_a_cpu_is_near_the_reference() {
+        let environment = environment(&find_library(None)).expect("make setup has brought it");
+        let runtime = Runtime::new(environment, Provider::Cpu).expect("a runtime");
+        let folder = tempfile::tempdir().expect("a folder");
+        let source = ModelSource::parse("random:tiny", None);
+        let options = CompileOptions {
+            precision: Precision::Bf16,
+            ..CompileOptions::default()
+        };
+        let fetched = Fetched {
+            source: &source,
+            local: source.fetch(&mut Silent).expect("a source"),
+            sha256: None,
+        };
+        let output = folder.path().join("out");
+        let compiled = compile_fetched(fetched, &output, &options, &runtime, &mut Silent);
+        let manifest = compiled.expect("a compiled model");
+        assert_eq!(manifest.graphs.len(), 5);
+        for (name, graph) in &manifest.graphs {
+            assert!(graph.cosine > 0.9999, "{name}: {}", graph.cosine);
+            let worst = graph.errors.iter().copied().fold(0.0, f64::max);
+            // Rounded to bfloat16, and nothing worse.
+            assert!(worst > 1e-4 && worst < 1e-2, "{name}: {worst}");
+        }
     }
 }

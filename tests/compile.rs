@@ -19,6 +19,7 @@ use imagegpt::compile::{
 use imagegpt::engine::onnx;
 use imagegpt::kernels::attention::Kernel;
 use imagegpt::kernels::layers::RowsAs;
+use imagegpt::kernels::whole::has_bf16_products;
 use imagegpt::model::manifest::Manifest;
 use imagegpt::model::onnx::{DataType, Dim, ModelProto, NodeProto, TensorType, ValueInfoProto};
 use imagegpt::model::precision::{CompileTask, Precision, Provider};
@@ -169,6 +170,47 @@ fn every_task_is_compiled_and_described() {
     fs::remove_file(output.join("hidden.onnx")).unwrap();
     let error = Manifest::read(&output).unwrap_err().to_string();
     assert!(error.contains("hidden.onnx"), "{error}");
+}
+
+/// bfloat16 on a CPU is fast only with instructions for it.
+#[test]
+fn bf16_is_compiled_where_the_cpu_has_it() {
+    let parent = TempDir::new().unwrap();
+    let source = checkpoint(|_| {});
+    let options = CompileOptions {
+        precision: Precision::Bf16,
+        ..CompileOptions::default()
+    };
+    let output = parent.path().join("out");
+    let compiled = run(source.path(), &output, &options);
+    if has_bf16_products() {
+        let manifest = compiled.unwrap();
+        assert!(manifest.graphs.values().all(|graph| graph.cosine > 0.9999));
+        return;
+    }
+    let error = compiled.unwrap_err().to_string();
+    assert!(error.contains("AVX512_BF16 or AMX-BF16"), "{error}");
+    assert!(error.contains("--precision int8 or fp32"), "{error}");
+    assert!(!output.exists());
+}
+
+#[test]
+fn bf16_on_a_cpu_is_not_portable() {
+    let parent = TempDir::new().unwrap();
+    let source = checkpoint(|_| {});
+    let options = CompileOptions {
+        precision: Precision::Bf16,
+        ..CompileOptions::default()
+    };
+    let portable = Runtime {
+        operators: None,
+        ..runtime()
+    };
+    let source = ModelSource::Folder(source.path().to_owned());
+    let output = parent.path().join("out");
+    let compiled = compile(&source, &output, &options, &portable, &mut Silent);
+    let error = compiled.unwrap_err().to_string();
+    assert!(error.contains("bf16 on the CPU needs"), "{error}");
 }
 
 /// With int8 the key/value cache may be rounded too, except in a portable

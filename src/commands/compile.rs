@@ -33,7 +33,8 @@ pub struct CompileArgs {
     pub output: PathBuf,
 
     /// Precision of the weights and of the computation: fp32 or int8
-    /// (quantized) for the CPU, fp16 or bf16 for a GPU
+    /// (quantized) for the CPU, bf16 for a CPU with AVX512_BF16 or AMX-BF16, fp16
+    /// or bf16 for a GPU
     #[arg(long, value_enum, default_value = "fp32")]
     pub precision: Precision,
 

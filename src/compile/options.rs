@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::error::CompileError;
-use crate::model::precision::{CompileTask, Precision, Provider};
+use crate::kernels::whole::has_bf16_products;
+use crate::model::precision::{BF16_FEATURES, CompileTask, Precision, Provider};
 use crate::runtime::Runtime;
 
 /// Options of a compilation.
@@ -38,10 +39,13 @@ impl CompileOptions {
                 "precision int8 is not supported on CUDA, for which ONNX Runtime has no 8-bit \
                  matrix product; use --precision bf16",
             ),
-            (Precision::Fp16 | Precision::Bf16, Provider::Cpu) => refuse(
-                "precisions fp16 and bf16 are not supported on the CPU, where ONNX Runtime \
-                 computes them slowly or not at all; use --precision int8, or compile for CUDA \
-                 (--provider cuda)",
+            (Precision::Fp16, Provider::Cpu) => refuse(
+                "precision fp16 is not supported on the CPU, where ONNX Runtime computes it slowly \
+                 or not at all; use --precision int8, or compile for CUDA (--provider cuda)",
+            ),
+            (Precision::Bf16, Provider::Cpu) if runtime.operators.is_none() => refuse(
+                "precision bf16 on the CPU needs the worker's own operators; leave --portable out, \
+                 or use --precision fp32 or int8",
             ),
             (Precision::Bf16, Provider::Cuda) if runtime.provider == Provider::Cpu => refuse(
                 "graphs in bf16 can be verified on a GPU only; compile on a machine with a GPU",
@@ -51,6 +55,18 @@ impl CompileOptions {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses options whose graphs this CPU could only run slowly.
+    pub(super) fn check_cpu(&self) -> Result<(), CompileError> {
+        let is_bf16 = (self.precision, self.provider) == (Precision::Bf16, Provider::Cpu);
+        if is_bf16 && !has_bf16_products() {
+            return Err(CompileError::Options(format!(
+                "precision bf16 on the CPU needs {BF16_FEATURES}, which this CPU does not have; use \
+                 --precision int8 or fp32, or compile for CUDA (--provider cuda)"
+            )));
+        }
+        Ok(())
     }
 
     /// Returns true if ONNX Runtime can compute the task with these options: on

@@ -24,10 +24,11 @@ use super::{
     BatchRow, Engine, EngineFacts, Fallback, FallbackKind, GraphRun, RunSpan, RunStop, SlotFeed,
     WarmRun,
 };
+use crate::kernels::whole::has_bf16_products;
 use crate::model::GraphFiles;
 use crate::model::buckets::Buckets;
 use crate::model::graph::{Graph, Layers, Want};
-use crate::model::precision::{Provider, ProviderChoice};
+use crate::model::precision::{BF16_FEATURES, Precision, Provider, ProviderChoice};
 use crate::runtime::error::{EngineError, runtime};
 use crate::runtime::load::Loader;
 use crate::runtime::{Residence, Runtime, arena, library, operators};
@@ -64,6 +65,9 @@ pub struct OnnxOptions {
     /// Provider that the graphs were compiled for; `None` for a published
     /// export.
     pub compiled_for: Option<Provider>,
+    /// Precision that the graphs were compiled in; `None` for a published
+    /// export.
+    pub precision: Option<Precision>,
     /// Batch sizes. The warm-up runs at each of them, so that no caller's batch
     /// is the first of its size.
     pub buckets: Buckets,
@@ -131,6 +135,7 @@ impl OnnxEngine {
             .cuda_graphs
             .then(|| CAPTURING.lock().unwrap_or_else(PoisonError::into_inner));
         check_compiled_for(options.compiled_for, runtime.provider)?;
+        check_precision(options.precision, runtime.provider)?;
         let mut engine = Self {
             facts: EngineFacts {
                 provider: runtime.provider.name(),
@@ -428,6 +433,17 @@ fn check_compiled_for(
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses graphs in a precision that this CPU could only run slowly.
+fn check_precision(precision: Option<Precision>, provider: Provider) -> Result<(), EngineError> {
+    if (precision, provider) != (Some(Precision::Bf16), Provider::Cpu) || has_bf16_products() {
+        return Ok(());
+    }
+    Err(EngineError::Provider(format!(
+        "the model was compiled in bf16 for CPUs with {BF16_FEATURES}, which this CPU does not \
+         have; compile it with --precision int8 or fp32"
+    )))
 }
 
 /// Chooses the execution provider and its settings, and adds features that

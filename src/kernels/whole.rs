@@ -97,6 +97,13 @@ impl Products {
     }
 }
 
+/// Returns true if this CPU multiplies bfloat16, so that weights in bfloat16 are
+/// faster than as floats.
+#[must_use]
+pub fn has_bf16_products() -> bool {
+    Kernel::Avx512Bf16.is_available() || Kernel::Amx.is_available()
+}
+
 /// Instructions on which layers run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageKernels {

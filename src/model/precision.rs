@@ -33,6 +33,9 @@ pub enum Precision {
     Int8,
 }
 
+/// Features of which a CPU needs one for [`Precision::Bf16`].
+pub(crate) const BF16_FEATURES: &str = "AVX512_BF16 or AMX-BF16";
+
 impl Precision {
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -122,6 +122,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
             .map(|head| (head.width, head.name.clone()))
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
+        precision: model.compiled.map(|compiled| compiled.precision),
         buckets: model.buckets(config.batching.buckets()),
         generate_slots: config.generation.generate_slots.into(),
         generate_bytes_max: to_usize(config.generation.generate_cache_bytes.as_u64()),

@@ -164,6 +164,7 @@ pub(crate) fn onnx_options(model: Model) -> OnnxOptions {
         n_labels: model.labels.len(),
         head_widths: Vec::new(),
         compiled_for: None,
+        precision: None,
         graphs: model.graphs,
         files: model.files,
         buckets: Buckets::powers_of_two(2),

@@ -5,7 +5,7 @@
 //! | | |
 //! |---|---|
 //! | 0 | the norm before attention, f32, `(width)` |
-//! | 1, 2, 3 | queries, keys and values: weights, f32 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
+//! | 1, 2, 3 | queries, keys and values: weights, f32, bf16 or i8, `(width, 3 * width)`; scales, f32, `(3 * width)`; bias, f32, `(3 * width)` |
 //! | 4, 5, 6 | the projection: the same with `(width, width)` |
 //! | 7 | the norm before the feed-forward part, f32, `(width)` |
 //! | 8, 9, 10 | the expansion: the same with `(width, inner)` |

@@ -17,6 +17,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use half::bf16;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
 };
@@ -107,16 +108,19 @@ impl Operator for ImageLayersOp {
         let norm = Some(norm).filter(|norm| !norm.is_empty());
         let layers = match constants.weights_type() {
             // Floats stay floats in attention too; beside the rounding of
-            // weights to 8 bits, that of attention to bfloat16 is small.
+            // weights, that of attention to bfloat16 is small.
             TensorElementType::Float32 => {
                 self.layers::<f32>(&constants, norm, AttentionPrecision::F32)?
+            }
+            TensorElementType::Bfloat16 => {
+                self.layers::<bf16>(&constants, norm, AttentionPrecision::Bf16)?
             }
             TensorElementType::Int8 => {
                 self.layers::<i8>(&constants, norm, AttentionPrecision::Bf16)?
             }
             other => {
                 return Err(ort::Error::new(format!(
-                    "weights have the type {other}; f32 and i8 are supported"
+                    "weights have the type {other}; f32, bf16 and i8 are supported"
                 )));
             }
         };

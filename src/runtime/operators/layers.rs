@@ -75,10 +75,11 @@ impl Operator for LayersOp {
         let constants = Constants::of(context, FIRST, CACHES)?;
         let packed = match constants.weights_type() {
             TensorElementType::Float32 => Packed::Float(pack(&constants)?),
+            TensorElementType::Bfloat16 => Packed::Bf16(pack(&constants)?),
             TensorElementType::Int8 => Packed::Int8(pack(&constants)?),
             other => {
                 return Err(ort::Error::new(format!(
-                    "weights have the type {other}; f32 and i8 are supported"
+                    "weights have the type {other}; f32, bf16 and i8 are supported"
                 )));
             }
         };
@@ -119,6 +120,7 @@ fn pack<W: Weight + PrimitiveTensorElementType>(
 /// Packed weights, by their type.
 enum Packed {
     Float(StepLayers<f32>),
+    Bf16(StepLayers<bf16>),
     Int8(StepLayers<i8>),
 }
 
@@ -140,6 +142,8 @@ impl Kernel for LayersKernel {
         match (&self.packed, first_key.data_type()) {
             (Packed::Float(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
             (Packed::Float(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
+            (Packed::Bf16(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
+            (Packed::Bf16(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
             (Packed::Int8(layers), TensorElementType::Uint8) => call.run::<_, Int24>(layers),
             (Packed::Int8(layers), TensorElementType::Bfloat16) => call.run::<_, bf16>(layers),
             (_, other) => Err(ort::Error::new(format!(
