@@ -2,7 +2,7 @@
 //! `cargo bench --bench whole -- [THREADS] [ROUNDS] [LAYERS] [POSITIONS] [BATCH]`.
 //!
 //! The layers have imagegpt-small's sizes and made-up numbers, with weights in
-//! `f32` and in 8 bits, on every kernel of this CPU. They take turns, one batch
+//! `f32`, in bfloat16 and in 8 bits, on every kernel of this CPU. They take turns, one batch
 //! each, `ROUNDS` times, and with them bare loops of the instructions that do the
 //! work, on as many threads: what the CPU can do at most, in the same minute.
 //! The shares are of the products, that is, of all less as many attentions
@@ -14,7 +14,8 @@
 
 use std::time::{Duration, Instant};
 
-use imagegpt::kernels::attention::{AttentionPrecision, AttentionShape, CausalAttention, Kernel};
+use half::bf16;
+use imagegpt::kernels::attention::{AttentionShape, CausalAttention, Kernel};
 use imagegpt::kernels::layers::{Activation, DenseWeights, LayerWeights, Sizes, Weight};
 use imagegpt::kernels::whole::{
     ImageKernels, ImageLayers, ImageMemory, Images, Means, MeansOf, Products,
@@ -123,7 +124,7 @@ fn main() -> anyhow::Result<()> {
         positions: numbers.next().unwrap_or(1024),
         batch: numbers.next().unwrap_or(1),
     };
-    for kernel in [Kernel::Avx512, Kernel::Avx2, Kernel::Portable] {
+    for kernel in Kernel::ALL.into_iter().rev() {
         if kernel.is_available() {
             compare(kernel, case, n_rounds)?;
         }
@@ -138,6 +139,7 @@ fn compare(kernel: Kernel, case: Case, n_rounds: usize) -> anyhow::Result<()> {
     for products in Products::ALL {
         let contestant = match products {
             Products::Floats => layers::<f32>(kernel, products, case)?,
+            Products::Bf16 => layers::<bf16>(kernel, products, case)?,
             _ => layers::<i8>(kernel, products, case)?,
         };
         let Some(contestant) = contestant else {
@@ -275,6 +277,14 @@ impl Made for f32 {
     }
 }
 
+impl Made for bf16 {
+    const SCALE: f32 = 1.0;
+
+    fn made(uniform: f32) -> Self {
+        Self::from_f32(uniform * 0.05)
+    }
+}
+
 impl Made for i8 {
     const SCALE: f32 = 0.05 / 127.0;
 
@@ -311,7 +321,7 @@ fn on_threads(n_threads: usize, work: impl Fn() + Sync) {
 
 /// Bare loops: instructions on registers alone.
 mod peak {
-    use super::{AttentionPrecision, Contestant, Kernel, Products, on_threads};
+    use super::{Contestant, Kernel, Products, on_threads};
 
     const STEPS: usize = 40_000_000;
     /// Sums that are added to independently.
@@ -323,13 +333,13 @@ mod peak {
         products: Products,
         n_threads: usize,
     ) -> Option<(f64, Contestant)> {
-        debug_assert_eq!(kernel.precision(), AttentionPrecision::F32);
         #[cfg(target_arch = "x86_64")]
         {
             let (work, per_instruction): (unsafe fn(), usize) = match (kernel, products) {
                 (Kernel::Avx2, Products::Floats) => (x86::floats_avx2, 16),
                 (Kernel::Avx2, Products::Words) => (x86::words_avx2, 32),
                 (Kernel::Avx512, Products::Floats) => (x86::floats_avx512, 32),
+                (Kernel::Avx512Bf16, Products::Bf16) => (x86::bf16_avx512, 64),
                 (Kernel::Avx512, Products::Words) => (x86::words_avx512, 64),
                 (Kernel::Avx512, Products::Bytes) => (x86::bytes_avx512, 128),
                 _ => return None,
@@ -400,6 +410,12 @@ mod peak {
             "avx512f",
             "vpxord zmm\\i, zmm\\i, zmm\\i",
             "vfmadd231ps zmm\\i, zmm12, zmm13"
+        );
+        bare!(
+            bf16_avx512,
+            "avx512bf16",
+            "vpxord zmm\\i, zmm\\i, zmm\\i",
+            "vdpbf16ps zmm\\i, zmm12, zmm13"
         );
         bare!(
             words_avx512,

@@ -49,11 +49,9 @@ pub(in crate::kernels) mod tests;
 pub enum LayersError {
     #[error("layers of {0:?}: all sizes must be at least one, and the heads must divide the width")]
     Sizes(Sizes),
-    #[error("the {0:?} kernel is not available on this CPU, or its products are not f32")]
+    #[error("the {0:?} kernel is not available on this CPU, or not for these products")]
     Kernel(Kernel),
-    #[error(
-        "products of bytes are not available with these weights, on this CPU or for {0} inputs"
-    )]
+    #[error("these products are not available with these weights, on this CPU or for {0} inputs")]
     Digits(usize),
     #[error("a product of {rows} rows from {inputs} to {outputs} is too large to address")]
     TooLarge {

@@ -126,6 +126,10 @@ pub unsafe trait Vector: Copy {
     /// the other lanes unchanged.
     fn mask_below(self, least: Self) -> Self;
 
+    /// Returns the numbers of pairs in bfloat16, which are the bits of the lanes:
+    /// those in the lower halves, and those in the upper halves.
+    fn bf16_pairs(self) -> [Self; 2];
+
     /// Transposes `rows` by `cols` floats, each at most `LANES`, so that
     /// `to[col][row] = from[row][col]`.
     ///
@@ -319,5 +323,14 @@ unsafe impl Vector for Portable {
             least,
             |x, least| if x < least { f32::NEG_INFINITY } else { x },
         )
+    }
+
+    #[inline(always)]
+    fn bf16_pairs(self) -> [Self; 2] {
+        let bits = self.0.map(f32::to_bits);
+        [
+            Self(bits.map(|bits| f32::from_bits(bits << 16))),
+            Self(bits.map(|bits| f32::from_bits(bits & 0xFFFF_0000))),
+        ]
     }
 }

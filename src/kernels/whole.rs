@@ -8,9 +8,9 @@
 //! ([`CausalAttention`]), twice in a layer, where a graph of operators lets
 //! them meet after each product and each norm.
 //!
-//! Weights are given in `f32` and stay so, or are given in 8 bits with a scale
-//! per output. Rows of the latter's products are rounded to whole numbers under
-//! a factor of their own (`round.rs`). An image's result depends on the image
+//! Weights are given in `f32` or bfloat16 and stay so, or are given in 8 bits with
+//! a scale per output. Rows are rounded as the weights are: to bfloat16, or to
+//! whole numbers under a factor of their own (`round.rs`). An image's result depends on the image
 //! alone, to the last bit: each sum is over inputs in their order, or over
 //! positions in chunks that begin at the image's first position.
 #![expect(
@@ -31,9 +31,13 @@ use crate::kernels::layers::phase::{LayerPhase, TASKS_MAX, ThreadPlace};
 use crate::kernels::layers::{
     LayerWeights, LayersError, Sizes, Weight, check, norm_weights, size, stride,
 };
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::vector;
 use crate::kernels::vector::LANES_MAX;
 use crate::kernels::vector::scratch::AlignedScratch;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -52,6 +56,17 @@ mod tile;
 pub enum Products {
     /// Floats; for weights that are given as floats.
     Floats,
+    /// Numbers in bfloat16, whose sums are floats; for weights in bfloat16.
+    ///
+    /// The kernels [`Kernel::Portable`], [`Kernel::Avx2`] and [`Kernel::Avx512`]
+    /// give the same bits: products are exact, and sums are rounded after each
+    /// product, the second of a pair of inputs before the first.
+    /// [`Kernel::Avx512Bf16`] does the same by Intel's description, but takes
+    /// numbers for zero that are below the normal range of `f32`. A CPU that
+    /// rounds a pair's products once gives other last bits. [`Kernel::Amx`] also
+    /// takes such numbers for zero, and adds up the first and the second inputs of
+    /// 16 pairs separately, before it adds both to the sum.
+    Bf16,
     /// Words: weights of 8 bits with rows of up to 16 bits, in as many bits as
     /// no sum can overflow with.
     Words,
@@ -60,13 +75,13 @@ pub enum Products {
 }
 
 impl Products {
-    pub const ALL: [Self; 3] = [Self::Floats, Self::Words, Self::Bytes];
+    pub const ALL: [Self; 4] = [Self::Floats, Self::Bf16, Self::Words, Self::Bytes];
 
     /// Returns the number of inputs that are multiplied in a step.
     fn per_step(self) -> usize {
         match self {
             Self::Floats => 1,
-            Self::Words => 2,
+            Self::Bf16 | Self::Words => 2,
             Self::Bytes => 4,
         }
     }
@@ -75,7 +90,7 @@ impl Products {
     fn packed_bytes(self) -> usize {
         match self {
             Self::Words => 2,
-            Self::Floats | Self::Bytes => 4,
+            Self::Floats | Self::Bf16 | Self::Bytes => 4,
         }
     }
 
@@ -85,14 +100,18 @@ impl Products {
     pub fn are_available<W: Weight>(self, kernel: Kernel) -> bool {
         let are_bytes = W::bytes(&[]).is_some();
         match (self, kernel) {
-            (_, Kernel::Avx512Bf16 | Kernel::Amx) => false,
-            (Self::Floats, _) => !are_bytes,
-            (Self::Words, _) => are_bytes,
+            (Self::Floats, Kernel::Portable | Kernel::Avx2 | Kernel::Avx512) => {
+                W::floats(&[]).is_some()
+            }
+            (Self::Bf16, _) => W::bf16(&[]).is_some(),
+            (Self::Words, Kernel::Portable | Kernel::Avx2 | Kernel::Avx512) => are_bytes,
             // Not faster than words; for tests, and for Miri.
             (Self::Bytes, Kernel::Portable) => are_bytes,
             #[cfg(target_arch = "x86_64")]
             (Self::Bytes, Kernel::Avx512) => are_bytes && is_x86_feature_detected!("avx512vnni"),
-            (Self::Bytes, _) => false,
+            #[cfg(target_arch = "x86_64")]
+            (Self::Bytes, Kernel::Amx) => are_bytes && vector::amx::has_bytes(),
+            _ => false,
         }
     }
 }
@@ -108,7 +127,7 @@ pub fn has_bf16_products() -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageKernels {
     pub products: Products,
-    /// Kernel of the products and norms, whose own products are `f32`.
+    /// Kernel of the products and norms.
     pub products_on: Kernel,
     pub attention_on: Kernel,
 }
@@ -118,22 +137,48 @@ impl ImageKernels {
     /// `W`.
     #[must_use]
     pub fn fastest<W: Weight>(attention: AttentionPrecision) -> Self {
-        let products_on = Kernel::fastest(AttentionPrecision::F32);
-        let products = [Products::Bytes, Products::Words, Products::Floats];
-        // No CPU but one with VNNI has products of bytes that are worth it.
-        let is_fast =
-            |products: &Products| *products != Products::Bytes || products_on != Kernel::Portable;
-        let products = products
+        use Products::{Bf16, Bytes, Floats, Words};
+        const BY_SPEED: [(Products, Kernel); 13] = [
+            (Bytes, Kernel::Amx),
+            (Bytes, Kernel::Avx512),
+            (Words, Kernel::Avx512),
+            (Words, Kernel::Avx2),
+            (Words, Kernel::Portable),
+            (Bf16, Kernel::Amx),
+            (Bf16, Kernel::Avx512Bf16),
+            (Bf16, Kernel::Avx512),
+            (Bf16, Kernel::Avx2),
+            (Bf16, Kernel::Portable),
+            (Floats, Kernel::Avx512),
+            (Floats, Kernel::Avx2),
+            (Floats, Kernel::Portable),
+        ];
+        let (products, products_on) = BY_SPEED
             .into_iter()
-            .filter(is_fast)
-            .find(|products| products.are_available::<W>(products_on));
+            .find(|(products, kernel)| {
+                kernel.is_available() && products.are_available::<W>(*kernel)
+            })
+            .unwrap_or((Floats, Kernel::Portable));
         Self {
-            products: products.unwrap_or(Products::Floats),
+            products,
             products_on,
             attention_on: Kernel::fastest(attention),
         }
     }
+
+    /// Returns the number of steps of a product of `inputs` inputs. The matrix
+    /// unit does as many together as a tile has rows.
+    fn n_steps(self, inputs: usize) -> usize {
+        let n_steps = inputs.div_ceil(self.products.per_step());
+        match self.products_on {
+            Kernel::Amx => n_steps.next_multiple_of(TILE_ROWS),
+            _ => n_steps,
+        }
+    }
 }
+
+/// Rows of a tile of the matrix unit.
+const TILE_ROWS: usize = 16;
 
 /// Packed weights of a layer, which the layers of several graphs may share.
 #[derive(Debug)]
@@ -147,9 +192,9 @@ impl PackedLayer {
     /// Packs weights in the order in which they are read.
     ///
     /// # Errors
-    /// If sizes do not fit, this CPU does not have the kernels, their products
-    /// are not `f32` or not of these weights, sums of whole numbers could
-    /// overflow, or memory does not suffice.
+    /// If sizes do not fit, this CPU does not have the kernels or their products
+    /// of these weights, sums of whole numbers could overflow, or memory does not
+    /// suffice.
     pub fn pack<W: Weight>(
         sizes: Sizes,
         layer: &LayerWeights<'_, W>,
@@ -160,9 +205,6 @@ impl PackedLayer {
             if !kernel.is_available() {
                 return Err(LayersError::Kernel(kernel));
             }
-        }
-        if kernels.products_on.precision() != AttentionPrecision::F32 {
-            return Err(LayersError::Kernel(kernels.products_on));
         }
         if !kernels.products.are_available::<W>(kernels.products_on) {
             return Err(LayersError::Digits(sizes.width));

@@ -169,7 +169,7 @@ pub(in crate::kernels) unsafe fn norm(
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => norm.avx2(),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512 => norm.avx512(),
+            Kernel::Avx512 | Kernel::Avx512Bf16 | Kernel::Amx => norm.avx512(),
             _ => norm.run::<Portable>(),
         }
     }

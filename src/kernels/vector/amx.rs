@@ -16,6 +16,7 @@ use std::sync::OnceLock;
 /// Bits of the CPU's features, in leaf 7.
 const BF16: u32 = 1 << 22;
 const TILES: u32 = 1 << 24;
+const BYTES: u32 = 1 << 25;
 
 fn has(features: u32) -> bool {
     __cpuid_count(7, 0).edx & features == features
@@ -33,6 +34,11 @@ pub(crate) fn is_present() -> bool {
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| is_present() && request_permission())
+}
+
+/// Returns true if a matrix unit that is available has products of bytes, too.
+pub(crate) fn has_bytes() -> bool {
+    has(BYTES)
 }
 
 /// Asks Linux for the tile registers, for this process and its future threads.

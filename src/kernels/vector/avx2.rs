@@ -10,10 +10,10 @@
 
 use std::arch::x86_64::{
     __m256, __m256i, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadl_epi64, _mm_loadu_si128,
-    _mm_prefetch, _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256,
-    _mm256_castsi128_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpgt_epi32,
-    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_div_ps,
-    _mm256_fmadd_ps, _mm256_inserti128_si256, _mm256_loadu_ps, _mm256_maskload_ps,
+    _mm_prefetch, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps,
+    _mm256_castps_si256, _mm256_castsi128_si256, _mm256_castsi256_ps, _mm256_cmp_ps,
+    _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
+    _mm256_div_ps, _mm256_fmadd_ps, _mm256_inserti128_si256, _mm256_loadu_ps, _mm256_maskload_ps,
     _mm256_maskstore_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32,
     _mm256_set1_ps, _mm256_setr_epi8, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_shuffle_epi8,
     _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps,
@@ -214,6 +214,19 @@ unsafe impl Vector for Avx2 {
             let masked = _mm256_set1_ps(f32::NEG_INFINITY);
             let below = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, least.0);
             Self(_mm256_blendv_ps(self.0, masked, below))
+        }
+    }
+
+    #[inline(always)]
+    fn bf16_pairs(self) -> [Self; 2] {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let upper = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            [
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))),
+                Self(_mm256_castsi256_ps(_mm256_and_si256(bits, upper))),
+            ]
         }
     }
 

@@ -9,15 +9,16 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, __m512i, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch,
-    _mm_setr_epi8, _mm256_loadu_si256, _mm512_add_ps, _mm512_broadcast_i32x4, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-    _mm512_div_ps, _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_loadu_ps, _mm512_mask_mov_ps,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
-    _mm512_permutexvar_epi32, _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_ps,
-    _mm512_setr_epi32, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_f32x4,
-    _mm512_shuffle_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_ps,
-    _mm512_unpacklo_ps, _mm512_zextsi256_si512,
+    __m512, __m512bh, __m512i, _CMP_LT_OQ, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch,
+    _mm_setr_epi8, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_inserti32x4, _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_permutexvar_epi32,
+    _mm512_reduce_ps, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
+    _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    _mm512_zextsi256_si512,
 };
 
 use super::Vector;
@@ -56,6 +57,16 @@ impl Avx512 {
     pub(crate) unsafe fn from_i32(numbers: __m512i) -> Self {
         // SAFETY: the caller vouches for the instructions.
         Self(unsafe { _mm512_cvtepi32_ps(numbers) })
+    }
+
+    /// Adds to each lane the products of two numbers in bfloat16 with two others.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 BF16.
+    #[inline(always)]
+    pub(crate) unsafe fn add_bf16_products(self, left: __m512bh, right: __m512bh) -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { _mm512_dpbf16_ps(self.0, left, right) })
     }
 }
 
@@ -210,6 +221,19 @@ unsafe impl Vector for Avx512 {
             let masked = _mm512_set1_ps(f32::NEG_INFINITY);
             let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, least.0);
             Self(_mm512_mask_mov_ps(self.0, below, masked))
+        }
+    }
+
+    #[inline(always)]
+    fn bf16_pairs(self) -> [Self; 2] {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let upper = _mm512_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            [
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))),
+                Self(_mm512_castsi512_ps(_mm512_and_si512(bits, upper))),
+            ]
         }
     }
 

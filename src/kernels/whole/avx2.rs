@@ -13,8 +13,10 @@ use std::arch::x86_64::{
     _mm256_madd_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_storeu_si256,
 };
 
+use half::bf16;
+
 use super::round;
-use super::tile::{Floats, Product, RowHead, Sums};
+use super::tile::{Floats, Pairs, Product, RowHead, Sums};
 use crate::kernels::vector::avx2::Avx2;
 
 /// Computes a product of floats.
@@ -25,6 +27,16 @@ use crate::kernels::vector::avx2::Avx2;
 pub(super) unsafe fn floats(product: &Product) {
     // SAFETY: the caller vouches for all of it.
     unsafe { product.compute::<Floats<Avx2>, 2, 6>() }
+}
+
+/// Computes a product of bfloat16.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn bf16(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Pairs<Avx2>, 2, 4>() }
 }
 
 /// Computes a product of words.
@@ -100,6 +112,15 @@ unsafe impl Sums for Words {
         // SAFETY: `self` proves the instructions.
         unsafe { Avx2::from_i32(_mm256_add_epi32(self.0, _mm256_set1_epi32(addend))) }
     }
+}
+
+/// Rounds a row to bfloat16.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn round_bf16(from: &[f32], to: &mut [bf16]) {
+    round::to_bf16(from, to);
 }
 
 /// Rounds a row to words.

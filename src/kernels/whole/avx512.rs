@@ -9,13 +9,16 @@
 )]
 
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_cvtepi8_epi16, _mm512_dpbusd_epi32,
-    _mm512_loadu_si512, _mm512_madd_epi16, _mm512_set1_epi32, _mm512_setzero_si512,
-    _mm512_storeu_si512,
+    __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_cvtepi8_epi16,
+    _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_madd_epi16, _mm512_set1_epi32,
+    _mm512_setzero_si512, _mm512_storeu_si512,
 };
 
+use half::bf16;
+
 use super::round;
-use super::tile::{Floats, Product, RowHead, Sums};
+use super::tile::{Floats, Pairs, Product, RowHead, Sums};
+use crate::kernels::vector::Vector;
 use crate::kernels::vector::avx512::Avx512;
 
 /// Computes a product of floats.
@@ -26,6 +29,27 @@ use crate::kernels::vector::avx512::Avx512;
 pub(super) unsafe fn floats(product: &Product) {
     // SAFETY: the caller vouches for all of it.
     unsafe { product.compute::<Floats<Avx512>, 2, 12>() }
+}
+
+/// Computes a product of bfloat16.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ, BW and BF16, and the contract of
+/// [`Product::compute`] holds.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16")]
+pub(super) unsafe fn bf16(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Bf16, 2, 12>() }
+}
+
+/// Computes a product of bfloat16 without instructions for bfloat16.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW, and the contract of [`Product::compute`] holds.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) unsafe fn bf16_as_floats(product: &Product) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe { product.compute::<Pairs<Avx512>, 2, 12>() }
 }
 
 /// Computes a product of words.
@@ -49,9 +73,67 @@ pub(super) unsafe fn bytes(product: &Product) {
     unsafe { product.compute::<Bytes, 2, 12>() }
 }
 
+/// Sixteen sums of products of bfloat16, two at a step.
+#[derive(Clone, Copy)]
+struct Bf16(Avx512);
+
+// SAFETY: constructors demand AVX-512 with BF16 of their caller, and a value proves
+// that a constructor was called; only memory that the caller vouches for is touched.
+unsafe impl Sums for Bf16 {
+    type Floats = Avx512;
+    type Weights = __m512bh;
+    type Inputs = __m512bh;
+    const ARE_WHOLE: bool = false;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { Avx512::splat(0.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        Self(unsafe { Avx512::load(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { self.0.store(to) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(from: *const u8) -> __m512bh {
+        // SAFETY: the caller vouches for the instructions and 64 bytes.
+        unsafe { from.cast::<__m512bh>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn inputs(from: *const u8) -> __m512bh {
+        // SAFETY: the caller vouches for the instructions and four bytes; both
+        // types are 512 bits, and any bits are pairs of bfloat16.
+        unsafe {
+            let pair = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+            std::mem::transmute::<__m512i, __m512bh>(pair)
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, weights: __m512bh, inputs: __m512bh) -> Self {
+        // SAFETY: `self` proves the instructions.
+        Self(unsafe { self.0.add_bf16_products(weights, inputs) })
+    }
+
+    #[inline(always)]
+    fn floats(self, _addend: i32) -> Avx512 {
+        self.0
+    }
+}
+
 /// Sixteen sums of products of words, two at a step.
 #[derive(Clone, Copy)]
-struct Words(__m512i);
+pub(super) struct Words(__m512i);
 
 // SAFETY: constructors demand AVX-512 of their caller, and a value proves that a
 // constructor was called; only memory that the caller vouches for is touched.
@@ -167,6 +249,15 @@ unsafe impl Sums for Bytes {
         // SAFETY: `self` proves the instructions.
         unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
     }
+}
+
+/// Rounds a row to bfloat16.
+///
+/// # Safety
+/// The CPU has AVX-512 F, DQ and BW.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
+pub(super) fn round_bf16(from: &[f32], to: &mut [bf16]) {
+    round::to_bf16(from, to);
 }
 
 /// Rounds a row to words.

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use super::panels::{Panels, Room, Rows};
 use super::round::RoundedRows;
 use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead};
-use super::{BLOCK_ROWS_MAX, CHUNK, ImageKernels, ImagesRun, MeansOf, Products};
+use super::{BLOCK_ROWS_MAX, CHUNK, ImageKernels, ImagesRun, MeansOf, Products, TILE_ROWS};
 use crate::kernels::layers::{
     DenseWeights, Finish, LayerWeights, LayersError, Sizes, Weight, check, norm_weights, pointwise,
     size, stride,
@@ -173,24 +173,26 @@ impl<'a> Block<'a> {
             width, inner_width, ..
         } = layers.sizes;
         let n = self.n_rows;
+        // Tiles of the matrix unit have whole rows.
+        let n_padded = n.next_multiple_of(TILE_ROWS);
         let inner_width = inner_width.min(INNER_COLUMNS);
         let [one, inner] = [width, inner_width].map(stride);
-        // Words and bytes take at most half of the room of floats.
+        // Rounded numbers take at most half of the room of floats.
         let (rounded, n_heads) = match layers.kernels.products {
             Products::Floats => (0, 0),
             _ => (stride(width.max(inner_width).div_ceil(2)), n),
         };
         let unpacked = match layers.kernels.products {
             Products::Words => PART_BYTES,
-            Products::Floats | Products::Bytes => 0,
+            Products::Floats | Products::Bf16 | Products::Bytes => 0,
         };
         BLOCK.with_borrow_mut(|scratch| {
             let [normed, inner_rows, rounded_rows, heads, sums, unpacked] = scratch.split([
                 n * one,
                 n * inner,
-                n * rounded,
+                n_padded * rounded,
                 n_heads * size_of::<RowHead>() / size_of::<f32>(),
-                n * PANEL_WIDTH_MAX,
+                n_padded * PANEL_WIDTH_MAX,
                 unpacked / size_of::<f32>(),
             ]);
             let places = Places {

@@ -6,9 +6,11 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::plain::{PlainBytes, PlainWords};
 use super::round::{self, EXCESS, RoundedRows};
-use super::tile::{self, Floats, PANEL_WIDTH_MAX, Product, STEP};
+use super::tile::{self, Floats, PANEL_WIDTH_MAX, Pairs, Product, STEP};
 use super::{ImageKernels, Products};
 use crate::kernels::attention::Kernel;
 use crate::kernels::layers::pages::LargePages;
@@ -18,7 +20,7 @@ use crate::kernels::vector::Portable;
 /// Weights of a product: panels of a few columns, one after the other. A panel
 /// has a row per step, and the row has a column's weights of that step side by
 /// side. Sums of columns that the last panel has too many are never read, and
-/// inputs that the last step has too many are zeros.
+/// inputs that the last steps have too many are multiplied with zeros.
 #[derive(Debug)]
 pub(super) struct Panels {
     inputs: usize,
@@ -36,6 +38,7 @@ pub(super) struct Panels {
 #[derive(Clone, Copy)]
 enum Source<'a> {
     Floats(&'a [f32]),
+    Bf16(&'a [bf16]),
     Words(&'a [i8]),
     Bytes(&'a [i8]),
 }
@@ -45,6 +48,7 @@ impl<'a> Source<'a> {
     fn of<W: Weight>(weights: &'a [W], products: Products) -> Option<Self> {
         match products {
             Products::Floats => W::floats(weights).map(Self::Floats),
+            Products::Bf16 => W::bf16(weights).map(Self::Bf16),
             Products::Words => W::bytes(weights).map(Self::Words),
             Products::Bytes => W::bytes(weights).map(Self::Bytes),
         }
@@ -56,6 +60,12 @@ impl<'a> Source<'a> {
             Self::Floats(floats) => {
                 let step: &mut [f32] = bytemuck::cast_slice_mut(step);
                 step.copy_from_slice(&floats[weights]);
+            }
+            Self::Bf16(halves) => {
+                let step: &mut [[bf16; 2]] = bytemuck::cast_slice_mut(step);
+                for (to, weight) in step.iter_mut().zip(&halves[weights]) {
+                    to[i] = *weight;
+                }
             }
             Self::Words(bytes) => {
                 let step: &mut [[i8; 2]] = bytemuck::cast_slice_mut(step);
@@ -88,7 +98,8 @@ pub(super) struct Rows {
 /// Memory in which a thread computes products.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
-    /// Rows that are rounded, if they are.
+    /// Rows that are rounded, if they are: whole steps, and rows of whole tiles,
+    /// of 16. The same holds for the sums.
     pub(super) rounded: RoundedRows,
     /// Sums of all rows with one panel.
     pub(super) sums: *mut f32,
@@ -120,7 +131,7 @@ impl Panels {
         let width = panel_width(kernels.products_on);
         let columns = outputs.next_multiple_of(width);
         let per_step = kernels.products.per_step();
-        let n_steps = inputs.div_ceil(per_step);
+        let n_steps = kernels.n_steps(inputs);
         let packed_bytes = kernels.products.packed_bytes();
         let n_bytes = size(1, n_steps, columns)? * packed_bytes;
         let mut packed = LargePages::<u8>::zeroed(n_bytes)?;
@@ -138,7 +149,7 @@ impl Panels {
             }
         }
         let limit = match source {
-            Source::Floats(_) => 0,
+            Source::Floats(_) | Source::Bf16(_) => 0,
             Source::Words(weights) => round::limit_of_words(weights, outputs)?,
             Source::Bytes(_) => round::limit_of_bytes(inputs)?,
         };
@@ -167,7 +178,7 @@ impl Panels {
             rows: rows.input.cast(),
             row_stride: rows.input_stride * STEP,
             heads: room.rounded.heads,
-            n_steps: self.inputs.div_ceil(self.kernels.products.per_step()),
+            n_steps: self.kernels.n_steps(self.inputs),
             panels: self.packed.numbers().as_ptr(),
             outputs: self.outputs,
             scales: self.scales.as_ptr(),
@@ -210,12 +221,23 @@ impl Panels {
         unsafe {
             match (self.kernels.products, kernel) {
                 #[cfg(target_arch = "x86_64")]
+                (Products::Bf16, Kernel::Avx2) => super::avx2::bf16(&product),
+                #[cfg(target_arch = "x86_64")]
+                (Products::Bf16, Kernel::Avx512) => super::avx512::bf16_as_floats(&product),
+                #[cfg(target_arch = "x86_64")]
+                (Products::Bf16, Kernel::Avx512Bf16) => super::avx512::bf16(&product),
+                #[cfg(target_arch = "x86_64")]
+                (Products::Bf16, Kernel::Amx) => super::amx::bf16(&product),
+                (Products::Bf16, _) => tile::portable::<Pairs<Portable>>(&product),
+                #[cfg(target_arch = "x86_64")]
                 (Products::Words, Kernel::Avx2) => super::avx2::words(&product),
                 #[cfg(target_arch = "x86_64")]
                 (Products::Words, Kernel::Avx512) => super::avx512::words(&product),
                 (Products::Words, _) => tile::portable::<PlainWords>(&product),
                 #[cfg(target_arch = "x86_64")]
                 (_, Kernel::Avx512) => super::avx512::bytes(&product),
+                #[cfg(target_arch = "x86_64")]
+                (_, Kernel::Amx) => super::amx::bytes(&product),
                 _ => tile::portable::<PlainBytes>(&product),
             }
         }

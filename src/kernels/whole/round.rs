@@ -1,7 +1,7 @@
-//! Rounds rows to whole numbers (quantization), for products with weights of
-//! 8 bits.
+//! Rounds rows to bfloat16, or to whole numbers (quantization) for products with
+//! weights of 8 bits.
 //!
-//! Each row has a factor of its own, so a row's result depends on nothing but
+//! Each row of whole numbers has a factor of its own, so a row's result depends on nothing but
 //! the row. The largest number of the row becomes the `limit`, the largest whole
 //! number for which no sum of products overflows: with words of 16 bits it
 //! follows from the weights ([`limit_of_words`]).
@@ -13,6 +13,8 @@
     clippy::inline_always,
     reason = "the compiler uses a CPU's vectors only inside a function that has them"
 )]
+
+use half::bf16;
 
 use super::tile::RowHead;
 use super::{ImageKernels, Products};
@@ -81,8 +83,8 @@ pub(super) fn limit_of_bytes(inputs: usize) -> Result<i16, LayersError> {
 /// Rounds a row.
 ///
 /// # Safety
-/// The kernels are available and have products of whole numbers, there is room
-/// for row `idx` with whole steps, and nobody else has the row.
+/// The kernels are available and have rounded products, there is room for row
+/// `idx` with whole steps, and nobody else has the row.
 pub(super) unsafe fn round(
     kernels: ImageKernels,
     from: &[f32],
@@ -90,29 +92,60 @@ pub(super) unsafe fn round(
     to: RoundedRows,
     idx: usize,
 ) {
-    let n_numbers = from.len().next_multiple_of(kernels.products.per_step());
+    use Kernel::{Amx, Avx2, Avx512, Avx512Bf16};
+    let n_numbers = kernels.n_steps(from.len()) * kernels.products.per_step();
     // SAFETY: the caller vouches for the room and for the instructions.
     unsafe {
         let row = to.start.add(idx * to.stride);
-        let head = if kernels.products == Products::Words {
-            let row = std::slice::from_raw_parts_mut(row.cast::<i16>(), n_numbers);
-            match kernels.products_on {
-                #[cfg(target_arch = "x86_64")]
-                Kernel::Avx2 => super::avx2::round_words(from, limit, row),
-                #[cfg(target_arch = "x86_64")]
-                Kernel::Avx512 => super::avx512::round_words(from, limit, row),
-                _ => words(from, limit, row),
+        let head = match kernels.products {
+            Products::Bf16 | Products::Floats => {
+                let row = std::slice::from_raw_parts_mut(row.cast::<bf16>(), n_numbers);
+                match kernels.products_on {
+                    #[cfg(target_arch = "x86_64")]
+                    Avx2 => super::avx2::round_bf16(from, row),
+                    #[cfg(target_arch = "x86_64")]
+                    Avx512 | Avx512Bf16 | Amx => super::avx512::round_bf16(from, row),
+                    _ => to_bf16(from, row),
+                }
+                return;
             }
-        } else {
-            let row = std::slice::from_raw_parts_mut(row.cast::<i8>(), n_numbers);
-            match kernels.products_on {
-                #[cfg(target_arch = "x86_64")]
-                Kernel::Avx512 => super::avx512::round_bytes(from, limit, row),
-                _ => bytes(from, limit, row),
+            Products::Words => {
+                let row = std::slice::from_raw_parts_mut(row.cast::<i16>(), n_numbers);
+                match kernels.products_on {
+                    #[cfg(target_arch = "x86_64")]
+                    Avx2 => super::avx2::round_words(from, limit, row),
+                    #[cfg(target_arch = "x86_64")]
+                    Avx512 => super::avx512::round_words(from, limit, row),
+                    _ => words(from, limit, row),
+                }
+            }
+            Products::Bytes => {
+                let row = std::slice::from_raw_parts_mut(row.cast::<i8>(), n_numbers);
+                match kernels.products_on {
+                    #[cfg(target_arch = "x86_64")]
+                    Avx512 | Amx => super::avx512::round_bytes(from, limit, row),
+                    _ => bytes(from, limit, row),
+                }
             }
         };
         to.heads.add(idx).write(head);
     }
+}
+
+/// Rounds a row to bfloat16: to the nearest, of two to the even. All kernels round
+/// by this, since the CPU's instruction takes small numbers for zero.
+#[inline(always)]
+pub(super) fn to_bf16(from: &[f32], to: &mut [bf16]) {
+    let (numbers, beyond) = to.split_at_mut(from.len());
+    for (to, x) in numbers.iter_mut().zip(from) {
+        let bits = x.to_bits();
+        let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+        // A NaN stays a NaN.
+        let bits = if x.is_nan() { bits | 1 << 22 } else { nearest };
+        let upper = (bits >> 16) as u16;
+        *to = bf16::from_bits(upper);
+    }
+    beyond.fill(bf16::ZERO);
 }
 
 /// Rounds a row to words.

@@ -5,18 +5,21 @@
     reason = "small whole numbers and 24-bit fractions"
 )]
 
+use half::bf16;
 use proptest::prelude::*;
 
 use super::panels::{Panels, Room, Rows};
 use super::round::{self, RoundedRows};
 use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead, STEP};
 use super::*;
-use crate::kernels::layers::tests::{Model, Tested, kernels, sizes, uniform};
+use crate::kernels::layers::tests::{Model, Tested, sizes, uniform};
 use crate::kernels::layers::{Activation, DenseWeights, Finish};
 
 /// Returns all kernels for weights `W`, with attention on the same.
 fn ways<W: Weight>() -> impl Iterator<Item = ImageKernels> {
-    let ways = kernels().flat_map(|kernel| {
+    let kernels = Kernel::ALL.into_iter();
+    let kernels = kernels.filter(|kernel| kernel.is_available());
+    let ways = kernels.flat_map(|kernel| {
         Products::ALL.map(|products| ImageKernels {
             products,
             products_on: kernel,
@@ -27,7 +30,7 @@ fn ways<W: Weight>() -> impl Iterator<Item = ImageKernels> {
 }
 
 /// A product: its weights and rows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Call<W> {
     inputs: usize,
     outputs: usize,
@@ -74,9 +77,11 @@ impl<W: Tested> Call<W> {
             Some(residual) => (residual.clone(), Finish::Add),
             None => (vec![f32::NAN; n * self.outputs], Finish::Set),
         };
-        let mut sums = vec![f32::NAN; n * PANEL_WIDTH_MAX];
+        let n_padded = n.next_multiple_of(TILE_ROWS);
+        let mut sums = vec![f32::NAN; n_padded * PANEL_WIDTH_MAX];
         let mut unpacked = vec![u32::MAX; PART_BYTES / STEP];
-        let mut rounded = vec![u32::MAX; n * self.inputs];
+        let stride = self.inputs.next_multiple_of(TILE_ROWS);
+        let mut rounded = vec![u32::MAX; n_padded * stride];
         let mut heads = vec![
             RowHead {
                 factor: f32::NAN,
@@ -95,7 +100,7 @@ impl<W: Tested> Call<W> {
         let room = Room {
             rounded: RoundedRows {
                 start: rounded.as_mut_ptr(),
-                stride: self.inputs,
+                stride,
                 heads: heads.as_mut_ptr(),
             },
             sums: sums.as_mut_ptr(),
@@ -153,9 +158,10 @@ impl<W: Tested> Call<W> {
     }
 }
 
-fn check_floats(call: &Call<f32>) {
+/// Checks products that are summed as floats.
+fn check_floats<W: Tested>(call: &Call<W>) {
     let expected = call.reference();
-    for way in ways::<f32>() {
+    for way in ways::<W>() {
         let panels = call.pack(way);
         let found = call.run(&panels);
         for (at, (found, [sum, magnitude])) in found.iter().zip(&expected).enumerate() {
@@ -176,6 +182,44 @@ fn check_floats(call: &Call<f32>) {
                 "{way:?}"
             );
         }
+    }
+}
+
+/// Checks products of bfloat16, and that they have the bits of their description
+/// on kernels without instructions for bfloat16.
+fn check_bf16(mut call: Call<bf16>) {
+    let floats = call.clone();
+    for x in &mut call.rows {
+        *x = bf16::from_f32(*x).to_f32();
+    }
+    check_floats(&call);
+    let expected = call.run_described();
+    for way in ways::<bf16>() {
+        let panels = floats.pack(way);
+        let found = floats.run(&panels);
+        assert_eq!(call.run(&panels), found, "{way:?} rounds in its own way");
+        if way.products_on.precision() == AttentionPrecision::F32 {
+            assert_eq!(found, expected, "{way:?}");
+        }
+    }
+}
+
+impl Call<bf16> {
+    /// Returns the results that the description of [`Products::Bf16`] gives.
+    fn run_described(&self) -> Vec<f32> {
+        let mut found = Vec::new();
+        for (row, inputs) in self.rows.chunks_exact(self.inputs).enumerate() {
+            for output in 0..self.outputs {
+                let column = self.weights[output..].iter().step_by(self.outputs);
+                let products = inputs.iter().zip(column);
+                let products: Vec<f32> = products.map(|(x, weight)| x * weight.to_f32()).collect();
+                let pairs = products.chunks(2);
+                let terms = pairs.flat_map(|pair| pair.iter().rev());
+                let sum = terms.fold(0.0, |sum, product| sum + product);
+                found.push(self.finish(row, output, sum));
+            }
+        }
+        found
     }
 }
 
@@ -230,7 +274,8 @@ proptest! {
         addends in 0..8_u8,
         seed in any::<u64>(),
     ) {
-        check_floats(&Call::random(n_rows, [inputs, outputs], addends, seed));
+        check_floats::<f32>(&Call::random(n_rows, [inputs, outputs], addends, seed));
+        check_bf16(Call::random(n_rows, [inputs, outputs], addends, seed));
         check_whole_numbers(&Call::random(n_rows, [inputs, outputs], addends, seed));
     }
 
@@ -256,7 +301,8 @@ proptest! {
 #[test]
 fn tiny_products() {
     for addends in 0..8 {
-        check_floats(&Call::random(7, [5, 11], addends, 3));
+        check_floats::<f32>(&Call::random(7, [5, 11], addends, 3));
+        check_bf16(Call::random(7, [5, 11], addends, 3));
         check_whole_numbers(&Call::random(7, [5, 11], addends, 3));
     }
 }
@@ -365,6 +411,7 @@ fn mean(rows: &[f64], width: usize) -> Vec<f64> {
 fn tolerance(products: Products) -> f64 {
     match products {
         Products::Floats => 4e-5,
+        Products::Bf16 => 0.1,
         Products::Words => 1e-3,
         Products::Bytes => 0.2,
     }
@@ -439,6 +486,7 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
     ] {
         let norm = final_norm(sizes.width);
         check_model(&Model::<f32>::random(sizes, 2, 3, positions), Some(&norm));
+        check_model(&Model::<bf16>::random(sizes, 2, 3, positions), Some(&norm));
         check_model(&Model::<i8>::random(sizes, 2, 3, positions), Some(&norm));
         check_model(&Model::<f32>::random(sizes, 1, 1, positions), None);
     }
@@ -450,6 +498,7 @@ fn agree_with_the_reference_and_depend_on_nothing_else() {
 fn tiny_images() {
     let sizes = sizes(6, 9, 2, Activation::QuickGelu);
     check_model(&Model::<f32>::random(sizes, 2, 2, 3), Some(&final_norm(6)));
+    check_model(&Model::<bf16>::random(sizes, 1, 2, 3), None);
     check_model(&Model::<i8>::random(sizes, 1, 2, 18), None);
 }
 
@@ -465,6 +514,7 @@ fn no_layers_are_the_norm_alone() {
 #[cfg_attr(miri, ignore = "takes too long")]
 fn an_image_that_is_not_finite_spoils_no_other() {
     check_spoiled::<f32>();
+    check_spoiled::<bf16>();
     check_spoiled::<i8>();
 }
 

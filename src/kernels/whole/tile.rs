@@ -1,8 +1,7 @@
 //! The innermost part of products: many rows by panels of columns.
 //!
 //! One loop serves all formats. At each step a row contributes four bytes (one
-//! float, two whole numbers of 16 bits, or four of 8 bits), and so does each
-//! column. [`Sums`] says what becomes of them. Weights that are kept in fewer
+//! float, two numbers of 16 bits, or four of 8 bits), and so does each column. [`Sums`] says what becomes of them. Weights that are kept in fewer
 //! bytes are unpacked once for all rows, a part of a panel at a time, to memory
 //! that stays in the first level of the cache.
 #![expect(
@@ -122,6 +121,60 @@ unsafe impl<V: Vector> Sums for Floats<V> {
     #[inline(always)]
     fn add(self, weights: V, inputs: V) -> Self {
         Self(weights.mul_add(inputs, self.0))
+    }
+
+    #[inline(always)]
+    fn floats(self, _addend: i32) -> V {
+        self.0
+    }
+}
+
+/// Sums of products of bfloat16, two at a step, in the instructions of floats.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs<V>(V);
+
+// SAFETY: as for `Floats`; the bits of a pair are those of a float.
+unsafe impl<V: Vector> Sums for Pairs<V> {
+    type Floats = V;
+    type Weights = [V; 2];
+    type Inputs = [V; 2];
+    const ARE_WHOLE: bool = false;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller vouches for the instructions.
+        Self(unsafe { V::splat(0.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for the instructions and the floats.
+        Self(unsafe { V::load(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for the floats.
+        unsafe { self.0.store(to) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(from: *const u8) -> [V; 2] {
+        // SAFETY: the caller vouches for the instructions and the pairs.
+        unsafe { V::load(from.cast()) }.bf16_pairs()
+    }
+
+    #[inline(always)]
+    unsafe fn inputs(from: *const u8) -> [V; 2] {
+        // SAFETY: the caller vouches for the instructions and one pair.
+        unsafe { V::splat(from.cast::<f32>().read_unaligned()) }.bf16_pairs()
+    }
+
+    // Products of two numbers with 8 bits are exact, so that it does not matter
+    // whether the CPU fuses.
+    #[inline(always)]
+    fn add(self, [first, second]: [V; 2], inputs: [V; 2]) -> Self {
+        Self(first.mul_add(inputs[0], second.mul_add(inputs[1], self.0)))
     }
 
     #[inline(always)]
@@ -267,7 +320,7 @@ impl Product {
     /// # Safety
     /// The contract of [`Product::compute`] holds, and the sums are complete.
     #[inline(always)]
-    unsafe fn end<S: Sums, const N: usize>(&self, column: usize) {
+    pub(super) unsafe fn end<S: Sums, const N: usize>(&self, column: usize) {
         use Activation::{Gelu, GeluNew, QuickGelu, Relu};
         use Finish::{Activate, Add, Set};
         // Each has a loop of its own, since the CPU has no room for a loop that
