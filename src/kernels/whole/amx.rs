@@ -11,8 +11,8 @@
 use std::arch::asm;
 
 use super::TILE_ROWS;
-use super::avx512::Words;
-use super::tile::{Floats, PANEL_WIDTH_MAX, Product, STEP, Sums};
+use super::avx512::WholeSums;
+use super::tile::{PANEL_WIDTH_MAX, Product, STEP, Sums};
 use crate::kernels::vector::amx;
 use crate::kernels::vector::avx512::Avx512;
 
@@ -121,7 +121,7 @@ multiplying!(multiply_bytes, "tdpbsud");
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn bf16(product: &Product) {
     // SAFETY: the caller vouches for all of it.
-    unsafe { compute::<Floats<Avx512>>(product, multiply_bf16) }
+    unsafe { compute::<Avx512>(product, multiply_bf16) }
 }
 
 /// Computes a product of bytes.
@@ -130,9 +130,8 @@ pub(super) unsafe fn bf16(product: &Product) {
 /// The contract of [`bf16`] holds, and the matrix unit has products of bytes.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw")]
 pub(super) unsafe fn bytes(product: &Product) {
-    // Words have the same sums.
     // SAFETY: the caller vouches for all of it.
-    unsafe { compute::<Words>(product, multiply_bytes) }
+    unsafe { compute::<WholeSums>(product, multiply_bytes) }
 }
 
 /// Computes a product with sums of the format of `S`.

@@ -16,7 +16,7 @@ use std::arch::x86_64::{
 use half::bf16;
 
 use super::round;
-use super::tile::{Floats, Pairs, Product, RowHead, Sums};
+use super::tile::{Floats, Pairs, Product, RowHead, StepProducts, Sums};
 use crate::kernels::vector::avx2::Avx2;
 
 /// Computes a product of floats.
@@ -49,18 +49,15 @@ pub(super) unsafe fn words(product: &Product) {
     unsafe { product.compute::<Words, 2, 4>() }
 }
 
-/// Eight sums of products of words, two at a step.
+/// Eight sums of whole numbers.
 #[derive(Clone, Copy)]
-struct Words(__m256i);
+struct WholeSums(__m256i);
 
 // SAFETY: constructors demand AVX2 of their caller, and a value proves that a
 // constructor was called; only memory that the caller vouches for is touched.
-unsafe impl Sums for Words {
+unsafe impl Sums for WholeSums {
     type Floats = Avx2;
-    type Weights = __m256i;
-    type Inputs = __m256i;
     const ARE_WHOLE: bool = true;
-    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -79,6 +76,23 @@ unsafe impl Sums for Words {
         // SAFETY: `self` proves the instructions, the caller vouches for 32 bytes.
         unsafe { _mm256_storeu_si256(to.cast(), self.0) }
     }
+
+    #[inline(always)]
+    fn floats(self, addend: i32) -> Avx2 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { Avx2::from_i32(_mm256_add_epi32(self.0, _mm256_set1_epi32(addend))) }
+    }
+}
+
+/// Products of words, two at a step.
+struct Words;
+
+// SAFETY: only memory that the caller vouches for is touched.
+unsafe impl StepProducts for Words {
+    type Sums = WholeSums;
+    type Weights = __m256i;
+    type Inputs = __m256i;
+    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> __m256i {
@@ -102,15 +116,12 @@ unsafe impl Sums for Words {
     }
 
     #[inline(always)]
-    fn add(self, weights: __m256i, inputs: __m256i) -> Self {
-        // SAFETY: `self` proves the instructions.
-        Self(unsafe { _mm256_add_epi32(self.0, _mm256_madd_epi16(weights, inputs)) })
-    }
-
-    #[inline(always)]
-    fn floats(self, addend: i32) -> Avx2 {
-        // SAFETY: `self` proves the instructions.
-        unsafe { Avx2::from_i32(_mm256_add_epi32(self.0, _mm256_set1_epi32(addend))) }
+    unsafe fn add(sums: WholeSums, weights: __m256i, inputs: __m256i) -> WholeSums {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            let products = _mm256_madd_epi16(weights, inputs);
+            WholeSums(_mm256_add_epi32(sums.0, products))
+        }
     }
 }
 

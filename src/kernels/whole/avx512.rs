@@ -17,8 +17,7 @@ use std::arch::x86_64::{
 use half::bf16;
 
 use super::round;
-use super::tile::{Floats, Pairs, Product, RowHead, Sums};
-use crate::kernels::vector::Vector;
+use super::tile::{Floats, Pairs, Product, RowHead, StepProducts, Sums};
 use crate::kernels::vector::avx512::Avx512;
 
 /// Computes a product of floats.
@@ -73,35 +72,14 @@ pub(super) unsafe fn bytes(product: &Product) {
     unsafe { product.compute::<Bytes, 2, 12>() }
 }
 
-/// Sixteen sums of products of bfloat16, two at a step.
-#[derive(Clone, Copy)]
-struct Bf16(Avx512);
+/// Products of bfloat16, two at a step.
+struct Bf16;
 
-// SAFETY: constructors demand AVX-512 with BF16 of their caller, and a value proves
-// that a constructor was called; only memory that the caller vouches for is touched.
-unsafe impl Sums for Bf16 {
-    type Floats = Avx512;
+// SAFETY: only memory that the caller vouches for is touched.
+unsafe impl StepProducts for Bf16 {
+    type Sums = Avx512;
     type Weights = __m512bh;
     type Inputs = __m512bh;
-    const ARE_WHOLE: bool = false;
-
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: the caller vouches for the instructions.
-        Self(unsafe { Avx512::splat(0.0) })
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for the instructions and 64 bytes.
-        Self(unsafe { Avx512::load(from) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for 64 bytes.
-        unsafe { self.0.store(to) }
-    }
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> __m512bh {
@@ -113,36 +91,25 @@ unsafe impl Sums for Bf16 {
     unsafe fn inputs(from: *const u8) -> __m512bh {
         // SAFETY: the caller vouches for the instructions and four bytes; both
         // types are 512 bits, and any bits are pairs of bfloat16.
-        unsafe {
-            let pair = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
-            std::mem::transmute::<__m512i, __m512bh>(pair)
-        }
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(broadcast(from)) }
     }
 
     #[inline(always)]
-    fn add(self, weights: __m512bh, inputs: __m512bh) -> Self {
-        // SAFETY: `self` proves the instructions.
-        Self(unsafe { self.0.add_bf16_products(weights, inputs) })
-    }
-
-    #[inline(always)]
-    fn floats(self, _addend: i32) -> Avx512 {
-        self.0
+    unsafe fn add(sums: Avx512, weights: __m512bh, inputs: __m512bh) -> Avx512 {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe { sums.add_bf16_products(weights, inputs) }
     }
 }
 
-/// Sixteen sums of products of words, two at a step.
+/// Sixteen sums of whole numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Words(__m512i);
+pub(super) struct WholeSums(__m512i);
 
 // SAFETY: constructors demand AVX-512 of their caller, and a value proves that a
 // constructor was called; only memory that the caller vouches for is touched.
-unsafe impl Sums for Words {
+unsafe impl Sums for WholeSums {
     type Floats = Avx512;
-    type Weights = __m512i;
-    type Inputs = __m512i;
     const ARE_WHOLE: bool = true;
-    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -161,6 +128,33 @@ unsafe impl Sums for Words {
         // SAFETY: `self` proves the instructions, the caller vouches for 64 bytes.
         unsafe { _mm512_storeu_si512(to.cast(), self.0) }
     }
+
+    #[inline(always)]
+    fn floats(self, addend: i32) -> Avx512 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
+    }
+}
+
+/// Returns the four bytes of a step in all lanes.
+///
+/// # Safety
+/// The CPU has AVX-512 F, and four bytes are readable.
+#[inline(always)]
+unsafe fn broadcast(from: *const u8) -> __m512i {
+    // SAFETY: the caller vouches for the instructions and four bytes.
+    unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+}
+
+/// Products of words, two at a step.
+struct Words;
+
+// SAFETY: only memory that the caller vouches for is touched.
+unsafe impl StepProducts for Words {
+    type Sums = WholeSums;
+    type Weights = __m512i;
+    type Inputs = __m512i;
+    const PACKED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> __m512i {
@@ -180,51 +174,27 @@ unsafe impl Sums for Words {
     #[inline(always)]
     unsafe fn inputs(from: *const u8) -> __m512i {
         // SAFETY: the caller vouches for the instructions and four bytes.
-        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        unsafe { broadcast(from) }
     }
 
     #[inline(always)]
-    fn add(self, weights: __m512i, inputs: __m512i) -> Self {
-        // SAFETY: `self` proves the instructions.
-        Self(unsafe { _mm512_add_epi32(self.0, _mm512_madd_epi16(weights, inputs)) })
-    }
-
-    #[inline(always)]
-    fn floats(self, addend: i32) -> Avx512 {
-        // SAFETY: `self` proves the instructions.
-        unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
+    unsafe fn add(sums: WholeSums, weights: __m512i, inputs: __m512i) -> WholeSums {
+        // SAFETY: the caller vouches for the instructions.
+        unsafe {
+            let products = _mm512_madd_epi16(weights, inputs);
+            WholeSums(_mm512_add_epi32(sums.0, products))
+        }
     }
 }
 
-/// Sixteen sums of products of bytes, four at a step.
-#[derive(Clone, Copy)]
-struct Bytes(__m512i);
+/// Products of bytes, four at a step.
+struct Bytes;
 
-// SAFETY: constructors demand AVX-512 with VNNI of their caller, and a value proves that a
-// constructor was called; only memory that the caller vouches for is touched.
-unsafe impl Sums for Bytes {
-    type Floats = Avx512;
+// SAFETY: only memory that the caller vouches for is touched.
+unsafe impl StepProducts for Bytes {
+    type Sums = WholeSums;
     type Weights = __m512i;
     type Inputs = __m512i;
-    const ARE_WHOLE: bool = true;
-
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: the caller vouches for the instructions.
-        Self(unsafe { _mm512_setzero_si512() })
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for the instructions and 64 bytes.
-        Self(unsafe { _mm512_loadu_si512(from.cast()) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: `self` proves the instructions, the caller vouches for 64 bytes.
-        unsafe { _mm512_storeu_si512(to.cast(), self.0) }
-    }
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> __m512i {
@@ -235,19 +205,13 @@ unsafe impl Sums for Bytes {
     #[inline(always)]
     unsafe fn inputs(from: *const u8) -> __m512i {
         // SAFETY: the caller vouches for the instructions and four bytes.
-        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        unsafe { broadcast(from) }
     }
 
     #[inline(always)]
-    fn add(self, weights: __m512i, inputs: __m512i) -> Self {
-        // SAFETY: `self` proves the instructions.
-        Self(unsafe { _mm512_dpbusd_epi32(self.0, weights, inputs) })
-    }
-
-    #[inline(always)]
-    fn floats(self, addend: i32) -> Avx512 {
-        // SAFETY: `self` proves the instructions.
-        unsafe { Avx512::from_i32(_mm512_add_epi32(self.0, _mm512_set1_epi32(addend))) }
+    unsafe fn add(sums: WholeSums, weights: __m512i, inputs: __m512i) -> WholeSums {
+        // SAFETY: the caller vouches for the instructions.
+        WholeSums(unsafe { _mm512_dpbusd_epi32(sums.0, weights, inputs) })
     }
 }
 

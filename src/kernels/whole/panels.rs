@@ -25,7 +25,7 @@ use crate::kernels::vector::Portable;
 pub(super) struct Panels {
     inputs: usize,
     outputs: usize,
-    kernels: ImageKernels,
+    pub(super) kernels: ImageKernels,
     packed: LargePages<u8>,
     /// One scale for each column of the panels; below the same.
     scales: Vec<f32>,

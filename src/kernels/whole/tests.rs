@@ -5,15 +5,20 @@
     reason = "small whole numbers and 24-bit fractions"
 )]
 
+use std::ops::DerefMut;
+
 use half::bf16;
 use proptest::prelude::*;
 
-use super::panels::{Panels, Room, Rows};
+use super::panels::{Panels, Room, Rows, panel_width};
 use super::round::{self, RoundedRows};
-use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead, STEP};
+use super::tile::{PART_BYTES, RowHead, STEP};
 use super::*;
 use crate::kernels::layers::tests::{Model, Tested, sizes, uniform};
 use crate::kernels::layers::{Activation, DenseWeights, Finish};
+
+#[cfg(all(unix, not(miri)))]
+mod guarded;
 
 /// Returns all kernels for weights `W`, with attention on the same.
 fn ways<W: Weight>() -> impl Iterator<Item = ImageKernels> {
@@ -28,6 +33,9 @@ fn ways<W: Weight>() -> impl Iterator<Item = ImageKernels> {
     });
     ways.filter(|ways| ways.products.are_available::<W>(ways.products_on))
 }
+
+/// Makes memory that holds these floats.
+type MakeMemory = dyn Fn(&[f32]) -> Box<dyn DerefMut<Target = [f32]>>;
 
 /// A product: its weights and rows.
 #[derive(Clone, Debug)]
@@ -72,26 +80,31 @@ impl<W: Tested> Call<W> {
     }
 
     fn run(&self, panels: &Panels) -> Vec<f32> {
+        self.run_in(panels, &|floats| Box::new(floats.to_vec()))
+    }
+
+    /// Runs the call in memory that `memory` makes, no more than there must be.
+    fn run_in(&self, panels: &Panels, memory: &MakeMemory) -> Vec<f32> {
         let n = self.n_rows();
-        let (mut output, finish) = match &self.residual {
-            Some(residual) => (residual.clone(), Finish::Add),
-            None => (vec![f32::NAN; n * self.outputs], Finish::Set),
+        let kernels = panels.kernels;
+        let n_padded = match kernels.products_on {
+            Kernel::Amx => n.next_multiple_of(TILE_ROWS),
+            _ => n,
         };
-        let n_padded = n.next_multiple_of(TILE_ROWS);
-        let mut sums = vec![f32::NAN; n_padded * PANEL_WIDTH_MAX];
-        let mut unpacked = vec![u32::MAX; PART_BYTES / STEP];
-        let stride = self.inputs.next_multiple_of(TILE_ROWS);
-        let mut rounded = vec![u32::MAX; n_padded * stride];
-        let mut heads = vec![
-            RowHead {
-                factor: f32::NAN,
-                addend: 0
-            };
-            n
-        ];
+        let blank = |n: usize| memory(&vec![f32::NAN; n]);
+        let stride = kernels.n_steps(self.inputs);
+        let input = memory(&self.rows);
+        let mut sums = blank(n_padded * panel_width(kernels.products_on));
+        let mut unpacked = blank(PART_BYTES / STEP);
+        let mut rounded = blank(n_padded * stride);
+        let mut heads = blank(n * size_of::<RowHead>() / STEP);
+        let (mut output, finish) = match &self.residual {
+            Some(residual) => (memory(residual), Finish::Add),
+            None => (blank(n * self.outputs), Finish::Set),
+        };
         let rows = Rows {
             n,
-            input: self.rows.as_ptr(),
+            input: input.as_ptr(),
             input_stride: self.inputs,
             output: output.as_mut_ptr(),
             output_stride: self.outputs,
@@ -99,16 +112,16 @@ impl<W: Tested> Call<W> {
         };
         let room = Room {
             rounded: RoundedRows {
-                start: rounded.as_mut_ptr(),
+                start: rounded.as_mut_ptr().cast(),
                 stride,
-                heads: heads.as_mut_ptr(),
+                heads: heads.as_mut_ptr().cast(),
             },
             sums: sums.as_mut_ptr(),
             unpacked: unpacked.as_mut_ptr().cast(),
         };
         // SAFETY: the kernels are available, and there is room for all rows.
         unsafe { panels.compute(rows, room) }
-        output
+        output.to_vec()
     }
 
     /// Returns the call of one of its rows alone.
@@ -298,6 +311,70 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    #[cfg_attr(miri, ignore = "takes too long")]
+    fn images_agree_with_the_reference(
+        head_dim in proptest::sample::select(vec![32, 64, 96, 128, 5, 24]),
+        heads in 1..3_usize,
+        inner_width in 1..200_usize,
+        positions in 1..40_usize,
+        batch in 1..4_usize,
+    ) {
+        let sizes = sizes(heads * head_dim, inner_width, heads, Activation::QuickGelu);
+        let norm = final_norm(sizes.width);
+        check_model(&Model::<f32>::random(sizes, 1, batch, positions), Some(&norm));
+        check_model(&Model::<bf16>::random(sizes, 1, batch, positions), Some(&norm));
+        check_model(&Model::<i8>::random(sizes, 1, batch, positions), Some(&norm));
+    }
+}
+
+#[cfg(all(unix, not(miri)))]
+mod between_guard_pages {
+    use super::guarded::{Guarded, GuardedEnd};
+    use super::*;
+
+    /// Checks that nothing before or after any memory is touched.
+    fn check<W: Tested>() {
+        for end in [GuardedEnd::First, GuardedEnd::Last] {
+            let memory: &MakeMemory = &move |floats| Box::new(Guarded::of(floats, end));
+            for way in ways::<W>() {
+                for (n_rows, inputs) in [1, 2, 3, 7, 16, 17, 33, 64]
+                    .into_iter()
+                    .zip([1, 2, 5, 64, 130, 9, 200, 31])
+                {
+                    for outputs in [1, 7, 8, 17, 33, 64] {
+                        let call = Call::<W>::random(n_rows, [inputs, outputs], 3, 1);
+                        let panels = call.pack(way);
+                        assert_eq!(call.run_in(&panels, memory), call.run(&panels), "{way:?}");
+                    }
+                }
+                for (width, inner, heads, positions) in
+                    [(5, 7, 1, 1), (48, 600, 2, 65), (64, 33, 2, 17)]
+                {
+                    let sizes = sizes(width, inner, heads, Activation::QuickGelu);
+                    let model = Model::<W>::random(sizes, 2, 2, positions);
+                    let layers = ImageLayers::pack(sizes, model.layers(), None, way).unwrap();
+                    let run = |memory| run_in(&model, &layers, &[0, 1], MeansOf::Raw, 2, memory);
+                    assert!(
+                        run(memory) == run(&|floats| Box::new(floats.to_vec())),
+                        "{way:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_else_is_touched() {
+        check::<f32>();
+        check::<bf16>();
+        check::<i8>();
+    }
+}
+
 #[test]
 fn tiny_products() {
     for addends in 0..8 {
@@ -342,23 +419,32 @@ fn run<W: Tested>(
     of: MeansOf,
     n_threads: usize,
 ) -> Found {
+    let memory: &MakeMemory = &|floats| Box::new(floats.to_vec());
+    run_in(model, layers, images, of, n_threads, memory)
+}
+
+/// Runs some of a model's sequences as a batch, in memory that `memory` makes.
+fn run_in<W: Tested>(
+    model: &Model<W>,
+    layers: &ImageLayers,
+    images: &[usize],
+    of: MeansOf,
+    n_threads: usize,
+    memory: &MakeMemory,
+) -> Found {
     let width = model.sizes.width;
     let positions = model.rows[0].len() / width;
     let rows = images.iter().flat_map(|idx| &model.rows[*idx]);
-    let rows: Vec<f32> = rows.copied().collect();
-    let mut found = Found {
-        output: vec![f32::NAN; rows.len()],
-        means: vec![f32::NAN; images.len() * (layers.n_layers() + 1) * width],
-    };
+    let rows = memory(&rows.copied().collect::<Vec<_>>());
+    let blank = |n: usize| memory(&vec![f32::NAN; n]);
+    let mut output = blank(rows.len());
+    let mut means = blank(images.len() * (layers.n_layers() + 1) * width);
     let batch = Images {
         batch: images.len(),
         positions,
         rows: &rows,
-        output: Some(&mut found.output),
-        means: Some(Means {
-            of,
-            to: &mut found.means,
-        }),
+        output: Some(&mut output),
+        means: Some(Means { of, to: &mut means }),
         n_threads,
     };
     let mut memory = ImageMemory::default();
@@ -372,7 +458,10 @@ fn run<W: Tested>(
     // A thread that comes late finds nothing to do.
     run.work();
     run.finish();
-    found
+    Found {
+        output: output.to_vec(),
+        means: means.to_vec(),
+    }
 }
 
 impl Found {

@@ -1,9 +1,10 @@
 //! The innermost part of products: many rows by panels of columns.
 //!
 //! One loop serves all formats. At each step a row contributes four bytes (one
-//! float, two numbers of 16 bits, or four of 8 bits), and so does each column. [`Sums`] says what becomes of them. Weights that are kept in fewer
-//! bytes are unpacked once for all rows, a part of a panel at a time, to memory
-//! that stays in the first level of the cache.
+//! float, two numbers of 16 bits, or four of 8 bits), and so does each column.
+//! [`StepProducts`] says what becomes of them. Weights that are kept in fewer bytes
+//! are unpacked once for all rows, a part of a panel at a time, to memory that
+//! stays in the first level of the cache.
 #![expect(
     unsafe_code,
     reason = "reads and writes vectors through raw pointers: the inner loop is nearly the whole cost of an image"
@@ -12,6 +13,8 @@
     clippy::inline_always,
     reason = "intrinsics only become instructions inside a function that has them"
 )]
+
+use std::marker::PhantomData;
 
 use crate::kernels::layers::pointwise::activate;
 use crate::kernels::layers::{Activation, Finish};
@@ -39,14 +42,8 @@ pub(super) const PANEL_WIDTH_MAX: usize = 32;
 pub(super) unsafe trait Sums: Copy {
     /// Floats with the same number of lanes.
     type Floats: Vector;
-    /// Weights of a step, for each lane.
-    type Weights: Copy;
-    /// Inputs of a step, the same in all lanes.
-    type Inputs: Copy;
     /// True if the numbers are whole, so that rows have heads.
     const ARE_WHOLE: bool;
-    /// Bytes in which a column's weights of a step are kept.
-    const PACKED_BYTES: usize = STEP;
 
     /// # Safety
     /// The CPU has the instructions.
@@ -58,58 +55,88 @@ pub(super) unsafe trait Sums: Copy {
     /// # Safety
     /// A vector at `to` is writable.
     unsafe fn store(self, to: *mut f32);
-    /// # Safety
-    /// The contract of [`Sums::zero`] holds, and [`STEP`] bytes for each lane are
-    /// readable.
-    unsafe fn weights(from: *const u8) -> Self::Weights;
-    /// Unpacks a step's weights that are kept in fewer bytes than [`STEP`].
-    /// # Safety
-    /// The contract of [`Sums::zero`] holds; for each lane [`Sums::PACKED_BYTES`]
-    /// are readable and [`STEP`] bytes writable.
-    unsafe fn unpack(_from: *const u8, _to: *mut u8) {}
-    /// # Safety
-    /// The contract of [`Sums::zero`] holds, and [`STEP`] bytes are readable.
-    unsafe fn inputs(from: *const u8) -> Self::Inputs;
-    /// Adds the products of a step.
-    fn add(self, weights: Self::Weights, inputs: Self::Inputs) -> Self;
     /// Returns the sums as floats, where sums of whole numbers lack `addend`.
     fn floats(self, addend: i32) -> Self::Floats;
 }
 
-/// Sums of floats.
-#[derive(Clone, Copy)]
-pub(super) struct Floats<V>(V);
-
 // SAFETY: a value proves a vector, whose constructors demand the instructions;
-// exactly one vector, or one float, is touched.
-unsafe impl<V: Vector> Sums for Floats<V> {
+// exactly one vector is touched.
+unsafe impl<V: Vector> Sums for V {
     type Floats = V;
-    type Weights = V;
-    type Inputs = V;
     const ARE_WHOLE: bool = false;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
         // SAFETY: the caller vouches for the instructions.
-        Self(unsafe { V::splat(0.0) })
+        unsafe { V::splat(0.0) }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller vouches for the instructions and the floats.
-        Self(unsafe { V::load(from) })
+        unsafe { <V as Vector>::load(from) }
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller vouches for the floats.
-        unsafe { self.0.store(to) }
+        unsafe { Vector::store(self, to) }
     }
+
+    #[inline(always)]
+    fn floats(self, _addend: i32) -> V {
+        self
+    }
+}
+
+/// Products of a format, with the instructions of their sums.
+///
+/// # Safety
+/// Exactly the bytes are touched that each method names.
+pub(super) unsafe trait StepProducts {
+    type Sums: Sums;
+    /// Weights of a step, for each lane.
+    type Weights: Copy;
+    /// Inputs of a step, the same in all lanes.
+    type Inputs: Copy;
+    /// Bytes in which a column's weights of a step are kept.
+    const PACKED_BYTES: usize = STEP;
+
+    /// # Safety
+    /// The CPU has the instructions, and [`STEP`] bytes for each lane are readable.
+    unsafe fn weights(from: *const u8) -> Self::Weights;
+    /// Unpacks a step's weights that are kept in fewer bytes than [`STEP`].
+    /// # Safety
+    /// The CPU has the instructions; for each lane [`StepProducts::PACKED_BYTES`] are
+    /// readable and [`STEP`] bytes writable.
+    unsafe fn unpack(_from: *const u8, _to: *mut u8) {}
+    /// # Safety
+    /// The CPU has the instructions, and [`STEP`] bytes are readable.
+    unsafe fn inputs(from: *const u8) -> Self::Inputs;
+    /// Adds the products of a step.
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn add(sums: Self::Sums, weights: Self::Weights, inputs: Self::Inputs) -> Self::Sums;
+}
+
+/// Lanes of the vectors of `M`.
+const fn lanes<M: StepProducts>() -> usize {
+    <M::Sums as Sums>::Floats::LANES
+}
+
+/// Products of floats.
+pub(super) struct Floats<V>(PhantomData<V>);
+
+// SAFETY: exactly one vector, or one float, is touched.
+unsafe impl<V: Vector> StepProducts for Floats<V> {
+    type Sums = V;
+    type Weights = V;
+    type Inputs = V;
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> V {
         // SAFETY: the caller vouches for the instructions and the floats.
-        unsafe { V::load(from.cast()) }
+        unsafe { <V as Vector>::load(from.cast()) }
     }
 
     #[inline(always)]
@@ -119,49 +146,24 @@ unsafe impl<V: Vector> Sums for Floats<V> {
     }
 
     #[inline(always)]
-    fn add(self, weights: V, inputs: V) -> Self {
-        Self(weights.mul_add(inputs, self.0))
-    }
-
-    #[inline(always)]
-    fn floats(self, _addend: i32) -> V {
-        self.0
+    unsafe fn add(sums: V, weights: V, inputs: V) -> V {
+        weights.mul_add(inputs, sums)
     }
 }
 
-/// Sums of products of bfloat16, two at a step, in the instructions of floats.
-#[derive(Clone, Copy)]
-pub(super) struct Pairs<V>(V);
+/// Products of bfloat16, two at a step, in the instructions of floats.
+pub(super) struct Pairs<V>(PhantomData<V>);
 
 // SAFETY: as for `Floats`; the bits of a pair are those of a float.
-unsafe impl<V: Vector> Sums for Pairs<V> {
-    type Floats = V;
+unsafe impl<V: Vector> StepProducts for Pairs<V> {
+    type Sums = V;
     type Weights = [V; 2];
     type Inputs = [V; 2];
-    const ARE_WHOLE: bool = false;
-
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: the caller vouches for the instructions.
-        Self(unsafe { V::splat(0.0) })
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for the instructions and the floats.
-        Self(unsafe { V::load(from) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for the floats.
-        unsafe { self.0.store(to) }
-    }
 
     #[inline(always)]
     unsafe fn weights(from: *const u8) -> [V; 2] {
         // SAFETY: the caller vouches for the instructions and the pairs.
-        unsafe { V::load(from.cast()) }.bf16_pairs()
+        unsafe { <V as Vector>::load(from.cast()) }.bf16_pairs()
     }
 
     #[inline(always)]
@@ -173,13 +175,8 @@ unsafe impl<V: Vector> Sums for Pairs<V> {
     // Products of two numbers with 8 bits are exact, so that it does not matter
     // whether the CPU fuses.
     #[inline(always)]
-    fn add(self, [first, second]: [V; 2], inputs: [V; 2]) -> Self {
-        Self(first.mul_add(inputs[0], second.mul_add(inputs[1], self.0)))
-    }
-
-    #[inline(always)]
-    fn floats(self, _addend: i32) -> V {
-        self.0
+    unsafe fn add(sums: V, [first, second]: [V; 2], inputs: [V; 2]) -> V {
+        first.mul_add(inputs[0], second.mul_add(inputs[1], sums))
     }
 }
 
@@ -223,9 +220,9 @@ pub(super) struct Product {
 ///
 /// # Safety
 /// The contract of [`Product::compute`] holds.
-pub(super) unsafe fn portable<S: Sums<Floats = Portable>>(product: &Product) {
+pub(super) unsafe fn portable<M: StepProducts<Sums: Sums<Floats = Portable>>>(product: &Product) {
     // SAFETY: the caller vouches for all of it.
-    unsafe { product.compute::<S, 2, 4>() }
+    unsafe { product.compute::<M, 2, 4>() }
 }
 
 /// Returns the rows of the next tile, of `n_left` that are left. Smaller tiles
@@ -247,16 +244,16 @@ const fn tile_height(n_left: usize, most: usize) -> usize {
 /// Unpacks `n` vectors of weights.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`; there are as many packed weights, and room
+/// The CPU has the instructions of `M`; there are as many packed weights, and room
 /// for as many unpacked.
 #[inline(always)]
-unsafe fn unpack<S: Sums>(from: *const u8, n: usize, to: *mut u8) {
-    let lanes = S::Floats::LANES;
+unsafe fn unpack<M: StepProducts>(from: *const u8, n: usize, to: *mut u8) {
+    let lanes = lanes::<M>();
     for idx in 0..n {
         // SAFETY: the caller vouches for the vectors.
         unsafe {
-            let from = from.add(idx * lanes * S::PACKED_BYTES);
-            S::unpack(from, to.add(idx * lanes * STEP));
+            let from = from.add(idx * lanes * M::PACKED_BYTES);
+            M::unpack(from, to.add(idx * lanes * STEP));
         }
     }
 }
@@ -265,26 +262,26 @@ impl Product {
     /// Computes the product with tiles of up to `MOST` rows by `N` vectors.
     ///
     /// # Safety
-    /// The CPU has the instructions of `S`; rows, heads, panels of `N` vectors,
+    /// The CPU has the instructions of `M`; rows, heads, panels of `N` vectors,
     /// scales, bias, sums and unpacked weights are as large as their descriptions
     /// say, and nobody writes them, but this thread the latter two; the output has
     /// `outputs` floats in each row, and nobody else has them.
     #[inline(always)]
-    pub(super) unsafe fn compute<S: Sums, const N: usize, const MOST: usize>(&self) {
-        let width = N * S::Floats::LANES;
+    pub(super) unsafe fn compute<M: StepProducts, const N: usize, const MOST: usize>(&self) {
+        let width = N * lanes::<M>();
         let part = PART_BYTES / (width * STEP);
         let n_tiles = self.n_rows.div_ceil(MOST).max(1);
         let mut weights = self.panels;
         for column in (0..self.outputs).step_by(width) {
             for first in (0..self.n_steps).step_by(part) {
                 let n_steps = part.min(self.n_steps - first);
-                let bytes = n_steps * width * S::PACKED_BYTES;
+                let bytes = n_steps * width * M::PACKED_BYTES;
                 let next = weights.wrapping_add(bytes);
                 let mut part = weights;
-                if S::PACKED_BYTES < STEP {
+                if M::PACKED_BYTES < STEP {
                     // SAFETY: the caller vouches for the panels, and for room for
                     // a part.
-                    unsafe { unpack::<S>(weights, n_steps * N, self.unpacked) }
+                    unsafe { unpack::<M>(weights, n_steps * N, self.unpacked) }
                     part = self.unpacked;
                 }
                 let (mut row, mut idx) = (0, 0);
@@ -298,11 +295,11 @@ impl Product {
                         is_first: first == 0,
                         sums: self.sums.wrapping_add(row * width),
                         ahead: next.wrapping_add(bytes / n_tiles * idx),
-                        ahead_step: UNROLLED * width * S::PACKED_BYTES / n_tiles,
+                        ahead_step: UNROLLED * width * M::PACKED_BYTES / n_tiles,
                     };
                     // SAFETY: the rows, steps and sums are some of those that
                     // the caller vouches for.
-                    unsafe { tile.compute_rows::<S, N, MOST>(height) }
+                    unsafe { tile.compute_rows::<M, N, MOST>(height) }
                     row += height;
                     idx += 1;
                 }
@@ -310,7 +307,7 @@ impl Product {
             }
             // SAFETY: the sums are complete, and the caller vouches for the
             // output.
-            unsafe { self.end::<S, N>(column) }
+            unsafe { self.end::<M::Sums, N>(column) }
         }
     }
 
@@ -365,8 +362,8 @@ impl Product {
                     if S::ARE_WHOLE {
                         sum = sum.mul(factor);
                     }
-                    sum = sum.mul(S::Floats::load(self.scales.add(column + first)));
-                    sum = sum.add(S::Floats::load(self.bias.add(column + first)));
+                    sum = sum.mul(<S::Floats as Vector>::load(self.scales.add(column + first)));
+                    sum = sum.add(<S::Floats as Vector>::load(self.bias.add(column + first)));
                     let to = self.output.add(row * self.output_stride + column + first);
                     let len = lanes.min(n_columns - first);
                     match finish {
@@ -374,13 +371,13 @@ impl Product {
                         Finish::Add if len < lanes => {
                             sum = sum.add(S::Floats::load_partial(to, len));
                         }
-                        Finish::Add => sum = sum.add(S::Floats::load(to)),
+                        Finish::Add => sum = sum.add(<S::Floats as Vector>::load(to)),
                         Finish::Activate(activation) => sum = activate(activation, sum),
                     }
                     if len < lanes {
                         sum.store_partial(to, len);
                     } else {
-                        sum.store(to);
+                        Vector::store(sum, to);
                     }
                 }
             }
@@ -409,19 +406,19 @@ impl Tile {
     /// # Safety
     /// The contract of [`Tile::compute`] holds; [`tile_height`] has returned `n`.
     #[inline(always)]
-    unsafe fn compute_rows<S: Sums, const N: usize, const MOST: usize>(&self, n: usize) {
+    unsafe fn compute_rows<M: StepProducts, const N: usize, const MOST: usize>(&self, n: usize) {
         // SAFETY: the caller vouches for the rows.
         unsafe {
             if n == MOST {
-                self.compute::<S, N, MOST>();
+                self.compute::<M, N, MOST>();
             } else if n == 8 && MOST > 8 {
-                self.compute::<S, N, 8>();
+                self.compute::<M, N, 8>();
             } else if n == 4 && MOST > 4 {
-                self.compute::<S, N, 4>();
+                self.compute::<M, N, 4>();
             } else if n == 2 {
-                self.compute::<S, N, 2>();
+                self.compute::<M, N, 2>();
             } else {
-                self.compute::<S, N, 1>();
+                self.compute::<M, N, 1>();
             }
         }
     }
@@ -429,29 +426,29 @@ impl Tile {
     /// Computes the tile for `H` rows.
     ///
     /// # Safety
-    /// The CPU has the instructions of `S`; there are `H` rows and, for each of
+    /// The CPU has the instructions of `M`; there are `H` rows and, for each of
     /// them, `N` vectors of sums, which nobody else has; weights and rows have
     /// as many steps.
     #[inline(always)]
-    unsafe fn compute<S: Sums, const N: usize, const H: usize>(&self) {
-        let lanes = S::Floats::LANES;
+    unsafe fn compute<M: StepProducts, const N: usize, const H: usize>(&self) {
+        let lanes = lanes::<M>();
         // SAFETY: all that is read or written is what the caller vouches for.
         unsafe {
-            let mut sums = [[S::zero(); N]; H];
+            let mut sums = [[M::Sums::zero(); N]; H];
             if !self.is_first {
                 for (i, sums) in sums.iter_mut().enumerate() {
                     for (j, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::load(self.sums.add((i * N + j) * lanes));
+                        *sum = M::Sums::load(self.sums.add((i * N + j) * lanes));
                     }
                 }
             }
             let (mut rows, mut weights) = (self.rows, self.weights);
             let mut ahead = self.ahead;
             for _ in 0..self.n_steps / UNROLLED {
-                S::Floats::prefetch_far(ahead);
+                <M::Sums as Sums>::Floats::prefetch_far(ahead);
                 ahead = ahead.wrapping_add(self.ahead_step);
                 for step in 0..UNROLLED {
-                    self.step::<S, N, H>(
+                    self.step::<M, N, H>(
                         &mut sums,
                         rows.add(step * STEP),
                         weights.add(step * N * lanes * STEP),
@@ -461,7 +458,7 @@ impl Tile {
                 weights = weights.add(UNROLLED * N * lanes * STEP);
             }
             for step in 0..self.n_steps % UNROLLED {
-                self.step::<S, N, H>(
+                self.step::<M, N, H>(
                     &mut sums,
                     rows.add(step * STEP),
                     weights.add(step * N * lanes * STEP),
@@ -481,22 +478,22 @@ impl Tile {
     /// The contract of [`Tile::compute`] holds, and rows and weights have this
     /// step.
     #[inline(always)]
-    unsafe fn step<S: Sums, const N: usize, const H: usize>(
+    unsafe fn step<M: StepProducts, const N: usize, const H: usize>(
         &self,
-        sums: &mut [[S; N]; H],
+        sums: &mut [[M::Sums; N]; H],
         rows: *const u8,
         weights: *const u8,
     ) {
         // SAFETY: the caller vouches for the step.
         unsafe {
-            let mut columns = [S::weights(weights); N];
+            let mut columns = [M::weights(weights); N];
             for (j, column) in columns.iter_mut().enumerate().skip(1) {
-                *column = S::weights(weights.add(j * S::Floats::LANES * STEP));
+                *column = M::weights(weights.add(j * lanes::<M>() * STEP));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
-                let inputs = S::inputs(rows.add(i * self.row_stride));
+                let inputs = M::inputs(rows.add(i * self.row_stride));
                 for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = sum.add(column, inputs);
+                    *sum = M::add(*sum, column, inputs);
                 }
             }
         }
