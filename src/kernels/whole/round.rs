@@ -92,6 +92,7 @@ pub(super) unsafe fn round(
     to: RoundedRows,
     idx: usize,
 ) {
+    #[cfg(target_arch = "x86_64")]
     use Kernel::{Amx, Avx2, Avx512, Avx512Bf16};
     let n_numbers = kernels.n_steps(from.len()) * kernels.products.per_step();
     // SAFETY: the caller vouches for the room and for the instructions.

@@ -36,7 +36,7 @@ impl Guarded {
     pub(super) fn new(n: usize, end: GuardedEnd) -> Self {
         let n_bytes = n * size_of::<f32>();
         let inside = n_bytes.next_multiple_of(PAGE);
-        let map = MmapMut::map_anon(inside + 2 * PAGE).unwrap();
+        let map = MmapMut::map_anon(inside + 2 * PAGE).expect("a few pages are free");
         for guard in [0, PAGE + inside] {
             let guard = map.as_ptr().wrapping_add(guard).cast_mut();
             // SAFETY: these pages are the map's, and are never used.
