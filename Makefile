@@ -8,6 +8,8 @@ SHELL := /usr/bin/env bash
 DEMO_PORT ?= 50151
 DEMO_METRICS_PORT ?= 9190
 PARITY_VENV ?= target/parity-venv
+PEERS_VENV ?= target/peers-venv
+PEERS_OPENVINO_VENV ?= target/peers-openvino-venv
 TRAIN_VENV ?= target/train-venv
 EMBED_VENV ?= target/embed-venv
 INTEROP_VENV ?= target/interop-venv
@@ -17,7 +19,8 @@ MDBOOK_VERSION ?= 0.5.4
 # Program that `make docs-check` runs, and the pages that it checks (all by default).
 DOCS_BINARY ?= target/demo/imagegpt
 PAGES ?=
-# What `make attack` attacks, and which attacks: names or their beginnings.
+# What `make attack` attacks and `make bench-peers` measures, and which attacks: names or
+# their beginnings.
 BINARY ?= target/release/imagegpt
 ATTACKS ?=
 # What models/emoji was trained with; see models/train/train.py --help.
@@ -149,6 +152,22 @@ bench-attention: setup ## Measure the attention kernels beside ONNX Runtime's
 .PHONY: bench-graphs
 bench-graphs: build $(PARITY_VENV)/.done ## Measure compiled graphs beside the model card's recipe (brings PyTorch)
 	@PARITY_VENV=$(PARITY_VENV) scripts/bench-graphs.sh
+
+# BINARY=target/demo/imagegpt measures what `make demo` has made, and builds none.
+.PHONY: bench-peers
+bench-peers: setup $(if $(filter target/release/%,$(BINARY)),build) $(PEERS_VENV)/.done $(PEERS_OPENVINO_VENV)/.done ## Measure features on a CPU beside OpenVINO and the model card's recipe (brings PyTorch and OpenVINO: 7 GB)
+	@BINARY=$(BINARY) PEERS_VENV=$(PEERS_VENV) PEERS_OPENVINO_VENV=$(PEERS_OPENVINO_VENV) scripts/bench-peers.sh
+
+$(PEERS_VENV)/.done: scripts/bench-peers/requirements.txt
+	python3 -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# A virtual environment of its own, because the package writes the same directory as onnxruntime.
+$(PEERS_OPENVINO_VENV)/.done: scripts/bench-peers/openvino-requirements.txt
+	python3 -m venv $(PEERS_OPENVINO_VENV)
+	$(PEERS_OPENVINO_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: bench-generate
 bench-generate: build $(PARITY_VENV)/.done ## Measure generation beside transformers and the bare graph (brings PyTorch)
