@@ -15,6 +15,9 @@ EMBED_VENV ?= target/embed-venv
 INTEROP_VENV ?= target/interop-venv
 ATTACK_VENV ?= target/attack-venv
 DOCS_VENV ?= target/docs-venv
+CORPUS_VENV ?= target/corpus-venv
+# What `make corpus` compares; 500 JPEGs that it makes itself without a directory.
+DIR ?= target/corpus
 MDBOOK_VERSION ?= 0.5.4
 # Program that `make docs-check` runs, and the pages that it checks (all by default).
 DOCS_BINARY ?= target/demo/imagegpt
@@ -252,6 +255,21 @@ $(PARITY_VENV)/.done: tests/parity/requirements.txt
 .PHONY: golden
 golden: $(PARITY_VENV)/.done ## Remake the golden data of the preprocessing tests
 	$(PARITY_VENV)/bin/python tests/golden/make_golden.py
+
+.PHONY: corpus
+corpus: $(CORPUS_VENV)/.done ## Compare the decoders with Pillow over DIR: files that are equal, that differ, that one side refuses
+	cargo build --release --locked --example pixels
+	$(if $(filter target/corpus,$(DIR)),$(CORPUS_VENV)/bin/python scripts/corpus/make_jpegs.py $(DIR))
+	$(CORPUS_VENV)/bin/python scripts/corpus/compare.py $(DIR)
+
+.PHONY: golden-pixels
+golden-pixels: $(CORPUS_VENV)/.done ## Remake what Pillow makes of the files in tests/golden/pixels
+	$(CORPUS_VENV)/bin/python scripts/corpus/make_pixels.py
+
+$(CORPUS_VENV)/.done: scripts/corpus/requirements.txt
+	python3 -m venv $(CORPUS_VENV)
+	$(CORPUS_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: deploy-check
 deploy-check: ## Check deploy/: manifests, images, rules, dashboard, and that a worker exports what they name

@@ -1,11 +1,11 @@
 //! Turns one image, in any form of [`ImageInput`], into the color tokens that
 //! the model reads.
 //!
-//! Promises: the tokens of losslessly stored images equal, bit for bit, those
-//! of Hugging Face's Pillow-based processor (`tests/golden`); an image over a
-//! limit is refused by its header, before its pixels are decoded; memory stays
-//! within [`ImageLimits::decode_bytes_max`], give or take a few MiB; a decoder
-//! that panics harms only its own image.
+//! Promises: the tokens of an image equal, bit for bit, those of Hugging Face's
+//! Pillow-based processor (`tests/golden`); an image over a limit is refused by
+//! its header, before its pixels are decoded; memory stays within
+//! [`ImageLimits::decode_bytes_max`], give or take a few MiB; a decoder that
+//! panics harms only its own image.
 //!
 //! This module does not read files, start threads, record metrics or know of
 //! requests. The functions are pure, so the caller chooses where they run and

@@ -9,7 +9,6 @@
 //!
 //! Differences from Pillow:
 //!
-//! - JPEG and lossy WebP decoders round differently, by a level or two.
 //! - 16-bit gray keeps its high byte, as 16-bit color does. Pillow clips it, so
 //!   that all but the darkest pixels turn white.
 //! - A PNG's orientation is read from eXIf and from plain XMP, not from

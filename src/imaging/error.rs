@@ -57,8 +57,8 @@ pub enum PreprocessError {
         bytes_max: u64,
     },
     #[error(
-        "encoded: the {scans} scans of the {format} cover {pixels} pixels in total, over the limit \
-         of {pixels_max} ({passes} times --image-pixels-max)"
+        "encoded: the first {scans} scans of the {format} cover {pixels} pixels in total, over the \
+         limit of {pixels_max} ({passes} times --image-pixels-max)"
     )]
     ScansOverLimit {
         format: ImageFormat,

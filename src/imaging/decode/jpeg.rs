@@ -1,67 +1,94 @@
-//! Decoder of JPEG files.
+//! Decoder of JPEG files: sequential and progressive, Huffman and arithmetic
+//! codes, 8 bits, 1, 3 or 4 components in any sampling that libjpeg accepts.
 //!
-//! Uses the `zune-jpeg` crate itself, not `image`'s wrapper: the wrapper copies
-//! the file, parses its headers three times, and accepts a file that is cut
-//! short as whole, with the rest gray. CMYK and YCCK become RGB as Pillow's
-//! `convert` does, with Adobe's inversion always assumed.
+//! Promises the pixels of libjpeg-turbo as Pillow calls it, bit for bit, also
+//! for files that libjpeg repairs silently: restart markers that are missing,
+//! data that end before their marker, scans that are missing. What libjpeg or
+//! Pillow refuse is refused. There are three differences: a file of one scan
+//! that has all its pixels but no end marker is accepted (Pillow accepts some
+//! of these files, by the number of bits that are left), arithmetic codes may
+//! be longer than the 64 KiB that Pillow hands over at once, and coding without
+//! loss is refused by name.
 //!
-//! The decoder is not given the file, but the parts of the file that
-//! [`Outline`] found: its tables, frame and scans, and nothing between or
-//! behind them.
+//! Parts: [`source`] reads bytes, bits and markers, [`segments`] what stands
+//! between scans, [`scan`] with [`huffman`] and [`arithmetic`] the coefficients.
+//! [`idct`] turns a block into samples, [`planes`] with [`upsample`] and
+//! [`color`] samples into pixels. A file of one scan goes through all of it row
+//! by row; the coefficients of several scans are gathered first
+//! ([`coefficients`]), and estimated if they are missing ([`smooth`]).
 //!
-//! Memory: the copy of these parts, the pixels, a few rows of blocks, and for a
-//! progressive file 2 bytes per coefficient, padded to whole units of the
-//! largest sampling.
+//! Memory: the pixels, ten rows of samples for each row of blocks, and for
+//! several scans 2 bytes per coefficient, padded to whole units of the largest
+//! sampling.
 //!
 //! Work: each scan goes over the blocks of its components, whatever the number
 //! of its bytes. The sum over all scans is limited to [`PASSES_MAX`] times the
 //! pixels that an image may have. After the scans, each block is transformed
 //! once.
-//!
-//! Refused by name, because the decoder gets them wrong: sequential files with
-//! more than one scan, luma that is stored at less than the full width,
-//! sampling factors that do not divide the largest, chroma at half the width
-//! that is at most 2 pixels wide, and progressive files whose first
-//! coefficients are not complete, which Pillow smooths.
 
 use image::metadata::Orientation;
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::errors::DecodeErrors;
-use zune_jpeg::zune_core::colorspace::ColorSpace;
-use zune_jpeg::zune_core::options::DecoderOptions;
 
-use self::outline::{JpegFrame, Outline};
+use self::coefficients::Coefficients;
+use self::color::JpegColors;
+use self::frame::JpegFrame;
+use self::huffman::JpegBlock;
+use self::planes::GrowingPicture;
+use self::scan::{BlockPlace, BlockSink, ScanDecoder};
+use self::segments::{JpegScan, JpegSegments, NextPart};
+use self::smooth::Smoothing;
+use self::source::JpegSource;
 use super::pixels::{PixelLayout, Pixels};
-use super::{BudgetedSource, Header, PreprocessError, orientation};
+use super::{Header, PreprocessError, orientation};
 
-mod outline;
+mod arithmetic;
+mod coefficients;
+mod color;
+mod frame;
+mod huffman;
+mod idct;
+mod planes;
+mod scan;
+mod segments;
+mod smooth;
+mod source;
+mod standard;
+mod upsample;
 
 /// Most passes of a file's scans over the pixels of the largest image that is
 /// accepted, each component counted for itself. A progressive file of libjpeg's
 /// goes over its own pixels 14 times in color, 24 times in CMYK.
 const PASSES_MAX: u64 = 32;
 
+/// Detail of the error of a file that ends too early.
+const CUT: &str = "no end-of-image marker";
+
+/// Detail of the error of a file without a picture.
+const EMPTY: &str = "no frame header or no scan";
+
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
 ) -> Result<(Pixels, Orientation), PreprocessError> {
-    let outline = Outline::read(bytes, header)?;
-    let frame = &outline.frame;
-    let (width, height) = (u32::from(frame.width), u32::from(frame.height));
-    header.admit_pixels(width, height)?;
-    outline.check(header)?;
-    let scanned = outline.scanned();
-    check_scans(outline.scans.len(), scanned, header)?;
-    header.admit(width, height, 3, held_bytes(&outline))?;
-
-    let (layout, data) = decode_scans(&outline, Colors::Rgb, header)?;
+    let mut decoder = JpegDecoder::new(bytes, header);
+    let scan = decoder.read_header()?;
+    let frame = decoder.frame()?;
+    let (width, height) = (frame.width, frame.height);
+    let colors = JpegColors::guess(frame, decoder.segments.markers);
+    let bytes = decoder.held_bytes(&scan)?;
+    header.admit(width, height, 3, bytes)?;
+    let data = decoder.decode(scan, colors)?;
     let pixels = Pixels {
         width,
         height,
-        layout,
+        layout: if colors == JpegColors::Gray {
+            PixelLayout::Gray
+        } else {
+            PixelLayout::Rgb
+        },
         data,
     };
-    Ok((pixels, orientation(outline.exif, outline.xmp)))
+    let segments = &decoder.segments;
+    Ok((pixels, orientation(segments.exif.as_deref(), segments.xmp)))
 }
 
 /// Requirements on a JPEG inside another file, and the work and memory that the
@@ -85,112 +112,271 @@ pub(super) fn decode_samples(
     inside: &mut Inside,
     header: Header<'_>,
 ) -> Result<Vec<u8>, PreprocessError> {
-    let outline = Outline::read(bytes, header)?;
-    let frame = &outline.frame;
-    let (width, height) = (u32::from(frame.width), u32::from(frame.height));
+    let mut decoder = JpegDecoder::new(bytes, header);
+    decoder.scanned = inside.scanned;
+    let scan = decoder.read_header()?;
+    let frame = decoder.frame()?;
+    let (width, height) = (frame.width, frame.height);
+    let count = frame.components.len();
     let fits = width == inside.width
         && [inside.rows.0, inside.rows.1].contains(&height)
-        && frame.components.len() == inside.components;
+        && count == inside.components;
     if !fits {
         return Err(header.damaged(format!(
-            "a JPEG of {width} x {height} and {} components in a strip or tile of {} x {} and {} \
-             components",
-            frame.components.len(),
-            inside.width,
-            inside.rows.1,
-            inside.components
+            "a JPEG of {width} x {height} and {count} components in a strip or tile of {} x {} and \
+             {} components",
+            inside.width, inside.rows.1, inside.components
         )));
     }
-    header.admit_pixels(width, height)?;
-    outline.check(header)?;
-    inside.scanned = inside.scanned.saturating_add(outline.scanned());
-    check_scans(outline.scans.len(), inside.scanned, header)?;
-    let held = inside.held_bytes + held_bytes(&outline);
+    let held = inside.held_bytes + decoder.held_bytes(&scan)?;
     header.admit(width, height, inside.components as u64, held)?;
-    Ok(decode_scans(&outline, Colors::Stored, header)?.1)
+    let samples = decoder.decode(scan, JpegColors::Stored(count))?;
+    inside.scanned = decoder.scanned;
+    Ok(samples)
 }
 
-/// Colors to which the components are converted.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Colors {
-    Rgb,
-    /// The components as stored, without conversion.
-    Stored,
+/// Decoder of one file.
+struct JpegDecoder<'a> {
+    source: JpegSource<'a>,
+    segments: JpegSegments<'a>,
+    header: Header<'a>,
+    /// Factors of each component: those of its first scan. Components without a
+    /// scan have none, and are gray.
+    quantization: Vec<Option<JpegBlock>>,
+    scans: usize,
+    /// Pixels that the scans went over, each component counted for itself.
+    scanned: u64,
 }
 
-fn decode_scans(
-    outline: &Outline<'_>,
-    colors: Colors,
-    header: Header<'_>,
-) -> Result<(PixelLayout, Vec<u8>), PreprocessError> {
-    let fail = |error: DecodeErrors| match error {
-        DecodeErrors::Unsupported(scheme) => header.unsupported(format!("{scheme:?}")),
-        error => header.damaged(format!("{error:?}")),
-    };
-    let options = DecoderOptions::default()
-        // Otherwise the decoder returns gray where it could not decode the file.
-        .set_strict_mode(true)
-        .set_max_width(usize::MAX)
-        .set_max_height(usize::MAX)
-        .jpeg_set_max_scans(outline::SCANS_MAX);
-    // A scan of few bytes can go over the whole image, so the budget is checked
-    // at each scan.
-    let stops: Vec<usize> = outline.scans.iter().map(|scan| scan.at).collect();
-    let source = BudgetedSource::with_stops(&outline.stream, header.budget, &stops);
-    let mut decoder = JpegDecoder::new_with_options(source, options);
-    decoder.decode_headers().map_err(fail)?;
-    let Some(stored) = decoder.input_colorspace() else {
-        return Err(header.damaged("no frame header"));
-    };
-    let (layout, target) = match (stored, colors) {
-        (ColorSpace::Luma, _) => (PixelLayout::Gray, ColorSpace::Luma),
-        (ColorSpace::MultiBand(_), _) => {
-            return Err(header.unsupported("2 components; 1, 3 and 4 are supported"));
+impl<'a> JpegDecoder<'a> {
+    fn new(bytes: &'a [u8], header: Header<'a>) -> Self {
+        Self {
+            source: JpegSource::new(bytes),
+            segments: JpegSegments::new(),
+            header,
+            quantization: Vec::new(),
+            scans: 0,
+            scanned: 0,
         }
-        (_, Colors::Rgb) => (PixelLayout::Rgb, ColorSpace::RGB),
-        (stored, Colors::Stored) => (PixelLayout::Rgb, stored),
-    };
-    decoder.set_options(options.jpeg_set_out_colorspace(target));
-    let frame = &outline.frame;
-    let pixels = usize::from(frame.width) * usize::from(frame.height);
-    let mut data = vec![0; pixels * target.num_components()];
-    decoder.decode_into(&mut data).map_err(fail)?;
-    Ok((layout, data))
-}
-
-fn check_scans(scans: usize, pixels: u64, header: Header<'_>) -> Result<(), PreprocessError> {
-    let pixels_max = header.limits.image_pixels_max.saturating_mul(PASSES_MAX);
-    if pixels > pixels_max {
-        return Err(PreprocessError::ScansOverLimit {
-            format: header.format,
-            scans,
-            pixels,
-            pixels_max,
-            passes: PASSES_MAX,
-        });
     }
-    Ok(())
+
+    /// Reads the file up to its first scan.
+    fn read_header(&mut self) -> Result<JpegScan, PreprocessError> {
+        match self.segments.read(&mut self.source, self.header)? {
+            NextPart::Scan(scan) => {
+                self.quantization = vec![None; self.frame()?.components.len()];
+                Ok(scan)
+            }
+            NextPart::EndOfImage | NextPart::EndOfFile => Err(self.header.damaged(EMPTY)),
+        }
+    }
+
+    fn frame(&self) -> Result<&JpegFrame, PreprocessError> {
+        let frame = self.segments.frame.as_ref();
+        frame.ok_or_else(|| self.header.damaged(EMPTY))
+    }
+
+    /// Returns the bytes that are held beside the pixels.
+    fn held_bytes(&self, scan: &JpegScan) -> Result<u64, PreprocessError> {
+        /// Tables of codes and estimates, with room to spare.
+        const TABLES: u64 = 64 << 10;
+        const COEFFICIENT: u64 = 2;
+        /// Rows of samples of a row of blocks, with those that are kept.
+        const ROWS: u64 = 10;
+        let frame = self.frame()?;
+        let coefficients = if scan.is_whole(frame) {
+            0
+        } else {
+            frame.padded_pixels() * COEFFICIENT
+        };
+        let rows: u64 = frame
+            .components
+            .iter()
+            .map(|component| {
+                let (across, v) = (component.padded.0, component.sampling.1);
+                u64::from(across) * 8 * u64::from(v) * ROWS + u64::from(frame.width) + 8
+            })
+            .sum();
+        let metadata = self.segments.exif.as_ref().map_or(0, Vec::capacity) as u64;
+        Ok(coefficients + rows + metadata + TABLES)
+    }
+
+    /// Decodes the scans, from the first on, and returns the pixels.
+    fn decode(&mut self, scan: JpegScan, colors: JpegColors) -> Result<Vec<u8>, PreprocessError> {
+        if scan.is_whole(self.frame()?) {
+            let pixels = self.decode_single(&scan, colors)?;
+            // libjpeg reads on to the end marker, if there is one.
+            return match self.segments.read(&mut self.source, self.header)? {
+                NextPart::Scan(_) => Err(self.header.damaged("a scan behind the last one")),
+                NextPart::EndOfImage | NextPart::EndOfFile => Ok(pixels),
+            };
+        }
+        let coefficients = self.gather(scan)?;
+        self.transform(&coefficients, colors)
+    }
+
+    /// Prepares for a scan.
+    fn begin_scan(&mut self, scan: &JpegScan) -> Result<ScanDecoder, PreprocessError> {
+        let header = self.header;
+        let frame = self.segments.frame.as_ref();
+        let frame = frame.ok_or_else(|| header.damaged(EMPTY))?;
+        self.scans += 1;
+        for component in &scan.components {
+            let (index, component) = (component.index, &frame.components[component.index]);
+            self.scanned = self.scanned.saturating_add(component.pixels());
+            if self.quantization[index].is_none() {
+                let tables = &self.segments.tables.quantization;
+                let table = tables.get(usize::from(component.table)).copied().flatten();
+                let missing = || header.damaged("a component without a quantization table");
+                self.quantization[index] = Some(table.ok_or_else(missing)?);
+            }
+        }
+        let pixels_max = header.limits.image_pixels_max.saturating_mul(PASSES_MAX);
+        if self.scanned > pixels_max {
+            return Err(PreprocessError::ScansOverLimit {
+                format: header.format,
+                scans: self.scans,
+                pixels: self.scanned,
+                pixels_max,
+                passes: PASSES_MAX,
+            });
+        }
+        self.source.begin_scan();
+        ScanDecoder::new(scan, frame, &self.segments.tables, header)
+    }
+
+    /// Decodes a file whose only scan has all components, row by row.
+    fn decode_single(
+        &mut self,
+        scan: &JpegScan,
+        colors: JpegColors,
+    ) -> Result<Vec<u8>, PreprocessError> {
+        let mut decoder = self.begin_scan(scan)?;
+        let header = self.header;
+        let frame = self.segments.frame.as_ref();
+        let frame = frame.ok_or_else(|| header.damaged(EMPTY))?;
+        let factors: Vec<JpegBlock> = self.factors();
+        let mut picture = GrowingPicture::new(frame, colors);
+        for unit_row in 0..frame.unit_rows() {
+            header.budget.check()?;
+            let mut sink = SampleSink {
+                frame,
+                picture: &mut picture,
+                factors: &factors,
+                unit_row,
+            };
+            for row in decoder.rows(unit_row, frame) {
+                decoder.row(row, frame, &mut self.source, &mut sink, header)?;
+            }
+            picture.end_unit_row(unit_row);
+        }
+        Ok(picture.into_pixels())
+    }
+
+    /// Returns the factors of each component.
+    fn factors(&self) -> Vec<JpegBlock> {
+        let tables = self.quantization.iter();
+        tables.map(|table| table.unwrap_or([0; 64])).collect()
+    }
+
+    /// Gathers the coefficients of all scans.
+    fn gather(&mut self, first: JpegScan) -> Result<Coefficients, PreprocessError> {
+        let header = self.header;
+        let mut coefficients = Coefficients::new(self.frame()?);
+        let mut scan = first;
+        loop {
+            let mut decoder = self.begin_scan(&scan)?;
+            coefficients.begin_scan(&scan);
+            let frame = self.segments.frame.as_ref();
+            let frame = frame.ok_or_else(|| header.damaged(EMPTY))?;
+            for unit_row in 0..frame.unit_rows() {
+                header.budget.check()?;
+                for row in decoder.rows(unit_row, frame) {
+                    if decoder.row(row, frame, &mut self.source, &mut coefficients, header)? {
+                        coefficients.last_good_row = unit_row;
+                    }
+                }
+            }
+            match self.segments.read(&mut self.source, header)? {
+                NextPart::Scan(next) => scan = next,
+                NextPart::EndOfImage => return Ok(coefficients),
+                NextPart::EndOfFile => return Err(header.damaged(CUT)),
+            }
+        }
+    }
+
+    /// Turns coefficients into pixels.
+    fn transform(
+        &self,
+        coefficients: &Coefficients,
+        colors: JpegColors,
+    ) -> Result<Vec<u8>, PreprocessError> {
+        let frame = self.frame()?;
+        let factors = self.factors();
+        let smooth = smooth::is_useful(coefficients, &self.quantization, frame);
+        let mut picture = GrowingPicture::new(frame, colors);
+        for unit_row in 0..frame.unit_rows() {
+            self.header.budget.check()?;
+            for (index, (component, factors)) in frame.components.iter().zip(&factors).enumerate() {
+                let smoothing = smooth.then(|| Smoothing::new(coefficients, index, factors, frame));
+                let v = component.sampling.1;
+                for y in 0..v.min(component.blocks.1 - unit_row * v) {
+                    let row = unit_row * v + y;
+                    for column in 0..component.blocks.0 {
+                        let (samples, stride) = picture.block(index, column, y);
+                        if let Some(smoothing) = &smoothing {
+                            idct::transform(
+                                &smoothing.block(column, row),
+                                factors,
+                                samples,
+                                stride,
+                            );
+                        } else {
+                            let block = coefficients.components[index].get(column, row);
+                            transform(block, factors, samples, stride);
+                        }
+                    }
+                }
+            }
+            picture.end_unit_row(unit_row);
+        }
+        Ok(picture.into_pixels())
+    }
 }
 
-/// Bytes that the decoder holds beside the pixels.
-fn held_bytes(outline: &Outline<'_>) -> u64 {
-    /// Huffman tables, with room to spare.
-    const TABLES: u64 = 64 << 10;
-    const COEFFICIENT: u64 = 2;
-    let frame = &outline.frame;
-    let coefficients = if frame.progressive {
-        frame.padded_pixels() * COEFFICIENT
+impl JpegScan {
+    /// Returns true if the scan is all that the frame has.
+    fn is_whole(&self, frame: &JpegFrame) -> bool {
+        !frame.coding.progressive && self.components.len() == frame.components.len()
+    }
+}
+
+/// Sink that turns blocks into samples at once.
+struct SampleSink<'a> {
+    frame: &'a JpegFrame,
+    picture: &'a mut GrowingPicture,
+    factors: &'a [JpegBlock],
+    unit_row: u32,
+}
+
+impl BlockSink for SampleSink<'_> {
+    #[inline]
+    fn block(&mut self, component: usize, place: BlockPlace, decode: impl FnOnce(&mut JpegBlock)) {
+        let mut block = [0; 64];
+        decode(&mut block);
+        let vertical = self.frame.components[component].sampling.1;
+        let row = place.row - self.unit_row * vertical;
+        let (samples, stride) = self.picture.block(component, place.column, row);
+        transform(&block, &self.factors[component], samples, stride);
+    }
+}
+
+/// Transforms a block by the quickest way.
+#[inline]
+fn transform(block: &JpegBlock, factors: &JpegBlock, samples: &mut [u8], stride: usize) {
+    if block[1..].iter().fold(0, |all, value| all | value) == 0 {
+        idct::transform_first(block[0], factors[0], samples, stride);
     } else {
-        0
-    };
-    outline.stream.len() as u64 + coefficients + row_bytes(frame) + TABLES
-}
-
-/// Bytes of a row of units in the decoder: as decoded, enlarged, and the part
-/// that the next row needs.
-fn row_bytes(frame: &JpegFrame) -> u64 {
-    const COPIES: u64 = 4;
-    let (horizontal, vertical) = frame.largest_sampling();
-    let width = u64::from(frame.width).next_multiple_of(8 * horizontal);
-    width * 8 * vertical * 2 * COPIES * frame.components.len() as u64
+        idct::transform(block, factors, samples, stride);
+    }
 }

@@ -77,6 +77,18 @@ fn on_white(level: u8, alpha: u8) -> u8 {
     u8::try_from((sum + (sum >> 8)) >> 8).unwrap_or(u8::MAX)
 }
 
+/// Converts a pixel of four inks by Pillow's formula: each ink is multiplied
+/// with black, rounded to nearest.
+#[inline]
+pub(super) fn cmyk_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    let light = 255 - u32::from(black);
+    [cyan, magenta, yellow].map(|ink| {
+        let product = u32::from(ink) * light + 128;
+        let product = (product + (product >> 8)) >> 8;
+        u8::try_from(light - product).unwrap_or(0)
+    })
+}
+
 /// Side of the square tiles that are turned one after another. Going along
 /// whole rows of one image would miss the cache at every pixel of the other.
 const TILE: usize = 32;

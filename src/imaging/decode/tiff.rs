@@ -25,7 +25,7 @@ use image::metadata::Orientation;
 use self::chunk::{Chunk, ChunkError, Codec};
 use self::layout::{Image, TiffColors, TiffCompression};
 use super::jpeg::{self, Inside};
-use super::pixels::{PixelLayout, Pixels};
+use super::pixels::{PixelLayout, Pixels, cmyk_to_rgb};
 use super::{DecodeBudget, Header, PreprocessError, orientation};
 
 mod chunk;
@@ -53,7 +53,11 @@ pub(super) fn decode(
         (TiffColors::Gray { .. }, true) => (PixelLayout::GrayAlpha, data),
         (TiffColors::Rgb, false) => (PixelLayout::Rgb, data),
         (TiffColors::Rgb, true) => (PixelLayout::Rgba, data),
-        (TiffColors::Cmyk, _) => (PixelLayout::Rgb, cmyk_to_rgb(&data)),
+        (TiffColors::Cmyk, _) => {
+            let (pixels, _) = data.as_chunks::<4>();
+            let rgb = pixels.iter().copied().flat_map(cmyk_to_rgb).collect();
+            (PixelLayout::Rgb, rgb)
+        }
         (TiffColors::Palette, _) => {
             let colors = image
                 .palette
@@ -300,23 +304,6 @@ fn unpack(target: &mut [u8], row: &[u8], bits: u32, palette: bool) {
             *pixel = (byte >> (shift * bits) & mask) * factor;
         }
     }
-}
-
-/// Converts CMYK to RGB by Pillow's formula: each ink is multiplied with black,
-/// rounded to nearest.
-fn cmyk_to_rgb(data: &[u8]) -> Vec<u8> {
-    let (pixels, _) = data.as_chunks::<4>();
-    pixels
-        .iter()
-        .flat_map(|&[cyan, magenta, yellow, black]| {
-            let light = 255 - u32::from(black);
-            [cyan, magenta, yellow].map(|ink| {
-                let product = u32::from(ink) * light + 128;
-                let product = (product + (product >> 8)) >> 8;
-                u8::try_from(light - product).unwrap_or(0)
-            })
-        })
-        .collect()
 }
 
 /// Looks up the colors of indexes in a map of 16-bit levels: all reds, all
