@@ -82,6 +82,7 @@ fn main() -> anyhow::Result<()> {
         n_labels: model.labels.len(),
         head_widths: Vec::new(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
+        precision: model.compiled.map(|compiled| compiled.precision),
         buckets: model.buckets(config.batching.buckets()),
     })?;
     println!("machine: {}", machine());

@@ -72,9 +72,11 @@ fn noise(seed: usize, len: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Returns the constants of a layer in the operator's order: names, dimensions,
-/// numbers. Weights have no scale, and expansion and contraction have no bias.
-fn constants(layer: usize) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+/// Name, dimensions and numbers of a constant.
+type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
+/// Returns the constants of a layer in the operator's order. Weights have no scale, and expansion and contraction have no bias.
+fn constants(layer: usize) -> Vec<NamedTensor> {
     let (width, inner) = (SIZES.width, SIZES.inner_width);
     let sizes = [
         vec![width],
@@ -160,11 +162,7 @@ fn model(element: DataType, change: impl FnOnce(&mut NodeProto)) -> ModelProto {
 }
 
 /// Adds tensors as constants of the graph and inputs of the node.
-fn put_constants(
-    constants: Vec<(String, Vec<usize>, Vec<f32>)>,
-    graph: &mut GraphProto,
-    node: &mut NodeProto,
-) {
+fn put_constants(constants: Vec<NamedTensor>, graph: &mut GraphProto, node: &mut NodeProto) {
     for (name, dims, numbers) in constants {
         graph.initializer.push(Constant {
             name: name.clone(),
@@ -237,9 +235,7 @@ fn cache<K: Kept<Element: Default>>() -> Vec<Vec<K::Element>> {
 }
 
 /// Returns the weights that a layer's constants and scale are.
-fn weights<'a>(
-    (constants, scale): (&'a Vec<(String, Vec<usize>, Vec<f32>)>, f32),
-) -> LayerWeights<'a, f32> {
+fn weights((constants, scale): (&Vec<NamedTensor>, f32)) -> LayerWeights<'_, f32> {
     let floats = |idx: usize| constants[idx].2.as_slice();
     let dense = |idx: usize| DenseWeights {
         weights: floats(idx),
@@ -593,7 +589,7 @@ fn images_are_as_from_the_kernel() {
 #[test]
 fn layers_of_other_weights_are_not_shared() {
     let mut domain_sessions = Vec::new();
-    let domain = std::sync::Arc::new(operators::domain().unwrap());
+    let domain = operators(environment()).unwrap();
     let mut found = Vec::new();
     for factor in [1.0_f32, 1.0, 2.0] {
         let mut model = image_model("rows", true, |_| {});

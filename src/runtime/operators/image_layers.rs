@@ -150,15 +150,13 @@ impl ImageLayersOp {
             let same = |(other, layer): &(u64, Weak<PackedLayer>)| {
                 (*other == identity).then(|| layer.upgrade()).flatten()
             };
-            let layer = match known.iter().find_map(same) {
-                Some(layer) => layer,
-                None => {
-                    let layer = PackedLayer::pack(sizes, &constants.layer::<W>(layer)?, kernels);
-                    let layer = Arc::new(layer.map_err(ort::Error::wrap)?);
-                    known.push((identity, Arc::downgrade(&layer)));
-                    layer
-                }
-            };
+            if let Some(layer) = known.iter().find_map(same) {
+                packed.push(layer);
+                continue;
+            }
+            let layer = PackedLayer::pack(sizes, &constants.layer::<W>(layer)?, kernels);
+            let layer = Arc::new(layer.map_err(ort::Error::wrap)?);
+            known.push((identity, Arc::downgrade(&layer)));
             packed.push(layer);
         }
         ImageLayers::new(sizes, packed, norm, kernels).map_err(ort::Error::wrap)
