@@ -6,6 +6,7 @@ pub mod error;
 pub mod library;
 pub(crate) mod load;
 pub mod operators;
+pub(crate) mod pages;
 pub(crate) mod placement;
 pub(crate) mod probe;
 pub(crate) mod roofline;

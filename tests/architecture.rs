@@ -85,7 +85,7 @@ const NEIGHBORS: [(&str, &[&str]); 5] = [
 const ON_THREADS: [&str; 3] = ["serve/preprocess", "serve/batcher", "serve/engine_thread"];
 
 /// Files that may contain unsafe code, each use with its reason.
-const UNSAFE: [&str; 10] = [
+const UNSAFE: [&str; 11] = [
     "kernels/attention",
     "kernels/layers",
     "kernels/vector",
@@ -93,6 +93,7 @@ const UNSAFE: [&str; 10] = [
     "gpu",
     "engine/onnx/sequences",
     "runtime/arena",
+    "runtime/pages",
     "runtime/placement",
     "runtime/operators/quick_gelu",
     "runtime/operators/layers",

@@ -641,16 +641,13 @@ fn refuses_images_that_do_not_fit() {
     refused(|node| drop(node.input.pop()), "14 per layer");
     refused(|node| node.input.swap(1, 3), "weights of 24 numbers");
     let mut session = open(&image_model("rows", true, |_| {}), 1).unwrap();
-    for dims in [vec![3, 35, 23], vec![105, 24]] {
-        let numbers = vec![0.0_f32; dims.iter().product()];
-        let rows = Tensor::from_array((dims, numbers)).unwrap();
-        let error = session
-            .run(ort::inputs!["rows" => rows])
-            .map(|_| ())
-            .unwrap_err();
-        assert!(
-            error.to_string().contains("(batch, positions, 24)"),
-            "{error}"
-        );
-    }
+    let rows = Tensor::from_array(([3_usize, 35, 23], vec![0.0_f32; 3 * 35 * 23])).unwrap();
+    let error = session
+        .run(ort::inputs!["rows" => rows])
+        .map(|_| ())
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("(batch, positions, 24)"),
+        "{error}"
+    );
 }

@@ -14,11 +14,6 @@
 //! for GPUs and published exports, are given the files as a whole, and each
 //! session copies its weights.
 
-#![expect(
-    unsafe_code,
-    reason = "memory is given back to the system inside an allocation"
-)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -27,8 +22,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
-use ort::value::{DynTensorValueType, DynValue, PrimitiveTensorElementType, Tensor};
-use rustix::mm::Advice;
+use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
 use crate::model::files::{FileReader, beside};
 use crate::model::onnx::DataType;
@@ -36,7 +30,7 @@ use crate::model::precision::Provider;
 use crate::model::wire::{self, ExternalTensor, Substitute};
 use crate::model::{GraphFiles, manifest};
 use crate::runtime::error::{EngineError, runtime};
-use crate::runtime::{Runtime, products_of_bytes_overflow};
+use crate::runtime::{Runtime, pages, products_of_bytes_overflow};
 
 /// Largest tensor that is written into the graph, in bytes: this includes all
 /// norms and biases, and no matrix of a real model.
@@ -137,7 +131,7 @@ impl Loader {
                 if let Held::Shared(value) = held
                     && !self.read.contains(&(path.clone(), key.clone()))
                 {
-                    give_back(value, key.bytes);
+                    pages::give_back(value, key.bytes);
                 }
             }
         }
@@ -293,34 +287,6 @@ impl Key {
     }
 }
 
-/// Gives the memory of a tensor's whole pages back to the system, after which
-/// its numbers are zeros.
-fn give_back(value: &DynValue, bytes: u64) {
-    let Ok(tensor) = value.view().downcast::<DynTensorValueType>() else {
-        return;
-    };
-    let page = rustix::param::page_size();
-    let start = tensor.data_ptr().addr();
-    let end = start.saturating_add(usize::try_from(bytes).unwrap_or(0)) / page * page;
-    let first = start.next_multiple_of(page);
-    if first >= end {
-        return;
-    }
-    let pages = tensor
-        .data_ptr()
-        .wrapping_byte_add(first - start)
-        .cast_mut();
-    // SAFETY: the pages lie within an allocation of the tensor alone, whose
-    // memory is private and anonymous, so afterwards they can be read and written
-    // as before. No one reads the tensor at this moment, and any numbers are
-    // valid ones.
-    let given = unsafe { rustix::mm::madvise(pages.cast(), end - first, Advice::LinuxDontNeed) };
-    // Locked memory, for one, stays; then it is only not given back.
-    if let Err(error) = given {
-        tracing::debug!(%error, "cannot give the memory of packed weights back");
-    }
-}
-
 /// Reads a file's tensors; `None` if they cannot be shared, because some
 /// overlap, end beyond the file, or have a type that weights do not have.
 fn weights(mut reader: FileReader<'_>, mut keys: Vec<Key>) -> Result<Option<Weights>, String> {
@@ -380,25 +346,4 @@ fn filled<T: PrimitiveTensorElementType + Debug + bytemuck::Pod>(
     reader.fill(bytemuck::cast_slice_mut(&mut numbers))?;
     let tensor = Tensor::from_array((dims.to_vec(), numbers));
     Ok(tensor.map_err(|error| error.to_string())?.into_dyn())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::runtime::library::{environment, find_library};
-
-    #[test]
-    fn memory_that_is_given_back_can_be_used() {
-        environment(&find_library(None)).unwrap();
-        let page = rustix::param::page_size();
-        let bytes = 8 * page + 3;
-        let tensor = Tensor::from_array(([bytes], vec![1_u8; bytes])).unwrap();
-        let value = tensor.into_dyn();
-        give_back(&value, bytes as u64);
-        let (_, numbers) = value.try_extract_tensor::<u8>().unwrap();
-        // All ones, but for seven or eight whole pages.
-        let n_ones: usize = numbers.iter().copied().map(usize::from).sum();
-        let n_zeros = bytes - n_ones;
-        assert!(n_zeros >= 7 * page && n_zeros <= 8 * page, "{n_zeros}");
-    }
 }

@@ -44,7 +44,7 @@ pub struct EngineArgs {
     pub graphs: Vec<String>,
 
     /// Number of images that are generated at the same time. Steps are measured
-    /// in the sizes that a worker runs: 2, 4 and so on up to this number; on a
+    /// in the sizes that a worker runs: 1, 2, 4 and so on up to this number; on a
     /// GPU this number alone. 0 does not measure generation
     #[arg(
         long,
