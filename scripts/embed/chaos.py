@@ -3,11 +3,14 @@
     chaos.py           # on a disk
     chaos.py --s3      # with an S3-compatible server (moto) on loopback, which is
                        # stopped and slowed in between
+    chaos.py --int8    # on a disk, with models/emoji in 8 bits and batches of eight
 
 A job runs undisturbed once. Then the same job is started many times; each time the
 client is killed (SIGKILL) at a random moment, and every second time a worker, too,
 which is started again. At last the job runs to its end, and every file must be
-identical to that of the undisturbed job. `make embed-chaos` does both.
+identical to that of the undisturbed job. Workers make answers up, except with --int8:
+there a real model computes the vectors, and kills change which images share a batch.
+`make embed-chaos` does all three.
 """
 
 import argparse
@@ -24,7 +27,12 @@ from pathlib import Path
 import common
 
 FOLDER = common.ROOT / "target" / "embed-chaos"
-FLAGS = ("--part-items", "100", "--keep", "cls", "--item-timeout", "5s")
+FLAGS = ("--keep", "cls", "--item-timeout", "5s")
+FAKE_ENGINE = ("--model", str(common.ROOT / "models" / "untrained"), "--fake-engine", "1ms+1ms")
+SHARDS = 8
+PARTS = 120
+# Every run of the model has eight rows; a batch of fewer images is padded.
+BATCHES = ("--batch-sizes", "8", "--max-batch-size", "8")
 
 
 def digests(output: Path) -> dict[str, str]:
@@ -124,31 +132,47 @@ class S3:
         self.process.kill()
 
 
+def int8_engine() -> tuple[str, ...]:
+    """Compiles models/emoji in 8 bits and returns the flags that serve it."""
+    model = FOLDER / "emoji-int8"
+    shutil.rmtree(model, ignore_errors=True)
+    subprocess.run(
+        [common.PROGRAM, "compile", common.ROOT / "models" / "emoji", "--output", model]
+        + ["--precision", "int8", "--tasks", "embed"],
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return ("--model", str(model), "--execution-provider", "cpu", *BATCHES)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--s3", action="store_true", help="read from and write to moto's S3")
-    parser.add_argument("--images", type=int, default=12_000)
+    parser.add_argument("--int8", action="store_true", help="serve models/emoji in 8 bits, at batch size 8")
+    parser.add_argument("--images", type=int, help="images of the job [default: 12000, 1200 with --int8]")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    tars = common.make_tars(FOLDER / f"tars-{arguments.images}", arguments.images, 1500)
+    n_images = arguments.images or (1200 if arguments.int8 else 12_000)
+    tars = common.make_tars(FOLDER / f"tars-{n_images}", n_images, max(1, n_images // SHARDS))
     store = (S3 if arguments.s3 else Disk)(tars)
-    engine = ("--model", str(common.ROOT / "models" / "untrained"), "--fake-engine", "1ms+1ms")
+    flags = (*FLAGS, "--part-items", str(max(1, n_images // PARTS)))
+    engine = int8_engine() if arguments.int8 else FAKE_ENGINE
     workers = [common.Worker(*engine) for _ in range(2)]
     try:
         began = time.monotonic()
-        whole = common.run(store.source, store.output("whole"), workers, *FLAGS, env=store.env)
+        whole = common.run(store.source, store.output("whole"), workers, *flags, env=store.env)
         took = time.monotonic() - began
         print(
-            f"{'S3' if arguments.s3 else 'disk'}, seed {arguments.seed}: undisturbed"
+            f"{'S3' if arguments.s3 else 'disk'}{', int8' if arguments.int8 else ''}, seed {arguments.seed}: undisturbed"
             f" {whole['images']} images, {whole['errors']} errors, {whole['parts']} parts in {took:.1f} s"
         )
         killed = {"client": 0, "worker": 0}
         ends = 0
         for turn in range(arguments.kills):
             client = subprocess.Popen(
-                common.command(store.source, store.output("killed"), workers, *FLAGS),
+                common.command(store.source, store.output("killed"), workers, *flags),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=store.env,
@@ -168,7 +192,7 @@ def main() -> None:
             client.wait()
             killed["client"] += 1
             disturbance.join()
-        last = common.run(store.source, store.output("killed"), workers, *FLAGS, env=store.env)
+        last = common.run(store.source, store.output("killed"), workers, *flags, env=store.env)
         expected, found = store.digests("whole"), store.digests("killed")
         differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         print(
@@ -177,8 +201,8 @@ def main() -> None:
         )
         if differing:
             raise SystemExit(f"{len(differing)} of {len(expected)} files differ: {sorted(differing)[:5]}")
-        broken = sum(common.is_broken(number) for number in range(arguments.images))
-        if last["images"] != arguments.images or last["errors"] != broken:
+        broken = sum(common.is_broken(number) for number in range(n_images))
+        if last["images"] != n_images or last["errors"] != broken:
             raise SystemExit(f"{last['images']} images with {last['errors']} errors")
         together = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
         print(f"all {len(found)} files are the same to the byte; together sha256 {together}")
