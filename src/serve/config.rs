@@ -297,8 +297,9 @@ pub struct BatchingConfig {
     pub max_queue_delay: Duration,
 
     /// Batch sizes at which the model is run, in ascending order; the last must
-    /// be --max-batch-size. Each size is warmed up before the worker is ready,
-    /// and a batch is padded to the next size where that is faster [default:
+    /// be --max-batch-size. Before the worker is ready it warms each size up on
+    /// a GPU, and the smallest on a CPU; a batch is padded to the next size
+    /// where that is faster [default:
     /// powers of two up to --max-batch-size]
     #[arg(
         long,

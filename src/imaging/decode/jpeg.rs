@@ -8,7 +8,8 @@
 //! that has all its pixels but no end marker is accepted (Pillow accepts some
 //! of these files, by the number of bits that are left), arithmetic codes may
 //! be longer than the 64 KiB that Pillow hands over at once, and coding without
-//! loss is refused by name.
+//! loss is refused by name. Limits of the work are refused too: see
+//! [`PASSES_MAX`] here, and [`segments`] for tables and scans.
 //!
 //! Parts: [`source`] reads bytes, bits and markers, [`segments`] what stands
 //! between scans, [`scan`] with [`huffman`] and [`arithmetic`] the coefficients.
