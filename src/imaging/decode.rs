@@ -11,8 +11,9 @@
 //!
 //! - 16-bit gray keeps its high byte, as 16-bit color does. Pillow clips it, so
 //!   that all but the darkest pixels turn white.
-//! - A PNG's orientation is read from eXIf and from plain XMP, not from
-//!   compressed text chunks: those are skipped, not inflated.
+//! - A PNG's orientation is read from eXIf, from the text that ImageMagick
+//!   writes, and from plain XMP, not from other compressed text, which is
+//!   skipped.
 //! - TIFF in YCbCr or L*a*b* is refused, and associated alpha is not divided
 //!   out.
 //! - PNG data with a wrong checksum is refused.
@@ -27,6 +28,7 @@ use self::pixels::turn;
 use super::budget::BudgetedSource;
 use super::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
 
+mod exif;
 mod gif;
 mod jpeg;
 mod pixels;
@@ -146,7 +148,7 @@ pub fn decode(
 /// formats. XMP is searched as text, as Pillow does.
 fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Orientation {
     exif.map(|exif| exif.strip_prefix(b"Exif\0\0").unwrap_or(exif))
-        .and_then(Orientation::from_exif_chunk)
+        .and_then(|exif| Orientation::from_exif(exif::orientation(exif)?))
         .or_else(|| xmp_orientation(xmp?))
         .unwrap_or(Orientation::NoTransforms)
 }

@@ -38,7 +38,10 @@ pub(super) fn decode(
     );
     let mut decoder = options.read_info(header.source(bytes)).map_err(fail)?;
     let screen = (decoder.width(), decoder.height());
-    header.admit(screen.0.into(), screen.1.into(), PIXEL_BYTES, other_bytes)?;
+    // A screen without pixels is as large as its frame.
+    if screen.0 > 0 && screen.1 > 0 {
+        header.admit(screen.0.into(), screen.1.into(), PIXEL_BYTES, other_bytes)?;
+    }
     let Some(frame) = decoder.next_frame_info().map_err(fail)? else {
         return Err(header.damaged("no frame"));
     };

@@ -30,7 +30,10 @@ pub(super) fn decode(
     let limits = Limits {
         bytes: header.decode_bytes_max(),
     };
-    let mut decoder = png::Decoder::new_with_limits(header.source(bytes), limits);
+    // Pillow does not miss the last chunk, which says nothing; the decoder does.
+    let ended = with_end(bytes);
+    let source = header.source(ended.as_deref().unwrap_or(bytes));
+    let mut decoder = png::Decoder::new_with_limits(source, limits);
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
     // Palettes and small grays become bytes, transparent colors become alpha,
@@ -39,7 +42,8 @@ pub(super) fn decode(
     let info = decoder.read_header_info().map_err(fail)?;
     let (width, height) = info.size();
     header.admit_pixels(width, height)?;
-    let other_bytes = row_bytes(info) + 3 * chunk_bytes + OTHER_BYTES;
+    let copy_bytes = ended.as_ref().map_or(0, Vec::capacity) as u64;
+    let other_bytes = row_bytes(info) + 3 * chunk_bytes + copy_bytes + OTHER_BYTES;
     header.admit(width, height, pixel_bytes(info.color_type), other_bytes)?;
 
     let mut reader = decoder.read_info().map_err(fail)?;
@@ -60,7 +64,12 @@ pub(super) fn decode(
     };
     let mut data = vec![0; width as usize * height as usize * layout.channels()];
     reader.next_frame(&mut data).map_err(fail)?;
-    let orientation = orientation(chunk(bytes, *b"eXIf"), chunk(bytes, *b"iTXt").and_then(xmp));
+    let text = match chunk(bytes, *b"eXIf") {
+        None => chunks(bytes).filter_map(exif_text).last(),
+        Some(_) => None,
+    };
+    let exif = chunk(bytes, *b"eXIf").or(text.as_deref());
+    let orientation = orientation(exif, chunk(bytes, *b"iTXt").and_then(xmp));
     let pixels = Pixels {
         width,
         height,
@@ -116,6 +125,57 @@ fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
         rest = after.get(4..)?;
         Some((kind, body))
     })
+}
+
+/// Returns a copy of a file with its last chunk, if the file ends behind a whole
+/// chunk of another kind.
+fn with_end(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (mut len, mut last) = (8, *b"IHDR");
+    for (kind, body) in chunks(bytes) {
+        len += 12 + body.len();
+        last = *kind;
+        if last == *b"IEND" {
+            return None;
+        }
+    }
+    (len == bytes.len() && last == *b"IDAT")
+        .then(|| [bytes, b"\0\0\0\0IEND\xae\x42\x60\x82"].concat())
+}
+
+/// Most bytes of EXIF data as text, which is twice as long and more.
+const TEXT_BYTES_MAX: usize = 256 << 10;
+
+/// Returns the EXIF data in a text chunk of ImageMagick's: after three line
+/// breaks, two digits for each byte.
+fn exif_text((kind, body): (&[u8; 4], &[u8])) -> Option<Vec<u8>> {
+    let text = body.strip_prefix(b"Raw profile type exif\0")?;
+    let inflated;
+    let text = match kind {
+        b"tEXt" => text,
+        b"zTXt" => {
+            inflated = inflate(text.strip_prefix(b"\0")?)?;
+            &inflated
+        }
+        _ => return None,
+    };
+    let lines = text.get(..TEXT_BYTES_MAX.min(text.len()))?;
+    let digits: Vec<u8> = lines
+        .split(|&byte| byte == b'\n')
+        .skip(3)
+        .flatten()
+        .filter(|byte| !byte.is_ascii_whitespace())
+        .map(|&byte| char::from(byte).to_digit(16)?.try_into().ok())
+        .collect::<Option<_>>()?;
+    let (pairs, _) = digits.as_chunks::<2>();
+    Some(pairs.iter().map(|[high, low]| high << 4 | low).collect())
+}
+
+/// Inflates a text of at most [`TEXT_BYTES_MAX`] bytes.
+fn inflate(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut text = Vec::with_capacity(TEXT_BYTES_MAX);
+    let mut decoder = flate2::Decompress::new(true);
+    let status = decoder.decompress_vec(bytes, &mut text, flate2::FlushDecompress::Finish);
+    (status.ok()? == flate2::Status::StreamEnd).then_some(text)
 }
 
 /// Returns the text of an XMP chunk that is not compressed.
