@@ -25,6 +25,17 @@ fn sequences(folder: &Path, one_size: bool) -> SequenceEngine {
     load(folder, &runtime)
 }
 
+/// Loads a model's sequences with the worker's own operators.
+fn with_own_operators() -> SequenceEngine {
+    let folder = tempfile::tempdir().expect("a folder");
+    let environment = environment(&find_library(None)).expect("make setup has brought it");
+    let runtime = Runtime {
+        n_threads: 2,
+        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
+    };
+    load(&folder.path().join("model"), &runtime)
+}
+
 fn load(folder: &Path, runtime: &Runtime) -> SequenceEngine {
     let path = folder.join("generate.onnx");
     if !path.exists() {
@@ -125,13 +136,7 @@ fn a_step_of_one_size_draws_the_same() {
 /// Compares three samples of one primer with and without a shared prefix.
 #[test]
 fn a_shared_prefix_changes_no_bit() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let environment = environment(&find_library(None)).expect("make setup has brought it");
-    let runtime = Runtime {
-        n_threads: 2,
-        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
-    };
-    let mut engine = load(&folder.path().join("model"), &runtime);
+    let mut engine = with_own_operators();
     assert!(engine.facts.shares_prefixes);
     let n_primer = prime(&mut engine, 0, 50);
     for slot in 1..SLOTS {
@@ -151,13 +156,7 @@ fn a_shared_prefix_changes_no_bit() {
 /// others.
 #[test]
 fn a_step_of_one_row_changes_no_bit() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let environment = environment(&find_library(None)).expect("make setup has brought it");
-    let runtime = Runtime {
-        n_threads: 2,
-        ..Runtime::new(environment, Provider::Cpu).expect("a runtime")
-    };
-    let mut engine = load(&folder.path().join("model"), &runtime);
+    let mut engine = with_own_operators();
     assert_eq!(engine.facts.rows_min, 1);
     let beside = steps(&mut engine, 20, [0; SLOTS], &[]).expect("steps");
     let mut of_run = Vec::new();
