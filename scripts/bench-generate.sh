@@ -9,7 +9,7 @@ python=$PARITY_VENV/bin/python
 work=target/bench-generate
 mkdir -p "$work"
 [ -d "$work/small" ] || "$python" tests/parity/card_recipe.py --random-small "$work/small"
-for precision in fp32 int8; do
+for precision in ${PRECISIONS:-fp32 int8}; do
     rm -rf "$work/$precision"
     target/release/imagegpt compile "$work/small" --output "$work/$precision" \
         --precision "$precision" --tasks score,generate >/dev/null

@@ -7,9 +7,10 @@
 
 A job runs undisturbed once. Then the same job is started many times; each time the
 client is killed (SIGKILL) at a random moment, and every second time a worker, too,
-which is started again. At last the job runs to its end, and every file must be
-identical to that of the undisturbed job. Workers make answers up, except with --int8:
-there a real model computes the vectors, and kills change which images share a batch.
+which is started again. When the job has ended, every file must be identical to that of
+the undisturbed one; where kills are left, another job begins. Workers make answers up,
+except with --int8: there a real model computes the vectors, and kills change which
+images share a batch.
 `make embed-chaos` does all three.
 """
 
@@ -58,6 +59,9 @@ class Disk:
 
     def digests(self, name: str) -> dict[str, str]:
         return digests(FOLDER / name)
+
+    def clear(self, name: str) -> None:
+        shutil.rmtree(FOLDER / name)
 
     def disturb(self) -> None:
         """Does nothing: a disk is not disturbed."""
@@ -114,6 +118,11 @@ class S3:
                 found[entry["Key"]] = hashlib.sha256(content).hexdigest()
         return found
 
+    def clear(self, name: str) -> None:
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=name):
+            for entry in page.get("Contents", []):
+                self.s3.delete_object(Bucket=name, Key=entry["Key"])
+
     def disturb(self) -> None:
         """Stops the server for up to two seconds, or slows it to a fifth of its speed for that time."""
         if random.random() < 0.5:
@@ -145,6 +154,17 @@ def int8_engine() -> tuple[str, ...]:
     return ("--model", str(model), "--execution-provider", "cpu", *BATCHES)
 
 
+def compare(store: Disk | S3, expected: dict[str, str], summary: dict, n_images: int, broken: int) -> str:
+    """Returns the digest of the killed job's files; raises where they are not those of the undisturbed one."""
+    found = store.digests("killed")
+    differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if differing:
+        raise SystemExit(f"{len(differing)} of {len(expected)} files differ: {sorted(differing)[:5]}")
+    if summary["images"] != n_images or summary["errors"] != broken:
+        raise SystemExit(f"{summary['images']} images with {summary['errors']} errors")
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--s3", action="store_true", help="read from and write to moto's S3")
@@ -161,6 +181,7 @@ def main() -> None:
     engine = int8_engine() if arguments.int8 else FAKE_ENGINE
     workers = [common.Worker(*engine) for _ in range(2)]
     try:
+        job = (store.source, store.output("killed"), workers, *flags)
         began = time.monotonic()
         whole = common.run(store.source, store.output("whole"), workers, *flags, env=store.env)
         took = time.monotonic() - began
@@ -168,9 +189,13 @@ def main() -> None:
             f"{'S3' if arguments.s3 else 'disk'}{', int8' if arguments.int8 else ''}, seed {arguments.seed}: undisturbed"
             f" {whole['images']} images, {whole['errors']} errors, {whole['parts']} parts in {took:.1f} s"
         )
+        broken = sum(common.is_broken(number) for number in range(n_images))
+        expected = store.digests("whole")
         killed = {"client": 0, "worker": 0}
-        ends = 0
-        for turn in range(arguments.kills):
+        jobs = 0
+        # A job that ends before its time is compared, and another one begun, so
+        # that every kill that is counted has met a running job.
+        while killed["client"] < arguments.kills:
             client = subprocess.Popen(
                 common.command(store.source, store.output("killed"), workers, *flags),
                 stdout=subprocess.DEVNULL,
@@ -181,31 +206,29 @@ def main() -> None:
             disturbance.start()
             # Spreads the kills over the whole job.
             time.sleep(store.start_seconds + random.uniform(0, 2) * took / arguments.kills)
-            if turn % 2:
+            if killed["client"] % 2 and client.poll() is None:
                 victim = random.choice(workers)
                 victim.kill()
                 killed["worker"] += 1
                 victim.start()
                 time.sleep(random.uniform(0.01, 0.2))
-            ends += client.poll() is not None
+            has_ended = client.poll() is not None
             client.kill()
             client.wait()
-            killed["client"] += 1
             disturbance.join()
-        last = common.run(store.source, store.output("killed"), workers, *flags, env=store.env)
-        expected, found = store.digests("whole"), store.digests("killed")
-        differing = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+            if has_ended:
+                compare(store, expected, common.run(*job, env=store.env), n_images, broken)
+                store.clear("killed")
+                jobs += 1
+            else:
+                killed["client"] += 1
+        last = common.run(*job, env=store.env)
+        together = compare(store, expected, last, n_images, broken)
         print(
-            f"killed the client {killed['client']} times and a worker {killed['worker']} times"
-            f" ({ends} runs had ended before); the last run did {last['images_this_run']} images"
+            f"killed running clients {killed['client']} times and a worker {killed['worker']} times in"
+            f" {jobs + 1} jobs; the last run did {last['images_this_run']} images"
         )
-        if differing:
-            raise SystemExit(f"{len(differing)} of {len(expected)} files differ: {sorted(differing)[:5]}")
-        broken = sum(common.is_broken(number) for number in range(n_images))
-        if last["images"] != n_images or last["errors"] != broken:
-            raise SystemExit(f"{last['images']} images with {last['errors']} errors")
-        together = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
-        print(f"all {len(found)} files are the same to the byte; together sha256 {together}")
+        print(f"all {len(expected)} files of each job are the same to the byte; together sha256 {together}")
     finally:
         for worker in workers:
             worker.kill()

@@ -91,6 +91,11 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     if args.portable {
         runtime.operators = None;
     }
+    // A provider that cannot run fails here, not after the reference, which takes
+    // minutes for a large model.
+    if args.provider == Provider::Cuda {
+        onnx::probe(&runtime)?;
+    }
     let options = CompileOptions {
         precision: args.precision,
         provider: args.provider,

@@ -67,6 +67,12 @@ impl ManifestHead {
     /// Returns the reason why the directory is refused, and what to do.
     fn refusal(&self) -> String {
         let (format, version) = (self.format, &self.tool_version);
+        if format > FORMAT {
+            return format!(
+                "has format {format}, written by imagegpt {version}; this version reads format \
+                 {FORMAT}; upgrade imagegpt, or compile the model again with this version"
+            );
+        }
         let command = match (&self.source, &self.precision) {
             (Some(source), Some(precision)) => format!(
                 " (imagegpt compile {} --precision {precision} --output DIR)",

@@ -93,7 +93,8 @@ pub(crate) fn cannot_be_had(provider: Provider, error: &ort::Error) -> EngineErr
         Provider::Cuda => EngineError::Provider(format!(
             "the CUDA execution provider cannot be used: {error}; it needs a GPU, the library of \
              onnxruntime-gpu (--onnxruntime) and CUDA's libraries on LD_LIBRARY_PATH; \
-             `imagegpt doctor` says what is missing; or use --execution-provider cpu"
+             `imagegpt doctor` says what is missing; or choose the CPU (--execution-provider cpu, \
+             for `compile` --provider cpu)"
         )),
     }
 }

@@ -34,7 +34,7 @@ use crate::runtime::{Runtime, pages, products_of_bytes_overflow};
 
 /// Largest tensor that is written into the graph, in bytes: this includes all
 /// norms and biases, and no matrix of a real model.
-const INLINE_BYTES_MAX: u64 = 64 << 10;
+pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
 /// Offset that cannot be read because it is beyond the end of any file.
 const NOWHERE: u64 = 1 << 50;
 /// Setting of the directory in which a graph from memory looks for its files.

@@ -703,7 +703,7 @@ async fn a_folder_of_an_older_version_is_refused_with_what_to_do() {
     std::fs::write(dir.path().join("imagegpt.json"), manifest).expect("written");
     let why = why_not(dir.path()).await;
     let part =
-        "has format 8 of version 9.0.0; this version reads format 7; compile the model again";
+        "has format 8, written by imagegpt 9.0.0; this version reads format 7; upgrade imagegpt";
     assert!(why.contains(part), "{why}");
 }
 

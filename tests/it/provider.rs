@@ -11,6 +11,7 @@ use imagegpt::proto::pb;
 use imagegpt::runtime::error::EngineError;
 
 use crate::harness::{self, Running, until_sample};
+use crate::process;
 
 fn load(provider: ProviderChoice) -> Result<OnnxEngine, EngineError> {
     let model = Model::open(&harness::model_dir("micro"), None).expect("a model");
@@ -56,6 +57,24 @@ fn cuda_is_had_or_an_error() {
         }
         Err(other) => panic!("{other}"),
     }
+}
+
+#[test]
+fn compile_says_that_cuda_is_missing_before_it_reads_the_model() {
+    if has_gpu() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let output = process::program()
+        .args(["compile", "models/untrained", "--precision", "bf16"])
+        .args(["--provider", "cuda", "--output"])
+        .arg(dir.path().join("compiled"))
+        .output()
+        .expect("the program runs");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("--provider cpu"), "{text}");
+    assert!(!text.contains("reading the source"), "{text}");
 }
 
 /// Waits for a series to be 1: the task that announces the model sets the

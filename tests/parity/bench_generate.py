@@ -173,15 +173,18 @@ def main() -> None:
         for n in SEQUENCES:
             worker = Worker(program, work / precision, n, pb, services)
             alike = ["--generate-own", str(OWN)]
-            loops = [[bare_loop(program, work / precision, n, own) for own in (alike, [])] for _ in range(ROUNDS)]
+            rates = {past: ([], [], [], []) for past in ROWS}
+            for _ in range(ROUNDS):
+                # A loop goes over all pasts, since to load the model takes longest.
+                bare = bare_loop(program, work / precision, n, alike)
+                apart = bare_loop(program, work / precision, n, [])
+                for past, (theirs, alone, ours, unshared) in rates.items():
+                    theirs.append(reference.rate(n, past))
+                    alone.append(bare[past])
+                    ours.append(worker.rate(past))
+                    unshared.append(apart[past])
             for past in ROWS:
-                rates = [[], [], [], []]
-                for round in range(ROUNDS):
-                    rates[0].append(reference.rate(n, past))
-                    rates[1].append(loops[round][0][past])
-                    rates[2].append(worker.rate(past))
-                    rates[3].append(loops[round][1][past])
-                theirs, bare, ours, apart = (median(values) for values in rates)
+                theirs, bare, ours, apart = (median(values) for values in rates[past])
                 positions = past - OWN + n * OWN
                 bytes_read = weights + positions * LAYERS * 2 * HEADS * HEAD_DIM * cached
                 roofline = bytes_read / read / (n / ours)

@@ -26,6 +26,7 @@ use ort::operator::KernelContext;
 use ort::value::{DynTensorRef, DynTensorValueType, PrimitiveTensorElementType, TensorElementType};
 
 use crate::kernels::layers::{Activation, DenseWeights, LayerWeights, Sizes, Weight};
+use crate::runtime::load::INLINE_BYTES_MAX;
 
 /// Number of constant inputs per layer.
 pub(super) const CONSTANTS: usize = 14;
@@ -174,7 +175,8 @@ impl<'ctx> Constants<'ctx> {
         }
         for dense in products {
             dense.weights.len().hash(&mut identity);
-            if size_of_val(dense.weights) <= COPIED_BYTES_MAX {
+            // A tensor within the graph is copied by each session.
+            if size_of_val(dense.weights) as u64 <= INLINE_BYTES_MAX {
                 identity.write(bytemuck::cast_slice(dense.weights));
             } else {
                 dense.weights.as_ptr().addr().hash(&mut identity);
@@ -183,6 +185,3 @@ impl<'ctx> Constants<'ctx> {
         Ok(identity.finish())
     }
 }
-
-/// Largest weights of which each session has a copy.
-const COPIED_BYTES_MAX: usize = 64 << 10;
