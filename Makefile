@@ -109,8 +109,8 @@ target/tools/bin/cargo-machete:
 	cargo install --locked --debug --version 0.9.2 --root target/tools cargo-machete
 
 .PHONY: bench
-bench: setup ## Measure decode, resize and quantize on one core (images per second)
-	cargo bench --locked --bench preprocess
+bench: setup $(CORPUS_VENV)/.done ## Measure decoding, resizing and tokens on one core beside Pillow (images per second)
+	$(CORPUS_VENV)/bin/python scripts/bench_pictures.py
 
 .PHONY: bench-overhead
 bench-overhead: setup ## Measure images per second through gRPC against the bare engine

@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use self::cost::DecodeCost;
+use self::decode::{RowSink, decode_rows};
+use self::resize::RowResize;
+use self::turn::Turn;
 
 pub(crate) mod budget;
 pub(crate) mod cost;
@@ -25,6 +28,7 @@ mod error;
 pub(crate) mod quantize;
 pub mod render;
 pub mod resize;
+mod turn;
 
 pub use self::budget::DecodeBudget;
 pub use self::decode::ImageFormat;
@@ -187,11 +191,11 @@ impl Preprocessor {
         let started = Instant::now();
         match input {
             ImageInput::Encoded(bytes) => {
-                let image = decode::decode(bytes, options.alpha, &self.limits, budget)?;
-                let decode = started.elapsed();
-                let mut tokenized = self.tokenize_pixels(image.view(), options.fit);
-                tokenized.timings.decode = decode;
-                Ok(tokenized)
+                let mut sink = Resizing::new(self.side, options.fit);
+                decode_rows(bytes, options.alpha, &self.limits, budget, &mut sink)?;
+                let decode = started.elapsed().saturating_sub(sink.took);
+                let resize = sink.resize.ok_or(PreprocessError::NotAnImage)?;
+                Ok(self.tokens_of(sink.took, decode, || resize.finish()))
             }
             ImageInput::Rgb8 {
                 width,
@@ -199,7 +203,8 @@ impl Preprocessor {
                 pixels,
             } => {
                 let view = self.check_rgb8(*width, *height, pixels)?;
-                Ok(self.tokenize_pixels(view, options.fit))
+                let resize = || resize::resize(view, self.side, options.fit);
+                Ok(self.tokens_of(Duration::ZERO, Duration::ZERO, resize))
             }
             ImageInput::Tokens(ids) => {
                 if ids.len() != self.positions() {
@@ -222,15 +227,21 @@ impl Preprocessor {
         }
     }
 
-    fn tokenize_pixels(&self, image: RgbView<'_>, fit: Fit) -> Tokenized {
+    /// Returns the tokens of a square that `resize` makes, after it took some
+    /// time already.
+    fn tokens_of(
+        &self,
+        resized: Duration,
+        decode: Duration,
+        resize: impl FnOnce() -> RgbImage,
+    ) -> Tokenized {
         let started = Instant::now();
-        let small = resize::resize(image, self.side, fit);
-        let tokens = self.quantizer.quantize(&small.pixels);
+        let tokens = self.quantizer.quantize(&resize().pixels);
         Tokenized {
             tokens,
             timings: StageTimings {
-                decode: Duration::ZERO,
-                quantize: started.elapsed(),
+                decode,
+                quantize: resized + started.elapsed(),
             },
         }
     }
@@ -287,7 +298,7 @@ impl Preprocessor {
 }
 
 /// Decoded pixels: rows from top to bottom, 3 bytes per pixel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RgbImage {
     pub width: u32,
     pub height: u32,
@@ -330,6 +341,41 @@ impl<'a> RgbView<'a> {
             height: height as usize,
             pixels,
         })
+    }
+}
+
+/// Sink that resizes rows as they are decoded.
+struct Resizing {
+    side: u32,
+    fit: Fit,
+    resize: Option<RowResize>,
+    /// Time that was spent on the resize.
+    took: Duration,
+}
+
+impl Resizing {
+    fn new(side: u32, fit: Fit) -> Self {
+        Self {
+            side,
+            fit,
+            resize: None,
+            took: Duration::ZERO,
+        }
+    }
+}
+
+impl RowSink for Resizing {
+    fn begin(&mut self, width: u32, height: u32, turn: Turn) {
+        let size = (width as usize, height as usize);
+        self.resize = Some(RowResize::new(size, turn, self.side, self.fit));
+    }
+
+    fn take(&mut self, rows: &[u8]) {
+        let started = Instant::now();
+        if let Some(resize) = &mut self.resize {
+            resize.take(rows);
+        }
+        self.took += started.elapsed();
     }
 }
 

@@ -24,15 +24,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use image::ImageError;
 use image::metadata::Orientation;
 
-use self::pixels::turn;
+use self::rows::WholeImage;
 use super::budget::BudgetedSource;
 use super::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
+
+pub(crate) use self::rows::RowSink;
 
 mod exif;
 mod gif;
 mod jpeg;
 mod pixels;
 mod png;
+mod rows;
 mod tiff;
 mod webp;
 mod wrapped;
@@ -95,7 +98,7 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// Decodes an image file.
+/// Decodes an image file to a whole image.
 ///
 /// # Errors
 ///
@@ -107,6 +110,35 @@ pub fn decode(
     limits: &ImageLimits,
     budget: &DecodeBudget<'_>,
 ) -> Result<RgbImage, PreprocessError> {
+    let mut whole = WholeImage::default();
+    decode_to(bytes, alpha, limits, budget, &mut whole, true)?;
+    Ok(whole.upright())
+}
+
+/// Decodes an image file to rows. A sink that took rows has nothing of use
+/// after an error.
+///
+/// # Errors
+///
+/// As for [`decode`].
+pub(crate) fn decode_rows(
+    bytes: &[u8],
+    alpha: Alpha,
+    limits: &ImageLimits,
+    budget: &DecodeBudget<'_>,
+    sink: &mut dyn RowSink,
+) -> Result<(), PreprocessError> {
+    decode_to(bytes, alpha, limits, budget, sink, false)
+}
+
+fn decode_to(
+    bytes: &[u8],
+    alpha: Alpha,
+    limits: &ImageLimits,
+    budget: &DecodeBudget<'_>,
+    sink: &mut dyn RowSink,
+    gathers: bool,
+) -> Result<(), PreprocessError> {
     if bytes.is_empty() {
         return Err(PreprocessError::Empty);
     }
@@ -122,12 +154,13 @@ pub fn decode(
         format,
         limits,
         budget,
+        gathers,
     };
     // Nothing is shared with the decoders, so a panic leaves nothing half done.
     catch_unwind(AssertUnwindSafe(|| {
         let (pixels, orientation) = match format {
+            ImageFormat::Jpeg => return jpeg::decode(bytes, header, sink),
             ImageFormat::Png => png::decode(bytes, header),
-            ImageFormat::Jpeg => jpeg::decode(bytes, header),
             ImageFormat::WebP => webp::decode(bytes, header),
             ImageFormat::Gif => gif::decode(bytes, header),
             ImageFormat::Bmp => wrapped::bmp(bytes, header),
@@ -136,7 +169,8 @@ pub fn decode(
         // A decoder may take a read that the budget refused for the end of the
         // file.
         budget.check()?;
-        Ok(turn(pixels.into_rgb(alpha), orientation))
+        pixels.pour(alpha, orientation.into(), sink);
+        Ok(())
     }))
     .unwrap_or(Err(PreprocessError::Panicked { format }))
     .map_err(|error| budget.error_or(error))
@@ -172,6 +206,8 @@ struct Header<'a> {
     format: ImageFormat,
     limits: &'a ImageLimits,
     budget: &'a DecodeBudget<'a>,
+    /// True if the rows are gathered to a whole image.
+    gathers: bool,
 }
 
 impl<'a> Header<'a> {
@@ -184,9 +220,9 @@ impl<'a> Header<'a> {
     /// Refuses an image that is too large.
     ///
     /// `pixel_bytes` is the most that the decoder holds per pixel, its own
-    /// output included. The RGB pixels that are made of the output, and their
-    /// copy while they are turned, are added here. `other_bytes` is the memory
-    /// that the decoder holds besides.
+    /// output included, and `other_bytes` the memory that it holds besides. For
+    /// a whole image, its RGB pixels and their copy while they are turned are
+    /// added here.
     fn admit(
         self,
         width: u32,
@@ -201,7 +237,8 @@ impl<'a> Header<'a> {
         let decoding = pixels
             .saturating_mul(pixel_bytes)
             .saturating_add(other_bytes);
-        let following = pixels.saturating_mul(3);
+        let following = if self.gathers { 3 } else { 0 };
+        let following = pixels.saturating_mul(following);
         let bytes = decoding
             .saturating_add(following)
             .max(following.saturating_mul(2));

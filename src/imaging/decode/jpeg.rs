@@ -18,16 +18,14 @@
 //! by row; the coefficients of several scans are gathered first
 //! ([`coefficients`]), and estimated if they are missing ([`smooth`]).
 //!
-//! Memory: the pixels, ten rows of samples for each row of blocks, and for
-//! several scans 2 bytes per coefficient, padded to whole units of the largest
+//! Memory: ten rows of samples for each row of blocks, the rows of pixels that
+//! are made of them, and for several scans 2 bytes per coefficient, padded to whole units of the largest
 //! sampling.
 //!
 //! Work: each scan goes over the blocks of its components, whatever the number
 //! of its bytes. The sum over all scans is limited to [`PASSES_MAX`] times the
 //! pixels that an image may have. After the scans, each block is transformed
 //! once.
-
-use image::metadata::Orientation;
 
 use self::coefficients::Coefficients;
 use self::color::JpegColors;
@@ -38,8 +36,7 @@ use self::scan::{BlockPlace, BlockSink, ScanDecoder};
 use self::segments::{JpegScan, JpegSegments, NextPart};
 use self::smooth::Smoothing;
 use self::source::JpegSource;
-use super::pixels::{PixelLayout, Pixels};
-use super::{Header, PreprocessError, orientation};
+use super::{Header, PreprocessError, RowSink, orientation};
 
 mod arithmetic;
 mod coefficients;
@@ -69,27 +66,29 @@ const EMPTY: &str = "no frame header or no scan";
 pub(super) fn decode(
     bytes: &[u8],
     header: Header<'_>,
-) -> Result<(Pixels, Orientation), PreprocessError> {
+    sink: &mut dyn RowSink,
+) -> Result<(), PreprocessError> {
     let mut decoder = JpegDecoder::new(bytes, header);
     let scan = decoder.read_header()?;
     let frame = decoder.frame()?;
     let (width, height) = (frame.width, frame.height);
     let colors = JpegColors::guess(frame, decoder.segments.markers);
     let bytes = decoder.held_bytes(&scan)?;
-    header.admit(width, height, 3, bytes)?;
-    let data = decoder.decode(scan, colors)?;
-    let pixels = Pixels {
-        width,
-        height,
-        layout: if colors == JpegColors::Gray {
-            PixelLayout::Gray
-        } else {
-            PixelLayout::Rgb
-        },
-        data,
-    };
+    header.admit(width, height, 0, bytes)?;
     let segments = &decoder.segments;
-    Ok((pixels, orientation(segments.exif.as_deref(), segments.xmp)))
+    // Pillow knows no segments behind the first scan.
+    let orientation = orientation(segments.exif.as_deref(), segments.xmp);
+    sink.begin(width, height, orientation.into());
+    let mut colored = Vec::new();
+    decoder.decode(scan, colors, &mut |rows| {
+        if colors == JpegColors::Gray {
+            colored.clear();
+            colored.extend(rows.iter().flat_map(|gray| [*gray; 3]));
+            sink.take(&colored);
+        } else {
+            sink.take(rows);
+        }
+    })
 }
 
 /// Requirements on a JPEG inside another file, and the work and memory that the
@@ -131,7 +130,10 @@ pub(super) fn decode_samples(
     }
     let held = inside.held_bytes + decoder.held_bytes(&scan)?;
     header.admit(width, height, inside.components as u64, held)?;
-    let samples = decoder.decode(scan, JpegColors::Stored(count))?;
+    let mut samples = Vec::with_capacity(width as usize * height as usize * count);
+    decoder.decode(scan, JpegColors::Stored(count), &mut |rows| {
+        samples.extend_from_slice(rows);
+    })?;
     inside.scanned = decoder.scanned;
     Ok(samples)
 }
@@ -198,22 +200,30 @@ impl<'a> JpegDecoder<'a> {
                 u64::from(across) * 8 * u64::from(v) * ROWS + u64::from(frame.width) + 8
             })
             .sum();
+        // The pixels of the row groups that a row of units ends, and their colors
+        // if they are gray.
+        let made = u64::from(frame.width) * 4 * 9 * u64::from(frame.sampling.1);
         let metadata = self.segments.exif.as_ref().map_or(0, Vec::capacity) as u64;
-        Ok(coefficients + rows + metadata + TABLES)
+        Ok(coefficients + rows + made + metadata + TABLES)
     }
 
-    /// Decodes the scans, from the first on, and returns the pixels.
-    fn decode(&mut self, scan: JpegScan, colors: JpegColors) -> Result<Vec<u8>, PreprocessError> {
+    /// Decodes the scans, from the first on, and emits the rows of pixels.
+    fn decode(
+        &mut self,
+        scan: JpegScan,
+        colors: JpegColors,
+        emit: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PreprocessError> {
         if scan.is_whole(self.frame()?) {
-            let pixels = self.decode_single(&scan, colors)?;
+            self.decode_single(&scan, colors, emit)?;
             // libjpeg reads on to the end marker, if there is one.
             return match self.segments.read(&mut self.source, self.header)? {
                 NextPart::Scan(_) => Err(self.header.damaged("a scan behind the last one")),
-                NextPart::EndOfImage | NextPart::EndOfFile => Ok(pixels),
+                NextPart::EndOfImage | NextPart::EndOfFile => Ok(()),
             };
         }
         let coefficients = self.gather(scan)?;
-        self.transform(&coefficients, colors)
+        self.transform(&coefficients, colors, emit)
     }
 
     /// Prepares for a scan.
@@ -251,7 +261,8 @@ impl<'a> JpegDecoder<'a> {
         &mut self,
         scan: &JpegScan,
         colors: JpegColors,
-    ) -> Result<Vec<u8>, PreprocessError> {
+        emit: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PreprocessError> {
         let mut decoder = self.begin_scan(scan)?;
         let header = self.header;
         let frame = self.segments.frame.as_ref();
@@ -269,9 +280,9 @@ impl<'a> JpegDecoder<'a> {
             for row in decoder.rows(unit_row, frame) {
                 decoder.row(row, frame, &mut self.source, &mut sink, header)?;
             }
-            picture.end_unit_row(unit_row);
+            emit(picture.end_unit_row(unit_row));
         }
-        Ok(picture.into_pixels())
+        Ok(())
     }
 
     /// Returns the factors of each component.
@@ -311,7 +322,8 @@ impl<'a> JpegDecoder<'a> {
         &self,
         coefficients: &Coefficients,
         colors: JpegColors,
-    ) -> Result<Vec<u8>, PreprocessError> {
+        emit: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PreprocessError> {
         let frame = self.frame()?;
         let factors = self.factors();
         let smooth = smooth::is_useful(coefficients, &self.quantization, frame);
@@ -339,9 +351,9 @@ impl<'a> JpegDecoder<'a> {
                     }
                 }
             }
-            picture.end_unit_row(unit_row);
+            emit(picture.end_unit_row(unit_row));
         }
-        Ok(picture.into_pixels())
+        Ok(())
     }
 }
 

@@ -42,11 +42,6 @@ impl Axis {
         }
     }
 
-    /// Returns an axis that keeps every pixel as it is.
-    pub(super) fn identity(source_len: usize) -> Self {
-        Self::whole(source_len, source_len)
-    }
-
     /// Returns true if the length stays the same, so that Pillow skips the
     /// pass.
     pub(super) fn is_identity(&self) -> bool {
@@ -59,11 +54,11 @@ impl Axis {
         self.source_len as i128 - i128::from(self.result_len)
     }
 
-    pub(super) fn taps(&self) -> Vec<Taps> {
-        self.window
-            .clone()
-            .map(|position| Taps::new(self, position))
-            .collect()
+    /// Returns the taps of the window; of a source that is mirrored, if it is.
+    pub(super) fn taps(&self, mirrored: bool) -> Vec<Taps> {
+        let last = mirrored.then(|| self.source_len - 1);
+        let taps = |position| Taps::new(self, position).mirrored(last);
+        self.window.clone().map(taps).collect()
     }
 }
 
@@ -74,6 +69,8 @@ impl Axis {
 #[derive(Clone, Debug)]
 pub(super) struct Taps {
     pub(super) source: Range<usize>,
+    /// Index of the last source pixel, if the source is mirrored.
+    last: Option<usize>,
     center: f64,
     /// One over the filter's half width in source pixels.
     sharpness: f64,
@@ -87,11 +84,12 @@ impl Taps {
         clippy::cast_precision_loss,
         reason = "positions are clamped to the source, which is far below 2^53"
     )]
-    pub(super) fn new(axis: &Axis, position: u64) -> Self {
+    fn new(axis: &Axis, position: u64) -> Self {
         if axis.is_identity() {
             let index = position as usize;
             return Self {
                 source: index..index + 1,
+                last: None,
                 center: index as f64 + 0.5,
                 sharpness: 1.0,
                 total: 1.0,
@@ -104,6 +102,7 @@ impl Taps {
         let end = ((center + support + 0.5) as usize).min(axis.source_len);
         let mut taps = Self {
             source: first..end,
+            last: None,
             center,
             sharpness: 1.0 / support,
             total: 1.0,
@@ -112,8 +111,17 @@ impl Taps {
         taps
     }
 
+    /// Returns the taps of a source that is mirrored, whose last pixel is given.
+    fn mirrored(mut self, last: Option<usize>) -> Self {
+        if let Some(last) = last {
+            self.source = last + 1 - self.source.end..last + 1 - self.source.start;
+            self.last = Some(last);
+        }
+        self
+    }
+
     #[expect(clippy::cast_precision_loss, reason = "indexes are far below 2^53")]
-    pub(super) fn raw(&self, index: usize) -> f64 {
+    fn raw(&self, index: usize) -> f64 {
         let distance = (index as f64 - self.center + 0.5) * self.sharpness;
         (1.0 - distance.abs()).max(0.0)
     }
@@ -125,6 +133,7 @@ impl Taps {
         reason = "a weight lies between 0 and 1, so it fits"
     )]
     pub(super) fn weight(&self, index: usize) -> u32 {
+        let index = self.last.map_or(index, |last| last - index);
         (0.5 + self.raw(index) / self.total * ONE) as u32
     }
 }

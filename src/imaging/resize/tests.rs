@@ -1,3 +1,6 @@
+use image::metadata::Orientation;
+
+use super::super::turn::turned;
 use super::*;
 
 fn noise(width: u32, height: u32) -> RgbImage {
@@ -77,6 +80,42 @@ fn a_window_equals_its_part_of_the_whole() {
     check(100, 37, 37);
     // Vertical pass first.
     check(250, 800, 250);
+}
+
+/// Checks that an image is resized as it would be after it was turned, however
+/// many rows come at a time.
+#[test]
+fn rows_are_turned_on_their_way() {
+    // Wide, tall, larger and smaller than the result, and of its size.
+    let sizes = [
+        (97, 40),
+        (40, 97),
+        (300, 33),
+        (33, 300),
+        (5, 3),
+        (32, 70),
+        (70, 32),
+        (32, 32),
+    ];
+    for (width, height) in sizes {
+        let image = noise(width, height);
+        for orientation in 1..=8 {
+            let turn = Turn::from(Orientation::from_exif(orientation).unwrap());
+            let upright = turned(image.clone(), turn);
+            for fit in [Fit::Squash, Fit::CenterCrop] {
+                let expected = resize(upright.view(), 32, fit);
+                for rows in [1, 2, 7, height as usize] {
+                    let size = (width as usize, height as usize);
+                    let mut resize = RowResize::new(size, turn, 32, fit);
+                    for rows in image.pixels.chunks(rows * width as usize * 3) {
+                        resize.take(rows);
+                    }
+                    let ours = resize.finish();
+                    assert_eq!(ours, expected, "{width} x {height}, {orientation}, {fit:?}");
+                }
+            }
+        }
+    }
 }
 
 /// Checks offsets against Python's `int(round((side - 224) / 2.0))`.

@@ -24,29 +24,29 @@ impl ColumnWeights {
     const FEW: usize = 12;
 
     #[expect(clippy::cast_possible_truncation, reason = "the halves are meant")]
-    pub(super) fn fill(&mut self, taps: &Taps) {
-        self.few.clear();
-        self.low.clear();
-        self.high.clear();
+    pub(super) fn new(taps: &Taps) -> Self {
+        let mut made = Self::default();
         if taps.source.len() <= Self::FEW {
             let weights = taps.source.clone().map(|index| taps.weight(index));
-            self.few.extend(weights);
-            return;
+            made.few.extend(weights);
+            return made;
         }
         let mut seen = 0;
         for index in taps.source.clone() {
             let weight = taps.weight(index);
             seen |= weight;
-            self.low.extend([weight as u16; 3]);
+            made.low.extend([weight as u16; 3]);
         }
         if seen > u32::from(u16::MAX) {
             for index in taps.source.clone() {
-                self.high.extend([(taps.weight(index) >> 16) as u16; 3]);
+                made.high.extend([(taps.weight(index) >> 16) as u16; 3]);
             }
         }
+        made
     }
 
-    pub(super) fn apply(&self, pixels: &[u8]) -> [u8; 3] {
+    /// Returns the weighted mean of the pixels.
+    pub(super) fn mean(&self, pixels: &[u8]) -> [u8; 3] {
         if !self.few.is_empty() {
             let (pixels, _) = pixels.as_chunks::<3>();
             let mut sums = [HALF; 3];

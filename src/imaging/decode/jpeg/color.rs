@@ -1,6 +1,8 @@
 //! Converts the components of a JPEG to colors, bit for bit as libjpeg-turbo
 //! and then Pillow do.
 
+use multiversion::multiversion;
+
 use super::super::pixels::cmyk_to_rgb;
 use super::frame::JpegFrame;
 use super::huffman::low_bits;
@@ -85,6 +87,7 @@ impl JpegColors {
 
 /// Converts rows of luma and chroma. Each step goes over some columns, which
 /// the compiler turns into vectors.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2"))]
 fn convert_ycc(luma: &[u8], cb: &[u8], cr: &[u8], target: &mut [u8]) {
     const STEP: usize = 32;
     let (luma, luma_rest) = luma.as_chunks::<STEP>();
@@ -113,7 +116,8 @@ fn convert_ycc(luma: &[u8], cb: &[u8], cr: &[u8], target: &mut [u8]) {
 /// Returns `number * factor / 65536` of a number of at most 9 bits, rounded.
 #[inline]
 fn scaled(number: i16, factor: i16) -> i16 {
-    let twice = (2 * i32::from(number) * i32::from(factor)) >> 16;
+    // The upper half of a product of 16-bit numbers, which vectors have.
+    let twice = (i32::from(2 * number) * i32::from(factor)) >> 16;
     (low_bits(twice) + 1) >> 1
 }
 

@@ -5,7 +5,9 @@
 //! them: an invalid code is a zero, and coefficients beyond the last are put in
 //! the last place.
 
-use super::source::{BitBuffer, JpegSource};
+use multiversion::multiversion;
+
+use super::source::{BitBuffer, JpegSource, extended};
 
 /// Coefficients of a block, row by row.
 pub(super) type JpegBlock = [i16; 64];
@@ -39,7 +41,7 @@ const fn natural_order() -> [u8; 128] {
 }
 
 /// Number of bits by which short codes are looked up.
-const LOOKUP_BITS: u32 = 9;
+const LOOKUP_BITS: u32 = 10;
 
 /// Code lengths and symbols, as a file defines them.
 #[derive(Clone)]
@@ -49,11 +51,23 @@ pub(super) struct HuffmanCode {
     pub(super) symbols: [u8; 256],
 }
 
+/// Coefficient of a code that is looked up together with its value.
+#[derive(Clone, Copy, Default)]
+struct QuickCode {
+    value: i16,
+    zeros: u8,
+    /// Bits of the code and its value, or 0 if they are too many.
+    bits: u8,
+}
+
 /// Table that decodes a Huffman code.
 pub(super) struct HuffmanTable {
     /// Length of the code in the upper byte, and its symbol; or zero for bits
     /// that begin a longer code.
     lookup: Box<[u16; 1 << LOOKUP_BITS]>,
+    /// For bits that hold a code with its value: the value, the zeros before it
+    /// and the length of both; or zero.
+    quick: Box<[QuickCode; 1 << LOOKUP_BITS]>,
     /// Largest code of each length, or -1.
     largest: [i32; 17],
     /// Difference between the index of a symbol and its code, by length.
@@ -67,6 +81,7 @@ impl HuffmanTable {
     pub(super) fn new(code: &HuffmanCode, differences: bool) -> Option<Self> {
         let mut table = Self {
             lookup: Box::new([0; 1 << LOOKUP_BITS]),
+            quick: Box::new([QuickCode::default(); 1 << LOOKUP_BITS]),
             largest: [-1; 17],
             offset: [0; 17],
             symbols: code.symbols,
@@ -96,7 +111,28 @@ impl HuffmanTable {
             index += count;
             next <<= 1;
         }
+        if !differences {
+            table.fill_quick();
+        }
         Some(table)
+    }
+
+    /// Finds the bits that hold a code with its value.
+    fn fill_quick(&mut self) {
+        for ((bits, quick), entry) in (0_i32..).zip(self.quick.iter_mut()).zip(&*self.lookup) {
+            let [code_len, symbol] = entry.to_be_bytes();
+            let (zeros, len) = (symbol >> 4, symbol & 15);
+            let total = code_len + len;
+            if code_len == 0 || len == 0 || u32::from(total) > LOOKUP_BITS {
+                continue;
+            }
+            let value = (bits >> (LOOKUP_BITS - u32::from(total))) & ((1 << len) - 1);
+            *quick = QuickCode {
+                value: low_bits(extended(value, len.into())),
+                zeros,
+                bits: total,
+            };
+        }
     }
 
     /// Returns the symbol of the next code, or 0 for bits that are no code.
@@ -245,7 +281,7 @@ fn difference(table: &HuffmanTable, bits: &mut BitBuffer, source: &mut JpegSourc
     }
 }
 
-#[inline]
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2"))]
 fn sequential(
     first: &HuffmanTable,
     others: &HuffmanTable,
@@ -259,6 +295,14 @@ fn sequential(
     let mut at = 1;
     while at < 64 {
         bits.refill(source);
+        let quick = others.quick[bits.peek(LOOKUP_BITS)];
+        if quick.bits > 0 {
+            bits.skip(quick.bits.into(), source);
+            at += usize::from(quick.zeros);
+            block[usize::from(NATURAL_ORDER[at & 127] & 63)] = quick.value;
+            at += 1;
+            continue;
+        }
         let symbol = others.symbol(&mut bits, source);
         let (zeros, len) = (symbol >> 4, symbol & 15);
         at += usize::from(zeros);

@@ -9,6 +9,9 @@
 
 use super::huffman::JpegBlock;
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 /// Bits of the constants behind the point.
 const POINT: u32 = 13;
 
@@ -38,12 +41,35 @@ type Rows = [[i16; 8]; 8];
 
 /// Transforms a block, and writes its samples to 8 rows that begin `stride`
 /// bytes apart.
+#[inline]
 pub(super) fn transform(
     block: &JpegBlock,
     quantization: &JpegBlock,
     samples: &mut [u8],
     stride: usize,
 ) {
+    let levels = samples_of(block, quantization);
+    let (rows, _) = levels.as_chunks::<8>();
+    for (row, samples) in rows.iter().zip(samples.chunks_mut(stride)) {
+        let Some(samples) = samples.first_chunk_mut::<8>() else {
+            return;
+        };
+        *samples = *row;
+    }
+}
+
+/// Returns the samples of a block.
+#[inline]
+fn samples_of(block: &JpegBlock, quantization: &JpegBlock) -> [u8; 64] {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(samples) = avx2::samples(block, quantization) {
+        return samples;
+    }
+    portable(block, quantization)
+}
+
+/// Returns the samples of a block, with operations of every CPU.
+fn portable(block: &JpegBlock, quantization: &JpegBlock) -> [u8; 64] {
     let (coefficients, _) = block.as_chunks::<8>();
     let (factors, _) = quantization.as_chunks::<8>();
     let mut rows: Rows = [[0; 8]; 8];
@@ -64,14 +90,11 @@ pub(super) fn transform(
         pass::<{ POINT - 2 }>(&rows)
     };
     let levels = transpose(&pass::<{ POINT + 5 }>(&transpose(&columns)));
-    for (levels, samples) in levels.iter().zip(samples.chunks_mut(stride)) {
-        let Some(samples) = samples.first_chunk_mut::<8>() else {
-            return;
-        };
-        for (sample, level) in samples.iter_mut().zip(levels) {
-            *sample = to_sample(*level);
-        }
+    let mut samples = [0; 64];
+    for (sample, level) in samples.iter_mut().zip(levels.as_flattened()) {
+        *sample = to_sample(*level);
     }
+    samples
 }
 
 /// Writes the samples of a block that has no coefficient but the first.
@@ -198,6 +221,28 @@ mod tests {
             for (ours, exact) in samples(&block, &[1; 64]).iter().zip(exact(&block)) {
                 assert!((f64::from(*ours) - exact).abs() < 1.0, "{ours} for {exact}");
             }
+        }
+    }
+
+    /// Compares over the whole range of coefficients, in which sums wrap and
+    /// results saturate.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn vectors_compute_what_the_portable_code_does() {
+        let mut state = 1_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            i16::from_be_bytes([state.to_be_bytes()[0], state.to_be_bytes()[1]])
+        };
+        for turn in 0..20_000 {
+            let (shift, last) = (turn % 16, turn / 16 % 64);
+            let block: JpegBlock =
+                std::array::from_fn(|at| if at <= last { next() >> shift } else { 0 });
+            let factors: JpegBlock = std::array::from_fn(|_| next() >> (turn % 13));
+            let Some(ours) = avx2::samples(&block, &factors) else {
+                return;
+            };
+            assert_eq!(ours, portable(&block, &factors), "{block:?} {factors:?}");
         }
     }
 

@@ -1,5 +1,5 @@
 //! The samples of a JPEG on their way to pixels: a few rows of each component,
-//! which are enlarged, converted and appended to the picture.
+//! which are enlarged and converted.
 
 use super::color::JpegColors;
 use super::frame::JpegFrame;
@@ -21,6 +21,7 @@ pub(super) struct GrowingPicture {
     needs_below: bool,
     /// Enlarged rows, one per component.
     rows: Vec<Vec<u8>>,
+    /// Rows of pixels of the last row of units.
     pixels: Vec<u8>,
 }
 
@@ -57,7 +58,6 @@ impl GrowingPicture {
             .collect();
         // Enlarged rows may be a few samples longer than the picture is wide.
         let row_len = frame.width as usize + 8;
-        let pixels = frame.width as usize * frame.height as usize * colors.channels();
         Self {
             colors,
             width: frame.width,
@@ -68,7 +68,7 @@ impl GrowingPicture {
             needs_below: planes.iter().any(|plane| plane.enlarging.needs_below()),
             rows: vec![vec![0; row_len]; planes.len()],
             planes,
-            pixels: vec![0; pixels],
+            pixels: Vec::new(),
         }
     }
 
@@ -83,8 +83,8 @@ impl GrowingPicture {
     }
 
     /// Turns the samples of a row of units into pixels, but for those rows that
-    /// need the samples below.
-    pub(super) fn end_unit_row(&mut self, unit_row: u32) {
+    /// need the samples below, and returns the rows of pixels.
+    pub(super) fn end_unit_row(&mut self, unit_row: u32) -> &[u8] {
         let behind = (unit_row + 1) * 8;
         let last = behind >= self.groups;
         let end = if last {
@@ -92,13 +92,15 @@ impl GrowingPicture {
         } else {
             behind - u32::from(self.needs_below)
         };
-        for group in self.groups_done..end {
-            for step in 0..self.group_height {
-                let y = group * self.group_height + step;
-                if y < self.height {
-                    self.make_row(unit_row, group, step, y);
-                }
-            }
+        let first = self.groups_done * self.group_height;
+        let rows = self.height.min(end * self.group_height) - first;
+        self.pixels.resize(
+            rows as usize * self.width as usize * self.colors.channels(),
+            0,
+        );
+        for row in 0..rows {
+            let (group, step) = (row / self.group_height, row % self.group_height);
+            self.make_row(unit_row, self.groups_done + group, step, row);
         }
         self.groups_done = end;
         for plane in &mut self.planes {
@@ -106,12 +108,14 @@ impl GrowingPicture {
             let start = plane.samples.len() - kept;
             plane.samples.copy_within(start.., 0);
         }
+        &self.pixels
     }
 
-    fn make_row(&mut self, unit_row: u32, group: u32, step: u32, y: u32) {
+    /// Makes a row of pixels of a row group.
+    fn make_row(&mut self, unit_row: u32, group: u32, step: u32, row: u32) {
         let width = self.width as usize;
         let mut views: [&[u8]; 4] = [&[]; 4];
-        for ((view, plane), row) in views.iter_mut().zip(&self.planes).zip(&mut self.rows) {
+        for ((view, plane), room) in views.iter_mut().zip(&self.planes).zip(&mut self.rows) {
             let first =
                 i64::from(unit_row * 8 * plane.vertical) - i64::from(KEPT_ROWS * plane.vertical);
             let rows = SampleRows {
@@ -122,16 +126,12 @@ impl GrowingPicture {
             };
             *view = plane
                 .enlarging
-                .row(&rows, group * plane.vertical, step, width, row);
+                .row(&rows, group * plane.vertical, step, width, room);
         }
         let channels = self.colors.channels();
-        let start = y as usize * width * channels;
+        let start = row as usize * width * channels;
         let target = &mut self.pixels[start..start + width * channels];
         self.colors
             .convert(views.map(|view| view.get(..width).unwrap_or(&[])), target);
-    }
-
-    pub(super) fn into_pixels(self) -> Vec<u8> {
-        self.pixels
     }
 }

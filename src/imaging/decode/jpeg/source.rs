@@ -147,16 +147,20 @@ impl<'a> JpegSource<'a> {
     }
 }
 
+#[expect(
+    clippy::inline_always,
+    reason = "what reads bits is compiled for several CPUs, and this with it"
+)]
 impl BitBuffer {
     /// Reads ahead so that a code and its value are there, if the data go on.
-    #[inline]
+    #[inline(always)]
     pub(super) fn refill(&mut self, source: &mut JpegSource<'_>) {
         if self.count < BITS_PER_CODE {
             self.read_ahead(source);
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn read_ahead(&mut self, source: &mut JpegSource<'_>) {
         let next = source
             .file
@@ -195,13 +199,13 @@ impl BitBuffer {
     ///
     /// [`refill`]: Self::refill
     #[expect(clippy::cast_possible_truncation, reason = "at most 16 bits are left")]
-    #[inline]
+    #[inline(always)]
     pub(super) fn peek(self, bits: u32) -> usize {
         (self.word >> (64 - bits)) as usize
     }
 
     /// Uses bits, at most 17.
-    #[inline]
+    #[inline(always)]
     pub(super) fn skip(&mut self, bits: u32, source: &mut JpegSource<'_>) {
         if bits > self.count {
             *self = Self::zeros(source);
@@ -220,7 +224,7 @@ impl BitBuffer {
     }
 
     /// Returns and uses the next bits, at least 1 and at most 16.
-    #[inline]
+    #[inline(always)]
     pub(super) fn take(&mut self, bits: u32, source: &mut JpegSource<'_>) -> i32 {
         let value = i32::try_from(self.peek(bits)).unwrap_or(0);
         self.skip(bits, source);
@@ -228,7 +232,7 @@ impl BitBuffer {
     }
 
     /// Returns and uses one bit.
-    #[inline]
+    #[inline(always)]
     pub(super) fn bit(&mut self, source: &mut JpegSource<'_>) -> bool {
         if self.count == 0 {
             self.read_ahead(source);
@@ -238,18 +242,24 @@ impl BitBuffer {
 
     /// Returns the value that `bits` bits stand for: the upper half of the
     /// numbers is positive, the lower half negative.
-    #[inline]
+    #[inline(always)]
     pub(super) fn value(&mut self, bits: u32, source: &mut JpegSource<'_>) -> i32 {
-        let value = self.take(bits, source);
-        if value < 1 << (bits - 1) {
-            value - (1 << bits) + 1
-        } else {
-            value
-        }
+        extended(self.take(bits, source), bits)
+    }
+}
+
+/// Returns the value that a number of `bits` bits stands for.
+#[inline]
+pub(super) fn extended(number: i32, bits: u32) -> i32 {
+    if number < 1 << (bits - 1) {
+        number - (1 << bits) + 1
+    } else {
+        number
     }
 }
 
 /// Returns true if one of the bytes is 0xff.
+#[inline]
 fn has_ff(bytes: u64) -> bool {
     const ONES: u64 = 0x0101_0101_0101_0101;
     let inverted = !bytes;

@@ -3,6 +3,8 @@
 //! height, or both; by repetition otherwise, and for components of at most two
 //! columns.
 
+use multiversion::multiversion;
+
 use super::frame::JpegComponent;
 
 /// Method that enlarges a component.
@@ -82,9 +84,7 @@ impl Enlarging {
             Self::Width => enlarge_width(&rows.row(top + step)[..samples], buffer),
             Self::Height => {
                 let (near, far, bias) = neighbors(rows, top, step);
-                for ((to, near), far) in buffer.iter_mut().zip(near).zip(far) {
-                    *to = low_byte((3 * u16::from(*near) + u16::from(*far) + bias) >> 2);
-                }
+                enlarge_height(near, far, bias, buffer);
             }
             Self::Both => {
                 let (near, far, _) = neighbors(rows, top, step);
@@ -116,8 +116,18 @@ fn neighbors<'a>(rows: &SampleRows<'a>, top: i64, step: i64) -> (&'a [u8], &'a [
     }
 }
 
+/// Computes a row from the nearest row of half the height and the one on the
+/// other side.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2"))]
+fn enlarge_height(near: &[u8], far: &[u8], bias: u16, target: &mut [u8]) {
+    for ((to, near), far) in target.iter_mut().zip(near).zip(far) {
+        *to = low_byte((3 * u16::from(*near) + u16::from(*far) + bias) >> 2);
+    }
+}
+
 /// Enlarges a row of more than two samples to double width. Each sample weighs
 /// three quarters, and its neighbor one.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2"))]
 fn enlarge_width(row: &[u8], target: &mut [u8]) {
     let (pairs, _) = target.as_chunks_mut::<2>();
     let [first, .., last] = row else { return };
@@ -136,6 +146,7 @@ fn enlarge_width(row: &[u8], target: &mut [u8]) {
 
 /// Enlarges a row of more than two samples to double width, between two rows of
 /// half the height.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2"))]
 fn enlarge_both(near: &[u8], far: &[u8], target: &mut [u8]) {
     /// Columns that are enlarged at a time.
     const STEP: usize = 64;
