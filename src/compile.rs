@@ -10,6 +10,7 @@
 //! complete and verified. Nothing here depends on requests, and no Python runs.
 
 pub mod cache;
+mod calibrate;
 pub(crate) mod checkpoint;
 pub(crate) mod error;
 pub(crate) mod graph;
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 
+use self::calibrate::Calibration;
 use self::checkpoint::Checkpoint;
 use self::graph::{Attention, GraphPlan};
 use self::source::Local;
@@ -55,6 +57,8 @@ pub enum CompileStep {
     Download,
     /// Digest of the source's weights, counted in bytes.
     Digest,
+    /// Run of the reference by which weights are rounded, counted in parameters.
+    Calibrate,
     /// Writing of `weights.bin`, counted in parameters.
     Write,
     /// Computation of the float64 reference, counted in parameters.
@@ -149,6 +153,14 @@ fn compile_fetched(
     };
 
     let layer_parameters = weights.architecture.layer_parameters() * n_layers;
+    let calibration = if options.precision == Precision::Int8 {
+        progress.begin(CompileStep::Calibrate, layer_parameters as u64);
+        let advance = |parameters| progress.advance(parameters);
+        Some(Calibration::new(&weights, n_layers, advance)?)
+    } else {
+        None
+    };
+
     progress.begin(CompileStep::Write, layer_parameters as u64);
     let parts = Parts {
         n_layers,
@@ -159,7 +171,15 @@ fn compile_fetched(
     };
     let advance = |parameters| progress.advance(parameters);
     let formats = (options.precision, options.provider);
-    let store = store::write(&weights, formats, parts, stage.folder(), advance)?;
+    let store = store::write(
+        &weights,
+        formats,
+        parts,
+        calibration.as_ref(),
+        stage.folder(),
+        advance,
+    )?;
+    drop(calibration);
 
     progress.begin(CompileStep::Reference, layer_parameters as u64);
     let advance = |parameters| progress.advance(parameters);

@@ -278,6 +278,7 @@ impl CompileProgress for Bars {
         let (name, unit) = match step {
             CompileStep::Download => ("downloading", "{bytes}/{total_bytes}"),
             CompileStep::Digest => ("reading the source", "{bytes}/{total_bytes}"),
+            CompileStep::Calibrate => ("calibrating 8-bit weights", "{percent}%"),
             CompileStep::Write => ("writing weights", "{percent}%"),
             CompileStep::Reference => ("computing the reference", "{percent}%"),
             CompileStep::Verify => ("trying graphs", "{pos}/{len}"),

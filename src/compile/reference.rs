@@ -4,6 +4,7 @@
 //! operator, no packing, no cache. Compiled graphs are compared with it, so
 //! being easy to check by eye matters more than speed; threads only split rows.
 
+use super::calibrate::LayerProduct;
 use super::error::CompileError;
 use super::weights::{CheckpointWeights, Dense};
 use crate::kernels::layers::Activation;
@@ -22,7 +23,8 @@ pub(crate) struct Trace {
     pub hidden: Vec<f64>,
 }
 
-/// Runs the first `n_layers` layers on sequences of equal length.
+/// Runs the first `n_layers` layers on sequences of equal length. `observe` is
+/// given the layer, and the inputs of each of its products with their width.
 ///
 /// # Errors
 ///
@@ -36,6 +38,7 @@ pub(crate) fn trace(
     sequences: &[Vec<i32>],
     n_layers: usize,
     mut advance: impl FnMut(u64),
+    mut observe: impl FnMut(usize, LayerProduct, &[f64], usize),
 ) -> Result<Trace, CompileError> {
     let architecture = &weights.architecture;
     let width = architecture.width;
@@ -48,14 +51,18 @@ pub(crate) fn trace(
         let normed = norm(architecture, &rows, &layer.attention_norm);
         raw.push(means(&rows, length, width));
         normed_means.push(means(&normed, length, width));
+        observe(idx, LayerProduct::Qkv, &normed, width);
         let qkv = dense(&normed, &layer.qkv);
         let attended = attend(architecture, idx, &qkv, length);
+        observe(idx, LayerProduct::Projection, &attended, width);
         add(&mut rows, &dense(&attended, &layer.projection));
         let normed = norm(architecture, &rows, &layer.inner_norm);
+        observe(idx, LayerProduct::Expand, &normed, width);
         let mut inner = dense(&normed, &layer.expand);
         for value in &mut inner {
             *value = activate(architecture.activation, *value);
         }
+        observe(idx, LayerProduct::Contract, &inner, layer.contract.inputs);
         add(&mut rows, &dense(&inner, &layer.contract));
         advance(architecture.layer_parameters() as u64);
     }

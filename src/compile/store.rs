@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use super::calibrate::{Calibration, LayerProduct, Moments, quantize};
 use super::error::CompileError;
 use super::weights::{CheckpointWeights, Dense};
 use crate::model::architecture::Architecture;
@@ -117,6 +118,7 @@ pub(crate) fn write(
     weights: &CheckpointWeights<'_>,
     (precision, provider): (Precision, Provider),
     parts: Parts,
+    calibration: Option<&Calibration>,
     folder: &Path,
     mut advance: impl FnMut(u64),
 ) -> Result<Store, CompileError> {
@@ -145,6 +147,7 @@ pub(crate) fn write(
     for idx in 0..parts.n_layers {
         let layer = weights.layer(idx)?;
         let name = |part: &str| format!("h.{idx}.{part}");
+        let moments = |product| calibration?.moments(idx, product);
         writer.floats(
             &name("attention_norm"),
             float,
@@ -154,19 +157,31 @@ pub(crate) fn write(
         if parts.layout == WeightLayout::Apart {
             writer.apart(&name(""), float, &layer.qkv)?;
         } else {
-            writer.dense(&name("qkv"), (precision.weights(), float), &layer.qkv)?;
+            writer.dense(
+                &name("qkv"),
+                (precision.weights(), float),
+                &layer.qkv,
+                moments(LayerProduct::Qkv),
+            )?;
         }
         writer.dense(
             &name("projection"),
             (precision.weights(), float),
             &layer.projection,
+            moments(LayerProduct::Projection),
         )?;
         writer.floats(&name("inner_norm"), float, &[width], &layer.inner_norm)?;
-        writer.dense(&name("expand"), (precision.weights(), float), &layer.expand)?;
+        writer.dense(
+            &name("expand"),
+            (precision.weights(), float),
+            &layer.expand,
+            moments(LayerProduct::Expand),
+        )?;
         writer.dense(
             &name("contract"),
             (precision.weights(), float),
             &layer.contract,
+            moments(LayerProduct::Contract),
         )?;
         if parts.layout == WeightLayout::WithBlocks {
             for (part, dense) in [
@@ -224,10 +239,11 @@ impl Writer {
         name: &str,
         (weights, float): (DataType, DataType),
         dense: &Dense,
+        moments: Option<&Moments>,
     ) -> Result<(), CompileError> {
         let shape = [dense.inputs, dense.outputs];
         if weights == DataType::Int8 {
-            let (values, scales) = quantize(dense);
+            let (values, scales) = quantize(dense, moments);
             let bytes: Vec<u8> = values.iter().map(|value| value.cast_unsigned()).collect();
             self.bytes(name, DataType::Int8, &shape, &bytes)?;
             self.floats(
@@ -383,33 +399,6 @@ fn quantize_blocks(dense: &Dense, block: usize) -> (Vec<u8>, Vec<f32>) {
         }
     }
     (bytes, scales)
-}
-
-/// Quantizes weights to symmetric 8 bits with a scale per output, rounded to
-/// nearest.
-fn quantize(dense: &Dense) -> (Vec<i8>, Vec<f32>) {
-    let mut largest = vec![0.0_f32; dense.outputs];
-    for row in dense.weight.chunks_exact(dense.outputs) {
-        for (largest, value) in largest.iter_mut().zip(row) {
-            *largest = largest.max(value.abs());
-        }
-    }
-    // For a column of zeros any scale will do.
-    let scales: Vec<f32> = largest
-        .iter()
-        .map(|largest| if *largest > 0.0 { largest / 127.0 } else { 1.0 })
-        .collect();
-    let values = dense
-        .weight
-        .chunks_exact(dense.outputs)
-        .flat_map(|row| row.iter().zip(&scales))
-        .map(|(value, scale)| {
-            #[expect(clippy::cast_possible_truncation, reason = "at most 127 by the scale")]
-            let value = (value / scale).round_ties_even() as i8;
-            value
-        })
-        .collect();
-    (values, scales)
 }
 
 #[cfg(test)]

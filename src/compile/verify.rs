@@ -61,6 +61,27 @@ pub(crate) fn n_positions(architecture: &Architecture, n_layers: usize) -> usize
         .min(architecture.n_positions)
 }
 
+/// Makes sequences of random tokens.
+#[must_use]
+pub(crate) fn sequences(
+    architecture: &Architecture,
+    count: usize,
+    length: usize,
+    random: &mut Random,
+) -> Vec<Vec<i32>> {
+    let mut sequence = || {
+        // The start token comes first, as in training.
+        let tokens = (0..length).map(|position| match position {
+            0 => architecture.n_colors(),
+            _ => random.below(architecture.vocabulary),
+        });
+        tokens
+            .map(|token| i32::try_from(token).unwrap_or(0))
+            .collect()
+    };
+    (0..count).map(|_| sequence()).collect()
+}
+
 impl Trial {
     /// Computes the expected results of graphs of up to `n_layers` layers.
     ///
@@ -76,23 +97,12 @@ impl Trial {
         let architecture = weights.architecture.clone();
         let length = n_positions(&architecture, n_layers);
         let mut random = Random(0x1234_5678_9abc_def0);
-        let mut sequences = Vec::new();
-        for _ in 0..N_SEQUENCES {
-            // The start token comes first, as in training.
-            let tokens = (0..length).map(|position| match position {
-                0 => architecture.n_colors(),
-                _ => random.below(architecture.vocabulary),
-            });
-            sequences.push(
-                tokens
-                    .map(|token| i32::try_from(token).unwrap_or(0))
-                    .collect(),
-            );
-        }
+        let sequences = sequences(&architecture, N_SEQUENCES, length, &mut random);
         let targets = (0..N_SEQUENCES * length)
             .map(|_| random.below(architecture.n_colors()))
             .collect();
-        let trace = reference::trace(weights, &sequences, n_layers, advance)?;
+        let observe = |_, _, _: &[f64], _| {};
+        let trace = reference::trace(weights, &sequences, n_layers, advance, observe)?;
         let width = architecture.width;
         let mut language_logits = Vec::new();
         if tasks.contains(&CompileTask::Score) || tasks.contains(&CompileTask::Generate) {
@@ -364,10 +374,10 @@ fn check_fused(
 
 /// `SplitMix64`, a generator that gives the same tokens on every machine and in
 /// every version.
-struct Random(u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
