@@ -3,9 +3,9 @@
 usage: make_lossless.py [--one-of-each] DIR
 
 Each file is packed here from its parts, since no library writes all kinds: headers, masks, palettes, run lengths and
-orders of rows for BMP; frames without a palette for GIF; photometric interpretations, samples, byte and bit orders, compressions, strips, tiles and
-planes for TIFF. With --one-of-each, each kind of TIFF has one compression and byte order instead of all eight pairs.
-The files are the same with the same versions.
+orders of rows for BMP; frames without a palette for GIF; photometric interpretations, samples, byte and bit orders,
+compressions, strips, tiles and planes for TIFF. With --one-of-each, each kind of TIFF has one compression and byte
+order instead of all eight pairs. The files are the same with the same versions.
 """
 
 import argparse
