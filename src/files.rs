@@ -92,8 +92,8 @@ impl std::fmt::Display for FlagFile {
 const DEPTH_MAX: usize = 64;
 
 /// File extensions of images, in lower case.
-pub(crate) const IMAGES: [&str; 9] = [
-    "png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jpe",
+pub(crate) const IMAGES: [&str; 10] = [
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "dib", "tif", "tiff", "jpe",
 ];
 
 /// Reason why a path is not read as a file.

@@ -11,11 +11,18 @@
 //!
 //! - 16-bit gray keeps its high byte, as 16-bit color does. Pillow clips it, so
 //!   that all but the darkest pixels turn white.
+//! - A TIFF of 16-bit colors in planes without compression has its right
+//!   pixels, where Pillow takes each byte for a sample.
 //! - A PNG's orientation is read from eXIf, from the text that ImageMagick
 //!   writes, and from plain XMP, not from other compressed text, which is
 //!   skipped.
-//! - TIFF in YCbCr or L*a*b* is refused, and associated alpha is not divided
-//!   out.
+//! - A WebP's orientation is read even if its header does not announce EXIF.
+//! - Refused: TIFF in YCbCr outside of JPEGs or in L*a*b*, gray of 12 bits, and
+//!   kinds of TIFF that Pillow reads wrongly: compressed numbers with a sign or
+//!   of 32 bits that begin with the high byte, planes without compression whose
+//!   bits are turned, a fourth plane of unstated meaning in tiles without
+//!   compression; LZMA, WebP and JPEG of the old kind in a TIFF; a DIB of other
+//!   than one plane.
 //! - PNG data with a wrong checksum is refused.
 
 use std::fmt;
@@ -30,6 +37,7 @@ use super::{Alpha, DecodeBudget, ImageLimits, PreprocessError, RgbImage};
 
 pub(crate) use self::rows::RowSink;
 
+mod bmp;
 mod exif;
 mod gif;
 mod jpeg;
@@ -38,7 +46,6 @@ mod png;
 mod rows;
 mod tiff;
 mod webp;
-mod wrapped;
 
 /// Reader from which decoders take their bytes. The reader fails once the
 /// budget is spent, which ends the decode.
@@ -56,7 +63,8 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// Returns the format whose signature the bytes start with.
+    /// Returns the format whose signature the bytes start with. A BMP may lack
+    /// its file header, and is then told by its image header (DIB).
     #[must_use]
     pub fn guess(bytes: &[u8]) -> Option<Self> {
         match bytes {
@@ -79,7 +87,12 @@ impl ImageFormat {
             ] => Some(Self::WebP),
             [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => Some(Self::Gif),
             [b'B', b'M', ..] => Some(Self::Bmp),
-            [b'I', b'I', 42 | 43, 0, ..] | [b'M', b'M', 0, 42 | 43, ..] => Some(Self::Tiff),
+            // Pillow also takes 42 in the other byte order.
+            [b'I', b'I', 42 | 43, 0, ..]
+            | [b'I', b'I', 0, 42, ..]
+            | [b'M', b'M', 0, 42 | 43, ..]
+            | [b'M', b'M', 42, 0, ..] => Some(Self::Tiff),
+            _ if bmp::is_dib(bytes) => Some(Self::Bmp),
             _ => None,
         }
     }
@@ -163,7 +176,7 @@ fn decode_to(
             ImageFormat::Png => png::decode(bytes, header),
             ImageFormat::WebP => webp::decode(bytes, header),
             ImageFormat::Gif => gif::decode(bytes, header),
-            ImageFormat::Bmp => wrapped::bmp(bytes, header),
+            ImageFormat::Bmp => bmp::decode(bytes, header),
             ImageFormat::Tiff => tiff::decode(bytes, header),
         }?;
         // A decoder may take a read that the budget refused for the end of the

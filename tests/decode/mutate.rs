@@ -132,21 +132,7 @@ fn fields(format: ImageFormat, bytes: &[u8]) -> Vec<Field> {
         ImageFormat::Jpeg => jpeg(bytes),
         ImageFormat::WebP => webp(bytes),
         ImageFormat::Gif => gif(bytes),
-        ImageFormat::Bmp => of(
-            true,
-            &[
-                (10, 4),
-                (14, 4),
-                (18, 4),
-                (22, 4),
-                (26, 2),
-                (28, 2),
-                (30, 4),
-                (34, 4),
-                (46, 4),
-                (50, 4),
-            ],
-        ),
+        ImageFormat::Bmp => bmp(bytes),
         ImageFormat::Tiff => tiff(bytes),
     }
 }
@@ -278,6 +264,29 @@ fn jpeg(bytes: &[u8]) -> Vec<Field> {
         }
         fields.extend(of(false, &[(at + 1, 1), (at + 2, 2)]));
     }
+    fields
+}
+
+fn bmp(bytes: &[u8]) -> Vec<Field> {
+    let whole = bytes.starts_with(b"BM");
+    let at = if whole { 14 } else { 0 };
+    let mut fields = if whole {
+        of(true, &[(10, 4)])
+    } else {
+        Vec::new()
+    };
+    // The header's length, size, planes, bits, compression, length of the
+    // pixels, number of colors and masks; the shortest header has words.
+    fields.extend(of(true, &[(at, 4), (at + 4, 4), (at + 8, 4), (at + 12, 2)]));
+    fields.extend(of(
+        true,
+        &[(at + 4, 2), (at + 6, 2), (at + 8, 2), (at + 10, 2)],
+    ));
+    fields.extend(of(
+        true,
+        &[(at + 14, 2), (at + 16, 4), (at + 20, 4), (at + 32, 4)],
+    ));
+    fields.extend((0..4).flat_map(|mask| of(true, &[(at + 40 + 4 * mask, 4)])));
     fields
 }
 

@@ -20,14 +20,22 @@ pub(crate) struct Seed {
     pub(crate) bytes: Vec<u8>,
 }
 
-/// Returns the seeds of a format: the small golden images, and files of the
-/// kinds that they lack.
+/// Returns the seeds of a format: the small golden images, those of odd kinds,
+/// and files of the kinds that they lack.
 pub(crate) fn seeds(format: ImageFormat) -> Vec<Seed> {
     const BYTES_MAX: usize = 20_000;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/images");
-    let mut seeds: Vec<Seed> = fs::read_dir(folder)
-        .unwrap()
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut seeds: Vec<Seed> = ["images", "pixels"]
+        .into_iter()
+        .flat_map(|name| fs::read_dir(folder.join(name)).unwrap())
         .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            // The odd JPEGs are made in `jpeg`.
+            path.starts_with(folder.join("images"))
+                || ["bmp", "dib", "gif", "tif"]
+                    .map(Some)
+                    .contains(&path.extension().and_then(std::ffi::OsStr::to_str))
+        })
         .map(|path| Seed {
             name: path.file_name().unwrap().to_string_lossy().into_owned(),
             bytes: fs::read(path).unwrap(),

@@ -9,6 +9,8 @@
 //! pixel once. Bytes behind the frame are not read, and codes beyond the last
 //! pixel are not expanded.
 
+use std::io::Read as _;
+
 use gif::{DecodeOptions, DecodingError, MemoryLimit};
 use image::metadata::Orientation;
 
@@ -20,6 +22,9 @@ const PIXEL_BYTES: u64 = 5;
 
 /// Bytes of the tables for colors and codes.
 const OTHER_BYTES: u64 = 128 << 10;
+
+/// Bytes of the header in front of the palette.
+const HEADER: usize = 13;
 
 pub(super) fn decode(
     bytes: &[u8],
@@ -36,7 +41,10 @@ pub(super) fn decode(
             .and_then(std::num::NonZeroU64::new)
             .map_or(MemoryLimit::Unlimited, MemoryLimit::Bytes),
     );
-    let mut decoder = options.read_info(header.source(bytes)).map_err(fail)?;
+    let (head, rest) = bytes.split_at(bytes.len().min(HEADER));
+    let head = with_palette(head);
+    let file = head.as_slice().chain(header.source(rest));
+    let mut decoder = options.read_info(file).map_err(fail)?;
     let screen = (decoder.width(), decoder.height());
     // A screen without pixels is as large as its frame.
     if screen.0 > 0 && screen.1 > 0 {
@@ -91,6 +99,18 @@ pub(super) fn decode(
         data,
     };
     Ok((pixels, orientation(None, decoder.xmp_metadata())))
+}
+
+/// Adds levels of gray to a header without a palette, as Pillow shows the
+/// indexes of a frame that has no palette either.
+fn with_palette(header: &[u8]) -> Vec<u8> {
+    let mut bytes = header.to_vec();
+    if header.len() == HEADER && header[10] & 0x80 == 0 {
+        // The flag of a palette, and the logarithm of its length less one.
+        bytes[10] |= 0x87;
+        bytes.extend((0..=u8::MAX).flat_map(|level| [level; 3]));
+    }
+    bytes
 }
 
 /// Returns the palette as RGBA, with black for missing colors.

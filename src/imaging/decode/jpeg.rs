@@ -99,14 +99,16 @@ pub(super) struct Inside {
     /// have one of these two heights.
     pub(super) rows: (u32, u32),
     pub(super) components: usize,
+    /// True if the components are luma and chroma, of which RGB is made.
+    pub(super) luma_and_chroma: bool,
     /// Pixels that the scans of all JPEGs of the file went over so far.
     pub(super) scanned: u64,
     /// Bytes that the file's decoder holds.
     pub(super) held_bytes: u64,
 }
 
-/// Decodes a JPEG inside a TIFF to its samples as stored, since the TIFF gives
-/// them their meaning.
+/// Decodes a JPEG inside a TIFF, which gives the components their meaning: to
+/// RGB, or to samples as stored.
 pub(super) fn decode_samples(
     bytes: &[u8],
     inside: &mut Inside,
@@ -130,10 +132,13 @@ pub(super) fn decode_samples(
     }
     let held = inside.held_bytes + decoder.held_bytes(&scan)?;
     header.admit(width, height, inside.components as u64, held)?;
+    let colors = if inside.luma_and_chroma {
+        JpegColors::YCbCr
+    } else {
+        JpegColors::Stored(count)
+    };
     let mut samples = Vec::with_capacity(width as usize * height as usize * count);
-    decoder.decode(scan, JpegColors::Stored(count), &mut |rows| {
-        samples.extend_from_slice(rows);
-    })?;
+    decoder.decode(scan, colors, &mut |rows| samples.extend_from_slice(rows))?;
     inside.scanned = decoder.scanned;
     Ok(samples)
 }

@@ -51,7 +51,124 @@ fn formats_are_known_by_content() {
     check(b"BM", Some(ImageFormat::Bmp));
     check(b"II*\0", Some(ImageFormat::Tiff));
     check(b"MM\0*", Some(ImageFormat::Tiff));
+    // Pillow takes the number in either byte order.
+    check(b"II\0*", Some(ImageFormat::Tiff));
+    check(b"MM*\0", Some(ImageFormat::Tiff));
     check(b"", None);
+}
+
+#[test]
+fn a_bmp_without_a_file_header_is_known_by_its_image_header() {
+    let dib = |len: u32, width: u32, planes: u16, bits: u16, compression: u32| {
+        let mut bytes = [len, width, 7].map(u32::to_le_bytes).concat();
+        bytes.extend([planes, bits].map(u16::to_le_bytes).concat());
+        bytes.extend(compression.to_le_bytes());
+        bytes.resize(124, 0);
+        ImageFormat::guess(&bytes)
+    };
+    for len in [40, 52, 56, 64, 108, 124] {
+        assert_eq!(dib(len, 5, 1, 24, 0), Some(ImageFormat::Bmp), "{len}");
+    }
+    for (len, width, planes, bits, compression) in [
+        (16, 5, 1, 24, 0),
+        (41, 5, 1, 24, 0),
+        (40, 0, 1, 24, 0),
+        (40, 5, 3, 24, 0),
+        (40, 5, 1, 2, 0),
+        (40, 5, 1, 24, 4),
+    ] {
+        assert_eq!(
+            dib(len, width, planes, bits, compression),
+            None,
+            "{len} {bits}"
+        );
+    }
+    let short = b"\x0c\0\0\0\x05\0\x07\0\x01\0\x18\0";
+    assert_eq!(ImageFormat::guess(short), Some(ImageFormat::Bmp));
+    assert_eq!(ImageFormat::guess(&short[..11]), None);
+}
+
+/// Builds a TIFF of entries that hold one 16-bit value each, followed by data.
+/// The offsets of strips and their lengths are given relative to the data.
+fn tiff(entries: &[(u16, u16)], strips: &[(u16, u16)], data: &[u8]) -> Vec<u8> {
+    let count = u16::try_from(entries.len() + 2).unwrap();
+    let behind = 8 + 2 + 12 * count + 4;
+    let lists = u16::try_from(strips.len() * 2).unwrap();
+    let mut bytes = b"II*\0\x08\0\0\0".to_vec();
+    bytes.extend(count.to_le_bytes());
+    let mut all: Vec<(u16, u32, u16)> = entries
+        .iter()
+        .map(|&(tag, value)| (tag, 1, value))
+        .collect();
+    let start = behind + 2 * lists;
+    let many = u32::try_from(strips.len()).unwrap();
+    if let [(offset, len)] = *strips {
+        all.extend([(273, 1, start + offset), (279, 1, len)]);
+    } else {
+        all.extend([(273, many, behind), (279, many, behind + lists)]);
+    }
+    for (tag, count, value) in all {
+        bytes.extend([tag, 3].map(u16::to_le_bytes).concat());
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(u32::from(value).to_le_bytes());
+    }
+    bytes.extend([0; 4]);
+    bytes.extend(
+        strips
+            .iter()
+            .flat_map(|(offset, _)| (start + offset).to_le_bytes()),
+    );
+    bytes.extend(strips.iter().flat_map(|(_, len)| len.to_le_bytes()));
+    bytes.extend(data);
+    bytes
+}
+
+#[test]
+fn deep_planes_keep_their_high_bytes() {
+    // Pillow takes each byte for a sample.
+    let entries = [
+        (256, 1),
+        (257, 1),
+        (258, 16),
+        (259, 1),
+        (262, 2),
+        (277, 3),
+        (284, 2),
+    ];
+    let file = tiff(
+        &entries,
+        &[(0, 2), (2, 2), (4, 2)],
+        b"\x34\x12\x78\x56\xbc\x9a",
+    );
+    let image = decode(&file, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap();
+    assert_eq!(image.pixels, [0x12, 0x56, 0x9a]);
+}
+
+#[test]
+fn windows_of_zstandard_count_as_memory() {
+    let entries = [(256, 1), (257, 1), (258, 8), (259, 50000), (262, 1)];
+    // A block of one byte, the last, in a frame with a window.
+    let file = |window: u8| {
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0, window, 9, 0, 0, 77];
+        tiff(&entries, &[(0, 10)], &frame)
+    };
+    let limits = ImageLimits {
+        decode_bytes_max: 4 << 20,
+        ..LIMITS
+    };
+    let decode = |window| {
+        decode(
+            &file(window),
+            Alpha::Drop,
+            &limits,
+            &DecodeBudget::endless(),
+        )
+    };
+    assert_eq!(decode(10 << 3).unwrap().pixels, [77; 3]);
+    for window in [12 << 3, 17 << 3, 31 << 3 | 7] {
+        let error = decode(window).unwrap_err().to_string();
+        assert!(error.contains("(--decode-bytes-max)"), "{window}: {error}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! tile and decodes it before checking anything of it, and decodes several
 //! kinds of files wrongly without an error.
 //!
-//! Memory: the channels of a pixel, the RGB that palettes and CMYK become, a
+//! Memory: the channels of a pixel, the colors that palettes and CMYK become, a
 //! row of a strip or tile and the decompressor's tables. Strips and tiles are
 //! read row by row, except JPEGs, which are decoded whole, each within the
 //! limits of a JPEG.
@@ -16,14 +16,14 @@
 //! file, so their encoded size is limited too: to the size of the file plus the
 //! decoded size.
 //!
-//! Refused by name: YCbCr, L*a*b*, samples of 32 bits, signed or floating-point
-//! samples, and several samples of less than 8 bits. Associated alpha is
-//! accepted, but dividing it out is left to the caller.
+//! Refused by name: what Pillow refuses or reads wrongly, YCbCr other than in
+//! JPEGs, L*a*b*, samples of 12 or 64 bits, several samples of less than 8 bits,
+//! and the rarer compressions.
 
 use image::metadata::Orientation;
 
 use self::chunk::{Chunk, ChunkError, Codec};
-use self::layout::{Image, TiffColors, TiffCompression};
+use self::layout::{Image, Predictor, TiffAlpha, TiffColors, TiffCompression, TiffNumbers};
 use super::jpeg::{self, Inside};
 use super::pixels::{PixelLayout, Pixels, cmyk_to_rgb};
 use super::{DecodeBudget, Header, PreprocessError, orientation};
@@ -39,8 +39,10 @@ const ENCODED_RATIO_MAX: u64 = 8;
 /// Encoded bytes that may be read besides, for the beginnings and ends of
 /// strips.
 const ENCODED_SPARE: u64 = 4 << 10;
-/// Bytes of a decompressor's tables and windows.
+/// Bytes of a decompressor's tables and windows, except Zstandard's.
 const OTHER_BYTES: u64 = 256 << 10;
+/// Bytes that Zstandard holds beside its window.
+const ZSTD_BYTES: u64 = 1 << 20;
 
 pub(super) fn decode(
     bytes: &[u8],
@@ -48,17 +50,24 @@ pub(super) fn decode(
 ) -> Result<(Pixels, Orientation), PreprocessError> {
     let image = Image::read(bytes, header)?;
     let data = Reader::new(bytes, &image, header).read()?;
-    let (layout, data) = match (image.colors, image.alpha) {
-        (TiffColors::Gray { .. }, false) => (PixelLayout::Gray, data),
-        (TiffColors::Gray { .. }, true) => (PixelLayout::GrayAlpha, data),
-        (TiffColors::Rgb, false) => (PixelLayout::Rgb, data),
-        (TiffColors::Rgb, true) => (PixelLayout::Rgba, data),
-        (TiffColors::Cmyk, _) => {
+    let alpha = image.alpha != TiffAlpha::None;
+    let (layout, data) = match image.colors {
+        TiffColors::Gray { .. } if alpha => (PixelLayout::GrayAlpha, data),
+        TiffColors::Gray { .. } => (PixelLayout::Gray, data),
+        TiffColors::Rgb if alpha => {
+            let mut data = data;
+            if image.alpha == TiffAlpha::Associated {
+                divide_by_alpha(&mut data);
+            }
+            (PixelLayout::Rgba, data)
+        }
+        TiffColors::Rgb | TiffColors::YCbCr => (PixelLayout::Rgb, data),
+        TiffColors::Cmyk => {
             let (pixels, _) = data.as_chunks::<4>();
             let rgb = pixels.iter().copied().flat_map(cmyk_to_rgb).collect();
             (PixelLayout::Rgb, rgb)
         }
-        (TiffColors::Palette, _) => {
+        TiffColors::Palette => {
             let colors = image
                 .palette
                 .ok_or_else(|| header.damaged("a palette without colors"))?;
@@ -68,13 +77,14 @@ pub(super) fn decode(
                 .take(count)
                 .map(|level| u16::try_from(level).unwrap_or(u16::MAX))
                 .collect();
-            (PixelLayout::Rgb, look_up(&data, &colors))
+            if alpha {
+                (PixelLayout::Rgba, look_up_with_alpha(&data, &colors))
+            } else {
+                (PixelLayout::Rgb, look_up(&data, &colors))
+            }
         }
     };
-    let turned = image
-        .orientation
-        .and_then(|value| Orientation::from_exif(u8::try_from(value).ok()?))
-        .unwrap_or_else(|| orientation(None, image.xmp));
+    let turned = orientation(Some(bytes), image.xmp);
     let pixels = Pixels {
         width: image.width,
         height: image.height,
@@ -120,7 +130,8 @@ impl<'a> Reader<'a> {
 
     fn read(mut self) -> Result<Vec<u8>, PreprocessError> {
         let (across, down) = self.image.grid();
-        let mut codec = Codec::new(self.image.compression);
+        let header = self.header;
+        let mut codec = Codec::new(self.image).map_err(|error| failure(error, header))?;
         for plane in 0..self.image.planes() {
             for row in 0..down {
                 for column in 0..across {
@@ -135,11 +146,11 @@ impl<'a> Reader<'a> {
 
     fn read_chunk(&mut self, at: Position, codec: &mut Codec) -> Result<(), PreprocessError> {
         let (image, header) = (self.image, self.header);
-        let bytes = self.encoded(at)?;
         let (pixels, rows) = image.inside(at.column, at.row);
         let fail = |error| failure(error, header);
         let whole = image.row_bytes(image.chunk_width);
         let wanted = image.row_bytes(pixels);
+        let bytes = self.encoded(at)?;
         let jpeg;
         // Codes that stand for no pixel, such as codes that clear LZW's table,
         // must not cost more than the pixels that the header claims.
@@ -157,10 +168,15 @@ impl<'a> Reader<'a> {
         let mut row = std::mem::take(&mut self.row);
         row.resize(usize::try_from(wanted).unwrap_or(usize::MAX), 0);
         for y in 0..rows {
+            if y > 0 {
+                // The padding of the row before.
+                chunk.skip(whole - wanted).map_err(fail)?;
+            }
             chunk.read(&mut row).map_err(fail)?;
-            chunk.skip(whole - wanted).map_err(fail)?;
-            if image.predictor {
-                undo_differences(&mut row, image);
+            match image.predictor {
+                Predictor::None => {}
+                Predictor::Samples => undo_differences(&mut row, image),
+                Predictor::FloatBytes => undo_float_differences(&mut row),
             }
             self.place(at, y, pixels, &row);
         }
@@ -168,15 +184,21 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Returns the encoded bytes of a strip or tile.
+    /// Returns the encoded bytes of a strip or tile. Those without compression
+    /// have the length of their pixels, whatever the file states.
     fn encoded(&self, at: Position) -> Result<&'a [u8], PreprocessError> {
         let (across, down) = self.image.grid();
         let (across, down) = (across as usize, down as usize);
         let index = (at.plane * down + at.row as usize) * across + at.column as usize;
         let part = |index| {
             let start = usize::try_from(self.image.offsets.get(index)?).ok()?;
-            let len = usize::try_from(self.image.lens.get(index)?).ok()?;
-            self.file.get(start..)?.get(..len)
+            let behind = self.file.get(start..)?;
+            match self.image.lens {
+                Some(lens) if self.image.compression != TiffCompression::None => {
+                    behind.get(..usize::try_from(lens.get(index)?).ok()?)
+                }
+                _ => Some(behind),
+            }
         };
         part(index).ok_or_else(|| {
             self.header
@@ -203,6 +225,7 @@ impl<'a> Reader<'a> {
             width: image.chunk_width,
             rows: (rows, image.chunk_height),
             components: image.chunk_samples(),
+            luma_and_chroma: image.colors == TiffColors::YCbCr,
             scanned: self.scanned,
             held_bytes: pixels * image.pixel_bytes() + whole.len() as u64,
         };
@@ -220,17 +243,50 @@ impl<'a> Reader<'a> {
         let start = (top * image.width as usize + left) * channels;
         let target = &mut self.data[start..start + pixels as usize * channels];
         let samples = image.chunk_samples();
-        match image.bits {
-            16 => {
+        let little = image.little;
+        match image.numbers {
+            TiffNumbers::Levels16 => {
                 // Index of the high byte.
-                let high = usize::from(image.little);
+                let high = usize::from(little);
                 let (words, _) = row.as_chunks::<2>();
                 let levels = words.iter().map(|word| word[high]);
                 spread(target, channels, at.plane, levels, samples);
             }
-            8 if samples == channels => target.copy_from_slice(row),
-            8 => spread(target, channels, at.plane, row.iter().copied(), samples),
-            bits => unpack(target, row, bits, image.colors == TiffColors::Palette),
+            TiffNumbers::Signed16 => {
+                let (words, _) = row.as_chunks::<2>();
+                clip(target, words.iter().copied(), |word| {
+                    f64::from(if little {
+                        i16::from_le_bytes(word)
+                    } else {
+                        i16::from_be_bytes(word)
+                    })
+                });
+            }
+            TiffNumbers::Signed32 => {
+                let (words, _) = row.as_chunks::<4>();
+                clip(target, words.iter().copied(), |word| {
+                    f64::from(if little {
+                        i32::from_le_bytes(word)
+                    } else {
+                        i32::from_be_bytes(word)
+                    })
+                });
+            }
+            TiffNumbers::Float32 => {
+                let (words, _) = row.as_chunks::<4>();
+                clip(target, words.iter().copied(), |word| {
+                    f64::from(if little {
+                        f32::from_le_bytes(word)
+                    } else {
+                        f32::from_be_bytes(word)
+                    })
+                });
+            }
+            TiffNumbers::Small => match image.bits {
+                8 if samples == channels => target.copy_from_slice(row),
+                8 => spread(target, channels, at.plane, row.iter().copied(), samples),
+                bits => unpack(target, row, bits, image.colors == TiffColors::Palette),
+            },
         }
         if image.colors == (TiffColors::Gray { inverted: true }) && at.plane == 0 {
             for gray in target.iter_mut().step_by(channels) {
@@ -252,24 +308,73 @@ fn failure(error: ChunkError, header: Header<'_>) -> PreprocessError {
 /// color in its row.
 fn undo_differences(row: &mut [u8], image: &Image<'_>) {
     let samples = image.chunk_samples();
-    if image.bits == 8 {
-        for at in samples..row.len() {
-            row[at] = row[at].wrapping_add(row[at - samples]);
-        }
-        return;
+    match (image.bits, image.little) {
+        (8, _) => add_before(row.as_chunks_mut().0, samples, |[a], [b]| {
+            [a.wrapping_add(b)]
+        }),
+        (16, true) => add_before(row.as_chunks_mut().0, samples, |a, b| {
+            let sum = u16::from_le_bytes(a).wrapping_add(u16::from_le_bytes(b));
+            sum.to_le_bytes()
+        }),
+        (16, false) => add_before(row.as_chunks_mut().0, samples, |a, b| {
+            let sum = u16::from_be_bytes(a).wrapping_add(u16::from_be_bytes(b));
+            sum.to_be_bytes()
+        }),
+        // Compressed numbers of 32 bits have their low byte first.
+        _ => add_before(row.as_chunks_mut().0, samples, |a, b| {
+            let sum = u32::from_le_bytes(a).wrapping_add(u32::from_le_bytes(b));
+            sum.to_le_bytes()
+        }),
     }
-    let (words, _) = row.as_chunks_mut::<2>();
-    for at in samples..words.len() {
-        let [before, now] = [words[at - samples], words[at]];
-        words[at] = if image.little {
-            u16::from_le_bytes(now)
-                .wrapping_add(u16::from_le_bytes(before))
-                .to_le_bytes()
-        } else {
-            u16::from_be_bytes(now)
-                .wrapping_add(u16::from_be_bytes(before))
-                .to_be_bytes()
-        };
+}
+
+/// Adds to each number the number `distance` before it.
+fn add_before<const BYTES: usize>(
+    row: &mut [[u8; BYTES]],
+    distance: usize,
+    add: impl Fn([u8; BYTES], [u8; BYTES]) -> [u8; BYTES],
+) {
+    for at in distance..row.len() {
+        row[at] = add(row[at], row[at - distance]);
+    }
+}
+
+/// Undoes the predictor of floating-point numbers: adds to each byte the byte
+/// before it, and gathers the bytes of each number, which lie apart.
+fn undo_float_differences(row: &mut [u8]) {
+    for at in 1..row.len() {
+        row[at] = row[at].wrapping_add(row[at - 1]);
+    }
+    let bytes = row.to_vec();
+    let count = bytes.len() / 4;
+    let (words, _) = row.as_chunks_mut::<4>();
+    for (at, word) in words.iter_mut().enumerate() {
+        // The highest bytes come first; the row has the lowest first.
+        *word = [3, 2, 1, 0].map(|place| bytes[place * count + at]);
+    }
+}
+
+/// Divides colors by their alpha, rounded down as Pillow does.
+fn divide_by_alpha(data: &mut [u8]) {
+    let (pixels, _) = data.as_chunks_mut::<4>();
+    for [red, green, blue, alpha] in pixels {
+        for level in [red, green, blue] {
+            let whole = (u32::from(*level) * 255).checked_div(u32::from(*alpha));
+            *level = u8::try_from(whole.unwrap_or(0)).unwrap_or(u8::MAX);
+        }
+    }
+}
+
+/// Limits numbers to the range of a byte and drops what is behind the point,
+/// as Pillow makes gray of them.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "limited to the range of a byte; what is no number becomes 0"
+)]
+fn clip<W>(target: &mut [u8], words: impl Iterator<Item = W>, number: impl Fn(W) -> f64) {
+    for (to, word) in target.iter_mut().zip(words) {
+        *to = number(word).clamp(0.0, 255.0) as u8;
     }
 }
 
@@ -309,17 +414,30 @@ fn unpack(target: &mut [u8], row: &[u8], bits: u32, palette: bool) {
 /// Looks up the colors of indexes in a map of 16-bit levels: all reds, all
 /// greens, all blues.
 fn look_up(indexes: &[u8], colors: &[u16]) -> Vec<u8> {
-    let count = colors.len() / 3;
-    let level = |channel: usize, index: usize| {
-        let word = if index < count {
-            colors[channel * count + index]
-        } else {
-            0
-        };
-        word.to_be_bytes()[0]
-    };
     indexes
         .iter()
-        .flat_map(|&index| [0, 1, 2].map(|channel| level(channel, index.into())))
+        .flat_map(|&index| color(index, colors))
         .collect()
+}
+
+/// Looks up the colors of pairs of an index and alpha.
+fn look_up_with_alpha(pairs: &[u8], colors: &[u16]) -> Vec<u8> {
+    let (pairs, _) = pairs.as_chunks::<2>();
+    pairs
+        .iter()
+        .flat_map(|&[index, alpha]| {
+            let [red, green, blue] = color(index, colors);
+            [red, green, blue, alpha]
+        })
+        .collect()
+}
+
+/// Returns a color of a map, black for one that the map lacks.
+fn color(index: u8, colors: &[u16]) -> [u8; 3] {
+    let (index, count) = (usize::from(index), colors.len() / 3);
+    [0, 1, 2].map(|channel| {
+        let place = Some(channel * count + index).filter(|_| index < count);
+        let word = place.map_or(0, |place| colors[place]);
+        word.to_be_bytes()[0]
+    })
 }

@@ -15,12 +15,11 @@
 //! frame is read whole before it is decoded, so a budget that ends during the
 //! decode is noticed only after the frame's pixels.
 
-use image::ImageDecoder;
 use image::codecs::webp::WebPDecoder;
 use image::metadata::Orientation;
+use image::{ColorType, ImageDecoder};
 
 use super::pixels::{PixelLayout, Pixels};
-use super::wrapped::read;
 use super::{Header, PreprocessError, orientation};
 
 mod lossless;
@@ -58,6 +57,28 @@ pub(super) fn decode(
         pixels
     };
     Ok((pixels, orientation(file.exif, file.xmp)))
+}
+
+/// Decodes an image whose size was admitted.
+fn read(decoder: impl ImageDecoder, header: Header<'_>) -> Result<Pixels, PreprocessError> {
+    let layout = match decoder.color_type() {
+        ColorType::L8 => PixelLayout::Gray,
+        ColorType::La8 => PixelLayout::GrayAlpha,
+        ColorType::Rgb8 => PixelLayout::Rgb,
+        ColorType::Rgba8 => PixelLayout::Rgba,
+        color => return Err(header.unsupported(format!("samples of type {color:?}"))),
+    };
+    let (width, height) = decoder.dimensions();
+    let mut data = vec![0; width as usize * height as usize * layout.channels()];
+    decoder
+        .read_image(&mut data)
+        .map_err(|error| header.image_error(&error))?;
+    Ok(Pixels {
+        width,
+        height,
+        layout,
+        data,
+    })
 }
 
 /// Parts of a file that decoding needs.

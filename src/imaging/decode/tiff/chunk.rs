@@ -2,9 +2,10 @@
 
 use flate2::{Decompress, FlushDecompress, Status};
 use weezl::{BitOrder, LzwStatus};
+use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use super::fax::Fax;
-use super::layout::{Image, TiffCompression};
+use super::layout::{FaxCoding, Image, TiffCompression};
 use super::{DecodeBudget, PreprocessError};
 
 /// Most bytes that go into a codec, or come out of it, between two checks of
@@ -41,7 +42,8 @@ pub(super) enum Codec {
     PackBits,
     Lzw(Box<Lzw>),
     Deflate(Decompress),
-    Fax4,
+    Zstd(DCtx<'static>),
+    Fax(FaxCoding),
 }
 
 /// LZW decoder of one image. A code that clears the table stands for no pixel
@@ -49,23 +51,40 @@ pub(super) enum Codec {
 /// encoded bytes are counted against the pixels that they become.
 pub(super) struct Lzw {
     decoder: weezl::decode::Decoder,
+    /// True if the decoder is for codes of the old kind: the lowest bit first,
+    /// and each length of codes used to its end.
+    old: bool,
     /// Encoded bytes that may be taken before more pixels come.
     allowance: u64,
 }
 
 impl Lzw {
     fn new() -> Self {
-        let decoder = weezl::decode::Configuration::with_tiff_size_switch(BitOrder::Msb, 8)
-            .with_yield_on_full_buffer(true)
-            .build();
         Self {
-            decoder,
+            decoder: Self::decoder(false),
+            old: false,
             allowance: LZW_SPARE,
         }
     }
 
-    fn begin_chunk(&mut self) {
-        self.decoder.reset();
+    fn decoder(old: bool) -> weezl::decode::Decoder {
+        let codes = if old {
+            weezl::decode::Configuration::new(BitOrder::Lsb, 8)
+        } else {
+            weezl::decode::Configuration::with_tiff_size_switch(BitOrder::Msb, 8)
+        };
+        codes.with_yield_on_full_buffer(true).build()
+    }
+
+    /// Prepares for a strip or tile, whose first code, which clears the table,
+    /// tells its kind.
+    fn begin_chunk(&mut self, first: &[u8]) {
+        let old = matches!(first, [0, second, ..] if second & 1 == 1);
+        if old == self.old {
+            self.decoder.reset();
+        } else {
+            (self.decoder, self.old) = (Self::decoder(old), old);
+        }
         self.allowance = self.allowance.saturating_add(LZW_CHUNK_SPARE);
     }
 
@@ -89,14 +108,22 @@ impl Lzw {
 impl Codec {
     /// Creates the decompressor of an image. For JPEGs, which are decoded as a
     /// whole, it is [`Codec::None`].
-    pub(super) fn new(compression: TiffCompression) -> Self {
-        match compression {
+    pub(super) fn new(image: &Image<'_>) -> Result<Self, ChunkError> {
+        Ok(match image.compression {
             TiffCompression::None | TiffCompression::Jpeg => Self::None,
             TiffCompression::PackBits => Self::PackBits,
             TiffCompression::Lzw => Self::Lzw(Box::new(Lzw::new())),
             TiffCompression::Deflate => Self::Deflate(Decompress::new(true)),
-            TiffCompression::Fax4 => Self::Fax4,
-        }
+            TiffCompression::Zstd => {
+                let mut decoder = DCtx::try_create().ok_or(ChunkError::Invalid)?;
+                // No frame may ask for more than what was admitted.
+                decoder
+                    .set_parameter(DParameter::WindowLogMax(image.zstd_window.ilog2()))
+                    .map_err(|_| ChunkError::Invalid)?;
+                Self::Zstd(decoder)
+            }
+            TiffCompression::Fax(coding) => Self::Fax(coding),
+        })
     }
 }
 
@@ -169,15 +196,23 @@ impl<'a> Chunk<'a> {
         image: &Image<'_>,
         budget: &'a DecodeBudget<'a>,
     ) -> Self {
+        let mut data = Data::new(bytes, image.reversed);
         match codec {
-            Codec::Lzw(lzw) => lzw.begin_chunk(),
+            Codec::Lzw(lzw) => lzw.begin_chunk(data.peek()),
             Codec::Deflate(decoder) => decoder.reset(true),
-            Codec::None | Codec::PackBits | Codec::Fax4 => {}
+            Codec::Zstd(decoder) => {
+                // A reset of a session does not fail.
+                let _ = decoder.reset(ResetDirective::SessionOnly);
+            }
+            Codec::None | Codec::PackBits | Codec::Fax(_) => {}
         }
-        let fax = matches!(codec, Codec::Fax4).then(|| Fax::new(image.chunk_width));
+        let fax = match codec {
+            Codec::Fax(coding) => Some(Fax::new(image.chunk_width, *coding)),
+            _ => None,
+        };
         Self {
             codec,
-            data: Data::new(bytes, image.reversed),
+            data,
             budget,
             run: (None, 0),
             fax,
@@ -255,7 +290,22 @@ impl<'a> Chunk<'a> {
                     Status::Ok | Status::BufError | Status::StreamEnd => some(made),
                 }
             }
-            Codec::Fax4 => {
+            Codec::Zstd(decoder) => {
+                let mut from = InBuffer::around(self.data.peek());
+                let ended = from.src.is_empty();
+                let mut to = OutBuffer::around(to);
+                decoder
+                    .decompress_stream(&mut to, &mut from)
+                    .map_err(|_| ChunkError::Invalid)?;
+                let (taken, made) = (from.pos(), to.pos());
+                self.data.take(taken);
+                if ended || taken == 0 {
+                    some(made)
+                } else {
+                    Ok(made)
+                }
+            }
+            Codec::Fax(_) => {
                 let fax = self.fax.as_mut().ok_or(ChunkError::Invalid)?;
                 fax.row(&mut self.data).ok_or(ChunkError::Invalid)?;
                 some(fax.take(to))

@@ -99,12 +99,13 @@ impl<'a> Directory<'a> {
             return Ok(None);
         };
         let width: usize = match self.order.number(&entry[2..4]) {
-            // Bytes, and bytes of no type.
-            1 | 7 => 1,
-            3 => 2,
+            // Bytes, with or without a sign, and bytes of no type. Negative
+            // numbers are read as large ones, which no tag allows.
+            1 | 6 | 7 => 1,
+            3 | 8 => 2,
             // Numbers, and offsets of directories.
-            4 | 13 => 4,
-            16 | 18 if self.order.big => 8,
+            4 | 9 | 13 => 4,
+            16..=18 if self.order.big => 8,
             _ => return Err(tag),
         };
         let (count, value) = entry[4..].split_at((entry.len() - 4) / 2);

@@ -1,5 +1,6 @@
-//! Decodes fax compression of group 4 (T.6), row by row. Each row states its
-//! color changes relative to those of the row above.
+//! Decodes fax compression of groups 3 (T.4) and 4 (T.6), row by row. A row is
+//! a list of runs, or states its color changes relative to those of the row
+//! above.
 //!
 //! The codes are the `fax` crate's. Its decoder is not used: it accepts changes
 //! that go back to the left, with which a row can take any amount of time.
@@ -7,6 +8,7 @@
 use fax::maps::{Mode, black, mode, white};
 
 use super::chunk::Data;
+use super::layout::FaxCoding;
 
 /// Most zero bytes that are read behind the data, since codes are looked up by
 /// 16 bits.
@@ -14,6 +16,7 @@ const ZEROS_MAX: u32 = 4;
 
 pub(super) struct Fax {
     width: u32,
+    coding: FaxCoding,
     bits: Bits,
     /// Columns at which the color changes, beginning with white: of the row
     /// above, and of the current row.
@@ -38,6 +41,27 @@ struct BitReader<'a, 'b> {
 }
 
 impl BitReader<'_, '_> {
+    /// Skips bits up to the beginning of a byte.
+    fn align(&mut self) -> Option<()> {
+        let bits = fax::BitReader::bits_to_byte_boundary(self);
+        fax::BitReader::consume(self, bits).ok()
+    }
+
+    fn bit(&mut self) -> Option<bool> {
+        let bit = fax::BitReader::peek(self, 1)?;
+        fax::BitReader::consume(self, 1).ok()?;
+        Some(bit == 1)
+    }
+
+    /// Skips the mark of the end of a row, 11 zeros or more and a one, if there
+    /// is one.
+    fn skip_mark(&mut self) -> Option<()> {
+        if fax::BitReader::peek(self, 11)? == 0 {
+            while !self.bit()? {}
+        }
+        Some(())
+    }
+
     fn fill(&mut self) -> Result<(), ()> {
         while self.bits.count < 16 {
             let byte = self.data.byte().unwrap_or_else(|| {
@@ -75,10 +99,11 @@ impl fax::BitReader for BitReader<'_, '_> {
 }
 
 impl Fax {
-    pub(super) fn new(width: u32) -> Self {
+    pub(super) fn new(width: u32, coding: FaxCoding) -> Self {
         let bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
         Self {
             width,
+            coding,
             bits: Bits::default(),
             above: Vec::new(),
             changes: Vec::new(),
@@ -106,49 +131,23 @@ impl Fax {
             data,
         };
         reader.fill().ok()?;
+        let relative = match self.coding {
+            FaxCoding::Runs => {
+                reader.align()?;
+                false
+            }
+            FaxCoding::Group3 { two_dimensions } => {
+                reader.skip_mark()?;
+                two_dimensions && !reader.bit()?
+            }
+            FaxCoding::Group4 => true,
+        };
         std::mem::swap(&mut self.above, &mut self.changes);
         self.changes.clear();
-        let (above, changes, width) = (&self.above, &mut self.changes, self.width);
-        // There are no more changes than pixels, and one: runs of no pixels
-        // would otherwise fill any memory.
-        let mut change = |at: u32| {
-            let room = changes.len() <= width as usize;
-            changes.push(at);
-            room.then_some(())
-        };
-        let (mut at, mut is_black, mut next, mut first) = (0, false, 0, true);
-        while at < width {
-            // The first change above that is to the right of `at` and to the
-            // other color, and the change behind it.
-            while next > 0 && above[next - 1] > at {
-                next -= 1;
-            }
-            while above
-                .get(next)
-                .is_some_and(|&x| x < at || (x == at && !first) || (next % 2 == 1) != is_black)
-            {
-                next += 1;
-            }
-            let b1 = above.get(next).copied().unwrap_or(width);
-            match mode::decode(&mut reader)? {
-                Mode::Pass => at = above.get(next + 1).copied().unwrap_or(width),
-                Mode::Vertical(delta) => {
-                    let to = b1.checked_add_signed(delta.into())?;
-                    if to < at || to > width {
-                        return None;
-                    }
-                    change(to)?;
-                    (at, is_black) = (to, !is_black);
-                }
-                Mode::Horizontal => {
-                    for of_black in [is_black, !is_black] {
-                        at = at.checked_add(run(of_black, &mut reader)?)?.min(width);
-                        change(at)?;
-                    }
-                }
-                Mode::Extension | Mode::EOF => return None,
-            }
-            first = false;
+        if relative {
+            relative_row(&self.above, &mut self.changes, self.width, &mut reader)?;
+        } else {
+            row_of_runs(&mut self.changes, self.width, &mut reader)?;
         }
         self.paint();
         Some(())
@@ -164,6 +163,70 @@ impl Fax {
             fill(&mut self.line, start, end);
         }
     }
+}
+
+/// Adds a change of color. There are no more changes than pixels, and one: runs
+/// of no pixels would otherwise fill any memory.
+fn add_change(changes: &mut Vec<u32>, at: u32, width: u32) -> Option<()> {
+    let room = changes.len() <= width as usize;
+    changes.push(at);
+    room.then_some(())
+}
+
+/// Reads the changes of a row that is a list of runs.
+fn row_of_runs(changes: &mut Vec<u32>, width: u32, reader: &mut BitReader<'_, '_>) -> Option<()> {
+    let (mut at, mut is_black) = (0_u32, false);
+    while at < width {
+        at = at.checked_add(run(is_black, reader)?)?.min(width);
+        add_change(changes, at, width)?;
+        is_black = !is_black;
+    }
+    Some(())
+}
+
+/// Reads the changes of a row relative to those of the row above.
+fn relative_row(
+    above: &[u32],
+    changes: &mut Vec<u32>,
+    width: u32,
+    reader: &mut BitReader<'_, '_>,
+) -> Option<()> {
+    let mut change = |at| add_change(changes, at, width);
+    let (mut at, mut is_black, mut next, mut first) = (0, false, 0, true);
+    while at < width {
+        // The first change above that is to the right of `at` and to the
+        // other color, and the change behind it.
+        while next > 0 && above[next - 1] > at {
+            next -= 1;
+        }
+        while above
+            .get(next)
+            .is_some_and(|&x| x < at || (x == at && !first) || (next % 2 == 1) != is_black)
+        {
+            next += 1;
+        }
+        let b1 = above.get(next).copied().unwrap_or(width);
+        match mode::decode(reader)? {
+            Mode::Pass => at = above.get(next + 1).copied().unwrap_or(width),
+            Mode::Vertical(delta) => {
+                let to = b1.checked_add_signed(delta.into())?;
+                if to < at || to > width {
+                    return None;
+                }
+                change(to)?;
+                (at, is_black) = (to, !is_black);
+            }
+            Mode::Horizontal => {
+                for of_black in [is_black, !is_black] {
+                    at = at.checked_add(run(of_black, reader)?)?.min(width);
+                    change(at)?;
+                }
+            }
+            Mode::Extension | Mode::EOF => return None,
+        }
+        first = false;
+    }
+    Some(())
 }
 
 /// Sets the bits from `start` up to `end`.
