@@ -33,7 +33,7 @@ pub(crate) enum LayerProduct {
     Contract,
 }
 
-/// How the inputs of each product vary together.
+/// Second moments of the inputs of each product.
 #[derive(Debug, Default)]
 pub(crate) struct Calibration {
     layers: Vec<[Moments; 4]>,
