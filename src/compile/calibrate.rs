@@ -79,6 +79,11 @@ impl Calibration {
 }
 
 impl Moments {
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        reason = "counts are small, and moments need no more than 24 bits"
+    )]
     fn of(rows: &[f64], inputs: usize) -> Self {
         let mut blocks = vec![Vec::new(); inputs.div_ceil(BLOCK)];
         in_parallel(
@@ -172,6 +177,11 @@ fn round(weights: &[f32], scales: &[f32], shares: Option<&[f32]>, bytes: &mut [i
 /// its rounding error, so that the mean square of the results' error is least:
 /// the rows of the upper triangular factor of the inverse moments, each divided
 /// by its diagonal. Returns `None` for moments that are no numbers.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    reason = "counts are small, and moments need no more than 24 bits"
+)]
 fn shares(moments: &[f32], size: usize) -> Option<Vec<f32>> {
     let mut factor: Vec<f64> = moments.iter().copied().map(f64::from).collect();
     let diagonal: f64 = (0..size).map(|at| factor[at * size + at]).sum();
@@ -309,8 +319,8 @@ mod tests {
     fn inputs_that_do_not_vary_together_leave_weights_at_the_nearest() {
         let dense = product(40, 9);
         let mut moments = vec![0.0; 40 * 40];
-        for at in 0..40 {
-            moments[at * 40 + at] = 1.0 + at as f32;
+        for at in 0..40_u8 {
+            moments[usize::from(at) * 41] = 1.0 + f32::from(at);
         }
         let moments = Moments {
             blocks: vec![moments],
