@@ -5,8 +5,7 @@
 //! weights of the inputs behind it, as far as the inputs vary together
 //! (Frantar et al., "GPTQ", 2022). How they vary is taken from a run of the
 //! reference over random tokens, so that no pictures are needed, within blocks
-//! of inputs, so that it costs little. With models/emoji the error of pooled
-//! features falls to two thirds.
+//! of inputs, so that it costs little.
 
 use super::error::CompileError;
 use super::reference;

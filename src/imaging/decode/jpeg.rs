@@ -19,8 +19,8 @@
 //! ([`coefficients`]), and estimated if they are missing ([`smooth`]).
 //!
 //! Memory: ten rows of samples for each row of blocks, the rows of pixels that
-//! are made of them, and for several scans 2 bytes per coefficient, padded to whole units of the largest
-//! sampling.
+//! are made of them, and for several scans 2 bytes per coefficient, padded to
+//! whole units of the largest sampling.
 //!
 //! Work: each scan goes over the blocks of its components, whatever the number
 //! of its bytes. The sum over all scans is limited to [`PASSES_MAX`] times the
