@@ -1,7 +1,6 @@
 //! Plan of the input: converts the command line's inputs into shards, always in
 //! the same order.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,25 +10,18 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::input::{ListedRow, Listing};
-use super::location::{ListedObject, Location, Stores, expand, fault};
+use super::input::Listing;
+use super::lists::{json_rows, lines, table_rows};
+use super::location::{
+    ListedObject, Location, ReadError, Stores, expand, fault, is_lasting, scheme_of,
+};
+use super::names::{NamedInput, above, distinguish};
 use crate::client::pool::ImageFault;
 use crate::files::{IMAGES, Trouble, hex};
 
 /// Largest list, which is read whole. More lines would take more memory than a
 /// job should, and a directory or Parquet serves as well.
 const LIST_BYTES_MAX: u64 = 4 << 30;
-/// Columns of a CSV that may hold the paths, in the order of preference.
-const PATH_COLUMNS: [&str; 7] = [
-    "path",
-    "image",
-    "file",
-    "filename",
-    "file_name",
-    "image_path",
-    "url",
-];
-
 /// Shard: a piece of the input that one job reads from its beginning to its
 /// end.
 #[derive(Debug, Clone)]
@@ -38,7 +30,21 @@ pub(super) struct Shard {
     pub(super) name: String,
     /// Size of the shard, to compare shards by when progress is shown.
     pub(super) bytes: u64,
+    /// Beginning of the ids: of a table its name, before the number of the row;
+    /// of tars and files what stands before each id.
+    pub(super) id_base: String,
     pub(super) kind: ShardKind,
+}
+
+impl Shard {
+    /// True if version 1 of the manifest gave the shard's images the same ids.
+    fn has_ids_of_version_1(&self) -> bool {
+        match self.kind {
+            ShardKind::Parquet(_) | ShardKind::Arrow(_) => !self.id_base.contains('/'),
+            ShardKind::WebDataset(_) | ShardKind::Files { .. } => self.id_base.is_empty(),
+            ShardKind::Lost(_) => true,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +80,10 @@ pub(super) struct Fact {
 pub(super) struct InputPlan {
     pub(super) shards: Vec<Shard>,
     pub(super) facts: Vec<Fact>,
+    inputs: Vec<NamedInput>,
+    /// True if a list has ids of its own, which version 1 of the manifest left
+    /// out.
+    has_listed_ids: bool,
 }
 
 /// Options for the plan of the inputs.
@@ -81,6 +91,7 @@ pub(super) struct PlanOptions<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
+    pub(super) id_column: Option<&'a str>,
     /// Location of the output, which must not become input.
     pub(super) output: &'a str,
 }
@@ -99,19 +110,16 @@ pub(super) async fn plan(
     let mut plan = InputPlan {
         shards: Vec::new(),
         facts: Vec::new(),
+        inputs: Vec::new(),
+        has_listed_ids: false,
     };
     for input in inputs {
-        for name in expand(input)? {
+        for name in names(input)? {
             let location = stores.locate(&name)?;
-            match location.stat().await? {
-                Some(entry) => plan.file(&location, &entry, stores, options).await?,
-                None => match location.trouble()? {
-                    None | Some(Trouble::Folder) => plan.folder(&location, options).await?,
-                    Some(trouble) => anyhow::bail!("{location}: {trouble}"),
-                },
-            }
+            plan.input(&location, stores, options).await?;
         }
     }
+    distinguish(&plan.inputs, &mut plan.shards)?;
     anyhow::ensure!(
         !plan.shards.is_empty(),
         "the inputs contain no images: {}",
@@ -120,12 +128,106 @@ pub(super) async fn plan(
     Ok(plan)
 }
 
+/// Returns the names that an input stands for. A path that exists is meant as
+/// it is, whatever braces it has.
+fn names(input: &str) -> anyhow::Result<Vec<String>> {
+    let is_path = scheme_of(input).is_none() && std::fs::symlink_metadata(input).is_ok();
+    if is_path {
+        return Ok(vec![input.to_owned()]);
+    }
+    expand(input)
+}
+
+/// True for the error of a bucket that does not let the file itself be looked
+/// at; the files below it may be allowed.
+fn is_denied(error: &anyhow::Error) -> bool {
+    use object_store::Error::{PermissionDenied, Unauthenticated};
+    let denied = |error: &object_store::Error| {
+        matches!(error, PermissionDenied { .. } | Unauthenticated { .. })
+    };
+    error.downcast_ref().is_some_and(denied)
+}
+
+/// True if the same command finds the same error: the input is wrong, and not
+/// only away.
+pub(super) fn stays(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| match cause.downcast_ref() {
+        Some(ReadError::Store(error)) => is_lasting(error),
+        Some(_) => false,
+        None => cause.downcast_ref().is_some_and(is_lasting),
+    })
+}
+
 fn extension(name: &str) -> String {
     let extension = name.rsplit_once('.').map_or("", |(_, last)| last);
     extension.to_ascii_lowercase()
 }
 
 impl InputPlan {
+    /// Describes how the inputs are taken: how many of each kind.
+    pub(super) fn kinds(&self) -> String {
+        let mut kinds: BTreeMap<&str, (u64, Option<u64>)> = BTreeMap::new();
+        for fact in &self.facts {
+            let kind = match fact.kind.as_str() {
+                "folder" => "directory of images",
+                "list" => "list of images",
+                kind => kind,
+            };
+            let (inputs, items) = kinds.entry(kind).or_default();
+            *inputs += 1;
+            if let Some(more) = fact.items {
+                *items = Some(items.unwrap_or_default() + more);
+            }
+        }
+        let kinds = kinds.into_iter().map(|(kind, (inputs, items))| {
+            let items = items.map_or_else(String::new, |items| format!(" ({items} images)"));
+            format!("{inputs} {kind}{items}")
+        });
+        kinds.collect::<Vec<_>>().join(", ")
+    }
+
+    /// True if version 1 of the manifest gave all images the same ids.
+    pub(super) fn has_ids_of_version_1(&self) -> bool {
+        !self.has_listed_ids && self.shards.iter().all(Shard::has_ids_of_version_1)
+    }
+
+    /// Adds the shards of one input.
+    async fn input(
+        &mut self,
+        location: &Location,
+        stores: &Arc<Stores>,
+        options: &PlanOptions<'_>,
+    ) -> anyhow::Result<()> {
+        let first = self.shards.len();
+        let base = match location.stat().await {
+            Ok(Some(entry)) => {
+                self.file(location, &entry, stores, options).await?;
+                location.parent()
+            }
+            Ok(None) => match location.trouble()? {
+                None | Some(Trouble::Folder) => {
+                    self.folder(location, options).await?;
+                    location.clone()
+                }
+                Some(trouble) => anyhow::bail!("{location}: {trouble}"),
+            },
+            // Whoever may list a prefix and read below it is told "forbidden"
+            // when the prefix itself is looked at.
+            Err(denied) if is_denied(&denied) => {
+                let listed = self.folder(location, options).await;
+                // The listing's answer has the reason in words.
+                listed.map_err(|error| if is_denied(&error) { error } else { denied })?;
+                location.clone()
+            }
+            Err(error) => return Err(error),
+        };
+        self.inputs.push(NamedInput {
+            base,
+            shards: first..self.shards.len(),
+        });
+        Ok(())
+    }
+
     async fn file(
         &mut self,
         location: &Location,
@@ -143,23 +245,31 @@ impl InputPlan {
             self.shard(location, entry, &extension, kind);
             return Ok(());
         }
+        let mut has_columns = true;
         let rows = match extension.as_str() {
-            "csv" => {
+            "csv" | "tsv" | "tab" => {
                 let text = &list(location).await?;
-                csv_rows(text, options).with_context(|| location.to_string())?
+                let delimiter = if extension == "csv" { b',' } else { b'\t' };
+                table_rows(text, delimiter, options).with_context(|| location.to_string())?
+            }
+            "jsonl" | "ndjson" => {
+                let text = &list(location).await?;
+                json_rows(text, options).with_context(|| location.to_string())?
             }
             "txt" | "lst" | "list" => {
                 anyhow::ensure!(
                     options.keep.is_empty(),
                     "--keep: {location} is a list of names without columns; give a CSV with columns"
                 );
+                has_columns = false;
                 lines(&list(location).await?)
             }
             _ => anyhow::bail!(
                 "{location} has a file type that cannot be read; give a directory, .tar, .parquet, \
-                 .arrow, or a list of images in .txt or .csv"
+                 .arrow, or a list of images in .txt, .csv, .tsv or .jsonl"
             ),
         };
+        self.has_listed_ids |= has_columns && options.id_column.is_some();
         self.facts.push(Fact {
             name: location.to_string(),
             kind: "list".to_owned(),
@@ -305,6 +415,10 @@ impl InputPlan {
         self.shards.push(Shard {
             name: location.to_string(),
             bytes: entry.bytes,
+            id_base: match kind {
+                ShardKind::WebDataset(_) => above(&entry.name).to_owned(),
+                _ => entry.name.clone(),
+            },
             kind,
         });
     }
@@ -324,6 +438,7 @@ impl InputPlan {
             self.shards.push(Shard {
                 name: format!("{of} [{}..{}]", range.start, range.end),
                 bytes: bytes(range.clone()),
+                id_base: String::new(),
                 kind: ShardKind::Files {
                     listing: Arc::clone(listing),
                     range,
@@ -354,80 +469,6 @@ async fn list(location: &Location) -> anyhow::Result<Bytes> {
         })
 }
 
-/// Byte order mark, with which some editors begin a text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
-fn lines(text: &[u8]) -> Vec<ListedRow> {
-    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
-    let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
-    lines
-        .filter(|line| !line.is_empty())
-        .map(|line| row(line, std::iter::empty()))
-        .collect()
-}
-
-/// Makes the row of a line. A line that is not UTF-8 becomes an error.
-fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
-    let mut is_text = true;
-    let mut text = |bytes: &[u8]| {
-        let text = String::from_utf8_lossy(bytes);
-        is_text &= matches!(text, Cow::Borrowed(_));
-        text.into_owned()
-    };
-    let (name, kept) = (text(name), kept.map(&mut text).collect());
-    let fault = || {
-        ImageFault::invalid(
-            "this line of the list is not UTF-8; write the list in UTF-8".to_owned(),
-        )
-    };
-    ListedRow {
-        name,
-        kept,
-        trouble: (!is_text).then(fault),
-    }
-}
-
-fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<ListedRow>> {
-    let mut reader = csv::Reader::from_reader(text);
-    let header = reader.headers()?.clone();
-    let names = || header.iter().collect::<Vec<_>>().join(", ");
-    let place = |name: &str| header.iter().position(|column| column == name);
-    let path = match options.image_column {
-        Some(name) => place(name).with_context(|| {
-            format!(
-                "--image-column {name}: the list has no such column; its columns are {}",
-                names()
-            )
-        })?,
-        None => PATH_COLUMNS
-            .iter()
-            .find_map(|name| place(name))
-            .with_context(|| {
-                format!(
-                    "no column is known to hold paths; the list's columns are {}; name one with \
-                     --image-column",
-                    names()
-                )
-            })?,
-    };
-    let keep = options.keep.iter().map(|name| {
-        place(name).with_context(|| {
-            format!(
-                "--keep {name}: the list has no such column; its columns are {}",
-                names()
-            )
-        })
-    });
-    let keep = keep.collect::<anyhow::Result<Vec<_>>>()?;
-    let mut rows = Vec::new();
-    for record in reader.byte_records() {
-        let record = record?;
-        let field = |place| record.get(place).unwrap_or_default();
-        rows.push(row(field(path), keep.iter().map(|&place| field(place))));
-    }
-    Ok(rows)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -437,6 +478,7 @@ mod tests {
             part_items: 2,
             keep,
             image_column: None,
+            id_column: None,
             output: "/output",
         };
         plan(inputs, &Arc::default(), &options).await
@@ -505,28 +547,5 @@ mod tests {
             "no column is known to hold paths",
         )
         .await;
-    }
-
-    #[test]
-    fn a_line_that_is_no_text_is_a_row_with_its_trouble() {
-        let of = |rows: &[ListedRow]| -> Vec<(String, bool)> {
-            let one = |row: &ListedRow| (row.name.clone(), row.trouble.is_some());
-            rows.iter().map(one).collect()
-        };
-        let list = lines(b"\xef\xbb\xbfa.png\r\n\n b\xff.png\nc.png");
-        let expected = [("a.png", false), ("b\u{fffd}.png", true), ("c.png", false)];
-        let expected = expected.map(|(name, is_bad)| (name.to_owned(), is_bad));
-        assert_eq!(of(&list), expected);
-        let options = PlanOptions {
-            part_items: 2,
-            keep: &["label".to_owned()],
-            image_column: None,
-            output: "/output",
-        };
-        let table = b"path,label\na.png,x\nb\xff.png,y\nc.png,\xff\n";
-        let rows = csv_rows(table, &options).unwrap();
-        assert_eq!(rows[1].kept, ["y"]);
-        let is_bad: Vec<bool> = of(&rows).into_iter().map(|(_, is_bad)| is_bad).collect();
-        assert_eq!(is_bad, [false, true, true]);
     }
 }

@@ -198,6 +198,7 @@ mod tests {
         let shard = Shard {
             name: "0.tar".to_owned(),
             bytes: content.len() as u64,
+            id_base: String::new(),
             kind: ShardKind::WebDataset(local(&path)),
         };
         (dir, shard)

@@ -46,6 +46,7 @@ fn shard(name: &str, content: &[u8]) -> (tempfile::TempDir, Shard) {
     let shard = Shard {
         name: name.to_owned(),
         bytes: content.len() as u64,
+        id_base: name.to_owned(),
         kind,
     };
     (dir, shard)
