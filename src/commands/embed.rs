@@ -8,6 +8,7 @@
 //! undisturbed run.
 
 mod address;
+mod finding;
 mod finish;
 pub mod flags;
 mod input;
@@ -33,6 +34,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use self::finding::LeftOut;
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
 use self::input::{Broken, Reading};
@@ -107,6 +109,9 @@ struct Report<'a> {
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
+    /// Files of directories that were not read.
+    #[serde(flatten)]
+    left_out: &'a LeftOut,
     /// True if all shares are done and the dataset's summary is written.
     finished: bool,
 }
@@ -278,6 +283,7 @@ impl Prepared {
                 part_items: args.table.part_items as usize,
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
+                kind: args.table.kind,
                 output: &sink.to_string(),
             },
         )
@@ -492,6 +498,9 @@ impl Prepared {
             (None, JobEnded::Interrupted) => tracing::warn!("the job was told to end"),
             (None, _) => {}
         }
+        if !self.plan.left_out.is_empty() {
+            tracing::warn!("not read: {}", self.plan.left_out);
+        }
         match outcome {
             JobEnded::Done if !finished => tracing::info!(
                 "share {index}/{of} is done; when all shares are done, run `imagegpt embed \
@@ -531,6 +540,7 @@ impl Prepared {
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
+            left_out: &self.plan.left_out,
             finished,
         };
         say(&report, out)?;

@@ -5,6 +5,7 @@
 //! reading must begin so that this sample is the first. Resuming a job needs no
 //! other knowledge of a format.
 
+mod archive;
 mod columns;
 mod files;
 mod messages;
@@ -136,6 +137,17 @@ pub(super) fn read(
 /// Opens a shard's file for reading by ranges.
 fn file_of(shard: &Shard, location: &Location, reading: &Reading) -> Ranged {
     Ranged::new(location.clone(), shard.bytes, reading.runtime.clone())
+}
+
+/// Returns true if a file is a tar by its content.
+///
+/// # Errors
+///
+/// When the file cannot be read.
+pub(super) fn is_tar(location: &Location, bytes: u64, runtime: Handle) -> anyhow::Result<bool> {
+    let file = Ranged::new(location.clone(), bytes, runtime);
+    let is_tar = webdataset::is_tar(&file);
+    file.failure().map_or(Ok(is_tar), Err)
 }
 
 /// Checks that a shard has the columns that the flags ask for, without reading
