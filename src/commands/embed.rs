@@ -10,6 +10,7 @@
 mod address;
 mod connect;
 mod encoding;
+mod finding;
 mod finish;
 pub mod flags;
 mod input;
@@ -39,6 +40,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use self::finding::LeftOut;
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
 use self::input::{Broken, Reading, SidecarsSeen};
@@ -115,6 +117,9 @@ struct Report<'a> {
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
+    /// Files of directories that were not read.
+    #[serde(flatten)]
+    left_out: &'a LeftOut,
     /// True if all shares are done and the dataset's summary is written.
     finished: bool,
     /// SHA-256 of the dataset's summary.
@@ -290,6 +295,7 @@ impl Prepared {
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
                 id_column: args.table.id_column.as_deref(),
+                kind: args.table.kind,
                 output: &sink.to_string(),
             },
         )
@@ -516,6 +522,9 @@ impl Prepared {
             (None, JobEnded::Interrupted) => tracing::warn!("the job was told to end"),
             (None, _) => {}
         }
+        if !self.plan.left_out.is_empty() {
+            tracing::warn!("not read: {}", self.plan.left_out);
+        }
         match outcome {
             JobEnded::Done if !finished => tracing::info!(
                 "share {index}/{of} is done; when all shares are done, run `imagegpt embed \
@@ -561,6 +570,7 @@ impl Prepared {
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
+            left_out: &self.plan.left_out,
             finished,
             sha256: summary.map(|summary| summary.sha256),
         };

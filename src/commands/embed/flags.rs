@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+pub use super::finding::FileKind;
 use crate::client::ConnectConfig;
 use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
@@ -200,6 +201,12 @@ pub struct TableConfig {
     /// metadata/, as clip-retrieval lays them out
     #[arg(long, env = "IMAGEGPT_FORMAT", value_enum, default_value = "parquet")]
     pub format: TableFormat,
+
+    /// Kind of the files to read where a directory contains several kinds, or
+    /// where a file's name does not show it. With tar, files of a directory
+    /// that have no extension are read too [default: found by the names]
+    #[arg(long, env = "IMAGEGPT_KIND", value_enum, value_name = "KIND")]
+    pub kind: Option<FileKind>,
 
     /// Columns of the input that are copied into the table; for WebDataset the
     /// extensions of sidecar files (json,txt,cls)

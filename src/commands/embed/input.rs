@@ -5,6 +5,7 @@
 //! reading must begin so that this sample is the first. Resuming a job needs no
 //! other knowledge of a format.
 
+mod archive;
 mod columns;
 mod files;
 mod ids;
@@ -189,6 +190,22 @@ fn because_of_store<T>(result: Result<T, Broken>, file: &Ranged) -> Result<T, Br
 /// Opens a shard's file for reading by ranges.
 fn file_of(shard: &Shard, location: &Location, reading: &Reading) -> Ranged {
     Ranged::new(location.clone(), shard.bytes, reading.runtime.clone())
+}
+
+/// Returns true if a file is a tar by its content, or can never be read: then
+/// it is one error where its rows would be.
+///
+/// # Errors
+///
+/// When the file cannot be read this time.
+pub(super) fn is_tar(location: &Location, bytes: u64, runtime: Handle) -> anyhow::Result<bool> {
+    let file = Ranged::new(location.clone(), bytes, runtime);
+    let is_tar = webdataset::is_tar(&file);
+    match file.failure() {
+        None => Ok(is_tar),
+        Some(Unread::ForGood(_)) => Ok(true),
+        Some(Unread::ThisTime(failure)) => Err(failure),
+    }
 }
 
 /// Checks that a shard has the columns that the flags ask for, without reading

@@ -343,6 +343,7 @@ mod tests {
         PlanOptions {
             part_items: 2,
             keep,
+            kind: None,
             image_column: None,
             id_column,
             output: "/output",

@@ -16,7 +16,7 @@ use super::encoding::{BodyDecoder, BodyRefused};
 use super::web::{WebClient, WebTimes, WebTrust};
 use super::wire::odd_key;
 use crate::client::pool::ImageFault;
-use crate::files::{self, FoundFile, Trouble};
+use crate::files::{self, FoundFile, HiddenEntry, Trouble, name_as_text};
 use crate::proto::GrpcCode;
 
 /// Parameters of a URL's query that sign the request and change with each
@@ -374,6 +374,7 @@ impl Location {
     }
 
     /// Lists all files below this location, by name; none if nothing is there.
+    /// Dotfiles are among them, for the count of what is passed over.
     pub(super) async fn list(&self) -> anyhow::Result<Vec<ListedObject>> {
         let mut entries = match self {
             Self::Local(folder) => {
@@ -383,7 +384,10 @@ impl Location {
                         return Ok(Vec::new());
                     }
                     let found = files::below(&folder)?;
-                    let entries = found.into_iter().map(|found| found_entry(&folder, found));
+                    let files = found.files.into_iter();
+                    let entries = files.map(|found| found_entry(&folder, found));
+                    let hidden = found.hidden.into_iter();
+                    let entries = entries.chain(hidden.map(|found| hidden_entry(&folder, found)));
                     Ok::<_, anyhow::Error>(entries.collect())
                 })
                 .await??
@@ -599,7 +603,7 @@ fn remote_entry(name: String, meta: object_store::ObjectMeta) -> ListedObject {
 
 fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
-    let name = below.to_string_lossy().into_owned();
+    let name = name_as_text(below.as_os_str().as_encoded_bytes()).into_owned();
     let unnamed = below.to_str().is_none().then(|| ImageFault {
         code: GrpcCode::InvalidArgument,
         message: "the file's name is not UTF-8, and ids must be text; rename the file".to_owned(),
@@ -617,6 +621,18 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
             trouble: Some(unnamed.unwrap_or_else(|| fault(&trouble))),
             may_be_folder,
         },
+    }
+}
+
+/// Makes the entry of a name that begins with a dot, which is only counted.
+fn hidden_entry(folder: &Path, found: HiddenEntry) -> ListedObject {
+    let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
+    ListedObject {
+        name: name_as_text(below.as_os_str().as_encoded_bytes()).into_owned(),
+        bytes: 0,
+        version: String::new(),
+        trouble: None,
+        may_be_folder: found.is_folder,
     }
 }
 
@@ -697,7 +713,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn folders_are_listed_by_name_without_what_is_hidden() {
+    async fn folders_are_listed_by_name_and_what_is_hidden_is_not_searched() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["b.png", "a/c.png", ".hidden/d.png", "a/#1.png"] {
             let path = dir.path().join(name);
@@ -714,7 +730,7 @@ mod tests {
             .into_iter()
             .map(|entry| entry.name)
             .collect();
-        assert_eq!(names, ["a/#1.png", "a/c.png", "b.png"]);
+        assert_eq!(names, [".hidden", "a/#1.png", "a/c.png", "b.png"]);
         let read = location.join("a/c.png").read(100).await.unwrap();
         assert_eq!(read.as_deref(), Some(&b"a/c.png"[..]));
         assert_eq!(location.join("a/c.png").read(2).await.unwrap(), None);

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::finding::{FileKind, FoundData, LeftOut, bare_tars, extension, named_kind, sort_out};
 use super::input::Listing;
 use super::lists::{json_rows, lines, table_rows};
 use super::location::{
@@ -17,7 +18,7 @@ use super::location::{
 };
 use super::names::{NamedInput, above, distinguish};
 use crate::client::pool::ImageFault;
-use crate::files::{IMAGES, Trouble, hex};
+use crate::files::{Trouble, hex};
 
 /// Largest list, which is read whole. More lines would take more memory than a
 /// job should, and a directory or Parquet serves as well.
@@ -84,6 +85,8 @@ pub(super) struct InputPlan {
     /// True if a list has ids of its own, which version 1 of the manifest left
     /// out.
     has_listed_ids: bool,
+    /// Files of directories that are not read.
+    pub(super) left_out: LeftOut,
 }
 
 /// Options for the plan of the inputs.
@@ -92,6 +95,8 @@ pub(super) struct PlanOptions<'a> {
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
     pub(super) id_column: Option<&'a str>,
+    /// Kind of the files to read.
+    pub(super) kind: Option<FileKind>,
     /// Location of the output, which must not become input.
     pub(super) output: &'a str,
 }
@@ -112,6 +117,7 @@ pub(super) async fn plan(
         facts: Vec::new(),
         inputs: Vec::new(),
         has_listed_ids: false,
+        left_out: LeftOut::default(),
     };
     for input in inputs {
         for name in names(input)? {
@@ -156,11 +162,6 @@ pub(super) fn stays(error: &anyhow::Error) -> bool {
         Some(_) => false,
         None => cause.downcast_ref().is_some_and(is_lasting),
     })
-}
-
-fn extension(name: &str) -> String {
-    let extension = name.rsplit_once('.').map_or("", |(_, last)| last);
-    extension.to_ascii_lowercase()
 }
 
 impl InputPlan {
@@ -235,14 +236,16 @@ impl InputPlan {
         stores: &Arc<Stores>,
         options: &PlanOptions<'_>,
     ) -> anyhow::Result<()> {
-        let extension = extension(&entry.name);
-        if let Some(kind) = shard_kind(&extension, location) {
+        let extension = extension(&entry.name).to_ascii_lowercase();
+        let kind = named_kind(location, entry, options.kind).await?;
+        if let Some((kind, shard)) = kind.and_then(|kind| Some((kind, shard_kind(kind, location)?)))
+        {
             // A shard that the command line names must be readable; it does not
             // become an error among others.
             if let Some(trouble) = location.trouble()? {
                 anyhow::bail!("{location}: {trouble}");
             }
-            self.shard(location, entry, &extension, kind);
+            self.shard(location, entry, kind, shard);
             return Ok(());
         }
         let mut has_columns = true;
@@ -298,44 +301,51 @@ impl InputPlan {
              output; give an --output elsewhere",
             options.output
         );
-        let mut by_kind: BTreeMap<&str, Vec<ListedObject>> = BTreeMap::new();
-        let mut may_be_folders = Vec::new();
-        for entry in folder.list().await? {
-            if entry.may_be_folder {
-                may_be_folders.push(entry);
-                continue;
+        let FoundData {
+            mut by_kind,
+            mut may_be_folders,
+            bare,
+            left_out,
+        } = sort_out(folder.list().await?, options.kind);
+        self.left_out.add(&left_out);
+        if options.kind.is_none() && by_kind.keys().all(|kind| *kind == FileKind::Tar) {
+            let tars = bare_tars(folder, bare).await?;
+            if !tars.is_empty() {
+                let entries = by_kind.entry(FileKind::Tar).or_default();
+                entries.extend(tars);
+                entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
             }
-            let extension = extension(&entry.name);
-            let kind = match extension.as_str() {
-                "tar" => "tar",
-                "parquet" => "parquet",
-                "arrow" | "feather" | "ipc" => "arrow",
-                other if IMAGES.contains(&other) => "image",
-                _ => continue,
-            };
-            by_kind.entry(kind).or_default().push(entry);
         }
-        let kinds: Vec<&str> = by_kind.keys().copied().collect();
+        let kinds: Vec<String> = by_kind.keys().map(FileKind::to_string).collect();
         anyhow::ensure!(
             kinds.len() <= 1,
-            "{folder} contains files of several kinds ({}); name the files to read",
+            "{folder} contains files of several kinds ({}); choose one with --kind, or name the \
+             files to read",
             kinds.join(", ")
         );
         let Some((kind, mut entries)) = by_kind.pop_first() else {
+            let besides = if left_out.is_empty() {
+                String::new()
+            } else {
+                format!("; it has {left_out}")
+            };
+            if let Some(kind) = options.kind {
+                anyhow::bail!("--kind {kind}: {folder} has no files of this kind{besides}");
+            }
             if matches!(folder, Location::Local(_)) {
-                anyhow::bail!("{folder} is a directory without images or shards");
+                anyhow::bail!("{folder} is a directory without images or shards{besides}");
             }
             anyhow::bail!(
                 "{folder} does not exist: there is no such file, and no directory with images or \
-                 shards"
+                 shards{besides}"
             );
         };
         if !may_be_folders.is_empty() {
             entries.append(&mut may_be_folders);
             entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         }
-        if kind != "image" {
-            return self.shards(folder, &entries);
+        if kind != FileKind::Image {
+            return self.shards(folder, kind, &entries);
         }
         anyhow::ensure!(
             options.keep.is_empty(),
@@ -376,23 +386,27 @@ impl InputPlan {
 
     /// Adds the shards of a directory. A shard that cannot be read becomes an
     /// error.
-    fn shards(&mut self, folder: &Location, entries: &[ListedObject]) -> anyhow::Result<()> {
+    fn shards(
+        &mut self,
+        folder: &Location,
+        kind: FileKind,
+        entries: &[ListedObject],
+    ) -> anyhow::Result<()> {
         for entry in entries {
             let location = folder.join(&entry.name);
-            let extension = extension(&entry.name);
             let trouble = match &entry.trouble {
                 Some(trouble) => Some(trouble.clone()),
                 None => location.trouble()?.as_ref().map(fault),
             };
-            let kind = match trouble {
+            let shard = match trouble {
                 Some(fault) => Some(ShardKind::Lost(ImageFault {
                     message: format!("the whole file is skipped: {}", fault.message),
                     ..fault
                 })),
-                None => shard_kind(&extension, &location),
+                None => shard_kind(kind, &location),
             };
-            if let Some(kind) = kind {
-                self.shard(&location, entry, &extension, kind);
+            if let Some(shard) = shard {
+                self.shard(&location, entry, kind, shard);
             }
         }
         Ok(())
@@ -402,12 +416,12 @@ impl InputPlan {
         &mut self,
         location: &Location,
         entry: &ListedObject,
-        kind_name: &str,
-        kind: ShardKind,
+        kind: FileKind,
+        shard: ShardKind,
     ) {
         self.facts.push(Fact {
             name: location.to_string(),
-            kind: kind_name.to_owned(),
+            kind: fact_kind(kind, &entry.name),
             items: None,
             bytes: entry.bytes,
             version: entry.version.clone(),
@@ -415,11 +429,11 @@ impl InputPlan {
         self.shards.push(Shard {
             name: location.to_string(),
             bytes: entry.bytes,
-            id_base: match kind {
+            id_base: match &shard {
                 ShardKind::WebDataset(_) => above(&entry.name).to_owned(),
                 _ => entry.name.clone(),
             },
-            kind,
+            kind: shard,
         });
     }
 
@@ -448,13 +462,21 @@ impl InputPlan {
     }
 }
 
-fn shard_kind(extension: &str, location: &Location) -> Option<ShardKind> {
+/// Returns the kind that the manifest records.
+fn fact_kind(kind: FileKind, name: &str) -> String {
+    match kind {
+        FileKind::Arrow => extension(name).to_ascii_lowercase(),
+        kind => kind.to_string(),
+    }
+}
+
+fn shard_kind(kind: FileKind, location: &Location) -> Option<ShardKind> {
     let location = location.clone();
-    match extension {
-        "tar" => Some(ShardKind::WebDataset(location)),
-        "parquet" => Some(ShardKind::Parquet(location)),
-        "arrow" | "feather" | "ipc" => Some(ShardKind::Arrow(location)),
-        _ => None,
+    match kind {
+        FileKind::Tar => Some(ShardKind::WebDataset(location)),
+        FileKind::Parquet => Some(ShardKind::Parquet(location)),
+        FileKind::Arrow => Some(ShardKind::Arrow(location)),
+        FileKind::Image => None,
     }
 }
 
@@ -479,6 +501,7 @@ mod tests {
             keep,
             image_column: None,
             id_column: None,
+            kind: None,
             output: "/output",
         };
         plan(inputs, &Arc::default(), &options).await

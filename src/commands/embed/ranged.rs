@@ -91,6 +91,11 @@ impl Ranged {
         failure.unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    /// Returns the offset of the next byte.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
     /// Returns a reader of the same file that begins at the offset `at`.
     pub(super) fn from(&self, at: u64) -> Self {
         Self {
