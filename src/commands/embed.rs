@@ -117,9 +117,9 @@ struct Report<'a> {
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
-    /// Files of directories that were not read.
+    /// Files of directories that were not read; none when nothing was looked for.
     #[serde(flatten)]
-    left_out: &'a LeftOut,
+    left_out: Option<&'a LeftOut>,
     /// True if all shares are done and the dataset's summary is written.
     finished: bool,
     /// SHA-256 of the dataset's summary.
@@ -260,12 +260,27 @@ impl Unprepared {
                 || cause.is::<std::io::Error>()
                 || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
-        if error.chain().any(away) && !plan::stays(&error) {
+        if plan::stays(&error) {
+            Self::Refused(anyhow::anyhow!(told_once(&error)))
+        } else if error.chain().any(away) {
             Self::Failed(error)
         } else {
             Self::Refused(error)
         }
     }
+}
+
+/// Joins an error's causes; errors of stores have the text of their own cause in
+/// them, which is left out.
+fn told_once(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            known if known.contains(&cause) => text,
+            known => format!("{known}: {cause}"),
+        }
+    })
 }
 
 /// Facts that are settled before the first image is read.
@@ -570,7 +585,7 @@ impl Prepared {
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
-            left_out: &self.plan.left_out,
+            left_out: Some(&self.plan.left_out),
             finished,
             sha256: summary.map(|summary| summary.sha256),
         };

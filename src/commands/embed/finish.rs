@@ -103,6 +103,7 @@ fn report<'a>(summary: &'a DatasetSummary, sink: &Sink, started: Instant) -> Rep
         errors_this_run: 0,
         seconds: started.elapsed().as_secs_f64(),
         images_per_second: 0.0,
+        left_out: None,
         finished: true,
         sha256: Some(summary.sha256.clone()),
     }
