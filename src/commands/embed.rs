@@ -255,12 +255,27 @@ impl Unprepared {
                 || cause.is::<std::io::Error>()
                 || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
-        if error.chain().any(away) && !plan::stays(&error) {
+        if plan::stays(&error) {
+            Self::Refused(anyhow::anyhow!(told_once(&error)))
+        } else if error.chain().any(away) {
             Self::Failed(error)
         } else {
             Self::Refused(error)
         }
     }
+}
+
+/// Joins an error's causes; errors of stores have the text of their own cause in
+/// them, which is left out.
+fn told_once(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            known if known.contains(&cause) => text,
+            known => format!("{known}: {cause}"),
+        }
+    })
 }
 
 /// Facts that are settled before the first image is read.

@@ -142,9 +142,12 @@ fn a_path_that_exists_is_that_path_whatever_letters_it_has() {
     let dir = tempfile::tempdir().expect("a folder");
     let at = |name: &str| dir.path().join(name);
     let worker = worker();
-    for name in ["{a,b}.parquet", "[x]*?.parquet", "{.parquet"] {
+    for (n, name) in ["{a,b}.parquet", "[x]*?.parquet", "{.parquet"]
+        .into_iter()
+        .enumerate()
+    {
         parquet(&at(name), &[table(0..1, &[])], None);
-        let output = at(&format!("o-{}", name.len()));
+        let output = at(&format!("o-{n}"));
         done(&mut embed(&[at(name)], &output, &worker));
         assert_eq!(ids(&output), [format!("{name}#0")]);
     }

@@ -561,7 +561,12 @@ pub(super) fn is_lasting(error: &object_store::Error) -> bool {
         | PermissionDenied { .. }
         | Unauthenticated { .. }
         | UnknownConfigurationKey { .. } => true,
-        Generic { source, .. } => source.is::<NoCredentials>(),
+        // A listing's answers have no kinds.
+        Generic { source, .. } => {
+            let text = source.to_string();
+            let answered = |status: &str| text.contains(&format!("non-2xx status code: {status}"));
+            source.is::<NoCredentials>() || ["401", "403", "404"].into_iter().any(answered)
+        }
         _ => false,
     }
 }

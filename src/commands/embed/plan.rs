@@ -216,7 +216,7 @@ impl InputPlan {
             Err(denied) if is_denied(&denied) => {
                 let listed = self.folder(location, options).await;
                 // The listing's answer has the reason in words.
-                listed.map_err(|error| if is_denied(&error) { error } else { denied })?;
+                listed.map_err(|error| if stays(&error) { error } else { denied })?;
                 location.clone()
             }
             Err(error) => return Err(error),
