@@ -857,7 +857,7 @@ fn a_layer_or_an_address_that_cannot_be_is_refused_at_once() {
             .arg(&input)
             .arg("--output")
             .arg(&output)
-            .args(["--endpoint", "127.0.0.1:50051"]),
+            .args(["--endpoint", "grpc://127.0.0.1:50051"]),
         "write http://HOST:PORT",
     );
 }

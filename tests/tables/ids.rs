@@ -63,6 +63,13 @@ fn tables_of_one_name_in_two_directories_have_different_ids() {
         &worker,
     ));
     assert_eq!(ids(&at("o-arrow")), ["a/t.arrow#0", "b/t.arrow#0"]);
+    // A directory of one input has the name of another input.
+    parquet(&at("n/y/0.parquet"), &[table(0..1, &[])], None);
+    let inputs = [at("n"), at("deep/x/y"), at("deep/x/z")];
+    done(&mut embed(&inputs, &at("o-nested"), &worker));
+    let mut all = ids(&at("o-nested"));
+    all.sort();
+    assert_eq!(all, ["n/y/0.parquet#0", "x/y/0.parquet#0", "z/0.parquet#0"]);
     // Different names need no more.
     let inputs = [at("deep/0.parquet"), at("a/t.arrow")];
     done(&mut embed(&inputs, &at("o-other"), &worker));

@@ -93,7 +93,7 @@ fn shared(
         let base = input.base.to_string();
         for shard in &shards[input.shards.clone()] {
             for named in named(shard, &base) {
-                let id = hash(&(&prefix, &named.id));
+                let id = hash(&format!("{prefix}{}", named.id));
                 let data = hash(&named.data);
                 let (other, known) = *seen.entry(id).or_insert((idx, data));
                 if other == idx {
