@@ -121,7 +121,7 @@ fn unread(name: &str) -> Option<String> {
     if UNREAD_IMAGES.contains(&last) || matches!(last, "zip" | "tbz2" | "txz" | "tzst") {
         return Some(last.to_owned());
     }
-    (ARCHIVES.contains(&last) && stem.ends_with(".tar")).then(|| format!("tar.{last}"))
+    (ARCHIVES.contains(&last) && extension(stem) == "tar").then(|| format!("tar.{last}"))
 }
 
 /// True if a directory or a table with this name is not data. As in Spark, `_`

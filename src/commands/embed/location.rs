@@ -387,7 +387,7 @@ impl Location {
                     let files = found.files.into_iter();
                     let entries = files.map(|found| found_entry(&folder, found));
                     let hidden = found.hidden.into_iter();
-                    let entries = entries.chain(hidden.map(|found| hidden_entry(&folder, found)));
+                    let entries = entries.chain(hidden.map(|found| hidden_entry(&folder, &found)));
                     Ok::<_, anyhow::Error>(entries.collect())
                 })
                 .await??
@@ -630,7 +630,7 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
 }
 
 /// Makes the entry of a name that begins with a dot, which is only counted.
-fn hidden_entry(folder: &Path, found: HiddenEntry) -> ListedObject {
+fn hidden_entry(folder: &Path, found: &HiddenEntry) -> ListedObject {
     let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
     ListedObject {
         name: name_as_text(below.as_os_str().as_encoded_bytes()).into_owned(),

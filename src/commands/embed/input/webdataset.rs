@@ -103,7 +103,7 @@ pub(super) fn read(
                 return Err(damaged(&error));
             }
         };
-        match samples.member(member) {
+        match samples.member(&member) {
             Ok(ControlFlow::Continue(())) => {}
             Ok(ControlFlow::Break(())) => return Ok(()),
             Err(broken) => {
@@ -141,7 +141,7 @@ struct Samples<'a, 'v> {
 
 impl Samples<'_, '_> {
     /// Adds a member to its sample.
-    fn member(&mut self, member: Member) -> Result<ControlFlow<()>, Broken> {
+    fn member(&mut self, member: &Member) -> Result<ControlFlow<()>, Broken> {
         if member.kind == MemberKind::Other {
             return Ok(ControlFlow::Continue(()));
         }
@@ -161,7 +161,7 @@ impl Samples<'_, '_> {
                 ..Gathered::default()
             });
         }
-        let content = self.content(&member);
+        let content = self.content(member);
         if let (Ok(content), true) = (&content, self.members.is_seekable()) {
             self.targets.insert(&member.name, content);
         }
