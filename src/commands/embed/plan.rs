@@ -347,6 +347,16 @@ impl InputPlan {
         if kind != FileKind::Image {
             return self.shards(folder, kind, &entries);
         }
+        self.images(folder, entries, options)
+    }
+
+    /// Adds a directory of images.
+    fn images(
+        &mut self,
+        folder: &Location,
+        entries: Vec<ListedObject>,
+        options: &PlanOptions<'_>,
+    ) -> anyhow::Result<()> {
         anyhow::ensure!(
             options.keep.is_empty(),
             "--keep: {folder} is a directory of images, which has no columns"
