@@ -84,7 +84,7 @@ impl ConnectConfig {
     /// http without.
     pub(crate) fn with_scheme<'a>(&self, url: &'a str) -> Cow<'a, str> {
         let port = url.rsplit_once(':').map(|(_, port)| port);
-        if url.contains("://") || !port.is_some_and(|port| port.parse::<u16>().is_ok()) {
+        if url.contains("://") || port.is_none_or(|port| port.parse::<u16>().is_err()) {
             return url.into();
         }
         let uses_tls = self.tls_ca.is_some() || self.tls_client_cert.is_some();

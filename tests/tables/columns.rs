@@ -10,7 +10,7 @@ use arrow_array::{
     Time64MicrosecondArray, UnionArray,
 };
 use arrow_schema::{DataType, Field, UnionFields};
-use parquet::basic::Compression;
+use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use crate::{arrow, case, done, embed, errors, ids, parquet, refused, table, tables, worker};
@@ -105,7 +105,7 @@ fn dictionaries_of_several_row_groups_fit_together() {
     // In batches of an Arrow file, and in a list.
     let batch = |start: u8| -> (RecordBatch, Vec<String>) {
         let words: Vec<String> = (start..start + 100).map(|n| format!("w{n}")).collect();
-        let column: DictionaryArray<UInt8Type> = words.iter().map(|word| word.as_str()).collect();
+        let column: DictionaryArray<UInt8Type> = words.iter().map(String::as_str).collect();
         let column: ArrayRef = Arc::new(column);
         (table(start..start + 100, &[("cat", column)]), words)
     };
@@ -212,9 +212,9 @@ fn pages_of_every_codec_are_read() {
     let codecs = [
         Compression::UNCOMPRESSED,
         Compression::SNAPPY,
-        Compression::GZIP(Default::default()),
-        Compression::BROTLI(Default::default()),
-        Compression::ZSTD(Default::default()),
+        Compression::GZIP(GzipLevel::default()),
+        Compression::BROTLI(BrotliLevel::default()),
+        Compression::ZSTD(ZstdLevel::default()),
         Compression::LZ4,
         Compression::LZ4_RAW,
     ];

@@ -1,6 +1,7 @@
 //! Small HTTP server, whose answers a test makes: a bucket or a web server.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -65,13 +66,19 @@ pub(crate) fn serve(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static)
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = listener.local_addr().expect("its address");
     let answer = Arc::new(answer);
-    std::thread::spawn(move || {
+    let serve = move || {
         for stream in listener.incoming().flatten() {
             let answer = Arc::clone(&answer);
-            std::thread::spawn(move || one(&stream, answer.as_ref()));
+            in_thread(move || one(&stream, answer.as_ref()));
         }
-    });
+    };
+    in_thread(serve);
     addr
+}
+
+fn in_thread(body: impl FnOnce() + Send + 'static) {
+    let named = std::thread::Builder::new().name("server".to_owned());
+    named.spawn(body).expect("a thread");
 }
 
 /// Reads one request and answers it; a client that leaves is no fault.
@@ -105,7 +112,7 @@ fn one(mut stream: &TcpStream, answer: &dyn Fn(&Request) -> Answer) {
         body.len()
     );
     for (name, value) in headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        let _ = write!(head, "{name}: {value}\r\n");
     }
     head.push_str("\r\n");
     let sent = stream.write_all(head.as_bytes());
@@ -166,10 +173,11 @@ fn listing(objects: &BTreeMap<String, Object>, query: &str) -> Answer {
             Object::Content(content) => content.len(),
             Object::Cold(length) => *length,
         };
-        page.push_str(&format!(
+        let _ = write!(
+            page,
             "<Contents><Key>{key}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified>\
              <ETag>\"1\"</ETag><Size>{length}</Size></Contents>"
-        ));
+        );
     }
     page.push_str("</ListBucketResult>");
     Answer::new("200 OK", page)
@@ -184,15 +192,12 @@ fn decoded(text: &str) -> String {
             .get(..2)
             .and_then(|code| std::str::from_utf8(code).ok());
         let code = code.and_then(|code| u8::from_str_radix(code, 16).ok());
-        match (byte, code) {
-            (b'%', Some(code)) => {
-                bytes.push(code);
-                left = &rest[2..];
-            }
-            _ => {
-                bytes.push(byte);
-                left = rest;
-            }
+        if let (b'%', Some(code)) = (byte, code) {
+            bytes.push(code);
+            left = &rest[2..];
+        } else {
+            bytes.push(byte);
+            left = rest;
         }
     }
     String::from_utf8(bytes).expect("UTF-8")

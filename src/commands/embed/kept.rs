@@ -70,7 +70,7 @@ pub(super) fn can_be_kept(field: &Field, format: TableFormat) -> Result<(), Stri
     let written = catch_unwind(|| write_probe(field, format));
     match written {
         Ok(written) => written.map_err(|error| format!("{error:#}")),
-        Err(panic) => Err(panic_text(&*panic).to_owned()),
+        Err(panic) => Err(panic_text(&*panic)),
     }
 }
 

@@ -145,6 +145,7 @@ pub(super) fn table_rows(
     // A quote that is not closed swallows the lines after it, so reading begins
     // anew with the next line.
     let (mut rest, mut base) = (first, 0);
+    let mut counted = CountedLines::default();
     loop {
         let more = rest.read_byte_record(&mut record)?;
         if !more {
@@ -170,7 +171,7 @@ pub(super) fn table_rows(
         alone.read_byte_record(&mut record)?;
         // Tables with tabs are often written without any quoting.
         let fault = (delimiter != b'\t').then(|| {
-            let number = text[..start].iter().filter(|&&byte| byte == b'\n').count() + 1;
+            let number = counted.up_to(text, start);
             ImageFault::invalid(format!(
                 "line {number} of the list has a quote that is not closed; double the quotes \
                  within a field"
@@ -179,6 +180,24 @@ pub(super) fn table_rows(
         rows.push(table_row(&record, &columns, names.len(), fault));
         base = start + length;
         rest = reader(base, false);
+    }
+}
+
+/// Lines of a text up to a place, each counted once.
+#[derive(Default)]
+struct CountedLines {
+    place: usize,
+    lines: usize,
+}
+
+impl CountedLines {
+    /// Returns the number, from 1, of the line that begins at `place`, which is
+    /// after all places asked for before.
+    fn up_to(&mut self, text: &[u8], place: usize) -> usize {
+        let more = text.get(self.place..place).unwrap_or_default();
+        self.lines += more.split(|&byte| byte == b'\n').count().saturating_sub(1);
+        self.place = place;
+        self.lines + 1
     }
 }
 
@@ -204,11 +223,10 @@ fn has_closed_quotes(record: &[u8], delimiter: u8) -> bool {
             let mut at = 0;
             loop {
                 match (quoted.get(at), quoted.get(at + 1)) {
-                    (None, _) => return false,
                     (Some(b'"'), Some(b'"')) => at += 2,
                     (Some(b'"'), None) => return true,
                     (Some(b'"'), Some(next)) if is_end(next) => break,
-                    (Some(b'"'), Some(_)) => return false,
+                    (None, _) | (Some(b'"'), Some(_)) => return false,
                     _ => at += 1,
                 }
             }

@@ -146,9 +146,9 @@ impl HttpService for WiredClient {
     {
         async move {
             if self.wire.web {
-                self.from_web(request).await
+                self.ask_web(request).await
             } else {
-                self.from_bucket(request).await
+                self.ask_bucket(request).await
             }
         }
         .boxed()
@@ -156,7 +156,7 @@ impl HttpService for WiredClient {
 }
 
 impl WiredClient {
-    async fn from_bucket(
+    async fn ask_bucket(
         &self,
         request: HttpRequest,
     ) -> std::result::Result<HttpResponse, HttpError> {
@@ -184,7 +184,7 @@ impl WiredClient {
         ))
     }
 
-    async fn from_web(
+    async fn ask_web(
         &self,
         mut request: HttpRequest,
     ) -> std::result::Result<HttpResponse, HttpError> {
