@@ -117,7 +117,7 @@ struct Report<'a> {
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
-    /// Files of directories that were not read; none when nothing was looked for.
+    /// Files of directories that were not read, if there are any.
     #[serde(flatten)]
     left_out: Option<&'a LeftOut>,
     /// True if all shares are done and the dataset's summary is written.
@@ -585,7 +585,7 @@ impl Prepared {
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
-            left_out: Some(&self.plan.left_out),
+            left_out: Some(&self.plan.left_out).filter(|left_out| !left_out.is_empty()),
             finished,
             sha256: summary.map(|summary| summary.sha256),
         };

@@ -125,9 +125,13 @@ fn unread(name: &str) -> Option<String> {
 }
 
 /// True if a directory or a table with this name is not data. As in Spark, `_`
-/// followed by `=` is a column by which a table is partitioned.
+/// followed by `=` is a column by which a table is partitioned. Keys of buckets
+/// may have `.` and `..` as parts, which hide nothing.
 fn is_private(part: &str) -> bool {
-    part.starts_with('.') || (part.starts_with('_') && !part.contains('='))
+    match part {
+        "." | ".." => false,
+        _ => part.starts_with('.') || (part.starts_with('_') && !part.contains('=')),
+    }
 }
 
 /// Sorts a directory's files. `kind` is the kind that the command line names.

@@ -39,10 +39,12 @@ pub(super) struct Shard {
 
 impl Shard {
     /// True if version 1 of the manifest gave the shard's images the same ids.
+    /// Versions of that time lost images of some tars, in parts that are done.
     fn has_ids_of_version_1(&self) -> bool {
         match self.kind {
             ShardKind::Parquet(_) | ShardKind::Arrow(_) => !self.id_base.contains('/'),
-            ShardKind::WebDataset(_) | ShardKind::Files { .. } => self.id_base.is_empty(),
+            ShardKind::WebDataset(_) => false,
+            ShardKind::Files { .. } => self.id_base.is_empty(),
             ShardKind::Lost(_) => true,
         }
     }
