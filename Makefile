@@ -209,6 +209,10 @@ embed-stores: build $(EMBED_VENV)/.done ## Read and write datasets over HTTP, Az
 	npm install --silent --no-audit --no-fund --prefix target/azurite azurite@3.35.0
 	$(EMBED_VENV)/bin/python scripts/embed/stores.py
 
+.PHONY: embed-slurm
+embed-slurm: build $(EMBED_VENV)/.done ## Run deploy/slurm on a Slurm of one node (root, Debian's slurm-wlm), kill a task, and compare the table
+	$(EMBED_VENV)/bin/python scripts/embed/slurm.py
+
 .PHONY: interop-embed
 interop-embed: build $(EMBED_VENV)/.done ## Read tables with pyarrow, pandas, polars, DuckDB and datasets, and fit a probe from one
 	$(EMBED_VENV)/bin/python scripts/embed/interop.py

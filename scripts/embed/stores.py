@@ -15,6 +15,7 @@ the table is written to a disk. chaos.py tests S3.
 import argparse
 import email.utils
 import http.server
+import json
 import os
 import re
 import shutil
@@ -60,8 +61,12 @@ def table(output: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
-        if path.is_file() and name.startswith(("part-", "errors/")):
+        if path.is_file() and name.startswith("part-"):
             found[name] = path.read_bytes()
+        elif path.is_file() and name.startswith("errors/"):
+            # Messages have what a store said.
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = json.dumps([(line["id"], line["code"]) for line in lines]).encode()
     return found
 
 

@@ -294,8 +294,10 @@ pub struct ShareConfig {
     #[arg(long, env = "IMAGEGPT_SHARD", value_name = "I/N", value_parser = share, conflicts_with = "shards")]
     pub shard: Option<JobShare>,
 
-    /// Number of shares, of which this job does the share whose index is in the
-    /// variable JOB_COMPLETION_INDEX, as set by an Indexed Job of Kubernetes
+    /// Number of shares, of which this job does the share whose index is in a
+    /// variable: JOB_COMPLETION_INDEX, as set by an Indexed Job of Kubernetes,
+    /// SLURM_ARRAY_TASK_ID, as set by an array job of Slurm (--array=0-3 for 4
+    /// shares), or OMPI_COMM_WORLD_RANK, as set by Open MPI
     #[arg(
         long,
         env = "IMAGEGPT_SHARDS",
@@ -309,6 +311,13 @@ pub struct ShareConfig {
     #[arg(long, conflicts_with_all = ["shard", "shards", "inputs"])]
     pub finish: bool,
 }
+
+/// Variables that hold the index of a share, as schedulers set them.
+const INDEX_VARIABLES: [&str; 3] = [
+    "JOB_COMPLETION_INDEX",
+    "SLURM_ARRAY_TASK_ID",
+    "OMPI_COMM_WORLD_RANK",
+];
 
 /// One share of a job that is divided among several machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -331,26 +340,46 @@ fn share(text: &str) -> Result<JobShare, String> {
 }
 
 impl ShareConfig {
-    /// Returns the share that this process does, from the flags or from
-    /// `JOB_COMPLETION_INDEX`.
+    /// Returns the share that this process does, from the flags or from a
+    /// variable of [`INDEX_VARIABLES`].
     pub(super) fn share(&self) -> anyhow::Result<JobShare> {
+        self.share_in(|variable| std::env::var(variable).ok())
+    }
+
+    /// Returns the share for the values of variables that `value` has.
+    fn share_in(&self, value: impl Fn(&str) -> Option<String>) -> anyhow::Result<JobShare> {
         if let Some(share) = self.shard {
             return Ok(share);
         }
         let Some(of) = self.shards else {
             return Ok(JobShare::WHOLE);
         };
-        let index = std::env::var("JOB_COMPLETION_INDEX").ok();
-        let index = index.as_deref().map(str::parse::<u32>);
-        match index {
-            Some(Ok(index)) if index < of => Ok(JobShare { index, of }),
-            Some(_) => anyhow::bail!(
-                "JOB_COMPLETION_INDEX must be a number from 0 to {} (--shards {of})",
-                of - 1
-            ),
+        let mut found: Option<(&str, u32)> = None;
+        for variable in INDEX_VARIABLES {
+            let Some(text) = value(variable).filter(|text| !text.is_empty()) else {
+                continue;
+            };
+            let index = text.parse().ok().filter(|index| *index < of);
+            let Some(index) = index else {
+                anyhow::bail!(
+                    "{variable}={text} must be a number from 0 to {} (--shards {of})",
+                    of - 1
+                );
+            };
+            match found {
+                Some((other, before)) if before != index => anyhow::bail!(
+                    "{other}={before} and {variable}={index} name different shares; give \
+                     --shard I/{of}, or unset one of them"
+                ),
+                _ => found = Some((variable, index)),
+            }
+        }
+        match found {
+            Some((_, index)) => Ok(JobShare { index, of }),
             None => anyhow::bail!(
-                "--shards {of} takes the share that the variable JOB_COMPLETION_INDEX names, which \
-                 is not set; set it, or give --shard I/{of}"
+                "--shards {of} takes the share that the variable JOB_COMPLETION_INDEX, \
+                 SLURM_ARRAY_TASK_ID or OMPI_COMM_WORLD_RANK names, none of which is set; set \
+                 one, or give --shard I/{of}"
             ),
         }
     }
@@ -406,11 +435,53 @@ mod tests {
     }
 
     #[test]
+    fn schedulers_name_the_share() {
+        const KUBERNETES: &str = "JOB_COMPLETION_INDEX";
+        const SLURM: &str = "SLURM_ARRAY_TASK_ID";
+        const MPI: &str = "OMPI_COMM_WORLD_RANK";
+        let config = ShareConfig {
+            shard: None,
+            shards: Some(4),
+            finish: false,
+        };
+        for (set, expected) in [
+            (&[(KUBERNETES, "3")][..], "3 of 4"),
+            (&[(SLURM, "0")], "0 of 4"),
+            (&[(MPI, "2")], "2 of 4"),
+            (&[(KUBERNETES, ""), (SLURM, "1")], "1 of 4"),
+            (&[(SLURM, "1"), (MPI, "1")], "1 of 4"),
+            (&[(SLURM, "1"), (MPI, "0")], "different shares"),
+            (
+                &[(SLURM, "4")],
+                "SLURM_ARRAY_TASK_ID=4 must be a number from 0 to 3",
+            ),
+            (&[(MPI, "one")], "OMPI_COMM_WORLD_RANK=one must be"),
+            (&[], "none of which is set"),
+        ] {
+            let value = |name: &str| {
+                let known = set.iter().find(|(variable, _)| *variable == name);
+                known.map(|(_, value)| (*value).to_owned())
+            };
+            let got = match config.share_in(value) {
+                Ok(share) => format!("{} of {}", share.index, share.of),
+                Err(error) => error.to_string(),
+            };
+            assert!(got.contains(expected), "{set:?}: {got}");
+        }
+        let named = ShareConfig {
+            shard: Some(JobShare { index: 1, of: 2 }),
+            ..config
+        };
+        let share = named.share_in(|_| Some("0".to_owned())).expect("a share");
+        assert_eq!(share, JobShare { index: 1, of: 2 });
+    }
+
+    #[test]
     fn shares() {
         check(&["in"], "0 of 1");
         check(&["in", "--shard", "1/4"], "1 of 4");
         check(&["in", "--shard", "4/4"], "such as 0/4");
-        check(&["in", "--shards", "4"], "JOB_COMPLETION_INDEX");
+        check(&["in", "--shards", "4"], "SLURM_ARRAY_TASK_ID");
         check(&["in", "--shard", "0/2", "--shards", "2"], "cannot be used");
         check(&["--finish"], "0 of 1");
         check(&["--finish", "in"], "cannot be used");
