@@ -21,7 +21,11 @@ use serde_json::Value;
 
 use crate::process::{PATIENCE, Worker, said, signal, until};
 
+#[path = "dataset/hub.rs"]
+mod hub;
 mod process;
+#[path = "dataset/urls.rs"]
+mod urls;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/untrained");
 

@@ -10,6 +10,7 @@
 mod address;
 mod finish;
 pub mod flags;
+mod hub;
 mod input;
 mod journal;
 mod location;
@@ -35,6 +36,7 @@ use tokio::sync::mpsc;
 
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
+use self::hub::HubError;
 use self::input::{Broken, Reading};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
@@ -244,7 +246,13 @@ impl Unprepared {
                 || cause.is::<std::io::Error>()
                 || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
-        if error.chain().any(away) {
+        let is_lasting = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref().is_some_and(HubError::is_lasting)
+        };
+        let is_passing = |cause: &(dyn std::error::Error + 'static)| cause.is::<HubError>();
+        if error.chain().any(is_lasting) {
+            Self::Refused(error)
+        } else if error.chain().any(|cause| away(cause) || is_passing(cause)) {
             Self::Failed(error)
         } else {
             Self::Refused(error)
@@ -260,6 +268,7 @@ struct Prepared {
     model: pb::GetModelResponse,
     pool: PoolConfig,
     sink: Sink,
+    stores: Arc<Stores>,
     records: BTreeMap<PartId, Record>,
 }
 
@@ -271,6 +280,9 @@ impl Prepared {
         sink: Sink,
     ) -> Result<Self, Unprepared> {
         let share = args.share.share().map_err(Unprepared::Refused)?;
+        let began = hub::began(&args.inputs, &sink)
+            .await
+            .map_err(Unprepared::Failed)?;
         let plan = plan(
             &args.inputs,
             stores,
@@ -278,12 +290,14 @@ impl Prepared {
                 part_items: args.table.part_items as usize,
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
+                url_column: args.table.url_column.as_deref(),
                 output: &sink.to_string(),
+                began: &began,
             },
         )
         .await
         .map_err(Unprepared::of_input)?;
-        let reading = reading(args, 0).map_err(Unprepared::Refused)?;
+        let reading = reading(args, 0, stores).map_err(Unprepared::Refused)?;
         let shards = plan.shards.clone();
         tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
             .await
@@ -336,6 +350,7 @@ impl Prepared {
             model,
             pool,
             sink,
+            stores: Arc::clone(stores),
             records,
         })
     }
@@ -452,7 +467,7 @@ impl Prepared {
         });
         Ok(EmbedJob {
             work,
-            reading: reading(args, limits.image_bytes_max.min(message))?,
+            reading: reading(args, limits.image_bytes_max.min(message), &self.stores)?,
             part_items: args.table.part_items as usize,
             give_up_after: args.workers.give_up_after,
             errors_before: self.errors_before(),
@@ -539,7 +554,11 @@ impl Prepared {
 }
 
 /// Gathers the flags that say how images are read.
-fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
+fn reading(
+    args: &EmbedArgs,
+    image_bytes_max: u64,
+    stores: &Arc<Stores>,
+) -> anyhow::Result<Reading> {
     Ok(Reading {
         runtime: tokio::runtime::Handle::current(),
         memory: ImageMemory::new(
@@ -548,8 +567,10 @@ fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
         image_bytes_max,
         keep: args.table.keep.clone(),
         image_column: args.table.image_column.clone(),
+        url_column: args.table.url_column.clone(),
         id_column: args.table.id_column.clone(),
         url_patience: args.table.url_patience,
+        stores: Arc::clone(stores),
     })
 }
 

@@ -17,11 +17,12 @@ use crate::telemetry::LogConfig;
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
     /// Input to read: a directory tree of images; a list of images (.txt with
-    /// one path or URL per line, or .csv with a header); WebDataset shards
-    /// (.tar); Parquet, also with images as Hugging Face stores them; Arrow
-    /// (.arrow); or a directory of such shards. A path, or a URL: s3://, gs://,
-    /// az://, http://, https://. Brace patterns such as {000..999} and {a,b}
-    /// are expanded
+    /// one path or URL per line, .csv with a header, or .jsonl); WebDataset
+    /// shards (.tar); Parquet, also with images as Hugging Face stores them;
+    /// Arrow (.arrow); or a directory of such shards. A path, or a URL: s3://,
+    /// gs://, az://, http://, https://, or hf://datasets/OWNER/NAME for a
+    /// dataset of the Hugging Face Hub. Brace patterns such as {000..999} and
+    /// {a,b} are expanded
     #[arg(value_name = "INPUT", required_unless_present = "finish")]
     pub inputs: Vec<String>,
 
@@ -214,6 +215,18 @@ pub struct TableConfig {
     /// in a CSV [default: found by the columns' names and types]
     #[arg(long, env = "IMAGEGPT_IMAGE_COLUMN", value_name = "COLUMN")]
     pub image_column: Option<String>,
+
+    /// Column of a Parquet or Arrow table, a CSV or a list in JSONL that holds
+    /// the URLs or paths of images, which are read as those of a list. Paths
+    /// are relative to the table. Parquet and Arrow tables are read in this way
+    /// only with this flag
+    #[arg(
+        long,
+        env = "IMAGEGPT_URL_COLUMN",
+        value_name = "COLUMN",
+        conflicts_with = "image_column"
+    )]
+    pub url_column: Option<String>,
 
     /// Column of a Parquet or Arrow table that holds the ids [default: the
     /// file's name and the row]

@@ -6,6 +6,7 @@
 //! other knowledge of a format.
 
 mod columns;
+mod elsewhere;
 mod files;
 mod messages;
 mod pages;
@@ -14,13 +15,14 @@ mod webdataset;
 use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
-use super::location::Location;
+use super::location::{Location, Stores};
 use super::memory::{ImageMemory, ImageRoom};
 use super::plan::{Shard, ShardKind};
 use super::ranged::Ranged;
@@ -61,9 +63,13 @@ pub(super) struct Reading {
     /// Columns to keep, or extensions of sidecar files.
     pub(super) keep: Vec<String>,
     pub(super) image_column: Option<String>,
+    /// Column of a table whose images are at a URL or a path.
+    pub(super) url_column: Option<String>,
     pub(super) id_column: Option<String>,
     /// Longest time for which a URL of a list is retried.
     pub(super) url_patience: Duration,
+    /// Stores of images that a table names.
+    pub(super) stores: Arc<Stores>,
 }
 
 /// Reason for which a shard cannot be read to its end.
@@ -223,7 +229,6 @@ fn too_large(bytes: u64, max: u64) -> ImageFault {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::commands::embed::location::Stores;
 
     pub(in crate::commands::embed) fn reading(keep: &[&str]) -> Reading {
         Reading {
@@ -232,8 +237,10 @@ pub(super) mod tests {
             image_bytes_max: 1000,
             keep: keep.iter().map(|&name| name.to_owned()).collect(),
             image_column: None,
+            url_column: None,
             id_column: None,
             url_patience: Duration::from_secs(1),
+            stores: Arc::default(),
         }
     }
 

@@ -23,12 +23,12 @@ use crate::proto::GrpcCode;
 /// Longest time for which a request to a store is retried. After a longer time
 /// the credentials may expire between the retries; the same command then
 /// resumes the job.
-const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
+pub(super) const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
 const RETRIES_MAX: usize = 60;
 /// Longest time for a request. A block of 4 MiB takes about a second, and a
 /// request to a bucket that stalls is repeated.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// File, directory, or prefix of a bucket.
 #[derive(Debug, Clone)]
@@ -203,9 +203,13 @@ fn connect(scheme: &str, root: &str) -> anyhow::Result<Arc<dyn ObjectStore>> {
                 .build()
                 .with_context(|| root.to_owned())?,
         ),
+        "hf" => anyhow::bail!(
+            "{root}: hf:// can only be an input of the job; in a list or a table write the file's \
+             https:// URL, and give an --output elsewhere"
+        ),
         _ => anyhow::bail!(
-            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http:// or \
-             https://"
+            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http://, \
+             https:// or hf://datasets/"
         ),
     })
 }

@@ -1,6 +1,8 @@
 //! Plan of the input: converts the command line's inputs into shards, always in
 //! the same order.
 
+mod jsonl;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,6 +13,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::hub;
 use super::input::{ListedRow, Listing};
 use super::location::{ListedObject, Location, Stores, expand, fault};
 use crate::client::pool::ImageFault;
@@ -39,6 +42,21 @@ pub(super) struct Shard {
     /// Size of the shard, to compare shards by when progress is shown.
     pub(super) bytes: u64,
     pub(super) kind: ShardKind,
+}
+
+impl Shard {
+    /// True if the shard may have a column of URLs.
+    fn has_columns(&self) -> bool {
+        match &self.kind {
+            ShardKind::Parquet(_) | ShardKind::Arrow(_) | ShardKind::Lost(_) => true,
+            ShardKind::WebDataset(_) => false,
+            ShardKind::Files { listing, .. } => match listing.as_ref() {
+                Listing::Tree { .. } => false,
+                // A list without columns is refused when it is read.
+                Listing::List { .. } => true,
+            },
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -81,8 +99,11 @@ pub(super) struct PlanOptions<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
+    pub(super) url_column: Option<&'a str>,
     /// Location of the output, which must not become input.
     pub(super) output: &'a str,
+    /// Inputs of the manifest, if the job has begun before.
+    pub(super) began: &'a [Fact],
 }
 
 /// Lists all inputs and divides them into shards.
@@ -102,7 +123,13 @@ pub(super) async fn plan(
     };
     for input in inputs {
         for name in expand(input)? {
-            let location = stores.locate(&name)?;
+            let location = if hub::is_hub(&name) {
+                let input = hub::open(&name, options.began).await?;
+                plan.facts.extend(input.facts);
+                input.location
+            } else {
+                stores.locate(&name)?
+            };
             match location.stat().await? {
                 Some(entry) => plan.file(&location, &entry, stores, options).await?,
                 None => match location.trouble()? {
@@ -111,6 +138,15 @@ pub(super) async fn plan(
                 },
             }
         }
+    }
+    let without = plan.shards.iter().find(|shard| !shard.has_columns());
+    if options.url_column.is_some()
+        && let Some(shard) = without
+    {
+        anyhow::bail!(
+            "--url-column: {} has no columns; give a .parquet, .arrow, .csv or .jsonl file",
+            shard.name
+        );
     }
     anyhow::ensure!(
         !plan.shards.is_empty(),
@@ -143,7 +179,11 @@ impl InputPlan {
             self.shard(location, entry, &extension, kind);
             return Ok(());
         }
-        let rows = match extension.as_str() {
+        let mut rows = match extension.as_str() {
+            "jsonl" | "ndjson" => {
+                let text = &list(location).await?;
+                jsonl::rows(text, options).with_context(|| location.to_string())?
+            }
             "csv" => {
                 let text = &list(location).await?;
                 csv_rows(text, options).with_context(|| location.to_string())?
@@ -153,13 +193,19 @@ impl InputPlan {
                     options.keep.is_empty(),
                     "--keep: {location} is a list of names without columns; give a CSV with columns"
                 );
+                anyhow::ensure!(
+                    options.url_column.is_none(),
+                    "--url-column: {location} is a list of names without columns; leave the flag \
+                     out, or give a CSV with columns"
+                );
                 lines(&list(location).await?)
             }
             _ => anyhow::bail!(
                 "{location} has a file type that cannot be read; give a directory, .tar, .parquet, \
-                 .arrow, or a list of images in .txt or .csv"
+                 .arrow, or a list of images in .txt, .csv or .jsonl"
             ),
         };
+        name_empty_rows(&mut rows, location.file_name());
         self.facts.push(Fact {
             name: location.to_string(),
             kind: "list".to_owned(),
@@ -196,12 +242,8 @@ impl InputPlan {
                 continue;
             }
             let extension = extension(&entry.name);
-            let kind = match extension.as_str() {
-                "tar" => "tar",
-                "parquet" => "parquet",
-                "arrow" | "feather" | "ipc" => "arrow",
-                other if IMAGES.contains(&other) => "image",
-                _ => continue,
+            let Some(kind) = kind_of(&extension) else {
+                continue;
             };
             by_kind.entry(kind).or_default().push(entry);
         }
@@ -333,6 +375,23 @@ impl InputPlan {
     }
 }
 
+/// Returns the kind of file that an extension shows, if files of this kind are
+/// read from a directory.
+fn kind_of(extension: &str) -> Option<&'static str> {
+    Some(match extension {
+        "tar" => "tar",
+        "parquet" => "parquet",
+        "arrow" | "feather" | "ipc" => "arrow",
+        other if IMAGES.contains(&other) => "image",
+        _ => return None,
+    })
+}
+
+/// Returns the kind of a file of a directory by its name.
+pub(super) fn kind_by_name(name: &str) -> Option<&'static str> {
+    kind_of(&extension(name))
+}
+
 fn shard_kind(extension: &str, location: &Location) -> Option<ShardKind> {
     let location = location.clone();
     match extension {
@@ -387,15 +446,35 @@ fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
     }
 }
 
+/// Returns the column that holds the paths, with the flag that names it.
+fn path_column<'a>(options: &PlanOptions<'a>) -> Option<(&'static str, &'a str)> {
+    let urls = options.url_column.map(|name| ("--url-column", name));
+    urls.or(options.image_column.map(|name| ("--image-column", name)))
+}
+
+/// Makes rows without a path or URL into errors, whose ids are the numbers of
+/// the rows.
+fn name_empty_rows(rows: &mut [ListedRow], list: &str) {
+    for (number, row) in rows.iter_mut().enumerate() {
+        if !row.name.is_empty() {
+            continue;
+        }
+        row.trouble.get_or_insert_with(|| {
+            ImageFault::invalid("the row has neither a path nor a URL".to_owned())
+        });
+        row.name = format!("{list}#{number}");
+    }
+}
+
 fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<ListedRow>> {
     let mut reader = csv::Reader::from_reader(text);
     let header = reader.headers()?.clone();
     let names = || header.iter().collect::<Vec<_>>().join(", ");
     let place = |name: &str| header.iter().position(|column| column == name);
-    let path = match options.image_column {
-        Some(name) => place(name).with_context(|| {
+    let path = match path_column(options) {
+        Some((flag, name)) => place(name).with_context(|| {
             format!(
-                "--image-column {name}: the list has no such column; its columns are {}",
+                "{flag} {name}: the list has no such column; its columns are {}",
                 names()
             )
         })?,
@@ -437,7 +516,9 @@ mod tests {
             part_items: 2,
             keep,
             image_column: None,
+            url_column: None,
             output: "/output",
+            began: &[],
         };
         plan(inputs, &Arc::default(), &options).await
     }
@@ -521,7 +602,9 @@ mod tests {
             part_items: 2,
             keep: &["label".to_owned()],
             image_column: None,
+            url_column: None,
             output: "/output",
+            began: &[],
         };
         let table = b"path,label\na.png,x\nb\xff.png,y\nc.png,\xff\n";
         let rows = csv_rows(table, &options).unwrap();

@@ -11,8 +11,9 @@ use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Schema};
 use bytes::Bytes;
 
+use super::elsewhere::{ImagesElsewhere, is_text};
 use super::messages::{ArrowBatch, Messages};
-use super::pages::{ParquetTable, Wanted};
+use super::pages::{IMAGE_ROWS, ParquetTable, URL_ROWS, Wanted};
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::location::Location;
@@ -43,8 +44,18 @@ impl Columns {
                 ))
             })
         };
-        let image = match &reading.image_column {
-            Some(name) => {
+        let image = match (&reading.url_column, &reading.image_column) {
+            (Some(name), _) => {
+                let urls = place("--url-column", name)?;
+                let kind = schema.field(urls).data_type();
+                if !is_text(kind) {
+                    return Err(Broken::Unsuited(format!(
+                        "--url-column {name}: the column holds {kind}; URLs and paths are text"
+                    )));
+                }
+                urls
+            }
+            (None, Some(name)) => {
                 let image = place("--image-column", name)?;
                 let kind = schema.field(image).data_type();
                 if !is_image(kind) {
@@ -55,7 +66,7 @@ impl Columns {
                 }
                 image
             }
-            None => guess_image(schema)?,
+            (None, None) => guess_image(schema)?,
         };
         let id = reading.id_column.as_ref();
         let keep = reading.keep.iter();
@@ -204,7 +215,7 @@ fn image_at(
     };
     match bytes {
         None => Err(ImageFault::invalid(
-            "image: the row has no bytes; only images that are stored in the file itself are read"
+            "image: the row has neither bytes nor a path; --url-column names a column of URLs"
                 .to_owned(),
         )),
         Some(bytes) => match unfit(bytes.len() as u64, held, reading) {
@@ -227,6 +238,7 @@ fn visit_batch(
     batch: &RecordBatch,
     columns: &Columns,
     reading: &Reading,
+    location: &Location,
     place: &mut Place<'_>,
     visit: &mut Visitor<'_>,
 ) -> Result<ControlFlow<()>, Broken> {
@@ -236,12 +248,16 @@ fn visit_batch(
     } else {
         Some(batch.project(&columns.keep).map_err(failed)?)
     };
+    let image = batch.column(columns.image).as_ref();
+    let mut elsewhere = ImagesElsewhere::new(image, location, place.held, reading);
     for row in 0..batch.num_rows() {
         let id = columns
             .id
             .and_then(|id| text_at(batch.column(id).as_ref(), row));
-        let image = batch.column(columns.image).as_ref();
-        let image = image_at(image, row, place.held, reading);
+        let (image, room) = match elsewhere.next(row).map_err(Broken::Failed)? {
+            Some(fetched) => fetched,
+            None => (image_at(image, row, place.held, reading), None),
+        };
         let seen = PlacedSample {
             cursor: place.row,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
@@ -249,7 +265,7 @@ fn visit_batch(
             sample: Sample {
                 id: id.unwrap_or_else(|| format!("{}#{}", place.location.file_name(), place.row)),
                 image,
-                room: None,
+                room,
                 kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
             },
         };
@@ -281,11 +297,15 @@ pub(super) fn read_parquet(
 ) -> Result<(), Broken> {
     let table = ParquetTable::open(file, reading)?;
     let columns = Columns::find(table.schema(), reading)?;
-    let is_only_image = columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
+    // A column of URLs is text, whose values are copied.
+    let has_urls = reading.url_column.is_some();
+    let is_only_image =
+        !has_urls && columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
     let places = columns.places();
     let wanted = Wanted {
         places: &places,
         viewed: is_only_image.then_some(columns.image),
+        batch_rows: if has_urls { URL_ROWS } else { IMAGE_ROWS },
     };
     let columns = columns.projected();
     let mut place = Place {
@@ -306,7 +326,7 @@ pub(super) fn read_parquet(
         place.row = place.row.max(cursor);
         let flow = table.each(group, &wanted, skipped, |batch, held| {
             place.held = held;
-            visit_batch(batch, &columns, reading, &mut place, visit)
+            visit_batch(batch, &columns, reading, file.location(), &mut place, visit)
         })?;
         if flow.is_break() {
             return Ok(());
@@ -330,6 +350,7 @@ pub(super) fn read_arrow(
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
+    let home = file.location().clone();
     let mut messages = Messages::open(file, reading)?;
     let columns = Columns::find(messages.schema(), reading)?;
     let mut place = Place {
@@ -352,7 +373,7 @@ pub(super) fn read_arrow(
             place.row = cursor;
         }
         place.held = held;
-        visit_batch(&rows, &columns, reading, &mut place, visit)
+        visit_batch(&rows, &columns, reading, &home, &mut place, visit)
     })
 }
 
