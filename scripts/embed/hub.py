@@ -320,7 +320,7 @@ def refused(worker: common.Worker, env: dict[str, str]) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, env=env)
         if ended.returncode != 2 or text not in ended.stderr:
             raise SystemExit(f"{source}: {ended.returncode}: {ended.stderr}")
-        print(f"{source}: refused, since it {text}", flush=True)
+        print(f"{source}: refused: {text}", flush=True)
 
 
 def main() -> None:

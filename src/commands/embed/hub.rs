@@ -220,7 +220,7 @@ async fn find(
     }
     let mut taken = found.choose(&address.path).await?;
     let may_be_converted = address.path.is_empty() && !repository.is_explicit;
-    if may_be_converted && !taken.kind.is_some_and(|kind| kind == "parquet") {
+    if may_be_converted && taken.kind != Some("parquet") {
         let is_all = taken.kind.is_none() || taken.has_script;
         if is_all && let Some(converted) = found.converted(began).await? {
             taken = converted;
@@ -370,8 +370,8 @@ impl CommittedDataset {
             }
         }
         let kinds = ["parquet", "arrow", "tar", "image"].into_iter();
-        let taken = kinds.filter_map(|kind| Some((kind, by_kind.remove(kind)?)));
-        let (kind, files) = { taken }.next().unzip();
+        let mut taken = kinds.filter_map(|kind| Some((kind, by_kind.remove(kind)?)));
+        let (kind, files) = taken.next().unzip();
         Ok(TakenFiles {
             dataset: self.clone(),
             kind,
@@ -398,7 +398,7 @@ impl CommittedDataset {
         };
         let converted = Self::new(client, &repository, &commit);
         let taken = converted.choose("").await?;
-        let is_parquet = taken.kind.is_some_and(|kind| kind == "parquet");
+        let is_parquet = taken.kind == Some("parquet");
         if is_parquet {
             tracing::info!(
                 "{} has no Parquet files of its own; the files that the hub has converted are \

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -56,7 +57,7 @@ fn meta(file: HubFile) -> Result<ObjectMeta> {
     Ok(ObjectMeta {
         location: Path::parse(&file.path)?,
         // The commit says when a file was changed, and the hash whether.
-        last_modified: Default::default(),
+        last_modified: UNIX_EPOCH.into(),
         size: file.bytes,
         e_tag: Some(file.version),
         version: None,
@@ -128,7 +129,7 @@ impl ObjectStore for HubStore {
         let end = end.unwrap_or(u64::MAX).min(file_bytes);
         let meta = ObjectMeta {
             location: location.clone(),
-            last_modified: Default::default(),
+            last_modified: UNIX_EPOCH.into(),
             size: file_bytes,
             e_tag: None,
             version: None,
