@@ -2,6 +2,7 @@
 //! Face's that have a path and no bytes.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,14 +60,11 @@ fn messages(output: &Path) -> BTreeMap<String, String> {
         .collect()
 }
 
-#[test]
-fn each_url_of_a_table_is_a_row_or_an_error_with_the_id_of_its_row() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let at = |name: &str| dir.path().join(name);
-    let workers = [start("0s")];
-    tree(dir.path(), 3);
-    let web = web();
-    let urls = [
+/// Returns URLs and paths of a table in `dir`: those of rows 0, 4, 5 and 9 are
+/// images.
+fn urls(dir: &Path, web: SocketAddr) -> Vec<Option<String>> {
+    let at = |name: &str| dir.join(name);
+    vec![
         Some(format!("http://{web}/good/1.png?size=large")),
         None,
         Some(format!("http://{web}/410/1.png")),
@@ -78,7 +76,16 @@ fn each_url_of_a_table_is_a_row_or_an_error_with_the_id_of_its_row() {
         Some(format!("http://{web}/500/1.png")),
         Some(at("tree/00002.png").to_str().expect("UTF-8").to_owned()),
         Some("zip://a.png".to_owned()),
-    ];
+    ]
+}
+
+#[test]
+fn each_url_of_a_table_is_a_row_or_an_error_with_the_id_of_its_row() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let workers = [start("0s")];
+    tree(dir.path(), 3);
+    let urls = urls(dir.path(), web());
     let n_rows = urls.len();
     let captions: Vec<String> = (0..n_rows).map(|n| format!("caption {n}")).collect();
     let numbers = Int64Array::from_iter_values((0..n_rows).map(|n| n.try_into().expect("few")));
@@ -154,7 +161,21 @@ fn each_url_of_a_table_is_a_row_or_an_error_with_the_id_of_its_row() {
         let kept: Vec<&str> = kept.iter().flatten().collect();
         assert_eq!(kept, ["caption 0", "caption 4", "caption 5", "caption 9"]);
     }
-    // Ids of a column, and errors that count as others do.
+}
+
+#[test]
+fn ids_of_a_table_of_urls_are_those_of_a_column_and_its_errors_count() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let workers = [start("0s")];
+    tree(dir.path(), 3);
+    let urls = urls(dir.path(), web());
+    let captions = (0..urls.len()).map(|n| Some(format!("caption {n}")));
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("caption", Arc::new(captions.collect::<StringArray>())),
+        ("link", Arc::new(urls.into_iter().collect::<StringArray>())),
+    ];
+    let input = parquet(at("t.parquet"), columns);
     let output = at("o-ids");
     let flags = [
         "--url-column",
@@ -162,9 +183,8 @@ fn each_url_of_a_table_is_a_row_or_an_error_with_the_id_of_its_row() {
         "--id-column",
         "caption",
         "--url-patience",
-        "100ms",
+        "1s",
     ];
-    let input = at("t.parquet");
     done(embed(&input, &output, &workers).args(flags));
     let read: Vec<String> = rows(&output).into_keys().collect();
     assert_eq!(read, [0, 4, 5, 9].map(|n| format!("caption {n}")));
@@ -228,7 +248,7 @@ fn an_image_with_a_path_and_no_bytes_is_read_from_the_path() {
     done(&mut embed(&folder, &at("o-tree"), &workers));
     let from_tree = rows(&at("o-tree"));
     // Every third row holds its image, one has nothing, and one names no file.
-    let has_bytes = |n: usize| n % 3 == 0;
+    let has_bytes = |n: usize| n.is_multiple_of(3);
     let content: Vec<Vec<u8>> = (0..IMAGES).map(image).collect();
     let bytes: BinaryArray = (0..IMAGES)
         .map(|n| has_bytes(n).then(|| &content[n][..]))

@@ -84,7 +84,7 @@ async fn pages_are_read_to_the_last_and_only_from_the_hub() {
         ("503 Busy", String::new()),
         ("200 OK", page(&["c.png"])),
     ];
-    let wanted = |name: &str| name.ends_with(".png");
+    let wanted = |name: &str| name.contains(".png");
     let hub = client(&pages).await;
     let files = hub.files(&repository(), COMMIT, "", wanted).await.unwrap();
     let names: Vec<&str> = files.iter().map(|file| file.path.as_str()).collect();
