@@ -5,6 +5,7 @@
 
 pub(crate) mod load;
 pub mod pool;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -79,13 +80,26 @@ pub struct ConnectConfig {
 }
 
 impl ConnectConfig {
+    /// Puts a scheme before an address without one: https with a flag of TLS,
+    /// http without.
+    pub(crate) fn with_scheme<'a>(&self, url: &'a str) -> Cow<'a, str> {
+        let port = url.rsplit_once(':').map(|(_, port)| port);
+        if url.contains("://") || port.is_none_or(|port| port.parse::<u16>().is_err()) {
+            return url.into();
+        }
+        let uses_tls = self.tls_ca.is_some() || self.tls_client_cert.is_some();
+        let scheme = if uses_tls { "https" } else { "http" };
+        format!("{scheme}://{url}").into()
+    }
+
     /// Makes the endpoint, with TLS as the flags say, that connects to `url`,
-    /// such as `http://127.0.0.1:50051`.
+    /// such as `http://127.0.0.1:50051`, or `127.0.0.1:50051` alone.
     ///
     /// # Errors
     ///
     /// When the address is malformed or a file cannot be used.
     pub fn endpoint(&self, url: &str) -> anyhow::Result<Endpoint> {
+        let url = &*self.with_scheme(url);
         let endpoint = Endpoint::from_shared(url.to_owned())
             .with_context(|| format!("--endpoint {url} is not a URL; write http://HOST:PORT"))?
             .connect_timeout(CONNECT_TIMEOUT);

@@ -92,9 +92,36 @@ impl std::fmt::Display for FlagFile {
 const DEPTH_MAX: usize = 64;
 
 /// File extensions of images, in lower case.
-pub(crate) const IMAGES: [&str; 10] = [
-    "png", "jpg", "jpeg", "webp", "gif", "bmp", "dib", "tif", "tiff", "jpe",
+pub(crate) const IMAGES: [&str; 13] = [
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "dib", "tif", "tiff", "jpe", "jfif", "pjpeg", "pjp",
 ];
+
+/// File extensions of pictures whose formats are not read, in lower case. Files
+/// of these kinds are counted or named, never passed over in silence.
+pub(crate) const UNREAD_IMAGES: [&str; 32] = [
+    "heic", "heif", "heics", "heifs", "hif", "avif", "avifs", "jxl", "jp2", "j2k", "jpx", "jpf",
+    "jxr", "wdp", "svg", "ico", "psd", "tga", "ppm", "pgm", "pbm", "pnm", "exr", "hdr", "qoi",
+    "dng", "cr2", "cr3", "nef", "arw", "raf", "orf",
+];
+
+/// Converts a file name to text. A name that is not UTF-8 is escaped so that
+/// different names stay different: each byte that is not UTF-8, and each `%`,
+/// becomes `%` and two hexadecimal digits.
+pub(crate) fn name_as_text(name: &[u8]) -> Cow<'_, str> {
+    use std::fmt::Write;
+    if let Ok(text) = std::str::from_utf8(name) {
+        return text.into();
+    }
+    let mut text = String::with_capacity(name.len() + 16);
+    for chunk in name.utf8_chunks() {
+        text.push_str(&chunk.valid().replace('%', "%25"));
+        for byte in chunk.invalid() {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text.into()
+}
 
 /// Reason why a path is not read as a file.
 #[derive(Debug, thiserror::Error)]
@@ -170,13 +197,29 @@ impl FoundFile {
     }
 }
 
-/// Finds all files in a directory and below it, sorted by path. Dotfiles and
-/// directories with a leading dot are skipped, as most tools do.
+/// Entries of a directory and of those below it.
+#[derive(Debug, Default)]
+pub(crate) struct FoundFiles {
+    /// Files, sorted by path.
+    pub(crate) files: Vec<FoundFile>,
+    /// Dotfiles, and directories with a leading dot, which are not searched.
+    pub(crate) hidden: Vec<HiddenEntry>,
+}
+
+/// Entry whose name begins with a dot.
+#[derive(Debug)]
+pub(crate) struct HiddenEntry {
+    pub(crate) path: PathBuf,
+    pub(crate) is_folder: bool,
+}
+
+/// Finds all files in a directory and below it. Dotfiles and directories with a
+/// leading dot are set apart, as most tools do.
 ///
 /// # Errors
 ///
 /// When the directory itself cannot be read, or the disk fails.
-pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
+pub(crate) fn below(folder: &Path) -> anyhow::Result<FoundFiles> {
     let mut walk = Walk::default();
     let whole = std::fs::metadata(folder).and_then(|metadata| {
         walk.above.push(place(&metadata));
@@ -187,15 +230,16 @@ pub(crate) fn below(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
         Err(error) => error.into(),
     });
     whole.with_context(|| format!("{} cannot be read", folder.display()))?;
-    walk.found.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    Ok(walk.found)
+    let mut found = walk.found;
+    found.files.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
 }
 
 #[derive(Default)]
 struct Walk {
     /// Stack of the directories that are being read, outermost first.
     above: Vec<(u64, u64)>,
-    found: Vec<FoundFile>,
+    found: FoundFiles,
 }
 
 fn place(metadata: &Metadata) -> (u64, u64) {
@@ -207,6 +251,10 @@ impl Walk {
         for entry in std::fs::read_dir(folder)? {
             let entry = entry?;
             if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                self.found.hidden.push(HiddenEntry {
+                    path: entry.path(),
+                    is_folder: entry.file_type().is_ok_and(|kind| kind.is_dir()),
+                });
                 continue;
             }
             let path = entry.path();
@@ -219,7 +267,7 @@ impl Walk {
                 Ok(_) => Err(Trouble::Special),
                 Err(trouble) => Err(trouble),
             };
-            self.found.push(FoundFile { path, file });
+            self.found.files.push(FoundFile { path, file });
         }
         Ok(())
     }
@@ -324,7 +372,9 @@ mod tests {
         symlink("gone", at("a/sub")).unwrap();
         pipe(&at("a/pipe.png"));
         let found = below(&at("a")).unwrap();
+        assert_eq!(found.hidden.len(), 1);
         let found: Vec<String> = found
+            .files
             .iter()
             .filter(|found| found.may_be_image())
             .map(|found| {
@@ -359,7 +409,7 @@ mod tests {
         std::fs::write(deep.join("1.png"), b"1").unwrap();
         let found = below(dir.path()).unwrap();
         assert!(matches!(
-            found[..],
+            found.files[..],
             [FoundFile {
                 file: Err(Trouble::Deep),
                 ..
@@ -399,6 +449,13 @@ mod tests {
         }
         assert!(!at("new").exists(), "nothing is left");
         assert_eq!(std::fs::read(at("old")).unwrap(), b"123");
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_stay_different() {
+        assert_eq!(name_as_text("Küche 50%.png".as_bytes()), "Küche 50%.png");
+        assert_eq!(name_as_text(b"caf\xe9 50%.jpg"), "caf%E9 50%25.jpg");
+        assert_eq!(name_as_text(b"\xc3\xa9\xe8\xff"), "é%E8%FF");
     }
 
     #[test]

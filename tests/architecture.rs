@@ -465,6 +465,36 @@ fn unsafe_code_is_where_it_may_be(sources: &[Source]) -> Vec<String> {
     bad
 }
 
+/// Kernels in plain code, whose closures need no instructions.
+const PLAIN: [&str; 2] = ["kernels/vector", "kernels/whole/plain"];
+
+/// Finds closures over arrays in the kernels' innermost files. The closure may
+/// become a function without the instructions of the function around it: one such
+/// line made attention in bfloat16 five times slower than in floats.
+fn innermost_loops_have_no_closures(sources: &[Source]) -> Vec<String> {
+    let mut bad = Vec::new();
+    for source in sources {
+        let is_innermost = source
+            .lines
+            .iter()
+            .any(|(_, line)| line.contains("clippy::inline_always"));
+        let is_plain = PLAIN.contains(&source.path.as_str());
+        if !source.path.starts_with("kernels/") || !is_innermost || is_plain {
+            continue;
+        }
+        for (line, text) in source.code() {
+            let on_array = text.split(".map(").next().filter(|before| *before != text);
+            let on_array = on_array.is_some_and(|before| {
+                before.ends_with(|c: char| c == ']' || c == '_' || c.is_alphanumeric())
+            });
+            if on_array || text.contains("array::from_fn(") {
+                bad.push(told(source, line, "a closure over an array: write a loop"));
+            }
+        }
+    }
+    bad
+}
+
 /// Finds names of status codes as strings. Codes are `GrpcCode`, and their
 /// names belong to its definition; the Open Inference Protocol has a state with
 /// the name of a code.
@@ -631,6 +661,15 @@ fn unwraps() {
 fn unsafe_code() {
     let text = "    unsafe { *pointer }";
     holds(unsafe_code_is_where_it_may_be, &[("serve/planted", text)]);
+}
+
+#[test]
+fn closures() {
+    let planted = "reason = \"clippy::inline_always\"\nlet r = [0, 1].map(|j| load(j));";
+    holds(
+        innermost_loops_have_no_closures,
+        &[("kernels/planted", planted)],
+    );
 }
 
 #[test]

@@ -24,6 +24,8 @@ use crate::process::{PATIENCE, Worker, said, signal, until};
 #[path = "dataset/hub.rs"]
 mod hub;
 mod process;
+#[path = "dataset/shards.rs"]
+mod shards;
 #[path = "dataset/urls.rs"]
 mod urls;
 
@@ -481,11 +483,11 @@ fn what_cannot_be_read_is_one_error_each_and_the_others_are_done() {
     assert_eq!(
         lines,
         [
+            ("%FF.png", "INVALID_ARGUMENT"),
             ("nowhere.png", "NOT_FOUND"),
             ("pipe.png", "FAILED_PRECONDITION"),
             ("self.png", "FAILED_PRECONDITION"),
             ("sub/up", "FAILED_PRECONDITION"),
-            ("\u{fffd}.png", "INVALID_ARGUMENT"),
         ]
     );
 
@@ -859,7 +861,7 @@ fn a_layer_or_an_address_that_cannot_be_is_refused_at_once() {
             .arg(&input)
             .arg("--output")
             .arg(&output)
-            .args(["--endpoint", "127.0.0.1:50051"]),
+            .args(["--endpoint", "grpc://127.0.0.1:50051"]),
         "write http://HOST:PORT",
     );
 }

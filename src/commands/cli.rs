@@ -2,8 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 
-use clap::builder::Resettable;
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::builder::{BoolishValueParser, Resettable};
+use clap::{ArgAction, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::commands::ImageCommand;
 use crate::commands::bench::flags::BenchArgs;
@@ -56,32 +56,62 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// Parses the arguments of a process. A `--model` among them is an answer to
-    /// the question which worker is asked, so the variable for `--endpoint`,
-    /// which an environment may set for all commands, is then not read.
+    /// Parses the arguments of a process. A flag among them is the answer to
+    /// questions that an environment may answer otherwise for all commands, so
+    /// variables that contradict the flag are not read: those of [`BEATEN`]. A
+    /// variable that is empty is as good as none.
     ///
     /// # Errors
     ///
     /// When the arguments are wrong, or ask for help or the version.
     pub fn try_from_args(args: Vec<OsString>) -> Result<Self, clap::Error> {
-        let is_model = |arg: &OsString| {
-            arg.to_str()
-                .is_some_and(|arg| arg == "--model" || arg.starts_with("--model="))
+        let is_given = |flag: &str| {
+            args.iter().filter_map(|arg| arg.to_str()).any(|arg| {
+                let value = arg.strip_prefix(flag);
+                value.is_some_and(|value| value.is_empty() || value.starts_with('='))
+            })
         };
-        let mut command = Self::command();
-        if args.iter().any(is_model) {
-            command = command.mut_subcommands(|command| {
-                command.mut_args(|arg| {
-                    if arg.get_env() == Some(OsStr::new("IMAGEGPT_ENDPOINT")) {
-                        arg.env(Resettable::Reset)
-                    } else {
-                        arg
-                    }
-                })
-            });
-        }
+        let is_beaten = |name: &OsStr| {
+            let beaten = BEATEN.iter().filter(|(flag, _)| is_given(flag));
+            beaten
+                .flat_map(|(_, names)| *names)
+                .any(|&beaten| name == beaten)
+        };
+        let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+        let command = with_variables(Self::command(), &|name| is_beaten(name) || is_empty(name));
         Self::from_arg_matches(&command.try_get_matches_from(args)?)
     }
+}
+
+/// Variables that are not read beside a flag which they contradict.
+const BEATEN: [(&str, &[&str]); 6] = [
+    ("--model", &["IMAGEGPT_ENDPOINT"]),
+    ("--shard", &["IMAGEGPT_SHARDS"]),
+    ("--shards", &["IMAGEGPT_SHARD"]),
+    ("--finish", &["IMAGEGPT_SHARD", "IMAGEGPT_SHARDS"]),
+    (
+        "--public-addresses-only",
+        &["IMAGEGPT_LINK_LOCAL_ADDRESSES"],
+    ),
+    (
+        "--link-local-addresses",
+        &["IMAGEGPT_PUBLIC_ADDRESSES_ONLY"],
+    ),
+];
+
+/// Changes how a command and its own commands read the environment: variables
+/// that are `unread` are left out, and the variable of a flag without a value
+/// takes 1, yes, on and true, and 0, no, off and false.
+fn with_variables(command: Command, unread: &dyn Fn(&OsStr) -> bool) -> Command {
+    command
+        .mut_args(|arg| match arg.get_env() {
+            Some(name) if unread(name) => arg.env(Resettable::Reset),
+            Some(_) if matches!(arg.get_action(), ArgAction::SetTrue) => {
+                arg.value_parser(BoolishValueParser::new())
+            }
+            _ => arg,
+        })
+        .mut_subcommands(|command| with_variables(command, unread))
 }
 
 /// Commands of the program.

@@ -8,13 +8,19 @@
 //! undisturbed run.
 
 mod address;
+mod connect;
+mod encoding;
+mod finding;
 mod finish;
 pub mod flags;
 mod hub;
 mod input;
 mod journal;
+mod kept;
+mod lists;
 mod location;
 mod memory;
+mod names;
 mod pipeline;
 mod plan;
 mod progress;
@@ -23,6 +29,7 @@ mod request;
 mod sink;
 mod table;
 mod web;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -34,10 +41,11 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use self::finding::LeftOut;
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
 use self::hub::HubError;
-use self::input::{Broken, Reading};
+use self::input::{Broken, Reading, SidecarsSeen};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
 use self::memory::ImageMemory;
@@ -87,7 +95,7 @@ pub enum JobEnded {
     Failed,
 }
 
-/// JSON report at the end of the command.
+/// JSON report at the end of the command, also with `--finish`.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     outcome: JobEnded,
@@ -99,6 +107,8 @@ struct Report<'a> {
     /// Images in the finished parts of this share, of this run and the runs
     /// before.
     images: u64,
+    /// Rows in the tables of these parts: images without an error.
+    rows: u64,
     /// Errors in the finished parts of this share; after too many errors all
     /// that stand in error files, including those of unfinished parts.
     errors: u64,
@@ -109,8 +119,14 @@ struct Report<'a> {
     errors_this_run: u64,
     seconds: f64,
     images_per_second: f64,
+    /// Files of directories that were not read, if there are any.
+    #[serde(flatten)]
+    left_out: Option<&'a LeftOut>,
     /// True if all shares are done and the dataset's summary is written.
     finished: bool,
+    /// SHA-256 of the dataset's summary.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
 }
 
 /// Checks the flags, and that the output can be written: all that can be
@@ -246,18 +262,28 @@ impl Unprepared {
                 || cause.is::<std::io::Error>()
                 || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
-        let is_lasting = |cause: &(dyn std::error::Error + 'static)| {
-            cause.downcast_ref().is_some_and(HubError::is_lasting)
-        };
-        let is_passing = |cause: &(dyn std::error::Error + 'static)| cause.is::<HubError>();
-        if error.chain().any(is_lasting) {
-            Self::Refused(error)
-        } else if error.chain().any(|cause| away(cause) || is_passing(cause)) {
+        let is_hub = |cause: &(dyn std::error::Error + 'static)| cause.is::<HubError>();
+        if plan::stays(&error) {
+            Self::Refused(anyhow::anyhow!(told_once(&error)))
+        } else if error.chain().any(|cause| away(cause) || is_hub(cause)) {
             Self::Failed(error)
         } else {
             Self::Refused(error)
         }
     }
+}
+
+/// Joins an error's causes; errors of stores have the text of their own cause in
+/// them, which is left out.
+fn told_once(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            known if known.contains(&cause) => text,
+            known => format!("{known}: {cause}"),
+        }
+    })
 }
 
 /// Facts that are settled before the first image is read.
@@ -291,15 +317,18 @@ impl Prepared {
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
                 url_column: args.table.url_column.as_deref(),
+                id_column: args.table.id_column.as_deref(),
+                kind: args.table.kind,
                 output: &sink.to_string(),
                 began: &began,
             },
         )
         .await
         .map_err(Unprepared::of_input)?;
+        tracing::info!("the inputs are {}", plan.kinds());
         let reading = reading(args, 0, stores).map_err(Unprepared::Refused)?;
         let shards = plan.shards.clone();
-        tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
+        let same_columns = tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
             .await
             .map_err(|error| Unprepared::Failed(error.into()))?
             .map_err(Unprepared::Refused)?;
@@ -325,9 +354,10 @@ impl Prepared {
             options(args, &model),
             plan.shards.len(),
             plan.facts.clone(),
+            same_columns && plan.has_ids_of_version_1(),
         );
         manifest.settle(&sink).await.map_err(|error| {
-            if error.is::<journal::Differs>() {
+            if error.is::<journal::Differs>() || plan::stays(&error) {
                 Unprepared::Refused(error)
             } else {
                 Unprepared::Failed(error)
@@ -413,10 +443,12 @@ impl Prepared {
             }
         );
         let counts = Arc::new(JobCounts::default());
+        let mut sidecars = Arc::default();
         let result = if work.is_empty() {
             Ok(None)
         } else {
             let job = self.job(args, work, terminal)?;
+            sidecars = Arc::clone(&job.reading.sidecars);
             let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
             let asked = asked(&args.task, &self.model);
             let digest = self.model.digest.clone();
@@ -436,6 +468,12 @@ impl Prepared {
                 (outcome, Some(format!("{error:#}")))
             }
         };
+        for kind in SidecarsSeen::missing(&sidecars, &args.table.keep) {
+            tracing::warn!(
+                "--keep {kind}: none of the tars' samples that were read has a file of this kind, \
+                 so the column is empty"
+            );
+        }
         let reported = self.report(outcome, reason, &counts, started, out).await;
         Ok(reported.unwrap_or_else(|error| {
             tracing::error!("{error:#}");
@@ -499,13 +537,18 @@ impl Prepared {
         // A share that is one of several does not know when the others are
         // done.
         let finished = outcome == JobEnded::Done && of == 1;
-        if finished {
-            finish(&self.sink).await?;
-        }
+        let summary = if finished {
+            Some(finish(&self.sink).await?)
+        } else {
+            None
+        };
         match (&reason, outcome) {
             (Some(reason), _) => tracing::error!("{reason}"),
             (None, JobEnded::Interrupted) => tracing::warn!("the job was told to end"),
             (None, _) => {}
+        }
+        if !self.plan.left_out.is_empty() {
+            tracing::warn!("not read: {}", self.plan.left_out);
         }
         match outcome {
             JobEnded::Done if !finished => tracing::info!(
@@ -532,13 +575,19 @@ impl Prepared {
         } else {
             done.iter().map(|record| record.errors).sum()
         };
+        let images = done.iter().map(|record| record.images).sum();
+        let rows = done.iter().map(|record| record.rows()).sum();
+        if outcome == JobEnded::Done {
+            warn_of_no_rows(rows, errors, &self.sink);
+        }
         let report = Report {
             outcome,
             reason,
             output: self.sink.to_string(),
             share: format!("{index}/{of}"),
             model: &self.manifest.model,
-            images: done.iter().map(|record| record.images).sum(),
+            images,
+            rows,
             errors,
             parts: done.len(),
             images_this_run,
@@ -546,10 +595,23 @@ impl Prepared {
             seconds,
             #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
             images_per_second: images_this_run as f64 / seconds.max(1e-3),
+            left_out: Some(&self.plan.left_out).filter(|left_out| !left_out.is_empty()),
             finished,
+            sha256: summary.map(|summary| summary.sha256),
         };
         say(&report, out)?;
         Ok(outcome)
+    }
+}
+
+/// Says plainly that a job whose images all failed has an empty output: its exit
+/// code is that of a finished job.
+fn warn_of_no_rows(rows: u64, errors: u64, sink: &Sink) {
+    if rows == 0 && errors > 0 {
+        tracing::warn!(
+            "no image has a row: all {errors} are errors, which are in {sink}/errors; \
+             --max-errors makes such a job fail"
+        );
     }
 }
 
@@ -569,6 +631,8 @@ fn reading(
         image_column: args.table.image_column.clone(),
         url_column: args.table.url_column.clone(),
         id_column: args.table.id_column.clone(),
+        format: args.table.format,
+        sidecars: Arc::default(),
         url_patience: args.table.url_patience,
         stores: Arc::clone(stores),
     })
@@ -577,19 +641,22 @@ fn reading(
 /// Looks for a shard that has the columns that the flags ask for. A shard
 /// without them, among others that have them, is an error of its own; if none
 /// of the first [`SHARDS_TRIED`] has them, the flags are wrong.
-fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<()> {
+///
+/// Returns false if version 1 of the manifest gave the rows other ids.
+fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<bool> {
     let mut first = None;
     for shard in shards.iter().take(SHARDS_TRIED) {
         match input::has_columns(shard, reading) {
             Err(Broken::Unsuited(reason)) => {
                 first.get_or_insert_with(|| format!("{}: {reason}", shard.name));
             }
+            Ok(is_same) => return Ok(is_same),
             // A shard that cannot be read shows nothing about columns, and is
             // an error of its own.
-            Ok(()) | Err(_) => return Ok(()),
+            Err(_) => return Ok(true),
         }
     }
-    first.map_or(Ok(()), |reason| Err(anyhow::anyhow!(reason)))
+    first.map_or(Ok(true), |reason| Err(anyhow::anyhow!(reason)))
 }
 
 /// Prints the line of JSON. A failure to print does not change the outcome of

@@ -234,7 +234,7 @@ fn given(inputs: Vec<PathBuf>) -> impl Iterator<Item = Result<Source, CallImage>
 ///
 /// When the directory cannot be read.
 pub(crate) fn find_images(folder: &Path) -> anyhow::Result<Vec<FoundFile>> {
-    let mut found = files::below(folder)?;
+    let mut found = files::below(folder)?.files;
     found.retain(FoundFile::may_be_image);
     Ok(found)
 }

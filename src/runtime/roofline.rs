@@ -34,10 +34,22 @@ pub(crate) struct RooflineOptions<'a> {
     /// Number of threads, as in the engine; 0 uses one thread per physical
     /// core.
     pub intra_op_threads: usize,
-    /// Precision of the model. For int8, the roofline is measured in fp32,
-    /// although most of such a model is computed in 8 bits: its fraction may
-    /// exceed 1.
+    /// Precision of the model. For int8, and for bf16 on a CPU, the roofline is
+    /// measured in fp32, although most of such a model is computed in fewer
+    /// bits: its fraction may exceed 1.
     pub precision: Precision,
+}
+
+/// Returns the type of the numbers that are multiplied, and its name. ONNX Runtime
+/// has no product of 8 bits that would be one, and on a CPU none of bfloat16.
+fn products_in(precision: Precision, provider: Provider) -> (DataType, &'static str) {
+    match (precision, provider) {
+        (Precision::Fp32 | Precision::Int8, _) | (Precision::Bf16, Provider::Cpu) => {
+            (DataType::Float, "fp32")
+        }
+        (Precision::Fp16, _) => (DataType::Float16, "fp16"),
+        (Precision::Bf16, Provider::Cuda) => (DataType::Bfloat16, "bf16"),
+    }
 }
 
 /// Measurement of a device's roofline, with a session that is ready to run.
@@ -62,11 +74,7 @@ impl Roofline {
     /// suffice.
     pub(crate) fn new(options: &RooflineOptions<'_>) -> Result<Self, EngineError> {
         let runtime_error = |error: ort::Error| EngineError::Runtime(error.to_string());
-        let (data_type, precision) = match options.precision {
-            Precision::Fp32 | Precision::Int8 => (DataType::Float, "fp32"),
-            Precision::Fp16 => (DataType::Float16, "fp16"),
-            Precision::Bf16 => (DataType::Bfloat16, "bf16"),
-        };
+        let (data_type, precision) = products_in(options.precision, options.provider);
         // About 0.1 s on a CPU; on a GPU long enough that the start of a run
         // does not matter.
         let (side, n_products) = match options.provider {

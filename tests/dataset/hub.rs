@@ -528,6 +528,49 @@ fn without_parquet_it_is_the_converted_branch_tar_shards_or_images() {
 }
 
 #[test]
+fn what_is_no_data_is_passed_over_and_a_kind_can_be_chosen() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let workers = [start("0s")];
+    let content = std::fs::read(table(dir.path(), 20)).expect("a file");
+    let tar = std::fs::read(tars(dir.path(), 6, 6).join("000.tar")).expect("a file");
+    let log = "_delta_log/1.checkpoint.parquet".to_owned();
+    let mut tree = pictures("pictures/", 0..3);
+    tree.push((log, content.clone()));
+    let mut mixed = tree.clone();
+    mixed.push(("data/a.parquet".to_owned(), content));
+    mixed.push(("data/b.tar".to_owned(), tar));
+    mixed.push(("c.heic".to_owned(), vec![1]));
+    let hub = Hub::start([("team/log", dataset(tree)), ("team/mixed", dataset(mixed))]);
+    for (n, (name, flags, images, passed_over)) in [
+        ("log", &[][..], 3, 0),
+        ("mixed", &[], 20, 1),
+        ("mixed", &["--kind", "image"], 3, 0),
+        ("mixed", &["--kind", "tar"], 6, 0),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let input = format!("hf://datasets/team/{name}");
+        let mut command = job(&hub, &input, &at(&format!("o-{n}")), &workers);
+        let summary = done(command.args(flags));
+        assert_eq!(summary["images"], images, "{name} {flags:?}");
+        assert_eq!(
+            summary["passed_over"].as_u64().unwrap_or_default(),
+            passed_over,
+            "{name} {flags:?}: {summary}"
+        );
+        let heic = summary["unread"]["heic"].as_u64().unwrap_or_default();
+        assert_eq!(heic, u64::from(name == "mixed"), "{summary}");
+    }
+    let ids: BTreeSet<String> = rows(&at("o-1")).into_keys().collect();
+    assert!(ids.contains("data/a.parquet#19"), "{ids:?}");
+    let none = ["--kind arrow: the dataset has no files of this kind"];
+    let mut command = job(&hub, "hf://datasets/team/mixed", &at("none"), &workers);
+    ends(command.args(["--kind", "arrow"]), REFUSED, &none);
+}
+
+#[test]
 fn a_job_reads_the_commit_at_which_it_began() {
     let dir = tempfile::tempdir().expect("a folder");
     let at = |name: &str| dir.path().join(name);

@@ -333,13 +333,13 @@ fn a_column_without_urls_is_refused_by_name() {
     refused(
         &at("t.jsonl"),
         &link,
-        "--url-column link: no line of the list has such a field",
+        "--url-column link: the list has no such column",
     );
     refused(&at("t.txt"), &link, "a list of names without columns");
     refused(
         &folder,
         &link,
-        "has no columns; give a .parquet, .arrow, .csv or .jsonl file",
+        "has no columns; give a .parquet, .arrow, .csv, .tsv or .jsonl file",
     );
     refused(&shards, &link, "has no columns");
     refused(

@@ -357,8 +357,15 @@ async fn retries_go_to_the_next_worker() {
         "--callers",
         "4",
     ];
+    // The worker leaves only after it has answered: on a busy machine the
+    // command may take seconds to connect, and a worker that is gone before
+    // that would end it.
     let leave = async {
-        harness::pause(Duration::from_millis(700)).await;
+        let answered = r#"imagegpt_requests_total{method="Embed",code="OK"}"#;
+        harness::until(&gone, "answers of both workers", async || {
+            gone.sample(answered).await >= 50.0
+        })
+        .await;
         gone.end().await;
     };
     let (said, ()) = tokio::join!(run_at(&endpoints, &arguments), leave);

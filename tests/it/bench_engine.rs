@@ -7,6 +7,7 @@ use imagegpt::commands::bench;
 use imagegpt::commands::bench::flags::BenchArgs;
 use imagegpt::compile::{CompileOptions, ModelSource, Silent, compile};
 use imagegpt::engine::onnx;
+use imagegpt::kernels::whole::has_bf16_products;
 use imagegpt::model::precision::{CompileTask, Provider};
 use imagegpt::runtime::Runtime;
 use serde_json::Value;
@@ -91,6 +92,41 @@ fn every_graph_is_measured_beside_the_roofline() {
     // With two slots a worker's steps have one row or two.
     let expected = [1, 2].map(|slots| [1, 512, 1023].map(|past| (slots, past)));
     assert_eq!(steps, expected.as_flattened());
+}
+
+/// ONNX Runtime has no product of bfloat16 on a CPU, so the ceiling of such a model
+/// is one of floats there.
+#[test]
+fn bf16_on_a_cpu_is_measured_beside_a_product_of_floats() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache").display().to_string();
+    let serve = format!("--cache-dir {cache} --precision bf16");
+    let ran = run(&[
+        "--model",
+        "random:tiny",
+        "--execution-provider",
+        "cpu",
+        "--graphs",
+        "features",
+        "--batch-sizes",
+        "1",
+        "--generate-slots",
+        "0",
+        "--rounds",
+        "1",
+        "--seconds",
+        "1ms",
+        "--serve",
+        &serve,
+    ]);
+    if has_bf16_products() {
+        let table = ran.expect("a run");
+        assert!(table.contains("bf16 on cpu"), "{table}");
+        assert!(table.contains("matrices, fp32"), "{table}");
+    } else {
+        let error = ran.expect_err("refused");
+        assert!(error.contains("AVX512_BF16 or AMX-BF16"), "{error}");
+    }
 }
 
 #[test]

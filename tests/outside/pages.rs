@@ -33,7 +33,9 @@ pub(crate) fn flags_page(cli: &clap::Command) -> String {
         "# All flags\n\nThis page is made from the code, as `imagegpt COMMAND --help` is \
          (`IMAGEGPT_SNAPSHOTS=write cargo test --test outside`).\n\
          [Command line](cli.md) says what the commands are for.\n\
-         A flag with a variable may be set in the environment instead; the command line wins.\n\
+         A flag with a variable may be set in the environment instead; the command line wins. \
+         An empty variable counts as unset; a flag without a value takes 1, yes, on, true, 0, no, \
+         off or false.\n\
          Times are written like `500ms`, `30s` or `1h`, sizes like `512KiB` or `2GiB`.\n",
     );
     for command in cli

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::time::Instant;
 
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::JobEnded;
 use super::journal::{self, JobManifest, ModelFact, PartId, Record};
 use super::sink::Sink;
+use super::{JobEnded, Report};
 use crate::files::hex;
 
 /// Path of the summary of all parts, written once they exist.
@@ -27,7 +28,7 @@ pub(super) struct DatasetSummary {
     parts: usize,
     /// SHA-256 over the digests and names of all files, in the order of the
     /// parts.
-    sha256: String,
+    pub(super) sha256: String,
 }
 
 /// Keeps the records whose files all exist with the size that was written. A
@@ -69,9 +70,11 @@ async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
 }
 
 pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<JobEnded> {
+    let started = Instant::now();
     match finish(sink).await {
         Ok(summary) => {
-            super::say(&summary, out)?;
+            super::warn_of_no_rows(summary.rows, summary.errors, sink);
+            super::say(&report(&summary, sink, started), out)?;
             Ok(JobEnded::Done)
         }
         Err(error) if error.is::<NotBegun>() => Err(error),
@@ -80,6 +83,29 @@ pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::R
             tracing::error!("{error:#}");
             Ok(JobEnded::Failed)
         }
+    }
+}
+
+/// Makes the report of a whole dataset, in which this run has done nothing but
+/// look.
+fn report<'a>(summary: &'a DatasetSummary, sink: &Sink, started: Instant) -> Report<'a> {
+    Report {
+        outcome: JobEnded::Done,
+        reason: None,
+        output: sink.to_string(),
+        share: "0/1".to_owned(),
+        model: &summary.model,
+        images: summary.images,
+        rows: summary.rows,
+        errors: summary.errors,
+        parts: summary.parts,
+        images_this_run: 0,
+        errors_this_run: 0,
+        seconds: started.elapsed().as_secs_f64(),
+        images_per_second: 0.0,
+        left_out: None,
+        finished: true,
+        sha256: Some(summary.sha256.clone()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+pub use super::finding::FileKind;
 use crate::client::ConnectConfig;
 use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
@@ -17,12 +18,13 @@ use crate::telemetry::LogConfig;
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
     /// Input to read: a directory tree of images; a list of images (.txt with
-    /// one path or URL per line, .csv with a header, or .jsonl); WebDataset
-    /// shards (.tar); Parquet, also with images as Hugging Face stores them;
-    /// Arrow (.arrow); or a directory of such shards. A path, or a URL: s3://,
-    /// gs://, az://, http://, https://, or hf://datasets/OWNER/NAME for a
-    /// dataset of the Hugging Face Hub. Brace patterns such as {000..999} and
-    /// {a,b} are expanded
+    /// one path or URL per line, .csv or .tsv with a header, or .jsonl with an
+    /// object per line); WebDataset shards (.tar); Parquet, also with images as
+    /// Hugging Face stores them; Arrow (.arrow); or a directory of such shards.
+    /// A path, or a URL: file:, s3://, gs://, az://, http://, https://, or
+    /// hf://datasets/OWNER/NAME for a dataset of the Hugging Face Hub. Brace
+    /// patterns such as {000..999} and {a,b} are expanded, unless a path has
+    /// that very name
     #[arg(value_name = "INPUT", required_unless_present = "finish")]
     pub inputs: Vec<String>,
 
@@ -49,7 +51,7 @@ pub struct EmbedArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Workers")]
 pub struct WorkersConfig {
-    /// URL of a worker; give several, separated by commas or by repeating the
+    /// URL of a worker, or HOST:PORT; give several, separated by commas or by repeating the
     /// flag, to use all of them. A host name with several addresses (in
     /// Kubernetes a headless service) stands for one worker per address, and is
     /// resolved again as workers come and go
@@ -201,6 +203,12 @@ pub struct TableConfig {
     #[arg(long, env = "IMAGEGPT_FORMAT", value_enum, default_value = "parquet")]
     pub format: TableFormat,
 
+    /// Kind of the files to read where a directory contains several kinds, or
+    /// where a file's name does not show it. With tar, files of a directory
+    /// that have no extension are read too [default: found by the names]
+    #[arg(long, env = "IMAGEGPT_KIND", value_enum, value_name = "KIND")]
+    pub kind: Option<FileKind>,
+
     /// Columns of the input that are copied into the table; for WebDataset the
     /// extensions of sidecar files (json,txt,cls)
     #[arg(
@@ -212,14 +220,14 @@ pub struct TableConfig {
     pub keep: Vec<String>,
 
     /// Column that holds the images of a Parquet or Arrow table, or the paths
-    /// in a CSV [default: found by the columns' names and types]
+    /// in a list [default: found by the columns' names and types]
     #[arg(long, env = "IMAGEGPT_IMAGE_COLUMN", value_name = "COLUMN")]
     pub image_column: Option<String>,
 
-    /// Column of a Parquet or Arrow table, a CSV or a list in JSONL that holds
-    /// the URLs or paths of images, which are read as those of a list. Paths
-    /// are relative to the table. Parquet and Arrow tables are read in this way
-    /// only with this flag
+    /// Column of a Parquet or Arrow table or of a list (.csv, .tsv, .jsonl) that
+    /// holds the URLs or paths of images, which are read as those of a list.
+    /// Paths are relative to the table. Parquet and Arrow tables are read in
+    /// this way only with this flag
     #[arg(
         long,
         env = "IMAGEGPT_URL_COLUMN",
@@ -228,8 +236,9 @@ pub struct TableConfig {
     )]
     pub url_column: Option<String>,
 
-    /// Column of a Parquet or Arrow table that holds the ids [default: the
-    /// file's name and the row]
+    /// Column of a table or a list that holds the ids: text, numbers, dates,
+    /// times, booleans, UUIDs or UTF-8 in binary [default: of a table the path
+    /// below the input and the row, of a list the path or URL]
     #[arg(long, env = "IMAGEGPT_ID_COLUMN", value_name = "COLUMN")]
     pub id_column: Option<String>,
 

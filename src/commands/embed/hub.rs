@@ -8,7 +8,7 @@
 mod client;
 mod store;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
@@ -16,15 +16,16 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 
 use self::client::{HubClient, HubFailure, HubFile};
 use self::store::HubStore;
+use super::finding::{FileKind, kind_of, matters, sort_out};
 use super::journal::JobManifest;
-use super::location::Location;
-use super::plan::{Fact, kind_by_name};
+use super::location::{ListedObject, Location, scheme_of};
+use super::plan::{Fact, PlanOptions};
 use super::sink::Sink;
 use crate::compile::hub::HubAccess;
 
 pub(super) use self::client::HubError;
 
-const SCHEME: &str = "hf://";
+const SCHEME: &str = "hf";
 const DATASETS: &str = "hf://datasets/";
 /// Revision that is read if the input names none.
 const MAIN: &str = "main";
@@ -37,7 +38,7 @@ const REVISION: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'.')
     .remove(b'~');
 /// Kind of the manifest's facts that are commits.
-const COMMIT: &str = "commit";
+pub(super) const COMMIT: &str = "commit";
 /// Longest name of an owner or a dataset, as the hub itself has it.
 const NAME_BYTES_MAX: usize = 96;
 /// Longest revision and longest path; git's own limits are of this order.
@@ -85,7 +86,11 @@ impl HubAddress {
     /// Parses an address into the addresses that it may mean, in the order in
     /// which they are tried: a dataset without an owner has a name alone.
     fn parse(input: &str) -> anyhow::Result<Vec<Self>> {
-        let rest = input.strip_prefix(DATASETS).with_context(|| {
+        // Schemes are the same in any case.
+        let start = input.get(..DATASETS.len()).unwrap_or_default();
+        let is_dataset = is_hub(input) && start.ends_with("://datasets/");
+        let rest = is_dataset.then(|| &input[DATASETS.len()..]);
+        let rest = rest.with_context(|| {
             format!("{input} is not a dataset of the hub; give hf://datasets/OWNER/NAME")
         })?;
         anyhow::ensure!(
@@ -164,7 +169,7 @@ pub(super) struct HubInput {
 
 /// True if an input is an address of the hub.
 pub(super) fn is_hub(input: &str) -> bool {
-    input.starts_with(SCHEME)
+    scheme_of(input).as_deref() == Some(SCHEME)
 }
 
 /// Reads the inputs of a job that has begun, if any of its inputs is on the hub
@@ -178,13 +183,13 @@ pub(super) async fn began(inputs: &[String], sink: &Sink) -> anyhow::Result<Vec<
 }
 
 /// Finds an input on the hub, at the commit at which the job began.
-pub(super) async fn open(input: &str, began: &[Fact]) -> anyhow::Result<HubInput> {
+pub(super) async fn open(input: &str, options: &PlanOptions<'_>) -> anyhow::Result<HubInput> {
     let addresses = HubAddress::parse(input)?;
     refuse_offline(input)?;
     // The token is read from a file.
     let access = tokio::task::spawn_blocking(HubAccess::from_env).await?;
     let client = Arc::new(HubClient::new(access)?);
-    find(&client, addresses, began)
+    find(&client, addresses, options)
         .await
         .with_context(|| input.to_owned())
 }
@@ -206,8 +211,9 @@ fn refuse_offline(input: &str) -> anyhow::Result<()> {
 async fn find(
     client: &Arc<HubClient>,
     addresses: Vec<HubAddress>,
-    began: &[Fact],
+    options: &PlanOptions<'_>,
 ) -> anyhow::Result<HubInput> {
+    let (began, wanted) = (options.began, options.kind);
     let (address, found) = dataset(client, addresses, began).await?;
     let repository = &found.store.repository;
     let commit = &found.store.commit;
@@ -218,9 +224,11 @@ async fn find(
             Err(error) => return Err(error.into()),
         }
     }
-    let mut taken = found.choose(&address.path).await?;
-    let may_be_converted = address.path.is_empty() && !repository.is_explicit;
-    if may_be_converted && taken.kind != Some("parquet") {
+    let mut taken = found.choose(&address.path, wanted).await?;
+    let may_be_converted = address.path.is_empty()
+        && !repository.is_explicit
+        && wanted.is_none_or(|kind| kind == FileKind::Parquet);
+    if may_be_converted && taken.kind != Some(FileKind::Parquet) {
         let is_all = taken.kind.is_none() || taken.has_script;
         if is_all && let Some(converted) = found.converted(began).await? {
             taken = converted;
@@ -232,6 +240,9 @@ async fn find(
         } else {
             format!("{} of the dataset", address.path)
         };
+        if let Some(kind) = wanted {
+            anyhow::bail!("--kind {kind}: {what} has no files of this kind");
+        }
         anyhow::bail!(
             "{what} has neither Parquet, Arrow or tar files nor images, and no files that the hub \
              has converted to Parquet; a list (.csv, .txt) is read if the input names the file"
@@ -247,7 +258,7 @@ async fn find(
     tracing::info!(
         dataset = store.repository.url(),
         commit = &*store.commit,
-        files = taken.files.len(),
+        files = taken.n_data,
         "reading the dataset's {kind} files"
     );
     let mut input = taken.dataset.input(&address.path)?;
@@ -304,7 +315,10 @@ struct CommittedDataset {
 /// Files of a dataset that are taken as the input.
 struct TakenFiles {
     dataset: CommittedDataset,
-    kind: Option<&'static str>,
+    kind: Option<FileKind>,
+    /// Files of this kind that are data.
+    n_data: usize,
+    /// Files of this kind, and those that are no data and are counted.
     files: Vec<HubFile>,
     /// True if the dataset has a script that makes it out of its files.
     has_script: bool,
@@ -350,7 +364,7 @@ impl CommittedDataset {
 
     /// Chooses the files below a path that the job reads: those of the first
     /// kind that is there.
-    async fn choose(&self, path: &str) -> Result<TakenFiles, HubError> {
+    async fn choose(&self, path: &str, wanted: Option<FileKind>) -> Result<TakenFiles, HubError> {
         let HubStore {
             client,
             repository,
@@ -359,23 +373,36 @@ impl CommittedDataset {
         } = &self.store;
         let name = repository.name.rsplit('/').next().unwrap_or_default();
         let script = format!("{name}.py");
-        let wanted = |file: &str| file == script || kind_by_name(file).is_some();
-        let files = client.files(repository, commit, path, wanted).await?;
-        let mut by_kind: BTreeMap<&str, Vec<HubFile>> = BTreeMap::new();
-        let mut has_script = false;
-        for file in files {
-            match kind_by_name(&file.path) {
-                Some(kind) => by_kind.entry(kind).or_default().push(file),
-                None => has_script = true,
+        let is_looked_at = |file: &str| file == script || matters(file, wanted);
+        let mut files = client.files(repository, commit, path, is_looked_at).await?;
+        let has_script = files.iter().any(|file| file.path == script);
+        let below = |file: &HubFile| {
+            let name = file.path.strip_prefix(path).unwrap_or(&file.path);
+            ListedObject {
+                name: name.trim_start_matches('/').to_owned(),
+                bytes: file.bytes,
+                version: String::new(),
+                trouble: None,
+                may_be_folder: false,
             }
-        }
-        let kinds = ["parquet", "arrow", "tar", "image"].into_iter();
-        let mut taken = kinds.filter_map(|kind| Some((kind, by_kind.remove(kind)?)));
-        let (kind, files) = taken.next().unzip();
+        };
+        let mut by_kind = sort_out(files.iter().map(below).collect(), wanted).by_kind;
+        let kinds = [
+            FileKind::Parquet,
+            FileKind::Arrow,
+            FileKind::Tar,
+            FileKind::Image,
+        ];
+        let mut taken = kinds
+            .into_iter()
+            .filter_map(|kind| Some((kind, by_kind.remove(&kind)?.len())));
+        let (kind, n_data) = taken.next().unzip();
+        files.retain(|file| kind_of(&file.path).is_none_or(|other| Some(other) == kind));
         Ok(TakenFiles {
             dataset: self.clone(),
             kind,
-            files: files.unwrap_or_default(),
+            n_data: n_data.unwrap_or_default(),
+            files,
             has_script,
         })
     }
@@ -397,8 +424,8 @@ impl CommittedDataset {
             },
         };
         let converted = Self::new(client, &repository, &commit);
-        let taken = converted.choose("").await?;
-        let is_parquet = taken.kind == Some("parquet");
+        let taken = converted.choose("", Some(FileKind::Parquet)).await?;
+        let is_parquet = taken.kind == Some(FileKind::Parquet);
         if is_parquet {
             tracing::info!(
                 "{} has no Parquet files of its own; the files that the hub has converted are \

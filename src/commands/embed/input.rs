@@ -5,27 +5,32 @@
 //! reading must begin so that this sample is the first. Resuming a job needs no
 //! other knowledge of a format.
 
+mod archive;
 mod columns;
 mod elsewhere;
 mod files;
+mod ids;
 mod messages;
 mod pages;
 mod webdataset;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arrow_array::RecordBatch;
+use arrow_array::{Array as _, RecordBatch};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
+use super::flags::TableFormat;
 use super::location::{Location, Stores};
 use super::memory::{ImageMemory, ImageRoom};
 use super::plan::{Shard, ShardKind};
-use super::ranged::Ranged;
+use super::ranged::{Ranged, Unread};
 use crate::client::pool::ImageFault;
 use crate::telemetry::panic_text;
 
@@ -66,10 +71,44 @@ pub(super) struct Reading {
     /// Column of a table whose images are at a URL or a path.
     pub(super) url_column: Option<String>,
     pub(super) id_column: Option<String>,
+    /// Format of the table that the kept columns are written into.
+    pub(super) format: TableFormat,
+    pub(super) sidecars: Arc<SidecarsSeen>,
     /// Longest time for which a URL of a list is retried.
     pub(super) url_patience: Duration,
     /// Stores of images that a table names.
     pub(super) stores: Arc<Stores>,
+}
+
+/// Record of the kinds of files beside images (`--keep`) that samples of tars
+/// had: a kind that none of them has is probably mistyped.
+#[derive(Debug, Default)]
+pub(super) struct SidecarsSeen {
+    samples: AtomicU64,
+    places: Mutex<BTreeSet<usize>>,
+}
+
+impl SidecarsSeen {
+    fn note(&self, kept: Option<&RecordBatch>) {
+        let Some(kept) = kept else { return };
+        self.samples.fetch_add(1, Ordering::Relaxed);
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.len() < kept.num_columns() {
+            let has_value = |&place: &usize| kept.column(place).null_count() == 0;
+            places.extend((0..kept.num_columns()).filter(has_value));
+        }
+    }
+
+    /// Returns the kinds that no sample had, if there were samples.
+    pub(super) fn missing<'a>(&self, keep: &'a [String]) -> Vec<&'a str> {
+        if self.samples.load(Ordering::Relaxed) == 0 {
+            return Vec::new();
+        }
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let kinds = keep.iter().enumerate();
+        let missing = kinds.filter(|(place, _)| !places.contains(place));
+        missing.map(|(_, kind)| kind.as_str()).collect()
+    }
 }
 
 /// Reason for which a shard cannot be read to its end.
@@ -85,6 +124,9 @@ pub(super) enum Broken {
     /// known to hold images: an error of the dataset as well, unless no shard
     /// has such columns.
     Unsuited(String),
+    /// The store or the server will never hand out the shard's bytes: an error
+    /// of the dataset as well.
+    Refused(ImageFault),
     /// The shard could not be read this time, so the job ends.
     Failed(anyhow::Error),
 }
@@ -107,11 +149,17 @@ pub(super) fn read(
             return Ok(());
         }
         ShardKind::Files { listing, range } => {
-            return files::read(listing, range.clone(), cursor, reading, visit);
+            let prefix = &shard.id_base;
+            return files::read(listing, range.clone(), prefix, cursor, reading, visit);
         }
         ShardKind::WebDataset(location) => {
             let file = file_of(shard, location, reading);
-            let result = caught(visit, |visit| {
+            let mut visit_below = |mut seen: PlacedSample| {
+                seen.sample.id.insert_str(0, &shard.id_base);
+                reading.sidecars.note(seen.sample.kept.as_ref());
+                visit(seen)
+            };
+            let result = caught(&mut visit_below, |visit| {
                 webdataset::read(&file, cursor, reading, visit)
             });
             (file, result)
@@ -119,22 +167,27 @@ pub(super) fn read(
         ShardKind::Parquet(location) => {
             let file = file_of(shard, location, reading);
             let result = caught(visit, |visit| {
-                columns::read_parquet(&file, location, cursor, reading, visit)
+                columns::read_parquet(&file, &shard.id_base, cursor, reading, visit)
             });
             (file, result)
         }
         ShardKind::Arrow(location) => {
             let file = file_of(shard, location, reading);
             let result = caught(visit, |visit| {
-                columns::read_arrow(&file, location, cursor, reading, visit)
+                columns::read_arrow(&file, &shard.id_base, cursor, reading, visit)
             });
             (file, result)
         }
     };
+    because_of_store(result, &file)
+}
+
+/// Returns the store's failure for a result that it is the cause of: whatever
+/// error the format's reader made of it, the bytes could not be fetched.
+fn because_of_store<T>(result: Result<T, Broken>, file: &Ranged) -> Result<T, Broken> {
     match (result, file.failure()) {
-        // Whatever error the format's reader made of it, the cause is that the
-        // bytes could not be fetched.
-        (Err(_), Some(failure)) => Err(Broken::Failed(failure)),
+        (Err(_), Some(Unread::ForGood(fault))) => Err(Broken::Refused(fault)),
+        (Err(_), Some(Unread::ThisTime(failure))) => Err(Broken::Failed(failure)),
         (result, _) => result,
     }
 }
@@ -144,15 +197,37 @@ fn file_of(shard: &Shard, location: &Location, reading: &Reading) -> Ranged {
     Ranged::new(location.clone(), shard.bytes, reading.runtime.clone())
 }
 
+/// Returns true if a file is a tar by its content, or can never be read: then
+/// it is one error where its rows would be.
+///
+/// # Errors
+///
+/// When the file cannot be read this time.
+pub(super) fn is_tar(location: &Location, bytes: u64, runtime: Handle) -> anyhow::Result<bool> {
+    let file = Ranged::new(location.clone(), bytes, runtime);
+    let is_tar = webdataset::is_tar(&file);
+    match file.failure() {
+        None => Ok(is_tar),
+        Some(Unread::ForGood(_)) => Ok(true),
+        Some(Unread::ThisTime(failure)) => Err(failure),
+    }
+}
+
 /// Checks that a shard has the columns that the flags ask for, without reading
-/// rows. A shard of a format without columns always passes.
-pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<(), Broken> {
-    let check = |location: &Location, check: fn(&Ranged, &Reading) -> Result<(), Broken>| {
+/// rows. A shard of a format without columns always passes. Returns false if
+/// version 1 of the manifest gave the shard's rows other ids.
+pub(super) fn has_columns(shard: &Shard, reading: &Reading) -> Result<bool, Broken> {
+    let check = |location: &Location, check: fn(&Ranged, &Reading) -> Result<bool, Broken>| {
         let file = file_of(shard, location, reading);
-        caught(&mut |_| ControlFlow::Break(()), |_| check(&file, reading))
+        let mut is_same = true;
+        let checked = caught(&mut |_| ControlFlow::Break(()), |_| {
+            is_same = check(&file, reading)?;
+            Ok(())
+        });
+        because_of_store(checked, &file).map(|()| is_same)
     };
     match &shard.kind {
-        ShardKind::Lost(_) | ShardKind::Files { .. } | ShardKind::WebDataset(_) => Ok(()),
+        ShardKind::Lost(_) | ShardKind::Files { .. } | ShardKind::WebDataset(_) => Ok(true),
         ShardKind::Parquet(location) => check(location, columns::check_parquet),
         ShardKind::Arrow(location) => check(location, columns::check_arrow),
     }
@@ -239,6 +314,8 @@ pub(super) mod tests {
             image_column: None,
             url_column: None,
             id_column: None,
+            format: TableFormat::Parquet,
+            sidecars: Arc::default(),
             url_patience: Duration::from_secs(1),
             stores: Arc::default(),
         }

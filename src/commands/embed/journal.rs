@@ -21,7 +21,12 @@ use super::sink::Sink;
 const MANIFEST: &str = "_imagegpt/manifest.json";
 const RECORDS: &str = "_imagegpt/journal";
 /// Version of the manifest, raised when the same input would give other bytes.
-const VERSION: u32 = 1;
+/// Since version 2 ids have the path below the input, and tables and lists have
+/// the ids of columns of any type.
+const VERSION: u32 = 2;
+/// Version of a manifest of which nothing has changed since version 1: an
+/// output that an older imagegpt began goes on.
+const VERSION_UNCHANGED: u32 = 1;
 /// Records that are read at the same time.
 const AT_ONCE: usize = 16;
 /// Differences that an error names; more would not tell more.
@@ -52,9 +57,14 @@ impl JobManifest {
         options: BTreeMap<String, String>,
         shards: usize,
         inputs: Vec<Fact>,
+        has_ids_of_version_1: bool,
     ) -> Self {
         Self {
-            version: VERSION,
+            version: if has_ids_of_version_1 {
+                VERSION_UNCHANGED
+            } else {
+                VERSION
+            },
             model,
             options,
             shards,
@@ -83,10 +93,12 @@ impl JobManifest {
         if differences.is_empty() {
             return Ok(());
         }
-        let remedy = if began.model.digest == self.model.digest {
-            REMEDY
-        } else {
+        let remedy = if began.model.digest != self.model.digest {
             MODEL_REMEDY
+        } else if began.version < self.version {
+            VERSION_REMEDY
+        } else {
+            REMEDY
         };
         Err(Differs {
             output: sink.to_string(),
@@ -186,6 +198,12 @@ const REMEDY: &str = "Repeat the command that the output was begun with, or give
 const MODEL_REMEDY: &str = "Finish the output with the model, and the version of imagegpt, that it \
                             was begun with, or give another --output";
 
+/// Remedy for an output that an older version began, which gave its images
+/// other ids.
+const VERSION_REMEDY: &str = "The output was begun by an older imagegpt, which gave these images \
+                              other ids: without the path below the input, or without \
+                              --id-column. Finish it with that imagegpt, or give another --output";
+
 fn shown(differences: &[String]) -> String {
     let mut text = differences
         .iter()
@@ -249,6 +267,11 @@ pub(super) struct OutputFile {
 }
 
 impl Record {
+    /// Returns the number of rows in the part's table.
+    pub(super) fn rows(&self) -> u64 {
+        self.images.saturating_sub(self.errors)
+    }
+
     pub(super) async fn write(&self, sink: &Sink) -> anyhow::Result<()> {
         let mut text = serde_json::to_string(self)?;
         text.push('\n');
@@ -323,6 +346,7 @@ mod tests {
                 bytes,
                 version: "1".to_owned(),
             }],
+            true,
         )
     }
 

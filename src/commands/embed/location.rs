@@ -3,32 +3,109 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
-use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::http::HttpBuilder;
-use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _, RetryConfig};
+use object_store::{Attribute, ObjectStore, ObjectStoreExt as _};
 
 use super::address::AddressBook;
+use super::connect::{CONNECT_TIMEOUT, NoCredentials, REQUEST_TIMEOUT, connect};
+use super::encoding::{BodyDecoder, BodyRefused};
 use super::web::{WebClient, WebTimes, WebTrust};
+use super::wire::odd_key;
 use crate::client::pool::ImageFault;
-use crate::files::{self, FoundFile, Trouble};
+use crate::files::{self, FoundFile, HiddenEntry, Trouble, name_as_text};
 use crate::proto::GrpcCode;
 
-/// Longest time for which a request to a store is retried. After a longer time
-/// the credentials may expire between the retries; the same command then
-/// resumes the job.
-pub(super) const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
-const RETRIES_MAX: usize = 60;
-/// Longest time for a request. A block of 4 MiB takes about a second, and a
-/// request to a bucket that stalls is repeated.
-pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Parameters of a URL's query that sign the request and change with each
+/// signature; the name of the file is the same without them.
+const SIGNATURES: [&str; 22] = [
+    "awsaccesskeyid",
+    "expires",
+    "googleaccessid",
+    "key-pair-id",
+    "policy",
+    "rscc",
+    "rscd",
+    "rsct",
+    "se",
+    "security-token",
+    "sig",
+    "signature",
+    "ske",
+    "skoid",
+    "sks",
+    "skt",
+    "sktid",
+    "skv",
+    "sp",
+    "spr",
+    "st",
+    "token",
+];
+
+/// Returns the scheme of a URL in lower case; `None` for a path.
+pub(super) fn scheme_of(text: &str) -> Option<String> {
+    let (scheme, rest) = text.split_once(':')?;
+    let is_scheme = scheme.starts_with(|first: char| first.is_ascii_alphabetic())
+        && scheme
+            .chars()
+            .all(|letter| letter.is_ascii_alphanumeric() || "+-.".contains(letter));
+    let scheme = scheme.to_ascii_lowercase();
+    let is_url = rest.starts_with("//") || (scheme == "file" && rest.starts_with('/'));
+    (is_scheme && is_url).then_some(scheme)
+}
+
+/// True for a name that does not depend on the place of its list.
+pub(super) fn is_absolute(name: &str) -> bool {
+    name.starts_with('/') || scheme_of(name).is_some()
+}
+
+/// Returns the path that a file URL names: its escapes are decoded, unless only
+/// a file exists that has them in its name.
+fn file_path(text: &str) -> PathBuf {
+    let rest = text.split_once(':').map_or(text, |(_, rest)| rest);
+    let literal = match rest.strip_prefix("//") {
+        // Without a host, or with this one; a relative path is taken as well.
+        Some(rest) => match rest.split_once('/') {
+            Some((host, _)) if host.eq_ignore_ascii_case("localhost") => &rest[host.len()..],
+            _ => rest,
+        },
+        None => rest,
+    };
+    let literal = PathBuf::from(literal);
+    let url = format!("file://{}", literal.display());
+    let decoded = reqwest::Url::parse(&url)
+        .ok()
+        .filter(|url| literal.is_absolute() && url.query().is_none() && url.fragment().is_none())
+        .and_then(|url| url.to_file_path().ok());
+    match decoded {
+        Some(decoded) if decoded.exists() || !literal.exists() => decoded,
+        _ => literal,
+    }
+}
+
+/// Returns the query of a URL without its signature, with its question mark.
+fn unsigned(query: &str) -> String {
+    let parts = query.split('&').filter(|part| {
+        let name = part.split('=').next().unwrap_or_default();
+        let name = name.to_ascii_lowercase();
+        let is_signature = name.starts_with("x-amz-")
+            || name.starts_with("x-goog-")
+            || name.starts_with("x-oss-")
+            || SIGNATURES.contains(&name.as_str());
+        // The permissions and the version of Azure's signatures.
+        !is_signature && !matches!(name.as_str(), "sv" | "sr" | "srt" | "ss")
+    });
+    let parts: Vec<&str> = parts.collect();
+    if parts.is_empty() {
+        String::new()
+    } else {
+        format!("?{}", parts.join("&"))
+    }
+}
 
 /// File, directory, or prefix of a bucket.
 #[derive(Debug, Clone)]
@@ -87,41 +164,67 @@ impl Stores {
     /// Finds the location that `text` names: a URL if `text` has a scheme,
     /// otherwise a path.
     pub(super) fn locate(&self, text: &str) -> anyhow::Result<Location> {
-        let (scheme, rest) = text.split_once("://").unwrap_or(("file", text));
-        anyhow::ensure!(!rest.is_empty(), "'{text}' is neither a path nor a URL");
-        if scheme == "file" {
+        let empty = || anyhow::anyhow!("'{text}' is neither a path nor a URL");
+        let scheme = scheme_of(text);
+        let Some(scheme) = scheme.filter(|scheme| scheme != "file") else {
+            let path = match scheme_of(text) {
+                Some(_) => file_path(text),
+                None => PathBuf::from(text),
+            };
+            anyhow::ensure!(!path.as_os_str().is_empty(), empty());
             // A plain error without a cause: a path that is wrong now stays
             // wrong.
-            let path = std::path::absolute(rest)
+            let path = std::path::absolute(path)
                 .map_err(|error| anyhow::anyhow!("{text} is not a path: {error}"))?;
             return Ok(Location::Local(path));
-        }
+        };
+        let rest = &text[scheme.len() + "://".len()..];
+        anyhow::ensure!(!rest.is_empty(), empty());
         let (host, key) = rest.split_once('/').unwrap_or((rest, ""));
         let root = format!("{scheme}://{host}");
-        let mut stores = self.by_root.lock().unwrap_or_else(PoisonError::into_inner);
-        let store = if let Some(store) = stores.get(&root) {
-            Arc::clone(store)
-        } else {
-            let store = connect(scheme, &root)?;
-            stores.insert(root, Arc::clone(&store));
-            store
+        if !scheme.starts_with("http") {
+            // Keys of buckets are written literally.
+            let key = key.trim_end_matches('/');
+            let path = object_store::path::Path::parse(key);
+            return Ok(Location::Remote {
+                path: path.with_context(|| format!("the path of {text} cannot be used"))?,
+                store: self.store(&scheme, root)?,
+                url: format!("{scheme}://{}", rest.trim_end_matches('/')),
+            });
+        }
+        anyhow::ensure!(
+            !key.contains('#'),
+            "{text}: the part after # cannot be requested; give a URL without it"
+        );
+        let (key, query) = match key.split_once('?') {
+            Some((key, query)) => (key, Some(query)),
+            None => (key, None),
         };
         let key = key.trim_end_matches('/');
-        // Keys of buckets are written literally, paths of URLs with escapes.
-        let path = if scheme.starts_with("http") {
-            anyhow::ensure!(
-                !key.contains(['?', '#']),
-                "{text}: the part after ? or # cannot be requested; give a URL without it"
-            );
-            object_store::path::Path::from_url_path(key)
-        } else {
-            object_store::path::Path::parse(key)
-        };
+        let path = object_store::path::Path::from_url_path(key)
+            .with_context(|| format!("the path of {text} cannot be used"))?;
+        let slash = if key.is_empty() { "" } else { "/" };
+        let shown = query.map_or_else(String::new, unsigned);
         Ok(Location::Remote {
-            store,
-            path: path.with_context(|| format!("the path of {text} cannot be used"))?,
-            url: text.trim_end_matches('/').to_owned(),
+            path,
+            url: format!("{root}{slash}{key}{shown}"),
+            store: match query {
+                // The client of a presigned URL is of no use for another.
+                Some(query) => connect(&scheme, &root, Some(query.to_owned()))?,
+                None => self.store(&scheme, root)?,
+            },
         })
+    }
+
+    /// Returns the client of a bucket or host.
+    fn store(&self, scheme: &str, root: String) -> anyhow::Result<Arc<dyn ObjectStore>> {
+        let mut stores = self.by_root.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = stores.get(&root) {
+            return Ok(Arc::clone(store));
+        }
+        let store = connect(scheme, &root, None)?;
+        stores.insert(root, Arc::clone(&store));
+        Ok(store)
     }
 
     /// Returns the client that reads single images from web servers.
@@ -140,78 +243,6 @@ impl Stores {
         let client = WebClient::new(self.trust, times, AddressBook::default())?;
         Ok(self.web.get_or_init(|| client))
     }
-}
-
-/// Makes the client of a store. Credentials and endpoints come from the
-/// environment, under the names that each cloud's own tools use (AWS_…,
-/// GOOGLE_…, AZURE_…).
-fn connect(scheme: &str, root: &str) -> anyhow::Result<Arc<dyn ObjectStore>> {
-    // Whichever of the two TLS libraries comes first installs the provider.
-    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-    let retry = RetryConfig {
-        max_retries: RETRIES_MAX,
-        retry_timeout: RETRY_TIMEOUT,
-        ..RetryConfig::default()
-    };
-    let client = ClientOptions::new()
-        .with_timeout(REQUEST_TIMEOUT)
-        .with_connect_timeout(CONNECT_TIMEOUT);
-    // The builders take client options one by one from the environment; setting
-    // all options at the same time would undo that.
-    let set = |key, value: Duration| (key, format!("{}s", value.as_secs()));
-    let times = [
-        set(object_store::ClientConfigKey::Timeout, REQUEST_TIMEOUT),
-        set(
-            object_store::ClientConfigKey::ConnectTimeout,
-            CONNECT_TIMEOUT,
-        ),
-    ];
-    Ok(match scheme {
-        "s3" | "s3a" => {
-            let mut builder = AmazonS3Builder::from_env().with_url(root).with_retry(retry);
-            for (key, value) in times {
-                builder =
-                    builder.with_config(object_store::aws::AmazonS3ConfigKey::Client(key), value);
-            }
-            Arc::new(builder.build().with_context(|| root.to_owned())?)
-        }
-        "gs" => {
-            let mut builder = GoogleCloudStorageBuilder::from_env()
-                .with_url(root)
-                .with_retry(retry);
-            for (key, value) in times {
-                builder =
-                    builder.with_config(object_store::gcp::GoogleConfigKey::Client(key), value);
-            }
-            Arc::new(builder.build().with_context(|| root.to_owned())?)
-        }
-        "az" | "abfs" | "abfss" | "adl" => {
-            let mut builder = MicrosoftAzureBuilder::from_env()
-                .with_url(root)
-                .with_retry(retry);
-            for (key, value) in times {
-                builder =
-                    builder.with_config(object_store::azure::AzureConfigKey::Client(key), value);
-            }
-            Arc::new(builder.build().with_context(|| root.to_owned())?)
-        }
-        "http" | "https" => Arc::new(
-            HttpBuilder::new()
-                .with_url(root)
-                .with_retry(retry)
-                .with_client_options(client.with_allow_http(scheme == "http"))
-                .build()
-                .with_context(|| root.to_owned())?,
-        ),
-        "hf" => anyhow::bail!(
-            "{root}: hf:// can only be an input of the job; in a list or a table write the file's \
-             https:// URL, and give an --output elsewhere"
-        ),
-        _ => anyhow::bail!(
-            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http://, \
-             https:// or hf://datasets/"
-        ),
-    })
 }
 
 impl Location {
@@ -233,6 +264,45 @@ impl Location {
                 url: format!("{url}/{name}"),
             },
         }
+    }
+
+    /// Returns the location that a list names below this directory.
+    ///
+    /// # Errors
+    ///
+    /// When a bucket can have no object of this name.
+    pub(super) fn checked_join(&self, name: &str) -> anyhow::Result<Self> {
+        if let Self::Remote { url, .. } = self {
+            let is_odd = |part: &str| matches!(part, "" | "." | "..");
+            anyhow::ensure!(
+                !name.split('/').any(is_odd),
+                "{name} has a part that is empty, . or .., and keys of a bucket have no such \
+                 parts; write the name below {url}, or the whole URL"
+            );
+        }
+        Ok(self.join(name))
+    }
+
+    /// Returns the URL of a file that a list on a web server names, relative to
+    /// this directory.
+    pub(super) fn web_join(&self, name: &str) -> Option<reqwest::Url> {
+        let mut url = self.web_url()?;
+        {
+            let mut parts = url.path_segments_mut().ok()?;
+            parts.pop_if_empty();
+            for part in name.split('/') {
+                match part {
+                    "" | "." => {}
+                    ".." => {
+                        parts.pop();
+                    }
+                    part => {
+                        parts.push(part);
+                    }
+                }
+            }
+        }
+        Some(url)
     }
 
     /// Returns the directory that contains this location.
@@ -304,6 +374,7 @@ impl Location {
     }
 
     /// Lists all files below this location, by name; none if nothing is there.
+    /// Dotfiles are among them, for the count of what is passed over.
     pub(super) async fn list(&self) -> anyhow::Result<Vec<ListedObject>> {
         let mut entries = match self {
             Self::Local(folder) => {
@@ -313,7 +384,10 @@ impl Location {
                         return Ok(Vec::new());
                     }
                     let found = files::below(&folder)?;
-                    let entries = found.into_iter().map(|found| found_entry(&folder, found));
+                    let files = found.files.into_iter();
+                    let entries = files.map(|found| found_entry(&folder, found));
+                    let hidden = found.hidden.into_iter();
+                    let entries = entries.chain(hidden.map(|found| hidden_entry(&folder, &found)));
                     Ok::<_, anyhow::Error>(entries.collect())
                 })
                 .await??
@@ -362,7 +436,19 @@ impl Location {
                 if found.meta.size > max {
                     return Ok(None);
                 }
-                Ok(Some(found.bytes().await?))
+                let encoding = found.attributes.get(&Attribute::ContentEncoding);
+                let mut body = BodyDecoder::new(encoding.map(AsRef::as_ref), max);
+                let mut pieces = found.into_stream();
+                while let Some(piece) = pieces.try_next().await? {
+                    match body.push(&piece) {
+                        Err(BodyRefused::TooLarge(_)) => return Ok(None),
+                        pushed => pushed.map_err(|error| undecoded(&error))?,
+                    }
+                }
+                match body.finish() {
+                    Err(BodyRefused::TooLarge(_)) => Ok(None),
+                    whole => Ok(Some(whole.map_err(|error| undecoded(&error))?)),
+                }
             }
         }
     }
@@ -374,6 +460,9 @@ pub(super) enum ReadError {
     /// The file cannot be read, now or later.
     #[error(transparent)]
     Trouble(#[from] Trouble),
+    /// The store will never hand out the file.
+    #[error("{}", .0.message)]
+    Refused(ImageFault),
     #[error(transparent)]
     Io(#[from] std::io::Error),
     #[error(transparent)]
@@ -389,17 +478,100 @@ impl From<object_store::Error> for ReadError {
     }
 }
 
-/// Converts a store's error. On a web server each URL has its own permissions,
-/// so a URL that may not be read shows nothing about the others. In a bucket
-/// the cause is credentials that have expired, and a job that continued would
-/// fail every image.
+fn undecoded(error: &BodyRefused) -> ReadError {
+    ReadError::Refused(ImageFault {
+        code: GrpcCode::DataLoss,
+        message: error.to_string(),
+    })
+}
+
+/// Converts a store's error.
 fn refused(url: &str, error: object_store::Error) -> ReadError {
-    use object_store::Error::{PermissionDenied, Unauthenticated};
-    match error {
-        PermissionDenied { .. } | Unauthenticated { .. } if url.starts_with("http") => {
-            Trouble::Denied.into()
+    match lasting_fault_at(url, &error) {
+        Some(fault) => ReadError::Refused(fault),
+        None => error.into(),
+    }
+}
+
+/// Returns the fault of a file that its store will never hand out; `None` for
+/// an error that may pass.
+pub(super) fn lasting_fault(
+    location: &Location,
+    error: &object_store::Error,
+) -> Option<ImageFault> {
+    match location {
+        Location::Local(_) => None,
+        Location::Remote { url, .. } => lasting_fault_at(url, error),
+    }
+}
+
+/// On a web server each URL has its own permissions, so a URL that may not be
+/// read shows nothing about the others. In a bucket the cause is credentials
+/// that have expired, and a job that continued would fail every image.
+fn lasting_fault_at(url: &str, error: &object_store::Error) -> Option<ImageFault> {
+    use object_store::Error::{Generic, NotFound, NotSupported, PermissionDenied, Unauthenticated};
+    let is_web = url.starts_with("http");
+    let text = || error.to_string();
+    let (code, message) = match error {
+        NotFound { .. } => return Some(fault(&Trouble::Missing)),
+        NotSupported { .. } => (
+            GrpcCode::FailedPrecondition,
+            "the server does not answer requests for a range of bytes, by which tar, Parquet and \
+             Arrow files are read; download the file, or name it on another server"
+                .to_owned(),
+        ),
+        PermissionDenied { .. } if text().contains("InvalidObjectState") => (
+            GrpcCode::FailedPrecondition,
+            "the object is in cold storage and must be restored before it can be read \
+             (InvalidObjectState)"
+                .to_owned(),
+        ),
+        _ if text().contains("BlobArchived") => (
+            GrpcCode::FailedPrecondition,
+            "the blob is in the archive tier and must be rehydrated before it can be read \
+             (BlobArchived)"
+                .to_owned(),
+        ),
+        PermissionDenied { .. } | Unauthenticated { .. } if is_web => {
+            return Some(fault(&Trouble::Denied));
         }
-        error => error.into(),
+        Generic { .. } if is_web => (GrpcCode::FailedPrecondition, refusal(&text())?),
+        _ => return None,
+    };
+    Some(ImageFault { code, message })
+}
+
+/// Returns a sentence for a web server's answer 4xx, which will be the same the
+/// next time.
+fn refusal(text: &str) -> Option<String> {
+    let (_, status) = text.split_once("non-2xx status code: ")?;
+    let status = status.split(':').next().unwrap_or_default().trim();
+    let is_lasting = status.starts_with('4') && !["408", "425", "429"].contains(&&status[..3]);
+    is_lasting.then(|| format!("the server answered {status}"))
+}
+
+/// True if an input's or an output's error stays the same for the same command:
+/// missing credentials or permissions, and buckets that do not exist.
+pub(super) fn is_lasting(error: &object_store::Error) -> bool {
+    use object_store::Error::{
+        Generic, InvalidPath, NotFound, NotImplemented, NotSupported, PermissionDenied,
+        Unauthenticated, UnknownConfigurationKey,
+    };
+    match error {
+        NotFound { .. }
+        | NotImplemented { .. }
+        | NotSupported { .. }
+        | InvalidPath { .. }
+        | PermissionDenied { .. }
+        | Unauthenticated { .. }
+        | UnknownConfigurationKey { .. } => true,
+        // A listing's answers have no kinds.
+        Generic { source, .. } => {
+            let text = source.to_string();
+            let answered = |status: &str| text.contains(&format!("non-2xx status code: {status}"));
+            source.is::<NoCredentials>() || ["401", "403", "404"].into_iter().any(answered)
+        }
+        _ => false,
     }
 }
 
@@ -416,20 +588,27 @@ fn entry(name: String, metadata: &std::fs::Metadata) -> ListedObject {
 }
 
 fn remote_entry(name: String, meta: object_store::ObjectMeta) -> ListedObject {
+    let odd = odd_key(&name);
+    let trouble = odd.is_some().then(|| ImageFault {
+        code: GrpcCode::InvalidArgument,
+        message: "the key has a part that is empty, . or .., or a control character, and cannot \
+                  be requested; copy the object to another key"
+            .to_owned(),
+    });
     ListedObject {
-        name,
+        name: odd.unwrap_or(name),
         bytes: meta.size,
         version: meta
             .e_tag
             .unwrap_or_else(|| meta.last_modified.timestamp_micros().to_string()),
-        trouble: None,
+        trouble,
         may_be_folder: false,
     }
 }
 
 fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
     let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
-    let name = below.to_string_lossy().into_owned();
+    let name = name_as_text(below.as_os_str().as_encoded_bytes()).into_owned();
     let unnamed = below.to_str().is_none().then(|| ImageFault {
         code: GrpcCode::InvalidArgument,
         message: "the file's name is not UTF-8, and ids must be text; rename the file".to_owned(),
@@ -447,6 +626,18 @@ fn found_entry(folder: &Path, found: FoundFile) -> ListedObject {
             trouble: Some(unnamed.unwrap_or_else(|| fault(&trouble))),
             may_be_folder,
         },
+    }
+}
+
+/// Makes the entry of a name that begins with a dot, which is only counted.
+fn hidden_entry(folder: &Path, found: &HiddenEntry) -> ListedObject {
+    let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
+    ListedObject {
+        name: name_as_text(below.as_os_str().as_encoded_bytes()).into_owned(),
+        bytes: 0,
+        version: String::new(),
+        trouble: None,
+        may_be_folder: found.is_folder,
     }
 }
 
@@ -527,7 +718,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn folders_are_listed_by_name_without_what_is_hidden() {
+    async fn folders_are_listed_by_name_and_what_is_hidden_is_not_searched() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["b.png", "a/c.png", ".hidden/d.png", "a/#1.png"] {
             let path = dir.path().join(name);
@@ -544,7 +735,7 @@ mod tests {
             .into_iter()
             .map(|entry| entry.name)
             .collect();
-        assert_eq!(names, ["a/#1.png", "a/c.png", "b.png"]);
+        assert_eq!(names, [".hidden", "a/#1.png", "a/c.png", "b.png"]);
         let read = location.join("a/c.png").read(100).await.unwrap();
         assert_eq!(read.as_deref(), Some(&b"a/c.png"[..]));
         assert_eq!(location.join("a/c.png").read(2).await.unwrap(), None);
@@ -583,7 +774,13 @@ mod tests {
         for empty in ["", "file://", "http://"] {
             assert!(Stores::default().locate(empty).is_err(), "{empty}");
         }
-        for wrong in ["ftp://x/y", "https://x/y.tar?token=1"] {
+        let signed = "HTTPS://x/a/y.tar?X-Amz-Signature=1&version=2&sig=3#";
+        let signed = Stores::default()
+            .locate(signed.trim_end_matches('#'))
+            .unwrap();
+        assert_eq!(signed.to_string(), "https://x/a/y.tar?version=2");
+        assert_eq!(signed.file_name(), "y.tar");
+        for wrong in ["ftp://x/y", "https://x/y.tar#part"] {
             assert!(Stores::default().locate(wrong).is_err(), "{wrong}");
         }
     }
@@ -595,10 +792,51 @@ mod tests {
             source: "403".into(),
         };
         let of = |url| refused(url, forbidden());
-        assert!(matches!(
-            of("https://example.org/a.png"),
-            ReadError::Trouble(Trouble::Denied)
-        ));
+        let ReadError::Refused(denied) = of("https://example.org/a.png") else {
+            panic!("one file");
+        };
+        assert_eq!(denied.code, GrpcCode::PermissionDenied);
         assert!(matches!(of("s3://bucket/a.png"), ReadError::Store(_)));
+        let cold = object_store::Error::PermissionDenied {
+            path: "a.png".to_owned(),
+            source: "403: <Code>InvalidObjectState</Code>".into(),
+        };
+        let ReadError::Refused(cold) = refused("s3://bucket/a.png", cold) else {
+            panic!("one object");
+        };
+        assert!(cold.message.contains("cold storage"), "{}", cold.message);
+    }
+
+    #[test]
+    fn paths_and_urls_are_told_apart_however_they_are_spelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["a b.png", "c%20d.png"] {
+            std::fs::write(at(name), b"x").unwrap();
+        }
+        let root = dir.path().display();
+        let path = |text: String| match Stores::default().locate(&text).unwrap() {
+            Location::Local(path) => path,
+            Location::Remote { url, .. } => panic!("{url}"),
+        };
+        for start in ["file:", "file://", "FILE://localhost", "File://LOCALHOST"] {
+            assert_eq!(path(format!("{start}{root}/a%20b.png")), at("a b.png"));
+            assert_eq!(path(format!("{start}{root}/a b.png")), at("a b.png"));
+            assert_eq!(path(format!("{start}{root}/c%20d.png")), at("c%20d.png"));
+        }
+        assert_eq!(path(format!("{root}/a%20b.png")), at("a%20b.png"));
+        for (text, scheme) in [
+            ("S3://b/k", Some("s3")),
+            ("file:/x", Some("file")),
+            ("a:b.png", None),
+            ("dir/http://x", None),
+            ("C:/x", None),
+        ] {
+            assert_eq!(scheme_of(text).as_deref(), scheme, "{text}");
+        }
+        let list = Stores::default().locate("HTTP://127.0.0.1:1/a/b").unwrap();
+        let joined = list.web_join("../c/./d e.png").unwrap();
+        assert_eq!(joined.as_str(), "http://127.0.0.1:1/a/c/d%20e.png");
+        assert!(list.checked_join("../c").is_err());
     }
 }

@@ -365,6 +365,7 @@ impl Reader {
             Err(Broken::Damaged(reason)) => Some((GrpcCode::DataLoss, reason)),
             Err(Broken::OverLimit(reason)) => Some((GrpcCode::ResourceExhausted, reason)),
             Err(Broken::Unsuited(reason)) => Some((GrpcCode::InvalidArgument, reason)),
+            Err(Broken::Refused(fault)) => Some((fault.code, fault.message)),
             Err(Broken::Failed(error)) => return Err(error),
         };
         Ok(self.end(part, &work.shard, damage))

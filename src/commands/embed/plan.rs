@@ -1,9 +1,6 @@
 //! Plan of the input: converts the command line's inputs into shards, always in
 //! the same order.
 
-mod jsonl;
-
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,26 +10,20 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::hub;
-use super::input::{ListedRow, Listing};
-use super::location::{ListedObject, Location, Stores, expand, fault};
+use super::finding::{FileKind, FoundData, LeftOut, bare_tars, extension, named_kind, sort_out};
+use super::hub::{self, HubError};
+use super::input::Listing;
+use super::lists::{json_rows, lines, name_empty_rows, table_rows};
+use super::location::{
+    ListedObject, Location, ReadError, Stores, expand, fault, is_lasting, scheme_of,
+};
+use super::names::{NamedInput, above, distinguish};
 use crate::client::pool::ImageFault;
-use crate::files::{IMAGES, Trouble, hex};
+use crate::files::{Trouble, hex};
 
 /// Largest list, which is read whole. More lines would take more memory than a
 /// job should, and a directory or Parquet serves as well.
 const LIST_BYTES_MAX: u64 = 4 << 30;
-/// Columns of a CSV that may hold the paths, in the order of preference.
-const PATH_COLUMNS: [&str; 7] = [
-    "path",
-    "image",
-    "file",
-    "filename",
-    "file_name",
-    "image_path",
-    "url",
-];
-
 /// Shard: a piece of the input that one job reads from its beginning to its
 /// end.
 #[derive(Debug, Clone)]
@@ -41,6 +32,9 @@ pub(super) struct Shard {
     pub(super) name: String,
     /// Size of the shard, to compare shards by when progress is shown.
     pub(super) bytes: u64,
+    /// Beginning of the ids: of a table its name, before the number of the row;
+    /// of tars and files what stands before each id.
+    pub(super) id_base: String,
     pub(super) kind: ShardKind,
 }
 
@@ -50,11 +44,19 @@ impl Shard {
         match &self.kind {
             ShardKind::Parquet(_) | ShardKind::Arrow(_) | ShardKind::Lost(_) => true,
             ShardKind::WebDataset(_) => false,
-            ShardKind::Files { listing, .. } => match listing.as_ref() {
-                Listing::Tree { .. } => false,
-                // A list without columns is refused when it is read.
-                Listing::List { .. } => true,
-            },
+            // A list without columns is refused when it is read.
+            ShardKind::Files { listing, .. } => !listing.is_tree(),
+        }
+    }
+
+    /// True if version 1 of the manifest gave the shard's images the same ids.
+    /// Versions of that time lost images of some tars, in parts that are done.
+    fn has_ids_of_version_1(&self) -> bool {
+        match self.kind {
+            ShardKind::Parquet(_) | ShardKind::Arrow(_) => !self.id_base.contains('/'),
+            ShardKind::WebDataset(_) => false,
+            ShardKind::Files { .. } => self.id_base.is_empty(),
+            ShardKind::Lost(_) => true,
         }
     }
 }
@@ -92,6 +94,12 @@ pub(super) struct Fact {
 pub(super) struct InputPlan {
     pub(super) shards: Vec<Shard>,
     pub(super) facts: Vec<Fact>,
+    inputs: Vec<NamedInput>,
+    /// True if a list has ids of its own, which version 1 of the manifest left
+    /// out.
+    has_listed_ids: bool,
+    /// Files of directories that are not read.
+    pub(super) left_out: LeftOut,
 }
 
 /// Options for the plan of the inputs.
@@ -100,6 +108,9 @@ pub(super) struct PlanOptions<'a> {
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
     pub(super) url_column: Option<&'a str>,
+    pub(super) id_column: Option<&'a str>,
+    /// Kind of the files to read.
+    pub(super) kind: Option<FileKind>,
     /// Location of the output, which must not become input.
     pub(super) output: &'a str,
     /// Inputs of the manifest, if the job has begun before.
@@ -120,23 +131,20 @@ pub(super) async fn plan(
     let mut plan = InputPlan {
         shards: Vec::new(),
         facts: Vec::new(),
+        inputs: Vec::new(),
+        has_listed_ids: false,
+        left_out: LeftOut::default(),
     };
     for input in inputs {
-        for name in expand(input)? {
+        for name in names(input)? {
             let location = if hub::is_hub(&name) {
-                let input = hub::open(&name, options.began).await?;
+                let input = hub::open(&name, options).await?;
                 plan.facts.extend(input.facts);
                 input.location
             } else {
                 stores.locate(&name)?
             };
-            match location.stat().await? {
-                Some(entry) => plan.file(&location, &entry, stores, options).await?,
-                None => match location.trouble()? {
-                    None | Some(Trouble::Folder) => plan.folder(&location, options).await?,
-                    Some(trouble) => anyhow::bail!("{location}: {trouble}"),
-                },
-            }
+            plan.input(&location, stores, options).await?;
         }
     }
     let without = plan.shards.iter().find(|shard| !shard.has_columns());
@@ -144,10 +152,11 @@ pub(super) async fn plan(
         && let Some(shard) = without
     {
         anyhow::bail!(
-            "--url-column: {} has no columns; give a .parquet, .arrow, .csv or .jsonl file",
+            "--url-column: {} has no columns; give a .parquet, .arrow, .csv, .tsv or .jsonl file",
             shard.name
         );
     }
+    distinguish(&plan.inputs, &mut plan.shards)?;
     anyhow::ensure!(
         !plan.shards.is_empty(),
         "the inputs contain no images: {}",
@@ -156,12 +165,105 @@ pub(super) async fn plan(
     Ok(plan)
 }
 
-fn extension(name: &str) -> String {
-    let extension = name.rsplit_once('.').map_or("", |(_, last)| last);
-    extension.to_ascii_lowercase()
+/// Returns the names that an input stands for. A path that exists is meant as
+/// it is, whatever braces it has.
+fn names(input: &str) -> anyhow::Result<Vec<String>> {
+    let is_path = scheme_of(input).is_none() && std::fs::symlink_metadata(input).is_ok();
+    if is_path {
+        return Ok(vec![input.to_owned()]);
+    }
+    expand(input)
+}
+
+/// True for the error of a bucket that does not let the file itself be looked
+/// at; the files below it may be allowed.
+fn is_denied(error: &anyhow::Error) -> bool {
+    use object_store::Error::{PermissionDenied, Unauthenticated};
+    let denied = |error: &object_store::Error| {
+        matches!(error, PermissionDenied { .. } | Unauthenticated { .. })
+    };
+    error.downcast_ref().is_some_and(denied)
+}
+
+/// True if the same command finds the same error: the input is wrong, and not
+/// only away.
+pub(super) fn stays(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| match cause.downcast_ref() {
+        Some(ReadError::Store(error)) => is_lasting(error),
+        Some(_) => false,
+        None => {
+            cause.downcast_ref().is_some_and(is_lasting)
+                || cause.downcast_ref().is_some_and(HubError::is_lasting)
+        }
+    })
 }
 
 impl InputPlan {
+    /// Describes how the inputs are taken: how many of each kind.
+    pub(super) fn kinds(&self) -> String {
+        let mut kinds: BTreeMap<&str, (u64, Option<u64>)> = BTreeMap::new();
+        let data = self.facts.iter().filter(|fact| fact.kind != hub::COMMIT);
+        for fact in data {
+            let kind = match fact.kind.as_str() {
+                "folder" => "directory of images",
+                "list" => "list of images",
+                kind => kind,
+            };
+            let (inputs, items) = kinds.entry(kind).or_default();
+            *inputs += 1;
+            if let Some(more) = fact.items {
+                *items = Some(items.unwrap_or_default() + more);
+            }
+        }
+        let kinds = kinds.into_iter().map(|(kind, (inputs, items))| {
+            let items = items.map_or_else(String::new, |items| format!(" ({items} images)"));
+            format!("{inputs} {kind}{items}")
+        });
+        kinds.collect::<Vec<_>>().join(", ")
+    }
+
+    /// True if version 1 of the manifest gave all images the same ids.
+    pub(super) fn has_ids_of_version_1(&self) -> bool {
+        !self.has_listed_ids && self.shards.iter().all(Shard::has_ids_of_version_1)
+    }
+
+    /// Adds the shards of one input.
+    async fn input(
+        &mut self,
+        location: &Location,
+        stores: &Arc<Stores>,
+        options: &PlanOptions<'_>,
+    ) -> anyhow::Result<()> {
+        let first = self.shards.len();
+        let base = match location.stat().await {
+            Ok(Some(entry)) => {
+                self.file(location, &entry, stores, options).await?;
+                location.parent()
+            }
+            Ok(None) => match location.trouble()? {
+                None | Some(Trouble::Folder) => {
+                    self.folder(location, options).await?;
+                    location.clone()
+                }
+                Some(trouble) => anyhow::bail!("{location}: {trouble}"),
+            },
+            // Whoever may list a prefix and read below it is told "forbidden"
+            // when the prefix itself is looked at.
+            Err(denied) if is_denied(&denied) => {
+                let listed = self.folder(location, options).await;
+                // The listing's answer has the reason in words.
+                listed.map_err(|error| if stays(&error) { error } else { denied })?;
+                location.clone()
+            }
+            Err(error) => return Err(error),
+        };
+        self.inputs.push(NamedInput {
+            base,
+            shards: first..self.shards.len(),
+        });
+        Ok(())
+    }
+
     async fn file(
         &mut self,
         location: &Location,
@@ -169,24 +271,28 @@ impl InputPlan {
         stores: &Arc<Stores>,
         options: &PlanOptions<'_>,
     ) -> anyhow::Result<()> {
-        let extension = extension(&entry.name);
-        if let Some(kind) = shard_kind(&extension, location) {
+        let extension = extension(&entry.name).to_ascii_lowercase();
+        let kind = named_kind(location, entry, options.kind).await?;
+        if let Some((kind, shard)) = kind.and_then(|kind| Some((kind, shard_kind(kind, location)?)))
+        {
             // A shard that the command line names must be readable; it does not
             // become an error among others.
             if let Some(trouble) = location.trouble()? {
                 anyhow::bail!("{location}: {trouble}");
             }
-            self.shard(location, entry, &extension, kind);
+            self.shard(location, entry, kind, shard);
             return Ok(());
         }
+        let mut has_columns = true;
         let mut rows = match extension.as_str() {
+            "csv" | "tsv" | "tab" => {
+                let text = &list(location).await?;
+                let delimiter = if extension == "csv" { b',' } else { b'\t' };
+                table_rows(text, delimiter, options).with_context(|| location.to_string())?
+            }
             "jsonl" | "ndjson" => {
                 let text = &list(location).await?;
-                jsonl::rows(text, options).with_context(|| location.to_string())?
-            }
-            "csv" => {
-                let text = &list(location).await?;
-                csv_rows(text, options).with_context(|| location.to_string())?
+                json_rows(text, options).with_context(|| location.to_string())?
             }
             "txt" | "lst" | "list" => {
                 anyhow::ensure!(
@@ -198,14 +304,16 @@ impl InputPlan {
                     "--url-column: {location} is a list of names without columns; leave the flag \
                      out, or give a CSV with columns"
                 );
+                has_columns = false;
                 lines(&list(location).await?)
             }
             _ => anyhow::bail!(
                 "{location} has a file type that cannot be read; give a directory, .tar, .parquet, \
-                 .arrow, or a list of images in .txt, .csv or .jsonl"
+                 .arrow, or a list of images in .txt, .csv, .tsv or .jsonl"
             ),
         };
         name_empty_rows(&mut rows, location.file_name());
+        self.has_listed_ids |= has_columns && options.id_column.is_some();
         self.facts.push(Fact {
             name: location.to_string(),
             kind: "list".to_owned(),
@@ -234,41 +342,62 @@ impl InputPlan {
              output; give an --output elsewhere",
             options.output
         );
-        let mut by_kind: BTreeMap<&str, Vec<ListedObject>> = BTreeMap::new();
-        let mut may_be_folders = Vec::new();
-        for entry in folder.list().await? {
-            if entry.may_be_folder {
-                may_be_folders.push(entry);
-                continue;
+        let FoundData {
+            mut by_kind,
+            mut may_be_folders,
+            bare,
+            left_out,
+        } = sort_out(folder.list().await?, options.kind);
+        self.left_out.add(&left_out);
+        if options.kind.is_none() && by_kind.keys().all(|kind| *kind == FileKind::Tar) {
+            let tars = bare_tars(folder, bare).await?;
+            if !tars.is_empty() {
+                let entries = by_kind.entry(FileKind::Tar).or_default();
+                entries.extend(tars);
+                entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
             }
-            let extension = extension(&entry.name);
-            let Some(kind) = kind_of(&extension) else {
-                continue;
-            };
-            by_kind.entry(kind).or_default().push(entry);
         }
-        let kinds: Vec<&str> = by_kind.keys().copied().collect();
+        let kinds: Vec<String> = by_kind.keys().map(FileKind::to_string).collect();
         anyhow::ensure!(
             kinds.len() <= 1,
-            "{folder} contains files of several kinds ({}); name the files to read",
+            "{folder} contains files of several kinds ({}); choose one with --kind, or name the \
+             files to read",
             kinds.join(", ")
         );
         let Some((kind, mut entries)) = by_kind.pop_first() else {
+            let besides = if left_out.is_empty() {
+                String::new()
+            } else {
+                format!("; it has {left_out}")
+            };
+            if let Some(kind) = options.kind {
+                anyhow::bail!("--kind {kind}: {folder} has no files of this kind{besides}");
+            }
             if matches!(folder, Location::Local(_)) {
-                anyhow::bail!("{folder} is a directory without images or shards");
+                anyhow::bail!("{folder} is a directory without images or shards{besides}");
             }
             anyhow::bail!(
                 "{folder} does not exist: there is no such file, and no directory with images or \
-                 shards"
+                 shards{besides}"
             );
         };
         if !may_be_folders.is_empty() {
             entries.append(&mut may_be_folders);
             entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         }
-        if kind != "image" {
-            return self.shards(folder, &entries);
+        if kind != FileKind::Image {
+            return self.shards(folder, kind, &entries);
         }
+        self.images(folder, entries, options)
+    }
+
+    /// Adds a directory of images.
+    fn images(
+        &mut self,
+        folder: &Location,
+        entries: Vec<ListedObject>,
+        options: &PlanOptions<'_>,
+    ) -> anyhow::Result<()> {
         anyhow::ensure!(
             options.keep.is_empty(),
             "--keep: {folder} is a directory of images, which has no columns"
@@ -308,23 +437,27 @@ impl InputPlan {
 
     /// Adds the shards of a directory. A shard that cannot be read becomes an
     /// error.
-    fn shards(&mut self, folder: &Location, entries: &[ListedObject]) -> anyhow::Result<()> {
+    fn shards(
+        &mut self,
+        folder: &Location,
+        kind: FileKind,
+        entries: &[ListedObject],
+    ) -> anyhow::Result<()> {
         for entry in entries {
             let location = folder.join(&entry.name);
-            let extension = extension(&entry.name);
             let trouble = match &entry.trouble {
                 Some(trouble) => Some(trouble.clone()),
                 None => location.trouble()?.as_ref().map(fault),
             };
-            let kind = match trouble {
+            let shard = match trouble {
                 Some(fault) => Some(ShardKind::Lost(ImageFault {
                     message: format!("the whole file is skipped: {}", fault.message),
                     ..fault
                 })),
-                None => shard_kind(&extension, &location),
+                None => shard_kind(kind, &location),
             };
-            if let Some(kind) = kind {
-                self.shard(&location, entry, &extension, kind);
+            if let Some(shard) = shard {
+                self.shard(&location, entry, kind, shard);
             }
         }
         Ok(())
@@ -334,12 +467,12 @@ impl InputPlan {
         &mut self,
         location: &Location,
         entry: &ListedObject,
-        kind_name: &str,
-        kind: ShardKind,
+        kind: FileKind,
+        shard: ShardKind,
     ) {
         self.facts.push(Fact {
             name: location.to_string(),
-            kind: kind_name.to_owned(),
+            kind: fact_kind(kind, &entry.name),
             items: None,
             bytes: entry.bytes,
             version: entry.version.clone(),
@@ -347,7 +480,11 @@ impl InputPlan {
         self.shards.push(Shard {
             name: location.to_string(),
             bytes: entry.bytes,
-            kind,
+            id_base: match &shard {
+                ShardKind::WebDataset(_) => above(&entry.name).to_owned(),
+                _ => entry.name.clone(),
+            },
+            kind: shard,
         });
     }
 
@@ -366,6 +503,7 @@ impl InputPlan {
             self.shards.push(Shard {
                 name: format!("{of} [{}..{}]", range.start, range.end),
                 bytes: bytes(range.clone()),
+                id_base: String::new(),
                 kind: ShardKind::Files {
                     listing: Arc::clone(listing),
                     range,
@@ -375,30 +513,21 @@ impl InputPlan {
     }
 }
 
-/// Returns the kind of file that an extension shows, if files of this kind are
-/// read from a directory.
-fn kind_of(extension: &str) -> Option<&'static str> {
-    Some(match extension {
-        "tar" => "tar",
-        "parquet" => "parquet",
-        "arrow" | "feather" | "ipc" => "arrow",
-        other if IMAGES.contains(&other) => "image",
-        _ => return None,
-    })
+/// Returns the kind that the manifest records.
+fn fact_kind(kind: FileKind, name: &str) -> String {
+    match kind {
+        FileKind::Arrow => extension(name).to_ascii_lowercase(),
+        kind => kind.to_string(),
+    }
 }
 
-/// Returns the kind of a file of a directory by its name.
-pub(super) fn kind_by_name(name: &str) -> Option<&'static str> {
-    kind_of(&extension(name))
-}
-
-fn shard_kind(extension: &str, location: &Location) -> Option<ShardKind> {
+fn shard_kind(kind: FileKind, location: &Location) -> Option<ShardKind> {
     let location = location.clone();
-    match extension {
-        "tar" => Some(ShardKind::WebDataset(location)),
-        "parquet" => Some(ShardKind::Parquet(location)),
-        "arrow" | "feather" | "ipc" => Some(ShardKind::Arrow(location)),
-        _ => None,
+    match kind {
+        FileKind::Tar => Some(ShardKind::WebDataset(location)),
+        FileKind::Parquet => Some(ShardKind::Parquet(location)),
+        FileKind::Arrow => Some(ShardKind::Arrow(location)),
+        FileKind::Image => None,
     }
 }
 
@@ -413,100 +542,6 @@ async fn list(location: &Location) -> anyhow::Result<Bytes> {
         })
 }
 
-/// Byte order mark, with which some editors begin a text.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
-fn lines(text: &[u8]) -> Vec<ListedRow> {
-    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
-    let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
-    lines
-        .filter(|line| !line.is_empty())
-        .map(|line| row(line, std::iter::empty()))
-        .collect()
-}
-
-/// Makes the row of a line. A line that is not UTF-8 becomes an error.
-fn row<'a>(name: &[u8], kept: impl Iterator<Item = &'a [u8]>) -> ListedRow {
-    let mut is_text = true;
-    let mut text = |bytes: &[u8]| {
-        let text = String::from_utf8_lossy(bytes);
-        is_text &= matches!(text, Cow::Borrowed(_));
-        text.into_owned()
-    };
-    let (name, kept) = (text(name), kept.map(&mut text).collect());
-    let fault = || {
-        ImageFault::invalid(
-            "this line of the list is not UTF-8; write the list in UTF-8".to_owned(),
-        )
-    };
-    ListedRow {
-        name,
-        kept,
-        trouble: (!is_text).then(fault),
-    }
-}
-
-/// Returns the column that holds the paths, with the flag that names it.
-fn path_column<'a>(options: &PlanOptions<'a>) -> Option<(&'static str, &'a str)> {
-    let urls = options.url_column.map(|name| ("--url-column", name));
-    urls.or(options.image_column.map(|name| ("--image-column", name)))
-}
-
-/// Makes rows without a path or URL into errors, whose ids are the numbers of
-/// the rows.
-fn name_empty_rows(rows: &mut [ListedRow], list: &str) {
-    for (number, row) in rows.iter_mut().enumerate() {
-        if !row.name.is_empty() {
-            continue;
-        }
-        row.trouble.get_or_insert_with(|| {
-            ImageFault::invalid("the row has neither a path nor a URL".to_owned())
-        });
-        row.name = format!("{list}#{number}");
-    }
-}
-
-fn csv_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Result<Vec<ListedRow>> {
-    let mut reader = csv::Reader::from_reader(text);
-    let header = reader.headers()?.clone();
-    let names = || header.iter().collect::<Vec<_>>().join(", ");
-    let place = |name: &str| header.iter().position(|column| column == name);
-    let path = match path_column(options) {
-        Some((flag, name)) => place(name).with_context(|| {
-            format!(
-                "{flag} {name}: the list has no such column; its columns are {}",
-                names()
-            )
-        })?,
-        None => PATH_COLUMNS
-            .iter()
-            .find_map(|name| place(name))
-            .with_context(|| {
-                format!(
-                    "no column is known to hold paths; the list's columns are {}; name one with \
-                     --image-column",
-                    names()
-                )
-            })?,
-    };
-    let keep = options.keep.iter().map(|name| {
-        place(name).with_context(|| {
-            format!(
-                "--keep {name}: the list has no such column; its columns are {}",
-                names()
-            )
-        })
-    });
-    let keep = keep.collect::<anyhow::Result<Vec<_>>>()?;
-    let mut rows = Vec::new();
-    for record in reader.byte_records() {
-        let record = record?;
-        let field = |place| record.get(place).unwrap_or_default();
-        rows.push(row(field(path), keep.iter().map(|&place| field(place))));
-    }
-    Ok(rows)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -517,6 +552,8 @@ mod tests {
             keep,
             image_column: None,
             url_column: None,
+            id_column: None,
+            kind: None,
             output: "/output",
             began: &[],
         };
@@ -586,30 +623,5 @@ mod tests {
             "no column is known to hold paths",
         )
         .await;
-    }
-
-    #[test]
-    fn a_line_that_is_no_text_is_a_row_with_its_trouble() {
-        let of = |rows: &[ListedRow]| -> Vec<(String, bool)> {
-            let one = |row: &ListedRow| (row.name.clone(), row.trouble.is_some());
-            rows.iter().map(one).collect()
-        };
-        let list = lines(b"\xef\xbb\xbfa.png\r\n\n b\xff.png\nc.png");
-        let expected = [("a.png", false), ("b\u{fffd}.png", true), ("c.png", false)];
-        let expected = expected.map(|(name, is_bad)| (name.to_owned(), is_bad));
-        assert_eq!(of(&list), expected);
-        let options = PlanOptions {
-            part_items: 2,
-            keep: &["label".to_owned()],
-            image_column: None,
-            url_column: None,
-            output: "/output",
-            began: &[],
-        };
-        let table = b"path,label\na.png,x\nb\xff.png,y\nc.png,\xff\n";
-        let rows = csv_rows(table, &options).unwrap();
-        assert_eq!(rows[1].kept, ["y"]);
-        let is_bad: Vec<bool> = of(&rows).into_iter().map(|(_, is_bad)| is_bad).collect();
-        assert_eq!(is_bad, [false, true, true]);
     }
 }

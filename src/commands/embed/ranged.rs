@@ -14,7 +14,8 @@ use parquet::file::reader::{ChunkReader, Length};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
-use super::location::Location;
+use super::location::{Location, lasting_fault};
+use crate::client::pool::ImageFault;
 
 /// Size of a block: large enough that a request's latency is small beside its
 /// transfer.
@@ -43,7 +44,25 @@ struct Blocks {
     /// Reason for which a block could not be fetched. The formats' readers turn
     /// such an error into texts of their own, which do not distinguish a
     /// damaged file from an unavailable bucket.
-    failure: Mutex<Option<String>>,
+    failure: Mutex<Option<Unread>>,
+}
+
+/// Reason for which a block could not be fetched.
+#[derive(Debug)]
+pub(super) enum Unread {
+    /// The store answers the same request in the same way the next time.
+    ForGood(ImageFault),
+    ThisTime(anyhow::Error),
+}
+
+impl Unread {
+    fn new(location: &Location, error: &io::Error) -> Self {
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+        match cause.and_then(|cause| lasting_fault(location, cause)) {
+            Some(fault) => Self::ForGood(fault),
+            None => Self::ThisTime(anyhow::anyhow!("{location}: {error}")),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -71,10 +90,14 @@ impl Ranged {
 
     /// Takes the reason for which a block could not be fetched, if one could
     /// not.
-    pub(super) fn failure(&self) -> Option<anyhow::Error> {
+    pub(super) fn failure(&self) -> Option<Unread> {
         let failure = self.blocks.failure.lock();
-        let reason = failure.unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(anyhow::anyhow!("{}: {reason}", self.blocks.location))
+        failure.unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Returns the offset of the next byte.
+    pub(super) fn at(&self) -> u64 {
+        self.at
     }
 
     /// Returns a reader of the same file that begins at the offset `at`.
@@ -128,7 +151,8 @@ impl Blocks {
             Err(error) => {
                 kept.remove(place);
                 let failure = self.failure.lock();
-                *failure.unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+                *failure.unwrap_or_else(PoisonError::into_inner) =
+                    Some(Unread::new(&self.location, error));
             }
         }
         bytes

@@ -27,12 +27,18 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
             if let (Some(layer), Some(first), Some(last)) =
                 (task.layer, served.first(), served.last())
             {
+                let is_run = served.len() as u64 == u64::from(last.saturating_sub(*first)) + 1;
+                let known = if is_run {
+                    format!("{first} to {last}")
+                } else {
+                    let known: Vec<String> = served.iter().map(u32::to_string).collect();
+                    known.join(", ")
+                };
                 anyhow::ensure!(
                     served.contains(&layer),
-                    "--layer {layer}: the workers' model {} serves layers {first} to {last}, {} \
-                     in all; serve it with another --feature-layer, or take one of these",
-                    model.name,
-                    served.len()
+                    "--layer {layer}: the workers' model {} serves layers {known}; give one of \
+                     these, or start the workers with --feature-layer {layer}",
+                    model.name
                 );
             }
         }

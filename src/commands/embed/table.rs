@@ -7,6 +7,8 @@ use anyhow::Context as _;
 use arrow_array::builder::{
     FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder, StringBuilder, UInt32Builder,
 };
+use arrow_array::cast::AsArray as _;
+use arrow_array::types::Date64Type;
 use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, FieldRef, Schema};
 use bytes::Bytes;
@@ -112,22 +114,18 @@ pub(super) fn files(
                     npy(&answers, dimension, dtype)?,
                 ));
                 let index = batch(&ids, Vec::new(), kept, &shape.metadata)?;
-                let index = parquet(&index, &shape.metadata)?;
+                let index = content(&index, shape.format, &shape.metadata)?;
                 files.push((format!("metadata/metadata_{id}.parquet"), index));
             }
             (format, values) => {
                 let table = columns(&answers, values)?;
                 let table = batch(&ids, table, kept, &shape.metadata)?;
-                files.push(match format {
-                    TableFormat::Arrow => {
-                        let name = format!("part-{id}.arrow");
-                        (name, arrow(&table)?)
-                    }
-                    TableFormat::Parquet | TableFormat::Npy => {
-                        let name = format!("part-{id}.parquet");
-                        (name, parquet(&table, &shape.metadata)?)
-                    }
-                });
+                let extension = match format {
+                    TableFormat::Arrow => "arrow",
+                    TableFormat::Parquet | TableFormat::Npy => "parquet",
+                };
+                let content = content(&table, format, &shape.metadata)?;
+                files.push((format!("part-{id}.{extension}"), content));
             }
         }
     }
@@ -307,13 +305,49 @@ fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     ]
 }
 
+/// Makes the file of a table; an index of vectors (npy) is a Parquet file.
+pub(super) fn content(
+    table: &RecordBatch,
+    format: TableFormat,
+    metadata: &str,
+) -> anyhow::Result<Bytes> {
+    match format {
+        TableFormat::Arrow => arrow(table),
+        TableFormat::Parquet | TableFormat::Npy => parquet(table, metadata),
+    }
+}
+
+/// Milliseconds of a day.
+const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+
+/// True if a table has dates in milliseconds (date64), each a whole day.
+/// Parquet has only dates in days, and other readers would find numbers without
+/// a meaning in a column that was written otherwise.
+fn has_dates_in_ms(table: &RecordBatch) -> bool {
+    let dates = table
+        .columns()
+        .iter()
+        .filter_map(|column| column.as_primitive_opt::<Date64Type>());
+    let mut found = false;
+    for column in dates {
+        found = true;
+        if column.iter().flatten().any(|date| date % DAY_MS != 0) {
+            return false;
+        }
+    }
+    found
+}
+
 fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
+    // Coerced types have another name for the values of lists, too.
+    let coerces = has_dates_in_ms(table);
+    let value = if coerces { "element" } else { "item" };
     // The numbers of a vector neither repeat nor compress, and nobody needs
     // their largest or smallest.
     let vectors = ColumnPath::from(vec![
         "embedding".to_owned(),
         "list".to_owned(),
-        "item".to_owned(),
+        value.to_owned(),
     ]);
     // Readers that know Arrow's schema find the metadata there; others find it
     // here.
@@ -324,6 +358,7 @@ fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
         .set_column_dictionary_enabled(vectors.clone(), false)
         .set_column_statistics_enabled(vectors, EnabledStatistics::None)
         .set_key_value_metadata(Some(vec![about]))
+        .set_coerce_types(coerces)
         .build();
     let mut writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties))?;
     writer.write(table)?;
@@ -367,7 +402,6 @@ fn npy(answers: &[PoolAnswer], dimension: usize, dtype: Dtype) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use arrow_array::Int64Array;
-    use arrow_array::cast::AsArray as _;
     use arrow_array::types::{Float32Type, Int64Type};
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 

@@ -11,13 +11,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use hyper_util::client::proxy::matcher::Matcher;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{
+    AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER,
+};
 use reqwest::{Client, Method, Response, StatusCode, Url, redirect};
 use tokio::time::Instant;
 
 use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
+use super::encoding::{BodyDecoder, BodyRefused};
 use crate::client::pool::ImageFault;
 use crate::proto::GrpcCode;
 
@@ -393,15 +396,26 @@ pub(super) async fn body(mut response: Response, max: u64) -> Result<WebAnswer, 
     if let Some(bytes) = response.content_length().filter(|&bytes| bytes > max) {
         return Ok(WebAnswer::TooLarge(bytes));
     }
-    let mut image = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(unanswered)? {
-        let bytes = (image.len() as u64).saturating_add(chunk.len() as u64);
-        if bytes > max {
-            return Ok(WebAnswer::TooLarge(bytes));
+    let encoding = response.headers().get(CONTENT_ENCODING);
+    let encoding = encoding.and_then(|encoding| encoding.to_str().ok());
+    let mut body = BodyDecoder::new(encoding, max);
+    while let Some(piece) = response.chunk().await.map_err(unanswered)? {
+        if let Err(error) = body.push(&piece) {
+            return undecoded(&error, max);
         }
-        image.extend_from_slice(&chunk);
     }
-    Ok(WebAnswer::Image(image.freeze()))
+    match body.finish() {
+        Ok(image) => Ok(WebAnswer::Image(image)),
+        Err(error) => undecoded(&error, max),
+    }
+}
+
+/// Converts the error of a body into the answer, or the failure.
+fn undecoded(error: &BodyRefused, max: u64) -> Result<WebAnswer, Failure> {
+    match error {
+        BodyRefused::TooLarge(_) => Ok(WebAnswer::TooLarge(max.saturating_add(1))),
+        error => Err(lasting(error.to_string())),
+    }
 }
 
 /// Converts an answer other than success into a failure.

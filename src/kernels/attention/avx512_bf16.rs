@@ -66,10 +66,14 @@ unsafe impl Multiply for DotProducts {
                         .add(first_row / 16 * tiles.left_next + step * tiles.left_step + inside);
                     let right = tiles.right.add(step * tiles.right_step);
                     for pair in 0..16 {
-                        let r = [0, 1].map(|j| {
-                            let at = right.add(pair * 16 + j * tiles.right_next);
-                            as_pairs(_mm512_loadu_si512(at.cast()))
-                        });
+                        // No closure, as with `map`: its code may stay a
+                        // function of its own, without the instructions.
+                        let at = right.add(pair * 16);
+                        let beside = at.add(tiles.right_next);
+                        let r = [
+                            as_pairs(_mm512_loadu_si512(at.cast())),
+                            as_pairs(_mm512_loadu_si512(beside.cast())),
+                        ];
                         for i in 0..ROWS {
                             let pair = left.add(i * 16 + pair).cast::<i32>().read();
                             let l = as_pairs(_mm512_set1_epi32(pair));

@@ -321,9 +321,13 @@ impl<'a, K: Kept, const Q: usize> Group<'a, K, Q> {
     /// cache. Keys are read for all tokens as far as the last token sees.
     fn of(head: &'a CachedHead<K>, first: usize, next: *const u8) -> Self {
         let n_seen = head.past + first + 1;
+        let mut tokens = [first; Q];
+        for (query, token) in tokens.iter_mut().enumerate() {
+            *token += query;
+        }
         Self {
             heads: [head; Q],
-            tokens: std::array::from_fn(|query| first + query),
+            tokens,
             prefix: SharedPositions {
                 keys: head.keys,
                 values: head.values,

@@ -216,8 +216,8 @@ unsafe impl Lanes for Plain {
 /// as much.
 fn digits(steps: i32) -> [i8; DIGITS] {
     // With 128 added, the digits are unsigned and are the bytes of the sum.
-    let [a, b, c, _] = steps.wrapping_add(0x80_8080).to_le_bytes();
-    [a, b, c].map(|byte| (byte ^ 0x80).cast_signed())
+    let [a, b, c, _] = (steps.wrapping_add(0x80_8080) ^ 0x80_8080).to_le_bytes();
+    [a.cast_signed(), b.cast_signed(), c.cast_signed()]
 }
 
 /// Rounds a row to digits.

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use super::panels::{Panels, Room, Rows};
+use super::panels::{PanelPages, Panels, Room, Rows};
 use super::round::RoundedRows;
 use super::tile::{PANEL_WIDTH_MAX, PART_BYTES, RowHead};
 use super::{BLOCK_ROWS_MAX, CHUNK, ImageKernels, ImagesRun, MeansOf, Products, TILE_ROWS};
@@ -28,6 +28,8 @@ pub(super) struct LayerOfImages {
     /// for `inner_norm`.
     attention_norm: Vec<f32>,
     attention_scale: f32,
+    /// Memory of all panels.
+    pages: PanelPages,
     qkv: Panels,
     projection: Panels,
     inner_norm: Vec<f32>,
@@ -49,8 +51,19 @@ impl LayerOfImages {
         let all = size(1, width, inner_width)?;
         check("weights", layer.expand.weights.len(), all)?;
         check("weights", layer.contract.weights.len(), all)?;
-        let inner = (0..inner_width).step_by(INNER_COLUMNS).map(|first| {
-            let n = INNER_COLUMNS.min(inner_width - first);
+        let qkv_width = size(1, 3, width)?;
+        let parts = || {
+            (0..inner_width)
+                .step_by(INNER_COLUMNS)
+                .map(|first| (first, INNER_COLUMNS.min(inner_width - first)))
+        };
+        let mut products = vec![[width, qkv_width], [width, width]];
+        products.extend(parts().flat_map(|(_, n)| [[width, n], [n, width]]));
+        let mut pages = PanelPages::new(&products, kernels)?;
+        // In the order in which they are read.
+        let projection = Panels::pack(&layer.projection, [width, width], kernels, &mut pages)?;
+        let mut inner = Vec::new();
+        for (first, n) in parts() {
             let columns = Columns::of(&layer.expand, inner_width, first, n)?;
             let rows = DenseWeights {
                 weights: &layer.contract.weights[first * width..][..n * width],
@@ -58,18 +71,20 @@ impl LayerOfImages {
                 bias: layer.contract.bias.filter(|_| first == 0),
                 ..layer.contract
             };
-            Ok([
-                Panels::pack(&columns.weights(), [width, n], kernels)?,
-                Panels::pack(&rows, [n, width], kernels)?,
-            ])
-        });
+            inner.push([
+                Panels::pack(&columns.weights(), [width, n], kernels, &mut pages)?,
+                Panels::pack(&rows, [n, width], kernels, &mut pages)?,
+            ]);
+        }
+        let qkv = Panels::pack(&layer.qkv, [width, qkv_width], kernels, &mut pages)?;
         Ok(Self {
             attention_norm: norm_weights(layer.attention_norm, width)?,
             attention_scale: layer.attention_scale,
-            qkv: Panels::pack(&layer.qkv, [width, size(1, 3, width)?], kernels)?,
-            projection: Panels::pack(&layer.projection, [width, width], kernels)?,
+            pages,
+            qkv,
+            projection,
             inner_norm: norm_weights(layer.inner_norm, width)?,
-            inner: inner.collect::<Result<_, LayersError>>()?,
+            inner,
         })
     }
 
@@ -274,12 +289,19 @@ impl<'a> Block<'a> {
         };
         // SAFETY: the caller vouches for all of it.
         unsafe {
-            self.product(&layer.projection, attended, stream, Finish::Add, places);
+            self.product(
+                layer,
+                &layer.projection,
+                attended,
+                stream,
+                Finish::Add,
+                places,
+            );
             self.norm(&layer.inner_norm, places.normed);
             for [expand, contract] in &layer.inner {
                 let activate = Finish::Activate(activation);
-                self.product(expand, places.normed, places.inner, activate, places);
-                self.product(contract, places.inner, stream, Finish::Add, places);
+                self.product(layer, expand, places.normed, places.inner, activate, places);
+                self.product(layer, contract, places.inner, stream, Finish::Add, places);
             }
         }
     }
@@ -302,7 +324,7 @@ impl<'a> Block<'a> {
                 MeansOf::Raw => self.stream(),
             };
             self.sum(of, idx);
-            self.product(&layer.qkv, places.normed, qkv, Finish::Set, places);
+            self.product(layer, &layer.qkv, places.normed, qkv, Finish::Set, places);
         }
     }
 
@@ -385,13 +407,14 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Computes a product of the block's rows.
+    /// Computes a product of the layer with the block's rows.
     ///
     /// # Safety
     /// The contract of [`Block::end_layer`] holds, for input and output of the
     /// product's sizes.
     unsafe fn product(
         &self,
+        layer: &LayerOfImages,
         panels: &Panels,
         from: Place,
         to: Place,
@@ -408,6 +431,6 @@ impl<'a> Block<'a> {
         };
         // SAFETY: `pack` has checked the kernels; the caller vouches for the
         // rows and the places.
-        unsafe { panels.compute(rows, places.room) }
+        unsafe { panels.compute(&layer.pages, rows, places.room) }
     }
 }

@@ -17,6 +17,9 @@ use crate::kernels::layers::pages::LargePages;
 use crate::kernels::layers::{DenseWeights, Finish, LayersError, Weight, check, padded, size};
 use crate::kernels::vector::Portable;
 
+/// Bytes of a line of the cache: no vector of weights lies in two.
+const LINE_BYTES: usize = 64;
+
 /// Weights of a product: panels of a few columns, one after the other. A panel
 /// has a row per step, and the row has a column's weights of that step side by
 /// side. Sums of columns that the last panel has too many are never read, and
@@ -26,12 +29,64 @@ pub(super) struct Panels {
     inputs: usize,
     outputs: usize,
     pub(super) kernels: ImageKernels,
-    packed: LargePages<u8>,
+    /// Place in the [`PanelPages`] in which they were packed.
+    packed: Range<usize>,
     /// One scale for each column of the panels; below the same.
     scales: Vec<f32>,
     bias: Vec<f32>,
     /// Largest whole number to which rows are rounded.
     pub(super) limit: i16,
+}
+
+/// Memory of the panels of several products, one after the other. The panels of
+/// one product seldom fill a large page, those of a layer fill some.
+#[derive(Debug)]
+pub(super) struct PanelPages {
+    pages: LargePages<u8>,
+    n_taken: usize,
+}
+
+impl PanelPages {
+    /// Allocates memory for the panels of products with these inputs and outputs.
+    ///
+    /// # Errors
+    /// If the sizes do not fit, or memory does not suffice.
+    pub(super) fn new(products: &[[usize; 2]], kernels: ImageKernels) -> Result<Self, LayersError> {
+        let mut n_bytes = 0_usize;
+        for product in products {
+            let failed = LayersError::Memory(n_bytes);
+            n_bytes = n_bytes
+                .checked_add(n_packed_bytes(*product, kernels)?)
+                .ok_or(failed)?;
+        }
+        Ok(Self {
+            pages: LargePages::zeroed(n_bytes)?,
+            n_taken: 0,
+        })
+    }
+
+    /// Takes the next bytes.
+    fn take(&mut self, n_bytes: usize) -> Result<Range<usize>, LayersError> {
+        let begin = self.n_taken;
+        let end = begin + n_bytes;
+        check("panels", self.pages.numbers().len().min(end), end)?;
+        self.n_taken = end;
+        Ok(begin..end)
+    }
+}
+
+/// Returns the bytes of a product's panels, whole lines of the cache.
+fn n_packed_bytes(
+    [inputs, outputs]: [usize; 2],
+    kernels: ImageKernels,
+) -> Result<usize, LayersError> {
+    let columns = outputs.next_multiple_of(panel_width(kernels.products_on));
+    let n_bytes = size(
+        kernels.n_steps(inputs),
+        columns,
+        kernels.products.packed_bytes(),
+    )?;
+    Ok(n_bytes.next_multiple_of(LINE_BYTES))
 }
 
 /// Weights as they are given, and what they are packed as.
@@ -117,8 +172,8 @@ pub(super) fn panel_width(kernel: Kernel) -> usize {
 }
 
 impl Panels {
-    /// Packs the weights of some of a product's inputs. The kernels must be
-    /// available.
+    /// Packs the weights of some of a product's inputs into the next of the
+    /// pages. The kernels must be available.
     ///
     /// # Errors
     /// If the sizes do not fit, sums would overflow, or memory does not suffice.
@@ -126,6 +181,7 @@ impl Panels {
         dense: &DenseWeights<'_, W>,
         [inputs, outputs]: [usize; 2],
         kernels: ImageKernels,
+        pages: &mut PanelPages,
     ) -> Result<Self, LayersError> {
         check("weights", dense.weights.len(), size(1, inputs, outputs)?)?;
         let width = panel_width(kernels.products_on);
@@ -133,12 +189,12 @@ impl Panels {
         let per_step = kernels.products.per_step();
         let n_steps = kernels.n_steps(inputs);
         let packed_bytes = kernels.products.packed_bytes();
-        let n_bytes = size(1, n_steps, columns)? * packed_bytes;
-        let mut packed = LargePages::<u8>::zeroed(n_bytes)?;
+        let packed = pages.take(n_packed_bytes([inputs, outputs], kernels)?)?;
         let source =
             Source::of(dense.weights, kernels.products).ok_or(LayersError::Digits(inputs))?;
         let row_bytes = width * packed_bytes;
-        let panels = packed.numbers_mut().chunks_exact_mut(n_steps * row_bytes);
+        let bytes = &mut pages.pages.numbers_mut()[packed.clone()];
+        let panels = bytes.chunks_exact_mut(n_steps * row_bytes);
         for (panel, steps) in panels.enumerate() {
             let first = outputs.min(panel * width);
             let n_columns = width.min(outputs - first);
@@ -165,21 +221,22 @@ impl Panels {
         })
     }
 
-    /// Computes the product of some rows.
+    /// Computes the product of some rows with the panels in the pages in which
+    /// they were packed.
     ///
     /// # Safety
     /// The kernels are available; there are `rows.n` rows of `inputs` and
     /// `outputs` floats, nobody writes the input until this function returns,
     /// and nobody else has the output; the room is this thread's, with as many
     /// rows.
-    pub(super) unsafe fn compute(&self, rows: Rows, room: Room) {
+    pub(super) unsafe fn compute(&self, pages: &PanelPages, rows: Rows, room: Room) {
         let as_floats = Product {
             n_rows: rows.n,
             rows: rows.input.cast(),
             row_stride: rows.input_stride * STEP,
             heads: room.rounded.heads,
             n_steps: self.kernels.n_steps(self.inputs),
-            panels: self.packed.numbers().as_ptr(),
+            panels: pages.pages.numbers()[self.packed.clone()].as_ptr(),
             outputs: self.outputs,
             scales: self.scales.as_ptr(),
             bias: self.bias.as_ptr(),

@@ -10,7 +10,7 @@ use std::ops::DerefMut;
 use half::bf16;
 use proptest::prelude::*;
 
-use super::panels::{Panels, Room, Rows, panel_width};
+use super::panels::{PanelPages, Panels, Room, Rows, panel_width};
 use super::round::{self, RoundedRows};
 use super::tile::{PART_BYTES, RowHead, STEP};
 use super::*;
@@ -70,21 +70,24 @@ impl<W: Tested> Call<W> {
         self.rows.len() / self.inputs
     }
 
-    fn pack(&self, kernels: ImageKernels) -> Panels {
+    fn pack(&self, kernels: ImageKernels) -> (Panels, PanelPages) {
         let dense = DenseWeights {
             weights: &self.weights,
             scales: self.scales.as_deref(),
             bias: self.bias.as_deref(),
         };
-        Panels::pack(&dense, [self.inputs, self.outputs], kernels).unwrap()
+        let product = [self.inputs, self.outputs];
+        let mut pages = PanelPages::new(&[product], kernels).unwrap();
+        let panels = Panels::pack(&dense, product, kernels, &mut pages).unwrap();
+        (panels, pages)
     }
 
-    fn run(&self, panels: &Panels) -> Vec<f32> {
+    fn run(&self, panels: &(Panels, PanelPages)) -> Vec<f32> {
         self.run_in(panels, &|floats| Box::new(floats.to_vec()))
     }
 
     /// Runs the call in memory that `memory` makes, no more than there must be.
-    fn run_in(&self, panels: &Panels, memory: &MakeMemory) -> Vec<f32> {
+    fn run_in(&self, (panels, pages): &(Panels, PanelPages), memory: &MakeMemory) -> Vec<f32> {
         let n = self.n_rows();
         let kernels = panels.kernels;
         let n_padded = match kernels.products_on {
@@ -120,7 +123,7 @@ impl<W: Tested> Call<W> {
             unpacked: unpacked.as_mut_ptr().cast(),
         };
         // SAFETY: the kernels are available, and there is room for all rows.
-        unsafe { panels.compute(rows, room) }
+        unsafe { panels.compute(pages, rows, room) }
         output.to_vec()
     }
 
@@ -242,7 +245,7 @@ fn check_whole_numbers(call: &Call<i8>) {
         let panels = call.pack(way);
         let found = call.run(&panels);
         for (row, from) in call.rows.chunks_exact(call.inputs).enumerate() {
-            let (numbers, head) = rounded(way.products, from, panels.limit);
+            let (numbers, head) = rounded(way.products, from, panels.0.limit);
             for output in 0..call.outputs {
                 let column = call.weights[output..].iter().step_by(call.outputs);
                 let products = numbers.iter().zip(column);

@@ -226,12 +226,13 @@ pub(super) unsafe fn portable<M: StepProducts<Sums: Sums<Floats = Portable>>>(pr
 }
 
 /// Returns the rows of the next tile, of `n_left` that are left. Smaller tiles
-/// have fewer sums than the CPU can work on at the same time.
+/// have fewer sums than the CPU can work on at the same time, so a tile is not
+/// as high as possible where two of 8 rows take what would leave one of 4.
 const fn tile_height(n_left: usize, most: usize) -> usize {
-    if n_left >= most {
-        most
-    } else if n_left >= 8 {
+    if most > 8 && n_left >= 8 && n_left != most && n_left < most + 8 {
         8
+    } else if n_left >= most {
+        most
     } else if n_left >= 4 {
         4
     } else if n_left >= 2 {

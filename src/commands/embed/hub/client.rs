@@ -17,7 +17,7 @@ use serde::Deserialize;
 
 use super::HubRepository;
 use crate::commands::embed::address::AddressBook;
-use crate::commands::embed::location::{CONNECT_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT};
+use crate::commands::embed::connect::{CONNECT_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT};
 use crate::commands::embed::web::{
     Failure, WebAnswer, WebClient, WebRequest, WebTimes, WebTrust, body, in_time, refused, repeated,
 };

@@ -45,6 +45,8 @@ fn an_address_has_a_name_a_revision_and_a_path() {
         "team/pics main 'a@2x.png'; team main 'pics/a@2x.png'",
     );
     check("team/pics@main/a%2F.png", "team/pics main 'a%2F.png'");
+    assert_eq!(meanings("HF://datasets/squad/"), "squad main ''");
+    assert!(is_hub("Hf://datasets/squad") && !is_hub("dir/hf://datasets/squad"));
 }
 
 #[test]
@@ -55,6 +57,11 @@ fn an_address_that_no_dataset_has_is_refused_with_what_is_wrong() {
     };
     check(
         "hf://openai/imagegpt-small",
+        "give hf://datasets/OWNER/NAME",
+    );
+    check("hf://DATASETS/a/b", "give hf://datasets/OWNER/NAME");
+    check(
+        "hf://\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}",
         "give hf://datasets/OWNER/NAME",
     );
     check("hf://spaces/a/b", "give hf://datasets/OWNER/NAME");

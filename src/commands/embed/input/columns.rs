@@ -4,27 +4,32 @@
 use std::ops::ControlFlow;
 
 use arrow_array::cast::AsArray as _;
-use arrow_array::types::{
-    Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
-};
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Schema};
 use bytes::Bytes;
 
 use super::elsewhere::{ImagesElsewhere, is_text};
+use super::ids::{id_at, is_id, is_id_of_version_1};
 use super::messages::{ArrowBatch, Messages};
 use super::pages::{IMAGE_ROWS, ParquetTable, URL_ROWS, Wanted};
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
 use crate::client::pool::ImageFault;
+use crate::commands::embed::kept::{can_be_kept, in_kept_types};
 use crate::commands::embed::location::Location;
 use crate::commands::embed::ranged::Ranged;
 
 /// Columns that an error message lists.
 const LISTED_MAX: usize = 32;
-/// Names of binary columns that are taken for images without `--image-column`.
-const IMAGE_COLUMNS: [&str; 8] = [
-    "image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content",
-];
+/// Name of the column that is taken for images without `--image-column`,
+/// whatever other columns there are.
+const IMAGE_COLUMN: &str = "image";
+/// Names that columns of images usually have.
+const USUAL_COLUMNS: [&str; 6] = ["img", "jpg", "jpeg", "png", "webp", "picture"];
+/// Names that binary columns of anything have, images among it.
+const BYTES_COLUMNS: [&str; 2] = ["bytes", "content"];
+/// Names of columns that have the shape of a column of images, and hold
+/// something else.
+const OTHER_COLUMNS: [&str; 7] = ["audio", "sound", "speech", "wav", "mp3", "video", "pdf"];
 
 /// Positions of the image, id and kept columns in a schema.
 #[derive(Debug)]
@@ -69,14 +74,37 @@ impl Columns {
             (None, None) => guess_image(schema)?,
         };
         let id = reading.id_column.as_ref();
-        let keep = reading.keep.iter();
-        Ok(Self {
-            image,
-            id: id.map(|name| place("--id-column", name)).transpose()?,
-            keep: keep
-                .map(|name| place("--keep", name))
-                .collect::<Result<_, _>>()?,
-        })
+        let id = id.map(|name| place("--id-column", name)).transpose()?;
+        if let Some(id) = id.map(|id| schema.field(id))
+            && !is_id(id.data_type())
+        {
+            return Err(Broken::Unsuited(format!(
+                "--id-column {}: the column holds {}; ids are text, numbers, dates, times, \
+                 booleans, UUIDs or UTF-8 in binary",
+                id.name(),
+                id.data_type()
+            )));
+        }
+        let mut keep = Vec::new();
+        for name in &reading.keep {
+            let kept = place("--keep", name)?;
+            let field = schema.field(kept);
+            can_be_kept(field, reading.format).map_err(|why| {
+                Broken::Unsuited(format!(
+                    "--keep {name}: the column holds {}, which cannot be written into the table: \
+                     {why}",
+                    field.data_type()
+                ))
+            })?;
+            keep.push(kept);
+        }
+        Ok(Self { image, id, keep })
+    }
+
+    /// True if version 1 of the manifest gave the rows the same ids.
+    fn has_ids_of_version_1(&self, schema: &Schema) -> bool {
+        self.id
+            .is_none_or(|id| is_id_of_version_1(schema.field(id).data_type()))
     }
 
     /// Returns the positions of all these columns, ascending and without
@@ -138,28 +166,30 @@ fn listed(schema: &Schema) -> String {
 }
 
 fn guess_image(schema: &Schema) -> Result<usize, Broken> {
-    let fields = schema.fields().iter().enumerate();
-    let structs: Vec<usize> = fields
-        .clone()
-        .filter(|(_, field)| {
-            matches!(field.data_type(), DataType::Struct(_)) && is_image(field.data_type())
-        })
-        .map(|(place, _)| place)
-        .collect();
-    let named: Vec<usize> = fields
-        .filter(|(_, field)| {
-            is_bytes(field.data_type()) && IMAGE_COLUMNS.contains(&field.name().as_str())
-        })
-        .map(|(place, _)| place)
-        .collect();
-    match (&structs[..], &named[..]) {
-        (&[one], _) | (&[], &[one]) => Ok(one),
-        (&[], &[]) => Err(Broken::Unsuited(format!(
+    let fields = schema.fields();
+    let found = |wanted: &dyn Fn(&str, &DataType) -> bool| -> Vec<usize> {
+        let is_wanted = |&place: &usize| {
+            let name = fields[place].name().to_ascii_lowercase();
+            let kind = fields[place].data_type();
+            is_image(kind) && wanted(&name, kind)
+        };
+        (0..fields.len()).filter(is_wanted).collect()
+    };
+    let candidates = [
+        found(&|name, _| name == IMAGE_COLUMN),
+        found(&|name, _| USUAL_COLUMNS.contains(&name)),
+        found(&|name, kind| matches!(kind, DataType::Struct(_)) && !OTHER_COLUMNS.contains(&name)),
+        found(&|name, _| BYTES_COLUMNS.contains(&name)),
+    ];
+    let first = candidates.iter().find(|places| !places.is_empty());
+    match first.map(Vec::as_slice) {
+        Some(&[one]) => Ok(one),
+        None | Some(&[]) => Err(Broken::Unsuited(format!(
             "no column is known to hold images: {}; name a binary column, or a struct with a \
              binary field `bytes`, with --image-column",
             listed(schema)
         ))),
-        _ => Err(Broken::Unsuited(format!(
+        Some(_) => Err(Broken::Unsuited(format!(
             "several columns may hold images: {}; name one with --image-column",
             listed(schema)
         ))),
@@ -176,27 +206,6 @@ fn bytes_at(column: &dyn Array, row: usize) -> Option<&[u8]> {
         DataType::BinaryView => Some(column.as_binary_view().value(row)),
         _ => None,
     }
-}
-
-/// Returns a text, or an integer as text.
-fn text_at(column: &dyn Array, row: usize) -> Option<String> {
-    if column.is_null(row) {
-        return None;
-    }
-    Some(match column.data_type() {
-        DataType::Utf8 => column.as_string::<i32>().value(row).to_owned(),
-        DataType::LargeUtf8 => column.as_string::<i64>().value(row).to_owned(),
-        DataType::Utf8View => column.as_string_view().value(row).to_owned(),
-        DataType::Int8 => column.as_primitive::<Int8Type>().value(row).to_string(),
-        DataType::Int16 => column.as_primitive::<Int16Type>().value(row).to_string(),
-        DataType::Int32 => column.as_primitive::<Int32Type>().value(row).to_string(),
-        DataType::Int64 => column.as_primitive::<Int64Type>().value(row).to_string(),
-        DataType::UInt8 => column.as_primitive::<UInt8Type>().value(row).to_string(),
-        DataType::UInt16 => column.as_primitive::<UInt16Type>().value(row).to_string(),
-        DataType::UInt32 => column.as_primitive::<UInt32Type>().value(row).to_string(),
-        DataType::UInt64 => column.as_primitive::<UInt64Type>().value(row).to_string(),
-        _ => return None,
-    })
 }
 
 fn image_at(
@@ -227,7 +236,8 @@ fn image_at(
 
 /// Position in a table, with the table's size.
 struct Place<'a> {
-    location: &'a Location,
+    /// Name of the table in the ids of its rows.
+    name: &'a str,
     row: u64,
     n_rows: u64,
     /// Memory that the batch takes, which is not available to its images.
@@ -242,28 +252,35 @@ fn visit_batch(
     place: &mut Place<'_>,
     visit: &mut Visitor<'_>,
 ) -> Result<ControlFlow<()>, Broken> {
-    let failed = |error: ArrowError| Broken::Failed(error.into());
+    let failed = |error: ArrowError| Broken::Damaged(error.to_string());
     let kept = if columns.keep.is_empty() {
         None
     } else {
-        Some(batch.project(&columns.keep).map_err(failed)?)
+        let kept = batch.project(&columns.keep).map_err(failed)?;
+        Some(in_kept_types(kept).map_err(failed)?)
     };
     let image = batch.column(columns.image).as_ref();
     let mut elsewhere = ImagesElsewhere::new(image, location, place.held, reading);
+    let schema = batch.schema();
     for row in 0..batch.num_rows() {
-        let id = columns
-            .id
-            .and_then(|id| text_at(batch.column(id).as_ref(), row));
+        let id = columns.id.map_or(Ok(None), |id| {
+            id_at(schema.field(id), batch.column(id).as_ref(), row)
+        });
+        let ordinal = || format!("{}#{}", place.name, place.row);
         let (image, room) = match elsewhere.next(row).map_err(Broken::Failed)? {
             Some(fetched) => fetched,
             None => (image_at(image, row, place.held, reading), None),
+        };
+        let (id, image, room) = match id {
+            Ok(id) => (id.unwrap_or_else(ordinal), image, room),
+            Err(fault) => (ordinal(), Err(fault), None),
         };
         let seen = PlacedSample {
             cursor: place.row,
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: place.row as f64 / place.n_rows.max(1) as f64,
             sample: Sample {
-                id: id.unwrap_or_else(|| format!("{}#{}", place.location.file_name(), place.row)),
+                id,
                 image,
                 room,
                 kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
@@ -278,19 +295,27 @@ fn visit_batch(
 }
 
 /// Checks that a Parquet file has the columns that the flags ask for.
-pub(super) fn check_parquet(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
-    Columns::find(ParquetTable::open(file, reading)?.schema(), reading).map(drop)
+///
+/// Returns false if version 1 of the manifest gave the rows other ids.
+pub(super) fn check_parquet(file: &Ranged, reading: &Reading) -> Result<bool, Broken> {
+    let table = ParquetTable::open(file, reading)?;
+    let columns = Columns::find(table.schema(), reading)?;
+    Ok(columns.has_ids_of_version_1(table.schema()))
 }
 
 /// Checks that an Arrow file or stream has the columns that the flags ask for.
-pub(super) fn check_arrow(file: &Ranged, reading: &Reading) -> Result<(), Broken> {
-    Columns::find(Messages::open(file, reading)?.schema(), reading).map(drop)
+///
+/// Returns false if version 1 of the manifest gave the rows other ids.
+pub(super) fn check_arrow(file: &Ranged, reading: &Reading) -> Result<bool, Broken> {
+    let messages = Messages::open(file, reading)?;
+    let columns = Columns::find(messages.schema(), reading)?;
+    Ok(columns.has_ids_of_version_1(messages.schema()))
 }
 
 /// Reads the rows of a Parquet file; `cursor` is the number of a row.
 pub(super) fn read_parquet(
     file: &Ranged,
-    location: &Location,
+    name: &str,
     cursor: u64,
     reading: &Reading,
     visit: &mut Visitor<'_>,
@@ -309,7 +334,7 @@ pub(super) fn read_parquet(
     };
     let columns = columns.projected();
     let mut place = Place {
-        location,
+        name,
         row: 0,
         n_rows: table.n_rows(),
         held: 0,
@@ -345,7 +370,7 @@ pub(super) fn read_parquet(
 /// Face's cache. `cursor` is the number of a row.
 pub(super) fn read_arrow(
     file: &Ranged,
-    location: &Location,
+    name: &str,
     cursor: u64,
     reading: &Reading,
     visit: &mut Visitor<'_>,
@@ -354,7 +379,7 @@ pub(super) fn read_arrow(
     let mut messages = Messages::open(file, reading)?;
     let columns = Columns::find(messages.schema(), reading)?;
     let mut place = Place {
-        location,
+        name,
         row: 0,
         // The number of rows is not recorded anywhere; for the progress display
         // the number of bytes serves as well.

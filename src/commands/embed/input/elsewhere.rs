@@ -17,7 +17,7 @@ use futures_util::{Stream, StreamExt as _};
 use super::Reading;
 use super::files::{self, ListedRow, Listing, ReadFile};
 use crate::client::pool::ImageFault;
-use crate::commands::embed::location::Location;
+use crate::commands::embed::location::{Location, scheme_of};
 use crate::commands::embed::memory::ImageRoom;
 
 /// Longest URL or path of a row. Servers refuse longer ones, and longer text is
@@ -134,10 +134,7 @@ impl<'a> ImagesElsewhere<'a> {
             }
             _ => return None,
         };
-        let is_local = name.starts_with('/')
-            || name
-                .get(..7)
-                .is_some_and(|scheme| scheme.eq_ignore_ascii_case("file://"));
+        let is_local = name.starts_with('/') || scheme_of(name).as_deref() == Some("file");
         let trouble = if name.len() > NAME_BYTES_MAX {
             let bytes = name.len();
             let why = format!("the row's URL has {bytes} bytes; the limit is {NAME_BYTES_MAX}");
@@ -158,6 +155,7 @@ impl<'a> ImagesElsewhere<'a> {
 fn listed(name: String, trouble: Option<String>) -> ListedRow {
     ListedRow {
         name,
+        id: None,
         kept: Vec::new(),
         trouble: trouble.map(ImageFault::invalid),
     }
@@ -217,6 +215,8 @@ mod tests {
             secret.clone(),
             format!("file://{secret}"),
             format!("FILE://{secret}"),
+            format!("file:{secret}"),
+            format!("File://localhost{secret}"),
             format!("../../../../../../../../../..{secret}"),
             "a.png".to_owned(),
         ];
@@ -227,11 +227,14 @@ mod tests {
             let mut reading = reading(&[]);
             reading.url_column = Some("url".to_owned());
             let got = read(column, remote().await, reading).await;
-            for refused in &got[..3] {
+            for refused in &got[..5] {
                 assert!(refused.contains("is a path of this machine"), "{refused}");
             }
-            assert!(got[3].contains("there is no such file"), "{got:?}");
-            assert_eq!(got[4], "image");
+            assert!(
+                got[5].contains("has a part that is empty, . or .."),
+                "{got:?}"
+            );
+            assert_eq!(got[6], "image");
         }
     }
 

@@ -11,7 +11,9 @@ use reqwest::Url;
 
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, too_large, unfit};
 use crate::client::pool::ImageFault;
-use crate::commands::embed::location::{ListedObject, Location, ReadError, Stores, fault};
+use crate::commands::embed::location::{
+    ListedObject, Location, ReadError, Stores, fault, is_absolute, scheme_of,
+};
 use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::web;
 use crate::commands::embed::web::WebClient;
@@ -40,8 +42,10 @@ pub(in crate::commands::embed) enum Listing {
 #[derive(Debug)]
 pub(in crate::commands::embed) struct ListedRow {
     pub(in crate::commands::embed) name: String,
+    /// Value of `--id-column`, if the line has one.
+    pub(in crate::commands::embed) id: Option<String>,
     /// Values of the kept columns, in the order of `--keep`.
-    pub(in crate::commands::embed) kept: Vec<String>,
+    pub(in crate::commands::embed) kept: Vec<Option<String>>,
     /// Fault of the line itself.
     pub(in crate::commands::embed) trouble: Option<ImageFault>,
 }
@@ -52,6 +56,34 @@ impl Listing {
             Self::Tree { entries, .. } => Some(entries.get(idx)?.name.as_str()),
             Self::List { rows, .. } => Some(rows.get(idx)?.name.as_str()),
         }
+    }
+
+    pub(in crate::commands::embed) fn is_tree(&self) -> bool {
+        matches!(self, Self::Tree { .. })
+    }
+
+    /// Returns the name of a file, if the file's id is this name below the
+    /// listing's directory.
+    pub(in crate::commands::embed) fn relative_name(&self, idx: usize) -> Option<&str> {
+        let has_own = match self {
+            Self::Tree { .. } => false,
+            Self::List { rows, .. } => rows.get(idx)?.id.is_some(),
+        };
+        self.name(idx).filter(|name| !has_own && !is_absolute(name))
+    }
+
+    /// Returns the id of a file, which begins with `prefix` if the file's name
+    /// is relative to the listing.
+    pub(in crate::commands::embed) fn id(&self, idx: usize, prefix: &str) -> Option<String> {
+        let name = self.name(idx)?;
+        Some(match self {
+            Self::Tree { .. } => format!("{prefix}{name}"),
+            Self::List { rows, .. } => match &rows.get(idx)?.id {
+                Some(id) => id.clone(),
+                None if is_absolute(name) => name.to_owned(),
+                None => format!("{prefix}{name}"),
+            },
+        })
     }
 
     /// Returns the fault that showed when the file was listed.
@@ -79,13 +111,13 @@ impl Listing {
         let Self::List { stores, base, .. } = self else {
             return Ok(None);
         };
-        let url = if name.starts_with("http://") || name.starts_with("https://") {
+        let url = if is_absolute(name) {
             // A malformed URL is refused when it is located.
-            Url::parse(name).ok()
-        } else if name.contains("://") || name.starts_with('/') {
-            None
+            let scheme = scheme_of(name).unwrap_or_default();
+            let is_web = matches!(scheme.as_str(), "http" | "https");
+            is_web.then(|| Url::parse(name).ok()).flatten()
         } else {
-            base.join(name).web_url()
+            base.web_join(name)
         };
         url.map(|url| Ok((stores.web()?, url))).transpose()
     }
@@ -94,10 +126,10 @@ impl Listing {
         match self {
             Self::Tree { base, .. } => Ok(base.join(name)),
             Self::List { stores, base, .. } => {
-                if name.contains("://") || name.starts_with('/') {
+                if is_absolute(name) {
                     stores.locate(name)
                 } else {
-                    Ok(base.join(name))
+                    base.checked_join(name)
                 }
             }
         }
@@ -111,7 +143,7 @@ impl Listing {
             return Ok(None);
         };
         let columns = names.iter().zip(&row.kept).map(|(name, value)| {
-            let column: ArrayRef = Arc::new(StringArray::from(vec![Some(value.as_str())]));
+            let column: ArrayRef = Arc::new(StringArray::from(vec![value.as_deref()]));
             (name, column, true)
         });
         let batch = RecordBatch::try_from_iter_with_nullable(columns);
@@ -192,9 +224,11 @@ pub(super) fn of_rows(
 }
 
 /// Reads the files of `range`; `cursor` counts from the beginning of `range`.
+/// The ids of files that the listing itself names begin with `prefix`.
 pub(super) fn read(
     listing: &Arc<Listing>,
     range: Range<usize>,
+    prefix: &str,
     cursor: u64,
     reading: &Reading,
     visit: &mut Visitor<'_>,
@@ -210,7 +244,7 @@ pub(super) fn read(
             #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
             share: place as f64 / length as f64,
             sample: Sample {
-                id: listing.name(idx).unwrap_or_default().to_owned(),
+                id: listing.id(idx, prefix).unwrap_or_default(),
                 image: image.map_err(Broken::Failed)?,
                 room,
                 kept: listing.kept(idx, &reading.keep)?,
@@ -261,6 +295,7 @@ async fn file(
             Ok(Err(over(entry.map_or(0, |entry| entry.bytes))))
         }
         Err(ReadError::Trouble(trouble)) => Ok(Err(of_image(fault(&trouble)))),
+        Err(ReadError::Refused(fault)) => Ok(Err(of_image(fault))),
         Err(error) => Err(anyhow::Error::new(error).context(location.to_string())),
     }
 }

@@ -49,6 +49,8 @@ const FOOTER_BYTES_MIN: u64 = 1 << 20;
 /// Memory for a value of a page or a dictionary: its levels, and its offset or
 /// the number itself.
 const VALUE_BYTES: u64 = 16;
+/// Buffer through which a Brotli page is read when its size is checked.
+const INFLATE_BYTES: usize = 8 << 10;
 /// Largest page header in bytes. Older writers put the page's smallest and
 /// largest value into it, which in a column of images are two images.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
@@ -306,6 +308,11 @@ impl Held {
     fn add(&mut self, column: &Column, page: &PageHeader) -> ParquetResult<()> {
         let transient = match column.compression {
             Compression::UNCOMPRESSED => 0,
+            // The library reads through a buffer as large as the page.
+            Compression::BROTLI(_) => page
+                .compressed
+                .saturating_add(page.uncompressed)
+                .saturating_add(page.window),
             _ => page.compressed,
         };
         let mut kept = page.compressed.max(page.uncompressed);
@@ -499,9 +506,12 @@ impl ChunkReader for CheckedFile {
             return Err(error("a page has no header"));
         }
         let header = known.find(|header| header.compressed == length as u64);
-        let header = header.ok_or_else(|| {
+        let mut header = header.ok_or_else(|| {
             error("a page is requested with another length than its header states")
         })?;
+        if matches!(self.column.compression, Compression::BROTLI(_)) && length > 0 {
+            header.window = brotli_window(self.file.get_bytes(start, 1)?[0])?;
+        }
         lock(&self.held).add(&self.column, &header)?;
         let bytes = self.file.get_bytes(start, length)?;
         inflates_to(&bytes, header.uncompressed, self.column.compression)?;
@@ -524,6 +534,10 @@ fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResu
             let inflater = lz4_flex::frame::FrameDecoder::new(page);
             std::io::copy(&mut inflater.take(one_more), &mut std::io::sink())
         }
+        Compression::BROTLI(_) => {
+            let inflater = brotli::Decompressor::new(page, INFLATE_BYTES);
+            std::io::copy(&mut inflater.take(one_more), &mut std::io::sink())
+        }
         _ => return Ok(()),
     };
     // A page that cannot be decompressed is reported by the library.
@@ -535,6 +549,20 @@ fn inflates_to(page: &[u8], claim: u64, compression: Compression) -> ParquetResu
     Ok(())
 }
 
+/// Returns the memory of the window that a Brotli stream claims in its first
+/// byte: 1 KiB to 16 MiB (RFC 7932, section 9.1). The windows of up to 1 GiB
+/// that some encoders can write are no part of the format, and are refused.
+fn brotli_window(first: u8) -> ParquetResult<u64> {
+    let bits = match (first & 1, (first >> 1) & 7, (first >> 4) & 7) {
+        (0, ..) => 16,
+        (_, 0, 0) => 17,
+        (_, 0, 1) => return Err(error("a page claims a Brotli window of over 16 MiB")),
+        (_, 0, more) => 8 + more,
+        (_, more, _) => 17 + more,
+    };
+    Ok(1 << bits)
+}
+
 /// Facts that a page's header states.
 #[derive(Debug, Clone, Copy, Default)]
 struct PageHeader {
@@ -543,6 +571,8 @@ struct PageHeader {
     compressed: u64,
     uncompressed: u64,
     values: u64,
+    /// Memory of the window that a Brotli page is decompressed with.
+    window: u64,
     is_dictionary: bool,
     /// True if the values stand in the page one after the other, or are indexes
     /// into a dictionary.

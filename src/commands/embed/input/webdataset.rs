@@ -1,54 +1,58 @@
 //! Reader of WebDataset: a tar in which the files with the same name, up to the
-//! first dot, are one sample.
+//! first dot, are one sample. Each image of a sample is a row.
 
-use std::io::Read as _;
+mod names;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use bytes::Bytes;
 
+use self::names::{LinkTargets, MemberName, SampleIds, shown, split};
+use super::archive::{Member, MemberKind, Members, StoredContent};
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
-use crate::files::IMAGES;
+use crate::files::{IMAGES, UNREAD_IMAGES};
+use crate::proto::GrpcCode;
 
-/// Size of a tar's blocks.
-const BLOCK: u64 = 512;
 /// Largest sidecar file that is kept: a caption or a label is never larger.
 const SIDECAR_BYTES_MAX: u64 = 1 << 20;
 /// Files of a sample that the error of a sample without an image lists.
 const KINDS_SHOWN: usize = 8;
+/// Bytes of the ids of a sample's images that wait for sidecar files: a sample
+/// of a hundred thousand images.
+const SAMPLE_NAMES_BYTES_MAX: usize = 16 << 20;
 
 /// Sample whose files are being gathered.
 #[derive(Debug, Default)]
 struct Gathered {
     key: String,
+    /// Name of the sample's first file.
+    first: String,
     /// Offset at which the sample's first file begins.
     start: u64,
-    image: Option<Result<Bytes, ImageFault>>,
-    room: Option<ImageRoom>,
+    /// Images so far, whether they were visited or not.
+    n_images: u64,
+    /// Images that wait for sidecar files, with their ids and cursors.
+    images: Vec<(String, u64, GatheredImage)>,
+    /// Bytes of the ids of images that wait or waited.
+    names: usize,
+    /// Bytes of the images of a compressed tar, which are held meanwhile.
+    held: u64,
     /// Contents of the kept sidecar files, in the order of `--keep`.
     kept: Vec<Option<String>>,
     kinds: Vec<String>,
 }
 
-impl Gathered {
-    fn sample(self, names: &[String]) -> Result<Sample, Broken> {
-        let image = self.image.unwrap_or_else(|| {
-            Err(ImageFault::invalid(format!(
-                "image: the sample has no image; its files are {}",
-                self.kinds.join(", ")
-            )))
-        });
-        Ok(Sample {
-            id: self.key,
-            image,
-            room: self.room,
-            kept: row(names, &self.kept)?,
-        })
-    }
+/// Image of a sample.
+#[derive(Debug)]
+enum GatheredImage {
+    Read(Result<Bytes, ImageFault>, Option<ImageRoom>),
+    /// Image that is read once its sample is complete.
+    There(StoredContent),
 }
 
 /// Makes the row of the kept columns. `cls` holds class numbers by WebDataset's
@@ -71,185 +75,340 @@ fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch
         .map_err(|error| Broken::Failed(error.into()))
 }
 
-/// Reads a tar's samples; `cursor` is an offset in bytes.
+/// Reads a tar's samples; `cursor` is an offset in bytes of the tar, after
+/// decompression. Every run reads from the beginning, since ids, links and
+/// global headers depend on what came before, but only from the cursor on are
+/// images read and visited.
 pub(super) fn read(
     file: &Ranged,
     cursor: u64,
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
-    let damaged =
-        |error: std::io::Error| Broken::Damaged(format!("cannot read on in the tar: {error}"));
-    let bytes = parquet::file::reader::Length::len(file);
-    let mut hand_over = |gathered: Gathered| {
-        Ok::<_, Broken>(visit(PlacedSample {
-            cursor: gathered.start,
-            #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
-            share: gathered.start as f64 / bytes.max(1) as f64,
-            sample: gathered.sample(&reading.keep)?,
-        }))
+    let mut samples = Samples {
+        members: Members::new(file).map_err(|error| damaged(&error))?,
+        cursor,
+        reading,
+        visit,
+        ids: SampleIds::default(),
+        targets: LinkTargets::default(),
+        gathered: None,
     };
-    let mut archive = tar::Archive::new(file.from(cursor));
-    let mut gathered: Option<Gathered> = None;
-    // End of the previous file, at which the next file with all its headers
-    // begins.
-    let mut start = cursor;
-    for entry in archive.entries().map_err(damaged)? {
-        let mut entry = entry.map_err(damaged)?;
-        let begins = start;
-        start = cursor + entry.raw_file_position() + entry.size().next_multiple_of(BLOCK);
-        if !entry.header().entry_type().is_file() {
-            continue;
-        }
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let name = name.trim_start_matches("./");
-        let Some((key, kind)) = split(name) else {
-            continue;
+    loop {
+        let member = match samples.members.next() {
+            Ok(Some(member)) => member,
+            Ok(None) => break,
+            Err(error) => {
+                let _ = samples.broken()?;
+                return Err(damaged(&error));
+            }
         };
-        if gathered.as_ref().is_none_or(|one| one.key != key) {
-            let next = Gathered {
-                key: key.to_owned(),
-                start: begins,
-                kept: vec![None; reading.keep.len()],
-                ..Gathered::default()
-            };
-            if let Some(whole) = gathered.replace(next)
-                && hand_over(whole)? == ControlFlow::Break(())
-            {
-                return Ok(());
+        match samples.member(&member) {
+            Ok(ControlFlow::Continue(())) => {}
+            Ok(ControlFlow::Break(())) => return Ok(()),
+            Err(broken) => {
+                if matches!(broken, Broken::Damaged(_)) {
+                    let _ = samples.broken()?;
+                }
+                return Err(broken);
             }
         }
-        let Some(one) = &mut gathered else { continue };
-        if one.kinds.len() < KINDS_SHOWN {
-            one.kinds.push(kind.clone());
-        }
-        let size = entry.size();
-        let is_image = kind
-            .rsplit('.')
-            .next()
-            .is_some_and(|last| IMAGES.contains(&last));
-        if is_image && one.image.is_none() {
-            one.image = Some(if let Some(fault) = unfit(size, 0, reading) {
-                Err(fault)
-            } else {
-                one.room = reading.memory.blocking_room(&reading.runtime, size);
-                Ok(content(&mut entry, size).map_err(damaged)?.into())
-            });
-        } else if let Some(place) = reading.keep.iter().position(|name| *name == kind)
-            && size <= SIDECAR_BYTES_MAX
-        {
-            let content = content(&mut entry, size).map_err(damaged)?;
-            one.kept[place] = Some(String::from_utf8_lossy(&content).into_owned());
-        }
     }
-    if let Some(whole) = gathered {
-        let _ = hand_over(whole)?;
-    }
+    let _ = samples.hand_over()?;
     Ok(())
 }
 
-/// Reads a whole entry, whose `size` has been checked against a limit.
-fn content(entry: &mut tar::Entry<'_, Ranged>, size: u64) -> std::io::Result<Vec<u8>> {
-    let mut content = vec![0; usize::try_from(size).map_err(std::io::Error::other)?];
-    entry.read_exact(&mut content)?;
-    Ok(content)
+/// True if a file that has another name is a tar, by its content.
+pub(super) fn is_tar(file: &Ranged) -> bool {
+    let first = Members::new(file).and_then(|mut members| members.next());
+    first.is_ok_and(|member| member.is_some())
 }
 
-/// Splits a file name: `a/b/000.seg.PNG` has the key `a/b/000` and the
-/// extension `seg.png`.
-fn split(name: &str) -> Option<(&str, String)> {
-    let file = name.rfind('/').map_or(0, |slash| slash + 1);
-    // A dotfile has no key.
-    let point = file + name[file..].find('.').filter(|&at| at > 0)?;
-    Some((&name[..point], name[point + 1..].to_ascii_lowercase()))
+fn damaged(error: &std::io::Error) -> Broken {
+    Broken::Damaged(format!("cannot read on in the tar: {error}"))
+}
+
+/// Reader of a shard's samples, with all that depends on what came before.
+struct Samples<'a, 'v> {
+    members: Members,
+    cursor: u64,
+    reading: &'a Reading,
+    visit: &'a mut Visitor<'v>,
+    ids: SampleIds,
+    targets: LinkTargets,
+    gathered: Option<Gathered>,
+}
+
+impl Samples<'_, '_> {
+    /// Adds a member to its sample.
+    fn member(&mut self, member: &Member) -> Result<ControlFlow<()>, Broken> {
+        if member.kind == MemberKind::Other {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let name = MemberName::new(&member.name);
+        let Some((key, kind)) = split(&name.text) else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        if self.gathered.as_ref().is_none_or(|one| one.key != key) {
+            if self.hand_over()?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+            self.gathered = Some(Gathered {
+                key: key.to_owned(),
+                first: name.text.clone(),
+                start: member.begins,
+                kept: vec![None; self.reading.keep.len()],
+                ..Gathered::default()
+            });
+        }
+        let content = self.content(member);
+        if let (Ok(content), true) = (&content, self.members.is_seekable()) {
+            self.targets.insert(&member.name, content);
+        }
+        let content = match (name.fault, content) {
+            (Some(fault), _) => Err(ImageFault::invalid(fault)),
+            (None, content) => content,
+        };
+        let last = kind.rsplit('.').next().unwrap_or_default();
+        let is_unread = UNREAD_IMAGES.contains(&last);
+        if is_unread || IMAGES.contains(&last) {
+            let content = if is_unread {
+                Err(ImageFault::invalid(format!(
+                    "a picture of the kind .{last} cannot be read; convert it to JPEG or PNG"
+                )))
+            } else {
+                content
+            };
+            let key = (!is_unread).then_some(key);
+            return self.image(key, &name.text, member.begins, content);
+        }
+        self.sidecar(kind, content)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Finds the content of a member, which a link has from another.
+    fn content(&self, member: &Member) -> Result<StoredContent, ImageFault> {
+        if let Some(fault) = &member.fault {
+            return Err(ImageFault {
+                code: GrpcCode::DataLoss,
+                message: fault.clone(),
+            });
+        }
+        let (kind, target, found) = match &member.kind {
+            MemberKind::File | MemberKind::Other => return Ok(member.content.clone()),
+            MemberKind::HardLink(target) => ("hard", target, self.targets.hard(target)),
+            MemberKind::SymbolicLink(target) => {
+                let found = self.targets.symbolic(&member.name, target);
+                ("symbolic", target, found)
+            }
+        };
+        let why = if self.members.is_seekable() {
+            "which is not among the files shortly before it in the tar; store the file itself"
+        } else {
+            "and links in a compressed tar are not followed; decompress it, or store the file itself"
+        };
+        found.cloned().ok_or_else(|| ImageFault {
+            code: GrpcCode::FailedPrecondition,
+            message: format!("it is a {kind} link to {}, {why}", shown(target)),
+        })
+    }
+
+    /// Takes an image: to its visitor, or, if columns are kept, to its sample,
+    /// whose sidecar files may come later.
+    fn image(
+        &mut self,
+        key: Option<&str>,
+        name: &str,
+        begins: u64,
+        content: Result<StoredContent, ImageFault>,
+    ) -> Result<ControlFlow<()>, Broken> {
+        let id = self.ids.give(key, name)?;
+        let Some(one) = &mut self.gathered else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        // A sample begins with the first of its files.
+        let cursor = if one.n_images == 0 { one.start } else { begins };
+        one.n_images += 1;
+        let wait = !self.reading.keep.is_empty();
+        let is_seekable = self.members.is_seekable();
+        let mut content = content
+            .and_then(|content| unfit(content.size, 0, self.reading).map_or(Ok(content), Err));
+        // Images before the cursor count too, so that every run finds the same.
+        if wait {
+            one.names += id.len();
+            if one.names > SAMPLE_NAMES_BYTES_MAX {
+                return Err(Broken::OverLimit(format!(
+                    "the names of the images of the sample {} have over {SAMPLE_NAMES_BYTES_MAX} \
+                     bytes, the limit with --keep",
+                    one.key
+                )));
+            }
+            if let Ok(there) = &content
+                && !is_seekable
+            {
+                match over_together(there.size, one.held, self.reading) {
+                    Some(fault) => content = Err(fault),
+                    None => one.held += there.size,
+                }
+            }
+        }
+        if cursor < self.cursor {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let image = match content {
+            Err(fault) => GatheredImage::Read(Err(of_image(fault)), None),
+            Ok(content) if wait && is_seekable => GatheredImage::There(content),
+            Ok(content) => {
+                let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
+                let room = memory.blocking_room(runtime, content.size);
+                GatheredImage::Read(Ok(self.read(&content)?), room)
+            }
+        };
+        if !wait {
+            return self.visit(id, cursor, image, None);
+        }
+        if let Some(one) = &mut self.gathered {
+            one.images.push((id, cursor, image));
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Reads the content of the member that was read last, or, for a link, of a
+    /// member before it.
+    fn read(&mut self, content: &StoredContent) -> Result<Bytes, Broken> {
+        let read = if self.members.is_seekable() {
+            self.members.read_again(content)
+        } else {
+            self.members.read(content)
+        };
+        read.map(Bytes::from).map_err(|error| damaged(&error))
+    }
+
+    fn sidecar(
+        &mut self,
+        kind: String,
+        content: Result<StoredContent, ImageFault>,
+    ) -> Result<(), Broken> {
+        let place = self.reading.keep.iter().position(|name| *name == kind);
+        let content = content
+            .ok()
+            .filter(|content| content.size <= SIDECAR_BYTES_MAX);
+        if let (Some(place), Some(content)) = (place, content) {
+            let content = self.read(&content)?;
+            let content = String::from_utf8_lossy(&content).into_owned();
+            if let Some(one) = &mut self.gathered {
+                one.kept[place] = Some(content);
+            }
+        }
+        if let Some(one) = &mut self.gathered
+            && one.kinds.len() < KINDS_SHOWN
+        {
+            one.kinds.push(kind);
+        }
+        Ok(())
+    }
+
+    /// Visits what is left of the gathered sample: its images if columns are
+    /// kept, or the fault of a sample without an image.
+    fn hand_over(&mut self) -> Result<ControlFlow<()>, Broken> {
+        let Some(one) = self.gathered.take() else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let names = &self.reading.keep;
+        if one.n_images == 0 {
+            let id = self.ids.give(Some(&one.key), &one.first)?;
+            if one.start < self.cursor {
+                return Ok(ControlFlow::Continue(()));
+            }
+            let fault = ImageFault::invalid(format!(
+                "image: the sample has no image; its files are {}",
+                one.kinds.join(", ")
+            ));
+            let image = GatheredImage::Read(Err(fault), None);
+            return self.visit(id, one.start, image, row(names, &one.kept)?);
+        }
+        for (id, cursor, image) in one.images {
+            let kept = row(names, &one.kept)?;
+            if self.visit(id, cursor, image, kept)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Visits the images of a sample that the tar's damage has cut off, as
+    /// errors: a row would lack the columns that came after it.
+    fn broken(&mut self) -> Result<ControlFlow<()>, Broken> {
+        let Some(one) = self.gathered.take() else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        for (id, cursor, _) in one.images {
+            let fault = ImageFault {
+                code: GrpcCode::DataLoss,
+                message: "image: the tar is damaged before the end of this sample".to_owned(),
+            };
+            let image = GatheredImage::Read(Err(fault), None);
+            if self
+                .visit(id, cursor, image, row(&self.reading.keep, &one.kept)?)?
+                .is_break()
+            {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn visit(
+        &mut self,
+        id: String,
+        cursor: u64,
+        image: GatheredImage,
+        kept: Option<RecordBatch>,
+    ) -> Result<ControlFlow<()>, Broken> {
+        let (image, room) = match image {
+            GatheredImage::Read(image, room) => (image, room),
+            GatheredImage::There(content) => {
+                let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
+                let room = memory.blocking_room(runtime, content.size);
+                (Ok(self.read(&content)?), room)
+            }
+        };
+        Ok((self.visit)(PlacedSample {
+            cursor,
+            share: self.members.share(),
+            sample: Sample {
+                id,
+                image,
+                room,
+                kept,
+            },
+        }))
+    }
+}
+
+/// Names the image as the part of the sample that has the fault.
+fn of_image(fault: ImageFault) -> ImageFault {
+    if fault.message.starts_with("image: ") {
+        return fault;
+    }
+    ImageFault {
+        message: format!("image: {}", fault.message),
+        ..fault
+    }
+}
+
+/// Returns the fault of an image that does not fit into memory beside the
+/// sample's other images, `held` bytes, which wait for sidecar files.
+fn over_together(bytes: u64, held: u64, reading: &Reading) -> Option<ImageFault> {
+    let limit = reading.memory.limit();
+    (bytes.saturating_add(held) > limit).then(|| ImageFault {
+        code: GrpcCode::ResourceExhausted,
+        message: format!(
+            "image: {bytes} bytes, with {held} bytes of the sample's images before it, over the \
+             limit of {limit} (--image-memory); decompress the tar, or leave --keep out"
+        ),
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::{local, read_all, reading};
-    use super::*;
-    use crate::commands::embed::plan::{Shard, ShardKind};
-
-    #[test]
-    fn keys_end_at_the_first_point_of_the_file() {
-        assert_eq!(
-            split("a.b/00.seg.PNG"),
-            Some(("a.b/00", "seg.png".to_owned()))
-        );
-        assert_eq!(split("00"), None);
-        assert_eq!(split("a/.hidden"), None);
-    }
-
-    fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (name, content) in files {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            builder.append_data(&mut header, name, *content).unwrap();
-        }
-        builder.into_inner().unwrap()
-    }
-
-    fn shard(content: &[u8]) -> (tempfile::TempDir, Shard) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("0.tar");
-        std::fs::write(&path, content).unwrap();
-        let shard = Shard {
-            name: "0.tar".to_owned(),
-            bytes: content.len() as u64,
-            kind: ShardKind::WebDataset(local(&path)),
-        };
-        (dir, shard)
-    }
-
-    #[tokio::test]
-    async fn every_cursor_begins_at_its_sample() {
-        // Longer than the header's field, so the name has a header of its own.
-        let long = format!("{}/3.jpg", "long".repeat(60));
-        let content = tar(&[
-            ("0.txt", b"none"),
-            ("0.png", b"zero"),
-            ("1.png", &[1; 700]),
-            ("1.cls", b"7\n"),
-            ("2.json", b"{}"),
-            (&long, b"three"),
-            ("4.png", &[4; 1001]),
-        ]);
-        let (_dir, shard) = shard(&content);
-        let (all, result) = read_all(shard.clone(), 0, reading(&["cls", "txt"])).await;
-        assert!(result.is_ok());
-        let ids: Vec<&str> = all.iter().map(|(_, sample)| sample.id.as_str()).collect();
-        assert_eq!(
-            ids,
-            ["0", "1", "2", long.strip_suffix(".jpg").unwrap(), "4"]
-        );
-        assert_eq!(all[0].1.image.as_deref(), Ok(&b"zero"[..]));
-        assert_eq!(all[1].1.image.as_ref().unwrap().len(), 700);
-        let message = |idx: usize| all[idx].1.image.as_ref().unwrap_err().message.as_str();
-        assert_eq!(
-            message(2),
-            "image: the sample has no image; its files are json"
-        );
-        assert!(message(4).contains("1001 bytes, over the limit of 1000"));
-        let kept = all[1].1.kept.as_ref().unwrap();
-        let numbers = kept.column(0).as_any().downcast_ref::<Int64Array>();
-        assert_eq!(numbers.unwrap().value(0), 7);
-        for (n, (cursor, _)) in all.iter().enumerate() {
-            let (rest, _) = read_all(shard.clone(), *cursor, reading(&[])).await;
-            let rest: Vec<&str> = rest.iter().map(|(_, sample)| sample.id.as_str()).collect();
-            assert_eq!(rest, ids[n..]);
-        }
-    }
-
-    #[tokio::test]
-    async fn a_tar_that_was_cut_off_is_damaged() {
-        let mut content = tar(&[("0.png", b"zero"), ("1.png", &[1; 700])]);
-        content.truncate(512 * 3 + 100);
-        let (_dir, shard) = shard(&content);
-        let (seen, result) = read_all(shard, 0, reading(&[])).await;
-        assert!(matches!(result, Err(Broken::Damaged(_))), "{result:?}");
-        // The second sample may have begun; only complete samples are visited.
-        assert!(seen.len() <= 1);
-    }
-}
+mod tests;

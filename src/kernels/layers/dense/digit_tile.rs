@@ -96,7 +96,11 @@ impl DigitTile {
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let begin = self.rows.head(i).begin;
                     for sums in sums {
-                        *sums = begin.map(|begin| L::splat(begin));
+                        // No closure, as with `map`: its code may stay a
+                        // function of its own, without the instructions.
+                        for (sum, begin) in sums.iter_mut().zip(begin) {
+                            *sum = L::splat(begin);
+                        }
                     }
                 }
                 for at in 0..self.n_groups {
@@ -127,7 +131,9 @@ impl DigitTile {
                 for (i, sums) in sums.into_iter().enumerate() {
                     let factor = L::Floats::splat(self.rows.head(i).factor);
                     for (strip, sums) in sums.into_iter().enumerate() {
-                        let sums = put_together(sums.map(L::numbers));
+                        let [low, middle, high] = sums;
+                        let sums = [low.numbers(), middle.numbers(), high.numbers()];
+                        let sums = put_together(sums);
                         for lane in (0..LANES).step_by(L::Floats::LANES) {
                             let sum = L::Floats::load(sums[lane..].as_ptr()).mul(factor);
                             self.ending.end(i, (first + strip) * LANES + lane, sum);

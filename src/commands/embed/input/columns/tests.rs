@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use arrow_array::types::Int64Type;
 use arrow_array::{ArrayRef, BinaryArray, Int64Array, StringArray, StructArray};
 use arrow_schema::Field;
 
@@ -46,6 +47,7 @@ fn shard(name: &str, content: &[u8]) -> (tempfile::TempDir, Shard) {
     let shard = Shard {
         name: name.to_owned(),
         bytes: content.len() as u64,
+        id_base: name.to_owned(),
         kind,
     };
     (dir, shard)
@@ -169,6 +171,7 @@ async fn end_of(name: &str, content: &[u8]) -> (usize, String) {
         Err(Broken::Damaged(why)) => format!("damaged: {why}"),
         Err(Broken::OverLimit(why)) => format!("over the limit: {why}"),
         Err(Broken::Unsuited(reason)) => format!("unsuited: {reason}"),
+        Err(Broken::Refused(fault)) => format!("refused: {}", fault.message),
         Err(Broken::Failed(error)) => format!("failed: {error:#}"),
     };
     (seen.len(), end)
