@@ -91,11 +91,6 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
     if args.portable {
         runtime.operators = None;
     }
-    // A provider that cannot run fails here, not after the reference, which takes
-    // minutes for a large model.
-    if args.provider == Provider::Cuda {
-        onnx::probe(&runtime)?;
-    }
     let options = CompileOptions {
         precision: args.precision,
         provider: args.provider,
@@ -105,6 +100,13 @@ pub fn run(args: &CompileArgs, out: &mut impl Write) -> anyhow::Result<()> {
             .map(|tasks| tasks.iter().copied().collect::<BTreeSet<_>>()),
         feature_layer: args.feature_layer,
     };
+    // What cannot be compiled at all is said first, whatever this machine lacks.
+    options.check(&runtime)?;
+    // A provider that cannot run fails here, not after the reference, which takes
+    // minutes for a large model.
+    if args.provider == Provider::Cuda {
+        onnx::probe(&runtime)?;
+    }
     let source = ModelSource::parse(&args.source, args.revision.as_deref());
     let mut progress = Bars::new();
     let manifest = compile(&source, &args.output, &options, &runtime, &mut progress)?;

@@ -32,7 +32,7 @@ impl Default for CompileOptions {
 impl CompileOptions {
     /// Refuses options that are not supported, or whose graphs cannot be
     /// verified in `runtime`.
-    pub(super) fn check(&self, runtime: &Runtime) -> Result<(), CompileError> {
+    pub(crate) fn check(&self, runtime: &Runtime) -> Result<(), CompileError> {
         let refuse = |text: &str| Err(CompileError::Options(text.to_owned()));
         match (self.precision, self.provider) {
             (Precision::Int8, Provider::Cuda) => refuse(

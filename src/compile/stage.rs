@@ -46,7 +46,7 @@ impl StagingFolder {
         remove_abandoned(parent);
         let folder = parent.join(format!(".{name}{INFIX}{:016x}", random()));
         let lock_path = lock_path(&folder);
-        let written = |error: &std::io::Error| CompileError::write(&lock_path, error);
+        let written = |error: &std::io::Error| CompileError::write(output, error);
         let lock = File::create_new(&lock_path).map_err(|error| written(&error))?;
         lock.lock().map_err(|error| written(&error))?;
         fs::create_dir(&folder).map_err(|error| CompileError::write(&folder, &error))?;

@@ -75,6 +75,22 @@ fn compile_says_that_cuda_is_missing_before_it_reads_the_model() {
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("--provider cpu"), "{text}");
     assert!(!text.contains("reading the source"), "{text}");
+    assert!(!text.contains(".;"), "{text}");
+}
+
+/// A precision that no GPU has is refused by name, with a GPU or without.
+#[test]
+fn int8_for_cuda_is_refused_by_name() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let output = process::program()
+        .args(["compile", "models/untrained", "--precision", "int8"])
+        .args(["--provider", "cuda", "--output"])
+        .arg(dir.path().join("compiled"))
+        .output()
+        .expect("the program runs");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("int8 is not supported on CUDA"), "{text}");
 }
 
 /// Waits for a series to be 1: the task that announces the model sets the
