@@ -205,9 +205,10 @@ embed-chaos: build $(EMBED_VENV)/.done ## Kill dataset jobs at 20 moments, on a 
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --int8
 
 .PHONY: embed-stores
-embed-stores: build $(EMBED_VENV)/.done ## Read and write datasets over HTTP, Azure's protocol and Google's, with servers on this machine
+embed-stores: build $(EMBED_VENV)/.done ## Read and write datasets over HTTP, the protocols of Azure, Google and the Hugging Face Hub, with servers on this machine
 	npm install --silent --no-audit --no-fund --prefix target/azurite azurite@3.35.0
 	$(EMBED_VENV)/bin/python scripts/embed/stores.py
+	$(EMBED_VENV)/bin/python scripts/embed/hub.py
 
 .PHONY: embed-slurm
 embed-slurm: build $(EMBED_VENV)/.done ## Run deploy/slurm on a Slurm of one node (root, Debian's slurm-wlm), kill a task, and compare the table

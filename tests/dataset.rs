@@ -21,9 +21,13 @@ use serde_json::Value;
 
 use crate::process::{PATIENCE, Worker, said, signal, until};
 
+#[path = "dataset/hub.rs"]
+mod hub;
 mod process;
 #[path = "dataset/shards.rs"]
 mod shards;
+#[path = "dataset/urls.rs"]
+mod urls;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/untrained");
 

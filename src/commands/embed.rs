@@ -13,6 +13,7 @@ mod encoding;
 mod finding;
 mod finish;
 pub mod flags;
+mod hub;
 mod input;
 mod journal;
 mod kept;
@@ -43,6 +44,7 @@ use tokio::sync::mpsc;
 use self::finding::LeftOut;
 use self::finish::{finish, finish_alone, only_with_files};
 use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
+use self::hub::HubError;
 use self::input::{Broken, Reading, SidecarsSeen};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
 use self::location::{ReadError, Stores};
@@ -260,9 +262,10 @@ impl Unprepared {
                 || cause.is::<std::io::Error>()
                 || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
         };
+        let is_hub = |cause: &(dyn std::error::Error + 'static)| cause.is::<HubError>();
         if plan::stays(&error) {
             Self::Refused(anyhow::anyhow!(told_once(&error)))
-        } else if error.chain().any(away) {
+        } else if error.chain().any(|cause| away(cause) || is_hub(cause)) {
             Self::Failed(error)
         } else {
             Self::Refused(error)
@@ -291,6 +294,7 @@ struct Prepared {
     model: pb::GetModelResponse,
     pool: PoolConfig,
     sink: Sink,
+    stores: Arc<Stores>,
     records: BTreeMap<PartId, Record>,
 }
 
@@ -302,6 +306,9 @@ impl Prepared {
         sink: Sink,
     ) -> Result<Self, Unprepared> {
         let share = args.share.share().map_err(Unprepared::Refused)?;
+        let began = hub::began(&args.inputs, &sink)
+            .await
+            .map_err(Unprepared::Failed)?;
         let plan = plan(
             &args.inputs,
             stores,
@@ -309,15 +316,17 @@ impl Prepared {
                 part_items: args.table.part_items as usize,
                 keep: &args.table.keep,
                 image_column: args.table.image_column.as_deref(),
+                url_column: args.table.url_column.as_deref(),
                 id_column: args.table.id_column.as_deref(),
                 kind: args.table.kind,
                 output: &sink.to_string(),
+                began: &began,
             },
         )
         .await
         .map_err(Unprepared::of_input)?;
         tracing::info!("the inputs are {}", plan.kinds());
-        let reading = reading(args, 0).map_err(Unprepared::Refused)?;
+        let reading = reading(args, 0, stores).map_err(Unprepared::Refused)?;
         let shards = plan.shards.clone();
         let same_columns = tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
             .await
@@ -371,6 +380,7 @@ impl Prepared {
             model,
             pool,
             sink,
+            stores: Arc::clone(stores),
             records,
         })
     }
@@ -495,7 +505,7 @@ impl Prepared {
         });
         Ok(EmbedJob {
             work,
-            reading: reading(args, limits.image_bytes_max.min(message))?,
+            reading: reading(args, limits.image_bytes_max.min(message), &self.stores)?,
             part_items: args.table.part_items as usize,
             give_up_after: args.workers.give_up_after,
             errors_before: self.errors_before(),
@@ -606,7 +616,11 @@ fn warn_of_no_rows(rows: u64, errors: u64, sink: &Sink) {
 }
 
 /// Gathers the flags that say how images are read.
-fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
+fn reading(
+    args: &EmbedArgs,
+    image_bytes_max: u64,
+    stores: &Arc<Stores>,
+) -> anyhow::Result<Reading> {
     Ok(Reading {
         runtime: tokio::runtime::Handle::current(),
         memory: ImageMemory::new(
@@ -615,10 +629,12 @@ fn reading(args: &EmbedArgs, image_bytes_max: u64) -> anyhow::Result<Reading> {
         image_bytes_max,
         keep: args.table.keep.clone(),
         image_column: args.table.image_column.clone(),
+        url_column: args.table.url_column.clone(),
         id_column: args.table.id_column.clone(),
         format: args.table.format,
         sidecars: Arc::default(),
         url_patience: args.table.url_patience,
+        stores: Arc::clone(stores),
     })
 }
 

@@ -5,6 +5,7 @@
 //! tools. The weights are downloaded in one format only, and all files come
 //! from the same commit. Without a connection, cached files are used.
 
+use std::io::Read as _;
 use std::path::PathBuf;
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
@@ -18,6 +19,68 @@ use crate::model::architecture;
 /// Number of times that an interrupted download is resumed.
 const N_RETRIES: usize = 3;
 const MAIN: &str = "main";
+
+/// Largest file that is read as a token; a token has about 40 bytes.
+const TOKEN_BYTES_MAX: u64 = 4096;
+
+/// Address of a hub, and the user's token.
+#[derive(Clone, Default)]
+pub struct HubAccess {
+    /// Address from `HF_ENDPOINT`, if the variable is set.
+    pub endpoint: Option<String>,
+    pub token: Option<String>,
+}
+
+impl HubAccess {
+    /// Takes the settings of `HF_ENDPOINT` and `HF_TOKEN`; without `HF_TOKEN`,
+    /// the token that a login has stored in `HF_TOKEN_PATH`, or in the
+    /// directory of `HF_HOME`.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self {
+            endpoint: set("HF_ENDPOINT"),
+            token: set("HF_TOKEN").or_else(stored_token),
+        }
+    }
+}
+
+// A token is never written into a log.
+impl std::fmt::Debug for HubAccess {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HubAccess")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Returns the value of an environment variable that is set and not empty.
+fn set(name: &str) -> Option<String> {
+    let value = std::env::var(name).ok()?;
+    let value = value.trim();
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
+/// Reads the token that a login has stored, where Hugging Face's own tools look
+/// for it.
+fn stored_token() -> Option<String> {
+    let path = set("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| {
+        let home = set("HF_HOME").map(PathBuf::from).or_else(|| {
+            let cache = set("XDG_CACHE_HOME").map(PathBuf::from);
+            let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")));
+            cache.map(|cache| cache.join("huggingface"))
+        });
+        home.map(|home| home.join("token"))
+    })?;
+    // Opening a pipe would block.
+    if !std::fs::metadata(&path).ok()?.is_file() {
+        return None;
+    }
+    let mut token = String::new();
+    let file = std::fs::File::open(path).ok()?;
+    file.take(TOKEN_BYTES_MAX).read_to_string(&mut token).ok()?;
+    let token = token.trim();
+    (!token.is_empty()).then(|| token.to_owned())
+}
 
 /// Connection to a hub: its address, the user's token, and the cache directory.
 #[derive(Debug, Clone)]
@@ -35,18 +98,17 @@ impl Hub {
     ///
     /// When there is no directory for a cache.
     pub fn from_env() -> Result<Self, CompileError> {
-        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         if set("HF_HOME").is_none() && std::env::home_dir().is_none() {
             return Err(CompileError::Options(
                 "the home directory is unknown, so downloads cannot be cached; set HF_HOME"
                     .to_owned(),
             ));
         }
-        let cache = Cache::from_env();
+        let HubAccess { endpoint, token } = HubAccess::from_env();
         Ok(Self {
-            endpoint: set("HF_ENDPOINT"),
-            token: set("HF_TOKEN").or_else(|| cache.token()),
-            cache: cache.path().clone(),
+            endpoint,
+            token,
+            cache: Cache::from_env().path().clone(),
         })
     }
 

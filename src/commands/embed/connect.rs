@@ -21,7 +21,7 @@ use crate::files;
 /// Longest time for which a request to a store is retried. After a longer time
 /// the credentials may expire between the retries; the same command then
 /// resumes the job.
-const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
+pub(super) const RETRY_TIMEOUT: Duration = Duration::from_mins(4);
 const RETRIES_MAX: usize = 60;
 /// Longest time for a request. A block of 4 MiB takes about a second, and a
 /// request to a bucket that stalls is repeated.
@@ -112,9 +112,13 @@ pub(super) fn connect(
                 .build()
                 .with_context(|| root.to_owned())?,
         ),
+        "hf" => anyhow::bail!(
+            "{root}: hf:// can only be an input of the job; in a list or a table write the file's \
+             https:// URL, and give an --output elsewhere"
+        ),
         _ => anyhow::bail!(
-            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http:// or \
-             https://"
+            "{root}: {scheme}:// is not supported; give a path, or s3://, gs://, az://, http://, \
+             https:// or hf://datasets/"
         ),
     })
 }

@@ -107,6 +107,14 @@ pub(super) fn kind_of(name: &str) -> Option<FileKind> {
     }
 }
 
+/// True for a file on which the outcome of [`sort_out`] depends, or which it
+/// counts.
+pub(super) fn matters(path: &str, kind: Option<FileKind>) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let is_bare = kind == Some(FileKind::Tar) && !name.contains('.');
+    kind_of(name).is_some() || unread(name).is_some() || is_marker(name) || is_bare
+}
+
 /// Returns what follows the last dot of a name.
 pub(super) fn extension(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(_, last)| last)
@@ -206,13 +214,22 @@ struct Markers {
     statistics: BTreeSet<String>,
 }
 
+/// Files of Hugging Face's datasets that describe a directory of tables.
+const DATASET_MARKERS: [&str; 2] = ["dataset_info.json", "state.json"];
+/// End of the names of img2dataset's statistics.
+const STATISTICS_END: &str = "_stats.json";
+
+fn is_marker(name: &str) -> bool {
+    DATASET_MARKERS.contains(&name) || name.ends_with(STATISTICS_END)
+}
+
 impl Markers {
     fn look(&mut self, path: &str) {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
-        if matches!(name, "dataset_info.json" | "state.json") {
+        if DATASET_MARKERS.contains(&name) {
             self.datasets.insert(directory.to_owned());
         }
-        if let Some(stem) = path.strip_suffix("_stats.json") {
+        if let Some(stem) = path.strip_suffix(STATISTICS_END) {
             self.statistics.insert(stem.to_owned());
         }
     }

@@ -21,7 +21,8 @@ pub struct EmbedArgs {
     /// one path or URL per line, .csv or .tsv with a header, or .jsonl with an
     /// object per line); WebDataset shards (.tar); Parquet, also with images as
     /// Hugging Face stores them; Arrow (.arrow); or a directory of such shards.
-    /// A path, or a URL: file:, s3://, gs://, az://, http://, https://. Brace
+    /// A path, or a URL: file:, s3://, gs://, az://, http://, https://, or
+    /// hf://datasets/OWNER/NAME for a dataset of the Hugging Face Hub. Brace
     /// patterns such as {000..999} and {a,b} are expanded, unless a path has
     /// that very name
     #[arg(value_name = "INPUT", required_unless_present = "finish")]
@@ -222,6 +223,18 @@ pub struct TableConfig {
     /// in a list [default: found by the columns' names and types]
     #[arg(long, env = "IMAGEGPT_IMAGE_COLUMN", value_name = "COLUMN")]
     pub image_column: Option<String>,
+
+    /// Column of a Parquet or Arrow table or of a list (.csv, .tsv, .jsonl) that
+    /// holds the URLs or paths of images, which are read as those of a list.
+    /// Paths are relative to the table. Parquet and Arrow tables are read in
+    /// this way only with this flag
+    #[arg(
+        long,
+        env = "IMAGEGPT_URL_COLUMN",
+        value_name = "COLUMN",
+        conflicts_with = "image_column"
+    )]
+    pub url_column: Option<String>,
 
     /// Column of a table or a list that holds the ids: text, numbers, dates,
     /// times, booleans, UUIDs or UTF-8 in binary [default: of a table the path

@@ -7,6 +7,7 @@
 
 mod archive;
 mod columns;
+mod elsewhere;
 mod files;
 mod ids;
 mod messages;
@@ -26,7 +27,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::flags::TableFormat;
-use super::location::Location;
+use super::location::{Location, Stores};
 use super::memory::{ImageMemory, ImageRoom};
 use super::plan::{Shard, ShardKind};
 use super::ranged::{Ranged, Unread};
@@ -67,12 +68,16 @@ pub(super) struct Reading {
     /// Columns to keep, or extensions of sidecar files.
     pub(super) keep: Vec<String>,
     pub(super) image_column: Option<String>,
+    /// Column of a table whose images are at a URL or a path.
+    pub(super) url_column: Option<String>,
     pub(super) id_column: Option<String>,
     /// Format of the table that the kept columns are written into.
     pub(super) format: TableFormat,
     pub(super) sidecars: Arc<SidecarsSeen>,
     /// Longest time for which a URL of a list is retried.
     pub(super) url_patience: Duration,
+    /// Stores of images that a table names.
+    pub(super) stores: Arc<Stores>,
 }
 
 /// Record of the kinds of files beside images (`--keep`) that samples of tars
@@ -299,7 +304,6 @@ fn too_large(bytes: u64, max: u64) -> ImageFault {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::commands::embed::location::Stores;
 
     pub(in crate::commands::embed) fn reading(keep: &[&str]) -> Reading {
         Reading {
@@ -308,10 +312,12 @@ pub(super) mod tests {
             image_bytes_max: 1000,
             keep: keep.iter().map(|&name| name.to_owned()).collect(),
             image_column: None,
+            url_column: None,
             id_column: None,
             format: TableFormat::Parquet,
             sidecars: Arc::default(),
             url_patience: Duration::from_secs(1),
+            stores: Arc::default(),
         }
     }
 

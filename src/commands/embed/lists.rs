@@ -69,6 +69,26 @@ fn row<'a>(
     }
 }
 
+/// Makes rows without a path or URL into errors, which are named by their
+/// numbers.
+pub(super) fn name_empty_rows(rows: &mut [ListedRow], list: &str) {
+    for (number, row) in rows.iter_mut().enumerate() {
+        if !row.name.is_empty() {
+            continue;
+        }
+        row.trouble.get_or_insert_with(|| {
+            ImageFault::invalid("the row has neither a path nor a URL".to_owned())
+        });
+        row.name = format!("{list}#{number}");
+    }
+}
+
+/// Returns the column that holds the paths, with the flag that names it.
+fn path_column<'a>(options: &PlanOptions<'a>) -> Option<(&'static str, &'a str)> {
+    let urls = options.url_column.map(|name| ("--url-column", name));
+    urls.or(options.image_column.map(|name| ("--image-column", name)))
+}
+
 /// Columns of a list, by their places or names.
 struct ListColumns<T> {
     path: T,
@@ -98,15 +118,15 @@ impl<T> ListColumns<T> {
                 )
             })
         };
-        let path = match options.image_column {
-            Some(name) => of_flag("--image-column", name)?,
+        let path = match path_column(options) {
+            Some((flag, name)) => of_flag(flag, name)?,
             None => PATH_COLUMNS
                 .iter()
                 .find_map(|name| place(name))
                 .with_context(|| {
                     format!(
                         "no column is known to hold paths; the list's columns are {}; name one \
-                         with --image-column",
+                         with --url-column",
                         listed()
                     )
                 })?,
@@ -289,7 +309,7 @@ pub(super) fn json_rows(text: &[u8], options: &PlanOptions<'_>) -> anyhow::Resul
         }
     }
     let only_paths = names.is_empty() && options.keep.is_empty() && options.id_column.is_none();
-    let columns = if only_paths && options.image_column.is_none() {
+    let columns = if only_paths && path_column(options).is_none() {
         None
     } else {
         let place = |name: &str| names.iter().find(|known| *known == name).cloned();
@@ -325,23 +345,33 @@ fn json_row(
             ..row(name.as_bytes(), None, std::iter::empty())
         },
         (Ok(Value::Object(object)), Some(columns)) => {
-            let Some(path) = json_text(&object, &columns.path) else {
-                return faulty(format!(
-                    "this line of the list has no {}, the column of paths",
-                    columns.path
-                ));
-            };
+            let (path, trouble) = json_path(&object, &columns.path);
             let id = columns.id.as_ref().and_then(|id| json_text(&object, id));
             let keep = columns.keep.iter();
             ListedRow {
                 kept: keep.map(|name| json_text(&object, name)).collect(),
                 id,
+                trouble,
                 ..row(path.as_bytes(), None, std::iter::empty())
             }
         }
         (Ok(_), _) => faulty("this line of the list is neither an object nor a string".to_owned()),
         (Err(error), _) => faulty(format!("this line of the list is not JSON: {error}")),
     }
+}
+
+/// Returns the path of an object, which is empty if there is none, and its fault.
+fn json_path<'a>(object: &'a Map<String, Value>, name: &str) -> (&'a str, Option<ImageFault>) {
+    let fault = match object.get(name) {
+        Some(Value::String(path)) if !path.trim().is_empty() => return (path.trim(), None),
+        Some(Value::String(_) | Value::Null) | None => {
+            format!("this line of the list has neither a path nor a URL in its column {name}")
+        }
+        Some(_) => format!(
+            "the column {name} of this line of the list is not text, and paths and URLs are text"
+        ),
+    };
+    ("", Some(ImageFault::invalid(fault)))
 }
 
 /// Returns a value of an object as text; `None` if there is none.
@@ -363,8 +393,10 @@ mod tests {
             keep,
             kind: None,
             image_column: None,
+            url_column: None,
             id_column,
             output: "/output",
+            began: &[],
         }
     }
 
@@ -448,12 +480,62 @@ mod tests {
         let options_of = options(&keep, Some("key"));
         let text = b"{\"path\":\"a.png\",\"n\":1,\"key\":7}\n\"b.png\"\n{\"n\":2}\n[1]\n{\n";
         let rows = json_rows(text, &options_of).unwrap();
-        assert_eq!(names(&rows), "a.png b.png !{\"n\":2} ![1] !{");
+        // A row without a path keeps what it has.
+        assert_eq!(names(&rows), "a.png b.png ! ![1] !{");
+        assert_eq!(rows[2].kept, [Some("2".to_owned())]);
         assert_eq!(rows[0].kept, [Some("1".to_owned())]);
         assert_eq!(rows[0].id.as_deref(), Some("7"));
         assert!(rows.iter().all(|row| row.kept.len() == 1));
         let paths = json_rows(b"\"a.png\"\n\"b.png\"", &options(&[], None)).unwrap();
         assert_eq!(names(&paths), "a.png b.png");
         assert!(json_rows(text, &options(&["m".to_owned()], None)).is_err());
+    }
+
+    #[test]
+    fn a_column_of_urls_is_the_column_of_paths_in_every_list() {
+        let keep = ["t".to_owned()];
+        let of_urls = PlanOptions {
+            url_column: Some("u"),
+            ..options(&keep, None)
+        };
+        let json = "\u{feff}{\"u\": \"http://a/1.png\", \"path\": \"no\", \"t\": \"x\"}\r\n\n\
+                    {\"u\": null}\n{\"t\": 2.5, \"u\": \" b.png \"}\n{\"u\": 7, \"t\": {\"a\": []}}\n";
+        let mut rows = json_rows(json.as_bytes(), &of_urls).unwrap();
+        name_empty_rows(&mut rows, "l.jsonl");
+        assert_eq!(names(&rows), "http://a/1.png !l.jsonl#1 b.png !l.jsonl#3");
+        let why = |row: &ListedRow| row.trouble.as_ref().unwrap().message.clone();
+        assert!(why(&rows[1]).contains("neither a path nor a URL in its column u"));
+        assert!(why(&rows[3]).contains("the column u of this line of the list is not text"));
+        let kept: Vec<_> = rows.iter().map(|row| row.kept[0].as_deref()).collect();
+        assert_eq!(kept, [Some("x"), None, Some("2.5"), Some("{\"a\":[]}")]);
+        let table = b"path,u,t\nno,a.png,1\nno,,2\n";
+        let mut rows = table_rows(table, b',', &of_urls).unwrap();
+        name_empty_rows(&mut rows, "l.csv");
+        assert_eq!(names(&rows), "a.png !l.csv#1");
+    }
+
+    #[test]
+    fn a_column_that_no_line_has_is_refused_by_name() {
+        let json = b"{\"a\": \"x\", \"b\": 1}\n{}\n";
+        let check = |url_column, keep: &[&str], expected: &str| {
+            let keep: Vec<String> = keep.iter().map(|&name| name.to_owned()).collect();
+            let of_urls = PlanOptions {
+                url_column,
+                ..options(&keep, None)
+            };
+            let error = json_rows(json, &of_urls).err().unwrap();
+            assert!(format!("{error:#}").contains(expected), "{error:#}");
+        };
+        check(
+            None,
+            &[],
+            "no column is known to hold paths; the list's columns are a, b",
+        );
+        check(
+            Some("url"),
+            &[],
+            "--url-column url: the list has no such column; its columns are a, b",
+        );
+        check(Some("a"), &["c"], "--keep c: the list has no such column");
     }
 }

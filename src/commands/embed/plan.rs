@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::finding::{FileKind, FoundData, LeftOut, bare_tars, extension, named_kind, sort_out};
+use super::hub::{self, HubError};
 use super::input::Listing;
-use super::lists::{json_rows, lines, table_rows};
+use super::lists::{json_rows, lines, name_empty_rows, table_rows};
 use super::location::{
     ListedObject, Location, ReadError, Stores, expand, fault, is_lasting, scheme_of,
 };
@@ -38,6 +39,16 @@ pub(super) struct Shard {
 }
 
 impl Shard {
+    /// True if the shard may have a column of URLs.
+    fn has_columns(&self) -> bool {
+        match &self.kind {
+            ShardKind::Parquet(_) | ShardKind::Arrow(_) | ShardKind::Lost(_) => true,
+            ShardKind::WebDataset(_) => false,
+            // A list without columns is refused when it is read.
+            ShardKind::Files { listing, .. } => !listing.is_tree(),
+        }
+    }
+
     /// True if version 1 of the manifest gave the shard's images the same ids.
     /// Versions of that time lost images of some tars, in parts that are done.
     fn has_ids_of_version_1(&self) -> bool {
@@ -96,11 +107,14 @@ pub(super) struct PlanOptions<'a> {
     pub(super) part_items: usize,
     pub(super) keep: &'a [String],
     pub(super) image_column: Option<&'a str>,
+    pub(super) url_column: Option<&'a str>,
     pub(super) id_column: Option<&'a str>,
     /// Kind of the files to read.
     pub(super) kind: Option<FileKind>,
     /// Location of the output, which must not become input.
     pub(super) output: &'a str,
+    /// Inputs of the manifest, if the job has begun before.
+    pub(super) began: &'a [Fact],
 }
 
 /// Lists all inputs and divides them into shards.
@@ -123,9 +137,24 @@ pub(super) async fn plan(
     };
     for input in inputs {
         for name in names(input)? {
-            let location = stores.locate(&name)?;
+            let location = if hub::is_hub(&name) {
+                let input = hub::open(&name, options).await?;
+                plan.facts.extend(input.facts);
+                input.location
+            } else {
+                stores.locate(&name)?
+            };
             plan.input(&location, stores, options).await?;
         }
+    }
+    let without = plan.shards.iter().find(|shard| !shard.has_columns());
+    if options.url_column.is_some()
+        && let Some(shard) = without
+    {
+        anyhow::bail!(
+            "--url-column: {} has no columns; give a .parquet, .arrow, .csv, .tsv or .jsonl file",
+            shard.name
+        );
     }
     distinguish(&plan.inputs, &mut plan.shards)?;
     anyhow::ensure!(
@@ -162,7 +191,10 @@ pub(super) fn stays(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| match cause.downcast_ref() {
         Some(ReadError::Store(error)) => is_lasting(error),
         Some(_) => false,
-        None => cause.downcast_ref().is_some_and(is_lasting),
+        None => {
+            cause.downcast_ref().is_some_and(is_lasting)
+                || cause.downcast_ref().is_some_and(HubError::is_lasting)
+        }
     })
 }
 
@@ -170,7 +202,8 @@ impl InputPlan {
     /// Describes how the inputs are taken: how many of each kind.
     pub(super) fn kinds(&self) -> String {
         let mut kinds: BTreeMap<&str, (u64, Option<u64>)> = BTreeMap::new();
-        for fact in &self.facts {
+        let data = self.facts.iter().filter(|fact| fact.kind != hub::COMMIT);
+        for fact in data {
             let kind = match fact.kind.as_str() {
                 "folder" => "directory of images",
                 "list" => "list of images",
@@ -251,7 +284,7 @@ impl InputPlan {
             return Ok(());
         }
         let mut has_columns = true;
-        let rows = match extension.as_str() {
+        let mut rows = match extension.as_str() {
             "csv" | "tsv" | "tab" => {
                 let text = &list(location).await?;
                 let delimiter = if extension == "csv" { b',' } else { b'\t' };
@@ -266,6 +299,11 @@ impl InputPlan {
                     options.keep.is_empty(),
                     "--keep: {location} is a list of names without columns; give a CSV with columns"
                 );
+                anyhow::ensure!(
+                    options.url_column.is_none(),
+                    "--url-column: {location} is a list of names without columns; leave the flag \
+                     out, or give a CSV with columns"
+                );
                 has_columns = false;
                 lines(&list(location).await?)
             }
@@ -274,6 +312,7 @@ impl InputPlan {
                  .arrow, or a list of images in .txt, .csv, .tsv or .jsonl"
             ),
         };
+        name_empty_rows(&mut rows, location.file_name());
         self.has_listed_ids |= has_columns && options.id_column.is_some();
         self.facts.push(Fact {
             name: location.to_string(),
@@ -512,9 +551,11 @@ mod tests {
             part_items: 2,
             keep,
             image_column: None,
+            url_column: None,
             id_column: None,
             kind: None,
             output: "/output",
+            began: &[],
         };
         plan(inputs, &Arc::default(), &options).await
     }

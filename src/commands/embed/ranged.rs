@@ -84,6 +84,10 @@ impl Ranged {
         Self { blocks, at: 0 }
     }
 
+    pub(super) fn location(&self) -> &Location {
+        &self.blocks.location
+    }
+
     /// Takes the reason for which a block could not be fetched, if one could
     /// not.
     pub(super) fn failure(&self) -> Option<Unread> {

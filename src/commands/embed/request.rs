@@ -160,6 +160,10 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
         "--image-column",
         table.image_column.clone().unwrap_or_default(),
     );
+    // Jobs that began before the flag existed have no value of it.
+    if let Some(name) = &table.url_column {
+        set("--url-column", name.clone());
+    }
     set("--id-column", table.id_column.clone().unwrap_or_default());
     set("--part-items", table.part_items.to_string());
     options

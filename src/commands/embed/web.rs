@@ -13,8 +13,10 @@ use std::time::{Duration, SystemTime};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 use hyper_util::client::proxy::matcher::Matcher;
-use reqwest::header::{CONTENT_ENCODING, HeaderMap, LOCATION, RETRY_AFTER};
-use reqwest::{Client, Response, StatusCode, Url, redirect};
+use reqwest::header::{
+    AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER,
+};
+use reqwest::{Client, Method, Response, StatusCode, Url, redirect};
 use tokio::time::Instant;
 
 use super::address::{AddressBook, AddressRefused, AddressRule, AddressScope, RuledNames};
@@ -49,10 +51,23 @@ pub(super) enum WebAnswer {
 
 /// Failure that keeps an image from being read.
 #[derive(Debug, PartialEq, Eq)]
-enum Failure {
+pub(super) enum Failure {
     Lasting(ImageFault),
     /// Failure that may pass, with the rest that the server asks for.
     Passing(ImageFault, Option<Duration>),
+}
+
+/// Request that is sent to a URL, and to the URLs to which it is redirected.
+#[derive(Debug, Clone, Default)]
+pub(super) struct WebRequest {
+    pub(super) method: Method,
+    pub(super) headers: HeaderMap,
+    /// Value of `Authorization`. It is sent to the origin of the first URL
+    /// only: no redirect carries it to another host, port or scheme.
+    pub(super) secret: Option<HeaderValue>,
+    /// True if a redirect to another origin is an answer, which is not
+    /// followed.
+    pub(super) at_home: bool,
 }
 
 /// Addresses that the flags allow to the URLs of a list.
@@ -143,8 +158,15 @@ impl WebClient {
         uri.is_ok_and(|uri| self.proxies.intercept(&uri).is_some())
     }
 
-    /// Sends one request, to an address that the rule allows.
-    async fn ask(&self, url: &Url, rule: AddressRule) -> Result<Response, Unasked> {
+    /// Sends one request, to an address that the rule allows. `secret` is true
+    /// if the request's secret may be sent there.
+    async fn ask(
+        &self,
+        url: &Url,
+        rule: AddressRule,
+        request: &WebRequest,
+        secret: bool,
+    ) -> Result<Response, Unasked> {
         self.book.check_literal(rule, url)?;
         let client = if self.goes_through_a_proxy(url) {
             &self.proxied
@@ -153,8 +175,13 @@ impl WebClient {
         } else {
             &self.named
         };
-        let response = client.get(url.clone()).send().await;
-        response.map_err(|error| {
+        let mut asked = client
+            .request(request.method.clone(), url.clone())
+            .headers(request.headers.clone());
+        if let Some(value) = request.secret.clone().filter(|_| secret) {
+            asked = asked.header(AUTHORIZATION, value);
+        }
+        asked.send().await.map_err(|error| {
             let causes = std::iter::successors(error.source(), |&cause| cause.source());
             let refused = causes.filter_map(|cause| cause.downcast_ref::<AddressRefused>());
             match refused.copied().next() {
@@ -181,12 +208,17 @@ impl WebClient {
     }
 
     /// Sends the request, and follows redirects until an answer is none.
-    async fn follow(&self, first: &Url) -> Result<Response, Failure> {
+    pub(super) async fn follow(
+        &self,
+        first: &Url,
+        request: &WebRequest,
+    ) -> Result<Response, Failure> {
         let mut rule = self.first_rule();
         let mut url = first.clone();
         let mut from = None;
         for _ in 0..=REDIRECTS_MAX {
-            let response = match self.ask(&url, rule).await {
+            let is_home = url.origin() == first.origin();
+            let response = match self.ask(&url, rule, request, is_home).await {
                 Ok(response) => response,
                 Err(Unasked::Refused(refused)) => {
                     let fault = self.fault_of_address(&url, from.as_ref(), refused);
@@ -197,6 +229,9 @@ impl WebClient {
             let Some(next) = redirected(&url, &response)? else {
                 return Ok(response);
             };
+            if request.at_home && next.origin() != first.origin() {
+                return Ok(response);
+            }
             rule = self.next_rule(rule, &url, &response);
             from = Some(std::mem::replace(&mut url, next));
         }
@@ -287,27 +322,39 @@ pub(super) async fn read(
     max: u64,
     patience: Duration,
 ) -> Result<WebAnswer, ImageFault> {
+    let read = repeated(patience, || attempt(client, url, max)).await;
+    read.map_err(|failure| match failure {
+        Failure::Lasting(fault) => fault,
+        Failure::Passing(fault, _) => ImageFault {
+            message: format!(
+                "{}, also after retries for {} (--url-patience)",
+                fault.message,
+                humantime::format_duration(patience)
+            ),
+            ..fault
+        },
+    })
+}
+
+/// Repeats an attempt, with exponential backoff, while its failure may pass and
+/// for at most `patience`; returns the last failure.
+pub(super) async fn repeated<T, F: Future<Output = Result<T, Failure>>>(
+    patience: Duration,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, Failure> {
     let started = Instant::now();
     let mut rests = RESTS.build();
     loop {
-        let (fault, asked) = match attempt(client, url, max).await {
-            Ok(answer) => return Ok(answer),
-            Err(Failure::Lasting(fault)) => return Err(fault),
+        let (fault, asked) = match attempt().await {
             Err(Failure::Passing(fault, asked)) => (fault, asked),
+            outcome => return outcome,
         };
         let wait = rests
             .next()
             .max(asked.map(|asked| asked.min(RETRY_AFTER_MAX)));
         let wait = wait.unwrap_or_default();
         if started.elapsed().saturating_add(wait) > patience {
-            return Err(ImageFault {
-                message: format!(
-                    "{}, also after retries for {} (--url-patience)",
-                    fault.message,
-                    humantime::format_duration(patience)
-                ),
-                ..fault
-            });
+            return Err(Failure::Passing(fault, asked));
         }
         tokio::time::sleep(wait).await;
     }
@@ -315,6 +362,14 @@ pub(super) async fn read(
 
 /// Makes one attempt; its time limit includes all redirects.
 async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Failure> {
+    in_time(client, once(client, url, max)).await
+}
+
+/// Ends an attempt that takes longer than a request may.
+pub(super) async fn in_time<T>(
+    client: &WebClient,
+    attempt: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
     let limit = client.times.request;
     let slow = |_| {
         let message = format!(
@@ -324,17 +379,20 @@ async fn attempt(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, F
         let code = GrpcCode::DeadlineExceeded;
         Failure::Passing(ImageFault { code, message }, None)
     };
-    tokio::time::timeout(limit, once(client, url, max))
-        .await
-        .map_err(slow)?
+    tokio::time::timeout(limit, attempt).await.map_err(slow)?
 }
 
 async fn once(client: &WebClient, url: &Url, max: u64) -> Result<WebAnswer, Failure> {
-    let mut response = client.follow(url).await?;
+    let response = client.follow(url, &WebRequest::default()).await?;
     let status = response.status();
     if !status.is_success() {
         return Err(refused(status, response.headers(), SystemTime::now()));
     }
+    body(response, max).await
+}
+
+/// Reads an answer's body of at most `max` bytes.
+pub(super) async fn body(mut response: Response, max: u64) -> Result<WebAnswer, Failure> {
     if let Some(bytes) = response.content_length().filter(|&bytes| bytes > max) {
         return Ok(WebAnswer::TooLarge(bytes));
     }
@@ -361,7 +419,7 @@ fn undecoded(error: &BodyRefused, max: u64) -> Result<WebAnswer, Failure> {
 }
 
 /// Converts an answer other than success into a failure.
-fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure {
+pub(super) fn refused(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Failure {
     let code = match status.as_u16() {
         401 | 403 => GrpcCode::PermissionDenied,
         404 | 410 => GrpcCode::NotFound,

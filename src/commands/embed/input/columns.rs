@@ -8,12 +8,14 @@ use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, Schema};
 use bytes::Bytes;
 
+use super::elsewhere::{ImagesElsewhere, is_text};
 use super::ids::{id_at, is_id, is_id_of_version_1};
 use super::messages::{ArrowBatch, Messages};
-use super::pages::{ParquetTable, Wanted};
+use super::pages::{IMAGE_ROWS, ParquetTable, URL_ROWS, Wanted};
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::kept::{can_be_kept, in_kept_types};
+use crate::commands::embed::location::Location;
 use crate::commands::embed::ranged::Ranged;
 
 /// Columns that an error message lists.
@@ -47,8 +49,18 @@ impl Columns {
                 ))
             })
         };
-        let image = match &reading.image_column {
-            Some(name) => {
+        let image = match (&reading.url_column, &reading.image_column) {
+            (Some(name), _) => {
+                let urls = place("--url-column", name)?;
+                let kind = schema.field(urls).data_type();
+                if !is_text(kind) {
+                    return Err(Broken::Unsuited(format!(
+                        "--url-column {name}: the column holds {kind}; URLs and paths are text"
+                    )));
+                }
+                urls
+            }
+            (None, Some(name)) => {
                 let image = place("--image-column", name)?;
                 let kind = schema.field(image).data_type();
                 if !is_image(kind) {
@@ -59,7 +71,7 @@ impl Columns {
                 }
                 image
             }
-            None => guess_image(schema)?,
+            (None, None) => guess_image(schema)?,
         };
         let id = reading.id_column.as_ref();
         let id = id.map(|name| place("--id-column", name)).transpose()?;
@@ -212,7 +224,7 @@ fn image_at(
     };
     match bytes {
         None => Err(ImageFault::invalid(
-            "image: the row has no bytes; only images that are stored in the file itself are read"
+            "image: the row has neither bytes nor a path; --url-column names a column of URLs"
                 .to_owned(),
         )),
         Some(bytes) => match unfit(bytes.len() as u64, held, reading) {
@@ -236,6 +248,7 @@ fn visit_batch(
     batch: &RecordBatch,
     columns: &Columns,
     reading: &Reading,
+    location: &Location,
     place: &mut Place<'_>,
     visit: &mut Visitor<'_>,
 ) -> Result<ControlFlow<()>, Broken> {
@@ -246,19 +259,21 @@ fn visit_batch(
         let kept = batch.project(&columns.keep).map_err(failed)?;
         Some(in_kept_types(kept).map_err(failed)?)
     };
+    let image = batch.column(columns.image).as_ref();
+    let mut elsewhere = ImagesElsewhere::new(image, location, place.held, reading);
     let schema = batch.schema();
     for row in 0..batch.num_rows() {
         let id = columns.id.map_or(Ok(None), |id| {
             id_at(schema.field(id), batch.column(id).as_ref(), row)
         });
         let ordinal = || format!("{}#{}", place.name, place.row);
-        let image = batch.column(columns.image).as_ref();
-        let (id, image) = match id {
-            Ok(id) => (
-                id.unwrap_or_else(ordinal),
-                image_at(image, row, place.held, reading),
-            ),
-            Err(fault) => (ordinal(), Err(fault)),
+        let (image, room) = match elsewhere.next(row).map_err(Broken::Failed)? {
+            Some(fetched) => fetched,
+            None => (image_at(image, row, place.held, reading), None),
+        };
+        let (id, image, room) = match id {
+            Ok(id) => (id.unwrap_or_else(ordinal), image, room),
+            Err(fault) => (ordinal(), Err(fault), None),
         };
         let seen = PlacedSample {
             cursor: place.row,
@@ -267,7 +282,7 @@ fn visit_batch(
             sample: Sample {
                 id,
                 image,
-                room: None,
+                room,
                 kept: kept.as_ref().map(|kept| kept.slice(row, 1)),
             },
         };
@@ -307,11 +322,15 @@ pub(super) fn read_parquet(
 ) -> Result<(), Broken> {
     let table = ParquetTable::open(file, reading)?;
     let columns = Columns::find(table.schema(), reading)?;
-    let is_only_image = columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
+    // A column of URLs is text, whose values are copied.
+    let has_urls = reading.url_column.is_some();
+    let is_only_image =
+        !has_urls && columns.id != Some(columns.image) && !columns.keep.contains(&columns.image);
     let places = columns.places();
     let wanted = Wanted {
         places: &places,
         viewed: is_only_image.then_some(columns.image),
+        batch_rows: if has_urls { URL_ROWS } else { IMAGE_ROWS },
     };
     let columns = columns.projected();
     let mut place = Place {
@@ -332,7 +351,7 @@ pub(super) fn read_parquet(
         place.row = place.row.max(cursor);
         let flow = table.each(group, &wanted, skipped, |batch, held| {
             place.held = held;
-            visit_batch(batch, &columns, reading, &mut place, visit)
+            visit_batch(batch, &columns, reading, file.location(), &mut place, visit)
         })?;
         if flow.is_break() {
             return Ok(());
@@ -356,6 +375,7 @@ pub(super) fn read_arrow(
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
+    let home = file.location().clone();
     let mut messages = Messages::open(file, reading)?;
     let columns = Columns::find(messages.schema(), reading)?;
     let mut place = Place {
@@ -378,7 +398,7 @@ pub(super) fn read_arrow(
             place.row = cursor;
         }
         place.held = held;
-        visit_batch(&rows, &columns, reading, &mut place, visit)
+        visit_batch(&rows, &columns, reading, &home, &mut place, visit)
     })
 }
 

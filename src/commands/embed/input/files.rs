@@ -1,11 +1,12 @@
 //! Reader of images that are files: of a directory tree, or named by a list.
 
 use std::ops::{ControlFlow, Range};
+use std::pin::pin;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use bytes::Bytes;
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use reqwest::Url;
 
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, too_large, unfit};
@@ -13,6 +14,7 @@ use crate::client::pool::ImageFault;
 use crate::commands::embed::location::{
     ListedObject, Location, ReadError, Stores, fault, is_absolute, scheme_of,
 };
+use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::web;
 use crate::commands::embed::web::WebClient;
 
@@ -93,9 +95,10 @@ impl Listing {
     }
 
     /// Returns the memory that a file may take once it is read: as much as the
-    /// largest image if its size is unknown.
-    fn room(&self, idx: usize, reading: &Reading) -> u64 {
-        let max = reading.image_bytes_max.min(reading.memory.limit());
+    /// largest image if its size is unknown. `held` is memory that no image
+    /// can have.
+    fn room(&self, idx: usize, held: u64, reading: &Reading) -> u64 {
+        let max = bytes_max(held, reading);
         match self {
             Self::Tree { entries, .. } => entries.get(idx).map_or(0, |entry| entry.bytes.min(max)),
             Self::List { .. } => max,
@@ -150,6 +153,76 @@ impl Listing {
     }
 }
 
+/// Returns the size of the largest file that is read beside `held` bytes.
+fn bytes_max(held: u64, reading: &Reading) -> u64 {
+    let free = reading.memory.limit().saturating_sub(held);
+    reading.image_bytes_max.min(free)
+}
+
+/// File of a listing that has been read, with the memory that it takes.
+pub(super) type ReadFile = (
+    usize,
+    Option<ImageRoom>,
+    anyhow::Result<Result<Bytes, ImageFault>>,
+);
+
+/// Reads files of a listing, several at the same time and each in its turn.
+/// `held` is memory that the files cannot have.
+pub(super) fn each(
+    listing: Arc<Listing>,
+    range: Range<usize>,
+    held: u64,
+    reading: &Reading,
+) -> impl Stream<Item = ReadFile> + use<'_> {
+    futures_util::stream::iter(range)
+        .map(move |idx| (idx, Arc::clone(&listing)))
+        .map(move |(idx, listing)| async move {
+            let listing = listing.as_ref();
+            // Room is acquired in the order of the files, so that no later file
+            // holds the room that the first file waits for.
+            let room = listing.room(idx, held, reading);
+            let mut room = reading.memory.room(room).await;
+            let image = file(listing, idx, held, reading).await;
+            match &image {
+                Ok(Ok(image)) => {
+                    if let Some(room) = &mut room {
+                        room.shrink(image.len() as u64);
+                    }
+                }
+                Ok(Err(_)) | Err(_) => room = None,
+            }
+            (idx, room, image)
+        })
+        .buffered(AT_ONCE)
+}
+
+/// Reads the images that rows of a table name. The faults name them, since the
+/// rows' ids do not.
+pub(super) fn of_rows(
+    listing: Arc<Listing>,
+    range: Range<usize>,
+    held: u64,
+    reading: &Reading,
+) -> impl Stream<Item = ReadFile> + use<'_> {
+    let named = Arc::clone(&listing);
+    each(listing, range, held, reading).map(move |(idx, room, image)| {
+        let name = named.name(idx).unwrap_or_default();
+        let image = image.map(|image| {
+            image.map_err(|fault| {
+                let of = fault.message.strip_prefix("image: ");
+                let message = match of {
+                    Some(of) if !name.is_empty() && named.trouble(idx).is_none() => {
+                        format!("image: {name}: {of}")
+                    }
+                    _ => fault.message,
+                };
+                ImageFault { message, ..fault }
+            })
+        });
+        (idx, room, image)
+    })
+}
+
 /// Reads the files of `range`; `cursor` counts from the beginning of `range`.
 /// The ids of files that the listing itself names begin with `prefix`.
 pub(super) fn read(
@@ -162,23 +235,8 @@ pub(super) fn read(
 ) -> Result<(), Broken> {
     let length = range.len();
     let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
-    let mut files = futures_util::stream::iter(range.skip(skipped))
-        .map(|idx| async move {
-            // Room is acquired in the order of the files, so that no later file
-            // holds the room that the first file waits for.
-            let mut room = reading.memory.room(listing.room(idx, reading)).await;
-            let image = file(listing, idx, reading).await;
-            match &image {
-                Ok(Ok(image)) => {
-                    if let Some(room) = &mut room {
-                        room.shrink(image.len() as u64);
-                    }
-                }
-                Ok(Err(_)) | Err(_) => room = None,
-            }
-            (idx, room, image)
-        })
-        .buffered(AT_ONCE);
+    let range = range.start + skipped..range.end;
+    let mut files = pin!(each(Arc::clone(listing), range, 0, reading));
     let mut place = skipped as u64;
     while let Some((idx, room, image)) = reading.runtime.block_on(files.next()) {
         let seen = PlacedSample {
@@ -204,10 +262,11 @@ pub(super) fn read(
 async fn file(
     listing: &Listing,
     idx: usize,
+    held: u64,
     reading: &Reading,
 ) -> anyhow::Result<Result<Bytes, ImageFault>> {
-    let max = reading.image_bytes_max.min(reading.memory.limit());
-    let over = |bytes| unfit(bytes, 0, reading).unwrap_or_else(|| too_large(bytes, max));
+    let max = bytes_max(held, reading);
+    let over = |bytes| unfit(bytes, held, reading).unwrap_or_else(|| too_large(bytes, max));
     let of_image = |fault: ImageFault| ImageFault {
         message: format!("image: {}", fault.message),
         ..fault

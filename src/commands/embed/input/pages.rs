@@ -31,8 +31,12 @@ use super::{Broken, Reading};
 use crate::commands::embed::memory::ImageRoom;
 use crate::commands::embed::ranged::Ranged;
 
-/// Largest number of rows that are decoded together.
-const BATCH_ROWS: u64 = 16;
+/// Largest number of rows that are decoded together if they hold images.
+pub(super) const IMAGE_ROWS: u64 = 16;
+/// Largest number of rows that are decoded together if they hold URLs. All
+/// images of a batch are read before the next batch, so a batch has many times
+/// the number of images that are read at the same time.
+pub(super) const URL_ROWS: u64 = 1024;
 /// Divisor of the memory that gives the limit of a batch of several rows; rows
 /// that are larger are decoded one by one.
 const BATCH_SHARES: u64 = 16;
@@ -117,13 +121,15 @@ impl<'a> ParquetTable<'a> {
     ) -> Result<ControlFlow<()>, Broken> {
         let metadata = Arc::clone(self.metadata.metadata());
         let schema = self.metadata.parquet_schema();
-        let viewed = wanted.viewed.and_then(|place| image_leaf(schema, place));
+        let leaf = |name| wanted.viewed.and_then(|place| leaf_of(schema, place, name));
+        let (viewed, path) = (leaf("bytes"), leaf("path"));
         let leaves = (0..schema.num_columns()).filter(|&leaf| {
             let root = schema.get_column_root_idx(leaf);
-            wanted.places.contains(&root) && (wanted.viewed != Some(root) || viewed == Some(leaf))
+            let is_whole = wanted.viewed != Some(root);
+            wanted.places.contains(&root) && (is_whole || [viewed, path].contains(&Some(leaf)))
         });
         let mask = ProjectionMask::leaves(schema, leaves);
-        let batch_rows = self.batch_rows(group, &mask);
+        let batch_rows = self.batch_rows(group, &mask, wanted.batch_rows);
         let fields = with_views(self.schema(), wanted.viewed);
         let levels = parquet_to_arrow_field_levels(schema, mask, Some(&fields)).map_err(damaged)?;
         let held = Arc::new(Mutex::new(Held {
@@ -170,7 +176,7 @@ impl<'a> ParquetTable<'a> {
 
     /// Returns the number of rows per batch, small enough by the sizes that the
     /// group states. If a group states wrong sizes, its pages are refused.
-    fn batch_rows(&self, group: usize, mask: &ProjectionMask) -> usize {
+    fn batch_rows(&self, group: usize, mask: &ProjectionMask, max: u64) -> usize {
         let group = self.metadata.metadata().row_group(group);
         let chunks = group.columns().iter().enumerate();
         let bytes = chunks
@@ -180,7 +186,7 @@ impl<'a> ParquetTable<'a> {
         let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
         let budget = self.reading.memory.limit() / BATCH_SHARES;
         let fit = budget / (bytes / rows).max(1);
-        usize::try_from(fit.clamp(1, BATCH_ROWS)).unwrap_or(1)
+        usize::try_from(fit.clamp(1, max)).unwrap_or(1)
     }
 }
 
@@ -188,18 +194,20 @@ impl<'a> ParquetTable<'a> {
 pub(super) struct Wanted<'a> {
     pub(super) places: &'a [usize],
     /// Column of the images, if it is not also the id or a kept column. Its
-    /// values are not copied out of their page, and of a struct only the bytes
-    /// are read.
+    /// bytes are not copied out of their page, and of a struct only the bytes
+    /// and the path are read.
     pub(super) viewed: Option<usize>,
+    /// Largest number of rows of a batch.
+    pub(super) batch_rows: u64,
 }
 
-/// Finds the leaf that holds the bytes of the images.
-fn image_leaf(schema: &SchemaDescriptor, place: usize) -> Option<usize> {
+/// Finds the leaf that holds the bytes, or the paths, of the images.
+fn leaf_of(schema: &SchemaDescriptor, place: usize, name: &str) -> Option<usize> {
     (0..schema.num_columns()).find(|&leaf| {
         let column = schema.column(leaf);
         let path = column.path().parts();
         schema.get_column_root_idx(leaf) == place
-            && (path.len() == 1 || (path.len() == 2 && path[1] == "bytes"))
+            && ((path.len() == 1 && name == "bytes") || (path.len() == 2 && path[1] == name))
     })
 }
 
@@ -440,15 +448,20 @@ struct CheckedFile {
 struct Headers {
     dictionary: Option<(u64, PageHeader)>,
     last: Option<(u64, PageHeader)>,
+    /// Header of the last page without bytes, such as the dictionary of a
+    /// column without values. The next page's header begins where this page
+    /// does.
+    empty: Option<(u64, PageHeader)>,
 }
 
 impl Headers {
-    fn of(&self, start: u64) -> Option<PageHeader> {
-        let known = [self.last, self.dictionary].into_iter().flatten();
+    /// Returns the headers of the pages that begin at an offset.
+    fn of(&self, start: u64) -> impl Iterator<Item = PageHeader> + use<> {
+        let known = [self.last, self.dictionary, self.empty];
+        let known = known.into_iter().flatten();
         known
-            .filter(|(at, _)| *at == start)
+            .filter(move |(at, _)| *at == start)
             .map(|(_, header)| header)
-            .next()
     }
 }
 
@@ -465,28 +478,37 @@ impl ChunkReader for CheckedFile {
         let mut headers = self.headers.lock().unwrap_or_else(PoisonError::into_inner);
         // After a header was read on its own, the library requests the page at
         // the header's end.
-        if headers.of(start).is_none() {
-            let header = PageHeader::read(self.file.from(start))?;
-            let known = Some((start.saturating_add(header.length), header));
-            if header.is_dictionary {
-                headers.dictionary = known;
+        if headers.of(start).all(|header| header.compressed == 0) {
+            match PageHeader::read(self.file.from(start)) {
+                Ok(header) => {
+                    let known = Some((start.saturating_add(header.length), header));
+                    if header.is_dictionary {
+                        headers.dictionary = known;
+                    }
+                    if header.compressed == 0 {
+                        headers.empty = known;
+                    }
+                    headers.last = known;
+                }
+                // A page without bytes may be the last one of its column.
+                Err(_) if headers.of(start).next().is_some() => {}
+                Err(error) => return Err(error),
             }
-            headers.last = known;
         }
         self.file.get_read(start)
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
         let headers = self.headers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut header = headers
-            .of(start)
-            .ok_or_else(|| error("a page has no header"))?;
+        let mut known = headers.of(start).peekable();
         drop(headers);
-        if header.compressed != length as u64 {
-            return Err(error(
-                "a page is requested with another length than its header states",
-            ));
+        if known.peek().is_none() {
+            return Err(error("a page has no header"));
         }
+        let header = known.find(|header| header.compressed == length as u64);
+        let mut header = header.ok_or_else(|| {
+            error("a page is requested with another length than its header states")
+        })?;
         if matches!(self.column.compression, Compression::BROTLI(_)) && length > 0 {
             header.window = brotli_window(self.file.get_bytes(start, 1)?[0])?;
         }

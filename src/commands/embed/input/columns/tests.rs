@@ -274,3 +274,69 @@ async fn a_page_that_becomes_too_large_is_an_error_that_says_so() {
         }
     }
 }
+
+/// A column without values has a dictionary of no bytes, so that its first
+/// page's header begins where the dictionary does.
+#[tokio::test]
+async fn a_column_without_values_is_kept() {
+    let mut columns: Vec<(&str, ArrayRef)> = Vec::new();
+    let table = table(20);
+    for name in ["label", "image"] {
+        columns.push((name, Arc::clone(table.column_by_name(name).unwrap())));
+    }
+    columns.push(("note", Arc::new(StringArray::new_null(20))));
+    columns.push(("count", Arc::new(Int64Array::new_null(20))));
+    let table = RecordBatch::try_from_iter_with_nullable(
+        columns
+            .into_iter()
+            .map(|(name, column)| (name, column, true)),
+    )
+    .unwrap();
+    let (_dir, shard) = shard("t.parquet", &parquet(&table));
+    for start in [0_u8, 7, 13] {
+        let reading = reading(&["note", "count", "label"]);
+        let (seen, result) = read_all(shard.clone(), start.into(), reading).await;
+        assert!(result.is_ok(), "{result:?}");
+        assert_eq!(seen.len(), usize::from(20 - start));
+        let kept = seen[0].1.kept.as_ref().unwrap();
+        assert!(kept.column(0).is_null(0) && kept.column(1).is_null(0));
+        assert!(kept.column(2).is_valid(0));
+    }
+}
+
+#[tokio::test]
+async fn a_table_of_paths_can_be_begun_at_every_row() {
+    let names = (0..20).map(|n| (n != 3).then(|| format!("{n}.png")));
+    let table = RecordBatch::try_from_iter_with_nullable([(
+        "url",
+        Arc::new(names.collect::<StringArray>()) as ArrayRef,
+        true,
+    )])
+    .unwrap();
+    for (name, content) in [
+        ("t.parquet", parquet(&table)),
+        ("t.arrow", arrow_file(&table)),
+    ] {
+        let (dir, shard) = shard(name, &content);
+        for n in 0..20_u8 {
+            std::fs::write(dir.path().join(format!("{n}.png")), [n]).unwrap();
+        }
+        for start in [0_u8, 3, 4, 7, 13, 20] {
+            let mut reading = reading(&[]);
+            reading.url_column = Some("url".to_owned());
+            let (seen, result) = read_all(shard.clone(), start.into(), reading).await;
+            assert!(result.is_ok(), "{result:?}");
+            assert_eq!(seen.len(), usize::from(20 - start), "{name} from {start}");
+            for (row, (cursor, sample)) in (start..).zip(seen) {
+                assert_eq!(cursor, u64::from(row));
+                match sample.image {
+                    Ok(image) => assert_eq!(image, [row][..]),
+                    Err(fault) => {
+                        assert_eq!(row, 3);
+                        assert!(fault.message.contains("the row has no URL"));
+                    }
+                }
+            }
+        }
+    }
+}
