@@ -2,6 +2,11 @@
 //! a list of runs, or states its color changes relative to those of the row
 //! above.
 //!
+//! A damaged row is an error, because other decoders repair it in ways of their
+//! own: a code that is none, runs that are together longer or shorter than the
+//! row, a missing mark of the end of a row where the first row has one, and data
+//! that end within a row.
+//!
 //! The codes are the `fax` crate's. Its decoder is not used: it accepts changes
 //! that go back to the left, with which a row can take any amount of time.
 
@@ -18,6 +23,8 @@ pub(super) struct Fax {
     width: u32,
     coding: FaxCoding,
     bits: Bits,
+    /// True if rows begin with a mark, as the first row tells.
+    marked: Option<bool>,
     /// Columns at which the color changes, beginning with white: of the row
     /// above, and of the current row.
     above: Vec<u32>,
@@ -53,13 +60,19 @@ impl BitReader<'_, '_> {
         Some(bit == 1)
     }
 
-    /// Skips the mark of the end of a row, 11 zeros or more and a one, if there
-    /// is one.
-    fn skip_mark(&mut self) -> Option<()> {
-        if fax::BitReader::peek(self, 11)? == 0 {
+    /// Skips the mark of the end of a row, 11 zeros or more and a one. Returns
+    /// false if there is none.
+    fn skip_mark(&mut self) -> Option<bool> {
+        let marked = fax::BitReader::peek(self, 11)? == 0;
+        if marked {
             while !self.bit()? {}
         }
-        Some(())
+        Some(marked)
+    }
+
+    /// Returns true if bits behind the end of the data were taken.
+    fn overran(&self) -> bool {
+        u32::from(self.bits.count) < 8 * self.bits.zeros
     }
 
     fn fill(&mut self) -> Result<(), ()> {
@@ -105,6 +118,7 @@ impl Fax {
             width,
             coding,
             bits: Bits::default(),
+            marked: None,
             above: Vec::new(),
             changes: Vec::new(),
             line: vec![0; bytes],
@@ -137,7 +151,10 @@ impl Fax {
                 false
             }
             FaxCoding::Group3 { two_dimensions } => {
-                reader.skip_mark()?;
+                let marked = reader.skip_mark()?;
+                if *self.marked.get_or_insert(marked) != marked {
+                    return None;
+                }
                 two_dimensions && !reader.bit()?
             }
             FaxCoding::Group4 => true,
@@ -148,6 +165,9 @@ impl Fax {
             relative_row(&self.above, &mut self.changes, self.width, &mut reader)?;
         } else {
             row_of_runs(&mut self.changes, self.width, &mut reader)?;
+        }
+        if reader.overran() {
+            return None;
         }
         self.paint();
         Some(())
@@ -177,7 +197,7 @@ fn add_change(changes: &mut Vec<u32>, at: u32, width: u32) -> Option<()> {
 fn row_of_runs(changes: &mut Vec<u32>, width: u32, reader: &mut BitReader<'_, '_>) -> Option<()> {
     let (mut at, mut is_black) = (0_u32, false);
     while at < width {
-        at = at.checked_add(run(is_black, reader)?)?.min(width);
+        at = run_end(at, is_black, width, reader)?;
         add_change(changes, at, width)?;
         is_black = !is_black;
     }
@@ -218,7 +238,7 @@ fn relative_row(
             }
             Mode::Horizontal => {
                 for of_black in [is_black, !is_black] {
-                    at = at.checked_add(run(of_black, reader)?)?.min(width);
+                    at = run_end(at, of_black, width, reader)?;
                     change(at)?;
                 }
             }
@@ -245,6 +265,13 @@ fn fill(line: &mut [u8], start: u32, end: u32) {
             at += to - from;
         }
     }
+}
+
+/// Reads a run that begins at a column, and returns the column behind it, which
+/// lies within the row.
+fn run_end(at: u32, of_black: bool, width: u32, reader: &mut BitReader<'_, '_>) -> Option<u32> {
+    let end = at.checked_add(run(of_black, reader)?)?;
+    (end <= width).then_some(end)
 }
 
 /// Reads the length of a run: parts of 64 pixels and more, then one part of
