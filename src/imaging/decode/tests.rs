@@ -257,6 +257,8 @@ fn orientation_comes_from_exif_or_else_xmp() {
     check(None, Some(b"<tiff:Orientation>5</tiff:Orientation>"), 5);
     check(None, Some(b"tiff:Orientation="), 1);
     check(Some(&exif(1)), Some(b"tiff:Orientation=\"3\""), 1);
+    // An orientation in EXIF that is none still stands before XMP.
+    check(Some(&exif(9)), Some(b"tiff:Orientation=\"3\""), 1);
 }
 
 #[test]

@@ -207,7 +207,7 @@ impl<'a> Chunk<'a> {
             Codec::None | Codec::PackBits | Codec::Fax(_) => {}
         }
         let fax = match codec {
-            Codec::Fax(coding) => Some(Fax::new(image.chunk_width, *coding)),
+            Codec::Fax(coding) => Some(Fax::new(image.chunk_width, *coding, bytes, image.reversed)),
             _ => None,
         };
         Self {

@@ -4,8 +4,8 @@
 //!
 //! A damaged row is an error, because other decoders repair it in ways of their
 //! own: a code that is none, runs that are together longer or shorter than the
-//! row, a missing mark of the end of a row where the first row has one, and data
-//! that end within a row.
+//! row, a row without a mark of its beginning although there is a mark somewhere,
+//! and data that end within a row.
 //!
 //! The codes are the `fax` crate's. Its decoder is not used: it accepts changes
 //! that go back to the left, with which a row can take any amount of time.
@@ -23,8 +23,9 @@ pub(super) struct Fax {
     width: u32,
     coding: FaxCoding,
     bits: Bits,
-    /// True if rows begin with a mark, as the first row tells.
-    marked: Option<bool>,
+    /// True if rows begin with a mark. Without it, Pillow's library skips what is
+    /// in front of the next mark.
+    marked: bool,
     /// Columns at which the color changes, beginning with white: of the row
     /// above, and of the current row.
     above: Vec<u32>,
@@ -112,17 +113,18 @@ impl fax::BitReader for BitReader<'_, '_> {
 }
 
 impl Fax {
-    pub(super) fn new(width: u32, coding: FaxCoding) -> Self {
-        let bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
+    /// Begins a strip or tile of these bytes, whose bits may be reversed.
+    pub(super) fn new(width: u32, coding: FaxCoding, bytes: &[u8], reversed: bool) -> Self {
+        let row_bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
         Self {
             width,
             coding,
             bits: Bits::default(),
-            marked: None,
+            marked: coding.is_group3() && has_mark(bytes, reversed),
             above: Vec::new(),
             changes: Vec::new(),
-            line: vec![0; bytes],
-            taken: bytes,
+            line: vec![0; row_bytes],
+            taken: row_bytes,
         }
     }
 
@@ -151,8 +153,7 @@ impl Fax {
                 false
             }
             FaxCoding::Group3 { two_dimensions } => {
-                let marked = reader.skip_mark()?;
-                if *self.marked.get_or_insert(marked) != marked {
+                if reader.skip_mark()? != self.marked {
                     return None;
                 }
                 two_dimensions && !reader.bit()?
@@ -183,6 +184,21 @@ impl Fax {
             fill(&mut self.line, start, end);
         }
     }
+}
+
+/// Returns true if 11 zeros follow each other, which no codes make.
+fn has_mark(bytes: &[u8], reversed: bool) -> bool {
+    let mut zeros = 0;
+    bytes.iter().any(|&byte| {
+        let byte = if reversed { byte.reverse_bits() } else { byte };
+        let found = zeros + byte.leading_zeros() >= 11;
+        zeros = if byte == 0 {
+            zeros + 8
+        } else {
+            byte.trailing_zeros()
+        };
+        found
+    })
 }
 
 /// Adds a change of color. There are no more changes than pixels, and one: runs
