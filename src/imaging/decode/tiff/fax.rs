@@ -26,6 +26,7 @@ pub(super) struct Fax {
     /// True if rows begin with a mark. Without it, Pillow's library skips what is
     /// in front of the next mark.
     marked: bool,
+    refused: bool,
     /// Columns at which the color changes, beginning with white: of the row
     /// above, and of the current row.
     above: Vec<u32>,
@@ -121,11 +122,19 @@ impl Fax {
             coding,
             bits: Bits::default(),
             marked: coding.is_group3() && has_mark(bytes, reversed),
+            refused: false,
             above: Vec::new(),
             changes: Vec::new(),
             line: vec![0; row_bytes],
             taken: row_bytes,
         }
+    }
+
+    /// Sees to it that a strip or tile with marks behind one without is an
+    /// error, since Pillow's library looks for no marks then.
+    pub(super) fn follow(&mut self, unmarked: &mut bool) {
+        self.refused = self.marked && *unmarked;
+        *unmarked |= self.coding.is_group3() && !self.marked;
     }
 
     /// Takes bytes of the current row.
@@ -153,7 +162,7 @@ impl Fax {
                 false
             }
             FaxCoding::Group3 { two_dimensions } => {
-                if reader.skip_mark()? != self.marked {
+                if self.refused || reader.skip_mark()? != self.marked {
                     return None;
                 }
                 two_dimensions && !reader.bit()?
