@@ -47,7 +47,9 @@ pub(super) fn decode(
     let found = Found::read(bytes).ok_or_else(|| header.damaged("no whole header of a frame"))?;
     let transparent = found.transparent;
     let head = found.head();
-    let file = head.as_slice().chain(header.source(found.frame));
+    // The decoder gives the last pixels only at the end of the data.
+    let end = b"\0;".as_slice();
+    let file = head.as_slice().chain(header.source(found.frame)).chain(end);
     let mut decoder = options.read_info(file).map_err(fail)?;
     let screen = (decoder.width(), decoder.height());
     // A screen without pixels is as large as its frame.
