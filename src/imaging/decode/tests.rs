@@ -96,21 +96,29 @@ fn tiff(entries: &[(u16, u16)], strips: &[(u16, u16)], data: &[u8]) -> Vec<u8> {
     let lists = u16::try_from(strips.len() * 2).unwrap();
     let mut bytes = b"II*\0\x08\0\0\0".to_vec();
     bytes.extend(count.to_le_bytes());
-    let mut all: Vec<(u16, u32, u16)> = entries
+    let mut all: Vec<(u16, u32, u32)> = entries
         .iter()
-        .map(|&(tag, value)| (tag, 1, value))
+        .map(|&(tag, value)| (tag, 1, u32::from(value)))
         .collect();
     let start = behind + 2 * lists;
     let many = u32::try_from(strips.len()).unwrap();
-    if let [(offset, len)] = *strips {
-        all.extend([(273, 1, start + offset), (279, 1, len)]);
-    } else {
-        all.extend([(273, many, behind), (279, many, behind + lists)]);
+    // Four bytes of values stand in the entry itself.
+    let both = |low: u16, high: u16| u32::from(high) << 16 | u32::from(low);
+    match *strips {
+        [(offset, len)] => all.extend([(273, 1, both(start + offset, 0)), (279, 1, both(len, 0))]),
+        [(first, first_len), (second, second_len)] => all.extend([
+            (273, 2, both(start + first, start + second)),
+            (279, 2, both(first_len, second_len)),
+        ]),
+        _ => all.extend([
+            (273, many, both(behind, 0)),
+            (279, many, both(behind + lists, 0)),
+        ]),
     }
     for (tag, count, value) in all {
         bytes.extend([tag, 3].map(u16::to_le_bytes).concat());
         bytes.extend(count.to_le_bytes());
-        bytes.extend(u32::from(value).to_le_bytes());
+        bytes.extend(value.to_le_bytes());
     }
     bytes.extend([0; 4]);
     bytes.extend(
