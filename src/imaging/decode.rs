@@ -14,16 +14,24 @@
 //! - A TIFF of 16-bit colors in planes without compression has its right
 //!   pixels, where Pillow takes each byte for a sample.
 //! - A PNG's orientation is read from eXIf, from the text that ImageMagick
-//!   writes, and from plain XMP, not from other compressed text, which is
-//!   skipped.
+//!   writes, and from plain XMP, not from compressed XMP. Other text is not read
+//!   and may be damaged.
+//! - A damaged lossy WebP may have other pixels: Pillow's library reads some
+//!   damaged frames in another way.
+//! - Decoded, where Pillow refuses: PNG data with a wrong Adler-32 behind the
+//!   last pixel, and some damaged PNG and TIFF metadata; a JPEG that is cut short
+//!   behind its last pixel; TIFF in RGB of 16 bits with more than one extra
+//!   sample, 16-bit gray with alpha, and 8-bit gray whose bits are turned and
+//!   that is inverted or has a sign.
 //! - A WebP's orientation is read even if its header does not announce EXIF.
 //! - Refused: TIFF in YCbCr outside of JPEGs or in L*a*b*, gray of 12 bits, and
 //!   kinds of TIFF that Pillow reads wrongly: compressed numbers with a sign or
 //!   of 32 bits that begin with the high byte, planes without compression whose
 //!   bits are turned, a fourth plane of unstated meaning in tiles without
-//!   compression; LZMA, WebP and JPEG of the old kind in a TIFF; a DIB of other
-//!   than one plane.
-//! - PNG data with a wrong checksum is refused.
+//!   compression; LZMA, WebP, JPEG of the old kind, JPEG of two samples and fax
+//!   codes in words in a TIFF; a fax with a damaged row, which Pillow repairs; a
+//!   DIB of other than one plane; a PNG with an unknown chunk that is critical.
+//! - PNG data with a wrong checksum of a chunk is refused.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -64,12 +64,14 @@ pub(super) fn decode(
     };
     let mut data = vec![0; width as usize * height as usize * layout.channels()];
     reader.next_frame(&mut data).map_err(fail)?;
-    let text = match chunk(bytes, *b"eXIf") {
+    // Of several chunks the last one counts.
+    let stored = chunks(bytes).filter_map(exif).last();
+    let text = match stored {
         None => chunks(bytes).filter_map(exif_text).last(),
         Some(_) => None,
     };
-    let exif = chunk(bytes, *b"eXIf").or(text.as_deref());
-    let orientation = orientation(exif, chunk(bytes, *b"iTXt").and_then(xmp));
+    let xmp = chunks(bytes).filter_map(xmp).last();
+    let orientation = orientation(stored.or(text.as_deref()), xmp);
     let pixels = Pixels {
         width,
         height,
@@ -107,14 +109,6 @@ fn largest_chunk(bytes: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// Returns the body of the first chunk of a kind, before the pixels or after
-/// them. Of text chunks, returns the first that holds XMP.
-fn chunk(bytes: &[u8], kind: [u8; 4]) -> Option<&[u8]> {
-    chunks(bytes)
-        .find(|(found, body)| **found == kind && (kind != *b"iTXt" || xmp(body).is_some()))
-        .map(|(_, body)| body)
-}
-
 /// Iterates over the kinds and bodies of all chunks that are whole.
 fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
     let mut rest = bytes.get(8..).unwrap_or(&[]);
@@ -145,6 +139,16 @@ fn with_end(bytes: &[u8]) -> Option<Vec<u8>> {
 /// Most bytes of EXIF data as text, which is twice as long and more.
 const TEXT_BYTES_MAX: usize = 256 << 10;
 
+/// Returns the EXIF data in a chunk of their own, or in a text of that name,
+/// before the pixels or after them.
+fn exif<'a>((kind, body): (&[u8; 4], &'a [u8])) -> Option<&'a [u8]> {
+    match kind {
+        b"eXIf" => Some(body),
+        b"tEXt" => body.strip_prefix(b"exif\0"),
+        _ => None,
+    }
+}
+
 /// Returns the EXIF data in a text chunk of ImageMagick's: after three line
 /// breaks, two digits for each byte.
 fn exif_text((kind, body): (&[u8; 4], &[u8])) -> Option<Vec<u8>> {
@@ -155,6 +159,15 @@ fn exif_text((kind, body): (&[u8; 4], &[u8])) -> Option<Vec<u8>> {
         b"zTXt" => {
             inflated = inflate(text.strip_prefix(b"\0")?)?;
             &inflated
+        }
+        b"iTXt" => {
+            let (packed, text) = international(text)?;
+            if packed {
+                inflated = inflate(text)?;
+                &inflated
+            } else {
+                text
+            }
         }
         _ => return None,
     };
@@ -179,6 +192,17 @@ fn inflate(bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Returns the text of an XMP chunk that is not compressed.
-fn xmp(body: &[u8]) -> Option<&[u8]> {
-    body.strip_prefix(b"XML:com.adobe.xmp\0\0\0")
+fn xmp<'a>((kind, body): (&[u8; 4], &'a [u8])) -> Option<&'a [u8]> {
+    let body = body.strip_prefix(b"XML:com.adobe.xmp\0")?;
+    let (packed, text) = international(body).filter(|_| kind == b"iTXt")?;
+    (!packed).then_some(text)
+}
+
+/// Returns the text in what follows the name of an iTXt chunk, and true if the
+/// text is compressed: two bytes for compression, a language, and the name in
+/// that language.
+fn international(body: &[u8]) -> Option<(bool, &[u8])> {
+    let (&[packed, method], rest) = body.split_first_chunk()?;
+    let text = rest.splitn(3, |&byte| byte == 0).nth(2)?;
+    (packed == 0 || method == 0).then_some((packed != 0, text))
 }

@@ -96,21 +96,29 @@ fn tiff(entries: &[(u16, u16)], strips: &[(u16, u16)], data: &[u8]) -> Vec<u8> {
     let lists = u16::try_from(strips.len() * 2).unwrap();
     let mut bytes = b"II*\0\x08\0\0\0".to_vec();
     bytes.extend(count.to_le_bytes());
-    let mut all: Vec<(u16, u32, u16)> = entries
+    let mut all: Vec<(u16, u32, u32)> = entries
         .iter()
-        .map(|&(tag, value)| (tag, 1, value))
+        .map(|&(tag, value)| (tag, 1, u32::from(value)))
         .collect();
     let start = behind + 2 * lists;
     let many = u32::try_from(strips.len()).unwrap();
-    if let [(offset, len)] = *strips {
-        all.extend([(273, 1, start + offset), (279, 1, len)]);
-    } else {
-        all.extend([(273, many, behind), (279, many, behind + lists)]);
+    // Four bytes of values stand in the entry itself.
+    let both = |low: u16, high: u16| u32::from(high) << 16 | u32::from(low);
+    match *strips {
+        [(offset, len)] => all.extend([(273, 1, both(start + offset, 0)), (279, 1, both(len, 0))]),
+        [(first, first_len), (second, second_len)] => all.extend([
+            (273, 2, both(start + first, start + second)),
+            (279, 2, both(first_len, second_len)),
+        ]),
+        _ => all.extend([
+            (273, many, both(behind, 0)),
+            (279, many, both(behind + lists, 0)),
+        ]),
     }
     for (tag, count, value) in all {
         bytes.extend([tag, 3].map(u16::to_le_bytes).concat());
         bytes.extend(count.to_le_bytes());
-        bytes.extend(u32::from(value).to_le_bytes());
+        bytes.extend(value.to_le_bytes());
     }
     bytes.extend([0; 4]);
     bytes.extend(
@@ -257,6 +265,8 @@ fn orientation_comes_from_exif_or_else_xmp() {
     check(None, Some(b"<tiff:Orientation>5</tiff:Orientation>"), 5);
     check(None, Some(b"tiff:Orientation="), 1);
     check(Some(&exif(1)), Some(b"tiff:Orientation=\"3\""), 1);
+    // An orientation in EXIF that is none still stands before XMP.
+    check(Some(&exif(9)), Some(b"tiff:Orientation=\"3\""), 1);
 }
 
 #[test]
@@ -289,4 +299,165 @@ fn palettes_are_whole_colors_and_at_most_256() {
         "encoded: the PNG is damaged or cut short: a palette of 64 bytes; it must have 3 bytes per \
          color and at most 768"
     );
+}
+
+/// Builds a TIFF of bilevel rows in fax codes, one strip per list of codes.
+fn fax(compression: u16, width: u16, rows_per_strip: u16, strips: &[&str]) -> Vec<u8> {
+    let strips: Vec<Vec<u8>> = strips.iter().map(|codes| packed(codes)).collect();
+    let mut places = Vec::new();
+    let mut at = 0;
+    for strip in &strips {
+        let len = u16::try_from(strip.len()).unwrap();
+        places.push((at, len));
+        at += len;
+    }
+    let height = rows_per_strip * u16::try_from(strips.len()).unwrap();
+    let entries = [
+        (256, width),
+        (257, height),
+        (258, 1),
+        (259, compression),
+        (262, 0),
+        (278, rows_per_strip),
+    ];
+    tiff(&entries, &places, &strips.concat())
+}
+
+/// Packs a text of zeros and ones, with spaces for readers.
+fn packed(bits: &str) -> Vec<u8> {
+    let bits: Vec<u8> = bits.bytes().filter(|bit| *bit != b' ').collect();
+    let byte = |bits: &[u8]| {
+        (0..8).fold(0, |byte, at| {
+            byte << 1 | u8::from(bits.get(at) == Some(&b'1'))
+        })
+    };
+    bits.chunks(8).map(byte).collect()
+}
+
+#[test]
+fn rows_of_fax_codes_are_exactly_as_wide_as_the_picture() {
+    // A white run of 2 and a black run of 2.
+    const ROW: &str = "0111 11";
+    const MARK: &str = "000000000001";
+    let marked = format!("{MARK} {ROW} {MARK} {ROW}");
+    let unmarked = format!("{ROW} {ROW}");
+    let row = [255, 255, 0, 0].map(|level| [level; 3]).concat();
+    let whole = |file: &[u8]| {
+        let image = decode(file, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap();
+        assert_eq!(image.pixels, row.repeat(image.height as usize));
+    };
+    whole(&fax(2, 4, 2, &[&format!("{ROW} 00 {ROW}")]));
+    whole(&fax(3, 4, 2, &[&marked]));
+    whole(&fax(3, 4, 2, &[&unmarked]));
+    whole(&fax(3, 4, 2, &[&unmarked, &unmarked]));
+    whole(&fax(3, 4, 2, &[&marked, &unmarked]));
+    let damaged = |compression, strips: &[&str]| {
+        let error = error(&fax(compression, 4, 2, strips));
+        assert!(error.contains("does not decompress"), "{strips:?}: {error}");
+    };
+    // Runs of 2 and 3 pixels, of 2 pixels and a code that is none, and one row.
+    damaged(2, &[&format!("0111 10 00 {ROW}")]);
+    damaged(2, &[&format!("0111 0000 {ROW}")]);
+    damaged(2, &[ROW]);
+    // A row without a mark among others, a mark behind rows without, and a strip
+    // with marks behind one without.
+    damaged(3, &[&format!("{MARK} {ROW} {ROW}")]);
+    damaged(3, &[&format!("{ROW} {MARK} {ROW}")]);
+    damaged(3, &[&format!("{ROW} {ROW} {MARK}")]);
+    damaged(3, &[&unmarked, &marked]);
+}
+
+/// Builds a GIF of 1 x 1 pixel with index 1, these blocks before the frame, and
+/// a palette of two colors.
+fn gif(palette: &[u8; 6], blocks: &[u8]) -> Vec<u8> {
+    let head = b"GIF89a\x01\0\x01\0\x80\0\0";
+    // The codes clear, 1 and end, of 3 bits each.
+    let frame = b",\0\0\0\0\x01\0\x01\0\0\x02\x02\x4c\x01\0;";
+    [head.as_slice(), palette, blocks, frame].concat()
+}
+
+#[test]
+fn the_way_to_a_gifs_frame_is_pillows() {
+    let palette = [10, 20, 30, 40, 50, 60];
+    let pixels = |blocks: &[u8], alpha| {
+        let file = gif(&palette, blocks);
+        let image = decode(&file, alpha, &LIMITS, &DecodeBudget::endless()).unwrap();
+        image.pixels
+    };
+    let control = |flags: u8, index: u8| [0x21, 0xf9, 4, flags, 0, 0, index, 0];
+    assert_eq!(pixels(b"", Alpha::White), [40, 50, 60]);
+    // The last control block that names a transparent color counts.
+    let both = [control(1, 1), control(0, 0)].concat();
+    assert_eq!(pixels(&both, Alpha::White), [255; 3]);
+    let both = [control(1, 1), control(1, 0)].concat();
+    assert_eq!(pixels(&both, Alpha::White), [40, 50, 60]);
+    // What is no block is skipped.
+    assert_eq!(pixels(b"\0junk", Alpha::Drop), [40, 50, 60]);
+    // A data block that is cut short is not read.
+    let file = gif(&palette, b"");
+    let cut = error(&file[..file.len() - 3]);
+    assert!(cut.starts_with("encoded: the GIF is damaged"), "{cut}");
+    assert!(error(&file[..25]).ends_with("no whole header of a frame"));
+}
+
+#[test]
+fn of_several_orientations_in_a_png_the_last_counts() {
+    let exif = |orientation: u8| {
+        let mut bytes = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
+        bytes.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
+        bytes
+    };
+    let text = |kind: &str| {
+        let digits: String = exif(6).iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("Raw profile type exif\0{kind}\nexif\n26\n{digits}\n")
+    };
+    // Two white pixels: a stored deflate block of filter 0 and six bytes.
+    let data = b"\x78\x01\x01\x07\0\xf8\xff\0\xff\xff\xff\xff\xff\xff\x14\xf2\x05\xfb";
+    let height = |before: (&[u8; 4], &[u8]), after: (&[u8; 4], &[u8])| {
+        let header = header_of(2, 1);
+        let file = png(&[
+            (b"IHDR", &header),
+            before,
+            (b"IDAT", data),
+            after,
+            (b"IEND", b""),
+        ]);
+        let image = decode(&file, Alpha::Drop, &LIMITS, &DecodeBudget::endless()).unwrap();
+        image.height
+    };
+    let none = (b"teXt", b"".as_slice());
+    assert_eq!(height((b"eXIf", &exif(6)), (b"eXIf", &exif(3))), 1);
+    assert_eq!(height((b"eXIf", &exif(3)), (b"eXIf", &exif(6))), 2);
+    assert_eq!(height((b"tEXt", text("").as_bytes()), none), 2);
+    assert_eq!(height((b"iTXt", text("\0\0\0\0").as_bytes()), none), 2);
+    assert_eq!(
+        height((b"iTXt", text("\0\0\0\0").as_bytes()), (b"eXIf", &exif(1))),
+        1
+    );
+}
+
+#[test]
+fn chunks_of_a_webp_fill_the_file() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/golden/images/exif-8.webp"
+    );
+    let file = std::fs::read(path).unwrap();
+    let with = |tail: &[u8]| {
+        let mut file = [file.as_slice(), tail].concat();
+        let len = u32::try_from(file.len() - 8).unwrap();
+        file[4..8].copy_from_slice(&len.to_le_bytes());
+        decode(&file, Alpha::Drop, &LIMITS, &DecodeBudget::endless())
+    };
+    assert!(with(b"").is_ok());
+    assert!(with(b"what\x02\0\0\0ab").is_ok());
+    for tail in [
+        b"j".as_slice(),
+        b"junkjunk",
+        b"what\x04\0\0\0ab",
+        b"what\x01\0\0\0a",
+    ] {
+        let error = with(tail).unwrap_err().to_string();
+        assert!(error.contains("bytes that are no chunk"), "{error}");
+    }
 }

@@ -123,6 +123,9 @@ impl<'a> File<'a> {
         let animated = flags & 2 != 0;
         let (mut frame, mut exif, mut xmp) = (None, None, None);
         let mut alpha = None;
+        if !matches!(first.0, b"VP8X" | b"VP8 " | b"VP8L") {
+            return Err(header.damaged("a first chunk that is no image and no header"));
+        }
         for (kind, body) in chunks.by_ref() {
             match kind {
                 b"ANMF" if animated && frame.is_none() => {
@@ -139,6 +142,10 @@ impl<'a> File<'a> {
                 b"XMP " => xmp = xmp.or(Some(body)),
                 _ => {}
             }
+        }
+        // Chunks fill the file, as Pillow's library demands.
+        if !chunks.0.is_empty() {
+            return Err(header.damaged("a chunk that is cut short, or bytes that are no chunk"));
         }
         let (place, frame) = frame.ok_or_else(cut)?;
         let canvas = extended.unwrap_or((frame.width, frame.height));
@@ -312,7 +319,7 @@ impl<'a> Iterator for Chunks<'a> {
         let (len, after) = after.split_first_chunk::<4>()?;
         let len = usize::try_from(u32::from_le_bytes(*len)).ok()?;
         let (body, after) = after.split_at_checked(len)?;
-        self.0 = after.get(len % 2..).unwrap_or(&[]);
+        self.0 = after.get(len % 2..)?;
         Some((kind, body))
     }
 }

@@ -43,7 +43,12 @@ pub(super) enum Codec {
     Lzw(Box<Lzw>),
     Deflate(Decompress),
     Zstd(DCtx<'static>),
-    Fax(FaxCoding),
+    /// Fax codes; `unmarked` is true once a strip or tile of group 3 had no
+    /// marks of the beginnings of rows.
+    Fax {
+        coding: FaxCoding,
+        unmarked: bool,
+    },
 }
 
 /// LZW decoder of one image. A code that clears the table stands for no pixel
@@ -122,7 +127,10 @@ impl Codec {
                     .map_err(|_| ChunkError::Invalid)?;
                 Self::Zstd(decoder)
             }
-            TiffCompression::Fax(coding) => Self::Fax(coding),
+            TiffCompression::Fax(coding) => Self::Fax {
+                coding,
+                unmarked: false,
+            },
         })
     }
 }
@@ -204,10 +212,14 @@ impl<'a> Chunk<'a> {
                 // A reset of a session does not fail.
                 let _ = decoder.reset(ResetDirective::SessionOnly);
             }
-            Codec::None | Codec::PackBits | Codec::Fax(_) => {}
+            Codec::None | Codec::PackBits | Codec::Fax { .. } => {}
         }
         let fax = match codec {
-            Codec::Fax(coding) => Some(Fax::new(image.chunk_width, *coding)),
+            Codec::Fax { coding, unmarked } => {
+                let mut fax = Fax::new(image.chunk_width, *coding, bytes, image.reversed);
+                fax.follow(unmarked);
+                Some(fax)
+            }
             _ => None,
         };
         Self {
@@ -305,7 +317,7 @@ impl<'a> Chunk<'a> {
                     Ok(made)
                 }
             }
-            Codec::Fax(_) => {
+            Codec::Fax { .. } => {
                 let fax = self.fax.as_mut().ok_or(ChunkError::Invalid)?;
                 fax.row(&mut self.data).ok_or(ChunkError::Invalid)?;
                 some(fax.take(to))

@@ -2,6 +2,11 @@
 //! a list of runs, or states its color changes relative to those of the row
 //! above.
 //!
+//! A damaged row is an error, because other decoders repair it in ways of their
+//! own: a code that is none, runs that are together longer or shorter than the
+//! row, a row without a mark of its beginning although there is a mark somewhere,
+//! and data that end within a row.
+//!
 //! The codes are the `fax` crate's. Its decoder is not used: it accepts changes
 //! that go back to the left, with which a row can take any amount of time.
 
@@ -18,6 +23,10 @@ pub(super) struct Fax {
     width: u32,
     coding: FaxCoding,
     bits: Bits,
+    /// True if rows begin with a mark. Without it, Pillow's library skips what is
+    /// in front of the next mark.
+    marked: bool,
+    refused: bool,
     /// Columns at which the color changes, beginning with white: of the row
     /// above, and of the current row.
     above: Vec<u32>,
@@ -53,13 +62,19 @@ impl BitReader<'_, '_> {
         Some(bit == 1)
     }
 
-    /// Skips the mark of the end of a row, 11 zeros or more and a one, if there
-    /// is one.
-    fn skip_mark(&mut self) -> Option<()> {
-        if fax::BitReader::peek(self, 11)? == 0 {
+    /// Skips the mark of the end of a row, 11 zeros or more and a one. Returns
+    /// false if there is none.
+    fn skip_mark(&mut self) -> Option<bool> {
+        let marked = fax::BitReader::peek(self, 11)? == 0;
+        if marked {
             while !self.bit()? {}
         }
-        Some(())
+        Some(marked)
+    }
+
+    /// Returns true if bits behind the end of the data were taken.
+    fn overran(&self) -> bool {
+        u32::from(self.bits.count) < 8 * self.bits.zeros
     }
 
     fn fill(&mut self) -> Result<(), ()> {
@@ -99,17 +114,27 @@ impl fax::BitReader for BitReader<'_, '_> {
 }
 
 impl Fax {
-    pub(super) fn new(width: u32, coding: FaxCoding) -> Self {
-        let bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
+    /// Begins a strip or tile of these bytes, whose bits may be reversed.
+    pub(super) fn new(width: u32, coding: FaxCoding, bytes: &[u8], reversed: bool) -> Self {
+        let row_bytes = usize::try_from(width.div_ceil(8)).unwrap_or(usize::MAX);
         Self {
             width,
             coding,
             bits: Bits::default(),
+            marked: coding.is_group3() && has_mark(bytes, reversed),
+            refused: false,
             above: Vec::new(),
             changes: Vec::new(),
-            line: vec![0; bytes],
-            taken: bytes,
+            line: vec![0; row_bytes],
+            taken: row_bytes,
         }
+    }
+
+    /// Sees to it that a strip or tile with marks behind one without is an
+    /// error, since Pillow's library looks for no marks then.
+    pub(super) fn follow(&mut self, unmarked: &mut bool) {
+        self.refused = self.marked && *unmarked;
+        *unmarked |= self.coding.is_group3() && !self.marked;
     }
 
     /// Takes bytes of the current row.
@@ -137,7 +162,9 @@ impl Fax {
                 false
             }
             FaxCoding::Group3 { two_dimensions } => {
-                reader.skip_mark()?;
+                if self.refused || reader.skip_mark()? != self.marked {
+                    return None;
+                }
                 two_dimensions && !reader.bit()?
             }
             FaxCoding::Group4 => true,
@@ -148,6 +175,9 @@ impl Fax {
             relative_row(&self.above, &mut self.changes, self.width, &mut reader)?;
         } else {
             row_of_runs(&mut self.changes, self.width, &mut reader)?;
+        }
+        if reader.overran() {
+            return None;
         }
         self.paint();
         Some(())
@@ -165,6 +195,21 @@ impl Fax {
     }
 }
 
+/// Returns true if 11 zeros follow each other, which no codes make.
+fn has_mark(bytes: &[u8], reversed: bool) -> bool {
+    let mut zeros = 0;
+    bytes.iter().any(|&byte| {
+        let byte = if reversed { byte.reverse_bits() } else { byte };
+        let found = zeros + byte.leading_zeros() >= 11;
+        zeros = if byte == 0 {
+            zeros + 8
+        } else {
+            byte.trailing_zeros()
+        };
+        found
+    })
+}
+
 /// Adds a change of color. There are no more changes than pixels, and one: runs
 /// of no pixels would otherwise fill any memory.
 fn add_change(changes: &mut Vec<u32>, at: u32, width: u32) -> Option<()> {
@@ -177,7 +222,7 @@ fn add_change(changes: &mut Vec<u32>, at: u32, width: u32) -> Option<()> {
 fn row_of_runs(changes: &mut Vec<u32>, width: u32, reader: &mut BitReader<'_, '_>) -> Option<()> {
     let (mut at, mut is_black) = (0_u32, false);
     while at < width {
-        at = at.checked_add(run(is_black, reader)?)?.min(width);
+        at = run_end(at, is_black, width, reader)?;
         add_change(changes, at, width)?;
         is_black = !is_black;
     }
@@ -218,7 +263,7 @@ fn relative_row(
             }
             Mode::Horizontal => {
                 for of_black in [is_black, !is_black] {
-                    at = at.checked_add(run(of_black, reader)?)?.min(width);
+                    at = run_end(at, of_black, width, reader)?;
                     change(at)?;
                 }
             }
@@ -245,6 +290,13 @@ fn fill(line: &mut [u8], start: u32, end: u32) {
             at += to - from;
         }
     }
+}
+
+/// Reads a run that begins at a column, and returns the column behind it, which
+/// lies within the row.
+fn run_end(at: u32, of_black: bool, width: u32, reader: &mut BitReader<'_, '_>) -> Option<u32> {
+    let end = at.checked_add(run(of_black, reader)?)?;
+    (end <= width).then_some(end)
 }
 
 /// Reads the length of a run: parts of 64 pixels and more, then one part of

@@ -113,6 +113,12 @@ pub(super) enum FaxCoding {
     Group4,
 }
 
+impl FaxCoding {
+    pub(super) fn is_group3(self) -> bool {
+        matches!(self, Self::Group3 { .. })
+    }
+}
+
 /// Description of an image and of how it is stored.
 pub(super) struct Image<'a> {
     pub(super) width: u32,
