@@ -369,18 +369,18 @@ fn rows_of_fax_codes_are_exactly_as_wide_as_the_picture() {
 
 /// Builds a GIF of 1 x 1 pixel with index 1, these blocks before the frame, and
 /// a palette of two colors.
-fn gif(palette: &[u8; 6], blocks: &[u8]) -> Vec<u8> {
+fn gif(palette: [u8; 6], blocks: &[u8]) -> Vec<u8> {
     let head = b"GIF89a\x01\0\x01\0\x80\0\0";
     // The codes clear, 1 and end, of 3 bits each.
     let frame = b",\0\0\0\0\x01\0\x01\0\0\x02\x02\x4c\x01\0;";
-    [head.as_slice(), palette, blocks, frame].concat()
+    [head.as_slice(), &palette, blocks, frame].concat()
 }
 
 #[test]
 fn the_way_to_a_gifs_frame_is_pillows() {
     let palette = [10, 20, 30, 40, 50, 60];
     let pixels = |blocks: &[u8], alpha| {
-        let file = gif(&palette, blocks);
+        let file = gif(palette, blocks);
         let image = decode(&file, alpha, &LIMITS, &DecodeBudget::endless()).unwrap();
         image.pixels
     };
@@ -394,7 +394,7 @@ fn the_way_to_a_gifs_frame_is_pillows() {
     // What is no block is skipped.
     assert_eq!(pixels(b"\0junk", Alpha::Drop), [40, 50, 60]);
     // A data block that is cut short is not read.
-    let file = gif(&palette, b"");
+    let file = gif(palette, b"");
     let cut = error(&file[..file.len() - 3]);
     assert!(cut.starts_with("encoded: the GIF is damaged"), "{cut}");
     assert!(error(&file[..25]).ends_with("no whole header of a frame"));
@@ -408,7 +408,9 @@ fn of_several_orientations_in_a_png_the_last_counts() {
         bytes
     };
     let text = |kind: &str| {
-        let digits: String = exif(6).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digits = exif(6)
+            .iter()
+            .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         format!("Raw profile type exif\0{kind}\nexif\n26\n{digits}\n")
     };
     // Two white pixels: a stored deflate block of filter 0 and six bytes.
