@@ -58,7 +58,7 @@ pub struct Cli {
 impl Cli {
     /// Parses the arguments of a process. A flag among them is the answer to
     /// questions that an environment may answer otherwise for all commands, so
-    /// variables that contradict the flag are not read: those of [`BEATEN`]. A
+    /// variables that contradict the flag are not read: those of `BEATEN`. A
     /// variable that is empty is as good as none.
     ///
     /// # Errors
