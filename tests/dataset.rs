@@ -23,6 +23,8 @@ use crate::process::{PATIENCE, Worker, said, signal, until};
 
 #[path = "dataset/hub.rs"]
 mod hub;
+#[path = "dataset/layers.rs"]
+mod layers;
 mod process;
 #[path = "dataset/shards.rs"]
 mod shards;

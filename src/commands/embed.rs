@@ -43,7 +43,7 @@ use tokio::sync::mpsc;
 
 use self::finding::LeftOut;
 use self::finish::{finish, finish_alone, only_with_files};
-use self::flags::{EmbedArgs, EmbedTask, JobShare, Pooling, TableFormat};
+use self::flags::{EmbedArgs, EmbedTask, JobShare, LayerChoice, Pooling, TableFormat};
 use self::hub::HubError;
 use self::input::{Broken, Reading, SidecarsSeen};
 use self::journal::{JobManifest, ModelFact, PartId, Record};
@@ -52,9 +52,9 @@ use self::memory::ImageMemory;
 use self::pipeline::{EmbedJob, IMAGES_QUEUE, ShardWork, Stopped};
 use self::plan::{InputPlan, Shard, plan};
 use self::progress::JobCounts;
-use self::request::{asked, check_model, options};
+use self::request::{asked, check_model, check_part_items, options, vector_shape};
 use self::sink::Sink;
-use self::table::{OWN_COLUMNS, StoredValues, TableShape};
+use self::table::{OWN_COLUMNS, StoredValues, TableShape, is_layer_column};
 use self::web::WebTrust;
 use crate::client::pool;
 use crate::client::pool::{PoolConfig, WorkerPool};
@@ -195,7 +195,12 @@ impl EmbedArgs {
             (EmbedTask::Classify, _) => ModelNeed::Call(CallTask::Classify),
             (EmbedTask::Embed, Pooling::Last) => ModelNeed::States,
             (EmbedTask::Embed, Pooling::Mean) => ModelNeed::Features {
-                layers: task.layer.into_iter().collect(),
+                layers: match &task.layers {
+                    Some(LayerChoice::Named(layers)) => layers.clone(),
+                    // All layers of one run have layer 0 among them.
+                    Some(LayerChoice::All) => vec![0],
+                    None => task.layer.into_iter().collect(),
+                },
                 norm: task.norm,
             },
         }]
@@ -203,11 +208,10 @@ impl EmbedArgs {
 
     fn validate(&self) -> anyhow::Result<()> {
         let (task, table) = (&self.task, &self.table);
-        if let Some(name) = table
-            .keep
-            .iter()
-            .find(|name| OWN_COLUMNS.contains(&name.as_str()))
-        {
+        let is_own = |name: &str| {
+            OWN_COLUMNS.contains(&name) || task.layers.is_some() && is_layer_column(name)
+        };
+        if let Some(name) = table.keep.iter().find(|name| is_own(name)) {
             anyhow::bail!("--keep {name}: the table already has its own column of this name");
         }
         if let Some(name) = PROXIES
@@ -229,6 +233,12 @@ impl EmbedArgs {
             }
             EmbedTask::Classify | EmbedTask::Score if task.layer.is_some() => {
                 Err(unfit("--layer", "embed"))
+            }
+            EmbedTask::Classify | EmbedTask::Score if task.layers.is_some() => {
+                Err(unfit("--layers", "embed"))
+            }
+            EmbedTask::Embed if task.layers.is_some() && task.pooling == Pooling::Last => {
+                anyhow::bail!("--layers can only be used with --pooling mean")
             }
             EmbedTask::Classify | EmbedTask::Score if task.context != Context::Raw => {
                 Err(unfit("--context", "embed"))
@@ -346,6 +356,7 @@ impl Prepared {
             .await
             .map_err(Unprepared::Failed)?;
         check_model(&model, &args.task).map_err(Unprepared::Refused)?;
+        check_part_items(args, &model).map_err(Unprepared::Refused)?;
         let manifest = JobManifest::new(
             ModelFact {
                 name: model.name.clone(),
@@ -492,10 +503,7 @@ impl Prepared {
         // would end the whole stream.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
         let values = match args.task.task {
-            EmbedTask::Embed => StoredValues::Embedding {
-                dimension: self.model.dimension as usize,
-                dtype: args.task.dtype,
-            },
+            EmbedTask::Embed => StoredValues::Embedding(vector_shape(&args.task, &self.model)),
             EmbedTask::Classify => StoredValues::Classes,
             EmbedTask::Score => StoredValues::Scores,
         };

@@ -206,6 +206,17 @@ impl Layers {
     }
 }
 
+/// Describes ascending numbers of layers in words, such as "0 to 16 and 24".
+#[must_use]
+pub fn ranges(layers: &[u32]) -> String {
+    let runs = layers.chunk_by(|a, b| a + 1 == *b);
+    let runs = runs.map(|run| match run {
+        [first, .., last] => format!("{first} to {last}"),
+        run => run.iter().map(u32::to_string).collect(),
+    });
+    runs.collect::<Vec<_>>().join(" and ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

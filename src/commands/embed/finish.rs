@@ -1,6 +1,6 @@
 //! Check that all parts of a job exist, and the summary of the whole dataset.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::time::Instant;
 
@@ -37,7 +37,7 @@ pub(super) async fn only_with_files(
     sink: &Sink,
     mut records: BTreeMap<PartId, Record>,
 ) -> anyhow::Result<BTreeMap<PartId, Record>> {
-    let there = files(sink).await?;
+    let there = files(sink, &records).await?;
     records.retain(|id, record| {
         let whole = record
             .files
@@ -53,10 +53,17 @@ pub(super) async fn only_with_files(
     Ok(records)
 }
 
-/// Lists all files of the output, with their sizes.
-async fn files(sink: &Sink) -> anyhow::Result<BTreeMap<String, u64>> {
+/// Lists the files of all directories that the records name, with their sizes.
+async fn files(
+    sink: &Sink,
+    records: &BTreeMap<PartId, Record>,
+) -> anyhow::Result<BTreeMap<String, u64>> {
+    let named = records.values().flat_map(|record| &record.files);
+    let folders: BTreeSet<&str> = named
+        .map(|file| file.name.rsplit_once('/').map_or("", |(folder, _)| folder))
+        .collect();
     let mut files = BTreeMap::new();
-    for folder in ["", "errors", "img_emb", "metadata"] {
+    for folder in folders {
         for (name, bytes) in sink.list(folder).await? {
             let name = if folder.is_empty() {
                 name

@@ -1,6 +1,7 @@
 //! Flags of `imagegpt embed`. Each flag that a job's template would set is also
 //! an environment variable.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -158,6 +159,18 @@ pub struct TaskConfig {
     /// [default: layer_default in GetModel; the last layer with --pooling last]
     #[arg(long, env = "IMAGEGPT_LAYER", value_name = "N")]
     pub layer: Option<u32>,
+
+    /// embed: several layers, such as 8,12,16, or all that the model
+    /// computes in one run. The table has a column for each: embedding_8,
+    /// embedding_12 and so on
+    #[arg(
+        long,
+        env = "IMAGEGPT_LAYERS",
+        value_name = "LAYERS",
+        value_parser = layer_choice,
+        conflicts_with = "layer"
+    )]
+    pub layers: Option<LayerChoice>,
 
     /// embed: point at which features are taken: after the next block's norm,
     /// or the residual stream itself
@@ -323,6 +336,26 @@ pub struct ShareConfig {
     /// inputs, only --output
     #[arg(long, conflicts_with_all = ["shard", "shards", "inputs"])]
     pub finish: bool,
+}
+
+/// Layers that `--layers` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LayerChoice {
+    /// All layers that the model computes in one run.
+    All,
+    /// Layers in ascending order, each once.
+    Named(Vec<u32>),
+}
+
+fn layer_choice(text: &str) -> Result<LayerChoice, String> {
+    if text == "all" {
+        return Ok(LayerChoice::All);
+    }
+    let layers = text.split(',').map(|layer| layer.trim().parse());
+    let layers: Result<BTreeSet<u32>, _> = layers.collect();
+    layers
+        .map(|layers| LayerChoice::Named(layers.into_iter().collect()))
+        .map_err(|_| "layers must be numbers such as 8,12,16, or all".to_owned())
 }
 
 /// Variables that hold the index of a share, as schedulers set them.

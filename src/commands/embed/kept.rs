@@ -93,5 +93,5 @@ fn write_probe(field: &Field, format: TableFormat) -> anyhow::Result<()> {
     let column: ArrayRef = new_null_array(field.data_type(), 1);
     let row = in_kept_types(RecordBatch::try_new(schema, vec![column])?)?;
     let rows = arrow_select::concat::concat_batches(&row.schema(), [&row, &row])?;
-    table::content(&rows, format, "").map(drop)
+    table::content(&rows, format, &[], "").map(drop)
 }

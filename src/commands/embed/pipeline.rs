@@ -39,7 +39,7 @@ use crate::telemetry::panic_text;
 /// Parts that are begun and not yet written: a part that is read, a part that
 /// waits for its last answers, a part that is written, and a part that waits
 /// for the slowest answer.
-const PARTS_OPEN: usize = 4;
+pub(super) const PARTS_OPEN: usize = 4;
 /// Images in the queue between the reader and the workers, besides those that
 /// the workers have.
 pub(super) const IMAGES_QUEUE: usize = 256;

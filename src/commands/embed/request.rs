@@ -3,10 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use super::flags::{Dtype, EmbedArgs, EmbedTask, Pooling, TaskConfig};
+use super::flags::{Dtype, EmbedArgs, EmbedTask, LayerChoice, Pooling, TaskConfig};
+use super::pipeline::PARTS_OPEN;
+use super::table::VectorShape;
 use crate::client::pool;
 use crate::imaging::PreprocessOptions;
+use crate::model::graph::ranges;
 use crate::proto::{pb, preprocess_applied};
+
+/// Memory that the vectors of unfinished parts may take: what a small machine
+/// has to spare, and 40 times what the defaults take with the largest
+/// published model and one layer.
+const OPEN_VECTORS_BYTES_MAX: u64 = 4 << 30;
 
 /// Checks that the workers' model can do the task, and explains what it lacks.
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
@@ -23,24 +31,7 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
                 "--task embed: the workers' model {} cannot compute embeddings",
                 model.name
             );
-            let served = &model.layers_served;
-            if let (Some(layer), Some(first), Some(last)) =
-                (task.layer, served.first(), served.last())
-            {
-                let is_run = served.len() as u64 == u64::from(last.saturating_sub(*first)) + 1;
-                let known = if is_run {
-                    format!("{first} to {last}")
-                } else {
-                    let known: Vec<String> = served.iter().map(u32::to_string).collect();
-                    known.join(", ")
-                };
-                anyhow::ensure!(
-                    served.contains(&layer),
-                    "--layer {layer}: the workers' model {} serves layers {known}; give one of \
-                     these, or start the workers with --feature-layer {layer}",
-                    model.name
-                );
-            }
+            check_layers(model, task)?;
         }
         (EmbedTask::Classify, Some(name)) => {
             let heads: Vec<&str> = model.heads.iter().map(|head| head.name.as_str()).collect();
@@ -71,6 +62,55 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
     Ok(())
 }
 
+/// Checks that the workers' model serves the layers that are asked for, several
+/// of them in one run.
+fn check_layers(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
+    let served = &model.layers_served;
+    let refuse = |flag: &str, layer: u32, does: &str, known: &[u32]| {
+        anyhow::bail!(
+            "{flag} {layer}: the workers' model {} {does} {}; give one of these, or start the \
+             workers with --feature-layer {layer}",
+            model.name,
+            ranges(known)
+        )
+    };
+    let is_served = |layer: u32| served.is_empty() || served.contains(&layer);
+    if let Some(layer) = task.layer.filter(|layer| !is_served(*layer)) {
+        return refuse("--layer", layer, "serves layers", served);
+    }
+    let together = together(model);
+    match &task.layers {
+        None => {}
+        Some(LayerChoice::All) => anyhow::ensure!(
+            !together.is_empty(),
+            "--layers all: the workers' model {} does not say which layers it serves; leave the \
+             flag out",
+            model.name
+        ),
+        Some(LayerChoice::Named(layers)) => {
+            let missing = layers.iter().copied().find(|layer| !is_served(*layer));
+            if let Some(layer) = missing {
+                return refuse("--layers", layer, "serves layers", served);
+            }
+            // Layers after the feature layer come from another run.
+            let apart = layers.iter().find(|layer| !together.contains(layer));
+            if let Some(layer) = apart.filter(|_| layers.len() > 1) {
+                return refuse("--layers", *layer, "computes in one run layers", &together);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Lists the layers that the model computes in one run: those up to the default
+/// layer, after which there is at most the last layer, from another run.
+fn together(model: &pb::GetModelResponse) -> Vec<u32> {
+    let served = model.layers_served.iter().copied();
+    served
+        .filter(|&layer| layer <= model.layer_default)
+        .collect()
+}
+
 fn preprocess(task: &TaskConfig) -> pb::Preprocess {
     preprocess_applied(PreprocessOptions {
         fit: task.fit,
@@ -78,12 +118,51 @@ fn preprocess(task: &TaskConfig) -> pb::Preprocess {
     })
 }
 
-/// Returns the layer to ask for, if the pooling allows a choice.
-fn layer(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<u32> {
-    match task.pooling {
-        Pooling::Mean => Some(task.layer.unwrap_or(model.layer_default)),
-        Pooling::Last => task.layer,
+/// Describes the vectors that are stored for each image.
+pub(super) fn vector_shape(task: &TaskConfig, model: &pb::GetModelResponse) -> VectorShape {
+    VectorShape {
+        layers: stored_layers(task, model),
+        dimension: model.dimension as usize,
+        dtype: task.dtype,
     }
+}
+
+/// Checks that the vectors of unfinished parts fit into
+/// [`OPEN_VECTORS_BYTES_MAX`].
+pub(super) fn check_part_items(
+    args: &EmbedArgs,
+    model: &pb::GetModelResponse,
+) -> anyhow::Result<()> {
+    if args.task.task != EmbedTask::Embed {
+        return Ok(());
+    }
+    let image = vector_shape(&args.task, model).bytes_of_image() as u64;
+    let max = OPEN_VECTORS_BYTES_MAX / (PARTS_OPEN as u64 * image.max(1));
+    anyhow::ensure!(
+        u64::from(args.table.part_items) <= max,
+        "--part-items {}: the vectors of one image take {image} bytes, and those of {PARTS_OPEN} \
+         unfinished parts would take more than {}, the limit; give at most --part-items {max}",
+        args.table.part_items,
+        bytesize::ByteSize(OPEN_VECTORS_BYTES_MAX)
+    );
+    Ok(())
+}
+
+/// Returns the layers to ask for; none if the pooling allows no choice.
+fn layers(task: &TaskConfig, model: &pb::GetModelResponse) -> Vec<u32> {
+    match (task.pooling, stored_layers(task, model)) {
+        (_, Some(layers)) => layers,
+        (Pooling::Mean, None) => vec![task.layer.unwrap_or(model.layer_default)],
+        (Pooling::Last, None) => task.layer.into_iter().collect(),
+    }
+}
+
+/// Returns the layers of `--layers`, each of which has a column of its own.
+fn stored_layers(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<Vec<u32>> {
+    task.layers.as_ref().map(|layers| match layers {
+        LayerChoice::All => together(model),
+        LayerChoice::Named(layers) => layers.clone(),
+    })
 }
 
 /// Makes the request that workers get. Every default is written out, since
@@ -104,7 +183,7 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
                 Dtype::F16 => pb::DataType::F16,
             }
             .into(),
-            layers: layer(task, model).into_iter().collect(),
+            layers: layers(task, model),
             norm: pb::Norm::from(task.norm).into(),
             order: pb::Order::AsDone.into(),
             window: 0,
@@ -140,8 +219,14 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
     match task.task {
         EmbedTask::Embed => {
             set("--pooling", value_name(&task.pooling));
-            if let Some(layer) = layer(task, model) {
-                set("--layer", layer.to_string());
+            let layers: Vec<String> = layers(task, model).iter().map(u32::to_string).collect();
+            let flag = if task.layers.is_some() {
+                "--layers"
+            } else {
+                "--layer"
+            };
+            if !layers.is_empty() {
+                set(flag, layers.join(","));
             }
             set("--context", value_name(&task.context));
             set("--norm", value_name(&task.norm));
@@ -173,4 +258,89 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
 fn value_name(value: &impl clap::ValueEnum) -> String {
     let name = value.to_possible_value();
     name.map_or_else(String::new, |name| name.get_name().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        embed: EmbedArgs,
+    }
+
+    fn args(flags: &[&str]) -> EmbedArgs {
+        let given = ["embed", "in", "--output", "o"].iter().chain(flags);
+        Cli::try_parse_from(given).expect("flags").embed
+    }
+
+    /// Describes a model of 24 layers whose features end at layer 16.
+    fn model() -> pb::GetModelResponse {
+        pb::GetModelResponse {
+            name: "small".to_owned(),
+            tasks: vec![pb::Task::Embed.into()],
+            dimension: 512,
+            layers_served: (0..=16).chain([24]).collect(),
+            layer_default: 16,
+            ..Default::default()
+        }
+    }
+
+    fn check(flags: &[&str], expected: Result<(&str, &str), &str>) {
+        let (args, model) = (args(flags), model());
+        let got = check_model(&model, &args.task)
+            .and_then(|()| check_part_items(&args, &model))
+            .map(|()| options(&args, &model));
+        match (got, expected) {
+            (Ok(got), Ok((flag, layers))) => {
+                assert_eq!(got.get(flag).map(String::as_str), Some(layers), "{flags:?}");
+                let others = ["--layer", "--layers"].into_iter();
+                assert_eq!(others.filter(|flag| got.contains_key(*flag)).count(), 1);
+            }
+            (Err(error), Err(words)) => {
+                assert!(error.to_string().contains(words), "{flags:?}: {error}");
+            }
+            (got, _) => panic!("{flags:?}: {got:?}"),
+        }
+    }
+
+    #[test]
+    fn layers_are_those_of_one_run() {
+        check(&[], Ok(("--layer", "16")));
+        check(&["--layer", "24"], Ok(("--layer", "24")));
+        check(
+            &["--layer", "17"],
+            Err("--layer 17: the workers' model small serves layers 0 to 16 and 24"),
+        );
+        let all: Vec<String> = (0..=16).map(|layer| layer.to_string()).collect();
+        check(&["--layers", "all"], Ok(("--layers", &all.join(","))));
+        check(&["--layers", "16, 8,8"], Ok(("--layers", "8,16")));
+        check(&["--layers", "24"], Ok(("--layers", "24")));
+        check(
+            &["--layers", "8,24"],
+            Err("--layers 24: the workers' model small computes in one run layers 0 to 16"),
+        );
+        check(
+            &["--layers", "8,20"],
+            Err("start the workers with --feature-layer 20"),
+        );
+    }
+
+    #[test]
+    fn unfinished_parts_fit_into_memory() {
+        check(
+            &["--layers", "all", "--part-items", "30840"],
+            Ok(("--format", "parquet")),
+        );
+        check(
+            &["--layers", "all", "--part-items", "30841"],
+            Err(
+                "take 34816 bytes, and those of 4 unfinished parts would take more than 4.0 GiB, \
+                 the limit; give at most --part-items 30840",
+            ),
+        );
+    }
 }

@@ -49,12 +49,95 @@ pub(super) struct TableShape {
     pub(super) metadata: String,
 }
 
+/// Beginning of the name of a column that holds one of several layers.
+const LAYER_COLUMN: &str = "embedding_";
+
+/// True for the name of a column that holds one of several layers.
+pub(super) fn is_layer_column(name: &str) -> bool {
+    let layer = name.strip_prefix(LAYER_COLUMN);
+    layer.is_some_and(|layer| layer.parse::<u32>().is_ok())
+}
+
 /// Values that are stored for each image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum StoredValues {
-    Embedding { dimension: usize, dtype: Dtype },
+    Embedding(VectorShape),
     Classes,
     Scores,
+}
+
+/// Vectors that are stored for each image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct VectorShape {
+    /// Layers with a column of their own, so that a reader of one layer reads
+    /// no other; `None` is the only vector.
+    pub(super) layers: Option<Vec<u32>>,
+    pub(super) dimension: usize,
+    pub(super) dtype: Dtype,
+}
+
+impl StoredValues {
+    /// Names of the columns that hold vectors.
+    fn vectors(&self) -> Vec<String> {
+        match self {
+            Self::Embedding(vectors) => vectors.columns(),
+            Self::Classes | Self::Scores => Vec::new(),
+        }
+    }
+}
+
+impl VectorShape {
+    /// Bytes of one vector.
+    fn bytes(&self) -> usize {
+        let width = match self.dtype {
+            Dtype::F32 => 4,
+            Dtype::F16 => 2,
+        };
+        self.dimension * width
+    }
+
+    /// Bytes of the vectors of one image.
+    pub(super) fn bytes_of_image(&self) -> usize {
+        self.layers.as_ref().map_or(1, Vec::len) * self.bytes()
+    }
+
+    /// Names of the vectors' columns.
+    fn columns(&self) -> Vec<String> {
+        match &self.layers {
+            None => vec!["embedding".to_owned()],
+            Some(layers) => layers
+                .iter()
+                .map(|layer| format!("{LAYER_COLUMN}{layer}"))
+                .collect(),
+        }
+    }
+
+    /// Returns the bytes of vector `place` of each answer, after checking that
+    /// the answers have the lengths of all vectors.
+    fn vectors<'a>(
+        &self,
+        answers: &'a [PoolAnswer],
+        place: usize,
+    ) -> anyhow::Result<Vec<&'a [u8]>> {
+        let wanted = self.bytes_of_image();
+        let range = place * self.bytes()..(place + 1) * self.bytes();
+        let vector = |answer: &'a PoolAnswer| match answer {
+            PoolAnswer::Embedding(bytes) => {
+                let vector = bytes.get(range.clone()).filter(|_| bytes.len() == wanted);
+                vector.with_context(|| {
+                    format!(
+                        "a worker answered with vectors of {} bytes; the model's dimension makes \
+                         {wanted}",
+                        bytes.len()
+                    )
+                })
+            }
+            PoolAnswer::Classes(_) | PoolAnswer::Score(_) => {
+                anyhow::bail!("a worker's answer is not the vector that it was asked for")
+            }
+        };
+        answers.iter().map(vector).collect()
+    }
 }
 
 /// Row of the table: an image's id, its kept columns and its outcome.
@@ -107,14 +190,15 @@ pub(super) fn files(
     let mut files = Vec::new();
     if !ids.is_empty() {
         let kept = concatenated(&kept)?;
-        match (shape.format, shape.values) {
-            (TableFormat::Npy, StoredValues::Embedding { dimension, dtype }) => {
-                files.push((
-                    format!("img_emb/img_emb_{id}.npy"),
-                    npy(&answers, dimension, dtype)?,
-                ));
+        match (shape.format, &shape.values) {
+            (TableFormat::Npy, StoredValues::Embedding(vectors)) => {
+                for (place, column) in vectors.columns().iter().enumerate() {
+                    let folder = column.replace("embedding", "img_emb");
+                    let content = npy(&vectors.vectors(&answers, place)?, vectors)?;
+                    files.push((format!("{folder}/img_emb_{id}.npy"), content));
+                }
                 let index = batch(&ids, Vec::new(), kept, &shape.metadata)?;
-                let index = content(&index, shape.format, &shape.metadata)?;
+                let index = content(&index, shape.format, &[], &shape.metadata)?;
                 files.push((format!("metadata/metadata_{id}.parquet"), index));
             }
             (format, values) => {
@@ -124,7 +208,8 @@ pub(super) fn files(
                     TableFormat::Arrow => "arrow",
                     TableFormat::Parquet | TableFormat::Npy => "parquet",
                 };
-                let content = content(&table, format, &shape.metadata)?;
+                let vectors = values.vectors();
+                let content = content(&table, format, &vectors, &shape.metadata)?;
                 files.push((format!("part-{id}.{extension}"), content));
             }
         }
@@ -172,54 +257,34 @@ fn batch(
 
 fn columns(
     answers: &[PoolAnswer],
-    values: StoredValues,
+    values: &StoredValues,
 ) -> anyhow::Result<Vec<(FieldRef, ArrayRef)>> {
     match values {
-        StoredValues::Embedding { dimension, dtype } => {
-            Ok(vec![embeddings(answers, dimension, dtype)?])
+        StoredValues::Embedding(vectors) => {
+            let columns = vectors.columns().into_iter().enumerate();
+            let columns = columns
+                .map(|(place, name)| embeddings(&name, &vectors.vectors(answers, place)?, vectors));
+            columns.collect()
         }
         StoredValues::Classes => Ok(classes(answers)),
         StoredValues::Scores => Ok(scores(answers)),
     }
 }
 
-/// Returns the bytes of a vector, after checking that it has the length of all
-/// vectors.
-fn vector(answer: &PoolAnswer, dimension: usize, dtype: Dtype) -> anyhow::Result<&Bytes> {
-    let wanted = dimension * width(dtype);
-    match answer {
-        PoolAnswer::Embedding(bytes) if bytes.len() == wanted => Ok(bytes),
-        PoolAnswer::Embedding(bytes) => anyhow::bail!(
-            "a worker answered with a vector of {} bytes; the model's dimension makes {wanted}",
-            bytes.len()
-        ),
-        PoolAnswer::Classes(_) | PoolAnswer::Score(_) => {
-            anyhow::bail!("a worker's answer is not the vector that it was asked for")
-        }
-    }
-}
-
-fn width(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::F16 => 2,
-    }
-}
-
 fn embeddings(
-    answers: &[PoolAnswer],
-    dimension: usize,
-    dtype: Dtype,
+    name: &str,
+    vectors: &[&[u8]],
+    shape: &VectorShape,
 ) -> anyhow::Result<(FieldRef, ArrayRef)> {
-    let length = i32::try_from(dimension).context("the model's dimension")?;
-    let n_values = answers.len() * dimension;
-    let (kind, column): (DataType, ArrayRef) = match dtype {
+    let length = i32::try_from(shape.dimension).context("the model's dimension")?;
+    let n_values = vectors.len() * shape.dimension;
+    let (kind, column): (DataType, ArrayRef) = match shape.dtype {
         Dtype::F32 => {
             let mut builder =
                 FixedSizeListBuilder::new(Float32Builder::with_capacity(n_values), length)
                     .with_field(Field::new("item", DataType::Float32, false));
-            for answer in answers {
-                for bytes in vector(answer, dimension, dtype)?.chunks_exact(4) {
+            for vector in vectors {
+                for bytes in vector.chunks_exact(4) {
                     let value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
                     builder.values().append_value(value);
                 }
@@ -231,8 +296,8 @@ fn embeddings(
             let mut builder =
                 FixedSizeListBuilder::new(Float16Builder::with_capacity(n_values), length)
                     .with_field(Field::new("item", DataType::Float16, false));
-            for answer in answers {
-                for bytes in vector(answer, dimension, dtype)?.chunks_exact(2) {
+            for vector in vectors {
+                for bytes in vector.chunks_exact(2) {
                     let value = f16::from_le_bytes([bytes[0], bytes[1]]);
                     builder.values().append_value(value);
                 }
@@ -242,7 +307,7 @@ fn embeddings(
         }
     };
     let kind = DataType::FixedSizeList(Arc::new(Field::new("item", kind, false)), length);
-    Ok((Arc::new(Field::new("embedding", kind, false)), column))
+    Ok((Arc::new(Field::new(name, kind, false)), column))
 }
 
 /// Makes the columns of classes, best first, as three lists of the same length.
@@ -305,15 +370,17 @@ fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
     ]
 }
 
-/// Makes the file of a table; an index of vectors (npy) is a Parquet file.
+/// Makes the file of a table, in which the columns `vectors` hold the vectors;
+/// an index of vectors (npy) is a Parquet file.
 pub(super) fn content(
     table: &RecordBatch,
     format: TableFormat,
+    vectors: &[String],
     metadata: &str,
 ) -> anyhow::Result<Bytes> {
     match format {
         TableFormat::Arrow => arrow(table),
-        TableFormat::Parquet | TableFormat::Npy => parquet(table, metadata),
+        TableFormat::Parquet | TableFormat::Npy => parquet(table, vectors, metadata),
     }
 }
 
@@ -338,29 +405,31 @@ fn has_dates_in_ms(table: &RecordBatch) -> bool {
     found
 }
 
-fn parquet(table: &RecordBatch, metadata: &str) -> anyhow::Result<Bytes> {
+fn parquet(table: &RecordBatch, vectors: &[String], metadata: &str) -> anyhow::Result<Bytes> {
     // Coerced types have another name for the values of lists, too.
     let coerces = has_dates_in_ms(table);
     let value = if coerces { "element" } else { "item" };
     // The numbers of a vector neither repeat nor compress, and nobody needs
     // their largest or smallest.
-    let vectors = ColumnPath::from(vec![
-        "embedding".to_owned(),
-        "list".to_owned(),
-        value.to_owned(),
-    ]);
+    let vectors = vectors.iter().map(|name| {
+        let path = [name.as_str(), "list", value];
+        ColumnPath::from(path.map(str::to_owned).to_vec())
+    });
     // Readers that know Arrow's schema find the metadata there; others find it
     // here.
     let about = KeyValue::new(METADATA_KEY.to_owned(), metadata.to_owned());
-    let properties = WriterProperties::builder()
+    let mut properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
-        .set_column_compression(vectors.clone(), Compression::UNCOMPRESSED)
-        .set_column_dictionary_enabled(vectors.clone(), false)
-        .set_column_statistics_enabled(vectors, EnabledStatistics::None)
         .set_key_value_metadata(Some(vec![about]))
-        .set_coerce_types(coerces)
-        .build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), table.schema(), Some(properties))?;
+        .set_coerce_types(coerces);
+    for column in vectors {
+        properties = properties
+            .set_column_compression(column.clone(), Compression::UNCOMPRESSED)
+            .set_column_dictionary_enabled(column.clone(), false)
+            .set_column_statistics_enabled(column, EnabledStatistics::None);
+    }
+    let properties = Some(properties.build());
+    let mut writer = ArrowWriter::try_new(Vec::new(), table.schema(), properties)?;
     writer.write(table)?;
     Ok(writer.into_inner()?.into())
 }
@@ -373,28 +442,28 @@ fn arrow(table: &RecordBatch) -> anyhow::Result<Bytes> {
 }
 
 /// Makes a file of version 1.0 of NumPy's format.
-fn npy(answers: &[PoolAnswer], dimension: usize, dtype: Dtype) -> anyhow::Result<Bytes> {
+fn npy(vectors: &[&[u8]], shape: &VectorShape) -> anyhow::Result<Bytes> {
     const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
     /// Multiple to which the header is padded, so that the numbers are aligned
     /// in memory.
     const ALIGNMENT: usize = 64;
-    let kind = match dtype {
+    let kind = match shape.dtype {
         Dtype::F32 => "<f4",
         Dtype::F16 => "<f2",
     };
-    let rows = answers.len();
+    let (rows, dimension) = (vectors.len(), shape.dimension);
     let mut header =
         format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({rows}, {dimension}), }}");
     let before = MAGIC.len() + 2;
     let padded = (before + header.len() + 1).next_multiple_of(ALIGNMENT) - before;
     header.push_str(&" ".repeat(padded - header.len() - 1));
     header.push('\n');
-    let mut file = Vec::with_capacity(before + padded + rows * dimension * width(dtype));
+    let mut file = Vec::with_capacity(before + padded + rows * shape.bytes());
     file.extend_from_slice(MAGIC);
     file.extend_from_slice(&u16::try_from(padded)?.to_le_bytes());
     file.extend_from_slice(header.as_bytes());
-    for answer in answers {
-        file.extend_from_slice(vector(answer, dimension, dtype)?);
+    for vector in vectors {
+        file.extend_from_slice(vector);
     }
     Ok(file.into())
 }
@@ -431,10 +500,11 @@ mod tests {
     fn made(format: TableFormat) -> Vec<(String, Bytes)> {
         let shape = TableShape {
             format,
-            values: StoredValues::Embedding {
+            values: StoredValues::Embedding(VectorShape {
+                layers: None,
                 dimension: 2,
                 dtype: Dtype::F32,
-            },
+            }),
             metadata: r#"{"digest":"x"}"#.to_owned(),
         };
         let id = PartId { shard: 3, part: 1 };

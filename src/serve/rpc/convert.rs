@@ -5,7 +5,7 @@ use bytes::Bytes;
 use crate::engine;
 use crate::gpu::Gpus;
 use crate::imaging::{Alpha, Fit, ImageInput, ImageRequest, PreprocessOptions};
-use crate::model::graph::{Context, Graph, Norm, Want};
+use crate::model::graph::{Context, Graph, Norm, Want, ranges};
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, ClassActivation, Model};
 use crate::proto::pb;
@@ -90,7 +90,7 @@ pub(super) fn want(
                 .features(layers, norm)
                 .ok_or_else(|| RequestError::LayersMissing {
                     given: layers.to_vec(),
-                    served: ranges(&model.layers_served(norm)),
+                    served: served(&model.layers_served(norm)),
                 });
         }
         pb::Pooling::None => Want::States,
@@ -110,21 +110,12 @@ pub(super) fn want(
     }
 }
 
-/// Describes ascending numbers in words, such as "0 to 16 and 24".
-fn ranges(layers: &[u32]) -> String {
-    let mut words: Vec<String> = Vec::new();
-    let chunks = layers.chunk_by(|a, b| a + 1 == *b);
-    for chunk in chunks {
-        words.push(match chunk {
-            [first, .., last] => format!("{first} to {last}"),
-            [only] => only.to_string(),
-            [] => continue,
-        });
-    }
-    if words.is_empty() {
+/// Describes the layers that are served, in words.
+fn served(layers: &[u32]) -> String {
+    if layers.is_empty() {
         "its last layer only".to_owned()
     } else {
-        words.join(" and ")
+        ranges(layers)
     }
 }
 
@@ -211,7 +202,7 @@ pub(super) fn head_work(
             .features(&[head.layer], head.norm)
             .ok_or_else(|| RequestError::LayersMissing {
                 given: vec![head.layer],
-                served: ranges(&model.layers_served(head.norm)),
+                served: served(&model.layers_served(head.norm)),
             })?;
     Ok(RequestedWork::Infer {
         context: head.context,
@@ -482,9 +473,9 @@ mod tests {
 
     #[test]
     fn layers_in_words() {
-        assert_eq!(ranges(&[0, 1, 2, 24]), "0 to 2 and 24");
-        assert_eq!(ranges(&[3]), "3");
-        assert_eq!(ranges(&[]), "its last layer only");
+        assert_eq!(served(&[0, 1, 2, 24]), "0 to 2 and 24");
+        assert_eq!(served(&[3]), "3");
+        assert_eq!(served(&[]), "its last layer only");
     }
 
     #[test]
