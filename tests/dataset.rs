@@ -26,6 +26,8 @@ mod hub;
 #[path = "dataset/layers.rs"]
 mod layers;
 mod process;
+#[path = "dataset/retry.rs"]
+mod retry;
 #[path = "dataset/shards.rs"]
 mod shards;
 #[path = "dataset/urls.rs"]

@@ -13,6 +13,7 @@ mod encoding;
 mod finding;
 mod finish;
 pub mod flags;
+mod history;
 mod hub;
 mod input;
 mod journal;
@@ -23,44 +24,46 @@ mod memory;
 mod names;
 mod pipeline;
 mod plan;
+mod prepare;
 mod progress;
 mod ranged;
+mod reader;
+mod recorded;
+mod report;
 mod request;
+mod retry;
 mod sink;
 mod table;
 mod web;
 mod wire;
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use anyhow::Context as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use self::finding::LeftOut;
-use self::finish::{finish, finish_alone, only_with_files};
-use self::flags::{EmbedArgs, EmbedTask, JobShare, LayerChoice, Pooling, TableFormat};
-use self::hub::HubError;
-use self::input::{Broken, Reading, SidecarsSeen};
-use self::journal::{JobManifest, ModelFact, PartId, Record};
-use self::location::{ReadError, Stores};
-use self::memory::ImageMemory;
-use self::pipeline::{EmbedJob, IMAGES_QUEUE, ShardWork, Stopped};
-use self::plan::{InputPlan, Shard, plan};
+use self::finish::{finish, finish_alone};
+use self::flags::{EmbedArgs, EmbedTask, LayerChoice, Pooling, TableFormat};
+use self::history::{PartHistory, histories};
+use self::input::SidecarsSeen;
+use self::journal::Record;
+use self::location::Stores;
+use self::pipeline::{EmbedJob, IMAGES_QUEUE, Stopped};
+use self::prepare::{Prepared, Unprepared, reading};
 use self::progress::JobCounts;
-use self::request::{asked, check_model, check_part_items, options, vector_shape};
+use self::reader::ShardWork;
+use self::recorded::remove_superseded;
+use self::report::{Report, say, warn_of_no_rows};
+use self::request::asked;
 use self::sink::Sink;
-use self::table::{OWN_COLUMNS, StoredValues, TableShape, is_layer_column};
+use self::table::{OWN_COLUMNS, is_layer_column};
 use self::web::WebTrust;
-use crate::client::pool;
-use crate::client::pool::{PoolConfig, WorkerPool};
+use crate::client::pool::WorkerPool;
 use crate::model::graph::{Context, Norm};
 use crate::model::{CallTask, ModelNeed};
-use crate::proto::pb;
 
 pub use self::progress::Terminal;
 
@@ -76,9 +79,6 @@ const PROXIES: [&str; 6] = [
     "ALL_PROXY",
     "all_proxy",
 ];
-/// Shards whose columns are checked before any work: files of other origin come
-/// at most a few in a row.
-const SHARDS_TRIED: usize = 8;
 
 /// Outcome of the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -93,40 +93,6 @@ pub enum JobEnded {
     TooManyErrors,
     /// A failure that may be mended; the same command resumes the job.
     Failed,
-}
-
-/// JSON report at the end of the command, also with `--finish`.
-#[derive(Debug, Serialize)]
-struct Report<'a> {
-    outcome: JobEnded,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
-    output: String,
-    share: String,
-    model: &'a ModelFact,
-    /// Images in the finished parts of this share, of this run and the runs
-    /// before.
-    images: u64,
-    /// Rows in the tables of these parts: images without an error.
-    rows: u64,
-    /// Errors in the finished parts of this share; after too many errors all
-    /// that stand in error files, including those of unfinished parts.
-    errors: u64,
-    parts: usize,
-    /// Images that have an outcome in this run. Those of parts that were not
-    /// written will be done again.
-    images_this_run: u64,
-    errors_this_run: u64,
-    seconds: f64,
-    images_per_second: f64,
-    /// Files of directories that were not read, if there are any.
-    #[serde(flatten)]
-    left_out: Option<&'a LeftOut>,
-    /// True if all shares are done and the dataset's summary is written.
-    finished: bool,
-    /// SHA-256 of the dataset's summary.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sha256: Option<String>,
 }
 
 /// Checks the flags, and that the output can be written: all that can be
@@ -257,177 +223,7 @@ impl EmbedArgs {
     }
 }
 
-enum Unprepared {
-    Refused(anyhow::Error),
-    Failed(anyhow::Error),
-}
-
-impl Unprepared {
-    /// Classifies an input's error. An input that is wrong stays wrong; an
-    /// input that could not be read may be readable the next time.
-    fn of_input(error: anyhow::Error) -> Self {
-        let away = |cause: &(dyn std::error::Error + 'static)| {
-            let unread = cause.downcast_ref();
-            cause.is::<object_store::Error>()
-                || cause.is::<std::io::Error>()
-                || matches!(unread, Some(ReadError::Io(_) | ReadError::Store(_)))
-        };
-        let is_hub = |cause: &(dyn std::error::Error + 'static)| cause.is::<HubError>();
-        if plan::stays(&error) {
-            Self::Refused(anyhow::anyhow!(told_once(&error)))
-        } else if error.chain().any(|cause| away(cause) || is_hub(cause)) {
-            Self::Failed(error)
-        } else {
-            Self::Refused(error)
-        }
-    }
-}
-
-/// Joins an error's causes; errors of stores have the text of their own cause in
-/// them, which is left out.
-fn told_once(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |text, cause| {
-        let cause = cause.to_string();
-        match text.as_str() {
-            "" => cause,
-            known if known.contains(&cause) => text,
-            known => format!("{known}: {cause}"),
-        }
-    })
-}
-
-/// Facts that are settled before the first image is read.
-struct Prepared {
-    share: JobShare,
-    plan: InputPlan,
-    manifest: JobManifest,
-    model: pb::GetModelResponse,
-    pool: PoolConfig,
-    sink: Sink,
-    stores: Arc<Stores>,
-    records: BTreeMap<PartId, Record>,
-}
-
 impl Prepared {
-    async fn new(
-        args: &EmbedArgs,
-        endpoints: impl Future<Output = anyhow::Result<Vec<String>>>,
-        stores: &Arc<Stores>,
-        sink: Sink,
-    ) -> Result<Self, Unprepared> {
-        let share = args.share.share().map_err(Unprepared::Refused)?;
-        let began = hub::began(&args.inputs, &sink)
-            .await
-            .map_err(Unprepared::Failed)?;
-        let plan = plan(
-            &args.inputs,
-            stores,
-            &plan::PlanOptions {
-                part_items: args.table.part_items as usize,
-                keep: &args.table.keep,
-                image_column: args.table.image_column.as_deref(),
-                url_column: args.table.url_column.as_deref(),
-                id_column: args.table.id_column.as_deref(),
-                kind: args.table.kind,
-                output: &sink.to_string(),
-                began: &began,
-            },
-        )
-        .await
-        .map_err(Unprepared::of_input)?;
-        tracing::info!("the inputs are {}", plan.kinds());
-        let reading = reading(args, 0, stores).map_err(Unprepared::Refused)?;
-        let shards = plan.shards.clone();
-        let same_columns = tokio::task::spawn_blocking(move || columns_fit(&shards, &reading))
-            .await
-            .map_err(|error| Unprepared::Failed(error.into()))?
-            .map_err(Unprepared::Refused)?;
-        let pool = PoolConfig {
-            endpoints: endpoints.await.map_err(Unprepared::Refused)?,
-            connect: args.connect.clone(),
-            window: args.workers.window,
-            item_timeout: args.workers.item_timeout,
-            resolve_interval: args.workers.resolve_interval,
-        };
-        // Mistakes in the flags show at once, before the wait for a worker's
-        // answer.
-        pool.check().map_err(Unprepared::Refused)?;
-        let model = pool::first_model(&pool, args.workers.give_up_after)
-            .await
-            .map_err(Unprepared::Failed)?;
-        check_model(&model, &args.task).map_err(Unprepared::Refused)?;
-        check_part_items(args, &model).map_err(Unprepared::Refused)?;
-        let manifest = JobManifest::new(
-            ModelFact {
-                name: model.name.clone(),
-                digest: model.digest.clone(),
-            },
-            options(args, &model),
-            plan.shards.len(),
-            plan.facts.clone(),
-            same_columns && plan.has_ids_of_version_1(),
-        );
-        manifest.settle(&sink).await.map_err(|error| {
-            if error.is::<journal::Differs>() || plan::stays(&error) {
-                Unprepared::Refused(error)
-            } else {
-                Unprepared::Failed(error)
-            }
-        })?;
-        let is_ours = |shard: usize| shard % share.of as usize == share.index as usize;
-        pipeline::forget_unfinished(&sink, is_ours)
-            .await
-            .map_err(Unprepared::Failed)?;
-        let records = Record::read_all(&sink, is_ours)
-            .await
-            .map_err(Unprepared::Failed)?;
-        let records = only_with_files(&sink, records)
-            .await
-            .map_err(Unprepared::Failed)?;
-        Ok(Self {
-            share,
-            plan,
-            manifest,
-            model,
-            pool,
-            sink,
-            stores: Arc::clone(stores),
-            records,
-        })
-    }
-
-    /// Parts that were done when this run began.
-    fn before(&self) -> Vec<&Record> {
-        let shards = 0..self.plan.shards.len();
-        shards
-            .flat_map(|shard| journal::done(&self.records, shard))
-            .collect()
-    }
-
-    fn errors_before(&self) -> u64 {
-        self.before().iter().map(|record| record.errors).sum()
-    }
-
-    /// Unfinished shards of this share, with the place at which to resume each.
-    fn work(&self) -> Vec<ShardWork> {
-        let (index, of) = (self.share.index as usize, self.share.of as usize);
-        let ours = self.plan.shards.iter().enumerate().skip(index).step_by(of);
-        ours.filter_map(|(idx, shard)| {
-            let done = journal::done(&self.records, idx);
-            let cursor = match done.last() {
-                None => 0,
-                Some(last) => last.next?,
-            };
-            Some(ShardWork {
-                idx,
-                shard: shard.clone(),
-                part: done.len(),
-                cursor,
-            })
-        })
-        .collect()
-    }
-
     async fn run(
         self,
         args: &EmbedArgs,
@@ -439,19 +235,20 @@ impl Prepared {
         let work = self.work();
         let n_shards = work.len();
         let before = self.before();
-        let images_before: u64 = before.iter().map(|record| record.images).sum();
+        let images_before: u64 = before.iter().map(PartHistory::images).sum();
+        let message = match &self.retry {
+            Some(round) if round.parts.is_empty() => "there are no such errors to retry".to_owned(),
+            Some(round) => format!("retrying errors, round {}", round.number),
+            None if before.is_empty() => "starting the job".to_owned(),
+            None => "resuming the job".to_owned(),
+        };
         tracing::info!(
             model = self.model.name,
             digest = self.model.digest,
             shards_left = n_shards,
             parts_done = before.len(),
             images_done = images_before,
-            "{}",
-            if before.is_empty() {
-                "starting the job"
-            } else {
-                "resuming the job"
-            }
+            "{message}"
         );
         let counts = Arc::new(JobCounts::default());
         let mut sidecars = Arc::default();
@@ -502,15 +299,6 @@ impl Prepared {
         // Less than the worker's limit for a message, since a larger message
         // would end the whole stream.
         let message = limits.request_bytes_max.saturating_sub(MESSAGE_OVERHEAD);
-        let values = match args.task.task {
-            EmbedTask::Embed => StoredValues::Embedding(vector_shape(&args.task, &self.model)),
-            EmbedTask::Classify => StoredValues::Classes,
-            EmbedTask::Score => StoredValues::Scores,
-        };
-        let about = serde_json::json!({
-            "model": self.manifest.model,
-            "options": self.manifest.options,
-        });
         Ok(EmbedJob {
             work,
             reading: reading(args, limits.image_bytes_max.min(message), &self.stores)?,
@@ -519,11 +307,7 @@ impl Prepared {
             errors_before: self.errors_before(),
             errors_max: args.table.max_errors,
             sink: self.sink.clone(),
-            shape: TableShape {
-                format: args.table.format,
-                values,
-                metadata: about.to_string(),
-            },
+            shape: self.shape.clone(),
             terminal: terminal.clone(),
         })
     }
@@ -537,11 +321,9 @@ impl Prepared {
         out: &mut impl Write,
     ) -> anyhow::Result<JobEnded> {
         let (index, of) = (self.share.index, self.share.of);
-        let is_ours = |shard: usize| shard % of as usize == index as usize;
-        let records = Record::read_all(&self.sink, is_ours).await?;
-        let done: Vec<&Record> = (0..self.plan.shards.len())
-            .flat_map(|shard| journal::done(&records, shard))
-            .collect();
+        let records = Record::read_all(&self.sink, |shard| self.share.has(shard)).await?;
+        remove_superseded(&self.sink, &records).await?;
+        let done = histories(&records, 0..self.plan.shards.len());
         // A share that is one of several does not know when the others are
         // done.
         let finished = outcome == JobEnded::Done && of == 1;
@@ -579,12 +361,12 @@ impl Prepared {
         let images_this_run = counts.images.load(Ordering::Relaxed);
         let errors_this_run = counts.errors.load(Ordering::Relaxed);
         let errors = if outcome == JobEnded::TooManyErrors {
-            self.errors_before() + errors_this_run
+            self.errors_before() + counts.all_errors()
         } else {
-            done.iter().map(|record| record.errors).sum()
+            done.iter().map(PartHistory::errors).sum()
         };
-        let images = done.iter().map(|record| record.images).sum();
-        let rows = done.iter().map(|record| record.rows()).sum();
+        let images = done.iter().map(PartHistory::images).sum();
+        let rows = done.iter().map(PartHistory::rows).sum();
         if outcome == JobEnded::Done {
             warn_of_no_rows(rows, errors, &self.sink);
         }
@@ -610,69 +392,4 @@ impl Prepared {
         say(&report, out)?;
         Ok(outcome)
     }
-}
-
-/// Says plainly that a job whose images all failed has an empty output: its exit
-/// code is that of a finished job.
-fn warn_of_no_rows(rows: u64, errors: u64, sink: &Sink) {
-    if rows == 0 && errors > 0 {
-        tracing::warn!(
-            "no image has a row: all {errors} are errors, which are in {sink}/errors; \
-             --max-errors makes such a job fail"
-        );
-    }
-}
-
-/// Gathers the flags that say how images are read.
-fn reading(
-    args: &EmbedArgs,
-    image_bytes_max: u64,
-    stores: &Arc<Stores>,
-) -> anyhow::Result<Reading> {
-    Ok(Reading {
-        runtime: tokio::runtime::Handle::current(),
-        memory: ImageMemory::new(
-            u32::try_from(args.workers.image_memory.as_u64()).context("--image-memory")?,
-        ),
-        image_bytes_max,
-        keep: args.table.keep.clone(),
-        image_column: args.table.image_column.clone(),
-        url_column: args.table.url_column.clone(),
-        id_column: args.table.id_column.clone(),
-        format: args.table.format,
-        sidecars: Arc::default(),
-        url_patience: args.table.url_patience,
-        stores: Arc::clone(stores),
-    })
-}
-
-/// Looks for a shard that has the columns that the flags ask for. A shard
-/// without them, among others that have them, is an error of its own; if none
-/// of the first [`SHARDS_TRIED`] has them, the flags are wrong.
-///
-/// Returns false if version 1 of the manifest gave the rows other ids.
-fn columns_fit(shards: &[Shard], reading: &Reading) -> anyhow::Result<bool> {
-    let mut first = None;
-    for shard in shards.iter().take(SHARDS_TRIED) {
-        match input::has_columns(shard, reading) {
-            Err(Broken::Unsuited(reason)) => {
-                first.get_or_insert_with(|| format!("{}: {reason}", shard.name));
-            }
-            Ok(is_same) => return Ok(is_same),
-            // A shard that cannot be read shows nothing about columns, and is
-            // an error of its own.
-            Err(_) => return Ok(true),
-        }
-    }
-    first.map_or(Ok(true), |reason| Err(anyhow::anyhow!(reason)))
-}
-
-/// Prints the line of JSON. A failure to print does not change the outcome of
-/// the job; the owner of `out` finds it out.
-fn say(report: &impl Serialize, out: &mut impl Write) -> anyhow::Result<()> {
-    let line = serde_json::to_string(report)?;
-    if let Err(error) = writeln!(out, "{line}") {
-        tracing::error!("{error}");
-    }
-    Ok(())
 }

@@ -29,6 +29,35 @@ pub enum GrpcCode {
 }
 
 impl GrpcCode {
+    /// All codes, by their numbers.
+    pub const ALL: [Self; 17] = [
+        Self::Ok,
+        Self::Cancelled,
+        Self::Unknown,
+        Self::InvalidArgument,
+        Self::DeadlineExceeded,
+        Self::NotFound,
+        Self::AlreadyExists,
+        Self::PermissionDenied,
+        Self::ResourceExhausted,
+        Self::FailedPrecondition,
+        Self::Aborted,
+        Self::OutOfRange,
+        Self::Unimplemented,
+        Self::Internal,
+        Self::Unavailable,
+        Self::DataLoss,
+        Self::Unauthenticated,
+    ];
+
+    /// Returns the code with this name, as the specification spells it, in any
+    /// case.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        all.find(|code| code.name().eq_ignore_ascii_case(name))
+    }
+
     /// Name of the code as the specification spells it.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -1,15 +1,18 @@
 //! Check that all parts of a job exist, and the summary of the whole dataset.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::Instant;
 
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::journal::{self, JobManifest, ModelFact, PartId, Record};
+use super::JobEnded;
+use super::history::{PartHistory, histories};
+use super::journal::{self, JobManifest, ModelFact, PartId};
+use super::recorded::RecordedParts;
+use super::report::{self, Report};
 use super::sink::Sink;
-use super::{JobEnded, Report};
 use crate::files::hex;
 
 /// Path of the summary of all parts, written once they exist.
@@ -31,57 +34,12 @@ pub(super) struct DatasetSummary {
     pub(super) sha256: String,
 }
 
-/// Keeps the records whose files all exist with the size that was written. A
-/// part with a deleted file is done again.
-pub(super) async fn only_with_files(
-    sink: &Sink,
-    mut records: BTreeMap<PartId, Record>,
-) -> anyhow::Result<BTreeMap<PartId, Record>> {
-    let there = files(sink, &records).await?;
-    records.retain(|id, record| {
-        let whole = record
-            .files
-            .iter()
-            .all(|file| there.get(&file.name) == Some(&file.bytes));
-        if !whole {
-            tracing::warn!(
-                "files of part {id} are missing or were changed; the part must be done again"
-            );
-        }
-        whole
-    });
-    Ok(records)
-}
-
-/// Lists the files of all directories that the records name, with their sizes.
-async fn files(
-    sink: &Sink,
-    records: &BTreeMap<PartId, Record>,
-) -> anyhow::Result<BTreeMap<String, u64>> {
-    let named = records.values().flat_map(|record| &record.files);
-    let folders: BTreeSet<&str> = named
-        .map(|file| file.name.rsplit_once('/').map_or("", |(folder, _)| folder))
-        .collect();
-    let mut files = BTreeMap::new();
-    for folder in folders {
-        for (name, bytes) in sink.list(folder).await? {
-            let name = if folder.is_empty() {
-                name
-            } else {
-                format!("{folder}/{name}")
-            };
-            files.insert(name, bytes);
-        }
-    }
-    Ok(files)
-}
-
 pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::Result<JobEnded> {
     let started = Instant::now();
     match finish(sink).await {
         Ok(summary) => {
-            super::warn_of_no_rows(summary.rows, summary.errors, sink);
-            super::say(&report(&summary, sink, started), out)?;
+            report::warn_of_no_rows(summary.rows, summary.errors, sink);
+            report::say(&report_of(&summary, sink, started), out)?;
             Ok(JobEnded::Done)
         }
         Err(error) if error.is::<NotBegun>() => Err(error),
@@ -95,7 +53,7 @@ pub(super) async fn finish_alone(sink: &Sink, out: &mut impl Write) -> anyhow::R
 
 /// Makes the report of a whole dataset, in which this run has done nothing but
 /// look.
-fn report<'a>(summary: &'a DatasetSummary, sink: &Sink, started: Instant) -> Report<'a> {
+fn report_of<'a>(summary: &'a DatasetSummary, sink: &Sink, started: Instant) -> Report<'a> {
     Report {
         outcome: JobEnded::Done,
         reason: None,
@@ -140,24 +98,23 @@ pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
     let manifest = JobManifest::read(sink).await?.ok_or_else(|| NotBegun {
         output: sink.to_string(),
     })?;
-    let records = Record::read_all(sink, |_| true).await?;
-    let records = only_with_files(sink, records).await?;
+    let records = RecordedParts::read(sink, |_| true).await?.whole;
     let mut missing = Vec::new();
-    let mut whole = Vec::new();
     for shard in 0..manifest.shards {
         let done = journal::done(&records, shard);
         if done.last().is_none_or(|last| last.next.is_some()) {
-            let part = done.len();
-            let first = PartId { shard, part };
+            let first = PartId::of(shard, done.len());
             missing.push(format!("part {first} and the rest of its shard"));
         }
-        whole.extend(done);
     }
+    let parts = histories(&records, 0..manifest.shards);
+    let begun = parts.iter().filter(|part| part.is_being_retried());
+    missing.extend(begun.map(|part| format!("the rest of the retry of part {}", part.base.id)));
     if !missing.is_empty() {
         let more = missing.len().saturating_sub(MISSING_SHOWN);
         missing.truncate(MISSING_SHOWN);
         if more > 0 {
-            missing.push(format!("and {more} more shards"));
+            missing.push(format!("and {more} more"));
         }
         return Err(Incomplete {
             output: sink.to_string(),
@@ -165,10 +122,10 @@ pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
         }
         .into());
     }
-    let images: u64 = whole.iter().map(|record| record.images).sum();
-    let errors: u64 = whole.iter().map(|record| record.errors).sum();
+    let images: u64 = parts.iter().map(PartHistory::images).sum();
+    let errors: u64 = parts.iter().map(PartHistory::errors).sum();
     let mut digest = Sha256::new();
-    for file in whole.iter().flat_map(|record| &record.files) {
+    for file in parts.iter().flat_map(PartHistory::files) {
         digest.update(format!("{} {}\n", file.sha256, file.name));
     }
     let summary = DatasetSummary {
@@ -177,7 +134,7 @@ pub(super) async fn finish(sink: &Sink) -> anyhow::Result<DatasetSummary> {
         images,
         rows: images - errors,
         errors,
-        parts: whole.len(),
+        parts: parts.len(),
         sha256: hex(&digest.finalize()),
     };
     let mut text = serde_json::to_string_pretty(&summary)?;

@@ -11,6 +11,7 @@ use crate::client::ConnectConfig;
 use crate::commands::serve::OwnWorkerFlags;
 use crate::imaging::{Alpha, Fit};
 use crate::model::graph::{Context, Norm};
+use crate::proto::GrpcCode;
 use crate::serve::config::bounds::{DAY, bounded_size, bounded_time};
 use crate::telemetry::LogConfig;
 
@@ -305,6 +306,23 @@ pub struct TableConfig {
     #[arg(long, env = "IMAGEGPT_LINK_LOCAL_ADDRESSES")]
     pub link_local_addresses: bool,
 
+    /// Try the errors of a finished job again, into new parts beside those that
+    /// are there: all errors, or those with the codes that are given, such as
+    /// --retry-errors=UNAVAILABLE,RESOURCE_EXHAUSTED. Needs the inputs and
+    /// options of the job. Each finished run is a round; the next one tries what
+    /// is left
+    #[arg(
+        long,
+        env = "IMAGEGPT_RETRY_ERRORS",
+        value_name = "CODES",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        value_parser = retry_choice,
+        conflicts_with = "finish"
+    )]
+    pub retry_errors: Option<RetryChoice>,
+
     /// Number of failed images, over all runs of this job, above which the job
     /// ends with exit code 6 [default: no limit]
     #[arg(long, env = "IMAGEGPT_MAX_ERRORS", value_name = "N")]
@@ -358,6 +376,52 @@ fn layer_choice(text: &str) -> Result<LayerChoice, String> {
         .map_err(|_| "layers must be numbers such as 8,12,16, or all".to_owned())
 }
 
+/// Errors that `--retry-errors` tries again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RetryChoice {
+    /// Errors with any code.
+    All,
+    /// Errors with one of these codes.
+    Codes(BTreeSet<GrpcCode>),
+}
+
+impl RetryChoice {
+    /// Reads codes by their names, or `all`; `None` if a name is unknown.
+    pub(super) fn of_names(names: &[impl AsRef<str>]) -> Option<Self> {
+        let names = names.iter().map(|name| name.as_ref().trim());
+        if names.clone().eq(["all"]) {
+            return Some(Self::All);
+        }
+        names
+            .map(GrpcCode::named)
+            .collect::<Option<_>>()
+            .map(Self::Codes)
+    }
+
+    /// Returns the names of the codes, in order.
+    pub(super) fn names(&self) -> Vec<String> {
+        match self {
+            Self::All => vec!["all".to_owned()],
+            Self::Codes(codes) => codes.iter().map(GrpcCode::to_string).collect(),
+        }
+    }
+
+    /// True if errors with this code are tried again.
+    pub(super) fn has(&self, code: GrpcCode) -> bool {
+        match self {
+            Self::All => true,
+            Self::Codes(codes) => codes.contains(&code),
+        }
+    }
+}
+
+fn retry_choice(text: &str) -> Result<RetryChoice, String> {
+    let names: Vec<&str> = text.split(',').collect();
+    RetryChoice::of_names(&names).ok_or_else(|| {
+        "codes must be names of gRPC codes such as UNAVAILABLE,NOT_FOUND, or all".to_owned()
+    })
+}
+
 /// Variables that hold the index of a share, as schedulers set them.
 const INDEX_VARIABLES: [&str; 3] = [
     "JOB_COMPLETION_INDEX",
@@ -374,6 +438,11 @@ pub struct JobShare {
 
 impl JobShare {
     pub(super) const WHOLE: Self = Self { index: 0, of: 1 };
+
+    /// True if the share has the shard with this number.
+    pub(super) fn has(self, shard: usize) -> bool {
+        shard % self.of as usize == self.index as usize
+    }
 }
 
 fn share(text: &str) -> Result<JobShare, String> {

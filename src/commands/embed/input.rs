@@ -78,6 +78,42 @@ pub(super) struct Reading {
     pub(super) url_patience: Duration,
     /// Stores of images that a table names.
     pub(super) stores: Arc<Stores>,
+    /// Rows whose images are read; `None` for all. Samples of other rows have
+    /// an error instead of an image. Tars are read whole.
+    pub(super) wanted: Option<WantedRows>,
+}
+
+impl Reading {
+    /// True if the image of the row with this cursor is read.
+    fn wants(&self, cursor: u64) -> bool {
+        let wanted = self.wanted.as_ref();
+        wanted.is_none_or(|wanted| wanted.has(cursor))
+    }
+}
+
+/// Rows of a part whose images are read.
+#[derive(Debug, Clone)]
+pub(super) struct WantedRows {
+    /// Cursor of the part's first row, where cursors count rows.
+    pub(super) first: u64,
+    pub(super) rows: Arc<BTreeSet<u64>>,
+    /// Row from which on all rows are read.
+    pub(super) open_from: Option<u64>,
+}
+
+impl WantedRows {
+    fn has(&self, cursor: u64) -> bool {
+        let Some(row) = cursor.checked_sub(self.first) else {
+            return false;
+        };
+        self.rows.contains(&row) || self.open_from.is_some_and(|from| row >= from)
+    }
+}
+
+/// Makes the fault of a row that is not among the wanted ones, which nobody
+/// sees.
+fn not_wanted() -> ImageFault {
+    ImageFault::invalid("image: it was not asked for".to_owned())
 }
 
 /// Record of the kinds of files beside images (`--keep`) that samples of tars
@@ -318,6 +354,7 @@ pub(super) mod tests {
             sidecars: Arc::default(),
             url_patience: Duration::from_secs(1),
             stores: Arc::default(),
+            wanted: None,
         }
     }
 

@@ -220,25 +220,85 @@ fn shown(differences: &[String]) -> String {
     text
 }
 
-/// Number of a part: its shard, and its place in the shard.
+/// Number of a part: its shard, its place in the shard, and for a retry of the
+/// part's errors the number of the retry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct PartId {
     pub(super) shard: usize,
     pub(super) part: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) retry: Option<RetryPiece>,
+}
+
+/// Number of a piece of a round of `--retry-errors`, which has at most as many
+/// images as a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) struct RetryPiece {
+    pub(super) round: u32,
+    pub(super) piece: usize,
 }
 
 impl std::fmt::Display for PartId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:05}-{:05}", self.shard, self.part)
+        write!(f, "{:05}-{:05}", self.shard, self.part)?;
+        match self.retry {
+            None => Ok(()),
+            Some(RetryPiece { round, piece }) => write!(f, "-retry{round}-{piece:05}"),
+        }
     }
 }
 
 impl PartId {
-    fn parse(name: &str) -> Option<Self> {
-        let (shard, part) = name.strip_suffix(".json")?.split_once('-')?;
+    /// Makes the number of a part that is no retry.
+    pub(super) fn of(shard: usize, part: usize) -> Self {
+        Self {
+            shard,
+            part,
+            retry: None,
+        }
+    }
+
+    /// Returns the number of the next part of the shard, or of the next piece
+    /// of the round.
+    pub(super) fn next(self) -> Self {
+        match self.retry {
+            None => Self::of(self.shard, self.part + 1),
+            Some(RetryPiece { round, piece }) => Self {
+                retry: Some(RetryPiece {
+                    round,
+                    piece: piece + 1,
+                }),
+                ..self
+            },
+        }
+    }
+
+    /// Returns the largest number that a retry of the part can have.
+    pub(super) fn last_retry(self) -> Self {
+        Self {
+            retry: Some(RetryPiece {
+                round: u32::MAX,
+                piece: usize::MAX,
+            }),
+            ..self
+        }
+    }
+
+    /// Reads a number as it is displayed.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let (shard, rest) = text.split_once('-')?;
+        let (part, retry) = match rest.split_once("-retry") {
+            None => (rest, None),
+            Some((part, retry)) => {
+                let (round, piece) = retry.split_once('-')?;
+                let (round, piece) = (round.parse().ok()?, piece.parse().ok()?);
+                (part, Some(RetryPiece { round, piece }))
+            }
+        };
         Some(Self {
             shard: shard.parse().ok()?,
             part: part.parse().ok()?,
+            retry,
         })
     }
 }
@@ -252,8 +312,13 @@ pub(super) struct Record {
     pub(super) images: u64,
     /// Images of the part that have no answer.
     pub(super) errors: u64,
+    /// Images that have no answer, by their places in the part, from 0; in the
+    /// order of the lines in the error file. Of a retry, places in the part
+    /// that is retried. Older versions did not record them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) error_rows: Vec<u64>,
     /// Cursor at which the next part of the shard begins; `None` for the last
-    /// part.
+    /// part. Of a retry, the place in the part that is retried.
     pub(super) next: Option<u64>,
     pub(super) files: Vec<OutputFile>,
 }
@@ -264,6 +329,13 @@ pub(super) struct OutputFile {
     pub(super) name: String,
     pub(super) bytes: u64,
     pub(super) sha256: String,
+}
+
+impl OutputFile {
+    /// True for a file of error lines.
+    pub(super) fn is_of_errors(&self) -> bool {
+        self.name.starts_with("errors/")
+    }
 }
 
 impl Record {
@@ -279,6 +351,15 @@ impl Record {
             .await
     }
 
+    /// Removes the files of the record and then the record, so that a kill in
+    /// between leaves a record whose files are missing.
+    pub(super) async fn remove(&self, sink: &Sink) -> anyhow::Result<()> {
+        for file in &self.files {
+            sink.remove(&file.name).await?;
+        }
+        sink.remove(&format!("{RECORDS}/{}.json", self.id)).await
+    }
+
     /// Reads the records of the shards for which `wanted` is true.
     pub(super) async fn read_all(
         sink: &Sink,
@@ -287,7 +368,7 @@ impl Record {
         let names = sink.list(RECORDS).await?;
         let ids = names
             .iter()
-            .filter_map(|(name, _)| PartId::parse(name))
+            .filter_map(|(name, _)| PartId::parse(name.strip_suffix(".json")?))
             .filter(|id| wanted(id.shard));
         let read = async |id: PartId| {
             let name = format!("{RECORDS}/{id}.json");
@@ -311,10 +392,7 @@ impl Record {
 /// the first gap.
 pub(super) fn done(records: &BTreeMap<PartId, Record>, shard: usize) -> Vec<&Record> {
     let mut done = Vec::new();
-    while let Some(record) = records.get(&PartId {
-        shard,
-        part: done.len(),
-    }) {
+    while let Some(record) = records.get(&PartId::of(shard, done.len())) {
         done.push(record);
         if record.next.is_none() {
             break;
@@ -386,15 +464,46 @@ mod tests {
         assert!(text.ends_with(expected), "{text}");
     }
 
+    #[test]
+    fn numbers_of_parts_are_read_as_they_are_written() {
+        let base = PartId::of(3, 12);
+        let retry = PartId {
+            retry: Some(RetryPiece { round: 2, piece: 0 }),
+            ..base
+        };
+        for (id, text) in [
+            (base, "00003-00012"),
+            (retry, "00003-00012-retry2-00000"),
+            (retry.next(), "00003-00012-retry2-00001"),
+            (base.next(), "00003-00013"),
+        ] {
+            assert_eq!(id.to_string(), text);
+            assert_eq!(PartId::parse(text), Some(id));
+        }
+        assert!(base < retry && retry < retry.next() && base.last_retry() < base.next());
+        for text in [
+            "",
+            "3",
+            "3-",
+            "3-x",
+            "3-1-retry",
+            "3-1-retry1",
+            "3-1-again1-0",
+        ] {
+            assert_eq!(PartId::parse(text), None, "{text}");
+        }
+    }
+
     #[tokio::test]
     async fn a_shard_is_done_up_to_the_first_gap() {
         let dir = tempfile::tempdir().unwrap();
         let sink = Sink::open(dir.path().to_str().unwrap(), &Stores::default()).unwrap();
         for part in [0, 1, 3] {
             let record = Record {
-                id: PartId { shard: 7, part },
+                id: PartId::of(7, part),
                 images: 2,
                 errors: 0,
+                error_rows: Vec::new(),
                 next: Some(9),
                 files: Vec::new(),
             };

@@ -13,8 +13,6 @@
 //! [`PARTS_OPEN`] parts are begun and not yet written.
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -25,15 +23,14 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::input::{self, Broken, PlacedSample, Reading};
+use super::input::Reading;
 use super::journal::{OutputFile, PartId, Record};
-use super::plan::Shard;
 use super::progress::{JobCounts, JobProgress, Terminal};
+use super::reader::{End, Event, ROW_BITS, Reader, ShardWork, read_to_the_end};
 use super::sink::Sink;
 use super::table::{self, TableRow, TableShape};
 use crate::client::pool::{ImageFault, PoolAnswer, PoolOutcome, PoolTask, WorkerPool};
 use crate::files::hex;
-use crate::proto::GrpcCode;
 use crate::telemetry::panic_text;
 
 /// Parts that are begun and not yet written: a part that is read, a part that
@@ -48,19 +45,6 @@ const ROWS_QUEUE: usize = 256;
 /// Interval at which progress is shown, and at which a standstill is looked
 /// for.
 const TICK: Duration = Duration::from_millis(500);
-/// Bits of a task's id that number the row within its part; the upper bits
-/// number the part.
-const ROW_BITS: u32 = 32;
-
-/// Shard to work on, with the place at which to resume.
-#[derive(Debug)]
-pub(super) struct ShardWork {
-    pub(super) idx: usize,
-    pub(super) shard: Shard,
-    /// Number of the first part that is not done.
-    pub(super) part: usize,
-    pub(super) cursor: u64,
-}
 
 /// Work of the job, and its bounds.
 #[derive(Debug)]
@@ -124,32 +108,6 @@ pub(super) async fn forget_unfinished(
     Ok(())
 }
 
-/// End of a part.
-#[derive(Debug, Clone, Copy)]
-struct End {
-    /// Cursor at which the shard's next part begins, if there is one.
-    next: Option<u64>,
-}
-
-/// Event that the reader sends to the collector.
-enum Event {
-    Begin {
-        id: PartId,
-        permit: OwnedSemaphorePermit,
-    },
-    Row {
-        id: String,
-        kept: Option<RecordBatch>,
-        /// Set when no worker needs to be asked.
-        fault: Option<ImageFault>,
-    },
-    /// End of the current part, which has all its rows.
-    End(End),
-    /// End of all rows. After it, silence of the reader is no failure.
-    AllRead,
-    Failed(anyhow::Error),
-}
-
 /// Runs the job in a task of its own, so that a panic in any of its pieces
 /// becomes the job's error.
 ///
@@ -183,18 +141,6 @@ fn panicked(what: &str, error: tokio::task::JoinError) -> anyhow::Error {
     }
 }
 
-/// Body of the reader's thread. A panic of the reader is sent as an event, so
-/// that nobody waits for rows that never come.
-fn read_to_the_end(reader: Reader, work: &[ShardWork]) {
-    let events = reader.events.clone();
-    let read = catch_unwind(AssertUnwindSafe(|| reader.run(work)));
-    if let Err(panic) = read {
-        let error = anyhow::anyhow!("the reader's thread panicked: {}", panic_text(&*panic));
-        // Without a collector nobody is left to tell.
-        let _ = events.blocking_send(Event::Failed(error));
-    }
-}
-
 async fn pieces(
     job: EmbedJob,
     mut pool: WorkerPool,
@@ -206,6 +152,7 @@ async fn pieces(
     let memory = job.reading.memory.clone();
     let (events_in, events) = mpsc::channel(ROWS_QUEUE);
     let reader = Reader {
+        sink: job.sink.clone(),
         reading: job.reading,
         part_items: job.part_items,
         events: events_in,
@@ -293,175 +240,6 @@ async fn both(
 #[error("the pool of workers has ended before the job")]
 struct PoolEnded;
 
-/// Reader: blocking code that runs on a thread of its own.
-struct Reader {
-    reading: Reading,
-    part_items: usize,
-    events: mpsc::Sender<Event>,
-    tasks: mpsc::Sender<PoolTask>,
-    parts: Arc<Semaphore>,
-    counts: Arc<JobCounts>,
-    /// Number of parts that were begun in this run.
-    n_parts: u64,
-}
-
-/// Part that is being read.
-struct PartRead {
-    id: PartId,
-    n_rows: usize,
-    open: bool,
-}
-
-impl Reader {
-    fn run(mut self, work: &[ShardWork]) {
-        #[expect(clippy::cast_precision_loss, reason = "a share for the eye")]
-        let bytes = |work: &ShardWork| work.shard.bytes as f64;
-        let total = work.iter().map(bytes).sum::<f64>().max(1.0);
-        let mut before = 0.0;
-        for work in work {
-            let share = move |share: f64| (before + share * bytes(work)) / total;
-            match self.shard(work, share) {
-                Ok(ControlFlow::Continue(())) => {}
-                // The collector or the pool has ended.
-                Ok(ControlFlow::Break(())) => return,
-                Err(error) => {
-                    let _ = self.events.blocking_send(Event::Failed(error));
-                    return;
-                }
-            }
-            before += bytes(work);
-            self.counts.has_read(share(1.0));
-        }
-        let _ = self.events.blocking_send(Event::AllRead);
-    }
-
-    fn shard(
-        &mut self,
-        work: &ShardWork,
-        share: impl Fn(f64) -> f64,
-    ) -> anyhow::Result<ControlFlow<()>> {
-        let mut part = PartRead {
-            id: PartId {
-                shard: work.idx,
-                part: work.part,
-            },
-            n_rows: 0,
-            open: false,
-        };
-        let mut stopped = false;
-        let reading = self.reading.clone();
-        let counts = Arc::clone(&self.counts);
-        let read = input::read(&work.shard, work.cursor, &reading, &mut |seen| {
-            counts.has_read(share(seen.share));
-            let flow = self.sample(&mut part, seen);
-            stopped = flow.is_break();
-            flow
-        });
-        if stopped {
-            return Ok(ControlFlow::Break(()));
-        }
-        let damage = match read {
-            Ok(()) => None,
-            Err(Broken::Damaged(reason)) => Some((GrpcCode::DataLoss, reason)),
-            Err(Broken::OverLimit(reason)) => Some((GrpcCode::ResourceExhausted, reason)),
-            Err(Broken::Unsuited(reason)) => Some((GrpcCode::InvalidArgument, reason)),
-            Err(Broken::Refused(fault)) => Some((fault.code, fault.message)),
-            Err(Broken::Failed(error)) => return Err(error),
-        };
-        Ok(self.end(part, &work.shard, damage))
-    }
-
-    fn sample(&mut self, part: &mut PartRead, seen: PlacedSample) -> ControlFlow<()> {
-        if part.n_rows == self.part_items {
-            self.tell(Event::End(End {
-                next: Some(seen.cursor),
-            }))?;
-            part.id.part += 1;
-            part.n_rows = 0;
-            part.open = false;
-        }
-        self.begin(part)?;
-        let sample = seen.sample;
-        let (image, fault) = match sample.image {
-            Ok(image) => (Some(image), None),
-            Err(fault) => (None, Some(fault)),
-        };
-        self.tell(Event::Row {
-            id: sample.id,
-            kept: sample.kept,
-            fault,
-        })?;
-        let row = part.n_rows as u64;
-        part.n_rows += 1;
-        let Some(image) = image else {
-            return ControlFlow::Continue(());
-        };
-        let room = sample.room.or_else(|| {
-            let (memory, runtime) = (&self.reading.memory, &self.reading.runtime);
-            memory.blocking_room(runtime, image.len() as u64)
-        });
-        let Some(room) = room else {
-            return ControlFlow::Break(());
-        };
-        let task = PoolTask {
-            id: (self.n_parts - 1) << ROW_BITS | row,
-            image,
-            room: room.into_permit(),
-            failures: 0,
-            lost: 0,
-        };
-        match self.tasks.blocking_send(task) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        }
-    }
-
-    fn begin(&mut self, part: &mut PartRead) -> ControlFlow<()> {
-        if part.open {
-            return ControlFlow::Continue(());
-        }
-        let permit = Arc::clone(&self.parts).acquire_owned();
-        let Ok(permit) = self.reading.runtime.block_on(permit) else {
-            return ControlFlow::Break(());
-        };
-        part.open = true;
-        self.n_parts += 1;
-        self.tell(Event::Begin {
-            id: part.id,
-            permit,
-        })
-    }
-
-    /// Ends a shard. A shard without images has a part, too, so that it is
-    /// recorded. A damaged shard has its damage as its last row.
-    fn end(
-        &mut self,
-        mut part: PartRead,
-        shard: &Shard,
-        damage: Option<(GrpcCode, String)>,
-    ) -> ControlFlow<()> {
-        self.begin(&mut part)?;
-        if let Some((code, reason)) = damage {
-            self.tell(Event::Row {
-                id: shard.name.clone(),
-                kept: None,
-                fault: Some(ImageFault {
-                    code,
-                    message: format!("the rest of the file is not read: {reason}"),
-                }),
-            })?;
-        }
-        self.tell(Event::End(End { next: None }))
-    }
-
-    fn tell(&self, event: Event) -> ControlFlow<()> {
-        match self.events.blocking_send(event) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        }
-    }
-}
-
 /// Part whose rows are waiting for answers.
 struct OpenPart {
     id: PartId,
@@ -473,6 +251,7 @@ struct OpenPart {
 }
 
 struct OpenRow {
+    row: u64,
     id: String,
     kept: Option<RecordBatch>,
     outcome: Option<Result<PoolAnswer, ImageFault>>,
@@ -548,7 +327,7 @@ impl Collector {
     /// allows. All errors up to then are in the files of this run, or of the
     /// runs before.
     fn has_too_many_errors(&self) -> anyhow::Result<()> {
-        let errors = self.errors_before + self.counts.errors.load(Ordering::Relaxed);
+        let errors = self.errors_before + self.counts.all_errors();
         let Some(max) = self.errors_max.filter(|&max| errors > max) else {
             return Ok(());
         };
@@ -581,8 +360,16 @@ impl Collector {
                 unanswered: 0,
                 end: None,
             }),
-            Event::Row { id, kept, fault } => {
-                if let Some(fault) = &fault {
+            Event::Row {
+                row,
+                id,
+                kept,
+                fault,
+                is_old,
+            } => {
+                if is_old {
+                    self.counts.old_errors.fetch_add(1, Ordering::Relaxed);
+                } else if let Some(fault) = &fault {
                     self.count(Some((id.clone(), fault.message.clone())));
                 } else if self.open.iter().all(|part| part.unanswered == 0) {
                     // Workers are silent only from the time at which they have
@@ -593,6 +380,7 @@ impl Collector {
                 let part = part.context("a row comes after a beginning")?;
                 part.unanswered += usize::from(fault.is_none());
                 part.rows.push(OpenRow {
+                    row,
                     id,
                     kept,
                     outcome: fault.map(Err),
@@ -649,6 +437,7 @@ impl Collector {
             self.first += 1;
             let rows = part.rows.into_iter().map(|row| {
                 Some(TableRow {
+                    row: row.row,
                     id: row.id,
                     kept: row.kept,
                     outcome: row.outcome?,
@@ -697,7 +486,8 @@ impl Writer {
 
     async fn write(&self, part: WholePart) -> anyhow::Result<()> {
         let images = part.rows.len() as u64;
-        let errors = part.rows.iter().filter(|row| row.outcome.is_err()).count() as u64;
+        let errors = part.rows.iter().filter(|row| row.outcome.is_err());
+        let error_rows: Vec<u64> = errors.map(|row| row.row).collect();
         let (id, shape) = (part.id, self.shape.clone());
         let encode = move || {
             let files = table::files(id, part.rows, &shape)?;
@@ -723,7 +513,8 @@ impl Writer {
         let record = Record {
             id,
             images,
-            errors,
+            errors: error_rows.len() as u64,
+            error_rows,
             next: part.next,
             files,
         };

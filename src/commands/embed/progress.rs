@@ -50,11 +50,18 @@ pub(super) struct JobCounts {
     pub(super) images: AtomicU64,
     /// Images among them that failed.
     pub(super) errors: AtomicU64,
+    /// Errors of a run before, which `--retry-errors` did not try again.
+    pub(super) old_errors: AtomicU64,
     /// Share of the input that has been read, in units of 1 / [`STEPS`].
     read: AtomicU64,
 }
 
 impl JobCounts {
+    /// Number of errors of this run, those that it took over among them.
+    pub(super) fn all_errors(&self) -> u64 {
+        self.errors.load(Ordering::Relaxed) + self.old_errors.load(Ordering::Relaxed)
+    }
+
     /// Records that the share `share` of the whole input, 0 to 1, has been
     /// read.
     pub(super) fn has_read(&self, share: f64) {

@@ -1,6 +1,6 @@
 //! Files of a part of the output. The same rows always give the same bytes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -56,6 +56,26 @@ const LAYER_COLUMN: &str = "embedding_";
 pub(super) fn is_layer_column(name: &str) -> bool {
     let layer = name.strip_prefix(LAYER_COLUMN);
     layer.is_some_and(|layer| layer.parse::<u32>().is_ok())
+}
+
+impl TableShape {
+    /// Directories of the output that the files of parts are in.
+    pub(super) fn folders(&self) -> BTreeSet<String> {
+        let mut folders = BTreeSet::from(["errors".to_owned()]);
+        if self.format == TableFormat::Npy {
+            folders.insert("metadata".to_owned());
+            let columns = self.values.vectors();
+            folders.extend(columns.iter().map(|column| npy_folder(column)));
+        } else {
+            folders.insert(String::new());
+        }
+        folders
+    }
+}
+
+/// Returns the directory of NumPy's files for a column of vectors.
+fn npy_folder(column: &str) -> String {
+    column.replace("embedding", "img_emb")
 }
 
 /// Values that are stored for each image.
@@ -143,6 +163,8 @@ impl VectorShape {
 /// Row of the table: an image's id, its kept columns and its outcome.
 #[derive(Debug)]
 pub(super) struct TableRow {
+    /// Place in the part, or in the part that is retried.
+    pub(super) row: u64,
     pub(super) id: String,
     pub(super) kept: Option<RecordBatch>,
     pub(super) outcome: Result<PoolAnswer, ImageFault>,
@@ -193,7 +215,7 @@ pub(super) fn files(
         match (shape.format, &shape.values) {
             (TableFormat::Npy, StoredValues::Embedding(vectors)) => {
                 for (place, column) in vectors.columns().iter().enumerate() {
-                    let folder = column.replace("embedding", "img_emb");
+                    let folder = npy_folder(column);
                     let content = npy(&vectors.vectors(&answers, place)?, vectors)?;
                     files.push((format!("{folder}/img_emb_{id}.npy"), content));
                 }
@@ -485,7 +507,8 @@ mod tests {
             let bytes = values.iter().flat_map(|value| value.to_le_bytes());
             Ok(PoolAnswer::Embedding(bytes.collect::<Vec<u8>>().into()))
         };
-        let row = |id: &str, n, outcome| TableRow {
+        let row = |id: &str, n: i64, outcome| TableRow {
+            row: n.unsigned_abs() - 1,
             id: id.to_owned(),
             kept: kept(n),
             outcome,
@@ -507,7 +530,7 @@ mod tests {
             }),
             metadata: r#"{"digest":"x"}"#.to_owned(),
         };
-        let id = PartId { shard: 3, part: 1 };
+        let id = PartId::of(3, 1);
         let files_made = files(id, rows(), &shape).unwrap();
         assert_eq!(files_made, files(id, rows(), &shape).unwrap());
         files_made

@@ -12,7 +12,7 @@ use super::elsewhere::{ImagesElsewhere, is_text};
 use super::ids::{id_at, is_id, is_id_of_version_1};
 use super::messages::{ArrowBatch, Messages};
 use super::pages::{IMAGE_ROWS, ParquetTable, URL_ROWS, Wanted};
-use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
+use super::{Broken, PlacedSample, Reading, Sample, Visitor, not_wanted, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::kept::{can_be_kept, in_kept_types};
 use crate::commands::embed::location::Location;
@@ -260,7 +260,7 @@ fn visit_batch(
         Some(in_kept_types(kept).map_err(failed)?)
     };
     let image = batch.column(columns.image).as_ref();
-    let mut elsewhere = ImagesElsewhere::new(image, location, place.held, reading);
+    let mut elsewhere = ImagesElsewhere::new(image, location, place.row, place.held, reading);
     let schema = batch.schema();
     for row in 0..batch.num_rows() {
         let id = columns.id.map_or(Ok(None), |id| {
@@ -269,6 +269,7 @@ fn visit_batch(
         let ordinal = || format!("{}#{}", place.name, place.row);
         let (image, room) = match elsewhere.next(row).map_err(Broken::Failed)? {
             Some(fetched) => fetched,
+            None if !reading.wants(place.row) => (Err(not_wanted()), None),
             None => (image_at(image, row, place.held, reading), None),
         };
         let (id, image, room) = match id {

@@ -52,6 +52,8 @@ pub(super) struct ImagesElsewhere<'a> {
     column: &'a dyn Array,
     home: &'a Location,
     reading: &'a Reading,
+    /// Cursor of the batch's first row.
+    first: u64,
     /// Memory that the batch takes.
     held: u64,
     run: Option<Run<'a>>,
@@ -64,11 +66,12 @@ struct Run<'a> {
 }
 
 impl<'a> ImagesElsewhere<'a> {
-    /// Makes the reader of a batch's column of images or URLs. Paths are
-    /// relative to `table`.
+    /// Makes the reader of a batch's column of images or URLs, whose first row
+    /// has the cursor `first`. Paths are relative to `table`.
     pub(super) fn new(
         column: &'a dyn Array,
         table: &'a Location,
+        first: u64,
         held: u64,
         reading: &'a Reading,
     ) -> Self {
@@ -76,6 +79,7 @@ impl<'a> ImagesElsewhere<'a> {
             column,
             home: table,
             reading,
+            first,
             held,
             run: None,
         }
@@ -105,6 +109,7 @@ impl<'a> ImagesElsewhere<'a> {
         }
         let (end, held, reading) = (row + rows.len(), self.held, self.reading);
         let range = 0..rows.len();
+        let first = self.first + row as u64;
         let listing = Arc::new(Listing::List {
             stores: Arc::clone(&reading.stores),
             base: self.home.parent(),
@@ -112,7 +117,7 @@ impl<'a> ImagesElsewhere<'a> {
         });
         Some(Run {
             end,
-            files: Box::pin(files::of_rows(listing, range, held, reading)),
+            files: Box::pin(files::of_rows(listing, range, first, held, reading)),
         })
     }
 
@@ -188,7 +193,7 @@ mod tests {
     /// fault, or `held` if the row has to hold its image.
     async fn read(column: ArrayRef, home: Location, reading: Reading) -> Vec<String> {
         let read = move || {
-            let mut images = ImagesElsewhere::new(column.as_ref(), &home, 0, &reading);
+            let mut images = ImagesElsewhere::new(column.as_ref(), &home, 0, 0, &reading);
             let rows = (0..column.len()).map(|row| match images.next(row).unwrap() {
                 None => "held".to_owned(),
                 Some((Ok(bytes), room)) => {
@@ -266,7 +271,7 @@ mod tests {
         let held = reading.memory.limit() - 4;
         let home = remote().await;
         let read = move || {
-            let mut images = ImagesElsewhere::new(&column, &home, held, &reading);
+            let mut images = ImagesElsewhere::new(&column, &home, 0, held, &reading);
             let (image, room) = images.next(0).unwrap().unwrap();
             (image.unwrap_err().message, room.is_none())
         };

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
 use reqwest::Url;
 
-use super::{Broken, PlacedSample, Reading, Sample, Visitor, too_large, unfit};
+use super::{Broken, PlacedSample, Reading, Sample, Visitor, not_wanted, too_large, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::location::{
     ListedObject, Location, ReadError, Stores, fault, is_absolute, scheme_of,
@@ -167,16 +167,22 @@ pub(super) type ReadFile = (
 );
 
 /// Reads files of a listing, several at the same time and each in its turn.
-/// `held` is memory that the files cannot have.
+/// `held` is memory that the files cannot have; `first` is the cursor of the
+/// first file of `range`.
 pub(super) fn each(
     listing: Arc<Listing>,
     range: Range<usize>,
+    first: u64,
     held: u64,
     reading: &Reading,
 ) -> impl Stream<Item = ReadFile> + use<'_> {
-    futures_util::stream::iter(range)
-        .map(move |idx| (idx, Arc::clone(&listing)))
-        .map(move |(idx, listing)| async move {
+    let cursors = first..;
+    futures_util::stream::iter(range.zip(cursors))
+        .map(move |(idx, cursor)| (idx, cursor, Arc::clone(&listing)))
+        .map(move |(idx, cursor, listing)| async move {
+            if !reading.wants(cursor) {
+                return (idx, None, Ok(Err(not_wanted())));
+            }
             let listing = listing.as_ref();
             // Room is acquired in the order of the files, so that no later file
             // holds the room that the first file waits for.
@@ -201,11 +207,12 @@ pub(super) fn each(
 pub(super) fn of_rows(
     listing: Arc<Listing>,
     range: Range<usize>,
+    first: u64,
     held: u64,
     reading: &Reading,
 ) -> impl Stream<Item = ReadFile> + use<'_> {
     let named = Arc::clone(&listing);
-    each(listing, range, held, reading).map(move |(idx, room, image)| {
+    each(listing, range, first, held, reading).map(move |(idx, room, image)| {
         let name = named.name(idx).unwrap_or_default();
         let image = image.map(|image| {
             image.map_err(|fault| {
@@ -236,8 +243,8 @@ pub(super) fn read(
     let length = range.len();
     let skipped = usize::try_from(cursor).unwrap_or(length).min(length);
     let range = range.start + skipped..range.end;
-    let mut files = pin!(each(Arc::clone(listing), range, 0, reading));
     let mut place = skipped as u64;
+    let mut files = pin!(each(Arc::clone(listing), range, place, 0, reading));
     while let Some((idx, room, image)) = reading.runtime.block_on(files.next()) {
         let seen = PlacedSample {
             cursor: place,
