@@ -194,9 +194,9 @@ def resident_mb(pid: int) -> float:
     return 0.0
 
 
-def stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGSTOP)
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
 
 
-def go_on(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGCONT)
+def go_on(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT)
