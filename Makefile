@@ -199,12 +199,13 @@ bench-embed: build $(EMBED_VENV)/.done ## Measure dataset jobs: images/s at 1k, 
 	$(EMBED_VENV)/bin/python scripts/embed/bench.py
 
 .PHONY: embed-chaos
-embed-chaos: build $(EMBED_VENV)/.done ## Kill dataset jobs at 20 moments, on a disk, with S3 (moto), from the hub's calls, from tables of URLs and in int8, and compare every byte
+embed-chaos: build $(EMBED_VENV)/.done ## Kill dataset jobs at 20 moments, on a disk, with S3 (moto), from the hub's calls, from tables of URLs, in int8 and while errors are retried, and compare every byte
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --s3
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --hub
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --urls
 	$(EMBED_VENV)/bin/python scripts/embed/chaos.py --int8
+	$(EMBED_VENV)/bin/python scripts/embed/retry.py
 
 .PHONY: embed-stores
 embed-stores: build $(EMBED_VENV)/.done ## Read and write datasets over HTTP, the protocols of Azure, Google and the Hugging Face Hub, with servers on this machine

@@ -30,6 +30,8 @@ mod process;
 mod retry;
 #[path = "dataset/shards.rs"]
 mod shards;
+#[path = "dataset/tokens.rs"]
+mod tokens;
 #[path = "dataset/urls.rs"]
 mod urls;
 

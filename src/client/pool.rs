@@ -74,6 +74,7 @@ pub enum PoolWork {
     Embed(pb::EmbedStreamOptions),
     Classify(pb::ClassifyRequest),
     Score(pb::ScoreRequest),
+    Tokenize(pb::TokenizeRequest),
 }
 
 /// Image that waits for its answer.
@@ -101,6 +102,8 @@ pub enum PoolAnswer {
     Embedding(Bytes),
     Classes(Vec<pb::ClassScore>),
     Score(pb::Score),
+    /// Color tokens in raster order.
+    Tokens(Vec<u32>),
 }
 
 /// Reason for which an image has no answer.

@@ -59,7 +59,7 @@ use self::recorded::remove_superseded;
 use self::report::{Report, say, warn_of_no_rows};
 use self::request::asked;
 use self::sink::Sink;
-use self::table::{OWN_COLUMNS, is_layer_column};
+use self::table::{OWN_COLUMNS, TOKENS_COLUMN, is_layer_column};
 use self::web::WebTrust;
 use crate::client::pool::WorkerPool;
 use crate::model::graph::{Context, Norm};
@@ -154,6 +154,7 @@ impl EmbedArgs {
     pub fn needs(&self) -> Vec<ModelNeed> {
         let task = &self.task;
         vec![match (task.task, task.pooling) {
+            (EmbedTask::Tokenize, _) => return Vec::new(),
             (EmbedTask::Score, _) => ModelNeed::Call(CallTask::Score),
             // The features of a linear head are needed because the head is
             // loaded.
@@ -175,7 +176,9 @@ impl EmbedArgs {
     fn validate(&self) -> anyhow::Result<()> {
         let (task, table) = (&self.task, &self.table);
         let is_own = |name: &str| {
-            OWN_COLUMNS.contains(&name) || task.layers.is_some() && is_layer_column(name)
+            OWN_COLUMNS.contains(&name)
+                || task.layers.is_some() && is_layer_column(name)
+                || task.task == EmbedTask::Tokenize && name == TOKENS_COLUMN
         };
         if let Some(name) = table.keep.iter().find(|name| is_own(name)) {
             anyhow::bail!("--keep {name}: the table already has its own column of this name");
@@ -191,34 +194,44 @@ impl EmbedArgs {
                  leave the flag out"
             );
         }
-        let unfit =
-            |flag: &str, of: &str| anyhow::anyhow!("{flag} can only be used with --task {of}");
-        match task.task {
-            EmbedTask::Embed | EmbedTask::Score if task.head.is_some() => {
-                Err(unfit("--head", "classify"))
-            }
-            EmbedTask::Classify | EmbedTask::Score if task.layer.is_some() => {
-                Err(unfit("--layer", "embed"))
-            }
-            EmbedTask::Classify | EmbedTask::Score if task.layers.is_some() => {
-                Err(unfit("--layers", "embed"))
-            }
-            EmbedTask::Embed if task.layers.is_some() && task.pooling == Pooling::Last => {
-                anyhow::bail!("--layers can only be used with --pooling mean")
-            }
-            EmbedTask::Classify | EmbedTask::Score if task.context != Context::Raw => {
-                Err(unfit("--context", "embed"))
-            }
-            EmbedTask::Classify | EmbedTask::Score if task.norm != Norm::PreAttnRms => {
-                Err(unfit("--norm", "embed"))
-            }
-            EmbedTask::Classify | EmbedTask::Score if task.normalize => {
-                Err(unfit("--normalize", "embed"))
-            }
-            EmbedTask::Classify | EmbedTask::Score if table.format == TableFormat::Npy => {
-                Err(unfit("--format npy", "embed"))
-            }
-            _ => Ok(()),
+        let is_embed = task.task == EmbedTask::Embed;
+        let only = [
+            (
+                "--head",
+                "--task classify",
+                task.head.is_some() && task.task != EmbedTask::Classify,
+            ),
+            ("--layer", "--task embed", task.layer.is_some() && !is_embed),
+            (
+                "--layers",
+                "--task embed",
+                task.layers.is_some() && !is_embed,
+            ),
+            (
+                "--layers",
+                "--pooling mean",
+                task.layers.is_some() && task.pooling == Pooling::Last,
+            ),
+            (
+                "--context",
+                "--task embed",
+                task.context != Context::Raw && !is_embed,
+            ),
+            (
+                "--norm",
+                "--task embed",
+                task.norm != Norm::PreAttnRms && !is_embed,
+            ),
+            ("--normalize", "--task embed", task.normalize && !is_embed),
+            (
+                "--format npy",
+                "--task embed",
+                table.format == TableFormat::Npy && !is_embed,
+            ),
+        ];
+        match only.iter().find(|(_, _, is_unfit)| *is_unfit) {
+            Some((flag, of, _)) => anyhow::bail!("{flag} can only be used with {of}"),
+            None => Ok(()),
         }
     }
 }

@@ -217,7 +217,7 @@ async fn converse(address: &Address, shared: &Shared, answered: &mut u64) -> End
         PoolWork::Embed(options) => {
             stream(address, client, options, &mut outstanding, answered).await
         }
-        PoolWork::Classify(_) | PoolWork::Score(_) => {
+        PoolWork::Classify(_) | PoolWork::Score(_) | PoolWork::Tokenize(_) => {
             calls(address, client, &shared.job, &mut outstanding, answered).await
         }
     };
@@ -592,6 +592,14 @@ fn score(result: pb::ScoreResult) -> Result<PoolAnswer, ImageFault> {
     }
 }
 
+fn tokens(result: pb::TokenizeResult) -> Result<PoolAnswer, ImageFault> {
+    match result.outcome {
+        Some(pb::tokenize_result::Outcome::Tokens(tokens)) => Ok(PoolAnswer::Tokens(tokens.ids)),
+        Some(pb::tokenize_result::Outcome::Error(error)) => Err(fault(error)),
+        None => Err(no_outcome()),
+    }
+}
+
 /// Asks in calls of several images, a few calls at the same time, for tasks
 /// that have no stream.
 async fn calls(
@@ -645,7 +653,7 @@ async fn calls(
     }
 }
 
-/// Response to a call of Classify or Score.
+/// Response to a call of Classify, Score or Tokenize.
 struct Response {
     model_digest: String,
     /// Outcome of each image, in the call's order.
@@ -674,6 +682,14 @@ async fn ask(
             Response {
                 model_digest: response.model_digest,
                 outcomes: response.results.into_iter().map(score).collect(),
+            }
+        }
+        PoolWork::Tokenize(request) => {
+            let request = bulk(pb::TokenizeRequest { images, ..request });
+            let response = client.tokenize(request).await?.into_inner();
+            Response {
+                model_digest: response.model_digest,
+                outcomes: response.results.into_iter().map(tokens).collect(),
             }
         }
     })

@@ -132,7 +132,7 @@ pub struct WorkersConfig {
 #[command(next_help_heading = "Task")]
 pub struct TaskConfig {
     /// Result for each image: embed stores its vector, classify its best
-    /// classes, score its likelihood under the model
+    /// classes, score its likelihood under the model, tokenize its color tokens
     #[arg(long, env = "IMAGEGPT_TASK", value_enum, default_value = "embed")]
     pub task: EmbedTask,
 
@@ -505,6 +505,7 @@ pub enum EmbedTask {
     Embed,
     Classify,
     Score,
+    Tokenize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -264,6 +264,7 @@ fn shape(args: &EmbedArgs, model: &pb::GetModelResponse, manifest: &JobManifest)
             EmbedTask::Embed => StoredValues::Embedding(vector_shape(&args.task, model)),
             EmbedTask::Classify => StoredValues::Classes,
             EmbedTask::Score => StoredValues::Scores,
+            EmbedTask::Tokenize => StoredValues::Tokens(model.positions as usize),
         },
         metadata: about.to_string(),
     }

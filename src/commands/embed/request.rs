@@ -20,6 +20,7 @@ const OPEN_VECTORS_BYTES_MAX: u64 = 4 << 30;
 pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
     let can = |wanted: pb::Task| model.tasks.contains(&wanted.into());
     match (task.task, &task.head) {
+        (EmbedTask::Tokenize, _) => {}
         (EmbedTask::Score, _) => anyhow::ensure!(
             can(pb::Task::Score),
             "--task score: the workers' model {} cannot compute likelihoods",
@@ -188,6 +189,10 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
             order: pb::Order::AsDone.into(),
             window: 0,
         }),
+        EmbedTask::Tokenize => pool::PoolWork::Tokenize(pb::TokenizeRequest {
+            images: Vec::new(),
+            preprocess: Some(preprocess(task)),
+        }),
         EmbedTask::Score => pool::PoolWork::Score(pb::ScoreRequest {
             images: Vec::new(),
             preprocess: Some(preprocess(task)),
@@ -233,7 +238,7 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
             set("--normalize", task.normalize.to_string());
             set("--dtype", value_name(&task.dtype));
         }
-        EmbedTask::Score => {}
+        EmbedTask::Score | EmbedTask::Tokenize => {}
         EmbedTask::Classify => {
             set("--head", task.head.clone().unwrap_or_default());
             set("--top-k", task.top_k.to_string());

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use arrow_array::builder::{
-    FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder, StringBuilder, UInt32Builder,
+    FixedSizeListBuilder, Float16Builder, Float32Builder, ListBuilder, StringBuilder,
+    UInt16Builder, UInt32Builder,
 };
 use arrow_array::cast::AsArray as _;
 use arrow_array::types::Date64Type;
-use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
+use arrow_array::{ArrayRef, FixedSizeListArray, Float64Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, FieldRef, Schema};
 use bytes::Bytes;
 use half::f16;
@@ -49,6 +50,8 @@ pub(super) struct TableShape {
     pub(super) metadata: String,
 }
 
+/// Name of the column of color tokens.
+pub(super) const TOKENS_COLUMN: &str = "tokens";
 /// Beginning of the name of a column that holds one of several layers.
 const LAYER_COLUMN: &str = "embedding_";
 
@@ -84,6 +87,8 @@ pub(super) enum StoredValues {
     Embedding(VectorShape),
     Classes,
     Scores,
+    /// Color tokens, as many as the number says.
+    Tokens(usize),
 }
 
 /// Vectors that are stored for each image.
@@ -101,7 +106,7 @@ impl StoredValues {
     fn vectors(&self) -> Vec<String> {
         match self {
             Self::Embedding(vectors) => vectors.columns(),
-            Self::Classes | Self::Scores => Vec::new(),
+            Self::Classes | Self::Scores | Self::Tokens(_) => Vec::new(),
         }
     }
 }
@@ -152,7 +157,7 @@ impl VectorShape {
                     )
                 })
             }
-            PoolAnswer::Classes(_) | PoolAnswer::Score(_) => {
+            PoolAnswer::Classes(_) | PoolAnswer::Score(_) | PoolAnswer::Tokens(_) => {
                 anyhow::bail!("a worker's answer is not the vector that it was asked for")
             }
         };
@@ -290,6 +295,7 @@ fn columns(
         }
         StoredValues::Classes => Ok(classes(answers)),
         StoredValues::Scores => Ok(scores(answers)),
+        StoredValues::Tokens(positions) => Ok(vec![tokens(answers, *positions)?]),
     }
 }
 
@@ -390,6 +396,33 @@ fn scores(answers: &[PoolAnswer]) -> Vec<(FieldRef, ArrayRef)> {
             score.complexity_bits_per_token.unwrap_or(f64::NAN)
         }),
     ]
+}
+
+/// Makes the column of color tokens, in raster order.
+fn tokens(answers: &[PoolAnswer], positions: usize) -> anyhow::Result<(FieldRef, ArrayRef)> {
+    let item = Arc::new(Field::new("item", DataType::UInt16, false));
+    let mut values = UInt16Builder::with_capacity(answers.len() * positions);
+    for answer in answers {
+        let PoolAnswer::Tokens(tokens) = answer else {
+            anyhow::bail!("a worker's answer is not the tokens that it was asked for");
+        };
+        anyhow::ensure!(
+            tokens.len() == positions,
+            "a worker answered with {} tokens; the model has {positions}",
+            tokens.len()
+        );
+        for token in tokens {
+            values.append_value(u16::try_from(*token).context("a token has 16 bits")?);
+        }
+    }
+    let length = i32::try_from(positions).context("the model's positions")?;
+    let column =
+        FixedSizeListArray::try_new(Arc::clone(&item), length, Arc::new(values.finish()), None)?;
+    let kind = DataType::FixedSizeList(item, length);
+    Ok((
+        Arc::new(Field::new(TOKENS_COLUMN, kind, false)),
+        Arc::new(column),
+    ))
 }
 
 /// Makes the file of a table, in which the columns `vectors` hold the vectors;
