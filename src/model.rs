@@ -384,6 +384,18 @@ impl Model {
         layers
     }
 
+    /// Returns the layers whose pooled features the model has with one norm at
+    /// least. Both have the same, unless the graph of one was left out.
+    #[must_use]
+    pub fn layers_of_any_norm(&self) -> Vec<u32> {
+        let [normed, raw] = [Norm::PreAttnRms, Norm::None].map(|norm| self.layers_served(norm));
+        if raw.len() > normed.len() {
+            raw
+        } else {
+            normed
+        }
+    }
+
     /// Returns the layer of requests that name none; `None` if this is the last
     /// layer of a model whose number of layers is unknown.
     #[must_use]

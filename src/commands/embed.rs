@@ -250,7 +250,9 @@ impl Prepared {
         let before = self.before();
         let images_before: u64 = before.iter().map(PartHistory::images).sum();
         let message = match &self.retry {
-            Some(round) if round.parts.is_empty() => "there are no such errors to retry".to_owned(),
+            Some(round) if round.parts.is_empty() => {
+                "there are no such errors left to retry".to_owned()
+            }
             Some(round) => format!("retrying errors, round {}", round.number),
             None if before.is_empty() => "starting the job".to_owned(),
             None => "resuming the job".to_owned(),
@@ -265,9 +267,20 @@ impl Prepared {
         );
         let counts = Arc::new(JobCounts::default());
         let mut sidecars = Arc::default();
-        let result = if work.is_empty() {
+        let errors_max = args.table.max_errors;
+        let has_too_many = errors_max.filter(|max| self.errors_before() > *max);
+        let result = if let Some(max) = has_too_many.filter(|_| work.is_empty()) {
+            Err(Stopped::TooManyErrors {
+                max,
+                last: None,
+                unfinished: Vec::new(),
+            }
+            .into())
+        } else if work.is_empty() {
             Ok(None)
         } else {
+            // What is there now is no longer all that there will be.
+            self.sink.remove(finish::SUMMARY).await?;
             let job = self.job(args, work, terminal)?;
             sidecars = Arc::clone(&job.reading.sidecars);
             let (tasks_in, tasks) = mpsc::channel(IMAGES_QUEUE);
@@ -340,6 +353,9 @@ impl Prepared {
         // A share that is one of several does not know when the others are
         // done.
         let finished = outcome == JobEnded::Done && of == 1;
+        if let Some(round) = self.retry.as_ref().filter(|_| outcome == JobEnded::Done) {
+            round.end(&self.sink, self.share).await?;
+        }
         let summary = if finished {
             Some(finish(&self.sink).await?)
         } else {
@@ -373,7 +389,7 @@ impl Prepared {
         let seconds = started.elapsed().as_secs_f64();
         let images_this_run = counts.images.load(Ordering::Relaxed);
         let errors_this_run = counts.errors.load(Ordering::Relaxed);
-        let errors = if outcome == JobEnded::TooManyErrors {
+        let errors = if outcome == JobEnded::TooManyErrors && self.retry.is_none() {
             self.errors_before() + counts.all_errors()
         } else {
             done.iter().map(PartHistory::errors).sum()

@@ -44,7 +44,7 @@ use self::oip::Oip;
 use self::outcome_tally::OutcomeTally;
 use crate::engine::EngineFacts;
 use crate::imaging::{ImageRequest, PreprocessOptions};
-use crate::model::graph::{Norm, Want};
+use crate::model::graph::Want;
 use crate::model::head::LinearHead;
 use crate::model::{CallTask, Model};
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
@@ -537,7 +537,7 @@ impl WorkerService {
                 samples_per_call_max: limits.samples_per_call_max,
             }),
             notice: model.notice.clone(),
-            layers_served: model.layers_served(Norm::PreAttnRms),
+            layers_served: model.layers_of_any_norm(),
             layer_default: model.layer_default().unwrap_or(0),
             precision: model
                 .compiled

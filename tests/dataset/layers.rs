@@ -66,6 +66,8 @@ fn each_layer_is_a_column_with_the_vectors_of_a_job_of_its_own() {
     assert_ne!(all["embedding_0"], all["embedding_1"]);
     let (named, options) = run("named", &["--layers", "1,0,1"]);
     assert_eq!((&named, &options["--layers"]), (&all, &"0,1".into()));
+    let (raw, _) = run("raw", &["--layers", "all", "--norm", "none"]);
+    assert!(raw.keys().eq(all.keys()) && raw != all);
     let (one, _) = run("one", &["--layers", "1"]);
     assert_eq!(one.keys().collect::<Vec<_>>(), ["embedding_1"]);
 

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use arrow_array::{ArrayRef, BinaryArray, RecordBatch};
+use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
+use parquet::arrow::ArrowWriter;
 use serde_json::Value;
 
 use crate::process::{self, said};
@@ -504,4 +505,162 @@ fn shares_try_their_own_errors_again() {
         output.to_str().expect("UTF-8"),
     ];
     assert_eq!(done(process::program().args(finish))["errors"], errors);
+}
+
+#[test]
+fn a_retry_that_reads_on_goes_on_after_a_kill() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    heavy(&at("a.arrow"));
+    let slow = [start("100ms+10ms")];
+    let run = |workers: &[Worker], flags: &[&str]| {
+        let mut command = process::program();
+        command
+            .args(["embed", "--part-items", "5"])
+            .arg(at("a.arrow"))
+            .arg("--output")
+            .arg(at("output"))
+            .args(["--endpoint", &workers[0].url()])
+            .args(flags)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        command
+    };
+    done(&mut run(&slow, &["--image-memory", "1MiB"]));
+    let mut client = run(&slow, &["--retry-errors"]).spawn().expect("a client");
+    // The first piece of what could not be read is recorded, and others are not.
+    process::until("a recorded piece", || {
+        at("output/_imagegpt/journal/00000-00003-retry1-00000.json").exists()
+    });
+    client.kill().expect("a kill");
+    client.wait().expect("its end");
+    let summary = done(&mut run(&slow, &["--retry-errors"]));
+    assert_eq!(
+        (&summary["rows"], &summary["errors"]),
+        (&50.into(), &0.into())
+    );
+    assert_eq!(rows(&at("output")).len(), 50);
+}
+
+#[test]
+fn parts_after_a_lost_one_are_done_again_without_a_row_twice() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = dir.path().join("output");
+    let workers = [start("0s")];
+    let web = Web::start();
+    let list = web.list(dir.path());
+    // A table is one shard, whose parts follow each other.
+    let table = dir.path().join("urls.parquet");
+    let text = std::fs::read_to_string(&list).expect("a list");
+    let urls = text
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split(',').nth(1));
+    let ids: ArrayRef = Arc::new(StringArray::from_iter_values(
+        (0..IMAGES).map(|n| n.to_string()),
+    ));
+    let urls: ArrayRef = Arc::new(StringArray::from_iter_values(urls));
+    let batch = RecordBatch::try_from_iter([("id", ids), ("url", urls)]).expect("a table");
+    let file = std::fs::File::create(&table).expect("a file");
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), None).expect("a writer");
+    writer.write(&batch).expect("rows");
+    writer.close().expect("an end");
+    let run = |output: &Path, flags: &[&str]| {
+        let mut command = job(&table, output, &workers);
+        done(command.args(["--url-column", "url"]).args(flags))
+    };
+    run(&output, &[]);
+    web.calms_down();
+    let left = run(&output, &["--retry-errors"]);
+    let left = usize::try_from(left["errors"].as_u64().expect("a number")).expect("few");
+    images(&output, left);
+    for lost in [
+        "part-00000-00000.parquet",
+        "part-00000-00001-retry1-00000.parquet",
+        "_imagegpt/journal/00000-00000.json",
+    ] {
+        let damaged = dir.path().join(lost.replace('/', "-"));
+        copy(&output, &damaged);
+        std::fs::remove_file(damaged.join(lost)).expect("a file");
+        run(&damaged, &[]);
+        images(&damaged, left);
+        run(&damaged, &["--retry-errors"]);
+        images(&damaged, left);
+    }
+}
+
+#[test]
+fn a_command_that_was_killed_at_its_end_begins_no_other_round() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = dir.path().join("output");
+    let workers = [start("0s")];
+    let web = Web::start();
+    let list = web.list(dir.path());
+    done(&mut job(&list, &output, &workers));
+    web.calms_down();
+    let retry = || done(job(&list, &output, &workers).arg("--retry-errors"));
+    let first = retry();
+    let whole = files(&output);
+    // As a kill leaves it after the last record.
+    for name in ["retries/00001-ended-0-of-1.json", "summary.json"] {
+        std::fs::remove_file(output.join("_imagegpt").join(name)).expect("a file");
+    }
+    web.calms_down();
+    let again = retry();
+    assert!(web.asked().is_empty());
+    assert_eq!(again["sha256"], first["sha256"]);
+    assert_eq!(files(&output), whole);
+    retry();
+    assert!(output.join("_imagegpt/retries/00002.json").exists());
+}
+
+#[test]
+fn too_many_errors_of_a_retry_stand_in_one_file_each() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = dir.path().join("output");
+    let workers = [start("0s")];
+    let list = Web::start().list(dir.path());
+    let summary = done(&mut job(&list, &output, &workers));
+    let errors = summary["errors"].as_u64().expect("a number");
+    for flags in [
+        &["--retry-errors", "--max-errors", "3"][..],
+        &["--max-errors", "3"],
+    ] {
+        let ended = job(&list, &output, &workers).args(flags).output();
+        let ended = ended.expect("a run");
+        assert_eq!(
+            ended.status.code(),
+            Some(TOO_MANY_ERRORS),
+            "{}",
+            said(&ended)
+        );
+        let said: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
+        assert_eq!(said["errors"], errors, "{said}");
+        images(&output, usize::try_from(errors).expect("few"));
+    }
+}
+
+#[test]
+fn files_of_somebody_else_are_not_replaced() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = dir.path().join("output");
+    let workers = [start("0s")];
+    let list = Web::start().list(dir.path());
+    std::fs::create_dir(&output).expect("a folder");
+    let theirs = output.join("part-00007-00000.parquet");
+    std::fs::write(&theirs, "theirs").expect("a file");
+    refused(
+        &mut job(&list, &output, &workers),
+        "has the file part-00007-00000.parquet, which no job there has made",
+    );
+    assert_eq!(std::fs::read(&theirs).expect("a file"), b"theirs");
+    std::fs::rename(&theirs, output.join("theirs.parquet")).expect("a file");
+    done(&mut job(&list, &output, &workers));
+    // A record that somebody has written over stays one, whatever is tried.
+    let record = output.join("_imagegpt/journal/00000-00000.json");
+    std::fs::write(&record, "{").expect("a file");
+    refused(
+        &mut job(&list, &output, &workers),
+        "00000-00000.json is not a record of imagegpt embed",
+    );
 }

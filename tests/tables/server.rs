@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 pub(crate) struct Request {
     pub(crate) method: String,
@@ -13,6 +13,7 @@ pub(crate) struct Request {
     pub(crate) query: String,
     /// Headers by their names in lower case.
     pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Request {
@@ -83,24 +84,32 @@ fn in_thread(body: impl FnOnce() + Send + 'static) {
 
 /// Reads one request and answers it; a client that leaves is no fault.
 fn one(mut stream: &TcpStream, answer: &dyn Fn(&Request) -> Answer) {
-    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let mut reader = BufReader::new(stream);
+    let mut lines = reader.by_ref().lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let mut words = first.split(' ');
     let method = words.next().unwrap_or_default().to_owned();
     let target = words.next().unwrap_or_default();
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let headers = lines
+    let headers: BTreeMap<String, String> = lines
         .take_while(|line| !line.is_empty())
         .filter_map(|line| {
             let (name, value) = line.split_once(':')?;
             Some((name.to_ascii_lowercase(), value.trim().to_owned()))
         })
         .collect();
+    let length = headers.get("content-length");
+    let length = length.map_or(0, |length| length.parse().expect("a length"));
+    let mut body = vec![0; length];
+    if reader.read_exact(&mut body).is_err() {
+        return;
+    }
     let request = Request {
         method,
         path: path.to_owned(),
         query: query.to_owned(),
         headers,
+        body,
     };
     let Answer {
         status,
@@ -129,10 +138,12 @@ pub(crate) enum Object {
     Cold(usize),
 }
 
-/// Starts a server that speaks as much of S3's protocol as reading needs, for
-/// the bucket `b`. A request without a signature of the key `KEY` is refused.
+/// Starts a server that speaks as much of S3's protocol as a job needs, for the
+/// bucket `b`. A request without a signature of the key `KEY` is refused.
 pub(crate) fn bucket(objects: BTreeMap<String, Object>) -> SocketAddr {
+    let objects = Mutex::new(objects);
     serve(move |request| {
+        let mut objects = objects.lock().expect("a lock");
         let signed = request.headers.get("authorization");
         if !signed.is_some_and(|signed| signed.contains("Credential=KEY/")) {
             return Answer::new(
@@ -147,6 +158,22 @@ pub(crate) fn bucket(objects: BTreeMap<String, Object>) -> SocketAddr {
             return listing(&objects, &request.query);
         }
         let key = key.trim_start_matches('/');
+        match request.method.as_str() {
+            "PUT" if request.headers.contains_key("if-none-match") && objects.contains_key(key) => {
+                let reason = "<Error><Code>PreconditionFailed</Code></Error>";
+                return Answer::new("412 Precondition Failed", reason);
+            }
+            "PUT" => {
+                let content = Object::Content(request.body.clone());
+                objects.insert(key.to_owned(), content);
+                return Answer::new("200 OK", "").with("etag", "\"1\"");
+            }
+            "DELETE" => {
+                objects.remove(key);
+                return Answer::new("204 No Content", "");
+            }
+            _ => {}
+        }
         match objects.get(key) {
             Some(Object::Content(content)) => Answer::file(request, content),
             Some(Object::Cold(length)) if request.method == "HEAD" => {

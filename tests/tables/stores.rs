@@ -3,12 +3,17 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::process::said;
 use crate::server::{Answer, Object, bucket, serve};
-use crate::{FAILED, command, done, embed, errors, ids, image, parquet, refused, table, worker};
+use crate::{
+    FAILED, REFUSED, command, done, embed, errors, ids, image, parquet, refused, table, worker,
+};
 
 /// Lets a command read a bucket of the test.
 fn at_bucket(command: &mut Command, addr: SocketAddr) -> &mut Command {
@@ -302,4 +307,48 @@ fn a_bucket_that_fails_on_the_way_may_be_asked_again() {
     let ended = at_bucket(&mut command, addr).output().expect("a run");
     assert_eq!(ended.status.code(), Some(FAILED), "{}", said(&ended));
     assert!(said(&ended).contains("ExpiredToken"), "{}", said(&ended));
+}
+
+#[test]
+fn errors_are_retried_into_a_bucket() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let worker = worker();
+    let is_busy = Arc::new(AtomicBool::new(true));
+    let busy = Arc::clone(&is_busy);
+    let web = serve(move |request| {
+        if request.path.contains('1') && busy.load(Ordering::SeqCst) {
+            return Answer::new("503 Busy", "");
+        }
+        Answer::file(request, &image(1))
+    });
+    let lines = (0..4).map(|n| format!("http://{web}/{n}.png\n"));
+    let list = dir.path().join("list.txt");
+    std::fs::write(&list, lines.collect::<String>()).expect("a list");
+    let addr = bucket(BTreeMap::new());
+    let run = |flags: &[&str]| {
+        let mut job = embed(
+            std::slice::from_ref(&list),
+            Path::new("s3://b/out"),
+            &worker,
+        );
+        let job = at_bucket(&mut job, addr);
+        done(job.args(["--url-patience", "100ms"]).args(flags))
+    };
+    // Nothing has begun there.
+    let mut finish = crate::process::program();
+    finish.args(["embed", "--finish", "--output", "s3://b/out"]);
+    let ended = at_bucket(&mut finish, addr).output().expect("a run");
+    assert_eq!(ended.status.code(), Some(REFUSED), "{}", said(&ended));
+    let summary = run(&[]);
+    assert_eq!(
+        (&summary["rows"], &summary["errors"]),
+        (&3.into(), &1.into())
+    );
+    is_busy.store(false, Ordering::SeqCst);
+    let summary = run(&["--retry-errors"]);
+    assert_eq!(
+        (&summary["rows"], &summary["errors"]),
+        (&4.into(), &0.into())
+    );
+    assert_eq!(summary["finished"], true);
 }

@@ -15,8 +15,9 @@ use super::report::{self, Report};
 use super::sink::Sink;
 use crate::files::hex;
 
-/// Path of the summary of all parts, written once they exist.
-const SUMMARY: &str = "_imagegpt/summary.json";
+/// Path of the summary of all parts, written once they exist, and removed when a
+/// job goes on.
+pub(super) const SUMMARY: &str = "_imagegpt/summary.json";
 /// Missing parts that the error of `--finish` names.
 const MISSING_SHOWN: usize = 10;
 

@@ -60,6 +60,11 @@ impl<'a> PartHistory<'a> {
         }
     }
 
+    /// True if the part has finished the round `round`.
+    pub(super) fn has_round(&self, round: u32) -> bool {
+        self.finished.contains_key(&round)
+    }
+
     /// True if the part has an unfinished round.
     pub(super) fn is_being_retried(&self) -> bool {
         self.begun.is_some()

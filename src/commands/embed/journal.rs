@@ -377,7 +377,7 @@ impl Record {
                 format!("{sink}/{name} was deleted while the records were read")
             })?;
             let record: Self = serde_json::from_slice(&content)
-                .with_context(|| format!("{sink}/{name} is not a record of imagegpt embed"))?;
+                .map_err(|error| NoRecord(format!("{sink}/{name}"), error))?;
             Ok::<_, anyhow::Error>((id, record))
         };
         futures_util::stream::iter(ids)
@@ -387,6 +387,11 @@ impl Record {
             .await
     }
 }
+
+/// Error of a file that should be a record and is none. It stays so.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is not a record of imagegpt embed ({1}); remove it, and its part is done again")]
+pub(super) struct NoRecord(String, serde_json::Error);
 
 /// Returns the finished parts of a shard: its records from the first on, up to
 /// the first gap.

@@ -332,7 +332,8 @@ impl Collector {
             return Ok(());
         };
         let mut unfinished = Vec::new();
-        for part in &self.open {
+        // Errors that are tried again stand in the files of their parts.
+        for part in self.open.iter().filter(|part| part.id.retry.is_none()) {
             let mut lines = Vec::new();
             for row in &part.rows {
                 if let Some(Err(fault)) = &row.outcome {

@@ -9,13 +9,13 @@ use super::flags::{EmbedArgs, EmbedTask, JobShare, RetryChoice};
 use super::history::{PartHistory, histories};
 use super::hub::{self, HubError};
 use super::input::{self, Broken, Reading};
-use super::journal::{self, JobManifest, ModelFact, PartId, Record};
+use super::journal::{self, JobManifest, ModelFact, NoRecord, PartId, Record};
 use super::location::{ReadError, Stores};
 use super::memory::ImageMemory;
 use super::pipeline;
 use super::plan::{self, InputPlan, Shard, plan};
 use super::reader::ShardWork;
-use super::recorded::RecordedParts;
+use super::recorded::{RecordedParts, foreign_part};
 use super::request::{check_model, check_part_items, options, vector_shape};
 use super::retry::{self, PartRetry, RetryRefused, RetryRound};
 use super::sink::Sink;
@@ -141,6 +141,8 @@ impl Prepared {
             plan.facts.clone(),
             same_columns && plan.has_ids_of_version_1(),
         );
+        let shape = shape(args, &model, &manifest);
+        refuse_foreign(&sink, &shape).await?;
         manifest.settle(&sink).await.map_err(|error| {
             if error.is::<journal::Differs>() || plan::stays(&error) {
                 Unprepared::Refused(error)
@@ -148,14 +150,18 @@ impl Prepared {
                 Unprepared::Failed(error)
             }
         })?;
-        let is_ours = |shard: usize| share.has(shard);
+        let n_shards = plan.shards.len();
+        let is_ours = |shard: usize| shard < n_shards && share.has(shard);
         pipeline::forget_unfinished(&sink, is_ours)
             .await
             .map_err(Unprepared::Failed)?;
-        let recorded = RecordedParts::read(&sink, is_ours)
-            .await
-            .map_err(Unprepared::Failed)?;
-        let shape = shape(args, &model, &manifest);
+        let recorded = RecordedParts::read(&sink, is_ours).await.map_err(|error| {
+            if error.is::<NoRecord>() {
+                Unprepared::Refused(error)
+            } else {
+                Unprepared::Failed(error)
+            }
+        })?;
         recorded
             .tidy(&sink, &shape.folders(), is_ours)
             .await
@@ -187,7 +193,7 @@ impl Prepared {
                 work.part
             )));
         }
-        let round = retry::next_round(&self.sink, choice, &self.before()).await;
+        let round = retry::next_round(&self.sink, self.share, choice, &self.before()).await;
         round.map_err(|error| {
             if error.is::<RetryRefused>() {
                 Unprepared::Refused(error)
@@ -249,6 +255,23 @@ impl Prepared {
                 })
             })
             .collect()
+    }
+}
+
+/// Refuses an output in which no job has begun, and which has files that are
+/// called like those of parts: somebody else's, which a job would replace.
+async fn refuse_foreign(sink: &Sink, shape: &TableShape) -> Result<(), Unprepared> {
+    let begun = JobManifest::read(sink).await.map_err(Unprepared::Failed)?;
+    if begun.is_some() {
+        return Ok(());
+    }
+    let foreign = foreign_part(sink, &shape.folders()).await;
+    match foreign.map_err(Unprepared::Failed)? {
+        None => Ok(()),
+        Some(name) => Err(Unprepared::Refused(anyhow::anyhow!(
+            "--output {sink} has the file {name}, which no job there has made; give another \
+             --output, or remove the file"
+        ))),
     }
 }
 

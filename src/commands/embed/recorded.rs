@@ -36,7 +36,17 @@ impl RecordedParts {
             .collect();
         let there = files(sink, &folders).await?;
         let mut kept = BTreeSet::new();
+        // Parts after a gap are done again with the parts before them, since only
+        // these say where they begin.
+        let mut gap = None;
         for history in all_histories(&records) {
+            let PartId { shard, part, .. } = history.base.id;
+            let is_first = part == 0;
+            let follows = is_first || kept.contains(&PartId::of(shard, part - 1));
+            if !follows {
+                gap.get_or_insert(history.base.id);
+                continue;
+            }
             let is_there = history
                 .files()
                 .iter()
@@ -49,6 +59,9 @@ impl RecordedParts {
                     history.base.id
                 );
             }
+        }
+        if let Some(part) = gap {
+            tracing::warn!("a part before part {part} has no record; they are done again");
         }
         let lost = records.extract_if(.., |id, _| !kept.contains(id));
         let lost = lost.map(|(_, record)| record).collect();
@@ -78,6 +91,16 @@ impl RecordedParts {
         }
         remove_superseded(sink, &self.whole).await
     }
+}
+
+/// Returns the name of a file in `folders` that is called like one of a part, for
+/// an output in which no job has begun.
+pub(super) async fn foreign_part(
+    sink: &Sink,
+    folders: &BTreeSet<String>,
+) -> anyhow::Result<Option<String>> {
+    let there = files(sink, folders).await?;
+    Ok(there.into_keys().find(|name| part_of(name).is_some()))
 }
 
 /// Removes error files whose lines are in those of a finished retry.
@@ -122,7 +145,10 @@ fn part_of(name: &str) -> Option<PartId> {
     let mut prefixes = PREFIXES
         .into_iter()
         .filter(|_| EXTENSIONS.contains(&extension));
-    prefixes.find_map(|prefix| PartId::parse(stem.strip_prefix(prefix)?))
+    prefixes.find_map(|prefix| {
+        let number = stem.strip_prefix(prefix)?;
+        PartId::parse(number).filter(|id| id.to_string() == number)
+    })
 }
 
 #[cfg(test)]
@@ -148,6 +174,7 @@ mod tests {
             "errors/unfinished-00003-00001.jsonl",
             "notes-00003-00001.parquet",
             "part-a-b.arrow",
+            "part-0-1.parquet",
         ] {
             check(name, None);
         }

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 
-use super::flags::RetryChoice;
+use super::flags::{JobShare, RetryChoice};
 use super::history::PartHistory;
 use super::journal::{PartId, RetryPiece};
 use super::sink::Sink;
@@ -36,11 +36,12 @@ struct RoundNote {
     codes: Vec<String>,
 }
 
-/// Round to do: its number, and the parts that are left; none if there is
-/// nothing to try again.
+/// Round to do: its number, and the parts that are left.
 #[derive(Debug)]
 pub(super) struct RetryRound {
     pub(super) number: u32,
+    /// Parts to try again; none if there is nothing to try, or if the command that
+    /// did the round was killed before its end.
     pub(super) parts: Vec<PartRetry>,
 }
 
@@ -96,6 +97,7 @@ impl ErrorRows {
 /// [`RetryRefused`] when the errors cannot be tried again by this command.
 pub(super) async fn next_round(
     sink: &Sink,
+    share: JobShare,
     choice: &RetryChoice,
     histories: &[PartHistory<'_>],
 ) -> anyhow::Result<RetryRound> {
@@ -112,6 +114,12 @@ pub(super) async fn next_round(
         let parts = unfinished(sink, number, &begun, histories).await?;
         if !parts.is_empty() {
             same_choice(number, &begun, choice)?;
+            return Ok(RetryRound { number, parts });
+        }
+        // A command that was killed after the last part of its round ends the
+        // round now, and begins no other.
+        let is_mine = begun == *choice && histories.iter().any(|part| part.has_round(number));
+        if is_mine && sink.read(&end_note(number, share)).await?.is_none() {
             return Ok(RetryRound { number, parts });
         }
         number += 1;
@@ -132,6 +140,27 @@ pub(super) async fn next_round(
         same_choice(number, &begun, choice)?;
     }
     Ok(RetryRound { number, parts })
+}
+
+/// Name of the note that a share has ended a round.
+fn end_note(number: u32, share: JobShare) -> String {
+    let JobShare { index, of } = share;
+    format!("{ROUNDS}/{number:05}-ended-{index}-of-{of}.json")
+}
+
+impl RetryRound {
+    /// Notes that the share has ended the round, once its parts are done.
+    pub(super) async fn end(&self, sink: &Sink, share: JobShare) -> anyhow::Result<()> {
+        // A round that has not begun has no end.
+        let begun = sink
+            .read(&format!("{ROUNDS}/{:05}.json", self.number))
+            .await?;
+        if begun.is_some() {
+            sink.write(&end_note(self.number, share), "{}\n".into())
+                .await?;
+        }
+        Ok(())
+    }
 }
 
 fn same_choice(number: u32, begun: &RetryChoice, now: &RetryChoice) -> Result<(), RetryRefused> {
@@ -159,8 +188,9 @@ async fn unfinished(
         if base.id.part == 0 {
             cursor = 0;
         }
-        if !history.is_past(round) && history.errors() > 0 {
-            let pieces = history.pieces(round);
+        let pieces = history.pieces(round);
+        // A retry that has begun may have images to read after its last error.
+        if !history.is_past(round) && (history.errors() > 0 || !pieces.is_empty()) {
             parts.push(PartRetry {
                 id: PartId {
                     retry: Some(RetryPiece {

@@ -14,6 +14,7 @@ use object_store::{ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
 
 use super::location::{Location, ReadError, Stores};
 use crate::files::Trouble;
+use crate::proto::GrpcCode;
 
 /// Largest object that is uploaded in one request. Larger objects are uploaded
 /// in pieces, since a request must fit into its time limit.
@@ -129,6 +130,8 @@ impl Sink {
         match at.read(NOTE_BYTES_MAX).await {
             Ok(found) => Ok(found),
             Err(ReadError::Trouble(Trouble::Missing)) => Ok(None),
+            // A bucket's words for the same.
+            Err(ReadError::Refused(fault)) if fault.code == GrpcCode::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("{at} cannot be read")),
         }
     }

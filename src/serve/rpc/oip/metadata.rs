@@ -9,7 +9,7 @@ use super::infer::{EMBEDDING, LAST_HIDDEN_STATE, LOGITS, NLL, TOKENS};
 use super::tensors::{IMAGE, INPUT_IDS, PIXELS};
 use crate::engine::EngineFacts;
 use crate::model::CallTask;
-use crate::model::graph::{Graph, Norm};
+use crate::model::graph::Graph;
 use crate::proto::inference as oip;
 use crate::proto::inference::DataType;
 use crate::proto::inference::model_metadata_response::TensorMetadata;
@@ -157,7 +157,7 @@ fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, S
         ("execution_provider".to_owned(), facts.provider.to_owned()),
     ];
     let layers: Vec<String> = model
-        .layers_served(Norm::PreAttnRms)
+        .layers_of_any_norm()
         .iter()
         .map(ToString::to_string)
         .collect();
