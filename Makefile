@@ -16,6 +16,7 @@ INTEROP_VENV ?= target/interop-venv
 ATTACK_VENV ?= target/attack-venv
 DOCS_VENV ?= target/docs-venv
 CORPUS_VENV ?= target/corpus-venv
+PROBE_VENV ?= target/probe-venv
 # What `make corpus` compares; 500 JPEGs that it makes itself without a directory.
 DIR ?= target/corpus
 MDBOOK_VERSION ?= 0.5.4
@@ -270,6 +271,15 @@ corpus: $(CORPUS_VENV)/.done ## Compare the decoders with Pillow over DIR: files
 	cargo build --release --locked --example pixels
 	$(if $(filter target/corpus,$(DIR)),$(CORPUS_VENV)/bin/python scripts/corpus/make_jpegs.py $(DIR))
 	$(CORPUS_VENV)/bin/python scripts/corpus/compare.py $(DIR)
+
+.PHONY: probe-golden
+probe-golden: $(PROBE_VENV)/.done ## Remake the fits of scikit-learn that those of src/probe are compared with
+	$(PROBE_VENV)/bin/python scripts/probe/golden.py
+
+$(PROBE_VENV)/.done: scripts/probe/requirements.txt
+	python3 -m venv $(PROBE_VENV)
+	$(PROBE_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 .PHONY: golden-pixels
 golden-pixels: $(CORPUS_VENV)/.done ## Remake what Pillow makes of the files in tests/golden/pixels

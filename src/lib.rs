@@ -21,6 +21,8 @@ pub mod telemetry;
 
 pub mod kernels;
 
+pub mod probe;
+
 pub mod imaging;
 
 pub mod gpu;

@@ -15,11 +15,12 @@ use std::path::Path;
 
 /// Directories and files at the top of `src/`, each of which uses only those
 /// before it.
-const ORDER: [&str; 13] = [
+const ORDER: [&str; 14] = [
     "sync",
     "files",
     "telemetry",
     "kernels",
+    "probe",
     "imaging",
     "gpu",
     "proto",
@@ -35,10 +36,14 @@ const LAST: &str = "commands";
 
 /// Pairs of directories of which the first may not use the second, although the
 /// second comes before it.
-const FORBIDDEN: [(&str, &str); 14] = [
+const FORBIDDEN: [(&str, &str); 18] = [
     ("kernels", "sync"),
     ("kernels", "files"),
     ("kernels", "telemetry"),
+    ("probe", "sync"),
+    ("probe", "files"),
+    ("probe", "telemetry"),
+    ("probe", "kernels"),
     ("imaging", "sync"),
     ("imaging", "files"),
     ("imaging", "telemetry"),
@@ -584,6 +589,7 @@ fn folders() {
         ("model/planted", "fn f() { crate::engine::onnx::load(); }"),
         ("serve/planted", "pub use super::super::compile::compile;"),
         ("kernels/planted", "use crate::files;"),
+        ("probe/planted", "use crate::kernels::vector::Vector;"),
         ("engine/planted", "use crate::{compile, proto};"),
         ("elsewhere/planted", ""),
     ];
