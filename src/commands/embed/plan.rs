@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::finding::{FileKind, FoundData, LeftOut, bare_tars, extension, named_kind, sort_out};
 use super::hub::{self, HubError};
 use super::input::Listing;
-use super::lists::{json_rows, lines, name_empty_rows, table_rows};
+use super::lists::{comma_rows, json_rows, lines, name_empty_rows, tab_rows};
 use super::location::{
     ListedObject, Location, ReadError, Stores, expand, fault, is_lasting, scheme_of,
 };
@@ -285,10 +285,13 @@ impl InputPlan {
         }
         let mut has_columns = true;
         let mut rows = match extension.as_str() {
-            "csv" | "tsv" | "tab" => {
+            "csv" => {
                 let text = &list(location).await?;
-                let delimiter = if extension == "csv" { b',' } else { b'\t' };
-                table_rows(text, delimiter, options).with_context(|| location.to_string())?
+                comma_rows(text, options).with_context(|| location.to_string())?
+            }
+            "tsv" | "tab" => {
+                let text = &list(location).await?;
+                tab_rows(text, options).with_context(|| location.to_string())?
             }
             "jsonl" | "ndjson" => {
                 let text = &list(location).await?;
