@@ -15,6 +15,7 @@ mod finish;
 pub mod flags;
 mod history;
 mod hub;
+mod identity;
 mod input;
 mod journal;
 mod kept;
@@ -37,6 +38,7 @@ mod table;
 mod web;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -182,6 +184,13 @@ impl EmbedArgs {
         };
         if let Some(name) = table.keep.iter().find(|name| is_own(name)) {
             anyhow::bail!("--keep {name}: the table already has its own column of this name");
+        }
+        let mut named = BTreeSet::new();
+        if let Some(name) = table.keep.iter().find(|name| !named.insert(*name)) {
+            anyhow::bail!(
+                "--keep {name}: the column is named twice, and a table has one column of a name; \
+                 name it once"
+            );
         }
         if let Some(name) = PROXIES
             .into_iter()
