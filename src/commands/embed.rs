@@ -298,11 +298,8 @@ impl Prepared {
                 (outcome, Some(format!("{error:#}")))
             }
         };
-        for kind in SidecarsSeen::missing(&sidecars, &args.table.keep) {
-            tracing::warn!(
-                "--keep {kind}: none of the tars' samples that were read has a file of this kind, \
-                 so the column is empty"
-            );
+        for warning in SidecarsSeen::warnings(&sidecars, &args.table.keep) {
+            tracing::warn!("{warning}");
         }
         let reported = self.report(outcome, reason, &counts, started, out).await;
         Ok(reported.unwrap_or_else(|error| {
