@@ -15,6 +15,7 @@ mod finish;
 pub mod flags;
 mod history;
 mod hub;
+mod identity;
 mod input;
 mod journal;
 mod kept;
@@ -37,6 +38,7 @@ mod table;
 mod web;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -183,6 +185,13 @@ impl EmbedArgs {
         if let Some(name) = table.keep.iter().find(|name| is_own(name)) {
             anyhow::bail!("--keep {name}: the table already has its own column of this name");
         }
+        let mut named = BTreeSet::new();
+        if let Some(name) = table.keep.iter().find(|name| !named.insert(*name)) {
+            anyhow::bail!(
+                "--keep {name}: the column is named twice, and a table has one column of a name; \
+                 name it once"
+            );
+        }
         if let Some(name) = PROXIES
             .into_iter()
             .filter(|_| table.public_addresses_only)
@@ -302,11 +311,8 @@ impl Prepared {
                 (outcome, Some(format!("{error:#}")))
             }
         };
-        for kind in SidecarsSeen::missing(&sidecars, &args.table.keep) {
-            tracing::warn!(
-                "--keep {kind}: none of the tars' samples that were read has a file of this kind, \
-                 so the column is empty"
-            );
+        for warning in SidecarsSeen::warnings(&sidecars, &args.table.keep) {
+            tracing::warn!("{warning}");
         }
         let reported = self.report(outcome, reason, &counts, started, out).await;
         Ok(reported.unwrap_or_else(|error| {

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray as _;
-use arrow_array::types::{Int8Type, Int32Type, TimestampMicrosecondType, UInt8Type};
+use arrow_array::types::{
+    Int8Type, Int32Type, TimestampMicrosecondType, TimestampSecondType, UInt8Type,
+};
 use arrow_array::{
     Array as _, ArrayRef, Date64Array, Decimal128Array, DictionaryArray, Int32Array, Int64Array,
     LargeStringArray, PrimitiveArray, RecordBatch, StringArray, StringViewArray, StructArray,
-    Time64MicrosecondArray, UnionArray,
+    Time32SecondArray, Time64MicrosecondArray, UnionArray,
 };
 use arrow_schema::{DataType, Field, UnionFields};
 use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
@@ -196,6 +198,84 @@ fn kept_columns_keep_their_types() {
             let kept = kept[0].column_by_name(name).expect("the column");
             assert_eq!(kept, column, "{input} {name}");
         }
+    }
+}
+
+#[test]
+fn times_in_seconds_are_times_in_parquet() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let worker = worker();
+    let times = PrimitiveArray::<TimestampSecondType>::from(vec![Some(-1), None]);
+    let inner: ArrayRef = Arc::new(times.clone());
+    let field = Arc::new(Field::new("t", inner.data_type().clone(), true));
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("t", Arc::clone(&inner)),
+        ("zone", Arc::new(times.with_timezone("+01:00"))),
+        ("day", Arc::new(Time32SecondArray::from(vec![86_399, 0]))),
+        ("inner", Arc::new(StructArray::from(vec![(field, inner)]))),
+    ];
+    arrow(&at("t.arrow"), &[table(0..2, &columns)]);
+    let names = ["--keep", "t,zone,day,inner"];
+    done(embed(&[at("t.arrow")], &at("o"), &worker).args(names));
+    let kept = &tables(&at("o"))[0];
+    for (name, expected) in [
+        ("t", "1969-12-31T23:59:59"),
+        ("zone", "1970-01-01T00:59:59+01:00"),
+        ("day", "23:59:59"),
+        ("inner", "{t: 1969-12-31T23:59:59}"),
+    ] {
+        let column = kept.column_by_name(name).expect("the column");
+        let text = arrow_cast::display::array_value_to_string(column, 0);
+        assert_eq!(text.expect("a text"), expected);
+    }
+    // A reader that knows no Arrow finds times, too.
+    let file = std::fs::File::open(at("o/part-00000-00000.parquet")).expect("a file");
+    let reader = parquet::file::reader::SerializedFileReader::new(file).expect("Parquet");
+    let metadata = parquet::file::reader::FileReader::metadata(&reader);
+    let schema = metadata.file_metadata().schema_descr();
+    let columns = schema.columns().iter();
+    let logical = columns.filter_map(|column| column.logical_type_ref());
+    let times = logical.filter(|logical| format!("{logical:?}").starts_with("Time"));
+    assert_eq!(times.count(), 4, "{schema:?}");
+    // Arrow has seconds.
+    let flags = [names[0], names[1], "--format", "arrow"];
+    done(embed(&[at("t.arrow")], &at("o-arrow"), &worker).args(flags));
+    let file = std::fs::File::open(at("o-arrow/part-00000-00000.arrow")).expect("a file");
+    let reader = arrow_ipc::reader::FileReader::try_new(file, None).expect("Arrow");
+    let kind = reader
+        .schema()
+        .field_with_name("day")
+        .expect("the column")
+        .data_type()
+        .clone();
+    assert_eq!(kind, DataType::Time32(arrow_schema::TimeUnit::Second));
+    // A time that milliseconds cannot hold is not lost in silence.
+    let far: ArrayRef = Arc::new(PrimitiveArray::<TimestampSecondType>::from(vec![
+        0,
+        i64::MAX,
+    ]));
+    arrow(&at("far.arrow"), &[table(0..2, &[("t", far)])]);
+    done(embed(&[at("far.arrow")], &at("o-far"), &worker).args(["--keep", "t"]));
+    let lines = errors(&at("o-far"));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+}
+
+#[test]
+fn a_column_that_is_named_twice_is_refused_before_any_work() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let output = dir.path().join("o");
+    for keep in [
+        &["--keep", "lab,lab"][..],
+        &["--keep", "a,lab", "--keep", "lab"],
+    ] {
+        // The input is not looked at.
+        let mut command = crate::command(&[dir.path().join("nowhere.parquet")], &output);
+        refused(
+            command.args(keep),
+            &output,
+            &["--keep lab: the column is named twice"],
+        );
     }
 }
 

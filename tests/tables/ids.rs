@@ -12,7 +12,8 @@ use arrow_schema::extension::Uuid;
 use arrow_schema::{DataType, Field, Schema};
 
 use crate::{
-    arrow, case, done, embed, errors, ids, image, parquet, process::said, refused, table, worker,
+    arrow, case, command, done, embed, errors, ids, image, parquet, process::said, refused, table,
+    worker,
 };
 
 #[test]
@@ -104,6 +105,51 @@ fn images_of_two_directories_or_lists_have_different_ids() {
         &worker,
     ));
     assert_eq!(ids(&at("o-lists")), ["a/1.png", "b/1.png"]);
+}
+
+#[test]
+fn an_input_that_is_named_twice_is_refused_however_it_is_spelled() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    for name in ["d/1.png", "tars/0.tar", "l.txt", "l.csv", "tables/t.pq"] {
+        std::fs::create_dir_all(at(name).parent().expect("a folder")).expect("a folder");
+    }
+    std::fs::write(at("d/1.png"), image(1)).expect("a file");
+    std::fs::write(at("l.txt"), "d/1.png\n").expect("a list");
+    std::fs::write(at("l.csv"), "path\nd/1.png\n").expect("a list");
+    parquet(&at("tables/t.pq"), &[table(0..1, &[])], None);
+    let mut tar = tar::Builder::new(std::fs::File::create(at("tars/0.tar")).expect("a tar"));
+    tar.append_path_with_name(at("d/1.png"), "1.png")
+        .expect("a file");
+    tar.finish().expect("an end");
+    let output = at("output");
+    for inputs in [
+        ["d", "d"],
+        ["d", "d/"],
+        ["d", "./d"],
+        ["./d/", "tars/../d"],
+        ["tars/0.tar", "tars/0.tar"],
+        ["tars", "tars"],
+        ["tars/0.tar", "{./tars,nowhere}/0.tar"],
+        ["l.txt", "l.txt"],
+        ["l.csv", "d/../l.csv"],
+        ["tables/", "tables"],
+        ["tables/t.pq", "./tables//t.pq"],
+        // A file of a directory beside the directory.
+        ["tars", "d/../tars/0.tar"],
+        ["tables/", "tables/t.pq"],
+        // A bucket is not asked for this.
+        ["s3://bucket/p", "s3://bucket/p/"],
+    ] {
+        let mut command = command(&inputs, &output);
+        command.current_dir(dir.path());
+        command.envs([
+            ("AWS_ACCESS_KEY_ID", "k"),
+            ("AWS_SECRET_ACCESS_KEY", "k"),
+            ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+        ]);
+        refused(&mut command, &output, &["twice", "name it once"]);
+    }
 }
 
 /// Returns the version of an output's manifest, and sets another.

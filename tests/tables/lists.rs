@@ -6,7 +6,9 @@ use std::path::Path;
 use arrow_array::cast::AsArray as _;
 
 use crate::server::{Answer, serve};
-use crate::{case, done, embed, errors, ids, image, parquet, table, tables, worker};
+use crate::{
+    case, command, done, embed, errors, ids, image, parquet, refused, table, tables, worker,
+};
 
 /// Writes the images that the lists of tests/data/tables name.
 fn named_images(folder: &Path) {
@@ -104,6 +106,74 @@ fn lines_of_json_and_tabs_are_lists() {
     std::fs::write(at("l.tsv"), caption).expect("a list");
     done(embed(&[at("l.tsv")], &at("o-tsv"), &worker).args(["--keep", "caption"]));
     assert_eq!(ids(&at("o-tsv")), ["a.png", "sub dir/c.png"]);
+}
+
+#[test]
+fn a_line_with_tabs_is_a_row_whatever_quotes_it_has() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let worker = worker();
+    for n in 0..4 {
+        std::fs::write(at(&format!("{n}.png")), image(n)).expect("a file");
+    }
+    let captions = ["\"Hello", "plain", "\"in \"\"quotes\"\"\"", "bye\""];
+    let lines = captions.iter().enumerate();
+    let lines = lines.map(|(n, caption)| format!("{n}.png\t{caption}\n"));
+    let text = format!("path\tcaption\n{}", lines.collect::<String>());
+    for name in ["l.tsv", "l.tab"] {
+        std::fs::write(at(name), &text).expect("a list");
+        let output = at(&format!("o-{name}"));
+        let summary = done(embed(&[at(name)], &output, &worker).args(["--keep", "caption"]));
+        assert_eq!(
+            (&summary["rows"], &summary["errors"]),
+            (&4.into(), &0.into())
+        );
+        let table = &tables(&output)[0];
+        let kept = table.column_by_name("caption").expect("the column");
+        let kept = kept.as_string::<i32>().iter().flatten();
+        let expected = ["\"Hello", "plain", "in \"quotes\"", "bye\""];
+        assert_eq!(kept.collect::<Vec<_>>(), expected);
+    }
+}
+
+#[test]
+fn numbers_of_json_keep_their_digits() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let worker = worker();
+    named_images(dir.path());
+    let ids = ["12345678901234567890123", "12345678901234567890124"];
+    let lines = ids.map(|id| format!("{{\"path\":\"a.png\",\"id\":{id},\"n\":1.10}}\n"));
+    std::fs::write(at("l.jsonl"), lines.concat()).expect("a list");
+    done(embed(&[at("l.jsonl")], &at("o"), &worker).args(["--id-column", "id", "--keep", "n"]));
+    assert_eq!(crate::ids(&at("o")), ids);
+    let table = &tables(&at("o"))[0];
+    let kept = table.column_by_name("n").expect("the column");
+    let kept = kept.as_string::<i32>();
+    assert_eq!(kept.iter().collect::<Vec<_>>(), [Some("1.10"); 2]);
+}
+
+#[test]
+fn an_output_inside_an_input_is_refused_however_it_is_spelled() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    std::fs::create_dir_all(at("d/sub")).expect("a folder");
+    std::fs::write(at("d/1.png"), image(1)).expect("a file");
+    std::os::unix::fs::symlink("d/sub", at("link")).expect("a link");
+    std::os::unix::fs::symlink("d", at("other")).expect("a link");
+    for (input, output) in [
+        ("d", "d/o"),
+        ("d/", "d/o"),
+        ("d", "link/o"),
+        ("d", "link"),
+        ("other", "d/o"),
+        ("d", "link/../o"),
+        ("d/sub/..", "d/o"),
+    ] {
+        let mut command = command(&[at(input)], &at(output));
+        let words = ["--output", "lies inside the input"];
+        refused(&mut command, &at(output), &words);
+    }
 }
 
 #[test]

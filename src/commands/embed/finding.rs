@@ -100,7 +100,7 @@ pub(super) fn kind_of(name: &str) -> Option<FileKind> {
     }
     match extension(name) {
         "tar" | "tgz" => Some(FileKind::Tar),
-        "parquet" => Some(FileKind::Parquet),
+        "parquet" | "parq" | "pq" => Some(FileKind::Parquet),
         "arrow" | "feather" | "ipc" => Some(FileKind::Arrow),
         other if IMAGES.contains(&other) => Some(FileKind::Image),
         _ => None,
@@ -468,6 +468,10 @@ mod tests {
             ("b.pjpeg", Some(FileKind::Image)),
             ("b.JFIF", Some(FileKind::Image)),
             ("tar", None),
+            ("a/part-0.PARQ", Some(FileKind::Parquet)),
+            ("b.snappy.pq", Some(FileKind::Parquet)),
+            ("pq", None),
+            ("b.feather", Some(FileKind::Arrow)),
         ] {
             assert_eq!(kind_of(name), kind, "{name}");
         }

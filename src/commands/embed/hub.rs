@@ -163,8 +163,21 @@ impl HubAddress {
 #[derive(Debug)]
 pub(super) struct HubInput {
     pub(super) location: Location,
-    /// Commits that the job reads.
+    /// Commits that the job reads, the last of them the location's own.
     pub(super) facts: Vec<Fact>,
+}
+
+impl HubInput {
+    /// Returns a text that is the same for all addresses of the same files.
+    pub(super) fn identity(&self) -> String {
+        let url = self.location.to_string();
+        let Some(fact) = self.facts.last() else {
+            return url;
+        };
+        let path = url.strip_prefix(&fact.name).unwrap_or_default();
+        let name = fact.name.split('@').next().unwrap_or_default();
+        format!("{name}@{}{path}", fact.version)
+    }
 }
 
 /// True if an input is an address of the hub.

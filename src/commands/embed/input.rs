@@ -12,17 +12,17 @@ mod files;
 mod ids;
 mod messages;
 mod pages;
+mod sidecars;
 mod webdataset;
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use arrow_array::{Array as _, RecordBatch};
+use arrow_array::RecordBatch;
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
@@ -35,6 +35,7 @@ use crate::client::pool::ImageFault;
 use crate::telemetry::panic_text;
 
 pub(super) use self::files::{ListedRow, Listing};
+pub(super) use self::sidecars::SidecarsSeen;
 
 /// Image with its id and the columns that are kept.
 #[derive(Debug)]
@@ -116,37 +117,6 @@ fn not_wanted() -> ImageFault {
     ImageFault::invalid("image: it was not asked for".to_owned())
 }
 
-/// Record of the kinds of files beside images (`--keep`) that samples of tars
-/// had: a kind that none of them has is probably mistyped.
-#[derive(Debug, Default)]
-pub(super) struct SidecarsSeen {
-    samples: AtomicU64,
-    places: Mutex<BTreeSet<usize>>,
-}
-
-impl SidecarsSeen {
-    fn note(&self, kept: Option<&RecordBatch>) {
-        let Some(kept) = kept else { return };
-        self.samples.fetch_add(1, Ordering::Relaxed);
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if places.len() < kept.num_columns() {
-            let has_value = |&place: &usize| kept.column(place).null_count() == 0;
-            places.extend((0..kept.num_columns()).filter(has_value));
-        }
-    }
-
-    /// Returns the kinds that no sample had, if there were samples.
-    pub(super) fn missing<'a>(&self, keep: &'a [String]) -> Vec<&'a str> {
-        if self.samples.load(Ordering::Relaxed) == 0 {
-            return Vec::new();
-        }
-        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let kinds = keep.iter().enumerate();
-        let missing = kinds.filter(|(place, _)| !places.contains(place));
-        missing.map(|(_, kind)| kind.as_str()).collect()
-    }
-}
-
 /// Reason for which a shard cannot be read to its end.
 #[derive(Debug)]
 pub(super) enum Broken {
@@ -196,7 +166,7 @@ pub(super) fn read(
                 visit(seen)
             };
             let result = caught(&mut visit_below, |visit| {
-                webdataset::read(&file, cursor, reading, visit)
+                webdataset::read(&file, &shard.id_base, cursor, reading, visit)
             });
             (file, result)
         }

@@ -5,7 +5,8 @@ use std::panic::catch_unwind;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, new_null_array};
-use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema};
+use arrow_cast::CastOptions;
+use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, TimeUnit};
 
 use super::flags::TableFormat;
 use super::table;
@@ -13,10 +14,11 @@ use crate::telemetry::panic_text;
 
 /// Returns the type in which values of the type `kind` are kept: the same, with
 /// keys of dictionaries wide enough for the values of all row groups and
-/// batches of a part.
-fn kept_type(kind: &DataType) -> DataType {
+/// batches of a part. Parquet has no times in seconds, and other readers would
+/// find numbers without a meaning, so these are kept in milliseconds.
+fn kept_type(kind: &DataType, format: TableFormat) -> DataType {
     let inner = |field: &FieldRef| -> FieldRef {
-        let kind = kept_type(field.data_type());
+        let kind = kept_type(field.data_type(), format);
         Arc::new(field.as_ref().clone().with_data_type(kind))
     };
     match kind {
@@ -27,7 +29,13 @@ fn kept_type(kind: &DataType) -> DataType {
                 }
                 key => key.clone(),
             };
-            DataType::Dictionary(Box::new(key), Box::new(kept_type(values)))
+            DataType::Dictionary(Box::new(key), Box::new(kept_type(values, format)))
+        }
+        DataType::Timestamp(TimeUnit::Second, zone) if format != TableFormat::Arrow => {
+            DataType::Timestamp(TimeUnit::Millisecond, zone.clone())
+        }
+        DataType::Time32(TimeUnit::Second) if format != TableFormat::Arrow => {
+            DataType::Time32(TimeUnit::Millisecond)
         }
         DataType::List(field) => DataType::List(inner(field)),
         DataType::LargeList(field) => DataType::LargeList(inner(field)),
@@ -38,18 +46,26 @@ fn kept_type(kind: &DataType) -> DataType {
     }
 }
 
-/// Converts the kept columns of a batch into the types in which they are kept.
-pub(super) fn in_kept_types(batch: RecordBatch) -> Result<RecordBatch, ArrowError> {
+/// Converts the kept columns of a batch into the types in which they are kept. A
+/// value that its type cannot hold is an error.
+pub(super) fn in_kept_types(
+    batch: RecordBatch,
+    format: TableFormat,
+) -> Result<RecordBatch, ArrowError> {
     let schema = batch.schema();
-    let is_kept = |field: &FieldRef| kept_type(field.data_type()) == *field.data_type();
+    let is_kept = |field: &FieldRef| kept_type(field.data_type(), format) == *field.data_type();
+    let options = CastOptions {
+        safe: false,
+        ..CastOptions::default()
+    };
     if schema.fields().iter().all(is_kept) {
         return Ok(batch);
     }
     let mut fields = Vec::new();
     let mut columns = Vec::new();
     for (field, column) in schema.fields().iter().zip(batch.columns()) {
-        let kind = kept_type(field.data_type());
-        columns.push(arrow_cast::cast(column, &kind)?);
+        let kind = kept_type(field.data_type(), format);
+        columns.push(arrow_cast::cast_with_options(column, &kind, &options)?);
         fields.push(field.as_ref().clone().with_data_type(kind));
     }
     let schema = Schema::new_with_metadata(fields, schema.metadata().clone());
@@ -91,7 +107,7 @@ fn has_union(kind: &DataType) -> bool {
 fn write_probe(field: &Field, format: TableFormat) -> anyhow::Result<()> {
     let schema = Arc::new(Schema::new(vec![field.clone().with_nullable(true)]));
     let column: ArrayRef = new_null_array(field.data_type(), 1);
-    let row = in_kept_types(RecordBatch::try_new(schema, vec![column])?)?;
+    let row = in_kept_types(RecordBatch::try_new(schema, vec![column])?, format)?;
     let rows = arrow_select::concat::concat_batches(&row.schema(), [&row, &row])?;
     table::content(&rows, format, &[], "").map(drop)
 }

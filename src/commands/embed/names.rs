@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
+use super::identity::identity;
 use super::location::Location;
 use super::plan::{Shard, ShardKind};
 
@@ -90,7 +91,7 @@ fn shared(
     let mut shared = BTreeSet::new();
     for (idx, (input, depth)) in inputs.iter().zip(depths).enumerate() {
         let prefix = prefix(&input.base, *depth);
-        let base = input.base.to_string();
+        let base = NamedBase::new(&input.base);
         for shard in &shards[input.shards.clone()] {
             for named in named(shard, &base) {
                 let id = hash(&format!("{prefix}{}", named.id));
@@ -124,24 +125,57 @@ struct NamedData {
     is_data: bool,
 }
 
-fn named<'a>(shard: &'a Shard, base: &'a str) -> Box<dyn Iterator<Item = NamedData> + 'a> {
-    let one = |id: &str, data: &str, is_data| {
-        Box::new(std::iter::once(NamedData {
-            id: id.to_owned(),
-            data: data.to_owned(),
-            is_data,
-        }))
+/// Directory of an input, as its shards' names begin with it and under the one
+/// name that all its spellings have.
+struct NamedBase {
+    spelled: String,
+    identity: String,
+}
+
+impl NamedBase {
+    fn new(base: &Location) -> Self {
+        Self {
+            spelled: base.to_string().trim_end_matches('/').to_owned(),
+            identity: identity(base).trim_end_matches('/').to_owned(),
+        }
+    }
+
+    /// Returns the location of a shard, the same for all spellings of the
+    /// input.
+    fn data(&self, shard: &Shard) -> String {
+        match shard.name.strip_prefix(&self.spelled) {
+            Some(below) => format!("{}{below}", self.identity),
+            None => shard.name.clone(),
+        }
+    }
+}
+
+fn named<'a>(shard: &'a Shard, base: &'a NamedBase) -> Box<dyn Iterator<Item = NamedData> + 'a> {
+    let one = |id: &str, data: String, is_data| NamedData {
+        id: id.to_owned(),
+        data,
+        is_data,
     };
     match &shard.kind {
-        ShardKind::Parquet(_) | ShardKind::Arrow(_) => one(&shard.id_base, &shard.name, true),
+        ShardKind::Parquet(_) | ShardKind::Arrow(_) => {
+            Box::new(std::iter::once(one(&shard.id_base, base.data(shard), true)))
+        }
         // Keys of tars are known once they are read; those of one directory are
-        // a dataset, whose keys are different.
-        ShardKind::WebDataset(_) => one(&shard.id_base, above(&shard.name), false),
+        // a dataset, whose keys are different. The tar itself may be there
+        // once: no key has a NUL.
+        ShardKind::WebDataset(_) => {
+            let data = base.data(shard);
+            let directory = above(&data).to_owned();
+            let name = &data[directory.len()..];
+            let tar = format!("{}{name}\0", shard.id_base);
+            let keys = one(&shard.id_base, directory, false);
+            Box::new([keys, one(&tar, data, true)].into_iter())
+        }
         ShardKind::Lost(_) => Box::new(std::iter::empty()),
         ShardKind::Files { listing, range } => Box::new(range.clone().filter_map(move |idx| {
             let id = listing.relative_name(idx)?;
             Some(NamedData {
-                data: format!("{base}/{id}"),
+                data: format!("{}/{id}", base.identity),
                 id: id.to_owned(),
                 is_data: listing.is_tree(),
             })
@@ -178,6 +212,40 @@ mod tests {
         }
         distinguish(&inputs, &mut shards)?;
         Ok(shards.into_iter().map(|shard| shard.id_base).collect())
+    }
+
+    #[test]
+    fn a_tar_of_a_directory_may_not_be_named_beside_it() {
+        let of = |paths: &[(&str, &str)]| {
+            let mut shards = Vec::new();
+            let mut inputs = Vec::new();
+            for (place, (base, name)) in paths.iter().enumerate() {
+                let base = Location::Local(base.into());
+                let location = base.join(name);
+                shards.push(Shard {
+                    name: location.to_string(),
+                    bytes: 1,
+                    id_base: above(name).to_owned(),
+                    kind: ShardKind::WebDataset(location),
+                });
+                inputs.push(NamedInput {
+                    base,
+                    shards: place..place + 1,
+                });
+            }
+            distinguish(&inputs, &mut shards)?;
+            let bases = shards.into_iter().map(|shard| shard.id_base);
+            anyhow::Ok(bases.collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(of(&[("/a", "0.tar"), ("/a", "1.tar")]).unwrap(), " ");
+        assert_eq!(of(&[("/a", "0.tar"), ("/b", "0.tar")]).unwrap(), "a/ b/");
+        for other in ["/a", "/a/", "/b/../a"] {
+            let twice = of(&[("/a", "x/0.tar"), (other, "x/0.tar")]).unwrap_err();
+            assert!(
+                twice.to_string().contains("name /a/x/0.tar twice"),
+                "{twice}"
+            );
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Plan of the input: converts the command line's inputs into shards, always in
 //! the same order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,8 +12,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::finding::{FileKind, FoundData, LeftOut, bare_tars, extension, named_kind, sort_out};
 use super::hub::{self, HubError};
+use super::identity::{identity, is_inside};
 use super::input::Listing;
-use super::lists::{json_rows, lines, name_empty_rows, table_rows};
+use super::lists::{comma_rows, json_rows, lines, name_empty_rows, tab_rows};
 use super::location::{
     ListedObject, Location, ReadError, Stores, expand, fault, is_lasting, scheme_of,
 };
@@ -135,17 +136,9 @@ pub(super) async fn plan(
         has_listed_ids: false,
         left_out: LeftOut::default(),
     };
-    for input in inputs {
-        for name in names(input)? {
-            let location = if hub::is_hub(&name) {
-                let input = hub::open(&name, options).await?;
-                plan.facts.extend(input.facts);
-                input.location
-            } else {
-                stores.locate(&name)?
-            };
-            plan.input(&location, stores, options).await?;
-        }
+    for (location, facts) in located(inputs, stores, options).await? {
+        plan.facts.extend(facts);
+        plan.input(&location, stores, options).await?;
     }
     let without = plan.shards.iter().find(|shard| !shard.has_columns());
     if options.url_column.is_some()
@@ -163,6 +156,44 @@ pub(super) async fn plan(
         inputs.join(" ")
     );
     Ok(plan)
+}
+
+/// Locates all inputs, each with the facts that are known of it.
+///
+/// # Errors
+///
+/// When an input is named twice, whatever its spellings are.
+async fn located(
+    inputs: &[String],
+    stores: &Stores,
+    options: &PlanOptions<'_>,
+) -> anyhow::Result<Vec<(Location, Vec<Fact>)>> {
+    let mut named: HashMap<String, String> = HashMap::new();
+    let mut located = Vec::new();
+    for input in inputs {
+        for name in names(input)? {
+            let (same, location, facts) = if hub::is_hub(&name) {
+                let input = hub::open(&name, options).await?;
+                (input.identity(), input.location, input.facts)
+            } else {
+                let location = stores.locate(&name)?;
+                (identity(&location), location, Vec::new())
+            };
+            if let Some(before) = named.insert(same, name.clone()) {
+                let before = if before == name {
+                    String::new()
+                } else {
+                    format!(" (also as {before})")
+                };
+                anyhow::bail!(
+                    "the inputs name {name} twice{before}, and its images would have the same ids \
+                     twice; name it once"
+                );
+            }
+            located.push((location, facts));
+        }
+    }
+    Ok(located)
 }
 
 /// Returns the names that an input stands for. A path that exists is meant as
@@ -285,10 +316,13 @@ impl InputPlan {
         }
         let mut has_columns = true;
         let mut rows = match extension.as_str() {
-            "csv" | "tsv" | "tab" => {
+            "csv" => {
                 let text = &list(location).await?;
-                let delimiter = if extension == "csv" { b',' } else { b'\t' };
-                table_rows(text, delimiter, options).with_context(|| location.to_string())?
+                comma_rows(text, options).with_context(|| location.to_string())?
+            }
+            "tsv" | "tab" => {
+                let text = &list(location).await?;
+                tab_rows(text, options).with_context(|| location.to_string())?
             }
             "jsonl" | "ndjson" => {
                 let text = &list(location).await?;
@@ -335,9 +369,8 @@ impl InputPlan {
     }
 
     async fn folder(&mut self, folder: &Location, options: &PlanOptions<'_>) -> anyhow::Result<()> {
-        let (inside, outside) = (format!("{}/", options.output), format!("{folder}/"));
         anyhow::ensure!(
-            !inside.starts_with(&outside),
+            !is_inside(options.output, folder),
             "--output {} lies inside the input {folder}, and the next run would read its own \
              output; give an --output elsewhere",
             options.output

@@ -88,3 +88,30 @@ fn a_revision_is_written_as_it_is_read() {
         assert_eq!(addresses[0].repository.url(), input);
     }
 }
+
+#[test]
+fn an_input_of_the_hub_is_the_same_under_every_name_of_its_commit() {
+    let of = |repository: &str, path: &str| {
+        let fact = |name: &str, version: &str| Fact {
+            name: name.to_owned(),
+            kind: COMMIT.to_owned(),
+            items: None,
+            bytes: 0,
+            version: version.to_owned(),
+        };
+        let repository = format!("hf://datasets/{repository}");
+        let input = HubInput {
+            location: Location::Remote {
+                store: Arc::new(object_store::memory::InMemory::new()),
+                path: path.into(),
+                url: format!("{repository}{path}"),
+            },
+            facts: vec![fact("hf://datasets/a", "0"), fact(&repository, "c1")],
+        };
+        input.identity()
+    };
+    assert_eq!(of("a/b", ""), of("a/b@main", ""));
+    assert_eq!(of("a/b@v1%2F2", "/d/x.tar"), of("a/b", "/d/x.tar"));
+    assert_ne!(of("a/b", "/d/x.tar"), of("a/b", "/d/y.tar"));
+    assert_ne!(of("a/b", ""), of("a/c", ""));
+}

@@ -257,7 +257,7 @@ fn visit_batch(
         None
     } else {
         let kept = batch.project(&columns.keep).map_err(failed)?;
-        Some(in_kept_types(kept).map_err(failed)?)
+        Some(in_kept_types(kept, reading.format).map_err(failed)?)
     };
     let image = batch.column(columns.image).as_ref();
     let mut elsewhere = ImagesElsewhere::new(image, location, place.row, place.held, reading);

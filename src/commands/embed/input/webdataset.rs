@@ -3,6 +3,7 @@
 
 mod names;
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use bytes::Bytes;
 
 use self::names::{LinkTargets, MemberName, SampleIds, shown, split};
 use super::archive::{Member, MemberKind, Members, StoredContent};
+use super::sidecars::SidecarFault;
 use super::{Broken, PlacedSample, Reading, Sample, Visitor, unfit};
 use crate::client::pool::ImageFault;
 use crate::commands::embed::memory::ImageRoom;
@@ -44,6 +46,8 @@ struct Gathered {
     held: u64,
     /// Contents of the kept sidecar files, in the order of `--keep`.
     kept: Vec<Option<String>>,
+    /// Faults of these files, in the same order.
+    faults: Vec<Option<SidecarFault>>,
     kinds: Vec<String>,
 }
 
@@ -55,6 +59,14 @@ enum GatheredImage {
     There(StoredContent),
 }
 
+/// Kind of the sidecar files that hold class numbers.
+const CLASS: &str = "cls";
+
+/// Returns the class number that a sidecar file holds.
+fn class_number(text: &str) -> Option<i64> {
+    text.trim().parse().ok()
+}
+
 /// Makes the row of the kept columns. `cls` holds class numbers by WebDataset's
 /// convention; every other column is text.
 fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch>, Broken> {
@@ -62,8 +74,8 @@ fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch
         return Ok(None);
     }
     let columns = names.iter().zip(values).map(|(name, value)| {
-        let column: ArrayRef = if name == "cls" {
-            let number = value.as_ref().and_then(|text| text.trim().parse().ok());
+        let column: ArrayRef = if name == CLASS {
+            let number = value.as_deref().and_then(class_number);
             Arc::new(Int64Array::from(vec![number]))
         } else {
             Arc::new(StringArray::from(vec![value.as_deref()]))
@@ -76,17 +88,20 @@ fn row(names: &[String], values: &[Option<String>]) -> Result<Option<RecordBatch
 }
 
 /// Reads a tar's samples; `cursor` is an offset in bytes of the tar, after
-/// decompression. Every run reads from the beginning, since ids, links and
+/// decompression. `id_base` stands before the ids, which the visitor adds. Every
+/// run reads from the beginning, since ids, links and
 /// global headers depend on what came before, but only from the cursor on are
 /// images read and visited.
 pub(super) fn read(
     file: &Ranged,
+    id_base: &str,
     cursor: u64,
     reading: &Reading,
     visit: &mut Visitor<'_>,
 ) -> Result<(), Broken> {
     let mut samples = Samples {
         members: Members::new(file).map_err(|error| damaged(&error))?,
+        id_base,
         cursor,
         reading,
         visit,
@@ -131,6 +146,7 @@ fn damaged(error: &std::io::Error) -> Broken {
 /// Reader of a shard's samples, with all that depends on what came before.
 struct Samples<'a, 'v> {
     members: Members,
+    id_base: &'a str,
     cursor: u64,
     reading: &'a Reading,
     visit: &'a mut Visitor<'v>,
@@ -158,6 +174,7 @@ impl Samples<'_, '_> {
                 first: name.text.clone(),
                 start: member.begins,
                 kept: vec![None; self.reading.keep.len()],
+                faults: vec![None; self.reading.keep.len()],
                 ..Gathered::default()
             });
         }
@@ -290,14 +307,23 @@ impl Samples<'_, '_> {
         content: Result<StoredContent, ImageFault>,
     ) -> Result<(), Broken> {
         let place = self.reading.keep.iter().position(|name| *name == kind);
-        let content = content
-            .ok()
-            .filter(|content| content.size <= SIDECAR_BYTES_MAX);
-        if let (Some(place), Some(content)) = (place, content) {
-            let content = self.read(&content)?;
-            let content = String::from_utf8_lossy(&content).into_owned();
+        if let Some(place) = place {
+            let (content, fault) = match content {
+                Err(_) => (None, Some(SidecarFault::Unread)),
+                Ok(content) if content.size > SIDECAR_BYTES_MAX => {
+                    (None, Some(SidecarFault::TooLarge))
+                }
+                Ok(content) => {
+                    let (text, fault) = text_of(&kind, &self.read(&content)?);
+                    (Some(text), fault)
+                }
+            };
             if let Some(one) = &mut self.gathered {
-                one.kept[place] = Some(content);
+                // A file that cannot be kept leaves the one before it.
+                if content.is_some() || one.kept[place].is_none() {
+                    one.kept[place] = content;
+                    one.faults[place] = fault;
+                }
             }
         }
         if let Some(one) = &mut self.gathered
@@ -326,6 +352,13 @@ impl Samples<'_, '_> {
             ));
             let image = GatheredImage::Read(Err(fault), None);
             return self.visit(id, one.start, image, row(names, &one.kept)?);
+        }
+        if let Some((id, ..)) = one.images.first() {
+            let faults = one.faults.iter().enumerate();
+            for (place, fault) in faults.filter_map(|(place, fault)| Some((place, (*fault)?))) {
+                let id = || format!("{}{id}", self.id_base);
+                self.reading.sidecars.note_fault(place, fault, id);
+            }
         }
         for (id, cursor, image) in one.images {
             let kept = row(names, &one.kept)?;
@@ -384,6 +417,20 @@ impl Samples<'_, '_> {
             },
         }))
     }
+}
+
+/// Returns the text of a sidecar file, with its fault.
+fn text_of(kind: &str, content: &[u8]) -> (String, Option<SidecarFault>) {
+    let text = String::from_utf8_lossy(content);
+    let fault = if kind == CLASS {
+        class_number(&text)
+            .is_none()
+            .then_some(SidecarFault::NotWhole)
+    } else {
+        let is_same = matches!(text, Cow::Borrowed(_));
+        (!is_same).then_some(SidecarFault::NotUtf8)
+    };
+    (text.into_owned(), fault)
 }
 
 /// Names the image as the part of the sample that has the fault.

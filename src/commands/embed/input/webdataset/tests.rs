@@ -197,6 +197,19 @@ async fn further_images_of_a_sample_have_their_whole_names() {
         ],
     )
     .await;
+    // Only files next to each other are one sample; and a directory with a
+    // leading dot hides nothing in a tar.
+    check(
+        &[
+            file("a.png", b"one"),
+            file("b.png", b"two"),
+            file("a.jpg", b"three"),
+            file(".d/e.png", b"four"),
+            file(".e.png", b"none"),
+        ],
+        &["a one", "b two", "a.jpg three", ".d/e four"],
+    )
+    .await;
     // Names that are there again, in a row and later.
     check(
         &[
@@ -551,4 +564,66 @@ async fn images_of_a_compressed_sample_fit_together_or_are_errors() {
     let (rest, _) = read_all(shard, all[3].0, reading).await;
     let failed = |(_, sample): &(u64, Sample)| sample.image.is_err();
     assert!(rest.iter().map(failed).eq(all[3..].iter().map(failed)));
+}
+
+#[tokio::test]
+async fn sidecar_files_that_are_not_kept_as_they_are_are_counted() {
+    let big = vec![b'1'; usize::try_from(SIDECAR_BYTES_MAX).unwrap() + 1];
+    let tar = [
+        file("0.png", b"zero"),
+        file("0.cls", b"dog"),
+        file("1.cls", b"1.5"),
+        file("1.png", b"one"),
+        file("1.b.png", b"another"),
+        file("2.png", b"two"),
+        file("2.cls", b"9223372036854775808"),
+        file("2.json", b"{\"a\": \"\xff\"}"),
+        file("3.png", b"three"),
+        file("3.cls", b" -9223372036854775808\n"),
+        file("3.json", "{\"a\": \"\u{fffd}\"}".as_bytes()),
+        file("4.png", b"four"),
+        file("4.json", &big),
+        link("4.cls", b'2', "gone.cls"),
+        // Without an image there is no row to keep a value in.
+        file("5.cls", b"cat"),
+        END.to_vec(),
+    ]
+    .concat();
+    let (_dir, mut shard) = shard(&tar);
+    shard.id_base = "x/".to_owned();
+    let keep = ["cls", "json", "txt"];
+    let of = reading(&keep);
+    let (all, result) = read_all(shard.clone(), 0, of.clone()).await;
+    assert!(result.is_ok(), "{result:?}");
+    let numbers = all.iter().map(|(_, sample)| {
+        let kept = sample.kept.as_ref().unwrap();
+        let numbers = kept.column(0).as_any().downcast_ref::<Int64Array>();
+        numbers.unwrap().iter().next().unwrap()
+    });
+    let least = Some(i64::MIN);
+    let expected = [None, None, None, None, least, None, None];
+    assert_eq!(numbers.collect::<Vec<_>>(), expected);
+    let names = keep.map(str::to_owned);
+    let expected = [
+        "--keep txt: none of the tars' samples that were read has a file of this kind, so the \
+         column is empty",
+        "--keep cls: the file of this kind is not a whole number in 64 bits in 3 of the tars' \
+         samples that were read, so the value is null; the first is x/0",
+        "--keep cls: the file of this kind cannot be read (a link without its target, or a name \
+         that is not UTF-8) in 1 of the tars' samples that were read, so the value is null; the \
+         first is x/4",
+        "--keep json: the file of this kind is not UTF-8 in 1 of the tars' samples that were \
+         read, so U+FFFD replaces what cannot be read; the first is x/2",
+        "--keep json: the file of this kind has over 1 MiB in 1 of the tars' samples that were \
+         read, so the value is null; the first is x/4",
+    ];
+    assert_eq!(of.sidecars.warnings(&names), expected);
+
+    // A job that resumes counts the samples that it reads.
+    let resumed = reading(&keep);
+    let (cursor, sample) = &all[4];
+    assert_eq!(sample.id, "x/3");
+    let _ = read_all(shard, *cursor, resumed.clone()).await;
+    let warnings = resumed.sidecars.warnings(&names);
+    assert_eq!(warnings[1..], [expected[2], expected[4]]);
 }
