@@ -11,6 +11,7 @@ use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
 use crate::files::printable;
 use crate::model::head::HeadFlag;
+use crate::proto::pb;
 use crate::serve::config::ServeConfig;
 
 /// Width of the class column in the table; a longer name shifts the columns
@@ -148,7 +149,13 @@ pub(super) async fn run(
 fn labels<'a>(session: &'a Session, head: &str) -> &'a [String] {
     let heads = &session.model.heads;
     let found = heads.iter().find(|found| found.name == head);
-    // Without a name, the checkpoint's own head or the only head answers.
+    // Without a name, the checkpoint's own head or the only head answers; older
+    // workers do not say which.
+    let default = &session.model.head_default;
+    let found = found.or_else(|| {
+        let is_default = |found: &&pb::Head| head.is_empty() && found.name == *default;
+        heads.iter().find(is_default)
+    });
     match (found, heads.as_slice()) {
         (Some(head), _) => &head.labels,
         (None, [only]) if session.model.labels.is_empty() => &only.labels,

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::TEXT_SHOWN;
+use crate::imaging::{Alpha, Fit};
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::{Priority, pb};
@@ -59,6 +60,21 @@ const POOLINGS: [(&str, pb::Pooling); 2] =
     [("mean", pb::Pooling::Mean), ("last", pb::Pooling::Last)];
 const DTYPES: [(&str, pb::DataType); 2] =
     [("fp32", pb::DataType::F32), ("fp16", pb::DataType::F16)];
+
+/// Returns the name of a fit as a parameter has it.
+pub(super) fn fit_name(fit: Fit) -> &'static str {
+    name(pb::Fit::from(fit), &FITS)
+}
+
+/// Returns the name of an alpha as a parameter has it.
+pub(super) fn alpha_name(alpha: Alpha) -> &'static str {
+    name(pb::Alpha::from(alpha), &ALPHAS)
+}
+
+fn name<T: PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static str {
+    let found = choices.iter().find(|(_, choice)| *choice == value);
+    found.map_or("", |(name, _)| name)
+}
 
 /// Names of parameters that only a whole request may have.
 const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
