@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use serde::Serialize;
 
+use super::input::{ALPHA_HELP, FIT_HELP};
 use super::output::json;
 use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
@@ -19,6 +20,10 @@ use crate::serve::config::ServeConfig;
 const LABEL_WIDTH_MAX: usize = 24;
 
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("fit", |arg| arg.help(FIT_HELP).long_help(None)),
+    mut_arg("alpha", |arg| arg.help(ALPHA_HELP).long_help(None))
+)]
 pub struct ClassifyArgs {
     /// Linear head to use: the NAME of a head that the worker serves, or, with
     /// --model, NAME=FILE to load one [default: the checkpoint's own head, or

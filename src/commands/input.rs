@@ -61,17 +61,26 @@ pub(super) fn only_one_stdin<'a>(inputs: impl Iterator<Item = &'a Path>) -> anyh
     Ok(())
 }
 
+/// Help of `--fit` for commands that classify.
+pub(super) const FIT_HELP: &str = "Way in which an image becomes square: resized straight to the \
+                                   model's side (squash), or its center cut out (center-crop) \
+                                   [default: as the linear head was trained if it says so, or \
+                                   else squash]";
+/// Help of `--alpha` for commands that classify.
+pub(super) const ALPHA_HELP: &str = "Color of transparent pixels: the color stored under them \
+                                     (drop), or white [default: as the linear head was trained if \
+                                     it says so, or else drop]";
+
 /// Flags for the way from an image file to tokens.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct PreprocessConfig {
     /// Way in which an image becomes square: resized straight to the model's
-    /// side (squash), or its center cut out (center-crop) [default: squash, or
-    /// as the linear head that classifies was trained]
+    /// side (squash), or its center cut out (center-crop) [default: squash]
     #[arg(long, value_enum)]
     pub fit: Option<Fit>,
 
     /// Color of transparent pixels: the color stored under them (drop), or
-    /// white [default: drop, or as the linear head that classifies was trained]
+    /// white [default: drop]
     #[arg(long, value_enum)]
     pub alpha: Option<Alpha>,
 }

@@ -13,7 +13,7 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 use serde::Serialize;
 
 use super::classify::HeadChoice;
-use super::input::Inputs;
+use super::input::{ALPHA_HELP, FIT_HELP, Inputs};
 use super::output::{json, stem};
 use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
@@ -24,6 +24,10 @@ use crate::imaging::{Alpha, DecodeBudget, ImageLimits};
 use crate::proto::pb;
 
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("fit", |arg| arg.help(FIT_HELP).long_help(None)),
+    mut_arg("alpha", |arg| arg.help(ALPHA_HELP).long_help(None))
+)]
 pub struct NeighborsArgs {
     /// Write a PNG with one row per image: the image, its tokens as the model
     /// sees them, and its nearest neighbors

@@ -137,13 +137,14 @@ pub struct TaskConfig {
     pub task: EmbedTask,
 
     /// Way in which an image that is not square becomes square [default:
-    /// squash, or with --task classify as the linear head was trained]
+    /// with --task classify as the linear head was trained if it says so, or
+    /// else squash]
     #[arg(long, env = "IMAGEGPT_FIT", value_enum)]
     pub fit: Option<Fit>,
 
     /// Color of transparent pixels: the color stored under them (drop), or
-    /// white [default: drop, or with --task classify as the linear head was
-    /// trained]
+    /// white [default: with --task classify as the linear head was trained if it
+    /// says so, or else drop]
     #[arg(long, env = "IMAGEGPT_ALPHA", value_enum)]
     pub alpha: Option<Alpha>,
 

@@ -11,6 +11,7 @@ use crate::engine::EngineFacts;
 use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
+use crate::model::head::LinearHead;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
@@ -76,6 +77,16 @@ enum Kind {
     Tokens,
 }
 
+impl Kind {
+    /// Returns the linear head that makes the output.
+    fn head<'a>(&self, service: &'a WorkerService) -> Option<&'a LinearHead> {
+        match self {
+            Self::Logits { head, .. } => Some(&service.heads[(*head)?]),
+            Self::Features(_) | Self::Nll | Self::Tokens => None,
+        }
+    }
+}
+
 /// Checked options of a request.
 #[derive(Debug)]
 struct Plan {
@@ -121,7 +132,11 @@ impl PreparedInfer {
         oip.check_model(&request.model_name, &request.model_version)?;
         let (manner, options) = parameters::of_request(&request.parameters)?;
         let (outputs, status_at) = outputs(service, &facts, &request, &options, &manner)?;
-        let (preprocess, of_head) = preprocess(service, &outputs, manner.preprocess)?;
+        let mut heads = outputs
+            .iter()
+            .filter_map(|output| output.kind.head(service));
+        let (preprocess, of_head) =
+            parameters::preprocess(manner.preprocess, heads.next(), outputs.len())?;
         let input = InferInput::take(&mut request, service.model.positions())?;
         let asks: Vec<Ask> = outputs.iter().map(|output| output.ask.clone()).collect();
         service.check_size(input.n_images, &asks)?;
@@ -200,43 +215,6 @@ impl RunningInfer {
         oip.0.metrics.totals().answered(started.elapsed());
         Ok((response, held))
     }
-}
-
-/// Returns the options of preprocessing of a request, and the same again if a
-/// linear head decides them. All outputs have the same options, since an image
-/// becomes tokens once.
-fn preprocess(
-    service: &WorkerService,
-    outputs: &[Output],
-    given: pb::Preprocess,
-) -> Result<(PreprocessOptions, Option<PreprocessOptions>), RequestError> {
-    let mut kinds = outputs.iter().map(|output| &output.kind);
-    let head = kinds.find_map(|kind| match kind {
-        Kind::Logits { head, .. } => Some(&service.heads[(*head)?]),
-        _ => None,
-    });
-    let applied = heads::preprocess(head, Some(&given))?;
-    let Some(head) = head.filter(|head| head.content.preprocess_is_set()) else {
-        return Ok((applied, None));
-    };
-    let others = convert::preprocess(Some(&given))?;
-    let refuse = |field, trained, other| RequestError::OptionInvalid {
-        field,
-        problem: format!(
-            "the head {} was trained with {trained}, and the other outputs have {other} by \
-             default; set {field} to {trained} for the whole request, or ask for the logits alone",
-            head.name
-        ),
-    };
-    if outputs.len() > 1 && applied.fit != others.fit {
-        let [trained, other] = [applied.fit, others.fit].map(parameters::fit_name);
-        return Err(refuse("fit", trained, other));
-    }
-    if outputs.len() > 1 && applied.alpha != others.alpha {
-        let [trained, other] = [applied.alpha, others.alpha].map(parameters::alpha_name);
-        return Err(refuse("alpha", trained, other));
-    }
-    Ok((applied, Some(applied)))
 }
 
 /// Returns the outputs that a request names, or the model's first, and the
@@ -471,8 +449,8 @@ impl Tensor {
                     self.raw.put(row);
                 }
             }
-            (Kind::Logits { head, n_named }, Answer::Values(values)) => {
-                let head = head.map(|idx| &service.heads[idx]);
+            (Kind::Logits { n_named, .. }, Answer::Values(values)) => {
+                let head = kind.head(service);
                 let logits = match head {
                     Some(head) => head.logits(&values),
                     None => values,
