@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 use std::fs::Metadata;
-use std::io::{self, ErrorKind, Read as _};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -325,6 +325,35 @@ pub(crate) fn read(path: &Path, max: u64) -> io::Result<Result<Option<Vec<u8>>, 
     // The file may grow while it is read.
     file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
     Ok(Ok((bytes.len() as u64 <= max).then_some(bytes)))
+}
+
+/// Returns the path of the temporary file that is renamed once it is complete.
+pub(crate) fn part(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    part.into()
+}
+
+/// Writes a file through a temporary file that is renamed, so that the file is
+/// whole or as it was before, even after a loss of power.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let part = part(path);
+    let write = || {
+        let mut file = std::fs::File::create(&part)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&part, path)
+    };
+    let written = write();
+    if written.is_err() {
+        // The temporary file does not exist if it could not be created.
+        let _ = std::fs::remove_file(&part);
+    }
+    written
 }
 
 /// Escapes a name for a table: line ends and control characters would break the

@@ -126,6 +126,14 @@ impl ClassActivation {
             )),
         }
     }
+
+    /// Returns the `problem_type` of the activation.
+    pub(crate) fn problem_type(self) -> &'static str {
+        match self {
+            Self::Softmax => "single_label_classification",
+            Self::Sigmoid => "multi_label_classification",
+        }
+    }
 }
 
 /// A model directory that has passed its checks.
@@ -135,6 +143,11 @@ pub struct Model {
     /// "sha256:" and hexadecimal digits, over every file that answers depend
     /// on: the graphs, the files that graphs name, and the configuration files.
     pub digest: String,
+    /// "sha256:" and hexadecimal digits, over the weights that the graphs were
+    /// made of: `config.json` and the weights of the checkpoint, so that
+    /// models of one checkpoint have the same in every precision. A published
+    /// export has no checkpoint beside it; then this is [`Self::digest`].
+    pub weights_digest: String,
     pub graphs: BTreeMap<Graph, PathBuf>,
     /// Graphs and the files that hold their weights.
     pub files: GraphFiles,
@@ -274,9 +287,14 @@ impl Model {
         for (graph, path) in &graphs {
             content.add(*graph, path, &mut digest)?;
         }
+        let digest = format!("sha256:{}", hex(&digest.finalize()));
         Ok(Self {
             name: name.map_or_else(|| directory_name(dir), ToOwned::to_owned),
-            digest: format!("sha256:{}", hex(&digest.finalize())),
+            weights_digest: compiled.as_ref().map_or_else(
+                || digest.clone(),
+                |compiled| compiled.weights_digest.clone(),
+            ),
+            digest,
             graphs,
             files: content.found.done(),
             batch_scaled: content.batch_scaled,
@@ -464,6 +482,8 @@ struct Compiled {
     /// Digest of the source, precision, compiler version and format, which
     /// determine the model's numbers.
     identity: String,
+    /// Digest of the source's weights.
+    weights_digest: String,
     /// Digests of the directory's files when it was compiled.
     recorded: BTreeMap<PathBuf, Sha256Digest>,
 }
@@ -504,6 +524,7 @@ impl Compiled {
             },
             graphs,
             recorded,
+            weights_digest: manifest.source.weights_digest(),
             identity: format!(
                 "{} {} {} {}",
                 manifest.source.sha256,

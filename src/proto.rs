@@ -45,18 +45,46 @@ pub mod inference {
 
 include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
+impl From<Fit> for pb::Fit {
+    fn from(fit: Fit) -> Self {
+        match fit {
+            Fit::Squash => Self::Squash,
+            Fit::CenterCrop => Self::CenterCrop,
+        }
+    }
+}
+
+impl From<Alpha> for pb::Alpha {
+    fn from(alpha: Alpha) -> Self {
+        match alpha {
+            Alpha::Drop => Self::Drop,
+            Alpha::White => Self::White,
+        }
+    }
+}
+
+/// Converts a fit of the contract; `None` if it is left to the worker.
+pub(crate) fn fit(given: pb::Fit) -> Option<Fit> {
+    match given {
+        pb::Fit::Unspecified => None,
+        pb::Fit::Squash => Some(Fit::Squash),
+        pb::Fit::CenterCrop => Some(Fit::CenterCrop),
+    }
+}
+
+/// Converts an alpha of the contract; `None` if it is left to the worker.
+pub(crate) fn alpha(given: pb::Alpha) -> Option<Alpha> {
+    match given {
+        pb::Alpha::Unspecified => None,
+        pb::Alpha::Drop => Some(Alpha::Drop),
+        pb::Alpha::White => Some(Alpha::White),
+    }
+}
+
 /// Converts options of preprocessing to the contract's type.
 pub(crate) fn preprocess_applied(options: PreprocessOptions) -> pb::Preprocess {
     pb::Preprocess {
-        fit: match options.fit {
-            Fit::Squash => pb::Fit::Squash,
-            Fit::CenterCrop => pb::Fit::CenterCrop,
-        }
-        .into(),
-        alpha: match options.alpha {
-            Alpha::Drop => pb::Alpha::Drop,
-            Alpha::White => pb::Alpha::White,
-        }
-        .into(),
+        fit: pb::Fit::from(options.fit).into(),
+        alpha: pb::Alpha::from(options.alpha).into(),
     }
 }

@@ -6,11 +6,13 @@ use std::str::FromStr;
 use clap::Args;
 use serde::Serialize;
 
+use super::input::{ALPHA_HELP, FIT_HELP};
 use super::output::json;
 use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
 use crate::files::printable;
 use crate::model::head::HeadFlag;
+use crate::proto::pb;
 use crate::serve::config::ServeConfig;
 
 /// Width of the class column in the table; a longer name shifts the columns
@@ -18,6 +20,10 @@ use crate::serve::config::ServeConfig;
 const LABEL_WIDTH_MAX: usize = 24;
 
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("fit", |arg| arg.help(FIT_HELP).long_help(None)),
+    mut_arg("alpha", |arg| arg.help(ALPHA_HELP).long_help(None))
+)]
 pub struct ClassifyArgs {
     /// Linear head to use: the NAME of a head that the worker serves, or, with
     /// --model, NAME=FILE to load one [default: the checkpoint's own head, or
@@ -148,7 +154,13 @@ pub(super) async fn run(
 fn labels<'a>(session: &'a Session, head: &str) -> &'a [String] {
     let heads = &session.model.heads;
     let found = heads.iter().find(|found| found.name == head);
-    // Without a name, the checkpoint's own head or the only head answers.
+    // Without a name, the checkpoint's own head or the only head answers; older
+    // workers do not say which.
+    let default = &session.model.head_default;
+    let found = found.or_else(|| {
+        let is_default = |found: &&pb::Head| head.is_empty() && found.name == *default;
+        heads.iter().find(is_default)
+    });
     match (found, heads.as_slice()) {
         (Some(head), _) => &head.labels,
         (None, [only]) if session.model.labels.is_empty() => &only.labels,

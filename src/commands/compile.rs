@@ -158,7 +158,7 @@ fn show(manifest: &Manifest, out: &mut impl Write) -> std::io::Result<()> {
         .as_ref()
         .map_or_else(String::new, |revision| format!(" at {revision}"));
     writeln!(out, "source        {}{revision}", manifest.source.name)?;
-    writeln!(out, "sha256        {}", manifest.source.sha256)?;
+    writeln!(out, "weights       {}", manifest.source.weights_digest())?;
     writeln!(
         out,
         "shape         {} layers, width {}, {} heads, {} positions, {} colors",

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
-use super::output::{check, part};
+use super::output::check;
+use crate::files::part;
 
 /// Gap between pictures and around all of them, in pixels of the model.
 const GAP: usize = 2;

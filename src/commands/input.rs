@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::files::{self, FoundFile, Trouble};
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
-use crate::proto::{pb, preprocess_applied};
+use crate::proto::pb;
 use crate::serve::config::LimitsConfig;
 
 /// Name of standard input as an input.
@@ -61,29 +61,55 @@ pub(super) fn only_one_stdin<'a>(inputs: impl Iterator<Item = &'a Path>) -> anyh
     Ok(())
 }
 
+/// Help of `--fit` for commands that classify.
+pub(super) const FIT_HELP: &str = "Way in which an image becomes square: resized straight to the \
+                                   model's side (squash), or its center cut out (center-crop) \
+                                   [default: as the linear head was trained if it says so, or \
+                                   else squash]";
+/// Help of `--alpha` for commands that classify.
+pub(super) const ALPHA_HELP: &str = "Color of transparent pixels: the color stored under them \
+                                     (drop), or white [default: as the linear head was trained if \
+                                     it says so, or else drop]";
+
 /// Flags for the way from an image file to tokens.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct PreprocessConfig {
     /// Way in which an image becomes square: resized straight to the model's
-    /// side (squash), or its center cut out (center-crop)
-    #[arg(long, value_enum, default_value = "squash")]
-    pub fit: Fit,
+    /// side (squash), or its center cut out (center-crop) [default: squash]
+    #[arg(long, value_enum)]
+    pub fit: Option<Fit>,
 
-    /// Color of transparent pixels: the color stored under them (drop), or white
-    #[arg(long, value_enum, default_value = "drop")]
-    pub alpha: Alpha,
+    /// Color of transparent pixels: the color stored under them (drop), or
+    /// white [default: drop]
+    #[arg(long, value_enum)]
+    pub alpha: Option<Alpha>,
 }
 
 impl PreprocessConfig {
+    /// Returns the options without a linear head, with defaults filled in.
     pub(super) fn options(self) -> PreprocessOptions {
         PreprocessOptions {
-            fit: self.fit,
-            alpha: self.alpha,
+            fit: self.fit.unwrap_or_default(),
+            alpha: self.alpha.unwrap_or_default(),
         }
     }
 
+    /// Returns the options to send; what the flags leave open is the worker's
+    /// choice.
     pub(super) fn to_pb(self) -> pb::Preprocess {
-        preprocess_applied(self.options())
+        self.with_head(None)
+    }
+
+    /// Returns the options to send with calls whose images should become tokens
+    /// as those on which `head` was trained.
+    pub(super) fn with_head(self, head: Option<&pb::Head>) -> pb::Preprocess {
+        let (fit, alpha) = head.map_or((0, 0), |head| (head.fit, head.alpha));
+        pb::Preprocess {
+            fit: self.fit.map_or(fit, |fit| pb::Fit::from(fit).into()),
+            alpha: self
+                .alpha
+                .map_or(alpha, |alpha| pb::Alpha::from(alpha).into()),
+        }
     }
 }
 

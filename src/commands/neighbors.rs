@@ -13,7 +13,7 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 use serde::Serialize;
 
 use super::classify::HeadChoice;
-use super::input::Inputs;
+use super::input::{ALPHA_HELP, FIT_HELP, Inputs};
 use super::output::{json, stem};
 use super::{CommandOutcome, EachConfig, Session};
 use crate::client::{Classes, Client};
@@ -24,6 +24,10 @@ use crate::imaging::{Alpha, DecodeBudget, ImageLimits};
 use crate::proto::pb;
 
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("fit", |arg| arg.help(FIT_HELP).long_help(None)),
+    mut_arg("alpha", |arg| arg.help(ALPHA_HELP).long_help(None))
+)]
 pub struct NeighborsArgs {
     /// Write a PNG with one row per image: the image, its tokens as the model
     /// sees them, and its nearest neighbors
@@ -274,8 +278,10 @@ async fn embed(
     args: &NeighborsArgs,
     session: &Session,
 ) -> anyhow::Result<(Vec<Item>, CommandOutcome)> {
-    let labels = head_labels(args, session)?;
-    let preprocess = args.each.preprocess.to_pb();
+    let found = head(args, session)?;
+    let labels = found.map_or(&[][..], |head| &head.labels);
+    // Features and tokens are of the images as the head sees them.
+    let preprocess = args.each.preprocess.with_head(found);
     let head = args.head.as_ref().map(HeadChoice::name);
     let call = |client, images| answers(client, images, preprocess, head);
     let mut items = Vec::new();
@@ -285,7 +291,7 @@ async fn embed(
             class: found.class.map(|class| Class {
                 label: class.label,
                 score: class.score,
-                truth: truth(Path::new(file), &labels),
+                truth: truth(Path::new(file), labels),
             }),
             file: file.to_owned(),
             encoded: found.encoded,
@@ -338,10 +344,10 @@ async fn answers(
     Ok(all.map(answer).collect())
 }
 
-/// Returns the classes of the head that `--head` names; none without the flag.
-fn head_labels(args: &NeighborsArgs, session: &Session) -> anyhow::Result<Vec<String>> {
+/// Returns the head that `--head` names; `None` without the flag.
+fn head<'a>(args: &NeighborsArgs, session: &'a Session) -> anyhow::Result<Option<&'a pb::Head>> {
     let Some(name) = args.head.as_ref().map(HeadChoice::name) else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let heads = &session.model.heads;
     let head = heads.iter().find(|head| head.name == name);
@@ -349,7 +355,7 @@ fn head_labels(args: &NeighborsArgs, session: &Session) -> anyhow::Result<Vec<St
         let names: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
         format!("--head {name}: the worker has no such head; its heads are {names:?}")
     })?;
-    Ok(head.labels.clone())
+    Ok(Some(head))
 }
 
 /// Returns the items that are most similar to `items[of]`, by cosine similarity

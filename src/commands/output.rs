@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::files::printable;
+use crate::files::{part, printable};
 
 /// Prints a message to standard error; control characters of names are escaped.
 pub(crate) fn complain(text: &str) {
@@ -116,13 +116,6 @@ pub(crate) fn check(flag: &str, path: &Path) -> anyhow::Result<()> {
         probe(&part(path)).map_err(Into::into)
     };
     checked.with_context(|| format!("{flag} {} cannot be written", path.display()))
-}
-
-/// Returns the path of the temporary file that is renamed once it is complete.
-pub(super) fn part(path: &Path) -> PathBuf {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    part.into()
 }
 
 /// Creates the file and removes it again, to find out in advance whether it can

@@ -209,8 +209,8 @@ pub(crate) fn open_model(config: &ServeConfig) -> anyhow::Result<(Model, Vec<Lin
     }
     if let Some(needs) = &config.model.needs {
         let of_heads = heads.iter().map(|head| ModelNeed::Features {
-            layers: vec![head.layer],
-            norm: head.norm,
+            layers: vec![head.content.layer],
+            norm: head.content.norm,
         });
         let needs: Vec<ModelNeed> = needs.iter().cloned().chain(of_heads).collect();
         model.serve_only(&needs);

@@ -1,34 +1,19 @@
 //! Linear heads: classification by pooled features, without a second run of the
 //! model.
 //!
-//! A head is a safetensors file. Tensors: `weight` (classes, width) and `bias`
-//! (classes), both f32; a class's logit is the product of its row of `weight`
-//! with the features, plus its bias. Metadata, all text:
-//!
-//! | key | value |
-//! |---|---|
-//! | `labels` | JSON array of the classes' names, in row order |
-//! | `layer` | number of the layer whose features the head was trained on, as in Embed |
-//! | `norm` | `PRE_ATTN_RMS` or `NONE` |
-//! | `context` | `RAW` or `SOS_SHIFTED` |
-//! | `problem_type` | optional; `single_label_classification` (default) or `multi_label_classification` |
+//! `file.rs` has the format of their files. A head says which features it was
+//! trained on; a head for another model, or for features that the model does not
+//! have, is refused before the worker is ready.
 
-use std::path::{Path, PathBuf};
+mod file;
+
+use std::path::PathBuf;
 use std::str::FromStr;
 
-use ndarray::Array2;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use crate::model::Model;
+use crate::model::graph::{Graph, ranges};
 
-use crate::files;
-use crate::model::graph::{Context, Norm};
-use crate::model::{ClassActivation, Model};
-
-/// Largest size of a head file, in bytes; a larger file is something else.
-const FILE_BYTES_MAX: u64 = 64 << 20;
-/// Largest header of a head file, in bytes. The names of 20,000 classes take a
-/// megabyte; a byte takes about ten bytes of memory once it is parsed.
-const HEADER_BYTES_MAX: u64 = 4 << 20;
+pub use self::file::HeadFile;
 
 /// Value of `--head`: a name and a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,16 +42,7 @@ pub struct LinearHead {
     pub name: String,
     /// File that the head was read from.
     pub file: PathBuf,
-    pub labels: Vec<String>,
-    pub activation: ClassActivation,
-    pub layer: u32,
-    pub norm: Norm,
-    pub context: Context,
-    /// Number of features that the head takes.
-    pub width: usize,
-    /// `labels.len()` rows of `width`.
-    weight: Array2<f32>,
-    bias: Vec<f32>,
+    pub content: HeadFile,
 }
 
 /// Reason why a head cannot be used. The text names the flag and the file.
@@ -85,39 +61,96 @@ impl LinearHead {
     ///
     /// When the file cannot be read or is not a head.
     pub fn open(flag: &HeadFlag) -> Result<Self, HeadError> {
-        read(&flag.name, &flag.file).map_err(|reason| HeadError {
+        let content = HeadFile::read(&flag.file).map_err(|reason| HeadError {
             name: flag.name.clone(),
             file: flag.file.clone(),
+            reason,
+        })?;
+        Ok(Self {
+            name: flag.name.clone(),
+            file: flag.file.clone(),
+            content,
+        })
+    }
+
+    /// Checks that the model is the one that the head was trained on, as far as
+    /// the head says so, and has the features that the head takes.
+    ///
+    /// # Errors
+    ///
+    /// When the head is of another model, or the model does not have these
+    /// features.
+    pub fn check(&self, model: &Model) -> Result<(), HeadError> {
+        let reason = if let Some(digest) = &self.content.weights_digest
+            && *digest != model.weights_digest
+        {
+            format!(
+                "the head was trained on the weights {digest}, and the model {} has the weights \
+                 {}; give --model the model that the head was trained on, or train the head again",
+                model.name, model.weights_digest
+            )
+        } else if model
+            .features(&[self.content.layer], self.content.norm)
+            .is_none()
+        {
+            self.layer_missing(model)
+        } else {
+            return Ok(());
+        };
+        Err(HeadError {
+            name: self.name.clone(),
+            file: self.file.clone(),
             reason,
         })
     }
 
-    /// Checks that the model has the features that the head was trained on.
-    ///
-    /// # Errors
-    ///
-    /// When the model does not have these features.
-    pub fn check(&self, model: &Model) -> Result<(), HeadError> {
-        if model.features(&[self.layer], self.norm).is_some() {
-            return Ok(());
+    /// Says why the model does not have the head's features, and which flag
+    /// helps.
+    fn layer_missing(&self, model: &Model) -> String {
+        let HeadFile { layer, norm, .. } = self.content;
+        if let Some(n_layers) = model.n_layers
+            && layer > n_layers
+        {
+            return format!(
+                "the head was trained on layer {layer}, and the model {} has {n_layers} layers; \
+                 give --model the model that the head was trained on",
+                model.name
+            );
         }
-        Err(HeadError {
-            name: self.name.clone(),
-            file: self.file.clone(),
-            reason: format!(
-                "the head was trained on layer {}; the model serves pooled features of the \
-                 layers {:?}",
-                self.layer,
-                model.layers_served(self.norm)
-            ),
-        })
+        let served = model.layers_served(norm);
+        let served = match served.as_slice() {
+            [] => "no layer".to_owned(),
+            [one] => format!("layer {one}"),
+            several => format!("layers {}", ranges(several)),
+        };
+        let remedy = if model.compiled.is_none() {
+            format!(
+                "the directory is a published export; give --model the checkpoint itself, with \
+                 --feature-layer {layer}"
+            )
+        } else if model.graphs.contains_key(&Graph::Features(norm)) {
+            format!(
+                "start the worker with --feature-layer {layer}, or compile the directory of \
+                 --model again with --feature-layer {layer}"
+            )
+        } else {
+            format!(
+                "compile the directory of --model again with --feature-layer {layer} and the task \
+                 embed (--tasks)"
+            )
+        };
+        format!(
+            "the head was trained on layer {layer}, and the model {} serves pooled features of \
+             {served}; {remedy}",
+            model.name
+        )
     }
 
     /// Returns the logit of each class.
     #[must_use]
     pub fn logits(&self, features: &[f32]) -> Vec<f32> {
-        let rows = self.weight.rows().into_iter();
-        rows.zip(&self.bias)
+        let rows = self.content.weight.rows().into_iter();
+        rows.zip(&self.content.bias)
             .map(|(row, &bias)| {
                 // Added in the order of the features, unlike in a product of
                 // `ndarray`.
@@ -134,204 +167,98 @@ impl LinearHead {
     }
 }
 
-fn read(name: &str, file: &Path) -> Result<LinearHead, String> {
-    let bytes = files::read(file, FILE_BYTES_MAX)
-        .map_err(|error| error.to_string())?
-        .map_err(|trouble| trouble.to_string())?
-        .ok_or_else(|| format!("the file has over {FILE_BYTES_MAX} bytes, the limit of a head"))?;
-    let header = bytes
-        .first_chunk()
-        .map_or(0, |head| u64::from_le_bytes(*head));
-    if header > HEADER_BYTES_MAX {
-        return Err(format!(
-            "not a safetensors file: its header would have {header} bytes; the limit is \
-             {HEADER_BYTES_MAX}"
-        ));
-    }
-    let not_safetensors = |error| format!("not a safetensors file: {error}");
-    let tensors = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(not_safetensors)?;
-    let metadata = header.metadata().clone().unwrap_or_default();
-    let entry = |key: &str| {
-        let value = metadata.get(key).map(String::as_str);
-        value.ok_or_else(|| format!("the metadata has no {key}"))
-    };
-    let weight = tensors
-        .tensor("weight")
-        .map_err(|_| "the file has no tensor \"weight\"")?;
-    let bias = tensors
-        .tensor("bias")
-        .map_err(|_| "the file has no tensor \"bias\"")?;
-    let &[n_classes, width] = weight.shape() else {
-        return Err(format!(
-            "weight has the shape {:?}; it must be (classes, width)",
-            weight.shape()
-        ));
-    };
-    if bias.shape() != [n_classes] || n_classes == 0 || width == 0 {
-        return Err(format!(
-            "bias has the shape {:?} and weight {:?}; they must be (classes) and (classes, width)",
-            bias.shape(),
-            weight.shape()
-        ));
-    }
-    let labels: Vec<String> = serde_json::from_str(entry("labels")?)
-        .map_err(|error| format!("labels are not a JSON array of names: {error}"))?;
-    if labels.len() != n_classes {
-        return Err(format!(
-            "labels has {} names; weight has {n_classes} classes",
-            labels.len()
-        ));
-    }
-    let layer = entry("layer")?;
-    Ok(LinearHead {
-        name: name.to_owned(),
-        file: file.to_owned(),
-        labels,
-        activation: ClassActivation::of(metadata.get("problem_type").map(String::as_str))?,
-        layer: layer
-            .parse()
-            .map_err(|_| format!("layer is {layer:?}; it must be a whole number"))?,
-        norm: match entry("norm")? {
-            "PRE_ATTN_RMS" => Norm::PreAttnRms,
-            "NONE" => Norm::None,
-            other => {
-                return Err(format!(
-                    "norm is {other:?}; it must be PRE_ATTN_RMS or NONE"
-                ));
-            }
-        },
-        context: match entry("context")? {
-            "RAW" => Context::Raw,
-            "SOS_SHIFTED" => Context::SosShifted,
-            other => {
-                return Err(format!(
-                    "context is {other:?}; it must be RAW or SOS_SHIFTED"
-                ));
-            }
-        },
-        width,
-        weight: Array2::from_shape_vec((n_classes, width), f32s("weight", &weight)?)
-            .map_err(|error| format!("weight: {error}"))?,
-        bias: f32s("bias", &bias)?,
-    })
-}
-
-fn f32s(name: &str, tensor: &TensorView<'_>) -> Result<Vec<f32>, String> {
-    if tensor.dtype() != Dtype::F32 {
-        return Err(format!("{name} is {:?}; it must be F32", tensor.dtype()));
-    }
-    let values: Vec<f32> = tensor
-        .data()
-        .chunks_exact(4)
-        .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-        .collect();
-    if values.iter().all(|value| value.is_finite()) {
-        Ok(values)
-    } else {
-        Err(format!("{name} has a number that is not finite"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use ndarray::array;
 
     use super::*;
+    use crate::model::ClassActivation;
+    use crate::model::graph::{Context, Norm};
 
-    /// Writes a head of 2 classes over 3 numbers, changed by `change`.
-    fn head(
-        change: impl FnOnce(&mut HashMap<String, String>, &mut Vec<usize>),
-    ) -> Result<LinearHead, String> {
-        let mut metadata: HashMap<String, String> = [
-            ("labels", "[\"cat\", \"dog\"]"),
-            ("layer", "4"),
-            ("norm", "NONE"),
-            ("context", "SOS_SHIFTED"),
-        ]
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .into();
-        let mut shape = vec![2, 3];
-        change(&mut metadata, &mut shape);
-        let bytes = |values: &[f32]| {
-            values
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect::<Vec<u8>>()
-        };
-        let weight = bytes(&[1.0, 0.0, 2.0, 0.0, -1.0, 0.5]);
-        let bias = bytes(&[0.25, -0.25]);
-        let tensors = [
-            (
-                "weight",
-                TensorView::new(Dtype::F32, shape, &weight).unwrap(),
-            ),
-            ("bias", TensorView::new(Dtype::F32, vec![2], &bias).unwrap()),
-        ];
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("head.safetensors");
-        std::fs::write(
-            &file,
-            safetensors::serialize(tensors, Some(metadata)).unwrap(),
-        )
-        .unwrap();
-        LinearHead::open(&HeadFlag {
+    /// Makes a head of 2 classes over 3 numbers.
+    fn head(layer: u32, weights_digest: Option<&str>) -> LinearHead {
+        LinearHead {
             name: "pets".to_owned(),
-            file,
-        })
-        .map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn a_head_is_a_product_plus_a_bias() {
-        let head = head(|_, _| {}).unwrap();
-        assert_eq!(
-            (head.layer, head.norm, head.context),
-            (4, Norm::None, Context::SosShifted)
-        );
-        assert_eq!(head.labels, ["cat", "dog"]);
-        assert_eq!(
-            head.logits(&[1.0, 2.0, 4.0]).map_bits(),
-            [9.25_f32, -0.25].map_bits()
-        );
-    }
-
-    trait MapBits {
-        fn map_bits(&self) -> Vec<u32>;
-    }
-
-    impl<T: AsRef<[f32]>> MapBits for T {
-        fn map_bits(&self) -> Vec<u32> {
-            self.as_ref().iter().map(|value| value.to_bits()).collect()
+            file: "pets.safetensors".into(),
+            content: HeadFile {
+                labels: ["cat", "dog"].map(String::from).into(),
+                activation: ClassActivation::Softmax,
+                layer,
+                norm: Norm::None,
+                context: Context::SosShifted,
+                fit: None,
+                alpha: None,
+                weights_digest: weights_digest.map(str::to_owned),
+                figures: BTreeMap::new(),
+                tool_version: None,
+                weight: array![[1.0, 0.0, 2.0], [0.0, -1.0, 0.5]],
+                bias: vec![0.25, -0.25],
+            },
         }
     }
 
     #[test]
-    fn what_is_not_a_head_is_named() {
-        let check = |key: &'static str, value: &'static str, words: &str| {
-            let error = head(|metadata, _| {
-                metadata.insert(key.to_owned(), value.to_owned());
-            })
-            .unwrap_err();
-            assert!(
-                error.contains("--head pets=") && error.contains(words),
-                "{error}"
-            );
-        };
-        check("labels", "[\"cat\"]", "1 names; weight has 2 classes");
-        check("labels", "cat", "labels are not a JSON array");
-        check("layer", "last", "layer is \"last\"");
-        check("norm", "L2", "norm is \"L2\"");
-        check("context", "", "context is \"\"");
+    fn a_head_is_a_product_plus_a_bias() {
+        let logits = head(4, None).logits(&[1.0, 2.0, 4.0]);
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        assert_eq!(bits(&logits), bits(&[9.25, -0.25]));
+    }
+
+    #[test]
+    fn a_head_is_for_one_model_and_its_layers() {
+        let published = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/micro");
+        let mut model = Model::open(&published, None).unwrap();
+        assert_eq!(model.weights_digest, model.digest, "there is no checkpoint");
+        let own = model.weights_digest.clone();
+        let other = format!("sha256:{}", "0".repeat(64));
+        let check =
+            |model: &Model, layer, digest: Option<&str>, expected: Result<(), &[&str]>| match (
+                head(layer, digest).check(model),
+                expected,
+            ) {
+                (Ok(()), Ok(())) => {}
+                (Err(error), Err(parts)) => {
+                    let error = error.to_string();
+                    for part in parts
+                        .iter()
+                        .chain(&["--head pets=pets.safetensors: the head"])
+                    {
+                        assert!(error.contains(part), "{error}");
+                    }
+                }
+                (got, _) => panic!("{got:?}"),
+            };
+        check(&model, 2, None, Ok(()));
+        check(&model, 2, Some(&own), Ok(()));
+        let parts = [
+            other.as_str(),
+            own.as_str(),
+            "give --model the model that the head was trained on",
+        ];
+        // The wrong model is named, whether or not it has the layer.
+        check(&model, 2, Some(&other), Err(&parts));
+        check(&model, 1, Some(&other), Err(&parts));
         check(
-            "problem_type",
-            "regression",
-            "problem_type is \"regression\"",
+            &model,
+            3,
+            None,
+            Err(&["trained on layer 3, and the model micro has 2 layers"]),
         );
-        let error = head(|metadata, _| drop(metadata.remove("norm"))).unwrap_err();
-        assert!(error.contains("the metadata has no norm"), "{error}");
-        let error = head(|_, shape| *shape = vec![3, 2]).unwrap_err();
-        assert!(error.contains("bias has the shape [2]"), "{error}");
+        let parts = [
+            "trained on layer 1, and the model micro serves pooled features of layer 2",
+            "give --model the checkpoint itself, with --feature-layer 1",
+        ];
+        check(&model, 1, Some(&own), Err(&parts));
+        model.graphs.clear();
+        check(
+            &model,
+            2,
+            None,
+            Err(&["serves pooled features of no layer"]),
+        );
     }
 
     #[test]

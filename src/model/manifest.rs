@@ -93,8 +93,21 @@ pub struct SourceFacts {
     pub name: String,
     /// Commit of the hub's repository.
     pub revision: Option<String>,
-    /// SHA-256 over `config.json` and the weights.
+    /// SHA-256 over the bytes of `config.json` and of the files of weights, in
+    /// the order of their names. The palette is not part of it, nor where the
+    /// files come from; another file format of the same numbers has another
+    /// digest.
     pub sha256: String,
+}
+
+impl SourceFacts {
+    /// Returns the digest as [`Model::weights_digest`] has it.
+    ///
+    /// [`Model::weights_digest`]: crate::model::Model::weights_digest
+    #[must_use]
+    pub fn weights_digest(&self) -> String {
+        format!("sha256:{}", self.sha256)
+    }
 }
 
 /// Facts about one graph file.

@@ -119,7 +119,7 @@ fn onnx_options(config: &ServeConfig, model: &Model, heads: &[LinearHead]) -> on
         n_labels: model.labels.len(),
         head_widths: heads
             .iter()
-            .map(|head| (head.width, head.name.clone()))
+            .map(|head| (head.content.width(), head.name.clone()))
             .collect(),
         compiled_for: model.compiled.map(|compiled| compiled.provider),
         precision: model.compiled.map(|compiled| compiled.precision),

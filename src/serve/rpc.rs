@@ -13,6 +13,7 @@ mod deadline;
 mod embedding;
 mod error;
 mod generate;
+mod heads;
 mod health;
 mod leaving;
 mod listen;
@@ -386,21 +387,21 @@ impl WorkerService {
     ) -> Result<(pb::ClassifyResponse, AnswerBytes), RequestError> {
         let facts = self.facts()?;
         let (_, extensions, request) = request.into_parts();
-        let preprocess = convert::preprocess(request.preprocess.as_ref())?;
-        let head = convert::head(&self.heads, &request.head, &self.model)?;
+        let head = heads::named(&self.heads, &request.head, &self.model)?;
+        let preprocess = heads::preprocess(head, request.preprocess.as_ref())?;
         let (work, context) = if let Some(head) = head {
-            let work = convert::head_work(head, request.context, &self.model)?;
-            (work, head.context)
+            let work = heads::work(head, request.context, &self.model)?;
+            (work, head.content.context)
         } else {
             let context = convert::context(request.context)?;
             let want = Want::Logits;
             (RequestedWork::Infer { context, want }, context)
         };
         let (labels, activation) = match head {
-            Some(head) => (head.labels.as_slice(), head.activation),
+            Some(head) => (head.content.labels.as_slice(), head.content.activation),
             None => (self.model.labels.as_slice(), self.model.activation),
         };
-        let n_classes = head.map_or(facts.n_classes, |head| head.labels.len());
+        let n_classes = head.map_or(facts.n_classes, |head| head.content.labels.len());
         let dtype = pb::DataType::F32;
         let (outcomes, held) = self
             .outcomes(
@@ -543,9 +544,15 @@ impl WorkerService {
                 .compiled
                 .map(|compiled| compiled.precision.name().to_owned())
                 .unwrap_or_default(),
-            heads: self.heads.iter().map(convert::head_info).collect(),
+            heads: self.heads.iter().map(heads::info).collect(),
             fallbacks: facts.fallbacks.iter().map(convert::fallback).collect(),
             devices,
+            weights_digest: model.weights_digest.clone(),
+            head_default: heads::named(&self.heads, "", model)
+                .ok()
+                .flatten()
+                .map(|head| head.name.clone())
+                .unwrap_or_default(),
         })
     }
 }

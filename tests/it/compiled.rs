@@ -24,7 +24,7 @@ use tonic::Code;
 use crate::harness::{self, Case, Running, expected, f32s, relative_error, tokens, vector};
 use crate::process;
 
-fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     let library = onnx::find_library(None);
     Runtime::new(
         onnx::environment(&library).expect("the library"),
@@ -179,7 +179,7 @@ async fn every_layer_and_norm_is_what_transformers_gives() {
     running.end().await;
 }
 
-fn classification(result: &pb::ClassifyResult) -> &pb::Classification {
+pub(crate) fn classification(result: &pb::ClassifyResult) -> &pb::Classification {
     match result.outcome.as_ref().expect("an outcome") {
         pb::classify_result::Outcome::Classification(classification) => classification,
         pb::classify_result::Outcome::Error(status) => panic!("{status:?}"),
@@ -353,6 +353,8 @@ async fn several_heads_share_a_backbone() {
         .await
         .expect_err("another context");
     assert_eq!(error.code(), Code::InvalidArgument);
+    let words = "context: the head one was trained with CONTEXT_SOS_SHIFTED; leave context unset";
+    assert_eq!(error.message(), words);
     running.end().await;
 }
 
@@ -440,7 +442,7 @@ fn before(name: &str) -> PathBuf {
     root.join("tests/data/before-sha256").join(name)
 }
 
-fn copy_all(from: &Path, to: &Path) {
+pub(crate) fn copy_all(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("a folder");
     for entry in std::fs::read_dir(from).expect("a folder") {
         let entry = entry.expect("an entry");
@@ -454,7 +456,7 @@ fn copy_all(from: &Path, to: &Path) {
 }
 
 /// Compiles the micro checkpoint into a directory.
-fn compiled_folder(to: &Path, precision: Precision) {
+pub(crate) fn compiled_folder(to: &Path, precision: Precision) {
     let options = CompileOptions {
         precision,
         tasks: Some([CompileTask::Embed].into()),
@@ -465,14 +467,14 @@ fn compiled_folder(to: &Path, precision: Precision) {
 }
 
 /// Runs the program, and returns its exit code and output.
-fn run(args: &[&str]) -> (i32, String) {
+pub(crate) fn run(args: &[&str]) -> (i32, String) {
     let output = process::program().args(args).output().expect("the program");
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     (output.status.code().unwrap_or(-1), text)
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("a name")
 }
 

@@ -31,6 +31,7 @@ async fn emoji(folder: &Path) -> Running {
     let flag = format!("category={}", head.display());
     let layer = LinearHead::open(&flag.parse().expect("a flag"))
         .expect("a head")
+        .content
         .layer;
     let options = CompileOptions {
         tasks: Some(BTreeSet::from([CompileTask::Embed])),

@@ -25,6 +25,7 @@ mod engine_faults;
 mod generate;
 mod gpu;
 mod harness;
+mod heads;
 mod health;
 mod hostile;
 mod load;

@@ -23,21 +23,21 @@ use crate::harness::{
     vector,
 };
 
-type Client = GrpcInferenceServiceClient<Channel>;
+pub(crate) type Client = GrpcInferenceServiceClient<Channel>;
 
 /// Flags that run every image alone where bits are compared, since kernels for
 /// one row may add in another order than those for several rows.
 const ALONE: [&str; 2] = ["--max-batch-size", "1"];
 
-async fn client(running: &Running) -> Client {
+pub(crate) async fn client(running: &Running) -> Client {
     Client::connect(running.url()).await.expect("a connection")
 }
 
-fn word(text: &str) -> ParameterChoice {
+pub(crate) fn word(text: &str) -> ParameterChoice {
     ParameterChoice::StringParam(text.to_owned())
 }
 
-fn parameters(list: &[(&str, ParameterChoice)]) -> HashMap<String, oip::InferParameter> {
+pub(crate) fn parameters(list: &[(&str, ParameterChoice)]) -> HashMap<String, oip::InferParameter> {
     list.iter()
         .map(|(name, choice)| {
             let parameter_choice = Some(choice.clone());
@@ -53,7 +53,7 @@ fn output(name: &str, list: &[(&str, ParameterChoice)]) -> InferRequestedOutputT
     }
 }
 
-fn outputs(names: &[&str]) -> Vec<InferRequestedOutputTensor> {
+pub(crate) fn outputs(names: &[&str]) -> Vec<InferRequestedOutputTensor> {
     names.iter().map(|name| output(name, &[])).collect()
 }
 
@@ -72,7 +72,7 @@ fn raw(name: &str, datatype: &str, shape: &[i64], contents: impl Into<Bytes>) ->
     }
 }
 
-type Asked = oip::ModelInferRequest;
+pub(crate) type Asked = oip::ModelInferRequest;
 
 fn extent(n: usize) -> i64 {
     i64::try_from(n).expect("few")
@@ -87,7 +87,7 @@ fn ids(images: &[Vec<u32>]) -> Asked {
     raw("input_ids", "INT64", &[extent(images.len()), 64], contents)
 }
 
-fn files(files: &[&[u8]]) -> Asked {
+pub(crate) fn files(files: &[&[u8]]) -> Asked {
     let mut contents = BytesMut::new();
     for file in files {
         contents.put_u32_le(u32::try_from(file.len()).expect("small"));
@@ -96,14 +96,20 @@ fn files(files: &[&[u8]]) -> Asked {
     raw("image", "BYTES", &[extent(files.len())], contents)
 }
 
-async fn infer(client: &mut Client, request: &Asked) -> Result<oip::ModelInferResponse, Status> {
+pub(crate) async fn infer(
+    client: &mut Client,
+    request: &Asked,
+) -> Result<oip::ModelInferResponse, Status> {
     let response = client.model_infer(request.clone()).await?.into_inner();
     assert_eq!(response.outputs.len(), response.raw_output_contents.len());
     Ok(response)
 }
 
 /// Returns an output by its name: datatype, shape and bytes.
-fn tensor<'a>(response: &'a oip::ModelInferResponse, name: &str) -> (&'a str, &'a [i64], &'a [u8]) {
+pub(crate) fn tensor<'a>(
+    response: &'a oip::ModelInferResponse,
+    name: &str,
+) -> (&'a str, &'a [i64], &'a [u8]) {
     let idx = response
         .outputs
         .iter()
@@ -142,7 +148,7 @@ async fn native(running: &Running, request: pb::EmbedRequest) -> Vec<u8> {
         .collect()
 }
 
-fn golden(name: &str) -> Vec<u8> {
+pub(crate) fn golden(name: &str) -> Vec<u8> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/images/");
     std::fs::read(format!("{folder}{name}")).expect("a golden image")
 }

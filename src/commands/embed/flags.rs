@@ -136,14 +136,17 @@ pub struct TaskConfig {
     #[arg(long, env = "IMAGEGPT_TASK", value_enum, default_value = "embed")]
     pub task: EmbedTask,
 
-    /// Way in which an image that is not square becomes square
-    #[arg(long, env = "IMAGEGPT_FIT", value_enum, default_value = "squash")]
-    pub fit: Fit,
+    /// Way in which an image that is not square becomes square [default:
+    /// with --task classify as the linear head was trained if it says so, or
+    /// else squash]
+    #[arg(long, env = "IMAGEGPT_FIT", value_enum)]
+    pub fit: Option<Fit>,
 
     /// Color of transparent pixels: the color stored under them (drop), or
-    /// white
-    #[arg(long, env = "IMAGEGPT_ALPHA", value_enum, default_value = "drop")]
-    pub alpha: Alpha,
+    /// white [default: with --task classify as the linear head was trained if it
+    /// says so, or else drop]
+    #[arg(long, env = "IMAGEGPT_ALPHA", value_enum)]
+    pub alpha: Option<Alpha>,
 
     /// embed: tokens that the model sees: the image alone (raw), or the image
     /// after the start token as in pre-training (sos-shifted). A linear head

@@ -7,9 +7,9 @@ use super::flags::{Dtype, EmbedArgs, EmbedTask, LayerChoice, Pooling, TaskConfig
 use super::pipeline::PARTS_OPEN;
 use super::table::VectorShape;
 use crate::client::pool;
-use crate::imaging::PreprocessOptions;
+use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::model::graph::ranges;
-use crate::proto::{pb, preprocess_applied};
+use crate::proto::{self, pb, preprocess_applied};
 
 /// Memory that the vectors of unfinished parts may take: what a small machine
 /// has to spare, and 40 times what the defaults take with the largest
@@ -46,21 +46,62 @@ pub(super) fn check_model(model: &pb::GetModelResponse, task: &TaskConfig) -> an
                     heads.join(", ")
                 }
             );
+            check_preprocess(model, task)?;
         }
         (EmbedTask::Classify, None) => {
             let own = can(pb::Task::Classify) && !model.labels.is_empty();
             // If the checkpoint has no head of its own, the only loaded head is
             // meant.
-            let only = !can(pb::Task::Classify) && model.heads.len() == 1;
             anyhow::ensure!(
-                own || only,
+                own || head(task, model).is_some(),
                 "--task classify: the workers' model {} has no classes with names; give --head \
                  to use a linear head",
                 model.name
             );
+            check_preprocess(model, task)?;
         }
     }
     Ok(())
+}
+
+/// Returns the linear head that classifies; `None` for other tasks, and if the
+/// checkpoint's own head classifies.
+fn head<'a>(task: &TaskConfig, model: &'a pb::GetModelResponse) -> Option<&'a pb::Head> {
+    if task.task != EmbedTask::Classify {
+        return None;
+    }
+    let name = task.head.as_ref().unwrap_or(&model.head_default);
+    model.heads.iter().find(|head| head.name == *name)
+}
+
+/// Returns the options with which a head was trained, as far as it says so.
+fn trained(head: &pb::Head) -> (Option<Fit>, Option<Alpha>) {
+    // Workers refuse every value but that of the head, also one that this
+    // version does not know.
+    (proto::fit(head.fit()), proto::alpha(head.alpha()))
+}
+
+/// Checks that flags and linear head agree on the options of preprocessing.
+fn check_preprocess(model: &pb::GetModelResponse, task: &TaskConfig) -> anyhow::Result<()> {
+    let Some(head) = head(task, model) else {
+        return Ok(());
+    };
+    let (fit, alpha) = trained(head);
+    let check = |flag: &str, given: Option<String>, trained: Option<String>| {
+        if let (Some(given), Some(trained)) = (given, trained)
+            && given != trained
+        {
+            anyhow::bail!(
+                "{flag} {given}: the head {} was trained with {trained}; leave {flag} out",
+                head.name
+            );
+        }
+        Ok(())
+    };
+    let names = |fit: Option<Fit>| fit.as_ref().map(value_name);
+    check("--fit", names(task.fit), names(fit))?;
+    let names = |alpha: Option<Alpha>| alpha.as_ref().map(value_name);
+    check("--alpha", names(task.alpha), names(alpha))
 }
 
 /// Checks that the workers' model serves the layers that are asked for, several
@@ -112,11 +153,14 @@ fn together(model: &pb::GetModelResponse) -> Vec<u32> {
         .collect()
 }
 
-fn preprocess(task: &TaskConfig) -> pb::Preprocess {
-    preprocess_applied(PreprocessOptions {
-        fit: task.fit,
-        alpha: task.alpha,
-    })
+/// Returns the options of preprocessing: those of the flags, or else those with
+/// which the linear head was trained, or else the defaults.
+fn preprocess(task: &TaskConfig, model: &pb::GetModelResponse) -> PreprocessOptions {
+    let (fit, alpha) = head(task, model).map_or((None, None), trained);
+    PreprocessOptions {
+        fit: task.fit.or(fit).unwrap_or_default(),
+        alpha: task.alpha.or(alpha).unwrap_or_default(),
+    }
 }
 
 /// Describes the vectors that are stored for each image.
@@ -169,9 +213,10 @@ fn stored_layers(task: &TaskConfig, model: &pb::GetModelResponse) -> Option<Vec<
 /// Makes the request that workers get. Every default is written out, since
 /// workers must apply exactly these options.
 pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::PoolWork {
+    let preprocess = preprocess_applied(preprocess(task, model));
     match task.task {
         EmbedTask::Embed => pool::PoolWork::Embed(pb::EmbedStreamOptions {
-            preprocess: Some(preprocess(task)),
+            preprocess: Some(preprocess),
             context: pb::Context::from(task.context).into(),
             pooling: match task.pooling {
                 Pooling::Mean => pb::Pooling::Mean,
@@ -191,17 +236,17 @@ pub(super) fn asked(task: &TaskConfig, model: &pb::GetModelResponse) -> pool::Po
         }),
         EmbedTask::Tokenize => pool::PoolWork::Tokenize(pb::TokenizeRequest {
             images: Vec::new(),
-            preprocess: Some(preprocess(task)),
+            preprocess: Some(preprocess),
         }),
         EmbedTask::Score => pool::PoolWork::Score(pb::ScoreRequest {
             images: Vec::new(),
-            preprocess: Some(preprocess(task)),
+            preprocess: Some(preprocess),
             map: false,
             complexity: true,
         }),
         EmbedTask::Classify => pool::PoolWork::Classify(pb::ClassifyRequest {
             images: Vec::new(),
-            preprocess: Some(preprocess(task)),
+            preprocess: Some(preprocess),
             // The checkpoint's own head takes the image alone, as Hugging
             // Face's classes do; a linear head records its own context.
             context: pb::Context::Unspecified.into(),
@@ -219,8 +264,9 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
     let mut options = BTreeMap::new();
     let mut set = |name: &str, value: String| options.insert(name.to_owned(), value);
     set("--task", value_name(&task.task));
-    set("--fit", value_name(&task.fit));
-    set("--alpha", value_name(&task.alpha));
+    let PreprocessOptions { fit, alpha } = preprocess(task, model);
+    set("--fit", value_name(&fit));
+    set("--alpha", value_name(&alpha));
     match task.task {
         EmbedTask::Embed => {
             set("--pooling", value_name(&task.pooling));
@@ -332,6 +378,68 @@ mod tests {
             &["--layers", "8,20"],
             Err("start the workers with --feature-layer 20"),
         );
+    }
+
+    #[test]
+    fn a_head_decides_how_images_become_tokens() {
+        let mut model = pb::GetModelResponse {
+            tasks: vec![pb::Task::Classify.into()],
+            heads: ["old", "white"]
+                .map(|name| pb::Head {
+                    name: name.to_owned(),
+                    ..Default::default()
+                })
+                .into(),
+            ..model()
+        };
+        model.heads[1].alpha = pb::Alpha::White.into();
+        let check = |model: &pb::GetModelResponse, flags: &[&str], expected: Result<_, &str>| {
+            let args = args(&[&["--task", "classify"], flags].concat());
+            let got = check_model(model, &args.task).map(|()| {
+                let options = options(&args, model);
+                let pool::PoolWork::Classify(asked) = asked(&args.task, model) else {
+                    panic!("another task");
+                };
+                let asked = asked.preprocess.expect("options");
+                let [fit, alpha] = ["--fit", "--alpha"].map(|flag| options[flag].clone());
+                let asked_alpha = asked.alpha().as_str_name().to_lowercase();
+                assert_eq!(asked_alpha, format!("alpha_{alpha}"), "as recorded");
+                assert_eq!(asked.fit() == pb::Fit::CenterCrop, fit == "center-crop");
+                (fit, alpha)
+            });
+            match (got, expected) {
+                (Ok(got), Ok((fit, alpha))) => {
+                    assert_eq!((got.0.as_str(), got.1.as_str()), (fit, alpha), "{flags:?}");
+                }
+                (Err(error), Err(words)) => {
+                    assert!(error.to_string().contains(words), "{flags:?}: {error}");
+                }
+                (got, _) => panic!("{flags:?}: {got:?}"),
+            }
+        };
+        // As a job of an older version recorded them.
+        check(&model, &["--head", "old"], Ok(("squash", "drop")));
+        let flags = ["--head", "old", "--alpha", "white"];
+        check(&model, &flags, Ok(("squash", "white")));
+        check(&model, &["--head", "white"], Ok(("squash", "white")));
+        let flags = [
+            "--head",
+            "white",
+            "--alpha",
+            "white",
+            "--fit",
+            "center-crop",
+        ];
+        check(&model, &flags, Ok(("center-crop", "white")));
+        let words = "--alpha drop: the head white was trained with white; leave --alpha out";
+        check(&model, &["--head", "white", "--alpha", "drop"], Err(words));
+        // Without a name the head is the one that the worker says.
+        check(&model, &[], Err("has no classes with names; give --head"));
+        model.head_default = "white".to_owned();
+        check(&model, &[], Ok(("squash", "white")));
+        model.labels = vec!["a".to_owned()];
+        model.head_default.clear();
+        check(&model, &[], Ok(("squash", "drop")));
     }
 
     #[test]

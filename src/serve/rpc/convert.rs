@@ -6,11 +6,9 @@ use crate::engine;
 use crate::gpu::Gpus;
 use crate::imaging::{Alpha, Fit, ImageInput, ImageRequest, PreprocessOptions};
 use crate::model::graph::{Context, Graph, Norm, Want, ranges};
-use crate::model::head::LinearHead;
-use crate::model::{CallTask, ClassActivation, Model};
-use crate::proto::pb;
+use crate::model::{ClassActivation, Model};
+use crate::proto::{self, pb};
 use crate::serve::devices::DeviceState;
-use crate::serve::job::RequestedWork;
 use crate::serve::rpc::error::RequestError;
 
 /// Converts the images of a call; an image without a source becomes an error.
@@ -53,20 +51,27 @@ fn known<T: TryFrom<i32>>(field: &'static str, value: i32) -> Result<T, RequestE
     T::try_from(value).map_err(|_| RequestError::OptionUnknown { field, value })
 }
 
+/// Converts options of preprocessing, with defaults filled in.
 pub(super) fn preprocess(
     options: Option<&pb::Preprocess>,
 ) -> Result<PreprocessOptions, RequestError> {
-    let options = options.copied().unwrap_or_default();
+    let (fit, alpha) = preprocess_given(options)?;
     Ok(PreprocessOptions {
-        fit: match known("preprocess.fit", options.fit)? {
-            pb::Fit::Unspecified | pb::Fit::Squash => Fit::Squash,
-            pb::Fit::CenterCrop => Fit::CenterCrop,
-        },
-        alpha: match known("preprocess.alpha", options.alpha)? {
-            pb::Alpha::Unspecified | pb::Alpha::Drop => Alpha::Drop,
-            pb::Alpha::White => Alpha::White,
-        },
+        fit: fit.unwrap_or_default(),
+        alpha: alpha.unwrap_or_default(),
     })
+}
+
+/// Converts the options of preprocessing that a call gives; `None` for each
+/// that the call leaves to the worker.
+pub(super) fn preprocess_given(
+    options: Option<&pb::Preprocess>,
+) -> Result<(Option<Fit>, Option<Alpha>), RequestError> {
+    let options = options.copied().unwrap_or_default();
+    Ok((
+        proto::fit(known("preprocess.fit", options.fit)?),
+        proto::alpha(known("preprocess.alpha", options.alpha)?),
+    ))
 }
 
 /// Converts the contract's number of a context.
@@ -111,7 +116,7 @@ pub(super) fn want(
 }
 
 /// Describes the layers that are served, in words.
-fn served(layers: &[u32]) -> String {
+pub(super) fn served(layers: &[u32]) -> String {
     if layers.is_empty() {
         "its last layer only".to_owned()
     } else {
@@ -149,83 +154,11 @@ pub(super) fn layers_applied(model: &Model, want: Want) -> Vec<u32> {
     }
 }
 
-/// Returns the linear head that a call names or implies; `None` is the
-/// checkpoint's own head.
-pub(super) fn head<'a>(
-    heads: &'a [LinearHead],
-    given: &str,
-    model: &Model,
-) -> Result<Option<&'a LinearHead>, RequestError> {
-    if given.is_empty() {
-        return match heads {
-            _ if model.can(CallTask::Classify) => Ok(None),
-            [only] => Ok(Some(only)),
-            [] => Err(RequestError::TaskMissing {
-                task: CallTask::Classify,
-                file: CallTask::Classify.file(),
-            }),
-            _ => Err(head_unknown(heads, given)),
-        };
-    }
-    match heads.iter().find(|head| head.name == given) {
-        Some(head) => Ok(Some(head)),
-        None => Err(head_unknown(heads, given)),
-    }
-}
-
-fn head_unknown(heads: &[LinearHead], given: &str) -> RequestError {
-    let known: Vec<&str> = heads.iter().map(|head| head.name.as_str()).collect();
-    RequestError::HeadUnknown {
-        given: given.to_owned(),
-        known: if known.is_empty() {
-            "no heads".to_owned()
-        } else {
-            known.join(", ")
-        },
-    }
-}
-
-/// Returns the work that computes the features for a linear head.
-pub(super) fn head_work(
-    head: &LinearHead,
-    context: i32,
-    model: &Model,
-) -> Result<RequestedWork, RequestError> {
-    let unset = context == pb::Context::Unspecified as i32;
-    if !unset && self::context(context)? != head.context {
-        return Err(RequestError::HeadContext {
-            head: head.name.clone(),
-        });
-    }
-    let want =
-        model
-            .features(&[head.layer], head.norm)
-            .ok_or_else(|| RequestError::LayersMissing {
-                given: vec![head.layer],
-                served: served(&model.layers_served(head.norm)),
-            })?;
-    Ok(RequestedWork::Infer {
-        context: head.context,
-        want,
-    })
-}
-
 /// Converts a fallback of the engine for GetModel.
 pub(super) fn fallback(fallback: &engine::Fallback) -> pb::Fallback {
     pb::Fallback {
         kind: fallback.kind.label().to_owned(),
         reason: fallback.reason.clone(),
-    }
-}
-
-pub(super) fn head_info(head: &LinearHead) -> pb::Head {
-    pb::Head {
-        name: head.name.clone(),
-        labels: head.labels.clone(),
-        activation: activation(head.activation).into(),
-        layer: head.layer,
-        norm: pb::Norm::from(head.norm).into(),
-        context: pb::Context::from(head.context).into(),
     }
 }
 

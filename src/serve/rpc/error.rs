@@ -71,8 +71,16 @@ pub(super) enum RequestError {
     #[error("head: {given:?} is not loaded; the worker has {known}")]
     HeadUnknown { given: String, known: String },
     /// The linear head was trained with another context than the call's.
-    #[error("context: the head {head} was trained with another context; leave context unset")]
-    HeadContext { head: String },
+    #[error("context: the head {head} was trained with {trained}; leave context unset")]
+    HeadContext { head: String, trained: &'static str },
+    /// The linear head was trained with other options of preprocessing than the
+    /// call's.
+    #[error("{field}: the head {head} was trained with {trained}; leave {field} unset")]
+    HeadPreprocess {
+        field: &'static str,
+        head: String,
+        trained: &'static str,
+    },
     /// The call names a model or a version that is not served.
     #[error("model: {given:?} is not found; the worker serves {served:?}, version 1")]
     ModelUnknown { given: String, served: String },
@@ -152,6 +160,7 @@ impl RequestError {
             | Self::StatesMissing
             | Self::HeadUnknown { .. }
             | Self::HeadContext { .. }
+            | Self::HeadPreprocess { .. }
             | Self::ModelUnknown { .. }
             | Self::TensorInvalid { .. } => false,
         }

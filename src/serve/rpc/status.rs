@@ -27,6 +27,7 @@ fn row(error: &RequestError) -> (Code, &'static str) {
         RequestError::StatesMissing => (Code::InvalidArgument, "STATES_MISSING"),
         RequestError::HeadUnknown { .. } => (Code::NotFound, "HEAD_UNKNOWN"),
         RequestError::HeadContext { .. } => (Code::InvalidArgument, "HEAD_CONTEXT"),
+        RequestError::HeadPreprocess { .. } => (Code::InvalidArgument, "HEAD_PREPROCESS"),
         RequestError::ModelUnknown { .. } => (Code::NotFound, "MODEL_UNKNOWN"),
         RequestError::TensorInvalid { .. } => (Code::InvalidArgument, "TENSOR_INVALID"),
         RequestError::OfImage { cause, .. } => row(cause),
@@ -146,7 +147,7 @@ mod tests {
             items_answered: 3,
         };
         let engine = || StageError::from(EngineError::Runtime("secret path".to_owned()));
-        let rows: [(RequestError, Code, &str); 35] = [
+        let rows: [(RequestError, Code, &str); 36] = [
             (
                 PreprocessError::Empty.into(),
                 Code::InvalidArgument,
@@ -221,9 +222,19 @@ mod tests {
             (
                 RequestError::HeadContext {
                     head: "a".to_owned(),
+                    trained: "RAW",
                 },
                 Code::InvalidArgument,
                 "HEAD_CONTEXT",
+            ),
+            (
+                RequestError::HeadPreprocess {
+                    field: "preprocess.alpha",
+                    head: "a".to_owned(),
+                    trained: "WHITE",
+                },
+                Code::InvalidArgument,
+                "HEAD_PREPROCESS",
             ),
             (
                 RequestError::ModelUnknown {

@@ -8,9 +8,10 @@ use super::parameters::{self, OutputOptions, RequestParameters};
 use super::tensors::{InferInput, put_element};
 use super::{Oip, TEXT_SHOWN, VERSION, metadata};
 use crate::engine::EngineFacts;
-use crate::imaging::ImageRequest;
+use crate::imaging::{ImageRequest, PreprocessOptions};
 use crate::model::CallTask;
 use crate::model::graph::{Context, Want};
+use crate::model::head::LinearHead;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::model_infer_response::InferOutputTensor;
 use crate::proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
@@ -21,7 +22,7 @@ use crate::serve::job::{Answer, RequestedWork};
 use crate::serve::rpc::embedding::Embedding;
 use crate::serve::rpc::error::RequestError;
 use crate::serve::rpc::observe::{AnswerBytes, Deadline};
-use crate::serve::rpc::{Ask, Submitted, WorkerService, call_bytes, convert, status};
+use crate::serve::rpc::{Ask, Submitted, WorkerService, call_bytes, convert, heads, status};
 
 pub(super) const EMBEDDING: &str = "embedding";
 pub(super) const LAST_HIDDEN_STATE: &str = "last_hidden_state";
@@ -76,6 +77,16 @@ enum Kind {
     Tokens,
 }
 
+impl Kind {
+    /// Returns the linear head that makes the output.
+    fn head<'a>(&self, service: &'a WorkerService) -> Option<&'a LinearHead> {
+        match self {
+            Self::Logits { head, .. } => Some(&service.heads[(*head)?]),
+            Self::Features(_) | Self::Nll | Self::Tokens => None,
+        }
+    }
+}
+
 /// Checked options of a request.
 #[derive(Debug)]
 struct Plan {
@@ -87,6 +98,8 @@ struct Plan {
     /// Index of the status among the outputs, if the request names it.
     status_at: Option<usize>,
     marks_final: bool,
+    /// Options of preprocessing that a linear head decides.
+    of_head: Option<PreprocessOptions>,
     class: Priority,
     deadline: Option<Instant>,
 }
@@ -118,8 +131,12 @@ impl PreparedInfer {
         let facts = service.facts()?;
         oip.check_model(&request.model_name, &request.model_version)?;
         let (manner, options) = parameters::of_request(&request.parameters)?;
-        let preprocess = convert::preprocess(Some(&manner.preprocess))?;
         let (outputs, status_at) = outputs(service, &facts, &request, &options, &manner)?;
+        let mut heads = outputs
+            .iter()
+            .filter_map(|output| output.kind.head(service));
+        let (preprocess, of_head) =
+            parameters::preprocess(manner.preprocess, heads.next(), outputs.len())?;
         let input = InferInput::take(&mut request, service.model.positions())?;
         let asks: Vec<Ask> = outputs.iter().map(|output| output.ask.clone()).collect();
         service.check_size(input.n_images, &asks)?;
@@ -142,6 +159,7 @@ impl PreparedInfer {
                 partial: manner.partial,
                 status_at,
                 marks_final: manner.marks_final,
+                of_head,
                 class: manner.class.unwrap_or(origin.class),
                 deadline,
             },
@@ -325,17 +343,17 @@ fn logits(
     options: &OutputOptions,
     ask: impl Fn(RequestedWork, usize) -> Ask,
 ) -> Result<Output, RequestError> {
-    let head = convert::head(&service.heads, &options.head, &service.model)?;
+    let head = heads::named(&service.heads, &options.head, &service.model)?;
     let (work, n_computed) = if let Some(head) = head {
         // The engine computes the features; the head is applied to them later.
-        let work = convert::head_work(head, options.context, &service.model)?;
-        (work, head.width.max(head.labels.len()))
+        let work = heads::work(head, options.context, &service.model)?;
+        (work, head.content.width().max(head.content.labels.len()))
     } else {
         let context = convert::context(options.context)?;
         let want = Want::Logits;
         (RequestedWork::Infer { context, want }, facts.n_classes)
     };
-    let labels = head.map_or(&service.model.labels, |head| &head.labels);
+    let labels = head.map_or(&service.model.labels, |head| &head.content.labels);
     // The text of named classes is counted before it is made, in units of f32.
     let n_text = options.n_classes.map_or(0, |n_named| {
         let longest = labels.iter().map(String::len).max().unwrap_or(0);
@@ -384,7 +402,9 @@ impl Tensor {
                 _ => ("FP32", embedding.shape().to_vec(), 4),
             },
             Kind::Logits { head, n_named } => {
-                let n_classes = head.map_or(facts.n_classes, |idx| service.heads[idx].labels.len());
+                let n_classes = head.map_or(facts.n_classes, |idx| {
+                    service.heads[idx].content.labels.len()
+                });
                 match n_named {
                     Some(n_named) => ("BYTES", vec![(*n_named).min(n_classes)], 0),
                     None => ("FP32", vec![n_classes], 4),
@@ -429,14 +449,14 @@ impl Tensor {
                     self.raw.put(row);
                 }
             }
-            (Kind::Logits { head, n_named }, Answer::Values(values)) => {
-                let head = head.map(|idx| &service.heads[idx]);
+            (Kind::Logits { n_named, .. }, Answer::Values(values)) => {
+                let head = kind.head(service);
                 let logits = match head {
                     Some(head) => head.logits(&values),
                     None => values,
                 };
                 if n_named.is_some() {
-                    let labels = head.map_or(&service.model.labels, |head| &head.labels);
+                    let labels = head.map_or(&service.model.labels, |head| &head.content.labels);
                     self.put_classes(&logits, labels);
                 } else {
                     self.put_numbers(&logits);
@@ -563,10 +583,18 @@ impl Plan {
             raw_output_contents,
             ..Default::default()
         };
+        let mut say = |name: &str, choice| {
+            let parameter_choice = Some(choice);
+            let parameter = InferParameter { parameter_choice };
+            response.parameters.insert(name.to_owned(), parameter);
+        };
+        if let Some(PreprocessOptions { fit, alpha }) = self.of_head {
+            let word = |name: &str| ParameterChoice::StringParam(name.to_owned());
+            say("fit", word(parameters::fit_name(fit)));
+            say("alpha", word(parameters::alpha_name(alpha)));
+        }
         if self.marks_final {
-            let parameter_choice = Some(ParameterChoice::BoolParam(true));
-            let mark = InferParameter { parameter_choice };
-            response.parameters.insert(FINAL.to_owned(), mark);
+            say(FINAL, ParameterChoice::BoolParam(true));
         }
         Ok(response)
     }

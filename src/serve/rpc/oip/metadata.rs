@@ -4,9 +4,9 @@
 
 use std::collections::HashMap;
 
-use super::VERSION;
 use super::infer::{EMBEDDING, LAST_HIDDEN_STATE, LOGITS, NLL, TOKENS};
 use super::tensors::{IMAGE, INPUT_IDS, PIXELS};
+use super::{VERSION, parameters};
 use crate::engine::EngineFacts;
 use crate::model::CallTask;
 use crate::model::graph::Graph;
@@ -95,7 +95,7 @@ fn outputs(service: &WorkerService, facts: &EngineFacts) -> Vec<Tensor> {
     if model.can(CallTask::Classify) {
         outputs.push(Tensor::new(LOGITS, float, &[facts.n_classes]));
     } else if let [head] = &service.heads[..] {
-        outputs.push(Tensor::new(LOGITS, float, &[head.labels.len()]));
+        outputs.push(Tensor::new(LOGITS, float, &[head.content.labels.len()]));
     } else if !service.heads.is_empty() {
         // The number of classes depends on the head that a request names.
         outputs.push(Tensor {
@@ -153,6 +153,7 @@ fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, S
     let json = |labels: &[String]| serde_json::Value::from(labels.to_vec()).to_string();
     let mut properties = vec![
         ("digest".to_owned(), model.digest.clone()),
+        ("weights_digest".to_owned(), model.weights_digest.clone()),
         ("side".to_owned(), model.side.to_string()),
         ("execution_provider".to_owned(), facts.provider.to_owned()),
     ];
@@ -171,7 +172,16 @@ fn properties(service: &WorkerService, facts: &EngineFacts) -> HashMap<String, S
         properties.push(("labels".to_owned(), json(&model.labels)));
     }
     for head in &service.heads {
-        properties.push((format!("labels.{}", head.name), json(&head.labels)));
+        let content = &head.content;
+        let mut push =
+            |fact: &str, value| properties.push((format!("{fact}.{}", head.name), value));
+        push("labels", json(&content.labels));
+        if let Some(fit) = content.fit {
+            push("fit", parameters::fit_name(fit).to_owned());
+        }
+        if let Some(alpha) = content.alpha {
+            push("alpha", parameters::alpha_name(alpha).to_owned());
+        }
     }
     if !model.notice.is_empty() {
         properties.push(("notice".to_owned(), model.notice.clone()));

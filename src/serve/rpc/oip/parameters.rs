@@ -8,10 +8,13 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::TEXT_SHOWN;
+use crate::imaging::{Alpha, Fit, PreprocessOptions};
+use crate::model::head::LinearHead;
 use crate::proto::inference::InferParameter;
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::{Priority, pb};
 use crate::serve::rpc::error::RequestError;
+use crate::serve::rpc::{convert, heads};
 
 type Parameters = HashMap<String, InferParameter>;
 
@@ -59,6 +62,53 @@ const POOLINGS: [(&str, pb::Pooling); 2] =
     [("mean", pb::Pooling::Mean), ("last", pb::Pooling::Last)];
 const DTYPES: [(&str, pb::DataType); 2] =
     [("fp32", pb::DataType::F32), ("fp16", pb::DataType::F16)];
+
+/// Returns the options of preprocessing of a request with `n_outputs` outputs,
+/// and the same again if a linear head decides them. All outputs have the same
+/// options, since an image becomes tokens once.
+pub(super) fn preprocess(
+    given: pb::Preprocess,
+    head: Option<&LinearHead>,
+    n_outputs: usize,
+) -> Result<(PreprocessOptions, Option<PreprocessOptions>), RequestError> {
+    let applied = heads::preprocess(head, Some(&given))?;
+    let Some(head) = head.filter(|head| head.content.preprocess_is_set()) else {
+        return Ok((applied, None));
+    };
+    let others = convert::preprocess(Some(&given))?;
+    let refuse = |field, trained, other| RequestError::OptionInvalid {
+        field,
+        problem: format!(
+            "the head {} was trained with {trained}, and the other outputs have {other} by \
+             default; set {field} to {trained} for the whole request, or ask for the logits alone",
+            head.name
+        ),
+    };
+    if n_outputs > 1 && applied.fit != others.fit {
+        let [trained, other] = [applied.fit, others.fit].map(fit_name);
+        return Err(refuse("fit", trained, other));
+    }
+    if n_outputs > 1 && applied.alpha != others.alpha {
+        let [trained, other] = [applied.alpha, others.alpha].map(alpha_name);
+        return Err(refuse("alpha", trained, other));
+    }
+    Ok((applied, Some(applied)))
+}
+
+/// Returns the name of a fit as a parameter has it.
+pub(super) fn fit_name(fit: Fit) -> &'static str {
+    name(pb::Fit::from(fit), &FITS)
+}
+
+/// Returns the name of an alpha as a parameter has it.
+pub(super) fn alpha_name(alpha: Alpha) -> &'static str {
+    name(pb::Alpha::from(alpha), &ALPHAS)
+}
+
+fn name<T: Copy + PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static str {
+    let found = choices.iter().find(|(_, choice)| *choice == value);
+    found.map_or("", |(name, _)| name)
+}
 
 /// Names of parameters that only a whole request may have.
 const OF_REQUESTS: [&str; 5] = ["priority", "timeout", "partial", "fit", "alpha"];
