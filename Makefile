@@ -33,9 +33,6 @@ TRAIN_FLAGS ?= --minutes 100
 DEPTH_FLAGS ?=
 # How long `make fuzz` runs.
 FUZZ_SECONDS ?= 600
-# Where `make probe` listens.
-PROBE_PORT ?= 50153
-PROBE_METRICS_PORT ?= 9193
 
 .PHONY: help
 help: ## List the targets
@@ -240,8 +237,8 @@ baselines: $(TRAIN_VENV)/.done ## Print the held-out loss of models/emoji beside
 	$(TRAIN_VENV)/bin/python models/train/baselines.py
 
 .PHONY: probe
-probe: build $(TRAIN_VENV)/.done ## Fit linear probes on what a worker answers for every layer; writes the head
-	@TRAIN_VENV=$(TRAIN_VENV) PORT=$(PROBE_PORT) METRICS_PORT=$(PROBE_METRICS_PORT) scripts/probe.sh
+probe: build $(TRAIN_VENV)/.done ## Fit linear probes on every layer of models/emoji with `imagegpt probe fit`; writes the head and its figures
+	@TRAIN_VENV=$(TRAIN_VENV) scripts/probe.sh
 
 .PHONY: depth
 depth: $(TRAIN_VENV)/.done ## Find out which layers of models/emoji are best, and why (half an hour of one core)

@@ -17,6 +17,7 @@ mod input;
 mod neighbors;
 mod output;
 pub mod print;
+pub mod probe;
 mod score;
 pub mod serve;
 mod tokenize;

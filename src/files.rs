@@ -5,6 +5,8 @@
 //! reader for ever, and names that are not text. Each of these is a [`Trouble`]
 //! of its own file only; all other files are read.
 
+pub(crate) mod scratch;
+
 use std::borrow::Cow;
 use std::fs::Metadata;
 use std::io::{self, ErrorKind, Read as _, Write as _};

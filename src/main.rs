@@ -11,8 +11,11 @@ use imagegpt::commands::doctor::{Diagnosis, DoctorArgs};
 use imagegpt::commands::embed::flags::EmbedArgs;
 use imagegpt::commands::embed::{JobEnded, Terminal};
 use imagegpt::commands::print::{Printer, Unread};
+use imagegpt::commands::probe::flags::ProbeCommand;
 use imagegpt::commands::serve::{OwnWorker, is_ready, start};
-use imagegpt::commands::{self, CommandOutcome, ImageCommand, bench, compile, doctor, embed};
+use imagegpt::commands::{
+    self, CommandOutcome, ImageCommand, bench, compile, doctor, embed, probe,
+};
 use imagegpt::serve::config::{NetworkConfig, ServeConfig};
 use imagegpt::serve::devices::{FailureKind, WorkerFailure};
 use imagegpt::serve::worker::{Worker, WorkerEnded};
@@ -37,6 +40,7 @@ fn main() {
         CliCommand::Inspect(args) => to_stdout(|out| compile::inspect(&args, out)),
         CliCommand::Image(command) => ask(&command),
         CliCommand::Embed(args) => embed(&args),
+        CliCommand::Probe(command) => run_probe(&command),
         CliCommand::Bench(args) => run_bench(&args),
         CliCommand::Doctor(args) => diagnose(&args),
     };
@@ -276,7 +280,12 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
     });
     // A read that does not end must not keep the process alive.
     runtime.shutdown_background();
-    Ok(match ended? {
+    Ok(job_code(ended?, &out))
+}
+
+/// Exit code of a command that runs jobs.
+fn job_code(ended: JobEnded, out: &Printer<std::io::Stdout>) -> i32 {
+    match ended {
         // The output is complete except for the printed summary; the same
         // command prints the summary again.
         JobEnded::Done if out.has_failed() => exit::FAILED,
@@ -284,7 +293,20 @@ fn embed(args: &EmbedArgs) -> anyhow::Result<i32> {
         JobEnded::Failed => exit::FAILED,
         JobEnded::Interrupted => exit::RESUMABLE,
         JobEnded::TooManyErrors => exit::ERRORS,
-    })
+    }
+}
+
+fn run_probe(command: &ProbeCommand) -> anyhow::Result<i32> {
+    let terminal = Terminal::default();
+    telemetry::init_to(command.log(), terminal.clone())?;
+    let runtime = runtime()?;
+    let mut out = Printer::stdout(Unread::GoesOn);
+    let ended = runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        probe::run(command, &terminal, signals.recv(), &mut out).await
+    });
+    runtime.shutdown_background();
+    Ok(job_code(ended?, &out))
 }
 
 #[cfg(test)]

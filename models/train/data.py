@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from collections import Counter
@@ -38,6 +39,10 @@ SPLITS = ("train", "validation", "test")
 # Shares of each subcategory. A fifth for the test keeps the standard error of
 # an accuracy near 2 points.
 SHARES = {"test": 0.20, "validation": 0.12}
+
+# What a subcategory needs to be a class of a probe.
+SUBCATEGORY_TRAIN_MIN = 15
+SUBCATEGORY_TEST_MIN = 4
 
 # A mirrored picture of these is another thing or none at all: writing, hands of
 # clocks, phases of the moon, directions.
@@ -358,6 +363,29 @@ def write_pictures(emoji: list[Emoji]) -> None:
     print(f"wrote {len(list(PICTURES.glob('**/*.png')))} pictures to {PICTURES.relative_to(ROOT)}")
 
 
+def write_classes(emoji: list[Emoji], folder: Path) -> None:
+    """Directories of the splits and their classes, as `imagegpt probe fit` reads them.
+
+    One for the categories, and one for the subcategories that are common enough to
+    be classes.
+    """
+    n_train = Counter(one.subcategory for one in emoji if one.split == "train")
+    n_test = Counter(one.subcategory for one in emoji if one.split == "test")
+    common = {
+        name for name, n in n_train.items() if n >= SUBCATEGORY_TRAIN_MIN and n_test[name] >= SUBCATEGORY_TEST_MIN
+    }
+    for task in ("category", "subcategory"):
+        root = folder / task
+        shutil.rmtree(root, ignore_errors=True)
+        chosen = [one for one in emoji if task == "category" or one.subcategory in common]
+        for one in chosen:
+            path = root / one.split / getattr(one, task) / f"{slug(one.short_name)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            assert not path.exists(), path
+            path.write_bytes(one.png)
+        print(f"wrote {len(chosen)} pictures to {root}")
+
+
 def slug(name: str) -> str:
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower())
     return "-".join(words.split())
@@ -367,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--palette", action="store_true", help="make the palette again")
     parser.add_argument("--pictures", action="store_true", help="make the demo's pictures again")
+    parser.add_argument("--classes", type=Path, metavar="DIR", help="write a directory per split and class")
     arguments = parser.parse_args()
     emoji = load()
     for name in SPLITS:
@@ -377,6 +406,8 @@ def main() -> None:
         write_palette(emoji)
     if arguments.pictures:
         write_pictures(emoji)
+    if arguments.classes:
+        write_classes(emoji, arguments.classes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ train.py trains, for more and more rounds over the training emoji. Up to the fal
 of the learning rate a longer run is the same run as a shorter one, so all share
 that part, and each falls on its own. They are kept in target/depth.
 
-Probes are logistic regressions over standardized features, as in probe.py, but
+Probes are logistic regressions over standardized features, as `make probe` fits them, but
 each emoji is scored by probes that did not see it or its group: cross-validation
 over all emoji and not one split, so that differences between layers, emoji by
 emoji, have an error small enough to tell. The strength of regularization of a

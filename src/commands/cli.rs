@@ -10,6 +10,7 @@ use crate::commands::bench::flags::BenchArgs;
 use crate::commands::compile::{CompileArgs, InspectArgs};
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::embed::flags::EmbedArgs;
+use crate::commands::probe::flags::ProbeCommand;
 use crate::serve::config::ServeConfig;
 
 /// Exit codes and their meaning, shared by `imagegpt serve` and all commands.
@@ -129,6 +130,9 @@ pub enum CliCommand {
     /// Parquet and writes Parquet. Resumable: after the process was killed, the
     /// same command continues
     Embed(Box<EmbedArgs>),
+    /// Fit linear classifiers on features (linear probes), and measure them
+    #[command(subcommand)]
+    Probe(ProbeCommand),
     /// Load a worker and measure its throughput and latency
     Bench(Box<BenchArgs>),
     /// Check whether this machine can serve a model, and say what to install

@@ -67,6 +67,7 @@ use crate::client::pool::WorkerPool;
 use crate::model::graph::{Context, Norm};
 use crate::model::{CallTask, ModelNeed};
 
+pub(in crate::commands) use self::journal::Differs;
 pub use self::progress::Terminal;
 
 /// Bytes of a message besides its image, at most.

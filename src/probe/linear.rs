@@ -101,6 +101,32 @@ impl LinearFit {
         })
     }
 
+    /// Returns the probability of each class, or of each label, for logits of
+    /// [`Self::visit`].
+    #[must_use]
+    pub fn probabilities(&self, logits: &[f64]) -> Vec<f64> {
+        if self.is_multi_label {
+            return logits
+                .iter()
+                .map(|logit| (-softplus(-logit)).exp())
+                .collect();
+        }
+        let all = log_sum_exp(logits);
+        logits.iter().map(|logit| (logit - all).exp()).collect()
+    }
+
+    /// Returns the class with the largest logit, or the labels that are more
+    /// likely than not.
+    #[must_use]
+    pub fn predicted(&self, logits: &[f64]) -> Vec<usize> {
+        if self.is_multi_label {
+            return (0..logits.len())
+                .filter(|&label| logits[label] > 0.0)
+                .collect();
+        }
+        vec![largest(logits)]
+    }
+
     /// Returns weight and bias in f32, as a head file has them.
     ///
     /// # Errors

@@ -37,6 +37,10 @@ const DIFFERENCES_SHOWN: usize = 5;
 pub(super) struct JobManifest {
     pub(super) version: u32,
     pub(super) model: ModelFact,
+    /// Digest of the model's source weights, which a linear head records; older
+    /// versions did not.
+    #[serde(default)]
+    pub(super) weights_digest: Option<String>,
     /// Options of the computation and of the table, by the names of their
     /// flags.
     pub(super) options: BTreeMap<String, String>,
@@ -54,6 +58,7 @@ pub(super) struct ModelFact {
 impl JobManifest {
     pub(super) fn new(
         model: ModelFact,
+        weights_digest: &str,
         options: BTreeMap<String, String>,
         shards: usize,
         inputs: Vec<Fact>,
@@ -66,6 +71,7 @@ impl JobManifest {
                 VERSION
             },
             model,
+            weights_digest: Some(weights_digest.to_owned()).filter(|digest| !digest.is_empty()),
             options,
             shards,
             inputs,
@@ -183,7 +189,7 @@ fn changed(then: &Fact, now: &Fact) -> String {
      parts of both jobs would not fit together: {}. {remedy}",
     shown(differences)
 )]
-pub(super) struct Differs {
+pub(in crate::commands) struct Differs {
     output: String,
     differences: Vec<String>,
     remedy: &'static str,
@@ -417,6 +423,7 @@ mod tests {
                 name: "m".to_owned(),
                 digest: "sha256:1".to_owned(),
             },
+            "sha256:3",
             options
                 .iter()
                 .map(|&(name, value)| (name.to_owned(), value.to_owned()))

@@ -136,6 +136,7 @@ impl Prepared {
                 name: model.name.clone(),
                 digest: model.digest.clone(),
             },
+            &model.weights_digest,
             options(args, &model),
             plan.shards.len(),
             plan.facts.clone(),
