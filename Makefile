@@ -273,6 +273,10 @@ corpus: $(CORPUS_VENV)/.done ## Compare the decoders with Pillow over DIR: files
 probe-golden: $(PROBE_VENV)/.done ## Remake the fits of scikit-learn that those of src/probe are compared with
 	$(PROBE_VENV)/bin/python scripts/probe/golden.py
 
+.PHONY: bench-probe
+bench-probe: build $(PROBE_VENV)/.done ## Time `imagegpt probe fit` beside scikit-learn on 50,000 rows of 16 layers
+	$(PROBE_VENV)/bin/python scripts/probe/bench.py
+
 $(PROBE_VENV)/.done: scripts/probe/requirements.txt
 	python3 -m venv $(PROBE_VENV)
 	$(PROBE_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
