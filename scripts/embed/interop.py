@@ -121,6 +121,8 @@ def probe() -> None:
     expected, n_right = report["chosen"], round(report["test"]["accuracy"] * report["test"]["examples"])
     emoji = data.load()
     source, out, classes = FOLDER / "emoji.parquet", FOLDER / "emoji", FOLDER / "classes"
+    # The head may be another than in an earlier run.
+    shutil.rmtree(classes, ignore_errors=True)
     columns = {
         "image": pyarrow.array([one.png for one in emoji], pyarrow.binary()),
         "name": [one.short_name for one in emoji],

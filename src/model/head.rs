@@ -42,6 +42,8 @@ pub struct LinearHead {
     pub name: String,
     /// File that the head was read from.
     pub file: PathBuf,
+    /// [`HeadFile::digest`] of the content.
+    pub digest: String,
     pub content: HeadFile,
 }
 
@@ -69,6 +71,7 @@ impl LinearHead {
         Ok(Self {
             name: flag.name.clone(),
             file: flag.file.clone(),
+            digest: content.digest(),
             content,
         })
     }
@@ -183,6 +186,7 @@ mod tests {
         LinearHead {
             name: "pets".to_owned(),
             file: "pets.safetensors".into(),
+            digest: String::new(),
             content: HeadFile {
                 labels: ["cat", "dog"].map(String::from).into(),
                 activation: ClassActivation::Softmax,

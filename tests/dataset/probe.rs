@@ -201,6 +201,27 @@ fn pictures_in_directories_become_a_head_that_is_served() {
     }
     assert_eq!(n_lines, 24);
 
+    // A job with one head does not go on with another of the same name.
+    let job = |head: &Path| {
+        let mut job = imagegpt(dir.path());
+        job.args([
+            "embed", "--task", "classify", "--head", "colors", "--model", MODEL,
+        ])
+        .args([
+            "--serve",
+            &format!("--feature-layer 2 --head colors={}", head.display()),
+        ])
+        .arg(&input)
+        .arg("--output")
+        .arg(at("classes"));
+        job
+    };
+    done(&mut job(&at("colors.safetensors")));
+    let other = at("other.safetensors");
+    done(fit(dir.path(), &input, "other.safetensors").args(["--layers", "0"]));
+    refused(&mut job(&other), "the head's digest was sha256:");
+    done(&mut job(&at("colors.safetensors")));
+
     // The same command again finds its tables, and writes the same head.
     let before = std::fs::read(at("colors.safetensors")).expect("a file");
     done(fit(dir.path(), &input, "colors.safetensors").args(flags));

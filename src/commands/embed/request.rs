@@ -287,6 +287,10 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
         EmbedTask::Score | EmbedTask::Tokenize => {}
         EmbedTask::Classify => {
             set("--head", task.head.clone().unwrap_or_default());
+            // Another head of the same name gives other scores.
+            if let Some(head) = head(task, model).filter(|head| !head.digest.is_empty()) {
+                set("the head's digest", head.digest.clone());
+            }
             set("--top-k", task.top_k.to_string());
         }
     }

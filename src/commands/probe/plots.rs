@@ -118,7 +118,7 @@ fn draw_layers(path: &Path, report: &FitReport) -> DrawResult {
     for (name, height) in &lines {
         let line = [(0.0, *height), (last, *height)];
         chart.draw_series(LineSeries::new(line, GRAY.stroke_width(1)))?;
-        let place = (last * 0.01, *height + 1.0);
+        let place = (last * 0.01, *height + 3.0);
         chart.draw_series([Text::new(name.clone(), place, (FONT, 13))])?;
     }
     chart

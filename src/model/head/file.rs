@@ -27,8 +27,10 @@ use ndarray::Array2;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Number;
+use sha2::{Digest as _, Sha256};
 
 use crate::files;
+use crate::files::hex;
 use crate::imaging::{Alpha, Fit};
 use crate::model::ClassActivation;
 use crate::model::graph::{Context, Norm};
@@ -119,6 +121,30 @@ impl HeadFile {
         // A file that was written can be read, and gives the same head.
         Self::parse(&bytes)?;
         files::replace(file, &bytes).map_err(|error| format!("the file cannot be written: {error}"))
+    }
+
+    /// Returns "sha256:" and hexadecimal digits over all that scores depend on:
+    /// labels, activation, layer, norm, context, weight and bias. Heads with
+    /// equal ones give equal scores.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        for label in &self.labels {
+            digest.update(label);
+            digest.update([0]);
+        }
+        digest.update(self.activation.problem_type());
+        let norm = NORMS.iter().find(|(_, norm)| *norm == self.norm);
+        let context = CONTEXTS
+            .iter()
+            .find(|(_, context)| *context == self.context);
+        digest.update(norm.map_or("", |(name, _)| name));
+        digest.update(context.map_or("", |(name, _)| name));
+        digest.update(self.layer.to_le_bytes());
+        for number in self.weight.iter().chain(&self.bias) {
+            digest.update(number.to_le_bytes());
+        }
+        format!("sha256:{}", hex(&digest.finalize()))
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {

@@ -130,5 +130,6 @@ pub(super) fn info(head: &LinearHead) -> pb::Head {
             .map_or(pb::Alpha::Unspecified, pb::Alpha::from)
             .into(),
         weights_digest: content.weights_digest.clone().unwrap_or_default(),
+        digest: head.digest.clone(),
     }
 }
