@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::process::{self, said};
-use crate::{REFUSED, files};
+use crate::{REFUSED, TOO_MANY_ERRORS, files};
 
 const MODEL: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
@@ -201,7 +201,21 @@ fn pictures_in_directories_become_a_head_that_is_served() {
     }
     assert_eq!(n_lines, 24);
 
-    // A job with one head does not go on with another of the same name.
+    // The same command again finds its tables, and writes the same head.
+    let before = std::fs::read(at("colors.safetensors")).expect("a file");
+    done(fit(dir.path(), &input, "colors.safetensors").args(flags));
+    assert!(std::fs::read(at("colors.safetensors")).expect("a file") == before);
+}
+
+#[test]
+fn a_job_does_not_go_on_with_another_head_of_the_same_name() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    let input = folders(dir.path(), &[("", 8)]);
+    for (head, layer) in [("colors.safetensors", "2"), ("other.safetensors", "0")] {
+        let mut fit = fit(dir.path(), &input, head);
+        done(fit.args(["--layers", layer, "--baselines", "false"]));
+    }
     let job = |head: &Path| {
         let mut job = imagegpt(dir.path());
         job.args([
@@ -217,15 +231,11 @@ fn pictures_in_directories_become_a_head_that_is_served() {
         job
     };
     done(&mut job(&at("colors.safetensors")));
-    let other = at("other.safetensors");
-    done(fit(dir.path(), &input, "other.safetensors").args(["--layers", "0"]));
-    refused(&mut job(&other), "the head's digest was sha256:");
+    refused(
+        &mut job(&at("other.safetensors")),
+        "the head's digest was sha256:",
+    );
     done(&mut job(&at("colors.safetensors")));
-
-    // The same command again finds its tables, and writes the same head.
-    let before = std::fs::read(at("colors.safetensors")).expect("a file");
-    done(fit(dir.path(), &input, "colors.safetensors").args(flags));
-    assert!(std::fs::read(at("colors.safetensors")).expect("a file") == before);
 }
 
 #[test]
@@ -270,6 +280,22 @@ fn tables_of_a_job_give_the_same_head_as_the_pictures() {
         assert!(!table.contains("pixels"), "{table}");
         assert!(std::fs::read(&fitted).expect("a file") == head, "{name}");
     }
+    // A table can be measured, too, but not drawn.
+    let measured = |flags: &[&str]| {
+        let mut eval = imagegpt(dir.path());
+        eval.args(["probe", "eval"])
+            .args([at("a.safetensors"), at("table-b")])
+            .args(flags);
+        eval
+    };
+    assert!(done(&mut measured(&[])).contains("48 images: accuracy"));
+    refused(
+        measured(&["--sheet", "s.png"]).current_dir(dir.path()),
+        "has no pictures",
+    );
+    // A table that has lost a part is not fitted.
+    std::fs::remove_file(at("table-b/part-00001-00000.parquet")).expect("a part");
+    refused(&mut measured(&[]), "has 38 rows, and its job has made 48");
     // Without files of its own beside the head.
     let names: Vec<String> = files(dir.path())
         .into_keys()
@@ -288,7 +314,7 @@ fn labels_are_in_columns_and_may_be_several() {
         let class = CLASSES[n / 20];
         let warm = if class == "red" { "warm, red" } else { "cold" };
         let part = if n % 4 == 0 { "test" } else { "train" };
-        let shoot = n / 3;
+        let shoot = format!("{part} {}", n / 3);
         let line = [format!(
             "pictures/{class}/{n:04}.png,\"{warm}\",{part},{shoot}\n"
         )];
@@ -348,20 +374,75 @@ fn what_cannot_be_fitted_is_refused_in_a_sentence() {
     refused(&mut fit("flat"), "give --label COLUMN");
     refused(fit("good").args(["--label", "color"]), "has no columns");
     refused(fit("good").args(["--layers", "9"]), "--layers 9");
-    refused(fit("good").args(["--strengths", "0"]), "strength");
+    refused(fit("good").args(["--strengths", "0"]), "a strength must be");
+    refused(
+        fit("good").args(["--test-share", "0.9"]),
+        "leave nothing to train on",
+    );
     refused(
         fit("good").args(["--validation-share", "1"]),
         "a share must be",
     );
     refused(
-        fit("good").args(["--output", "/nowhere/x.safetensors"]),
-        "cannot be",
+        &mut self::fit(dir.path(), &at("good"), "/nowhere/x.safetensors"),
+        "/nowhere/x.safetensors cannot be written",
     );
 
+    let to = |head: &str| self::fit(dir.path(), &at("good"), head);
+    refused(&mut to("x.json"), "ends with .safetensors");
+
+    // Test images are not trained on because nobody says where they are.
+    for n in 0..4 {
+        write(&format!("mixed/train/red/{n}.png"), 2, n);
+        write(&format!("mixed/extra/blue/{n}.png"), 0, n);
+    }
+    refused(&mut fit("mixed"), "and extra/blue/0.png is in none");
+    let lines =
+        "path,a.b\ngood/red/0.png,x\ngood/red/1.png,x\ngood/blue/0.png,y\ngood/blue/1.png,y\n";
+    std::fs::write(at("train.csv"), lines).expect("a list");
+    std::fs::write(at("test.csv"), lines.replace('0', "2").replace('1', "3")).expect("a list");
+    let mut both = imagegpt(dir.path());
+    both.args(["probe", "fit"])
+        .args([at("train.csv"), at("test.csv")])
+        .args([
+            "--label",
+            "a.b",
+            "--model",
+            MODEL,
+            "--serve",
+            "--feature-layer 2",
+            "--output",
+        ])
+        .arg(at("x.safetensors"));
+    refused(
+        &mut both,
+        "test.csv is called like a validation or test part",
+    );
+    // Alone it is fitted, by a column whose name has a dot.
+    done(
+        self::fit(dir.path(), &at("train.csv"), "dotted.safetensors").args([
+            "--label",
+            "a.b",
+            "--validation-share",
+            "0.5",
+            "--baselines",
+            "false",
+        ]),
+    );
+    assert!(!at("x.safetensors").exists() && !at("x.json").exists());
+}
+
+#[test]
+fn null_labels_and_tables_of_different_models_are_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| dir.path().join(name);
+    folders(dir.path(), &[("", 4)]);
+    std::fs::rename(at("pictures"), at("good")).expect("a folder");
+    let fit = |input: &str| fit(dir.path(), &at(input), "x.safetensors");
     // Labels that are null, and tables of different models.
     std::fs::write(
         at("nulls.jsonl"),
-        "{\"path\":\"good/red/0.png\",\"label\":\"a\"}\n{\"path\":\"good/red/1.png\"}\n",
+        "{\"path\":\"good/red/0008.png\",\"label\":\"a\"}\n{\"path\":\"good/red/0009.png\"}\n",
     )
     .expect("a list");
     refused(
@@ -398,4 +479,33 @@ fn what_cannot_be_fitted_is_refused_in_a_sentence() {
     refused(&mut both, "give tables of one model");
     refused(both.args(["--baselines", "true"]), "which have no pixels");
     assert!(!at("x.safetensors").exists() && !at("x.json").exists());
+}
+
+#[test]
+fn images_that_fail_are_left_out_where_they_are_allowed() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let input = folders(dir.path(), &[("", 12)]);
+    std::fs::write(input.join("red/broken.png"), "no image").expect("a file");
+    let fit = |flags: &[&str]| {
+        let mut command = fit(dir.path(), &input, "x.safetensors");
+        command.args(["--baselines", "false"]).args(flags);
+        command
+    };
+    let ended = fit(&[]).output().expect("a run");
+    assert_eq!(
+        ended.status.code(),
+        Some(TOO_MANY_ERRORS),
+        "{}",
+        said(&ended)
+    );
+    // The same job goes on.
+    let table = done(&mut fit(&["--max-errors", "1"]));
+    assert!(
+        table.contains("1 images failed and are left out"),
+        "{table}"
+    );
+    let work = std::fs::read_dir(dir.path().join("x.features")).expect("a folder");
+    assert_eq!(work.count(), 1);
+    let table = done(&mut fit(&["--max-errors", "1", "--iterations-max", "1"]));
+    assert!(table.contains("fits did not converge"), "{table}");
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use super::fit::measures;
 use super::flags::{EvalArgs, PartName};
 use super::jobs::{JobOptions, ProbeWorkers, work_folder};
 use super::report::Measures;
-use super::tables::{EmbedTable, ExampleColumns};
+use super::tables::{EmbedTable, ExampleColumns, TableModel, is_table};
 use crate::commands::contact_sheet::{Cell, Sheet};
 use crate::commands::embed::Terminal;
 use crate::imaging::{Alpha, Fit};
@@ -67,25 +67,35 @@ pub(super) async fn run(
     }
     let shown = args.head.display();
     let head = HeadFile::read(&args.head).map_err(|reason| anyhow::anyhow!("{shown}: {reason}"))?;
-    let work = work_folder(args.work.as_deref(), &args.head, "eval")?;
-    let needs = vec![ModelNeed::Features {
-        layers: vec![head.layer],
-        norm: head.norm,
-    }];
-    let mut workers = ProbeWorkers::new(&args.workers, &args.connect, terminal, needs);
-    let made = tables(args, &head, &work, &mut workers, stop).await;
-    workers.end().await;
-    let (features, tokens, model) = made?;
-    let rows = features.examples(ExampleColumns {
+    let inputs = &args.examples.inputs;
+    let source = if inputs.iter().any(|input| is_table(input)) {
+        given(args, &head)?
+    } else {
+        let work = work_folder(args.work.as_deref(), &args.head, "eval")?;
+        let needs = vec![ModelNeed::Features {
+            layers: vec![head.layer],
+            norm: head.norm,
+        }];
+        let mut workers = ProbeWorkers::new(&args.workers, &args.connect, terminal, needs);
+        // Boxed, since the jobs within it are large.
+        let made = Box::pin(made(args, &head, &work, &mut workers, stop)).await;
+        workers.end().await;
+        made?
+    };
+    let rows = source.features.examples(ExampleColumns {
         label: args.examples.label.as_deref(),
         is_multi_label: args.examples.multi_label,
-        ..ExampleColumns::default()
+        part: args.split.as_deref(),
+        group: None,
     })?;
     let targets = head_targets(&rows, &head, args.examples.multi_label)?;
     let part = part(args.part, &rows)?;
-    let layers = features.layers()?;
-    let matrix = features.features(&layers, &work)?.into_iter().next();
-    let matrix = matrix.context("the table has no layer")?.features;
+    let mut layers = source.features.layers()?;
+    layers.retain(|layer, _| *layer == head.layer);
+    let matrices = source.features.features(&layers, &source.scratch)?;
+    let matrix = matrices.into_iter().next();
+    let matrix = matrix.context("the table lacks the head's layer")?.features;
+    let model = &source.about;
     anyhow::ensure!(
         matrix.width() == head.weight.ncols(),
         "{shown} takes {} features, and the model {} has {}; give the model that the head was \
@@ -106,8 +116,8 @@ pub(super) async fn run(
         predictions(path, &fit, &matrix, &targets, &part, &rows)
             .with_context(|| format!("--predictions {}", path.display()))?;
     }
-    if let (Some(path), Some(tokens)) = (&args.sheet, tokens) {
-        sheet(path, &measured, &tokens, &rows, &model)?;
+    if let (Some(path), Some((tokens, model))) = (&args.sheet, &source.tokens) {
+        sheet(path, &measured, tokens, &rows, model)?;
     }
     if let Some(path) = &args.json {
         let report = EvalReport {
@@ -124,14 +134,67 @@ pub(super) async fn run(
     Ok(())
 }
 
+/// Tables that a head is measured on.
+struct EvalSource {
+    features: EmbedTable,
+    /// Color tokens for the sheet, with the model whose palette they are in.
+    tokens: Option<(EmbedTable, pb::GetModelResponse)>,
+    about: TableModel,
+    /// Directory on whose disk the features are unpacked.
+    scratch: PathBuf,
+}
+
+/// Opens a table that is given as the input.
+fn given(args: &EvalArgs, head: &HeadFile) -> anyhow::Result<EvalSource> {
+    let [input] = args.examples.inputs.as_slice() else {
+        anyhow::bail!("a head is measured on one table; give one");
+    };
+    anyhow::ensure!(
+        args.sheet.is_none(),
+        "--sheet: {input} is a table of features, which has no pictures; give the pictures"
+    );
+    let features = EmbedTable::open(Path::new(input))?;
+    let about = &features.about;
+    let shown = args.head.display();
+    anyhow::ensure!(
+        features.layers()?.contains_key(&head.layer),
+        "{shown} takes layer {}, which {input} does not have",
+        head.layer
+    );
+    let wanted = [
+        ("--context", Some(super::value_name(&head.context))),
+        ("--norm", Some(super::value_name(&head.norm))),
+        ("--fit", head.fit.as_ref().map(super::value_name)),
+        ("--alpha", head.alpha.as_ref().map(super::value_name)),
+    ];
+    for (flag, wanted) in wanted {
+        let has = about.options.get(flag).map_or("", String::as_str);
+        if let Some(wanted) = wanted.filter(|wanted| wanted != has) {
+            anyhow::bail!("{shown} takes features of {flag} {wanted}, and {input} has {has}");
+        }
+    }
+    if let (Some(head), Some(table)) = (&head.weights_digest, &about.weights_digest) {
+        anyhow::ensure!(
+            head == table,
+            "{shown} was fitted on the weights {head}, and {input} was made by {table}"
+        );
+    }
+    Ok(EvalSource {
+        about: about.model.clone(),
+        features,
+        tokens: None,
+        scratch: std::env::temp_dir(),
+    })
+}
+
 /// Makes the table of the head's features, and one of tokens for the sheet.
-async fn tables(
+async fn made(
     args: &EvalArgs,
     head: &HeadFile,
     work: &Path,
     workers: &mut ProbeWorkers<'_>,
     stop: &mut (impl Future<Output = ()> + Unpin),
-) -> anyhow::Result<(EmbedTable, Option<EmbedTable>, pb::GetModelResponse)> {
+) -> anyhow::Result<EvalSource> {
     let model = workers.model().await?;
     if let Some(digest) = &head.weights_digest {
         anyhow::ensure!(
@@ -143,12 +206,13 @@ async fn tables(
             model.weights_digest
         );
     }
+    let keep: Vec<&str> = args.split.as_deref().into_iter().collect();
     let options = JobOptions {
         examples: &args.examples,
         reading: &args.reading,
         fit: head.fit.unwrap_or(Fit::Squash),
         alpha: head.alpha.unwrap_or(Alpha::Drop),
-        keep: &[],
+        keep: &keep,
     };
     let flags = [
         format!("--layer={}", head.layer),
@@ -160,13 +224,22 @@ async fn tables(
         .run(options, &flags, (work, "features"), stop)
         .await?;
     let features = EmbedTable::open(&folder)?;
+    let about = TableModel {
+        name: model.name.clone(),
+        digest: model.digest.clone(),
+    };
     let mut tokens = None;
     if args.sheet.is_some() {
         let flags = ["--task=tokenize"];
         let folder = workers.run(options, &flags, (work, "tokens"), stop).await?;
-        tokens = Some(EmbedTable::open(&folder)?);
+        tokens = Some((EmbedTable::open(&folder)?, model));
     }
-    Ok((features, tokens, model))
+    Ok(EvalSource {
+        features,
+        tokens,
+        about,
+        scratch: work.to_owned(),
+    })
 }
 
 /// Labels of the examples in the order of the head's classes.

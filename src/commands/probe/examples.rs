@@ -9,7 +9,7 @@ use super::flags::SplitConfig;
 use crate::probe::{ExampleSplit, ProbeTargets, SplitPart, SplitShares};
 
 /// Names of parts, as data sets call them.
-const PARTS: [(&str, SplitPart); 7] = [
+const PARTS: [(&str, SplitPart); 8] = [
     ("train", SplitPart::Train),
     ("training", SplitPart::Train),
     ("val", SplitPart::Validation),
@@ -17,6 +17,7 @@ const PARTS: [(&str, SplitPart); 7] = [
     ("validation", SplitPart::Validation),
     ("dev", SplitPart::Validation),
     ("test", SplitPart::Test),
+    ("testing", SplitPart::Test),
 ];
 
 /// Examples in the order of their rows. Each column has a value per example, or
@@ -28,6 +29,8 @@ pub(super) struct ExampleRows {
     pub(super) labels: Option<Vec<Vec<String>>>,
     pub(super) parts: Option<Vec<String>>,
     pub(super) groups: Option<Vec<String>>,
+    /// Names of the files that the rows are from.
+    pub(super) files: Vec<String>,
 }
 
 /// Part of a data set by its name, in any case.
@@ -38,16 +41,25 @@ pub(super) fn part_named(name: &str) -> Option<SplitPart> {
         .map(|(_, part)| *part)
 }
 
-/// Part that an id names, and the rest of the id after it: `train/cat/1.png` by a
-/// directory, `data/train-00000.parquet#3` by the beginning of a file's name.
+/// Part that an id names, and the rest of the id after it: `train/cat/1.png` or
+/// `data/train/cat/1.png` by a directory, `data/train-00000.parquet#3` by the
+/// beginning of a table's name.
 fn part_of_id(id: &str) -> Option<(SplitPart, &str)> {
-    let (first, rest) = id.split_once('/').unwrap_or((id, ""));
-    if let Some(part) = part_named(first).filter(|_| !rest.is_empty()) {
-        return Some((part, rest));
+    let mut rest = id;
+    while let Some((folder, below)) = rest.split_once('/') {
+        if let Some(part) = part_named(folder) {
+            return Some((part, below));
+        }
+        rest = below;
     }
-    let name = id.rsplit('/').next()?;
-    let begin = name.find(|c: char| !c.is_ascii_alphanumeric())?;
-    Some((part_named(&name[..begin])?, rest))
+    let (table, _) = rest.split_once('#')?;
+    Some((part_of_file(table)?, rest))
+}
+
+/// Part that the name of a file begins with: `train-00000.parquet`, `test.csv`.
+fn part_of_file(name: &str) -> Option<SplitPart> {
+    let begin = name.find(|c: char| !c.is_ascii_alphabetic())?;
+    part_named(&name[..begin])
 }
 
 impl ExampleRows {
@@ -74,10 +86,41 @@ impl ExampleRows {
             let parts: anyhow::Result<Vec<_>> = self.ids.iter().zip(parts).map(part).collect();
             return parts.map(Some);
         }
-        let parts: Option<Vec<SplitPart>> = (self.ids.iter())
-            .map(|id| Some(part_of_id(id)?.0))
+        let parts: Vec<Option<SplitPart>> = (self.ids.iter())
+            .map(|id| part_of_id(id).map(|(part, _)| part))
             .collect();
-        Ok(parts.filter(|parts| parts.contains(&SplitPart::Train)))
+        let without = parts.iter().position(Option::is_none);
+        match without {
+            None => Ok(Some(parts.into_iter().flatten().collect())),
+            Some(without) => {
+                self.refuse_mixed(&parts, without)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Refuses rows of which only some say their part, and files that are parts by
+    /// their names while the rows do not say so: test images would be trained on.
+    fn refuse_mixed(&self, parts: &[Option<SplitPart>], without: usize) -> anyhow::Result<()> {
+        if let Some(with) = parts.iter().position(Option::is_some) {
+            anyhow::bail!(
+                "{} is in a part by its name, and {} is in none; put all images into train/, \
+                 validation/ and test/, or give --split COLUMN",
+                self.ids[with],
+                self.ids[without]
+            );
+        }
+        let named = self.files.iter().find(|file| {
+            let name = file.rsplit('/').next().unwrap_or(file);
+            part_of_file(name).is_some_and(|part| part != SplitPart::Train)
+        });
+        match named {
+            None => Ok(()),
+            Some(file) => anyhow::bail!(
+                "{file} is called like a validation or test part, and the ids of its images do \
+                 not say so; give --split COLUMN, or the training files alone"
+            ),
+        }
     }
 
     /// Classes or labels of all examples; without a column of labels, a class is
@@ -162,7 +205,12 @@ impl ExampleRows {
             };
             return self.divided(targets, shares, config.seed);
         };
-        if !parts.contains(&SplitPart::Validation) {
+        anyhow::ensure!(
+            parts.contains(&SplitPart::Train),
+            "no image is in the training part"
+        );
+        self.check_groups(&parts)?;
+        if !parts.contains(&SplitPart::Validation) && config.validation_share > 0.0 {
             let train: Vec<usize> = (0..parts.len())
                 .filter(|&row| parts[row] == SplitPart::Train)
                 .collect();
@@ -177,6 +225,18 @@ impl ExampleRows {
             }
         }
         Ok(ExampleSplit::given(&parts, targets)?)
+    }
+
+    /// Checks that no group is in several parts.
+    fn check_groups(&self, parts: &[SplitPart]) -> anyhow::Result<()> {
+        let mut known: BTreeMap<&String, SplitPart> = BTreeMap::new();
+        for (group, part) in self.groups.iter().flatten().zip(parts) {
+            anyhow::ensure!(
+                *known.entry(group).or_insert(*part) == *part,
+                "--group: {group} has images in several parts"
+            );
+        }
+        Ok(())
     }
 
     fn divided(
@@ -202,6 +262,7 @@ impl ExampleRows {
             labels: None,
             parts: None,
             groups: groups.map(|groups| rows.iter().map(|&row| groups[row].clone()).collect()),
+            files: Vec::new(),
         }
     }
 }
@@ -267,8 +328,30 @@ mod tests {
             &["cat", "dog"],
             Some(&[Train, Validation, Test, Train]),
         );
-        // A class may have the name of a part, where not all directories do.
-        check(&["test/1.png", "cat/2.png"], &["cat", "test"], None);
+        check(
+            &[
+                "data/training/0/1.png",
+                "data/testing/1/2.png",
+                "data/training/1/3.png",
+            ],
+            &["0", "1"],
+            Some(&[Train, Test, Train]),
+        );
+        // The names of pictures say nothing.
+        check(
+            &["cat/train-1.png", "dog/test-2.png"],
+            &["cat", "dog"],
+            None,
+        );
+        for (ids, file) in [
+            (&["test/1.png", "cat/2.png"][..], "pictures"),
+            (&["a", "b"], "shards/test-0000.tar"),
+        ] {
+            let mut rows = rows(ids);
+            rows.files = vec![file.to_owned()];
+            let error = rows.named_parts().unwrap_err().to_string();
+            assert!(error.contains("--split COLUMN"), "{error}");
+        }
         let error = rows(&["1.png", "cat/2.png"]).targets(false).unwrap_err();
         assert!(error.to_string().contains("1.png is in no directory"));
     }
@@ -309,10 +392,18 @@ mod tests {
         assert_eq!(split.validation.len(), 15);
         assert!(split.validation.iter().all(|row| row % 4 != 0));
         // The images of a group are together.
-        rows.groups = Some((0..40).map(|n| format!("person {}", n / 8)).collect());
+        let person = |n: usize| format!("person {} of {}", n / 8, n.is_multiple_of(4));
+        rows.groups = Some((0..40).map(person).collect());
         let split = rows.split(&targets, &config()).unwrap();
         let group = |rows: &[usize]| rows.iter().map(|row| row / 8).collect::<BTreeSet<_>>();
         assert!(!split.validation.is_empty());
         assert!(group(&split.train).is_disjoint(&group(&split.validation)));
+        // Parts that are named must have whole groups.
+        rows.groups = Some((0..40).map(|n| format!("person {}", n / 8)).collect());
+        let error = rows.split(&targets, &config()).unwrap_err().to_string();
+        assert!(
+            error.contains("person 0 has images in several parts"),
+            "{error}"
+        );
     }
 }

@@ -89,6 +89,7 @@ pub(super) async fn run(
     stop: &mut (impl Future<Output = ()> + Unpin),
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
+    check(args)?;
     crate::commands::check_output("--output", &args.output)?;
     let work = work_folder(args.features.work.as_deref(), &args.output, "features")?;
     // Boxed, since the job within it is large.
@@ -98,11 +99,37 @@ pub(super) async fn run(
     let (report, head) = tokio::select! {
         fitted = fitted => fitted??,
         // The tables stay; the process ends, and the fits with it.
-        () = stop => return Err(Unfinished(JobEnded::Interrupted).into()),
+        () = stop => {
+            tracing::warn!("the fit was told to end; the same command embeds nothing again");
+            return Err(Unfinished(JobEnded::Interrupted).into());
+        }
     };
     written(args, &report, &head)?;
     report.print(out)?;
     writeln!(out, "the head is {}", args.output.display())?;
+    Ok(())
+}
+
+/// Checks flags that the fits would refuse only after the images are embedded.
+fn check(args: &FitArgs) -> anyhow::Result<()> {
+    let extension = args.output.extension().and_then(|end| end.to_str());
+    anyhow::ensure!(
+        extension == Some("safetensors"),
+        "--output {}: a head is a file that ends with .safetensors",
+        args.output.display()
+    );
+    for strength in &args.regression.strengths {
+        anyhow::ensure!(
+            *strength > 0.0 && strength.is_finite(),
+            "--strengths {strength}: a strength must be a number above 0"
+        );
+    }
+    let (validation, test) = (args.split.validation_share, args.split.test_share);
+    anyhow::ensure!(
+        validation + test < 1.0,
+        "--validation-share {validation} and --test-share {test} leave nothing to train on; \
+         together they must be below 1"
+    );
     Ok(())
 }
 
@@ -223,8 +250,11 @@ fn given_tables(args: &FitArgs) -> anyhow::Result<Sources> {
     let about = first.table.about.clone();
     for (source, input) in features.iter().zip(&args.examples.inputs) {
         let other = &source.table.about;
+        // Tables of one checkpoint may be of graphs with different layers.
+        let has_same_weights =
+            about.weights_digest.is_some() && other.weights_digest == about.weights_digest;
         anyhow::ensure!(
-            other.model.digest == about.model.digest,
+            has_same_weights || other.model.digest == about.model.digest,
             "{input} was made by the model {} ({}), and {} by {} ({}); give tables of one model",
             other.model.name,
             other.model.digest,
@@ -304,9 +334,8 @@ fn fitted(args: &FitArgs, work: &Path, sources: &Sources) -> anyhow::Result<(Fit
         let ids = source.table.examples(ExampleColumns::default())?.ids;
         anyhow::ensure!(
             ids == rows.ids,
-            "the tables of different contexts or norms have different rows: images failed in \
-             one of them; retry them with imagegpt embed --retry-errors, or remove {}",
-            work.display()
+            "the tables have different rows; several tables are taken as the same images with \
+             different contexts and norms, and images may have failed in one of them"
         );
         let kind = FeatureKind {
             context: name(&source.context),
@@ -361,6 +390,7 @@ fn fitted(args: &FitArgs, work: &Path, sources: &Sources) -> anyhow::Result<(Fit
         validation: split.validation.len(),
         test: split.test.len(),
     };
+    let n_failed = first.table.errors();
     let head = head(sources, &targets, &best, counts, is_refitted)?;
     let report = FitReport {
         model: sources.model.clone(),
@@ -371,6 +401,7 @@ fn fitted(args: &FitArgs, work: &Path, sources: &Sources) -> anyhow::Result<(Fit
         fit: name(&sources.fit),
         alpha: name(&sources.alpha),
         examples: counts,
+        failed: n_failed,
         chosen: best.figures,
         refitted: is_refitted,
         layers,
@@ -619,8 +650,14 @@ fn written(args: &FitArgs, report: &FitReport, head: &HeadFile) -> anyhow::Resul
     text.push('\n');
     std::fs::write(&json, text).with_context(|| json.display().to_string())?;
     plots::layers(&beside("-layers.svg"), report)?;
-    if let Some(measures) = report.test.as_ref().or(report.validation.as_ref()) {
-        plots::confusion(&beside("-confusion.svg"), &report.classes, measures)?;
+    let confusion = beside("-confusion.svg");
+    let is_drawn = match report.test.as_ref().or(report.validation.as_ref()) {
+        Some(measures) => plots::confusion(&confusion, &report.classes, measures)?,
+        None => false,
+    };
+    // A plot of an earlier fit does not stay beside this one.
+    if !is_drawn && confusion.exists() {
+        std::fs::remove_file(&confusion).with_context(|| confusion.display().to_string())?;
     }
     let shown = args.output.display();
     head.write(&args.output)

@@ -62,6 +62,11 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub examples: ExamplesConfig,
 
+    /// Column that says for each image whether it is train, validation (or val)
+    /// or test [default: by the input's directories or files]
+    #[arg(long, value_name = "COLUMN")]
+    pub split: Option<String>,
+
     /// Part of the input to measure, where the input is divided into parts
     /// [default: all of it]
     #[arg(long, value_enum, value_name = "PART")]
@@ -81,7 +86,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub sheet: Option<PathBuf>,
 
-    /// Directory for the job that embeds the images [default: HEAD.eval]
+    /// Directory for the job that embeds the images [default: NAME.eval beside NAME.safetensors]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
 
@@ -160,7 +165,7 @@ pub struct FeaturesConfig {
     pub dtype: Dtype,
 
     /// Directory for the jobs that embed the images, which a later run uses again
-    /// [default: OUTPUT.features]
+    /// [default: NAME.features beside NAME.safetensors]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
 }
@@ -203,7 +208,7 @@ pub struct RegressionConfig {
     #[arg(
         long,
         value_delimiter = ',',
-        default_values_t = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        default_value = "0.001,0.003,0.01,0.03,0.1,0.3,1,3",
         value_name = "C"
     )]
     pub strengths: Vec<f64>,

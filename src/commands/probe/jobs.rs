@@ -111,6 +111,8 @@ impl<'a> ProbeWorkers<'a> {
         let output = work.join(format!("{name}-{}", &digest[..8]));
         let shown = output.to_str().context("the path of --work is not UTF-8")?;
         flags.push(format!("--output={shown}"));
+        // A higher limit goes on with the same job.
+        flags.push(format!("--max-errors={}", options.reading.max_errors));
         let mut args = parsed(&flags)?;
         args.workers = self.config.clone();
         args.connect = self.connect.clone();
@@ -153,7 +155,6 @@ fn flags(options: JobOptions<'_>, more: &[&str]) -> Vec<String> {
     set("--fit", name(&options.fit));
     set("--alpha", name(&options.alpha));
     set("--part-items", reading.part_items.to_string());
-    set("--max-errors", reading.max_errors.to_string());
     // One column may have several meanings.
     let keep: BTreeSet<&str> = (examples.label.as_deref().into_iter())
         .chain(options.keep.iter().copied())

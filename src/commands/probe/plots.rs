@@ -164,7 +164,9 @@ fn draw_confusion(path: &Path, names: &[String], measures: &Measures) -> DrawRes
         let style = (FONT, 11).into_font().color(ink);
         canvas.draw(&Text::new(count.to_string(), (x + 4, y + 9), style))?;
     }
-    for (row, name) in names.iter().enumerate() {
+    // Control characters have no place in a file of XML.
+    let shown = |name: &String| name.replace(char::is_control, "?");
+    for (row, name) in names.iter().map(shown).enumerate() {
         let style = (FONT, 13).into_font().color(&BLACK);
         canvas.draw(&Text::new(
             name.clone(),

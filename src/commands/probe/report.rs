@@ -22,6 +22,8 @@ pub(super) struct FitReport {
     pub(super) alpha: String,
     /// Number of examples of each part.
     pub(super) examples: PartCounts,
+    /// Number of images that failed, and are left out.
+    pub(super) failed: usize,
     pub(super) chosen: FitFigures,
     /// True if the head was fitted again on training and validation together.
     pub(super) refitted: bool,
@@ -355,6 +357,17 @@ impl FitReport {
             .chain(self.baselines.iter().map(row))
             .chain(guesses);
         columns(rows, |column| (1..5).contains(&column), out)?;
+        if self.failed > 0 {
+            writeln!(out, "{} images failed and are left out", self.failed)?;
+        }
+        let n_open = self.fits.iter().filter(|fit| !fit.converged).count();
+        if n_open > 0 {
+            writeln!(
+                out,
+                "{n_open} of {} fits did not converge (--iterations-max, --tolerance)",
+                self.fits.len()
+            )?;
+        }
         let on = if self.refitted {
             "training and validation images"
         } else {

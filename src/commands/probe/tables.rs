@@ -29,6 +29,7 @@ pub(super) struct EmbedTable {
     /// Files of rows, in order.
     files: Vec<PathBuf>,
     pub(super) about: TableFacts,
+    counts: TableCounts,
 }
 
 /// Facts that the manifest of a job records.
@@ -40,6 +41,22 @@ pub(super) struct TableFacts {
     pub(super) weights_digest: Option<String>,
     /// Options of the job, by the names of their flags.
     pub(super) options: BTreeMap<String, String>,
+    #[serde(default)]
+    inputs: Vec<TableInput>,
+}
+
+/// Input of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+struct TableInput {
+    name: String,
+}
+
+/// Counts in the summary of a finished job.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(default)]
+struct TableCounts {
+    rows: Option<usize>,
+    errors: usize,
 }
 
 /// Model that made a table.
@@ -98,11 +115,14 @@ impl EmbedTable {
             .with_context(|| format!("{shown} is no output of imagegpt embed"))?;
         let about: TableFacts = serde_json::from_slice(&manifest)
             .with_context(|| format!("{shown}/_imagegpt/manifest.json cannot be read"))?;
-        anyhow::ensure!(
-            note(folder, "summary.json")?.is_some(),
-            "{shown} is the output of a job that is not finished; run its command again, or \
-             `imagegpt embed --finish --output {shown}`"
-        );
+        let summary = note(folder, "summary.json")?.with_context(|| {
+            format!(
+                "{shown} is the output of a job that is not finished; run its command again, or \
+                 `imagegpt embed --finish --output {shown}`"
+            )
+        })?;
+        let counts: TableCounts = serde_json::from_slice(&summary)
+            .with_context(|| format!("{shown}/_imagegpt/summary.json cannot be read"))?;
         let mut files = Vec::new();
         for entry in std::fs::read_dir(folder).with_context(|| shown.to_string())? {
             let path = entry.with_context(|| shown.to_string())?.path();
@@ -128,7 +148,13 @@ impl EmbedTable {
             folder: folder.to_owned(),
             files,
             about,
+            counts,
         })
+    }
+
+    /// Number of images that failed, and have no row.
+    pub(super) fn errors(&self) -> usize {
+        self.counts.errors
     }
 
     /// Reads the examples of all rows.
@@ -146,6 +172,9 @@ impl EmbedTable {
             labels: columns.label.map(|_| Vec::new()),
             parts: columns.part.map(|_| Vec::new()),
             groups: columns.group.map(|_| Vec::new()),
+            files: (self.about.inputs.iter())
+                .map(|input| input.name.clone())
+                .collect(),
         };
         self.visit(&read, &mut |batch| {
             let ids = texts(batch, "id", "id", None)?;
@@ -161,6 +190,14 @@ impl EmbedTable {
             rows.ids.extend(ids);
             Ok(())
         })?;
+        if let Some(told) = self.counts.rows {
+            anyhow::ensure!(
+                rows.len() == told,
+                "{} has {} rows, and its job has made {told}; run the job's command again",
+                self.folder.display(),
+                rows.len()
+            );
+        }
         Ok(rows)
     }
 
@@ -295,7 +332,11 @@ impl EmbedTable {
                 }
                 let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
                 has_columns(builder.schema(), names)?;
-                let mask = ProjectionMask::columns(builder.parquet_schema(), names.iter().copied());
+                // By place, since a name with a dot would be a path.
+                let schema = builder.schema();
+                let places: Result<Vec<usize>, _> =
+                    names.iter().map(|name| schema.index_of(name)).collect();
+                let mask = ProjectionMask::roots(builder.parquet_schema(), places?);
                 for batch in builder
                     .with_projection(mask)
                     .with_batch_size(BATCH_ROWS)
@@ -386,6 +427,10 @@ fn label_lists(
         _ => {
             let texts = texts_of(column, name, "--label", Some(ids))?;
             if !is_multi_label {
+                let empty = texts.iter().position(String::is_empty);
+                if let Some(id) = empty.and_then(|row| ids.get(row)) {
+                    anyhow::bail!("--label {name}: {id} has an empty label");
+                }
                 return Ok(texts.into_iter().map(|text| vec![text]).collect());
             }
             let several = texts.iter().map(|text| {
@@ -420,6 +465,10 @@ fn vectors<'a>(
     let column = batch.column_by_name(name);
     let column = column.and_then(|column| column.as_fixed_size_list_opt());
     let column = column.with_context(|| format!("the column {name} has no vectors"))?;
+    anyhow::ensure!(
+        column.null_count() == 0 && column.values().null_count() == 0,
+        "the column {name} has null vectors, or nulls in its vectors"
+    );
     let values = column.values();
     let (number, bytes): (_, &[u8]) = match values.data_type() {
         DataType::Float32 => {
@@ -435,7 +484,7 @@ fn vectors<'a>(
     let width = usize::try_from(column.value_length())?;
     anyhow::ensure!(
         bytes.len() == batch.num_rows() * width * number.n_bytes(),
-        "the column {name} has null vectors"
+        "the column {name} has vectors of different lengths"
     );
     Ok((number, width, bytes))
 }
