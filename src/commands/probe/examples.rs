@@ -110,10 +110,14 @@ impl ExampleRows {
                 self.ids[without]
             );
         }
-        let named = self.files.iter().find(|file| {
-            let name = file.rsplit('/').next().unwrap_or(file);
-            part_of_file(name).is_some_and(|part| part != SplitPart::Train)
-        });
+        // One file, or files that are all of one part, are meant as they are.
+        let part_of = |file: &String| part_of_file(file.rsplit('/').next().unwrap_or(file));
+        let is_uniform = self
+            .files
+            .windows(2)
+            .all(|files| part_of(&files[0]) == part_of(&files[1]));
+        let mut named = self.files.iter().filter(|_| !is_uniform);
+        let named = named.find(|file| part_of(file).is_some_and(|part| part != SplitPart::Train));
         match named {
             None => Ok(()),
             Some(file) => anyhow::bail!(
@@ -343,14 +347,21 @@ mod tests {
             &["cat", "dog"],
             None,
         );
-        for (ids, file) in [
-            (&["test/1.png", "cat/2.png"][..], "pictures"),
-            (&["a", "b"], "shards/test-0000.tar"),
+        for (ids, files, is_refused) in [
+            (&["test/1.png", "cat/2.png"][..], &["pictures"][..], true),
+            (&["a", "b"], &["0/train-0.tar", "0/test-0.tar"], true),
+            (&["a", "b"], &["0/test-0.tar", "0/test-1.tar"], false),
+            (&["a", "b"], &["my/test-pictures"], false),
         ] {
             let mut rows = rows(ids);
-            rows.files = vec![file.to_owned()];
-            let error = rows.named_parts().unwrap_err().to_string();
-            assert!(error.contains("--split COLUMN"), "{error}");
+            rows.files = files.iter().map(|&file| file.to_owned()).collect();
+            match rows.named_parts() {
+                Err(error) => {
+                    assert!(error.to_string().contains("--split COLUMN"), "{error}");
+                    assert!(is_refused, "{files:?}");
+                }
+                Ok(parts) => assert!(parts.is_none() && !is_refused, "{files:?}"),
+            }
         }
         let error = rows(&["1.png", "cat/2.png"]).targets(false).unwrap_err();
         assert!(error.to_string().contains("1.png is in no directory"));
