@@ -322,7 +322,10 @@ class Row:
     def served(self, good, p99_max, errors_max=0):
         """Notes the good client's calls since the last time, and expects that they were served."""
         p99_max *= self.slow
-        seen = good.take()
+        # An attack may be over before the good client has said its first word.
+        until = time.monotonic() + 10
+        while (seen := good.take())["p99"] is None and not seen["errors"] and time.monotonic() < until:
+            time.sleep(0.1)
         n_errors = sum(seen["errors"].values())
         self.calls += seen["calls"]
         for code, n in seen["errors"].items():
