@@ -344,13 +344,18 @@ fn killed_at_any_moment_the_output_is_the_same_to_the_byte() {
     let summary = done(embed(&input, &killed, &workers).args(flags));
     assert_eq!(summary["images"], IMAGES);
     let (whole, killed) = (files(&whole), files(&killed));
+    same_files(&whole, &killed);
+}
+
+/// Checks that two outputs have the same files to the byte.
+fn same_files(whole: &BTreeMap<String, Vec<u8>>, killed: &BTreeMap<String, Vec<u8>>) {
     assert!(
         whole.keys().eq(killed.keys()),
         "{:?} {:?}",
         whole.keys(),
         killed.keys()
     );
-    for (name, content) in &whole {
+    for (name, content) in whole {
         assert!(*content == killed[name], "{name} differs");
     }
 }

@@ -43,6 +43,12 @@ pub(super) fn columns(
     Ok(())
 }
 
+/// Formats a value as it is written on the command line.
+pub(super) fn value_name(value: &impl clap::ValueEnum) -> String {
+    let name = value.to_possible_value();
+    name.map_or_else(String::new, |name| name.get_name().to_owned())
+}
+
 /// Returns the stem of the names of files that are made from an image.
 pub(super) fn stem(name: &str) -> String {
     match name {

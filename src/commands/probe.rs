@@ -13,26 +13,18 @@ mod tables;
 use std::io::Write;
 use std::pin::pin;
 
-use clap::ValueEnum;
-
 use self::flags::ProbeCommand;
 use self::jobs::Unfinished;
 use super::embed::{JobEnded, Terminal};
 use crate::telemetry::LogConfig;
-
-/// Formats a value as it is written on the command line.
-fn value_name(value: &impl ValueEnum) -> String {
-    let name = value.to_possible_value();
-    name.map_or_else(String::new, |name| name.get_name().to_owned())
-}
 
 impl ProbeCommand {
     /// Flags of the log.
     #[must_use]
     pub fn log(&self) -> &LogConfig {
         match self {
-            Self::Fit(args) => &args.log,
-            Self::Eval(args) => &args.log,
+            Self::Fit(args) => &args.jobs.log,
+            Self::Eval(args) => &args.jobs.log,
         }
     }
 }

@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::process::{self, said};
 use crate::{
     REFUSED, TOO_MANY_ERRORS, Worker, as_nobody, done, embed, error_lines, files, image,
-    next_random, parquet_of, rows, start,
+    next_random, parquet_of, rows, same_files, start,
 };
 
 const IMAGES: usize = 230;
@@ -124,6 +124,13 @@ fn images(output: &Path, errors: usize) -> BTreeSet<usize> {
     all.sort_unstable();
     assert!(all.into_iter().eq(0..IMAGES), "each image is there once");
     rows
+}
+
+/// Checks the rows and errors of a job's report.
+#[track_caller]
+fn counts(summary: &Value, rows: u64, errors: u64) {
+    let told = (summary["rows"].as_u64(), summary["errors"].as_u64());
+    assert_eq!(told, (Some(rows), Some(errors)), "{summary}");
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -264,15 +271,7 @@ fn a_retry_that_is_killed_has_the_same_bytes() {
     if killed.contains_key("_imagegpt/retries/00002.json") {
         return;
     }
-    assert!(
-        whole.keys().eq(killed.keys()),
-        "{:?} {:?}",
-        whole.keys(),
-        killed.keys()
-    );
-    for (name, content) in &whole {
-        assert!(*content == killed[name], "{name} differs");
-    }
+    same_files(&whole, &killed);
 }
 
 #[test]
@@ -297,22 +296,13 @@ fn a_shard_that_could_not_be_read_is_read_from_where_it_ended() {
         done(as_nobody(command.args(flags)))
     };
     let summary = run(&[]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&30.into(), &1.into())
-    );
+    counts(&summary, 30, 1);
     let summary = run(&["--retry-errors"]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&30.into(), &1.into())
-    );
+    counts(&summary, 30, 1);
     mode(&shards.join("b.parquet"), 0o644);
     let summary = run(&["--retry-errors"]);
     // Three of the images are not images.
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&247.into(), &3.into())
-    );
+    counts(&summary, 247, 3);
     assert_eq!(rows(&at("output")).len(), 247);
     let errors: Vec<String> = error_lines(&at("output"))
         .into_iter()
@@ -322,10 +312,7 @@ fn a_shard_that_could_not_be_read_is_read_from_where_it_ended() {
     assert!(at("output/part-00001-00000-retry2-00002.parquet").exists());
     // Nothing of it is read twice.
     let summary = run(&["--retry-errors"]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&247.into(), &3.into())
-    );
+    counts(&summary, 247, 3);
     assert_eq!(summary["images_this_run"], 3);
     assert_eq!(rows(&at("output")).len(), 247);
 }
@@ -357,24 +344,15 @@ fn what_did_not_fit_into_memory_is_read_with_more_of_it() {
         done(command.args(flags))
     };
     let summary = run(&["--image-memory", "1MiB"]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&20.into(), &1.into())
-    );
+    counts(&summary, 20, 1);
     let summary = run(&[
         "--retry-errors=RESOURCE_EXHAUSTED",
         "--image-memory",
         "2MiB",
     ]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&20.into(), &1.into())
-    );
+    counts(&summary, 20, 1);
     let summary = run(&["--retry-errors=RESOURCE_EXHAUSTED"]);
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&50.into(), &0.into())
-    );
+    counts(&summary, 50, 0);
     assert!(error_lines(&at("output")).is_empty());
     let ids: BTreeSet<String> = (0..50).map(|row| format!("a.arrow#{row}")).collect();
     assert!(rows(&at("output")).into_keys().eq(ids));
@@ -535,10 +513,7 @@ fn a_retry_that_reads_on_goes_on_after_a_kill() {
     client.kill().expect("a kill");
     client.wait().expect("its end");
     let summary = done(&mut run(&slow, &["--retry-errors"]));
-    assert_eq!(
-        (&summary["rows"], &summary["errors"]),
-        (&50.into(), &0.into())
-    );
+    counts(&summary, 50, 0);
     assert_eq!(rows(&at("output")).len(), 50);
 }
 

@@ -7,6 +7,7 @@ use super::flags::{Dtype, EmbedArgs, EmbedTask, LayerChoice, Pooling, TaskConfig
 use super::pipeline::PARTS_OPEN;
 use super::table::VectorShape;
 use crate::client::pool;
+use crate::commands::output::value_name;
 use crate::imaging::{Alpha, Fit, PreprocessOptions};
 use crate::model::graph::ranges;
 use crate::proto::{self, pb, preprocess_applied};
@@ -307,12 +308,6 @@ pub(super) fn options(args: &EmbedArgs, model: &pb::GetModelResponse) -> BTreeMa
     set("--id-column", table.id_column.clone().unwrap_or_default());
     set("--part-items", table.part_items.to_string());
     options
-}
-
-/// Formats a value as it is written on the command line.
-fn value_name(value: &impl clap::ValueEnum) -> String {
-    let name = value.to_possible_value();
-    name.map_or_else(String::new, |name| name.get_name().to_owned())
 }
 
 #[cfg(test)]

@@ -191,6 +191,7 @@ async fn unfinished(
         let pieces = history.pieces(round);
         // A retry that has begun may have images to read after its last error.
         if !history.is_past(round) && (history.errors() > 0 || !pieces.is_empty()) {
+            let rows = history.error_rows().ok_or_else(|| unknown_rows(base.id))?;
             parts.push(PartRetry {
                 id: PartId {
                     retry: Some(RetryPiece {
@@ -202,11 +203,10 @@ async fn unfinished(
                 cursor,
                 from: pieces.last().and_then(|last| last.next).unwrap_or_default(),
                 choice: choice.clone(),
-                rows: history.error_rows().ok_or_else(|| unknown_rows(base.id))?,
                 files: history.error_files(),
                 ends_with_error: base.next.is_none()
-                    && history.error_rows().and_then(|rows| rows.last().copied())
-                        == history.images_settled().checked_sub(1),
+                    && rows.last().copied() == history.images_settled().checked_sub(1),
+                rows,
             });
         }
         cursor = base.next.unwrap_or_default();

@@ -15,6 +15,7 @@ use super::report::Measures;
 use super::tables::{EmbedTable, ExampleColumns, TableModel, is_table};
 use crate::commands::contact_sheet::{Cell, Sheet};
 use crate::commands::embed::Terminal;
+use crate::commands::output::value_name;
 use crate::imaging::{Alpha, Fit};
 use crate::model::head::HeadFile;
 use crate::model::{ClassActivation, ModelNeed};
@@ -76,7 +77,8 @@ pub(super) async fn run(
             layers: vec![head.layer],
             norm: head.norm,
         }];
-        let mut workers = ProbeWorkers::new(&args.workers, &args.connect, terminal, needs);
+        let mut workers =
+            ProbeWorkers::new(&args.jobs.workers, &args.jobs.connect, terminal, needs);
         // Boxed, since the jobs within it are large.
         let made = Box::pin(made(args, &head, &work, &mut workers, stop)).await;
         workers.end().await;
@@ -162,10 +164,10 @@ fn given(args: &EvalArgs, head: &HeadFile) -> anyhow::Result<EvalSource> {
         head.layer
     );
     let wanted = [
-        ("--context", Some(super::value_name(&head.context))),
-        ("--norm", Some(super::value_name(&head.norm))),
-        ("--fit", head.fit.as_ref().map(super::value_name)),
-        ("--alpha", head.alpha.as_ref().map(super::value_name)),
+        ("--context", Some(value_name(&head.context))),
+        ("--norm", Some(value_name(&head.norm))),
+        ("--fit", head.fit.as_ref().map(value_name)),
+        ("--alpha", head.alpha.as_ref().map(value_name)),
     ];
     for (flag, wanted) in wanted {
         let has = about.options.get(flag).map_or("", String::as_str);
@@ -209,15 +211,15 @@ async fn made(
     let keep: Vec<&str> = args.split.as_deref().into_iter().collect();
     let options = JobOptions {
         examples: &args.examples,
-        reading: &args.reading,
+        reading: &args.jobs.reading,
         fit: head.fit.unwrap_or(Fit::Squash),
         alpha: head.alpha.unwrap_or(Alpha::Drop),
         keep: &keep,
     };
     let flags = [
         format!("--layer={}", head.layer),
-        format!("--context={}", super::value_name(&head.context)),
-        format!("--norm={}", super::value_name(&head.norm)),
+        format!("--context={}", value_name(&head.context)),
+        format!("--norm={}", value_name(&head.norm)),
     ];
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let folder = workers

@@ -22,8 +22,8 @@ use super::jobs::{JobOptions, ProbeWorkers, Unfinished, work_folder};
 use super::plots;
 use super::report::{FeatureKind, FitFigures, FitReport, Guesses, Measures, PartCounts};
 use super::tables::{self, EmbedTable, ExampleColumns, LayerMatrix};
-use super::value_name as name;
 use crate::commands::embed::{JobEnded, Terminal};
+use crate::commands::output::value_name as name;
 use crate::imaging::{Alpha, Fit};
 use crate::model::ClassActivation;
 use crate::model::ModelNeed;
@@ -149,7 +149,7 @@ async fn sources(
         norm: *norm,
     });
     let needs = needs.collect();
-    let mut workers = ProbeWorkers::new(&args.workers, &args.connect, terminal, needs);
+    let mut workers = ProbeWorkers::new(&args.jobs.workers, &args.jobs.connect, terminal, needs);
     let made = made_tables(args, work, &mut workers, stop).await;
     workers.end().await;
     made
@@ -165,7 +165,7 @@ async fn made_tables(
     let keep: Vec<&str> = columns.into_iter().flatten().map(String::as_str).collect();
     let options = JobOptions {
         examples: &args.examples,
-        reading: &args.reading,
+        reading: &args.jobs.reading,
         fit: args.features.fit,
         alpha: args.features.alpha,
         keep: &keep,
@@ -190,12 +190,9 @@ async fn made_tables(
             });
         }
     }
-    let n_images = features.first().map_or(Ok(0), |source| {
-        let rows = source.table.examples(ExampleColumns::default())?;
-        Ok::<_, anyhow::Error>(rows.len())
-    })?;
-    let wants = args.regression.baselines;
-    let tokens = if wants.unwrap_or(n_images <= BASELINE_IMAGES_MAX) {
+    let n_images = features.first().and_then(|source| source.table.n_rows());
+    let is_small = n_images.is_some_and(|n_images| n_images <= BASELINE_IMAGES_MAX);
+    let tokens = if args.regression.baselines.unwrap_or(is_small) {
         let flags = ["--task=tokenize"];
         let folder = workers.run(options, &flags, (work, "tokens"), stop).await?;
         Some((EmbedTable::open(&folder)?, palette(&model)))
@@ -331,9 +328,9 @@ fn fitted(args: &FitArgs, work: &Path, sources: &Sources) -> anyhow::Result<(Fit
     let (mut fits, mut layers) = (Vec::new(), Vec::new());
     let mut best: Option<Best> = None;
     for (place, source) in sources.features.iter().enumerate() {
-        let ids = source.table.examples(ExampleColumns::default())?.ids;
+        // The rows are those of the first table.
         anyhow::ensure!(
-            ids == rows.ids,
+            place == 0 || source.table.examples(ExampleColumns::default())?.ids == rows.ids,
             "the tables have different rows; several tables are taken as the same images with \
              different contexts and norms, and images may have failed in one of them"
         );

@@ -43,13 +43,7 @@ pub struct FitArgs {
     #[command(flatten)]
     pub regression: RegressionConfig,
     #[command(flatten)]
-    pub reading: ReadingConfig,
-    #[command(flatten)]
-    pub workers: WorkersConfig,
-    #[command(flatten)]
-    pub connect: ConnectConfig,
-    #[command(flatten)]
-    pub log: LogConfig,
+    pub jobs: ProbeJobsConfig,
 }
 
 /// Flags of `imagegpt probe eval`.
@@ -90,6 +84,13 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub jobs: ProbeJobsConfig,
+}
+
+/// Flags of the jobs that embed the images, and of the log.
+#[derive(Debug, Clone, Args)]
+pub struct ProbeJobsConfig {
     #[command(flatten)]
     pub reading: ReadingConfig,
     #[command(flatten)]

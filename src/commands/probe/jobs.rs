@@ -9,11 +9,11 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use sha2::{Digest as _, Sha256};
 
 use super::flags::{ExamplesConfig, ReadingConfig};
-use super::value_name as name;
 use crate::client::ConnectConfig;
 use crate::client::pool::{self, PoolConfig};
 use crate::commands::embed::flags::{EmbedArgs, WorkersConfig};
 use crate::commands::embed::{self, Differs, JobEnded, Terminal};
+use crate::commands::output::value_name as name;
 use crate::commands::serve::OwnWorker;
 use crate::files::hex;
 use crate::imaging::{Alpha, Fit};

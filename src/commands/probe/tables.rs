@@ -152,6 +152,11 @@ impl EmbedTable {
         })
     }
 
+    /// Number of rows, if the summary of the job has it.
+    pub(super) fn n_rows(&self) -> Option<usize> {
+        self.counts.rows
+    }
+
     /// Number of images that failed, and have no row.
     pub(super) fn errors(&self) -> usize {
         self.counts.errors
