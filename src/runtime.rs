@@ -9,6 +9,7 @@ pub mod operators;
 pub(crate) mod pages;
 pub(crate) mod placement;
 pub(crate) mod probe;
+mod python;
 pub(crate) mod roofline;
 use std::collections::BTreeMap;
 use std::path::Path;
