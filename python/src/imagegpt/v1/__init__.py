@@ -1,0 +1,1 @@
+"""Messages and stubs of the worker's contract, generated from proto/imagegpt/v1."""
