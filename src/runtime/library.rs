@@ -1,12 +1,12 @@
 //! Finds the shared library of ONNX Runtime, and loads it once per process.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, Once, OnceLock};
 
 use ort::environment::Environment;
 
 use crate::runtime::error::{EngineError, runtime};
-use crate::runtime::python;
+use crate::runtime::{cuda, python};
 
 /// The library's file name as distributors install it.
 pub const LIBRARY: &str = "libonnxruntime.so";
@@ -17,6 +17,9 @@ pub const LIBRARY_FOLDER: &str = "onnxruntime";
 /// environment per process, and none can be created after the last use of the
 /// first.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// Library of [`ENVIRONMENT`].
+static LOADED: OnceLock<PathBuf> = OnceLock::new();
 
 /// Remedy for a library that cannot be used.
 const LIBRARY_HINT: &str = "set --onnxruntime or ORT_DYLIB_PATH to the path of a libonnxruntime.so \
@@ -54,7 +57,19 @@ pub fn environment(library: &Path) -> Result<Environment, EngineError> {
         .with_telemetry(false)
         .build()
         .map_err(runtime)?;
+    LOADED.get_or_init(|| library.to_owned());
     Ok(environment.insert(built).clone())
+}
+
+/// Loads the libraries of CUDA that the provider of the process's library
+/// needs, once.
+pub(super) fn preload_cuda() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| {
+        if let Some(library) = LOADED.get() {
+            cuda::preload(library);
+        }
+    });
 }
 
 /// Finds the library. A given name without a directory is a file in the current

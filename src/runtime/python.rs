@@ -28,6 +28,15 @@ pub(super) fn library(program: &Path) -> Option<PathBuf> {
     packages(program).find_map(|packages| newest(&packages.join(PACKAGE)))
 }
 
+/// Returns the directory of all packages of the Python environment in which
+/// `folder` is ONNX Runtime's; `None` if it is elsewhere.
+pub(crate) fn packages_around(folder: &Path) -> Option<&Path> {
+    folder
+        .ends_with(PACKAGE)
+        .then(|| folder.ancestors().nth(2))
+        .flatten()
+}
+
 /// Directories in which the packages of the program's environment may lie.
 fn packages(program: &Path) -> impl Iterator<Item = PathBuf> {
     let folder = program.parent().filter(|folder| folder.ends_with("bin"));
@@ -124,6 +133,16 @@ mod tests {
         assert_eq!(found(&[], PROGRAM), None);
         assert_eq!(library(Path::new("imagegpt")), None);
         assert_eq!(library(Path::new("")), None);
+    }
+
+    #[test]
+    fn the_packages_around_onnx_runtime_are_those_of_its_environment() {
+        let around = |folder: &str| packages_around(Path::new(folder)).map(Path::to_owned);
+        let packages = "/env/lib/python3.11/site-packages";
+        let capi = format!("{packages}/onnxruntime/capi");
+        assert_eq!(around(&capi), Some(packages.into()));
+        assert_eq!(around("/opt/onnxruntime/lib"), None);
+        assert_eq!(around(""), None);
     }
 
     #[test]

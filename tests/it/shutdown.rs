@@ -231,7 +231,7 @@ fn two_signals_at_once_are_one_request() {
 fn the_end_of_standard_input_is_a_graceful_shutdown() {
     let (mut worker, log) = start_micro(&["--exit-on-stdin-eof"]);
     // More than a pipe holds: what is written is read, and means nothing.
-    worker.write(&[b'x'; 1 << 20]);
+    worker.write(&vec![b'x'; 1 << 20]);
     assert!(worker.page("/readyz").contains(" 200 "), "it serves");
     worker.end_stdin();
     let rest = log.rest();
