@@ -5,7 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=python/src
-rm -f "$target"/imagegpt/v1/*_pb2*
+rm -rf "$target/imagegpt/v1"
 "${PYTHON:-target/python/tools/bin/python}" -m grpc_tools.protoc --proto_path=proto \
     --python_out="$target" --pyi_out="$target" --grpc_python_out="$target" \
     imagegpt/v1/imagegpt.proto
+# protoc makes no packages.
+echo '"""Messages and stubs of the worker, generated from proto/imagegpt/v1."""' \
+    >"$target/imagegpt/v1/__init__.py"

@@ -1,1 +1,0 @@
-"""Messages and stubs of the worker's contract, generated from proto/imagegpt/v1."""
