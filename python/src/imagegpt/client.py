@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import queue
 import threading
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import numpy
 
 from imagegpt.aio import AsyncClient, OnError, accept, as_given, check_on_error, with_items
-from imagegpt.errors import ClosedError, ImageError
+from imagegpt.calls import Connections
+from imagegpt.errors import ClosedError, ForkError, ImageError
 from imagegpt.images import ImageInput
 from imagegpt.ledger import Ledger
 from imagegpt.options import (
@@ -57,9 +59,19 @@ class _Loop:
 
     @classmethod
     def get(cls) -> _Loop:
-        """Returns this process's loop; a fork has none of its parent's threads."""
+        """Returns this process's loop.
+
+        Raises:
+            ForkError: The process was forked while its parent made calls.
+        """
+        if _Forks.is_broken:
+            raise ForkError(
+                "this process was forked while its parent had calls in progress, which gRPC does "
+                "not survive; start processes by the method 'spawn' or 'forkserver', or fork "
+                "before the first call"
+            )
         with cls._lock:
-            if cls._current is None or cls._current.process != os.getpid():
+            if cls._current is None:
                 cls._current = _Loop()
             return cls._current
 
@@ -74,8 +86,49 @@ class _Loop:
             raise
 
 
-# A lock that another thread holds during a fork would stay locked in the child.
-os.register_at_fork(after_in_child=lambda: setattr(_Loop, "_lock", threading.Lock()))
+# Longest time in seconds in which connections are closed before a fork.
+_FORK_TIMEOUT = 5.0
+
+
+class _Forks:
+    """gRPC works in a forked process only if no thread of the parent was within it
+    at the time. So connections without calls are closed before a fork, and opened
+    again when they are needed; a process that was forked during calls says so."""
+
+    #: True in a process whose parent had calls in progress.
+    is_broken = False
+    _was_busy = False
+
+    @classmethod
+    def before(cls) -> None:
+        loop = _Loop._current
+        opened = list(Connections.opened)
+        cls._was_busy = any(connections.n_in_progress for connections in opened)
+        if loop is None or loop.process != os.getpid() or cls._was_busy:
+            # Without a loop, connections are those of asyncio programs.
+            cls._was_busy = cls._was_busy or bool(opened)
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(cls._release(opened), loop.loop).result(_FORK_TIMEOUT)
+        except (TimeoutError, RuntimeError):
+            cls._was_busy = True
+        del opened
+        # What is left of the channels keeps a thread within gRPC.
+        gc.collect()
+
+    @staticmethod
+    async def _release(opened: list[Connections]) -> None:
+        for connections in opened:
+            await connections.release()
+
+    @classmethod
+    def after_in_child(cls) -> None:
+        cls.is_broken = cls.is_broken or cls._was_busy
+        # A lock that another thread held would stay locked.
+        _Loop._lock, _Loop._current = threading.Lock(), None
+
+
+os.register_at_fork(before=_Forks.before, after_in_child=_Forks.after_in_child)
 
 
 class Client:
@@ -169,6 +222,9 @@ class Client:
     def _client(self) -> AsyncClient:
         if self._closed:
             raise ClosedError("the client is closed")
+        # Before the parent's connections are dropped, which a process that cannot
+        # use gRPC does not survive.
+        _Loop.get()
         with self._lock:
             if self._inner is None or self._process != os.getpid():
                 self._inner, self._process = AsyncClient(**self._arguments), os.getpid()
@@ -814,7 +870,7 @@ class Client:
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
         loop = _Loop.get()
         stream = EmbedStream(
-            client._connect, embed, options, news.put, news.put, lambda: news.put(None)
+            client._connections, embed, options, news.put, news.put, lambda: news.put(None)
         )
         loop.loop.call_soon_threadsafe(stream.start)
         source = iter(images)

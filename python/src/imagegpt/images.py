@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy
 
@@ -93,7 +93,7 @@ def _message(image: ImageInput, bytes_max: int) -> pb.Image:
     if kind.startswith("torch."):
         return _tensor(image)
     if _is_pillow(image):
-        return _pillow(image, bytes_max)
+        return _pillow(cast("PIL.Image.Image", image), bytes_max)
     raise _Refused(f"a {kind} is no image; give {_FORMS}")
 
 

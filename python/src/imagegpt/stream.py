@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from imagegpt.calls import Failure, backoff, log
-from imagegpt.endpoints import ADDRESSES_MAX, Address, ConnectOptions
+from imagegpt.calls import Connections, Failure, backoff, log
+from imagegpt.endpoints import ADDRESSES_MAX, Address
 from imagegpt.errors import (
     ImageError,
     ModelMismatchError,
@@ -224,14 +224,15 @@ class EmbedStream:
 
     def __init__(
         self,
-        connect: ConnectOptions,
+        connections: Connections,
         embed: EmbedOptions,
         options: StreamOptions,
         answers: Callable[[Answer], None],
         failed: Callable[[WorkerError | OSError | ValueError], None],
         opened: Callable[[], None],
     ) -> None:
-        self._connect = connect
+        self._connect = connections.options
+        self._in_progress = connections.in_progress()
         self._embed = embed
         self._options = options
         self._answers = answers
@@ -270,6 +271,7 @@ class EmbedStream:
 
     def start(self) -> None:
         """Starts to look for workers."""
+        self._in_progress.__enter__()
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def add(self, tasks: Sequence[Task]) -> None:
@@ -297,6 +299,7 @@ class EmbedStream:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         self._ended = True
+        self._in_progress.__exit__(None, None, None)
 
     # The keeper: addresses and the end of patience.
 
