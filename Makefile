@@ -81,7 +81,7 @@ target/tools/bin/mdbook:
 	cargo install --locked --debug --version $(MDBOOK_VERSION) --root target/tools mdbook
 
 .PHONY: docs-check
-docs-check: docs-links $(DOCS_VENV)/.done ## Run the commands of README and docs/ (PAGES="docs/cli.md" for some), after `make demo` or with BINARY=
+docs-check: docs-links python-stubs $(DOCS_VENV)/.done ## Run the commands of README and docs/ (PAGES="docs/cli.md" for some), after `make demo` or with BINARY=
 	DOCS_PYTHON=$(DOCS_VENV)/bin/python BINARY=$(DOCS_BINARY) python3 scripts/docs_check.py $(PAGES)
 
 $(DOCS_VENV)/.done: scripts/docs/requirements.txt
@@ -260,6 +260,10 @@ python-engines: $(if $(WHEEL),,wheel) ## The same with Ray and Spark (needs Java
 .PHONY: python-check
 python-check: $(if $(filter target/release/%,$(BINARY)),build) python-stubs $(PYTHON_CHECK)/.done ## Test the Python client from its sources, without a wheel, with BINARY
 	@VENV=$(PYTHON_CHECK) BINARY=$(BINARY) scripts/python/check.sh $(PYTEST_FLAGS)
+
+.PHONY: bench-python
+bench-python: build python-stubs $(PYTHON_CHECK)/.done ## Measure the Python client's streams beside `imagegpt embed`: images/s, CPU time, memory
+	PYTHONPATH=python/src $(PYTHON_CHECK)/bin/python scripts/python/bench.py
 
 $(PYTHON_TOOLS)/.done: scripts/python/requirements.txt
 	python3 -m venv $(PYTHON_TOOLS)
