@@ -120,7 +120,7 @@ def test_a_tensor_has_its_channels_first_or_last() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (None, "NoneType is no image"),
+        (None, "no image \\(None\\)"),
         (7, "int is no image"),
         ([1, 2, 3], "list is no image"),
         ("no/such/file.png", "No such file"),

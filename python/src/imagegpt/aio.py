@@ -760,6 +760,7 @@ class AsyncClient:
             give_up_after=give_up_after,
             priority=priority,
             digest=self._digest,
+            is_known=self._model is not None,
         )
         return self._stream(images, options, stream_options, ordered, on_error == "raise")
 

@@ -826,7 +826,7 @@ class Client:
             item_timeout: Longest time in seconds without an answer from a worker that
                 has images.
             give_up_after: Time in seconds without an answer from any worker after
-                which the stream fails; 30 s if none was ever reached.
+                which the stream fails; 30 s if the client has never reached one.
             priority: ``"bulk"`` (default) or ``"interactive"``.
             on_error: ``"return"`` gives errors out in the places of vectors,
                 ``"raise"`` raises the first one.
@@ -852,6 +852,7 @@ class Client:
             give_up_after=give_up_after,
             priority=priority,
             digest=self._arguments["digest"],
+            is_known=client._model is not None,
         )
         return self._stream(client, images, embed, options, ordered, on_error == "raise")
 

@@ -61,8 +61,8 @@ LOST_ALONE = 3
 FAREWELL = 1.0
 # Time between two lookups of the host names.
 RESOLVE_INTERVAL = 10.0
-# Time without any worker at the beginning after which a stream fails: a wrong
-# address would otherwise look like a slow worker.
+# Time without any worker at the beginning after which the stream of a client that
+# has never reached one fails: a wrong address would otherwise look like a slow worker.
 FIRST_PATIENCE = 30.0
 # Bytes of an item beside its encoded image.
 _MESSAGE_BYTES = 4096
@@ -126,6 +126,9 @@ class StreamOptions:
     give_up_after: float
     priority: Priority | None
     digest: str | None
+    #: True if the client has reached a worker before, so that the addresses are
+    #: known to be right.
+    is_known: bool = False
 
 
 class _Feed:
@@ -349,7 +352,7 @@ class EmbedStream:
             trouble.failure is not None and trouble.failure.reason
             for trouble in self._troubles.values()
         )
-        if not self._has_opened and not is_reached:
+        if not (self._has_opened or self._options.is_known or is_reached):
             limit = min(limit, FIRST_PATIENCE)
         silent = time.monotonic() - self._last_word
         if silent < limit:
