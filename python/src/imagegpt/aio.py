@@ -165,6 +165,10 @@ class AsyncClient:
         :class:`~imagegpt.ClosedError`."""
         await self._connections.close()
 
+    async def _suspend(self) -> None:
+        """Closes the connections until the next call, unless one is in progress."""
+        await self._connections.suspend()
+
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve."""
         message = await self._connections.call(

@@ -143,6 +143,8 @@ class Connections:
         self.options = options
         self._channels: dict[Endpoint, grpc.aio.Channel] = {}
         self._turn = 0
+        # Calls in progress.
+        self._calls = 0
         self._closed = False
 
     def check_open(self) -> None:
@@ -171,6 +173,15 @@ class Connections:
     async def close(self) -> None:
         """Closes all channels; calls in progress fail."""
         self._closed = True
+        await self._close_channels()
+
+    async def suspend(self) -> None:
+        """Closes all channels if there are no calls in progress; the next call opens
+        them again."""
+        if self._calls == 0:
+            await self._close_channels()
+
+    async def _close_channels(self) -> None:
         channels, self._channels = list(self._channels.values()), {}
         for channel in channels:
             await channel.close(None)
@@ -191,6 +202,19 @@ class Connections:
         Raises:
             WorkerError: The call failed for good; the error has ``items``.
         """
+        self._calls += 1
+        try:
+            return await self._repeat(call, items, timeout, priority)
+        finally:
+            self._calls -= 1
+
+    async def _repeat(
+        self,
+        call: Callable[[Any, float | None, tuple[tuple[str, str], ...]], Awaitable[_R]],
+        items: Sequence[Hashable],
+        timeout: float | None,
+        priority: Priority | None,
+    ) -> _R:
         patience = Patience(time.monotonic(), timeout)
         while True:
             endpoint, stub = self.next()

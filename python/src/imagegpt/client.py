@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -35,25 +37,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
+# Longest time, in seconds, that a fork waits for connections to close; a loop that is
+# busy with large images takes a fraction of a second.
+_SUSPEND_TIMEOUT = 10.0
 # Images that are handed to the event loop at the same time, since each handover
 # wakes it.
 _HANDOVER = 8
 
 _T = TypeVar("_T")
 
+log = logging.getLogger("imagegpt")
+
 
 class _Loop:
     """Event loop in a thread of its own, which all clients of a process share."""
 
+    # Held while a call is handed over, and during a fork.
     _lock = threading.Lock()
     _current: _Loop | None = None
 
     def __init__(self) -> None:
         self.process = os.getpid()
         self.loop = asyncio.new_event_loop()
+        self.clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
         # A daemon, so that a client that was not closed does not keep the program.
-        thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
-        thread.start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="imagegpt", daemon=True)
+        self.thread.start()
 
     @classmethod
     def get(cls) -> _Loop:
@@ -65,7 +74,8 @@ class _Loop:
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the loop, and waits for it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        with self._lock:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result()
         except BaseException:
@@ -73,9 +83,42 @@ class _Loop:
             future.cancel()
             raise
 
+    @classmethod
+    def before_fork(cls) -> None:
+        """Closes the connections of all clients that have no call in progress: gRPC
+        does not work in a fork of a process that has a connection."""
+        cls._lock.acquire()
+        current = cls._current
+        if current is None or current.process != os.getpid():
+            return
+        if threading.current_thread() is current.thread or not current.clients:
+            return
+        suspended = asyncio.run_coroutine_threadsafe(current._suspend(), current.loop)
+        try:
+            suspended.result(_SUSPEND_TIMEOUT)
+        except Exception as error:
+            log.warning("connections stay open in a fork: %r", error)
 
-# A lock that another thread holds during a fork would stay locked in the child.
-os.register_at_fork(after_in_child=lambda: setattr(_Loop, "_lock", threading.Lock()))
+    async def _suspend(self) -> None:
+        for client in list(self.clients):
+            await client._suspend()
+
+    @classmethod
+    def after_fork_in_parent(cls) -> None:
+        """Lets calls begin again."""
+        cls._lock.release()
+
+    @classmethod
+    def after_fork_in_child(cls) -> None:
+        """Gives the child a lock of its own."""
+        cls._lock = threading.Lock()
+
+
+os.register_at_fork(
+    before=_Loop.before_fork,
+    after_in_parent=_Loop.after_fork_in_parent,
+    after_in_child=_Loop.after_fork_in_child,
+)
 
 
 class Client:
@@ -83,7 +126,9 @@ class Client:
 
     Connections are opened by the first call. A client may be used by several
     threads, and may be pickled: the copy opens connections of its own, as does a
-    client in a forked process.
+    client in a forked process. Fork while no call is in progress: a fork closes the
+    connections of all clients without one, which the next call opens again, and gRPC
+    does not work in the fork of a process with open connections.
 
     Args:
         endpoints: ``"HOST:PORT"``, ``"http://HOST:PORT"``, ``"https://HOST:PORT"`` or
@@ -172,7 +217,10 @@ class Client:
         with self._lock:
             if self._inner is None or self._process != os.getpid():
                 self._inner, self._process = AsyncClient(**self._arguments), os.getpid()
-            return self._inner
+            inner = self._inner
+        # Of this process's loop, also after a fork.
+        _Loop.get().clients.add(inner)
+        return inner
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the model that the workers serve, asked anew.
