@@ -47,6 +47,7 @@ _T = TypeVar("_T")
 class _Loop:
     """Event loop in a thread of its own, which all clients of a process share."""
 
+    # Held while a call is handed over, and during a fork.
     _lock = threading.Lock()
     _current: _Loop | None = None
 
@@ -77,7 +78,8 @@ class _Loop:
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine in the loop, and waits for it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        with self._lock:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result()
         except BaseException:
@@ -101,6 +103,8 @@ class _Forks:
 
     @classmethod
     def before(cls) -> None:
+        """Closes the connections, and lets no call begin until the fork is done."""
+        _Loop._lock.acquire()
         loop = _Loop._current
         opened = list(Connections.opened)
         cls._was_busy = any(connections.n_in_progress for connections in opened)
@@ -121,14 +125,23 @@ class _Forks:
         for connections in opened:
             await connections.release()
 
+    @staticmethod
+    def after_in_parent() -> None:
+        """Lets calls begin again."""
+        _Loop._lock.release()
+
     @classmethod
     def after_in_child(cls) -> None:
+        """Begins without the parent's loop, whose thread does not exist here."""
         cls.is_broken = cls.is_broken or cls._was_busy
-        # A lock that another thread held would stay locked.
         _Loop._lock, _Loop._current = threading.Lock(), None
 
 
-os.register_at_fork(before=_Forks.before, after_in_child=_Forks.after_in_child)
+os.register_at_fork(
+    before=_Forks.before,
+    after_in_parent=_Forks.after_in_parent,
+    after_in_child=_Forks.after_in_child,
+)
 
 
 class Client:

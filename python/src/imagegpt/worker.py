@@ -167,8 +167,9 @@ class LocalWorker(Client):
             )
         except OSError as error:
             raise WorkerStartError(f"{command[0]} cannot be started: {error}", None, ()) from error
+        self._owner = os.getpid()
         self._log = _Log(self._process_handle)
-        self._finalizer = weakref.finalize(self, _end, self._process_handle, os.getpid())
+        self._finalizer = weakref.finalize(self, _end, self._process_handle, self._owner)
         try:
             endpoint = self._log.await_ready(start_timeout)
         except BaseException:
@@ -200,7 +201,9 @@ class LocalWorker(Client):
         self._finalizer()
 
     def _client(self) -> AsyncClient:
-        if not self._closed and self._process_handle.poll() is not None:
+        # A fork cannot ask for the end of a process that is not its child.
+        is_owner = os.getpid() == self._owner
+        if not self._closed and is_owner and self._process_handle.poll() is not None:
             text = f"the local worker has ended with exit code {self._process_handle.returncode}"
             last = "; ".join(list(self._log.lines)[-2:])
             raise UnavailableError("UNAVAILABLE", f"{text}: {last}")
