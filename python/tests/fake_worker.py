@@ -54,7 +54,13 @@ class FakeWorker(imagegpt_pb2_grpc.ImageGptServiceServicer):
     """Fake worker. ``on_stream`` and ``on_embed`` may end a call or answer
     otherwise; each is given the number of the call and the context."""
 
-    def __init__(self, digest: str = "sha256:one", port: int = 0, window: int = 8) -> None:
+    def __init__(
+        self,
+        digest: str = "sha256:one",
+        port: int = 0,
+        window: int = 8,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.digest = digest
         self.window = window
         self.limits = pb.Limits(
@@ -81,7 +87,11 @@ class FakeWorker(imagegpt_pb2_grpc.ImageGptServiceServicer):
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
         )
         imagegpt_pb2_grpc.add_ImageGptServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"127.0.0.1:{port}"
+        if credentials is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, credentials)
         self._server.start()
 
     @property
