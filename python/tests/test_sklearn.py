@@ -14,16 +14,6 @@ import numpy
 import PIL.Image
 import pytest
 import sklearn
-from imagegpt import (
-    Client,
-    ImageError,
-    InvalidImageError,
-    LocalWorker,
-    ModelMismatchError,
-    UnavailableError,
-)
-from imagegpt.shared import shared_worker
-from imagegpt.sklearn import Features, export_head, images_of
 from safetensors import safe_open
 from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -53,6 +43,17 @@ from sklearn.preprocessing import (
 )
 from sklearn.svm import SVC, LinearSVC, NuSVC
 from sklearn.utils import estimator_checks
+
+from imagegpt import (
+    Client,
+    ImageError,
+    InvalidImageError,
+    LocalWorker,
+    ModelMismatchError,
+    UnavailableError,
+)
+from imagegpt.shared import shared_worker
+from imagegpt.sklearn import Features, export_head, images_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/emoji"
@@ -137,9 +138,7 @@ def test_images_come_in_all_forms(paths: list[str], vectors: Any) -> None:
         (numpy.array([["a", "b"]]), ValueError, "column of images"),
     ],
 )
-def test_what_is_no_list_of_images_is_refused(
-    X: Any, error: type[Exception], words: str
-) -> None:
+def test_what_is_no_list_of_images_is_refused(X: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         images_of(X)
 
@@ -219,7 +218,7 @@ def test_a_model_of_other_weights_is_refused(paths: list[str]) -> None:
 def test_the_default_layer_is_the_models(paths: list[str]) -> None:
     step = Features(ROOT / "models/untrained", layer=None).fit(paths)
     assert step.layer_ == 3
-    assert step.transform(paths[:1]).shape == (1, 32)
+    assert step.transform(paths[:1]).shape == (1, 64)
 
 
 # scikit-learn's own machinery.
@@ -259,15 +258,15 @@ def test_searches_share_one_worker(
 
 
 def test_a_later_layer_replaces_the_worker(paths: list[str]) -> None:
-    first = shared_worker(MODEL, {"threads": 1}, 1)
+    first = shared_worker(MODEL, {"model_name": "shared"}, 1)
     assert 2 not in first.model().layers_served
-    second = shared_worker(MODEL, {"threads": 1}, 2)
+    second = shared_worker(MODEL, {"model_name": "shared"}, 2)
     assert second is not first
-    assert shared_worker(str(MODEL), {"threads": 1}, 1) is second
+    assert shared_worker(str(MODEL), {"model_name": "shared"}, 1) is second
     # The first one serves those who hold it.
     assert first.embed(paths[:1]).shape == (1, 192)
     second.close()
-    third = shared_worker(MODEL, {"threads": 1}, 2)
+    third = shared_worker(MODEL, {"model_name": "shared"}, 2)
     assert third.embed(paths[:1]).shape == (1, 192)
 
 
@@ -306,9 +305,9 @@ def _named_checks() -> Iterator[Callable[..., None]]:
         "check_parameters_default_constructible",
         "check_get_params_invariance",
         "check_set_params",
-        "check_do_not_raise_errors_in_init_or_set_param",
         "check_valid_tag_types",
         "check_estimator_tags_renamed",
+        "check_do_not_raise_errors_in_init_or_set_params",
         "check_mixin_order",
     ):
         yield getattr(estimator_checks, name)
@@ -441,9 +440,7 @@ def test_affine_steps_are_folded(name: str, tmp_path: Path, samples: Any) -> Non
         MultiOutputClassifier(make_pipeline(StandardScaler(), LinearSVC(C=0.01))),
     ],
 )
-def test_several_labels_have_a_score_each(
-    classifier: Any, tmp_path: Path, samples: Any
-) -> None:
+def test_several_labels_have_a_score_each(classifier: Any, tmp_path: Path, samples: Any) -> None:
     X, y = samples
     several = numpy.stack([y > 1, y % 2 == 0, y == 3], axis=1).astype(int)
     probe = fitted([StandardScaler()], classifier, X, several)
@@ -504,7 +501,13 @@ REFUSED: dict[str, tuple[list[Any], Any, dict[str, Any], type[Exception], str]] 
     "pairs": ([], SVC(kernel="linear"), {}, ValueError, "votes between pairs"),
     "one-vs-one": ([], OneVsOneClassifier(LinearSVC()), {}, TypeError, "OneVsOneClassifier"),
     "trees": ([], RandomForestClassifier(5), {}, TypeError, "RandomForestClassifier is no linear"),
-    "calibrated": ([], CalibratedClassifierCV(LinearSVC()), {}, TypeError, "CalibratedClassifierCV"),
+    "calibrated": (
+        [],
+        CalibratedClassifierCV(LinearSVC()),
+        {},
+        TypeError,
+        "CalibratedClassifierCV",
+    ),
     "ovr-trees": (
         [],
         OneVsRestClassifier(RandomForestClassifier(5)),
@@ -554,9 +557,9 @@ def test_arguments_that_do_not_fit_are_refused(
         export_head(probe, path, features=described, labels=list("abcda"))
     with pytest.raises(ValueError, match="finite"):
         export_head(probe, path, features=described, figures={"loss": float("nan")})
+    narrow, asked = LogisticRegression(C=0.1).fit(X[:, :100], y), features().fit(paths)
     with pytest.raises(ValueError, match="takes 100 numbers, and features have 192"):
-        narrow = LogisticRegression(C=0.1).fit(X[:, :100], y)
-        export_head(narrow, path, features=features().fit(paths))
+        export_head(narrow, path, features=asked)
     with pytest.raises(sklearn.exceptions.NotFittedError):
         export_head(LogisticRegression(), path, features=described)
     with pytest.raises(TypeError, match="no classifier after"):
@@ -619,7 +622,8 @@ def test_served_heads_classify_as_their_classifiers(
     for name, probe in probes.items():
         named = labels if name == "several" else None
         heads[name] = export_head(probe, tmp_path / name, features=described, labels=named)
-    with LocalWorker(MODEL, feature_layer=LAYER, head=heads) as worker:
+    # The cache has the features after the first head.
+    with LocalWorker(MODEL, feature_layer=LAYER, head=heads, cache_bytes="64MiB") as worker:
         for name, probe in probes.items():
             answers = worker.classify(paths, head=name, top_k=9, logits=name == "several")
             predicted = probe.predict(vectors)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagegpt.client import Client
-from imagegpt.errors import UnavailableError
+from imagegpt.errors import ClosedError, UnavailableError
 from imagegpt.worker import LocalWorker, arguments
 
 __all__ = ["remote_client", "shared_worker"]
@@ -100,6 +100,6 @@ def shared_worker(
 def _is_alive(worker: LocalWorker) -> bool:
     try:
         worker.model()
-    except UnavailableError:
+    except (ClosedError, UnavailableError):
         return False
     return True
