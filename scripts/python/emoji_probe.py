@@ -22,9 +22,9 @@ from sklearn.svm import LinearSVC
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "models/train"), str(ROOT / "python/src")]
 
-import data  # noqa: E402
-from imagegpt import LocalWorker  # noqa: E402
-from imagegpt.sklearn import Features, export_head  # noqa: E402
+import data
+from imagegpt import LocalWorker
+from imagegpt.sklearn import Features, export_head
 
 HEADS = ROOT / "target/python-probe"
 
@@ -34,13 +34,8 @@ def main() -> None:
     card = json.loads((ROOT / "models/emoji/category.json").read_text())
     chosen = card["chosen"]
     emoji = data.load()
-    images = {
-        name: [one.png for one in emoji if one.split == name] for name in data.SPLITS
-    }
-    labels = {
-        name: [one.category for one in emoji if one.split == name]
-        for name in data.SPLITS
-    }
+    images = {name: [one.png for one in emoji if one.split == name] for name in data.SPLITS}
+    labels = {name: [one.category for one in emoji if one.split == name] for name in data.SPLITS}
     features = Features(
         ROOT / "models/emoji",
         layer=chosen["layer"],
@@ -57,9 +52,7 @@ def main() -> None:
     rate = n_images / (time.monotonic() - begun)
     print(f"{n_images} pictures, {rate:.0f} pictures/s with the start of the worker")
     classifiers = {
-        "LogisticRegression": LogisticRegression(
-            C=chosen["strength"], max_iter=5000, tol=1e-6
-        ),
+        "LogisticRegression": LogisticRegression(C=chosen["strength"], max_iter=5000, tol=1e-6),
         # Its C has another meaning; this one is not tuned.
         "LinearSVC": LinearSVC(C=0.001, max_iter=20000),
     }
@@ -83,9 +76,10 @@ def main() -> None:
             )
             path = HEADS / f"{name}.safetensors"
             heads[name] = export_head(probe, path, figures={"test_accuracy": share})
-    refit = card["test"]["accuracy"] if "test" in card else None
-    print(f"the model card: {chosen['test_accuracy']:.1%} for train alone", end="")
-    print("" if refit is None else f", {refit:.1%} for the head")
+    print(
+        f"the model card: {chosen['test_accuracy']:.1%} for the fit on train alone, "
+        f"{card['test']['accuracy']:.1%} for the head"
+    )
     with LocalWorker(
         ROOT / "models/emoji",
         feature_layer=chosen["layer"],
@@ -95,9 +89,7 @@ def main() -> None:
     ) as worker:
         for name, expected in predicted.items():
             answers = worker.classify(images["test"], head=name, top_k=1)
-            n_different = sum(
-                a.label != b for a, b in zip(answers, expected, strict=True)
-            )
+            n_different = sum(a.label != b for a, b in zip(answers, expected, strict=True))
             print(f"{name}, served: {n_different} of {len(answers)} predictions differ")
             if n_different:
                 sys.exit(1)
