@@ -651,7 +651,7 @@ def test_a_missing_library_names_the_extra() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
-    assert "pip install 'imagegpt[sklearn]'" in done.stdout
+    assert "pip install 'imagegpt[scikit-learn]'" in done.stdout
 
 
 def test_a_client_is_what_features_use(emoji_worker: LocalWorker) -> None:

@@ -448,7 +448,7 @@ def _encoded(weight: NDArray[Any], bias: NDArray[Any], metadata: dict[str, str])
         from safetensors.numpy import load, save
     except ImportError as error:
         raise ImportError(
-            "export_head needs safetensors: pip install 'imagegpt[sklearn]'"
+            "export_head needs safetensors: pip install 'imagegpt[scikit-learn]'"
         ) from error
 
     tensors = {

@@ -24,7 +24,7 @@ try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 except ImportError as error:
     raise ImportError(
-        "imagegpt.sklearn needs scikit-learn: pip install 'imagegpt[sklearn]'"
+        "imagegpt.sklearn needs scikit-learn: pip install 'imagegpt[scikit-learn]'"
     ) from error
 
 from imagegpt.client import Client
